@@ -1,0 +1,1 @@
+"""Hemostat's pure core: arrays in, arrays out. No IO, no clock, no randomness of its own."""

@@ -1,0 +1,135 @@
+"""What the processes of `serve` tell each other: relays -> control (captures, counters), control -> relays (policy).
+
+Frames on a Unix socket: 4 bytes of length, big-endian, then one msgpack-encoded tagged union.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+MAX_FRAME = 64 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """A relay's first message."""
+
+    pid: int
+    worker: int
+
+
+class Capture(msgspec.Struct, tag="capture", frozen=True):
+    """A sampled exchange that ended well and can be scored. Arrays are little-endian bytes."""
+
+    request_id: str
+    route: str
+    model: str
+    label: str
+    arm: str
+    requested: str | None
+    """Profile version asked of the engine, None for identity."""
+    nonce: str
+    """Hemostat's own name for the request among the engine's taps; "" without a tap."""
+    stream: bool
+    prompt_token_ids: bytes
+    """int32 [P]"""
+    output_token_ids: bytes
+    """int32 [T]"""
+    top_k: int
+    candidate_ids: bytes
+    """int32 [T, top_k + 1], -1 pads; the emitted token is among them."""
+    candidate_logprobs: bytes
+    """float32 [T, top_k + 1], nats, -inf pads."""
+    emitted_logprobs: bytes
+    """float32 [T], nats"""
+    temperature: float
+    top_p: float
+    sampling_top_k: int
+    min_p: float
+    finish_reason: str
+    captured_at: float
+    """time.monotonic() when the response ended."""
+
+
+class Stats(msgspec.Struct, tag="stats", frozen=True):
+    """Cumulative figures of one relay process since it started.
+
+    counters: metric name -> label values joined by "\\x1f" (in the metric's label order) -> count.
+    overhead_buckets: cumulative-free counts per bucket of `OVERHEAD_BUCKETS` plus one for the rest.
+    """
+
+    counters: dict[str, dict[str, float]]
+    overhead_buckets: list[int]
+    overhead_sum: float
+    ready: bool
+
+
+class Policy(msgspec.Struct, tag="policy", frozen=True):
+    """What every relay does from now on."""
+
+    generation: int
+    mode: str
+    """off | observe | auto"""
+    shadow_rate: float
+    shadow_seed: int
+    shadow_allow_on: bool
+    shadow_top_k: int
+    shadow_max_tokens: int
+    """Longest prompt + output that is scored."""
+    scoring: bool
+    """False: nothing is sampled (no reference, vocabulary mismatch)."""
+    tap: bool
+    """True: shadowed requests carry `hemostat_tap` (an engine plugin has reported)."""
+    serving: str | None
+    """Profile version that treated requests ask for; None is identity."""
+    forced: str | None
+    """Profile version put on every request (tests, `--force-profile`); wins over `serving`."""
+    control_fraction: float
+    acknowledged: frozenset[str]
+    """Versions that every rank of every engine holds."""
+    labels: frozenset[str]
+    apply: str = "engine"
+    """engine: by `vllm_xargs`; request: by `request_temperature` and `request_logit_bias`, where the client set neither."""
+    request_temperature: float | None = None
+    request_logit_bias: dict[str, float] = {}
+    body_limit: int = 4 * 1024 * 1024
+
+
+OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+"""Seconds: what the relay itself adds to a request."""
+
+Message = Hello | Capture | Stats | Policy
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """One frame."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Bytes in, messages out; raises ValueError on a frame longer than MAX_FRAME and msgspec.DecodeError on nonsense."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        self._buffer += data
+        messages: list[Message] = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_FRAME:
+                raise ValueError(f"frame of {length} bytes: at most {MAX_FRAME} are allowed")
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(_decoder.decode(memoryview(self._buffer)[start + _LENGTH.size : end].tobytes()))
+            start = end
+        del self._buffer[:start]
+        return messages

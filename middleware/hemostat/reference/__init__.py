@@ -1,0 +1,1 @@
+"""Reference models behind one protocol."""

@@ -1,0 +1,73 @@
+"""What a reference model is asked and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.records import Candidates, Floats, Ids
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceInfo:
+    """Who answers. `digest` identifies the weights (a hash of the checkpoint's files or the server's model card)."""
+
+    model: str
+    digest: str
+    dtype: str
+    vocab_size: int
+    full_vocabulary: bool
+    """True: entropies and expected shifts are exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceScores:
+    """The reference's view of T output positions.
+
+    at: float64 [T, K], log-probabilities at the asked ids; NaN where not given.
+    top: the reference's own [T, J] most likely ids, most likely first.
+    emitted: float64 [T], log-probability of the output token.
+    entropy: float64 [T] in nats or None.
+    expected_shift: profile version -> float64 [T], E_r[Δz]; empty when the reference gives only its top ids.
+    """
+
+    at: Floats
+    top: Candidates
+    emitted: Floats
+    entropy: Floats | None = None
+    expected_shift: dict[str, Floats] = field(default_factory=dict)
+
+
+class ReferenceError(Exception):
+    """The reference failed; `reason` is a short, bounded word for counting (down, timeout, short_answer, ...)."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Reference(Protocol):
+    """One reference model. All methods raise ReferenceError and nothing else."""
+
+    async def start(self) -> ReferenceInfo:
+        """Load or connect; returns when it can score."""
+
+    async def score(
+        self,
+        prompt: npt.NDArray[np.int32],
+        output: npt.NDArray[np.int32],
+        ids: Ids,
+        profiles: tuple[CalibrationProfile, ...] = (),
+    ) -> ReferenceScores:
+        """Score `output` after `prompt`; `ids` int32 [T, K] (-1 pads) are the ids whose log-probabilities are wanted."""
+
+    async def render(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat under this model's own template (to compare the two models' vocabularies)."""
+
+    async def tokenize(self, text: str) -> list[int]: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""The hot path: a protocol-level HTTP relay."""
