@@ -63,7 +63,7 @@ class Reference(Protocol):
         ids: Ids,
         profiles: tuple[CalibrationProfile, ...] = (),
     ) -> ReferenceScores:
-        """Score `output` after `prompt`; `ids` int32 [T, K] (-1 pads) are the ids whose log-probabilities are wanted."""
+        """Score `output` after `prompt`, also at `ids`, int32 [T, K] (-1 pads)."""
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a chat under this model's own template (to compare the two models' vocabularies)."""

@@ -42,7 +42,7 @@ class Exchange(Protocol):
         """The whole body, or None when it passed the limit. None back: send what the client sent."""
 
     def response_head(self, status: int, headers: Headers) -> bool:
-        """True: every body byte goes through `response_data`, and the relay makes the framing anew. Not called for 1xx."""
+        """True: every body byte goes through `response_data`, framing is made anew. Not called for 1xx."""
 
     def response_data(self, data: bytes) -> bytes:
         """De-framed body bytes as they arrive; returns what the client gets now (may be empty)."""
