@@ -91,7 +91,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Versions that every rank of every engine holds."""
     labels: frozenset[str]
     apply: str = "engine"
-    """engine: by `vllm_xargs`; request: by `request_temperature` and `request_logit_bias`, where the client set neither."""
+    """engine: by `vllm_xargs`; request: by temperature and logit_bias, where the client set neither."""
     request_temperature: float | None = None
     request_logit_bias: dict[str, float] = {}
     body_limit: int = 4 * 1024 * 1024
@@ -113,7 +113,7 @@ def encode(message: Message) -> bytes:
 
 
 class FrameReader:
-    """Bytes in, messages out; raises ValueError on a frame longer than MAX_FRAME and msgspec.DecodeError on nonsense."""
+    """Bytes in, messages out; ValueError on a frame longer than MAX_FRAME, msgspec.DecodeError on nonsense."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()

@@ -42,7 +42,7 @@ class ReferenceScores:
     expected_shift: dict[str, Floats] = field(default_factory=dict)
 
 
-class ReferenceError(Exception):
+class ReferenceFailure(Exception):
     """The reference failed; `reason` is a short, bounded word for counting (down, timeout, short_answer, ...)."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -51,7 +51,7 @@ class ReferenceError(Exception):
 
 
 class Reference(Protocol):
-    """One reference model. All methods raise ReferenceError and nothing else."""
+    """One reference model. All methods raise ReferenceFailure and nothing else."""
 
     async def start(self) -> ReferenceInfo:
         """Load or connect; returns when it can score."""
