@@ -1,0 +1,146 @@
+"""The admin port: health, metrics, the console, and the JSON API. FastAPI, in the control process.
+
+Reading needs no token (the port is on loopback by default); whatever changes state does, and so do the engine's calls.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from importlib import resources
+from typing import Annotated, Any, Literal, Protocol
+
+from fastapi import Body, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from pydantic import BaseModel, ConfigDict
+
+from hemostat import __version__
+from hemostat.engine_api import engine_router
+from hemostat.engines import EngineRegistry
+from hemostat_calibration.errors import HemostatError, InvalidProfileError
+from hemostat_calibration.profile import VERSION_PATTERN
+
+MAX_PROFILE_BYTES = 256 * 1024 * 1024
+EVENTS_SHOWN = 100
+SECURITY_HEADERS = {
+    "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; "
+    "script-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+class Governed(Protocol):
+    """What the admin port shows and steers; the control process implements it."""
+
+    registry: CollectorRegistry
+    engines: EngineRegistry
+
+    @property
+    def ready(self) -> bool: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+    def profiles(self) -> dict[str, Any]: ...
+
+    def profile(self, version: str) -> dict[str, Any] | None: ...
+
+    def profile_bytes(self, version: str) -> bytes | None: ...
+
+    async def import_profile(self, data: bytes) -> str: ...
+
+    async def rollback(self, reason: str) -> None: ...
+
+    async def set_mode(self, mode: str) -> None: ...
+
+
+class CalibrationRequest(BaseModel):
+    """Body of POST /api/v1/calibration."""
+
+    model_config = ConfigDict(extra="forbid")
+    mode: Literal["off", "observe", "auto"]
+
+
+def create_app(control: Governed, token: str | None, now: Callable[[], float]) -> FastAPI:
+    """`token` None: everything that would change state answers 403 and says what to set."""
+
+    async def require_token(request: Request) -> None:
+        if token is None:
+            raise HTTPException(403, "set admin.token (HEMOSTAT_ADMIN__TOKEN) to use this; it is not set")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+            raise HTTPException(401, "send the admin token as `Authorization: Bearer <admin.token>`")
+
+    app = FastAPI(title="Hemostat", version=__version__, docs_url=None, redoc_url=None)
+    guarded = [Depends(require_token)]
+
+    @app.exception_handler(HemostatError)
+    async def refused(_: Request, error: HemostatError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 400)
+
+    @app.get("/livez", response_class=PlainTextResponse)
+    async def livez() -> str:
+        return "ok\n"
+
+    @app.get("/readyz")
+    async def readyz() -> PlainTextResponse:
+        return PlainTextResponse("ok\n") if control.ready else PlainTextResponse("no relay takes requests\n", 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(control.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def console() -> HTMLResponse:
+        return HTMLResponse(_asset("index.html"), headers=SECURITY_HEADERS)
+
+    @app.get("/console.js")
+    async def console_script() -> Response:
+        return Response(_asset("console.js"), media_type="text/javascript", headers=SECURITY_HEADERS)
+
+    @app.get("/api/v1/status")
+    async def status() -> dict[str, Any]:
+        return control.status()
+
+    @app.get("/api/v1/profiles")
+    async def profiles() -> dict[str, Any]:
+        return control.profiles()
+
+    @app.get("/api/v1/profiles/{version}")
+    async def profile(version: str) -> dict[str, Any]:
+        found = control.profile(version) if VERSION_PATTERN.fullmatch(version) else None
+        if found is None:
+            raise HTTPException(404, "no such profile; GET /api/v1/profiles lists them")
+        return found
+
+    @app.post("/api/v1/profiles", dependencies=guarded)
+    async def import_profile(request: Request) -> dict[str, str]:
+        return {"version": await control.import_profile(await _body(request, MAX_PROFILE_BYTES))}
+
+    @app.post("/api/v1/profiles/rollback", dependencies=guarded)
+    async def rollback() -> dict[str, Any]:
+        await control.rollback("asked for by the operator")
+        return control.profiles()
+
+    @app.post("/api/v1/calibration", dependencies=guarded)
+    async def calibration(wanted: Annotated[CalibrationRequest, Body()]) -> dict[str, Any]:
+        await control.set_mode(wanted.mode)
+        return {"mode": wanted.mode}
+
+    app.include_router(engine_router(control.engines, control.profile_bytes, now, require_token))
+    return app
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The request's body; InvalidProfileError when it is longer than `limit` bytes."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise InvalidProfileError(f"the body is longer than {limit} bytes")
+    return bytes(body)
+
+
+def _asset(name: str) -> str:
+    return resources.files("hemostat.console").joinpath(name).read_text(encoding="utf-8")

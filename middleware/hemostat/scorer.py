@@ -1,0 +1,247 @@
+"""From a capture to a record: waits for the budget, asks the reference, joins what the engine said, hands the record on.
+
+Two stages, so that waiting for the engine's tap (it flushes about once a second) does not hold the reference up.
+Whatever goes wrong ends one capture, is counted by reason, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hemostat.engines import EngineRegistry, TapResult
+from hemostat.messages import Capture
+from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.shadow import Breaker, ShadowQueue, TokenBudget
+from hemostat_calibration.errors import InvalidRecordError
+from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.records import Arm, Candidates, Ids, Sampling, Shift, TokenRecord, validate
+from hemostat_calibration.split import prompt_key
+
+log = logging.getLogger("hemostat.scorer")
+
+TAP_WITHIN = 4.0
+"""Seconds after the response's end that the engine's numbers are waited for; without them the bounds serve."""
+TAP_POLL = 0.1
+JOINING = 256
+"""Scored captures that may wait for their tap at a time."""
+SCORE_WITHIN = 120.0
+"""Seconds that one score may take before the reference counts as failing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """A capture's arrays, decoded."""
+
+    prompt: Ids
+    output: Ids
+    candidates: Candidates
+    emitted: np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+def decode(capture: Capture) -> Arrays:
+    """Bytes to arrays; InvalidRecordError when the lengths do not fit each other."""
+    try:
+        prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
+        output = np.frombuffer(capture.output_token_ids, "<i4").astype(np.int32)
+        shape = (len(output), capture.top_k + 1)
+        ids = np.frombuffer(capture.candidate_ids, "<i4").astype(np.int32).reshape(shape)
+        logprobs = np.frombuffer(capture.candidate_logprobs, "<f4").astype(np.float64).reshape(shape)
+        emitted = np.frombuffer(capture.emitted_logprobs, "<f4").astype(np.float64).reshape(len(output))
+    except ValueError as error:
+        raise InvalidRecordError("shape", f"capture {capture.request_id}: {error}") from error
+    if not len(prompt) or not len(output):
+        raise InvalidRecordError("empty", f"capture {capture.request_id}: no prompt or no output")
+    return Arrays(prompt, output, Candidates(ids, logprobs), emitted)
+
+
+def build_record(
+    capture: Capture,
+    arrays: Arrays,
+    scores: ReferenceScores,
+    info: ReferenceInfo,
+    tap: TapResult | None,
+    versions: Iterable[str],
+) -> TokenRecord:
+    """Join the three views of one request; raises InvalidRecordError when they do not fit."""
+    unknown = np.full(len(arrays.output), np.nan)
+    names = set(versions) | (set(tap.log_normalizer) if tap else set()) | set(scores.expected_shift)
+    shifts = {
+        version: Shift(
+            expected=scores.expected_shift.get(version, unknown),
+            log_normalizer=_fit(tap.log_normalizer.get(version), len(unknown)) if tap else unknown,
+        )
+        for version in names
+    }
+    return validate(
+        TokenRecord(
+            vocab_size=info.vocab_size,
+            prompt_key=prompt_key(arrays.prompt),
+            output_ids=arrays.output,
+            compressed=arrays.candidates,
+            reference_at=scores.at,
+            reference=scores.top,
+            compressed_emitted=arrays.emitted,
+            reference_emitted=scores.emitted,
+            reference_entropy=scores.entropy,
+            sampling=Sampling(capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p),
+            arm=Arm(capture.arm),
+            requested=capture.requested,
+            applied=tap.applied if tap else None,
+            shifts=shifts,
+            request_id=capture.request_id,
+            route=capture.route,
+            model=capture.model,
+            label=capture.label,
+            compressed_model=capture.model,
+            reference_model=info.digest,
+            reference_dtype=info.dtype,
+            engine_boot=tap.boot_id if tap else "",
+        )
+    )
+
+
+def _fit(values: np.ndarray[tuple[int], np.dtype[np.float64]] | None, tokens: int) -> np.ndarray[
+    tuple[int], np.dtype[np.float64]
+]:
+    """The engine's numbers by position, NaN where it gave none (it may be a token ahead, or lossy)."""
+    fitted = np.full(tokens, np.nan)
+    if values is not None:
+        n = min(tokens, len(values))
+        fitted[:n] = values[:n]
+    return fitted
+
+
+class Scorer:
+    """Runs until cancelled. `sink` gets every record with its capture; `count(outcome, reason)` every other ending."""
+
+    def __init__(
+        self,
+        *,
+        queue: ShadowQueue,
+        budget: TokenBudget,
+        breaker: Breaker,
+        reference: Reference,
+        info: Callable[[], ReferenceInfo | None],
+        profiles: Callable[[], tuple[CalibrationProfile, ...]],
+        engines: EngineRegistry,
+        sink: Callable[[TokenRecord, Capture], None],
+        count: Callable[[str, str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._queue = queue
+        self._budget = budget
+        self._breaker = breaker
+        self._reference = reference
+        self._info = info
+        self._profiles = profiles
+        self._engines = engines
+        self._sink = sink
+        self._count = count
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._joining: asyncio.Queue[tuple[Capture, Arrays, ReferenceScores, tuple[str, ...]]] = asyncio.Queue(JOINING)
+        self._busy = 0
+        self.reference_tokens = 0
+
+    def offer(self, capture: Capture) -> None:
+        """A capture from a relay: queued, or dropped and counted."""
+        if not self._queue.offer(capture):
+            self._count("dropped", "queue_full")
+        self._wake.set()
+
+    @property
+    def pending(self) -> int:
+        """Captures that have no ending yet."""
+        return len(self._queue) + self._joining.qsize() + self._busy
+
+    async def run(self, workers: int) -> None:
+        """`workers` captures are scored at a time."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(self._score_forever())
+            group.create_task(self._join_forever())
+
+    async def _score_forever(self) -> None:
+        while True:
+            capture = self._queue.take()
+            if capture is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._busy += 1
+            try:
+                await self._score(capture)
+            except InvalidRecordError as error:
+                self._count("skipped", f"invalid_{error.reason}")
+            except ReferenceFailure as failure:
+                self._count("dropped", f"reference_{failure.reason}")
+                log.warning("score of %s failed: %s", capture.request_id, failure)
+            except Exception:  # noqa: BLE001  one capture must never end the loop
+                self._count("dropped", "internal_error")
+                log.exception("score of %s failed", capture.request_id)
+            finally:
+                self._busy -= 1
+
+    async def _score(self, capture: Capture) -> None:
+        arrays = decode(capture)
+        tokens = len(arrays.prompt) + len(arrays.output)
+        while delay := self._budget.delay(tokens, self._clock()):
+            await asyncio.sleep(delay)
+        self._budget.spend(tokens, self._clock())
+        if not self._breaker.allow(self._clock()):
+            self._count("dropped", "breaker_open")
+            return
+        profiles = self._profiles()
+        try:
+            scores = await asyncio.wait_for(
+                self._reference.score(arrays.prompt, arrays.output, arrays.candidates.ids, profiles), SCORE_WITHIN
+            )
+        except (ReferenceFailure, TimeoutError) as failure:
+            # A request that this reference can never score says nothing about its health.
+            if isinstance(failure, ReferenceFailure) and failure.reason == "too_long":
+                self._breaker.succeeded()
+                self._count("skipped", "too_long")
+                return
+            self._breaker.failed(self._clock())
+            if isinstance(failure, TimeoutError):
+                raise ReferenceFailure("timeout", f"no answer within {SCORE_WITHIN:.0f} s") from failure
+            raise
+        self._breaker.succeeded()
+        self.reference_tokens += tokens
+        await self._joining.put((capture, arrays, scores, tuple(p.version for p in profiles)))
+
+    async def _join_forever(self) -> None:
+        while True:
+            capture, arrays, scores, versions = await self._joining.get()
+            self._busy += 1
+            try:
+                tap = await self._tap(capture, len(arrays.output))
+                info = self._info()
+                if info is None:
+                    self._count("dropped", "reference_down")
+                    continue
+                self._sink(build_record(capture, arrays, scores, info, tap, versions), capture)
+                self._count("scored", "")
+            except InvalidRecordError as error:
+                self._count("skipped", f"invalid_{error.reason}")
+                log.warning("record of %s refused: %s", capture.request_id, error)
+            except Exception:  # noqa: BLE001  one record must never end the loop
+                self._count("dropped", "internal_error")
+                log.exception("record of %s failed", capture.request_id)
+            finally:
+                self._busy -= 1
+
+    async def _tap(self, capture: Capture, tokens: int) -> TapResult | None:
+        """What the engine said about this request, complete, or whatever there is when time is up."""
+        if not capture.nonce:
+            return None
+        while True:
+            complete = self._engines.tapped(capture.nonce) >= tokens
+            if complete or self._clock() - capture.captured_at > TAP_WITHIN:
+                return self._engines.take(capture.nonce)
+            await asyncio.sleep(TAP_POLL)
