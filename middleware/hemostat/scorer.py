@@ -1,4 +1,4 @@
-"""From a capture to a record: waits for the budget, asks the reference, joins what the engine said, hands the record on.
+"""From a capture to a record: waits for the budget, asks the reference, joins what the engine said, hands it on.
 
 Two stages, so that waiting for the engine's tap (it flushes about once a second) does not hold the reference up.
 Whatever goes wrong ends one capture, is counted by reason, and nothing else.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from hemostat_calibration.split import prompt_key
 
 from hemostat.engines import EngineRegistry, TapResult
 from hemostat.messages import Capture
@@ -20,7 +21,6 @@ from hemostat.shadow import Breaker, ShadowQueue, TokenBudget
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, Candidates, Ids, Sampling, Shift, TokenRecord, validate
-from hemostat_calibration.split import prompt_key
 
 log = logging.getLogger("hemostat.scorer")
 
@@ -105,9 +105,9 @@ def build_record(
     )
 
 
-def _fit(values: np.ndarray[tuple[int], np.dtype[np.float64]] | None, tokens: int) -> np.ndarray[
-    tuple[int], np.dtype[np.float64]
-]:
+def _fit(
+    values: np.ndarray[tuple[int], np.dtype[np.float64]] | None, tokens: int
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """The engine's numbers by position, NaN where it gave none (it may be a token ahead, or lossy)."""
     fitted = np.full(tokens, np.nan)
     if values is not None:
@@ -181,7 +181,7 @@ class Scorer:
             except ReferenceFailure as failure:
                 self._count("dropped", f"reference_{failure.reason}")
                 log.warning("score of %s failed: %s", capture.request_id, failure)
-            except Exception:  # noqa: BLE001  one capture must never end the loop
+            except Exception:
                 self._count("dropped", "internal_error")
                 log.exception("score of %s failed", capture.request_id)
             finally:
@@ -230,7 +230,7 @@ class Scorer:
             except InvalidRecordError as error:
                 self._count("skipped", f"invalid_{error.reason}")
                 log.warning("record of %s refused: %s", capture.request_id, error)
-            except Exception:  # noqa: BLE001  one record must never end the loop
+            except Exception:
                 self._count("dropped", "internal_error")
                 log.exception("record of %s failed", capture.request_id)
             finally:

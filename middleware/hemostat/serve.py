@@ -124,7 +124,9 @@ def reserve_port(host: str, port: int) -> tuple[socket.socket, int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind((host, port))
     except OSError as error:
-        raise ConfigError(f"listen: cannot bind {host}:{port} ({error.strerror}); free it or set listen.port") from error
+        raise ConfigError(
+            f"listen: cannot bind {host}:{port} ({error.strerror}); free it or set listen.port"
+        ) from error
     return holder, port
 
 

@@ -1,0 +1,87 @@
+"""The brakes of the shadow path: bounds hold, time is an argument."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hemostat.messages import Capture
+from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
+
+
+def capture(request_id: str = "r", size: int = 4, captured_at: float = 0.0) -> Capture:
+    return Capture(
+        request_id=request_id,
+        route="/v1/completions",
+        model="m",
+        label="",
+        arm="none",
+        requested=None,
+        nonce="",
+        stream=False,
+        prompt_token_ids=b"\0" * size,
+        output_token_ids=b"",
+        top_k=1,
+        candidate_ids=b"",
+        candidate_logprobs=b"",
+        emitted_logprobs=b"",
+        temperature=1.0,
+        top_p=1.0,
+        sampling_top_k=0,
+        min_p=0.0,
+        finish_reason="stop",
+        captured_at=captured_at,
+    )
+
+
+def test_queue_keeps_order_and_refuses_what_does_not_fit() -> None:
+    queue = ShadowQueue(limit=2)
+    assert [queue.offer(capture(str(n), captured_at=n)) for n in range(3)] == [True, True, False]
+    assert queue.oldest() == 0
+    assert [c.request_id for c in (queue.take(), queue.take()) if c] == ["0", "1"]
+    assert queue.take() is None
+    assert queue.oldest() is None
+
+
+def test_queue_is_bounded_in_bytes_and_gives_them_back() -> None:
+    queue = ShadowQueue(limit=100, limit_bytes=10)
+    assert queue.offer(capture(size=8))
+    assert not queue.offer(capture(size=8))
+    queue.take()
+    assert queue.offer(capture(size=8))
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=60))
+def test_budget_never_spends_more_than_rate_allows(requests: list[int]) -> None:
+    budget = TokenBudget(rate=1000.0, burst=2000.0)
+    now, spent = 0.0, 0
+    for tokens in requests:
+        now += budget.delay(tokens, now)
+        budget.spend(tokens, now)
+        spent += tokens
+        # Debt is allowed for one request larger than the burst; it is paid before the next.
+        assert spent - max(requests) <= 2000.0 + 1000.0 * now + 1e-6
+
+
+def test_budget_of_zero_is_no_limit() -> None:
+    budget = TokenBudget(rate=0.0, burst=1.0)
+    budget.spend(10**9, 0.0)
+    assert budget.delay(10**9, 0.0) == 0.0
+
+
+def test_breaker_opens_after_failures_in_a_row_and_one_trial_decides() -> None:
+    breaker = Breaker(threshold=2, cooldown=10.0)
+    breaker.failed(0.0)
+    breaker.succeeded()
+    breaker.failed(1.0)
+    assert breaker.allow(1.0)
+    breaker.failed(2.0)
+    assert breaker.state(2.0) is BreakerState.OPEN
+    assert not breaker.allow(5.0)
+    assert breaker.allow(12.0)
+    assert not breaker.allow(12.0), "only one trial at a time"
+    breaker.failed(12.5)
+    assert not breaker.allow(13.0), "a failed trial opens it for another cooldown"
+    assert breaker.allow(22.5)
+    breaker.succeeded()
+    assert breaker.state(23.0) is BreakerState.CLOSED
