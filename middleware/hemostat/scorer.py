@@ -190,7 +190,7 @@ class Scorer:
     async def _score(self, capture: Capture) -> None:
         arrays = decode(capture)
         tokens = len(arrays.prompt) + len(arrays.output)
-        while delay := self._budget.delay(tokens, self._clock()):
+        while delay := self._budget.delay(tokens, self._clock()):  # noqa: ASYNC110  waits for time, not an event
             await asyncio.sleep(delay)
         self._budget.spend(tokens, self._clock())
         if not self._breaker.allow(self._clock()):
