@@ -1,0 +1,28 @@
+"""Learn or held out: decided by the prompt alone, so that a repeated or retried prompt never stands on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.errors import InvalidArgumentError
+
+_KEY_BYTES = 16
+
+
+def prompt_key(ids: npt.NDArray[np.integer]) -> bytes:
+    """16-byte digest of the prompt's token ids [P]."""
+    if ids.ndim != 1:
+        raise InvalidArgumentError(f"ids has shape {ids.shape}: it must be [P]")
+    return hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=_KEY_BYTES).digest()
+
+
+def held_out(key: bytes, fraction: float) -> bool:
+    """True for about `fraction` of all keys, the same keys always; a larger fraction keeps those of a smaller one."""
+    if not 0.0 <= fraction <= 1.0:
+        raise InvalidArgumentError(f"fraction is {fraction}: it must be 0 to 1")
+    # Hashed once more, so that a key which is itself a hash of something else, or short, is spread evenly.
+    digest = hashlib.blake2b(key, digest_size=8, person=b"hemostat.split").digest()
+    return int.from_bytes(digest, "big") < fraction * 2.0**64

@@ -1,0 +1,65 @@
+"""What a profile does to logits, in numpy: the oracle that the engine's transform is tested against.
+
+Δz is the change of the logits, in nats; |Δz| ≤ the profile's clamp. It is made of z − max z, so that it depends on
+the distribution alone: adding a constant to every logit of a row (as turning logits into log-probabilities does)
+changes nothing. The maximum runs over finite entries. Entries that are not finite get Δz = 0 and stay as they are:
+-inf is a mask and stays one, a NaN is passed on for the caller to see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.families import FAMILIES
+from hemostat_calibration.profile import CalibrationProfile
+
+Floats = npt.NDArray[np.float64]
+
+
+def shift(profile: CalibrationProfile, logits: npt.NDArray[np.floating]) -> Floats:
+    """Δz, float64 [..., V] in nats, of logits [..., V] (or log-probabilities, natural)."""
+    if logits.ndim < 1 or logits.shape[-1] != profile.vocab_size:
+        raise InvalidArgumentError(f"logits has shape {logits.shape}: its last axis must be {profile.vocab_size}")
+    finite = np.isfinite(logits)
+    relative = _relative(logits, finite)
+    raw = FAMILIES[profile.family].shift(profile.parameters, relative, None)
+    return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
+
+
+def shift_at(profile: CalibrationProfile, ids: npt.NDArray[np.integer], logprobs: npt.NDArray[np.floating]) -> Floats:
+    """Δz, float64 [..., K] in nats, at some `ids` [..., K] of a row, from their log-probabilities [..., K].
+
+    lp − max lp = z − max z: the row's most likely id must be among `ids`, as it is in a top-K list. Padding (id -1,
+    -inf) gets 0.
+    """
+    if ids.shape != logprobs.shape or ids.ndim < 1:
+        raise InvalidArgumentError(f"ids has shape {ids.shape}, logprobs {logprobs.shape}: they must be the same")
+    if ids.size and (ids.max() >= profile.vocab_size or ids.min() < -1):
+        raise InvalidArgumentError(f"ids run from {ids.min()} to {ids.max()}: the vocabulary has {profile.vocab_size}")
+    finite = np.isfinite(logprobs) & (ids >= 0)
+    relative = _relative(logprobs, finite)
+    raw = FAMILIES[profile.family].shift(profile.parameters, relative, np.where(finite, ids, 0))
+    return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
+
+
+def shift_range(profile: CalibrationProfile) -> tuple[float, float]:
+    """(low, high) in nats: every Δz of this profile, at any id of any row, lies between them."""
+    low, high = FAMILIES[profile.family].range(profile.parameters)
+    clamp = profile.clamp_nats
+    return float(np.clip(low, -clamp, clamp)), float(np.clip(high, -clamp, clamp))
+
+
+def apply(profile: CalibrationProfile, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """z + Δz, [..., V] in the dtype of `logits`; entries that are not finite are untouched."""
+    return (logits + shift(profile, logits)).astype(logits.dtype)
+
+
+def _relative(values: npt.NDArray[np.floating], finite: npt.NDArray[np.bool_]) -> Floats:
+    """z − max z where finite, 0 elsewhere (its shift is discarded)."""
+    masked = np.where(finite, values, -np.inf).astype(np.float64)
+    top = masked.max(axis=-1, keepdims=True, initial=-np.inf)
+    return np.where(finite, masked - np.where(np.isfinite(top), top, 0.0), 0.0)
