@@ -1,0 +1,58 @@
+"""The three routes that the engine plugin calls on the admin port; all of them need the admin token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
+
+from hemostat.engines import EngineRegistry, InvalidEngineMessage, decode_report, decode_tap
+from hemostat_calibration.profile import VERSION_PATTERN
+
+REPORT_BYTES_AT_MOST = 64 * 1024
+TAP_BYTES_AT_MOST = 16 * 1024 * 1024
+
+
+def engine_router(
+    registry: EngineRegistry,
+    load_profile: Callable[[str], bytes | None],
+    now: Callable[[], float],
+    require_token: Callable[..., Any],
+) -> APIRouter:
+    """Routes under /api/v1/engine. `now` is monotonic seconds; `require_token` is a FastAPI dependency that refuses."""
+    router = APIRouter(prefix="/api/v1/engine", dependencies=[Depends(require_token)])
+
+    @router.post("/report")
+    async def report(request: Request) -> dict[str, list[str]]:
+        body = await _body(request, REPORT_BYTES_AT_MOST)
+        try:
+            return {"hold": registry.report(decode_report(body), now())}
+        except InvalidEngineMessage as error:
+            raise HTTPException(400, str(error)) from None
+
+    @router.get("/profiles/{version}")
+    async def profile(version: str) -> Response:
+        data = load_profile(version) if VERSION_PATTERN.fullmatch(version) else None
+        if data is None:
+            raise HTTPException(404, "no such profile")
+        return Response(data, media_type="application/octet-stream")
+
+    @router.post("/tap", status_code=204)
+    async def tap(request: Request) -> None:
+        body = await _body(request, TAP_BYTES_AT_MOST)
+        try:
+            registry.tap(decode_tap(body), now())
+        except InvalidEngineMessage as error:
+            raise HTTPException(400, str(error)) from None
+
+    return router
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(413, f"body of more than {limit} bytes")
+    return bytes(body)
