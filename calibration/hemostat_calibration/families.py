@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Parameters = Mapping[str, npt.NDArray[np.float32]]
+Floats = npt.NDArray[np.float64]
 VOCABULARY = "V"
 """The dimension that must equal the profile's `vocab_size`."""
 
@@ -23,31 +24,30 @@ class FamilySpec:
     shapes: parameter name -> shape; a letter is a free dimension, the same wherever it stands, `VOCABULARY` is V.
     shift: (parameters, relative float64 [..., N], ids int [..., N] or None) -> unclamped Δz, float64 [..., N] nats.
         `relative` is z − max z, finite; `ids` names the columns, None when they are the whole vocabulary in order.
-    range: (parameters) -> (low, high): bounds of the unclamped Δz over every possible row; infinite where it has none.
+    range: (parameters, most float64 [...]) -> (low, high), each [...]: bounds of the unclamped Δz over every id whose
+        `relative` is at most `most` (≤ 0), whatever the row; infinite where there is none.
     check: (parameters) -> what is wrong with the values, or "".
     """
 
     shapes: Mapping[str, tuple[str, ...]]
-    shift: Callable[[Parameters, npt.NDArray[np.float64], npt.NDArray[np.integer] | None], npt.NDArray[np.float64]]
-    range: Callable[[Parameters], tuple[float, float]]
+    shift: Callable[[Parameters, Floats, npt.NDArray[np.integer] | None], Floats]
+    range: Callable[[Parameters, Floats], tuple[Floats, Floats]]
     check: Callable[[Parameters], str]
 
 
-def _temperature_bias_shift(
-    parameters: Parameters, relative: npt.NDArray[np.float64], ids: npt.NDArray[np.integer] | None
-) -> npt.NDArray[np.float64]:
+def _temperature_bias_shift(parameters: Parameters, relative: Floats, ids: npt.NDArray[np.integer] | None) -> Floats:
     slope = float(parameters["inverse_temperature"]) - 1.0
     bias = parameters["bias"] if ids is None else parameters["bias"][ids]
     return slope * relative + bias
 
 
-def _temperature_bias_range(parameters: Parameters) -> tuple[float, float]:
-    # relative lies in (-inf, 0]: the slope's part is one-sided.
+def _temperature_bias_range(parameters: Parameters, most: Floats) -> tuple[Floats, Floats]:
+    # relative lies in (-inf, most]: the slope's part is bounded on one side only.
     slope = float(parameters["inverse_temperature"]) - 1.0
-    bias = parameters["bias"]
-    low = float(bias.min()) if slope <= 0.0 else -np.inf
-    high = float(bias.max()) if slope >= 0.0 else np.inf
-    return low, high
+    low, high = float(parameters["bias"].min()), float(parameters["bias"].max())
+    edge = slope * most
+    unbounded = np.full_like(edge, np.inf)
+    return (low - unbounded if slope > 0.0 else low + edge), (high + unbounded if slope < 0.0 else high + edge)
 
 
 def _temperature_bias_check(parameters: Parameters) -> str:

@@ -79,7 +79,7 @@ class TokenRecord:
     """int32 [T]: the tokens that the compressed model emitted."""
     compressed: Candidates
     """[T, K]: the compressed model's most likely ids, most likely first; the emitted token is among them when it was
-    given (it may stand behind the top K)."""
+    given: in its place, or last when it is not one of the most likely."""
     reference_at: Floats
     """float64 [T, K]: the reference's log-probabilities at `compressed.ids`; NaN where it gave none."""
     reference: Candidates
@@ -119,11 +119,107 @@ class TokenRecord:
         return int(self.compressed.ids.shape[1])
 
 
+REASONS = ("schema", "empty", "dtype", "shape", "ids", "repeated", "nan", "range", "order", "mass")
+"""Every `reason` that `validate` gives."""
+
+LOGPROB_TOLERANCE = 1e-3
+"""How far above 0 a log-probability, or above 1 the sum of a row, may stand: models compute in float32 or less."""
+_ORDER_TOLERANCE = 1e-4
+
+
 def validate(record: TokenRecord) -> TokenRecord:
-    """Return `record`, or raise InvalidRecordError naming the field and a countable reason.
+    """Return `record`, or raise InvalidRecordError naming the field and a countable reason, one of `REASONS`.
 
     Checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no NaN
     (but in `reference_at` and `shifts`, where it means unknown), log-probabilities not above 0, rows that sum to at
-    most 1 within rounding.
+    most 1 within rounding, rows that run from the most to the least likely with the padding behind.
     """
-    raise InvalidRecordError("unimplemented", "validate is not written yet")
+    if record.schema != SCHEMA_VERSION:
+        raise InvalidRecordError("schema", f"schema is {record.schema}: this version reads {SCHEMA_VERSION}")
+    _array("output_ids", record.output_ids, np.int32, 1)
+    tokens, vocabulary = record.tokens, record.vocab_size
+    if tokens == 0 or vocabulary < 1:
+        raise InvalidRecordError("empty", f"output_ids holds {tokens} tokens, vocab_size is {vocabulary}: 1 at least")
+    if record.output_ids.min() < 0 or record.output_ids.max() >= vocabulary:
+        raise InvalidRecordError("ids", f"output_ids leaves the vocabulary of {vocabulary}")
+    for name, candidates in (("compressed", record.compressed), ("reference", record.reference)):
+        _check_candidates(name, candidates, tokens, vocabulary)
+    given = record.compressed.ids >= 0
+    _array("reference_at", record.reference_at, np.float64, 2)
+    _same_shape("reference_at", record.reference_at, record.compressed.ids.shape)
+    known = given & ~np.isnan(record.reference_at)
+    _check_logprobs("reference_at", np.where(known, record.reference_at, -np.inf))
+    for name, values in (
+        ("compressed_emitted", record.compressed_emitted),
+        ("reference_emitted", record.reference_emitted),
+        ("reference_entropy", record.reference_entropy),
+    ):
+        if values is None:
+            continue
+        _array(name, values, np.float64, 1)
+        _same_shape(name, values, (tokens,))
+        if np.isnan(values).any():
+            raise InvalidRecordError("nan", f"{name} holds NaN")
+    if not np.isfinite(record.compressed_emitted).all():
+        raise InvalidRecordError("range", "compressed_emitted is infinite: what was emitted had a probability")
+    for name, values in (
+        ("compressed_emitted", record.compressed_emitted),
+        ("reference_emitted", record.reference_emitted),
+    ):
+        if values.max() > LOGPROB_TOLERANCE:
+            raise InvalidRecordError("range", f"{name} holds a log-probability above 0")
+    if record.reference_entropy is not None and not (
+        record.reference_entropy.min() >= -LOGPROB_TOLERANCE
+        and record.reference_entropy.max() <= np.log(vocabulary) + LOGPROB_TOLERANCE
+    ):
+        raise InvalidRecordError("range", "reference_entropy is below 0 or above log(vocab_size)")
+    for version, shift in record.shifts.items():
+        for name, values in (("expected", shift.expected), ("log_normalizer", shift.log_normalizer)):
+            field_name = f"shifts[{version[:32]}].{name}"
+            _array(field_name, values, np.float64, 1)
+            _same_shape(field_name, values, (tokens,))
+            if np.isinf(values).any():
+                raise InvalidRecordError("range", f"{field_name} is infinite")
+    return record
+
+
+def _array(name: str, values: npt.NDArray[np.generic], dtype: type[np.generic], dimensions: int) -> None:
+    if values.dtype != dtype:
+        raise InvalidRecordError("dtype", f"{name} is {values.dtype}: it must be {np.dtype(dtype)}")
+    if values.ndim != dimensions:
+        raise InvalidRecordError("shape", f"{name} has {values.ndim} dimensions: it must have {dimensions}")
+
+
+def _same_shape(name: str, values: npt.NDArray[np.generic], shape: tuple[int, ...]) -> None:
+    if values.shape != shape:
+        raise InvalidRecordError("shape", f"{name} has shape {values.shape}: it must be {shape}")
+
+
+def _check_logprobs(name: str, logprobs: Floats) -> None:
+    if logprobs.max() > LOGPROB_TOLERANCE:
+        raise InvalidRecordError("range", f"{name} holds a log-probability above 0")
+    if np.exp(logprobs).sum(axis=1).max() > 1.0 + LOGPROB_TOLERANCE:
+        raise InvalidRecordError("mass", f"{name} has a row that sums to more than 1")
+
+
+def _check_candidates(name: str, candidates: Candidates, tokens: int, vocabulary: int) -> None:
+    ids, logprobs = candidates.ids, candidates.logprobs
+    _array(f"{name}.ids", ids, np.int32, 2)
+    _array(f"{name}.logprobs", logprobs, np.float64, 2)
+    _same_shape(f"{name}.logprobs", logprobs, ids.shape)
+    if ids.shape[0] != tokens or ids.shape[1] == 0:
+        raise InvalidRecordError("shape", f"{name}.ids has shape {ids.shape}: it must have {tokens} rows, 1 column")
+    if ids.min() < -1 or ids.max() >= vocabulary:
+        raise InvalidRecordError("ids", f"{name}.ids leaves the vocabulary of {vocabulary}")
+    if (ids[:, 0] < 0).any():
+        raise InvalidRecordError("empty", f"{name}.ids has a row without a candidate")
+    ordered = np.sort(ids, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise InvalidRecordError("repeated", f"{name}.ids names an id twice in a row")
+    if np.isnan(logprobs).any():
+        raise InvalidRecordError("nan", f"{name}.logprobs holds NaN")
+    if (logprobs[ids < 0] != -np.inf).any():
+        raise InvalidRecordError("range", f"{name}.logprobs must be -inf where ids is -1")
+    if (logprobs[:, 1:] > logprobs[:, :-1] + _ORDER_TOLERANCE).any() or ((ids[:, 1:] >= 0) & (ids[:, :-1] < 0)).any():
+        raise InvalidRecordError("order", f"{name} must run from the most to the least likely, padding last")
+    _check_logprobs(f"{name}.logprobs", logprobs)

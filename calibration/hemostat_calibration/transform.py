@@ -46,11 +46,11 @@ def shift_at(profile: CalibrationProfile, ids: npt.NDArray[np.integer], logprobs
     return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
 
 
-def shift_range(profile: CalibrationProfile) -> tuple[float, float]:
-    """(low, high) in nats: every Δz of this profile, at any id of any row, lies between them."""
-    low, high = FAMILIES[profile.family].range(profile.parameters)
+def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tuple[Floats, Floats]:
+    """(low, high), each [...] in nats: bounds of the Δz of every id, in any row, with z − max z ≤ `most` [...]."""
+    low, high = FAMILIES[profile.family].range(profile.parameters, np.asarray(most, dtype=np.float64))
     clamp = profile.clamp_nats
-    return float(np.clip(low, -clamp, clamp)), float(np.clip(high, -clamp, clamp))
+    return np.clip(low, -clamp, clamp), np.clip(high, -clamp, clamp)
 
 
 def apply(profile: CalibrationProfile, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:

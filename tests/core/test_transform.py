@@ -33,6 +33,16 @@ def test_bounded_and_blind_to_a_constant(logits, bias, temperature, clamp, const
     np.testing.assert_allclose(shift(profile, logits + constant), delta, atol=1e-9)
 
 
+@given(rows, biases, temperatures, st.floats(-20, 0))
+def test_the_range_of_unlikely_ids(logits, bias, temperature, most):
+    profile = temperature_bias("m", V, temperature, bias, 2.0)
+    delta = shift(profile, logits)
+    unlikely = logits - logits.max(-1, keepdims=True) <= most
+    low, high = shift_range(profile, most)
+    assert (delta[unlikely] >= low - 1e-12).all()
+    assert (delta[unlikely] <= high + 1e-12).all()
+
+
 @given(rows, biases, temperatures)
 def test_the_top_k_view_agrees_with_the_whole_row(logits, bias, temperature):
     profile = temperature_bias("m", V, temperature, bias, 1.0)

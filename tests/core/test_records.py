@@ -1,0 +1,94 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hemostat_calibration.errors import InvalidRecordError
+from hemostat_calibration.records import REASONS, Candidates, Shift, validate
+
+from .strategies import Truth, log_softmax, make_record, truths
+
+
+def good():
+    rng = np.random.default_rng(1)
+    z = rng.normal(size=(5, 12))
+    return make_record(Truth(log_softmax(z), log_softmax(z + 0.3), np.array([0, 1, 2, 3, 4])), 4)
+
+
+def put(values, index, value):
+    changed = values.copy()
+    changed[index] = value
+    return changed
+
+
+def candidates(record, **changes):
+    return replace(record, compressed=replace(record.compressed, **changes))
+
+
+@given(truths(), st.integers(1, 30), st.sampled_from([None, 1, 3]))
+def test_what_models_say_is_accepted(truth, k, reference_k):
+    record = make_record(truth, k, reference_k=reference_k)
+    assert validate(record) is record
+
+
+BREAKS = {
+    "schema": lambda r: replace(r, schema=2),
+    "no tokens": lambda r: replace(r, output_ids=np.zeros(0, np.int32)),
+    "id dtype": lambda r: replace(r, output_ids=r.output_ids.astype(np.int64)),
+    "float dtype": lambda r: replace(r, reference_at=r.reference_at.astype(np.float32)),
+    "emitted outside": lambda r: replace(r, output_ids=put(r.output_ids, 0, 12)),
+    "emitted negative": lambda r: replace(r, output_ids=put(r.output_ids, 0, -1)),
+    "candidate outside": lambda r: candidates(r, ids=put(r.compressed.ids, (0, 0), 12)),
+    "candidate twice": lambda r: candidates(r, ids=put(r.compressed.ids, (0, 1), r.compressed.ids[0, 0])),
+    "no candidate": lambda r: candidates(
+        r, ids=put(r.compressed.ids, 0, -1), logprobs=put(r.compressed.logprobs, 0, -np.inf)
+    ),
+    "padding with a value": lambda r: candidates(r, ids=put(r.compressed.ids, (0, 3), -1)),
+    "padding before ids": lambda r: candidates(
+        r,
+        ids=put(put(r.compressed.ids, (0, 2), -1), (0, 3), 11 if 11 not in r.compressed.ids[0] else 10),
+        logprobs=put(put(r.compressed.logprobs, (0, 2), -np.inf), (0, 3), -np.inf),
+    ),
+    "rows": lambda r: replace(r, compressed=Candidates(r.compressed.ids[1:], r.compressed.logprobs[1:])),
+    "columns": lambda r: replace(r, reference_at=r.reference_at[:, 1:]),
+    "one dimension": lambda r: replace(r, reference_at=r.reference_at[:, 0]),
+    "short emitted": lambda r: replace(r, compressed_emitted=r.compressed_emitted[1:]),
+    "NaN": lambda r: candidates(r, logprobs=put(r.compressed.logprobs, (0, 3), np.nan)),
+    "NaN emitted": lambda r: replace(r, reference_emitted=put(r.reference_emitted, 0, np.nan)),
+    "emitted without a probability": lambda r: replace(r, compressed_emitted=put(r.compressed_emitted, 0, -np.inf)),
+    "above 0": lambda r: replace(r, reference_emitted=put(r.reference_emitted, 0, 0.1)),
+    "reference above 0": lambda r: replace(r, reference_at=put(r.reference_at, (0, 0), 0.1)),
+    "unordered": lambda r: candidates(r, logprobs=r.compressed.logprobs[:, ::-1].copy()),
+    "reference mass": lambda r: replace(r, reference_at=np.where(r.compressed.ids >= 0, -0.1, np.nan)),
+    "mass": lambda r: candidates(r, logprobs=np.where(r.compressed.ids >= 0, -0.5, -np.inf)),
+    "negative entropy": lambda r: replace(r, reference_entropy=put(r.reference_entropy, 0, -1.0)),
+    "large entropy": lambda r: replace(r, reference_entropy=put(r.reference_entropy, 0, 3.0)),
+    "infinite shift": lambda r: replace(r, shifts={"v": Shift(np.full(5, np.inf), np.zeros(5))}),
+    "short shift": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(4))}),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_every_break_is_named(name):
+    record = BREAKS[name](good())
+    with pytest.raises(InvalidRecordError) as error:
+        validate(record)
+    assert error.value.reason in REASONS
+    assert "\n" not in str(error.value)
+
+
+def test_the_reasons_are_all_used():
+    reasons = set()
+    for change in BREAKS.values():
+        with pytest.raises(InvalidRecordError) as error:
+            validate(change(good()))
+        reasons.add(error.value.reason)
+    assert reasons == set(REASONS)
+
+
+def test_unknown_is_allowed_where_it_means_unknown():
+    record = good()
+    validate(replace(record, reference_at=np.full_like(record.reference_at, np.nan), reference_entropy=None))
+    validate(replace(record, shifts={"v": Shift(np.full(5, np.nan), np.full(5, np.nan))}))
