@@ -16,9 +16,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from pydantic import BaseModel, ConfigDict
 
 from hemostat import __version__
-from hemostat.engine_api import engine_router
+from hemostat.engine_api import engine_router, read_body
 from hemostat.engines import EngineRegistry
-from hemostat_calibration.errors import HemostatError, InvalidProfileError
+from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profile import VERSION_PATTERN
 
 MAX_PROFILE_BYTES = 256 * 1024 * 1024
@@ -116,7 +116,7 @@ def create_app(control: Governed, token: str | None, now: Callable[[], float]) -
 
     @app.post("/api/v1/profiles", dependencies=guarded)
     async def import_profile(request: Request) -> dict[str, str]:
-        return {"version": await control.import_profile(await _body(request, MAX_PROFILE_BYTES))}
+        return {"version": await control.import_profile(await read_body(request, MAX_PROFILE_BYTES))}
 
     @app.post("/api/v1/profiles/rollback", dependencies=guarded)
     async def rollback() -> dict[str, Any]:
@@ -130,16 +130,6 @@ def create_app(control: Governed, token: str | None, now: Callable[[], float]) -
 
     app.include_router(engine_router(control.engines, control.profile_bytes, now, require_token))
     return app
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The request's body; InvalidProfileError when it is longer than `limit` bytes."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise InvalidProfileError(f"the body is longer than {limit} bytes")
-    return bytes(body)
 
 
 def _asset(name: str) -> str:

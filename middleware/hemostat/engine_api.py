@@ -25,7 +25,7 @@ def engine_router(
 
     @router.post("/report")
     async def report(request: Request) -> dict[str, list[str]]:
-        body = await _body(request, REPORT_BYTES_AT_MOST)
+        body = await read_body(request, REPORT_BYTES_AT_MOST)
         try:
             return {"hold": registry.report(decode_report(body), now())}
         except InvalidEngineMessage as error:
@@ -40,7 +40,7 @@ def engine_router(
 
     @router.post("/tap", status_code=204)
     async def tap(request: Request) -> None:
-        body = await _body(request, TAP_BYTES_AT_MOST)
+        body = await read_body(request, TAP_BYTES_AT_MOST)
         try:
             registry.tap(decode_tap(body), now())
         except InvalidEngineMessage as error:
@@ -49,7 +49,8 @@ def engine_router(
     return router
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
+    """The request's body; 413 when it is longer than `limit` bytes."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

@@ -221,6 +221,9 @@ class Scorer:
             self._busy += 1
             try:
                 tap = await self._tap(capture, len(arrays.output))
+                if tap is not None and tap.mixed:
+                    self._count("skipped", "mixed_profile")
+                    continue
                 info = self._info()
                 if info is None:
                     self._count("dropped", "reference_down")
