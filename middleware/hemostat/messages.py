@@ -95,6 +95,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     request_temperature: float | None = None
     request_logit_bias: dict[str, float] = {}
     body_limit: int = 4 * 1024 * 1024
+    unscorable_models: frozenset[str] = frozenset()
+    """Served names that are not the compressed base model (LoRA adapters): neither scored nor calibrated."""
 
 
 OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)

@@ -1,0 +1,371 @@
+"""The hook behind the relay: which requests are sampled or calibrated, what they ask for, what they bring back."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hemostat import openai, sampling
+from hemostat.messages import Capture, Policy
+from hemostat.relay.hooks import Exchange, Headers, Refusal, Rewrite
+from hemostat_calibration.profile import VERSION_PATTERN
+from hemostat_calibration.records import Arm, Sampling
+
+SHADOW_REQUESTS = "hemostat_shadow_requests_total"
+"""Labels outcome, reason. Every sampled request counts once: `shadowed` (captured and handed on), `skipped` (it cannot
+be scored, by reason), `dropped` (it could have been, but there was no room)."""
+
+CALIBRATION_REQUESTS = "hemostat_calibration_requests_total"
+"""Labels arm, reason. Every request for which a profile was in question: why it stands in its arm."""
+
+ROUTES = {b"/v1/chat/completions": True, b"/v1/completions": False}
+"""Scored and calibrated; True for the chat route."""
+
+OTHER_ROUTES = frozenset(
+    {
+        b"/v1/responses",
+        b"/v1/messages",
+        b"/v1/chat/completions/batch",
+        b"/inference/v1/generate",
+        b"/v1/embeddings",
+        b"/v1/audio/transcriptions",
+        b"/v1/audio/translations",
+    }
+)
+"""They generate or compute too, but are not scored."""
+
+_PREFIX = b"x-hemostat-"
+_SHADOW = b"x-hemostat-shadow"
+_CALIBRATION = b"x-hemostat-calibration"
+_LABEL = b"x-hemostat-label"
+_CONSUMED = frozenset({_SHADOW, _CALIBRATION, _LABEL})
+_REFUSAL_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    """What the client's own X-Hemostat headers ask for."""
+
+    shadow: bool | None = None
+    calibration: str | None = None
+    """A version, `off`, or None for no wish."""
+    label: str = ""
+
+
+class Interceptor:
+    """A `relay.hooks.Hook`. Assign `policy` at any time: requests that have begun keep the one they began with.
+
+    emit: hands a capture on; False when there is no room for it.
+    count: adds one to a metric, by its name and label values.
+    clock: monotonic seconds. nonce: names a request among the engine's taps, unguessably.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        emit: Callable[[Capture], bool],
+        count: Callable[[str, tuple[str, ...]], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        nonce: Callable[[], str] = lambda: secrets.token_hex(16),
+    ) -> None:
+        self.policy = policy
+        self.emit = emit
+        self.count = count
+        self.clock = clock
+        self.nonce = nonce
+        self.refused_generation: int | None = None
+        """The policy under which the engine refused to give logprobs: nothing more is sampled until the next one."""
+
+    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> Exchange | Refusal | None:
+        policy = self.policy
+        own = [(name.lower(), value) for name, value in headers if name[:11].lower() == _PREFIX]
+        path = target.partition(b"?")[0]
+        chat = ROUTES.get(path) if method == "POST" else None
+        wishes = _Wishes()
+        if own:
+            read = _read_wishes(own, policy)
+            if isinstance(read, Refusal):
+                return read
+            wishes = read
+        elif chat is not None and not policy.scoring and not _calibrates(policy):
+            return None
+        shadow = policy.scoring and sampling.sampled(request_id, policy.shadow_rate, policy.shadow_seed)
+        if chat is None:
+            if shadow and method == "POST" and path in OTHER_ROUTES:
+                self.skip("route")
+            return _Passing(policy) if own else None
+        if wishes.shadow is False and shadow:
+            self.skip("opted_out")
+            shadow = False
+        elif wishes.shadow and not shadow:
+            if not policy.shadow_allow_on:
+                self.skip("on_not_allowed")
+            shadow = policy.scoring and policy.shadow_allow_on
+        if shadow and self.refused_generation == policy.generation:
+            self.skip("logprobs_refused")
+            shadow = False
+        calibrated = _calibrates(policy) or wishes.calibration is not None
+        if not shadow and not calibrated:
+            return _Passing(policy) if own else None
+        if any(name.lower() == b"content-encoding" for name, _ in headers):
+            if shadow:
+                self.skip("encoded")
+            return _Passing(policy) if own else None
+        return _Intercepted(self, policy, chat, path.decode("ascii"), request_id, wishes, shadow, calibrated)
+
+    def skip(self, reason: str) -> None:
+        self.count(SHADOW_REQUESTS, ("skipped", reason))
+
+
+def _calibrates(policy: Policy) -> bool:
+    """Whether a request without headers of ours can get a profile: `off` is the one switch that ends it all."""
+    if policy.mode == "off":
+        return False
+    return policy.forced is not None or (policy.mode == "auto" and policy.serving is not None)
+
+
+def _read_wishes(own: list[tuple[bytes, bytes]], policy: Policy) -> _Wishes | Refusal:
+    shadow: bool | None = None
+    calibration: str | None = None
+    label = ""
+    for name, raw in own:
+        value = raw.decode("latin-1").strip()
+        if name == _SHADOW:
+            if value not in ("on", "off"):
+                return _refuse("X-Hemostat-Shadow", "must be `on` or `off`.")
+            shadow = value == "on"
+        elif name == _CALIBRATION:
+            if value != "off" and not VERSION_PATTERN.fullmatch(value):
+                return _refuse("X-Hemostat-Calibration", "must be `off` or a profile version (32 hexadecimal digits).")
+            calibration = value
+        elif name == _LABEL and policy.labels:
+            if value not in policy.labels:
+                return _refuse("X-Hemostat-Label", f"must be one of: {', '.join(sorted(policy.labels))}.")
+            label = value
+    return _Wishes(shadow, calibration, label)
+
+
+def _refuse(header: str, problem: str) -> Refusal:
+    return Refusal(400, openai.error(f"The header {header} {problem}", header))
+
+
+class _Passing:
+    """A request that goes on as it is, but for our own headers."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.body_limit = policy.body_limit
+
+    def request(self, body: bytes | None) -> Rewrite | Refusal | None:
+        return Rewrite(body, _CONSUMED) if body else None
+
+    def response_head(self, status: int, headers: Headers) -> bool:
+        return False
+
+    def response_data(self, data: bytes) -> bytes:
+        return data
+
+    def response_end(self) -> bytes:
+        return b""
+
+    def closed(self, *, complete: bool) -> None:
+        pass
+
+
+class _Intercepted:
+    """A chat or completions request that is sampled, calibrated, or both."""
+
+    def __init__(
+        self,
+        owner: Interceptor,
+        policy: Policy,
+        chat: bool,
+        route: str,
+        request_id: str,
+        wishes: _Wishes,
+        shadow: bool,
+        calibrated: bool,
+    ) -> None:
+        self.body_limit = policy.body_limit
+        self._owner = owner
+        self._policy = policy
+        self._chat = chat
+        self._route = route
+        self._request_id = request_id
+        self._wishes = wishes
+        self._shadow = shadow
+        """Sampled, and not yet counted as skipped."""
+        self._calibrated = calibrated
+        self._arm = Arm.NONE
+        self._version: str | None = None
+        self._nonce = ""
+        self._sampling = Sampling()
+        self._request: openai.Request | None = None
+        self._tokens: openai.Tokens | None = None
+        self._stripper: openai.Stripper | None = None
+        self._refusal: bytearray | None = None
+        self._ended = False
+
+    def request(self, body: bytes | None) -> Rewrite | Refusal | None:
+        policy = self._policy
+        if body is None:
+            self._pass("body_too_large")
+            return None
+        try:
+            request = openai.read(self._chat, body, policy.unscorable_models)
+        except openai.MALFORMED:
+            self._pass("bad_json")
+            return Rewrite(body, _CONSUMED)
+        changes: dict[str, bytes] = {}
+        xargs: dict[str, str] = {}
+        self._version = request.own_profile
+        if self._calibrated:
+            self._calibrate(request, changes, xargs)
+        if self._shadow:
+            too_long = request.prompt_tokens > policy.shadow_max_tokens
+            if reason := request.unscorable or ("too_long" if too_long else None):
+                self._skip(reason)
+            else:
+                self._request = request
+                self._tokens = openai.Tokens(policy.shadow_top_k, policy.shadow_max_tokens)
+                changes |= openai.ask_for_tokens(request, policy.shadow_top_k)
+                if policy.tap and not request.own_tap:
+                    self._nonce = xargs["hemostat_tap"] = self._owner.nonce()
+        if xargs:
+            changes["vllm_xargs"] = openai.with_xargs(request, xargs)
+        self._sampling = openai.sampling_parameters(request, changes)
+        return Rewrite(
+            request.body.edit(changes) if changes else body,
+            _CONSUMED | {b"accept-encoding"} if self._tokens is not None else _CONSUMED,
+        )
+
+    def _calibrate(self, request: openai.Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
+        """Choose the arm and the profile, and ask the engine for it."""
+        policy = self._policy
+        version, arm, reason = self._choose(request)
+        self._owner.count(CALIBRATION_REQUESTS, (arm.value, reason))
+        self._arm = arm
+        if version is None:
+            return
+        self._version = version
+        if policy.apply == "engine":
+            xargs["hemostat"] = version
+            return
+        if policy.request_temperature is not None:
+            changes["temperature"] = openai.encode(policy.request_temperature)
+        if policy.request_logit_bias:
+            changes["logit_bias"] = openai.encode(policy.request_logit_bias)
+
+    def _choose(self, request: openai.Request) -> tuple[str | None, Arm, str]:
+        """Version, arm and reason. What is left out is left out of both arms alike: by what the client sent."""
+        policy, wish = self._policy, self._wishes.calibration
+        if policy.mode == "off":
+            return None, Arm.NONE, "off"
+        if request.uncalibrated is not None:
+            return None, Arm.NONE, request.uncalibrated
+        if policy.apply == "request" and (request.body.has("temperature") or request.body.has("logit_bias")):
+            return None, Arm.NONE, "own_parameters"
+        if policy.forced is not None:
+            return self._held(policy.forced, Arm.NONE, "forced")
+        if wish == "off":
+            return None, Arm.NONE, "opted_out"
+        if wish is not None:
+            return self._held(wish, Arm.NONE, "pinned")
+        serving = self._held(policy.serving or "", Arm.TREATED, "assigned")
+        key = request.conversation or self._request_id.encode("utf-8", "surrogateescape")
+        if serving[0] is not None and sampling.controlled(key, policy.control_fraction, policy.shadow_seed):
+            return None, Arm.CONTROL, "assigned"
+        return serving
+
+    def _held(self, version: str, arm: Arm, reason: str) -> tuple[str | None, Arm, str]:
+        """Only what the engine says it holds is asked for: the rest would be identity without anybody knowing."""
+        policy = self._policy
+        held = policy.acknowledged if policy.apply == "engine" else {policy.serving, policy.forced}
+        return (version, arm, reason) if version in held else (None, Arm.NONE, "unknown")
+
+    def _pass(self, reason: str) -> None:
+        """The body cannot be read: it goes on as it came."""
+        self._skip(reason)
+        if self._calibrated:
+            self._owner.count(CALIBRATION_REQUESTS, (Arm.NONE.value, reason))
+
+    def _skip(self, reason: str) -> None:
+        if self._shadow:
+            self._shadow = False
+            self._owner.skip(reason)
+
+    def response_head(self, status: int, headers: Headers) -> bool:
+        if self._request is None or self._tokens is None:
+            return False
+        fields = {name.lower(): value for name, value in headers}
+        content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if status != 200:
+            self._tokens.fail("upstream_error")
+            if status == 400:
+                self._refusal = bytearray()
+            return status == 400
+        if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+            self._tokens.fail("encoded")
+            return False
+        if content_type not in (b"text/event-stream", b"application/json"):
+            self._tokens.fail("unreadable")
+            return False
+        self._stripper = openai.Stripper(self._request, self._tokens, stream=content_type == b"text/event-stream")
+        return True
+
+    def response_data(self, data: bytes) -> bytes:
+        if self._stripper is not None:
+            return self._stripper.feed(data)
+        if self._refusal is not None and len(self._refusal) < _REFUSAL_BYTES:
+            self._refusal += data
+        return data
+
+    def response_end(self) -> bytes:
+        self._ended = True
+        if self._stripper is not None:
+            return self._stripper.finish()
+        if self._refusal is not None and b"logprobs" in self._refusal:
+            # Our doing, most likely: the engine's --max-logprobs is lower than what was asked for.
+            self._owner.refused_generation = self._policy.generation
+        return b""
+
+    def closed(self, *, complete: bool) -> None:
+        if not self._shadow:
+            return
+        request, tokens = self._request, self._tokens
+        if request is None or tokens is None:
+            self._skip("incomplete")
+        elif tokens.failure is not None:
+            self._skip(tokens.failure)
+        elif not (complete and self._ended):
+            self._skip("incomplete")
+        else:
+            self._shadow = False
+            emitted = self._owner.emit(self._capture(request, tokens))
+            self._owner.count(SHADOW_REQUESTS, ("shadowed", "") if emitted else ("dropped", "link_full"))
+
+    def _capture(self, request: openai.Request, tokens: openai.Tokens) -> Capture:
+        return Capture(
+            request_id=self._request_id,
+            route=self._route,
+            model=tokens.model,
+            label=self._wishes.label,
+            arm=self._arm.value,
+            requested=self._version,
+            nonce=self._nonce,
+            stream=request.stream,
+            prompt_token_ids=openai.little_endian(tokens.prompt_ids),
+            output_token_ids=openai.little_endian(tokens.output_ids),
+            top_k=tokens.top_k,
+            candidate_ids=openai.little_endian(tokens.candidate_ids),
+            candidate_logprobs=openai.little_endian(tokens.candidate_logprobs),
+            emitted_logprobs=openai.little_endian(tokens.emitted_logprobs),
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            sampling_top_k=self._sampling.top_k,
+            min_p=self._sampling.min_p,
+            finish_reason=tokens.finish_reason,
+            captured_at=self._owner.clock(),
+        )

@@ -1,0 +1,104 @@
+"""Server-sent events, sans-IO: bytes at any split in, whole events out, each with its original bytes.
+
+Invariant: the concatenation of every event's `raw` and of `flush()` is exactly what was fed, whatever the splits, so
+that an event nobody touches goes on as it came. Line ends are LF, CRLF or CR, as the HTML standard has them
+(https://html.spec.whatwg.org/multipage/server-sent-events.html).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# Atomic groups: without them a lone CRLF would backtrack into CR plus LF and pass for a blank line.
+_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+MAX_EVENT = 16 * 1024 * 1024
+"""Bytes of one event that are held while its end has not come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One block of the stream.
+
+    raw: its bytes, with the blank line that ends it (of which a CRLF's LF may come with the next event).
+    data: the lines of its `data` fields joined by LF; None where it has none (a comment, say).
+    start, end: where `data` stands in `raw`; start is -1 where it spans several lines.
+    """
+
+    raw: bytes
+    data: bytes | None
+    start: int = -1
+    end: int = -1
+
+    def replace(self, data: bytes) -> bytes:
+        """The event's bytes with other data (without line ends in it)."""
+        if self.start >= 0:
+            return self.raw[: self.start] + data + self.raw[self.end :]
+        others = [line for line in _LINE_END.split(self.raw) if line and not line.startswith(b"data:")]
+        return b"\n".join([*others, b"data: " + data, b"", b""])
+
+
+def parse(raw: bytes) -> Event:
+    """The event that these bytes are; the end of the last line may be missing."""
+    data: list[bytes] = []
+    start = end = -1
+    position = 0
+    length = len(raw)
+    while position < length:
+        match = _LINE_END.search(raw, position)
+        line_end, following = match.span() if match else (length, length)
+        if raw.startswith(b"data", position):
+            value = position + 4
+            if value == line_end:
+                data.append(b"")
+                start = end = value
+            elif raw[value] == 0x3A:
+                start = value + 2 if raw.startswith(b" ", value + 1) else value + 1
+                end = line_end
+                data.append(raw[start:end])
+        position = following
+    if not data:
+        return Event(raw, None)
+    if len(data) > 1 or raw[start - 1 : start] not in (b":", b" "):
+        start = end = -1
+    return Event(raw, b"\n".join(data), start, end)
+
+
+class Parser:
+    """Bytes in, events out. Holds at most `max_event` bytes; what is longer goes through as an event without data."""
+
+    def __init__(self, max_event: int = MAX_EVENT) -> None:
+        self._max_event = max_event
+        self._buffer = bytearray()
+        self._opaque = False
+        """Inside an event whose beginning was given up."""
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events that these bytes complete."""
+        # A blank line may lie across the border: it is at most four bytes long.
+        search = max(0, len(self._buffer) - 3)
+        self._buffer += data
+        ends = [match.end() for match in _BLANK_LINE.finditer(self._buffer, search)]
+        events: list[Event] = []
+        start = 0
+        for end in ends:
+            raw = bytes(self._buffer[start:end])
+            events.append(Event(raw, None) if self._opaque else parse(raw))
+            self._opaque = False
+            start = end
+        del self._buffer[:start]
+        if len(self._buffer) > self._max_event:
+            # The last bytes stay, so that a blank line across the next border is still seen.
+            given_up = len(self._buffer) - 3
+            events.append(Event(bytes(self._buffer[:given_up]), None))
+            del self._buffer[:given_up]
+            self._opaque = True
+        return events
+
+    def flush(self) -> bytes:
+        """What is left when the stream ends in the middle of an event."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
