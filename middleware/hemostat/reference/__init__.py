@@ -1,1 +1,25 @@
 """Reference models behind one protocol."""
+
+from __future__ import annotations
+
+from hemostat.config import Settings
+from hemostat.reference.protocol import Reference
+
+
+def make_reference(settings: Settings) -> Reference | None:
+    """The configured reference, not started; None with `reference.backend: none`."""
+    wanted = settings.reference
+    match wanted.backend:
+        case "transformers":
+            from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415  only what is used
+
+            assert wanted.model is not None
+            return TransformersReference(wanted.model, wanted.dtype, wanted.device, wanted.threads)
+        case "vllm":
+            from hemostat.reference.vllm import VllmReference  # noqa: PLC0415
+
+            assert wanted.url is not None
+            api_key = wanted.api_key.get_secret_value() if wanted.api_key else None
+            return VllmReference(wanted.url, api_key, wanted.model, settings.shadow.top_k)
+        case _:
+            return None

@@ -1,0 +1,70 @@
+"""Do the two models speak the same token ids? Scores of another vocabulary would be numbers without a meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hemostat.reference.protocol import Reference, ReferenceFailure
+from hemostat.reference.server import VllmServer
+
+PROBE_TEXT = (
+    "Hello, world! 1234567890 3.14159  two spaces\n\ttabbed: def f(x): return x**2  # ok\n"
+    'Größe, naïve, Ελληνικά, Привет, 你好，世界, こんにちは, مرحبا, 🙂🚀 {"key": [null, true]} https://example.org/?a=b&c=%20'
+)
+# No system message: some templates refuse one, and those that put one in of their own accord show it.
+PROBE_CHAT = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And 3 + 3?"},
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """`ok` False: do not score; `detail` says in one line what differs, or what was found equal."""
+
+    ok: bool
+    detail: str
+
+
+async def compare(
+    upstream_url: str, api_key: str | None, model: str | None, reference: Reference, ca: Path | None = None
+) -> Match:
+    """Compare vocabulary size, ids of a probe text, ids of a rendered chat. Starts the reference.
+
+    `model`: the upstream's served name, None its first. Raises ReferenceFailure when either could not be asked: that
+    is no mismatch, and worth another try.
+    """
+    info = await reference.start()
+    server = VllmServer(upstream_url, api_key, ca=ca)
+    try:
+        name = (await server.model(model)).id
+        size = await server.vocab_size(name)
+        if size != info.vocab_size:
+            return Match(
+                False, f"vocabulary: {name} has {size} tokens, the reference {info.model} has {info.vocab_size}"
+            )
+        if difference := _difference(await server.tokenize(name, PROBE_TEXT), await reference.tokenize(PROBE_TEXT)):
+            return Match(False, f"token ids of a probe text: {name} and the reference {info.model} {difference}")
+        try:
+            rendered = await server.render(name, PROBE_CHAT), await reference.render(PROBE_CHAT)
+        except ReferenceFailure as failure:
+            if failure.reason != "no_chat_template":
+                raise
+            # Without two templates there is nothing to differ: the reference scores the compressed model's ids.
+            return Match(True, f"{size} tokens, same ids of a probe text; no chat to compare ({failure})")
+        if difference := _difference(*rendered):
+            return Match(False, f"token ids of a rendered chat: {name} and the reference {info.model} {difference}")
+        return Match(True, f"{size} tokens, same ids of a probe text and of a rendered chat")
+    finally:
+        await server.close()
+
+
+def _difference(ours: list[int], theirs: list[int]) -> str:
+    """ "" when equal, else where they part."""
+    if ours == theirs:
+        return ""
+    at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    a, b = (str(ids[at]) if at < len(ids) else "nothing" for ids in (ours, theirs))
+    return f"differ from token {at} on ({a} against {b})"

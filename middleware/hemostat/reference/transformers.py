@@ -1,0 +1,296 @@
+"""The reference model on this machine, through transformers, in a worker process of its own.
+
+Torch beside the event loop would hold its lock and its core. The worker scores one request at a time at full
+vocabulary, so entropies and expected shifts are exact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hemostat.reference import wire
+from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat_calibration.families import TEMPERATURE_BIAS
+from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.records import Candidates, Floats, Ids
+
+log = logging.getLogger("hemostat.reference")
+
+BACKOFF = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
+"""Seconds before a dead worker is started again, by how often in a row it has failed."""
+CLOSES_WITHIN = 2.0
+STDERR_KEPT = 4096
+"""Last bytes of the worker's standard error, for the message about its end."""
+LAST_WORDS_WITHIN = 1.0
+
+_TokenRequest = Callable[[int], wire.Request]
+
+
+class TransformersReference:
+    """Implements `Reference`. A worker that dies fails what was being scored ("down") and is started again."""
+
+    def __init__(self, model: str, dtype: str = "auto", device: str = "cpu", threads: int | None = None) -> None:
+        """`threads`: CPU threads of torch; None is half of the cores that this process may use, at least one."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._load = wire.Load(model, dtype, device, threads or max(1, cores // 2))
+        self._worker: _Worker | None = None
+        self._info: ReferenceInfo | None = None
+        self._starting = asyncio.Lock()
+        self._keeper: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def start(self) -> ReferenceInfo:
+        """Load the model; returns at once when it is loaded. Raises ReferenceFailure; may be called again then."""
+        async with self._starting:
+            if self._closed:
+                raise ReferenceFailure("down", "the reference is closed")
+            if self._worker is None or self._worker.dead.is_set():
+                self._worker = None
+                self._worker, loaded = await _Worker.start(self._load)
+                self._info = ReferenceInfo(self._load.model, loaded.digest, loaded.dtype, loaded.vocab_size, True)
+            if self._keeper is None:
+                self._keeper = asyncio.create_task(self._keep(), name="reference worker")
+            assert self._info is not None
+            return self._info
+
+    async def _keep(self) -> None:
+        failures = 0
+        while True:
+            if self._worker is not None and not self._worker.dead.is_set():
+                await self._worker.dead.wait()
+                log.error("the reference worker ended: %s", self._worker.epitaph())
+            await asyncio.sleep(BACKOFF[min(failures, len(BACKOFF) - 1)])
+            try:
+                await self.start()
+                failures = 0
+            except ReferenceFailure as failure:
+                failures += 1
+                log.error("the reference did not start again: %s", failure)
+
+    async def score(
+        self,
+        prompt: npt.NDArray[np.int32],
+        output: npt.NDArray[np.int32],
+        ids: Ids,
+        profiles: tuple[CalibrationProfile, ...] = (),
+    ) -> ReferenceScores:
+        """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (bias, no temperature), else NaN:
+        the rest needs the compressed model's logits at every id, which the reference does not have."""
+        worker = self._alive()
+        assert self._info is not None
+        if not len(prompt) or not len(output):
+            raise ReferenceFailure("empty", "a prompt and an output of at least one token are needed")
+        # The last output token is scored but not read.
+        read = len(prompt) + len(output) - 1
+        if worker.max_positions and read > worker.max_positions:
+            raise ReferenceFailure("too_long", f"{read} tokens: the reference reads at most {worker.max_positions}")
+        functionals = {
+            p.version: values for p in profiles if (values := _token_shift(p, self._info.vocab_size)) is not None
+        }
+        answer = await worker.score(prompt, output, ids, functionals)
+        tokens, width = ids.shape
+
+        def floats(data: bytes) -> Floats:
+            return np.frombuffer(data, "<f8").astype(np.float64)
+
+        unknown = np.full(tokens, np.nan)
+        return ReferenceScores(
+            at=floats(answer.at).reshape(tokens, width),
+            top=Candidates(
+                np.frombuffer(answer.top_ids, "<i4").astype(np.int32).reshape(tokens, width),
+                floats(answer.top_logprobs).reshape(tokens, width),
+            ),
+            emitted=floats(answer.emitted),
+            entropy=floats(answer.entropy),
+            expected_shift={
+                p.version: floats(answer.expected[p.version]) if p.version in functionals else unknown.copy()
+                for p in profiles
+            },
+        )
+
+    async def render(self, messages: list[dict[str, str]]) -> list[int]:
+        return await self._alive().token_ids(lambda number: wire.Render(number, messages))
+
+    async def tokenize(self, text: str) -> list[int]:
+        return await self._alive().token_ids(lambda number: wire.Tokenize(number, text))
+
+    async def close(self) -> None:
+        """End the worker; what is being scored fails."""
+        self._closed = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        async with self._starting:
+            if self._worker is not None:
+                await self._worker.close()
+
+    def _alive(self) -> _Worker:
+        if self._worker is None or self._worker.dead.is_set():
+            raise ReferenceFailure("down", "the reference worker is not running")
+        return self._worker
+
+
+def _token_shift(profile: CalibrationProfile, vocab_size: int) -> npt.NDArray[np.float32] | None:
+    """Δz as a function of the token alone, float32 [V] nats; None where it is not, or the vocabulary differs."""
+    if profile.family != TEMPERATURE_BIAS or profile.vocab_size != vocab_size:
+        return None
+    if float(profile.parameters["inverse_temperature"]) != 1.0:
+        return None
+    return np.clip(profile.parameters["bias"], -profile.clamp_nats, profile.clamp_nats)
+
+
+class _Worker:
+    """One worker process and the requests under way in it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._numbers = itertools.count()
+        self._pending: dict[int, asyncio.Future[wire.Answer]] = {}
+        self._held: set[str] = set()
+        self._turn = asyncio.Lock()
+        self._stderr = b""
+        self._listening = asyncio.create_task(self._listen(), name="reference stderr")
+        self._reading = asyncio.create_task(self._read(), name="reference answers")
+        self._first: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
+        self.dead = asyncio.Event()
+        self.max_positions = 0
+
+    @classmethod
+    async def start(cls, load: wire.Load) -> tuple[_Worker, wire.Loaded]:
+        """Raises ReferenceFailure when the process does not start or the model does not load."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "hemostat.reference.worker", str(os.getpid())),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C is not for it
+            )
+        except OSError as error:
+            raise ReferenceFailure("down", f"the reference worker cannot be started: {error}") from error
+        worker = cls(process)
+        try:
+            worker._send(load)
+            answer = await worker._first
+        except BaseException:
+            await worker.close()
+            raise
+        if isinstance(answer, wire.Loaded):
+            worker.max_positions = answer.max_positions
+            return worker, answer
+        await worker.close()
+        if isinstance(answer, wire.Failed):
+            raise ReferenceFailure(answer.reason, f"{load.model} does not load: {answer.message}")
+        raise ReferenceFailure("protocol", f"the reference worker began with {type(answer).__name__}")
+
+    async def score(
+        self, prompt: Ids, output: Ids, ids: Ids, functionals: dict[str, npt.NDArray[np.float32]]
+    ) -> wire.Scored:
+        async with self._turn:  # a request whose caller gives up while waiting never reaches the worker
+            number = next(self._numbers)
+            # What the worker holds follows the order of what is sent, so both change together, without an await.
+            new = {name: v.astype("<f4").tobytes() for name, v in functionals.items() if name not in self._held}
+            self._held = set(functionals)
+            answer = await self._ask(
+                number,
+                wire.Score(
+                    id=number,
+                    prompt=prompt.astype("<i4").tobytes(),
+                    output=output.astype("<i4").tobytes(),
+                    ids=ids.astype("<i4").tobytes(),
+                    width=ids.shape[1],
+                    functionals=new,
+                    wanted=list(functionals),
+                ),
+            )
+        if not isinstance(answer, wire.Scored):
+            raise ReferenceFailure("protocol", f"the reference worker answered {type(answer).__name__}")
+        return answer
+
+    async def token_ids(self, request: _TokenRequest) -> list[int]:
+        async with self._turn:
+            number = next(self._numbers)
+            answer = await self._ask(number, request(number))
+        if not isinstance(answer, wire.TokenIds):
+            raise ReferenceFailure("protocol", f"the reference worker answered {type(answer).__name__}")
+        return answer.ids
+
+    async def _ask(self, number: int, request: wire.Request) -> wire.Answer:
+        future: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
+        self._pending[number] = future
+        try:
+            self._send(request)
+            answer = await future
+        finally:
+            self._pending.pop(number, None)
+        if isinstance(answer, wire.Failed):
+            self._held = set()  # it may have failed before it took in what was sent along
+            raise ReferenceFailure(answer.reason, answer.message)
+        return answer
+
+    def _send(self, request: wire.Request) -> None:
+        # Not drained: at most one request is on its way, and the answer is awaited anyhow.
+        assert self._process.stdin is not None
+        if self.dead.is_set():
+            raise ReferenceFailure("down", f"the reference worker is not running: {self.epitaph()}")
+        self._process.stdin.write(wire.encode(request))
+
+    async def _read(self) -> None:
+        """Hand out answers until the worker's output ends; then nothing is pending any more."""
+        stream = self._process.stdout
+        assert stream is not None
+        try:
+            while True:
+                length = wire.body_length(await stream.readexactly(wire.HEADER_SIZE))
+                answer = wire.decode_answer(await stream.readexactly(length))
+                number = getattr(answer, "id", -1)
+                future = self._first if number < 0 else self._pending.get(number)
+                if future is not None and not future.done():
+                    future.set_result(answer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except (ValueError, msgspec.DecodeError) as error:
+            log.error("the reference worker sent nonsense: %s", error)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+            await asyncio.wait({self._listening}, timeout=LAST_WORDS_WITHIN)
+            self.dead.set()
+            failure = f"the reference worker ended: {self.epitaph()}"
+            for future in (self._first, *self._pending.values()):
+                if not future.done():
+                    future.set_exception(ReferenceFailure("down", failure))
+
+    async def _listen(self) -> None:
+        stream = self._process.stderr
+        assert stream is not None
+        while data := await stream.read(STDERR_KEPT):
+            self._stderr = (self._stderr + data)[-STDERR_KEPT:]
+
+    def epitaph(self) -> str:
+        """How it ended, and the last that it said."""
+        code = self._process.returncode
+        lines = self._stderr.decode(errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"code {code}; it said: {said}" if said else f"code {code}"
+
+    async def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.dead.wait(), CLOSES_WITHIN)
+        if not self.dead.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        await asyncio.gather(self._reading, self._listening, return_exceptions=True)

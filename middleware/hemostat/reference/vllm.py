@@ -1,0 +1,127 @@
+"""A reference model on another vLLM server, scored by `prompt_logprobs`. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.server import ModelCard, VllmServer
+from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.records import Candidates, Ids
+
+ROUNDING = 1e-3
+"""A log-probability above this is none: the server runs with another --logprobs-mode."""
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    logprob: float
+    rank: int | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    prompt_logprobs: list[msgspec.Raw] | None = None
+
+
+class _Completion(msgspec.Struct, frozen=True):
+    choices: list[_Choice]
+
+
+_row = msgspec.json.Decoder(dict[int, _Entry], strict=False)
+"""Keys are token ids as strings."""
+
+
+class VllmReference:
+    """Implements `Reference` with the server's top ids: no entropies, no expected shifts."""
+
+    def __init__(self, url: str, api_key: str | None = None, model: str | None = None, top_k: int = 20) -> None:
+        """`url`: the server's root. `model`: the served name, None the first. `top_k`: ids asked for a position, at
+        most the server's --max-logprobs."""
+        self._server = VllmServer(url, api_key)
+        self._wanted = model
+        self._top_k = top_k
+        self._card: ModelCard | None = None
+        self._info: ReferenceInfo | None = None
+
+    async def start(self) -> ReferenceInfo:
+        if self._info is None:
+            card = await self._server.model(self._wanted)
+            vocab_size = await self._server.vocab_size(card.id)
+            # The card's own id and dates change with every answer.
+            identity = f"{card.id}\0{card.root}\0{card.parent}\0{card.max_model_len}"
+            digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+            self._card = card
+            self._info = ReferenceInfo(card.id, digest, "server", vocab_size, False)
+        return self._info
+
+    async def score(
+        self,
+        prompt: npt.NDArray[np.int32],
+        output: npt.NDArray[np.int32],
+        ids: Ids,
+        profiles: tuple[CalibrationProfile, ...] = (),
+    ) -> ReferenceScores:
+        """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top."""
+        card = self._started()
+        length = len(prompt) + len(output)
+        if not len(prompt) or not len(output):
+            raise ReferenceFailure("empty", "a prompt and an output of at least one token are needed")
+        if card.max_model_len is not None and length + 1 > card.max_model_len:
+            raise ReferenceFailure(
+                "too_long", f"{length} tokens and one more: the reference takes {card.max_model_len}"
+            )
+        body = {
+            "model": card.id,
+            "prompt": [*prompt.tolist(), *output.tolist()],
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": self._top_k,
+        }
+        completion = await self._server.post("/v1/completions", body, _Completion)
+        rows = completion.choices[0].prompt_logprobs if completion.choices else None
+        if rows is None or len(rows) != length:
+            got = "none" if rows is None else str(len(rows))
+            raise ReferenceFailure("short_answer", f"prompt_logprobs for {got} of {length} positions")
+        return self._scores(rows[len(prompt) :], output, ids)
+
+    def _scores(self, rows: list[msgspec.Raw], output: npt.NDArray[np.int32], ids: Ids) -> ReferenceScores:
+        tokens = len(output)
+        at = np.full(ids.shape, np.nan)
+        top = Candidates(np.full((tokens, self._top_k), -1, np.int32), np.full((tokens, self._top_k), -np.inf))
+        emitted = np.empty(tokens)
+        for t, raw in enumerate(rows):
+            try:
+                row = _row.decode(raw)
+            except msgspec.DecodeError as error:
+                raise ReferenceFailure("bad_answer", f"prompt_logprobs at output position {t}: {error}") from error
+            given = row.get(int(output[t]))
+            if given is None or len(row) < self._top_k:
+                raise ReferenceFailure("short_answer", f"{len(row)} ids at output position {t}, or not the emitted one")
+            best = sorted(row.items(), key=lambda item: -item[1].logprob)[: self._top_k]
+            if best[0][1].logprob > ROUNDING:
+                raise ReferenceFailure(
+                    "logprobs_mode",
+                    "the reference gives no log-probabilities; start it with --logprobs-mode raw_logprobs",
+                )
+            emitted[t] = given.logprob
+            top.ids[t] = [token for token, _ in best]
+            top.logprobs[t] = [entry.logprob for _, entry in best]
+            at[t] = [row[token].logprob if token in row else np.nan for token in ids[t].tolist()]
+        return ReferenceScores(at=at, top=top, emitted=emitted)
+
+    async def render(self, messages: list[dict[str, str]]) -> list[int]:
+        return await self._server.render(self._started().id, messages)
+
+    async def tokenize(self, text: str) -> list[int]:
+        return await self._server.tokenize(self._started().id, text)
+
+    async def close(self) -> None:
+        await self._server.close()
+
+    def _started(self) -> ModelCard:
+        if self._card is None:
+            raise ReferenceFailure("down", "the reference has not been started")
+        return self._card

@@ -1,0 +1,120 @@
+"""What the control process and the reference worker say to each other over the worker's standard input and output.
+
+Frames: 4 bytes of length, big-endian, then one msgpack-encoded message. Arrays are little-endian bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+MAX_FRAME = 1 << 30
+_LENGTH = struct.Struct(">I")
+HEADER_SIZE = _LENGTH.size
+
+
+class Load(msgspec.Struct, tag="load", frozen=True):
+    """The first request."""
+
+    model: str
+    dtype: str
+    device: str
+    threads: int
+
+
+class Score(msgspec.Struct, tag="score", frozen=True):
+    """Score T output tokens after P prompt tokens."""
+
+    id: int
+    prompt: bytes
+    """int32 [P]"""
+    output: bytes
+    """int32 [T]"""
+    ids: bytes
+    """int32 [T, width], -1 pads"""
+    width: int
+    functionals: dict[str, bytes]
+    """name -> float32 [V]: functions of the token whose expectation is wanted; only those the worker does not hold."""
+    wanted: list[str]
+    """Every name whose expectation is wanted; the worker forgets all others."""
+
+
+class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
+    id: int
+    text: str
+
+
+class Render(msgspec.Struct, tag="render", frozen=True):
+    id: int
+    messages: list[dict[str, str]]
+
+
+class Loaded(msgspec.Struct, tag="loaded", frozen=True):
+    digest: str
+    dtype: str
+    vocab_size: int
+    max_positions: int
+    """0: the model does not say."""
+
+
+class Scored(msgspec.Struct, tag="scored", frozen=True):
+    """All values float64, nats."""
+
+    id: int
+    at: bytes
+    """[T, width], NaN where padded"""
+    top_ids: bytes
+    """int32 [T, width]"""
+    top_logprobs: bytes
+    """[T, width]"""
+    emitted: bytes
+    """[T]"""
+    entropy: bytes
+    """[T]"""
+    expected: dict[str, bytes]
+    """name -> [T]"""
+
+
+class TokenIds(msgspec.Struct, tag="token_ids", frozen=True):
+    id: int
+    ids: list[int]
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    id: int
+    """-1: loading failed."""
+    reason: str
+    message: str
+
+
+Request = Load | Score | Tokenize | Render
+Answer = Loaded | Scored | TokenIds | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(message: Request | Answer) -> bytes:
+    """One frame; ValueError when it would be longer than MAX_FRAME."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"a frame of {len(body)} bytes: at most {MAX_FRAME} are allowed")
+    return _LENGTH.pack(len(body)) + body
+
+
+def body_length(header: bytes) -> int:
+    """Length that the 4 header bytes announce; ValueError above MAX_FRAME."""
+    (length,) = _LENGTH.unpack(header)
+    if length > MAX_FRAME:
+        raise ValueError(f"a frame of {length} bytes: at most {MAX_FRAME} are allowed")
+    return int(length)
+
+
+def decode_request(body: bytes) -> Request:
+    return _requests.decode(body)
+
+
+def decode_answer(body: bytes) -> Answer:
+    return _answers.decode(body)

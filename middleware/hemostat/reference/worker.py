@@ -1,0 +1,190 @@
+"""The reference worker: `python -m hemostat.reference.worker PARENT_PID`. Of Hemostat's processes the one with torch.
+
+It answers the frames of `wire.py` one after another, and ends with its standard input or its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from hemostat.process import die_with_parent
+from hemostat.reference import wire
+
+NICENESS = 10
+"""The shadow side gives way to whatever serves clients on this machine."""
+HASHED_WHOLE = 64 * 1024 * 1024
+"""Files above this many bytes enter the digest by evenly spaced samples: hashing 100 GB would hold the start up."""
+SAMPLES = 64
+SAMPLE_BYTES = 1024 * 1024
+
+
+class Refusal(Exception):
+    """Becomes a Failed answer; the worker goes on."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Model:
+    """The loaded checkpoint; raises Refusal."""
+
+    def __init__(self, load: wire.Load) -> None:
+        try:
+            import torch  # noqa: PLC0415  only here, so that everything else starts without it
+            from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415
+        except ImportError as error:
+            raise Refusal(
+                "not_installed", f"{error}; reference.backend transformers needs pip install 'hemostat[transformers]'"
+            ) from error
+        torch.set_num_threads(load.threads)
+        logging.disable_progress_bar()
+        dtype = load.dtype if load.dtype == "auto" else getattr(torch, load.dtype)
+        self._name = load.model
+        self._torch = torch
+        self._model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=dtype).to(load.device).eval()
+        self._tokenizer: Any = None
+        self._functionals: dict[str, Any] = {}
+        config = self._model.config.get_text_config()
+        self.loaded = wire.Loaded(
+            digest=_digest(load.model, getattr(self._model.config, "_commit_hash", None)),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            vocab_size=int(config.vocab_size),
+            max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
+        )
+
+    def answer(self, request: wire.Request) -> wire.Answer:
+        match request:
+            case wire.Score():
+                return self._score(request)
+            case wire.Tokenize():
+                return wire.TokenIds(request.id, self._tokens().encode(request.text, add_special_tokens=False))
+            case wire.Render():
+                tokenizer = self._tokens()
+                if not tokenizer.chat_template:
+                    raise Refusal("no_chat_template", f"{self._name} has no chat template")
+                ids = tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=False)
+                return wire.TokenIds(request.id, ids)
+            case _:
+                raise Refusal("protocol", "the model is loaded already")
+
+    def _tokens(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer  # noqa: PLC0415
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self._name)
+        return self._tokenizer
+
+    def _score(self, request: wire.Score) -> wire.Scored:
+        from hemostat.reference.exact import score  # noqa: PLC0415
+
+        for name, values in request.functionals.items():
+            self._functionals[name] = self._torch.tensor(np.frombuffer(values, "<f4")).to(self._model.device)
+        self._functionals = {name: self._functionals[name] for name in request.wanted}
+        output = np.frombuffer(request.output, "<i4")
+        try:
+            scores = score(
+                self._model,
+                np.frombuffer(request.prompt, "<i4"),
+                output,
+                np.frombuffer(request.ids, "<i4").reshape(len(output), request.width),
+                self._functionals,
+            )
+        except ValueError as error:
+            raise Refusal("vocabulary", str(error)) from error
+        return wire.Scored(
+            id=request.id,
+            at=scores.at.astype("<f8").tobytes(),
+            top_ids=scores.top_ids.astype("<i4").tobytes(),
+            top_logprobs=scores.top_logprobs.astype("<f8").tobytes(),
+            emitted=scores.emitted.astype("<f8").tobytes(),
+            entropy=scores.entropy.astype("<f8").tobytes(),
+            expected={name: values.astype("<f8").tobytes() for name, values in scores.expected.items()},
+        )
+
+
+def _digest(model: str, commit: str | None) -> str:
+    """Identifies the weights: the hub's commit, or a hash over the folder's files (large ones by samples)."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return hashlib.sha256(f"{model}@{commit}".encode()).hexdigest()[:32]
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            size = path.stat().st_size
+            whole.update(f"{path.name}\0{size}\0".encode())
+            with path.open("rb") as file:
+                for block in _blocks(file, size):
+                    whole.update(block)
+    return whole.hexdigest()[:32]
+
+
+def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    if size <= HASHED_WHOLE:
+        while block := file.read(SAMPLE_BYTES):
+            yield block
+        return
+    for n in range(SAMPLES):
+        file.seek((size - SAMPLE_BYTES) * n // (SAMPLES - 1))
+        yield file.read(SAMPLE_BYTES)
+
+
+def _requests(stream: BinaryIO) -> Iterator[wire.Request]:
+    while len(header := stream.read(wire.HEADER_SIZE)) == wire.HEADER_SIZE:
+        length = wire.body_length(header)
+        body = stream.read(length)
+        if len(body) < length:
+            return
+        yield wire.decode_request(body)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def main(parent: int) -> int:
+    """0 when the input ended; 1 when the model did not load."""
+    die_with_parent(parent, signal.SIGKILL)
+    os.nice(NICENESS)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Libraries print; what they print must not land among the frames.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+
+    def say(answer: wire.Answer) -> None:
+        answers.write(wire.encode(answer))
+        answers.flush()
+
+    model: Model | None = None
+    for request in _requests(sys.stdin.buffer):
+        number = getattr(request, "id", -1)
+        try:
+            if isinstance(request, wire.Load):
+                model = Model(request)
+                say(model.loaded)
+            elif model is None:
+                raise Refusal("protocol", "the first request must be load")
+            else:
+                say(model.answer(request))
+        except Refusal as refusal:
+            say(wire.Failed(number, refusal.reason, str(refusal)))
+        except Exception as error:  # noqa: BLE001  a process boundary: whatever a model raises is an answer, by name
+            reason = "out_of_memory" if "memory" in str(error).lower() else "model_error"
+            say(wire.Failed(number, reason, f"{type(error).__name__}: {_one_line(error)}"))
+        if model is None:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main(int(sys.argv[1])))
