@@ -1,0 +1,449 @@
+"""How far the compressed model c is from the reference r, token by token, when only parts of both are known.
+
+All figures are natural (nats), per position, float64 [T]; KL(r‖c) = Σ r log(r/c). r and c are the models' own
+distributions at temperature 1.
+
+Bounds. Let S be the ids for which both sides gave a value. Merging everything else into one bucket is a map applied
+to both distributions, and a map cannot increase an f-divergence (data processing inequality; Cover & Thomas, 2006,
+ch. 2.8). So KL both ways, Jensen–Shannon and total variation over "S plus one bucket" are lower bounds of the true
+ones, whatever S is, and exact when S is the whole vocabulary. The bucket's mass is 1 − Σ_S, whose rounding error
+(models answer in float32) matters where that is nearly 0: the mass that stands in a denominator is floored at
+`MASS_ROUNDING`, which can only lower the bound.
+
+Estimates. With x ~ c the emitted token, S₀ a set of ids that does not depend on x, R and C the mass outside S₀,
+ρ = R/C and u = r(x)/c(x):
+    KL(r‖c) = [bound over S₀] + E_c[1{x ∉ S₀} (u log(u/ρ) − u + ρ)]
+    KL(c‖r) = [bound over S₀] + E_c[1{x ∉ S₀} (u/ρ − 1 − log(u/ρ))]
+since E_c[1{x ∉ S₀}] = C and E_c[1{x ∉ S₀} u] = R: the sampled-token estimators, Rao–Blackwellized over S₀ and centred
+on the bucket, so that no term is negative. They have no truncation bias where x was sampled from c itself, or from a
+profile's c' whose normalizer is known (then weighted by c/c'). Greedy decoding, another temperature and a cut support
+(top-p, top-k, min-p) have no such weight (its normalizer needs the whole vocabulary): NaN, "not available". The
+caller must see to penalties, logit_bias and grammars, of which a record does not speak.
+
+Infinite only where it is true: r(i) > 0 = c(i) makes KL(r‖c) infinite, r(i) = 0 < c(i) KL(c‖r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.records import LOGPROB_TOLERANCE, Floats, Ids, TokenRecord
+from hemostat_calibration.transform import shift_at, shift_range
+
+MASS_ROUNDING = 1e-6
+"""Error of a sum of float32 probabilities near 1."""
+
+_CUTS = 4
+"""Cutting planes after the first two: what is left open is then far below the bound itself."""
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDivergence:
+    """One request's figures; arrays [T], nats unless said otherwise."""
+
+    bound: Literal["lower", "exact"]
+    """What `kl_rc`, `kl_cr`, `js`, `tv` and `entropy_compressed` are: exact when S is the whole vocabulary."""
+    kl_rc: Floats
+    """KL(r‖c)"""
+    kl_cr: Floats
+    """KL(c‖r)"""
+    js: Floats
+    """Jensen–Shannon divergence, at most log 2."""
+    tv: Floats
+    """Total variation, 0 to 1."""
+    covered_reference: Floats
+    """r's mass on S, 0 to 1."""
+    covered_compressed: Floats
+    """c's mass on S, 0 to 1; the least that it can be where a profile's normalizer is known as an interval only."""
+    top1_agreement: Bools
+    """The likeliest of c's candidates is r's likeliest id. (After a profile, an id behind the candidates could have
+    become likelier than all of them; it is not counted.)"""
+    delta_log_likelihood: Floats
+    """log c(x) − log r(x) of the emitted token x; NaN after a profile whose normalizer is unknown."""
+    entropy_reference: Floats
+    """H(r): exact when the record holds it, else the entropy of r's own list plus one bucket, a lower bound."""
+    entropy_compressed: Floats
+    """H(c) over c's candidates plus one bucket: a lower bound, since merging outcomes cannot increase entropy."""
+    estimate_rc: Floats
+    """KL(r‖c) without truncation bias; NaN where not available. Equal to `kl_rc` when exact."""
+    estimate_cr: Floats
+    """KL(c‖r) likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """KL(r‖c) − KL(r‖c') = E_r[Δz] − log E_c[e^Δz]: what a profile wins, nats [T], as an interval.
+
+    The identity follows from log c' = log c + Δz − log E_c[e^Δz]. Each of its two terms is exact where it is known and
+    bounded through the clamp where it is not; no two bounds of divergences are subtracted.
+    """
+
+    lower: Floats
+    upper: Floats
+    exact: Bools
+    """True where lower and upper are one value, known."""
+
+
+def divergence(record: TokenRecord, served: CalibrationProfile | None = None) -> TokenDivergence:
+    """What a validated record says about c and r.
+
+    served: the profile that `record.applied` names, so that the estimates of a treated request can be weighted; without
+    it they are NaN there.
+    """
+    view = _view(record)
+    coarse = _coarse(view, view.c, view.log_c)
+    estimate_rc, estimate_cr = coarse.kl_rc, coarse.kl_cr
+    if not view.exact:
+        weight = _weight(record, view, served)
+        estimate_rc, estimate_cr = _estimate(record, view, view.log_c, record.compressed_emitted, weight)
+    return TokenDivergence(
+        bound="exact" if view.exact else "lower",
+        kl_rc=coarse.kl_rc,
+        kl_cr=coarse.kl_cr,
+        js=coarse.js,
+        tv=coarse.tv,
+        covered_reference=np.minimum(view.r.sum(axis=1), 1.0),
+        covered_compressed=np.minimum(view.c.sum(axis=1), 1.0),
+        top1_agreement=record.compressed.ids[:, 0] == record.reference.ids[:, 0],
+        delta_log_likelihood=record.compressed_emitted - record.reference_emitted,
+        entropy_reference=_reference_entropy(record),
+        entropy_compressed=_entropy(view.log_candidates),
+        estimate_rc=estimate_rc,
+        estimate_cr=estimate_cr,
+    )
+
+
+def calibrated(
+    record: TokenRecord, profile: CalibrationProfile, served: CalibrationProfile | None = None
+) -> TokenDivergence:
+    """What a validated record says about c' and r, c'_i = c_i e^{Δz_i} / Z being the compressed model after `profile`.
+
+    Z = E_c[e^Δz] is exact where `record.shifts` holds its logarithm or the candidates are the whole vocabulary. Else
+    it lies between A + m e^low and A + m e^high: A what the candidates contribute, m the mass behind them, low and high
+    the bounds of Δz there; each figure is then at most the least that it can be over that interval. With a = c e^Δz on
+    S, A now its sum over S, w = 1/Z, and R the reference's mass outside S:
+
+    - KL(r‖c') as a function of L = log Z is const + r(S) L − R log(1 − A e^{−L}). With u = A e^{−L} its derivative is
+      r(S) − R u/(1 − u), the second R u/(1 − u)² ≥ 0: convex, least at u = r(S), clipped to the interval.
+    - KL(c'‖r), JS and TV are convex in c', which is affine in w. KL(c'‖r) is
+      Σ a w log(a w/r) + (1 − A w) log((1 − A w)/R); with B = Σ a log(a/r) its derivative,
+      B + A log w − A log((1 − A w)/R), is zero at w = κ/(1 + A κ), κ = e^{−B/A}/R: least there, clipped. For JS and TV
+      the tangents at both ends lie below the curve: where they cross is a lower bound, and the next end.
+    - Entropy is concave in w: least at an end.
+    """
+    view = _view(record)
+    delta = shift_at(profile, view.ids, view.log_candidates)
+    low, high = _log_normalizer(record, profile, view, delta)
+    known = low == high
+    log_a = view.log_c + delta
+    a = np.exp(log_a)
+    total = a.sum(axis=1)
+    r_inside = np.minimum(view.r.sum(axis=1), 1.0)
+
+    def at(log_z: Floats) -> _Coarse:
+        return _coarse(view, a * np.exp(-log_z)[:, None], log_a - log_z[:, None])
+
+    last = at(high)
+    kl_rc, kl_cr, js, tv = last.kl_rc, last.kl_cr, last.js, last.tv
+    entropy = _entropy(view.log_candidates + delta - high[:, None])
+    if not known.all():
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            best_rc = np.log(total) - np.log(r_inside)
+            mean_log_ratio = np.where(a > 0.0, a * (log_a - view.log_r), 0.0).sum(axis=1) / total
+            log_kappa = -mean_log_ratio - np.log(np.maximum(1.0 - r_inside, MASS_ROUNDING))
+            best_cr = np.logaddexp(-log_kappa, np.log(total))
+        # NaN where nothing is known (S empty) or c' meets r(i) = 0: the figure does not depend on Z there.
+        kl_rc = at(np.where(np.isnan(best_rc), high, np.clip(best_rc, low, high))).kl_rc
+        kl_cr = at(np.where(np.isnan(best_cr), high, np.clip(best_cr, low, high))).kl_cr
+        js = _least(_js, view, a, np.exp(-high), np.exp(-low))
+        tv = _least(_tv, view, a, np.exp(-high), np.exp(-low))
+        entropy = np.minimum(entropy, _entropy(view.log_candidates + delta - low[:, None]))
+    emitted_shift = np.where(known, _at_emitted(record, view, delta) - low, np.nan)
+    emitted = record.compressed_emitted + emitted_shift
+    estimate_rc, estimate_cr = kl_rc, kl_cr
+    if not view.exact:
+        weight = _weight(record, view, served) * np.exp(emitted_shift)
+        estimate_rc, estimate_cr = _estimate(record, view, log_a - low[:, None], emitted, weight)
+    likeliest = (view.log_candidates + delta).argmax(axis=1)
+    return TokenDivergence(
+        bound="exact" if view.exact else "lower",
+        kl_rc=kl_rc,
+        kl_cr=kl_cr,
+        js=js,
+        tv=tv,
+        covered_reference=r_inside,
+        covered_compressed=np.minimum(total * np.exp(-high), 1.0),
+        top1_agreement=view.ids[np.arange(record.tokens), likeliest] == record.reference.ids[:, 0],
+        delta_log_likelihood=emitted - record.reference_emitted,
+        entropy_reference=_reference_entropy(record),
+        entropy_compressed=entropy,
+        estimate_rc=estimate_rc,
+        estimate_cr=estimate_cr,
+    )
+
+
+def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
+    """What `profile` wins at each position of a validated record (for |Δz| ≤ clamp, within ±2 clamp)."""
+    view = _view(record)
+    delta = shift_at(profile, view.ids, view.log_candidates)
+    z_low, z_high = _log_normalizer(record, profile, view, delta)
+    low, high = _behind(record, profile, np.where((view.inside == (view.ids >= 0)).all(axis=1), _most(record), 0.0))
+    inside = (view.r * delta).sum(axis=1)
+    tail = np.zeros(record.tokens) if view.exact else np.maximum(1.0 - view.r.sum(axis=1), 0.0)
+    expected_low, expected_high = inside + tail * low, inside + tail * high
+    if profile.version in record.shifts:
+        expected = record.shifts[profile.version].expected
+        expected_low = np.where(np.isnan(expected), expected_low, expected)
+        expected_high = np.where(np.isnan(expected), expected_high, expected)
+    return Gain(
+        lower=expected_low - z_high,
+        upper=expected_high - z_low,
+        exact=(expected_low == expected_high) & (z_low == z_high),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A record's candidates with the emitted token among them, [T, N]; S is where `inside`."""
+
+    ids: Ids
+    log_candidates: Floats
+    """log c of every candidate; -inf where padded."""
+    inside: Bools
+    log_c: Floats
+    """log c on S, -inf outside; c, log_r, r likewise."""
+    c: Floats
+    log_r: Floats
+    r: Floats
+    exact: bool
+    """S is the whole vocabulary in every row."""
+
+
+def _view(record: TokenRecord) -> _View:
+    ids, log_c, log_r = record.compressed.ids, record.compressed.logprobs, record.reference_at
+    emitted = ids == record.output_ids[:, None]
+    # The emitted token is known on both sides even where the reference gave only its own list.
+    log_r = np.where(emitted, record.reference_emitted[:, None], log_r)
+    missing = ~emitted.any(axis=1)
+    if missing.any():
+        ids = np.column_stack([ids, np.where(missing, record.output_ids, -1)]).astype(np.int32)
+        log_c = np.column_stack([log_c, np.where(missing, record.compressed_emitted, -np.inf)])
+        log_r = np.column_stack([log_r, np.where(missing, record.reference_emitted, np.nan)])
+    inside = (ids >= 0) & ~np.isnan(log_r)
+    log_r = np.where(inside, log_r, -np.inf)
+    log_s = np.where(inside, log_c, -np.inf)
+    return _View(
+        ids=ids,
+        log_candidates=log_c,
+        inside=inside,
+        log_c=log_s,
+        c=np.exp(log_s),
+        log_r=log_r,
+        r=np.exp(log_r),
+        exact=bool((inside.sum(axis=1) == record.vocab_size).all()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Coarse:
+    """Divergences of r and some p over S plus one bucket, [T]."""
+
+    kl_rc: Floats
+    kl_cr: Floats
+    js: Floats
+    tv: Floats
+
+
+def _coarse(view: _View, p: Floats, log_p: Floats) -> _Coarse:
+    r_out, p_out = _bucket(view, view.r), _bucket(view, p)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_ratio = view.log_r - log_p
+        kl_rc = np.where(view.r > 0.0, view.r * log_ratio, 0.0).sum(axis=1)
+        kl_cr = -np.where(p > 0.0, p * log_ratio, 0.0).sum(axis=1)
+    return _Coarse(
+        kl_rc=np.maximum(kl_rc + _xlogy(r_out, r_out / np.maximum(p_out, MASS_ROUNDING)), 0.0),
+        kl_cr=np.maximum(kl_cr + _xlogy(p_out, p_out / np.maximum(r_out, MASS_ROUNDING)), 0.0),
+        js=_js(view, p)[0],
+        tv=_tv(view, p)[0],
+    )
+
+
+def _bucket(view: _View, p: Floats) -> Floats:
+    """Mass of p outside S, [T]."""
+    return np.zeros(p.shape[0]) if view.exact else np.maximum(1.0 - p.sum(axis=1), 0.0)
+
+
+def _xlogy(x: Floats, y: Floats) -> Floats:
+    """x log y, 0 where x is 0."""
+    positive = x > 0.0
+    log_y: Floats = np.log(y, where=positive, out=np.zeros_like(x))
+    return x * log_y
+
+
+def _js(view: _View, p: Floats) -> tuple[Floats, Floats]:
+    """JS of r and p over S plus one bucket, and its derivative by log w where p = a w on S, both [T]."""
+    r_out, p_out = _bucket(view, view.r), _bucket(view, p)
+    mean, mean_out = 0.5 * (view.r + p), 0.5 * (r_out + p_out)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_p = _xlogy(p, p / mean).sum(axis=1)
+        value = of_p + _xlogy(view.r, view.r / mean).sum(axis=1)
+        value += _xlogy(r_out, r_out / mean_out) + _xlogy(p_out, p_out / mean_out)
+    floor = np.maximum(p_out, MASS_ROUNDING)
+    slope = of_p - p.sum(axis=1) * np.log(floor / (0.5 * (r_out + floor)))
+    return np.clip(0.5 * value, 0.0, np.log(2.0)), 0.5 * slope
+
+
+def _tv(view: _View, p: Floats) -> tuple[Floats, Floats]:
+    """Total variation likewise."""
+    r_out, p_out = _bucket(view, view.r), _bucket(view, p)
+    difference = p - view.r
+    value = np.abs(difference).sum(axis=1) + np.abs(p_out - r_out)
+    slope = (p * np.sign(difference)).sum(axis=1) - p.sum(axis=1) * np.sign(p_out - r_out)
+    return np.clip(0.5 * value, 0.0, 1.0), 0.5 * slope
+
+
+def _least(
+    function: Callable[[_View, Floats], tuple[Floats, Floats]], view: _View, a: Floats, left: Floats, right: Floats
+) -> Floats:
+    """Lower bound of function(a w), convex in w, over left ≤ w ≤ right, all [T]: Kelley's cutting planes."""
+
+    def at(w: Floats) -> tuple[Floats, Floats]:
+        value, slope = function(view, a * w[:, None])
+        return value, slope / w
+
+    (left_value, left_slope), (right_value, right_slope) = at(left), at(right)
+    for _ in range(_CUTS):
+        middle = left + _crossing(left_value, right_value, left_slope, right_slope, right - left)[0]
+        value, slope = at(middle)
+        rising = slope > 0.0
+        left, right = np.where(rising, left, middle), np.where(rising, middle, right)
+        left_value, right_value = np.where(rising, left_value, value), np.where(rising, value, right_value)
+        left_slope, right_slope = np.where(rising, left_slope, slope), np.where(rising, slope, right_slope)
+    return np.maximum(_crossing(left_value, right_value, left_slope, right_slope, right - left)[1], 0.0)
+
+
+def _crossing(
+    left: Floats, right: Floats, left_slope: Floats, right_slope: Floats, width: Floats
+) -> tuple[Floats, Floats]:
+    """Where, from the left end, the larger of two tangents is least over an interval, and that least value."""
+    bend = right_slope - left_slope
+    offset = (left - right + right_slope * width) / np.where(bend > 0.0, bend, 1.0)
+    offset = np.where(left_slope >= 0.0, 0.0, np.where(right_slope <= 0.0, width, np.clip(offset, 0.0, width)))
+    inner = left + left_slope * offset
+    return offset, np.where((left_slope < 0.0) & (right_slope <= 0.0), right, inner)
+
+
+def _entropy(logprobs: Floats) -> Floats:
+    p = np.exp(logprobs)
+    outside = np.maximum(1.0 - p.sum(axis=1), 0.0)
+    with np.errstate(invalid="ignore"):
+        entropy: Floats = -np.where(p > 0.0, p * logprobs, 0.0).sum(axis=1) - _xlogy(outside, outside)
+    return np.maximum(entropy, 0.0)
+
+
+def _reference_entropy(record: TokenRecord) -> Floats:
+    return _entropy(record.reference.logprobs) if record.reference_entropy is None else record.reference_entropy
+
+
+def _at_emitted(record: TokenRecord, view: _View, values: Floats) -> Floats:
+    emitted: Floats = np.where(view.ids == record.output_ids[:, None], values, 0.0).sum(axis=1)
+    return emitted
+
+
+def _most(record: TokenRecord) -> Floats:
+    """The most that z − max z can be behind the candidates, [T].
+
+    The last candidate may be the emitted token, far down: the one before it is among the most likely for sure.
+    """
+    logprobs = record.compressed.logprobs
+    before_last = np.maximum((record.compressed.ids >= 0).sum(axis=1) - 2, 0)
+    most: Floats = np.minimum(logprobs[np.arange(record.tokens), before_last] - logprobs[:, 0], 0.0)
+    return most
+
+
+def _behind(record: TokenRecord, profile: CalibrationProfile, most: Floats) -> tuple[Floats, Floats]:
+    low, high = shift_range(profile, most)
+    return np.broadcast_to(low, record.tokens), np.broadcast_to(high, record.tokens)
+
+
+def _log_normalizer(
+    record: TokenRecord, profile: CalibrationProfile, view: _View, delta: Floats
+) -> tuple[Floats, Floats]:
+    """Ends of the interval that holds log E_c[e^Δz], [T]; equal where it is known.
+
+    What the engine said is taken where it lies in the interval that the candidates leave; elsewhere it was said of
+    another distribution (a mask, a bug) and the interval stands.
+    """
+    low, high = _behind(record, profile, _most(record))
+    candidates = np.exp(view.log_candidates)
+    complete = (view.ids >= 0).sum(axis=1) == record.vocab_size
+    behind = np.where(complete, 0.0, np.maximum(1.0 - candidates.sum(axis=1), 0.0))
+    total = (candidates * np.exp(delta)).sum(axis=1)
+    z_low, z_high = np.log(total + behind * np.exp(low)), np.log(total + behind * np.exp(high))
+    if profile.version in record.shifts:
+        said = record.shifts[profile.version].log_normalizer
+        known = (said >= z_low - LOGPROB_TOLERANCE) & (said <= z_high + LOGPROB_TOLERANCE)
+        z_low, z_high = np.where(known, said, z_low), np.where(known, said, z_high)
+    return z_low, z_high
+
+
+def _weight(record: TokenRecord, view: _View, served: CalibrationProfile | None) -> Floats:
+    """c(x)/q(x) of the emitted token, q what it was sampled from, [T]; NaN where unknown."""
+    sampling = record.sampling
+    whole = sampling.temperature == 1.0 and sampling.top_p >= 1.0 and sampling.top_k <= 0 and sampling.min_p <= 0.0
+    if whole and record.applied is None:
+        return np.ones(record.tokens)
+    if whole and served is not None and served.version == record.applied:
+        delta = shift_at(served, view.ids, view.log_candidates)
+        low, high = _log_normalizer(record, served, view, delta)
+        return np.where(low == high, np.exp(low - _at_emitted(record, view, delta)), np.nan)
+    return np.full(record.tokens, np.nan)
+
+
+def _estimate(
+    record: TokenRecord, view: _View, log_p: Floats, log_p_emitted: Floats, weight: Floats
+) -> tuple[Floats, Floats]:
+    """Estimates of KL(r‖p) and KL(p‖r), [T], for a p that equals `log_p` on S; `weight` is p(x)/q(x)."""
+    kept = _unconditional(record, view)
+    r = np.where(kept, view.r, 0.0)
+    p = np.where(kept, np.exp(log_p), 0.0)
+    r_out = np.maximum(1.0 - r.sum(axis=1), MASS_ROUNDING)
+    p_out = np.maximum(1.0 - p.sum(axis=1), MASS_ROUNDING)
+    log_rho = np.log(r_out / p_out)
+    outside = ~(kept & (view.ids == record.output_ids[:, None])).any(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_ratio = view.log_r - log_p
+        rc = np.where(r > 0.0, r * log_ratio, 0.0).sum(axis=1) + r_out * log_rho
+        cr = -np.where(p > 0.0, p * log_ratio, 0.0).sum(axis=1) - p_out * log_rho
+        log_u = record.reference_emitted - log_p_emitted
+        u = np.exp(log_u)
+        rc_tail = np.where(u > 0.0, u * (log_u - log_rho), 0.0) - u + np.exp(log_rho)
+        cr_tail = u * np.exp(-log_rho) - 1.0 - (log_u - log_rho)
+    unavailable = np.isnan(weight)
+    return (
+        np.where(unavailable, np.nan, rc + np.where(outside, weight * rc_tail, 0.0)),
+        np.where(unavailable, np.nan, cr + np.where(outside, weight * cr_tail, 0.0)),
+    )
+
+
+def _unconditional(record: TokenRecord, view: _View) -> Bools:
+    """S₀: the ids of S that would be in it whatever had been emitted, [T, N].
+
+    The engine's top-K list without its last place, which may be the emitted token's; and of a reference that gave only
+    a list, what is at least as likely as the last but one of that list.
+    """
+    kept = view.inside.copy()
+    kept[:, record.top_k - 1 :] = False
+    if record.reference_entropy is None:
+        listed = record.reference.logprobs
+        least = listed[:, -2] if listed.shape[1] > 1 else np.full(record.tokens, -np.inf)
+        kept &= view.log_r >= np.where(np.isinf(least), np.inf, least)[:, None]
+    return kept
