@@ -1,0 +1,124 @@
+"""Relays and the control process over a real Unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.control.test_shadow import capture
+
+from hemostat.link import RelayLink, add
+from hemostat.messages import MAX_FRAME, Capture, FrameReader, Hello, Policy, Stats, encode
+
+POLICY = Policy(
+    generation=1,
+    mode="observe",
+    shadow_rate=0.5,
+    shadow_seed=1,
+    shadow_allow_on=False,
+    shadow_top_k=20,
+    shadow_max_tokens=100,
+    scoring=True,
+    tap=False,
+    serving=None,
+    forced=None,
+    control_fraction=0.1,
+    acknowledged=frozenset(),
+    labels=frozenset(),
+)
+
+
+def stats(requests: float, *, ready: bool = True) -> Stats:
+    return Stats(
+        counters={"hemostat_requests_total": {"/v1/models\x1fok": requests}},
+        overhead_buckets=[1, 2],
+        overhead_sum=0.5,
+        ready=ready,
+    )
+
+
+class Link:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.captures: list[Capture] = []
+        self.link = RelayLink(path, self.captures.append)
+
+    async def relay(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_unix_connection(str(self.path))
+
+
+@pytest.fixture
+async def link(tmp_path: Path) -> AsyncIterator[Link]:
+    made = Link(tmp_path / "s")
+    await made.link.start()
+    yield made
+    await made.link.close()
+
+
+async def until(condition: object) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.005)
+
+
+async def test_captures_arrive_and_figures_add_up_over_relays_and_restarts(link: Link) -> None:
+    (_, one), (_, two) = await link.relay(), await link.relay()
+    one.write(encode(Hello(pid=1, worker=0)) + encode(stats(3)) + encode(capture("a")))
+    two.write(encode(stats(4, ready=False)))
+    await until(lambda: link.link.total().counters == {"hemostat_requests_total": {"/v1/models\x1fok": 7}})
+    assert [c.request_id for c in link.captures] == ["a"]
+    assert link.link.ready
+    one.close()
+    await until(lambda: link.link.relays == 1)
+    assert link.link.total().counters == {"hemostat_requests_total": {"/v1/models\x1fok": 7}}, "a dead relay counts on"
+    assert not link.link.ready
+    (_, again) = await link.relay()
+    again.write(encode(stats(1)))
+    await until(lambda: link.link.total().overhead_buckets == [3, 6])
+    two.close()
+    again.close()
+
+
+async def test_policy_reaches_relays_that_are_there_and_those_that_come(link: Link) -> None:
+    reader, writer = await link.relay()
+    await until(lambda: link.link.relays == 1)
+    link.link.set_policy(POLICY)
+    late, late_writer = await link.relay()
+    for stream in (reader, late):
+        assert FrameReader().feed(await stream.read(100_000)) == [POLICY]
+    writer.close()
+    late_writer.close()
+
+
+@pytest.mark.parametrize("junk", [b"\0\0\0\1x", (MAX_FRAME + 1).to_bytes(4, "big"), encode(POLICY)])
+async def test_nonsense_ends_that_link_only(link: Link, junk: bytes) -> None:
+    (_, good), (bad_reader, bad) = await link.relay(), await link.relay()
+    bad.write(junk)
+    assert await bad_reader.read() == b""
+    good.write(encode(capture("still here")))
+    await until(lambda: [c.request_id for c in link.captures] == ["still here"])
+    good.close()
+    bad.close()
+
+
+@given(st.lists(st.integers(1, 40), max_size=30))
+def test_frames_at_any_split(cuts: list[int]) -> None:
+    messages = [Hello(pid=1, worker=2), stats(1), capture("x"), POLICY]
+    data = b"".join(map(encode, messages))
+    reader, found, at = FrameReader(), [], 0
+    for cut in cuts:
+        found += reader.feed(data[at : at + cut])
+        at += cut
+    found += reader.feed(data[at:])
+    assert found == messages
+
+
+def test_add_keeps_what_only_one_side_has() -> None:
+    other = Stats(counters={"x": {"": 1.0}}, overhead_buckets=[1], overhead_sum=0.0, ready=False)
+    total = add(stats(2), other)
+    assert total.counters == {"hemostat_requests_total": {"/v1/models\x1fok": 2}, "x": {"": 1.0}}
+    assert total.overhead_buckets == [2, 2]
