@@ -1,7 +1,7 @@
 """What the engines say: which profiles every rank holds, their counters, and the numbers of tapped requests.
 
 Pure but for the time, which is passed in. Invariants:
-- A version is acknowledged only while every rank of every live engine has lately (`EXPIRES_AFTER`) said that it holds it.
+- A version is acknowledged only while every rank of every live engine has lately said that it holds it.
 - An engine is one boot id; a restart is a new one, and the old one counts until it has been silent long enough, so that
   a rolling restart never acknowledges too much.
 - Everything is bounded: engines, ranks, versions, counters, tapped requests and positions.

@@ -158,7 +158,7 @@ class Agent:
         taps: Taps,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._identity = identity
+        self.identity = identity
         self._library = library
         self._counters = counters
         self._taps = taps
@@ -210,7 +210,7 @@ class Agent:
 
     def _report(self, admin: AdminClient, now: float) -> None:
         self._next_report = now + REPORT_SECONDS
-        who = self._identity
+        who = self.identity
         body = {
             "boot_id": who.boot_id,
             "rank": who.rank,
@@ -290,7 +290,7 @@ class Agent:
         runs = self._taps.drain(STEPS_A_FLUSH)
         rows = sum(run["tokens"] for run in runs)
         try:
-            admin.tap({"boot_id": self._identity.boot_id, "taps": runs})
+            admin.tap({"boot_id": self.identity.boot_id, "taps": runs})
         except FetchError as error:
             self._counters.add("taps_dropped", rows)
             self._failed("tap", error, now)

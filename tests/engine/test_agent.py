@@ -1,0 +1,289 @@
+"""The agent against a real HTTP server: fetches, digests, tampering, backoff, taps, and what the registry gets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hemostat.engines import EngineRegistry, decode_report, decode_tap
+from hemostat_calibration.errors import InvalidArgumentError
+
+from .conftest import V, make_profile
+
+torch = pytest.importorskip("torch")
+
+from hemostat_calibration.engine.agent import AdminClient, Agent, Backoff, FetchError, Identity, Settings  # noqa: E402
+from hemostat_calibration.engine.library import Counters, Library  # noqa: E402
+from hemostat_calibration.engine.taps import Step, TappedRow, Taps  # noqa: E402
+
+TOKEN = "s3cret"
+PROFILE = make_profile(1)
+
+
+class Admin:
+    """An admin port: the registry behind a server of its own; `files` is what it has, whatever its name says."""
+
+    def __init__(self) -> None:
+        self.registry = EngineRegistry()
+        self.files: dict[str, bytes] = {}
+        self.status: int | None = None
+        self.seen: list[str] = []
+        self.answer: bytes | None = None
+        self.now = 0.0
+        admin = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def answer(self, status: int, body: bytes = b"") -> None:
+                self.send_response(status)
+                if status in (301, 302):
+                    self.send_header("location", f"{admin.url}/elsewhere")
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def handle_any(self, body: bytes) -> None:
+                admin.seen.append(self.path)
+                if admin.status is not None:
+                    return self.answer(admin.status)
+                if self.headers.get("authorization") != f"Bearer {TOKEN}":
+                    return self.answer(401)
+                if self.path == "/api/v1/engine/report":
+                    hold = admin.registry.report(decode_report(body), admin.now)
+                    return self.answer(200, admin.answer or json.dumps({"hold": hold}).encode())
+                if self.path == "/api/v1/engine/tap":
+                    admin.registry.tap(decode_tap(body), admin.now)
+                    return self.answer(204)
+                data = admin.files.get(self.path.removeprefix("/api/v1/engine/profiles/"))
+                return self.answer(404) if data is None else self.answer(200, data)
+
+            def do_GET(self) -> None:
+                self.handle_any(b"")
+
+            def do_POST(self) -> None:
+                self.handle_any(self.rfile.read(int(self.headers["content-length"])))
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def admin() -> Iterator[Admin]:
+    server = Admin()
+    yield server
+    server.close()
+
+
+class Rank:
+    """An agent whose ticks the test makes, with what it works on."""
+
+    def __init__(self, settings: Settings, rank: int = 0, world_size: int = 1, boot_id: str = "boot") -> None:
+        self.library = Library(V)
+        self.counters = Counters()
+        self.taps = Taps(self.counters)
+        identity = Identity(boot_id, rank, world_size, V, "v1", "test")
+        self.agent = Agent(identity, settings, self.library, self.counters, self.taps)
+
+
+def at(admin: Admin, **more: Any) -> Settings:
+    return Settings(admin_url=admin.url, admin_token=TOKEN, **more)
+
+
+def test_what_is_to_be_held_is_fetched_and_acknowledged_once_every_rank_has_it(admin: Admin) -> None:
+    admin.files[PROFILE.version] = PROFILE.to_bytes()
+    admin.registry.want([PROFILE.version])
+    ranks = [Rank(at(admin), rank, 2) for rank in range(2)]
+    ranks[0].agent.tick(0.0)
+    assert ranks[0].library.versions() == (PROFILE.version,)
+    ranks[0].agent.tick(0.25)
+    assert admin.registry.acknowledged(0.0) == frozenset()
+    ranks[1].agent.tick(0.5)
+    assert admin.registry.acknowledged(0.0) == frozenset()
+    ranks[1].agent.tick(0.75)
+    assert admin.registry.acknowledged(0.0) == {PROFILE.version}
+
+
+def test_a_version_that_a_request_named_is_fetched(admin: Admin) -> None:
+    admin.files[PROFILE.version] = PROFILE.to_bytes()
+    rank = Rank(at(admin))
+    assert rank.library.get(PROFILE.version) is None
+    rank.agent.tick(0.0)
+    assert rank.library.get(PROFILE.version) is not None
+
+
+def test_a_tampered_profile_and_one_for_another_vocabulary_are_refused_and_counted(admin: Admin) -> None:
+    other = make_profile(2, vocab_size=V + 1)
+    tampered = bytearray(PROFILE.to_bytes())
+    tampered[-1] ^= 1
+    admin.files = {PROFILE.version: bytes(tampered), other.version: other.to_bytes()}
+    admin.registry.want([PROFILE.version, other.version])
+    rank = Rank(at(admin))
+    rank.agent.tick(0.0)
+    assert rank.library.versions() == ()
+    assert rank.counters.read()["profiles_refused"] == 2
+
+
+def test_a_version_that_nobody_has_is_asked_for_ever_more_rarely(admin: Admin) -> None:
+    rank = Rank(at(admin))
+    asked = []
+    for now in range(200):
+        rank.library.get("0" * 32)
+        before = len(admin.seen)
+        rank.agent.tick(float(now))
+        if any("profiles" in path for path in admin.seen[before:]):
+            asked.append(now)
+    assert asked == [0, 1, 3, 7, 15, 31, 63, 123, 183]
+    assert rank.counters.read() == {"profiles_missing": 9}
+
+
+def test_an_admin_port_that_fails_is_backed_off_and_logged_once(admin: Admin, caplog: pytest.LogCaptureFixture) -> None:
+    admin.status = 500
+    rank = Rank(at(admin))
+    with caplog.at_level(logging.INFO, "hemostat.engine"):
+        for now in range(30):
+            rank.agent.tick(float(now))
+        assert len(admin.seen) == 5
+        assert rank.counters.read() == {"report_errors": 5}
+        admin.status = None
+        rank.agent.tick(40.0)
+    assert [r.message for r in caplog.records] == ["/api/v1/engine/report: HTTP 500", "report works again"]
+
+
+@pytest.mark.parametrize("answer", [b"", b"[]", b'{"hold": 3}', b'{"hold": [3]}', b"x" * 100_000])
+def test_a_nonsense_answer_is_a_counted_failure(admin: Admin, answer: bytes) -> None:
+    admin.answer = answer or b" "
+    rank = Rank(at(admin))
+    rank.agent.tick(0.0)
+    assert rank.counters.read() == {"report_errors": 1}
+
+
+def test_names_that_are_not_digest_shaped_touch_no_path_and_no_url(admin: Admin, tmp_path: Path) -> None:
+    admin.answer = json.dumps({"hold": ["../../etc/passwd", "A" * 32, PROFILE.version + "/x"]}).encode()
+    (tmp_path / "notes.safetensors").write_bytes(b"not a profile")
+    rank = Rank(at(admin, profile_dir=tmp_path))
+    rank.agent.tick(0.0)
+    assert admin.seen == ["/api/v1/engine/report"]
+    assert rank.library.missing() == ()
+
+
+def test_the_token_does_not_follow_a_redirect(admin: Admin) -> None:
+    admin.status = 302
+    with pytest.raises(FetchError, match="HTTP 302"):
+        AdminClient(admin.url, TOKEN).profile(PROFILE.version)
+    assert "/elsewhere" not in admin.seen
+
+
+def test_a_wrong_token_is_a_failure_that_says_so(admin: Admin) -> None:
+    with pytest.raises(FetchError, match="HTTP 401"):
+        AdminClient(admin.url, "wrong").profile(PROFILE.version)
+
+
+def test_a_port_where_nobody_listens_is_a_fetch_error() -> None:
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1:9"):
+        AdminClient("http://127.0.0.1:9", None).profile(PROFILE.version)
+
+
+def test_a_folder_is_enough(tmp_path: Path) -> None:
+    rank = Rank(Settings(profile_dir=tmp_path))
+    rank.agent.tick(0.0)
+    (tmp_path / f"{PROFILE.version}.safetensors").write_bytes(PROFILE.to_bytes())
+    (tmp_path / f"{'0' * 32}.safetensors").write_bytes(PROFILE.to_bytes())
+    rank.agent.tick(0.5)
+    assert rank.library.versions() == ()
+    rank.agent.tick(1.0)
+    assert rank.library.versions() == (PROFILE.version,)
+    assert rank.counters.read() == {"profiles_refused": 1}
+
+
+def test_a_folder_that_is_not_there_is_no_catastrophe(tmp_path: Path) -> None:
+    rank = Rank(Settings(profile_dir=tmp_path / "none"))
+    rank.library.get(PROFILE.version)
+    rank.agent.tick(0.0)
+    assert rank.counters.read() == {"profiles_missing": 1}
+
+
+def test_the_thread_itself(admin: Admin) -> None:
+    admin.files[PROFILE.version] = PROFILE.to_bytes()
+    admin.registry.want([PROFILE.version])
+    rank = Rank(at(admin))
+    rank.agent.start()
+    waited = threading.Event()
+    for _ in range(100):
+        if admin.registry.acknowledged(0.0):
+            break
+        waited.wait(0.1)
+    rank.agent.stop()
+    assert admin.registry.acknowledged(0.0) == {PROFILE.version}
+
+
+def step(position: int, values: list[float], applied: str | None = None, versions: int = 1) -> Step:
+    names = tuple(f"{i:032x}" for i in range(versions))
+    return Step(names, torch.tensor([values] * versions), [TappedRow(0, "n", applied, position)])
+
+
+def test_taps_reach_the_registry_as_runs(admin: Admin) -> None:
+    rank = Rank(at(admin))
+    for position in (0, 1, 2):
+        rank.taps.push(step(position, [0.5 + position], "a" * 32))
+    rank.taps.push(step(3, [9.0], "a" * 32, versions=2))
+    rank.taps.push(step(2, [float("nan")], "a" * 32))
+    rank.agent.tick(0.0)
+    assert rank.counters.read()["taps_sent"] == 5
+    assert admin.registry.tapped("n") == 4
+    taken = admin.registry.take("n")
+    assert taken is not None
+    assert (taken.boot_id, taken.applied, taken.mixed) == ("boot", "a" * 32, False)
+    assert taken.log_normalizer["0" * 32].tolist()[:2] == [0.5, 1.5]
+    assert taken.log_normalizer["0" * 32][3] == 9.0
+    assert taken.log_normalizer["0" * 32][2] != taken.log_normalizer["0" * 32][2]
+    assert taken.log_normalizer[f"{1:032x}"].tolist()[3] == 9.0
+    assert admin.registry.take("n") is None
+
+
+def test_taps_that_cannot_be_delivered_are_dropped_and_counted(admin: Admin) -> None:
+    admin.status = 503
+    rank = Rank(at(admin))
+    rank.taps.push(step(0, [1.0]))
+    rank.agent.tick(0.0)
+    assert rank.counters.read()["taps_dropped"] == 1
+    rank.taps.push(step(1, [1.0]))
+    rank.agent.tick(0.25)
+    assert len(rank.taps) == 1
+    admin.status = None
+    rank.agent.tick(2.0)
+    assert rank.counters.read()["taps_sent"] == 1
+
+
+@pytest.mark.parametrize("url", ["ftp://host", "admin:9091", "file:///etc", "http://"])
+def test_a_wrong_admin_url_is_named(url: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="HEMOSTAT_ADMIN_URL"):
+        Settings.from_environment({"HEMOSTAT_ADMIN_URL": url})
+
+
+def test_settings_from_the_environment() -> None:
+    assert Settings.from_environment({"HEMOSTAT_ADMIN_URL": ""}) == Settings()
+    full = {"HEMOSTAT_ADMIN_URL": "http://h:1/", "HEMOSTAT_ADMIN_TOKEN": "t", "HEMOSTAT_PROFILE_DIR": "/p"}
+    assert Settings.from_environment(full) == Settings("http://h:1", "t", Path("/p"))
+
+
+def test_backoff_is_bounded() -> None:
+    backoff = Backoff()
+    for i in range(1000):
+        backoff.failed(str(i), 0.0)
+    assert len(backoff._until) == 256

@@ -1,0 +1,78 @@
+"""Tensor parallelism: two real processes with a gloo group bind only what both have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import V, make_profile
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+import torch.distributed as dist  # noqa: E402
+
+from hemostat_calibration.engine.agent import Settings  # noqa: E402
+from hemostat_calibration.engine.core import Core, Ranks  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def rank_main(rank: int, folder: str) -> None:
+    from vllm import SamplingParams
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    core = Core(
+        device=torch.device("cpu"),
+        vocab_size=V,
+        runner="v1",
+        vllm_version="test",
+        boot_id=f"boot-of-{rank}",
+        ranks=Ranks(rank, 2, dist.group.WORLD),
+        settings=Settings(admin_url="http://127.0.0.1:9"),
+    )
+    core.agent.stop()
+    both, one = make_profile(1), make_profile(2)
+    core.library.put(both)
+    if rank == 0:
+        core.library.put(one)
+    asked = [None, one.version, both.version, "0" * 32]
+    requests = [SamplingParams(extra_args={"hemostat": v, "hemostat_tap": "n"} if v else None) for v in asked]
+    first = core.bind(requests)
+    # Rank 1 has it a step later: whoever is running stays as bound, whoever comes now is bound on both.
+    core.library.put(one)
+    later = core.bind([*requests, SamplingParams(extra_args={"hemostat": one.version})])
+    answer = {
+        "first": [binding and binding.applied for binding in first],
+        "later": [binding and binding.applied for binding in later],
+        "taps": [binding and binding.nonce for binding in first],
+        "boot_id": core.agent.identity.boot_id,
+    }
+    Path(folder, f"rank{rank}").write_text(json.dumps(answer))
+    dist.destroy_process_group()
+
+
+def test_a_profile_is_bound_only_where_every_rank_has_it(tmp_path: Path) -> None:
+    program = "import sys; from tests.engine.test_ranks import rank_main; rank_main(int(sys.argv[1]), sys.argv[2])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", program, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)
+    ]
+    try:
+        assert [process.wait(100) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    both, one = make_profile(1).version, make_profile(2).version
+    answers = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    for answer in answers:
+        assert answer["first"] == [None, None, both, None]
+        assert answer["later"] == [None, None, both, None, one]
+        assert answer["boot_id"] == "boot-of-0"
+    assert answers[0]["taps"] == [None, "n", "n", "n"]
+    assert answers[1]["taps"] == [None] * 4

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hemostat import engines
+from hemostat.engine_api import REPORT_BYTES_AT_MOST, engine_router
+from hemostat.engines import (
+    EngineRegistry,
+    EngineReport,
+    InvalidEngineMessage,
+    TapMessage,
+    TapRun,
+    decode_report,
+    decode_tap,
+)
+
+A, B, C = ("a" * 32, "b" * 32, "c" * 32)
+
+
+def report(
+    boot: str = "boot", rank: int = 0, size: int = 1, versions: tuple[str, ...] = (A,), **counters: int
+) -> EngineReport:
+    return EngineReport(boot, rank, size, list(versions), 100, counters, "v1", "0.32.0")
+
+
+def run(start: int, values: list[float | None], nonce: str = "n", applied: str | None = A, version: str = A) -> TapRun:
+    return TapRun(nonce, start, len(values), {version: values}, applied)
+
+
+def test_acknowledged_is_what_every_rank_of_every_engine_holds() -> None:
+    registry = EngineRegistry()
+    assert registry.acknowledged(0.0) == frozenset()
+    registry.report(report("x", 0, 2, (A, B)), 0.0)
+    assert registry.acknowledged(0.0) == frozenset()
+    registry.report(report("x", 1, 2, (A, B)), 0.0)
+    assert registry.acknowledged(0.0) == {A, B}
+    registry.report(report("y", 0, 1, (B, C)), 0.0)
+    assert registry.acknowledged(0.0) == {B}
+    registry.report(report("y", 0, 1, (C,)), 1.0)
+    assert registry.acknowledged(1.0) == frozenset()
+
+
+def test_a_restarted_engine_holds_nothing_until_it_says_so_and_the_old_one_expires() -> None:
+    registry = EngineRegistry()
+    registry.report(report("old", versions=(A,), rows_applied=5), 0.0)
+    registry.report(report("new", versions=()), 10.0)
+    assert registry.acknowledged(10.0) == frozenset()
+    registry.report(report("new", versions=(B,), rows_applied=2), 12.0)
+    assert registry.acknowledged(12.0) == frozenset()
+    assert registry.acknowledged(15.1) == {B}
+    assert registry.counters(15.1) == {"rows_applied": 7}
+    assert [r.boot_id for r in registry.live(15.1)] == ["new"]
+
+
+def test_one_silent_rank_takes_the_acknowledgement_back() -> None:
+    registry = EngineRegistry()
+    registry.report(report("x", 0, 2), 0.0)
+    registry.report(report("x", 1, 2), 0.0)
+    registry.report(report("x", 0, 2), 10.0)
+    assert registry.acknowledged(10.0) == {A}
+    assert registry.acknowledged(16.0) == frozenset()
+
+
+def test_hold_is_bounded_and_in_order() -> None:
+    registry = EngineRegistry()
+    wanted = [f"{i:032x}" for i in range(20)]
+    registry.want([wanted[0], *wanted])
+    assert registry.report(report(), 0.0) == wanted[: engines.HOLD_AT_MOST]
+
+
+def test_engines_are_bounded() -> None:
+    registry = EngineRegistry()
+    for i in range(engines.ENGINES_AT_MOST + 10):
+        registry.report(report(f"boot{i}", n=1), 0.0)
+    assert len(registry.live(0.0)) == engines.ENGINES_AT_MOST
+    assert registry.counters(0.0) == {"n": engines.ENGINES_AT_MOST + 10}
+
+
+def test_ranks_that_disagree_about_their_number_are_refused() -> None:
+    registry = EngineRegistry()
+    registry.report(report("x", 0, 2), 0.0)
+    with pytest.raises(InvalidEngineMessage, match="world_size"):
+        registry.report(report("x", 1, 3), 0.0)
+
+
+@given(st.permutations(range(6)))
+def test_runs_may_come_in_any_order(order: list[int]) -> None:
+    registry = EngineRegistry()
+    for i in order:
+        registry.tap(TapMessage("boot", [run(2 * i, [float(2 * i), float(2 * i + 1)])]), 0.0)
+    taken = registry.take("n")
+    assert taken is not None
+    np.testing.assert_array_equal(taken.log_normalizer[A], np.arange(12.0))
+    assert not taken.mixed
+
+
+def test_gaps_are_nan_later_runs_win_and_a_change_on_the_way_is_seen() -> None:
+    registry = EngineRegistry()
+    registry.tap(TapMessage("boot", [run(0, [1.0, None]), run(4, [5.0])]), 0.0)
+    assert registry.tapped("n") == 2
+    registry.tap(TapMessage("boot", [run(0, [7.0], applied=None), run(4, [8.0], version=B, applied=None)]), 0.0)
+    taken = registry.take("n")
+    assert taken is not None
+    np.testing.assert_array_equal(taken.log_normalizer[A], [7.0, np.nan, np.nan, np.nan, 5.0])
+    np.testing.assert_array_equal(taken.log_normalizer[B], [np.nan] * 4 + [8.0])
+    assert (taken.applied, taken.mixed) == (None, True)
+    assert registry.tapped("n") == 0
+
+
+def test_taps_expire_and_are_bounded() -> None:
+    registry = EngineRegistry()
+    registry.tap(TapMessage("boot", [run(0, [1.0], "old")]), 0.0)
+    registry.tap(TapMessage("boot", [run(0, [1.0], "young")]), 100.0)
+    registry.tap(TapMessage("boot", []), 121.0)
+    assert registry.take("old") is None
+    assert registry.take("young") is not None
+    many = [run(0, [1.0], f"n{i}") for i in range(engines.TAPS_AT_MOST + 5)]
+    registry.tap(TapMessage("boot", many), 121.0)
+    assert registry.take("n4") is None
+    assert registry.take("n5") is not None
+    assert registry.taps_dropped == 6
+    full = TapRun("n", 0, engines.POSITIONS_AT_MOST, {}, None)
+    registry.tap(TapMessage("boot", [full, full]), 121.0)
+    assert registry.taps_dropped == 7
+
+
+GOOD = {
+    "boot_id": "b",
+    "rank": 0,
+    "world_size": 1,
+    "versions": [A],
+    "vocab_size": 5,
+    "counters": {"rows_applied": 3},
+    "runner": "v2",
+    "vllm": "0.32.0",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"boot_id": "../x"}, "boot_id"),
+        ({"rank": 1}, "rank is 1"),
+        ({"rank": -1}, r"\$\.rank"),
+        ({"versions": ["A" * 32]}, r"\$\.versions"),
+        ({"versions": [A] * 65}, r"\$\.versions"),
+        ({"counters": {"x": -1}}, r"\$\.counters"),
+        ({"vocab_size": "5"}, r"\$\.vocab_size"),
+    ],
+)
+def test_a_bad_report_is_refused_by_field(change: dict[str, Any], named: str) -> None:
+    assert decode_report(json.dumps(GOOD).encode()).versions == [A]
+    with pytest.raises(InvalidEngineMessage, match=named):
+        decode_report(json.dumps(GOOD | change).encode())
+
+
+@given(
+    st.binary(max_size=40)
+    | st.recursive(st.none() | st.integers() | st.text(max_size=3), st.lists).map(lambda o: json.dumps(o).encode())
+)
+def test_decoders_answer_or_raise_their_error(body: bytes) -> None:
+    for decode in (decode_report, decode_tap):
+        with pytest.raises(InvalidEngineMessage):
+            decode(body)
+
+
+def test_a_tap_whose_lengths_do_not_agree_is_refused() -> None:
+    tap = {"nonce": "n", "start": 0, "tokens": 2, "versions": {A: [1.0]}, "applied": None}
+    with pytest.raises(InvalidEngineMessage, match="1 values"):
+        decode_tap(json.dumps({"boot_id": "b", "taps": [tap]}).encode())
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    async def require_token(request: Request) -> None:
+        if request.headers.get("authorization") != "Bearer t":
+            raise HTTPException(401, "no")
+
+    registry = EngineRegistry()
+    registry.want([B])
+    app = FastAPI()
+    app.include_router(engine_router(registry, {A: b"bytes"}.get, lambda: 0.0, require_token))
+    app.state.registry = registry
+    with TestClient(app, headers={"authorization": "Bearer t"}) as client:
+        yield client
+
+
+def test_the_routes(client: TestClient) -> None:
+    answer = client.post("/api/v1/engine/report", json=GOOD)
+    assert (answer.status_code, answer.json()) == (200, {"hold": [B]})
+    tap = {"nonce": "n", "start": 0, "tokens": 1, "versions": {A: [1.5]}, "applied": A}
+    assert client.post("/api/v1/engine/tap", json={"boot_id": "b", "taps": [tap]}).status_code == 204
+    assert client.app.state.registry.tapped("n") == 1  # type: ignore[attr-defined]
+    assert client.get(f"/api/v1/engine/profiles/{A}").content == b"bytes"
+    assert client.get(f"/api/v1/engine/profiles/{B}").status_code == 404
+    assert client.get("/api/v1/engine/profiles/..%2F..%2Fetc").status_code == 404
+
+
+def test_the_routes_refuse(client: TestClient) -> None:
+    bad = client.post("/api/v1/engine/report", json=GOOD | {"rank": 7})
+    assert (bad.status_code, bad.json()["detail"]) == (400, "rank is 7: it must be below world_size, 1")
+    assert client.post("/api/v1/engine/tap", content=b"{").status_code == 400
+    assert client.post("/api/v1/engine/report", content=b" " * (REPORT_BYTES_AT_MOST + 1)).status_code == 413
+    for method, path in (("POST", "report"), ("POST", "tap"), ("GET", f"profiles/{A}")):
+        answer = client.request(method, f"/api/v1/engine/{path}", headers={"authorization": "Bearer x"})
+        assert answer.status_code == 401

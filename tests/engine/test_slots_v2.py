@@ -1,0 +1,210 @@
+"""Model runner V2: its real loader, request states and contexts, with the batches built here (a CPU has no V2)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hemostat_calibration import transform as oracle
+
+from .conftest import V, make_profile
+
+pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor")
+import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.worker.gpu.sample.logits_processor import (
+    LogitsContext,
+    LogitsProcRequestState,
+    build_custom_logits_processors,
+    build_custom_logits_processors_params_validator,
+)
+
+from hemostat_calibration.engine.library import Library
+
+NAME = "hemostat_calibration.engine:LogitsProcessor"
+PROFILES = {p.version: p for p in (make_profile(1), make_profile(2))}
+FIRST, SECOND = PROFILES
+UNKNOWN = "f" * 32
+SLOTS = 8
+
+
+def states() -> Any:
+    """What the loader hands on of the model runner's RequestState; its device buffers need UVA, which a CPU lacks."""
+    lengths = SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        max_num_reqs=SLOTS,
+        vocab_size=V,
+        all_token_ids=None,
+        prompt_len=lengths,
+        prefill_len=SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32)),
+        total_len=None,
+    )
+
+
+def load(*versions: str) -> tuple[Any, Any]:
+    """(processor, request states), through vLLM's own loader."""
+    req_states = states()
+    config: Any = SimpleNamespace(parallel_config=SimpleNamespace())
+    (processor,) = build_custom_logits_processors(config, req_states, False, [NAME])
+    for version in versions:
+        processor.core.library.put(PROFILES[version])
+    return processor, req_states
+
+
+def tapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEMOSTAT_ADMIN_URL", "http://127.0.0.1:9")
+
+
+def params(version: str | None = None, nonce: str | None = None, **more: Any) -> SamplingParams:
+    extra = {"hemostat": version} if version else {}
+    return SamplingParams(extra_args=(extra | ({"hemostat_tap": nonce} if nonce else {})) or None, **more)
+
+
+def context(slots: list[int], rows_each: list[int], first_pos: list[int]) -> LogitsContext:
+    """The batch's requests stand in `slots`, with so many rows each; the first row's input token is at `first_pos`."""
+    local = [i for n in rows_each for i in range(n)]
+    return LogitsContext(
+        expanded_idx_mapping=torch.tensor(np.repeat(slots, rows_each), dtype=torch.int32),
+        idx_mapping=torch.tensor(slots, dtype=torch.int32),
+        idx_mapping_np=np.array(slots, dtype=np.int32),
+        expanded_local_pos=torch.tensor(local, dtype=torch.int32),
+        input_ids=torch.zeros(len(local), dtype=torch.int32),
+        pos=torch.tensor(np.repeat(first_pos, rows_each) + np.array(local), dtype=torch.int64),
+        seq_lens_upper_bound_np=np.array(first_pos, dtype=np.int32) + 1,
+    )
+
+
+def test_the_loader_and_the_frontends_validator_take_the_class() -> None:
+    processor, req_states = load(FIRST, SECOND)
+    assert isinstance(LogitsProcRequestState.from_request_state(req_states), LogitsProcRequestState)
+    assert processor.core.library.vocab_size == V
+    validate = build_custom_logits_processors_params_validator([NAME])
+    validate(params(UNKNOWN))
+    with pytest.raises(VLLMValidationError, match=r"vllm_xargs\.hemostat_tap must"):
+        validate(params(None, "not a nonce"))
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_recycled_slots_reordered_batches_and_several_rows_a_request(data: st.DataObject) -> None:
+    processor, _ = load(FIRST, SECOND)
+    model: dict[int, str | None] = {}
+    for step in range(data.draw(st.integers(1, 6))):
+        for slot in data.draw(st.lists(st.integers(0, SLOTS - 1), unique=True, max_size=4)):
+            version = data.draw(st.sampled_from([None, FIRST, SECOND, UNKNOWN]))
+            assert processor.add_request(slot, params(version)) is (version is not None)
+            model[slot] = version
+        processor.apply_staged_writes()
+        if not model:
+            continue
+        slots = data.draw(st.permutations(sorted(model)).flatmap(lambda p: st.sampled_from([p, p[: len(p) // 2 + 1]])))
+        rows_each = data.draw(
+            st.lists(st.integers(1, 3), min_size=len(slots), max_size=len(slots)) | st.just([1] * len(slots))
+        )
+        z = np.random.default_rng(step).normal(0, 3, (sum(rows_each), V)).astype(np.float32)
+        z[:, 3] = -np.inf
+        got = processor.apply(torch.from_numpy(z.copy()), context(slots, rows_each, [4] * len(slots))).numpy()
+        for row, slot in enumerate(np.repeat(slots, rows_each).tolist()):
+            if model[slot] in PROFILES:
+                np.testing.assert_allclose(got[row], oracle.apply(PROFILES[model[slot]], z[row]), rtol=1e-5, atol=1e-5)
+            else:
+                assert got[row].tobytes() == z[row].tobytes()
+
+
+def test_bound_at_admission_and_never_later() -> None:
+    processor, _ = load(FIRST)
+    processor.add_request(0, params(FIRST))
+    processor.add_request(1, params(SECOND))
+    processor.apply_staged_writes()
+    processor.core.library.put(PROFILES[SECOND])
+    processor.core.library._held.pop(FIRST)
+    processor.apply_staged_writes()
+    z = np.random.default_rng(0).normal(0, 3, (2, V)).astype(np.float32)
+    got = processor.apply(torch.from_numpy(z.copy()), context([0, 1], [1, 1], [4, 4])).numpy()
+    np.testing.assert_allclose(got[0], oracle.apply(PROFILES[FIRST], z[0]), rtol=1e-5, atol=1e-5)
+    assert got[1].tobytes() == z[1].tobytes()
+
+
+def test_nothing_is_done_when_no_row_of_the_step_asks_for_anything() -> None:
+    processor, _ = load(FIRST, SECOND)
+    processor.add_request(0, params(FIRST))
+    assert processor.add_request(1, params()) is False
+    processor.apply_staged_writes()
+    logits = torch.zeros(1, V)
+    version = logits._version
+    assert processor.apply(logits, context([1], [1], [4])) is logits
+    assert logits._version == version
+
+
+def test_a_request_that_edits_its_own_logits_gets_identity() -> None:
+    processor, _ = load(FIRST, SECOND)
+    processor.add_request(0, params(FIRST, logit_bias={3: 1.0}))
+    processor.apply_staged_writes()
+    z = torch.randn(1, V)
+    assert torch.equal(processor.apply(z.clone(), context([0], [1], [4])), z)
+    assert processor.core.counters.read()["requests_declined"] == 1
+
+
+@pytest.mark.parametrize("rows_each", [[1, 1, 1], [3, 1, 2]])
+def test_taps_by_position_with_and_without_draft_rows(rows_each: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    tapping(monkeypatch)
+    processor, req_states = load(FIRST, SECOND)
+    processor.core.agent.stop()
+    processor.core.library.hold([SECOND])
+    req_states.prompt_len.np[[5, 2, 0]] = [4, 9, 3]
+    processor.add_request(5, params(FIRST, "treated"))
+    processor.add_request(2, params(SECOND))
+    processor.add_request(0, params(None, "control"))
+    processor.apply_staged_writes()
+    z = np.random.default_rng(0).normal(0, 3, (sum(rows_each), V)).astype(np.float32)
+    # The last prompt token of slot 5 stands at 3: its row decides output position 0. Slot 0 is at output position 2.
+    processor.apply(torch.from_numpy(z.copy()), context([5, 2, 0], rows_each, [3, 8, 4]))
+    # The slot goes to somebody else before anybody reads what was tapped.
+    processor.add_request(5, params())
+    runs = {run["nonce"]: run for run in processor.core.taps.drain(9)}
+    assert {n: (r["start"], r["tokens"], r["applied"]) for n, r in runs.items()} == {
+        "treated": (0, rows_each[0], FIRST),
+        "control": (2, rows_each[2], None),
+    }
+    rows = {"treated": z[: rows_each[0]], "control": z[-rows_each[2] :]}
+    for nonce, run in runs.items():
+        exact = rows[nonce].astype(np.float64)
+        for version, profile in PROFILES.items():
+            delta = oracle.shift(profile, exact)
+            want = np.log(np.exp(exact + delta).sum(-1)) - np.log(np.exp(exact).sum(-1))
+            np.testing.assert_allclose(run["versions"][version], want, atol=1e-5)
+
+
+def test_a_piece_of_a_prompt_is_no_output_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    tapping(monkeypatch)
+    processor, req_states = load(FIRST, SECOND)
+    processor.core.agent.stop()
+    req_states.prompt_len.np[0] = 10
+    processor.add_request(0, params(FIRST, "n"))
+    processor.apply_staged_writes()
+    processor.apply(torch.randn(1, V), context([0], [1], [4]))
+    assert processor.core.taps.drain(9) == []
+
+
+def test_the_library_is_bounded_and_keeps_what_is_to_be_held() -> None:
+    library = Library(V, limit=3)
+    profiles = [make_profile(seed) for seed in range(6)]
+    versions = [p.version for p in profiles]
+    library.hold(versions[:2])
+    for profile in profiles[:3]:
+        assert library.put(profile)
+    library.get(versions[2])
+    assert library.put(profiles[3])
+    assert set(library.versions()) == {versions[0], versions[1], versions[3]}
+    library.hold([versions[0], versions[1], versions[3]])
+    assert not library.put(profiles[4])
+    for i in range(100):
+        library.get(f"{i:032x}")
+    assert len(library.missing()) <= 32

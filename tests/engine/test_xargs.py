@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hemostat_calibration.engine.xargs import NOTHING, Asked, edits_logits, parse
+
+VERSION = "0123456789abcdef" * 2
+
+
+def test_importing_the_engine_imports_neither_torch_nor_vllm() -> None:
+    program = (
+        "import sys, hemostat_calibration.engine, hemostat_calibration.engine.xargs;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'vllm')))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_no_entry_point_is_registered() -> None:
+    from importlib.metadata import entry_points
+
+    assert not [e for e in entry_points(group="vllm.logits_processors") if "hemostat" in e.value]
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"other": 1}, {"hemostat": None}])
+def test_a_request_that_asks_for_nothing(extra: dict[str, Any] | None) -> None:
+    assert parse(extra) is NOTHING
+
+
+def test_both_keys_are_read_beside_the_clients_own() -> None:
+    assert parse({"hemostat": VERSION, "hemostat_tap": "a-B_9", "theirs": [1]}) == Asked(VERSION, "a-B_9")
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"hemostat": ""}, "vllm_xargs.hemostat must"),
+        ({"hemostat": 7}, "vllm_xargs.hemostat must"),
+        ({"hemostat": [VERSION]}, "vllm_xargs.hemostat must"),
+        ({"hemostat": VERSION.upper()}, "vllm_xargs.hemostat must"),
+        ({"hemostat": VERSION + "\n"}, "vllm_xargs.hemostat must"),
+        ({"hemostat": "../" + VERSION}, "vllm_xargs.hemostat must"),
+        ({"hemostat": "x" * 10_000}, r"\.\.\.$"),
+        ({"hemostat_tap": ""}, "vllm_xargs.hemostat_tap must"),
+        ({"hemostat_tap": "a" * 65}, "vllm_xargs.hemostat_tap must"),
+        ({"hemostat_tap": "a/b"}, "vllm_xargs.hemostat_tap must"),
+        ({"hemostat_tap": 1.5}, "vllm_xargs.hemostat_tap must"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(extra: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named) as caught:
+        parse(extra)
+    assert len(str(caught.value)) < 250
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(["hemostat", "hemostat_tap"]), st.text() | st.integers() | st.floats() | st.none())
+)
+def test_parse_answers_or_raises_value_error(extra: dict[str, Any]) -> None:
+    try:
+        asked = parse(extra)
+    except ValueError:
+        return
+    assert asked == Asked(extra.get("hemostat"), extra.get("hemostat_tap"))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"logit_bias": {1: 2.0}},
+        {"bad_words": ["x"]},
+        {"allowed_token_ids": [1]},
+        {"min_tokens": 1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.1},
+    ],
+)
+def test_requests_that_edit_their_own_logits_are_seen(edit: dict[str, Any]) -> None:
+    pytest.importorskip("vllm")
+    from vllm import SamplingParams
+
+    assert not edits_logits(SamplingParams())
+    params = SamplingParams()
+    plain = {name: getattr(params, name) for name in SimpleNamespace(**edit).__dict__}
+    assert plain != edit
+    for name, value in edit.items():
+        setattr(params, name, value)
+    assert edits_logits(params)
