@@ -19,7 +19,6 @@ def make_reference(settings: Settings) -> Reference | None:
             from hemostat.reference.vllm import VllmReference  # noqa: PLC0415
 
             assert wanted.url is not None
-            api_key = wanted.api_key.get_secret_value() if wanted.api_key else None
-            return VllmReference(wanted.url, api_key, wanted.model, settings.shadow.top_k)
+            return VllmReference(wanted.url, wanted.api_key, wanted.model, settings.shadow.top_k)
         case _:
             return None

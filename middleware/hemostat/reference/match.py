@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from hemostat.config import Upstream
 from hemostat.reference.protocol import Reference, ReferenceFailure
 from hemostat.reference.server import VllmServer
 
@@ -22,41 +22,51 @@ PROBE_CHAT = [
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """`ok` False: do not score; `detail` says in one line what differs, or what was found equal."""
+    """ok: score. compared: False when the upstream could not be asked, which is no mismatch and worth another try.
+    detail: in one line what differs, what failed, or what was found equal."""
 
     ok: bool
+    compared: bool
     detail: str
 
 
-async def compare(
-    upstream_url: str, api_key: str | None, model: str | None, reference: Reference, ca: Path | None = None
-) -> Match:
+async def compare(upstream: Upstream, reference: Reference, model: str | None = None) -> Match:
     """Compare vocabulary size, ids of a probe text, ids of a rendered chat. Starts the reference.
 
-    `model`: the upstream's served name, None its first. Raises ReferenceFailure when either could not be asked: that
-    is no mismatch, and worth another try.
+    `model`: the upstream's served name, None its first. Raises ReferenceFailure when the reference could not be asked.
     """
     info = await reference.start()
-    server = VllmServer(upstream_url, api_key, ca=ca)
+    probe = await reference.tokenize(PROBE_TEXT)
+    try:
+        chat = await reference.render(PROBE_CHAT)
+    except ReferenceFailure as failure:
+        if failure.reason != "no_chat_template":
+            raise
+        chat = None
+    server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
     try:
         name = (await server.model(model)).id
         size = await server.vocab_size(name)
         if size != info.vocab_size:
-            return Match(
-                False, f"vocabulary: {name} has {size} tokens, the reference {info.model} has {info.vocab_size}"
-            )
-        if difference := _difference(await server.tokenize(name, PROBE_TEXT), await reference.tokenize(PROBE_TEXT)):
-            return Match(False, f"token ids of a probe text: {name} and the reference {info.model} {difference}")
+            differs = f"{name} has {size} tokens, the reference {info.model} has {info.vocab_size}"
+            return Match(False, True, f"vocabulary: {differs}")
+        if differs := _difference(await server.tokenize(name, PROBE_TEXT), probe):
+            return Match(False, True, f"token ids of a probe text: {name} and the reference {info.model} {differs}")
         try:
-            rendered = await server.render(name, PROBE_CHAT), await reference.render(PROBE_CHAT)
+            rendered = await server.render(name, PROBE_CHAT)
         except ReferenceFailure as failure:
             if failure.reason != "no_chat_template":
                 raise
-            # Without two templates there is nothing to differ: the reference scores the compressed model's ids.
-            return Match(True, f"{size} tokens, same ids of a probe text; no chat to compare ({failure})")
-        if difference := _difference(*rendered):
-            return Match(False, f"token ids of a rendered chat: {name} and the reference {info.model} {difference}")
-        return Match(True, f"{size} tokens, same ids of a probe text and of a rendered chat")
+            rendered = None
+        if rendered is None or chat is None:
+            # Without two templates nothing can differ: the reference scores the compressed model's own ids.
+            missing = name if rendered is None else f"the reference {info.model}"
+            return Match(True, True, f"{size} tokens, same ids of a probe text; {missing} has no chat template")
+        if differs := _difference(rendered, chat):
+            return Match(False, True, f"token ids of a rendered chat: {name} and the reference {info.model} {differs}")
+        return Match(True, True, f"{size} tokens, same ids of a probe text and of a rendered chat")
+    except ReferenceFailure as failure:
+        return Match(False, False, str(failure))
     finally:
         await server.close()
 

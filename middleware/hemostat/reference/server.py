@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import httpx
 import msgspec
+from pydantic import SecretStr
 
 from hemostat.reference.protocol import ReferenceFailure
 
@@ -49,13 +50,15 @@ class _Tokens(msgspec.Struct, frozen=True):
 class VllmServer:
     """Every method raises ReferenceFailure: down, timeout, unauthorized, busy, refused, http_error, bad_answer."""
 
-    def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 60.0, ca: Path | None = None) -> None:
+    def __init__(
+        self, url: str, api_key: SecretStr | None = None, *, timeout: float = 60.0, ca: Path | None = None
+    ) -> None:
         """`url`: the root, without /v1. `timeout`: seconds for one answer. `ca`: PEM file to trust instead of the
         system's authorities."""
         self.url = url
         self._client = httpx.AsyncClient(
             base_url=url,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            headers={"authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {},
             timeout=httpx.Timeout(timeout, connect=CONNECT_WITHIN),
             verify=ssl.create_default_context(cafile=ca) if url.startswith("https:") else False,
             trust_env=False,  # a proxy that is meant for the internet must not get prompts

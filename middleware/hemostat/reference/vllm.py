@@ -7,6 +7,7 @@ import hashlib
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from pydantic import SecretStr
 
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.reference.server import ModelCard, VllmServer
@@ -37,25 +38,23 @@ _row = msgspec.json.Decoder(dict[int, _Entry], strict=False)
 class VllmReference:
     """Implements `Reference` with the server's top ids: no entropies, no expected shifts."""
 
-    def __init__(self, url: str, api_key: str | None = None, model: str | None = None, top_k: int = 20) -> None:
+    def __init__(self, url: str, api_key: SecretStr | None = None, model: str | None = None, top_k: int = 20) -> None:
         """`url`: the server's root. `model`: the served name, None the first. `top_k`: ids asked for a position, at
         most the server's --max-logprobs."""
         self._server = VllmServer(url, api_key)
         self._wanted = model
         self._top_k = top_k
         self._card: ModelCard | None = None
-        self._info: ReferenceInfo | None = None
 
     async def start(self) -> ReferenceInfo:
-        if self._info is None:
-            card = await self._server.model(self._wanted)
-            vocab_size = await self._server.vocab_size(card.id)
-            # The card's own id and dates change with every answer.
-            identity = f"{card.id}\0{card.root}\0{card.parent}\0{card.max_model_len}"
-            digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
-            self._card = card
-            self._info = ReferenceInfo(card.id, digest, "server", vocab_size, False)
-        return self._info
+        """Asks anew every time: the server may have come back with another model."""
+        card = await self._server.model(self._wanted)
+        vocab_size = await self._server.vocab_size(card.id)
+        # The answer's other fields (dates, permissions) change from call to call.
+        identity = f"{card.id}\0{card.root}\0{card.parent}\0{card.max_model_len}"
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        self._card = card
+        return ReferenceInfo(card.id, digest, "server", vocab_size, False)
 
     async def score(
         self,

@@ -1,0 +1,7 @@
+"""`python -m hemostat`."""
+
+import sys
+
+from hemostat.cli import main
+
+sys.exit(main())

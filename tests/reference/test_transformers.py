@@ -1,0 +1,299 @@
+"""The worker's scores against the same model called directly, and what happens when the worker dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
+from hemostat.reference.transformers import TransformersReference
+from hemostat_calibration.profile import CalibrationProfile
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 512
+POSITIONS = 256
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a vocabulary of 512 and sharp enough logits to tell ids apart."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.4,
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+async def reference(tiny: Path) -> AsyncIterator[TransformersReference]:
+    reference = TransformersReference(str(tiny), threads=1)
+    await reference.start()
+    yield reference
+    await reference.close()
+
+
+def request_of(seed: int, prompt: int, output: int, width: int) -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(VOCAB)[:width] for _ in range(output)]).astype(np.int32)
+    return (
+        rng.integers(0, VOCAB, prompt).astype(np.int32),
+        rng.integers(0, VOCAB, output).astype(np.int32),
+        ids,
+    )
+
+
+def direct(folder: Path, prompt: Any, output: Any) -> Any:
+    """float64 [T, V] log-probabilities, from the whole sequence in one plain call."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    sequence = torch.tensor([[*prompt.tolist(), *output.tolist()]])
+    with torch.inference_mode():
+        logits = model(input_ids=sequence).logits[0]
+    start = len(prompt) - 1
+    return torch.log_softmax(logits[start : start + len(output)].double(), -1).numpy()
+
+
+def check(scores: ReferenceScores, logprobs: Any, output: Any, ids: Any, atol: float) -> None:
+    rows = np.arange(len(output))
+    wanted = np.where(ids >= 0, np.take_along_axis(logprobs, np.maximum(ids, 0).astype(int), 1), np.nan)
+    np.testing.assert_allclose(scores.at, wanted, atol=atol)
+    np.testing.assert_allclose(scores.emitted, logprobs[rows, output], atol=atol)
+    np.testing.assert_allclose(scores.entropy, -(np.exp(logprobs) * logprobs).sum(1), atol=atol)
+    np.testing.assert_allclose(scores.top.logprobs, -np.sort(-logprobs, 1)[:, : ids.shape[1]], atol=atol)
+    np.testing.assert_allclose(
+        np.take_along_axis(logprobs, scores.top.ids.astype(int), 1), scores.top.logprobs, atol=atol
+    )
+
+
+@pytest.mark.parametrize(("prompt", "output", "width"), [(1, 1, 1), (5, 9, 21), (40, 100, 6), (156, 101, 3)])
+async def test_scores_are_those_of_the_model(
+    tiny: Path, reference: TransformersReference, prompt: int, output: int, width: int
+) -> None:
+    tokens, emitted, ids = request_of(prompt, prompt, output, width)
+    ids[0, -1] = -1
+    scores = await reference.score(tokens, emitted, ids)
+    check(scores, direct(tiny, tokens, emitted), emitted, ids, 1e-5)
+
+
+async def test_chunks_join_without_a_seam(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hemostat.reference import exact
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
+    tokens, emitted, ids = request_of(3, 10, 50, 4)
+    bias = torch.linspace(-1, 1, VOCAB)
+    whole = exact.score(model, tokens, emitted, ids, {"b": bias})
+    monkeypatch.setattr(exact, "CHUNK_ELEMENTS", 7 * VOCAB)
+    parts = exact.score(model, tokens, emitted, ids, {"b": bias})
+    for name in ("at", "top_logprobs", "emitted", "entropy"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-6)
+    np.testing.assert_allclose(parts.expected["b"], whole.expected["b"], atol=1e-6)
+    np.testing.assert_array_equal(parts.top_ids, whole.top_ids)
+
+
+def profile(seed: int, inverse_temperature: float = 1.0, vocab_size: int = VOCAB) -> CalibrationProfile:
+    rng = np.random.default_rng(seed)
+    return CalibrationProfile(
+        family="temperature_bias",
+        model="",
+        vocab_size=vocab_size,
+        parameters={
+            "inverse_temperature": np.array(inverse_temperature, np.float32),
+            "bias": rng.normal(0, 1, vocab_size).astype(np.float32),
+        },
+        clamp_nats=0.8,
+        metadata={},
+    )
+
+
+async def test_expected_shift_is_exact_for_a_bias_and_unknown_otherwise(
+    tiny: Path, reference: TransformersReference
+) -> None:
+    tokens, emitted, ids = request_of(1, 7, 20, 3)
+    probabilities = np.exp(direct(tiny, tokens, emitted))
+    first, second, warm, foreign = profile(1), profile(2), profile(3, 0.9), profile(4, vocab_size=VOCAB + 1)
+    # The worker holds what the last call named: the order makes it keep, forget and take in again.
+    for asked in ((first,), (first, second, warm, foreign), (), (second,), (first,)):
+        scores = await reference.score(tokens, emitted, ids, asked)
+        assert set(scores.expected_shift) == {p.version for p in asked}
+        for p in asked:
+            got = scores.expected_shift[p.version]
+            if p in (warm, foreign):
+                assert np.isnan(got).all()
+            else:
+                wanted = probabilities @ np.clip(p.parameters["bias"].astype(np.float64), -0.8, 0.8)
+                np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+async def test_what_cannot_be_scored_is_refused_by_name_and_the_worker_goes_on(
+    reference: TransformersReference,
+) -> None:
+    nothing = np.zeros(0, np.int32)
+    tokens, emitted, ids = request_of(0, POSITIONS, 2, 2)
+    for prompt, output, reason in [
+        (tokens, emitted, "too_long"),
+        (nothing, emitted, "empty"),
+        (tokens, nothing, "empty"),
+    ]:
+        with pytest.raises(ReferenceFailure) as failure:
+            await reference.score(prompt, output, ids[: len(output)])
+        assert failure.value.reason == reason
+    tokens, emitted, ids = request_of(0, POSITIONS, 1, 2)
+    assert (await reference.score(tokens, emitted, ids)).emitted.shape == (1,)
+    ids[0, 0] = VOCAB
+    with pytest.raises(ReferenceFailure, match="vocabulary of 512") as failure:
+        await reference.score(tokens, emitted, ids)
+    assert failure.value.reason == "vocabulary"
+    with pytest.raises(ReferenceFailure):  # the tiny checkpoint has no tokenizer
+        await reference.tokenize("x")
+    ids[0, 0] = 0
+    await reference.score(tokens, emitted, ids)
+
+
+async def test_a_prompt_id_outside_of_the_vocabulary_is_a_failure_not_a_crash(reference: TransformersReference) -> None:
+    tokens, emitted, ids = request_of(0, 4, 2, 2)
+    tokens[1] = VOCAB + 5
+    with pytest.raises(ReferenceFailure):
+        await reference.score(tokens, emitted, ids)
+    tokens[1] = 0
+    await reference.score(tokens, emitted, ids)
+
+
+def children(parent: int | None = None) -> list[int]:
+    """The reference workers of a process."""
+    parent = parent or os.getpid()
+    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    return [int(p) for p in text.split() if b"hemostat.reference.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+async def test_a_killed_worker_fails_what_is_under_way_and_comes_back(reference: TransformersReference) -> None:
+    tokens, emitted, ids = request_of(0, 5, 5, 2)
+    (pid,) = children()
+    os.kill(pid, signal.SIGSTOP)  # so that the requests are certainly under way
+    scoring = [asyncio.create_task(reference.score(tokens, emitted, ids)) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    assert not any(task.done() for task in scoring)
+    os.kill(pid, signal.SIGKILL)
+    for outcome in await asyncio.wait_for(asyncio.gather(*scoring, return_exceptions=True), 10):
+        assert isinstance(outcome, ReferenceFailure)
+        assert outcome.reason == "down"
+    with pytest.raises(ReferenceFailure):
+        await reference.score(tokens, emitted, ids)
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                assert (await reference.score(tokens, emitted, ids)).emitted.shape == (5,)
+                break
+            except ReferenceFailure:
+                await asyncio.sleep(0.1)
+    assert children() != [pid]
+
+
+async def test_a_caller_that_gives_up_disturbs_nobody(tiny: Path, reference: TransformersReference) -> None:
+    tokens, emitted, ids = request_of(0, 50, 50, 2)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reference.score(tokens, emitted, ids), 0.0001)
+    tokens, emitted, ids = request_of(9, 6, 7, 2)
+    check(await reference.score(tokens, emitted, ids), direct(tiny, tokens, emitted), emitted, ids, 1e-5)
+
+
+async def test_closing_leaves_no_process_and_no_hope(tiny: Path) -> None:
+    reference = TransformersReference(str(tiny), threads=1)
+    first = await reference.start()
+    assert await reference.start() == first
+    assert first.vocab_size == VOCAB
+    assert first.full_vocabulary
+    assert first.dtype == "bfloat16"
+    await reference.close()
+    assert children() == []
+    tokens, emitted, ids = request_of(0, 5, 5, 2)
+    with pytest.raises(ReferenceFailure):
+        await reference.score(tokens, emitted, ids)
+    with pytest.raises(ReferenceFailure):
+        await reference.start()
+
+
+async def test_a_model_that_does_not_load_says_why_in_one_line(tmp_path: Path) -> None:
+    reference = TransformersReference(str(tmp_path), threads=1)
+    for _ in range(2):
+        with pytest.raises(ReferenceFailure, match="does not load") as failure:
+            await reference.start()
+        assert str(tmp_path) in str(failure.value)
+        assert "\n" not in str(failure.value)
+    await reference.close()
+    assert children() == []
+
+
+def test_the_digest_follows_the_weights(tiny: Path, tmp_path: Path) -> None:
+    from hemostat.reference.worker import _digest
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tiny.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert _digest(str(copy), None) == _digest(str(tiny), None)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert _digest(str(copy), None) != _digest(str(tiny), None)
+
+
+def test_the_worker_ends_with_its_parent(tiny: Path) -> None:
+    """Kill the parent with SIGKILL: nobody is left to tell the worker."""
+    script = (
+        "import asyncio\n"
+        "from hemostat.reference.transformers import TransformersReference\n"
+        "async def main():\n"
+        f"    await TransformersReference({str(tiny)!r}, threads=1).start()\n"
+        "    print('started', flush=True)\n"
+        "    await asyncio.sleep(600)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"started\n"
+        (worker,) = children(parent.pid)
+        os.kill(worker, signal.SIGSTOP)  # so that it cannot end by itself, at the end of its input
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{worker}").exists() and " Z " not in Path(f"/proc/{worker}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.vllm
+async def test_a_real_model(checkpoints: Any) -> None:
+    reference = TransformersReference(str(checkpoints.reference), threads=2)
+    try:
+        info = await reference.start()
+        assert info.vocab_size == 49152
+        prompt = np.array(
+            await reference.render([{"role": "user", "content": "What is the capital of France?"}]), np.int32
+        )
+        output = np.array(await reference.tokenize("The capital of France is Paris."), np.int32)
+        ids = np.random.default_rng(0).integers(0, info.vocab_size, (len(output), 5)).astype(np.int32)
+        scores = await reference.score(prompt, output, ids)
+        check(scores, direct(checkpoints.reference, prompt, output), output, ids, 1e-4)
+        assert scores.emitted[-2] > np.log(0.5)  # " Paris"
+    finally:
+        await reference.close()
