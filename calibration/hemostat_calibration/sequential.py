@@ -1,0 +1,112 @@
+"""A lower bound of a mean that is valid at every moment at once, however often it is looked at.
+
+By betting (Waudby-Smith & Ramdas, JRSS-B 2024; Ville's inequality): if every observation X ≥ lo has a mean of at most
+m given the past, then for a fraction f in [0, 1]
+
+    K_t(m) = Π_{i ≤ t} (1 − f + f (X_i − lo)/(m − lo))
+
+is a non-negative supermartingale that starts at 1, so it ever reaches 1/α with a probability of at most α. A mixture
+of several f is one, too. K falls in m, so {m : K(m) < 1/α} is a ray, and its end is the lower bound.
+
+Why this one: only lo enters, not the upper end and not a variance, and f = 1 bets all that the range allows, which is
+nearly the best bet when the mean is small against the range but not against the spread (the regime here: gains of
+some hundredths of a nat, of a similar spread, in a range of ±2). Most of the mixture is therefore put there. The
+product does not depend on the order, so streams of replicas merge by adding logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.errors import InvalidArgumentError
+
+Floats = npt.NDArray[np.float64]
+
+_FRACTIONS = np.array([1.0, 0.5, 0.2, 0.05, 0.01])
+_WEIGHTS = np.array([0.6, 0.1, 0.1, 0.1, 0.1])
+_GRID = 200
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowerSequence:
+    """State of one sequence; read with `lower`.
+
+    lo, hi: every observation is at least lo; hi is only the largest bound that can be told.
+    log_capital: float64 [G, F], log K at every grid point and fraction; read-only.
+    observations, total: their number and sum.
+    """
+
+    lo: float
+    hi: float
+    log_capital: Floats
+    observations: int = 0
+    total: float = 0.0
+
+    @property
+    def grid(self) -> Floats:
+        """The G means that are tested: lo < m ≤ hi, 0 among them where lo < 0 < hi, dense around it."""
+        return _grid(self.lo, self.hi)
+
+    @property
+    def mean(self) -> float:
+        """Sample mean; NaN before the first observation."""
+        return self.total / self.observations if self.observations else math.nan
+
+
+def init(lo: float, hi: float) -> LowerSequence:
+    """InvalidArgumentError unless lo < hi, both finite."""
+    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
+        raise InvalidArgumentError(f"the range is {lo} to {hi}: it must be finite and increase")
+    return LowerSequence(lo, hi, np.zeros((len(_grid(lo, hi)), len(_FRACTIONS))))
+
+
+def update(state: LowerSequence, x: float) -> LowerSequence:
+    """Add one observation. InvalidArgumentError where it is NaN or below lo (by more than rounding)."""
+    if not x >= state.lo - 1e-9 * (state.hi - state.lo):
+        raise InvalidArgumentError(f"observation {x} is not at least {state.lo}")
+    # A bet on min(x, hi) is a bet on a smaller mean: the bound stays valid for what exceeds hi.
+    y = (min(max(x, state.lo), state.hi) - state.lo) / (state.grid - state.lo)
+    with np.errstate(divide="ignore"):
+        step = np.log1p(_FRACTIONS * (y[:, None] - 1.0))
+    return _replace(state, state.log_capital + step, 1, x)
+
+
+def merge(state: LowerSequence, other: LowerSequence) -> LowerSequence:
+    """The sequence that saw both streams; InvalidArgumentError where their ranges differ."""
+    if (state.lo, state.hi) != (other.lo, other.hi):
+        raise InvalidArgumentError(f"ranges differ: {state.lo} to {state.hi}, {other.lo} to {other.hi}")
+    return _replace(state, state.log_capital + other.log_capital, other.observations, other.total)
+
+
+def lower(state: LowerSequence, alpha: float) -> float:
+    """With a probability of at least 1 − alpha, no value that this ever returns is above the mean.
+
+    The mean is that of each observation given the past, taken to be one and the same. Told on a grid, rounded down.
+    """
+    if not 0.0 < alpha < 1.0:
+        raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
+    refuted = _log_mixture(state.log_capital) >= -math.log(alpha)
+    return float(state.grid[refuted][-1]) if refuted.any() else state.lo
+
+
+def _log_mixture(log_capital: Floats) -> Floats:
+    top = log_capital.max(axis=1, keepdims=True)
+    mixed: Floats = (top + np.log((np.exp(log_capital - top) * _WEIGHTS).sum(axis=1, keepdims=True)))[:, 0]
+    return mixed
+
+
+def _replace(state: LowerSequence, log_capital: Floats, observations: int, total: float) -> LowerSequence:
+    log_capital.flags.writeable = False
+    return LowerSequence(state.lo, state.hi, log_capital, state.observations + observations, state.total + total)
+
+
+def _grid(lo: float, hi: float) -> Floats:
+    """Cubic spacing: the question is mostly on which side of 0, or a little beyond, the mean lies."""
+    if lo < 0.0 < hi:
+        below = lo * np.linspace(1.0, 0.0, _GRID // 2, endpoint=False)[1:] ** 3
+        return np.concatenate([below, hi * np.linspace(0.0, 1.0, _GRID // 2 + 1) ** 3])
+    return np.linspace(lo, hi, _GRID + 1)[1:]

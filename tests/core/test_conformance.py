@@ -1,0 +1,137 @@
+"""What every streaming estimator must do: equal its batch oracle, merge in any order, leave its inputs alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hemostat_calibration import sequential
+from hemostat_calibration.streaming import Counts, Histogram, RatioEstimate, student_975
+
+EDGES = (0.0, 0.1, 0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One estimator: how to start, add an observation, merge and read it, and what numpy says of all observations."""
+
+    empty: Callable[[], Any]
+    observe: Callable[[np.random.Generator], Any]
+    update: Callable[[Any, Any], Any]
+    merge: Callable[[Any, Any], Any]
+    read: Callable[[Any], Any]
+    batch: Callable[[list[Any]], Any]
+
+
+def ratio_batch(observations):
+    x, n = np.array(observations).T
+    mean = x.sum() / n.sum()
+    m = len(x)
+    spread = np.sqrt(m * ((x - mean * n) ** 2).sum() / (m - 1)) / n.sum() if m > 1 else np.inf
+    half = student_975(m - 1) * spread if m > 1 else np.inf
+    return [mean, mean - half, mean + half, m, n.sum()]
+
+
+def ratio_read(state):
+    value = state.get()
+    return [value.mean, value.low, value.high, value.requests, value.tokens]
+
+
+def histogram_batch(observations):
+    values = np.concatenate(observations)
+    limits = [-np.inf, *EDGES, np.inf]
+    counts = [((values > a) & (values <= b)).sum() for a, b in zip(limits[:-2], limits[1:-1], strict=True)]
+    return [*counts, (values > EDGES[-1]).sum(), values[np.isfinite(values)].sum()]
+
+
+def capital_batch(observations):
+    """The mixture's capital, from its definition."""
+    state = sequential.init(-1.0, 1.0)
+    x = np.array(observations)
+    factors = 1 - sequential._FRACTIONS + sequential._FRACTIONS * ((x[:, None, None] + 1) / (state.grid[:, None] + 1))
+    capital = (factors.prod(0) * sequential._WEIGHTS).sum(-1)
+    refuted = capital >= 20.0
+    return [state.grid[refuted].max() if refuted.any() else -1.0, x.mean()]
+
+
+CASES = {
+    "ratio": Case(
+        RatioEstimate,
+        lambda rng: (float(rng.normal(1e3, 2.0)), float(rng.integers(1, 50))),
+        lambda state, x: state.update(*x),
+        lambda a, b: a.merge(b),
+        ratio_read,
+        ratio_batch,
+    ),
+    "histogram": Case(
+        lambda: Histogram(EDGES),
+        lambda rng: np.where(rng.random(5) < 0.2, rng.choice([*EDGES, np.inf, np.nan]), rng.exponential(size=5)),
+        lambda state, x: state.update(x),
+        lambda a, b: a.merge(b),
+        lambda state: [*state.get(), state.total],
+        histogram_batch,
+    ),
+    "counts": Case(
+        Counts,
+        lambda rng: str(rng.choice(["queue_full", "greedy"])),
+        lambda state, x: state.update(x),
+        lambda a, b: a.merge(b),
+        lambda state: [state.get().get(word, 0) for word in ("queue_full", "greedy")],
+        lambda observations: [observations.count(word) for word in ("queue_full", "greedy")],
+    ),
+    "lower sequence": Case(
+        lambda: sequential.init(-1.0, 1.0),
+        lambda rng: float(np.clip(rng.normal(0.3, 0.1), -1, 1)),
+        sequential.update,
+        sequential.merge,
+        lambda state: [sequential.lower(state, 0.05), state.mean],
+        capital_batch,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 25))
+@settings(max_examples=50)
+def test_a_stream_equals_its_batch(name, seed, size):
+    case = CASES[name]
+    rng = np.random.default_rng(seed)
+    observations = [case.observe(rng) for _ in range(size)]
+    state = case.empty()
+    for x in observations:
+        state = case.update(state, x)
+    np.testing.assert_allclose(case.read(state), case.batch(observations), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 25), parts=st.integers(1, 5))
+@settings(max_examples=50)
+def test_parts_merge_in_any_order(name, seed, size, parts):
+    case = CASES[name]
+    rng = np.random.default_rng(seed)
+    observations = [case.observe(rng) for _ in range(size)]
+    whole = case.empty()
+    replicas = [case.empty() for _ in range(parts)]
+    for x in observations:
+        whole = case.update(whole, x)
+        at = rng.integers(parts)
+        replicas[at] = case.update(replicas[at], x)
+    merged = case.empty()
+    for at in rng.permutation(parts):
+        merged = case.merge(merged, replicas[at])
+    np.testing.assert_allclose(case.read(merged), case.read(whole), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_update_leaves_what_others_hold(name):
+    case = CASES[name]
+    rng = np.random.default_rng(0)
+    state = case.update(case.empty(), case.observe(rng))
+    before = case.read(state)
+    case.update(state, case.observe(rng))
+    case.merge(state, state)
+    np.testing.assert_array_equal(case.read(state), before)
