@@ -178,11 +178,11 @@ def read(chat: bool, data: bytes, unscorable_models: frozenset[str] = frozenset(
         messages = _lenient(_messages, body.raw("messages"))
         if messages:
             conversation = _conversation(body, messages)
-    xargs = body.value("vllm_xargs")
     unscorable = _unscorable(chat, body, messages, unscorable_models)
-    if (body.has("stream_options") and stream_options is None) or not isinstance(xargs, dict | None):
-        unscorable = "invalid"
-    own_profile = xargs.get("hemostat") if xargs else None
+    xargs = body.value("vllm_xargs") or {}
+    if (body.has("stream_options") and stream_options is None) or not isinstance(xargs, dict):
+        unscorable, xargs = "invalid", {}
+    own_profile = xargs.get("hemostat")
     prompt = None if chat else _lenient(_ids, body.raw("prompt"))
     return Request(
         chat=chat,
@@ -194,7 +194,7 @@ def read(chat: bool, data: bytes, unscorable_models: frozenset[str] = frozenset(
         unscorable=unscorable,
         uncalibrated="own_xargs" if own_profile is not None else _uncalibrated(body, unscorable),
         own_profile=own_profile if isinstance(own_profile, str) else None,
-        own_tap=bool(xargs) and "hemostat_tap" in xargs,
+        own_tap="hemostat_tap" in xargs,
         conversation=conversation,
         prompt_tokens=len(prompt or ()),
     )

@@ -36,7 +36,9 @@ class Event:
         """The event's bytes with other data (without line ends in it)."""
         if self.start >= 0:
             return self.raw[: self.start] + data + self.raw[self.end :]
-        others = [line for line in _LINE_END.split(self.raw) if line and not line.startswith(b"data:")]
+        others = [
+            line for line in _LINE_END.split(self.raw) if line and line != b"data" and not line.startswith(b"data:")
+        ]
         return b"\n".join([*others, b"data: " + data, b"", b""])
 
 

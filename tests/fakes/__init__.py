@@ -1,0 +1,1 @@
+"""Stand-ins for the engines that Hemostat talks to."""

@@ -1,0 +1,1 @@
+"""The wire layer: server-sent events, OpenAI bodies, sampling, the interceptor."""

@@ -1,0 +1,515 @@
+"""The interceptor against an engine that speaks vLLM's wire format, and against the clients that read the result."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import openai as openai_sdk
+import pytest
+from tests.fakes.fake_vllm import FakeVllm, encode, render, serving
+
+from hemostat import openai
+from hemostat.messages import Policy
+
+from .driver import OTHER_VERSION, VERSION, Wire, policy, rows
+
+TOOL_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
+CHAT, COMPLETIONS = openai.CHAT, openai.COMPLETIONS
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[tuple[FakeVllm, str]]:
+    fake = FakeVllm(seed=5)
+    with serving(fake) as url:
+        yield fake, url
+
+
+@pytest.fixture
+def fake(engine: tuple[FakeVllm, str]) -> Iterator[FakeVllm]:
+    """The module's engine, as it was when it was made."""
+    fresh = vars(FakeVllm(seed=5))
+    yield engine[0]
+    vars(engine[0]).update(fresh)
+
+
+@pytest.fixture
+def wire(engine: tuple[FakeVllm, str], fake: FakeVllm) -> Iterator[Wire]:
+    with httpx.Client(base_url=engine[1], timeout=20) as client:
+        yield Wire(client)
+
+
+def chat(text: str = "Hello", **more: Any) -> dict[str, Any]:
+    return {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0} | more
+
+
+def completion(prompt: Any = "Hello", **more: Any) -> dict[str, Any]:
+    return {"model": "fake", "prompt": prompt, "max_tokens": 12, "temperature": 0} | more
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"max_tokens": 1},
+    "sampled with a seed": {"temperature": 0.9, "seed": 3},
+    "stop string": {"stop": [" w4", "w3"]},
+    "unicode": {"say": "Zażółć 日本語 🎉☃!", "max_tokens": 60},
+    "end of sequence": {"say": "short", "max_tokens": 30},
+    "stop string across characters": {"say": "été, automne, hiver", "max_tokens": 60, "stop": ["hiv"]},
+    "a tool call": {"say": "Let me see. " + TOOL_CALL, "max_tokens": 150, "tools": TOOLS},
+    "tools, not called": {"tools": TOOLS},
+    "tools none": {"say": TOOL_CALL, "max_tokens": 150, "tools": TOOLS, "tool_choice": "none"},
+    "usage": {"stream_options": {"include_usage": True}},
+    "usage, continuous": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    "usage off, continuous": {"stream_options": {"include_usage": False, "continuous_usage_stats": True}},
+    "options null": {"stream_options": None},
+    "nulls written out": {"logprobs": None, "return_token_ids": None, "n": None},
+}
+SERVERS: dict[str, dict[str, Any]] = {
+    "as usual": {},
+    "usage forced": {"force_usage": True},
+    "no fingerprint": {"fingerprint": None},
+    "no tool parser": {"tool_parser": False},
+}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_sampled_response_is_the_unsampled_one(
+    wire: Wire, fake: FakeVllm, path: str, stream: bool, feature: str, server: str
+) -> None:
+    vars(fake).update(SERVERS[server])
+    asked = dict(FEATURES[feature])
+    say = asked.pop("say", None)
+    text = "Hello" if say is None else f"say: {say}"
+    body = (chat if path == CHAT else completion)(text) | asked
+    if path == COMPLETIONS:
+        body = {key: value for key, value in body.items() if key not in ("tools", "tool_choice")}
+    if stream:
+        body["stream"] = True
+    else:
+        body.pop("stream_options", None)
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(path, body)
+    assert plain.sent == openai.encode(body)
+    wire.interceptor.policy = policy()
+    for seed in range(3):
+        sampled = wire.send(path, body, splits=random.Random(seed) if seed else None)
+        assert sampled.sent != plain.sent
+        assert sampled.body == plain.body
+        assert sampled.status == plain.status == 200
+    assert wire.shadow("shadowed") == 3
+    assert fake.headers[-1].get(b"accept-encoding") != b"gzip"
+    prompt, output, ids, logprobs, emitted = rows(wire.captures[-1])
+    assert prompt == (render(body["messages"]) if path == CHAT else encode(text))
+    assert ids.shape == logprobs.shape == (len(output), 9)
+    for position, token in enumerate(output):
+        truth = fake.logprobs(prompt + output[:position])
+        row = ids[position][ids[position] >= 0]
+        assert token in row
+        assert len(set(row.tolist())) == len(row) >= 8
+        np.testing.assert_array_equal(logprobs[position][: len(row)], truth[row].astype(np.float32))
+        assert np.all(np.isneginf(logprobs[position][len(row) :]))
+        assert np.all(np.diff(logprobs[position][: len(row)]) <= 0)
+        assert emitted[position] == np.float32(truth[token])
+        # The seven most likely are there whatever was emitted: only the last place can be the emitted token's.
+        assert set(np.argsort(-truth, kind="stable")[:7]) <= set(row.tolist())
+
+
+def test_a_capture_says_what_was_asked(wire: Wire) -> None:
+    wire.interceptor.policy = policy(labels=frozenset({"batch"}))
+    body = chat(temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, stream=True)
+    wire.send(CHAT + "?x=1", body, headers={"X-Hemostat-Label": "batch"}, request_id="abc")
+    [capture] = wire.captures
+    assert (capture.request_id, capture.route, capture.model, capture.label) == ("abc", CHAT, "fake", "batch")
+    assert (capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p) == (0.5, 0.9, 0, 0.1)
+    assert (capture.stream, capture.finish_reason, capture.arm, capture.requested) == (True, "length", "none", None)
+    assert (capture.captured_at, capture.nonce, capture.top_k) == (1.5, "", 8)
+
+
+SKIPPED = [
+    ("structured_output", CHAT, {"response_format": {"type": "json_object"}}),
+    ("forced_tool", CHAT, {"tools": TOOLS, "tool_choice": "required"}),
+    ("n", CHAT, {"n": 2}),
+    ("client_logprobs", CHAT, {"logprobs": True, "top_logprobs": 2}),
+    ("client_logprobs", COMPLETIONS, {"logprobs": 2}),
+    ("prompt_logprobs", COMPLETIONS, {"prompt_logprobs": 1}),
+    ("echo", COMPLETIONS, {"echo": True}),
+    ("lora", CHAT, {"model": "adapter"}),
+    ("too_long", COMPLETIONS, {"prompt": [1] * 1030}),
+]
+
+
+@pytest.mark.parametrize(("reason", "path", "more"), SKIPPED)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_scored_passes_untouched(
+    wire: Wire, fake: FakeVllm, reason: str, path: str, more: dict[str, Any], stream: bool
+) -> None:
+    fake.adapters = ("adapter",)
+    body = (chat if path == CHAT else completion)() | more | ({"stream": True} if stream else {})
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(path, body)
+    wire.interceptor.policy = policy(unscorable_models=frozenset({"adapter"}))
+    sampled = wire.send(path, body)
+    assert (sampled.sent, sampled.body) == (plain.sent, plain.body)
+    assert wire.shadow("skipped", reason) == 1
+    assert not wire.captures
+
+
+def test_bodies_that_cannot_be_read_pass_untouched(wire: Wire) -> None:
+    assert wire.send(CHAT, b'{"model": "fake", "mess').status == 400
+    assert wire.shadow("skipped", "bad_json") == 1
+    twice = b'{"model":"fake","max_tokens":1,"max_tokens":2,"messages":[{"role":"user","content":"hi"}]}'
+    assert wire.send(CHAT, twice).sent == twice
+    assert wire.shadow("skipped", "bad_json") == 2
+    wire.interceptor.policy = policy(body_limit=10)
+    body = openai.encode(chat())
+    assert wire.send(CHAT, body).sent == body
+    assert wire.shadow("skipped", "body_too_large") == 1
+    wire.send(CHAT, body, headers={"content-encoding": "gzip"})
+    assert wire.shadow("skipped", "encoded") == 1
+    assert not wire.captures
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "body",
+    [
+        chat(model="nope"),
+        chat(temperature=-1),
+        {"model": "fake"},
+        {"model": "fake", "prompt": "x"},
+        chat("x" * 3000),
+    ],
+)
+def test_errors_are_the_same_sampled_or_not(wire: Wire, body: dict[str, Any], stream: bool) -> None:
+    body = body | {"stream": stream}
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(CHAT, body)
+    wire.interceptor.policy = policy()
+    sampled = wire.send(CHAT, body)
+    assert plain.status == sampled.status >= 400
+    assert plain.body == sampled.body
+    assert wire.shadow("skipped", "upstream_error") + wire.shadow("skipped", "invalid") == 1
+
+
+def test_an_engine_that_refuses_the_logprobs_is_asked_once(wire: Wire, fake: FakeVllm) -> None:
+    fake.max_logprobs = 5
+    assert wire.send(CHAT, chat()).status == 400
+    assert wire.send(CHAT, chat()).status == 200
+    assert wire.shadow("skipped", "logprobs_refused") == 1
+    wire.interceptor.policy = policy(generation=2, shadow_top_k=5)
+    assert wire.send(CHAT, chat()).status == 200
+    assert wire.shadow("shadowed") == 1
+
+
+def test_lost_tokens_are_noticed_and_the_client_is_not(wire: Wire, fake: FakeVllm) -> None:
+    fake.lose_tool_tokens = True
+    body = chat("say: " + TOOL_CALL, tools=TOOLS, stream=True, max_tokens=150)
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(CHAT, body)
+    wire.interceptor.policy = policy()
+    assert wire.send(CHAT, body).body == plain.body
+    assert wire.shadow("skipped", "tool_tokens_lost") == 1
+
+
+def test_too_long_is_seen_while_it_comes_and_stripping_goes_on(wire: Wire) -> None:
+    body = chat(stream=True, max_tokens=40)
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(CHAT, body)
+    wire.interceptor.policy = policy(shadow_max_tokens=50)
+    assert wire.send(CHAT, body).body == plain.body
+    assert wire.shadow("skipped", "too_long") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_dies_leaves_the_client_what_came(wire: Wire, fake: FakeVllm, stream: bool) -> None:
+    fake.die_after = 5
+    body = chat(stream=stream)
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(CHAT, body)
+    wire.interceptor.policy = policy()
+    sampled = wire.send(CHAT, body)
+    assert sampled.body == plain.body
+    assert sampled.complete == plain.complete
+    assert not wire.captures
+    assert wire.shadow("skipped", "incomplete") + wire.shadow("skipped", "upstream_error") == 1
+
+
+def test_an_error_event_in_the_stream_goes_through(wire: Wire, fake: FakeVllm) -> None:
+    fake.error_after = 4
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(CHAT, chat(stream=True))
+    wire.interceptor.policy = policy()
+    assert wire.send(CHAT, chat(stream=True)).body == plain.body
+    assert b'"error"' in plain.body
+    assert wire.shadow("skipped", "upstream_error") == 1
+
+
+def test_a_client_that_leaves_is_counted_and_nothing_is_handed_on(wire: Wire, fake: FakeVllm) -> None:
+    fake.token_delay = 0.02
+    assert not wire.send(CHAT, chat(stream=True), give_up_after=2).complete
+    assert wire.shadow("skipped", "incomplete") == 1
+    assert not wire.captures
+
+
+def test_a_full_link_is_counted(wire: Wire) -> None:
+    wire.room = False
+    wire.send(CHAT, chat())
+    assert wire.shadow("dropped", "link_full") == 1
+    assert wire.shadow("shadowed") == 0
+
+
+ODD_STREAMS = [
+    b"data: not json\n\n",
+    b'data: {"choices":[{"index":0},{"index":1}]}\n\n',
+    b'data: {"choices":[{"index":0,"delta":{"content":"x"},"token_ids":[5],"logprobs":null}]}\n\n',
+    b'data: {"choices":[{"index":0,"delta":{"content":"x"},"token_ids":[99999999999],"logprobs":null}]}\n\n',
+    b'data: {"choices":[{"index":0,"delta":{"content":"x"},"token_ids":"x","logprobs":{}}]}\n\n',
+    b'data: {"choices":7}\n\n',
+    b"data: [1]\n\n: comment\n\n",
+]
+
+
+@pytest.mark.parametrize("event", ODD_STREAMS)
+def test_a_stream_that_is_not_vllms_passes_and_is_counted(event: bytes) -> None:
+    wire = Wire(httpx.Client())
+    exchange = wire.interceptor.begin("POST", CHAT.encode(), [], "r")
+    assert exchange is not None
+    exchange.request(openai.encode(chat(stream=True)))
+    assert exchange.response_head(200, [(b"Content-Type", b"text/event-stream")])
+    out = exchange.response_data(event + b"data: [DONE]\n\n")
+    out += exchange.response_end()
+    exchange.closed(complete=True)
+    assert out.endswith(b"data: [DONE]\n\n")
+    assert b"x" not in event or b'"x"' in out or event in out
+    assert sum(count for (_, outcome, *_), count in wire.counts.items() if outcome == "skipped") == 1
+    assert not wire.captures
+
+
+# --- what is looked at, by the head ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/models"), ("GET", CHAT), ("POST", "/tokenize"), ("POST", "/v1/chat/completions/")]
+)
+def test_other_requests_are_not_looked_at(wire: Wire, method: str, path: str) -> None:
+    assert wire.interceptor.begin(method, path.encode(), [(b"Host", b"x")], "r") is None
+    assert not wire.counts
+
+
+def test_other_generating_routes_are_counted(wire: Wire) -> None:
+    assert wire.interceptor.begin("POST", b"/v1/responses", [], "r") is None
+    assert wire.shadow("skipped", "route") == 1
+
+
+def test_nothing_is_looked_at_when_nothing_is_to_be_done(wire: Wire) -> None:
+    for quiet in (policy(scoring=False), policy(shadow_rate=0.0), policy(scoring=False, mode="auto")):
+        wire.interceptor.policy = quiet
+        assert wire.interceptor.begin("POST", CHAT.encode(), [], "r") is None
+    assert not wire.counts
+
+
+def test_a_client_opts_out_or_in(wire: Wire) -> None:
+    wire.send(CHAT, chat(), headers={"X-Hemostat-Shadow": "off"})
+    assert wire.shadow("skipped", "opted_out") == 1
+    wire.interceptor.policy = policy(shadow_rate=0.0)
+    wire.send(CHAT, chat(), headers={"x-hemostat-shadow": "on"})
+    assert wire.shadow("shadowed") == 1
+    wire.interceptor.policy = policy(shadow_rate=0.0, shadow_allow_on=False)
+    wire.send(CHAT, chat(), headers={"X-Hemostat-Shadow": "on"})
+    assert wire.shadow("skipped", "on_not_allowed") == 1
+    assert len(wire.captures) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X-Hemostat-Shadow", "yes"),
+        ("X-Hemostat-Calibration", "../../etc/passwd"),
+        ("X-Hemostat-Calibration", VERSION.upper()),
+        ("X-Hemostat-Label", "unheard-of"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused_by_name(wire: Wire, fake: FakeVllm, name: str, value: str) -> None:
+    wire.interceptor.policy = policy(labels=frozenset({"batch", "chat"}))
+    answer = wire.send(CHAT, chat(), headers={name: value})
+    error = json.loads(answer.body)["error"]
+    assert answer.status == error["code"] == 400
+    assert name in error["message"]
+    if "Label" in name:
+        assert "batch, chat" in error["message"]
+    assert not fake.requests
+
+
+def test_our_headers_do_not_go_upstream(wire: Wire, fake: FakeVllm) -> None:
+    ours = {"X-Hemostat-Shadow": "off", "X-Hemostat-Calibration": "off", "X-Hemostat-Label": "x", "X-Other": "1"}
+    wire.send(CHAT, chat(), headers=ours)
+    assert not any(name.startswith(b"x-hemostat") for name in fake.headers[-1])
+    assert fake.headers[-1][b"x-other"] == b"1"
+
+
+# --- arms -------------------------------------------------------------------------------------------------------------
+
+AUTO = policy(mode="auto", serving=VERSION)
+ALL_TREATED = policy(mode="auto", serving=VERSION, control_fraction=0.0)
+
+
+def asked_of_engine(fake: FakeVllm) -> Any:
+    return (fake.requests[-1].get("vllm_xargs") or {}).get("hemostat")
+
+
+def test_arms_are_drawn_by_conversation_and_only_the_treated_ask_for_the_profile(wire: Wire, fake: FakeVllm) -> None:
+    wire.interceptor.policy = AUTO
+    arms: list[str] = []
+    for number in range(40):
+        turns = [{"role": "user", "content": f"question {number}"}]
+        seen = set()
+        for turn in range(2):
+            wire.send(CHAT, chat() | {"messages": turns, "max_tokens": 1}, request_id=f"{number}-{turn}")
+            capture = wire.captures[-1]
+            seen.add(capture.arm)
+            assert asked_of_engine(fake) == capture.requested == (VERSION if capture.arm == "treated" else None)
+            turns = [*turns, {"role": "assistant", "content": "x"}, {"role": "user", "content": "more"}]
+        assert len(seen) == 1
+        arms += seen
+    assert 8 <= arms.count("control") <= 32
+    assert arms.count("control") + arms.count("treated") == 40
+    assert wire.calibration("control", "assigned") + wire.calibration("treated", "assigned") == 80
+
+
+@pytest.mark.parametrize(
+    ("chosen", "headers", "more", "asked", "arm", "reason"),
+    [
+        (ALL_TREATED, {}, {}, VERSION, "treated", "assigned"),
+        (policy(), {}, {}, None, "none", None),
+        (policy(mode="observe", serving=VERSION), {}, {}, None, "none", None),
+        (ALL_TREATED, {"X-Hemostat-Calibration": "off"}, {}, None, "none", "opted_out"),
+        (policy(), {"X-Hemostat-Calibration": VERSION}, {}, VERSION, "none", "pinned"),
+        (ALL_TREATED, {"X-Hemostat-Calibration": OTHER_VERSION}, {}, None, "none", "unknown"),
+        (policy(mode="auto", serving=OTHER_VERSION, control_fraction=0.0), {}, {}, None, "none", "unknown"),
+        (policy(mode="off", serving=VERSION), {"X-Hemostat-Calibration": VERSION}, {}, None, "none", "off"),
+        (policy(mode="off", forced=VERSION), {}, {}, None, "none", None),
+        (policy(forced=VERSION), {}, {}, VERSION, "none", "forced"),
+        (ALL_TREATED, {}, {"vllm_xargs": {"hemostat": "mine"}}, "mine", "none", "own_xargs"),
+        (ALL_TREATED, {}, {"logit_bias": {"5": 1}}, None, "none", "own_logits"),
+        (ALL_TREATED, {}, {"presence_penalty": 0.5}, None, "none", "own_logits"),
+        (ALL_TREATED, {}, {"repetition_penalty": 1.1}, None, "none", "own_logits"),
+        (ALL_TREATED, {}, {"vllm_xargs": {"mine": 1}}, VERSION, "treated", "assigned"),
+    ],
+)
+def test_who_gets_which_profile(
+    wire: Wire,
+    fake: FakeVllm,
+    chosen: Policy,
+    headers: dict[str, str],
+    more: dict[str, Any],
+    asked: str | None,
+    arm: str,
+    reason: str | None,
+) -> None:
+    wire.interceptor.policy = policy(
+        **{name: getattr(chosen, name) for name in ("mode", "serving", "forced")}, control_fraction=0.0
+    )
+    assert wire.send(CHAT, chat() | more, headers=headers).status == 200
+    assert asked_of_engine(fake) == asked
+    [capture] = wire.captures
+    assert (capture.arm, capture.requested) == (arm, asked)
+    assert sum(count for (name, *_), count in wire.counts.items() if "calibration" in name) == (reason is not None)
+    if reason is not None:
+        assert wire.calibration(arm, reason) == 1
+    for name, value in (more.get("vllm_xargs") or {}).items():
+        assert fake.requests[-1]["vllm_xargs"][name] == value
+
+
+def test_an_unsampled_treated_request_changes_by_its_xargs_alone(wire: Wire) -> None:
+    wire.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0, scoring=False)
+    body = b'{ "model": "fake",\n  "messages": [{"role": "user", "content": "caf\\u00e9"}], "max_tokens": 2 }'
+    answer = wire.send(CHAT, body)
+    assert answer.sent == body.replace(
+        b'"max_tokens": 2 }', b'"max_tokens": 2,"vllm_xargs":{"hemostat":"%s"} }' % VERSION.encode()
+    )
+    assert not wire.captures
+
+
+def test_a_tap_is_asked_for_where_a_plugin_has_reported(wire: Wire, fake: FakeVllm) -> None:
+    wire.interceptor.policy = policy(tap=True)
+    wire.send(CHAT, chat())
+    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
+    wire.send(CHAT, chat(vllm_xargs={"hemostat_tap": "mine"}))
+    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "mine"}
+    assert [capture.nonce for capture in wire.captures] == ["nonce", ""]
+
+
+def test_without_a_plugin_a_profile_is_temperature_and_bias_where_the_client_set_neither(
+    wire: Wire, fake: FakeVllm
+) -> None:
+    wire.interceptor.policy = policy(
+        mode="auto",
+        serving=VERSION,
+        acknowledged=frozenset(),
+        control_fraction=0.0,
+        apply="request",
+        request_temperature=0.8,
+        request_logit_bias={"7": 1.5},
+    )
+    free = chat()
+    del free["temperature"]
+    wire.send(CHAT, free)
+    sent = fake.requests[-1]
+    assert (sent["temperature"], sent["logit_bias"], "vllm_xargs" in sent) == (0.8, {"7": 1.5}, False)
+    assert (wire.captures[-1].arm, wire.captures[-1].temperature) == ("treated", 0.8)
+    wire.send(CHAT, chat(temperature=0.3))
+    sent = fake.requests[-1]
+    assert (sent["temperature"], "logit_bias" in sent) == (0.3, False)
+    assert (wire.captures[-1].arm, wire.captures[-1].requested) == ("none", None)
+    assert wire.calibration("none", "own_parameters") == 1
+
+
+# --- a client that reads it ------------------------------------------------------------------------------------------
+
+
+class ThroughWire(httpx.BaseTransport):
+    """An httpx transport whose every request goes through the interceptor."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._ids = itertools.count()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = self._wire.send(request.url.path, request.read(), request_id=f"sdk-{next(self._ids)}")
+        kind = "text/event-stream" if answer.body.startswith(b"data:") else "application/json"
+        return httpx.Response(answer.status, headers={"content-type": kind}, content=answer.body)
+
+
+def test_the_openai_client_reads_sampled_responses(wire: Wire) -> None:
+    with openai_sdk.OpenAI(
+        base_url="http://fake/v1", api_key="x", http_client=httpx.Client(transport=ThroughWire(wire)), max_retries=0
+    ) as client:
+        messages: Any = [{"role": "user", "content": "say: Grüße 🎉"}]
+        whole = client.chat.completions.create(model="fake", messages=messages)
+        assert whole.choices[0].message.content == "Grüße 🎉"
+        assert whole.choices[0].logprobs is None
+        parts = list(client.chat.completions.create(model="fake", messages=messages, stream=True))
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == "Grüße 🎉"
+        assert all(part.usage is None for part in parts)
+        messages = [{"role": "user", "content": "say: " + TOOL_CALL}]
+        stream: Any = client.chat.completions.create(model="fake", messages=messages, tools=TOOLS, stream=True)
+        calls = [call for part in stream for call in part.choices[0].delta.tool_calls or []]
+        assert "".join(call.function.arguments or "" for call in calls) == '{"city": "Paris"}'
+        own = client.chat.completions.create(
+            model="fake", messages=messages, logprobs=True, top_logprobs=2, max_tokens=3
+        )
+        assert own.choices[0].logprobs is not None
+        assert len(own.choices[0].logprobs.content or []) == 3
+        with pytest.raises(openai_sdk.NotFoundError):
+            client.completions.create(model="nope", prompt="x")
+    assert wire.shadow("shadowed") == 3

@@ -1,0 +1,164 @@
+"""Splicing and reading of bodies."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hemostat import openai
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(st.text(max_size=4), JSON, max_size=5)
+SPACE = st.text(" \t\r\n", max_size=2)
+
+
+@st.composite
+def written(draw: st.DrawFn, value: dict[str, Any]) -> bytes:
+    """The object with whitespace and escapes of a client's choosing."""
+    ascii_only = draw(st.booleans())
+    text = draw(SPACE) + "{"
+    for number, (key, item) in enumerate(value.items()):
+        text += "," if number else ""
+        text += draw(SPACE) + json.dumps(key, ensure_ascii=ascii_only) + draw(SPACE) + ":" + draw(SPACE)
+        text += json.dumps(item, ensure_ascii=ascii_only) + draw(SPACE)
+    return (text + draw(SPACE) + "}" + draw(SPACE)).encode()
+
+
+@given(st.data(), OBJECTS, OBJECTS)
+def test_an_edit_changes_what_was_named_and_no_other_byte(
+    data: st.DataObject, value: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    body = data.draw(written(value))
+    edited = openai.JsonObject(body).edit({key: openai.encode(item) for key, item in changes.items()})
+    assert json.loads(edited) == value | changes
+    back = openai.JsonObject(edited)
+    before = openai.JsonObject(body)
+    for key in value.keys() - changes.keys():
+        assert back.raw(key) == before.raw(key)
+    if not changes:
+        assert edited == body
+    if value and not value.keys() & changes.keys():
+        assert edited.startswith(body[: body.rindex(b"}")].rstrip())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a":1,"a":1}',
+        b'{"a":1,"b":2,"a":1}',
+        b'{"a":12,"a":1}',
+        b'{"a":1,"a":12}',
+        b'{"a":1,"\\u0061":2}',
+        b"[]",
+        b"",
+        b"{",
+        b'{"a":NaN}',
+        b"\xff",
+        b'{"a":' + b"[" * 100_000,
+    ],
+)
+def test_what_parsers_could_read_differently_is_refused(body: bytes) -> None:
+    with pytest.raises(openai.MALFORMED):
+        openai.JsonObject(body)
+
+
+@given(st.binary(max_size=60) | st.text(alphabet='{}[]",:\\ au01', max_size=40).map(str.encode))
+def test_reading_anything_raises_only_what_callers_catch(data: bytes) -> None:
+    for chat in (True, False):
+        try:
+            openai.read(chat, data)
+        except openai.MALFORMED:
+            continue
+
+
+USER = {"role": "user", "content": "hi"}
+TEXT_PART = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({}, None),
+        ({"messages": [TEXT_PART]}, None),
+        ({"n": 1, "logprobs": False, "top_logprobs": 0, "stream_options": None}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"tools": TOOLS}, None),
+        ({"tools": TOOLS, "tool_choice": "auto"}, None),
+        ({"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": False}}, None),
+        ({"messages": [USER, IMAGE]}, "multimodal"),
+        ({"n": 2}, "n"),
+        ({"use_beam_search": True}, "beam_search"),
+        ({"response_format": {"type": "json_object"}}, "structured_output"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_output"),
+        ({"guided_json": {}}, "structured_output"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "forced_tool"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "forced_tool"),
+        ({"logprobs": True}, "client_logprobs"),
+        ({"return_token_ids": True}, "client_logprobs"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"echo": True}, "echo"),
+        ({"include_reasoning": False}, "hidden_reasoning"),
+        ({"model": "adapter"}, "lora"),
+        ({"messages": []}, "invalid"),
+        ({"messages": None}, "invalid"),
+        ({"messages": "hi"}, "invalid"),
+        ({"stream": "yes"}, "invalid"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, "invalid"),
+        ({"vllm_xargs": [1]}, "invalid"),
+    ],
+)
+def test_why_a_chat_request_cannot_be_scored(more: dict[str, Any], reason: str | None) -> None:
+    body = {"model": "m", "messages": [USER]} | more
+    assert openai.read(True, json.dumps(body).encode(), frozenset({"adapter"})).unscorable == reason
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({}, None),
+        ({"prompt": [1, 2]}, None),
+        ({"prompt": ["a", "b"]}, "n"),
+        ({"prompt": [[1], [2]]}, "n"),
+        ({"prompt": None}, "invalid"),
+        ({"prompt_embeds": "x"}, "multimodal"),
+        ({"best_of": 2}, "n"),
+        ({"logprobs": 0}, "client_logprobs"),
+        ({"echo": True}, "echo"),
+    ],
+)
+def test_why_a_completions_request_cannot_be_scored(more: dict[str, Any], reason: str | None) -> None:
+    body = {"model": "m", "prompt": "hi"} | more
+    assert openai.read(False, json.dumps(body).encode()).unscorable == reason
+
+
+def test_every_turn_of_a_conversation_has_the_same_key_and_another_conversation_another() -> None:
+    def key(*messages: dict[str, str], model: str = "m") -> bytes | None:
+        return openai.read(True, json.dumps({"model": model, "messages": messages}).encode()).conversation
+
+    system, first = {"role": "system", "content": "s"}, {"role": "user", "content": "hi"}
+    answer, second = {"role": "assistant", "content": "hello"}, {"role": "user", "content": "more"}
+    assert key(system, first) == key(system, first, answer, second) is not None
+    assert key(system, first) != key(system, second)
+    assert key(system, first) != key(first)
+    assert key(first) != key(first, model="n")
+    assert key(system) is None
+
+
+def test_the_clients_own_xargs_stay() -> None:
+    def xargs(own: Any) -> Any:
+        request = openai.read(True, json.dumps({"messages": [USER], "vllm_xargs": own}).encode())
+        return json.loads(openai.with_xargs(request, {"hemostat": "v", "hemostat_tap": "n"}))
+
+    assert xargs(None) == {"hemostat": "v", "hemostat_tap": "n"}
+    assert xargs({"mine": [1, 2]}) == {"mine": [1, 2], "hemostat": "v", "hemostat_tap": "n"}
+    assert xargs({"hemostat": "own"}) == {"hemostat": "own", "hemostat_tap": "n"}
