@@ -1,0 +1,223 @@
+"""The vLLM backend and the vocabulary check: against a server made here, and against a real one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import SecretStr
+from tests.reference.fake_vllm import FakeVllm, running
+
+from hemostat.config import Upstream
+from hemostat.reference import server as server_module
+from hemostat.reference.match import compare
+from hemostat.reference.protocol import ReferenceFailure
+from hemostat.reference.server import VllmServer
+from hemostat.reference.vllm import VllmReference
+
+
+def request_of(seed: int, fake: FakeVllm, prompt: int, output: int, width: int) -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(fake.vocab_size)[:width] for _ in range(output)]).astype(np.int32)
+    tokens = rng.integers(0, fake.vocab_size, prompt + output).astype(np.int32)
+    return tokens[:prompt], tokens[prompt:], ids
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 20])
+async def test_scores_are_those_of_the_servers_model(top_k: int) -> None:
+    async with running(FakeVllm()) as fake:
+        reference = VllmReference(fake.url, top_k=top_k)
+        info = await reference.start()
+        assert (info.model, info.vocab_size, info.full_vocabulary) == ("fake", 64, False)
+        prompt, output, ids = request_of(top_k, fake, 7, 12, 30)
+        ids[0, 0] = -1
+        scores = await reference.score(prompt, output, ids)
+        before = np.concatenate([prompt[-1:], output[:-1]])
+        rows = fake.logprobs[before]
+        np.testing.assert_allclose(scores.emitted, rows[np.arange(12), output])
+        np.testing.assert_array_equal(scores.top.ids, (-rows).argsort(1)[:, :top_k])
+        np.testing.assert_allclose(scores.top.logprobs, -np.sort(-rows, 1)[:, :top_k])
+        given = np.array([[i in (*scores.top.ids[t], output[t]) for i in ids[t]] for t in range(12)])
+        assert given.any()
+        np.testing.assert_allclose(
+            scores.at, np.where(given, np.take_along_axis(rows, np.maximum(ids, 0).astype(int), 1), np.nan)
+        )
+        assert scores.entropy is None
+        assert scores.expected_shift == {}
+        path, body = fake.seen[-1]
+        assert path == "/v1/completions"
+        assert body["prompt"] == [*prompt.tolist(), *output.tolist()]
+        assert (body["max_tokens"], body["temperature"], body["prompt_logprobs"]) == (1, 0.0, top_k)
+        await reference.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"fail_with": 500}, "http_error"),
+        ({"fail_with": 503}, "busy"),
+        ({"fail_with": 429}, "busy"),
+        ({"fail_with": 400}, "refused"),
+        ({"max_logprobs": 4}, "refused"),
+        ({"api_key": "other"}, "unauthorized"),
+        ({"short": True}, "short_answer"),
+        ({"mangle": '{"choices": []}'}, "short_answer"),
+        ({"mangle": '{"choices": [{}]}'}, "short_answer"),
+        ({"mangle": '{"choices": [{"prompt_logprobs": [null, {}, {}, {}, {}]}]}'}, "short_answer"),
+        ({"mangle": '{"choices": [{"prompt_logprobs": [1, 2, 3, 4, "x"]}]}'}, "bad_answer"),
+        ({"mangle": "<html>"}, "bad_answer"),
+        ({"hang": True}, "timeout"),
+    ],
+)
+async def test_failures_have_names(change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(FakeVllm(api_key="k")) as fake:
+        reference = VllmReference(fake.url, SecretStr("k"), top_k=5)
+        await reference.start()
+        reference._server._client.timeout = server_module.httpx.Timeout(0.5)
+        for name, value in change.items():
+            setattr(fake, name, value)
+        prompt, output, ids = request_of(0, fake, 2, 3, 2)
+        with pytest.raises(ReferenceFailure) as failure:
+            await reference.score(prompt, output, ids)
+        assert failure.value.reason == reason
+        assert "\n" not in str(failure.value)
+        await reference.close()
+
+
+async def test_logits_in_place_of_logprobs_are_refused() -> None:
+    async with running(FakeVllm()) as fake:
+        reference = VllmReference(fake.url, top_k=1)
+        await reference.start()
+        fake.mangle = '{"choices": [{"prompt_logprobs": [null, {"3": {"logprob": 12.5, "rank": 1}}]}]}'
+        with pytest.raises(ReferenceFailure, match="raw_logprobs"):
+            await reference.score(np.array([1], np.int32), np.array([3], np.int32), np.array([[3]], np.int32))
+        await reference.close()
+
+
+async def test_too_long_never_reaches_the_server() -> None:
+    async with running(FakeVllm(max_model_len=10)) as fake:
+        reference = VllmReference(fake.url, top_k=2)
+        await reference.start()
+        asked = len(fake.seen)
+        with pytest.raises(ReferenceFailure) as failure:
+            await reference.score(*request_of(0, fake, 5, 5, 2))
+        assert failure.value.reason == "too_long"
+        assert len(fake.seen) == asked
+        await reference.score(*request_of(0, fake, 5, 4, 2))
+        await reference.close()
+
+
+async def test_a_server_that_is_not_there_is_down() -> None:
+    async with running(FakeVllm()) as fake:
+        pass
+    reference = VllmReference(fake.url)
+    with pytest.raises(ReferenceFailure) as failure:
+        await reference.start()
+    assert failure.value.reason == "down"
+    assert fake.url in str(failure.value)
+    await reference.close()
+
+
+async def test_wrong_names_and_older_servers_are_told() -> None:
+    async with running(FakeVllm()) as fake:
+        reference = VllmReference(fake.url, model="nope")
+        with pytest.raises(ReferenceFailure, match="serves adapter, fake, not nope"):
+            await reference.start()
+        await reference.close()
+        fake.tells_vocabulary = False
+        reference = VllmReference(fake.url)
+        with pytest.raises(ReferenceFailure, match="vocabulary"):
+            await reference.start()
+        await reference.close()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ok", "words"),
+    [
+        ({}, True, "64 tokens, same ids of a probe text and of a rendered chat"),
+        ({"seed": 5}, True, "same ids"),
+        ({"vocab_size": 65}, False, "vocabulary: fake has 64 tokens, the reference fake has 65"),
+        ({"chat_template": "hello {}"}, False, "rendered chat: fake and the reference fake differ from token 0 on"),
+        ({"chat_template": None}, True, "no chat template"),
+    ],
+)
+async def test_compare(theirs: dict[str, Any], ok: bool, words: str) -> None:
+    async with running(FakeVllm()) as upstream, running(FakeVllm(**theirs)) as other:
+        reference = VllmReference(other.url)
+        match = await compare(Upstream(url=upstream.url), reference)
+        assert (match.ok, match.compared) == (ok, True)
+        assert words in match.detail
+        await reference.close()
+
+
+async def test_ids_of_a_text_can_differ_at_one_vocabulary_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(FakeVllm()) as upstream, running(FakeVllm()) as other:
+        monkeypatch.setattr(other, "encode", lambda text: upstream.encode(text)[:-1])
+        reference = VllmReference(other.url)
+        match = await compare(Upstream(url=upstream.url), reference)
+        assert (match.ok, match.compared) == (False, True)
+        assert "probe text" in match.detail
+        assert "against nothing" in match.detail
+        await reference.close()
+
+
+async def test_an_upstream_that_is_away_is_no_mismatch() -> None:
+    async with running(FakeVllm()) as other:
+        async with running(FakeVllm()) as upstream:
+            pass
+        reference = VllmReference(other.url)
+        match = await compare(Upstream(url=upstream.url), reference)
+        assert (match.ok, match.compared) == (False, False)
+        await reference.close()
+        reference = VllmReference(upstream.url)
+        with pytest.raises(ReferenceFailure):
+            await compare(Upstream(url=other.url), reference)
+        await reference.close()
+
+
+@pytest.mark.vllm
+async def test_a_real_server_against_the_same_checkpoint_in_transformers(vllm_server: Any, checkpoints: Any) -> None:
+    """Both run the compressed checkpoint in bfloat16; they agree within what bfloat16 and two kernels leave."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    reference = VllmReference(vllm_server.url, top_k=20)
+    info = await reference.start()
+    assert info.vocab_size == 49152
+    prompt = np.array(await reference.render([{"role": "user", "content": "Name three rivers of Europe."}]), np.int32)
+    text = "Three rivers of Europe are the Danube, the Rhine and the Volga."
+    output = np.array(await reference.tokenize(text), np.int32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints.compressed, dtype="auto").eval()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[*prompt.tolist(), *output.tolist()]])).logits[0]
+    rows = torch.log_softmax(logits[len(prompt) - 1 : -1].double(), -1).numpy()
+    ids = (-rows).argsort(1)[:, :10].astype(np.int32)
+    scores = await reference.score(prompt, output, ids)
+    await reference.close()
+    np.testing.assert_allclose(scores.emitted, rows[np.arange(len(output)), output], atol=0.25)
+    known = ~np.isnan(scores.at)
+    assert known.mean() > 0.9
+    wanted = np.take_along_axis(rows, ids.astype(int), 1)
+    assert np.abs(scores.at - wanted)[known].max() < 0.3
+    assert np.abs(scores.at - wanted)[known].mean() < 0.05
+    assert (scores.top.ids[:, 0] == ids[:, 0]).mean() > 0.8
+
+
+@pytest.mark.vllm
+async def test_a_real_pair_matches(vllm_server: Any, checkpoints: Any) -> None:
+    from hemostat.reference.transformers import TransformersReference
+
+    reference = TransformersReference(str(checkpoints.reference))
+    try:
+        match = await compare(Upstream(url=vllm_server.url), reference)
+        assert (match.ok, match.compared) == (True, True), match.detail
+        assert "rendered chat" in match.detail
+        refusing = VllmServer(vllm_server.url)
+        with pytest.raises(ReferenceFailure, match="max allowed: 64"):
+            await refusing.post(
+                "/v1/completions", {"model": "smollm2", "prompt": [1, 2], "max_tokens": 1, "prompt_logprobs": 65}, dict
+            )
+        await refusing.close()
+    finally:
+        await asyncio.wait_for(reference.close(), 10)
