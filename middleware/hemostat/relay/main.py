@@ -1,0 +1,117 @@
+"""A relay process: `python -m hemostat.relay.main`, its configuration as JSON on standard input.
+
+    {"worker": 0, "host": "127.0.0.1", "port": 8000, "reuse_port": true, "fd": null,
+     "upstream_url": "http://127.0.0.1:8001", "upstream_api_key": null, "upstream_ca": null,
+     "upstream_max_connections": 512, "control_socket": "/run/…/control.sock", "shutdown_seconds": 30.0,
+     "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456}, "log_level": "info"}
+
+Prints `{"listening": port}` once bound. With `fd` it listens on that inherited socket. SIGTERM: no new connections,
+what is in flight ends, exit code 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from hemostat.intercept import Interceptor
+from hemostat.messages import Policy
+from hemostat.process import die_with_parent
+from hemostat.relay.counters import Counters
+from hemostat.relay.http import Limits
+from hemostat.relay.link import ControlLink
+from hemostat.relay.worker import Relay
+
+log = logging.getLogger("hemostat.relay")
+
+
+def listening_socket(config: dict[str, Any]) -> socket.socket:
+    """The data port, bound; OSError when it cannot be."""
+    if config.get("fd") is not None:
+        return socket.socket(fileno=config["fd"])
+    host = config["host"]
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if config.get("reuse_port"):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind((host, config["port"]))
+    return sock
+
+
+async def run(config: dict[str, Any]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, stop.set)
+    ca = config.get("upstream_ca")
+    relay = Relay(
+        config["upstream_url"],
+        limits=Limits(**config.get("limits", {})),
+        counters=Counters(),
+        upstream_api_key=config.get("upstream_api_key"),
+        upstream_ca=Path(ca) if ca else None,
+        upstream_max_connections=config.get("upstream_max_connections", 512),
+    )
+    interceptor: Interceptor | None = None
+
+    def on_policy(policy: Policy | None) -> None:
+        nonlocal interceptor
+        if policy is None:
+            relay.hook = None
+            return
+        if interceptor is None:
+            interceptor = Interceptor(policy, link.emit, relay.counters.add)
+        interceptor.policy = policy
+        relay.hook = interceptor
+
+    link = ControlLink(
+        config["control_socket"], config["worker"], on_policy, lambda: relay.counters.stats(ready=relay.ready)
+    )
+    sock = listening_socket(config)
+    await relay.serve(sock)
+    linking = loop.create_task(link.run())
+    # What lives until now lives for good: the collector need not look at it again.
+    gc.collect()
+    gc.freeze()
+    print(json.dumps({"listening": sock.getsockname()[1]}), flush=True)  # noqa: T201  the supervisor reads it
+    await stop.wait()
+    draining = loop.create_task(relay.drain(config["shutdown_seconds"]))
+    link.report()
+    if not await draining:
+        log.warning("relay %d: %d connections were still busy", config["worker"], len(relay.clients))
+    await link.close()
+    linking.cancel()
+    await relay.close()
+
+
+def main() -> int:
+    """Exit code 0 after an orderly stop, 1 when it cannot start."""
+    config = json.load(sys.stdin)
+    logging.basicConfig(
+        level=config.get("log_level", "info").upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    die_with_parent(os.getppid())
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        uvloop.run(run(config))
+    except (OSError, ValueError) as error:
+        log.error("relay %d cannot start: %s", config["worker"], error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Two real ends for the relay in the middle: a scripted upstream and raw clients, their bytes judged by h11."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import h11
+
+from hemostat.relay.worker import Relay
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@dataclass
+class Request:
+    method: bytes
+    target: bytes
+    headers: list[tuple[bytes, bytes]]
+    """Names in their original case."""
+    body: bytes
+
+    def get(self, name: bytes) -> list[bytes]:
+        return [value for key, value in self.headers if key.lower() == name]
+
+
+@dataclass
+class Response:
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    interim: list[int] = field(default_factory=list)
+
+    def get(self, name: bytes) -> list[bytes]:
+        return [value for key, value in self.headers if key.lower() == name]
+
+
+class UpstreamConnection:
+    """The upstream's end of one connection."""
+
+    def __init__(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.number = number
+        self.reader = reader
+        self.writer = writer
+        self._left = b""
+
+    async def request(self) -> Request | None:
+        """The next request as h11 reads it, None at the end of file."""
+        parser = h11.Connection(h11.SERVER)
+        if self._left:
+            parser.receive_data(self._left)
+        head: h11.Request | None = None
+        body = b""
+        while True:
+            event = parser.next_event()
+            if event is h11.NEED_DATA:
+                parser.receive_data(await self.reader.read(65536))
+            elif isinstance(event, h11.Request):
+                head = event
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                assert head is not None
+                self._left = parser.trailing_data[0]
+                return Request(head.method, head.target, list(head.headers.raw_items()), body)
+            else:
+                return None
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    def abort(self) -> None:
+        """A reset, as a killed server's kernel sends it."""
+        self.writer.transport.abort()
+
+
+Script = Callable[[UpstreamConnection], Awaitable[None]]
+
+
+class Upstream:
+    """Runs the script on every connection."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.connections = 0
+        self.closed = 0
+        self.requests: list[Request] = []
+        self.port = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, context: ssl.SSLContext | None = None) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=context)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        connection = UpstreamConnection(self.connections, reader, writer)
+        self.connections += 1
+        try:
+            await self.script(connection)
+        except ConnectionError:
+            pass
+        except asyncio.CancelledError:
+            pass
+        finally:
+            self._tasks.discard(task)
+            self.closed += 1
+            writer.close()
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                await writer.wait_closed()
+
+    async def stop(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def answering(upstream_requests: list[Request], answer: bytes | Callable[[Request], bytes] = OK) -> Script:
+    """Keeps connections alive; remembers every request and answers it."""
+
+    async def script(connection: UpstreamConnection) -> None:
+        while (request := await connection.request()) is not None:
+            upstream_requests.append(request)
+            await connection.send(answer(request) if callable(answer) else answer)
+
+    return script
+
+
+class Client:
+    """A client's end, for raw bytes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._left = b""
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def response(self, method: str = "GET", within: float = 5.0) -> Response:
+        """The next response as h11 reads it."""
+        async with asyncio.timeout(within):
+            return await self._response(method)
+
+    async def _response(self, method: str) -> Response:
+        parser = h11.Connection(h11.CLIENT)
+        parser.send(h11.Request(method=method, target="/", headers=[("Host", "a")]))
+        parser.send(h11.EndOfMessage())
+        if self._left:
+            parser.receive_data(self._left)
+        interim: list[int] = []
+        head: h11.Response | None = None
+        body = b""
+        while True:
+            event = parser.next_event()
+            if event is h11.NEED_DATA:
+                parser.receive_data(await self.reader.read(65536))
+            elif isinstance(event, h11.InformationalResponse):
+                interim.append(event.status_code)
+            elif isinstance(event, h11.Response):
+                head = event
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                assert head is not None
+                self._left = parser.trailing_data[0]
+                return Response(head.status_code, list(head.headers.raw_items()), body, interim)
+            else:
+                raise AssertionError(f"no response: {event}")
+
+    async def rest(self, within: float = 5.0) -> bytes:
+        """Everything up to the end of file."""
+        async with asyncio.timeout(within):
+            return self._left + await self.reader.read()
+
+    async def close(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def relaying(
+    script: Script, *, context: ssl.SSLContext | None = None, **options: Any
+) -> AsyncIterator[tuple[Relay, Upstream, Callable[[], Awaitable[Client]]]]:
+    """A relay before a scripted upstream, and a function that connects to it."""
+    upstream = Upstream(script)
+    await upstream.start(context)
+    scheme = "https" if context else "http"
+    host = "localhost" if context else "127.0.0.1"
+    relay = Relay(f"{scheme}://{host}:{upstream.port}", **options)
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    await relay.serve(sock)
+    port = sock.getsockname()[1]
+    clients: list[Client] = []
+
+    async def connect() -> Client:
+        client = Client(*await asyncio.open_connection("127.0.0.1", port))
+        clients.append(client)
+        return client
+
+    try:
+        yield relay, upstream, connect
+    finally:
+        for client in clients:
+            await client.close()
+        await relay.close()
+        await upstream.stop()
+        await asyncio.sleep(0.01)
+
+
+async def eventually(condition: Callable[[], bool], within: float = 2.0) -> float:
+    """Wait until the condition holds; seconds that it took."""
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    while not condition():
+        assert loop.time() - started < within, "it did not come true in time"
+        await asyncio.sleep(0.005)
+    return loop.time() - started
