@@ -72,7 +72,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where everything must run (HEMOSTAT_REQUIRE_VLLM=1, as in CI), a skipped test is a failure."""
-    if os.environ.get("HEMOSTAT_REQUIRE_VLLM") == "1" and _skipped_vllm_tests:
-        print(f"\nHEMOSTAT_REQUIRE_VLLM=1, but these were skipped: {', '.join(_skipped_vllm_tests)}")
+    """Where everything must run (REQUIRE_VLLM=1, as in CI), a skipped test is a failure."""
+    if os.environ.get("REQUIRE_VLLM") == "1" and _skipped_vllm_tests:
+        print(f"\nREQUIRE_VLLM=1, but these were skipped: {', '.join(_skipped_vllm_tests)}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -104,6 +104,17 @@ def cached_checkpoints(scheme: str = "w4a16", progress: Progress = lambda _: Non
     return found
 
 
+def copy_checkpoint(source: Path, destination: Path, progress: Progress = lambda _: None) -> None:
+    """Copy a checkpoint of this module's making; raises CompressError when `destination` holds something else."""
+
+    def write(folder: Path) -> None:
+        for path in source.iterdir():
+            if path.name != MANIFEST:
+                shutil.copyfile(path, folder / path.name)
+
+    _build(destination, _made_from(source), write, progress)
+
+
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/hemostat`, by default `~/.cache/hemostat`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hemostat"

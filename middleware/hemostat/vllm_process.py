@@ -57,6 +57,11 @@ def free_port() -> int:
         return port
 
 
+def tied(command: Sequence[str]) -> list[str]:
+    """`command`, started so that the kernel ends it (SIGTERM) when this process is gone, however it went."""
+    return [sys.executable, "-m", "hemostat.vllm_process", str(os.getpid()), *command]
+
+
 class VllmServer:
     """One server on loopback. `start`, `wait_ready`, and in any case `stop`.
 
@@ -93,7 +98,7 @@ class VllmServer:
             raise VllmFailure("vLLM is not installed in this environment: run `make setup`")
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "hemostat.vllm_process", str(os.getpid()), *self._command],
+                tied(self._command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

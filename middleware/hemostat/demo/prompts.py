@@ -1,0 +1,87 @@
+"""Prompts: one JSON object a line, `{"messages": [{"role", "content"}, ...], "max_tokens": n}`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hemostat_calibration.errors import HemostatError
+
+MAX_TOKENS = 64
+"""Where a line names none."""
+
+
+class PromptError(HemostatError):
+    """A prompt file cannot be used; one line naming file, line and the fix."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: str
+    content: str
+
+
+class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    messages: list[Message]
+    max_tokens: int = MAX_TOKENS
+    kind: str = ""
+    """What sort of task it is: for people."""
+
+
+def load(path: Path | None = None) -> list[Prompt]:
+    """The prompts of a file, by default those that Hemostat brings. Blank lines are skipped. Raises PromptError."""
+    if path is None:
+        name = "prompts.jsonl"
+        data = resources.files(__package__).joinpath(name).read_bytes()
+    else:
+        name = str(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise PromptError(f"{name}: cannot be read ({error.strerror}); name a JSON Lines file") from None
+    prompts = [_parse(line, f"{name}:{n}") for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    if not prompts:
+        raise PromptError(f'{name}: no prompts in it; write one {{"messages": [...], "max_tokens": n}} a line')
+    return prompts
+
+
+def _parse(line: bytes, where: str) -> Prompt:
+    try:
+        prompt = msgspec.json.decode(line, type=Prompt)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PromptError(
+            f'{where}: {error}; write {{"messages": [{{"role": "user", "content": "..."}}], "max_tokens": 64}}'
+        ) from None
+    if not prompt.messages:
+        raise PromptError(f"{where}: messages is empty; give at least one with role user")
+    if prompt.max_tokens < 1:
+        raise PromptError(f"{where}: max_tokens is {prompt.max_tokens}; give at least 1")
+    return prompt
+
+
+def plan(prompts: Sequence[Prompt], model: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Endless (request id, chat-completions body): every prompt once, in an order drawn anew each round.
+
+    Three in four are sampled at temperature 1, where the estimates have no truncation bias; the others are greedy. Half
+    are streamed. The same seed gives the same requests.
+    """
+    random_ = random.Random(seed)  # noqa: S311 - nothing secret
+    number = 0
+    while True:
+        for prompt in random_.sample(prompts, len(prompts)):
+            number += 1
+            yield (
+                f"demo-{seed}-{number}",
+                {
+                    "model": model,
+                    "messages": msgspec.to_builtins(prompt.messages),
+                    "max_tokens": prompt.max_tokens,
+                    "temperature": 0.0 if random_.random() < 0.25 else 1.0,
+                    "seed": random_.randrange(2**31),
+                    "stream": random_.random() < 0.5,
+                },
+            )

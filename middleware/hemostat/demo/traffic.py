@@ -1,0 +1,89 @@
+"""The demo's clients: a few at a time, as an OpenAI client would ask."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+CONCURRENCY = 4
+TIMEOUT = httpx.Timeout(300.0, connect=10.0)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What the clients saw."""
+
+    sent: int = 0
+    ok: int = 0
+    failed: int = 0
+    last_failure: str = ""
+    last_text: str = ""
+
+
+async def drive(
+    url: str,
+    requests: Iterator[tuple[str, dict[str, Any]]],
+    limit: int | None,
+    traffic: Traffic,
+    may_send: Callable[[], bool] = lambda: True,
+) -> None:
+    """Send `limit` requests (None: until cancelled) to the data port at `url`, counting in `traffic`.
+
+    While `may_send` says no, clients wait: the demo's models share one machine, and what the reference cannot score in
+    time would be dropped.
+    """
+
+    async def client(http: httpx.AsyncClient) -> None:
+        while limit is None or traffic.sent < limit:
+            if not may_send():
+                await asyncio.sleep(0.1)
+                continue
+            traffic.sent += 1
+            request_id, body = next(requests)
+            try:
+                traffic.last_text = await ask(http, request_id, body)
+                traffic.ok += 1
+            except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+                traffic.failed += 1
+                traffic.last_failure = f"{request_id}: {error or type(error).__name__}"
+                await asyncio.sleep(0.5)
+
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=TIMEOUT, trust_env=False) as http,
+        asyncio.TaskGroup() as clients,
+    ):
+        for _ in range(min(CONCURRENCY, limit or CONCURRENCY)):
+            clients.create_task(client(http))
+
+
+async def ask(http: httpx.AsyncClient, request_id: str, body: dict[str, Any]) -> str:
+    """One chat completion's text; httpx.HTTPError, ValueError, LookupError or TypeError when it is no good answer."""
+    headers = {"x-request-id": request_id}
+    if not body["stream"]:
+        response = await http.post("/v1/chat/completions", json=body, headers=headers)
+        if not response.is_success:
+            raise ValueError(_refusal(response.status_code, response.text))
+        return str(response.json()["choices"][0]["message"]["content"] or "")
+    parts: list[str] = []
+    async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+        if not response.is_success:
+            raise ValueError(_refusal(response.status_code, (await response.aread()).decode(errors="replace")))
+        async for line in response.aiter_lines():
+            if not line.startswith("data: "):
+                continue
+            if line == "data: [DONE]":
+                return "".join(parts)
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise ValueError(str(event["error"]))
+            parts += [choice["delta"].get("content") or "" for choice in event["choices"]]
+    raise ValueError("the stream ended without [DONE]")
+
+
+def _refusal(status: int, text: str) -> str:
+    return f"HTTP {status}: {' '.join(text.split())[:300]}"
