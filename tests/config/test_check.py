@@ -1,0 +1,290 @@
+"""`hemostat check` and the other commands, against servers that answer as vLLM and the admin port do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.reference.fake_vllm import FakeVllm, running
+
+from hemostat import cli
+from hemostat.check import Finding, State, check, exit_code, table
+from hemostat.config import Settings
+from hemostat_calibration.profile import CalibrationProfile
+
+
+async def findings_of(
+    upstream: dict[str, Any], reference: dict[str, Any] | None, **sections: Any
+) -> dict[str, Finding]:
+    async with running(FakeVllm(**upstream)) as ours, running(FakeVllm(**(reference or {}))) as theirs:
+        settings = Settings.model_validate(
+            {
+                "upstream": {"url": ours.url},
+                "reference": {"backend": "vllm", "url": theirs.url} if reference is not None else {},
+            }
+            | sections
+        )
+        found = await check(settings)
+    assert exit_code(found) == any(f.state is State.NO for f in found)
+    assert all("\n" not in f.detail + f.fix for f in found)
+    assert len({f.what for f in found}) == len(found)
+    return {f.what: f for f in found}
+
+
+def states(found: dict[str, Finding]) -> dict[str, str]:
+    return {what: f.state.value for what, f in found.items()}
+
+
+async def test_all_is_well() -> None:
+    found = await findings_of({}, {}, calibration={"mode": "auto"})
+    assert states(found) == {
+        "store": "note",
+        "upstream": "ok",
+        "max_logprobs": "ok",
+        "return_token_ids": "ok",
+        "logprobs_mode": "ok",
+        "engine plugin": "ok",
+        "reference": "ok",
+        "reference score": "ok",
+        "same tokens": "ok",
+    }
+    assert "serves fake, up to 128 tokens (vLLM 0.32.0)" in found["upstream"].detail
+
+
+@pytest.mark.parametrize(
+    ("upstream", "reference", "sections", "what", "state", "fix"),
+    [
+        ({"max_logprobs": 5}, {}, {}, "max_logprobs", "NO", "--max-logprobs 20"),
+        ({"max_logprobs": 5}, None, {}, "max_logprobs", "note", "--max-logprobs 20"),
+        ({"max_logprobs": 5}, {}, {"shadow": {"top_k": 5}}, "max_logprobs", "ok", ""),
+        ({"token_ids": False}, {}, {}, "return_token_ids", "NO", "vLLM 0.11"),
+        ({"raw": False}, {}, {}, "logprobs_mode", "NO", "--logprobs-mode raw_logprobs"),
+        ({"fail_with": 500}, {}, {}, "completion", "NO", "vLLM's log"),
+        ({"mangle": "no"}, {}, {}, "upstream", "NO", ""),
+        ({"api_key": "k"}, {}, {}, "upstream", "NO", "upstream.api_key"),
+        ({"plugin": False}, {}, {}, "engine plugin", "note", "--logits-processors"),
+        ({"plugin": False}, {}, {"calibration": {"mode": "auto"}}, "engine plugin", "NO", "--logits-processors"),
+        ({"plugin": False}, {}, {"calibration": {"mode": "auto", "apply": "request"}}, "calibration", "note", "engine"),
+        ({}, None, {}, "reference", "note", "reference.backend"),
+        ({}, {"max_logprobs": 5}, {}, "reference score", "NO", "--max-logprobs 20"),
+        ({}, {"vocab_size": 70}, {}, "same tokens", "NO", "compressed from"),
+        ({}, {"chat_template": "x{}"}, {}, "same tokens", "NO", "compressed from"),
+        ({"tells_vocabulary": False}, {}, {}, "same tokens", "NO", ""),
+        ({}, {"tells_vocabulary": False}, {}, "reference", "NO", "reference.*"),
+        ({}, {}, {"store": {"url": "sqlite:////no/such/folder/h.db"}}, "store", "NO", "store.url"),
+    ],
+)
+async def test_what_will_not_work_is_said_with_the_fix(
+    upstream: dict[str, Any],
+    reference: dict[str, Any] | None,
+    sections: dict[str, Any],
+    what: str,
+    state: str,
+    fix: str,
+) -> None:
+    found = (await findings_of(upstream, reference, **sections))[what]
+    assert found.state.value == state
+    assert fix in found.fix
+
+
+async def test_nobody_is_there() -> None:
+    async with running(FakeVllm()) as gone:
+        pass
+    settings = Settings.model_validate(
+        {"upstream": {"url": gone.url}, "reference": {"backend": "vllm", "url": gone.url}}
+    )
+    found = await check(settings)
+    assert [f.what for f in found if f.state is State.NO] == ["upstream", "reference"]
+    shown = table(found)
+    assert f"NO    upstream   {gone.url}/v1/models" in shown
+    assert "-> start vLLM, or change upstream.url" in shown
+
+
+async def test_the_command_prints_the_table_and_ends_with_its_code(tmp_path: Path) -> None:
+    async with running(FakeVllm(max_logprobs=5)) as ours, running(FakeVllm(max_logprobs=5)) as theirs:
+        path = tmp_path / "h.yaml"
+        path.write_text(
+            f"upstream: {{url: {ours.url}}}\nadmin: {{token: s3cret}}\n"
+            f"reference: {{backend: vllm, url: {theirs.url}}}\n"
+        )
+
+        async def run(*arguments: str) -> tuple[int | None, str]:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "hemostat", "check", "--config", str(path), *arguments),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+            out, _ = await asyncio.wait_for(process.communicate(), 30)
+            return process.returncode, out.decode()
+
+        code, shown = await run()
+        assert code == 1
+        assert "NO    max_logprobs" in shown
+        code, shown = await run("--set", "shadow.top_k=5")
+        assert code == 0
+        assert "NO " not in shown
+        code, shown = await run("--print-config", "--rate", "0.25", "--mode", "off")
+        assert code == 0
+        assert "rate: 0.25" in shown
+        assert "mode: 'off'" in shown
+        assert "s3cret" not in shown
+        assert "token: '**********'" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "a command is needed: serve, demo, check"),
+        (["serv"], "unknown command 'serv'; did you mean serve?"),
+        (["doctor"], "unknown command 'doctor'; use one of"),
+        (["serve", "--confg", "x"], "unrecognized arguments: --confg x"),
+        (["serve", "--set", "shadow.rate"], "write it as KEY=VALUE"),
+        (["serve", "--upstream", "http://h", "--rate", "2"], "shadow.rate: '2' does not fit"),
+        (["demo", "--requests", "none"], "'none' is not a whole number from 1 on"),
+        (["compress", "a", "b", "--scheme", "w2"], "invalid choice: 'w2'"),
+        (["compress", "/no/such", "b", "--scheme", "w4a16"], "/no/such is not a transformers checkpoint"),
+        (["profile", "show", "../x"], "is not a profile version"),
+        (["profile", "import", "/no/such"], "cannot be read"),
+        (["profile", "list", "--admin", "nonsense"], "--admin names its admin port"),
+    ],
+)
+def test_what_the_user_has_to_put_right(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("hemostat: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_help_and_version_need_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None, vllm=None)\n"
+        "from hemostat.cli import main\n"
+        "for arguments in (['--help'], ['--version'], ['serve', '--help']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "import hemostat.check, hemostat.serve, hemostat.reference.transformers, hemostat.reference.vllm\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "hemostat 0.1.0" in done.stdout
+    assert "--workers" in done.stdout
+
+
+class Admin(BaseHTTPRequestHandler):
+    """The admin port's routes for profiles."""
+
+    stored: bytes = b""
+    calls: list[tuple[str, str | None, bytes]]
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        type(self).calls.append((f"{self.command} {self.path}", self.headers.get("authorization"), body))
+        guarded = self.command == "POST" or "/engine/" in self.path
+        if guarded and self.headers.get("authorization") != "Bearer t":
+            status, data = 401, json.dumps({"detail": "send the admin token"}).encode()
+        elif "/engine/profiles/" in self.path:
+            status, data = 200, type(self).stored
+        else:
+            status, data = 200, json.dumps({"version": "v"}).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def admin(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Admin]]:
+    handler = type("Handler", (Admin,), {"calls": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("HEMOSTAT_ADMIN_URL", f"http://127.0.0.1:{server.server_port}")
+        yield handler
+        server.shutdown()
+        thread.join()
+
+
+def test_profile_commands(
+    admin: type[Admin], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = CalibrationProfile(
+        family="temperature_bias",
+        model="",
+        vocab_size=8,
+        parameters={"inverse_temperature": np.array(1, np.float32), "bias": np.zeros(8, np.float32)},
+        clamp_nats=1.0,
+        metadata={},
+    )
+    admin.stored = profile.to_bytes()
+    version = profile.version
+    file = tmp_path / "p.safetensors"
+
+    assert cli.main(["profile", "rollback"]) == 2
+    assert "send the admin token" in capsys.readouterr().err
+    monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", "t")
+    assert cli.main(["profile", "list"]) == 0
+    assert cli.main(["profile", "show", version]) == 0
+    assert cli.main(["profile", "export", version, str(file)]) == 0
+    assert file.read_bytes() == admin.stored
+    assert cli.main(["profile", "import", str(file)]) == 0
+    assert cli.main(["profile", "rollback", "--token", "t"]) == 0
+    assert cli.main(["profile", "mode", "off"]) == 0
+    assert [(call, body) for call, _, body in admin.calls[1:]] == [
+        ("GET /api/v1/profiles", b""),
+        (f"GET /api/v1/profiles/{version}", b""),
+        (f"GET /api/v1/engine/profiles/{version}", b""),
+        ("POST /api/v1/profiles", admin.stored),
+        ("POST /api/v1/profiles/rollback", b""),
+        ("POST /api/v1/calibration", b'{"mode":"off"}'),
+    ]
+    assert {token for _, token, _ in admin.calls[1:]} == {"Bearer t"}
+
+    capsys.readouterr()
+    assert cli.main(["profile", "export", "0" * 32, str(tmp_path / "other")]) == 2  # not the bytes of that name
+    assert not (tmp_path / "other").exists()
+    file.write_bytes(b"junk")
+    calls = len(admin.calls)
+    assert cli.main(["profile", "import", str(file)]) == 2  # refused here, not sent
+    assert len(admin.calls) == calls
+
+
+@pytest.mark.vllm
+async def test_check_on_real_models(vllm_server: Any, checkpoints: Any) -> None:
+    settings = Settings.model_validate(
+        {
+            "upstream": {"url": vllm_server.url},
+            "reference": {"backend": "transformers", "model": str(checkpoints.reference)},
+            "shadow": {"top_k": 64},
+            "calibration": {"mode": "auto"},
+        }
+    )
+    found = {f.what: f for f in await check(settings)}
+    assert {what for what, f in found.items() if f.state is State.OK} == {
+        *("upstream", "max_logprobs", "return_token_ids", "logprobs_mode", "engine plugin"),
+        *("reference", "reference score", "same tokens"),
+    }
+    found = {
+        f.what: f
+        for f in await check(settings.model_copy(update={"shadow": settings.shadow.model_copy(update={"top_k": 65})}))
+    }
+    assert found["max_logprobs"].state is State.NO
