@@ -32,7 +32,7 @@ _any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 _ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
 
 _BEFORE_VALUE = re.compile(rb'[{,\s]*"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
-_ID_PREFIX = "token_id:"
+_ID_PREFIX = len("token_id:")
 _NULL = b"null"
 
 MALFORMED = (ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
@@ -81,7 +81,8 @@ class JsonObject:
 
     def has(self, key: str) -> bool:
         """True where the key is there and not null."""
-        return self.raw(key) != _NULL
+        span = self._spans.get(key)
+        return span is not None and not self.data.startswith(_NULL, span[0])
 
     def edit(self, changes: Mapping[str, bytes]) -> bytes:
         """The object's bytes with these values: in place where the key is there, at the end where it is not."""
@@ -320,22 +321,22 @@ def _number(value: Any, default: float) -> float:
 # --- responses --------------------------------------------------------------------------------------------------------
 
 
-class _Top(msgspec.Struct):
+class _Top(msgspec.Struct, gc=False):
     token: str
     logprob: float
 
 
-class _Entry(msgspec.Struct):
+class _Entry(msgspec.Struct, gc=False):
     token: str
     logprob: float
     top_logprobs: list[_Top]
 
 
-class _ChatLogprobs(msgspec.Struct):
+class _ChatLogprobs(msgspec.Struct, gc=False):
     content: list[_Entry]
 
 
-class _CompletionLogprobs(msgspec.Struct):
+class _CompletionLogprobs(msgspec.Struct, gc=False):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
@@ -349,12 +350,6 @@ class _Usage(msgspec.Struct):
 _chat_logprobs: msgspec.json.Decoder[_ChatLogprobs] = msgspec.json.Decoder(_ChatLogprobs)
 _completion_logprobs: msgspec.json.Decoder[_CompletionLogprobs] = msgspec.json.Decoder(_CompletionLogprobs)
 _usage: msgspec.json.Decoder[_Usage] = msgspec.json.Decoder(_Usage)
-
-
-def _token_id(token: str) -> int:
-    if not token.startswith(_ID_PREFIX):
-        raise ValueError(f"a token is named {token!r}, not by its id")
-    return int(token[len(_ID_PREFIX) :])
 
 
 def little_endian(values: array[Any]) -> bytes:
@@ -404,34 +399,40 @@ class Tokens:
             return
         if logprobs == _NULL:
             raise ValueError("tokens without logprobs")
-        rows: list[tuple[str, float, list[tuple[str, float]]]]
         if chat:
-            rows = [
-                (entry.token, entry.logprob, [(top.token, top.logprob) for top in entry.top_logprobs])
-                for entry in _chat_logprobs.decode(logprobs).content
-            ]
+            entries = _chat_logprobs.decode(logprobs).content
+            for emitted, entry in zip(output, entries, strict=True):
+                top = entry.top_logprobs
+                self._add_row(emitted, entry.token, entry.logprob, [t.token for t in top], [t.logprob for t in top])
         else:
             given = _completion_logprobs.decode(logprobs)
-            rows = [
-                (token, logprob, list(top.items()))
-                for token, logprob, top in zip(given.tokens, given.token_logprobs, given.top_logprobs, strict=True)
-            ]
-        width = self.top_k + 1
-        for emitted, (token, logprob, top) in zip(output, rows, strict=True):
-            if _token_id(token) != emitted:
-                raise ValueError("ids and logprobs name different tokens")
-            row = {emitted: logprob}
-            for name, value in top:
-                row.setdefault(_token_id(name), value)
-            pairs = sorted(row.items(), key=_by_logprob)
-            if len(pairs) > width:
-                raise ValueError(f"{len(pairs)} candidates where {width} were asked for")
-            pad = width - len(pairs)
-            self.candidate_ids.extend([pair[0] for pair in pairs] + [-1] * pad)
-            self.candidate_logprobs.extend([pair[1] for pair in pairs] + [float("-inf")] * pad)
-            self.emitted_logprobs.append(logprob)
+            columns = (output, given.tokens, given.token_logprobs, given.top_logprobs)
+            for emitted, token, logprob, row in zip(*columns, strict=True):
+                self._add_row(emitted, token, logprob, list(row), list(row.values()))
         self.output_ids.extend(output)
         self._check_length()
+
+    def _add_row(self, emitted: int, token: str, logprob: float, names: list[str], values: list[float]) -> None:
+        if token != f"token_id:{emitted}":
+            raise ValueError(f"the token {emitted} is called {token!r} among the logprobs")
+        ids = [int(name[_ID_PREFIX:]) for name in names]
+        if emitted not in ids:
+            ids.append(emitted)
+            values.append(logprob)
+        # The emitted token comes first, whatever its rank.
+        if values != sorted(values, reverse=True):
+            order = sorted(range(len(ids)), key=values.__getitem__, reverse=True)
+            ids = [ids[i] for i in order]
+            values = [values[i] for i in order]
+        pad = self.top_k + 1 - len(ids)
+        if pad < 0 or len(set(ids)) < len(ids):
+            raise ValueError(f"not {self.top_k} different candidates: {ids}")
+        self.candidate_ids.extend(ids)
+        self.candidate_logprobs.extend(values)
+        if pad:
+            self.candidate_ids.extend(pad * (-1,))
+            self.candidate_logprobs.extend(pad * (float("-inf"),))
+        self.emitted_logprobs.append(logprob)
 
     def _check_length(self) -> None:
         if len(self.prompt_ids) + len(self.output_ids) > self.limit:
@@ -450,10 +451,6 @@ class Tokens:
             self.fail("token_count_mismatch")
         elif not self.output_ids:
             self.fail("empty")
-
-
-def _by_logprob(pair: tuple[int, float]) -> float:
-    return -pair[1]
 
 
 class Stripper:
@@ -571,6 +568,9 @@ class Stripper:
             tokens.fail("no_logprobs")
 
 
+_INJECTED = ("logprobs", "token_ids", "prompt_token_ids")
+
+
 class _Response:
     """A response's JSON, or a stream event's: as it came, its one choice, and its bytes without what was injected."""
 
@@ -580,14 +580,13 @@ class _Response:
         self.body = JsonObject(data)
         self.choice: JsonObject | None = None
         changes: dict[str, bytes] = {}
-        choices = self.body.raw("choices")
-        if choices != _NULL and (elements := _elements.decode(choices)):
-            if len(elements) > 1:
-                raise ValueError("several choices")
-            self.choice = choice = JsonObject(bytes(elements[0]))
-            inner = {key: _NULL for key in ("logprobs", "token_ids", "prompt_token_ids") if choice.has(key)}
+        choices = self.body.raw("choices")[1:-1]
+        if self.body.has("choices") and choices.strip():
+            # Malformed where there are several: only one is ever asked for.
+            self.choice = choice = JsonObject(choices)
+            inner = {key: _NULL for key in _INJECTED if choice.has(key)}
             if inner:
-                changes["choices"] = choices.replace(choice.data, choice.edit(inner), 1)
+                changes["choices"] = b"[" + choice.edit(inner) + b"]"
         if self.body.has("prompt_token_ids"):
             changes["prompt_token_ids"] = _NULL
         self.stripped = self.body.edit(changes) if changes else data

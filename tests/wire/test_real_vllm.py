@@ -1,0 +1,252 @@
+"""Real vLLM: a sampled response is the unsampled one byte for byte, and the fake engine has the real one's shape.
+
+One request at a time, no prefix cache, temperature 0, so that the same request gives the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import httpx
+import numpy as np
+import pytest
+from tests.fakes.fake_vllm import FakeVllm, serving
+
+from hemostat import openai
+
+from .driver import Wire, policy, rows
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+CHAT, COMPLETIONS = openai.CHAT, openai.COMPLETIONS
+
+
+class Server(Protocol):
+    url: str
+    model: str
+
+
+@pytest.fixture(scope="module")
+def client(vllm_server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=vllm_server.url, timeout=300) as client:
+        yield client
+
+
+@pytest.fixture
+def wire(client: httpx.Client) -> Wire:
+    return Wire(client)
+
+
+def normal(body: bytes) -> bytes:
+    """Without the time and the ids that vLLM draws at random."""
+    body = re.sub(rb'"created":\d+', b'"created":0', body)
+    return re.sub(rb"chatcmpl-tool-[0-9a-f]+", b"chatcmpl-tool-0", body)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def call(city: str) -> str:
+    return f'<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
+
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
+EXAMPLES = [
+    message
+    for city in ("Paris", "Rome", "Oslo", "Lima", "Cairo")
+    for message in (user(f"Weather in {city}?"), {"role": "assistant", "content": call(city)})
+]
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (CHAT, {"messages": [user("What is the capital of France?")], "max_tokens": 16}),
+    "chat, one token": (CHAT, {"messages": [user("What is the capital of France?")], "max_tokens": 1}),
+    "chat, to the end": (CHAT, {"messages": [user("Say hello.")], "max_tokens": 120}),
+    "chat, stop string": (CHAT, {"messages": [user("Count from 1 to 10.")], "max_tokens": 40, "stop": ["5", "five"]}),
+    "chat, unicode": (CHAT, {"messages": [user("Repeat: 🎉🌍 日本語 été ☃")], "max_tokens": 32}),
+    "chat, parts": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "max_tokens": 8},
+    ),
+    "chat, a tool call": (CHAT, {"messages": [*EXAMPLES, user("Weather in Tokyo?")], "max_tokens": 64, "tools": TOOLS}),
+    "chat, tools not called": (CHAT, {"messages": [user("What is 1 + 1?")], "max_tokens": 24, "tools": TOOLS}),
+    "chat, own xargs": (CHAT, {"messages": [user("Hi")], "max_tokens": 6, "vllm_xargs": {"mine": [1, 2]}}),
+    "completions": (COMPLETIONS, {"prompt": "The capital of France is", "max_tokens": 16}),
+    "completions, ids": (COMPLETIONS, {"prompt": [504, 3575, 282, 4649, 314], "max_tokens": 4}),
+    "completions, stop string": (COMPLETIONS, {"prompt": "1, 2, 3, 4,", "max_tokens": 24, "stop": "7"}),
+    "completions, default length": (COMPLETIONS, {"prompt": "Once upon a time"}),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "stream": {"stream": True},
+    "stream with usage": {"stream": True, "stream_options": {"include_usage": True}},
+    "stream with continuous usage": {
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    },
+    "stream, options without effect": {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_sampled_response_is_the_unsampled_one(wire: Wire, vllm_server: Server, case: str, option: str) -> None:
+    path, body = CASES[case]
+    body = {"model": vllm_server.model, "temperature": 0, **body, **OPTIONS[option]}
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(path, body)
+    wire.interceptor.policy = policy(shadow_top_k=20, tap=True)
+    sampled = wire.send(path, body, splits=random.Random(1))
+    assert plain.status == sampled.status == 200, plain.body
+    assert normal(sampled.body) == normal(plain.body)
+    assert wire.shadow("shadowed") == 1, wire.counts
+    if case == "chat, a tool call":
+        assert b'"tool_calls"' in plain.body
+    [capture] = wire.captures
+    prompt, output, ids, logprobs, emitted = rows(capture)
+    for token, row, values, own in zip(output, ids, logprobs, emitted, strict=True):
+        assert len(set(row[row >= 0].tolist())) == np.sum(row >= 0) >= 20
+        assert values[row == token] == own
+        assert np.exp(values.astype(float)).sum() <= 1 + 1e-4
+    assert prompt[:5] == [504, 3575, 282, 4649, 314] or "capital of France is" not in str(body.get("prompt"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [user("Hi")], "temperature": -1}),
+        (CHAT, {"messages": [user("Hi")], "max_tokens": "x"}),
+        (CHAT, {"messages": [user("Hi " * 3000)]}),
+        (CHAT, {"messages": [user("Hi")], "tools": []}),
+        (CHAT, {"messages": [user("Hi")], "model": "nope"}),
+        (CHAT, {"messages": "Hi"}),
+        (CHAT, {}),
+        (COMPLETIONS, {}),
+        (COMPLETIONS, {"prompt": "Hi", "max_tokens": 100_000}),
+        (COMPLETIONS, {"prompt": "Hi", "top_p": 7}),
+        (COMPLETIONS, {"prompt": "Hi", "stream_options": 3}),
+    ],
+)
+def test_errors_are_the_same_sampled_or_not(
+    wire: Wire, vllm_server: Server, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    body = {"model": vllm_server.model, "stream": stream} | body
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(path, body)
+    wire.interceptor.policy = policy()
+    sampled = wire.send(path, body)
+    assert plain.status == sampled.status >= 400
+    assert sampled.body == plain.body
+
+
+def test_captured_logprobs_stand_at_their_tokens(wire: Wire, vllm_server: Server) -> None:
+    """The server's own prefill of the same tokens agrees, to within the noise of another batch shape."""
+    wire.send(
+        CHAT, {"model": vllm_server.model, "messages": [user("Tell me a story.")], "max_tokens": 24, "temperature": 1}
+    )
+    prompt, output, _, _, emitted = rows(wire.captures[0])
+    again = wire.client.post(
+        COMPLETIONS,
+        json={"model": vllm_server.model, "prompt": prompt + output, "max_tokens": 1, "prompt_logprobs": 1},
+    ).json()
+    scored = again["choices"][0]["prompt_logprobs"][len(prompt) :]
+    truth = [row[str(token)]["logprob"] for row, token in zip(scored, output, strict=True)]
+    assert np.max(np.abs(np.array(truth) - emitted)) < 0.5
+    assert np.mean(np.abs(np.array(truth) - emitted)) < 0.1
+
+
+# --- the fake engine -------------------------------------------------------------------------------------------------
+
+
+def shape(value: Any) -> Any:
+    """Keys in order and types, not values; a list is the set of its items' shapes."""
+    if isinstance(value, dict):
+        if value and all(key.isdigit() or key.startswith("token_id:") for key in value):
+            return {"N": shape(next(iter(value.values())))}
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return sorted({json.dumps(shape(item)) for item in value})
+    return type(value).__name__
+
+
+def shapes(body: bytes) -> list[str]:
+    """The shapes of a response, or of the events of a stream, each once, in the order of their first coming."""
+    if not body.startswith(b"data:"):
+        return [json.dumps(shape(json.loads(body)))]
+    events = [event.removeprefix(b"data: ") for event in body.split(b"\n\n") if event]
+    return list(dict.fromkeys(e.decode() if e == b"[DONE]" else json.dumps(shape(json.loads(e))) for e in events))
+
+
+INJECTED = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+FAKE_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    # Path, body, and the body for the fake where the words must be put into its mouth.
+    "chat": (CHAT, {"messages": [user("Hi")], "max_tokens": 4}, None),
+    "chat, asked for all": (
+        CHAT,
+        {"messages": [user("Hi")], "max_tokens": 4, "logprobs": True, "top_logprobs": 3, **INJECTED},
+        None,
+    ),
+    "completions": (COMPLETIONS, {"prompt": "Hello there", "max_tokens": 4}, None),
+    "completions, asked for all": (
+        COMPLETIONS,
+        {"prompt": "Hello there", "max_tokens": 4, "logprobs": 3, **INJECTED},
+        None,
+    ),
+    "a tool call": (
+        CHAT,
+        {"messages": [*EXAMPLES, user("Weather in Tokyo?")], "max_tokens": 64, "tools": TOOLS},
+        {"messages": [user("say: " + call("Tokyo"))], "max_tokens": 120, "tools": TOOLS},
+    ),
+    "no such model": (CHAT, {"messages": [user("Hi")], "model": "nope"}, None),
+    "negative temperature": (CHAT, {"messages": [user("Hi")], "temperature": -1}, None),
+    "no messages": (CHAT, {}, None),
+    "too many logprobs": (COMPLETIONS, {"prompt": "Hi", "logprobs": 100}, None),
+    "too long": (CHAT, {"messages": [user("Hi " * 3000)]}, None),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("case", FAKE_CASES)
+def test_the_fake_engine_has_the_real_ones_shape(
+    client: httpx.Client, vllm_server: Server, case: str, option: str
+) -> None:
+    path, body, said = FAKE_CASES[case]
+    with serving(FakeVllm(model=vllm_server.model)) as url, httpx.Client(base_url=url, timeout=20) as other:
+        common = {"model": vllm_server.model, "temperature": 0, **OPTIONS[option]}
+        real = client.post(path, json=common | body)
+        fake = other.post(path, json=common | (said or body))
+    assert fake.status_code == real.status_code
+    assert shapes(fake.content) == shapes(real.content)
+    if real.status_code != 200:
+        assert fake.content == real.content
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/version", None),
+        ("POST", "/tokenize", {"prompt": "Hello"}),
+        ("POST", "/tokenize", {"messages": [user("Hello")]}),
+        ("POST", "/detokenize", {"tokens": [104, 105]}),
+        ("POST", COMPLETIONS, {"prompt": [1, 2, 3, 4], "max_tokens": 1, "prompt_logprobs": 2}),
+        ("GET", "/health", None),
+        ("GET", "/nowhere", None),
+    ],
+)
+def test_the_fake_engines_other_routes(
+    client: httpx.Client, vllm_server: Server, method: str, path: str, body: Any
+) -> None:
+    with serving(FakeVllm(model=vllm_server.model)) as url, httpx.Client(base_url=url, timeout=20) as other:
+        real, fake = (
+            c.request(method, path, json=body and body | {"model": vllm_server.model}) for c in (client, other)
+        )
+    assert fake.status_code == real.status_code
+    if real.content:
+        assert shape(fake.json()) == shape(real.json())
+    assert fake.content == real.content or path not in ("/version", "/health", "/nowhere")
