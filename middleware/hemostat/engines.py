@@ -183,10 +183,14 @@ class EngineRegistry:
         return [rank.report for ranks in self._engines.values() for rank in ranks.values()]
 
     def counters(self, now: float) -> dict[str, int]:
-        """The ranks' counters added up, over engines that have gone too: they never go down."""
+        """The engines' counters added up, over engines that have gone too: they never go down.
+
+        The ranks of one engine see the same requests, so the rank that counted most speaks for all.
+        """
+        self._expire(now)
         total = Counter(self._gone)
-        for report in self.live(now):
-            total.update(report.counters)
+        for ranks in self._engines.values():
+            total.update(_counted(ranks))
         return dict(total)
 
     def tap(self, message: TapMessage, now: float) -> None:
@@ -243,5 +247,11 @@ class EngineRegistry:
             self.taps_dropped += 1
 
     def _forget(self, boot_id: str) -> None:
-        for rank in self._engines.pop(boot_id).values():
-            self._gone.update(rank.report.counters)
+        self._gone.update(_counted(self._engines.pop(boot_id)))
+
+
+def _counted(ranks: Mapping[int, _Rank]) -> Counter[str]:
+    most: Counter[str] = Counter()
+    for rank in ranks.values():
+        most |= Counter(rank.report.counters)
+    return most

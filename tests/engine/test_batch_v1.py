@@ -123,10 +123,19 @@ def test_a_request_that_edits_its_own_logits_gets_identity_and_no_tap(make_core:
     version = next(iter(PROFILES))
     core.library.put(PROFILES[version])
     batch = Batch(core)
-    batch.update(update(1, added=[(0, params(version, "n", presence_penalty=0.5), [1], [])]))
+    batch.update(update(1, added=[(0, params(version, "n", logit_bias={3: 1.0}), [1], [])]))
     check(batch, {}, 0, 1)
     assert core.counters.read() == {"requests_declined": 1, "requests_bound": 0, "requests_unknown": 0}
     assert not core.taps.drain(9)
+
+
+def test_penalties_come_later_and_do_not_stand_in_the_way(make_core: Callable[..., Any]) -> None:
+    core = make_core()
+    version = next(iter(PROFILES))
+    core.library.put(PROFILES[version])
+    batch = Batch(core)
+    batch.update(update(1, added=[(0, params(version, presence_penalty=0.5), [1], [])]))
+    check(batch, {0: version}, 0, 1)
 
 
 def test_logits_of_another_width_are_left_alone_and_counted(make_core: Callable[..., Any]) -> None:

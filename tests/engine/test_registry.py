@@ -70,6 +70,14 @@ def test_one_silent_rank_takes_the_acknowledgement_back() -> None:
     assert registry.acknowledged(16.0) == frozenset()
 
 
+def test_a_request_that_three_ranks_counted_is_one_request() -> None:
+    registry = EngineRegistry()
+    for rank, errors in enumerate((0, 2, 1)):
+        registry.report(report("x", rank, 3, requests_bound=4, fetch_errors=errors), 0.0)
+    registry.report(report("y", requests_bound=1), 20.0)
+    assert registry.counters(20.0) == {"requests_bound": 5, "fetch_errors": 2}
+
+
 def test_hold_is_bounded_and_in_order() -> None:
     registry = EngineRegistry()
     wanted = [f"{i:032x}" for i in range(20)]

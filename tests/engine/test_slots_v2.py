@@ -143,9 +143,10 @@ def test_nothing_is_done_when_no_row_of_the_step_asks_for_anything() -> None:
     assert logits._version == version
 
 
-def test_a_request_that_edits_its_own_logits_gets_identity() -> None:
+@pytest.mark.parametrize("edit", [{"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1}])
+def test_a_request_that_edits_its_own_logits_gets_identity(edit: dict[str, Any]) -> None:
     processor, _ = load(FIRST, SECOND)
-    processor.add_request(0, params(FIRST, logit_bias={3: 1.0}))
+    processor.add_request(0, params(FIRST, **edit))
     processor.apply_staged_writes()
     z = torch.randn(1, V)
     assert torch.equal(processor.apply(z.clone(), context([0], [1], [4])), z)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +70,14 @@ def test_parse_answers_or_raises_value_error(extra: dict[str, Any]) -> None:
     assert asked == Asked(extra.get("hemostat"), extra.get("hemostat_tap"))
 
 
+def edited(edit: dict[str, Any], after_penalties: bool) -> bool:
+    pytest.importorskip("vllm")
+    from vllm import SamplingParams
+
+    assert not edits_logits(SamplingParams(), after_penalties)
+    return edits_logits(SamplingParams(**edit), after_penalties)
+
+
 @pytest.mark.parametrize(
     "edit",
     [
@@ -78,19 +85,21 @@ def test_parse_answers_or_raises_value_error(extra: dict[str, Any]) -> None:
         {"bad_words": ["x"]},
         {"allowed_token_ids": [1]},
         {"min_tokens": 1},
+    ],
+)
+def test_requests_that_edit_their_own_logits_are_seen(edit: dict[str, Any]) -> None:
+    assert edited(edit, after_penalties=True)
+    assert edited(edit, after_penalties=False)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
         {"presence_penalty": 0.1},
         {"frequency_penalty": -0.1},
         {"repetition_penalty": 1.1},
     ],
 )
-def test_requests_that_edit_their_own_logits_are_seen(edit: dict[str, Any]) -> None:
-    pytest.importorskip("vllm")
-    from vllm import SamplingParams
-
-    assert not edits_logits(SamplingParams())
-    params = SamplingParams()
-    plain = {name: getattr(params, name) for name in SimpleNamespace(**edit).__dict__}
-    assert plain != edit
-    for name, value in edit.items():
-        setattr(params, name, value)
-    assert edits_logits(params)
+def test_penalties_count_only_where_the_processor_runs_after_them(edit: dict[str, Any]) -> None:
+    assert edited(edit, after_penalties=True)
+    assert not edited(edit, after_penalties=False)

@@ -2,9 +2,11 @@
 
 Rules:
 - A request is bound once, when it is admitted. It keeps that very profile to its end: nothing that arrives, leaves or
-  is rolled back meanwhile changes a sequence in the middle.
+  is rolled back meanwhile changes a sequence in the middle. (One exception: after a preemption, model runner V2 with
+  several worker processes admits the request anew and forgets what it was; it is bound again, and its taps say so.)
 - Under tensor parallelism a profile is bound only when every rank has it: the ranks ask each other in the step that
   admits the request, because they sample each for itself and must not diverge.
+- A request that edits, ahead of the processor, the logits that features are read from gets identity, counted.
 - A row without a profile is not touched, and a step in which no row has one or is tapped returns at once.
 """
 
@@ -92,6 +94,7 @@ class Core:
         self.library = Library(vocab_size)
         self.taps = Taps(self.counters)
         self._vocab_size = vocab_size
+        self._after_penalties = runner == "v2"
         self._ranks = ranks
         self._tapping = settings.admin_url is not None and (ranks.rank == 0 or taps_everywhere)
         identity = Identity(ranks.same(boot_id), ranks.rank, ranks.size, vocab_size, runner, vllm_version)
@@ -129,7 +132,7 @@ class Core:
             # Only a vLLM that does not call validate_params lets one through; here it must not stop the engine.
             self.counters.add("requests_refused")
             return xargs.NOTHING
-        if asked is not xargs.NOTHING and xargs.edits_logits(params):
+        if asked is not xargs.NOTHING and xargs.edits_logits(params, self._after_penalties):
             self.counters.add("requests_declined")
             return xargs.NOTHING
         return asked

@@ -52,18 +52,12 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def edits_logits(params: Any) -> bool:
-    """Whether the request itself changes the logits that a profile's features are read from.
+def edits_logits(params: Any, after_penalties: bool) -> bool:
+    """Whether the request itself changes the logits, before the processor reads a profile's features from them.
 
-    `params` is vLLM's SamplingParams. Model runner V2 calls a processor after these edits, V1 before the penalties but
-    after the rest; such a request gets identity under both, so that it is treated alike wherever it runs.
+    `params` is vLLM's SamplingParams. Both runners call a processor after logit_bias, bad words, allowed ids and the
+    mask of min_tokens; V2 also after the penalties, V1 before them.
     """
-    return bool(
-        params.logit_bias
-        or params.bad_words
-        or params.allowed_token_ids
-        or params.min_tokens
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1.0
-    )
+    edits = params.logit_bias or params.bad_words or params.allowed_token_ids or params.min_tokens
+    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    return bool(edits or (after_penalties and penalties))
