@@ -133,7 +133,7 @@ def _build(destination: Path, made_from: dict[str, Any], write: Callable[[Path],
     """Have `write` fill a folder, give it its manifest, put it at `destination`; or keep what is there, if it fits."""
     destination = destination.absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(destination.parent / f".{destination.name}.lock"):
+    with _locked(destination.parent):
         if (destination / MANIFEST).is_file():
             if _made_from(destination) == made_from and is_whole(destination):
                 return
@@ -156,11 +156,14 @@ def _build(destination: Path, made_from: dict[str, Any], write: Callable[[Path],
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process builds, the others wait and find it built."""
-    with path.open("w") as lock:
+def _locked(folder: Path) -> Iterator[None]:
+    """One process builds in `folder`, the others wait and find it built."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _made_from(folder: Path) -> Any:

@@ -118,7 +118,7 @@ def test_an_interrupted_build_leaves_nothing(tiny: Path, tmp_path: Path, monkeyp
         patch.setattr(module, "_quantize", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compress(tiny, tmp_path / "out", "w4a16")
-    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+    assert list(tmp_path.iterdir()) == []
     compress(tiny, tmp_path / "out", "w4a16")
     assert is_whole(tmp_path / "out")
 
