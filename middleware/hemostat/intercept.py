@@ -301,11 +301,12 @@ class _Intercepted:
             return False
         fields = {name.lower(): value for name, value in headers}
         content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if status == 400:
+            self._refusal = bytearray()
+            return True
         if status != 200:
             self._tokens.fail("upstream_error")
-            if status == 400:
-                self._refusal = bytearray()
-            return status == 400
+            return False
         if fields.get(b"content-encoding", b"identity").lower() != b"identity":
             self._tokens.fail("encoded")
             return False
@@ -324,12 +325,14 @@ class _Intercepted:
 
     def response_end(self) -> bytes:
         self._ended = True
-        if self._stripper is not None:
-            return self._stripper.finish()
-        if self._refusal is not None and b"logprobs" in self._refusal:
-            # Our doing, most likely: the engine's --max-logprobs is lower than what was asked for.
-            self._owner.refused_generation = self._policy.generation
-        return b""
+        owed = self._stripper.finish() if self._stripper is not None else b""
+        if self._tokens is not None:
+            if self._refusal is not None:
+                self._tokens.fail(openai.error_reason(bytes(self._refusal)))
+            if self._tokens.failure == "logprobs_refused":
+                # Our doing: the engine's --max-logprobs is lower than what was asked for.
+                self._owner.refused_generation = self._policy.generation
+        return owed
 
     def closed(self, *, complete: bool) -> None:
         if not self._shadow:

@@ -101,6 +101,11 @@ class JsonObject:
         return b"".join(parts)
 
 
+def error_reason(data: bytes) -> str:
+    """What an error, as vLLM words it in a body or in a stream's event, is counted as."""
+    return "logprobs_refused" if b"sample logprobs" in data else "upstream_error"
+
+
 def encode(value: Any) -> bytes:
     """Compact JSON."""
     return msgspec.json.encode(value)
@@ -520,7 +525,7 @@ class Stripper:
         choice, usage = response.choice, response.body.has("usage")
         if choice is None:
             if response.body.has("error"):
-                self._tokens.fail("upstream_error")
+                self._tokens.fail(error_reason(event.data))
             elif usage and not self._keep_usage:
                 return self._release(response.body.raw("system_fingerprint"))
             return self._release() + event.raw

@@ -29,6 +29,9 @@ VOCAB = 512
 IM_START, EOS = 256, 257
 """Ids below 256 are bytes, those above 257 are words."""
 
+_EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
+_DONE = b"data: [DONE]\n\n"
+
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -57,6 +60,11 @@ def render(messages: list[dict[str, Any]]) -> list[int]:
 
 def _dumps(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _error_event(body: dict[str, Any]) -> bytes:
+    """With json.dumps's own separators, as vLLM writes it."""
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
 
 
 class RefusedError(Exception):
@@ -324,13 +332,6 @@ class FakeVllm:
             raise RefusedError(
                 f"temperature must be non-negative, got {value}. (parameter=temperature, value={value})", "temperature"
             )
-        asked = (body.get("top_logprobs") or 0) if chat else (body.get("logprobs") or 0)
-        if asked > self.max_logprobs:
-            raise RefusedError(
-                f"Requested sample logprobs of {asked}, which is greater than max allowed: {self.max_logprobs} "
-                f"(parameter=logprobs, value={asked})",
-                "logprobs",
-            )
         room = self.max_model_len - len(prompt)
         return body, prompt, min(room, limit or room)
 
@@ -342,12 +343,25 @@ class FakeVllm:
             raise RefusedError("Internal server error", None, "InternalServerError", self.status)
         body, prompt, limit = self._check(chat, data)
         self.requests.append(body)
+        asked = (body.get("top_logprobs") if chat else body.get("logprobs")) or 0
+        if asked > self.max_logprobs:
+            refused = RefusedError(
+                f"Requested sample logprobs of {asked}, which is greater than max allowed: {self.max_logprobs} "
+                f"(parameter=logprobs, value={asked})",
+                "logprobs",
+            )
+            if not body.get("stream"):
+                raise refused
+            # Only the engine knows the limit, and by then the stream has begun.
+            await _start(send, 200, _EVENT_STREAM)
+            await send({"type": "http.response.body", "body": _error_event(refused.body) + _DONE})
+            return
         name = headers.get(b"x-request-id", str(next(self._ids)).encode()).decode()
         generation = _Generation(self, chat, body, prompt, limit, ("chatcmpl-" if chat else "cmpl-") + name)
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
             if body.get("stream"):
-                await _start(send, 200, [(b"content-type", b"text/event-stream; charset=utf-8")])
+                await _start(send, 200, _EVENT_STREAM)
                 async for event in generation.events():
                     if gone.done():
                         self.aborted += 1
@@ -476,14 +490,7 @@ class _Generation:
         completed = offset = 0
         async for step in self._steps():
             if completed == self.fake.error_after:
-                error = {
-                    "message": "Internal server error",
-                    "type": "InternalServerError",
-                    "param": None,
-                    "code": 500,
-                }
-                # json.dumps with its default separators, as vLLM does here.
-                yield b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+                yield _error_event(RefusedError("Internal server error", None, "InternalServerError", 500).body)
                 break
             if completed == 0 and self.chat:
                 role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
@@ -515,7 +522,7 @@ class _Generation:
         else:
             if self.usage:
                 yield self._event(None, completed)
-        yield b"data: [DONE]\n\n"
+        yield _DONE
 
     def _chat_event(
         self, step: Step, ids: list[int] | None, completed: int, parser: _ToolStream | None

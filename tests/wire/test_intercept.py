@@ -201,13 +201,15 @@ def test_errors_are_the_same_sampled_or_not(wire: Wire, body: dict[str, Any], st
     assert wire.shadow("skipped", "upstream_error") + wire.shadow("skipped", "invalid") == 1
 
 
-def test_an_engine_that_refuses_the_logprobs_is_asked_once(wire: Wire, fake: FakeVllm) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_refuses_the_logprobs_is_asked_once(wire: Wire, fake: FakeVllm, stream: bool) -> None:
     fake.max_logprobs = 5
-    assert wire.send(CHAT, chat()).status == 400
-    assert wire.send(CHAT, chat()).status == 200
+    assert b"greater than max allowed" in wire.send(CHAT, chat(stream=stream)).body
     assert wire.shadow("skipped", "logprobs_refused") == 1
+    assert b"greater than max allowed" not in wire.send(CHAT, chat(stream=stream)).body
+    assert wire.shadow("skipped", "logprobs_refused") == 2
     wire.interceptor.policy = policy(generation=2, shadow_top_k=5)
-    assert wire.send(CHAT, chat()).status == 200
+    assert wire.send(CHAT, chat(stream=stream)).status == 200
     assert wire.shadow("shadowed") == 1
 
 
