@@ -40,7 +40,8 @@ _PREFIX = b"x-hemostat-"
 _SHADOW = b"x-hemostat-shadow"
 _CALIBRATION = b"x-hemostat-calibration"
 _LABEL = b"x-hemostat-label"
-_CONSUMED = frozenset({_SHADOW, _CALIBRATION, _LABEL})
+_READABLE = frozenset({b"accept-encoding"})
+"""Dropped where the response has to be read."""
 _REFUSAL_BYTES = 64 * 1024
 
 
@@ -56,6 +57,8 @@ class _Wishes:
 
 class Interceptor:
     """A `relay.hooks.Hook`. Assign `policy` at any time: requests that have begun keep the one they began with.
+
+    That X-Hemostat headers do not go upstream is the relay's doing, also where this looks away.
 
     emit: hands a capture on; False when there is no room for it.
     count: adds one to a metric, by its name and label values.
@@ -96,7 +99,7 @@ class Interceptor:
         if chat is None:
             if shadow and method == "POST" and path in OTHER_ROUTES:
                 self.skip("route")
-            return _Passing(policy) if own else None
+            return None
         if wishes.shadow is False and shadow:
             self.skip("opted_out")
             shadow = False
@@ -109,11 +112,11 @@ class Interceptor:
             shadow = False
         calibrated = _calibrates(policy) or wishes.calibration is not None
         if not shadow and not calibrated:
-            return _Passing(policy) if own else None
+            return None
         if any(name.lower() == b"content-encoding" for name, _ in headers):
             if shadow:
                 self.skip("encoded")
-            return _Passing(policy) if own else None
+            return None
         return _Intercepted(self, policy, chat, path.decode("ascii"), request_id, wishes, shadow, calibrated)
 
     def skip(self, reason: str) -> None:
@@ -150,28 +153,6 @@ def _read_wishes(own: list[tuple[bytes, bytes]], policy: Policy) -> _Wishes | Re
 
 def _refuse(header: str, problem: str) -> Refusal:
     return Refusal(400, openai.error(f"The header {header} {problem}", header))
-
-
-class _Passing:
-    """A request that goes on as it is, but for our own headers."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.body_limit = policy.body_limit
-
-    def request(self, body: bytes | None) -> Rewrite | Refusal | None:
-        return Rewrite(body, _CONSUMED) if body else None
-
-    def response_head(self, status: int, headers: Headers) -> bool:
-        return False
-
-    def response_data(self, data: bytes) -> bytes:
-        return data
-
-    def response_end(self) -> bytes:
-        return b""
-
-    def closed(self, *, complete: bool) -> None:
-        pass
 
 
 class _Intercepted:
@@ -217,7 +198,7 @@ class _Intercepted:
             request = openai.read(self._chat, body, policy.unscorable_models)
         except openai.MALFORMED:
             self._pass("bad_json")
-            return Rewrite(body, _CONSUMED)
+            return None
         changes: dict[str, bytes] = {}
         xargs: dict[str, str] = {}
         self._version = request.own_profile
@@ -236,10 +217,9 @@ class _Intercepted:
         if xargs:
             changes["vllm_xargs"] = openai.with_xargs(request, xargs)
         self._sampling = openai.sampling_parameters(request, changes)
-        return Rewrite(
-            request.body.edit(changes) if changes else body,
-            _CONSUMED | {b"accept-encoding"} if self._tokens is not None else _CONSUMED,
-        )
+        if not changes:
+            return None
+        return Rewrite(request.body.edit(changes), _READABLE if self._tokens is not None else frozenset())
 
     def _calibrate(self, request: openai.Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Choose the arm and the profile, and ask the engine for it."""

@@ -101,7 +101,11 @@ class Wire:
                 return Answer(rewrite.status, rewrite.body)
             if rewrite is not None:
                 data, dropped = rewrite.body, rewrite.drop_headers
-        upstream = {name: value for name, value in fields.items() if name.lower().encode() not in dropped}
+        upstream = {
+            name: value
+            for name, value in fields.items()
+            if name.lower().encode() not in dropped and not name.lower().startswith("x-hemostat-")
+        }
         upstream["x-request-id"] = request_id
         answer = Answer(0, b"", data)
         try:
