@@ -1,5 +1,6 @@
 """What every streaming estimator must do: equal its batch oracle, merge in any order, leave its inputs alone."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ def ratio_read(state):
 def histogram_batch(observations):
     values = np.concatenate(observations)
     limits = [-np.inf, *EDGES, np.inf]
-    counts = [((values > a) & (values <= b)).sum() for a, b in zip(limits[:-2], limits[1:-1], strict=True)]
+    counts = [((values > a) & (values <= b)).sum() for a, b in itertools.pairwise(limits[:-1])]
     return [*counts, (values > EDGES[-1]).sum(), values[np.isfinite(values)].sum()]
 
 

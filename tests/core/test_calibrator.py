@@ -1,0 +1,164 @@
+"""The learner on worlds whose answer is known: a temperature, a bias, or neither."""
+
+import numpy as np
+import pytest
+
+from hemostat_calibration.calibrator import TemperatureBias
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.transform import apply
+
+from .strategies import Truth, log_softmax, make_record
+
+V, D, T = 60, 8, 40
+
+
+class World:
+    """Reference logits z = W h with correlated contexts within a request; c = softmax(β z + b + noise)."""
+
+    def __init__(self, beta=1.0, bias=0.0, noise=0.0, seed=0):
+        rng = np.random.default_rng(seed)
+        self.w = 2.0 * rng.normal(size=(D, V)) / np.sqrt(D)
+        self.bias = bias * rng.normal(size=V)
+        self.beta, self.noise = beta, noise
+
+    def truth(self, seed):
+        rng = np.random.default_rng(seed)
+        h = rng.normal(size=(1, D)) + rng.normal(size=(T, D))
+        z = h @ self.w
+        log_c = log_softmax(self.beta * z + self.bias + self.noise * rng.normal(size=z.shape))
+        cut = rng.random((T, 1))
+        emitted = np.minimum((np.exp(log_c).cumsum(1) < cut).sum(1), V - 1)
+        return Truth(log_softmax(z), log_c, emitted)
+
+    def learn(self, requests, k=20, learner=None):
+        learner = learner or TemperatureBias(min_requests=1, min_tokens=1)
+        state = learner.init("m", V)
+        for seed in range(0, requests, 4):
+            batch = [make_record(self.truth(at), k) for at in range(seed, min(seed + 4, requests))]
+            state = learner.update(state, batch)
+        return learner, state
+
+    def divergence(self, profile=None):
+        """KL(r‖c) over the whole vocabulary, on requests that were not learned from."""
+        values = []
+        for seed in range(10_000, 10_040):
+            truth = self.truth(seed)
+            log_c = truth.compressed if profile is None else log_softmax(apply(profile, truth.compressed))
+            values.append((np.exp(truth.reference) * (truth.reference - log_c)).sum(-1).mean())
+        return np.mean(values)
+
+
+@pytest.mark.parametrize("k", [20, V])
+def test_it_undoes_a_temperature(k):
+    world = World(beta=0.8)
+    learner, state = world.learn(60, k)
+    profile = learner.propose(state)
+    assert float(profile.parameters["inverse_temperature"]) == pytest.approx(1.25, abs=0.08)
+    assert world.divergence(profile) < 0.1 * world.divergence()
+
+
+@pytest.mark.parametrize("k", [20, V])
+def test_it_undoes_a_bias(k):
+    world = World(bias=0.4)
+    learner, state = world.learn(200, k)
+    profile = learner.propose(state)
+    found = profile.parameters["bias"]
+    assert np.corrcoef(found, -world.bias)[0, 1] > 0.95
+    assert world.divergence(profile) < 0.2 * world.divergence()
+
+
+def test_it_undoes_both_among_noise():
+    world = World(beta=1.2, bias=0.4, noise=0.3)
+    learner, state = world.learn(150)
+    before, after = world.divergence(), world.divergence(learner.propose(state))
+    floor = World(noise=0.3).divergence()
+    assert before - after > 0.7 * (before - floor)
+
+
+@pytest.mark.parametrize("requests", [1, 4, 40])
+def test_it_does_no_harm_where_there_is_nothing_to_learn(requests):
+    world = World(noise=0.3)
+    learner, state = world.learn(requests)
+    assert world.divergence(learner.propose(state)) < 1.02 * world.divergence()
+
+
+def test_little_data_moves_little():
+    world = World(beta=0.8, bias=0.4)
+    learner, state = world.learn(1)
+    profile = learner.propose(state)
+    learner, later = world.learn(60)
+    assert np.abs(profile.parameters["bias"]).mean() < 0.3 * np.abs(learner.propose(later).parameters["bias"]).mean()
+    assert world.divergence(profile) < world.divergence()
+
+
+def test_an_id_without_evidence_keeps_its_logit():
+    learner = TemperatureBias(min_requests=1, min_tokens=1)
+    truth = World(bias=0.4).truth(0)
+    record = make_record(truth, 3)
+    profile = learner.propose(learner.update(learner.init("m", V), [record]))
+    seen = np.unique(record.compressed.ids[record.compressed.ids >= 0])
+    unseen = np.setdiff1d(np.arange(V), seen)
+    assert len(unseen)
+    assert (profile.parameters["bias"][unseen] == 0.0).all()
+
+
+def test_a_reference_that_gave_only_a_list():
+    """Ids that it did not give teach nothing about themselves."""
+    world = World(beta=0.8)
+    learner = TemperatureBias(min_requests=1, min_tokens=1)
+    records = [make_record(world.truth(seed), 20, reference_k=20) for seed in range(60)]
+    state = learner.init("m", V)
+    for record in records:
+        state = learner.update(state, [record])
+    assert world.divergence(learner.propose(state)) < 0.3 * world.divergence()
+
+
+def test_nothing_is_proposed_too_early():
+    learner = TemperatureBias(min_requests=3, min_tokens=2 * T)
+    world = World(beta=0.8)
+    state = learner.init("m", V)
+    assert learner.propose(state) is None
+    state = learner.update(state, [make_record(world.truth(0), 20), make_record(world.truth(1), 20)])
+    assert learner.propose(state) is None
+    profile = learner.propose(learner.update(state, [make_record(world.truth(2), 20)]))
+    assert dict(profile.metadata) == {"requests": "3", "tokens": str(3 * T)}
+    assert (profile.model, profile.vocab_size, profile.clamp_nats) == ("m", V, 1.0)
+
+
+def test_the_same_records_give_the_same_version():
+    a, b = (learner.propose(state) for learner, state in (World(beta=0.8).learn(8), World(beta=0.8).learn(8)))
+    assert a.version == b.version
+
+
+def test_replicas_merge():
+    """Each learned half; together they know what one knew that saw everything, but for the order of learning."""
+    world = World(beta=0.8, bias=0.4)
+    learner, whole = world.learn(120)
+    halves = []
+    for part in (range(0, 60), range(60, 120)):
+        state = learner.init("m", V)
+        for seed in part:
+            state = learner.update(state, [make_record(world.truth(seed), 20)])
+        halves.append(state)
+    merged, swapped = learner.merge(*halves), learner.merge(*halves[::-1])
+    assert (merged.requests, merged.tokens) == (whole.requests, whole.tokens)
+    np.testing.assert_allclose(merged.reference_mass, swapped.reference_mass)
+    a, b = world.divergence(learner.propose(merged)), world.divergence(learner.propose(whole))
+    assert a == pytest.approx(b, abs=0.1 * world.divergence())
+
+
+def test_states_are_values():
+    learner, state = World().learn(2)
+    before = state.reference_mass.copy()
+    learner.update(state, [make_record(World().truth(9), 20)])
+    np.testing.assert_array_equal(state.reference_mass, before)
+    with pytest.raises(ValueError, match="read-only"):
+        state.reference_mass[0] = 1.0
+
+
+def test_what_does_not_belong_is_refused():
+    learner = TemperatureBias()
+    with pytest.raises(InvalidArgumentError, match="vocab_size"):
+        learner.update(learner.init("m", V + 1), [make_record(World().truth(0), 5)])
+    with pytest.raises(InvalidArgumentError, match="one model"):
+        learner.merge(learner.init("m", V), learner.init("n", V))
