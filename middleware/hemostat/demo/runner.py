@@ -103,6 +103,8 @@ def _forced_version(path: Path | None) -> str | None:
         return CalibrationProfile.from_bytes(path.read_bytes()).version
     except OSError as error:
         raise DemoFailure(f"--force-profile {path}: cannot be read ({error.strerror})") from None
+    except HemostatError as error:
+        raise DemoFailure(f"--force-profile {path}: {error}") from None
 
 
 def _check_destinations(options: DemoOptions) -> None:

@@ -95,6 +95,9 @@ def picture(scene: Scene) -> RenderableType:
     flow.add_row("dropped", counts(requests.get("dropped", {})))
     flow.add_row("reference", f"{reference.get('state', 'starting')}  {reference.get('detail', '')}".strip())
     flow.add_row("serving profile", _profile(profile))
+    if calibration := status.get("calibration"):
+        learned, candidates = calibration["learned_tokens"], len(calibration["candidates"])
+        flow.add_row("calibrator", f"learned from {learned:,} tokens, {candidates} profiles under evaluation")
 
     addresses = _grid()
     addresses.add_row("console", f"{scene.admin_url}/")

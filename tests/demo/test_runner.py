@@ -1,0 +1,180 @@
+"""The demo's life: it starts two programs, sends, reports, and leaves nothing running, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hemostat import vllm_process
+from hemostat.compress import Checkpoints
+from hemostat.demo import DemoOptions, run, runner
+from hemostat_calibration.errors import HemostatError
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_IN = ROOT / "tests" / "demo" / "stand_in.py"
+PATCH = """
+import sys
+from pathlib import Path
+from hemostat import vllm_process
+from hemostat.compress import Checkpoints
+from hemostat.demo import runner
+vllm_process.installed = lambda: True
+runner.cached_checkpoints = lambda scheme, say: Checkpoints(Path("reference"), Path("compressed"))
+class Server(vllm_process.VllmServer):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._command = [sys.executable, STAND_IN, "vllm", str(self.port)]
+runner.VllmServer = Server
+runner.serve_command = lambda config: [sys.executable, STAND_IN, "serve", str(config)]
+sys.exit(runner.run(runner.DemoOptions(requests=REQUESTS, report=Path("report.json"), console=False)))
+"""
+
+
+def started_by(tmp_path: Path) -> list[int]:
+    """Every living process that inherited this test's mark."""
+    mark = f"STAND_IN_RUN={tmp_path}\0".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                marked = mark in (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if marked and alive(int(entry.name)):
+                found.append(int(entry.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(what: Any, within: float = 30.0) -> None:
+    end = time.monotonic() + within
+    while not what():
+        assert time.monotonic() < end, "took too long"
+        time.sleep(0.05)
+
+
+def demo(tmp_path: Path, requests: int | None, trouble: str = "") -> subprocess.Popen[str]:
+    code = PATCH.replace("STAND_IN", repr(str(STAND_IN))).replace("REQUESTS", repr(requests))
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "STAND_IN_TROUBLE": trouble, "STAND_IN_RUN": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_bounded_it_ends_by_itself_with_the_report(tmp_path: Path) -> None:
+    with demo(tmp_path, 20) as process:
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["requests"] == {
+        **{"sent": 20, "ok": 20, "failed": 0},
+        **{"shadowed": 20, "scored": 20, "skipped": {}, "dropped": {}, "pending": 0},
+    }
+    assert report["tokens_scored"] == 200
+    assert report["top_k"] == 64
+    assert report["raw"] == report["calibrated"]
+    assert report["profile"] == {"version": "identity", "family": "identity", "mode": "auto"}
+    assert "ready. Console http://127.0.0.1:" in output
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything_that_was_started(tmp_path: Path, sig: signal.Signals) -> None:
+    with demo(tmp_path, None) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "ready" in line:
+                break
+        assert len(started_by(tmp_path)) == 3, "the demo, vLLM, Hemostat"
+        process.send_signal(sig)
+        output, _ = process.communicate(timeout=40)
+    assert process.returncode == 0, output
+    assert "stopped" in output
+    assert started_by(tmp_path) == []
+    assert json.loads((tmp_path / "report.json").read_text())["requests"]["sent"] >= 1
+
+
+def test_killed_it_leaves_nothing_running(tmp_path: Path) -> None:
+    with demo(tmp_path, None) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "ready" in line:
+                break
+        process.kill()
+    wait_for(lambda: started_by(tmp_path) == [])
+
+
+def test_stopped_before_the_end_of_a_bounded_run_it_says_so(tmp_path: Path) -> None:
+    with demo(tmp_path, 10**6) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "ready" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=40)
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("vllm dies", "no memory today"),
+        ("serve dies", "no reference today"),
+        ("mismatch", "do not fit together: 64 ids against 65"),
+        ("all fail", "not one request succeeded"),
+    ],
+)
+def test_what_goes_wrong_is_said_and_everything_stops(tmp_path: Path, trouble: str, says: str) -> None:
+    with demo(tmp_path, 4, trouble) as process:
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert says in output
+    assert started_by(tmp_path) == []
+
+
+def test_the_settings_are_a_valid_configuration(tmp_path: Path) -> None:
+    from hemostat.config import Settings
+
+    profile = tmp_path / "p.safetensors"
+    profile.touch()
+    options = DemoOptions(keep=tmp_path, force_profile=profile, seed=-1)
+    found = Settings.model_validate(
+        runner.serve_settings(options, Checkpoints(tmp_path, tmp_path), "http://127.0.0.1:9", 8080, 8081, "t" * 20)
+    )
+    assert found.shadow.rate == 1.0
+    assert found.shadow.top_k == 64
+    assert found.calibration.mode == "auto"
+    assert found.calibration.force == profile
+    assert found.records.path == tmp_path / "records.jsonl"
+    assert "--max-logprobs" in runner.vllm_arguments()
+    assert vllm_process.LOGITS_PROCESSOR in runner.vllm_arguments()
+
+
+def test_what_the_user_must_put_right_is_said_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for options, says in (
+        (DemoOptions(prompts=tmp_path / "none.jsonl"), "none.jsonl"),
+        (DemoOptions(force_profile=tmp_path / "none"), "--force-profile"),
+        (DemoOptions(force_profile=tmp_path / "file"), "--force-profile"),
+        (DemoOptions(keep=tmp_path / "file"), "another place"),
+        (DemoOptions(report=tmp_path), "--report"),
+    ):
+        with pytest.raises(HemostatError, match=says):
+            run(options)
