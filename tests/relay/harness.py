@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,12 @@ class Response:
         return [value for key, value in self.headers if key.lower() == name]
 
 
+def reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection with a reset instead of an orderly close."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
 class UpstreamConnection:
     """The upstream's end of one connection."""
 
@@ -55,7 +62,7 @@ class UpstreamConnection:
         if self._left:
             parser.receive_data(self._left)
         head: h11.Request | None = None
-        body = b""
+        body: list[bytes] = []
         while True:
             event = parser.next_event()
             if event is h11.NEED_DATA:
@@ -63,11 +70,11 @@ class UpstreamConnection:
             elif isinstance(event, h11.Request):
                 head = event
             elif isinstance(event, h11.Data):
-                body += bytes(event.data)
+                body.append(bytes(event.data))
             elif isinstance(event, h11.EndOfMessage):
                 assert head is not None
                 self._left = parser.trailing_data[0]
-                return Request(head.method, head.target, list(head.headers.raw_items()), body)
+                return Request(head.method, head.target, list(head.headers.raw_items()), b"".join(body))
             else:
                 return None
 
@@ -75,9 +82,8 @@ class UpstreamConnection:
         self.writer.write(data)
         await self.writer.drain()
 
-    def abort(self) -> None:
-        """A reset, as a killed server's kernel sends it."""
-        self.writer.transport.abort()
+    def reset(self) -> None:
+        reset(self.writer)
 
 
 Script = Callable[[UpstreamConnection], Awaitable[None]]
@@ -162,7 +168,7 @@ class Client:
             parser.receive_data(self._left)
         interim: list[int] = []
         head: h11.Response | None = None
-        body = b""
+        body: list[bytes] = []
         while True:
             event = parser.next_event()
             if event is h11.NEED_DATA:
@@ -172,11 +178,11 @@ class Client:
             elif isinstance(event, h11.Response):
                 head = event
             elif isinstance(event, h11.Data):
-                body += bytes(event.data)
+                body.append(bytes(event.data))
             elif isinstance(event, h11.EndOfMessage):
                 assert head is not None
                 self._left = parser.trailing_data[0]
-                return Response(head.status_code, list(head.headers.raw_items()), body, interim)
+                return Response(head.status_code, list(head.headers.raw_items()), b"".join(body), interim)
             else:
                 raise AssertionError(f"no response: {event}")
 

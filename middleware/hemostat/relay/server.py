@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import struct
 from enum import Enum, auto
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
@@ -54,6 +55,8 @@ WATCH_SECONDS = 0.1
 ANSWER_SECONDS = 0.02
 """How long a reset may be on its way before it is first looked for."""
 
+_RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER: closing sends a reset."""
 _TCP_CLOSE = 7
 _TCP_CLOSE_WAIT = 8
 _STATE_KNOWN = hasattr(socket, "TCP_INFO")
@@ -678,7 +681,9 @@ class ClientProtocol(asyncio.Protocol):
         self._finish(counters.UPSTREAM_FAILED)
         self._lingering = True
         if plain:
-            self.transport.abort()  # an orderly end would look like the end of the body
+            # An orderly end would look like the end of the body.
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self.transport.abort()
         else:
             self.transport.close()
 
