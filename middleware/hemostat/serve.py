@@ -44,7 +44,7 @@ class Child:
         self._module = module
         self._stdin = json.dumps(stdin).encode()
         self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self.listening: dict[str, Any] = {}
 
     async def start(self) -> None:
@@ -67,32 +67,35 @@ class Child:
             line = await asyncio.wait_for(self._process.stdout.readline(), STARTED_WITHIN)
             self.listening = json.loads(line)
         except (TimeoutError, ValueError) as error:
-            await self.stop(signal.SIGKILL, 5.0)
-            self._stopping = False
+            await self._end(signal.SIGKILL, 5.0)
             raise StartFailure(self.name) from error
 
     async def keep(self) -> None:
         """Restart the process whenever it ends, with growing pauses; returns after `stop`."""
         failures = 0
-        while not self._stopping:
+        while True:
             assert self._process is not None
             born = time.monotonic()
             code = await self._process.wait()
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             failures = 0 if time.monotonic() - born > STABLE_AFTER else failures + 1
             pause = BACKOFF[min(failures, len(BACKOFF) - 1)] if failures else 0.0
             log.error("%s ended with code %s; starting it again in %.1f s", self.name, code, pause)
             await asyncio.sleep(pause)
-            if not self._stopping:
-                try:
-                    await self.start()
-                except StartFailure:
-                    log.error("%s did not start", self.name)
+            if self._stopping.is_set():
+                return
+            try:
+                await self.start()
+            except StartFailure:
+                log.error("%s did not start", self.name)
 
     async def stop(self, sig: signal.Signals, within: float) -> None:
-        """Send `sig`, wait, then kill."""
-        self._stopping = True
+        """Send `sig`, wait, then kill; `keep` returns."""
+        self._stopping.set()
+        await self._end(sig, within)
+
+    async def _end(self, sig: signal.Signals, within: float) -> None:
         process = self._process
         if process is None or process.returncode is not None:
             return

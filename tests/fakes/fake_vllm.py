@@ -332,6 +332,12 @@ class FakeVllm:
             raise RefusedError(
                 f"temperature must be non-negative, got {value}. (parameter=temperature, value={value})", "temperature"
             )
+        if strange := [int(i) for i in body.get("logit_bias") or {} if not 0 <= int(i) < VOCAB]:
+            raise RefusedError(
+                f"token_id(s) {strange} in logit_bias contain out-of-vocab token ids. Vocabulary size: {VOCAB} "
+                f"(parameter=logit_bias, value={strange})",
+                "logit_bias",
+            )
         room = self.max_model_len - len(prompt)
         return body, prompt, min(room, limit or room)
 

@@ -5,6 +5,7 @@ const number = (x, digits = 4) => (x === null || x === undefined ? "–" : Numbe
 const percent = (x) => (x === null || x === undefined ? "–" : (100 * x).toFixed(1) + " %");
 const interval = (e, show = number) => (e && e.ci95 && e.ci95[0] !== null ? `${show(e.ci95[0])} … ${show(e.ci95[1])}` : "–");
 const counts = (o) => Object.entries(o || {}).map(([k, v]) => `${k} ${v}`).join(", ") || "none";
+const evidence = (e, bound) => `${e.version}: ${e.requests} held-out requests, mean gain ${number(e.mean_gain)} nats, ${bound}`;
 
 function fill(id, header, rows) {
   const table = document.getElementById(id);
@@ -40,7 +41,8 @@ async function refresh() {
     const c = status.calibration;
     fill("calibration", null, [
       ["mode", status.profile.mode], ["serves", `${status.profile.version} (${status.profile.family})`],
-      ["candidate", c.candidate ? `${c.candidate.version}: ${c.candidate.requests} held-out requests, gain ${number(c.candidate.gain_nats)} nats, lower bound ${number(c.candidate.lower_bound_nats)}` : "none"],
+      ["selected", c.selected ? evidence(c.selected, `below ${number(c.selected.upper)} for sure`) : "none"],
+      ...c.candidates.map((e) => ["candidate", evidence(e, `above ${number(e.lower)} for sure`)]),
       ["learned from", `${c.learned_requests} requests, ${c.learned_tokens} tokens`],
     ]);
     fill("shadow", null, [

@@ -1,0 +1,420 @@
+"""The control process: owns the shadow queue, the reference, the statistics, the calibrator, the store, the admin port.
+
+`python -m hemostat.control` reads its settings as JSON from standard input and says `{"admin_port": n}` on standard
+output once it listens. When it dies, the relays go on as a plain proxy and the supervisor starts it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from hemostat.admin import create_app
+from hemostat.config import Settings
+from hemostat.engines import EngineRegistry
+from hemostat.link import RelayLink
+from hemostat.measure import Measurements
+from hemostat.messages import Capture, Policy, Stats
+from hemostat.metrics import HemostatCollector
+from hemostat.process import die_with_parent
+from hemostat.records_file import RecordsFile
+from hemostat.reference import make_reference
+from hemostat.reference.match import compare
+from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo
+from hemostat.scorer import Scorer
+from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
+from hemostat.steering import Steering
+from hemostat.store import MemoryStore, Store, StoreFailure, open_store
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.records import TokenRecord
+
+log = logging.getLogger("hemostat.control")
+
+BURST_SECONDS = 10.0
+"""The reference's token budget may be saved up for this long."""
+MATCH_RETRY = 3.0
+"""Seconds between attempts to start the reference and to compare it with the upstream."""
+HOUSEKEEPING = 0.5
+
+
+class Control:
+    """Wires the parts together; implements what the admin port and the collector ask for."""
+
+    def __init__(self, settings: Settings, socket_path: Path, data_port: int) -> None:
+        self.settings = settings
+        self.data_port = data_port
+        self.engines = EngineRegistry()
+        self.measurements = Measurements()
+        self.registry = CollectorRegistry()
+        self.registry.register(HemostatCollector(self))
+        self.store_failures = 0
+        self.store = self._open_store()
+        self.steering = Steering(settings.calibration, settings.upstream.url, self._save, time.time)
+        self.reference = make_reference(settings)
+        self.reference_info: ReferenceInfo | None = None
+        self.reference_state = "none" if self.reference is None else "starting"
+        self.reference_detail = "" if self.reference is not None else "reference.backend is none: nothing is scored"
+        self.endings: dict[tuple[str, str], int] = {}
+        self.captured = 0
+        self.records = RecordsFile(settings.records.path) if settings.records.path else None
+        self.link = RelayLink(socket_path, self._captured)
+        shadow = settings.shadow
+        self.queue = ShadowQueue(shadow.max_queue)
+        self.breaker = Breaker()
+        self.scorer: Scorer | None = None
+        if self.reference is not None:
+            rate = shadow.reference_tokens_per_second
+            self.scorer = Scorer(
+                queue=self.queue,
+                budget=TokenBudget(rate, max(rate * BURST_SECONDS, 1.0)),
+                breaker=self.breaker,
+                reference=self.reference,
+                info=lambda: self.reference_info,
+                profiles=self.steering.evaluated,
+                engines=self.engines,
+                sink=self._scored,
+                count=self._count,
+                clock=time.monotonic,
+            )
+        self._policy: Policy | None = None
+        self._generation = 0
+        self._saves: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue(1000)
+
+    # --- what the parts call ---------------------------------------------------------------------------------------
+
+    def _captured(self, capture: Capture) -> None:
+        self.captured += 1
+        if self.scorer is None or self.reference_state != "ready":
+            self._count("dropped", "reference_not_ready")
+        else:
+            self.scorer.offer(capture)
+
+    def _count(self, outcome: str, reason: str) -> None:
+        self.endings[outcome, reason] = self.endings.get((outcome, reason), 0) + 1
+
+    def _scored(self, record: TokenRecord, capture: Capture) -> None:
+        steering = self.steering
+        figures = self.measurements.observe(record, steering.stage_of(record), steering.held(record.applied))
+        if self.records is not None:
+            self.records.write(capture, figures)
+        steering.observe(record)
+        self.publish()
+
+    def _save(self, method: str, *args: Any) -> None:
+        """Queue a write for the store; it happens off the event loop, and its failure is only counted."""
+        try:
+            self._saves.put_nowait((method, *args))
+        except asyncio.QueueFull:
+            self.store_failures += 1
+
+    def _open_store(self) -> Store:
+        try:
+            return open_store(self.settings.store.url)
+        except StoreFailure as failure:
+            self.store_failures += 1
+            log.error("%s; going on in memory, nothing will be kept", failure)
+            return MemoryStore()
+
+    # --- what relays do --------------------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Send the relays a new policy when anything in it changed."""
+        shadow, steering = self.settings.shadow, self.steering
+        now = time.monotonic()
+        self.engines.want(steering.wanted())
+        policy = Policy(
+            generation=0,
+            mode=steering.mode,
+            shadow_rate=shadow.rate,
+            shadow_seed=shadow.seed,
+            shadow_allow_on=shadow.allow_on,
+            shadow_top_k=shadow.top_k,
+            shadow_max_tokens=shadow.max_tokens,
+            scoring=self.reference_state == "ready" and self.breaker.state(now) is not BreakerState.OPEN,
+            tap=bool(self.engines.live(now)),
+            serving=steering.serving,
+            forced=steering.forced,
+            control_fraction=self.settings.calibration.control_fraction,
+            acknowledged=self.engines.acknowledged(now),
+            labels=frozenset(self.settings.labels),
+            apply=self.settings.calibration.apply,
+            **steering.request_parameters(),
+        )
+        if policy != self._policy:
+            self._policy = policy
+            self._generation += 1
+            self.link.set_policy(msgspec.structs.replace(policy, generation=self._generation))
+
+    # --- the reference ---------------------------------------------------------------------------------------------
+
+    async def keep_reference(self) -> None:
+        """Start the reference and compare it with the upstream, until both answer; again when the breaker opened."""
+        if self.reference is None:
+            return
+        while True:
+            try:
+                info = await self.reference.start()
+                match = await compare(self.settings.upstream, self.reference)
+            except ReferenceFailure as failure:
+                self._reference_is("down", str(failure))
+            else:
+                if match.ok:
+                    self.reference_info = info
+                    self.steering.set_vocabulary(info.vocab_size)
+                    self._reference_is("ready", f"{info.model} ({info.dtype})")
+                    await self._until_down()
+                    continue
+                # `unknown` means that one of the two did not answer yet, not that they differ.
+                self._reference_is("mismatch" if match.compared else "starting", match.detail)
+            await asyncio.sleep(MATCH_RETRY)
+
+    async def _until_down(self) -> None:
+        while self.breaker.state(time.monotonic()) is not BreakerState.OPEN:  # noqa: ASYNC110  a state of time
+            await asyncio.sleep(HOUSEKEEPING)
+        self._reference_is("down", "the last scores failed; trying again")
+        while self.breaker.state(time.monotonic()) is BreakerState.OPEN:  # noqa: ASYNC110
+            await asyncio.sleep(HOUSEKEEPING)
+
+    def _reference_is(self, state: str, detail: str) -> None:
+        if (state, detail) != (self.reference_state, self.reference_detail):
+            log.log(
+                logging.INFO if state in {"ready", "starting"} else logging.ERROR, "reference %s: %s", state, detail
+            )
+        self.reference_state, self.reference_detail = state, detail
+        self.publish()
+
+    # --- loops -----------------------------------------------------------------------------------------------------
+
+    async def keep_house(self) -> None:
+        while True:
+            self.publish()
+            await asyncio.sleep(HOUSEKEEPING)
+
+    async def keep_store(self) -> None:
+        """Write what was queued, one after the other."""
+        while True:
+            method, *args = await self._saves.get()
+            try:
+                await asyncio.to_thread(getattr(self.store, method), *args)
+            except StoreFailure as failure:
+                self.store_failures += 1
+                log.error("%s", failure)
+
+    async def restore(self) -> None:
+        """Take up what the store holds from an earlier run."""
+        try:
+            profiles = await asyncio.to_thread(self.store.profiles)
+            serving = await asyncio.to_thread(self.store.get_state, "selected")
+            events = await asyncio.to_thread(self.store.events, 100)
+        except StoreFailure as failure:
+            self.store_failures += 1
+            log.error("%s", failure)
+            return
+        self.steering.restore(profiles, serving, events)
+        if self.settings.calibration.force is not None:
+            data = await asyncio.to_thread(self.settings.calibration.force.read_bytes)
+            self.steering.force(CalibrationProfile.from_bytes(data))
+
+    # --- what the admin port shows (admin.Governed) ----------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        return self.link.ready
+
+    def relay_totals(self) -> Stats:
+        return self.link.total()
+
+    def status(self) -> dict[str, Any]:
+        now = time.monotonic()
+        skipped, dropped = self._endings("skipped"), self._endings("dropped")
+        version = self.steering.shown
+        profile = self.steering.held(version)
+        oldest = self.queue.oldest()
+        return {
+            "requests": {
+                "shadowed": self.captured,
+                "scored": self.endings.get(("scored", ""), 0),
+                "skipped": skipped,
+                "dropped": dropped,
+                "pending": self.scorer.pending if self.scorer else 0,
+            },
+            "tokens_scored": self.measurements.tokens,
+            "top_k": self.settings.shadow.top_k,
+            "raw": self.measurements.summary(None),
+            "calibrated": self.measurements.summary(version),
+            "profile": {
+                "version": version or IDENTITY,
+                "family": profile.family if profile else IDENTITY,
+                "mode": self.steering.mode,
+            },
+            "calibration": self.steering.status(),
+            "queue": {"depth": len(self.queue), "lag_seconds": 0.0 if oldest is None else max(0.0, now - oldest)},
+            "reference": {"state": self.reference_state, "detail": self.reference_detail},
+            "engines": {
+                "live": len({report.boot_id for report in self.engines.live(now)}),
+                "acknowledged": sorted(self.engines.acknowledged(now)),
+                "counters": self.engines.counters(now),
+            },
+            "records_written": self.records.written if self.records else 0,
+            "relays": self.link.relays,
+            "data_port": self.data_port,
+        }
+
+    def _endings(self, outcome: str) -> dict[str, int]:
+        """By reason, over the relays and this process."""
+        found: dict[str, int] = {}
+        relays = self.link.total().counters.get("hemostat_shadow_requests_total", {})
+        for labels, value in relays.items():
+            which, _, reason = labels.partition("\x1f")
+            if which == outcome:
+                found[reason] = found.get(reason, 0) + int(value)
+        for (which, reason), count in self.endings.items():
+            if which == outcome:
+                found[reason] = found.get(reason, 0) + count
+        return found
+
+    def profiles(self) -> dict[str, Any]:
+        return self.steering.listing()
+
+    def profile(self, version: str) -> dict[str, Any] | None:
+        return self.steering.describe(version)
+
+    def profile_bytes(self, version: str) -> bytes | None:
+        profile = self.steering.held(version)
+        return profile.to_bytes() if profile else None
+
+    async def import_profile(self, data: bytes) -> str:
+        version = self.steering.add(CalibrationProfile.from_bytes(data))
+        self.publish()
+        return version
+
+    async def rollback(self, reason: str) -> None:
+        self.steering.rollback(reason)
+        self.publish()
+
+    async def set_mode(self, mode: str) -> None:
+        self.steering.set_mode(mode)
+        self.publish()
+
+    # --- what the collector reads (metrics.State) ------------------------------------------------------------------
+
+    def counters(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
+        for (outcome, reason), count in self.endings.items():
+            yield "hemostat_shadow_requests", "", {"outcome": outcome, "reason": reason}, count
+        tokens = self.scorer.reference_tokens if self.scorer else 0
+        yield "hemostat_reference_tokens", "Prompt and output tokens that the reference has scored.", {}, tokens
+        yield "hemostat_profile_promotions", "Profiles that began to serve.", {}, self.steering.promotions
+        yield "hemostat_profile_rollbacks", "Profiles taken back.", {}, self.steering.rollbacks
+        yield "hemostat_store_errors", "Reads and writes that the store refused.", {}, self.store_failures
+        yield from self.measurements.counters()
+        for name, value in self.engines.counters(time.monotonic()).items():
+            yield "hemostat_engine_events", "What the engine plugins counted.", {"reason": name}, value
+
+    def gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
+        status = self.status()
+        yield "hemostat_shadow_queue_depth", "Captures waiting for the reference.", {}, status["queue"]["depth"]
+        yield "hemostat_shadow_lag_seconds", "Age of the oldest waiting capture.", {}, status["queue"]["lag_seconds"]
+        yield "hemostat_reference_up", "1 while the reference scores.", {}, float(self.reference_state == "ready")
+        yield "hemostat_engines", "Engines whose plugin reports.", {}, status["engines"]["live"]
+        yield "hemostat_relays", "Relay processes connected.", {}, status["relays"]
+        profile = status["profile"]
+        labels = {"version": profile["version"], "family": profile["family"]}
+        yield "hemostat_profile_info", "1 for the profile that serves (identity when none does).", labels, 1.0
+        yield from self.measurements.gauges()
+        won_back = self.measurements.recovered(self.steering.shown)
+        if won_back is not None:
+            text = "Part of KL(reference||compressed) that the profile wins back, on the same tokens."
+            yield "hemostat_recovered_divergence_ratio", text, {}, won_back
+
+    async def close(self) -> None:
+        await self.link.close()
+        if self.reference is not None:
+            await self.reference.close()
+        while not self._saves.empty():
+            method, *args = self._saves.get_nowait()
+            with contextlib.suppress(StoreFailure):
+                await asyncio.to_thread(getattr(self.store, method), *args)
+        if self.records is not None:
+            self.records.close()
+        self.store.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: this process stops as the supervisor says."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
+    """Until SIGTERM."""
+    stop = asyncio.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sig, stop.set)
+    listener = socket.create_server(
+        (settings.admin.host, settings.admin.port),
+        family=socket.AF_INET6 if ":" in settings.admin.host else socket.AF_INET,
+    )
+    control = Control(settings, socket_path, data_port)
+    await control.restore()
+    await control.link.start()
+    control.publish()
+    token = settings.admin.token.get_secret_value() if settings.admin.token else None
+    app = create_app(control, token, time.monotonic)
+    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
+    tasks: list[asyncio.Task[Any]] = [
+        asyncio.create_task(server.serve(sockets=[listener])),
+        asyncio.create_task(control.keep_house()),
+        asyncio.create_task(control.keep_store()),
+        asyncio.create_task(control.keep_reference()),
+    ]
+    if control.scorer is not None:
+        workers = 1 if settings.reference.backend == "transformers" else 4
+        tasks.append(asyncio.create_task(control.scorer.run(workers)))
+    stopping = asyncio.create_task(stop.wait())
+    print(json.dumps({"admin_port": listener.getsockname()[1]}), flush=True)  # noqa: T201  the supervisor reads it
+    done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    for task in tasks[1:]:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await control.close()
+    for task in done - {stopping}:
+        task.result()  # a loop that ended by itself is a bug: raise, and be started again
+
+
+def main() -> int:
+    given = json.load(sys.stdin)
+    die_with_parent(given["parent"])
+    settings = Settings.model_validate(given["settings"])
+    logging.basicConfig(level=settings.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        asyncio.run(run(settings, Path(given["socket"]), given["data_port"]))
+    except OSError as error:
+        host, port = settings.admin.host, settings.admin.port
+        print(f"hemostat: admin: cannot listen on {host}:{port} ({error.strerror})", file=sys.stderr)  # noqa: T201
+        return 2
+    except HemostatError as error:
+        print(f"hemostat: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

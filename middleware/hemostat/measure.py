@@ -1,0 +1,189 @@
+"""What has been measured so far: estimates and histograms over scored requests, constant in memory.
+
+The unit of every interval is the request: tokens of one request are correlated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hemostat_calibration.divergence import TokenDivergence, calibrated, divergence, gain
+from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.records import Floats, TokenRecord
+from hemostat_calibration.streaming import Histogram, RatioEstimate
+
+KL_EDGES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+TV_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+VERSIONS_KEPT = 16
+"""Profiles whose figures are kept apart; the longest unseen one goes."""
+
+FIGURES = {
+    "kl_nats": "kl_rc",
+    "kl_nats_estimate": "estimate_rc",
+    "reverse_kl_nats": "kl_cr",
+    "reverse_kl_nats_estimate": "estimate_cr",
+    "js_nats": "js",
+    "total_variation": "tv",
+    "top1_agreement": "top1_agreement",
+    "covered_mass": "covered_compressed",
+    "covered_mass_reference": "covered_reference",
+    "delta_log_likelihood_nats": "delta_log_likelihood",
+    "entropy_compressed_nats": "entropy_compressed",
+    "entropy_reference_nats": "entropy_reference",
+}
+"""Name in the report -> field of TokenDivergence."""
+SCALARS = ("total_variation", "top1_agreement", "covered_mass")
+"""Figures that the report gives as a bare number, their interval beside it."""
+
+
+class StageFigures:
+    """Ratio estimates of every figure, over the requests of one stage."""
+
+    def __init__(self) -> None:
+        self._estimates = {name: RatioEstimate() for name in FIGURES}
+        self._bound = "exact"
+        self.requests = 0
+        self.tokens = 0
+
+    def add(self, figures: TokenDivergence) -> None:
+        self.requests += 1
+        self.tokens += len(figures.kl_rc)
+        if figures.bound == "lower":
+            self._bound = "lower"
+        for name, field in FIGURES.items():
+            values = np.asarray(getattr(figures, field), dtype=np.float64)
+            # NaN is "not available" (a greedy request has no sampled-token estimate), infinity has no mean.
+            values = values[np.isfinite(values)]
+            if len(values):
+                self._estimates[name] = self._estimates[name].update(float(values.sum()), len(values))
+
+    def summary(self) -> dict[str, Any]:
+        """Each figure with its interval, or None where nothing was measured."""
+        found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "ci95": {}}
+        for name, estimate in self._estimates.items():
+            interval = estimate.get()
+            low, high = _finite(interval.low), _finite(interval.high)
+            if name in SCALARS:
+                found[name] = _finite(interval.mean)
+                found["ci95"][name] = [low, high]
+            else:
+                found[name] = {"estimate": _finite(interval.mean), "ci95": [low, high]}
+        found["kl_nats"]["bound"] = self._bound
+        found["reverse_kl_nats"]["bound"] = self._bound
+        found["js_nats"]["bound"] = self._bound
+        for name in ("kl_nats_estimate", "reverse_kl_nats_estimate"):
+            found[name]["bound"] = "exact" if self._bound == "exact" else "estimate"
+        return found
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+class Measurements:
+    """Raw figures, and for every profile lately in question the figures after it and its gain."""
+
+    def __init__(self) -> None:
+        self._raw = StageFigures()
+        self._after: OrderedDict[str, tuple[StageFigures, RatioEstimate, RatioEstimate]] = OrderedDict()
+        self._kl: dict[tuple[str, str, str], Histogram] = {}
+        self._tv: dict[tuple[str, str], Histogram] = {}
+        self._top1: dict[tuple[str, str], int] = {}
+        self._scored: dict[str, int] = {}
+        self.tokens = 0
+
+    def observe(
+        self, record: TokenRecord, profile: CalibrationProfile | None, served: CalibrationProfile | None
+    ) -> TokenDivergence:
+        """Add one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
+
+        Returns the raw figures.
+        """
+        arm = str(record.arm)
+        raw = divergence(record, served)
+        self.tokens += record.tokens
+        self._scored[arm] = self._scored.get(arm, 0) + record.tokens
+        self._raw.add(raw)
+        self._expose("raw", arm, raw)
+        if profile is None:
+            self._expose("calibrated", arm, raw)
+            return raw
+        after = calibrated(record, profile, served)
+        self._expose("calibrated", arm, after)
+        stage, won, of = self._after.pop(profile.version, (StageFigures(), RatioEstimate(), RatioEstimate()))
+        stage.add(after)
+        won_back = gain(record, profile)
+        both = won_back.exact & np.isfinite(raw.estimate_rc)
+        if both.any():
+            won = won.update(float(won_back.lower[both].sum()), int(both.sum()))
+            of = of.update(float(raw.estimate_rc[both].sum()), int(both.sum()))
+        self._after[profile.version] = (stage, won, of)
+        while len(self._after) > VERSIONS_KEPT:
+            self._after.popitem(last=False)
+        return raw
+
+    def summary(self, version: str | None) -> dict[str, Any]:
+        """The report's `raw` (None) or `calibrated` part; the raw one while a profile has not been measured."""
+        stage = self._after.get(version or "")
+        return (stage[0] if stage else self._raw).summary()
+
+    def recovered(self, version: str | None) -> float | None:
+        """Gain over KL(r‖c), both exact or unbiased and over the same tokens; None while there is nothing to say."""
+        stage = self._after.get(version or "")
+        if stage is None:
+            return None
+        won, of = stage[1].get().mean, stage[2].get().mean
+        return won / of if won is not None and of is not None and of > 0 else None
+
+    def _expose(self, stage: str, arm: str, figures: TokenDivergence) -> None:
+        for direction, values in (("reference_compressed", figures.kl_rc), ("compressed_reference", figures.kl_cr)):
+            key = (direction, stage, arm)
+            self._kl[key] = self._kl.get(key, Histogram(KL_EDGES)).update(_clipped(values))
+        self._tv[stage, arm] = self._tv.get((stage, arm), Histogram(TV_EDGES)).update(figures.tv)
+        self._top1[stage, arm] = self._top1.get((stage, arm), 0) + int(figures.top1_agreement.sum())
+
+    def histograms(
+        self,
+    ) -> Iterator[tuple[str, str, tuple[str, ...], tuple[float, ...], list[tuple[tuple[str, ...], list[int], float]]]]:
+        """name, help, label names, bucket edges, (label values, counts, sum)."""
+        yield (
+            "hemostat_token_kl_nats",
+            "KL divergence per token between the two models' distributions, nats; a lower bound from the top ids.",
+            ("direction", "stage", "arm"),
+            KL_EDGES,
+            [(key, list(h.counts), h.total) for key, h in self._kl.items()],
+        )
+        yield (
+            "hemostat_token_total_variation",
+            "Total variation per token between the two models' distributions; a lower bound from the top ids.",
+            ("stage", "arm"),
+            TV_EDGES,
+            [(key, list(h.counts), h.total) for key, h in self._tv.items()],
+        )
+
+    def counters(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
+        """name without `_total`, help, labels, value."""
+        for arm, tokens in self._scored.items():
+            yield "hemostat_scored_tokens", "Output tokens scored by both models.", {"arm": arm}, tokens
+        for (stage, arm), tokens in self._top1.items():
+            text = "Scored tokens at which both models' likeliest id is the same."
+            yield "hemostat_top1_agreement_tokens", text, {"stage": stage, "arm": arm}, tokens
+
+    def gauges(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
+        """name, help, labels, value."""
+        text = "Mean probability mass of each model on the ids for which both gave a value."
+        for model, figure in (("compressed", "covered_mass"), ("reference", "covered_mass_reference")):
+            found = self._raw.summary()[figure]
+            value = found["estimate"] if isinstance(found, dict) else found
+            if value is not None:
+                yield "hemostat_covered_mass_ratio", text, {"model": model}, value
+
+
+def _clipped(values: Floats) -> Floats:
+    """An infinite divergence counts in the highest bucket; its sum is kept finite."""
+    return np.minimum(values, 1e6)

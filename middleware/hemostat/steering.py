@@ -1,0 +1,354 @@
+"""The life of profiles: learn, propose, judge, serve, take back. Every decision is an event with its evidence.
+
+Invariants:
+- `serving` is a version only in mode `auto`, and only one that the guard has promoted; `off` empties it at once.
+- In `observe` the same happens, but for the serving: `selected` is what would serve.
+- A forced profile (`calibration.force`, for tests) goes on every request, and nothing is learned meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from hemostat.config import Calibration
+from hemostat.store import StoredProfile
+from hemostat_calibration import guard
+from hemostat_calibration.calibrator import TemperatureBias, TemperatureBiasState
+from hemostat_calibration.divergence import gain
+from hemostat_calibration.errors import HemostatError, InvalidProfileError
+from hemostat_calibration.families import TEMPERATURE_BIAS
+from hemostat_calibration.profile import IDENTITY, CalibrationProfile, temperature_bias
+from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.split import held_out
+from hemostat_calibration.transform import shift_range
+
+log = logging.getLogger("hemostat.calibration")
+
+PROFILES_HELD = 32
+EVENTS_HELD = 200
+LOGIT_BIAS_AT_MOST = 300
+"""Entries of `logit_bias` that `calibration.apply: request` sends."""
+BATCH = 8
+"""Learning records that are gathered before one update of the calibrator."""
+
+
+class Steering:
+    """Lives in the control process's event loop; `save(method, *args)` queues a write of the store."""
+
+    def __init__(self, settings: Calibration, model: str, save: Callable[..., None], wall: Callable[[], float]) -> None:
+        self._settings = settings
+        self._model = model
+        self._save = save
+        self._wall = wall
+        self._family = TemperatureBias(clamp_nats=settings.clamp_nats, min_tokens=settings.min_tokens)
+        self._learner: TemperatureBiasState | None = None
+        self._batch: list[TokenRecord] = []
+        self._proposed_at = 0
+        self._guard = guard.init(settings.alpha)
+        self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
+        self._created: dict[str, float] = {}
+        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_HELD)
+        self.mode: str = settings.mode
+        self.selected: str | None = None
+        self.candidates: list[str] = []
+        self.forced: str | None = None
+        self.promotions = 0
+        self.rollbacks = 0
+
+    # --- what serves -----------------------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> str | None:
+        """Version that treated requests ask for."""
+        return self.selected if self.mode == "auto" and self.forced is None else None
+
+    @property
+    def shown(self) -> str | None:
+        """Version that the report and the console are about."""
+        return self.forced or (self.selected if self.mode != "off" else None)
+
+    def wanted(self) -> list[str]:
+        """What engines should hold, most important first."""
+        return list(dict.fromkeys(v for v in (self.forced, self.selected, *self.candidates) if v is not None))
+
+    def evaluated(self) -> tuple[CalibrationProfile, ...]:
+        """Profiles whose effect is computed for every scored request."""
+        return tuple(self._profiles[version] for version in self.wanted())
+
+    def held(self, version: str | None) -> CalibrationProfile | None:
+        return self._profiles.get(version) if version is not None else None
+
+    def stage_of(self, record: TokenRecord) -> CalibrationProfile | None:
+        """What the record's `calibrated` figures are about: the profile that was served, or that would have been."""
+        return self.held(record.applied or self.shown)
+
+    def request_parameters(self) -> dict[str, Any]:
+        """For a vLLM without the plugin (`calibration.apply: request`): the serving profile as sampling parameters."""
+        profile = self.held(self.forced or self.serving)
+        if self._settings.apply != "request" or profile is None or profile.family != TEMPERATURE_BIAS:
+            return {}
+        bias = profile.parameters["bias"]
+        return {
+            "request_temperature": 1.0 / float(profile.parameters["inverse_temperature"]),
+            "request_logit_bias": {str(i): round(float(bias[i]), 4) for i in largest(bias) if bias[i] != 0.0},
+        }
+
+    # --- learning --------------------------------------------------------------------------------------------------
+
+    def set_vocabulary(self, size: int) -> None:
+        """The reference is known: learning can begin. Another size than before starts it anew."""
+        if self._learner is not None and self._learner.vocab_size == size:
+            return
+        self._learner = self._family.init(self._model, size)
+        for version in [v for v, p in self._profiles.items() if p.vocab_size != size]:
+            log.error("profile %s is for %d ids, the model has %d", version, self._profiles[version].vocab_size, size)
+            if version == self.selected:
+                self._take_back("it was made for another vocabulary", {})
+            if version == self.forced:
+                self.forced = None
+            self._forget(version)
+
+    def observe(self, record: TokenRecord) -> None:
+        """Learn from a record, or judge by it; never both."""
+        if self.mode == "off" or self.forced is not None or self._learner is None:
+            return
+        if held_out(record.prompt_key, self._settings.held_out_fraction):
+            self._judge(record)
+            return
+        self._batch.append(record)
+        if len(self._batch) >= BATCH:
+            self._learner = self._family.update(self._learner, self._batch)
+            self._batch = []
+            self._propose(self._learner)
+
+    def _propose(self, learner: TemperatureBiasState) -> None:
+        """New candidates whenever twice as much has been learned as for the last ones."""
+        if learner.tokens < 2 * self._proposed_at:
+            return
+        proposal = self._family.propose(learner)
+        if proposal is None:
+            return
+        self._proposed_at = learner.tokens
+        for old in tuple(self.candidates):
+            self._forget(old)
+        for profile in variants(proposal, for_requests=self._settings.apply == "request"):
+            self._hold(profile)
+            self._watch_candidate(profile.version)
+            self.candidates.append(profile.version)
+            self._decided("propose", profile.version, f"learned from {learner.tokens} tokens", {})
+
+    # --- judging ---------------------------------------------------------------------------------------------------
+
+    def _judge(self, record: TokenRecord) -> None:
+        """Held-out evidence: every candidate against what serves now, what serves now against identity."""
+        serving = self.held(self.selected)
+        now = gain(record, serving) if serving is not None else None
+        for version in self.candidates:
+            won = gain(record, self._profiles[version])
+            low, high = (won.lower, won.upper) if now is None else (won.lower - now.upper, won.upper - now.lower)
+            decision = self._weigh(version, float(low.mean()), float(high.mean()), record.tokens)
+            if decision.action is guard.Action.PROMOTE:
+                self._promote(version, decision)
+                return
+        if now is not None and self.selected is not None:
+            decision = self._weigh(self.selected, float(now.lower.mean()), float(now.upper.mean()), record.tokens)
+            if decision.action is guard.Action.ROLL_BACK:
+                self._take_back("held-out requests speak against it", evidence_of(decision))
+
+    def _weigh(self, version: str, low: float, high: float, tokens: int) -> guard.Decision:
+        self._guard = guard.observe(self._guard, version, low, high, tokens)
+        return guard.decide(self._guard, version)
+
+    def _watch_candidate(self, version: str) -> None:
+        """Begin its test; the gain is over what serves now, so a change of that begins it anew."""
+        serving = self.held(self.selected)
+        span = width(self._profiles[version]) + (width(serving) if serving is not None else 0.0)
+        self._guard = guard.enter(self._guard, version, guard.Role.CANDIDATE, span)
+
+    def _watch_serving(self, version: str) -> None:
+        self._guard = guard.enter(self._guard, version, guard.Role.SERVING, width(self._profiles[version]))
+
+    def _promote(self, version: str, decision: guard.Decision) -> None:
+        before, self.selected = self.selected, version
+        self.promotions += 1
+        # The losers were measured against what served before: they, and it, are done.
+        for other in [v for v in (*self.candidates, before) if v is not None and v != version]:
+            self._guard = guard.leave(self._guard, other)
+        self.candidates = []
+        self._watch_serving(version)
+        self._save("put_profile", StoredProfile(version, self._profiles[version].to_bytes(), self._created[version]))
+        self._save("set_state", "selected", version)
+        self._decided("promote", version, "better on held-out requests", evidence_of(decision))
+
+    def _take_back(self, why: str, evidence: dict[str, Any]) -> None:
+        version, self.selected = self.selected, None
+        if version is not None:
+            self.rollbacks += 1
+            self._guard = guard.leave(self._guard, version)
+            self._save("set_state", "selected", None)
+            self._decided("roll_back", version, why, evidence)
+            for candidate in self.candidates:
+                self._watch_candidate(candidate)
+
+    def _decided(self, decision: str, version: str, why: str, evidence: dict[str, Any]) -> None:
+        event = {"at": self._wall(), "decision": decision, "version": version, "why": why, "evidence": evidence}
+        log.info("%s %s: %s %s", decision, version, why, evidence or "")
+        self._events.append(event)
+        self._save("append_event", event)
+
+    # --- what operators do -----------------------------------------------------------------------------------------
+
+    def set_mode(self, mode: str) -> None:
+        """off | observe | auto; `off` ends serving and learning at once."""
+        if mode != self.mode:
+            self.mode = mode
+            self._decided("mode", self.selected or IDENTITY, f"set to {mode} by the operator", {})
+
+    def rollback(self, why: str) -> None:
+        """Identity serves until the guard promotes another candidate."""
+        if self.selected is None:
+            raise HemostatError("nothing to take back: identity serves")
+        self._take_back(why, {})
+
+    def add(self, profile: CalibrationProfile) -> str:
+        """Import a profile: it becomes a candidate, and has to prove itself like any other."""
+        if self._learner is not None and profile.vocab_size != self._learner.vocab_size:
+            raise InvalidProfileError(
+                f"profile is for a vocabulary of {profile.vocab_size} ids, the model has {self._learner.vocab_size}"
+            )
+        version = profile.version
+        if version not in self.wanted():
+            self._hold(profile)
+            self._watch_candidate(version)
+            self.candidates.append(version)
+            self._save("put_profile", StoredProfile(version, profile.to_bytes(), self._created[version]))
+            self._decided("import", version, "imported by the operator", {})
+        return version
+
+    def force(self, profile: CalibrationProfile) -> None:
+        """Put this profile on every request."""
+        self._hold(profile)
+        self.forced = profile.version
+
+    def restore(self, stored: Iterable[StoredProfile], selected: str | None, events: list[dict[str, Any]]) -> None:
+        """Take up what an earlier run kept: what served serves again, and goes on being judged."""
+        self._events.extend(reversed(events))
+        for item in stored:
+            if item.version == selected:
+                try:
+                    self._hold(CalibrationProfile.from_bytes(item.data, item.version))
+                except InvalidProfileError as error:
+                    log.error("stored profile %s: %s", item.version, error)
+                    continue
+                self._created[item.version] = item.created
+                self.selected = item.version
+                self._watch_serving(item.version)
+
+    # --- what is shown ---------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        learner = self._learner
+        return {
+            "mode": self.mode,
+            "learned_requests": learner.requests if learner else 0,
+            "learned_tokens": learner.tokens if learner else 0,
+            "candidates": [self._evidence(version) for version in self.candidates],
+            "selected": self._evidence(self.selected) if self.selected else None,
+            "forced": self.forced,
+        }
+
+    def _evidence(self, version: str) -> dict[str, Any]:
+        return {"version": version, **evidence_of(guard.decide(self._guard, version))}
+
+    def listing(self) -> dict[str, Any]:
+        return {
+            "serving": self.serving or IDENTITY,
+            "profiles": [self.describe(version) for version in reversed(self._profiles)],
+            "events": list(reversed(self._events)),
+        }
+
+    def describe(self, version: str) -> dict[str, Any] | None:
+        profile = self.held(version)
+        if profile is None:
+            return None
+        state = (
+            "forced"
+            if version == self.forced
+            else "selected"
+            if version == self.selected
+            else "candidate"
+            if version in self.candidates
+            else "retired"
+        )
+        return {
+            "version": version,
+            "family": profile.family,
+            "state": state,
+            "created": self._created[version],
+            "clamp_nats": profile.clamp_nats,
+            "vocab_size": profile.vocab_size,
+            "metadata": dict(profile.metadata),
+            "evidence": [e for e in reversed(self._events) if e["version"] == version],
+        }
+
+    # --- bookkeeping -----------------------------------------------------------------------------------------------
+
+    def _hold(self, profile: CalibrationProfile) -> None:
+        self._profiles[profile.version] = profile
+        self._created.setdefault(profile.version, self._wall())
+        for version in [v for v in self._profiles if v not in self.wanted() and v != profile.version]:
+            if len(self._profiles) > PROFILES_HELD:
+                self._forget(version)
+
+    def _forget(self, version: str) -> None:
+        self.candidates = [v for v in self.candidates if v != version]
+        self._guard = guard.leave(self._guard, version)
+        self._profiles.pop(version, None)
+        self._created.pop(version, None)
+
+
+def width(profile: CalibrationProfile) -> float:
+    """High minus low of its Δz, nats: no gain over identity is below minus that."""
+    low, high = shift_range(profile)
+    return max(float(high - low), 1e-6)
+
+
+def evidence_of(decision: guard.Decision) -> dict[str, Any]:
+    """JSON-ready: what is infinite or not there yet is None."""
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in asdict(decision.evidence).items()
+    }
+
+
+def largest(bias: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.intp]]:
+    """Ids of the `LOGIT_BIAS_AT_MOST` entries that are furthest from 0."""
+    return np.argsort(-np.abs(bias), kind="stable")[:LOGIT_BIAS_AT_MOST]
+
+
+def variants(proposal: CalibrationProfile, *, for_requests: bool) -> list[CalibrationProfile]:
+    """The forms of a proposal that are put to the test, each for itself.
+
+    As learned, and with the temperature left out: E_r[Δz] of a bias is known exactly, that of a temperature only as a
+    bound (it takes the compressed model's logits at every id), so the bias alone can often prove what both cannot.
+    For requests (`calibration.apply: request`) only what a request can carry is tested.
+    """
+    bias = np.array(proposal.parameters["bias"])
+    if for_requests:
+        kept = largest(bias)
+        sparse = np.zeros_like(bias)
+        sparse[kept] = bias[kept]
+        bias = sparse
+    temperatures = (1.0 / float(proposal.parameters["inverse_temperature"]), 1.0)
+    made = [
+        temperature_bias(proposal.model, proposal.vocab_size, t, bias, proposal.clamp_nats, proposal.metadata)
+        for t in temperatures
+    ]
+    return list({profile.version: profile for profile in made}.values())
