@@ -266,7 +266,7 @@ class _Intercepted:
         return (version, arm, reason) if version in held else (None, Arm.NONE, "unknown")
 
     def _pass(self, reason: str) -> None:
-        """The body cannot be read: it goes on as it came."""
+        """The body cannot be read and goes on as it came."""
         self._skip(reason)
         if self._calibrated:
             self._owner.count(CALIBRATION_REQUESTS, (Arm.NONE.value, reason))

@@ -162,3 +162,61 @@ def test_the_clients_own_xargs_stay() -> None:
     assert xargs(None) == {"hemostat": "v", "hemostat_tap": "n"}
     assert xargs({"mine": [1, 2]}) == {"mine": [1, 2], "hemostat": "v", "hemostat_tap": "n"}
     assert xargs({"hemostat": "own"}) == {"hemostat": "own", "hemostat_tap": "n"}
+
+
+def event(number: int) -> bytes:
+    """A chat stream's event as vLLM writes it for a sampled request, K = 2."""
+    top = [{"token": f"token_id:{number}", "logprob": -0.5, "bytes": [1]}, {"token": "token_id:9", "logprob": -2.0}]
+    choice = {
+        "index": 0,
+        "delta": {"content": "x"},
+        "logprobs": {"content": [top[0] | {"top_logprobs": top}]},
+        "finish_reason": None,
+        "token_ids": [number],
+    }
+    return b"data: " + openai.encode({"id": "a", "model": "m", "choices": [choice]}) + b"\n\n"
+
+
+STREAM = (
+    event(1) + event(2) + b'data: {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":2}}\n\ndata: [DONE]\n\n'
+)
+
+
+@given(st.data(), st.booleans())
+def test_a_damaged_response_never_raises_and_is_never_captured_as_something_else(
+    data: st.DataObject, stream: bool
+) -> None:
+    body = STREAM if stream else event(1)[6:-2]
+    damaged = bytearray(body)
+    for place in data.draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=4)):
+        damaged[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    request = openai.read(True, b'{"messages":[{"role":"user","content":"x"}],"stream":true}')
+    tokens = openai.Tokens(2, 100)
+    stripper = openai.Stripper(request, tokens, stream=stream)
+    cut = data.draw(st.integers(0, len(damaged)))
+    for piece in (damaged[:cut], damaged[cut:]):
+        stripper.feed(bytes(piece))
+    stripper.finish()
+    # Neither form says how it finished, so nothing here is whole, whatever was damaged.
+    assert tokens.failure is not None
+    assert not tokens.output_ids
+
+
+def test_a_row_is_sorted_holds_the_emitted_token_and_names_no_id_twice() -> None:
+    tokens = openai.Tokens(2, 100)
+    rows = {
+        "tokens": ["token_id:7", "token_id:5"],
+        "token_logprobs": [-3.0, -1.0],
+        "top_logprobs": [
+            {"token_id:7": -3.0, "token_id:1": -0.5, "token_id:2": -1.5},
+            {"token_id:5": -1.0, "token_id:1": -1.0},
+        ],
+    }
+    tokens.add(b"[7,5]", json.dumps(rows).encode(), chat=False)
+    assert tokens.candidate_ids.tolist() == [1, 2, 7, 5, 1, -1]
+    assert tokens.candidate_logprobs.tolist() == [-0.5, -1.5, -3.0, -1.0, -1.0, float("-inf")]
+    assert tokens.emitted_logprobs.tolist() == [-3.0, -1.0]
+    with pytest.raises(openai.MALFORMED):
+        tokens.add(b"[8,5]", json.dumps(rows).encode(), chat=False)
+    with pytest.raises(openai.MALFORMED):
+        tokens.add(b"[7]", json.dumps(rows).encode(), chat=False)

@@ -1,0 +1,116 @@
+"""The interceptor where it works: behind the relay, in front of an engine, with clients that time out and leave."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai as openai_sdk
+import pytest
+from tests.fakes.fake_vllm import FakeVllm, serving
+
+from hemostat.intercept import SHADOW_REQUESTS, Interceptor
+from hemostat.messages import Capture
+from hemostat.openai import CHAT
+from hemostat.relay.worker import Relay
+
+from .driver import VERSION, policy
+
+
+class Bench:
+    """A fake engine, a relay with an interceptor, and what came of it."""
+
+    def __init__(self, fake: FakeVllm, relay: Relay, url: str) -> None:
+        self.fake, self.relay, self.url = fake, relay, url
+        self.captures: list[Capture] = []
+        self.counts: Counter[tuple[str, ...]] = Counter()
+        self.interceptor = Interceptor(policy(), self._emit, self._count)
+        relay.hook = self.interceptor
+
+    def _emit(self, capture: Capture) -> bool:
+        self.captures.append(capture)
+        return True
+
+    def _count(self, metric: str, labels: tuple[str, ...]) -> None:
+        self.counts[(metric, *labels)] += 1
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    fake = FakeVllm(seed=2)
+    with serving(fake) as url:
+        relay = Relay(url)
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
+        await relay.serve(sock)
+        yield Bench(fake, relay, f"http://127.0.0.1:{sock.getsockname()[1]}")
+        await relay.close()
+
+
+def body(**more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Hello"}]
+    return {"model": "fake", "messages": messages, "max_tokens": 20, "temperature": 0} | more
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_head_and_body_are_the_same_sampled_or_not(bench: Bench, stream: bool) -> None:
+    answers = []
+    async with httpx.AsyncClient(base_url=bench.url) as client:
+        for rate in (0.0, 1.0):
+            bench.interceptor.policy = policy(shadow_rate=rate)
+            answer = await client.post(CHAT, json=body(stream=stream), headers={"X-Request-Id": "same"})
+            head = [(name, value) for name, value in answer.headers.raw if name.lower() != b"date"]
+            answers.append((answer.status_code, head, answer.content))
+    assert answers[0] == answers[1]
+    assert len(bench.captures) == 1
+    assert bench.captures[0].request_id == "same"
+
+
+async def test_our_headers_stay_here_and_a_wrong_one_is_refused(bench: Bench) -> None:
+    async with httpx.AsyncClient(base_url=bench.url) as client:
+        await client.post(CHAT, json=body(), headers={"X-Hemostat-Shadow": "off"})
+        assert not any(name.startswith(b"x-hemostat") for name in bench.fake.headers[-1])
+        answer = await client.post(CHAT, json=body(), headers={"X-Hemostat-Calibration": "latest"})
+    assert answer.status_code == 400
+    assert "X-Hemostat-Calibration" in answer.json()["error"]["message"]
+    assert len(bench.fake.requests) == 1
+
+
+async def test_a_treated_stream_reaches_the_openai_client(bench: Bench) -> None:
+    bench.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0)
+    async with openai_sdk.AsyncOpenAI(base_url=bench.url + "/v1", api_key="x", max_retries=0) as client:
+        messages: Any = [{"role": "user", "content": "say: Grüße 🎉"}]
+        stream = await client.chat.completions.create(model="fake", messages=messages, stream=True)
+        text = "".join([part.choices[0].delta.content or "" async for part in stream])
+    assert text == "Grüße 🎉"
+    assert bench.fake.requests[-1]["vllm_xargs"] == {"hemostat": VERSION}
+    assert [(capture.arm, capture.requested) for capture in bench.captures] == [("treated", VERSION)]
+
+
+async def test_a_client_that_leaves_a_sampled_stream_stops_the_engine(bench: Bench) -> None:
+    bench.fake.token_delay = 0.05
+    async with (
+        httpx.AsyncClient(base_url=bench.url) as client,
+        client.stream("POST", CHAT, json=body(stream=True)) as r,
+    ):
+        async for _ in r.aiter_raw():
+            break
+    for _ in range(100):
+        if bench.fake.aborted and bench.counts:
+            break
+        await asyncio.sleep(0.02)
+    assert bench.fake.aborted == 1
+    assert bench.counts == {(SHADOW_REQUESTS, "skipped", "incomplete"): 1}
+    assert not bench.captures
+
+
+async def test_an_engine_that_dies_in_a_sampled_stream_is_seen_as_such(bench: Bench) -> None:
+    bench.fake.die_after = 5
+    async with httpx.AsyncClient(base_url=bench.url) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.post(CHAT, json=body(stream=True))
+    assert bench.counts == {(SHADOW_REQUESTS, "skipped", "incomplete"): 1}
