@@ -15,10 +15,11 @@ Estimates. With x ~ c the emitted token, S₀ a set of ids that does not depend 
     KL(r‖c) = [bound over S₀] + E_c[1{x ∉ S₀} (u log(u/ρ) − u + ρ)]
     KL(c‖r) = [bound over S₀] + E_c[1{x ∉ S₀} (u/ρ − 1 − log(u/ρ))]
 since E_c[1{x ∉ S₀}] = C and E_c[1{x ∉ S₀} u] = R: the sampled-token estimators, Rao–Blackwellized over S₀ and centred
-on the bucket, so that no term is negative. They have no truncation bias where x was sampled from c itself, or from a
-profile's c' whose normalizer is known (then weighted by c/c'). Greedy decoding, another temperature and a cut support
-(top-p, top-k, min-p) have no such weight (its normalizer needs the whole vocabulary): NaN, "not available". The
-caller must see to penalties, logit_bias and grammars, of which a record does not speak.
+on the bucket, so that no term is negative (centring about halves the plain estimator's deviation). They have no
+truncation bias where x was sampled from c itself, or from a profile's c' whose normalizer is known (then weighted by
+c/c'). Greedy decoding, another temperature and a cut support (top-p, top-k, min-p) have no such weight (its normalizer
+needs the whole vocabulary): NaN, "not available". The caller must see to penalties, logit_bias and grammars, of which
+a record does not speak.
 
 Infinite only where it is true: r(i) > 0 = c(i) makes KL(r‖c) infinite, r(i) = 0 < c(i) KL(c‖r).
 """
@@ -191,7 +192,7 @@ def calibrated(
 
 
 def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
-    """What `profile` wins at each position of a validated record (for |Δz| ≤ clamp, within ±2 clamp)."""
+    """What `profile` wins at each position of a validated record: within ± the width of its Δz, at most 2 clamp."""
     view = _view(record)
     delta = shift_at(profile, view.ids, view.log_candidates)
     z_low, z_high = _log_normalizer(record, profile, view, delta)
@@ -203,9 +204,12 @@ def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
         expected = record.shifts[profile.version].expected
         expected_low = np.where(np.isnan(expected), expected_low, expected)
         expected_high = np.where(np.isnan(expected), expected_high, expected)
+    least, most = shift_range(profile)
+    # The models' rounding may carry a value out of what is possible; whoever bets on the range relies on it.
+    width = float(most - least)
     return Gain(
-        lower=expected_low - z_high,
-        upper=expected_high - z_low,
+        lower=np.clip(expected_low - z_high, -width, width),
+        upper=np.clip(expected_high - z_low, -width, width),
         exact=(expected_low == expected_high) & (z_low == z_high),
     )
 

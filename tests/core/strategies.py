@@ -26,6 +26,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def entropy(logprobs: np.ndarray) -> np.ndarray:
+    return -(np.exp(logprobs) * np.where(np.isfinite(logprobs), logprobs, 0.0)).sum(-1)
+
+
 def top(logprobs: np.ndarray, k: int, emitted: np.ndarray | None = None) -> Candidates:
     """The k most likely ids, and behind them the emitted one where it is not among them (as vLLM answers)."""
     rows, vocabulary = logprobs.shape
@@ -78,7 +82,7 @@ def make_record(
             reference=reference,
             compressed_emitted=truth.compressed[at, truth.emitted],
             reference_emitted=truth.reference[at, truth.emitted],
-            reference_entropy=-(np.exp(truth.reference) * truth.reference).sum(-1) if reference_k is None else None,
+            reference_entropy=entropy(truth.reference) if reference_k is None else None,
             sampling=sampling or Sampling(),
             applied=applied,
             shifts=shifts,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hemostat_calibration.divergence import calibrated, divergence, gain
 from hemostat_calibration.profile import temperature_bias
 from hemostat_calibration.records import Sampling, Shift
-from hemostat_calibration.transform import apply
+from hemostat_calibration.transform import apply, shift_range
 
 from .strategies import Truth, log_softmax, make_record, profiles, truths
 
@@ -91,7 +91,9 @@ def test_the_gain_lies_in_its_interval(data, truth, k, reference_k, log_normaliz
     rounding = 1e-7 + 1e-9 * np.abs(before)
     assert (found.lower <= won + rounding).all()
     assert (found.upper >= won - rounding).all()
-    assert (np.abs(found.lower) <= 2 * profile.clamp_nats + 1e-9).all()
+    low, high = shift_range(profile)
+    assert (found.lower >= low - high).all()
+    assert (found.upper <= high - low).all()
     np.testing.assert_allclose(found.lower[found.exact], won[found.exact], atol=1e-7 + 1e-9 * np.abs(before).max())
     if log_normalizer and reference_k is None:
         assert found.exact.all()
@@ -210,15 +212,22 @@ def test_a_normalizer_of_another_distribution_is_not_believed():
 
 
 def test_infinite_only_where_it_is_true():
-    log_r = np.log(np.array([[0.5, 0.5, 1e-300]]))
-    log_c = log_r.copy()
-    log_c[0, 1] = -np.inf
-    log_c[0, 0] = np.log(1.0)
-    with np.errstate(invalid="ignore"):
-        figures = divergence(make_record(Truth(log_r, log_c, np.array([0])), 3))
-    assert figures.kl_rc[0] == np.inf
-    assert figures.kl_cr[0] == pytest.approx(np.log(2.0))
-    assert figures.tv[0] == pytest.approx(0.5)
+    never = -np.inf
+    log_r = np.array([[np.log(0.5), np.log(0.5), never], [0.0, never, never]])
+    log_c = np.array([[0.0, never, never], [np.log(0.5), np.log(0.5), never]])
+    profile = temperature_bias("m", 3, 1.2, np.zeros(3), 1.0)
+    record = make_record(Truth(log_r, log_c, np.array([0, 1])), 3)
+    partial = make_record(Truth(log_r, log_c, np.array([0, 1])), 2, reference_k=2)
+    figures = divergence(record)
+    np.testing.assert_array_equal(figures.kl_rc, [np.inf, np.log(2.0)])
+    np.testing.assert_allclose(figures.kl_cr, [np.log(2.0), np.inf])
+    np.testing.assert_allclose(figures.tv, 0.5)
+    np.testing.assert_array_equal(figures.delta_log_likelihood, [np.log(2.0), np.inf])
+    for one in (record, partial):
+        for found in (divergence(one), calibrated(one, profile)):
+            for name in ("js", "tv", "covered_reference", "entropy_compressed"):
+                assert np.isfinite(getattr(found, name)).all()
+        assert np.isfinite(gain(one, profile).lower).all()
 
 
 def test_more_candidates_never_loosen_the_bound():
