@@ -15,6 +15,7 @@ from hemostat.reference import server as server_module
 from hemostat.reference.match import compare
 from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.server import VllmServer
+from hemostat.reference.transformers import TransformersReference
 from hemostat.reference.vllm import VllmReference
 
 
@@ -179,35 +180,37 @@ async def test_an_upstream_that_is_away_is_no_mismatch() -> None:
 
 @pytest.mark.vllm
 async def test_a_real_server_against_the_same_checkpoint_in_transformers(vllm_server: Any, checkpoints: Any) -> None:
-    """Both run the compressed checkpoint in bfloat16; they agree within what bfloat16 and two kernels leave."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    reference = VllmReference(vllm_server.url, top_k=20)
-    info = await reference.start()
-    assert info.vocab_size == 49152
-    prompt = np.array(await reference.render([{"role": "user", "content": "Name three rivers of Europe."}]), np.int32)
-    text = "Three rivers of Europe are the Danube, the Rhine and the Volga."
-    output = np.array(await reference.tokenize(text), np.int32)
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints.compressed, dtype="auto").eval()
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([[*prompt.tolist(), *output.tolist()]])).logits[0]
-    rows = torch.log_softmax(logits[len(prompt) - 1 : -1].double(), -1).numpy()
-    ids = (-rows).argsort(1)[:, :10].astype(np.int32)
-    scores = await reference.score(prompt, output, ids)
-    await reference.close()
-    np.testing.assert_allclose(scores.emitted, rows[np.arange(len(output)), output], atol=0.25)
-    known = ~np.isnan(scores.at)
-    assert known.mean() > 0.9
-    wanted = np.take_along_axis(rows, ids.astype(int), 1)
-    assert np.abs(scores.at - wanted)[known].max() < 0.3
-    assert np.abs(scores.at - wanted)[known].mean() < 0.05
-    assert (scores.top.ids[:, 0] == ids[:, 0]).mean() > 0.8
+    """Both run the compressed checkpoint; they agree within what the two kernels leave.
+
+    That is 0.07 nats on average where vLLM multiplies in bfloat16, and 0.25 where it takes its int8 kernel (AMX, unless
+    VLLM_CPU_INT4_W4A8=0). A position off by one would be above 1.
+    """
+    served = VllmReference(vllm_server.url, top_k=20)
+    local = TransformersReference(str(checkpoints.compressed))
+    try:
+        assert (await served.start()).vocab_size == (await local.start()).vocab_size == 49152
+        chat = [{"role": "user", "content": "Name three rivers of Europe."}]
+        prompt = np.array(await served.render(chat), np.int32)
+        output = np.array(
+            await served.tokenize("Three rivers of Europe are the Danube, the Rhine and the Volga."), np.int32
+        )
+        width = np.zeros((len(output), 10), np.int32)
+        ids = (await local.score(prompt, output, width)).top.ids  # what the model itself finds likely
+        theirs, ours = await served.score(prompt, output, ids), await local.score(prompt, output, ids)
+        assert np.abs(theirs.emitted - ours.emitted).mean() < 0.5
+        known = ~np.isnan(theirs.at)
+        assert known.mean() > 0.9
+        difference = np.abs(theirs.at - ours.at)[known]
+        assert difference.mean() < 0.5
+        assert (theirs.top.ids[:, 0] == ours.top.ids[:, 0]).mean() > 0.7
+        assert np.abs(theirs.emitted[1:] - ours.emitted[:-1]).mean() > 1.0
+    finally:
+        await served.close()
+        await local.close()
 
 
 @pytest.mark.vllm
 async def test_a_real_pair_matches(vllm_server: Any, checkpoints: Any) -> None:
-    from hemostat.reference.transformers import TransformersReference
-
     reference = TransformersReference(str(checkpoints.reference))
     try:
         match = await compare(Upstream(url=vllm_server.url), reference)
