@@ -36,8 +36,8 @@ _absolute = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE).fullmatch
 _chunk_line = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n").fullmatch
 _trailer_line = re.compile(_TOKEN + rb"+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n").fullmatch
 
-# What a head may consist of: HTAB, CR, LF, printable ASCII and obs-text.
-_HEAD_BYTES = b"\t\r\n" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
+# What a line of a head may consist of: HTAB, printable ASCII and obs-text. Without these, only line ends are left.
+_LINE_BYTES = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
 # Fields that concern one connection only; `proxy-*` and what Connection names are found apart.
 _HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
 _LOOKED_AT = _HOP_BY_HOP | {
@@ -194,11 +194,14 @@ def _length(value: bytes) -> int:
     return int(value)
 
 
-def parse_request(head: bytes, max_headers: int) -> RequestHead:
-    """Check and cut a head (without its closing empty line). BadRequest says what is wrong."""
+def parse_request(head: bytes, max_headers: int, pairs: list[tuple[bytes, bytes]] | None = None) -> RequestHead:
+    """Check and cut a head (without its closing empty line). BadRequest says what is wrong.
+
+    Every field is added to `pairs`, as (name, value).
+    """
     lines = head.split(b"\r\n")
     breaks = len(lines) - 1
-    if head.count(b"\n") != breaks or head.count(b"\r") != breaks or head.translate(None, _HEAD_BYTES):
+    if head.translate(None, _LINE_BYTES) != b"\r\n" * breaks:
         raise BadRequest(400, "the request head contains a control character, or CR or LF alone")
     match = _request_line(lines[0])
     if match is None:
@@ -225,6 +228,9 @@ def parse_request(head: bytes, max_headers: int) -> RequestHead:
                 raise BadRequest(400, "a header field name is malformed, or a field is folded") from None
         if not colon:
             raise BadRequest(400, "a header field lacks its colon")
+        if pairs is not None:
+            value = value.strip(b" \t")
+            pairs.append((name, value))
         if not special:
             kept.append(line)
             continue
@@ -253,7 +259,8 @@ def parse_request(head: bytes, max_headers: int) -> RequestHead:
             request.framing = len(kept)
             kept.append(CHUNKED_LINE)
         elif special == b"connection":
-            options = _options(value) if options is None else options | _options(value)
+            if value != b"keep-alive" or request.minor == 0:
+                options = _options(value) if options is None else options | _options(value)
         elif special == b"upgrade":
             upgrades = upgrades or value.lower() == b"websocket"
         elif special == b"expect":
@@ -328,7 +335,7 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
     """
     lines = head.split(b"\r\n")
     breaks = len(lines) - 1
-    if head.count(b"\n") != breaks or head.count(b"\r") != breaks or head.translate(None, _HEAD_BYTES):
+    if head.translate(None, _LINE_BYTES) != b"\r\n" * breaks:
         raise BadResponse("the response head contains a control character, or CR or LF alone")
     match = _status_line(lines[0])
     if match is None:
@@ -371,7 +378,8 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
             response.framing = len(kept)
             kept.append(CHUNKED_LINE)
         elif special == b"connection":
-            options = _options(value) if options is None else options | _options(value)
+            if value != b" keep-alive":
+                options = _options(value) if options is None else options | _options(value)
         elif special == b"upgrade":
             if status == 101:
                 kept.append(line)

@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from hemostat.relay import counters
-from hemostat.relay.hooks import Exchange, Refusal, Rewrite
+from hemostat.relay.hooks import Exchange, Headers, Refusal, Rewrite
 from hemostat.relay.http import (
     CHUNKED,
     CHUNKED_LINE,
@@ -81,6 +81,12 @@ def new_request_id() -> str:
     """A random UUID (version 4) in 32 hexadecimal digits."""
     bits = _random.getrandbits(128) & ~(0xF << 76) & ~(0x3 << 62) | (0x4 << 76) | (0x2 << 62)
     return f"{bits:032x}"
+
+
+def _new_trace() -> tuple[int, int]:
+    """Trace and parent id, neither of them zero."""
+    bits = _random.getrandbits(192)
+    return bits >> 64 | 1, bits & 0xFFFFFFFFFFFFFFFF | 1
 
 
 class ClientProtocol(asyncio.Protocol):
@@ -283,7 +289,8 @@ class ClientProtocol(asyncio.Protocol):
         started = perf_counter()
         self._route = counters.OTHER
         try:
-            request = parse_request(buffer[:end], limits.header_count)
+            pairs: list[tuple[bytes, bytes]] | None = None if relay.hook is None else []
+            request = parse_request(buffer[:end], limits.header_count, pairs)
             if request.length > limits.body_bytes:
                 raise BadRequest(413, f"the body is longer than {limits.body_bytes} bytes")
         except BadRequest as error:
@@ -307,7 +314,7 @@ class ClientProtocol(asyncio.Protocol):
         self._body_size = 0
         self._body_left = length
         self.body_done = length == 0 or 0 < length <= len(rest)
-        if relay.hook is not None and self._begin(request, buffer[:end], rest):
+        if pairs is not None and self._begin(request, pairs, rest):
             return not self._lingering
         if self.body_done:
             self._buffer = rest[length:]
@@ -325,14 +332,12 @@ class ClientProtocol(asyncio.Protocol):
                 self._body(rest)
         return True
 
-    def _begin(self, request: RequestHead, head: bytes, rest: bytes) -> bool:
+    def _begin(self, request: RequestHead, pairs: Headers, rest: bytes) -> bool:
         """Ask the hook; True when the request is in its hands or has been answered."""
         relay = self._relay
         assert relay.hook is not None
-        lines = head.split(b"\r\n")
-        del lines[0]
         try:
-            wish = relay.hook.begin(request.method.decode("ascii"), request.target, fields(lines), self._request_id)
+            wish = relay.hook.begin(request.method.decode("ascii"), request.target, pairs, self._request_id)
         except Exception:  # noqa: BLE001  a hook that raises has lost its say
             relay.counters.hook_raised()
             return False
@@ -380,9 +385,7 @@ class ClientProtocol(asyncio.Protocol):
             elif relay.origin.tls:
                 lines[at] = host
         if not request.traceparent:
-            lines.append(
-                b"traceparent: 00-%032x-%016x-00" % (_random.getrandbits(128) | 1, _random.getrandbits(64) | 1)
-            )
+            lines.append(b"traceparent: 00-%032x-%016x-00" % _new_trace())
         if relay.authorization is not None and not request.authorization:
             lines.append(relay.authorization)
         if request.upgrade:
