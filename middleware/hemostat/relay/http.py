@@ -29,7 +29,7 @@ SAFE_METHODS = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _token = re.compile(_TOKEN + rb"+").fullmatch
 _request_line = re.compile(rb"(" + _TOKEN + rb"{1,64}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])").fullmatch
-_other_version = re.compile(rb"[^ ]+ [^ ]+ HTTP/[0-9](\.[0-9])?").fullmatch
+_other_version = re.compile(_TOKEN + rb"+ [^ ]+ HTTP/(?!1\.[01])[0-9](?:\.[0-9])?").fullmatch
 _status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?").fullmatch
 _host = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+;=:\[\]%]*").fullmatch
 _absolute = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE).fullmatch

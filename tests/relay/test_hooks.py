@@ -1,0 +1,289 @@
+"""What a hook may do to an exchange, and what happens when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from tests.relay.harness import OK, Request, UpstreamConnection, answering, eventually, relaying
+from tests.relay.test_relay import GET, post
+
+from hemostat.relay.hooks import Headers, Refusal, Rewrite
+from hemostat.relay.http import Limits
+
+
+def shout(data: bytes) -> bytes:
+    return data.upper()
+
+
+@dataclass
+class Watched:
+    """An exchange that writes down its calls and fails where it is told to."""
+
+    verdict: Callable[[bytes | None], Rewrite | Refusal | None] = lambda _: None
+    wanted: bool = False
+    transform: Callable[[bytes], bytes] = shout
+    tail: bytes = b""
+    fails: str = ""
+    body_limit: int = 1000
+    calls: list[object] = field(default_factory=list)
+    seen: bytes = b""
+
+    def _called(self, name: str, value: object) -> None:
+        self.calls.append((name, value))
+        if self.fails == name:
+            raise RuntimeError(name)
+
+    def request(self, body: bytes | None) -> Rewrite | Refusal | None:
+        self._called("request", body)
+        return self.verdict(body)
+
+    def response_head(self, status: int, headers: Headers) -> bool:
+        self._called("response_head", status)
+        return self.wanted
+
+    def response_data(self, data: bytes) -> bytes:
+        self.seen += data
+        self._called("response_data", len(data))
+        return self.transform(data)
+
+    def response_end(self) -> bytes:
+        self._called("response_end", None)
+        return self.tail
+
+    def closed(self, *, complete: bool) -> None:
+        self._called("closed", complete)
+
+    @property
+    def names(self) -> list[object]:
+        return [call[0] for call in self.calls if isinstance(call, tuple)]
+
+
+@dataclass
+class Hooked:
+    """Hands out exchanges (or refusals) in turn."""
+
+    answers: list[Watched | Refusal | None]
+    begun: list[tuple[str, bytes, list[tuple[bytes, bytes]], str]] = field(default_factory=list)
+
+    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> Watched | Refusal | None:
+        self.begun.append((method, target, list(headers), request_id))
+        return self.answers.pop(0)
+
+
+JSON = b'HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 11\r\nB: 2\r\n\r\n{"a": "bc"}'
+CHUNKED = b"HTTP/1.1 200 OK\r\nA: 1\r\nTransfer-Encoding: chunked\r\nB: 2\r\n\r\n"
+
+
+async def test_hook_sees_the_head_and_none_leaves_all_as_it_is() -> None:
+    seen: list[Request] = []
+    hook = Hooked([None])
+    async with relaying(answering(seen), hook=hook) as (_, _, connect):
+        client = await connect()
+        await client.send(post(b"hi", b"X-Hemostat-Label:  a ", b"X-Request-Id: r"))
+        assert (await client.response("POST")).body == b"ok"
+    headers = [(b"Host", b"a"), (b"Content-Length", b"2"), (b"X-Hemostat-Label", b"a"), (b"X-Request-Id", b"r")]
+    assert hook.begun == [("POST", b"/v1/completions", headers, "r")]
+    assert seen[0].get(b"x-hemostat-label") == []
+
+
+async def test_made_request_id_is_the_one_that_goes_upstream() -> None:
+    seen: list[Request] = []
+    hook = Hooked([None])
+    async with relaying(answering(seen), hook=hook) as (_, _, connect):
+        client = await connect()
+        await client.send(GET)
+        await client.response()
+    assert seen[0].get(b"x-request-id") == [hook.begun[0][3].encode()]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("in_pieces", [True, False])
+async def test_rewrite(chunked: bool, in_pieces: bool) -> None:
+    seen: list[Request] = []
+    exchange = Watched(lambda body: Rewrite(b"<" + (body or b"") + b">", frozenset({b"accept-encoding"})))
+    async with relaying(answering(seen), hook=Hooked([exchange])) as (_, _, connect):
+        client = await connect()
+        framing = b"Transfer-Encoding: chunked" if chunked else b"CONTENT-Length: 5"
+        body = b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n" if chunked else b"hello"
+        sent = b"POST / HTTP/1.1\r\nHost: a\r\nAccept-Encoding: gzip\r\n" + framing + b"\r\nX: y\r\n\r\n" + body
+        for piece in [sent[i : i + 1] for i in range(len(sent))] if in_pieces else [sent]:
+            await client.send(piece)
+        assert (await client.response("POST")).body == b"ok"
+    assert seen[0].body == b"<hello>"
+    name = b"Content-Length" if chunked else b"CONTENT-Length"
+    assert seen[0].headers[:3] == [(b"Host", b"a"), (name, b"7"), (b"X", b"y")]
+    assert exchange.calls == [("request", b"hello"), ("response_head", 200), ("closed", True)]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_body_beyond_the_hooks_limit_is_streamed_on_untouched(chunked: bool) -> None:
+    seen: list[Request] = []
+    exchange = Watched(lambda body: None if body is None else Rewrite(b"wrong"))
+    body = bytes(range(256)) * 400
+    async with relaying(answering(seen), hook=Hooked([exchange])) as (_, _, connect):
+        client = await connect()
+        if chunked:
+            head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+            pieces = [b"%x\r\n%b\r\n" % (512, body[i : i + 512]) for i in range(0, len(body), 512)]
+            await client.send(head + b"".join(pieces) + b"0\r\n\r\n")
+        else:
+            await client.send(post(body))
+        assert (await client.response("POST")).body == b"ok"
+    assert seen[0].body == body
+    assert exchange.calls[0] == ("request", None)
+    assert exchange.calls[-1] == ("closed", True)
+
+
+async def test_refusals_keep_the_connection_where_the_request_is_whole() -> None:
+    seen: list[Request] = []
+    late = Watched(lambda _: Refusal(400, b'{"error":2}'))
+    hook = Hooked([Refusal(400, b'{"error":1}'), late, None])
+    async with relaying(answering(seen), hook=hook) as (relay, _, connect):
+        client = await connect()
+        await client.send(post(b"x") * 3)
+        for status, body in ((400, b'{"error":1}'), (400, b'{"error":2}'), (200, b"ok")):
+            response = await client.response("POST")
+            assert (response.status, response.body) == (status, body)
+        assert relay.counters.requests == {("/v1/completions", "refused"): 2, ("/v1/completions", "ok"): 1}
+    assert len(seen) == 1
+    assert late.calls == [("request", b"x"), ("closed", False)]
+
+
+async def test_refusal_before_the_body_closes() -> None:
+    async with relaying(answering([]), hook=Hooked([Refusal(400, b"{}")])) as (_, _, connect):
+        client = await connect()
+        await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
+        assert (await client.response("POST")).get(b"connection") == [b"close"]
+        assert await client.rest() == b""
+
+
+async def test_expect_100_continue_is_answered_where_the_body_is_needed_first() -> None:
+    seen: list[Request] = []
+    exchange = Watched(lambda body: Rewrite((body or b"") * 2))
+    async with relaying(answering(seen), hook=Hooked([exchange])) as (_, _, connect):
+        client = await connect()
+        await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await client.send(b"hi")
+        assert (await client.response("POST")).status == 200
+    assert seen[0].body == b"hihi"
+    assert seen[0].get(b"expect") == []
+
+
+async def test_response_with_a_length_keeps_one_in_its_place() -> None:
+    exchange = Watched(wanted=True, tail=b"!!")
+    async with relaying(answering([], JSON), hook=Hooked([exchange])) as (_, _, connect):
+        client = await connect()
+        await client.send(GET)
+        expected = b'HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 13\r\nB: 2\r\n\r\n{"A": "BC"}!!'
+        assert await client.reader.readexactly(len(expected)) == expected
+    assert exchange.seen == b'{"a": "bc"}'
+    assert exchange.names == ["request", "response_head", "response_data", "response_end", "closed"]
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_streamed_response_is_transformed_as_it_comes(version: bytes, chunked: bool) -> None:
+    async def script(connection: UpstreamConnection) -> None:
+        await connection.request()
+        await connection.send(CHUNKED if chunked else b"HTTP/1.1 200 OK\r\nA: 1\r\nConnection: close\r\nB: 2\r\n\r\n")
+        for word in (b"one", b"DROP", b"two"):
+            await connection.send(b"%x\r\n%b\r\n" % (len(word), word) if chunked else word)
+            await eventually(lambda word=word: word in exchange.seen)  # type: ignore[misc]
+        if chunked:
+            await connection.send(b"0\r\n\r\n")
+
+    exchange = Watched(wanted=True, tail=b"end", transform=lambda data: b"" if data == b"DROP" else data.upper())
+    async with relaying(script, hook=Hooked([exchange])) as (_, _, connect):
+        client = await connect()
+        await client.send(b"GET / HTTP/" + version + b"\r\nHost: a\r\n\r\n")
+        response = await client.response()
+        assert response.body == b"ONETWOend"
+        names = [name for name, _ in response.headers]
+        coded = [b"Transfer-Encoding"] if version == b"1.1" else []
+        ending = [] if version == b"1.1" else [b"Connection"]
+        assert names == ([b"A", *coded, b"B", *ending] if chunked else [b"A", b"B", *coded, *ending])
+    assert exchange.calls[-1] == ("closed", True)
+
+
+async def test_head_204_and_304_have_nothing_to_transform() -> None:
+    exchanges = [Watched(wanted=True, tail=b"wrong") for _ in range(2)]
+    answers = iter([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n"])
+    async with relaying(answering([], lambda _: next(answers)), hook=Hooked([*exchanges])) as (_, _, connect):
+        client = await connect()
+        for method in ("HEAD", "GET"):
+            await client.send(f"{method} / HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            assert (await client.response(method)).body == b""
+    assert all(exchange.names == ["request", "response_head", "closed"] for exchange in exchanges)
+
+
+@pytest.mark.parametrize("fails", ["request", "response_head", "response_data", "response_end", "closed"])
+@pytest.mark.parametrize("answer", [JSON, CHUNKED + b'b\r\n{"a": "bc"}\r\n0\r\n\r\n'])
+async def test_a_hook_that_raises_changes_nothing_for_the_client(fails: str, answer: bytes) -> None:
+    seen: list[Request] = []
+    exchange = Watched(wanted=True, fails=fails, transform=lambda data: data)
+    async with relaying(answering(seen, answer), hook=Hooked([exchange, None])) as (relay, _, connect):
+        client = await connect()
+        for _ in range(2):
+            await client.send(post(b"hello"))
+            response = await client.response("POST")
+            assert (response.status, response.body) == (200, b'{"a": "bc"}')
+        assert relay.counters.other == {"hemostat_shadow_requests_total": {"dropped\x1fhook_error": 1.0}}
+    assert seen[0].body == b"hello"
+    assert exchange.names[-1] == "closed"
+    assert exchange.names.count("closed") == 1
+
+
+async def test_a_hook_that_raises_in_begin_changes_nothing() -> None:
+    async with relaying(answering([]), hook=Hooked([])) as (relay, _, connect):
+        client = await connect()
+        await client.send(GET)
+        assert (await client.response()).body == b"ok"
+        assert relay.counters.other["hemostat_shadow_requests_total"] == {"dropped\x1fhook_error": 1.0}
+
+
+@pytest.mark.parametrize("start", [b"", CHUNKED, JSON[:-3]])
+@pytest.mark.parametrize("who", ["client", "upstream"])
+async def test_closed_is_called_once_when_an_end_breaks(start: bytes, who: str) -> None:
+    async def script(connection: UpstreamConnection) -> None:
+        await connection.request()
+        await connection.send(start)
+        if who == "client":
+            await connection.reader.read()
+
+    exchange = Watched(wanted=True)
+    async with relaying(script, hook=Hooked([exchange])) as (_, upstream, connect):
+        client = await connect()
+        await client.send(GET)
+        await eventually(lambda: upstream.connections == 1)
+        if who == "client":
+            await client.close()
+        await eventually(lambda: "closed" in exchange.names)
+    assert exchange.calls[-1] == ("closed", False)
+    assert exchange.names.count("closed") == 1
+
+
+async def test_upstream_breaking_while_its_response_is_collected_is_a_502() -> None:
+    async def script(connection: UpstreamConnection) -> None:
+        await connection.request()
+        await connection.send(JSON[:-3])
+
+    async with relaying(script, hook=Hooked([Watched(wanted=True)])) as (_, _, connect):
+        client = await connect()
+        await client.send(GET)
+        assert (await client.response()).status == 502
+
+
+async def test_body_limit_of_the_relay_holds_while_collecting() -> None:
+    exchange = Watched(body_limit=10_000)
+    limits = Limits(body_bytes=100)
+    async with relaying(answering([], OK), hook=Hooked([exchange]), limits=limits) as (_, _, connect):
+        client = await connect()
+        await client.send(
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"40\r\n" + b"x" * 64 + b"\r\n"
+            b"40\r\n" + b"x" * 64 + b"\r\n"
+        )
+        assert (await client.response("POST")).status == 413
+    assert exchange.calls == [("closed", False)]

@@ -1,0 +1,232 @@
+"""The relay process, whole: its configuration, its link to the control process, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.relay.harness import Client, Request, Script, Upstream, UpstreamConnection, answering, eventually
+from tests.relay.test_relay import GET, post
+
+from hemostat.link import RelayLink
+from hemostat.messages import Capture, Policy, Stats
+from hemostat.relay.link import MAX_UNSENT, ControlLink
+
+POLICY = Policy(
+    generation=1,
+    mode="observe",
+    shadow_rate=0.0,
+    shadow_seed=1,
+    shadow_allow_on=False,
+    shadow_top_k=5,
+    shadow_max_tokens=100,
+    scoring=True,
+    tap=False,
+    serving=None,
+    forced=None,
+    control_fraction=0.1,
+    acknowledged=frozenset(),
+    labels=frozenset(),
+)
+BAD_VERSION = b"X-Hemostat-Calibration: ../../etc"
+"""Refused by the hook, so that the answer tells whether there is one."""
+
+
+def capture(size: int) -> Capture:
+    return Capture(
+        request_id="r",
+        route="/v1/completions",
+        model="m",
+        label="",
+        arm="none",
+        requested=None,
+        nonce="",
+        stream=False,
+        prompt_token_ids=bytes(size),
+        output_token_ids=b"",
+        top_k=1,
+        candidate_ids=b"",
+        candidate_logprobs=b"",
+        emitted_logprobs=b"",
+        temperature=1.0,
+        top_p=1.0,
+        sampling_top_k=-1,
+        min_p=0.0,
+        finish_reason="stop",
+        captured_at=0.0,
+    )
+
+
+class Process:
+    """`python -m hemostat.relay.main`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
+        self.process = process
+        self.port = port
+
+    async def connect(self) -> Client:
+        return Client(*await asyncio.open_connection("127.0.0.1", self.port))
+
+    async def ask(self, request: bytes) -> int:
+        client = await self.connect()
+        await client.send(request)
+        status = (await client.response()).status
+        await client.close()
+        return status
+
+
+async def start(config: dict[str, Any]) -> asyncio.subprocess.Process:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hemostat.relay.main"), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(config).encode())
+    process.stdin.close()
+    return process
+
+
+@contextlib.asynccontextmanager
+async def running(script: Script, control_socket: Path) -> AsyncIterator[Process]:
+    upstream = Upstream(script)
+    await upstream.start()
+    process = await start(
+        {
+            "worker": 3,
+            "host": "127.0.0.1",
+            "port": 0,
+            "reuse_port": True,
+            "fd": None,
+            "upstream_url": f"http://127.0.0.1:{upstream.port}",
+            "upstream_api_key": None,
+            "control_socket": str(control_socket),
+            "shutdown_seconds": 5.0,
+            "limits": {"head_bytes": 65536},
+        }
+    )
+    assert process.stdout is not None
+    try:
+        port = json.loads(await asyncio.wait_for(process.stdout.readline(), 15))["listening"]
+        yield Process(process, port)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await upstream.stop()
+        await asyncio.sleep(0.01)
+
+
+async def test_a_process_follows_its_control_process_and_goes_on_without(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    seen: list[Request] = []
+    async with running(answering(seen), path) as relay:
+        assert await relay.ask(post(b"{}", BAD_VERSION)) == 200, "no control process: a plain proxy"
+        for _ in range(2):
+            link = RelayLink(path, lambda _: None)
+            await link.start()
+            link.set_policy(POLICY)
+            await eventually(lambda link=link: link.ready, 5)  # type: ignore[misc]
+            assert await relay.ask(post(b"{}", BAD_VERSION)) == 400
+            await link.close()
+            path.unlink()
+            for _ in range(200):
+                if await relay.ask(post(b"{}", BAD_VERSION)) == 200:
+                    break
+                await asyncio.sleep(0.01)
+            else:
+                pytest.fail("the policy outlived the control process")
+    assert all(request.get(b"x-hemostat-calibration") == [] for request in seen)
+
+
+async def test_figures_are_reported(tmp_path: Path) -> None:
+    link = RelayLink(tmp_path / "control.sock", lambda _: None)
+    await link.start()
+    link.set_policy(POLICY)
+    async with running(answering([]), tmp_path / "control.sock") as relay:
+        await eventually(lambda: link.ready, 5)
+        assert await relay.ask(GET) == 200
+        await eventually(
+            lambda: "hemostat_requests_total" in link.total().counters and sum(link.total().overhead_buckets) > 0
+        )
+        assert link.total().counters["hemostat_requests_total"] == {"/v1/models\x1fok": 1.0}
+        assert link.total().overhead_sum > 0
+        relay.process.send_signal(signal.SIGTERM)
+        await eventually(lambda: not link.ready)
+        assert await relay.process.wait() == 0
+    assert link.total().counters["hemostat_requests_total"] == {"/v1/models\x1fok": 1.0}
+    await link.close()
+
+
+async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
+    go = asyncio.Event()
+
+    async def script(connection: UpstreamConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        await go.wait()
+        await connection.send(b"5\r\nworld\r\n0\r\n\r\n")
+
+    async with running(script, tmp_path / "none.sock") as relay:
+        client, idle = await relay.connect(), await relay.connect()
+        await client.send(GET)
+        reading = asyncio.create_task(client.response())
+        await asyncio.sleep(0.1)
+        relay.process.send_signal(signal.SIGTERM)
+        assert await idle.rest() == b""
+        with pytest.raises(ConnectionRefusedError):
+            await relay.connect()
+        assert relay.process.returncode is None
+        go.set()
+        assert (await reading).body == b"helloworld"
+        assert await asyncio.wait_for(relay.process.wait(), 3) == 0
+        await client.close()
+        await idle.close()
+
+
+async def test_what_cannot_start_says_so() -> None:
+    config = {"worker": 0, "host": "127.0.0.1", "port": 0, "upstream_url": "nonsense", "control_socket": "x"}
+    process = await start(config)
+    assert await asyncio.wait_for(process.wait(), 15) == 1
+    assert process.stdout is not None
+    assert await process.stdout.read() == b""
+
+
+async def test_captures_are_dropped_where_nobody_takes_them(tmp_path: Path) -> None:
+    stats = Stats(counters={}, overhead_buckets=[], overhead_sum=0.0, ready=True)
+    path = tmp_path / "control.sock"
+    policies: list[Policy | None] = []
+    link = ControlLink(str(path), 0, policies.append, lambda: stats)
+    assert not link.emit(capture(1)), "not connected"
+    running = asyncio.create_task(link.run())
+    hold = asyncio.Event()
+    received: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await hold.wait()
+        while data := await reader.read(1 << 20):
+            received.append(data)
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, str(path))
+    size = 1 << 20
+    accepted = 0
+    while not link.emit(capture(size)):
+        await asyncio.sleep(0.01)
+    while link.emit(capture(size)):
+        accepted += 1
+        assert accepted * size < 4 * MAX_UNSENT, "it is bounded"
+    assert accepted * size >= MAX_UNSENT / 2
+    hold.set()
+    await eventually(lambda: link.emit(capture(1)), 5)
+    await link.close()
+    assert policies == [None]
+    assert sum(map(len, received)) > accepted * size
+    running.cancel()
+    server.close()
+    await asyncio.sleep(0.01)
