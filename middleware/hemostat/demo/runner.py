@@ -51,6 +51,8 @@ QUEUE_SOFT_LIMIT = 32
 REFRESH = 0.5
 PLAIN_EVERY = 5.0
 REFERENCE_WITHIN = 180.0
+REFERENCE_QUIET = 5.0
+"""Hemostat asks vLLM every few seconds: what it says sooner is old."""
 PROFILE_WITHIN = 60.0
 DRAINED_AFTER = 3.0
 """Seconds without news from an empty queue: relays report their counters now and then."""
@@ -225,7 +227,7 @@ class _Demo:
         """The last figures, and the report, also when the end came early."""
         if not scene.status:
             return
-        self._say(view.line(scene).strip())
+        self._say(view.line(scene))
         if scene.traffic.last_failure:
             self._say(f"last failure: {scene.traffic.last_failure}")
         if self._options.report is not None:
@@ -248,7 +250,8 @@ class _Demo:
                 raise DemoFailure(f"the two models do not fit together: {detail}")
             if time.monotonic() - began > REFERENCE_WITHIN:
                 raise DemoFailure(f"the reference is not ready ({state}): {detail}\n{_tail(Path(scene.logs))}")
-            if (news := f"reference {state}: {detail}") != said:
+            late = time.monotonic() - began > REFERENCE_QUIET
+            if late and (news := f"reference {state}: {detail}") != said:
                 self._say(news)
                 said = news
             await asyncio.sleep(REFRESH)
@@ -297,7 +300,7 @@ class _Demo:
 
         async def lines() -> None:
             while True:
-                self._console.print(view.line(scene), soft_wrap=True)
+                self._say(view.line(scene))
                 await asyncio.sleep(PLAIN_EVERY)
 
         async with self._background(lines()):

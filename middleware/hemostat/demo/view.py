@@ -70,7 +70,7 @@ def line(scene: Scene) -> str:
     raw, calibrated = scene.status.get("raw", {}), scene.status.get("calibrated", {})
     profile = scene.status.get("profile", {})
     return (
-        f"{scene.elapsed:5.0f} s  sent {scene.traffic.sent}, ok {scene.traffic.ok}, failed {scene.traffic.failed}; "
+        f"sent {scene.traffic.sent}, ok {scene.traffic.ok}, failed {scene.traffic.failed}; "
         f"shadowed {requests.get('shadowed', 0)}, scored {requests.get('scored', 0)} "
         f"({scene.status.get('tokens_scored', 0)} tokens); "
         f"KL {interval(raw.get('kl_nats'))} nats, calibrated {interval(calibrated.get('kl_nats'))}; "
