@@ -92,6 +92,8 @@ AMBIGUOUS = {
     "chunk data ends in LF": START + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\n0\r\n\r\n",
     "chunk longer": START + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n0\r\n\r\n",
     "bare CR in extension": START + b"Transfer-Encoding: chunked\r\n\r\n3;\rx\r\nabc\r\n0\r\n\r\n",
+    "trailers end in LF": START + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\n",
+    "trailer ends in LF": START + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX: a\n\r\n",
     "trailer folded": START + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: a\r\n b\r\n\r\n",
 }
 OTHER_STATUS = {
@@ -169,7 +171,7 @@ HEADS = st.builds(
             b"G(T / HTTP/1.1",
         ]
     ),
-    st.lists(ODD_LINES, max_size=6),
+    st.lists(ODD_LINES, max_size=3).map(lambda lines: [b"Host: a", *lines]) | st.lists(ODD_LINES, max_size=6),
     st.sampled_from([b"\r\n", b"\r\n", b"\r\n", b"\n"]),
 )
 MESSAGES = st.builds(

@@ -481,6 +481,15 @@ class ChunkedReader:
         pos, end = 0, len(data)
         while pos < end:
             left = self._left
+            if left >= 2 and pos + left <= end:
+                stop = pos + left
+                if not data.startswith(b"\r\n", stop - 2):
+                    raise ValueError("a chunk is longer than it says")
+                if out is not None and left > 2:
+                    out.append(data[pos : stop - 2])
+                self._left = 0
+                pos = stop
+                continue
             if left > 2:
                 take = min(left - 2, end - pos)
                 if out is not None:

@@ -781,14 +781,14 @@ class ClientProtocol(asyncio.Protocol):
 
     def _look(self) -> None:
         self._watcher = None
-        if self._lingering or self.request is None or not (self.eof or self._held):
+        if self._lingering or not (self.eof or self._held):
             return
         state = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         if state == _TCP_CLOSE:
             self.transport.abort()
             return
         again = WATCH_SECONDS
-        if state == _TCP_CLOSE_WAIT and not self._probed:
+        if state == _TCP_CLOSE_WAIT and self.request is not None and not self._probed:
             self._probed = self._probe()
             again = ANSWER_SECONDS
         self._watcher = self._relay.loop.call_later(again, self._look)
