@@ -441,11 +441,13 @@ def _estimate(
 def _unconditional(record: TokenRecord, view: _View) -> Bools:
     """S₀: the ids of S that would be in it whatever had been emitted, [T, N].
 
-    The engine's top-K list without its last place, which may be the emitted token's; and of a reference that gave only
-    a list, what is at least as likely as the last but one of that list.
+    The engine's list without its last two places. Engines add an emitted token that is not among the top K in one of
+    two ways, and a row has room for both: in place of the K-th (vLLM's chat route), or behind it (completions). What
+    stands before is there whatever was emitted. And of a reference that gave only a list, what is at least as likely
+    as the last but one of that list.
     """
     kept = view.inside.copy()
-    kept[:, record.top_k - 1 :] = False
+    kept[:, max(record.top_k - 2, 0) :] = False
     if record.reference_entropy is None:
         listed = record.reference.logprobs
         least = listed[:, -2] if listed.shape[1] > 1 else np.full(record.tokens, -np.inf)

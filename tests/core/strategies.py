@@ -30,8 +30,9 @@ def entropy(logprobs: np.ndarray) -> np.ndarray:
     return -(np.exp(logprobs) * np.where(np.isfinite(logprobs), logprobs, 0.0)).sum(-1)
 
 
-def top(logprobs: np.ndarray, k: int, emitted: np.ndarray | None = None) -> Candidates:
-    """The k most likely ids, and behind them the emitted one where it is not among them (as vLLM answers)."""
+def top(logprobs: np.ndarray, k: int, emitted: np.ndarray | None = None, *, chat: bool = False) -> Candidates:
+    """The k most likely ids, and behind them the emitted one where it is not among them, as vLLM's completions answer;
+    its chat route (`chat`) gives k in all, the emitted one in the last one's place."""
     rows, vocabulary = logprobs.shape
     k = min(k, vocabulary)
     order = np.argsort(-logprobs, axis=-1, kind="stable")[:, :k].astype(np.int32)
@@ -41,7 +42,11 @@ def top(logprobs: np.ndarray, k: int, emitted: np.ndarray | None = None) -> Cand
     outside = ~(order == emitted[:, None]).any(1)
     last_id = np.where(outside, emitted, -1).astype(np.int32)
     last = np.where(outside, logprobs[np.arange(rows), emitted], -np.inf)
-    return Candidates(np.column_stack([order, last_id]), np.column_stack([values, last]))
+    ids, found = np.column_stack([order, last_id]), np.column_stack([values, last])
+    if chat:
+        ids[outside, k - 1], found[outside, k - 1] = emitted[outside], last[outside]
+        ids[:, k], found[:, k] = -1, -np.inf
+    return Candidates(ids, found)
 
 
 def make_record(
@@ -49,6 +54,7 @@ def make_record(
     k: int,
     *,
     reference_k: int | None = None,
+    chat: bool = False,
     profile: CalibrationProfile | None = None,
     log_normalizer: bool = True,
     sampling: Sampling | None = None,
@@ -58,7 +64,7 @@ def make_record(
     """The top-k view. `reference_k`: the reference gave only that many (a vLLM server), None: it gave all."""
     rows, vocabulary = truth.compressed.shape
     at = np.arange(rows)
-    candidates = top(truth.compressed, k, truth.emitted)
+    candidates = top(truth.compressed, k, truth.emitted, chat=chat)
     reference_at = np.take_along_axis(truth.reference, np.maximum(candidates.ids, 0), -1)
     reference = top(truth.reference, 8 if reference_k is None else reference_k, truth.emitted)
     if reference_k is not None:

@@ -143,7 +143,8 @@ def test_an_unknown_normalizer_gives_the_least_over_its_interval():
 
 @pytest.mark.parametrize("reference_k", [None, 4])
 @pytest.mark.parametrize("treated", [False, True])
-def test_estimates_meet_the_exact_value(reference_k, treated):
+@pytest.mark.parametrize("chat", [False, True])
+def test_estimates_meet_the_exact_value(reference_k, treated, chat):
     """Over every token that could have been sampled, weighted by how likely it was: the expectation, not a sample."""
     rng = np.random.default_rng(5)
     log_r, log_c = simulate(rng)
@@ -157,6 +158,7 @@ def test_estimates_meet_the_exact_value(reference_k, treated):
             Truth(log_r, log_c, emitted),
             5,
             reference_k=reference_k,
+            chat=chat,
             profile=profile,
             applied=profile.version if treated else None,
         )
