@@ -6,14 +6,14 @@ Reading needs no token (the port is on loopback by default); whatever changes st
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib import resources
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from fastapi import Body, Depends, FastAPI, HTTPException, Request, Response
+import msgspec
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from pydantic import BaseModel, ConfigDict
 
 from hemostat import __version__
 from hemostat.engine_api import engine_router, read_body
@@ -22,12 +22,13 @@ from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profile import VERSION_PATTERN
 
 MAX_PROFILE_BYTES = 256 * 1024 * 1024
-EVENTS_SHOWN = 100
+MAX_SMALL_BYTES = 4096
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; "
     "script-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
 }
 
 
@@ -55,10 +56,9 @@ class Governed(Protocol):
     async def set_mode(self, mode: str) -> None: ...
 
 
-class CalibrationRequest(BaseModel):
+class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Body of POST /api/v1/calibration."""
 
-    model_config = ConfigDict(extra="forbid")
     mode: Literal["off", "observe", "auto"]
 
 
@@ -79,6 +79,12 @@ def create_app(control: Governed, token: str | None, now: Callable[[], float]) -
     async def refused(_: Request, error: HemostatError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 400)
 
+    @app.middleware("http")
+    async def harden(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        response.headers.update(SECURITY_HEADERS)
+        return response
+
     @app.get("/livez", response_class=PlainTextResponse)
     async def livez() -> str:
         return "ok\n"
@@ -93,11 +99,11 @@ def create_app(control: Governed, token: str | None, now: Callable[[], float]) -
 
     @app.get("/", response_class=HTMLResponse)
     async def console() -> HTMLResponse:
-        return HTMLResponse(_asset("index.html"), headers=SECURITY_HEADERS)
+        return HTMLResponse(_asset("index.html"))
 
     @app.get("/console.js")
     async def console_script() -> Response:
-        return Response(_asset("console.js"), media_type="text/javascript", headers=SECURITY_HEADERS)
+        return Response(_asset("console.js"), media_type="text/javascript")
 
     @app.get("/api/v1/status")
     async def status() -> dict[str, Any]:
@@ -124,7 +130,13 @@ def create_app(control: Governed, token: str | None, now: Callable[[], float]) -
         return control.profiles()
 
     @app.post("/api/v1/calibration", dependencies=guarded)
-    async def calibration(wanted: Annotated[CalibrationRequest, Body()]) -> dict[str, Any]:
+    async def calibration(request: Request) -> dict[str, Any]:
+        # Not a typed parameter: FastAPI would read the whole body before it asks for the token.
+        body = await read_body(request, MAX_SMALL_BYTES)
+        try:
+            wanted = msgspec.json.decode(body, type=CalibrationRequest)
+        except msgspec.DecodeError as error:
+            raise HTTPException(422, f'send {{"mode": "off"}}, "observe" or "auto": {error}') from None
         await control.set_mode(wanted.mode)
         return {"mode": wanted.mode}
 

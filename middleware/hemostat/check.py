@@ -122,13 +122,16 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
     length = f", up to {card.max_model_len} tokens" if card.max_model_len else ""
     findings = [Finding("upstream", State.OK, f"{server.url} serves {card.id}{length} (vLLM {version})")]
     measured = settings.reference.backend != "none"
-    findings += await _logprobs(server, card.id, settings.shadow.top_k, State.NO if measured else State.NOTE)
+    findings += await shadow_findings(server, card.id, settings.shadow.top_k, State.NO if measured else State.NOTE)
     findings.append(await _plugin(server, card.id, settings))
     return findings
 
 
-async def _logprobs(server: VllmServer, model: str, top_k: int, severity: State) -> list[Finding]:
-    """What a shadowed request needs: K logprobs, token ids, and logprobs of the model itself."""
+async def shadow_findings(server: VllmServer, model: str, top_k: int, severity: State = State.NO) -> list[Finding]:
+    """What a shadowed request needs: K logprobs, token ids, and logprobs of the model itself.
+
+    What is missing is of `severity`; "completion" names a finding that says nothing of the server's settings.
+    """
     body: dict[str, Any] = {
         "model": model,
         "prompt": PROBE,

@@ -23,6 +23,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from hemostat.admin import create_app
+from hemostat.check import State, shadow_findings
 from hemostat.config import Settings
 from hemostat.engines import EngineRegistry
 from hemostat.link import RelayLink
@@ -33,12 +34,13 @@ from hemostat.process import die_with_parent
 from hemostat.records_file import RecordsFile
 from hemostat.reference import make_reference
 from hemostat.reference.match import compare
-from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo
+from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo
+from hemostat.reference.server import ModelCard, VllmServer
 from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
-from hemostat.steering import Steering
+from hemostat.steering import EVENTS_HELD, Steering
 from hemostat.store import MemoryStore, Store, StoreFailure, open_store
-from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
@@ -48,6 +50,8 @@ BURST_SECONDS = 10.0
 """The reference's token budget may be saved up for this long."""
 MATCH_RETRY = 3.0
 """Seconds between attempts to start the reference and to compare it with the upstream."""
+MODELS_EVERY = 30.0
+"""Seconds between looks at what the upstream serves: adapters may be loaded at run time."""
 HOUSEKEEPING = 0.5
 
 
@@ -63,11 +67,15 @@ class Control:
         self.registry.register(HemostatCollector(self))
         self.store_failures = 0
         self.store = self._open_store()
-        self.steering = Steering(settings.calibration, settings.upstream.url, self._save, time.time)
+        self.calibration_failures = 0
+        self.steering = Steering(settings.calibration, self._save, time.time)
         self.reference = make_reference(settings)
         self.reference_info: ReferenceInfo | None = None
         self.reference_state = "none" if self.reference is None else "starting"
         self.reference_detail = "" if self.reference is not None else "reference.backend is none: nothing is scored"
+        self.served: frozenset[str] = frozenset()
+        """Names of the compressed model itself; of its adapters in `adapters`."""
+        self.adapters: frozenset[str] = frozenset()
         self.endings: dict[tuple[str, str], int] = {}
         self.captured = 0
         self.records = RecordsFile(settings.records.path) if settings.records.path else None
@@ -84,11 +92,13 @@ class Control:
                 breaker=self.breaker,
                 reference=self.reference,
                 info=lambda: self.reference_info,
+                served=lambda: self.served,
                 profiles=self.steering.evaluated,
                 engines=self.engines,
                 sink=self._scored,
                 count=self._count,
                 clock=time.monotonic,
+                by_request=settings.calibration.apply == "request",
             )
         self._policy: Policy | None = None
         self._generation = 0
@@ -110,8 +120,13 @@ class Control:
         steering = self.steering
         figures = self.measurements.observe(record, steering.stage_of(record), steering.held(record.applied))
         if self.records is not None:
-            self.records.write(capture, figures)
-        steering.observe(record)
+            self.records.write(capture, record, figures)
+        try:
+            steering.observe(record)
+        except Exception:
+            # What was measured stays measured, whatever calibration makes of it.
+            self.calibration_failures += 1
+            log.exception("calibration could not use the record of %s", capture.request_id)
         self.publish()
 
     def _save(self, method: str, *args: Any) -> None:
@@ -152,6 +167,7 @@ class Control:
             acknowledged=self.engines.acknowledged(now),
             labels=frozenset(self.settings.labels),
             apply=self.settings.calibration.apply,
+            unscorable_models=self.adapters,
             **steering.request_parameters(),
         )
         if policy != self._policy:
@@ -162,32 +178,72 @@ class Control:
     # --- the reference ---------------------------------------------------------------------------------------------
 
     async def keep_reference(self) -> None:
-        """Start the reference and compare it with the upstream, until both answer; again when the breaker opened."""
+        """Start the reference and compare it with the upstream, until both fit; again when either has changed."""
         if self.reference is None:
             return
-        while True:
-            try:
-                info = await self.reference.start()
-                match = await compare(self.settings.upstream, self.reference)
-            except ReferenceFailure as failure:
-                self._reference_is("down", str(failure))
-            else:
-                if match.ok:
-                    self.reference_info = info
-                    self.steering.set_vocabulary(info.vocab_size)
-                    self._reference_is("ready", f"{info.model} ({info.dtype})")
-                    await self._until_down()
-                    continue
-                # `unknown` means that one of the two did not answer yet, not that they differ.
-                self._reference_is("mismatch" if match.compared else "starting", match.detail)
-            await asyncio.sleep(MATCH_RETRY)
+        upstream = self.settings.upstream
+        server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
+        try:
+            while True:
+                state, detail = await self._match(self.reference, server)
+                self._reference_is(state, detail)
+                if state == "ready":
+                    await self._until_changed(server)
+                else:
+                    await asyncio.sleep(MATCH_RETRY)
+        finally:
+            await server.close()
 
-    async def _until_down(self) -> None:
-        while self.breaker.state(time.monotonic()) is not BreakerState.OPEN:  # noqa: ASYNC110  a state of time
+    async def _match(self, reference: Reference, server: VllmServer) -> tuple[str, str]:
+        """Do the two fit, and can the upstream say what is needed? The reference's state and why."""
+        try:
+            info = await reference.start()
+        except ReferenceFailure as failure:
+            return "down", str(failure)
+        try:
+            self._serves(await server.models())
+            card = await server.model(None)
+            top_k = self.settings.shadow.top_k
+            missing = [f for f in await shadow_findings(server, card.id, top_k) if f.state is State.NO]
+        except ReferenceFailure as failure:
+            return "starting", f"the upstream does not answer: {failure}"
+        for finding in missing:
+            said = f"the upstream's {finding.what}: {finding.detail}; {finding.fix}"
+            return ("starting" if finding.what == "completion" else "mismatch"), said
+        try:
+            match = await compare(self.settings.upstream, reference)
+        except ReferenceFailure as failure:
+            return "down", str(failure)
+        if not match.ok:
+            # Not compared means that one of the two did not answer yet, not that they differ.
+            return ("mismatch" if match.compared else "starting"), match.detail
+        self.reference_info = info
+        self.steering.know(card.id, info.vocab_size)
+        return "ready", f"{info.model} ({info.dtype})"
+
+    async def _until_changed(self, server: VllmServer) -> None:
+        """Returns when the reference has to be looked at again, or the upstream serves another model."""
+        looked_at = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if self.breaker.state(now) is BreakerState.OPEN:
+                self._reference_is("down", "the last scores failed; trying again")
+                while self.breaker.state(time.monotonic()) is BreakerState.OPEN:  # noqa: ASYNC110  a state of time
+                    await asyncio.sleep(HOUSEKEEPING)
+                return
+            if now - looked_at >= MODELS_EVERY:
+                looked_at, before = now, self.served
+                # An upstream that does not answer has lost no model.
+                with contextlib.suppress(ReferenceFailure):
+                    self._serves(await server.models())
+                if self.served != before:
+                    return
             await asyncio.sleep(HOUSEKEEPING)
-        self._reference_is("down", "the last scores failed; trying again")
-        while self.breaker.state(time.monotonic()) is BreakerState.OPEN:  # noqa: ASYNC110
-            await asyncio.sleep(HOUSEKEEPING)
+
+    def _serves(self, cards: list[ModelCard]) -> None:
+        self.served = frozenset(card.id for card in cards if card.parent is None)
+        self.adapters = frozenset(card.id for card in cards if card.parent is not None)
+        self.publish()
 
     def _reference_is(self, state: str, detail: str) -> None:
         if (state, detail) != (self.reference_state, self.reference_detail):
@@ -216,18 +272,23 @@ class Control:
 
     async def restore(self) -> None:
         """Take up what the store holds from an earlier run."""
+        force = self.settings.calibration.force
+        if force is not None:
+            try:
+                data = await asyncio.to_thread(force.read_bytes)
+                self.steering.force(CalibrationProfile.from_bytes(data))
+            except (OSError, InvalidProfileError) as error:
+                raise HemostatError(f"calibration.force: {force}: {error}") from error
         try:
             profiles = await asyncio.to_thread(self.store.profiles)
-            serving = await asyncio.to_thread(self.store.get_state, "selected")
-            events = await asyncio.to_thread(self.store.events, 100)
+            selected = await asyncio.to_thread(self.store.get_state, "selected")
+            mode = await asyncio.to_thread(self.store.get_state, "mode")
+            events = await asyncio.to_thread(self.store.events, EVENTS_HELD)
         except StoreFailure as failure:
             self.store_failures += 1
             log.error("%s", failure)
             return
-        self.steering.restore(profiles, serving, events)
-        if self.settings.calibration.force is not None:
-            data = await asyncio.to_thread(self.settings.calibration.force.read_bytes)
-            self.steering.force(CalibrationProfile.from_bytes(data))
+        self.steering.restore(profiles, selected, mode, events)
 
     # --- what the admin port shows (admin.Governed) ----------------------------------------------------------------
 
@@ -243,7 +304,6 @@ class Control:
         skipped, dropped = self._endings("skipped"), self._endings("dropped")
         version = self.steering.shown
         profile = self.steering.held(version)
-        oldest = self.queue.oldest()
         return {
             "requests": {
                 "shadowed": self.captured,
@@ -262,10 +322,14 @@ class Control:
                 "mode": self.steering.mode,
             },
             "calibration": self.steering.status(),
-            "queue": {"depth": len(self.queue), "lag_seconds": 0.0 if oldest is None else max(0.0, now - oldest)},
+            "recovered": {
+                "ratio": self.measurements.recovered(version),
+                "gain_nats": self.measurements.gained(version),
+            },
+            "queue": {"depth": len(self.queue), "lag_seconds": self._lag(now)},
             "reference": {"state": self.reference_state, "detail": self.reference_detail},
             "engines": {
-                "live": len({report.boot_id for report in self.engines.live(now)}),
+                "live": self._engines_live(now),
                 "acknowledged": sorted(self.engines.acknowledged(now)),
                 "counters": self.engines.counters(now),
             },
@@ -273,6 +337,13 @@ class Control:
             "relays": self.link.relays,
             "data_port": self.data_port,
         }
+
+    def _engines_live(self, now: float) -> int:
+        return len({report.boot_id for report in self.engines.live(now)})
+
+    def _lag(self, now: float) -> float:
+        oldest = self.queue.oldest()
+        return 0.0 if oldest is None else max(0.0, now - oldest)
 
     def _endings(self, outcome: str) -> dict[str, int]:
         """By reason, over the relays and this process."""
@@ -298,7 +369,7 @@ class Control:
         return profile.to_bytes() if profile else None
 
     async def import_profile(self, data: bytes) -> str:
-        version = self.steering.add(CalibrationProfile.from_bytes(data))
+        version = self.steering.add(await asyncio.to_thread(CalibrationProfile.from_bytes, data))
         self.publish()
         return version
 
@@ -317,23 +388,27 @@ class Control:
             yield "hemostat_shadow_requests", "", {"outcome": outcome, "reason": reason}, count
         tokens = self.scorer.reference_tokens if self.scorer else 0
         yield "hemostat_reference_tokens", "Prompt and output tokens that the reference has scored.", {}, tokens
-        yield "hemostat_profile_promotions", "Profiles that began to serve.", {}, self.steering.promotions
+        text = "Profiles that the guard let serve, or in mode observe would have."
+        yield "hemostat_profile_promotions", text, {}, self.steering.promotions
         yield "hemostat_profile_rollbacks", "Profiles taken back.", {}, self.steering.rollbacks
+        text = "Scored requests that calibration could neither learn from nor judge by: a bug, see the log."
+        yield "hemostat_calibration_errors", text, {}, self.calibration_failures
         yield "hemostat_store_errors", "Reads and writes that the store refused.", {}, self.store_failures
         yield from self.measurements.counters()
         for name, value in self.engines.counters(time.monotonic()).items():
             yield "hemostat_engine_events", "What the engine plugins counted.", {"reason": name}, value
 
     def gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
-        status = self.status()
-        yield "hemostat_shadow_queue_depth", "Captures waiting for the reference.", {}, status["queue"]["depth"]
-        yield "hemostat_shadow_lag_seconds", "Age of the oldest waiting capture.", {}, status["queue"]["lag_seconds"]
+        now = time.monotonic()
+        yield "hemostat_shadow_queue_depth", "Captures waiting for the reference.", {}, len(self.queue)
+        yield "hemostat_shadow_lag_seconds", "Age of the oldest waiting capture.", {}, self._lag(now)
         yield "hemostat_reference_up", "1 while the reference scores.", {}, float(self.reference_state == "ready")
-        yield "hemostat_engines", "Engines whose plugin reports.", {}, status["engines"]["live"]
-        yield "hemostat_relays", "Relay processes connected.", {}, status["relays"]
-        profile = status["profile"]
-        labels = {"version": profile["version"], "family": profile["family"]}
-        yield "hemostat_profile_info", "1 for the profile that serves (identity when none does).", labels, 1.0
+        yield "hemostat_engines", "Engines whose plugin reports.", {}, self._engines_live(now)
+        yield "hemostat_relays", "Relay processes connected.", {}, self.link.relays
+        profile = self.steering.held(self.steering.shown)
+        version, family = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
+        text = "1 for the profile that serves, or in mode observe would (identity when none does)."
+        yield "hemostat_profile_info", text, {"version": version, "family": family}, 1.0
         yield from self.measurements.gauges()
         won_back = self.measurements.recovered(self.steering.shown)
         if won_back is not None:
@@ -366,10 +441,13 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sig, stop.set)
-    listener = socket.create_server(
-        (settings.admin.host, settings.admin.port),
-        family=socket.AF_INET6 if ":" in settings.admin.host else socket.AF_INET,
-    )
+    host, port = settings.admin.host, settings.admin.port
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise HemostatError(
+            f"admin: cannot bind {host}:{port} ({error.strerror}); free it or set admin.port"
+        ) from error
     control = Control(settings, socket_path, data_port)
     await control.restore()
     await control.link.start()
@@ -406,10 +484,6 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         asyncio.run(run(settings, Path(given["socket"]), given["data_port"]))
-    except OSError as error:
-        host, port = settings.admin.host, settings.admin.port
-        print(f"hemostat: admin: cannot listen on {host}:{port} ({error.strerror})", file=sys.stderr)  # noqa: T201
-        return 2
     except HemostatError as error:
         print(f"hemostat: {error}", file=sys.stderr)  # noqa: T201
         return 2

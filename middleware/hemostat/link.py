@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,18 @@ from hemostat.messages import Capture, FrameReader, Hello, Policy, Stats, encode
 log = logging.getLogger("hemostat.control")
 
 READ_SIZE = 256 * 1024
+MAX_UNSENT = 1024 * 1024
+"""Bytes of policies that a relay may leave unread before its link is cut (it connects again)."""
+GONE_KEPT = 64
+"""Relays that went away and could come back (a link can break without its process) counted apart; older ones are one
+sum."""
 
 
 class RelayLink:
     """Receives captures and figures from every relay and sends each the policy, now and whenever it changes.
 
-    The sum over relays survives their restarts: the last figures of a relay that went away are kept in `retired`.
+    The sum over relays survives their restarts: the last figures of a relay that went away are kept, and replaced when
+    the same process comes back.
     """
 
     def __init__(self, path: Path, on_capture: Callable[[Capture], None]) -> None:
@@ -28,6 +35,7 @@ class RelayLink:
         self._policy: Policy | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._live: dict[asyncio.StreamWriter, Stats] = {}
+        self._gone: OrderedDict[tuple[int, int], Stats] = OrderedDict()
         self._retired: Stats | None = None
         self._server: asyncio.Server | None = None
 
@@ -47,20 +55,24 @@ class RelayLink:
 
     def total(self) -> Stats:
         """Figures summed over every relay there has been."""
-        total = Stats(counters={}, overhead_buckets=[], overhead_sum=0.0, ready=self.ready)
-        for stats in (self._retired, *self._live.values()):
+        total = Stats(counters={}, overhead_buckets=[], overhead_sum=0.0, ready=False)
+        for stats in (self._retired, *self._gone.values(), *self._live.values()):
             if stats is not None:
                 total = add(total, stats)
-        return total
+        return msgspec.structs.replace(total, ready=self.ready)
 
     def set_policy(self, policy: Policy) -> None:
         self._policy = policy
         frame = encode(policy)
-        for writer in self._writers:
-            writer.write(frame)
+        for writer in tuple(self._writers):
+            if writer.transport.get_write_buffer_size() > MAX_UNSENT:
+                writer.transport.abort()
+            else:
+                writer.write(frame)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         frames = FrameReader()
+        who: tuple[int, int] | None = None
         self._writers.add(writer)
         try:
             if self._policy is not None:
@@ -72,7 +84,10 @@ class RelayLink:
                             self._on_capture(message)
                         case Stats():
                             self._live[writer] = message
+                            if who is not None:
+                                self._gone.pop(who, None)  # these figures begin where that process began
                         case Hello():
+                            who = (message.worker, message.pid)
                             log.info("relay %d connected (pid %d)", message.worker, message.pid)
                         case _:
                             raise ValueError(f"a relay sent {type(message).__name__}")
@@ -82,7 +97,10 @@ class RelayLink:
             self._writers.discard(writer)
             last = self._live.pop(writer, None)
             if last is not None:
-                self._retired = last if self._retired is None else add(self._retired, last)
+                self._gone[who or (-1, -1)] = last
+                while len(self._gone) > GONE_KEPT:
+                    oldest = self._gone.popitem(last=False)[1]
+                    self._retired = oldest if self._retired is None else add(self._retired, oldest)
             writer.close()
 
     async def close(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hemostat_calibration.divergence import TokenDivergence, calibrated, divergence, gain
 from hemostat_calibration.profile import CalibrationProfile
-from hemostat_calibration.records import Floats, TokenRecord
+from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.streaming import Histogram, RatioEstimate
 
 KL_EDGES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -39,6 +39,8 @@ FIGURES = {
 """Name in the report -> field of TokenDivergence."""
 SCALARS = ("total_variation", "top1_agreement", "covered_mass")
 """Figures that the report gives as a bare number, their interval beside it."""
+INFINITE = ("kl_nats", "reverse_kl_nats")
+"""Figures that may be infinite at a token; such tokens are counted beside the mean of the others."""
 
 
 class StageFigures:
@@ -46,6 +48,7 @@ class StageFigures:
 
     def __init__(self) -> None:
         self._estimates = {name: RatioEstimate() for name in FIGURES}
+        self._infinite = dict.fromkeys(INFINITE, 0)
         self._bound = "exact"
         self.requests = 0
         self.tokens = 0
@@ -58,31 +61,44 @@ class StageFigures:
         for name, field in FIGURES.items():
             values = np.asarray(getattr(figures, field), dtype=np.float64)
             # NaN is "not available" (a greedy request has no sampled-token estimate), infinity has no mean.
-            values = values[np.isfinite(values)]
-            if len(values):
-                self._estimates[name] = self._estimates[name].update(float(values.sum()), len(values))
+            finite = np.isfinite(values)
+            tokens = int(finite.sum())
+            if tokens:
+                total = float(values.sum() if tokens == len(values) else values[finite].sum())
+                self._estimates[name] = self._estimates[name].update(total, tokens)
+            if tokens < len(values) and name in INFINITE:
+                self._infinite[name] += int(np.isinf(values).sum())
 
     def summary(self) -> dict[str, Any]:
-        """Each figure with its interval, or None where nothing was measured."""
+        """Each figure with its interval, or None where nothing was measured. JSON-ready."""
         found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "ci95": {}}
         for name, estimate in self._estimates.items():
-            interval = estimate.get()
-            low, high = _finite(interval.low), _finite(interval.high)
+            figure = interval(estimate)
             if name in SCALARS:
-                found[name] = _finite(interval.mean)
-                found["ci95"][name] = [low, high]
+                found[name], found["ci95"][name] = figure["estimate"], figure["ci95"]
             else:
-                found[name] = {"estimate": _finite(interval.mean), "ci95": [low, high]}
-        found["kl_nats"]["bound"] = self._bound
-        found["reverse_kl_nats"]["bound"] = self._bound
-        found["js_nats"]["bound"] = self._bound
+                found[name] = figure
+        for name in ("kl_nats", "reverse_kl_nats", "js_nats"):
+            found[name]["bound"] = self._bound
         for name in ("kl_nats_estimate", "reverse_kl_nats_estimate"):
             found[name]["bound"] = "exact" if self._bound == "exact" else "estimate"
+        for name, tokens in self._infinite.items():
+            found[name]["infinite_tokens"] = tokens
         return found
 
+    def mean(self, name: str) -> float | None:
+        """One figure without the rest."""
+        return _finite(self._estimates[name].get().mean)
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+
+def interval(estimate: RatioEstimate) -> dict[str, Any]:
+    """JSON-ready: what is not there, or infinite, is None."""
+    ratio = estimate.get()
+    return {"estimate": _finite(ratio.mean), "ci95": [_finite(ratio.low), _finite(ratio.high)]}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class Measurements:
@@ -104,27 +120,26 @@ class Measurements:
 
         Returns the raw figures.
         """
-        arm = str(record.arm)
         raw = divergence(record, served)
+        after = raw if profile is None else calibrated(record, profile, served)
+        won_back = None if profile is None else gain(record, profile)
+        # All is computed before anything is added, so that a record counts in every figure or in none.
+        arm = str(record.arm)
         self.tokens += record.tokens
         self._scored[arm] = self._scored.get(arm, 0) + record.tokens
         self._raw.add(raw)
         self._expose("raw", arm, raw)
-        if profile is None:
-            self._expose("calibrated", arm, raw)
-            return raw
-        after = calibrated(record, profile, served)
         self._expose("calibrated", arm, after)
-        stage, won, of = self._after.pop(profile.version, (StageFigures(), RatioEstimate(), RatioEstimate()))
-        stage.add(after)
-        won_back = gain(record, profile)
-        both = won_back.exact & np.isfinite(raw.estimate_rc)
-        if both.any():
-            won = won.update(float(won_back.lower[both].sum()), int(both.sum()))
-            of = of.update(float(raw.estimate_rc[both].sum()), int(both.sum()))
-        self._after[profile.version] = (stage, won, of)
-        while len(self._after) > VERSIONS_KEPT:
-            self._after.popitem(last=False)
+        if profile is not None and won_back is not None:
+            stage, won, of = self._after.pop(profile.version, (StageFigures(), RatioEstimate(), RatioEstimate()))
+            stage.add(after)
+            both = won_back.exact & np.isfinite(raw.estimate_rc)
+            if both.any():
+                won = won.update(float(won_back.lower[both].sum()), int(both.sum()))
+                of = of.update(float(raw.estimate_rc[both].sum()), int(both.sum()))
+            self._after[profile.version] = (stage, won, of)
+            while len(self._after) > VERSIONS_KEPT:
+                self._after.popitem(last=False)
         return raw
 
     def summary(self, version: str | None) -> dict[str, Any]:
@@ -138,12 +153,17 @@ class Measurements:
         if stage is None:
             return None
         won, of = stage[1].get().mean, stage[2].get().mean
-        return won / of if won is not None and of is not None and of > 0 else None
+        return won / of if of > 0.0 else None
+
+    def gained(self, version: str | None) -> dict[str, Any] | None:
+        """KL(r‖c) − KL(r‖c') in nats where it is known exactly, with its interval; JSON-ready."""
+        stage = self._after.get(version or "")
+        return None if stage is None else {**interval(stage[1]), "requests": stage[1].requests, "bound": "exact"}
 
     def _expose(self, stage: str, arm: str, figures: TokenDivergence) -> None:
         for direction, values in (("reference_compressed", figures.kl_rc), ("compressed_reference", figures.kl_cr)):
             key = (direction, stage, arm)
-            self._kl[key] = self._kl.get(key, Histogram(KL_EDGES)).update(_clipped(values))
+            self._kl[key] = self._kl.get(key, Histogram(KL_EDGES)).update(values)
         self._tv[stage, arm] = self._tv.get((stage, arm), Histogram(TV_EDGES)).update(figures.tv)
         self._top1[stage, arm] = self._top1.get((stage, arm), 0) + int(figures.top1_agreement.sum())
 
@@ -178,12 +198,6 @@ class Measurements:
         """name, help, labels, value."""
         text = "Mean probability mass of each model on the ids for which both gave a value."
         for model, figure in (("compressed", "covered_mass"), ("reference", "covered_mass_reference")):
-            found = self._raw.summary()[figure]
-            value = found["estimate"] if isinstance(found, dict) else found
-            if value is not None:
-                yield "hemostat_covered_mass_ratio", text, {"model": model}, value
-
-
-def _clipped(values: Floats) -> Floats:
-    """An infinite divergence counts in the highest bucket; its sum is kept finite."""
-    return np.minimum(values, 1e6)
+            mass = self._raw.mean(figure)
+            if mass is not None:
+                yield "hemostat_covered_mass_ratio", text, {"model": model}, mass

@@ -71,7 +71,8 @@ class HemostatCollector(Collector):
             "hemostat_proxy_overhead_seconds",
             "Time that the relay itself adds to a request, on its way up and on the first bytes' way back.",
             OVERHEAD_BUCKETS,
-            [((), totals.overhead_buckets, totals.overhead_sum)],
+            # Before the first relay has reported there is no figure: a 0 would look as though they had been reset.
+            [((), totals.overhead_buckets, totals.overhead_sum)] if totals.overhead_buckets else [],
         )
         for name, text, labels_of_it, edges, rows in self._state.measurements.histograms():
             yield _histogram(name, text, edges, rows, labels_of_it)

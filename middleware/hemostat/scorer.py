@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from hemostat_calibration.split import prompt_key
 
 from hemostat.engines import EngineRegistry, TapResult
 from hemostat.messages import Capture
 from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo, ReferenceScores
-from hemostat.shadow import Breaker, ShadowQueue, TokenBudget
+from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, Candidates, Ids, Sampling, Shift, TokenRecord, validate
+from hemostat_calibration.split import prompt_key
 
 log = logging.getLogger("hemostat.scorer")
 
@@ -59,6 +59,19 @@ def decode(capture: Capture) -> Arrays:
     return Arrays(prompt, output, Candidates(ids, logprobs), emitted)
 
 
+def check_ids(arrays: Arrays, vocab_size: int) -> None:
+    """InvalidRecordError where an id is none of the reference's: on some devices asking for it would end the worker."""
+    for name, ids, least in (
+        ("prompt", arrays.prompt, 0),
+        ("output", arrays.output, 0),
+        ("", arrays.candidates.ids, -1),
+    ):
+        if ids.min() < least or ids.max() >= vocab_size:
+            raise InvalidRecordError(
+                "ids", f"{name or 'candidate'} ids leave the reference's vocabulary of {vocab_size}"
+            )
+
+
 def build_record(
     capture: Capture,
     arrays: Arrays,
@@ -66,8 +79,14 @@ def build_record(
     info: ReferenceInfo,
     tap: TapResult | None,
     versions: Iterable[str],
+    *,
+    by_request: bool = False,
 ) -> TokenRecord:
-    """Join the three views of one request; raises InvalidRecordError when they do not fit."""
+    """Join the three views of one request; raises InvalidRecordError when they do not fit.
+
+    by_request: a requested profile was applied through the request's own parameters (`calibration.apply: request`), of
+    which the engine's plugin knows nothing.
+    """
     unknown = np.full(len(arrays.output), np.nan)
     names = set(versions) | (set(tap.log_normalizer) if tap else set()) | set(scores.expected_shift)
     shifts = {
@@ -91,7 +110,7 @@ def build_record(
             sampling=Sampling(capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p),
             arm=Arm(capture.arm),
             requested=capture.requested,
-            applied=tap.applied if tap else None,
+            applied=capture.requested if by_request else tap.applied if tap else None,
             shifts=shifts,
             request_id=capture.request_id,
             route=capture.route,
@@ -116,8 +135,23 @@ def _fit(
     return fitted
 
 
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """What waits for its tap. versions: of the profiles whose effect the reference was asked for."""
+
+    capture: Capture
+    arrays: Arrays
+    scores: ReferenceScores
+    info: ReferenceInfo
+    versions: tuple[str, ...]
+
+
 class Scorer:
-    """Runs until cancelled. `sink` gets every record with its capture; `count(outcome, reason)` every other ending."""
+    """Runs until cancelled. `sink` gets every record with its capture; `count(outcome, reason)` every ending.
+
+    served: names of the compressed model; what another one said (an adapter) is not the reference's to judge.
+    by_request: see `build_record`.
+    """
 
     def __init__(
         self,
@@ -127,24 +161,28 @@ class Scorer:
         breaker: Breaker,
         reference: Reference,
         info: Callable[[], ReferenceInfo | None],
+        served: Callable[[], frozenset[str]],
         profiles: Callable[[], tuple[CalibrationProfile, ...]],
         engines: EngineRegistry,
         sink: Callable[[TokenRecord, Capture], None],
         count: Callable[[str, str], None],
         clock: Callable[[], float],
+        by_request: bool = False,
     ) -> None:
         self._queue = queue
         self._budget = budget
         self._breaker = breaker
         self._reference = reference
         self._info = info
+        self._served = served
         self._profiles = profiles
         self._engines = engines
         self._sink = sink
         self._count = count
         self._clock = clock
+        self._by_request = by_request
         self._wake = asyncio.Event()
-        self._joining: asyncio.Queue[tuple[Capture, Arrays, ReferenceScores, tuple[str, ...]]] = asyncio.Queue(JOINING)
+        self._joining: asyncio.Queue[_Scored] = asyncio.Queue(JOINING)
         self._busy = 0
         self.reference_tokens = 0
 
@@ -188,7 +226,15 @@ class Scorer:
                 self._busy -= 1
 
     async def _score(self, capture: Capture) -> None:
+        info = self._info()
+        if info is None or self._breaker.state(self._clock()) is BreakerState.OPEN:
+            self._count("dropped", "breaker_open" if info else "reference_not_ready")
+            return
+        if capture.model not in self._served():
+            self._count("skipped", "unknown_model")
+            return
         arrays = decode(capture)
+        check_ids(arrays, info.vocab_size)
         tokens = len(arrays.prompt) + len(arrays.output)
         while delay := self._budget.delay(tokens, self._clock()):  # noqa: ASYNC110  waits for time, not an event
             await asyncio.sleep(delay)
@@ -204,32 +250,27 @@ class Scorer:
         except (ReferenceFailure, TimeoutError) as failure:
             # A request that this reference can never score says nothing about its health.
             if isinstance(failure, ReferenceFailure) and failure.reason == "too_long":
-                self._breaker.succeeded()
-                self._count("skipped", "too_long")
+                self._breaker.released()
+                self._count("skipped", "reference_too_long")
                 return
             self._breaker.failed(self._clock())
             if isinstance(failure, TimeoutError):
                 raise ReferenceFailure("timeout", f"no answer within {SCORE_WITHIN:.0f} s") from failure
             raise
+        except BaseException:
+            self._breaker.released()  # the half-open trial must not be held for ever
+            raise
         self._breaker.succeeded()
         self.reference_tokens += tokens
-        await self._joining.put((capture, arrays, scores, tuple(p.version for p in profiles)))
+        await self._joining.put(_Scored(capture, arrays, scores, info, tuple(p.version for p in profiles)))
 
     async def _join_forever(self) -> None:
         while True:
-            capture, arrays, scores, versions = await self._joining.get()
+            scored = await self._joining.get()
+            capture = scored.capture
             self._busy += 1
             try:
-                tap = await self._tap(capture, len(arrays.output))
-                if tap is not None and tap.mixed:
-                    self._count("skipped", "mixed_profile")
-                    continue
-                info = self._info()
-                if info is None:
-                    self._count("dropped", "reference_down")
-                    continue
-                self._sink(build_record(capture, arrays, scores, info, tap, versions), capture)
-                self._count("scored", "")
+                await self._join(scored)
             except InvalidRecordError as error:
                 self._count("skipped", f"invalid_{error.reason}")
                 log.warning("record of %s refused: %s", capture.request_id, error)
@@ -238,6 +279,22 @@ class Scorer:
                 log.exception("record of %s failed", capture.request_id)
             finally:
                 self._busy -= 1
+
+    async def _join(self, scored: _Scored) -> None:
+        capture, arrays = scored.capture, scored.arrays
+        tap = await self._tap(capture, len(arrays.output))
+        if tap is not None and tap.mixed:
+            self._count("skipped", "mixed_profile")
+            return
+        if tap is None and capture.requested is not None and not self._by_request:
+            # Asked for is not applied: of what the tokens were sampled from, nothing is known.
+            self._count("skipped", "applied_unknown")
+            return
+        record = build_record(
+            capture, arrays, scored.scores, scored.info, tap, scored.versions, by_request=self._by_request
+        )
+        self._sink(record, capture)
+        self._count("scored", "")
 
     async def _tap(self, capture: Capture, tokens: int) -> TapResult | None:
         """What the engine said about this request, complete, or whatever there is when time is up."""

@@ -120,6 +120,10 @@ class Breaker:
         self._opened_at = None
         self._trial = False
 
+    def released(self) -> None:
+        """The caller was told yes and did not find out: the next one tries."""
+        self._trial = False
+
     def failed(self, now: float) -> None:
         self._failures += 1
         self._trial = False

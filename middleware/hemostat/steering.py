@@ -1,9 +1,12 @@
 """The life of profiles: learn, propose, judge, serve, take back. Every decision is an event with its evidence.
 
 Invariants:
-- `serving` is a version only in mode `auto`, and only one that the guard has promoted; `off` empties it at once.
-- In `observe` the same happens, but for the serving: `selected` is what would serve.
+- `serving` is a version only in mode `auto`, only one that the guard has promoted, and only once both models are known
+  (`know`), so that what was kept from an earlier run does not meet another model.
+- `off` ends serving, learning and judging at once.
+- In `observe` the same happens as in `auto`, but for the serving: `selected` is what would serve.
 - A forced profile (`calibration.force`, for tests) goes on every request, and nothing is learned meanwhile.
+- A record is learned from or judged by, never both: decided by its prompt.
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ from hemostat_calibration.transform import shift_range
 log = logging.getLogger("hemostat.calibration")
 
 PROFILES_HELD = 32
+"""The oldest of what neither serves nor is tested goes, from the store too."""
 EVENTS_HELD = 200
+IMPORTS_TESTED = 4
+"""Imported candidates at a time: with two proposals, the selected and a forced one, as many as an engine holds."""
 LOGIT_BIAS_AT_MOST = 300
 """Entries of `logit_bias` that `calibration.apply: request` sends."""
 BATCH = 8
@@ -42,19 +48,20 @@ BATCH = 8
 class Steering:
     """Lives in the control process's event loop; `save(method, *args)` queues a write of the store."""
 
-    def __init__(self, settings: Calibration, model: str, save: Callable[..., None], wall: Callable[[], float]) -> None:
+    def __init__(self, settings: Calibration, save: Callable[..., None], wall: Callable[[], float]) -> None:
         self._settings = settings
-        self._model = model
         self._save = save
         self._wall = wall
         self._family = TemperatureBias(clamp_nats=settings.clamp_nats, min_tokens=settings.min_tokens)
         self._learner: TemperatureBiasState | None = None
         self._batch: list[TokenRecord] = []
+        self._proposed: tuple[str, ...] = ()
         self._proposed_at = 0
         self._guard = guard.init(settings.alpha)
         self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
         self._created: dict[str, float] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_HELD)
+        self._as_request: tuple[str, dict[str, Any]] = ("", {})
         self.mode: str = settings.mode
         self.selected: str | None = None
         self.candidates: list[str] = []
@@ -67,20 +74,21 @@ class Steering:
     @property
     def serving(self) -> str | None:
         """Version that treated requests ask for."""
-        return self.selected if self.mode == "auto" and self.forced is None else None
+        known = self._learner is not None
+        return self.selected if known and self.mode == "auto" and self.forced is None else None
 
     @property
     def shown(self) -> str | None:
-        """Version that the report and the console are about."""
-        return self.forced or (self.selected if self.mode != "off" else None)
+        """Version that the report and the console are about: what serves, or would."""
+        return (self.forced or self.selected) if self.mode != "off" else None
 
     def wanted(self) -> list[str]:
         """What engines should hold, most important first."""
         return list(dict.fromkeys(v for v in (self.forced, self.selected, *self.candidates) if v is not None))
 
     def evaluated(self) -> tuple[CalibrationProfile, ...]:
-        """Profiles whose effect is computed for every scored request."""
-        return tuple(self._profiles[version] for version in self.wanted())
+        """Profiles whose effect the reference computes for every scored request."""
+        return tuple(self._profiles[version] for version in self.wanted()) if self.mode != "off" else ()
 
     def held(self, version: str | None) -> CalibrationProfile | None:
         return self._profiles.get(version) if version is not None else None
@@ -94,39 +102,47 @@ class Steering:
         profile = self.held(self.forced or self.serving)
         if self._settings.apply != "request" or profile is None or profile.family != TEMPERATURE_BIAS:
             return {}
-        bias = profile.parameters["bias"]
-        return {
-            "request_temperature": 1.0 / float(profile.parameters["inverse_temperature"]),
-            "request_logit_bias": {str(i): round(float(bias[i]), 4) for i in largest(bias) if bias[i] != 0.0},
-        }
+        if self._as_request[0] != profile.version:
+            self._as_request = (profile.version, as_request(profile))
+        return self._as_request[1]
 
     # --- learning --------------------------------------------------------------------------------------------------
 
-    def set_vocabulary(self, size: int) -> None:
-        """The reference is known: learning can begin. Another size than before starts it anew."""
-        if self._learner is not None and self._learner.vocab_size == size:
+    def know(self, model: str, vocab_size: int) -> None:
+        """Both models are known and speak the same ids: learning can begin, anew when they are others than before.
+
+        model: the served name of the compressed one.
+        """
+        if self._learner is not None and (self._learner.model, self._learner.vocab_size) == (model, vocab_size):
             return
-        self._learner = self._family.init(self._model, size)
-        for version in [v for v, p in self._profiles.items() if p.vocab_size != size]:
-            log.error("profile %s is for %d ids, the model has %d", version, self._profiles[version].vocab_size, size)
-            if version == self.selected:
-                self._take_back("it was made for another vocabulary", {})
+        self._learner = self._family.init(model, vocab_size)
+        self._batch, self._proposed_at = [], 0
+        for version in self._proposed:
+            if version in self.candidates:
+                self._forget(version)
+        selected = self.held(self.selected)
+        if selected is not None and (selected.vocab_size != vocab_size or selected.model not in {"", model}):
+            self._take_back(f"it was made for {selected.model or 'a model'} of {selected.vocab_size} ids", {})
+        for version in [v for v, profile in self._profiles.items() if profile.vocab_size != vocab_size]:
+            log.error("profile %s is for another vocabulary than the model's %d ids", version, vocab_size)
             if version == self.forced:
                 self.forced = None
             self._forget(version)
 
     def observe(self, record: TokenRecord) -> None:
         """Learn from a record, or judge by it; never both."""
-        if self.mode == "off" or self.forced is not None or self._learner is None:
+        learner = self._learner
+        if self.mode == "off" or self.forced is not None or learner is None or record.vocab_size != learner.vocab_size:
             return
         if held_out(record.prompt_key, self._settings.held_out_fraction):
             self._judge(record)
             return
         self._batch.append(record)
         if len(self._batch) >= BATCH:
-            self._learner = self._family.update(self._learner, self._batch)
-            self._batch = []
-            self._propose(self._learner)
+            # The batch is gone first: records that raise here must not come back for ever.
+            batch, self._batch = self._batch, []
+            self._learner = learner = self._family.update(learner, batch)
+            self._propose(learner)
 
     def _propose(self, learner: TemperatureBiasState) -> None:
         """New candidates whenever twice as much has been learned as for the last ones."""
@@ -136,18 +152,29 @@ class Steering:
         if proposal is None:
             return
         self._proposed_at = learner.tokens
-        for old in tuple(self.candidates):
-            self._forget(old)
-        for profile in variants(proposal, for_requests=self._settings.apply == "request"):
-            self._hold(profile)
-            self._watch_candidate(profile.version)
-            self.candidates.append(profile.version)
+        for old in self._proposed:
+            if old in self.candidates:
+                self._forget(old)
+        made = variants(proposal, for_requests=self._settings.apply == "request")
+        self._proposed = tuple(profile.version for profile in made)
+        for profile in made:
+            self._test(profile)
             self._decided("propose", profile.version, f"learned from {learner.tokens} tokens", {})
+
+    def _test(self, profile: CalibrationProfile) -> None:
+        """Make it a candidate."""
+        self._hold(profile)
+        self._watch_candidate(profile.version)
+        self.candidates.append(profile.version)
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
     def _judge(self, record: TokenRecord) -> None:
-        """Held-out evidence: every candidate against what serves now, what serves now against identity."""
+        """Held-out evidence: every candidate against what serves now, what serves now against identity.
+
+        The gain is of the models' own distributions on the tokens at hand, whatever arm they came from: both
+        alternatives are computed on the same tokens, so that nothing depends on who was assigned to what.
+        """
         serving = self.held(self.selected)
         now = gain(record, serving) if serving is not None else None
         for version in self.candidates:
@@ -178,11 +205,14 @@ class Steering:
     def _promote(self, version: str, decision: guard.Decision) -> None:
         before, self.selected = self.selected, version
         self.promotions += 1
-        # The losers were measured against what served before: they, and it, are done.
-        for other in [v for v in (*self.candidates, before) if v is not None and v != version]:
+        # The other proposals, and what served before, are done; imports start over against the new one.
+        for other in [v for v in (*self._proposed, before) if v is not None and v != version]:
+            self.candidates = [v for v in self.candidates if v != other]
             self._guard = guard.leave(self._guard, other)
-        self.candidates = []
+        self.candidates = [v for v in self.candidates if v != version]
         self._watch_serving(version)
+        for candidate in self.candidates:
+            self._watch_candidate(candidate)
         self._save("put_profile", StoredProfile(version, self._profiles[version].to_bytes(), self._created[version]))
         self._save("set_state", "selected", version)
         self._decided("promote", version, "better on held-out requests", evidence_of(decision))
@@ -206,9 +236,12 @@ class Steering:
     # --- what operators do -----------------------------------------------------------------------------------------
 
     def set_mode(self, mode: str) -> None:
-        """off | observe | auto; `off` ends serving and learning at once."""
+        """off | observe | auto; `off` ends serving and learning at once. Outlives this process, while the
+        configuration's own mode stays the same."""
         if mode != self.mode:
             self.mode = mode
+            self._batch = []
+            self._save("set_state", "mode", f"{self._settings.mode} {mode}")
             self._decided("mode", self.selected or IDENTITY, f"set to {mode} by the operator", {})
 
     def rollback(self, why: str) -> None:
@@ -225,9 +258,11 @@ class Steering:
             )
         version = profile.version
         if version not in self.wanted():
-            self._hold(profile)
-            self._watch_candidate(version)
-            self.candidates.append(version)
+            imports = [v for v in self.candidates if v not in self._proposed]
+            if len(imports) >= IMPORTS_TESTED:
+                self._decided("drop", imports[0], "a newer import takes its place", self._evidence(imports[0]))
+                self._forget(imports[0])
+            self._test(profile)
             self._save("put_profile", StoredProfile(version, profile.to_bytes(), self._created[version]))
             self._decided("import", version, "imported by the operator", {})
         return version
@@ -237,17 +272,30 @@ class Steering:
         self._hold(profile)
         self.forced = profile.version
 
-    def restore(self, stored: Iterable[StoredProfile], selected: str | None, events: list[dict[str, Any]]) -> None:
-        """Take up what an earlier run kept: what served serves again, and goes on being judged."""
+    def restore(
+        self, stored: Iterable[StoredProfile], selected: str | None, mode: str | None, events: list[dict[str, Any]]
+    ) -> None:
+        """Take up what an earlier run kept: what served serves again, and goes on being judged.
+
+        stored, events: newest first. selected, mode: the states of those names.
+        """
         self._events.extend(reversed(events))
-        for item in stored:
+        before, _, chosen = (mode or "").partition(" ")
+        if before == self._settings.mode and chosen in {"off", "observe", "auto"}:
+            self.mode = chosen
+        for n, item in enumerate(stored):
+            if item.version != selected and n >= PROFILES_HELD:
+                self._save("delete_profile", item.version)
+                continue
+            try:
+                profile = CalibrationProfile.from_bytes(item.data, item.version)
+            except InvalidProfileError as error:
+                log.error("stored profile %s: %s", item.version, error)
+                continue
+            self._profiles[item.version] = profile
+            self._profiles.move_to_end(item.version, last=False)
+            self._created[item.version] = item.created
             if item.version == selected:
-                try:
-                    self._hold(CalibrationProfile.from_bytes(item.data, item.version))
-                except InvalidProfileError as error:
-                    log.error("stored profile %s: %s", item.version, error)
-                    continue
-                self._created[item.version] = item.created
                 self.selected = item.version
                 self._watch_serving(item.version)
 
@@ -303,9 +351,12 @@ class Steering:
     def _hold(self, profile: CalibrationProfile) -> None:
         self._profiles[profile.version] = profile
         self._created.setdefault(profile.version, self._wall())
-        for version in [v for v in self._profiles if v not in self.wanted() and v != profile.version]:
+        self._profiles.move_to_end(profile.version)
+        keep = {*self.wanted(), profile.version}
+        for version in [v for v in self._profiles if v not in keep]:
             if len(self._profiles) > PROFILES_HELD:
                 self._forget(version)
+                self._save("delete_profile", version)
 
     def _forget(self, version: str) -> None:
         self.candidates = [v for v in self.candidates if v != version]
@@ -325,6 +376,19 @@ def evidence_of(decision: guard.Decision) -> dict[str, Any]:
     return {
         name: value if not isinstance(value, float) or math.isfinite(value) else None
         for name, value in asdict(decision.evidence).items()
+    }
+
+
+def as_request(profile: CalibrationProfile) -> dict[str, Any]:
+    """Fields of the policy. vLLM adds the biases before it divides by the temperature: βz + b = (z + b/β)/(1/β).
+
+    A temperature of 1 is not sent: it would stand in the way of the server's own default.
+    """
+    beta = float(profile.parameters["inverse_temperature"])
+    bias = profile.parameters["bias"]
+    return {
+        "request_temperature": None if beta == 1.0 else 1.0 / beta,
+        "request_logit_bias": {str(i): round(float(bias[i]) / beta, 4) for i in largest(bias) if bias[i] != 0.0},
     }
 
 

@@ -127,7 +127,7 @@ class SqliteStore:
                 with connection:
                     connection.executescript(_SCHEMA)
                     return work(connection)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, ValueError) as error:  # ValueError: a damaged event is no JSON
                 raise StoreFailure(f"store {self._path}: {error}") from error
             finally:
                 connection.close()
@@ -157,7 +157,7 @@ class SqliteStore:
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         query = "SELECT body FROM events ORDER BY id DESC LIMIT ?"
-        return [json.loads(body) for (body,) in self._run(lambda c: c.execute(query, (limit,)).fetchall())]
+        return self._run(lambda c: [json.loads(body) for (body,) in c.execute(query, (limit,))])
 
     def set_state(self, key: str, value: str | None) -> None:
         if value is None:

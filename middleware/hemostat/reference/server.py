@@ -72,12 +72,16 @@ class VllmServer:
 
     async def model(self, wanted: str | None) -> ModelCard:
         """The card of `wanted`, or of the first base model."""
-        cards = (await self.get("/v1/models", _Models)).data
+        cards = await self.models()
         for card in cards:
             if card.id == wanted or (wanted is None and card.parent is None):
                 return card
         names = ", ".join(card.id for card in cards) or "nothing"
         raise ReferenceFailure("no_model", f"{self.url} serves {names}" + (f", not {wanted}" if wanted else ""))
+
+    async def models(self) -> list[ModelCard]:
+        """What it serves, adapters included."""
+        return (await self.get("/v1/models", _Models)).data
 
     async def version(self) -> str:
         return str((await self.get("/version", dict[str, str])).get("version", "unknown"))
