@@ -1,0 +1,99 @@
+"""The main job on real models, as a user starts it; its figures computed again from the weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.e2e.recompute import recompute
+
+from hemostat.compress import Checkpoints
+from hemostat_calibration.profile import temperature_bias
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+REQUESTS = 16
+TOP_K = 64
+PROMPTS = [
+    "What is the tallest mountain on Earth?",
+    "Write one sentence about the sea.",
+    "Name three things that one finds in a kitchen.",
+    "Write a Python function that adds two numbers.",
+    'Answer in JSON: {"city": ...}. Text: "Anna moved to Lisbon in May."',
+    "Why is the sky blue? Answer briefly.",
+    "Summarize: The meeting was moved from Monday to Thursday since two people were ill.",
+    "Tell a story about a fox, in four sentences.",
+]
+
+
+def demo(folder: Path, *flags: str) -> dict[str, Any]:
+    """Run `hemostat demo` on our own prompts; its report."""
+    prompts = folder / "prompts.jsonl"
+    lines = [{"messages": [{"role": "user", "content": text}], "max_tokens": 48} for text in PROMPTS]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [Path(sys.executable).parent / "hemostat", "demo", "--requests", str(REQUESTS), "--prompts", prompts]
+    done = subprocess.run(
+        [*command, "--report", folder / "report.json", "--keep", folder / "kept", "--no-console", *flags],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+def test_figures_are_those_of_the_weights(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    report = demo(tmp_path, "--seed", "3")
+    requests, raw = report["requests"], report["raw"]
+    assert (requests["sent"], requests["ok"], requests["failed"]) == (REQUESTS, REQUESTS, 0)
+    assert (requests["shadowed"], requests["scored"]) == (REQUESTS, REQUESTS)
+    assert (requests["skipped"], requests["dropped"]) == ({}, {})
+    assert report["top_k"] == TOP_K
+    assert raw["kl_nats"]["bound"] == "lower"
+    assert report["calibrated"] == raw, "identity serves"
+    assert report["profile"] == {"version": "identity", "family": "identity", "mode": "auto"}
+
+    found = recompute(tmp_path / "kept", TOP_K)
+    assert len(found) == REQUESTS
+    exact, reported = (np.concatenate([getattr(f, name) for f in found]) for name in ("exact", "reported"))
+    top, covered = (np.concatenate([getattr(f, name) for f in found]) for name in ("compressed_top", "covered"))
+    assert report["tokens_scored"] == len(exact)
+    # The report is the mean of the records.
+    assert raw["kl_nats"]["estimate"] == pytest.approx(reported.mean(), rel=1e-9)
+    assert raw["covered_mass"] == pytest.approx(covered.mean(), rel=1e-9)
+    low, high = raw["kl_nats"]["ci95"]
+    assert low < raw["kl_nats"]["estimate"] < high
+    # A lower bound, and not a vacuous one. Token by token the two engines differ by their own rounding (bf16).
+    assert 0.5 * exact.mean() < reported.mean() < exact.mean()
+    assert (reported > exact + 0.05).mean() < 0.05
+    assert covered.mean() == pytest.approx(top.mean(), abs=0.01)
+    # The estimate has no truncation bias; it speaks of the sampled requests only, greedy ones have none.
+    sampled = np.concatenate([f.exact for f in found if f.temperature == 1.0])
+    low, high = raw["kl_nats_estimate"]["ci95"]
+    width = high - low
+    assert low - 0.5 * width < sampled.mean() < high + 0.5 * width
+
+
+def test_forced_profile_changes_what_comes_out_of_vllm(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    vocabulary = json.loads((checkpoints.compressed / "config.json").read_text())["vocab_size"]
+    favoured = 1234
+    bias = np.zeros(vocabulary)
+    bias[favoured] = 15.0
+    profile = temperature_bias("", vocabulary, 1.0, bias, 15.0)
+    (tmp_path / "forced.safetensors").write_bytes(profile.to_bytes())
+    report = demo(tmp_path, "--force-profile", str(tmp_path / "forced.safetensors"))
+    assert report["requests"]["ok"] == REQUESTS
+    assert report["profile"] == {"version": profile.version, "family": "temperature_bias", "mode": "auto"}
+    records = [json.loads(line) for line in (tmp_path / "kept" / "records.jsonl").read_text().splitlines()]
+    assert {(r["profile"], r["arm"]) for r in records} == {(profile.version, "none")}
+    written = np.concatenate([r["output_token_ids"] for r in records])
+    assert (written == favoured).mean() > 0.5, "the favoured token is what vLLM writes"
+    # What the compressed model itself said is still reported raw, and the profile's harm is seen.
+    assert report["calibrated"]["kl_nats"]["estimate"] > report["raw"]["kl_nats"]["estimate"] + 1.0
