@@ -162,12 +162,19 @@ class VllmServer:
 
 
 def _quiet_environment() -> dict[str, str]:
-    """No statistics sent, no model hub asked; on a CPU a small key-value cache, and W4A16 computed as W4A16: by default
-    vLLM's kernels for AMX also round the activations to 8 bits, which is another model than the checkpoint."""
+    """No statistics sent, no model hub asked; on a CPU what suits a small machine. The user's own values win there."""
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     if on_cpu():
-        for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_INT4_W4A8", "0")):
-            environment[name] = os.environ.get(name, value)
+        on_a_cpu = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            # W4A16 computed as W4A16: by default the kernels for AMX also round the activations to 8 bits, which is
+            # another model than the checkpoint.
+            "VLLM_CPU_INT4_W4A8": "0",
+            # vLLM compiles its logprob ranks even with --enforce-eager: that takes 15 s of the first request, and a
+            # C++ compiler that may not be there.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        environment |= {name: os.environ.get(name, value) for name, value in on_a_cpu.items()}
     return environment
 
 
