@@ -207,8 +207,7 @@ class Steering:
         self.promotions += 1
         # The other proposals, and what served before, are done; imports start over against the new one.
         for other in [v for v in (*self._proposed, before) if v is not None and v != version]:
-            self.candidates = [v for v in self.candidates if v != other]
-            self._guard = guard.leave(self._guard, other)
+            self._retire(other)
         self.candidates = [v for v in self.candidates if v != version]
         self._watch_serving(version)
         for candidate in self.candidates:
@@ -261,7 +260,7 @@ class Steering:
             imports = [v for v in self.candidates if v not in self._proposed]
             if len(imports) >= IMPORTS_TESTED:
                 self._decided("drop", imports[0], "a newer import takes its place", self._evidence(imports[0]))
-                self._forget(imports[0])
+                self._retire(imports[0])
             self._test(profile)
             self._save("put_profile", StoredProfile(version, profile.to_bytes(), self._created[version]))
             self._decided("import", version, "imported by the operator", {})
@@ -358,9 +357,13 @@ class Steering:
                 self._forget(version)
                 self._save("delete_profile", version)
 
-    def _forget(self, version: str) -> None:
+    def _retire(self, version: str) -> None:
+        """Test it no more."""
         self.candidates = [v for v in self.candidates if v != version]
         self._guard = guard.leave(self._guard, version)
+
+    def _forget(self, version: str) -> None:
+        self._retire(version)
         self._profiles.pop(version, None)
         self._created.pop(version, None)
 

@@ -1,0 +1,229 @@
+"""Running figures against a batch computation over the same records; what is not a number is never one in JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.control.test_shadow import capture
+from tests.core.strategies import Truth, log_softmax, make_record
+from tests.core.test_calibrator import V, World
+
+from hemostat.measure import FIGURES, KL_EDGES, SCALARS, VERSIONS_KEPT, Measurements
+from hemostat.records_file import RecordsFile
+from hemostat_calibration.divergence import calibrated, divergence, gain
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.records import Arm, Sampling, TokenRecord
+from hemostat_calibration.streaming import student_975
+
+WORLD = World(bias=0.6, noise=0.3)
+
+
+def profile_of(seed: int = 0) -> CalibrationProfile:
+    noise = 0.1 * np.random.default_rng(seed).normal(size=V)
+    return temperature_bias("m", V, 1.0, noise - WORLD.bias, 1.0)
+
+
+def records(n: int, profile: CalibrationProfile | None = None) -> list[TokenRecord]:
+    found = []
+    for seed in range(n):
+        truth = WORLD.truth(seed)
+        cut = 5 + seed % 30
+        truth = Truth(truth.reference[:cut], truth.compressed[:cut], truth.emitted[:cut])
+        sampling = Sampling(temperature=0.0 if seed % 3 == 0 else 1.0)
+        found.append(make_record(truth, 20, profile=profile, sampling=sampling))
+    return found
+
+
+def batch(values: list[np.ndarray]) -> tuple[float, float]:
+    """Mean over all tokens, and half the width of its interval over requests, from all values at once."""
+    x = np.array([v.sum() for v in values])
+    n = np.array([len(v) for v in values])
+    mean, m = x.sum() / n.sum(), len(values)
+    deviation = math.sqrt(m / (m - 1) * ((x - mean * n) ** 2).sum()) / n.sum()
+    return mean, student_975(m - 1) * deviation
+
+
+@pytest.mark.parametrize("stage", ["raw", "calibrated"])
+def test_the_summary_is_what_a_batch_computation_says(stage: str) -> None:
+    profile = profile_of()
+    given = records(30, profile)
+    measured = Measurements()
+    for record in given:
+        measured.observe(record, profile, None)
+    version = None if stage == "raw" else profile.version
+    figures = [divergence(r) if stage == "raw" else calibrated(r, profile) for r in given]
+    summary = measured.summary(version)
+    assert summary["requests"] == 30
+    assert summary["tokens"] == sum(r.tokens for r in given) == measured.tokens
+    for name, field in FIGURES.items():
+        per_request = [np.asarray(getattr(f, field), float) for f in figures]
+        mean, half = batch([v[np.isfinite(v)] for v in per_request if np.isfinite(v).any()])
+        got = summary[name] if name in SCALARS else summary[name]["estimate"]
+        low, high = summary["ci95"][name] if name in SCALARS else summary[name]["ci95"]
+        assert got == pytest.approx(mean), name
+        assert (low, high) == (pytest.approx(mean - half), pytest.approx(mean + half)), name
+    assert summary["kl_nats"]["bound"] == "lower"
+    assert summary["kl_nats_estimate"]["bound"] == "estimate"
+    assert summary["kl_nats"]["infinite_tokens"] == 0
+
+
+def test_whole_vocabularies_are_exact() -> None:
+    measured = Measurements()
+    measured.observe(make_record(WORLD.truth(0), V), None, None)
+    assert measured.summary(None)["kl_nats"]["bound"] == "exact"
+    assert measured.summary(None)["kl_nats_estimate"]["bound"] == "exact"
+
+
+def test_calibrated_equals_raw_while_identity_serves() -> None:
+    measured = Measurements()
+    for record in records(5):
+        measured.observe(record, None, None)
+    assert measured.summary("0" * 32) == measured.summary(None)
+    rows = next(rows for name, _, _, _, rows in measured.histograms() if name == "hemostat_token_kl_nats")
+    by_label = {labels: counts for labels, counts, _ in rows}
+    assert by_label["reference_compressed", "raw", "none"] == by_label["reference_compressed", "calibrated", "none"]
+
+
+def test_won_back_is_gain_over_divergence_on_the_same_tokens() -> None:
+    profile = profile_of()
+    given = records(20, profile)
+    measured = Measurements()
+    for record in given:
+        measured.observe(record, profile, None)
+    won = of = tokens = 0.0
+    for record in given:
+        values, raw = gain(record, profile), divergence(record)
+        both = values.exact & np.isfinite(raw.estimate_rc)
+        won, of, tokens = won + values.lower[both].sum(), of + raw.estimate_rc[both].sum(), tokens + both.sum()
+    assert measured.recovered(profile.version) == pytest.approx(won / of)
+    assert 0.3 < won / of < 1.0
+    gained = measured.gained(profile.version)
+    assert gained is not None
+    assert gained["estimate"] == pytest.approx(won / tokens)
+    assert gained["ci95"][0] < won / tokens < gained["ci95"][1]
+    assert measured.recovered(None) is None
+    assert measured.gained("0" * 32) is None
+
+
+def test_nothing_is_won_back_while_no_gain_is_exact() -> None:
+    profile = profile_of()
+    measured = Measurements()
+    measured.observe(make_record(WORLD.truth(0), 3, reference_k=3), profile, None)
+    assert measured.recovered(profile.version) is None
+
+
+def infinite(divergence_of: str) -> TokenRecord:
+    """At the first of three tokens one model gives 0 to what the other thinks possible."""
+    a = log_softmax(np.random.default_rng(0).normal(size=(3, 6)))
+    b = a.copy()
+    a[0, 5] = -np.inf
+    a = log_softmax(a)
+    reference, compressed = (b, a) if divergence_of == "kl_nats" else (a, b)
+    return make_record(Truth(reference, compressed, np.zeros(3, int)), 6)
+
+
+@pytest.mark.parametrize("name", ["kl_nats", "reverse_kl_nats"])
+def test_an_infinite_token_is_counted_and_has_no_part_in_the_mean(name: str) -> None:
+    measured = Measurements()
+    measured.observe(infinite(name), None, None)
+    measured.observe(make_record(WORLD.truth(0), 20), None, None)
+    summary = measured.summary(None)
+    assert summary[name]["infinite_tokens"] == 1
+    assert 0 <= summary[name]["estimate"] < 10
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    label = "reference_compressed" if name == "kl_nats" else "compressed_reference"
+    rows = next(rows for family, _, _, _, rows in measured.histograms() if family == "hemostat_token_kl_nats")
+    counts, total = next((counts, total) for labels, counts, total in rows if labels == (label, "raw", "none"))
+    assert counts[-1] == 1, "in the bucket above the last edge"
+    assert sum(counts) == measured.tokens
+    assert total < 100
+
+
+@pytest.mark.parametrize("requests", [0, 1, 2])
+def test_few_requests_are_json_too(requests: int) -> None:
+    measured = Measurements()
+    for record in records(requests):
+        measured.observe(record, profile_of(), None)
+    for version in (None, profile_of().version):
+        summary = measured.summary(version)
+        assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    if requests < 2:
+        assert measured.summary(None)["kl_nats"]["ci95"] == [None, None], "one request says nothing of their spread"
+
+
+def test_figures_of_profiles_long_unseen_go() -> None:
+    measured = Measurements()
+    record = records(1)[0]
+    many = [profile_of(seed) for seed in range(VERSIONS_KEPT + 3)]
+    for profile in many:
+        measured.observe(record, profile, None)
+        measured.observe(record, many[0], None)
+    assert measured.summary(many[0].version)["requests"] == len(many) + 1, "seen all the time"
+    assert measured.summary(many[-1].version)["requests"] == 1
+    assert measured.gained(many[1].version) is None
+    assert len(measured._after) == VERSIONS_KEPT
+
+
+def test_labels_are_bounded() -> None:
+    measured = Measurements()
+    for n, arm in enumerate([*Arm] * 2):
+        record = replace(records(1)[0], arm=arm, model=f"m{n}", label=f"l{n}", route=f"/{n}", request_id=str(n))
+        measured.observe(record, profile_of(), None)
+    series = [labels for _, _, _, _, rows in measured.histograms() for labels, _, _ in rows]
+    assert len(series) == len(set(series)) == 2 * 2 * 3 + 2 * 3
+    tokens = {tuple(labels.values()): value for name, _, labels, value in measured.counters() if "scored" in name}
+    assert set(tokens) == {("control",), ("treated",), ("none",)}
+    assert sum(tokens.values()) == measured.tokens
+
+
+def test_a_record_counts_in_every_figure_or_in_none() -> None:
+    measured = Measurements()
+    with pytest.raises(HemostatError):
+        measured.observe(records(1)[0], temperature_bias("m", V - 30, 1.0, np.zeros(V - 30), 1.0), None)
+    assert measured.tokens == 0
+    assert measured.summary(None)["requests"] == 0
+    assert all(not rows for _, _, _, _, rows in measured.histograms())
+
+
+def test_edges_are_those_of_the_dashboards() -> None:
+    assert {name: edges for name, _, _, edges, _ in Measurements().histograms()}["hemostat_token_kl_nats"] == KL_EDGES
+
+
+# --- records.path ---------------------------------------------------------------------------------------------------
+
+
+def test_records_are_lines_that_any_json_reader_takes(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    file = RecordsFile(path)
+    record = infinite("kl_nats")
+    file.write(capture(), record, divergence(record))
+    file.write(capture(), replace(record, applied="a" * 32), divergence(record))
+    file.close()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [line["profile"] for line in lines] == ["identity", "a" * 32], "what was applied, not what was asked for"
+    assert lines[0]["kl_nats"][0] is None
+    assert lines[0]["kl_nats"][1:] == divergence(record).kl_rc[1:].tolist()
+    assert path.stat().st_mode & 0o077 == 0, "token ids are text"
+    assert file.written == 2
+
+
+def test_a_full_disk_ends_the_writing_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    file = RecordsFile(Path("/dev/full"))
+    for _ in range(3):
+        file.write(capture(), infinite("kl_nats"), divergence(infinite("kl_nats")))
+    file.close()
+    assert file.written == 0
+    assert [r.message for r in caplog.records] == [
+        "records.path: cannot write (No space left on device); no more records are kept"
+    ]
+
+
+def test_a_records_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HemostatError, match=r"records\.path: cannot write .*nowhere"):
+        RecordsFile(tmp_path / "nowhere" / "r.jsonl")
