@@ -219,6 +219,7 @@ def ours(data: bytes) -> tuple[bytes, bytes, bytes, bytes] | None:
 @given(MESSAGES)
 @example(b"POST / HTTP/1.1\r\nHost: a\r\nConnection: content-length\r\nContent-Length: 3\r\n\r\nabc")
 @example(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 03\r\n\r\nabc")
+@example(b"POST / HTTP/1.1\r\nHost: a\r\ntransfer-encoding:chunked\t\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
 def test_what_we_accept_h11_and_llhttp_read_alike(data: bytes) -> None:
     read = ours(data)
     if read is None:
@@ -236,8 +237,13 @@ def test_what_we_accept_h11_and_llhttp_read_alike(data: bytes) -> None:
     assert theirs == body
     assert oracle.trailing_data[0] == rest
     if method != b"FOO" and b"websocket" not in data:
-        llhttp = Llhttp(data[: len(data) - len(rest)])
-        assert (llhttp.body, llhttp.complete) == (body, True)
+        try:
+            llhttp = Llhttp(data[: len(data) - len(rest)])
+        except httptools.HttpParserError:
+            # It takes no tab after `chunked`, which is allowed; what goes upstream is written anew.
+            assert b"chunked\t" in data
+        else:
+            assert (llhttp.body, llhttp.complete) == (body, True)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
