@@ -194,7 +194,8 @@ class Calibration(Section):
     mode: Mode = "observe"
     control_fraction: Fraction = 0.1
     held_out_fraction: Fraction = 0.3
-    clamp_nats: float = Field(default=2.0, gt=0, le=20)
+    clamp_nats: float = Field(default=1.0, gt=0, le=20)
+    """Largest change of a logit. The smaller, the fewer held-out requests a profile needs to prove itself."""
     alpha: Fraction = 0.05
     """Error probability of the promotion and rollback bounds."""
     min_tokens: int = Field(default=20_000, ge=1)

@@ -403,8 +403,9 @@ def largest(bias: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.d
 def variants(proposal: CalibrationProfile, *, for_requests: bool) -> list[CalibrationProfile]:
     """The forms of a proposal that are put to the test, each for itself.
 
-    As learned, and with the temperature left out: E_r[Δz] of a bias is known exactly, that of a temperature only as a
-    bound (it takes the compressed model's logits at every id), so the bias alone can often prove what both cannot.
+    With the temperature left out, and as learned: E_r[Δz] of a bias is known exactly, that of a temperature only as a
+    bound (it takes the compressed model's logits at every id), so the bias alone can often prove what both cannot. It
+    comes first, since an earlier test has more of alpha.
     For requests (`calibration.apply: request`) only what a request can carry is tested.
     """
     bias = np.array(proposal.parameters["bias"])
@@ -413,7 +414,7 @@ def variants(proposal: CalibrationProfile, *, for_requests: bool) -> list[Calibr
         sparse = np.zeros_like(bias)
         sparse[kept] = bias[kept]
         bias = sparse
-    temperatures = (1.0 / float(proposal.parameters["inverse_temperature"]), 1.0)
+    temperatures = (1.0, 1.0 / float(proposal.parameters["inverse_temperature"]))
     made = [
         temperature_bias(proposal.model, proposal.vocab_size, t, bias, proposal.clamp_nats, proposal.metadata)
         for t in temperatures

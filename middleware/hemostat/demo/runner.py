@@ -44,8 +44,9 @@ SERVED_NAME = "smollm2-135m-instruct"
 DATA_PORT, ADMIN_PORT = 8080, 8081
 """Taken when they are free, otherwise any."""
 TOP_K = 64
-MIN_TOKENS = 8000
-"""Scored tokens before a profile is proposed: some minutes of the demo's traffic."""
+CALIBRATION = {"mode": "auto", "min_tokens": 3000, "held_out_fraction": 0.5, "clamp_nats": 0.5}
+"""A demo has minutes: propose early, judge by half of the prompts, and change little: what a profile needs to prove
+itself grows with the range of what it may do."""
 QUEUE_SOFT_LIMIT = 32
 """The demo's clients wait while more captures than this wait for the reference."""
 REFRESH = 0.5
@@ -355,7 +356,7 @@ def serve_settings(
         "upstream": {"url": upstream},
         "reference": {"backend": "transformers", "model": str(checkpoints.reference.absolute()), "dtype": "bfloat16"},
         "shadow": {"rate": 1.0, "seed": options.seed % 2**63, "top_k": TOP_K},
-        "calibration": {"mode": "auto", "min_tokens": MIN_TOKENS},
+        "calibration": dict(CALIBRATION),
         "shutdown_seconds": 5.0,
     }
     if options.force_profile is not None:

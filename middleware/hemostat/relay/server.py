@@ -270,6 +270,8 @@ class ClientProtocol(asyncio.Protocol):
                 self.transport.close()
             elif not self.paused:
                 self.unhold()
+        elif self.eof and not self.body_done:
+            self.transport.close()  # the rest of this body will never come
 
     def _take_up(self) -> bool:
         """Begin the next request; False while its head is incomplete, or nothing more is to be read."""
