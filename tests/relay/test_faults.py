@@ -25,6 +25,7 @@ from tests.relay.harness import (
     relaying,
     reset,
 )
+from tests.relay.test_hooks import Hooked, Watched
 from tests.relay.test_relay import GET, post
 
 from hemostat.relay.worker import Relay
@@ -307,6 +308,23 @@ async def test_half_close_in_the_middle_of_a_request_ends_it() -> None:
         client.writer.write_eof()
         assert await client.rest() == b""
         await eventually(lambda: upstream.closed == 1)
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+async def test_half_close_in_the_middle_of_a_pipelined_request_ends_it(hooked: bool) -> None:
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            await asyncio.sleep(0.05)
+            await connection.send(OK)
+
+    hook = Hooked([None, Watched()]) if hooked else None
+    async with relaying(script, hook=hook) as (relay, _, connect):
+        client = await connect()
+        client.writer.write(GET + b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhalf")
+        client.writer.write_eof()
+        assert (await client.response()).status == 200
+        assert await client.rest(within=1) == b""
+        await eventually(lambda: not relay.clients)
 
 
 async def test_slow_client_costs_bounded_memory() -> None:

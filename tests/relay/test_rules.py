@@ -249,6 +249,9 @@ def test_what_we_accept_h11_and_llhttp_read_alike(data: bytes) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.lists(MESSAGES, min_size=1, max_size=3), cuts=st.lists(st.integers(1, 60), min_size=1, max_size=8))
 @example(data=[b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"] * 3, cuts=[1])
+@example(
+    data=[b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n"], cuts=[1]
+)
 async def test_upstream_gets_what_the_rules_say_however_the_bytes_are_cut(data: list[bytes], cuts: list[int]) -> None:
     sent = b"".join(data)
     expected: list[tuple[bytes, bytes, bytes]] = []
