@@ -18,7 +18,7 @@ async def test_every_request_is_sent_once_and_its_text_read() -> None:
     fake, traffic = FakeVllm(), Traffic()
     with serving(fake) as url:
         await drive(url, plan(PROMPTS, "fake", 0), 30, traffic)
-    assert (traffic.sent, traffic.ok, traffic.failed) == (30, 30, 0)
+    assert (traffic.sent, traffic.ok, traffic.failed) == (30, 30, 0), traffic.last_failure
     assert traffic.last_text.startswith("answer ")
     wanted = [body for _, body in islice(plan(PROMPTS, "fake", 0), 30)]
     assert sorted(map(str, fake.requests)) == sorted(map(str, wanted))

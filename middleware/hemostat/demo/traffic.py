@@ -70,6 +70,7 @@ async def ask(http: httpx.AsyncClient, request_id: str, body: dict[str, Any]) ->
             raise ValueError(_refusal(response.status_code, response.text))
         return str(response.json()["choices"][0]["message"]["content"] or "")
     parts: list[str] = []
+    done = False
     async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
         if not response.is_success:
             raise ValueError(_refusal(response.status_code, (await response.aread()).decode(errors="replace")))
@@ -77,12 +78,15 @@ async def ask(http: httpx.AsyncClient, request_id: str, body: dict[str, Any]) ->
             if not line.startswith("data: "):
                 continue
             if line == "data: [DONE]":
-                return "".join(parts)
+                done = True  # and read on to the response's end, so that the connection can be used again
+                continue
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
                 raise ValueError(str(event["error"]))
             parts += [choice["delta"].get("content") or "" for choice in event["choices"]]
-    raise ValueError("the stream ended without [DONE]")
+    if not done:
+        raise ValueError("the stream ended without [DONE]")
+    return "".join(parts)
 
 
 def _refusal(status: int, text: str) -> str:
