@@ -72,7 +72,13 @@ def demo(tmp_path: Path, requests: int | None, trouble: str = "") -> subprocess.
     return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "STAND_IN_TROUBLE": trouble, "STAND_IN_RUN": str(tmp_path)},
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "STAND_IN_TROUBLE": trouble,
+            "STAND_IN_RUN": str(tmp_path),
+            "TMPDIR": str(tmp_path),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
