@@ -91,8 +91,8 @@ async def run(config: dict[str, Any]) -> None:
     link.report()
     if not await draining:
         log.warning("relay %d: %d connections were still busy", config["worker"], len(relay.clients))
-    await link.close()
     linking.cancel()
+    await link.close()
     await relay.close()
 
 
