@@ -14,13 +14,17 @@ import numpy as np
 
 from hemostat_calibration.divergence import TokenDivergence, calibrated, divergence, gain
 from hemostat_calibration.profile import CalibrationProfile
-from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.records import Arm, TokenRecord
 from hemostat_calibration.streaming import Histogram, RatioEstimate
 
 KL_EDGES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 TV_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 VERSIONS_KEPT = 16
 """Profiles whose figures are kept apart; the longest unseen one goes."""
+
+STAGES = ("raw", "calibrated")
+DIRECTIONS = ("reference_compressed", "compressed_reference")
+"""Of KL(first‖second)."""
 
 FIGURES = {
     "kl_nats": "kl_rc",
@@ -107,10 +111,13 @@ class Measurements:
     def __init__(self) -> None:
         self._raw = StageFigures()
         self._after: OrderedDict[str, tuple[StageFigures, RatioEstimate, RatioEstimate]] = OrderedDict()
-        self._kl: dict[tuple[str, str, str], Histogram] = {}
-        self._tv: dict[tuple[str, str], Histogram] = {}
-        self._top1: dict[tuple[str, str], int] = {}
-        self._scored: dict[str, int] = {}
+        # Every series is there from the start: a rate does not see what a series was born with.
+        arms = [str(arm) for arm in Arm]
+        staged = [(stage, arm) for stage in STAGES for arm in arms]
+        self._kl = {(direction, *key): Histogram(KL_EDGES) for direction in DIRECTIONS for key in staged}
+        self._tv = {key: Histogram(TV_EDGES) for key in staged}
+        self._top1 = dict.fromkeys(staged, 0)
+        self._scored = dict.fromkeys(arms, 0)
         self.tokens = 0
 
     def observe(
@@ -126,7 +133,7 @@ class Measurements:
         # All is computed before anything is added, so that a record counts in every figure or in none.
         arm = str(record.arm)
         self.tokens += record.tokens
-        self._scored[arm] = self._scored.get(arm, 0) + record.tokens
+        self._scored[arm] += record.tokens
         self._raw.add(raw)
         self._expose("raw", arm, raw)
         self._expose("calibrated", arm, after)
@@ -161,11 +168,10 @@ class Measurements:
         return None if stage is None else {**interval(stage[1]), "requests": stage[1].requests, "bound": "exact"}
 
     def _expose(self, stage: str, arm: str, figures: TokenDivergence) -> None:
-        for direction, values in (("reference_compressed", figures.kl_rc), ("compressed_reference", figures.kl_cr)):
-            key = (direction, stage, arm)
-            self._kl[key] = self._kl.get(key, Histogram(KL_EDGES)).update(values)
-        self._tv[stage, arm] = self._tv.get((stage, arm), Histogram(TV_EDGES)).update(figures.tv)
-        self._top1[stage, arm] = self._top1.get((stage, arm), 0) + int(figures.top1_agreement.sum())
+        for direction, values in zip(DIRECTIONS, (figures.kl_rc, figures.kl_cr), strict=True):
+            self._kl[direction, stage, arm] = self._kl[direction, stage, arm].update(values)
+        self._tv[stage, arm] = self._tv[stage, arm].update(figures.tv)
+        self._top1[stage, arm] += int(figures.top1_agreement.sum())
 
     def histograms(
         self,

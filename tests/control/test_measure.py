@@ -188,7 +188,7 @@ def test_a_record_counts_in_every_figure_or_in_none() -> None:
         measured.observe(records(1)[0], temperature_bias("m", V - 30, 1.0, np.zeros(V - 30), 1.0), None)
     assert measured.tokens == 0
     assert measured.summary(None)["requests"] == 0
-    assert all(not rows for _, _, _, _, rows in measured.histograms())
+    assert all(not any(counts) for _, _, _, _, rows in measured.histograms() for _, counts, _ in rows)
 
 
 def test_edges_are_those_of_the_dashboards() -> None:

@@ -58,9 +58,7 @@ class Bench:
         """Another process with the same store; the models are not known yet."""
         bench = Bench(self.store, known=False, **calibration)
         state = self.store.get_state
-        bench.steering.restore(
-            self.store.profiles(), state("selected"), state("mode"), self.store.events(EVENTS_HELD)
-        )
+        bench.steering.restore(self.store.profiles(), state("selected"), state("mode"), self.store.events(EVENTS_HELD))
         return bench
 
     def record(self, truth: Truth, key: bytes) -> TokenRecord:

@@ -1,0 +1,186 @@
+"""/metrics as a Prometheus reads it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from prometheus_client import Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.control.making import control, profile, scored
+from tests.control.test_link import until
+
+from hemostat.control import Control
+from hemostat.messages import OVERHEAD_BUCKETS, Hello, Stats, encode
+
+CONTRACT = {
+    "hemostat_requests_total": {"route", "outcome"},
+    "hemostat_proxy_overhead_seconds": set(),
+    "hemostat_shadow_requests_total": {"outcome", "reason"},
+    "hemostat_shadow_queue_depth": set(),
+    "hemostat_shadow_lag_seconds": set(),
+    "hemostat_reference_tokens_total": set(),
+    "hemostat_scored_tokens_total": {"arm"},
+    "hemostat_token_kl_nats": {"direction", "stage", "arm"},
+    "hemostat_token_total_variation": {"stage", "arm"},
+    "hemostat_top1_agreement_tokens_total": {"stage", "arm"},
+    "hemostat_covered_mass_ratio": {"model"},
+    "hemostat_recovered_divergence_ratio": set(),
+    "hemostat_profile_info": {"version", "family"},
+    "hemostat_profile_promotions_total": set(),
+    "hemostat_profile_rollbacks_total": set(),
+}
+"""The names and labels that dashboards rely on."""
+
+
+def scrape(one: Control) -> dict[str, Metric]:
+    text = generate_latest(one.registry).decode()
+    found = list(text_string_to_metric_families(text))
+    assert len({family.name for family in found}) == len(found), "no family twice"
+    return {family.name: family for family in found}
+
+
+def samples(families: dict[str, Metric]) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    flat = [s for family in families.values() for s in family.samples]
+    by_series = {(s.name, tuple(sorted(s.labels.items()))): s.value for s in flat}
+    assert len(by_series) == len(flat), "no series twice"
+    return by_series
+
+
+def stats(requests: float = 1.0, *, ready: bool = True) -> Stats:
+    return Stats(
+        counters={
+            "hemostat_requests_total": {"/v1/completions\x1fok": requests, "other\x1fclient_gone": 1.0},
+            "hemostat_shadow_requests_total": {"shadowed\x1f": requests, "skipped\x1ftoo_long": 2.0},
+            "hemostat_calibration_requests_total": {"none\x1foff": requests},
+        },
+        overhead_buckets=[int(requests)] * (len(OVERHEAD_BUCKETS) + 1),
+        overhead_sum=requests / 1000,
+        ready=ready,
+    )
+
+
+async def relay(one: Control, folder: Path, pid: int, figures: Stats) -> asyncio.StreamWriter:
+    before = one.link.relays
+    _, writer = await asyncio.open_unix_connection(str(folder / "control.sock"))
+    writer.write(encode(Hello(pid=pid, worker=0)) + encode(figures))
+    await until(lambda: one.link.relays > before and figures in one.link._live.values())
+    return writer
+
+
+async def test_names_and_labels_are_those_of_the_contract(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        writer = await relay(one, tmp_path, 1, stats())
+        one.steering.know("m", 30)
+        version = one.steering.add(profile())
+        one.steering.selected = version
+        one.steering._watch_serving(version)
+        one._scored(*scored(arm="treated"))
+        families = scrape(one)
+        series = {name: set(dict(labels)) - {"le"} for name, labels in samples(families)}
+        for name, labels in CONTRACT.items():
+            if name == "hemostat_recovered_divergence_ratio":
+                continue  # only while something is known exactly: test_measure.py
+            family = families[name.removesuffix("_total")]
+            assert family.documentation, name
+            shown = f"{name}_bucket" if family.type == "histogram" else name
+            assert series[shown] == labels, name
+            assert (family.type == "counter") == name.endswith("_total"), name
+        for family in families.values():
+            assert family.documentation, family.name
+            assert family.name.startswith("hemostat_")
+            assert family.type in {"counter", "gauge", "histogram"}
+        assert samples(families)["hemostat_profile_info", (("family", "temperature_bias"), ("version", version))] == 1
+        writer.close()
+
+
+async def test_every_family_is_there_before_anything_has_happened(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        families = scrape(one)
+        for name in CONTRACT:
+            if name not in {"hemostat_recovered_divergence_ratio", "hemostat_covered_mass_ratio"}:
+                assert name.removesuffix("_total") in families
+        found = samples(families)
+        assert not any(name.startswith("hemostat_proxy_overhead") for name, _ in found), "no relay, no figure"
+        assert found["hemostat_profile_info", (("family", "identity"), ("version", "identity"))] == 1
+
+
+async def test_relays_and_control_count_into_the_same_family_and_restarts_take_nothing_away(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        first, second = await relay(one, tmp_path, 1, stats(3)), await relay(one, tmp_path, 2, stats(4))
+        one._count("dropped", "queue_full")
+        before = samples(scrape(one))
+        ok = ("hemostat_requests_total", (("outcome", "ok"), ("route", "/v1/completions")))
+        assert before[ok] == 7
+        assert before["hemostat_shadow_requests_total", (("outcome", "dropped"), ("reason", "queue_full"))] == 1
+        assert before["hemostat_shadow_requests_total", (("outcome", "skipped"), ("reason", "too_long"))] == 4
+        assert before["hemostat_proxy_overhead_seconds_count", ()] == 7 * (len(OVERHEAD_BUCKETS) + 1)
+        assert before["hemostat_proxy_overhead_seconds_sum", ()] == pytest.approx(0.007)
+        first.close()
+        await until(lambda: one.link.relays == 1)
+        assert samples(scrape(one))[ok] == 7, "a relay that died counts on"
+        third = await relay(one, tmp_path, 3, stats(1))
+        assert samples(scrape(one))[ok] == 8
+        second.close()
+        await until(lambda: one.link.relays == 1)
+        again = await relay(one, tmp_path, 2, stats(5))
+        assert samples(scrape(one))[ok] == 9, "a link that came back is the same relay"
+        after = samples(scrape(one))
+        for key, value in before.items():
+            if key[0].endswith(("_total", "_count", "_bucket")):
+                assert after[key] >= value, key
+        third.close()
+        again.close()
+
+
+async def test_histograms_are_cumulative_and_agree_with_the_counters(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        for n in range(4):
+            one._scored(*scored(str(n), prompt=n, tokens=3 + n))
+        found = samples(scrape(one))
+        tokens = found["hemostat_scored_tokens_total", (("arm", "none"),)]
+        assert tokens == 3 + 4 + 5 + 6
+        labels = (("arm", "none"), ("direction", "reference_compressed"), ("stage", "raw"))
+        buckets = {
+            float(dict(of)["le"]): value
+            for (name, of), value in found.items()
+            if name == "hemostat_token_kl_nats_bucket" and {*labels} <= {*of}
+        }
+        values = [buckets[edge] for edge in sorted(buckets)]
+        assert values == sorted(values)
+        assert values[-1] == tokens == found["hemostat_token_kl_nats_count", labels]
+        mass = found["hemostat_covered_mass_ratio", (("model", "compressed"),)]
+        assert mass == pytest.approx(0.85, abs=1e-6)
+
+
+async def test_scrapes_between_any_two_changes(tmp_path: Path) -> None:
+    """A scrape sees whole states: it runs in the loop, and what changes state does not await in between."""
+    async with control(tmp_path) as one:
+
+        async def change() -> None:
+            for n in range(40):
+                one._scored(*scored(str(n), prompt=n, arm=("none", "treated", "control")[n % 3]))
+                one._count("skipped", f"reason{n % 5}")
+                await asyncio.sleep(0)
+
+        async def look() -> None:
+            before: dict[object, float] = {}
+            while not changing.done():
+                now = samples(scrape(one))
+                assert all(now[key] >= value for key, value in before.items() if str(key[0]).endswith("_total"))  # type: ignore[index,call-overload]
+                before = dict(now)
+                await asyncio.sleep(0)
+
+        changing = asyncio.create_task(change())
+        await asyncio.gather(changing, look())
+
+
+async def test_a_scrape_is_cheap(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        one._scored(*scored())
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        for _ in range(20):
+            generate_latest(one.registry)
+        assert (loop.time() - begun) / 20 < 0.05
