@@ -1,0 +1,215 @@
+"""The admin port in front of a real `Control`: who may do what, and what it says when not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.control.making import TOKEN, control, profile, scored
+from tests.control.test_metrics import relay, stats
+
+from hemostat import admin
+from hemostat.admin import SECURITY_HEADERS, create_app
+from hemostat.control import Control
+from hemostat.messages import Policy
+
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+GUARDED = [
+    ("POST", "/api/v1/calibration"),
+    ("POST", "/api/v1/profiles"),
+    ("POST", "/api/v1/profiles/rollback"),
+    ("POST", "/api/v1/engine/report"),
+    ("POST", "/api/v1/engine/tap"),
+    ("GET", "/api/v1/engine/profiles/" + "a" * 32),
+]
+
+
+@asynccontextmanager
+async def port(one: Control, token: str | None = TOKEN) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app(one, token, lambda: 0.0))
+    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+        yield client
+
+
+@pytest.fixture
+async def one(tmp_path: Path) -> AsyncIterator[Control]:
+    async with control(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def client(one: Control) -> AsyncIterator[httpx.AsyncClient]:
+    async with port(one) as made:
+        yield made
+
+
+def detail(response: httpx.Response) -> str:
+    said = response.json()["detail"]
+    assert isinstance(said, str)
+    return said
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+async def test_what_changes_state_needs_the_token(one: Control, method: str, path: str) -> None:
+    async with port(one) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": "Bearer é"}):
+            sent = {name: value.encode() for name, value in headers.items()}
+            response = await client.request(method, path, headers=sent, content=b'{"mode":"off"}')  # type: ignore[arg-type]
+            assert response.status_code == 401, headers
+            assert "admin.token" in detail(response)
+        assert (await client.request(method, path, headers=AUTHORIZED)).status_code not in {401, 403}
+    async with port(one, None) as client:
+        response = await client.request(method, path, headers=AUTHORIZED)
+        assert response.status_code == 403
+        assert "HEMOSTAT_ADMIN__TOKEN" in detail(response)
+    assert one.steering.mode == "observe", "nothing was changed"
+
+
+async def test_the_token_is_compared_in_constant_time(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return a == b
+
+    monkeypatch.setattr(admin.hmac, "compare_digest", compare)
+    await client.post("/api/v1/profiles/rollback", headers={"Authorization": "Bearer x"})
+    assert compared == [(b"x", TOKEN.encode())]
+
+
+@pytest.mark.parametrize(("method", "path"), [g for g in GUARDED if g[0] == "POST" and "rollback" not in g[1]])
+async def test_bodies_are_bounded_and_unread_without_the_token(
+    one: Control, monkeypatch: pytest.MonkeyPatch, method: str, path: str
+) -> None:
+    monkeypatch.setattr(admin, "MAX_PROFILE_BYTES", 100_000)
+    read = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal read
+        for _ in range(400):
+            read += 100_000
+            yield b" " * 100_000
+
+    async with port(one) as client:
+        assert (await client.request(method, path, content=endless())).status_code == 401
+        unread, read = read, 0
+        response = await client.request(method, path, content=endless(), headers=AUTHORIZED)
+    assert unread == 0
+    assert response.status_code == 413
+    assert "bytes" in detail(response)
+    assert read < 20_000_000
+
+
+async def test_the_mode_is_switched_at_once_and_relays_are_told(one: Control, client: httpx.AsyncClient) -> None:
+    one.steering.know("m", 30)
+    version = one.steering.add(profile())
+    one.steering.selected = version
+    one.steering._watch_serving(version)
+    told: list[Policy] = []
+    one.link.set_policy = told.append  # type: ignore[method-assign]
+    for mode, serving in (("auto", version), ("off", None), ("observe", None)):
+        response = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": mode})
+        assert response.json() == {"mode": mode}
+        assert (told[-1].mode, told[-1].serving) == (mode, serving)
+        assert (await client.get("/api/v1/status")).json()["profile"]["mode"] == mode
+    assert [policy.generation for policy in told] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("body", [b"", b"off", b'{"mode": "on"}', b'{"mode": "off", "x": 1}', b"[]", b'{"mode": null}'])
+async def test_a_mode_that_there_is_not(client: httpx.AsyncClient, body: bytes) -> None:
+    response = await client.post("/api/v1/calibration", headers=AUTHORIZED, content=body)
+    assert response.status_code == 422
+    assert '"off"' in detail(response)
+
+
+async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, client: httpx.AsyncClient) -> None:
+    one.steering.know("m", 30)
+    given = profile()
+    response = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=given.to_bytes())
+    version = response.json()["version"]
+    assert version == given.version
+    shown = (await client.get(f"/api/v1/profiles/{version}")).json()
+    assert (shown["state"], shown["family"], shown["vocab_size"]) == ("candidate", "temperature_bias", 30)
+    assert [event["decision"] for event in shown["evidence"]] == ["import"]
+    fetched = await client.get(f"/api/v1/engine/profiles/{version}", headers=AUTHORIZED)
+    assert fetched.content == given.to_bytes()
+    held = {"boot_id": "b", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 30}
+    report = held | {"counters": {}, "runner": "v1", "vllm": "0"}
+    one.publish()
+    answer = await client.post("/api/v1/engine/report", headers=AUTHORIZED, json=report)
+    assert answer.json() == {"hold": [version]}
+
+    nothing = await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)
+    assert nothing.status_code == 400
+    assert "identity serves" in detail(nothing)
+    one.steering.selected = version
+    one.steering._watch_serving(version)
+    listing = (await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)).json()
+    assert listing["serving"] == "identity"
+    assert listing["events"][0]["decision"] == "roll_back"
+    assert one.steering.selected is None
+
+
+async def test_profiles_that_are_none(one: Control, client: httpx.AsyncClient) -> None:
+    one.steering.know("m", 30)
+    for body, said in ((b"", "profile"), (b"junk" * 100, "profile"), (profile(vocabulary=31).to_bytes(), "31 ids")):
+        response = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=body)
+        assert response.status_code == 400
+        assert said in detail(response)
+    assert one.steering.listing()["profiles"] == []
+
+
+@pytest.mark.parametrize("name", ["a" * 32, "A" * 32, "latest", "..%2f..%2fetc", "a" * 33])
+async def test_names_that_are_no_version(client: httpx.AsyncClient, name: str) -> None:
+    assert (await client.get(f"/api/v1/profiles/{name}")).status_code == 404
+    assert (await client.get(f"/api/v1/engine/profiles/{name}", headers=AUTHORIZED)).status_code == 404
+
+
+async def test_health_depends_on_relays_only(one: Control, client: httpx.AsyncClient, tmp_path: Path) -> None:
+    assert (await client.get("/livez")).status_code == 200
+    assert (await client.get("/readyz")).status_code == 503
+    writer = await relay(one, tmp_path, 1, stats())
+    assert one.reference_state == "none"
+    assert (await client.get("/readyz")).status_code == 200
+    draining = await relay(one, tmp_path, 2, stats(ready=False))
+    assert (await client.get("/readyz")).status_code == 200, "one still takes requests"
+    writer.close()
+    draining.close()
+
+
+async def test_security_headers_are_on_everything(client: httpx.AsyncClient) -> None:
+    for path in ("/", "/console.js", "/metrics", "/livez", "/readyz", "/api/v1/status", "/nothing"):
+        response = await client.get(path)
+        for name, value in SECURITY_HEADERS.items():
+            assert response.headers[name] == value, path
+    assert "no-store" in SECURITY_HEADERS["cache-control"]
+
+
+async def test_metrics_are_metrics(client: httpx.AsyncClient) -> None:
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert "hemostat_requests" in {family.name for family in text_string_to_metric_families(response.text)}
+
+
+async def test_status_has_the_reports_shape_and_is_json(one: Control, client: httpx.AsyncClient) -> None:
+    def figures(status: dict[str, Any]) -> set[str]:
+        return {name for name in status["raw"] if name in status["calibrated"]}
+
+    wanted = {"kl_nats", "total_variation", "top1_agreement", "covered_mass", "ci95"}
+    for n in range(3):
+        status = json.loads((await client.get("/api/v1/status")).text, parse_constant=pytest.fail)
+        assert {"sent", "ok", "failed"}.isdisjoint(status["requests"])
+        assert status["requests"].keys() == {"shadowed", "scored", "skipped", "dropped", "pending"}
+        assert wanted <= figures(status)
+        assert status["profile"] == {"version": "identity", "family": "identity", "mode": "observe"}
+        assert status["calibrated"] == status["raw"]
+        one._scored(*scored(str(n), prompt=n))
+    assert status["tokens_scored"] == 6

@@ -1,0 +1,266 @@
+"""The control process's own wiring, in one process: matching, adapters, failures that must not spread."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.control.making import control, profile, scored, settings
+from tests.control.test_link import until
+from tests.control.test_scorer import capture
+from tests.fakes.fake_vllm import VOCAB, FakeVllm, serving
+
+from hemostat import control as control_module
+from hemostat.config import Settings
+from hemostat.control import Control
+from hemostat.messages import Policy
+from hemostat.store import StoreFailure
+from hemostat_calibration.errors import HemostatError
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "MATCH_RETRY", 0.05)
+    monkeypatch.setattr(control_module, "HOUSEKEEPING", 0.02)
+    monkeypatch.setattr(control_module, "MODELS_EVERY", 0.1)
+
+
+@pytest.fixture
+def upstream() -> Iterator[tuple[FakeVllm, str]]:
+    fake = FakeVllm(noise=0.5)
+    with serving(fake) as url:
+        yield fake, url
+
+
+@pytest.fixture
+def reference() -> Iterator[tuple[FakeVllm, str]]:
+    fake = FakeVllm()
+    with serving(fake) as url:
+        yield fake, url
+
+
+def pair(ours: str, theirs: str, **more: Any) -> Settings:
+    return settings(ours, reference={"backend": "vllm", "url": theirs}, **more)
+
+
+@asynccontextmanager
+async def watched(folder: Path, made: Settings) -> AsyncIterator[tuple[Control, list[Policy]]]:
+    """With every loop running, and the policies that relays are told."""
+    async with control(folder, made, loops=True) as one:
+        told: list[Policy] = []
+        pass_on = one.link.set_policy
+
+        def note(policy: Policy) -> None:
+            told.append(policy)
+            pass_on(policy)
+
+        one.link.set_policy = note  # type: ignore[method-assign]
+        yield one, told
+
+
+async def test_two_models_that_fit_are_scored(
+    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
+) -> None:
+    async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
+        await until(lambda: one.reference_state == "ready")
+        assert told[-1].scoring
+        assert one.served == {"fake"}
+        assert one.steering._learner is not None
+        assert (one.steering._learner.model, one.steering._learner.vocab_size) == ("fake", VOCAB)
+
+
+async def test_an_upstream_that_gives_fewer_logprobs_is_a_mismatch_that_says_what_to_set(
+    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
+) -> None:
+    fake, url = upstream
+    fake.max_logprobs = 3
+    async with watched(tmp_path, pair(url, reference[1])) as (one, told):
+        await until(lambda: one.reference_state == "mismatch")
+        assert "--max-logprobs 4" in one.reference_detail
+        assert "shadow.top_k" in one.reference_detail
+        assert not told[-1].scoring
+        one._captured(capture())
+        assert one.status()["requests"]["dropped"] == {"reference_not_ready": 1}
+        fake.max_logprobs = 4
+        await until(lambda: one.reference_state == "ready")
+        assert told[-1].scoring
+
+
+async def test_another_vocabulary_is_a_mismatch(
+    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = FakeVllm._other
+
+    def other_ids(self: FakeVllm, route: tuple[str, str], body: bytes) -> tuple[int, Any]:
+        status, value = original(self, route, body)
+        if route[1] == "/tokenize" and self is reference[0]:
+            value["tokens"] = [token + 1 for token in value["tokens"]]
+        return status, value
+
+    monkeypatch.setattr(FakeVllm, "_other", other_ids)
+    async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
+        await until(lambda: one.reference_state == "mismatch")
+        assert "token ids of a probe text" in one.reference_detail
+        assert not told[-1].scoring
+
+
+async def test_an_upstream_that_is_not_there_yet_is_waited_for(reference: tuple[FakeVllm, str], tmp_path: Path) -> None:
+    with serving(FakeVllm()) as url:
+        pass
+    async with watched(tmp_path, pair(url, reference[1])) as (one, _):
+        await until(lambda: "does not answer" in one.reference_detail)
+        assert one.reference_state == "starting"
+        with serving(FakeVllm(), int(url.rpartition(":")[2])):
+            await until(lambda: one.reference_state == "ready")
+
+
+async def test_adapters_are_told_to_relays_as_they_come_and_go(
+    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
+) -> None:
+    fake, url = upstream
+    fake.adapters = ("lora",)
+    async with watched(tmp_path, pair(url, reference[1])) as (one, told):
+        await until(lambda: one.reference_state == "ready")
+        assert told[-1].unscorable_models == {"lora"}
+        fake.adapters = ("lora", "sql")
+        await until(lambda: told[-1].unscorable_models == {"lora", "sql"})
+        one._captured(capture(model="loaded-since"))
+        await until(lambda: one.status()["requests"]["skipped"] == {"unknown_model": 1})
+        fake.adapters = ()
+        await until(lambda: told[-1].unscorable_models == frozenset())
+        assert one.reference_state == "ready"
+
+
+async def test_another_model_behind_the_same_address_is_matched_anew(
+    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
+) -> None:
+    fake, url = upstream
+    async with watched(tmp_path, pair(url, reference[1])) as (one, _):
+        await until(lambda: one.reference_state == "ready")
+        fake.model = "another"
+        await until(lambda: one.steering._learner is not None and one.steering._learner.model == "another")
+        assert one.served == {"another"}
+
+
+async def test_a_reference_that_dies_stops_the_sampling_and_comes_back(
+    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
+) -> None:
+    fake, url = reference
+    async with watched(tmp_path, pair(upstream[1], url)) as (one, told):
+        one.breaker.cooldown = 0.2
+        await until(lambda: one.reference_state == "ready")
+        fake.status = 500
+        for _ in range(one.breaker.threshold):
+            one._captured(capture(model="fake"))
+        await until(lambda: one.reference_state == "down")
+        assert one.status()["requests"]["dropped"]["reference_http_error"] == one.breaker.threshold
+        assert not told[-1].scoring
+        fake.status = None
+        await until(lambda: one.reference_state == "ready")
+        assert told[-1].scoring
+
+
+async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with control(tmp_path) as one:
+        monkeypatch.setattr(one.steering, "observe", bug)
+        one._scored(*scored())
+        assert one.measurements.tokens == 3
+        found = {name: value for name, _, _, value in one.counters()}
+        assert found["hemostat_calibration_errors"] == 1
+
+
+async def test_policies_are_sent_when_something_changed_and_only_then(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        told: list[Policy] = []
+        one.link.set_policy = told.append  # type: ignore[method-assign]
+        for _ in range(5):
+            one.publish()
+        assert len(told) == 1
+        one.steering.set_mode("auto")
+        one.publish()
+        assert [policy.generation for policy in told] == [1, 2]
+        assert msgspec.structs.replace(told[0], generation=2, mode="auto") == told[1]
+
+
+async def test_a_store_that_refuses_is_counted_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    made = settings(store={"url": f"sqlite:///{path}"})
+    async with control(tmp_path, made, loops=True) as one:
+        one.steering.know("m", 30)
+        one.steering.add(profile())
+        await until(lambda: len(one.store.events(9)) == len(one.store.profiles()) == 1)
+        path.write_bytes(b"no database " * 1000)
+        one.steering.add(profile(1))
+        await until(lambda: one.store_failures == 2)
+        path.unlink()
+        one.steering.set_mode("auto")
+        await until(lambda: one.store.get_state("mode") == "observe auto")
+        assert one.store_failures == 2
+        assert len(one.steering.listing()["profiles"]) == 2
+
+
+async def test_a_damaged_store_does_not_keep_it_from_starting(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    made = settings(store={"url": f"sqlite:///{path}"})
+    async with control(tmp_path, made) as one:
+        one.store.append_event({"at": 0.0})
+        one.store._run(lambda c: c.execute("UPDATE events SET body = 'no json'"))  # type: ignore[attr-defined]
+        with pytest.raises(StoreFailure):
+            one.store.events(1)
+    async with control(tmp_path, made) as one:
+        assert one.store_failures == 1
+    path.write_bytes(b"no database " * 1000)
+    async with control(tmp_path, made) as one:
+        assert one.store_failures == 1
+        one.store.set_state("a", "b")
+
+
+async def test_what_was_decided_is_written_before_it_ends(tmp_path: Path) -> None:
+    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
+    async with control(tmp_path, made) as one:
+        await one.set_mode("off")
+    async with control(tmp_path, made) as one:
+        assert one.steering.mode == "off"
+        assert [event["decision"] for event in one.profiles()["events"]] == ["mode"]
+
+
+async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(b"junk")
+    with pytest.raises(HemostatError, match=r"calibration\.force: .*p\.safetensors"):
+        async with control(tmp_path, settings(calibration={"force": str(path)})):
+            pass
+    path.write_bytes(profile().to_bytes())
+    async with control(tmp_path, settings(calibration={"force": str(path)})) as one:
+        assert one.steering.forced == profile().version
+
+
+async def test_saves_beyond_what_can_wait_are_counted(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        for _ in range(one._saves.maxsize + 3):
+            one._save("set_state", "a", "b")
+        assert one.store_failures == 3
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 10
+
+
+async def test_status_and_scrapes_take_no_time(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        one.steering.know("m", 30)
+        for seed in range(4):
+            one.steering.add(profile(seed))
+        one._scored(*scored())
+        begun = time.perf_counter()
+        for _ in range(20):
+            one.status()
+        assert (time.perf_counter() - begun) / 20 < 0.02
+        await asyncio.sleep(0)
