@@ -152,7 +152,12 @@ def relay_config(settings: Settings, worker: int, port: int, control_socket: Pat
     }
 
 
-def main(settings: Settings, announce: Callable[[str], None] = print) -> int:
+def _say(text: str) -> None:
+    # At once: where standard output is a pipe (a service manager, a container) it would wait in a buffer until the end.
+    print(text, flush=True)  # noqa: T201
+
+
+def main(settings: Settings, announce: Callable[[str], None] = _say) -> int:
     """Run until SIGTERM or SIGINT; 0 after an orderly stop, 2 when something cannot start."""
     logging.basicConfig(level=settings.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return asyncio.run(_run(settings, announce))
