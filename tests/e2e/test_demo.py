@@ -15,7 +15,11 @@ from tests.e2e.recompute import recompute
 from hemostat.compress import Checkpoints
 from hemostat_calibration.profile import temperature_bias
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
+]
 
 REQUESTS = 16
 TOP_K = 64
