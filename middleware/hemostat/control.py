@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -177,15 +178,13 @@ class Control:
 
     # --- the reference ---------------------------------------------------------------------------------------------
 
-    async def keep_reference(self) -> None:
-        """Start the reference and compare it with the upstream, until both fit; again when either has changed."""
-        if self.reference is None:
-            return
+    async def keep_reference(self, reference: Reference) -> None:
+        """Start it and compare it with the upstream, until both fit; again when either has changed."""
         upstream = self.settings.upstream
         server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
         try:
             while True:
-                state, detail = await self._match(self.reference, server)
+                state, detail = await self._match(reference, server)
                 self._reference_is(state, detail)
                 if state == "ready":
                     await self._until_changed(server)
@@ -446,7 +445,7 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise HemostatError(
-            f"admin: cannot bind {host}:{port} ({error.strerror}); free it or set admin.port"
+            f"admin: cannot bind {host}:{port} ({os.strerror(error.errno or 0)}); free it or set admin.port"
         ) from error
     control = Control(settings, socket_path, data_port)
     await control.restore()
@@ -459,10 +458,10 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
         asyncio.create_task(server.serve(sockets=[listener])),
         asyncio.create_task(control.keep_house()),
         asyncio.create_task(control.keep_store()),
-        asyncio.create_task(control.keep_reference()),
     ]
-    if control.scorer is not None:
+    if control.reference is not None and control.scorer is not None:
         workers = 1 if settings.reference.backend == "transformers" else 4
+        tasks.append(asyncio.create_task(control.keep_reference(control.reference)))
         tasks.append(asyncio.create_task(control.scorer.run(workers)))
     stopping = asyncio.create_task(stop.wait())
     print(json.dumps({"admin_port": listener.getsockname()[1]}), flush=True)  # noqa: T201  the supervisor reads it
@@ -473,7 +472,8 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     await control.close()
     for task in done - {stopping}:
-        task.result()  # a loop that ended by itself is a bug: raise, and be started again
+        task.result()
+        raise RuntimeError("a loop ended by itself: that is a bug, and the supervisor starts this process again")
 
 
 def main() -> int:

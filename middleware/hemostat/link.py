@@ -37,6 +37,7 @@ class RelayLink:
         self._live: dict[asyncio.StreamWriter, Stats] = {}
         self._gone: OrderedDict[tuple[int, int], Stats] = OrderedDict()
         self._retired: Stats | None = None
+        self._serving: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -74,6 +75,10 @@ class RelayLink:
         frames = FrameReader()
         who: tuple[int, int] | None = None
         self._writers.add(writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         try:
             if self._policy is not None:
                 writer.write(encode(self._policy))
@@ -107,7 +112,9 @@ class RelayLink:
         if self._server is not None:
             self._server.close()
         for writer in tuple(self._writers):
-            writer.close()
+            writer.transport.abort()
+        if self._serving:
+            await asyncio.wait(tuple(self._serving), timeout=1.0)
 
 
 def add(a: Stats, b: Stats) -> Stats:

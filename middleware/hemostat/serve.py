@@ -30,10 +30,17 @@ BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0)
 STABLE_AFTER = 30.0
 """A child that lived this long starts again without delay."""
 CONTROL_STOPS_WITHIN = 10.0
+EXPLAINED = 2
+"""Exit code of a child that has said in one line why it cannot start."""
 
 
 class StartFailure(Exception):
-    """A child ended before it listened; it has said why on standard error."""
+    """A child ended before it listened."""
+
+    def __init__(self, name: str, code: int | None) -> None:
+        super().__init__(f"{name} did not start")
+        self.explained = code == EXPLAINED
+        """It has said why on standard error."""
 
 
 class Child:
@@ -67,8 +74,11 @@ class Child:
             line = await asyncio.wait_for(self._process.stdout.readline(), STARTED_WITHIN)
             self.listening = json.loads(line)
         except (TimeoutError, ValueError) as error:
+            if isinstance(error, ValueError):  # it said nothing and is about to end: its exit code tells more
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), 5.0)
             await self._end(signal.SIGKILL, 5.0)
-            raise StartFailure(self.name) from error
+            raise StartFailure(self.name, self._process.returncode) from error
 
     async def keep(self) -> None:
         """Restart the process whenever it ends, with growing pauses; returns after `stop`."""
@@ -87,8 +97,8 @@ class Child:
                 return
             try:
                 await self.start()
-            except StartFailure:
-                log.error("%s did not start", self.name)
+            except StartFailure as failure:
+                log.error("%s", failure)
 
     async def stop(self, sig: signal.Signals, within: float) -> None:
         """Send `sig`, wait, then kill; `keep` returns."""
@@ -199,7 +209,8 @@ async def _run(settings: Settings, announce: Callable[[str], None]) -> int:
         await stop.wait()
         log.info("stopping: draining for up to %.0f s", settings.shutdown_seconds)
     except StartFailure as failure:
-        log.error("%s did not start", failure)
+        if not failure.explained:
+            log.error("%s", failure)
         code = 2
     finally:
         # Relays first: /readyz says no while they drain, and what they still capture has somewhere to go.

@@ -40,9 +40,9 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
     await one.link.start()
     tasks = []
     if loops:
-        tasks = [asyncio.create_task(loop) for loop in (one.keep_house(), one.keep_store(), one.keep_reference())]
-        if one.scorer is not None:
-            tasks.append(asyncio.create_task(one.scorer.run(1)))
+        tasks = [asyncio.create_task(loop) for loop in (one.keep_house(), one.keep_store())]
+        if one.scorer is not None and one.reference is not None:
+            tasks += [asyncio.create_task(one.keep_reference(one.reference)), asyncio.create_task(one.scorer.run(1))]
     try:
         yield one
         assert not any(task.done() and not task.cancelled() and task.exception() for task in tasks)

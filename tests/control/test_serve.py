@@ -1,0 +1,331 @@
+"""`hemostat serve` as it runs: its processes are killed one by one, and clients do not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from tests.fakes.fake_vllm import FakeVllm, serving
+
+TOKEN = "secret"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+CHAT = "/v1/chat/completions"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Served:
+    """A running `hemostat serve`, its upstream and its reference."""
+
+    def __init__(self, process: subprocess.Popen[str], admin: str, upstream: FakeVllm, log: Path) -> None:
+        self.process, self.admin, self.upstream, self.log = process, admin, upstream, log
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        found = re.search(r"data port (http://\S+)", said)
+        assert found, log.read_text()
+        self.data = found[1]
+
+    def pids(self, module: str) -> set[int]:
+        """Of the children that run this module."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        found = set()
+        for pid in children:
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if module.encode() in command:
+                found.add(int(pid))
+        return found
+
+    async def ask(self, text: str, **more: Any) -> httpx.Response:
+        body = {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 4} | more
+        async with httpx.AsyncClient(base_url=self.data, timeout=20) as client:
+            return await client.post(CHAT, json=body)
+
+    async def get(self, path: str) -> httpx.Response:
+        async with httpx.AsyncClient(base_url=self.admin, timeout=5) as client:
+            return await client.get(path)
+
+    async def status(self) -> dict[str, Any]:
+        return (await self.get("/api/v1/status")).json()  # type: ignore[no-any-return]
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """Sum over the series with these labels."""
+        families = text_string_to_metric_families((await self.get("/metrics")).text)
+        samples = [s for family in families for s in family.samples if s.name == name]
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+    async def until(self, condition: Callable[[dict[str, Any]], bool], seconds: float = 20) -> dict[str, Any]:
+        """The first status that fits; an admin port that is away is waited for."""
+        end, status = time.monotonic() + seconds, {}
+        while time.monotonic() < end:
+            try:
+                status = await self.status()
+                if condition(status):
+                    return status
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.05)
+        pytest.fail(f"{status}\n{self.log.read_text()}")
+
+
+@contextmanager
+def hemostat(folder: Path, upstream: FakeVllm, url: str, **more: Any) -> Iterator[Served]:
+    admin = free_port()
+    settings = {
+        "listen": {"host": "127.0.0.1", "port": 0},
+        "admin": {"port": admin, "token": TOKEN},
+        "upstream": {"url": url},
+        "shadow": {"rate": 1.0, "top_k": 8},
+        "shutdown_seconds": 10,
+    }
+    config = folder / "hemostat.yaml"
+    config.write_text(yaml.safe_dump(settings | more))
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hemostat", "serve", "--config", str(config)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("HEMOSTAT_")},
+        )
+        try:
+            yield Served(process, f"http://127.0.0.1:{admin}", upstream, folder / "log")
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+                process.wait()
+                assert process.stdout is not None
+                process.stdout.close()
+
+
+class Switch:
+    """The reference's server, which can be taken away and put back under the same address."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._running = ExitStack()
+
+    def on(self) -> None:
+        self._running.enter_context(serving(FakeVllm(), self.port))
+
+    def off(self) -> None:
+        self._running.close()
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[Switch]:
+    switch = Switch()
+    switch.on()
+    yield switch
+    switch.off()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, reference: Switch) -> Iterator[Served]:
+    """Two relays; shared by the tests of this file, each of which leaves it working."""
+    folder = tmp_path_factory.mktemp("serve")
+    upstream = FakeVllm(noise=0.5)
+    with (
+        serving(upstream) as url,
+        hemostat(
+            folder,
+            upstream,
+            url,
+            workers=2,
+            reference={"backend": "vllm", "url": f"http://127.0.0.1:{reference.port}"},
+            store={"url": f"sqlite:///{folder / 'store.db'}"},
+        ) as one,
+    ):
+        yield one
+
+
+@asynccontextmanager
+async def engine(served: Served) -> AsyncIterator[None]:
+    """What the plugin in an engine does: it reports, whether somebody listens or not."""
+
+    async def report() -> None:
+        who = {"boot_id": "boot", "rank": 0, "world_size": 1, "runner": "v1", "vllm": "0"}
+        body = who | {"versions": [], "vocab_size": 512, "counters": {}}
+        async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED) as client:
+            while True:
+                with suppress(httpx.TransportError):
+                    await client.post("/api/v1/engine/report", json=body)
+                await asyncio.sleep(0.2)
+
+    task = asyncio.create_task(report())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def scored_again(served: Served) -> None:
+    """A request sent now is scored."""
+    before = await served.until(lambda s: s["reference"]["state"] == "ready" and s["relays"] == 2)
+    # A relay hears of it a moment later than the status says it.
+    for n in range(50):
+        assert (await served.ask(f"once more, {time.monotonic()} {n}")).status_code == 200
+        await asyncio.sleep(0.1)
+        if (await served.status())["requests"]["scored"] > before["requests"]["scored"]:
+            return
+    pytest.fail(served.log.read_text())
+
+
+async def test_requests_are_answered_scored_and_counted_over_all_workers(served: Served) -> None:
+    await served.until(lambda s: s["reference"]["state"] == "ready" and s["relays"] == 2)
+    await scored_again(served)
+    await asyncio.sleep(1.5)  # relays report once a second
+    before = await served.metric("hemostat_requests_total", outcome="ok", route=CHAT)
+    answers = await asyncio.gather(*(served.ask(f"question {n}", stream=n % 2 == 0) for n in range(24)))
+    assert {answer.status_code for answer in answers} == {200}
+    status = await served.until(lambda s: s["requests"]["scored"] >= 24 and s["requests"]["pending"] == 0)
+    assert status["requests"]["dropped"] == {}
+    assert status["raw"]["kl_nats"]["estimate"] > 0
+    end = time.monotonic() + 5
+    while await served.metric("hemostat_requests_total", outcome="ok", route=CHAT) != before + 24:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.1)
+    shadowed = await served.metric("hemostat_shadow_requests_total", outcome="shadowed")
+    assert shadowed == await served.metric("hemostat_shadow_requests_total", outcome="scored")
+    assert (await served.get("/readyz")).status_code == 200
+
+
+async def test_control_killed_relays_go_on_and_everything_comes_back(served: Served) -> None:
+    await served.until(lambda s: s["relays"] == 2)
+    async with engine(served):
+        await served.until(lambda s: s["engines"]["live"] == 1)
+        (pid,) = served.pids("hemostat.control")
+        served.upstream.token_delay = 0.1
+        streaming = asyncio.create_task(served.ask("say: a long stream is going on here", stream=True, max_tokens=40))
+        await asyncio.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)
+        for _ in range(5):
+            assert (await served.ask("meanwhile", max_tokens=1)).status_code == 200
+        served.upstream.token_delay = 0.0
+        answer = await streaming
+        assert answer.status_code == 200
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert '"token_ids":[' not in answer.text
+        await served.until(lambda s: s["relays"] == 2 and s["engines"]["live"] == 1)
+        assert served.pids("hemostat.control") != {pid}
+        await scored_again(served)
+        assert await served.metric("hemostat_requests_total", outcome="ok", route=CHAT) >= 6, "relays told it anew"
+
+
+async def test_relay_killed_the_port_keeps_answering_and_it_is_started_again(served: Served) -> None:
+    await served.until(lambda s: s["relays"] == 2)
+    before = await served.metric("hemostat_requests_total")
+    pids = served.pids("hemostat.relay.main")
+    assert len(pids) == 2
+    os.kill(min(pids), signal.SIGKILL)
+    await asyncio.sleep(0.1)
+    answers = await asyncio.gather(*(served.ask(f"still there {n}?") for n in range(10)))
+    assert {answer.status_code for answer in answers} == {200}
+    await served.until(lambda s: s["relays"] == 2)
+    assert len(served.pids("hemostat.relay.main") - pids) == 1
+    assert await served.metric("hemostat_requests_total") >= before
+    await scored_again(served)
+
+
+async def test_store_gone_bad_is_counted_and_harms_nobody(served: Served) -> None:
+    await served.until(lambda s: s["relays"] == 2)
+    store = served.log.parent / "store.db"
+    before = await served.metric("hemostat_store_errors_total")
+    async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED) as admin:
+        store.write_bytes(b"this is no database" * 1000)
+        await admin.post("/api/v1/calibration", json={"mode": "off"})
+        end = time.monotonic() + 5
+        while await served.metric("hemostat_store_errors_total") == before:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.05)
+        await scored_again(served)
+        store.unlink()
+        await admin.post("/api/v1/calibration", json={"mode": "observe"})
+        await scored_again(served)
+    assert (await served.status())["profile"]["mode"] == "observe"
+
+
+async def test_reference_killed_is_dropped_by_reason_and_taken_up_when_it_is_back(
+    served: Served, reference: Switch
+) -> None:
+    await served.until(lambda s: s["reference"]["state"] == "ready")
+    await scored_again(served)
+    reference.off()
+    for n in range(40):
+        assert (await served.ask(f"unscored {n}")).status_code == 200
+        if (await served.status())["reference"]["state"] == "down":
+            break
+        await asyncio.sleep(0.05)
+    status = await served.until(lambda s: s["reference"]["state"] == "down")
+    assert status["requests"]["dropped"]["reference_down"] >= 5
+    assert (await served.get("/readyz")).status_code == 200, "readiness does not depend on the reference"
+    assert (await served.ask("still")).status_code == 200
+    reference.on()
+    await scored_again(served)
+
+
+async def test_sigterm_ends_what_is_in_flight_and_exits_with_0(tmp_path: Path) -> None:
+    upstream = FakeVllm(token_delay=0.05)
+    with serving(upstream) as url, hemostat(tmp_path, upstream, url) as served:
+        await served.until(lambda s: s["relays"] == 1)
+        streaming = asyncio.create_task(served.ask("say: this goes on for a while", stream=True, max_tokens=30))
+        await asyncio.sleep(0.3)
+        served.process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + 3
+        while (await served.get("/readyz")).status_code != 503:
+            assert time.monotonic() < end, "not ready while it drains"
+            await asyncio.sleep(0.02)
+        assert not streaming.done()
+        with pytest.raises(httpx.ConnectError):
+            await served.ask("too late")
+        answer = await streaming
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert await asyncio.to_thread(served.process.wait, 10) == 0
+        assert "Traceback" not in served.log.read_text()
+
+
+@pytest.mark.parametrize("section", ["listen", "admin"])
+def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, section: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = {"listen": 0, "admin": free_port()} | {section: port}
+        settings = {
+            "upstream": {"url": "http://127.0.0.1:1"},
+            "log": {"level": "error"},
+            **{name: {"host": "127.0.0.1", "port": number} for name, number in ports.items()},
+        }
+        config = tmp_path / "hemostat.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "hemostat", "serve", "--config", str(config)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 2
+    lines = ended.stderr.strip().splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert f"{section}: cannot bind 127.0.0.1:{port} (Address already in use)" in lines[0]
+    assert f"{section}.port" in lines[0]
