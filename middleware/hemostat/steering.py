@@ -41,6 +41,8 @@ IMPORTS_TESTED = 4
 """Imported candidates at a time: with two proposals, the selected and a forced one, as many as an engine holds."""
 LOGIT_BIAS_AT_MOST = 300
 """Entries of `logit_bias` that `calibration.apply: request` sends."""
+PROPOSE_AGAIN = 4
+"""New candidates come when this many times more has been learned: each restarts the evidence and spends some of alpha."""
 BATCH = 8
 """Learning records that are gathered before one update of the calibrator."""
 
@@ -145,8 +147,8 @@ class Steering:
             self._propose(learner)
 
     def _propose(self, learner: TemperatureBiasState) -> None:
-        """New candidates whenever twice as much has been learned as for the last ones."""
-        if learner.tokens < 2 * self._proposed_at:
+        """New candidates when enough more has been learned than for the last ones."""
+        if learner.tokens < PROPOSE_AGAIN * self._proposed_at:
             return
         proposal = self._family.propose(learner)
         if proposal is None:
