@@ -7,8 +7,7 @@ rounding, and equals one estimator that saw everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -138,20 +137,3 @@ class Histogram:
 
     def get(self) -> tuple[int, ...]:
         return self.counts
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How often each of some bounded words was said."""
-
-    values: Mapping[str, int] = field(default_factory=dict)
-
-    def update(self, word: str, times: int = 1) -> Counts:
-        return Counts({**self.values, word: self.values.get(word, 0) + times})
-
-    def merge(self, other: Counts) -> Counts:
-        words = {**self.values, **other.values}
-        return Counts({word: self.values.get(word, 0) + other.values.get(word, 0) for word in words})
-
-    def get(self) -> Mapping[str, int]:
-        return self.values

@@ -42,7 +42,7 @@ IMPORTS_TESTED = 4
 LOGIT_BIAS_AT_MOST = 300
 """Entries of `logit_bias` that `calibration.apply: request` sends."""
 PROPOSE_AGAIN = 4
-"""New candidates come when this many times more has been learned: each restarts the evidence and spends some of alpha."""
+"""New candidates come when this many times more has been learned: each restarts the evidence and spends some alpha."""
 BATCH = 8
 """Learning records that are gathered before one update of the calibrator."""
 

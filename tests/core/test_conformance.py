@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hemostat_calibration import sequential
-from hemostat_calibration.streaming import Counts, Histogram, RatioEstimate, student_975
+from hemostat_calibration.streaming import Histogram, RatioEstimate, student_975
 
 EDGES = (0.0, 0.1, 0.5, 2.0)
 
@@ -75,14 +75,6 @@ CASES = {
         lambda a, b: a.merge(b),
         lambda state: [*state.get(), state.total],
         histogram_batch,
-    ),
-    "counts": Case(
-        Counts,
-        lambda rng: str(rng.choice(["queue_full", "greedy"])),
-        lambda state, x: state.update(x),
-        lambda a, b: a.merge(b),
-        lambda state: [state.get().get(word, 0) for word in ("queue_full", "greedy")],
-        lambda observations: [observations.count(word) for word in ("queue_full", "greedy")],
     ),
     "lower sequence": Case(
         lambda: sequential.init(-1.0, 1.0),
