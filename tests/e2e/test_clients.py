@@ -1,0 +1,345 @@
+"""The clients that people use, through the whole of Hemostat: they get what vLLM itself would have given them.
+
+Every case is sent to vLLM directly and through `hemostat serve`, at shadow.rate 0 and 1, one at a time and greedily.
+What became of each sampled request is counted, and the last test compares that with Hemostat's own figures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import langchain_openai
+import openai
+import pytest
+from langchain_core.messages import BaseMessageChunk
+from tests.e2e.stack import Stack, hemostat, sampling_settings
+
+from hemostat.compress import Checkpoints
+
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would fetch prices at its import
+
+import litellm
+
+litellm.suppress_debug_info = True
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(300),
+    # Third parties' own affair: litellm's and pydantic's warnings about litellm's models.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:litellm"),
+    pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:UserWarning:pydantic"),
+]
+
+
+class Engine(Protocol):
+    url: str
+    model: str
+
+
+# --- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def call(city: str) -> str:
+    return f'<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
+
+
+CAPITAL = [user("What is the capital of France?")]
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"name": "weather", "description": "The weather in a city.", "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": WEATHER}]
+SHOWN = [
+    # So small a model calls a tool only if it has seen how.
+    message
+    for city in ("Paris", "Rome", "Oslo", "Lima", "Cairo")
+    for message in (user(f"Weather in {city}?"), {"role": "assistant", "content": call(city)})
+]
+JSON = {"response_format": {"type": "json_object"}}
+STREAM: dict[str, Any] = {"stream": True}
+USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+TOO_LONG = [user("word " * 3000)]
+
+SCORED = "scored"
+"""What becomes of the request when it is sampled: this, or why it is skipped."""
+
+Send = Callable[[str, str], Any]
+"""(base URL, model) -> what the client made of the answer."""
+
+
+@dataclass(frozen=True)
+class Case:
+    send: Send
+    becomes: str = SCORED
+    shows: str | None = None
+    """Stands in the answer: the case is what it is called."""
+
+
+def with_openai(create: str, **arguments: Any) -> Send:
+    def send(url: str, model: str) -> Any:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            api = client.chat.completions if create == "chat" else client.completions
+            return whole(lambda: api.create(**{"model": model, "temperature": 0, "max_tokens": 8} | arguments))
+
+    return send
+
+
+def with_litellm(provider: str, **arguments: Any) -> Send:
+    def send(url: str, model: str) -> Any:
+        common = {"api_base": f"{url}/v1", "api_key": "none", "temperature": 0, "max_tokens": 8, "max_retries": 0}
+        asked = {"model": model} | common | arguments
+        asked["model"] = f"{provider}/{asked['model']}"
+        return whole(lambda: litellm.completion(**asked))
+
+    return send
+
+
+def with_langchain(messages: list[dict[str, str]], bound: dict[str, Any] | None = None, **arguments: Any) -> Send:
+    def send(url: str, model: str) -> Any:
+        own = arguments | {"base_url": f"{url}/v1", "api_key": "none", "max_retries": 0}
+        stream = own.pop("stream", False)
+        chat: Any = langchain_openai.ChatOpenAI(**{"model": model, "temperature": 0, "max_tokens": 8} | own)
+        if bound:
+            chat = chat.bind(**bound)
+        if not stream:
+            return whole(lambda: chat.invoke(messages))
+        return whole(lambda: chat.stream(messages))
+
+    return send
+
+
+OPENAI: dict[str, Case] = {
+    "chat": Case(with_openai("chat", messages=CAPITAL), shows="Paris"),
+    "chat, stream": Case(with_openai("chat", messages=CAPITAL, **STREAM), shows="Paris"),
+    "chat, stream with usage": Case(with_openai("chat", messages=CAPITAL, **USAGE), shows="completion_tokens"),
+    "completions": Case(with_openai("text", prompt="The capital of France is"), shows="Paris"),
+    "completions, stream with usage": Case(with_openai("text", prompt="1, 2, 3,", **USAGE), shows="completion_tokens"),
+    "tool call": Case(
+        with_openai(
+            "chat", messages=[*SHOWN, user("Weather in Tokyo?")], max_tokens=48, tools=TOOLS, tool_choice="auto"
+        ),
+        shows="'name': 'weather'",
+    ),
+    "tool call, stream": Case(
+        with_openai("chat", messages=[*SHOWN, user("Weather in Tokyo?")], max_tokens=48, tools=TOOLS, **STREAM),
+        shows="'name': 'weather'",
+    ),
+    "JSON mode": Case(
+        with_openai("chat", messages=[user("A city, as JSON.")], max_tokens=12, **JSON), "structured_output", "{"
+    ),
+    "JSON mode, stream": Case(
+        with_openai("chat", messages=[user("A city, as JSON.")], **JSON, **STREAM), "structured_output", "{"
+    ),
+    "own logprobs": Case(
+        with_openai("chat", messages=CAPITAL, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
+    ),
+    "own logprobs, stream": Case(
+        with_openai("chat", messages=CAPITAL, logprobs=True, top_logprobs=5, **STREAM),
+        "client_logprobs",
+        "top_logprobs",
+    ),
+    "completions, own logprobs, stream": Case(
+        with_openai("text", prompt="The capital of France is", logprobs=5, **STREAM),
+        "client_logprobs",
+        "token_logprobs",
+    ),
+    "stop": Case(
+        with_openai("chat", messages=[user("Count from 1 to 10.")], max_tokens=24, stop=["5", "five"]), shows="'stop'"
+    ),
+    "stop, stream": Case(
+        with_openai("chat", messages=[user("Count from 1 to 10.")], max_tokens=24, stop=["5", "five"], **STREAM),
+        shows="'stop'",
+    ),
+    "n": Case(with_openai("chat", messages=CAPITAL, n=2, temperature=1, seed=7), "n", "'index': 1"),
+    "n, stream": Case(with_openai("chat", messages=CAPITAL, n=2, temperature=1, seed=7, **STREAM), "n", "'index': 1"),
+    "unknown model": Case(with_openai("chat", messages=CAPITAL, model="nope"), "upstream_error", "404"),
+    "unknown model, stream": Case(
+        with_openai("chat", messages=CAPITAL, model="nope", **STREAM), "upstream_error", "NotFoundError"
+    ),
+    "bad parameter": Case(with_openai("chat", messages=CAPITAL, top_p=7), "upstream_error", "400"),
+    "too long": Case(with_openai("chat", messages=TOO_LONG), "upstream_error", "maximum context length"),
+    "too long, stream": Case(
+        with_openai("chat", messages=TOO_LONG, **STREAM), "upstream_error", "maximum context length"
+    ),
+}
+LITELLM: dict[str, Case] = {
+    "chat": Case(with_litellm("openai", messages=CAPITAL), shows="Paris"),
+    "chat, stream with usage": Case(with_litellm("openai", messages=CAPITAL, **USAGE), shows="completion_tokens"),
+    "hosted_vllm, stream": Case(with_litellm("hosted_vllm", messages=CAPITAL, **STREAM), shows="Paris"),
+    "tool call, stream": Case(
+        with_litellm("hosted_vllm", messages=[*SHOWN, user("Weather in Tokyo?")], max_tokens=48, tools=TOOLS, **STREAM),
+        shows="'name': 'weather'",
+    ),
+    "JSON mode": Case(with_litellm("openai", messages=[user("A city, as JSON.")], **JSON), "structured_output", "{"),
+    "own logprobs": Case(
+        with_litellm("hosted_vllm", messages=CAPITAL, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
+    ),
+    "unknown model": Case(with_litellm("openai", messages=CAPITAL, model="nope"), "upstream_error", "404"),
+    "too long, stream": Case(
+        with_litellm("openai", messages=TOO_LONG, **STREAM), "upstream_error", "maximum context length"
+    ),
+}
+LANGCHAIN: dict[str, Case] = {
+    "invoke": Case(with_langchain(CAPITAL), shows="Paris"),
+    "stream": Case(with_langchain(CAPITAL, stream=True), shows="Paris"),
+    "stream with usage": Case(with_langchain(CAPITAL, stream=True, stream_usage=True), shows="output_tokens"),
+    "tool call": Case(
+        with_langchain([*SHOWN, user("Weather in Tokyo?")], {"tools": TOOLS, "tool_choice": "auto"}, max_tokens=48),
+        shows="'name': 'weather'",
+    ),
+    "JSON mode, stream": Case(with_langchain([user("A city, as JSON.")], JSON, stream=True), "structured_output", "{"),
+    "own logprobs, stream": Case(
+        with_langchain(CAPITAL, stream=True, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
+    ),
+    "stop": Case(with_langchain([user("Count from 1 to 10.")], {"stop": ["5", "five"]}, max_tokens=24), shows="'stop'"),
+    "unknown model": Case(with_langchain(CAPITAL, model="nope"), "upstream_error", "404"),
+    "bad parameter, stream": Case(with_langchain(CAPITAL, stream=True, top_p=7), "upstream_error", "400"),
+}
+CASES = {
+    f"{client}: {name}": case
+    for client, cases in (("openai", OPENAI), ("litellm", LITELLM), ("langchain", LANGCHAIN))
+    for name, case in cases.items()
+}
+
+# --- what comes back --------------------------------------------------------------------------------------------------
+
+
+def whole(ask: Callable[[], Any]) -> Any:
+    """The answer, or the error, as plain data without what differs from one request to the next."""
+    try:
+        answer = ask()
+        if hasattr(answer, "model_dump"):
+            return plain(answer)
+        return merged(answer)
+    except openai.LengthFinishReasonError as error:  # langchain's, where JSON was asked for and does not end
+        return {"error": type(error).__name__, "answer": plain(error.completion)}
+    except openai.APIStatusError as error:  # litellm's errors are of this kind too
+        return {"error": type(error).__name__, "status": error.status_code, "message": str(error), "body": error.body}
+    except openai.APIError as error:  # in a stream that has begun
+        return {"error": type(error).__name__, "message": str(error), "body": error.body}
+
+
+def plain(answer: Any) -> Any:
+    return normal(answer.model_dump(mode="json", exclude_unset=True))
+
+
+def normal(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: 0 if k in ("id", "created") and v is not None else normal(v) for k, v in value.items()}
+    return [normal(item) for item in value] if isinstance(value, list) else value
+
+
+def merged(stream: Iterable[Any]) -> Any:
+    """A stream as one answer, and the forms that its events had: how many tokens share an event is chance."""
+    answer: Any = None
+    forms: list[str] = []
+    for chunk in stream:
+        event = plain(chunk)
+        if isinstance(chunk, BaseMessageChunk):
+            answer = chunk if answer is None else answer + chunk
+        else:
+            answer = merge(answer, event)
+        if (form := shape(event)) not in forms:
+            forms.append(form)
+    assert forms, "an empty stream"
+    return {"answer": plain(answer) if isinstance(answer, BaseMessageChunk) else answer, "forms": sorted(forms)}
+
+
+GROWING = frozenset({"content", "text", "arguments"})
+
+
+def merge(old: Any, new: Any, key: str = "") -> Any:
+    if old is None or new is None:
+        return old if new is None else new
+    if isinstance(new, dict):
+        return {k: merge(old.get(k), new.get(k), k) for k in old | new}
+    if isinstance(new, list):
+        if new and isinstance(new[0], dict) and "index" in new[0]:
+            by_index = {item["index"]: item for item in old}
+            for item in new:
+                by_index[item["index"]] = merge(by_index.get(item["index"]), item)
+            return [by_index[index] for index in sorted(by_index)]
+        return old + new
+    return old + new if key in GROWING else new
+
+
+def shape(value: Any) -> str:
+    """An event's keys, in order."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{shape(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"[{shape(value[0])}]"
+    return ""
+
+
+# --- the tests --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Proxies:
+    by_rate: dict[int, Stack]
+    sent: Counter[str] = field(default_factory=Counter)
+    """Of the requests at rate 1: what is to become of them."""
+
+
+@pytest.fixture(scope="module")
+def proxies(
+    vllm_server: Engine, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Proxies]:
+    folder = tmp_path_factory.mktemp("clients")
+    reference = {"backend": "transformers", "model": str(checkpoints.reference)}
+    plain_settings = {"upstream": {"url": vllm_server.url}, "shadow": {"rate": 0}}
+    with (
+        hemostat(sampling_settings(vllm_server.url, reference), folder / "1") as always,
+        hemostat(plain_settings, folder / "0") as never,
+    ):
+        always.wait_scoring()
+        yield Proxies({0: never, 1: always})
+
+
+@pytest.fixture(scope="module")
+def direct(vllm_server: Engine) -> Callable[[str], Any]:
+    known: dict[str, Any] = {}
+
+    def answer(case: str) -> Any:
+        if case not in known:
+            known[case] = CASES[case].send(vllm_server.url, vllm_server.model)
+        return known[case]
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def before(proxies: Proxies) -> dict[str, Any]:
+    return proxies.by_rate[1].wait_settled()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_answer_is_vllms(
+    case: str, proxies: Proxies, before: dict[str, Any], vllm_server: Engine, direct: Callable[[str], Any]
+) -> None:
+    expected = direct(case)
+    shows = CASES[case].shows
+    assert shows is None or shows in str(expected)
+    for rate, stack in proxies.by_rate.items():
+        answer = CASES[case].send(stack.url, vllm_server.model)
+        proxies.sent[CASES[case].becomes] += rate
+        assert answer == expected, f"at rate {rate}"
+
+
+def test_every_sampled_request_is_accounted_for(proxies: Proxies, before: dict[str, Any]) -> None:
+    """Runs last: what the tests above sent was scored, or skipped for its reason."""
+    stack = proxies.by_rate[1]
+    scored = proxies.sent.pop(SCORED, 0)
+    requests = stack.wait_settled(before["shadowed"] + scored)
+    assert requests["scored"] - before["scored"] == scored
+    assert Counter(requests["skipped"]) - Counter(before["skipped"]) == proxies.sent
+    assert requests["dropped"] == before["dropped"]
+    assert proxies.by_rate[0].requests()["shadowed"] == 0
