@@ -72,7 +72,7 @@ def create_app(control: Governed, token: str | None, now: Callable[[], float]) -
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
             raise HTTPException(401, "send the admin token as `Authorization: Bearer <admin.token>`")
 
-    app = FastAPI(title="Hemostat", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Hemostat", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     guarded = [Depends(require_token)]
 
     @app.exception_handler(HemostatError)

@@ -119,7 +119,9 @@ class Control:
 
     def _scored(self, record: TokenRecord, capture: Capture) -> None:
         steering = self.steering
-        figures = self.measurements.observe(record, steering.stage_of(record), steering.held(record.applied))
+        figures = self.measurements.observe(
+            record, steering.stage_of(record), steering.held(record.applied), judging=steering.judges(record)
+        )
         if self.records is not None:
             self.records.write(capture, record, figures)
         try:
@@ -394,6 +396,8 @@ class Control:
         yield "hemostat_calibration_errors", text, {}, self.calibration_failures
         yield "hemostat_store_errors", "Reads and writes that the store refused.", {}, self.store_failures
         yield from self.measurements.counters()
+        text = "Runs of the engine's numbers that nobody took in time, or that there was no room for."
+        yield "hemostat_engine_taps_dropped", text, {}, self.engines.taps_dropped
         for name, value in self.engines.counters(time.monotonic()).items():
             yield "hemostat_engine_events", "What the engine plugins counted.", {"reason": name}, value
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,8 @@ class StageFigures:
         self.tokens += len(figures.kl_rc)
         if figures.bound == "lower":
             self._bound = "lower"
-        for name, field in FIGURES.items():
-            values = np.asarray(getattr(figures, field), dtype=np.float64)
+        for name, attribute in FIGURES.items():
+            values = np.asarray(getattr(figures, attribute), dtype=np.float64)
             # NaN is "not available" (a greedy request has no sampled-token estimate), infinity has no mean.
             finite = np.isfinite(values)
             tokens = int(finite.sum())
@@ -105,12 +106,23 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@dataclass(slots=True)
+class _After:
+    """One profile: the figures after it, the raw ones of the same requests, and on held-out prompts its gain and the
+    KL(r‖c) that it is a part of, both over the same tokens."""
+
+    after: StageFigures = field(default_factory=StageFigures)
+    before: StageFigures = field(default_factory=StageFigures)
+    gain: RatioEstimate = field(default_factory=RatioEstimate)
+    of: RatioEstimate = field(default_factory=RatioEstimate)
+
+
 class Measurements:
     """Raw figures, and for every profile lately in question the figures after it and its gain."""
 
     def __init__(self) -> None:
         self._raw = StageFigures()
-        self._after: OrderedDict[str, tuple[StageFigures, RatioEstimate, RatioEstimate]] = OrderedDict()
+        self._after: OrderedDict[str, _After] = OrderedDict()
         # Every series is there from the start: a rate does not see what a series was born with.
         arms = [str(arm) for arm in Arm]
         staged = [(stage, arm) for stage in STAGES for arm in arms]
@@ -118,13 +130,20 @@ class Measurements:
         self._tv = {key: Histogram(TV_EDGES) for key in staged}
         self._top1 = dict.fromkeys(staged, 0)
         self._scored = dict.fromkeys(arms, 0)
+        self._places: dict[tuple[str, str], tuple[int, float]] = {}
         self.tokens = 0
 
     def observe(
-        self, record: TokenRecord, profile: CalibrationProfile | None, served: CalibrationProfile | None
+        self,
+        record: TokenRecord,
+        profile: CalibrationProfile | None,
+        served: CalibrationProfile | None,
+        *,
+        judging: bool = True,
     ) -> TokenDivergence:
         """Add one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
 
+        judging: the prompt is held out. Gains are of those only: on what a profile learned from it looks too good.
         Returns the raw figures.
         """
         raw = divergence(record, served)
@@ -135,16 +154,20 @@ class Measurements:
         self.tokens += record.tokens
         self._scored[arm] += record.tokens
         self._raw.add(raw)
+        tokens, nats = self._places.get((record.route, record.label), (0, 0.0))
+        finite = raw.kl_rc[np.isfinite(raw.kl_rc)]
+        self._places[record.route, record.label] = (tokens + len(finite), nats + float(finite.sum()))
         self._expose("raw", arm, raw)
         self._expose("calibrated", arm, after)
         if profile is not None and won_back is not None:
-            stage, won, of = self._after.pop(profile.version, (StageFigures(), RatioEstimate(), RatioEstimate()))
-            stage.add(after)
+            stage = self._after.pop(profile.version, None) or _After()
+            stage.after.add(after)
+            stage.before.add(raw)
             both = won_back.exact & np.isfinite(raw.estimate_rc)
-            if both.any():
-                won = won.update(float(won_back.lower[both].sum()), int(both.sum()))
-                of = of.update(float(raw.estimate_rc[both].sum()), int(both.sum()))
-            self._after[profile.version] = (stage, won, of)
+            if judging and both.any():
+                stage.gain = stage.gain.update(float(won_back.lower[both].sum()), int(both.sum()))
+                stage.of = stage.of.update(float(raw.estimate_rc[both].sum()), int(both.sum()))
+            self._after[profile.version] = stage
             while len(self._after) > VERSIONS_KEPT:
                 self._after.popitem(last=False)
         return raw
@@ -152,20 +175,24 @@ class Measurements:
     def summary(self, version: str | None) -> dict[str, Any]:
         """The report's `raw` (None) or `calibrated` part; the raw one while a profile has not been measured."""
         stage = self._after.get(version or "")
-        return (stage[0] if stage else self._raw).summary()
+        if stage is None:
+            return self._raw.summary()
+        before = stage.before.summary()
+        same = ("kl_nats", "kl_nats_estimate", "total_variation", "top1_agreement", "covered_mass")
+        return {**stage.after.summary(), "raw_same_requests": {name: before[name] for name in same}}
 
     def recovered(self, version: str | None) -> float | None:
         """Gain over KL(r‖c), both exact or unbiased and over the same tokens; None while there is nothing to say."""
         stage = self._after.get(version or "")
         if stage is None:
             return None
-        won, of = stage[1].get().mean, stage[2].get().mean
+        won, of = stage.gain.get().mean, stage.of.get().mean
         return won / of if of > 0.0 else None
 
     def gained(self, version: str | None) -> dict[str, Any] | None:
         """KL(r‖c) − KL(r‖c') in nats where it is known exactly, with its interval; JSON-ready."""
         stage = self._after.get(version or "")
-        return None if stage is None else {**interval(stage[1]), "requests": stage[1].requests, "bound": "exact"}
+        return None if stage is None else {**interval(stage.gain), "requests": stage.gain.requests, "bound": "exact"}
 
     def _expose(self, stage: str, arm: str, figures: TokenDivergence) -> None:
         for direction, values in zip(DIRECTIONS, (figures.kl_rc, figures.kl_cr), strict=True):
@@ -196,6 +223,15 @@ class Measurements:
         """name without `_total`, help, labels, value."""
         for arm, tokens in self._scored.items():
             yield "hemostat_scored_tokens", "Output tokens scored by both models.", {"arm": arm}, tokens
+        for (route, label), (tokens, nats) in self._places.items():
+            labels = {"route": route, "label": label}
+            yield (
+                "hemostat_kl_nats",
+                "Sum of KL(reference||compressed) over tokens; divide by their number.",
+                labels,
+                nats,
+            )
+            yield "hemostat_kl_tokens", "Scored tokens with a finite KL(reference||compressed).", labels, tokens
         for (stage, arm), tokens in self._top1.items():
             text = "Scored tokens at which both models' likeliest id is the same."
             yield "hemostat_top1_agreement_tokens", text, {"stage": stage, "arm": arm}, tokens

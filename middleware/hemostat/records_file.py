@@ -45,7 +45,8 @@ class RecordsFile:
             "kl_nats": [value if math.isfinite(value) else None for value in figures.kl_rc.tolist()],
             "covered_mass": figures.covered_compressed.tolist(),
             "temperature": capture.temperature,
-            "arm": capture.arm,
+            "label": capture.label,
+            "arm": str(record.arm),
             "profile": record.applied or IDENTITY,
         }
         try:

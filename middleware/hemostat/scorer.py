@@ -88,6 +88,7 @@ def build_record(
     which the engine's plugin knows nothing.
     """
     unknown = np.full(len(arrays.output), np.nan)
+    applied = capture.requested if by_request else tap.applied if tap else None
     names = set(versions) | (set(tap.log_normalizer) if tap else set()) | set(scores.expected_shift)
     shifts = {
         version: Shift(
@@ -108,9 +109,10 @@ def build_record(
             reference_emitted=scores.emitted,
             reference_entropy=scores.entropy,
             sampling=Sampling(capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p),
-            arm=Arm(capture.arm),
+            # Treated in name only (the engine had just lost the profile): no member of either arm.
+            arm=Arm(capture.arm) if applied == capture.requested else Arm.NONE,
             requested=capture.requested,
-            applied=capture.requested if by_request else tap.applied if tap else None,
+            applied=applied,
             shifts=shifts,
             request_id=capture.request_id,
             route=capture.route,

@@ -43,6 +43,8 @@ LOGIT_BIAS_AT_MOST = 300
 """Entries of `logit_bias` that `calibration.apply: request` sends."""
 PROPOSE_AGAIN = 4
 """New candidates come when this many times more has been learned: each restarts the evidence and spends some alpha."""
+PROMPTS_REMEMBERED = 50_000
+"""Held-out prompts remembered as counted, over all tests."""
 BATCH = 8
 """Learning records that are gathered before one update of the calibrator."""
 
@@ -60,6 +62,7 @@ class Steering:
         self._proposed: tuple[str, ...] = ()
         self._proposed_at = 0
         self._guard = guard.init(settings.alpha)
+        self._judged: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
         self._created: dict[str, float] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_HELD)
@@ -131,12 +134,16 @@ class Steering:
                 self.forced = None
             self._forget(version)
 
+    def judges(self, record: TokenRecord) -> bool:
+        """The record's prompt is held out: nothing is ever learned from it."""
+        return held_out(record.prompt_key, self._settings.held_out_fraction)
+
     def observe(self, record: TokenRecord) -> None:
         """Learn from a record, or judge by it; never both."""
         learner = self._learner
         if self.mode == "off" or self.forced is not None or learner is None or record.vocab_size != learner.vocab_size:
             return
-        if held_out(record.prompt_key, self._settings.held_out_fraction):
+        if self.judges(record):
             self._judge(record)
             return
         self._batch.append(record)
@@ -180,16 +187,29 @@ class Steering:
         serving = self.held(self.selected)
         now = gain(record, serving) if serving is not None else None
         for version in self.candidates:
+            if not self._first_time(version, record.prompt_key):
+                continue
             won = gain(record, self._profiles[version])
             low, high = (won.lower, won.upper) if now is None else (won.lower - now.upper, won.upper - now.lower)
             decision = self._weigh(version, float(low.mean()), float(high.mean()), record.tokens)
             if decision.action is guard.Action.PROMOTE:
                 self._promote(version, decision)
                 return
-        if now is not None and self.selected is not None:
+        if now is not None and self.selected is not None and self._first_time(self.selected, record.prompt_key):
             decision = self._weigh(self.selected, float(now.lower.mean()), float(now.upper.mean()), record.tokens)
             if decision.action is guard.Action.ROLL_BACK:
                 self._take_back("held-out requests speak against it", evidence_of(decision))
+
+    def _first_time(self, version: str, prompt: bytes) -> bool:
+        """A prompt counts once in a test. The guard's observations must be new draws of what is asked: retries and
+        health checks are not, and would let the chance likings of a few prompts look like evidence."""
+        test = f"{version} {guard.decide(self._guard, version).evidence.test}"
+        if (test, prompt) in self._judged:
+            return False
+        self._judged[test, prompt] = None
+        if len(self._judged) > PROMPTS_REMEMBERED:
+            self._judged.popitem(last=False)
+        return True
 
     def _weigh(self, version: str, low: float, high: float, tokens: int) -> guard.Decision:
         self._guard = guard.observe(self._guard, version, low, high, tokens)

@@ -227,3 +227,36 @@ def test_a_full_disk_ends_the_writing_and_nothing_else(caplog: pytest.LogCapture
 def test_a_records_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(HemostatError, match=r"records\.path: cannot write .*nowhere"):
         RecordsFile(tmp_path / "nowhere" / "r.jsonl")
+
+
+def test_gains_are_of_held_out_prompts_and_figures_stand_beside_the_raw_ones_of_the_same_requests() -> None:
+    measured, profile = Measurements(), profile_of()
+    _, before, learned, _, judged, _ = records(6, profile)
+    measured.observe(before, None, None)
+    measured.observe(learned, profile, None, judging=False)
+    assert measured.gained(profile.version)["requests"] == 0
+    measured.observe(judged, profile, None)
+    assert measured.gained(profile.version)["requests"] == 1
+    summary = measured.summary(profile.version)
+    same = Measurements()
+    same.observe(learned, None, None)
+    same.observe(judged, None, None)
+    assert summary["requests"] == 2
+    assert summary["raw_same_requests"]["kl_nats"] == same.summary(None)["kl_nats"]
+    assert "raw_same_requests" not in measured.summary(None)
+
+
+def test_divergence_adds_up_by_route_and_label() -> None:
+    measured = Measurements()
+    made = records(3)
+    for record, label in zip(made, ("a", "b", "a"), strict=True):
+        measured.observe(replace(record, route="/v1/completions", label=label), None, None)
+    found = {
+        (name, labels["label"]): value
+        for name, _, labels, value in measured.counters()
+        if labels.get("route") == "/v1/completions"
+    }
+    nats = [divergence(record).kl_rc.sum() for record in made]
+    assert found["hemostat_kl_nats", "a"] == pytest.approx(nats[0] + nats[2])
+    assert found["hemostat_kl_nats", "b"] == pytest.approx(nats[1])
+    assert found["hemostat_kl_tokens", "b"] == made[1].tokens

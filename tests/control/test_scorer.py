@@ -326,8 +326,9 @@ async def test_a_profile_that_changed_on_the_way_enters_no_comparison(bench: Ben
 
 async def test_asked_for_is_not_applied(bench: Bench) -> None:
     bench.tap("n", 0, 3, None)
-    assert await bench.ends(capture(nonce="n", requested=VERSION)) == SCORED
+    assert await bench.ends(capture(nonce="n", requested=VERSION, arm="treated")) == SCORED
     assert (bench.records[0].requested, bench.records[0].applied) == (VERSION, None)
+    assert bench.records[0].arm is Arm.NONE, "treated in name only: it enters no comparison"
     bench.now = scorer_module.TAP_WITHIN + 0.1
     silent = capture(nonce="silent", requested=VERSION)
     assert await bench.ends(silent) == Counter({("skipped", "applied_unknown"): 1})

@@ -421,3 +421,14 @@ def test_a_temperature_of_one_is_not_sent_over_the_servers_own() -> None:
 def test_identity_has_a_width_that_the_guard_takes() -> None:
     nothing = temperature_bias(MODEL, V, 1.0, np.zeros(V), 1.0)
     guard.enter(guard.init(), nothing.version, guard.Role.CANDIDATE, width(nothing))
+
+
+def test_a_prompt_counts_once_however_often_it_is_asked() -> None:
+    """Ten recurring prompts are ten observations, not thousands: they can never prove anything by repetition."""
+    bench = Bench()
+    bench.feed(BIASED, LEARNED[:40])
+    assert bench.steering.candidates
+    bench.feed(BIASED, JUDGED[:10] * 60)
+    assert bench.steering.selected is None
+    assert {candidate["requests"] for candidate in bench.steering.status()["candidates"]} == {10}
+    assert bench.feed(BIASED, JUDGED[10:], lambda: bench.steering.selected is not None) < len(JUDGED) - 10

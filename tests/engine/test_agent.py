@@ -189,6 +189,14 @@ def test_the_token_does_not_follow_a_redirect(admin: Admin) -> None:
     assert "/elsewhere" not in admin.seen
 
 
+def test_a_proxy_of_the_environment_is_not_shown_the_token(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", admin.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(FetchError):
+        AdminClient("http://192.0.2.1.invalid:8081", TOKEN).profile(PROFILE.version)
+    assert admin.seen == []
+
+
 def test_a_wrong_token_is_a_failure_that_says_so(admin: Admin) -> None:
     with pytest.raises(FetchError, match="HTTP 401"):
         AdminClient(admin.url, "wrong").profile(PROFILE.version)

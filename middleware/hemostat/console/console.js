@@ -34,8 +34,8 @@ async function refresh() {
       `${r.scored} requests, ${status.tokens_scored} tokens; KL is a ${status.raw.kl_nats.bound} bound from the top ${status.top_k} ids`
       + ` unless it says otherwise; intervals (95 %) count requests, not tokens.`;
     fill("divergence", ["", "KL(reference‖compressed), nats/token", "95 %", "total variation", "same top-1", "covered mass"],
-      ["raw", "calibrated"].map((stage) => {
-        const s = status[stage];
+      [["raw", status.raw], ...(status.calibrated.raw_same_requests ? [["raw, same requests", status.calibrated.raw_same_requests]] : []),
+        ["calibrated", status.calibrated]].map(([stage, s]) => {
         return [stage, number(s.kl_nats.estimate), interval(s.kl_nats), number(s.total_variation, 3), percent(s.top1_agreement), percent(s.covered_mass)];
       }));
     const c = status.calibration;
