@@ -50,10 +50,22 @@ BATCH = 8
 
 
 class Steering:
-    """Lives in the control process's event loop; `save(method, *args)` queues a write of the store."""
+    """Lives in the control process's event loop; `save(method, *args)` queues a write of the store.
 
-    def __init__(self, settings: Calibration, save: Callable[..., None], wall: Callable[[], float]) -> None:
+    tempered: the server's own default temperature is known to be 1, so that `calibration.apply: request` may put
+    another in its place. Where the model brings a default of its own, a temperature of ours would replace that one.
+    """
+
+    def __init__(
+        self,
+        settings: Calibration,
+        save: Callable[..., None],
+        wall: Callable[[], float],
+        *,
+        tempered: bool = False,
+    ) -> None:
         self._settings = settings
+        self._tempered = tempered
         self._save = save
         self._wall = wall
         self._family = TemperatureBias(clamp_nats=settings.clamp_nats, min_tokens=settings.min_tokens)
@@ -164,7 +176,7 @@ class Steering:
         for old in self._proposed:
             if old in self.candidates:
                 self._forget(old)
-        made = variants(proposal, for_requests=self._settings.apply == "request")
+        made = variants(proposal, for_requests=self._settings.apply == "request", tempered=self._tempered)
         self._proposed = tuple(profile.version for profile in made)
         for profile in made:
             self._test(profile)
@@ -277,6 +289,13 @@ class Steering:
             raise InvalidProfileError(
                 f"profile is for a vocabulary of {profile.vocab_size} ids, the model has {self._learner.vocab_size}"
             )
+        if self._settings.apply == "request" and not self._tempered and profile.family == TEMPERATURE_BIAS:
+            beta = float(profile.parameters["inverse_temperature"])
+            if beta != 1.0:
+                raise InvalidProfileError(
+                    f"profile has the temperature {1.0 / beta:.3g}, which would replace the server's own default: "
+                    "import one with 1, or set upstream.openai_sampling_defaults where the server has none"
+                )
         version = profile.version
         if version not in self.wanted():
             imports = [v for v in self.candidates if v not in self._proposed]
@@ -422,13 +441,14 @@ def largest(bias: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.d
     return np.argsort(-np.abs(bias), kind="stable")[:LOGIT_BIAS_AT_MOST]
 
 
-def variants(proposal: CalibrationProfile, *, for_requests: bool) -> list[CalibrationProfile]:
+def variants(proposal: CalibrationProfile, *, for_requests: bool, tempered: bool) -> list[CalibrationProfile]:
     """The forms of a proposal that are put to the test, each for itself.
 
     With the temperature left out, and as learned: E_r[Δz] of a bias is known exactly, that of a temperature only as a
     bound (it takes the compressed model's logits at every id), so the bias alone can often prove what both cannot. It
     comes first, since an earlier test has more of alpha.
-    For requests (`calibration.apply: request`) only what a request can carry is tested.
+    For requests (`calibration.apply: request`) only what a request can carry is tested; tempered: a temperature of ours
+    may stand where the client sent none.
     """
     bias = np.array(proposal.parameters["bias"])
     if for_requests:
@@ -436,7 +456,9 @@ def variants(proposal: CalibrationProfile, *, for_requests: bool) -> list[Calibr
         sparse = np.zeros_like(bias)
         sparse[kept] = bias[kept]
         bias = sparse
-    temperatures = (1.0, 1.0 / float(proposal.parameters["inverse_temperature"]))
+    temperatures = [1.0]
+    if tempered or not for_requests:
+        temperatures.append(1.0 / float(proposal.parameters["inverse_temperature"]))
     made = [
         temperature_bias(proposal.model, proposal.vocab_size, t, bias, proposal.clamp_nats, proposal.metadata)
         for t in temperatures

@@ -42,12 +42,14 @@ JUDGED = [b"%d" % n for n in range(20_000) if held_out(b"%d" % n, FRACTION)]
 class Bench:
     """A `Steering` whose writes go to a store at once, and which is fed whole records."""
 
-    def __init__(self, store: MemoryStore | None = None, *, known: bool = True, **calibration: Any) -> None:
+    def __init__(
+        self, store: MemoryStore | None = None, *, known: bool = True, tempered: bool = False, **calibration: Any
+    ) -> None:
         self.store = store or MemoryStore()
         given: dict[str, Any] = {"mode": "auto", "min_tokens": 500, "clamp_nats": 1.0, "held_out_fraction": FRACTION}
         self.settings = Calibration.model_validate(given | calibration)
         self.time = 0.0
-        self.steering = Steering(self.settings, self._save, lambda: self.time)
+        self.steering = Steering(self.settings, self._save, lambda: self.time, tempered=tempered)
         if known:
             self.steering.know(MODEL, V)
 
@@ -376,10 +378,15 @@ def test_records_of_another_vocabulary_are_passed_over() -> None:
     assert bench.steering._batch == []
 
 
-def test_for_requests_only_what_a_request_can_carry_is_tested() -> None:
+@pytest.mark.parametrize("tempered", [False, True])
+def test_for_requests_only_what_a_request_can_carry_is_tested(tempered: bool) -> None:
     vocabulary = 2 * LOGIT_BIAS_AT_MOST
-    bench = Bench(known=False, apply="request", mode="auto")
+    bench = Bench(known=False, tempered=tempered, apply="request", mode="auto")
     bench.steering.know(MODEL, vocabulary)
+    warm = temperature_bias(MODEL, vocabulary, 1.1, np.zeros(vocabulary), 1.0)
+    if not tempered:
+        with pytest.raises(InvalidProfileError, match=r"temperature 1\.1"):
+            bench.steering.add(warm)
     rng = np.random.default_rng(0)
     off = rng.normal(size=vocabulary)
     for key in LEARNED[:40]:
@@ -387,7 +394,7 @@ def test_for_requests_only_what_a_request_can_carry_is_tested() -> None:
         truth = Truth(log_softmax(z), log_softmax(0.8 * z + off), rng.integers(0, vocabulary, 40))
         bench.steering.observe(make_record(truth, vocabulary, key=key))
     candidates = [bench.steering.held(v) for v in bench.steering.candidates]
-    assert len(candidates) == 2
+    assert len(candidates) == (2 if tempered else 1)
     for profile in candidates:
         assert profile is not None
         assert 0 < np.count_nonzero(profile.parameters["bias"]) <= LOGIT_BIAS_AT_MOST
