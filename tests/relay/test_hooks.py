@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import pytest
 from tests.relay.harness import OK, Request, UpstreamConnection, answering, eventually, relaying
 from tests.relay.test_relay import GET, post
 
+from hemostat.relay import server, worker
 from hemostat.relay.hooks import Headers, Refusal, Rewrite
 from hemostat.relay.http import Limits
 
@@ -25,6 +27,7 @@ class Watched:
     wanted: bool = False
     transform: Callable[[bytes], bytes] = shout
     tail: bytes = b""
+    replays: bool = False
     fails: str = ""
     body_limit: int = 1000
     calls: list[object] = field(default_factory=list)
@@ -47,6 +50,10 @@ class Watched:
         self.seen += data
         self._called("response_data", len(data))
         return self.transform(data)
+
+    def replay(self) -> bool:
+        self._called("replay", None)
+        return self.replays
 
     def response_end(self) -> bytes:
         self._called("response_end", None)
@@ -287,3 +294,134 @@ async def test_body_limit_of_the_relay_holds_while_collecting() -> None:
         )
         assert (await client.response("POST")).status == 413
     assert exchange.calls == [("closed", False)]
+
+
+BAD = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\nno"
+BAD_CHUNKED = b"HTTP/1.1 400 Bad Request\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nno\r\n0\r\n\r\n"
+BAD_CLOSING = b"HTTP/1.1 400 Bad Request\r\n\r\nno"
+
+
+@pytest.mark.parametrize("bad", [BAD, BAD_CHUNKED, BAD_CLOSING])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+async def test_a_replay_sends_what_the_client_sent(version: bytes, chunked: bool, bad: bytes) -> None:
+    seen: list[Request] = []
+
+    async def script(connection: UpstreamConnection) -> None:
+        while (request := await connection.request()) is not None:
+            seen.append(request)
+            await connection.send(bad if request.body == b"rewritten" else JSON)
+            if bad is BAD_CLOSING and request.body == b"rewritten":
+                return
+
+    def exchange() -> Watched:
+        rewrite = Rewrite(b"rewritten", frozenset({b"accept-encoding"}))
+        return Watched(lambda _: rewrite, wanted=True, replays=True, transform=lambda d: b"" if d == b"no" else d)
+
+    exchanges = [exchange(), exchange()]
+    framing = b"Transfer-Encoding: chunked" if chunked else b"content-LENGTH: 5"
+    body = b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n" if chunked else b"hello"
+    if chunked and version == b"1.0":
+        pytest.skip("HTTP/1.0 has no chunks")
+    keep = b"Connection: keep-alive\r\n" if version == b"1.0" else b""
+    head = b"POST / HTTP/" + version + b"\r\nHost: a\r\n" + keep + b"Accept-Encoding: gzip\r\nX: y\r\n"
+    async with relaying(script, hook=Hooked([*exchanges])) as (relay, upstream, connect):
+        client = await connect()
+        for _ in exchanges:  # the client's connection lives on
+            await client.send(head + framing + b"\r\n\r\n" + body)
+            response = await client.response("POST")
+            assert (response.status, response.body) == (200, b'{"a": "bc"}')
+            assert response.get(b"connection") == ([b"keep-alive"] if version == b"1.0" else [])
+        assert relay.counters.requests == {("other", "ok"): 2}
+        assert sum(relay.counters.overhead) == 2
+        assert upstream.connections == (3 if bad is BAD_CLOSING else 1)
+    assert [request.body for request in seen] == [b"rewritten", b"hello"] * 2
+    assert seen[0].get(b"accept-encoding") == []
+    own = [(name, value) for name, value in seen[1].headers if name in (b"Accept-Encoding", b"X")]
+    assert own == [(b"Accept-Encoding", b"gzip"), (b"X", b"y")]
+    framed = (b"Transfer-Encoding", b"chunked") if chunked else (b"content-LENGTH", b"5")
+    assert framed in seen[1].headers
+    for done in exchanges:
+        heads = [call for call in done.calls if isinstance(call, tuple) and call[0] == "response_head"]
+        assert heads == [("response_head", 400), ("response_head", 200)]
+        assert done.names.count("replay") == 1
+        assert done.calls[-1] == ("closed", True)
+
+
+async def test_a_refused_second_try_is_the_clients_answer() -> None:
+    seen: list[Request] = []
+    exchange = Watched(lambda _: Rewrite(b"rewritten"), wanted=True, replays=True, transform=lambda d: d)
+    async with relaying(answering(seen, BAD), hook=Hooked([exchange])) as (_, _, connect):
+        client = await connect()
+        await client.send(post(b"hello"))
+        assert await client.reader.readexactly(len(BAD)) == BAD
+    assert [request.body for request in seen] == [b"rewritten", b"hello"]
+
+
+@pytest.mark.parametrize("verdict", [None, Rewrite(b"rewritten")])
+async def test_no_replay_once_the_client_has_seen_a_byte_or_where_nothing_was_rewritten(
+    verdict: Rewrite | None,
+) -> None:
+    seen: list[Request] = []
+    exchange = Watched(lambda _: verdict, wanted=True, replays=True, transform=lambda d: d if verdict else b"")
+    async with relaying(answering(seen, BAD_CHUNKED), hook=Hooked([exchange])) as (_, _, connect):
+        client = await connect()
+        await client.send(post(b"hello"))
+        assert (await client.response("POST")).status == 400
+    assert len(seen) == 1
+    assert "replay" not in exchange.names
+
+
+@pytest.mark.parametrize("answer", [BAD, BAD_CHUNKED])
+async def test_a_hook_that_raises_in_replay_changes_nothing(answer: bytes) -> None:
+    exchange = Watched(lambda _: Rewrite(b"x"), wanted=True, fails="replay", transform=lambda _: b"")
+    async with relaying(answering([], answer), hook=Hooked([exchange])) as (relay, _, connect):
+        client = await connect()
+        await client.send(post(b"hello"))
+        assert (await client.response("POST")).status == 400
+        assert relay.counters.other == {"hemostat_shadow_requests_total": {"dropped\x1fhook_error": 1.0}}
+    assert exchange.calls[-1] == ("closed", True)
+
+
+async def test_the_head_of_a_rewritten_request_waits_for_the_hook_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    go = asyncio.Event()
+
+    async def script(connection: UpstreamConnection) -> None:
+        await connection.request()
+        await connection.send(CHUNKED)
+        await go.wait()
+        await connection.send(b"3\r\nend\r\n0\r\n\r\n")
+        await connection.reader.read()
+
+    exchange = Watched(lambda _: Rewrite(b"x"), wanted=True, replays=True, transform=lambda _: b"", tail=b"tail")
+    async with relaying(script, hook=Hooked([exchange])) as (_, _, connect):
+        client = await connect()
+        await client.send(post(b"hello"))
+        await eventually(lambda: "response_head" in exchange.names)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.reader.readexactly(1), 0.1)
+        assert await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 2) == CHUNKED
+        go.set()
+        assert await client.reader.readuntil(b"0\r\n\r\n") == b"4\r\ntail\r\n0\r\n\r\n"
+    assert "replay" not in exchange.names
+
+
+async def test_a_client_that_leaves_during_a_replay_stops_it() -> None:
+    async def script(connection: UpstreamConnection) -> None:
+        await connection.request()
+        await connection.send(BAD)
+        await connection.request()
+        await connection.reader.read()
+
+    exchange = Watched(lambda _: Rewrite(b"x"), wanted=True, replays=True)
+    async with relaying(script, hook=Hooked([exchange])) as (_, upstream, connect):
+        client = await connect()
+        await client.send(post(b"hello"))
+        await eventually(lambda: "replay" in exchange.names)
+        await client.close()
+        await eventually(lambda: upstream.closed == 1)
+    assert exchange.calls[-1] == ("closed", False)

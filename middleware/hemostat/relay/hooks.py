@@ -25,7 +25,11 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """Send this body upstream instead of the client's."""
+    """Send this body upstream instead of the client's.
+
+    While `response_data` returns nothing, the response's head is held back too (for HEAD_SECONDS at most), so that
+    `replay` can be answered with yes.
+    """
 
     body: bytes
     drop_headers: frozenset[bytes] = frozenset()
@@ -46,6 +50,15 @@ class Exchange(Protocol):
 
     def response_data(self, data: bytes) -> bytes:
         """De-framed body bytes as they arrive; returns what the client gets now (may be empty)."""
+
+    def replay(self) -> bool:
+        """Asked when the response to a rewritten request is complete and no byte of it has gone to the client. True:
+        forget it and send upstream what the client sent, as it came. `response_head` and what follows it are then
+        called for that response, and this is not asked again; without it, `response_end` comes next.
+
+        Only for a response that says that nothing was done (a refusal at validation): then sending twice asks for
+        nothing twice.
+        """
 
     def response_end(self) -> bytes:
         """The upstream body is complete; returns what is still owed."""

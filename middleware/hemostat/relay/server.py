@@ -50,6 +50,9 @@ READ_AHEAD = 64 * 1024
 """Bytes taken from a client beyond the request that is being answered, or before the upstream takes them."""
 COLLECTED = 16 * 1024 * 1024
 """A response with Content-Length that the hook wants is collected up to this size, and chunked beyond it."""
+HEAD_SECONDS = 3.0
+"""How long the head of a rewritten request's response is held back (within the sweep's second) for the hook to see its
+beginning: vLLM says in the first event of a stream that it refuses the request."""
 LINGER_SECONDS = 1.0
 WATCH_SECONDS = 0.1
 ANSWER_SECONDS = 0.02
@@ -102,11 +105,13 @@ class ClientProtocol(asyncio.Protocol):
         "_exchange",
         "_head_sent",
         "_held",
+        "_held_since",
         "_hook_alive",
         "_keep_alive",
         "_lingering",
         "_mode",
         "_outcome",
+        "_own",
         "_parts",
         "_parts_size",
         "_prefix",
@@ -170,6 +175,9 @@ class ClientProtocol(asyncio.Protocol):
         self.upgrade_wanted = False
         self.overhead = 0.0
         self._sent: bytes | None = None
+        self._own: tuple[list[bytes], int, bytes] | None = None
+        """Header lines, framing and body as the client sent them, where something else was sent upstream instead and
+        nothing has come back to the client yet."""
         self._retried = False
         self._head_sent = False
         self._response: ResponseHead | None = None
@@ -456,6 +464,7 @@ class ClientProtocol(asyncio.Protocol):
             self._answer(verdict.status, verdict.body, counters.REFUSED)
             return
         if isinstance(verdict, Rewrite):
+            self._own = (list(request.lines), request.framing, body)
             body = verdict.body
             if verdict.drop_headers:
                 _drop(request, verdict.drop_headers)
@@ -480,6 +489,32 @@ class ClientProtocol(asyncio.Protocol):
         up.assign(self)
         up.transport.write(payload)
         self.overhead = perf_counter() - started
+
+    def _replay(self) -> bool:
+        """Ask the hook whether the response that is now complete is to be forgotten, and the request sent again."""
+        own, self._own = self._own, None
+        if own is None or not self._hook_alive or not self._transforming:
+            return False
+        assert self._exchange is not None
+        try:
+            if not self._exchange.replay():
+                return False
+        except Exception:  # noqa: BLE001  a hook that raises has lost its say
+            self._hook_failed()
+            return False
+        started = perf_counter()
+        request = self.request
+        assert request is not None
+        request.lines, request.framing, body = own
+        self._keep_alive = request.keep_alive
+        self._response = None
+        self._prefix = b""
+        self._mode = Mode.RAW
+        self._transforming = False
+        if self._chunks is not None:
+            body = chunk(body) + LAST_CHUNK
+        self._dispatch(self._upstream_head(request) + body, started)
+        return True
 
     def _forward(self, data: bytes, started: float) -> None:
         """Send more of a body upstream."""
@@ -597,6 +632,7 @@ class ClientProtocol(asyncio.Protocol):
         self._keep_alive = not close
         if self._mode is not Mode.COLLECT:
             self._prefix = b"\r\n".join((head.status_line, *lines, b"", b""))
+            self._held_since = self._relay.loop.time()
         return self._mode is not Mode.RAW
 
     def _wanted(self, head: ResponseHead) -> bool:
@@ -624,15 +660,23 @@ class ClientProtocol(asyncio.Protocol):
                 data = self._exchange.response_data(data)
             except Exception:  # noqa: BLE001  a hook that raises has lost its say
                 self._hook_failed()
+        if self._transforming and not data and self._own is not None:
+            self._received = perf_counter()
+            return
         if mode is Mode.CHUNK:
             data = chunk(data)
         if self._prefix:
-            self.transport.write(self._prefix + data)
-            self._prefix = b""
-            self._head_sent = True
-            self.overhead += perf_counter() - self._received
+            self._send_head(data)
         elif data:
             self.transport.write(data)
+
+    def _send_head(self, data: bytes) -> None:
+        """With the first bytes of the body, in their framing."""
+        self.transport.write(self._prefix + data)
+        self._prefix = b""
+        self._own = None
+        self._head_sent = True
+        self.overhead += perf_counter() - self._received
 
     def response_end(self) -> None:
         """The response is complete, and the upstream connection no longer this client's."""
@@ -646,13 +690,19 @@ class ClientProtocol(asyncio.Protocol):
             if self._transforming:
                 assert self._exchange is not None
                 try:
-                    body = self._exchange.response_data(body) + self._exchange.response_end()
+                    given = self._exchange.response_data(body)
+                    if self._replay():
+                        return
+                    if self._transforming:
+                        body = given + self._exchange.response_end()
                 except Exception:  # noqa: BLE001  a hook that raises has lost its say
                     self._hook_failed()
             set_length(head.lines, head.framing, len(body))
             self.transport.write(b"\r\n".join((head.status_line, *head.lines, b"", body)))
             self.overhead += perf_counter() - started
         else:
+            if self._prefix and self._replay():
+                return
             tail = b""
             if self._transforming:
                 assert self._exchange is not None
@@ -662,7 +712,9 @@ class ClientProtocol(asyncio.Protocol):
                     self._hook_failed()
             if self._mode is Mode.CHUNK:
                 tail = chunk(tail) + LAST_CHUNK
-            if tail:
+            if self._prefix:
+                self._send_head(tail)
+            elif tail:
                 self.transport.write(tail)
         self._relay.counters.observe_overhead(self.overhead)
         status = head.status
@@ -818,6 +870,8 @@ class ClientProtocol(asyncio.Protocol):
         waited = now - self.since
         if self._lingering or self.tunnel:
             return
+        if self._prefix and self._relay.loop.time() - self._held_since > HEAD_SECONDS:
+            self._send_head(b"")
         if self.request is None:
             if self._buffer and waited > limits.head_seconds and not self.paused:
                 self._refuse(BadRequest(408, f"the request head took more than {limits.head_seconds:g} s"))
