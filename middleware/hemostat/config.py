@@ -149,6 +149,10 @@ class Upstream(Section):
     """Of each relay process."""
     ca: ExistingFile | None = None
     """PEM file of the authority that signed the upstream's certificate."""
+    openai_sampling_defaults: bool = False
+    """True when vLLM was started with `--generation-config vllm`, or the model's generation_config sets no sampling
+    parameter. Otherwise what a request is sampled with is known only where it says so itself (or is greedy), and the
+    rest is not used where the tokens' distribution has to be known."""
 
 
 class Reference(Section):

@@ -18,7 +18,7 @@ SHADOW_REQUESTS = "hemostat_shadow_requests_total"
 be scored, by reason), `dropped` (it could have been, but there was no room)."""
 
 CALIBRATION_REQUESTS = "hemostat_calibration_requests_total"
-"""Labels arm, reason. Every request for which a profile was in question: why it stands in its arm."""
+"""Labels arm, reason. Every request for which a profile was in question, once it is over: why it stands in its arm."""
 
 ROUTES = {b"/v1/chat/completions": True, b"/v1/completions": False}
 """Scored and calibrated; True for the chat route."""
@@ -40,9 +40,14 @@ _PREFIX = b"x-hemostat-"
 _SHADOW = b"x-hemostat-shadow"
 _CALIBRATION = b"x-hemostat-calibration"
 _LABEL = b"x-hemostat-label"
+MAX_REQUEST_ID = 200
+"""Characters of a client's X-Request-Id that go beyond the relay, into records and logs."""
 _READABLE = frozenset({b"accept-encoding"})
 """Dropped where the response has to be read."""
-_REFUSAL_BYTES = 64 * 1024
+_REFUSALS = (400, 422)
+"""What vLLM answers to a request that does not pass its validation: nothing was computed."""
+_HELD_BYTES = 64 * 1024
+"""Of a response that may be a refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,12 @@ class _Wishes:
 class Interceptor:
     """A `relay.hooks.Hook`. Assign `policy` at any time: requests that have begun keep the one they began with.
 
-    That X-Hemostat headers do not go upstream is the relay's doing, also where this looks away.
+    That X-Hemostat headers do not go upstream is the relay's doing, also where this looks away. A profile that a client
+    itself asks for in `vllm_xargs.hemostat` is the client's business: it is left as it is, also with
+    `calibration.mode: off`, and the request stands in no arm.
+
+    A request that was changed here and refused by the engine's validation is sent once more as the client wrote it
+    (`replay`). If that is not refused, the refusal was our doing: it counts as `logprobs_refused`.
 
     emit: hands a capture on; False when there is no room for it.
     count: adds one to a metric, by its name and label values.
@@ -179,6 +189,10 @@ class _Intercepted:
         self._shadow = shadow
         """Sampled, and not yet counted as skipped."""
         self._calibrated = calibrated
+        self._standing: tuple[Arm, str] | None = None
+        """To be counted: the arm and why."""
+        self._applied = False
+        """The engine is asked for a profile by us."""
         self._arm = Arm.NONE
         self._version: str | None = None
         self._nonce = ""
@@ -186,7 +200,12 @@ class _Intercepted:
         self._request: openai.Request | None = None
         self._tokens: openai.Tokens | None = None
         self._stripper: openai.Stripper | None = None
-        self._refusal: bytearray | None = None
+        self._rewritten = False
+        self._beginning: bytearray | None = None
+        """The response's beginning, while it is or may be a refusal."""
+        self._refused: bool | None = None
+        """It is one; None while that cannot be told."""
+        self._replayed = False
         self._ended = False
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
@@ -216,20 +235,22 @@ class _Intercepted:
                     self._nonce = xargs["hemostat_tap"] = self._owner.nonce()
         if xargs:
             changes["vllm_xargs"] = openai.with_xargs(request, xargs)
-        self._sampling = openai.sampling_parameters(request, changes)
+        self._sampling = openai.sampling_parameters(request, changes, policy.openai_sampling_defaults)
         if not changes:
             return None
+        self._rewritten = True
         return Rewrite(request.body.edit(changes), _READABLE if self._tokens is not None else frozenset())
 
     def _calibrate(self, request: openai.Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Choose the arm and the profile, and ask the engine for it."""
         policy = self._policy
         version, arm, reason = self._choose(request)
-        self._owner.count(CALIBRATION_REQUESTS, (arm.value, reason))
+        self._standing = arm, reason
         self._arm = arm
         if version is None:
             return
         self._version = version
+        self._applied = True
         if policy.apply == "engine":
             xargs["hemostat"] = version
             return
@@ -269,7 +290,7 @@ class _Intercepted:
         """The body cannot be read and goes on as it came."""
         self._skip(reason)
         if self._calibrated:
-            self._owner.count(CALIBRATION_REQUESTS, (Arm.NONE.value, reason))
+            self._standing = Arm.NONE, reason
 
     def _skip(self, reason: str) -> None:
         if self._shadow:
@@ -277,44 +298,95 @@ class _Intercepted:
             self._owner.skip(reason)
 
     def response_head(self, status: int, headers: Headers) -> bool:
-        if self._request is None or self._tokens is None:
+        if not self._rewritten:
             return False
         fields = {name.lower(): value for name, value in headers}
         content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if status == 400:
-            self._refusal = bytearray()
+        plain = fields.get(b"content-encoding", b"identity").lower() == b"identity"
+        stream = plain and status == 200 and content_type == b"text/event-stream"
+        if self._replayed:
+            if stream:
+                self._beginning = bytearray()
+            else:
+                self._blame(ours=status < 400)
+            return stream
+        if status in _REFUSALS:
+            self._beginning = bytearray()
+            self._refused = True
             return True
-        if status != 200:
-            self._tokens.fail("upstream_error")
-            return False
-        if fields.get(b"content-encoding", b"identity").lower() != b"identity":
-            self._tokens.fail("encoded")
-            return False
-        if content_type not in (b"text/event-stream", b"application/json"):
-            self._tokens.fail("unreadable")
-            return False
-        self._stripper = openai.Stripper(self._request, self._tokens, stream=content_type == b"text/event-stream")
-        return True
+        if stream:
+            self._beginning = bytearray()
+        if self._request is not None and self._tokens is not None:
+            if status != 200:
+                self._tokens.fail("upstream_error")
+            elif not plain:
+                self._tokens.fail("encoded")
+            elif not stream and content_type != b"application/json":
+                self._tokens.fail("unreadable")
+            else:
+                self._stripper = openai.Stripper(self._request, self._tokens, stream=stream)
+        return stream or self._stripper is not None
 
     def response_data(self, data: bytes) -> bytes:
-        if self._stripper is not None:
-            return self._stripper.feed(data)
-        if self._refusal is not None and len(self._refusal) < _REFUSAL_BYTES:
-            self._refusal += data
-        return data
+        if self._beginning is None:
+            return data if self._stripper is None else self._stripper.feed(data)
+        self._beginning += data
+        if self._refused is None:
+            code = openai.stream_error(bytes(self._beginning))
+            if code is not None:
+                self._refused = code in _REFUSALS
+                if self._replayed:
+                    self._blame(ours=code == 0)
+        if self._replayed:
+            # Looked at, not held back.
+            if self._refused is not None or len(self._beginning) > _HELD_BYTES:
+                self._beginning = None
+            return data
+        if self._refused is not False and len(self._beginning) <= _HELD_BYTES:
+            return b""
+        return self._release()
+
+    def _release(self) -> bytes:
+        """What the client gets of what was held back."""
+        held, self._beginning = bytes(self._beginning or b""), None
+        return held if self._stripper is None else self._stripper.feed(held)
+
+    def replay(self) -> bool:
+        if self._beginning is None or not self._refused:
+            return False
+        self._replayed = True
+        self._beginning = self._refused = self._stripper = None
+        if self._applied:
+            self._standing = Arm.NONE, "refused"
+        return True
+
+    def _blame(self, *, ours: bool) -> None:
+        """The engine refused what we made of the request. Ours: it does not refuse what the client sent."""
+        if self._tokens is not None:
+            self._tokens.fail("logprobs_refused" if ours else "upstream_error")
+            self._stop_if_refused()
+
+    def _stop_if_refused(self) -> None:
+        if self._tokens is not None and self._tokens.failure == "logprobs_refused":
+            # The engine's --max-logprobs, say, is lower than what was asked for.
+            self._owner.refused_generation = self._policy.generation
 
     def response_end(self) -> bytes:
         self._ended = True
-        owed = self._stripper.finish() if self._stripper is not None else b""
-        if self._tokens is not None:
-            if self._refusal is not None:
-                self._tokens.fail(openai.error_reason(bytes(self._refusal)))
-            if self._tokens.failure == "logprobs_refused":
-                # Our doing: the engine's --max-logprobs is lower than what was asked for.
-                self._owner.refused_generation = self._policy.generation
+        if self._replayed:
+            return b""
+        owed = b"" if self._beginning is None else self._release()
+        if self._stripper is not None:
+            owed += self._stripper.finish()
+        elif self._tokens is not None:
+            self._tokens.fail(openai.error_reason(owed))
+        self._stop_if_refused()
         return owed
 
     def closed(self, *, complete: bool) -> None:
+        if self._standing is not None:
+            arm, reason = self._standing
+            self._owner.count(CALIBRATION_REQUESTS, (arm.value, reason))
         if not self._shadow:
             return
         request, tokens = self._request, self._tokens
@@ -322,7 +394,7 @@ class _Intercepted:
             self._skip("incomplete")
         elif tokens.failure is not None:
             self._skip(tokens.failure)
-        elif not (complete and self._ended):
+        elif self._replayed or not (complete and self._ended):
             self._skip("incomplete")
         else:
             self._shadow = False
@@ -331,7 +403,7 @@ class _Intercepted:
 
     def _capture(self, request: openai.Request, tokens: openai.Tokens) -> Capture:
         return Capture(
-            request_id=self._request_id,
+            request_id=self._request_id[:MAX_REQUEST_ID],
             route=self._route,
             model=tokens.model,
             label=self._wishes.label,

@@ -45,6 +45,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     emitted_logprobs: bytes
     """float32 [T], nats"""
     temperature: float
+    """NaN where what the tokens were drawn from is not known."""
     top_p: float
     sampling_top_k: int
     min_p: float
@@ -97,6 +98,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     body_limit: int = 4 * 1024 * 1024
     unscorable_models: frozenset[str] = frozenset()
     """Served names that are not the compressed base model (LoRA adapters): neither scored nor calibrated."""
+    openai_sampling_defaults: bool = False
+    """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty is OpenAI's default."""
 
 
 OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)

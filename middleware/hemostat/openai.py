@@ -11,6 +11,7 @@ Checked against vLLM 0.32 (`entrypoints/openai/{chat_completion,completion}`):
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from array import array
@@ -106,6 +107,25 @@ def error_reason(data: bytes) -> str:
     return "logprobs_refused" if b"sample logprobs" in data else "upstream_error"
 
 
+def stream_error(data: bytes) -> int | None:
+    """The code of the error that a stream begins with (500 where it names none); 0 where it begins with something else,
+    None while that cannot be told. vLLM's engine refuses a request so, after the head has gone out."""
+    events = sse.Parser().feed(data)
+    if not events:
+        return None
+    first = events[0].data
+    if first is None or b'"error"' not in first:
+        return 0
+    try:
+        body = JsonObject(first)
+        if not body.has("error"):
+            return 0
+        code = body.value("error")["code"]
+    except (*MALFORMED, LookupError, TypeError):
+        return 500
+    return code if isinstance(code, int) and code > 0 else 500
+
+
 def encode(value: Any) -> bytes:
     """Compact JSON."""
     return msgspec.json.encode(value)
@@ -146,7 +166,10 @@ _STRUCTURED = (
     "guided_grammar",
 )
 _OWN_DETAILS = ("top_logprobs", "logprob_token_ids", "return_token_ids", "return_tokens_as_token_ids")
-_SHIFTED = ("logit_bias", "bad_words", "presence_penalty", "frequency_penalty")
+_SHIFTED = ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "presence_penalty", "frequency_penalty")
+"""With `repetition_penalty`, what the engine plugin declines a profile for (its `xargs.edits_logits`): neither arm may
+hold such a request."""
+_OUR_XARGS = {"hemostat", "hemostat_tap"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,10 +298,14 @@ def _unscorable(
 def _uncalibrated(body: JsonObject, unscorable: str | None) -> str | None:
     if unscorable in ("lora", "beam_search", "multimodal", "invalid"):
         return unscorable
-    if any(body.value(key) for key in _SHIFTED) or body.value("repetition_penalty") not in (None, 1):
+    if _shifted(body):
         # The profile was measured on unshifted logits, and engines differ in what they apply first.
         return "own_logits"
     return None
+
+
+def _shifted(body: JsonObject) -> bool:
+    return any(body.value(key) for key in _SHIFTED) or body.value("repetition_penalty") not in (None, 1)
 
 
 def with_xargs(request: Request, xargs: Mapping[str, str]) -> bytes:
@@ -303,19 +330,31 @@ def ask_for_tokens(request: Request, top_k: int) -> dict[str, bytes]:
     return changes
 
 
-def sampling_parameters(request: Request, changes: Mapping[str, bytes]) -> Sampling:
-    """The request's own decoding parameters, with these changes.
+def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_defaults: bool) -> Sampling:
+    """The request's decoding parameters, with these changes.
 
-    What the client leaves out has OpenAI's default here; vLLM takes the model's generation_config first, which no
-    response tells.
+    The temperature is NaN where what the tokens are drawn from is not known: where the client's other parameters shift
+    it, and where it leaves a parameter out, for which vLLM takes the model's generation_config before OpenAI's default
+    (no response tells). `openai_defaults`: it takes OpenAI's. A temperature of 0 is greedy whatever else is left out.
     """
-    value = request.body.value
-    temperature = changes.get("temperature")
+    body = request.body
+    changed = changes.get("temperature")
+    given = body.value("temperature") if changed is None else float(changed)
+    temperature = _number(given, 1.0)
+    xargs = body.value("vllm_xargs")
+    shifted = (
+        _shifted(body)
+        or any(body.has(key) for key in ("logits_processors", "thinking_token_budget"))
+        or (isinstance(xargs, dict) and not xargs.keys() <= _OUR_XARGS)
+    )
+    complete = given is not None and all(body.has(key) for key in ("top_p", "top_k", "min_p", "repetition_penalty"))
+    if shifted or not (temperature == 0.0 or openai_defaults or complete):
+        temperature = math.nan
     return Sampling(
-        temperature=_number(value("temperature") if temperature is None else float(temperature), 1.0),
-        top_p=_number(value("top_p"), 1.0),
-        top_k=max(0, int(_number(value("top_k"), 0.0))),
-        min_p=_number(value("min_p"), 0.0),
+        temperature=temperature,
+        top_p=_number(body.value("top_p"), 1.0),
+        top_k=max(0, int(_number(body.value("top_k"), 0.0))),
+        min_p=_number(body.value("min_p"), 0.0),
     )
 
 

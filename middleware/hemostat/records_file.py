@@ -44,7 +44,7 @@ class RecordsFile:
             "output_token_ids": np.frombuffer(capture.output_token_ids, "<i4").tolist(),
             "kl_nats": [value if math.isfinite(value) else None for value in figures.kl_rc.tolist()],
             "covered_mass": figures.covered_compressed.tolist(),
-            "temperature": capture.temperature,
+            "temperature": capture.temperature if math.isfinite(capture.temperature) else None,
             "label": capture.label,
             "arm": str(record.arm),
             "profile": record.applied or IDENTITY,

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from tests.control.test_shadow import capture
@@ -203,10 +204,12 @@ def test_records_are_lines_that_any_json_reader_takes(tmp_path: Path) -> None:
     file = RecordsFile(path)
     record = infinite("kl_nats")
     file.write(capture(), record, divergence(record))
-    file.write(capture(), replace(record, applied="a" * 32), divergence(record))
+    unknown = msgspec.structs.replace(capture(), temperature=math.nan)
+    file.write(unknown, replace(record, applied="a" * 32), divergence(record))
     file.close()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert [line["profile"] for line in lines] == ["identity", "a" * 32], "what was applied, not what was asked for"
+    assert [line["temperature"] for line in lines] == [capture().temperature, None]
     assert lines[0]["kl_nats"][0] is None
     assert lines[0]["kl_nats"][1:] == divergence(record).kl_rc[1:].tolist()
     assert path.stat().st_mode & 0o077 == 0, "token ids are text"

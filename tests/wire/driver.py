@@ -48,6 +48,7 @@ class Answer:
     sent: bytes = b""
     """What went upstream."""
     complete: bool = True
+    replayed: bool = False
 
 
 @dataclass
@@ -59,6 +60,8 @@ class Wire:
     captures: list[Capture] = field(default_factory=list)
     counts: Counter[tuple[str, ...]] = field(default_factory=Counter)
     room: bool = True
+    replays: bool = True
+    """False: as when the relay cannot, the head being out."""
 
     def __post_init__(self) -> None:
         self.interceptor = Interceptor(POLICY, self._emit, self._count, clock=lambda: 1.5, nonce=lambda: "nonce")
@@ -95,35 +98,42 @@ class Wire:
         if isinstance(exchange, Refusal):
             return Answer(exchange.status, exchange.body)
         dropped: frozenset[bytes] = frozenset()
+        own, rewritten = data, False
         if exchange is not None:
             rewrite = exchange.request(data if len(data) <= exchange.body_limit else None)
             if isinstance(rewrite, Refusal):
                 return Answer(rewrite.status, rewrite.body)
             if rewrite is not None:
-                data, dropped = rewrite.body, rewrite.drop_headers
-        upstream = {
-            name: value
-            for name, value in fields.items()
-            if name.lower().encode() not in dropped and not name.lower().startswith("x-hemostat-")
-        }
-        upstream["x-request-id"] = request_id
+                data, dropped, rewritten = rewrite.body, rewrite.drop_headers, True
+        fields["x-request-id"] = request_id
         answer = Answer(0, b"", data)
-        try:
-            with self.client.stream(method, path, content=data, headers=upstream) as response:
-                answer.status = response.status_code
-                looks = exchange is not None and exchange.response_head(response.status_code, response.headers.raw)
-                parts: list[bytes] = []
-                for chunk in response.iter_raw():
-                    if not looks or exchange is None:
-                        parts.append(chunk)
-                        continue
-                    parts += [exchange.response_data(piece) for piece in cut(chunk, splits)]
-                    if give_up_after is not None and len(parts) >= give_up_after:
-                        raise httpx.ReadError("the client is gone")
-                if looks and exchange is not None:
-                    parts.append(exchange.response_end())
-        except httpx.TransportError:
-            answer.complete = False
+        parts: list[bytes] = []
+        while True:
+            upstream = {
+                name: value
+                for name, value in fields.items()
+                if name.lower().encode() not in dropped and not name.lower().startswith("x-hemostat-")
+            }
+            try:
+                with self.client.stream(method, path, content=data, headers=upstream) as response:
+                    answer.status = response.status_code
+                    looks = exchange is not None and exchange.response_head(response.status_code, response.headers.raw)
+                    for chunk in response.iter_raw():
+                        if not looks or exchange is None:
+                            parts.append(chunk)
+                            continue
+                        parts += [exchange.response_data(piece) for piece in cut(chunk, splits)]
+                        if give_up_after is not None and len(parts) >= give_up_after:
+                            raise httpx.ReadError("the client is gone")
+                    if looks and exchange is not None:
+                        if rewritten and self.replays and not any(parts) and exchange.replay():
+                            data, dropped, rewritten = own, frozenset(), False
+                            answer.replayed = True
+                            continue
+                        parts.append(exchange.response_end())
+            except httpx.TransportError:
+                answer.complete = False
+            break
         answer.body = b"".join(parts)
         if exchange is not None:
             exchange.closed(complete=answer.complete)

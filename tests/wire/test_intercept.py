@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -16,6 +17,8 @@ from tests.fakes.fake_vllm import FakeVllm, encode, render, serving
 
 from hemostat import openai
 from hemostat.messages import Policy
+from hemostat.relay.hooks import Exchange, Refusal
+from hemostat_calibration.engine.xargs import edits_logits
 
 from .driver import OTHER_VERSION, VERSION, Wire, policy, rows
 
@@ -125,7 +128,7 @@ def test_a_sampled_response_is_the_unsampled_one(
 
 
 def test_a_capture_says_what_was_asked(wire: Wire) -> None:
-    wire.interceptor.policy = policy(labels=frozenset({"batch"}))
+    wire.interceptor.policy = policy(labels=frozenset({"batch"}), openai_sampling_defaults=True)
     body = chat(temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, stream=True)
     wire.send(CHAT + "?x=1", body, headers={"X-Hemostat-Label": "batch"}, request_id="abc")
     [capture] = wire.captures
@@ -202,15 +205,184 @@ def test_errors_are_the_same_sampled_or_not(wire: Wire, body: dict[str, Any], st
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engine_that_refuses_the_logprobs_is_asked_once(wire: Wire, fake: FakeVllm, stream: bool) -> None:
+def test_logprobs_that_the_engine_refuses_are_no_error_of_the_client(wire: Wire, fake: FakeVllm, stream: bool) -> None:
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(CHAT, chat(stream=stream))
     fake.max_logprobs = 5
+    wire.interceptor.policy = policy()
+    first = wire.send(CHAT, chat(stream=stream), splits=random.Random(3))
+    assert (first.status, first.body, first.replayed) == (200, plain.body, True)
+    assert openai.encode(fake.requests[-1]) == plain.sent
+    assert fake.headers[-1][b"accept-encoding"] == b"gzip"
+    assert wire.counts.total() == wire.shadow("skipped", "logprobs_refused") == 1
+    # Nothing more is asked for until the next policy.
+    assert not wire.send(CHAT, chat(stream=stream)).replayed
+    assert wire.shadow("skipped", "logprobs_refused") == 2
+    wire.interceptor.policy = policy(generation=2, shadow_top_k=5)
+    assert wire.send(CHAT, chat(stream=stream)).body == plain.body
+    assert wire.shadow("shadowed") == len(wire.captures) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_after_the_head_has_gone_out_goes_through_and_stops_sampling(
+    wire: Wire, fake: FakeVllm, stream: bool
+) -> None:
+    fake.max_logprobs = 5
+    wire.replays = False
     assert b"greater than max allowed" in wire.send(CHAT, chat(stream=stream)).body
     assert wire.shadow("skipped", "logprobs_refused") == 1
     assert b"greater than max allowed" not in wire.send(CHAT, chat(stream=stream)).body
     assert wire.shadow("skipped", "logprobs_refused") == 2
-    wire.interceptor.policy = policy(generation=2, shadow_top_k=5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_clients_own_mistake_is_its_own_and_sampling_goes_on(wire: Wire, stream: bool) -> None:
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(CHAT, chat(stream=stream, temperature=-1))
+    wire.interceptor.policy = policy()
+    sampled = wire.send(CHAT, chat(stream=stream, temperature=-1))
+    assert (sampled.status, sampled.body, sampled.replayed) == (400, plain.body, True)
+    assert wire.counts.total() == wire.shadow("skipped", "upstream_error") == 1
     assert wire.send(CHAT, chat(stream=stream)).status == 200
     assert wire.shadow("shadowed") == 1
+
+
+def begun(wire: Wire) -> Exchange:
+    exchange = wire.interceptor.begin("POST", CHAT.encode(), [], "r")
+    assert exchange is not None
+    assert not isinstance(exchange, Refusal)
+    return exchange
+
+
+EVENT_STREAM = [(b"Content-Type", b"text/event-stream")]
+REFUSAL_EVENT = b'data: {"error": {"message": "no such xarg", "code": 400}}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize("status", [200, 400, 422])
+@pytest.mark.parametrize("shadow_rate", [0.0, 1.0])
+def test_a_profile_that_the_engine_refuses_is_left_out(shadow_rate: float, status: int) -> None:
+    wire = Wire(httpx.Client())
+    wire.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0, shadow_rate=shadow_rate)
+    exchange = begun(wire)
+    assert exchange.request(openai.encode(chat(stream=True))) is not None
+    assert exchange.response_head(status, EVENT_STREAM if status == 200 else [])
+    for at in range(0, len(REFUSAL_EVENT), 20):
+        assert exchange.response_data(REFUSAL_EVENT[at : at + 20]) == b""
+    assert exchange.replay()
+    assert exchange.response_head(200, EVENT_STREAM)
+    answer = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"token_ids":[5]}]}\n\ndata: [DONE]\n\n'
+    assert b"".join(exchange.response_data(answer[at : at + 7]) for at in range(0, len(answer), 7)) == answer
+    assert exchange.response_end() == b""
+    exchange.closed(complete=True)
+    assert not wire.captures
+    assert wire.calibration("none", "refused") == 1
+    assert wire.shadow("skipped", "logprobs_refused") == shadow_rate
+    assert wire.counts.total() == 1 + shadow_rate
+
+
+@pytest.mark.parametrize(
+    ("start", "code"),
+    [
+        (b"", None),
+        (b"data: {", None),
+        (b'data: {"error": {"code": 400}}\n', None),
+        (b'data: {"error": {"code": 400}}\n\n', 400),
+        (b'data: {"error": {"code": "x"}}\r\n\r\ndata: 1', 500),
+        (b'data: {"error": "gone"}\n\n', 500),
+        (b'data: {"error": \n\n', 500),
+        (b'data: {"error": null, "choices": []}\n\n', 0),
+        (b": keep-alive\n\n", 0),
+        (b'data: {"choices": [{"text": "{\\"error\\": {}}"}]}\n\n', 0),
+        (b"data: [DONE]\n\n", 0),
+    ],
+)
+def test_what_a_stream_begins_with(start: bytes, code: int | None) -> None:
+    assert openai.stream_error(start) == code
+
+
+@pytest.mark.parametrize("first", [b": keep-alive\n\n", b'data: {"error": {"code": 500}}\n\n', b"x" * 70_000])
+def test_what_is_no_refusal_is_not_held_back(first: bytes) -> None:
+    wire = Wire(httpx.Client())
+    exchange = begun(wire)
+    exchange.request(openai.encode(chat(stream=True)))
+    exchange.response_head(200, EVENT_STREAM)
+    out = exchange.response_data(first)
+    assert out == first or first.startswith(b"x")
+    assert not exchange.replay()
+    assert out + exchange.response_end() == first
+
+
+def test_a_large_refusal_goes_through(wire: Wire) -> None:
+    exchange = begun(wire)
+    exchange.request(openai.encode(chat()))
+    assert exchange.response_head(400, [])
+    assert exchange.response_data(b"y" * 70_000) + exchange.response_data(b"z") == b"y" * 70_000 + b"z"
+    assert not exchange.replay()
+    exchange.response_end()
+    exchange.closed(complete=True)
+    assert wire.shadow("skipped", "upstream_error") == 1
+
+
+def test_a_replay_that_breaks_off_is_incomplete(wire: Wire) -> None:
+    exchange = begun(wire)
+    exchange.request(openai.encode(chat(stream=True)))
+    exchange.response_head(200, EVENT_STREAM)
+    exchange.response_data(REFUSAL_EVENT)
+    assert exchange.replay()
+    exchange.closed(complete=False)
+    assert wire.counts.total() == wire.shadow("skipped", "incomplete") == 1
+
+
+ALL_GIVEN = {"temperature": 0.7, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+
+
+@pytest.mark.parametrize(
+    ("defaults", "more", "temperature"),
+    [
+        (False, {"temperature": None}, math.nan),
+        (False, {"temperature": 1}, math.nan),
+        (False, {"temperature": 0}, 0.0),
+        (False, ALL_GIVEN, 0.7),
+        (False, ALL_GIVEN | {"top_k": None}, math.nan),
+        (True, {"temperature": None}, 1.0),
+        (True, {"temperature": 0.5}, 0.5),
+        (True, {"temperature": 0, "logit_bias": {"5": 1}}, math.nan),
+        (True, {"frequency_penalty": 0.1}, math.nan),
+        (True, {"repetition_penalty": 1.2}, math.nan),
+        (True, {"bad_words": ["x"]}, math.nan),
+        (True, {"allowed_token_ids": [5]}, math.nan),
+        (True, {"min_tokens": 1}, math.nan),
+        (True, {"logits_processors": ["x"]}, math.nan),
+        (True, {"thinking_token_budget": 0}, math.nan),
+        (True, {"vllm_xargs": {"theirs": 1}}, math.nan),
+        (True, {"temperature": 1, "vllm_xargs": {"hemostat": VERSION}}, 1.0),
+        (True, {"temperature": 1, "min_tokens": 0, "bad_words": [], "repetition_penalty": 1.0}, 1.0),
+    ],
+)
+def test_the_temperature_is_known_where_all_that_shifts_the_tokens_is(
+    defaults: bool, more: dict[str, Any], temperature: float
+) -> None:
+    request = openai.read(True, openai.encode(chat() | more))
+    assert openai.sampling_parameters(request, {}, defaults).temperature == pytest.approx(temperature, nan_ok=True)
+
+
+def test_what_the_engine_declines_a_profile_for_gets_none() -> None:
+    class Asked:
+        """Notes what is looked at; nothing of it is set."""
+
+        names: ClassVar[set[str]] = set()
+
+        def __getattr__(self, name: str) -> Any:
+            self.names.add(name)
+            return 1.0 if name == "repetition_penalty" else None
+
+    assert not edits_logits(Asked(), after_penalties=True)
+    assert Asked.names == {*openai._SHIFTED, "repetition_penalty"}
+
+
+def test_a_long_request_id_is_cut_where_it_is_kept(wire: Wire) -> None:
+    wire.send(CHAT, chat(), request_id="r" * 5000)
+    assert wire.captures[0].request_id == "r" * 200
 
 
 def test_lost_tokens_are_noticed_and_the_client_is_not(wire: Wire, fake: FakeVllm) -> None:
@@ -397,6 +569,10 @@ def test_arms_are_drawn_by_conversation_and_only_the_treated_ask_for_the_profile
         (ALL_TREATED, {}, {"vllm_xargs": {"hemostat": "mine"}}, "mine", "none", "own_xargs"),
         (ALL_TREATED, {}, {"logit_bias": {"5": 1}}, None, "none", "own_logits"),
         (ALL_TREATED, {}, {"presence_penalty": 0.5}, None, "none", "own_logits"),
+        (ALL_TREATED, {}, {"min_tokens": 2}, None, "none", "own_logits"),
+        (ALL_TREATED, {}, {"allowed_token_ids": [1, 2]}, None, "none", "own_logits"),
+        (ALL_TREATED, {}, {"min_tokens": 0, "bad_words": []}, VERSION, "treated", "assigned"),
+        (policy(mode="off"), {}, {"vllm_xargs": {"hemostat": "mine"}}, "mine", "none", None),
         (ALL_TREATED, {}, {"repetition_penalty": 1.1}, None, "none", "own_logits"),
         (ALL_TREATED, {}, {"vllm_xargs": {"mine": 1}}, VERSION, "treated", "assigned"),
     ],
@@ -455,6 +631,7 @@ def test_without_a_plugin_a_profile_is_temperature_and_bias_where_the_client_set
         apply="request",
         request_temperature=0.8,
         request_logit_bias={"7": 1.5},
+        openai_sampling_defaults=True,
     )
     free = chat()
     del free["temperature"]

@@ -114,3 +114,22 @@ async def test_an_engine_that_dies_in_a_sampled_stream_is_seen_as_such(bench: Be
         with pytest.raises(httpx.RemoteProtocolError):
             await client.post(CHAT, json=body(stream=True))
     assert bench.counts == {(SHADOW_REQUESTS, "skipped", "incomplete"): 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_only_we_asked_for_is_never_refused_to_a_client(bench: Bench, stream: bool) -> None:
+    answers = []
+    async with httpx.AsyncClient(base_url=bench.url) as client:
+        for rate, max_logprobs in ((0.0, 64), (1.0, 5)):
+            bench.interceptor.policy = policy(shadow_rate=rate)
+            bench.fake.max_logprobs = max_logprobs
+            answer = await client.post(CHAT, json=body(stream=stream), headers={"X-Request-Id": "same"})
+            head = [(name, value) for name, value in answer.headers.raw if name.lower() != b"date"]
+            answers.append((answer.status_code, head, answer.content))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 200
+    assert bench.counts == {(SHADOW_REQUESTS, "skipped", "logprobs_refused"): 1}
+    direct, refused, replayed = bench.fake.requests
+    assert direct == replayed != refused
+    assert bench.fake.headers[0].keys() == bench.fake.headers[2].keys()
+    assert bench.relay.pool.size == 1 or stream

@@ -353,7 +353,7 @@ def serve_settings(
     settings: dict[str, Any] = {
         "listen": {"host": "127.0.0.1", "port": data_port},
         "admin": {"host": "127.0.0.1", "port": admin_port, "token": token},
-        "upstream": {"url": upstream},
+        "upstream": {"url": upstream, "openai_sampling_defaults": True},
         "reference": {"backend": "transformers", "model": str(checkpoints.reference.absolute()), "dtype": "bfloat16"},
         "shadow": {"rate": 1.0, "seed": options.seed % 2**63, "top_k": TOP_K},
         "calibration": dict(CALIBRATION),
