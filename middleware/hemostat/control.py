@@ -37,6 +37,7 @@ from hemostat.reference import make_reference
 from hemostat.reference.match import compare
 from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo
 from hemostat.reference.server import ModelCard, VllmServer
+from hemostat.relay.counters import SHADOW_REQUESTS
 from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat.steering import EVENTS_HELD, Steering
@@ -171,6 +172,7 @@ class Control:
             labels=frozenset(self.settings.labels),
             apply=self.settings.calibration.apply,
             unscorable_models=self.adapters,
+            openai_sampling_defaults=self.settings.upstream.openai_sampling_defaults,
             **steering.request_parameters(),
         )
         if policy != self._policy:
@@ -223,14 +225,21 @@ class Control:
         return "ready", f"{info.model} ({info.dtype})"
 
     async def _until_changed(self, server: VllmServer) -> None:
-        """Returns when the reference has to be looked at again, or the upstream serves another model."""
-        looked_at = time.monotonic()
+        """Returns when the reference has to be looked at again, when the upstream serves another model, or refuses what
+        sampled requests ask for (it may have come back with a lower --max-logprobs); that at most every MODELS_EVERY
+        seconds, as relays count every request that they leave out for it."""
+        began = looked_at = time.monotonic()
+        refused = self._refusals()
         while True:
             now = time.monotonic()
             if self.breaker.state(now) is BreakerState.OPEN:
                 self._reference_is("down", "the last scores failed; trying again")
                 while self.breaker.state(time.monotonic()) is BreakerState.OPEN:  # noqa: ASYNC110  a state of time
                     await asyncio.sleep(HOUSEKEEPING)
+                return
+            if now - began >= MODELS_EVERY and self._refusals() > refused:
+                # What relays are told next is a new policy, under which they sample again.
+                self._reference_is("starting", "the upstream refused a sampled request; comparing again")
                 return
             if now - looked_at >= MODELS_EVERY:
                 looked_at, before = now, self.served
@@ -240,6 +249,9 @@ class Control:
                 if self.served != before:
                     return
             await asyncio.sleep(HOUSEKEEPING)
+
+    def _refusals(self) -> float:
+        return self.link.total().counters.get(SHADOW_REQUESTS, {}).get("skipped\x1flogprobs_refused", 0.0)
 
     def _serves(self, cards: list[ModelCard]) -> None:
         self.served = frozenset(card.id for card in cards if card.parent is None)

@@ -19,7 +19,7 @@ from tests.fakes.fake_vllm import VOCAB, FakeVllm, serving
 from hemostat import control as control_module
 from hemostat.config import Settings
 from hemostat.control import Control
-from hemostat.messages import Policy
+from hemostat.messages import Policy, Stats
 from hemostat.store import StoreFailure
 from hemostat_calibration.errors import HemostatError
 
@@ -264,3 +264,34 @@ async def test_status_and_scrapes_take_no_time(tmp_path: Path) -> None:
             one.status()
         assert (time.perf_counter() - begun) / 20 < 0.02
         await asyncio.sleep(0)
+
+
+async def test_refused_logprobs_make_it_look_again_and_relays_sample_under_a_new_policy(
+    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
+) -> None:
+    async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
+        await until(lambda: one.reference_state == "ready")
+        generation = told[-1].generation
+        refused = {"hemostat_shadow_requests_total": {"skipped\x1flogprobs_refused": 1.0}}
+        totals = Stats(counters=refused, overhead_buckets=[], overhead_sum=0.0, ready=True)
+        one.link.total = lambda: totals  # type: ignore[method-assign]
+        await until(lambda: not told[-1].scoring)
+        await until(lambda: told[-1].scoring)
+        assert told[-1].generation > generation
+        # The count stands still: so does the control process.
+        generation = told[-1].generation
+        await asyncio.sleep(0.3)
+        assert told[-1].generation == generation
+        upstream[0].max_logprobs = 3
+        refused["hemostat_shadow_requests_total"]["skipped\x1flogprobs_refused"] = 2.0
+        await until(lambda: one.reference_state == "mismatch")
+        assert "--max-logprobs" in one.reference_detail
+        assert not told[-1].scoring
+
+
+async def test_relays_are_told_whether_the_server_has_openais_sampling_defaults(tmp_path: Path) -> None:
+    for given in (False, True):
+        made = settings(upstream={"url": "http://127.0.0.1:9", "openai_sampling_defaults": given})
+        async with watched(tmp_path, made) as (_, told):
+            await until(lambda told=told: bool(told))  # type: ignore[misc]
+            assert told[-1].openai_sampling_defaults is given
