@@ -148,6 +148,23 @@ def test_errors_are_the_same_sampled_or_not(
     assert sampled.body == plain.body
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_logprobs_that_the_engine_refuses_are_no_error_of_the_client(
+    wire: Wire, vllm_server: Server, path: str, stream: bool
+) -> None:
+    asked = {"messages": [user("What is the capital of France?")]} if path == CHAT else {"prompt": "1, 2, 3,"}
+    body = {"model": vllm_server.model, "temperature": 0, "max_tokens": 1, "stream": stream} | asked
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(path, body)
+    wire.interceptor.policy = policy(shadow_top_k=1000)
+    sampled = wire.send(path, body)
+    assert sampled.replayed
+    assert plain.status == sampled.status == 200, plain.body
+    assert normal(sampled.body) == normal(plain.body)
+    assert wire.counts.total() == wire.shadow("skipped", "logprobs_refused") == 1
+
+
 def test_captured_logprobs_stand_at_their_tokens(wire: Wire, vllm_server: Server) -> None:
     """The server's own prefill of the same tokens agrees, to within the noise of another batch shape."""
     wire.send(
