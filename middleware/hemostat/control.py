@@ -70,7 +70,9 @@ class Control:
         self.store_failures = 0
         self.store = self._open_store()
         self.calibration_failures = 0
-        self.steering = Steering(settings.calibration, self._save, time.time)
+        self.steering = Steering(
+            settings.calibration, self._save, time.time, tempered=settings.upstream.openai_sampling_defaults
+        )
         self.reference = make_reference(settings)
         self.reference_info: ReferenceInfo | None = None
         self.reference_state = "none" if self.reference is None else "starting"
