@@ -189,7 +189,8 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
         return Finding(
             "calibration",
             State.NOTE,
-            "apply: request corrects by temperature and the largest biases as logit_bias, only where the client set"
+            "apply: request corrects by the largest biases as logit_bias (and by temperature, where "
+            "upstream.openai_sampling_defaults is true), only where the client set"
             " neither; no exact gain is reported",
             f"for the whole profile, start vLLM with {PLUGIN_FLAG} and set calibration.apply: engine",
         )
