@@ -623,6 +623,7 @@ def serving(fake: FakeVllm, port: int = 0) -> Iterator[str]:
     )
     server = uvicorn.Server(config)
     socket = config.bind_socket()
+    socket.listen(128)  # now, so that whoever gets the address may connect at once: the thread may take its time
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     try:
