@@ -10,26 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.control.test_shadow import capture
+from tests.wire.driver import policy
 
 from hemostat.link import RelayLink, add
-from hemostat.messages import MAX_FRAME, Capture, FrameReader, Hello, Policy, Stats, encode
+from hemostat.messages import MAX_FRAME, Capture, FrameReader, Hello, Stats, encode
 
-POLICY = Policy(
-    generation=1,
-    mode="observe",
-    shadow_rate=0.5,
-    shadow_seed=1,
-    shadow_allow_on=False,
-    shadow_top_k=20,
-    shadow_max_tokens=100,
-    scoring=True,
-    tap=False,
-    serving=None,
-    forced=None,
-    control_fraction=0.1,
-    acknowledged=frozenset(),
-    labels=frozenset(),
-)
+POLICY = policy()
 
 
 def stats(requests: float, *, ready: bool = True) -> Stats:

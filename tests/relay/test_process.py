@@ -12,56 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.control.test_shadow import capture
 from tests.relay.harness import Client, Request, Script, Upstream, UpstreamConnection, answering, eventually
 from tests.relay.test_relay import GET, post
+from tests.wire.driver import policy
 
 from hemostat.link import RelayLink
-from hemostat.messages import Capture, Policy, Stats
+from hemostat.messages import Policy, Stats
 from hemostat.relay.link import MAX_UNSENT, ControlLink
 
-POLICY = Policy(
-    generation=1,
-    mode="observe",
-    shadow_rate=0.0,
-    shadow_seed=1,
-    shadow_allow_on=False,
-    shadow_top_k=5,
-    shadow_max_tokens=100,
-    scoring=True,
-    tap=False,
-    serving=None,
-    forced=None,
-    control_fraction=0.1,
-    acknowledged=frozenset(),
-    labels=frozenset(),
-)
+POLICY = policy(shadow_rate=0.0)
 BAD_VERSION = b"X-Hemostat-Calibration: ../../etc"
 """Refused by the hook, so that the answer tells whether there is one."""
-
-
-def capture(size: int) -> Capture:
-    return Capture(
-        request_id="r",
-        route="/v1/completions",
-        model="m",
-        label="",
-        arm="none",
-        requested=None,
-        nonce="",
-        stream=False,
-        prompt_token_ids=bytes(size),
-        output_token_ids=b"",
-        top_k=1,
-        candidate_ids=b"",
-        candidate_logprobs=b"",
-        emitted_logprobs=b"",
-        temperature=1.0,
-        top_p=1.0,
-        sampling_top_k=-1,
-        min_p=0.0,
-        finish_reason="stop",
-        captured_at=0.0,
-    )
 
 
 class Process:
@@ -202,7 +164,7 @@ async def test_captures_are_dropped_where_nobody_takes_them(tmp_path: Path) -> N
     path = tmp_path / "control.sock"
     policies: list[Policy | None] = []
     link = ControlLink(str(path), 0, policies.append, lambda: stats)
-    assert not link.emit(capture(1)), "not connected"
+    assert not link.emit(capture(size=1)), "not connected"
     running = asyncio.create_task(link.run())
     hold = asyncio.Event()
     received: list[bytes] = []
@@ -216,14 +178,14 @@ async def test_captures_are_dropped_where_nobody_takes_them(tmp_path: Path) -> N
     server = await asyncio.start_unix_server(serve, str(path))
     size = 1 << 20
     accepted = 0
-    while not link.emit(capture(size)):
+    while not link.emit(capture(size=size)):
         await asyncio.sleep(0.01)
-    while link.emit(capture(size)):
+    while link.emit(capture(size=size)):
         accepted += 1
         assert accepted * size < 4 * MAX_UNSENT, "it is bounded"
     assert accepted * size >= MAX_UNSENT / 2
     hold.set()
-    await eventually(lambda: link.emit(capture(1)), 5)
+    await eventually(lambda: link.emit(capture(size=1)), 5)
     await link.close()
     assert policies == [None]
     assert sum(map(len, received)) > accepted * size
