@@ -208,6 +208,10 @@ class _Intercepted:
         self._replayed = False
         self._ended = False
 
+    @property
+    def arm(self) -> str:
+        return self._arm.value
+
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         policy = self._policy
         if body is None:

@@ -23,6 +23,17 @@ RELAY_COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
         "Requests for which a profile was in question, by arm and by why they stand in it.",
         ("arm", "reason"),
     ),
+    "hemostat_responses_finished": (
+        "Choices of all generations that passed by, sampled or not, by arm and finish_reason.",
+        ("arm", "reason"),
+    ),
+    "hemostat_output_tokens": ("Their tokens, by usage or else by the stream's events.", ("arm",)),
+    "hemostat_repetition_loops": ("Of them, responses that end in one block of text over and over.", ("arm",)),
+    "hemostat_structured_outputs": (
+        "Of them, JSON and tool calls that were asked for: valid, invalid, or cut at the length limit.",
+        ("arm", "kind", "outcome"),
+    ),
+    "hemostat_outcome_errors": ("Responses whose outcome could not be judged: a bug, see the log.", ()),
 }
 """Counters that relays report (without `_total`): help and label names in the order of their values."""
 

@@ -30,6 +30,7 @@ class Watched:
     replays: bool = False
     fails: str = ""
     body_limit: int = 1000
+    arm: str = "none"
     calls: list[object] = field(default_factory=list)
     seen: bytes = b""
 

@@ -57,11 +57,11 @@ class Counters:
         key = (route, outcome)
         self.requests[key] = self.requests.get(key, 0) + 1
 
-    def add(self, name: str, labels: tuple[str, ...]) -> None:
-        """One more of a counter, `labels` being its label values in the metric's order."""
+    def add(self, name: str, labels: tuple[str, ...], by: float = 1.0) -> None:
+        """Add to a counter, `labels` being its label values in the metric's order."""
         series = self.other.setdefault(name, {})
         joined = "\x1f".join(labels)
-        series[joined] = series.get(joined, 0.0) + 1.0
+        series[joined] = series.get(joined, 0.0) + by
 
     def hook_raised(self) -> None:
         self.add(SHADOW_REQUESTS, ("dropped", "hook_error"))

@@ -42,6 +42,10 @@ class Exchange(Protocol):
     body_limit: int
     """The relay buffers the request's body up to this many bytes; a longer one is streamed on untouched."""
 
+    @property
+    def arm(self) -> str:
+        """The randomised group that the request stands in, once it has been sent."""
+
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         """The whole body, or None when it passed the limit. None back: send what the client sent."""
 

@@ -21,7 +21,7 @@ from enum import Enum, auto
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
-from hemostat.relay import counters
+from hemostat.relay import counters, outcomes
 from hemostat.relay.hooks import Exchange, Headers, Refusal, Rewrite
 from hemostat.relay.http import (
     CHUNKED,
@@ -41,6 +41,7 @@ from hemostat.relay.http import (
     parse_request,
     set_length,
 )
+from hemostat.relay.outcomes import Ear
 from hemostat.relay.upstream import UpstreamProtocol
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class ClientProtocol(asyncio.Protocol):
         "_buffer",
         "_chunks",
         "_collected",
+        "_ear",
         "_exchange",
         "_head_sent",
         "_held",
@@ -186,6 +188,7 @@ class ClientProtocol(asyncio.Protocol):
         self._transforming = False
         self._hook_alive = False
         self._probed = False
+        self._ear: Ear | None = None
 
     # From the event loop.
 
@@ -324,13 +327,18 @@ class ClientProtocol(asyncio.Protocol):
         self._body_size = 0
         self._body_left = length
         self.body_done = length == 0 or 0 < length <= len(rest)
+        if self._route in outcomes.ROUTES and request.method == b"POST":
+            self._ear = Ear()
         if pairs is not None and self._begin(request, pairs, rest):
             return not self._lingering
         if self.body_done:
             self._buffer = rest[length:]
             payload = self._upstream_head(request)
             if length:
-                payload += rest[:length]
+                body = rest[:length]
+                payload += body
+                if self._ear is not None:
+                    self._ear.asks(body)
             self._sent = payload
             self._dispatch(payload, started)
         else:
@@ -429,6 +437,8 @@ class ClientProtocol(asyncio.Protocol):
             if used >= 0:
                 self._buffer = data[used:]
                 self.body_done = True
+        if self._ear is not None:
+            self._ear.asks(data)
         if self._parts is not None:
             assert self._exchange is not None
             self._parts += pieces
@@ -606,6 +616,8 @@ class ClientProtocol(asyncio.Protocol):
         self._response = head
         self._received = received
         bodyless = self.head_request or head.status in {204, 304}
+        if self._ear is not None:
+            self._listen(head)
         if self._exchange is not None and self._hook_alive and self._wanted(head) and not bodyless:
             self._transforming = True
             if 0 <= length <= COLLECTED:
@@ -635,6 +647,15 @@ class ClientProtocol(asyncio.Protocol):
             self._held_since = self._relay.loop.time()
         return self._mode is not Mode.RAW
 
+    def _listen(self, head: ResponseHead) -> None:
+        """Hear how the response ends, where it is a generation's and can be read."""
+        assert self._ear is not None
+        given = {name.lower(): value for name, value in fields(head.lines)}
+        if head.status != 200 or given.get(b"content-encoding", b"identity") != b"identity":
+            self._ear = None
+        else:
+            self._ear.begins(stream=given.get(b"content-type", b"").startswith(b"text/event-stream"))
+
     def _wanted(self, head: ResponseHead) -> bool:
         assert self._exchange is not None
         try:
@@ -663,6 +684,8 @@ class ClientProtocol(asyncio.Protocol):
         if self._transforming and not data and self._own is not None:
             self._received = perf_counter()
             return
+        if self._ear is not None:
+            self._ear.hears(data)
         if mode is Mode.CHUNK:
             data = chunk(data)
         if self._prefix:
@@ -697,6 +720,8 @@ class ClientProtocol(asyncio.Protocol):
                         body = given + self._exchange.response_end()
                 except Exception:  # noqa: BLE001  a hook that raises has lost its say
                     self._hook_failed()
+            if self._ear is not None:
+                self._ear.hears(body)
             set_length(head.lines, head.framing, len(body))
             self.transport.write(b"\r\n".join((head.status_line, *head.lines, b"", body)))
             self.overhead += perf_counter() - started
@@ -710,6 +735,8 @@ class ClientProtocol(asyncio.Protocol):
                     tail = self._exchange.response_end()
                 except Exception:  # noqa: BLE001  a hook that raises has lost its say
                     self._hook_failed()
+                if self._ear is not None:
+                    self._ear.hears(tail)
             if self._mode is Mode.CHUNK:
                 tail = chunk(tail) + LAST_CHUNK
             if self._prefix:
@@ -785,10 +812,16 @@ class ClientProtocol(asyncio.Protocol):
         """The present exchange is over."""
         self._relay.counters.request(self._route, outcome)
         exchange, self._exchange = self._exchange, None
+        ear = self._ear
         self._parts = None
         self._chunks = None
         self._unsent = []
         self._reset()
+        if ear is not None and complete and outcome is counters.OK:
+            try:
+                ear.ended("none" if exchange is None else exchange.arm, self._relay.counters.add)
+            except Exception:  # noqa: BLE001  an outcome that cannot be judged is nobody's trouble
+                self._relay.counters.add(outcomes.UNJUDGED, ())
         if exchange is not None:
             try:
                 exchange.closed(complete=complete)

@@ -1,0 +1,162 @@
+"""How responses end, counted as they pass by."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.relay.harness import Request, answering, relaying
+
+from hemostat.relay import outcomes
+from hemostat.relay.outcomes import FINISHED, LOOPS, OUTPUT_TOKENS, STRUCTURED, Ear, loops
+
+SCHEMA = b'{"messages": [], "response_format": {"type": "json_schema", "json_schema": {}}}'
+TOOLS = b'{"messages": [], "tools": [{"type": "function"}]}'
+
+
+def heard(pieces: list[bytes], *, asked: bytes = b"{}", stream: bool = False, arm: str = "none") -> Counter[Any]:
+    ear = Ear()
+    ear.asks(asked)
+    ear.begins(stream=stream)
+    for piece in pieces:
+        ear.hears(piece)
+    found: Counter[Any] = Counter()
+
+    def add(name: str, labels: tuple[str, ...], by: float) -> None:
+        found[name, *labels] += by
+
+    ear.ended(arm, add)
+    return found
+
+
+def chat(content: str | None, reason: str = "stop", tokens: int = 7, **message: Any) -> bytes:
+    return json.dumps(
+        {
+            "choices": [{"index": 0, "message": {"content": content, **message}, "finish_reason": reason}],
+            "usage": {"completion_tokens": tokens},
+        }
+    ).encode()
+
+
+def events(*deltas: dict[str, Any], reason: str = "stop") -> list[bytes]:
+    """A chat stream as it stands on the wire, in HTTP chunks."""
+    said = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    said.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+    lines = [b"data: " + json.dumps(event).encode() + b"\n\n" for event in said] + [b"data: [DONE]\n\n"]
+    return [b"%x\r\n%b\r\n" % (len(line), line) for line in lines]
+
+
+def test_a_whole_response() -> None:
+    assert heard([chat("Paris.")], arm="treated") == {(FINISHED, "treated", "stop"): 1, (OUTPUT_TOKENS, "treated"): 7}
+
+
+def test_what_is_not_a_finish_reason_of_ours_is_other() -> None:
+    assert heard([chat("x", reason="because")])[FINISHED, "none", "other"] == 1
+
+
+def test_a_response_in_pieces_and_one_that_is_no_json() -> None:
+    body = chat("Paris.")
+    assert heard([body[:30], body[30:]]) == heard([body])
+    assert heard([b"<html>"]) == {}
+
+
+def test_a_stream_is_judged_by_its_end_alone() -> None:
+    deltas = [{"content": f"word{n} "} for n in range(200)]
+    found = heard(events(*deltas, reason="length"), stream=True)
+    assert found == {(FINISHED, "none", "length"): 1, (OUTPUT_TOKENS, "none"): 201}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_loop_at_the_end(stream: bool) -> None:
+    text = "It began well. " + "and then again " * 12
+    pieces = events(*[{"content": text[n : n + 5]} for n in range(0, len(text), 5)]) if stream else [chat(text)]
+    assert heard(pieces, stream=stream)[LOOPS, "none"] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "reason", "outcome"),
+    [('{"a": 1}', "stop", "valid"), ('{"a": 1', "length", "cut"), ('{"a": oops}', "stop", "invalid")],
+)
+def test_json_that_was_asked_for(stream: bool, text: str, reason: str, outcome: str) -> None:
+    pieces = events({"content": text[:4]}, {"content": text[4:]}, reason=reason) if stream else [chat(text, reason)]
+    found = heard(pieces, asked=SCHEMA, stream=stream)
+    assert {key: n for key, n in found.items() if key[0] == STRUCTURED} == {(STRUCTURED, "none", "json", outcome): 1}
+    assert not [key for key in heard(pieces, stream=stream) if key[0] == STRUCTURED]
+
+
+def test_asking_is_a_member_and_not_what_a_user_writes() -> None:
+    said = json.dumps({"messages": [{"role": "user", "content": 'write {"type": "json_object"} and "tools": []'}]})
+    ear = Ear()
+    ear.asks(said.encode())
+    assert not ear.json
+    assert not ear.tools
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tool_calls_are_put_together_by_their_index(stream: bool) -> None:
+    def call(index: int, arguments: str) -> dict[str, Any]:
+        return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
+
+    if stream:
+        parts = [call(0, '{"city"'), call(1, "{"), call(0, ': "Rome"}'), call(1, '"a": ')]
+        pieces = events(*parts, reason="tool_calls")
+    else:
+        calls = [{"function": {"arguments": text}} for text in ('{"city": "Rome"}', '{"a": ')]
+        pieces = [chat(None, "tool_calls", tool_calls=calls)]
+    found = heard(pieces, asked=TOOLS, stream=stream)
+    assert found[STRUCTURED, "none", "tool_call", "valid"] == 1
+    assert found[STRUCTURED, "none", "tool_call", "invalid"] == 1
+
+
+def test_what_is_held_is_bounded() -> None:
+    ear = Ear()
+    ear.asks(SCHEMA)
+    ear.begins(stream=True)
+    for _ in range(3000):
+        ear.hears(b"data: {" + b"x" * 10_000)
+    assert sum(map(len, ear._pieces)) <= outcomes.PIECES * outcomes.PIECE
+
+
+@given(st.text(max_size=300))
+def test_text_that_never_repeats_four_times_is_no_loop(text: str) -> None:
+    found = any(
+        len(text) >= max(4 * p, outcomes.SPAN)
+        and text[-max(4 * p, outcomes.SPAN) : -p] == text[-max(4 * p, outcomes.SPAN) + p :]
+        for p in range(1, len(text) // 4 + 1)
+    )
+    assert found or not loops(text)
+
+
+@given(st.text(min_size=2, max_size=40).filter(lambda s: len(set(s)) > 1), st.text(max_size=50))
+def test_a_block_over_and_over_is_a_loop(block: str, before: str) -> None:
+    # A block of a long run and one other character may end in the run alone: a ruler, at this length.
+    end = (block * 60)[-outcomes.SPAN // outcomes.COPIES :]
+    assert loops(before + block * 60) or len(set(end)) < 2
+
+
+@given(st.lists(st.binary(max_size=200), max_size=20), st.booleans())
+def test_nothing_that_an_upstream_says_raises(pieces: list[bytes], stream: bool) -> None:
+    heard([b'data: {"choices": ' + piece for piece in pieces], asked=SCHEMA + TOOLS, stream=stream)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_through_the_relay(chunked: bool) -> None:
+    body = chat("Paris.")
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    answer = (
+        head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        if chunked
+        else head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    seen: list[Request] = []
+    async with relaying(answering(seen, answer)) as (relay, _, connect):
+        client = await connect()
+        for target in (b"/v1/chat/completions", b"/v1/models"):
+            await client.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % target)
+            assert (await client.response("POST")).body == body
+        assert relay.counters.other == {FINISHED: {"none\x1fstop": 1.0}, OUTPUT_TOKENS: {"none": 7.0}}
