@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import LOGPROB_TOLERANCE, Floats, Ids, TokenRecord
-from hemostat_calibration.transform import shift_at, shift_range
+from hemostat_calibration.transform import anchors, anchors_digest, code, shift_at, shift_range
 
 MASS_ROUNDING = 1e-6
 """Error of a sum of float32 probabilities near 1."""
@@ -77,6 +77,9 @@ class TokenDivergence:
     """KL(r‖c) without truncation bias; NaN where not available. Equal to `kl_rc` when exact."""
     estimate_cr: Floats
     """KL(c‖r) likewise."""
+    known: Bools
+    """False after a profile whose Δz is unknown there (it reads anchors, and the record has no features of them): all
+    that depends on Δz is NaN there, and `top1_agreement` False."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ def divergence(record: TokenRecord, served: CalibrationProfile | None = None) ->
         entropy_compressed=_entropy(view.log_candidates),
         estimate_rc=estimate_rc,
         estimate_cr=estimate_cr,
+        known=np.ones(record.tokens, dtype=np.bool_),
     )
 
 
@@ -141,7 +145,9 @@ def calibrated(
     - Entropy is concave in w: least at an end.
     """
     view = _view(record)
-    delta = shift_at(profile, view.ids, view.log_candidates)
+    delta = _shift(record, profile, view)
+    shifted = _known(delta)
+    delta = np.where(shifted[:, None], delta, 0.0)
     low, high = _log_normalizer(record, profile, view, delta)
     known = low == high
     log_a = view.log_c + delta
@@ -174,37 +180,45 @@ def calibrated(
         weight = _weight(record, view, served) * np.exp(emitted_shift)
         estimate_rc, estimate_cr = _estimate(record, view, log_a - low[:, None], emitted, weight)
     likeliest = (view.log_candidates + delta).argmax(axis=1)
+    agrees = view.ids[np.arange(record.tokens), likeliest] == record.reference.ids[:, 0]
+
+    def where_shifted(values: Floats) -> Floats:
+        return np.where(shifted, values, np.nan)
+
     return TokenDivergence(
         bound="exact" if view.exact else "lower",
-        kl_rc=kl_rc,
-        kl_cr=kl_cr,
-        js=js,
-        tv=tv,
+        kl_rc=where_shifted(kl_rc),
+        kl_cr=where_shifted(kl_cr),
+        js=where_shifted(js),
+        tv=where_shifted(tv),
         covered_reference=r_inside,
-        covered_compressed=np.minimum(total * np.exp(-high), 1.0),
-        top1_agreement=view.ids[np.arange(record.tokens), likeliest] == record.reference.ids[:, 0],
-        delta_log_likelihood=emitted - record.reference_emitted,
+        covered_compressed=where_shifted(np.minimum(total * np.exp(-high), 1.0)),
+        top1_agreement=agrees & shifted,
+        delta_log_likelihood=where_shifted(emitted - record.reference_emitted),
         entropy_reference=_reference_entropy(record),
-        entropy_compressed=entropy,
-        estimate_rc=estimate_rc,
-        estimate_cr=estimate_cr,
+        entropy_compressed=where_shifted(entropy),
+        estimate_rc=where_shifted(estimate_rc),
+        estimate_cr=where_shifted(estimate_cr),
+        known=shifted,
     )
 
 
 def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
     """What `profile` wins at each position of a validated record: within ± the width of its Δz, at most 2 clamp."""
     view = _view(record)
-    delta = shift_at(profile, view.ids, view.log_candidates)
+    delta = _shift(record, profile, view)
+    shifted = _known(delta)
     z_low, z_high = _log_normalizer(record, profile, view, delta)
     low, high = _behind(record, profile, np.where((view.inside == (view.ids >= 0)).all(axis=1), _most(record), 0.0))
     inside = (view.r * delta).sum(axis=1)
     tail = np.zeros(record.tokens) if view.exact else np.maximum(1.0 - view.r.sum(axis=1), 0.0)
-    expected_low, expected_high = inside + tail * low, inside + tail * high
+    least, most = shift_range(profile)
+    expected_low = np.where(shifted, inside + tail * low, least)
+    expected_high = np.where(shifted, inside + tail * high, most)
     if profile.version in record.shifts:
         expected = record.shifts[profile.version].expected
         expected_low = np.where(np.isnan(expected), expected_low, expected)
         expected_high = np.where(np.isnan(expected), expected_high, expected)
-    least, most = shift_range(profile)
     # The models' rounding may carry a value out of what is possible; whoever bets on the range relies on it.
     width = float(most - least)
     return Gain(
@@ -362,6 +376,23 @@ def _at_emitted(record: TokenRecord, view: _View, values: Floats) -> Floats:
     return emitted
 
 
+def _shift(record: TokenRecord, profile: CalibrationProfile, view: _View) -> Floats:
+    """Δz at every candidate, [T, N]; a row is NaN where it depends on anchors whose logits the record does not have."""
+    ids = anchors(profile)
+    if ids is None:
+        return shift_at(profile, view.ids, view.log_candidates)
+    if record.features is None or record.features.anchors != anchors_digest(ids):
+        return np.full(view.ids.shape, np.nan)
+    values = record.features.values
+    found = shift_at(profile, view.ids, view.log_candidates, code(profile, values))
+    return np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, found)
+
+
+def _known(delta: Floats) -> Bools:
+    known: Bools = np.logical_not(np.isnan(delta).any(axis=1))
+    return known
+
+
 def _most(record: TokenRecord) -> Floats:
     """The most that z − max z can be behind the candidates, [T].
 
@@ -392,6 +423,9 @@ def _log_normalizer(
     behind = np.where(complete, 0.0, np.maximum(1.0 - candidates.sum(axis=1), 0.0))
     total = (candidates * np.exp(delta)).sum(axis=1)
     z_low, z_high = np.log(total + behind * np.exp(low)), np.log(total + behind * np.exp(high))
+    unknown = np.isnan(total)
+    least, most = shift_range(profile)
+    z_low, z_high = np.where(unknown, least, z_low), np.where(unknown, most, z_high)
     if profile.version in record.shifts:
         said = record.shifts[profile.version].log_normalizer
         known = (said >= z_low - LOGPROB_TOLERANCE) & (said <= z_high + LOGPROB_TOLERANCE)
@@ -406,7 +440,7 @@ def _weight(record: TokenRecord, view: _View, served: CalibrationProfile | None)
     if whole and record.applied is None:
         return np.ones(record.tokens)
     if whole and served is not None and served.version == record.applied:
-        delta = shift_at(served, view.ids, view.log_candidates)
+        delta = _shift(record, served, view)
         low, high = _log_normalizer(record, served, view, delta)
         return np.where(low == high, np.exp(low - _at_emitted(record, view, delta)), np.nan)
     return np.full(record.tokens, np.nan)

@@ -7,35 +7,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Parameters = Mapping[str, npt.NDArray[np.float32]]
+Parameters = Mapping[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.integer]
 VOCABULARY = "V"
 """The dimension that must equal the profile's `vocab_size`."""
+ANCHORS = "anchors"
+"""The parameter that holds the ids whose logits a family reads, int32 [N]."""
+
+DTYPES: Mapping[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
+"""Element types of parameters, by their safetensors names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """shape: a letter is a free dimension, the same wherever it stands in the family, `VOCABULARY` is V."""
+
+    shape: tuple[str, ...]
+    dtype: str = "F32"
 
 
 @dataclass(frozen=True, slots=True)
 class FamilySpec:
     """One family.
 
-    shapes: parameter name -> shape; a letter is a free dimension, the same wherever it stands, `VOCABULARY` is V.
-    shift: (parameters, relative float64 [..., N], ids int [..., N] or None) -> unclamped Δz, float64 [..., N] nats.
-        `relative` is z − max z, finite; `ids` names the columns, None when they are the whole vocabulary in order.
+    parameters: by name.
+    shift: (parameters, relative float64 [..., N], ids int [..., N] or None, code float64 [..., r] or None) -> unclamped
+        Δz, float64 [..., N] nats. `relative` is z − max z, finite; `ids` names the columns, None when they are the
+        whole vocabulary in order; `code` is what the function of that name says of the row.
     range: (parameters, most float64 [...]) -> (low, high), each [...]: bounds of the unclamped Δz over every id whose
         `relative` is at most `most` (≤ 0), whatever the row; infinite where there is none.
     check: (parameters) -> what is wrong with the values, or "".
+    code: (parameters, anchored float64 [..., N]) -> float64 [..., r]: what the row's finite logits at the parameter
+        `ANCHORS` say, the same whatever constant is added to them; None for a family without anchors.
     """
 
-    shapes: Mapping[str, tuple[str, ...]]
-    shift: Callable[[Parameters, Floats, npt.NDArray[np.integer] | None], Floats]
+    parameters: Mapping[str, Parameter]
+    shift: Callable[[Parameters, Floats, Ids | None, Floats | None], Floats]
     range: Callable[[Parameters, Floats], tuple[Floats, Floats]]
     check: Callable[[Parameters], str]
+    code: Callable[[Parameters, Floats], Floats] | None = None
 
 
-def _temperature_bias_shift(parameters: Parameters, relative: Floats, ids: npt.NDArray[np.integer] | None) -> Floats:
+def _temperature_bias_shift(parameters: Parameters, relative: Floats, ids: Ids | None, _: Floats | None) -> Floats:
     slope = float(parameters["inverse_temperature"]) - 1.0
     bias = parameters["bias"] if ids is None else parameters["bias"][ids]
     return slope * relative + bias
@@ -55,13 +74,77 @@ def _temperature_bias_check(parameters: Parameters) -> str:
     return "" if beta > 0.0 else f"inverse_temperature is {beta}: it must be above 0"
 
 
+def silu(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """a / (1 + e^-a), without overflow."""
+    return a * (0.5 + 0.5 * np.tanh(0.5 * a))
+
+
+def _contextual_code(parameters: Parameters, anchored: Floats) -> Floats:
+    """y = offset + linear x + out silu(hidden x + hidden_offset), shrunk so that yᵀ fisher y ≤ 2 kl_limit."""
+    features = parameters["linear"].shape[1]
+    x = (anchored - anchored.mean(axis=-1, keepdims=True))[..., :features]
+    y: Floats = parameters["offset"].astype(np.float64) + x @ parameters["linear"].T.astype(np.float64)
+    if parameters["hidden"].shape[0]:
+        units = silu(x @ parameters["hidden"].T.astype(np.float64) + parameters["hidden_offset"])
+        y += units @ parameters["out"].T.astype(np.float64)
+    twice_kl = ((y @ parameters["fisher"].astype(np.float64)) * y).sum(axis=-1, keepdims=True)
+    most = 2.0 * float(parameters["kl_limit"])
+    scaled: Floats = y * np.sqrt(most / np.maximum(twice_kl, most))
+    return scaled
+
+
+def _contextual_shift(parameters: Parameters, relative: Floats, ids: Ids | None, code: Floats | None) -> Floats:
+    assert code is not None
+    up = parameters["up"]
+    if ids is None:
+        return code @ up.T.astype(np.float64)
+    shift: Floats = (up[ids].astype(np.float64) @ code[..., None])[..., 0]
+    return shift
+
+
+def _contextual_range(parameters: Parameters, most: Floats) -> tuple[Floats, Floats]:
+    unbounded = np.full_like(most, np.inf)
+    return -unbounded, unbounded
+
+
+def _contextual_check(parameters: Parameters) -> str:
+    anchors, features = parameters[ANCHORS], parameters["linear"].shape[1]
+    vocabulary = parameters["up"].shape[0]
+    if anchors.size == 0 or anchors.min() < 0 or anchors.max() >= vocabulary or len(np.unique(anchors)) < anchors.size:
+        return f"anchors must be distinct ids of the vocabulary of {vocabulary}, one at least"
+    if not 1 <= features <= anchors.size:
+        return f"linear reads {features} features: 1 to the {anchors.size} anchors are allowed"
+    if not parameters["linear"].shape[0]:
+        return "linear has no rows: the rank must be 1 or more"
+    limit = float(parameters["kl_limit"])
+    return "" if limit > 0.0 else f"kl_limit is {limit}: it must be above 0"
+
+
 TEMPERATURE_BIAS = "temperature_bias"
+CONTEXTUAL = "contextual"
 
 FAMILIES: Mapping[str, FamilySpec] = {
     TEMPERATURE_BIAS: FamilySpec(
-        shapes={"inverse_temperature": (), "bias": (VOCABULARY,)},
+        parameters={"inverse_temperature": Parameter(()), "bias": Parameter((VOCABULARY,))},
         shift=_temperature_bias_shift,
         range=_temperature_bias_range,
         check=_temperature_bias_check,
+    ),
+    CONTEXTUAL: FamilySpec(
+        parameters={
+            ANCHORS: Parameter(("N",), "I32"),
+            "linear": Parameter(("r", "A")),
+            "offset": Parameter(("r",)),
+            "hidden": Parameter(("H", "A")),
+            "hidden_offset": Parameter(("H",)),
+            "out": Parameter(("r", "H")),
+            "fisher": Parameter(("r", "r")),
+            "kl_limit": Parameter(()),
+            "up": Parameter((VOCABULARY, "r"), "F16"),
+        },
+        shift=_contextual_shift,
+        range=_contextual_range,
+        check=_contextual_check,
+        code=_contextual_code,
     ),
 }

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from hemostat_calibration.errors import InvalidProfileError
-from hemostat_calibration.families import FAMILIES, TEMPERATURE_BIAS, VOCABULARY
+from hemostat_calibration.families import DTYPES, FAMILIES, TEMPERATURE_BIAS, VOCABULARY
 
 VERSION_PATTERN = re.compile(r"[0-9a-f]{32}")
 """A version is the first 32 hex digits of the SHA-256 of the profile's bytes: it can name a file or a URL safely."""
@@ -32,7 +32,9 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_VOCABULARY = 1 << 24
 MAX_CLAMP_NATS = 20.0
 
-_FORMAT = "1"
+_FORMATS = ("1", "2")
+"""In the first every parameter is float32, in the second each is of its family's type. A profile is written in the
+first that can hold it, so that versions outlive the second's coming."""
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
 _METADATA_PREFIX = "metadata."
@@ -45,7 +47,8 @@ class CalibrationProfile:
     family: a key of `families.FAMILIES`.
     model: name or digest of the compressed model that it was learned for ("" fits any with that vocabulary).
     vocab_size: V.
-    parameters: named float32 arrays, read-only; for "temperature_bias": `inverse_temperature` [], `bias` [V] in nats.
+    parameters: named arrays of the family's shapes and types, read-only; for "temperature_bias": `inverse_temperature`
+        [], `bias` [V] in nats, for "contextual": see `contextual.contextual_profile`.
     clamp_nats: every |Δz| is at most this; above 0 and at most `MAX_CLAMP_NATS`.
     metadata: strings for people (when, on how many tokens); not used in computing, but part of the version.
 
@@ -55,7 +58,7 @@ class CalibrationProfile:
     family: str
     model: str
     vocab_size: int
-    parameters: Mapping[str, npt.NDArray[np.float32]]
+    parameters: Mapping[str, npt.NDArray[Any]]
     clamp_nats: float
     metadata: Mapping[str, str]
     version: str = field(init=False)
@@ -63,9 +66,9 @@ class CalibrationProfile:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        frozen: dict[str, npt.NDArray[np.float32]] = {}
+        frozen: dict[str, npt.NDArray[Any]] = {}
         for name in sorted(self.parameters):
-            array = np.array(self.parameters[name], dtype=np.float32, order="C", copy=True)
+            array = np.array(self.parameters[name], order="C", copy=True)
             array.flags.writeable = False
             frozen[name] = array
         object.__setattr__(self, "parameters", MappingProxyType(frozen))
@@ -87,11 +90,12 @@ class CalibrationProfile:
 
         The header is written here because the safetensors library keeps no order among metadata keys.
         """
+        dtypes = {name: spec.dtype for name, spec in FAMILIES[self.family].parameters.items()}
         entries: dict[str, Any] = {
             "__metadata__": {
                 "clamp_nats": repr(self.clamp_nats),
                 "family": self.family,
-                "format": _FORMAT,
+                "format": _FORMATS[0] if set(dtypes.values()) == {"F32"} else _FORMATS[1],
                 "model": self.model,
                 "vocab_size": str(self.vocab_size),
                 **{_METADATA_PREFIX + key: value for key, value in self.metadata.items()},
@@ -100,8 +104,12 @@ class CalibrationProfile:
         chunks: list[bytes] = []
         offset = 0
         for name, array in self.parameters.items():
-            data = array.astype("<f4", copy=False).tobytes()
-            entries[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [offset, offset + len(data)]}
+            data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+            entries[name] = {
+                "dtype": dtypes[name],
+                "shape": list(array.shape),
+                "data_offsets": [offset, offset + len(data)],
+            }
             chunks.append(data)
             offset += len(data)
         header = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
@@ -183,7 +191,7 @@ def _short(value: object) -> str:
 
 
 def _read_header(data: bytes) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file, where every tensor is float32."""
+    """The `__metadata__` of a safetensors file whose tensors are of the types that parameters can have."""
     if len(data) < _LENGTH.size:
         raise InvalidProfileError(f"profile of {len(data)} bytes is truncated")
     (length,) = _LENGTH.unpack_from(data)
@@ -196,11 +204,12 @@ def _read_header(data: bytes) -> dict[str, str]:
     fields = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
     if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
         raise InvalidProfileError("profile's header has no metadata: write it with to_bytes()")
-    if fields.get("format") != _FORMAT:
-        raise InvalidProfileError(f"profile's format is {_short(fields.get('format'))}: this version reads {_FORMAT}")
+    if fields.get("format") not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise InvalidProfileError(f"profile's format is {_short(fields.get('format'))}: this version reads {known}")
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or entry.get("dtype") != "F32":
-            raise InvalidProfileError(f"parameter {_short(name)} is not float32")
+        if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
+            raise InvalidProfileError(f"parameter {_short(name)} is of none of the types {', '.join(DTYPES)}")
     return fields
 
 
@@ -212,16 +221,17 @@ def _check_fields(profile: CalibrationProfile) -> None:
         raise InvalidProfileError(f"vocab_size is {profile.vocab_size}: it must be 1 to {MAX_VOCABULARY}")
     if not 0.0 < profile.clamp_nats <= MAX_CLAMP_NATS:
         raise InvalidProfileError(f"clamp_nats is {profile.clamp_nats}: it must be above 0, at most {MAX_CLAMP_NATS}")
-    if set(profile.parameters) != set(spec.shapes):
+    if set(profile.parameters) != set(spec.parameters):
         raise InvalidProfileError(
             f"parameters are {_short(', '.join(sorted(profile.parameters)))}: "
-            f"{profile.family} needs {', '.join(sorted(spec.shapes))}"
+            f"{profile.family} needs {', '.join(sorted(spec.parameters))}"
         )
     sizes = {VOCABULARY: profile.vocab_size}
-    for name, dimensions in spec.shapes.items():
-        array = profile.parameters[name]
-        if array.dtype != np.float32:
-            raise InvalidProfileError(f"parameter {name} is {array.dtype}: it must be float32")
+    for name, parameter in spec.parameters.items():
+        array, dimensions = profile.parameters[name], parameter.shape
+        if array.dtype != DTYPES[parameter.dtype]:
+            wanted_type = np.dtype(DTYPES[parameter.dtype])
+            raise InvalidProfileError(f"parameter {name} is {array.dtype}: it must be {wanted_type}")
         wanted = tuple(sizes.setdefault(letter, size) for letter, size in zip(dimensions, array.shape, strict=False))
         if array.ndim != len(dimensions) or array.shape != wanted:
             raise InvalidProfileError(f"parameter {name} has shape {array.shape}: it must be {dimensions} with {sizes}")

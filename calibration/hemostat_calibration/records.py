@@ -7,6 +7,7 @@ distribution before any logits processor, penalty or truncation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -69,6 +70,18 @@ class Shift:
 
 
 @dataclass(frozen=True, slots=True)
+class Features:
+    """The compressed model's logits at a set of anchor ids, as the engine read them.
+
+    anchors: `transform.anchors_digest` of the ids.
+    values: float32 [T, N], centred over the anchors; a row of NaN where the engine gave none.
+    """
+
+    anchors: str
+    values: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRecord:
     """One scored request."""
 
@@ -98,6 +111,11 @@ class TokenRecord:
     """Profile version that the engine says it applied; None is identity."""
     shifts: Mapping[str, Shift] = field(default_factory=dict)
     """By profile version: the served one, and any candidate under evaluation."""
+    features: Features | None = None
+    """None when the engine handed out none."""
+    reference_hidden: npt.NDArray[np.float32] | None = None
+    """float32 [T, d]: the reference's last hidden state h after the final norm, so that its logits are W h; None when
+    it does not give it."""
     request_id: str = ""
     route: str = ""
     model: str = ""
@@ -125,14 +143,16 @@ REASONS = ("schema", "empty", "dtype", "shape", "ids", "repeated", "nan", "range
 LOGPROB_TOLERANCE = 1e-3
 """How far above 0 a log-probability, or above 1 the sum of a row, may stand: models compute in float32 or less."""
 _ORDER_TOLERANCE = 1e-4
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 def validate(record: TokenRecord) -> TokenRecord:
     """Return `record`, or raise InvalidRecordError naming the field and a countable reason, one of `REASONS`.
 
     Checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no NaN
-    (but in `reference_at` and `shifts`, where it means unknown), log-probabilities not above 0, rows that sum to at
-    most 1 within rounding, rows that run from the most to the least likely with the padding behind.
+    (but in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not above
+    0, rows that sum to at most 1 within rounding, rows that run from the most to the least likely with the padding
+    behind.
     """
     if record.schema != SCHEMA_VERSION:
         raise InvalidRecordError("schema", f"schema is {record.schema}: this version reads {SCHEMA_VERSION}")
@@ -180,7 +200,30 @@ def validate(record: TokenRecord) -> TokenRecord:
             _same_shape(field_name, values, (tokens,))
             if np.isinf(values).any():
                 raise InvalidRecordError("range", f"{field_name} is infinite")
+    if record.features is not None:
+        _check_features(record.features, tokens)
+    if record.reference_hidden is not None:
+        _check_rows("reference_hidden", record.reference_hidden, tokens)
+        if np.isnan(record.reference_hidden).any():
+            raise InvalidRecordError("nan", "reference_hidden holds NaN")
     return record
+
+
+def _check_features(features: Features, tokens: int) -> None:
+    if not _DIGEST.fullmatch(features.anchors):
+        raise InvalidRecordError("ids", "features.anchors is not a digest of 32 hex digits")
+    _check_rows("features.values", features.values, tokens)
+    unknown = np.isnan(features.values)
+    if (unknown.any(axis=1) != unknown.all(axis=1)).any():
+        raise InvalidRecordError("nan", "features.values has a row that is NaN in part: all of it or nothing")
+
+
+def _check_rows(name: str, values: npt.NDArray[np.float32], tokens: int) -> None:
+    _array(name, values, np.float32, 2)
+    if values.shape[0] != tokens or not values.shape[1]:
+        raise InvalidRecordError("shape", f"{name} has shape {values.shape}: it must have {tokens} rows, 1 column")
+    if np.isinf(values).any():
+        raise InvalidRecordError("range", f"{name} holds an infinity")
 
 
 def _array(name: str, values: npt.NDArray[np.generic], dtype: type[np.generic], dimensions: int) -> None:

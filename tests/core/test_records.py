@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import REASONS, Candidates, Shift, validate
+from hemostat_calibration.records import REASONS, Candidates, Features, Shift, validate
 
 from .strategies import Truth, log_softmax, make_record, truths
 
@@ -66,6 +66,17 @@ BREAKS = {
     "negative entropy": lambda r: replace(r, reference_entropy=put(r.reference_entropy, 0, -1.0)),
     "large entropy": lambda r: replace(r, reference_entropy=put(r.reference_entropy, 0, 3.0)),
     "infinite shift": lambda r: replace(r, shifts={"v": Shift(np.full(5, np.inf), np.zeros(5))}),
+    "features' name": lambda r: replace(r, features=Features("anchors", np.zeros((5, 3), np.float32))),
+    "features' dtype": lambda r: replace(r, features=Features("0" * 32, np.zeros((5, 3)))),
+    "short features": lambda r: replace(r, features=Features("0" * 32, np.zeros((4, 3), np.float32))),
+    "no features": lambda r: replace(r, features=Features("0" * 32, np.zeros((5, 0), np.float32))),
+    "NaN in a row of features": lambda r: replace(
+        r, features=Features("0" * 32, put(np.zeros((5, 3), np.float32), (0, 0), np.nan))
+    ),
+    "infinite features": lambda r: replace(r, features=Features("0" * 32, np.full((5, 3), np.inf, np.float32))),
+    "NaN hidden": lambda r: replace(r, reference_hidden=put(np.zeros((5, 3), np.float32), (0, 0), np.nan)),
+    "infinite hidden": lambda r: replace(r, reference_hidden=np.full((5, 3), -np.inf, np.float32)),
+    "flat hidden": lambda r: replace(r, reference_hidden=np.zeros(5, np.float32)),
     "short shift": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(4))}),
 }
 
@@ -92,3 +103,5 @@ def test_unknown_is_allowed_where_it_means_unknown():
     record = good()
     validate(replace(record, reference_at=np.full_like(record.reference_at, np.nan), reference_entropy=None))
     validate(replace(record, shifts={"v": Shift(np.full(5, np.nan), np.full(5, np.nan))}))
+    values = put(np.zeros((5, 3), np.float32), 2, np.nan)
+    validate(replace(record, features=Features("0" * 32, values), reference_hidden=np.ones((5, 7), np.float32)))
