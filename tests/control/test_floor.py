@@ -1,0 +1,119 @@
+"""Each model against itself: which requests are taken, what the records hold, what a failure costs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tests.core.strategies import make_record
+from tests.core.test_calibrator import World
+
+from hemostat.floor import MODELS, WAITING, Floor
+from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
+from hemostat.shadow import TokenBudget
+from hemostat_calibration.divergence import divergence
+from hemostat_calibration.records import Candidates, TokenRecord, validate
+
+PROMPT = np.array([1, 2], np.int32)
+
+
+class Again:
+    """Says of the tokens what the record's own side said, give or take `noise`; or fails."""
+
+    def __init__(self, record: TokenRecord, model: str, *, fails: Exception | None = None, noise: float = 0.0) -> None:
+        self.record = record
+        self.model = model
+        self.fails = fails
+        self.noise = noise
+        self.asked: list[bool] = []
+
+    async def score(self, prompt: Any, output: Any, ids: Any, *, reshaped: bool = False) -> ReferenceScores:
+        self.asked.append(reshaped)
+        if self.fails is not None:
+            raise self.fails
+        r = self.record
+        side, emitted = (
+            (r.compressed, r.compressed_emitted) if self.model == "compressed" else (r.reference, r.reference_emitted)
+        )
+        order = np.argsort(-side.logprobs, axis=1, kind="stable")
+        top = Candidates(
+            np.take_along_axis(side.ids, order, 1), np.take_along_axis(side.logprobs, order, 1) - self.noise
+        )
+        at = np.where(side.ids >= 0, side.logprobs - self.noise, np.nan)
+        return ReferenceScores(at=at, top=top, emitted=emitted - self.noise)
+
+
+def record(request_id: str = "r") -> TokenRecord:
+    return replace(make_record(World().truth(3), 12), request_id=request_id)
+
+
+class Bench:
+    def __init__(self, given: TokenRecord, fraction: float = 1.0, **fails: Exception) -> None:
+        self.found: list[tuple[str, TokenRecord]] = []
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.by = {model: Again(given, model, fails=fails.get(model)) for model in MODELS}
+        self.floor = Floor(
+            fraction=fraction,
+            seed=0,
+            budget=TokenBudget(0.0, 1.0),
+            compressed=self.by["compressed"],
+            reference=self.by["reference"],
+            sink=lambda model, one: self.found.append((model, one)),
+            count=lambda model, outcome: self.counts.update([(model, outcome)]),
+            clock=lambda: 0.0,
+        )
+
+    async def run(self, *given: TokenRecord) -> None:
+        for one in given:
+            self.floor.offer(PROMPT, one)
+        task = asyncio.create_task(self.floor.run())
+        while sum(self.counts.values()) < len(MODELS) * len(given):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_each_model_stands_on_both_sides_of_its_record() -> None:
+    bench = Bench(one := record())
+    await bench.run(one)
+    assert [model for model, _ in bench.found] == list(MODELS)
+    for _, found in bench.found:
+        validate(found)
+        np.testing.assert_allclose(divergence(found).kl_rc, 0.0, atol=1e-9)
+        np.testing.assert_allclose(divergence(found).tv, 0.0, atol=1e-9)
+    assert bench.by["compressed"].asked == [False]
+    assert bench.by["reference"].asked == [True]
+    np.testing.assert_array_equal(bench.found[1][1].compressed.ids, one.reference.ids)
+
+
+async def test_only_a_compressed_models_own_tokens_have_an_estimate() -> None:
+    bench = Bench(one := record())
+    bench.by["compressed"].noise = 0.01
+    await bench.run(one)
+    compressed, reference = (divergence(found) for _, found in bench.found)
+    assert np.isfinite(compressed.estimate_rc).all()
+    assert np.isnan(reference.estimate_rc).all()
+
+
+async def test_a_failure_of_one_model_does_not_keep_the_other() -> None:
+    bench = Bench(record(), compressed=ReferenceFailure("busy", "no"), reference=RuntimeError("bug"))
+    await bench.run(record())
+    assert bench.counts == {("compressed", "busy"): 1, ("reference", "internal_error"): 1}
+    assert not bench.found
+
+
+async def test_what_does_not_fit_is_counted_and_a_fraction_is_a_fraction() -> None:
+    bench = Bench(record())
+    for n in range(WAITING + 3):
+        bench.floor.offer(PROMPT, record(str(n)))
+    assert bench.counts == {(model, "busy"): 3 for model in MODELS}
+    never = Bench(record(), fraction=0.0)
+    some = Bench(record(), fraction=0.02)
+    for n in range(200):
+        never.floor.offer(PROMPT, record(str(n)))
+        some.floor.offer(PROMPT, record(str(n)))
+    assert never.floor.waiting == 0
+    assert 0 < some.floor.waiting < WAITING
