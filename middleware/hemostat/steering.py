@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -73,6 +73,9 @@ class Steering:
         self._batch: list[TokenRecord] = []
         self._proposed: tuple[str, ...] = ()
         self._proposed_at = 0
+        self._contextual: str | None = None
+        self._contextual_at = 0
+        self._probe: str | None = None
         self._guard = guard.init(settings.alpha)
         self._judged: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
@@ -101,11 +104,13 @@ class Steering:
 
     def wanted(self) -> list[str]:
         """What engines should hold, most important first."""
-        return list(dict.fromkeys(v for v in (self.forced, self.selected, *self.candidates) if v is not None))
+        held = (self.forced, self.selected, *self.candidates, self._probe)
+        return list(dict.fromkeys(v for v in held if v is not None))
 
     def evaluated(self) -> tuple[CalibrationProfile, ...]:
         """Profiles whose effect the reference computes for every scored request."""
-        return tuple(self._profiles[version] for version in self.wanted()) if self.mode != "off" else ()
+        versions = [version for version in self.wanted() if version != self._probe]
+        return tuple(self._profiles[version] for version in versions) if self.mode != "off" else ()
 
     def held(self, version: str | None) -> CalibrationProfile | None:
         return self._profiles.get(version) if version is not None else None
@@ -150,10 +155,23 @@ class Steering:
         """The record's prompt is held out: nothing is ever learned from it."""
         return held_out(record.prompt_key, self._settings.held_out_fraction)
 
+    def learns(self, record: TokenRecord) -> bool:
+        """The record may be learned from, now."""
+        return self._uses(record) and not self.judges(record)
+
+    def _uses(self, record: TokenRecord) -> bool:
+        learner = self._learner
+        return (
+            self.mode != "off"
+            and self.forced is None
+            and learner is not None
+            and record.vocab_size == learner.vocab_size
+        )
+
     def observe(self, record: TokenRecord) -> None:
         """Learn from a record, or judge by it; never both."""
         learner = self._learner
-        if self.mode == "off" or self.forced is not None or learner is None or record.vocab_size != learner.vocab_size:
+        if learner is None or not self._uses(record):
             return
         if self.judges(record):
             self._judge(record)
@@ -181,6 +199,40 @@ class Steering:
         for profile in made:
             self._test(profile)
             self._decided("propose", profile.version, f"learned from {learner.tokens} tokens", {})
+
+    def probe(self, profile: CalibrationProfile) -> None:
+        """Let engines hold this profile, whose anchors they hand out; it is neither tested nor served."""
+        before, self._probe = self._probe, profile.version
+        if before is not None and before != profile.version:
+            self._forget(before)
+        self._hold(profile)
+
+    def awaits(self, tokens: int, scope: str = "") -> bool:
+        """Whether a contextual proposal that was learned from `tokens` tokens would be put to the test now."""
+        enough = tokens >= PROPOSE_AGAIN * self._contextual_at
+        return self._learner is not None and self.mode != "off" and self.forced is None and enough
+
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = "") -> bool:
+        """Put a contextual profile to the test, in place of the one before; False when it is not wanted now.
+
+        report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from, ever.
+        scope: whose requests it is for; "" is all.
+        InvalidProfileError for another vocabulary than the model's.
+        """
+        if not self.awaits(int(report["tokens"]), scope):
+            return False
+        if self._learner is not None and profile.vocab_size != self._learner.vocab_size:
+            raise InvalidProfileError(
+                f"profile is for a vocabulary of {profile.vocab_size} ids, the model has {self._learner.vocab_size}"
+            )
+        if profile.version in self.wanted():
+            return False
+        if self._contextual in self.candidates:
+            self._forget(self._contextual)
+        self._contextual, self._contextual_at = profile.version, int(report["tokens"])
+        self._test(profile)
+        self._decided("propose", profile.version, why, dict(report))
+        return True
 
     def _test(self, profile: CalibrationProfile) -> None:
         """Make it a candidate."""
@@ -240,7 +292,7 @@ class Steering:
         before, self.selected = self.selected, version
         self.promotions += 1
         # The other proposals, and what served before, are done; imports start over against the new one.
-        for other in [v for v in (*self._proposed, before) if v is not None and v != version]:
+        for other in [v for v in (*self._proposed, self._contextual, before) if v is not None and v != version]:
             self._retire(other)
         self.candidates = [v for v in self.candidates if v != version]
         self._watch_serving(version)
