@@ -125,6 +125,11 @@ def profile(seed: int, inverse_temperature: float = 1.0, vocab_size: int = VOCAB
     )
 
 
+def output_embedding(folder: Path) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return model.get_output_embeddings().weight.detach().float().numpy()
+
+
 async def test_expected_shift_is_exact_for_a_bias_and_unknown_otherwise(
     tiny: Path, reference: TransformersReference
 ) -> None:
@@ -142,6 +147,90 @@ async def test_expected_shift_is_exact_for_a_bias_and_unknown_otherwise(
             else:
                 wanted = probabilities @ np.clip(p.parameters["bias"].astype(np.float64), -0.8, 0.8)
                 np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def contextual(seed: int, rank: int, clamp: float, vocab_size: int = VOCAB) -> CalibrationProfile:
+    rng = np.random.default_rng(seed)
+    return CalibrationProfile(
+        family="contextual",
+        model="",
+        vocab_size=vocab_size,
+        parameters={
+            "anchors": np.arange(6, dtype=np.int32),
+            "linear": rng.normal(0, 1, (rank, 6)).astype(np.float32),
+            "offset": rng.normal(0, 1, rank).astype(np.float32),
+            "hidden": np.zeros((0, 6), np.float32),
+            "hidden_offset": np.zeros(0, np.float32),
+            "out": np.zeros((rank, 0), np.float32),
+            "fisher": np.eye(rank, dtype=np.float32),
+            "kl_limit": np.float32(1e30),
+            "up": rng.normal(0, 0.5, (vocab_size, rank)).astype(np.float16),
+        },
+        clamp_nats=clamp,
+        metadata={},
+    )
+
+
+async def test_expected_shift_of_a_contextual_profile_is_exact_where_its_code_is_known(
+    tiny: Path, reference: TransformersReference
+) -> None:
+    tokens, emitted, ids = request_of(1, 7, 20, 3)
+    probabilities = np.exp(direct(tiny, tokens, emitted))
+    first, second, biased = contextual(1, 3, 0.7), contextual(2, 5, 2.0), profile(1)
+    codes = {
+        p.version: np.random.default_rng(n).normal(0, 1, (20, p.parameters["up"].shape[1])).astype(np.float32)
+        for n, p in enumerate((first, second))
+    }
+    for asked in ((first, biased), (second, first), (), (second,), (first,)):
+        scores = await reference.score(tokens, emitted, ids, asked, codes)
+        for p in set(asked) - {biased}:
+            shift = codes[p.version].astype(float) @ p.parameters["up"].T.astype(float)
+            assert (np.abs(shift) > p.clamp_nats).any(), "the clamp binds somewhere"
+            wanted = (probabilities * np.clip(shift, -p.clamp_nats, p.clamp_nats)).sum(1)
+            np.testing.assert_allclose(scores.expected_shift[p.version], wanted, atol=1e-5)
+    unknown = await reference.score(tokens, emitted, ids, (first,))
+    assert np.isnan(unknown.expected_shift[first.version]).all(), "no features, no code"
+    foreign = contextual(3, 3, 1.0, VOCAB + 1)
+    unknown = await reference.score(tokens, emitted, ids, (foreign,), {foreign.version: codes[first.version]})
+    assert np.isnan(unknown.expected_shift[foreign.version]).all()
+    for bad in (codes[first.version][:-1], codes[first.version][:, :2]):
+        with pytest.raises(ReferenceFailure, match=r"\(20, 3\)") as failure:
+            await reference.score(tokens, emitted, ids, (first,), {first.version: bad})
+        assert failure.value.reason == "code"
+
+
+async def test_hidden_states_are_what_the_logits_are_made_of(tiny: Path, reference: TransformersReference) -> None:
+    info = await reference.start()
+    assert (info.hidden_size, info.hidden_detail, info.folder) == (32, "", tiny)
+    tokens, emitted, ids = request_of(5, 9, 12, 3)
+    assert (await reference.score(tokens, emitted, ids)).hidden is None
+    scores = await reference.score(tokens, emitted, ids, hidden=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
+    with torch.inference_mode():
+        states = model.model(input_ids=torch.tensor([[*tokens, *emitted]])).last_hidden_state[0].float().numpy()
+    assert scores.hidden is not None
+    assert scores.hidden.dtype == np.float32
+    np.testing.assert_allclose(scores.hidden, states[8:20], atol=0.02, rtol=0.02)
+    logits = scores.hidden @ model.lm_head.weight.detach().float().numpy().T
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    check(scores, direct(tiny, tokens, emitted), emitted, ids, 1e-5)
+    np.testing.assert_allclose(logprobs[np.arange(12), emitted], scores.emitted, atol=0.05)
+
+
+def test_logits_that_are_no_linear_map_are_found_out(tiny: Path) -> None:
+    from hemostat.reference.exact import unlinear
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
+    assert unlinear(model) == ""
+    plain = model.lm_head.forward
+    for name, behind in {"capped": lambda z: 5 * torch.tanh(z / 5), "scaled": lambda z: z / 8}.items():
+        model.lm_head.forward = lambda h, behind=behind: behind(plain(h))
+        assert "scaled or capped" in unlinear(model), name
+    model.lm_head.forward = plain
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(VOCAB))
+    assert "bias" in unlinear(model)
+    model.get_output_embeddings = lambda: None
+    assert "no output embedding" in unlinear(model)
 
 
 async def test_what_cannot_be_scored_is_refused_by_name_and_the_worker_goes_on(
@@ -292,8 +381,17 @@ async def test_a_real_model(checkpoints: Any) -> None:
         )
         output = np.array(await reference.tokenize("The capital of France is Paris."), np.int32)
         ids = np.random.default_rng(0).integers(0, info.vocab_size, (len(output), 5)).astype(np.int32)
-        scores = await reference.score(prompt, output, ids)
-        check(scores, direct(checkpoints.reference, prompt, output), output, ids, 1e-4)
+        scores = await reference.score(prompt, output, ids, hidden=True)
+        exact = direct(checkpoints.reference, prompt, output)
+        check(scores, exact, output, ids, 1e-4)
+        assert scores.hidden is not None
+        assert scores.hidden.shape == (len(output), info.hidden_size) == (len(output), 576)
+        weight = output_embedding(checkpoints.reference)
+        logits = scores.hidden.astype(np.float64) @ weight.T
+        logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        # The model rounds its logits to bfloat16, 8 bits.
+        np.testing.assert_allclose(logprobs, exact, atol=0.2)
+        assert np.abs(logprobs - exact).mean() < 0.05
         assert scores.emitted[-2] > np.log(0.5)  # " Paris"
     finally:
         await reference.close()

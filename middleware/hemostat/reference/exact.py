@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,27 @@ CHUNK_ELEMENTS = 1 << 24
 """Entries of one float32 log-softmax (64 MiB): positions are taken in chunks of this size."""
 
 
+PROBE_TOKENS = 8
+PROBE_IDS = 4096
+LINEAR_WITHIN = 0.01
+"""Part of the largest logit that rounding (bfloat16 has 8 bits) may make of W h; a softcap that bends less than that
+bends nothing that matters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """The function clip(up[v] · code, ±clamp) of the token v. up: float16 [V, r] on the model's device."""
+
+    up: torch.Tensor
+    clamp: float
+
+
 @dataclass(frozen=True, slots=True)
 class ExactScores:
-    """at, top_logprobs: float64 [T, K]; top_ids: int32 [T, K]; emitted, entropy, expected[name]: float64 [T]; nats."""
+    """at, top_logprobs: float64 [T, K]; top_ids: int32 [T, K]; emitted, entropy, expected[name]: float64 [T]; nats.
+
+    hidden: float32 [T, d], what the output embedding was given; None where not asked for.
+    """
 
     at: Floats
     top_ids: Ids
@@ -28,6 +48,39 @@ class ExactScores:
     emitted: Floats
     entropy: Floats
     expected: dict[str, Floats]
+    hidden: npt.NDArray[np.float32] | None = None
+
+
+def unlinear(model: Any) -> str:
+    """Why the model's logits are not W h of its output embedding W and what goes into that; "" when they are."""
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        return "it has no output embedding"
+    if getattr(head, "bias", None) is not None:
+        return "its output embedding has a bias"
+    vocab_size = head.weight.shape[0]
+    ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device) % vocab_size
+    with torch.inference_mode(), _hidden_states(model) as caught:
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, -1].float()
+        some = torch.arange(0, vocab_size, max(1, vocab_size // PROBE_IDS), device=model.device)
+        if logits.shape != (vocab_size,):
+            return f"it gives {logits.shape[-1]} logits, its output embedding has {vocab_size} rows"
+        off = head.weight[some].float() @ caught[0][0, -1].float() - logits[some]
+    largest = float(logits.abs().max())
+    if not float(off.abs().max()) <= LINEAR_WITHIN * largest:
+        return "its logits are scaled or capped behind the output embedding"
+    return ""
+
+
+@contextlib.contextmanager
+def _hidden_states(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Gets what goes into the output embedding meanwhile, [1, T, d] a call."""
+    caught: list[torch.Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+    try:
+        yield caught
+    finally:
+        hook.remove()
 
 
 def score(
@@ -35,29 +88,46 @@ def score(
     prompt: Ids,
     output: Ids,
     ids: Ids,
-    functionals: Mapping[str, torch.Tensor],
+    functionals: Mapping[str, torch.Tensor | Basis],
+    codes: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({}),
+    *,
+    hidden: bool = False,
 ) -> ExactScores:
     """Score `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
 
-    functionals: name -> float32 [V] on the model's device; `expected` gets E_r of each at every position.
-    Raises ValueError when an id is not in the vocabulary.
+    functionals: name -> float32 [V] on the model's device, or a basis; `expected` gets E_r of each at every position.
+    codes: of every basis, [T, r].
+    Raises ValueError when an id is not in the vocabulary, or a functional does not fit it or its code.
     """
     with torch.inference_mode():
-        return _score(model, prompt, output, ids, functionals)
+        return _score(model, prompt, output, ids, functionals, codes, hidden=hidden)
 
 
-def _score(model: Any, prompt: Ids, output: Ids, ids: Ids, functionals: Mapping[str, torch.Tensor]) -> ExactScores:
+def _score(
+    model: Any,
+    prompt: Ids,
+    output: Ids,
+    ids: Ids,
+    functionals: Mapping[str, torch.Tensor | Basis],
+    codes: Mapping[str, npt.NDArray[np.float32]],
+    *,
+    hidden: bool,
+) -> ExactScores:
     tokens = len(output)
     # The logits behind the last token predict nothing that is asked.
     sequence = torch.from_numpy(np.concatenate([prompt, output[:-1]]).astype(np.int64)).to(model.device)
     keep = {"logits_to_keep": tokens} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     # Position P - 1 + t predicts output[t]: the last T of the P + T - 1.
-    logits = model(input_ids=sequence[None], use_cache=False, **keep).logits[0, -tokens:]
+    with contextlib.ExitStack() as stack:
+        caught = stack.enter_context(_hidden_states(model)) if hidden else []
+        logits = model(input_ids=sequence[None], use_cache=False, **keep).logits[0, -tokens:]
     vocab_size = logits.shape[-1]
     largest = max(int(ids.max(initial=-1)), int(output.max()))
     if largest >= vocab_size or int(output.min()) < 0:
         raise ValueError(f"token id {largest} is not in the reference's vocabulary of {vocab_size}")
 
+    for name, functional in functionals.items():
+        _check(name, functional, codes.get(name), tokens, vocab_size)
     width = ids.shape[1]
     top = min(width, vocab_size)
     scores = ExactScores(
@@ -67,7 +137,10 @@ def _score(model: Any, prompt: Ids, output: Ids, ids: Ids, functionals: Mapping[
         emitted=np.empty(tokens),
         entropy=np.empty(tokens),
         expected={name: np.empty(tokens) for name in functionals},
+        hidden=caught[0][0, -tokens:].float().cpu().numpy() if caught else None,
     )
+    # float32 for as long as this call takes: kept so, eight of them would be too much.
+    ups = {name: f.up.float().T for name, f in functionals.items() if isinstance(f, Basis)}
     chunk = max(1, CHUNK_ELEMENTS // vocab_size)
     for start in range(0, tokens, chunk):
         rows = slice(start, min(start + chunk, tokens))
@@ -81,12 +154,32 @@ def _score(model: Any, prompt: Ids, output: Ids, ids: Ids, functionals: Mapping[
         scores.top_ids[rows, :top] = best.indices.cpu().numpy()
         scores.top_logprobs[rows, :top] = _numpy(best.values)
         probabilities = logprobs.exp()
-        for name, values in functionals.items():
-            scores.expected[name][rows] = _numpy(probabilities @ values)
+        for name, functional in functionals.items():
+            if isinstance(functional, Basis):
+                code = torch.from_numpy(codes[name][rows]).to(logprobs.device)
+                shift = (code @ ups[name]).clamp_(-functional.clamp, functional.clamp)
+                scores.expected[name][rows] = _numpy((probabilities * shift).sum(-1))
+            else:
+                scores.expected[name][rows] = _numpy(probabilities @ functional)
         # p log p is 0 where p is 0, also where log p is -inf.
         terms = torch.where(probabilities > 0, probabilities * logprobs, 0.0)
         scores.entropy[rows] = _numpy(-terms.sum(-1))
     return scores
+
+
+def _check(
+    name: str,
+    functional: torch.Tensor | Basis,
+    code: npt.NDArray[np.float32] | None,
+    tokens: int,
+    vocab_size: int,
+) -> None:
+    values = functional.up if isinstance(functional, Basis) else functional
+    if values.shape[0] != vocab_size:
+        raise ValueError(f"{name} is for {values.shape[0]} ids: the reference has a vocabulary of {vocab_size}")
+    if isinstance(functional, Basis) and (code is None or code.shape != (tokens, values.shape[1])):
+        got = "none" if code is None else code.shape
+        raise ValueError(f"the code of {name} has shape {got}: it must be {(tokens, values.shape[1])}")
 
 
 def _numpy(tensor: torch.Tensor) -> Floats:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +13,8 @@ import numpy.typing as npt
 
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, Floats, Ids
+
+NO_CODES: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,12 @@ class ReferenceInfo:
     vocab_size: int
     full_vocabulary: bool
     """True: entropies and expected shifts are exact."""
+    hidden_size: int = 0
+    """d of the hidden states that it hands out, h with z = W h (a constant apart); 0: it hands out none."""
+    hidden_detail: str = ""
+    """Why it hands out none."""
+    folder: Path | None = None
+    """Where the checkpoint's files are, on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,8 @@ class ReferenceScores:
     emitted: float64 [T], log-probability of the output token.
     entropy: float64 [T] in nats or None.
     expected_shift: profile version -> float64 [T], E_r[Δz]; empty when the reference gives only its top ids.
+    hidden: float32 [T, d], the last hidden state after the final norm: the logits are W h, W the output embedding. None
+        unless asked for and to be had (`ReferenceInfo.hidden_size`).
     """
 
     at: Floats
@@ -40,6 +53,7 @@ class ReferenceScores:
     emitted: Floats
     entropy: Floats | None = None
     expected_shift: dict[str, Floats] = field(default_factory=dict)
+    hidden: npt.NDArray[np.float32] | None = None
 
 
 class ReferenceFailure(Exception):
@@ -62,8 +76,14 @@ class Reference(Protocol):
         output: npt.NDArray[np.int32],
         ids: Ids,
         profiles: tuple[CalibrationProfile, ...] = (),
+        codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
+        hidden: bool = False,
     ) -> ReferenceScores:
-        """Score `output` after `prompt`, also at `ids`, int32 [T, K] (-1 pads)."""
+        """Score `output` after `prompt`, also at `ids`, int32 [T, K] (-1 pads).
+
+        codes: of contextual profiles, by version: float32 [T, r], y with Δz = clip(up · y). hidden: hand out hidden
+        states, where there are any.
+        """
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a chat under this model's own template (to compare the two models' vocabularies)."""

@@ -12,14 +12,15 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from hemostat.reference import wire
-from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat_calibration.families import TEMPERATURE_BIAS
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, Floats, Ids
@@ -57,7 +58,16 @@ class TransformersReference:
             if self._worker is None or self._worker.dead.is_set():
                 self._worker = None
                 self._worker, loaded = await _Worker.start(self._load)
-                self._info = ReferenceInfo(self._load.model, loaded.digest, loaded.dtype, loaded.vocab_size, True)
+                self._info = ReferenceInfo(
+                    model=self._load.model,
+                    digest=loaded.digest,
+                    dtype=loaded.dtype,
+                    vocab_size=loaded.vocab_size,
+                    full_vocabulary=True,
+                    hidden_size=loaded.hidden_size,
+                    hidden_detail=loaded.hidden_detail,
+                    folder=Path(loaded.folder),
+                )
             if self._keeper is None:
                 self._keeper = asyncio.create_task(self._keep(), name="reference worker")
             assert self._info is not None
@@ -83,9 +93,12 @@ class TransformersReference:
         output: npt.NDArray[np.int32],
         ids: Ids,
         profiles: tuple[CalibrationProfile, ...] = (),
+        codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
+        hidden: bool = False,
     ) -> ReferenceScores:
-        """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (bias, no temperature), else NaN:
-        the rest needs the compressed model's logits at every id, which the reference does not have."""
+        """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (bias, no temperature), or on it
+        and a code that is given; else NaN: the rest needs the compressed model's logits at every id, which the
+        reference does not have."""
         worker = self._alive()
         assert self._info is not None
         if not len(prompt) or not len(output):
@@ -97,7 +110,12 @@ class TransformersReference:
         functionals = {
             p.version: values for p in profiles if (values := _token_shift(p, self._info.vocab_size)) is not None
         }
-        answer = await worker.score(prompt, output, ids, functionals)
+        bases = {p.version: p for p in profiles if p.version in codes and p.vocab_size == self._info.vocab_size}
+        for version, profile in bases.items():
+            if codes[version].shape != (shape := (len(output), profile.parameters["up"].shape[1])):
+                got = codes[version].shape
+                raise ReferenceFailure("code", f"the code of profile {version} has shape {got}, not {shape}")
+        answer = await worker.score(prompt, output, ids, functionals, bases, codes, hidden=hidden)
         tokens, width = ids.shape
 
         def floats(data: bytes) -> Floats:
@@ -113,9 +131,12 @@ class TransformersReference:
             emitted=floats(answer.emitted),
             entropy=floats(answer.entropy),
             expected_shift={
-                p.version: floats(answer.expected[p.version]) if p.version in functionals else unknown.copy()
+                p.version: floats(answer.expected[p.version]) if p.version in answer.expected else unknown.copy()
                 for p in profiles
             },
+            hidden=np.frombuffer(answer.hidden, "<f4").astype(np.float32).reshape(tokens, -1)
+            if answer.hidden
+            else None,
         )
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
@@ -147,6 +168,11 @@ def _token_shift(profile: CalibrationProfile, vocab_size: int) -> npt.NDArray[np
     if float(profile.parameters["inverse_temperature"]) != 1.0:
         return None
     return np.clip(profile.parameters["bias"], -profile.clamp_nats, profile.clamp_nats)
+
+
+def _basis(profile: CalibrationProfile) -> wire.Basis:
+    up = profile.parameters["up"]
+    return wire.Basis(up.astype("<f2").tobytes(), up.shape[1], profile.clamp_nats)
 
 
 class _Worker:
@@ -194,13 +220,22 @@ class _Worker:
         raise ReferenceFailure("protocol", f"the reference worker began with {type(answer).__name__}")
 
     async def score(
-        self, prompt: Ids, output: Ids, ids: Ids, functionals: dict[str, npt.NDArray[np.float32]]
+        self,
+        prompt: Ids,
+        output: Ids,
+        ids: Ids,
+        functionals: Mapping[str, npt.NDArray[np.float32]],
+        bases: Mapping[str, CalibrationProfile],
+        codes: Mapping[str, npt.NDArray[np.float32]],
+        *,
+        hidden: bool,
     ) -> wire.Scored:
         async with self._turn:  # a request whose caller gives up while waiting never reaches the worker
             number = next(self._numbers)
             # What the worker holds follows the order of what is sent, so both change together, without an await.
             new = {name: v.astype("<f4").tobytes() for name, v in functionals.items() if name not in self._held}
-            self._held = set(functionals)
+            new_bases = {name: _basis(profile) for name, profile in bases.items() if name not in self._held}
+            self._held = {*functionals, *bases}
             answer = await self._ask(
                 number,
                 wire.Score(
@@ -210,7 +245,10 @@ class _Worker:
                     ids=ids.astype("<i4").tobytes(),
                     width=ids.shape[1],
                     functionals=new,
-                    wanted=list(functionals),
+                    bases=new_bases,
+                    wanted=[*functionals, *bases],
+                    codes={name: codes[name].astype("<f4").tobytes() for name in bases},
+                    hidden=hidden,
                 ),
             )
         if not isinstance(answer, wire.Scored):

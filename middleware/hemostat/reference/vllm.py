@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from pydantic import SecretStr
 
-from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.reference.server import ModelCard, VllmServer
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, Ids
@@ -54,7 +55,9 @@ class VllmReference:
         identity = f"{card.id}\0{card.root}\0{card.parent}\0{card.max_model_len}"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._card = card
-        return ReferenceInfo(card.id, digest, "server", vocab_size, False)
+        return ReferenceInfo(
+            card.id, digest, "server", vocab_size, False, hidden_detail="a vLLM server hands out no hidden states"
+        )
 
     async def score(
         self,
@@ -62,6 +65,8 @@ class VllmReference:
         output: npt.NDArray[np.int32],
         ids: Ids,
         profiles: tuple[CalibrationProfile, ...] = (),
+        codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
+        hidden: bool = False,
     ) -> ReferenceScores:
         """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top."""
         card = self._started()

@@ -23,6 +23,15 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     threads: int
 
 
+class Basis(msgspec.Struct, frozen=True):
+    """The function clip(up[v] · code, ±clamp) of the token v."""
+
+    up: bytes
+    """float16 [V, rank]"""
+    rank: int
+    clamp: float
+
+
 class Score(msgspec.Struct, tag="score", frozen=True):
     """Score T output tokens after P prompt tokens."""
 
@@ -36,8 +45,14 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     width: int
     functionals: dict[str, bytes]
     """name -> float32 [V]: functions of the token whose expectation is wanted; only those the worker does not hold."""
+    bases: dict[str, Basis]
+    """Likewise for functions of the token that depend on a position's code, too."""
     wanted: list[str]
     """Every name whose expectation is wanted; the worker forgets all others."""
+    codes: dict[str, bytes]
+    """Of every wanted basis: float32 [T, rank]"""
+    hidden: bool
+    """Hidden states are wanted."""
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
@@ -56,6 +71,11 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     vocab_size: int
     max_positions: int
     """0: the model does not say."""
+    folder: str
+    """Where the checkpoint's files are."""
+    hidden_size: int
+    """0: its logits are no linear map of a hidden state; `hidden_detail` says why."""
+    hidden_detail: str
 
 
 class Scored(msgspec.Struct, tag="scored", frozen=True):
@@ -74,6 +94,8 @@ class Scored(msgspec.Struct, tag="scored", frozen=True):
     """[T]"""
     expected: dict[str, bytes]
     """name -> [T]"""
+    hidden: bytes
+    """float32 [T, hidden_size]; empty where not asked for, or hidden_size is 0."""
 
 
 class TokenIds(msgspec.Struct, tag="token_ids", frozen=True):

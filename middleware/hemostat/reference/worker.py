@@ -55,11 +55,15 @@ class Model:
         self._tokenizer: Any = None
         self._functionals: dict[str, Any] = {}
         config = self._model.config.get_text_config()
+        problem = _unlinear(self._model)
         self.loaded = wire.Loaded(
             digest=_digest(load.model, getattr(self._model.config, "_commit_hash", None)),
             dtype=str(self._model.dtype).removeprefix("torch."),
             vocab_size=int(config.vocab_size),
             max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
+            folder=_folder(load.model),
+            hidden_size=0 if problem else int(self._model.get_output_embeddings().weight.shape[1]),
+            hidden_detail=problem,
         )
 
     def answer(self, request: wire.Request) -> wire.Answer:
@@ -85,10 +89,13 @@ class Model:
         return self._tokenizer
 
     def _score(self, request: wire.Score) -> wire.Scored:
-        from hemostat.reference.exact import score  # noqa: PLC0415
+        from hemostat.reference.exact import Basis, score  # noqa: PLC0415
 
         for name, values in request.functionals.items():
-            self._functionals[name] = self._torch.tensor(np.frombuffer(values, "<f4")).to(self._model.device)
+            self._functionals[name] = self._on_device(np.frombuffer(values, "<f4"))
+        for name, basis in request.bases.items():
+            up = np.frombuffer(basis.up, "<f2").reshape(-1, basis.rank)
+            self._functionals[name] = Basis(self._on_device(up), basis.clamp)
         self._functionals = {name: self._functionals[name] for name in request.wanted}
         output = np.frombuffer(request.output, "<i4")
         try:
@@ -98,6 +105,8 @@ class Model:
                 output,
                 np.frombuffer(request.ids, "<i4").reshape(len(output), request.width),
                 self._functionals,
+                {name: np.frombuffer(c, "<f4").reshape(len(output), -1) for name, c in request.codes.items()},
+                hidden=request.hidden and self.loaded.hidden_size > 0,
             )
         except ValueError as error:
             raise Refusal("vocabulary", str(error)) from error
@@ -109,7 +118,29 @@ class Model:
             emitted=scores.emitted.astype("<f8").tobytes(),
             entropy=scores.entropy.astype("<f8").tobytes(),
             expected={name: values.astype("<f8").tobytes() for name, values in scores.expected.items()},
+            hidden=b"" if scores.hidden is None else scores.hidden.astype("<f4").tobytes(),
         )
+
+    def _on_device(self, values: np.ndarray[Any, Any]) -> Any:
+        return self._torch.tensor(values).to(self._model.device)
+
+
+def _unlinear(model: Any) -> str:
+    from hemostat.reference.exact import unlinear  # noqa: PLC0415
+
+    try:
+        return unlinear(model)
+    except Exception as error:  # noqa: BLE001  whatever an unusual model raises here: it can still be scored
+        return f"its output embedding could not be read ({_one_line(error)})"
+
+
+def _folder(model: str) -> str:
+    """The checkpoint's folder; that of the hub's cache for a hub name."""
+    if Path(model).is_dir():
+        return str(Path(model).absolute())
+    from transformers.utils import cached_file  # noqa: PLC0415
+
+    return str(Path(cached_file(model, "config.json")).parent)
 
 
 def _digest(model: str, commit: str | None) -> str:
