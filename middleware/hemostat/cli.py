@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ADMIN = "http://127.0.0.1:8081"
 ADMIN_WITHIN = 30.0
-COMPRESSIONS = ("w4a16", "w8a8", "prune50")
+COMPRESSIONS = ("w4a16", "w8a8", "prune10", "prune30", "prune50")
 MODES = ("off", "observe", "auto")
 
 SHORTHANDS = {

@@ -27,9 +27,9 @@ from typing import Any
 
 from hemostat_calibration.errors import HemostatError
 
-SCHEMES = ("w4a16", "w8a8", "prune50")
+SCHEMES = ("w4a16", "w8a8", "prune10", "prune30", "prune50")
 """w4a16: int4 weights, symmetric, groups of 64 inputs. w8a8: int8 weights by output channel, int8 activations scaled by
-token as they come. prune50: the smaller half of every layer's weights set to zero. All linear layers but the head."""
+token as they come. pruneNN: the smallest NN % of every layer's weights set to zero. All linear layers but the head."""
 
 GROUP_SIZE = 64
 MANIFEST = "hemostat-checkpoint.json"
@@ -238,9 +238,9 @@ def _write_compressed(source: Path, folder: Path, scheme: str, progress: Progres
         raise CompressError(f"{source} has no linear layers besides its head: nothing to compress")
     state = dict(model.state_dict())
     quantization: dict[str, Any] | None = None
-    if scheme == "prune50":
+    if scheme.startswith("prune"):
         for name in linears:
-            state[f"{name}.weight"] = _pruned(state[f"{name}.weight"], 0.5)
+            state[f"{name}.weight"] = _pruned(state[f"{name}.weight"], int(scheme.removeprefix("prune")) / 100)
     else:
         quantization = _quantize(state, linears, heads, scheme, progress)
     with _quiet_transformers():

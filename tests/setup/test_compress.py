@@ -78,12 +78,13 @@ def test_w8a8_keeps_eight_bits_a_channel(tiny: Path, tmp_path: Path) -> None:
     assert (restored - original).norm() / original.norm() < 0.02
 
 
-def test_prune50_zeroes_the_smaller_half(tiny: Path, tmp_path: Path) -> None:
-    compress(tiny, tmp_path / "out", "prune50")
+@pytest.mark.parametrize("percent", [10, 30, 50])
+def test_pruning_zeroes_the_smallest_part(tiny: Path, tmp_path: Path, percent: int) -> None:
+    compress(tiny, tmp_path / "out", f"prune{percent}")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     pruned, original = weights(tmp_path / "out")[f"{LAYER}.weight"], weights(tiny)[f"{LAYER}.weight"]
     kept = pruned != 0
-    assert kept.sum() == pruned.numel() // 2
+    assert (~kept).sum() == pruned.numel() * percent // 100
     assert torch.equal(pruned[kept], original[kept])
     assert original[~kept].abs().max() <= original[kept].abs().min()
 
@@ -131,7 +132,7 @@ def test_a_folder_of_somebody_else_is_not_touched(tiny: Path, tmp_path: Path) ->
 
 
 def test_errors_name_what_to_do(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CompressError, match="w4a16, w8a8, prune50"):
+    with pytest.raises(CompressError, match="w4a16, w8a8, prune10"):
         compress(tiny, tmp_path / "out", "w3a3")
     with pytest.raises(CompressError, match=r"no config\.json"):
         compress(tmp_path, tmp_path / "out", "w4a16")
