@@ -6,6 +6,7 @@ Whatever is wrong is one line that says where, which key, and what would be righ
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import ipaddress
 import os
 import re
@@ -241,11 +242,30 @@ class Log(Section):
     """Standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    requests: bool = False
+    """One line for each generation that is relayed: ids and outcomes, never what was said."""
 
     @field_validator("level", mode="before")
     @classmethod
     def _any_case(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+
+class Tracing(Section):
+    """OpenTelemetry; needs the extra `hemostat[tracing]`."""
+
+    endpoint: ServerUrl | None = None
+    """An OTLP/HTTP receiver, like http://collector:4318; none: no traces."""
+    ratio: float = Field(default=0.05, ge=0, le=1)
+    """Part of the traces that begin here; a client's own decision is kept."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _installed(cls, value: str | None) -> str | None:
+        if value is not None and importlib.util.find_spec("opentelemetry") is None:
+            raise ValueError("needs OpenTelemetry: pip install 'hemostat[tracing]'")
+        return value
 
 
 class Settings(Section):
@@ -264,6 +284,7 @@ class Settings(Section):
     shutdown_seconds: float = Field(default=30.0, ge=0, le=3600)
     limits: Limits = Limits()
     log: Log = Log()
+    tracing: Tracing = Tracing()
 
     @field_validator("labels")
     @classmethod

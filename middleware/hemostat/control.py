@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from hemostat import logs
 from hemostat.admin import create_app
 from hemostat.check import State, shadow_findings
 from hemostat.config import Settings
@@ -31,7 +33,7 @@ from hemostat.link import RelayLink
 from hemostat.measure import Measurements
 from hemostat.messages import Capture, Policy, Stats
 from hemostat.metrics import HemostatCollector
-from hemostat.process import die_with_parent
+from hemostat.process import die_with_parent, make_tracing
 from hemostat.records_file import RecordsFile
 from hemostat.reference import make_reference
 from hemostat.reference.match import compare
@@ -42,6 +44,7 @@ from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat.steering import EVENTS_HELD, Steering
 from hemostat.store import MemoryStore, Store, StoreFailure, open_store
+from hemostat_calibration.divergence import TokenDivergence
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import TokenRecord
@@ -55,6 +58,8 @@ MATCH_RETRY = 3.0
 MODELS_EVERY = 30.0
 """Seconds between looks at what the upstream serves: adapters may be loaded at run time."""
 HOUSEKEEPING = 0.5
+TRACED = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compressed")
+"""Figures of a request, means over its tokens, that its shadow span tells."""
 
 
 class Control:
@@ -65,6 +70,7 @@ class Control:
         self.data_port = data_port
         self.engines = EngineRegistry()
         self.measurements = Measurements()
+        self.tracing = make_tracing(settings.tracing.model_dump())
         self.registry = CollectorRegistry()
         self.registry.register(HemostatCollector(self))
         self.store_failures = 0
@@ -127,6 +133,8 @@ class Control:
         )
         if self.records is not None:
             self.records.write(capture, record, figures)
+        if self.tracing is not None and capture.traceparent:
+            self._trace(record, capture, figures)
         try:
             steering.observe(record)
         except Exception:
@@ -134,6 +142,26 @@ class Control:
             self.calibration_failures += 1
             log.exception("calibration could not use the record of %s", capture.request_id)
         self.publish()
+
+    def _trace(self, record: TokenRecord, capture: Capture, figures: TokenDivergence) -> None:
+        assert self.tracing is not None
+        try:
+            self.tracing.score(
+                capture.traceparent,
+                capture.model,
+                seconds=time.monotonic() - capture.captured_at,
+                results={name: float(np.mean(getattr(figures, name))) for name in TRACED},
+                said={
+                    "request.id": capture.request_id,
+                    "arm": str(record.arm),
+                    "tokens": record.tokens,
+                    "reference.model": record.reference_model,
+                    "profile": record.applied or IDENTITY,
+                    "bound": figures.bound,
+                },
+            )
+        except Exception:
+            log.exception("score of %s could not be traced", capture.request_id)
 
     def _save(self, method: str, *args: Any) -> None:
         """Queue a write for the store; it happens off the event loop, and its failure is only counted."""
@@ -443,6 +471,8 @@ class Control:
         if self.records is not None:
             self.records.close()
         self.store.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 class _Server(uvicorn.Server):
@@ -498,8 +528,7 @@ def main() -> int:
     given = json.load(sys.stdin)
     die_with_parent(given["parent"])
     settings = Settings.model_validate(given["settings"])
-    logging.basicConfig(level=settings.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.set_up(settings.log.level, settings.log.format)
     try:
         asyncio.run(run(settings, Path(given["socket"]), given["data_port"]))
     except HemostatError as error:

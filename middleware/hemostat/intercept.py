@@ -40,6 +40,7 @@ _PREFIX = b"x-hemostat-"
 _SHADOW = b"x-hemostat-shadow"
 _CALIBRATION = b"x-hemostat-calibration"
 _LABEL = b"x-hemostat-label"
+MAX_TRACEPARENT = 64
 MAX_REQUEST_ID = 200
 """Characters of a client's X-Request-Id that go beyond the relay, into records and logs."""
 _READABLE = frozenset({b"accept-encoding"})
@@ -127,7 +128,10 @@ class Interceptor:
             if shadow:
                 self.skip("encoded")
             return None
-        return _Intercepted(self, policy, chat, path.decode("ascii"), request_id, wishes, shadow, calibrated)
+        traced = next((value for name, value in headers if name.lower() == b"traceparent"), b"")
+        return _Intercepted(
+            self, policy, chat, path.decode("ascii"), request_id, wishes, shadow, calibrated, traced.decode("latin-1")
+        )
 
     def skip(self, reason: str) -> None:
         self.count(SHADOW_REQUESTS, ("skipped", reason))
@@ -178,6 +182,7 @@ class _Intercepted:
         wishes: _Wishes,
         shadow: bool,
         calibrated: bool,
+        traceparent: str,
     ) -> None:
         self.body_limit = policy.body_limit
         self._owner = owner
@@ -189,6 +194,7 @@ class _Intercepted:
         self._shadow = shadow
         """Sampled, and not yet counted as skipped."""
         self._calibrated = calibrated
+        self._traceparent = traceparent[:MAX_TRACEPARENT]
         self._standing: tuple[Arm, str] | None = None
         """To be counted: the arm and why."""
         self._applied = False
@@ -427,4 +433,5 @@ class _Intercepted:
             min_p=self._sampling.min_p,
             finish_reason=tokens.finish_reason,
             captured_at=self._owner.clock(),
+            traceparent=self._traceparent,
         )

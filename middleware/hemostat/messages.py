@@ -52,6 +52,8 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     finish_reason: str
     captured_at: float
     """time.monotonic() when the response ended."""
+    traceparent: str = ""
+    """W3C trace context that went upstream with the request; "" where it is not traced."""
 
 
 class Stats(msgspec.Struct, tag="stats", frozen=True):

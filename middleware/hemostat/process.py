@@ -6,6 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hemostat.tracing import Tracing
 
 _PR_SET_PDEATHSIG = 1
 
@@ -18,3 +23,12 @@ def die_with_parent(parent: int, sig: int = signal.SIGTERM) -> None:
     libc.prctl(_PR_SET_PDEATHSIG, sig, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(0)
+
+
+def make_tracing(config: dict[str, Any] | None) -> Tracing | None:
+    """From `tracing` of the configuration; None where it names no endpoint."""
+    if not config or not config.get("endpoint"):
+        return None
+    from hemostat.tracing import Tracing  # noqa: PLC0415  an extra: only what is used
+
+    return Tracing(config["endpoint"], config["ratio"], version("hemostat"))

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hemostat import logs
 from hemostat.config import ConfigError, Settings
 
 log = logging.getLogger("hemostat.serve")
@@ -159,6 +160,9 @@ def relay_config(settings: Settings, worker: int, port: int, control_socket: Pat
         "shutdown_seconds": settings.shutdown_seconds,
         "limits": settings.limits.model_dump(),
         "log_level": settings.log.level,
+        "log_format": settings.log.format,
+        "log_requests": settings.log.requests,
+        "tracing": settings.tracing.model_dump() if settings.tracing.endpoint else None,
     }
 
 
@@ -169,7 +173,7 @@ def _say(text: str) -> None:
 
 def main(settings: Settings, announce: Callable[[str], None] = _say) -> int:
     """Run until SIGTERM or SIGINT; 0 after an orderly stop, 2 when something cannot start."""
-    logging.basicConfig(level=settings.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up(settings.log.level, settings.log.format)
     return asyncio.run(_run(settings, announce))
 
 

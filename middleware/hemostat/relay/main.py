@@ -3,7 +3,8 @@
     {"worker": 0, "host": "127.0.0.1", "port": 8000, "reuse_port": true, "fd": null,
      "upstream_url": "http://127.0.0.1:8001", "upstream_api_key": null, "upstream_ca": null,
      "upstream_max_connections": 512, "control_socket": "/run/…/control.sock", "shutdown_seconds": 30.0,
-     "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456}, "log_level": "info"}
+     "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456}, "log_level": "info",
+     "log_format": "text", "log_requests": false, "tracing": {"endpoint": "http://collector:4318", "ratio": 0.01}}
 
 Prints `{"listening": port}` once bound. With `fd` it listens on that inherited socket. SIGTERM: no new connections,
 what is in flight ends, exit code 0.
@@ -25,9 +26,10 @@ from typing import Any
 
 import uvloop
 
+from hemostat import logs
 from hemostat.intercept import Interceptor
 from hemostat.messages import Policy
-from hemostat.process import die_with_parent
+from hemostat.process import die_with_parent, make_tracing
 from hemostat.relay.counters import Counters
 from hemostat.relay.http import Limits
 from hemostat.relay.link import ControlLink
@@ -63,6 +65,8 @@ async def run(config: dict[str, Any]) -> None:
         upstream_api_key=config.get("upstream_api_key"),
         upstream_ca=Path(ca) if ca else None,
         upstream_max_connections=config.get("upstream_max_connections", 512),
+        tracing=make_tracing(config.get("tracing")),
+        log_requests=config.get("log_requests", False),
     )
     interceptor: Interceptor | None = None
 
@@ -94,14 +98,14 @@ async def run(config: dict[str, Any]) -> None:
     linking.cancel()
     await link.close()
     await relay.close()
+    if relay.tracing is not None:
+        await asyncio.to_thread(relay.tracing.close)
 
 
 def main() -> int:
     """Exit code 0 after an orderly stop, 1 when it cannot start."""
     config = json.load(sys.stdin)
-    logging.basicConfig(
-        level=config.get("log_level", "info").upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(config.get("log_level", "info"), config.get("log_format", "text"))
     die_with_parent(os.getppid())
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -28,6 +28,8 @@ LOOPS = "hemostat_repetition_loops_total"
 STRUCTURED = "hemostat_structured_outputs_total"
 """Labels arm, kind (json, tool_call), outcome (valid, invalid, cut: it ended at the length limit)."""
 
+UNTRACED = "hemostat_tracing_errors_total"
+"""No labels. Exchanges that could not be traced or logged: a bug."""
 UNJUDGED = "hemostat_outcome_errors_total"
 """No labels. Responses over which the judging itself failed: a bug."""
 
@@ -50,8 +52,18 @@ _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)":\s*"((?:[^"
 _JSON_ASKED = re.compile(rb'"(?:json_object|json_schema|guided_json)"|"json":')
 _TOOLS_ASKED = re.compile(rb'"tools":\s*\[')
 
+_MODEL = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
+
 Add = Callable[[str, tuple[str, ...], float], None]
 """(metric, label values, by how much)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What is known of a response when it is over; `output_tokens` None: nothing."""
+
+    finish_reasons: tuple[str, ...] = ()
+    output_tokens: int | None = None
 
 
 class _Function(msgspec.Struct):
@@ -96,16 +108,27 @@ class Ear:
 
     json: bool = False
     tools: bool = False
+    body: bytes = b""
+    """The request's first bytes, for `model`."""
     events: int = 0
     stream: bool = False
+    deaf: bool = False
+    """The response is an error, or cannot be read: there is nothing to judge."""
     _pieces: deque[bytes] = field(default_factory=deque)
     _size: int = 0
     _whole: bool = True
 
     def asks(self, body: bytes) -> None:
         """In a JSON string a quote has a backslash before it, so that what users write does not look like a member."""
+        self.body = self.body or body
         self.json = self.json or _JSON_ASKED.search(body) is not None
         self.tools = self.tools or _TOOLS_ASKED.search(body) is not None
+
+    @property
+    def model(self) -> str | None:
+        """What the request names, where that stands in the body's first bytes."""
+        found = _MODEL.search(self.body)
+        return None if found is None else found[1].decode("utf-8", "replace")
 
     def begins(self, *, stream: bool) -> None:
         self.stream = stream
@@ -113,6 +136,8 @@ class Ear:
             self._only_the_end()
 
     def hears(self, data: bytes) -> None:
+        if self.deaf:
+            return
         if self.stream:
             self.events += data.count(b"data: {")
         if not self._whole:
@@ -127,8 +152,10 @@ class Ear:
         self._whole = False
         self._pieces = deque((piece[-PIECE:] for piece in self._pieces), PIECES)
 
-    def ended(self, arm: str, add: Add) -> None:
+    def ended(self, arm: str, add: Add) -> Ended:
         """Judge and count; `arm` is the request's."""
+        if self.deaf:
+            return Ended()
         data = b"".join(self._pieces)
         self._pieces.clear()
         response = self._read(data) if self._whole else None
@@ -148,6 +175,7 @@ class Ear:
             add(OUTPUT_TOKENS, (arm,), float(tokens))
         if any(loops(text) for text in texts):
             add(LOOPS, (arm,), 1.0)
+        return Ended(tuple(reasons), tokens or None)
 
     def _judge_structure(self, response: _Response, arm: str, add: Add) -> None:
         for choice in response.choices:

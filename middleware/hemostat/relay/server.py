@@ -14,6 +14,7 @@ A request is in one of these states:
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import socket
 import struct
@@ -21,6 +22,7 @@ from enum import Enum, auto
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
+from hemostat import logs
 from hemostat.relay import counters, outcomes
 from hemostat.relay.hooks import Exchange, Headers, Refusal, Rewrite
 from hemostat.relay.http import (
@@ -41,11 +43,12 @@ from hemostat.relay.http import (
     parse_request,
     set_length,
 )
-from hemostat.relay.outcomes import Ear
+from hemostat.relay.outcomes import Ear, Ended
 from hemostat.relay.upstream import UpstreamProtocol
 
 if TYPE_CHECKING:
     from hemostat.relay.worker import Relay
+    from hemostat.tracing import RequestSpan
 
 READ_AHEAD = 64 * 1024
 """Bytes taken from a client beyond the request that is being answered, or before the upstream takes them."""
@@ -65,6 +68,8 @@ _TCP_CLOSE = 7
 _TCP_CLOSE_WAIT = 8
 _STATE_KNOWN = hasattr(socket, "TCP_INFO")
 """Linux. Elsewhere a client that goes while it is not read from is noticed at the next byte sent to it."""
+_TRACE_FIELDS = frozenset((b"traceparent", b"tracestate"))
+request_log = logging.getLogger(logs.REQUEST)
 _random = random.Random()  # noqa: S311  names, not secrets
 
 
@@ -98,6 +103,7 @@ class ClientProtocol(asyncio.Protocol):
 
     __slots__ = (
         "_advancing",
+        "_began",
         "_body_left",
         "_body_size",
         "_buffer",
@@ -125,6 +131,7 @@ class ClientProtocol(asyncio.Protocol):
         "_retried",
         "_route",
         "_sent",
+        "_span",
         "_transforming",
         "_unsent",
         "_unsent_size",
@@ -189,6 +196,8 @@ class ClientProtocol(asyncio.Protocol):
         self._hook_alive = False
         self._probed = False
         self._ear: Ear | None = None
+        self._span: RequestSpan | None = None
+        """Where this exchange is traced."""
 
     # From the event loop.
 
@@ -329,6 +338,9 @@ class ClientProtocol(asyncio.Protocol):
         self.body_done = length == 0 or 0 < length <= len(rest)
         if self._route in outcomes.ROUTES and request.method == b"POST":
             self._ear = Ear()
+            self._began = started
+            if relay.tracing is not None:
+                self._trace(request, pairs)
         if pairs is not None and self._begin(request, pairs, rest):
             return not self._lingering
         if self.body_done:
@@ -349,6 +361,23 @@ class ClientProtocol(asyncio.Protocol):
             if rest:
                 self._body(rest)
         return True
+
+    def _trace(self, request: RequestHead, pairs: list[tuple[bytes, bytes]] | None) -> None:
+        """Put a span of our own between the client's and the upstream's."""
+        assert self._relay.tracing is not None
+        given = {name.lower().decode(): value.decode("latin-1") for name, value in fields(request.lines)}
+        try:
+            self._span = self._relay.tracing.begin(self._route, given, self._request_id)
+            carried = self._span.carried()
+        except Exception:  # noqa: BLE001  tracing may fail, requests may not
+            self._relay.counters.add(outcomes.UNTRACED, ())
+            return
+        _drop(request, _TRACE_FIELDS)
+        request.traceparent = True
+        made = [(name.encode(), value.encode("latin-1")) for name, value in carried.items()]
+        request.lines += [b"%b: %b" % field for field in made]
+        if pairs is not None:
+            pairs[:] = [pair for pair in pairs if pair[0].lower() not in _TRACE_FIELDS] + made
 
     def _begin(self, request: RequestHead, pairs: Headers, rest: bytes) -> bool:
         """Ask the hook; True when the request is in its hands or has been answered."""
@@ -652,7 +681,7 @@ class ClientProtocol(asyncio.Protocol):
         assert self._ear is not None
         given = {name.lower(): value for name, value in fields(head.lines)}
         if head.status != 200 or given.get(b"content-encoding", b"identity") != b"identity":
-            self._ear = None
+            self._ear.deaf = True
         else:
             self._ear.begins(stream=given.get(b"content-type", b"").startswith(b"text/event-stream"))
 
@@ -812,21 +841,58 @@ class ClientProtocol(asyncio.Protocol):
         """The present exchange is over."""
         self._relay.counters.request(self._route, outcome)
         exchange, self._exchange = self._exchange, None
-        ear = self._ear
+        ear, span, response = self._ear, self._span, self._response
         self._parts = None
         self._chunks = None
         self._unsent = []
         self._reset()
-        if ear is not None and complete and outcome is counters.OK:
+        if ear is not None:
+            arm = "none" if exchange is None else exchange.arm
+            ended = Ended()
             try:
-                ear.ended("none" if exchange is None else exchange.arm, self._relay.counters.add)
+                if complete and outcome is counters.OK:
+                    ended = ear.ended(arm, self._relay.counters.add)
             except Exception:  # noqa: BLE001  an outcome that cannot be judged is nobody's trouble
                 self._relay.counters.add(outcomes.UNJUDGED, ())
+            if span is not None or self._relay.log_requests:
+                self._tell(ear, ended, span, arm, 0 if response is None else response.status, outcome)
         if exchange is not None:
             try:
                 exchange.closed(complete=complete)
             except Exception:  # noqa: BLE001  a hook that raises has lost its say
                 self._relay.counters.hook_raised()
+
+    def _tell(self, ear: Ear, ended: Ended, span: RequestSpan | None, arm: str, status: int, outcome: str) -> None:
+        """Who asked for it to be told: the trace, the log. Never what was said."""
+        try:
+            if self._relay.log_requests:
+                request_log.info(
+                    "request",
+                    extra={
+                        "request_id": self._request_id,
+                        "route": self._route,
+                        "status": status,
+                        "outcome": outcome,
+                        "arm": arm,
+                        "finish_reasons": list(ended.finish_reasons),
+                        "output_tokens": ended.output_tokens,
+                        "seconds": round(perf_counter() - self._began, 6),
+                    },
+                )
+            if span is not None:
+                span.end(
+                    status=status,
+                    outcome=outcome,
+                    error=outcome != counters.OK,
+                    facts={
+                        "gen_ai.request.model": ear.model,
+                        "gen_ai.response.finish_reasons": ended.finish_reasons or None,
+                        "gen_ai.usage.output_tokens": ended.output_tokens,
+                        "hemostat.arm": arm,
+                    },
+                )
+        except Exception:  # noqa: BLE001  tracing and logging may fail, requests may not
+            self._relay.counters.add(outcomes.UNTRACED, ())
 
     def _next(self) -> None:
         self.since = self._relay.loop.time()

@@ -6,12 +6,16 @@ import asyncio
 import socket
 import ssl
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hemostat.relay.counters import Counters
 from hemostat.relay.hooks import Hook
 from hemostat.relay.http import Limits, parse_origin
 from hemostat.relay.server import ClientProtocol
 from hemostat.relay.upstream import Pool
+
+if TYPE_CHECKING:
+    from hemostat.tracing import Tracing
 
 BACKLOG = 2048
 SWEEP_SECONDS = 1.0
@@ -24,6 +28,7 @@ class Relay:
     upstream_ca: PEM file of the authority that signed the upstream's certificate, for https.
     upstream_max_connections: clients beyond it wait in order of arrival.
     hook: may be assigned at any time; requests that have begun keep the one they began with.
+    tracing: makes a span of every generation. log_requests: one line of log for each.
     Raises ValueError on an upstream_url that is not http(s)://host[:port], OSError on an unreadable upstream_ca.
     """
 
@@ -37,6 +42,8 @@ class Relay:
         upstream_api_key: str | None = None,
         upstream_ca: Path | None = None,
         upstream_max_connections: int = 512,
+        tracing: Tracing | None = None,
+        log_requests: bool = False,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.origin = parse_origin(upstream_url)
@@ -46,6 +53,8 @@ class Relay:
         self.authorization = f"Authorization: Bearer {upstream_api_key}".encode() if upstream_api_key else None
         context = ssl.create_default_context(cafile=upstream_ca) if self.origin.tls else None
         self.pool = Pool(self.loop, self.origin, upstream_max_connections, context)
+        self.tracing = tracing
+        self.log_requests = log_requests
         self.clients: set[ClientProtocol] = set()
         self.draining = False
         self._server: asyncio.Server | None = None
