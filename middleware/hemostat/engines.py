@@ -18,6 +18,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.records import Features
+
 EXPIRES_AFTER = 15.0
 """Seconds of silence after which a rank, and with it its engine, is gone."""
 ENGINES_AT_MOST = 256
@@ -115,12 +117,14 @@ class TapResult:
     applied: the version that it applied, None for identity.
     mixed: the engine changed `applied` on the way (a request that was set aside and admitted again): compare nothing.
     log_normalizer: by version, log E_c[e^Δz] in nats by output position, float64 [T]; NaN where it gave none.
+    features: the logits at the anchors, as it read them; None when it handed out none.
     """
 
     boot_id: str
     applied: str | None
     mixed: bool
     log_normalizer: Mapping[str, npt.NDArray[np.float64]]
+    features: Features | None = None
 
 
 @dataclass(slots=True)

@@ -1,14 +1,17 @@
-"""From a capture to a record: waits for the budget, asks the reference, joins what the engine said, hands it on.
+"""From a capture to a record: waits for the engine's word on it and for the budget, asks the reference, hands it on.
 
-Two stages, so that waiting for the engine's tap (it flushes about once a second) does not hold the reference up.
-Whatever goes wrong ends one capture, is counted by reason, and nothing else.
+A capture whose tap is not complete yet (the engine flushes about once a second) stays in the queue, and those behind it
+go first. Whatever goes wrong ends one capture, is counted by reason, and nothing else; what is wrong with the engine's
+features costs the features only.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,16 +22,16 @@ from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceIn
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profile import CalibrationProfile
-from hemostat_calibration.records import Arm, Candidates, Ids, Sampling, Shift, TokenRecord, validate
+from hemostat_calibration.records import Arm, Candidates, Features, Floats, Ids, Sampling, Shift, TokenRecord, validate
 from hemostat_calibration.split import prompt_key
+from hemostat_calibration.transform import anchors, anchors_digest, code
 
 log = logging.getLogger("hemostat.scorer")
 
 TAP_WITHIN = 4.0
 """Seconds after the response's end that the engine's numbers are waited for; without them the bounds serve."""
 TAP_POLL = 0.1
-JOINING = 256
-"""Scored captures that may wait for their tap at a time."""
+ID_BYTES = 4
 SCORE_WITHIN = 120.0
 """Seconds that one score may take before the reference counts as failing."""
 
@@ -79,11 +82,13 @@ def build_record(
     info: ReferenceInfo,
     tap: TapResult | None,
     versions: Iterable[str],
+    features: Features | None = None,
     *,
     by_request: bool = False,
 ) -> TokenRecord:
     """Join the three views of one request; raises InvalidRecordError when they do not fit.
 
+    features: of the tap, fitted to the output.
     by_request: a requested profile was applied through the request's own parameters (`calibration.apply: request`), of
     which the engine's plugin knows nothing.
     """
@@ -114,6 +119,8 @@ def build_record(
             requested=capture.requested,
             applied=applied,
             shifts=shifts,
+            features=features,
+            reference_hidden=scores.hidden,
             request_id=capture.request_id,
             route=capture.route,
             model=capture.model,
@@ -137,21 +144,52 @@ def _fit(
     return fitted
 
 
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """What waits for its tap. versions: of the profiles whose effect the reference was asked for."""
+class FeatureProblem(Exception):
+    """The engine's features are of no use; `reason` is a short, bounded word for counting."""
 
-    capture: Capture
-    arrays: Arrays
-    scores: ReferenceScores
-    info: ReferenceInfo
-    versions: tuple[str, ...]
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def fit_features(features: Features | None, tokens: int, read: frozenset[str]) -> Features:
+    """The engine's features by position, a NaN row where it gave none; raises FeatureProblem.
+
+    read: digests of the anchor sets that anybody reads.
+    """
+    if features is None:
+        raise FeatureProblem("not_sent")
+    if features.anchors not in read:
+        raise FeatureProblem("other_anchors")
+    given = features.values[:tokens]
+    if given.ndim != 2 or not given.shape[1]:
+        raise FeatureProblem("shape")
+    unknown = np.isnan(given)
+    if np.isinf(given).any() or (unknown.any(axis=1) != unknown.all(axis=1)).any():
+        raise FeatureProblem("not_finite")
+    values = np.full((tokens, given.shape[1]), np.nan, np.float32)
+    values[: len(given)] = given
+    if np.isnan(values).all():
+        raise FeatureProblem("masked")
+    return Features(features.anchors, values)
+
+
+def read_codes(profiles: Iterable[CalibrationProfile], features: Features) -> dict[str, Floats]:
+    """By version, what these features say to the profiles that read their anchors: float64 [T, r]."""
+    found = {}
+    for profile in profiles:
+        ids = anchors(profile)
+        if ids is not None and anchors_digest(ids) == features.anchors and len(ids) == features.values.shape[1]:
+            found[profile.version] = code(profile, features.values)
+    return found
 
 
 class Scorer:
     """Runs until cancelled. `sink` gets every record with its capture; `count(outcome, reason)` every ending.
 
     served: names of the compressed model; what another one said (an adapter) is not the reference's to judge.
+    anchors: digests of the anchor sets that anybody reads.
+    hidden: whether the reference's hidden states of a prompt are wanted, by its key.
     by_request: see `build_record`.
     """
 
@@ -169,6 +207,8 @@ class Scorer:
         sink: Callable[[TokenRecord, Capture], None],
         count: Callable[[str, str], None],
         clock: Callable[[], float],
+        anchors: Callable[[], frozenset[str]] = frozenset,
+        hidden: Callable[[bytes], bool] = lambda _: False,
         by_request: bool = False,
     ) -> None:
         self._queue = queue
@@ -182,11 +222,14 @@ class Scorer:
         self._sink = sink
         self._count = count
         self._clock = clock
+        self._anchors = anchors
+        self._hidden = hidden
         self._by_request = by_request
         self._wake = asyncio.Event()
-        self._joining: asyncio.Queue[_Scored] = asyncio.Queue(JOINING)
         self._busy = 0
         self.reference_tokens = 0
+        self.features_dropped: Counter[str] = Counter()
+        """Requests whose features were wanted and came to nothing, by reason."""
 
     def offer(self, capture: Capture) -> None:
         """A capture from a relay: queued, or dropped and counted."""
@@ -197,27 +240,26 @@ class Scorer:
     @property
     def pending(self) -> int:
         """Captures that have no ending yet."""
-        return len(self._queue) + self._joining.qsize() + self._busy
+        return len(self._queue) + self._busy
 
     async def run(self, workers: int) -> None:
-        """`workers` captures are scored at a time."""
+        """`workers` captures are worked on at a time."""
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(self._score_forever())
-            group.create_task(self._join_forever())
 
     async def _score_forever(self) -> None:
         while True:
-            capture = self._queue.take()
+            capture = self._queue.take(self._ripe)
             if capture is None:
-                self._wake.clear()
-                await self._wake.wait()
+                await self._changes()
                 continue
             self._busy += 1
             try:
                 await self._score(capture)
             except InvalidRecordError as error:
                 self._count("skipped", f"invalid_{error.reason}")
+                log.warning("record of %s refused: %s", capture.request_id, error)
             except ReferenceFailure as failure:
                 self._count("dropped", f"reference_{failure.reason}")
                 log.warning("score of %s failed: %s", capture.request_id, failure)
@@ -227,7 +269,24 @@ class Scorer:
             finally:
                 self._busy -= 1
 
+    async def _changes(self) -> None:
+        """A capture has come; while others wait for their taps, that or a little time."""
+        self._wake.clear()
+        if not len(self._queue):
+            await self._wake.wait()
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), TAP_POLL)
+
+    def _ripe(self, capture: Capture) -> bool:
+        """The engine has said all that it will, or time is up."""
+        if not capture.nonce:
+            return True
+        tokens = len(capture.output_token_ids) // ID_BYTES
+        return self._engines.tapped(capture.nonce) >= tokens or self._clock() - capture.captured_at > TAP_WITHIN
+
     async def _score(self, capture: Capture) -> None:
+        tap = self._engines.take(capture.nonce) if capture.nonce else None
         info = self._info()
         if info is None or self._breaker.state(self._clock()) is BreakerState.OPEN:
             self._count("dropped", "breaker_open" if info else "reference_not_ready")
@@ -235,26 +294,73 @@ class Scorer:
         if capture.model not in self._served():
             self._count("skipped", "unknown_model")
             return
+        if tap is not None and tap.mixed:
+            self._count("skipped", "mixed_profile")
+            return
+        if tap is None and capture.requested is not None and not self._by_request:
+            # Asked for is not applied: of what the tokens were sampled from, nothing is known.
+            self._count("skipped", "applied_unknown")
+            return
         arrays = decode(capture)
         check_ids(arrays, info.vocab_size)
         tokens = len(arrays.prompt) + len(arrays.output)
         while delay := self._budget.delay(tokens, self._clock()):  # noqa: ASYNC110  waits for time, not an event
             await asyncio.sleep(delay)
         self._budget.spend(tokens, self._clock())
+        profiles = self._profiles()
+        features = self._features(tap, len(arrays.output))
+        codes: dict[str, Floats] = {}
+        if features is not None:
+            codes = await asyncio.to_thread(read_codes, profiles, features)
         if not self._breaker.allow(self._clock()):
             self._count("dropped", "breaker_open")
             return
-        profiles = self._profiles()
+        scores = await self._ask(arrays, profiles, codes)
+        if scores is None:
+            return
+        self.reference_tokens += tokens
+        if features is not None:
+            unknown = np.isnan(features.values[:, 0])
+            for version in codes.keys() & scores.expected_shift.keys():
+                scores.expected_shift[version][unknown] = np.nan
+        versions = [profile.version for profile in profiles]
+        record = build_record(capture, arrays, scores, info, tap, versions, features, by_request=self._by_request)
+        self._sink(record, capture)
+        self._count("scored", "")
+
+    def _features(self, tap: TapResult | None, tokens: int) -> Features | None:
+        read = self._anchors()
+        if not read:
+            return None
         try:
-            scores = await asyncio.wait_for(
-                self._reference.score(arrays.prompt, arrays.output, arrays.candidates.ids, profiles), SCORE_WITHIN
-            )
+            if tap is None:
+                raise FeatureProblem("no_tap")
+            return fit_features(tap.features, tokens, read)
+        except FeatureProblem as problem:
+            self.features_dropped[problem.reason] += 1
+            return None
+
+    async def _ask(
+        self, arrays: Arrays, profiles: tuple[CalibrationProfile, ...], codes: Mapping[str, Floats]
+    ) -> ReferenceScores | None:
+        """None when the reference can never score this; the breaker, which has allowed it, is told how it went."""
+        hidden = self._hidden(prompt_key(arrays.prompt))
+        asking = self._reference.score(
+            arrays.prompt,
+            arrays.output,
+            arrays.candidates.ids,
+            profiles,
+            {version: values.astype(np.float32) for version, values in codes.items()},
+            hidden=hidden,
+        )
+        try:
+            scores = await asyncio.wait_for(asking, SCORE_WITHIN)
         except (ReferenceFailure, TimeoutError) as failure:
             # A request that this reference can never score says nothing about its health.
             if isinstance(failure, ReferenceFailure) and failure.reason == "too_long":
                 self._breaker.released()
                 self._count("skipped", "reference_too_long")
-                return
+                return None
             self._breaker.failed(self._clock())
             if isinstance(failure, TimeoutError):
                 raise ReferenceFailure("timeout", f"no answer within {SCORE_WITHIN:.0f} s") from failure
@@ -263,47 +369,4 @@ class Scorer:
             self._breaker.released()  # the half-open trial must not be held for ever
             raise
         self._breaker.succeeded()
-        self.reference_tokens += tokens
-        await self._joining.put(_Scored(capture, arrays, scores, info, tuple(p.version for p in profiles)))
-
-    async def _join_forever(self) -> None:
-        while True:
-            scored = await self._joining.get()
-            capture = scored.capture
-            self._busy += 1
-            try:
-                await self._join(scored)
-            except InvalidRecordError as error:
-                self._count("skipped", f"invalid_{error.reason}")
-                log.warning("record of %s refused: %s", capture.request_id, error)
-            except Exception:
-                self._count("dropped", "internal_error")
-                log.exception("record of %s failed", capture.request_id)
-            finally:
-                self._busy -= 1
-
-    async def _join(self, scored: _Scored) -> None:
-        capture, arrays = scored.capture, scored.arrays
-        tap = await self._tap(capture, len(arrays.output))
-        if tap is not None and tap.mixed:
-            self._count("skipped", "mixed_profile")
-            return
-        if tap is None and capture.requested is not None and not self._by_request:
-            # Asked for is not applied: of what the tokens were sampled from, nothing is known.
-            self._count("skipped", "applied_unknown")
-            return
-        record = build_record(
-            capture, arrays, scored.scores, scored.info, tap, scored.versions, by_request=self._by_request
-        )
-        self._sink(record, capture)
-        self._count("scored", "")
-
-    async def _tap(self, capture: Capture, tokens: int) -> TapResult | None:
-        """What the engine said about this request, complete, or whatever there is when time is up."""
-        if not capture.nonce:
-            return None
-        while True:
-            complete = self._engines.tapped(capture.nonce) >= tokens
-            if complete or self._clock() - capture.captured_at > TAP_WITHIN:
-                return self._engines.take(capture.nonce)
-            await asyncio.sleep(TAP_POLL)
+        return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -30,12 +31,14 @@ class ShadowQueue:
         self._bytes += size
         return True
 
-    def take(self) -> Capture | None:
-        if not self._items:
-            return None
-        capture = self._items.popleft()
-        self._bytes -= _size(capture)
-        return capture
+    def take(self, ripe: Callable[[Capture], bool] = lambda _: True) -> Capture | None:
+        """The first that is ripe; None when none is."""
+        for n, capture in enumerate(self._items):
+            if ripe(capture):
+                del self._items[n]
+                self._bytes -= _size(capture)
+                return capture
+        return None
 
     def oldest(self) -> float | None:
         """`captured_at` of the next capture."""

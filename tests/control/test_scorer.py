@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,13 +16,16 @@ from tests.control.test_link import until
 from hemostat import scorer as scorer_module
 from hemostat.engines import EngineRegistry, TapMessage, TapRun
 from hemostat.messages import Capture
-from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, ShadowQueue, TokenBudget
-from hemostat_calibration.profile import CalibrationProfile
-from hemostat_calibration.records import Arm, Candidates, Ids, TokenRecord
+from hemostat_calibration.contextual import contextual_profile
+from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.records import Arm, Candidates, Features, Ids, TokenRecord
+from hemostat_calibration.split import prompt_key
+from hemostat_calibration.transform import anchors, anchors_digest
 
-V, K = 30, 4
+V, K, D = 30, 4, 6
 VERSION, CANDIDATE = "a" * 32, "b" * 32
 INFO = ReferenceInfo("ref", "digest", "float32", V, True)
 
@@ -64,6 +68,7 @@ class FakeReference:
     before: Callable[[], object] = lambda: None
     hang: bool = False
     asked: list[int] = field(default_factory=list)
+    codes: list[Mapping[str, Any]] = field(default_factory=list)
     going_on: int = 0
     most: int = 0
 
@@ -71,9 +76,16 @@ class FakeReference:
         return INFO
 
     async def score(
-        self, prompt: Ids, output: Ids, ids: Ids, profiles: tuple[CalibrationProfile, ...] = ()
+        self,
+        prompt: Ids,
+        output: Ids,
+        ids: Ids,
+        profiles: tuple[CalibrationProfile, ...] = (),
+        codes: Mapping[str, Any] = NO_CODES,
+        hidden: bool = False,
     ) -> ReferenceScores:
         self.asked.append(len(prompt) + len(output))
+        self.codes.append(codes)
         self.going_on += 1
         self.most = max(self.most, self.going_on)
         try:
@@ -85,7 +97,12 @@ class FakeReference:
         flat = -np.log(V)
         top = Candidates(np.tile(np.arange(3, dtype=np.int32), (tokens, 1)), np.full((tokens, 3), flat))
         return ReferenceScores(
-            at=np.where(ids >= 0, flat, np.nan), top=top, emitted=np.full(tokens, flat), entropy=np.full(tokens, -flat)
+            at=np.where(ids >= 0, flat, np.nan),
+            top=top,
+            emitted=np.full(tokens, flat),
+            entropy=np.full(tokens, -flat),
+            expected_shift={p.version: np.full(tokens, 0.125) for p in profiles},
+            hidden=np.ones((tokens, D), np.float32) if hidden else None,
         )
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
@@ -109,6 +126,8 @@ class Bench:
         self.info: ReferenceInfo | None = INFO
         self.served = frozenset({"m"})
         self.sinks_fail = False
+        self.profiles: tuple[CalibrationProfile, ...] = ()
+        self.learning = b""
         self.scorer = Scorer(
             queue=ShadowQueue(max_queue),
             budget=TokenBudget(rate, max(rate, 1.0)),
@@ -116,7 +135,9 @@ class Bench:
             reference=self.reference,
             info=lambda: self.info,
             served=lambda: self.served,
-            profiles=lambda: (),
+            profiles=lambda: self.profiles,
+            anchors=lambda: frozenset(anchors_digest(ids) for p in self.profiles if (ids := anchors(p)) is not None),
+            hidden=lambda key: key == self.learning,
             engines=self.engines,
             sink=self._sink,
             count=lambda outcome, reason: self.counts.update([(outcome, reason)]),
@@ -128,6 +149,12 @@ class Bench:
         if self.sinks_fail:
             raise RuntimeError("a bug")
         self.records.append(record)
+
+    def handed(self, nonce: str, features: Features) -> None:
+        """As though the engine had handed out these features, and all else of the 3 positions."""
+        self.tap(nonce, 0, 3, None)
+        take = self.engines.take
+        self.engines.take = lambda n: replace(take(n), features=features)  # type: ignore[method-assign, type-var]
 
     def tap(self, nonce: str, start: int, tokens: int, applied: str | None, value: float | None = 0.25) -> None:
         run = TapRun(nonce, start, tokens, {VERSION: [value] * tokens}, applied)
@@ -290,10 +317,10 @@ async def test_a_reference_not_known_yet_is_not_asked(bench: Bench) -> None:
 
 async def test_a_tap_that_comes_late_is_waited_for(bench: Bench) -> None:
     bench.scorer.offer(capture(nonce="n"))
-    await until(lambda: bench.reference.asked == [8])
     bench.tap("n", 0, 2, None)
     await asyncio.sleep(0.02)
-    assert not bench.records, "the engine has not spoken of the last token"
+    assert not bench.reference.asked, "the engine has not spoken of the last token"
+    assert bench.scorer.pending == 1
     bench.tap("n", 2, 1, None)
     await until(lambda: bench.counts["scored", ""] == 1)
     assert not np.isnan(bench.records[0].shifts[VERSION].log_normalizer).any()
@@ -303,7 +330,6 @@ async def test_when_time_is_up_the_bounds_have_to_do(bench: Bench) -> None:
     bench.tap("half", 0, 2, None)
     for nonce in ("half", "missing"):
         bench.scorer.offer(capture(nonce, nonce=nonce))
-    await until(lambda: len(bench.reference.asked) == 2)
     bench.now = scorer_module.TAP_WITHIN + 0.1
     await until(lambda: bench.counts["scored", ""] == 2)
     records = {record.request_id: record for record in bench.records}
@@ -376,21 +402,107 @@ async def test_no_more_are_scored_at_a_time_than_workers() -> None:
     assert bench.reference.most == 3
 
 
-async def test_waiting_for_taps_is_bounded_and_holds_the_reference_up_only_then(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(scorer_module, "JOINING", 4)
-    bench = Bench(max_queue=100)
+async def test_what_waits_for_its_tap_holds_nobody_up_and_is_bounded() -> None:
+    bench = Bench(max_queue=5)
     async with running(bench, workers=1):
-        for n in range(20):
-            bench.scorer.offer(capture(str(n), nonce=str(n)))
-        # One is joined, four wait, one has been scored and has no room.
-        await until(lambda: len(bench.reference.asked) == 6)
-        await asyncio.sleep(0.02)
-        assert len(bench.reference.asked) == 6
+        for n in range(6):
+            bench.scorer.offer(capture(f"waits-{n}", nonce=str(n)))
+        assert bench.counts == Counter({("dropped", "queue_full"): 1})
+        bench.tap("3", 0, 3, None)
+        await until(lambda: bench.counts["scored", ""] == 1)
+        bench.scorer.offer(capture("at-once"))
+        await until(lambda: bench.counts["scored", ""] == 2)
+        assert [record.request_id for record in bench.records] == ["waits-3", "at-once"]
+        assert bench.scorer.pending == 4
         bench.now = scorer_module.TAP_WITHIN + 0.1
-        await until(lambda: bench.counts["scored", ""] == 20)
+        await until(lambda: bench.counts["scored", ""] == 6)
         assert bench.scorer.pending == 0
+
+
+# --- features and hidden states ---------------------------------------------------------------------------------------
+
+ANCHORS = np.array([3, 1, 4], np.int32)
+DIGEST = anchors_digest(ANCHORS)
+
+
+def contextual(ids: Any = ANCHORS) -> CalibrationProfile:
+    return contextual_profile(
+        model="m",
+        anchors=ids,
+        linear=np.array([[1.0, 2.0, -1.0]]),
+        offset=np.zeros(1),
+        up=np.ones((V, 1)),
+        clamp_nats=1.0,
+    )
+
+
+async def test_features_become_codes_that_the_reference_is_asked_with(bench: Bench) -> None:
+    mine, bias, foreign = contextual(), temperature_bias("m", V, 1.0, np.ones(V), 1.0), contextual(ANCHORS + 1)
+    bench.profiles = (mine, bias, foreign)
+    values = np.array([[1, -1, 0], [np.nan] * 3, [2, 0, -2]], np.float32)
+    bench.handed("n", Features(DIGEST, values))
+    assert await bench.ends(capture(nonce="n")) == SCORED
+    (codes,), (record,) = bench.reference.codes, bench.records
+    assert set(codes) == {mine.version}, "a bias needs none, another set of anchors cannot be read"
+    np.testing.assert_allclose(codes[mine.version], [[-1], [0], [4]])
+    assert record.features is not None
+    np.testing.assert_array_equal(record.features.values, values)
+    np.testing.assert_array_equal(record.shifts[mine.version].expected, [0.125, np.nan, 0.125])
+    np.testing.assert_array_equal(record.shifts[bias.version].expected, 0.125)
+    assert not bench.scorer.features_dropped
+
+
+@pytest.mark.parametrize(
+    ("features", "reason"),
+    [
+        (None, "not_sent"),
+        (Features("f" * 32, np.zeros((3, 3), np.float32)), "other_anchors"),
+        (Features(DIGEST, np.zeros((3, 0), np.float32)), "shape"),
+        (Features(DIGEST, np.zeros(3, np.float32)), "shape"),
+        (Features(DIGEST, np.full((3, 3), np.inf, np.float32)), "not_finite"),
+        (Features(DIGEST, np.array([[0, 1, np.nan]] * 3, np.float32)), "not_finite"),
+        (Features(DIGEST, np.full((3, 3), np.nan, np.float32)), "masked"),
+        (Features(DIGEST, np.zeros((0, 3), np.float32)), "masked"),
+    ],
+)
+async def test_features_that_are_of_no_use_are_counted_and_the_rest_is_scored(
+    bench: Bench, features: Features | None, reason: str
+) -> None:
+    bench.profiles = (contextual(),)
+    bench.handed("n", features)  # type: ignore[arg-type]
+    assert await bench.ends(capture(nonce="n")) == SCORED
+    assert bench.scorer.features_dropped == Counter({reason: 1})
+    (record,) = bench.records
+    assert record.features is None
+    assert bench.reference.codes == [{}]
+    np.testing.assert_allclose(record.shifts[VERSION].log_normalizer, 0.25)
+
+
+async def test_without_a_tap_there_are_no_features_and_nobody_misses_them_who_reads_none(bench: Bench) -> None:
+    assert await bench.ends(capture()) == SCORED
+    assert not bench.scorer.features_dropped
+    bench.profiles = (contextual(),)
+    assert await bench.ends(capture()) == SCORED
+    assert bench.scorer.features_dropped == Counter({"no_tap": 1})
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+async def test_features_are_fitted_to_the_output(bench: Bench, rows: int) -> None:
+    bench.profiles = (contextual(),)
+    bench.handed("n", Features(DIGEST, np.ones((rows, 3), np.float32)))
+    assert await bench.ends(capture(nonce="n")) == SCORED
+    features = bench.records[0].features
+    assert features is not None
+    assert np.isnan(features.values).any(axis=1).tolist() == [False, False, rows == 2]
+
+
+async def test_hidden_states_are_asked_for_where_they_are_learned_from(bench: Bench) -> None:
+    learned, judged = capture("learned"), capture("judged", prompt_token_ids=np.array([7], "<i4").tobytes())
+    bench.learning = prompt_key(np.arange(5))
+    await bench.ends(learned, judged)
+    hidden = {record.request_id: record.reference_hidden for record in bench.records}
+    assert hidden["judged"] is None
+    np.testing.assert_array_equal(hidden["learned"], np.ones((3, D), np.float32))
 
 
 def test_a_reference_that_leaves_its_answer_short_is_an_invalid_record() -> None:
