@@ -334,17 +334,17 @@ async def test_a_model_that_does_not_load_says_why_in_one_line(tmp_path: Path) -
 
 
 def test_the_digest_follows_the_weights(tiny: Path, tmp_path: Path) -> None:
-    from hemostat.reference.worker import _digest
+    from hemostat.reference.worker import checkpoint_digest
 
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in tiny.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert _digest(str(copy), None) == _digest(str(tiny), None)
+    assert checkpoint_digest(str(copy), None) == checkpoint_digest(str(tiny), None)
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert _digest(str(copy), None) != _digest(str(tiny), None)
+    assert checkpoint_digest(str(copy), None) != checkpoint_digest(str(tiny), None)
 
 
 def test_the_worker_ends_with_its_parent(tiny: Path) -> None:

@@ -57,7 +57,7 @@ class Model:
         config = self._model.config.get_text_config()
         problem = _unlinear(self._model)
         self.loaded = wire.Loaded(
-            digest=_digest(load.model, getattr(self._model.config, "_commit_hash", None)),
+            digest=checkpoint_digest(load.model, getattr(self._model.config, "_commit_hash", None)),
             dtype=str(self._model.dtype).removeprefix("torch."),
             vocab_size=int(config.vocab_size),
             max_positions=int(getattr(config, "max_position_embeddings", 0) or 0),
@@ -89,14 +89,23 @@ class Model:
         return self._tokenizer
 
     def _score(self, request: wire.Score) -> wire.Scored:
-        from hemostat.reference.exact import Basis, score  # noqa: PLC0415
+        from hemostat.reference.exact import Basis  # noqa: PLC0415
 
+        if request.reshaped:
+            return self._scored(request, {}, {})
         for name, values in request.functionals.items():
             self._functionals[name] = self._on_device(np.frombuffer(values, "<f4"))
         for name, basis in request.bases.items():
             up = np.frombuffer(basis.up, "<f2").reshape(-1, basis.rank)
             self._functionals[name] = Basis(self._on_device(up), basis.clamp)
         self._functionals = {name: self._functionals[name] for name in request.wanted}
+        tokens = len(request.output) // 4
+        codes = {name: np.frombuffer(c, "<f4").reshape(tokens, -1) for name, c in request.codes.items()}
+        return self._scored(request, self._functionals, codes)
+
+    def _scored(self, request: wire.Score, functionals: dict[str, Any], codes: dict[str, Any]) -> wire.Scored:
+        from hemostat.reference.exact import score  # noqa: PLC0415
+
         output = np.frombuffer(request.output, "<i4")
         try:
             scores = score(
@@ -104,9 +113,10 @@ class Model:
                 np.frombuffer(request.prompt, "<i4"),
                 output,
                 np.frombuffer(request.ids, "<i4").reshape(len(output), request.width),
-                self._functionals,
-                {name: np.frombuffer(c, "<f4").reshape(len(output), -1) for name, c in request.codes.items()},
+                functionals,
+                codes,
                 hidden=request.hidden and self.loaded.hidden_size > 0,
+                reshaped=request.reshaped,
             )
         except ValueError as error:
             raise Refusal("vocabulary", str(error)) from error
@@ -143,7 +153,7 @@ def _folder(model: str) -> str:
     return str(Path(cached_file(model, "config.json")).parent)
 
 
-def _digest(model: str, commit: str | None) -> str:
+def checkpoint_digest(model: str, commit: str | None) -> str:
     """Identifies the weights: the hub's commit, or a hash over the folder's files (large ones by samples)."""
     folder = Path(model)
     if not folder.is_dir():
