@@ -1,15 +1,31 @@
 """May this profile serve? Held-out evidence in, promote, hold or roll back out.
 
 Evidence is one number a request: the mean over its tokens of the gain (nats) of the profile over what serves without
-it. Requests must be of the held-out side of the split, each counted once.
+it, known as an interval; the end that speaks against the profile counts for it, the other one against it. Requests
+must be of the held-out side of the split, each counted once in a test.
 
 - A candidate is promoted when an always-valid lower bound of its mean gain is above 0.
-- A serving profile is rolled back when an always-valid upper bound of its mean gain is below 0. It is watched in
-  windows of `window` requests, so that old merit does not hide a change; each window spends its own part of alpha.
+- A serving profile is watched in windows of so many requests, so that old merit does not hide a change. It is rolled
+  back for *harm* as soon as an always-valid upper bound of its mean gain in the window is below 0, and as *no longer
+  supported* at the window's end, unless by then a lower bound has been above 0 at some request of it.
 
-The k-th test of either kind spends alpha/(k(k+1)), which sums to alpha: over the whole run, however many candidates
-and windows, however often one looks, the chance of ever promoting a profile that does not help is at most alpha, and
-that of ever rolling one back that does not harm is at most alpha.
+Which errors are bounded, whatever the gains' distribution, as long as none is below −width:
+- Promotion: the k-th test of a candidate spends alpha/(k(k+1)), which sums to alpha. Over the whole run, however many
+  candidates, however often one looks, the chance of ever promoting a profile whose mean gain is at most 0 is at most
+  alpha. (Mean gain: of a request given those before it, at most 0 at each of them.)
+- Roll back for harm: the k-th window spends alpha/(k(k+1)) likewise: the chance of ever rolling back for harm a profile
+  whose mean gain is at least 0 is at most alpha.
+- Staying: a profile whose mean gain is at most 0 throughout a window outlasts it with a chance of at most alpha, each
+  window anew (it stays for j windows with at most alpha^j).
+- Being taken back though it helps is not bounded by alpha but by the window's length. To show a mean gain of g takes
+  about (width/g)(log(1/alpha) + 0.5) requests, a little more where gains spread; a window of `WINDOWS_PER_PROOF` times
+  what the promotion took leaves room for luck. Simulated with a spread of 2.5 times the mean between requests: a
+  profile that goes on as it was when promoted outlasts more than 99 of 100 windows, one that has lost half of its
+  gain more than 95, one that has lost two thirds 80.
+
+The price of a wide range is not to be bargained down: a loss of `width` once in n requests cannot be excluded by fewer
+than n of them, so every valid bound, this one included, needs in the order of width/gain requests. A smaller clamp is
+what makes proofs shorter.
 """
 
 from __future__ import annotations
@@ -23,6 +39,12 @@ from hemostat_calibration import sequential
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.sequential import LowerSequence
 
+WINDOWS_PER_PROOF = 4
+"""A window is this many times as long as the proof of the profile took."""
+SHORTEST_WINDOW = 200
+DEFAULT_WINDOW = 1000
+"""Requests, for a profile that serves without a proof (the operator's word)."""
+
 
 class Action(StrEnum):
     WAIT = "wait"
@@ -31,6 +53,13 @@ class Action(StrEnum):
     HOLD = "hold"
     """A serving profile that nothing speaks against."""
     ROLL_BACK = "roll_back"
+
+
+class Reason(StrEnum):
+    """Why a serving profile is to be rolled back."""
+
+    HARM = "harm"
+    UNSUPPORTED = "unsupported"
 
 
 class Role(StrEnum):
@@ -42,12 +71,14 @@ class Role(StrEnum):
 class Evidence:
     """What a decision stands on. Gains in nats per token, averaged over requests.
 
-    requests, tokens: held-out ones since this test began.
-    mean_gain: of the bound that counts against the action (lower for a candidate, upper for a serving profile); NaN
+    requests, tokens: held-out ones since this test (for a serving profile: this window) began.
+    mean_gain: of the end that counts against the action (lower for a candidate, upper for a serving profile); NaN
         before the first request.
-    lower: the mean gain is above it, always-valid at 1 − alpha; for a candidate, else -inf.
-    upper: the mean gain is below it, likewise; for a serving profile, else inf.
+    lower: the mean gain is above it, always-valid at 1 − alpha for a candidate, at 1 − the whole alpha for a serving
+        profile.
+    upper: the mean gain is below it, always-valid at 1 − alpha; of a serving profile only, else inf.
     alpha: spent on this test. test: its number, k, among those of its kind.
+    window: length of the window; 0 for a candidate. supported: a lower bound has been above 0 in it.
     """
 
     requests: int
@@ -57,23 +88,34 @@ class Evidence:
     upper: float
     alpha: float
     test: int
+    window: int = 0
+    supported: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
+    """reason: of a roll back, else None."""
+
     action: Action
-    version: str
+    name: str
     evidence: Evidence
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Watch:
-    """One running test; `sequence` is of the gains of a candidate, of the negated gains of a serving profile."""
+    """One running test. merit: of the lower ends of the gains. harm: of the negated upper ends, for a serving profile.
+
+    window: 0 for a candidate.
+    """
 
     role: Role
     width: float
     test: int
-    sequence: LowerSequence
+    merit: LowerSequence
+    harm: LowerSequence
+    window: int = 0
+    supported: bool = False
     tokens: int = 0
 
 
@@ -82,82 +124,102 @@ class GuardState:
     """alpha: each error's share over the whole run. tests: how many of each kind were begun."""
 
     alpha: float
-    window: int
-    tests: Mapping[Role, int] = field(default_factory=lambda: {Role.CANDIDATE: 0, Role.SERVING: 0})
+    tests: Mapping[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, 0))
     watches: Mapping[str, _Watch] = field(default_factory=dict)
 
 
-def init(alpha: float = 0.05, window: int = 1000) -> GuardState:
-    """InvalidArgumentError unless 0 < alpha < 1 and window > 0."""
+def init(alpha: float = 0.05, tests: Mapping[Role, int] | None = None) -> GuardState:
+    """tests: how many of each kind an earlier part of the same run began; what they spent stays spent.
+
+    InvalidArgumentError unless 0 < alpha < 1 and no number is negative.
+    """
     if not 0.0 < alpha < 1.0:
         raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
-    if window < 1:
-        raise InvalidArgumentError(f"window is {window}: it must be 1 or more")
-    return GuardState(alpha, window)
+    begun = {role: (tests or {}).get(role, 0) for role in Role}
+    for role, number in begun.items():
+        if number < 0:
+            raise InvalidArgumentError(f"tests of {role} is {number}: it must not be negative")
+    return GuardState(alpha, begun)
 
 
-def enter(state: GuardState, version: str, role: Role, width: float) -> GuardState:
-    """Begin a test of `version`, dropping an older one of it.
+def enter(state: GuardState, name: str, role: Role, width: float, window: int = DEFAULT_WINDOW) -> GuardState:
+    """Begin a test, dropping an older one of that name. `name` is the caller's: what is tested, and where.
 
     width: no gain is below −width. For a profile against identity that is the width of its Δz (`transform.shift_range`:
-    high − low, at most 2 clamp); for one profile against another, the sum of theirs. The narrower, the sooner evidence
-    suffices.
+    high − low, at most 2 clamp); for one profile against another, the sum of theirs.
+    window: requests, of a serving profile; a candidate has none.
+    InvalidArgumentError unless width and window are above 0.
     """
     if not (math.isfinite(width) and width > 0.0):
         raise InvalidArgumentError(f"width is {width}: it must be a number above 0")
+    if window < 1:
+        raise InvalidArgumentError(f"window is {window}: it must be 1 or more")
     test = state.tests[role] + 1
-    watch = _Watch(role, width, test, sequential.init(-width, width))
-    return replace(state, tests={**state.tests, role: test}, watches={**state.watches, version: watch})
+    nothing = sequential.init(-width, width)
+    watch = _Watch(role, width, test, nothing, nothing, window if role is Role.SERVING else 0)
+    return replace(state, tests={**state.tests, role: test}, watches={**state.watches, name: watch})
 
 
-def leave(state: GuardState, version: str) -> GuardState:
-    """Forget `version`; nothing happens where it is not watched. What its test spent stays spent."""
-    return replace(state, watches={name: watch for name, watch in state.watches.items() if name != version})
+def leave(state: GuardState, name: str) -> GuardState:
+    """Forget a test; nothing happens where there is none. What it spent stays spent."""
+    return replace(state, watches={other: watch for other, watch in state.watches.items() if other != name})
 
 
-def observe(state: GuardState, version: str, lower: float, upper: float, tokens: int) -> GuardState:
+def observe(state: GuardState, name: str, lower: float, upper: float, tokens: int) -> GuardState:
     """Add one held-out request of `tokens` tokens, its mean gain between `lower` and `upper` (equal where exact).
 
-    The lower end counts for a candidate, the upper for a serving profile: what is unknown never decides.
-    InvalidArgumentError for a version that is not watched, or a gain outside of ±width.
+    For a serving profile whose window is over, and which was not rolled back, this is the first of the next window.
+    InvalidArgumentError for a name that is not watched, or a gain outside of ±width.
     """
-    watch = _watch(state, version)
+    watch = _watch(state, name)
     if not lower <= upper + 1e-9:
         raise InvalidArgumentError(f"gain is between {lower} and {upper}: lower must not be above upper")
-    if watch.role is Role.SERVING and watch.sequence.observations >= state.window:
-        state = enter(state, version, Role.SERVING, watch.width)
-        watch = state.watches[version]
-    gain = lower if watch.role is Role.CANDIDATE else -upper
-    watch = replace(watch, sequence=sequential.update(watch.sequence, gain), tokens=watch.tokens + tokens)
-    return replace(state, watches={**state.watches, version: watch})
+    serving = watch.role is Role.SERVING
+    if serving and watch.merit.observations >= watch.window:
+        state = enter(state, name, Role.SERVING, watch.width, watch.window)
+        watch = state.watches[name]
+    merit = sequential.update(watch.merit, lower)
+    harm = sequential.update(watch.harm, -upper) if serving else watch.harm
+    supported = watch.supported or (serving and sequential.lower(merit, state.alpha) > 0.0)
+    watch = replace(watch, merit=merit, harm=harm, supported=supported, tokens=watch.tokens + tokens)
+    return replace(state, watches={**state.watches, name: watch})
 
 
-def decide(state: GuardState, version: str) -> Decision:
+def decide(state: GuardState, name: str) -> Decision:
     """What the evidence allows now. Looking changes nothing; acting on it (enter, leave) is the caller's."""
-    watch = _watch(state, version)
+    watch = _watch(state, name)
     alpha = state.alpha / (watch.test * (watch.test + 1))
-    bound = sequential.lower(watch.sequence, alpha)
-    candidate = watch.role is Role.CANDIDATE
-    if candidate:
-        action = Action.PROMOTE if bound > 0.0 else Action.WAIT
-    else:
-        action = Action.ROLL_BACK if bound > 0.0 else Action.HOLD
-    return Decision(
-        action=action,
-        version=version,
-        evidence=Evidence(
-            requests=watch.sequence.observations,
-            tokens=watch.tokens,
-            mean_gain=watch.sequence.mean if candidate else -watch.sequence.mean,
-            lower=bound if candidate else -math.inf,
-            upper=math.inf if candidate else -bound,
-            alpha=alpha,
-            test=watch.test,
-        ),
+    requests = watch.merit.observations
+    if watch.role is Role.CANDIDATE:
+        lower = sequential.lower(watch.merit, alpha)
+        evidence = Evidence(requests, watch.tokens, watch.merit.mean, lower, math.inf, alpha, watch.test)
+        return Decision(Action.PROMOTE if lower > 0.0 else Action.WAIT, name, evidence)
+    upper = -sequential.lower(watch.harm, alpha)
+    reason = None
+    if upper < 0.0:
+        reason = Reason.HARM
+    elif requests >= watch.window and not watch.supported:
+        reason = Reason.UNSUPPORTED
+    evidence = Evidence(
+        requests=requests,
+        tokens=watch.tokens,
+        mean_gain=-watch.harm.mean,
+        lower=sequential.lower(watch.merit, state.alpha),
+        upper=upper,
+        alpha=alpha,
+        test=watch.test,
+        window=watch.window,
+        supported=watch.supported,
     )
+    return Decision(Action.HOLD if reason is None else Action.ROLL_BACK, name, evidence, reason)
 
 
-def _watch(state: GuardState, version: str) -> _Watch:
-    if version not in state.watches:
-        raise InvalidArgumentError(f"version {version[:32]} is not watched: enter it first")
-    return state.watches[version]
+def window_after(proof: Evidence) -> int:
+    """Length of the windows in which a profile is watched that was promoted on this evidence."""
+    return max(SHORTEST_WINDOW, WINDOWS_PER_PROOF * proof.requests)
+
+
+def _watch(state: GuardState, name: str) -> _Watch:
+    if name not in state.watches:
+        raise InvalidArgumentError(f"{name[:80]} is not watched: enter it first")
+    return state.watches[name]

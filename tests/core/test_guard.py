@@ -5,7 +5,7 @@ import pytest
 
 from hemostat_calibration import guard
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.guard import Action, Role
+from hemostat_calibration.guard import Action, Reason, Role
 
 A, B = "a" * 32, "b" * 32
 
@@ -31,7 +31,7 @@ def candidate(width=1.0, alpha=0.05):
 def test_what_helps_is_promoted_with_its_evidence():
     decision, n = run(candidate(), A, gains(0, 0.04))
     assert decision.action is Action.PROMOTE
-    assert decision.version == A
+    assert decision.name == A
     found = decision.evidence
     assert (found.requests, found.tokens, found.test) == (n, 20 * n, 1)
     assert found.mean_gain == pytest.approx(gains(0, 0.04)[:n].mean())
@@ -53,23 +53,83 @@ def test_promotion_needs_what_is_certain():
     assert run(candidate(), A, gains(0, 0.04), unsure=0.05)[0].action is Action.WAIT
 
 
-def test_what_stops_helping_is_rolled_back():
-    state = guard.enter(guard.init(window=200), A, Role.SERVING, 1.0)
+def serving(width=1.0, window=200, alpha=0.05):
+    return guard.enter(guard.init(alpha), A, Role.SERVING, width, window)
+
+
+def test_what_turns_harmful_is_rolled_back_at_once():
+    state = serving()
     for gain in gains(0, 0.04, n=400):
         state = guard.observe(state, A, gain, gain, 20)
         assert guard.decide(state, A).action is Action.HOLD
     decision, n = run(state, A, gains(1, -0.04))
-    assert decision.action is Action.ROLL_BACK
+    assert (decision.action, decision.reason) == (Action.ROLL_BACK, Reason.HARM)
     assert decision.evidence.upper < 0.0
-    assert decision.evidence.lower == -math.inf
     assert decision.evidence.mean_gain < 0.0
+    assert not decision.evidence.supported
     assert decision.evidence.test == 3
-    assert n < 400
+    assert n < 200, "before the window's end"
 
 
-def test_rolling_back_needs_what_is_certain():
-    state = guard.enter(guard.init(), A, Role.SERVING, 1.0)
-    assert run(state, A, gains(0, -0.04), unsure=0.05)[0].action is Action.HOLD
+def test_what_no_longer_helps_is_rolled_back_at_the_windows_end():
+    state = serving()
+    helped, n = run(state, A, gains(0, 0.04, n=399))
+    assert (helped.action, n) == (Action.HOLD, 399)
+    for gain in gains(0, 0.04, n=400):
+        state = guard.observe(state, A, gain, gain, 20)
+    decision, n = run(state, A, gains(1, 0.0))
+    assert (decision.action, decision.reason, n) == (Action.ROLL_BACK, Reason.UNSUPPORTED, 200)
+    assert decision.evidence.lower <= 0.0 <= decision.evidence.upper
+    # Not acted upon (a pinned profile): the next window begins with the next request.
+    state = guard.observe(state, A, 0.0, 0.0, 20)
+    assert guard.decide(state, A).action is Action.HOLD
+
+
+def test_support_within_a_window_lasts_to_its_end():
+    state = serving()
+    early = [*gains(0, 0.1, n=100), *gains(1, -0.005, n=100)]
+    decision, n = run(state, A, early)
+    assert (decision.action, n) == (Action.HOLD, 200)
+    assert decision.evidence.supported
+    assert (decision.evidence.window, decision.evidence.requests) == (200, 200)
+
+
+def test_what_is_unknown_neither_harms_nor_supports():
+    decision, n = run(serving(), A, gains(0, -0.04, n=199), unsure=0.05)
+    assert (decision.action, n) == (Action.HOLD, 199)
+    decision, n = run(serving(), A, gains(0, 0.04), unsure=0.05)
+    assert (decision.reason, n) == (Reason.UNSUPPORTED, 200)
+
+
+def test_a_profile_of_no_use_outlasts_a_window_with_alpha_at_most():
+    alpha, runs = 0.1, 150
+    stayed = 0
+    for seed in range(runs):
+        decision, _ = run(serving(0.5, 60, alpha), A, gains(seed, 0.0, n=60, spread=0.15))
+        stayed += decision.action is Action.HOLD
+    assert stayed / runs <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+
+
+def test_a_good_profile_outlasts_its_windows():
+    """As the docstring says: a spread of 2.5 times the mean, windows as long as the proof makes them."""
+    stayed, runs = 0, 20
+    for seed in range(runs):
+        proof, _ = run(candidate(0.5), A, gains(seed, 0.04, n=400, spread=0.1))
+        assert proof.action is Action.PROMOTE
+        window = guard.window_after(proof.evidence)
+        assert window == max(200, 4 * proof.evidence.requests)
+        decision, _ = run(serving(0.5, window), A, gains(100 + seed, 0.02, n=window, spread=0.1))
+        stayed += decision.action is Action.HOLD
+    assert stayed >= 17, "even when half of its gain is gone"
+
+
+def test_what_was_spent_before_stays_spent():
+    state = guard.init(0.06, {Role.CANDIDATE: 2})
+    state = guard.enter(state, A, Role.CANDIDATE, 1.0)
+    found = guard.decide(state, A).evidence
+    assert (found.test, found.alpha) == (3, pytest.approx(0.005))
+    with pytest.raises(InvalidArgumentError, match="negative"):
+        guard.init(0.05, {Role.SERVING: -1})
 
 
 def test_alpha_is_spent_over_all_tests():
@@ -86,15 +146,16 @@ def test_alpha_is_spent_over_all_tests():
     assert guard.decide(state, A).evidence.alpha == 0.03
 
 
-def test_the_error_holds_over_a_run_of_useless_candidates():
-    """Five candidates in turn, none of any use, looked at after every request."""
-    alpha, runs, wrong = 0.1, 40, 0
+@pytest.mark.parametrize("mean", [0.0, -0.01])
+def test_the_error_holds_over_a_run_of_useless_candidates(mean):
+    """Five candidates in turn, none of any use or a little harmful, looked at after every request."""
+    alpha, runs, wrong = 0.1, 80, 0
     for seed in range(runs):
         state = guard.init(alpha)
         for k in range(5):
             version = f"{k:032x}"
             state = guard.enter(state, version, Role.CANDIDATE, 0.5)
-            decision, _ = run(state, version, gains(1000 * seed + k, 0.0, n=60, spread=0.1))
+            decision, _ = run(state, version, gains(1000 * seed + k, mean, n=60, spread=0.1))
             if decision.action is Action.PROMOTE:
                 wrong += 1
                 break
@@ -122,7 +183,7 @@ def test_arguments():
         with pytest.raises(InvalidArgumentError, match="alpha"):
             guard.init(alpha)
     with pytest.raises(InvalidArgumentError, match="window"):
-        guard.init(window=0)
+        guard.enter(guard.init(), A, Role.SERVING, 1.0, window=0)
     for width in (0.0, math.inf, math.nan):
         with pytest.raises(InvalidArgumentError, match="width"):
             guard.enter(guard.init(), A, Role.CANDIDATE, width)
