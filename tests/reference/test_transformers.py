@@ -17,7 +17,7 @@ import pytest
 
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.reference.transformers import TransformersReference
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.profile import CalibrationProfile, temperature_bias
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -215,6 +215,23 @@ async def test_hidden_states_are_what_the_logits_are_made_of(tiny: Path, referen
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     check(scores, direct(tiny, tokens, emitted), emitted, ids, 1e-5)
     np.testing.assert_allclose(logprobs[np.arange(12), emitted], scores.emitted, atol=0.05)
+
+
+async def test_another_shape_gives_nearly_the_same_and_forgets_nothing(
+    tiny: Path, reference: TransformersReference
+) -> None:
+    prompt, output, ids = request_of(3, prompt=7, output=12, width=6)
+    bias = temperature_bias("m", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
+    before = await reference.score(prompt, output, ids, (bias,))
+    again = await reference.score(prompt, output, ids, reshaped=True)
+    check(again, direct(tiny, prompt, output), output, ids, atol=0.05)
+    assert np.abs(again.at - before.at).max() < 0.05
+    assert again.expected_shift == {}
+    after = await reference.score(prompt, output, ids, (bias,))
+    np.testing.assert_array_equal(after.expected_shift[bias.version], before.expected_shift[bias.version])
+    # One token after one: there is nothing to cut in two.
+    one = await reference.score(prompt[:1], output[:1], ids[:1], reshaped=True)
+    check(one, direct(tiny, prompt[:1], output[:1]), output[:1], ids[:1], atol=0.05)
 
 
 def test_logits_that_are_no_linear_map_are_found_out(tiny: Path) -> None:

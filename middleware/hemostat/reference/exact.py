@@ -92,15 +92,17 @@ def score(
     codes: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({}),
     *,
     hidden: bool = False,
+    reshaped: bool = False,
 ) -> ExactScores:
     """Score `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
 
     functionals: name -> float32 [V] on the model's device, or a basis; `expected` gets E_r of each at every position.
     codes: of every basis, [T, r].
+    reshaped: not in one piece but as a server might: in a batch of two, in two pieces, the second on the first's cache.
     Raises ValueError when an id is not in the vocabulary, or a functional does not fit it or its code.
     """
     with torch.inference_mode():
-        return _score(model, prompt, output, ids, functionals, codes, hidden=hidden)
+        return _score(model, prompt, output, ids, functionals, codes, hidden=hidden, reshaped=reshaped)
 
 
 def _score(
@@ -112,6 +114,7 @@ def _score(
     codes: Mapping[str, npt.NDArray[np.float32]],
     *,
     hidden: bool,
+    reshaped: bool,
 ) -> ExactScores:
     tokens = len(output)
     # The logits behind the last token predict nothing that is asked.
@@ -120,7 +123,10 @@ def _score(
     # Position P - 1 + t predicts output[t]: the last T of the P + T - 1.
     with contextlib.ExitStack() as stack:
         caught = stack.enter_context(_hidden_states(model)) if hidden else []
-        logits = model(input_ids=sequence[None], use_cache=False, **keep).logits[0, -tokens:]
+        if reshaped and len(sequence) > 1:
+            logits = _in_two_pieces(model, sequence)[-tokens:]
+        else:
+            logits = model(input_ids=sequence[None], use_cache=False, **keep).logits[0, -tokens:]
     vocab_size = logits.shape[-1]
     largest = max(int(ids.max(initial=-1)), int(output.max()))
     if largest >= vocab_size or int(output.min()) < 0:
@@ -165,6 +171,14 @@ def _score(
         terms = torch.where(probabilities > 0, probabilities * logprobs, 0.0)
         scores.entropy[rows] = _numpy(-terms.sum(-1))
     return scores
+
+
+def _in_two_pieces(model: Any, sequence: torch.Tensor) -> torch.Tensor:
+    batch = sequence.expand(2, -1)
+    cut = len(sequence) // 2
+    first = model(input_ids=batch[:, :cut], use_cache=True)
+    second = model(input_ids=batch[:, cut:], past_key_values=first.past_key_values, use_cache=True)
+    return torch.cat([first.logits[0], second.logits[0]])
 
 
 def _check(

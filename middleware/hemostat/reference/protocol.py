@@ -78,11 +78,14 @@ class Reference(Protocol):
         profiles: tuple[CalibrationProfile, ...] = (),
         codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
         hidden: bool = False,
+        *,
+        reshaped: bool = False,
     ) -> ReferenceScores:
         """Score `output` after `prompt`, also at `ids`, int32 [T, K] (-1 pads).
 
         codes: of contextual profiles, by version: float32 [T, r], y with Δz = clip(up · y). hidden: hand out hidden
-        states, where there are any.
+        states, where there are any. reshaped: compute it in another shape (of batch and prefill) than usual, for the
+        noise floor.
         """
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:

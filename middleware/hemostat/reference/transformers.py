@@ -95,6 +95,8 @@ class TransformersReference:
         profiles: tuple[CalibrationProfile, ...] = (),
         codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
         hidden: bool = False,
+        *,
+        reshaped: bool = False,
     ) -> ReferenceScores:
         """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (bias, no temperature), or on it
         and a code that is given; else NaN: the rest needs the compressed model's logits at every id, which the
@@ -115,7 +117,7 @@ class TransformersReference:
             if codes[version].shape != (shape := (len(output), profile.parameters["up"].shape[1])):
                 got = codes[version].shape
                 raise ReferenceFailure("code", f"the code of profile {version} has shape {got}, not {shape}")
-        answer = await worker.score(prompt, output, ids, functionals, bases, codes, hidden=hidden)
+        answer = await worker.score(prompt, output, ids, functionals, bases, codes, hidden=hidden, reshaped=reshaped)
         tokens, width = ids.shape
 
         def floats(data: bytes) -> Floats:
@@ -229,13 +231,15 @@ class _Worker:
         codes: Mapping[str, npt.NDArray[np.float32]],
         *,
         hidden: bool,
+        reshaped: bool,
     ) -> wire.Scored:
         async with self._turn:  # a request whose caller gives up while waiting never reaches the worker
             number = next(self._numbers)
             # What the worker holds follows the order of what is sent, so both change together, without an await.
             new = {name: v.astype("<f4").tobytes() for name, v in functionals.items() if name not in self._held}
             new_bases = {name: _basis(profile) for name, profile in bases.items() if name not in self._held}
-            self._held = {*functionals, *bases}
+            if not reshaped:
+                self._held = {*functionals, *bases}
             answer = await self._ask(
                 number,
                 wire.Score(
@@ -249,6 +253,7 @@ class _Worker:
                     wanted=[*functionals, *bases],
                     codes={name: codes[name].astype("<f4").tobytes() for name in bases},
                     hidden=hidden,
+                    reshaped=reshaped,
                 ),
             )
         if not isinstance(answer, wire.Scored):

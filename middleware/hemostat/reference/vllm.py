@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -39,10 +40,18 @@ _row = msgspec.json.Decoder(dict[int, _Entry], strict=False)
 class VllmReference:
     """Implements `Reference` with the server's top ids: no entropies, no expected shifts."""
 
-    def __init__(self, url: str, api_key: SecretStr | None = None, model: str | None = None, top_k: int = 20) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: SecretStr | None = None,
+        model: str | None = None,
+        top_k: int = 20,
+        *,
+        ca: Path | None = None,
+    ) -> None:
         """`url`: the server's root. `model`: the served name, None the first. `top_k`: ids asked for a position, at
-        most the server's --max-logprobs."""
-        self._server = VllmServer(url, api_key)
+        most the server's --max-logprobs. `ca`: PEM file to trust instead of the system's authorities."""
+        self._server = VllmServer(url, api_key, ca=ca)
         self._wanted = model
         self._top_k = top_k
         self._card: ModelCard | None = None
@@ -67,8 +76,11 @@ class VllmReference:
         profiles: tuple[CalibrationProfile, ...] = (),
         codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
         hidden: bool = False,
+        *,
+        reshaped: bool = False,
     ) -> ReferenceScores:
-        """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top."""
+        """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top. Which requests
+        share a batch is the server's own affair: asked again, it answers in another shape anyway."""
         card = self._started()
         length = len(prompt) + len(output)
         if not len(prompt) or not len(output):

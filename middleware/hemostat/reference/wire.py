@@ -53,6 +53,8 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     """Of every wanted basis: float32 [T, rank]"""
     hidden: bool
     """Hidden states are wanted."""
+    reshaped: bool = False
+    """Only the scores are wanted, computed in another shape (see `exact.score`); what the worker holds stays."""
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
