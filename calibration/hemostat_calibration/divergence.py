@@ -31,19 +31,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from hemostat_calibration.bounds import (
+    MASS_ROUNDING,
+    Bools,
+    Coarse,
+    View,
+    coarse,
+    jensen_shannon,
+    total_variation,
+    view_of,
+    xlogy,
+)
 from hemostat_calibration.profile import CalibrationProfile
-from hemostat_calibration.records import LOGPROB_TOLERANCE, Floats, Ids, TokenRecord
+from hemostat_calibration.records import LOGPROB_TOLERANCE, Floats, TokenRecord
 from hemostat_calibration.transform import anchors, anchors_digest, code, shift_at, shift_range
-
-MASS_ROUNDING = 1e-6
-"""Error of a sum of float32 probabilities near 1."""
 
 _CUTS = 4
 """Cutting planes after the first two: what is left open is then far below the bound itself."""
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +107,18 @@ def divergence(record: TokenRecord, served: CalibrationProfile | None = None) ->
     served: the profile that `record.applied` names, so that the estimates of a treated request can be weighted; without
     it they are NaN there.
     """
-    view = _view(record)
-    coarse = _coarse(view, view.c, view.log_c)
-    estimate_rc, estimate_cr = coarse.kl_rc, coarse.kl_cr
+    view = view_of(record)
+    lower = coarse(view, view.c, view.log_c)
+    estimate_rc, estimate_cr = lower.kl_rc, lower.kl_cr
     if not view.exact:
         weight = _weight(record, view, served)
         estimate_rc, estimate_cr = _estimate(record, view, view.log_c, record.compressed_emitted, weight)
     return TokenDivergence(
         bound="exact" if view.exact else "lower",
-        kl_rc=coarse.kl_rc,
-        kl_cr=coarse.kl_cr,
-        js=coarse.js,
-        tv=coarse.tv,
+        kl_rc=lower.kl_rc,
+        kl_cr=lower.kl_cr,
+        js=lower.js,
+        tv=lower.tv,
         covered_reference=np.minimum(view.r.sum(axis=1), 1.0),
         covered_compressed=np.minimum(view.c.sum(axis=1), 1.0),
         top1_agreement=record.compressed.ids[:, 0] == record.reference.ids[:, 0],
@@ -144,7 +149,7 @@ def calibrated(
       the tangents at both ends lie below the curve: where they cross is a lower bound, and the next end.
     - Entropy is concave in w: least at an end.
     """
-    view = _view(record)
+    view = view_of(record)
     delta = _shift(record, profile, view)
     shifted = _known(delta)
     delta = np.where(shifted[:, None], delta, 0.0)
@@ -155,8 +160,8 @@ def calibrated(
     total = a.sum(axis=1)
     r_inside = np.minimum(view.r.sum(axis=1), 1.0)
 
-    def at(log_z: Floats) -> _Coarse:
-        return _coarse(view, a * np.exp(-log_z)[:, None], log_a - log_z[:, None])
+    def at(log_z: Floats) -> Coarse:
+        return coarse(view, a * np.exp(-log_z)[:, None], log_a - log_z[:, None])
 
     last = at(high)
     kl_rc, kl_cr, js, tv = last.kl_rc, last.kl_cr, last.js, last.tv
@@ -170,8 +175,8 @@ def calibrated(
         # NaN where nothing is known (S empty) or c' meets r(i) = 0: the figure does not depend on Z there.
         kl_rc = at(np.where(np.isnan(best_rc), high, np.clip(best_rc, low, high))).kl_rc
         kl_cr = at(np.where(np.isnan(best_cr), high, np.clip(best_cr, low, high))).kl_cr
-        js = _least(_js, view, a, np.exp(-high), np.exp(-low))
-        tv = _least(_tv, view, a, np.exp(-high), np.exp(-low))
+        js = _least(jensen_shannon, view, a, np.exp(-high), np.exp(-low))
+        tv = _least(total_variation, view, a, np.exp(-high), np.exp(-low))
         entropy = np.minimum(entropy, _entropy(view.log_candidates + delta - low[:, None]))
     emitted_shift = np.where(known, _at_emitted(record, view, delta) - low, np.nan)
     emitted = record.compressed_emitted + emitted_shift
@@ -205,7 +210,7 @@ def calibrated(
 
 def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
     """What `profile` wins at each position of a validated record: within ± the width of its Δz, at most 2 clamp."""
-    view = _view(record)
+    view = view_of(record)
     delta = _shift(record, profile, view)
     shifted = _known(delta)
     z_low, z_high = _log_normalizer(record, profile, view, delta)
@@ -228,108 +233,8 @@ def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    """A record's candidates with the emitted token among them, [T, N]; S is where `inside`."""
-
-    ids: Ids
-    log_candidates: Floats
-    """log c of every candidate; -inf where padded."""
-    inside: Bools
-    log_c: Floats
-    """log c on S, -inf outside; c, log_r, r likewise."""
-    c: Floats
-    log_r: Floats
-    r: Floats
-    exact: bool
-    """S is the whole vocabulary in every row."""
-
-
-def _view(record: TokenRecord) -> _View:
-    ids, log_c, log_r = record.compressed.ids, record.compressed.logprobs, record.reference_at
-    emitted = ids == record.output_ids[:, None]
-    # The emitted token is known on both sides even where the reference gave only its own list.
-    log_r = np.where(emitted, record.reference_emitted[:, None], log_r)
-    missing = ~emitted.any(axis=1)
-    if missing.any():
-        ids = np.column_stack([ids, np.where(missing, record.output_ids, -1)]).astype(np.int32)
-        log_c = np.column_stack([log_c, np.where(missing, record.compressed_emitted, -np.inf)])
-        log_r = np.column_stack([log_r, np.where(missing, record.reference_emitted, np.nan)])
-    inside = (ids >= 0) & ~np.isnan(log_r)
-    log_r = np.where(inside, log_r, -np.inf)
-    log_s = np.where(inside, log_c, -np.inf)
-    return _View(
-        ids=ids,
-        log_candidates=log_c,
-        inside=inside,
-        log_c=log_s,
-        c=np.exp(log_s),
-        log_r=log_r,
-        r=np.exp(log_r),
-        exact=bool((inside.sum(axis=1) == record.vocab_size).all()),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Coarse:
-    """Divergences of r and some p over S plus one bucket, [T]."""
-
-    kl_rc: Floats
-    kl_cr: Floats
-    js: Floats
-    tv: Floats
-
-
-def _coarse(view: _View, p: Floats, log_p: Floats) -> _Coarse:
-    r_out, p_out = _bucket(view, view.r), _bucket(view, p)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_ratio = view.log_r - log_p
-        kl_rc = np.where(view.r > 0.0, view.r * log_ratio, 0.0).sum(axis=1)
-        kl_cr = -np.where(p > 0.0, p * log_ratio, 0.0).sum(axis=1)
-    return _Coarse(
-        kl_rc=np.maximum(kl_rc + _xlogy(r_out, r_out / np.maximum(p_out, MASS_ROUNDING)), 0.0),
-        kl_cr=np.maximum(kl_cr + _xlogy(p_out, p_out / np.maximum(r_out, MASS_ROUNDING)), 0.0),
-        js=_js(view, p)[0],
-        tv=_tv(view, p)[0],
-    )
-
-
-def _bucket(view: _View, p: Floats) -> Floats:
-    """Mass of p outside S, [T]."""
-    return np.zeros(p.shape[0]) if view.exact else np.maximum(1.0 - p.sum(axis=1), 0.0)
-
-
-def _xlogy(x: Floats, y: Floats) -> Floats:
-    """x log y, 0 where x is 0."""
-    positive = x > 0.0
-    log_y: Floats = np.log(y, where=positive, out=np.zeros_like(x))
-    return x * log_y
-
-
-def _js(view: _View, p: Floats) -> tuple[Floats, Floats]:
-    """JS of r and p over S plus one bucket, and its derivative by log w where p = a w on S, both [T]."""
-    r_out, p_out = _bucket(view, view.r), _bucket(view, p)
-    mean, mean_out = 0.5 * (view.r + p), 0.5 * (r_out + p_out)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        of_p = _xlogy(p, p / mean).sum(axis=1)
-        value = of_p + _xlogy(view.r, view.r / mean).sum(axis=1)
-        value += _xlogy(r_out, r_out / mean_out) + _xlogy(p_out, p_out / mean_out)
-    floor = np.maximum(p_out, MASS_ROUNDING)
-    slope = of_p - p.sum(axis=1) * np.log(floor / (0.5 * (r_out + floor)))
-    return np.clip(0.5 * value, 0.0, np.log(2.0)), 0.5 * slope
-
-
-def _tv(view: _View, p: Floats) -> tuple[Floats, Floats]:
-    """Total variation likewise."""
-    r_out, p_out = _bucket(view, view.r), _bucket(view, p)
-    difference = p - view.r
-    value = np.abs(difference).sum(axis=1) + np.abs(p_out - r_out)
-    slope = (p * np.sign(difference)).sum(axis=1) - p.sum(axis=1) * np.sign(p_out - r_out)
-    return np.clip(0.5 * value, 0.0, 1.0), 0.5 * slope
-
-
 def _least(
-    function: Callable[[_View, Floats], tuple[Floats, Floats]], view: _View, a: Floats, left: Floats, right: Floats
+    function: Callable[[View, Floats], tuple[Floats, Floats]], view: View, a: Floats, left: Floats, right: Floats
 ) -> Floats:
     """Lower bound of function(a w), convex in w, over left ≤ w ≤ right, all [T]: Kelley's cutting planes."""
 
@@ -363,7 +268,7 @@ def _entropy(logprobs: Floats) -> Floats:
     p = np.exp(logprobs)
     outside = np.maximum(1.0 - p.sum(axis=1), 0.0)
     with np.errstate(invalid="ignore"):
-        entropy: Floats = -np.where(p > 0.0, p * logprobs, 0.0).sum(axis=1) - _xlogy(outside, outside)
+        entropy: Floats = -np.where(p > 0.0, p * logprobs, 0.0).sum(axis=1) - xlogy(outside, outside)
     return np.maximum(entropy, 0.0)
 
 
@@ -371,12 +276,12 @@ def _reference_entropy(record: TokenRecord) -> Floats:
     return _entropy(record.reference.logprobs) if record.reference_entropy is None else record.reference_entropy
 
 
-def _at_emitted(record: TokenRecord, view: _View, values: Floats) -> Floats:
+def _at_emitted(record: TokenRecord, view: View, values: Floats) -> Floats:
     emitted: Floats = np.where(view.ids == record.output_ids[:, None], values, 0.0).sum(axis=1)
     return emitted
 
 
-def _shift(record: TokenRecord, profile: CalibrationProfile, view: _View) -> Floats:
+def _shift(record: TokenRecord, profile: CalibrationProfile, view: View) -> Floats:
     """Δz at every candidate, [T, N]; a row is NaN where it depends on anchors whose logits the record does not have."""
     ids = anchors(profile)
     if ids is None:
@@ -410,7 +315,7 @@ def _behind(record: TokenRecord, profile: CalibrationProfile, most: Floats) -> t
 
 
 def _log_normalizer(
-    record: TokenRecord, profile: CalibrationProfile, view: _View, delta: Floats
+    record: TokenRecord, profile: CalibrationProfile, view: View, delta: Floats
 ) -> tuple[Floats, Floats]:
     """Ends of the interval that holds log E_c[e^Δz], [T]; equal where it is known.
 
@@ -433,7 +338,7 @@ def _log_normalizer(
     return z_low, z_high
 
 
-def _weight(record: TokenRecord, view: _View, served: CalibrationProfile | None) -> Floats:
+def _weight(record: TokenRecord, view: View, served: CalibrationProfile | None) -> Floats:
     """c(x)/q(x) of the emitted token, q what it was sampled from, [T]; NaN where unknown."""
     sampling = record.sampling
     whole = sampling.temperature == 1.0 and sampling.top_p >= 1.0 and sampling.top_k <= 0 and sampling.min_p <= 0.0
@@ -447,7 +352,7 @@ def _weight(record: TokenRecord, view: _View, served: CalibrationProfile | None)
 
 
 def _estimate(
-    record: TokenRecord, view: _View, log_p: Floats, log_p_emitted: Floats, weight: Floats
+    record: TokenRecord, view: View, log_p: Floats, log_p_emitted: Floats, weight: Floats
 ) -> tuple[Floats, Floats]:
     """Estimates of KL(r‖p) and KL(p‖r), [T], for a p that equals `log_p` on S; `weight` is p(x)/q(x)."""
     kept = _unconditional(record, view)
@@ -472,7 +377,7 @@ def _estimate(
     )
 
 
-def _unconditional(record: TokenRecord, view: _View) -> Bools:
+def _unconditional(record: TokenRecord, view: View) -> Bools:
     """S₀: the ids of S that would be in it whatever had been emitted, [T, N].
 
     The engine's list without its last two places. Engines add an emitted token that is not among the top K in one of

@@ -1,0 +1,337 @@
+"""What top-K lists prove: divergences of the reference r and the compressed model c, from below and from above.
+
+Nats, per position, float64 [T]; KL(r‖c) = Σ r log(r/c). A `View` holds what a record says of both sides: S the ids for
+which both values are known (the compressed side's candidates, the emitted token, as far as the reference gave them),
+R and C the two masses outside S. Outside S an id may still be known on one side: P the ids of the reference's own list
+that the compressed side did not name, Q candidates for which the reference gave no value (never with a reference in
+process), N the rest, named by nobody. An id that a model's list does not name is at most as likely as the least of the
+list: c ≤ λ_c on P and N, r ≤ λ_r on Q and N (`caps`), and shares what mass the list leaves.
+
+From below, coarse (`coarse`). Merging everything outside S into one bucket is a map applied to both distributions, and
+a map cannot increase an f-divergence (data processing inequality; Cover & Thomas, 2006, ch. 2.8). So KL both ways,
+Jensen–Shannon and total variation over "S plus one bucket" are lower bounds whatever S is, and exact when S is the
+whole vocabulary.
+
+From below, sharper (`bounds`). An f-divergence is Σ r f(c/r) with f convex, so what c must do outside S to be as near
+to r as the caps allow is a convex problem whose optimality condition is the same for every f: c/r is one constant μ
+wherever c < λ_c. Hence c = min(λ_c, μ r) on P: the capped ids are the likeliest of P, everything else merges into the
+bucket. So adding to S the ids of P with r μ > λ_c, as if c were λ_c there, gives the least value that any c within the
+caps has; the true c is one of those. (The caps of Q are not used: leaving out a constraint can only lower the least
+value.) Where the reference prefers what the compressed side does not even list, this is what shows it.
+
+From above. TV = 1 − Σ min(r, c) ≤ 1 − Σ_S min(r, c) − m, m the overlap outside S that the caps force: with R' and C'
+the masses that the lists leave and m_c the number of ids that c's does not name, c ≥ C' − (m_c − 1) λ_c at each of
+those, and r likewise; m counts the lesser of the two. It is 0 but for vocabularies hardly larger than the lists.
+Jensen–Shannon's term j(r, c) is convex and homogeneous, so subadditive, 0 where r = c, (log 2 / 2) r where c = 0:
+j(r, c) ≤ (log 2 / 2)|r − c|, which summed outside S is (log 2 / 2)(R + C − 2m). Both are attained by disjoint tails.
+
+KL has no finite upper bound without an assumption: c could be 0 on an id that it did not list. `floor` is that
+assumption, stated with the figure: *at an id that is not in both lists, neither model's probability is less than
+`floor` times the other's*. Then log(r/c) ≤ M = −log floor there, and with the least values as above
+    KL(r‖c) ≤ Σ_S r log(r/c) + Σ_P r min(M, log(r/least c)) + R' min(M, log(λ_r/least c)),
+"least c" on Q being c itself. floor = 0 is no assumption, and gives infinity unless S is (almost) everything.
+
+Sums of float32 probabilities are off by up to `MASS_ROUNDING`: a mass in a denominator is floored there, which can only
+lower a lower bound, and masses are that much larger in an upper one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.records import Candidates, Floats, Ids, TokenRecord
+
+MASS_ROUNDING = 1e-6
+"""Error of a sum of float32 probabilities near 1."""
+
+FLOOR = math.exp(-16.0)
+"""Least ratio of two probabilities outside S that the upper bounds of KL rest on; see `Bounds.floor`."""
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A record's candidates with the emitted token among them, [T, N]; S is where `inside`."""
+
+    ids: Ids
+    log_candidates: Floats
+    """log c of every candidate; -inf where padded."""
+    inside: Bools
+    log_c: Floats
+    """log c on S, -inf outside; c, log_r, r likewise."""
+    c: Floats
+    log_r: Floats
+    r: Floats
+    exact: bool
+    """S is the whole vocabulary in every row."""
+
+
+def view_of(record: TokenRecord) -> View:
+    """Of a validated record."""
+    ids, log_c, log_r = record.compressed.ids, record.compressed.logprobs, record.reference_at
+    emitted = ids == record.output_ids[:, None]
+    # The emitted token is known on both sides even where the reference gave only its own list.
+    log_r = np.where(emitted, record.reference_emitted[:, None], log_r)
+    missing = ~emitted.any(axis=1)
+    if missing.any():
+        ids = np.column_stack([ids, np.where(missing, record.output_ids, -1)]).astype(np.int32)
+        log_c = np.column_stack([log_c, np.where(missing, record.compressed_emitted, -np.inf)])
+        log_r = np.column_stack([log_r, np.where(missing, record.reference_emitted, np.nan)])
+    inside = (ids >= 0) & ~np.isnan(log_r)
+    log_r = np.where(inside, log_r, -np.inf)
+    log_s = np.where(inside, log_c, -np.inf)
+    return View(
+        ids=ids,
+        log_candidates=log_c,
+        inside=inside,
+        log_c=log_s,
+        c=np.exp(log_s),
+        log_r=log_r,
+        r=np.exp(log_r),
+        exact=bool((inside.sum(axis=1) == record.vocab_size).all()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Coarse:
+    """Divergences of r and some p over S plus one bucket, [T]."""
+
+    kl_rc: Floats
+    kl_cr: Floats
+    js: Floats
+    tv: Floats
+
+
+def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
+    """Of r and p, which is given on S, [T, N]."""
+    r_out, p_out = bucket(view, view.r), bucket(view, p)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_ratio = view.log_r - log_p
+        kl_rc = np.where(view.r > 0.0, view.r * log_ratio, 0.0).sum(axis=1)
+        kl_cr = -np.where(p > 0.0, p * log_ratio, 0.0).sum(axis=1)
+    return Coarse(
+        kl_rc=np.maximum(kl_rc + xlogy(r_out, r_out / np.maximum(p_out, MASS_ROUNDING)), 0.0),
+        kl_cr=np.maximum(kl_cr + xlogy(p_out, p_out / np.maximum(r_out, MASS_ROUNDING)), 0.0),
+        js=jensen_shannon(view, p)[0],
+        tv=total_variation(view, p)[0],
+    )
+
+
+def bucket(view: View, p: Floats) -> Floats:
+    """Mass of p outside S, [T]."""
+    return np.zeros(p.shape[0]) if view.exact else np.maximum(1.0 - p.sum(axis=1), 0.0)
+
+
+def xlogy(x: Floats, y: Floats) -> Floats:
+    """x log y, 0 where x is 0."""
+    positive = x > 0.0
+    log_y: Floats = np.log(y, where=positive, out=np.zeros_like(x))
+    return x * log_y
+
+
+def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
+    """JS of r and p over S plus one bucket, and its derivative by log w where p = a w on S, both [T]."""
+    r_out, p_out = bucket(view, view.r), bucket(view, p)
+    mean, mean_out = 0.5 * (view.r + p), 0.5 * (r_out + p_out)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_p = xlogy(p, p / mean).sum(axis=1)
+        value = of_p + xlogy(view.r, view.r / mean).sum(axis=1)
+        value += xlogy(r_out, r_out / mean_out) + xlogy(p_out, p_out / mean_out)
+    floor = np.maximum(p_out, MASS_ROUNDING)
+    slope = of_p - p.sum(axis=1) * np.log(floor / (0.5 * (r_out + floor)))
+    return np.clip(0.5 * value, 0.0, np.log(2.0)), 0.5 * slope
+
+
+def total_variation(view: View, p: Floats) -> tuple[Floats, Floats]:
+    """Total variation likewise."""
+    r_out, p_out = bucket(view, view.r), bucket(view, p)
+    difference = p - view.r
+    value = np.abs(difference).sum(axis=1) + np.abs(p_out - r_out)
+    slope = (p * np.sign(difference)).sum(axis=1) - p.sum(axis=1) * np.sign(p_out - r_out)
+    return np.clip(0.5 * value, 0.0, 1.0), 0.5 * slope
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """What is certain: lower ≤ the figure over the whole vocabulary ≤ upper, [T]; equal where all is known."""
+
+    lower: Floats
+    upper: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Intervals for one request, [T]; nats but for `tv`."""
+
+    kl_rc: Interval
+    """KL(r‖c); its upper end holds given `floor`."""
+    kl_cr: Interval
+    """KL(c‖r) likewise."""
+    js: Interval
+    """Jensen–Shannon, without any assumption."""
+    tv: Interval
+    """Total variation, without any assumption."""
+    floor: float
+    """What KL's upper ends assume: at an id that is not in both lists, neither probability is less than this times the
+    other. e^−16 held at every id of 854 positions of SmolLM2 against its W4A16 checkpoint (`make bench-bounds` measures
+    how often); half of the positions stay within e^−7."""
+
+    @property
+    def upper_label(self) -> str:
+        """What an upper end of KL is to be called."""
+        return f"upper (floor {self.floor:.1e})"
+
+
+def bounds(record: TokenRecord, floor: float = FLOOR) -> Bounds:
+    """What a validated record proves about r and c; `floor` from 0 to 1, 0 for no assumption."""
+    view = view_of(record)
+    known = coarse(view, view.c, view.log_c)
+    return bounds_of(record, view, known, view.log_candidates, cap(record.compressed, record.output_ids), floor)
+
+
+def cap(candidates: Candidates, emitted: Ids) -> Floats:
+    """The most that the logarithm of a probability can be that a list of the most likely does not name, [T].
+
+    The last place may be taken by the emitted token, however unlikely: then the one before it is the least for sure.
+    """
+    rows = np.arange(len(emitted))
+    last = (candidates.ids >= 0).sum(axis=1) - 1
+    last -= candidates.ids[rows, last] == emitted
+    least: Floats = np.where(last >= 0, np.minimum(candidates.logprobs[rows, np.maximum(last, 0)], 0.0), 0.0)
+    return least
+
+
+def bounds_of(
+    record: TokenRecord, view: View, known: Coarse, log_p: Floats, log_cap: Floats, floor: float = FLOOR
+) -> Bounds:
+    """The same for r and any p: the compressed model, or what a profile makes of it.
+
+    known: the coarse figures of r and p. log_p: log p of every candidate, [T, N]. log_cap: the most that it can be
+    elsewhere, [T].
+    """
+    if view.exact:
+        kl_rc, kl_cr, js, tv = (Interval(x, x) for x in (known.kl_rc, known.kl_cr, known.js, known.tv))
+        return Bounds(kl_rc, kl_cr, js, tv, floor)
+    reference = record.reference
+    on_p = (reference.ids >= 0) & ~(reference.ids[:, :, None] == view.ids[:, None, :]).any(axis=2)
+    on_q = (view.ids >= 0) & ~view.inside
+    log_r_p = np.where(on_p, reference.logprobs, -np.inf)
+    p = np.exp(log_p)
+    r_p, p_q = np.exp(log_r_p), np.where(on_q, p, 0.0)
+    p_s = np.where(view.inside, p, 0.0)
+    r_out, p_out = bucket(view, view.r), bucket(view, p_s)
+    cap_r, cap_p = np.exp(cap(reference, record.output_ids)), np.exp(log_cap)
+    lower = _capped(view, known, np.where(view.inside, log_p, -np.inf), on_p, log_r_p, r_p, r_out, p_out, log_cap)
+
+    q_ids = on_q.sum(axis=1)
+    p_ids = on_p.sum(axis=1)
+    unnamed = record.vocab_size - view.inside.sum(axis=1) - p_ids - q_ids
+    r_rest = _Rest.of(np.maximum(r_out - r_p.sum(axis=1), 0.0), unnamed + q_ids, cap_r)
+    p_rest = _Rest.of(np.maximum(p_out - p_q.sum(axis=1), 0.0), unnamed + p_ids, cap_p)
+    most = math.inf if floor == 0.0 else -math.log(floor)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least_p = np.where(unnamed > 0, p_rest.least, np.inf)
+        least_r = np.where(unnamed > 0, r_rest.least, np.inf)
+        if on_q.any():
+            least_p = np.minimum(least_p, np.where(on_q, p_q, np.inf).min(axis=1))
+        if on_p.any():
+            least_r = np.minimum(least_r, np.where(on_p, r_p, np.inf).min(axis=1))
+        most_rc = known.kl_rc - _bucket_term(r_out, p_out) + r_rest.most_kl(least_p, most)
+        most_rc += _one_sided(r_p, log_r_p, p_rest.least, most)
+        most_cr = known.kl_cr - _bucket_term(p_out, r_out) + p_rest.most_kl(least_r, most)
+        most_cr += _one_sided(p_q, np.where(on_q, log_p, -np.inf), r_rest.least, most)
+        mean = 0.5 * (r_out + p_out)
+        most_js = known.js - 0.5 * (xlogy(r_out, r_out / mean) + xlogy(p_out, p_out / mean))
+    overlap = unnamed * np.minimum(r_rest.least, p_rest.least)
+    overlap += np.minimum(r_p, p_rest.least[:, None]).sum(axis=1) + np.minimum(p_q, r_rest.least[:, None]).sum(axis=1)
+    apart = np.maximum(r_out + p_out + 2.0 * MASS_ROUNDING - 2.0 * overlap, 0.0)
+    most_tv = known.tv - 0.5 * np.abs(r_out - p_out) + 0.5 * apart
+    complete = unnamed + p_ids + q_ids <= 0
+    return Bounds(
+        kl_rc=_interval(lower.kl_rc, most_rc, complete, np.inf),
+        kl_cr=_interval(lower.kl_cr, most_cr, complete, np.inf),
+        js=_interval(lower.js, most_js + 0.5 * math.log(2.0) * apart, complete, math.log(2.0)),
+        tv=_interval(lower.tv, most_tv, complete, 1.0),
+        floor=floor,
+    )
+
+
+def _capped(
+    view: View,
+    known: Coarse,
+    log_p: Floats,
+    on_p: Bools,
+    log_r_p: Floats,
+    r_p: Floats,
+    r_out: Floats,
+    p_out: Floats,
+    log_cap: Floats,
+) -> Coarse:
+    """The sharper lower bounds. The reference's list runs from its likeliest id, so the capped ids of P come first in
+    it: each is capped if it would be, all before it being capped."""
+    capped_p = np.exp(log_cap)[:, None]
+    left_r = np.maximum(r_out[:, None] - (np.cumsum(r_p, axis=1) - r_p), r_p)
+    left_p = p_out[:, None] - capped_p * (np.cumsum(on_p, axis=1) - on_p)
+    at_cap = on_p & (r_p * left_p > capped_p * left_r)
+    rows, columns = at_cap.any(axis=1), at_cap.any(axis=0)
+    if not rows.any():
+        return known
+    chosen = at_cap[np.ix_(rows, columns)]
+    log_r = np.where(chosen, log_r_p[np.ix_(rows, columns)], -np.inf)
+    log_r = np.concatenate([view.log_r[rows], log_r], axis=1)
+    log_p = np.concatenate([log_p[rows], np.where(chosen, log_cap[rows, None], -np.inf)], axis=1)
+    sharp = coarse(replace(view, log_r=log_r, r=np.exp(log_r)), np.exp(log_p), log_p)
+
+    def put(values: Floats, sharper: Floats) -> Floats:
+        put_in = values.copy()
+        put_in[rows] = np.maximum(values[rows], sharper)
+        return put_in
+
+    return Coarse(
+        kl_rc=put(known.kl_rc, sharp.kl_rc),
+        kl_cr=put(known.kl_cr, sharp.kl_cr),
+        js=put(known.js, sharp.js),
+        tv=put(known.tv, sharp.tv),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What a model has where its list does not name an id, [T]: mass in all, least and most that one id can have."""
+
+    mass: Floats
+    least: Floats
+    most: Floats
+
+    @classmethod
+    def of(cls, mass: Floats, ids: npt.NDArray[np.int64], capped: Floats) -> _Rest:
+        least = np.maximum(mass - MASS_ROUNDING - np.maximum(ids - 1, 0) * capped, 0.0)
+        return cls(
+            np.where(ids > 0, mass, 0.0), np.where(ids > 0, least, 0.0), np.minimum(capped, mass + MASS_ROUNDING)
+        )
+
+    def most_kl(self, least_other: Floats, most: float) -> Floats:
+        """Upper bound of Σ x log(x/y) over those ids, y at least `least_other`, infinite where there is no such id."""
+        log_ratio = np.minimum(most, np.log(self.most) - np.log(least_other))
+        mass = np.where(log_ratio > 0.0, self.mass + MASS_ROUNDING, np.maximum(self.mass - MASS_ROUNDING, 0.0))
+        return np.where((self.most == 0.0) | np.isinf(least_other), 0.0, mass * log_ratio)
+
+
+def _bucket_term(x: Floats, y: Floats) -> Floats:
+    return xlogy(x, x / np.maximum(y, MASS_ROUNDING))
+
+
+def _one_sided(x: Floats, log_x: Floats, least: Floats, most: float) -> Floats:
+    """Upper bound of Σ x log(x/y) over ids where x is known and y at least `least`."""
+    log_ratio = np.minimum(most, log_x - np.log(least)[:, None])
+    total: Floats = np.where(x > 0.0, x * log_ratio, 0.0).sum(axis=1)
+    return total
+
+
+def _interval(lower: Floats, upper: Floats, complete: Bools, largest: float) -> Interval:
+    return Interval(lower, np.where(complete, lower, np.clip(upper, lower, largest)))

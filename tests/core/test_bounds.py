@@ -1,0 +1,225 @@
+"""Every interval against the whole vocabulary: random and adversarial pairs, every way in which lists are cut."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hemostat_calibration.bounds import FLOOR, bounds, cap
+from hemostat_calibration.divergence import divergence
+
+from .strategies import Truth, log_softmax, make_record
+
+ROUNDING = 1e-5
+FIGURES = ("kl_rc", "kl_cr", "js", "tv")
+
+
+def exact(log_r, log_c):
+    """Full-vocabulary figures; zeros allowed."""
+    r, c = np.exp(log_r), np.exp(log_c)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_m = np.log(0.5 * (r + c))
+        return {
+            "kl_rc": np.where(r > 0, r * (log_r - log_c), 0.0).sum(-1),
+            "kl_cr": np.where(c > 0, c * (log_c - log_r), 0.0).sum(-1),
+            "js": 0.5 * (np.where(r > 0, r * (log_r - log_m), 0) + np.where(c > 0, c * (log_c - log_m), 0)).sum(-1),
+            "tv": 0.5 * np.abs(r - c).sum(-1),
+        }
+
+
+def spread(rng, kind, rows, vocabulary):
+    """Logits [rows, vocabulary] of one kind."""
+    z = rng.normal(size=(rows, vocabulary))
+    if kind == "flat":
+        return 0.01 * z
+    if kind == "peaked":
+        z[:, 0] += 20.0
+        return z
+    if kind == "zipf":
+        return -rng.choice([0.8, 1.2, 3.0]) * np.log(
+            rng.permuted(np.tile(np.arange(1, vocabulary + 1), (rows, 1)), axis=1)
+        )
+    if kind == "ties":
+        return np.round(z)
+    if kind == "uniform":
+        return np.zeros_like(z)
+    return 4.0 * z
+
+
+@st.composite
+def pairs(draw, *, zeros=False):
+    """Peaked, flat, heavy-tailed, tied, near-disjoint, the same twice; with zeros where asked. The emitted id is drawn
+    from the compressed side, now and then the least likely one."""
+    vocabulary = draw(st.one_of(st.integers(2, 8), st.integers(9, 300)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kinds = st.sampled_from(["normal", "flat", "peaked", "zipf", "ties", "uniform"])
+    z_r, z_c = spread(rng, draw(kinds), 4, vocabulary), spread(rng, draw(kinds), 4, vocabulary)
+    relation = draw(st.sampled_from(["unrelated", "near", "same", "reversed", "disjoint"]))
+    if relation == "near":
+        z_c = z_r + draw(st.sampled_from([1e-6, 0.1, 1.0])) * rng.normal(size=z_r.shape)
+    elif relation == "same":
+        z_c = z_r.copy()
+    elif relation == "reversed":
+        order = np.argsort(z_r, axis=1)
+        np.put_along_axis(z_c, order, np.sort(z_r, axis=1)[:, ::-1], axis=1)
+    elif relation == "disjoint":
+        half = rng.random(z_r.shape) < 0.5
+        z_r, z_c = z_r + 30.0 * half, z_c + 30.0 * ~half
+    if zeros:
+        for z in (z_r, z_c):
+            gone = rng.random(z.shape) < 0.5
+            gone[:, rng.integers(vocabulary)] = False
+            z[gone] = -np.inf
+    log_r, log_c = log_softmax(z_r), log_softmax(z_c)
+    emitted = np.array([rng.choice(vocabulary, p=np.exp(row) / np.exp(row).sum()) for row in log_c])
+    if draw(st.booleans()):
+        emitted = np.where(np.isfinite(log_c), log_c, np.inf).argmin(1)
+    return Truth(log_r, log_c, emitted)
+
+
+def views():
+    """Record options: how many candidates, how the engine adds the emitted one, what the reference gave."""
+    return st.fixed_dictionaries(
+        {
+            "k": st.sampled_from([1, 2, 3, 5, 10, 50, 400]),
+            "reference_k": st.sampled_from([None, None, 1, 2, 5, 20, 400]),
+            "chat": st.booleans(),
+        }
+    )
+
+
+def largest_ratio(truth):
+    """The floor that holds for this pair."""
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(truth.reference - truth.compressed)
+    return math.exp(-np.nanmax(apart)) * (1.0 - 1e-9)
+
+
+@settings(max_examples=600)
+@given(pairs(), views())
+@example(Truth(np.log([[0.4, 0.6]]), np.log([[0.9, 0.1]]), np.array([0])), {"k": 1, "reference_k": None, "chat": True})
+def test_the_truth_is_always_inside(truth, view):
+    floor = largest_ratio(truth)
+    found = bounds(make_record(truth, **view), floor)
+    for name, value in exact(truth.reference, truth.compressed).items():
+        interval = getattr(found, name)
+        slack = ROUNDING * (1.0 + np.abs(value))
+        assert (interval.lower <= value + slack).all(), (name, interval.lower, value)
+        assert (interval.upper >= value - slack).all(), (name, interval.upper, value)
+        assert (interval.lower <= interval.upper).all()
+        assert (interval.lower >= 0.0).all()
+        assert np.isfinite(interval.upper).all()
+    if view["k"] >= truth.compressed.shape[1] and view["reference_k"] is None:
+        for name in FIGURES:
+            np.testing.assert_array_equal(getattr(found, name).lower, getattr(found, name).upper)
+
+
+@settings(max_examples=400)
+@given(pairs(zeros=True), views())
+def test_zeros_need_no_floor(truth, view):
+    """JS and TV hold without an assumption, KL's upper ends without a floor are infinite where anything is open."""
+    found = bounds(make_record(truth, **view), 0.0)
+    for name, value in exact(truth.reference, truth.compressed).items():
+        interval = getattr(found, name)
+        with np.errstate(invalid="ignore"):
+            assert (interval.lower <= value * (1 + ROUNDING) + ROUNDING).all(), name
+            assert (interval.upper >= value * (1 - ROUNDING) - ROUNDING).all(), name
+        assert not np.isnan(interval.upper).any()
+
+
+@settings(max_examples=200)
+@given(pairs(), views())
+def test_sharper_than_one_bucket(truth, view):
+    """The capped lower bound is never below the coarse one."""
+    record = make_record(truth, **view)
+    found, coarse = bounds(record), divergence(record)
+    for name in FIGURES:
+        assert (getattr(found, name).lower >= getattr(coarse, name) - 1e-12).all(), name
+
+
+def test_the_sharper_bound_is_the_least_that_the_caps_allow():
+    """Against a direct search: c on the unlisted ids, everything that the lists allow, on random directions."""
+    rng = np.random.default_rng(4)
+    gained = 0
+    for _ in range(200):
+        log_r, log_c = log_softmax(2.0 * rng.normal(size=(1, 6))), log_softmax(2.0 * rng.normal(size=(1, 6)))
+        record = make_record(Truth(log_r, log_c, log_c.argmax(1)), 2)
+        found = bounds(record)
+        listed = record.compressed.ids[0, :2]
+        free = np.setdiff1d(np.arange(6), listed)
+        mass, most = 1.0 - np.exp(log_c[0, listed]).sum(), np.exp(cap(record.compressed, record.output_ids))[0]
+        shares = rng.dirichlet(rng.choice([0.2, 1.0, 5.0], size=4), size=4000) * mass
+        shares = np.concatenate([shares, np.exp(log_r[:, free]) / np.exp(log_r[:, free]).sum() * mass])
+        allowed = shares[(shares <= most).all(1)]
+        if not len(allowed):
+            continue
+        other = np.tile(log_c, (len(allowed), 1))
+        with np.errstate(divide="ignore"):
+            other[:, free] = np.log(allowed)
+        for name, values in exact(np.tile(log_r, (len(allowed), 1)), other).items():
+            least = values.min()
+            assert getattr(found, name).lower[0] <= least + 1e-6
+            gained += least - getattr(found, name).lower[0] < 0.02
+    assert gained > 500
+
+
+@pytest.mark.parametrize("reference_k", [None, 6])
+def test_the_upper_ends_are_attained(reference_k):
+    """The worst pair within the constraints reaches them: c puts what it did not list where r has next to nothing."""
+    vocabulary, k, floor = 400, 3, 1e-4
+    r = np.full(vocabulary, 1e-12)
+    r[:3], r[3:6], r[6:106] = [0.3, 0.2, 0.1], [0.09, 0.06, 0.05], 0.002
+    c = np.full(vocabulary, 1e-12)
+    c[:3], c[3:106] = [0.25, 0.2, 0.15], floor * r[3:106]
+    c[200:300] = (1.0 - c[:106].sum()) / 100
+    r, c = r / r.sum(), c / c.sum()
+    truth = Truth(np.log(r)[None], np.log(c)[None], np.array([0]))
+    record = make_record(truth, k, reference_k=reference_k)
+    found, value = bounds(record, floor), exact(truth.reference, truth.compressed)
+    for name in ("kl_rc", "js", "tv"):
+        assert value[name] <= getattr(found, name).upper <= value[name] * 1.01, name
+
+
+def test_the_floor_is_named():
+    truth = Truth(np.log([[0.4, 0.3, 0.3]]), np.log([[0.9, 0.05, 0.05]]), np.array([0]))
+    assert bounds(make_record(truth, 1)).floor == FLOOR
+    assert bounds(make_record(truth, 1), 1e-3).upper_label == "upper (floor 1.0e-03)"
+    assert np.isinf(bounds(make_record(truth, 1), 0.0).kl_rc.upper).all()
+
+
+def test_the_emitted_token_in_the_last_place_caps_nothing():
+    """An unlikely emitted token stands last: ids that nobody named may be likelier than it."""
+    truth = Truth(np.log([[0.5, 0.3, 0.15, 0.05]]), np.log([[0.5, 0.3, 0.15, 0.05]]), np.array([3]))
+    for chat in (False, True):
+        record = make_record(truth, 2, chat=chat)
+        np.testing.assert_allclose(
+            np.exp(cap(record.compressed, record.output_ids)), 0.5 if chat else 0.3, err_msg=str(chat)
+        )
+    np.testing.assert_array_equal(cap(make_record(truth, 1, chat=True).compressed, np.array([3])), 0.0)
+
+
+def simulate(tokens, k, seed=9):
+    rng = np.random.default_rng(seed)
+    z = 3.0 * rng.normal(size=(tokens, 2000))
+    log_c = log_softmax(z + 0.8 * rng.normal(size=z.shape))
+    emitted = np.array([rng.choice(2000, p=row / row.sum()) for row in np.exp(log_c)])
+    return make_record(Truth(log_softmax(z), log_c, emitted), k)
+
+
+def test_bounds_cost_little_beside_the_figures():
+    """Not on absolute time (`make bench-bounds` has that): in terms of what one pass over the same numbers costs."""
+    record = simulate(512, 20)
+    values = np.exp(np.random.default_rng(0).normal(size=(512, 21)))
+
+    def best(function):
+        times = []
+        for _ in range(15):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert best(lambda: bounds(record)) < 500 * best(lambda: np.log(values).sum())
