@@ -1,0 +1,126 @@
+"""Hidden states behind logits: z = W h, h the last hidden state after the final norm, W [V, d] the output embedding.
+
+Logits are known up to a constant of the row (log-probabilities have lost it), so that everything here is centred over
+the ids at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.records import Floats, Ids
+
+Singles = npt.NDArray[np.float32]
+
+MASS_KEPT = 0.999
+"""Part of the mean distribution whose ids the Fisher metric sums over; the rest would cost most and say least."""
+_CHUNK = 1 << 24
+"""Elements of a temporary."""
+_UNSEEN = 1e6
+"""Variance that stands for "not observed"."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prior:
+    """What hidden states are like before a row is seen. mean: float64 [d]; covariance: [d, d].
+
+    noise: standard deviation of a logit as it is read, nats: engines compute it in bfloat16 and hand it out in float16.
+    """
+
+    mean: Floats
+    covariance: Floats
+    noise: float
+
+
+def prior(hidden: Singles, noise: float) -> Prior:
+    """From some hidden states [n, d]; shrunk a little towards a sphere, as n may be less than d."""
+    rows = hidden.astype(np.float64)
+    mean = rows.mean(axis=0)
+    rows -= mean
+    n, d = rows.shape
+    covariance = rows.T @ rows / n
+    shrink = d / (n + d)
+    sphere = np.trace(covariance) / d
+    return Prior(mean, (1.0 - 0.5 * shrink) * covariance + 0.5 * shrink * sphere * np.eye(d), noise)
+
+
+def flat(weight: Singles, noise: float) -> Prior:
+    """Where no hidden state has been seen: a sphere on which logits spread by some nats."""
+    size = float(np.square(weight[: 1 << 14]).sum(axis=1).mean())
+    d = weight.shape[1]
+    return Prior(np.zeros(d), np.eye(d) * (25.0 / max(size, 1e-12)), noise)
+
+
+def recovery(weight: Singles, prior: Prior) -> tuple[Floats, Floats]:
+    """(a [d], K [d, N]): E[h | z] = a + K z for logits z at the ids of `weight` [N, d], centred over them.
+
+    Gaussian conditioning: h = μ + Σ W̄ᵀ (W̄ Σ W̄ᵀ + σ²)⁻¹ (z − W̄ μ), W̄ the centred rows.
+    """
+    rows = weight.astype(np.float64)
+    rows -= rows.mean(axis=0)
+    cross = rows @ prior.covariance
+    spread = cross @ rows.T + prior.noise**2 * np.eye(len(rows))
+    gain = np.asarray(np.linalg.solve(spread, cross).T, dtype=np.float64)
+    return prior.mean - gain @ (rows @ prior.mean), gain
+
+
+def recover_from_lists(weight: Singles, prior: Prior, ids: Ids, logprobs: npt.NDArray[np.floating]) -> Floats:
+    """E[h | a list of candidates], float64 [T, d], by the same formula for each row's own ids [T, K] (-1 pads) and
+    their log-probabilities. A short list leaves most of h at its mean."""
+    found = np.empty((len(ids), weight.shape[1]))
+    step = max(1, _CHUNK // (ids.shape[1] * weight.shape[1]))
+    for start in range(0, len(ids), step):
+        chosen = ids[start : start + step]
+        given = (chosen >= 0) & np.isfinite(logprobs[start : start + step])
+        share = given / np.maximum(given.sum(axis=1, keepdims=True), 1)
+        z = np.where(given, logprobs[start : start + step], 0.0)
+        z = np.where(given, z - (share * z).sum(axis=1, keepdims=True), 0.0)
+        rows = weight[np.where(given, chosen, 0)].astype(np.float64)
+        rows = np.where(given[..., None], rows - np.einsum("tk,tkd->td", share, rows)[:, None, :], 0.0)
+        cross = rows @ prior.covariance
+        spread = cross @ rows.swapaxes(1, 2)
+        spread += np.where(given, prior.noise**2, _UNSEEN)[..., None] * np.eye(ids.shape[1])
+        errors = z - rows @ prior.mean
+        solved = np.linalg.solve(spread, errors[..., None])[..., 0]
+        found[start : start + step] = prior.mean + np.einsum("tkd,tk->td", cross, solved)
+    return found
+
+
+def fisher(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Floats, Floats]:
+    """(F [d, d], w̄ [d]): E_r[Wᵀ (diag p − p pᵀ) W] and E_r[W], r = softmax(W h), averaged over hidden states [n, d].
+
+    Half the squared length of a change of h in F is the KL divergence that it makes, to second order, nats. With n of
+    512 to 1500 it is known well enough. damping: of the mean eigenvalue, added to all: directions that hardly matter
+    must not be made up.
+    """
+    mean = np.zeros(len(weight))
+    moments = np.zeros((weight.shape[1], weight.shape[1]))
+    step = max(1, _CHUNK // len(weight))
+    for start in range(0, len(hidden), step):
+        p = softmax(hidden[start : start + step] @ weight.T)
+        mean += p.sum(axis=0, dtype=np.float64)
+        embedded = (p @ weight).astype(np.float64)
+        moments += embedded.T @ embedded
+    mean /= len(hidden)
+    likeliest = np.argsort(-mean)
+    kept = likeliest[: int(np.searchsorted(np.cumsum(mean[likeliest]), MASS_KEPT)) + 1]
+    metric = np.zeros_like(moments)
+    for start in range(0, len(kept), 1 << 14):
+        part = weight[kept[start : start + (1 << 14)]]
+        metric += (part * mean[kept[start : start + (1 << 14)], None].astype(np.float32)).T @ part
+    # What was left out stands for its share, so that the difference cannot become negative.
+    metric = metric / mean[kept].sum() - moments / len(hidden)
+    metric = 0.5 * (metric + metric.T)
+    metric += damping * np.trace(metric) / len(metric) * np.eye(len(metric))
+    return metric, mean @ weight
+
+
+def softmax(logits: Singles) -> Singles:
+    """In place, over the last axis."""
+    logits -= logits.max(axis=-1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=-1, keepdims=True)
+    return logits

@@ -1,0 +1,192 @@
+"""Reduced-rank ridge regression from sums alone, its penalty and rank chosen by cross-validation over folds.
+
+Rows are pairs of inputs x̃ = [x; 1], [A + 1], and targets δ, [d]. What is fitted is B, [d, A + 1], of small
+½ Σ (δ − B x̃)ᵀ F (δ − B x̃), F the metric that makes it nats (`hidden.fisher`). Up to a constant that is
+½ tr(F B XX Bᵀ) − tr(F B XY), so that XX = Σ x̃ x̃ᵀ and XY = Σ x̃ δᵀ say all, whether of the rows learned from or of those
+held out.
+
+A penalty λ |B|² in standardised inputs (the constant among them, so that enough of it means B = 0) gives
+B(λ)ᵀ = (XX + λ)⁻¹ XY, whatever F is. Of rank r, the best in F and the penalty's own metric keeps the r largest singular
+values of (XX + λ)^-½ XY L, F = L Lᵀ (reduced-rank regression: Izenman 1975; with ridge: Mukherjee & Zhu 2011).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hemostat_calibration.records import Floats
+
+PENALTIES = tuple(10.0**e for e in (2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -3.5, -4.0))
+"""λ as parts of the rows' weight, strongest first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Sums over rows. xx: float64 [A + 1, A + 1], xy: [A + 1, d], weight: of the rows."""
+
+    xx: Floats
+    xy: Floats
+    weight: float
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.xx + other.xx, self.xy + other.xy, self.weight + other.weight)
+
+    def __sub__(self, other: Moments) -> Moments:
+        return Moments(self.xx - other.xx, self.xy - other.xy, self.weight - other.weight)
+
+    def gain(self, coefficients: Floats, metric: Floats) -> float:
+        """How much smaller than that of B = 0 the mean loss of Bᵀ, [A + 1, d], is on these rows, nats."""
+        image = coefficients @ metric
+        gained = (image * self.xy).sum() - 0.5 * ((self.xx @ coefficients) * image).sum()
+        return float(gained) / max(self.weight, 1e-12)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """B = M Y with Mᵀ F M = 1. up: M, [d, r]. read: Y, [r, A + 1], the last column the constant's.
+
+    penalty: λ / weight of the rows. gain: mean over the held-out rows of each fold in turn, nats, of the penalty and
+    rank chosen; error: its standard error over the folds.
+    """
+
+    up: Floats
+    read: Floats
+    penalty: float
+    gain: float
+    error: float
+
+    @property
+    def coefficients(self) -> Floats:
+        """Bᵀ, [A + 1, d]."""
+        return (self.up @ self.read).T
+
+
+def standardiser(moments: Moments) -> Floats:
+    """S, [A + 1, A + 1]: S x̃ has mean 0 and variance 1, but for the constant, which stays 1."""
+    mean = moments.xx[-1, :-1] / moments.weight
+    variance = np.diagonal(moments.xx)[:-1] / moments.weight - mean**2
+    # An input that never varies stays 0: it has nothing to say.
+    scale = 1.0 / np.sqrt(np.where(variance > 1e-9 * (1.0 + mean**2), variance, 1.0))
+    s = np.diag(np.append(scale, 1.0))
+    s[:-1, -1] = -scale * mean
+    return s
+
+
+def choose(
+    folds: Sequence[Moments], metric: Floats, ranks: Sequence[int], bases: Sequence[Floats] | None = None
+) -> LowRank | None:
+    """The map whose penalty and rank did best on each fold when learned from the others; learned from all of them.
+
+    None where no map would gain. metric: F, [d, d], positive definite. ranks: allowed ones. bases: what the penalty
+    pulls towards, instead of 0: for each fold Bᵀ that was learned without it, and one more learned from all.
+    """
+    whole = total(folds)
+    s = standardiser(whole)
+    root = np.asarray(np.linalg.cholesky(metric), dtype=np.float64)
+    priors = [np.zeros_like(whole.xy)] * (len(folds) + 1)
+    if bases is not None:
+        priors = [np.asarray(np.linalg.solve(s.T, base), dtype=np.float64) for base in bases]
+    held = [_standardised(fold, s) for fold in folds]
+    fits = [_Fit(_standardised(whole - fold, s), prior, root) for fold, prior in zip(folds, priors[:-1], strict=True)]
+    weights = np.array([fold.weight for fold in folds])
+    gains = np.stack([fit.gains(fold, PENALTIES) for fit, fold in zip(fits, held, strict=True)])
+    penalty = PENALTIES[int(np.argmax(weights @ gains))]
+    curves = [fit.gains_by_rank(fold, penalty) for fit, fold in zip(fits, held, strict=True)]
+    most = min(map(len, curves))
+    allowed = [rank for rank in ranks if rank <= most] or [most]
+    by_rank = np.stack([curve[[rank - 1 for rank in allowed]] for curve in curves])
+    best = int(np.argmax(weights @ by_rank))
+    mean = float(weights @ by_rank[:, best] / weights.sum())
+    if mean <= 0.0:
+        return None
+    up, read = _Fit(_standardised(whole, s), priors[-1], root).low_rank(penalty, allowed[best])
+    spread = weights**2 @ (by_rank[:, best] - mean) ** 2 / weights.sum() ** 2
+    error = math.sqrt(float(spread) * len(folds) / (len(folds) - 1))
+    return LowRank(up=up, read=read @ s, penalty=penalty, gain=mean, error=error)
+
+
+def full(moments: Moments, penalty: float) -> Floats:
+    """Bᵀ, [A + 1, d], of every rank; penalty: λ / weight."""
+    s = standardiser(moments)
+    standard = _standardised(moments, s)
+    ridge = standard.xx + penalty * standard.weight * np.eye(len(s))
+    coefficients: Floats = s.T @ np.linalg.solve(ridge, standard.xy)
+    return coefficients
+
+
+def total(parts: Sequence[Moments]) -> Moments:
+    found = parts[0]
+    for part in parts[1:]:
+        found = found + part
+    return found
+
+
+def _standardised(moments: Moments, s: Floats) -> Moments:
+    return Moments(s @ moments.xx @ s.T, s @ moments.xy, moments.weight)
+
+
+class _Fit:
+    """Ridge at every penalty, in the basis of XX's eigenvectors Q; targets in that of F = L Lᵀ: δ' = Lᵀ δ.
+
+    Bᵀ there is prior + D residual, D = (XX + λ)⁻¹ diagonal, residual the XY that the prior leaves.
+    """
+
+    def __init__(self, moments: Moments, prior: Floats, root: Floats) -> None:
+        values, self._q = np.linalg.eigh(moments.xx)
+        self._values = np.maximum(values, 0.0)
+        self._weight = moments.weight
+        self._root = root
+        self._plain = self._q.T @ prior, self._q.T @ (moments.xy - moments.xx @ prior)
+        self._prior, self._residual = (part @ root for part in self._plain)
+
+    def _of(self, held: Moments) -> tuple[Floats, Floats]:
+        return self._q.T @ held.xx @ self._q, (self._q.T @ held.xy) @ self._root
+
+    def _ridge(self, penalty: float) -> Floats:
+        ridge: Floats = self._values + penalty * self._weight
+        return ridge
+
+    def gains(self, held: Moments, penalties: Sequence[float]) -> Floats:
+        """Of the maps of every rank, on other rows: tr(PᵀE) − ½ tr(Pᵀ XX P) with P = prior + D residual."""
+        xx, images = self._of(held)
+        of_prior = xx @ self._prior
+        constant = float((self._prior * (images - 0.5 * of_prior)).sum())
+        linear = (self._residual * (images - of_prior)).sum(axis=1)
+        quadratic = xx * (self._residual @ self._residual.T)
+        shrinks = [1.0 / self._ridge(penalty) for penalty in penalties]
+        found = [constant + d @ linear - 0.5 * d @ quadratic @ d for d in shrinks]
+        return np.array(found, dtype=np.float64) / max(held.weight, 1e-12)
+
+    def _components(self, penalty: float) -> tuple[Floats, Floats, Floats, Floats]:
+        """P, (XX + λ)^½, and of (XX + λ)^½ P = U S Vᵀ: U and S, largest first."""
+        ridge = self._ridge(penalty)
+        map_ = self._prior + self._residual / ridge[:, None]
+        half = np.sqrt(ridge)
+        scaled = half[:, None] * map_
+        squares, left = np.linalg.eigh(scaled @ scaled.T)
+        kept = max(int((squares > 1e-10 * squares[-1]).sum()), 1)
+        order = np.arange(len(squares))[::-1][:kept]
+        return map_, half, left[:, order], np.sqrt(np.maximum(squares[order], 1e-300))
+
+    def gains_by_rank(self, held: Moments, penalty: float) -> Floats:
+        """Of the map of rank 1, 2, … on other rows: components add up, as their outputs are orthogonal in F."""
+        xx, images = self._of(held)
+        map_, half, left, sizes = self._components(penalty)
+        inputs = left * (sizes / half[:, None])
+        outputs = (left * half[:, None]).T @ map_ / sizes[:, None]
+        gains = (inputs * (images @ outputs.T)).sum(axis=0) - 0.5 * (inputs * (xx @ inputs)).sum(axis=0)
+        return np.asarray(np.cumsum(gains) / max(held.weight, 1e-12))
+
+    def low_rank(self, penalty: float, rank: int) -> tuple[Floats, Floats]:
+        """M [d, r] and Y [r, A + 1]."""
+        _, half, left, sizes = self._components(penalty)
+        left, sizes = left[:, :rank], sizes[:rank]
+        prior, residual = self._plain
+        map_ = prior + residual / self._ridge(penalty)[:, None]
+        up = map_.T @ (left * half[:, None]) / sizes
+        read = (self._q @ (left * (sizes / half[:, None]))).T
+        return up, read
