@@ -191,6 +191,9 @@ class Shadow(Section):
     """0: as fast as the reference can."""
     top_k: int = Field(default=20, ge=1, le=1000)
     """At most the server's --max-logprobs."""
+    floor_fraction: float = Field(default=0.02, ge=0, le=1)
+    """Part of the scored requests that each model also scores against itself: the noise floor. It asks the compressed
+    model's server for a prefill of their tokens."""
 
 
 class Calibration(Section):

@@ -29,6 +29,7 @@ from hemostat.admin import create_app
 from hemostat.check import State, shadow_findings
 from hemostat.config import Settings
 from hemostat.engines import EngineRegistry
+from hemostat.floor import Floor
 from hemostat.link import RelayLink
 from hemostat.measure import Measurements
 from hemostat.messages import Capture, Policy, Stats
@@ -39,6 +40,7 @@ from hemostat.reference import make_reference
 from hemostat.reference.match import compare
 from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo
 from hemostat.reference.server import ModelCard, VllmServer
+from hemostat.reference.vllm import VllmReference
 from hemostat.relay.counters import SHADOW_REQUESTS
 from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
@@ -94,11 +96,29 @@ class Control:
         self.queue = ShadowQueue(shadow.max_queue)
         self.breaker = Breaker()
         self.scorer: Scorer | None = None
+        self.floor: Floor | None = None
+        self.itself: VllmReference | None = None
+        """The compressed model's own server, asked to score what it wrote."""
+        self.floor_counts: dict[tuple[str, str], int] = {}
         if self.reference is not None:
             rate = shadow.reference_tokens_per_second
+            budget = TokenBudget(rate, max(rate * BURST_SECONDS, 1.0))
+            if shadow.floor_fraction > 0.0:
+                upstream = settings.upstream
+                self.itself = VllmReference(upstream.url, upstream.api_key, top_k=shadow.top_k, ca=upstream.ca)
+                self.floor = Floor(
+                    fraction=shadow.floor_fraction,
+                    seed=shadow.seed,
+                    budget=budget,
+                    compressed=self.itself,
+                    reference=self.reference,
+                    sink=self.measurements.observe_floor,
+                    count=self._count_floor,
+                    clock=time.monotonic,
+                )
             self.scorer = Scorer(
                 queue=self.queue,
-                budget=TokenBudget(rate, max(rate * BURST_SECONDS, 1.0)),
+                budget=budget,
                 breaker=self.breaker,
                 reference=self.reference,
                 info=lambda: self.reference_info,
@@ -126,6 +146,9 @@ class Control:
     def _count(self, outcome: str, reason: str) -> None:
         self.endings[outcome, reason] = self.endings.get((outcome, reason), 0) + 1
 
+    def _count_floor(self, model: str, outcome: str) -> None:
+        self.floor_counts[model, outcome] = self.floor_counts.get((model, outcome), 0) + 1
+
     def _scored(self, record: TokenRecord, capture: Capture) -> None:
         steering = self.steering
         figures = self.measurements.observe(
@@ -133,6 +156,8 @@ class Control:
         )
         if self.records is not None:
             self.records.write(capture, record, figures)
+        if self.floor is not None:
+            self.floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record)
         if self.tracing is not None and capture.traceparent:
             self._trace(record, capture, figures)
         try:
@@ -250,6 +275,11 @@ class Control:
         if not match.ok:
             # Not compared means that one of the two did not answer yet, not that they differ.
             return ("mismatch" if match.compared else "starting"), match.detail
+        if self.itself is not None:
+            try:
+                await self.itself.start()
+            except ReferenceFailure as failure:
+                return "starting", f"the upstream does not answer: {failure}"
         self.reference_info = info
         self.steering.know(card.id, info.vocab_size)
         return "ready", f"{info.model} ({info.dtype})"
@@ -358,6 +388,8 @@ class Control:
             "tokens_scored": self.measurements.tokens,
             "top_k": self.settings.shadow.top_k,
             "raw": self.measurements.summary(None),
+            "noise_floor": self.measurements.floor(),
+            "excess": self.measurements.excess(),
             "calibrated": self.measurements.summary(version),
             "profile": {
                 "version": version or IDENTITY,
@@ -438,6 +470,9 @@ class Control:
         yield "hemostat_calibration_errors", text, {}, self.calibration_failures
         yield "hemostat_store_errors", "Reads and writes that the store refused.", {}, self.store_failures
         yield from self.measurements.counters()
+        text = "Requests that a model was to score against itself, by what became of it."
+        for (model, outcome), count in self.floor_counts.items():
+            yield "hemostat_noise_floor_requests", text, {"model": model, "outcome": outcome}, count
         text = "Runs of the engine's numbers that nobody took in time, or that there was no room for."
         yield "hemostat_engine_taps_dropped", text, {}, self.engines.taps_dropped
         for name, value in self.engines.counters(time.monotonic()).items():
@@ -464,6 +499,8 @@ class Control:
         await self.link.close()
         if self.reference is not None:
             await self.reference.close()
+        if self.itself is not None:
+            await self.itself.close()
         while not self._saves.empty():
             method, *args = self._saves.get_nowait()
             with contextlib.suppress(StoreFailure):
@@ -511,6 +548,8 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
         workers = 1 if settings.reference.backend == "transformers" else 4
         tasks.append(asyncio.create_task(control.keep_reference(control.reference)))
         tasks.append(asyncio.create_task(control.scorer.run(workers)))
+        if control.floor is not None:
+            tasks.append(asyncio.create_task(control.floor.run()))
     stopping = asyncio.create_task(stop.wait())
     print(json.dumps({"admin_port": listener.getsockname()[1]}), flush=True)  # noqa: T201  the supervisor reads it
     done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hemostat.floor import MODELS
 from hemostat_calibration.divergence import TokenDivergence, calibrated, divergence, gain
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
@@ -44,6 +45,8 @@ FIGURES = {
 """Name in the report -> field of TokenDivergence."""
 SCALARS = ("total_variation", "top1_agreement", "covered_mass")
 """Figures that the report gives as a bare number, their interval beside it."""
+EXCESS = ("kl_nats", "reverse_kl_nats", "js_nats", "total_variation")
+"""Figures that are also told as excess over the noise floor."""
 INFINITE = ("kl_nats", "reverse_kl_nats")
 """Figures that may be infinite at a token; such tokens are counted beside the mean of the others."""
 
@@ -131,6 +134,7 @@ class Measurements:
         self._top1 = dict.fromkeys(staged, 0)
         self._scored = dict.fromkeys(arms, 0)
         self._places: dict[tuple[str, str], tuple[int, float]] = {}
+        self._floor = {model: StageFigures() for model in MODELS}
         self.tokens = 0
 
     def observe(
@@ -171,6 +175,26 @@ class Measurements:
             while len(self._after) > VERSIONS_KEPT:
                 self._after.popitem(last=False)
         return raw
+
+    def observe_floor(self, model: str, record: TokenRecord) -> None:
+        """Add a record in which `model` (of `floor.MODELS`) stands on both sides."""
+        self._floor[model].add(divergence(record))
+
+    def floor(self) -> dict[str, Any]:
+        """By model, how far it is from itself: the figures that no compression explains."""
+        return {model: figures.summary() for model, figures in self._floor.items() if figures.requests}
+
+    def excess(self) -> dict[str, Any]:
+        """Headline figures over the noise floor: the raw figure less both models' own, which to second order add up.
+        A figure is absent until both floors are known."""
+        found: dict[str, Any] = {}
+        for name in EXCESS:
+            raw = self._raw.mean(name)
+            floors = [figures.mean(name) for figures in self._floor.values()]
+            if raw is not None and None not in floors:
+                noise = float(sum(value for value in floors if value is not None))
+                found[name] = {"estimate": raw - noise, "floor": noise}
+        return found
 
     def summary(self, version: str | None) -> dict[str, Any]:
         """The report's `raw` (None) or `calibrated` part; the raw one while a profile has not been measured."""
@@ -238,6 +262,13 @@ class Measurements:
 
     def gauges(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
         """name, help, labels, value."""
+        text = "KL divergence of a model from itself (decode or batch shape against another), nats; a lower bound."
+        for model, floor in self._floor.items():
+            for direction, figure in zip(DIRECTIONS, ("kl_nats", "reverse_kl_nats"), strict=True):
+                nats = floor.mean(figure)
+                if nats is not None:
+                    labels = {"model": model, "direction": direction}
+                    yield "hemostat_noise_floor_nats", text, labels, nats
         text = "Mean probability mass of each model on the ids for which both gave a value."
         for model, figure in (("compressed", "covered_mass"), ("reference", "covered_mass_reference")):
             mass = self._raw.mean(figure)
