@@ -7,18 +7,16 @@ vocabulary, so entropies and expected shifts are exact.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hemostat.child import Child, ChildGone
 from hemostat.reference import wire
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat_calibration.families import TEMPERATURE_BIAS
@@ -29,10 +27,6 @@ log = logging.getLogger("hemostat.reference")
 
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 """Seconds before a dead worker is started again, by how often in a row it has failed."""
-CLOSES_WITHIN = 2.0
-STDERR_KEPT = 4096
-"""Last bytes of the worker's standard error, for the message about its end."""
-LAST_WORDS_WITHIN = 1.0
 
 _TokenRequest = Callable[[int], wire.Request]
 
@@ -180,33 +174,26 @@ def _basis(profile: CalibrationProfile) -> wire.Basis:
 class _Worker:
     """One worker process and the requests under way in it."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self) -> None:
+        self._child: Child | None = None
         self._numbers = itertools.count()
         self._pending: dict[int, asyncio.Future[wire.Answer]] = {}
         self._held: set[str] = set()
         self._turn = asyncio.Lock()
-        self._stderr = b""
-        self._listening = asyncio.create_task(self._listen(), name="reference stderr")
-        self._reading = asyncio.create_task(self._read(), name="reference answers")
         self._first: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
+        self._ending: asyncio.Task[None] | None = None
         self.dead = asyncio.Event()
         self.max_positions = 0
 
     @classmethod
     async def start(cls, load: wire.Load) -> tuple[_Worker, wire.Loaded]:
         """Raises ReferenceFailure when the process does not start or the model does not load."""
+        worker = cls()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "hemostat.reference.worker", str(os.getpid())),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,  # a terminal's Ctrl-C is not for it
-            )
-        except OSError as error:
-            raise ReferenceFailure("down", f"the reference worker cannot be started: {error}") from error
-        worker = cls(process)
+            worker._child = await Child.start("hemostat.reference.worker", worker._receive)
+        except ChildGone as gone:
+            raise ReferenceFailure("down", f"the reference worker: {gone}") from gone
+        worker._ending = asyncio.create_task(worker._end(worker._child), name="reference worker's end")
         try:
             worker._send(load)
             answer = await worker._first
@@ -282,58 +269,34 @@ class _Worker:
         return answer
 
     def _send(self, request: wire.Request) -> None:
-        # Not drained: at most one request is on its way, and the answer is awaited anyhow.
-        assert self._process.stdin is not None
-        if self.dead.is_set():
-            raise ReferenceFailure("down", f"the reference worker is not running: {self.epitaph()}")
-        self._process.stdin.write(wire.encode(request))
-
-    async def _read(self) -> None:
-        """Hand out answers until the worker's output ends; then nothing is pending any more."""
-        stream = self._process.stdout
-        assert stream is not None
+        assert self._child is not None
         try:
-            while True:
-                length = wire.body_length(await stream.readexactly(wire.HEADER_SIZE))
-                answer = wire.decode_answer(await stream.readexactly(length))
-                number = getattr(answer, "id", -1)
-                future = self._first if number < 0 else self._pending.get(number)
-                if future is not None and not future.done():
-                    future.set_result(answer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        except (ValueError, msgspec.DecodeError) as error:
-            log.error("the reference worker sent nonsense: %s", error)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
-            await asyncio.wait({self._listening}, timeout=LAST_WORDS_WITHIN)
-            self.dead.set()
-            failure = f"the reference worker ended: {self.epitaph()}"
-            for future in (self._first, *self._pending.values()):
-                if not future.done():
-                    future.set_exception(ReferenceFailure("down", failure))
+            self._child.send(wire.encode(request))
+        except ChildGone as gone:
+            raise ReferenceFailure("down", f"the reference worker is not running: {gone}") from gone
 
-    async def _listen(self) -> None:
-        stream = self._process.stderr
-        assert stream is not None
-        while data := await stream.read(STDERR_KEPT):
-            self._stderr = (self._stderr + data)[-STDERR_KEPT:]
+    def _receive(self, body: bytes) -> None:
+        answer = wire.decode_answer(body)
+        number = getattr(answer, "id", -1)
+        future = self._first if number < 0 else self._pending.get(number)
+        if future is not None and not future.done():
+            future.set_result(answer)
+
+    async def _end(self, child: Child) -> None:
+        """Once it is gone, nothing is pending any more."""
+        await child.dead.wait()
+        self.dead.set()
+        for future in (self._first, *self._pending.values()):
+            if not future.done():
+                future.set_exception(ReferenceFailure("down", f"the reference worker ended: {self.epitaph()}"))
 
     def epitaph(self) -> str:
         """How it ended, and the last that it said."""
-        code = self._process.returncode
-        lines = self._stderr.decode(errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"code {code}; it said: {said}" if said else f"code {code}"
+        assert self._child is not None
+        return self._child.epitaph()
 
     async def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.dead.wait(), CLOSES_WITHIN)
-        if not self.dead.is_set():
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-        await asyncio.gather(self._reading, self._listening, return_exceptions=True)
+        assert self._child is not None
+        await self._child.close()
+        if self._ending is not None:
+            await self._ending

@@ -1,17 +1,11 @@
 """What the control process and the reference worker say to each other over the worker's standard input and output.
 
-Frames: 4 bytes of length, big-endian, then one msgpack-encoded message. Arrays are little-endian bytes.
+Each frame (`hemostat.child`) holds one msgpack-encoded message. Arrays are little-endian bytes.
 """
 
 from __future__ import annotations
 
-import struct
-
 import msgspec
-
-MAX_FRAME = 1 << 30
-_LENGTH = struct.Struct(">I")
-HEADER_SIZE = _LENGTH.size
 
 
 class Load(msgspec.Struct, tag="load", frozen=True):
@@ -121,19 +115,7 @@ _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
 
 def encode(message: Request | Answer) -> bytes:
-    """One frame; ValueError when it would be longer than MAX_FRAME."""
-    body = _encoder.encode(message)
-    if len(body) > MAX_FRAME:
-        raise ValueError(f"a frame of {len(body)} bytes: at most {MAX_FRAME} are allowed")
-    return _LENGTH.pack(len(body)) + body
-
-
-def body_length(header: bytes) -> int:
-    """Length that the 4 header bytes announce; ValueError above MAX_FRAME."""
-    (length,) = _LENGTH.unpack(header)
-    if length > MAX_FRAME:
-        raise ValueError(f"a frame of {length} bytes: at most {MAX_FRAME} are allowed")
-    return int(length)
+    return _encoder.encode(message)
 
 
 def decode_request(body: bytes) -> Request:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hemostat.process import die_with_parent
+from hemostat import child
 from hemostat.reference import wire
 
 NICENESS = 10
@@ -179,34 +178,21 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
         yield file.read(SAMPLE_BYTES)
 
 
-def _requests(stream: BinaryIO) -> Iterator[wire.Request]:
-    while len(header := stream.read(wire.HEADER_SIZE)) == wire.HEADER_SIZE:
-        length = wire.body_length(header)
-        body = stream.read(length)
-        if len(body) < length:
-            return
-        yield wire.decode_request(body)
-
-
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def main(parent: int) -> int:
     """0 when the input ended; 1 when the model did not load."""
-    die_with_parent(parent, signal.SIGKILL)
-    os.nice(NICENESS)
+    bodies, send = child.begin(parent, NICENESS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Libraries print; what they print must not land among the frames.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
 
     def say(answer: wire.Answer) -> None:
-        answers.write(wire.encode(answer))
-        answers.flush()
+        send(wire.encode(answer))
 
     model: Model | None = None
-    for request in _requests(sys.stdin.buffer):
+    for body in bodies:
+        request = wire.decode_request(body)
         number = getattr(request, "id", -1)
         try:
             if isinstance(request, wire.Load):
