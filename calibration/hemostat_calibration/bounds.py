@@ -163,6 +163,10 @@ class Interval:
     lower: Floats
     upper: Floats
 
+    def where(self, available: Bools) -> Interval:
+        """NaN elsewhere."""
+        return Interval(np.where(available, self.lower, np.nan), np.where(available, self.upper, np.nan))
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -185,6 +189,18 @@ class Bounds:
     def upper_label(self) -> str:
         """What an upper end of KL is to be called."""
         return f"upper (floor {self.floor:.1e})"
+
+    def where(self, available: Bools) -> Bounds:
+        """NaN elsewhere."""
+        if available.all():
+            return self
+        return Bounds(
+            self.kl_rc.where(available),
+            self.kl_cr.where(available),
+            self.js.where(available),
+            self.tv.where(available),
+            self.floor,
+        )
 
 
 def bounds(record: TokenRecord, floor: float = FLOOR) -> Bounds:

@@ -3,12 +3,10 @@
 All figures are natural (nats), per position, float64 [T]; KL(r‖c) = Σ r log(r/c). r and c are the models' own
 distributions at temperature 1.
 
-Bounds. Let S be the ids for which both sides gave a value. Merging everything else into one bucket is a map applied
-to both distributions, and a map cannot increase an f-divergence (data processing inequality; Cover & Thomas, 2006,
-ch. 2.8). So KL both ways, Jensen–Shannon and total variation over "S plus one bucket" are lower bounds of the true
-ones, whatever S is, and exact when S is the whole vocabulary. The bucket's mass is 1 − Σ_S, whose rounding error
-(models answer in float32) matters where that is nearly 0: the mass that stands in a denominator is floored at
-`MASS_ROUNDING`, which can only lower the bound.
+Bounds. S are the ids for which both sides gave a value; everything else merged into one bucket gives lower bounds,
+exact when S is the whole vocabulary: `kl_rc`, `kl_cr`, `js` and `tv`, made alike before and after a profile, so
+that the two can be compared. `bounds` holds the tightest interval that the lists prove. Both are proven in
+`hemostat_calibration.bounds`.
 
 Estimates. With x ~ c the emitted token, S₀ a set of ids that does not depend on x, R and C the mass outside S₀,
 ρ = R/C and u = r(x)/c(x):
@@ -33,10 +31,14 @@ from typing import Literal
 import numpy as np
 
 from hemostat_calibration.bounds import (
+    FLOOR,
     MASS_ROUNDING,
     Bools,
+    Bounds,
     Coarse,
     View,
+    bounds_of,
+    cap,
     coarse,
     jensen_shannon,
     total_variation,
@@ -82,6 +84,8 @@ class TokenDivergence:
     """KL(r‖c) without truncation bias; NaN where not available. Equal to `kl_rc` when exact."""
     estimate_cr: Floats
     """KL(c‖r) likewise."""
+    bounds: Bounds
+    """What is certain of the four divergences. After a profile whose normalizer is unknown: NaN."""
     known: Bools
     """False after a profile whose Δz is unknown there (it reads anchors, and the record has no features of them): all
     that depends on Δz is NaN there, and `top1_agreement` False."""
@@ -101,11 +105,11 @@ class Gain:
     """True where lower and upper are one value, known."""
 
 
-def divergence(record: TokenRecord, served: CalibrationProfile | None = None) -> TokenDivergence:
+def divergence(record: TokenRecord, served: CalibrationProfile | None = None, floor: float = FLOOR) -> TokenDivergence:
     """What a validated record says about c and r.
 
     served: the profile that `record.applied` names, so that the estimates of a treated request can be weighted; without
-    it they are NaN there.
+    it they are NaN there. floor: see `Bounds.floor`.
     """
     view = view_of(record)
     lower = coarse(view, view.c, view.log_c)
@@ -127,12 +131,16 @@ def divergence(record: TokenRecord, served: CalibrationProfile | None = None) ->
         entropy_compressed=_entropy(view.log_candidates),
         estimate_rc=estimate_rc,
         estimate_cr=estimate_cr,
+        bounds=bounds_of(record, view, lower, view.log_candidates, cap(record.compressed, record.output_ids), floor),
         known=np.ones(record.tokens, dtype=np.bool_),
     )
 
 
 def calibrated(
-    record: TokenRecord, profile: CalibrationProfile, served: CalibrationProfile | None = None
+    record: TokenRecord,
+    profile: CalibrationProfile,
+    served: CalibrationProfile | None = None,
+    floor: float = FLOOR,
 ) -> TokenDivergence:
     """What a validated record says about c' and r, c'_i = c_i e^{Δz_i} / Z being the compressed model after `profile`.
 
@@ -184,6 +192,10 @@ def calibrated(
     if not view.exact:
         weight = _weight(record, view, served) * np.exp(emitted_shift)
         estimate_rc, estimate_cr = _estimate(record, view, log_a - low[:, None], emitted, weight)
+    most = cap(record.compressed, record.output_ids) + _behind(record, profile, _most(record))[1]
+    certain = bounds_of(
+        record, view, last, view.log_candidates + (delta - high[:, None]), np.minimum(most - high, 0.0), floor
+    )
     likeliest = (view.log_candidates + delta).argmax(axis=1)
     agrees = view.ids[np.arange(record.tokens), likeliest] == record.reference.ids[:, 0]
 
@@ -204,6 +216,7 @@ def calibrated(
         entropy_compressed=where_shifted(entropy),
         estimate_rc=where_shifted(estimate_rc),
         estimate_cr=where_shifted(estimate_cr),
+        bounds=certain.where(known & shifted),
         known=shifted,
     )
 

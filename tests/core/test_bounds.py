@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hemostat_calibration.bounds import FLOOR, bounds, cap
-from hemostat_calibration.divergence import divergence
+from hemostat_calibration.divergence import calibrated, divergence
+from hemostat_calibration.transform import apply
 
-from .strategies import Truth, log_softmax, make_record
+from .strategies import Truth, log_softmax, make_record, profiles
 
 ROUNDING = 1e-5
 FIGURES = ("kl_rc", "kl_cr", "js", "tv")
@@ -103,7 +104,9 @@ def largest_ratio(truth):
 @example(Truth(np.log([[0.4, 0.6]]), np.log([[0.9, 0.1]]), np.array([0])), {"k": 1, "reference_k": None, "chat": True})
 def test_the_truth_is_always_inside(truth, view):
     floor = largest_ratio(truth)
-    found = bounds(make_record(truth, **view), floor)
+    record = make_record(truth, **view)
+    found = bounds(record, floor)
+    np.testing.assert_array_equal(divergence(record, floor=floor).bounds.kl_rc.upper, found.kl_rc.upper)
     for name, value in exact(truth.reference, truth.compressed).items():
         interval = getattr(found, name)
         slack = ROUNDING * (1.0 + np.abs(value))
@@ -181,6 +184,28 @@ def test_the_upper_ends_are_attained(reference_k):
     found, value = bounds(record, floor), exact(truth.reference, truth.compressed)
     for name in ("kl_rc", "js", "tv"):
         assert value[name] <= getattr(found, name).upper <= value[name] * 1.01, name
+
+
+@settings(max_examples=300)
+@given(st.data(), pairs(), views(), st.booleans())
+def test_the_truth_is_inside_after_a_profile(data, truth, view, log_normalizer):
+    """Where the normalizer is known; elsewhere there is nothing, rather than something wrong."""
+    profile = data.draw(profiles(truth.compressed.shape[1]))
+    if view["k"] == 1:
+        view["chat"] = (
+            False  # it would name the emitted token alone: the likeliest, from which a temperature counts, is unknown
+        )
+    record = make_record(truth, **view, profile=profile, log_normalizer=log_normalizer)
+    after = Truth(truth.reference, log_softmax(apply(profile, truth.compressed)), truth.emitted)
+    found = calibrated(record, profile, floor=largest_ratio(after)).bounds
+    for name, value in exact(after.reference, after.compressed).items():
+        interval = getattr(found, name)
+        available = ~np.isnan(interval.upper)
+        np.testing.assert_array_equal(available, ~np.isnan(interval.lower))
+        assert available.all() or not log_normalizer
+        slack = ROUNDING * (1.0 + np.abs(value))
+        assert (interval.lower <= value + slack)[available].all(), name
+        assert (interval.upper >= value - slack)[available].all(), name
 
 
 def test_the_floor_is_named():
