@@ -7,7 +7,7 @@ as large as the vocabulary once a batch, not once a record.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -158,6 +158,23 @@ class TemperatureBias:
             tokens=state.tokens + other.tokens,
             requests=state.requests + other.requests,
         )
+
+    def shrunk(self, state: TemperatureBiasState, pooled: TemperatureBiasState, tokens: int) -> TemperatureBiasState:
+        """`state` as though it had also seen `tokens` tokens of what `pooled` saw: of little evidence it makes next to
+        the pooled profile, of much its own. InvalidArgumentError where they learned of different models."""
+        part = min(1.0, tokens / max(pooled.tokens, 1))
+        some = replace(
+            pooled,
+            reference_mass=_frozen(part * pooled.reference_mass),
+            compressed_mass=_frozen(part * pooled.compressed_mass),
+            information=part * pooled.information,
+            moment=part * pooled.moment,
+            depth=part * pooled.depth,
+            deep_tokens=round(part * pooled.deep_tokens),
+            tokens=round(part * pooled.tokens),
+            requests=round(part * pooled.requests),
+        )
+        return self.merge(state, some)
 
     def propose(self, state: TemperatureBiasState) -> CalibrationProfile | None:
         if state.requests < self.min_requests or state.tokens < self.min_tokens:

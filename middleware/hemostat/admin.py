@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Awaitable, Callable
 from importlib import resources
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -49,9 +49,13 @@ class Governed(Protocol):
 
     def profile_bytes(self, version: str) -> bytes | None: ...
 
-    async def import_profile(self, data: bytes) -> str: ...
+    async def import_profile(self, data: bytes, scope: str) -> str: ...
 
-    async def rollback(self, reason: str) -> None: ...
+    async def promote(self, version: str, scope: str) -> None: ...
+
+    async def pin(self, version: str | None) -> None: ...
+
+    async def rollback(self, reason: str, scope: str | None) -> None: ...
 
     async def set_mode(self, mode: str) -> None: ...
 
@@ -60,6 +64,32 @@ class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Body of POST /api/v1/calibration."""
 
     mode: Literal["off", "observe", "auto"]
+
+
+Version = Annotated[str, msgspec.Meta(pattern=f"^{VERSION_PATTERN.pattern}$")]
+Scope = Annotated[str, msgspec.Meta(max_length=256)]
+
+
+class PromoteRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /api/v1/profiles/promote; scope "" is all."""
+
+    version: Version
+    scope: Scope = ""
+
+
+class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /api/v1/profiles/pin; null unpins."""
+
+    version: Version | None
+
+
+class RollbackRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /api/v1/profiles/rollback, if any; without a scope everything is taken back."""
+
+    scope: Scope | None = None
+
+
+T = TypeVar("T")
 
 
 def create_app(control: Governed, token: str | None, now: Callable[[], float]) -> FastAPI:
@@ -122,26 +152,49 @@ def create_app(control: Governed, token: str | None, now: Callable[[], float]) -
 
     @app.post("/api/v1/profiles", dependencies=guarded)
     async def import_profile(request: Request) -> dict[str, str]:
-        return {"version": await control.import_profile(await read_body(request, MAX_PROFILE_BYTES))}
+        scope = request.query_params.get("scope", "")
+        return {"version": await control.import_profile(await read_body(request, MAX_PROFILE_BYTES), scope)}
+
+    @app.post("/api/v1/profiles/promote", dependencies=guarded)
+    async def promote(request: Request) -> dict[str, Any]:
+        wanted = await _read(request, PromoteRequest, '{"version": "<32 hex digits>"}, and "scope" if meant')
+        await control.promote(wanted.version, wanted.scope)
+        return control.profiles()
+
+    @app.post("/api/v1/profiles/pin", dependencies=guarded)
+    async def pin(request: Request) -> dict[str, Any]:
+        wanted = await _read(request, PinRequest, '{"version": "<32 hex digits>"}, or null to unpin')
+        await control.pin(wanted.version)
+        return control.profiles()
 
     @app.post("/api/v1/profiles/rollback", dependencies=guarded)
-    async def rollback() -> dict[str, Any]:
-        await control.rollback("asked for by the operator")
+    async def rollback(request: Request) -> dict[str, Any]:
+        wanted = await _read(request, RollbackRequest, 'nothing, or {"scope": "..."}', RollbackRequest())
+        await control.rollback("asked for by the operator", wanted.scope)
         return control.profiles()
 
     @app.post("/api/v1/calibration", dependencies=guarded)
     async def calibration(request: Request) -> dict[str, Any]:
-        # Not a typed parameter: FastAPI would read the whole body before it asks for the token.
-        body = await read_body(request, MAX_SMALL_BYTES)
-        try:
-            wanted = msgspec.json.decode(body, type=CalibrationRequest)
-        except msgspec.DecodeError as error:
-            raise HTTPException(422, f'send {{"mode": "off"}}, "observe" or "auto": {error}') from None
+        wanted = await _read(request, CalibrationRequest, '{"mode": "off"}, "observe" or "auto"')
         await control.set_mode(wanted.mode)
         return {"mode": wanted.mode}
 
     app.include_router(engine_router(control.engines, control.profile_bytes, now, require_token))
     return app
+
+
+async def _read(request: Request, kind: type[T], said: str, nothing: T | None = None) -> T:
+    """The body as `kind`, `nothing` where it is empty and may be; 422 says what to send.
+
+    Not a typed parameter of the routes: FastAPI would read the whole body before it asks for the token.
+    """
+    body = await read_body(request, MAX_SMALL_BYTES)
+    if not body and nothing is not None:
+        return nothing
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise HTTPException(422, f"send {said}: {error}") from None
 
 
 def _asset(name: str) -> str:

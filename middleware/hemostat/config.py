@@ -202,8 +202,12 @@ class Calibration(Section):
     mode: Mode = "observe"
     control_fraction: Fraction = 0.1
     held_out_fraction: Fraction = 0.3
+    scope: Literal["pooled", "label", "route", "model"] = "pooled"
+    """What may have a profile of its own, where it has proven better than the one for all."""
     clamp_nats: float = Field(default=1.0, gt=0, le=20)
     """Largest change of a logit. The smaller, the fewer held-out requests a profile needs to prove itself."""
+    clamp_kl_nats: float = Field(default=2.0, gt=0, le=1000)
+    """Largest KL from identity, to second order, of what a contextual profile does to one token's distribution."""
     alpha: Fraction = 0.05
     """Error probability of the promotion and rollback bounds."""
     min_tokens: int = Field(default=20_000, ge=1)
@@ -309,6 +313,10 @@ class Settings(Section):
             raise ValueError(f"admin.port: {self.admin.port} is listen.port too; choose another")
         if self.reference.backend == "transformers" and self.reference.model is None:
             raise ValueError("reference.model: required with reference.backend: transformers; a folder or a hub name")
+        if self.calibration.scope == "label" and not self.labels:
+            raise ValueError("labels: required with calibration.scope: label; list what X-Hemostat-Label may be")
+        if self.calibration.scope != "pooled" and self.calibration.apply == "request":
+            raise ValueError("calibration.scope: only pooled goes with calibration.apply: request")
         if self.reference.backend == "vllm" and self.reference.url is None:
             raise ValueError("reference.url: required with reference.backend: vllm, like http://127.0.0.1:8001")
         return self

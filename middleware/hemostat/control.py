@@ -44,7 +44,7 @@ from hemostat.reference.vllm import VllmReference
 from hemostat.relay.counters import SHADOW_REQUESTS
 from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
-from hemostat.steering import EVENTS_HELD, Steering
+from hemostat.steering import EVENTS_HELD, STATES, Steering
 from hemostat.store import MemoryStore, Store, StoreFailure, open_store
 from hemostat_calibration.divergence import TokenDivergence
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
@@ -222,6 +222,8 @@ class Control:
             tap=bool(self.engines.live(now)),
             serving=steering.serving,
             forced=steering.forced,
+            scope=self.settings.calibration.scope,
+            scoped=steering.scoped,
             control_fraction=self.settings.calibration.control_fraction,
             acknowledged=self.engines.acknowledged(now),
             labels=frozenset(self.settings.labels),
@@ -354,14 +356,13 @@ class Control:
                 raise HemostatError(f"calibration.force: {force}: {error}") from error
         try:
             profiles = await asyncio.to_thread(self.store.profiles)
-            selected = await asyncio.to_thread(self.store.get_state, "selected")
-            mode = await asyncio.to_thread(self.store.get_state, "mode")
+            states = {name: await asyncio.to_thread(self.store.get_state, name) for name in STATES}
             events = await asyncio.to_thread(self.store.events, EVENTS_HELD)
         except StoreFailure as failure:
             self.store_failures += 1
             log.error("%s", failure)
             return
-        self.steering.restore(profiles, selected, mode, events)
+        self.steering.restore(profiles, states, events)
 
     # --- what the admin port shows (admin.Governed) ----------------------------------------------------------------
 
@@ -443,13 +444,24 @@ class Control:
         profile = self.steering.held(version)
         return profile.to_bytes() if profile else None
 
-    async def import_profile(self, data: bytes) -> str:
-        version = self.steering.add(await asyncio.to_thread(CalibrationProfile.from_bytes, data))
+    async def import_profile(self, data: bytes, scope: str) -> str:
+        version = self.steering.add(await asyncio.to_thread(CalibrationProfile.from_bytes, data), scope)
         self.publish()
         return version
 
-    async def rollback(self, reason: str) -> None:
-        self.steering.rollback(reason)
+    async def promote(self, version: str, scope: str) -> None:
+        self.steering.promote(version, scope)
+        self.publish()
+
+    async def pin(self, version: str | None) -> None:
+        if version is None:
+            self.steering.unpin()
+        else:
+            self.steering.pin(version)
+        self.publish()
+
+    async def rollback(self, reason: str, scope: str | None) -> None:
+        self.steering.rollback(reason, scope)
         self.publish()
 
     async def set_mode(self, mode: str) -> None:
@@ -466,6 +478,9 @@ class Control:
         text = "Profiles that the guard let serve, or in mode observe would have."
         yield "hemostat_profile_promotions", text, {}, self.steering.promotions
         yield "hemostat_profile_rollbacks", "Profiles taken back.", {}, self.steering.rollbacks
+        text = "Decisions about profiles."
+        for (decision, reason), count in self.steering.decisions.items():
+            yield "hemostat_profile_decisions", text, {"decision": decision, "reason": reason}, count
         text = "Scored requests that calibration could neither learn from nor judge by: a bug, see the log."
         yield "hemostat_calibration_errors", text, {}, self.calibration_failures
         yield "hemostat_store_errors", "Reads and writes that the store refused.", {}, self.store_failures

@@ -141,7 +141,7 @@ def _calibrates(policy: Policy) -> bool:
     """Whether a request without headers of ours can get a profile: `off` is the one switch that ends it all."""
     if policy.mode == "off":
         return False
-    return policy.forced is not None or (policy.mode == "auto" and policy.serving is not None)
+    return policy.forced is not None or (policy.mode == "auto" and (policy.serving is not None or bool(policy.scoped)))
 
 
 def _read_wishes(own: list[tuple[bytes, bytes]], policy: Policy) -> _Wishes | Refusal:
@@ -284,11 +284,21 @@ class _Intercepted:
             return None, Arm.NONE, "opted_out"
         if wish is not None:
             return self._held(wish, Arm.NONE, "pinned")
-        serving = self._held(policy.serving or "", Arm.TREATED, "assigned")
+        version = self._serving(request)
+        if version is None:
+            return None, Arm.NONE, "no_profile"
+        serving = self._held(version, Arm.TREATED, "assigned")
         key = request.conversation or self._request_id.encode("utf-8", "surrogateescape")
         if serving[0] is not None and sampling.controlled(key, policy.control_fraction, policy.shadow_seed):
             return None, Arm.CONTROL, "assigned"
         return serving
+
+    def _serving(self, request: openai.Request) -> str | None:
+        """The version of the request's scope while the engine holds it, else the one for all."""
+        policy = self._policy
+        scopes = {"label": self._wishes.label, "route": self._route, "model": request.model}
+        own = policy.scoped.get(scopes.get(policy.scope, ""))
+        return own if own in policy.acknowledged else policy.serving
 
     def _held(self, version: str, arm: Arm, reason: str) -> tuple[str | None, Arm, str]:
         """Only what the engine says it holds is asked for: the rest would be identity without anybody knowing."""

@@ -97,6 +97,10 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """engine: by `vllm_xargs`; request: by temperature and logit_bias, where the client set neither."""
     request_temperature: float | None = None
     request_logit_bias: dict[str, float] = {}
+    scope: str = "pooled"
+    """pooled | label | route | model: what of a request is looked up in `scoped`."""
+    scoped: dict[str, str] = {}
+    """Scope -> the version that its treated requests ask for in place of `serving`."""
     body_limit: int = 4 * 1024 * 1024
     unscorable_models: frozenset[str] = frozenset()
     """Served names that are not the compressed base model (LoRA adapters): neither scored nor calibrated."""

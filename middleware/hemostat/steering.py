@@ -1,52 +1,119 @@
 """The life of profiles: learn, propose, judge, serve, take back. Every decision is an event with its evidence.
 
 Invariants:
-- `serving` is a version only in mode `auto`, only one that the guard has promoted, and only once both models are known
-  (`know`), so that what was kept from an earlier run does not meet another model.
+- `serving` is a version only in mode `auto`, only one that the guard or the operator has promoted, and only once both
+  models are known (`know`), so that what was kept from an earlier run does not meet another model.
 - `off` ends serving, learning and judging at once.
 - In `observe` the same happens as in `auto`, but for the serving: `selected` is what would serve.
 - A forced profile (`calibration.force`, for tests) goes on every request, and nothing is learned meanwhile.
+- A pinned profile serves all requests, is measured like any other, and is neither replaced nor taken back by itself.
 - A record is learned from or judged by, never both: decided by its prompt.
+- With `calibration.scope` other than `pooled`, a scope (a label, a route, a model) may have a profile of its own, which
+  was better there than what serves all; every other request gets the pooled one.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from hemostat.config import Calibration
 from hemostat.store import StoredProfile
+from hemostat.trials import IMPORT, POOLED, Candidate, Trials
 from hemostat_calibration import guard
 from hemostat_calibration.calibrator import TemperatureBias, TemperatureBiasState
 from hemostat_calibration.divergence import gain
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
-from hemostat_calibration.families import TEMPERATURE_BIAS
+from hemostat_calibration.families import CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profile import IDENTITY, CalibrationProfile, temperature_bias
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.split import held_out
-from hemostat_calibration.transform import shift_range
+from hemostat_calibration.transform import anchors, anchors_digest, shift_range
 
 log = logging.getLogger("hemostat.calibration")
 
 PROFILES_HELD = 32
 """The oldest of what neither serves nor is tested goes, from the store too."""
+BYTES_HELD = 256 * 1024 * 1024
+"""Likewise, by what the profiles weigh together."""
 EVENTS_HELD = 200
-IMPORTS_TESTED = 4
-"""Imported candidates at a time: with two proposals, the selected and a forced one, as many as an engine holds."""
+LINE_AT_MOST = 8
+"""Candidates, tested and waiting."""
+SCOPES_FOLLOWED = 16
+"""The first ones seen; the requests of others count as of none."""
+SCOPES_APART = 4
+"""That have a profile of their own at a time: with the pooled one, two candidates and the probe as many as an engine
+holds."""
 LOGIT_BIAS_AT_MOST = 300
 """Entries of `logit_bias` that `calibration.apply: request` sends."""
-PROPOSE_AGAIN = 4
-"""New candidates come when this many times more has been learned: each restarts the evidence and spends some alpha."""
-PROMPTS_REMEMBERED = 50_000
-"""Held-out prompts remembered as counted, over all tests."""
+PROPOSE_AGAIN = 2
+"""New candidates come when this many times more has been learned: each test spends some of alpha."""
+REPLACE_TESTED = 4
+"""The same while the last proposal is still under test, which would have to begin anew."""
+PROPOSE_WITHIN = 500_000
+"""More tokens than this are never waited for."""
+PATIENCE = 500
+"""Held-out requests after which an unproven candidate makes room for one that waits."""
 BATCH = 8
 """Learning records that are gathered before one update of the calibrator."""
+ALL = ""
+"""The scope of everything that has no scope of its own."""
+SCOPES: Mapping[str, Callable[[TokenRecord], str]] = {
+    "pooled": lambda record: ALL,
+    "label": lambda record: record.label,
+    "route": lambda record: record.route,
+    "model": lambda record: record.model,
+}
+"""`calibration.scope` -> a record's scope."""
+STATES = ("serving", "mode", "tests.candidate", "tests.serving")
+"""What the store keeps of this, by name."""
+
+DECISIONS = (
+    ("propose", "learned"),
+    ("import", "operator"),
+    ("drop", "newer"),
+    ("drop", "unproven"),
+    ("promote", "evidence"),
+    ("promote", "operator"),
+    ("roll_back", "harm"),
+    ("roll_back", "unsupported"),
+    ("roll_back", "operator"),
+    ("roll_back", "other_model"),
+    ("pin", "operator"),
+    ("unpin", "operator"),
+    ("mode", "operator"),
+)
+"""Every decision with its reason."""
+
+
+@dataclass(slots=True)
+class _Seat:
+    """One scope: what serves its requests, and what temperature and bias were learned from them."""
+
+    selected: str | None = None
+    window: int = guard.DEFAULT_WINDOW
+    """In which `selected` is watched, held-out requests."""
+    lost: bool = False
+    """What served was taken back, and nothing has been promoted since."""
+    learner: TemperatureBiasState | None = None
+    batch: list[TokenRecord] = field(default_factory=list)
+    proposed_at: dict[str, int] = field(default_factory=dict)
+    """By family, the tokens that the last proposal was learned from."""
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """What the store keeps of what serves: by scope, version and window."""
+
+    scope: str
+    pinned: bool
+    selected: dict[str, tuple[str, int]]
 
 
 class Steering:
@@ -69,43 +136,70 @@ class Steering:
         self._save = save
         self._wall = wall
         self._family = TemperatureBias(clamp_nats=settings.clamp_nats, min_tokens=settings.min_tokens)
-        self._learner: TemperatureBiasState | None = None
-        self._batch: list[TokenRecord] = []
-        self._proposed: tuple[str, ...] = ()
-        self._proposed_at = 0
-        self._contextual: str | None = None
-        self._contextual_at = 0
-        self._probe: str | None = None
-        self._guard = guard.init(settings.alpha)
-        self._judged: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self._trials = Trials(
+            settings.alpha,
+            width=lambda version: width(self._profiles[version]),
+            serves=lambda scope: self._seats[self._place(scope)].selected,
+            spent=lambda role, number: save("raise_state", f"tests.{role}", number),
+        )
+        self._seats: dict[str, _Seat] = {ALL: _Seat()}
         self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
         self._created: dict[str, float] = {}
+        self._probe: str | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS_HELD)
         self._as_request: tuple[str, dict[str, Any]] = ("", {})
+        self.known: tuple[str, int] | None = None
+        """Served name and number of ids of the compressed model, once both models are known."""
         self.mode: str = settings.mode
-        self.selected: str | None = None
-        self.candidates: list[str] = []
         self.forced: str | None = None
+        self.pinned = False
+        """What serves all requests is the operator's choice, and stays."""
+        self.decisions = Counter(dict.fromkeys(DECISIONS, 0))
         self.promotions = 0
         self.rollbacks = 0
 
     # --- what serves -----------------------------------------------------------------------------------------------
 
     @property
+    def selected(self) -> str | None:
+        """What serves, or would serve, all requests whose scope has no profile of its own."""
+        return self._seats[ALL].selected
+
+    @property
     def serving(self) -> str | None:
         """Version that treated requests ask for."""
-        known = self._learner is not None
-        return self.selected if known and self.mode == "auto" and self.forced is None else None
+        return self.selected if self._serves else None
+
+    @property
+    def scoped(self) -> dict[str, str]:
+        """The same by scope, for those that have a profile of their own."""
+        return self._apart() if self._serves else {}
+
+    @property
+    def _serves(self) -> bool:
+        return self.known is not None and self.mode == "auto" and self.forced is None
 
     @property
     def shown(self) -> str | None:
         """Version that the report and the console are about: what serves, or would."""
         return (self.forced or self.selected) if self.mode != "off" else None
 
+    @property
+    def candidates(self) -> list[str]:
+        """Versions under test."""
+        return [candidate.version for candidate in self._trials.tested]
+
     def wanted(self) -> list[str]:
-        """What engines should hold, most important first."""
-        held = (self.forced, self.selected, *self.candidates, self._probe)
-        return list(dict.fromkeys(v for v in held if v is not None))
+        """What engines should hold, most important first: they evaluate those that come first, and hand out the anchors
+        of the first that has any."""
+        held = [self.forced, self.selected, *self.candidates, *self._apart().values()]
+        versions = list(dict.fromkeys(v for v in held if v is not None))
+        if self._probe is not None and self.mode != "off" and self.forced is None:
+            ids = anchors(self._profiles[self._probe])
+            others = [anchors(self._profiles[version]) for version in versions]
+            if ids is not None and all(o is None or anchors_digest(o) != anchors_digest(ids) for o in others):
+                versions.append(self._probe)
+        return versions
 
     def evaluated(self) -> tuple[CalibrationProfile, ...]:
         """Profiles whose effect the reference computes for every scored request."""
@@ -117,7 +211,10 @@ class Steering:
 
     def stage_of(self, record: TokenRecord) -> CalibrationProfile | None:
         """What the record's `calibrated` figures are about: the profile that was served, or that would have been."""
-        return self.held(record.applied or self.shown)
+        if record.applied is not None:
+            return self.held(record.applied)
+        place = self._place(self._scope_of(record))
+        return self.held(self.shown if place == ALL or self.mode == "off" else self._seats[place].selected)
 
     def request_parameters(self) -> dict[str, Any]:
         """For a vLLM without the plugin (`calibration.apply: request`): the serving profile as sampling parameters."""
@@ -128,6 +225,27 @@ class Steering:
             self._as_request = (profile.version, as_request(profile))
         return self._as_request[1]
 
+    def _apart(self) -> dict[str, str]:
+        """Scopes that have a profile of their own; none while one is pinned or forced on all."""
+        if self.pinned or self.forced is not None:
+            return {}
+        own = {scope: seat.selected for scope, seat in self._seats.items() if scope != ALL}
+        return {scope: version for scope, version in own.items() if version is not None}
+
+    def _place(self, scope: str) -> str:
+        """The scope whose profile serves the requests of `scope`: itself or all."""
+        return scope if scope in self._apart() else ALL
+
+    def _scope_of(self, record: TokenRecord) -> str:
+        scope = SCOPES[self._settings.scope](record)
+        return scope if self._seat(scope) is not None else ALL
+
+    def _seat(self, scope: str) -> _Seat | None:
+        """None for one scope too many, or any but the one when all is pooled."""
+        if scope not in self._seats and self._settings.scope != "pooled" and len(self._seats) <= SCOPES_FOLLOWED:
+            self._seats[scope] = _Seat()
+        return self._seats.get(scope)
+
     # --- learning --------------------------------------------------------------------------------------------------
 
     def know(self, model: str, vocab_size: int) -> None:
@@ -135,21 +253,26 @@ class Steering:
 
         model: the served name of the compressed one.
         """
-        if self._learner is not None and (self._learner.model, self._learner.vocab_size) == (model, vocab_size):
+        if self.known == (model, vocab_size):
             return
-        self._learner = self._family.init(model, vocab_size)
-        self._batch, self._proposed_at = [], 0
-        for version in self._proposed:
-            if version in self.candidates:
+        self.known = (model, vocab_size)
+        proposals = [c.version for c in self._trials.line if c.source != IMPORT]
+        self._trials.remove(lambda c: c.source != IMPORT)
+        for scope, seat in self._seats.items():
+            seat.learner, seat.batch = self._family.init(model, vocab_size), []
+            seat.proposed_at.clear()
+            selected = self.held(seat.selected)
+            if selected is not None and (selected.vocab_size != vocab_size or selected.model not in {"", model}):
+                made_for = f"{selected.model or 'a model'} of {selected.vocab_size} ids"
+                self._take_back(scope, "other_model", f"it was made for {made_for}", {})
+        for version, profile in list(self._profiles.items()):
+            if profile.vocab_size != vocab_size:
+                log.error("profile %s is for another vocabulary than the model's %d ids", version, vocab_size)
+                if version == self.forced:
+                    self.forced = None
                 self._forget(version)
-        selected = self.held(self.selected)
-        if selected is not None and (selected.vocab_size != vocab_size or selected.model not in {"", model}):
-            self._take_back(f"it was made for {selected.model or 'a model'} of {selected.vocab_size} ids", {})
-        for version in [v for v, profile in self._profiles.items() if profile.vocab_size != vocab_size]:
-            log.error("profile %s is for another vocabulary than the model's %d ids", version, vocab_size)
-            if version == self.forced:
-                self.forced = None
-            self._forget(version)
+            elif version in proposals and version not in self.wanted():
+                self._forget(version)
 
     def judges(self, record: TokenRecord) -> bool:
         """The record's prompt is held out: nothing is ever learned from it."""
@@ -159,46 +282,16 @@ class Steering:
         """The record may be learned from, now."""
         return self._uses(record) and not self.judges(record)
 
-    def _uses(self, record: TokenRecord) -> bool:
-        learner = self._learner
-        return (
-            self.mode != "off"
-            and self.forced is None
-            and learner is not None
-            and record.vocab_size == learner.vocab_size
-        )
-
     def observe(self, record: TokenRecord) -> None:
         """Learn from a record, or judge by it; never both."""
-        learner = self._learner
-        if learner is None or not self._uses(record):
+        if not self._uses(record):
             return
+        scope = self._scope_of(record)
         if self.judges(record):
-            self._judge(record)
+            self._judge(record, scope)
             return
-        self._batch.append(record)
-        if len(self._batch) >= BATCH:
-            # The batch is gone first: records that raise here must not come back for ever.
-            batch, self._batch = self._batch, []
-            self._learner = learner = self._family.update(learner, batch)
-            self._propose(learner)
-
-    def _propose(self, learner: TemperatureBiasState) -> None:
-        """New candidates when enough more has been learned than for the last ones."""
-        if learner.tokens < PROPOSE_AGAIN * self._proposed_at:
-            return
-        proposal = self._family.propose(learner)
-        if proposal is None:
-            return
-        self._proposed_at = learner.tokens
-        for old in self._proposed:
-            if old in self.candidates:
-                self._forget(old)
-        made = variants(proposal, for_requests=self._settings.apply == "request", tempered=self._tempered)
-        self._proposed = tuple(profile.version for profile in made)
-        for profile in made:
-            self._test(profile)
-            self._decided("propose", profile.version, f"learned from {learner.tokens} tokens", {})
+        for learning in dict.fromkeys((ALL, scope)):
+            self._learn(record, learning)
 
     def probe(self, profile: CalibrationProfile) -> None:
         """Let engines hold this profile, whose anchors they hand out; it is neither tested nor served."""
@@ -207,114 +300,200 @@ class Steering:
             self._forget(before)
         self._hold(profile)
 
-    def awaits(self, tokens: int, scope: str = "") -> bool:
-        """Whether a contextual proposal that was learned from `tokens` tokens would be put to the test now."""
-        enough = tokens >= PROPOSE_AGAIN * self._contextual_at
-        return self._learner is not None and self.mode != "off" and self.forced is None and enough
+    def awaits(self, tokens: int, scope: str = ALL) -> bool:
+        """Whether a contextual proposal that was learned from `tokens` tokens, ever, would be taken now."""
+        return (
+            self.known is not None
+            and self.mode != "off"
+            and self.forced is None
+            and self._settings.apply == "engine"
+            and self._due(scope, CONTEXTUAL, tokens)
+        )
 
-    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = "") -> bool:
-        """Put a contextual profile to the test, in place of the one before; False when it is not wanted now.
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool:
+        """Put a contextual profile to the test, in place of the last one of the scope; False when it is not wanted now.
 
         report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from, ever.
         scope: whose requests it is for; "" is all.
-        InvalidProfileError for another vocabulary than the model's.
+        InvalidProfileError for another model's profile.
         """
         if not self.awaits(int(report["tokens"]), scope):
             return False
-        if self._learner is not None and profile.vocab_size != self._learner.vocab_size:
-            raise InvalidProfileError(
-                f"profile is for a vocabulary of {profile.vocab_size} ids, the model has {self._learner.vocab_size}"
-            )
-        if profile.version in self.wanted():
+        self._check(profile)
+        return self._propose(scope, [profile], why, int(report["tokens"]), dict(report))
+
+    def _uses(self, record: TokenRecord) -> bool:
+        known = self.known is not None and record.vocab_size == self.known[1]
+        return known and self.mode != "off" and self.forced is None
+
+    def _learn(self, record: TokenRecord, scope: str) -> None:
+        """Temperature and bias, of a scope that is known."""
+        seat = self._seats[scope]
+        if seat.learner is None and self.known is not None:
+            seat.learner = self._family.init(*self.known)
+        seat.batch.append(record)
+        if len(seat.batch) < BATCH or seat.learner is None:
+            return
+        # The batch is gone first: records that raise here must not come back for ever.
+        batch, seat.batch = seat.batch, []
+        seat.learner = learner = self._family.update(seat.learner, batch)
+        few = learner.tokens < self._settings.min_tokens or learner.requests < self._family.min_requests
+        if few or not self._due(scope, TEMPERATURE_BIAS, learner.tokens):
+            return
+        pooled = self._seats[ALL].learner
+        if scope != ALL and pooled is not None:
+            learner = self._family.shrunk(learner, pooled, self._settings.min_tokens)
+        proposal = self._family.propose(learner)
+        if proposal is not None:
+            made = variants(proposal, for_requests=self._settings.apply == "request", tempered=self._tempered)
+            self._propose(scope, made, f"learned from {learner.tokens} tokens", learner.tokens, {})
+
+    def _due(self, scope: str, family: str, tokens: int) -> bool:
+        """Whether enough has been learned since the last proposal for another test to be worth its alpha."""
+        seat = self._seat(scope)
+        if seat is None or (scope != ALL and seat.selected is None and len(self._apart()) >= SCOPES_APART):
             return False
-        if self._contextual in self.candidates:
-            self._forget(self._contextual)
-        self._contextual, self._contextual_at = profile.version, int(report["tokens"])
-        self._test(profile)
-        self._decided("propose", profile.version, why, dict(report))
+        last = seat.proposed_at.get(family, 0)
+        if any(c.scope == scope and c.source == family for c in self._trials.line):
+            enough = REPLACE_TESTED * last
+        elif seat.lost:
+            enough = last + self._settings.min_tokens
+        else:
+            enough = PROPOSE_AGAIN * last
+        return tokens >= min(enough, last + PROPOSE_WITHIN)
+
+    def _propose(
+        self, scope: str, profiles: list[CalibrationProfile], why: str, tokens: int, report: dict[str, Any]
+    ) -> bool:
+        family = profiles[0].family
+        self._seats[scope].proposed_at[family] = tokens
+        profiles = [profile for profile in profiles if profile.version not in self._in_use()]
+        if not profiles:
+            return False
+        for old in [c for c in self._trials.line if c.scope == scope and c.source == family]:
+            self._drop(old, "newer", "a proposal that was learned from more takes its place")
+            if old.version not in self._in_use():
+                self._forget(old.version)
+        for profile in profiles:
+            self._decided("propose", "learned", profile.version, scope, why, report)
+            self._test(profile, scope, family)
         return True
 
-    def _test(self, profile: CalibrationProfile) -> None:
-        """Make it a candidate."""
+    def _test(self, profile: CalibrationProfile, scope: str, source: str) -> None:
+        """Make it a candidate; where the line is full, the one that has waited longest makes room."""
+        if len(self._trials.line) >= LINE_AT_MOST:
+            self._drop(self._trials.waiting[0], "newer", "the line is full")
         self._hold(profile)
-        self._watch_candidate(profile.version)
-        self.candidates.append(profile.version)
+        self._trials.add(Candidate(profile.version, scope, source))
+
+    def _drop(self, candidate: Candidate, reason: str, why: str) -> None:
+        tested = candidate in self._trials.tested
+        evidence = evidence_of(self._trials.of_candidate(candidate)) if tested else {}
+        self._trials.remove(lambda c: c == candidate)
+        self._decided("drop", reason, candidate.version, candidate.scope, why, evidence)
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
-    def _judge(self, record: TokenRecord) -> None:
-        """Held-out evidence: every candidate against what serves now, what serves now against identity.
+    def _judge(self, record: TokenRecord, scope: str) -> None:
+        """Held-out evidence: candidates against what serves this request now, what serves now against identity.
 
         The gain is of the models' own distributions on the tokens at hand, whatever arm they came from: both
         alternatives are computed on the same tokens, so that nothing depends on who was assigned to what.
         """
-        serving = self.held(self.selected)
-        now = gain(record, serving) if serving is not None else None
-        for version in self.candidates:
-            if not self._first_time(version, record.prompt_key):
+        place = self._place(scope)
+        selected = self._seats[place].selected
+        now = self._won(record, selected) if selected is not None else (0.0, 0.0)
+        if now is None:
+            return
+        for candidate in self._trials.tested:
+            won = self._won(record, candidate.version) if candidate.scope in (scope, place) else None
+            if won is None:
                 continue
-            won = gain(record, self._profiles[version])
-            low, high = (won.lower, won.upper) if now is None else (won.lower - now.upper, won.upper - now.lower)
-            decision = self._weigh(version, float(low.mean()), float(high.mean()), record.tokens)
+            over = (won[0] - now[1], won[1] - now[0])
+            decision = self._trials.weigh_candidate(candidate, record.prompt_key, over, record.tokens)
+            if decision is None or self.pinned:
+                continue
             if decision.action is guard.Action.PROMOTE:
-                self._promote(version, decision)
+                self._promote(candidate, decision)
                 return
-        if now is not None and self.selected is not None and self._first_time(self.selected, record.prompt_key):
-            decision = self._weigh(self.selected, float(now.lower.mean()), float(now.upper.mean()), record.tokens)
-            if decision.action is guard.Action.ROLL_BACK:
-                self._take_back("held-out requests speak against it", evidence_of(decision))
+            if decision.evidence.requests >= PATIENCE and self._trials.waiting:
+                self._drop(candidate, "unproven", f"not proven by {PATIENCE} held-out requests, and others wait")
+        if selected is not None:
+            decision = self._trials.weigh_serving(place, record.prompt_key, now, record.tokens)
+            if decision is not None and decision.reason is not None and not self.pinned:
+                self._take_back(place, decision.reason, _WHY[decision.reason], evidence_of(decision))
 
-    def _first_time(self, version: str, prompt: bytes) -> bool:
-        """A prompt counts once in a test. The guard's observations must be new draws of what is asked: retries and
-        health checks are not, and would let the chance likings of a few prompts look like evidence."""
-        test = f"{version} {guard.decide(self._guard, version).evidence.test}"
-        if (test, prompt) in self._judged:
-            return False
-        self._judged[test, prompt] = None
-        if len(self._judged) > PROMPTS_REMEMBERED:
-            self._judged.popitem(last=False)
-        return True
+    def _won(self, record: TokenRecord, version: str) -> tuple[float, float] | None:
+        """Mean gain over identity of one request, as an interval; None where the record has nothing to say about it.
 
-    def _weigh(self, version: str, low: float, high: float, tokens: int) -> guard.Decision:
-        self._guard = guard.observe(self._guard, version, low, high, tokens)
-        return guard.decide(self._guard, version)
+        That is so where the engine spoke about this request, but not about this profile (it evaluates some at a time,
+        and may not hold it yet), and where nothing is known at all. Neither depends on what the gain was.
+        """
+        profile = self._profiles[version]
+        won = gain(record, profile)
+        low, high = float(won.lower.mean()), float(won.upper.mean())
+        said = record.shifts.get(version)
+        unsaid = said is None or bool(np.isnan(said.log_normalizer).all())
+        if (record.engine_boot and unsaid and not won.exact.any()) or high - low >= 2.0 * width(profile) * _VACUOUS:
+            return None
+        return low, high
 
-    def _watch_candidate(self, version: str) -> None:
-        """Begin its test; the gain is over what serves now, so a change of that begins it anew."""
-        serving = self.held(self.selected)
-        span = width(self._profiles[version]) + (width(serving) if serving is not None else 0.0)
-        self._guard = guard.enter(self._guard, version, guard.Role.CANDIDATE, span)
+    def _promote(self, candidate: Candidate, decision: guard.Decision) -> None:
+        evidence = evidence_of(decision)
+        self._decided(
+            "promote", "evidence", candidate.version, candidate.scope, "better on held-out requests", evidence
+        )
+        self._serve(candidate.version, candidate.scope, guard.window_after(decision.evidence))
 
-    def _watch_serving(self, version: str) -> None:
-        self._guard = guard.enter(self._guard, version, guard.Role.SERVING, width(self._profiles[version]))
-
-    def _promote(self, version: str, decision: guard.Decision) -> None:
-        before, self.selected = self.selected, version
+    def _serve(self, version: str, scope: str, window: int) -> None:
+        """From now on. The scope's other proposals are done; whoever is compared with what changed starts over."""
+        seat = self._seats[scope]
         self.promotions += 1
-        # The other proposals, and what served before, are done; imports start over against the new one.
-        for other in [v for v in (*self._proposed, self._contextual, before) if v is not None and v != version]:
-            self._retire(other)
-        self.candidates = [v for v in self.candidates if v != version]
-        self._watch_serving(version)
-        for candidate in self.candidates:
-            self._watch_candidate(candidate)
-        self._save("put_profile", StoredProfile(version, self._profiles[version].to_bytes(), self._created[version]))
-        self._save("set_state", "selected", version)
-        self._decided("promote", version, "better on held-out requests", evidence_of(decision))
+        self._trials.unserve(scope)
+        # What serves all has proven better than a scope's own: the scope has none of its own any more.
+        own = scope == ALL or version != self.selected
+        seat.selected, seat.window, seat.lost = (version if own else None), window, False
+        self._trials.remove(lambda c: c.scope == scope and (c.source != IMPORT or c.version == version))
+        if own:
+            self._trials.serve(version, scope, window)
+            profile = StoredProfile(version, self._profiles[version].to_bytes(), self._created[version])
+            self._save("put_profile", profile)
+        self._changed(scope)
 
-    def _take_back(self, why: str, evidence: dict[str, Any]) -> None:
-        version, self.selected = self.selected, None
+    def _take_back(self, scope: str, reason: str, why: str, evidence: dict[str, Any]) -> None:
+        seat = self._seats[scope]
+        version, seat.selected, seat.lost = seat.selected, None, True
         if version is not None:
             self.rollbacks += 1
-            self._guard = guard.leave(self._guard, version)
-            self._save("set_state", "selected", None)
-            self._decided("roll_back", version, why, evidence)
-            for candidate in self.candidates:
-                self._watch_candidate(candidate)
+            self._trials.unserve(scope)
+            self._decided("roll_back", reason, version, scope, why, evidence)
+            self._changed(scope)
 
-    def _decided(self, decision: str, version: str, why: str, evidence: dict[str, Any]) -> None:
-        event = {"at": self._wall(), "decision": decision, "version": version, "why": why, "evidence": evidence}
-        log.info("%s %s: %s %s", decision, version, why, evidence or "")
+    def _changed(self, scope: str) -> None:
+        """What serves this scope is another than before."""
+        kept = {place: (seat.selected, seat.window) for place, seat in self._seats.items() if seat.selected is not None}
+        self._save("set_state", "serving", _encode(_Kept(self._settings.scope, self.pinned, kept)))
+        self._trials.remove(lambda c: c.source == POOLED and scope in (ALL, c.scope))
+        apart = self._apart()
+        self._trials.restart(lambda c: c.scope in (scope, ALL) or (scope == ALL and c.scope not in apart))
+        if scope == ALL and self.selected is not None:
+            for place in apart:
+                self._trials.add(Candidate(self.selected, place, POOLED))
+
+    def _decided(
+        self, decision: str, reason: str, version: str, scope: str, why: str, evidence: dict[str, Any]
+    ) -> None:
+        self.decisions[decision, reason] += 1
+        event = {
+            "at": self._wall(),
+            "decision": decision,
+            "reason": reason,
+            "version": version,
+            "scope": scope,
+            "why": why,
+            "evidence": evidence,
+        }
+        log.info("%s %s%s: %s %s", decision, version, f" for {scope}" if scope else "", why, evidence or "")
         self._events.append(event)
         self._save("append_event", event)
 
@@ -325,38 +504,64 @@ class Steering:
         configuration's own mode stays the same."""
         if mode != self.mode:
             self.mode = mode
-            self._batch = []
+            for seat in self._seats.values():
+                seat.batch = []
             self._save("set_state", "mode", f"{self._settings.mode} {mode}")
-            self._decided("mode", self.selected or IDENTITY, f"set to {mode} by the operator", {})
+            self._decided("mode", "operator", self.selected or IDENTITY, ALL, f"set to {mode} by the operator", {})
 
-    def rollback(self, why: str) -> None:
-        """Identity serves until the guard promotes another candidate."""
-        if self.selected is None:
+    def promote(self, version: str, scope: str = ALL) -> None:
+        """Let a profile serve without the guard's word; it is watched like any other."""
+        seat = self._named(scope)
+        if self.pinned:
+            raise HemostatError("a profile is pinned: unpin it first (hemostat profile pin --off)")
+        if version == seat.selected:
+            raise HemostatError(f"{version} serves there already")
+        if scope != ALL and scope not in self._apart() and len(self._apart()) >= SCOPES_APART:
+            raise HemostatError(f"{SCOPES_APART} scopes have profiles of their own, as many as engines hold")
+        self._override("promote", version, scope)
+
+    def pin(self, version: str) -> None:
+        """Let a profile serve all requests, and go on, whatever the guard says, until it is unpinned."""
+        self._checked(version)
+        self.pinned = True
+        if version == self.selected:
+            self._decided("pin", "operator", version, ALL, "pinned by the operator", {})
+            self._changed(ALL)
+        else:
+            self._override("pin", version, ALL)
+
+    def unpin(self) -> None:
+        """What was pinned goes on serving, and is judged again."""
+        if not self.pinned or self.selected is None:
+            raise HemostatError("nothing is pinned")
+        self.pinned = False
+        self._trials.serve(self.selected, ALL, self._seats[ALL].window)
+        self._decided("unpin", "operator", self.selected, ALL, "unpinned by the operator", {})
+        self._changed(ALL)
+
+    def rollback(self, why: str, scope: str | None = None) -> None:
+        """Identity serves until another is promoted, in one scope (the pooled profile may take its place) or in all."""
+        places = [scope] if scope is not None else list(self._seats)
+        if scope is not None:
+            self._named(scope)
+        if not any(self._seats[place].selected for place in places):
             raise HemostatError("nothing to take back: identity serves")
-        self._take_back(why, {})
+        self.pinned = self.pinned and ALL not in places
+        for place in places:
+            self._take_back(place, "operator", why, {})
 
-    def add(self, profile: CalibrationProfile) -> str:
+    def add(self, profile: CalibrationProfile, scope: str = ALL) -> str:
         """Import a profile: it becomes a candidate, and has to prove itself like any other."""
-        if self._learner is not None and profile.vocab_size != self._learner.vocab_size:
-            raise InvalidProfileError(
-                f"profile is for a vocabulary of {profile.vocab_size} ids, the model has {self._learner.vocab_size}"
-            )
-        if self._settings.apply == "request" and not self._tempered and profile.family == TEMPERATURE_BIAS:
-            beta = float(profile.parameters["inverse_temperature"])
-            if beta != 1.0:
-                raise InvalidProfileError(
-                    f"profile has the temperature {1.0 / beta:.3g}, which would replace the server's own default: "
-                    "import one with 1, or set upstream.openai_sampling_defaults where the server has none"
-                )
+        self._check(profile)
+        seat = self._named(scope)
         version = profile.version
-        if version not in self.wanted():
-            imports = [v for v in self.candidates if v not in self._proposed]
-            if len(imports) >= IMPORTS_TESTED:
-                self._decided("drop", imports[0], "a newer import takes its place", self._evidence(imports[0]))
-                self._retire(imports[0])
-            self._test(profile)
-            self._save("put_profile", StoredProfile(version, profile.to_bytes(), self._created[version]))
-            self._decided("import", version, "imported by the operator", {})
+        if version in (self._probe, self.forced, seat.selected) or any(
+            (c.version, c.scope) == (version, scope) for c in self._trials.line
+        ):
+            return version
+        self._decided("import", "operator", version, scope, "imported by the operator", {})
+        self._test(profile, scope, IMPORT)
+        self._save("put_profile", StoredProfile(version, profile.to_bytes(), self._created[version]))
         return version
 
     def force(self, profile: CalibrationProfile) -> None:
@@ -365,18 +570,21 @@ class Steering:
         self.forced = profile.version
 
     def restore(
-        self, stored: Iterable[StoredProfile], selected: str | None, mode: str | None, events: list[dict[str, Any]]
+        self, stored: Iterable[StoredProfile], states: Mapping[str, str | None], events: list[dict[str, Any]]
     ) -> None:
         """Take up what an earlier run kept: what served serves again, and goes on being judged.
 
-        stored, events: newest first. selected, mode: the states of those names.
+        stored, events: newest first. states: by name, those of `STATES`.
         """
         self._events.extend(reversed(events))
-        before, _, chosen = (mode or "").partition(" ")
+        before, _, chosen = (states.get("mode") or "").partition(" ")
         if before == self._settings.mode and chosen in {"off", "observe", "auto"}:
             self.mode = chosen
+        self._trials.resume({role: _whole(states.get(f"tests.{role}")) for role in guard.Role})
+        kept = _decode(states.get("serving"))
+        selected = {version for version, _ in kept.selected.values()}
         for n, item in enumerate(stored):
-            if item.version != selected and n >= PROFILES_HELD:
+            if item.version not in selected and n >= PROFILES_HELD:
                 self._save("delete_profile", item.version)
                 continue
             try:
@@ -387,29 +595,90 @@ class Steering:
             self._profiles[item.version] = profile
             self._profiles.move_to_end(item.version, last=False)
             self._created[item.version] = item.created
-            if item.version == selected:
-                self.selected = item.version
-                self._watch_serving(item.version)
+        for scope, (version, window) in kept.selected.items():
+            seat = self._seat(scope) if scope == ALL or kept.scope == self._settings.scope else None
+            room = scope == ALL or len(self._apart()) < SCOPES_APART
+            if seat is not None and version in self._profiles and room:
+                seat.selected, seat.window = version, max(1, window)
+                self._trials.serve(version, scope, seat.window)
+        self.pinned = kept.pinned and self.selected is not None
+
+    def _override(self, decision: str, version: str, scope: str) -> None:
+        self._checked(version)
+        tested = next((c for c in self._trials.tested if (c.version, c.scope) == (version, scope)), None)
+        evidence = evidence_of(self._trials.of_candidate(tested)) if tested else {}
+        said = "promoted" if decision == "promote" else "pinned"
+        self._decided(decision, "operator", version, scope, f"{said} by the operator", evidence)
+        self._serve(version, scope, guard.DEFAULT_WINDOW)
+
+    def _checked(self, version: str) -> CalibrationProfile:
+        """One that may serve; HemostatError says why not."""
+        profile = self.held(version)
+        if profile is None or version == self._probe:
+            raise HemostatError(f"there is no profile {version}; hemostat profile list shows them")
+        self._check(profile)
+        return profile
+
+    def _check(self, profile: CalibrationProfile) -> None:
+        """InvalidProfileError where it does not fit the model, or cannot be applied."""
+        if self.known is not None:
+            model, vocab_size = self.known
+            if profile.vocab_size != vocab_size:
+                raise InvalidProfileError(
+                    f"profile is for a vocabulary of {profile.vocab_size} ids, the model has {vocab_size}"
+                )
+            if profile.model not in {"", model}:
+                raise InvalidProfileError(f"profile is for the model {profile.model}, not for {model}")
+        if self._settings.apply != "request":
+            return
+        if profile.family != TEMPERATURE_BIAS:
+            raise InvalidProfileError(
+                f"calibration.apply: request cannot carry a profile of the family {profile.family}"
+            )
+        beta = float(profile.parameters["inverse_temperature"])
+        if beta != 1.0 and not self._tempered:
+            raise InvalidProfileError(
+                f"profile has the temperature {1.0 / beta:.3g}, which would replace the server's own default: "
+                "import one with 1, or set upstream.openai_sampling_defaults where the server has none"
+            )
+
+    def _named(self, scope: str) -> _Seat:
+        """The scope that an operator names; HemostatError where there is none of that name."""
+        if scope not in self._seats:
+            kind = self._settings.scope
+            if kind == "pooled":
+                raise HemostatError(f"calibration.scope is pooled: there is no scope {scope[:80]!r}; leave it out")
+            seen = ", ".join(sorted(place for place in self._seats if place != ALL)) or "none yet"
+            raise HemostatError(f"no scored request was of the {kind} {scope[:80]!r}; seen: {seen}")
+        return self._seats[scope]
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        learner = self._learner
+        learner = self._seats[ALL].learner
         return {
             "mode": self.mode,
+            "pinned": self.pinned,
             "learned_requests": learner.requests if learner else 0,
             "learned_tokens": learner.tokens if learner else 0,
-            "candidates": [self._evidence(version) for version in self.candidates],
-            "selected": self._evidence(self.selected) if self.selected else None,
+            "candidates": [{**asdict(c), **evidence_of(self._trials.of_candidate(c))} for c in self._trials.tested],
+            "waiting": [asdict(c) for c in self._trials.waiting],
+            "selected": self._watched(ALL),
+            "scope": self._settings.scope,
+            "scopes": {scope: self._watched(scope) for scope in self._seats if scope != ALL},
             "forced": self.forced,
+            "tests_begun": {str(role): number for role, number in self._trials.tests.items()},
         }
 
-    def _evidence(self, version: str) -> dict[str, Any]:
-        return {"version": version, **evidence_of(guard.decide(self._guard, version))}
+    def _watched(self, scope: str) -> dict[str, Any] | None:
+        version = self._seats[scope].selected
+        return {"version": version, **evidence_of(self._trials.of_serving(scope))} if version else None
 
     def listing(self) -> dict[str, Any]:
         return {
             "serving": self.serving or IDENTITY,
+            "scoped": self.scoped,
+            "pinned": self.pinned,
             "profiles": [self.describe(version) for version in reversed(self._profiles)],
             "events": list(reversed(self._events)),
         }
@@ -418,25 +687,30 @@ class Steering:
         profile = self.held(version)
         if profile is None:
             return None
-        state = (
-            "forced"
-            if version == self.forced
-            else "selected"
-            if version == self.selected
-            else "candidate"
-            if version in self.candidates
-            else "retired"
-        )
         return {
             "version": version,
             "family": profile.family,
-            "state": state,
+            "state": self._state(version),
+            "scopes": [scope for scope, seat in self._seats.items() if seat.selected == version],
             "created": self._created[version],
             "clamp_nats": profile.clamp_nats,
+            "clamp_kl_nats": float(profile.parameters["kl_limit"]) if profile.family == CONTEXTUAL else None,
             "vocab_size": profile.vocab_size,
+            "bytes": weight(profile),
             "metadata": dict(profile.metadata),
             "evidence": [e for e in reversed(self._events) if e["version"] == version],
         }
+
+    def _state(self, version: str) -> str:
+        if version == self.forced:
+            return "forced"
+        if any(seat.selected == version for seat in self._seats.values()):
+            return "selected"
+        if version in self.candidates:
+            return "candidate"
+        if any(c.version == version for c in self._trials.line):
+            return "waiting"
+        return "probe" if version == self._probe else "retired"
 
     # --- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -444,21 +718,55 @@ class Steering:
         self._profiles[profile.version] = profile
         self._created.setdefault(profile.version, self._wall())
         self._profiles.move_to_end(profile.version)
-        keep = {*self.wanted(), profile.version}
+        keep = {profile.version, *self._in_use()}
+        total = sum(map(weight, self._profiles.values()))
         for version in [v for v in self._profiles if v not in keep]:
-            if len(self._profiles) > PROFILES_HELD:
+            if len(self._profiles) > PROFILES_HELD or total > BYTES_HELD:
+                total -= weight(self._profiles[version])
                 self._forget(version)
                 self._save("delete_profile", version)
 
-    def _retire(self, version: str) -> None:
-        """Test it no more."""
-        self.candidates = [v for v in self.candidates if v != version]
-        self._guard = guard.leave(self._guard, version)
+    def _in_use(self) -> set[str | None]:
+        """Versions that serve, are tested or wait to be, and the probe."""
+        line = {candidate.version for candidate in self._trials.line}
+        return {self.forced, self._probe} | {seat.selected for seat in self._seats.values()} | line
 
     def _forget(self, version: str) -> None:
-        self._retire(version)
+        self._trials.remove(lambda c: c.version == version)
+        if version == self._probe:
+            self._probe = None
         self._profiles.pop(version, None)
         self._created.pop(version, None)
+
+
+_WHY = {
+    guard.Reason.HARM: "held-out requests speak against it",
+    guard.Reason.UNSUPPORTED: "its gain is no longer supported: not proven anew within the window",
+}
+_VACUOUS = 0.999
+"""An interval of the gain that is this part of the widest one says nothing."""
+
+
+def _encode(kept: _Kept) -> str:
+    return msgspec.json.encode(kept).decode()
+
+
+def _decode(text: str | None) -> _Kept:
+    try:
+        return msgspec.json.decode(text or "", type=_Kept)
+    except msgspec.DecodeError as error:
+        if text:
+            log.error("what served before cannot be read, identity serves: %s", error)
+        return _Kept("pooled", False, {})
+
+
+def _whole(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 0
+
+
+def weight(profile: CalibrationProfile) -> int:
+    """Bytes of its parameters."""
+    return sum(array.nbytes for array in profile.parameters.values())
 
 
 def width(profile: CalibrationProfile) -> float:

@@ -47,7 +47,8 @@ class Store(Protocol):
     def profiles(self) -> list[StoredProfile]:
         """Newest first."""
 
-    def delete_profile(self, version: str) -> None: ...
+    def delete_profile(self, version: str) -> None:
+        """Nothing happens while a state names it: it serves, here or in another middleware with the same store."""
 
     def append_event(self, event: dict[str, Any]) -> None: ...
 
@@ -55,6 +56,9 @@ class Store(Protocol):
         """Newest first."""
 
     def set_state(self, key: str, value: str | None) -> None: ...
+
+    def raise_state(self, key: str, value: int) -> None:
+        """Set to `value` a number that only grows: a larger one, of another middleware with the same store, stays."""
 
     def get_state(self, key: str) -> str | None: ...
 
@@ -79,7 +83,8 @@ class MemoryStore:
         return sorted(self._profiles.values(), key=lambda p: p.created, reverse=True)
 
     def delete_profile(self, version: str) -> None:
-        self._profiles.pop(version, None)
+        if not any(version in value for value in self._state.values()):
+            self._profiles.pop(version, None)
 
     def append_event(self, event: dict[str, Any]) -> None:
         self._events.append(event)
@@ -92,6 +97,9 @@ class MemoryStore:
             self._state.pop(key, None)
         else:
             self._state[key] = value
+
+    def raise_state(self, key: str, value: int) -> None:
+        self._state[key] = str(max(value, int(self._state.get(key, 0))))
 
     def get_state(self, key: str) -> str | None:
         return self._state.get(key)
@@ -146,7 +154,11 @@ class SqliteStore:
         return [StoredProfile(*row) for row in self._run(lambda c: c.execute(query).fetchall())]
 
     def delete_profile(self, version: str) -> None:
-        self._run(lambda c: c.execute("DELETE FROM profiles WHERE version = ?", (version,)))
+        query = (
+            "DELETE FROM profiles WHERE version = ? "
+            "AND NOT EXISTS (SELECT 1 FROM state WHERE instr(value, profiles.version) > 0)"
+        )
+        self._run(lambda c: c.execute(query, (version,)))
 
     def append_event(self, event: dict[str, Any]) -> None:
         def work(c: sqlite3.Connection) -> None:
@@ -164,6 +176,13 @@ class SqliteStore:
             self._run(lambda c: c.execute("DELETE FROM state WHERE key = ?", (key,)))
         else:
             self._run(lambda c: c.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, value)))
+
+    def raise_state(self, key: str, value: int) -> None:
+        query = (
+            "INSERT INTO state VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET "
+            "value = CAST(MAX(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER)) AS TEXT)"
+        )
+        self._run(lambda c: c.execute(query, (key, str(value))))
 
     def get_state(self, key: str) -> str | None:
         row = self._run(lambda c: c.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone())

@@ -111,8 +111,7 @@ async def test_bodies_are_bounded_and_unread_without_the_token(
 async def test_the_mode_is_switched_at_once_and_relays_are_told(one: Control, client: httpx.AsyncClient) -> None:
     one.steering.know("m", 30)
     version = one.steering.add(profile())
-    one.steering.selected = version
-    one.steering._watch_serving(version)
+    one.steering.promote(version)
     told: list[Policy] = []
     one.link.set_policy = told.append  # type: ignore[method-assign]
     for mode, serving in (("auto", version), ("off", None), ("observe", None)):
@@ -150,8 +149,7 @@ async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, 
     nothing = await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)
     assert nothing.status_code == 400
     assert "identity serves" in detail(nothing)
-    one.steering.selected = version
-    one.steering._watch_serving(version)
+    one.steering.promote(version)
     listing = (await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)).json()
     assert listing["serving"] == "identity"
     assert listing["events"][0]["decision"] == "roll_back"

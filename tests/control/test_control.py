@@ -71,8 +71,7 @@ async def test_two_models_that_fit_are_scored(
         await until(lambda: one.reference_state == "ready")
         assert told[-1].scoring
         assert one.served == {"fake"}
-        assert one.steering._learner is not None
-        assert (one.steering._learner.model, one.steering._learner.vocab_size) == ("fake", VOCAB)
+        assert one.steering.known == ("fake", VOCAB)
 
 
 async def test_an_upstream_that_gives_fewer_logprobs_is_a_mismatch_that_says_what_to_set(
@@ -144,7 +143,7 @@ async def test_another_model_behind_the_same_address_is_matched_anew(
     async with watched(tmp_path, pair(url, reference[1])) as (one, _):
         await until(lambda: one.reference_state == "ready")
         fake.model = "another"
-        await until(lambda: one.steering._learner is not None and one.steering._learner.model == "another")
+        await until(lambda: one.steering.known is not None and one.steering.known[0] == "another")
         assert one.served == {"another"}
 
 
@@ -200,11 +199,11 @@ async def test_a_store_that_refuses_is_counted_and_nothing_else(tmp_path: Path) 
         await until(lambda: len(one.store.events(9)) == len(one.store.profiles()) == 1)
         path.write_bytes(b"no database " * 1000)
         one.steering.add(profile(1))
-        await until(lambda: one.store_failures == 2)
+        await until(lambda: one.store_failures == 3)
         path.unlink()
         one.steering.set_mode("auto")
         await until(lambda: one.store.get_state("mode") == "observe auto")
-        assert one.store_failures == 2
+        assert one.store_failures == 3
         assert len(one.steering.listing()["profiles"]) == 2
 
 

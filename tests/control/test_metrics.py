@@ -74,8 +74,7 @@ async def test_names_and_labels_are_those_of_the_contract(tmp_path: Path) -> Non
         writer = await relay(one, tmp_path, 1, stats())
         one.steering.know("m", 30)
         version = one.steering.add(profile())
-        one.steering.selected = version
-        one.steering._watch_serving(version)
+        one.steering.promote(version)
         one._scored(*scored(arm="treated"))
         families = scrape(one)
         series = {name: set(dict(labels)) - {"le"} for name, labels in samples(families)}

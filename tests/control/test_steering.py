@@ -17,14 +17,16 @@ from tests.core.test_calibrator import V, World
 from hemostat.config import Calibration
 from hemostat.steering import (
     EVENTS_HELD,
-    IMPORTS_TESTED,
+    LINE_AT_MOST,
     LOGIT_BIAS_AT_MOST,
     PROFILES_HELD,
+    STATES,
     Steering,
     as_request,
     width,
 )
 from hemostat.store import MemoryStore, StoredProfile
+from hemostat.trials import TESTED_AT_ONCE
 from hemostat_calibration import guard
 from hemostat_calibration.calibrator import TemperatureBias
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
@@ -59,8 +61,8 @@ class Bench:
     def restart(self, **calibration: Any) -> Bench:
         """Another process with the same store; the models are not known yet."""
         bench = Bench(self.store, known=False, **calibration)
-        state = self.store.get_state
-        bench.steering.restore(self.store.profiles(), state("selected"), state("mode"), self.store.events(EVENTS_HELD))
+        states = {name: self.store.get_state(name) for name in STATES}
+        bench.steering.restore(self.store.profiles(), states, self.store.events(EVENTS_HELD))
         return bench
 
     def record(self, truth: Truth, key: bytes) -> TokenRecord:
@@ -135,7 +137,7 @@ def test_a_helpful_candidate_is_promoted_with_its_evidence_and_kept() -> None:
     assert 0 < evidence["lower"] < evidence["mean_gain"]
     assert evidence["requests"] >= 5
     assert json.loads(json.dumps(event, allow_nan=False)) == event
-    assert bench.store.get_state("selected") == version
+    assert version in (bench.store.get_state("serving") or "")
     kept = bench.store.get_profile(version)
     assert kept is not None
     assert CalibrationProfile.from_bytes(kept.data, version).version == version
@@ -176,7 +178,7 @@ def test_what_turns_harmful_is_rolled_back() -> None:
     assert event["version"] == version
     assert event["evidence"]["upper"] < 0
     assert bench.steering.rollbacks == 1
-    assert bench.store.get_state("selected") is None
+    assert bench.restart().steering.selected is None
 
 
 def test_bounds_alone_promote_nothing() -> None:
@@ -199,10 +201,9 @@ def test_no_record_breaks_the_guards_range(data: st.DataObject) -> None:
     candidate, serving = data.draw(profiles(vocabulary)), data.draw(profiles(vocabulary))
     bench = Bench(known=False, clamp_nats=2.0)
     bench.steering.know(MODEL, vocabulary)
-    bench.steering._hold(serving)
-    bench.steering.selected = serving.version
-    bench.steering._watch_serving(serving.version)
-    bench.steering.add(candidate)
+    bench.steering.add(replace(serving, model=MODEL))
+    bench.steering.promote(bench.steering.candidates[0])
+    bench.steering.add(replace(candidate, model=MODEL))
     whole = bench.record(truth, JUDGED[0])
     known = data.draw(st.booleans())
     k = data.draw(st.integers(1, vocabulary))
@@ -248,7 +249,7 @@ def test_a_restart_takes_up_what_served_and_goes_on_judging_it() -> None:
     again.feed(BIASED, JUDGED[:3])
     assert again.steering.status()["selected"]["requests"] == 3
     again.steering.rollback("asked for")
-    assert bench.store.get_state("selected") is None
+    assert bench.restart().steering.selected is None
 
 
 @pytest.mark.parametrize(("model", "vocabulary"), [("another", V), (MODEL, V + 1)])
@@ -331,16 +332,17 @@ def test_a_forced_profile_goes_everywhere_and_nothing_is_learned_meanwhile() -> 
 
 def test_everything_held_is_bounded() -> None:
     bench = Bench()
-    for seed in range(PROFILES_HELD + 2 * IMPORTS_TESTED):
+    for seed in range(PROFILES_HELD + 2 * LINE_AT_MOST):
         bench.steering.add(harmful(seed=seed))
         bench.time += 1.0
-    assert len(bench.steering.candidates) == IMPORTS_TESTED
+    assert len(bench.steering.candidates) == TESTED_AT_ONCE
+    assert len(bench.steering.status()["waiting"]) == LINE_AT_MOST - TESTED_AT_ONCE
     assert len(bench.steering.listing()["profiles"]) == PROFILES_HELD
     assert len(bench.store.profiles()) == PROFILES_HELD
     for n in range(2 * EVENTS_HELD):
         bench.steering.set_mode("off" if n % 2 else "auto")
     assert len(bench.steering.listing()["events"]) == EVENTS_HELD
-    assert len(bench.steering._guard.watches) == IMPORTS_TESTED
+    assert len(bench.steering._trials._guard.watches) == TESTED_AT_ONCE
 
 
 def test_a_store_that_grew_too_large_is_cut_on_restart() -> None:
@@ -349,10 +351,11 @@ def test_a_store_that_grew_too_large_is_cut_on_restart() -> None:
         profile = harmful(seed=seed)
         bench.store.put_profile(StoredProfile(profile.version, profile.to_bytes(), float(seed)))
     oldest = bench.store.profiles()[-1].version
-    bench.store.set_state("selected", oldest)
+    bench.store.set_state("serving", f'{{"scope": "pooled", "pinned": false, "selected": {{"": ["{oldest}", 300]}}}}')
     again = bench.restart()
     again.steering.know(MODEL, V)
     assert again.steering.serving == oldest
+    assert again.steering.status()["selected"]["window"] == 300
     assert len(bench.store.profiles()) == PROFILES_HELD + 1
 
 
@@ -375,7 +378,7 @@ def test_records_of_another_vocabulary_are_passed_over() -> None:
     bench = Bench()
     record = make_record(Truth(*(log_softmax(np.zeros((3, 9))),) * 2, np.zeros(3, int)), 4, key=LEARNED[0])
     bench.steering.observe(record)
-    assert bench.steering._batch == []
+    assert bench.steering._seats[""].batch == []
 
 
 @pytest.mark.parametrize("tempered", [False, True])
@@ -398,7 +401,7 @@ def test_for_requests_only_what_a_request_can_carry_is_tested(tempered: bool) ->
     for profile in candidates:
         assert profile is not None
         assert 0 < np.count_nonzero(profile.parameters["bias"]) <= LOGIT_BIAS_AT_MOST
-    bench.steering.selected = bench.steering.candidates[0]
+    bench.steering.promote(bench.steering.candidates[0])
     sent = bench.steering.request_parameters()
     assert bench.steering.request_parameters() is sent, "not computed again for every policy"
     assert len(sent["request_logit_bias"]) <= LOGIT_BIAS_AT_MOST
