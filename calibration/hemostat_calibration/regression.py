@@ -109,6 +109,14 @@ def choose(
     return LowRank(up=up, read=read @ s, penalty=penalty, gain=mean, error=error)
 
 
+def fitted(moments: Moments, metric: Floats, penalty: float, rank: int) -> LowRank:
+    """The map of that penalty and rank; its gain is not known (NaN)."""
+    s = standardiser(moments)
+    root = np.asarray(np.linalg.cholesky(metric), dtype=np.float64)
+    up, read = _Fit(_standardised(moments, s), np.zeros_like(moments.xy), root).low_rank(penalty, rank)
+    return LowRank(up=up, read=read @ s, penalty=penalty, gain=math.nan, error=math.nan)
+
+
 def full(moments: Moments, penalty: float) -> Floats:
     """Bᵀ, [A + 1, d], of every rank; penalty: λ / weight."""
     s = standardiser(moments)
