@@ -76,6 +76,8 @@ class TokenDivergence:
     become likelier than all of them; it is not counted.)"""
     delta_log_likelihood: Floats
     """log c(x) − log r(x) of the emitted token x; NaN after a profile whose normalizer is unknown."""
+    delta_p: Floats
+    """Δp = c(x) − r(x) of the emitted token x, −1 to 1 (llama.cpp's sign: what the compressed model adds); NaN likewise."""
     entropy_reference: Floats
     """H(r): exact when the record holds it, else the entropy of r's own list plus one bucket, a lower bound."""
     entropy_compressed: Floats
@@ -127,6 +129,7 @@ def divergence(record: TokenRecord, served: CalibrationProfile | None = None, fl
         covered_compressed=np.minimum(view.c.sum(axis=1), 1.0),
         top1_agreement=record.compressed.ids[:, 0] == record.reference.ids[:, 0],
         delta_log_likelihood=record.compressed_emitted - record.reference_emitted,
+        delta_p=_delta_p(record, record.compressed_emitted),
         entropy_reference=_reference_entropy(record),
         entropy_compressed=_entropy(view.log_candidates),
         estimate_rc=estimate_rc,
@@ -212,6 +215,7 @@ def calibrated(
         covered_compressed=where_shifted(np.minimum(total * np.exp(-high), 1.0)),
         top1_agreement=agrees & shifted,
         delta_log_likelihood=where_shifted(emitted - record.reference_emitted),
+        delta_p=where_shifted(_delta_p(record, emitted)),
         entropy_reference=_reference_entropy(record),
         entropy_compressed=where_shifted(entropy),
         estimate_rc=where_shifted(estimate_rc),
@@ -283,6 +287,10 @@ def _entropy(logprobs: Floats) -> Floats:
     with np.errstate(invalid="ignore"):
         entropy: Floats = -np.where(p > 0.0, p * logprobs, 0.0).sum(axis=1) - xlogy(outside, outside)
     return np.maximum(entropy, 0.0)
+
+
+def _delta_p(record: TokenRecord, emitted: Floats) -> Floats:
+    return np.clip(np.exp(emitted) - np.exp(record.reference_emitted), -1.0, 1.0)
 
 
 def _reference_entropy(record: TokenRecord) -> Floats:

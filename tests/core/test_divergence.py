@@ -58,6 +58,7 @@ def test_never_above_the_truth(truth, k, reference_k):
     np.testing.assert_array_equal(figures.top1_agreement, truth.compressed.argmax(-1) == truth.reference.argmax(-1))
     at = np.arange(len(truth.emitted)), truth.emitted
     np.testing.assert_allclose(figures.delta_log_likelihood, truth.compressed[at] - truth.reference[at])
+    np.testing.assert_allclose(figures.delta_p, np.exp(truth.compressed[at]) - np.exp(truth.reference[at]))
     entropy = -(np.exp(truth.reference) * truth.reference).sum(-1)
     assert (figures.entropy_reference <= entropy + ROUNDING).all()
     if reference_k is None:
