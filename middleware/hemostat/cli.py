@@ -143,10 +143,23 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     export = action("export", "write one to a file", _profile_export)
     export.add_argument("version", metavar="VERSION")
     export.add_argument("file", type=Path, metavar="FILE")
-    action("import", "put one from a file into the store", _profile_import).add_argument(
-        "file", type=Path, metavar="FILE"
+    scope_of = "label, route or model whose requests it is for (calibration.scope)"
+    imported = action("import", "put one from a file to the test", _profile_import)
+    imported.add_argument("file", type=Path, metavar="FILE")
+    imported.add_argument("--scope", metavar="NAME", default="", help=scope_of)
+    promote = action(
+        "promote", "let one serve without the guard's word; it is watched like any other", _profile_promote
     )
-    action("rollback", "go back to what served before", _profile_rollback)
+    promote.add_argument("version", metavar="VERSION")
+    promote.add_argument("--scope", metavar="NAME", default="", help=scope_of)
+    promote.add_argument("--yes", action="store_true", help="do not ask")
+    pin = action("pin", "let one serve all requests, whatever the guard says, until --off", _profile_pin)
+    which = pin.add_mutually_exclusive_group(required=True)
+    which.add_argument("version", metavar="VERSION", nargs="?")
+    which.add_argument("--off", action="store_true", help="unpin: what is pinned goes on serving, and is judged again")
+    pin.add_argument("--yes", action="store_true", help="do not ask")
+    rollback = action("rollback", "serve identity until another profile is promoted", _profile_rollback)
+    rollback.add_argument("--scope", metavar="NAME", help="of this label, route or model alone")
     action("mode", "switch calibration", _profile_mode).add_argument("mode", choices=MODES)
 
 
@@ -241,13 +254,41 @@ def _profile_import(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"{options.file}: cannot be read ({error.strerror})") from None
     CalibrationProfile.from_bytes(data)  # a file that is no profile is refused before it travels
-    print(_admin(options, "POST", "/api/v1/profiles", content=data).json()["version"])  # noqa: T201
+    scope = {"params": {"scope": options.scope}} if options.scope else {}
+    answer = _admin(options, "POST", "/api/v1/profiles", content=data, **scope)
+    print(answer.json()["version"])  # noqa: T201
+    return 0
+
+
+def _profile_promote(options: argparse.Namespace) -> int:
+    version = _version(options.version)
+    _confirm(options, f"Let {version} serve before the guard has spoken for it?")
+    body = {"version": version, "scope": options.scope}
+    _print_json(_admin(options, "POST", "/api/v1/profiles/promote", json=body).json())
+    return 0
+
+
+def _profile_pin(options: argparse.Namespace) -> int:
+    version = None if options.off else _version(options.version)
+    if version is not None:
+        _confirm(options, f"Let {version} serve all requests, whatever is measured, until it is unpinned?")
+    _print_json(_admin(options, "POST", "/api/v1/profiles/pin", json={"version": version}).json())
     return 0
 
 
 def _profile_rollback(options: argparse.Namespace) -> int:
-    _print_json(_admin(options, "POST", "/api/v1/profiles/rollback").json())
+    _print_json(_admin(options, "POST", "/api/v1/profiles/rollback", json={"scope": options.scope}).json())
     return 0
+
+
+def _confirm(options: argparse.Namespace, question: str) -> None:
+    """UsageError unless the user, or --yes, says so."""
+    if options.yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("nobody is there to confirm it: give --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
+        raise UsageError("nothing was changed")
 
 
 def _profile_mode(options: argparse.Namespace) -> int:

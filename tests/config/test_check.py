@@ -247,14 +247,26 @@ def test_profile_commands(
     assert cli.main(["profile", "export", version, str(file)]) == 0
     assert file.read_bytes() == admin.stored
     assert cli.main(["profile", "import", str(file)]) == 0
+    assert cli.main(["profile", "import", str(file), "--scope", "batch"]) == 0
+    assert cli.main(["profile", "promote", version, "--yes"]) == 0
+    assert cli.main(["profile", "promote", version, "--yes", "--scope", "batch"]) == 0
+    assert cli.main(["profile", "pin", version, "--yes"]) == 0
+    assert cli.main(["profile", "pin", "--off"]) == 0
     assert cli.main(["profile", "rollback", "--token", "t"]) == 0
+    assert cli.main(["profile", "rollback", "--scope", "batch"]) == 0
     assert cli.main(["profile", "mode", "off"]) == 0
     assert [(call, body) for call, _, body in admin.calls[1:]] == [
         ("GET /api/v1/profiles", b""),
         (f"GET /api/v1/profiles/{version}", b""),
         (f"GET /api/v1/engine/profiles/{version}", b""),
         ("POST /api/v1/profiles", admin.stored),
-        ("POST /api/v1/profiles/rollback", b""),
+        ("POST /api/v1/profiles?scope=batch", admin.stored),
+        ("POST /api/v1/profiles/promote", f'{{"version":"{version}","scope":""}}'.encode()),
+        ("POST /api/v1/profiles/promote", f'{{"version":"{version}","scope":"batch"}}'.encode()),
+        ("POST /api/v1/profiles/pin", f'{{"version":"{version}"}}'.encode()),
+        ("POST /api/v1/profiles/pin", b'{"version":null}'),
+        ("POST /api/v1/profiles/rollback", b'{"scope":null}'),
+        ("POST /api/v1/profiles/rollback", b'{"scope":"batch"}'),
         ("POST /api/v1/calibration", b'{"mode":"off"}'),
     ]
     assert {token for _, token, _ in admin.calls[1:]} == {"Bearer t"}
@@ -265,7 +277,23 @@ def test_profile_commands(
     file.write_bytes(b"junk")
     calls = len(admin.calls)
     assert cli.main(["profile", "import", str(file)]) == 2  # refused here, not sent
+    for command in (["promote", version], ["pin", version], ["pin"], ["pin", version, "--off"], ["promote", "latest"]):
+        capsys.readouterr()
+        assert cli.main(["profile", *command]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     assert len(admin.calls) == calls
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("", 2), ("no", 2)])
+def test_an_override_is_confirmed(
+    admin: type[Admin], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str, code: int
+) -> None:
+    monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", "t")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    assert cli.main(["profile", "promote", "0" * 32]) == code
+    assert len(admin.calls) == (code == 0)
+    assert ("nothing was changed" in capsys.readouterr().err) == (code == 2)
 
 
 @pytest.mark.vllm
