@@ -1,6 +1,7 @@
 """What every streaming estimator must do: equal its batch oracle, merge in any order, leave its inputs alone."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hemostat_calibration import sequential
+from hemostat_calibration import confidence, sequential
+from hemostat_calibration.confidence import ClippedMean, Proportion
 from hemostat_calibration.streaming import Histogram, RatioEstimate, student_975
 
 EDGES = (0.0, 0.1, 0.5, 2.0)
@@ -59,7 +61,65 @@ def capital_batch(observations):
     return [state.grid[refuted].max() if refuted.any() else -1.0, x.mean()]
 
 
+def clipped_batch(observations):
+    """The ends from the inequality that defines them, solved by numpy."""
+    values = [np.minimum(v[~np.isnan(v)], 1.0) for v in observations]
+    n = np.array([len(v) for v in values if len(v)], float)
+    x = np.array([v.sum() for v in values if len(v)])
+    clipped = sum((v > 1.0).sum() for v in observations)
+    if not len(x):
+        return [np.nan, 0.0, 1.0, np.nan]
+    residual = x - x.sum() / n.sum() * n
+    skew = (residual**3).sum() / ((residual**2).sum() or 1.0) ** 1.5
+    ends = []
+    for sign in (-1, 1):
+        kappa = float(confidence._kappa(len(x), 0.05, max(sign * skew, 0.0)))
+        roots = np.roots([n.sum() ** 2 - kappa * n @ n, 2 * kappa * n @ residual, -kappa * residual @ residual])
+        open_ended = n.sum() ** 2 <= kappa * n @ n
+        ends.append(sign * np.inf if open_ended else (roots.max() if sign > 0 else roots.min()))
+    mean = x.sum() / n.sum()
+    return [mean, max(mean + ends[0], 0.0), min(mean + ends[1], 1.0), clipped / n.sum()]
+
+
+def interval_read(state, *more):
+    found = state.get()
+    return [found.mean, found.low, found.high, *more]
+
+
+def proportion_batch(observations):
+    """The ends by search on finer and finer grids."""
+    hits, misses = sum(observations), len(observations) - sum(observations)
+    log_beta = math.lgamma(hits + 0.5) + math.lgamma(misses + 0.5) - math.lgamma(hits + misses + 1) - math.log(math.pi)
+
+    def end(low, high, pick):
+        for _ in range(4):
+            p = np.linspace(low, high, 2001)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                evidence = log_beta - np.where(hits, hits * np.log(p), 0) - np.where(misses, misses * np.log1p(-p), 0)
+            at = pick(np.flatnonzero(evidence < math.log(20)))
+            low, high = p[max(at - 1, 0)], p[min(at + 1, 2000)]
+        return p[at]
+
+    return [hits / len(observations), end(0.0, 1.0, min), end(0.0, 1.0, max)]
+
+
 CASES = {
+    "clipped mean": Case(
+        lambda: ClippedMean(0.0, 1.0),
+        lambda rng: np.where(rng.random(5) < 0.1, np.nan, rng.exponential(0.3, size=5)),
+        lambda state, x: state.update(x),
+        lambda a, b: a.merge(b),
+        lambda state: interval_read(state, state.clipped_share),
+        clipped_batch,
+    ),
+    "proportion": Case(
+        Proportion,
+        lambda rng: bool(rng.random() < 0.3),
+        lambda state, x: state.update(x),
+        lambda a, b: a.merge(b),
+        interval_read,
+        proportion_batch,
+    ),
     "ratio": Case(
         RatioEstimate,
         lambda rng: (float(rng.normal(1e3, 2.0)), float(rng.integers(1, 50))),

@@ -1,0 +1,216 @@
+"""Tokens for `bench_alarm.py`: what vLLM decodes from one checkpoint, and what transformers says of them. Two steps.
+
+    collect.py decode  CHECKPOINT PART.npz --first 0 --requests 200 [--kv-cache fp8]
+    collect.py score   REFERENCE  PART.npz SCORED.npz
+
+Decoding is at temperature 1, in batches of several sizes, with a seed for each request, and keeps vLLM's own top-K.
+Scoring is by prefill, a request at a time, at full vocabulary. The seeds give the noise that vLLM's sampler on a CPU
+drew (Gumbel noise by SplitMix64 of a seed and the token's id), and with it the margin of Token-DiFR (arXiv 2511.20621,
+section 3): how far the emitted token's noisy logit is below the largest, under the reference. Clipping is for later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ |= {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_INT4_W4A8": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+TOP_K = 20
+BATCHES = (64, 16, 48, 8)
+"""Requests at once, in turn: with the batch, the shapes of the products and their rounding change."""
+LENGTHS = (32, 64, 96, 128)
+TEMPLATES = (
+    "Explain {} to a ten-year-old.",
+    "Write a short story about {}.",
+    "List five facts about {}.",
+    "What are the main arguments for and against {}?",
+    "Write an email to a colleague about {}.",
+    "Give me a step-by-step introduction to {}.",
+    "Summarize the history of {} in a few sentences.",
+    "Write a poem about {}.",
+    "What mistakes do beginners make with {}?",
+    "Compare {} with its nearest alternative.",
+    "Invent a dialogue between two friends about {}.",
+    "How would you teach {} in one hour?",
+)
+TOPICS = (
+    *("photosynthesis", "bicycle repair", "the French Revolution", "sourdough bread", "black holes", "chess openings"),
+    *("electric cars", "house cats", "compound interest", "the Roman Empire", "gardening", "jazz music", "volcanoes"),
+    *("public libraries", "remote work", "vaccines", "the stock market", "mountain climbing", "recycling", "poetry"),
+    *("binary search", "coffee", "the printing press", "coral reefs", "marathon running", "learning a language"),
+    *("solar panels", "origami", "the water cycle", "video games", "beekeeping", "time zones", "renting a flat"),
+    *("lighthouses", "statistics", "woodworking", "the periodic table", "city planning", "dinosaurs", "tea"),
+)
+
+
+def prompts() -> list[str]:
+    """Every template with every topic, in an order that mixes both."""
+    pairs = list(itertools.product(TEMPLATES, TOPICS))
+    order = np.random.default_rng(0).permutation(len(pairs))
+    return [pairs[n][0].format(pairs[n][1]) for n in order]
+
+
+def decode(checkpoint: Path, part: Path, first: int, requests: int, kv_cache: str) -> None:
+    """Requests first … first + requests − 1 of an endless list; the prompt of request n is number n modulo all."""
+    from vllm import LLM, SamplingParams
+
+    texts = prompts()
+    engine = LLM(
+        model=str(checkpoint),
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=max(BATCHES),
+        max_logprobs=TOP_K,
+        kv_cache_dtype=kv_cache,
+        enable_prefix_caching=False,
+        seed=0,
+        disable_log_stats=True,
+    )
+    tokenizer = engine.get_tokenizer()
+    plan: list[tuple[int, list[int], Any]] = []
+    for n in range(first, first + requests):
+        messages = [{"role": "user", "content": texts[n % len(texts)]}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        most = int(np.random.default_rng(n).choice(LENGTHS))
+        plan.append((n, ids, SamplingParams(temperature=1.0, seed=n, max_tokens=most, logprobs=TOP_K)))
+    columns: dict[str, list[Any]] = {name: [] for name in ("number", "prompt", "output", "ids", "logprobs", "emitted")}
+    began = time.monotonic()
+    at = 0
+    for size in itertools.cycle(BATCHES):
+        batch, at = plan[at : at + size], at + size
+        if not batch:
+            break
+        answers = engine.generate(
+            [{"prompt_token_ids": ids} for _, ids, _ in batch], [p for _, _, p in batch], use_tqdm=False
+        )
+        for (n, ids, _), answer in zip(batch, answers, strict=True):
+            output = list(answer.outputs[0].token_ids)
+            columns["number"].append(n)
+            columns["prompt"].append(np.array(ids, np.int32))
+            columns["output"].append(np.array(output, np.int32))
+            for token, row in zip(output, answer.outputs[0].logprobs, strict=True):
+                best = sorted(row.items(), key=lambda item: -item[1].logprob)
+                best += [(-1, None)] * (TOP_K + 1 - len(best))
+                columns["ids"].append([token_id for token_id, _ in best])
+                columns["logprobs"].append([value.logprob if value else -np.inf for _, value in best])
+                columns["emitted"].append(row[token].logprob)
+        done = sum(len(output) for output in columns["output"])
+        _say(
+            f"{part.stem}: {len(columns['number'])}/{requests} requests, {done / (time.monotonic() - began):.0f} tok/s"
+        )
+    _write(
+        part,
+        number=np.array(columns["number"]),
+        prompt_lengths=np.array([len(ids) for ids in columns["prompt"]]),
+        lengths=np.array([len(ids) for ids in columns["output"]]),
+        prompt=np.concatenate(columns["prompt"]),
+        output=np.concatenate(columns["output"]),
+        ids=np.array(columns["ids"], np.int32),
+        logprobs=np.array(columns["logprobs"], np.float32),
+        emitted=np.array(columns["emitted"], np.float32),
+    )
+
+
+def score(reference: Path, part: Path, scored: Path) -> None:
+    """Adds what the reference says: at the candidates, of the emitted token, its own top-K, and the margin."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", local_files_only=True).eval()
+    given = dict(np.load(part))
+    columns: dict[str, list[Any]] = {name: [] for name in ("at", "r_emitted", "r_ids", "r_logprobs", "margin")}
+    began = time.monotonic()
+    prompt_at = output_at = 0
+    for done, (number, prompt_length, length) in enumerate(
+        zip(given["number"], given["prompt_lengths"], given["lengths"], strict=True), 1
+    ):
+        prompt = given["prompt"][prompt_at : prompt_at + prompt_length]
+        rows = slice(output_at, output_at + length)
+        prompt_at, output_at = prompt_at + prompt_length, output_at + length
+        output = torch.from_numpy(given["output"][rows].astype(np.int64))
+        ids = torch.from_numpy(given["ids"][rows].astype(np.int64))
+        sequence = torch.cat([torch.from_numpy(prompt.astype(np.int64)), output[:-1]])
+        with torch.inference_mode():
+            logits = model(input_ids=sequence[None], use_cache=False, logits_to_keep=int(length)).logits[0].float()
+            logprobs = torch.log_softmax(logits, dim=-1)
+            noisy = logprobs + _gumbel(int(number), int(length), logits.shape[1])
+            best = logprobs.topk(TOP_K, dim=-1)
+            columns["at"].append(logprobs.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, torch.nan).numpy())
+            columns["r_emitted"].append(logprobs.gather(1, output[:, None])[:, 0].numpy())
+            columns["r_ids"].append(best.indices.int().numpy())
+            columns["r_logprobs"].append(best.values.numpy())
+            columns["margin"].append((noisy.amax(1) - noisy.gather(1, output[:, None])[:, 0]).float().numpy())
+        if done % 50 == 0:
+            speed = output_at / (time.monotonic() - began)
+            _say(f"{part.stem}: {done}/{len(given['number'])} requests scored, {speed:.0f} tokens/s")
+    _write(scored, **given, **{name: np.concatenate(values) for name, values in columns.items()})
+
+
+def _gumbel(seed: int, tokens: int, vocab_size: int) -> Any:
+    """The noise of the sampler of vLLM's CPU build for a request with this seed, float64 [T, V]."""
+    import torch
+
+    def mix(z: Any) -> Any:
+        z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
+        z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
+        return z ^ (z >> 31 & 0x1FFFFFFFF)
+
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.cat([torch.randint(0, 2**31, (1,), generator=generator) for _ in range(tokens)])
+    steps = torch.arange(1, vocab_size + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    bits = mix(mix(seeds)[:, None] + steps) >> 11 & 0x1FFFFFFFFFFFFF
+    return -torch.log(-torch.log((bits.double() + 0.5) * 2.0**-53))
+
+
+def _write(path: Path, **arrays: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    with scratch.open("wb") as file:
+        np.savez(file, **arrays)
+    scratch.rename(path)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(dest="step", required=True)
+    step = steps.add_parser("decode")
+    step.add_argument("checkpoint", type=Path)
+    step.add_argument("part", type=Path)
+    step.add_argument("--first", type=int, default=0)
+    step.add_argument("--requests", type=int, default=200)
+    step.add_argument("--kv-cache", default="auto")
+    step = steps.add_parser("score")
+    step.add_argument("reference", type=Path)
+    step.add_argument("part", type=Path)
+    step.add_argument("scored", type=Path)
+    given = parser.parse_args()
+    if given.step == "decode":
+        decode(given.checkpoint, given.part, given.first, given.requests, given.kv_cache)
+    else:
+        score(given.reference, given.part, given.scored)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Coverage over all looks at once, by simulation: streams of requests whose tokens are correlated."""
+
+import math
+
+import numpy as np
+import pytest
+
+from hemostat_calibration import confidence
+from hemostat_calibration.confidence import ClippedMean, MeanSequence, Proportion
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.streaming import RatioEstimate
+
+STREAMS = 1000
+NEEDED = 937  # of 1,000 at a nominal 95 %: what a binomial share of 0.95 reaches in all but 3 % of simulations
+REQUESTS = 1000
+CAP = 5.0
+
+
+def simulate(rng, streams, requests, *, tail=1.0, longer=0.0):
+    """Sums x and lengths n of requests, float64 [streams, requests]: tokens of a log-normal figure clipped at CAP.
+
+    A request has an effect of its own, and its tokens an autoregression on top; `longer` makes requests of a high
+    figure longer, `tail` widens the distribution.
+    """
+    effect = rng.standard_normal((streams, requests), np.float32)
+    n = 1 + rng.poisson(6.0 * np.exp(longer * effect))
+    n = np.minimum(n, 24)
+    x = np.zeros((streams, requests), np.float32)
+    noise = rng.standard_normal((streams, requests), np.float32)
+    for t in range(int(n.max())):
+        value = np.exp(tail * (0.6 * effect + 0.8 * noise) - 1.0)
+        x += np.where(t < n, np.minimum(value, CAP), 0.0)
+        noise = 0.7 * noise + math.sqrt(1 - 0.49) * rng.standard_normal(noise.shape, np.float32)
+    return x.astype(np.float64), n.astype(np.float64)
+
+
+def running(x, n):
+    """What `reach` wants after every request, along the last axis."""
+    t = np.arange(1, x.shape[-1] + 1)
+    mean_x, mean_n = x.cumsum(-1) / t, n.cumsum(-1) / t
+    xx = (x**2).cumsum(-1) - t * mean_x**2
+    xn = (x * n).cumsum(-1) - t * mean_x * mean_n
+    nn = (n**2).cumsum(-1) - t * mean_n**2
+    cubes = [power.cumsum(-1) for power in (x**3, x**2 * n, x * n**2, n**3)]
+    return t, mean_x, mean_n, xx, xn, nn, cubes
+
+
+CASES = {
+    "log-normal": {"tail": 1.0},
+    "heavy tail, clipped": {"tail": 1.8},
+    "long requests are the bad ones": {"tail": 1.0, "longer": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_interval_of_a_mean_covers_at_every_look(name):
+    rng = np.random.default_rng(1)
+    x, n = simulate(rng, 250, 20_000, **CASES[name])
+    truth = x.sum() / n.sum()
+    covered, narrow = 0, []
+    for _ in range(STREAMS // 250):
+        x, n = simulate(rng, 250, REQUESTS, **CASES[name])
+        t, mean_x, mean_n, xx, xn, nn, cubes = running(x, n)
+        ratio = mean_x / mean_n
+        below, above = confidence.reach(t, mean_x, mean_n, xx, xn, nn, cubes, 0.05)
+        covered += int(((ratio - below <= truth) & (truth <= ratio + above)).all(-1).sum())
+        residual = xx - 2 * ratio * xn + ratio**2 * nn
+        fixed = 2 * 1.962 * np.sqrt(residual * t / (t - 0.999)) / (t * mean_n)
+        narrow.append(((below + above) / fixed)[:, -1])
+    assert covered >= NEEDED
+    assert np.max(narrow) < 2.0
+
+
+def test_the_interval_of_a_difference_covers_at_every_look():
+    rng = np.random.default_rng(2)
+    x, n = simulate(rng, 500, 10_000)
+    truth = float(x.sum() / n.sum()) * (1.0 - 1.25)
+    looks = np.unique(np.geomspace(20, REQUESTS, 40).astype(int)) - 1
+    covered = wide = 0
+    for _ in range(STREAMS // 2):
+        a, b = (running(*simulate(rng, 1, REQUESTS)) for _ in range(2))
+        good = True
+        for at in looks:
+            first, second = (
+                MeanSequence(
+                    RatioEstimate(int(t[at]), *(float(moment[0, at]) * scale**power for moment, power in moments)),
+                    tuple(float(cube[0, at]) * scale**power for cube, power in zip(cubes, (3, 2, 1, 0), strict=True)),
+                )
+                for (t, *rest, cubes), scale in ((a, 1.0), (b, 1.25))
+                for moments in [list(zip(rest, (1, 0, 2, 1, 0), strict=True))]
+            )
+            found = confidence.difference(first, second)
+            good &= found.low <= truth <= found.high
+        covered += good
+        fixed = math.hypot(*((arm.moments.get().high - arm.moments.get().low) for arm in (first, second)))
+        wide = max(wide, (found.high - found.low) / fixed)
+    assert covered >= NEEDED / STREAMS * (STREAMS // 2)
+    assert wide < 2.0
+
+
+def test_one_look_would_not_do():
+    """The simulation catches an interval that is valid for one look only, and one whose unit is the token."""
+    rng = np.random.default_rng(1)
+    x, n = simulate(rng, 250, 5_000)
+    truth = x.sum() / n.sum()
+    x, n = simulate(rng, 250, REQUESTS)
+    t, mean_x, mean_n, xx, xn, nn, _ = running(x, n)
+    ratio = mean_x / mean_n
+    half = 1.96 * np.sqrt(np.maximum(xx - 2 * ratio * xn + ratio**2 * nn, 0.0)) / (t * mean_n)
+    assert ((np.abs(ratio - truth) <= half) | (t < 20)).all(-1).mean() < 0.85
+    variance = 0.28  # of one token
+    below, above = confidence.reach(n.cumsum(-1), ratio, 1.0, n.cumsum(-1) * variance, 0.0, 0.0, [0.0] * 4, 0.05)
+    assert ((ratio - below <= truth) & (truth <= ratio + above)).all(-1).mean() < 0.9
+
+
+@pytest.mark.parametrize("share", [0.002, 0.1, 0.5, 1.0])
+def test_the_interval_of_a_proportion_covers_at_every_look(share):
+    rng = np.random.default_rng(4)
+    streams = 300
+    covered = 0
+    for row in (rng.random((streams, 300)) < share).cumsum(1):
+        looks = [Proportion(int(hits), t).get() for t, hits in enumerate(row, 1) if t % 7 == 0 or t < 20]
+        covered += all(found.low <= share <= found.high for found in looks)
+    assert covered >= 0.95 * streams - 3 * math.sqrt(streams * 0.05 * 0.95)
+    found = Proportion(round(share * REQUESTS), REQUESTS).get()
+    assert found.high - found.low < 2 * 2 * 1.96 * math.sqrt(max(share * (1 - share), 0.01) / REQUESTS)
+
+
+def test_streaming_equals_the_moments_and_nan_is_left_out():
+    rng = np.random.default_rng(0)
+    state = ClippedMean(0.0, 1.0)
+    values = [rng.exponential(0.3, rng.integers(1, 20)) for _ in range(60)]
+    for v in values:
+        state = state.update(np.append(v, np.nan))
+    state = state.update(np.array([np.nan]))
+    clipped = [np.minimum(v, 1.0) for v in values]
+    found = state.get()
+    assert found.mean == pytest.approx(np.concatenate(clipped).mean())
+    assert state.clipped_share == pytest.approx(np.mean(np.concatenate(values) > 1.0))
+    x, n = np.array([v.sum() for v in clipped]), np.array([len(v) for v in clipped])
+    residual = x - found.mean * n
+    skew = (residual**3).sum() / (residual**2).sum() ** 1.5
+    assert skew > 0.0
+    for m, widening in ((found.low, 0.0), (found.high, skew)):  # the ends solve the inequality that defines them
+        kappa = float(confidence._kappa(60, 0.05, widening))
+        assert np.sum(x - m * n) ** 2 == pytest.approx(kappa * np.sum((x - m * n) ** 2))
+
+
+def test_before_there_is_evidence_nothing_is_refuted():
+    state = ClippedMean(0.0, 2.0)
+    assert math.isnan(state.get().mean)
+    assert math.isnan(state.clipped_share)
+    for _ in range(10):
+        state = state.update(np.array([0.1, 0.3]))
+        assert (state.get().low, state.get().high) == (0.0, 2.0)
+    assert math.isnan(confidence.difference(state.sequence, state.sequence).mean)
+    assert (Proportion().get().low, Proportion().get().high) == (0.0, 1.0)
+
+
+def test_requests_that_are_all_alike_still_leave_doubt():
+    state = ClippedMean(0.0, 1.0)
+    for _ in range(1000):
+        state = state.update(np.zeros(5))
+    found = state.get()
+    assert found.low == 0.0
+    assert 0.003 < found.high < 0.02
+
+
+def test_arguments():
+    with pytest.raises(InvalidArgumentError, match="increase"):
+        ClippedMean(1.0, 1.0)
+    with pytest.raises(InvalidArgumentError, match="below"):
+        ClippedMean(0.0, 1.0).update(np.array([-0.1]))
+    with pytest.raises(InvalidArgumentError, match="differ"):
+        ClippedMean(0.0, 1.0).merge(ClippedMean(0.0, 2.0))
+    for alpha in (0.0, 1.0):
+        with pytest.raises(InvalidArgumentError, match="alpha"):
+            Proportion(1, 2).get(alpha)
+        with pytest.raises(InvalidArgumentError, match="alpha"):
+            MeanSequence().get(alpha=alpha)
