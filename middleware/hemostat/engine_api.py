@@ -1,4 +1,7 @@
-"""The three routes that the engine plugin calls on the admin port; all of them need the admin token."""
+"""The three routes that the engine plugin calls on the admin port; all of them need the admin token.
+
+Reports are JSON, taps msgpack (they carry float16 arrays), profiles safetensors.
+"""
 
 from __future__ import annotations
 

@@ -30,6 +30,10 @@ TAPS_AT_MOST = 4096
 TAP_EXPIRES_AFTER = 120.0
 TAP_VERSIONS_AT_MOST = 16
 POSITIONS_AT_MOST = 1 << 18
+FEATURE_BYTES_AT_MOST = 256 << 20
+"""Features that wait to be taken, of all requests; what comes on top goes without."""
+FEATURE_BYTES_TAKEN = 256 << 20
+"""Float32 features of one request; a longer one goes without."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
@@ -59,6 +63,8 @@ class TapRun(msgspec.Struct, frozen=True):
 
     versions: by profile version, log E_c[e^Δz] in nats for each of `tokens` positions from `start` on; None where the
     engine had no number.
+    features: little-endian float16 [tokens, N], the centred logits at the N ids whose digest is `anchors`, a row of NaN
+    where the engine had none; both or neither.
     """
 
     nonce: Name
@@ -66,6 +72,14 @@ class TapRun(msgspec.Struct, frozen=True):
     tokens: Annotated[int, msgspec.Meta(ge=1, le=POSITIONS_AT_MOST)]
     versions: Annotated[dict[Version, list[float | None]], msgspec.Meta(max_length=TAP_VERSIONS_AT_MOST)]
     applied: Version | None
+    anchors: Version | None = None
+    features: bytes | None = None
+
+    def matrix(self) -> npt.NDArray[np.float16] | None:
+        """The features, [tokens, N]."""
+        if self.features is None:
+            return None
+        return np.frombuffer(self.features, "<f2").astype(np.float16, copy=False).reshape(self.tokens, -1)
 
 
 class TapMessage(msgspec.Struct, frozen=True):
@@ -78,7 +92,7 @@ class InvalidEngineMessage(ValueError):
 
 
 _report_decoder = msgspec.json.Decoder(EngineReport)
-_tap_decoder = msgspec.json.Decoder(TapMessage)
+_tap_decoder = msgspec.msgpack.Decoder(TapMessage)
 
 
 def decode_report(body: bytes) -> EngineReport:
@@ -90,7 +104,7 @@ def decode_report(body: bytes) -> EngineReport:
 
 
 def decode_tap(body: bytes) -> TapMessage:
-    """JSON to a tap message; InvalidEngineMessage naming what is wrong."""
+    """msgpack to a tap message; InvalidEngineMessage naming what is wrong."""
     message = _decode(_tap_decoder, body)
     for run in message.taps:
         if run.start + run.tokens > POSITIONS_AT_MOST:
@@ -100,13 +114,19 @@ def decode_tap(body: bytes) -> TapMessage:
                 raise InvalidEngineMessage(
                     f"tap of {run.nonce} has {len(values)} values for {version}, but tokens is {run.tokens}"
                 )
+        if (run.anchors is None) != (run.features is None):
+            raise InvalidEngineMessage(f"tap of {run.nonce} has only one of anchors and features")
+        if run.features is not None and (not run.features or len(run.features) % (2 * run.tokens)):
+            raise InvalidEngineMessage(
+                f"tap of {run.nonce} has {len(run.features)} bytes of features: not {run.tokens} rows of float16"
+            )
     return message
 
 
-def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+def _decode(decoder: msgspec.json.Decoder[T] | msgspec.msgpack.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidEngineMessage(str(error)) from None
 
 
@@ -141,6 +161,9 @@ class _Tap:
     reaches: int = 0
     """One more than the last position, while there is no gap before it."""
 
+    def feature_bytes(self) -> int:
+        return sum(len(run.features or b"") for run in self.runs)
+
 
 class EngineRegistry:
     """Not thread-safe: it lives in the control process's event loop."""
@@ -152,6 +175,9 @@ class EngineRegistry:
         self._gone: Counter[str] = Counter()
         self.taps_dropped = 0
         """Runs of tapped requests that nobody took in time, or that there was no room for."""
+        self.features_dropped = 0
+        """Runs whose features there was no room for."""
+        self._feature_bytes = 0
 
     def want(self, versions: Iterable[str]) -> None:
         """What every engine is to hold, most important first: the serving profile, then candidates."""
@@ -208,12 +234,17 @@ class EngineRegistry:
                 self.taps_dropped += 1
                 continue
             tap.heard_at = now
+            size = len(run.features or b"")
+            if self._feature_bytes + size > FEATURE_BYTES_AT_MOST:
+                self.features_dropped += 1
+                run, size = msgspec.structs.replace(run, anchors=None, features=None), 0  # noqa: PLW2901
+            self._feature_bytes += size
             tap.runs.append(run)
             if run.start <= tap.reaches:
                 tap.reaches = max(tap.reaches, run.start + run.tokens)
             self._taps.move_to_end(run.nonce)
         while len(self._taps) > TAPS_AT_MOST:
-            self._taps.popitem(last=False)
+            self._pop(next(iter(self._taps)))
             self.taps_dropped += 1
 
     def tapped(self, nonce: str) -> int:
@@ -223,7 +254,7 @@ class EngineRegistry:
 
     def take(self, nonce: str) -> TapResult | None:
         """Everything said about the request, once; None when nothing was."""
-        tap = self._taps.pop(nonce, None)
+        tap = self._pop(nonce)
         if tap is None or not tap.runs:
             return None
         length = max(run.start + run.tokens for run in tap.runs)
@@ -236,7 +267,13 @@ class EngineRegistry:
                 numbers = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
                 found[version][run.start : run.start + run.tokens] = numbers
         applied = {run.applied for run in tap.runs}
-        return TapResult(tap.boot_id, tap.runs[-1].applied, len(applied) > 1, found)
+        return TapResult(tap.boot_id, tap.runs[-1].applied, len(applied) > 1, found, _features(tap.runs, length))
+
+    def _pop(self, nonce: str) -> _Tap | None:
+        tap = self._taps.pop(nonce, None)
+        if tap is not None:
+            self._feature_bytes -= tap.feature_bytes()
+        return tap
 
     def _expire(self, now: float) -> None:
         for boot_id, ranks in list(self._engines.items()):
@@ -247,11 +284,27 @@ class EngineRegistry:
             nonce, tap = next(iter(self._taps.items()))
             if now - tap.heard_at <= TAP_EXPIRES_AFTER:
                 break
-            del self._taps[nonce]
+            self._pop(nonce)
             self.taps_dropped += 1
 
     def _forget(self, boot_id: str) -> None:
         self._gone.update(_counted(self._engines.pop(boot_id)))
+
+
+def _features(runs: list[TapRun], length: int) -> Features | None:
+    """What the runs say of the anchors that were read last (they change when what is held does); later runs win."""
+    anchors = next((run.anchors for run in reversed(runs) if run.anchors is not None), None)
+    matrices = [(run, matrix) for run in runs if run.anchors == anchors and (matrix := run.matrix()) is not None]
+    if anchors is None or not matrices:
+        return None
+    count = matrices[-1][1].shape[1]
+    if 4 * length * count > FEATURE_BYTES_TAKEN:
+        return None
+    values = np.full((length, count), np.nan, dtype=np.float32)
+    for run, matrix in matrices:
+        if matrix.shape[1] == count:
+            values[run.start : run.start + run.tokens] = matrix
+    return Features(anchors, values)
 
 
 def _counted(ranks: Mapping[int, _Rank]) -> Counter[str]:

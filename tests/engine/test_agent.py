@@ -10,18 +10,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from hemostat.engine_api import TAP_BYTES_AT_MOST
 from hemostat.engines import EngineRegistry, decode_report, decode_tap
 from hemostat_calibration.errors import InvalidArgumentError
 
-from .conftest import V, make_profile
+from .conftest import V, make_contextual, make_profile
 
 torch = pytest.importorskip("torch")
 
+from hemostat_calibration.engine import transform  # noqa: E402
 from hemostat_calibration.engine.agent import AdminClient, Agent, Backoff, FetchError, Identity, Settings  # noqa: E402
 from hemostat_calibration.engine.library import Counters, Library  # noqa: E402
-from hemostat_calibration.engine.taps import Step, TappedRow, Taps  # noqa: E402
+from hemostat_calibration.engine.taps import Reading, Step, TappedRow, Taps  # noqa: E402
 
 TOKEN = "s3cret"
 PROFILE = make_profile(1)
@@ -35,6 +38,7 @@ class Admin:
         self.files: dict[str, bytes] = {}
         self.status: int | None = None
         self.seen: list[str] = []
+        self.sizes: dict[str, list[int]] = {}
         self.answer: bytes | None = None
         self.now = 0.0
         admin = self
@@ -53,6 +57,7 @@ class Admin:
 
             def handle_any(self, body: bytes) -> None:
                 admin.seen.append(self.path)
+                admin.sizes.setdefault(self.path, []).append(len(body))
                 if admin.status is not None:
                     return self.answer(admin.status)
                 if self.headers.get("authorization") != f"Bearer {TOKEN}":
@@ -127,16 +132,59 @@ def test_a_version_that_a_request_named_is_fetched(admin: Admin) -> None:
     assert rank.library.get(PROFILE.version) is not None
 
 
-def test_a_tampered_profile_and_one_for_another_vocabulary_are_refused_and_counted(admin: Admin) -> None:
-    other = make_profile(2, vocab_size=V + 1)
-    tampered = bytearray(PROFILE.to_bytes())
+@pytest.mark.parametrize("make", [make_profile, make_contextual])
+def test_a_tampered_a_truncated_and_a_foreign_profile_are_refused_and_counted(make: Any, admin: Admin) -> None:
+    first, second, other = make(1), make(2), make(3, vocab_size=V + 1)
+    tampered = bytearray(first.to_bytes())
     tampered[-1] ^= 1
-    admin.files = {PROFILE.version: bytes(tampered), other.version: other.to_bytes()}
-    admin.registry.want([PROFILE.version, other.version])
+    admin.files = {
+        first.version: bytes(tampered),
+        second.version: second.to_bytes()[:-1],
+        other.version: other.to_bytes(),
+    }
+    admin.registry.want([first.version, second.version, other.version])
     rank = Rank(at(admin))
     rank.agent.tick(0.0)
     assert rank.library.versions() == ()
-    assert rank.counters.read()["profiles_refused"] == 2
+    assert rank.counters.read()["profiles_refused"] == 3
+    # Whole again, it is taken.
+    admin.files[first.version] = first.to_bytes()
+    rank.agent.tick(1.0)
+    assert rank.library.versions() == (first.version,)
+
+
+def test_a_family_that_this_plugin_does_not_know_is_refused(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = make_contextual(1)
+    admin.files[profile.version] = profile.to_bytes()
+    admin.registry.want([profile.version])
+    rank = Rank(at(admin))
+    monkeypatch.setattr(transform, "FAMILIES", {})
+    rank.agent.tick(0.0)
+    assert rank.counters.read()["profiles_refused"] == 1
+    assert rank.library.versions() == ()
+
+
+def test_an_engine_that_restarts_half_way_is_asked_to_hold_again_and_says_nothing_of_old_requests(admin: Admin) -> None:
+    profile = make_contextual(1)
+    admin.files[profile.version] = profile.to_bytes()
+    admin.registry.want([profile.version])
+    old, new = Rank(at(admin), boot_id="old"), Rank(at(admin), boot_id="new")
+    old.agent.tick(0.0)
+    old.agent.tick(0.25)
+    for position in range(3):
+        old.taps.push(step(position, [0.5], features=[1.0, -1.0]))
+    old.agent.tick(0.5)
+    assert admin.registry.acknowledged(0.0) == {profile.version}
+    # The old one ends here, in the middle of a request: what it said stays what it was, and nothing is added to it.
+    admin.now = 16.0
+    new.agent.tick(0.0)
+    assert new.library.versions() == (profile.version,)
+    assert admin.registry.acknowledged(16.0) == frozenset()
+    new.agent.tick(0.25)
+    assert admin.registry.acknowledged(16.0) == {profile.version}
+    taken = admin.registry.take("n")
+    assert taken is not None
+    assert (taken.boot_id, len(taken.log_normalizer["0" * 32])) == ("old", 3)
 
 
 def test_a_version_that_nobody_has_is_asked_for_ever_more_rarely(admin: Admin) -> None:
@@ -240,9 +288,23 @@ def test_the_thread_itself(admin: Admin) -> None:
     assert admin.registry.acknowledged(0.0) == {PROFILE.version}
 
 
-def step(position: int, values: list[float], applied: str | None = None, versions: int = 1) -> Step:
+def step(
+    position: int,
+    values: list[float],
+    applied: str | None = None,
+    versions: int = 1,
+    features: list[float] | None = None,
+) -> Step:
     names = tuple(f"{i:032x}" for i in range(versions))
-    return Step(names, torch.tensor([values] * versions), [TappedRow(0, "n", applied, position)])
+    numbers = torch.tensor([values] * versions)
+    reading = Reading(
+        versions=names,
+        values=numbers,
+        clamped=numbers > 1e9,
+        anchors="d" * 32 if features else None,
+        features=torch.tensor([features or []], dtype=torch.float16),
+    )
+    return Step(reading, [TappedRow(0, "n", applied, position)])
 
 
 def test_taps_reach_the_registry_as_runs(admin: Admin) -> None:
@@ -262,6 +324,33 @@ def test_taps_reach_the_registry_as_runs(admin: Admin) -> None:
     assert taken.log_normalizer["0" * 32][2] != taken.log_normalizer["0" * 32][2]
     assert taken.log_normalizer[f"{1:032x}"].tolist()[3] == 9.0
     assert admin.registry.take("n") is None
+
+
+def test_features_reach_the_registry_whole_or_not_at_all(admin: Admin) -> None:
+    rank = Rank(at(admin))
+    for position, features in enumerate(([1.0, -1.0], [2.0, float("nan")], None, [float("inf"), 0.0], [3.0, -3.0])):
+        rank.taps.push(step(position, [0.0], features=features))
+    rank.agent.tick(0.0)
+    taken = admin.registry.take("n")
+    assert taken is not None
+    assert taken.features is not None
+    assert taken.features.anchors == "d" * 32
+    unknown = [float("nan")] * 2
+    np.testing.assert_array_equal(taken.features.values, [[1.0, -1.0], unknown, unknown, unknown, [3.0, -3.0]])
+    assert taken.log_normalizer["0" * 32].tolist() == [0.0] * 5
+
+
+def test_a_flush_is_small_enough_for_the_admin_port(admin: Admin) -> None:
+    rank = Rank(at(admin))
+    wide = [0.5] * 200_000
+    for position in range(60):
+        rank.taps.push(step(position, [0.0], features=wide))
+    now = 0.0
+    while len(rank.taps):
+        rank.agent.tick(now)
+        now += 0.25
+    assert max(admin.sizes["/api/v1/engine/tap"]) < TAP_BYTES_AT_MOST / 1.5
+    assert admin.registry.tapped("n") == 60
 
 
 def test_taps_that_cannot_be_delivered_are_dropped_and_counted(admin: Admin) -> None:

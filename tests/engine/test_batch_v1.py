@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hemostat_calibration import transform as oracle
+from hemostat_calibration.contextual import probe
 
-from .conftest import V, make_profile
+from .conftest import V, make_contextual, make_profile
 
 pytest.importorskip("vllm")
 import torch
@@ -23,7 +24,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors, MoveD
 from hemostat_calibration.engine import LogitsProcessor
 from hemostat_calibration.engine.processor import Batch
 
-PROFILES = {p.version: p for p in (make_profile(1), make_profile(2))}
+PROFILES = {p.version: p for p in (make_profile(1), make_contextual(2))}
 UNKNOWN = "f" * 32
 CHOICES = [None, *PROFILES, UNKNOWN]
 
@@ -35,6 +36,10 @@ def params(version: str | None = None, nonce: str | None = None, **more: Any) ->
 
 def update(batch_size: int, removed: Any = (), added: Any = (), moved: Any = ()) -> BatchUpdate:
     return BatchUpdate(batch_size, list(removed), list(added), list(moved))
+
+
+def counted(core: Any, *names: str) -> list[int]:
+    return [core.counters.read().get(name, 0) for name in names]
 
 
 def expected(z: np.ndarray, rows: dict[int, str | None]) -> np.ndarray:
@@ -93,7 +98,7 @@ def test_a_version_that_arrives_or_leaves_later_changes_no_running_request(make_
     batch = Batch(core)
     bound, unbound = params(first), params(second)
     batch.update(update(2, added=[(0, bound, [1], []), (1, unbound, [1], [])]))
-    assert core.counters.read() == {"requests_bound": 1, "requests_unknown": 1}
+    assert counted(core, "requests_bound", "requests_unknown") == [1, 1]
     assert core.library.missing() == (second,)
     core.library.put(PROFILES[second])
     core.library._held.pop(first)
@@ -125,8 +130,8 @@ def test_a_request_that_edits_its_own_logits_gets_identity_and_no_tap(make_core:
     batch = Batch(core)
     batch.update(update(1, added=[(0, params(version, "n", logit_bias={3: 1.0}), [1], [])]))
     check(batch, {}, 0, 1)
-    assert core.counters.read() == {"requests_declined": 1, "requests_bound": 0, "requests_unknown": 0}
-    assert not core.taps.drain(9)
+    assert counted(core, "requests_declined", "requests_bound", "requests_unknown", "rows_applied") == [1, 0, 0, 0]
+    assert not core.taps.drain(9, 1)
 
 
 def test_penalties_come_later_and_do_not_stand_in_the_way(make_core: Callable[..., Any]) -> None:
@@ -172,7 +177,7 @@ def test_taps_are_of_the_unmodified_logits_and_carry_the_output_position(make_co
         batch.apply(torch.from_numpy(z[step].copy()))
         for output in (treated, control, plain):
             output.append(-1)
-    runs = {run["nonce"]: run for run in core.taps.drain(99)}
+    runs = {run["nonce"]: run for run in core.taps.drain(99, 1 << 20)}
     assert set(runs) == {"treated", "control"}
     assert [runs[n]["start"] for n in ("treated", "control")] == [0, 2]
     assert [runs[n]["tokens"] for n in ("treated", "control")] == [2, 2]
@@ -183,6 +188,109 @@ def test_taps_are_of_the_unmodified_logits_and_carry_the_output_position(make_co
             delta = oracle.shift(profile, exact)
             want = np.log(np.exp(exact + delta).sum(-1)) - np.log(np.exp(exact).sum(-1))
             np.testing.assert_allclose(runs[nonce]["versions"][version], want, atol=1e-5)
+        ids = oracle.anchors(PROFILES[second])
+        assert ids is not None
+        assert runs[nonce]["anchors"] == oracle.anchors_digest(ids)
+        features = np.frombuffer(runs[nonce]["features"], "<f2").reshape(2, -1)
+        want = z[:, row][:, ids] - z[:, row][:, ids].mean(-1, keepdims=True)
+        np.testing.assert_allclose(features, want, rtol=1e-3, atol=1e-3)
+
+
+def test_masked_rows_get_identity_and_hand_out_no_features(make_core: Callable[..., Any]) -> None:
+    core = make_core(tapping=True)
+    profile = PROFILES[list(PROFILES)[1]]
+    core.library.put(profile)
+    core.library.hold([profile.version])
+    batch = Batch(core)
+    batch.update(update(3, added=[(row, params(profile.version, f"n{row}"), [1], []) for row in range(3)]))
+    z = np.random.default_rng(0).normal(0, 3, (3, V)).astype(np.float32)
+    z[0, profile.parameters["anchors"][0]] = -np.inf
+    z[1, profile.parameters["anchors"][1]] = np.nan
+    got = batch.apply(torch.from_numpy(z.copy())).numpy()
+    np.testing.assert_allclose(got, oracle.apply(profile, z), rtol=1e-5, atol=1e-5)
+    assert got[:2].tobytes() == z[:2].tobytes()
+    assert counted(core, "rows_masked", "rows_applied") == [2, 3]
+    runs = {run["nonce"]: run for run in core.taps.drain(9, 1 << 20)}
+    known = {nonce: np.isfinite(np.frombuffer(run["features"], "<f2")).any() for nonce, run in runs.items()}
+    assert known == {"n0": False, "n1": False, "n2": True}
+    assert [runs[f"n{row}"]["versions"][profile.version] for row in range(2)] == [[0.0], [None]]
+
+
+def test_clamps_that_bind_are_counted_where_they_are_applied(make_core: Callable[..., Any]) -> None:
+    core = make_core(tapping=True)
+    tight = make_contextual(5, clamp=0.05, kl_limit=1e-3)
+    for profile in (tight, make_contextual(6, clamp=0.05)):
+        core.library.put(profile)
+    core.library.hold([tight.version])
+    batch = Batch(core)
+    batch.update(
+        update(3, added=[(row, params(tight.version if row else None, f"n{row}"), [1], []) for row in range(3)])
+    )
+    batch.apply(torch.randn(3, V) * 4)
+    assert core.counters.read()["rows_kl_clamped"] == 2
+    core.taps.drain(9, 1 << 20)
+    # The trust region comes first: what it leaves is clamped where it is still too much.
+    assert counted(core, "rows_clamped") == [2]
+
+
+def test_a_probe_is_tapped_and_costs_nothing_else(make_core: Callable[..., Any]) -> None:
+    core = make_core(tapping=True)
+    asks = probe("m", V, np.arange(5), 1.0)
+    core.library.put(asks)
+    core.library.hold([asks.version])
+    batch = Batch(core)
+    batch.update(update(1, added=[(0, params(asks.version, "n"), [1], [])]))
+    logits = torch.randn(1, V)
+    before = logits.clone()
+    assert torch.equal(batch.apply(logits), before)
+    (run,) = core.taps.drain(9, 1 << 20)
+    assert (run["versions"], run["applied"], run["anchors"]) == ({}, asks.version, oracle.anchors_digest(np.arange(5)))
+    assert len(run["features"]) == 10
+
+
+def test_features_are_of_the_first_anchors_in_the_order_to_hold(make_core: Callable[..., Any]) -> None:
+    core = make_core(tapping=True)
+    plain, first, second = make_profile(1), make_contextual(1), make_contextual(2)
+    for profile in (second, first, plain):
+        core.library.put(profile)
+    batch = Batch(core)
+    batch.update(update(1, added=[(0, params(None, "n"), [1], [])]))
+    said = []
+    for hold in ([plain.version], [plain.version, "e" * 32, first.version, second.version], [second.version]):
+        core.library.hold(hold)
+        batch.apply(torch.randn(1, V))
+        said += [run.get("anchors") for run in core.taps.drain(9, 1 << 20)]
+    digests = [oracle.anchors_digest(p.parameters["anchors"]) for p in (first, second)]
+    assert said == [None, *digests]
+
+
+def test_features_that_nobody_fetches_are_dropped_before_the_numbers(make_core: Callable[..., Any]) -> None:
+    core = make_core(tapping=True)
+    profile = make_contextual(1)
+    core.library.put(profile)
+    core.library.hold([profile.version])
+    core.taps._bytes_at_most = 2 * 12 * 3
+    batch = Batch(core)
+    output: list[int] = []
+    batch.update(update(1, added=[(0, params(None, "n"), [1], output)]))
+
+    def decode() -> None:
+        batch.apply(torch.randn(1, V))
+        output.append(1)
+
+    for _ in range(5):
+        decode()
+    assert counted(core, "features_dropped") == [2]
+    with_features, without = core.taps.drain(9, 1 << 20)
+    assert (with_features["tokens"], len(with_features["features"])) == (3, 72)
+    assert (without["start"], without["tokens"], len(without["versions"])) == (3, 2, 1)
+    assert "features" not in without
+    for _ in range(3):
+        decode()
+    # A flush ends with the step that reaches its bytes.
+    assert [run["tokens"] for run in core.taps.drain(9, 25)] == [2]
+    assert [run["tokens"] for run in core.taps.drain(9, 25)] == [1]
+    assert counted(core, "features_dropped") == [2]
 
 
 def test_more_than_the_queue_holds_is_dropped_and_counted(make_core: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from fastapi import FastAPI, HTTPException, Request
@@ -23,7 +24,7 @@ from hemostat.engines import (
     decode_tap,
 )
 
-A, B, C = ("a" * 32, "b" * 32, "c" * 32)
+A, B, C, D = ("a" * 32, "b" * 32, "c" * 32, "d" * 32)
 
 
 def report(
@@ -173,7 +174,9 @@ def test_a_bad_report_is_refused_by_field(change: dict[str, Any], named: str) ->
 
 @given(
     st.binary(max_size=40)
-    | st.recursive(st.none() | st.integers() | st.text(max_size=3), st.lists).map(lambda o: json.dumps(o).encode())
+    | st.recursive(st.none() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=3), st.lists).flatmap(
+        lambda o: st.sampled_from([json.dumps(o).encode(), msgspec.msgpack.encode(o)])
+    )
 )
 def test_decoders_answer_or_raise_their_error(body: bytes) -> None:
     for decode in (decode_report, decode_tap):
@@ -184,7 +187,72 @@ def test_decoders_answer_or_raise_their_error(body: bytes) -> None:
 def test_a_tap_whose_lengths_do_not_agree_is_refused() -> None:
     tap = {"nonce": "n", "start": 0, "tokens": 2, "versions": {A: [1.0]}, "applied": None}
     with pytest.raises(InvalidEngineMessage, match="1 values"):
-        decode_tap(json.dumps({"boot_id": "b", "taps": [tap]}).encode())
+        decode_tap(msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"anchors": D}, "only one of anchors and features"),
+        ({"features": b"1234"}, "only one of anchors and features"),
+        ({"anchors": D, "features": b""}, "0 bytes of features"),
+        ({"anchors": D, "features": b"123456"}, "6 bytes of features"),
+        ({"anchors": "x", "features": b"1234"}, r"\$\.taps\[0\]\.anchors"),
+        ({"anchors": D, "features": 3}, r"\$\.taps\[0\]\.features"),
+        ({"nonce": "a/b"}, r"\$\.taps\[0\]\.nonce"),
+        ({"start": engines.POSITIONS_AT_MOST - 1}, "beyond position"),
+    ],
+)
+def test_a_bad_tap_is_refused_by_field(change: dict[str, Any], named: str) -> None:
+    tap = {"nonce": "n", "start": 0, "tokens": 2, "versions": {A: [1.0, None]}, "applied": None}
+    assert decode_tap(msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]})).taps[0].features is None
+    with pytest.raises(InvalidEngineMessage, match=named):
+        decode_tap(msgspec.msgpack.encode({"boot_id": "b", "taps": [tap | change]}))
+
+
+def with_features(start: int, values: list[list[float]], nonce: str = "n", anchors: str = D) -> TapRun:
+    return TapRun(nonce, start, len(values), {}, None, anchors, np.array(values, "<f2").tobytes())
+
+
+def test_features_are_joined_by_position_and_of_one_set_of_anchors() -> None:
+    registry = EngineRegistry()
+    registry.tap(TapMessage("boot", [with_features(0, [[9.0, 9.0, 9.0]], anchors=C)]), 0.0)
+    registry.tap(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
+    registry.tap(TapMessage("boot", [with_features(2, [[3.0, -3.0]]), with_features(0, [[7.0, 7.0, 7.0]])]), 0.0)
+    taken = registry.take("n")
+    assert taken is not None
+    assert taken.features is not None
+    # The width of the set is that of its last run; one that does not fit it is no row of this set.
+    assert (taken.features.anchors, taken.features.values.shape, taken.features.values.dtype) == (D, (4, 3), "float32")
+    registry.tap(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
+    registry.tap(TapMessage("boot", [with_features(2, [[3.0, -3.0]])]), 0.0)
+    taken = registry.take("n")
+    assert taken is not None
+    assert taken.features is not None
+    np.testing.assert_array_equal(taken.features.values, [[np.nan] * 2, [1.0, -1.0], [3.0, -3.0], [np.nan] * 2])
+    registry.tap(TapMessage("boot", [run(0, [0.5])]), 0.0)
+    taken = registry.take("n")
+    assert taken is not None
+    assert taken.features is None
+
+
+def test_features_are_bounded_and_the_numbers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "FEATURE_BYTES_AT_MOST", 10)
+    registry = EngineRegistry()
+    for nonce in ("a", "b", "c"):
+        registry.tap(TapMessage("boot", [with_features(0, [[1.0, 2.0]], nonce)]), 0.0)
+    assert registry.features_dropped == 1
+    found = [registry.take(nonce) for nonce in ("a", "c")]
+    assert [taken.features is None if taken else None for taken in found] == [False, True]
+    # What was taken, or expired, makes room.
+    registry.tap(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "d")]), 121.0)
+    registry.tap(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "e")]), 121.0)
+    assert registry.features_dropped == 1
+    monkeypatch.setattr(engines, "FEATURE_BYTES_TAKEN", 100)
+    registry.tap(TapMessage("boot", [with_features(1000, [[1.0, 2.0]], "d")]), 122.0)
+    taken = registry.take("d")
+    assert taken is not None
+    assert taken.features is None
 
 
 @pytest.fixture
@@ -206,7 +274,8 @@ def test_the_routes(client: TestClient) -> None:
     answer = client.post("/api/v1/engine/report", json=GOOD)
     assert (answer.status_code, answer.json()) == (200, {"hold": [B]})
     tap = {"nonce": "n", "start": 0, "tokens": 1, "versions": {A: [1.5]}, "applied": A}
-    assert client.post("/api/v1/engine/tap", json={"boot_id": "b", "taps": [tap]}).status_code == 204
+    body = msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]})
+    assert client.post("/api/v1/engine/tap", content=body).status_code == 204
     assert client.app.state.registry.tapped("n") == 1  # type: ignore[attr-defined]
     assert client.get(f"/api/v1/engine/profiles/{A}").content == b"bytes"
     assert client.get(f"/api/v1/engine/profiles/{B}").status_code == 404

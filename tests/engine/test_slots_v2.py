@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hemostat_calibration import transform as oracle
 
-from .conftest import V, make_profile
+from .conftest import V, make_contextual, make_profile
 
 pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor")
 import torch
@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 from hemostat_calibration.engine.library import Library
 
 NAME = "hemostat_calibration.engine:LogitsProcessor"
-PROFILES = {p.version: p for p in (make_profile(1), make_profile(2))}
+PROFILES = {p.version: p for p in (make_profile(1), make_contextual(2))}
 FIRST, SECOND = PROFILES
 UNKNOWN = "f" * 32
 SLOTS = 8
@@ -110,6 +110,8 @@ def test_recycled_slots_reordered_batches_and_several_rows_a_request(data: st.Da
         )
         z = np.random.default_rng(step).normal(0, 3, (sum(rows_each), V)).astype(np.float32)
         z[:, 3] = -np.inf
+        masked = data.draw(st.integers(0, len(z) - 1))
+        z[masked, data.draw(st.integers(0, V - 1))] = -np.inf
         got = processor.apply(torch.from_numpy(z.copy()), context(slots, rows_each, [4] * len(slots))).numpy()
         for row, slot in enumerate(np.repeat(slots, rows_each).tolist()):
             if model[slot] in PROFILES:
@@ -169,7 +171,7 @@ def test_taps_by_position_with_and_without_draft_rows(rows_each: list[int], monk
     processor.apply(torch.from_numpy(z.copy()), context([5, 2, 0], rows_each, [3, 8, 4]))
     # The slot goes to somebody else before anybody reads what was tapped.
     processor.add_request(5, params())
-    runs = {run["nonce"]: run for run in processor.core.taps.drain(9)}
+    runs = {run["nonce"]: run for run in processor.core.taps.drain(9, 1 << 20)}
     assert {n: (r["start"], r["tokens"], r["applied"]) for n, r in runs.items()} == {
         "treated": (0, rows_each[0], FIRST),
         "control": (2, rows_each[2], None),
@@ -181,6 +183,12 @@ def test_taps_by_position_with_and_without_draft_rows(rows_each: list[int], monk
             delta = oracle.shift(profile, exact)
             want = np.log(np.exp(exact + delta).sum(-1)) - np.log(np.exp(exact).sum(-1))
             np.testing.assert_allclose(run["versions"][version], want, atol=1e-5)
+        ids = oracle.anchors(PROFILES[SECOND])
+        assert ids is not None
+        assert run["anchors"] == oracle.anchors_digest(ids)
+        want = rows[nonce][:, ids] - rows[nonce][:, ids].mean(-1, keepdims=True)
+        features = np.frombuffer(run["features"], "<f2").reshape(want.shape)
+        np.testing.assert_allclose(features, want, rtol=1e-3, atol=1e-3)
 
 
 def test_a_piece_of_a_prompt_is_no_output_position(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +199,7 @@ def test_a_piece_of_a_prompt_is_no_output_position(monkeypatch: pytest.MonkeyPat
     processor.add_request(0, params(FIRST, "n"))
     processor.apply_staged_writes()
     processor.apply(torch.randn(1, V), context([0], [1], [4]))
-    assert processor.core.taps.drain(9) == []
+    assert processor.core.taps.drain(9, 1 << 20) == []
 
 
 def test_the_library_is_bounded_and_keeps_what_is_to_be_held() -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hemostat_calibration.engine.library import HELD_AT_MOST, Counters, Library
 from hemostat_calibration.engine.taps import Taps
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
@@ -34,6 +36,8 @@ BACKOFF_SECONDS = (1.0, 60.0)
 """First and longest pause after a failure; it doubles in between."""
 ANSWER_BYTES_AT_MOST = 64 * 1024
 STEPS_A_FLUSH = 256
+FEATURE_BYTES_A_FLUSH = 8 << 20
+"""After the step that reaches it; the admin port takes twice as much."""
 BACKOFFS_REMEMBERED = 256
 
 
@@ -96,7 +100,7 @@ class AdminClient:
 
     def report(self, body: dict[str, Any]) -> tuple[str, ...]:
         """Send a report; the digest-shaped names of what is to be held."""
-        answer = self._call("/api/v1/engine/report", body, ANSWER_BYTES_AT_MOST)
+        answer = self._call("/api/v1/engine/report", ANSWER_BYTES_AT_MOST, json.dumps(body).encode(), "json")
         try:
             hold = json.loads(answer)["hold"]
             return tuple(version for version in hold if VERSION_PATTERN.fullmatch(version))
@@ -104,14 +108,14 @@ class AdminClient:
             raise FetchError("the admin port's answer to a report has no list 'hold'") from None
 
     def tap(self, body: dict[str, Any]) -> None:
-        self._call("/api/v1/engine/tap", body, ANSWER_BYTES_AT_MOST)
+        self._call("/api/v1/engine/tap", ANSWER_BYTES_AT_MOST, msgspec.msgpack.encode(body), "msgpack")
 
     def profile(self, version: str) -> bytes:
-        return self._call(f"/api/v1/engine/profiles/{version}", None, MAX_BYTES)
+        return self._call(f"/api/v1/engine/profiles/{version}", MAX_BYTES)
 
-    def _call(self, path: str, body: dict[str, Any] | None, limit: int) -> bytes:
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        headers = self._headers | ({"content-type": "application/json"} if data is not None else {})
+    def _call(self, path: str, limit: int, data: bytes | None = None, form: str = "") -> bytes:
+        """GET, or POST of `data` as application/`form`; an answer of up to `limit` bytes."""
+        headers = self._headers | ({"content-type": f"application/{form}"} if data is not None else {})
         request = urllib.request.Request(self._url + path, data, headers)  # noqa: S310 - Settings admits http(s) only
         try:
             with self._opener.open(request, timeout=TIMEOUT_SECONDS) as response:
@@ -288,7 +292,7 @@ class Agent:
         if not self._backoff.may("tap", now):
             # What waits is kept as long as there is room: the queue drops, and counts, what comes on top.
             return
-        runs = self._taps.drain(STEPS_A_FLUSH)
+        runs = self._taps.drain(STEPS_A_FLUSH, FEATURE_BYTES_A_FLUSH)
         rows = sum(run["tokens"] for run in runs)
         try:
             admin.tap({"boot_id": self.identity.boot_id, "taps": runs})

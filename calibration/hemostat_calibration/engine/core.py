@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch.distributed
 from hemostat_calibration.engine import transform, xargs
 from hemostat_calibration.engine.agent import Agent, Identity, Settings
 from hemostat_calibration.engine.library import Counters, Library
-from hemostat_calibration.engine.taps import SlotTap, Step, TappedRow, Taps
+from hemostat_calibration.engine.taps import Reading, SlotTap, Step, TappedRow, Taps
 from hemostat_calibration.engine.transform import HeldProfile
 
 log = logging.getLogger("hemostat.engine")
@@ -73,6 +73,25 @@ class Ranks:
         return shared[0]
 
 
+class Tally:
+    """What was counted on the device, on the host a little later: nothing waits for it."""
+
+    def __init__(self, device: torch.device, names: tuple[str, ...], counters: Counters) -> None:
+        self._on_device = torch.zeros(len(names), dtype=torch.int64, device=device)
+        # On a GPU the host has a copy of its own, in memory that the GPU can write to while nobody waits.
+        self._on_host = self._on_device if device.type == "cpu" else torch.zeros(len(names), dtype=torch.int64)
+        if device.type == "cuda":
+            self._on_host = self._on_host.pin_memory()
+        for i, name in enumerate(names):
+            counters.counted_by(name, self._on_host[i].item)
+
+    def add(self, counts: torch.Tensor) -> None:
+        """counts: int64 [names], on the device."""
+        self._on_device.add_(counts)
+        if self._on_host is not self._on_device:
+            self._on_host.copy_(self._on_device, non_blocking=True)
+
+
 class Core:
     """One per rank. All methods but the agent's run on the engine's own thread."""
 
@@ -93,6 +112,7 @@ class Core:
         self.counters = Counters()
         self.library = Library(vocab_size)
         self.taps = Taps(self.counters)
+        self._tally = Tally(device, ("rows_masked", "rows_kl_clamped"), self.counters)
         self._vocab_size = vocab_size
         self._after_penalties = runner == "v2"
         self._ranks = ranks
@@ -153,58 +173,88 @@ class Core:
             if binding.profile is not None:
                 by_version.setdefault(binding.profile.version, (binding.profile, []))[1].append(row)
         for profile, chosen in by_version.values():
-            transform.apply_to_rows(profile, logits, self.on_device(chosen))
             self.counters.add("rows_applied", len(chosen))
+            if not profile.idle:
+                every = len(chosen) == logits.shape[0]
+                self._tally.add(transform.apply_to_rows(profile, logits, None if every else self.on_device(chosen)))
+
+    def apply_where(self, logits: torch.Tensor, profile: HeldProfile, chosen: torch.Tensor, requests: int) -> None:
+        """Apply in place at the rows `chosen` (bool [N], on the device) of so many requests."""
+        self.counters.add("rows_applied", requests)
+        if not profile.idle:
+            self._tally.add(transform.apply_where(profile, logits, chosen))
 
     def on_device(self, indices: Sequence[int]) -> torch.Tensor:
         """int64 on the device; the copy does not wait for the device."""
         host = torch.tensor(indices, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
 
-    def tapped_profiles(self, bindings: Iterable[Binding]) -> tuple[HeldProfile, ...]:
-        """What is evaluated for these tapped requests: what is applied to them, and the candidates."""
-        profiles = {b.profile.version: b.profile for b in bindings if b.profile is not None}
-        room = len(profiles) + CANDIDATES_TAPPED
-        for candidate in self.library.candidates(room):
-            if len(profiles) < room:
-                profiles.setdefault(candidate.version, candidate)
-        return tuple(profiles.values())
-
     def tap_rows(self, logits: torch.Tensor, rows: Sequence[tuple[int, Binding]], positions: Sequence[int]) -> None:
-        """Take the log-normalizers of `rows` of the unmodified logits, where the host knows rows and positions."""
-        profiles = self.tapped_profiles(binding for _, binding in rows)
+        """Take what the unmodified logits say at `rows`, where the host knows rows and positions."""
         tapped = [
             TappedRow(i, binding.nonce or "", binding.applied, position)
             for i, ((_, binding), position) in enumerate(zip(rows, positions, strict=True))
         ]
-        values = self._log_normalizers(profiles, logits, self.on_device([row for row, _ in rows]))
-        (host,), copied = self._to_host(values)
-        self.taps.push(Step(tuple(p.version for p in profiles), host, tapped, copied=copied))
+        reading = self._read((binding for _, binding in rows), logits, self.on_device([row for row, _ in rows]))
+        self.taps.push(Step(reading, rows=tapped))
 
     def tap_slots(
         self,
         logits: torch.Tensor,
-        slots: dict[int, SlotTap],
-        profiles: tuple[HeldProfile, ...],
+        slots: Mapping[int, tuple[Binding, int]],
         rows: torch.Tensor,
         slot_of_row: torch.Tensor,
         pos: torch.Tensor,
     ) -> None:
-        """The same for `rows` (int64, on the device) whose slots and positions only the device knows."""
-        values = self._log_normalizers(profiles, logits, rows)
-        (host, host_slots, host_pos), copied = self._to_host(values, slot_of_row, pos)
-        versions = tuple(p.version for p in profiles)
-        self.taps.push(Step(versions, host, slots=slots, slot_of_row=host_slots, pos=host_pos, copied=copied))
+        """The same for `rows` (int64, on the device) whose slots and positions only the device knows.
 
-    def _log_normalizers(
-        self, profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        if not profiles:
-            return logits.new_empty((0, rows.shape[0]), dtype=torch.float32)
-        return transform.log_normalizers(profiles, logits, rows)
+        slots: the tapped ones' bindings, and the lengths of their prompts.
+        """
+        bindings = (binding for binding, _ in slots.values())
+        reading = self._read(bindings, logits, rows, slot_of_row, pos)
+        taps = {slot: SlotTap(b.nonce or "", b.applied, prompt_len) for slot, (b, prompt_len) in slots.items()}
+        self.taps.push(Step(reading, slots=taps))
+
+    def _read(
+        self, bindings: Iterable[Binding], logits: torch.Tensor, rows: torch.Tensor, *where: torch.Tensor
+    ) -> Reading:
+        """What is handed out of these rows; `where`: slots and positions, when only the device knows them."""
+        held = self.library.candidates()
+        profiles = self._evaluated(bindings, held)
+        if profiles:
+            values, clamped = transform.evaluate(profiles, logits, rows)
+        else:
+            values = logits.new_empty((0, rows.shape[0]), dtype=torch.float32)
+            clamped = values.bool()
+        anchored = next((profile for profile in held if profile.anchors is not None), None)
+        if anchored is None or not self.taps.has_room(2 * rows.shape[0] * anchored.anchor_count):
+            if anchored is not None:
+                self.counters.add("features_dropped", rows.shape[0])
+            anchored, features = None, logits.new_empty((rows.shape[0], 0), dtype=torch.float16)
+        else:
+            features = transform.centred(logits, rows, anchored.on(logits.device)["anchors"]).half()
+        (values, clamped, features, *places), copied = self._to_host(values, clamped, features, *where)
+        return Reading(
+            versions=tuple(profile.version for profile in profiles),
+            values=values,
+            clamped=clamped,
+            anchors=anchored.anchors if anchored else None,
+            features=features,
+            places=(places[0], places[1]) if places else None,
+            copied=copied,
+        )
+
+    def _evaluated(self, bindings: Iterable[Binding], held: tuple[HeldProfile, ...]) -> tuple[HeldProfile, ...]:
+        """What is evaluated for these tapped requests: what is applied to them, and the candidates."""
+        profiles = {b.profile.version: b.profile for b in bindings if b.profile is not None and not b.profile.idle}
+        room = len(profiles) + CANDIDATES_TAPPED
+        for candidate in held:
+            if len(profiles) < room and not candidate.idle:
+                profiles.setdefault(candidate.version, candidate)
+        return tuple(profiles.values())
 
     def _to_host(self, *tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Any]:
-        """Copies on the host, and the event after which they are complete (None: they are)."""
+        """Copies on the host, and the event after which they are complete (None: they are). None is waited for."""
         if self.device.type != "cuda":
             return tuple(t.to("cpu", copy=True) for t in tensors), None
         copies = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from hemostat_calibration.engine.transform import HeldProfile
 from hemostat_calibration.errors import InvalidProfileError
@@ -20,14 +20,19 @@ class Counters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._elsewhere: dict[str, Callable[[], int]] = {}
 
     def add(self, name: str, by: int = 1) -> None:
         with self._lock:
             self._counts[name] += by
 
+    def counted_by(self, name: str, read: Callable[[], int]) -> None:
+        """A count that is kept elsewhere, and read where counts are read."""
+        self._elsewhere[name] = read
+
     def read(self) -> dict[str, int]:
         with self._lock:
-            return dict(self._counts)
+            return dict(self._counts) | {name: read() for name, read in self._elsewhere.items()}
 
 
 class Library:
@@ -99,8 +104,8 @@ class Library:
         with self._lock:
             return tuple(self._held)
 
-    def candidates(self, at_most: int) -> tuple[HeldProfile, ...]:
-        """Held profiles under evaluation: the first ones that `hold` names."""
+    def candidates(self) -> tuple[HeldProfile, ...]:
+        """Held profiles that `hold` names, in its order."""
         with self._lock:
             found = (self._held.get(version) for version in self._hold)
-            return tuple(held for held in found if held is not None)[:at_most]
+            return tuple(held for held in found if held is not None)

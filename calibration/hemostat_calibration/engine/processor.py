@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hemostat_calibration.engine import transform, xargs
+from hemostat_calibration.engine import xargs
 from hemostat_calibration.engine.agent import Settings
 from hemostat_calibration.engine.core import Binding, Core, Ranks
-from hemostat_calibration.engine.taps import SlotTap
 from hemostat_calibration.errors import HemostatError
 
 _INTERFACES = ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor")
@@ -175,15 +174,12 @@ class Slots:
             profile = self._slots[chosen[0]].profile
             assert profile is not None
             mask = torch.isin(ctx.expanded_idx_mapping, self._core.on_device(chosen).to(ctx.expanded_idx_mapping.dtype))
-            transform.apply_where(profile, logits, mask)
-            self._core.counters.add("rows_applied", len(chosen))
+            self._core.apply_where(logits, profile, mask, len(chosen))
 
     def _tap(self, logits: torch.Tensor, slots: list[int], rows: torch.Tensor, ctx: Any) -> None:
-        bindings = {slot: self._slots[slot] for slot in slots}
         self._core.tap_slots(
             logits,
-            {slot: SlotTap(b.nonce or "", b.applied, self._prompt_lens[slot]) for slot, b in bindings.items()},
-            self._core.tapped_profiles(bindings.values()),
+            {slot: (self._slots[slot], self._prompt_lens[slot]) for slot in slots},
             rows,
             ctx.expanded_idx_mapping.index_select(0, rows),
             ctx.pos.index_select(0, rows),

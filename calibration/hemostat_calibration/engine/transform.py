@@ -1,18 +1,26 @@
 """Profile × logits in torch, inside the engine. The oracle is `hemostat_calibration.transform`; a family that is added
 there is added here, and `FAMILIES` names what this engine can apply.
 
-Logits z are float32 [R, V]. As in the oracle, entries that are not finite (-inf is a mask) stay as they are.
+Logits z are [N, V], float32 in both of vLLM's runners. As in the oracle, entries that are not finite (-inf is a mask)
+stay as they are. Nothing here waits for the device.
+
+A contextual row costs, beside its N anchors: 2 A r + 2 H (A + r) + 2 r V floating point operations (H = 0: the first
+and the last), one pass over `up` (4 r V bytes, shared by the rows of the step) and three over the row's logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from hemostat_calibration import transform as oracle
 from hemostat_calibration.errors import InvalidProfileError
-from hemostat_calibration.families import TEMPERATURE_BIAS
+from hemostat_calibration.families import CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profile import CalibrationProfile
 
 CHUNK_ELEMENTS = 1 << 24
@@ -21,16 +29,62 @@ CHUNK_ELEMENTS = 1 << 24
 Parameters = dict[str, torch.Tensor]
 
 
-def _temperature_bias(parameters: Parameters, relative: torch.Tensor) -> torch.Tensor:
-    return relative.mul_(parameters["inverse_temperature"] - 1.0).add_(parameters["bias"])
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Of R rows: delta, Δz before the clamp, float32 [R, V] in nats, finite; what it says of masked ids is without a
+    meaning. masked, limited: bool [R], rows that got identity because a feature is not finite, and rows that the trust
+    region shrank; None for a family that knows neither."""
+
+    delta: torch.Tensor
+    masked: torch.Tensor | None = None
+    limited: torch.Tensor | None = None
 
 
-FAMILIES: dict[str, Callable[[Parameters, torch.Tensor], torch.Tensor]] = {TEMPERATURE_BIAS: _temperature_bias}
-"""(parameters, z - max z, which may be overwritten) -> Δz before the clamp, float32 [R, V] in nats."""
+def _temperature_bias(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
+    z = (logits if rows is None else logits.index_select(0, rows)).float()
+    masked = ~torch.isfinite(z)
+    top = z.masked_fill(masked, -torch.inf).amax(dim=-1, keepdim=True)
+    delta = (z - top).mul_(parameters["inverse_temperature"] - 1.0).add_(parameters["bias"])
+    return Shift(delta.masked_fill_(masked, 0.0))
+
+
+def _contextual(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
+    x = centred(logits, rows, parameters["anchors"])[:, : parameters["linear"].shape[0]]
+    y = torch.addmm(parameters["offset"], x, parameters["linear"])
+    if parameters["hidden"].shape[1]:
+        units = torch.nn.functional.silu(torch.addmm(parameters["hidden_offset"], x, parameters["hidden"]))
+        y.addmm_(units, parameters["out"])
+    twice_kl = ((y @ parameters["fisher"]) * y).sum(dim=-1, keepdim=True)
+    most = 2.0 * parameters["kl_limit"]
+    # One feature that is not finite makes all of the row's y so. With y² finite, `up y` is within float32.
+    masked = ~torch.isfinite(twice_kl + (y * y).sum(dim=-1, keepdim=True))
+    y = (y * torch.sqrt(most / torch.maximum(twice_kl, most))).masked_fill_(masked, 0.0)
+    return Shift(y @ parameters["up"], masked[:, 0], ((twice_kl > most) & ~masked)[:, 0])
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """shift: (parameters, logits [N, V], rows int64 [R] or None for all) -> what is added to those rows.
+
+    transposed: parameters that are kept the other way round, so that the products above read memory in its order.
+    """
+
+    shift: Callable[[Parameters, torch.Tensor, torch.Tensor | None], Shift]
+    transposed: frozenset[str] = frozenset()
+
+
+FAMILIES: Mapping[str, Family] = {
+    TEMPERATURE_BIAS: Family(_temperature_bias),
+    CONTEXTUAL: Family(_contextual, frozenset({"linear", "hidden", "out", "up"})),
+}
 
 
 class HeldProfile:
-    """A profile's parameters as float32 tensors: on the host, and on the device from its first binding on."""
+    """A profile's parameters as tensors, float32 but for ids: on the host, and on the device from its first binding on.
+
+    anchors: digest of its `anchor_count` anchor ids; None for a family without. idle: it changes no row, whatever the
+    row says, as a probe does.
+    """
 
     def __init__(self, profile: CalibrationProfile) -> None:
         if profile.family not in FAMILIES:
@@ -39,10 +93,14 @@ class HeldProfile:
                 "cannot apply: upgrade hemostat in vLLM's environment"
             )
         self.version = profile.version
-        self.family = profile.family
         self.clamp_nats = profile.clamp_nats
+        anchors = oracle.anchors(profile)
+        self.anchors = None if anchors is None else oracle.anchors_digest(anchors)
+        self.anchor_count = 0 if anchors is None else len(anchors)
+        self.idle = anchors is not None and not profile.parameters["up"].any()
+        self._family = FAMILIES[profile.family]
         self._host = {
-            name: torch.from_numpy(np.array(value, dtype=np.float32)) for name, value in profile.parameters.items()
+            name: _tensor(value, name in self._family.transposed) for name, value in profile.parameters.items()
         }
         self._on: dict[torch.device, Parameters] = {}
 
@@ -52,44 +110,90 @@ class HeldProfile:
             self._on[device] = {name: value.to(device) for name, value in self._host.items()}
         return self._on[device]
 
-
-def shift(profile: HeldProfile, z: torch.Tensor) -> torch.Tensor:
-    """Δz, float32 [R, V] in nats, |Δz| ≤ the profile's clamp; 0 where z is not finite."""
-    masked = ~torch.isfinite(z)
-    top = z.masked_fill(masked, -torch.inf).amax(dim=-1, keepdim=True)
-    delta = FAMILIES[profile.family](profile.on(z.device), z - top)
-    return delta.clamp_(-profile.clamp_nats, profile.clamp_nats).masked_fill_(masked, 0.0)
+    def shift(self, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
+        """What is added to `rows` (int64 [R], on the device of `logits`; None: to all), before the clamp."""
+        return self._family.shift(self.on(logits.device), logits, rows)
 
 
-def apply_to_rows(profile: HeldProfile, logits: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add Δz in place to `logits` [N, V] (float32, float16 or bfloat16) at `rows` (int64 [R], on the same device)."""
-    for part in _parts(rows, logits.shape[1]):
-        z = logits.index_select(0, part).float()
-        logits.index_copy_(0, part, (z + shift(profile, z)).to(logits.dtype))
+def _tensor(value: npt.NDArray[Any], transposed: bool) -> torch.Tensor:
+    dtype = np.int64 if value.dtype.kind == "i" else np.float32
+    return torch.from_numpy(np.array(value.T if transposed else value, dtype=dtype, order="C"))
 
 
-def apply_where(profile: HeldProfile, logits: torch.Tensor, chosen: torch.Tensor) -> None:
+def centred(logits: torch.Tensor, rows: torch.Tensor | None, anchors: torch.Tensor) -> torch.Tensor:
+    """z − mean z at the ids `anchors` [N], float32 [R, N], of `rows`; a row of them that is not finite holds NaN."""
+    z = logits.index_select(1, anchors) if rows is None else logits[rows[:, None], anchors]
+    z = z.float()
+    return z.sub_(z.mean(dim=-1, keepdim=True))
+
+
+def apply_to_rows(profile: HeldProfile, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Add Δz in place to `logits` [N, V] (float32, float16 or bfloat16) at `rows` (int64 [R], distinct, on the same
+    device; None: at all). Returns how many rows were masked and limited, int64 [2] on the device (see `Shift`)."""
+    counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
+    for target, part in _parts(logits, rows):
+        shift = profile.shift(target, part)
+        delta = shift.delta.clamp_(-profile.clamp_nats, profile.clamp_nats)
+        if part is None:
+            target.add_(delta)
+        elif target.dtype is torch.float32:
+            target.index_add_(0, part, delta)
+        else:
+            target.index_copy_(0, part, delta.add_(target.index_select(0, part)).to(target.dtype))
+        _count(counts, shift, None)
+    return counts
+
+
+def apply_where(profile: HeldProfile, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """The same where `chosen` (bool [N], on the device) says so, without asking the device which rows those are."""
+    counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
+    at = 0
+    for target, _ in _parts(logits, None):
+        mask = chosen[at : at + target.shape[0]]
+        at += target.shape[0]
+        shift = profile.shift(target, None)
+        delta = shift.delta.clamp_(-profile.clamp_nats, profile.clamp_nats)
+        # Adding -0.0 changes no number's bits; adding 0.0 would turn -0.0 into 0.0.
+        target.add_(delta.masked_fill_(~mask[:, None], -0.0))
+        _count(counts, shift, mask)
+    return counts
+
+
+def _count(counts: torch.Tensor, shift: Shift, chosen: torch.Tensor | None) -> None:
+    if shift.masked is not None and shift.limited is not None:
+        flags = torch.stack((shift.masked, shift.limited))
+        counts.add_((flags if chosen is None else flags & chosen).sum(dim=-1))
+
+
+def evaluate(
+    profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For the unmodified `rows` of `logits`, by profile: log E_c[e^Δz] with c = softmax(z), float32 [P, R] in nats, and
+    whether the clamp binds anywhere in the row, bool [P, R]."""
+    pieces = [_evaluate(profiles, *piece) for piece in _parts(logits, rows)]
+    return torch.cat([found for found, _ in pieces], dim=1), torch.cat([clamped for _, clamped in pieces], dim=1)
+
+
+def _evaluate(
+    profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    z = (logits if rows is None else logits.index_select(0, rows)).float()
+    weights = (z - z.amax(dim=-1, keepdim=True)).exp_()
+    total = weights.sum(dim=-1)
+    found, clamped = [], []
+    for profile in profiles:
+        delta = profile.shift(logits, rows).delta
+        low, high = torch.aminmax(delta, dim=-1)
+        clamped.append(torch.maximum(-low, high) > profile.clamp_nats)
+        changed = delta.clamp_(-profile.clamp_nats, profile.clamp_nats).exp_().mul_(weights).sum(dim=-1)
+        found.append(torch.log(changed / total))
+    return torch.stack(found), torch.stack(clamped)
+
+
+def _parts(logits: torch.Tensor, rows: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(logits, rows) so that no more than `CHUNK_ELEMENTS` are worked on at a time; parts of all rows are views."""
     step = max(1, CHUNK_ELEMENTS // logits.shape[1])
-    for start in range(0, logits.shape[0], step):
-        part = logits[start : start + step]
-        z = part.float()
-        mask = chosen[start : start + step, None]
-        part.copy_(torch.where(mask, (z + shift(profile, z)).to(part.dtype), part))
-
-
-def log_normalizers(profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """log E_c[e^Δz] with c = softmax(z), float32 [len(profiles), R] in nats, by profile, for the unmodified `rows`."""
-    pieces = [
-        _log_normalizers(profiles, logits.index_select(0, part).float()) for part in _parts(rows, logits.shape[1])
-    ]
-    return torch.cat(pieces, dim=1)
-
-
-def _log_normalizers(profiles: tuple[HeldProfile, ...], z: torch.Tensor) -> torch.Tensor:
-    before = torch.logsumexp(z, dim=-1)
-    return torch.stack([torch.logsumexp(z + shift(profile, z), dim=-1) - before for profile in profiles])
-
-
-def _parts(rows: torch.Tensor, vocab_size: int) -> Iterator[torch.Tensor]:
-    yield from rows.split(max(1, CHUNK_ELEMENTS // vocab_size))
+    if rows is None:
+        yield from ((part, None) for part in logits.split(step))
+    else:
+        yield from ((logits, part) for part in rows.split(step))
