@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ADMIN = "http://127.0.0.1:8081"
 ADMIN_WITHIN = 30.0
-COMPRESSIONS = ("w4a16", "w8a8", "prune10", "prune30", "prune50")
+COMPRESSIONS = ("w4a16", "int3", "w8a8", "prune10", "prune30", "prune50")
 MODES = ("off", "observe", "auto")
 
 SHORTHANDS = {
@@ -102,6 +102,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     compress.add_argument("--scheme", choices=COMPRESSIONS, required=True)
     compress.set_defaults(command=_compress)
 
+    _add_doctor(commands.add_parser("doctor", help="an offline report on two models", allow_abbrev=False))
     _add_profile(commands.add_parser("profile", help="look at and steer calibration profiles", allow_abbrev=False))
 
     named = next((a for a in arguments if not a.startswith("-")), None)
@@ -121,6 +122,38 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     for flag, (key, placeholder, text) in SHORTHANDS.items():
         parser.add_argument(f"--{flag}", dest=key, metavar=placeholder, help=f"{text} ({key})")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    kinds = "checkpoint folder or hub name, or URL[#NAME] of a vLLM server"
+    parser.add_argument("reference", metavar="REFERENCE", help=f"the original: {kinds}")
+    parser.add_argument("compressed", metavar="COMPRESSED", help="what was made from it, of the same kind")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='a prompt a line: text, {"prompt": "..."} or {"messages": [...]}, with a "completion" if it is not to be '
+        "generated (default: those that Hemostat brings)",
+    )
+    parser.add_argument("--max-prompts", type=_positive, metavar="N", help="the first N only")
+    parser.add_argument("--tokens", type=_positive, default=64, metavar="N", help="the most generated for one (64)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    decoding = parser.add_mutually_exclusive_group()
+    decoding.add_argument("--greedy", action="store_true", help="generate greedily (default: sample at temperature 1)")
+    decoding.add_argument("--given", action="store_true", help="generate nothing: score the lines' own text")
+    parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="prompts generated for at once (16)")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="of torch (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--top-k", type=_positive, default=20, metavar="K", help="servers: ids asked a position (20)")
+    parser.add_argument(
+        "--layer-tokens", type=_natural, default=512, metavar="N", help="tokens for the layers (512; 0: leave them out)"
+    )
+    parser.add_argument("--worst", type=_positive, default=10, metavar="N", help="rows of the worst lists (10)")
+    parser.add_argument("--show-text", action="store_true", help="show texts of the worst prompts and tokens")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep finished work there (default: until the report)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--html", type=Path, metavar="FILE")
+    parser.set_defaults(command=_doctor)
 
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
@@ -220,6 +253,13 @@ def _compress(options: argparse.Namespace) -> int:
 
     compress(options.source, options.destination, options.scheme, print)
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from hemostat.doctor import DoctorOptions, run  # noqa: PLC0415
+
+    named = {name: getattr(options, name) for name in DoctorOptions.__dataclass_fields__ if hasattr(options, name)}
+    return run(DoctorOptions(**named, decoding="greedy" if options.greedy else "given" if options.given else "sampled"))
 
 
 def _profile_list(options: argparse.Namespace) -> int:
@@ -332,6 +372,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _print_json(value: Any) -> None:

@@ -1,7 +1,7 @@
 """Compressed copies of a checkpoint, made from its weights alone, and the small reference that the demo runs on.
 
-What is written is a folder that vLLM and transformers load: the quantized schemes in the compressed-tensors format,
-the pruned one dense. Rounding is to nearest, and no data is looked at: tools that do look (GPTQ, AWQ, SparseGPT) lose
+What is written is a folder that vLLM and transformers load: w4a16 and w8a8 in the compressed-tensors format, the
+others dense. Rounding is to nearest, and no data is looked at: tools that do look (GPTQ, AWQ, SparseGPT) lose
 less.
 
 A folder appears under its name only when it is whole (it is made beside it and renamed), and carries `MANIFEST`, which
@@ -27,9 +27,10 @@ from typing import Any
 
 from hemostat_calibration.errors import HemostatError
 
-SCHEMES = ("w4a16", "w8a8", "prune10", "prune30", "prune50")
-"""w4a16: int4 weights, symmetric, groups of 64 inputs. w8a8: int8 weights by output channel, int8 activations scaled by
-token as they come. pruneNN: the smallest NN % of every layer's weights set to zero. All linear layers but the head."""
+SCHEMES = ("w4a16", "int3", "w8a8", "prune10", "prune30", "prune50")
+"""w4a16: int4 weights, symmetric, groups of 64 inputs. int3: the same with 3 bits, written dense. w8a8: int8 weights
+by output channel, int8 activations scaled by token as they come. pruneNN: the smallest NN % of every layer's weights
+set to zero. All linear layers but the head."""
 
 GROUP_SIZE = 64
 MANIFEST = "hemostat-checkpoint.json"
@@ -241,6 +242,9 @@ def _write_compressed(source: Path, folder: Path, scheme: str, progress: Progres
     if scheme.startswith("prune"):
         for name in linears:
             state[f"{name}.weight"] = _pruned(state[f"{name}.weight"], int(scheme.removeprefix("prune")) / 100)
+    elif scheme == "int3":
+        for name in linears:
+            state[f"{name}.weight"] = _rounded(name, state[f"{name}.weight"], 3)
     else:
         quantization = _quantize(state, linears, heads, scheme, progress)
     with _quiet_transformers():
@@ -269,6 +273,23 @@ def _pruned(weight: Any, sparsity: float) -> Any:
     return pruned.view_as(weight)
 
 
+def _rounded(name: str, weight: Any, bits: int) -> Any:
+    """A copy of layer `name`'s weight, [out, in], rounded to integers of `bits` bits times the scale of its group."""
+    groups = _groups(name, weight)
+    scale = _fitted_scale(groups, bits).float().unsqueeze(-1)
+    highest = 2 ** (bits - 1) - 1
+    steps = (groups.float() / scale).round().clamp(-highest - 1, highest)
+    return (steps * scale).flatten(1).to(weight.dtype)
+
+
+def _groups(name: str, weight: Any) -> Any:
+    """`weight`, [out, in], as [out, groups, GROUP_SIZE]."""
+    inputs = weight.shape[1]
+    if inputs % GROUP_SIZE:
+        raise CompressError(f"layer {name} has {inputs} inputs, not a multiple of {GROUP_SIZE}: use w8a8 or prune50")
+    return weight.unflatten(1, (-1, GROUP_SIZE))
+
+
 def _quantize(
     state: dict[str, Any], linears: dict[str, Any], heads: list[str], scheme: str, progress: Progress
 ) -> dict[str, Any]:
@@ -295,12 +316,7 @@ def _quantize(
         if done % 50 == 0:
             progress(f"{scheme}: {done} of {len(linears)} layers")
         weight = state.pop(f"{name}.weight")
-        inputs = weight.shape[1]
-        if scheme == "w4a16" and inputs % GROUP_SIZE:
-            raise CompressError(
-                f"layer {name} has {inputs} inputs, not a multiple of {GROUP_SIZE}: use w8a8 or prune50"
-            )
-        groups = weight.unflatten(1, (-1, GROUP_SIZE)) if scheme == "w4a16" else weight.unsqueeze(1)
+        groups = _groups(name, weight) if scheme == "w4a16" else weight.unsqueeze(1)
         scale = _fitted_scale(groups, weights.num_bits)
         quantized = compressor.compress({"weight": weight, "weight_scale": scale}, recipe)
         state.update({f"{name}.{key}": value for key, value in quantized.items()})

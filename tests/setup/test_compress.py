@@ -64,6 +64,18 @@ def test_w4a16_is_packed_and_close_to_the_original(tiny: Path, tmp_path: Path) -
     assert torch.equal(state["model.embed_tokens.weight"], weights(tiny)["model.embed_tokens.weight"])
 
 
+def test_int3_is_dense_and_knows_eight_values_a_group(tiny: Path, tmp_path: Path) -> None:
+    compress(tiny, tmp_path / "out", "int3")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    state, originals = weights(tmp_path / "out"), weights(tiny)
+    rounded, original = state[f"{LAYER}.weight"], originals[f"{LAYER}.weight"]
+    assert rounded.dtype == torch.bfloat16
+    assert max(len(group.unique()) for group in rounded.reshape(-1, 64)) <= 8
+    error = (rounded.float() - original.float()).norm() / original.float().norm()
+    assert 0.15 < error < 0.3, "twice what 4 bits lose"
+    assert torch.equal(state["model.embed_tokens.weight"], originals["model.embed_tokens.weight"])
+
+
 def test_w8a8_keeps_eight_bits_a_channel(tiny: Path, tmp_path: Path) -> None:
     compress(tiny, tmp_path / "out", "w8a8")
     group = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"][
@@ -132,7 +144,7 @@ def test_a_folder_of_somebody_else_is_not_touched(tiny: Path, tmp_path: Path) ->
 
 
 def test_errors_name_what_to_do(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CompressError, match="w4a16, w8a8, prune10"):
+    with pytest.raises(CompressError, match="w4a16, int3, w8a8, prune10"):
         compress(tiny, tmp_path / "out", "w3a3")
     with pytest.raises(CompressError, match=r"no config\.json"):
         compress(tmp_path, tmp_path / "out", "w4a16")
