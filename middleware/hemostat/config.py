@@ -87,6 +87,12 @@ def _existing_file(value: Path) -> Path:
     return value
 
 
+def _existing_folder(value: Path) -> Path:
+    if not os.path.isdir(value):
+        raise ValueError(f"there is no folder {_shown(str(value))}")
+    return value
+
+
 def _nothing_is_none(value: object) -> object:
     return "none" if value is None else value
 
@@ -100,6 +106,7 @@ ServerUrl = Annotated[str, AfterValidator(_server_url)]
 Host = Annotated[str, AfterValidator(_host)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+ExistingFolder = Annotated[Path, AfterValidator(_existing_folder)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Backend = Annotated[Literal["transformers", "vllm", "none"], BeforeValidator(_nothing_is_none)]
@@ -212,6 +219,18 @@ class Calibration(Section):
     """Error probability of the promotion and rollback bounds."""
     min_tokens: int = Field(default=20_000, ge=1)
     """Scored tokens before a profile is proposed."""
+    output_embedding: ExistingFolder | None = None
+    """Folder of the reference's checkpoint (safetensors), for contextual profiles. A transformers reference has its
+    own; with a vLLM reference there are none without it."""
+    anchors: int = Field(default=512, ge=8, le=4096)
+    """Ids whose logits a contextual profile reads."""
+    rank: int = Field(default=64, ge=1, le=512)
+    """The largest of a contextual profile: 2 bytes × rank × vocabulary is its size, about."""
+    half_life_tokens: float | None = Field(default=2_000_000, gt=0)
+    """Learned tokens after which one counts half; null never forgets."""
+    recent_tokens: int = Field(default=65_536, ge=1_000, le=10_000_000)
+    """The last ones, kept whole, in memory (2 bytes × (anchors + width of the hidden state) each), for what needs more
+    than sums."""
     apply: Literal["engine", "request"] = "engine"
     force: ExistingFile | None = None
     """A profile put on every request, whatever the evidence: for tests."""

@@ -1,0 +1,187 @@
+"""What the control process and the learner say to each other.
+
+Each frame (`hemostat.child`) holds one msgpack-encoded message. Arrays are little-endian bytes. Every `Learn` is answered with `Learned`, every `Propose` with `Proposed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.records import Candidates, Features, TokenRecord
+
+
+class Start(msgspec.Struct, tag="start", frozen=True):
+    """The first message; answered with `Ready` or `Refused`."""
+
+    model: str
+    """Served name of the compressed model."""
+    vocab_size: int
+    folder: str
+    """Checkpoint that holds the output embedding."""
+    hidden_size: int
+    """Of the reference's hidden states; 0: there are none."""
+    anchors: int
+    rank: int
+    clamp_nats: float
+    kl_limit: float
+    half_life_tokens: float | None
+    recent_tokens: int
+    min_tokens: int
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """A record, as far as it is learned from: T tokens, K candidates, J of the reference's, N anchors, d hidden."""
+
+    scope: str
+    prompt_key: bytes
+    output: bytes
+    """int32 [T]"""
+    candidates: bytes
+    """int32 [T, K]"""
+    candidate_logprobs: bytes
+    """float32 [T, K], as all that follows but for the features and hidden states"""
+    reference_at: bytes
+    reference: bytes
+    """int32 [T, J]"""
+    reference_logprobs: bytes
+    emitted: bytes
+    reference_emitted: bytes
+    anchors: str
+    """Digest; "" without features."""
+    features: bytes
+    """float16 [T, N]"""
+    hidden: bytes
+    """float16 [T, d]; empty: none"""
+
+
+class Learn(msgspec.Struct, tag="learn", frozen=True):
+    rows: list[Row]
+
+
+class Propose(msgspec.Struct, tag="propose", frozen=True):
+    """scope: "" is all."""
+
+    scope: str
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    anchors: bytes
+    """int32 [N]"""
+    hidden_size: int
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True):
+    """It cannot start, and ends."""
+
+    message: str
+
+
+class Learned(msgspec.Struct, tag="learned", frozen=True):
+    """Totals since it started. failed: records that could not be learned from, by what was raised."""
+
+    tokens: dict[str, int]
+    """By scope, "" is all; a scope that is not followed is missing."""
+    sources: dict[str, int]
+    """By `contextual.Source`."""
+    failed: dict[str, int]
+
+
+class Training(msgspec.Struct, tag="training", frozen=True):
+    """How far a proposal is."""
+
+    stage: str
+    done: float
+
+
+class Proposed(msgspec.Struct, tag="proposed", frozen=True):
+    scope: str
+    tokens: int
+    """Learned from."""
+    profile: bytes
+    """Empty: there is nothing to propose yet, or it failed, as `report` says."""
+    report: dict[str, str | int | float]
+
+
+Request = Start | Learn | Propose
+Answer = Ready | Refused | Learned | Training | Proposed
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(message: Request | Answer) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_request(body: bytes) -> Request:
+    return _requests.decode(body)
+
+
+def decode_answer(body: bytes) -> Answer:
+    return _answers.decode(body)
+
+
+def row(record: TokenRecord, scope: str) -> Row:
+    """Features and hidden states lose what float16 does not hold: less than the models' own bfloat16 loses."""
+    features, hidden = record.features, record.reference_hidden
+    return Row(
+        scope=scope,
+        prompt_key=record.prompt_key,
+        output=_bytes(record.output_ids, "<i4"),
+        candidates=_bytes(record.compressed.ids, "<i4"),
+        candidate_logprobs=_bytes(record.compressed.logprobs, "<f4"),
+        reference_at=_bytes(record.reference_at, "<f4"),
+        reference=_bytes(record.reference.ids, "<i4"),
+        reference_logprobs=_bytes(record.reference.logprobs, "<f4"),
+        emitted=_bytes(record.compressed_emitted, "<f4"),
+        reference_emitted=_bytes(record.reference_emitted, "<f4"),
+        anchors=features.anchors if features else "",
+        features=_bytes(features.values, "<f2") if features else b"",
+        hidden=b"" if hidden is None else _bytes(np.clip(hidden, -_LARGEST, _LARGEST), "<f2"),
+    )
+
+
+def record(row: Row, vocab_size: int) -> TokenRecord:
+    """The record that a row was made of, as far as it is there."""
+    output = np.frombuffer(row.output, "<i4").astype(np.int32)
+    tokens = len(output)
+
+    def ids(data: bytes) -> npt.NDArray[np.int32]:
+        return np.frombuffer(data, "<i4").astype(np.int32).reshape(tokens, -1)
+
+    def floats(data: bytes) -> npt.NDArray[np.float64]:
+        return np.frombuffer(data, "<f4").astype(np.float64)
+
+    def halves(data: bytes) -> npt.NDArray[np.float32]:
+        return np.frombuffer(data, "<f2").astype(np.float32).reshape(tokens, -1)
+
+    return TokenRecord(
+        vocab_size=vocab_size,
+        prompt_key=row.prompt_key,
+        output_ids=output,
+        compressed=Candidates(ids(row.candidates), floats(row.candidate_logprobs).reshape(tokens, -1)),
+        reference_at=floats(row.reference_at).reshape(tokens, -1),
+        reference=Candidates(ids(row.reference), floats(row.reference_logprobs).reshape(tokens, -1)),
+        compressed_emitted=floats(row.emitted),
+        reference_emitted=floats(row.reference_emitted),
+        features=Features(row.anchors, halves(row.features)) if row.anchors else None,
+        reference_hidden=halves(row.hidden) if row.hidden else None,
+    )
+
+
+def size(rows: Iterable[Row]) -> int:
+    """Bytes, about."""
+    return sum(len(value) for row in rows for value in msgspec.structs.astuple(row))
+
+
+_LARGEST = 60000.0
+"""Within float16."""
+
+
+def _bytes(values: npt.NDArray[np.generic], dtype: str) -> bytes:
+    return values.astype(dtype).tobytes()
