@@ -378,6 +378,7 @@ class Control:
         skipped, dropped = self._endings("skipped"), self._endings("dropped")
         version = self.steering.shown
         profile = self.steering.held(version)
+        recovered = self.measurements.recovered(version)
         return {
             "requests": {
                 "shadowed": self.captured,
@@ -389,6 +390,8 @@ class Control:
             "tokens_scored": self.measurements.tokens,
             "top_k": self.settings.shadow.top_k,
             "raw": self.measurements.summary(None),
+            "where": self.measurements.where(),
+            "arms": self.measurements.arms(),
             "noise_floor": self.measurements.floor(),
             "excess": self.measurements.excess(),
             "calibrated": self.measurements.summary(version),
@@ -399,7 +402,8 @@ class Control:
             },
             "calibration": self.steering.status(),
             "recovered": {
-                "ratio": self.measurements.recovered(version),
+                "ratio": (recovered or {}).get("estimate"),
+                "ci95": (recovered or {}).get("ci95", [None, None]),
                 "gain_nats": self.measurements.gained(version),
             },
             "queue": {"depth": len(self.queue), "lag_seconds": self._lag(now)},
@@ -505,7 +509,7 @@ class Control:
         text = "1 for the profile that serves, or in mode observe would (identity when none does)."
         yield "hemostat_profile_info", text, {"version": version, "family": family}, 1.0
         yield from self.measurements.gauges()
-        won_back = self.measurements.recovered(self.steering.shown)
+        won_back = (self.measurements.recovered(self.steering.shown) or {}).get("estimate")
         if won_back is not None:
             text = "Part of KL(reference||compressed) that the profile wins back, on the same tokens."
             yield "hemostat_recovered_divergence_ratio", text, {}, won_back

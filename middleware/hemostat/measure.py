@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from hemostat.figures import StageFigures, finite
 from hemostat.floor import MODELS
+from hemostat_calibration import confidence
+from hemostat_calibration.confidence import MeanSequence
 from hemostat_calibration.divergence import TokenDivergence, calibrated, divergence, gain
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
-from hemostat_calibration.streaming import Histogram, RatioEstimate
+from hemostat_calibration.streaming import Histogram
 
 KL_EDGES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 TV_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -25,88 +28,50 @@ VERSIONS_KEPT = 16
 """Profiles whose figures are kept apart; the longest unseen one goes."""
 
 STAGES = ("raw", "calibrated")
+DECODINGS = ("greedy", "sampled")
+"""Of the request: at temperature 0, or any other or none that is known."""
 DIRECTIONS = ("reference_compressed", "compressed_reference")
 """Of KL(first‖second)."""
 
-FIGURES = {
-    "kl_nats": "kl_rc",
-    "kl_nats_estimate": "estimate_rc",
-    "reverse_kl_nats": "kl_cr",
-    "reverse_kl_nats_estimate": "estimate_cr",
-    "js_nats": "js",
-    "total_variation": "tv",
-    "top1_agreement": "top1_agreement",
-    "covered_mass": "covered_compressed",
-    "covered_mass_reference": "covered_reference",
-    "delta_log_likelihood_nats": "delta_log_likelihood",
-    "entropy_compressed_nats": "entropy_compressed",
-    "entropy_reference_nats": "entropy_reference",
-}
-"""Name in the report -> field of TokenDivergence."""
-SCALARS = ("total_variation", "top1_agreement", "covered_mass")
-"""Figures that the report gives as a bare number, their interval beside it."""
 EXCESS = ("kl_nats", "reverse_kl_nats", "js_nats", "total_variation")
 """Figures that are also told as excess over the noise floor."""
-INFINITE = ("kl_nats", "reverse_kl_nats")
-"""Figures that may be infinite at a token; such tokens are counted beside the mean of the others."""
+HEADLINE = (*EXCESS, "kl_nats_upper", "kl_nats_estimate", "reverse_kl_nats_estimate", "top1_agreement")
+"""Figures that are exported with their intervals."""
+ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
 
 
-class StageFigures:
-    """Ratio estimates of every figure, over the requests of one stage."""
+def interval(sequence: MeanSequence, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
+    """JSON-ready: what is not there, or infinite, is None. lo, hi: the range that the figure has by its nature."""
+    return _told(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
 
-    def __init__(self) -> None:
-        self._estimates = {name: RatioEstimate() for name in FIGURES}
-        self._infinite = dict.fromkeys(INFINITE, 0)
-        self._bound = "exact"
-        self.requests = 0
-        self.tokens = 0
 
-    def add(self, figures: TokenDivergence) -> None:
-        self.requests += 1
-        self.tokens += len(figures.kl_rc)
-        if figures.bound == "lower":
-            self._bound = "lower"
-        for name, attribute in FIGURES.items():
-            values = np.asarray(getattr(figures, attribute), dtype=np.float64)
-            # NaN is "not available" (a greedy request has no sampled-token estimate), infinity has no mean.
-            finite = np.isfinite(values)
-            tokens = int(finite.sum())
-            if tokens:
-                total = float(values.sum() if tokens == len(values) else values[finite].sum())
-                self._estimates[name] = self._estimates[name].update(total, tokens)
-            if tokens < len(values) and name in INFINITE:
-                self._infinite[name] += int(np.isinf(values).sum())
+def _told(found: confidence.Interval) -> dict[str, Any]:
+    return {"estimate": finite(found.mean), "ci95": [finite(found.low), finite(found.high)]}
+
+
+@dataclass(slots=True)
+class _Top1:
+    """Part of the tokens at which both models' likeliest id is the same: before a profile, after it, and the change."""
+
+    before: MeanSequence = field(default_factory=MeanSequence)
+    after: MeanSequence = field(default_factory=MeanSequence)
+    change: MeanSequence = field(default_factory=MeanSequence)
+    tokens: int = 0
+
+    def add(self, raw: TokenDivergence, after: TokenDivergence) -> None:
+        tokens = len(raw.top1_agreement)
+        old, new = float(raw.top1_agreement.sum()), float(after.top1_agreement.sum())
+        self.before, self.after = self.before.update(old, tokens), self.after.update(new, tokens)
+        self.change = self.change.update(new - old, tokens)
+        self.tokens += tokens
 
     def summary(self) -> dict[str, Any]:
-        """Each figure with its interval, or None where nothing was measured. JSON-ready."""
-        found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "ci95": {}}
-        for name, estimate in self._estimates.items():
-            figure = interval(estimate)
-            if name in SCALARS:
-                found[name], found["ci95"][name] = figure["estimate"], figure["ci95"]
-            else:
-                found[name] = figure
-        for name in ("kl_nats", "reverse_kl_nats", "js_nats"):
-            found[name]["bound"] = self._bound
-        for name in ("kl_nats_estimate", "reverse_kl_nats_estimate"):
-            found[name]["bound"] = "exact" if self._bound == "exact" else "estimate"
-        for name, tokens in self._infinite.items():
-            found[name]["infinite_tokens"] = tokens
-        return found
-
-    def mean(self, name: str) -> float | None:
-        """One figure without the rest."""
-        return _finite(self._estimates[name].get().mean)
-
-
-def interval(estimate: RatioEstimate) -> dict[str, Any]:
-    """JSON-ready: what is not there, or infinite, is None."""
-    ratio = estimate.get()
-    return {"estimate": _finite(ratio.mean), "ci95": [_finite(ratio.low), _finite(ratio.high)]}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        return {
+            "tokens": self.tokens,
+            "before": interval(self.before, 0.0, 1.0),
+            "after": interval(self.after, 0.0, 1.0),
+            "change": interval(self.change, -1.0, 1.0),
+        }
 
 
 @dataclass(slots=True)
@@ -116,8 +81,11 @@ class _After:
 
     after: StageFigures = field(default_factory=StageFigures)
     before: StageFigures = field(default_factory=StageFigures)
-    gain: RatioEstimate = field(default_factory=RatioEstimate)
-    of: RatioEstimate = field(default_factory=RatioEstimate)
+    gain: MeanSequence = field(default_factory=MeanSequence)
+    of: MeanSequence = field(default_factory=MeanSequence)
+    share: MeanSequence = field(default_factory=MeanSequence)
+    """Of the two: Σ gain / Σ KL."""
+    top1: dict[str, _Top1] = field(default_factory=lambda: {decoding: _Top1() for decoding in DECODINGS})
 
 
 class Measurements:
@@ -131,9 +99,11 @@ class Measurements:
         staged = [(stage, arm) for stage in STAGES for arm in arms]
         self._kl = {(direction, *key): Histogram(KL_EDGES) for direction in DIRECTIONS for key in staged}
         self._tv = {key: Histogram(TV_EDGES) for key in staged}
-        self._top1 = dict.fromkeys(staged, 0)
-        self._scored = dict.fromkeys(arms, 0)
+        self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODINGS}
+        self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODINGS}
         self._places: dict[tuple[str, str], tuple[int, float]] = {}
+        self._where: dict[tuple[str, str], StageFigures] = {}
+        self._served = {arm: StageFigures() for arm in arms}
         self._floor = {model: StageFigures() for model in MODELS}
         self.tokens = 0
 
@@ -154,23 +124,29 @@ class Measurements:
         after = raw if profile is None else calibrated(record, profile, served)
         won_back = None if profile is None else gain(record, profile)
         # All is computed before anything is added, so that a record counts in every figure or in none.
-        arm = str(record.arm)
+        arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
         self.tokens += record.tokens
-        self._scored[arm] += record.tokens
+        self._scored[arm, decoding] += record.tokens
         self._raw.add(raw)
         tokens, nats = self._places.get((record.route, record.label), (0, 0.0))
         finite = raw.kl_rc[np.isfinite(raw.kl_rc)]
         self._places[record.route, record.label] = (tokens + len(finite), nats + float(finite.sum()))
-        self._expose("raw", arm, raw)
-        self._expose("calibrated", arm, after)
+        self._where.setdefault((record.route, record.label), StageFigures()).add(raw)
+        # What the client really got: of a treated request that is the calibrated distribution.
+        self._served[arm].add(raw if record.applied is None else after)
+        self._expose("raw", arm, decoding, raw)
+        self._expose("calibrated", arm, decoding, after)
         if profile is not None and won_back is not None:
             stage = self._after.pop(profile.version, None) or _After()
             stage.after.add(after)
             stage.before.add(raw)
+            stage.top1[decoding].add(raw, after)
             both = won_back.exact & np.isfinite(raw.estimate_rc)
             if judging and both.any():
-                stage.gain = stage.gain.update(float(won_back.lower[both].sum()), int(both.sum()))
-                stage.of = stage.of.update(float(raw.estimate_rc[both].sum()), int(both.sum()))
+                won, of = float(won_back.lower[both].sum()), float(raw.estimate_rc[both].sum())
+                stage.gain = stage.gain.update(won, int(both.sum()))
+                stage.of = stage.of.update(of, int(both.sum()))
+                stage.share = stage.share.update(won, max(of, 0.0))
             self._after[profile.version] = stage
             while len(self._after) > VERSIONS_KEPT:
                 self._after.popitem(last=False)
@@ -203,26 +179,48 @@ class Measurements:
             return self._raw.summary()
         before = stage.before.summary()
         same = ("kl_nats", "kl_nats_estimate", "total_variation", "top1_agreement", "covered_mass")
-        return {**stage.after.summary(), "raw_same_requests": {name: before[name] for name in same}}
+        return {
+            **stage.after.summary(),
+            "raw_same_requests": {name: before[name] for name in same},
+            "top1_by_decoding": {decoding: top1.summary() for decoding, top1 in stage.top1.items()},
+        }
 
-    def recovered(self, version: str | None) -> float | None:
-        """Gain over KL(r‖c), both exact or unbiased and over the same tokens; None while there is nothing to say."""
+    def recovered(self, version: str | None) -> dict[str, Any] | None:
+        """Gain over KL(r‖c), the one exact, the other unbiased, over the same tokens; None while there is nothing to
+        say. JSON-ready."""
         stage = self._after.get(version or "")
-        if stage is None:
+        if stage is None or stage.share.moments.mean_n <= 0.0:
             return None
-        won, of = stage.gain.get().mean, stage.of.get().mean
-        return won / of if of > 0.0 else None
+        return interval(stage.share, hi=1.0)
 
     def gained(self, version: str | None) -> dict[str, Any] | None:
         """KL(r‖c) − KL(r‖c') in nats where it is known exactly, with its interval; JSON-ready."""
         stage = self._after.get(version or "")
-        return None if stage is None else {**interval(stage.gain), "requests": stage.gain.requests, "bound": "exact"}
+        if stage is None:
+            return None
+        return {**interval(stage.gain), "requests": stage.gain.moments.requests, "bound": "exact"}
 
-    def _expose(self, stage: str, arm: str, figures: TokenDivergence) -> None:
+    def where(self) -> list[dict[str, Any]]:
+        """The raw figures by route and label."""
+        return [{"route": r, "label": n, **f.summary()} for (r, n), f in self._where.items()]
+
+    def arms(self) -> dict[str, Any]:
+        """What clients got, by arm, and treated less control: requests are assigned at random, so that the difference
+        is the calibration's doing, on its own tokens. Of KL the estimate without truncation bias is compared: the
+        difference of two bounds would be evidence of nothing."""
+        treated, control = self._served[Arm.TREATED], self._served[Arm.CONTROL]
+        told = {
+            name: _told(confidence.difference(treated.sequence(name), control.sequence(name)))
+            for name in ARM_DIFFERENCES
+        }
+        arms = {arm: figures.summary() for arm, figures in self._served.items() if figures.requests}
+        return {**arms, "treated_minus_control": told}
+
+    def _expose(self, stage: str, arm: str, decoding: str, figures: TokenDivergence) -> None:
         for direction, values in zip(DIRECTIONS, (figures.kl_rc, figures.kl_cr), strict=True):
             self._kl[direction, stage, arm] = self._kl[direction, stage, arm].update(values)
         self._tv[stage, arm] = self._tv[stage, arm].update(figures.tv)
-        self._top1[stage, arm] += int(figures.top1_agreement.sum())
+        self._top1[stage, arm, decoding] += int(figures.top1_agreement.sum())
 
     def histograms(
         self,
@@ -245,8 +243,9 @@ class Measurements:
 
     def counters(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
         """name without `_total`, help, labels, value."""
-        for arm, tokens in self._scored.items():
-            yield "hemostat_scored_tokens", "Output tokens scored by both models.", {"arm": arm}, tokens
+        for (arm, decoding), tokens in self._scored.items():
+            labels = {"arm": arm, "decoding": decoding}
+            yield "hemostat_scored_tokens", "Output tokens scored by both models.", labels, tokens
         for (route, label), (tokens, nats) in self._places.items():
             labels = {"route": route, "label": label}
             yield (
@@ -256,12 +255,23 @@ class Measurements:
                 nats,
             )
             yield "hemostat_kl_tokens", "Scored tokens with a finite KL(reference||compressed).", labels, tokens
-        for (stage, arm), tokens in self._top1.items():
+        for (stage, arm, decoding), tokens in self._top1.items():
             text = "Scored tokens at which both models' likeliest id is the same."
-            yield "hemostat_top1_agreement_tokens", text, {"stage": stage, "arm": arm}, tokens
+            labels = {"stage": stage, "arm": arm, "decoding": decoding}
+            yield "hemostat_top1_agreement_tokens", text, labels, tokens
 
     def gauges(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
         """name, help, labels, value."""
+        stages = {"raw": self._raw}
+        text = "Mean of a headline figure and the ends of its 95 % interval, which is valid at every look."
+        for stage, figures in stages.items():
+            for name in HEADLINE:
+                told = figures.figure(name)
+                ends = {"mean": told["estimate"], "low": told["ci95"][0], "high": told["ci95"][1]}
+                for edge, value in ends.items():
+                    if value is not None:
+                        labels = {"figure": name, "stage": stage, "edge": edge}
+                        yield "hemostat_divergence", text, labels, value
         text = "KL divergence of a model from itself (decode or batch shape against another), nats; a lower bound."
         for model, floor in self._floor.items():
             for direction, figure in zip(DIRECTIONS, ("kl_nats", "reverse_kl_nats"), strict=True):

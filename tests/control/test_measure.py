@@ -14,7 +14,8 @@ from tests.control.test_shadow import capture
 from tests.core.strategies import Truth, log_softmax, make_record
 from tests.core.test_calibrator import V, World
 
-from hemostat.measure import FIGURES, KL_EDGES, SCALARS, VERSIONS_KEPT, Measurements
+from hemostat.figures import FIGURES, KL_CAP
+from hemostat.measure import DECODINGS, KL_EDGES, VERSIONS_KEPT, Measurements
 from hemostat.records_file import RecordsFile
 from hemostat_calibration.divergence import calibrated, divergence, gain
 from hemostat_calibration.errors import HemostatError
@@ -53,25 +54,34 @@ def batch(values: list[np.ndarray]) -> tuple[float, float]:
 @pytest.mark.parametrize("stage", ["raw", "calibrated"])
 def test_the_summary_is_what_a_batch_computation_says(stage: str) -> None:
     profile = profile_of()
-    given = records(30, profile)
+    given = records(60, profile)
     measured = Measurements()
     for record in given:
         measured.observe(record, profile, None)
     version = None if stage == "raw" else profile.version
     figures = [divergence(r) if stage == "raw" else calibrated(r, profile) for r in given]
     summary = measured.summary(version)
-    assert summary["requests"] == 30
+    assert summary["requests"] == 60
     assert summary["tokens"] == sum(r.tokens for r in given) == measured.tokens
-    for name, field in FIGURES.items():
-        per_request = [np.asarray(getattr(f, field), float) for f in figures]
+    for name, figure in FIGURES.items():
+        per_request = [np.asarray(figure.values(f), float) for f in figures]
         mean, half = batch([v[np.isfinite(v)] for v in per_request if np.isfinite(v).any()])
-        got = summary[name] if name in SCALARS else summary[name]["estimate"]
-        low, high = summary["ci95"][name] if name in SCALARS else summary[name]["ci95"]
+        got = summary[name] if figure.plain else summary[name]["estimate"]
+        low, high = summary["ci95"][name] if figure.plain else summary[name]["ci95"]
         assert got == pytest.approx(mean), name
-        assert (low, high) == (pytest.approx(mean - half), pytest.approx(mean + half)), name
+        # Valid at every look is wider than at one; a constant figure's interval is that of shares unseen.
+        assert low <= mean <= high, name
+        if half > 0.001:
+            assert half < high - mean < 8 * half or high == figure.cap, name
+            assert half < mean - low < 8 * half or low == figure.lo, name
     assert summary["kl_nats"]["bound"] == "lower"
     assert summary["kl_nats_estimate"]["bound"] == "estimate"
     assert summary["kl_nats"]["infinite_tokens"] == 0
+    assert summary["kl_nats"]["estimate"] <= summary["kl_nats_upper"]["estimate"]
+    shift = summary["delta_log_likelihood_nats"]["estimate"]
+    assert summary["perplexity_ratio"]["estimate"] == pytest.approx(math.exp(-shift))
+    squares = np.concatenate([f.delta_p**2 for f in figures])
+    assert summary["delta_p_rms"] == pytest.approx(math.sqrt(np.nanmean(squares)))
 
 
 def test_whole_vocabularies_are_exact() -> None:
@@ -102,12 +112,20 @@ def test_won_back_is_gain_over_divergence_on_the_same_tokens() -> None:
         values, raw = gain(record, profile), divergence(record)
         both = values.exact & np.isfinite(raw.estimate_rc)
         won, of, tokens = won + values.lower[both].sum(), of + raw.estimate_rc[both].sum(), tokens + both.sum()
-    assert measured.recovered(profile.version) == pytest.approx(won / of)
+    recovered = measured.recovered(profile.version)
+    assert recovered is not None
+    assert recovered["estimate"] == pytest.approx(won / of)
     assert 0.3 < won / of < 1.0
     gained = measured.gained(profile.version)
     assert gained is not None
     assert gained["estimate"] == pytest.approx(won / tokens)
-    assert gained["ci95"][0] < won / tokens < gained["ci95"][1]
+    assert gained["ci95"] == [None, None], "20 requests refute nothing yet"
+    for record in records(60, profile):
+        measured.observe(record, profile, None)
+    low, high = measured.gained(profile.version)["ci95"]
+    assert 0.0 < low < measured.gained(profile.version)["estimate"] < high
+    low, high = measured.recovered(profile.version)["ci95"]
+    assert 0.0 < low < measured.recovered(profile.version)["estimate"] < high <= 1.0
     assert measured.recovered(None) is None
     assert measured.gained("0" * 32) is None
 
@@ -130,13 +148,14 @@ def infinite(divergence_of: str) -> TokenRecord:
 
 
 @pytest.mark.parametrize("name", ["kl_nats", "reverse_kl_nats"])
-def test_an_infinite_token_is_counted_and_has_no_part_in_the_mean(name: str) -> None:
+def test_an_infinite_token_is_counted_and_clipped_in_the_mean(name: str) -> None:
     measured = Measurements()
     measured.observe(infinite(name), None, None)
     measured.observe(make_record(WORLD.truth(0), 20), None, None)
     summary = measured.summary(None)
     assert summary[name]["infinite_tokens"] == 1
-    assert 0 <= summary[name]["estimate"] < 10
+    assert summary[name]["clipped_share"] == pytest.approx(1 / measured.tokens)
+    assert KL_CAP / measured.tokens < summary[name]["estimate"] < 10
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     label = "reference_compressed" if name == "kl_nats" else "compressed_reference"
     rows = next(rows for family, _, _, _, rows in measured.histograms() if family == "hemostat_token_kl_nats")
@@ -154,8 +173,8 @@ def test_few_requests_are_json_too(requests: int) -> None:
     for version in (None, profile_of().version):
         summary = measured.summary(version)
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    if requests < 2:
-        assert measured.summary(None)["kl_nats"]["ci95"] == [None, None], "one request says nothing of their spread"
+    if requests == 1:
+        assert measured.summary(None)["kl_nats"]["ci95"] == [0.0, KL_CAP], "one request refutes nothing"
 
 
 def test_figures_of_profiles_long_unseen_go() -> None:
@@ -179,8 +198,34 @@ def test_labels_are_bounded() -> None:
     series = [labels for _, _, _, _, rows in measured.histograms() for labels, _, _ in rows]
     assert len(series) == len(set(series)) == 2 * 2 * 3 + 2 * 3
     tokens = {tuple(labels.values()): value for name, _, labels, value in measured.counters() if "scored" in name}
-    assert set(tokens) == {("control",), ("treated",), ("none",)}
+    assert set(tokens) == {(arm, decoding) for arm in ("control", "treated", "none") for decoding in DECODINGS}
     assert sum(tokens.values()) == measured.tokens
+
+
+def test_same_top1_is_told_for_greedy_and_sampled_requests_apart() -> None:
+    profile = profile_of()
+    given = records(12, profile)
+    measured = Measurements()
+    for record in given:
+        measured.observe(record, profile, None)
+    apart = measured.summary(profile.version)["top1_by_decoding"]
+    counted = {
+        (labels["stage"], labels["decoding"]): value
+        for name, _, labels, value in measured.counters()
+        if name == "hemostat_top1_agreement_tokens" and labels["arm"] == "none"
+    }
+    for decoding, of in (("greedy", given[::3]), ("sampled", [r for n, r in enumerate(given) if n % 3])):
+        tokens = sum(r.tokens for r in of)
+        before = sum(divergence(r).top1_agreement.sum() for r in of)
+        after = sum(calibrated(r, profile).top1_agreement.sum() for r in of)
+        told = apart[decoding]
+        assert told["tokens"] == tokens
+        assert told["before"]["estimate"] == pytest.approx(before / tokens)
+        assert told["after"]["estimate"] == pytest.approx(after / tokens)
+        assert told["change"]["estimate"] == pytest.approx((after - before) / tokens)
+        assert told["change"]["ci95"][0] < (after - before) / tokens < told["change"]["ci95"][1]
+        assert (counted["raw", decoding], counted["calibrated", decoding]) == (before, after)
+    assert apart["sampled"]["after"]["estimate"] > apart["sampled"]["before"]["estimate"]
 
 
 def test_a_record_counts_in_every_figure_or_in_none() -> None:
@@ -194,6 +239,50 @@ def test_a_record_counts_in_every_figure_or_in_none() -> None:
 
 def test_edges_are_those_of_the_dashboards() -> None:
     assert {name: edges for name, _, _, edges, _ in Measurements().histograms()}["hemostat_token_kl_nats"] == KL_EDGES
+
+
+def test_excess_is_over_both_models_own_noise() -> None:
+    measured = Measurements()
+    for record in records(5):
+        measured.observe(record, None, None)
+    assert measured.excess() == {}
+    assert measured.floor() == {}
+    noise = WORLD.truth(1)
+    near = make_record(Truth(noise.reference, log_softmax(noise.reference + 1e-3), noise.emitted), 20)
+    far = make_record(noise, 20)
+    measured.observe_floor("compressed", near)
+    assert measured.excess() == {}, "one floor is not enough"
+    measured.observe_floor("reference", far)
+    raw, floors = measured.summary(None), measured.floor()
+    for name, excess in measured.excess().items():
+        told, *own = (s[name] if name == "total_variation" else s[name]["estimate"] for s in (raw, *floors.values()))
+        assert excess["floor"] == pytest.approx(sum(own))
+        assert excess["estimate"] == pytest.approx(told - sum(own))
+    gauges = {(name, *labels.values()): value for name, _, labels, value in measured.gauges()}
+    told = gauges["hemostat_noise_floor_nats", "reference", "reference_compressed"]
+    assert told == pytest.approx(divergence(far).kl_rc.mean())
+
+
+def test_arms_are_compared_by_what_clients_got() -> None:
+    profile = profile_of()
+    measured = Measurements()
+    for n, record in enumerate(records(120, profile)):
+        treated = n % 2 == 0
+        measured.observe(
+            replace(
+                record,
+                sampling=Sampling(),
+                arm=Arm.TREATED if treated else Arm.CONTROL,
+                applied=profile.version if treated else None,
+            ),
+            profile,
+            profile,
+        )
+    arms = measured.arms()
+    assert arms["treated"]["requests"] == arms["control"]["requests"] == 60
+    change = arms["treated_minus_control"]["total_variation"]
+    assert change["estimate"] == pytest.approx(arms["treated"]["total_variation"] - arms["control"]["total_variation"])
+    assert change["ci95"][0] < change["estimate"] < change["ci95"][1] < 0.0, "the profile undoes this world's bias"
 
 
 # --- records.path ---------------------------------------------------------------------------------------------------
