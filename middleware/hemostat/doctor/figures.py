@@ -1,0 +1,29 @@
+"""A record of two top-K lists as the figures that the report reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hemostat.doctor.pair import ESTIMATE, FLOOR, UPPER, Floats
+from hemostat_calibration.bounds import bounds
+from hemostat_calibration.divergence import divergence
+from hemostat_calibration.records import TokenRecord
+
+
+def figures_of(record: TokenRecord) -> Mapping[str, Floats]:
+    """Lower bounds, upper bounds and estimates of a validated record, float64 [T] each; see `pair`."""
+    found, certain = divergence(record), bounds(record)
+    return {
+        **{name: getattr(certain, name).lower for name in ("kl_rc", "kl_cr", "js", "tv")},
+        **{name + UPPER: getattr(certain, name).upper for name in ("kl_rc", "kl_cr", "js", "tv")},
+        "kl_rc" + ESTIMATE: found.estimate_rc,
+        "kl_cr" + ESTIMATE: found.estimate_cr,
+        "entropy_r": found.entropy_reference,
+        "entropy_c": found.entropy_compressed,
+        "logp_r": record.reference_emitted,
+        "logp_c": record.compressed_emitted,
+        "same_top": found.top1_agreement.astype(np.float64),
+        FLOOR: np.full(record.tokens, np.nan),
+    }

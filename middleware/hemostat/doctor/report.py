@@ -1,0 +1,319 @@
+"""From scored tokens to the report, as plain values that JSON can hold. Pure; nats unless said otherwise.
+
+Names and percentiles are those of llama.cpp's `llama-perplexity --kl-divergence` (tools/perplexity/perplexity.cpp):
+Q is the compressed model, base the reference, KLD is KL(base‖Q) of a token, Δp = p_Q − p_base of the scored token,
+percentiles interpolate linearly. Standard errors are given twice: with the request as the unit, and by token as
+llama.cpp has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat.doctor.classes import CLASSES
+from hemostat.doctor.options import Decoding
+from hemostat.doctor.pair import ESTIMATE, FLOOR, UPPER, Floats, Scored, json_number
+from hemostat.doctor.statistics import Estimate, Ints, Sample
+from hemostat_calibration.trajectory import Survival
+
+SCHEMA = 1
+
+KLD_PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1)
+DELTA_P_PERCENTILES = (99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1)
+ENTROPY_EDGES = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, math.inf)
+"""Nats of the compressed model's own entropy."""
+HISTOGRAM_DECADES = (-6, 2)
+"""Powers of ten of nats that the histogram of KLD spans, four bins each."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """All tokens in a row, [N]."""
+
+    sample: Sample
+    figures: Mapping[str, Floats]
+    ids: Ints
+    position: Ints
+    """Within the scored text, from 0."""
+    index: Ints
+    """The prompt's number."""
+
+    @classmethod
+    def of(cls, scored: Sequence[Scored]) -> Tokens:
+        lengths = [len(one.output) for one in scored]
+        names = scored[0].figures.keys()
+        return cls(
+            sample=Sample(np.repeat(np.arange(len(scored)), lengths), len(scored)),
+            figures={name: np.concatenate([one.figures[name] for one in scored]) for name in names},
+            ids=np.concatenate([one.output for one in scored]).astype(np.int64),
+            position=np.concatenate([np.arange(length) for length in lengths]),
+            index=np.repeat([one.index for one in scored], lengths),
+        )
+
+
+def tables(
+    scored: Sequence[Scored],
+    classes: Mapping[int, str],
+    lines: Sequence[int],
+    worst: int,
+    texts: Mapping[int, Decoding],
+) -> dict[str, Any]:
+    """Everything that follows from the tokens.
+
+    `classes`: token id -> class. `lines`: the prompt file's line of each prompt. `worst`: rows of the worst lists.
+    `texts`: prompt number -> whose text was scored.
+    """
+    tokens = Tokens.of(scored)
+    figures = tokens.figures
+    entropy = np.digitize(figures["entropy_c"], ENTROPY_EDGES[1:-1])
+    kind = np.array([CLASSES.index(classes[token]) for token in tokens.ids.tolist()])
+    doubling = np.where(tokens.position == 0, 0, np.floor(np.log2(np.maximum(tokens.position, 1))).astype(int) + 1)
+    return {
+        "requests": len(scored),
+        "tokens": len(tokens.ids),
+        "perplexity": _perplexity(tokens),
+        "kl_divergence": _kl_divergence(tokens),
+        "token_probability": _token_probability(tokens),
+        "divergence": _divergence(tokens),
+        "trajectory": _trajectory(scored, texts),
+        "histogram": _histogram(figures["kl_rc"]),
+        "by_position": _groups(tokens, doubling, _doubling_name),
+        "by_class": _groups(tokens, kind, lambda n: CLASSES[n]),
+        "by_entropy": _groups(tokens, entropy, _entropy_name),
+        "worst_tokens": _worst_tokens(tokens, classes, lines, worst),
+        "worst_prompts": _worst_prompts(scored, lines, worst),
+    }
+
+
+def _row(name: str, estimate: Estimate, unit: str = "nats", scale: float = 1.0, of: str = "exact") -> Row:
+    """`of`: exact, at least, at most, or estimate."""
+    return {
+        "name": name,
+        "of": of,
+        "unit": unit,
+        "value": json_number(scale * estimate.value),
+        "se_by_request": json_number(scale * estimate.by_request),
+        "se_by_token": json_number(scale * estimate.by_token),
+    }
+
+
+def _plain(name: str, value: float, unit: str, scale: float = 1.0, of: str = "exact") -> Row:
+    return _row(name, Estimate(value, math.nan, math.nan), unit, scale, of)
+
+
+def _perplexity(tokens: Tokens) -> list[Row]:
+    sample = tokens.sample
+    nll_q, nll_base = -tokens.figures["logp_c"], -tokens.figures["logp_r"]
+    q, base = math.exp(nll_q.mean()), math.exp(nll_base.mean())
+    spread = float(nll_q.std() * nll_base.std())
+    covariance = float(((nll_q - nll_q.mean()) * (nll_base - nll_base.mean())).mean())
+
+    def of(function: Callable[[float, float], float], by_q: float, by_base: float) -> Estimate:
+        return sample.function(lambda means: function(means[0], means[1]), [by_q, by_base], nll_q, nll_base)
+
+    return [
+        _row("Mean PPL(Q)", of(lambda a, _: math.exp(a), q, 0.0), ""),
+        _row("Mean PPL(base)", of(lambda _, b: math.exp(b), 0.0, base), ""),
+        _plain("Cor(ln(PPL(Q)), ln(PPL(base)))", covariance / spread if spread else math.nan, "%", 100.0),
+        _row("Mean ln(PPL(Q)/PPL(base))", of(lambda a, b: a - b, 1.0, -1.0)),
+        _row("Mean PPL(Q)/PPL(base)", of(lambda a, b: math.exp(a - b), q / base, -q / base), ""),
+        _row("Mean PPL(Q)-PPL(base)", of(lambda a, b: math.exp(a) - math.exp(b), q, -base), ""),
+    ]
+
+
+def _sides(tokens: Tokens, name: str) -> list[tuple[str, Floats]]:
+    """The same figure as what it is known as: exact, or from below, from above."""
+    if name + UPPER not in tokens.figures:
+        return [("exact", tokens.figures[name])]
+    return [("at least", tokens.figures[name]), ("at most", tokens.figures[name + UPPER])]
+
+
+def _means(tokens: Tokens, label: str, name: str) -> list[Row]:
+    rows = [_row(label, tokens.sample.mean(values), of=of) for of, values in _sides(tokens, name)]
+    estimates = tokens.figures.get(name + ESTIMATE)
+    if estimates is not None and not np.isnan(estimates).any():
+        rows.insert(0, _row(label, tokens.sample.mean(estimates), of="estimate"))
+    return rows
+
+
+def _kl_divergence(tokens: Tokens) -> list[Row]:
+    rows = _means(tokens, "Mean    KLD", "kl_rc")
+    for label, percentile in (
+        ("Maximum KLD", 100.0),
+        *((_percentile(p, "KLD"), p) for p in KLD_PERCENTILES),
+        ("Minimum KLD", 0.0),
+    ):
+        rows += [
+            _plain(label, float(np.percentile(values, percentile)), "nats", of=of)
+            for of, values in _sides(tokens, "kl_rc")
+        ]
+    return rows
+
+
+def _token_probability(tokens: Tokens) -> list[Row]:
+    delta = np.exp(tokens.figures["logp_c"]) - np.exp(tokens.figures["logp_r"])
+    rows = [_row("Mean    Δp", tokens.sample.mean(delta), "%", 100.0)]
+    for label, percentile in (
+        ("Maximum Δp", 100.0),
+        *((_percentile(p, "Δp"), p) for p in DELTA_P_PERCENTILES),
+        ("Minimum Δp", 0.0),
+    ):
+        rows.append(_plain(label, float(np.percentile(delta, percentile)), "%", 100.0))
+    rms = math.sqrt(float((delta**2).mean()))
+    of_square = tokens.sample.function(lambda means: math.sqrt(means[0]), [0.5 / rms if rms else 0.0], delta**2)
+    rows.append(_row("RMS Δp", of_square, "%", 100.0))
+    rows.append(_row("Same top p", tokens.sample.mean(tokens.figures["same_top"]), "%", 100.0))
+    return rows
+
+
+def _percentile(percentile: float, of: str) -> str:
+    return f"Median  {of}" if percentile == 50.0 else f"{percentile:4.1f}%   {of}"
+
+
+def _divergence(tokens: Tokens) -> list[Row]:
+    figures, sample = tokens.figures, tokens.sample
+    rows = _means(tokens, "KL(r‖c)", "kl_rc")
+    if not np.isnan(figures[FLOOR]).all():
+        measured = ~np.isnan(figures[FLOOR])
+        chosen = sample.select(measured)
+        floor = figures[FLOOR][measured]
+        rows.append(_row("noise floor: c read whole ‖ c read in two pieces", chosen.mean(floor)))
+        rows.append(_row("KL(r‖c) above the floor", chosen.mean(figures["kl_rc"][measured] - floor)))
+    rows += _means(tokens, "KL(c‖r)", "kl_cr")
+    rows += _means(tokens, "Jensen–Shannon", "js")
+    rows += [_row("total variation", sample.mean(v), "", of=of) for of, v in _sides(tokens, "tv")]
+    exact = "exact" if "kl_rc" + UPPER not in figures else "at least"
+    rows.append(_row("entropy H(r)", sample.mean(figures["entropy_r"]), of=exact))
+    rows.append(_row("entropy H(c)", sample.mean(figures["entropy_c"]), of=exact))
+    if exact == "exact":
+        rows.append(_row("entropy shift H(c) − H(r)", sample.mean(figures["entropy_c"] - figures["entropy_r"])))
+    return rows
+
+
+def _histogram(values: Floats) -> dict[str, Any]:
+    """Share of the tokens by KLD; the first bin also holds what is below it, the last what is above."""
+    low, high = HISTOGRAM_DECADES
+    edges = 10.0 ** np.linspace(low, high, 4 * (high - low) + 1)
+    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    return {
+        "edges_nats": edges.tolist(),
+        "share": (np.bincount(bins, minlength=len(edges) - 1) / len(values)).tolist(),
+    }
+
+
+def _groups(tokens: Tokens, group: npt.NDArray[np.integer[Any]], name: Callable[[int], str]) -> list[Row]:
+    """A row for each group that has tokens."""
+    figures = tokens.figures
+    total = float(figures["kl_rc"].sum())
+    rows = []
+    for number in np.unique(group).tolist():
+        chosen = group == number
+        sample = tokens.sample.select(chosen)
+        kld = figures["kl_rc"][chosen]
+        rows.append(
+            {
+                "name": name(number),
+                "tokens": int(chosen.sum()),
+                "requests": sample.requests,
+                "kld": _row("Mean KLD", sample.mean(kld), of=_sides(tokens, "kl_rc")[0][0]),
+                "tv": _row("total variation", sample.mean(figures["tv"][chosen]), "", of=_sides(tokens, "tv")[0][0]),
+                "same_top": _row("Same top p", sample.mean(figures["same_top"][chosen]), "%", 100.0),
+                "share_of_kld": json_number(kld.sum() / total) if total else None,
+            }
+        )
+    return rows
+
+
+def _doubling_name(number: int) -> str:
+    if number < 2:
+        return str(number)
+    return f"{2 ** (number - 1)}–{2**number - 1}"
+
+
+def _entropy_name(number: int) -> str:
+    low, high = ENTROPY_EDGES[number], ENTROPY_EDGES[number + 1]
+    return f"{low:g} and more" if math.isinf(high) else f"{low:g} to {high:g}"
+
+
+def _trajectory(scored: Sequence[Scored], texts: Mapping[int, Decoding]) -> list[Row]:
+    """Survival curves, and what each may be called; see `hemostat_calibration.trajectory`."""
+    curves = []
+    whole = UPPER not in "".join(scored[0].figures)
+    # The more two distributions differ, the less survives.
+    for of, name in (("exact", "tv"),) if whole else (("at least", "tv" + UPPER), ("at most", "tv")):
+        curves.append(_curve("coupled, from TV", of, [1.0 - one.figures[name] for one in scored]))
+    drawn = [one.figures for one in scored if texts[one.index] == "sampled"]
+    if drawn:
+        ratios = [np.exp(np.minimum(figures["logp_r"] - figures["logp_c"], 0.0)) for figures in drawn]
+        curves.append(_curve("coupled, from the drawn tokens", "exact", ratios))
+    greedy = [one.figures["same_top"] for one in scored if texts[one.index] == "greedy"]
+    if greedy:
+        curves.append(_curve("greedy", "exact", greedy))
+    if len(greedy) < len(scored):
+        others = [one.figures["same_top"] for one in scored if texts[one.index] != "greedy"]
+        curves.append(_curve("greedy, at the rate of same top p", "estimate", others))
+    return curves
+
+
+def _curve(name: str, of: str, factors: Sequence[Floats]) -> Row:
+    survival = Survival()
+    for one in factors:
+        survival = survival.update(np.clip(one, 0.0, 1.0))
+    curve = survival.get()
+    return {
+        "name": name,
+        "of": of,
+        "requests": curve.requests,
+        "positions": curve.positions.tolist(),
+        "survival": curve.survival.tolist(),
+        "low": curve.low.tolist(),
+        "high": curve.high.tolist(),
+        "at_risk": curve.at_risk.tolist(),
+        "half_life": json_number(curve.half_life),
+        "half_life_ci95": [json_number(curve.half_life_low), json_number(curve.half_life_high)],
+        "horizon": curve.horizon,
+        "prefix": json_number(curve.prefix),
+        "prefix_ci95": [json_number(curve.prefix_low), json_number(curve.prefix_high)],
+    }
+
+
+def _worst_tokens(tokens: Tokens, classes: Mapping[int, str], lines: Sequence[int], most: int) -> list[Row]:
+    figures = tokens.figures
+    order = np.argsort(-figures["kl_rc"], kind="stable")[:most]
+    return [
+        {
+            "kld": json_number(figures["kl_rc"][n]),
+            "line": lines[tokens.index[n]],
+            "prompt": int(tokens.index[n]),
+            "position": int(tokens.position[n]),
+            "token_id": int(tokens.ids[n]),
+            "class": classes[int(tokens.ids[n])],
+            "p_base": json_number(np.exp(figures["logp_r"][n])),
+            "p_q": json_number(np.exp(figures["logp_c"][n])),
+        }
+        for n in order.tolist()
+    ]
+
+
+def _worst_prompts(scored: Sequence[Scored], lines: Sequence[int], most: int) -> list[Row]:
+    means = np.array([one.figures["kl_rc"].mean() for one in scored])
+    return [
+        {
+            "mean_kld": json_number(means[n]),
+            "line": lines[scored[n].index],
+            "prompt": scored[n].index,
+            "tokens": len(scored[n].output),
+            "tv": json_number(scored[n].figures["tv"].mean()),
+            "same_top": json_number(scored[n].figures["same_top"].mean()),
+            "ln_ppl_ratio": json_number((scored[n].figures["logp_r"] - scored[n].figures["logp_c"]).mean()),
+        }
+        for n in np.argsort(-means, kind="stable")[:most].tolist()
+    ]

@@ -1,0 +1,225 @@
+"""Two vLLM servers: the compressed one writes, both score by `prompt_logprobs`, top K ids a position. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+from pydantic import SecretStr
+
+from hemostat.config import Upstream
+from hemostat.doctor.figures import figures_of
+from hemostat.doctor.options import DoctorError, DoctorOptions
+from hemostat.doctor.pair import Ids, Job, Scored, Side
+from hemostat.doctor.prompts import Prompt
+from hemostat.reference.match import compare
+from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo
+from hemostat.reference.server import VllmServer
+from hemostat.reference.vllm import VllmReference
+from hemostat_calibration.errors import InvalidRecordError
+from hemostat_calibration.records import Sampling, TokenRecord, validate
+
+T = TypeVar("T")
+
+AT_ONCE = 8
+"""Requests on their way to a server."""
+WITHIN = 600.0
+"""Seconds for one answer: a long text may wait for its turn."""
+REFERENCE_KEY, COMPRESSED_KEY = "HEMOSTAT_REFERENCE__API_KEY", "HEMOSTAT_UPSTREAM__API_KEY"
+ANCHOR = "a"
+_SPECIAL = re.compile(r"<[^<>\s]{1,60}>")
+"""How special tokens are commonly written; a server does not say which they are."""
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    token_ids: list[int] | None = None
+
+
+class _Completion(msgspec.Struct, frozen=True):
+    choices: list[_Choice]
+
+
+class _Text(msgspec.Struct, frozen=True):
+    prompt: str
+
+
+class ServerPair:
+    """Implements `Pair` with bounds and estimates in place of exact figures."""
+
+    full_vocabulary = False
+
+    def __init__(self, options: DoctorOptions) -> None:
+        self._options = options
+        self._runner = asyncio.Runner()
+        self.notes = [
+            "a server does not tell its weights apart: an interrupted report goes on with whatever is served then"
+        ]
+        self._texts: dict[int, str] = {}
+        try:
+            self._run(self._start())
+        except BaseException:
+            self.close()
+            raise
+
+    async def _start(self) -> None:
+        options = self._options
+        self._reference, reference_url, reference_name, _ = _side(options.reference, REFERENCE_KEY, options.top_k)
+        self._compressed, self._url, wanted, key = _side(options.compressed, COMPRESSED_KEY, options.top_k)
+        self._server = VllmServer(self._url, key, timeout=WITHIN)
+        infos = [await self._reference.start(), await self._compressed.start()]
+        self._name = infos[1].model
+        self.vocab_size = infos[1].vocab_size
+        self.reference, self.compressed = (
+            Side(f"{info.model} at {url}", info.digest, info.dtype)
+            for info, url in zip(infos, (reference_url, self._url), strict=True)
+        )
+        await self._compare(infos, wanted, key)
+        lengths = [(await self._server.model(self._name)).max_model_len]
+        lengths.append(await self._reference_length(reference_url, reference_name))
+        # To score, vLLM wants to generate one token more.
+        self.max_length = min((length - 1 for length in lengths if length), default=None)
+
+    async def _reference_length(self, url: str, name: str | None) -> int | None:
+        server = VllmServer(url, _key(REFERENCE_KEY))
+        try:
+            return (await server.model(name)).max_model_len
+        finally:
+            await server.close()
+
+    async def _compare(self, infos: list[ReferenceInfo], wanted: str | None, key: SecretStr | None) -> None:
+        match = await compare(Upstream(url=self._url, api_key=key), self._reference, wanted)
+        if not match.ok:
+            raise DoctorError(f"{match.detail}; name the server whose model COMPRESSED was made from")
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        if prompt.messages is None:
+            body = {"model": self._name, "prompt": prompt.text}
+            return self._run(self._server.post("/tokenize", body, _TokenIds)).tokens
+        try:
+            return self._run(self._server.render(self._name, prompt.messages))
+        except DoctorError as error:
+            raise DoctorError(f"{prompt.where}: {error}") from None
+
+    def tokenize_completion(self, text: str) -> list[int]:
+        return self._run(self._server.tokenize(self._name, text))
+
+    def texts(self, ids: Sequence[int]) -> dict[int, str]:
+        return self._run(self._detokenized(ids))
+
+    async def _detokenized(self, ids: Sequence[int]) -> dict[int, str]:
+        anchor = await self._server.tokenize(self._name, ANCHOR)
+        limit = asyncio.Semaphore(AT_ONCE)
+
+        async def text(tokens: list[int]) -> str:
+            async with limit:
+                return (await self._server.post("/detokenize", {"model": self._name, "tokens": tokens}, _Text)).prompt
+
+        start = await text(anchor)
+        found = await asyncio.gather(*(text([*anchor, token]) for token in ids))
+        self._texts = {token: whole.removeprefix(start) for token, whole in zip(ids, found, strict=True)}
+        return self._texts
+
+    def special(self) -> frozenset[int]:
+        """Of the ids that `texts` was last asked for."""
+        return frozenset(token for token, text in self._texts.items() if _SPECIAL.fullmatch(text))
+
+    def score(self, jobs: Sequence[Job], seed: int, greedy: bool) -> list[Scored]:
+        async def all_of_them() -> list[Scored]:
+            limit = asyncio.Semaphore(AT_ONCE)
+
+            async def one(job: Job) -> Scored:
+                async with limit:
+                    return await self._score(job, seed, greedy)
+
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(job)) for job in jobs]
+            return [task.result() for task in tasks]
+
+        return self._run(all_of_them())
+
+    async def _score(self, job: Job, seed: int, greedy: bool) -> Scored:
+        output, sampled = job.output, False
+        if output is None:
+            output, sampled = await self._written(job, seed, greedy), not greedy
+        compressed = await self._compressed.score(job.prompt, output, np.full((len(output), 1), -1, np.int32))
+        reference = await self._reference.score(job.prompt, output, compressed.top.ids)
+        record = TokenRecord(
+            vocab_size=self.vocab_size,
+            prompt_key=b"",
+            output_ids=output,
+            compressed=compressed.top,
+            reference_at=reference.at,
+            reference=reference.top,
+            compressed_emitted=compressed.emitted,
+            reference_emitted=reference.emitted,
+            # Where the text was not drawn from c itself, no weight makes the estimates right.
+            sampling=Sampling(temperature=1.0 if sampled else 0.0),
+        )
+        try:
+            return Scored(job.index, output, figures_of(validate(record)))
+        except InvalidRecordError as error:
+            raise DoctorError(f"a server's log-probabilities cannot be used: {error}") from None
+
+    async def _written(self, job: Job, seed: int, greedy: bool) -> Ids:
+        body: dict[str, Any] = {
+            "model": self._name,
+            "prompt": job.prompt.tolist(),
+            "max_tokens": job.tokens,
+            "temperature": 0.0 if greedy else 1.0,
+            # A checkpoint's generation_config.json must not cut the distribution.
+            **{"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+            "seed": int(np.random.default_rng([seed, job.index]).integers(2**31)),
+            "return_token_ids": True,
+        }
+        choices = (await self._server.post("/v1/completions", body, _Completion)).choices
+        ids = choices[0].token_ids if choices else None
+        if not ids:
+            raise DoctorError(f"{self._url} gives no token ids; use vLLM 0.11 or newer")
+        return np.array(ids, np.int32)
+
+    def close(self) -> None:
+        for name in ("_reference", "_compressed", "_server"):
+            if (open_ := getattr(self, name, None)) is not None:
+                self._runner.run(open_.close())
+        self._runner.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self._runner.run(work)
+        except ReferenceFailure as failure:
+            raise self._explained(failure) from None
+        except ExceptionGroup as group:
+            first = group.exceptions[0]
+            if isinstance(first, ReferenceFailure):
+                raise self._explained(first) from None
+            raise first from None
+
+    def _explained(self, failure: ReferenceFailure) -> DoctorError:
+        text = str(failure)
+        if failure.reason == "refused" and "logprobs" in text:
+            text += f"; start that server with --max-logprobs {self._options.top_k}, or lower --top-k"
+        if failure.reason == "unauthorized":
+            text += f"; set {REFERENCE_KEY} and {COMPRESSED_KEY}"
+        return DoctorError(text)
+
+
+class _TokenIds(msgspec.Struct, frozen=True):
+    tokens: list[int]
+
+
+def _side(model: str, variable: str, top_k: int) -> tuple[VllmReference, str, str | None, SecretStr | None]:
+    """`model` is `URL[#SERVED-NAME]`."""
+    url, _, name = model.partition("#")
+    url = url.rstrip("/").removesuffix("/v1")
+    key = _key(variable)
+    return VllmReference(url, key, name or None, top_k), url, name or None, key
+
+
+def _key(variable: str, environment: Mapping[str, str] = os.environ) -> SecretStr | None:
+    value = environment.get(variable)
+    return SecretStr(value) if value else None

@@ -1,0 +1,111 @@
+"""Where finished work is kept, so that an interrupted report goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hemostat.doctor.options import DoctorError
+
+RUN = "doctor-run.json"
+_SUFFIX = ".part"
+_DIGEST = hashlib.sha256().digest_size
+
+
+class WorkFolder:
+    """One folder for one set of models, prompts and options (`key`); whatever else it held is thrown away.
+
+    Only the owner may read it: token ids are text. Every file carries its SHA-256; one that does not fit counts as not
+    done. `notes` says what was thrown away, and why.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        """Raises DoctorError when the folder cannot be used, holds something else, or is used by another doctor."""
+        self.folder = folder
+        self.notes: list[str] = []
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise DoctorError(f"--work: {folder} cannot be used ({error.strerror}); name another folder") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise DoctorError(f"--work: another doctor works in {folder}; wait for it or name another folder") from None
+        try:
+            self._open(json.loads(json.dumps(dict(key))))
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.close(self._lock)
+
+    def get(self, name: str) -> bytes | None:
+        """What was stored under `name`; None when nothing whole was."""
+        path = self.folder / f"{name}{_SUFFIX}"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DoctorError(f"--work: {path} cannot be read ({error.strerror})") from None
+        if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
+            self.notes.append(f"{path.name} is damaged: its part is computed again")
+            return None
+        return data[_DIGEST:]
+
+    def put(self, name: str, data: bytes) -> None:
+        """Store whole or not at all. Raises DoctorError when the disk refuses."""
+        path = self.folder / f"{name}{_SUFFIX}"
+        try:
+            self._write(path, hashlib.sha256(data).digest() + data)
+        except OSError as error:
+            raise DoctorError(f"--work: {path} cannot be written ({error.strerror}); make room there") from None
+
+    def remove(self) -> None:
+        """The report is made: delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _open(self, key: dict[str, Any]) -> None:
+        path = self.folder / RUN
+        held: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            held = json.loads(path.read_text(encoding="utf-8"))
+        if held == key:
+            return
+        names = [file.name for file in self.folder.iterdir()]
+        ours = {name for name in names if name.endswith((_SUFFIX, ".new"))} | {RUN}
+        if not path.exists() and names and not ours.issuperset(names):
+            raise DoctorError(f"--work: {self.folder} holds other files; name an empty or a new folder")
+        if isinstance(held, dict):
+            changed = sorted(name for name in key.keys() | held.keys() if key.get(name) != held.get(name))
+            self.notes.append(f"started anew: {', '.join(changed)} changed since {self.folder} was written")
+        elif path.exists():
+            self.notes.append(f"started anew: {path.name} is damaged")
+        for name in ours:
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / name).unlink()
+        self._write(path, json.dumps(key, indent=2).encode())
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
+        new = path.with_name(path.name + ".new")
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
