@@ -30,6 +30,7 @@ from hemostat.check import State, shadow_findings
 from hemostat.config import Settings
 from hemostat.engines import EngineRegistry
 from hemostat.floor import Floor
+from hemostat.learner import Learner, Source
 from hemostat.link import RelayLink
 from hemostat.measure import Measurements
 from hemostat.messages import Capture, Policy, Stats
@@ -44,12 +45,14 @@ from hemostat.reference.vllm import VllmReference
 from hemostat.relay.counters import SHADOW_REQUESTS
 from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
-from hemostat.steering import EVENTS_HELD, STATES, Steering
+from hemostat.steering import EVENTS_HELD, SCOPES, STATES, Steering
 from hemostat.store import MemoryStore, Store, StoreFailure, open_store
 from hemostat_calibration.divergence import TokenDivergence
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.split import held_out
+from hemostat_calibration.transform import anchors, anchors_digest
 
 log = logging.getLogger("hemostat.control")
 
@@ -83,6 +86,7 @@ class Control:
         )
         self.reference = make_reference(settings)
         self.reference_info: ReferenceInfo | None = None
+        self.learner = Learner(settings.calibration, self.steering, self.publish)
         self.reference_state = "none" if self.reference is None else "starting"
         self.reference_detail = "" if self.reference is not None else "reference.backend is none: nothing is scored"
         self.served: frozenset[str] = frozenset()
@@ -128,6 +132,8 @@ class Control:
                 sink=self._scored,
                 count=self._count,
                 clock=time.monotonic,
+                anchors=self._anchors_read,
+                hidden=self._learns_from,
                 by_request=settings.calibration.apply == "request",
             )
         self._policy: Policy | None = None
@@ -162,6 +168,8 @@ class Control:
             self._trace(record, capture, figures)
         try:
             steering.observe(record)
+            if steering.learns(record):
+                self.learner.offer(record, SCOPES[self.settings.calibration.scope](record))
         except Exception:
             # What was measured stays measured, whatever calibration makes of it.
             self.calibration_failures += 1
@@ -202,6 +210,36 @@ class Control:
             self.store_failures += 1
             log.error("%s; going on in memory, nothing will be kept", failure)
             return MemoryStore()
+
+    # --- the learner -----------------------------------------------------------------------------------------------
+
+    def _teach(self) -> None:
+        """Tell the learner what to learn about, or why about nothing."""
+        calibration, info, known = self.settings.calibration, self.reference_info, self.steering.known
+        if self.steering.mode == "off":
+            self.learner.want(None, "calibration is off")
+        elif self.steering.forced is not None:
+            self.learner.want(None, "calibration.force: nothing is learned meanwhile")
+        elif calibration.apply == "request":
+            self.learner.want(None, "calibration.apply: request cannot apply contextual profiles")
+        elif info is None or known is None:
+            self.learner.want(None, "the reference is not ready")
+        elif info.full_vocabulary and not info.hidden_size:
+            self.learner.want(None, f"of the reference {info.model}: {info.hidden_detail}", unavailable=True)
+        elif (folder := calibration.output_embedding or info.folder) is None:
+            fix = "name the reference's checkpoint in calibration.output_embedding"
+            self.learner.want(None, f"{info.hidden_detail}; {fix}", unavailable=True)
+        else:
+            self.learner.want(Source(*known, folder, info.hidden_size))
+
+    def _anchors_read(self) -> frozenset[str]:
+        """Digests of the sets of anchors whose features are of use."""
+        evaluated = (anchors(profile) for profile in self.steering.evaluated())
+        read = {anchors_digest(ids) for ids in evaluated if ids is not None}
+        return frozenset(read | {self.learner.digest} - {""})
+
+    def _learns_from(self, prompt_key: bytes) -> bool:
+        return self.learner.hungry and not held_out(prompt_key, self.settings.calibration.held_out_fraction)
 
     # --- what relays do --------------------------------------------------------------------------------------------
 
@@ -284,6 +322,7 @@ class Control:
                 return "starting", f"the upstream does not answer: {failure}"
         self.reference_info = info
         self.steering.know(card.id, info.vocab_size)
+        self._teach()
         return "ready", f"{info.model} ({info.dtype})"
 
     async def _until_changed(self, server: VllmServer) -> None:
@@ -392,6 +431,7 @@ class Control:
             "raw": self.measurements.summary(None),
             "where": self.measurements.where(),
             "arms": self.measurements.arms(),
+            "trajectory": self.measurements.trajectories.report(),
             "noise_floor": self.measurements.floor(),
             "excess": self.measurements.excess(),
             "calibrated": self.measurements.summary(version),
@@ -401,6 +441,7 @@ class Control:
                 "mode": self.steering.mode,
             },
             "calibration": self.steering.status(),
+            "learner": self.learner.status(),
             "recovered": {
                 "ratio": (recovered or {}).get("estimate"),
                 "ci95": (recovered or {}).get("ci95", [None, None]),
@@ -470,6 +511,7 @@ class Control:
 
     async def set_mode(self, mode: str) -> None:
         self.steering.set_mode(mode)
+        self._teach()
         self.publish()
 
     # --- what the collector reads (metrics.State) ------------------------------------------------------------------
@@ -485,6 +527,15 @@ class Control:
         text = "Decisions about profiles."
         for (decision, reason), count in self.steering.decisions.items():
             yield "hemostat_profile_decisions", text, {"decision": decision, "reason": reason}, count
+        text = "Tokens that contextual profiles were learned from, by what they brought."
+        for source, count in self.learner.sources().items():
+            yield "hemostat_learned_tokens", text, {"source": source}, count
+        text = "Learning requests that the learner was not given, by reason."
+        for reason, count in self.learner.dropped.items():
+            yield "hemostat_learner_dropped", text, {"reason": reason}, count
+        text = "Scored requests whose features the engine did not hand out in a usable form, by reason."
+        for reason, count in self.scorer.features_dropped.items() if self.scorer else ():
+            yield "hemostat_features_dropped", text, {"reason": reason}, count
         text = "Scored requests that calibration could neither learn from nor judge by: a bug, see the log."
         yield "hemostat_calibration_errors", text, {}, self.calibration_failures
         yield "hemostat_store_errors", "Reads and writes that the store refused.", {}, self.store_failures
@@ -564,9 +615,11 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
         asyncio.create_task(control.keep_store()),
     ]
     if control.reference is not None and control.scorer is not None:
-        workers = 1 if settings.reference.backend == "transformers" else 4
+        # Beside one that is scored, the next one's codes are computed.
+        workers = 2 if settings.reference.backend == "transformers" else 4
         tasks.append(asyncio.create_task(control.keep_reference(control.reference)))
         tasks.append(asyncio.create_task(control.scorer.run(workers)))
+        tasks.append(asyncio.create_task(control.learner.run()))
         if control.floor is not None:
             tasks.append(asyncio.create_task(control.floor.run()))
     stopping = asyncio.create_task(stop.wait())

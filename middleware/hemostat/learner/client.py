@@ -20,6 +20,7 @@ from hemostat_calibration.contextual import probe
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.transform import anchors_digest
 
 log = logging.getLogger("hemostat.learner")
 
@@ -87,6 +88,8 @@ class Learner:
         self._failures = 0
         self._hidden_size = 0
         self._anchors = 0
+        self.digest = ""
+        """Of the anchors that it reads, "" while it reads none."""
         self.state, self.detail = "off", ""
         self.dropped: Counter[str] = Counter()
         """Records that it was not given, by reason."""
@@ -217,6 +220,7 @@ class Learner:
     def _begin(self, ready: wire.Ready, source: Source) -> None:
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
         self._anchors, self._hidden_size = len(anchors), source.hidden_size
+        self.digest = anchors_digest(anchors)
         self._judge.probe(probe(source.model, source.vocab_size, anchors, self._settings.clamp_nats))
         self._is("learning", "")
         self._changed()
@@ -313,3 +317,4 @@ class Learner:
         self._waiting.clear()
         self._waiting_bytes = 0
         self._anchors = self._hidden_size = 0
+        self.digest = ""

@@ -112,7 +112,7 @@ def _plain(value: object) -> str | int | float:
 
 
 def eligible(weight: npt.NDArray[np.float32], special: set[int]) -> npt.NDArray[np.int32]:
-    """Ids that anchors are chosen from: none that is special, as those get masked; some of them where there are many."""
+    """Ids that anchors are chosen from: none that is special, as those get masked; a part of the rest if need be."""
     ids = np.setdiff1d(np.arange(len(weight), dtype=np.int32), np.array(sorted(special), np.int32))
     return ids[:: max(1, -(-ids.size * weight.shape[1] // ANCHORS_AMONG))]
 
