@@ -15,6 +15,7 @@ import numpy as np
 
 from hemostat.figures import StageFigures, finite
 from hemostat.floor import MODELS
+from hemostat.trajectories import Trajectories
 from hemostat_calibration import confidence
 from hemostat_calibration.confidence import MeanSequence
 from hemostat_calibration.divergence import TokenDivergence, calibrated, divergence, gain
@@ -93,6 +94,7 @@ class Measurements:
 
     def __init__(self) -> None:
         self._raw = StageFigures()
+        self.trajectories = Trajectories()
         self._after: OrderedDict[str, _After] = OrderedDict()
         # Every series is there from the start: a rate does not see what a series was born with.
         arms = [str(arm) for arm in Arm]
@@ -128,6 +130,7 @@ class Measurements:
         self.tokens += record.tokens
         self._scored[arm, decoding] += record.tokens
         self._raw.add(raw)
+        self.trajectories.add(record, raw)
         tokens, nats = self._places.get((record.route, record.label), (0, 0.0))
         finite = raw.kl_rc[np.isfinite(raw.kl_rc)]
         self._places[record.route, record.label] = (tokens + len(finite), nats + float(finite.sum()))
@@ -272,6 +275,13 @@ class Measurements:
                     if value is not None:
                         labels = {"figure": name, "stage": stage, "edge": edge}
                         yield "hemostat_divergence", text, labels, value
+        half_life = self.trajectories.half_life()
+        if half_life is not None:
+            text = (
+                "Tokens after which half of the sampled texts would differ from the reference's; +Inf beyond the data."
+            )
+            for edge, value in zip(("mean", "low", "high"), half_life, strict=True):
+                yield "hemostat_survival_half_life_tokens", text, {"edge": edge}, value
         text = "KL divergence of a model from itself (decode or batch shape against another), nats; a lower bound."
         for model, floor in self._floor.items():
             for direction, figure in zip(DIRECTIONS, ("kl_nats", "reverse_kl_nats"), strict=True):

@@ -241,6 +241,32 @@ def test_edges_are_those_of_the_dashboards() -> None:
     assert {name: edges for name, _, _, edges, _ in Measurements().histograms()}["hemostat_token_kl_nats"] == KL_EDGES
 
 
+def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
+    measured = Measurements()
+    given = records(40)
+    for record in given:
+        measured.observe(record, None, None)
+    report = measured.trajectories.report()
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    greedy = sum(record.sampling.greedy for record in given)
+    assert report["greedy"]["requests"] == greedy
+    assert report["sampled"]["requests"] == 40 - greedy
+    first = report["sampled"]["survival"][0]
+    kept = [np.exp(min(r.reference_emitted[0] - r.compressed_emitted[0], 0.0)) for r in given if not r.sampling.greedy]
+    assert first["tokens"] == 1
+    assert first["estimate"] == pytest.approx(np.mean(kept))
+    assert first["ci95"][0] < first["estimate"] < first["ci95"][1]
+    agreed = np.mean([divergence(r).top1_agreement[0] for r in given if r.sampling.greedy])
+    assert report["greedy"]["survival"][0]["estimate"] == pytest.approx(agreed)
+    by_tv = report["total_variation"]["survival"][0]
+    tv = np.mean([1.0 - divergence(r).bounds.tv.lower[0] for r in given])
+    assert by_tv["upper"] == pytest.approx(tv)
+    assert by_tv["lower"] <= by_tv["upper"]
+    treated = Measurements()
+    treated.observe(replace(given[1], applied="a" * 32), None, None)
+    assert treated.trajectories.report() == {}, "of the compressed model itself"
+
+
 def test_excess_is_over_both_models_own_noise() -> None:
     measured = Measurements()
     for record in records(5):
