@@ -15,11 +15,17 @@ from tests.core.strategies import Truth, log_softmax, make_record, profiles, tru
 from tests.core.test_calibrator import V, World
 
 from hemostat.config import Calibration
+from hemostat.engines import HOLD_AT_MOST
 from hemostat.steering import (
     EVENTS_HELD,
     LINE_AT_MOST,
     LOGIT_BIAS_AT_MOST,
     PROFILES_HELD,
+    PROPOSE_AGAIN,
+    PROPOSE_WITHIN,
+    REPLACE_TESTED,
+    SCOPES_APART,
+    SCOPES_FOLLOWED,
     STATES,
     Steering,
     as_request,
@@ -29,6 +35,7 @@ from hemostat.store import MemoryStore, StoredProfile
 from hemostat.trials import TESTED_AT_ONCE
 from hemostat_calibration import guard
 from hemostat_calibration.calibrator import TemperatureBias
+from hemostat_calibration.contextual import contextual_profile, probe
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Shift, TokenRecord
@@ -65,21 +72,21 @@ class Bench:
         bench.steering.restore(self.store.profiles(), states, self.store.events(EVENTS_HELD))
         return bench
 
-    def record(self, truth: Truth, key: bytes) -> TokenRecord:
+    def record(self, truth: Truth, key: bytes, **more: Any) -> TokenRecord:
         """With the exact effect of every profile in question, as reference and engine give it."""
         shifts = {}
         for profile in self.steering.evaluated():
             delta = shift(profile, truth.compressed)
             expected = (np.exp(truth.reference) * delta).sum(-1)
             shifts[profile.version] = Shift(expected, np.log((np.exp(truth.compressed + delta)).sum(-1)))
-        return replace(make_record(truth, 20, key=key), shifts=shifts)
+        return replace(make_record(truth, 20, key=key), shifts=shifts, **more)
 
-    def feed(self, world: World, keys: list[bytes], until: Callable[[], bool] = lambda: False) -> int:
+    def feed(self, world: World, keys: list[bytes], until: Callable[[], bool] = lambda: False, **more: Any) -> int:
         for n, key in enumerate(keys):
             if until():
                 return n
             self.time += 1.0
-            self.steering.observe(self.record(world.truth(n), key))
+            self.steering.observe(self.record(world.truth(n), key, **more))
         return len(keys)
 
     def decisions(self) -> list[str]:
@@ -107,6 +114,21 @@ def harmful(vocabulary: int = V, seed: int = 5) -> CalibrationProfile:
 def helpful(seed: int = 0) -> CalibrationProfile:
     noise = 0.1 * np.random.default_rng(seed).normal(size=V)
     return temperature_bias(MODEL, V, 1.0, noise - BIASED.bias, 1.0)
+
+
+ANCHORS = np.arange(6, dtype=np.int32)
+
+
+def contextual(bias: float = 1.0, anchors: np.ndarray[Any, np.dtype[np.int32]] = ANCHORS) -> CalibrationProfile:
+    """One that takes back `bias` times what the biased world adds, in whatever context."""
+    return contextual_profile(
+        model=MODEL,
+        anchors=anchors,
+        linear=np.zeros((1, 2)),
+        offset=np.ones(1),
+        up=-bias * BIASED.bias[:, None],
+        clamp_nats=1.5,
+    )
 
 
 def test_it_learns_from_one_side_only_and_judges_on_the_other_only() -> None:
@@ -442,3 +464,421 @@ def test_a_prompt_counts_once_however_often_it_is_asked() -> None:
     assert bench.steering.selected is None
     assert {candidate["requests"] for candidate in bench.steering.status()["candidates"]} == {10}
     assert bench.feed(BIASED, JUDGED[10:], lambda: bench.steering.selected is not None) < len(JUDGED) - 10
+
+
+# --- what the learner process proposes --------------------------------------------------------------------------------
+
+
+def test_a_contextual_proposal_is_tested_promoted_and_said_what_it_was_learned_from() -> None:
+    bench = Bench()
+    profile = contextual()
+    report = {"tokens": 15_000, "rank": 8, "won_back": 0.3}
+    assert bench.steering.propose(profile, "ridge, rank 8", report)
+    event = bench.last("propose")
+    assert (event["version"], event["why"], event["evidence"]) == (profile.version, "ridge, rank 8", report)
+    bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is not None)
+    assert bench.steering.serving == profile.version
+    shown = bench.steering.describe(profile.version)
+    assert shown is not None
+    assert (shown["family"], shown["state"], shown["scopes"]) == ("contextual", "selected", [""])
+    again = bench.restart()
+    again.steering.know(MODEL, V)
+    assert again.steering.serving == profile.version
+
+
+def test_a_proposal_has_to_have_learned_from_enough_more_and_more_so_while_one_is_tested() -> None:
+    bench = Bench()
+    first, second, third = contextual(1.0), contextual(0.9), contextual(0.8)
+    assert bench.steering.awaits(1)
+    assert bench.steering.propose(first, "", {"tokens": 10_000})
+    assert not bench.steering.propose(second, "", {"tokens": REPLACE_TESTED * 10_000 - 1})
+    assert bench.steering.candidates == [first.version]
+    bench.feed(BIASED, JUDGED[:3])
+    assert bench.steering.propose(second, "", {"tokens": REPLACE_TESTED * 10_000})
+    assert bench.steering.candidates == [second.version]
+    dropped = bench.last("drop")
+    assert (dropped["version"], dropped["reason"], dropped["evidence"]["requests"]) == (first.version, "newer", 3)
+    bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is not None)
+    learned = REPLACE_TESTED * 10_000
+    assert not bench.steering.awaits(PROPOSE_AGAIN * learned - 1)
+    assert bench.steering.awaits(PROPOSE_AGAIN * learned)
+    assert not bench.steering.propose(second, "", {"tokens": PROPOSE_AGAIN * learned}), "it serves"
+    assert bench.steering.propose(third, "", {"tokens": PROPOSE_WITHIN + PROPOSE_AGAIN * learned})
+    bench.steering.rollback("asked for")
+    assert not bench.steering.awaits(PROPOSE_WITHIN + PROPOSE_AGAIN * learned + 1), "one is under test"
+
+
+def test_after_a_roll_back_a_new_proposal_comes_soon() -> None:
+    bench = Bench()
+    bench.steering.propose(contextual(), "", {"tokens": 100_000})
+    bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is not None)
+    bench.steering.rollback("asked for")
+    assert not bench.steering.awaits(100_000)
+    assert bench.steering.awaits(100_000 + bench.settings.min_tokens)
+
+
+def test_temperature_and_bias_make_room_for_a_contextual_candidate() -> None:
+    bench = Bench()
+    bench.feed(BIASED, LEARNED[:40])
+    bias, both = bench.steering.candidates
+    profile = contextual()
+    assert bench.steering.propose(profile, "", {"tokens": 1000})
+    assert bench.steering.candidates == [profile.version, bias]
+    status = bench.steering.status()
+    assert [waiting["version"] for waiting in status["waiting"]] == [both]
+    bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is not None)
+    assert bench.steering.candidates == []
+
+
+@pytest.mark.parametrize(
+    "made", [{"mode": "off"}, {"known": False}, {"apply": "request"}], ids=["off", "not known", "by request"]
+)
+def test_nothing_is_taken_that_could_not_be_tested(made: dict[str, Any]) -> None:
+    bench = Bench(**made)
+    assert not bench.steering.awaits(10**9)
+    assert not bench.steering.propose(contextual(), "", {"tokens": 10**9})
+
+
+def test_a_proposal_for_another_model_is_refused_by_name() -> None:
+    bench = Bench()
+    with pytest.raises(InvalidProfileError, match="the model another, not for m"):
+        bench.steering.propose(replace(contextual(), model="another"), "", {"tokens": 1})
+    bench.steering.know(MODEL, V + 1)
+    with pytest.raises(InvalidProfileError, match="vocabulary of 60 ids"):
+        bench.steering.propose(contextual(), "", {"tokens": 1})
+
+
+def test_a_probe_is_held_and_neither_tested_nor_served() -> None:
+    bench = Bench()
+    asked = probe(MODEL, V, ANCHORS, 1.0)
+    bench.steering.probe(asked)
+    steering = bench.steering
+    assert steering.wanted() == [asked.version]
+    assert steering.evaluated() == ()
+    assert steering.held(asked.version) is asked
+    shown = steering.describe(asked.version)
+    assert shown is not None
+    assert shown["state"] == "probe"
+    assert bench.store.profiles() == []
+    with pytest.raises(HemostatError, match="no profile"):
+        steering.promote(asked.version)
+    assert steering.add(asked) == asked.version
+    bench.feed(BIASED, JUDGED[:20])
+    assert steering.candidates == []
+    other = contextual(anchors=ANCHORS[::-1])
+    steering.propose(other, "", {"tokens": 1})
+    assert steering.wanted() == [other.version, asked.version]
+    steering.propose(contextual(), "", {"tokens": 10})
+    assert asked.version not in steering.wanted(), "another one that is held has these anchors"
+    steering.set_mode("off")
+    assert asked.version not in steering.wanted()
+    steering.set_mode("auto")
+    newer = probe(MODEL, V, ANCHORS[:3], 1.0)
+    steering.probe(newer)
+    assert steering.held(asked.version) is None
+    assert steering.wanted()[-1] == newer.version
+    steering.know(MODEL, V + 1)
+    assert steering.wanted() == []
+
+
+def test_who_has_not_proven_itself_in_time_makes_room_for_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hemostat.steering.PATIENCE", 30)
+    bench = Bench()
+    first, second, third = (bench.steering.add(harmful(seed=seed)) for seed in range(3))
+    bench.feed(EVEN, JUDGED[:29])
+    assert bench.steering.candidates == [first, second]
+    bench.feed(EVEN, JUDGED[29:31])
+    assert bench.steering.candidates == [second, third]
+    event = bench.last("drop")
+    assert (event["version"], event["reason"], event["evidence"]["requests"]) == (first, "unproven", 30)
+    bench.feed(EVEN, JUDGED[31:80])
+    assert bench.steering.candidates == [second, third], "nobody waits any more"
+
+
+def test_where_the_engine_said_nothing_of_a_profile_the_record_is_no_evidence() -> None:
+    bench = Bench()
+    profile = contextual()
+    bench.steering.propose(profile, "", {"tokens": 1})
+    for n, key in enumerate(JUDGED[:9]):
+        record = bench.record(BIASED.truth(n), key)
+        said = record.shifts[profile.version]
+        unsaid = replace(said, log_normalizer=np.full(record.tokens, np.nan))
+        bench.steering.observe(replace(record, engine_boot="b", shifts={}))
+        bench.steering.observe(replace(record, engine_boot="b", shifts={profile.version: unsaid}))
+        bench.steering.observe(replace(record, shifts={}))
+    assert bench.steering.status()["candidates"][0]["requests"] == 0
+    bench.feed(BIASED, JUDGED[:9], engine_boot="b")
+    assert bench.steering.status()["candidates"][0]["requests"] == 9
+
+
+# --- no longer supported ----------------------------------------------------------------------------------------------
+
+
+def halved() -> World:
+    """Where what takes back the whole bias does as much harm as good."""
+    world = World()
+    world.bias = 0.5 * BIASED.bias
+    return world
+
+
+def test_what_no_longer_helps_is_rolled_back_though_it_does_no_harm() -> None:
+    bench = Bench()
+    bench.steering.propose(contextual(), "", {"tokens": 1})
+    bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is not None)
+    window = bench.steering.status()["selected"]["window"]
+    bench.feed(BIASED, JUDGED[:window])
+    assert bench.steering.status()["selected"]["supported"]
+    fed = bench.feed(halved(), JUDGED[window:], lambda: bench.steering.selected is None)
+    assert fed == window
+    event = bench.last("roll_back")
+    assert event["reason"] == "unsupported"
+    assert event["evidence"]["requests"] == window
+    assert event["evidence"]["upper"] > 0
+    assert bench.steering.decisions["roll_back", "unsupported"] == 1
+
+
+# --- the operator's word ----------------------------------------------------------------------------------------------
+
+
+def test_what_the_operator_promotes_is_recorded_as_such_and_watched_like_any_other() -> None:
+    bench = Bench()
+    bad = bench.steering.add(harmful())
+    bench.feed(EVEN, JUDGED[:5])
+    bench.steering.promote(bad)
+    assert bench.steering.serving == bad
+    event = bench.last("promote")
+    assert (event["reason"], event["evidence"]["requests"]) == ("operator", 5)
+    assert bench.steering.decisions["promote", "operator"] == bench.steering.promotions == 1
+    with pytest.raises(HemostatError, match="serves there already"):
+        bench.steering.promote(bad)
+    bench.feed(EVEN, JUDGED, lambda: bench.steering.selected is None)
+    assert bench.last("roll_back")["reason"] == "harm"
+
+
+def test_a_pinned_profile_stays_whatever_is_measured_until_it_is_unpinned() -> None:
+    bench = Bench()
+    bad, good = bench.steering.add(harmful()), bench.steering.add(helpful())
+    bench.steering.pin(bad)
+    bench.feed(BIASED, JUDGED[:300])
+    assert bench.steering.serving == bad
+    status = bench.steering.status()
+    assert status["pinned"]
+    assert status["selected"]["upper"] < 0
+    assert status["candidates"][0]["lower"] > 0
+    with pytest.raises(HemostatError, match="unpin"):
+        bench.steering.promote(good)
+    again = bench.restart()
+    again.steering.know(MODEL, V)
+    assert (again.steering.serving, again.steering.pinned) == (bad, True)
+    bench.steering.unpin()
+    bench.feed(BIASED, JUDGED[300:], lambda: bench.steering.selected == good)
+    assert bench.steering.serving == good
+    assert [d for d in bench.decisions() if "pin" in d] == ["pin", "unpin"]
+    with pytest.raises(HemostatError, match="nothing is pinned"):
+        bench.steering.unpin()
+    bench.steering.pin(good)
+    assert bench.steering.promotions == 2, "it served already"
+    bench.steering.rollback("asked for")
+    assert (bench.steering.serving, bench.steering.pinned) == (None, False)
+
+
+def test_who_is_not_there_cannot_serve() -> None:
+    bench = Bench()
+    for act in (bench.steering.promote, bench.steering.pin):
+        with pytest.raises(HemostatError, match="no profile"):
+            act("0" * 32)
+    assert not bench.steering.pinned
+
+
+def test_what_was_spent_of_alpha_is_not_there_again_after_a_restart() -> None:
+    bench = Bench()
+    for seed in range(3):
+        bench.steering.add(harmful(seed=seed))
+    bench.promote()
+    before = bench.steering.status()["tests_begun"]
+    assert before["candidate"] >= 4
+    assert before["serving"] == 1
+    again = bench.restart()
+    again.steering.know(MODEL, V)
+    assert again.steering.status()["tests_begun"] == {"candidate": before["candidate"], "serving": 2}
+    again.steering.add(harmful(seed=9))
+    found = again.steering.status()["candidates"][0]
+    assert found["test"] == before["candidate"] + 1
+    assert found["alpha"] == pytest.approx(0.05 / (found["test"] * (found["test"] + 1)))
+    damaged = MemoryStore()
+    damaged.set_state("tests.candidate", "many")
+    damaged.set_state("serving", "{")
+    Bench(damaged).restart().steering.know(MODEL, V)
+
+
+# --- scopes -----------------------------------------------------------------------------------------------------------
+
+
+def labelled(**more: Any) -> Bench:
+    return Bench(scope="label", **more)
+
+
+def test_a_label_gets_a_profile_of_its_own_where_it_proves_better_there() -> None:
+    """Two labels whose models are off in opposite directions: nothing helps both."""
+    bench = labelled()
+    opposite = World()
+    opposite.bias = -BIASED.bias
+    for n in range(60):
+        bench.feed(BIASED, LEARNED[2 * n : 2 * n + 1], label="a")
+        bench.feed(opposite, LEARNED[2 * n + 1 : 2 * n + 2], label="b")
+    found = {(c["scope"], c["source"]) for c in [*bench.steering.status()["candidates"]]}
+    found |= {(c["scope"], c["source"]) for c in bench.steering.status()["waiting"]}
+    assert ("a", "temperature_bias") in found
+
+    def served() -> bool:
+        return "a" in bench.steering.scoped
+
+    for n, key in enumerate(JUDGED):
+        if served():
+            break
+        bench.feed(BIASED if n % 2 else opposite, [key], label="a" if n % 2 else "b")
+    assert served()
+    own = bench.steering.scoped["a"]
+    assert bench.steering.serving != own
+    event = bench.last("promote")
+    assert (event["scope"], event["version"]) == ("a", own)
+    record = bench.record(BIASED.truth(0), JUDGED[0])
+    pooled = bench.steering.serving
+    for label, expected in (("a", own), ("b", bench.steering.scoped.get("b", pooled)), ("", pooled)):
+        stage = bench.steering.stage_of(replace(record, label=label))
+        assert (stage.version if stage else None) == expected
+    status = bench.steering.status()
+    assert status["scopes"]["a"]["version"] == own
+    assert own in bench.steering.wanted()
+    again = bench.restart(scope="label")
+    again.steering.know(MODEL, V)
+    assert again.steering.scoped == bench.steering.scoped
+    for_all = bench.restart()
+    for_all.steering.know(MODEL, V)
+    assert for_all.steering.scoped == {}, "all is pooled now"
+    bench.feed(opposite, JUDGED[500:], lambda: not served(), label="a")
+    assert bench.last("roll_back")["scope"] == "a"
+    assert bench.store.get_state("serving") is not None
+
+
+def test_a_labels_evidence_is_of_that_label_and_over_what_serves_there() -> None:
+    bench = labelled()
+    bench.feed(BIASED, JUDGED[:1], label="a")
+    version = bench.steering.add(helpful(), "a")
+    bench.feed(BIASED, JUDGED[1:4], label="a")
+    bench.feed(BIASED, JUDGED[4:9], label="b")
+    [candidate] = bench.steering.status()["candidates"]
+    assert (candidate["scope"], candidate["requests"]) == ("a", 3)
+    other = bench.steering.add(contextual(0.3))
+    bench.steering.promote(other)
+    [candidate] = bench.steering.status()["candidates"]
+    assert candidate["requests"] == 0, "what it has to be better than is another now"
+    bench.feed(BIASED, JUDGED[10:], lambda: "a" in bench.steering.scoped, label="a")
+    assert bench.steering.scoped == {"a": version}
+    assert bench.steering.serving == other
+
+
+def test_what_serves_all_is_put_to_the_test_against_a_labels_own() -> None:
+    bench = labelled()
+    bench.feed(BIASED, JUDGED[:1], label="a")
+    weak = bench.steering.add(contextual(0.1), "a")
+    bench.steering.promote(weak, "a")
+    strong = bench.steering.add(contextual(1.0))
+    bench.steering.promote(strong)
+    assert [(c["scope"], c["source"]) for c in bench.steering.status()["candidates"]] == [("a", "pooled")]
+    bench.feed(BIASED, JUDGED[1:], lambda: not bench.steering.scoped, label="a")
+    assert bench.steering.scoped == {}
+    assert bench.last("promote")["version"] == strong
+    bench.steering.promote(weak, "a")
+    bench.steering.rollback("asked for", "a")
+    assert (bench.steering.serving, bench.steering.scoped) == (strong, {})
+    assert bench.steering.candidates == []
+    bench.steering.promote(weak, "a")
+    bench.steering.pin(weak)
+    assert (bench.steering.serving, bench.steering.scoped) == (weak, {}), "pinned for all"
+    bench.steering.unpin()
+    assert bench.steering.scoped == {"a": weak}
+    bench.steering.rollback("asked for")
+    assert (bench.steering.serving, bench.steering.scoped) == (None, {})
+
+
+def test_scopes_are_bounded_and_named() -> None:
+    bench = labelled()
+    for n in range(SCOPES_FOLLOWED + 5):
+        bench.feed(BIASED, JUDGED[:1], label=f"l{n}")
+    assert len(bench.steering.status()["scopes"]) == SCOPES_FOLLOWED
+    profiles = [bench.steering.add(contextual(0.1 * n)) for n in range(1, SCOPES_APART + 2)]
+    for n, version in enumerate(profiles[:-1]):
+        bench.steering.promote(version, f"l{n}")
+    with pytest.raises(HemostatError, match="as many as engines hold"):
+        bench.steering.promote(profiles[-1], f"l{SCOPES_APART}")
+    assert not bench.steering.awaits(10**6, f"l{SCOPES_APART}")
+    assert bench.steering.awaits(10**6, "l0")
+    bench.steering.promote(profiles[-1], "l0")
+    with pytest.raises(HemostatError, match="no scored request was of the label 'x'; seen: l0"):
+        bench.steering.promote(profiles[-1], "x")
+    with pytest.raises(HemostatError, match=r"calibration\.scope is pooled"):
+        Bench().steering.add(helpful(), "x")
+    assert not Bench().steering.awaits(1, "x")
+
+
+@pytest.mark.parametrize(("kind", "place"), [("route", "/v1/completions"), ("model", "m"), ("label", "chat")])
+def test_a_scope_is_read_from_the_record(kind: str, place: str) -> None:
+    bench = Bench(scope=kind)
+    bench.feed(BIASED, LEARNED[:1], route="/v1/completions", model="m", label="chat")
+    assert list(bench.steering.status()["scopes"]) == [place]
+
+
+OPERATIONS = ("add", "propose", "promote", "pin", "unpin", "rollback", "feed", "mode", "know", "restart", "probe")
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_whatever_happens_what_is_held_stays_bounded_and_tests_are_of_who_is_tested(data: st.DataObject) -> None:
+    bench = labelled(min_tokens=100)
+    made = [contextual(0.1 * n - 0.3) for n in range(12)]
+    scopes = st.sampled_from(["", "a", "b", "c"])
+    for n in range(data.draw(st.integers(1, 30))):
+        steering = bench.steering
+        profile, scope = made[data.draw(st.integers(0, 11))], data.draw(scopes)
+        try:
+            match data.draw(st.sampled_from(OPERATIONS)):
+                case "add":
+                    steering.add(profile, scope)
+                case "propose":
+                    steering.propose(profile, "", {"tokens": 10**n}, scope)
+                case "promote":
+                    steering.promote(profile.version, scope)
+                case "pin":
+                    steering.pin(profile.version)
+                case "unpin":
+                    steering.unpin()
+                case "rollback":
+                    steering.rollback("", data.draw(st.sampled_from([None, scope])))
+                case "feed":
+                    keys = LEARNED if data.draw(st.booleans()) else JUDGED
+                    bench.feed(BIASED, keys[10 * n : 10 * n + 10], label=scope)
+                case "mode":
+                    steering.set_mode(data.draw(st.sampled_from(["off", "observe", "auto"])))
+                case "know":
+                    steering.know(data.draw(st.sampled_from([MODEL, "other"])), V)
+                case "restart":
+                    bench = bench.restart(scope="label")
+                    bench.steering.know(MODEL, V)
+                case "probe":
+                    steering.probe(probe(MODEL, V, ANCHORS[: 1 + n % 6], 1.0))
+        except HemostatError:
+            pass
+        steering = bench.steering
+        assert len(steering.wanted()) <= HOLD_AT_MOST
+        assert all(steering.held(version) is not None for version in steering.wanted())
+        trials = steering._trials
+        serving = [scope for scope, seat in steering._seats.items() if seat.selected]
+        assert len(trials._guard.watches) == len(trials.tested) + len(serving)
+        assert len(trials.line) <= LINE_AT_MOST + SCOPES_APART
+        assert len(set(trials.line)) == len(trials.line)
+        for place in serving:
+            trials.of_serving(place)
+        shown = [steering.status(), steering.listing()]
+        assert json.loads(json.dumps(shown, allow_nan=False)) == shown
+        assert {**steering.scoped}.keys() <= {"a", "b", "c"}
