@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.control.making import TOKEN, control, profile, scored
+from tests.control.making import TOKEN, control, profile, scored, settings
 from tests.control.test_metrics import relay, stats
 
 from hemostat import admin
@@ -24,6 +24,8 @@ GUARDED = [
     ("POST", "/api/v1/calibration"),
     ("POST", "/api/v1/profiles"),
     ("POST", "/api/v1/profiles/rollback"),
+    ("POST", "/api/v1/profiles/promote"),
+    ("POST", "/api/v1/profiles/pin"),
     ("POST", "/api/v1/engine/report"),
     ("POST", "/api/v1/engine/tap"),
     ("GET", "/api/v1/engine/profiles/" + "a" * 32),
@@ -154,6 +156,62 @@ async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, 
     assert listing["serving"] == "identity"
     assert listing["events"][0]["decision"] == "roll_back"
     assert one.steering.selected is None
+
+
+async def test_the_operators_word_goes_before_the_guards(one: Control, client: httpx.AsyncClient) -> None:
+    one.steering.know("m", 30)
+    one.steering.set_mode("auto")
+    version, other = one.steering.add(profile()), one.steering.add(profile(1))
+    told: list[Policy] = []
+    one.link.set_policy = told.append  # type: ignore[method-assign]
+
+    async def post(action: str, **body: Any) -> httpx.Response:
+        return await client.post(f"/api/v1/profiles/{action}", headers=AUTHORIZED, json=body)
+
+    listing = (await post("promote", version=version)).json()
+    assert (listing["serving"], listing["events"][0]["reason"]) == (version, "operator")
+    assert told[-1].serving == version
+    listing = (await post("pin", version=other)).json()
+    assert (listing["serving"], listing["pinned"], listing["events"][0]["decision"]) == (other, True, "pin")
+    assert told[-1].serving == other
+    refused = await post("promote", version=version)
+    assert (refused.status_code, "unpin" in detail(refused)) == (400, True)
+    listing = (await post("pin", version=None)).json()
+    assert (listing["serving"], listing["pinned"]) == (other, False)
+    for body, code in (
+        ({"version": "latest"}, 422),
+        ({"version": "0" * 33}, 422),
+        ({}, 422),
+        ({"version": "0" * 32}, 400),
+        ({"version": version, "scope": "batch"}, 400),
+        ({"version": version, "why": "x"}, 422),
+    ):
+        refused = await post("promote", **body)
+        assert refused.status_code == code, body
+        assert detail(refused)
+    refused = await post("rollback", scope="batch")
+    assert (refused.status_code, "calibration.scope is pooled" in detail(refused)) == (400, True)
+    assert (await post("rollback")).json()["serving"] == "identity"
+    assert told[-1].serving is None
+
+
+async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
+    made = settings(calibration={"scope": "label"}, labels=["batch"])
+    async with control(tmp_path, made) as one, port(one) as client:
+        one.steering.know("m", 30)
+        path = "/api/v1/profiles?scope=batch"
+        refused = await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())
+        assert (refused.status_code, "no scored request was of the label" in detail(refused)) == (400, True)
+        one._scored(*scored(label="batch"))
+        version = (await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())).json()["version"]
+        [candidate] = (await client.get("/api/v1/status")).json()["calibration"]["candidates"]
+        assert (candidate["version"], candidate["scope"]) == (version, "batch")
+        told: list[Policy] = []
+        one.link.set_policy = told.append  # type: ignore[method-assign]
+        one.steering.set_mode("auto")
+        one.steering.promote(version, "batch")
+        one.publish()
+        assert (told[-1].serving, told[-1].scope, told[-1].scoped) == (None, "label", {"batch": version})
 
 
 async def test_profiles_that_are_none(one: Control, client: httpx.AsyncClient) -> None:

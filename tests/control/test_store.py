@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -32,6 +33,51 @@ def test_profiles_events_and_state(store: Store) -> None:
     assert store.get_state("serving") == "b"
     store.set_state("serving", None)
     assert store.get_state("serving") is None
+
+
+def test_a_number_only_grows(store: Store) -> None:
+    for value, kept in ((3, "3"), (10, "10"), (9, "10"), (11, "11")):
+        store.raise_state("tests", value)
+        assert store.get_state("tests") == kept
+
+
+def test_a_profile_that_a_state_names_stays(store: Store) -> None:
+    version = "a" * 32
+    store.put_profile(StoredProfile(version, b"1", 1.0))
+    store.set_state("serving", f'{{"selected": ["{version}", 3]}}')
+    store.delete_profile(version)
+    assert store.get_profile(version) is not None
+    store.set_state("serving", None)
+    store.delete_profile(version)
+    assert store.get_profile(version) is None
+
+
+def _write(path: str, which: int) -> None:
+    store = SqliteStore(Path(path))
+    for n in range(40):
+        store.put_profile(StoredProfile(f"{which}-{n}", bytes(1000), float(n)))
+        store.append_event({"which": which, "n": n})
+        store.raise_state("tests", 10 * n + which)
+        store.set_state(f"serving-{which}", str(n))
+        assert len(store.events(5)) <= 5
+
+
+def test_two_processes_share_one_file(tmp_path: Path) -> None:
+    """Two middlewares with one store: every write of both is there, and what only grows has the largest of both."""
+    path = tmp_path / "h.db"
+    store = SqliteStore(path)
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write, args=(str(path), which)) for which in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    assert len(store.profiles()) == 80
+    events = store.events(200)
+    assert sorted((e["which"], e["n"]) for e in events) == [(which, n) for which in (1, 2) for n in range(40)]
+    assert store.get_state("tests") == "392"
+    assert [store.get_state(f"serving-{which}") for which in (1, 2)] == ["39", "39"]
 
 
 def test_sqlite_keeps_across_reopening(tmp_path: Path) -> None:

@@ -601,6 +601,52 @@ def test_who_gets_which_profile(
         assert fake.requests[-1]["vllm_xargs"][name] == value
 
 
+SCOPED = {"serving": VERSION, "acknowledged": frozenset({VERSION, OTHER_VERSION}), "control_fraction": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "headers", "asked", "reason"),
+    [
+        ({"scope": "label", "scoped": {"batch": OTHER_VERSION}}, CHAT, "batch", OTHER_VERSION, "assigned"),
+        ({"scope": "label", "scoped": {"batch": OTHER_VERSION}}, CHAT, "chat", VERSION, "assigned"),
+        ({"scope": "label", "scoped": {"batch": OTHER_VERSION}}, CHAT, None, VERSION, "assigned"),
+        ({"scope": "route", "scoped": {CHAT: OTHER_VERSION}}, CHAT, None, OTHER_VERSION, "assigned"),
+        ({"scope": "route", "scoped": {CHAT: OTHER_VERSION}}, COMPLETIONS, None, VERSION, "assigned"),
+        ({"scope": "model", "scoped": {"fake": OTHER_VERSION}}, CHAT, None, OTHER_VERSION, "assigned"),
+        ({"scope": "model", "scoped": {"other": OTHER_VERSION}}, CHAT, None, VERSION, "assigned"),
+        # An engine that has not got it yet: what serves all is better than identity.
+        (
+            {"scope": "label", "scoped": {"batch": OTHER_VERSION}, "acknowledged": frozenset({VERSION})},
+            *(CHAT, "batch", VERSION, "assigned"),
+        ),
+        ({"scope": "label", "scoped": {"batch": OTHER_VERSION}, "serving": None}, CHAT, "chat", None, "no_profile"),
+        (
+            {"scope": "label", "scoped": {"batch": OTHER_VERSION}, "serving": None},
+            CHAT,
+            "batch",
+            OTHER_VERSION,
+            "assigned",
+        ),
+    ],
+)
+def test_a_scope_with_a_profile_of_its_own_gets_it_and_all_others_the_pooled_one(
+    wire: Wire,
+    fake: FakeVllm,
+    changes: dict[str, Any],
+    path: str,
+    headers: str | None,
+    asked: str | None,
+    reason: str,
+) -> None:
+    wire.interceptor.policy = policy(mode="auto", labels=frozenset({"batch", "chat"}), **SCOPED | changes)
+    body = chat() if path == CHAT else completion()
+    assert wire.send(path, body, headers={"X-Hemostat-Label": headers} if headers else {}).status == 200
+    assert asked_of_engine(fake) == asked
+    arm = "none" if asked is None else "treated"
+    assert (wire.captures[-1].arm, wire.captures[-1].requested) == (arm, asked)
+    assert wire.calibration(arm, reason) == 1
+
+
 def test_an_unsampled_treated_request_changes_by_its_xargs_alone(wire: Wire) -> None:
     wire.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0, scoring=False)
     body = b'{ "model": "fake",\n  "messages": [{"role": "user", "content": "caf\\u00e9"}], "max_tokens": 2 }'
