@@ -152,6 +152,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show-text", action="store_true", help="show texts of the worst prompts and tokens")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep finished work there (default: until the report)")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--html", type=Path, metavar="FILE")
     parser.set_defaults(command=_doctor)
 
 

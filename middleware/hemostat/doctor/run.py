@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hemostat import __version__
 from hemostat.compress import cache_folder
-from hemostat.doctor import report, terminal
+from hemostat.doctor import html, report, terminal
 from hemostat.doctor.classes import classify_all
 from hemostat.doctor.options import DoctorError, DoctorOptions, check
 from hemostat.doctor.pair import Job, Pair, Scored, Side, decoding_of, encode, jobs_digest, pack, unpack
@@ -25,6 +25,7 @@ from hemostat.doctor.work import WorkFolder
 INTERRUPTED = 130
 PLAIN_WIDTH = 120
 """Columns where there is no terminal to ask."""
+OWN_TEXT = "Q wrote the text itself: PPL(Q) below PPL(base) is no merit; for perplexity, score given text (--given)"
 SCORING, LAYERS = "prompts", "layers"
 
 
@@ -43,6 +44,8 @@ def run(options: DoctorOptions) -> int:
         return INTERRUPTED
     if options.json is not None:
         _write(options.json, "--json", json.dumps(made, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    if options.html is not None:
+        _write(options.html, "--html", html.page(made))
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
@@ -162,7 +165,7 @@ def _report(
         "texts": decoding_of(jobs, options.decoding),
         "seed": options.seed,
         "max_new_tokens": options.tokens,
-        "notes": pair.notes,
+        "notes": [*pair.notes, *([OWN_TEXT] if any(job.output is None for job in jobs) else [])],
         **report.tables(
             scored,
             classes,

@@ -1,0 +1,170 @@
+"""Plots as SVG text: no script, no network. Colours and fonts come from the page's style sheet, by class.
+
+Every plot has a title and a description, for whoever cannot see it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 280
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
+ROW = 26
+"""Height of a horizontal bar with its gap."""
+NAMES = 150
+"""Width of the names beside horizontal bars."""
+CHARACTER = 6.6
+"""Width of a label's character, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A line: y at x, with a band from `low` to `high` where given."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+def columns(
+    title: str, labels: Sequence[str], values: Sequence[float], errors: Sequence[float | None], x_name: str, y_name: str
+) -> str:
+    """A bar for each label, with ± its error; bars may point down."""
+    ends = [abs(e or 0.0) for e in errors]
+    low = min(0.0, *(v - e for v, e in zip(values, ends, strict=True)))
+    high = max(0.0, *(v + e for v, e in zip(values, ends, strict=True)))
+    ticks, y = _axis(low, high, HEIGHT - BOTTOM, TOP)
+    step = (WIDTH - LEFT - RIGHT) / len(values)
+    parts = list(_y_grid(ticks, y))
+    # As many labels as fit beside each other.
+    every = max(1, math.ceil(max(map(len, labels)) * CHARACTER * 1.2 / step))
+    for n, (label, value, error) in enumerate(zip(labels, values, errors, strict=True)):
+        middle = LEFT + (n + 0.5) * step
+        top, bottom = sorted((y(value), y(0.0)))
+        parts.append(_rectangle(middle - 0.38 * step, top, 0.76 * step, bottom - top, f"{label}: {value:.4g}"))
+        if error:
+            parts.append(_whisker(middle, y(value - error), y(value + error)))
+        if n % every == 0:
+            parts.append(_text(middle, HEIGHT - BOTTOM + 16, label, "middle"))
+    parts += _names(x_name, y_name)
+    return _plot(title, _told(labels, values, y_name), parts, HEIGHT)
+
+
+def rows(
+    title: str, labels: Sequence[str], values: Sequence[float], errors: Sequence[float | None], x_name: str
+) -> str:
+    """Horizontal bars, for labels that need room."""
+    height = ROW * len(values) + TOP + BOTTOM
+    ends = [abs(e or 0.0) for e in errors]
+    low = min(0.0, *(v - e for v, e in zip(values, ends, strict=True)))
+    high = max(0.0, *(v + e for v, e in zip(values, ends, strict=True)))
+    ticks, x = _axis(low, high, NAMES, WIDTH - RIGHT)
+    parts = []
+    for tick in ticks:
+        parts.append(_line(x(tick), TOP, x(tick), height - BOTTOM, "grid"))
+        parts.append(_text(x(tick), height - BOTTOM + 16, _number(tick), "middle"))
+    for n, (label, value, error) in enumerate(zip(labels, values, errors, strict=True)):
+        middle = TOP + (n + 0.5) * ROW
+        left, right = sorted((x(value), x(0.0)))
+        parts.append(_rectangle(left, middle - 0.36 * ROW, right - left, 0.72 * ROW, f"{label}: {value:.4g}"))
+        if error:
+            parts.append(_line(x(value - error), middle, x(value + error), middle, "whisker"))
+        parts.append(_text(NAMES - 8, middle + 4, label, "end"))
+    parts.append(_text((NAMES + WIDTH) / 2, height - 10, x_name, "middle"))
+    return _plot(title, _told(labels, values, x_name), parts, height)
+
+
+def lines(title: str, series: Sequence[Series], x_name: str, y_name: str, y_top: float | None = None) -> str:
+    """Lines that are told apart by dashes as well as by colour."""
+    height = HEIGHT + 18 * len(series)
+    high = y_top if y_top is not None else max(v for one in series for v in (*one.y, *one.high))
+    ticks, y = _axis(0.0, high, HEIGHT - BOTTOM, TOP)
+    x_ticks, x = _axis(0.0, max(v for one in series for v in one.x), LEFT, WIDTH - RIGHT, snug=True)
+    parts = list(_y_grid(ticks, y))
+    parts += [_text(x(tick), HEIGHT - BOTTOM + 16, _number(tick), "middle") for tick in x_ticks]
+    for n, one in enumerate(series):
+        if len(one.low):
+            there = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.x, one.high, strict=True)]
+            back = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.x, one.low, strict=True)]
+            parts.append(f'<polygon class="band s{n % 4}" points="{" ".join([*there, *reversed(back)])}"/>')
+        points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.x, one.y, strict=True))
+        parts.append(f'<polyline class="line s{n % 4}" points="{points}"/>')
+        at = HEIGHT + 18 * n + 4
+        parts.append(f'<polyline class="line s{n % 4}" points="{LEFT},{at} {LEFT + 36},{at}"/>')
+        parts.append(_text(LEFT + 44, at + 4, one.name, "start"))
+    parts += _names(x_name, y_name)
+    told = "; ".join(f"{one.name}: from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series)
+    return _plot(title, f"{y_name} by {x_name}. {told}.", parts, height)
+
+
+def _axis(
+    low: float, high: float, start: float, end: float, snug: bool = False
+) -> tuple[list[float], Callable[[float], float]]:
+    """Round ticks that hold low and high, and where a value lies. `snug`: the axis ends at `high`."""
+    span = (high - low) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 6)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) if high > low else 1
+    if snug:
+        last = math.floor(high / step + 1e-9)
+    ticks = [n * step for n in range(first, last + 1)]
+    bottom, top = first * step, (low + span if snug else last * step)
+    return ticks, lambda value: start + (end - start) * (value - bottom) / (top - bottom)
+
+
+def _y_grid(ticks: Sequence[float], y: Callable[[float], float]) -> Iterator[str]:
+    for tick in ticks:
+        yield _line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid")
+        yield _text(LEFT - 8, y(tick) + 4, _number(tick), "end")
+
+
+def _names(x_name: str, y_name: str) -> Iterator[str]:
+    yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_name, "middle")
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    yield f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_name)}</text>'
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}".replace("-", "−")
+
+
+def _told(labels: Sequence[str], values: Sequence[float], name: str) -> str:
+    if len(values) > 12:
+        most = max(range(len(values)), key=lambda n: values[n])
+        return f"{name}: {len(values)} bars, the highest {values[most]:.3g} at {labels[most]}."
+    return f"{name}: " + ", ".join(f"{label} {v:.3g}" for label, v in zip(labels, values, strict=True)) + "."
+
+
+def _plot(title: str, description: str, parts: Sequence[str], height: float) -> str:
+    name = re.sub(r"[^a-z]+", "-", title.lower())
+    return (
+        f'<svg role="img" viewBox="0 0 {WIDTH} {height:.0f}" aria-labelledby="{name}-t {name}-d">'
+        f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _whisker(x: float, y1: float, y2: float) -> str:
+    return _line(x, y1, x, y2, "whisker")
+
+
+def _rectangle(x: float, y: float, width: float, height: float, told: str) -> str:
+    return (
+        f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{max(height, 0.5):.1f}">'
+        f"<title>{escape(told)}</title></rect>"
+    )
