@@ -21,15 +21,16 @@ CONTRACT = {
     "hemostat_shadow_queue_depth": set(),
     "hemostat_shadow_lag_seconds": set(),
     "hemostat_reference_tokens_total": set(),
-    "hemostat_scored_tokens_total": {"arm"},
+    "hemostat_scored_tokens_total": {"arm", "decoding"},
     "hemostat_token_kl_nats": {"direction", "stage", "arm"},
     "hemostat_token_total_variation": {"stage", "arm"},
-    "hemostat_top1_agreement_tokens_total": {"stage", "arm"},
+    "hemostat_top1_agreement_tokens_total": {"stage", "arm", "decoding"},
     "hemostat_covered_mass_ratio": {"model"},
     "hemostat_recovered_divergence_ratio": set(),
     "hemostat_profile_info": {"version", "family"},
     "hemostat_profile_promotions_total": set(),
     "hemostat_profile_rollbacks_total": set(),
+    "hemostat_profile_decisions_total": {"decision", "reason"},
 }
 """The names and labels that dashboards rely on."""
 
@@ -138,7 +139,8 @@ async def test_histograms_are_cumulative_and_agree_with_the_counters(tmp_path: P
         for n in range(4):
             one._scored(*scored(str(n), prompt=n, tokens=3 + n))
         found = samples(scrape(one))
-        tokens = found["hemostat_scored_tokens_total", (("arm", "none"),)]
+        decoded = [(("arm", "none"), ("decoding", decoding)) for decoding in ("greedy", "sampled")]
+        tokens = sum(found["hemostat_scored_tokens_total", labels] for labels in decoded)
         assert tokens == 3 + 4 + 5 + 6
         labels = (("arm", "none"), ("direction", "reference_compressed"), ("stage", "raw"))
         buckets = {
