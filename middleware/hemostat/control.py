@@ -552,7 +552,12 @@ class Control:
         now = time.monotonic()
         yield "hemostat_shadow_queue_depth", "Captures waiting for the reference.", {}, len(self.queue)
         yield "hemostat_shadow_lag_seconds", "Age of the oldest waiting capture.", {}, self._lag(now)
-        yield "hemostat_reference_up", "1 while the reference scores.", {}, float(self.reference_state == "ready")
+        if self.reference is not None:
+            yield "hemostat_reference_up", "1 while the reference scores.", {}, float(self.reference_state == "ready")
+        text = "1 for each name of the compressed model, with the reference that it is compared with."
+        for name in sorted(self.served):
+            compared = self.reference_info.model if self.reference_info is not None else ""
+            yield "hemostat_model_info", text, {"model": name, "reference": Path(compared).name}, 1.0
         yield "hemostat_engines", "Engines whose plugin reports.", {}, self._engines_live(now)
         yield "hemostat_relays", "Relay processes connected.", {}, self.link.relays
         profile = self.steering.held(self.steering.shown)
