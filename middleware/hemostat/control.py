@@ -564,6 +564,9 @@ class Control:
         version, family = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
         text = "1 for the profile that serves, or in mode observe would (identity when none does)."
         yield "hemostat_profile_info", text, {"version": version, "family": family}, 1.0
+        text = "1 for the profile of its own that a label, route or model is served with (calibration.scope)."
+        for scope, own in self.steering.scoped.items():
+            yield "hemostat_profile_scope_info", text, {"scope": scope, "version": own}, 1.0
         yield from self.measurements.gauges()
         won_back = (self.measurements.recovered(self.steering.shown) or {}).get("estimate")
         if won_back is not None:

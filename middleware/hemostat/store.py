@@ -2,6 +2,10 @@
 
 A store that fails raises StoreFailure and nothing else; the control process counts it and goes on with what it holds in
 memory (rule 1).
+
+Two middlewares may share one SQLite file. Profiles (named by their digest) and decisions add up; of what serves, and of
+the mode, the last word of either stands, and is taken up by whichever starts next: a running one never follows the
+other. Each tests on its own, so that each has its own alpha; after a restart the larger count of tests holds.
 """
 
 from __future__ import annotations

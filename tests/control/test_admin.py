@@ -212,6 +212,8 @@ async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
         one.steering.promote(version, "batch")
         one.publish()
         assert (told[-1].serving, told[-1].scope, told[-1].scoped) == (None, "label", {"batch": version})
+        labels = f'scope="batch",version="{version}"'
+        assert f"hemostat_profile_scope_info{{{labels}}} 1.0" in (await client.get("/metrics")).text
 
 
 async def test_profiles_that_are_none(one: Control, client: httpx.AsyncClient) -> None:

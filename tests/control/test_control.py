@@ -19,6 +19,7 @@ from tests.fakes.fake_vllm import VOCAB, FakeVllm, serving
 from hemostat import control as control_module
 from hemostat.config import Settings
 from hemostat.control import Control
+from hemostat.engines import EngineReport
 from hemostat.messages import Policy, Stats
 from hemostat.store import StoreFailure
 from hemostat_calibration.errors import HemostatError
@@ -230,6 +231,35 @@ async def test_what_was_decided_is_written_before_it_ends(tmp_path: Path) -> Non
     async with control(tmp_path, made) as one:
         assert one.steering.mode == "off"
         assert [event["decision"] for event in one.profiles()["events"]] == ["mode"]
+
+
+async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(tmp_path: Path) -> None:
+    """Each asks only for what the engine says it holds, and what both decided is in the store."""
+    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    mine = profile(0)
+    async with control(folders[0], made) as first, control(folders[1], made) as second:
+        told: dict[int, Policy] = {}
+        for n, one in enumerate((first, second)):
+            one.link.set_policy = lambda policy, n=n: told.update({n: policy})  # type: ignore[method-assign]
+            one.steering.know("m", 30)
+            one.steering.promote(one.steering.add(profile(n)))
+            report = EngineReport("boot", 0, 1, [mine.version], 30, {}, "v1", "0")
+            one.engines.report(report, time.monotonic())
+            one.publish()
+        assert [policy.serving for policy in told.values()] == [mine.version, profile(1).version]
+        assert [set(policy.acknowledged) for policy in told.values()] == [{mine.version}, {mine.version}]
+        again = EngineReport("anew", 0, 1, [], 30, {}, "v1", "0")
+        first.engines.report(again, time.monotonic())
+        first.publish()
+        assert told[0].acknowledged == frozenset(), "an engine that restarted has yet to fetch it"
+    async with control(folders[0], made) as third:
+        third.steering.know("m", 30)
+        assert third.steering.serving == mine.version, "the last word: the first one was closed last"
+        assert {item.version for item in third.store.profiles()} == {mine.version, profile(1).version}
+        assert [e["decision"] for e in third.profiles()["events"]].count("promote") == 2
 
 
 async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
