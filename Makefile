@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-proxy clean
+.PHONY: help setup demo test lint bench-proxy bench-recovery clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -31,6 +31,9 @@ test: lint ## lint, types, and all tests, on a real vLLM; ARGS="..." for pytest
 
 bench-proxy: setup ## requests/s and CPU beside nginx and vllm-router; a table and build/bench/proxy.json
 	@exec $(BIN)/python tests/bench/bench_proxy.py $(ARGS)
+
+bench-recovery: setup ## what calibration wins back, through the real engine (an hour); a table and build/bench/recovery.json
+	@exec $(BIN)/python tests/bench/bench_recovery.py $(ARGS)
 
 clean: ## remove .venv and all that was built here (the checkpoints stay in the user's cache)
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

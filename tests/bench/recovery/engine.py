@@ -1,0 +1,209 @@
+"""Text from a real vLLM with Hemostat's plugin, what the plugin taps from it, and the reference's hidden states.
+
+A stage's result is one file under build/, named after all that it was made from: what was made once is read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import uvicorn
+from fastapi import FastAPI
+
+from hemostat import vllm_process
+from hemostat.engine_api import engine_router
+from hemostat.engines import EngineRegistry, TapResult
+from hemostat.reference.transformers import TransformersReference
+from hemostat_calibration.profile import CalibrationProfile
+
+from .log import say
+
+STREAMS = 64
+"""Requests at once."""
+ARGUMENTS = (
+    *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "96"),
+    *("--no-enable-prefix-caching", "--logits-processors", vllm_process.LOGITS_PROCESSOR),
+)
+TAPPED_WITHIN = 60.0
+"""Seconds after the answer."""
+
+Halves = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request. version: of the profile that the engine is to apply. tap: have the plugin hand out its features."""
+
+    text: str
+    max_tokens: int
+    temperature: float
+    seed: int
+    version: str | None = None
+    tap: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What came of an `Ask`.
+
+    features: float16 [T, N], centred logits at the anchors; None without a tap. log_normalizer: by profile version,
+    log E_c[e^Δz], float64 [T]. hidden: of the reference, float16 [T, d], once it has been asked.
+    """
+
+    ask: Ask
+    prompt: npt.NDArray[np.int32]
+    output: npt.NDArray[np.int32]
+    text: str
+    features: Halves | None = None
+    log_normalizer: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    hidden: Halves | None = None
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves the signals alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def engine(checkpoint: Path, profiles: Sequence[CalibrationProfile], log: Path) -> AsyncIterator[Engine]:
+    """A vLLM server with `checkpoint`, whose plugin holds `profiles` (the first one's anchors are what is tapped)."""
+    registry = EngineRegistry()
+    registry.want(profile.version for profile in profiles)
+    files = {profile.version: profile.to_bytes() for profile in profiles}
+    app = FastAPI()
+    app.include_router(engine_router(registry, files.get, time.monotonic, lambda: None))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        admin = _Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        serving = asyncio.create_task(admin.serve([listener]))
+        server = vllm_process.VllmServer(
+            checkpoint, "bench", log, ARGUMENTS, {"HEMOSTAT_ADMIN_URL": f"http://127.0.0.1:{port}"}
+        )
+        server.start()
+        try:
+            await asyncio.to_thread(server.wait_ready, progress=say)
+            while profiles and not {p.version for p in profiles} <= registry.acknowledged(time.monotonic()):
+                await asyncio.sleep(0.2)
+            yield Engine(server.url, registry)
+        finally:
+            await asyncio.to_thread(server.stop)
+            admin.should_exit = True
+            await serving
+
+
+class Engine:
+    """A running server."""
+
+    def __init__(self, url: str, registry: EngineRegistry) -> None:
+        self._url = url
+        self._registry = registry
+
+    async def write(self, asks: Sequence[Ask], name: str) -> list[Written]:
+        """All answers, in the order of the asks."""
+        turns = iter(enumerate(asks))
+        found: dict[int, Written] = {}
+        began = said = time.monotonic()
+        tokens = 0
+
+        async def stream(http: httpx.AsyncClient) -> None:
+            nonlocal tokens, said
+            for number, ask in turns:
+                found[number] = written = await self._write(http, ask)
+                tokens += len(written.output)
+                if time.monotonic() - said > 15:
+                    said = time.monotonic()
+                    say(f"{name}: {len(found)} of {len(asks)} texts, {tokens / (said - began):.0f} tokens/s")
+
+        timeout = httpx.Timeout(600.0)
+        limits = httpx.Limits(max_connections=STREAMS)
+        async with httpx.AsyncClient(base_url=self._url, timeout=timeout, limits=limits, trust_env=False) as http:
+            await asyncio.gather(*(stream(http) for _ in range(STREAMS)))
+        say(f"{name}: {len(asks)} texts, {tokens} tokens in {time.monotonic() - began:.0f} s")
+        return [found[number] for number in range(len(asks))]
+
+    async def _write(self, http: httpx.AsyncClient, ask: Ask) -> Written:
+        nonce = secrets.token_hex(8)
+        xargs = {"hemostat_tap": nonce} if ask.tap else {}
+        xargs |= {"hemostat": ask.version} if ask.version else {}
+        body = {
+            "model": "bench",
+            "messages": [{"role": "user", "content": ask.text}],
+            "max_tokens": ask.max_tokens,
+            "temperature": ask.temperature,
+            "seed": ask.seed,
+            "return_token_ids": True,
+            **({"vllm_xargs": xargs} if xargs else {}),
+        }
+        answer = await http.post("/v1/chat/completions", json=body)
+        answer.raise_for_status()
+        said = answer.json()
+        (choice,) = said["choices"]
+        output = np.array(choice["token_ids"], dtype=np.int32)
+        written = Written(
+            ask, np.array(said["prompt_token_ids"], dtype=np.int32), output, choice["message"]["content"] or ""
+        )
+        if not ask.tap:
+            return written
+        tap = await self._tap(nonce, len(output))
+        if tap.applied != ask.version or tap.mixed:
+            raise RuntimeError(f"the engine applied {tap.applied}, not {ask.version}")
+        features = None if tap.features is None else tap.features.values[: len(output)].astype(np.float16)
+        numbers = {version: values[: len(output)] for version, values in tap.log_normalizer.items()}
+        return Written(ask, written.prompt, output, written.text, features, numbers)
+
+    async def _tap(self, nonce: str, tokens: int) -> TapResult:
+        give_up = time.monotonic() + TAPPED_WITHIN
+        while self._registry.tapped(nonce) < tokens:
+            if time.monotonic() > give_up:
+                raise RuntimeError(f"the engine tapped {self._registry.tapped(nonce)} of {tokens} positions")
+            await asyncio.sleep(0.1)
+        tap = self._registry.take(nonce)
+        assert tap is not None
+        return tap
+
+
+async def with_hidden(reference: Path, texts: Sequence[Written], name: str) -> list[Written]:
+    """The texts with the reference's hidden states, from Hemostat's own reference process."""
+    scorer = TransformersReference(str(reference), threads=2)
+    await scorer.start()
+    try:
+        found = []
+        began = said = time.monotonic()
+        for number, text in enumerate(texts):
+            ids = text.output[:, None]
+            scores = await scorer.score(text.prompt, text.output, ids, hidden=True)
+            assert scores.hidden is not None
+            hidden = scores.hidden.astype(np.float16)
+            found.append(
+                Written(text.ask, text.prompt, text.output, text.text, text.features, text.log_normalizer, hidden)
+            )
+            if time.monotonic() - said > 15:
+                said = time.monotonic()
+                say(f"{name}: {number + 1} of {len(texts)} scored by the reference")
+        say(f"{name}: scored by the reference in {time.monotonic() - began:.0f} s")
+        return found
+    finally:
+        await scorer.close()
+
+
+def cache_name(stage: str, made_from: Any) -> str:
+    """File name of a stage that depends on `made_from` (JSON)."""
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{stage}-{digest}.pickle"

@@ -1,0 +1,189 @@
+"""Profiles learned from texts, by the families that Hemostat serves with, and what the guard says of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hemostat_calibration import guard
+from hemostat_calibration.calibrator import TemperatureBias
+from hemostat_calibration.contextual import Contextual, ContextualState
+from hemostat_calibration.guard import Action, Role
+from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.records import Candidates, Features, TokenRecord
+from hemostat_calibration.split import prompt_key
+from hemostat_calibration.transform import anchors_digest, shift_range
+
+from .engine import Written
+from .figures import IDENTITY, Figures, Recovery, measure, stacked
+from .log import say
+
+TOP_K = 20
+TEMPERATURES = tuple(np.round(np.arange(0.7, 1.35, 0.05), 2))
+TEMPERATURE_TOKENS = 2_000
+ALPHA = 0.05
+
+Singles = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A profile, what its learner says of it, and how long the learner took.
+
+    seconds: of the fit; seconds_update: of taking in the records before.
+    """
+
+    profile: CalibrationProfile | None
+    said: dict[str, Any]
+    seconds: float
+    seconds_update: float = 0.0
+
+
+def first_tokens(texts: Sequence[Written], tokens: int) -> list[Written]:
+    """The first texts that have `tokens` tokens together."""
+    total = np.cumsum([len(t.output) for t in texts])
+    return list(texts[: int(np.searchsorted(total, tokens)) + 1])
+
+
+def contextual_records(texts: Sequence[Written], anchors: npt.NDArray[np.int32], vocabulary: int) -> list[TokenRecord]:
+    """What the contextual family reads. It is told no candidates (NaN): beside features and hidden states it needs
+    none."""
+    digest = anchors_digest(anchors)
+    found = []
+    for text in texts:
+        assert text.features is not None
+        assert text.hidden is not None
+        unknown = np.full(len(text.output), np.nan)
+        candidates = Candidates(text.output[:, None], unknown[:, None])
+        found.append(
+            TokenRecord(
+                vocab_size=vocabulary,
+                prompt_key=prompt_key(text.prompt),
+                output_ids=text.output,
+                compressed=candidates,
+                reference_at=unknown[:, None],
+                reference=candidates,
+                compressed_emitted=unknown,
+                reference_emitted=unknown,
+                features=Features(digest, text.features.astype(np.float32)),
+                reference_hidden=text.hidden.astype(np.float32),
+            )
+        )
+    return found
+
+
+def listed_records(weight: Singles, recovery: Recovery, texts: Sequence[Written]) -> Iterator[TokenRecord]:
+    """What the temperature-and-bias family reads: the compressed model's top 20 with both models' log-probabilities.
+
+    They are computed from both hidden states, that of the compressed model from the engine's logits."""
+    embedding = torch.from_numpy(weight).T
+    for text in texts:
+        h_r, h_c = (torch.from_numpy(h) for h in stacked([text], recovery))
+        log_r, log_c = torch.log_softmax(h_r @ embedding, -1), torch.log_softmax(h_c @ embedding, -1)
+        best = torch.topk(log_c, TOP_K, -1)
+        rows, output = torch.arange(len(text.output)), torch.from_numpy(text.output).long()
+        reference = torch.topk(log_r, TOP_K, -1)
+        yield TokenRecord(
+            vocab_size=len(weight),
+            prompt_key=prompt_key(text.prompt),
+            output_ids=text.output,
+            compressed=Candidates(best.indices.int().numpy(), best.values.double().numpy()),
+            reference_at=torch.gather(log_r, 1, best.indices).double().numpy(),
+            reference=Candidates(reference.indices.int().numpy(), reference.values.double().numpy()),
+            compressed_emitted=log_c[rows, output].double().numpy(),
+            reference_emitted=log_r[rows, output].double().numpy(),
+        )
+
+
+def learn_temperature(weight: Singles, recovery: Recovery, texts: Sequence[Written], clamp_nats: float) -> Learned:
+    """The temperature of least KL(r‖c') on the first tokens: one number needs no more."""
+    began = time.monotonic()
+    some = first_tokens(texts, TEMPERATURE_TOKENS)
+    none = np.zeros(len(weight), np.float32)
+    tried = {
+        str(t): temperature_bias("bench", len(weight), float(t), none, clamp_nats) for t in TEMPERATURES if t != 1.0
+    }
+    figures = measure(weight, recovery, some, tried, "temperature")
+    best = min(tried, key=lambda label: figures[label].kl.mean())
+    gain = float((figures[IDENTITY].kl - figures[best].kl).mean())
+    said = {"temperature": float(best), "learning_gain": gain}
+    return Learned(tried[best] if gain > 0.0 else None, said, time.monotonic() - began)
+
+
+def learn_bias(weight: Singles, recovery: Recovery, texts: Sequence[Written], clamp_nats: float) -> Learned:
+    family = TemperatureBias(clamp_nats=clamp_nats)
+    state = family.init("bench", len(weight))
+    spent = 0.0
+    for record in listed_records(weight, recovery, texts):
+        began = time.monotonic()
+        state = family.update(state, [record])
+        spent += time.monotonic() - began
+    began = time.monotonic()
+    profile = family.propose(state)
+    said = {} if profile is None else {"temperature": 1.0 / float(profile.parameters["inverse_temperature"])}
+    return Learned(profile, said, time.monotonic() - began, spent)
+
+
+class ContextualLearner:
+    """Takes in texts in order, and can be asked at several token counts."""
+
+    def __init__(self, family: Contextual) -> None:
+        self._family = family
+        self._state: ContextualState = family.init("bench", len(family.weight))
+        self._taken = 0
+        self._seconds = 0.0
+
+    def learn(self, texts: Sequence[Written], name: str) -> Learned:
+        """Fit on the texts, of which those taken in before are a prefix."""
+        records = contextual_records(texts[self._taken :], self._family.anchors, len(self._family.weight))
+        self._taken = len(texts)
+        began = time.monotonic()
+        for start in range(0, len(records), 32):
+            self._state = self._family.update(self._state, records[start : start + 32])
+        self._seconds += time.monotonic() - began
+        began = time.monotonic()
+        proposal = self._family.fit(self._state)
+        spent = time.monotonic() - began
+        if proposal is None:
+            say(f"{name}: nothing proposed")
+            return Learned(None, {}, spent, self._seconds)
+        report = proposal.report
+        said = {
+            "variant": report.variant,
+            "rank": report.rank,
+            "penalty": report.penalty,
+            "cross_validated_gain": report.gain,
+            "cross_validated_gain_se": report.error,
+        }
+        say(f"{name}: {report.variant}, rank {report.rank}, {report.gain:.4f} nats by cross-validation, {spent:.0f} s")
+        return Learned(proposal.profile, said, spent, self._seconds)
+
+
+def judged(
+    profile: CalibrationProfile, figures: Figures, identity: Figures, prompts: npt.NDArray[np.integer]
+) -> dict[str, Any]:
+    """What the guard says when the held-out prompts come by one after the other, gains exact."""
+    low, high = shift_range(profile)
+    state = guard.enter(guard.init(ALPHA), "it", Role.CANDIDATE, float(high - low))
+    gains = identity.kl - figures.kl
+    tokens = np.bincount(prompts)
+    means = np.bincount(prompts, gains) / np.maximum(tokens, 1)
+    for prompt in np.flatnonzero(tokens):
+        gain = float(means[prompt])
+        state = guard.observe(state, "it", gain, gain, int(tokens[prompt]))
+        decision = guard.decide(state, "it")
+        if decision.action is Action.PROMOTE:
+            break
+    evidence = decision.evidence
+    return {
+        "promoted": decision.action is Action.PROMOTE,
+        "guard_requests": evidence.requests,
+        "guard_lower": evidence.lower,
+        "guard_alpha": evidence.alpha,
+    }
