@@ -1,0 +1,156 @@
+"""After the request's own decoding: against the engine's procedure over the whole vocabulary."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hemostat_calibration.decoding import DECODINGS, decoding, sampled
+from hemostat_calibration.records import Sampling
+
+from .strategies import Truth, log_softmax, make_record, truths
+from .test_bounds import exact, largest_ratio
+
+FIGURES = ("kl_rc", "kl_cr", "js", "tv")
+
+
+def engine(logprobs, sampling, order):
+    """log of what is drawn from, float64 [T, V]: temperature, min_p, top_k, top_p, as vLLM does it. Of ids that
+    tie, those that come first in `order`, [V], are taken for the likelier."""
+    z = logprobs / sampling.temperature
+    z = np.where(np.exp(log_softmax(z)) < sampling.min_p * np.exp(log_softmax(z)).max(-1, keepdims=True), -np.inf, z)
+    if 0 < sampling.top_k < z.shape[1]:
+        z = np.where(z < np.sort(z, axis=1)[:, [-sampling.top_k]], -np.inf, z)
+    if sampling.top_p < 1.0:
+        q = np.exp(log_softmax(z))
+        for row, values in zip(z, q, strict=True):
+            descending = order[np.argsort(-values[order], kind="stable")]
+            before = np.cumsum(values[descending]) - values[descending]
+            gone = before >= sampling.top_p
+            gone[0] = False
+            row[descending[gone]] = -np.inf
+    return log_softmax(z)
+
+
+def samplings():
+    return st.builds(
+        Sampling,
+        temperature=st.sampled_from([0.05, 0.4, 0.7, 1.0, 1.5]),
+        top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
+        top_k=st.sampled_from([0, 0, 1, 3, 10]),
+        min_p=st.sampled_from([0.0, 0.0, 0.01, 0.3]),
+    )
+
+
+@settings(max_examples=600)
+@given(
+    truths(max_vocabulary=60),
+    samplings(),
+    st.sampled_from([1, 2, 5, 10, 60]),
+    st.sampled_from([None, 3, 20]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_what_is_said_is_true_of_the_whole_vocabulary(truth, sampling, k, reference_k, chat, ties):
+    if ties:
+        rounded = (log_softmax(np.round(z, 0)) for z in (truth.reference, truth.compressed))
+        truth = Truth(*rounded, truth.emitted)
+    record = make_record(truth, k, reference_k=reference_k, chat=chat, sampling=sampling)
+    found = sampled(record, largest_ratio(truth))
+    vocabulary = truth.compressed.shape[1]
+    cuts = sampling.top_p < 1.0 or sampling.top_k > 0 or sampling.min_p > 0.0
+    assert found.available.all() or cuts
+    if k >= vocabulary and reference_k is None and not ties and vocabulary <= 8:
+        assert found.available.all()
+    # Whatever the engine does where ids tie, the figure is the same, or not given.
+    for order in (np.arange(vocabulary), np.arange(vocabulary)[::-1]):
+        q_r, q_c = (engine(z, sampling, order) for z in (truth.reference, truth.compressed))
+        for name, value in exact(q_r, q_c).items():
+            interval = getattr(found, name)
+            given_at = found.available & ~np.isnan(interval.lower)
+            assert (given_at == found.available).all() or name.startswith("kl")
+            infinite = np.isinf(value)
+            np.testing.assert_array_less(interval.lower[given_at & ~infinite], value[given_at & ~infinite] + 1e-5)
+            assert (interval.upper >= value * (1 - 1e-5) - 1e-5)[given_at & ~infinite].all(), name
+            if cuts:
+                np.testing.assert_array_equal(interval.lower, interval.upper)
+                assert np.isinf(interval.lower[given_at & infinite]).all()
+        assert np.isnan(found.tv.lower[~found.available]).all()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.3])
+def test_the_interval_at_a_temperature_is_narrow_where_the_lists_hold_most(temperature):
+    rng = np.random.default_rng(0)
+    z = 3.0 * rng.normal(size=(50, 500))
+    log_r, log_c = log_softmax(z), log_softmax(z + 0.5 * rng.normal(size=z.shape))
+    emitted = log_c.argmax(1)
+    narrow = sampled(make_record(Truth(log_r, log_c, emitted), 64, sampling=Sampling(temperature=temperature)))
+    wide = sampled(make_record(Truth(log_r, log_c, emitted), 8, sampling=Sampling(temperature=temperature)))
+    for found in (narrow, wide):
+        assert np.isnan(found.kl_rc.lower).all()
+    width = (narrow.tv.upper - narrow.tv.lower).mean()
+    assert width < 0.5 * (wide.tv.upper - wide.tv.lower).mean()
+    assert width < {0.3: 0.01, 0.7: 0.1, 1.3: 0.5}[temperature]
+
+
+def test_greedy_is_one_id():
+    log_r = np.log([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1]])
+    log_c = np.log([[0.5, 0.4, 0.1], [0.5, 0.4, 0.1]])
+    found = sampled(make_record(Truth(log_r, log_c, np.array([0, 0])), 2, sampling=Sampling(temperature=0.0)))
+    np.testing.assert_array_equal(found.tv.upper, [0.0, 1.0])
+    np.testing.assert_allclose(found.js.lower, [0.0, np.log(2.0)])
+    np.testing.assert_array_equal(found.kl_rc.lower, [0.0, np.inf])
+    assert found.available.all()
+
+
+def test_a_nucleus_by_hand():
+    """top_p 0.7 keeps {0, 1} of c (0.5 + 0.3) and {0, 2} of r: they share id 0."""
+    log_c, log_r = np.log([[0.5, 0.3, 0.15, 0.05]]), np.log([[0.45, 0.1, 0.35, 0.1]])
+    record = make_record(Truth(log_r, log_c, np.array([0])), 3, sampling=Sampling(top_p=0.7))
+    found = sampled(record)
+    assert found.tv.lower[0] == pytest.approx(1.0 - min(0.5 / 0.8, 0.45 / 0.8))
+    assert np.isinf(found.kl_rc.lower[0])
+    # A cut behind the list is not known.
+    assert not sampled(make_record(Truth(log_r, log_c, np.array([0])), 3, sampling=Sampling(top_p=0.97))).available[0]
+
+
+def test_a_treated_request_was_drawn_from_something_else():
+    log_c = np.log([[0.5, 0.3, 0.15, 0.05]])
+    record = make_record(Truth(log_c, log_c, np.array([0])), 3, applied="v")
+    assert not sampled(record).available.any()
+    assert np.isnan(sampled(record).tv.upper).all()
+
+
+def test_labels_are_bounded():
+    found = {
+        decoding(Sampling(temperature, top_p, top_k, min_p))
+        for temperature in (0.0, 1e-6, 0.3, 0.5, 0.99, 1.0, 1.2, 2.0)
+        for top_p in (1.0, 0.9)
+        for top_k in (0, 40)
+        for min_p in (0.0, 0.05)
+    }
+    assert found == set(DECODINGS)
+    assert decoding(Sampling(0.0, top_p=0.5)) == "greedy"
+    assert decoding(Sampling(0.5)) == "t0.5-1"
+    assert decoding(Sampling(1.0, min_p=0.1)) == "t1 cut"
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_engine_cuts_as_we_say():
+    """The oracle of these tests against vLLM's own function."""
+    torch = pytest.importorskip("torch")
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    rng = np.random.default_rng(1)
+    logits = 3.0 * rng.normal(size=(40, 50))
+    for top_k, top_p in ((0, 0.9), (0, 0.3), (5, 1.0), (20, 0.8), (3, 0.99)):
+        sampling = Sampling(top_k=top_k, top_p=top_p)
+        rows = len(logits)
+        cut = apply_top_k_top_p_pytorch(
+            torch.tensor(logits),
+            torch.full((rows,), top_k) if top_k else None,
+            torch.full((rows,), top_p, dtype=torch.float64) if top_p < 1.0 else None,
+        )
+        expected = np.exp(engine(log_softmax(logits), sampling, np.arange(50)))
+        np.testing.assert_allclose(torch.softmax(cut, -1).numpy(), expected, atol=1e-9)
