@@ -12,10 +12,6 @@ Why this one: only lo enters, not the upper end and not a variance, and f = 1 be
 nearly the best bet when the mean is small against the range but not against the spread (the regime here: gains of
 some hundredths of a nat, of a similar spread, in a range of ±2). Most of the mixture is therefore put there. The
 product does not depend on the order, so streams of replicas merge by adding logarithms.
-
-An observation may carry a weight w in [0, 1]: then the factor is 1 + w f ((X − lo)/(m − lo) − 1), which is a fair bet
-when E[w (X − m)] ≤ 0 given the past, and the bound is one of the weighted mean, a ratio. So a request of n tokens whose
-mean is X enters with w = min(n, N)/N: it counts by its tokens, up to N of them.
 """
 
 from __future__ import annotations
@@ -41,25 +37,24 @@ class LowerSequence:
 
     lo, hi: every observation is at least lo; hi is only the largest bound that can be told.
     log_capital: float64 [G, F], log K at every grid point and fraction; read-only.
-    observations: their number; weight, total: the sums of their weights and of weight × value.
+    observations, total: their number and sum.
     """
 
     lo: float
     hi: float
     log_capital: Floats
     observations: int = 0
-    weight: float = 0.0
     total: float = 0.0
 
     @property
     def grid(self) -> Floats:
-        """The G means that are tested: lo < m ≤ hi, dense around 0 where lo < 0 < hi (0 is one), else near lo."""
+        """The G means that are tested: lo < m ≤ hi, 0 among them where lo < 0 < hi, dense around it."""
         return _grid(self.lo, self.hi)
 
     @property
     def mean(self) -> float:
-        """Weighted sample mean; NaN before the first observation of a weight above 0."""
-        return self.total / self.weight if self.weight else math.nan
+        """Sample mean; NaN before the first observation."""
+        return self.total / self.observations if self.observations else math.nan
 
 
 def init(lo: float, hi: float) -> LowerSequence:
@@ -69,46 +64,33 @@ def init(lo: float, hi: float) -> LowerSequence:
     return LowerSequence(lo, hi, np.zeros((len(_grid(lo, hi)), len(_FRACTIONS))))
 
 
-def update(state: LowerSequence, x: float, weight: float = 1.0) -> LowerSequence:
-    """Add one observation. InvalidArgumentError where it is NaN or below lo (by more than rounding), or its weight is
-    not between 0 and 1."""
-    if not 0.0 <= weight <= 1.0:
-        raise InvalidArgumentError(f"weight is {weight}: it must be between 0 and 1")
+def update(state: LowerSequence, x: float) -> LowerSequence:
+    """Add one observation. InvalidArgumentError where it is NaN or below lo (by more than rounding)."""
     if not x >= state.lo - 1e-9 * (state.hi - state.lo):
         raise InvalidArgumentError(f"observation {x} is not at least {state.lo}")
     # A bet on min(x, hi) is a bet on a smaller mean: the bound stays valid for what exceeds hi.
     y = (min(max(x, state.lo), state.hi) - state.lo) / (state.grid - state.lo)
     with np.errstate(divide="ignore"):
-        step = np.log1p(weight * _FRACTIONS * (y[:, None] - 1.0))
-    return _replace(state, state.log_capital + step, 1, weight, weight * x)
+        step = np.log1p(_FRACTIONS * (y[:, None] - 1.0))
+    return _replace(state, state.log_capital + step, 1, x)
 
 
 def merge(state: LowerSequence, other: LowerSequence) -> LowerSequence:
     """The sequence that saw both streams; InvalidArgumentError where their ranges differ."""
     if (state.lo, state.hi) != (other.lo, other.hi):
         raise InvalidArgumentError(f"ranges differ: {state.lo} to {state.hi}, {other.lo} to {other.hi}")
-    return _replace(state, state.log_capital + other.log_capital, other.observations, other.weight, other.total)
+    return _replace(state, state.log_capital + other.log_capital, other.observations, other.total)
 
 
 def lower(state: LowerSequence, alpha: float) -> float:
     """With a probability of at least 1 − alpha, no value that this ever returns is above the mean.
 
-    The mean is that of each observation given the past, taken to be one and the same; with weights, the ratio
-    E[weight × value]/E[weight]. Told on a grid, rounded down.
+    The mean is that of each observation given the past, taken to be one and the same. Told on a grid, rounded down.
     """
     if not 0.0 < alpha < 1.0:
         raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
     refuted = _log_mixture(state.log_capital) >= -math.log(alpha)
     return float(state.grid[refuted][-1]) if refuted.any() else state.lo
-
-
-def log_capital(state: LowerSequence, mean: float) -> float:
-    """Logarithm of the evidence against "the mean is at most `mean`", rounded down to the grid; -inf above hi.
-
-    While that is true, exp of this ever reaches 1/alpha with a probability of at most alpha.
-    """
-    at = int(np.searchsorted(state.grid, mean, side="left"))
-    return float(_log_mixture(state.log_capital[at : at + 1])[0]) if at < len(state.grid) else -math.inf
 
 
 def _log_mixture(log_capital: Floats) -> Floats:
@@ -117,18 +99,9 @@ def _log_mixture(log_capital: Floats) -> Floats:
     return mixed
 
 
-def _replace(
-    state: LowerSequence, log_capital: Floats, observations: int, weight: float, total: float
-) -> LowerSequence:
+def _replace(state: LowerSequence, log_capital: Floats, observations: int, total: float) -> LowerSequence:
     log_capital.flags.writeable = False
-    return LowerSequence(
-        lo=state.lo,
-        hi=state.hi,
-        log_capital=log_capital,
-        observations=state.observations + observations,
-        weight=state.weight + weight,
-        total=state.total + total,
-    )
+    return LowerSequence(state.lo, state.hi, log_capital, state.observations + observations, state.total + total)
 
 
 def _grid(lo: float, hi: float) -> Floats:
@@ -136,4 +109,4 @@ def _grid(lo: float, hi: float) -> Floats:
     if lo < 0.0 < hi:
         below = lo * np.linspace(1.0, 0.0, _GRID // 2, endpoint=False)[1:] ** 3
         return np.concatenate([below, hi * np.linspace(0.0, 1.0, _GRID // 2 + 1) ** 3])
-    return lo + (hi - lo) * np.geomspace(1e-5, 1.0, _GRID)
+    return np.linspace(lo, hi, _GRID + 1)[1:]

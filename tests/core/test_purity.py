@@ -13,6 +13,7 @@ ROOT = Path(hemostat_calibration.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "engine" not in path.relative_to(ROOT).parts)
 ALLOWED = {
     "__future__",
+    "base64",
     "collections",
     "dataclasses",
     "enum",
@@ -23,6 +24,7 @@ ALLOWED = {
     "numpy",
     "re",
     "safetensors",
+    "statistics",
     "struct",
     "types",
     "typing",

@@ -109,32 +109,3 @@ def test_arguments():
     with pytest.raises(InvalidArgumentError, match="differ"):
         sequential.merge(state, sequential.init(-2.0, 1.0))
     assert 0.0 in state.grid
-
-
-def test_weights_count_as_tokens():
-    """A request counts by its tokens: short requests with high means do not move the bound, which is of the ratio."""
-    rng = np.random.default_rng(5)
-    wrong = 0
-    for _ in range(150):
-        state = sequential.init(0.0, 4.0)
-        for _ in range(200):
-            short = rng.random() < 0.5
-            mean, weight = (2.0, 0.1) if short else (0.2, 0.9)
-            state = sequential.update(state, float(rng.exponential(mean)), weight)
-        wrong += sequential.lower(state, 0.1) > 0.1 * 2.0 + 0.9 * 0.2
-    assert wrong / 150 <= 0.1 + 3 * np.sqrt(0.1 * 0.9 / 150)
-    assert sequential.update(sequential.init(0.0, 4.0), 3.0, 0.0).log_capital.max() == 0.0
-    assert np.isnan(sequential.update(sequential.init(0.0, 4.0), 3.0, 0.0).mean)
-    with pytest.raises(InvalidArgumentError, match="weight"):
-        sequential.update(state, 1.0, 1.5)
-
-
-def test_the_capital_at_a_mean_decides_like_the_bound():
-    rng = np.random.default_rng(6)
-    state = sequential.init(0.0, 4.0)
-    for _ in range(100):
-        state = sequential.update(state, float(rng.exponential(0.5)))
-    bound = sequential.lower(state, 0.05)
-    assert sequential.log_capital(state, bound) >= np.log(20)
-    assert sequential.log_capital(state, bound * 1.1) < np.log(20)
-    assert sequential.log_capital(state, 5.0) == -np.inf
