@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.fakes.engine_admin import TOKEN, EngineAdmin
 
 from hemostat import vllm_process
 from hemostat.compress import Checkpoints, cached_checkpoints
@@ -23,12 +24,16 @@ _skipped_vllm_tests: list[str] = []
 
 @dataclass(frozen=True, slots=True)
 class RunningVllm:
-    """A real server with the W4A16 checkpoint and Hemostat's logits processor, profiles from `profile_dir`."""
+    """A real server with the W4A16 checkpoint and Hemostat's logits processor, profiles from `profile_dir`.
+
+    admin: what the processor reports to.
+    """
 
     url: str
     model: str
     profile_dir: Path
     log: Path
+    admin: EngineAdmin
 
 
 @pytest.fixture(scope="session")
@@ -42,19 +47,22 @@ def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("vllm")
     profile_dir = folder / "profiles"
     profile_dir.mkdir()
+    admin = EngineAdmin()
+    environment = {
+        "HEMOSTAT_PROFILE_DIR": str(profile_dir),
+        "HEMOSTAT_ADMIN_URL": admin.url,
+        "HEMOSTAT_ADMIN_TOKEN": TOKEN,
+    }
     server = vllm_process.VllmServer(
-        checkpoints.compressed,
-        "smollm2",
-        folder / "vllm.log",
-        VLLM_ARGUMENTS,
-        {"HEMOSTAT_PROFILE_DIR": str(profile_dir)},
+        checkpoints.compressed, "smollm2", folder / "vllm.log", VLLM_ARGUMENTS, environment
     )
-    server.start()
     try:
+        server.start()
         server.wait_ready(progress=print)
-        yield RunningVllm(server.url, server.model, profile_dir, server.log)
+        yield RunningVllm(server.url, server.model, profile_dir, server.log, admin)
     finally:
         server.stop()
+        admin.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,15 +6,14 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.fakes.engine_admin import TOKEN, EngineAdmin
 
 from hemostat.engine_api import TAP_BYTES_AT_MOST
-from hemostat.engines import EngineRegistry, decode_report, decode_tap
 from hemostat_calibration.errors import InvalidArgumentError
 
 from .conftest import V, make_contextual, make_profile
@@ -26,71 +25,12 @@ from hemostat_calibration.engine.agent import AdminClient, Agent, Backoff, Fetch
 from hemostat_calibration.engine.library import Counters, Library  # noqa: E402
 from hemostat_calibration.engine.taps import Reading, Step, TappedRow, Taps  # noqa: E402
 
-TOKEN = "s3cret"
 PROFILE = make_profile(1)
 
 
-class Admin:
-    """An admin port: the registry behind a server of its own; `files` is what it has, whatever its name says."""
-
-    def __init__(self) -> None:
-        self.registry = EngineRegistry()
-        self.files: dict[str, bytes] = {}
-        self.status: int | None = None
-        self.seen: list[str] = []
-        self.sizes: dict[str, list[int]] = {}
-        self.answer: bytes | None = None
-        self.now = 0.0
-        admin = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def answer(self, status: int, body: bytes = b"") -> None:
-                self.send_response(status)
-                if status in (301, 302):
-                    self.send_header("location", f"{admin.url}/elsewhere")
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def handle_any(self, body: bytes) -> None:
-                admin.seen.append(self.path)
-                admin.sizes.setdefault(self.path, []).append(len(body))
-                if admin.status is not None:
-                    return self.answer(admin.status)
-                if self.headers.get("authorization") != f"Bearer {TOKEN}":
-                    return self.answer(401)
-                if self.path == "/api/v1/engine/report":
-                    hold = admin.registry.report(decode_report(body), admin.now)
-                    return self.answer(200, admin.answer or json.dumps({"hold": hold}).encode())
-                if self.path == "/api/v1/engine/tap":
-                    admin.registry.tap(decode_tap(body), admin.now)
-                    return self.answer(204)
-                data = admin.files.get(self.path.removeprefix("/api/v1/engine/profiles/"))
-                return self.answer(404) if data is None else self.answer(200, data)
-
-            def do_GET(self) -> None:
-                self.handle_any(b"")
-
-            def do_POST(self) -> None:
-                self.handle_any(self.rfile.read(int(self.headers["content-length"])))
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
 @pytest.fixture
-def admin() -> Iterator[Admin]:
-    server = Admin()
+def admin() -> Iterator[EngineAdmin]:
+    server = EngineAdmin()
     yield server
     server.close()
 
@@ -106,11 +46,11 @@ class Rank:
         self.agent = Agent(identity, settings, self.library, self.counters, self.taps)
 
 
-def at(admin: Admin, **more: Any) -> Settings:
+def at(admin: EngineAdmin, **more: Any) -> Settings:
     return Settings(admin_url=admin.url, admin_token=TOKEN, **more)
 
 
-def test_what_is_to_be_held_is_fetched_and_acknowledged_once_every_rank_has_it(admin: Admin) -> None:
+def test_what_is_to_be_held_is_fetched_and_acknowledged_once_every_rank_has_it(admin: EngineAdmin) -> None:
     admin.files[PROFILE.version] = PROFILE.to_bytes()
     admin.registry.want([PROFILE.version])
     ranks = [Rank(at(admin), rank, 2) for rank in range(2)]
@@ -124,7 +64,7 @@ def test_what_is_to_be_held_is_fetched_and_acknowledged_once_every_rank_has_it(a
     assert admin.registry.acknowledged(0.0) == {PROFILE.version}
 
 
-def test_a_version_that_a_request_named_is_fetched(admin: Admin) -> None:
+def test_a_version_that_a_request_named_is_fetched(admin: EngineAdmin) -> None:
     admin.files[PROFILE.version] = PROFILE.to_bytes()
     rank = Rank(at(admin))
     assert rank.library.get(PROFILE.version) is None
@@ -133,7 +73,7 @@ def test_a_version_that_a_request_named_is_fetched(admin: Admin) -> None:
 
 
 @pytest.mark.parametrize("make", [make_profile, make_contextual])
-def test_a_tampered_a_truncated_and_a_foreign_profile_are_refused_and_counted(make: Any, admin: Admin) -> None:
+def test_a_tampered_a_truncated_and_a_foreign_profile_are_refused_and_counted(make: Any, admin: EngineAdmin) -> None:
     first, second, other = make(1), make(2), make(3, vocab_size=V + 1)
     tampered = bytearray(first.to_bytes())
     tampered[-1] ^= 1
@@ -153,7 +93,9 @@ def test_a_tampered_a_truncated_and_a_foreign_profile_are_refused_and_counted(ma
     assert rank.library.versions() == (first.version,)
 
 
-def test_a_family_that_this_plugin_does_not_know_is_refused(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_that_this_plugin_does_not_know_is_refused(
+    admin: EngineAdmin, monkeypatch: pytest.MonkeyPatch
+) -> None:
     profile = make_contextual(1)
     admin.files[profile.version] = profile.to_bytes()
     admin.registry.want([profile.version])
@@ -164,7 +106,9 @@ def test_a_family_that_this_plugin_does_not_know_is_refused(admin: Admin, monkey
     assert rank.library.versions() == ()
 
 
-def test_an_engine_that_restarts_half_way_is_asked_to_hold_again_and_says_nothing_of_old_requests(admin: Admin) -> None:
+def test_an_engine_that_restarts_half_way_is_asked_to_hold_again_and_says_nothing_of_old_requests(
+    admin: EngineAdmin,
+) -> None:
     profile = make_contextual(1)
     admin.files[profile.version] = profile.to_bytes()
     admin.registry.want([profile.version])
@@ -187,7 +131,7 @@ def test_an_engine_that_restarts_half_way_is_asked_to_hold_again_and_says_nothin
     assert (taken.boot_id, len(taken.log_normalizer["0" * 32])) == ("old", 3)
 
 
-def test_a_version_that_nobody_has_is_asked_for_ever_more_rarely(admin: Admin) -> None:
+def test_a_version_that_nobody_has_is_asked_for_ever_more_rarely(admin: EngineAdmin) -> None:
     rank = Rank(at(admin))
     asked = []
     for now in range(200):
@@ -200,7 +144,9 @@ def test_a_version_that_nobody_has_is_asked_for_ever_more_rarely(admin: Admin) -
     assert rank.counters.read() == {"profiles_missing": 9}
 
 
-def test_an_admin_port_that_fails_is_backed_off_and_logged_once(admin: Admin, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_admin_port_that_fails_is_backed_off_and_logged_once(
+    admin: EngineAdmin, caplog: pytest.LogCaptureFixture
+) -> None:
     admin.status = 500
     rank = Rank(at(admin))
     with caplog.at_level(logging.INFO, "hemostat.engine"):
@@ -214,14 +160,14 @@ def test_an_admin_port_that_fails_is_backed_off_and_logged_once(admin: Admin, ca
 
 
 @pytest.mark.parametrize("answer", [b"", b"[]", b'{"hold": 3}', b'{"hold": [3]}', b"x" * 100_000])
-def test_a_nonsense_answer_is_a_counted_failure(admin: Admin, answer: bytes) -> None:
+def test_a_nonsense_answer_is_a_counted_failure(admin: EngineAdmin, answer: bytes) -> None:
     admin.answer = answer or b" "
     rank = Rank(at(admin))
     rank.agent.tick(0.0)
     assert rank.counters.read() == {"report_errors": 1}
 
 
-def test_names_that_are_not_digest_shaped_touch_no_path_and_no_url(admin: Admin, tmp_path: Path) -> None:
+def test_names_that_are_not_digest_shaped_touch_no_path_and_no_url(admin: EngineAdmin, tmp_path: Path) -> None:
     admin.answer = json.dumps({"hold": ["../../etc/passwd", "A" * 32, PROFILE.version + "/x"]}).encode()
     (tmp_path / "notes.safetensors").write_bytes(b"not a profile")
     rank = Rank(at(admin, profile_dir=tmp_path))
@@ -230,14 +176,14 @@ def test_names_that_are_not_digest_shaped_touch_no_path_and_no_url(admin: Admin,
     assert rank.library.missing() == ()
 
 
-def test_the_token_does_not_follow_a_redirect(admin: Admin) -> None:
+def test_the_token_does_not_follow_a_redirect(admin: EngineAdmin) -> None:
     admin.status = 302
     with pytest.raises(FetchError, match="HTTP 302"):
         AdminClient(admin.url, TOKEN).profile(PROFILE.version)
     assert "/elsewhere" not in admin.seen
 
 
-def test_a_proxy_of_the_environment_is_not_shown_the_token(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_of_the_environment_is_not_shown_the_token(admin: EngineAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", admin.url)
     monkeypatch.delenv("no_proxy", raising=False)
     with pytest.raises(FetchError):
@@ -245,7 +191,7 @@ def test_a_proxy_of_the_environment_is_not_shown_the_token(admin: Admin, monkeyp
     assert admin.seen == []
 
 
-def test_a_wrong_token_is_a_failure_that_says_so(admin: Admin) -> None:
+def test_a_wrong_token_is_a_failure_that_says_so(admin: EngineAdmin) -> None:
     with pytest.raises(FetchError, match="HTTP 401"):
         AdminClient(admin.url, "wrong").profile(PROFILE.version)
 
@@ -274,7 +220,7 @@ def test_a_folder_that_is_not_there_is_no_catastrophe(tmp_path: Path) -> None:
     assert rank.counters.read() == {"profiles_missing": 1}
 
 
-def test_the_thread_itself(admin: Admin) -> None:
+def test_the_thread_itself(admin: EngineAdmin) -> None:
     admin.files[PROFILE.version] = PROFILE.to_bytes()
     admin.registry.want([PROFILE.version])
     rank = Rank(at(admin))
@@ -307,7 +253,7 @@ def step(
     return Step(reading, [TappedRow(0, "n", applied, position)])
 
 
-def test_taps_reach_the_registry_as_runs(admin: Admin) -> None:
+def test_taps_reach_the_registry_as_runs(admin: EngineAdmin) -> None:
     rank = Rank(at(admin))
     for position in (0, 1, 2):
         rank.taps.push(step(position, [0.5 + position], "a" * 32))
@@ -326,7 +272,7 @@ def test_taps_reach_the_registry_as_runs(admin: Admin) -> None:
     assert admin.registry.take("n") is None
 
 
-def test_features_reach_the_registry_whole_or_not_at_all(admin: Admin) -> None:
+def test_features_reach_the_registry_whole_or_not_at_all(admin: EngineAdmin) -> None:
     rank = Rank(at(admin))
     for position, features in enumerate(([1.0, -1.0], [2.0, float("nan")], None, [float("inf"), 0.0], [3.0, -3.0])):
         rank.taps.push(step(position, [0.0], features=features))
@@ -340,7 +286,7 @@ def test_features_reach_the_registry_whole_or_not_at_all(admin: Admin) -> None:
     assert taken.log_normalizer["0" * 32].tolist() == [0.0] * 5
 
 
-def test_a_flush_is_small_enough_for_the_admin_port(admin: Admin) -> None:
+def test_a_flush_is_small_enough_for_the_admin_port(admin: EngineAdmin) -> None:
     rank = Rank(at(admin))
     wide = [0.5] * 200_000
     for position in range(60):
@@ -353,7 +299,7 @@ def test_a_flush_is_small_enough_for_the_admin_port(admin: Admin) -> None:
     assert admin.registry.tapped("n") == 60
 
 
-def test_taps_that_cannot_be_delivered_are_dropped_and_counted(admin: Admin) -> None:
+def test_taps_that_cannot_be_delivered_are_dropped_and_counted(admin: EngineAdmin) -> None:
     admin.status = 503
     rank = Rank(at(admin))
     rank.taps.push(step(0, [1.0]))

@@ -7,12 +7,16 @@ import os
 import time
 import urllib.error
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hemostat_calibration import transform as oracle
+from hemostat_calibration.contextual import contextual_profile
 from hemostat_calibration.profile import CalibrationProfile, temperature_bias
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -164,3 +168,141 @@ def test_a_malformed_xarg_is_the_clients_400_with_the_text(client: Client, xargs
     status, answer = client.complete(xargs)
     assert status == 400
     assert named in answer["error"]["message"]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A request's prompt and output ids, its raw top-20 log-probabilities [T, 20], and what the engine tapped."""
+
+    prompt: list[int]
+    output: list[int]
+    ids: np.ndarray
+    logprobs: np.ndarray
+    tap: Any
+
+
+def tapped(server: Any, client: Client, nonce: str, version: str | None = None, tokens: int = 24) -> Said:
+    xargs = {"hemostat_tap": nonce} | ({"hemostat": version} if version else {})
+    status, answer = client.complete(
+        xargs, max_tokens=tokens, ignore_eos=True, logprobs=20, return_tokens_as_token_ids=True
+    )
+    assert status == 200, answer
+    (choice,) = answer["choices"]
+    # The emitted token stands there beside the twenty when it is none of them.
+    tops = [sorted(top.items(), key=lambda item: -item[1])[:20] for top in choice["logprobs"]["top_logprobs"]]
+    ids = np.array([[int(name.removeprefix("token_id:")) for name, _ in top] for top in tops])
+    logprobs = np.array([[value for _, value in top] for top in tops])
+    registry = server.admin.registry
+    give_up = time.monotonic() + 30
+    while registry.tapped(nonce) < tokens:
+        assert time.monotonic() < give_up, "the engine handed out no tap"
+        time.sleep(0.1)
+    with server.admin.lock:
+        tap = registry.take(nonce)
+    return Said(choice["prompt_token_ids"], choice["token_ids"], ids, logprobs, tap)
+
+
+@pytest.fixture(scope="module")
+def contextual(vllm_server: Any, client: Client, plain: list[int]) -> CalibrationProfile:
+    """A contextual profile with strong shifts, held by the engine and first in what is to be held; its anchors are the
+    ids that stand at the top of the plain text's positions, and as many more."""
+    _, answer = client.complete(logprobs=20, return_tokens_as_token_ids=True)
+    tops = answer["choices"][0]["logprobs"]["top_logprobs"]
+    likely = {int(name.removeprefix("token_id:")) for top in tops for name in top}
+    rng = np.random.default_rng(7)
+    others = [int(i) for i in rng.permutation(VOCAB_SIZE) if int(i) not in likely][: len(likely)]
+    anchors = np.array(sorted(likely) + others)
+    rank, features, hidden = 16, len(anchors) // 2, 64
+    profile = contextual_profile(
+        model="",
+        anchors=anchors,
+        linear=rng.normal(0.0, 0.3 / np.sqrt(features), (rank, features)),
+        offset=rng.normal(0.0, 0.5, rank),
+        up=rng.normal(0.0, 1.5, (VOCAB_SIZE, rank)),
+        clamp_nats=3.0,
+        hidden=rng.normal(0.0, 1.0 / np.sqrt(features), (hidden, features)),
+        hidden_offset=rng.normal(0.0, 1.0, hidden),
+        out=rng.normal(0.0, 1.0 / np.sqrt(hidden), (rank, hidden)),
+    )
+    vllm_server.admin.files[profile.version] = profile.to_bytes()
+    with vllm_server.admin.lock:
+        vllm_server.admin.registry.want([profile.version])
+    for _ in range(100):
+        if profile.version in vllm_server.admin.registry.acknowledged(0.0):
+            return profile
+        time.sleep(0.2)
+    raise AssertionError("the engine does not hold the profile")
+
+
+def test_a_contextual_profile_changes_the_treated_and_nobody_else(
+    client: Client, plain: list[int], contextual: CalibrationProfile
+) -> None:
+    asked = [{"hemostat": contextual.version} if i % 2 else None for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(client.tokens, asked))
+    treated = client.tokens({"hemostat": contextual.version})
+    assert treated[:4] != plain[:4]
+    for xargs, ids in zip(asked, found, strict=True):
+        assert ids[:4] == (treated if xargs else plain)[:4]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Any) -> Any:
+    """The same checkpoint in transformers: other kernels, the same weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # compressed-tensors imports what torch deprecates
+        return AutoModelForCausalLM.from_pretrained(checkpoints.compressed, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("treated", [False, True])
+def test_the_tap_says_what_the_model_said_and_the_text_follows_the_oracle(
+    vllm_server: Any, client: Client, contextual: CalibrationProfile, model: Any, treated: bool
+) -> None:
+    import torch
+
+    version = contextual.version if treated else None
+    said = tapped(vllm_server, client, f"context-{treated}", version)
+    assert (said.tap.applied, said.tap.mixed) == (version, False)
+    features = said.tap.features
+    anchors = contextual.parameters["anchors"]
+    assert features.anchors == oracle.anchors_digest(anchors)
+    assert features.values.shape == (24, len(anchors))
+    assert np.isfinite(features.values).all()
+
+    # The very logits: at anchors among the twenty, they differ from the log-probabilities by one constant a row.
+    compared = 0
+    column = {int(anchor): i for i, anchor in enumerate(anchors)}
+    for row, (ids, logprobs) in enumerate(zip(said.ids, said.logprobs, strict=True)):
+        known = [k for k, i in enumerate(ids) if int(i) in column]
+        difference = features.values[row, [column[int(ids[k])] for k in known]] - logprobs[known]
+        compared += len(known)
+        if known:
+            assert np.ptp(difference) < 0.02
+    assert compared > 100
+
+    # What was emitted is what the oracle makes of them.
+    shifted = said.logprobs + oracle.shift_at(
+        contextual, said.ids, said.logprobs, oracle.code(contextual, features.values)
+    )
+    ranked = np.sort(shifted if treated else said.logprobs, axis=-1)
+    best = np.take_along_axis(said.ids, (shifted if treated else said.logprobs).argmax(-1)[:, None], -1)[:, 0]
+    # Below the twentieth there is more, which the clamp may lift by three nats: judge where that is not enough.
+    sure = (ranked[:, -1] - ranked[:, -2] > 0.05) & (ranked[:, -1] > said.logprobs.min(-1) + contextual.clamp_nats)
+    assert sure.sum() >= 4
+    assert (best == np.array(said.output))[sure].all()
+
+    # transformers makes the same features and log-normalizer of the same tokens.
+    with torch.inference_mode():
+        z = model(torch.tensor([said.prompt + said.output])).logits[0].float().numpy()
+    z = z[len(said.prompt) - 1 : -1]
+    want = z[:, anchors] - z[:, anchors].mean(-1, keepdims=True)
+    assert np.sqrt(np.mean((features.values - want) ** 2)) < 0.05 * want.std()
+    c = np.exp(z - z.max(-1, keepdims=True).astype(np.float64))
+    delta = oracle.shift(contextual, z)
+    log_normalizer = np.log((c * np.exp(delta)).sum(-1) / c.sum(-1))
+    got = said.tap.log_normalizer[contextual.version]
+    assert np.abs(got - log_normalizer).mean() < 0.05
+    assert np.corrcoef(got, log_normalizer)[0, 1] > 0.99
