@@ -195,9 +195,8 @@ class Steering:
         held = [self.forced, self.selected, *self.candidates, *self._apart().values()]
         versions = list(dict.fromkeys(v for v in held if v is not None))
         if self._probe is not None and self.mode != "off" and self.forced is None:
-            ids = anchors(self._profiles[self._probe])
-            others = [anchors(self._profiles[version]) for version in versions]
-            if ids is not None and all(o is None or anchors_digest(o) != anchors_digest(ids) for o in others):
+            digest = _digest(self._profiles[self._probe])
+            if all(_digest(self._profiles[version]) != digest for version in versions):
                 versions.append(self._probe)
         return versions
 
@@ -213,8 +212,13 @@ class Steering:
         """What the record's `calibrated` figures are about: the profile that was served, or that would have been."""
         if record.applied is not None:
             return self.held(record.applied)
-        place = self._place(self._scope_of(record))
+        place = self._place(self.scope_of(record))
         return self.held(self.shown if place == ALL or self.mode == "off" else self._seats[place].selected)
+
+    def scope_of(self, record: TokenRecord) -> str:
+        """Whose requests the record is one of; "" where all are pooled, or there are too many scopes."""
+        scope = SCOPES[self._settings.scope](record)
+        return scope if self._seat(scope) is not None else ALL
 
     def request_parameters(self) -> dict[str, Any]:
         """For a vLLM without the plugin (`calibration.apply: request`): the serving profile as sampling parameters."""
@@ -235,10 +239,6 @@ class Steering:
     def _place(self, scope: str) -> str:
         """The scope whose profile serves the requests of `scope`: itself or all."""
         return scope if scope in self._apart() else ALL
-
-    def _scope_of(self, record: TokenRecord) -> str:
-        scope = SCOPES[self._settings.scope](record)
-        return scope if self._seat(scope) is not None else ALL
 
     def _seat(self, scope: str) -> _Seat | None:
         """None for one scope too many, or any but the one when all is pooled."""
@@ -265,6 +265,9 @@ class Steering:
             if selected is not None and (selected.vocab_size != vocab_size or selected.model not in {"", model}):
                 made_for = f"{selected.model or 'a model'} of {selected.vocab_size} ids"
                 self._take_back(scope, "other_model", f"it was made for {made_for}", {})
+            elif selected is not None:
+                # Kept from an earlier run, which had learned more than this one will have for a while.
+                seat.proposed_at[selected.family] = _whole(selected.metadata.get("tokens"))
         for version, profile in list(self._profiles.items()):
             if profile.vocab_size != vocab_size:
                 log.error("profile %s is for another vocabulary than the model's %d ids", version, vocab_size)
@@ -286,7 +289,7 @@ class Steering:
         """Learn from a record, or judge by it; never both."""
         if not self._uses(record):
             return
-        scope = self._scope_of(record)
+        scope = self.scope_of(record)
         if self.judges(record):
             self._judge(record, scope)
             return
@@ -294,11 +297,27 @@ class Steering:
             self._learn(record, learning)
 
     def probe(self, profile: CalibrationProfile) -> None:
-        """Let engines hold this profile, whose anchors they hand out; it is neither tested nor served."""
+        """A learner begins: engines are to hold this profile, whose anchors they hand out; it is not tested nor served.
+
+        What the last one had learned is lost. Where it is not tested and does not serve, nothing is to be surpassed.
+        """
         before, self._probe = self._probe, profile.version
         if before is not None and before != profile.version:
             self._forget(before)
         self._hold(profile)
+        for scope, seat in self._seats.items():
+            selected = self.held(seat.selected)
+            if self._lined_up(scope, CONTEXTUAL):
+                continue
+            if selected is None or selected.family != CONTEXTUAL:
+                seat.proposed_at.pop(CONTEXTUAL, None)
+            elif _digest(selected) != _digest(profile):
+                log.warning(
+                    "profile %s, which serves %s, reads other anchors than the learner: engines hand out those of the "
+                    "profile, and the learner has to do with the top ids until it is taken back",
+                    selected.version,
+                    scope or "all",
+                )
 
     def awaits(self, tokens: int, scope: str = ALL) -> bool:
         """Whether a contextual proposal that was learned from `tokens` tokens, ever, would be taken now."""
@@ -354,13 +373,16 @@ class Steering:
         if seat is None or (scope != ALL and seat.selected is None and len(self._apart()) >= SCOPES_APART):
             return False
         last = seat.proposed_at.get(family, 0)
-        if any(c.scope == scope and c.source == family for c in self._trials.line):
+        if self._lined_up(scope, family):
             enough = REPLACE_TESTED * last
         elif seat.lost:
             enough = last + self._settings.min_tokens
         else:
             enough = PROPOSE_AGAIN * last
         return tokens >= min(enough, last + PROPOSE_WITHIN)
+
+    def _lined_up(self, scope: str, family: str) -> bool:
+        return any(c.scope == scope and c.source == family for c in self._trials.line)
 
     def _propose(
         self, scope: str, profiles: list[CalibrationProfile], why: str, tokens: int, report: dict[str, Any]
@@ -762,6 +784,12 @@ def _decode(text: str | None) -> _Kept:
 
 def _whole(text: str | None) -> int:
     return int(text) if text and text.isdecimal() else 0
+
+
+def _digest(profile: CalibrationProfile) -> str:
+    """Of its anchors; "" where it reads none."""
+    ids = anchors(profile)
+    return "" if ids is None else anchors_digest(ids)
 
 
 def weight(profile: CalibrationProfile) -> int:

@@ -517,6 +517,28 @@ def test_after_a_roll_back_a_new_proposal_comes_soon() -> None:
     assert bench.steering.awaits(100_000 + bench.settings.min_tokens)
 
 
+def test_a_learner_that_begins_anew_has_to_surpass_only_what_serves(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    profile = replace(contextual(), metadata={"tokens": "100000"})
+    bench.steering.propose(profile, "", {"tokens": 100_000})
+    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    assert not bench.steering.awaits(150_000), "it is under test"
+    bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is not None)
+    for one in (bench, bench.restart()):
+        one.steering.know(MODEL, V)
+        one.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+        assert one.steering.selected == profile.version
+        assert not one.steering.awaits(150_000)
+        assert one.steering.awaits(10**6)
+    assert "other anchors" not in caplog.text
+    bench.steering.probe(probe(MODEL, V, ANCHORS[:4], 1.0))
+    assert "other anchors" in caplog.text
+    bench.steering.rollback("asked for")
+    assert not bench.steering.awaits(1_000)
+    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    assert bench.steering.awaits(1_000)
+
+
 def test_temperature_and_bias_make_room_for_a_contextual_candidate() -> None:
     bench = Bench()
     bench.feed(BIASED, LEARNED[:40])
