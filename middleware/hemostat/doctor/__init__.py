@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from hemostat.doctor.main import run
 from hemostat.doctor.options import DoctorOptions
-from hemostat.doctor.run import run
 
 __all__ = ["DoctorOptions", "run"]

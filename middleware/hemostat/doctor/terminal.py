@@ -106,20 +106,25 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _trajectory(curves: Sequence[Mapping[str, Any]]) -> Table:
-    """S(t) at a few t, the half-life, and the expected common prefix."""
-    shown = [t for t in (1, 2, 4, 8, 16, 32, 64) if any(t in curve["positions"] for curve in curves)]
+    """The curves side by side: S(t) at a few t, the half-life, and the expected common prefix."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("after so many tokens", no_wrap=True)
-    for name in (*(f"{t}" for t in shown), "half-life [95 %]", "equal tokens [95 %]"):
-        table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True)
     for curve in curves:
-        at = dict(zip(curve["positions"], curve["survival"], strict=True))
-        table.add_row(
-            curve["name"] + ("" if curve["of"] == "exact" else f", {curve['of']}"),
-            *(percent(at.get(t)) for t in shown),
-            interval(curve["half_life"], curve["half_life_ci95"], f"> {curve['positions'][-1]}"),
-            f"{interval(curve['prefix'], curve['prefix_ci95'], UNKNOWN)} of {curve['horizon']}",
+        table.add_column(
+            curve["name"] + ("" if curve["of"] == "exact" else f", {curve['of']}"), justify="right", max_width=22
         )
+    for t in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        if any(t in curve["positions"] for curve in curves):
+            at = (dict(zip(curve["positions"], curve["survival"], strict=True)).get(t) for curve in curves)
+            table.add_row(f"same after {t}", *map(percent, at))
+    table.add_row(
+        "half-life, tokens [95 %]",
+        *(interval(c["half_life"], c["half_life_ci95"], f"> {c['positions'][-1]}") for c in curves),
+    )
+    table.add_row(
+        "equal tokens [95 %]",
+        *(f"{interval(c['prefix'], c['prefix_ci95'], UNKNOWN)} of {c['horizon']}" for c in curves),
+    )
     return table
 
 
@@ -178,10 +183,9 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text(f"left out: {layers['skipped']}")
         return
     yield Text(
-        f"on {layers['tokens']} tokens of {layers['requests']} prompts, mean KLD {layers['mean_kld']:.4f} "
-        f"± {layers['mean_kld_se_by_request'] or float('nan'):.4f}; error: |c − r| / |r| of what stands after the "
-        "layer; alone: of what this layer adds, given the reference's input; won back: with the reference's module in "
-        "its place"
+        f"on {layers['tokens']} tokens of {layers['requests']} prompts, mean KLD {cell(layers['mean_kld'])} "
+        f"± {cell(layers['mean_kld_se_by_request'])}; error: |c − r| / |r| of what stands after the layer; alone: of "
+        "what this layer adds, given the reference's input; won back: with the reference's module in its place"
     )
     restored = {row["name"]: row for row in layers["restored"]}
     table = Table(box=None, padding=(0, 2, 0, 0))

@@ -1,0 +1,169 @@
+"""Two vLLM servers: bounds hold the full-vocabulary figures, estimates meet them, failures are one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.conftest import RunningVllm
+from tests.doctor.conftest import report_of
+from tests.fakes.fake_vllm import FakeVllm, render, serving
+
+from hemostat.doctor import DoctorOptions, run
+from hemostat.doctor.options import DoctorError
+from hemostat.doctor.pair import Job, encode
+from hemostat.doctor.prompts import load
+from hemostat.doctor.servers import ServerPair
+
+
+@pytest.fixture
+def fakes() -> tuple[FakeVllm, FakeVllm]:
+    return FakeVllm(model="original"), FakeVllm(model="small", noise=1.0)
+
+
+@pytest.fixture
+def options(fakes: tuple[FakeVllm, FakeVllm], tmp_path: Path) -> Iterator[DoctorOptions]:
+    (tmp_path / "p").write_text("".join(json.dumps({"prompt": f"prompt {n}"}) + "\n" for n in range(60)))
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serving(fake)) for fake in fakes]
+        yield DoctorOptions(urls[0], f"{urls[1]}/v1#small", prompts=tmp_path / "p", tokens=16, batch=20, top_k=20)
+
+
+def exact(fakes: tuple[FakeVllm, FakeVllm], job: Job, output: Any) -> tuple[Any, Any]:
+    """Both models' log-probabilities, float64 [T, V]."""
+    whole = [*job.prompt.tolist(), *output.tolist()]
+    contexts = [whole[: len(job.prompt) + t] for t in range(len(output))]
+    r, c = (np.stack([fake.logprobs(context) for context in contexts]) for fake in fakes)
+    return r, c
+
+
+def test_bounds_and_estimates(fakes: tuple[FakeVllm, FakeVllm], options: DoctorOptions) -> None:
+    pair = ServerPair(options)
+    try:
+        jobs = encode(pair, load(options.prompts, None), options)
+        scored = pair.score(jobs, 0, False)
+    finally:
+        pair.close()
+    assert (pair.vocab_size, pair.max_length) == (512, 2047)
+    assert pair.compressed.name.startswith("small at http://127.0.0.1:")
+    estimated, true = [], []
+    for job, one in zip(jobs, scored, strict=True):
+        r, c = exact(fakes, job, one.output)
+        p, q, rows = np.exp(r), np.exp(c), np.arange(len(one.output))
+        mean = np.log((p + q) / 2)
+        values = {
+            "kl_rc": (p * (r - c)).sum(1),
+            "kl_cr": (q * (c - r)).sum(1),
+            "js": ((p * (r - mean)).sum(1) + (q * (c - mean)).sum(1)) / 2,
+            "tv": abs(p - q).sum(1) / 2,
+        }
+        for name, value in values.items():
+            assert (one.figures[name] <= value + 1e-5).all(), name
+            assert (one.figures[name + "_upper"] >= value - 1e-5).all(), name
+        np.testing.assert_allclose(one.figures["logp_r"], r[rows, one.output])
+        np.testing.assert_allclose(one.figures["logp_c"], c[rows, one.output])
+        np.testing.assert_array_equal(one.figures["same_top"], r.argmax(1) == c.argmax(1))
+        estimated.append(one.figures["kl_rc_estimate"].mean())
+        true.append(values["kl_rc"].mean())
+    error = np.std(np.array(estimated) - true) / np.sqrt(len(true))
+    assert np.mean(estimated) == pytest.approx(np.mean(true), abs=4 * error)
+    assert error < 0.1 * np.mean(true)
+
+
+def test_the_report_says_what_is_a_bound(options: DoctorOptions, tmp_path: Path) -> None:
+    options = replace(options, max_prompts=8, html=tmp_path / "page.html")
+    report = report_of(options, tmp_path)
+    assert report["full_vocabulary"] is False
+    mean = [row for row in report["kl_divergence"] if row["name"] == "Mean    KLD"]
+    assert [row["of"] for row in mean] == ["estimate", "at least", "at most"]
+    assert mean[1]["value"] < mean[0]["value"] < mean[2]["value"]
+    assert {row["of"] for row in report["kl_divergence"]} == {"estimate", "at least", "at most"}
+    low, high = (curve for curve in report["trajectory"] if "TV" in curve["name"])
+    assert (low["of"], high["of"]) == ("at least", "at most")
+    assert all(a <= b for a, b in zip(low["survival"], high["survival"], strict=True))
+    assert report["layers"]["skipped"] == "a server does not show its layers"
+    assert "at least" in (tmp_path / "page.html").read_text()
+    # Greedy text was not drawn from the model: no weight makes an estimate of it.
+    greedy = report_of(replace(options, decoding="greedy", work=tmp_path / "w"), tmp_path)
+    assert {row["of"] for row in greedy["kl_divergence"]} == {"at least", "at most"}
+    assert [curve["name"] for curve in greedy["trajectory"] if curve["of"] == "exact"] == ["greedy"]
+
+
+def test_what_is_asked_of_the_servers(fakes: tuple[FakeVllm, FakeVllm], options: DoctorOptions, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    (tmp_path / "c").write_text(json.dumps({"messages": chat, "max_tokens": 3}))
+    report_of(replace(options, prompts=tmp_path / "c"), tmp_path)
+    written = next(body for body in fakes[1].requests if body.get("return_token_ids") and body["max_tokens"] == 3)
+    assert written["prompt"] == render(chat)
+    # The checkpoint's own defaults must not cut what is drawn from.
+    assert {name: written[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} == {
+        "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+    }  # fmt: skip
+    scored = [body for fake in fakes for body in fake.requests if body.get("prompt_logprobs")]
+    assert len(scored) == 2
+    assert scored[0]["prompt"] == scored[1]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda r, c: setattr(r, "max_logprobs", 5), "--max-logprobs 20, or lower --top-k"),
+        (lambda r, c: setattr(c, "status", 500), "answered 500"),
+        (lambda r, c: setattr(c, "model", "other"), "serves other, not small"),
+        (lambda r, c: setattr(c, "max_model_len", 20), ":1: 8 tokens and --tokens 16 make 24, the models read 19"),
+    ],
+)
+def test_failures_are_one_line(
+    fakes: tuple[FakeVllm, FakeVllm],
+    options: DoctorOptions,
+    break_it: Any,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # The fake does not refuse too many prompt_logprobs by itself.
+    real = FakeVllm._prompt_logprobs
+
+    def limited(self: FakeVllm, prompt: list[int], top_k: int) -> Any:
+        from tests.fakes.fake_vllm import RefusedError
+
+        if top_k > self.max_logprobs:
+            raise RefusedError(f"Requested prompt logprobs of {top_k}, which is greater than max allowed", "x")
+        return real(self, prompt, top_k)
+
+    monkeypatch.setattr(FakeVllm, "_prompt_logprobs", limited)
+    break_it(*fakes)
+    with pytest.raises(DoctorError) as raised:
+        run(options)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_nobody_there(options: DoctorOptions) -> None:
+    with pytest.raises(DoctorError, match=r"127\.0\.0\.1:9"):
+        run(replace(options, reference="http://127.0.0.1:9"))
+
+
+@pytest.mark.vllm
+def test_a_real_server_against_itself(vllm_server: RunningVllm, tmp_path: Path) -> None:
+    """The same model on both sides: nothing but rounding between them, whatever the list leaves open."""
+    (tmp_path / "p").write_text(
+        '{"messages": [{"role": "user", "content": "Name a colour."}]}\nThe capital of France is\n'
+    )
+    url = f"{vllm_server.url}#{vllm_server.model}"
+    report = report_of(DoctorOptions(url, url, prompts=tmp_path / "p", tokens=8, top_k=50), tmp_path)
+    assert report["requests"] == 2
+    assert report["tokens"] > 2
+    rows = {(row["name"], row["of"]): row["value"] for row in report["kl_divergence"]}
+    assert 0.0 <= rows["Mean    KLD", "at least"] < 0.02
+    assert rows["Mean    KLD", "at most"] > rows["Mean    KLD", "at least"]
+    same = next(row for row in report["token_probability"] if row["name"] == "Same top p")
+    assert same["value"] >= 80.0
+    assert {row["name"] for row in report["by_class"]} & {"word start", "word continuation"}

@@ -1,0 +1,83 @@
+"""The folder that an interrupted report goes on from."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from hemostat.doctor.options import DoctorError
+from hemostat.doctor.work import RUN, WorkFolder
+
+KEY = {"reference": "a", "--seed": 1}
+
+
+def test_what_was_put_is_there_for_the_same_key_only(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    with WorkFolder(folder, KEY) as work:
+        assert work.get("a") is None
+        work.put("a", b"one")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
+    with WorkFolder(folder, KEY) as work:
+        assert work.get("a") == b"one"
+        assert work.notes == []
+    with WorkFolder(folder, KEY | {"--seed": 2}) as work:
+        assert work.get("a") is None
+        assert "started anew: --seed changed" in work.notes[0]
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[:-1], lambda data: data[:40] + b"?" + data[41:], lambda _: b""])
+def test_a_damaged_file_counts_as_not_done(tmp_path: Path, harm: object) -> None:
+    with WorkFolder(tmp_path, KEY) as work:
+        work.put("a", b"0123456789")
+        path = tmp_path / "a.part"
+        path.write_bytes(harm(path.read_bytes()))  # type: ignore[operator]
+        assert work.get("a") is None
+        assert "a.part is damaged" in work.notes[0]
+        work.put("a", b"again")
+        assert work.get("a") == b"again"
+
+
+def test_a_damaged_key_starts_anew(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path, KEY) as work:
+        work.put("a", b"one")
+    (tmp_path / RUN).write_text("{")
+    with WorkFolder(tmp_path, KEY) as work:
+        assert work.get("a") is None
+        assert "is damaged" in work.notes[0]
+
+
+def test_no_stranger_s_folder_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(DoctorError, match="holds other files"):
+        WorkFolder(tmp_path, KEY)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(DoctorError, match="cannot be used"):
+        WorkFolder(tmp_path / "thesis.tex" / "below", KEY)
+
+
+def test_one_doctor_at_a_time(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path, KEY), pytest.raises(DoctorError, match="another doctor works in"):
+        WorkFolder(tmp_path, KEY)
+    WorkFolder(tmp_path, KEY).__exit__(None, None, None)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with WorkFolder(tmp_path, KEY) as work:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(DoctorError, match=r"a\.part cannot be written \(No space left on device\)"):
+            work.put("a", b"one")
+        assert work.get("a") is None
+
+
+def test_removed(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "w", KEY) as work:
+        work.put("a", b"one")
+        work.remove()
+    assert not (tmp_path / "w").exists()
