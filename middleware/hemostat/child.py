@@ -91,8 +91,8 @@ class Child:
         cls, module: str, receive: Callable[[bytes], None], environment: Mapping[str, str] | None = None
     ) -> Child:
         """`python -m module PARENT_PID`; ChildGone when it cannot be started."""
-        try:
-            process = await asyncio.create_subprocess_exec(
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", module, str(os.getpid())),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -100,9 +100,16 @@ class Child:
                 env=os.environ | dict(environment or {}),
                 start_new_session=True,  # a terminal's Ctrl-C is not for it
             )
+        )
+        try:
+            return cls(await asyncio.shield(starting), receive)
         except OSError as error:
             raise ChildGone(f"it cannot be started: {error}") from error
-        return cls(process, receive)
+        except asyncio.CancelledError:
+            # What has been started is ended by whoever started it.
+            with contextlib.suppress(OSError):
+                await cls(await starting, receive).close()
+            raise
 
     def send(self, body: bytes) -> None:
         """Queue a frame. Not drained: whoever sends awaits an answer before the next."""

@@ -45,7 +45,7 @@ from hemostat.reference.vllm import VllmReference
 from hemostat.relay.counters import SHADOW_REQUESTS
 from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
-from hemostat.steering import EVENTS_HELD, SCOPES, STATES, Steering
+from hemostat.steering import EVENTS_HELD, STATES, Steering
 from hemostat.store import MemoryStore, Store, StoreFailure, open_store
 from hemostat_calibration.divergence import TokenDivergence
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
@@ -169,7 +169,7 @@ class Control:
         try:
             steering.observe(record)
             if steering.learns(record):
-                self.learner.offer(record, SCOPES[self.settings.calibration.scope](record))
+                self.learner.offer(record, steering.scope_of(record))
         except Exception:
             # What was measured stays measured, whatever calibration makes of it.
             self.calibration_failures += 1
@@ -232,11 +232,10 @@ class Control:
         else:
             self.learner.want(Source(*known, folder, info.hidden_size))
 
-    def _anchors_read(self) -> frozenset[str]:
-        """Digests of the sets of anchors whose features are of use."""
+    def _anchors_read(self) -> dict[str, int]:
+        """The sets of anchors whose features are of use: digest -> how many."""
         evaluated = (anchors(profile) for profile in self.steering.evaluated())
-        read = {anchors_digest(ids) for ids in evaluated if ids is not None}
-        return frozenset(read | {self.learner.digest} - {""})
+        return {anchors_digest(ids): len(ids) for ids in evaluated if ids is not None} | self.learner.reads
 
     def _learns_from(self, prompt_key: bytes) -> bool:
         return self.learner.hungry and not held_out(prompt_key, self.settings.calibration.held_out_fraction)

@@ -152,17 +152,17 @@ class FeatureProblem(Exception):
         self.reason = reason
 
 
-def fit_features(features: Features | None, tokens: int, read: frozenset[str]) -> Features:
+def fit_features(features: Features | None, tokens: int, read: Mapping[str, int]) -> Features:
     """The engine's features by position, a NaN row where it gave none; raises FeatureProblem.
 
-    read: digests of the anchor sets that anybody reads.
+    read: the anchor sets that anybody reads: digest -> how many.
     """
     if features is None:
         raise FeatureProblem("not_sent")
     if features.anchors not in read:
         raise FeatureProblem("other_anchors")
     given = features.values[:tokens]
-    if given.ndim != 2 or not given.shape[1]:
+    if given.ndim != 2 or given.shape[1] != read[features.anchors]:
         raise FeatureProblem("shape")
     unknown = np.isnan(given)
     if np.isinf(given).any() or (unknown.any(axis=1) != unknown.all(axis=1)).any():
@@ -179,7 +179,7 @@ def read_codes(profiles: Iterable[CalibrationProfile], features: Features) -> di
     found = {}
     for profile in profiles:
         ids = anchors(profile)
-        if ids is not None and anchors_digest(ids) == features.anchors and len(ids) == features.values.shape[1]:
+        if ids is not None and anchors_digest(ids) == features.anchors:
             found[profile.version] = code(profile, features.values)
     return found
 
@@ -188,7 +188,7 @@ class Scorer:
     """Runs until cancelled. `sink` gets every record with its capture; `count(outcome, reason)` every ending.
 
     served: names of the compressed model; what another one said (an adapter) is not the reference's to judge.
-    anchors: digests of the anchor sets that anybody reads.
+    anchors: the anchor sets that anybody reads: digest -> how many.
     hidden: whether the reference's hidden states of a prompt are wanted, by its key.
     by_request: see `build_record`.
     """
@@ -207,7 +207,7 @@ class Scorer:
         sink: Callable[[TokenRecord, Capture], None],
         count: Callable[[str, str], None],
         clock: Callable[[], float],
-        anchors: Callable[[], frozenset[str]] = frozenset,
+        anchors: Callable[[], Mapping[str, int]] = dict,
         hidden: Callable[[bytes], bool] = lambda _: False,
         by_request: bool = False,
     ) -> None:

@@ -87,9 +87,8 @@ class Learner:
         self._last: dict[str, Any] | None = None
         self._failures = 0
         self._hidden_size = 0
-        self._anchors = 0
-        self.digest = ""
-        """Of the anchors that it reads, "" while it reads none."""
+        self.reads: dict[str, int] = {}
+        """The set of anchors that it reads, by digest: how many; empty while it reads none."""
         self.state, self.detail = "off", ""
         self.dropped: Counter[str] = Counter()
         """Records that it was not given, by reason."""
@@ -143,7 +142,7 @@ class Learner:
             "sources": self.sources(),
             "dropped": dict(self.dropped),
             "failed": dict(self._learned.failed),
-            "anchors": self._anchors,
+            "anchors": sum(self.reads.values()),
             "d": self._hidden_size,
             "last_proposal": self._last,
         }
@@ -166,8 +165,6 @@ class Learner:
                 self._is("down", f"the learner ended ({gone}){lost}")
             except RefusedError as refused:
                 self._is("unavailable", str(refused))
-            except HemostatError as error:
-                self._is("unavailable", str(error))
             finally:
                 self._forget()
             with contextlib.suppress(TimeoutError):
@@ -219,8 +216,8 @@ class Learner:
 
     def _begin(self, ready: wire.Ready, source: Source) -> None:
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
-        self._anchors, self._hidden_size = len(anchors), source.hidden_size
-        self.digest = anchors_digest(anchors)
+        self._hidden_size = source.hidden_size
+        self.reads = {anchors_digest(anchors): len(anchors)}
         self._judge.probe(probe(source.model, source.vocab_size, anchors, self._settings.clamp_nats))
         self._is("learning", "")
         self._changed()
@@ -288,11 +285,14 @@ class Learner:
                 f": {proposed.report['problem']}" if "problem" in proposed.report else "",
             )
             return
-        profile = await asyncio.to_thread(CalibrationProfile.from_bytes, proposed.profile)
         report = {**proposed.report, "tokens": tokens}
-        variant, rank = report.get("variant", "contextual"), report.get("rank")
-        accepted = self._judge.propose(profile, f"learned from {tokens} tokens: {variant}, rank {rank}", report, scope)
-        self._last |= {"version": profile.version, "accepted": accepted}
+        why = f"learned from {tokens} tokens: {report.get('variant')}, rank {report.get('rank')}"
+        try:
+            profile = await asyncio.to_thread(CalibrationProfile.from_bytes, proposed.profile)
+            self._last["version"] = profile.version
+            self._last["accepted"] = self._judge.propose(profile, why, report, scope)
+        except HemostatError as error:
+            log.error("a proposal was of no use: %s", error)
         self._changed()
 
     # --- bookkeeping -----------------------------------------------------------------------------------------------
@@ -316,5 +316,5 @@ class Learner:
         self._tried.clear()
         self._waiting.clear()
         self._waiting_bytes = 0
-        self._anchors = self._hidden_size = 0
-        self.digest = ""
+        self._hidden_size = 0
+        self.reads = {}

@@ -23,7 +23,7 @@ from hemostat import child
 from hemostat.learner import wire
 from hemostat.learner.embedding import load
 from hemostat_calibration.contextual import Contextual, ContextualState, choose_anchors
-from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 
 NICENESS = 15
 """Behind all else, the reference too."""
@@ -61,7 +61,7 @@ class Statistics:
             recent_tokens=start.recent_tokens,
             min_tokens=start.min_tokens,
         )
-        self._model, self._vocab_size = start.model, start.vocab_size
+        self._model, self._vocab_size, self._anchors = start.model, start.vocab_size, len(anchors)
         self._states: dict[str, ContextualState] = {ALL: self._new()}
         self._failed: Counter[str] = Counter()
         self.ready = wire.Ready(anchors.astype("<i4").tobytes(), weight.shape[1])
@@ -85,6 +85,8 @@ class Statistics:
 
     def _learn(self, row: wire.Row) -> None:
         record = wire.record(row, self._vocab_size)
+        if record.features is not None and record.features.values.shape[1] != self._anchors:
+            raise InvalidArgumentError(f"features of {record.features.values.shape[1]} anchors, not {self._anchors}")
         for scope in dict.fromkeys((ALL, row.scope)):
             if scope not in self._states:
                 if len(self._states) > SCOPES_AT_MOST:

@@ -1,0 +1,282 @@
+"""The learner as the control process has it: a real child, told of a small world; its proposals win something back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.learner.world import D, V, World, kl, logprobs, make, save
+
+from hemostat.config import Calibration
+from hemostat.learner import Learner, Source, client, wire
+from hemostat_calibration import transform
+from hemostat_calibration.errors import InvalidProfileError
+from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.records import Features
+
+SETTINGS = Calibration(anchors=32, rank=8, min_tokens=600, clamp_nats=5.0, clamp_kl_nats=20.0)
+
+
+async def until(condition: Callable[[], object], within: float = 5.0) -> None:
+    async with asyncio.timeout(within):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Judge:
+    """Takes a proposal from each `again` times as many tokens."""
+
+    def __init__(self, again: float = 4.0) -> None:
+        self.again = again
+        self.at: dict[str, int] = {}
+        self.probes: list[CalibrationProfile] = []
+        self.proposed: list[tuple[str, CalibrationProfile, Mapping[str, Any]]] = []
+        self.refuses = False
+
+    def awaits(self, tokens: int, scope: str = "") -> bool:
+        return tokens >= self.again * self.at.get(scope, 0)
+
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = "") -> bool:
+        if self.refuses:
+            raise InvalidProfileError("another vocabulary")
+        assert "learned from" in why
+        self.at[scope] = report["tokens"]
+        self.proposed.append((scope, profile, report))
+        return True
+
+    def probe(self, profile: CalibrationProfile) -> None:
+        self.probes.append(profile)
+
+    @property
+    def anchors(self) -> Any:
+        return transform.anchors(self.probes[-1])
+
+
+class Bench:
+    def __init__(self, folder: Path) -> None:
+        self.world: World = make()
+        self.judge = Judge()
+        self.changes = 0
+        self.learner = Learner(SETTINGS, self.judge, self._changed)
+        self.source = Source("m", V, save(self.world, folder), D)
+        self.task = asyncio.create_task(self.learner.run())
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    @property
+    def digest(self) -> str:
+        return transform.anchors_digest(self.judge.anchors)
+
+    async def ready(self) -> None:
+        self.learner.want(self.source)
+        await until(lambda: self.learner.state == "learning", 30)
+
+    def teach(self, seeds: range, scope: str = "") -> None:
+        for seed in seeds:
+            self.learner.offer(self.world.record(seed, self.judge.anchors, self.digest), scope)
+
+    async def taught(self, tokens: int) -> None:
+        await until(lambda: self.learner.status()["tokens"] == tokens, 30)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BACKOFF", (0.05, 0.1))
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path / "checkpoint")
+    yield made
+    assert not made.task.done()
+    made.task.cancel()
+    await asyncio.gather(made.task, return_exceptions=True)
+    assert children() == [], "no process is left"
+
+
+def children() -> list[int]:
+    text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+    return [int(p) for p in text.split() if b"hemostat.learner" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+async def test_a_proposal_wins_back_what_it_was_not_learned_from(bench: Bench) -> None:
+    await bench.ready()
+    (probe,) = bench.judge.probes
+    assert bench.changes == 1
+    assert (probe.model, probe.vocab_size, probe.clamp_nats) == ("m", V, 5.0)
+    assert len(bench.judge.anchors) == 32
+    assert bench.learner.hungry
+    bench.teach(range(30))
+    await bench.taught(480)
+    await asyncio.sleep(0.1)
+    assert not bench.judge.proposed, "too few yet"
+    bench.teach(range(30, 60))
+    await until(lambda: bool(bench.judge.proposed), 30)
+    ((scope, profile, report),) = bench.judge.proposed
+    assert scope == ""
+    assert 600 <= report["tokens"] <= 960
+    assert report["gain"] > 0
+    np.testing.assert_array_equal(transform.anchors(profile), bench.judge.anchors)
+    h_r, h_c = bench.world.hidden(10_000, 500)
+    log_r, z = logprobs(h_r @ bench.world.weight.T), h_c @ bench.world.weight.T
+    before, after = kl(log_r, logprobs(z)), kl(log_r, logprobs(transform.apply(profile, z.astype(np.float64))))
+    assert after < 0.5 * before
+    status = bench.learner.status()
+    assert status["sources"]["hidden"] == status["tokens"] == 960
+    assert (status["anchors"], status["d"], status["failed"]) == (32, D, {})
+    assert status["last_proposal"]["version"] == profile.version
+    assert status["last_proposal"]["accepted"]
+    assert bench.changes == 2
+    bench.teach(range(100, 300))
+    await until(lambda: len(bench.judge.proposed) == 2, 30)
+    assert bench.judge.proposed[1][2]["tokens"] >= 4 * report["tokens"]
+
+
+async def test_records_that_bring_less_are_learned_from_for_what_they_bring(bench: Bench) -> None:
+    await bench.ready()
+    record = bench.world.record(1, bench.judge.anchors, bench.digest)
+    assert record.features is not None
+    values = record.features.values.copy()
+    values[:6] = np.nan
+    bench.learner.offer(replace(record, features=Features(bench.digest, values)))
+    bench.learner.offer(replace(record, features=Features("f" * 32, values)))
+    bench.learner.offer(replace(record, features=None))
+    bench.learner.offer(replace(record, reference_hidden=None))
+    bench.learner.offer(replace(record, features=None, reference_hidden=None))
+    await until(lambda: bench.learner.status()["sources"].get("list") == 16, 30)
+    sources = bench.learner.status()["sources"]
+    # Of the masked ones nothing is learned; other anchors are none.
+    assert bench.learner.status()["tokens"] == 10 + 16 + 16 + 16
+    assert sources["hidden_from_list"] == 32
+    assert bench.learner.dropped == {"nothing_to_learn": 1}
+
+
+async def test_a_record_that_does_not_fit_is_counted_and_the_next_one_learned(bench: Bench) -> None:
+    await bench.ready()
+    record = bench.world.record(1, bench.judge.anchors, bench.digest)
+    bench.learner.offer(replace(record, reference_hidden=np.zeros((16, D + 1), np.float32)))
+    bench.learner.offer(replace(record, features=Features(bench.digest, np.zeros((16, 31), np.float32))))
+    bench.teach(range(5))
+    await bench.taught(80)
+    assert sum(bench.learner.status()["failed"].values()) == 2 == bench.learner.failed()
+
+
+async def test_scopes_are_learned_apart_and_together(bench: Bench) -> None:
+    await bench.ready()
+    bench.teach(range(60), "gold")
+    bench.teach(range(60, 70), "silver")
+    await until(lambda: len(bench.judge.proposed) == 2, 30)
+    assert {scope for scope, _, _ in bench.judge.proposed} == {"", "gold"}
+    await bench.taught(70 * 16)
+    assert bench.learner.status()["scopes"] == {"gold": 960, "silver": 160}
+    bench.teach(range(100, 120), "x0")
+    for n in range(1, 12):
+        bench.teach(range(100, 101), f"x{n}")
+    await bench.taught(70 * 16 + 20 * 16 + 11 * 16)
+    assert len(bench.learner.status()["scopes"]) == 8, "bounded"
+
+
+async def test_a_killed_learner_begins_anew_and_says_what_is_lost(bench: Bench) -> None:
+    await bench.ready()
+    bench.teach(range(10))
+    await bench.taught(160)
+    (pid,) = children()
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: bench.learner.state == "down")
+    assert "lost" in bench.learner.detail
+    assert not bench.learner.hungry
+    bench.teach(range(1))
+    assert bench.learner.dropped == {"not_ready": 1}
+    await until(lambda: bench.learner.state == "learning", 30)
+    assert children() != [pid]
+    assert bench.learner.status()["tokens"] == 0
+    bench.teach(range(5))
+    await bench.taught(80)
+    assert bench.learner.sources()["hidden"] == 240, "counters do not go back"
+
+
+async def test_when_it_is_stuck_memory_is_bounded_and_nobody_waits(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.ready()
+    (pid,) = children()
+    monkeypatch.setattr(client, "WAITING_BYTES", 100_000)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        for _ in range(2):
+            bench.teach(range(200))
+            await asyncio.sleep(0.05)  # the first batch is under way: the next ones wait for its answer
+        assert time.monotonic() - begun < 5
+        assert bench.learner.dropped["busy"] > 100
+        assert not bench.learner.hungry
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await until(lambda: bench.learner.status()["tokens"] > 0 and bench.learner.hungry, 30)
+
+
+async def test_what_cannot_begin_says_why_and_begins_once_it_can(bench: Bench, tmp_path: Path) -> None:
+    for source, words in [
+        (Source("m", V, tmp_path / "nothing", D), "no .safetensors file"),
+        (Source("m", V + 1, bench.source.folder, D), f"the model has {V + 1} ids"),
+        (Source("m", V, bench.source.folder, D + 1), "must be the reference's own checkpoint"),
+    ]:
+        bench.learner.want(source)
+        await until(lambda words=words: bench.learner.state == "unavailable" and words in bench.learner.detail, 30)  # type: ignore[misc]
+        assert not bench.judge.probes
+    late = tmp_path / "late"
+    bench.learner.want(Source("m", V, late, D))
+    await until(lambda: "late" in bench.learner.detail and bench.learner.state == "unavailable", 30)
+    save(bench.world, late)
+    await until(lambda: bench.learner.state == "learning", 30)
+
+
+async def test_nothing_is_wanted_and_another_model_begins_anew(bench: Bench) -> None:
+    await bench.ready()
+    bench.teach(range(3))
+    await bench.taught(48)
+    bench.learner.want(replace(bench.source, model="other"))
+    await until(lambda: len(bench.judge.probes) == 2, 30)
+    assert bench.judge.probes[1].model == "other"
+    assert bench.learner.status()["tokens"] == 0
+    bench.learner.want(None, "calibration is off")
+    await until(lambda: not children())
+    assert (bench.learner.state, bench.learner.detail) == ("off", "calibration is off")
+    bench.teach(range(3))
+    assert not bench.learner.dropped, "nobody wanted it"
+
+
+async def test_a_proposal_that_steering_refuses_costs_nothing_else(bench: Bench) -> None:
+    await bench.ready()
+    bench.judge.refuses = True
+    bench.teach(range(60))
+    await until(lambda: bench.learner.status()["last_proposal"] is not None, 30)
+    await asyncio.sleep(0.1)
+    assert bench.learner.state == "learning"
+    assert not bench.learner.status()["last_proposal"]["accepted"]
+    assert bench.learner.status()["tokens"] == 960, "nothing is lost"
+
+
+def test_rows_carry_a_record_over() -> None:
+    world = make(1)
+    record = world.record(3, np.arange(20, dtype=np.int32), "a" * 32)
+    again = wire.record(wire.row(record, ""), V)
+    np.testing.assert_array_equal(again.compressed.ids, record.compressed.ids)
+    np.testing.assert_allclose(again.reference_at, record.reference_at, rtol=1e-6)
+    assert record.features is not None
+    assert again.features is not None
+    np.testing.assert_allclose(again.features.values, record.features.values, rtol=2e-3, atol=1e-3)
+    assert record.reference_hidden is not None
+    np.testing.assert_allclose(again.reference_hidden, record.reference_hidden, rtol=2e-3, atol=1e-3)  # type: ignore[arg-type]
+    bare = wire.record(wire.row(replace(record, features=None, reference_hidden=None), ""), V)
+    assert bare.features is None
+    assert bare.reference_hidden is None
