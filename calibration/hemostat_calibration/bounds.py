@@ -51,6 +51,9 @@ MASS_ROUNDING = 1e-6
 FLOOR = math.exp(-16.0)
 """Least ratio of two probabilities outside S that the upper bounds of KL rest on; see `Bounds.floor`."""
 
+_COMPARED = 8192
+"""Pairs of ids a row that are compared one with another."""
+
 Bools = npt.NDArray[np.bool_]
 
 
@@ -222,6 +225,16 @@ def cap(candidates: Candidates, emitted: Ids) -> Floats:
     return least
 
 
+def named(ids: Ids, others: Ids) -> Bools:
+    """Which of `ids` are among `others` of the same row, [T, J] and [T, N] -> [T, J]."""
+    if ids.shape[1] * others.shape[1] <= _COMPARED:
+        among: Bools = (ids[:, :, None] == others[:, None, :]).any(axis=2)
+        return among
+    # Long lists: rows told apart by an offset, so that one sorted search serves all; memory stays linear.
+    offset = np.arange(len(ids), dtype=np.int64)[:, None] << 32
+    return np.isin(ids + offset, others + offset)
+
+
 def bounds_of(
     record: TokenRecord, view: View, known: Coarse, log_p: Floats, log_cap: Floats, floor: float = FLOOR
 ) -> Bounds:
@@ -234,7 +247,7 @@ def bounds_of(
         kl_rc, kl_cr, js, tv = (Interval(x, x) for x in (known.kl_rc, known.kl_cr, known.js, known.tv))
         return Bounds(kl_rc, kl_cr, js, tv, floor)
     reference = record.reference
-    on_p = (reference.ids >= 0) & ~(reference.ids[:, :, None] == view.ids[:, None, :]).any(axis=2)
+    on_p = (reference.ids >= 0) & ~named(reference.ids, view.ids)
     on_q = (view.ids >= 0) & ~view.inside
     log_r_p = np.where(on_p, reference.logprobs, -np.inf)
     p = np.exp(log_p)

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hemostat_calibration.bounds import FLOOR, MASS_ROUNDING, Bools, Interval, bounds, cap, view_of, xlogy
+from hemostat_calibration.bounds import FLOOR, MASS_ROUNDING, Bools, Interval, bounds, cap, named, view_of, xlogy
 from hemostat_calibration.records import Candidates, Floats, Ids, Sampling, TokenRecord
 
 GREEDY_BELOW = 1e-5
@@ -118,22 +118,31 @@ def _unlisted(power: float, log_top: Floats, mass: Floats, ids: Ids, log_cap: Fl
 def _cut(record: TokenRecord) -> Sampled:
     ids_c, log_q_c, known_c = _kept(record.compressed, record)
     ids_r, log_q_r, known_r = _kept(record.reference, record)
-    same = (ids_c[:, :, None] == ids_r[:, None, :]) & (ids_c >= 0)[:, :, None]
-    log_r_at_c = np.where(same, log_q_r[:, None, :], -np.inf).max(axis=2)
-    log_c_at_r = np.where(same, log_q_c[:, :, None], -np.inf).max(axis=1)
+    log_r_at_c, log_c_at_r = _at(ids_c, ids_r, log_q_r), _at(ids_r, ids_c, log_q_c)
     q_c, q_r, r_at_c = np.exp(log_q_c), np.exp(log_q_r), np.exp(log_r_at_c)
     available = known_c & known_r
     with np.errstate(divide="ignore", invalid="ignore"):
         kl_rc = np.where(q_r > 0.0, q_r * (log_q_r - log_c_at_r), 0.0).sum(axis=1)
         kl_cr = np.where(q_c > 0.0, q_c * (log_q_c - log_r_at_c), 0.0).sum(axis=1)
         mean = 0.5 * (q_c + r_at_c)
-        both = 0.5 * (xlogy(q_c, q_c / mean) + xlogy(r_at_c, r_at_c / mean)).sum(axis=1)
-    only_r = np.where(same.any(axis=1), 0.0, q_r).sum(axis=1)
-    js = np.clip(both + 0.5 * math.log(2.0) * only_r, 0.0, math.log(2.0))
+        terms = 0.5 * (xlogy(q_c, q_c / mean) + xlogy(r_at_c, r_at_c / mean))
+        on_c = np.where(q_c > 0.0, terms, 0.0).sum(axis=1)
+    only_r = np.where(np.isneginf(log_c_at_r), q_r, 0.0).sum(axis=1)
+    js = np.clip(on_c + 0.5 * math.log(2.0) * only_r, 0.0, math.log(2.0))
     tv = np.clip(1.0 - np.minimum(q_c, r_at_c).sum(axis=1), 0.0, 1.0)
     kl_rc, kl_cr = np.maximum(kl_rc, 0.0), np.maximum(kl_cr, 0.0)
     tv, js, kl_rc, kl_cr = (np.where(available, x, np.nan) for x in (tv, js, kl_rc, kl_cr))
     return Sampled(_exactly(tv), _exactly(js), _exactly(kl_rc), _exactly(kl_cr), available)
+
+
+def _at(ids: Ids, others: Ids, values: Floats) -> Floats:
+    """`values` [T, J] of `others` [T, J], at `ids` [T, N] of the same row; -inf where there is none."""
+    offset = np.arange(len(ids), dtype=np.int64)[:, None] << 32
+    wanted, given = (ids + offset).ravel(), (others + offset).ravel()
+    order = np.argsort(given)
+    place = order[np.minimum(np.searchsorted(given, wanted, sorter=order), len(given) - 1)]
+    found: Floats = np.where(given[place] == wanted, values.ravel()[place], -np.inf).reshape(ids.shape)
+    return np.where(ids >= 0, found, -np.inf)
 
 
 def _kept(candidates: Candidates, record: TokenRecord) -> tuple[Ids, Floats, Bools]:
@@ -195,7 +204,7 @@ def _tempered(record: TokenRecord) -> Sampled:
     view = view_of(record)
     power = 1.0 / record.sampling.temperature
     reference = record.reference
-    on_p = (reference.ids >= 0) & ~(reference.ids[:, :, None] == view.ids[:, None, :]).any(axis=2)
+    on_p = (reference.ids >= 0) & ~named(reference.ids, view.ids)
     log_p = np.where(on_p, reference.logprobs, -np.inf)
     given = view.ids >= 0
     r_least, r_most = _ends(
