@@ -60,7 +60,8 @@ def test_what_is_said_is_true_of_the_whole_vocabulary(truth, sampling, k, refere
     vocabulary = truth.compressed.shape[1]
     cuts = sampling.top_p < 1.0 or sampling.top_k > 0 or sampling.min_p > 0.0
     assert found.available.all() or cuts
-    if k >= vocabulary and reference_k is None and not ties and vocabulary <= 8:
+    distinct = all(len(np.unique(row)) == vocabulary for row in (*truth.reference, *truth.compressed))
+    if k >= vocabulary and reference_k is None and distinct and vocabulary <= 8:
         assert found.available.all()
     # Whatever the engine does where ids tie, the figure is the same, or not given.
     for order in (np.arange(vocabulary), np.arange(vocabulary)[::-1]):
