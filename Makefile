@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-proxy bench-recovery clean
+.PHONY: help setup demo test lint bench-proxy bench-engine bench-recovery bench-alarm clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -32,8 +32,14 @@ test: lint ## lint, types, and all tests, on a real vLLM; ARGS="..." for pytest
 bench-proxy: setup ## requests/s and CPU beside nginx and vllm-router; a table and build/bench/proxy.json
 	@exec $(BIN)/python tests/bench/bench_proxy.py $(ARGS)
 
+bench-alarm: setup ## tokens until a changed model is noticed, and false alarms; a table and build/bench/alarm.json
+	@exec $(BIN)/python tests/bench/bench_alarm.py $(ARGS)
+
 bench-recovery: setup ## what calibration wins back, through the real engine (an hour); a table and build/bench/recovery.json
 	@exec $(BIN)/python tests/bench/bench_recovery.py $(ARGS)
+
+bench-engine: setup ## what a contextual profile costs vLLM's decoding; a table and build/bench/engine.json
+	@exec $(BIN)/python tests/bench/bench_engine.py $(ARGS)
 
 clean: ## remove .venv and all that was built here (the checkpoints stay in the user's cache)
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

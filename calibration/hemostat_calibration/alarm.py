@@ -115,11 +115,13 @@ def fit(baseline: Sequence[Floats], alpha: float) -> Bets:
 
     With a probability of at least 1 − alpha, no limit g is below the share that it stands for (by the normal
     approximation of Wilson's score, with the largest design effect of any range).
-    InvalidArgumentError where the baseline has fewer than two requests or is all one value.
+    Where hardly any value but one occurs (both models compute the same to the last bit), the only range is what lies
+    above all of the baseline, and its limit that of a share of requests.
+    InvalidArgumentError where the baseline has fewer than two requests.
     """
-    values = np.concatenate(baseline) if baseline else np.zeros(0)
-    if len(baseline) < 2 or values.min() == values.max():
-        raise InvalidArgumentError(f"the baseline has {len(baseline)} requests: at least two that differ are needed")
+    if len(baseline) < 2:
+        raise InvalidArgumentError(f"the baseline has {len(baseline)} requests: at least two are needed")
+    values = np.concatenate(baseline)
     above, below = np.quantile(values, [1.0 - share for share in ABOVE]), np.quantile(values, BELOW)
     edges = np.unique(np.concatenate([above, below]))
     placed = [np.searchsorted(edges, request) for request in baseline]
@@ -127,8 +129,12 @@ def fit(baseline: Sequence[Floats], alpha: float) -> Bets:
     # A bin is above edge e when its lower end is, below it when its upper end is.
     sides = [np.searchsorted(edges, above)[:, None] < bins, np.searchsorted(edges, below)[:, None] >= bins]
     hits = [np.array([side[:, at].sum(axis=1) for at in placed]) for side in sides]
-    seen = [(count > 0).sum(axis=0) >= SEEN for count in hits]
+    seen = [((n > 0).sum(axis=0) >= SEEN) & (n.sum(axis=0) < 0.9 * len(values)) for n in hits]
     sides, hits = [s[k] for s, k in zip(sides, seen, strict=True)], [h[:, k] for h, k in zip(hits, seen, strict=True)]
+    if not any(map(len, sides)):
+        z = NormalDist().inv_cdf(1.0 - alpha)
+        beyond = np.array([0.0, 1.0 + len(baseline) / z**2])
+        return Bets(values.max(keepdims=True), np.log([1.0 - f + f * beyond for f in FRACTIONS]))
     limits = _limits(np.concatenate(hits, axis=1), placed, alpha)
     paid = np.split(np.concatenate(sides) / limits[:, None], [len(sides[0])])
     stakes = np.concatenate([*paid, *(side.mean(axis=0, keepdims=True) for side in paid if len(side))])
@@ -142,8 +148,6 @@ def _limits(hits: npt.NDArray[np.int64], placed: Sequence[npt.NDArray[np.int64]]
     """Upper limits of the shares of J ranges, all at once; hits [requests, J]."""
     lengths = np.array([len(at) for at in placed], np.float64)
     tokens = lengths.sum()
-    if not hits.shape[1]:
-        return np.zeros(0)
     share = hits.sum(axis=0) / tokens
     binomial = tokens * share * (1.0 - share)
     clustered = ((hits - share * lengths[:, None]) ** 2).sum(axis=0) * len(lengths) / (len(lengths) - 1)

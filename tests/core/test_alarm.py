@@ -233,11 +233,20 @@ def test_a_baseline_that_says_nothing_gives_no_bets():
     assert alarm.crossing is None
 
 
+def test_a_baseline_without_any_noise_bets_on_noise():
+    test = ChangeTest.begin(fit([np.zeros(20)] * 100, 0.0025), 0.01)
+    for _ in range(50):
+        test = test.update(np.zeros(20))
+    assert test.crossing is None
+    found = test.update(np.full(20, 0.01)).crossing
+    assert found.tokens <= 8
+
+
 def test_arguments():
     with pytest.raises(InvalidArgumentError, match="at least two"):
         fit([], 0.01)
     with pytest.raises(InvalidArgumentError, match="at least two"):
-        fit([np.ones(5), np.ones(7)], 0.01)
+        fit([np.ones(5)], 0.01)
     for wrong, name in (
         ({"alpha": 1.0}, "alpha"),
         ({"budget": 0.0}, "budget"),
