@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from hemostat.config import Calibration
 from hemostat.store import StoredProfile
@@ -446,19 +447,29 @@ class Steering:
                 self._take_back(place, decision.reason, _WHY[decision.reason], evidence_of(decision))
 
     def _won(self, record: TokenRecord, version: str) -> tuple[float, float] | None:
-        """Mean gain over identity of one request, as an interval; None where the record has nothing to say about it.
+        """Mean gain over identity of one request's tokens, as an interval; None where nothing is known of it.
 
-        That is so where the engine spoke about this request, but not about this profile (it evaluates some at a time,
-        and may not hold it yet), and where nothing is known at all. Neither depends on what the gain was.
+        Left out is what the record says nothing about: a request that the engine spoke of, but not of this profile (it
+        evaluates some at a time, and may not hold it yet), and a token whose features were lost. Neither depends on
+        what the gain was. A token whose anchors are masked is left alone by the engine: its gain is 0.
         """
         profile = self._profiles[version]
-        won = gain(record, profile)
-        low, high = float(won.lower.mean()), float(won.upper.mean())
-        said = record.shifts.get(version)
-        unsaid = said is None or bool(np.isnan(said.log_normalizer).all())
-        if (record.engine_boot and unsaid and not won.exact.any()) or high - low >= 2.0 * width(profile) * _VACUOUS:
+        won, said = gain(record, profile), record.shifts.get(version)
+        normalizer = np.full(record.tokens, np.nan) if said is None else said.log_normalizer
+        if record.engine_boot and np.isnan(normalizer).all() and not won.exact.any():
             return None
-        return low, high
+        lower, upper = won.lower, won.upper
+        if profile.family == CONTEXTUAL:
+            features = record.features
+            read: npt.NDArray[np.bool_] = np.zeros(record.tokens, dtype=np.bool_)
+            if features is not None and features.anchors == _digest(profile):
+                read = ~np.isnan(features.values.sum(axis=1))
+            masked = ~read & ~won.exact & (np.abs(normalizer) < _ZERO_NATS)
+            known = read | won.exact | masked
+            if not known.any():
+                return None
+            lower, upper = np.where(masked, 0.0, lower)[known], np.where(masked, 0.0, upper)[known]
+        return float(lower.mean()), float(upper.mean())
 
     def _promote(self, candidate: Candidate, decision: guard.Decision) -> None:
         evidence = evidence_of(decision)
@@ -765,8 +776,8 @@ _WHY = {
     guard.Reason.HARM: "held-out requests speak against it",
     guard.Reason.UNSUPPORTED: "its gain is no longer supported: not proven anew within the window",
 }
-_VACUOUS = 0.999
-"""An interval of the gain that is this part of the widest one says nothing."""
+_ZERO_NATS = 1e-4
+"""What the engine's log-normalizer of a row that it leaves alone may be off by."""
 
 
 def _encode(kept: _Kept) -> str:

@@ -36,11 +36,12 @@ from hemostat.trials import TESTED_AT_ONCE
 from hemostat_calibration import guard
 from hemostat_calibration.calibrator import TemperatureBias
 from hemostat_calibration.contextual import contextual_profile, probe
+from hemostat_calibration.divergence import gain
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.profile import CalibrationProfile, temperature_bias
-from hemostat_calibration.records import Shift, TokenRecord
+from hemostat_calibration.records import Features, Shift, TokenRecord
 from hemostat_calibration.split import held_out
-from hemostat_calibration.transform import shift
+from hemostat_calibration.transform import anchors_digest, shift
 
 MODEL = "m"
 FRACTION = 0.3
@@ -631,6 +632,32 @@ def test_where_the_engine_said_nothing_of_a_profile_the_record_is_no_evidence() 
     assert bench.steering.status()["candidates"][0]["requests"] == 0
     bench.feed(BIASED, JUDGED[:9], engine_boot="b")
     assert bench.steering.status()["candidates"][0]["requests"] == 9
+
+
+def test_a_token_whose_features_were_lost_is_left_out_and_one_that_is_masked_has_won_nothing() -> None:
+    bench = Bench()
+    profile = contextual()
+    bench.steering.propose(profile, "", {"tokens": 1})
+    whole = bench.record(BIASED.truth(0), JUDGED[0])
+    exact = gain(whole, profile).lower
+    said = whole.shifts[profile.version]
+    values = np.zeros((whole.tokens, len(ANCHORS)), np.float32)
+    values[:10] = np.nan
+    expected, normalizer = said.expected.copy(), said.log_normalizer.copy()
+    expected[:10], normalizer[:4], normalizer[4:10] = np.nan, np.nan, 1e-6
+    record = replace(
+        whole,
+        features=Features(anchors_digest(ANCHORS), values),
+        shifts={profile.version: Shift(expected, normalizer)},
+        engine_boot="b",
+    )
+    assert bench.steering._won(whole, profile.version) == (pytest.approx(exact.mean()), pytest.approx(exact.mean()))
+    mean = pytest.approx(exact[10:].sum() / (whole.tokens - 4))
+    assert bench.steering._won(record, profile.version) == (mean, mean)
+    lost = replace(record, shifts={profile.version: Shift(np.full_like(expected, np.nan), normalizer)})
+    bounds = bench.steering._won(lost, profile.version)
+    assert bounds is not None
+    assert bounds[0] < exact[10:].mean() < bounds[1], "where only one of the terms is known, its bounds count"
 
 
 # --- no longer supported ----------------------------------------------------------------------------------------------
