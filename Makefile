@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-proxy bench-engine bench-recovery bench-alarm clean
+.PHONY: help setup demo test lint bench-proxy bench-bounds bench-engine bench-recovery bench-alarm clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -34,6 +34,9 @@ bench-proxy: setup ## requests/s and CPU beside nginx and vllm-router; a table a
 
 bench-alarm: setup ## tokens until a changed model is noticed, and false alarms; a table and build/bench/alarm.json
 	@exec $(BIN)/python tests/bench/bench_alarm.py $(ARGS)
+
+bench-bounds: setup ## what cut lists leave open, against the whole vocabulary; a table, build/bench/bounds.json and .svg
+	@exec $(BIN)/python tests/bench/bench_bounds.py $(ARGS)
 
 bench-recovery: setup ## what calibration wins back, through the real engine (an hour); a table and build/bench/recovery.json
 	@exec $(BIN)/python tests/bench/bench_recovery.py $(ARGS)

@@ -115,8 +115,8 @@ def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
     r_out, p_out = bucket(view, view.r), bucket(view, p)
     with np.errstate(divide="ignore", invalid="ignore"):
         log_ratio = view.log_r - log_p
-        kl_rc = np.where(view.r > 0.0, view.r * log_ratio, 0.0).sum(axis=1)
-        kl_cr = -np.where(p > 0.0, p * log_ratio, 0.0).sum(axis=1)
+        kl_rc = row_sums(np.where(view.r > 0.0, view.r * log_ratio, 0.0))
+        kl_cr = -row_sums(np.where(p > 0.0, p * log_ratio, 0.0))
     return Coarse(
         kl_rc=np.maximum(kl_rc + xlogy(r_out, r_out / np.maximum(p_out, MASS_ROUNDING)), 0.0),
         kl_cr=np.maximum(kl_cr + xlogy(p_out, p_out / np.maximum(r_out, MASS_ROUNDING)), 0.0),
@@ -127,7 +127,13 @@ def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
 
 def bucket(view: View, p: Floats) -> Floats:
     """Mass of p outside S, [T]."""
-    return np.zeros(p.shape[0]) if view.exact else np.maximum(1.0 - p.sum(axis=1), 0.0)
+    return np.zeros(p.shape[0]) if view.exact else np.maximum(1.0 - row_sums(p), 0.0)
+
+
+def row_sums(x: Floats) -> Floats:
+    """x.sum(axis=1), several times as fast where rows are short."""
+    sums: Floats = np.einsum("ij->i", x)
+    return sums
 
 
 def xlogy(x: Floats, y: Floats) -> Floats:
@@ -142,11 +148,11 @@ def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
     r_out, p_out = bucket(view, view.r), bucket(view, p)
     mean, mean_out = 0.5 * (view.r + p), 0.5 * (r_out + p_out)
     with np.errstate(divide="ignore", invalid="ignore"):
-        of_p = xlogy(p, p / mean).sum(axis=1)
-        value = of_p + xlogy(view.r, view.r / mean).sum(axis=1)
+        of_p = row_sums(xlogy(p, p / mean))
+        value = of_p + row_sums(xlogy(view.r, view.r / mean))
         value += xlogy(r_out, r_out / mean_out) + xlogy(p_out, p_out / mean_out)
     floor = np.maximum(p_out, MASS_ROUNDING)
-    slope = of_p - p.sum(axis=1) * np.log(floor / (0.5 * (r_out + floor)))
+    slope = of_p - row_sums(p) * np.log(floor / (0.5 * (r_out + floor)))
     return np.clip(0.5 * value, 0.0, np.log(2.0)), 0.5 * slope
 
 
@@ -154,8 +160,8 @@ def total_variation(view: View, p: Floats) -> tuple[Floats, Floats]:
     """Total variation likewise."""
     r_out, p_out = bucket(view, view.r), bucket(view, p)
     difference = p - view.r
-    value = np.abs(difference).sum(axis=1) + np.abs(p_out - r_out)
-    slope = (p * np.sign(difference)).sum(axis=1) - p.sum(axis=1) * np.sign(p_out - r_out)
+    value = row_sums(np.abs(difference)) + np.abs(p_out - r_out)
+    slope = row_sums(p * np.sign(difference)) - row_sums(p) * np.sign(p_out - r_out)
     return np.clip(0.5 * value, 0.0, 1.0), 0.5 * slope
 
 
@@ -228,8 +234,11 @@ def cap(candidates: Candidates, emitted: Ids) -> Floats:
 def named(ids: Ids, others: Ids) -> Bools:
     """Which of `ids` are among `others` of the same row, [T, J] and [T, N] -> [T, J]."""
     if ids.shape[1] * others.shape[1] <= _COMPARED:
-        among: Bools = (ids[:, :, None] == others[:, None, :]).any(axis=2)
-        return among
+        # Column by column, positions side by side in memory.
+        columns, among = np.ascontiguousarray(ids.T), np.zeros(ids.shape[::-1], dtype=np.bool_)
+        for other in np.ascontiguousarray(others.T):
+            among |= columns == other
+        return among.T
     # Long lists: rows told apart by an offset, so that one sorted search serves all; memory stays linear.
     offset = np.arange(len(ids), dtype=np.int64)[:, None] << 32
     return np.isin(ids + offset, others + offset)
@@ -260,8 +269,8 @@ def bounds_of(
     q_ids = on_q.sum(axis=1)
     p_ids = on_p.sum(axis=1)
     unnamed = record.vocab_size - view.inside.sum(axis=1) - p_ids - q_ids
-    r_rest = _Rest.of(np.maximum(r_out - r_p.sum(axis=1), 0.0), unnamed + q_ids, cap_r)
-    p_rest = _Rest.of(np.maximum(p_out - p_q.sum(axis=1), 0.0), unnamed + p_ids, cap_p)
+    r_rest = _Rest.of(np.maximum(r_out - row_sums(r_p), 0.0), unnamed + q_ids, cap_r)
+    p_rest = _Rest.of(np.maximum(p_out - row_sums(p_q), 0.0), unnamed + p_ids, cap_p)
     most = math.inf if floor == 0.0 else -math.log(floor)
     with np.errstate(divide="ignore", invalid="ignore"):
         least_p = np.where(unnamed > 0, p_rest.least, np.inf)
@@ -277,7 +286,7 @@ def bounds_of(
         mean = 0.5 * (r_out + p_out)
         most_js = known.js - 0.5 * (xlogy(r_out, r_out / mean) + xlogy(p_out, p_out / mean))
     overlap = unnamed * np.minimum(r_rest.least, p_rest.least)
-    overlap += np.minimum(r_p, p_rest.least[:, None]).sum(axis=1) + np.minimum(p_q, r_rest.least[:, None]).sum(axis=1)
+    overlap += row_sums(np.minimum(r_p, p_rest.least[:, None])) + row_sums(np.minimum(p_q, r_rest.least[:, None]))
     apart = np.maximum(r_out + p_out + 2.0 * MASS_ROUNDING - 2.0 * overlap, 0.0)
     most_tv = known.tv - 0.5 * np.abs(r_out - p_out) + 0.5 * apart
     complete = unnamed + p_ids + q_ids <= 0
@@ -358,8 +367,7 @@ def _bucket_term(x: Floats, y: Floats) -> Floats:
 def _one_sided(x: Floats, log_x: Floats, least: Floats, most: float) -> Floats:
     """Upper bound of Σ x log(x/y) over ids where x is known and y at least `least`."""
     log_ratio = np.minimum(most, log_x - np.log(least)[:, None])
-    total: Floats = np.where(x > 0.0, x * log_ratio, 0.0).sum(axis=1)
-    return total
+    return row_sums(np.where(x > 0.0, x * log_ratio, 0.0))
 
 
 def _interval(lower: Floats, upper: Floats, complete: Bools, largest: float) -> Interval:
