@@ -616,8 +616,10 @@ class Steering:
         self._trials.resume({role: _whole(states.get(f"tests.{role}")) for role in guard.Role})
         kept = _decode(states.get("serving"))
         selected = {version for version, _ in kept.selected.values()}
+        total = 0
         for n, item in enumerate(stored):
-            if item.version not in selected and n >= PROFILES_HELD:
+            total += len(item.data)
+            if item.version not in selected and (n >= PROFILES_HELD or total > BYTES_HELD):
                 self._save("delete_profile", item.version)
                 continue
             try:

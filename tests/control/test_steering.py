@@ -29,6 +29,7 @@ from hemostat.steering import (
     STATES,
     Steering,
     as_request,
+    weight,
     width,
 )
 from hemostat.store import MemoryStore, StoredProfile
@@ -215,13 +216,28 @@ def test_bounds_alone_promote_nothing() -> None:
     assert [c["requests"] for c in bench.steering.status()["candidates"]] == [60, 60]
 
 
+def in_context(vocabulary: int, seed: int) -> CalibrationProfile:
+    random = np.random.default_rng(seed)
+    ids = random.permutation(vocabulary)[:5]
+    return contextual_profile(
+        model="",
+        anchors=ids,
+        linear=random.normal(size=(3, len(ids))),
+        offset=random.normal(size=3),
+        up=random.normal(size=(vocabulary, 3)),
+        clamp_nats=1.5,
+    )
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_record_breaks_the_guards_range(data: st.DataObject) -> None:
     """Whatever two models say and however little is known: the gain stays within what was promised to the guard."""
     truth = data.draw(truths(rows=3))
     vocabulary = truth.compressed.shape[1]
-    candidate, serving = data.draw(profiles(vocabulary)), data.draw(profiles(vocabulary))
+    candidate, serving = (
+        data.draw(profiles(vocabulary)) if data.draw(st.booleans()) else in_context(vocabulary, seed) for seed in (0, 1)
+    )
     bench = Bench(known=False, clamp_nats=2.0)
     bench.steering.know(MODEL, vocabulary)
     bench.steering.add(replace(serving, model=MODEL))
@@ -233,6 +249,10 @@ def test_no_record_breaks_the_guards_range(data: st.DataObject) -> None:
     reference_k = data.draw(st.one_of(st.none(), st.integers(1, vocabulary)))
     record = make_record(truth, k, reference_k=reference_k, key=JUDGED[0])
     before = bench.steering.listing()["events"]
+    ids = in_context(vocabulary, 0).parameters["anchors"]
+    values = np.where(np.isfinite(truth.compressed[:, ids]), truth.compressed[:, ids], np.nan).astype(np.float32)
+    if data.draw(st.booleans()):
+        record = replace(record, features=Features(anchors_digest(ids), values))
     bench.steering.observe(replace(record, shifts=whole.shifts if known else {}))
     assert len(bench.steering.listing()["events"]) >= len(before)
 
@@ -380,6 +400,22 @@ def test_a_store_that_grew_too_large_is_cut_on_restart() -> None:
     assert again.steering.serving == oldest
     assert again.steering.status()["selected"]["window"] == 300
     assert len(bench.store.profiles()) == PROFILES_HELD + 1
+
+
+def test_profiles_are_bounded_by_what_they_weigh_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    profiles = [harmful(seed=seed) for seed in range(6)]
+    monkeypatch.setattr("hemostat.steering.BYTES_HELD", 4 * weight(profiles[0]))
+    for profile in profiles:
+        bench.steering.add(profile)
+    assert len(bench.steering.listing()["profiles"]) == 6, "who is tested or waits stays"
+    bench.steering.promote(profiles[5].version)
+    bench.steering._trials.remove(lambda c: True)
+    bench.steering.add(harmful(seed=9))
+    assert len(bench.steering.listing()["profiles"]) == 4
+    monkeypatch.setattr("hemostat.steering.BYTES_HELD", 2 * len(profiles[0].to_bytes()))
+    again = bench.restart()
+    assert len(again.steering.listing()["profiles"]) == 3, "the two newest ones, and what serves"
 
 
 def test_records_that_cannot_be_used_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
