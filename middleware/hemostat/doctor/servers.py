@@ -21,6 +21,7 @@ from hemostat.reference.match import compare
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import VllmReference
+from hemostat_calibration.bounds import FLOOR as RATIO_FLOOR
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.records import Sampling, TokenRecord, validate
 
@@ -57,7 +58,9 @@ class ServerPair:
         self._options = options
         self._runner = asyncio.Runner()
         self.notes = [
-            "a server does not tell its weights apart: an interrupted report goes on with whatever is served then"
+            f"KL at most: provided that, at an id that is not in both lists, neither probability is less than "
+            f"{RATIO_FLOOR:.1e} times the other",
+            "a server does not tell its weights apart: an interrupted report goes on with whatever is served then",
         ]
         self._texts: dict[int, str] = {}
         try:
