@@ -1,7 +1,14 @@
-"""What every streaming estimator must do: equal its batch oracle, merge in any order, leave its inputs alone."""
+"""What every streaming estimator must do: equal its batch oracle, merge in any order, leave its inputs alone, not grow.
 
+A new estimator is registered in `CASES`; one that is not fails here.
+"""
+
+import importlib
+import inspect
 import itertools
 import math
+import pickle
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hemostat_calibration
 from hemostat_calibration import confidence, sequential
-from hemostat_calibration.confidence import ClippedMean, Proportion
+from hemostat_calibration.confidence import ClippedMean, MeanSequence, Proportion
 from hemostat_calibration.streaming import Histogram, RatioEstimate, student_975
+from hemostat_calibration.trajectory import POSITIONS, Survival
 
 EDGES = (0.0, 0.1, 0.5, 2.0)
 
@@ -103,7 +112,59 @@ def proportion_batch(observations):
     return [hits / len(observations), end(0.0, 1.0, min), end(0.0, 1.0, max)]
 
 
+def mean_batch(observations):
+    x, n = np.array(observations).T
+    mean = x.sum() / n.sum()
+    moments = [((x - x.mean()) ** 2).sum(), ((x - x.mean()) * (n - n.mean())).sum(), ((n - n.mean()) ** 2).sum()]
+    return [mean, *moments, (x**3).sum(), (x * x * n).sum(), (x * n * n).sum(), (n**3).sum()]
+
+
+def mean_read(state):
+    m = state.moments
+    return [state.get().mean, m.xx, m.xn, m.nn, *state.cubes]
+
+
+def survival_batch(observations):
+    """The product limit and its variance from their definitions, request by request."""
+    reached = [t for t in POSITIONS if t <= max(map(len, observations))]
+    w = np.array([[x[:t].prod() if len(x) >= t else np.nan for t in reached] for x in observations])
+    before = np.column_stack([np.ones(len(w)), w[:, :-1]])
+    before = np.where(np.isnan(w), np.nan, before)
+    after_sum, before_sum = np.nansum(w, 0), np.nansum(before, 0)
+    survival = np.cumprod(after_sum / before_sum)
+    parts = np.cumsum(np.nan_to_num(w / after_sum - before / before_sum), axis=1)
+    at_risk, m = (~np.isnan(w)).sum(0), len(observations)
+    deviation = np.sqrt((parts**2).sum(0) * at_risk / np.maximum(at_risk - 1, 1))
+    low = [
+        s ** math.exp(min(student_975(n - 1) * d / -math.log(s), 50.0)) if n > 1 else 0.0
+        for s, d, n in zip(survival.tolist(), deviation.tolist(), at_risk.tolist(), strict=True)
+    ]
+    dense = np.interp(np.arange(1, reached[-1] + 1), [0, *reached], [1.0, *survival])
+    return [*survival, *low, *at_risk, dense.sum(), m]
+
+
+def survival_read(state):
+    curve = state.get()
+    return [*curve.survival, *curve.low, *curve.at_risk, curve.prefix, curve.requests]
+
+
 CASES = {
+    "mean sequence": Case(
+        MeanSequence,
+        lambda rng: (float(rng.normal(3.0, 2.0)), float(rng.integers(1, 50))),
+        lambda state, x: state.update(*x),
+        lambda a, b: a.merge(b),
+        mean_read,
+        mean_batch,
+    ),
+    "survival": Case(
+        Survival,
+        lambda rng: rng.uniform(0.8, 0.99, size=rng.integers(1, 40)),
+        lambda state, x: state.update(x),
+        lambda a, b: a.merge(b),
+        survival_read,
+        survival_batch,
+    ),
     "clipped mean": Case(
         lambda: ClippedMean(0.0, 1.0),
         lambda rng: np.where(rng.random(5) < 0.1, np.nan, rng.exponential(0.3, size=5)),
@@ -188,3 +249,34 @@ def test_an_update_leaves_what_others_hold(name):
     case.update(state, case.observe(rng))
     case.merge(state, state)
     np.testing.assert_array_equal(case.read(state), before)
+
+
+UPDATES = {"ratio": 10**6, "proportion": 10**6}
+"""A million where that takes seconds (it was run for all); else a tenth of it."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_updates_take_no_more_memory(name):
+    """A state is a value: what it holds is what it is when written out. Integers may take a few bytes more."""
+    case = CASES[name]
+    rng = np.random.default_rng(0)
+    observations = [case.observe(rng) for _ in range(100)]
+    state = case.empty()
+    for x in observations:
+        state = case.update(state, x)
+    early = len(pickle.dumps(state))
+    for x in itertools.islice(itertools.cycle(observations), UPDATES.get(name, 10**5)):
+        state = case.update(state, x)
+    assert len(pickle.dumps(state)) <= early + 64
+    # Many times the same observations: the same mean, however long the stream.
+    assert np.all(np.isfinite(np.asarray(case.read(state), dtype=np.float64)))
+
+
+def test_every_estimator_is_registered():
+    """Whatever can be updated, merged and read."""
+    found = set()
+    for module in pkgutil.iter_modules(hemostat_calibration.__path__, "hemostat_calibration."):
+        if not module.ispkg:
+            members = inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
+            found |= {c for _, c in members if all(callable(getattr(c, m, None)) for m in ("update", "merge", "get"))}
+    assert found == {type(case.empty()) for case in CASES.values()} - {sequential.LowerSequence}
