@@ -439,7 +439,7 @@ class Steering:
             if decision.action is guard.Action.PROMOTE:
                 self._promote(candidate, decision)
                 return
-            if decision.evidence.requests >= PATIENCE and self._trials.waiting:
+            if decision.evidence.requests >= PATIENCE and self._trials.makes_wait(candidate):
                 self._drop(candidate, "unproven", f"not proven by {PATIENCE} held-out requests, and others wait")
         if selected is not None:
             decision = self._trials.weigh_serving(place, record.prompt_key, now, record.tokens)

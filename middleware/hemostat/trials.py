@@ -86,6 +86,10 @@ class Trials:
         self.line.append(candidate)
         self._arrange()
 
+    def makes_wait(self, candidate: Candidate) -> bool:
+        """Whether somebody waits for whom this one might make room."""
+        return any(_rank(other) <= _rank(candidate) for other in self.waiting)
+
     def remove(self, leaves: Callable[[Candidate], bool]) -> None:
         for candidate in [c for c in self.line if leaves(c)]:
             self.line.remove(candidate)
@@ -132,7 +136,7 @@ class Trials:
         return guard.decide(self._guard, name)
 
     def _arrange(self) -> None:
-        self.line.sort(key=lambda c: c.source == TEMPERATURE_BIAS)
+        self.line.sort(key=_rank)
         for candidate in self.waiting:
             self._guard = guard.leave(self._guard, _name(candidate.version, candidate.scope))
         for candidate in self.tested:
@@ -150,6 +154,10 @@ class Trials:
         for role, number in state.tests.items():
             if number > before[role]:
                 self._spent(role, number)
+
+
+def _rank(candidate: Candidate) -> bool:
+    return candidate.source == TEMPERATURE_BIAS
 
 
 def _name(version: str, scope: str) -> str:

@@ -652,6 +652,10 @@ def test_who_has_not_proven_itself_in_time_makes_room_for_who_waits(monkeypatch:
     assert (event["version"], event["reason"], event["evidence"]["requests"]) == (first, "unproven", 30)
     bench.feed(EVEN, JUDGED[31:80])
     assert bench.steering.candidates == [second, third], "nobody waits any more"
+    bench.feed(EVEN, LEARNED[:40])
+    assert len(bench.steering.status()["waiting"]) == 2
+    bench.feed(EVEN, JUDGED[80:130])
+    assert bench.steering.candidates == [second, third], "temperature and bias have to wait"
 
 
 def test_where_the_engine_said_nothing_of_a_profile_the_record_is_no_evidence() -> None:
