@@ -59,6 +59,8 @@ class Governed(Protocol):
 
     async def set_mode(self, mode: str) -> None: ...
 
+    async def rebase(self, route: str) -> None: ...
+
 
 class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Body of POST /api/v1/calibration."""
@@ -87,6 +89,12 @@ class RollbackRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Body of POST /api/v1/profiles/rollback, if any; without a scope everything is taken back."""
 
     scope: Scope | None = None
+
+
+class RebaseRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /api/v1/alarm/rebase: what the route is from now on is its new baseline."""
+
+    route: Annotated[str, msgspec.Meta(max_length=256)]
 
 
 T = TypeVar("T")
@@ -178,6 +186,13 @@ def create_app(control: Governed, token: str | None, now: Callable[[], float]) -
         wanted = await _read(request, CalibrationRequest, '{"mode": "off"}, "observe" or "auto"')
         await control.set_mode(wanted.mode)
         return {"mode": wanted.mode}
+
+    @app.post("/api/v1/alarm/rebase", dependencies=guarded)
+    async def rebase(request: Request) -> dict[str, Any]:
+        wanted = await _read(request, RebaseRequest, '{"route": "/v1/chat/completions"}')
+        await control.rebase(wanted.route)
+        alarm: dict[str, Any] = control.status()["alarm"]
+        return alarm
 
     app.include_router(engine_router(control.engines, control.profile_bytes, now, require_token))
     return app

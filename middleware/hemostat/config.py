@@ -278,6 +278,19 @@ class Log(Section):
         return value.lower() if isinstance(value, str) else value
 
 
+class Alarm(Section):
+    """When the alarm goes off."""
+
+    budget_nats: float | None = Field(default=None, gt=0, lt=5)
+    """Allowed KL(reference‖compressed) above the noise floor, per token; none: no budget test."""
+    alpha: Fraction = 0.01
+    """Chance of any false alarm, over all routes, both tests and the whole run."""
+    baseline_tokens: int = Field(default=20_000, ge=0, le=1_000_000)
+    """Of each route, from which the change test learns what is usual; 0: no change test."""
+    clear_after: int = Field(default=30, ge=1)
+    """Requests in a row that must look right again before an alarm clears."""
+
+
 class Tracing(Section):
     """OpenTelemetry; needs the extra `hemostat[tracing]`."""
 
@@ -309,6 +322,7 @@ class Settings(Section):
     workers: int = Field(default=1, ge=1, le=256)
     shutdown_seconds: float = Field(default=30.0, ge=0, le=3600)
     limits: Limits = Limits()
+    alarm: Alarm = Alarm()
     log: Log = Log()
     tracing: Tracing = Tracing()
 

@@ -26,10 +26,12 @@ from prometheus_client import CollectorRegistry
 
 from hemostat import logs
 from hemostat.admin import create_app
+from hemostat.alarms import STATE as ALARM_STATE
+from hemostat.alarms import Alarms
 from hemostat.check import State, shadow_findings
 from hemostat.config import Settings
 from hemostat.engines import EngineRegistry
-from hemostat.floor import Floor
+from hemostat.floor import MODELS, Floor
 from hemostat.learner import Learner, Source
 from hemostat.link import RelayLink
 from hemostat.measure import Measurements
@@ -75,6 +77,9 @@ class Control:
         self.data_port = data_port
         self.engines = EngineRegistry()
         self.measurements = Measurements()
+        self.alarms = Alarms(
+            settings.alarm, MODELS if settings.shadow.floor_fraction > 0.0 else (), self._save, time.time
+        )
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.registry = CollectorRegistry()
         self.registry.register(HemostatCollector(self))
@@ -116,7 +121,7 @@ class Control:
                     budget=budget,
                     compressed=self.itself,
                     reference=self.reference,
-                    sink=self.measurements.observe_floor,
+                    sink=self._scored_itself,
                     count=self._count_floor,
                     clock=time.monotonic,
                 )
@@ -152,6 +157,9 @@ class Control:
     def _count(self, outcome: str, reason: str) -> None:
         self.endings[outcome, reason] = self.endings.get((outcome, reason), 0) + 1
 
+    def _scored_itself(self, model: str, record: TokenRecord) -> None:
+        self.alarms.observe_floor(model, self.measurements.observe_floor(model, record))
+
     def _count_floor(self, model: str, outcome: str) -> None:
         self.floor_counts[model, outcome] = self.floor_counts.get((model, outcome), 0) + 1
 
@@ -162,6 +170,7 @@ class Control:
         )
         if self.records is not None:
             self.records.write(capture, record, figures)
+        self.alarms.observe(record, figures)
         if self.floor is not None:
             self.floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record)
         if self.tracing is not None and capture.traceparent:
@@ -396,11 +405,13 @@ class Control:
             profiles = await asyncio.to_thread(self.store.profiles)
             states = {name: await asyncio.to_thread(self.store.get_state, name) for name in STATES}
             events = await asyncio.to_thread(self.store.events, EVENTS_HELD)
+            alarm = await asyncio.to_thread(self.store.get_state, ALARM_STATE)
         except StoreFailure as failure:
             self.store_failures += 1
             log.error("%s", failure)
             return
-        self.steering.restore(profiles, states, events)
+        self.steering.restore(profiles, states, [e for e in events if e.get("decision") != "alarm"])
+        self.alarms.restore(alarm, [e for e in events if e.get("decision") == "alarm"])
 
     # --- what the admin port shows (admin.Governed) ----------------------------------------------------------------
 
@@ -430,6 +441,8 @@ class Control:
             "raw": self.measurements.summary(None),
             "where": self.measurements.where(),
             "arms": self.measurements.arms(),
+            "alarm": self.alarms.report(),
+            "decoding": self.measurements.strategies.report(),
             "trajectory": self.measurements.trajectories.report(),
             "noise_floor": self.measurements.floor(),
             "excess": self.measurements.excess(),
@@ -508,6 +521,9 @@ class Control:
         self.steering.rollback(reason, scope)
         self.publish()
 
+    async def rebase(self, route: str) -> None:
+        self.alarms.rebase(route)
+
     async def set_mode(self, mode: str) -> None:
         self.steering.set_mode(mode)
         self._teach()
@@ -567,6 +583,7 @@ class Control:
         for scope, own in self.steering.scoped.items():
             yield "hemostat_profile_scope_info", text, {"scope": scope, "version": own}, 1.0
         yield from self.measurements.gauges()
+        yield from self.alarms.gauges()
         won_back = (self.measurements.recovered(self.steering.shown) or {}).get("estimate")
         if won_back is not None:
             text = "Part of KL(reference||compressed) that the profile wins back, on the same tokens."
@@ -578,6 +595,7 @@ class Control:
             await self.reference.close()
         if self.itself is not None:
             await self.itself.close()
+        self.alarms.keep()
         while not self._saves.empty():
             method, *args = self._saves.get_nowait()
             with contextlib.suppress(StoreFailure):

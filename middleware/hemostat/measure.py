@@ -15,9 +15,11 @@ import numpy as np
 
 from hemostat.figures import StageFigures, finite
 from hemostat.floor import MODELS
+from hemostat.strategies import UNKNOWN, Strategies, strategy
 from hemostat.trajectories import Trajectories
 from hemostat_calibration import confidence
 from hemostat_calibration.confidence import MeanSequence
+from hemostat_calibration.decoding import sampled
 from hemostat_calibration.divergence import TokenDivergence, calibrated, divergence, gain
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
@@ -103,7 +105,8 @@ class Measurements:
         self._tv = {key: Histogram(TV_EDGES) for key in staged}
         self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODINGS}
         self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODINGS}
-        self._places: dict[tuple[str, str], tuple[int, float]] = {}
+        self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
+        self.strategies = Strategies()
         self._where: dict[tuple[str, str], StageFigures] = {}
         self._served = {arm: StageFigures() for arm in arms}
         self._floor = {model: StageFigures() for model in MODELS}
@@ -125,15 +128,19 @@ class Measurements:
         raw = divergence(record, served)
         after = raw if profile is None else calibrated(record, profile, served)
         won_back = None if profile is None else gain(record, profile)
+        decoded = strategy(record)
+        drawn = None if decoded == UNKNOWN else sampled(record)
         # All is computed before anything is added, so that a record counts in every figure or in none.
         arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
         self.tokens += record.tokens
         self._scored[arm, decoding] += record.tokens
         self._raw.add(raw)
         self.trajectories.add(record, raw)
-        tokens, nats = self._places.get((record.route, record.label), (0, 0.0))
+        self.strategies.add(decoded, raw, drawn)
+        place = record.route, record.label, decoded
+        tokens, nats = self._places.get(place, (0, 0.0))
         finite = raw.kl_rc[np.isfinite(raw.kl_rc)]
-        self._places[record.route, record.label] = (tokens + len(finite), nats + float(finite.sum()))
+        self._places[place] = (tokens + len(finite), nats + float(finite.sum()))
         self._where.setdefault((record.route, record.label), StageFigures()).add(raw)
         # What the client really got: of a treated request that is the calibrated distribution.
         self._served[arm].add(raw if record.applied is None else after)
@@ -155,9 +162,11 @@ class Measurements:
                 self._after.popitem(last=False)
         return raw
 
-    def observe_floor(self, model: str, record: TokenRecord) -> None:
-        """Add a record in which `model` (of `floor.MODELS`) stands on both sides."""
-        self._floor[model].add(divergence(record))
+    def observe_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
+        """Add a record in which `model` (of `floor.MODELS`) stands on both sides; returns its figures."""
+        figures = divergence(record)
+        self._floor[model].add(figures)
+        return figures
 
     def floor(self) -> dict[str, Any]:
         """By model, how far it is from itself: the figures that no compression explains."""
@@ -249,8 +258,8 @@ class Measurements:
         for (arm, decoding), tokens in self._scored.items():
             labels = {"arm": arm, "decoding": decoding}
             yield "hemostat_scored_tokens", "Output tokens scored by both models.", labels, tokens
-        for (route, label), (tokens, nats) in self._places.items():
-            labels = {"route": route, "label": label}
+        for (route, label, decoded), (tokens, nats) in self._places.items():
+            labels = {"route": route, "label": label, "strategy": decoded}
             yield (
                 "hemostat_kl_nats",
                 "Sum of KL(reference||compressed) over tokens; divide by their number.",

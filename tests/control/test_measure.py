@@ -267,6 +267,30 @@ def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
     assert treated.trajectories.report() == {}, "of the compressed model itself"
 
 
+def test_figures_stand_apart_by_decoding() -> None:
+    measured = Measurements()
+    given = records(30)
+    for n, record in enumerate(given):
+        unknown = Sampling(temperature=math.nan)
+        measured.observe(replace(record, sampling=unknown) if n % 5 == 4 else record, None, None)
+    report = {told["strategy"]: told for told in measured.strategies.report()}
+    assert list(report) == ["greedy", "t1", "unknown"]
+    assert sum(told["requests"] for told in report.values()) == 30
+    assert report["unknown"]["drawn_from"] is None
+    greedy = [record for n, record in enumerate(given) if record.sampling.greedy and n % 5 != 4]
+    differ = 1.0 - np.concatenate([divergence(record).top1_agreement for record in greedy]).mean()
+    drawn = report["greedy"]["drawn_from"]["total_variation"]
+    assert drawn["lower"] == drawn["upper"] == pytest.approx(differ), "greedily, they differ or they do not"
+    at_one = report["t1"]
+    assert at_one["drawn_from"]["total_variation"]["lower"] == pytest.approx(at_one["total_variation"], abs=1e-9) or (
+        at_one["drawn_from"]["total_variation"]["lower"] > at_one["total_variation"]
+    ), "nothing is cut: the sharper of two lower bounds"
+    assert at_one["drawn_from"]["unavailable_share"] == 0.0
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    counted = {labels["strategy"] for name, _, labels, _ in measured.counters() if name == "hemostat_kl_tokens"}
+    assert counted == set(report)
+
+
 def test_excess_is_over_both_models_own_noise() -> None:
     measured = Measurements()
     for record in records(5):
@@ -369,11 +393,10 @@ def test_divergence_adds_up_by_route_and_label() -> None:
     made = records(3)
     for record, label in zip(made, ("a", "b", "a"), strict=True):
         measured.observe(replace(record, route="/v1/completions", label=label), None, None)
-    found = {
-        (name, labels["label"]): value
-        for name, _, labels, value in measured.counters()
-        if labels.get("route") == "/v1/completions"
-    }
+    found: dict[tuple[str, str], float] = {}
+    for name, _, labels, value in measured.counters():
+        if labels.get("route") == "/v1/completions":
+            found[name, labels["label"]] = found.get((name, labels["label"]), 0.0) + value
     nats = [divergence(record).kl_rc.sum() for record in made]
     assert found["hemostat_kl_nats", "a"] == pytest.approx(nats[0] + nats[2])
     assert found["hemostat_kl_nats", "b"] == pytest.approx(nats[1])

@@ -1,0 +1,164 @@
+"""The alarm while serving: what reaches it, what it tells, what survives a restart."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.control.making import control, settings
+from tests.control.test_admin import AUTHORIZED, port
+from tests.core.strategies import Truth, log_softmax, make_record
+
+from hemostat import config
+from hemostat.alarms import STATE, Alarms
+from hemostat.floor import MODELS
+from hemostat_calibration.divergence import divergence
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.records import TokenRecord
+
+ROUTE = "/v1/chat/completions"
+V = 50
+
+
+def record(seed: int, noise: float) -> TokenRecord:
+    """Forty tokens of two models whose logits differ by `noise`."""
+    rng = np.random.default_rng(seed)
+    reference = log_softmax(rng.normal(size=(40, V)) * 2.0)
+    compressed = log_softmax(reference + noise * rng.normal(size=(40, V)))
+    emitted = np.array([rng.choice(V, p=np.exp(row)) for row in compressed])
+    return replace(make_record(Truth(reference, compressed, emitted), 20), route=ROUTE, request_id=str(seed))
+
+
+class Bench:
+    def __init__(self, **given: Any) -> None:
+        self.saved: list[tuple[Any, ...]] = []
+        self.now = 1000.0
+        floors = given.pop("floors", ())
+        self.alarms = Alarms(config.Alarm(**given), floors, lambda *call: self.saved.append(call), lambda: self.now)
+
+    def feed(self, seeds: range, noise: float) -> None:
+        for seed in seeds:
+            self.now += 1.0
+            one = record(seed, noise)
+            self.alarms.observe(one, divergence(one))
+
+    def raised(self) -> dict[str, bool]:
+        return {test["test"]: test["raised"] for test in self.alarms.report()["tests"]}
+
+    def events(self) -> list[dict[str, Any]]:
+        return [call[1] for call in self.saved if call[0] == "append_event"]
+
+
+def test_a_change_is_seen_told_and_cleared() -> None:
+    bench = Bench(baseline_tokens=2000, clear_after=5)
+    bench.feed(range(60), 0.1)
+    assert bench.raised() == {"change": False}
+    assert bench.alarms.report()["tests"][0]["learning"] == 1.0
+    bench.feed(range(60, 80), 0.1)
+    assert not bench.events()
+    began = bench.now
+    bench.feed(range(80, 90), 0.6)
+    assert bench.raised() == {"change": True}
+    (event,) = bench.events()
+    assert event["decision"] == "alarm"
+    assert began - 2.0 <= event["evidence"]["since"] <= event["evidence"]["at"] <= began + 10.0
+    assert event["evidence"]["on_tokens"] > 0
+    report = bench.alarms.report()
+    assert report["raised"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    gauges = {(name, *labels.values()): value for name, _, labels, value in bench.alarms.gauges()}
+    assert gauges["hemostat_hemorrhage_alarm", "change", ROUTE] == 1.0
+    bench.feed(range(90, 120), 0.1)
+    assert bench.raised() == {"change": False}
+    assert [event["evidence"]["raised"] for event in bench.events()] == [True, False]
+
+
+def test_the_budget_is_above_the_floor_and_waits_for_it() -> None:
+    bench = Bench(budget_nats=0.05, baseline_tokens=0, floors=MODELS)
+    bench.feed(range(40), 1.0)
+    assert bench.raised() == {"budget": False}, "no floor, no test"
+    assert bench.alarms.report()["floor_upper_nats"] is None
+    for seed in range(200):
+        for model in MODELS:
+            bench.alarms.observe_floor(model, divergence(record(seed, 0.02)))
+    floor = bench.alarms.report()["floor_upper_nats"]
+    assert 0.0 < floor < 0.02
+    bench.feed(range(40, 120), 1.0)
+    assert bench.raised() == {"budget": True}
+
+
+def test_without_a_measured_floor_the_budget_is_on_the_divergence_itself() -> None:
+    allowed = Bench(budget_nats=2.0, baseline_tokens=0)
+    exceeded = Bench(budget_nats=0.05, baseline_tokens=0)
+    for bench in (allowed, exceeded):
+        bench.feed(range(60), 1.0)
+    assert allowed.raised() == {"budget": False}
+    assert exceeded.raised() == {"budget": True}
+    assert exceeded.alarms.report()["floor_upper_nats"] == 0.0
+
+
+def test_a_restart_goes_on_where_it_was() -> None:
+    bench = Bench(baseline_tokens=2000)
+    bench.feed(range(60), 0.1)
+    bench.feed(range(60, 70), 0.6)
+    bench.alarms.keep()
+    kept = [call[2] for call in bench.saved if call[:2] == ("set_state", STATE)][-1]
+    again = Bench(baseline_tokens=2000)
+    again.alarms.restore(kept, bench.events())
+    assert again.alarms.report()["tests"] == bench.alarms.report()["tests"]
+    assert list(again.alarms.events) == list(bench.alarms.events)
+    again.feed(range(70, 72), 0.6)
+    assert not again.events(), "it was told already"
+
+
+@pytest.mark.parametrize("kept", ["", "{}", '{"is": "Settings", "fields": {}}', "\x00"])
+def test_a_state_that_cannot_be_read_is_logged_and_begun_anew(kept: str, caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(baseline_tokens=2000)
+    bench.alarms.restore(kept, [])
+    assert "stored alarm" in caplog.text
+    bench.feed(range(3), 0.1)
+    assert bench.raised() == {"change": False}
+
+
+def test_rebase_learns_what_is_from_now_on() -> None:
+    bench = Bench(baseline_tokens=2000)
+    bench.feed(range(60), 0.1)
+    bench.feed(range(60, 70), 0.6)
+    assert bench.raised() == {"change": True}
+    with pytest.raises(HemostatError, match="'/nowhere' is not watched; watched: /v1/chat/completions"):
+        bench.alarms.rebase("/nowhere")
+    bench.alarms.rebase(ROUTE)
+    assert bench.raised() == {"change": False}
+    bench.feed(range(70, 140), 0.6)
+    assert bench.raised() == {"change": False}
+
+
+async def test_over_the_admin_port(tmp_path: Path) -> None:
+    async with control(tmp_path, settings(alarm={"baseline_tokens": 1000})) as one, port(one) as http:
+        for seed in range(40):
+            given = record(seed, 0.1 if seed < 30 else 0.8)
+            one.alarms.observe(given, divergence(given))
+        status = (await http.get("/api/v1/status")).json()
+        assert status["alarm"]["raised"] is True
+        metrics = (await http.get("/metrics")).text
+        assert f'hemostat_hemorrhage_alarm{{route="{ROUTE}",test="change"}} 1.0' in metrics
+        assert (await http.post("/api/v1/alarm/rebase", json={"route": ROUTE})).status_code == 401
+        assert (await http.post("/api/v1/alarm/rebase", json={"rout": ROUTE}, headers=AUTHORIZED)).status_code == 422
+        answer = await http.post("/api/v1/alarm/rebase", json={"route": ROUTE}, headers=AUTHORIZED)
+        assert answer.json()["raised"] is False
+
+
+def test_values_that_are_not_numbers_reach_no_test() -> None:
+    bench = Bench(baseline_tokens=100, budget_nats=0.1)
+    one = record(0, 0.1)
+    nothing = replace(divergence(one), kl_rc=np.full(one.tokens, math.nan))
+    blind = replace(one, reference_at=np.full_like(one.reference_at, math.nan))
+    for _ in range(30):
+        bench.alarms.observe(blind, nothing)
+    assert not any(bench.raised().values())
+    assert bench.alarms.report()["tests"][0]["tokens"] == 0
