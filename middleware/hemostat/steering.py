@@ -61,7 +61,9 @@ REPLACE_TESTED = 4
 PROPOSE_WITHIN = 500_000
 """More tokens than this are never waited for."""
 PATIENCE = 500
-"""Held-out requests after which an unproven candidate makes room for one that waits."""
+"""Held-out requests after which an unproven candidate makes room for one of its kind that waits."""
+LONGER_PATIENCE = 4 * PATIENCE
+"""The same where temperature and bias wait for another kind."""
 BATCH = 8
 """Learning records that are gathered before one update of the calibrator."""
 ALL = ""
@@ -439,8 +441,10 @@ class Steering:
             if decision.action is guard.Action.PROMOTE:
                 self._promote(candidate, decision)
                 return
-            if decision.evidence.requests >= PATIENCE and self._trials.makes_wait(candidate):
-                self._drop(candidate, "unproven", f"not proven by {PATIENCE} held-out requests, and others wait")
+            requests = decision.evidence.requests
+            patience = PATIENCE if self._trials.equals_wait(candidate) else LONGER_PATIENCE
+            if requests >= patience and self._trials.waiting:
+                self._drop(candidate, "unproven", f"not proven by {requests} held-out requests, and others wait")
         if selected is not None:
             decision = self._trials.weigh_serving(place, record.prompt_key, now, record.tokens)
             if decision is not None and decision.reason is not None and not self.pinned:

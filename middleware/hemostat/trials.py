@@ -86,8 +86,8 @@ class Trials:
         self.line.append(candidate)
         self._arrange()
 
-    def makes_wait(self, candidate: Candidate) -> bool:
-        """Whether somebody waits for whom this one might make room."""
+    def equals_wait(self, candidate: Candidate) -> bool:
+        """Whether one waits that has no less to be hoped from."""
         return any(_rank(other) <= _rank(candidate) for other in self.waiting)
 
     def remove(self, leaves: Callable[[Candidate], bool]) -> None:
