@@ -290,7 +290,8 @@ def _entropy(logprobs: Floats) -> Floats:
 
 
 def _delta_p(record: TokenRecord, emitted: Floats) -> Floats:
-    return np.clip(np.exp(emitted) - np.exp(record.reference_emitted), -1.0, 1.0)
+    difference: Floats = np.clip(np.exp(emitted) - np.exp(record.reference_emitted), -1.0, 1.0)
+    return difference
 
 
 def _reference_entropy(record: TokenRecord) -> Floats:
