@@ -150,7 +150,15 @@ class Child:
         return f"{code}; it said: {said}" if said else code
 
     async def close(self) -> None:
-        """End it: its input ends, and soon it is killed."""
+        """End it: its input ends, and soon it is killed. Whoever is cancelled meanwhile still sees it through."""
+        ending = asyncio.ensure_future(self._close())
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await ending
+            raise
+
+    async def _close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         with contextlib.suppress(TimeoutError):

@@ -59,9 +59,9 @@ def kl(log_r: npt.NDArray[np.floating], log_c: npt.NDArray[np.floating]) -> floa
     return float((np.exp(log_r) * (log_r - log_c)).sum(1).mean())
 
 
-def make(seed: int = 0) -> World:
+def make(seed: int = 0, vocab_size: int = V) -> World:
     rng = np.random.default_rng(seed)
-    weight = rng.normal(0, 0.6, (V, D)).astype(np.float32)
+    weight = rng.normal(0, 0.6, (vocab_size, D)).astype(np.float32)
     return World(weight, (0.35 * rng.normal(0, 1, (D, D)) / np.sqrt(D)).astype(np.float32))
 
 

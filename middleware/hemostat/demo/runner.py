@@ -28,6 +28,7 @@ from rich.live import Live
 from hemostat.compress import Checkpoints, cached_checkpoints, copy_checkpoint
 from hemostat.demo import prompts, view
 from hemostat.demo.traffic import drive
+from hemostat.demo.varied import varied
 from hemostat.vllm_process import (
     LOGITS_PROCESSOR,
     STOPS_WITHIN,
@@ -44,7 +45,7 @@ SERVED_NAME = "smollm2-135m-instruct"
 DATA_PORT, ADMIN_PORT = 8080, 8081
 """Taken when they are free, otherwise any."""
 TOP_K = 64
-CALIBRATION = {"mode": "auto", "min_tokens": 3000, "held_out_fraction": 0.5, "clamp_nats": 0.5}
+CALIBRATION = {"mode": "auto", "min_tokens": 3000, "held_out_fraction": 0.5, "clamp_nats": 1.0}
 """A demo has minutes: propose early, judge by half of the prompts, and change little: what a profile needs to prove
 itself grows with the range of what it may do."""
 QUEUE_SOFT_LIMIT = 32
@@ -94,6 +95,8 @@ def run(options: DemoOptions) -> int:
     Raises HemostatError for what the user has to put right before anything is started.
     """
     loaded = prompts.load(options.prompts)
+    if options.prompts is None:
+        loaded += varied()
     forced = _forced_version(options.force_profile)
     _check_destinations(options)
     return asyncio.run(_Demo(options, loaded, forced).run())
@@ -255,6 +258,8 @@ class _Demo:
             if late and (news := f"reference {state}: {detail}") != said:
                 self._say(news)
                 said = news
+            await asyncio.sleep(REFRESH)
+        while scene.status["learner"]["state"] == "starting":  # noqa: ASYNC110  polled, like all that the scene shows
             await asyncio.sleep(REFRESH)
         began = time.monotonic()
         while self._forced is not None and self._forced not in scene.status["engines"]["acknowledged"]:

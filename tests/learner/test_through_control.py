@@ -1,0 +1,294 @@
+"""From a capture to a profile that serves: the real control process's parts and a real learner, between a reference and
+an engine of a small world."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from tests.control.making import control, settings
+from tests.control.test_scorer import capture
+from tests.fakes.fake_vllm import VOCAB, FakeVllm, encode, render, serving
+from tests.learner.test_learner import children, until
+from tests.learner.world import D, K, World, logprobs, make, save
+
+from hemostat import control as control_module
+from hemostat.control import Control
+from hemostat.engines import EngineReport, TapMessage, TapRun
+from hemostat.messages import Capture, Policy
+from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
+from hemostat_calibration import transform
+from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.records import Candidates, Ids, TokenRecord
+from hemostat_calibration.split import held_out, prompt_key
+
+TOKENS = 16
+
+
+def prompt_of(seed: int) -> Ids:
+    return np.array([seed % VOCAB, seed // VOCAB], np.int32)
+
+
+def seed_of(prompt: Ids) -> int:
+    return int(prompt[0]) + VOCAB * int(prompt[1])
+
+
+class WorldReference:
+    """Says of a prompt's every continuation what the world's reference says."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world = world
+        self.folder = folder
+        self.hidden_for: list[bytes] = []
+
+    async def start(self) -> ReferenceInfo:
+        return ReferenceInfo("ref", "digest", "float32", VOCAB, True, D, "", self.folder)
+
+    async def score(
+        self,
+        prompt: Ids,
+        output: Ids,
+        ids: Ids,
+        profiles: tuple[CalibrationProfile, ...] = (),
+        codes: Mapping[str, Any] = NO_CODES,
+        hidden: bool = False,
+        *,
+        reshaped: bool = False,
+    ) -> ReferenceScores:
+        if len(output) != TOKENS or len(prompt) != 2:  # what others ask
+            await asyncio.sleep(0)
+            prompt = prompt_of(0)
+        h = self.world.hidden(seed_of(prompt), len(output))[0]
+        log_r = logprobs(h @ self.world.weight.T)
+        r = np.exp(log_r)
+        rows = np.arange(len(output))[:, None]
+        best = np.argsort(-log_r, 1)[:, :K].astype(np.int32)
+        expected = {p.version: np.full(len(output), np.nan) for p in profiles}
+        for p in profiles:
+            if p.version in codes:
+                shift = np.clip(codes[p.version] @ p.parameters["up"].T.astype(float), -p.clamp_nats, p.clamp_nats)
+                expected[p.version] = (r * shift).sum(1)
+            elif p.family == "temperature_bias" and float(p.parameters["inverse_temperature"]) == 1.0:
+                expected[p.version] = r @ np.clip(p.parameters["bias"], -p.clamp_nats, p.clamp_nats).astype(float)
+        if hidden:
+            self.hidden_for.append(prompt_key(prompt))
+        return ReferenceScores(
+            at=np.where(ids >= 0, log_r[rows, np.maximum(ids, 0)], np.nan),
+            top=Candidates(best, log_r[rows, best]),
+            emitted=log_r[rows[:, 0], output],
+            entropy=-(r * log_r).sum(1),
+            expected_shift=expected,
+            hidden=h if hidden else None,
+        )
+
+    async def tokenize(self, text: str) -> list[int]:
+        return encode(text)
+
+    async def render(self, messages: list[dict[str, str]]) -> list[int]:
+        return render(messages)
+
+    async def close(self) -> None:
+        return
+
+
+class WorldEngine:
+    """The compressed model with the plugin: it holds what it is told, and taps."""
+
+    def __init__(self, world: World, one: Control) -> None:
+        self.world = world
+        self.one = one
+        self.held: list[str] = []
+
+    def reports(self) -> None:
+        report = EngineReport("boot", 0, 1, self.held, VOCAB, {}, "v1", "0.32.0")
+        self.held = self.one.engines.report(report, time.monotonic())
+
+    def serves(self, seed: int, policy: Policy, **damage: Any) -> Capture:
+        """A request's capture, after its tap. damage: fields of the tap's run."""
+        h = self.world.hidden(seed, TOKENS)[1]
+        z = (h @ self.world.weight.T).astype(np.float64)
+        requested = policy.serving if policy.serving in policy.acknowledged else None
+        profiles = [p for v in self.held if (p := self.one.steering.held(v)) is not None]
+        log_c = logprobs(z)
+        shifts = {p.version: transform.shift(p, z) for p in profiles}
+        served = logprobs(z + shifts[requested]) if requested is not None else log_c
+        output = np.array(
+            [np.random.default_rng((seed, t)).choice(VOCAB, p=np.exp(row)) for t, row in enumerate(served)]
+        )
+        normalizers = {v: np.log((np.exp(log_c) * np.exp(s)).sum(1)).tolist() for v, s in shifts.items()}
+        reading = next((ids for p in profiles if (ids := transform.anchors(p)) is not None), None)
+        run: dict[str, Any] = {"versions": normalizers, "applied": requested}
+        if reading is not None:
+            features = z[:, reading] - z[:, reading].mean(1, keepdims=True)
+            run |= {"anchors": transform.anchors_digest(reading), "features": features.astype("<f2").tobytes()}
+        self.one.engines.tap(
+            TapMessage("boot", [TapRun(nonce=f"n{seed}", start=0, tokens=TOKENS, **(run | damage))]), time.monotonic()
+        )
+        ids = np.full((TOKENS, K + 1), -1, "<i4")
+        ids[:, :K] = np.argsort(-log_c, 1)[:, :K]
+        emitted = log_c[np.arange(TOKENS), output]
+        values = np.take_along_axis(log_c, np.maximum(ids, 0).astype(int), 1)
+        absent = ~(ids == output[:, None]).any(1)
+        ids[absent, K], values[absent, K] = output[absent], emitted[absent]
+        values[ids < 0] = -np.inf
+        return msgspec.structs.replace(
+            capture(f"r{seed}"),
+            model="fake",
+            requested=requested,
+            arm="treated" if requested else "control",
+            nonce=f"n{seed}",
+            prompt_token_ids=prompt_of(seed).astype("<i4").tobytes(),
+            output_token_ids=output.astype("<i4").tobytes(),
+            top_k=K,
+            candidate_ids=ids.tobytes(),
+            candidate_logprobs=values.astype("<f4").tobytes(),
+            emitted_logprobs=emitted.astype("<f4").tobytes(),
+            captured_at=time.monotonic(),
+        )
+
+
+class Bench:
+    def __init__(self, one: Control, reference: WorldReference) -> None:
+        self.one = one
+        self.reference = reference
+        self.engine = WorldEngine(reference.world, one)
+        self.told: list[Policy] = []
+        self.learned_from: list[bytes] = []
+        self._seed = 0
+        one.link.set_policy = self.told.append  # type: ignore[method-assign]
+        offer = one.learner.offer
+
+        def note(record: TokenRecord, scope: str = "") -> None:
+            self.learned_from.append(record.prompt_key)
+            offer(record, scope)
+
+        one.learner.offer = note  # type: ignore[method-assign]
+
+    async def ready(self) -> None:
+        await until(lambda: self.one.reference_state == "ready", 20)
+        await until(lambda: self.one.learner.state == "learning", 20)
+        for _ in range(2):
+            self.engine.reports()
+        self.one.publish()
+
+    async def requests(self, count: int, **damage: Any) -> None:
+        """That many more, all of them to their end."""
+        for _ in range(count):
+            self._seed += 1
+            self.one._captured(self.engine.serves(self._seed, self.told[-1], **damage))
+        assert self.one.scorer is not None
+        await until(lambda: self.one.scorer.pending == 0, 20)  # type: ignore[union-attr]
+        self.engine.reports()
+        self.engine.reports()
+        self.one.publish()
+
+    async def until(self, condition: Any, requests: int) -> None:
+        """Requests until it is so, at most that many."""
+        for _ in range(0, requests, 20):
+            if condition():
+                return
+            await self.requests(20)
+        assert condition(), self.one.status()
+
+
+@asynccontextmanager
+async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    monkeypatch.setattr(control_module, "HOUSEKEEPING", 0.05)
+    world = make(vocab_size=VOCAB)
+    reference = WorldReference(world, save(world, folder / "checkpoint"))
+    monkeypatch.setattr(control_module, "make_reference", lambda _: reference)
+    calibration = {
+        "mode": "auto",
+        "min_tokens": 1500,
+        "held_out_fraction": 0.5,
+        "clamp_nats": 1.5,
+        "anchors": 48,
+        "rank": 8,
+    }
+    with serving(FakeVllm()) as url:
+        made = settings(url, reference={"backend": "transformers", "model": "world"}, calibration=calibration)
+        async with control(folder, made, loops=True) as one:
+            learning = asyncio.create_task(one.learner.run())
+            try:
+                started = Bench(one, reference)
+                await started.ready()
+                yield started
+            finally:
+                learning.cancel()
+                await asyncio.gather(learning, return_exceptions=True)
+    assert children() == []
+
+
+async def test_a_contextual_profile_is_learned_held_tapped_judged_and_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path, monkeypatch) as b:
+        steering = b.one.steering
+        (probe,) = b.engine.held
+        assert steering.describe(probe)["state"] == "probe"  # type: ignore[index]
+
+        def candidate() -> Any:
+            contextual = (steering.held(v) for v in steering.candidates)
+            return next((p for p in contextual if p is not None and p.family == "contextual"), None)
+
+        await b.until(lambda: candidate() is not None, 600)
+        proposed = candidate().version
+        assert proposed in b.engine.held
+        assert probe not in b.engine.held, "the candidate's anchors are the same"
+        await b.until(lambda: steering.selected == proposed, 800)
+        (promoted,) = [e for e in b.one.profiles()["events"] if e["decision"] == "promote"]
+        assert promoted["version"] == proposed
+        assert promoted["evidence"]["lower"] > 0
+        assert b.told[-1].serving == proposed
+        assert b.told[-1].acknowledged >= {proposed}
+        await b.requests(40)
+        assert b.one.measurements.recovered(proposed)["estimate"] > 0.1  # type: ignore[index]
+
+        # Nothing was learned from what judged, nor were its hidden states asked for.
+        assert len(set(b.learned_from)) > 50
+        assert not any(held_out(key, 0.5) for key in [*b.learned_from, *b.reference.hidden_for])
+        status = b.one.status()["learner"]
+        assert status["sources"]["hidden"] == status["tokens"] > 1500
+        assert b.one.scorer is not None
+        assert not b.one.scorer.features_dropped
+        metrics = {(name, tuple(labels.items())): value for name, _, labels, value in b.one.counters()}
+        assert metrics["hemostat_learned_tokens", (("source", "hidden"),)] == status["tokens"]
+
+
+async def test_an_engine_without_usable_features_costs_only_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path, monkeypatch) as b:
+        assert b.one.scorer is not None
+        await b.requests(8, anchors="f" * 32)
+        await b.requests(8, anchors=None, features=None)
+        await b.requests(8, features=np.full(TOKENS * 48, np.inf, "<f2").tobytes())
+        await b.requests(8, features=np.full(TOKENS * 48, np.nan, "<f2").tobytes())
+        await b.requests(8, features=np.zeros(TOKENS * 47, "<f2").tobytes())
+        assert b.one.scorer.features_dropped == {
+            "other_anchors": 8, "not_sent": 8, "not_finite": 8, "masked": 8, "shape": 8
+        }  # fmt: skip
+        assert b.one.status()["requests"]["scored"] == 40
+        await until(lambda: sum(b.one.learner.sources().values()) == TOKENS * len(b.learned_from))
+        assert {source for source, tokens in b.one.learner.sources().items() if tokens} == {"hidden_from_list"}
+        dropped = {labels["reason"]: v for n, _, labels, v in b.one.counters() if n == "hemostat_features_dropped"}
+        assert dropped["masked"] == 8
+
+
+async def test_off_ends_the_learner_and_auto_begins_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench(tmp_path, monkeypatch) as b:
+        await b.one.set_mode("off")
+        await until(lambda: not children())
+        assert b.one.status()["learner"]["state"] == "off"
+        assert b.one.status()["learner"]["detail"] == "calibration is off"
+        await b.requests(4)
+        assert not b.reference.hidden_for
+        await b.one.set_mode("observe")
+        await until(lambda: b.one.learner.state == "learning", 20)
