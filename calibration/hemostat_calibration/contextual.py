@@ -18,7 +18,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration import hidden, mlp, regression
+from hemostat_calibration import hidden, mlp, objective, regression
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.families import CONTEXTUAL
 from hemostat_calibration.hidden import Singles
@@ -121,14 +121,14 @@ def choose_anchors(
     while len(chosen) < count:
         left = np.where(taken, -1.0, sizes)
         least = 1e-4 * float(left.max())
-        directions = np.zeros((0, rows.shape[1]), dtype=np.float32)
-        while len(chosen) < count:
+        directions = np.zeros((rows.shape[1] + 1, rows.shape[1]), dtype=np.float32)
+        for at in range(min(len(directions), count - len(chosen))):
             pivot = int(np.argmax(left))
             chosen.append(pivot)
             taken[pivot] = True
-            direction = rows[pivot] - directions.T @ (directions @ rows[pivot])
+            direction = rows[pivot] - directions[:at].T @ (directions[:at] @ rows[pivot])
             direction /= max(float(np.linalg.norm(direction)), 1e-30)
-            directions = np.vstack([directions, direction])
+            directions[at] = direction
             left -= np.square(rows @ direction)
             left[taken] = -1.0
             if left.max() <= least:
@@ -157,7 +157,7 @@ class Source(StrEnum):
     LIST = "list"
     """Features, but of the reference only its likeliest ids."""
     UNUSABLE = "unusable"
-    """Neither features nor a hidden state."""
+    """Neither features nor a hidden state; or one of the rows of a record for which the engine gave no features."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -204,10 +204,11 @@ class ContextualState:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a proposal came about. variant: "linear", "mlp" or "list" (learned from the reference's likeliest ids).
+    """How a proposal came about. variant: "linear"; "mlp", a network learned by squared error; "mlp_kl", by KL itself
+    after that; "list", learned from the reference's likeliest ids.
 
-    gain: nats per token, to second order, on learning prompts that the map was not learned from; error: its standard
-    error. penalty: of the ridge, as a part of the rows' weight.
+    gain: KL won, nats per token, on learning prompts that a map so made was not learned from; error: its standard
+    error, by prompts. penalty: of the ridge that it began as, a part of the rows' weight.
     """
 
     variant: str
@@ -312,9 +313,10 @@ class Contextual:
         tokens, requests = state.tokens, state.requests
         for record in records:
             source, rows = self._rows(record, state, tokens)
-            sources[source] += record.tokens
+            sources[Source.UNUSABLE] += record.tokens - (rows.tokens if rows else 0)
             if rows is None:
                 continue
+            sources[source] += rows.tokens
             tokens += rows.tokens
             requests += 1
             recent.append(rows)
@@ -426,8 +428,8 @@ class Contextual:
     def fit(
         self, state: ContextualState, base: ContextualState | None = None, progress: Progress | None = None
     ) -> Proposal | None:
-        """The map whose penalty and rank did best across the folds, with how it came about; None while there is too
-        little to learn from, or where no map gains more than one standard error.
+        """The map that did best on prompts that it was not learned from, with how it came about; None while there is
+        too little to learn from, or where no map gains more than one standard error there.
 
         base: what was learned of all traffic, for a state of a part of it: the penalty pulls towards that map, not
         towards no change. (The rows of the part may be among those of the whole: folds are by prompt in both.)
@@ -440,167 +442,199 @@ class Contextual:
         if sample is None:
             return self._fit_lists(state, tell)
         known = hidden.prior(sample, self._noise)
-        step = max(1, len(sample) // _METRIC_ROWS)
-        metric, mean = hidden.fisher(self.weight, sample[::step][:_METRIC_ROWS])
-        recovery = hidden.recovery(self.weight[self.anchors], known)
+        basis = self._basis(sample, known)
         tell("linear", 0.0)
-        folds = self._moments(state, known, recovery)
-        bases = None if base is None else self._bases(self._moments(base, known, recovery), metric)
-        found = regression.choose(folds, metric, self._ranks, bases)
+        folds = self._moments(state, known, basis)
+        bases = None if base is None else self._bases(self._moments(base, known, basis))
+        found = regression.choose(folds, self._ranks, bases)
         if found is None or found.gain <= found.error:
             return None
-        report = self._report(state, "linear", found)
-        if base is None and self._network is not None:
-            better = self._fit_network(state, folds, found, metric, recovery, self._network, tell)
-            if better is not None:
-                network, gain, error = better
-                report = replace(report, variant="mlp", gain=gain, error=error)
-                return self._proposal(state, report, network, mean)
-        return self._proposal(state, report, _linear(found), mean)
+        rows = [r for r in self._fresh(state) if r.features is not None and r.hidden is not None]
+        if not rows:
+            return self._proposal(state, basis, "linear", found, _linear(found), found.gain, found.error)
+        fold = np.repeat([r.fold for r in rows], [r.tokens for r in rows])
+        prompt = np.repeat(np.arange(len(rows)), [r.tokens for r in rows])
+        out = int(np.argmax(np.bincount(fold, minlength=FOLDS)))
+        held = _spread(np.flatnonzero(fold == out), _JUDGED)
+        x, c, t = self._gathered(rows, basis, held)
+        whole = regression.total(folds)
+        start = regression.fitted(whole - folds[out], found.penalty, len(found.read), bases[out] if bases else None)
+        maps = {"linear": _linear(start)}
+        trained = base is None and self._network is not None and len(fold) >= self._network_tokens
+        if trained:
+            everything = self._gathered(rows, basis, np.arange(len(fold)))
+            s = regression.standardiser(whole)
+            maps |= self._trained(start, s, everything, np.flatnonzero(fold != out), basis, lambda d: tell("trial", d))
+        gains = {name: self._gains(basis, x, c, t, map_) for name, map_ in maps.items()}
+        variant = max(gains, key=lambda name: float(gains[name].mean(axis=1).max()))
+        scale = int(np.argmax(gains[variant].mean(axis=1)))
+        gain, error = _by_prompt(gains[variant][scale], prompt[held])
+        if gain <= error:
+            return None
+        best = _linear(found)
+        if variant != "linear":
+            # The same again, from all rows.
+            all_rows = np.arange(len(fold))
+            best = self._trained(found, s, everything, all_rows, basis, lambda d: tell("network", d))[variant]
+        return self._proposal(state, basis, variant, found, _scaled(best, _SCALES[scale]), gain, error)
 
-    def _report(self, state: ContextualState, variant: str, found: regression.LowRank) -> Report:
-        return Report(
-            variant=variant,
-            rank=len(found.read),
-            penalty=found.penalty,
-            gain=found.gain,
-            error=found.error,
-            tokens=state.tokens,
-            requests=state.requests,
-        )
-
-    def _proposal(self, state: ContextualState, report: Report, network: mlp.Network, mean: Floats) -> Proposal:
-        """network: from raw features to changes of h, orthonormal in the metric; mean: embedding under the reference's
-        mean distribution, whose logit stays where it is."""
+    def _proposal(
+        self,
+        state: ContextualState,
+        basis: _Basis,
+        variant: str,
+        found: regression.LowRank,
+        map_: mlp.Network,
+        gain: float,
+        error: float,
+    ) -> Proposal:
+        map_ = _orthonormal(map_)
+        rank = len(map_.linear)
+        report = Report(variant, rank, found.penalty, gain, error, state.tokens, state.requests)
         profile = contextual_profile(
             model=state.model,
             anchors=self.anchors,
-            linear=network.linear,
-            offset=network.offset,
-            hidden=network.hidden,
-            hidden_offset=network.hidden_offset,
-            out=network.out,
-            up=(self.weight - mean.astype(np.float32)) @ network.up,
+            linear=map_.linear,
+            offset=map_.offset,
+            hidden=map_.hidden,
+            hidden_offset=map_.hidden_offset,
+            out=map_.out,
+            up=basis.embedding @ map_.up,
             clamp_nats=self._clamp_nats,
-            fisher=np.eye(report.rank),
+            fisher=np.eye(rank),
             kl_limit=self._kl_limit,
             metadata={
-                "variant": report.variant,
-                "rank": str(report.rank),
-                "tokens": str(report.tokens),
-                "requests": str(report.requests),
+                "variant": variant,
+                "rank": str(rank),
+                "tokens": str(state.tokens),
+                "requests": str(state.requests),
             },
         )
         return Proposal(profile, report)
 
-    def _fit_network(
-        self,
-        state: ContextualState,
-        folds: Sequence[Moments],
-        found: regression.LowRank,
-        metric: Floats,
-        recovery: tuple[Floats, Floats],
-        training: mlp.Training,
-        tell: Progress,
-    ) -> tuple[mlp.Network, float, float] | None:
-        """The network, learned from all recent rows, its gain and that one's error on the last fold when learned from
-        the others; None where it is not better there, by a standard error, than the linear map."""
-        rows = [r for r in state.recent if r.features is not None and r.hidden is not None]
-        if sum(r.tokens for r in rows) < self._network_tokens:
-            return None
-        whole = regression.total(folds)
-        s = regression.standardiser(whole)
-        root = np.asarray(np.linalg.cholesky(metric), dtype=np.float64)
-        x, target = self._training_rows(rows, s, recovery, root)
-        prompt = np.repeat(np.arange(len(rows)), [r.tokens for r in rows])
-        held = np.array([r.fold == FOLDS - 1 for r in rows])[prompt]
-        start = regression.fitted(whole - folds[-1], metric, found.penalty, len(found.read))
-        linear = _standard(start, s, root, training)
-        before = mlp.gain(linear, x[held], target[held])
-        learned_x, learned_target = x[~held], target[~held]
-        epochs, best, after = 0, linear, before
-        for epoch, network in enumerate(
-            mlp.train(linear, learned_x, learned_target, training, lambda done: tell("network", 0.45 * done)), 1
-        ):
-            gains = mlp.gain(network, x[held], target[held])
-            if gains.mean() > after.mean():
-                epochs, best, after = epoch, network, gains
-        better, error = _by_prompt(after - before, prompt[held])
-        if epochs == 0 or better <= error:
-            return None
-        for epoch, network in enumerate(
-            mlp.train(
-                _standard(found, s, root, training),
-                x,
-                target,
-                training,
-                lambda done: tell("network", 0.45 + 0.55 * done),
-            ),
-            1,
-        ):
-            if epoch == epochs:
-                best = network
-                break
-        return _raw(best, s, root), *_by_prompt(after, prompt[held])
+    def _gains(self, basis: _Basis, x: Halves, c: Halves, t: Halves, map_: mlp.Network) -> Floats:
+        """KL won by the map at each scale, as a profile of it would, [scales, n]; c: hidden states, t: h_r − c."""
+        image = map_.image(x.astype(np.float32))
+        twice_kl = np.square(image).sum(axis=1, keepdims=True)
+        most = np.float32(min(2.0 * self._kl_limit, NO_KL_LIMIT))
+        image = image * np.sqrt(most / np.maximum(twice_kl, most))
+        compressed = c.astype(np.float32)
+        reference = compressed + t.astype(np.float32)
+        return objective.exact_gains(basis.embedding, reference, compressed, image, _SCALES, self._clamp_nats)
 
-    def _training_rows(
-        self, rows: Sequence[Rows], s: Floats, recovery: tuple[Floats, Floats], root: Floats
-    ) -> tuple[Halves, Halves]:
-        """Standardised inputs [n, A], and targets Lᵀ δ [n, d]."""
-        n = sum(r.tokens for r in rows)
-        x = np.empty((n, self._features), np.float16)
-        target = np.empty((n, self.weight.shape[1]), np.float16)
-        scale, shift = np.diagonal(s)[:-1].astype(np.float32), s[:-1, -1].astype(np.float32)
-        offset, gain = recovery
-        by_z, constant = (gain.T @ root).astype(np.float32), (offset @ root).astype(np.float32)
-        by_h = root.astype(np.float32)
-        at = 0
+    def _trained(
+        self,
+        start: regression.LowRank,
+        s: Floats,
+        everything: tuple[Halves, Halves, Halves],
+        rows: npt.NDArray[np.integer],
+        basis: _Basis,
+        tell: Callable[[float], None],
+    ) -> dict[str, mlp.Network]:
+        """The network after the squared error, and after KL itself, by variant."""
+        training = self._network
+        assert training is not None
+        raw, c, t = everything
+        x = _standardised(raw, s)
+        network = mlp.begin(*_standard(start, s), training)
+        squared = objective.Squared(t)
+        network = mlp.train(network, x, rows, squared, training, training.epochs, lambda d: tell(0.3 * d))
+        found = {"mlp": _raw(network, s)}
+        if training.exact_epochs:
+            exact = objective.Softmax(basis.embedding[basis.likeliest[: training.exact_ids]], c, t)
+            network = mlp.train(network, x, rows, exact, training, training.exact_epochs, lambda d: tell(0.3 + 0.7 * d))
+            found["mlp_kl"] = _raw(network, s)
+        return found
+
+    def _gathered(
+        self, rows: Sequence[Rows], basis: _Basis, chosen: npt.NDArray[np.integer]
+    ) -> tuple[Halves, Halves, Halves]:
+        """Of the chosen tokens (ascending): x [n, A], h_c and h_r − h_c in the basis, [n, d]."""
+        x = np.empty((len(chosen), self._features), np.float16)
+        c = np.empty((len(chosen), self.weight.shape[1]), np.float16)
+        t = np.empty_like(c)
+        by_z, constant, by_h = (a.astype(np.float32) for a in (basis.gain.T, basis.offset, basis.root))
+        first = at = 0
         for part in _batched(rows, _BLOCK):
-            z = np.concatenate([r.features for r in part if r.features is not None]).astype(np.float32)
-            h = np.concatenate([r.hidden for r in part if r.hidden is not None]).astype(np.float32)
-            x[at : at + len(z)] = z[:, : self._features] * scale + shift
-            target[at : at + len(z)] = h @ by_h - z @ by_z - constant
-            at += len(z)
-        return x, target
+            tokens = sum(r.tokens for r in part)
+            here = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + tokens)] - first
+            first += tokens
+            if not len(here):
+                continue
+            z = np.concatenate([r.features for r in part if r.features is not None])[here].astype(np.float32)
+            h = np.concatenate([r.hidden for r in part if r.hidden is not None])[here].astype(np.float32)
+            into = slice(at, at + len(here))
+            at += len(here)
+            compressed = z @ by_z + constant
+            x[into], c[into], t[into] = z[:, : self._features], compressed, h @ by_h - compressed
+        return x, c, t
 
     def _fit_lists(self, state: ContextualState, tell: Progress) -> Proposal | None:
-        """From a reference that gives only its likeliest ids: KL over those and one bucket for the rest is made small.
+        """From a reference that gives only its likeliest ids: `objective.Lists` is made small.
 
-        With c' ∝ c e^{W δ}, its slope by δ is g = Σ (c'_i − r_i)(W_i − w̄) over the ids given (behind them, Δz is taken
-        for what the mean embedding w̄ gets, 0). Each round regresses δ − F⁻¹ g (Newton's step, F the mean of the tokens'
-        curvatures) on the features, as if it were the target.
+        A first map comes from regressing that objective's slope at no change on the features, which at once gives the
+        penalty and the rank; it is then improved by going down the objective itself.
 
         What is lost: nothing is said of the ids behind, with a small model 30 % of the mass at 20 ids. In a first study
         on int4 weights, 64 ids won back 14 % of the divergence where hidden states won back 22 %.
         """
-        rows = [r for r in state.recent if r.features is not None and r.reference is not None]
+        rows = [r for r in self._fresh(state) if r.features is not None and r.reference is not None]
         if not rows:
             return None
         z = np.concatenate([r.features for r in rows if r.features is not None]).astype(np.float32)
-        offset, gain = hidden.recovery(self.weight[self.anchors], hidden.flat(self.weight, self._noise))
+        known = hidden.flat(self.weight, self._noise)
+        offset, gain = hidden.recovery(self.weight[self.anchors], known)
         h = (z @ gain.T.astype(np.float32) + offset.astype(np.float32)).astype(np.float32)
-        step = max(1, len(h) // _METRIC_ROWS)
-        metric, mean = hidden.fisher(self.weight, h[::step][:_METRIC_ROWS])
-        inverse = np.linalg.inv(metric)
-        lists = _Lists(self.weight - mean.astype(np.float32), rows, h)
-        x = self._inputs(z)
+        basis = self._basis(h[_spread(np.arange(len(h)), _METRIC_ROWS)], known)
+        c = h @ basis.root.astype(np.float32)
+        lists = _lists(basis.embedding, rows, c)
+        tell("linear", 0.0)
+        everyone = np.arange(len(c))
+        slopes = lists.slope(everyone, np.zeros_like(c))
         w = np.concatenate([np.full(r.tokens, self._discount(state.tokens - r.clock)) for r in rows])
         fold = np.repeat([r.fold for r in rows], [r.tokens for r in rows])
-        found: regression.LowRank | None = None
-        for round_ in range(_ROUNDS):
-            tell("lists", round_ / _ROUNDS)
-            delta = np.zeros_like(h) if found is None else x @ found.coefficients.astype(np.float32)
-            target = delta - lists.slopes(delta) @ inverse.astype(np.float32)
-            folds = [_moments_of_rows(x, target, np.where(fold == k, w, 0.0)) for k in range(FOLDS)]
-            if found is None:
-                found = regression.choose(folds, metric, self._ranks)
-                if found is None or found.gain <= found.error:
-                    return None
-            else:
-                again = regression.fitted(regression.total(folds), metric, found.penalty, len(found.read))
-                found = replace(again, gain=found.gain, error=found.error)
-        assert found is not None
-        return self._proposal(state, self._report(state, "list", found), _linear(found), mean)
+        prompt = np.repeat(np.arange(len(rows)), [r.tokens for r in rows])
+        inputs = self._inputs(z)
+        folds = [_moments_of_rows(inputs, -slopes, np.where(fold == k, w, 0.0)) for k in range(FOLDS)]
+        found = regression.choose(folds, self._ranks)
+        if found is None:
+            return None
+        out = int(np.argmax(np.bincount(fold, minlength=FOLDS)))
+        held = _spread(np.flatnonzero(fold == out), _JUDGED)
+        whole = regression.total(folds)
+        s = regression.standardiser(whole)
+        x = _standardised(inputs[:, :-1], s)
+        training = self._network or mlp.Training(units=0)
+
+        def descended(start: regression.LowRank, chosen: npt.NDArray[np.integer], stage: str) -> mlp.Network:
+            """From the best scale of the start."""
+            begun = mlp.begin(*_standard(start, s), training)
+            some = _spread(chosen, _JUDGED)
+            gains = lists.gains(some, begun.image(x[some].astype(np.float32)), _LIST_SCALES)
+            begun = _scaled(begun, float(_LIST_SCALES[int(np.argmax(gains.mean(axis=1)))]))
+            return mlp.train(begun, x, chosen, lists, training, training.epochs, lambda d: tell(stage, d))
+
+        without = regression.fitted(whole - folds[out], found.penalty, len(found.read))
+        trial = descended(without, np.flatnonzero(fold != out), "trial")
+        gains = lists.gains(held, trial.image(x[held].astype(np.float32)), _SCALES)
+        scale = int(np.argmax(gains.mean(axis=1)))
+        won, error = _by_prompt(gains[scale], prompt[held])
+        if won <= error:
+            return None
+        best = _scaled(_raw(descended(found, everyone, "lists"), s), float(_SCALES[scale]))
+        return self._proposal(state, basis, "list", found, best, won, error)
+
+    def _basis(self, sample: Singles, known: hidden.Prior) -> _Basis:
+        metric, mean = hidden.fisher(self.weight, sample[_spread(np.arange(len(sample)), _METRIC_ROWS)])
+        root = np.asarray(np.linalg.cholesky(metric), dtype=np.float64)
+        offset, gain = hidden.recovery(self.weight[self.anchors], known)
+        centred = self.weight - (mean @ self.weight).astype(np.float32)
+        embedding = centred @ np.linalg.inv(root).T.astype(np.float32)
+        return _Basis(embedding, root, root.T @ offset, root.T @ gain, np.argsort(-mean))
+
+    def _fresh(self, state: ContextualState) -> list[Rows]:
+        """The recent rows that are not yet half forgotten."""
+        return [r for r in state.recent if self._discount(state.tokens - r.clock) >= 0.5]
 
     def _hidden_sample(self, state: ContextualState) -> Singles | None:
         """Some of the reference's hidden states, spread over the recent rows, float32 [n, d]."""
@@ -611,10 +645,8 @@ class Contextual:
         step = max(1, total // (_PRIOR_ROWS * self.weight.shape[1]))
         return np.concatenate(with_hidden)[::step].astype(np.float32)
 
-    def _moments(
-        self, state: ContextualState, known: hidden.Prior, recovery: tuple[Floats, Floats]
-    ) -> tuple[Moments, ...]:
-        """Σ x̃ x̃ᵀ and Σ x̃ δᵀ by fold, δ = h_r − E[h_c | z]."""
+    def _moments(self, state: ContextualState, known: hidden.Prior, basis: _Basis) -> tuple[Moments, ...]:
+        """Σ x̃ x̃ᵀ and Σ x̃ tᵀ by fold, t = Lᵀ (h_r − E[h_c | z])."""
         sums = [self._added(fold, state.tokens) for fold in state.folds]
         for rows in state.recent:
             if rows.hidden is None or rows.features is not None or rows.compressed is None:
@@ -625,16 +657,17 @@ class Contextual:
             waiting = replace(rows, features=z)
             sums[rows.fold] = replace(sums[rows.fold], waiting=(*sums[rows.fold].waiting, waiting))
         sums = [self._added(fold, state.tokens) for fold in sums]
-        return tuple(self._moments_of(fold, *recovery) for fold in sums)
+        return tuple(self._moments_of(fold, basis) for fold in sums)
 
-    def _moments_of(self, fold: FoldSums, offset: Floats, gain: Floats) -> Moments:
+    def _moments_of(self, fold: FoldSums, basis: _Basis) -> Moments:
         count = np.append(fold.cross[-1, : self._features], fold.weight)
         xx = np.column_stack([fold.cross[:, : self._features], count])
-        return Moments(xx, fold.target - np.outer(count, offset) - fold.cross @ gain.T, fold.weight)
+        xy = fold.target @ basis.root - np.outer(count, basis.offset) - fold.cross @ basis.gain.T
+        return Moments(xx, xy, fold.weight)
 
-    def _bases(self, folds: Sequence[Moments], metric: Floats) -> list[Floats] | None:
+    def _bases(self, folds: Sequence[Moments]) -> list[Floats] | None:
         """Bᵀ without each fold, and with all of them, at the penalty that is best for all; None where no map gains."""
-        found = regression.choose(folds, metric, self._ranks)
+        found = regression.choose(folds, self._ranks)
         if found is None:
             return None
         whole = regression.total(folds)
@@ -648,51 +681,54 @@ _RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128)
 _METRIC_ROWS = 1024
 _PRIOR_ROWS = 8
 """Hidden states that the prior is made of, times d."""
-
-
-_ROUNDS = 4
+_JUDGED = 1024
+"""Tokens on which maps are compared by KL over the whole vocabulary."""
+_SCALES = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3])
+"""By which a map is multiplied: the metric is of the mean distribution, so that a step may be too long."""
+_LIST_SCALES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05])
 _BLOCK = 4096
 
 
-class _Lists:
-    """The reference's likeliest ids of each row, and the compressed model's own probabilities of them."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Basis:
+    """That of `objective`. embedding: (W − w̄) L⁻ᵀ, [V, d]; root: L; offset, gain: Lᵀ E[h | z] = offset + gain z;
+    likeliest: ids by the mean distribution, [V]."""
 
-    def __init__(self, centred: Singles, rows: Sequence[Rows], h: Singles) -> None:
-        """centred: W − w̄, [V, d]; h: the compressed model's hidden states, [n, d]."""
-        most = max(r.reference.ids.shape[1] for r in rows if r.reference is not None)
-        self._centred = centred
-        self._ids = np.zeros((len(h), most), np.int32)
-        self._r = np.zeros((len(h), most), np.float32)
-        self._log_c = np.full((len(h), most), -np.inf, np.float32)
-        at = 0
-        for row in rows:
-            if row.reference is None or row.compressed is None:
-                continue
-            part = slice(at, at + row.tokens)
-            at += row.tokens
-            ids, logprobs = row.reference.ids, row.reference.logprobs
-            given = ids >= 0
-            width = ids.shape[1]
-            self._ids[part, :width] = np.where(given, ids, 0)
-            self._r[part, :width] = np.where(given, np.exp(logprobs), 0.0)
-            # Logits follow from h; what makes them log-probabilities, from the likeliest candidate.
-            first = row.compressed.ids[:, 0]
-            constant = row.compressed.logprobs[:, 0] - (centred[first] * h[part]).sum(axis=1)
-            logits = np.einsum("tkd,td->tk", centred[self._ids[part, :width]], h[part])
-            self._log_c[part, :width] = np.where(given, np.minimum(logits + constant[:, None], 0.0), -np.inf)
+    embedding: Singles
+    root: Floats
+    offset: Floats
+    gain: Floats
+    likeliest: npt.NDArray[np.integer]
 
-    def slopes(self, delta: Singles) -> Singles:
-        """Of KL(r‖c') by δ, [n, d], at δ."""
-        found = np.empty_like(delta)
-        for start in range(0, len(delta), _BLOCK // 8):
-            part = slice(start, start + _BLOCK // 8)
-            embedded = self._centred[self._ids[part]]
-            c = np.exp(self._log_c[part])
-            behind = np.maximum(1.0 - c.sum(axis=1, keepdims=True), 1e-6)
-            changed = c * np.exp(np.clip(np.einsum("tkd,td->tk", embedded, delta[part]), -20.0, 20.0))
-            changed /= changed.sum(axis=1, keepdims=True) + behind
-            found[part] = np.einsum("tk,tkd->td", changed - self._r[part], embedded)
-        return found
+
+def _spread(indices: npt.NDArray[np.integer], at_most: int) -> npt.NDArray[np.integer]:
+    """Some of them, evenly spread."""
+    if len(indices) <= at_most:
+        return indices
+    return indices[np.linspace(0, len(indices) - 1, at_most).astype(np.int64)]
+
+
+def _lists(embedding: Singles, rows: Sequence[Rows], c: Singles) -> objective.Lists:
+    """c: the compressed model's hidden states in the basis, [n, d]."""
+    most = max(r.reference.ids.shape[1] for r in rows if r.reference is not None)
+    ids = np.zeros((len(c), most), np.int32)
+    r = np.zeros((len(c), most), np.float32)
+    log_c = np.full((len(c), most), -np.inf, np.float32)
+    at = 0
+    for row in rows:
+        if row.reference is None or row.compressed is None:
+            continue
+        part = slice(at, at + row.tokens)
+        at += row.tokens
+        width = row.reference.ids.shape[1]
+        given = row.reference.ids >= 0
+        ids[part, :width] = np.where(given, row.reference.ids, 0)
+        r[part, :width] = np.where(given, np.exp(row.reference.logprobs), 0.0)
+        # Logits follow from c; what makes them log-probabilities, from the likeliest candidate.
+        constant = row.compressed.logprobs[:, 0] - (embedding[row.compressed.ids[:, 0]] * c[part]).sum(axis=1)
+        logits = np.einsum("tkd,td->tk", embedding[ids[part, :width]], c[part])
+        log_c[part, :width] = np.where(given, logits + constant[:, None], -np.inf)
+    return objective.Lists(embedding, ids, r, log_c)
 
 
 def _moments_of_rows(x: Singles, target: Singles, weights: Floats) -> Moments:
@@ -708,27 +744,48 @@ def _linear(found: regression.LowRank) -> mlp.Network:
     )
 
 
-def _standard(found: regression.LowRank, s: Floats, root: Floats, training: mlp.Training) -> mlp.Network:
-    """The linear map as the start of a network from standardised inputs to Lᵀ δ."""
-    read = np.linalg.solve(s.T, found.read.T).T
-    return mlp.begin(read[:, :-1], read[:, -1], root.T @ found.up, training)
+def _standardised(x: npt.NDArray[np.floating], s: Floats) -> Halves:
+    found = np.empty(x.shape, np.float16)
+    scale, shift = np.diagonal(s)[:-1].astype(np.float32), s[:-1, -1].astype(np.float32)
+    for start in range(0, len(x), _BLOCK):
+        found[start : start + _BLOCK] = x[start : start + _BLOCK] * scale + shift
+    return found
 
 
-def _raw(network: mlp.Network, s: Floats, root: Floats) -> mlp.Network:
-    """The same from raw inputs to δ, its outputs orthonormal in F."""
-    values, vectors = np.linalg.eigh(network.up.T.astype(np.float64) @ network.up)
+def _standard(found: regression.LowRank, s: Floats) -> tuple[Floats, Floats, Floats]:
+    """linear, offset and up of the map for standardised inputs."""
+    read = np.asarray(np.linalg.solve(s.T, found.read.T).T, dtype=np.float64)
+    return read[:, :-1], read[:, -1], found.up
+
+
+def _raw(map_: mlp.Network, s: Floats) -> mlp.Network:
+    """The same for inputs as they come."""
+    scale, shift = np.diagonal(s)[:-1], s[:-1, -1]
+    return replace(
+        map_,
+        linear=(map_.linear * scale).astype(np.float32),
+        offset=(map_.offset + map_.linear @ shift).astype(np.float32),
+        hidden=(map_.hidden * scale).astype(np.float32),
+        hidden_offset=(map_.hidden_offset + map_.hidden @ shift).astype(np.float32),
+    )
+
+
+def _scaled(map_: mlp.Network, scale: float) -> mlp.Network:
+    by = np.float32(scale)
+    return replace(map_, linear=map_.linear * by, offset=map_.offset * by, out=map_.out * by)
+
+
+def _orthonormal(map_: mlp.Network) -> mlp.Network:
+    """The same with VᵀV = 1, so that the length of y is that of the image."""
+    values, vectors = np.linalg.eigh(map_.up.T.astype(np.float64) @ map_.up)
     sizes = np.sqrt(np.maximum(values, 1e-12))
     turn = (vectors * sizes).T
-    scale, shift = np.diagonal(s)[:-1], s[:-1, -1]
-
-    def folded(weights: npt.NDArray[np.floating], offset: npt.NDArray[np.floating]) -> tuple[Singles, Singles]:
-        return (weights * scale).astype(np.float32), (offset + weights @ shift).astype(np.float32)
-
-    linear, offset = folded(turn @ network.linear, turn @ network.offset)
-    hidden_, hidden_offset = folded(network.hidden, network.hidden_offset)
-    up = np.linalg.solve(root.T, network.up @ vectors / sizes)
-    return mlp.Network(
-        linear, offset, hidden_, hidden_offset, (turn @ network.out).astype(np.float32), up.astype(np.float32)
+    return replace(
+        map_,
+        linear=(turn @ map_.linear).astype(np.float32),
+        offset=(turn @ map_.offset).astype(np.float32),
+        out=(turn @ map_.out).astype(np.float32),
+        up=(map_.up @ vectors / sizes).astype(np.float32),
     )
 
 

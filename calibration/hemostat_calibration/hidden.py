@@ -90,7 +90,7 @@ def recover_from_lists(weight: Singles, prior: Prior, ids: Ids, logprobs: npt.ND
 
 
 def fisher(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Floats, Floats]:
-    """(F [d, d], w̄ [d]): E_r[Wᵀ (diag p − p pᵀ) W] and E_r[W], r = softmax(W h), averaged over hidden states [n, d].
+    """(F [d, d], r̄ [V]): E_r[Wᵀ (diag r − r rᵀ) W] and r = softmax(W h), averaged over hidden states [n, d].
 
     Half the squared length of a change of h in F is the KL divergence that it makes, to second order, nats. With n of
     512 to 1500 it is known well enough. damping: of the mean eigenvalue, added to all: directions that hardly matter
@@ -115,7 +115,7 @@ def fisher(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Flo
     metric = metric / mean[kept].sum() - moments / len(hidden)
     metric = 0.5 * (metric + metric.T)
     metric += damping * np.trace(metric) / len(metric) * np.eye(len(metric))
-    return metric, mean @ weight
+    return metric, mean
 
 
 def softmax(logits: Singles) -> Singles:

@@ -1,5 +1,5 @@
-"""A small network from inputs x to targets t through a bottleneck: t ≈ V y, y = linear x + offset + out silu(hidden x +
-hidden_offset), of small squared error. Learned by AdamW (Loshchilov & Hutter 2019) on batches of rows, in float32.
+"""A small network from features x to images (`objective`) through a bottleneck: image = V y, y = linear x + offset +
+out silu(hidden x + hidden_offset). Learned by AdamW (Loshchilov & Hutter 2019) on batches of rows, in float32.
 
 It begins as a linear map that is given, so that what it ends as differs from that by what the rows speak for.
 Everything that is drawn at random follows from a seed.
@@ -8,17 +8,20 @@ Everything that is drawn at random follows from a seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.families import silu
 from hemostat_calibration.hidden import Singles
+from hemostat_calibration.objective import Objective
 
-_BLOCK = 4096
-"""Rows evaluated at a time."""
+_STEPS_TO_FULL_RATE = 50
+_SLOW = 0.1
+"""Of the rate, for V: it begins where it is about right, and everything else depends on it."""
+_DECAYING = frozenset({"hidden", "out"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,22 +35,25 @@ class Network:
     out: Singles
     up: Singles
 
-    def code(self, x: Singles) -> Singles:
-        """y, [T, r], of x [T, A]."""
+    def image(self, x: Singles) -> Singles:
+        """[T, d], of x [T, A]."""
         units: Singles = silu(x @ self.hidden.T + self.hidden_offset)
-        code: Singles = x @ self.linear.T + self.offset + units @ self.out.T
-        return code
+        image: Singles = (x @ self.linear.T + self.offset + units @ self.out.T) @ self.up.T
+        return image
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """rate: the first step's, falling to 0 along a cosine. decay: of weights, a part of the rate."""
+    """epochs: of the squared error, then exact_epochs of KL itself over the `exact_ids` likeliest ids, where hidden
+    states are at hand. rate: the largest, falling to 0 along a cosine. decay: of weights, a part of the rate."""
 
     units: int = 1024
-    epochs: int = 12
+    epochs: int = 8
+    exact_epochs: int = 3
+    exact_ids: int = 8192
     batch: int = 256
     rate: float = 1e-3
-    decay: float = 0.05
+    decay: float = 0.01
     seed: int = 0
 
 
@@ -70,43 +76,58 @@ def begin(
 def train(
     network: Network,
     x: npt.NDArray[np.floating],
-    target: npt.NDArray[np.floating],
+    rows: npt.NDArray[np.integer],
+    objective: Objective,
     training: Training,
-    progress: Callable[[float], None] = lambda done: None,
-) -> Iterator[Network]:
-    """The network after each epoch. x: [n, A], target: [n, d], of any float type. progress: told the part done."""
+    epochs: int,
+    progress: Callable[[float], None],
+) -> Network:
+    """The network after `epochs` over those `rows` of x, [n, A] of any float type. progress: told the part done."""
     weights = {f.name: getattr(network, f.name).copy() for f in fields(network)}
     first = {name: np.zeros_like(value) for name, value in weights.items()}
     second = {name: np.zeros_like(value) for name, value in weights.items()}
-    batches = max(1, len(x) // training.batch)
-    steps, step = batches * training.epochs, 0
-    for epoch in range(training.epochs):
-        order = np.argsort(bits(training.seed + 1 + epoch, len(x)), kind="stable")
+    batches = max(1, len(rows) // training.batch)
+    steps, step = batches * epochs, 0
+    for epoch in range(epochs):
+        order = rows[np.argsort(bits(training.seed + 1 + epoch, len(rows)), kind="stable")]
         for batch in np.array_split(order, batches):
-            gradients = _gradients(weights, x[batch].astype(np.float32), target[batch].astype(np.float32))
+            gradients = _gradients(weights, x[batch].astype(np.float32), batch, objective)
+            rate = training.rate * min(1.0, (step + 1) / _STEPS_TO_FULL_RATE)
+            rate *= 0.5 * (1.0 + math.cos(math.pi * step / steps))
             step += 1
-            rate = training.rate * 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))
+            unbiased = math.sqrt(1.0 - 0.999**step) / (1.0 - 0.9**step)
             for name, gradient in gradients.items():
                 m, v, w = first[name], second[name], weights[name]
                 m += 0.1 * (gradient - m)
                 v += 0.001 * (np.square(gradient) - v)
-                if name in {"hidden", "out"}:
+                if name in _DECAYING:
                     w *= 1.0 - rate * training.decay
-                scale = rate * math.sqrt(1.0 - 0.999**step) / (1.0 - 0.9**step)
-                w -= scale * m / (np.sqrt(v) + 1e-8)
-            if step % 16 == 0:
+                w -= rate * unbiased * (_SLOW if name == "up" else 1.0) * m / (np.sqrt(v) + 1e-8)
+            if step % 8 == 0:
                 progress(step / steps)
-        yield replace(network, **{name: value.copy() for name, value in weights.items()})
+    return Network(**weights)
 
 
-def gain(network: Network, x: npt.NDArray[np.floating], target: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """½ |t|² − ½ |t − V y|² of every row, [n]."""
-    found = np.empty(len(x))
-    for start in range(0, len(x), _BLOCK):
-        t = target[start : start + _BLOCK].astype(np.float32)
-        image = network.code(x[start : start + _BLOCK].astype(np.float32)) @ network.up.T
-        found[start : start + _BLOCK] = (image * (t - 0.5 * image)).sum(axis=1)
-    return found
+def _gradients(
+    w: dict[str, Singles], x: Singles, rows: npt.NDArray[np.integer], objective: Objective
+) -> dict[str, Singles]:
+    """Of the mean loss of the rows."""
+    a = x @ w["hidden"].T + w["hidden_offset"]
+    sigmoid = 0.5 + 0.5 * np.tanh(0.5 * a)
+    units = a * sigmoid
+    y = x @ w["linear"].T + w["offset"] + units @ w["out"].T
+    by_image = objective.slope(rows, y @ w["up"].T) / np.float32(len(x))
+    by_y = by_image @ w["up"]
+    by_a = by_y @ w["out"]
+    by_a *= sigmoid + units * (1.0 - sigmoid)
+    return {
+        "up": by_image.T @ y,
+        "linear": by_y.T @ x,
+        "offset": by_y.sum(axis=0),
+        "out": by_y.T @ units,
+        "hidden": by_a.T @ x,
+        "hidden_offset": by_a.sum(axis=0),
+    }
 
 
 def bits(seed: int, count: int) -> npt.NDArray[np.uint64]:
@@ -124,25 +145,3 @@ def normal(seed: int, count: int) -> npt.NDArray[np.float64]:
     size = np.sqrt(-2.0 * np.log1p(-uniform[:count]))
     found: npt.NDArray[np.float64] = size * np.cos(2.0 * np.pi * uniform[count:])
     return found
-
-
-def _gradients(w: dict[str, Singles], x: Singles, target: Singles) -> dict[str, Singles]:
-    """Of the mean of ½ |t − V y|²."""
-    a = x @ w["hidden"].T + w["hidden_offset"]
-    sigmoid = 0.5 + 0.5 * np.tanh(0.5 * a)
-    units = a * sigmoid
-    y = x @ w["linear"].T + w["offset"] + units @ w["out"].T
-    error = y @ w["up"].T
-    error -= target
-    error /= len(x)
-    by_y = error @ w["up"]
-    by_a = by_y @ w["out"]
-    by_a *= sigmoid + units * (1.0 - sigmoid)
-    return {
-        "up": error.T @ y,
-        "linear": by_y.T @ x,
-        "offset": by_y.sum(axis=0),
-        "out": by_y.T @ units,
-        "hidden": by_a.T @ x,
-        "hidden_offset": by_a.sum(axis=0),
-    }

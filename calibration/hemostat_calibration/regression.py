@@ -1,13 +1,12 @@
 """Reduced-rank ridge regression from sums alone, its penalty and rank chosen by cross-validation over folds.
 
-Rows are pairs of inputs x̃ = [x; 1], [A + 1], and targets δ, [d]. What is fitted is B, [d, A + 1], of small
-½ Σ (δ − B x̃)ᵀ F (δ − B x̃), F the metric that makes it nats (`hidden.fisher`). Up to a constant that is
-½ tr(F B XX Bᵀ) − tr(F B XY), so that XX = Σ x̃ x̃ᵀ and XY = Σ x̃ δᵀ say all, whether of the rows learned from or of those
-held out.
+Rows are pairs of inputs x̃ = [x; 1], [A + 1], and targets t, [d], in a basis in which half a squared length is in nats
+(`objective`). What is fitted is B, [d, A + 1], of small ½ Σ |t − B x̃|². Up to a constant that is ½ tr(B XX Bᵀ) −
+tr(B XY), so that XX = Σ x̃ x̃ᵀ and XY = Σ x̃ tᵀ say all, whether of the rows learned from or of those held out.
 
 A penalty λ |B|² in standardised inputs (the constant among them, so that enough of it means B = 0) gives
-B(λ)ᵀ = (XX + λ)⁻¹ XY, whatever F is. Of rank r, the best in F and the penalty's own metric keeps the r largest singular
-values of (XX + λ)^-½ XY L, F = L Lᵀ (reduced-rank regression: Izenman 1975; with ridge: Mukherjee & Zhu 2011).
+B(λ)ᵀ = (XX + λ)⁻¹ XY. Of rank r, the best keeps the r largest singular values of (XX + λ)^½ B(λ)ᵀ (reduced-rank
+regression: Izenman 1975; with ridge: Mukherjee & Zhu 2011).
 """
 
 from __future__ import annotations
@@ -38,16 +37,10 @@ class Moments:
     def __sub__(self, other: Moments) -> Moments:
         return Moments(self.xx - other.xx, self.xy - other.xy, self.weight - other.weight)
 
-    def gain(self, coefficients: Floats, metric: Floats) -> float:
-        """How much smaller than that of B = 0 the mean loss of Bᵀ, [A + 1, d], is on these rows, nats."""
-        image = coefficients @ metric
-        gained = (image * self.xy).sum() - 0.5 * ((self.xx @ coefficients) * image).sum()
-        return float(gained) / max(self.weight, 1e-12)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """B = M Y with Mᵀ F M = 1. up: M, [d, r]. read: Y, [r, A + 1], the last column the constant's.
+    """B = V Y with Vᵀ V = 1. up: V, [d, r]. read: Y, [r, A + 1], the last column the constant's.
 
     penalty: λ / weight of the rows. gain: mean over the held-out rows of each fold in turn, nats, of the penalty and
     rank chosen; error: its standard error over the folds.
@@ -76,22 +69,17 @@ def standardiser(moments: Moments) -> Floats:
     return s
 
 
-def choose(
-    folds: Sequence[Moments], metric: Floats, ranks: Sequence[int], bases: Sequence[Floats] | None = None
-) -> LowRank | None:
+def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Floats] | None = None) -> LowRank | None:
     """The map whose penalty and rank did best on each fold when learned from the others; learned from all of them.
 
-    None where no map would gain. metric: F, [d, d], positive definite. ranks: allowed ones. bases: what the penalty
-    pulls towards, instead of 0: for each fold Bᵀ that was learned without it, and one more learned from all.
+    None where no map would gain. ranks: allowed ones. bases: what the penalty pulls towards, instead of 0: for each
+    fold Bᵀ that was learned without it, and one more learned from all.
     """
     whole = total(folds)
     s = standardiser(whole)
-    root = np.asarray(np.linalg.cholesky(metric), dtype=np.float64)
-    priors = [np.zeros_like(whole.xy)] * (len(folds) + 1)
-    if bases is not None:
-        priors = [np.asarray(np.linalg.solve(s.T, base), dtype=np.float64) for base in bases]
+    priors = [_prior(s, base) for base in bases] if bases else [np.zeros_like(whole.xy)] * (len(folds) + 1)
     held = [_standardised(fold, s) for fold in folds]
-    fits = [_Fit(_standardised(whole - fold, s), prior, root) for fold, prior in zip(folds, priors[:-1], strict=True)]
+    fits = [_Fit(_standardised(whole - fold, s), prior) for fold, prior in zip(folds, priors[:-1], strict=True)]
     weights = np.array([fold.weight for fold in folds])
     gains = np.stack([fit.gains(fold, PENALTIES) for fit, fold in zip(fits, held, strict=True)])
     penalty = PENALTIES[int(np.argmax(weights @ gains))]
@@ -103,17 +91,17 @@ def choose(
     mean = float(weights @ by_rank[:, best] / weights.sum())
     if mean <= 0.0:
         return None
-    up, read = _Fit(_standardised(whole, s), priors[-1], root).low_rank(penalty, allowed[best])
+    up, read = _Fit(_standardised(whole, s), priors[-1]).low_rank(penalty, allowed[best])
     spread = weights**2 @ (by_rank[:, best] - mean) ** 2 / weights.sum() ** 2
     error = math.sqrt(float(spread) * len(folds) / (len(folds) - 1))
     return LowRank(up=up, read=read @ s, penalty=penalty, gain=mean, error=error)
 
 
-def fitted(moments: Moments, metric: Floats, penalty: float, rank: int) -> LowRank:
+def fitted(moments: Moments, penalty: float, rank: int, base: Floats | None = None) -> LowRank:
     """The map of that penalty and rank; its gain is not known (NaN)."""
     s = standardiser(moments)
-    root = np.asarray(np.linalg.cholesky(metric), dtype=np.float64)
-    up, read = _Fit(_standardised(moments, s), np.zeros_like(moments.xy), root).low_rank(penalty, rank)
+    prior = np.zeros_like(moments.xy) if base is None else _prior(s, base)
+    up, read = _Fit(_standardised(moments, s), prior).low_rank(penalty, rank)
     return LowRank(up=up, read=read @ s, penalty=penalty, gain=math.nan, error=math.nan)
 
 
@@ -133,26 +121,30 @@ def total(parts: Sequence[Moments]) -> Moments:
     return found
 
 
+def _prior(s: Floats, base: Floats) -> Floats:
+    """Bᵀ as it is for standardised inputs."""
+    return np.asarray(np.linalg.solve(s.T, base), dtype=np.float64)
+
+
 def _standardised(moments: Moments, s: Floats) -> Moments:
     return Moments(s @ moments.xx @ s.T, s @ moments.xy, moments.weight)
 
 
 class _Fit:
-    """Ridge at every penalty, in the basis of XX's eigenvectors Q; targets in that of F = L Lᵀ: δ' = Lᵀ δ.
+    """Ridge at every penalty, in the basis of XX's eigenvectors Q.
 
     Bᵀ there is prior + D residual, D = (XX + λ)⁻¹ diagonal, residual the XY that the prior leaves.
     """
 
-    def __init__(self, moments: Moments, prior: Floats, root: Floats) -> None:
+    def __init__(self, moments: Moments, prior: Floats) -> None:
         values, self._q = np.linalg.eigh(moments.xx)
         self._values = np.maximum(values, 0.0)
         self._weight = moments.weight
-        self._root = root
-        self._plain = self._q.T @ prior, self._q.T @ (moments.xy - moments.xx @ prior)
-        self._prior, self._residual = (part @ root for part in self._plain)
+        self._prior = self._q.T @ prior
+        self._residual = self._q.T @ (moments.xy - moments.xx @ prior)
 
     def _of(self, held: Moments) -> tuple[Floats, Floats]:
-        return self._q.T @ held.xx @ self._q, (self._q.T @ held.xy) @ self._root
+        return self._q.T @ held.xx @ self._q, self._q.T @ held.xy
 
     def _ridge(self, penalty: float) -> Floats:
         ridge: Floats = self._values + penalty * self._weight
@@ -181,7 +173,7 @@ class _Fit:
         return map_, half, left[:, order], np.sqrt(np.maximum(squares[order], 1e-300))
 
     def gains_by_rank(self, held: Moments, penalty: float) -> Floats:
-        """Of the map of rank 1, 2, … on other rows: components add up, as their outputs are orthogonal in F."""
+        """Of the map of rank 1, 2, … on other rows: components add up, as their outputs are orthogonal."""
         xx, images = self._of(held)
         map_, half, left, sizes = self._components(penalty)
         inputs = left * (sizes / half[:, None])
@@ -190,11 +182,9 @@ class _Fit:
         return np.asarray(np.cumsum(gains) / max(held.weight, 1e-12))
 
     def low_rank(self, penalty: float, rank: int) -> tuple[Floats, Floats]:
-        """M [d, r] and Y [r, A + 1]."""
-        _, half, left, sizes = self._components(penalty)
+        """V [d, r] and Y [r, A + 1]."""
+        map_, half, left, sizes = self._components(penalty)
         left, sizes = left[:, :rank], sizes[:rank]
-        prior, residual = self._plain
-        map_ = prior + residual / self._ridge(penalty)[:, None]
         up = map_.T @ (left * half[:, None]) / sizes
         read = (self._q @ (left * (sizes / half[:, None]))).T
         return up, read
