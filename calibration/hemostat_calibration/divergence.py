@@ -311,7 +311,9 @@ def _shift(record: TokenRecord, profile: CalibrationProfile, view: View) -> Floa
     if record.features is None or record.features.anchors != anchors_digest(ids):
         return np.full(view.ids.shape, np.nan)
     values = record.features.values
-    found = shift_at(profile, view.ids, view.log_candidates, code(profile, values))
+    known = record.shifts.get(profile.version)
+    said = code(profile, values) if known is None or known.code is None else known.code
+    found = shift_at(profile, view.ids, view.log_candidates, said)
     return np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, found)
 
 

@@ -63,10 +63,13 @@ class Shift:
 
     expected: float64 [T], E_r[Δz] in nats; NaN where unknown (a reference that gave only its top ids).
     log_normalizer: float64 [T], log E_c[e^Δz] in nats, from the engine; NaN where the engine did not say.
+    code: float64 [T, r], what the record's features say to a profile that reads their anchors (`transform.code`), so
+        that it need not be computed again and again; None where nobody has.
     """
 
     expected: Floats
     log_normalizer: Floats
+    code: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,12 @@ def validate(record: TokenRecord) -> TokenRecord:
             _same_shape(field_name, values, (tokens,))
             if np.isinf(values).any():
                 raise InvalidRecordError("range", f"{field_name} is infinite")
+        if shift.code is not None:
+            field_name = f"shifts[{version[:32]}].code"
+            _array(field_name, shift.code, np.float64, 2)
+            _same_shape(field_name, shift.code[:, :1], (tokens, 1))
+            if not np.isfinite(shift.code).all():
+                raise InvalidRecordError("range", f"{field_name} is not finite")
     if record.features is not None:
         _check_features(record.features, tokens)
     if record.reference_hidden is not None:

@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -83,12 +84,13 @@ def build_record(
     tap: TapResult | None,
     versions: Iterable[str],
     features: Features | None = None,
+    codes: Mapping[str, Floats] = MappingProxyType({}),
     *,
     by_request: bool = False,
 ) -> TokenRecord:
     """Join the three views of one request; raises InvalidRecordError when they do not fit.
 
-    features: of the tap, fitted to the output.
+    features: of the tap, fitted to the output; codes: what they say to profiles.
     by_request: a requested profile was applied through the request's own parameters (`calibration.apply: request`), of
     which the engine's plugin knows nothing.
     """
@@ -99,6 +101,7 @@ def build_record(
         version: Shift(
             expected=scores.expected_shift.get(version, unknown),
             log_normalizer=_fit(tap.log_normalizer.get(version), len(unknown)) if tap else unknown,
+            code=codes.get(version),
         )
         for version in names
     }
@@ -324,7 +327,8 @@ class Scorer:
             for version in codes.keys() & scores.expected_shift.keys():
                 scores.expected_shift[version][unknown] = np.nan
         versions = [profile.version for profile in profiles]
-        record = build_record(capture, arrays, scores, info, tap, versions, features, by_request=self._by_request)
+        by_request = self._by_request
+        record = build_record(capture, arrays, scores, info, tap, versions, features, codes, by_request=by_request)
         self._sink(record, capture)
         self._count("scored", "")
 

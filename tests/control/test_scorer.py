@@ -448,6 +448,7 @@ async def test_features_become_codes_that_the_reference_is_asked_with(bench: Ben
     assert record.features is not None
     np.testing.assert_array_equal(record.features.values, values)
     np.testing.assert_array_equal(record.shifts[mine.version].expected, [0.125, np.nan, 0.125])
+    np.testing.assert_allclose(record.shifts[mine.version].code, [[-1], [0], [4]])  # type: ignore[arg-type]
     np.testing.assert_array_equal(record.shifts[bias.version].expected, 0.125)
     assert not bench.scorer.features_dropped
 

@@ -77,6 +77,9 @@ BREAKS = {
     "NaN hidden": lambda r: replace(r, reference_hidden=put(np.zeros((5, 3), np.float32), (0, 0), np.nan)),
     "infinite hidden": lambda r: replace(r, reference_hidden=np.full((5, 3), -np.inf, np.float32)),
     "flat hidden": lambda r: replace(r, reference_hidden=np.zeros(5, np.float32)),
+    "short code": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(5), np.zeros((4, 2)))}),
+    "single code": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(5), np.zeros((5, 2), np.float32))}),  # type: ignore[arg-type]
+    "infinite code": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(5), np.full((5, 2), np.nan))}),
     "short shift": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(4))}),
 }
 
