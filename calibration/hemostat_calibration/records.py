@@ -140,7 +140,7 @@ class TokenRecord:
         return int(self.compressed.ids.shape[1])
 
 
-REASONS = ("schema", "empty", "dtype", "shape", "ids", "repeated", "nan", "range", "order", "mass")
+REASONS = ("schema", "empty", "dtype", "shape", "ids", "repeated", "short", "nan", "range", "order", "mass", "emitted")
 """Every `reason` that `validate` gives."""
 
 LOGPROB_TOLERANCE = 1e-3
@@ -155,7 +155,9 @@ def validate(record: TokenRecord) -> TokenRecord:
     Checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no NaN
     (but in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not above
     0, rows that sum to at most 1 within rounding, rows that run from the most to the least likely with the padding
-    behind.
+    behind. No row of `compressed` is shorter than K − 1 (the last place is for an emitted token that is not one of the
+    most likely), a reference that gave its entropy gave all of `reference_at`, and what a row says of the emitted token
+    is what stands beside it.
     """
     if record.schema != SCHEMA_VERSION:
         raise InvalidRecordError("schema", f"schema is {record.schema}: this version reads {SCHEMA_VERSION}")
@@ -170,7 +172,13 @@ def validate(record: TokenRecord) -> TokenRecord:
     given = record.compressed.ids >= 0
     _array("reference_at", record.reference_at, np.float64, 2)
     _same_shape("reference_at", record.reference_at, record.compressed.ids.shape)
+    if (given.sum(axis=1) < min(record.top_k - 1, vocabulary)).any():
+        raise InvalidRecordError(
+            "short", f"compressed.ids has a row of fewer than the {record.top_k - 1} ids asked for"
+        )
     known = given & ~np.isnan(record.reference_at)
+    if record.reference_entropy is not None and (known != given).any():
+        raise InvalidRecordError("nan", "reference_at holds NaN though the reference knows its whole vocabulary")
     _check_logprobs("reference_at", np.where(known, record.reference_at, -np.inf))
     for name, values in (
         ("compressed_emitted", record.compressed_emitted),
@@ -191,6 +199,9 @@ def validate(record: TokenRecord) -> TokenRecord:
     ):
         if values.max() > LOGPROB_TOLERANCE:
             raise InvalidRecordError("range", f"{name} holds a log-probability above 0")
+    emitted = given & (record.compressed.ids == record.output_ids[:, None])
+    _check_emitted("compressed", record.compressed.logprobs, record.compressed_emitted, emitted)
+    _check_emitted("reference_at", record.reference_at, record.reference_emitted, emitted & known)
     if record.reference_entropy is not None and not (
         record.reference_entropy.min() >= -LOGPROB_TOLERANCE
         and record.reference_entropy.max() <= np.log(vocabulary) + LOGPROB_TOLERANCE
@@ -252,6 +263,12 @@ def _check_logprobs(name: str, logprobs: Floats) -> None:
         raise InvalidRecordError("range", f"{name} holds a log-probability above 0")
     if np.exp(logprobs).sum(axis=1).max() > 1.0 + LOGPROB_TOLERANCE:
         raise InvalidRecordError("mass", f"{name} has a row that sums to more than 1")
+
+
+def _check_emitted(name: str, logprobs: Floats, beside: Floats, at: npt.NDArray[np.bool_]) -> None:
+    rows = np.nonzero(at)[0]
+    if not np.isclose(logprobs[at], beside[rows], rtol=LOGPROB_TOLERANCE, atol=LOGPROB_TOLERANCE).all():
+        raise InvalidRecordError("emitted", f"{name} and the emitted token's own log-probability differ")
 
 
 def _check_candidates(name: str, candidates: Candidates, tokens: int, vocabulary: int) -> None:

@@ -27,6 +27,10 @@ def candidates(record, **changes):
     return replace(record, compressed=replace(record.compressed, **changes))
 
 
+def listed(record, **changes):
+    return replace(record, reference=replace(record.reference, **changes))
+
+
 @given(truths(), st.integers(1, 30), st.sampled_from([None, 1, 3]))
 def test_what_models_say_is_accepted(truth, k, reference_k):
     record = make_record(truth, k, reference_k=reference_k)
@@ -65,6 +69,27 @@ BREAKS = {
     "mass": lambda r: candidates(r, logprobs=np.where(r.compressed.ids >= 0, -0.5, -np.inf)),
     "negative entropy": lambda r: replace(r, reference_entropy=put(r.reference_entropy, 0, -1.0)),
     "large entropy": lambda r: replace(r, reference_entropy=put(r.reference_entropy, 0, 3.0)),
+    "fewer than asked for": lambda r: replace(
+        candidates(
+            r,
+            ids=put(r.compressed.ids, (0, slice(2, None)), -1),
+            logprobs=put(r.compressed.logprobs, (0, slice(2, None)), -np.inf),
+        ),
+        reference_at=put(r.reference_at, (0, slice(2, None)), np.nan),
+    ),
+    "NaN of a reference that knows all": lambda r: replace(r, reference_at=put(r.reference_at, (0, 0), np.nan)),
+    "two values of the emitted": lambda r: replace(r, compressed_emitted=r.compressed_emitted - 0.5),
+    "two values of the emitted under the reference": lambda r: replace(r, reference_emitted=r.reference_emitted - 0.5),
+    "reference of fewer positions": lambda r: replace(
+        r, reference=Candidates(r.reference.ids[:-1], r.reference.logprobs[:-1])
+    ),
+    "reference values of fewer positions": lambda r: replace(r, reference_at=r.reference_at[:-1]),
+    "reference of fewer emitted": lambda r: replace(r, reference_emitted=r.reference_emitted[:-1]),
+    "reference NaN": lambda r: listed(r, logprobs=put(r.reference.logprobs, (1, 1), np.nan)),
+    "reference list above 0": lambda r: listed(r, logprobs=put(r.reference.logprobs, (0, 0), 0.1)),
+    "reference unordered": lambda r: listed(r, logprobs=r.reference.logprobs[:, ::-1].copy()),
+    "reference twice": lambda r: listed(r, ids=put(r.reference.ids, (0, 1), r.reference.ids[0, 0])),
+    "reference outside": lambda r: listed(r, ids=put(r.reference.ids, (0, 0), 12)),
     "infinite shift": lambda r: replace(r, shifts={"v": Shift(np.full(5, np.inf), np.zeros(5))}),
     "features' name": lambda r: replace(r, features=Features("anchors", np.zeros((5, 3), np.float32))),
     "features' dtype": lambda r: replace(r, features=Features("0" * 32, np.zeros((5, 3)))),
