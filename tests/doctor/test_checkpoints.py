@@ -292,3 +292,15 @@ def test_other_tokens_are_refused(tiny: TinyPair, tmp_path: Path) -> None:
     tokenizer.save_pretrained(other)
     with pytest.raises(DoctorError, match=r"vocabulary: .* other ids to the same text"):
         run(replace(tiny.options(), compressed=str(other)))
+
+
+def test_ids_that_a_model_rules_out() -> None:
+    """Infinite where it is true, and nowhere not a number."""
+    r = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
+    c = torch.tensor([[1.0, 0.0, -torch.inf], [1.0, 0.0, -torch.inf]])
+    figures = module.compare(r, c, torch.tensor([0, 1]))
+    p, q = (torch.softmax(logits[0, :2].double(), -1).numpy() for logits in (r, c))
+    assert figures["kl_rc"][0].item() == pytest.approx((p * np.log(p / q)).sum(), abs=1e-6)
+    assert figures["kl_rc"][1].item() == np.inf
+    assert np.isfinite(figures["kl_cr"].numpy()).all()
+    assert not any(values.isnan().any() for values in figures.values())

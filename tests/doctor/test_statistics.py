@@ -53,6 +53,12 @@ def test_too_few_say_so() -> None:
     assert math.isnan(Sample(np.zeros(0, np.int64), 0).mean(np.zeros(0)).value)
 
 
+def test_an_infinite_figure_has_no_spread() -> None:
+    found = Sample(np.array([0, 1]), 2).mean(np.array([np.inf, 1.0]))
+    assert found.value == math.inf
+    assert math.isnan(found.by_request)
+
+
 def test_a_selection_counts_its_own_requests() -> None:
     sample = Sample(np.array([0, 0, 1, 2, 2]), 3)
     chosen = sample.select(np.array([True, False, False, True, True]))

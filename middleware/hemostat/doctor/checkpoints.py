@@ -218,7 +218,10 @@ def compare(r_logits: torch.Tensor, c_logits: torch.Tensor, emitted: torch.Tenso
 
 def _expected(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Σ p·values over the last axis, 0 where p is 0; summed in float64."""
-    return torch.where(p > 0, p * values, 0.0).sum(-1, dtype=torch.float64)
+    total = (p * values).sum(-1, dtype=torch.float64)
+    if total.isnan().any():  # 0 · ∞: a model that masks ids
+        total = torch.where(p > 0, p * values, 0.0).sum(-1, dtype=torch.float64)
+    return total
 
 
 def _numpy(tensor: torch.Tensor) -> Floats:

@@ -52,8 +52,9 @@ class Sample:
             return Estimate(np.nan, np.nan, np.nan)
         means = [float(v.mean()) for v in values]
         deviation = np.zeros(tokens)
-        for slope, v, mean in zip(gradient, values, means, strict=True):
-            deviation += slope * (v - mean)
+        with np.errstate(invalid="ignore"):  # an infinite figure has no spread: NaN
+            for slope, v, mean in zip(gradient, values, means, strict=True):
+                deviation += slope * (v - mean)
         by_request = by_token = np.nan
         if self.requests > 1:
             sums = np.bincount(self.request, deviation, self.requests)
