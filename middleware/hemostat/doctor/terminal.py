@@ -187,6 +187,9 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[RenderableType]:
         f"± {cell(layers['mean_kld_se_by_request'])}; error: |c − r| / |r| of what stands after the layer; alone: of "
         "what this layer adds, given the reference's input; won back: with the reference's module in its place"
     )
+    if layers["restored"]:
+        best = sorted(layers["restored"], key=lambda row: -(row["won_nats"] or 0.0))[:3]
+        yield Text("helps most: " + ", ".join(f"{row['name']} ({percent(row['won_share'])})" for row in best))
     restored = {row["name"]: row for row in layers["restored"]}
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("layer", "error", "cosine", "alone", "won back, nats", "", "share"):
