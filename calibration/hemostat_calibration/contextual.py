@@ -23,7 +23,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.families import CONTEXTUAL
 from hemostat_calibration.hidden import Singles
 from hemostat_calibration.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates, Floats, Ids, TokenRecord
+from hemostat_calibration.records import Floats, Ids, TokenRecord
 from hemostat_calibration.regression import Moments
 from hemostat_calibration.transform import anchors_digest
 
@@ -152,8 +152,9 @@ class Source(StrEnum):
     HIDDEN = "hidden"
     """Features of the engine and the reference's hidden state: exact."""
     HIDDEN_FROM_LIST = "hidden_from_list"
-    """The hidden state, but no features: they are guessed from the compressed model's candidates, so that less of the
-    difference is seen, the less the shorter the list."""
+    """The hidden state, but no features. The reference's own logits at the anchors stand for the compressed model's,
+    and the difference is known at the compressed model's candidates only: less is learned, and what is won is not
+    measured, as that takes features."""
     LIST = "list"
     """Features, but of the reference only its likeliest ids."""
     UNUSABLE = "unusable"
@@ -161,11 +162,22 @@ class Source(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Listed:
+    """Ids for which the reference's log-probabilities are known, [T, J] (-1 pads), and the compressed model's, where it
+    gave them, else None. likeliest: the compressed model's likeliest id, [T], and its log-probability."""
+
+    ids: Ids
+    reference: Floats
+    compressed: Floats | None
+    likeliest: tuple[Ids, Floats]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """Tokens of one prompt. Arrays [T, ...], read-only.
 
     clock: tokens that the learner had seen at their end. features: at the anchors, [T, N]; hidden: of the reference,
-    [T, d]; compressed, reference: candidates, kept only where one of the other two is missing.
+    [T, d]; listed: kept only where one of the other two is missing.
     """
 
     fold: int
@@ -173,8 +185,7 @@ class Rows:
     tokens: int
     features: Halves | None
     hidden: Halves | None
-    compressed: Candidates | None = None
-    reference: Candidates | None = None
+    listed: Listed | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,8 +248,8 @@ class Contextual:
     them the most recent rows are kept, for what needs rows: the covariance of hidden states, the metric, the non-linear
     map. Memory: folds × (A + 1) × (N + d) × 8 bytes and `recent_tokens` × (N + d) × 2 bytes.
 
-    A deployment without the engine's features learns from what the compressed model's candidates say of them, one whose
-    reference gives only its likeliest ids from those; both are kept among the recent rows alone (`Source`).
+    A deployment without the engine's features, or whose reference gives only its likeliest ids, learns from lists of
+    ids; those are kept among the recent rows alone (`Source`).
 
     weight: the output embedding W, [V, d], whose logits are W h.
     anchors: int32 [N] ids, distinct (`choose_anchors`); the map reads the first `features` of them.
@@ -376,7 +387,6 @@ class Contextual:
             source = Source.HIDDEN_FROM_LIST
         else:
             source = Source.LIST if record.reference_hidden is None else Source.HIDDEN
-        exact = source is Source.HIDDEN
         tokens = int(kept.sum())
         return source, Rows(
             fold=fold_of(record.prompt_key),
@@ -384,8 +394,7 @@ class Contextual:
             tokens=tokens,
             features=None if features is None else _halves(features.values[kept]),
             hidden=None if record.reference_hidden is None else _halves(record.reference_hidden[kept]),
-            compressed=None if exact else _cut(record.compressed, kept),
-            reference=_cut(record.reference, kept) if source is Source.LIST else None,
+            listed=_listed(record, kept, source),
         )
 
     def _newest(self, rows: Sequence[Rows]) -> tuple[Rows, ...]:
@@ -439,13 +448,12 @@ class Contextual:
         tell = progress or _silent
         tell("metric", 0.0)
         sample = self._hidden_sample(base or state)
-        if sample is None:
+        if sample is None or not state.tokens_by_source[Source.HIDDEN]:
             return self._fit_lists(state, tell)
-        known = hidden.prior(sample, self._noise)
-        basis = self._basis(sample, known)
+        basis = self._basis(sample, hidden.prior(sample, self._noise))
         tell("linear", 0.0)
-        folds = self._moments(state, known, basis)
-        bases = None if base is None else self._bases(self._moments(base, known, basis))
+        folds = self._moments(state, basis)
+        bases = None if base is None else self._bases(self._moments(base, basis))
         found = regression.choose(folds, self._ranks, bases)
         if found is None or found.gain <= found.error:
             return None
@@ -570,7 +578,7 @@ class Contextual:
         return x, c, t
 
     def _fit_lists(self, state: ContextualState, tell: Progress) -> Proposal | None:
-        """From a reference that gives only its likeliest ids: `objective.Lists` is made small.
+        """Where either side is known by a list only: `objective.Lists` is made small.
 
         A first map comes from regressing that objective's slope at no change on the features, which at once gives the
         penalty and the rank; it is then improved by going down the objective itself.
@@ -578,14 +586,18 @@ class Contextual:
         What is lost: nothing is said of the ids behind, with a small model 30 % of the mass at 20 ids. In a first study
         on int4 weights, 64 ids won back 14 % of the divergence where hidden states won back 22 %.
         """
-        rows = [r for r in self._fresh(state) if r.features is not None and r.reference is not None]
+        rows = [r for r in self._fresh(state) if r.listed is not None]
         if not rows:
             return None
-        z = np.concatenate([r.features for r in rows if r.features is not None]).astype(np.float32)
-        known = hidden.flat(self.weight, self._noise)
-        offset, gain = hidden.recovery(self.weight[self.anchors], known)
-        h = (z @ gain.T.astype(np.float32) + offset.astype(np.float32)).astype(np.float32)
-        basis = self._basis(h[_spread(np.arange(len(h)), _METRIC_ROWS)], known)
+        embedded = self.weight[self.anchors]
+        sample = self._hidden_sample(state)
+        known = hidden.flat(self.weight, self._noise) if sample is None else hidden.prior(sample, self._noise)
+        offset, gain = (a.astype(np.float32) for a in hidden.recovery(embedded, known))
+        embedded = embedded - embedded.mean(axis=0)
+        features = [r.features if r.hidden is None else r.hidden @ embedded.T for r in rows]
+        z = np.concatenate([f for f in features if f is not None]).astype(np.float32)
+        h = z @ gain.T + offset
+        basis = self._basis(h if sample is None else sample, known)
         c = h @ basis.root.astype(np.float32)
         lists = _lists(basis.embedding, rows, c)
         tell("linear", 0.0)
@@ -645,19 +657,9 @@ class Contextual:
         step = max(1, total // (_PRIOR_ROWS * self.weight.shape[1]))
         return np.concatenate(with_hidden)[::step].astype(np.float32)
 
-    def _moments(self, state: ContextualState, known: hidden.Prior, basis: _Basis) -> tuple[Moments, ...]:
+    def _moments(self, state: ContextualState, basis: _Basis) -> tuple[Moments, ...]:
         """Σ x̃ x̃ᵀ and Σ x̃ tᵀ by fold, t = Lᵀ (h_r − E[h_c | z])."""
-        sums = [self._added(fold, state.tokens) for fold in state.folds]
-        for rows in state.recent:
-            if rows.hidden is None or rows.features is not None or rows.compressed is None:
-                continue
-            h = hidden.recover_from_lists(self.weight, known, rows.compressed.ids, rows.compressed.logprobs)
-            embedded = self.weight[self.anchors].astype(np.float64)
-            z = (h @ (embedded - embedded.mean(axis=0)).T).astype(np.float16)
-            waiting = replace(rows, features=z)
-            sums[rows.fold] = replace(sums[rows.fold], waiting=(*sums[rows.fold].waiting, waiting))
-        sums = [self._added(fold, state.tokens) for fold in sums]
-        return tuple(self._moments_of(fold, basis) for fold in sums)
+        return tuple(self._moments_of(self._added(fold, state.tokens), basis) for fold in state.folds)
 
     def _moments_of(self, fold: FoldSums, basis: _Basis) -> Moments:
         count = np.append(fold.cross[-1, : self._features], fold.weight)
@@ -708,26 +710,42 @@ def _spread(indices: npt.NDArray[np.integer], at_most: int) -> npt.NDArray[np.in
     return indices[np.linspace(0, len(indices) - 1, at_most).astype(np.int64)]
 
 
+def _listed(record: TokenRecord, kept: npt.NDArray[np.bool_], source: Source) -> Listed | None:
+    if source is Source.HIDDEN:
+        return None
+    compressed, reference = record.compressed, record.reference
+    likeliest = compressed.ids[kept, 0], compressed.logprobs[kept, 0]
+    if source is Source.LIST:
+        return Listed(reference.ids[kept], reference.logprobs[kept], None, likeliest)
+    ids = np.where(np.isnan(record.reference_at), -1, compressed.ids).astype(np.int32)
+    return Listed(ids[kept], record.reference_at[kept], compressed.logprobs[kept], likeliest)
+
+
 def _lists(embedding: Singles, rows: Sequence[Rows], c: Singles) -> objective.Lists:
     """c: the compressed model's hidden states in the basis, [n, d]."""
-    most = max(r.reference.ids.shape[1] for r in rows if r.reference is not None)
+    most = max(r.listed.ids.shape[1] for r in rows if r.listed is not None)
     ids = np.zeros((len(c), most), np.int32)
     r = np.zeros((len(c), most), np.float32)
     log_c = np.full((len(c), most), -np.inf, np.float32)
     at = 0
     for row in rows:
-        if row.reference is None or row.compressed is None:
+        listed = row.listed
+        if listed is None:
             continue
         part = slice(at, at + row.tokens)
         at += row.tokens
-        width = row.reference.ids.shape[1]
-        given = row.reference.ids >= 0
-        ids[part, :width] = np.where(given, row.reference.ids, 0)
-        r[part, :width] = np.where(given, np.exp(row.reference.logprobs), 0.0)
-        # Logits follow from c; what makes them log-probabilities, from the likeliest candidate.
-        constant = row.compressed.logprobs[:, 0] - (embedding[row.compressed.ids[:, 0]] * c[part]).sum(axis=1)
-        logits = np.einsum("tkd,td->tk", embedding[ids[part, :width]], c[part])
-        log_c[part, :width] = np.where(given, logits + constant[:, None], -np.inf)
+        width = listed.ids.shape[1]
+        given = listed.ids >= 0
+        ids[part, :width] = np.where(given, listed.ids, 0)
+        r[part, :width] = np.where(given, np.exp(listed.reference), 0.0)
+        if listed.compressed is None:
+            # Logits follow from c; what makes them log-probabilities, from the likeliest candidate.
+            first, logprob = listed.likeliest
+            constant = logprob - (embedding[first] * c[part]).sum(axis=1)
+            logprobs = np.einsum("tkd,td->tk", embedding[ids[part, :width]], c[part]) + constant[:, None]
+        else:
+            logprobs = listed.compressed
+        log_c[part, :width] = np.where(given, logprobs, -np.inf)
     return objective.Lists(embedding, ids, r, log_c)
 
 
@@ -821,10 +839,6 @@ def _halves(values: npt.NDArray[np.floating]) -> Halves:
     found = np.clip(values, -_HALVES_AT_MOST, _HALVES_AT_MOST).astype(np.float16)
     found.flags.writeable = False
     return found
-
-
-def _cut(candidates: Candidates, kept: npt.NDArray[np.bool_]) -> Candidates:
-    return Candidates(candidates.ids[kept], candidates.logprobs[kept])
 
 
 def _frozen(array: Floats) -> Floats:

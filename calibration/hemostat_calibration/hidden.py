@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.records import Floats, Ids
+from hemostat_calibration.records import Floats
 
 Singles = npt.NDArray[np.float32]
 
@@ -19,8 +19,6 @@ MASS_KEPT = 0.999
 """Part of the mean distribution whose ids the Fisher metric sums over; the rest would cost most and say least."""
 _CHUNK = 1 << 24
 """Elements of a temporary."""
-_UNSEEN = 1e6
-"""Variance that stands for "not observed"."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,28 +63,6 @@ def recovery(weight: Singles, prior: Prior) -> tuple[Floats, Floats]:
     spread = cross @ rows.T + prior.noise**2 * np.eye(len(rows))
     gain = np.asarray(np.linalg.solve(spread, cross).T, dtype=np.float64)
     return prior.mean - gain @ (rows @ prior.mean), gain
-
-
-def recover_from_lists(weight: Singles, prior: Prior, ids: Ids, logprobs: npt.NDArray[np.floating]) -> Floats:
-    """E[h | a list of candidates], float64 [T, d], by the same formula for each row's own ids [T, K] (-1 pads) and
-    their log-probabilities. A short list leaves most of h at its mean."""
-    found = np.empty((len(ids), weight.shape[1]))
-    step = max(1, _CHUNK // (ids.shape[1] * weight.shape[1]))
-    for start in range(0, len(ids), step):
-        chosen = ids[start : start + step]
-        given = (chosen >= 0) & np.isfinite(logprobs[start : start + step])
-        share = given / np.maximum(given.sum(axis=1, keepdims=True), 1)
-        z = np.where(given, logprobs[start : start + step], 0.0)
-        z = np.where(given, z - (share * z).sum(axis=1, keepdims=True), 0.0)
-        rows = weight[np.where(given, chosen, 0)].astype(np.float64)
-        rows = np.where(given[..., None], rows - np.einsum("tk,tkd->td", share, rows)[:, None, :], 0.0)
-        cross = rows @ prior.covariance
-        spread = cross @ rows.swapaxes(1, 2)
-        spread += np.where(given, prior.noise**2, _UNSEEN)[..., None] * np.eye(ids.shape[1])
-        errors = z - rows @ prior.mean
-        solved = np.linalg.solve(spread, errors[..., None])[..., 0]
-        found[start : start + step] = prior.mean + np.einsum("tkd,tk->td", cross, solved)
-    return found
 
 
 def fisher(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Floats, Floats]:

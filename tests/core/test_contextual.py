@@ -1,0 +1,439 @@
+"""The contextual learner on a world whose answer is known: the compressed model's hidden state is an affine (or a bent)
+function of the reference's, and noise."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hemostat_calibration import contextual, mlp
+from hemostat_calibration.contextual import FLUSHED, FOLDS, Contextual, Source, choose_anchors, fold_of
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.records import Features
+from hemostat_calibration.transform import anchors, anchors_digest, apply, shift
+
+from .strategies import Truth, log_softmax, make_record
+
+V, D, T, N, A = 150, 10, 40, 20, 14
+
+
+class World:
+    """h_c = h_r + B h_r + b + bend tanh(2 h_r) + noise, tokens of one prompt alike. From `turns` on B has its sign
+    changed: a workload that drifts."""
+
+    def __init__(self, strength=0.4, noise=0.2, bend=0.0, turns=10**9, seed=0):
+        rng = np.random.default_rng(seed)
+        self.weight = (2.0 * rng.normal(size=(V, D)) / np.sqrt(D)).astype(np.float32)
+        self.map = strength * rng.normal(size=(D, D)) / np.sqrt(D)
+        self.bias = strength * rng.normal(size=D)
+        self.noise, self.bend, self.turns = noise, bend, turns
+        self.anchors = choose_anchors(self.weight, N)
+
+    def hidden(self, seed, tokens=T):
+        rng = np.random.default_rng(seed)
+        h = rng.normal(size=(1, D)) + rng.normal(size=(tokens, D))
+        sign = 1.0 if seed < self.turns else -1.0
+        bent = self.bend * np.tanh(2.0 * h[:, ::-1])
+        return h, h + sign * (h @ self.map + self.bias) + bent + self.noise * rng.normal(size=h.shape)
+
+    def truth(self, seed, tokens=T):
+        h_r, h_c = self.hidden(seed, tokens)
+        log_c = log_softmax(h_c @ self.weight.T)
+        cut = np.random.default_rng(seed + 1).random((tokens, 1))
+        emitted = np.minimum((np.exp(log_c).cumsum(1) < cut).sum(1), V - 1)
+        return Truth(log_softmax(h_r @ self.weight.T), log_c, emitted)
+
+    def record(self, seed, tokens=T, *, features=True, hidden=True, k=20):
+        truth = self.truth(seed, tokens)
+        record = make_record(truth, k, key=str(seed).encode(), reference_k=None if hidden else 20)
+        if features:
+            values = truth.compressed[:, self.anchors]
+            values = (values - values.mean(1, keepdims=True)).astype(np.float32)
+            record = replace(record, features=Features(anchors_digest(self.anchors), values))
+        if hidden:
+            record = replace(record, reference_hidden=self.hidden(seed, tokens)[0].astype(np.float32))
+        return record
+
+    def learner(self, **changes):
+        options = {"features": A, "rank": D, "min_tokens": 1, "min_requests": 1, **changes}
+        return Contextual(self.weight, self.anchors, **options)
+
+    def learn(self, seeds, learner=None, **kinds):
+        learner = learner or self.learner()
+        return learner.update(learner.init("m", V), [self.record(seed, **kinds) for seed in seeds])
+
+    def divergence(self, profile=None, seeds=range(10_000, 10_025)):
+        """KL(r‖c) over the whole vocabulary, on prompts that were not learned from."""
+        values = []
+        for seed in seeds:
+            truth = self.truth(seed)
+            log_c = truth.compressed if profile is None else log_softmax(apply(profile, truth.compressed))
+            values.append((np.exp(truth.reference) * (truth.reference - log_c)).sum(-1).mean())
+        return float(np.mean(values))
+
+    def recovered(self, profile):
+        """Part of what the noise leaves to win."""
+        before, floor = self.divergence(), World(strength=0.0, noise=self.noise).divergence()
+        return (before - self.divergence(profile)) / (before - floor)
+
+
+@cache
+def world():
+    return World()
+
+
+# --- what is won
+
+
+@pytest.mark.parametrize(("prompts", "least"), [(8, 0.85), (60, 0.9)])
+def test_it_wins_back_most_of_what_there_is(prompts, least):
+    proposal = world().learner().fit(world().learn(range(prompts)))
+    assert proposal.report.variant == "linear"
+    assert (proposal.report.tokens, proposal.report.requests) == (prompts * T, prompts)
+    assert world().recovered(proposal.profile) > least
+    # The predicted gain is of second order; it must be of the right size.
+    won = world().divergence() - world().divergence(proposal.profile)
+    assert 0.6 * won < proposal.report.gain < 1.8 * won
+
+
+def test_without_the_engines_features_it_learns_from_the_candidates():
+    """Less the fewer they are, and less than with features."""
+    few, many = (
+        world().recovered(world().learner().propose(world().learn(range(60), features=False, k=k))) for k in (4, 20)
+    )
+    assert 0.1 < few < many < world().recovered(world().learner().propose(world().learn(range(60))))
+    assert many > 0.5
+
+
+def test_from_a_reference_that_gives_only_a_list():
+    learner = world().learner()
+    state = world().learn(range(80), hidden=False)
+    proposal = learner.fit(state)
+    assert proposal.report.variant == "list"
+    assert state.tokens_by_source[Source.LIST] == 80 * T
+    assert world().recovered(proposal.profile) > 0.8
+
+
+def test_a_network_is_taken_where_it_is_better():
+    bent = World(strength=0.2, noise=0.1, bend=0.8)
+    training = mlp.Training(units=96, epochs=25, batch=64, rate=1e-2)
+    learner = bent.learner(network=training, network_tokens=1000)
+    state = bent.learn(range(150), learner)
+    stages = []
+    proposal = learner.fit(state, progress=lambda stage, done: stages.append((stage, done)))
+    linear = bent.learner().fit(state)
+    assert proposal.report.variant in {"mlp", "mlp_kl"}
+    assert linear.report.variant == "linear"
+    assert bent.divergence(proposal.profile) < 0.9 * bent.divergence(linear.profile)
+    assert learner.fit(state).profile == proposal.profile
+    assert [stage for stage, _ in stages[:2]] == ["metric", "linear"]
+    assert len(stages) > 10
+    assert all(0.0 <= done <= 1.0 for _, done in stages)
+    assert bent.learner(network=training, network_tokens=10**6).fit(state).report.variant == "linear"
+
+
+def test_a_network_is_not_taken_where_there_is_nothing_for_it():
+    learner = world().learner(network=mlp.Training(units=32, epochs=4), network_tokens=100)
+    assert learner.fit(world().learn(range(40), learner)).report.variant == "linear"
+
+
+# --- what is held back
+
+
+@pytest.mark.parametrize("prompts", [2, 5, 12, 30])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_noise_alone_is_left_alone_or_hardly_touched(prompts, hidden):
+    """A difference that has nothing to do with the context: whatever is proposed must do next to no harm."""
+    noisy = World(strength=0.0, noise=0.6)
+    proposal = noisy.learner().fit(noisy.learn(range(prompts), hidden=hidden))
+    if proposal is not None:
+        assert noisy.divergence(proposal.profile) < 1.03 * noisy.divergence()
+
+
+def test_a_weak_penalty_is_never_chosen_on_little_data():
+    """Forty tokens of two prompts, fourteen features: without a penalty the map would be noise."""
+    noisy = World(strength=0.05, noise=0.8)
+    for first in range(0, 40, 4):
+        proposal = noisy.learner().fit(noisy.learn(range(first, first + 4), tokens=10))
+        assert proposal is None or proposal.report.penalty >= 0.1
+
+
+def test_nothing_is_proposed_too_early():
+    learner = world().learner(min_tokens=3 * T, min_requests=4)
+    state = learner.init("m", V)
+    assert learner.propose(state) is None
+    for seed in range(3):
+        state = learner.update(state, [world().record(seed)])
+        assert learner.propose(state) is None
+    profile = learner.propose(learner.update(state, [world().record(3)]))
+    assert dict(profile.metadata) == {
+        "variant": "linear",
+        "rank": profile.metadata["rank"],
+        "tokens": "160",
+        "requests": "4",
+    }
+    assert (profile.model, profile.vocab_size) == ("m", V)
+
+
+def test_the_trust_region_is_kept():
+    state = world().learn(range(20))
+    free = world().learner(kl_limit=1e30, clamp_nats=20.0).propose(state)
+    held = world().learner(kl_limit=0.02, clamp_nats=20.0).propose(state)
+    truth = world().truth(5)
+    moved = [
+        (np.exp(truth.compressed) * (truth.compressed - log_softmax(apply(p, truth.compressed)))).sum(-1)
+        for p in (free, held)
+    ]
+    assert moved[0].mean() > 0.1
+    assert moved[1].mean() < 0.04
+    assert np.abs(shift(world().learner(clamp_nats=0.1).propose(state), truth.compressed)).max() <= 0.1
+
+
+def test_up_is_centred_where_the_reference_is():
+    """The mean logit under the reference stays where it is, so that the clamp is not spent on a constant."""
+    profile = world().learner().propose(world().learn(range(40)))
+    mean = np.mean([np.exp(world().truth(seed).reference).mean(0) for seed in range(40)], axis=0)
+    up = profile.parameters["up"].astype(np.float64)
+    assert np.abs(mean @ up).max() < 0.1 * np.abs(up).max()
+
+
+# --- parts of a whole
+
+
+def test_a_label_with_little_evidence_uses_the_whole():
+    """Its own prompts behave like the rest: pulled towards the map of the whole it is far better than alone."""
+    pooled = world().learn(range(60))
+    part = world().learn(range(60, 63), tokens=12)
+    learner = world().learner()
+    with_base = learner.fit(part, pooled)
+    alone = learner.fit(part)
+    assert with_base.report.penalty >= 1.0
+    assert world().recovered(with_base.profile) > 0.85
+    assert alone is None or world().recovered(alone.profile) < world().recovered(with_base.profile) - 0.05
+
+
+def test_a_label_that_is_different_goes_its_own_way_with_evidence():
+    drifted = World(turns=500)
+    learner = drifted.learner()
+    pooled, part = drifted.learn(range(60), learner), drifted.learn(range(500, 580), learner)
+    profile = learner.fit(part, pooled).profile
+    own = learner.fit(part).profile
+    assert drifted.divergence(profile, range(600, 620)) < 1.1 * drifted.divergence(own, range(600, 620))
+
+
+def test_a_drifting_workload_is_followed():
+    """Half-way the topics change and with them the map. What forgets is right soon after, what does not is not."""
+    drifting = World(turns=150)
+    after = range(2000, 2020)
+    before = drifting.divergence(None, after)
+    found = {}
+    for name, half_life in (("forgets", 20 * T), ("keeps", None)):
+        learner = drifting.learner(half_life_tokens=half_life)
+        state = drifting.learn(range(150), learner)
+        assert drifting.recovered(learner.propose(state)) > -10  # it can propose before the turn
+        state = learner.update(state, [drifting.record(seed) for seed in range(150, 210)])
+        profile = learner.propose(state)
+        found[name] = before if profile is None else drifting.divergence(profile, after)
+    assert found["forgets"] < 0.35 * before
+    assert found["keeps"] > 2.0 * found["forgets"]
+
+
+# --- sums
+
+
+def equal_sums(learner, a, b, rtol=1e-5):
+    for mine, theirs in zip(a.folds, b.folds, strict=True):
+        one, two = learner._added(mine, a.tokens), learner._added(theirs, b.tokens)
+        assert one.weight == pytest.approx(two.weight, rel=1e-9)
+        for x, y in ((one.cross, two.cross), (one.target, two.target)):
+            np.testing.assert_allclose(x, y, atol=rtol * max(1.0, np.abs(y).max()))
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations(range(12)), parts=st.integers(1, 4), data=st.data())
+def test_merged_in_any_order_it_is_one_stream(order, parts, data):
+    learner = world().learner()
+    whole = world().learn(range(12), learner)
+    replicas = [learner.init("m", V) for _ in range(parts)]
+    for seed in order:
+        at = data.draw(st.integers(0, parts - 1))
+        replicas[at] = learner.update(replicas[at], [world().record(seed)])
+    merged = learner.init("m", V)
+    for replica in data.draw(st.permutations(replicas)):
+        merged = learner.merge(merged, replica)
+    assert (merged.tokens, merged.requests) == (whole.tokens, whole.requests)
+    assert merged.tokens_by_source == whole.tokens_by_source
+    equal_sums(learner, merged, whole)
+    assert sorted(r.tokens for r in merged.recent) == sorted(r.tokens for r in whole.recent)
+
+
+def test_sums_equal_those_of_all_rows_at_once():
+    """Over several times what waits before it is added, discounted by age."""
+    learner = world().learner(half_life_tokens=3000.0)
+    seeds = range(160)
+    state = world().learn(seeds, learner)
+    assert all(sum(r.tokens for r in fold.waiting) < FLUSHED for fold in state.folds)
+    assert any(fold.cross.any() for fold in state.folds)
+    for k in range(FOLDS):
+        cross, target = np.zeros((A + 1, N)), np.zeros((A + 1, D))
+        for at, seed in enumerate(seeds):
+            record = world().record(seed)
+            if fold_of(record.prompt_key) == k:
+                age = (len(seeds) - at - 1) * T
+                x = np.column_stack([record.features.values[:, :A], np.ones(T)]) * 0.5 ** (age / 3000.0)
+                cross += x.T @ record.features.values
+                target += x.T @ record.reference_hidden
+        fold = learner._added(state.folds[k], state.tokens)
+        # Rows are kept as float16.
+        np.testing.assert_allclose(fold.cross, cross, atol=2e-3 * np.abs(cross).max())
+        np.testing.assert_allclose(fold.target, target, atol=2e-3 * np.abs(target).max())
+
+
+def test_memory_is_bounded():
+    learner = world().learner(recent_tokens=5 * T)
+    state = learner.init("m", V)
+    for seed in range(200):
+        state = learner.update(state, [world().record(seed)])
+        assert sum(r.tokens for r in state.recent) <= 5 * T
+        assert sum(r.tokens for fold in state.folds for r in fold.waiting) < FOLDS * FLUSHED
+    assert state.tokens == 200 * T
+    assert world().recovered(learner.propose(state)) > 0.9
+
+
+def test_folds_never_mix_prompts():
+    """A prompt that comes again, whatever was written after it, is in the same fold; all folds are used."""
+    learner = world().learner()
+    state = learner.init("m", V)
+    for tokens in (5, 30):
+        state = learner.update(state, [replace(world().record(seed, tokens), prompt_key=b"again") for seed in range(9)])
+    assert {r.fold for r in state.recent} == {fold_of(b"again")}
+    assert sum(fold.weight > 0 or bool(fold.waiting) for fold in state.folds) == 1
+    share = np.bincount([fold_of(str(i).encode()) for i in range(4000)], minlength=FOLDS) / 4000
+    np.testing.assert_allclose(share, 1 / FOLDS, atol=0.03)
+
+
+def test_states_are_values():
+    learner = world().learner()
+    state = world().learn(range(40), learner)
+    before = [(fold.cross.copy(), len(fold.waiting)) for fold in state.folds]
+    learner.update(state, [world().record(seed) for seed in range(40, 140)])
+    learner.merge(state, state)
+    learner.fit(state)
+    for fold, (cross, waiting) in zip(state.folds, before, strict=True):
+        np.testing.assert_array_equal(fold.cross, cross)
+        assert len(fold.waiting) == waiting
+    with pytest.raises(ValueError, match="read-only"):
+        state.folds[0].cross[0, 0] = 1.0
+
+
+def test_the_same_records_give_the_same_version():
+    a, b = (world().learner().propose(world().learn(range(20))) for _ in range(2))
+    assert a.version == b.version
+
+
+# --- what does not fit
+
+
+def masked(record):
+    values = record.features.values.copy()
+    values[3:] = np.nan
+    return replace(record, features=replace(record.features, values=values))
+
+
+def test_tokens_are_counted_by_what_they_brought():
+    learner = world().learner()
+    record = world().record(0)
+    other = replace(record, features=replace(record.features, anchors="0" * 32))
+    state = learner.update(
+        learner.init("m", V),
+        [
+            record,
+            world().record(1, features=False),
+            world().record(2, hidden=False),
+            world().record(3, features=False, hidden=False),
+            other,
+            masked(record),
+            replace(other, reference_hidden=None),
+        ],
+    )
+    assert state.tokens_by_source == {
+        Source.HIDDEN: T + 3,
+        Source.HIDDEN_FROM_LIST: 2 * T,
+        Source.LIST: T,
+        Source.UNUSABLE: 2 * T + T - 3,
+    }
+    assert state.tokens == 4 * T + 3
+    assert learner.update(learner.init("m", V), [masked(record)]).tokens == 3
+
+
+def test_what_does_not_belong_is_refused():
+    learner = world().learner()
+    with pytest.raises(InvalidArgumentError, match="vocab_size"):
+        learner.init("m", V + 1)
+    record = world().record(0)
+    with pytest.raises(InvalidArgumentError, match="vocab_size"):
+        learner.update(learner.init("m", V), [replace(record, vocab_size=V + 1)])
+    with pytest.raises(InvalidArgumentError, match="hidden states of 3"):
+        learner.update(learner.init("m", V), [replace(record, reference_hidden=np.zeros((T, 3), np.float32))])
+    with pytest.raises(InvalidArgumentError, match="one model"):
+        learner.merge(learner.init("m", V), learner.init("n", V))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"anchors": np.array([0, V])}, "anchors must be distinct ids"),
+        ({"anchors": np.array([1, 1])}, "anchors must be distinct ids"),
+        ({"anchors": np.zeros((2, 2), int)}, "anchors"),
+        ({"weight": np.zeros(V)}, "weight has shape"),
+        ({"half_life_tokens": 0.0}, "half_life_tokens"),
+        ({"rank": 0}, "rank is 0"),
+        ({"features": 0}, "features 0"),
+    ],
+)
+def test_bad_arguments(changes, message):
+    options = {"weight": world().weight, "anchors": world().anchors, **changes}
+    with pytest.raises(InvalidArgumentError, match=message):
+        Contextual(options.pop("weight"), options.pop("anchors"), **options)
+
+
+def test_the_probe_reads_what_is_learned_from():
+    np.testing.assert_array_equal(anchors(world().learner().probe("m")), world().anchors)
+
+
+# --- anchors
+
+
+def test_anchors_span_the_hidden_state():
+    rng = np.random.default_rng(1)
+    weight = rng.normal(size=(400, 12)) * np.geomspace(1, 0.05, 12)
+    chosen = choose_anchors(weight, 30)
+    assert len(np.unique(chosen)) == 30
+
+    def worst(ids):
+        rows = weight[ids] - weight[ids].mean(0)
+        return np.linalg.svd(rows, compute_uv=False)[-1]
+
+    for count in (13, 30):
+        random = np.median([worst(rng.permutation(400)[:count]) for _ in range(50)])
+        assert worst(chosen[:count]) > 1.3 * random
+    np.testing.assert_array_equal(choose_anchors(weight, 30), chosen)
+
+
+def test_anchors_are_chosen_among_those_allowed():
+    weight = np.random.default_rng(1).normal(size=(50, 4))
+    allowed = np.arange(10, 40)
+    assert set(choose_anchors(weight, 20, among=allowed)) <= set(allowed)
+    with pytest.raises(InvalidArgumentError, match="count is 31"):
+        choose_anchors(weight, 31, among=allowed)
+
+
+def test_normals_are_normal():
+    drawn = mlp.normal(3, 20_000)
+    assert abs(drawn.mean()) < 0.03
+    assert drawn.std() == pytest.approx(1.0, abs=0.02)
+    assert (drawn != mlp.normal(4, 20_000)).all()
+    assert contextual.fold_of(b"x") == fold_of(b"x")
