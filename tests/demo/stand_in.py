@@ -47,7 +47,7 @@ def status(answered: int, settings: dict[str, Any]) -> dict[str, Any]:
         "profile": {"version": "identity", "family": "identity", "mode": settings["calibration"]["mode"]},
         "queue": {"depth": answered - scored, "lag_seconds": 0.0},
         "reference": {"state": "mismatch" if TROUBLE == "mismatch" else "ready", "detail": "64 ids against 65"},
-        "learner": {"state": "learning", "detail": ""},
+        "learner": {"state": "learning", "detail": "", "tokens": 10 * scored},
         "engines": {"live": 1, "acknowledged": []},
         "records_written": 0,
     }

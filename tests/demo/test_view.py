@@ -30,6 +30,7 @@ def status() -> dict[str, Any]:
         "queue": {"depth": 2, "lag_seconds": 1.5},
         "reference": {"state": "ready", "detail": "smollm2 [bfloat16]"},
         "calibration": {"learned_tokens": 900, "candidates": []},
+        "learner": {"state": "training", "detail": "network 42%", "tokens": 1234567},
         "records_written": 0,
     }
 
@@ -55,6 +56,7 @@ def test_the_picture_shows_every_figure(scene: view.Scene) -> None:
         "1,234",
         "2 (grammar 2)",
         "ready  smollm2 [bfloat16]",
+        "training  network 42%  1,234,567 tokens",
         "at least (from the top 64)",
         "0.412 [0.390, 0.430]",
         "0.399 [0.380, 0.420]",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -17,6 +18,7 @@ from tests.learner.world import D, V, World, kl, logprobs, make, save
 
 from hemostat.config import Calibration
 from hemostat.learner import Learner, Source, client, wire
+from hemostat.learner.process import Desk
 from hemostat_calibration import transform
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profile import CalibrationProfile
@@ -264,6 +266,46 @@ async def test_a_proposal_that_steering_refuses_costs_nothing_else(bench: Bench)
     assert bench.learner.state == "learning"
     assert not bench.learner.status()["last_proposal"]["accepted"]
     assert bench.learner.status()["tokens"] == 960, "nothing is lost"
+
+
+def test_what_comes_while_a_proposal_is_made_is_learned_from_meanwhile() -> None:
+    said: list[wire.Answer] = []
+    inbox: queue.Queue[wire.Request | None] = queue.Queue()
+
+    class Slow:
+        """Its first proposal sees two batches come."""
+
+        def learn(self, rows: list[wire.Row]) -> wire.Learned:
+            return wire.Learned({"": len(rows)}, {}, {})
+
+        def propose(self, scope: str, progress: Callable[[str, float], None]) -> wire.Proposed:
+            if scope == "first":
+                inbox.put(wire.Learn([]))
+                inbox.put(wire.Propose("second"))
+                inbox.put(wire.Learn([]))
+            progress("network", 0.5)
+            if scope == "second":
+                inbox.put(None)
+            return wire.Proposed(scope, 0, b"", {})
+
+    inbox.put(wire.Propose("first"))
+    Desk(Slow(), inbox, said.append).run()  # type: ignore[arg-type]
+    told = [(type(s).__name__, getattr(s, "scope", "")) for s in said]
+    first = [("Training", ""), ("Learned", ""), ("Learned", ""), ("Proposed", "first")]
+    assert told == [*first, ("Training", ""), ("Proposed", "second")]
+
+
+def test_when_the_input_ends_no_proposal_is_finished() -> None:
+    class Endless:
+        def propose(self, scope: str, progress: Callable[[str, float], None]) -> wire.Proposed:
+            while True:
+                progress("network", 0.5)
+
+    inbox: queue.Queue[wire.Request | None] = queue.Queue()
+    inbox.put(wire.Propose(""))
+    inbox.put(None)
+    with pytest.raises(SystemExit):
+        Desk(Endless(), inbox, lambda _: None).run()  # type: ignore[arg-type]
 
 
 def test_rows_carry_a_record_over() -> None:

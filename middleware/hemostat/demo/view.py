@@ -98,6 +98,8 @@ def picture(scene: Scene) -> RenderableType:
     if calibration := status.get("calibration"):
         learned, candidates = calibration["learned_tokens"], len(calibration["candidates"])
         flow.add_row("calibrator", f"learned from {learned:,} tokens, {candidates} profiles under evaluation")
+    if learner := status.get("learner"):
+        flow.add_row("contextual", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
 
     addresses = _grid()
     addresses.add_row("console", f"{scene.admin_url}/")

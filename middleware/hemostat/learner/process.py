@@ -24,6 +24,7 @@ from hemostat.learner import wire
 from hemostat.learner.embedding import load
 from hemostat_calibration.contextual import Contextual, ContextualState, choose_anchors
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
+from hemostat_calibration.mlp import Training
 
 NICENESS = 15
 """Behind all else, the reference too."""
@@ -60,6 +61,7 @@ class Statistics:
             half_life_tokens=start.half_life_tokens,
             recent_tokens=start.recent_tokens,
             min_tokens=start.min_tokens,
+            network=Training(),
         )
         self._model, self._vocab_size, self._anchors = start.model, start.vocab_size, len(anchors)
         self._states: dict[str, ContextualState] = {ALL: self._new()}
