@@ -77,7 +77,7 @@ class TokenDivergence:
     delta_log_likelihood: Floats
     """log c(x) − log r(x) of the emitted token x; NaN after a profile whose normalizer is unknown."""
     delta_p: Floats
-    """Δp = c(x) − r(x) of the emitted token x, −1 to 1 (llama.cpp's sign: what the compressed model adds); NaN likewise."""
+    """Δp = c(x) − r(x) of the emitted token x, −1 to 1 (llama.cpp's sign: what c adds); NaN likewise."""
     entropy_reference: Floats
     """H(r): exact when the record holds it, else the entropy of r's own list plus one bucket, a lower bound."""
     entropy_compressed: Floats
@@ -404,15 +404,14 @@ def _estimate(
 def _unconditional(record: TokenRecord, view: View) -> Bools:
     """S₀: the ids of S that would be in it whatever had been emitted, [T, N].
 
-    The engine's list without its last two places. Engines add an emitted token that is not among the top K in one of
-    two ways, and a row has room for both: in place of the K-th (vLLM's chat route), or behind it (completions). What
-    stands before is there whatever was emitted. And of a reference that gave only a list, what is at least as likely
-    as the last but one of that list.
+    Engines add an emitted token that is not among the top K in one of two ways, and a row has room for both: in place
+    of the K-th (vLLM's chat route), or behind it (completions). So whatever is likelier than the (K−1)-th is there
+    whatever was emitted; what ties with it may have been moved. And of a reference that gave only a list, what is
+    likelier than the last but one of that list.
     """
-    kept = view.inside.copy()
-    kept[:, max(record.top_k - 2, 0) :] = False
+    listed = record.compressed.logprobs
+    kept: Bools = view.inside & (view.log_candidates > listed[:, max(record.top_k - 3, 0), None])
     if record.reference_entropy is None:
         listed = record.reference.logprobs
-        least = listed[:, -2] if listed.shape[1] > 1 else np.full(record.tokens, -np.inf)
-        kept &= view.log_r >= np.where(np.isinf(least), np.inf, least)[:, None]
+        kept &= view.log_r > (listed[:, -2, None] if listed.shape[1] > 1 else np.inf)
     return kept
