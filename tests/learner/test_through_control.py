@@ -292,3 +292,29 @@ async def test_off_ends_the_learner_and_auto_begins_it_again(tmp_path: Path, mon
         assert not b.reference.hidden_for
         await b.one.set_mode("observe")
         await until(lambda: b.one.learner.state == "learning", 20)
+
+
+async def test_with_a_vllm_reference_an_output_embedding_has_to_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_module, "MATCH_RETRY", 0.05)
+    folder = save(make(vocab_size=VOCAB), tmp_path / "checkpoint")
+    with serving(FakeVllm(noise=0.5)) as ours, serving(FakeVllm()) as theirs:
+        for named in (None, str(folder)):
+            made = settings(
+                ours,
+                reference={"backend": "vllm", "url": theirs},
+                calibration={"mode": "observe", "output_embedding": named, "anchors": 48},
+            )
+            async with control(tmp_path, made, loops=True) as one:
+                learning = asyncio.create_task(one.learner.run())
+                await until(lambda one=one: one.reference_state == "ready", 20)  # type: ignore[misc]
+                if named is None:
+                    assert one.learner.state == "unavailable"
+                    assert "calibration.output_embedding" in one.status()["learner"]["detail"]
+                else:
+                    await until(lambda one=one: one.learner.state == "learning", 20)  # type: ignore[misc]
+                    assert not one.learner.hungry, "there are no hidden states to ask for"
+                    assert one.status()["learner"]["anchors"] == 48
+                learning.cancel()
+                await asyncio.gather(learning, return_exceptions=True)
