@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hemostat.learner.embedding import load as load_embedding
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.profile import CalibrationProfile, temperature_bias
@@ -348,6 +350,27 @@ async def test_a_model_that_does_not_load_says_why_in_one_line(tmp_path: Path) -
         assert "\n" not in str(failure.value)
     await reference.close()
     assert children() == []
+
+
+async def test_a_hub_name_is_read_from_the_cache_and_its_folder_told(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--somebody--tiny"
+    shutil.copytree(tiny, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    reference = TransformersReference("somebody/tiny", threads=1)
+    try:
+        info = await reference.start()
+        assert info.folder == repository / "snapshots" / commit
+    finally:
+        await reference.close()
+    weight = load_embedding(info.folder, VOCAB)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto")
+    np.testing.assert_array_equal(weight, model.lm_head.weight.detach().float().numpy())
 
 
 def test_the_digest_follows_the_weights(tiny: Path, tmp_path: Path) -> None:
