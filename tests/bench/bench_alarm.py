@@ -246,10 +246,14 @@ def change_rows(
             "median_interval": [number(end) for end in np.quantile(resampled, [0.025, 0.975], method="nearest")],
         }
         if name != "change":
-            both = ~np.isnan(values) & ~np.isnan(ours)
-            row["change_test_is"] = {
-                "sooner": int((ours[both] < values[both]).sum()),
-                "later": int((ours[both] > values[both]).sum()),
+            both = np.isfinite(values) & np.isfinite(ours)
+            later = ours[both] - values[both]
+            medians = np.median(rng.choice(later, (1000, len(later))), axis=1) if len(later) else np.full(1, np.nan)
+            row["change_test_later_by_tokens"] = {
+                "median": number(float(np.median(later))) if len(later) else None,
+                "interval": [number(end) for end in np.quantile(medians, [0.025, 0.975])],
+                "runs_sooner": int((ours[~np.isnan(values)] < values[~np.isnan(values)]).sum()),
+                "runs_later": int((ours > values).sum()),
             }
         rows.append(row)
     return rows

@@ -89,10 +89,10 @@ class Options:
 
 FULL = Options(
     plans={
-        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 130_000), 24_000, (8, 32, 64), outcomes=True),
-        "int3": Plan((5_000, 15_000, 40_000), 12_000, (8, 64)),
-        "w8a8": Plan((5_000, 15_000, 40_000), 12_000, (8, 64)),
-        "prune50": Plan((5_000, 15_000, 40_000), 12_000, (8, 64)),
+        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 112_000), 20_000, (8, 32, 64), outcomes=True),
+        "int3": Plan((5_000, 15_000, 30_000), 11_000, (8, 64)),
+        "w8a8": Plan((5_000, 15_000, 30_000), 11_000, (8, 64)),
+        "prune50": Plan((5_000, 15_000, 30_000), 11_000, (8, 64)),
     },
     anchors=1024,
     features=576,
@@ -150,10 +150,7 @@ class Bench:
         self.reference = cached_checkpoints("w4a16", say).reference
         self.weight = load_embedding(self.reference, VOCABULARY)
         among = eligible(self.weight, special_ids(self.reference))
-        made_from = [options.anchors, hashlib.sha256(among.tobytes()).hexdigest(), source_digest()]
-        self.anchors: npt.NDArray[np.int32] = stages.kept(
-            "anchors", made_from, lambda: choose_anchors(self.weight, options.anchors, among=among)
-        )
+        self.anchors: npt.NDArray[np.int32] = choose_anchors(self.weight, options.anchors, among=among)
 
     # --- text ---------------------------------------------------------------------------------------------------
 
@@ -165,7 +162,7 @@ class Bench:
         for heldout, tokens in ((False, plan.counts[-1]), (True, plan.heldout_tokens)):
             # 72 tokens a text on average; a few more, so that there are enough.
             chosen = [p for p in all_prompts if p.heldout == heldout][: tokens // 72 + 16]
-            sets.append([Ask(p.text, MAX_TOKENS, 1.0, seed) for seed, p in enumerate(chosen)])
+            sets.append([Ask(p.text, MAX_TOKENS, 1.0, number) for number, p in enumerate(chosen)])
         made_from = [
             [asdict(ask) for asks in sets for ask in asks],
             *(hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in (checkpoint, self.reference)),
@@ -323,8 +320,8 @@ class Bench:
         asked += [(text, "short") for text in prompts.short_answers()[:count]]
         asked += [(text, "json") for text in prompts.extraction()[:count]]
         greedy = [Ask(text, 64, 0.0, 0, tap=False) for text, _ in asked]
-        sampled = [replace(text.ask, version=profile.version, seed=text.ask.seed + 1_000_000) for text in heldout]
-        control = [replace(text.ask, seed=text.ask.seed + 2_000_000) for text in heldout[: len(heldout) // 8]]
+        sampled = [replace(text.ask, version=profile.version, number=text.ask.number + 1_000_000) for text in heldout]
+        control = [replace(text.ask, number=text.ask.number + 2_000_000) for text in heldout[: len(heldout) // 8]]
         treated = [replace(ask, version=profile.version) for ask in greedy]
         written = asyncio.run(
             self._write(checkpoint, [profile], [*sampled, *control, *greedy, *treated], f"{scheme} served")

@@ -45,12 +45,15 @@ Halves = npt.NDArray[np.float16]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. version: of the profile that the engine is to apply. tap: have the plugin hand out its features."""
+    """One request. number: tells two of the same prompt apart (vLLM 0.32 on a CPU ends when a request brings a seed).
+
+    version: of the profile that the engine is to apply. tap: have the plugin hand out its features.
+    """
 
     text: str
     max_tokens: int
     temperature: float
-    seed: int
+    number: int
     version: str | None = None
     tap: bool = True
 
@@ -147,7 +150,6 @@ class Engine:
             "messages": [{"role": "user", "content": ask.text}],
             "max_tokens": ask.max_tokens,
             "temperature": ask.temperature,
-            "seed": ask.seed,
             "return_token_ids": True,
             **({"vllm_xargs": xargs} if xargs else {}),
         }

@@ -122,7 +122,7 @@ def test_records_are_valid_and_say_what_the_texts_say() -> None:
     (record, *_) = contextual_records(texts, anchors, V)
     assert record.features is not None
     assert record.features.anchors == transform.anchors_digest(anchors)
-    assert [t.ask.seed for t in first_tokens(texts, 31)] == [0, 1]
+    assert [t.ask.number for t in first_tokens(texts, 31)] == [0, 1]
 
 
 def test_intervals_hold_the_ratio_and_are_wider_for_clusters() -> None:
