@@ -14,9 +14,10 @@ Greedy (τ < 1e-5). Both are one id: 0 or everything, exact.
 Cut (min_p, top_k or top_p). q is known exactly where the cut falls inside the model's own list: then what was not
 listed has no probability at all, and the normalizer is the sum of what was kept. For top_p the sum of w over the whole
 vocabulary decides where the cut falls; it is known at τ = 1, else it is an interval (below), and the cut must be the
-same at both ends. Where the cut leaves either list, or falls between ids that tie, nothing is said ("not available"):
-the caller counts it. KL is infinite where one model keeps an id that the other drops, which two nuclei mostly do: total
-variation and Jensen–Shannon are the figures to look at.
+same at both ends. Where the cut leaves either list nothing is said ("not available"): the caller counts it. Where it
+falls between ids that tie (logits of 8 bits' precision often do), how many of them are kept is known but not which:
+then each of them is taken both ways, and the figure is an interval. KL is infinite where one model keeps an id that the
+other drops, which two nuclei mostly do: total variation and Jensen–Shannon are the figures to look at.
 
 Temperature alone. Every id keeps some probability, and Z = Σ w needs what was not listed: mass m on n ids, each at
 most λ. Since Σ xᵃ (a = 1/τ) is convex in x for a ≥ 1, concave for a ≤ 1, it lies between its values where the mass is
@@ -116,23 +117,41 @@ def _unlisted(power: float, log_top: Floats, mass: Floats, ids: Ids, log_cap: Fl
 
 
 def _cut(record: TokenRecord) -> Sampled:
-    ids_c, log_q_c, known_c = _kept(record.compressed, record)
-    ids_r, log_q_r, known_r = _kept(record.reference, record)
-    log_r_at_c, log_c_at_r = _at(ids_c, ids_r, log_q_r), _at(ids_r, ids_c, log_q_c)
-    q_c, q_r, r_at_c = np.exp(log_q_c), np.exp(log_q_r), np.exp(log_r_at_c)
-    available = known_c & known_r
+    c, r = _kept(record.compressed, record), _kept(record.reference, record)
+    available = c.known & r.known
+    # Every id is on c's list, or on r's alone.
+    only_r = ~named(r.ids, c.ids)
+    ids_log_r = np.concatenate([_at(c.ids, r.ids, r.log_q), np.where(only_r, r.log_q, -np.inf)], axis=1)
+    ids_log_c = np.concatenate([c.log_q, np.full(r.ids.shape, -np.inf)], axis=1)
+    tied_r = np.concatenate([_at(c.ids, r.ids, r.tied.astype(np.float64)) > 0.0, only_r & r.tied], axis=1)
+    tied_c = np.concatenate([c.tied, np.zeros(r.ids.shape, dtype=np.bool_)], axis=1)
+    low = high = _terms(ids_log_r, ids_log_c)
+    for without_r, without_c in ((True, False), (False, True), (True, True)):
+        possible = (tied_r | (not without_r)) & (tied_c | (not without_c))
+        if possible.any():
+            other = _terms(
+                np.where(possible & without_r, -np.inf, ids_log_r), np.where(possible & without_c, -np.inf, ids_log_c)
+            )
+            low, high = np.minimum(low, other), np.maximum(high, other)
+    limits = np.array([1.0, math.log(2.0), np.inf, np.inf])[:, None]
+    lower, upper = (np.where(available, np.clip(terms.sum(axis=2), 0.0, limits), np.nan) for terms in (low, high))
+    tv, js, kl_rc, kl_cr = (Interval(*ends) for ends in zip(lower, upper, strict=True))
+    return Sampled(tv, js, kl_rc, kl_cr, available)
+
+
+def _terms(log_r: Floats, log_c: Floats) -> Floats:
+    """Each id's part in TV, JS, KL(r‖c), KL(c‖r): [4, T, N]."""
+    r, c = np.exp(log_r), np.exp(log_c)
     with np.errstate(divide="ignore", invalid="ignore"):
-        kl_rc = np.where(q_r > 0.0, q_r * (log_q_r - log_c_at_r), 0.0).sum(axis=1)
-        kl_cr = np.where(q_c > 0.0, q_c * (log_q_c - log_r_at_c), 0.0).sum(axis=1)
-        mean = 0.5 * (q_c + r_at_c)
-        terms = 0.5 * (xlogy(q_c, q_c / mean) + xlogy(r_at_c, r_at_c / mean))
-        on_c = np.where(q_c > 0.0, terms, 0.0).sum(axis=1)
-    only_r = np.where(np.isneginf(log_c_at_r), q_r, 0.0).sum(axis=1)
-    js = np.clip(on_c + 0.5 * math.log(2.0) * only_r, 0.0, math.log(2.0))
-    tv = np.clip(1.0 - np.minimum(q_c, r_at_c).sum(axis=1), 0.0, 1.0)
-    kl_rc, kl_cr = np.maximum(kl_rc, 0.0), np.maximum(kl_cr, 0.0)
-    tv, js, kl_rc, kl_cr = (np.where(available, x, np.nan) for x in (tv, js, kl_rc, kl_cr))
-    return Sampled(_exactly(tv), _exactly(js), _exactly(kl_rc), _exactly(kl_cr), available)
+        mean = 0.5 * (r + c)
+        return np.stack(
+            [
+                0.5 * np.abs(r - c),
+                0.5 * (xlogy(r, r / mean) + xlogy(c, c / mean)),
+                np.where(r > 0.0, r * (log_r - log_c), 0.0),
+                np.where(c > 0.0, c * (log_c - log_r), 0.0),
+            ]
+        )
 
 
 def _at(ids: Ids, others: Ids, values: Floats) -> Floats:
@@ -145,8 +164,21 @@ def _at(ids: Ids, others: Ids, values: Floats) -> Floats:
     return np.where(ids >= 0, found, -np.inf)
 
 
-def _kept(candidates: Candidates, record: TokenRecord) -> tuple[Ids, Floats, Bools]:
-    """The list, log of what is drawn from on it, and where that is all that is drawn from."""
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What one model's tokens would be drawn from: log q of its listed ids, [T, J], -inf where cut.
+
+    tied: the engine may have kept another id of the same probability instead, so that q is this or 0. known: [T],
+    nothing else is drawn from.
+    """
+
+    ids: Ids
+    log_q: Floats
+    tied: Bools
+    known: Bools
+
+
+def _kept(candidates: Candidates, record: TokenRecord) -> _Kept:
     sampling, vocabulary = record.sampling, record.vocab_size
     ids, logprobs = candidates.ids, candidates.logprobs
     rows = np.arange(record.tokens)
@@ -166,7 +198,7 @@ def _kept(candidates: Candidates, record: TokenRecord) -> tuple[Ids, Floats, Boo
     least, most = _unlisted(power, top[:, 0], mass, vocabulary - by_rank, log_cap)
     known = by_rank > 0
 
-    keep = listed.copy()
+    keep, tied = listed.copy(), np.zeros_like(listed)
     # Whether ids that are not listed may be kept, and the least and most that those have.
     outside = by_rank < vocabulary
     if sampling.min_p > 0.0:
@@ -189,15 +221,15 @@ def _kept(candidates: Candidates, record: TokenRecord) -> tuple[Ids, Floats, Boo
         kept = keep & ((before < sampling.top_p * low[:, None]) | first)
         kept_high = keep & ((before < sampling.top_p * high[:, None]) | first)
         inside = (kept == kept_high).all(axis=1) & (~outside | (total >= sampling.top_p * high))
-        # Between equals the cut is the engine's to choose.
-        w_last = np.where(kept, w, np.inf).min(axis=1)
-        inside &= ~(keep & ~kept & (w == w_last[:, None])).any(axis=1) & ~(outside & (w_cap >= w_last))
-        known &= inside
+        # Between equals the cut is the engine's to choose: how many of them it keeps is known, not which.
+        last = keep & (w == np.where(kept, w, np.inf).min(axis=1, keepdims=True))
+        tied = last & (last & ~kept).any(axis=1, keepdims=True)
+        known &= inside & ~(outside & (w_cap >= np.where(kept, w, np.inf).min(axis=1)))
         keep, outside = kept, np.zeros_like(outside)
     known &= ~outside
-    keep &= known[:, None]
-    total = np.where(keep, w, 0.0).sum(axis=1, keepdims=True)
-    return ids, np.where(keep, log_w - np.log(np.where(known[:, None], total, 1.0)), -np.inf), known
+    total = np.where(keep & known[:, None], w, 0.0).sum(axis=1, keepdims=True)
+    log_q = log_w - np.log(np.where(known[:, None], total, 1.0))
+    return _Kept(ids, np.where((keep | tied) & known[:, None], log_q, -np.inf), tied, known)
 
 
 def _tempered(record: TokenRecord) -> Sampled:
