@@ -349,10 +349,9 @@ def table(report: dict[str, Any]) -> None:
             low, high = row["alarming_share_interval"]
             share = row["alarming_runs"] / row["runs"]
             note = f"   {share:.2%} of runs alarm wrongly ({low:.2%} to {high:.2%})"
-        elif "change_test_is" in row:
-            note = (
-                f"   change test sooner in {row['change_test_is']['sooner']}, later in {row['change_test_is']['later']}"
-            )
+        elif "change_test_later_by_tokens" in row:
+            compared = row["change_test_later_by_tokens"]
+            note = f"   change test sooner in {compared['runs_sooner']} runs, later in {compared['runs_later']}"
         print(
             f"{row['change']:<9}{row['detector']:<11}{middle:>8}{late:>8}{row['runs']:>7}{row['alarming_runs']:>10}{note}"
         )
