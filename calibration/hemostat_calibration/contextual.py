@@ -465,26 +465,30 @@ class Contextual:
         out = int(np.argmax(np.bincount(fold, minlength=FOLDS)))
         held = _spread(np.flatnonzero(fold == out), _JUDGED)
         x, c, t = self._gathered(rows, basis, held)
-        whole = regression.total(folds)
-        start = regression.fitted(whole - folds[out], found.penalty, len(found.read), bases[out] if bases else None)
-        maps = {"linear": _linear(start)}
-        trained = base is None and self._network is not None and len(fold) >= self._network_tokens
-        if trained:
-            everything = self._gathered(rows, basis, np.arange(len(fold)))
+        whole, rank = regression.total(folds), len(found.read)
+        # The second-order loss wants a weaker penalty than KL itself.
+        penalties = [found.penalty * stronger for stronger in _STRONGER]
+        starts = regression.fitted(whole - folds[out], penalties, rank, bases[out] if bases else None)
+        gains = self._gains(basis, x, c, t, [_linear(start) for start in starts])
+        chosen, scale = _best(gains)
+        found = regression.fitted(whole, penalties[chosen : chosen + 1], rank, bases[-1] if bases else None)[0]
+        variant, best, won = "linear", _linear(found), gains[chosen, scale]
+        if base is None and self._network is not None and len(fold) >= self._network_tokens:
             s = regression.standardiser(whole)
-            maps |= self._trained(start, s, everything, np.flatnonzero(fold != out), basis, lambda d: tell("trial", d))
-        gains = {name: self._gains(basis, x, c, t, map_) for name, map_ in maps.items()}
-        variant = max(gains, key=lambda name: float(gains[name].mean(axis=1).max()))
-        scale = int(np.argmax(gains[variant].mean(axis=1)))
-        gain, error = _by_prompt(gains[variant][scale], prompt[held])
+            all_rows = np.arange(len(fold))
+            everything = self._gathered(rows, basis, all_rows)
+            others = np.flatnonzero(fold != out)
+            maps = self._trained(starts[chosen], s, everything, others, basis, lambda d: tell("trial", d))
+            gains = self._gains(basis, x, c, t, list(maps.values()))
+            network, network_scale = _best(gains)
+            if gains[network, network_scale].mean() > won.mean():
+                variant, scale, won = list(maps)[network], network_scale, gains[network, network_scale]
+                # The same again, from all rows.
+                best = self._trained(found, s, everything, all_rows, basis, lambda d: tell("network", d))[variant]
+        gain, error = _by_prompt(won, prompt[held])
         if gain <= error:
             return None
-        best = _linear(found)
-        if variant != "linear":
-            # The same again, from all rows.
-            all_rows = np.arange(len(fold))
-            best = self._trained(found, s, everything, all_rows, basis, lambda d: tell("network", d))[variant]
-        return self._proposal(state, basis, variant, found, _scaled(best, _SCALES[scale]), gain, error)
+        return self._proposal(state, basis, variant, found, _scaled(best, float(_SCALES[scale])), gain, error)
 
     def _proposal(
         self,
@@ -520,15 +524,17 @@ class Contextual:
         )
         return Proposal(profile, report)
 
-    def _gains(self, basis: _Basis, x: Halves, c: Halves, t: Halves, map_: mlp.Network) -> Floats:
-        """KL won by the map at each scale, as a profile of it would, [scales, n]; c: hidden states, t: h_r − c."""
-        image = map_.image(x.astype(np.float32))
-        twice_kl = np.square(image).sum(axis=1, keepdims=True)
+    def _gains(self, basis: _Basis, x: Halves, c: Halves, t: Halves, maps: Sequence[mlp.Network]) -> Floats:
+        """KL won by each map at each scale, as a profile of it would, [maps, scales, n]; c: h_c, t: h_r − h_c."""
         most = np.float32(min(2.0 * self._kl_limit, NO_KL_LIMIT))
-        image = image * np.sqrt(most / np.maximum(twice_kl, most))
+        images = []
+        for map_ in maps:
+            image = map_.image(x.astype(np.float32))
+            twice_kl = np.square(image).sum(axis=1, keepdims=True)
+            images.append(image * np.sqrt(most / np.maximum(twice_kl, most)))
         compressed = c.astype(np.float32)
         reference = compressed + t.astype(np.float32)
-        return objective.exact_gains(basis.embedding, reference, compressed, image, _SCALES, self._clamp_nats)
+        return objective.exact_gains(basis.embedding, reference, compressed, images, _SCALES, self._clamp_nats)
 
     def _trained(
         self,
@@ -626,7 +632,7 @@ class Contextual:
             begun = _scaled(begun, float(_LIST_SCALES[int(np.argmax(gains.mean(axis=1)))]))
             return mlp.train(begun, x, chosen, lists, training, training.epochs, lambda d: tell(stage, d))
 
-        without = regression.fitted(whole - folds[out], found.penalty, len(found.read))
+        without = regression.fitted(whole - folds[out], [found.penalty], len(found.read))[0]
         trial = descended(without, np.flatnonzero(fold != out), "trial")
         gains = lists.gains(held, trial.image(x[held].astype(np.float32)), _SCALES)
         scale = int(np.argmax(gains.mean(axis=1)))
@@ -687,6 +693,7 @@ _JUDGED = 1024
 """Tokens on which maps are compared by KL over the whole vocabulary."""
 _SCALES = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3])
 """By which a map is multiplied: the metric is of the mean distribution, so that a step may be too long."""
+_STRONGER = (1.0, 10**0.5, 10.0, 10**1.5)
 _LIST_SCALES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05])
 _BLOCK = 4096
 
@@ -805,6 +812,12 @@ def _orthonormal(map_: mlp.Network) -> mlp.Network:
         out=(turn @ map_.out).astype(np.float32),
         up=(map_.up @ vectors / sizes).astype(np.float32),
     )
+
+
+def _best(gains: Floats) -> tuple[int, int]:
+    """Map and scale of the largest mean of gains [maps, scales, n]."""
+    at = np.unravel_index(int(np.argmax(gains.mean(axis=2))), gains.shape[:2])
+    return int(at[0]), int(at[1])
 
 
 def _by_prompt(values: Floats, prompt: npt.NDArray[np.integer]) -> tuple[float, float]:

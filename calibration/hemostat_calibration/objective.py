@@ -7,6 +7,7 @@ constant. A change of the hidden state is called an image, [n, d].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -100,18 +101,25 @@ class Lists:
 
 
 def exact_gains(
-    embedding: Singles, reference: Singles, compressed: Singles, image: Singles, scales: Floats, clamp_nats: float
+    embedding: Singles,
+    reference: Singles,
+    compressed: Singles,
+    images: Sequence[Singles],
+    scales: Floats,
+    clamp_nats: float,
 ) -> Floats:
-    """KL(r‖c) − KL(r‖c') over the whole vocabulary, Δz = clip(scale × embedding image, ±clamp), nats, [scales, n]."""
-    found = np.empty((len(scales), len(image)))
-    step = max(1, (1 << 24) // len(embedding))
-    for start in range(0, len(image), step):
+    """KL(r‖c) − KL(r‖c') over the whole vocabulary, Δz = clip(scale × embedding image, ±clamp), nats, for several
+    images of the same rows: [images, scales, n]. reference, compressed: hidden states [n, d]."""
+    found = np.empty((len(images), len(scales), len(reference)))
+    step = max(1, (1 << 23) // len(embedding))
+    for start in range(0, len(reference), step):
         part = slice(start, start + step)
         r, c = softmax(reference[part] @ embedding.T), softmax(compressed[part] @ embedding.T)
-        delta = image[part] @ embedding.T
-        for i, scale in enumerate(scales):
-            shift = np.clip(np.float32(scale) * delta, -clamp_nats, clamp_nats)
-            found[i, part] = np.einsum("tv,tv->t", r, shift)
-            np.exp(shift, out=shift)
-            found[i, part] -= np.log(np.einsum("tv,tv->t", c, shift))
+        for of_image, image in zip(found, images, strict=True):
+            delta = image[part] @ embedding.T
+            for of_scale, scale in zip(of_image, scales, strict=True):
+                shift = np.clip(np.float32(scale) * delta, -clamp_nats, clamp_nats)
+                of_scale[part] = np.einsum("tv,tv->t", r, shift)
+                np.exp(shift, out=shift)
+                of_scale[part] -= np.log(np.einsum("tv,tv->t", c, shift))
     return found

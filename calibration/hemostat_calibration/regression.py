@@ -97,12 +97,15 @@ def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Float
     return LowRank(up=up, read=read @ s, penalty=penalty, gain=mean, error=error)
 
 
-def fitted(moments: Moments, penalty: float, rank: int, base: Floats | None = None) -> LowRank:
-    """The map of that penalty and rank; its gain is not known (NaN)."""
+def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats | None = None) -> list[LowRank]:
+    """The map of each penalty, of that rank; their gains are not known (NaN)."""
     s = standardiser(moments)
-    prior = np.zeros_like(moments.xy) if base is None else _prior(s, base)
-    up, read = _Fit(_standardised(moments, s), prior).low_rank(penalty, rank)
-    return LowRank(up=up, read=read @ s, penalty=penalty, gain=math.nan, error=math.nan)
+    fit = _Fit(_standardised(moments, s), np.zeros_like(moments.xy) if base is None else _prior(s, base))
+    found = []
+    for penalty in penalties:
+        up, read = fit.low_rank(penalty, rank)
+        found.append(LowRank(up=up, read=read @ s, penalty=penalty, gain=math.nan, error=math.nan))
+    return found
 
 
 def full(moments: Moments, penalty: float) -> Floats:
