@@ -1,0 +1,97 @@
+"""Reduced-rank ridge from sums against the same from the rows themselves."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hemostat_calibration.regression import PENALTIES, Moments, choose, fitted, full, standardiser, total
+
+A, D, N = 6, 5, 300
+
+
+def rows(seed, n=N, noise=0.5, true_rank=2):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, A)) @ rng.normal(size=(A, A)) + 2.0
+    b = rng.normal(size=(A + 1, true_rank)) @ rng.normal(size=(true_rank, D))
+    inputs = np.column_stack([x, np.ones(n)])
+    return inputs, inputs @ b + noise * rng.normal(size=(n, D))
+
+
+def moments(x, t):
+    return Moments(x.T @ x, x.T @ t, float(len(x)))
+
+
+def loss(x, t, coefficients):
+    return 0.5 * np.square(t - x @ coefficients).sum() / len(x)
+
+
+@given(st.integers(0, 1000), st.sampled_from(PENALTIES))
+@settings(max_examples=25)
+def test_ridge_of_every_rank_is_that_of_the_rows(seed, penalty):
+    x, t = rows(seed)
+    s = standardiser(moments(x, t))
+    standard = x @ s.T
+    np.testing.assert_allclose(standard[:, :-1].mean(0), 0.0, atol=1e-9)
+    np.testing.assert_allclose(standard[:, :-1].std(0), 1.0, rtol=1e-6)
+    stacked = np.vstack([standard, np.sqrt(penalty * N) * np.eye(A + 1)])
+    expected = np.linalg.lstsq(stacked, np.vstack([t, np.zeros((A + 1, D))]), rcond=None)[0]
+    np.testing.assert_allclose(x @ full(moments(x, t), penalty), standard @ expected, atol=1e-6)
+    (low,) = fitted(moments(x, t), [penalty], D)
+    np.testing.assert_allclose(x @ low.coefficients, standard @ expected, atol=1e-6)
+    np.testing.assert_allclose(low.up.T @ low.up, np.eye(D), atol=1e-8)
+
+
+@given(st.integers(0, 1000), st.integers(1, D))
+@settings(max_examples=25)
+def test_no_map_of_the_rank_is_better(seed, rank):
+    """With next to no penalty: against the best that a search from the found one finds."""
+    x, t = rows(seed, noise=2.0, true_rank=D)
+    (low,) = fitted(moments(x, t), [1e-9], rank)
+    best = loss(x, t, low.coefficients)
+    projected = x @ np.linalg.lstsq(x, t, rcond=None)[0]
+    u, sizes, v = np.linalg.svd(projected, full_matrices=False)
+    oracle = 0.5 * np.square(t - (u[:, :rank] * sizes[:rank]) @ v[:rank]).sum() / len(x)
+    assert best == pytest.approx(oracle, rel=1e-6)
+
+
+@given(st.integers(0, 1000), st.booleans())
+@settings(max_examples=25)
+def test_the_gain_is_what_held_out_rows_say(seed, based):
+    """The choice's gain, from sums, against fitting without each fold and measuring on its rows."""
+    x, t = rows(seed, noise=3.0)
+    parts = [moments(x[k::4], t[k::4]) for k in range(4)]
+    whole = total(parts)
+    bases = [*(full(whole - part, 1.0) for part in parts), full(whole, 1.0)] if based else None
+    found = choose(parts, (1, 2, 3), bases)
+    rank, gain = len(found.read), 0.0
+    for k, part in enumerate(parts):
+        (low,) = fitted(whole - part, [found.penalty], rank, bases[k] if bases else None)
+        # `choose` standardises by all rows, `fitted` by those that it is given.
+        gain += (loss(x[k::4], t[k::4], np.zeros((A + 1, D))) - loss(x[k::4], t[k::4], low.coefficients)) / 4
+    assert found.gain == pytest.approx(gain, rel=0.02, abs=1e-3)
+    assert found.error >= 0.0
+
+
+def test_noise_teaches_nothing():
+    rng = np.random.default_rng(0)
+    chosen = 0
+    for _ in range(40):
+        x = np.column_stack([rng.normal(size=(60, A)), np.ones(60)])
+        t = rng.normal(size=(60, D))
+        found = choose([moments(x[k::4], t[k::4]) for k in range(4)], (1, 2, 5))
+        chosen += found is not None and found.gain > found.error
+        assert found is None or found.penalty >= 0.1
+    assert chosen < 20
+
+
+def test_the_true_rank_suffices_and_a_base_is_kept_where_nothing_speaks_against_it():
+    x, t = rows(3, n=2000)
+    parts = [moments(x[k::4], t[k::4]) for k in range(4)]
+    assert len(choose(parts, (1, 2, 3, 4, 5)).read) in {2, 3}
+    base = full(total(parts), 1e-4)
+    few = [moments(x[k : 12 + k : 4], t[k : 12 + k : 4]) for k in range(4)]
+    found = choose(few, (5,), [base] * 5)
+    assert loss(x, t, found.coefficients) < 1.2 * loss(x, t, base)
+    alone = choose(few, (5,))
+    assert loss(x, t, alone.coefficients) > 2.0 * loss(x, t, base)
