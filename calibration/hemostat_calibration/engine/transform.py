@@ -183,8 +183,7 @@ def _evaluate(
     found, clamped = [], []
     for profile in profiles:
         delta = profile.shift(logits, rows).delta
-        low, high = torch.aminmax(delta, dim=-1)
-        clamped.append(torch.maximum(-low, high) > profile.clamp_nats)
+        clamped.append(delta.abs().amax(dim=-1) > profile.clamp_nats)
         changed = delta.clamp_(-profile.clamp_nats, profile.clamp_nats).exp_().mul_(weights).sum(dim=-1)
         found.append(torch.log(changed / total))
     return torch.stack(found), torch.stack(clamped)
