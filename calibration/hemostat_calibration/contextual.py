@@ -246,13 +246,15 @@ class Contextual:
 
     Sums are exact, constant in size, and add up in any order, but for rounding, as long as nothing is forgotten; beside
     them the most recent rows are kept, for what needs rows: the covariance of hidden states, the metric, the non-linear
-    map. Memory: folds × (A + 1) × (N + d) × 8 bytes and `recent_tokens` × (N + d) × 2 bytes.
+    map. Memory: folds × (A + 1) × (N + d) × 8 bytes and `recent_tokens` × (N + d) × 2 bytes; while a map is fitted, as
+    much again as W and, for a network, `recent_tokens` × 3 (A + d) × 2 bytes.
 
     A deployment without the engine's features, or whose reference gives only its likeliest ids, learns from lists of
     ids; those are kept among the recent rows alone (`Source`).
 
     weight: the output embedding W, [V, d], whose logits are W h.
-    anchors: int32 [N] ids, distinct (`choose_anchors`); the map reads the first `features` of them.
+    anchors: int32 [N] ids, distinct (`choose_anchors`); the map reads the first `features` of them. N should be above
+        d: fewer leave part of h_c open, and with it part of what is to be learned.
     rank: the most that is tried. clamp_nats, kl_limit: of the profiles proposed.
     half_life_tokens: after how many tokens a row counts half; None never forgets.
     noise_nats: standard deviation of a logit as the engine hands it out.
@@ -646,8 +648,9 @@ class Contextual:
         metric, mean = hidden.fisher(self.weight, sample[_spread(np.arange(len(sample)), _METRIC_ROWS)])
         root = np.asarray(np.linalg.cholesky(metric), dtype=np.float64)
         offset, gain = hidden.recovery(self.weight[self.anchors], known)
-        centred = self.weight - (mean @ self.weight).astype(np.float32)
-        embedding = centred @ np.linalg.inv(root).T.astype(np.float32)
+        turn = np.linalg.inv(root).T.astype(np.float32)
+        embedding = self.weight @ turn
+        embedding -= (mean @ self.weight).astype(np.float32) @ turn
         return _Basis(embedding, root, root.T @ offset, root.T @ gain, np.argsort(-mean))
 
     def _fresh(self, state: ContextualState) -> list[Rows]:

@@ -72,9 +72,11 @@ def standardiser(moments: Moments) -> Floats:
 def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Floats] | None = None) -> LowRank | None:
     """The map whose penalty and rank did best on each fold when learned from the others; learned from all of them.
 
-    None where no map would gain. ranks: allowed ones. bases: what the penalty pulls towards, instead of 0: for each
-    fold Bᵀ that was learned without it, and one more learned from all.
+    None where no map would gain, or a fold is empty. ranks: allowed ones. bases: what the penalty pulls towards, instead
+    of 0: for each fold Bᵀ that was learned without it, and one more learned from all.
     """
+    if min(fold.weight for fold in folds) <= 0.0:
+        return None
     whole = total(folds)
     s = standardiser(whole)
     priors = [_prior(s, base) for base in bases] if bases else [np.zeros_like(whole.xy)] * (len(folds) + 1)

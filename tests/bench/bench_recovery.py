@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,7 @@ from tests.bench.recovery.learning import (  # noqa: E402
     first_tokens,
     judged,
     learn_bias,
+    learn_from_lists,
     learn_temperature,
 )
 from tests.bench.recovery.log import say  # noqa: E402
@@ -71,6 +73,7 @@ class Plan:
     heldout_tokens: int
     ranks: tuple[int, ...]
     outcomes: bool = False
+    variants: bool = False
     baselines: int = 15_000
     """Tokens that temperature and bias learn from."""
 
@@ -89,10 +92,10 @@ class Options:
 
 FULL = Options(
     plans={
-        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 112_000), 20_000, (8, 32, 64), outcomes=True),
-        "int3": Plan((5_000, 15_000, 30_000), 11_000, (8, 64)),
-        "w8a8": Plan((5_000, 15_000, 30_000), 11_000, (8, 64)),
-        "prune50": Plan((5_000, 15_000, 30_000), 11_000, (8, 64)),
+        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 112_000), 20_000, (8, 32, 64), outcomes=True, variants=True),
+        "int3": Plan((5_000, 15_000), 9_000, (8, 64)),
+        "w8a8": Plan((5_000, 15_000), 9_000, (8, 64)),
+        "prune50": Plan((5_000, 15_000), 9_000, (8, 64)),
     },
     anchors=1024,
     features=576,
@@ -136,7 +139,7 @@ def source_digest() -> str:
 
     (folder,) = hemostat_calibration.__path__
     digest = hashlib.sha256()
-    for name in ("contextual", "regression", "hidden", "mlp", "calibrator"):
+    for name in ("contextual", "regression", "hidden", "mlp", "objective", "calibrator"):
         digest.update((Path(folder) / f"{name}.py").read_bytes())
     return digest.hexdigest()[:16]
 
@@ -190,11 +193,11 @@ class Bench:
 
     # --- learning -----------------------------------------------------------------------------------------------
 
-    def family(self, rank: int, network: bool) -> Contextual:
+    def family(self, rank: int, network: bool, features: int | None = None) -> Contextual:
         return Contextual(
             self.weight,
             self.anchors,
-            features=self.options.features,
+            features=features or self.options.features,
             rank=rank,
             clamp_nats=self.options.clamp_nats,
             recent_tokens=RECENT_TOKENS,
@@ -242,7 +245,46 @@ class Bench:
                     return taker.learn(part, f"{scheme}, rank {rank}, {sum(len(t.output) for t in part)} tokens")
 
                 add("contextual", variant, rank, tokens, make, network)
+        if plan.variants:
+            self.variants(learning, recovery, found[label_of_last(found)], plan, add)
         return found
+
+    def variants(
+        self,
+        learning: list[Written],
+        recovery: Recovery,
+        last: tuple[dict[str, Any], Learned],
+        plan: Plan,
+        add: Callable[[str, str, int, int, Callable[[], Learned], bool], None],
+    ) -> None:
+        """What else was tried, or what a part is worth; never chosen."""
+        rank, few = self.options.rank, first_tokens(learning, plan.baselines)
+        tokens = sum(len(t.output) for t in few)
+        for features in (128, 256, 512):
+            name = f"linear, {features} anchors"
+            one = partial(ContextualLearner(self.family(rank, False, features)).learn, few, name)
+            add("contextual", name, rank, tokens, one, False)
+        for tapped, name in ((True, "reference's top 20"), (False, "no tap: top 20")):
+            one = partial(
+                learn_from_lists,
+                self.family(rank, False, 512),
+                self.weight,
+                recovery,
+                few,
+                tapped=tapped,
+                name=name,
+            )
+            add("contextual", name, rank, tokens, one, False)
+        fields, learned = last
+        if learned.profile is not None:
+            for clamp in (1.0, 2.0, 8.0):
+                profile = replace(learned.profile, clamp_nats=clamp)
+                clamped = Learned(profile, learned.said, learned.seconds, learned.seconds_update)
+                add(
+                    "contextual", f"the last, clamp {clamp:g}", rank, fields["tokens"], partial(_itself, clamped), False
+                )
+        one = partial(ContextualLearner(self.family(2 * rank, True)).learn, learning, f"rank {2 * rank}")
+        add("contextual", "as chosen, twice the rank", 2 * rank, fields["tokens"], one, False)
 
     # --- one compression ----------------------------------------------------------------------------------------
 
@@ -359,6 +401,15 @@ class Bench:
             "mean_difference": float(difference.mean()),
             "mean_absolute_difference": float(np.abs(difference).mean()),
         }
+
+
+def _itself(learned: Learned) -> Learned:
+    return learned
+
+
+def label_of_last(learned: Mapping[str, tuple[dict[str, Any], Learned]]) -> str:
+    """Of the one chosen after the most tokens."""
+    return [label for label, (fields, _) in learned.items() if fields["chosen"]][-1]
 
 
 IDENTITY_FIELDS: dict[str, Any] = {"family": IDENTITY, "variant": "", "rank": 0, "tokens": 0, "chosen": False}

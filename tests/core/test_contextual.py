@@ -162,18 +162,19 @@ def test_a_weak_penalty_is_never_chosen_on_little_data():
 
 
 def test_nothing_is_proposed_too_early():
-    learner = world().learner(min_tokens=3 * T, min_requests=4)
+    learner = world().learner(min_tokens=3 * T, min_requests=12)
     state = learner.init("m", V)
     assert learner.propose(state) is None
-    for seed in range(3):
+    for seed in range(11):
         state = learner.update(state, [world().record(seed)])
         assert learner.propose(state) is None
-    profile = learner.propose(learner.update(state, [world().record(3)]))
+    profile = learner.propose(learner.update(state, [world().record(11)]))
+    assert world().learner(min_tokens=13 * T).propose(state) is None
     assert dict(profile.metadata) == {
         "variant": "linear",
         "rank": profile.metadata["rank"],
-        "tokens": "160",
-        "requests": "4",
+        "tokens": "480",
+        "requests": "12",
     }
     assert (profile.model, profile.vocab_size) == ("m", V)
 
@@ -206,7 +207,7 @@ def test_up_is_centred_where_the_reference_is():
 def test_a_label_with_little_evidence_uses_the_whole():
     """Its own prompts behave like the rest: pulled towards the map of the whole it is far better than alone."""
     pooled = world().learn(range(60))
-    part = world().learn(range(60, 63), tokens=12)
+    part = world().learn(range(60, 70), tokens=3)
     learner = world().learner()
     with_base = learner.fit(part, pooled)
     alone = learner.fit(part)
@@ -311,6 +312,7 @@ def test_folds_never_mix_prompts():
         state = learner.update(state, [replace(world().record(seed, tokens), prompt_key=b"again") for seed in range(9)])
     assert {r.fold for r in state.recent} == {fold_of(b"again")}
     assert sum(fold.weight > 0 or bool(fold.waiting) for fold in state.folds) == 1
+    assert learner.fit(state) is None  # there is nothing to judge by
     share = np.bincount([fold_of(str(i).encode()) for i in range(4000)], minlength=FOLDS) / 4000
     np.testing.assert_allclose(share, 1 / FOLDS, atol=0.03)
 

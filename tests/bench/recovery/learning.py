@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,41 @@ def learn_bias(weight: Singles, recovery: Recovery, texts: Sequence[Written], cl
     return Learned(profile, said, time.monotonic() - began, spent)
 
 
+def learn_from_lists(
+    family: Contextual, weight: Singles, recovery: Recovery, texts: Sequence[Written], *, tapped: bool, name: str
+) -> Learned:
+    """The contextual family where one side is known by its top 20 only: the reference's (a vLLM reference), with the
+    engine's features; or, not `tapped`, the compressed model's, with the reference's hidden states."""
+    records = []
+    whole = contextual_records(texts, family.anchors, len(weight))
+    for listed, record in zip(listed_records(weight, recovery, texts), whole, strict=True):
+        features, hidden = (record.features, None) if tapped else (None, record.reference_hidden)
+        records.append(replace(listed, features=features, reference_hidden=hidden))
+    began = time.monotonic()
+    state = family.update(family.init("bench", len(weight)), records)
+    updated = time.monotonic()
+    return _learned(family, state, updated - began, name)
+
+
+def _learned(family: Contextual, state: ContextualState, updating: float, name: str) -> Learned:
+    began = time.monotonic()
+    proposal = family.fit(state)
+    spent = time.monotonic() - began
+    if proposal is None:
+        say(f"{name}: nothing proposed")
+        return Learned(None, {}, spent, updating)
+    report = proposal.report
+    said = {
+        "variant": report.variant,
+        "rank": report.rank,
+        "penalty": report.penalty,
+        "cross_validated_gain": report.gain,
+        "cross_validated_gain_se": report.error,
+    }
+    say(f"{name}: {report.variant}, rank {report.rank}, {report.gain:.4f} nats by cross-validation, {spent:.0f} s")
+    return Learned(proposal.profile, said, spent, updating)
+
+
 class ContextualLearner:
     """Takes in texts in order, and can be asked at several token counts."""
 
@@ -147,22 +182,7 @@ class ContextualLearner:
         for start in range(0, len(records), 32):
             self._state = self._family.update(self._state, records[start : start + 32])
         self._seconds += time.monotonic() - began
-        began = time.monotonic()
-        proposal = self._family.fit(self._state)
-        spent = time.monotonic() - began
-        if proposal is None:
-            say(f"{name}: nothing proposed")
-            return Learned(None, {}, spent, self._seconds)
-        report = proposal.report
-        said = {
-            "variant": report.variant,
-            "rank": report.rank,
-            "penalty": report.penalty,
-            "cross_validated_gain": report.gain,
-            "cross_validated_gain_se": report.error,
-        }
-        say(f"{name}: {report.variant}, rank {report.rank}, {report.gain:.4f} nats by cross-validation, {spent:.0f} s")
-        return Learned(proposal.profile, said, spent, self._seconds)
+        return _learned(self._family, self._state, self._seconds, name)
 
 
 def judged(
