@@ -88,7 +88,7 @@ class VllmServer:
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *arguments,
         ]
-        self._environment = os.environ | _quiet_environment() | dict(environment or {})
+        self._environment = os.environ | quiet_environment() | dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -161,7 +161,7 @@ class VllmServer:
         process.wait()
 
 
-def _quiet_environment() -> dict[str, str]:
+def quiet_environment() -> dict[str, str]:
     """No statistics sent, no model hub asked; on a CPU what suits a small machine. The user's own values win there."""
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     if on_cpu():
