@@ -145,7 +145,7 @@ async def test_the_command_prints_the_table_and_ends_with_its_code(tmp_path: Pat
     [
         ([], "a command is needed: serve, demo, check"),
         (["serv"], "unknown command 'serv'; did you mean serve?"),
-        (["doctor"], "unknown command 'doctor'; use one of"),
+        (["diagnose"], "unknown command 'diagnose'; use one of"),
         (["serve", "--confg", "x"], "unrecognized arguments: --confg x"),
         (["serve", "--set", "shadow.rate"], "write it as KEY=VALUE"),
         (["serve", "--upstream", "http://h", "--rate", "2"], "shadow.rate: '2' does not fit"),
