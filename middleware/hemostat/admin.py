@@ -5,27 +5,42 @@ Reading needs no token (the port is on loopback by default); whatever changes st
 
 from __future__ import annotations
 
+import asyncio
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from hemostat import __version__
 from hemostat.engine_api import engine_router, read_body
 from hemostat.engines import EngineRegistry
+from hemostat.overview import History
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profile import VERSION_PATTERN
 
 MAX_PROFILE_BYTES = 256 * 1024 * 1024
 MAX_SMALL_BYTES = 4096
+ASSETS = {
+    "index.html": "text/html; charset=utf-8",
+    "console.css": "text/css; charset=utf-8",
+    "console.js": "text/javascript; charset=utf-8",
+    "vendor/uPlot.iife.min.js": "text/javascript; charset=utf-8",
+    "vendor/uPlot.min.css": "text/css; charset=utf-8",
+}
+"""The console's files: nothing else is served."""
+STREAMS_AT_MOST = 32
+STREAM_EVERY = 2.0
+"""Seconds between two states of the console's stream."""
 SECURITY_HEADERS = {
-    "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; "
-    "script-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'self'; script-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
@@ -36,6 +51,7 @@ class Governed(Protocol):
     """What the admin port shows and steers; the control process implements it."""
 
     registry: CollectorRegistry
+    history: History
     engines: EngineRegistry
 
     @property
@@ -100,8 +116,11 @@ class RebaseRequest(msgspec.Struct, forbid_unknown_fields=True):
 T = TypeVar("T")
 
 
-def create_app(control: Governed, token: str | None, now: Callable[[], float]) -> FastAPI:
+def create_app(
+    control: Governed, token: str | None, now: Callable[[], float], *, metrics_need_token: bool = False
+) -> FastAPI:
     """`token` None: everything that would change state answers 403 and says what to set."""
+    streams = 0
 
     async def require_token(request: Request) -> None:
         if token is None:
@@ -131,17 +150,43 @@ def create_app(control: Governed, token: str | None, now: Callable[[], float]) -
     async def readyz() -> PlainTextResponse:
         return PlainTextResponse("ok\n") if control.ready else PlainTextResponse("no relay takes requests\n", 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=guarded if metrics_need_token else [])
     async def metrics() -> Response:
         return Response(generate_latest(control.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/", response_class=HTMLResponse)
-    async def console() -> HTMLResponse:
-        return HTMLResponse(_asset("index.html"))
+    @app.get("/")
+    async def console() -> Response:
+        return _asset("index.html")
 
-    @app.get("/console.js")
-    async def console_script() -> Response:
-        return Response(_asset("console.js"), media_type="text/javascript")
+    @app.get("/console/{name:path}")
+    async def asset(name: str) -> Response:
+        if name not in ASSETS:
+            raise HTTPException(404, "no such file")
+        return _asset(name)
+
+    @app.get("/api/v1/history")
+    async def history() -> dict[str, list[float | None]]:
+        return control.history.report()
+
+    @app.get("/api/v1/stream")
+    async def stream(request: Request) -> Response:
+        nonlocal streams
+        if streams >= STREAMS_AT_MOST:
+            raise HTTPException(503, f"{STREAMS_AT_MOST} streams are open already; poll /api/v1/status")
+        streams += 1
+
+        async def events() -> AsyncIterator[bytes]:
+            nonlocal streams
+            try:
+                yield b"retry: 2000\n\n"
+                while not await request.is_disconnected():
+                    said = {"status": control.status(), "profiles": control.profiles()}
+                    yield b"event: state\ndata: %b\n\n" % msgspec.json.encode(said)
+                    await asyncio.sleep(STREAM_EVERY)
+            finally:
+                streams -= 1
+
+        return StreamingResponse(events(), media_type="text/event-stream")
 
     @app.get("/api/v1/status")
     async def status() -> dict[str, Any]:
@@ -212,5 +257,6 @@ async def _read(request: Request, kind: type[T], said: str, nothing: T | None = 
         raise HTTPException(422, f"send {said}: {error}") from None
 
 
-def _asset(name: str) -> str:
-    return resources.files("hemostat.console").joinpath(name).read_text(encoding="utf-8")
+def _asset(name: str) -> Response:
+    path = resources.files("hemostat.console").joinpath(*name.split("/"))
+    return Response(path.read_bytes(), media_type=ASSETS[name])

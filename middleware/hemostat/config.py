@@ -145,6 +145,8 @@ class Admin(Section):
     host: Host = "127.0.0.1"
     port: Port = 8081
     token: Secret | None = None
+    metrics_need_token: bool = False
+    """/metrics, too, asks for the token."""
 
 
 class Upstream(Section):
@@ -342,6 +344,8 @@ class Settings(Section):
             raise ValueError(
                 f"admin.token: required, as admin.host {self.admin.host} is not loopback; set it, or host: 127.0.0.1"
             )
+        if self.admin.metrics_need_token and self.admin.token is None:
+            raise ValueError("admin.metrics_need_token: there is no token to need; set admin.token")
         if self.listen.port == self.admin.port != 0:
             raise ValueError(f"admin.port: {self.admin.port} is listen.port too; choose another")
         if self.reference.backend == "transformers" and self.reference.model is None:

@@ -24,7 +24,7 @@ import numpy as np
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from hemostat import logs
+from hemostat import logs, overview
 from hemostat.admin import create_app
 from hemostat.alarms import STATE as ALARM_STATE
 from hemostat.alarms import Alarms
@@ -37,6 +37,7 @@ from hemostat.link import RelayLink
 from hemostat.measure import Measurements
 from hemostat.messages import Capture, Policy, Stats
 from hemostat.metrics import HemostatCollector
+from hemostat.overview import History
 from hemostat.process import die_with_parent, make_tracing
 from hemostat.records_file import RecordsFile
 from hemostat.reference import make_reference
@@ -76,7 +77,9 @@ class Control:
         self.settings = settings
         self.data_port = data_port
         self.engines = EngineRegistry()
+        self._began = time.monotonic()
         self.measurements = Measurements()
+        self.history = History()
         self.alarms = Alarms(
             settings.alarm, MODELS if settings.shadow.floor_fraction > 0.0 else (), self._save, time.time
         )
@@ -380,6 +383,8 @@ class Control:
     async def keep_house(self) -> None:
         while True:
             self.publish()
+            if self.history.due(time.monotonic()):
+                self.history.add(time.monotonic(), time.time(), self.status())
             await asyncio.sleep(HOUSEKEEPING)
 
     async def keep_store(self) -> None:
@@ -428,7 +433,9 @@ class Control:
         version = self.steering.shown
         profile = self.steering.held(version)
         recovered = self.measurements.recovered(version)
+        totals = self.link.total()
         return {
+            "at": time.time(),
             "requests": {
                 "shadowed": self.captured,
                 "scored": self.endings.get(("scored", ""), 0),
@@ -458,6 +465,14 @@ class Control:
                 "ratio": (recovered or {}).get("estimate"),
                 "ci95": (recovered or {}).get("ci95", [None, None]),
                 "gain_nats": self.measurements.gained(version),
+            },
+            "proxy": overview.proxy(totals),
+            "endings": overview.endings(totals),
+            "shadow": {
+                "rate": self.settings.shadow.rate,
+                "reference_tokens": self.scorer.reference_tokens if self.scorer else 0,
+                "reference_tokens_per_second": self.settings.shadow.reference_tokens_per_second,
+                "uptime_seconds": now - self._began,
             },
             "queue": {"depth": len(self.queue), "lag_seconds": self._lag(now)},
             "reference": {"state": self.reference_state, "detail": self.reference_detail},
@@ -560,6 +575,8 @@ class Control:
             yield "hemostat_noise_floor_requests", text, {"model": model, "outcome": outcome}, count
         text = "Runs of the engine's numbers that nobody took in time, or that there was no room for."
         yield "hemostat_engine_taps_dropped", text, {}, self.engines.taps_dropped
+        text = "Runs of a request's positions whose features the control process had no room for."
+        yield "hemostat_engine_features_dropped", text, {}, self.engines.features_dropped
         for name, value in self.engines.counters(time.monotonic()).items():
             yield "hemostat_engine_events", "What the engine plugins counted.", {"reason": name}, value
 
@@ -632,7 +649,7 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
     await control.link.start()
     control.publish()
     token = settings.admin.token.get_secret_value() if settings.admin.token else None
-    app = create_app(control, token, time.monotonic)
+    app = create_app(control, token, time.monotonic, metrics_need_token=settings.admin.metrics_need_token)
     server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(server.serve(sockets=[listener])),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.confidence import ClippedMean, MeanSequence
+from hemostat_calibration.confidence import ClippedMean, Interval, MeanSequence
 from hemostat_calibration.divergence import TokenDivergence
 
 Floats = npt.NDArray[np.float64]
@@ -101,6 +101,10 @@ class StageFigures:
     def mean(self, name: str) -> float | None:
         """One figure without the rest."""
         return finite(self._means[name].get().mean)
+
+    def interval(self, name: str, alpha: float) -> Interval:
+        """One figure's mean with its interval of 1 − alpha."""
+        return self._means[name].get(alpha)
 
     def sequence(self, name: str) -> MeanSequence:
         """What a difference from another group is made of."""

@@ -175,13 +175,17 @@ class Measurements:
     def excess(self) -> dict[str, Any]:
         """Headline figures over the noise floor: the raw figure less both models' own, which to second order add up.
         A figure is absent until both floors are known."""
+        if not all(figures.requests for figures in (self._raw, *self._floor.values())):
+            return {}
+        # Three intervals that hold together with 95 %: each has a third of what may be missed.
+        part = 0.05 / (1 + len(self._floor))
         found: dict[str, Any] = {}
         for name in EXCESS:
-            raw = self._raw.mean(name)
-            floors = [figures.mean(name) for figures in self._floor.values()]
-            if raw is not None and None not in floors:
-                noise = float(sum(value for value in floors if value is not None))
-                found[name] = {"estimate": raw - noise, "floor": noise}
+            raw = self._raw.interval(name, part)
+            floors = [figures.interval(name, part) for figures in self._floor.values()]
+            noise = sum(floor.mean for floor in floors)
+            low, high = raw.low - sum(floor.high for floor in floors), raw.high - sum(floor.low for floor in floors)
+            found[name] = {"estimate": raw.mean - noise, "ci95": [low, high], "floor": noise}
         return found
 
     def summary(self, version: str | None) -> dict[str, Any]:
