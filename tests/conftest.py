@@ -19,7 +19,8 @@ VLLM_ARGUMENTS = [
     *("--logits-processors", vllm_process.LOGITS_PROCESSOR),
 ]
 
-_skipped_vllm_tests: list[str] = []
+_missed: list[str] = []
+"""Tests that were skipped for want of something that could be installed: their reason says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.skipped and "vllm" in report.keywords:
-        _skipped_vllm_tests.append(report.nodeid)
+    if report.skipped and (isinstance(report.longrepr, tuple) and "install" in report.longrepr[2]):
+        _missed.append(f"{report.nodeid} ({report.longrepr[2]})")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where everything must run (REQUIRE_VLLM=1, as in CI), a skipped test is a failure."""
-    if os.environ.get("REQUIRE_VLLM") == "1" and _skipped_vllm_tests:
-        print(f"\nREQUIRE_VLLM=1, but these were skipped: {', '.join(_skipped_vllm_tests)}")
+    """Where everything must run (REQUIRE_ALL=1, as in CI), a test that is skipped because something is missing fails."""
+    if os.environ.get("REQUIRE_ALL") == "1" and _missed:
+        print("\nREQUIRE_ALL=1, but these were skipped:", *_missed, sep="\n  ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
