@@ -138,21 +138,18 @@ class Alarms:
             "events": list(reversed(self.events)),
         }
 
-    def gauges(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
-        """name, help, labels, value."""
+    def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """name, labels, value."""
         readings = alarm.readings(self._state)
-        text = "1 while the test on this route has gone off; see alarm.alpha for how often that happens for nothing."
         for reading in readings:
             labels = {"test": str(reading.kind), "route": reading.route}
-            yield "hemostat_hemorrhage_alarm", text, labels, float(reading.raised is not None)
-        text = "Evidence of a test against 'nothing is wrong', as a part of what raises the alarm; 1 raises it."
+            yield "hemostat_hemorrhage_alarm", labels, float(reading.raised is not None)
         for reading in readings:
             labels = {"test": str(reading.kind), "route": reading.route}
-            yield "hemostat_hemorrhage_evidence_ratio", text, labels, _part(reading)
-        text = "Part of the baseline of a change test that has been learned; it tests once this is 1."
+            yield "hemostat_hemorrhage_evidence_ratio", labels, _part(reading)
         for reading in readings:
             if reading.kind is alarm.Kind.CHANGE:
-                yield "hemostat_alarm_baseline_ratio", text, {"route": reading.route}, reading.learning
+                yield "hemostat_alarm_baseline_ratio", {"route": reading.route}, reading.learning
 
 
 def _part(reading: alarm.Reading) -> float:

@@ -36,7 +36,7 @@ from hemostat.learner import Learner, Source
 from hemostat.link import RelayLink
 from hemostat.measure import Measurements
 from hemostat.messages import Capture, Policy, Stats
-from hemostat.metrics import HemostatCollector
+from hemostat.metrics import HemostatCollector, Sample
 from hemostat.overview import History
 from hemostat.process import die_with_parent, make_tracing
 from hemostat.records_file import RecordsFile
@@ -546,65 +546,51 @@ class Control:
 
     # --- what the collector reads (metrics.State) ------------------------------------------------------------------
 
-    def counters(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
+    def counters(self) -> Iterable[Sample]:
         for (outcome, reason), count in self.endings.items():
-            yield "hemostat_shadow_requests", "", {"outcome": outcome, "reason": reason}, count
-        tokens = self.scorer.reference_tokens if self.scorer else 0
-        yield "hemostat_reference_tokens", "Prompt and output tokens that the reference has scored.", {}, tokens
-        text = "Profiles that the guard let serve, or in mode observe would have."
-        yield "hemostat_profile_promotions", text, {}, self.steering.promotions
-        yield "hemostat_profile_rollbacks", "Profiles taken back.", {}, self.steering.rollbacks
-        text = "Decisions about profiles."
+            yield "hemostat_shadow_requests_total", {"outcome": outcome, "reason": reason}, count
+        yield "hemostat_reference_tokens_total", {}, self.scorer.reference_tokens if self.scorer else 0
+        yield "hemostat_profile_promotions_total", {}, self.steering.promotions
+        yield "hemostat_profile_rollbacks_total", {}, self.steering.rollbacks
         for (decision, reason), count in self.steering.decisions.items():
-            yield "hemostat_profile_decisions", text, {"decision": decision, "reason": reason}, count
-        text = "Tokens that contextual profiles were learned from, by what they brought."
+            yield "hemostat_profile_decisions_total", {"decision": decision, "reason": reason}, count
         for source, count in self.learner.sources().items():
-            yield "hemostat_learned_tokens", text, {"source": source}, count
-        text = "Learning requests that the learner was not given, by reason."
+            yield "hemostat_learned_tokens_total", {"source": source}, count
         for reason, count in self.learner.dropped.items():
-            yield "hemostat_learner_dropped", text, {"reason": reason}, count
-        text = "Scored requests whose features the engine did not hand out in a usable form, by reason."
+            yield "hemostat_learner_dropped_total", {"reason": reason}, count
         for reason, count in self.scorer.features_dropped.items() if self.scorer else ():
-            yield "hemostat_features_dropped", text, {"reason": reason}, count
-        text = "Scored requests that calibration could neither learn from nor judge by: a bug, see the log."
-        yield "hemostat_calibration_errors", text, {}, self.calibration_failures
-        yield "hemostat_store_errors", "Reads and writes that the store refused.", {}, self.store_failures
+            yield "hemostat_features_dropped_total", {"reason": reason}, count
+        yield "hemostat_calibration_errors_total", {}, self.calibration_failures
+        yield "hemostat_store_errors_total", {}, self.store_failures
         yield from self.measurements.counters()
-        text = "Requests that a model was to score against itself, by what became of it."
         for (model, outcome), count in self.floor_counts.items():
-            yield "hemostat_noise_floor_requests", text, {"model": model, "outcome": outcome}, count
-        text = "Runs of the engine's numbers that nobody took in time, or that there was no room for."
-        yield "hemostat_engine_taps_dropped", text, {}, self.engines.taps_dropped
-        text = "Runs of a request's positions whose features the control process had no room for."
-        yield "hemostat_engine_features_dropped", text, {}, self.engines.features_dropped
+            yield "hemostat_noise_floor_requests_total", {"model": model, "outcome": outcome}, count
+        yield "hemostat_engine_taps_dropped_total", {}, self.engines.taps_dropped
+        yield "hemostat_engine_features_dropped_total", {}, self.engines.features_dropped
         for name, value in self.engines.counters(time.monotonic()).items():
-            yield "hemostat_engine_events", "What the engine plugins counted.", {"reason": name}, value
+            yield "hemostat_engine_events_total", {"reason": name}, value
 
-    def gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
+    def gauges(self) -> Iterable[Sample]:
         now = time.monotonic()
-        yield "hemostat_shadow_queue_depth", "Captures waiting for the reference.", {}, len(self.queue)
-        yield "hemostat_shadow_lag_seconds", "Age of the oldest waiting capture.", {}, self._lag(now)
+        yield "hemostat_shadow_queue_depth", {}, len(self.queue)
+        yield "hemostat_shadow_lag_seconds", {}, self._lag(now)
         if self.reference is not None:
-            yield "hemostat_reference_up", "1 while the reference scores.", {}, float(self.reference_state == "ready")
-        text = "1 for each name of the compressed model, with the reference that it is compared with."
+            yield "hemostat_reference_up", {}, float(self.reference_state == "ready")
         for name in sorted(self.served):
             compared = self.reference_info.model if self.reference_info is not None else ""
-            yield "hemostat_model_info", text, {"model": name, "reference": Path(compared).name}, 1.0
-        yield "hemostat_engines", "Engines whose plugin reports.", {}, self._engines_live(now)
-        yield "hemostat_relays", "Relay processes connected.", {}, self.link.relays
+            yield "hemostat_model_info", {"model": name, "reference": Path(compared).name}, 1.0
+        yield "hemostat_engines", {}, self._engines_live(now)
+        yield "hemostat_relays", {}, self.link.relays
         profile = self.steering.held(self.steering.shown)
         version, family = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
-        text = "1 for the profile that serves, or in mode observe would (identity when none does)."
-        yield "hemostat_profile_info", text, {"version": version, "family": family}, 1.0
-        text = "1 for the profile of its own that a label, route or model is served with (calibration.scope)."
+        yield "hemostat_profile_info", {"version": version, "family": family}, 1.0
         for scope, own in self.steering.scoped.items():
-            yield "hemostat_profile_scope_info", text, {"scope": scope, "version": own}, 1.0
+            yield "hemostat_profile_scope_info", {"scope": scope, "version": own}, 1.0
         yield from self.measurements.gauges()
         yield from self.alarms.gauges()
         won_back = (self.measurements.recovered(self.steering.shown) or {}).get("estimate")
         if won_back is not None:
-            text = "Part of KL(reference||compressed) that the profile wins back, on the same tokens."
-            yield "hemostat_recovered_divergence_ratio", text, {}, won_back
+            yield "hemostat_recovered_divergence_ratio", {}, won_back
 
     async def close(self) -> None:
         await self.link.close()

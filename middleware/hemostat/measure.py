@@ -240,46 +240,30 @@ class Measurements:
 
     def histograms(
         self,
-    ) -> Iterator[tuple[str, str, tuple[str, ...], tuple[float, ...], list[tuple[tuple[str, ...], list[int], float]]]]:
-        """name, help, label names, bucket edges, (label values, counts, sum)."""
-        yield (
-            "hemostat_token_kl_nats",
-            "KL divergence per token between the two models' distributions, nats; a lower bound from the top ids.",
-            ("direction", "stage", "arm"),
-            KL_EDGES,
-            [(key, list(h.counts), h.total) for key, h in self._kl.items()],
-        )
+    ) -> Iterator[tuple[str, tuple[float, ...], list[tuple[tuple[str, ...], list[int], float]]]]:
+        """name, bucket edges, (label values, counts, sum)."""
+        yield "hemostat_token_kl_nats", KL_EDGES, [(key, list(h.counts), h.total) for key, h in self._kl.items()]
         yield (
             "hemostat_token_total_variation",
-            "Total variation per token between the two models' distributions; a lower bound from the top ids.",
-            ("stage", "arm"),
             TV_EDGES,
             [(key, list(h.counts), h.total) for key, h in self._tv.items()],
         )
 
-    def counters(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
-        """name without `_total`, help, labels, value."""
+    def counters(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """name, labels, value."""
         for (arm, decoding), tokens in self._scored.items():
-            labels = {"arm": arm, "decoding": decoding}
-            yield "hemostat_scored_tokens", "Output tokens scored by both models.", labels, tokens
+            yield "hemostat_scored_tokens_total", {"arm": arm, "decoding": decoding}, tokens
         for (route, label, decoded), (tokens, nats) in self._places.items():
             labels = {"route": route, "label": label, "strategy": decoded}
-            yield (
-                "hemostat_kl_nats",
-                "Sum of KL(reference||compressed) over tokens; divide by their number.",
-                labels,
-                nats,
-            )
-            yield "hemostat_kl_tokens", "Scored tokens with a finite KL(reference||compressed).", labels, tokens
+            yield "hemostat_kl_nats_total", labels, nats
+            yield "hemostat_kl_tokens_total", labels, tokens
         for (stage, arm, decoding), tokens in self._top1.items():
-            text = "Scored tokens at which both models' likeliest id is the same."
             labels = {"stage": stage, "arm": arm, "decoding": decoding}
-            yield "hemostat_top1_agreement_tokens", text, labels, tokens
+            yield "hemostat_top1_agreement_tokens_total", labels, tokens
 
-    def gauges(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
-        """name, help, labels, value."""
+    def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """name, labels, value."""
         stages = {"raw": self._raw}
-        text = "Mean of a headline figure and the ends of its 95 % interval, which is valid at every look."
         for stage, figures in stages.items():
             for name in HEADLINE:
                 told = figures.figure(name)
@@ -287,23 +271,18 @@ class Measurements:
                 for edge, value in ends.items():
                     if value is not None:
                         labels = {"figure": name, "stage": stage, "edge": edge}
-                        yield "hemostat_divergence", text, labels, value
+                        yield "hemostat_divergence", labels, value
         half_life = self.trajectories.half_life()
         if half_life is not None:
-            text = (
-                "Tokens after which half of the sampled texts would differ from the reference's; +Inf beyond the data."
-            )
             for edge, value in zip(("mean", "low", "high"), half_life, strict=True):
-                yield "hemostat_survival_half_life_tokens", text, {"edge": edge}, value
-        text = "KL divergence of a model from itself (decode or batch shape against another), nats; a lower bound."
+                yield "hemostat_survival_half_life_tokens", {"edge": edge}, value
         for model, floor in self._floor.items():
             for direction, figure in zip(DIRECTIONS, ("kl_nats", "reverse_kl_nats"), strict=True):
                 nats = floor.mean(figure)
                 if nats is not None:
                     labels = {"model": model, "direction": direction}
-                    yield "hemostat_noise_floor_nats", text, labels, nats
-        text = "Mean probability mass of each model on the ids for which both gave a value."
+                    yield "hemostat_noise_floor_nats", labels, nats
         for model, figure in (("compressed", "covered_mass"), ("reference", "covered_mass_reference")):
             mass = self._raw.mean(figure)
             if mass is not None:
-                yield "hemostat_covered_mass_ratio", text, {"model": model}, mass
+                yield "hemostat_covered_mass_ratio", {"model": model}, mass

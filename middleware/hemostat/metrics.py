@@ -1,10 +1,13 @@
-"""Prometheus exposition: a Collector that reads state when it is scraped; nothing is registered at import."""
+"""Prometheus exposition: what there is (`FAMILIES`), and a Collector that reads state when it is scraped; nothing is
+registered at import. `deploy/METRICS.md` is made from `FAMILIES`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -13,29 +16,212 @@ from prometheus_client.registry import Collector
 from hemostat.measure import Measurements
 from hemostat.messages import OVERHEAD_BUCKETS, Stats
 
-RELAY_COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "hemostat_requests": ("Requests answered by the proxy.", ("route", "outcome")),
-    "hemostat_shadow_requests": (
+Sample = tuple[str, dict[str, str], float]
+"""Name as in FAMILIES, labels, value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """unit: of the value, or what is counted."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Family] = {
+    # The proxy.
+    "hemostat_requests_total": Family("counter", "requests", "Requests answered by the proxy.", ("route", "outcome")),
+    "hemostat_proxy_overhead_seconds": Family(
+        "histogram",
+        "seconds",
+        "Time that the relay itself adds to a request, on its way up and on the first bytes' way back.",
+    ),
+    "hemostat_relays": Family("gauge", "processes", "Relay processes connected."),
+    "hemostat_model_info": Family(
+        "gauge",
+        "1",
+        "1 for each name of the compressed model, with the reference that it is compared with.",
+        ("model", "reference"),
+    ),
+    # The shadow.
+    "hemostat_shadow_requests_total": Family(
+        "counter",
+        "requests",
         "Sampled requests by what became of them: shadowed (captured), scored, skipped (cannot be scored), dropped.",
         ("outcome", "reason"),
     ),
-    "hemostat_calibration_requests": (
+    "hemostat_shadow_queue_depth": Family("gauge", "captures", "Captures waiting for the reference."),
+    "hemostat_shadow_lag_seconds": Family("gauge", "seconds", "Age of the oldest waiting capture."),
+    "hemostat_reference_up": Family("gauge", "0 or 1", "1 while the reference scores; absent without a reference."),
+    "hemostat_reference_tokens_total": Family(
+        "counter", "tokens", "Prompt and output tokens that the reference has scored."
+    ),
+    "hemostat_scored_tokens_total": Family(
+        "counter", "tokens", "Output tokens scored by both models.", ("arm", "decoding")
+    ),
+    # Divergence.
+    "hemostat_divergence": Family(
+        "gauge",
+        "nats; total_variation and top1_agreement: a ratio",
+        "Mean of a headline figure and the ends of its 95 % interval, which is valid at every look.",
+        ("figure", "stage", "edge"),
+    ),
+    "hemostat_token_kl_nats": Family(
+        "histogram",
+        "nats",
+        "KL divergence per token between the two models' distributions, nats; a lower bound from the top ids.",
+        ("direction", "stage", "arm"),
+    ),
+    "hemostat_token_total_variation": Family(
+        "histogram",
+        "ratio",
+        "Total variation per token between the two models' distributions; a lower bound from the top ids.",
+        ("stage", "arm"),
+    ),
+    "hemostat_kl_nats_total": Family(
+        "counter",
+        "nats",
+        "Sum of KL(reference||compressed) over tokens, a lower bound; divide by hemostat_kl_tokens_total.",
+        ("route", "label", "strategy"),
+    ),
+    "hemostat_kl_tokens_total": Family(
+        "counter",
+        "tokens",
+        "Scored tokens with a finite KL(reference||compressed).",
+        ("route", "label", "strategy"),
+    ),
+    "hemostat_top1_agreement_tokens_total": Family(
+        "counter",
+        "tokens",
+        "Scored tokens at which both models' likeliest id is the same.",
+        ("stage", "arm", "decoding"),
+    ),
+    "hemostat_covered_mass_ratio": Family(
+        "gauge", "ratio", "Mean probability mass of each model on the ids for which both gave a value.", ("model",)
+    ),
+    "hemostat_survival_half_life_tokens": Family(
+        "gauge",
+        "tokens",
+        "Tokens after which half of the sampled texts would differ from the reference's; +Inf beyond the data.",
+        ("edge",),
+    ),
+    "hemostat_noise_floor_nats": Family(
+        "gauge",
+        "nats",
+        "KL divergence of a model from itself (decode or batch shape against another), nats; a lower bound.",
+        ("model", "direction"),
+    ),
+    "hemostat_noise_floor_requests_total": Family(
+        "counter",
+        "requests",
+        "Requests that a model was to score against itself, by what became of it.",
+        ("model", "outcome"),
+    ),
+    # The alarm.
+    "hemostat_hemorrhage_alarm": Family(
+        "gauge",
+        "0 or 1",
+        "1 while the test on this route has gone off; see alarm.alpha for how often that happens for nothing.",
+        ("test", "route"),
+    ),
+    "hemostat_hemorrhage_evidence_ratio": Family(
+        "gauge",
+        "ratio",
+        "Evidence of a test against 'nothing is wrong', as a part of what raises the alarm; 1 raises it.",
+        ("test", "route"),
+    ),
+    "hemostat_alarm_baseline_ratio": Family(
+        "gauge",
+        "ratio",
+        "Part of the baseline of a change test that has been learned; it tests once this is 1.",
+        ("route",),
+    ),
+    # Calibration.
+    "hemostat_calibration_requests_total": Family(
+        "counter",
+        "requests",
         "Requests for which a profile was in question, by arm and by why they stand in it.",
         ("arm", "reason"),
     ),
-    "hemostat_responses_finished": (
+    "hemostat_recovered_divergence_ratio": Family(
+        "gauge", "ratio", "Part of KL(reference||compressed) that the profile wins back, on the same tokens."
+    ),
+    "hemostat_profile_info": Family(
+        "gauge",
+        "1",
+        "1 for the profile that serves, or in mode observe would (identity when none does).",
+        ("version", "family"),
+    ),
+    "hemostat_profile_scope_info": Family(
+        "gauge",
+        "1",
+        "1 for the profile of its own that a label, route or model is served with (calibration.scope).",
+        ("scope", "version"),
+    ),
+    "hemostat_profile_promotions_total": Family(
+        "counter", "profiles", "Profiles that the guard let serve, or in mode observe would have."
+    ),
+    "hemostat_profile_rollbacks_total": Family("counter", "profiles", "Profiles taken back."),
+    "hemostat_profile_decisions_total": Family(
+        "counter", "decisions", "Decisions about profiles.", ("decision", "reason")
+    ),
+    "hemostat_learned_tokens_total": Family(
+        "counter", "tokens", "Tokens that contextual profiles were learned from, by what they brought.", ("source",)
+    ),
+    "hemostat_learner_dropped_total": Family(
+        "counter", "requests", "Learning requests that the learner was not given, by reason.", ("reason",)
+    ),
+    "hemostat_features_dropped_total": Family(
+        "counter",
+        "requests",
+        "Scored requests whose features the engine did not hand out in a usable form, by reason.",
+        ("reason",),
+    ),
+    # The engine's plugin.
+    "hemostat_engines": Family("gauge", "engines", "Engines whose plugin reports."),
+    "hemostat_engine_events_total": Family("counter", "events", "What the engine plugins counted.", ("reason",)),
+    "hemostat_engine_taps_dropped_total": Family(
+        "counter", "runs", "Runs of the engine's numbers that nobody took in time, or that there was no room for."
+    ),
+    "hemostat_engine_features_dropped_total": Family(
+        "counter", "runs", "Runs of a request's positions whose features the control process had no room for."
+    ),
+    # What clients got, of all generations.
+    "hemostat_responses_finished_total": Family(
+        "counter",
+        "choices",
         "Choices of all generations that passed by, sampled or not, by arm and finish_reason.",
         ("arm", "reason"),
     ),
-    "hemostat_output_tokens": ("Their tokens, by usage or else by the stream's events.", ("arm",)),
-    "hemostat_repetition_loops": ("Of them, responses that end in one block of text over and over.", ("arm",)),
-    "hemostat_structured_outputs": (
-        "Of them, JSON and tool calls that were asked for: valid, invalid, or cut at the length limit.",
+    "hemostat_output_tokens_total": Family(
+        "counter", "tokens", "Output tokens of all generations, by usage or else by the stream's events.", ("arm",)
+    ),
+    "hemostat_repetition_loops_total": Family(
+        "counter", "responses", "Of all generations, those that end in one block of text over and over.", ("arm",)
+    ),
+    "hemostat_structured_outputs_total": Family(
+        "counter",
+        "outputs",
+        "Of all generations, JSON and tool calls that were asked for: valid, invalid, or cut at the length limit.",
         ("arm", "kind", "outcome"),
     ),
-    "hemostat_outcome_errors": ("Responses whose outcome could not be judged: a bug, see the log.", ()),
+    # Failures of Hemostat itself; all of these should stay 0.
+    "hemostat_calibration_errors_total": Family(
+        "counter",
+        "requests",
+        "Scored requests that calibration could neither learn from nor judge by: a bug, see the log.",
+    ),
+    "hemostat_store_errors_total": Family("counter", "operations", "Reads and writes that the store refused."),
+    "hemostat_outcome_errors_total": Family(
+        "counter", "responses", "Responses whose outcome could not be judged: a bug, see the log."
+    ),
+    "hemostat_tracing_errors_total": Family(
+        "counter", "requests", "Requests that could not be traced or logged: a bug, see the log."
+    ),
 }
-"""Counters that relays report (without `_total`): help and label names in the order of their values."""
+"""Every metric, by its name on /metrics; the relays' and the control process's own."""
 
 
 class State(Protocol):
@@ -45,66 +231,65 @@ class State(Protocol):
 
     def relay_totals(self) -> Stats: ...
 
-    def gauges(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
-        """name, help, labels, value."""
+    def gauges(self) -> Iterable[Sample]: ...
 
-    def counters(self) -> Iterable[tuple[str, str, dict[str, str], float]]:
-        """name without `_total`, help, labels, value."""
+    def counters(self) -> Iterable[Sample]: ...
 
 
 class HemostatCollector(Collector):
-    """Everything on /metrics but the process's own figures."""
+    """Everything on /metrics. Every family is there from the start; its series are when there is something to say."""
 
     def __init__(self, state: State) -> None:
         self._state = state
 
     def collect(self) -> Iterator[Metric]:
         totals = self._state.relay_totals()
-        counters: dict[str, CounterMetricFamily] = {}
-        for name, (text, labels) in RELAY_COUNTERS.items():
-            counters[name] = CounterMetricFamily(name, text, labels=labels)
-        own: dict[tuple[str, tuple[str, ...]], float] = {}
-        for name, text, labels_of, value in self._state.counters():
-            if name not in counters:
-                counters[name] = CounterMetricFamily(name, text, labels=tuple(labels_of))
-            own[name, tuple(labels_of.values())] = own.get((name, tuple(labels_of.values())), 0.0) + value
-        for full_name, series in totals.counters.items():
-            name = full_name.removesuffix("_total")
-            if name in counters:
-                for joined, value in series.items():
-                    key = (name, tuple(joined.split("\x1f")))
-                    own[key] = own.get(key, 0.0) + value
-        for (name, values), value in own.items():
+        counted: dict[tuple[str, tuple[str, ...]], float] = {}
+        for name, labels, value in self._state.counters():
+            key = name, _values(name, labels)
+            counted[key] = counted.get(key, 0.0) + value
+        for name, series in totals.counters.items():
+            for joined, value in series.items():
+                # A metric without labels has one series, whose joined values are "".
+                key = name, tuple(joined.split("\x1f")) if FAMILIES[name].labels else ()
+                counted[key] = counted.get(key, 0.0) + value
+        counters = {
+            name: CounterMetricFamily(name, family.help, labels=family.labels)
+            for name, family in FAMILIES.items()
+            if family.kind == "counter"
+        }
+        for (name, values), value in counted.items():
             counters[name].add_metric(values, value)
         yield from counters.values()
 
         yield _histogram(
             "hemostat_proxy_overhead_seconds",
-            "Time that the relay itself adds to a request, on its way up and on the first bytes' way back.",
             OVERHEAD_BUCKETS,
             # Before the first relay has reported there is no figure: a 0 would look as though they had been reset.
             [((), totals.overhead_buckets, totals.overhead_sum)] if totals.overhead_buckets else [],
         )
-        for name, text, labels_of_it, edges, rows in self._state.measurements.histograms():
-            yield _histogram(name, text, edges, rows, labels_of_it)
+        for name, edges, rows in self._state.measurements.histograms():
+            yield _histogram(name, edges, rows)
 
-        gauges: dict[str, GaugeMetricFamily] = {}
-        for name, text, labels_of, value in self._state.gauges():
-            if name not in gauges:
-                gauges[name] = GaugeMetricFamily(name, text, labels=tuple(labels_of))
-            gauges[name].add_metric(tuple(labels_of.values()), value)
+        gauges = {
+            name: GaugeMetricFamily(name, family.help, labels=family.labels)
+            for name, family in FAMILIES.items()
+            if family.kind == "gauge"
+        }
+        for name, labels, value in self._state.gauges():
+            gauges[name].add_metric(_values(name, labels), value)
         yield from gauges.values()
 
 
+def _values(name: str, labels: dict[str, str]) -> tuple[str, ...]:
+    return tuple(labels[label] for label in FAMILIES[name].labels)
+
+
 def _histogram(
-    name: str,
-    text: str,
-    edges: Iterable[float],
-    series: Iterable[tuple[tuple[str, ...], list[int], float]],
-    labels: tuple[str, ...] = (),
+    name: str, edges: Iterable[float], series: Iterable[tuple[tuple[str, ...], list[int], float]]
 ) -> HistogramMetricFamily:
     """`series`: label values, plain (not cumulative) counts with one more for what is above the last edge, sum."""
-    family = HistogramMetricFamily(name, text, labels=labels)
+    family = HistogramMetricFamily(name, FAMILIES[name].help, labels=FAMILIES[name].labels)
     bounds = [*(repr(float(edge)) for edge in edges), "+Inf"]
     for values, counts, total in series:
         cumulative = 0

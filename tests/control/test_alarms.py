@@ -71,7 +71,7 @@ def test_a_change_is_seen_told_and_cleared() -> None:
     report = bench.alarms.report()
     assert report["raised"]
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    gauges = {(name, *labels.values()): value for name, _, labels, value in bench.alarms.gauges()}
+    gauges = {(name, *labels.values()): value for name, labels, value in bench.alarms.gauges()}
     assert gauges["hemostat_hemorrhage_alarm", "change", ROUTE] == 1.0
     bench.feed(range(90, 120), 0.1)
     assert bench.raised() == {"change": False}

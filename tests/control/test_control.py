@@ -174,8 +174,8 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
         monkeypatch.setattr(one.steering, "observe", bug)
         one._scored(*scored())
         assert one.measurements.tokens == 3
-        found = {name: value for name, _, _, value in one.counters()}
-        assert found["hemostat_calibration_errors"] == 1
+        found = {name: value for name, _, value in one.counters()}
+        assert found["hemostat_calibration_errors_total"] == 1
 
 
 async def test_policies_are_sent_when_something_changed_and_only_then(tmp_path: Path) -> None:

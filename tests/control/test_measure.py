@@ -96,7 +96,7 @@ def test_calibrated_equals_raw_while_identity_serves() -> None:
     for record in records(5):
         measured.observe(record, None, None)
     assert measured.summary("0" * 32) == measured.summary(None)
-    rows = next(rows for name, _, _, _, rows in measured.histograms() if name == "hemostat_token_kl_nats")
+    rows = next(rows for name, _, rows in measured.histograms() if name == "hemostat_token_kl_nats")
     by_label = {labels: counts for labels, counts, _ in rows}
     assert by_label["reference_compressed", "raw", "none"] == by_label["reference_compressed", "calibrated", "none"]
 
@@ -158,7 +158,7 @@ def test_an_infinite_token_is_counted_and_clipped_in_the_mean(name: str) -> None
     assert KL_CAP / measured.tokens < summary[name]["estimate"] < 10
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     label = "reference_compressed" if name == "kl_nats" else "compressed_reference"
-    rows = next(rows for family, _, _, _, rows in measured.histograms() if family == "hemostat_token_kl_nats")
+    rows = next(rows for family, _, rows in measured.histograms() if family == "hemostat_token_kl_nats")
     counts, total = next((counts, total) for labels, counts, total in rows if labels == (label, "raw", "none"))
     assert counts[-1] == 1, "in the bucket above the last edge"
     assert sum(counts) == measured.tokens
@@ -195,9 +195,9 @@ def test_labels_are_bounded() -> None:
     for n, arm in enumerate([*Arm] * 2):
         record = replace(records(1)[0], arm=arm, model=f"m{n}", label=f"l{n}", route=f"/{n}", request_id=str(n))
         measured.observe(record, profile_of(), None)
-    series = [labels for _, _, _, _, rows in measured.histograms() for labels, _, _ in rows]
+    series = [labels for _, _, rows in measured.histograms() for labels, _, _ in rows]
     assert len(series) == len(set(series)) == 2 * 2 * 3 + 2 * 3
-    tokens = {tuple(labels.values()): value for name, _, labels, value in measured.counters() if "scored" in name}
+    tokens = {tuple(labels.values()): value for name, labels, value in measured.counters() if "scored" in name}
     assert set(tokens) == {(arm, decoding) for arm in ("control", "treated", "none") for decoding in DECODINGS}
     assert sum(tokens.values()) == measured.tokens
 
@@ -211,8 +211,8 @@ def test_same_top1_is_told_for_greedy_and_sampled_requests_apart() -> None:
     apart = measured.summary(profile.version)["top1_by_decoding"]
     counted = {
         (labels["stage"], labels["decoding"]): value
-        for name, _, labels, value in measured.counters()
-        if name == "hemostat_top1_agreement_tokens" and labels["arm"] == "none"
+        for name, labels, value in measured.counters()
+        if name == "hemostat_top1_agreement_tokens_total" and labels["arm"] == "none"
     }
     for decoding, of in (("greedy", given[::3]), ("sampled", [r for n, r in enumerate(given) if n % 3])):
         tokens = sum(r.tokens for r in of)
@@ -234,11 +234,11 @@ def test_a_record_counts_in_every_figure_or_in_none() -> None:
         measured.observe(records(1)[0], temperature_bias("m", V - 30, 1.0, np.zeros(V - 30), 1.0), None)
     assert measured.tokens == 0
     assert measured.summary(None)["requests"] == 0
-    assert all(not any(counts) for _, _, _, _, rows in measured.histograms() for _, counts, _ in rows)
+    assert all(not any(counts) for _, _, rows in measured.histograms() for _, counts, _ in rows)
 
 
 def test_edges_are_those_of_the_dashboards() -> None:
-    assert {name: edges for name, _, _, edges, _ in Measurements().histograms()}["hemostat_token_kl_nats"] == KL_EDGES
+    assert {name: edges for name, edges, _ in Measurements().histograms()}["hemostat_token_kl_nats"] == KL_EDGES
 
 
 def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
@@ -287,7 +287,7 @@ def test_figures_stand_apart_by_decoding() -> None:
     ), "nothing is cut: the sharper of two lower bounds"
     assert at_one["drawn_from"]["unavailable_share"] == 0.0
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    counted = {labels["strategy"] for name, _, labels, _ in measured.counters() if name == "hemostat_kl_tokens"}
+    counted = {labels["strategy"] for name, labels, _ in measured.counters() if name == "hemostat_kl_tokens_total"}
     assert counted == set(report)
 
 
@@ -308,7 +308,7 @@ def test_excess_is_over_both_models_own_noise() -> None:
         told, *own = (s[name] if name == "total_variation" else s[name]["estimate"] for s in (raw, *floors.values()))
         assert excess["floor"] == pytest.approx(sum(own))
         assert excess["estimate"] == pytest.approx(told - sum(own))
-    gauges = {(name, *labels.values()): value for name, _, labels, value in measured.gauges()}
+    gauges = {(name, *labels.values()): value for name, labels, value in measured.gauges()}
     told = gauges["hemostat_noise_floor_nats", "reference", "reference_compressed"]
     assert told == pytest.approx(divergence(far).kl_rc.mean())
 
@@ -394,10 +394,10 @@ def test_divergence_adds_up_by_route_and_label() -> None:
     for record, label in zip(made, ("a", "b", "a"), strict=True):
         measured.observe(replace(record, route="/v1/completions", label=label), None, None)
     found: dict[tuple[str, str], float] = {}
-    for name, _, labels, value in measured.counters():
+    for name, labels, value in measured.counters():
         if labels.get("route") == "/v1/completions":
             found[name, labels["label"]] = found.get((name, labels["label"]), 0.0) + value
     nats = [divergence(record).kl_rc.sum() for record in made]
-    assert found["hemostat_kl_nats", "a"] == pytest.approx(nats[0] + nats[2])
-    assert found["hemostat_kl_nats", "b"] == pytest.approx(nats[1])
-    assert found["hemostat_kl_tokens", "b"] == made[1].tokens
+    assert found["hemostat_kl_nats_total", "a"] == pytest.approx(nats[0] + nats[2])
+    assert found["hemostat_kl_nats_total", "b"] == pytest.approx(nats[1])
+    assert found["hemostat_kl_tokens_total", "b"] == made[1].tokens

@@ -258,8 +258,8 @@ async def test_a_contextual_profile_is_learned_held_tapped_judged_and_serves(
         assert status["sources"]["hidden"] == status["tokens"] > 1500
         assert b.one.scorer is not None
         assert not b.one.scorer.features_dropped
-        metrics = {(name, tuple(labels.items())): value for name, _, labels, value in b.one.counters()}
-        assert metrics["hemostat_learned_tokens", (("source", "hidden"),)] == status["tokens"]
+        metrics = {(name, tuple(labels.items())): value for name, labels, value in b.one.counters()}
+        assert metrics["hemostat_learned_tokens_total", (("source", "hidden"),)] == status["tokens"]
 
 
 async def test_an_engine_without_usable_features_costs_only_them(
@@ -278,7 +278,7 @@ async def test_an_engine_without_usable_features_costs_only_them(
         assert b.one.status()["requests"]["scored"] == 40
         await until(lambda: sum(b.one.learner.sources().values()) == TOKENS * len(b.learned_from))
         assert {source for source, tokens in b.one.learner.sources().items() if tokens} == {"hidden_from_list"}
-        dropped = {labels["reason"]: v for n, _, labels, v in b.one.counters() if n == "hemostat_features_dropped"}
+        dropped = {labels["reason"]: v for n, labels, v in b.one.counters() if n == "hemostat_features_dropped_total"}
         assert dropped["masked"] == 8
 
 
