@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-proxy bench-bounds bench-engine bench-recovery bench-alarm clean
+.PHONY: help setup demo test lint bench-proxy bench-bounds bench-engine bench-recovery bench-alarm chart clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -43,6 +43,9 @@ bench-recovery: setup ## what calibration wins back, through the real engine (an
 
 bench-engine: setup ## what a contextual profile costs vLLM's decoding; a table and build/bench/engine.json
 	@exec $(BIN)/python tests/bench/bench_engine.py $(ARGS)
+
+chart: setup ## what of helm/hemostat is made from other files: its README, and the schema of `config`
+	@$(BIN)/python deploy/chart.py
 
 clean: ## remove .venv and all that was built here (the checkpoints stay in the user's cache)
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

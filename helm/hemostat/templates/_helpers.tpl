@@ -3,67 +3,205 @@
 {{- end -}}
 
 {{- define "hemostat.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 53 | trimSuffix "-" -}}
-{{- else -}}
 {{- $name := include "hemostat.name" . -}}
-{{- if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 53 | trimSuffix "-" -}}
+{{- if .Values.fullnameOverride -}}
+{{- $name = .Values.fullnameOverride -}}
+{{- else if contains $name .Release.Name -}}
+{{- $name = .Release.Name -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 53 | trimSuffix "-" -}}
+{{- $name = printf "%s-%s" .Release.Name $name -}}
 {{- end -}}
-{{- end -}}
+{{- /* A release may be called a.b, a Service not; 53 leaves room for a suffix. */ -}}
+{{- $name | replace "." "-" | trunc 53 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "hemostat.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "hemostat.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "hemostat.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
+{{/* What identifies the chart's objects wins over `extra`: selectors rest on it. */}}
 {{- define "hemostat.labels" -}}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-{{ include "hemostat.selectorLabels" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- $own := include "hemostat.selectorLabels" .root | fromYaml -}}
+{{- $own = merge $own (dict
+  "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_")
+  "app.kubernetes.io/version" .root.Chart.AppVersion
+  "app.kubernetes.io/managed-by" .root.Release.Service
+) -}}
+{{- toYaml (merge $own (default dict .extra) (default dict .root.Values.commonLabels)) -}}
+{{- end -}}
+
+{{/* The metadata of every object. root, and where needed: suffix (of the name), namespace, labels, annotations */}}
+{{- define "hemostat.metadata" -}}
+name: {{ printf "%s%s" (include "hemostat.fullname" .root) (default "" .suffix) | quote }}
+namespace: {{ default .root.Release.Namespace .namespace | quote }}
+labels:
+  {{- include "hemostat.labels" (dict "root" .root "extra" .labels) | nindent 2 }}
+{{- with .annotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{- define "hemostat.serviceAccountName" -}}
-{{- if .Values.serviceAccount.create -}}
-{{- default (include "hemostat.fullname" .) .Values.serviceAccount.name -}}
-{{- else -}}
-{{- default "default" .Values.serviceAccount.name -}}
-{{- end -}}
+{{- default (ternary (include "hemostat.fullname" .) "default" .Values.serviceAccount.create) .Values.serviceAccount.name -}}
 {{- end -}}
 
 {{- define "hemostat.secretName" -}}
 {{- default (include "hemostat.fullname" .) .Values.existingSecret -}}
 {{- end -}}
 
+{{/* image: repository, tag, digest; default: the tag where there is none */}}
 {{- define "hemostat.image" -}}
-{{- if .Values.image.digest -}}
-{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- if .image.digest -}}
+{{- printf "%s@%s" .image.repository .image.digest -}}
 {{- else -}}
-{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
+{{- printf "%s:%s" .image.repository (default .default .image.tag) -}}
 {{- end -}}
 {{- end -}}
 
-{{/* The configuration file of `hemostat serve`: the values' own, and what the chart knows better. */}}
-{{- define "hemostat.config" -}}
-{{- $fixed := dict
-  "upstream" (dict "url" .Values.upstream.url)
-  "listen" (dict "host" "0.0.0.0" "port" 8080)
-  "admin" (dict "host" "0.0.0.0" "port" 8081)
+{{- define "hemostat.loopback" -}}
+{{- ternary "[::1]" "127.0.0.1" (contains ":" .Values.bindAddress) -}}
+{{- end -}}
+
+{{- define "hemostat.upstreamUrl" -}}
+{{- if .Values.upstream.url -}}
+{{- .Values.upstream.url -}}
+{{- else if .Values.engine.enabled -}}
+{{- printf "http://%s:8000" (include "hemostat.loopback" .) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Key in the Secret -> variable of `hemostat serve`. */}}
+{{- define "hemostat.secretVariables" -}}
+admin-token: HEMOSTAT_ADMIN__TOKEN
+reference-api-key: HEMOSTAT_REFERENCE__API_KEY
+store-url: HEMOSTAT_STORE__URL
+upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
+{{- end -}}
+
+{{/* The values' config in two: `secrets`, by their key in the Secret, and `config`, what is left for the file. */}}
+{{- define "hemostat.split" -}}
+{{- $config := deepCopy (default dict .Values.config) -}}
+{{- $secrets := dict -}}
+{{- range $key, $path := dict
+  "admin-token" (list "admin" "token")
+  "reference-api-key" (list "reference" "api_key")
+  "store-url" (list "store" "url")
+  "upstream-api-key" (list "upstream" "api_key")
 -}}
-{{- toYaml (mustMergeOverwrite (deepCopy .Values.config) $fixed) -}}
+{{- $section := default dict (get $config (first $path)) -}}
+{{- $value := default "" (get $section (last $path)) -}}
+{{- if and $value (or (ne $key "store-url") (regexMatch "^[a-z]+://[^/]*@" $value)) -}}
+{{- $_ := set $secrets $key $value -}}
+{{- $_ = unset $section (last $path) -}}
+{{- end -}}
+{{- end -}}
+{{- $fixed := dict
+  "upstream" (dict "url" (include "hemostat.upstreamUrl" .))
+  "listen" (dict "host" .Values.bindAddress "port" 8080)
+  "admin" (dict "host" .Values.bindAddress "port" 8081)
+-}}
+{{- $config = mustMergeOverwrite $config $fixed -}}
+{{- with $config.admin.allowed_hosts -}}
+{{- /* Where the port answers to listed names only, its Service's are among them. */ -}}
+{{- $host := printf "%s-admin" (include "hemostat.fullname" $) -}}
+{{- $names := list $host -}}
+{{- range list "" ".svc" ".svc.cluster.local" }}{{ $names = append $names (printf "%s.%s%s" $host $.Release.Namespace .) }}{{ end -}}
+{{- $_ := set $config.admin "allowed_hosts" (concat . $names | uniq) -}}
+{{- end -}}
+{{- toYaml (dict "secrets" $secrets "config" $config) -}}
 {{- end -}}
 
+{{- define "hemostat.config" -}}
+{{- toYaml (include "hemostat.split" . | fromYaml).config -}}
+{{- end -}}
+
+{{/* Longest drain after SIGTERM, in whole seconds. */}}
 {{- define "hemostat.shutdownSeconds" -}}
-{{- int (ceil (float64 (default 30 .Values.config.shutdown_seconds))) -}}
+{{- $config := default dict .Values.config -}}
+{{- ternary $config.shutdown_seconds 30 (and (hasKey $config "shutdown_seconds") (ne $config.shutdown_seconds nil)) | ceil | int -}}
 {{- end -}}
 
-{{/* Port of an http(s) address. */}}
 {{- define "hemostat.urlPort" -}}
 {{- $url := urlParse . -}}
 {{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) -}}
-{{- if $port -}}{{ $port }}{{- else if eq $url.scheme "https" -}}443{{- else if hasPrefix "redis" $url.scheme -}}6379{{- else -}}80{{- end -}}
+{{- default (get (dict "http" "80" "https" "443") $url.scheme | default "6379") $port -}}
+{{- end -}}
+
+{{/* Who is behind an address, as a list of NetworkPolicyPeers; empty: nobody can say. */}}
+{{- define "hemostat.peers" -}}
+{{- $host := (urlParse .).hostname -}}
+{{- $namespace := regexReplaceAll "^(?:.+\\.)?([^.]+)\\.svc(?:\\..*)?$" $host "$1" -}}
+{{- if regexMatch "^[0-9]+(\\.[0-9]+){3}$" $host -}}
+- ipBlock: {cidr: "{{ $host }}/32"}
+{{- else if contains ":" $host -}}
+- ipBlock: {cidr: "{{ $host }}/128"}
+{{- else if not (contains "." $host) -}}
+- podSelector: {}
+{{- else if ne $namespace $host -}}
+- namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: {{ $namespace | quote }}}}
+{{- end -}}
+{{- end -}}
+
+{{/* One egress rule: comment, url, rule (`to` and `ports` that win over what the address says), protocols */}}
+{{- define "hemostat.egress" -}}
+{{- $rule := default dict .rule -}}
+# {{ .comment }}
+- ports:
+    {{- range $port := default (list (include "hemostat.urlPort" (default "" .url))) $rule.ports }}
+    {{- range default (list "TCP") $.protocols }}
+    - port: {{ $port }}
+      protocol: {{ . }}
+    {{- end }}
+    {{- end }}
+  {{- with default (include "hemostat.peers" (default "" .url) | fromYamlArray) $rule.to }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end -}}
+
+{{/* The text of a value of which 0 is one, "" and null are not. */}}
+{{- define "hemostat.some" -}}
+{{- if not (kindIs "invalid" .) }}{{ . }}{{ end -}}
+{{- end -}}
+
+{{/* What a schema cannot say. */}}
+{{- define "hemostat.validate" -}}
+{{- $split := include "hemostat.split" . | fromYaml -}}
+{{- if and .Values.existingSecret $split.secrets -}}
+{{- fail (printf "config: %s: belongs into the Secret %s, which existingSecret names, and not into the values" (keys $split.secrets | sortAlpha | join ", ") .Values.existingSecret) -}}
+{{- end -}}
+{{- if regexMatch "^[0-9]" (include "hemostat.fullname" .) -}}
+{{- fail (printf "fullnameOverride: required, as the release's name %q begins with a digit, and a Service's may not" .Release.Name) -}}
+{{- end -}}
+{{- if and .Values.autoscaling.enabled (gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) -}}
+{{- fail (printf "autoscaling.maxReplicas: %v is less than autoscaling.minReplicas, %v" .Values.autoscaling.maxReplicas .Values.autoscaling.minReplicas) -}}
+{{- end -}}
+{{- if and (include "hemostat.some" .Values.podDisruptionBudget.minAvailable) (include "hemostat.some" .Values.podDisruptionBudget.maxUnavailable) -}}
+{{- fail "podDisruptionBudget: minAvailable and maxUnavailable cannot both be given" -}}
+{{- end -}}
+{{- if .Values.engine.enabled -}}
+{{- if not (regexMatch "^http://(127\\.0\\.0\\.1|localhost|\\[::1\\]):8000/?$" (include "hemostat.upstreamUrl" .)) -}}
+{{- fail (printf "upstream.url: %s is not the engine in the pod: leave it empty with engine.enabled, or set that to false" .Values.upstream.url) -}}
+{{- end -}}
+{{- $topK := (default dict $split.config.shadow).top_k | default 20 -}}
+{{- if gt (int $topK) (int .Values.engine.maxLogprobs) -}}
+{{- fail (printf "engine.maxLogprobs: %v is less than config.shadow.top_k, %v" .Values.engine.maxLogprobs $topK) -}}
+{{- end -}}
+{{- end -}}
+{{- /* The root is read-only. */ -}}
+{{- $mounts := list "/tmp" -}}
+{{- if .Values.persistence.enabled }}{{ $mounts = append $mounts "/data" }}{{ end -}}
+{{- range .Values.extraVolumeMounts }}{{ $mounts = append $mounts .mountPath }}{{ end -}}
+{{- $store := default "" (default dict $split.config.store).url -}}
+{{- $written := dict "config.records.path" (default "" (default dict $split.config.records).path) -}}
+{{- if hasPrefix "sqlite:///" $store }}{{ $_ := set $written "config.store.url" (trimPrefix "sqlite:///" $store) }}{{ end -}}
+{{- range $key, $path := $written -}}
+{{- $ok := eq $path "" -}}
+{{- range $mounts }}{{ $ok = or $ok (hasPrefix (printf "%s/" (trimSuffix "/" .)) $path) }}{{ end -}}
+{{- if not $ok -}}
+{{- fail (printf "%s: %s is on no volume: use a path below /data (four slashes in sqlite:////data/…) with persistence.enabled, or below one of extraVolumeMounts" $key $path) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}

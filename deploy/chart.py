@@ -1,0 +1,138 @@
+"""`make chart`: writes what of helm/hemostat is made from other files, the README's table and the schema of `config`.
+
+README.md           README.md.gotmpl with a table of values.yaml and its comments `# -- …`, which is helm-docs' form
+values.schema.json  its definitions/config, from the settings that `hemostat serve` validates its file with
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hemostat.config import Settings
+from hemostat.store import SERVER_SCHEMES
+
+CHART = Path(__file__).resolve().parents[1] / "helm" / "hemostat"
+TABLE = '{{ template "chart.valuesTable" . }}'
+WIDTH = 118
+
+URL = r"^https?://[^/@?#\s]+/?$"
+STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(SERVER_SCHEMES)) + ")://.+)"
+CHARTS_OWN = {("listen",), ("upstream", "url"), ("admin", "host"), ("admin", "port")}
+"""Keys that the chart fills in."""
+CHECKED_BY_CODE = {
+    ("reference", "url"): {"pattern": URL},
+    ("tracing", "endpoint"): {"pattern": URL},
+    ("store", "url"): {"pattern": STORE},
+    ("calibration", "mode"): {"enum": ["off", "observe", "auto", False]},  # YAML 1.1 reads an unquoted off as false
+    ("reference", "backend"): {"enum": ["none", "vllm", "transformers", None]},
+}
+"""What pydantic's schema does not know of a key, as validators say it."""
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON Schema of the value `config`: what the settings take, in as plain words as its error messages allow."""
+    schema = Settings.model_json_schema()
+    return _plain(schema, schema["$defs"], ())
+
+
+def _plain(node: dict[str, Any], definitions: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    if "$ref" in node:
+        node = definitions[node["$ref"].rpartition("/")[2]]
+    if "anyOf" in node:  # Optional[X]: one type with null, as "anyOf failed" helps nobody
+        (kind,) = (option for option in node["anyOf"] if option != {"type": "null"})
+        node = kind | {"type": [kind["type"], "null"]}
+    kept = {key: node[key] for key in node.keys() - {"title", "default", "description", "format", "writeOnly", "$defs"}}
+    if "properties" in kept:
+        kept["properties"] = {
+            name: _plain(value, definitions, (*path, name))
+            for name, value in node["properties"].items()
+            if (*path, name) not in CHARTS_OWN
+        }
+        kept["type"] = ["object", "null"]  # a section whose keys are all commented out
+        kept.pop("required", None)
+    kept |= CHECKED_BY_CODE.get(path, {})
+    if "enum" in kept:
+        kept.pop("type", None)
+    return dict(sorted(kept.items()))
+
+
+def schema(text: str) -> str:
+    """values.schema.json, with its definitions/config as they are to be."""
+    whole = json.loads(text)
+    whole["definitions"]["config"] = config_schema()
+    return _compact(whole) + "\n"
+
+
+def _compact(value: Any, indent: str = "", before: int = 0) -> str:
+    """JSON with every value that fits on one line there; before: what else stands on it."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(indent) + before + len(line) <= WIDTH or not value or not isinstance(value, dict | list):
+        return line
+    deeper = indent + "  "
+    if isinstance(value, dict):
+        parts = [f"{deeper}{json.dumps(key)}: {_compact(part, deeper, len(key) + 4)}" for key, part in value.items()]
+    else:
+        parts = [deeper + _compact(part, deeper) for part in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n" + ",\n".join(parts) + f"\n{indent}{closing}"
+
+
+def values(text: str) -> Iterator[tuple[str, str, str]]:
+    """(dotted key, default as JSON, comment) of each leaf, and of mappings with a comment, which covers their leaves."""
+    root = yaml.compose(text, yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode)
+    yield from _values(root, text.splitlines(), (), covered=False)
+
+
+def _values(
+    node: yaml.MappingNode, lines: list[str], path: tuple[str, ...], *, covered: bool
+) -> Iterator[tuple[str, str, str]]:
+    for key_node, value_node in node.value:
+        key = (*path, key_node.value)
+        comment = _comment_above(lines, key_node.start_mark.line)
+        if comment or not covered:
+            value = yaml.SafeLoader("").construct_document(value_node)
+            descend = isinstance(value_node, yaml.MappingNode) and value_node.value and not value_node.flow_style
+            if comment or not descend:
+                yield ".".join(key), json.dumps(value, ensure_ascii=False), comment
+            if descend:
+                yield from _values(value_node, lines, key, covered=bool(comment))
+        elif isinstance(value_node, yaml.MappingNode):
+            yield from _values(value_node, lines, key, covered=True)
+
+
+def _comment_above(lines: list[str], line: int) -> str:
+    """The comment that ends above `line`, from its `# -- ` on; empty where there is none."""
+    words: list[str] = []
+    while line > 0 and (found := re.match(r"\s*# ?(.*)", lines[line - 1])):
+        line -= 1
+        if found[1].startswith("-- "):
+            return " ".join([found[1][3:], *words])
+        words.insert(0, found[1])
+    return ""
+
+
+def readme(template: str, values_yaml: str) -> str:
+    """README.md: the template with the table in its place."""
+    rows = "\n".join(
+        f"| `{key}` | `{default}` | {comment.replace('|', '&#124;')} |".replace(" |  |", " | |")
+        for key, default, comment in values(values_yaml)
+    )
+    return template.replace(TABLE, f"| value | default | |\n|---|---|---|\n{rows}")
+
+
+def main() -> None:
+    """Write both."""
+    described = readme((CHART / "README.md.gotmpl").read_text(), (CHART / "values.yaml").read_text())
+    (CHART / "README.md").write_text(described)
+    (CHART / "values.schema.json").write_text(schema((CHART / "values.schema.json").read_text()))
+
+
+if __name__ == "__main__":
+    main()
