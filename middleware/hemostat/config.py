@@ -6,7 +6,7 @@ Whatever is wrong is one line that says where, which key, and what would be righ
 from __future__ import annotations
 
 import difflib
-import importlib.util
+import importlib.metadata
 import ipaddress
 import os
 import re
@@ -39,6 +39,9 @@ _KUBERNETES_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_PORT_\d+_(T
 _KUBERNETES_VALUE = re.compile(r"(tcp|udp|sctp)://")
 MAX_FILE_BYTES = 1024 * 1024
 MAX_LABELS = 32
+
+EXPORTER = "opentelemetry-exporter-otlp-proto-http"
+"""The distribution that sends traces; it brings the rest of `hemostat[tracing]`."""
 
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HOST = re.compile(r"[A-Za-z0-9_.:%-]{1,255}")
@@ -304,7 +307,8 @@ class Tracing(Section):
     @field_validator("endpoint")
     @classmethod
     def _installed(cls, value: str | None) -> str | None:
-        if value is not None and importlib.util.find_spec("opentelemetry") is None:
+        # Its API alone may have come with something else.
+        if value is not None and not any(importlib.metadata.distributions(name=EXPORTER)):
             raise ValueError("needs OpenTelemetry: pip install 'hemostat[tracing]'")
         return value
 
