@@ -63,7 +63,8 @@ def serve(config: Path) -> None:
 
     class Admin(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps(status(len(fake.requests), settings)).encode()
+            events = {"events": []} if self.path == "/api/v1/profiles" else {}
+            body = json.dumps(events or status(len(fake.requests), settings)).encode()
             self.send_response(200)
             self.send_header("content-length", str(len(body)))
             self.end_headers()

@@ -29,8 +29,15 @@ def status() -> dict[str, Any]:
         "profile": {"version": "ab" * 16, "family": "temperature_bias", "mode": "auto"},
         "queue": {"depth": 2, "lag_seconds": 1.5},
         "reference": {"state": "ready", "detail": "smollm2 [bfloat16]"},
-        "calibration": {"learned_tokens": 900, "candidates": []},
+        "calibration": {
+            "learned_tokens": 900,
+            "candidates": [
+                {"version": "cd" * 16, "source": "contextual", "requests": 71, "mean_gain": 0.1114, "lower": -0.02}
+            ],
+        },
         "learner": {"state": "training", "detail": "network 42%", "tokens": 1234567},
+        "recovered": {"ratio": None, "ci95": [None, None], "gain_nats": None},
+        "arms": {"treated_minus_control": {}},
         "records_written": 0,
     }
 
@@ -71,6 +78,87 @@ def test_the_picture_shows_every_figure(scene: view.Scene) -> None:
         "demo-0-3: [HTTP 503]",
     ):
         assert expected in text, text
+
+
+def promoted(scene: view.Scene) -> view.Scene:
+    """The same once a profile serves, as `control.status` has it then."""
+
+    def arm(requests: int, kl: float) -> dict[str, Any]:
+        estimate = {"estimate": kl, "ci95": [0.1, 0.9], "bound": "estimate"}
+        return {"requests": requests, "kl_nats_estimate": estimate, "total_variation": 0.28, "top1_agreement": 0.611}
+
+    def differs(estimate: float) -> dict[str, Any]:
+        return {"estimate": estimate, "ci95": [estimate - 0.02, estimate + 0.02]}
+
+    top1 = {"tokens": 640, **{name: differs(at) for name, at in (("before", 0.55), ("after", 0.6), ("change", 0.05))}}
+    raw = scene.status["raw"]
+    same = {**raw, "kl_nats": {"estimate": 0.4711, "ci95": [0.46, 0.48], "bound": "lower"}}
+    scene.status = {
+        **scene.status,
+        "calibrated": {
+            **scene.status["calibrated"],
+            "requests": 321,
+            "raw_same_requests": same,
+            "top1_by_decoding": {"greedy": top1, "sampled": {**top1, "tokens": 0}},
+        },
+        "recovered": {"ratio": 0.241, "ci95": [0.2, 0.28], "gain_nats": differs(0.123)},
+        "arms": {
+            "control": arm(52, 0.571),
+            "treated": arm(49, 0.452),
+            "treated_minus_control": {
+                "kl_nats_estimate": differs(-0.119),
+                "total_variation": differs(-0.04),
+                "top1_agreement": differs(0.061),
+            },
+        },
+    }
+    evidence = {"requests": 103, "tokens": 6000, "mean_gain": 0.1127, "lower": 0.0012, "upper": None}
+    scene.decisions = [
+        {
+            **{"at": 2.0, "decision": "promote", "reason": "evidence", "version": "ab" * 16, "scope": ""},
+            **{"why": "better on held-out requests", "evidence": evidence},
+        },
+        {
+            **{"at": 1.0, "decision": "propose", "reason": "learned", "version": "ab" * 16, "scope": ""},
+            **{"why": "learned from 3001 tokens: linear, rank 8", "evidence": {"gain": 0.2, "tokens": 3001}},
+        },
+    ]
+    return scene
+
+
+def test_what_serves_is_shown_with_what_it_wins_and_why_it_serves(scene: view.Scene) -> None:
+    text = rendered(promoted(scene))
+    for expected in (
+        "promote abababab (evidence): better on held-out requests; gain 0.113 nats on 103",
+        "held-out prompts, proven to be above 0.001",
+        "propose abababab (learned): learned from 3001 tokens: linear, rank 8",
+        "reference against compressed, 321 requests",
+        "0.471 [0.460, 0.480]",
+        "0.399 [0.380, 0.420]",
+        "0.123 [0.103, 0.143]",
+        "24.1 % [20.0, 28.0]",
+        "55.0 % [53.0, 57.0]",
+        "60.0 % [58.0, 62.0]",
+        "control, 52 requests",
+        "treated, 49 requests",
+        "-0.119 [-0.139, -0.099]",
+        "6.1 % [4.1, 8.1]",
+    ):
+        assert expected in text, text
+    assert "0.412" not in text, "what is compared is of the same requests"
+    assert "of sampled requests" not in text, "there was none"
+    assert "won back 24.1 % [20.0, 28.0] of KL, 0.123 [0.103, 0.143] nats" in view.line(scene)
+    report = view.report(scene)
+    assert report["decisions"] == scene.decisions
+    assert report["arms"]["treated_minus_control"]["kl_nats_estimate"]["estimate"] == -0.119
+    assert report["recovered"]["ratio"] == 0.241
+
+
+def test_arms_are_compared_only_where_something_serves(scene: view.Scene) -> None:
+    scene.status = {**scene.status, "profile": {"version": "identity", "family": "identity", "mode": "auto"}}
+    text = rendered(scene)
+    assert "control" not in text
+    assert "cdcdcdcd (contextual): gain 0.111 nats on 71 held-out prompts, proven to be above -0.020" in text
 
 
 def test_before_anything_is_known_the_picture_stands(scene: view.Scene) -> None:

@@ -45,9 +45,15 @@ SERVED_NAME = "smollm2-135m-instruct"
 DATA_PORT, ADMIN_PORT = 8080, 8081
 """Taken when they are free, otherwise any."""
 TOP_K = 64
-CALIBRATION = {"mode": "auto", "min_tokens": 3000, "held_out_fraction": 0.5, "clamp_nats": 1.0}
+CALIBRATION = {
+    "mode": "auto",
+    "min_tokens": 3000,
+    "held_out_fraction": 0.5,
+    "control_fraction": 0.5,
+    "clamp_nats": 1.0,
+}
 """A demo has minutes: propose early, judge by half of the prompts, and change little: what a profile needs to prove
-itself grows with the range of what it may do."""
+itself grows with the range of what it may do. Arms of equal size tell soonest what it does."""
 QUEUE_SOFT_LIMIT = 32
 """The demo's clients wait while more captures than this wait for the reference."""
 REFRESH = 0.5
@@ -305,8 +311,12 @@ class _Demo:
             return
 
         async def lines() -> None:
+            said = 0.0
             while True:
                 self._say(view.line(scene))
+                for event in [e for e in reversed(scene.decisions) if e["at"] > said]:
+                    self._say(view.decided(event))
+                    said = event["at"]
                 await asyncio.sleep(PLAIN_EVERY)
 
         async with self._background(lines()):
@@ -432,9 +442,15 @@ async def _warm_up(vllm: VllmServer) -> None:
 
 
 async def _refresh(admin: httpx.AsyncClient, scene: view.Scene) -> None:
-    response = await admin.get("/api/v1/status")
+    scene.status = await _asked(admin, "/api/v1/status")
+    scene.decisions = (await _asked(admin, "/api/v1/profiles"))["events"]
+
+
+async def _asked(admin: httpx.AsyncClient, path: str) -> dict[str, Any]:
+    response = await admin.get(path)
     response.raise_for_status()
-    scene.status = response.json()
+    found: dict[str, Any] = response.json()
+    return found
 
 
 def _queued(scene: view.Scene) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hemostat.demo.traffic import Traffic
+from hemostat_calibration.profile import IDENTITY
 
 UNKNOWN = "–"
+DECISIONS_SHOWN = 3
 
 
 @dataclass(slots=True)
@@ -28,6 +30,8 @@ class Scene:
     status: Mapping[str, Any] = field(default_factory=dict)
     elapsed: float = 0.0
     note: str = ""
+    decisions: Sequence[Mapping[str, Any]] = ()
+    """What the guard and others decided of profiles, newest first, as /api/v1/profiles has it under `events`."""
 
 
 def report(scene: Scene) -> dict[str, Any]:
@@ -37,6 +41,8 @@ def report(scene: Scene) -> dict[str, Any]:
     return {
         "requests": requests,
         **{name: status[name] for name in ("tokens_scored", "top_k", "raw", "calibrated", "profile")},
+        **{name: status[name] for name in ("recovered", "arms", "calibration", "learner") if name in status},
+        "decisions": list(scene.decisions),
     }
 
 
@@ -54,6 +60,14 @@ def interval(figure: Mapping[str, Any] | None) -> str:
 
 def percent(value: float | None) -> str:
     return UNKNOWN if value is None else f"{100 * value:.1f} %"
+
+
+def share(figure: Mapping[str, Any] | None) -> str:
+    """`24.1 % [20.3, 27.9]`"""
+    if not figure or figure.get("estimate") is None:
+        return UNKNOWN
+    low, high = (UNKNOWN if end is None else f"{100 * end:.1f}" for end in figure["ci95"])
+    return f"{percent(figure['estimate'])} [{low}, {high}]"
 
 
 def counts(by_reason: Mapping[str, int]) -> str:
@@ -75,8 +89,29 @@ def line(scene: Scene) -> str:
         f"({scene.status.get('tokens_scored', 0)} tokens); "
         f"KL {interval(raw.get('kl_nats'))} nats, calibrated {interval(calibrated.get('kl_nats'))}; "
         f"TV {number(raw.get('total_variation'))}; top-1 {percent(raw.get('top1_agreement'))}; "
-        f"profile {profile.get('version', UNKNOWN)}"
+        f"profile {profile.get('version', UNKNOWN)}{_won(scene.status)}"
     )
+
+
+def decided(event: Mapping[str, Any]) -> str:
+    """`promote 3f2a0c91 (evidence): better on held-out requests; 0.112 nats on 103 prompts, above 0.001`"""
+    evidence = event.get("evidence") or {}
+    found = f"{event['decision']} {event['version'][:8]} ({event['reason']}): {event['why']}"
+    return f"{found}; {_evidence(evidence)}" if evidence.get("requests") else found
+
+
+def _evidence(evidence: Mapping[str, Any]) -> str:
+    """A test of the guard's, so far."""
+    mean, lower = (number(evidence.get(name)) for name in ("mean_gain", "lower"))
+    return f"gain {mean} nats on {evidence['requests']} held-out prompts, proven to be above {lower}"
+
+
+def _won(status: Mapping[str, Any]) -> str:
+    recovered = status.get("recovered") or {}
+    if recovered.get("ratio") is None:
+        return ""
+    won = {"estimate": recovered["ratio"], "ci95": recovered["ci95"]}
+    return f"; won back {share(won)} of KL, {interval(recovered['gain_nats'])} nats"
 
 
 def picture(scene: Scene) -> RenderableType:
@@ -95,11 +130,12 @@ def picture(scene: Scene) -> RenderableType:
     flow.add_row("dropped", counts(requests.get("dropped", {})))
     flow.add_row("reference", f"{reference.get('state', 'starting')}  {reference.get('detail', '')}".strip())
     flow.add_row("serving profile", _profile(profile))
-    if calibration := status.get("calibration"):
-        learned, candidates = calibration["learned_tokens"], len(calibration["candidates"])
-        flow.add_row("calibrator", f"learned from {learned:,} tokens, {candidates} profiles under evaluation")
     if learner := status.get("learner"):
-        flow.add_row("contextual", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
+        flow.add_row("learner", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
+    for candidate in status.get("calibration", {}).get("candidates", []):
+        flow.add_row("under test", f"{candidate['version'][:8]} ({candidate['source']}): {_evidence(candidate)}")
+    for event in scene.decisions[:DECISIONS_SHOWN]:
+        flow.add_row("decided", decided(event))
 
     addresses = _grid()
     addresses.add_row("console", f"{scene.admin_url}/")
@@ -108,7 +144,10 @@ def picture(scene: Scene) -> RenderableType:
     addresses.add_row("logs", scene.logs)
 
     last = Text(f"last answer: {' '.join(traffic.last_text.split())}", style="dim", overflow="ellipsis", no_wrap=True)
-    parts: list[RenderableType] = [flow, Text(), _figures(status), Text(), addresses, Text(), last]
+    parts: list[RenderableType] = [flow, Text(), _figures(status), Text()]
+    if status.get("profile", {}).get("family", IDENTITY) != IDENTITY:
+        parts += [_arms(status.get("arms", {})), Text()]
+    parts += [addresses, Text(), last]
     if traffic.last_failure:
         parts.append(Text(f"last failure: {traffic.last_failure}", style="red"))
     if scene.note:
@@ -117,10 +156,13 @@ def picture(scene: Scene) -> RenderableType:
 
 
 def _figures(status: Mapping[str, Any]) -> Table:
-    raw, calibrated = status.get("raw", {}), status.get("calibrated", {})
+    """Before and after: where a profile serves, of the same requests, those since it was promoted."""
+    calibrated = status.get("calibrated", {})
+    raw = calibrated.get("raw_same_requests") or status.get("raw", {})
     bound = (raw.get("kl_nats") or {}).get("bound", "")
+    of = f"{calibrated['requests']:,} requests" if "raw_same_requests" in calibrated else "per token"
     figures = Table(box=None, padding=(0, 2, 0, 0))
-    figures.add_column("reference against compressed, per token")
+    figures.add_column(f"reference against compressed, {of}")
     figures.add_column("raw [95 % interval]", justify="right")
     figures.add_column("calibrated", justify="right")
     figures.add_row(
@@ -134,13 +176,41 @@ def _figures(status: Mapping[str, Any]) -> Table:
             interval(raw.get("kl_nats_estimate")),
             interval(calibrated.get("kl_nats_estimate")),
         )
-    for name, key, form in (
-        ("total variation", "total_variation", number),
-        ("same top-1", "top1_agreement", percent),
-        ("probability covered by the top ids", "covered_mass", percent),
-    ):
-        figures.add_row(name, form(raw.get(key)), form(calibrated.get(key)))
+    recovered = status.get("recovered") or {}
+    if recovered.get("ratio") is not None:
+        won = {"estimate": recovered["ratio"], "ci95": recovered["ci95"]}
+        figures.add_row("  won back, exact, held-out prompts", interval(recovered["gain_nats"]), share(won))
+    figures.add_row("total variation", number(raw.get("total_variation")), number(calibrated.get("total_variation")))
+    figures.add_row("same top-1", percent(raw.get("top1_agreement")), percent(calibrated.get("top1_agreement")))
+    for decoding, top1 in calibrated.get("top1_by_decoding", {}).items():
+        if top1["tokens"]:
+            figures.add_row(f"  of {decoding} requests", share(top1["before"]), share(top1["after"]))
+    figures.add_row(
+        "probability covered by the top ids", percent(raw.get("covered_mass")), percent(calibrated.get("covered_mass"))
+    )
     return figures
+
+
+def _arms(arms: Mapping[str, Any]) -> Table:
+    """What clients got: requests are assigned at random."""
+    control, treated = arms.get("control", {}), arms.get("treated", {})
+    difference = arms.get("treated_minus_control", {})
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("what clients got, by arm")
+    for name, arm in (("control", control), ("treated", treated)):
+        table.add_column(f"{name}, {arm.get('requests', 0):,} requests", justify="right")
+    table.add_column("difference [95 %]", justify="right")
+    for name, key, form, told in (
+        ("KL, nats, estimate with the tail", "kl_nats_estimate", _estimate, interval),
+        ("total variation", "total_variation", number, interval),
+        ("same top-1", "top1_agreement", percent, share),
+    ):
+        table.add_row(name, form(control.get(key)), form(treated.get(key)), told(difference.get(key)))
+    return table
+
+
+def _estimate(figure: Mapping[str, Any] | None) -> str:
+    return number((figure or {}).get("estimate"))
 
 
 def _waiting(requests: Mapping[str, Any], queue: Mapping[str, Any]) -> str:
