@@ -167,7 +167,7 @@ async def test_a_shadow_score_is_linked_to_its_request(receiver: Receiver, tmp_p
 
 
 def test_an_endpoint_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda **_: [])
     environment = {"HEMOSTAT_UPSTREAM__URL": "http://v:1", "HEMOSTAT_TRACING__ENDPOINT": "http://c:4318"}
     with pytest.raises(ConfigError, match=r"tracing.endpoint.*pip install 'hemostat\[tracing\]'"):
         load(None, environment, [])
