@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from hemostat.reference import make_reference
 from hemostat.reference.match import compare
 from hemostat.reference.protocol import Reference, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
+from hemostat.store import StoreFailure, StoreRefused, ValkeyStore, open_store, without_password
 
 PLUGIN_FLAG = "--logits-processors hemostat_calibration.engine:LogitsProcessor"
 PROBE = "The capital of France is"
@@ -58,7 +59,7 @@ class _Completion(msgspec.Struct, frozen=True):
 
 async def check(settings: Settings) -> list[Finding]:
     """Every finding; raises nothing that a server or a model can cause."""
-    findings = [_store(settings)]
+    findings = [await _store(settings)]
     upstream = settings.upstream
     server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
     try:
@@ -96,7 +97,7 @@ def table(findings: Iterable[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _store(settings: Settings) -> Finding:
+async def _store(settings: Settings) -> Finding:
     url = settings.store.url
     if url == "memory://":
         keeps = settings.calibration.mode == "auto"
@@ -106,10 +107,24 @@ def _store(settings: Settings) -> Finding:
             "memory://: profiles are gone after a restart",
             "set store.url: sqlite:///…" if keeps else "",
         )
-    folder = Path(url.removeprefix("sqlite:///")).parent
-    if folder.is_dir():
-        return Finding("store", State.OK, url)
-    return Finding("store", State.NO, f"the folder {folder} does not exist", "make it, or change store.url")
+    try:
+        store = open_store(url)
+        if not isinstance(store, ValkeyStore):
+            return Finding("store", State.OK, url)
+        try:
+            kind, eviction = await asyncio.to_thread(store.probe)
+        finally:
+            store.close()
+    except StoreRefused as refused:
+        return Finding("store", State.NO, str(refused), "correct user and password in store.url")
+    except StoreFailure as failure:
+        fix = "start it, or change store.url" if not url.startswith("sqlite") else "make it, or change store.url"
+        return Finding("store", State.NO, str(failure).removeprefix("store.url: "), fix)
+    shown = f"{without_password(url)} ({kind or 'of unknown version'})"
+    if eviction not in {"", "noeviction"}:
+        lost = f"{shown} may throw profiles away when its memory is full (maxmemory-policy {eviction})"
+        return Finding("store", State.NOTE, lost, "set its maxmemory-policy to noeviction")
+    return Finding("store", State.OK, shown)
 
 
 async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import importlib.util
 import ipaddress
 import os
 import re
@@ -26,10 +27,12 @@ from pydantic import (
     SecretStr,
     ValidationError,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
 
+from hemostat.store import MISSING_EXTRA, SERVER_SCHEMES, StoreFailure, open_store, without_password
 from hemostat_calibration.errors import HemostatError
 
 ENV_PREFIX = "HEMOSTAT_"
@@ -150,6 +153,13 @@ class Admin(Section):
     token: Secret | None = None
     metrics_need_token: bool = False
     """/metrics, too, asks for the token."""
+    allowed_hosts: list[Host] = Field(default=[], max_length=64)
+    """Names that the port may be called by, beside addresses and localhost. None: on loopback no other, else any."""
+
+    @property
+    def names(self) -> list[str] | None:
+        """The names that are answered to; None: all."""
+        return self.allowed_hosts if self.allowed_hosts or _is_loopback(self.host) else None
 
 
 class Upstream(Section):
@@ -244,14 +254,29 @@ class Calibration(Section):
 class StoreSettings(Section):
     """Where profiles and decisions are kept."""
 
-    url: str = "memory://"
+    url: str = Field(default="memory://", repr=False)
+    """With the server's password, where it has one."""
 
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, value: str) -> str:
-        if value == "memory://" or (value.startswith("sqlite:///") and len(value) > len("sqlite:///")):
+        scheme, _, rest = value.partition("://")
+        if value == "memory://" or (scheme == "sqlite" and rest.startswith("/") and len(rest) > 1):
             return value
-        raise ValueError(f"{_shown(value)} is neither memory:// nor sqlite:///path/to/file.db")
+        if scheme in SERVER_SCHEMES:
+            if importlib.util.find_spec("redis") is None:
+                raise ValueError(MISSING_EXTRA.removeprefix("store.url: "))
+            try:
+                open_store(value).close()
+            except StoreFailure as failure:
+                raise ValueError(str(failure).removeprefix("store.url: ")) from None
+            return value
+        shown = "the value" if "@" in value else _shown(value)
+        raise ValueError(f"{shown} is none of memory://, sqlite:///path/to/file.db and redis://host:6379")
+
+    @field_serializer("url")
+    def _for_people(self, value: str) -> str:
+        return without_password(value)
 
 
 class Records(Section):

@@ -1,24 +1,30 @@
-"""Where profiles, decisions and a little state live: in memory, or in one SQLite file.
+"""Where profiles, decisions and a little state live: in memory, in one SQLite file, or in a Valkey (Redis) server.
 
 A store that fails raises StoreFailure and nothing else; the control process counts it and goes on with what it holds in
 memory (rule 1).
 
-Two middlewares may share one SQLite file. Profiles (named by their digest) and decisions add up; of what serves, and of
-the mode, the last word of either stands, and is taken up by whichever starts next: a running one never follows the
-other. Each tests on its own, so that each has its own alpha; after a restart the larger count of tests holds.
+Replicas of one deployment share a Valkey. One of them at a time has the lease: it alone proposes, tests, promotes and
+takes back, so that alpha is spent once, and the others serve what the store says (see `replica`). What decides is
+written under the lease: the server refuses it from whoever has lost that.
+
+Two middlewares may share one SQLite file, too, but know nothing of each other. Profiles (named by their digest) and
+decisions add up; of what serves, and of the mode, the last word of either stands, and is taken up by whichever starts
+next. Each tests on its own, so that each has its own alpha; after a restart the larger count of tests holds.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from hemostat_calibration.errors import HemostatError
 
@@ -28,8 +34,27 @@ MAX_EVENTS = 10_000
 """Oldest decisions are forgotten above this many."""
 
 
+SERVER_SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss"}
+"""Of `store.url`, for a server -> what the client library calls it; rediss and valkeys are TLS."""
+PREFIX = "hemostat:"
+CONNECT_WITHIN = 2.0
+ANSWER_WITHIN = 5.0
+"""Seconds; each write and read waits this long at most, in a thread of its own."""
+ORDERS_AT_MOST = 100
+REPLY_KEPT = 60.0
+"""Seconds that the answer to an order waits for whoever gave it."""
+
+
 class StoreFailure(HemostatError):
     """The store could not be read or written."""
+
+
+class StoreRefused(StoreFailure):
+    """The server does not let us in: the configuration is wrong, and waiting does not help."""
+
+
+class LeaseLost(StoreFailure):
+    """A write under a lease that another replica has now: nothing was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +221,252 @@ class SqliteStore:
         return
 
 
-def open_store(url: str) -> Store:
-    """`memory://`, or `sqlite:///relative/path` and `sqlite:////absolute/path`."""
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the server answers to a replica that would lead.
+
+    before: the replica that led before this one (itself, where nobody did in between), "" where the server knows of
+    none: it is new, or has lost its data.
+    revision: changes with every write.
+    """
+
+    leads: bool
+    before: str
+    revision: int
+
+
+_FENCE = """
+if ARGV[1] ~= '' and redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('INCR', KEYS[2])
+"""
+"""KEYS: lease, revision. ARGV[1]: who must have the lease, '' for whoever."""
+_SCRIPTS = {
+    "set": _FENCE + "redis.call('HSET', KEYS[3], ARGV[2], ARGV[3]) return 1",
+    "unset": _FENCE + "redis.call('HDEL', KEYS[3], ARGV[2]) return 1",
+    "raise": _FENCE
+    + """
+local held = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or 0)
+if tonumber(ARGV[3]) > held then held = tonumber(ARGV[3]) end
+redis.call('HSET', KEYS[3], ARGV[2], string.format('%.0f', held))
+return 1""",
+    # KEYS from the third on: state, profiles, the profile.
+    "delete": _FENCE
+    + """
+for _, value in ipairs(redis.call('HVALS', KEYS[3])) do
+  if string.find(value, ARGV[2], 1, true) then return 1 end
+end
+redis.call('ZREM', KEYS[4], ARGV[2])
+redis.call('DEL', KEYS[5])
+return 1""",
+    # KEYS: lease, revision, last leader. ARGV: who, milliseconds.
+    "lead": """
+local revision = tonumber(redis.call('GET', KEYS[2]) or 0)
+local holder = redis.call('GET', KEYS[1])
+local before = redis.call('GET', KEYS[3]) or ''
+if holder and holder ~= ARGV[1] then return {0, before, revision} end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[3], ARGV[1])
+return {1, before, revision}""",
+    "resign": "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end return 1",
+}
+
+
+class ValkeyStore:
+    """One server, which several replicas may share. It is not asked anything before the first call.
+
+    who: this replica's name.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            import redis  # noqa: PLC0415  an optional extra
+            from redis.backoff import NoBackoff  # noqa: PLC0415
+            from redis.retry import Retry  # noqa: PLC0415
+        except ImportError:
+            raise StoreFailure(MISSING_EXTRA) from None
+        self._redis = redis
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query))
+        self._prefix = query.pop("prefix", PREFIX)
+        address = urlunsplit((SERVER_SCHEMES[parts.scheme], parts.netloc, parts.path, urlencode(query), ""))
+        self._name = without_password(url)
+        self.who = secrets.token_hex(8)
+        try:
+            self._client = redis.Redis.from_url(
+                address,
+                socket_connect_timeout=CONNECT_WITHIN,
+                socket_timeout=ANSWER_WITHIN,
+                socket_keepalive=True,
+                # A connection that the server has closed meanwhile is opened again, once; whatever else fails is ours.
+                retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
+                retry_on_error=[],
+            )
+            self._client.connection_pool.make_connection()
+        except (ValueError, TypeError, redis.RedisError) as error:
+            raise StoreFailure(f"store.url: {self._name}: {error}") from None
+        self._scripts = {name: self._client.register_script(text) for name, text in _SCRIPTS.items()}
+
+    @contextmanager
+    def _asking(self) -> Iterator[Any]:
+        """The client; whatever it raises is a StoreFailure."""
+        try:
+            yield self._client
+        except StoreFailure:
+            raise
+        except (self._redis.AuthenticationError, self._redis.exceptions.NoPermissionError) as error:
+            raise StoreRefused(f"store {self._name}: {error} (store.url)") from None
+        except (self._redis.RedisError, OSError) as error:
+            raise StoreFailure(f"store {self._name}: {error}") from None
+        except ValueError as error:  # a damaged event is no JSON, a damaged number none
+            raise StoreFailure(f"store {self._name}: {error}") from None
+
+    def _key(self, name: str) -> str:
+        return self._prefix + name
+
+    def _run(self, script: str, keys: tuple[str, ...], *args: str | int) -> Any:
+        with self._asking():
+            return self._scripts[script](keys=[self._key(key) for key in ("lease", "revision", *keys)], args=args)
+
+    def _write(self, script: str, keys: tuple[str, ...], leading: bool, *args: str | int) -> None:
+        if not self._run(script, keys, self.who if leading else "", *args):
+            raise LeaseLost(f"store {self._name}: another replica leads")
+
+    def put_profile(self, profile: StoredProfile) -> None:
+        # Named by its digest: two writers write the same.
+        with self._asking() as client, client.pipeline(transaction=True) as batch:
+            where = self._key(f"profile:{profile.version}")
+            batch.hset(where, mapping={"data": profile.data, "created": repr(profile.created)})
+            batch.zadd(self._key("profiles"), {profile.version: profile.created})
+            batch.incr(self._key("revision"))
+            batch.execute()
+
+    def get_profile(self, version: str) -> StoredProfile | None:
+        with self._asking() as client:
+            data, created = client.hmget(self._key(f"profile:{version}"), ["data", "created"])
+            return None if data is None or created is None else StoredProfile(version, data, float(created))
+
+    def versions(self) -> list[str]:
+        """Of the profiles, newest first."""
+        with self._asking() as client:
+            return [version.decode() for version in client.zrevrange(self._key("profiles"), 0, -1)]
+
+    def profiles(self) -> list[StoredProfile]:
+        found = (self.get_profile(version) for version in self.versions())
+        return [profile for profile in found if profile is not None]
+
+    def delete_profile(self, version: str) -> None:
+        self._run("delete", ("state", "profiles", f"profile:{version}"), "", version)
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        with self._asking() as client, client.pipeline(transaction=True) as batch:
+            batch.lpush(self._key("events"), json.dumps(event))
+            batch.ltrim(self._key("events"), 0, MAX_EVENTS - 1)
+            batch.incr(self._key("revision"))
+            batch.execute()
+
+    def events(self, limit: int) -> list[dict[str, Any]]:
+        with self._asking() as client:
+            return [json.loads(body) for body in client.lrange(self._key("events"), 0, limit - 1)]
+
+    def set_state(self, key: str, value: str | None, *, leading: bool = False) -> None:
+        if value is None:
+            self._write("unset", ("state",), leading, key)
+        else:
+            self._write("set", ("state",), leading, key, value)
+
+    def raise_state(self, key: str, value: int, *, leading: bool = False) -> None:
+        self._write("raise", ("state",), leading, key, value)
+
+    def get_state(self, key: str) -> str | None:
+        with self._asking() as client:
+            value = client.hget(self._key("state"), key)
+            return None if value is None else value.decode()
+
+    def close(self) -> None:
+        self._client.close()
+
+    # --- several replicas ------------------------------------------------------------------------------------------
+
+    def lead(self, seconds: float) -> Standing:
+        """Take the lease, or keep it, for so long; or learn that another replica has it."""
+        leads, before, revision = self._run("lead", ("leader",), self.who, int(1000 * seconds))
+        return Standing(bool(leads), before.decode(), revision)
+
+    def resign(self) -> None:
+        """Give the lease up, where this replica has it: another one need not wait for its end."""
+        self._run("resign", (), self.who)
+
+    def order(self, name: str, order: str) -> None:
+        """Ask whoever leads for something; the oldest of too many orders are forgotten."""
+        with self._asking() as client, client.pipeline(transaction=True) as batch:
+            batch.rpush(self._key("orders"), json.dumps([name, order]))
+            batch.ltrim(self._key("orders"), -ORDERS_AT_MOST, -1)
+            batch.pexpire(self._key("orders"), int(1000 * REPLY_KEPT))
+            batch.execute()
+
+    def orders(self) -> list[tuple[str, str]]:
+        """Take what was asked for: name and order, oldest first."""
+        with self._asking() as client, client.pipeline(transaction=True) as batch:
+            batch.lrange(self._key("orders"), 0, -1)
+            batch.delete(self._key("orders"))
+            return [(name, order) for name, order in map(json.loads, batch.execute()[0])]
+
+    def reply(self, name: str, answer: str) -> None:
+        with self._asking() as client:
+            client.set(self._key(f"reply:{name}"), answer, px=int(1000 * REPLY_KEPT))
+
+    def reply_to(self, name: str) -> str | None:
+        with self._asking() as client:
+            answer = client.getdel(self._key(f"reply:{name}"))
+            return None if answer is None else answer.decode()
+
+    # --- hemostat check --------------------------------------------------------------------------------------------
+
+    def probe(self) -> tuple[str, str]:
+        """Write, read and run a script as serving does. What runs there, and its eviction policy ("" if unknown)."""
+        name = f"probe:{self.who}"
+        with self._asking() as client:
+            client.set(self._key(name), self.who, px=10_000)
+            if client.getdel(self._key(name)) != self.who.encode():
+                raise StoreFailure(f"store {self._name}: what was written is not what is read")
+        self.resign()
+        with self._asking() as client:
+            try:
+                info = client.info("server") | client.info("memory")
+            except self._redis.ResponseError:
+                return "", ""
+        kind = info.get("server_name") or "redis"
+        number = info.get(f"{kind}_version") or info.get("redis_version", "")
+        return f"{kind} {number}", str(info.get("maxmemory_policy", "")) if info.get("maxmemory") else ""
+
+
+MISSING_EXTRA = "store.url: needs the client of Valkey and Redis: pip install 'hemostat[valkey]'"
+
+
+def without_password(url: str) -> str:
+    """The address of a store as it may be shown."""
     parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return urlunsplit(parts._replace(netloc=f"{name}{':***' if colon else ''}{at}{host}"))
+
+
+def open_store(url: str) -> Store:
+    """`memory://`, `sqlite:///relative/path`, `sqlite:////absolute/path`, or a server:
+    `redis://[user:password@]host[:port][/database][?prefix=…]`; `rediss` for TLS, `valkey` and `valkeys` for the same.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise StoreFailure(f"store.url: not an address ({error}); write it like redis://valkey:6379") from None
     if parts.scheme == "memory":
         return MemoryStore()
     if parts.scheme == "sqlite" and not parts.netloc and parts.path not in ("", "/"):
         return SqliteStore(Path(unquote(parts.path[1:])))
-    raise StoreFailure(f"store.url: {url!r} is neither memory:// nor sqlite:///path")
+    if parts.scheme in SERVER_SCHEMES and parts.hostname and port != 0:
+        if parts.path.strip("/") and not parts.path.strip("/").isdecimal():
+            raise StoreFailure(f"store.url: {without_password(url)}: after the host stands the number of a database")
+        return ValkeyStore(url)
+    shown = without_password(url)
+    raise StoreFailure(f"store.url: {shown!r} is none of memory://, sqlite:///path and redis://host:6379")

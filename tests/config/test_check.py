@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests import valkey
 from tests.reference.fake_vllm import FakeVllm, running
 
 from hemostat import cli
@@ -58,6 +59,23 @@ async def test_all_is_well() -> None:
         "same tokens": "ok",
     }
     assert "serves fake, up to 128 tokens (vLLM 0.32.0)" in found["upstream"].detail
+
+
+async def test_a_server_as_store_is_written_to_and_read(tmp_path: Path) -> None:
+    async def store_at(url: str) -> Finding:
+        return (await findings_of({}, None, store={"url": url}))["store"]
+
+    with valkey.running(tmp_path, "s3cret") as server:
+        found = await store_at(server.url)
+        assert found.state is State.OK
+        assert "valkey" in found.detail.lower() or "redis" in found.detail.lower()
+        assert "s3cret" not in found.detail
+        refused = await store_at(server.url.replace("s3cret", "wr0ng"))
+        assert refused.state is State.NO
+        assert "user and password" in refused.fix
+        assert "wr0ng" not in refused.detail
+        server.kill()
+        assert (await store_at(server.url)).fix == "start it, or change store.url"
 
 
 @pytest.mark.parametrize(

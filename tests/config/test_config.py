@@ -123,8 +123,11 @@ WRONG = [
     (UPSTREAM + "reference: {device: gpu}\n", "reference.device: 'gpu' is not a device"),
     (UPSTREAM + "labels: [a b]\n", "labels: 'a b' is not a label"),
     (UPSTREAM + "labels: [a, a]\n", "labels: a label stands there twice"),
-    (UPSTREAM + "store: {url: redis://h}\n", "store.url: 'redis://h' is neither"),
-    (UPSTREAM + "store: {url: 'sqlite:///'}\n", "store.url: 'sqlite:///' is neither"),
+    (UPSTREAM + "store: {url: redis://}\n", "store.url: 'redis://' is none of memory://"),
+    (UPSTREAM + "store: {url: 'redis://h:x'}\n", "store.url: not an address"),
+    (UPSTREAM + "store: {url: 'redis://h/x'}\n", "store.url: redis://h/x: after the host stands the number"),
+    (UPSTREAM + "store: {url: 'redi://u:p@h'}\n", "store.url: the value is none of memory://"),
+    (UPSTREAM + "store: {url: 'sqlite:///'}\n", "store.url: 'sqlite:///' is none of"),
     (UPSTREAM + "log: {level: loud}\n", "log.level: 'loud' is not one of debug, info, warning, error"),
     (UPSTREAM + "admin: {host: 0.0.0.0}\n", "admin.token: required, as admin.host 0.0.0.0 is not loopback"),
     (UPSTREAM + "admin: {host: '::'}\n", "admin.token: required"),
@@ -220,6 +223,24 @@ def test_a_value_below_something_that_is_no_section(written: Any) -> None:
 
 
 SECRETS = {"admin.token": "s3cret-a", "upstream.api_key": "s3cret-b", "reference.api_key": "s3cret-c"}
+
+
+def test_the_stores_password_is_never_shown_but_reaches_our_own_processes(written: Any) -> None:
+    url = "redis://user:s3cret@h:1/2?prefix=a:"
+    settings = load(written(UPSTREAM), {}, [("store.url", url)])
+    for shown in (repr(settings), str(settings), str(settings.redacted()), settings.model_dump_json()):
+        assert "s3cret" not in shown
+    assert settings.redacted()["store"]["url"] == "redis://user:***@h:1/2?prefix=a:"
+    assert settings.plain()["store"]["url"] == url
+    with pytest.raises(ConfigError) as error:
+        load(written(UPSTREAM), {}, [("store.url", "redis://user:s3cret@h:x")])
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_server_as_store_needs_its_client(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hemostat.config.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"store\.url: needs .* pip install 'hemostat\[valkey\]'"):
+        load(written(UPSTREAM), {}, [("store.url", "redis://h")])
 
 
 def test_secrets_are_never_shown_but_reach_our_own_processes(written: Any) -> None:

@@ -1,23 +1,72 @@
-"""Both stores do the same; the SQLite one survives its file's ends."""
+"""All stores do the same; the SQLite one survives its file's ends, the Valkey one its server's."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+from tests import valkey
+from tests.valkey import Valkey
 
-from hemostat.store import MAX_EVENTS, MemoryStore, SqliteStore, Store, StoredProfile, StoreFailure, open_store
+from hemostat.store import (
+    MAX_EVENTS,
+    LeaseLost,
+    MemoryStore,
+    SqliteStore,
+    Standing,
+    Store,
+    StoredProfile,
+    StoreFailure,
+    StoreRefused,
+    ValkeyStore,
+    open_store,
+    without_password,
+)
+
+KINDS = ["memory", "sqlite", "valkey"]
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store("memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/h.db")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with valkey.running(tmp_path_factory.mktemp("valkey")) as one:
+        yield one
 
 
+@pytest.fixture
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a store that is empty; `request.param` is its kind."""
+    if request.param == "memory":
+        return "memory://"
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/h.db"
+    return shared(request.getfixturevalue("server"), tmp_path)
+
+
+def shared(server: Valkey, tmp_path: Path) -> str:
+    """A deployment's part of the server."""
+    return f"{server.url}?prefix={quote(f'{tmp_path}:')}"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    store = open_store(url)
+    yield store
+    store.close()
+
+
+each_store = pytest.mark.parametrize("url", KINDS, indirect=True)
+each_shared_store = pytest.mark.parametrize("url", KINDS[1:], indirect=True)
+
+
+@each_store
 def test_profiles_events_and_state(store: Store) -> None:
     assert store.get_profile("a") is None
+    assert store.profiles() == store.events(5) == []
     store.put_profile(StoredProfile("a", b"1", 1.0))
     store.put_profile(StoredProfile("b", b"2", 2.0))
     store.put_profile(StoredProfile("a", b"1", 3.0))
@@ -26,8 +75,9 @@ def test_profiles_events_and_state(store: Store) -> None:
     assert store.get_profile("a") is None
     assert store.get_profile("b") == StoredProfile("b", b"2", 2.0)
     for n in range(5):
-        store.append_event({"n": n})
+        store.append_event({"n": n, "why": "κ\n\x00", "evidence": {"lower": 0.1, "none": None}})
     assert [e["n"] for e in store.events(3)] == [4, 3, 2]
+    assert store.events(1) == [{"n": 4, "why": "κ\n\x00", "evidence": {"lower": 0.1, "none": None}}]
     assert store.get_state("serving") is None
     store.set_state("serving", "b")
     assert store.get_state("serving") == "b"
@@ -35,12 +85,14 @@ def test_profiles_events_and_state(store: Store) -> None:
     assert store.get_state("serving") is None
 
 
+@each_store
 def test_a_number_only_grows(store: Store) -> None:
-    for value, kept in ((3, "3"), (10, "10"), (9, "10"), (11, "11")):
+    for value, kept in ((3, "3"), (10, "10"), (9, "10"), (11, "11"), (2**40, str(2**40))):
         store.raise_state("tests", value)
         assert store.get_state("tests") == kept
 
 
+@each_store
 def test_a_profile_that_a_state_names_stays(store: Store) -> None:
     version = "a" * 32
     store.put_profile(StoredProfile(version, b"1", 1.0))
@@ -50,10 +102,37 @@ def test_a_profile_that_a_state_names_stays(store: Store) -> None:
     store.set_state("serving", None)
     store.delete_profile(version)
     assert store.get_profile(version) is None
+    assert store.profiles() == []
 
 
-def _write(path: str, which: int) -> None:
-    store = SqliteStore(Path(path))
+@each_store
+def test_a_large_profile_comes_back_whole(store: Store) -> None:
+    data = os.urandom(1 << 20) * 16
+    store.put_profile(StoredProfile("large", data, 1234567.875))
+    assert store.get_profile("large") == StoredProfile("large", data, 1234567.875)
+
+
+@each_store
+def test_events_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(store, MemoryStore):
+        for n in range(MAX_EVENTS + 10):
+            store.append_event({"n": n})
+        assert len(store.events(2 * MAX_EVENTS)) == MAX_EVENTS
+        return
+    monkeypatch.setattr("hemostat.store.MAX_EVENTS", 5)
+    for n in range(8):
+        store.append_event({"n": n})
+    assert [e["n"] for e in store.events(100)] == [7, 6, 5, 4, 3]
+
+
+@each_shared_store
+def test_it_keeps_across_reopening(url: str) -> None:
+    open_store(url).put_profile(StoredProfile("a", b"1", 1.0))
+    assert open_store(url).get_profile("a") == StoredProfile("a", b"1", 1.0)
+
+
+def _write(url: str, which: int) -> None:
+    store = open_store(url)
     for n in range(40):
         store.put_profile(StoredProfile(f"{which}-{n}", bytes(1000), float(n)))
         store.append_event({"which": which, "n": n})
@@ -62,12 +141,12 @@ def _write(path: str, which: int) -> None:
         assert len(store.events(5)) <= 5
 
 
-def test_two_processes_share_one_file(tmp_path: Path) -> None:
+@each_shared_store
+def test_two_processes_share_it(url: str) -> None:
     """Two middlewares with one store: every write of both is there, and what only grows has the largest of both."""
-    path = tmp_path / "h.db"
-    store = SqliteStore(path)
+    store = open_store(url)
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write, args=(str(path), which)) for which in (1, 2)]
+    writers = [context.Process(target=_write, args=(url, which)) for which in (1, 2)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -80,10 +159,7 @@ def test_two_processes_share_one_file(tmp_path: Path) -> None:
     assert [store.get_state(f"serving-{which}") for which in (1, 2)] == ["39", "39"]
 
 
-def test_sqlite_keeps_across_reopening(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/h.db"
-    open_store(url).put_profile(StoredProfile("a", b"1", 1.0))
-    assert open_store(url).get_profile("a") == StoredProfile("a", b"1", 1.0)
+# --- SQLite ---------------------------------------------------------------------------------------------------------
 
 
 def test_sqlite_file_deleted_while_running_starts_anew(tmp_path: Path) -> None:
@@ -104,19 +180,198 @@ def test_sqlite_file_that_is_no_database_is_a_store_failure(tmp_path: Path) -> N
         store.set_state("k", "v")
 
 
-@pytest.mark.parametrize("url", ["redis://x", "sqlite://", "sqlite:///", "sqlite://host/x", "nonsense", ""])
-def test_bad_url_names_the_key(url: str) -> None:
-    with pytest.raises(StoreFailure, match=r"store\.url"):
-        open_store(url)
-
-
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreFailure, match="nowhere"):
         open_store(f"sqlite:///{tmp_path}/nowhere/h.db")
 
 
-def test_memory_events_are_bounded() -> None:
-    store = MemoryStore()
-    for n in range(MAX_EVENTS + 10):
-        store.append_event({"n": n})
-    assert len(store.events(2 * MAX_EVENTS)) == MAX_EVENTS
+# --- Valkey ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(server: Valkey, tmp_path: Path) -> Iterator[tuple[ValkeyStore, ValkeyStore]]:
+    """Two replicas of one deployment."""
+    stores = ValkeyStore(shared(server, tmp_path)), ValkeyStore(shared(server, tmp_path))
+    yield stores
+    for store in stores:
+        store.close()
+
+
+def test_one_at_a_time_has_the_lease(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
+    first, second = pair
+    assert first.lead(30) == Standing(True, "", 0)
+    assert first.lead(30) == Standing(True, first.who, 0), "nobody else led in between"
+    assert second.lead(30) == Standing(False, first.who, 0)
+    second.resign()
+    assert first.lead(0.05).leads
+    time.sleep(0.1)
+    assert second.lead(30) == Standing(True, first.who, 0), "it has to read what the other one did"
+    assert second.lead(30) == Standing(True, second.who, 0)
+    assert not first.lead(30).leads
+    second.resign()
+    assert first.lead(30) == Standing(True, second.who, 0)
+
+
+def test_who_has_lost_the_lease_writes_nothing(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
+    first, second = pair
+    first.lead(30)
+    first.set_state("serving", "a", leading=True)
+    first.raise_state("tests", 3, leading=True)
+    first.resign()
+    second.lead(30)
+    writes: list[Callable[[], None]] = [
+        lambda: first.set_state("serving", "b", leading=True),
+        lambda: first.set_state("serving", None, leading=True),
+        lambda: first.raise_state("tests", 4, leading=True),
+    ]
+    for write in writes:
+        with pytest.raises(LeaseLost, match="another replica leads"):
+            write()
+    assert (second.get_state("serving"), second.get_state("tests")) == ("a", "3")
+    second.set_state("serving", None, leading=True)
+    assert first.get_state("serving") is None
+
+
+def test_every_write_changes_the_revision(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
+    first, second = pair
+    first.lead(30)
+    writes: list[Callable[[], None]] = [
+        lambda: first.put_profile(StoredProfile("a", b"1", 1.0)),
+        lambda: first.append_event({}),
+        lambda: first.set_state("serving", "x", leading=True),
+        lambda: first.set_state("serving", None, leading=True),
+        lambda: first.raise_state("tests", 4, leading=True),
+        lambda: first.delete_profile("a"),
+    ]
+    for n, write in enumerate(writes):
+        assert second.lead(30).revision == n
+        write()
+    assert second.lead(30).revision == len(writes)
+
+
+def test_orders_are_taken_once_and_answered(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
+    first, second = pair
+    assert first.orders() == []
+    second.order("1", "promote")
+    second.order("2", "pin")
+    assert first.orders() == [("1", "promote"), ("2", "pin")]
+    assert first.orders() == []
+    assert second.reply_to("1") is None
+    first.reply("1", "done")
+    assert second.reply_to("1") == "done"
+    assert second.reply_to("1") is None
+
+
+def test_deployments_on_one_server_are_apart(server: Valkey, tmp_path: Path) -> None:
+    one = ValkeyStore(shared(server, tmp_path / "one"))
+    other = ValkeyStore(shared(server, tmp_path / "other"))
+    one.put_profile(StoredProfile("a", b"1", 1.0))
+    one.set_state("serving", "a")
+    assert one.lead(30).leads
+    assert other.lead(30).leads
+    assert (other.profiles(), other.get_state("serving")) == ([], None)
+    one.close()
+    other.close()
+
+
+def test_a_server_that_crashes_is_a_failure_and_has_everything_when_it_is_back(tmp_path: Path) -> None:
+    with valkey.running(tmp_path / "data") as server:
+        store = ValkeyStore(server.url)
+        store.put_profile(StoredProfile("a", b"1", 1.0))
+        store.set_state("serving", "a")
+        server.kill()
+        with pytest.raises(StoreFailure, match=f"127.0.0.1:{server.port}"):
+            store.get_state("serving")
+        server.start()
+        assert store.get_state("serving") == "a"
+        assert store.get_profile("a") == StoredProfile("a", b"1", 1.0)
+        # In between nothing was asked: the connection is opened again, and nobody notices.
+        server.kill()
+        server.start()
+        store.set_state("serving", "b")
+        assert store.get_state("serving") == "b"
+        store.close()
+
+
+def test_a_server_that_hangs_is_a_failure_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hemostat.store.ANSWER_WITHIN", 0.3)
+    with valkey.running(tmp_path / "data") as server:
+        store = ValkeyStore(server.url)
+        store.set_state("serving", "a")
+        server.freeze()
+        begun = time.monotonic()
+        with pytest.raises(StoreFailure):
+            store.get_state("serving")
+        assert time.monotonic() - begun < 3
+        server.thaw()
+        assert store.get_state("serving") == "a"
+        store.close()
+
+
+@pytest.mark.parametrize("given", ["", ":wrong@", "somebody:secret@"])
+def test_a_wrong_password_is_said_in_a_line_that_does_not_show_it(given: str, tmp_path: Path) -> None:
+    with valkey.running(tmp_path / "data", "secret") as server:
+        store = ValkeyStore(f"redis://{given}127.0.0.1:{server.port}/0")
+        with pytest.raises(StoreRefused, match=r"store\.url") as raised:
+            store.get_state("serving")
+        said = str(raised.value)
+        assert "\n" not in said
+        assert "wrong@" not in said
+        assert "secret@" not in said
+        right = ValkeyStore(server.url)
+        right.set_state("serving", "a")
+        assert right.get_state("serving") == "a"
+        store.close()
+        right.close()
+
+
+def test_a_damaged_value_is_a_store_failure(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
+    store, _ = pair
+    store.append_event({})
+    store._client.lset(store._key("events"), 0, "no json")
+    with pytest.raises(StoreFailure):
+        store.events(1)
+    store._client.set(store._key("state"), "a string, no hash")
+    with pytest.raises(StoreFailure, match="WRONGTYPE"):
+        store.get_state("serving")
+
+
+def test_what_runs_there_is_told(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
+    kind, policy = pair[0].probe()
+    assert kind.split()[0] in {"valkey", "redis"}
+    assert kind.split()[1][0].isdigit()
+    assert policy == "", "there is no limit, so nothing is evicted"
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "valkey", "valkeys"])
+def test_every_name_of_a_server_is_known(scheme: str) -> None:
+    store = open_store(f"{scheme}://user:p%40ss@h/2")
+    assert isinstance(store, ValkeyStore)
+    connection = store._client.connection_pool.make_connection()
+    assert (connection.host, connection.port, connection.db, connection.username) == ("h", 6379, 2, "user")
+    assert type(connection).__name__ == ("SSLConnection" if scheme in {"rediss", "valkeys"} else "Connection")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("redis://", "redis:///0", "redis://h:0", "redis://h:x", "redis://h/name", "redis://h?no_such_option=1"),
+        *("sqlite://", "sqlite:///", "sqlite://host/x", "nonsense", "", "http://user:secret@h"),
+    ],
+)
+def test_bad_url_names_the_key(url: str) -> None:
+    with pytest.raises(StoreFailure, match=r"store\.url") as raised:
+        open_store(url)
+    assert "secret" not in str(raised.value)
+
+
+def test_the_password_is_not_shown() -> None:
+    assert without_password("redis://u:secret@h:1/0") == "redis://u:***@h:1/0"
+    assert without_password("redis://:secret@h") == "redis://:***@h"
+    assert without_password("redis://h:1/0?prefix=a:") == "redis://h:1/0?prefix=a:"
+
+
+def test_without_the_client_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "redis", None)
+    with pytest.raises(StoreFailure, match=r"hemostat\[valkey\]"):
+        open_store("redis://h")
