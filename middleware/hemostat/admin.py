@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Callable, Collection
 from importlib import resources
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from hemostat import __version__
 from hemostat.engine_api import engine_router, read_body
 from hemostat.engines import EngineRegistry
+from hemostat.hardening import Harden
 from hemostat.overview import History
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profile import VERSION_PATTERN
@@ -36,15 +38,6 @@ ASSETS = {
 STREAMS_AT_MOST = 32
 STREAM_EVERY = 2.0
 """Seconds between two states of the console's stream."""
-SECURITY_HEADERS = {
-    "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'self'; script-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-frame-options": "DENY",
-    "cross-origin-resource-policy": "same-origin",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
 
 
 class Governed(Protocol):
@@ -117,10 +110,27 @@ T = TypeVar("T")
 
 
 def create_app(
-    control: Governed, token: str | None, now: Callable[[], float], *, metrics_need_token: bool = False
+    control: Governed,
+    token: str | None,
+    now: Callable[[], float],
+    *,
+    metrics_need_token: bool = False,
+    names: Collection[str] | None = None,
 ) -> FastAPI:
-    """`token` None: everything that would change state answers 403 and says what to set."""
+    """`token` None: everything that would change state answers 403 and says what to set.
+
+    names: that the port answers to, beside addresses and localhost; None: to all.
+    """
     streams = 0
+    told, told_at = b"", -math.inf
+
+    def state() -> bytes:
+        """Computed once for all streams."""
+        nonlocal told, told_at
+        if now() - told_at >= STREAM_EVERY / 2:
+            told_at = now()
+            told = msgspec.json.encode({"status": control.status(), "profiles": control.profiles()})
+        return told
 
     async def require_token(request: Request) -> None:
         if token is None:
@@ -136,11 +146,7 @@ def create_app(
     async def refused(_: Request, error: HemostatError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 400)
 
-    @app.middleware("http")
-    async def harden(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        response.headers.update(SECURITY_HEADERS)
-        return response
+    app.add_middleware(Harden, names=names)
 
     @app.get("/livez", response_class=PlainTextResponse)
     async def livez() -> str:
@@ -165,8 +171,8 @@ def create_app(
         return _asset(name)
 
     @app.get("/api/v1/history")
-    async def history() -> dict[str, list[float | None]]:
-        return control.history.report()
+    async def history(after: float = 0.0) -> dict[str, list[float | None]]:
+        return control.history.report(after)
 
     @app.get("/api/v1/stream")
     async def stream(request: Request) -> Response:
@@ -180,8 +186,7 @@ def create_app(
             try:
                 yield b"retry: 2000\n\n"
                 while not await request.is_disconnected():
-                    said = {"status": control.status(), "profiles": control.profiles()}
-                    yield b"event: state\ndata: %b\n\n" % msgspec.json.encode(said)
+                    yield b"event: state\ndata: %b\n\n" % state()
                     await asyncio.sleep(STREAM_EVERY)
             finally:
                 streams -= 1

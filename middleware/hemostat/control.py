@@ -32,6 +32,7 @@ from hemostat.check import State, shadow_findings
 from hemostat.config import Settings
 from hemostat.engines import EngineRegistry
 from hemostat.floor import MODELS, Floor
+from hemostat.hardening import server_settings
 from hemostat.learner import Learner, Source
 from hemostat.link import RelayLink
 from hemostat.measure import Measurements
@@ -475,6 +476,7 @@ class Control:
                 "uptime_seconds": now - self._began,
             },
             "queue": {"depth": len(self.queue), "lag_seconds": self._lag(now)},
+            "compressed": {"models": sorted(self.served)},
             "reference": {"state": self.reference_state, "detail": self.reference_detail},
             "engines": {
                 "live": self._engines_live(now),
@@ -635,8 +637,9 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
     await control.link.start()
     control.publish()
     token = settings.admin.token.get_secret_value() if settings.admin.token else None
-    app = create_app(control, token, time.monotonic, metrics_need_token=settings.admin.metrics_need_token)
-    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
+    admin = settings.admin
+    app = create_app(control, token, time.monotonic, metrics_need_token=admin.metrics_need_token, names=admin.names)
+    server = _Server(uvicorn.Config(app, **server_settings()))
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(server.serve(sockets=[listener])),
         asyncio.create_task(control.keep_house()),

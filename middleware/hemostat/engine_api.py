@@ -5,6 +5,7 @@ Reports are JSON, taps msgpack (they carry float16 arrays), profiles safetensors
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from hemostat_calibration.profile import VERSION_PATTERN
 
 REPORT_BYTES_AT_MOST = 64 * 1024
 TAP_BYTES_AT_MOST = 16 * 1024 * 1024
+BODY_WITHIN = 60.0
+"""Seconds."""
 
 
 def engine_router(
@@ -53,10 +56,14 @@ def engine_router(
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body; 413 when it is longer than `limit` bytes."""
+    """The request's body; 413 when it is longer than `limit` bytes, 408 when it is not there within BODY_WITHIN."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise HTTPException(413, f"body of more than {limit} bytes")
+    try:
+        async with asyncio.timeout(BODY_WITHIN):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise HTTPException(413, f"body of more than {limit} bytes")
+    except TimeoutError:
+        raise HTTPException(408, f"the body took more than {BODY_WITHIN:g} s") from None
     return bytes(body)

@@ -13,6 +13,8 @@ HISTORY_EVERY = 10.0
 """Seconds between two points."""
 HISTORY_POINTS = 2160
 """Six hours."""
+RECENT = 6
+"""Points that make up what is told as recent: a minute."""
 GENERATIONS = frozenset(outcomes.ROUTES)
 
 
@@ -48,6 +50,7 @@ def proxy(stats: Stats) -> dict[str, Any]:
         "generations": sum(value for route, value in by_route.items() if route in GENERATIONS),
         "by_outcome": by_outcome,
         "by_route": by_route,
+        "failed": failed,
         "failed_ratio": failed / total if total else None,
         # More than the last edge is told as the last edge: JSON knows no infinity.
         "overhead_seconds": {name: v if v is None else min(v, OVERHEAD_BUCKETS[-1]) for name, v in overhead.items()},
@@ -76,10 +79,27 @@ def endings(stats: Stats) -> dict[str, Any]:
 class History:
     """A few figures, every HISTORY_EVERY seconds; the oldest go."""
 
-    NAMES = ("kl_nats", "kl_low", "kl_high", "kl_estimate", "floor", "recovered", "requests", "scored", "queue")
+    NAMES = (
+        "kl_nats",
+        "kl_low",
+        "kl_high",
+        "kl_recent",
+        "floor",
+        "recovered",
+        "recovered_low",
+        "recovered_high",
+        "requests",
+        "failed",
+        "scored",
+        "reference_tokens",
+        "queue",
+    )
+    """KL is the lower bound, since the start but for `kl_recent`, which is the mean over the tokens of the last RECENT
+    points. Of counters: their values."""
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, ...]] = deque(maxlen=HISTORY_POINTS)
+        self._sums: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=RECENT + 1)
         self._last = -math.inf
 
     def due(self, now: float) -> bool:
@@ -89,22 +109,32 @@ class History:
     def add(self, now: float, wall: float, status: dict[str, Any]) -> None:
         """Take a point. wall: Unix time. status: `Control.status`."""
         self._last = now
-        kl, excess = status["raw"]["kl_nats"], status["excess"].get("kl_nats")
+        kl, excess, recovered = status["raw"]["kl_nats"], status["excess"].get("kl_nats"), status["recovered"]
         values = (
             kl["estimate"],
             *kl["ci95"],
-            status["raw"]["kl_nats_estimate"]["estimate"],
+            self._recent(kl["estimate"], status["raw"]["tokens"]),
             excess["floor"] if excess else None,
-            status["recovered"]["ratio"],
+            recovered["ratio"],
+            *recovered["ci95"],
             status["proxy"]["requests"],
+            status["proxy"]["failed"],
             status["requests"]["scored"],
+            status["shadow"]["reference_tokens"],
             status["queue"]["depth"],
         )
         self._points.append((wall, *(math.nan if value is None else float(value) for value in values)))
 
-    def report(self) -> dict[str, list[float | None]]:
-        """Columns: `time` (Unix), then NAMES; None where there was no figure."""
-        columns = zip(*self._points, strict=True) if self._points else [()] * (1 + len(self.NAMES))
+    def _recent(self, mean: float | None, tokens: int) -> float | None:
+        """Of the mean since the start, the part of the last points."""
+        nats, before = self._sums[0]
+        self._sums.append(((mean or 0.0) * tokens, tokens))
+        return (self._sums[-1][0] - nats) / (tokens - before) if tokens > before else None
+
+    def report(self, after: float = 0.0) -> dict[str, list[float | None]]:
+        """Columns: `time` (Unix), then NAMES, of the points later than `after`; None where there was no figure."""
+        points = [point for point in self._points if point[0] > after]
+        columns = zip(*points, strict=True) if points else [()] * (1 + len(self.NAMES))
         return {
             name: [value if math.isfinite(value) else None for value in column]
             for name, column in zip(("time", *self.NAMES), columns, strict=True)

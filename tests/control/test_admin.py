@@ -15,8 +15,9 @@ from tests.control.making import TOKEN, control, profile, scored, settings
 from tests.control.test_metrics import relay, stats
 
 from hemostat import admin
-from hemostat.admin import SECURITY_HEADERS, create_app
+from hemostat.admin import create_app
 from hemostat.control import Control
+from hemostat.hardening import HEADERS
 from hemostat.messages import Policy
 
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -246,9 +247,9 @@ async def test_health_depends_on_relays_only(one: Control, client: httpx.AsyncCl
 async def test_security_headers_are_on_everything(client: httpx.AsyncClient) -> None:
     for path in ("/", "/console.js", "/metrics", "/livez", "/readyz", "/api/v1/status", "/nothing"):
         response = await client.get(path)
-        for name, value in SECURITY_HEADERS.items():
+        for name, value in HEADERS.items():
             assert response.headers[name] == value, path
-    assert "no-store" in SECURITY_HEADERS["cache-control"]
+    assert "no-store" in HEADERS["cache-control"]
 
 
 async def test_metrics_are_metrics(client: httpx.AsyncClient) -> None:

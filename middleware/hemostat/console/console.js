@@ -3,13 +3,31 @@
 
 const $ = (id) => document.getElementById(id);
 const known = (x) => x !== null && x !== undefined && Number.isFinite(x);
-const number = (x, digits = 3) => (known(x) ? x.toFixed(digits) : "–");
-const percent = (x, digits = 1) => (known(x) ? `${(100 * x).toFixed(digits)} %` : "–");
-const whole = (x) => (known(x) ? x.toLocaleString("en-US", { maximumFractionDigits: 0 }) : "–");
-const range = (ends, show = number) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "[not known yet]");
-const counts = (o) => Object.entries(o || {}).filter(([, n]) => n).map(([k, n]) => `${k} ${whole(n)}`).join(", ") || "none";
-const when = (t) => (known(t) ? new Date(1000 * t).toLocaleString() : "–");
-const brief = (version) => (version && version.length === 32 ? version.slice(0, 8) : version || "–");
+const NONE = "–";
+const fixed = (x, digits) => (known(x) ? x.toFixed(digits).replace("-", "−") : NONE);
+/** Three decimals; of what is smaller than 0.01, two digits. */
+const nats = (x) => fixed(x, known(x) && x !== 0 && Math.abs(x) < 0.01 ? Math.min(8, 1 - Math.floor(Math.log10(Math.abs(x)))) : 3);
+const percent = (x, digits = 1) => (known(x) ? `${fixed(100 * x, digits)} %` : NONE);
+const whole = (x) => (known(x) ? x.toLocaleString("en-US", { maximumFractionDigits: 0 }) : NONE);
+const range = (ends, show = nats) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "interval not known yet");
+const counts = (o) => Object.entries(o || {}).filter(([, n]) => n).sort((a, b) => b[1] - a[1]).map(([k, n]) => `${k} ${whole(n)}`).join(", ") || "none";
+const total = (o) => Object.values(o || {}).reduce((a, b) => a + b, 0);
+const brief = (version) => (version && version.length === 32 ? version.slice(0, 8) : version || NONE);
+const plural = (n, one) => `${whole(n)} ${one}${n === 1 ? "" : "s"}`;
+const two = (n) => String(n).padStart(2, "0");
+
+function when(t) {
+  if (!known(t)) return NONE;
+  const d = new Date(1000 * t), now = new Date();
+  const time = `${two(d.getHours())}:${two(d.getMinutes())}:${two(d.getSeconds())}`;
+  return d.toDateString() === now.toDateString() ? time : `${d.getFullYear()}-${two(d.getMonth() + 1)}-${two(d.getDate())} ${time}`;
+}
+
+function lasted(seconds) {
+  if (seconds < 120) return `${whole(Math.max(seconds, 0))} s`;
+  if (seconds < 7200) return `${whole(seconds / 60)} min`;
+  return seconds < 172800 ? `${whole(seconds / 3600)} h` : `${whole(seconds / 86400)} days`;
+}
 
 function say(id, text, className) {
   const element = $(id);
@@ -18,26 +36,56 @@ function say(id, text, className) {
   if (className !== undefined && element.className !== className) element.className = className;
 }
 
+function svg(name, attributes, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  Object.entries(attributes).forEach(([key, value]) => made.setAttribute(key, value));
+  made.append(...children);
+  return made;
+}
+
+/** An interval and its middle on a scale; its text stands beside it. */
+function interval(low, mid, high, from, to) {
+  const at = (x) => 100 * Math.min(1, Math.max(0, (x - from) / (to - from || 1)));
+  const parts = [svg("line", { class: "axis", x1: "0%", x2: "100%", y1: 7, y2: 7 })];
+  if (from <= 0 && to > 0) parts.push(svg("line", { class: "zero", x1: `${at(0)}%`, x2: `${at(0)}%`, y1: 1, y2: 13 }));
+  if (known(mid)) {
+    const left = at(known(low) ? low : from), right = at(known(high) ? high : to);
+    parts.push(svg("rect", { class: "span", x: `${left}%`, width: `${Math.max(right - left, 0.5)}%`, y: 4, height: 6, rx: 1 }));
+    parts.push(svg("rect", { class: "mid", x: `calc(${at(mid)}% - 1.5px)`, width: 3, y: 1, height: 12 }));
+  }
+  return svg("svg", { "aria-hidden": "true" }, ...parts);
+}
+
+function part(share, raised) {
+  return svg("svg", { "aria-hidden": "true" }, svg("rect", { class: "zero", fill: "none", x: 0, y: 3, width: "100%", height: 8 }),
+    svg("rect", { class: raised ? "full-part" : "part", x: 0, y: 3, width: `${100 * Math.min(1, share)}%`, height: 8 }));
+}
+
+function bar(id, ends, mid, from, to) {
+  $(id).replaceChildren(...(known(mid) ? [interval(ends[0], mid, ends[1], from, to)] : []));
+}
+
 function table(id, caption, header, rows, empty = "nothing yet") {
   const element = $(id);
   const parts = [];
-  if (caption) { const c = document.createElement("caption"); c.textContent = caption; parts.push(c); }
-  const body = document.createElement("tbody");
-  if (header) {
+  const titled = document.createElement("caption");
+  titled.textContent = caption;
+  parts.push(titled);
+  if (header && rows.length) {
     const head = document.createElement("thead");
     const row = head.insertRow();
     header.forEach((text) => { const th = document.createElement("th"); th.scope = "col"; th.textContent = text; row.append(th); });
     parts.push(head);
   }
-  const shown = rows.length ? rows : [[empty]];
-  shown.forEach((cells) => {
+  const body = document.createElement("tbody");
+  (rows.length ? rows : [[empty]]).forEach((cells) => {
     const row = body.insertRow();
     cells.forEach((cell, i) => {
       const heading = i === 0 && rows.length;
       const made = document.createElement(heading ? "th" : "td");
       if (heading) made.scope = "row";
       if (cell instanceof Node) made.append(cell); else made.textContent = cell;
-      if (!header || (typeof cell === "string" && cell.length > 40)) made.classList.add("text");
+      if (!heading && (!header || (typeof cell === "string" && cell.length > 48))) made.classList.add("text");
       row.append(made);
     });
   });
@@ -53,7 +101,7 @@ function table(id, caption, header, rows, empty = "nothing yet") {
 
 let token = "";  // for as long as this page is open, and nowhere else
 
-function ask(title, text, method, path, body) {
+function ask(title, text, path, body) {
   const dialog = $("confirm");
   say("confirm-title", title);
   say("confirm-text", text);
@@ -64,7 +112,7 @@ function ask(title, text, method, path, body) {
     token = $("token").value;
     try {
       const answer = await fetch(path, {
-        method, headers: { authorization: `Bearer ${token}`, "content-type": "application/json" }, body: JSON.stringify(body),
+        method: "POST", headers: { authorization: `Bearer ${token}`, "content-type": "application/json" }, body: JSON.stringify(body),
       });
       if (answer.ok) { dialog.close(); return; }
       const detail = (await answer.json().catch(() => ({}))).detail;
@@ -76,13 +124,13 @@ function ask(title, text, method, path, body) {
   dialog.showModal();
 }
 
-function button(key, text, label, act) {
+function button(text, label, ...asked) {
   const made = document.createElement("button");
   made.type = "button";
   made.textContent = text;
-  made.dataset.key = key;
+  made.dataset.key = label;
   made.setAttribute("aria-label", label);
-  made.onclick = act;
+  made.onclick = () => ask(...asked);
   return made;
 }
 
@@ -92,183 +140,304 @@ const MODES = {
   auto: "What has proven itself on held-out requests serves.",
 };
 document.querySelectorAll("[data-mode]").forEach((b) => {
-  b.onclick = () => ask(`Set calibration to ${b.dataset.mode}?`, MODES[b.dataset.mode], "POST", "api/v1/calibration", { mode: b.dataset.mode });
+  b.onclick = () => ask(`Set calibration to ${b.dataset.mode}?`, MODES[b.dataset.mode], "api/v1/calibration", { mode: b.dataset.mode });
 });
-$("rollback").onclick = () => ask("Roll back?", "Identity serves until another profile is promoted.", "POST", "api/v1/profiles/rollback", {});
-$("unpin").onclick = () => ask("Unpin?", "What is pinned goes on serving, and is judged again.", "POST", "api/v1/profiles/pin", { version: null });
+$("rollback").onclick = () => ask("Roll back?", "Identity serves until another profile is promoted.", "api/v1/profiles/rollback", {});
+$("unpin").onclick = () => ask("Unpin?", "What is pinned goes on serving, and is judged again.", "api/v1/profiles/pin", { version: null });
 $("confirm-no").onclick = () => $("confirm").close();
+$("explain").onclick = () => {
+  const open = $("explain").getAttribute("aria-pressed") !== "true";
+  $("explain").setAttribute("aria-pressed", String(open));
+  document.querySelectorAll("details").forEach((d) => { d.open = open; });
+};
 
-// --- what is shown ----------------------------------------------------------------------------------------------------
+// --- is it bleeding, and where ----------------------------------------------------------------------------------------
+
+function verdict(s) {
+  const tests = s.alarm.tests, raised = tests.filter((t) => t.raised);
+  const watching = tests.filter((t) => t.test === "budget" ? s.alarm.floor_upper_nats !== null : t.learning >= 1);
+  const kind = (k) => { if ($("verdict").className !== `verdict ${k}`) $("verdict").className = `verdict ${k}`; };
+  if (raised.length) {
+    kind("bad");
+    say("alarm", raised.map((t) => `ALARM on ${t.route} (${t.test}) since ${when(t.since)}`).join("; "));
+    const first = Math.min(...raised.map((t) => t.since));
+    say("alarm-sub", `bleeding for ${lasted(s.at - first)}; clears after ${plural(s.alarm.clears_after_requests, "request")} in a row that look right again`);
+  } else if (watching.length) {
+    kind("good");
+    say("alarm", "No alarm");
+    say("alarm-sub", `${plural(watching.length, "test")} watching, chance of any false alarm ${percent(s.alarm.alpha)}`);
+  } else {
+    kind("wait");
+    say("alarm", tests.length ? "No alarm yet: learning what is usual" : "Nothing to judge yet");
+    say("alarm-sub", tests.length ? "" : "no request has been scored");
+  }
+  table("tests", "Tests", ["route", "state", "test", "evidence, of what raises it", "", "since", "on", "action"], tests.map((t) => {
+    const learning = t.test === "change" && t.learning < 1;
+    const state = document.createElement("span");
+    state.textContent = t.raised ? "raised" : learning ? `learning ${percent(t.learning, 0)}` : t.test === "budget" && s.alarm.floor_upper_nats === null ? "waits for the noise floor" : "watching";
+    state.className = t.raised ? "bad-text" : state.textContent === "watching" ? "good-text" : "wait-text";
+    return [t.route, state, t.test === "budget" ? `budget ${nats(s.alarm.budget_nats)} nats` : t.test, percent(t.evidence, 0), part(t.evidence, t.raised), when(t.since),
+      t.raised ? `${whole(t.on_tokens)} tokens of ${plural(t.on_requests, "request")}` : plural(t.requests, "request"),
+      t.test === "change" ? button("Accept as usual", `Accept ${t.route} as usual`, "Accept this as usual?",
+        `What ${t.route} is from now on becomes its baseline; a raised alarm ends.`, "api/v1/alarm/rebase", { route: t.route }) : ""];
+  }), "none yet: a test begins with a route's first scored request");
+}
 
 function bleeding(s) {
+  verdict(s);
   const raw = s.raw, kl = raw.kl_nats, excess = s.excess.kl_nats;
-  const raised = s.alarm.tests.filter((t) => t.raised);
-  if (raised.length) {
-    say("alarm", raised.map((t) => `ALARM (${t.test}) on ${t.route} since ${when(t.since)}, on ${whole(t.on_tokens)} tokens of ${whole(t.on_requests)} requests`).join("; "), "alarm bad");
-  } else {
-    const watching = s.alarm.tests.filter((t) => t.test === "budget" || t.learning >= 1).length;
-    const learning = s.alarm.tests.filter((t) => t.test === "change" && t.learning < 1).map((t) => `${t.route}: baseline ${percent(t.learning, 0)}`);
-    say("alarm", `No alarm; ${watching} test${watching === 1 ? "" : "s"} watching${learning.length ? `, learning what is usual (${learning.join(", ")})` : ""}.`, "alarm good");
-  }
-  say("excess", excess ? number(excess.estimate) : "–");
-  say("excess-sub", excess ? `nats per token, at least; ${range(excess.ci95)}; floor ${number(excess.floor, 5)}` : "the noise floor is not known yet");
-  say("kl", `≥ ${number(kl.estimate)}`);
-  say("kl-sub", `${range(kl.ci95)}; estimate ${number(raw.kl_nats_estimate.estimate)} ${range(raw.kl_nats_estimate.ci95)}; at most ${number(raw.kl_nats_upper.estimate)}`);
-  say("tv", `≥ ${number(raw.total_variation)}`);
-  say("tv-sub", `${range(raw.ci95.total_variation)}; at most ${number(raw.total_variation_upper.estimate)}`);
+  say("excess", excess ? `≥ ${nats(excess.estimate)}` : NONE);
+  say("excess-sub", excess ? `95 % ${range(excess.ci95)}; noise floor ${nats(excess.floor)}` : "the noise floor is not known yet");
+  bar("excess-bar", excess ? excess.ci95 : [], excess && excess.estimate, 0, excess ? Math.max(excess.ci95[1] || 0, s.alarm.budget_nats || 0, excess.estimate) * 1.1 : 1);
+  say("kl", `≥ ${nats(kl.estimate)}`);
+  say("kl-sub", `95 % ${range(kl.ci95)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(raw.kl_nats_estimate.ci95) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
+  say("tv", `≥ ${nats(raw.total_variation)}`);
+  say("tv-sub", `95 % ${range(raw.ci95.total_variation)}; ≤ ${nats(raw.total_variation_upper.estimate)}`);
   say("top1", percent(raw.top1_agreement));
-  say("top1-sub", range(raw.ci95.top1_agreement, percent));
-  const sampled = s.trajectory.sampled;
-  say("half", sampled ? (known(sampled.half_life_tokens.estimate) ? number(sampled.half_life_tokens.estimate, 1) : "beyond the data") : "–");
-  say("half-sub", sampled ? `tokens ${range(sampled.half_life_tokens.ci95, (x) => number(x, 1))}, sampled text` : "no text sampled at temperature 1 yet");
-  say("ppl", number(raw.perplexity_ratio.estimate));
-  say("ppl-sub", `${range(raw.perplexity_ratio.ci95)}; compressed over reference, on the compressed model's own text`);
-  say("bleeding-note", `${whole(s.requests.scored)} scored requests, ${whole(s.tokens_scored)} tokens, top ${s.top_k} ids of each model `
-    + `(${percent(raw.covered_mass)} of the probability). Intervals are 95 %, count requests and hold at every look. A distance is not a loss of quality.`);
+  say("top1-sub", `95 % ${range(raw.ci95.top1_agreement, percent)}`);
+  const text = s.trajectory.sampled;
+  say("half", text ? (known(text.half_life_tokens.estimate) ? fixed(text.half_life_tokens.estimate, 1) : "beyond the data") : NONE);
+  say("half-sub", text ? `95 % ${range(text.half_life_tokens.ci95, (x) => fixed(x, 1))}; ${plural(text.requests, "sampled text")}` : "no text sampled at temperature 1 yet");
+  say("ppl", nats(raw.perplexity_ratio.estimate));
+  say("ppl-sub", `95 % ${range(raw.perplexity_ratio.ci95)}`);
+  say("bleeding-note", `${plural(s.requests.scored, "scored request")}, ${whole(s.tokens_scored)} tokens, the top ${s.top_k} ids of each model `
+    + `(${percent(raw.covered_mass)} of the probability). Intervals are 95 %, count requests and hold at every look.`);
 }
 
-const FIGURES = ["KL ≥", "95 %", "KL estimate", "total variation ≥", "same top-1"];
-const figures = (f) => [number(f.kl_nats.estimate), range(f.kl_nats.ci95), number(f.kl_nats_estimate.estimate), number(f.total_variation), percent(f.top1_agreement)];
+const HEADER = ["requests", "KL ≥", "95 %", "on one scale", "KL estimate", "total variation ≥", "same top-1"];
+const figures = (f, most) => [whole(f.requests), nats(f.kl_nats.estimate), range(f.kl_nats.ci95), interval(f.kl_nats.ci95[0], f.kl_nats.estimate, f.kl_nats.ci95[1], 0, most),
+  nats(f.kl_nats_estimate.estimate), nats(f.total_variation), percent(f.top1_agreement)];
+/** A scale for all: most of the highest ends, but not one that says nothing. */
+const scale = (rows) => 1.1 * Math.max(...rows.map((f) => Math.min(f.kl_nats.ci95[1] ?? 0, 4 * (f.kl_nats.estimate || 0))), 1e-4);
 
 function places(s) {
-  table("where", "By route and label", ["route", "label", "requests", ...FIGURES],
-    s.where.map((w) => [w.route, w.label || "–", whole(w.requests), ...figures(w)]));
-  table("strategies", "By decoding; “drawn from” is after temperature and cut", ["decoding", "requests", ...FIGURES, "drawn from: total variation"],
-    s.decoding.map((d) => {
-      const tv = d.drawn_from && d.drawn_from.total_variation;
-      return [d.strategy, whole(d.requests), ...figures(d), tv ? `${number(tv.lower)} – ${number(tv.upper)}` : "–"];
+  const most = scale([...s.where, ...s.decoding]);
+  table("where", "By route and label", ["route", "label", ...HEADER], s.where.map((w) => [w.route, w.label || NONE, ...figures(w, most)]));
+  table("strategies", "By decoding strategy", ["decoding", ...HEADER, "drawn from: total variation"], s.decoding.map((d) => {
+    const tv = d.drawn_from && d.drawn_from.total_variation;
+    return [d.strategy, ...figures(d, most), tv && known(tv.lower) ? `${nats(tv.lower)} – ${nats(tv.upper)}` : NONE];
+  }));
+}
+
+// --- is calibration helping, and what serves --------------------------------------------------------------------------
+
+function calibration(s) {
+  const won = s.recovered, gain = won.gain_nats, less = s.arms.treated_minus_control;
+  const name = known(less.kl_nats_estimate.estimate) ? "kl_nats_estimate" : "total_variation", change = less[name];
+  say("won", percent(won.ratio));
+  say("won-sub", known(won.ratio) ? `of the KL, 95 % ${range(won.ci95, percent)}, by ${brief(s.profile.version)}` : "no profile has been measured on held-out prompts");
+  bar("won-bar", won.ci95, won.ratio, Math.min(0, Math.max(-1, won.ci95[0] ?? -1)), 1);
+  say("gain", gain && known(gain.estimate) ? nats(gain.estimate) : NONE);
+  say("gain-sub", gain && gain.requests ? `95 % ${range(gain.ci95)}; ${plural(gain.requests, "request")}` : "");
+  say("arms", nats(change.estimate));
+  say("arms-unit", name === "total_variation" ? "total variation" : "KL, nats per token");
+  const far = known(change.estimate) ? 1.1 * Math.max(Math.abs(change.ci95[0] ?? 0), Math.abs(change.ci95[1] ?? 0), Math.abs(change.estimate)) : 1;
+  bar("arms-bar", change.ci95, change.estimate, -far, far);
+  say("arms-sub", known(change.estimate) ? `95 % ${range(change.ci95)}` : "nothing has been treated, or too little to say");
+  const tokens = s.learner.tokens || s.calibration.learned_tokens;
+  say("learned", whole(tokens));
+  say("learned-sub", `learner ${s.learner.state}${s.learner.detail ? `: ${s.learner.detail}` : ""}`);
+  const before = s.calibrated.raw_same_requests;
+  const stages = before ? [["raw", { ...before, requests: s.calibrated.requests }], [`calibrated by ${brief(s.profile.version)}`, s.calibrated]]
+     : [];
+  const most = stages.length ? scale(stages.map(([, f]) => f)) : 1;
+  table("stages", "Raw against calibrated, the same tokens", ["stage", ...HEADER], stages.map(([name, f]) => [name, ...figures(f, most)]), "no profile yet: identity serves");
+  const arms = ["control", "treated", "none"].filter((arm) => s.arms[arm]);
+  table("by-arm", "What clients got, by arm", ["arm", ...HEADER], arms.map((arm) => [arm, ...figures(s.arms[arm], scale(arms.map((a) => s.arms[a])))]));
+  table("endings", "How answers end, sampled or not, by arm", ["arm", "answers", "cut at the length limit", "tokens each", "loops", "JSON and tool calls"],
+    Object.entries(s.endings).map(([arm, e]) => {
+      const answers = total(e.finished);
+      return [arm, whole(answers), percent((e.finished.length || 0) / answers), fixed(e.output_tokens / answers, 1), whole(e.loops),
+        Object.entries(e.structured).map(([kind, by]) => `${kind}: ${counts(by)}`).join("; ") || "none"];
     }));
 }
 
-function calibration(s) {
-  const won = s.recovered, gain = won.gain_nats, change = s.arms.treated_minus_control.kl_nats_estimate;
-  say("won", percent(won.ratio));
-  say("won-sub", known(won.ratio) ? `of KL, ${range(won.ci95, percent)}` : "no profile has been measured");
-  say("gain", gain && known(gain.estimate) ? number(gain.estimate, 4) : "–");
-  say("gain-sub", gain ? `nats per token ${range(gain.ci95)}, ${whole(gain.requests)} requests` : "");
-  say("arms", known(change.estimate) ? number(change.estimate) : "–");
-  say("arms-sub", known(change.estimate) ? `nats ${range(change.ci95)}, on their own tokens` : "needs 20 requests in each arm");
-  say("learned", whole(s.learner.tokens || s.calibration.learned_tokens));
-  say("learned-sub", `tokens; learner ${s.learner.state}${s.learner.detail ? `: ${s.learner.detail}` : ""}`);
-  const after = s.calibrated.raw_same_requests ? [
-    ["before, the same requests", s.calibrated.raw_same_requests], [`after ${brief(s.profile.version)}`, s.calibrated],
-  ] : [];
-  table("stages", "What the profile that serves, or would, makes of the same tokens", ["", "KL ≥", "KL estimate", "total variation ≥", "same top-1"],
-    after.map(([name, f]) => [name, number(f.kl_nats.estimate), number(f.kl_nats_estimate.estimate), number(f.total_variation), percent(f.top1_agreement)]),
-    "no profile yet: identity serves");
-  table("endings", "How all answers end, sampled or not, by arm", ["arm", "answers", "cut at the length limit", "tokens each", "loops", "JSON and tool calls"],
-    Object.entries(s.endings).map(([arm, e]) => {
-      const answers = Object.values(e.finished).reduce((a, b) => a + b, 0);
-      return [arm, whole(answers), percent((e.finished.length || 0) / answers), number(e.output_tokens / answers, 1), whole(e.loops),
-        Object.entries(e.structured).map(([kind, by]) => `${kind}: ${counts(by)}`).join("; ") || "none"];
-    }));
+function proof(e) {
+  if (!e || !e.requests) return NONE;
+  const ends = [known(e.lower) ? `above ${nats(e.lower)}` : "", known(e.upper) ? `below ${nats(e.upper)}` : ""].filter(Boolean);
+  return `${plural(e.requests, "held-out request")}, mean gain ${nats(e.mean_gain)}${ends.length ? `, for sure ${ends.join(" and ")}` : ""}`;
 }
 
 function serves(s, p) {
   say("mode", s.profile.mode);
   document.querySelectorAll("[data-mode]").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.mode === s.profile.mode)));
   $("unpin").hidden = !p.pinned;
-  const evidence = new Map([s.calibration.selected, ...s.calibration.candidates].filter(Boolean).map((e) => [e.version, e]));
-  table("profiles", `Serving: ${p.serving}${p.pinned ? ", pinned" : ""}`, ["version", "family", "state", "made", "evidence", ""],
+  const chosen = s.calibration.selected, forced = s.calibration.forced;
+  const would = chosen && s.profile.mode === "observe" ? `; ${brief(chosen.version)} would, in mode auto` : "";
+  const scoped = Object.entries(p.scoped).map(([scope, version]) => `${scope} gets ${brief(version)}`).join(", ");
+  say("serving", forced ? `${forced} is forced on every request.` : `${p.serving} serves${p.pinned ? ", pinned" : ""}${would}${scoped ? `; ${scoped}` : ""}.`);
+  const evidence = new Map([chosen, ...Object.values(s.calibration.scopes), ...s.calibration.candidates].filter(Boolean).map((e) => [e.version, e]));
+  table("profiles", "Profiles", ["version", "family", "state", "made", "evidence, nats per token", "actions"],
     p.profiles.filter((f) => f.state !== "probe").map((f) => {
       const code = document.createElement("code");
-      code.textContent = f.version;
-      const e = evidence.get(f.version);
+      code.textContent = brief(f.version);
+      code.title = f.version;
       const actions = document.createElement("span");
       actions.className = "controls";
       if (f.state !== "selected" && f.state !== "forced") {
-        actions.append(button(`promote ${f.version}`, "Promote", `Promote ${f.version}`, () => ask("Promote it?",
-          `${f.version} serves before the guard has spoken for it, and is watched like any other.`, "POST", "api/v1/profiles/promote", { version: f.version })));
+        actions.append(button("Promote", `Promote ${f.version}`, "Promote it?",
+          `${f.version} serves before the guard has spoken for it, and is watched like any other.`, "api/v1/profiles/promote", { version: f.version }));
       }
-      if (p.pinned !== f.version) {
-        actions.append(button(`pin ${f.version}`, "Pin", `Pin ${f.version}`, () => ask("Pin it?",
-          `${f.version} serves all requests, whatever is measured, until it is unpinned.`, "POST", "api/v1/profiles/pin", { version: f.version })));
+      if (!(p.pinned && f.state === "selected")) {
+        actions.append(button("Pin", `Pin ${f.version}`, "Pin it?",
+          `${f.version} serves all requests, whatever is measured, until it is unpinned.`, "api/v1/profiles/pin", { version: f.version }));
       }
-      return [code, f.family, f.state, when(f.created),
-        e ? `${whole(e.requests)} held-out requests, gain ${number(e.mean_gain, 4)} nats, for sure ${known(e.lower) ? `above ${number(e.lower, 4)}` : known(e.upper) ? `below ${number(e.upper, 4)}` : "nothing"}` : "–",
-        actions];
+      const state = f.scopes.some(Boolean) ? `${f.state} for ${f.scopes.map((x) => x || "all").join(", ")}` : f.state;
+      return [code, f.family, state, when(f.created), proof(evidence.get(f.version)), actions];
     }), "none yet: identity serves");
-  const events = [...p.events, ...s.alarm.events].sort((a, b) => b.at - a.at).slice(0, 30);
-  table("events", null, ["when", "decision", "profile", "why"], events.map((e) => [when(e.at), e.decision, brief(e.version), e.why]));
+  const events = [...p.events, ...s.alarm.events].sort((a, b) => b.at - a.at).slice(0, 50);
+  table("events", "Decisions, newest first", ["when", "decision", "profile", "why", "evidence, nats per token"],
+    events.map((e) => [when(e.at), e.decision, brief(e.version), e.why, e.decision === "alarm" ? (e.evidence.raised ? `${whole(e.evidence.on_tokens)} tokens of ${plural(e.evidence.on_requests, "request")}` : NONE) : proof(e.evidence)]));
 }
 
-let before = null;
+// --- what it costs, and the proxy -------------------------------------------------------------------------------------
+
+const recent = [];  // the states of the last seconds, for rates
+
+function rate(s, read) {
+  const then = recent[0], seconds = then ? s.at - then.at : 0;
+  // A counter that went back belongs to a server that was restarted.
+  return seconds > 0 && read(s) >= read(then) ? (read(s) - read(then)) / seconds : null;
+}
 
 function costs(s) {
-  const seconds = before ? s.at - before.at : 0;
-  const rate = (now, then) => (seconds > 0 ? `${number((now - then) / seconds, 1)} a second` : "–");
-  const r = s.requests;
-  table("cost", null, null, [
-    ["sampled", `${percent(s.shadow.rate)} of the requests: ${whole(r.shadowed)} captured, ${whole(r.scored)} scored, ${whole(r.pending)} under way`],
-    ["reference", `${s.reference.state} ${s.reference.detail || ""}`],
-    ["tokens through the reference", `${whole(s.shadow.reference_tokens)}; ${rate(s.shadow.reference_tokens, before ? before.shadow.reference_tokens : 0)}`
-      + (s.shadow.reference_tokens_per_second ? `, at most ${whole(s.shadow.reference_tokens_per_second)}` : "")],
-    ["queue", `${whole(s.queue.depth)} waiting, the oldest for ${number(s.queue.lag_seconds, 1)} s`],
-    ["skipped", counts(r.skipped)], ["dropped", counts(r.dropped)],
-    ["noise floor", Object.entries(s.noise_floor).map(([m, f]) => `${m} ${number(f.kl_nats.estimate, 5)} nats (${whole(f.requests)} requests)`).join(", ") || "not measured yet"],
-    ["engines", `${whole(s.engines.live)} with the plugin; ${counts(s.engines.counters)}`],
+  const r = s.requests, dropped = total(r.dropped);
+  const tokens = rate(s, (x) => x.shadow.reference_tokens), budget = s.shadow.reference_tokens_per_second;
+  say("rate", percent(s.shadow.rate));
+  say("rate-sub", `${whole(r.shadowed)} captured, ${whole(r.scored)} scored, ${whole(r.pending)} under way`);
+  say("reference", fixed(tokens, 1));
+  say("reference-sub", budget ? `of at most ${whole(budget)}` : "no budget set");
+  say("queue", whole(s.queue.depth));
+  say("queue-sub", `the oldest for ${fixed(s.queue.lag_seconds, 1)} s`);
+  say("dropped", whole(dropped), dropped ? "big wait-text" : "big");
+  say("dropped-sub", counts(r.dropped));
+  table("cost", "In detail", null, [
+    ["reference", `${s.reference.state}; ${s.reference.detail || ""}`],
+    ["tokens through it", `${whole(s.shadow.reference_tokens)} in ${lasted(s.shadow.uptime_seconds)}`],
+    ["skipped by reason", counts(r.skipped)], ["dropped by reason", counts(r.dropped)],
+    ["noise floor, KL ≥", Object.entries(s.noise_floor).map(([m, f]) => `${m} ${nats(f.kl_nats.estimate)} nats (${plural(f.requests, "request")})`).join(", ") || "not measured yet"],
+    ["learner", s.learner.dropped && total(s.learner.dropped) ? `not given: ${counts(s.learner.dropped)}` : s.learner.state],
   ]);
-  const p = s.proxy;
-  table("proxy", null, null, [
-    ["requests", `${whole(p.requests)}; ${rate(p.requests, before ? before.proxy.requests : 0)}`],
-    ["by outcome", counts(p.by_outcome)], ["by route", counts(p.by_route)],
-    ["failed", percent(p.failed_ratio, 2)],
-    ["added by the relay", known(p.overhead_seconds.p50) ? `half below ${number(1000 * p.overhead_seconds.p50, 2)} ms, 99 % below ${number(1000 * p.overhead_seconds.p99, 2)} ms` : "–"],
-    ["relays", whole(s.relays)],
-  ]);
-  if (!before || s.at - before.at > 10) before = s;
 }
 
-// --- the plot ---------------------------------------------------------------------------------------------------------
-
-let plot = null;
-const COLUMNS = ["time", "kl_nats", "kl_low", "kl_high", "kl_estimate", "floor"];
-
-function series() {
-  const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(name).trim();
-  const show = (u, v) => (v === null || v === undefined ? "–" : v.toFixed(4));
-  return {
-    stroke: colour("--soft"), line: colour("--line"),
-    list: [{},
-      { label: "at least", stroke: colour("--accent"), width: 2, value: show },
-      { label: "its interval, low", stroke: colour("--accent"), dash: [4, 4], value: show },
-      { label: "high", stroke: colour("--accent"), dash: [4, 4], value: show },
-      { label: "estimate", stroke: colour("--bad"), width: 2, value: show },
-      { label: "noise floor", stroke: colour("--good"), value: show }],
-  };
+function proxy(s) {
+  const p = s.proxy, ms = (x) => (known(x) ? fixed(1000 * x, 2) : NONE);
+  say("requests", fixed(rate(s, (x) => x.proxy.requests), 1));
+  say("requests-sub", `${whole(p.requests)} so far`);
+  say("failed", percent(p.failed_ratio, 2), p.failed_ratio > 0.01 ? "big bad-text" : p.failed ? "big wait-text" : "big");
+  say("failed-sub", `${whole(p.failed)} of ${whole(p.requests)}`);
+  say("overhead", known(p.overhead_seconds.p50) ? `≤ ${ms(p.overhead_seconds.p50)}` : NONE);
+  say("overhead-sub", `99 % within ${ms(p.overhead_seconds.p99)}`);
+  say("relays", whole(s.relays), s.relays ? "big" : "big bad-text");
+  say("relays-sub", `${plural(s.engines.live, "engine")} with the plugin`);
+  table("proxy", "In detail", null, [
+    ["by outcome", counts(p.by_outcome)], ["by route", counts(p.by_route)], ["engine plugins", counts(s.engines.counters)],
+  ]);
 }
 
-async function draw() {
-  const answer = await fetch("api/v1/history");
+// --- plots ------------------------------------------------------------------------------------------------------------
+
+const past = {};  // columns of /api/v1/history
+const POINTS_AT_MOST = 2160;
+const column = (name) => past[name];
+const perSecond = (name) => past[name].map((x, i) => {
+  const y = past[name][i - 1], seconds = past.time[i] - past.time[i - 1];
+  return i && known(x) && known(y) && x >= y && seconds > 0 ? (x - y) / seconds : null;
+});
+const most = (...columns) => Math.max(1e-3, ...columns.flat().filter(known));
+const last = (name) => past[name][past.time.length - 1];
+// The scale is that of the figures: an interval that is still as wide as the world would press them flat.
+const PLOTS = {
+  kl: { data: () => ["kl_nats", "kl_low", "kl_high", "kl_recent", "floor"].map(column), show: nats, band: true,
+    range: () => [0, 1.2 * most(past.kl_nats, past.kl_recent, [Math.min(last("kl_high") ?? 0, 2 * (last("kl_nats") ?? 0))])],
+    series: [["since the start", "--accent"], ["low", "--accent", [2, 4]], ["high", "--accent", [2, 4]], ["last minute", "--bad"], ["noise floor", "--good"]] },
+  won: { data: () => ["recovered", "recovered_low", "recovered_high"].map(column), show: percent, band: true,
+    range: () => [Math.max(-1, Math.min(0, last("recovered_low") ?? 0, ...past.recovered.filter(known))), Math.min(1, 1.2 * most(past.recovered, [last("recovered_high")]))],
+    series: [["won back", "--accent"], ["low", "--accent", [2, 4]], ["high", "--accent", [2, 4]]] },
+  cost: { data: () => [perSecond("reference_tokens"), past.queue], show: (x) => fixed(x, 1), range: () => [0, 1.2 * Math.max(1, most(perSecond("reference_tokens"), past.queue))],
+    series: [["tokens a second", "--accent"], ["queue", "--wait"]] },
+  proxy: { data: () => [perSecond("requests"), perSecond("failed")], show: (x) => fixed(x, 2), range: () => [0, 1.2 * Math.max(1, most(perSecond("requests")))],
+    series: [["requests", "--accent"], ["failed", "--bad"]] },
+};
+const drawn = {};
+const HEIGHT = 190;
+
+function make(name) {
+  const { series, show, band } = PLOTS[name], room = $(`plot-${name}`);
+  const style = getComputedStyle(document.documentElement), colour = (key) => style.getPropertyValue(key).trim();
+  const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
+  const clock = (u, ticks) => ticks.map((t) => { const d = new Date(1000 * t); return `${two(d.getHours())}:${two(d.getMinutes())}${u.scales.x.max - u.scales.x.min < 300 ? `:${two(d.getSeconds())}` : ""}`; });
+  return new uPlot({
+    width: room.clientWidth, height: HEIGHT,
+    axes: [{ ...axis, values: clock }, { ...axis, size: 62, values: (u, ticks) => ticks.map((t) => (name === "won" ? percent(t, 0) : String(Number(t.toPrecision(3))))) }],
+    series: [{ label: "at", value: (u, t) => when(t) }, ...series.map(([label, key, dash]) => ({
+      label, stroke: colour(key), width: dash ? 1 : 2, dash, spanGaps: false, value: (u, v) => show(v), points: { show: past.time.length < 3 },
+    }))],
+    bands: band ? [{ series: [3, 2], fill: colour("--band") }] : [],
+    scales: { y: { range: () => PLOTS[name].range() } },
+    hooks: { ready: [tellLast] },
+  }, [past.time, ...PLOTS[name].data()], room);
+}
+
+/** The legend tells the last values while no pointer is over the plot. */
+function tellLast(plot) {
+  if (!known(plot.cursor.left) || plot.cursor.left < 0) plot.setLegend({ idx: past.time.length - 1 });
+}
+
+function draw() {
+  if (!past.time || past.time.length < 2 || typeof uPlot === "undefined") return;
+  Object.keys(PLOTS).forEach((name) => {
+    if (drawn[name]) drawn[name].setData([past.time, ...PLOTS[name].data()]);
+    else drawn[name] = make(name);
+    tellLast(drawn[name]);
+  });
+}
+
+async function fetchPast() {
+  const after = past.time && past.time.length ? past.time[past.time.length - 1] : 0;
+  const answer = await fetch(`api/v1/history?after=${after}`);
   if (!answer.ok) return;
-  const history = await answer.json();
-  const data = COLUMNS.map((name) => history[name]);
-  const room = $("plot-kl");
-  if (plot) { plot.setData(data); return; }
-  if (data[0].length < 2 || typeof uPlot === "undefined") return;
-  const look = series();
-  const axis = { stroke: look.stroke, grid: { stroke: look.line, width: 1 }, ticks: { stroke: look.line } };
-  plot = new uPlot({ width: room.clientWidth, height: 220, series: look.list, axes: [axis, axis], scales: { y: { range: (u, lo, hi) => [0, Math.max(1.1 * hi, 1e-3)] } } }, data, room);
+  Object.entries(await answer.json()).forEach(([name, values]) => { past[name] = [...(past[name] || []), ...values].slice(-POINTS_AT_MOST); });
+  draw();
 }
 
-addEventListener("resize", () => plot && plot.setSize({ width: $("plot-kl").clientWidth, height: 220 }));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (plot) { plot.destroy(); plot = null; draw(); } });
+addEventListener("resize", () => Object.entries(drawn).forEach(([name, plot]) => plot.setSize({ width: $(`plot-${name}`).clientWidth, height: HEIGHT })));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  Object.keys(drawn).forEach((name) => { drawn[name].destroy(); delete drawn[name]; });
+  draw();
+});
 
 // --- the stream -------------------------------------------------------------------------------------------------------
 
-const stream = new EventSource("api/v1/stream");
-let drawn = 0;
-stream.addEventListener("state", (event) => {
-  const { status, profiles } = JSON.parse(event.data);
-  const ready = status.reference.state === "ready";
-  say("connection", `reference ${status.reference.state}; calibration ${status.profile.mode}; ${status.relays} relay${status.relays === 1 ? "" : "s"}`, ready ? "good" : "bad");
-  bleeding(status);
-  places(status);
-  calibration(status);
-  serves(status, profiles);
-  costs(status);
-  document.documentElement.dataset.at = status.at;
-  if (Date.now() - drawn > 10000) { drawn = Date.now(); draw().catch(() => {}); }
-});
-stream.onerror = () => say("connection", "no answer from the admin port; trying again", "bad");
+let fetched = 0;
+
+function show(s, p) {
+  const ready = s.reference.state === "ready";
+  say("models", `${s.compressed.models.join(", ") || "no model known yet"} against ${s.reference.detail && ready ? s.reference.detail.split("/").pop() : "its reference"}`);
+  say("connection", `reference ${s.reference.state}; calibration ${s.profile.mode}; ${plural(s.relays, "relay")}`, ready && s.relays ? "pill good" : "pill bad");
+  bleeding(s);
+  places(s);
+  calibration(s);
+  serves(s, p);
+  costs(s);
+  proxy(s);
+  recent.push(s);
+  while (recent.length > 6) recent.shift();
+  document.documentElement.dataset.at = s.at;
+}
+
+function listen() {
+  const stream = new EventSource("api/v1/stream");
+  stream.addEventListener("state", (event) => {
+    const { status, profiles } = JSON.parse(event.data);
+    show(status, profiles);
+    if (Date.now() - fetched > 10000) { fetched = Date.now(); fetchPast().catch(() => {}); }
+  });
+  stream.onerror = () => {
+    say("connection", "no answer from the admin port; trying again. What is shown is old", "pill bad");
+    // The browser tries again by itself, unless it was answered with an error.
+    if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
+  };
+}
+
+listen();
