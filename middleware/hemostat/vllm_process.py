@@ -66,7 +66,7 @@ class VllmServer:
     """One server on loopback. `start`, `wait_ready`, and in any case `stop`.
 
     model: the checkpoint's folder; served_name: what clients call it.
-    log: the file that gets its output. arguments, environment: added to the server's own.
+    log: the file that gets its output. arguments, environment: added to the server's own. port: else a free one.
     """
 
     def __init__(
@@ -76,10 +76,11 @@ class VllmServer:
         log: Path,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        port: int | None = None,
     ) -> None:
         self.model = served_name
         self.log = log
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [
             # `python -m`: the `vllm` script fails in the CPU build, whose distribution has another name.
