@@ -578,7 +578,8 @@ class Control:
         yield "hemostat_shadow_lag_seconds", {}, self._lag(now)
         if self.reference is not None:
             yield "hemostat_reference_up", {}, float(self.reference_state == "ready")
-        for name in sorted(self.served):
+        # Nobody has said a name yet: dashboards join every figure with this one, and have to show that, too.
+        for name in sorted(self.served) or [""]:
             compared = self.reference_info.model if self.reference_info is not None else ""
             yield "hemostat_model_info", {"model": name, "reference": Path(compared).name}, 1.0
         yield "hemostat_engines", {}, self._engines_live(now)
