@@ -25,8 +25,15 @@ URL = r"^https?://[^/@?#\s]+/?$"
 STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(SERVER_SCHEMES)) + ")://.+)"
 CHARTS_OWN = {("listen",), ("upstream", "url"), ("admin", "host"), ("admin", "port")}
 """Keys that the chart fills in."""
-CHECKED_BY_CODE = {
+SECRET = {"pattern": "^[!-~]+$", "maxLength": 4096}
+CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {
+    ("admin", "allowed_hosts"): {"items": {"type": "string", "pattern": "^[A-Za-z0-9_.:%-]{1,255}$"}},
+    ("admin", "token"): SECRET,
+    ("labels",): {"items": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}, "uniqueItems": True},
+    ("reference", "api_key"): SECRET,
+    ("reference", "device"): {"pattern": r"^(cpu|cuda(:\d+)?|xpu(:\d+)?|mps)$"},
     ("reference", "url"): {"pattern": URL},
+    ("upstream", "api_key"): SECRET,
     ("tracing", "endpoint"): {"pattern": URL},
     ("store", "url"): {"pattern": STORE},
     ("calibration", "mode"): {"enum": ["off", "observe", "auto", False]},  # YAML 1.1 reads an unquoted off as false
@@ -84,7 +91,10 @@ def _compact(value: Any, indent: str = "", before: int = 0) -> str:
 
 
 def values(text: str) -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default as JSON, comment) of each leaf, and of mappings with a comment, which covers their leaves."""
+    """(dotted key, default as JSON, comment) of each leaf, and of mappings with a comment, which covers what they hold.
+
+    A leaf in such a mapping has a row of its own only with a comment of its own.
+    """
     root = yaml.compose(text, yaml.SafeLoader)
     assert isinstance(root, yaml.MappingNode)
     yield from _values(root, text.splitlines(), (), covered=False)

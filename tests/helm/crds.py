@@ -1,0 +1,106 @@
+"""JSON Schemas of the Prometheus operator's two kinds, monitoring.coreos.com/v1: the fields that such a chart may set.
+
+Stricter than the operator's own in one respect: what is not named here is an error, as `kubectl apply` would drop it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _object(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+
+
+_text = {"type": "string"}
+_texts = {"type": "object", "additionalProperties": _text}
+_duration = {
+    "type": "string",
+    "pattern": r"^(0|(([0-9]+)y)?(([0-9]+)w)?(([0-9]+)d)?(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?(([0-9]+)ms)?)$",
+    "minLength": 1,
+}
+_metadata = _object(["name", "namespace"], name=_text, namespace=_text, labels=_texts, annotations=_texts)
+_relabel = _object(
+    [],
+    sourceLabels={"type": "array", "items": {"type": "string", "pattern": "^[a-zA-Z_][a-zA-Z0-9_]*$"}},
+    separator=_text,
+    targetLabel=_text,
+    regex=_text,
+    modulus={"type": "integer"},
+    replacement=_text,
+    action={
+        "enum": ["replace", "keep", "drop", "hashmod", "labelmap", "labeldrop", "labelkeep", "lowercase", "uppercase"]
+    },
+)
+
+
+def _kind(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return _object(
+        ["apiVersion", "kind", "metadata", "spec"],
+        apiVersion={"const": "monitoring.coreos.com/v1"},
+        kind={"const": kind},
+        metadata=_metadata,
+        spec=spec,
+    )
+
+
+SERVICE_MONITOR = _kind(
+    "ServiceMonitor",
+    _object(
+        ["selector", "endpoints"],
+        selector=_object(["matchLabels"], matchLabels=_texts),
+        namespaceSelector=_object([], any={"type": "boolean"}, matchNames={"type": "array", "items": _text}),
+        jobLabel=_text,
+        endpoints={
+            "type": "array",
+            "minItems": 1,
+            "items": _object(
+                ["port"],
+                port=_text,
+                path=_text,
+                scheme={"enum": ["http", "https"]},
+                interval=_duration,
+                scrapeTimeout=_duration,
+                honorLabels={"type": "boolean"},
+                relabelings={"type": "array", "items": _relabel},
+                metricRelabelings={"type": "array", "items": _relabel},
+                authorization=_object(
+                    ["credentials"], type=_text, credentials=_object(["name", "key"], name=_text, key=_text)
+                ),
+            ),
+        },
+    ),
+)
+
+PROMETHEUS_RULE = _kind(
+    "PrometheusRule",
+    _object(
+        ["groups"],
+        groups={
+            "type": "array",
+            "minItems": 1,
+            "items": _object(
+                ["name", "rules"],
+                name={"type": "string", "minLength": 1},
+                interval=_duration,
+                limit={"type": "integer"},
+                rules={
+                    "type": "array",
+                    "items": _object(
+                        ["expr"],
+                        record=_text,
+                        alert=_text,
+                        expr={"type": ["string", "integer"]},
+                        **{"for": _duration},
+                        keep_firing_for=_duration,
+                        labels=_texts,
+                        annotations=_texts,
+                    )
+                    | {"oneOf": [{"required": ["record"]}, {"required": ["alert"]}]},
+                },
+            ),
+        },
+    ),
+)
+
+SCHEMAS = {"ServiceMonitor": SERVICE_MONITOR, "PrometheusRule": PROMETHEUS_RULE}

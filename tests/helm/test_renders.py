@@ -1,0 +1,138 @@
+"""Every set of values in values/ makes manifests that an API server takes, and a configuration that Hemostat takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+from tests.helm.chart import CHART, UPSTREAM, VALUE_SETS, Helm, Manifest, containers
+from tests.helm.crds import SCHEMAS
+
+KUBERNETES = ("1.30", "1.37")
+"""The oldest that Chart.yaml admits, and the newest that the validator knows."""
+
+each = pytest.mark.parametrize("values", VALUE_SETS, ids=lambda path: path.stem)
+
+
+@each
+def test_lint_strict(helm: Helm, values: Path) -> None:
+    assert "0 chart(s) failed" in helm.run("lint", "--strict", str(CHART), "--values", str(values))
+
+
+@each
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_core_objects_are_valid(helm: Helm, values: Path, version: str) -> None:
+    rendered = helm.render("--values", str(values), "--kube-version", version)
+    core = [m for m in rendered.manifests if m["kind"] not in SCHEMAS]
+    assert len(core) >= 4
+    for manifest in core:
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@each
+def test_custom_resources_are_valid(helm: Helm, values: Path) -> None:
+    for manifest in helm.values(values).manifests:
+        if manifest["kind"] in SCHEMAS:
+            jsonschema.Draft202012Validator(SCHEMAS[manifest["kind"]]).validate(manifest)
+
+
+def test_the_custom_resources_schemas_are_strict(helm: Helm) -> None:
+    rendered = helm.set("serviceMonitor.enabled=true", "prometheusRule.enabled=true")
+    monitor, rule = rendered.one("ServiceMonitor"), rendered.one("PrometheusRule")
+    monitor["spec"]["endpoints"][0]["scrape_timeout"] = "1s"
+    rule["spec"]["groups"][0]["rules"][0]["for"] = 5
+    for manifest in (monitor, rule):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.Draft202012Validator(SCHEMAS[manifest["kind"]]).validate(manifest)
+
+
+@each
+def test_hemostat_takes_the_configuration(helm: Helm, values: Path, tmp_path: Path) -> None:
+    rendered = helm.values(values)
+    settings = rendered.settings(tmp_path)
+    assert settings.admin.token, "the admin port is bound to the pod's address"
+    assert settings.listen.port == 8080
+    assert settings.admin.port == 8081
+    ports = {port["name"]: port["containerPort"] for port in rendered.hemostat["ports"]}
+    assert ports == {"http": 8080, "admin": 8081}
+
+
+@each
+def test_names_and_labels_fit(helm: Helm, values: Path) -> None:
+    for manifest in helm.values(values).manifests:
+        pattern = (
+            r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
+            if manifest["kind"] == "Service"
+            else r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+        )
+        assert re.fullmatch(pattern, manifest["metadata"]["name"])
+        assert manifest["metadata"]["namespace"]
+        for key, value in manifest["metadata"]["labels"].items():
+            assert re.fullmatch(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?", value), key
+
+
+@each
+def test_every_selector_finds_the_pods_and_nothing_else_of_the_release(helm: Helm, values: Path) -> None:
+    rendered = helm.values(values)
+    pod = rendered.pod["metadata"]["labels"]
+    selectors = [rendered.one("Deployment")["spec"]["selector"]["matchLabels"]]
+    selectors += [service["spec"]["selector"] for service in rendered.all("Service")]
+    selectors += [budget["spec"]["selector"]["matchLabels"] for budget in rendered.all("PodDisruptionBudget")]
+    selectors += [policy["spec"]["podSelector"]["matchLabels"] for policy in rendered.all("NetworkPolicy")]
+    selectors += [c["labelSelector"]["matchLabels"] for c in rendered.pod["spec"]["topologySpreadConstraints"]]
+    for selector in selectors:
+        assert selector.items() <= pod.items()
+        assert selector["app.kubernetes.io/instance"] == "rel"
+    for monitor in rendered.all("ServiceMonitor"):
+        wanted = monitor["spec"]["selector"]["matchLabels"].items()
+        found = [s for s in rendered.all("Service") if wanted <= s["metadata"]["labels"].items()]
+        assert [s["metadata"]["name"] for s in found] == [rendered.one("Service", "-admin")["metadata"]["name"]]
+
+
+@each
+def test_what_a_pod_refers_to_exists(helm: Helm, values: Path) -> None:
+    rendered = helm.values(values)
+    spec = rendered.pod["spec"]
+    volumes = {volume["name"] for volume in spec["volumes"]}
+    assert len(volumes) == len(spec["volumes"])
+    for one in containers(rendered.pod):
+        assert {mount["name"] for mount in one.get("volumeMounts", [])} <= volumes
+    made = {m["metadata"]["name"] for m in rendered.all("ConfigMap")}
+    assert {v["configMap"]["name"] for v in spec["volumes"] if "configMap" in v} <= made
+    secret = _secret_of(rendered.hemostat)
+    assert [m["metadata"]["name"] for m in rendered.all("Secret")] == ([] if secret == "hemostat-tokens" else [secret])
+    account = spec["serviceAccountName"]
+    assert [m["metadata"]["name"] for m in rendered.all("ServiceAccount")] == [account]
+
+
+def _secret_of(middleware: Manifest) -> str:
+    (name,) = {
+        v["valueFrom"]["secretKeyRef"]["name"] for v in middleware["env"] if "secretKeyRef" in v.get("valueFrom", {})
+    }
+    return str(name)
+
+
+@pytest.mark.parametrize(
+    "release", ["a", "hemostat", "r.with.dots", "a" * 53, "hemostat-" + "b" * 44, "a" * 46 + ".b.c.de"]
+)
+def test_release_names(helm: Helm, release: str) -> None:
+    rendered = helm.render("--set", UPSTREAM, "--set", "dashboards.enabled=true", release=release)
+    for manifest in rendered.manifests:
+        kubernetes_validate.validate(manifest, KUBERNETES[-1], strict=True)
+    for service in rendered.all("Service"):
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", service["metadata"]["name"])
+    assert len({(m["kind"], m["metadata"]["name"]) for m in rendered.manifests}) == len(rendered.manifests)
+    for value in rendered.pod["metadata"]["labels"].values():
+        assert len(value) <= 63
+
+
+def test_it_packages(helm: Helm, tmp_path: Path) -> None:
+    helm.run("package", str(CHART), "--destination", str(tmp_path))
+    (package,) = tmp_path.glob("hemostat-*.tgz")
+    assert "alert: HemostatHemorrhage" in helm.run(
+        "template", "x", str(package), "--set", UPSTREAM, "--set", "prometheusRule.enabled=true"
+    )
+    assert package.stat().st_size < 1_000_000, "a release is stored in a Secret, of 1 MiB at most"
