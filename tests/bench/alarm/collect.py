@@ -167,8 +167,11 @@ def score(reference: Path, part: Path, scored: Path) -> None:
 
 
 def _margins(logprobs: Any, output: Any, seed: int) -> Any:
-    """How far each emitted token's noisy log-probability is below the largest, float32 [T], with the noise that the sampler
-    of vLLM's CPU build drew for a request with this seed. A few rows at a time: they stay in the cache."""
+    """How far each emitted token's noisy log-probability is below the largest, float32 [T].
+
+    The noise is what the sampler of vLLM's CPU build drew for a request with this seed. A few rows at a time: they stay
+    in the processor's cache.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
