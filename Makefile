@@ -35,6 +35,9 @@ bench-proxy: setup ## requests/s and CPU beside nginx and vllm-router; a table a
 bench-alarm: setup ## tokens until a changed model is noticed, and false alarms; a table and build/bench/alarm.json
 	@exec $(BIN)/python tests/bench/bench_alarm.py $(ARGS)
 
+bench-floor: setup ## how far each model is from itself; a table and build/bench/floor.json
+	@exec $(BIN)/python tests/bench/bench_floor.py $(ARGS)
+
 bench-bounds: setup ## what cut lists leave open, against the whole vocabulary; a table, build/bench/bounds.json and .svg
 	@exec $(BIN)/python tests/bench/bench_bounds.py $(ARGS)
 
