@@ -15,6 +15,9 @@ from prometheus_client.registry import Collector
 
 from hemostat.measure import Measurements
 from hemostat.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.relay import counters as relay
+from hemostat.relay import outcomes
+from hemostat_calibration.records import Arm
 
 Sample = tuple[str, dict[str, str], float]
 """Name as in FAMILIES, labels, value."""
@@ -39,6 +42,9 @@ FAMILIES: dict[str, Family] = {
         "Time that the relay itself adds to a request, on its way up and on the first bytes' way back.",
     ),
     "hemostat_relays": Family("gauge", "processes", "Relay processes connected."),
+    "hemostat_replica_leads": Family(
+        "gauge", "0 or 1", "1 where decisions are made: of the replicas that share a store, on one at a time."
+    ),
     "hemostat_model_info": Family(
         "gauge",
         "1",
@@ -223,6 +229,17 @@ FAMILIES: dict[str, Family] = {
 }
 """Every metric, by its name on /metrics; the relays' and the control process's own."""
 
+_ARMS: list[tuple[str, ...]] = [(str(arm),) for arm in Arm]
+FROM_THE_START: dict[str, list[tuple[str, ...]]] = {
+    "hemostat_requests_total": [(route, outcome) for route in outcomes.ROUTES for outcome in relay.OUTCOMES],
+    "hemostat_shadow_requests_total": [("shadowed", ""), ("scored", ""), ("dropped", "queue_full")],
+    "hemostat_responses_finished_total": [(*arm, reason) for arm in _ARMS for reason in ("stop", "length")],
+    "hemostat_output_tokens_total": _ARMS,
+    "hemostat_repetition_loops_total": _ARMS,
+}
+"""Series of the relays' counters that are 0 until something is counted: a rate does not see what a series is born with,
+and a panel that shows nothing leaves open whether there is nothing to show."""
+
 
 class State(Protocol):
     """What the collector reads; every attribute is cheap."""
@@ -253,6 +270,10 @@ class HemostatCollector(Collector):
                 # A metric without labels has one series, whose joined values are "".
                 key = name, tuple(joined.split("\x1f")) if FAMILIES[name].labels else ()
                 counted[key] = counted.get(key, 0.0) + value
+        # Before the first relay has reported there is no figure: a 0 would look as though they had been reset.
+        for name, born in FROM_THE_START.items() if totals.overhead_buckets else ():
+            for values in born:
+                counted.setdefault((name, values), 0.0)
         counters = {
             name: CounterMetricFamily(name, family.help, labels=family.labels)
             for name, family in FAMILIES.items()
@@ -265,7 +286,6 @@ class HemostatCollector(Collector):
         yield _histogram(
             "hemostat_proxy_overhead_seconds",
             OVERHEAD_BUCKETS,
-            # Before the first relay has reported there is no figure: a 0 would look as though they had been reset.
             [((), totals.overhead_buckets, totals.overhead_sum)] if totals.overhead_buckets else [],
         )
         for name, edges, rows in self._state.measurements.histograms():

@@ -106,6 +106,18 @@ async def test_every_family_is_there_before_anything_has_happened(tmp_path: Path
         assert found["hemostat_profile_info", (("family", "identity"), ("version", "identity"))] == 1
 
 
+async def test_what_rates_are_taken_of_is_there_before_it_is_counted_but_not_before_its_relay(tmp_path: Path) -> None:
+    failed = ("hemostat_requests_total", (("outcome", "upstream_failed"), ("route", "/v1/completions")))
+    loops = ("hemostat_repetition_loops_total", (("arm", "treated"),))
+    dropped = ("hemostat_shadow_requests_total", (("outcome", "dropped"), ("reason", "queue_full")))
+    async with control(tmp_path) as one:
+        assert not {failed, loops, dropped} & samples(scrape(one)).keys(), "a relay may know of many"
+        writer = await relay(one, tmp_path, 1, stats())
+        found = samples(scrape(one))
+        assert [found[key] for key in (failed, loops, dropped)] == [0, 0, 0]
+        writer.close()
+
+
 async def test_relays_and_control_count_into_the_same_family_and_restarts_take_nothing_away(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         first, second = await relay(one, tmp_path, 1, stats(3)), await relay(one, tmp_path, 2, stats(4))

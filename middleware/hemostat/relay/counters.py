@@ -42,6 +42,7 @@ REFUSED = "refused"
 UPSTREAM_FAILED = "upstream_failed"
 """The upstream could not be reached, broke off or spoke nonsense."""
 CLIENT_GONE = "client_gone"
+OUTCOMES = (OK, CLIENT_ERROR, SERVER_ERROR, REFUSED, UPSTREAM_FAILED, CLIENT_GONE)
 
 
 class Counters:
