@@ -1,0 +1,158 @@
+"""Wrong values do not render, and what helm says names the value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.helm.chart import UPSTREAM, Helm
+
+ENGINE = ("--set", "engine.enabled=true", "--set", "engine.model=m")
+STORE = "config.store.url=redis://valkey:6379"
+
+WRONG = {
+    # value(s) -> the place that helm has to name
+    "replicaCount=two": "/replicaCount",
+    "replicaCount=-1": "/replicaCount",
+    "replicaCount=1.5": "/replicaCount",
+    "replicaCont=2": "replicaCont",
+    "upstream.url=vllm:8000": "/upstream/url",
+    "upstream.url=http://vllm:8000/v1": "/upstream/url",
+    "upstream.url=http://me:secret@vllm:8000": "/upstream/url",
+    "upstream.uri=http://vllm:8000": "'uri'",
+    "image.pullPolicy=Sometimes": "/image/pullPolicy",
+    "image.digest=sha256:abc": "/image/digest",
+    "image.repository=hemostat:1.0": "/image/repository",
+    "image.tag=7": "/image/tag",
+    "image.tag=a b": "/image/tag",
+    "imagePullSecrets[0]=Has_Capitals": "/imagePullSecrets/0",
+    "fullnameOverride=Has_Capitals": "/fullnameOverride",
+    "nameOverride=-x": "/nameOverride",
+    "existingSecret=a/b": "/existingSecret",
+    "existingSecret.name=tokens": "/existingSecret",
+    "bindAddress=localhost": "/bindAddress",
+    "service.type=Loadbalancer": "/service/type",
+    "service.port=70000": "/service/port",
+    "service.port=http": "/service/port",
+    "service.adminPort=0": "/service/adminPort",
+    "service.annotations.a=1": "/service/annotations/a",
+    "podLabels.a=has spaces": "/podLabels/a",
+    "podAnnotations=on": "/podAnnotations",
+    "ingress.enabled=true": "/ingress/hosts",
+    "ingress.enabled=true,ingress.hosts[0].hots=a": "'host'",
+    "serviceAccount.create=maybe": "/serviceAccount/create",
+    "resources.limit.cpu=1": "'limit'",
+    "resources.limits.memory=2GB": "/resources/limits/memory",
+    "preStopSleepSeconds=-5": "/preStopSleepSeconds",
+    "livenessProbe.httpGet.path=/": "'httpGet'",
+    "tolerations.key=a": "/tolerations",
+    "tolerations[0].efect=NoSchedule": "'efect'",
+    "affinity.nodeAfinity.x=1": "'nodeAfinity'",
+    "nodeSelector.gpu=true": "/nodeSelector/gpu",
+    "extraEnv[0].value=x": "'name'",
+    "extraEnv[0].name=X,extraEnv[0].value=1": "/extraEnv/0/value",
+    "extraVolumeMounts[0].name=x": "'mountPath'",
+    "persistence.size=10Gb": "/persistence/size",
+    "podDisruptionBudget.enabled=yes please": "/podDisruptionBudget/enabled",
+    "podDisruptionBudget.minAvailable=half": "/podDisruptionBudget/minAvailable",
+    "autoscaling.targetCPUUtilizationPercentage=0": "/autoscaling/targetCPUUtilizationPercentage",
+    "serviceMonitor.interval=often": "/serviceMonitor/interval",
+    "serviceMonitor.enable=true": "'enable'",
+    "prometheusRule.runbookUrl=wiki": "/prometheusRule/runbookUrl",
+    "dashboards.label=": "/dashboards/label",
+    "networkPolicy.clients=everybody": "/networkPolicy/clients",
+    "networkPolicy.upstream.ports[0]=99999": "/networkPolicy/upstream/ports/0",
+    "engine.enabled=true": "/engine/model",
+    "config=everything": "/config",
+    "config.calibration.mode=fast": "/config/calibration/mode",
+    "config.calibration.alpha=1": "/config/calibration/alpha",
+    "config.reference.backend=tgi": "/config/reference/backend",
+    "config.reference.backend=vllm": "/config/reference",
+    "config.reference.backend=transformers": "/config/reference",
+    "config.shadow.rate=5": "/config/shadow/rate",
+    "config.shadow.rat=0.5": "'rat'",
+    "config.shadwo.rate=0.5": "'shadwo'",
+    "config.listen.port=80": "'listen'",
+    "config.admin.host=127.0.0.1": "'host'",
+    "config.upstream.url=http://other": "'url'",
+    "config.store.url=mysql://x": "/config/store/url",
+    "config.labels[0]=a b": "/config/labels/0",
+    # without a store that the pods share
+    "replicaCount=2": "/config/store/url",
+    "replicaCount=2,config.store.url=memory://": "/config/store/url",
+    "replicaCount=2,config.store.url=sqlite:////data/x.db": "/config/store/url",
+    "replicaCount=2,existingSecret=tokens": "/config/store/url",
+    "replicaCount=2,config=null": "config",
+    "replicaCount=2,config.store=null": "store",
+    "autoscaling.enabled=true": "/config/store/url",
+    "autoscaling.enabled=true,config.store.url=sqlite:////data/x.db": "/config/store/url",
+}
+
+
+@pytest.mark.parametrize("values", WRONG)
+def test_a_wrong_value_is_named(helm: Helm, values: str) -> None:
+    said = helm.refusal("--set", UPSTREAM, *(f"--set={one}" for one in values.split(",")))
+    assert "don't meet the specifications of the schema" in said
+    assert WRONG[values] in said
+
+
+def test_without_an_upstream_nothing_is_rendered(helm: Helm) -> None:
+    assert "/upstream/url" in helm.refusal()
+    assert "upstream" in helm.refusal("--set", "upstream=null")
+
+
+UNFIT = {
+    # what each alone may be, and together not -> what the templates say
+    ("config.admin.token=abc", "existingSecret=mine"): "config: admin-token: belongs into the Secret mine",
+    ("config.upstream.api_key=k", "existingSecret=mine"): "config: upstream-api-key: belongs into the Secret mine",
+    ("config.store.url=redis://:pw@v:6379", "existingSecret=mine"): "config: store-url: belongs into the Secret mine",
+    ("autoscaling.enabled=true", STORE, "autoscaling.maxReplicas=1"): "autoscaling.maxReplicas: 1 is less than",
+    (
+        "podDisruptionBudget.minAvailable=0",
+        "podDisruptionBudget.maxUnavailable=1",
+    ): "podDisruptionBudget: minAvailable and",
+    ("engine.enabled=true", "engine.model=m"): "upstream.url: http://vllm:8000 is not the engine in the pod",
+    ("config.store.url=sqlite:////data/x.db",): "config.store.url: /data/x.db is on no volume",
+    ("config.store.url=sqlite:///x.db", "persistence.enabled=true"): "config.store.url: x.db is on no volume",
+    ("config.records.path=/var/records",): "config.records.path: /var/records is on no volume",
+}
+
+
+@pytest.mark.parametrize("values", UNFIT, ids=" ".join)
+def test_values_that_do_not_go_together(helm: Helm, values: tuple[str, ...]) -> None:
+    said = helm.refusal("--set", UPSTREAM, *(f"--set={one}" for one in values))
+    assert UNFIT[values] in said
+
+
+def test_fewer_logprobs_than_are_asked_for(helm: Helm) -> None:
+    said = helm.refusal(*ENGINE, "--set", "config.shadow.top_k=65")
+    assert "engine.maxLogprobs: 64 is less than config.shadow.top_k, 65" in said
+    helm.render(*ENGINE, "--set", "config.shadow.top_k=64")
+
+
+def test_a_release_whose_services_could_not_exist(helm: Helm) -> None:
+    with pytest.raises(Exception, match="fullnameOverride: required"):
+        helm.render("--set", UPSTREAM, release="1st")
+    helm.render("--set", UPSTREAM, "--set", "fullnameOverride=first", release="1st")
+
+
+def test_an_old_kubernetes(helm: Helm) -> None:
+    assert "1.30.0" in helm.refusal("--set", UPSTREAM, "--kube-version", "1.29.0")
+
+
+def test_the_shared_store_opens_the_way(helm: Helm) -> None:
+    for url in ("redis://v:6379/0", "rediss://v", "valkey://v:6379", "valkeys://v:6380/1"):
+        rendered = helm.set("replicaCount=2", f"config.store.url={url}")
+        assert rendered.config["store"]["url"] == url
+        assert rendered.one("Deployment")["spec"]["replicas"] == 2
+
+
+def test_as_a_part_of_another_chart(helm: Helm, tmp_path: Path) -> None:
+    """A parent sets `enabled` (its condition) and `global` in our values."""
+    (tmp_path / "Chart.yaml").write_text("apiVersion: v2\nname: parent\nversion: 1.0.0\n")
+    (tmp_path / "values.yaml").write_text(
+        "global: {a: 1}\nhemostat: {enabled: true, upstream: {url: 'http://vllm:8000'}}\n"
+    )
+    (tmp_path / "charts").mkdir()
+    (tmp_path / "charts" / "hemostat").symlink_to(Path(__file__).resolve().parents[2] / "helm" / "hemostat")
+    assert "kind: Deployment" in helm.run("template", "x", str(tmp_path))
