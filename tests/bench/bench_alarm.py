@@ -51,20 +51,20 @@ CHANGE_RUNS = 500
 RUN_REQUESTS = 60
 BEFORE = 20
 AFTER = 150
-SPLIT = 3
-"""Every third prompt is for calibration: the number of prompts is a multiple of it, so a prompt is on one side only."""
+SPLIT = 4
+"""Every fourth prompt is for calibration; their number is a multiple of it, so that a prompt is on one side only."""
 WINDOWS = (1, 4, 16, 64, 256)
 
-PLAN: dict[str, tuple[str, str, list[tuple[int, int]]]] = {
-    "null": ("reference", "auto", [(0, 300), (300, 400), (700, 400), (1100, 400)]),
-    "w8a8": ("w8a8", "auto", [(100_000, 150)]),
-    "w4a16": ("w4a16", "auto", [(200_000, 110)]),
-    "kv_fp8": ("reference", "fp8", [(300_000, 110)]),
-    "prune10": ("prune10", "auto", [(400_000, 110)]),
-    "prune30": ("prune30", "auto", [(500_000, 90)]),
-    "prune50": ("prune50", "auto", [(600_000, 70)]),
+PLAN: dict[str, tuple[str, str, int, int]] = {
+    "null": ("reference", "auto", 0, 1260),
+    "w8a8": ("w8a8", "auto", 100_000, 150),
+    "w4a16": ("w4a16", "auto", 200_000, 84),
+    "prune10": ("prune10", "auto", 400_000, 84),
+    "kv_fp8": ("reference", "fp8", 300_000, 84),
+    "prune30": ("prune30", "auto", 500_000, 60),
+    "prune50": ("prune50", "auto", 600_000, 60),
 }
-"""Change -> checkpoint, KV cache, parts as (first request, requests)."""
+"""Change -> checkpoint, KV cache, first request, requests."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +82,15 @@ def say(text: str) -> None:
 
 
 def collect(change: str) -> list[Path]:
-    """The scored parts of a change, made where missing. Raises CalledProcessError when vLLM does not serve it."""
-    checkpoint, kv_cache, parts = PLAN[change]
-    paths = []
-    for first, requests in parts:
-        part, scored = DATA / f"{change}.{first}.npz", DATA / f"{change}.{first}.scored.npz"
-        paths.append(scored)
-        if scored.is_file():
-            continue
-        found = cached_checkpoints("w4a16" if checkpoint == "reference" else checkpoint, say)
-        served = found.reference if checkpoint == "reference" else found.compressed
-        if not part.is_file():
-            say(f"{part.stem}: vLLM decodes {requests} requests")
-            options = ["--first", str(first), "--requests", str(requests), "--kv-cache", kv_cache]
-            subprocess.run([sys.executable, str(COLLECT), "decode", str(served), str(part), *options], check=True)
-        say(f"{part.stem}: transformers scores")
-        subprocess.run(
-            [sys.executable, str(COLLECT), "score", str(found.reference), str(part), str(scored)], check=True
-        )
-    return paths
+    """The scored batches of a change, made where missing. Raises CalledProcessError when vLLM does not serve it."""
+    checkpoint, kv_cache, first, requests = PLAN[change]
+    found = cached_checkpoints("w4a16" if checkpoint == "reference" else checkpoint, say)
+    served = found.reference if checkpoint == "reference" else found.compressed
+    folder = DATA / change
+    options = ["--first", str(first), "--requests", str(requests), "--kv-cache", kv_cache]
+    for step in (["decode", str(served), str(folder), *options], ["score", str(found.reference), str(folder)]):
+        subprocess.run([sys.executable, str(COLLECT), *step], check=True)
+    return sorted(folder.glob("*.scored.npz"))
 
 
 def read(paths: Sequence[Path]) -> list[Request]:

@@ -92,7 +92,7 @@ class Options:
 
 FULL = Options(
     plans={
-        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 112_000), 20_000, (8, 32, 64), outcomes=True, variants=True),
+        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 140_000), 20_000, (8, 32, 64), outcomes=True, variants=True),
         "int3": Plan((5_000, 15_000), 9_000, (8, 64)),
         "w8a8": Plan((5_000, 15_000), 9_000, (8, 64)),
         "prune50": Plan((5_000, 15_000), 9_000, (8, 64)),
@@ -179,7 +179,7 @@ class Bench:
 
         def score() -> list[Written]:
             written = self.stages.kept(f"text-{scheme}", made_from, write)
-            return asyncio.run(with_hidden(self.reference, written, f"{scheme} text"))
+            return with_hidden(self.reference, written, f"{scheme} text")
 
         scored = self.stages.kept(f"scored-{scheme}", made_from, score)
         learning, judging = scored[: len(sets[0])], scored[len(sets[0]) :]
@@ -372,7 +372,7 @@ class Bench:
         checked, written = written[: len(control)], written[len(control) :]
         plain, calibrated = written[: len(greedy)], written[len(greedy) :]
         reference = asyncio.run(self._write(self.reference, [], greedy, "reference"))
-        scored = asyncio.run(with_hidden(self.reference, [*own, *checked], f"{scheme} served"))
+        scored = with_hidden(self.reference, [*own, *checked], f"{scheme} served")
         own, checked = scored[: len(own)], scored[len(own) :]
         on_own = measure(self.weight, recovery, own, {label: profile}, f"{scheme} served")
         _, control_topic = groups(heldout)

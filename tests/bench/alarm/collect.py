@@ -1,9 +1,11 @@
 """Tokens for `bench_alarm.py`: what vLLM decodes from one checkpoint, and what transformers says of them. Two steps.
 
-    collect.py decode  CHECKPOINT PART.npz --first 0 --requests 200 [--kv-cache fp8]
-    collect.py score   REFERENCE  PART.npz SCORED.npz
+    collect.py decode  CHECKPOINT FOLDER --first 0 --requests 200 [--kv-cache fp8]
+    collect.py score   REFERENCE  FOLDER
 
-Decoding is at temperature 1, in batches of several sizes, with a seed for each request, and keeps vLLM's own top-K.
+Every batch is a file, FOLDER/N.npz by its first request, then FOLDER/N.scored.npz: what is there is not made again, so
+that either step can be ended at any time. Decoding is at temperature 1, in batches of several sizes, with a seed for
+each request, and keeps vLLM's own top-K.
 Scoring is by prefill, a request at a time, at full vocabulary. The seeds give the noise that vLLM's sampler on a CPU
 drew (Gumbel noise by SplitMix64 of a seed and the token's id), and with it the margin of Token-DiFR (arXiv 2511.20621,
 section 3): how far the emitted token's noisy logit is below the largest, under the reference. Clipping is for later.
@@ -69,8 +71,18 @@ def prompts() -> list[str]:
     return [pairs[n][0].format(pairs[n][1]) for n in order]
 
 
-def decode(checkpoint: Path, part: Path, first: int, requests: int, kv_cache: str) -> None:
+def decode(checkpoint: Path, folder: Path, first: int, requests: int, kv_cache: str) -> None:
     """Requests first … first + requests − 1 of an endless list; the prompt of request n is number n modulo all."""
+    batches, at = [], first
+    for size in itertools.cycle(BATCHES):
+        numbers = range(at, min(at + size, first + requests))
+        if not numbers:
+            break
+        at += size
+        if not (folder / f"{numbers[0]}.npz").is_file():
+            batches.append(numbers)
+    if not batches:
+        return
     from vllm import LLM, SamplingParams
 
     texts = prompts()
@@ -87,64 +99,62 @@ def decode(checkpoint: Path, part: Path, first: int, requests: int, kv_cache: st
         disable_log_stats=True,
     )
     tokenizer = engine.get_tokenizer()
-    plan: list[tuple[int, list[int], Any]] = []
-    for n in range(first, first + requests):
-        messages = [{"role": "user", "content": texts[n % len(texts)]}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        most = int(np.random.default_rng(n).choice(LENGTHS))
-        sampling = SamplingParams(temperature=1.0, seed=n, max_tokens=most, logprobs=TOP_K, detokenize=False)
-        plan.append((n, ids, sampling))
-    columns: dict[str, list[Any]] = {name: [] for name in ("number", "prompt", "output", "ids", "logprobs", "emitted")}
-    began = time.monotonic()
-    at = 0
-    for size in itertools.cycle(BATCHES):
-        batch, at = plan[at : at + size], at + size
-        if not batch:
-            break
-        answers = engine.generate(
-            [{"prompt_token_ids": ids} for _, ids, _ in batch], [p for _, _, p in batch], use_tqdm=False
-        )
-        for (n, ids, _), answer in zip(batch, answers, strict=True):
-            output = list(answer.outputs[0].token_ids)
-            columns["number"].append(n)
-            columns["prompt"].append(np.array(ids, np.int32))
-            columns["output"].append(np.array(output, np.int32))
-            for token, row in zip(output, answer.outputs[0].logprobs, strict=True):
+    began, done = time.monotonic(), 0
+    for numbers in batches:
+        asked, sampling = [], []
+        for n in numbers:
+            messages = [{"role": "user", "content": texts[n % len(texts)]}]
+            asked.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            most = int(np.random.default_rng(n).choice(LENGTHS))
+            sampling.append(SamplingParams(temperature=1.0, seed=n, max_tokens=most, logprobs=TOP_K, detokenize=False))
+        answers = engine.generate([{"prompt_token_ids": ids} for ids in asked], sampling, use_tqdm=False)
+        outputs = [np.array(answer.outputs[0].token_ids, np.int32) for answer in answers]
+        columns: dict[str, list[Any]] = {name: [] for name in ("ids", "logprobs", "emitted")}
+        for answer in answers:
+            for token, row in zip(answer.outputs[0].token_ids, answer.outputs[0].logprobs, strict=True):
                 best = sorted(row.items(), key=lambda item: -item[1].logprob)
                 best += [(-1, None)] * (TOP_K + 1 - len(best))
                 columns["ids"].append([token_id for token_id, _ in best])
                 columns["logprobs"].append([value.logprob if value else -np.inf for _, value in best])
                 columns["emitted"].append(row[token].logprob)
-        done = sum(len(output) for output in columns["output"])
-        _say(
-            f"{part.stem}: {len(columns['number'])}/{requests} requests, {done / (time.monotonic() - began):.0f} tok/s"
+        _write(
+            folder / f"{numbers[0]}.npz",
+            number=np.array(numbers),
+            prompt_lengths=np.array([len(ids) for ids in asked]),
+            lengths=np.array([len(ids) for ids in outputs]),
+            prompt=np.concatenate(asked).astype(np.int32),
+            output=np.concatenate(outputs),
+            ids=np.array(columns["ids"], np.int32),
+            logprobs=np.array(columns["logprobs"], np.float32),
+            emitted=np.array(columns["emitted"], np.float32),
         )
-    _write(
-        part,
-        number=np.array(columns["number"]),
-        prompt_lengths=np.array([len(ids) for ids in columns["prompt"]]),
-        lengths=np.array([len(ids) for ids in columns["output"]]),
-        prompt=np.concatenate(columns["prompt"]),
-        output=np.concatenate(columns["output"]),
-        ids=np.array(columns["ids"], np.int32),
-        logprobs=np.array(columns["logprobs"], np.float32),
-        emitted=np.array(columns["emitted"], np.float32),
-    )
+        done += sum(map(len, outputs))
+        _say(f"{folder.name}: request {numbers[-1]} decoded, {done / (time.monotonic() - began):.0f} tokens/s")
 
 
-def score(reference: Path, part: Path, scored: Path) -> None:
+def score(reference: Path, folder: Path) -> None:
     """Adds what the reference says: at the candidates, of the emitted token, its own top-K, and the margin."""
-    import torch
+    decoded = sorted(path for path in folder.glob("*.npz") if path.suffixes == [".npz"])
+    parts = [path for path in decoded if not path.with_suffix(".scored.npz").is_file()]
+    if not parts:
+        return
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", local_files_only=True).eval()
-    given = dict(np.load(part))
+    began, tokens = time.monotonic(), 0
+    for part in parts:
+        given = dict(np.load(part))
+        _write(part.with_suffix(".scored.npz"), **given, **_scores(model, given))
+        tokens += len(given["output"])
+        _say(f"{folder.name}: batch {part.stem} scored, {tokens / (time.monotonic() - began):.0f} tokens/s")
+
+
+def _scores(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     columns: dict[str, list[Any]] = {name: [] for name in ("at", "r_emitted", "r_ids", "r_logprobs", "margin")}
-    began = time.monotonic()
     prompt_at = output_at = 0
-    for done, (number, prompt_length, length) in enumerate(
-        zip(given["number"], given["prompt_lengths"], given["lengths"], strict=True), 1
-    ):
+    for number, prompt_length, length in zip(given["number"], given["prompt_lengths"], given["lengths"], strict=True):
         prompt = given["prompt"][prompt_at : prompt_at + prompt_length]
         rows = slice(output_at, output_at + length)
         prompt_at, output_at = prompt_at + prompt_length, output_at + length
@@ -160,10 +170,7 @@ def score(reference: Path, part: Path, scored: Path) -> None:
             columns["r_ids"].append(best.indices.int().numpy())
             columns["r_logprobs"].append(best.values.numpy())
             columns["margin"].append(_margins(logprobs, output, int(number)).numpy())
-        if done % 50 == 0:
-            speed = output_at / (time.monotonic() - began)
-            _say(f"{part.stem}: {done}/{len(given['number'])} requests scored, {speed:.0f} tokens/s")
-    _write(scored, **given, **{name: np.concatenate(values) for name, values in columns.items()})
+    return {name: np.concatenate(values) for name, values in columns.items()}
 
 
 def _margins(logprobs: Any, output: Any, seed: int) -> Any:
@@ -210,19 +217,18 @@ def main() -> None:
     steps = parser.add_subparsers(dest="step", required=True)
     step = steps.add_parser("decode")
     step.add_argument("checkpoint", type=Path)
-    step.add_argument("part", type=Path)
+    step.add_argument("folder", type=Path)
     step.add_argument("--first", type=int, default=0)
     step.add_argument("--requests", type=int, default=200)
     step.add_argument("--kv-cache", default="auto")
     step = steps.add_parser("score")
     step.add_argument("reference", type=Path)
-    step.add_argument("part", type=Path)
-    step.add_argument("scored", type=Path)
+    step.add_argument("folder", type=Path)
     given = parser.parse_args()
     if given.step == "decode":
-        decode(given.checkpoint, given.part, given.first, given.requests, given.kv_cache)
+        decode(given.checkpoint, given.folder, given.first, given.requests, given.kv_cache)
     else:
-        score(given.reference, given.part, given.scored)
+        score(given.reference, given.folder)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from hemostat_calibration import hidden
 from hemostat_calibration.engine.transform import HeldProfile, apply_to_rows
 from hemostat_calibration.profile import CalibrationProfile
 
-from .engine import Written
+from .engine import Written, one_thread_each
 from .log import say
 
 IDENTITY = "identity"
 RESAMPLES = 2000
-_CHUNK = 256
-"""Tokens whose logits are held at a time."""
+_CHUNK, _ROWS = 128, 8
+"""Tokens whose logits are held, and worked on, at a time."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -63,37 +63,46 @@ def measure(
     """Of identity and every profile, over all tokens of the texts, in their order. The shifts are the engine's own."""
     held = {label: HeldProfile(profile) for label, profile in profiles.items()}
     h_r, h_c = stacked(texts, recovery)
-    embedding = torch.from_numpy(weight).T
-    found: dict[str, list[torch.Tensor]] = {label: [] for label in (IDENTITY, *held)}
+    embedding = torch.from_numpy(weight).T.contiguous()
     began = said = time.monotonic()
-    with torch.inference_mode():
-        for start in range(0, len(h_r), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            log_r = torch.log_softmax(torch.from_numpy(h_r[part]) @ embedding, -1)
-            z = torch.from_numpy(h_c[part]) @ embedding
-            r, best = log_r.exp(), log_r.argmax(-1)
-            for label, rows in found.items():
-                shifted = z
-                if label in held:
-                    shifted = z.clone()
-                    apply_to_rows(held[label], shifted, None)
-                log_c = torch.log_softmax(shifted, -1)
-                c, difference = log_c.exp(), log_r - log_c
-                rows.append(
-                    torch.stack(
-                        [
-                            (r * difference).sum(-1),
-                            -(c * difference).sum(-1),
-                            0.5 * (r - c).abs_().sum(-1),
-                            (log_c.argmax(-1) == best).float(),
-                        ]
-                    )
-                )
+    parts: list[torch.Tensor] = []
+
+    def chunk(start: int) -> torch.Tensor:
+        with torch.inference_mode():
+            z_r, z_c = (torch.from_numpy(h[start : start + _CHUNK]) @ embedding for h in (h_r, h_c))
+            # A few rows at a time: temporaries stay in the processor's cache.
+            pairs = zip(z_r.split(_ROWS), z_c.split(_ROWS), strict=True)
+            return torch.cat([_compared(held, torch.log_softmax(few, -1), z) for few, z in pairs], -1)
+
+    with one_thread_each() as pool:
+        for part in pool.map(chunk, range(0, len(h_r), _CHUNK)):
+            parts.append(part)
             if time.monotonic() - said > 20:
                 said = time.monotonic()
-                say(f"{name}: {start} of {len(h_r)} held-out tokens measured")
+                say(f"{name}: {len(parts) * _CHUNK} of {len(h_r)} held-out tokens measured")
     say(f"{name}: {len(held)} profiles measured on {len(h_r)} tokens in {time.monotonic() - began:.0f} s")
-    return {label: Figures(*torch.cat(parts, 1).double().numpy()) for label, parts in found.items()}
+    return {
+        label: Figures(*figures.double().numpy())
+        for label, figures in zip((IDENTITY, *held), torch.cat(parts, -1), strict=True)
+    }
+
+
+def _compared(held: Mapping[str, HeldProfile], log_r: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The figures of identity and of every profile on a few rows, [1 + P, 4, T]."""
+    r, best = log_r.exp(), log_r.argmax(-1)
+    found = []
+    for profile in (None, *held.values()):
+        shifted = z
+        if profile is not None:
+            shifted = z.clone()
+            apply_to_rows(profile, shifted, None)
+        top = shifted.argmax(-1)
+        log_c = torch.log_softmax(shifted, -1)
+        c = log_c.exp()
+        difference = torch.sub(log_r, log_c, out=log_c)
+        kl, reverse = torch.linalg.vecdot(r, difference), -torch.linalg.vecdot(c, difference)
+        found.append(torch.stack([kl, reverse, 0.5 * c.sub_(r).abs_().sum(-1), (top == best).float()]))
+    return torch.stack(found)
 
 
 def stacked(texts: Sequence[Written], recovery: Recovery) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
