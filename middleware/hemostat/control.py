@@ -11,11 +11,13 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,20 @@ from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceIn
 from hemostat.reference.server import ModelCard, VllmServer
 from hemostat.reference.vllm import VllmReference
 from hemostat.relay.counters import SHADOW_REQUESTS
+from hemostat.replica import BACKOFF, Lease, Replica
 from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat.steering import EVENTS_HELD, STATES, Steering
-from hemostat.store import MemoryStore, Store, StoreFailure, open_store
+from hemostat.store import (
+    MemoryStore,
+    Store,
+    StoreAway,
+    StoredProfile,
+    StoreFailure,
+    StoreRefused,
+    ValkeyStore,
+    open_store,
+)
 from hemostat_calibration.divergence import TokenDivergence
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profile import IDENTITY, CalibrationProfile
@@ -71,6 +83,10 @@ TRACED = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compressed")
 """Figures of a request, means over its tokens, that its shadow span tells."""
 
 
+_Write = tuple[str, tuple[Any, ...], bool]
+"""Method of the store, its arguments, whether it is written as the replica that leads."""
+
+
 class Control:
     """Wires the parts together; implements what the admin port and the collector ask for."""
 
@@ -82,17 +98,24 @@ class Control:
         self.measurements = Measurements()
         self.history = History()
         self.alarms = Alarms(
-            settings.alarm, MODELS if settings.shadow.floor_fraction > 0.0 else (), self._save, time.time
+            settings.alarm, MODELS if settings.shadow.floor_fraction > 0.0 else (), self._save_alarm, time.time
         )
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.registry = CollectorRegistry()
         self.registry.register(HemostatCollector(self))
         self.store_failures = 0
         self.store = self._open_store()
+        self.lease = Lease(shared=isinstance(self.store, ValkeyStore))
         self.calibration_failures = 0
         self.steering = Steering(
-            settings.calibration, self._save, time.time, tempered=settings.upstream.openai_sampling_defaults
+            settings.calibration,
+            self._save,
+            time.time,
+            tempered=settings.upstream.openai_sampling_defaults,
+            lease=self.lease,
         )
+        self.replica = self._replica(self.store) if isinstance(self.store, ValkeyStore) else None
+        """None without a store that other replicas could share."""
         self.reference = make_reference(settings)
         self.reference_info: ReferenceInfo | None = None
         self.learner = Learner(settings.calibration, self.steering, self.publish)
@@ -147,7 +170,9 @@ class Control:
             )
         self._policy: Policy | None = None
         self._generation = 0
-        self._saves: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue(1000)
+        self._saves: asyncio.Queue[_Write] = asyncio.Queue(1000)
+        self._store_said = ""
+        self._restored = False
 
     # --- what the parts call ---------------------------------------------------------------------------------------
 
@@ -209,12 +234,25 @@ class Control:
         except Exception:
             log.exception("score of %s could not be traced", capture.request_id)
 
-    def _save(self, method: str, *args: Any) -> None:
-        """Queue a write for the store; it happens off the event loop, and its failure is only counted."""
+    def _save(self, method: str, *args: Any, leading: bool = True) -> None:
+        """Queue a write for the store; it happens off the event loop, and its failure is only counted.
+
+        leading: it is for the replica that leads to write.
+        """
+        if leading and not self.lease.watches:
+            return
         try:
-            self._saves.put_nowait((method, *args))
+            self._saves.put_nowait((method, args, leading and self.replica is not None))
         except asyncio.QueueFull:
             self.store_failures += 1
+
+    def _save_alarm(self, method: str, *args: Any) -> None:
+        """Every replica has alarms of its own: each is an event; what is kept for a restart is the leader's."""
+        self._save(method, *args, leading=method != "append_event")
+
+    def _write(self, write: _Write) -> None:
+        method, args, leading = write
+        getattr(self.store, method)(*args, **({"leading": True} if leading else {}))
 
     def _open_store(self) -> Store:
         try:
@@ -223,6 +261,83 @@ class Control:
             self.store_failures += 1
             log.error("%s; going on in memory, nothing will be kept", failure)
             return MemoryStore()
+
+    def _store_failed(self, failure: StoreFailure) -> None:
+        self.store_failures += 1
+        if str(failure) != self._store_said or self.replica is None:
+            self._store_said = str(failure)
+            log.error("%s", failure)
+
+    # --- replicas --------------------------------------------------------------------------------------------------
+
+    def _replica(self, store: ValkeyStore) -> Replica:
+        return Replica(
+            store,
+            self.lease,
+            held=lambda version: self.steering.held(version) is not None,
+            states=(*STATES, ALARM_STATE),
+            events=EVENTS_HELD,
+            take_up=self._take_up,
+            keep=self._keep,
+            obey=self._obey,
+            failed=self._store_failed,
+        )
+
+    def _take_up(
+        self, profiles: list[StoredProfile], states: dict[str, str | None], events: list[dict[str, Any]]
+    ) -> None:
+        self.steering.take_up(profiles, states, [e for e in events if e.get("decision") != "alarm"])
+        if not self._restored:
+            self.alarms.restore(states[ALARM_STATE], [e for e in events if e.get("decision") == "alarm"])
+        self._teach()
+        self.publish()
+
+    def _keep(self, stored: Mapping[str, float]) -> None:
+        self._store_said = ""
+        self.steering.keep(stored)
+        self.alarms.keep()
+
+    async def _decide(self, action: str, *arguments: str | None) -> str:
+        """Done here where this replica leads, else by the one that does."""
+        if self.replica is None or self.lease.leads:
+            return await self._obey(action, list(arguments))
+        return await self.replica.ask(action, *arguments)
+
+    async def _decide_at_once(self, action: str, *arguments: str | None) -> None:
+        """What ends something holds here whatever the store does, and everywhere once it answers."""
+        if self.replica is not None and not self.replica.reachable and not self.lease.leads:
+            await self._obey(action, list(arguments))
+            self._save("order", secrets.token_hex(8), json.dumps([action, *arguments]), leading=False)
+        else:
+            await self._decide(action, *arguments)
+
+    async def _obey(self, action: str, arguments: list[Any]) -> str:
+        """What an operator asked for, here or at another replica; HemostatError."""
+        result = ""
+        match action, arguments:
+            case "import", [version, scope]:
+                profile = self.steering.held(version)
+                if profile is None:
+                    stored = await asyncio.to_thread(self.store.get_profile, version)
+                    if stored is None:
+                        raise HemostatError(f"profile {version} is not in the store any more; import it again")
+                    profile = await asyncio.to_thread(CalibrationProfile.from_bytes, stored.data, version)
+                result = self.steering.add(profile, scope)
+            case "promote", [version, scope]:
+                self.steering.promote(version, scope)
+            case "pin", [None]:
+                self.steering.unpin()
+            case "pin", [version]:
+                self.steering.pin(version)
+            case "rollback", [reason, scope]:
+                self.steering.rollback(reason, scope)
+            case "mode", ["off" | "observe" | "auto" as mode]:
+                self.steering.set_mode(mode)
+                self._teach()
+            case _:
+                raise HemostatError(f"{action}: not known to the replica that leads; do all run the same version?")
+        self.publish()
+        return result
 
     # --- the learner -----------------------------------------------------------------------------------------------
 
@@ -389,14 +504,19 @@ class Control:
             await asyncio.sleep(HOUSEKEEPING)
 
     async def keep_store(self) -> None:
-        """Write what was queued, one after the other."""
+        """Write what was queued, one after the other; a server that does not answer is waited for."""
         while True:
-            method, *args = await self._saves.get()
-            try:
-                await asyncio.to_thread(getattr(self.store, method), *args)
-            except StoreFailure as failure:
-                self.store_failures += 1
-                log.error("%s", failure)
+            write = await self._saves.get()
+            for pause in chain(BACKOFF, repeat(BACKOFF[-1])):
+                try:
+                    await asyncio.to_thread(self._write, write)
+                    break
+                except StoreAway as failure:
+                    self._store_failed(failure)
+                except StoreFailure as failure:
+                    self._store_failed(failure)
+                    break
+                await asyncio.sleep(pause)
 
     async def restore(self) -> None:
         """Take up what the store holds from an earlier run."""
@@ -408,14 +528,20 @@ class Control:
             except (OSError, InvalidProfileError) as error:
                 raise HemostatError(f"calibration.force: {force}: {error}") from error
         try:
+            if self.replica is not None:
+                await self.replica.beat()
+                return
             profiles = await asyncio.to_thread(self.store.profiles)
             states = {name: await asyncio.to_thread(self.store.get_state, name) for name in STATES}
             events = await asyncio.to_thread(self.store.events, EVENTS_HELD)
             alarm = await asyncio.to_thread(self.store.get_state, ALARM_STATE)
+        except StoreRefused:
+            raise  # a wrong password is the operator's to put right; relays, if any run, go on meanwhile
         except StoreFailure as failure:
-            self.store_failures += 1
-            log.error("%s", failure)
+            self._store_failed(failure)
             return
+        finally:
+            self._restored = True
         self.steering.restore(profiles, states, [e for e in events if e.get("decision") != "alarm"])
         self.alarms.restore(alarm, [e for e in events if e.get("decision") == "alarm"])
 
@@ -462,6 +588,11 @@ class Control:
             },
             "calibration": self.steering.status(),
             "learner": self.learner.status(),
+            "replica": {
+                "leads": self.lease.leads,
+                "shared": self.replica is not None,
+                "store_reachable": self.replica.reachable if self.replica is not None else None,
+            },
             "recovered": {
                 "ratio": (recovered or {}).get("estimate"),
                 "ci95": (recovered or {}).get("ci95", [None, None]),
@@ -519,32 +650,36 @@ class Control:
         return profile.to_bytes() if profile else None
 
     async def import_profile(self, data: bytes, scope: str) -> str:
-        version = self.steering.add(await asyncio.to_thread(CalibrationProfile.from_bytes, data), scope)
-        self.publish()
-        return version
+        profile = await asyncio.to_thread(CalibrationProfile.from_bytes, data)
+        if self.replica is None or self.lease.leads:
+            version = self.steering.add(profile, scope)
+            self.publish()
+            return version
+        try:
+            stored = StoredProfile(profile.version, data, time.time())
+            await asyncio.to_thread(self.store.put_profile, stored)
+        except StoreFailure as failure:
+            self._store_failed(failure)
+            raise HemostatError(f"the replica that leads cannot be asked: {failure}") from None
+        return await self._decide("import", profile.version, scope)
 
     async def promote(self, version: str, scope: str) -> None:
-        self.steering.promote(version, scope)
-        self.publish()
+        await self._decide("promote", version, scope)
 
     async def pin(self, version: str | None) -> None:
-        if version is None:
-            self.steering.unpin()
-        else:
-            self.steering.pin(version)
-        self.publish()
+        await self._decide("pin", version)
 
     async def rollback(self, reason: str, scope: str | None) -> None:
-        self.steering.rollback(reason, scope)
-        self.publish()
+        await self._decide_at_once("rollback", reason, scope)
 
     async def rebase(self, route: str) -> None:
         self.alarms.rebase(route)
 
     async def set_mode(self, mode: str) -> None:
-        self.steering.set_mode(mode)
-        self._teach()
-        self.publish()
+        if not self.lease.leads:
+            # Here now: the replica that leads may be slow to answer, or be gone.
+            await self._obey("mode", [mode])
+        await self._decide_at_once("mode", mode)
 
     # --- what the collector reads (metrics.State) ------------------------------------------------------------------
 
@@ -584,6 +719,7 @@ class Control:
             yield "hemostat_model_info", {"model": name, "reference": Path(compared).name}, 1.0
         yield "hemostat_engines", {}, self._engines_live(now)
         yield "hemostat_relays", {}, self.link.relays
+        yield "hemostat_replica_leads", {}, float(self.lease.leads)
         profile = self.steering.held(self.steering.shown)
         version, family = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
         yield "hemostat_profile_info", {"version": version, "family": family}, 1.0
@@ -602,10 +738,17 @@ class Control:
         if self.itself is not None:
             await self.itself.close()
         self.alarms.keep()
-        while not self._saves.empty():
-            method, *args = self._saves.get_nowait()
-            with contextlib.suppress(StoreFailure):
-                await asyncio.to_thread(getattr(self.store, method), *args)
+        with contextlib.suppress(StoreAway):
+            while not self._saves.empty():
+                write = self._saves.get_nowait()
+                try:
+                    await asyncio.to_thread(self._write, write)
+                except StoreAway:
+                    raise
+                except StoreFailure as failure:
+                    self._store_failed(failure)
+            if self.replica is not None:
+                await self.replica.resign()
         if self.records is not None:
             self.records.close()
         self.store.close()
@@ -645,6 +788,7 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
         asyncio.create_task(server.serve(sockets=[listener])),
         asyncio.create_task(control.keep_house()),
         asyncio.create_task(control.keep_store()),
+        *([asyncio.create_task(control.replica.run())] if control.replica is not None else []),
     ]
     if control.reference is not None and control.scorer is not None:
         # Beside one that is scored, the next one's codes are computed.

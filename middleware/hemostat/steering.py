@@ -10,6 +10,8 @@ Invariants:
 - A record is learned from or judged by, never both: decided by its prompt.
 - With `calibration.scope` other than `pooled`, a scope (a label, a route, a model) may have a profile of its own, which
   was better there than what serves all; every other request gets the pooled one.
+- Of several replicas, only the one that leads (`replica.Lease`) proposes, tests and promotes; the others learn, so that
+  any can go on, and take up what it has decided.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.config import Calibration
+from hemostat.replica import Lease
 from hemostat.store import StoredProfile
 from hemostat.trials import IMPORT, POOLED, Candidate, Trials
 from hemostat_calibration import guard
@@ -133,8 +136,10 @@ class Steering:
         wall: Callable[[], float],
         *,
         tempered: bool = False,
+        lease: Lease | None = None,
     ) -> None:
         self._settings = settings
+        self._lease = lease or Lease(shared=False)
         self._tempered = tempered
         self._save = save
         self._wall = wall
@@ -373,7 +378,11 @@ class Steering:
     def _due(self, scope: str, family: str, tokens: int) -> bool:
         """Whether enough has been learned since the last proposal for another test to be worth its alpha."""
         seat = self._seat(scope)
-        if seat is None or (scope != ALL and seat.selected is None and len(self._apart()) >= SCOPES_APART):
+        if (
+            not self._lease.leads
+            or seat is None
+            or (scope != ALL and seat.selected is None and len(self._apart()) >= SCOPES_APART)
+        ):
             return False
         last = seat.proposed_at.get(family, 0)
         if self._lined_up(scope, family):
@@ -425,12 +434,14 @@ class Steering:
         The gain is of the models' own distributions on the tokens at hand, whatever arm they came from: both
         alternatives are computed on the same tokens, so that nothing depends on who was assigned to what.
         """
+        if not self._lease.watches:
+            return
         place = self._place(scope)
         selected = self._seats[place].selected
         now = self._won(record, selected) if selected is not None else (0.0, 0.0)
         if now is None:
             return
-        for candidate in self._trials.tested:
+        for candidate in self._trials.tested if self._lease.leads else ():
             won = self._won(record, candidate.version) if candidate.scope in (scope, place) else None
             if won is None:
                 continue
@@ -508,14 +519,17 @@ class Steering:
 
     def _changed(self, scope: str) -> None:
         """What serves this scope is another than before."""
-        kept = {place: (seat.selected, seat.window) for place, seat in self._seats.items() if seat.selected is not None}
-        self._save("set_state", "serving", _encode(_Kept(self._settings.scope, self.pinned, kept)))
+        self._keep_serving()
         self._trials.remove(lambda c: c.source == POOLED and scope in (ALL, c.scope))
         apart = self._apart()
         self._trials.restart(lambda c: c.scope in (scope, ALL) or (scope == ALL and c.scope not in apart))
         if scope == ALL and self.selected is not None:
             for place in apart:
                 self._trials.add(Candidate(self.selected, place, POOLED))
+
+    def _keep_serving(self) -> None:
+        kept = {place: (seat.selected, seat.window) for place, seat in self._seats.items() if seat.selected is not None}
+        self._save("set_state", "serving", _encode(_Kept(self._settings.scope, self.pinned, kept)))
 
     def _decided(
         self, decision: str, reason: str, version: str, scope: str, why: str, evidence: dict[str, Any]
@@ -543,8 +557,11 @@ class Steering:
             self.mode = mode
             for seat in self._seats.values():
                 seat.batch = []
-            self._save("set_state", "mode", f"{self._settings.mode} {mode}")
+            self._keep_mode()
             self._decided("mode", "operator", self.selected or IDENTITY, ALL, f"set to {mode} by the operator", {})
+
+    def _keep_mode(self) -> None:
+        self._save("set_state", "mode", f"{self._settings.mode} {self.mode}")
 
     def promote(self, version: str, scope: str = ALL) -> None:
         """Let a profile serve without the guard's word; it is watched like any other."""
@@ -622,12 +639,13 @@ class Steering:
         selected = {version for version, _ in kept.selected.values()}
         total = 0
         for n, item in enumerate(stored):
-            total += len(item.data)
+            held = self._profiles.get(item.version)
+            total += len(item.data) if held is None else weight(held)
             if item.version not in selected and (n >= PROFILES_HELD or total > BYTES_HELD):
                 self._save("delete_profile", item.version)
                 continue
             try:
-                profile = CalibrationProfile.from_bytes(item.data, item.version)
+                profile = held or CalibrationProfile.from_bytes(item.data, item.version)
             except InvalidProfileError as error:
                 log.error("stored profile %s: %s", item.version, error)
                 continue
@@ -641,6 +659,51 @@ class Steering:
                 seat.selected, seat.window = version, max(1, window)
                 self._trials.serve(version, scope, seat.window)
         self.pinned = kept.pinned and self.selected is not None
+
+    def take_up(
+        self, stored: Iterable[StoredProfile], states: Mapping[str, str | None], events: list[dict[str, Any]]
+    ) -> None:
+        """Go on from what another replica has written, as `restore` does from an earlier run's.
+
+        stored: without data where the profile is held. A store that says nothing of what serves changes nothing.
+        """
+        if states.get("serving") is None:
+            return
+        stored = list(stored)
+        self._trials.remove(lambda _: True)
+        for scope, seat in self._seats.items():
+            self._trials.unserve(scope)
+            seat.selected = None
+        stay = {item.version for item in stored} | {self.forced, self._probe}
+        stay |= {version for version, _ in _decode(states.get("serving")).selected.values()}
+        for version in [v for v in self._profiles if v not in stay]:
+            self._forget(version)
+        self._events.clear()
+        self.mode = self._settings.mode
+        self.restore(stored, states, events)
+        for scope, seat in self._seats.items():
+            selected = self.held(seat.selected)
+            if selected is None or self.known is None:
+                continue
+            try:
+                self._check(selected)
+            except InvalidProfileError as error:
+                log.error("what another replica lets serve cannot serve here: %s", error)
+                self._trials.unserve(scope)
+                seat.selected, self.pinned = None, self.pinned and scope != ALL
+                continue
+            seat.proposed_at[selected.family] = _whole(selected.metadata.get("tokens"))
+
+    def keep(self, stored: Collection[str]) -> None:
+        """Write all that a restart needs: the store may have lost it. stored: versions of the profiles that it has."""
+        for version in {seat.selected for seat in self._seats.values()} - {None, *stored}:
+            assert version is not None
+            profile = StoredProfile(version, self._profiles[version].to_bytes(), self._created[version])
+            self._save("put_profile", profile)
+        self._keep_serving()
+        self._keep_mode()
+        for role, number in self._trials.tests.items():
+            self._save("raise_state", f"tests.{role}", number)
 
     def _override(self, decision: str, version: str, scope: str) -> None:
         self._checked(version)

@@ -49,12 +49,16 @@ class StoreFailure(HemostatError):
     """The store could not be read or written."""
 
 
+class StoreAway(StoreFailure):
+    """The server does not answer; it may later."""
+
+
 class StoreRefused(StoreFailure):
     """The server does not let us in: the configuration is wrong, and waiting does not help."""
 
 
 class LeaseLost(StoreFailure):
-    """A write under a lease that another replica has now: nothing was written."""
+    """A write of a replica that led, when another one has led since: nothing was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,46 +239,56 @@ class Standing:
     revision: int
 
 
-_FENCE = """
-if ARGV[1] ~= '' and redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('INCR', KEYS[2])
+_WRITE = """
+if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+redis.call('INCR', KEYS[1])
 """
-"""KEYS: lease, revision. ARGV[1]: who must have the lease, '' for whoever."""
+"""KEYS: revision, who led last, what is written to. ARGV[1]: who must have led last, '' for whoever."""
 _SCRIPTS = {
-    "set": _FENCE + "redis.call('HSET', KEYS[3], ARGV[2], ARGV[3]) return 1",
-    "unset": _FENCE + "redis.call('HDEL', KEYS[3], ARGV[2]) return 1",
-    "raise": _FENCE
+    "put": _WRITE
+    + """
+redis.call('HSET', KEYS[4], 'data', ARGV[3], 'created', ARGV[4])
+redis.call('ZADD', KEYS[3], ARGV[4], ARGV[2])
+return 1""",
+    "delete": _WRITE
+    + """
+for _, value in ipairs(redis.call('HVALS', KEYS[5])) do
+  if string.find(value, ARGV[2], 1, true) then return 1 end
+end
+redis.call('ZREM', KEYS[3], ARGV[2])
+redis.call('DEL', KEYS[4])
+return 1""",
+    "event": _WRITE
+    + """
+redis.call('LPUSH', KEYS[3], ARGV[2])
+redis.call('LTRIM', KEYS[3], 0, ARGV[3] - 1)
+return 1""",
+    "set": _WRITE + "redis.call('HSET', KEYS[3], ARGV[2], ARGV[3]) return 1",
+    "unset": _WRITE + "redis.call('HDEL', KEYS[3], ARGV[2]) return 1",
+    "raise": _WRITE
     + """
 local held = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or 0)
 if tonumber(ARGV[3]) > held then held = tonumber(ARGV[3]) end
 redis.call('HSET', KEYS[3], ARGV[2], string.format('%.0f', held))
 return 1""",
-    # KEYS from the third on: state, profiles, the profile.
-    "delete": _FENCE
-    + """
-for _, value in ipairs(redis.call('HVALS', KEYS[3])) do
-  if string.find(value, ARGV[2], 1, true) then return 1 end
-end
-redis.call('ZREM', KEYS[4], ARGV[2])
-redis.call('DEL', KEYS[5])
-return 1""",
-    # KEYS: lease, revision, last leader. ARGV: who, milliseconds.
+    # KEYS[3]: the lease. ARGV: who, milliseconds.
     "lead": """
-local revision = tonumber(redis.call('GET', KEYS[2]) or 0)
-local holder = redis.call('GET', KEYS[1])
-local before = redis.call('GET', KEYS[3]) or ''
+local revision = tonumber(redis.call('GET', KEYS[1]) or 0)
+local before = redis.call('GET', KEYS[2]) or ''
+local holder = redis.call('GET', KEYS[3])
 if holder and holder ~= ARGV[1] then return {0, before, revision} end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-redis.call('SET', KEYS[3], ARGV[1])
+redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[2], ARGV[1])
 return {1, before, revision}""",
-    "resign": "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end return 1",
+    "resign": "if redis.call('GET', KEYS[3]) == ARGV[1] then redis.call('DEL', KEYS[3]) end return 1",
 }
 
 
 class ValkeyStore:
     """One server, which several replicas may share. It is not asked anything before the first call.
 
-    who: this replica's name.
+    who: this replica's name. leading: of a write, the replica does it as the one that leads; LeaseLost when another has
+    led since.
     """
 
     def __init__(self, url: str) -> None:
@@ -315,54 +329,46 @@ class ValkeyStore:
             raise
         except (self._redis.AuthenticationError, self._redis.exceptions.NoPermissionError) as error:
             raise StoreRefused(f"store {self._name}: {error} (store.url)") from None
-        except (self._redis.RedisError, OSError) as error:
-            raise StoreFailure(f"store {self._name}: {error}") from None
-        except ValueError as error:  # a damaged event is no JSON, a damaged number none
+        except (self._redis.ConnectionError, self._redis.TimeoutError, OSError) as error:
+            raise StoreAway(f"store {self._name}: {error}") from None
+        except (self._redis.RedisError, ValueError) as error:  # ValueError: a damaged event is no JSON
             raise StoreFailure(f"store {self._name}: {error}") from None
 
     def _key(self, name: str) -> str:
         return self._prefix + name
 
-    def _run(self, script: str, keys: tuple[str, ...], *args: str | int) -> Any:
+    def _run(self, script: str, keys: tuple[str, ...], *args: str | int | bytes) -> Any:
         with self._asking():
-            return self._scripts[script](keys=[self._key(key) for key in ("lease", "revision", *keys)], args=args)
+            return self._scripts[script](keys=[self._key(key) for key in ("revision", "leader", *keys)], args=args)
 
-    def _write(self, script: str, keys: tuple[str, ...], leading: bool, *args: str | int) -> None:
+    def _write(self, script: str, keys: tuple[str, ...], leading: bool, *args: str | int | bytes) -> None:
         if not self._run(script, keys, self.who if leading else "", *args):
             raise LeaseLost(f"store {self._name}: another replica leads")
 
-    def put_profile(self, profile: StoredProfile) -> None:
-        # Named by its digest: two writers write the same.
-        with self._asking() as client, client.pipeline(transaction=True) as batch:
-            where = self._key(f"profile:{profile.version}")
-            batch.hset(where, mapping={"data": profile.data, "created": repr(profile.created)})
-            batch.zadd(self._key("profiles"), {profile.version: profile.created})
-            batch.incr(self._key("revision"))
-            batch.execute()
+    def put_profile(self, profile: StoredProfile, *, leading: bool = False) -> None:
+        keys = ("profiles", f"profile:{profile.version}")
+        self._write("put", keys, leading, profile.version, profile.data, repr(profile.created))
 
     def get_profile(self, version: str) -> StoredProfile | None:
         with self._asking() as client:
             data, created = client.hmget(self._key(f"profile:{version}"), ["data", "created"])
             return None if data is None or created is None else StoredProfile(version, data, float(created))
 
-    def versions(self) -> list[str]:
-        """Of the profiles, newest first."""
+    def versions(self) -> dict[str, float]:
+        """Of the profiles, with when they were put, newest first."""
         with self._asking() as client:
-            return [version.decode() for version in client.zrevrange(self._key("profiles"), 0, -1)]
+            rows = client.zrevrange(self._key("profiles"), 0, -1, withscores=True)
+            return {version.decode(): created for version, created in rows}
 
     def profiles(self) -> list[StoredProfile]:
         found = (self.get_profile(version) for version in self.versions())
         return [profile for profile in found if profile is not None]
 
-    def delete_profile(self, version: str) -> None:
-        self._run("delete", ("state", "profiles", f"profile:{version}"), "", version)
+    def delete_profile(self, version: str, *, leading: bool = False) -> None:
+        self._write("delete", ("profiles", f"profile:{version}", "state"), leading, version)
 
-    def append_event(self, event: dict[str, Any]) -> None:
-        with self._asking() as client, client.pipeline(transaction=True) as batch:
-            batch.lpush(self._key("events"), json.dumps(event))
-            batch.ltrim(self._key("events"), 0, MAX_EVENTS - 1)
-            batch.incr(self._key("revision"))
-            batch.execute()
+    def append_event(self, event: dict[str, Any], *, leading: bool = False) -> None:
+        self._write("event", ("events",), leading, json.dumps(event), MAX_EVENTS)
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         with self._asking() as client:
@@ -389,12 +395,12 @@ class ValkeyStore:
 
     def lead(self, seconds: float) -> Standing:
         """Take the lease, or keep it, for so long; or learn that another replica has it."""
-        leads, before, revision = self._run("lead", ("leader",), self.who, int(1000 * seconds))
+        leads, before, revision = self._run("lead", ("lease",), self.who, int(1000 * seconds))
         return Standing(bool(leads), before.decode(), revision)
 
     def resign(self) -> None:
         """Give the lease up, where this replica has it: another one need not wait for its end."""
-        self._run("resign", (), self.who)
+        self._run("resign", ("lease",), self.who)
 
     def order(self, name: str, order: str) -> None:
         """Ask whoever leads for something; the oldest of too many orders are forgotten."""

@@ -41,6 +41,8 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
     tasks = []
     if loops:
         tasks = [asyncio.create_task(loop) for loop in (one.keep_house(), one.keep_store())]
+        if one.replica is not None:
+            tasks.append(asyncio.create_task(one.replica.run()))
         if one.scorer is not None and one.reference is not None:
             tasks += [asyncio.create_task(one.keep_reference(one.reference)), asyncio.create_task(one.scorer.run(1))]
     try:

@@ -223,11 +223,16 @@ def test_who_has_lost_the_lease_writes_nothing(pair: tuple[ValkeyStore, ValkeySt
         lambda: first.set_state("serving", "b", leading=True),
         lambda: first.set_state("serving", None, leading=True),
         lambda: first.raise_state("tests", 4, leading=True),
+        lambda: first.put_profile(StoredProfile("a", b"", 0.0), leading=True),
+        lambda: first.delete_profile("kept", leading=True),
+        lambda: first.append_event({}, leading=True),
     ]
+    first.put_profile(StoredProfile("kept", b"", 0.0))
     for write in writes:
         with pytest.raises(LeaseLost, match="another replica leads"):
             write()
     assert (second.get_state("serving"), second.get_state("tests")) == ("a", "3")
+    assert (list(second.versions()), second.events(9)) == (["kept"], [])
     second.set_state("serving", None, leading=True)
     assert first.get_state("serving") is None
 
