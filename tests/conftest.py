@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tests.fakes.engine_admin import TOKEN, EngineAdmin
 
 from hemostat import vllm_process
 from hemostat.compress import Checkpoints, cached_checkpoints
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("hemostat", deadline=None)
+hypothesis.settings.load_profile("hemostat")
 
 VLLM_ARGUMENTS = [
     *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048", "--max-logprobs", "64"),
