@@ -86,7 +86,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where everything must run (REQUIRE_ALL=1, as in CI), a test that is skipped because something is missing fails."""
+    """Where everything must run (REQUIRE_ALL=1, as in CI), a test that is skipped for want of something fails."""
     if os.environ.get("REQUIRE_ALL") == "1" and _missed:
         print("\nREQUIRE_ALL=1, but these were skipped:", *_missed, sep="\n  ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
