@@ -64,9 +64,17 @@ def _plain(node: dict[str, Any], definitions: dict[str, Any], path: tuple[str, .
         kept["type"] = ["object", "null"]  # a section whose keys are all commented out
         kept.pop("required", None)
     kept |= CHECKED_BY_CODE.get(path, {})
+    if "type" in kept and "number" in _types(kept):  # --set reads 0.5 as a text; the settings read texts as numbers
+        kept["type"] = list(dict.fromkeys(["number", "string", *_types(kept)]))
+        fraction = 1 in (kept.get("maximum"), kept.get("exclusiveMaximum"))
+        kept["pattern"] = r"^(0|1|0?\.[0-9]+)$" if fraction else r"^[0-9]+(\.[0-9]+)?$"
     if "enum" in kept:
         kept.pop("type", None)
     return dict(sorted(kept.items()))
+
+
+def _types(node: dict[str, Any]) -> list[str]:
+    return [node["type"]] if isinstance(node["type"], str) else node["type"]
 
 
 def schema(text: str) -> str:

@@ -70,6 +70,7 @@ WRONG = {
     "config.reference.backend=vllm": "/config/reference",
     "config.reference.backend=transformers": "/config/reference",
     "config.shadow.rate=5": "/config/shadow/rate",
+    "config.shadow.rate=1.5": "/config/shadow/rate",  # a text, as --set has it
     "config.shadow.rat=0.5": "'rat'",
     "config.shadwo.rate=0.5": "'shadwo'",
     "config.listen.port=80": "'listen'",

@@ -132,8 +132,9 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{/* Who is behind an address, as a list of NetworkPolicyPeers; empty: nobody can say. */}}
 {{- define "hemostat.peers" -}}
 {{- $host := (urlParse .).hostname -}}
-{{- $namespace := regexReplaceAll "^(?:.+\\.)?([^.]+)\\.svc(?:\\..*)?$" $host "$1" -}}
-{{- if regexMatch "^[0-9]+(\\.[0-9]+){3}$" $host -}}
+{{- $namespace := regexReplaceAll "^.+\\.([^.]+)\\.svc(?:\\..*)?$" $host "$1" -}}
+{{- if not $host -}}
+{{- else if regexMatch "^[0-9]+(\\.[0-9]+){3}$" $host -}}
 - ipBlock: {cidr: "{{ $host }}/32"}
 {{- else if contains ":" $host -}}
 - ipBlock: {cidr: "{{ $host }}/128"}
