@@ -1,0 +1,171 @@
+"""The dashboards' files: valid by Grafana's own schema; queries by promql-parser, their names by what is exported."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft7Validator, ValidationError
+from tests.observe.dashboards import ALL, Query, Used, load, panels, queries, used
+from tests.observe.prometheus import needs, rules
+
+from hemostat.metrics import FAMILIES
+
+GRAFANA = ["@grafana/schema@13.2.3", "ts-json-schema-generator@2.10.0"]
+"""From npm: Grafana's types, and what makes a JSON schema of them."""
+TARGET = {"job", "instance", "namespace", "pod"}
+"""Labels that Prometheus itself adds."""
+
+
+def exported() -> dict[str, set[str]]:
+    """Labels by series name, the recording rules' included."""
+    found: dict[str, set[str]] = {}
+    for name, family in FAMILIES.items():
+        labels = TARGET | set(family.labels)
+        if family.kind == "histogram":
+            found |= {f"{name}_bucket": labels | {"le"}, f"{name}_sum": labels, f"{name}_count": labels}
+        else:
+            found[name] = labels
+    return found
+
+
+@pytest.mark.parametrize("query", queries(), ids=str)
+def test_every_query_reads_what_is_exported(query: Query) -> None:
+    """Types and syntax, too: `used` parses it."""
+    reads = used(query.with_values(ALL), query.legend)
+    assert reads
+    for selected in reads:
+        assert selected.metric in exported(), f"{selected.metric} is not exported"
+        assert selected.labels <= exported()[selected.metric], selected
+        assert "namespace" in selected.labels or selected.metric == "hemostat_model_info", (
+            "variables narrow every query"
+        )
+
+
+def test_every_rule_reads_what_is_exported() -> None:
+    known = exported()
+    for rule in rules():
+        reads = used(rule["expr"])
+        for selected in reads:
+            assert selected.metric in known, f"{selected.metric} is not exported"
+            assert selected.labels <= known[selected.metric], selected
+        if "record" in rule:
+            known[rule["record"]] = TARGET | set().union(*(known[selected.metric] for selected in reads))
+
+
+def test_what_reads_them_finds_mistakes() -> None:
+    assert used('sum by (a) (rate(x_total{n="v"}[5m]) and on (i) y) / on (a) group_left sum by (a) (z)') == [
+        Used("x_total", frozenset({"a", "n", "i"})),
+        Used("y", frozenset({"i"})),
+        Used("z", frozenset({"a"})),
+    ]
+    assert used("histogram_quantile(0.5, sum by (le) (x_bucket))") == [Used("x_bucket", frozenset({"le"}))]
+    with pytest.raises(ValueError, match="expected type matrix"):
+        used("rate(x)")
+    with pytest.raises(ValueError, match="unclosed"):
+        used("sum(x")
+    for gone in ("histogram_quantile(0.5, sum(x_bucket))", "sum(x) and on (instance) y"):
+        with pytest.raises(AssertionError, match="are gone after"):
+            used(gone)
+
+
+@pytest.mark.parametrize("name", load())
+def test_every_dashboard_has_the_variables_and_every_panel_what_explains_it(name: str) -> None:
+    dashboard = load()[name]
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    assert variables == {"DS_PROMETHEUS", *ALL}
+    for panel in dashboard["panels"]:
+        sources = [panel, *panel["targets"]] if panel["type"] != "row" else []
+        assert all(source["datasource"] == {"type": "prometheus", "uid": "${DS_PROMETHEUS}"} for source in sources)
+    for panel in panels(dashboard):
+        title, shown = panel["title"], panel["fieldConfig"]["defaults"]
+        assert "?" in panel["description"], f"{title}: the question that it answers"
+        assert shown["unit"] not in {"", "none"}, title
+        assert shown["thresholds"]["steps"], title
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    assert len({panel["title"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_no_two_panels_overlap() -> None:
+    for name, dashboard in load().items():
+        for one, other in itertools.combinations(dashboard["panels"], 2):
+            a, b = one["gridPos"], other["gridPos"]
+            apart = (
+                a["x"] + a["w"] <= b["x"]
+                or b["x"] + b["w"] <= a["x"]
+                or a["y"] + a["h"] <= b["y"]
+                or b["y"] + b["h"] <= a["y"]
+            )
+            assert apart, f"{name}: {one['title']} and {other['title']}"
+            assert a["x"] + a["w"] <= 24
+
+
+def test_dashboards_have_names_of_their_own() -> None:
+    uids = [dashboard["uid"] for dashboard in load().values()]
+    assert sorted(uids) == ["hemostat-calibration", "hemostat-overview", "hemostat-shadow"]
+
+
+@pytest.fixture(scope="module")
+def grafana(tmp_path_factory: pytest.TempPathFactory) -> Draft7Validator:
+    """The JSON schema of dashboard.ts; npm fetches Grafana's types into a temporary folder."""
+    folder = tmp_path_factory.mktemp("grafana")
+    (folder / "package.json").write_text("{}")
+    options = {"module": "esnext", "moduleResolution": "bundler", "strict": True, "skipLibCheck": True}
+    (folder / "tsconfig.json").write_text(json.dumps({"compilerOptions": options}))
+    (folder / "dashboard.ts").write_text((Path(__file__).parent / "dashboard.ts").read_text())
+    quiet = ["--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts"]
+    fetched = _call(folder, "npm", "install", *quiet, *GRAFANA)
+    if fetched.returncode != 0:
+        pytest.skip(f"npm could not install {' '.join(GRAFANA)}: {fetched.stderr[-500:]}")
+    flags = ["--tsconfig", "tsconfig.json", "--path", "dashboard.ts", "--type", "OurDashboard"]
+    made = _call(folder, "node_modules/.bin/ts-json-schema-generator", *flags)
+    assert made.returncode == 0, made.stderr
+    schema = json.loads(made.stdout)
+    Draft7Validator.check_schema(schema)
+    return Draft7Validator(schema)
+
+
+def _call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def complaints(grafana: Draft7Validator, dashboard: Any) -> list[str]:
+    """Of a panel, those by the kind that it is."""
+
+    def told(error: ValidationError) -> list[str]:
+        kinds = [list(tried) for _, tried in itertools.groupby(error.context or [], lambda inner: inner.schema_path[0])]
+        if not kinds:
+            return [f"{error.json_path}: {error.message}"]
+        return [text for inner in min(kinds, key=len) for text in told(inner)]
+
+    return [text for error in grafana.iter_errors(dashboard) for text in told(error)]
+
+
+@needs("npm", "npm")
+@pytest.mark.parametrize("name", load())
+def test_it_is_valid_by_grafanas_schema(grafana: Draft7Validator, name: str) -> None:
+    assert complaints(grafana, load()[name]) == []
+
+
+@needs("npm", "npm")
+def test_the_schema_finds_mistakes(grafana: Draft7Validator) -> None:
+    for change in (
+        lambda d, p: d.update(refresh=30),
+        lambda d, p: d.update(tags="hemostat"),
+        lambda d, p: d["templating"]["list"][0].update(hide="no"),
+        lambda d, p: p["options"].update(colourMode="value"),
+        lambda d, p: p["options"].update(graphMode="fancy"),
+        lambda d, p: p["fieldConfig"]["defaults"]["thresholds"].update(mode="relative"),
+        lambda d, p: p["fieldConfig"]["defaults"].update(units="s"),
+        lambda d, p: p["targets"][0].pop("expr"),
+        lambda d, p: p["gridPos"].pop("h"),
+        lambda d, p: p.pop("type"),
+    ):
+        dashboard = load()["overview"]
+        (panel,) = [panel for panel in dashboard["panels"] if panel["title"] == "Alarm"]
+        change(dashboard, panel)
+        assert complaints(grafana, dashboard)
