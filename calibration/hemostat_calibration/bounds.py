@@ -96,7 +96,7 @@ def view_of(record: TokenRecord) -> View:
         c=np.exp(log_s),
         log_r=log_r,
         r=np.exp(log_r),
-        exact=bool((inside.sum(axis=1) == record.vocab_size).all()),
+        exact=bool((row_counts(inside) == record.vocab_size).all()),
     )
 
 
@@ -136,11 +136,17 @@ def row_sums(x: Floats) -> Floats:
     return sums
 
 
+def row_counts(x: Bools) -> npt.NDArray[np.intp]:
+    """Of True."""
+    counts: npt.NDArray[np.intp] = np.einsum("ij->i", x.astype(np.intp))
+    return counts
+
+
 def xlogy(x: Floats, y: Floats) -> Floats:
     """x log y, 0 where x is 0."""
-    positive = x > 0.0
-    log_y: Floats = np.log(y, where=positive, out=np.zeros_like(x))
-    return x * log_y
+    # Not np.log(where=...): numpy's loop with a mask takes one value at a time.
+    product: Floats = x * np.log(np.where(x > 0.0, y, 1.0))
+    return product
 
 
 def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
@@ -225,7 +231,7 @@ def cap(candidates: Candidates, emitted: Ids) -> Floats:
     The last place may be taken by the emitted token, however unlikely: then the one before it is the least for sure.
     """
     rows = np.arange(len(emitted))
-    last = (candidates.ids >= 0).sum(axis=1) - 1
+    last = row_counts(candidates.ids >= 0) - 1
     last -= candidates.ids[rows, last] == emitted
     least: Floats = np.where(last >= 0, np.minimum(candidates.logprobs[rows, np.maximum(last, 0)], 0.0), 0.0)
     return least
@@ -266,9 +272,9 @@ def bounds_of(
     cap_r, cap_p = np.exp(cap(reference, record.output_ids)), np.exp(log_cap)
     lower = _capped(view, known, np.where(view.inside, log_p, -np.inf), on_p, log_r_p, r_p, r_out, p_out, log_cap)
 
-    q_ids = on_q.sum(axis=1)
-    p_ids = on_p.sum(axis=1)
-    unnamed = record.vocab_size - view.inside.sum(axis=1) - p_ids - q_ids
+    q_ids = row_counts(on_q)
+    p_ids = row_counts(on_p)
+    unnamed = record.vocab_size - row_counts(view.inside) - p_ids - q_ids
     r_rest = _Rest.of(np.maximum(r_out - row_sums(r_p), 0.0), unnamed + q_ids, cap_r)
     p_rest = _Rest.of(np.maximum(p_out - row_sums(p_q), 0.0), unnamed + p_ids, cap_p)
     most = math.inf if floor == 0.0 else -math.log(floor)

@@ -41,6 +41,8 @@ from hemostat_calibration.bounds import (
     cap,
     coarse,
     jensen_shannon,
+    row_counts,
+    row_sums,
     total_variation,
     view_of,
     xlogy,
@@ -125,8 +127,8 @@ def divergence(record: TokenRecord, served: CalibrationProfile | None = None, fl
         kl_cr=lower.kl_cr,
         js=lower.js,
         tv=lower.tv,
-        covered_reference=np.minimum(view.r.sum(axis=1), 1.0),
-        covered_compressed=np.minimum(view.c.sum(axis=1), 1.0),
+        covered_reference=np.minimum(row_sums(view.r), 1.0),
+        covered_compressed=np.minimum(row_sums(view.c), 1.0),
         top1_agreement=record.compressed.ids[:, 0] == record.reference.ids[:, 0],
         delta_log_likelihood=record.compressed_emitted - record.reference_emitted,
         delta_p=_delta_p(record, record.compressed_emitted),
@@ -168,8 +170,8 @@ def calibrated(
     known = low == high
     log_a = view.log_c + delta
     a = np.exp(log_a)
-    total = a.sum(axis=1)
-    r_inside = np.minimum(view.r.sum(axis=1), 1.0)
+    total = row_sums(a)
+    r_inside = np.minimum(row_sums(view.r), 1.0)
 
     def at(log_z: Floats) -> Coarse:
         return coarse(view, a * np.exp(-log_z)[:, None], log_a - log_z[:, None])
@@ -180,7 +182,7 @@ def calibrated(
     if not known.all():
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             best_rc = np.log(total) - np.log(r_inside)
-            mean_log_ratio = np.where(a > 0.0, a * (log_a - view.log_r), 0.0).sum(axis=1) / total
+            mean_log_ratio = row_sums(np.where(a > 0.0, a * (log_a - view.log_r), 0.0)) / total
             log_kappa = -mean_log_ratio - np.log(np.maximum(1.0 - r_inside, MASS_ROUNDING))
             best_cr = np.logaddexp(-log_kappa, np.log(total))
         # NaN where nothing is known (S empty) or c' meets r(i) = 0: the figure does not depend on Z there.
@@ -232,8 +234,8 @@ def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
     shifted = _known(delta)
     z_low, z_high = _log_normalizer(record, profile, view, delta)
     low, high = _behind(record, profile, np.where((view.inside == (view.ids >= 0)).all(axis=1), _most(record), 0.0))
-    inside = (view.r * delta).sum(axis=1)
-    tail = np.zeros(record.tokens) if view.exact else np.maximum(1.0 - view.r.sum(axis=1), 0.0)
+    inside = row_sums(view.r * delta)
+    tail = np.zeros(record.tokens) if view.exact else np.maximum(1.0 - row_sums(view.r), 0.0)
     least, most = shift_range(profile)
     expected_low = np.where(shifted, inside + tail * low, least)
     expected_high = np.where(shifted, inside + tail * high, most)
@@ -283,9 +285,9 @@ def _crossing(
 
 def _entropy(logprobs: Floats) -> Floats:
     p = np.exp(logprobs)
-    outside = np.maximum(1.0 - p.sum(axis=1), 0.0)
+    outside = np.maximum(1.0 - row_sums(p), 0.0)
     with np.errstate(invalid="ignore"):
-        entropy: Floats = -np.where(p > 0.0, p * logprobs, 0.0).sum(axis=1) - xlogy(outside, outside)
+        entropy: Floats = -row_sums(np.where(p > 0.0, p * logprobs, 0.0)) - xlogy(outside, outside)
     return np.maximum(entropy, 0.0)
 
 
@@ -299,7 +301,7 @@ def _reference_entropy(record: TokenRecord) -> Floats:
 
 
 def _at_emitted(record: TokenRecord, view: View, values: Floats) -> Floats:
-    emitted: Floats = np.where(view.ids == record.output_ids[:, None], values, 0.0).sum(axis=1)
+    emitted: Floats = row_sums(np.where(view.ids == record.output_ids[:, None], values, 0.0))
     return emitted
 
 
@@ -328,7 +330,7 @@ def _most(record: TokenRecord) -> Floats:
     The last candidate may be the emitted token, far down: the one before it is among the most likely for sure.
     """
     logprobs = record.compressed.logprobs
-    before_last = np.maximum((record.compressed.ids >= 0).sum(axis=1) - 2, 0)
+    before_last = np.maximum(row_counts(record.compressed.ids >= 0) - 2, 0)
     most: Floats = np.minimum(logprobs[np.arange(record.tokens), before_last] - logprobs[:, 0], 0.0)
     return most
 
@@ -348,9 +350,9 @@ def _log_normalizer(
     """
     low, high = _behind(record, profile, _most(record))
     candidates = np.exp(view.log_candidates)
-    complete = (view.ids >= 0).sum(axis=1) == record.vocab_size
-    behind = np.where(complete, 0.0, np.maximum(1.0 - candidates.sum(axis=1), 0.0))
-    total = (candidates * np.exp(delta)).sum(axis=1)
+    complete = row_counts(view.ids >= 0) == record.vocab_size
+    behind = np.where(complete, 0.0, np.maximum(1.0 - row_sums(candidates), 0.0))
+    total = row_sums(candidates * np.exp(delta))
     z_low, z_high = np.log(total + behind * np.exp(low)), np.log(total + behind * np.exp(high))
     unknown = np.isnan(total)
     least, most = shift_range(profile)
@@ -382,14 +384,14 @@ def _estimate(
     kept = _unconditional(record, view)
     r = np.where(kept, view.r, 0.0)
     p = np.where(kept, np.exp(log_p), 0.0)
-    r_out = np.maximum(1.0 - r.sum(axis=1), MASS_ROUNDING)
-    p_out = np.maximum(1.0 - p.sum(axis=1), MASS_ROUNDING)
+    r_out = np.maximum(1.0 - row_sums(r), MASS_ROUNDING)
+    p_out = np.maximum(1.0 - row_sums(p), MASS_ROUNDING)
     log_rho = np.log(r_out / p_out)
     outside = ~(kept & (view.ids == record.output_ids[:, None])).any(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         log_ratio = view.log_r - log_p
-        rc = np.where(r > 0.0, r * log_ratio, 0.0).sum(axis=1) + r_out * log_rho
-        cr = -np.where(p > 0.0, p * log_ratio, 0.0).sum(axis=1) - p_out * log_rho
+        rc = row_sums(np.where(r > 0.0, r * log_ratio, 0.0)) + r_out * log_rho
+        cr = -row_sums(np.where(p > 0.0, p * log_ratio, 0.0)) - p_out * log_rho
         log_u = record.reference_emitted - log_p_emitted
         u = np.exp(log_u)
         rc_tail = np.where(u > 0.0, u * (log_u - log_rho), 0.0) - u + np.exp(log_rho)
