@@ -712,6 +712,7 @@ class Control:
         yield "hemostat_shadow_queue_depth", {}, len(self.queue)
         yield "hemostat_shadow_lag_seconds", {}, self._lag(now)
         if self.reference is not None:
+            yield "hemostat_shadow_rate_ratio", {}, self.settings.shadow.rate
             yield "hemostat_reference_up", {}, float(self.reference_state == "ready")
         # Nobody has said a name yet: dashboards join every figure with this one, and have to show that, too.
         for name in sorted(self.served) or [""]:

@@ -61,6 +61,9 @@ GROUPS: dict[str, dict[str, Family]] = {
             "Sampled requests by what became of them: shadowed (captured), scored, skipped (not scorable), dropped.",
             ("outcome", "reason"),
         ),
+        "hemostat_shadow_rate_ratio": Family(
+            "gauge", "ratio", "Part of the requests that is sampled (shadow.rate); absent without a reference."
+        ),
         "hemostat_shadow_queue_depth": Family("gauge", "captures", "Captures waiting for the reference."),
         "hemostat_shadow_lag_seconds": Family("gauge", "seconds", "Age of the oldest waiting capture."),
         "hemostat_reference_up": Family("gauge", "0 or 1", "1 while the reference scores; absent without a reference."),
