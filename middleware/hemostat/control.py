@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -49,7 +50,7 @@ from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceIn
 from hemostat.reference.server import ModelCard, VllmServer
 from hemostat.reference.vllm import VllmReference
 from hemostat.relay.counters import SHADOW_REQUESTS
-from hemostat.replica import BACKOFF, Lease, Replica
+from hemostat.replica import BACKOFF, OBEYED_WITHIN, Lease, Replica
 from hemostat.scorer import Scorer
 from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat.steering import EVENTS_HELD, STATES, Steering
@@ -79,6 +80,8 @@ MATCH_RETRY = 3.0
 MODELS_EVERY = 30.0
 """Seconds between looks at what the upstream serves: adapters may be loaded at run time."""
 HOUSEKEEPING = 0.5
+WRITTEN_WITHIN = 2.0
+"""Seconds that an order of another replica waits for the store before it is answered."""
 TRACED = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compressed")
 """Figures of a request, means over its tokens, that its shadow span tells."""
 
@@ -173,6 +176,9 @@ class Control:
         self._saves: asyncio.Queue[_Write] = asyncio.Queue(1000)
         self._store_said = ""
         self._restored = False
+        self._mode_here: str | None = None
+        """What an operator set at this replica, while the one that leads has yet to obey."""
+        self._mode_until = math.inf
 
     # --- what the parts call ---------------------------------------------------------------------------------------
 
@@ -279,13 +285,20 @@ class Control:
             events=EVENTS_HELD,
             take_up=self._take_up,
             keep=self._keep,
-            obey=self._obey,
+            obey=self._obey_and_write,
             failed=self._store_failed,
         )
 
     def _take_up(
         self, profiles: list[StoredProfile], states: dict[str, str | None], events: list[dict[str, Any]]
     ) -> None:
+        if self._mode_here is not None:
+            now = time.monotonic()
+            self._mode_until = min(self._mode_until, now + OBEYED_WITHIN)
+            if now > self._mode_until or (states["mode"] or "").endswith(f" {self._mode_here}"):
+                self._mode_here = None
+            else:
+                states["mode"] = f"{self.settings.calibration.mode} {self._mode_here}"
         self.steering.take_up(profiles, states, [e for e in events if e.get("decision") != "alarm"])
         if not self._restored:
             self.alarms.restore(states[ALARM_STATE], [e for e in events if e.get("decision") == "alarm"])
@@ -303,13 +316,21 @@ class Control:
             return await self._obey(action, list(arguments))
         return await self.replica.ask(action, *arguments)
 
-    async def _decide_at_once(self, action: str, *arguments: str | None) -> None:
-        """What ends something holds here whatever the store does, and everywhere once it answers."""
+    async def _decide_at_once(self, action: str, *arguments: str | None) -> bool:
+        """What ends something holds here whatever the store does, and everywhere once it answers: whether it does."""
         if self.replica is not None and not self.replica.reachable and not self.lease.leads:
             await self._obey(action, list(arguments))
             self._save("order", secrets.token_hex(8), json.dumps([action, *arguments]), leading=False)
-        else:
-            await self._decide(action, *arguments)
+            return False
+        await self._decide(action, *arguments)
+        return True
+
+    async def _obey_and_write(self, action: str, arguments: list[Any]) -> str:
+        """Whoever asked reads it in the store once this returns."""
+        result = await self._obey(action, arguments)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._saves.join(), WRITTEN_WITHIN)
+        return result
 
     async def _obey(self, action: str, arguments: list[Any]) -> str:
         """What an operator asked for, here or at another replica; HemostatError."""
@@ -517,6 +538,7 @@ class Control:
                     self._store_failed(failure)
                     break
                 await asyncio.sleep(pause)
+            self._saves.task_done()
 
     async def restore(self) -> None:
         """Take up what the store holds from an earlier run."""
@@ -678,8 +700,10 @@ class Control:
     async def set_mode(self, mode: str) -> None:
         if not self.lease.leads:
             # Here now: the replica that leads may be slow to answer, or be gone.
+            self._mode_here, self._mode_until = mode, math.inf
             await self._obey("mode", [mode])
-        await self._decide_at_once("mode", mode)
+        if await self._decide_at_once("mode", mode):
+            self._mode_here = None
 
     # --- what the collector reads (metrics.State) ------------------------------------------------------------------
 
@@ -802,6 +826,7 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
     stopping = asyncio.create_task(stop.wait())
     print(json.dumps({"admin_port": listener.getsockname()[1]}), flush=True)  # noqa: T201  the supervisor reads it
     done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    app.state.closing.set()
     server.should_exit = True
     for task in tasks[1:]:
         task.cancel()

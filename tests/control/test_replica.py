@@ -1,0 +1,394 @@
+"""Several control processes with one Valkey: one decides, the others follow, any may die, the store too."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from tests import valkey
+from tests.control.making import TOKEN, control, profile, settings
+from tests.control.test_steering import BIASED, JUDGED, LEARNED, Bench, harmful, helpful
+from tests.valkey import Valkey
+
+from hemostat import control as control_module
+from hemostat import replica as replica_module
+from hemostat.config import Settings
+from hemostat.control import Control
+from hemostat.messages import Policy
+from hemostat.replica import Lease
+from hemostat.steering import EVENTS_HELD, STATES
+from hemostat.store import StoredProfile, StoreRefused, ValkeyStore
+from hemostat_calibration.errors import HemostatError
+
+MODEL, V = "m", 30
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "HOUSEKEEPING", 0.05)
+    monkeypatch.setattr(control_module, "BACKOFF", (0.05,))
+    monkeypatch.setattr(replica_module, "BACKOFF", (0.05,))
+    monkeypatch.setattr(replica_module, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(replica_module, "LEASE", 1.0)
+    monkeypatch.setattr(replica_module, "OBEYED_WITHIN", 3.0)
+    monkeypatch.setattr(replica_module, "ASK_EVERY", 0.02)
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with valkey.running(tmp_path_factory.mktemp("valkey")) as one:
+        yield one
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Valkey]:
+    """One that the test may kill."""
+    with valkey.running(tmp_path / "valkey") as one:
+        yield one
+
+
+def made(server: Valkey, folder: Path, mode: str = "auto") -> Settings:
+    url = f"{server.url}?prefix={quote(f'{folder}:')}"
+    return settings(store={"url": url}, calibration={"mode": mode}, admin={"port": 0, "token": TOKEN})
+
+
+@asynccontextmanager
+async def replicas(server: Valkey, folder: Path, number: int = 2) -> AsyncIterator[list[Control]]:
+    """Of one deployment; the first one leads."""
+    async with AsyncExitStack() as stack:
+        ones = []
+        for n in range(number):
+            (folder / f"replica-{n}").mkdir()
+            one = await stack.enter_async_context(control(folder / f"replica-{n}", made(server, folder), loops=True))
+            one.steering.know(MODEL, V)
+            ones.append(one)
+        await until(lambda: ones[0].lease.leads)
+        yield ones
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def agree(ones: list[Control], version: str | None) -> bool:
+    return all(one.steering.serving == version for one in ones)
+
+
+async def gone(one: Control) -> None:
+    """Its process was killed: it says nothing any more."""
+    assert one.replica is not None
+
+    async def nothing() -> None:
+        return
+
+    one.replica.beat = nothing  # type: ignore[method-assign]
+
+
+async def test_what_one_promotes_all_serve(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server, tmp_path, 3) as ones:
+        assert [one.lease.leads for one in ones] == [True, False, False]
+        told: list[Policy] = []
+        ones[2].link.set_policy = told.append  # type: ignore[method-assign]
+        mine = profile()
+        await ones[0].promote(await ones[0].import_profile(mine.to_bytes(), ""), "")
+        await until(lambda: agree(ones, mine.version))
+        await until(lambda: told[-1].serving == mine.version)
+        assert [one.profile_bytes(mine.version) for one in ones] == [mine.to_bytes()] * 3
+        assert [one.engines._hold for one in ones] == [(mine.version,)] * 3
+        await until(lambda: [e["decision"] for e in ones[1].profiles()["events"]] == ["promote", "import"])
+        assert [one.status()["replica"]["leads"] for one in ones] == [True, False, False]
+        leading = [{name: value for name, _, value in one.gauges()}["hemostat_replica_leads"] for one in ones]
+        assert leading == [1.0, 0.0, 0.0]
+        await ones[0].rollback("asked for", None)
+        await until(lambda: agree(ones, None))
+        assert ones[1].steering.promotions == ones[1].steering.rollbacks == 0, "counted where it was decided"
+
+
+async def test_operators_may_talk_to_any_replica(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server, tmp_path) as ones:
+        leader, follower = ones
+        mine = profile()
+        version = await follower.import_profile(mine.to_bytes(), "")
+        assert version == mine.version
+        assert leader.steering.candidates == [version]
+        await follower.promote(version, "")
+        await until(lambda: agree(ones, version))
+        with pytest.raises(HemostatError, match="serves there already"):
+            await follower.promote(version, "")
+        with pytest.raises(HemostatError, match="no profile"):
+            await follower.promote("0" * 32, "")
+        await follower.pin(version)
+        await until(lambda: follower.steering.pinned)
+        assert leader.steering.pinned
+        await follower.pin(None)
+        assert not leader.steering.pinned
+        await follower.set_mode("off")
+        assert (leader.steering.mode, follower.steering.mode) == ("off", "off")
+        assert follower.store.get_state("mode") == "auto off"
+        await leader.set_mode("auto")
+        await until(lambda: follower.steering.mode == "auto")
+        await follower.rollback("asked for", None)
+        await until(lambda: agree(ones, None))
+        with pytest.raises(HemostatError, match="vocabulary of 31"):
+            await follower.import_profile(profile(vocabulary=31).to_bytes(), "")
+
+
+async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spent(
+    shared_server: Valkey, tmp_path: Path
+) -> None:
+    async with replicas(shared_server, tmp_path) as ones:
+        leader, follower = ones
+        for n in range(2):
+            await leader.import_profile(profile(n).to_bytes(), "")
+        await leader.promote(profile(0).version, "")
+        await until(lambda: agree(ones, profile(0).version))
+        begun = leader.steering.status()["tests_begun"]
+        assert begun["candidate"] >= 3, "two, and the other one anew after the promotion"
+        await until(lambda: follower.store.get_state("tests.candidate") == str(begun["candidate"]))
+        await gone(leader)
+        assert not follower.lease.leads, "not before the lease has run out"
+        await until(lambda: follower.lease.leads)
+        assert not leader.lease.leads, "it has stopped before"
+        assert follower.steering.serving == profile(0).version
+        assert follower.steering.status()["tests_begun"]["candidate"] == begun["candidate"]
+        other = profile(2)
+        await follower.import_profile(other.to_bytes(), "")
+        assert follower.steering.status()["candidates"][0]["test"] == begun["candidate"] + 1
+        await follower.promote(other.version, "")
+        await until(lambda: other.version in (follower.store.get_state("serving") or ""))
+        # What the one that was thought dead still writes is refused, and it follows when it is back.
+        leader._save("set_state", "serving", "{}")
+        await until(lambda: "another replica leads" in leader._store_said)
+        assert other.version in (follower.store.get_state("serving") or "")
+        del leader.replica.beat  # type: ignore[union-attr]
+        await leader.replica.beat()  # type: ignore[union-attr]
+        assert leader.steering.serving == other.version
+        assert leader.steering.candidates == []
+
+
+async def test_an_orderly_end_hands_over_at_once(
+    shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_module, "LEASE", 600.0)
+    async with AsyncExitStack() as stack:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+        first = AsyncExitStack()
+        leader = await first.enter_async_context(control(tmp_path / "a", made(shared_server, tmp_path), loops=True))
+        follower = await stack.enter_async_context(control(tmp_path / "b", made(shared_server, tmp_path), loops=True))
+        leader.steering.know(MODEL, V)
+        follower.steering.know(MODEL, V)
+        await until(lambda: leader.lease.leads)
+        await leader.promote(await leader.import_profile(profile().to_bytes(), ""), "")
+        await first.aclose()
+        await until(lambda: follower.lease.leads)
+        assert follower.steering.serving == profile().version, "written before it ended"
+
+
+async def test_a_store_that_crashes_changes_nothing_and_comes_back(
+    server: Valkey, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with replicas(server, tmp_path) as ones:
+        leader, follower = ones
+        mine = profile()
+        await leader.promote(await leader.import_profile(mine.to_bytes(), ""), "")
+        await until(lambda: agree(ones, mine.version))
+        server.kill()
+        # Decided while it still leads by its own clock, written when the store is back.
+        other = await leader.import_profile(profile(1).to_bytes(), "")
+        await leader.promote(other, "")
+        await until(lambda: not leader.lease.leads)
+        assert leader.lease.watches
+        assert follower.steering.serving == mine.version
+        with pytest.raises(HemostatError, match="cannot be asked"):
+            await leader.promote(mine.version, "")
+        with pytest.raises(HemostatError, match="cannot be asked"):
+            await follower.import_profile(profile(2).to_bytes(), "")
+        assert all(one.store_failures > 0 for one in ones)
+        said = [record for record in caplog.records if record.levelno >= logging.ERROR]
+        assert len(said) < 20, "the same failure is one line, however often it comes"
+        await until(lambda: not any(one.status()["replica"]["store_reachable"] for one in ones))
+        server.start()
+        await until(lambda: any(one.lease.leads for one in ones))
+        await until(lambda: len({one.steering.serving for one in ones}) == 1)
+        assert (leader if leader.lease.leads else follower).steering.serving in {other, mine.version}
+        assert any(one.status()["replica"]["leads"] for one in ones)
+
+
+async def test_a_store_that_lost_its_data_gets_it_again(tmp_path: Path) -> None:
+    with valkey.running(tmp_path / "valkey", keeps=False) as server:
+        async with replicas(server, tmp_path) as ones:
+            mine = profile()
+            await ones[0].promote(await ones[0].import_profile(mine.to_bytes(), ""), "")
+            await until(lambda: agree(ones, mine.version))
+            begun = ones[0].steering.status()["tests_begun"]["serving"]
+            server.kill()
+            server.start()
+            await until(lambda: any(one.lease.leads for one in ones))
+            store = ones[0].store
+            await until(lambda: store.get_profile(mine.version) is not None)
+            await until(lambda: mine.version in (store.get_state("serving") or ""))
+            await until(lambda: int(store.get_state("tests.serving") or 0) >= begun)
+            assert agree(ones, mine.version)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_off_holds_at_once_without_the_store_and_everywhere_with_it(
+    which: int, server: Valkey, tmp_path: Path
+) -> None:
+    async with replicas(server, tmp_path) as ones:
+        await ones[0].promote(await ones[0].import_profile(profile().to_bytes(), ""), "")
+        await until(lambda: agree(ones, profile().version))
+        server.kill()
+        await until(lambda: not ones[0].lease.leads)
+        await until(lambda: not any(one.status()["replica"]["store_reachable"] for one in ones))
+        await ones[which].set_mode("off")
+        assert ones[which].steering.serving is None
+        await ones[which].rollback("asked for", None)
+        server.start()
+        await until(lambda: [one.steering.mode for one in ones] == ["off", "off"])
+        await until(lambda: [one.steering.selected for one in ones] == [None, None])
+
+
+async def test_a_store_that_is_not_there_at_the_start_is_waited_for(server: Valkey, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    server.kill()
+    async with control(tmp_path / "a", made(server, tmp_path), loops=True) as one:
+        assert one.store_failures >= 1
+        assert not one.lease.leads
+        one.steering.know(MODEL, V)
+        one.publish()
+        server.start()
+        await until(lambda: one.lease.leads)
+        await one.promote(await one.import_profile(profile().to_bytes(), ""), "")
+        await until(lambda: profile().version in (one.store.get_state("serving") or ""))
+
+
+async def test_a_store_that_hangs_does_not_hold_up_the_event_loop(
+    server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hemostat.store.ANSWER_WITHIN", 0.5)
+    async with replicas(server, tmp_path, 1) as ones:
+        server.freeze()
+        longest, loop = 0.0, asyncio.get_running_loop()
+        for _ in range(100):
+            begun = loop.time()
+            ones[0].publish()
+            ones[0].steering.set_mode("observe" if ones[0].steering.mode == "auto" else "auto")
+            await asyncio.sleep(0.01)
+            longest = max(longest, loop.time() - begun)
+        assert longest < 0.4
+        server.thaw()
+        await until(lambda: ones[0].lease.leads)
+        await until(lambda: ones[0].store.get_state("mode") == "auto auto")
+
+
+async def test_a_wrong_password_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with valkey.running(tmp_path / "valkey", "secret") as server:
+        wrong = settings(store={"url": server.url.replace("secret", "wrong")})
+        with pytest.raises(StoreRefused, match=r"store\.url") as raised:
+            async with control(tmp_path, wrong):
+                pass
+        assert "\n" not in str(raised.value)
+
+
+async def test_a_follower_of_another_model_does_not_serve_what_does_not_fit(
+    shared_server: Valkey, tmp_path: Path
+) -> None:
+    async with replicas(shared_server, tmp_path) as ones:
+        leader, follower = ones
+        follower.steering.know("another", V + 1)
+        await leader.promote(await leader.import_profile(profile().to_bytes(), ""), "")
+        await until(lambda: bool(follower.profiles()["events"]))
+        assert follower.steering.serving is None
+        assert leader.steering.serving == profile().version
+
+
+async def test_damage_in_the_store_ends_no_loop(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server, tmp_path) as ones:
+        leader = ones[0]
+        await leader.promote(await leader.import_profile(profile().to_bytes(), ""), "")
+        await until(lambda: agree(ones, profile().version))
+        store = leader.store
+        assert isinstance(store, ValkeyStore)
+        store.order("1", json.dumps(["nonsense"]))
+        store.put_profile(StoredProfile("0" * 32, b"junk", 9e9))
+        await until(lambda: "not known" in (store.reply_to("1") or ""))
+        await until(lambda: "0" * 32 in store.versions())
+        store.order("2", "no json")
+        await leader.rollback("asked for", None)
+        await until(lambda: agree(ones, None))
+
+
+# --- what a replica that does not lead does ---------------------------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def follower_of(bench: Bench, clock: Clock) -> Lease:
+    lease = Lease(shared=True, clock=clock)
+    bench.steering._lease = lease
+    return lease
+
+
+def test_a_follower_learns_but_neither_proposes_nor_judges() -> None:
+    bench, clock = Bench(), Clock()
+    lease = follower_of(bench, clock)
+    bench.feed(BIASED, LEARNED[:40])
+    assert bench.steering.status()["learned_requests"] == 40
+    assert bench.decisions() == []
+    assert not bench.steering.awaits(10**6)
+    lease.granted(10.0)
+    bench.feed(BIASED, LEARNED[40:56])
+    assert bench.decisions() == ["propose", "propose"], "what it had learned is of use at once"
+    assert bench.steering.awaits(10**6)
+    lease.lost()
+    bench.feed(BIASED, JUDGED[:30])
+    assert [c["requests"] for c in bench.steering.status()["candidates"]] == [0, 0]
+
+
+def test_who_led_last_goes_on_watching_what_serves_and_promotes_nothing() -> None:
+    bench, clock = Bench(), Clock()
+    lease = follower_of(bench, clock)
+    lease.granted(10.0)
+    bad, good = bench.steering.add(harmful()), bench.steering.add(helpful())
+    bench.steering.promote(bad)
+    clock.now = 11.0
+    assert not lease.leads
+    spent = bench.steering.status()["tests_begun"]["candidate"]
+    bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is None)
+    assert bench.last("roll_back")["version"] == bad
+    assert bench.steering.selected is None
+    tested = {c["version"]: c["requests"] for c in bench.steering.status()["candidates"]}
+    assert tested == {good: 0}
+    assert bench.steering.status()["tests_begun"]["candidate"] == spent + 1, "begun anew, and not looked at"
+
+
+def test_every_test_has_an_alpha_of_its_own_whoever_begins_it() -> None:
+    benches, clock = [Bench()], Clock()
+    benches.append(Bench(benches[0].store))
+    leases = [follower_of(bench, clock) for bench in benches]
+    numbers: list[int] = []
+    for turn in range(6):
+        bench, store = benches[turn % 2], benches[0].store
+        leases[(turn + 1) % 2].lost()
+        states = {name: store.get_state(name) for name in STATES}
+        bench.steering.take_up(store.profiles(), states, store.events(EVENTS_HELD))
+        leases[turn % 2].granted(1e9)
+        bench.steering.keep([])
+        bench.steering.add(helpful(seed=turn))
+        numbers += [c["test"] for c in bench.steering.status()["candidates"]]
+    assert numbers == [1, 2, 3, 4, 5, 6]
