@@ -33,11 +33,11 @@ def needs(command: str, package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which(command) is None, reason=reason)
 
 
-def run(*command: str | Path) -> str:
-    """Its output; an AssertionError with it when the command fails."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, check=False)
+def command(*words: str | Path) -> str:
+    """Its output; an AssertionError with all that it said when the command fails."""
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stdout
 
 
 def rules() -> list[dict[str, Any]]:
@@ -108,11 +108,10 @@ def prometheus(configuration: Mapping[str, Any], folder: Path) -> Iterator[Prome
     (folder / "prometheus.yml").write_text(yaml.safe_dump(dict(configuration)))
     port = free_port()
     log = folder / "prometheus.log"
-    flags = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-    command = ["prometheus", *flags, f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
+    flags = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data", "--log.level=warn"]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            tied([shutil.which(command[0]) or command[0], *command[1:]]),
+            tied([shutil.which("prometheus") or "prometheus", *flags, f"--web.listen-address=127.0.0.1:{port}"]),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
