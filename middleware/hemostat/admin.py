@@ -6,6 +6,7 @@ Reading needs no token (the port is on loopback by default); whatever changes st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import math
 from collections.abc import AsyncIterator, Callable, Collection
@@ -119,7 +120,7 @@ def create_app(
 ) -> FastAPI:
     """`token` None: everything that would change state answers 403 and says what to set.
 
-    names: that the port answers to, beside addresses and localhost; None: to all.
+    names: that the port answers to, beside addresses and localhost; None: to all. `app.state.closing` ends the streams.
     """
     streams = 0
     told, told_at = b"", -math.inf
@@ -139,7 +140,9 @@ def create_app(
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
             raise HTTPException(401, "send the admin token as `Authorization: Bearer <admin.token>`")
 
+    closing = asyncio.Event()
     app = FastAPI(title="Hemostat", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.closing = closing
     guarded = [Depends(require_token)]
 
     @app.exception_handler(HemostatError)
@@ -185,9 +188,10 @@ def create_app(
             nonlocal streams
             try:
                 yield b"retry: 2000\n\n"
-                while not await request.is_disconnected():
+                while not (closing.is_set() or await request.is_disconnected()):
                     yield b"event: state\ndata: %b\n\n" % state()
-                    await asyncio.sleep(STREAM_EVERY)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(closing.wait(), STREAM_EVERY)
             finally:
                 streams -= 1
 

@@ -117,8 +117,11 @@ class Control:
             tempered=settings.upstream.openai_sampling_defaults,
             lease=self.lease,
         )
-        self.replica = self._replica(self.store) if isinstance(self.store, ValkeyStore) else None
+        self.replica: Replica | None = None
         """None without a store that other replicas could share."""
+        if isinstance(self.store, ValkeyStore):
+            self.replica = self._replica(self.store)
+            self.engines.replica = self.store.who
         self.reference = make_reference(settings)
         self.reference_info: ReferenceInfo | None = None
         self.learner = Learner(settings.calibration, self.steering, self.publish)
@@ -396,6 +399,7 @@ class Control:
         shadow, steering = self.settings.shadow, self.steering
         now = time.monotonic()
         self.engines.want(steering.wanted())
+        self.engines.leads = self.lease.leads
         policy = Policy(
             generation=0,
             mode=steering.mode,
@@ -415,6 +419,7 @@ class Control:
             labels=frozenset(self.settings.labels),
             apply=self.settings.calibration.apply,
             unscorable_models=self.adapters,
+            replica=self.engines.replica,
             openai_sampling_defaults=self.settings.upstream.openai_sampling_defaults,
             **steering.request_parameters(),
         )

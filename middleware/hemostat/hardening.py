@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -33,6 +34,8 @@ HEADERS = {
 }
 """Of every response. No CORS header is among them: other sites' pages may not read anything."""
 
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::\d*)?")
+
 
 class Harden:
     """ASGI: adds HEADERS, refuses hosts that are none of ours (421). names: None: any name will do."""
@@ -53,7 +56,7 @@ class Harden:
             await send(message)
 
         host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
-        if self._names is None or is_ours(host, self._names):
+        if self._names is None or not host or is_ours(host, self._names):
             await self._app(scope, receive, hardened)
         else:
             said = "not called by this name; list it in admin.allowed_hosts, or use the address"
@@ -66,11 +69,13 @@ class Harden:
 def is_ours(host: str, names: Collection[str]) -> bool:
     """Whether a Host header is an address, localhost, or one of `names` (whose port does not matter).
 
-    An address cannot be rebound; a name can, by whoever owns it.
+    An address cannot be rebound; a name can, by whoever owns it. No header comes from no browser.
     """
-    name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
-    name = name.rstrip(".").lower()
-    if name in {"", "localhost"} or name in {one.lower() for one in names}:
+    found = _HOST.fullmatch(host)
+    if found is None:
+        return False
+    name = (found[1] or found[2]).rstrip(".").lower()
+    if name == "localhost" or name in {one.lower() for one in names}:
         return True
     try:
         ipaddress.ip_address(name)

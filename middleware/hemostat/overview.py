@@ -99,7 +99,7 @@ class History:
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, ...]] = deque(maxlen=HISTORY_POINTS)
-        self._sums: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=RECENT + 1)
+        self._sums: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=RECENT)
         self._last = -math.inf
 
     def due(self, now: float) -> bool:

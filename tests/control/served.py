@@ -37,8 +37,14 @@ T = TypeVar("T")
 class Served:
     """`url` answers; `do` runs something in the control process's loop."""
 
-    def __init__(self, one: Control, url: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.control, self.url, self._loop = one, url, loop
+    def __init__(self, one: Control, server: uvicorn.Server, port: int, stop: Callable[[], None]) -> None:
+        self.control, self.port, self._server, self.stop = one, port, server, stop
+        self._loop = asyncio.get_running_loop()
+        self.url = f"http://127.0.0.1:{port}"
+
+    @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
 
     def do(self, what: Callable[[Control], T]) -> T:
         async def run() -> T:
@@ -59,11 +65,12 @@ def served(
 ) -> Iterator[Served]:
     """On a thread of its own, on a free port of this machine."""
     listener = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    number = listener.getsockname()[1]
     ready: list[Served] = []
     started, stop = threading.Event(), threading.Event()
 
     async def run() -> None:
+        more.setdefault("reference", {"backend": "vllm", "url": "http://127.0.0.1:1"})
         made = settings(admin={"port": 0, "token": TOKEN, **more.pop("admin", {})}, **more)
         token = made.admin.token.get_secret_value() if made.admin.token else None
         async with control(folder, made) as one:
@@ -76,14 +83,19 @@ def served(
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started:
                 await asyncio.sleep(0.01)
-            ready.append(Served(one, url, asyncio.get_running_loop()))
+            ready.append(Served(one, server, number, end))
             started.set()
             while not stop.is_set():
                 await asyncio.sleep(0.02)
+            app.state.closing.set()
             server.should_exit = True
             await serving
             if kept is not None:
                 kept.close()
+
+    def end() -> None:
+        stop.set()
+        thread.join(30)
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
@@ -91,8 +103,7 @@ def served(
     try:
         yield ready[0]
     finally:
-        stop.set()
-        thread.join(30)
+        end()
 
 
 def profile(seed: int = 0) -> CalibrationProfile:
@@ -170,5 +181,7 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
                 one._scored_itself(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
         if n % 5 == 0:
             at = n - 160
-            one.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, one.status())
+            status = one.status()
+            status["proxy"]["requests"], status["shadow"]["reference_tokens"] = 7 * n, 300 * n
+            one.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
     return writer

@@ -171,7 +171,7 @@ function verdict(s) {
     say("alarm", tests.length ? "No alarm yet: learning what is usual" : "Nothing to judge yet");
     say("alarm-sub", tests.length ? "" : "no request has been scored");
   }
-  table("tests", "Tests", ["route", "state", "test", "evidence, of what raises it", "", "since", "on", "action"], tests.map((t) => {
+  table("tests", "Tests", ["route", "state", "test", "evidence", "of what raises it", "since", "on", "action"], tests.map((t) => {
     const learning = t.test === "change" && t.learning < 1;
     const state = document.createElement("span");
     state.textContent = t.raised ? "raised" : learning ? `learning ${percent(t.learning, 0)}` : t.test === "budget" && s.alarm.floor_upper_nats === null ? "waits for the noise floor" : "watching";

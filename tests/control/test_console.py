@@ -1,0 +1,287 @@
+"""The console on states that a short real run does not reach: an alarm, profiles that serve and wait, arms, drops.
+
+On a real run: tests/e2e/test_console.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from tests.control.making import TOKEN
+from tests.control.served import Served, everything, served
+from tests.control.shown import interval, nats, percent
+
+from hemostat import overview
+from hemostat.admin import ASSETS
+from hemostat.overview import HISTORY_POINTS, RECENT, History
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    settings: dict[str, Any] = {"alarm": {"baseline_tokens": 500, "budget_nats": 0.5}, "labels": ["batch"]}
+    with served(tmp_path_factory.mktemp("served"), everything, **settings) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(one: Served, browser: Browser) -> Iterator[Page]:
+    said: list[str] = []
+    made = browser.new_page()
+    made.on("console", lambda message: said.append(message.text) if message.type in {"error", "warning"} else None)
+    made.on("pageerror", lambda error: said.append(str(error)))
+    made.goto(f"{one.url}/")
+    expect(made.locator("#connection")).to_contain_text("reference ready", timeout=15_000)
+    yield made
+    made.close()
+    assert not said
+
+
+def rows(page: Page, table: str) -> list[str]:
+    """The text of each row, cells apart."""
+    return [" | ".join(row.locator("th, td").all_inner_texts()) for row in page.locator(f"#{table} tbody tr").all()]
+
+
+def get(one: Served, path: str) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{one.url}/api/v1/{path}").raise_for_status().json()
+    return found
+
+
+@needs_chromium
+def test_an_alarm_is_seen_first_and_since_when(page: Page, one: Served) -> None:
+    [raised] = [test for test in get(one, "status")["alarm"]["tests"] if test["raised"]]
+    since = time.strftime("%H:%M:%S", time.localtime(raised["since"]))
+    expect(page.locator("#alarm")).to_have_text(f"ALARM on {raised['route']} (change) since {since}")
+    assert page.locator("#verdict").get_attribute("class") == "verdict bad"
+    [row] = [row for row in rows(page, "tests") if "raised" in row]
+    assert raised["route"] in row
+    assert percent(raised["evidence"], 0) in row
+    assert f"{raised['on_tokens']} tokens of {raised['on_requests']} requests" in row
+    assert len(rows(page, "tests")) == len(get(one, "status")["alarm"]["tests"])
+    box = page.locator("#verdict").bounding_box()
+    assert box is not None
+    assert box["y"] < 150, "before anything else"
+
+
+@needs_chromium
+def test_where_it_bleeds_by_route_label_and_decoding(page: Page, one: Served) -> None:
+    status = get(one, "status")
+    where, strategies = rows(page, "where"), rows(page, "strategies")
+    assert len(where) == len(status["where"]) == 4
+    for told, row in zip(status["where"], where, strict=True):
+        kl = told["kl_nats"]
+        cells = [told["route"], told["label"] or "–", str(told["requests"]), nats(kl["estimate"]), interval(kl["ci95"])]
+        assert row.startswith(" | ".join(cells))
+    assert [row.partition(" | ")[0] for row in strategies] == [told["strategy"] for told in status["decoding"]]
+    drawn = next(told["drawn_from"]["total_variation"] for told in status["decoding"] if told["strategy"] == "t1")
+    assert any(row.endswith(f"{nats(drawn['lower'])} – {nats(drawn['upper'])}") for row in strategies)
+    # The wider interval is drawn wider, on one scale.
+    widths = {row: page.locator("#where rect.span").nth(n).bounding_box() for n, row in enumerate(where)}
+    spans = [told["kl_nats"]["ci95"] for told in status["where"]]
+    narrow = min(range(4), key=lambda n: spans[n][1] - spans[n][0])
+    drawn_widths = [box["width"] for box in widths.values() if box is not None]
+    assert drawn_widths.index(min(drawn_widths)) == narrow
+
+
+@needs_chromium
+def test_whether_calibration_helps_and_what_serves(page: Page, one: Served) -> None:
+    status, profiles = get(one, "status"), get(one, "profiles")
+    assert page.locator("#won").inner_text() == percent(status["recovered"]["ratio"])
+    less = status["arms"]["treated_minus_control"]
+    name = "total_variation" if less["kl_nats_estimate"]["estimate"] is None else "kl_nats_estimate"
+    assert page.locator("#arms").inner_text() == nats(less[name]["estimate"])
+    assert interval(less[name]["ci95"]) in page.locator("#arms-sub").inner_text()
+    raw, calibrated = rows(page, "stages")
+    assert nats(status["calibrated"]["raw_same_requests"]["kl_nats"]["estimate"]) in raw
+    assert nats(status["calibrated"]["kl_nats"]["estimate"]) in calibrated
+    for arm in ("control", "treated"):
+        [row] = [row for row in rows(page, "by-arm") if row.startswith(arm)]
+        assert nats(status["arms"][arm]["kl_nats"]["estimate"]) in row
+    version = profiles["serving"]
+    assert page.locator("#serving").inner_text() == f"{version} serves."
+    selected = status["calibration"]["selected"]
+    [row] = [row for row in rows(page, "profiles") if row.startswith(version[:8])]
+    assert f"{selected['requests']} held-out requests, mean gain {nats(selected['mean_gain'])}" in row
+    assert f"above {nats(selected['lower'])}" in row
+    decisions = rows(page, "events")
+    assert len(decisions) == len(profiles["events"]) + len(status["alarm"]["events"])
+    assert any("promote" in row and version[:8] in row for row in decisions)
+    treated = next(row for row in rows(page, "endings") if row.startswith("treated"))
+    assert treated == "treated | 89 | 10.1 % | 38.2 | 1 | json: valid 7"
+
+
+@needs_chromium
+def test_what_it_costs_and_whether_the_proxy_is_well(page: Page, one: Served) -> None:
+    status = get(one, "status")
+    assert page.locator("#rate").inner_text() == percent(status["shadow"]["rate"])
+    assert page.locator("#dropped").inner_text() == "3"
+    assert page.locator("#dropped-sub").inner_text() == "queue_full 3"
+    assert page.locator("#queue").inner_text() == "0"
+    assert page.locator("#failed").inner_text() == percent(status["proxy"]["failed_ratio"], 2)
+    assert page.locator("#overhead").inner_text() == f"≤ {1000 * status['proxy']['overhead_seconds']['p50']:.2f}"
+    assert f"{status['proxy']['requests']} so far" in page.locator("#requests-sub").inner_text()
+    expect(page.locator("#reference")).to_have_text("0.0", timeout=10_000)
+    before = get(one, "status")["shadow"]["reference_tokens"]
+
+    def score(control: Any) -> None:
+        control.scorer.reference_tokens = before + 5000
+
+    one.do(score)
+    expect(page.locator("#reference")).not_to_have_text("0.0", timeout=10_000)
+    assert 5000 / 12 < float(page.locator("#reference").inner_text()) <= 5000 / 1.5
+
+
+@needs_chromium
+def test_the_operators_actions(page: Page, one: Served) -> None:
+    version = get(one, "profiles")["serving"]
+    other = next(p["version"] for p in get(one, "profiles")["profiles"] if p["version"] != version)
+
+    def confirm(asks: str) -> None:
+        expect(page.get_by_role("dialog")).to_contain_text(asks)
+        page.get_by_label("Admin token").fill(TOKEN)
+        page.get_by_role("button", name="Confirm").click()
+        expect(page.get_by_role("dialog")).to_be_hidden()
+
+    page.get_by_role("button", name=f"Pin {other}").click()
+    page.keyboard.press("Escape")
+    assert get(one, "profiles")["pinned"] is False, "nothing without a confirmation"
+    page.get_by_role("button", name=f"Pin {other}").click()
+    confirm("Pin it?")
+    expect(page.locator("#serving")).to_have_text(f"{other} serves, pinned.")
+    page.get_by_role("button", name="Unpin").click()
+    confirm("Unpin?")
+    expect(page.get_by_role("button", name="Unpin")).to_be_hidden()
+    page.get_by_role("button", name=f"Promote {version}").click()
+    confirm("Promote it?")
+    expect(page.locator("#serving")).to_have_text(f"{version} serves.")
+    page.get_by_role("button", name="Roll back to identity").click()
+    confirm("Roll back?")
+    expect(page.locator("#serving")).to_have_text("identity serves.")
+    page.get_by_role("button", name="Accept /v1/chat/completions as usual").click()
+    confirm("Accept this as usual?")
+    expect(page.locator("#verdict")).not_to_have_class("verdict bad")
+    assert not get(one, "status")["alarm"]["raised"]
+    assert TOKEN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_accessible_with_everything_open(page: Page, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.get_by_role("button", name="Explain all").click()
+    assert page.locator("details[open]").count() == page.locator("details").count() > 15
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    page.get_by_role("button", name="auto").click()
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+
+
+@needs_chromium
+def test_every_figure_says_what_it_answers_and_what_not_to_conclude(page: Page) -> None:
+    for tile in page.locator(".tile").all():
+        assert tile.locator("summary").inner_text().endswith("?")
+        assert "Not:" in (tile.locator("details p").text_content() or "")
+    for section in page.locator("section").all():
+        assert section.locator("details").count()
+
+
+@needs_chromium
+def test_plots_have_ink(page: Page, one: Served) -> None:
+    """Of each plot, pixels in the colour of its first series."""
+    expect(page.locator("#plot-kl canvas")).to_be_visible(timeout=15_000)
+    for name in ("kl", "won", "cost", "proxy"):
+        inked = page.evaluate(
+            """(name) => {
+              const canvas = document.querySelector(`#plot-${name} canvas`);
+              const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+              let count = 0;
+              for (let i = 0; i < data.length; i += 4) {
+                count += Math.hypot(data[i] - 29, data[i + 1] - 78, data[i + 2] - 216) < 60 && data[i + 3] > 128;
+              }
+              return count;
+            }""",
+            name,
+        )
+        assert inked > 100, name
+    last = get(one, "history")["kl_nats"][-1]
+    expect(page.locator("#plot-kl .u-legend")).to_contain_text(f"since the start{nats(last)}")
+
+
+# --- what is not in a browser -----------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_no_network_and_little_room() -> None:
+    folder = resources.files("hemostat.console")
+    text = "".join(folder.joinpath(name).read_text() for name in ("index.html", "console.css", "console.js"))
+    addresses = set(re.findall(r"https?://[^\s\"'`]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}, "a name, not an address"
+    assert "style=" not in text, "the policy would refuse it"
+    assert "innerHTML" not in text
+    vendored = [name for name in ASSETS if name.startswith("vendor/")]
+    assert sum(len(folder.joinpath(*name.split("/")).read_bytes()) for name in vendored) <= 60_000
+    assert "Permission is hereby granted" in folder.joinpath("vendor", "LICENSE-uPlot.txt").read_text()
+
+
+def status(n: int, kl: float | None = 0.5) -> dict[str, Any]:
+    return {
+        "raw": {"kl_nats": {"estimate": kl, "ci95": [None, None]}, "tokens": 10 * n},
+        "excess": {},
+        "recovered": {"ratio": None, "ci95": [None, None]},
+        "proxy": {"requests": n, "failed": 0},
+        "requests": {"scored": n},
+        "shadow": {"reference_tokens": n},
+        "queue": {"depth": 0},
+    }
+
+
+def test_history_forgets_and_is_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History()
+    assert history.due(0.0)
+    assert history.report() == {name: [] for name in ("time", *History.NAMES)}
+    for n in range(HISTORY_POINTS + 100):
+        history.add(10.0 * n, 1000.0 + n, status(n))
+    assert not history.due(10.0 * n + 9.9)
+    assert history.due(10.0 * n + 10.0)
+    report = history.report()
+    assert {len(column) for column in report.values()} == {HISTORY_POINTS}
+    assert report["time"][0] == 1100.0
+    assert report["kl_low"] == report["floor"] == report["recovered"] == [None] * HISTORY_POINTS
+    assert report["requests"][-1] == n
+    assert history.report(1000.0 + n)["time"] == []
+    assert overview.HISTORY_EVERY * HISTORY_POINTS == 6 * 3600
+
+
+def test_the_recent_mean_is_that_of_the_last_tokens() -> None:
+    """Ten tokens a point: at first 0.1 nats each, then 0.9."""
+    history = History()
+    nats_of = [0.1] * 20 + [0.9] * RECENT
+    for n in range(1, len(nats_of) + 1):
+        history.add(float(n), float(n), status(n, sum(nats_of[:n]) / n))
+    recent = history.report()["kl_recent"]
+    assert recent[:20] == pytest.approx([0.1] * 20)
+    assert recent[-1] == pytest.approx(0.9)
+    assert recent[22] == pytest.approx((3 * 0.9 + 3 * 0.1) / 6)
+    history.add(99.0, 99.0, status(len(nats_of), 0.2))
+    for _ in range(RECENT):
+        history.add(100.0, 100.0, status(len(nats_of), 0.2))
+    assert history.report()["kl_recent"][-1] is None, "no token in the last minute"
