@@ -61,6 +61,9 @@ PROPOSE_AGAIN = 2
 """New candidates come when this many times more has been learned: each test spends some of alpha."""
 REPLACE_TESTED = 4
 """The same while the last proposal is still under test, which would have to begin anew."""
+AFTER_CONTEXTUAL = 4
+"""Where a contextual learner is at work, temperature and bias, which rarely win much, let its first proposal go before
+theirs until they have learned this many times `min_tokens`: earlier tests have more of alpha."""
 PROPOSE_WITHIN = 500_000
 """More tokens than this are never waited for."""
 PATIENCE = 500
@@ -364,7 +367,10 @@ class Steering:
         # The batch is gone first: records that raise here must not come back for ever.
         batch, seat.batch = seat.batch, []
         seat.learner = learner = self._family.update(seat.learner, batch)
-        few = learner.tokens < self._settings.min_tokens or learner.requests < self._family.min_requests
+        least = self._settings.min_tokens
+        if self._probe is not None and CONTEXTUAL not in seat.proposed_at:
+            least *= AFTER_CONTEXTUAL
+        few = learner.tokens < least or learner.requests < self._family.min_requests
         if few or not self._due(scope, TEMPERATURE_BIAS, learner.tokens):
             return
         pooled = self._seats[ALL].learner

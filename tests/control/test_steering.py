@@ -17,6 +17,7 @@ from tests.core.test_calibrator import V, World
 from hemostat.config import Calibration
 from hemostat.engines import HOLD_AT_MOST
 from hemostat.steering import (
+    AFTER_CONTEXTUAL,
     EVENTS_HELD,
     LINE_AT_MOST,
     LOGIT_BIAS_AT_MOST,
@@ -587,6 +588,26 @@ def test_temperature_and_bias_make_room_for_a_contextual_candidate() -> None:
     assert [waiting["version"] for waiting in status["waiting"]] == [both]
     bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is not None)
     assert bench.steering.candidates == []
+
+
+def test_where_a_contextual_learner_is_at_work_its_proposal_has_the_first_of_alpha() -> None:
+    bench = Bench()
+    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    bench.feed(BIASED, LEARNED, lambda: bench.steering.status()["learned_tokens"] >= 2 * bench.settings.min_tokens)
+    assert bench.steering.candidates == [], "temperature and bias wait"
+    profile = contextual()
+    assert bench.steering.propose(profile, "", {"tokens": 1000})
+    bench.feed(BIASED, LEARNED, lambda: len(bench.steering.candidates) > 1)
+    assert bench.steering.candidates[0] == profile.version
+    assert [c["test"] for c in bench.steering.status()["candidates"]] == [1, 2]
+
+
+def test_temperature_and_bias_do_not_wait_for_ever() -> None:
+    bench = Bench()
+    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    bench.feed(BIASED, LEARNED, lambda: bool(bench.steering.candidates))
+    learned, least = bench.steering.status()["learned_tokens"], AFTER_CONTEXTUAL * bench.settings.min_tokens
+    assert least <= learned < least + 1000
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,12 @@ CALIBRATION = {
     "min_tokens": 3000,
     "held_out_fraction": 0.5,
     "control_fraction": 0.5,
-    "clamp_nats": 1.0,
+    "clamp_nats": 0.5,
+    "anchors": 1024,
 }
-"""A demo has minutes: propose early, judge by half of the prompts, and change little: what a profile needs to prove
-itself grows with the range of what it may do. Arms of equal size tell soonest what it does."""
+"""A demo has minutes: propose early, judge by half of the prompts, and change little, as what a profile needs to prove
+itself grows with the range of what it may do. Arms of equal size tell soonest what it does. More anchors than the model
+has columns (576) show its hidden state whole."""
 QUEUE_SOFT_LIMIT = 32
 """The demo's clients wait while more captures than this wait for the reference."""
 REFRESH = 0.5

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-CONCURRENCY = 4
+CONCURRENCY = 8
 TIMEOUT = httpx.Timeout(300.0, connect=10.0)
 
 

@@ -1,11 +1,11 @@
 """More prompts than anybody wrote: every task with every subject. A prompt judges a profile only once, so that a run
-which is to prove one needs hundreds."""
+which is to prove one needs hundreds. A request counts as much whether it is long or short: these are short."""
 
 from __future__ import annotations
 
 from hemostat.demo.prompts import Message, Prompt
 
-MAX_TOKENS = 64
+MAX_TOKENS = 48
 
 TASKS = (
     "Explain {} to somebody who has never heard of it.",
