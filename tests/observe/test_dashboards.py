@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft7Validator, ValidationError
 from tests.observe.dashboards import ALL, Query, Used, load, panels, queries, used
-from tests.observe.prometheus import needs, rules
+from tests.observe.prometheus import ROOT, needs, rules
 
 from hemostat.metrics import FAMILIES
 
@@ -55,6 +56,22 @@ def test_every_rule_reads_what_is_exported() -> None:
             assert selected.labels <= known[selected.metric], selected
         if "record" in rule:
             known[rule["record"]] = TARGET | set().union(*(known[selected.metric] for selected in reads))
+
+
+@pytest.mark.parametrize("page", ["RUNBOOK", "READING"])
+def test_what_operators_are_told_to_look_at_exists(page: str) -> None:
+    """Queries and metrics of the pages, and the panels that they name in italics."""
+    text = (ROOT / "deploy" / f"{page}.md").read_text()
+    known = exported() | FAMILIES
+    asked = [span.replace("$NS", "n") for span in re.findall(r"`([^`\n]*hemostat_[^`\n]*)`", text)]
+    assert asked
+    for selected in (selected for expression in asked for selected in used(expression)):
+        assert selected.metric in known, f"{selected.metric} is not exported"
+        assert selected.labels <= exported().get(selected.metric, TARGET), selected
+    dashboards = load().values()
+    titles = {panel["title"] for dashboard in dashboards for panel in panels(dashboard)}
+    titles |= {dashboard["title"].removeprefix("Hemostat / ") for dashboard in dashboards}
+    assert set(re.findall(r"(?<!\*)\*([A-Z][^*\n]{3,60})\*(?!\*)", text)) <= titles
 
 
 def test_what_reads_them_finds_mistakes() -> None:
