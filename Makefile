@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-proxy bench-bounds bench-engine bench-recovery bench-alarm chart clean
+.PHONY: help setup demo test lint bench-proxy bench-bounds bench-engine bench-recovery bench-alarm chart docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -49,6 +49,12 @@ bench-engine: setup ## what a contextual profile costs vLLM's decoding; a table 
 
 chart: setup ## what of helm/hemostat is made from other files: its README, and the schema of `config`
 	@$(BIN)/python deploy/chart.py
+
+docs: setup ## deploy/METRICS.md, from what the code exports
+	@$(BIN)/python deploy/metrics.py
+
+screenshot: setup ## the console over a run of the demo (a quarter of an hour), as deploy/console.png; ARGS="--scored 700"
+	@exec $(BIN)/python deploy/screenshot.py $(ARGS)
 
 clean: ## remove .venv and all that was built here (the checkpoints stay in the user's cache)
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
