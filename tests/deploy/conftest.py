@@ -16,19 +16,9 @@ ROOT = Path(__file__).parents[2]
 def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hemostat's wheel, built from the tree, and those of all that it needs; and what builds it, for the image."""
     folder = tmp_path_factory.mktemp("wheelhouse")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--wheel-dir",
-        str(folder),
-        str(ROOT),
-        "hatchling",
-        "pip",
-    ]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder)]
+    wanted = [f"{ROOT}[tracing,valkey]", "hatchling", "pip"]
+    made = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"pip cannot get what would be installed: {made.stderr.strip().splitlines()[-1]}")
     return folder

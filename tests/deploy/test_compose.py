@@ -1,0 +1,196 @@
+"""deploy/compose.yaml: by the specification's schema, by docker-compose itself, and against the rest of deploy/."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+from tests.deploy.conftest import ROOT
+
+from hemostat.config import Admin, Listen, load
+
+DEPLOY = ROOT / "deploy"
+COMPOSE = DEPLOY / "compose.yaml"
+EXAMPLE = DEPLOY / ".env.example"
+OF_COMPOSE_ITSELF = {"COMPOSE_PROFILES"}
+PLUGIN = "hemostat_calibration.engine:LogitsProcessor"
+
+
+def example() -> dict[str, str]:
+    """The variables of .env.example."""
+    lines = [line for line in EXAMPLE.read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.partition("=")[::2] for line in lines)
+
+
+def resolved(profile: str, environment: Path = EXAMPLE) -> dict[str, Any]:
+    """What Compose makes of it, variables and anchors filled in; it needs no Docker for that."""
+    if shutil.which("docker-compose") is None:
+        pytest.skip("docker-compose is not here; on Debian or Ubuntu: apt-get install docker-compose")
+    command = ["docker-compose", "--file", str(COMPOSE), "--env-file", str(environment), "--profile", profile]
+    said = subprocess.run(
+        [*command, "config", "--format", "json"], capture_output=True, text=True, check=False, env={"PATH": "/usr/bin"}
+    )
+    assert said.returncode == 0, said.stderr
+    made: dict[str, Any] = json.loads(said.stdout)
+    return made
+
+
+def test_it_is_valid_by_the_specifications_schema() -> None:
+    checker = Path(sys.executable).parent / "check-jsonschema"
+    command = [str(checker), "--builtin-schema", "vendor.compose-spec"]
+    said = subprocess.run([*command, str(COMPOSE)], capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout
+
+
+def test_the_schema_would_find_a_wrong_key(tmp_path: Path) -> None:
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text(COMPOSE.read_text().replace("cap_drop:", "cap_dorp:"))
+    command = [str(Path(sys.executable).parent / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
+    said = subprocess.run([*command, str(wrong)], capture_output=True, text=True, check=False)
+    assert said.returncode == 1
+    assert "cap_dorp" in said.stdout
+
+
+def test_every_variable_is_in_the_example_and_no_other() -> None:
+    text = re.sub(r"^\s*#.*$", "", COMPOSE.read_text(), flags=re.MULTILINE)
+    used = set(re.findall(r"\$\{([A-Z0-9_]+)", text))
+    assert used == set(example()) - OF_COMPOSE_ITSELF
+    defaults = dict(re.findall(r"\$\{([A-Z0-9_]+):-([^}]*)\}", text))
+    shown = {name: value for name, value in example().items() if name in defaults}
+    assert shown == defaults, "the example shows the defaults"
+
+
+def test_what_has_no_default_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("")
+    with pytest.raises(AssertionError, match=r"set \w+ in deploy/.env"):
+        resolved("gpu", tmp_path / ".env")
+
+
+@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+def test_one_of_everything_runs(profile: str) -> None:
+    made = resolved(profile)
+    assert set(made["services"]) == {
+        f"compressed-{profile}",
+        f"reference-{profile}",
+        "hemostat",
+        "prometheus",
+        "grafana",
+    }
+    compressed, reference = (made["services"][f"{side}-{profile}"] for side in ("compressed", "reference"))
+    given = example()
+    image = given["VLLM_CPU_IMAGE" if profile == "cpu" else "VLLM_IMAGE"]
+    assert compressed["build"]["args"]["VLLM"] == reference["image"] == image
+    assert compressed["build"]["dockerfile"] == "deploy/Dockerfile.engine"
+    for service, model in ((compressed, given["COMPRESSED_MODEL"]), (reference, given["REFERENCE_MODEL"])):
+        assert service["entrypoint"] == ["vllm", "serve"]
+        assert service["command"][0] == model
+        flags = dict(zip(service["command"][1::2], service["command"][2::2], strict=True))
+        # Both sides have to be asked for as many logprobs as Hemostat asks for.
+        settings = yaml.safe_load((DEPLOY / "hemostat.yaml").read_text())
+        assert int(flags["--max-logprobs"]) >= settings["shadow"]["top_k"]
+        assert flags.get("--logits-processors") == (PLUGIN if service is compressed else None)
+        devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices")
+        assert bool(devices) == (profile == "gpu")
+    if profile == "gpu":
+        cards = [s["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] for s in (compressed, reference)]
+        assert cards == [[given["COMPRESSED_GPU"]], [given["REFERENCE_GPU"]]]
+    else:
+        assert compressed["environment"]["VLLM_CPU_INT4_W4A8"] == "0"
+
+
+def test_more_flags_come_from_the_environment_file(tmp_path: Path) -> None:
+    text = EXAMPLE.read_text()
+    (tmp_path / ".env").write_text(text.replace("REFERENCE_ARGS=", "REFERENCE_ARGS=--max-model-len 8192", 1))
+    made = resolved("gpu", tmp_path / ".env")["services"]
+    assert made["reference-gpu"]["command"][-2:] == ["--max-model-len", "8192"]
+    assert "8192" not in made["compressed-gpu"]["command"]
+
+
+def test_the_middleware_runs_as_its_image_promises() -> None:
+    service = resolved("gpu")["services"]["hemostat"]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["tmpfs"] == ["/tmp"]
+    assert service["build"]["dockerfile"] == "deploy/Dockerfile"
+    assert not service.get("depends_on"), "a reference that is not there holds no client up"
+    targets = {volume["target"] for volume in service["volumes"]}
+    command = json.loads(DockerfileParser(path=str(DEPLOY / "Dockerfile")).cmd)
+    assert targets == {command[-1], "/data"}
+
+
+def test_the_drain_fits_the_grace_period() -> None:
+    grace = resolved("gpu")["services"]["hemostat"]["stop_grace_period"]
+    settings = load(DEPLOY / "hemostat.yaml", {"HEMOSTAT_ADMIN__TOKEN": "t"})
+    assert grace == "45s"
+    assert settings.shutdown_seconds + 5 + 10 <= 45, "relays, then the control process; see hemostat.serve"
+
+
+def test_mounted_files_exist() -> None:
+    found = 0
+    for service in resolved("gpu")["services"].values():
+        for volume in service.get("volumes", []):
+            if volume["type"] == "bind":
+                assert Path(volume["source"]).exists(), volume
+                assert volume["read_only"], volume
+                found += 1
+    assert found >= 4
+
+
+def test_ports_match_and_only_the_data_port_is_public() -> None:
+    services = resolved("gpu")["services"]
+    published = {
+        (name, port["target"]): (port.get("host_ip", ""), port["published"])
+        for name, service in services.items()
+        for port in service.get("ports", [])
+    }
+    assert published == {
+        ("hemostat", Listen().port): ("", "8080"),
+        ("hemostat", Admin().port): ("127.0.0.1", "8081"),
+        ("prometheus", 9090): ("127.0.0.1", "9090"),
+        ("grafana", 3000): ("127.0.0.1", "3000"),
+    }
+    environment = services["compressed-gpu"]["environment"]
+    assert environment["HEMOSTAT_ADMIN_URL"] == f"http://hemostat:{Admin().port}"
+
+
+def test_names_lead_to_services() -> None:
+    """Every host that a mounted file or an environment names is a service or an alias of the same network."""
+    services = resolved("gpu")["services"]
+    known = set(services)
+    for service in services.values():
+        for network in service["networks"].values():
+            known |= set((network or {}).get("aliases", []))
+    scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    targets = {t.partition(":")[0] for job in scraped for group in job["static_configs"] for t in group["targets"]}
+    assert targets == {"hemostat", "compressed", "reference"} <= known
+    texts = [path.read_text() for path in (DEPLOY / "hemostat.yaml", *DEPLOY.glob("grafana/provisioning/*/*.yaml"))]
+    hosts = {host for text in texts for host in re.findall(r"https?://([a-z.-]+)[:/]", text)}
+    assert hosts == {"compressed", "reference", "prometheus"} <= known
+
+
+def test_the_configuration_is_valid_with_the_services_environment() -> None:
+    service = resolved("gpu")["services"]["hemostat"]
+    settings = load(DEPLOY / "hemostat.yaml", service["environment"])
+    assert settings.admin.token is not None
+    assert settings.shadow.rate == float(example()["HEMOSTAT_SHADOW_RATE"])
+    assert settings.calibration.mode == example()["HEMOSTAT_CALIBRATION_MODE"]
+    assert settings.store.url.startswith("sqlite:////data/")
+
+
+def test_grafana_is_provisioned_with_the_charts_dashboards() -> None:
+    volumes = resolved("gpu")["services"]["grafana"]["volumes"]
+    mounted = {v["target"]: v["source"] for v in volumes if v["type"] == "bind"}
+    (provider,) = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/hemostat.yaml").read_text())["providers"]
+    folder = Path(mounted[provider["options"]["path"]])
+    assert folder == ROOT / "helm" / "hemostat" / "dashboards"
+    assert len(list(folder.glob("*.json"))) == 3
+    assert mounted["/etc/grafana/provisioning"] == str(DEPLOY / "grafana" / "provisioning")

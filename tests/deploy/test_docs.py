@@ -1,0 +1,259 @@
+"""The documents against the code and each other: made from code and current, no link leads nowhere."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from tests.deploy.conftest import ROOT
+
+from hemostat.measure import HEADLINE
+from hemostat.metrics import FAMILIES
+from hemostat.relay.counters import OUTCOMES
+
+DEPLOY = ROOT / "deploy"
+SOURCES = [*(ROOT / "middleware").rglob("*.py"), *(ROOT / "calibration").rglob("*.py")]
+NOT_METRICS = {"hemostat_calibration", "hemostat_tap"}
+"""Names with the metrics' prefix that are something else: a package, and one of `vllm_xargs`."""
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    """deploy/metrics.py"""
+    spec = importlib.util.spec_from_file_location("deploy_metrics", DEPLOY / "metrics.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the metrics reference --------------------------------------------------------------------------------------------
+
+
+def test_the_metrics_reference_is_current(reference: ModuleType) -> None:
+    assert (DEPLOY / "METRICS.md").read_text() == reference.page(), "run `make docs`"
+
+
+def constants(path: Path) -> Iterator[str]:
+    """The string constants of a module, without docstrings."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_metric_that_the_code_names_is_declared_and_documented() -> None:
+    named = {
+        text for path in SOURCES for text in constants(path) if re.fullmatch(r"hemostat_[a-z0-9_]+", text)
+    } - NOT_METRICS
+    assert named == set(FAMILIES)
+    page = (DEPLOY / "METRICS.md").read_text()
+    for name, family in FAMILIES.items():
+        (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.MULTILINE)
+        kind, unit, labels, text = re.split(r" \| ", row)
+        assert kind == family.kind
+        assert unit == family.unit
+        assert re.findall(r"`(\w+)`", labels) == list(family.labels)
+        assert text
+        assert (kind == "counter") == name.endswith("_total"), name
+
+
+def test_units_are_those_of_the_names() -> None:
+    for name, family in FAMILIES.items():
+        found = re.search(r"_(seconds|nats|tokens|ratio|info)(_total)?$", name)
+        if found and name != "hemostat_top1_agreement_tokens_total":
+            assert family.unit.startswith({"info": "1"}.get(found[1], found[1])), name
+
+
+def test_every_label_is_explained(reference: ModuleType) -> None:
+    for name, family in FAMILIES.items():
+        for label in family.labels:
+            assert reference.meaning(name, label), (name, label)
+    assert set(reference.LABELS) == {label for family in FAMILIES.values() for label in family.labels}
+    assert set(reference.meaning("hemostat_requests_total", "outcome")) == set(OUTCOMES)
+    assert set(reference.HEADLINES) == set(HEADLINE)
+
+
+def calls(path: Path, *names: str) -> Iterator[ast.Call]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in names:
+                yield node
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """What an expression may be: a constant, or either branch of a conditional; of an f-string the start."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield text
+        case ast.IfExp():
+            yield from texts(node.body)
+            yield from texts(node.orelse)
+        case ast.JoinedStr(values=[ast.Constant(value=str(text)), *_]):
+            yield f"{text}…"
+
+
+def returned(path: Path, function: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Return) and inner.value is not None:
+                    yield from texts(inner.value)
+
+
+def shadow_reasons() -> dict[str, set[str]]:
+    """By outcome, every reason that the code gives, read from the code."""
+    middleware = ROOT / "middleware" / "hemostat"
+    skipped: set[str] = set()
+    for name in ("intercept.py", "openai.py"):
+        for call in calls(middleware / name, "skip", "_skip", "_pass", "fail"):
+            skipped |= {text for argument in call.args[:1] for text in texts(argument)}
+    for function in ("_unscorable", "error_reason"):
+        skipped |= set(returned(middleware / "openai.py", function))
+    found = {"skipped": skipped, "dropped": set[str]()}
+    for name in ("scorer.py", "control.py"):
+        for call in calls(middleware / name, "_count"):
+            outcome, reason = call.args
+            for one in texts(outcome):
+                if one in found:
+                    found[one] |= set(texts(reason))
+    for name in ("intercept.py", "relay/counters.py"):
+        for node in ast.walk(ast.parse((middleware / name).read_text())):
+            match node:
+                case ast.Tuple(elts=[ast.Constant(value="dropped"), ast.Constant(value=str(reason))]):
+                    found["dropped"].add(reason)
+    return found
+
+
+def test_every_reason_of_the_shadow_is_explained(reference: ModuleType) -> None:
+    found = shadow_reasons()
+    assert len(found["skipped"]) > 20
+    for outcome, reasons in found.items():
+        assert set(reference.SHADOW_REASONS[outcome]) == reasons, outcome
+
+
+def test_every_event_of_the_engine_is_explained(reference: ModuleType) -> None:
+    engine = ROOT / "calibration" / "hemostat_calibration" / "engine"
+    found = {
+        text
+        for path in engine.glob("*.py")
+        for call in calls(path, "add", "counted_by")
+        for text in texts(call.args[0])
+        if call.args
+    }
+    assert set(reference.ENGINE_EVENTS) == found
+
+
+# --- the runbook ------------------------------------------------------------------------------------------------------
+
+
+def alerts() -> dict[str, dict[str, Any]]:
+    rules = yaml.safe_load((ROOT / "helm" / "hemostat" / "rules" / "hemostat.yaml").read_text())
+    return {rule["alert"]: rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+
+
+def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
+    page = (DEPLOY / "RUNBOOK.md").read_text()
+    sections = re.findall(r"^## (Hemostat\w+)$", page, re.MULTILINE)
+    assert sections == list(alerts())
+    for name, rule in alerts().items():
+        assert rule["annotations"]["runbook_url"].partition("#")[2] == name.lower() in anchors(DEPLOY / "RUNBOOK.md")
+        body = page.split(f"## {name}\n")[1].split("\n## ")[0]
+        titles = re.findall(r"^\*\*(.+?)\*\*", body, re.MULTILINE)
+        assert titles == ["What it means.", "What to look at.", "What to do.", "What not to conclude."], name
+
+
+# --- metrics that pages name ------------------------------------------------------------------------------------------
+
+
+def tracked(pattern: str) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", pattern],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode:  # no clone: an archive of it
+        return [path for path in ROOT.rglob(pattern) if not {".venv", "build"} & set(path.relative_to(ROOT).parts)]
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+PAGES = tracked("*.md")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_metrics_that_a_page_names_exist(path: Path) -> None:
+    suffixes = r"(_bucket|_sum|_count)?$"
+    known = set(FAMILIES) | {name.removesuffix("_total") for name in FAMILIES} | NOT_METRICS
+    for name in re.findall(r"\bhemostat_[a-z0-9_]*[a-z0-9]\b", path.read_text()):
+        assert re.sub(suffixes, "", name) in known, name
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    text = re.sub(r"^(```|~~~).*?^\1", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(r"^#{1,6} +(.*?) *#*$", text, re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        n = 0
+        while (anchor if not n else f"{anchor}-{n}") in found:
+            n += 1
+        found.add(anchor if not n else f"{anchor}-{n}")
+    return found
+
+
+def links(path: Path) -> list[str]:
+    """Targets of a page's links and images, without code."""
+    text = re.sub(r"^(```|~~~).*?^\1", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    inline = re.findall(r"\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)", text)
+    return [
+        *inline,
+        *re.findall(r"^\[[^\]]+\]:\s+(\S+)", text, re.MULTILINE),
+        *re.findall(r'(?:href|src)="([^"]+)"', text),
+    ]
+
+
+def dead(path: Path, root: Path = ROOT) -> list[str]:
+    found = []
+    for link in links(path):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        to = (path.parent / target).resolve() if target else path
+        if not to.exists() or not to.is_relative_to(root) or (anchor and anchor not in anchors(to)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_link_leads_nowhere(path: Path) -> None:
+    assert dead(path) == []
+
+
+def test_a_dead_link_would_be_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A heading: with `code`\n[a](#a-heading-with-code) [b](#b) [c](c.md)\n```\n[d](d.md)\n```\n`[e](e)`\n"
+    )
+    assert dead(page, tmp_path) == ["#b", "c.md"]
+    assert anchors(page) == {"a-heading-with-code"}
+
+
+def test_pages_are_found_and_linked_from_the_readme() -> None:
+    assert {"README.md", "deploy/README.md", "deploy/RUNBOOK.md"} <= {str(path.relative_to(ROOT)) for path in PAGES}
+    linked = {link.partition("#")[0] for link in links(ROOT / "README.md")}
+    assert {f"deploy/{name}.md" for name in ("README", "RUNBOOK", "METRICS", "READING")} <= linked

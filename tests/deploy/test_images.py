@@ -1,0 +1,247 @@
+"""The Dockerfiles: linted, their structure held to what is promised, and built for real where buildah may."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from dockerfile_parse import DockerfileParser
+from tests.deploy import rootfs
+from tests.deploy.conftest import ROOT
+from tests.fakes.fake_vllm import FakeVllm, serving
+
+from hemostat import __version__
+from hemostat.config import Admin, Listen
+from hemostat.vllm_process import free_port
+
+MIDDLEWARE, ENGINE = ROOT / "deploy" / "Dockerfile", ROOT / "deploy" / "Dockerfile.engine"
+BOTH = pytest.mark.parametrize("path", [MIDDLEWARE, ENGINE], ids=lambda path: path.name)
+
+Step = tuple[str, str]
+"""Instruction, value."""
+
+
+def stages(path: Path) -> tuple[dict[str, str], list[list[Step]]]:
+    """The arguments before the first FROM, with their defaults, and each stage's steps."""
+    parsed = DockerfileParser(fileobj=io.BytesIO(path.read_bytes()))
+    arguments: dict[str, str] = {}
+    found: list[list[Step]] = []
+    for step in parsed.structure:
+        instruction, value = step["instruction"], step["value"]
+        if instruction == "COMMENT":
+            continue
+        if instruction == "FROM":
+            found.append([])
+        elif not found:
+            name, _, default = value.partition("=")
+            arguments[name] = default
+            continue
+        found[-1].append((instruction, value))
+    return arguments, found
+
+
+def values(stage: list[Step], instruction: str) -> list[str]:
+    return [value for name, value in stage if name == instruction]
+
+
+@BOTH
+def test_hadolint_has_nothing_to_say(path: Path) -> None:
+    linter = Path(sys.executable).parent / "hadolint"
+    said = subprocess.run([linter, "--no-color", str(path)], capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (0, "")
+
+
+@BOTH
+def test_what_is_copied_is_there_and_not_ignored(path: Path) -> None:
+    kept = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
+    }  # after `*`, which ignores all
+    assert (ROOT / ".dockerignore").read_text().startswith("*\n")
+    _, (build, _) = stages(path)
+    copied = [source for value in values(build, "COPY") for source in value.split()[:-1]]
+    assert copied
+    assert set(copied) == kept
+    assert all((ROOT / source).exists() for source in copied)
+
+
+def test_middleware() -> None:
+    arguments, (build, final) = stages(MIDDLEWARE)
+    assert re.fullmatch(r"python:3\.\d+-slim", arguments["BASE"])
+    assert [stage[0][1] for stage in (build, final)] == ["${BASE} AS build", "${BASE}"]
+    # No torch unless asked.
+    extras = dict(value.partition("=")[::2] for value in values(build, "ARG"))["EXTRAS"].strip('"').split(",")
+    assert "transformers" not in extras
+    assert "vllm" not in extras
+    # Nothing is compiled, in no stage; and in the last nothing is installed either.
+    assert "--only-binary :all:" in " ".join(values(build, "RUN"))
+    for stage in (build, final):
+        assert not re.search(r"apt|apk|gcc|build-essential|curl|wget", " ".join(values(stage, "RUN")))
+    assert "pip" not in " ".join(values(final, "RUN"))
+    # Not root, by number: Kubernetes' runAsNonRoot cannot read names.
+    assert values(final, "USER") == ["65532:65532"]
+    assert final.index(("USER", "65532:65532")) > max(n for n, (name, _) in enumerate(final) if name == "RUN")
+    assert values(final, "EXPOSE") == [f"{Listen().port} {Admin().port}"]
+    (health,) = values(final, "HEALTHCHECK")
+    assert f"http://127.0.0.1:{Admin().port}/livez" in json.loads(health.partition(" CMD ")[2])[-1]
+    assert [json.loads(value) for value in values(final, "ENTRYPOINT")] == [["hemostat"]]
+    assert [json.loads(value) for value in values(final, "CMD")] == [
+        ["serve", "--config", "/etc/hemostat/hemostat.yaml"]
+    ]
+
+
+def test_engine() -> None:
+    arguments, (build, final) = stages(ENGINE)
+    assert re.fullmatch(r"vllm/vllm-openai:v[\d.]+", arguments["VLLM"])
+    assert [stage[0][1] for stage in (build, final)] == ["${BASE} AS build", "${VLLM}"]
+    (run,) = values(final, "RUN")
+    (install,) = re.findall(r"pip install[^&]*", run)
+    assert "--no-deps" in install.split()
+    assert "--no-index" in install.split()
+    # All else is the base image's.
+    assert {name for name, _ in final} == {"FROM", "RUN"}
+    assert "numpy" not in run
+    assert "torch" not in run
+
+
+# --- built ------------------------------------------------------------------------------------------------------------
+
+
+class BuildahError(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Buildah:
+    """buildah with a store of its own, which needs no daemon."""
+
+    folder: Path
+
+    def __call__(self, *arguments: str) -> str:
+        command = ["buildah", "--root", str(self.folder / "root"), "--runroot", str(self.folder / "run")]
+        command += ["--storage-driver", "vfs", *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        if ended.returncode:
+            raise BuildahError(f"buildah {' '.join(arguments[:2])}: {ended.stdout[-3000:]}{ended.stderr[:3000]}")
+        return ended.stdout.strip()
+
+    @property
+    def limits(self) -> list[str]:
+        """This process's own: buildah would ask for more than it may be given."""
+        kinds = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
+        most = {name: resource.getrlimit(kind)[1] for name, kind in kinds.items()}
+        return [part for name, n in most.items() for part in ("--ulimit", f"{name}={n}:{n}")]
+
+    def build(self, path: Path, tag: str, **arguments: str) -> None:
+        given = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
+        common = ["--isolation", "chroot", "--pull=never", "--format", "docker", "--quiet", *self.limits]
+        self("build", *common, *given, "--file", str(path), "--tag", tag, ".")
+
+    def run(self, image: str, *command: str, **environment: str) -> str:
+        """In a fresh container, as the image's user."""
+        container = self("from", "--pull=never", *self.limits, image)
+        given = [part for name, value in environment.items() for part in ("--env", f"{name}={value}")]
+        try:
+            return self("run", "--isolation", "chroot", *given, container, "--", *command)
+        finally:
+            self("rm", container)
+
+
+@pytest.fixture(scope="module")
+def buildah(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
+    """With `localhost/base`, out of this machine's own files. Skipped, with the reason, where that cannot be."""
+    if shutil.which("buildah") is None:
+        pytest.skip("buildah is not here; on Debian or Ubuntu: apt-get install buildah netavark")
+    folder = tmp_path_factory.mktemp("buildah")
+    one = Buildah(folder)
+    rootfs.make(folder / "tree", wheelhouse, ["click", "h11"])
+    try:
+        container = one("from", *one.limits, "scratch")
+        one("add", "--quiet", container, str(folder / "tree"), "/")
+        one("config", "--env", "PATH=/usr/local/bin:/usr/bin", container)
+        one("run", "--isolation", "chroot", container, "--", "python", "-c", "import ssl, sqlite3, ctypes, venv, pip")
+    except BuildahError as error:
+        if re.search("mount|unshare|chroot|clone", str(error)) and "permitted" in str(error):
+            pytest.skip(f"no image is built: this machine does not let buildah mount or unshare ({error})")
+        raise
+    one("commit", "--quiet", "--rm", container, "localhost/base")
+    yield one
+    one("rmi", "--all", "--force")
+
+
+@pytest.fixture(scope="module")
+def middleware(buildah: Buildah) -> str:
+    buildah.build(MIDDLEWARE, "localhost/hemostat", BASE="localhost/base")
+    return "localhost/hemostat"
+
+
+SERVES = """
+import os, subprocess, sys, time, urllib.request as u
+port, admin = sys.argv[1:]
+def get(url, **more):
+    return u.urlopen(u.Request(url, **more), timeout=5).read().decode()
+process = subprocess.Popen(["hemostat", "serve"])
+ends = time.monotonic() + 60
+try:
+    while True:
+        try:
+            get(f"http://127.0.0.1:{admin}/readyz")
+            break
+        except OSError:
+            assert process.poll() is None and time.monotonic() < ends
+            time.sleep(0.2)
+    assert "<html" in get(f"http://127.0.0.1:{admin}/")
+    body = b'{"prompt": "Hi", "max_tokens": 2}'
+    kind = {"content-type": "application/json"}
+    print(get(f"http://127.0.0.1:{port}/v1/completions", data=body, headers=kind))
+finally:
+    process.terminate()
+    assert process.wait(20) == 0
+print(os.getuid(), sorted(os.listdir("/data")))
+"""
+
+
+def test_the_middlewares_image_is_as_promised_and_serves(buildah: Buildah, middleware: str) -> None:
+    made = json.loads(buildah("inspect", "--type", "image", middleware))["Docker"]["config"]
+    assert made["User"] == "65532:65532"
+    assert made["Entrypoint"] == ["hemostat"]
+    assert made["Healthcheck"]["Test"][:2] == ["CMD", "python"]
+    assert set(made["ExposedPorts"]) == {"8080/tcp", "8081/tcp"}
+    assert buildah.run(middleware, "hemostat", "--version") == f"hemostat {__version__}"
+    # All that its user could write to: with a read-only root, that and no more has to be mounted.
+    search = "find / -xdev -type d ( -path /proc -o -path /dev -o -path /sys ) -prune -o -type d -writable -print"
+    assert set(buildah.run(middleware, *search.split()).split()) == {"/data", "/tmp"}
+    found = buildah.run(middleware, "find", "/opt/hemostat", "/usr", "-name", "gcc*", "-o", "-name", "torch")
+    assert found == ""
+    assert "/pip" not in buildah.run(middleware, "find", "/opt/hemostat", "-maxdepth", "5", "-name", "pip*")
+
+    port, admin = str(free_port()), str(free_port())
+    with serving(FakeVllm()) as upstream:
+        environment = {
+            "HEMOSTAT_UPSTREAM__URL": upstream,
+            "HEMOSTAT_LISTEN__PORT": port,
+            "HEMOSTAT_ADMIN__PORT": admin,
+            "HEMOSTAT_STORE__URL": "sqlite:////data/hemostat.db",
+            "HEMOSTAT_TRACING__ENDPOINT": "http://127.0.0.1:9",
+        }
+        said = buildah.run(middleware, "python", "-c", SERVES, port, admin, **environment)
+    answer, end = said.splitlines()[-2:]
+    assert json.loads(answer)["choices"]
+    assert end == "65532 ['hemostat.db']"
+
+
+def test_the_engines_image_gets_the_plugin_and_nothing_else_changes(buildah: Buildah) -> None:
+    buildah.build(ENGINE, "localhost/engine", BASE="localhost/base", VLLM="localhost/base")
+    before = buildah.run("localhost/base", "python", "-m", "pip", "list", "--format=freeze").splitlines()
+    after = buildah.run("localhost/engine", "python", "-m", "pip", "list", "--format=freeze").splitlines()
+    assert set(after) - set(before) == {f"hemostat=={__version__}"}
+    assert set(before) <= set(after)
+    buildah.run("localhost/engine", "python", "-c", "import hemostat_calibration.engine")
