@@ -92,6 +92,7 @@ def decode(checkpoint: Path, folder: Path, first: int, requests: int, kv_cache: 
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=max(BATCHES),
+        enable_chunked_prefill=False,  # a prompt in pieces takes a seed's draw back, which vLLM 0.32 cannot on a CPU
         max_logprobs=TOP_K,
         kv_cache_dtype=kv_cache,
         enable_prefix_caching=False,
