@@ -163,7 +163,8 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         child = actions.add_parser(name, help=text, allow_abbrev=False)
         child.add_argument(
             "--admin",
-            default=os.environ.get("HEMOSTAT_ADMIN_URL") or DEFAULT_ADMIN,
+            # The engine plugin's may name every replica's (`a,b`, `dns+http://name`); any of them will do.
+            default=(os.environ.get("HEMOSTAT_ADMIN_URL") or DEFAULT_ADMIN).split(",")[0].removeprefix("dns+"),
             metavar="URL",
             help=f"admin port (HEMOSTAT_ADMIN_URL; default {DEFAULT_ADMIN})",
         )

@@ -30,10 +30,11 @@ def engine_router(
     router = APIRouter(prefix="/api/v1/engine", dependencies=[Depends(require_token)])
 
     @router.post("/report")
-    async def report(request: Request) -> dict[str, list[str]]:
+    async def report(request: Request) -> dict[str, Any]:
         body = await read_body(request, REPORT_BYTES_AT_MOST)
         try:
-            return {"hold": registry.report(decode_report(body), now())}
+            hold = registry.report(decode_report(body), now())
+            return {"hold": hold, "leads": registry.leads, "replica": registry.replica}
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
 

@@ -172,6 +172,8 @@ class EngineRegistry:
         self._engines: OrderedDict[str, dict[int, _Rank]] = OrderedDict()
         self._taps: OrderedDict[str, _Tap] = OrderedDict()
         self._hold: tuple[str, ...] = ()
+        self.leads, self.replica = True, ""
+        """Of several replicas: whether this one decides, and what the nonces of its requests begin with."""
         self._gone: Counter[str] = Counter()
         self.taps_dropped = 0
         """Runs of tapped requests that nobody took in time, or that there was no room for."""

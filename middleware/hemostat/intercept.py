@@ -93,6 +93,10 @@ class Interceptor:
         self.refused_generation: int | None = None
         """The policy under which the engine refused to give logprobs: nothing more is sampled until the next one."""
 
+    def tap(self, policy: Policy) -> str:
+        """The name of one request among the engine's taps."""
+        return f"{policy.replica}-{self.nonce()}" if policy.replica else self.nonce()
+
     def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> Exchange | Refusal | None:
         policy = self.policy
         own = [(name.lower(), value) for name, value in headers if name[:11].lower() == _PREFIX]
@@ -242,7 +246,7 @@ class _Intercepted:
                 self._tokens = openai.Tokens(policy.shadow_top_k, policy.shadow_max_tokens)
                 changes |= openai.ask_for_tokens(request, policy.shadow_top_k)
                 if policy.tap and not request.own_tap:
-                    self._nonce = xargs["hemostat_tap"] = self._owner.nonce()
+                    self._nonce = xargs["hemostat_tap"] = self._owner.tap(policy)
         if xargs:
             changes["vllm_xargs"] = openai.with_xargs(request, xargs)
         self._sampling = openai.sampling_parameters(request, changes, policy.openai_sampling_defaults)

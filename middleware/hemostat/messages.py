@@ -104,6 +104,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     body_limit: int = 4 * 1024 * 1024
     unscorable_models: frozenset[str] = frozenset()
     """Served names that are not the compressed base model (LoRA adapters): neither scored nor calibrated."""
+    replica: str = ""
+    """What the values of `hemostat_tap` begin with, so that the engine tells the right one of several replicas."""
     openai_sampling_defaults: bool = False
     """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty is OpenAI's default."""
 

@@ -21,7 +21,15 @@ from .conftest import V, make_contextual, make_profile
 torch = pytest.importorskip("torch")
 
 from hemostat_calibration.engine import transform  # noqa: E402
-from hemostat_calibration.engine.agent import AdminClient, Agent, Backoff, FetchError, Identity, Settings  # noqa: E402
+from hemostat_calibration.engine.agent import (  # noqa: E402
+    AdminClient,
+    Agent,
+    Backoff,
+    FetchError,
+    Identity,
+    Peers,
+    Settings,
+)
 from hemostat_calibration.engine.library import Counters, Library  # noqa: E402
 from hemostat_calibration.engine.taps import Reading, Step, TappedRow, Taps  # noqa: E402
 
@@ -313,7 +321,117 @@ def test_taps_that_cannot_be_delivered_are_dropped_and_counted(admin: EngineAdmi
     assert rank.counters.read()["taps_sent"] == 1
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "admin:9091", "file:///etc", "http://"])
+# --- several replicas -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def admins() -> Iterator[list[EngineAdmin]]:
+    """Two replicas, the second of which leads."""
+    both = [EngineAdmin(), EngineAdmin()]
+    for admin, name in zip(both, ("aa", "bb"), strict=True):
+        admin.registry.replica = name
+        admin.registry.leads = name == "bb"
+    yield both
+    for admin in both:
+        admin.close()
+
+
+def at_all(admins: list[EngineAdmin]) -> Settings:
+    return Settings(admin_url=",".join(admin.url for admin in admins), admin_token=TOKEN)
+
+
+def test_every_replica_hears_what_is_held_and_the_one_that_leads_comes_first(admins: list[EngineAdmin]) -> None:
+    serving, candidate, probe = (make_profile(seed) for seed in (1, 2, 3))
+    admins[0].registry.want([serving.version, probe.version])
+    admins[1].registry.want([serving.version, candidate.version])
+    # Only the one that leads has the candidate, only the other one the probe.
+    admins[0].files = {profile.version: profile.to_bytes() for profile in (serving, probe)}
+    admins[1].files = {profile.version: profile.to_bytes() for profile in (serving, candidate)}
+    rank = Rank(at_all(admins))
+    rank.agent.tick(0.0)
+    rank.agent.tick(0.25)
+    expected = (serving.version, candidate.version, probe.version)
+    assert tuple(held.version for held in rank.library.candidates()) == expected
+    for admin in admins:
+        assert admin.registry.acknowledged(0.0) == set(expected)
+    assert "profiles_missing" not in rank.counters.read(), "each was asked of who asked for it"
+
+
+def test_a_replica_that_dies_leaves_the_others_to_work(admins: list[EngineAdmin]) -> None:
+    admins[0].registry.want([PROFILE.version])
+    admins[0].files[PROFILE.version] = PROFILE.to_bytes()
+    rank = Rank(at_all(admins))
+    admins[1].status = 503
+    rank.agent.tick(0.0)
+    rank.agent.tick(0.25)
+    assert admins[0].registry.acknowledged(0.0) == {PROFILE.version}
+    # The one that has it is gone before it was fetched; the other one has it from the store.
+    other = make_profile(2)
+    admins[0].registry.want([other.version])
+    rank.agent.tick(2.0)
+    assert rank.library.missing() == (other.version,)
+    admins[0].status, admins[1].status = 503, None
+    admins[1].registry.want([other.version])
+    admins[1].files[other.version] = other.to_bytes()
+    for now in (10.0, 10.25):
+        rank.agent.tick(now)
+    assert admins[1].registry.acknowledged(10.25) == {PROFILE.version, other.version}
+
+
+def test_what_was_tapped_goes_to_the_replica_that_asked_for_it(admins: list[EngineAdmin]) -> None:
+    rank = Rank(at_all(admins))
+    rank.agent.tick(0.0)
+    for nonce, value in (("aa-1", 0.25), ("bb-1", 0.5), ("cc-1", 0.75)):
+        one = step(0, [value])
+        rank.taps.push(Step(one.reading, [TappedRow(0, nonce, None, 0)]))
+    rank.agent.tick(0.25)
+    for admin, nonce, value in zip(admins, ("aa-1", "bb-1"), (0.25, 0.5), strict=True):
+        taken = admin.registry.take(nonce)
+        assert taken is not None
+        assert taken.log_normalizer["0" * 32].tolist() == [value]
+        assert admin.registry.taps_dropped == 0
+        assert [admin.registry.take(other) for other in ("aa-1", "bb-1", "cc-1")] == [None] * 3
+    assert rank.counters.read() == {"taps_sent": 2, "taps_dropped": 1}
+
+
+def test_a_name_stands_for_every_replica_that_it_has_now(
+    admins: list[EngineAdmin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = admins[0].url.rpartition(":")[2]
+    hosts = ["127.0.0.1"]
+
+    def resolve(host: str, number: int, **_: Any) -> list[Any]:
+        assert (host, str(number)) == ("replicas", port)
+        if not hosts:
+            raise OSError("no such name")
+        return [(0, 0, 0, "", (address, number)) for address in hosts]
+
+    monkeypatch.setattr("hemostat_calibration.engine.agent.socket.getaddrinfo", resolve)
+    peers = Peers(Settings.from_environment({"HEMOSTAT_ADMIN_URL": f"dns+http://replicas:{port}"}))
+    peers.refresh(0.0)
+    [first] = peers.all
+    assert first.url == admins[0].url
+    hosts += ["127.0.0.2", "fd00::1"]
+    peers.refresh(1.0)
+    assert peers.all == [first], "not asked yet"
+    peers.refresh(6.0)
+    assert [peer.url for peer in peers.all] == [f"http://{h}:{port}" for h in ("127.0.0.1", "127.0.0.2", "[fd00::1]")]
+    assert peers.all[0] is first
+    hosts.clear()
+    peers.refresh(12.0)
+    assert len(peers.all) == 3, "a name that cannot be resolved just now stands for what it stood for"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://host", "admin:9091", "file:///etc", "http://"),
+        "http://a:1,b:2",
+        "dns+https://a",
+        "dns+a:1",
+        "http://a:x",
+    ],
+)
 def test_a_wrong_admin_url_is_named(url: str) -> None:
     with pytest.raises(InvalidArgumentError, match="HEMOSTAT_ADMIN_URL"):
         Settings.from_environment({"HEMOSTAT_ADMIN_URL": url})
@@ -321,6 +439,8 @@ def test_a_wrong_admin_url_is_named(url: str) -> None:
 
 def test_settings_from_the_environment() -> None:
     assert Settings.from_environment({"HEMOSTAT_ADMIN_URL": ""}) == Settings()
+    several = {"HEMOSTAT_ADMIN_URL": "http://h:1/, dns+http://g:2 ,"}
+    assert Settings.from_environment(several) == Settings("http://h:1,dns+http://g:2")
     full = {"HEMOSTAT_ADMIN_URL": "http://h:1/", "HEMOSTAT_ADMIN_TOKEN": "t", "HEMOSTAT_PROFILE_DIR": "/p"}
     assert Settings.from_environment(full) == Settings("http://h:1", "t", Path("/p"))
 

@@ -272,7 +272,7 @@ def client() -> Iterator[TestClient]:
 
 def test_the_routes(client: TestClient) -> None:
     answer = client.post("/api/v1/engine/report", json=GOOD)
-    assert (answer.status_code, answer.json()) == (200, {"hold": [B]})
+    assert (answer.status_code, answer.json()) == (200, {"hold": [B], "leads": True, "replica": ""})
     tap = {"nonce": "n", "start": 0, "tokens": 1, "versions": {A: [1.5]}, "applied": A}
     body = msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]})
     assert client.post("/api/v1/engine/tap", content=body).status_code == 204

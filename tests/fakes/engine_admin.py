@@ -51,7 +51,8 @@ class EngineAdmin:
                 if self.path == "/api/v1/engine/report":
                     with admin.lock:
                         hold = admin.registry.report(decode_report(body), admin.now)
-                    return self.answer(200, admin.answer or json.dumps({"hold": hold}).encode())
+                    said = {"hold": hold, "leads": admin.registry.leads, "replica": admin.registry.replica}
+                    return self.answer(200, admin.answer or json.dumps(said).encode())
                 if self.path == "/api/v1/engine/tap":
                     with admin.lock:
                         admin.registry.tap(decode_tap(body), admin.now)
