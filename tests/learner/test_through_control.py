@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> AsyncIterator[Bench]:
     monkeypatch.setattr(control_module, "HOUSEKEEPING", 0.05)
     world = make(vocab_size=VOCAB)
     reference = WorldReference(world, save(world, folder / "checkpoint"))
@@ -211,6 +212,7 @@ async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         "clamp_nats": 1.5,
         "anchors": 48,
         "rank": 8,
+        **given,
     }
     with serving(FakeVllm()) as url:
         made = settings(url, reference={"backend": "transformers", "model": "world"}, calibration=calibration)
@@ -260,6 +262,24 @@ async def test_a_contextual_profile_is_learned_held_tapped_judged_and_serves(
         assert not b.one.scorer.features_dropped
         metrics = {(name, tuple(labels.items())): value for name, labels, value in b.one.counters()}
         assert metrics["hemostat_learned_tokens_total", (("source", "hidden"),)] == status["tokens"]
+
+
+async def test_when_the_topics_change_what_served_is_taken_back_and_the_new_ones_are_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path, monkeypatch, half_life_tokens=1500) as b:
+        steering = b.one.steering
+        await b.until(lambda: steering.selected is not None, 1400)
+        before = steering.selected
+        # From now on the compressed model errs the other way.
+        turned = replace(b.reference.world, bend=-b.reference.world.bend)
+        b.reference.world = b.engine.world = turned
+        await b.until(lambda: steering.decisions["roll_back", "harm"] == 1, 400)
+        assert b.told[-1].serving is None
+        await b.until(lambda: steering.selected is not None, 2000)
+        assert steering.selected != before
+        await b.requests(40)
+        assert b.one.measurements.recovered(steering.selected)["estimate"] > 0.1  # type: ignore[index]
 
 
 async def test_an_engine_without_usable_features_costs_only_them(
