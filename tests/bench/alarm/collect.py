@@ -38,7 +38,6 @@ TOP_K = 20
 BATCHES = (128, 24, 72)
 """Requests at once, in turn. With the batch, the shapes of the products and their rounding change, and a batch shrinks
 while its requests end."""
-ROWS = 4
 LENGTHS = (32, 64, 96, 128)
 TEMPLATES = (
     "Explain {} to a ten-year-old.",
@@ -140,7 +139,9 @@ def score(reference: Path, folder: Path) -> None:
     if not parts:
         return
     from transformers import AutoModelForCausalLM
+    from vllm.platforms import current_platform
 
+    current_platform.import_kernels()
     model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", local_files_only=True).eval()
     began, tokens = time.monotonic(), 0
     for part in parts:
@@ -175,30 +176,24 @@ def _scores(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _margins(logprobs: Any, output: Any, seed: int) -> Any:
-    """How far each emitted token's noisy log-probability is below the largest, float32 [T].
-
-    The noise is what the sampler of vLLM's CPU build drew for a request with this seed. A few rows at a time: they stay
-    in the processor's cache.
-    """
+    """How far each emitted token's noisy log-probability is below the largest, float32 [T], with the noise that the
+    sampler of vLLM's CPU build drew for a request with this seed: its own kernel says which is the largest."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.cat([torch.randint(0, 2**31, (1,), generator=generator) for _ in range(len(output))])
-    steps = torch.arange(1, logprobs.shape[1] + 1) * (0x9E3779B97F4A7C15 - 2**64)
-    margins = []
-    for rows in torch.arange(len(output)).split(ROWS):
-        noise = _mix(_mix(seeds[rows].clone())[:, None] + steps).bitwise_right_shift_(11).bitwise_and_(0x1FFFFFFFFFFFFF)
-        noise = noise.double().add_(0.5).mul_(2.0**-53).log_().neg_().log_().neg_()
-        noisy = noise.add_(logprobs[rows])
-        margins.append(noisy.amax(1) - noisy.gather(1, output[rows, None])[:, 0])
-    return torch.cat(margins).float()
+    best = torch.ops._C.fused_gumbel_argmax(logprobs, seeds).long()
+    ids = torch.stack([best, output], 1)
+    bits = _mix(_mix(seeds)[:, None] + (ids + 1) * (0x9E3779B97F4A7C15 - 2**64)) >> 11 & 0x1FFFFFFFFFFFFF
+    noisy = logprobs.gather(1, ids) - torch.log(-torch.log((bits.double() + 0.5) * 2.0**-53))
+    return (noisy[:, 0] - noisy[:, 1]).clamp_min(0.0).float()
 
 
 def _mix(z: Any) -> Any:
-    """SplitMix64's, in place."""
-    z.bitwise_xor_((z >> 30).bitwise_and_(0x3FFFFFFFF)).mul_(0xBF58476D1CE4E5B9 - 2**64)
-    z.bitwise_xor_((z >> 27).bitwise_and_(0x1FFFFFFFFF)).mul_(0x94D049BB133111EB - 2**64)
-    return z.bitwise_xor_((z >> 31).bitwise_and_(0x1FFFFFFFF))
+    """SplitMix64's."""
+    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
+    return z ^ (z >> 31 & 0x1FFFFFFFF)
 
 
 def _write(path: Path, **arrays: Any) -> None:
