@@ -87,6 +87,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     demo.add_argument("--compression", choices=COMPRESSIONS, default=COMPRESSIONS[0])
     demo.add_argument("--no-console", action="store_true", help="plain lines in place of the live picture")
     demo.add_argument("--force-profile", type=Path, metavar="FILE", help="put this profile on every request")
+    demo.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as of serve: --set calibration.clamp_nats=1"
+    )
     demo.set_defaults(command=_demo)
 
     check = commands.add_parser(
@@ -245,6 +248,7 @@ def _demo(options: argparse.Namespace) -> int:
             compression=options.compression,
             console=not options.no_console,
             force_profile=options.force_profile,
+            overrides=tuple(options.set),
         )
     )
 

@@ -33,7 +33,7 @@ class Server(vllm_process.VllmServer):
         super().__init__(*arguments)
         self._command = [sys.executable, STAND_IN, "vllm", str(self.port)]
 runner.VllmServer = Server
-runner.serve_command = lambda config: [sys.executable, STAND_IN, "serve", str(config)]
+runner.serve_command = lambda config, overrides: [sys.executable, STAND_IN, "serve", str(config)]
 sys.exit(runner.run(runner.DemoOptions(requests=REQUESTS, report=Path("report.json"), console=False)))
 """
 
@@ -167,10 +167,21 @@ def test_the_settings_are_a_valid_configuration(tmp_path: Path) -> None:
     assert found.shadow.rate == 1.0
     assert found.shadow.top_k == 64
     assert found.calibration.mode == "auto"
+    assert found.calibration.alpha == 0.05, "a demo proves no less than a deployment"
     assert found.calibration.force == profile
     assert found.records.path == tmp_path / "records.jsonl"
     assert "--max-logprobs" in runner.vllm_arguments()
     assert vllm_process.LOGITS_PROCESSOR in runner.vllm_arguments()
+
+
+def test_overrides_are_given_to_serve_which_refuses_what_is_wrong(tmp_path: Path) -> None:
+    config = tmp_path / "hemostat.yaml"
+    config.write_text("upstream: {url: 'http://127.0.0.1:9'}")
+    command = runner.serve_command(config, ("calibration.min_token=9",))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "calibration.min_token" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_what_the_user_must_put_right_is_said_before_anything_starts(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ class DemoOptions:
     console: bool = True
     """False: plain lines in place of the live picture."""
     force_profile: Path | None = None
+    overrides: tuple[str, ...] = ()
+    """`KEY=VALUE`, for `hemostat serve --set`."""
 
 
 class DemoFailure(HemostatError):
@@ -196,7 +198,7 @@ class _Demo:
         self._say(f"starting vLLM on the {options.compression} model, and Hemostat with the reference in process")
         with _stopping(vllm):
             vllm.start()
-            with _serving(serve_command(config), logs / "hemostat.log") as serve:
+            with _serving(serve_command(config, options.overrides), logs / "hemostat.log") as serve:
                 await self._measure(scene, vllm, serve, logs)
 
     def _checkpoints(self) -> Checkpoints:
@@ -383,8 +385,9 @@ def serve_settings(
     return settings
 
 
-def serve_command(config: Path) -> list[str]:
-    return [str(Path(sys.executable).parent / "hemostat"), "serve", "--config", str(config)]
+def serve_command(config: Path, overrides: Sequence[str] = ()) -> list[str]:
+    flags = [flag for override in overrides for flag in ("--set", override)]
+    return [str(Path(sys.executable).parent / "hemostat"), "serve", "--config", str(config), *flags]
 
 
 @contextmanager
