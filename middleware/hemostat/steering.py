@@ -619,7 +619,14 @@ class Steering:
             (c.version, c.scope) == (version, scope) for c in self._trials.line
         ):
             return version
-        self._decided("import", "operator", version, scope, "imported by the operator", {})
+        why = "imported by the operator"
+        read = self.held(self._probe)
+        if read is not None and _digest(profile) not in {"", _digest(read)}:
+            # Engines hand out one set of anchors.
+            why += (
+                "; it reads other anchors than the learner, which does without the engine's while this is in question"
+            )
+        self._decided("import", "operator", version, scope, why, {})
         self._test(profile, scope, IMPORT)
         self._save("put_profile", StoredProfile(version, profile.to_bytes(), self._created[version]))
         return version

@@ -341,6 +341,22 @@ def test_an_import_has_to_prove_itself_and_survives_new_proposals() -> None:
     assert bench.steering.serving == profile.version
 
 
+def test_an_import_that_reads_other_anchors_than_the_learner_is_said_to() -> None:
+    bench = Bench()
+    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    bench.steering.add(contextual())
+    assert bench.last("import")["why"] == "imported by the operator"
+    other = contextual(anchors=ANCHORS + 1)
+    bench.steering.add(other)
+    assert "other anchors" in bench.last("import")["why"]
+    # It is tested, by what is known of it: on records that brought the learner's anchors, nothing.
+    record = make_record(BIASED.truth(0), 20, key=JUDGED[0])
+    values = np.zeros((record.tokens, len(ANCHORS)), np.float32)
+    bench.steering.observe(replace(record, features=Features(anchors_digest(ANCHORS), values), engine_boot="boot"))
+    judged = {c["version"]: c["requests"] for c in bench.steering.status()["candidates"]}
+    assert judged[other.version] == 0
+
+
 def test_an_import_starts_over_when_something_else_is_promoted() -> None:
     bench = Bench()
     other = harmful()
