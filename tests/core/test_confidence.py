@@ -67,6 +67,7 @@ def test_the_interval_of_a_mean_covers_at_every_look(name):
         residual = xx - 2 * ratio * xn + ratio**2 * nn
         fixed = 2 * 1.962 * np.sqrt(residual * t / (t - 0.999)) / (t * mean_n)
         narrow.append(((below + above) / fixed)[:, -1])
+    print(f"{name}: {covered} of {STREAMS} streams covered at every look, width at most {np.max(narrow):.2f} x fixed")
     assert covered >= NEEDED
     assert np.max(narrow) < 2.0
 
@@ -94,6 +95,7 @@ def test_the_interval_of_a_difference_covers_at_every_look():
         covered += good
         fixed = math.hypot(*((arm.moments.get().high - arm.moments.get().low) for arm in (first, second)))
         wide = max(wide, (found.high - found.low) / fixed)
+    print(f"difference: {covered} of {STREAMS // 2} streams covered at every look, width at most {wide:.2f} x fixed")
     assert covered >= NEEDED / STREAMS * (STREAMS // 2)
     assert wide < 2.0
 
