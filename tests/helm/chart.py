@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.helm.api import Cluster
 
 from hemostat.config import Settings, load
 
@@ -80,11 +81,12 @@ class Helm:
             return str(refused)
         raise AssertionError(f"rendered all the same: {arguments}")
 
-    def notes(self, *settings: str, release: str = "rel") -> str:
+    def notes(self, cluster: Cluster, *settings: str) -> str:
         """What `helm install` prints at its end."""
-        flags = [part for one in (UPSTREAM, *settings) for part in ("--set", one)]
-        said = self.run("install", release, str(CHART), "--namespace", "models", "--dry-run=client", *flags)
-        return said.partition("NOTES:\n")[2]
+        flags = ["--namespace", "models", "--dry-run=client", "--disable-openapi-validation"]
+        flags += ["--kubeconfig", str(cluster.kubeconfig)]
+        flags += [part for one in (UPSTREAM, *settings) for part in ("--set", one)]
+        return self.run("install", "rel", str(CHART), *flags).partition("NOTES:\n")[2]
 
 
 @dataclass

@@ -1,11 +1,14 @@
-"""The helm that these tests run."""
+"""The helm that these tests run, and a cluster for what only renders with one."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from tests.helm.api import Cluster, running
 from tests.helm.chart import ROOT, Helm
 
 
@@ -17,3 +20,9 @@ def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
     if found.returncode:
         pytest.skip(f"no helm here; install one: {found.stderr.strip()}")
     return Helm(found.stdout.strip(), tmp_path_factory.mktemp("helm"))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with running(tmp_path) as cluster:
+        yield cluster

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helm.api import Cluster
 from tests.helm.chart import CHART, UPSTREAM, VALUE_SETS, Helm, Manifest, Rendered, container, containers
 
 from hemostat import serve
@@ -522,8 +523,8 @@ def test_ingress(helm: Helm) -> None:
 # What helm prints
 
 
-def test_notes_say_what_to_do_next(helm: Helm) -> None:
-    notes = helm.notes()
+def test_notes_say_what_to_do_next(helm: Helm, cluster: Cluster) -> None:
+    notes = helm.notes(cluster)
     for said in (
         "http://rel-hemostat.models.svc:8080/v1",
         "kubectl -n models port-forward svc/rel-hemostat-admin 8081:8081",
@@ -539,9 +540,9 @@ def test_notes_say_what_to_do_next(helm: Helm) -> None:
     assert not [line for line in notes.splitlines() if "<no value>" in line or "%!" in line or line != line.rstrip()]
 
 
-def test_notes_follow_the_values(helm: Helm) -> None:
+def test_notes_follow_the_values(helm: Helm, cluster: Cluster) -> None:
     notes = helm.notes(
-        "existingSecret=mine", "config.reference.backend=vllm", "config.reference.url=http://r:8000",
+        cluster, "existingSecret=mine", "config.reference.backend=vllm", "config.reference.url=http://r:8000",
         "serviceMonitor.enabled=true", "networkPolicy.enabled=true", "service.adminPort=9000", "config.shadow.top_k=50",
         "podDisruptionBudget.enabled=true", "podDisruptionBudget.minAvailable=1",
     )  # fmt: skip
@@ -552,7 +553,7 @@ def test_notes_follow_the_values(helm: Helm) -> None:
     assert "made at random" not in notes
     assert "networkPolicy.admins" in notes
     assert "no node with such a pod can be drained" in notes
-    engine = helm.notes("upstream.url=", "engine.enabled=true", "engine.model=my/model")
+    engine = helm.notes(cluster, "upstream.url=", "engine.enabled=true", "engine.model=my/model")
     assert "stands in front of http://127.0.0.1:8000" in engine
     assert "-c engine" in engine
     assert "--logits-processors" not in engine
