@@ -116,7 +116,9 @@ async def _store(settings: Settings) -> Finding:
         finally:
             store.close()
     except StoreRefused as refused:
-        return Finding("store", State.NO, str(refused), "correct user and password in store.url")
+        return Finding(
+            "store", State.NO, str(refused).removeprefix("store.url: "), "correct user and password in store.url"
+        )
     except StoreFailure as failure:
         fix = "start it, or change store.url" if not url.startswith("sqlite") else "make it, or change store.url"
         return Finding("store", State.NO, str(failure).removeprefix("store.url: "), fix)

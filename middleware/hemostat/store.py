@@ -311,6 +311,7 @@ class ValkeyStore:
                 socket_connect_timeout=CONNECT_WITHIN,
                 socket_timeout=ANSWER_WITHIN,
                 socket_keepalive=True,
+                protocol=2,  # its successor greets with a command that a server without the password calls misuse
                 # A connection that the server has closed meanwhile is opened again, once; whatever else fails is ours.
                 retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
                 retry_on_error=[],
@@ -328,7 +329,8 @@ class ValkeyStore:
         except StoreFailure:
             raise
         except (self._redis.AuthenticationError, self._redis.exceptions.NoPermissionError) as error:
-            raise StoreRefused(f"store {self._name}: {error} (store.url)") from None
+            said = str(error).rstrip(".")
+            raise StoreRefused(f"store.url: {self._name} refuses user or password ({said})") from None
         except (self._redis.ConnectionError, self._redis.TimeoutError, OSError) as error:
             raise StoreAway(f"store {self._name}: {error}") from None
         except (self._redis.RedisError, ValueError) as error:  # ValueError: a damaged event is no JSON
@@ -453,8 +455,8 @@ def without_password(url: str) -> str:
     """The address of a store as it may be shown."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
-    name, colon, _ = user.partition(":")
-    return urlunsplit(parts._replace(netloc=f"{name}{':***' if colon else ''}{at}{host}"))
+    name, colon, password = user.partition(":")
+    return url.replace(f"{colon}{password}{at}{host}", f":***@{host}", 1) if password else url
 
 
 def open_store(url: str) -> Store:

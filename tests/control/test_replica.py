@@ -5,15 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 from tests import valkey
 from tests.control.making import TOKEN, control, profile, settings
+from tests.control.test_serve import AUTHORIZED, Served, hemostat
 from tests.control.test_steering import BIASED, JUDGED, LEARNED, Bench, harmful, helpful
+from tests.fakes.fake_vllm import VOCAB, FakeVllm, serving
 from tests.valkey import Valkey
 
 from hemostat import control as control_module
@@ -25,6 +35,13 @@ from hemostat.replica import Lease
 from hemostat.steering import EVENTS_HELD, STATES
 from hemostat.store import StoredProfile, StoreRefused, ValkeyStore
 from hemostat_calibration.errors import HemostatError
+
+pytest.importorskip("torch")
+
+from hemostat_calibration.engine.agent import Agent, Identity
+from hemostat_calibration.engine.agent import Settings as Engine
+from hemostat_calibration.engine.library import Counters, Library
+from hemostat_calibration.engine.taps import Taps
 
 MODEL, V = "m", 30
 
@@ -392,3 +409,101 @@ def test_every_test_has_an_alpha_of_its_own_whoever_begins_it() -> None:
         bench.steering.add(helpful(seed=turn))
         numbers += [c["test"] for c in bench.steering.status()["candidates"]]
     assert numbers == [1, 2, 3, 4, 5, 6]
+
+
+# --- as it runs -------------------------------------------------------------------------------------------------------
+
+
+def engine(admins: list[str]) -> Agent:
+    """The real plugin's agent, holding what it is asked to hold."""
+    counters = Counters()
+    url = Engine.from_environment({"HEMOSTAT_ADMIN_URL": ",".join(admins), "HEMOSTAT_ADMIN_TOKEN": TOKEN})
+    who = Identity("boot", 0, 1, VOCAB, "v1", "0")
+    agent = Agent(who, url, Library(VOCAB), counters, Taps(counters))
+    agent.start()
+    return agent
+
+
+async def served_with(one: Served, upstream: FakeVllm, times: int = 12) -> set[str | None]:
+    """Versions that requests through this replica ask of the engine; the control arm asks for none."""
+    upstream.requests.clear()
+    for n in range(times):
+        assert (await one.ask(f"question {n} of {time.monotonic()}")).status_code == 200
+    return {(body.get("vllm_xargs") or {}).get("hemostat") for body in upstream.requests} - {None}
+
+
+async def test_two_servers_one_engine_one_store(tmp_path: Path) -> None:
+    """`hemostat serve` twice, real processes: what one promotes both serve; the store and the leader are killed."""
+    upstream = FakeVllm(noise=0.5)
+    with ExitStack() as stack:
+        server = stack.enter_context(valkey.running(tmp_path / "valkey", "s3cret"))
+        url = stack.enter_context(serving(upstream))
+        reference = stack.enter_context(serving(FakeVllm()))
+        ones = []
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            more: dict[str, Any] = {
+                "reference": {"backend": "vllm", "url": reference},
+                "store": {"url": server.url},
+                "calibration": {"mode": "auto"},
+            }
+            ones.append(stack.enter_context(hemostat(tmp_path / name, upstream, url, **more)))
+        agent = engine([one.admin for one in ones])
+        stack.callback(agent.stop)
+        for one in ones:
+            await one.until(lambda status: status["reference"]["state"] == "ready", 40)
+        await until_leads(ones)
+        leader, follower = sorted(ones, key=leads, reverse=True)
+
+        first, second = (replace(profile(seed, VOCAB), model="fake") for seed in (1, 2))
+        async with httpx.AsyncClient(base_url=follower.admin, headers=AUTHORIZED, timeout=30) as client:
+            for path, body in (("", first.to_bytes()), ("/promote", json.dumps({"version": first.version}).encode())):
+                answer = await client.post(f"/api/v1/profiles{path}", content=body)
+                assert answer.status_code == 200, answer.text
+        for one in ones:
+            await one.until(lambda status: first.version in status["engines"]["acknowledged"])
+            assert await served_with(one, upstream) == {first.version}
+
+        server.kill()
+        for one in ones:
+            await one.until(lambda status: not status["replica"]["leads"], 30)
+            assert await served_with(one, upstream) == {first.version}
+            assert await one.metric("hemostat_store_errors_total") > 0
+        server.start()
+        await until_leads(ones)
+
+        leader, follower = sorted(ones, key=leads, reverse=True)
+        os.kill(leader.process.pid, signal.SIGKILL)
+        await follower.until(lambda status: status["replica"]["leads"], 40)
+        assert await served_with(follower, upstream) == {first.version}
+        async with httpx.AsyncClient(base_url=follower.admin, headers=AUTHORIZED, timeout=30) as client:
+            for path, body in (("", second.to_bytes()), ("/promote", json.dumps({"version": second.version}).encode())):
+                answer = await client.post(f"/api/v1/profiles{path}", content=body)
+                assert answer.status_code == 200, answer.text
+        await follower.until(lambda status: second.version in status["engines"]["acknowledged"])
+        assert await served_with(follower, upstream) == {second.version}
+        assert "s3cret" not in "".join((tmp_path / name / "log").read_text() for name in ("a", "b"))
+
+
+def leads(one: Served) -> bool:
+    return bool(httpx.get(f"{one.admin}/api/v1/status", timeout=10).json()["replica"]["leads"])
+
+
+async def until_leads(ones: list[Served]) -> None:
+    await until(lambda: sum(leads(one) for one in ones) == 1)
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_a_wrong_password_ends_the_command_with_one_line(command: str, tmp_path: Path) -> None:
+    with valkey.running(tmp_path / "valkey", "s3cret") as server:
+        given = ["--upstream", "http://127.0.0.1:9", "--port", "0", "--admin-port", "0"]
+        given += ["--set", f"store.url={server.url.replace('s3cret', 'wr0ng')}"]
+        ended = subprocess.run(
+            [sys.executable, "-m", "hemostat", command, *given], check=False, capture_output=True, text=True, timeout=60
+        )
+    assert ended.returncode == (2 if command == "serve" else 1)
+    said = [line for line in (ended.stdout + ended.stderr).splitlines() if "refuses user or password" in line]
+    assert len(said) == 1
+    assert "store.url" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "wr0ng" not in ended.stdout + ended.stderr
