@@ -81,6 +81,7 @@ class StageFigures:
         self._below = dict.fromkeys(FIGURES, 0)
         self._infinite = dict.fromkeys(INFINITE, 0)
         self._exact = True
+        self._told: dict[str, Any] = {}
         self.requests = 0
         self.tokens = 0
 
@@ -123,7 +124,13 @@ class StageFigures:
         }
 
     def summary(self) -> dict[str, Any]:
-        """All of them, or None where nothing was measured."""
+        """All of them, or None where nothing was measured. Computed anew only when a request was added: the page asks
+        for it every other second, of every group."""
+        if self._told.get("requests") != self.requests:
+            self._told = self._tell()
+        return dict(self._told)
+
+    def _tell(self) -> dict[str, Any]:
         found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "ci95": {}}
         for name, figure in FIGURES.items():
             told = self.figure(name)

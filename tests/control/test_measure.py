@@ -51,6 +51,17 @@ def batch(values: list[np.ndarray]) -> tuple[float, float]:
     return mean, student_975(m - 1) * deviation
 
 
+def test_what_was_told_before_does_not_stay() -> None:
+    one, asked = Measurements(), Measurements()
+    for record in records(6):
+        one.observe(record, None, None)
+        asked.observe(record, None, None)
+        told = asked.summary(None)
+        told["kl_nats"] = "scribbled over"
+    assert asked.summary(None) == one.summary(None)
+    assert asked.where() == one.where()
+
+
 @pytest.mark.parametrize("stage", ["raw", "calibrated"])
 def test_the_summary_is_what_a_batch_computation_says(stage: str) -> None:
     profile = profile_of()

@@ -90,10 +90,14 @@ function table(id, caption, header, rows, empty = "nothing yet") {
     });
   });
   parts.push(body);
+  // What has not changed stays: with it what is selected.
+  const fresh = element.cloneNode(false);
+  fresh.append(...parts);
+  if (fresh.isEqualNode(element)) return;
   // A button that has the focus keeps it.
   const active = document.activeElement;
   const kept = active && element.contains(active) ? active.dataset.key : null;
-  element.replaceChildren(...parts);
+  element.replaceChildren(...fresh.childNodes);
   if (kept) element.querySelector(`[data-key="${CSS.escape(kept)}"]`)?.focus();
 }
 
