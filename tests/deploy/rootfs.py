@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROGRAMS = ("sh", "ls", "install", "cat", "id", "find", "groupadd", "useradd")
+OF_WHEELS = ("libgcc_s.so.1", "libstdc++.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1")
+"""What every manylinux wheel may expect of a system."""
 FOLDERS = ("dev", "etc", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64", "usr/local/bin", "var")
 VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 ETC = {
@@ -59,12 +61,17 @@ def make(root: Path, wheelhouse: Path, packages: Iterable[str] = ()) -> None:
     shutil.copytree(library, inside(root, home) / "lib" / VERSION, ignore=shutil.ignore_patterns(*left_out))
     for shared in prefix.glob("lib/libpython*.so*"):
         shutil.copy(shared, root / "usr/lib")
-    for path in linked([*programs, prefix / "bin" / VERSION, *library.glob("lib-dynload/*.so")]):
+    needed = linked([*programs, prefix / "bin" / VERSION, *library.glob("lib-dynload/*.so")])
+    system = next(path.parent for path in needed if path.name == "libc.so.6")
+    for path in needed | {system / name for name in OF_WHEELS}:
         if not path.is_relative_to(prefix) or home == prefix:
             inside(root, path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, inside(root, path))
-    if (wheels := Path("/usr/share/python-wheels")).is_dir():  # Debian's ensurepip takes pip from there
+    if (wheels := Path("/usr/share/python-wheels")).is_dir():  # Debian's ensurepip takes pip from there, which
         shutil.copytree(wheels, inside(root, wheels))
+        if (authorities := Path("/etc/ssl/certs/ca-certificates.crt")).is_file():  # does not start without these
+            inside(root, authorities).parent.mkdir(parents=True)
+            shutil.copy(authorities, inside(root, authorities))
     for name in ("python", "python3"):
         (root / "usr/local/bin" / name).symlink_to(home / "bin" / VERSION)
     # A virtual environment in /usr/local, whichever layout the distribution's own Python has.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -170,6 +171,17 @@ def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
         body = page.split(f"## {name}\n")[1].split("\n## ")[0]
         titles = re.findall(r"^\*\*(.+?)\*\*", body, re.MULTILINE)
         assert titles == ["What it means.", "What to look at.", "What to do.", "What not to conclude."], name
+
+
+def test_panels_that_pages_name_exist() -> None:
+    titles: set[str] = set()
+    for path in (ROOT / "helm" / "hemostat" / "dashboards").glob("*.json"):
+        board = json.loads(path.read_text())
+        titles |= {board["title"].removeprefix("Hemostat / "), *(panel["title"] for panel in board["panels"])}
+    for name in ("RUNBOOK.md", "READING.md"):
+        named = set(re.findall(r"(?<!\*)\*([A-Z][^*\n]+)\*(?!\*)", (DEPLOY / name).read_text()))
+        assert named, name
+        assert named <= titles, name
 
 
 # --- metrics that pages name ------------------------------------------------------------------------------------------

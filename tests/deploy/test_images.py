@@ -209,6 +209,7 @@ print(os.getuid(), sorted(os.listdir("/data")))
 """
 
 
+@pytest.mark.timeout(600)
 def test_the_middlewares_image_is_as_promised_and_serves(buildah: Buildah, middleware: str) -> None:
     made = json.loads(buildah("inspect", "--type", "image", middleware))["Docker"]["config"]
     assert made["User"] == "65532:65532"
@@ -238,6 +239,7 @@ def test_the_middlewares_image_is_as_promised_and_serves(buildah: Buildah, middl
     assert end == "65532 ['hemostat.db']"
 
 
+@pytest.mark.timeout(600)
 def test_the_engines_image_gets_the_plugin_and_nothing_else_changes(buildah: Buildah) -> None:
     buildah.build(ENGINE, "localhost/engine", BASE="localhost/base", VLLM="localhost/base")
     before = buildah.run("localhost/base", "python", "-m", "pip", "list", "--format=freeze").splitlines()
