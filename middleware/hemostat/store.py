@@ -301,6 +301,8 @@ class ValkeyStore:
         self._redis = redis
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query))
+        if query.keys() & {"password", "username"}:
+            raise StoreFailure("store.url: user and password stand before the host, like redis://user:password@host")
         self._prefix = query.pop("prefix", PREFIX)
         address = urlunsplit((SERVER_SCHEMES[parts.scheme], parts.netloc, parts.path, urlencode(query), ""))
         self._name = without_password(url)
@@ -455,7 +457,7 @@ def without_password(url: str) -> str:
     """The address of a store as it may be shown."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
-    name, colon, password = user.partition(":")
+    _, colon, password = user.partition(":")
     return url.replace(f"{colon}{password}{at}{host}", f":***@{host}", 1) if password else url
 
 

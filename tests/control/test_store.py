@@ -361,6 +361,7 @@ def test_every_name_of_a_server_is_known(scheme: str) -> None:
     "url",
     [
         *("redis://", "redis:///0", "redis://h:0", "redis://h:x", "redis://h/name", "redis://h?no_such_option=1"),
+        "redis://h?password=secret",
         *("sqlite://", "sqlite:///", "sqlite://host/x", "nonsense", "", "http://user:secret@h"),
     ],
 )

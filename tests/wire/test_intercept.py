@@ -663,7 +663,11 @@ def test_a_tap_is_asked_for_where_a_plugin_has_reported(wire: Wire, fake: FakeVl
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
     wire.send(CHAT, chat(vllm_xargs={"hemostat_tap": "mine"}))
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "mine"}
-    assert [capture.nonce for capture in wire.captures] == ["nonce", ""]
+    wire.interceptor.policy = policy(tap=True, replica="0123456789abcdef")
+    wire.send(CHAT, chat())
+    named = "0123456789abcdef-nonce"
+    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": named}, "the engine tells the replica that asked"
+    assert [capture.nonce for capture in wire.captures] == ["nonce", "", named]
 
 
 def test_without_a_plugin_a_profile_is_temperature_and_bias_where_the_client_set_neither(
