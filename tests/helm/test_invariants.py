@@ -186,6 +186,8 @@ def test_the_grace_period_follows_the_drain(helm: Helm) -> None:
         return int(helm.set(*settings).pod["spec"]["terminationGracePeriodSeconds"])
 
     usual = grace()
+    assert grace(f"terminationGracePeriodSeconds={usual}") == usual
+    assert grace("terminationGracePeriodSeconds=900") == 900
     assert grace("config.shutdown_seconds=300") == usual + 270
     assert grace("config.shutdown_seconds=0") == usual - 30
     assert grace("preStopSleepSeconds=60") == usual + 55
@@ -437,6 +439,22 @@ def test_the_service_monitor_sends_the_token_only_where_it_is_asked_for(helm: He
     assert monitor["metadata"]["labels"]["release"] == "kube-prometheus-stack"
 
 
+def test_the_operators_kinds_may_be_in_another_namespace(helm: Helm) -> None:
+    rendered = helm.set(
+        "serviceMonitor.enabled=true", "serviceMonitor.namespace=monitoring",
+        "prometheusRule.enabled=true", "prometheusRule.namespace=monitoring",
+    )  # fmt: skip
+    for kind in ("ServiceMonitor", "PrometheusRule"):
+        assert rendered.one(kind)["metadata"]["namespace"] == "monitoring"
+    assert rendered.one("ServiceMonitor")["spec"]["namespaceSelector"] == {"matchNames": ["models"]}
+
+
+def test_what_is_common_is_everywhere(helm: Helm) -> None:
+    for manifest in helm.values(set_of("everything")).manifests:
+        assert manifest["metadata"]["annotations"]["owner"] == 'team "serving" #1'
+        assert manifest["metadata"]["labels"]["cost-centre"] == "0042"
+
+
 def test_the_rules_are_the_files_own_and_lead_to_the_runbook(helm: Helm) -> None:
     import yaml
 
@@ -544,9 +562,11 @@ def test_notes_follow_the_values(helm: Helm, cluster: Cluster) -> None:
     notes = helm.notes(
         cluster, "existingSecret=mine", "config.reference.backend=vllm", "config.reference.url=http://r:8000",
         "serviceMonitor.enabled=true", "networkPolicy.enabled=true", "service.adminPort=9000", "config.shadow.top_k=50",
-        "podDisruptionBudget.enabled=true", "podDisruptionBudget.minAvailable=1",
+        "podDisruptionBudget.enabled=true", "podDisruptionBudget.minAvailable=1", HA,
+        "config.tracing.endpoint=http://collector:4318",
     )  # fmt: skip
     assert "get secret mine " in notes
+    assert "--build-arg EXTRAS=tracing,valkey" in notes
     assert "8081:9000" in notes
     assert "--max-logprobs 50" in notes
     assert "NOTHING IS MEASURED" not in notes

@@ -121,6 +121,12 @@ UNFIT = {
     ("engine.enabled=true", "engine.model=m"): "upstream.url: http://vllm:8000 is not the engine in the pod",
     ("config.store.url=sqlite:////data/x.db",): "config.store.url: /data/x.db is on no volume",
     ("config.store.url=sqlite:///x.db", "persistence.enabled=true"): "config.store.url: x.db is on no volume",
+    ("terminationGracePeriodSeconds=54",): "terminationGracePeriodSeconds: 54 is less than",
+    (
+        "serviceMonitor.enabled=true",
+        "serviceMonitor.namespace=monitoring",
+        "config.admin.metrics_need_token=true",
+    ): "serviceMonitor.namespace: monitoring has no Secret with the token",
     ("config.records.path=/var/records",): "config.records.path: /var/records is on no volume",
 }
 

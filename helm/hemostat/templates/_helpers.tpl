@@ -37,7 +37,7 @@ name: {{ printf "%s%s" (include "hemostat.fullname" .root) (default "" .suffix) 
 namespace: {{ default .root.Release.Namespace .namespace | quote }}
 labels:
   {{- include "hemostat.labels" (dict "root" .root "extra" .labels) | nindent 2 }}
-{{- with .annotations }}
+{{- with merge (dict) (default dict .annotations) (default dict .root.Values.commonAnnotations) }}
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -123,6 +123,11 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- ternary $config.shutdown_seconds 30 (and (hasKey $config "shutdown_seconds") (ne $config.shutdown_seconds nil)) | ceil | int -}}
 {{- end -}}
 
+{{/* The sleep before SIGTERM and the drain; then the supervisor gives the relays 5 s and the control process 10 s more. */}}
+{{- define "hemostat.graceSeconds" -}}
+{{- add .Values.preStopSleepSeconds (include "hemostat.shutdownSeconds" .) 20 -}}
+{{- end -}}
+
 {{- define "hemostat.urlPort" -}}
 {{- $url := urlParse . -}}
 {{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) -}}
@@ -175,6 +180,16 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 {{- if regexMatch "^[0-9]" (include "hemostat.fullname" .) -}}
 {{- fail (printf "fullnameOverride: required, as the release's name %q begins with a digit, and a Service's may not" .Release.Name) -}}
+{{- end -}}
+{{- $grace := include "hemostat.graceSeconds" . | int -}}
+{{- with .Values.terminationGracePeriodSeconds -}}
+{{- if lt (int .) $grace -}}
+{{- fail (printf "terminationGracePeriodSeconds: %v is less than preStopSleepSeconds, config.shutdown_seconds and 20 s, which is %d" . $grace) -}}
+{{- end -}}
+{{- end -}}
+{{- $elsewhere := ne (default .Release.Namespace .Values.serviceMonitor.namespace) .Release.Namespace -}}
+{{- if and .Values.serviceMonitor.enabled $elsewhere $split.config.admin.metrics_need_token -}}
+{{- fail (printf "serviceMonitor.namespace: %s has no Secret with the token that config.admin.metrics_need_token asks for: leave it empty" .Values.serviceMonitor.namespace) -}}
 {{- end -}}
 {{- if and .Values.autoscaling.enabled (gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) -}}
 {{- fail (printf "autoscaling.maxReplicas: %v is less than autoscaling.minReplicas, %v" .Values.autoscaling.maxReplicas .Values.autoscaling.minReplicas) -}}
