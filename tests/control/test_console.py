@@ -72,6 +72,7 @@ def test_an_alarm_is_seen_first_and_since_when(page: Page, one: Served) -> None:
     since = time.strftime("%H:%M:%S", time.localtime(raised["since"]))
     expect(page.locator("#alarm")).to_have_text(f"ALARM on {raised['route']} (change) since {since}")
     assert page.locator("#verdict").get_attribute("class") == "verdict bad"
+    assert page.title() == "ALARM – Hemostat"
     [row] = [row for row in rows(page, "tests") if "raised" in row]
     assert raised["route"] in row
     assert percent(raised["evidence"], 0) in row
@@ -179,6 +180,7 @@ def test_the_operators_actions(page: Page, one: Served) -> None:
     page.get_by_role("button", name="Accept /v1/chat/completions as usual").click()
     confirm("Accept this as usual?")
     expect(page.locator("#verdict")).not_to_have_class("verdict bad")
+    assert page.title() == "Hemostat"
     assert not get(one, "status")["alarm"]["raised"]
     assert TOKEN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
 
