@@ -27,6 +27,12 @@ FIGURES = {
     "top1_agreement": 0.6,
     "covered_mass": 0.9,
 }
+EVENTS = [
+    {
+        **{"at": 1e9, "decision": "propose", "reason": "learned", "version": "ab" * 16, "scope": ""},
+        **{"why": "learned from 3001 tokens", "evidence": {}},
+    }
+]
 
 
 def status(answered: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +69,8 @@ def serve(config: Path) -> None:
 
     class Admin(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            events = {"events": []} if self.path == "/api/v1/profiles" else {}
-            body = json.dumps(events or status(len(fake.requests), settings)).encode()
+            profiles = self.path == "/api/v1/profiles"
+            body = json.dumps({"events": EVENTS} if profiles else status(len(fake.requests), settings)).encode()
             self.send_response(200)
             self.send_header("content-length", str(len(body)))
             self.end_headers()

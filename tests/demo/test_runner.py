@@ -99,6 +99,8 @@ def test_bounded_it_ends_by_itself_with_the_report(tmp_path: Path) -> None:
     assert report["raw"] == report["calibrated"]
     assert report["profile"] == {"version": "identity", "family": "identity", "mode": "auto"}
     assert "ready. Console http://127.0.0.1:" in output
+    assert output.count("propose abababab (learned): learned from 3001 tokens") == 1, "said once"
+    assert [event["decision"] for event in report["decisions"]] == ["propose"]
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
