@@ -81,8 +81,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def collect(change: str) -> list[Path]:
-    """The scored batches of a change, made where missing. Raises CalledProcessError when vLLM does not serve it."""
+def collect(change: str) -> None:
+    """Make the batches of a change that are missing. Raises CalledProcessError when vLLM does not serve it."""
     checkpoint, kv_cache, first, requests = PLAN[change]
     found = cached_checkpoints("w4a16" if checkpoint == "reference" else checkpoint, say)
     served = found.reference if checkpoint == "reference" else found.compressed
@@ -90,7 +90,6 @@ def collect(change: str) -> list[Path]:
     options = ["--first", str(first), "--requests", str(requests), "--kv-cache", kv_cache]
     for step in (["decode", str(served), str(folder), *options], ["score", str(found.reference), str(folder)]):
         subprocess.run([sys.executable, str(COLLECT), *step], check=True)
-    return sorted(folder.glob("*.scored.npz"))
 
 
 def read(paths: Sequence[Path]) -> list[Request]:
@@ -257,13 +256,19 @@ def number(value: float) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", default=",".join(PLAN), help="comma-separated; null and w8a8 are always there")
+    parser.add_argument("--collected", action="store_true", help="only what is there: nothing is decoded or scored")
     given = parser.parse_args()
     wanted = [change for change in PLAN if change in {"null", "w8a8", *given.changes.split(",")}]
     requests: dict[str, list[Request]] = {}
     unavailable = {}
     for change in wanted:
         try:
-            requests[change] = read(collect(change))
+            if not given.collected:
+                collect(change)
+            if found := read(sorted((DATA / change).glob("*.scored.npz"))):
+                requests[change] = found
+            else:
+                unavailable[change] = "nothing is collected"
         except subprocess.CalledProcessError as error:
             if change in {"null", "w8a8"}:
                 raise
