@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from hemostat.demo.traffic import Traffic
-from hemostat_calibration.profile import IDENTITY
 
 UNKNOWN = "–"
 DECISIONS_SHOWN = 3
@@ -94,10 +93,11 @@ def line(scene: Scene) -> str:
 
 
 def decided(event: Mapping[str, Any]) -> str:
-    """`promote 3f2a0c91 (evidence): better on held-out requests; 0.112 nats on 103 prompts, above 0.001`"""
+    """`promote 3f2a0c91 (evidence): better on held-out requests; gain 0.112 nats on 103 held-out prompts, proven ...`"""
     evidence = event.get("evidence") or {}
     found = f"{event['decision']} {event['version'][:8]} ({event['reason']}): {event['why']}"
-    return f"{found}; {_evidence(evidence)}" if evidence.get("requests") else found
+    # A proposal's evidence is what its learner says, and proves nothing.
+    return f"{found}; {_evidence(evidence)}" if "mean_gain" in evidence else found
 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
@@ -134,7 +134,7 @@ def picture(scene: Scene) -> RenderableType:
         flow.add_row("learner", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
     for candidate in status.get("calibration", {}).get("candidates", []):
         flow.add_row("under test", f"{candidate['version'][:8]} ({candidate['source']}): {_evidence(candidate)}")
-    for event in scene.decisions[:DECISIONS_SHOWN]:
+    for event in [e for e in scene.decisions if e["decision"] != "propose"][:DECISIONS_SHOWN]:
         flow.add_row("decided", decided(event))
 
     addresses = _grid()
@@ -145,8 +145,8 @@ def picture(scene: Scene) -> RenderableType:
 
     last = Text(f"last answer: {' '.join(traffic.last_text.split())}", style="dim", overflow="ellipsis", no_wrap=True)
     parts: list[RenderableType] = [flow, Text(), _figures(status), Text()]
-    if status.get("profile", {}).get("family", IDENTITY) != IDENTITY:
-        parts += [_arms(status.get("arms", {})), Text()]
+    if "treated" in status.get("arms", {}):
+        parts += [_arms(status["arms"]), Text()]
     parts += [addresses, Text(), last]
     if traffic.last_failure:
         parts.append(Text(f"last failure: {traffic.last_failure}", style="red"))
