@@ -93,7 +93,7 @@ def line(scene: Scene) -> str:
 
 
 def decided(event: Mapping[str, Any]) -> str:
-    """`promote 3f2a0c91 (evidence): better on held-out requests; gain 0.112 nats on 103 held-out prompts, proven ...`"""
+    """In a line: `promote 3f2a0c91 (evidence): better on held-out requests; gain 0.112 nats on 103 prompts, ...`"""
     evidence = event.get("evidence") or {}
     found = f"{event['decision']} {event['version'][:8]} ({event['reason']}): {event['why']}"
     # A proposal's evidence is what its learner says, and proves nothing.
