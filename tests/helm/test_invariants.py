@@ -566,7 +566,9 @@ def test_notes_follow_the_values(helm: Helm, cluster: Cluster) -> None:
         "config.tracing.endpoint=http://collector:4318",
     )  # fmt: skip
     assert "get secret mine " in notes
-    assert "--build-arg EXTRAS=tracing,valkey" in notes
+    assert "EXTRAS" not in notes
+    torch = helm.notes(cluster, "config.reference.backend=transformers", "config.reference.model=/models/m")
+    assert "--build-arg EXTRAS=tracing,valkey,transformers" in torch
     assert "8081:9000" in notes
     assert "--max-logprobs 50" in notes
     assert "NOTHING IS MEASURED" not in notes
