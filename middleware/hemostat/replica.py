@@ -5,8 +5,9 @@ Invariants:
   for the leader for less time than the store does, by its own clock, and what it writes the store refuses once another
   has led: an event or a state of two deciders at once cannot be.
 - Who leads next after another goes on from what the store says, counts of begun tests included, as after a restart:
-  evidence of tests under way is lost with their leader, and what they spent stays spent. Where nobody else led in
-  between, or the store has lost its data, what the replica knows stands, and is written again.
+  evidence of tests under way is lost with their leader, and what they spent stays spent. (Where a leader died before
+  it could write that a test has begun, that test has decided nothing: decisions are written after it.) Where nobody
+  else led in between, or the store has lost its data, what the replica knows stands, and is written again.
 - Where the store does not answer, everything goes on serving as it was. The lease runs out, nobody promotes or begins a
   test; who led last goes on watching what serves, and takes back what harms. A switch to `off` and a roll back hold at
   once where the operator says so, and everywhere once the store is back.
@@ -16,16 +17,19 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from hemostat.store import StoredProfile, StoreFailure, ValkeyStore
-from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.errors import HemostatError, InvalidProfileError
+from hemostat_calibration.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.replica")
 
@@ -151,9 +155,17 @@ class Replica:
         for version, created in (await asyncio.to_thread(store.versions)).items():
             if self._held(version):
                 profiles.append(StoredProfile(version, b"", created))
-            elif (profile := await asyncio.to_thread(store.get_profile, version)) is not None:
+            elif (profile := await asyncio.to_thread(self._load, version)) is not None:
                 profiles.append(profile)
         self._take_up(profiles, states, events)
+
+    def _load(self, version: str) -> StoredProfile | None:
+        """With what it holds: reading a large one takes a quarter of a second, too long for the event loop."""
+        stored = self._store.get_profile(version)
+        if stored is not None:
+            with contextlib.suppress(InvalidProfileError):  # whoever takes it up says what is wrong
+                return replace(stored, read=CalibrationProfile.from_bytes(stored.data, version))
+        return stored
 
     async def _carry_out(self, name: str, order: str) -> None:
         try:

@@ -658,7 +658,7 @@ class Steering:
                 self._save("delete_profile", item.version)
                 continue
             try:
-                profile = held or CalibrationProfile.from_bytes(item.data, item.version)
+                profile = held or item.read or CalibrationProfile.from_bytes(item.data, item.version)
             except InvalidProfileError as error:
                 log.error("stored profile %s: %s", item.version, error)
                 continue

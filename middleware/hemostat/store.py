@@ -27,6 +27,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.profile import CalibrationProfile
 
 T = TypeVar("T")
 
@@ -63,11 +64,12 @@ class LeaseLost(StoreFailure):
 
 @dataclass(frozen=True, slots=True)
 class StoredProfile:
-    """A profile's bytes with when it was put, in seconds since the epoch."""
+    """A profile's bytes with when it was put, in seconds since the epoch. read: what they hold, if it was read."""
 
     version: str
     data: bytes
     created: float
+    read: CalibrationProfile | None = None
 
 
 class Store(Protocol):

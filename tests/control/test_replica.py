@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -35,6 +36,7 @@ from hemostat.replica import Lease
 from hemostat.steering import EVENTS_HELD, STATES
 from hemostat.store import StoredProfile, StoreRefused, ValkeyStore
 from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.profile import CalibrationProfile
 
 pytest.importorskip("torch")
 
@@ -127,6 +129,24 @@ async def test_what_one_promotes_all_serve(shared_server: Valkey, tmp_path: Path
         await ones[0].rollback("asked for", None)
         await until(lambda: agree(ones, None))
         assert ones[1].steering.promotions == ones[1].steering.rollbacks == 0, "counted where it was decided"
+
+
+async def test_profiles_of_others_are_read_off_the_event_loop(
+    shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[int] = set()
+    read = CalibrationProfile.from_bytes.__func__  # type: ignore[attr-defined]
+
+    def note(cls: type[CalibrationProfile], data: bytes, version: str | None = None) -> CalibrationProfile:
+        threads.add(threading.get_ident())
+        return read(cls, data, version)  # type: ignore[no-any-return]
+
+    async with replicas(shared_server, tmp_path) as ones:
+        monkeypatch.setattr(CalibrationProfile, "from_bytes", classmethod(note))
+        await ones[0].promote(ones[0].steering.add(profile()), "")
+        await until(lambda: agree(ones, profile().version))
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_operators_may_talk_to_any_replica(shared_server: Valkey, tmp_path: Path) -> None:
@@ -466,7 +486,7 @@ async def test_two_servers_one_engine_one_store(tmp_path: Path) -> None:
 
         server.kill()
         for one in ones:
-            await one.until(lambda status: not status["replica"]["leads"], 30)
+            await one.until(lambda status: not status["replica"]["store_reachable"], 30)
             assert await served_with(one, upstream) == {first.version}
             assert await one.metric("hemostat_store_errors_total") > 0
         server.start()
