@@ -121,6 +121,10 @@ UNFIT = {
     ("engine.enabled=true", "engine.model=m"): "upstream.url: http://vllm:8000 is not the engine in the pod",
     ("config.store.url=sqlite:////data/x.db",): "config.store.url: /data/x.db is on no volume",
     ("config.store.url=sqlite:///x.db", "persistence.enabled=true"): "config.store.url: x.db is on no volume",
+    ("service.nodePort=30080",): "service.nodePort: has no meaning with service.type ClusterIP",
+    ("service.externalTrafficPolicy=Local",): "service.externalTrafficPolicy: has no meaning",
+    ("extraVolumes[0].name=tmp",): "extraVolumes: tmp is a volume of the chart's own",
+    ("extraVolumeMounts[0].name=x", "extraVolumeMounts[0].mountPath=/tmp/"): "extraVolumeMounts: /tmp/ is mounted",
     ("terminationGracePeriodSeconds=54",): "terminationGracePeriodSeconds: 54 is less than",
     (
         "serviceMonitor.enabled=true",

@@ -187,6 +187,23 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- fail (printf "terminationGracePeriodSeconds: %v is less than preStopSleepSeconds, config.shutdown_seconds and 20 s, which is %d" . $grace) -}}
 {{- end -}}
 {{- end -}}
+{{- if eq .Values.service.type "ClusterIP" -}}
+{{- range $key := list "nodePort" "externalTrafficPolicy" "loadBalancerSourceRanges" -}}
+{{- if get $.Values.service $key -}}
+{{- fail (printf "service.%s: has no meaning with service.type ClusterIP; leave it out, or set service.type" $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range .Values.extraVolumes -}}
+{{- if has .name (list "config" "tmp" "data" "shm") -}}
+{{- fail (printf "extraVolumes: %s is a volume of the chart's own; choose another name" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- range .Values.extraVolumeMounts -}}
+{{- if has (trimSuffix "/" .mountPath) (list "/etc/hemostat" "/tmp" (ternary "/data" "" $.Values.persistence.enabled)) -}}
+{{- fail (printf "extraVolumeMounts: %s is mounted already" .mountPath) -}}
+{{- end -}}
+{{- end -}}
 {{- $elsewhere := ne (default .Release.Namespace .Values.serviceMonitor.namespace) .Release.Namespace -}}
 {{- if and .Values.serviceMonitor.enabled $elsewhere $split.config.admin.metrics_need_token -}}
 {{- fail (printf "serviceMonitor.namespace: %s has no Secret with the token that config.admin.metrics_need_token asks for: leave it empty" .Values.serviceMonitor.namespace) -}}
