@@ -1,0 +1,82 @@
+"""What the relays count, told to people."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hemostat import overview
+from hemostat.messages import OVERHEAD_BUCKETS, Stats
+
+NOTHING = Stats(counters={}, overhead_buckets=[0] * (len(OVERHEAD_BUCKETS) + 1), overhead_sum=0.0, ready=True)
+
+
+def of(**counters: dict[str, float]) -> Stats:
+    return Stats(counters=counters, overhead_buckets=NOTHING.overhead_buckets, overhead_sum=0.0, ready=True)
+
+
+@given(st.lists(st.floats(0.0, 0.5), min_size=1, max_size=60), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+def test_a_quantile_lies_in_the_bucket_that_is_told(seconds: list[float], q: float) -> None:
+    buckets = [0] * (len(OVERHEAD_BUCKETS) + 1)
+    for one in seconds:
+        buckets[bisect_left(OVERHEAD_BUCKETS, one)] += 1
+    told = overview.quantile(Stats(counters={}, overhead_buckets=buckets, overhead_sum=0.0, ready=True), q)
+    true = sorted(seconds)[max(math.ceil(q * len(seconds)), 1) - 1]
+    edges = [0.0, *OVERHEAD_BUCKETS, math.inf]
+    assert told in edges
+    assert edges[edges.index(told) - 1] <= true <= told
+
+
+def test_the_proxys_health() -> None:
+    requests = {
+        "/v1/chat/completions\x1fok": 90.0,
+        "/v1/completions\x1fupstream_failed": 2.0,
+        "/v1/models\x1fserver_error": 3.0,
+        "other\x1fclient_gone": 5.0,
+    }
+    told = overview.proxy(of(hemostat_requests_total=requests))
+    assert (told["requests"], told["generations"], told["failed"], told["failed_ratio"]) == (100, 92, 5, 0.05)
+    assert told["by_outcome"] == {"ok": 90, "upstream_failed": 2, "server_error": 3, "client_gone": 5}
+    assert told["by_route"]["/v1/models"] == 3
+    assert told["overhead_seconds"] == {"p50": None, "p99": None}
+
+
+def test_what_is_slower_than_every_bucket_is_json_still() -> None:
+    buckets = [0] * len(OVERHEAD_BUCKETS) + [4]
+    told = overview.proxy(Stats(counters={}, overhead_buckets=buckets, overhead_sum=9.0, ready=True))
+    assert told["overhead_seconds"]["p50"] == OVERHEAD_BUCKETS[-1]
+    json.dumps(told, allow_nan=False)
+
+
+def test_nothing_yet() -> None:
+    assert overview.endings(NOTHING) == {}
+    told = overview.proxy(NOTHING)
+    assert (told["requests"], told["failed_ratio"], told["by_outcome"]) == (0, None, {})
+
+
+def test_how_answers_end_by_arm() -> None:
+    told = overview.endings(
+        of(
+            hemostat_responses_finished_total={
+                "treated\x1fstop": 7.0,
+                "treated\x1flength": 1.0,
+                "control\x1fstop": 3.0,
+            },
+            hemostat_output_tokens_total={"treated": 80.0},
+            hemostat_repetition_loops_total={"control": 2.0},
+            hemostat_structured_outputs_total={"treated\x1fjson\x1fvalid": 4.0, "treated\x1fjson\x1fcut": 1.0},
+        )
+    )
+    assert told == {
+        "treated": {
+            "finished": {"stop": 7, "length": 1},
+            "output_tokens": 80,
+            "loops": 0,
+            "structured": {"json": {"valid": 4, "cut": 1}},
+        },
+        "control": {"finished": {"stop": 3}, "output_tokens": 0, "loops": 2, "structured": {}},
+    }
