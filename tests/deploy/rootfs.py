@@ -1,7 +1,7 @@
 """A base image in place of python:…-slim and vllm-openai, out of this machine's own files: nothing can be pulled here.
 
 It holds this Python with its standard library, pip, the few programs that the Dockerfiles call, and the libraries that
-all of these are linked with; and a wheelhouse, from which alone pip installs. So a build needs no network.
+all of these are linked with. pip installs from WHEELHOUSE alone, to be mounted there: so a build needs no network.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+WHEELHOUSE = "/wheelhouse"
 PROGRAMS = ("sh", "ls", "install", "cat", "id", "find", "groupadd", "useradd")
 OF_WHEELS = ("libgcc_s.so.1", "libstdc++.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1")
 """What every manylinux wheel may expect of a system."""
@@ -24,7 +25,7 @@ ETC = {
     "shadow": "root:*:19000:0:99999:7:::\n",
     "gshadow": "root:*::\n",
     "login.defs": "",
-    "pip.conf": "[global]\nno-index = true\nfind-links = /wheelhouse\n",
+    "pip.conf": f"[global]\nno-index = true\nfind-links = {WHEELHOUSE}\n",
 }
 
 
@@ -46,22 +47,19 @@ def make(root: Path, wheelhouse: Path, packages: Iterable[str] = ()) -> None:
     home = prefix if prefix == Path("/usr") else Path("/opt/python")  # elsewhere it may lie where only root may look
     (inside(root, home) / "bin").mkdir(parents=True, exist_ok=True)
     shutil.copy(prefix / "bin" / VERSION, inside(root, home) / "bin")
-    left_out = (
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "__pycache__",
-        "idlelib",
-        "tkinter",
-        "config-*",
-        "*.a",
-    )
+    left_out = ("*-packages", "test", "tests", "__pycache__", "idlelib", "tkinter", "_tkinter*", "config-*", "*.a")
     library = prefix / "lib" / VERSION
     shutil.copytree(library, inside(root, home) / "lib" / VERSION, ignore=shutil.ignore_patterns(*left_out))
-    for shared in prefix.glob("lib/libpython*.so*"):
+    for shared in prefix.glob("lib/libpython*.so.*"):
         shutil.copy(shared, root / "usr/lib")
-    needed = linked([*programs, prefix / "bin" / VERSION, *library.glob("lib-dynload/*.so")])
+    needed = linked(
+        [
+            *programs,
+            prefix / "bin" / VERSION,
+            *library.glob("lib-dynload/[!_]*.so"),
+            *library.glob("lib-dynload/_[!t]*.so"),
+        ]
+    )
     system = next(path.parent for path in needed if path.name == "libc.so.6")
     for path in needed | {system / name for name in OF_WHEELS}:
         if not path.is_relative_to(prefix) or home == prefix:
@@ -79,8 +77,6 @@ def make(root: Path, wheelhouse: Path, packages: Iterable[str] = ()) -> None:
     site = root / "usr/local/lib" / VERSION / "site-packages"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", str(wheelhouse)]
     subprocess.run([*command, "--no-warn-conflicts", "--target", str(site), "pip", *packages], check=True)
-    shutil.copytree(wheelhouse, root / "wheelhouse")
-    (root / "wheelhouse").chmod(0o755)
 
 
 def inside(root: Path, path: Path) -> Path:

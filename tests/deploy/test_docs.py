@@ -12,10 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from tests.deploy.conftest import ROOT
 
+from hemostat.config import load
 from hemostat.measure import HEADLINE
 from hemostat.metrics import FAMILIES
 from hemostat.relay.counters import OUTCOMES
@@ -145,11 +147,7 @@ def test_every_reason_of_the_shadow_is_explained(reference: ModuleType) -> None:
 def test_every_event_of_the_engine_is_explained(reference: ModuleType) -> None:
     engine = ROOT / "calibration" / "hemostat_calibration" / "engine"
     found = {
-        text
-        for path in engine.glob("*.py")
-        for call in calls(path, "add")
-        for text in texts(call.args[0])
-        if call.args
+        text for path in engine.glob("*.py") for call in calls(path, "add") for text in texts(call.args[0]) if call.args
     }
     # What is counted on the device is named where the tally is made.
     found |= {name.value for call in calls(engine / "core.py", "Tally") for name in call.args[1].elts}
@@ -271,3 +269,24 @@ def test_pages_are_found_and_linked_from_the_readme() -> None:
     assert {"README.md", "deploy/README.md", "deploy/RUNBOOK.md"} <= {str(path.relative_to(ROOT)) for path in PAGES}
     linked = {link.partition("#")[0] for link in links(ROOT / "README.md")}
     assert {f"deploy/{name}.md" for name in ("README", "RUNBOOK", "METRICS", "READING")} <= linked
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_configurations_are_valid(tmp_path: Path) -> None:
+    (given,) = re.findall(r"<<'END'\n(.*?)^END$", (DEPLOY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    file = tmp_path / "hemostat.yaml"
+    file.write_text(given)
+    settings = load(file, {})
+    assert settings.reference.backend == "vllm"
+    (values,) = re.findall(r"```yaml\n# values.yaml\n(.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)
+    schema = json.loads((ROOT / "helm" / "hemostat" / "values.schema.json").read_text())
+    defaults = yaml.safe_load((ROOT / "helm" / "hemostat" / "values.yaml").read_text())
+    jsonschema.validate(merged(defaults, yaml.safe_load(values)), schema)
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """As helm lays values over a chart's."""
+    both = {key: merged(below[key], above[key]) for key in below.keys() & above.keys() if isinstance(below[key], dict)}
+    return below | above | both

@@ -9,7 +9,8 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,7 @@ class Buildah:
     """buildah with a store of its own, which needs no daemon."""
 
     folder: Path
+    wheelhouse: Path
 
     def __call__(self, *arguments: str) -> str:
         command = ["buildah", "--root", str(self.folder / "root"), "--runroot", str(self.folder / "run")]
@@ -143,16 +145,22 @@ class Buildah:
     def build(self, path: Path, tag: str, **arguments: str) -> None:
         given = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
         common = ["--isolation", "chroot", "--pull=never", "--format", "docker", "--quiet", *self.limits]
+        common += ["--volume", f"{self.wheelhouse}:{rootfs.WHEELHOUSE}:ro"]
         self("build", *common, *given, "--file", str(path), "--tag", tag, ".")
 
-    def run(self, image: str, *command: str, **environment: str) -> str:
-        """In a fresh container, as the image's user."""
-        container = self("from", "--pull=never", *self.limits, image)
-        given = [part for name, value in environment.items() for part in ("--env", f"{name}={value}")]
+    @contextmanager
+    def container(self, image: str) -> Iterator[Callable[..., str]]:
+        """Runs commands in one, as the image's user; keywords are their environment."""
+        name = self("from", "--pull=never", *self.limits, image)
+
+        def run(*command: str, **environment: str) -> str:
+            given = [part for key, value in environment.items() for part in ("--env", f"{key}={value}")]
+            return self("run", "--isolation", "chroot", *given, name, "--", *command)
+
         try:
-            return self("run", "--isolation", "chroot", *given, container, "--", *command)
+            yield run
         finally:
-            self("rm", container)
+            self("rm", name)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +169,7 @@ def buildah(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     if shutil.which("buildah") is None:
         pytest.skip("buildah is not here; on Debian or Ubuntu: apt-get install buildah netavark")
     folder = tmp_path_factory.mktemp("buildah")
-    one = Buildah(folder)
+    one = Buildah(folder, wheelhouse)
     rootfs.make(folder / "tree", wheelhouse, ["click", "h11"])
     try:
         container = one("from", *one.limits, "scratch")
@@ -216,16 +224,14 @@ def test_the_middlewares_image_is_as_promised_and_serves(buildah: Buildah, middl
     assert made["Entrypoint"] == ["hemostat"]
     assert made["Healthcheck"]["Test"][:2] == ["CMD", "python"]
     assert set(made["ExposedPorts"]) == {"8080/tcp", "8081/tcp"}
-    assert buildah.run(middleware, "hemostat", "--version") == f"hemostat {__version__}"
-    # All that its user could write to: with a read-only root, that and no more has to be mounted.
-    search = "find / -xdev -type d ( -path /proc -o -path /dev -o -path /sys ) -prune -o -type d -writable -print"
-    assert set(buildah.run(middleware, *search.split()).split()) == {"/data", "/tmp"}
-    found = buildah.run(middleware, "find", "/opt/hemostat", "/usr", "-name", "gcc*", "-o", "-name", "torch")
-    assert found == ""
-    assert "/pip" not in buildah.run(middleware, "find", "/opt/hemostat", "-maxdepth", "5", "-name", "pip*")
-
     port, admin = str(free_port()), str(free_port())
-    with serving(FakeVllm()) as upstream:
+    with buildah.container(middleware) as run, serving(FakeVllm()) as upstream:
+        assert run("hemostat", "--version") == f"hemostat {__version__}"
+        # All that its user could write to: with a read-only root, that and no more has to be mounted.
+        search = "find / -xdev -type d ( -path /proc -o -path /dev -o -path /sys ) -prune -o -type d -writable -print"
+        assert set(run(*search.split()).split()) == {"/data", "/tmp"}
+        assert run("find", "/opt/hemostat", "/usr", "-name", "gcc*", "-o", "-name", "torch") == ""
+        assert run("find", "/opt/hemostat", "-maxdepth", "5", "-name", "pip*") == ""
         environment = {
             "HEMOSTAT_UPSTREAM__URL": upstream,
             "HEMOSTAT_LISTEN__PORT": port,
@@ -233,8 +239,7 @@ def test_the_middlewares_image_is_as_promised_and_serves(buildah: Buildah, middl
             "HEMOSTAT_STORE__URL": "sqlite:////data/hemostat.db",
             "HEMOSTAT_TRACING__ENDPOINT": "http://127.0.0.1:9",
         }
-        said = buildah.run(middleware, "python", "-c", SERVES, port, admin, **environment)
-    answer, end = said.splitlines()[-2:]
+        answer, end = run("python", "-c", SERVES, port, admin, **environment).splitlines()[-2:]
     assert json.loads(answer)["choices"]
     assert end == "65532 ['hemostat.db']"
 
@@ -242,8 +247,12 @@ def test_the_middlewares_image_is_as_promised_and_serves(buildah: Buildah, middl
 @pytest.mark.timeout(600)
 def test_the_engines_image_gets_the_plugin_and_nothing_else_changes(buildah: Buildah) -> None:
     buildah.build(ENGINE, "localhost/engine", BASE="localhost/base", VLLM="localhost/base")
-    before = buildah.run("localhost/base", "python", "-m", "pip", "list", "--format=freeze").splitlines()
-    after = buildah.run("localhost/engine", "python", "-m", "pip", "list", "--format=freeze").splitlines()
-    assert set(after) - set(before) == {f"hemostat=={__version__}"}
-    assert set(before) <= set(after)
-    buildah.run("localhost/engine", "python", "-c", "import hemostat_calibration.engine")
+    site = next(buildah.folder.glob("tree/usr/local/lib/python*/site-packages"))
+    before = {path.name for path in site.glob("*.dist-info")}
+    with buildah.container("localhost/engine") as run:
+        run("python", "-c", "import hemostat_calibration.engine")
+        listing = 'from importlib.metadata import distributions as d; print(*(p._path.name for p in d()), sep="\\n")'
+        after = set(run("python", "-c", listing).splitlines())
+    assert after - before == {f"hemostat-{__version__}.dist-info"}
+    assert before <= after
+    assert len(before) > 1
