@@ -251,6 +251,12 @@ FROM_THE_START: dict[str, list[tuple[str, ...]]] = {
     "hemostat_responses_finished_total": [(*arm, reason) for arm in _ARMS for reason in ("stop", "length")],
     "hemostat_output_tokens_total": _ARMS,
     "hemostat_repetition_loops_total": _ARMS,
+    "hemostat_structured_outputs_total": [
+        (*arm, kind, outcome)
+        for arm in _ARMS
+        for kind in ("json", "tool_call")
+        for outcome in ("valid", "invalid", "cut")
+    ],
 }
 """Series of the relays' counters that are 0 until something is counted: a rate does not see what a series is born with,
 and a panel that shows nothing leaves open whether there is nothing to show."""
