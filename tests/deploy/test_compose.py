@@ -194,3 +194,19 @@ def test_grafana_is_provisioned_with_the_charts_dashboards() -> None:
     assert folder == ROOT / "helm" / "hemostat" / "dashboards"
     assert len(list(folder.glob("*.json"))) == 3
     assert mounted["/etc/grafana/provisioning"] == str(DEPLOY / "grafana" / "provisioning")
+
+
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+    """As mounted: the rules lie where the configuration looks for them."""
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not here; on Debian or Ubuntu: apt-get install prometheus")
+    for volume in resolved("gpu")["services"]["prometheus"]["volumes"]:
+        if volume["type"] == "bind":
+            place = tmp_path / Path(volume["target"]).relative_to("/etc/prometheus")
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(volume["source"], place)
+    command = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "1 rule files found" in said.stdout
+    assert re.search(r"SUCCESS: \d+ rules found", said.stdout)
