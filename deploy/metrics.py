@@ -118,6 +118,7 @@ HEADLINES: Values = {
 }
 """Of hemostat_divergence. The kind (a bound, an estimate, exact) is told beside; all are exact where both sides gave
 the whole vocabulary."""
+KINDS = {"lower": "a lower bound", "upper": "an upper bound", "estimate": "an estimate", "exact": "exact"}
 EDGES: Values = {"mean": "the estimate", "low": "lower end of the 95 % interval", "high": "upper end"}
 ROUTES = f"{', '.join(f'`{route}`' for route in counters.ROUTES.values())}, else `{counters.OTHER}`"
 
@@ -139,7 +140,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
     },
     "edge": {"": EDGES},
     "family": {"": "of the profile: `temperature_bias`, `contextual`, or `identity`"},
-    "figure": {"": {name: f"{text}; {figures.FIGURES[name].kind}" for name, text in HEADLINES.items()}},
+    "figure": {"": {name: f"{text}; {KINDS[figures.FIGURES[name].kind]}" for name, text in HEADLINES.items()}},
     "kind": {"": {"json": "a JSON answer was asked for", "tool_call": "tools were offered, and called"}},
     "label": {"": "what the client sent as `X-Hemostat-Label`, of those configured; else empty"},
     "model": {

@@ -144,6 +144,20 @@ def test_every_reason_of_the_shadow_is_explained(reference: ModuleType) -> None:
         assert set(reference.SHADOW_REASONS[outcome]) == reasons, outcome
 
 
+def test_every_reason_of_an_arm_is_explained(reference: ModuleType) -> None:
+    middleware = ROOT / "middleware" / "hemostat"
+    found = set(returned(middleware / "openai.py", "_uncalibrated"))
+    for call in calls(middleware / "intercept.py", "_held", "_pass"):
+        found |= set(texts(call.args[-1]))
+    for node in ast.walk(ast.parse((middleware / "intercept.py").read_text())):
+        match node:
+            case ast.Tuple(elts=[*_, ast.Attribute(value=ast.Name(id="Arm")), ast.Constant(value=str(reason))]):
+                found.add(reason)
+    (also,) = re.findall(r'in \(("lora", .*?)\):', (middleware / "openai.py").read_text())
+    found |= set(re.findall(r'"(\w+)"', also))
+    assert {one for name in reference.CALIBRATION_REASONS for one in name.split(", ")} == found
+
+
 def test_every_event_of_the_engine_is_explained(reference: ModuleType) -> None:
     engine = ROOT / "calibration" / "hemostat_calibration" / "engine"
     found = {
