@@ -171,7 +171,7 @@ class Replica:
         try:
             action, *arguments = json.loads(order)
             answer = {"result": await self._obey(action, arguments)}
-        except HemostatError as error:
+        except (HemostatError, ValueError, TypeError) as error:  # ValueError, TypeError: that was no order
             answer = {"error": str(error)}
         await asyncio.to_thread(self._store.reply, name, json.dumps(answer))
 
