@@ -1,0 +1,214 @@
+"""Dashboards and alerts on a real run: real vLLM behind Hemostat, a real Prometheus that scrapes both by our rules.
+
+One run serves all tests here, in order: the dashboards' queries return data; nothing is alarmed while all is well; a
+profile that is taken back, and a model that is swapped for a worse one behind the running Hemostat, fire their alerts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from tests.e2e.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings, wait_for
+from tests.observe.dashboards import ALL, Query, queries, used
+from tests.observe.prometheus import Prometheus, config, needs, prometheus, rules
+
+from hemostat import floor, vllm_process
+from hemostat.compress import Checkpoints, cached_checkpoints
+from hemostat_calibration.profile import temperature_bias
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), needs("prometheus", "prometheus")]
+
+MODEL = "smollm2"
+CHAT = "/v1/chat/completions"
+LABEL = "sea"
+HEALTHY, COMPARED, DEGRADED = 50, 20, 24
+"""Requests: while all is well, with a profile on half of them, after the swap so many at a time."""
+TOKENS = 64
+BUDGET = 0.45
+"""Nats: above what four bits cost this model, below what half of its weights cost it."""
+ARGUMENTS = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048", "--max-logprobs", "64"]
+VALUES = {"namespace": "compose", "model": MODEL, "route": CHAT}
+"""One of each, chosen by hand."""
+
+
+class Run:
+    """Everything that runs: `serve` swaps the model, on the same port, under the same name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = vllm_process.free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.admin = f"127.0.0.1:{vllm_process.free_port()}"
+        self.folder = folder
+        self.stack: Stack
+        self.prometheus: Prometheus
+        self._numbers = itertools.count()
+        self._vllm: vllm_process.VllmServer | None = None
+
+    def serve(self, checkpoint: Path) -> None:
+        self.stop()
+        self._vllm = vllm_process.VllmServer(
+            checkpoint,
+            MODEL,
+            self.folder / f"{checkpoint.name}.log",
+            [*ARGUMENTS, "--logits-processors", vllm_process.LOGITS_PROCESSOR],
+            {"HEMOSTAT_ADMIN_URL": f"http://{self.admin}", "HEMOSTAT_ADMIN_TOKEN": ADMIN_TOKEN},
+            port=self.port,
+        )
+        self._vllm.start()
+
+    def wait_served(self) -> None:
+        assert self._vllm is not None
+        self._vllm.wait_ready(progress=print)
+
+    def stop(self) -> None:
+        if self._vllm is not None:
+            self._vllm.stop()
+
+    def send(self, count: int, **more: Any) -> None:
+        """So many chats that nobody has sent yet, greedy and sampled in turn."""
+
+        def one(n: int) -> None:
+            body = {
+                "model": MODEL,
+                "messages": [
+                    {"role": "user", "content": f"Tell me fact {n} about the sea and the {n % 7}. continent."}
+                ],
+                "max_tokens": TOKENS,
+                "temperature": n % 2,
+                "seed": n,
+            } | more
+            headers = {"x-hemostat-label": LABEL} if n % 4 < 2 else {}
+            httpx.post(f"{self.stack.url}{CHAT}", json=body, headers=headers, timeout=120).raise_for_status()
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, itertools.islice(self._numbers, count)))
+
+    def post(self, path: str, content: str | bytes) -> Any:
+        headers = {"authorization": f"Bearer {ADMIN_TOKEN}"}
+        return self.stack.admin.post(path, content=content, headers=headers).raise_for_status().json()
+
+    def floor_known(self) -> bool:
+        """After a little more traffic: as much as may wait for the floor's scoring."""
+        self.send(floor.WAITING)
+        upper = self.stack.status()["alarm"]["floor_upper_nats"]
+        return upper is not None and upper < 0.1
+
+    def promote(self, vocabulary: int) -> None:
+        """A profile that hardly changes anything, on half of the requests."""
+        bias = np.random.default_rng(1).normal(0.0, 0.05, vocabulary)
+        version = self.post("/api/v1/profiles", temperature_bias("", vocabulary, 1.0, bias, 0.5).to_bytes())["version"]
+        wait_for("the engine to hold it", lambda: version in self.stack.status()["engines"]["acknowledged"], 30)
+        self.post("/api/v1/profiles/promote", json.dumps({"version": version}))
+
+
+@pytest.fixture(scope="module")
+def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("observe")
+    one = Run(folder)
+    host, port = one.admin.split(":")
+    settings = sampling_settings(
+        one.url,
+        {"backend": "transformers", "model": str(checkpoints.reference)},
+        admin={"host": host, "port": int(port), "token": ADMIN_TOKEN},
+        calibration={"mode": "auto", "control_fraction": 0.5, "held_out_fraction": 0.5},
+        labels=[LABEL],
+        alarm={"budget_nats": BUDGET, "baseline_tokens": HEALTHY * TOKENS // 2},
+    )
+    settings["shadow"] |= {"floor_fraction": 1.0, "top_k": 64}
+    settings["upstream"]["openai_sampling_defaults"] = True
+    try:
+        one.serve(checkpoints.compressed)
+        with hemostat(settings, folder / "hemostat") as one.stack:
+            targets = {"hemostat:8081": one.admin, "compressed:8000": f"127.0.0.1:{one.port}"}
+            with prometheus(config(targets), folder / "prometheus") as one.prometheus:
+                one.wait_served()
+                one.stack.wait_scoring()
+                one.send(HEALTHY)
+                asked = {"type": "json_schema", "json_schema": {"name": "sea", "schema": {"enum": ["deep", "wide"]}}}
+                one.send(2, response_format=asked)
+                one.promote(json.loads((checkpoints.compressed / "config.json").read_text())["vocab_size"])
+                one.send(COMPARED)
+                wait_for("an upper limit of the noise floor", one.floor_known, 120)
+                one.stack.wait_settled(HEALTHY + COMPARED)
+                scored = one.stack.requests()["scored"]
+                counted = 'sum(hemostat_shadow_requests_total{outcome="scored"})'
+                wait_for("the last scrape", lambda: _value(one.prometheus.query(counted)) == scored, 20)
+                yield one
+    finally:
+        one.stop()
+
+
+def _value(series: list[dict[str, Any]]) -> float:
+    return float(series[0]["value"][1]) if series else math.nan
+
+
+def numbers(series: list[dict[str, Any]]) -> list[float]:
+    return [value for one in series if not math.isnan(value := float(one["value"][1]))]
+
+
+RARE = {"annotation Rollbacks": "nothing was rolled back yet", "annotation Alarms": "nothing is wrong yet"}
+"""Queries that are empty at first, and why; the last test looks again."""
+
+
+@pytest.mark.parametrize("query", queries(), ids=str)
+def test_every_query_returns_data(run: Run, query: Query) -> None:
+    """With all variables at All, and with one value chosen of each; the other values' data stay out."""
+    known = run.prometheus.labels()
+    chosen = query.with_values(VALUES)
+    for selected in used(chosen, query.legend):
+        assert selected.metric in known, f"{selected.metric} is not exported"
+        assert selected.labels <= known[selected.metric], f"{selected.metric} has no {selected.labels}"
+    for expression in (query.with_values(ALL), chosen):
+        series = run.prometheus.query(expression)
+        assert numbers(series) or query.where in RARE, f"no data: {expression}"
+        assert not series or any(query.legend <= set(one["metric"]) for one in series), f"no {query.legend}: {series}"
+    for variable in ("namespace", "model", "route"):
+        if f"${variable}" in query.expression:
+            assert run.prometheus.query(query.with_values(VALUES | {variable: "other"})) == [], variable
+
+
+def test_every_record_returns_data(run: Run) -> None:
+    records = [rule["record"] for rule in rules() if "record" in rule]
+    assert records
+    for name in records:
+        assert numbers(run.prometheus.query(name)), name
+
+
+def test_nothing_fires_while_all_is_well(run: Run) -> None:
+    alarm = run.stack.status()["alarm"]
+    learned = {test["test"]: test["learning"] for test in alarm["tests"] if test["route"] == CHAT}
+    assert learned["change"] == 1.0, "the baseline is complete: from now on it is tested"
+    assert run.prometheus.firing() == set()
+
+
+def test_a_profile_that_is_taken_back_is_told(run: Run) -> None:
+    run.post("/api/v1/profiles/rollback", "")
+    wait_for("the alert", lambda: "HemostatCalibrationRolledBack" in run.prometheus.firing(), 20, 0.5)
+
+
+def test_a_worse_model_in_its_place_is_told(run: Run) -> None:
+    """Half of the weights gone, the same port and name: both tests of the alarm go off."""
+    before = run.prometheus.firing()
+    run.serve(cached_checkpoints("prune50", print).compressed)
+    run.wait_served()
+    wanted = before | {"HemostatHemorrhage", "HemostatModelChanged"}
+    for _ in range(8):
+        run.send(DEGRADED, temperature=1)
+        if all(t["raised"] for t in run.stack.status()["alarm"]["tests"] if t["route"] == CHAT):
+            break
+    wait_for("the alerts", lambda: wanted <= run.prometheus.firing(), 20, 0.5)
+    (alert,) = [a for a in run.prometheus.alerts() if a["labels"]["alertname"] == "HemostatHemorrhage"]
+    assert alert["labels"] | {"route": CHAT, "severity": "critical", "namespace": "compose"} == alert["labels"]
+    assert CHAT in alert["annotations"]["summary"]
+    for query in queries():
+        if query.where in RARE:
+            assert run.prometheus.query(query.with_values(VALUES)), query
