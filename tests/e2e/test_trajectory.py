@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hemostat_calibration.trajectory import Survival
 
-TOKENS = 32
+TOKENS = 24
 REQUESTS = 30
-LONGEST_PROMPT = 200
-"""Characters."""
+PROMPT = 16
+"""Tokens of every prompt: a text is cut there and gone on with, so that the test is short."""
 
 
 class Pair:
@@ -24,33 +24,36 @@ class Pair:
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
             for path in (checkpoints.reference, checkpoints.compressed)
         )
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoints.reference, padding_side="left")
+        self.end = self.reference.config.eos_token_id
 
-    def encode(self, prompts):
-        texts = [self._tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in prompts]
-        return self._tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-
-    def write(self, model, batch):
+    def write(self, model, prompts):
         """Greedy text, int [requests, TOKENS]; never ended early, so that every length is observed."""
         with torch.inference_mode():
             ids = model.generate(
-                **batch, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=self.end
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=False,
+                max_new_tokens=TOKENS,
+                min_new_tokens=TOKENS,
+                pad_token_id=self.end,
             )
-        return ids[:, batch.input_ids.shape[1] :]
+        return ids[:, PROMPT:]
 
-    def choices(self, model, batch, text):
+    def choices(self, model, prompts, text):
         """What `model` would write after each prefix of `text`."""
-        ids = torch.cat([batch.input_ids, text], dim=1)
-        mask = torch.cat([batch.attention_mask, torch.ones_like(text)], dim=1)
         with torch.inference_mode():
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=TOKENS + 1).logits[:, :-1]
+            logits = model(torch.cat([prompts, text], dim=1), logits_to_keep=TOKENS + 1).logits[:, :-1]
             logits[:, :, self.end] = -torch.inf
             return logits.argmax(-1)
 
-    @property
-    def end(self):
-        return self._tokenizer.eos_token_id
+
+def prompts_of(checkpoints):
+    """int [2 × REQUESTS, PROMPT]: the beginnings of what the demo's users say."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints.reference)
+    lines = (resources.files("hemostat.demo") / "prompts.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["messages"][-1]["content"] for line in lines]
+    ids = [ids[:PROMPT] for ids in tokenizer(texts).input_ids if len(ids) >= PROMPT]
+    return torch.tensor(ids[: 2 * REQUESTS])
 
 
 # torch looks at its own deprecated parts when transformers asks whether to compile.
@@ -59,24 +62,20 @@ def test_the_predicted_prefix_is_what_greedy_texts_share(checkpoints):
     """Predicted on one set of prompts, the reference only reading the compressed model's text; observed on another,
     both writing. The two means differ by no more than the intervals of both allow, and prompt by prompt the first
     disagreement that is read is where the texts part."""
-    lines = (resources.files("hemostat.demo") / "prompts.jsonl").read_text().splitlines()
-    chats = [json.loads(line)["messages"] for line in lines]
-    chats = [chat for chat in chats if sum(len(message["content"]) for message in chat) <= LONGEST_PROMPT]
-    learned, held_out = chats[0 : 2 * REQUESTS : 2], chats[1 : 2 * REQUESTS : 2]
+    prompts = prompts_of(checkpoints)
+    learned, held_out = prompts[0::2], prompts[1::2]
     assert len(learned) == len(held_out) == REQUESTS
     pair = Pair(checkpoints)
     state = Survival()
-    batch = pair.encode(learned)
-    text = pair.write(pair.compressed, batch)
-    for agrees in (pair.choices(pair.reference, batch, text) == text).double().numpy():
+    text = pair.write(pair.compressed, learned)
+    for agrees in (pair.choices(pair.reference, learned, text) == text).double().numpy():
         state = state.update(agrees)
     predicted = state.get(TOKENS)
 
-    batch = pair.encode(held_out)
-    text = pair.write(pair.compressed, batch)
-    other = pair.write(pair.reference, batch)
+    text = pair.write(pair.compressed, held_out)
+    other = pair.write(pair.reference, held_out)
     lengths = (text == other).long().cumprod(1).sum(1).double().numpy()
-    read = (pair.choices(pair.reference, batch, text) == text).long().cumprod(1).sum(1).double().numpy()
+    read = (pair.choices(pair.reference, held_out, text) == text).long().cumprod(1).sum(1).double().numpy()
     assert (read == lengths).mean() >= 0.95
 
     half = 1.96 * lengths.std(ddof=1) / np.sqrt(len(lengths))
