@@ -187,6 +187,18 @@ class _Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_on_a_narrow_terminal_texts_wrap_and_figures_stay_whole(made: dict[str, Any]) -> None:
+    tokens = [{**row, "before": "a" * 60, "text": "ends here"} for row in made["worst_tokens"]]
+    prompts = [{**row, "text": "what the user said, " * 5} for row in made["worst_prompts"]]
+    console = Console(width=80, file=io.StringIO())
+    console.print(terminal.picture(made | {"worst_tokens": tokens, "worst_prompts": prompts}))
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    for row, names in ((tokens[0], ("kld", "p_base", "p_q")), (prompts[0], ("mean_kld", "tv", "ln_ppl_ratio"))):
+        assert all(terminal.cell(row[name]) in told for name in names)
+    assert "a⟨ends" in told
+    assert max(map(len, told.splitlines())) <= 80
+
+
 def test_the_page_is_sound_and_fetches_nothing(made: dict[str, Any]) -> None:
     page = html.page(made)
     checker = _Checker()

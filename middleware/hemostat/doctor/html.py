@@ -24,15 +24,15 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 6px; padding: .75rem 1rem; }
 .card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem; }
-figure { margin: 0; } figcaption { font-weight: 600; } .scroll { overflow-x: auto; }
+figure { margin: 0; overflow-x: auto; } figcaption { font-weight: 600; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 caption { text-align: left; padding: .25rem 0; }
 th, td { text-align: right; padding: .15rem .75rem .15rem 0; border-bottom: 1px solid var(--rule); }
 td { white-space: nowrap; }
-th:first-child, td.text { text-align: left; }
+th:first-child, .text { text-align: left; }
 td.text { white-space: normal; max-width: 40rem; overflow-wrap: anywhere; }
 tbody th { font-weight: 400; }
-svg { width: 100%; height: auto; } svg text { fill: var(--quiet); font: 12px system-ui, sans-serif; }
+svg { width: 100%; min-width: 30rem; height: auto; } svg text { fill: var(--quiet); font: 12px system-ui, sans-serif; }
 line.grid { stroke: var(--rule); } .bar { fill: var(--s0); }
 .whisker { stroke: var(--ink); stroke-width: 1.5; } .line { fill: none; stroke-width: 2; } .band { opacity: .18; }
 .line.s0 { stroke: var(--s0); } .line.s1 { stroke: var(--s1); stroke-dasharray: 7 3; }
@@ -202,7 +202,9 @@ def _figure(caption: str, plot: str) -> str:
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 0) -> str:
     """The first cell of a row is its name; the last `texts` cells are running text."""
-    head = "".join(f'<th scope="col">{escape(h)}</th>' for h in heads)
+    first_text = len(heads) - texts
+    kinds = ("",) * first_text + (' class="text"',) * texts
+    head = "".join(f'<th scope="col"{kind}>{escape(h)}</th>' for kind, h in zip(kinds, heads, strict=True))
     body = ""
     for first, *others in rows:
         numbers, words = others[: len(others) - texts], others[len(others) - texts :]

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 UNKNOWN = "–"
+BEFORE = 24
+"""Characters shown of what came before a worst token."""
 TEXT_NAMES = {
     "sampled": "the compressed model's own, drawn at temperature 1",
     "greedy": "the compressed model's own, greedy",
@@ -167,15 +169,22 @@ def cell(value: Any) -> str:
 
 
 def _worst(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
-    texts = [name for name in ("before", "text") if rows and name in rows[0]]
+    """Where texts are told, they stand for the token's id and class."""
+    told = bool(rows) and "text" in rows[0]
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (*names, *texts):
-        table.add_column(
-            name, justify="left" if name in ("class", "text") else "right", overflow="ellipsis", no_wrap=True
-        )
+    names = [name for name in names if not (told and name in ("token_id", "class"))]
+    for name in names:
+        table.add_column(name, justify="left" if name == "class" else "right", no_wrap=True)
+    if told:  # the only column that may wrap: figures stay whole
+        table.add_column("text", overflow="fold")
     for row in rows:
-        table.add_row(*(cell(row[name]) for name in names), *(Text(repr(row[name])) for name in texts))
+        table.add_row(*(cell(row[name]) for name in names), *([Text(_text(row))] if told else []))
     return table
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    """A prompt, or a token in what came before it."""
+    return repr(f"{row['before'][-BEFORE:]}⟨{row['text']}⟩" if "before" in row else row["text"])
 
 
 def _layers(layers: Mapping[str, Any]) -> Iterator[RenderableType]:
