@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ class Request:
     reference: np.ndarray
     compressed: np.ndarray
     emitted: np.ndarray
+
+    @cached_property
+    def ranked(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids from the most likely on, of the reference and of the compressed model."""
+        return np.argsort(-self.reference, axis=1), np.argsort(-self.compressed, axis=1)
+
+    @cached_property
+    def entropy(self) -> np.ndarray:
+        found: np.ndarray = -(np.exp(self.reference) * self.reference).sum(1)
+        return found
 
 
 def say(text: str) -> None:
@@ -95,14 +106,10 @@ def requests(scheme: str, count: int, seed: int) -> Iterator[Request]:
             yield Request(r.numpy(), c.numpy(), output.numpy())
 
 
-def top(logprobs: np.ndarray, k: int, emitted: np.ndarray | None = None) -> Candidates:
+def top(logprobs: np.ndarray, ranked: np.ndarray, k: int, emitted: np.ndarray | None = None) -> Candidates:
     """The k most likely, and behind them the emitted one where it is not among them, as vLLM's completions answer."""
     rows = np.arange(len(logprobs))
-    if k < logprobs.shape[1]:
-        ids = np.argpartition(-logprobs, k - 1, axis=1)[:, :k]
-        ids = np.take_along_axis(ids, np.argsort(-np.take_along_axis(logprobs, ids, 1), 1), 1)
-    else:
-        ids = np.argsort(-logprobs, axis=1)
+    ids = ranked[:, :k]
     values = np.take_along_axis(logprobs, ids, 1)
     if emitted is not None:
         outside = ~(ids == emitted[:, None]).any(1)
@@ -116,7 +123,7 @@ def record(request: Request, k: int) -> TokenRecord:
     rows = np.arange(len(request.emitted))
     r, c = request.reference, request.compressed
     vocabulary = c.shape[1]
-    candidates = top(c, k, request.emitted)
+    candidates = top(c, request.ranked[1], k, request.emitted)
     at = np.take_along_axis(r, np.maximum(candidates.ids, 0).astype(np.int64), 1)
     return validate(
         TokenRecord(
@@ -125,10 +132,10 @@ def record(request: Request, k: int) -> TokenRecord:
             output_ids=request.emitted.astype(np.int32),
             compressed=candidates,
             reference_at=np.where(candidates.ids >= 0, at, np.nan),
-            reference=top(r, min(k + 1, vocabulary)),
+            reference=top(r, request.ranked[0], min(k + 1, vocabulary)),
             compressed_emitted=c[rows, request.emitted],
             reference_emitted=r[rows, request.emitted],
-            reference_entropy=-(np.exp(r) * r).sum(1),
+            reference_entropy=request.entropy,
         )
     )
 
