@@ -199,6 +199,24 @@ def test_it_is_accessible_with_everything_open(page: Page, scheme: Any) -> None:
 
 
 @needs_chromium
+def test_what_is_long_does_not_widen_the_page(page: Page, one: Served) -> None:
+    long = "word" * 50
+    before = one.control.reference_detail, one.control.learner.detail, one.control.served
+
+    def write(control: Any, detail: str, learner: str, names: frozenset[str]) -> None:
+        control.reference_detail, control.learner.detail, control.served = detail, learner, names
+
+    one.do(lambda control: write(control, long, long, frozenset({long})))
+    try:
+        page.set_viewport_size({"width": 390, "height": 800})
+        expect(page.locator("#learned-sub")).to_contain_text(long, timeout=10_000)
+        expect(page.locator("#models")).to_contain_text(long)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    finally:
+        one.do(lambda control: write(control, *before))
+
+
+@needs_chromium
 def test_every_figure_says_what_it_answers_and_what_not_to_conclude(page: Page) -> None:
     for tile in page.locator(".tile").all():
         assert tile.locator("summary").inner_text().endswith("?")
