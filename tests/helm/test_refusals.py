@@ -72,6 +72,7 @@ WRONG = {
     "config.reference.backend=transformers": "config.reference",
     "config.shadow.rate=5": "config.shadow.rate",
     "config.shadow.rate=1.5": "config.shadow.rate",  # a text, as --set has it
+    "config.shadow.seed=9007199254740993": "config.shadow.seed",  # a float cannot hold it
     "config.shadow.rat=0.5": "rat",
     "config.shadwo.rate=0.5": "shadwo",
     "config.listen.port=80": "listen",
