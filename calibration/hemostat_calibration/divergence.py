@@ -397,9 +397,10 @@ def _estimate(
         rc_tail = np.where(u > 0.0, u * (log_u - log_rho), 0.0) - u + np.exp(log_rho)
         cr_tail = u * np.exp(-log_rho) - 1.0 - (log_u - log_rho)
     unavailable = np.isnan(weight)
+    # Both are sums of divergences: what is below 0 is the models' rounding, by which a row may add up to more than 1.
     return (
-        np.where(unavailable, np.nan, rc + np.where(outside, weight * rc_tail, 0.0)),
-        np.where(unavailable, np.nan, cr + np.where(outside, weight * cr_tail, 0.0)),
+        np.where(unavailable, np.nan, np.maximum(rc + np.where(outside, weight * rc_tail, 0.0), 0.0)),
+        np.where(unavailable, np.nan, np.maximum(cr + np.where(outside, weight * cr_tail, 0.0), 0.0)),
     )
 
 

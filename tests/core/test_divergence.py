@@ -203,6 +203,24 @@ def test_a_treated_request_needs_its_profile_for_an_estimate():
     assert np.isnan(divergence(record, other).estimate_rc).all()
 
 
+@pytest.mark.parametrize("off", [-5e-4, 5e-4])
+def test_where_both_are_certain_rounding_makes_no_divergence_negative(off):
+    """Found in a run of the demo: a normalizer that bfloat16 had rounded, at a token that both models all but knew."""
+    logits = np.zeros((4, 12))
+    logits[:, 3] = 20.0
+    log_c = log_softmax(logits)
+    profile = temperature_bias("m", 12, 1.0, np.linspace(-0.2, 0.2, 12), 1.0)
+    truth = Truth(log_c, log_c, np.full(4, 3))
+    record = make_record(truth, 5, profile=profile)
+    said = record.shifts[profile.version]
+    record = replace(record, shifts={profile.version: replace(said, log_normalizer=said.log_normalizer + off)})
+    figures = calibrated(record, profile)
+    for name in ("kl_rc", "kl_cr", "js", "tv", "entropy_compressed", "estimate_rc", "estimate_cr"):
+        assert (getattr(figures, name) >= 0.0).all(), name
+    for upper in (figures.bounds.kl_rc.upper, figures.bounds.kl_cr.upper, figures.bounds.js.upper):
+        assert not (upper < 0.0).any()
+
+
 def test_a_normalizer_of_another_distribution_is_not_believed():
     rng = np.random.default_rng(5)
     log_r, log_c = simulate(rng)
