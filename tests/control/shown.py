@@ -11,7 +11,12 @@ def fixed(x: float, digits: int) -> str:
 
 def nats(x: float) -> str:
     """Three decimals; of what is smaller than 0.01, two digits."""
-    return fixed(x, min(8, 1 - math.floor(math.log10(abs(x)))) if 0 < abs(x) < 0.01 else 3)
+    if x == 0 or abs(x) >= 0.01:
+        return fixed(x, 3)
+    if abs(x) < 1e-5:
+        digits, _, power = f"{x:.1e}".partition("e")
+        return f"{digits}e{int(power)}".replace("-", "−")
+    return fixed(x, 1 - math.floor(math.log10(abs(x))))
 
 
 def percent(x: float, digits: int = 1) -> str:

@@ -364,7 +364,7 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
         expect(page.locator("html")).to_have_attribute("data-at", re.compile(r"\d"), timeout=15_000)
         assert script in page.locator("#events").inner_text()
         assert script in page.locator("#cost").inner_text()
-        assert page.title() == "ALARM – Hemostat"
+        assert page.title() == "Hemostat"
         assert page.locator("main img, main script").count() == 0
         # Should that ever fail, the policy is there: what is injected by force does not run.
         page.evaluate("document.body.insertAdjacentHTML('beforeend', `<img src=x onerror=\"document.title='owned'\">`)")
@@ -374,7 +374,7 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
         while sum("Content Security Policy" in text for text in said) < 2:
             assert time.monotonic() < ends, said
             page.wait_for_timeout(100)
-        assert page.title() == "ALARM – Hemostat"
+        assert page.title() == "Hemostat"
         page.close()
 
 

@@ -6,7 +6,12 @@ const known = (x) => x !== null && x !== undefined && Number.isFinite(x);
 const NONE = "–";
 const fixed = (x, digits) => (known(x) ? x.toFixed(digits).replace("-", "−") : NONE);
 /** Three decimals; of what is smaller than 0.01, two digits. */
-const nats = (x) => fixed(x, known(x) && x !== 0 && Math.abs(x) < 0.01 ? Math.min(8, 1 - Math.floor(Math.log10(Math.abs(x)))) : 3);
+function nats(x) {
+  if (!known(x) || x === 0 || Math.abs(x) >= 0.01) return fixed(x, 3);
+  return Math.abs(x) < 1e-5 ? x.toExponential(1).replaceAll("-", "−") : fixed(x, 1 - Math.floor(Math.log10(Math.abs(x))));
+}
+/** Of a reference that is ready, the checkpoint's or model's own name. */
+const named = (reference) => (reference.state === "ready" ? reference.detail.split("/").pop() : reference.detail) || NONE;
 const percent = (x, digits = 1) => (known(x) ? `${fixed(100 * x, digits)} %` : NONE);
 const whole = (x) => (known(x) ? x.toLocaleString("en-US", { maximumFractionDigits: 0 }) : NONE);
 const range = (ends, show = nats) => (ends && (known(ends[0]) || known(ends[1])) ? `[${show(ends[0])}, ${show(ends[1])}]` : "interval not known yet");
@@ -258,7 +263,7 @@ function calibration(s) {
 }
 
 function proof(e) {
-  if (!e || !e.requests) return NONE;
+  if (!e || !e.requests || !known(e.mean_gain)) return NONE;
   const ends = [known(e.lower) ? `above ${nats(e.lower)}` : "", known(e.upper) ? `below ${nats(e.upper)}` : ""].filter(Boolean);
   return `${plural(e.requests, "held-out request")}, mean gain ${nats(e.mean_gain)}${ends.length ? `, for sure ${ends.join(" and ")}` : ""}`;
 }
@@ -317,7 +322,7 @@ function costs(s) {
   say("dropped", whole(dropped), dropped ? "big wait-text" : "big");
   say("dropped-sub", counts(r.dropped));
   table("cost", "In detail", null, [
-    ["reference", `${s.reference.state}; ${s.reference.detail || ""}`],
+    ["reference", `${s.reference.state}; ${named(s.reference)}`],
     ["tokens through it", `${whole(s.shadow.reference_tokens)} in ${lasted(s.shadow.uptime_seconds)}`],
     ["skipped by reason", counts(r.skipped)], ["dropped by reason", counts(r.dropped)],
     ["noise floor, KL ≥", Object.entries(s.noise_floor).map(([m, f]) => `${m} ${nats(f.kl_nats.estimate)} nats (${plural(f.requests, "request")})`).join(", ") || "not measured yet"],
@@ -418,7 +423,7 @@ let fetched = 0;
 
 function show(s, p) {
   const ready = s.reference.state === "ready";
-  say("models", `${s.compressed.models.join(", ") || "no model known yet"} against ${s.reference.detail && ready ? s.reference.detail.split("/").pop() : "its reference"}`);
+  say("models", `${s.compressed.models.join(", ") || "no model known yet"} against ${ready ? named(s.reference) : "its reference"}`);
   say("connection", `reference ${s.reference.state}; calibration ${s.profile.mode}; ${plural(s.relays, "relay")}`, ready && s.relays ? "pill good" : "pill bad");
   bleeding(s);
   places(s);
