@@ -133,7 +133,7 @@ def test_what_serves_is_shown_with_what_it_wins_and_why_it_serves(scene: view.Sc
     text = rendered(promoted(scene))
     for expected in (
         "promote abababab (evidence): better on held-out requests; gain 0.113 nats on 103",
-        "held-out prompts, proven to be above 0.001",
+        "held-out prompts, proven above 0.0012",
         "reference against compressed, 321 requests",
         "0.471 [0.460, 0.480]",
         "0.399 [0.380, 0.420]",
@@ -161,7 +161,7 @@ def test_what_serves_is_shown_with_what_it_wins_and_why_it_serves(scene: view.Sc
 def test_arms_are_compared_once_somebody_was_treated(scene: view.Scene) -> None:
     text = rendered(scene)
     assert "control" not in text
-    assert "cdcdcdcd (contextual): gain 0.111 nats on 71 held-out prompts, proven to be above -0.020" in text
+    assert "cdcdcdcd (contextual): gain 0.111 nats on 71 held-out prompts, proven above -0.0200" in text
 
 
 def test_before_anything_is_known_the_picture_stands(scene: view.Scene) -> None:

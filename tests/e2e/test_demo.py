@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from tests.e2e.recompute import recompute
 
 from hemostat.compress import Checkpoints
+from hemostat.demo.varied import varied
 from hemostat_calibration.profile import temperature_bias
 
 pytestmark = [
@@ -22,6 +24,7 @@ pytestmark = [
 ]
 
 REQUESTS = 16
+LIVE_REQUESTS = 150
 TOP_K = 64
 PROMPTS = [
     "What is the tallest mountain on Earth?",
@@ -35,12 +38,14 @@ PROMPTS = [
 ]
 
 
-def demo(folder: Path, *flags: str) -> dict[str, Any]:
+def demo(
+    folder: Path, *flags: str, requests: int = REQUESTS, texts: Sequence[str] = PROMPTS, max_tokens: int = 48
+) -> dict[str, Any]:
     """Run `hemostat demo` on our own prompts; its report."""
     prompts = folder / "prompts.jsonl"
-    lines = [{"messages": [{"role": "user", "content": text}], "max_tokens": 48} for text in PROMPTS]
+    lines = [{"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens} for text in texts]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [Path(sys.executable).parent / "hemostat", "demo", "--requests", str(REQUESTS), "--prompts", prompts]
+    command = [Path(sys.executable).parent / "hemostat", "demo", "--requests", str(requests), "--prompts", prompts]
     done = subprocess.run(
         [*command, "--report", folder / "report.json", "--keep", folder / "kept", "--no-console", *flags],
         capture_output=True,
@@ -101,3 +106,36 @@ def test_forced_profile_changes_what_comes_out_of_vllm(tmp_path: Path, checkpoin
     assert (written == favoured).mean() > 0.5, "the favoured token is what vLLM writes"
     # What the compressed model itself said is still reported raw, and the profile's harm is seen.
     assert report["calibrated"]["kl_nats"]["estimate"] > report["raw"]["kl_nats"]["estimate"] + 1.0
+
+
+def test_a_contextual_profile_earns_its_place_live(tmp_path: Path) -> None:
+    """Learned from a real vLLM's features and the real reference, proven on held-out prompts, served to half of the
+    clients: as in `make demo`, but from a model that lost more, so that it takes a minute."""
+    report = demo(
+        tmp_path,
+        *("--seed", "3", "--compression", "prune50", "--set", "calibration.min_tokens=600"),
+        requests=LIVE_REQUESTS,
+        texts=[prompt.messages[0].content for prompt in varied()[::4]],
+        max_tokens=32,
+    )
+    version = report["profile"]["version"]
+    assert report["profile"] == {"version": version, "family": "contextual", "mode": "auto"}
+    (promotion,) = [event for event in report["decisions"] if event["decision"] == "promote"]
+    assert (promotion["version"], promotion["reason"]) == (version, "evidence")
+    evidence = promotion["evidence"]
+    assert 0.0 < evidence["lower"] < evidence["mean_gain"]
+    assert evidence["alpha"] < 0.05
+    # What serves was applied by the engine, to the treated and to nobody else.
+    records = [json.loads(line) for line in (tmp_path / "kept" / "records.jsonl").read_text().splitlines()]
+    treated, control = ([r for r in records if r["arm"] == arm] for arm in ("treated", "control"))
+    assert {r["profile"] for r in treated} == {version}
+    assert {r["profile"] for r in control} == {"identity"}
+    assert report["arms"]["treated"]["requests"] == len(treated) > 0
+    assert report["arms"]["control"]["requests"] == len(control) > 0
+    # And it goes on helping where it was not learned, on the very same tokens.
+    recovered = report["recovered"]
+    assert recovered["gain_nats"]["requests"] > 5
+    assert recovered["gain_nats"]["estimate"] > 0.1, "0.4 nats of 3.0 where it was tried"
+    assert 0.0 < recovered["ratio"] < 1.0
+    calibrated = report["calibrated"]
+    assert calibrated["kl_nats"]["estimate"] < calibrated["raw_same_requests"]["kl_nats"]["estimate"]

@@ -102,8 +102,8 @@ def decided(event: Mapping[str, Any]) -> str:
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
     """A test of the guard's, so far."""
-    mean, lower = (number(evidence.get(name)) for name in ("mean_gain", "lower"))
-    return f"gain {mean} nats on {evidence['requests']} held-out prompts, proven to be above {lower}"
+    mean, lower = number(evidence.get("mean_gain")), number(evidence.get("lower"), 4)
+    return f"gain {mean} nats on {evidence['requests']} held-out prompts, proven above {lower}"
 
 
 def _won(status: Mapping[str, Any]) -> str:
