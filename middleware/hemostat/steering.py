@@ -516,19 +516,23 @@ class Steering:
 
     def _take_back(self, scope: str, reason: str, why: str, evidence: dict[str, Any]) -> None:
         seat = self._seats[scope]
-        version, seat.selected, seat.lost = seat.selected, None, True
+        version, seat.selected = seat.selected, None
         if version is not None:
+            seat.lost = True
             self.rollbacks += 1
+            unpinned = self.pinned and scope == ALL
+            self.pinned = self.pinned and not unpinned
             self._trials.unserve(scope)
             self._decided("roll_back", reason, version, scope, why, evidence)
-            self._changed(scope)
+            self._changed(scope, unpinned=unpinned)
 
-    def _changed(self, scope: str) -> None:
-        """What serves this scope is another than before."""
+    def _changed(self, scope: str, *, unpinned: bool = False) -> None:
+        """What serves this scope is another than before; unpinned: so it is in the scopes with a profile of their own,
+        for which the pinned one stood in."""
         self._keep_serving()
         self._trials.remove(lambda c: c.source == POOLED and scope in (ALL, c.scope))
         apart = self._apart()
-        self._trials.restart(lambda c: c.scope in (scope, ALL) or (scope == ALL and c.scope not in apart))
+        self._trials.restart(lambda c: unpinned or c.scope in (scope, ALL) or (scope == ALL and c.scope not in apart))
         if scope == ALL and self.selected is not None:
             for place in apart:
                 self._trials.add(Candidate(self.selected, place, POOLED))
@@ -597,7 +601,7 @@ class Steering:
         self.pinned = False
         self._trials.serve(self.selected, ALL, self._seats[ALL].window)
         self._decided("unpin", "operator", self.selected, ALL, "unpinned by the operator", {})
-        self._changed(ALL)
+        self._changed(ALL, unpinned=True)
 
     def rollback(self, why: str, scope: str | None = None) -> None:
         """Identity serves until another is promoted, in one scope (the pooled profile may take its place) or in all."""
@@ -606,7 +610,6 @@ class Steering:
             self._named(scope)
         if not any(self._seats[place].selected for place in places):
             raise HemostatError("nothing to take back: identity serves")
-        self.pinned = self.pinned and ALL not in places
         for place in places:
             self._take_back(place, "operator", why, {})
 

@@ -78,8 +78,9 @@ class Trials:
         return self._guard.tests
 
     def resume(self, tests: Mapping[Role, int]) -> None:
-        """What an earlier run of the process spent stays spent."""
-        self._guard = guard.init(self._alpha, tests)
+        """What an earlier run of the process spent, or this one, stays spent. All tests are dropped."""
+        spent = {role: max(number, self._guard.tests[role]) for role, number in tests.items()}
+        self._guard = guard.init(self._alpha, spent)
 
     def add(self, candidate: Candidate) -> None:
         """To the end of the line, but temperature and bias, which rarely win much, let all others go first."""
@@ -147,6 +148,9 @@ class Trials:
         name = _name(candidate.version, candidate.scope)
         serving = self._serves(candidate.scope)
         width = self._width(candidate.version) + (self._width(serving) if serving is not None else 0.0)
+        begun = self._guard.watches.get(name)
+        if begun is not None and not begun.merit.observations and begun.width == width:
+            return  # it has seen nothing, and need not spend another part of alpha
         self._enter(guard.enter(self._guard, name, Role.CANDIDATE, width))
 
     def _enter(self, state: guard.GuardState) -> None:

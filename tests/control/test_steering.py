@@ -811,6 +811,14 @@ def test_a_pinned_profile_stays_whatever_is_measured_until_it_is_unpinned() -> N
     assert (bench.steering.serving, bench.steering.pinned) == (None, False)
 
 
+def test_another_model_ends_a_pin() -> None:
+    bench = Bench()
+    bench.steering.pin(bench.steering.add(harmful()))
+    bench.steering.know("another", V)
+    assert (bench.steering.selected, bench.steering.pinned) == (None, False)
+    assert bench.restart().steering.pinned is False
+
+
 def test_who_is_not_there_cannot_serve() -> None:
     bench = Bench()
     for act in (bench.steering.promote, bench.steering.pin):
@@ -837,6 +845,26 @@ def test_what_was_spent_of_alpha_is_not_there_again_after_a_restart() -> None:
     damaged.set_state("tests.candidate", "many")
     damaged.set_state("serving", "{")
     Bench(damaged).restart().steering.know(MODEL, V)
+
+
+def test_a_test_that_has_seen_nothing_is_not_begun_again_at_a_price() -> None:
+    bench = Bench()
+    tested, next_ = [bench.steering.add(helpful(seed)) for seed in range(3)][1:]
+    bench.feed(BIASED, JUDGED[:3])
+    bench.steering.promote(bench.steering.candidates[0])
+    found = {c["version"]: (c["test"], c["requests"]) for c in bench.steering.status()["candidates"]}
+    # The one that moved up has its first test, the other one, which is compared with another now, its second.
+    assert found == {tested: (4, 0), next_: (3, 0)}
+    assert bench.steering.status()["tests_begun"]["candidate"] == 4
+
+
+def test_what_another_replica_says_was_spent_is_never_less_than_what_this_one_spent() -> None:
+    bench = Bench()
+    bench.promote()
+    before = bench.steering.status()["tests_begun"]
+    states = {name: bench.store.get_state(name) for name in STATES} | {"tests.candidate": "1"}
+    bench.steering.take_up(bench.store.profiles(), states, [])
+    assert bench.steering.status()["tests_begun"]["candidate"] == before["candidate"]
 
 
 # --- scopes -----------------------------------------------------------------------------------------------------------
@@ -928,6 +956,29 @@ def test_what_serves_all_is_put_to_the_test_against_a_labels_own() -> None:
     assert bench.steering.scoped == {"a": weak}
     bench.steering.rollback("asked for")
     assert (bench.steering.serving, bench.steering.scoped) == (None, {})
+
+
+@pytest.mark.parametrize("how", ["unpin", "rollback"])
+def test_what_was_better_than_a_pinned_profile_has_yet_to_be_better_than_a_labels_own(how: str) -> None:
+    bench = labelled()
+    bench.feed(BIASED, JUDGED[:1], label="a")
+    own = bench.steering.add(helpful(), "a")
+    bench.steering.promote(own, "a")
+    version = bench.steering.add(contextual(0.3), "a")
+    bench.steering.pin(bench.steering.add(harmful()))
+    bench.feed(BIASED, JUDGED[1:400], label="a")
+    [candidate] = [c for c in bench.steering.status()["candidates"] if c["version"] == version]
+    assert candidate["requests"] > 0
+    assert candidate["lower"] > 0, "better than the pinned one"
+    if how == "unpin":
+        bench.steering.unpin()
+    else:
+        bench.steering.rollback("asked for", "")
+    assert bench.steering.scoped == {"a": own}
+    [candidate] = [c for c in bench.steering.status()["candidates"] if c["version"] == version]
+    assert candidate["requests"] == 0
+    bench.feed(BIASED, JUDGED[400:420], label="a")
+    assert bench.steering.scoped == {"a": own}, "it is weaker"
 
 
 def test_scopes_are_bounded_and_named() -> None:
