@@ -502,7 +502,7 @@ class Contextual:
         gain: float,
         error: float,
     ) -> Proposal:
-        map_ = _orthonormal(map_)
+        map_ = _orthonormal(_reading(map_, basis.reads))
         rank = len(map_.linear)
         report = Report(variant, rank, found.penalty, gain, error, state.tokens, state.requests)
         profile = contextual_profile(
@@ -554,22 +554,32 @@ class Contextual:
         x = _standardised(raw, s)
         network = mlp.begin(*_standard(start, s), training)
         squared = objective.Squared(t)
-        network = mlp.train(network, x, rows, squared, training, training.epochs, lambda d: tell(0.3 * d))
+        network = mlp.train(
+            network, x, rows, squared, training, training.epochs, training.rate, lambda d: tell(0.3 * d)
+        )
         found = {"mlp": _raw(network, s)}
         if training.exact_epochs:
             exact = objective.Softmax(basis.embedding[basis.likeliest[: training.exact_ids]], c, t)
-            network = mlp.train(network, x, rows, exact, training, training.exact_epochs, lambda d: tell(0.3 + 0.7 * d))
+            network = mlp.train(
+                network,
+                x,
+                rows,
+                exact,
+                training,
+                training.exact_epochs,
+                training.exact_rate,
+                lambda d: tell(0.3 + 0.7 * d),
+            )
             found["mlp_kl"] = _raw(network, s)
         return found
 
     def _gathered(
         self, rows: Sequence[Rows], basis: _Basis, chosen: npt.NDArray[np.integer]
     ) -> tuple[Halves, Halves, Halves]:
-        """Of the chosen tokens (ascending): x [n, A], h_c and h_r − h_c in the basis, [n, d]."""
-        x = np.empty((len(chosen), self._features), np.float16)
-        c = np.empty((len(chosen), self.weight.shape[1]), np.float16)
-        t = np.empty_like(c)
+        """Of the chosen tokens (ascending): inputs, h_c and h_r − h_c in the basis, [n, d] each."""
+        x, c, t = (np.empty((len(chosen), self.weight.shape[1]), np.float16) for _ in range(3))
         by_z, constant, by_h = (a.astype(np.float32) for a in (basis.gain.T, basis.offset, basis.root))
+        by_x = basis.reads[:-1].T.astype(np.float32)
         first = at = 0
         for part in _batched(rows, _BLOCK):
             tokens = sum(r.tokens for r in part)
@@ -582,7 +592,8 @@ class Contextual:
             into = slice(at, at + len(here))
             at += len(here)
             compressed = z @ by_z + constant
-            x[into], c[into], t[into] = z[:, : self._features], compressed, h @ by_h - compressed
+            x[into] = self._inputs(z) @ by_x
+            c[into], t[into] = compressed, h @ by_h - compressed
         return x, c, t
 
     def _fit_lists(self, state: ContextualState, tell: Progress) -> Proposal | None:
@@ -614,7 +625,7 @@ class Contextual:
         w = np.concatenate([np.full(r.tokens, self._discount(state.tokens - r.clock)) for r in rows])
         fold = np.repeat([r.fold for r in rows], [r.tokens for r in rows])
         prompt = np.repeat(np.arange(len(rows)), [r.tokens for r in rows])
-        inputs = self._inputs(z)
+        inputs = self._inputs(z) @ basis.reads.T.astype(np.float32)
         folds = [_moments_of_rows(inputs, -slopes, np.where(fold == k, w, 0.0)) for k in range(FOLDS)]
         found = regression.choose(folds, self._ranks)
         if found is None:
@@ -632,7 +643,9 @@ class Contextual:
             some = _spread(chosen, _JUDGED)
             gains = lists.gains(some, begun.image(x[some].astype(np.float32)), _LIST_SCALES)
             begun = _scaled(begun, float(_LIST_SCALES[int(np.argmax(gains.mean(axis=1)))]))
-            return mlp.train(begun, x, chosen, lists, training, training.epochs, lambda d: tell(stage, d))
+            return mlp.train(
+                begun, x, chosen, lists, training, training.epochs, training.rate, lambda d: tell(stage, d)
+            )
 
         without = regression.fitted(whole - folds[out], [found.penalty], len(found.read))[0]
         trial = descended(without, np.flatnonzero(fold != out), "trial")
@@ -651,7 +664,13 @@ class Contextual:
         turn = np.linalg.inv(root).T.astype(np.float32)
         embedding = self.weight @ turn
         embedding -= (mean @ self.weight).astype(np.float32) @ turn
-        return _Basis(embedding, root, root.T @ offset, root.T @ gain, np.argsort(-mean))
+        reads = np.zeros((len(root) + 1, self._features + 1))
+        reads[-1, -1] = 1.0
+        constant, by_x = hidden.recovery(self.weight[self.anchors[: self._features]], known)
+        # x is centred over all anchors, which the first ones need not be.
+        by_x -= by_x.mean(axis=1, keepdims=True)
+        reads[:-1, :-1], reads[:-1, -1] = root.T @ by_x, root.T @ constant
+        return _Basis(embedding, root, root.T @ offset, root.T @ gain, reads, np.argsort(-mean))
 
     def _fresh(self, state: ContextualState) -> list[Rows]:
         """The recent rows that are not yet half forgotten."""
@@ -667,14 +686,14 @@ class Contextual:
         return np.concatenate(with_hidden)[::step].astype(np.float32)
 
     def _moments(self, state: ContextualState, basis: _Basis) -> tuple[Moments, ...]:
-        """Σ x̃ x̃ᵀ and Σ x̃ tᵀ by fold, t = Lᵀ (h_r − E[h_c | z])."""
+        """Σ s sᵀ and Σ s tᵀ by fold, of inputs s = `basis.reads` x̃ and targets t = Lᵀ (h_r − E[h_c | z])."""
         return tuple(self._moments_of(self._added(fold, state.tokens), basis) for fold in state.folds)
 
     def _moments_of(self, fold: FoldSums, basis: _Basis) -> Moments:
         count = np.append(fold.cross[-1, : self._features], fold.weight)
         xx = np.column_stack([fold.cross[:, : self._features], count])
         xy = fold.target @ basis.root - np.outer(count, basis.offset) - fold.cross @ basis.gain.T
-        return Moments(xx, xy, fold.weight)
+        return Moments(basis.reads @ xx @ basis.reads.T, basis.reads @ xy, fold.weight)
 
     def _bases(self, folds: Sequence[Moments]) -> list[Floats] | None:
         """Bᵀ without each fold, and with all of them, at the penalty that is best for all; None where no map gains."""
@@ -704,12 +723,15 @@ _BLOCK = 4096
 @dataclass(frozen=True, slots=True, eq=False)
 class _Basis:
     """That of `objective`. embedding: (W − w̄) L⁻ᵀ, [V, d]; root: L; offset, gain: Lᵀ E[h | z] = offset + gain z;
+    reads: of x̃ = [x; 1], the same from the logits that the map reads, and 1: [d + 1, A + 1]. These are the inputs that
+    are learned from: there a length is a difference that matters, so that one penalty fits all directions.
     likeliest: ids by the mean distribution, [V]."""
 
     embedding: Singles
     root: Floats
     offset: Floats
     gain: Floats
+    reads: Floats
     likeliest: npt.NDArray[np.integer]
 
 
@@ -795,6 +817,18 @@ def _raw(map_: mlp.Network, s: Floats) -> mlp.Network:
         offset=(map_.offset + map_.linear @ shift).astype(np.float32),
         hidden=(map_.hidden * scale).astype(np.float32),
         hidden_offset=(map_.hidden_offset + map_.hidden @ shift).astype(np.float32),
+    )
+
+
+def _reading(map_: mlp.Network, reads: Floats) -> mlp.Network:
+    """The same for x, where its inputs are `reads` x̃."""
+    by, constant = reads[:-1, :-1], reads[:-1, -1]
+    return replace(
+        map_,
+        linear=(map_.linear @ by).astype(np.float32),
+        offset=(map_.offset + map_.linear @ constant).astype(np.float32),
+        hidden=(map_.hidden @ by).astype(np.float32),
+        hidden_offset=(map_.hidden_offset + map_.hidden @ constant).astype(np.float32),
     )
 
 

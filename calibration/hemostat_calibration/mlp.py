@@ -1,7 +1,9 @@
 """A small network from features x to images (`objective`) through a bottleneck: image = V y, y = linear x + offset +
 out silu(hidden x + hidden_offset). Learned by AdamW (Loshchilov & Hutter 2019) on batches of rows, in float32.
 
-It begins as a linear map that is given, so that what it ends as differs from that by what the rows speak for.
+It begins as a linear map that is given, so that what it ends as differs from that by what the rows speak for. Tokens
+are few and inputs many: what keeps it from learning the rows by heart is noise on its inputs, units that are left out
+at random, weights that decay, and a linear part that moves slowly or not at all.
 Everything that is drawn at random follows from a seed.
 """
 
@@ -19,8 +21,8 @@ from hemostat_calibration.hidden import Singles
 from hemostat_calibration.objective import Objective
 
 _STEPS_TO_FULL_RATE = 50
-_SLOW = 0.1
-"""Of the rate, for V: it begins where it is about right, and everything else depends on it."""
+_GIVEN = frozenset({"linear", "offset", "up"})
+"""They begin where they are about right."""
 _DECAYING = frozenset({"hidden", "out"})
 
 
@@ -45,15 +47,22 @@ class Network:
 @dataclass(frozen=True, slots=True)
 class Training:
     """epochs: of the squared error, then exact_epochs of KL itself over the `exact_ids` likeliest ids, where hidden
-    states are at hand. rate: the largest, falling to 0 along a cosine. decay: of weights, a part of the rate."""
+    states are at hand. rate, exact_rate: the largest, falling to 0 along a cosine; given: part of it for the linear map
+    and V. decay: of weights, a part of the rate. noise: standard deviation of what is added to inputs, whose mean
+    variance is 1. dropped: part of the units that a row does without.
+    """
 
     units: int = 1024
-    epochs: int = 8
+    epochs: int = 6
     exact_epochs: int = 3
     exact_ids: int = 8192
     batch: int = 256
     rate: float = 1e-3
-    decay: float = 0.01
+    exact_rate: float = 5e-4
+    given: float = 0.1
+    decay: float = 1.0
+    noise: float = 0.3
+    dropped: float = 0.5
     seed: int = 0
 
 
@@ -80,6 +89,7 @@ def train(
     objective: Objective,
     training: Training,
     epochs: int,
+    rate_at_most: float,
     progress: Callable[[float], None],
 ) -> Network:
     """The network after `epochs` over those `rows` of x, [n, A] of any float type. progress: told the part done."""
@@ -91,8 +101,12 @@ def train(
     for epoch in range(epochs):
         order = rows[np.argsort(bits(training.seed + 1 + epoch, len(rows)), kind="stable")]
         for batch in np.array_split(order, batches):
-            gradients = _gradients(weights, x[batch].astype(np.float32), batch, objective)
-            rate = training.rate * min(1.0, (step + 1) / _STEPS_TO_FULL_RATE)
+            random = (training.seed + 1) * 1_000_003 + step
+            inputs = x[batch].astype(np.float32)
+            if training.noise:
+                inputs += np.float32(training.noise) * normal(random, inputs.size).reshape(inputs.shape)
+            gradients = _gradients(weights, inputs, batch, objective, _kept(random, len(batch), training))
+            rate = rate_at_most * min(1.0, (step + 1) / _STEPS_TO_FULL_RATE)
             rate *= 0.5 * (1.0 + math.cos(math.pi * step / steps))
             step += 1
             unbiased = math.sqrt(1.0 - 0.999**step) / (1.0 - 0.9**step)
@@ -102,24 +116,26 @@ def train(
                 v += 0.001 * (np.square(gradient) - v)
                 if name in _DECAYING:
                     w *= 1.0 - rate * training.decay
-                w -= rate * unbiased * (_SLOW if name == "up" else 1.0) * m / (np.sqrt(v) + 1e-8)
+                w -= rate * unbiased * (training.given if name in _GIVEN else 1.0) * m / (np.sqrt(v) + 1e-8)
             if step % 8 == 0:
                 progress(step / steps)
     return Network(**weights)
 
 
 def _gradients(
-    w: dict[str, Singles], x: Singles, rows: npt.NDArray[np.integer], objective: Objective
+    w: dict[str, Singles], x: Singles, rows: npt.NDArray[np.integer], objective: Objective, kept: Singles
 ) -> dict[str, Singles]:
-    """Of the mean loss of the rows."""
+    """Of the mean loss of the rows. kept: what the units are multiplied by."""
     a = x @ w["hidden"].T + w["hidden_offset"]
     sigmoid = 0.5 + 0.5 * np.tanh(0.5 * a)
     units = a * sigmoid
+    slope = kept * (sigmoid + units * (1.0 - sigmoid))
+    units *= kept
     y = x @ w["linear"].T + w["offset"] + units @ w["out"].T
     by_image = objective.slope(rows, y @ w["up"].T) / np.float32(len(x))
     by_y = by_image @ w["up"]
     by_a = by_y @ w["out"]
-    by_a *= sigmoid + units * (1.0 - sigmoid)
+    by_a *= slope
     return {
         "up": by_image.T @ y,
         "linear": by_y.T @ x,
@@ -128,6 +144,13 @@ def _gradients(
         "hidden": by_a.T @ x,
         "hidden_offset": by_a.sum(axis=0),
     }
+
+
+def _kept(seed: int, rows: int, training: Training) -> Singles:
+    """0 for units that are left out, more than 1 for the others, so that their mean is 1; [rows, H]."""
+    drawn = bits(seed + 1, rows * training.units).reshape(rows, training.units)
+    kept = drawn >= np.uint64(int(training.dropped * 2.0**64))
+    return kept.astype(np.float32) / np.float32(1.0 - training.dropped)
 
 
 def bits(seed: int, count: int) -> npt.NDArray[np.uint64]:
@@ -139,9 +162,11 @@ def bits(seed: int, count: int) -> npt.NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def normal(seed: int, count: int) -> npt.NDArray[np.float64]:
+def normal(seed: int, count: int) -> Singles:
     """Standard normal numbers (Box & Muller 1958)."""
-    uniform = (bits(seed, 2 * count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    size = np.sqrt(-2.0 * np.log1p(-uniform[:count]))
-    found: npt.NDArray[np.float64] = size * np.cos(2.0 * np.pi * uniform[count:])
+    half = -(-count // 2)
+    uniform = (bits(seed, 2 * half) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    size = np.sqrt(-2.0 * np.log1p(-uniform[:half]))
+    angle = np.float32(2.0 * np.pi) * uniform[half:]
+    found: Singles = np.concatenate([size * np.cos(angle), size * np.sin(angle)])[:count]
     return found

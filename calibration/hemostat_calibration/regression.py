@@ -4,7 +4,7 @@ Rows are pairs of inputs x̃ = [x; 1], [A + 1], and targets t, [d], in a basis i
 (`objective`). What is fitted is B, [d, A + 1], of small ½ Σ |t − B x̃|². Up to a constant that is ½ tr(B XX Bᵀ) −
 tr(B XY), so that XX = Σ x̃ x̃ᵀ and XY = Σ x̃ tᵀ say all, whether of the rows learned from or of those held out.
 
-A penalty λ |B|² in standardised inputs (the constant among them, so that enough of it means B = 0) gives
+A penalty λ |B|² in inputs of one common scale (the constant among them, so that enough of it means B = 0) gives
 B(λ)ᵀ = (XX + λ)⁻¹ XY. Of rank r, the best keeps the r largest singular values of (XX + λ)^½ B(λ)ᵀ (reduced-rank
 regression: Izenman 1975; with ridge: Mukherjee & Zhu 2011).
 """
@@ -59,11 +59,13 @@ class LowRank:
 
 
 def standardiser(moments: Moments) -> Floats:
-    """S, [A + 1, A + 1]: S x̃ has mean 0 and variance 1, but for the constant, which stays 1."""
+    """S, [A + 1, A + 1]: S x̃ has mean 0 and a variance that is 1 on average, but for the constant, which stays 1.
+
+    One scale for all: inputs that vary more are to say more.
+    """
     mean = moments.xx[-1, :-1] / moments.weight
-    variance = np.diagonal(moments.xx)[:-1] / moments.weight - mean**2
-    # An input that never varies stays 0: it has nothing to say.
-    scale = 1.0 / np.sqrt(np.where(variance > 1e-9 * (1.0 + mean**2), variance, 1.0))
+    variance = float((np.diagonal(moments.xx)[:-1] / moments.weight - mean**2).mean())
+    scale = np.full(len(mean), 1.0 / math.sqrt(variance) if variance > 1e-9 * (1.0 + float(mean @ mean)) else 1.0)
     s = np.diag(np.append(scale, 1.0))
     s[:-1, -1] = -scale * mean
     return s
@@ -72,8 +74,8 @@ def standardiser(moments: Moments) -> Floats:
 def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Floats] | None = None) -> LowRank | None:
     """The map whose penalty and rank did best on each fold when learned from the others; learned from all of them.
 
-    None where no map would gain, or a fold is empty. ranks: allowed ones. bases: what the penalty pulls towards, instead
-    of 0: for each fold Bᵀ that was learned without it, and one more learned from all.
+    None where no map would gain, or a fold is empty. ranks: allowed ones. bases: what the penalty pulls towards,
+    instead of 0: for each fold Bᵀ that was learned without it, and one more learned from all.
     """
     if min(fold.weight for fold in folds) <= 0.0:
         return None
