@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.bench.recovery import never_worse, outcomes, prompts  # noqa: E402  the root is no package
+from tests.bench.recovery import never_worse, outcomes, prompts, tried  # noqa: E402  the root is no package
 from tests.bench.recovery.engine import Ask, Written, cache_name, engine, with_hidden  # noqa: E402
 from tests.bench.recovery.figures import IDENTITY, Figures, Recovery, measure, row, stacked  # noqa: E402
 from tests.bench.recovery.learning import (  # noqa: E402
@@ -331,6 +331,21 @@ class Bench:
                 }
             )
         found: dict[str, Any] = {"rows": rows}
+        if plan.variants:
+            found["tried"] = self.stages.kept(
+                f"tried-{scheme}",
+                [made_from, source_digest(), self.options.clamp_nats],
+                lambda: tried.compare(
+                    self.weight,
+                    recovery,
+                    learning,
+                    heldout,
+                    topic,
+                    figures[IDENTITY],
+                    self.options.clamp_nats,
+                    mlp.Training(),
+                ),
+            )
         serving = [label for label, (fields, _) in learned.items() if fields["chosen"] and label in profiles]
         if plan.outcomes and serving:
             profile = profiles[serving[-1]]
@@ -465,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
         **{
             part: {scheme: result[part] for scheme, result in found.items() if part in result}
-            for part in ("on_policy", "outcomes", "engine_check", "never_worse")
+            for part in ("on_policy", "outcomes", "engine_check", "never_worse", "tried")
         },
         "update": update_cost(),
         "model": "SmolLM2-135M-Instruct",
@@ -478,7 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "recovery-quick.json" if chosen.quick else "recovery.json"
     (BUILD / name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
-    for part in ("on_policy", "outcomes", "engine_check", "never_worse", "update"):
+    for part in ("tried", "on_policy", "outcomes", "engine_check", "never_worse", "update"):
         if report[part]:
             print(f"{part}: {json.dumps(report[part], indent=1)}")
     return 0
