@@ -50,6 +50,7 @@ if str(ROOT) not in sys.path:
 from tests.fakes.engine_admin import TOKEN, EngineAdmin  # noqa: E402  the root is no package
 
 BUILD = ROOT / "build" / "bench"
+LEARNED = BUILD / "w4a16.profile"
 WITHOUT, NO_ROWS, ALL_ROWS, TAPPED = "without plugin", "no rows", "all rows", "all rows tapped"
 ARMS = (WITHOUT, NO_ROWS, ALL_ROWS, TAPPED)
 STARTS_WITHIN = 300.0
@@ -348,10 +349,15 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", type=Path, help="a contextual profile; without it, one of the usual shape")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        default=LEARNED if LEARNED.exists() else None,
+        help="a contextual profile; without it, the one that bench-recovery learned, or one of the same shape",
+    )
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--anchors", type=int, default=768)
-    parser.add_argument("--features", type=int, default=512)
+    parser.add_argument("--anchors", type=int, default=1024)
+    parser.add_argument("--features", type=int, default=576)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24, help="decoding steps of a burst")

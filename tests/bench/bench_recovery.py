@@ -349,6 +349,8 @@ class Bench:
         serving = [label for label, (fields, _) in learned.items() if fields["chosen"] and label in profiles]
         if plan.outcomes and serving:
             profile = profiles[serving[-1]]
+            # For bench-engine, which says what this very profile costs.
+            (BUILD / f"{scheme}.profile").write_bytes(profile.to_bytes())
             found |= self.stages.kept(
                 f"served-{scheme}",
                 [made_from, profile.version, self.options.outcome_prompts],
