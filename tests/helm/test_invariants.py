@@ -189,6 +189,7 @@ def test_the_grace_period_follows_the_drain(helm: Helm) -> None:
     assert grace(f"terminationGracePeriodSeconds={usual}") == usual
     assert grace("terminationGracePeriodSeconds=900") == 900
     assert grace("config.shutdown_seconds=300") == usual + 270
+    assert grace("config.shutdown_seconds=30.5") == usual + 1
     assert grace("config.shutdown_seconds=0") == usual - 30
     assert grace("preStopSleepSeconds=60") == usual + 55
     assert helm.set("preStopSleepSeconds=60").hemostat["lifecycle"] == {"preStop": {"sleep": {"seconds": 60}}}
@@ -390,6 +391,8 @@ def test_the_operator_knows_better_who_is_behind_it(helm: Helm) -> None:
 
 def test_an_engine_in_the_pod_needs_no_rule_and_a_hidden_store_one(helm: Helm) -> None:
     assert egress(helm.values(set_of("restricted"))) == [DNS, ([{"podSelector": {}}], {("TCP", 8000)})]  # the reference
+    admin = helm.values(set_of("restricted")).one("NetworkPolicy")["spec"]["ingress"][1]
+    assert admin["from"] == [{"podSelector": {}}]  # and not the loopback
     hidden = helm.set(
         "networkPolicy.enabled=true", "existingSecret=s", "networkPolicy.store.to[0].ipBlock.cidr=10.0.0.9/32"
     )

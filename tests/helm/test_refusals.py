@@ -29,23 +29,35 @@ WRONG = {
     "imagePullSecrets[0]=Has_Capitals": "imagePullSecrets.0",
     "fullnameOverride=Has_Capitals": "fullnameOverride",
     "nameOverride=-x": "nameOverride",
+    "nameOverride=Has_Capitals": "nameOverride",
     "existingSecret=a/b": "existingSecret",
     "existingSecret.name=tokens": "existingSecret",
     "bindAddress=localhost": "bindAddress",
+    "bindAddress=10.0.0.300": "bindAddress",
     "service.type=Loadbalancer": "service.type",
     "service.port=70000": "service.port",
     "service.port=http": "service.port",
     "service.adminPort=0": "service.adminPort",
     "service.annotations.a=1": "service.annotations.a",
     "podLabels.a=has spaces": "podLabels.a",
+    "podLabels.a b=c": "podLabels",
     "podAnnotations=on": "podAnnotations",
+    "podAnnotations.a/b/c=d": "podAnnotations",
     "ingress.enabled=true": "ingress.hosts",
     "ingress.enabled=true,ingress.hosts[0].hots=a": "host",
+    "ingress.enabled=true,ingress.hosts[0].host=https://a": "ingress.hosts.0.host",
     "serviceAccount.create=maybe": "serviceAccount.create",
     "resources.limit.cpu=1": "limit",
     "resources.limits.memory=2GB": "resources.limits.memory",
     "preStopSleepSeconds=-5": "preStopSleepSeconds",
     "livenessProbe.httpGet.path=/": "httpGet",
+    "livenessProbe.successThreshold=2": "livenessProbe.successThreshold",
+    "podSecurityContext.runAsNonroot=true": "runAsNonroot",
+    "securityContext.readOnlyRootFileSystem=true": "readOnlyRootFileSystem",
+    "engine.securityContext.runAsUser=root": "engine.securityContext.runAsUser",
+    "strategy.type=Recreate,strategy.rollingUpdate.maxSurge=1": "strategy.rollingUpdate",
+    "strategy.rollingUpdate.maxSurg=1": "maxSurg",
+    "topologySpreadConstraints[0].maxSkew=1": "topologySpreadConstraints.0",
     "tolerations.key=a": "tolerations",
     "tolerations[0].efect=NoSchedule": "efect",
     "affinity.nodeAfinity.x=1": "nodeAfinity",
@@ -56,6 +68,7 @@ WRONG = {
     "persistence.size=10Gb": "persistence.size",
     "podDisruptionBudget.enabled=yes please": "podDisruptionBudget.enabled",
     "podDisruptionBudget.minAvailable=half": "podDisruptionBudget.minAvailable",
+    "podDisruptionBudget.minAvailable=101%": "podDisruptionBudget.minAvailable",
     "autoscaling.targetCPUUtilizationPercentage=0": "autoscaling.targetCPUUtilizationPercentage",
     "serviceMonitor.interval=often": "serviceMonitor.interval",
     "serviceMonitor.enable=true": "enable",
@@ -133,6 +146,32 @@ UNFIT = {
         "config.admin.metrics_need_token=true",
     ): "serviceMonitor.namespace: monitoring has no Secret with the token",
     ("config.records.path=/var/records",): "config.records.path: /var/records is on no volume",
+    ("bindAddress=127.0.0.1",): "bindAddress: 127.0.0.1 is the pod's own loopback",
+    ("upstream.url=http://vllm:80000",): "upstream.url: 80000 is no port",
+    ("config.store.url=redis://u:p@v:65536/0",): "config.store.url: 65536 is no port",
+    ("config.reference.backend=vllm", "config.reference.url=http://r:0"): "config.reference.url: 0 is no port",
+    ("config.tracing.endpoint=http://c:99999",): "config.tracing.endpoint: 99999 is no port",
+    ("extraEnv[0].name=HEMOSTAT_ADMIN__PORT",): "extraEnv: HEMOSTAT_ADMIN__PORT: the chart sets it itself; use service",
+    ("extraEnv[0].name=HEMOSTAT_ADMIN__TOKEN",): "extraEnv: HEMOSTAT_ADMIN__TOKEN: the chart sets it itself",
+    ("extraEnv[0].name=HEMOSTAT_STORE__URL", "existingSecret=s"): "use store-url in the Secret",
+    ("extraVolumes[0].name=a", "extraVolumes[1].name=a"): "extraVolumes: a stands twice",
+    ("extraVolumeMounts[0].name=x", "extraVolumeMounts[0].mountPath=/x"): "extraVolumeMounts: there is no volume x",
+    ("extraContainers[0].name=hemostat", "extraContainers[0].image=i"): "there is a container hemostat already",
+    (
+        *("extraContainers[0].name=a", "extraContainers[0].image=i"),
+        *("initContainers[0].name=a", "initContainers[0].image=i"),
+    ): "there is a container a already",
+    ("autoscaling.enabled=true", STORE, "resources=null"): "resources.requests.cpu: required, as autoscaling",
+    (
+        *("autoscaling.enabled=true", STORE, "resources.requests.memory=null", "resources.limits.memory=null"),
+        "autoscaling.targetMemoryUtilizationPercentage=80",
+    ): "resources.requests.memory: required, as autoscaling",
+    (
+        *("autoscaling.enabled=true", STORE),
+        "autoscaling.targetCPUUtilizationPercentage=null",
+    ): "autoscaling: give a target",
+    ("replicaCount=2", STORE, "persistence.enabled=true"): "persistence.accessModes: more than one pod",
+    ("autoscaling.enabled=true", STORE, "persistence.enabled=true"): "persistence.accessModes: more than one pod",
 }
 
 
@@ -146,6 +185,20 @@ def test_fewer_logprobs_than_are_asked_for(helm: Helm) -> None:
     said = helm.refusal(*ENGINE, "--set", "config.shadow.top_k=65")
     assert "engine.maxLogprobs: 64 is less than config.shadow.top_k, 65" in said
     helm.render(*ENGINE, "--set", "config.shadow.top_k=64")
+
+
+@pytest.mark.parametrize("flag", ["--port", "--max_logprobs=5", "--logits-processors", "--host"])
+def test_flags_that_the_chart_gives_the_engine(helm: Helm, flag: str) -> None:
+    said = helm.refusal(*ENGINE, "--set", f"engine.args={{--enforce-eager,{flag}}}")
+    assert f"engine.args: the chart itself says {flag.partition('=')[0].replace('_', '-')} " in said
+
+
+def test_the_engines_volumes(helm: Helm) -> None:
+    mount = "engine.volumeMounts[0]"
+    said = helm.refusal(*ENGINE, f"--set={mount}.name=m,{mount}.mountPath=/m")
+    assert "engine.volumeMounts: there is no volume m; name it in extraVolumes" in said
+    said = helm.refusal(*ENGINE, f"--set={mount}.name=shm,{mount}.mountPath=/dev/shm/")
+    assert "engine.volumeMounts: /dev/shm/ is mounted already" in said
 
 
 def test_a_release_whose_services_could_not_exist(helm: Helm) -> None:
@@ -163,6 +216,9 @@ def test_the_shared_store_opens_the_way(helm: Helm) -> None:
         rendered = helm.set("replicaCount=2", f"config.store.url={url}")
         assert rendered.config["store"]["url"] == url
         assert rendered.one("Deployment")["spec"]["replicas"] == 2
+    # What is said of volumes and requests does not go further than it must.
+    helm.set("replicaCount=2", STORE, "persistence.enabled=true", "persistence.existingClaim=mine")
+    helm.set("autoscaling.enabled=true", STORE, "resources.requests.cpu=null", "resources.limits.cpu=2")
 
 
 def test_as_a_part_of_another_chart(helm: Helm, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 {{- define "hemostat.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 53 | trimSuffix "-" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 53 | trimAll "-." -}}
 {{- end -}}
 
 {{- define "hemostat.fullname" -}}
@@ -12,7 +12,7 @@
 {{- $name = printf "%s-%s" .Release.Name $name -}}
 {{- end -}}
 {{- /* A release may be called a.b, a Service not; 53 leaves room for a suffix. */ -}}
-{{- $name | replace "." "-" | trunc 53 | trimSuffix "-" -}}
+{{- $name | replace "." "-" | trunc 53 | trimAll "-" -}}
 {{- end -}}
 
 {{- define "hemostat.selectorLabels" -}}
@@ -181,6 +181,21 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- if regexMatch "^[0-9]" (include "hemostat.fullname" .) -}}
 {{- fail (printf "fullnameOverride: required, as the release's name %q begins with a digit, and a Service's may not" .Release.Name) -}}
 {{- end -}}
+{{- if regexMatch "^(127\\.|::1$)" .Values.bindAddress -}}
+{{- fail (printf "bindAddress: %s is the pod's own loopback, which neither clients nor probes can reach" .Values.bindAddress) -}}
+{{- end -}}
+{{- range $key, $url := dict
+  "upstream.url" .Values.upstream.url
+  "config.reference.url" (default dict $split.config.reference).url
+  "config.store.url" (default dict (default dict .Values.config).store).url
+  "config.tracing.endpoint" (default dict $split.config.tracing).endpoint
+-}}
+{{- $host := regexReplaceAll "^[a-z]+://([^/]*@)?([^/?#]*).*$" (default "" $url) "$2" -}}
+{{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $host) -}}
+{{- if and $port (or (gt (atoi $port) 65535) (eq (atoi $port) 0)) -}}
+{{- fail (printf "%s: %s is no port; they end at 65535" $key $port) -}}
+{{- end -}}
+{{- end -}}
 {{- $grace := include "hemostat.graceSeconds" . | int -}}
 {{- with .Values.terminationGracePeriodSeconds -}}
 {{- if lt (int .) $grace -}}
@@ -194,15 +209,52 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- /* Variables win over the file, and the later of two over the first: the probes would ask at another port. */ -}}
+{{- $own := dict "HEMOSTAT_UPSTREAM__URL" "upstream.url" "HEMOSTAT_LISTEN__HOST" "bindAddress" "HEMOSTAT_ADMIN__HOST" "bindAddress" -}}
+{{- $own = merge $own (dict "HEMOSTAT_LISTEN__PORT" "service.port" "HEMOSTAT_ADMIN__PORT" "service.adminPort") -}}
+{{- range $key, $variable := include "hemostat.secretVariables" . | fromYaml -}}
+{{- if or $.Values.existingSecret (eq $key "admin-token") (hasKey $split.secrets $key) -}}
+{{- $_ := set $own $variable (printf "%s in the Secret" $key) -}}
+{{- end -}}
+{{- end -}}
+{{- range $variable := .Values.extraEnv -}}
+{{- with get $own $variable.name -}}
+{{- fail (printf "extraEnv: %s: the chart sets it itself; use %s" $variable.name .) -}}
+{{- end -}}
+{{- end -}}
+{{- $volumes := list "config" "tmp" -}}
+{{- if .Values.persistence.enabled }}{{ $volumes = append $volumes "data" }}{{ end -}}
+{{- if .Values.engine.enabled }}{{ $volumes = append $volumes "shm" }}{{ end -}}
 {{- range .Values.extraVolumes -}}
 {{- if has .name (list "config" "tmp" "data" "shm") -}}
 {{- fail (printf "extraVolumes: %s is a volume of the chart's own; choose another name" .name) -}}
+{{- else if has .name $volumes -}}
+{{- fail (printf "extraVolumes: %s stands twice" .name) -}}
+{{- end -}}
+{{- $volumes = append $volumes .name -}}
+{{- end -}}
+{{- $data := ternary (list "/data") list .Values.persistence.enabled -}}
+{{- range $key, $mounted := dict
+  "extraVolumeMounts" (dict "mounts" .Values.extraVolumeMounts "taken" (concat (list "/etc/hemostat" "/tmp") $data))
+  "engine.volumeMounts" (dict "mounts" (ternary .Values.engine.volumeMounts list .Values.engine.enabled) "taken" (list "/dev/shm"))
+-}}
+{{- $taken := $mounted.taken -}}
+{{- range $mounted.mounts -}}
+{{- $path := trimSuffix "/" .mountPath -}}
+{{- if has $path $taken -}}
+{{- fail (printf "%s: %s is mounted already" $key .mountPath) -}}
+{{- else if not (has .name $volumes) -}}
+{{- fail (printf "%s: there is no volume %s; name it in extraVolumes" $key .name) -}}
+{{- end -}}
+{{- $taken = append $taken $path -}}
 {{- end -}}
 {{- end -}}
-{{- range .Values.extraVolumeMounts -}}
-{{- if has (trimSuffix "/" .mountPath) (list "/etc/hemostat" "/tmp" (ternary "/data" "" $.Values.persistence.enabled)) -}}
-{{- fail (printf "extraVolumeMounts: %s is mounted already" .mountPath) -}}
+{{- $names := list "hemostat" "engine" -}}
+{{- range concat (default list .Values.initContainers) (default list .Values.extraContainers) -}}
+{{- if has .name $names -}}
+{{- fail (printf "initContainers, extraContainers: there is a container %s already; choose another name" .name) -}}
 {{- end -}}
+{{- $names = append $names .name -}}
 {{- end -}}
 {{- $elsewhere := ne (default .Release.Namespace .Values.serviceMonitor.namespace) .Release.Namespace -}}
 {{- if and .Values.serviceMonitor.enabled $elsewhere $split.config.admin.metrics_need_token -}}
@@ -211,12 +263,36 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- if and .Values.autoscaling.enabled (gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) -}}
 {{- fail (printf "autoscaling.maxReplicas: %v is less than autoscaling.minReplicas, %v" .Values.autoscaling.maxReplicas .Values.autoscaling.minReplicas) -}}
 {{- end -}}
+{{- if .Values.autoscaling.enabled -}}
+{{- $targets := dict "cpu" .Values.autoscaling.targetCPUUtilizationPercentage "memory" .Values.autoscaling.targetMemoryUtilizationPercentage -}}
+{{- $resources := default dict .Values.resources -}}
+{{- if not (or $targets.cpu $targets.memory) -}}
+{{- fail "autoscaling: give a target, targetCPUUtilizationPercentage or targetMemoryUtilizationPercentage" -}}
+{{- end -}}
+{{- range $resource, $percent := $targets -}}
+{{- if and $percent (not (get (default dict $resources.requests) $resource)) (not (get (default dict $resources.limits) $resource)) -}}
+{{- fail (printf "resources.requests.%s: required, as autoscaling has a target for it, which is a part of the request" $resource) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $many := or .Values.autoscaling.enabled (gt (int .Values.replicaCount) 1) -}}
+{{- with .Values.persistence -}}
+{{- if and $many .enabled (not .existingClaim) (not (has "ReadWriteMany" .accessModes)) -}}
+{{- fail "persistence.accessModes: more than one pod needs ReadWriteMany" -}}
+{{- end -}}
+{{- end -}}
 {{- if and (include "hemostat.some" .Values.podDisruptionBudget.minAvailable) (include "hemostat.some" .Values.podDisruptionBudget.maxUnavailable) -}}
 {{- fail "podDisruptionBudget: minAvailable and maxUnavailable cannot both be given" -}}
 {{- end -}}
 {{- if .Values.engine.enabled -}}
 {{- if not (regexMatch "^http://(127\\.0\\.0\\.1|localhost|\\[::1\\]):8000/?$" (include "hemostat.upstreamUrl" .)) -}}
 {{- fail (printf "upstream.url: %s is not the engine in the pod: leave it empty with engine.enabled, or set that to false" .Values.upstream.url) -}}
+{{- end -}}
+{{- range .Values.engine.args -}}
+{{- $flag := regexReplaceAll "=.*$" . "" | replace "_" "-" -}}
+{{- if has $flag (list "--host" "--port" "--max-logprobs" "--logits-processors") -}}
+{{- fail (printf "engine.args: the chart itself says %s (with bindAddress, engine.maxLogprobs and Hemostat's plugin)" $flag) -}}
+{{- end -}}
 {{- end -}}
 {{- $topK := (default dict $split.config.shadow).top_k | default 20 -}}
 {{- if gt (int $topK) (int .Values.engine.maxLogprobs) -}}
