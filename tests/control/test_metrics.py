@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from tests.control.making import control, profile, scored
 from tests.control.test_link import until
 
 from hemostat.control import Control
+from hemostat.engines import EngineReport
 from hemostat.messages import OVERHEAD_BUCKETS, Hello, Stats, encode
+from hemostat.steering import DECISIONS
 
 CONTRACT = {
     "hemostat_requests_total": {"route", "outcome"},
@@ -144,6 +147,26 @@ async def test_relays_and_control_count_into_the_same_family_and_restarts_take_n
                 assert after[key] >= value, key
         third.close()
         again.close()
+
+
+async def test_decisions_and_clamps_that_bind_are_counted(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        one.steering.know("m", 30)
+        version = one.steering.add(profile())
+        one.steering.pin(version)
+        one.steering.rollback("asked for")
+        counted = {"rows_clamped": 3, "rows_kl_clamped": 2, "rows_masked": 5, "requests_declined": 1}
+        for boot in ("a", "b"):
+            one.engines.report(EngineReport(boot, 0, 1, [], 30, counted, "v1", "0"), time.monotonic())
+        found = samples(scrape(one))
+
+        def decided(decision: str, reason: str) -> float:
+            return found["hemostat_profile_decisions_total", (("decision", decision), ("reason", reason))]
+
+        made = [("import", "operator"), ("pin", "operator"), ("roll_back", "operator")]
+        assert {pair: decided(*pair) for pair in DECISIONS} == {pair: float(pair in made) for pair in DECISIONS}
+        for name, count in counted.items():
+            assert found["hemostat_engine_events_total", (("reason", name),)] == 2 * count
 
 
 async def test_histograms_are_cumulative_and_agree_with_the_counters(tmp_path: Path) -> None:

@@ -62,6 +62,19 @@ def test_a_profile_as_large_as_those_that_serve() -> None:
     assert (masked, limited) == (0, 8)
 
 
+def test_a_large_batch_of_a_large_vocabulary_is_worked_on_in_parts() -> None:
+    profile = make_contextual(6, 262_144)
+    z = torch.from_numpy(logits(32, 262_144, 7)).repeat(8, 1)
+    step = transform.CHUNK_ELEMENTS // z.shape[1]
+    assert step < 256, "more than one part"
+    before = z[:32].double().numpy()
+    z += torch.arange(256)[:, None].float() / 256  # no two rows alike, and the profile is blind to a constant
+    transform.apply_to_rows(transform.HeldProfile(profile), z, None)
+    for row in (0, step - 1, step, 2 * step + 1, 255):
+        expected = oracle.apply(profile, before[row % 32]) + row / 256
+        np.testing.assert_allclose(z[row].double().numpy(), expected, atol=1e-4)
+
+
 @settings(deadline=None, max_examples=80)
 @given(
     rows=st.integers(1, 12),

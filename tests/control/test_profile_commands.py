@@ -1,0 +1,120 @@
+"""`hemostat profile …` against a real admin port: what it shows and does, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.control.making import TOKEN
+from tests.control.served import Served, profile, record, served
+
+from hemostat import cli
+from hemostat.control import Control
+from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    async def fill(control: Control, folder: Path) -> None:
+        control.steering.know("m", 60)
+
+    with served(tmp_path, fill) as running:
+        monkeypatch.setenv("HEMOSTAT_ADMIN_URL", running.url)
+        monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", TOKEN)
+        yield running
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs one: its answer, or with `fails` its one line of an error."""
+
+    def run(*arguments: object, fails: bool = False) -> Any:
+        code = cli.main(["profile", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        if not fails:
+            assert (code, err) == (0, "")
+            return json.loads(out) if out.startswith("{") else out.strip()
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        return err
+
+    return run
+
+
+def proven(one: Served, candidate: CalibrationProfile) -> None:
+    """Records that know the candidate's gain, until the guard has seen enough."""
+    for n in range(2000):
+        made = replace(record(n, None), shifts=record(n, candidate).shifts)
+        one.do(lambda control, made=made: control.steering.observe(made))  # type: ignore[misc]
+        if one.do(lambda control: control.steering.selected) is not None:
+            return
+    raise AssertionError("nothing was promoted")
+
+
+def test_from_a_file_to_serving_and_back_with_the_evidence(one: Served, command: Command, tmp_path: Path) -> None:
+    good, other = profile(0), profile(1)
+    file = tmp_path / "good.safetensors"
+    file.write_bytes(good.to_bytes())
+    assert command("import", file) == good.version
+    proven(one, good)
+    listed = command("list")
+    (promoted,) = [event for event in listed["events"] if event["decision"] == "promote"]
+    assert (promoted["version"], promoted["reason"]) == (good.version, "evidence")
+    assert 0.0 < promoted["evidence"]["lower"] < promoted["evidence"]["mean_gain"]
+    assert listed["serving"] == "identity", "observe lets nothing serve"
+    assert command("mode", "auto") == {"mode": "auto"}
+    assert command("list")["serving"] == good.version
+    shown = command("show", good.version)
+    assert shown["state"] == "selected"
+    assert [event["decision"] for event in shown["evidence"]] == ["mode", "promote", "import"]
+
+    file.write_bytes(other.to_bytes())
+    command("import", file)
+    assert command("pin", other.version, "--yes")["pinned"] is True
+    assert "unpin it first" in command("promote", good.version, "--yes", fails=True)
+    assert command("pin", "--off")["pinned"] is False
+    assert command("promote", good.version, "--yes")["serving"] == good.version
+    copy = tmp_path / "copy.safetensors"
+    command("export", good.version, copy)
+    assert copy.read_bytes() == good.to_bytes()
+    assert command("rollback")["serving"] == "identity"
+    decided = [event["decision"] for event in reversed(command("list")["events"])]
+    assert decided == ["import", "promote", "mode", "import", "pin", "unpin", "promote", "roll_back"]
+
+
+def test_what_cannot_be_done_is_one_line_that_says_why(
+    one: Served, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = profile(0).to_bytes()
+    bias = profile(0).parameters["bias"]
+    file = tmp_path / "p.safetensors"
+    for data, words in (
+        (whole[:-5], "not a safetensors file"),
+        (whole[:100], "truncated"),
+        (whole.replace(b"temperature_bias", b"temperature_bent"), "family temperature_bent is unknown"),
+        (b"", "profile of 0 bytes is truncated"),
+        (temperature_bias("m", 60, 1.0, bias, 1.0).to_bytes() + b"\0", "not a safetensors file"),
+        (temperature_bias("m", 59, 1.0, bias[:59], 1.0).to_bytes(), "a vocabulary of 59 ids, the model has 60"),
+        (temperature_bias("n", 60, 1.0, bias, 1.0).to_bytes(), "for the model n, not for m"),
+    ):
+        file.write_bytes(data)
+        assert words in command("import", file, fails=True)
+    file.write_bytes(whole)
+    assert "calibration.scope is pooled" in command("import", file, "--scope", "batch", fails=True)
+    nobody = "0" * 32
+    assert "no such profile" in command("show", nobody, fails=True)
+    assert "answered 404" in command("export", nobody, file, fails=True)
+    for action in ("promote", "pin"):
+        assert "there is no profile 0000" in command(action, nobody, "--yes", fails=True)
+        assert "--yes" in command(action, nobody, fails=True), "nobody is there to be asked"
+    assert "nothing is pinned" in command("pin", "--off", fails=True)
+    assert "identity serves" in command("rollback", fails=True)
+    listed = command("list")
+    assert (listed["profiles"], listed["events"]) == ([], []), "nothing was changed"
+    monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", "wrong")
+    assert "send the admin token" in command("rollback", fails=True)
