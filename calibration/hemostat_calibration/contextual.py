@@ -577,7 +577,8 @@ class Contextual:
         self, rows: Sequence[Rows], basis: _Basis, chosen: npt.NDArray[np.integer]
     ) -> tuple[Halves, Halves, Halves]:
         """Of the chosen tokens (ascending): inputs, h_c and h_r − h_c in the basis, [n, d] each."""
-        x, c, t = (np.empty((len(chosen), self.weight.shape[1]), np.float16) for _ in range(3))
+        d = self.weight.shape[1]
+        x, c, t = (np.empty((len(chosen), size), np.float16) for size in (len(basis.reads) - 1, d, d))
         by_z, constant, by_h = (a.astype(np.float32) for a in (basis.gain.T, basis.offset, basis.root))
         by_x = basis.reads[:-1].T.astype(np.float32)
         first = at = 0
@@ -664,12 +665,15 @@ class Contextual:
         turn = np.linalg.inv(root).T.astype(np.float32)
         embedding = self.weight @ turn
         embedding -= (mean @ self.weight).astype(np.float32) @ turn
-        reads = np.zeros((len(root) + 1, self._features + 1))
-        reads[-1, -1] = 1.0
-        constant, by_x = hidden.recovery(self.weight[self.anchors[: self._features]], known)
+        constant, by_x = (root.T @ a for a in hidden.recovery(self.weight[self.anchors[: self._features]], known))
         # x is centred over all anchors, which the first ones need not be.
         by_x -= by_x.mean(axis=1, keepdims=True)
-        reads[:-1, :-1], reads[:-1, -1] = root.T @ by_x, root.T @ constant
+        if self._features < len(root):
+            # Fewer directions than the state has: turned into as many numbers, lengths stay.
+            turned, by_x = np.linalg.qr(by_x)
+            constant = turned.T @ constant
+        reads = np.zeros((len(by_x) + 1, self._features + 1))
+        reads[:-1, :-1], reads[:-1, -1], reads[-1, -1] = by_x, constant, 1.0
         return _Basis(embedding, root, root.T @ offset, root.T @ gain, reads, np.argsort(-mean))
 
     def _fresh(self, state: ContextualState) -> list[Rows]:
@@ -723,8 +727,9 @@ _BLOCK = 4096
 @dataclass(frozen=True, slots=True, eq=False)
 class _Basis:
     """That of `objective`. embedding: (W − w̄) L⁻ᵀ, [V, d]; root: L; offset, gain: Lᵀ E[h | z] = offset + gain z;
-    reads: of x̃ = [x; 1], the same from the logits that the map reads, and 1: [d + 1, A + 1]. These are the inputs that
-    are learned from: there a length is a difference that matters, so that one penalty fits all directions.
+    reads: of x̃ = [x; 1], the same from the logits that the map reads (turned, where these are fewer than d), and 1:
+    [min(A, d) + 1, A + 1]. These are the inputs that are learned from: there a length is a difference that matters, so
+    that one penalty fits all directions.
     likeliest: ids by the mean distribution, [V]."""
 
     embedding: Singles

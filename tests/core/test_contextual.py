@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hemostat_calibration import contextual, mlp
+from hemostat_calibration import contextual, hidden, mlp
 from hemostat_calibration.contextual import FLUSHED, FOLDS, Contextual, Source, choose_anchors, fold_of
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.records import Features
@@ -435,3 +435,31 @@ def test_anchors_are_chosen_among_those_allowed():
 
 def test_folds_are_those_of_the_split():
     assert contextual.fold_of(b"x") == fold_of(b"x")
+
+
+def test_fewer_logits_than_the_state_has_numbers_say_less_and_cost_less():
+    found = {}
+    for features in (4, 7, A):
+        learner = world().learner(features=features)
+        state = world().learn(range(60), learner)
+        basis = learner._basis(learner._hidden_sample(state), hidden.prior(learner._hidden_sample(state), 0.03))
+        assert basis.reads.shape == (min(features, D) + 1, features + 1)
+        profile = learner.propose(state)
+        assert profile.parameters["linear"].shape[1] == features
+        found[features] = world().recovered(profile)
+    assert 0.0 < found[4] < found[7] < found[A]
+
+
+@pytest.mark.parametrize("features", [5, A])
+def test_a_turn_changes_no_length(features):
+    """Inputs are hidden states in the metric's basis, as far as the logits show them: turned where they are fewer."""
+    learner = world().learner(features=features)
+    state = world().learn(range(20), learner)
+    sample = learner._hidden_sample(state)
+    prior = hidden.prior(sample, 0.03)
+    basis = learner._basis(sample, prior)
+    _, gain = hidden.recovery(world().weight[learner.anchors[:features]], prior)
+    x = np.random.default_rng(0).normal(size=(30, features))
+    x -= x.mean(1, keepdims=True)
+    expected = np.square(x @ gain.T @ basis.root).sum(1)
+    np.testing.assert_allclose(np.square(x @ basis.reads[:-1, :-1].T).sum(1), expected, rtol=1e-9)
