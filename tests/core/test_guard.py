@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 from hemostat_calibration import guard
+from hemostat_calibration.contextual import contextual_profile
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard import Action, Reason, Role
+from hemostat_calibration.transform import apply
+
+from .strategies import log_softmax
+from .test_contextual import World
 
 A, B = "a" * 32, "b" * 32
 
@@ -51,6 +56,35 @@ def test_what_harms_or_does_nothing_is_not():
 def test_promotion_needs_what_is_certain():
     """A gain known only to ±0.05 around 0.04 may be a loss."""
     assert run(candidate(), A, gains(0, 0.04), unsure=0.05)[0].action is Action.WAIT
+
+
+def won(world, profile, prompts):
+    """KL that a profile wins back, exactly, mean of each prompt's tokens."""
+    found = []
+    for seed in prompts:
+        truth = world.truth(seed)
+        after = log_softmax(apply(profile, truth.compressed))
+        found.append(float((np.exp(truth.reference) * (after - truth.compressed)).sum(-1).mean()))
+    return found
+
+
+def test_what_was_learned_from_too_little_with_a_weak_penalty_harms_and_identity_is_held():
+    """Least squares without a penalty on 20 tokens of two prompts; what cross-validation makes of 60 prompts serves."""
+    world = World(strength=0.3, noise=0.6)
+    rows = [world.record(seed, 10) for seed in range(2)]
+    x = np.column_stack([np.concatenate([r.features.values[:, :14] for r in rows]), np.ones(20)])
+    target = np.concatenate([np.subtract(*world.hidden(seed, 10)) for seed in range(2)])
+    fit = np.linalg.lstsq(x, target, rcond=None)[0]
+    weak = contextual_profile(
+        model="m", anchors=world.anchors, linear=fit[:-1].T, offset=fit[-1], up=world.weight, clamp_nats=1.0
+    )
+    chosen = world.learner(clamp_nats=1.0).propose(world.learn(range(60)))
+    before = world.divergence()
+    assert world.divergence(weak) > before > world.divergence(chosen)
+    for profile, action in ((weak, Action.WAIT), (chosen, Action.PROMOTE)):
+        decision, _ = run(candidate(2.0), A, won(world, profile, range(1000, 1400)))
+        assert decision.action is action
+    assert guard.decide(candidate(), A).action is Action.WAIT, "nor without any evidence"
 
 
 def serving(width=1.0, window=200, alpha=0.05):
