@@ -50,8 +50,9 @@ bench-engine: setup ## what a contextual profile costs vLLM's decoding; a table 
 chart: setup ## what of helm/hemostat is made from other files: its README, and the schema of `config`
 	@$(BIN)/python deploy/chart.py
 
-docs: setup ## deploy/METRICS.md, from what the code exports
+docs: setup ## deploy/METRICS.md, from what the code exports; the console's runbook, from deploy/RUNBOOK.md
 	@$(BIN)/python deploy/metrics.py
+	@$(BIN)/python deploy/runbook.py
 
 screenshot: setup ## the console over a run of the demo (a quarter of an hour), as deploy/console.png; ARGS="--scored 700"
 	@exec $(BIN)/python deploy/screenshot.py $(ARGS)

@@ -32,6 +32,7 @@ ASSETS = {
     "index.html": "text/html; charset=utf-8",
     "console.css": "text/css; charset=utf-8",
     "console.js": "text/javascript; charset=utf-8",
+    "runbook.html": "text/html; charset=utf-8",
     "vendor/uPlot.iife.min.js": "text/javascript; charset=utf-8",
     "vendor/uPlot.min.css": "text/css; charset=utf-8",
 }
@@ -166,6 +167,10 @@ def create_app(
     @app.get("/")
     async def console() -> Response:
         return _asset("index.html")
+
+    @app.get("/runbook")
+    async def runbook() -> Response:
+        return _asset("runbook.html")
 
     @app.get("/console/{name:path}")
     async def asset(name: str) -> Response:

@@ -19,8 +19,8 @@ def nats(x: float) -> str:
     return fixed(x, 1 - math.floor(math.log10(abs(x))))
 
 
-def percent(x: float, digits: int = 1) -> str:
-    return f"{fixed(100 * x, digits)} %"
+def percent(x: float | None, digits: int = 1) -> str:
+    return "–" if x is None else f"{fixed(100 * x, digits)} %"
 
 
 def interval(ends: list[float]) -> str:

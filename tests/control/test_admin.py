@@ -245,7 +245,7 @@ async def test_health_depends_on_relays_only(one: Control, client: httpx.AsyncCl
 
 
 async def test_security_headers_are_on_everything(client: httpx.AsyncClient) -> None:
-    for path in ("/", "/console.js", "/metrics", "/livez", "/readyz", "/api/v1/status", "/nothing"):
+    for path in ("/", "/runbook", "/console.js", "/metrics", "/livez", "/readyz", "/api/v1/status", "/nothing"):
         response = await client.get(path)
         for name, value in HEADERS.items():
             assert response.headers[name] == value, path

@@ -81,6 +81,22 @@ def test_an_alarm_is_seen_first_and_since_when(page: Page, one: Served) -> None:
     box = page.locator("#verdict").bounding_box()
     assert box is not None
     assert box["y"] < 150, "before anything else"
+    page.get_by_role("link", name="What to do").click()
+    expect(page.get_by_role("heading", name="HemostatModelChanged")).to_be_in_viewport()
+    page.get_by_role("link", name="To the console").click()
+    expect(page.locator("#alarm")).to_contain_text("ALARM")
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_runbook_is_a_page_that_phones_can_show(page: Page, one: Served, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(f"{one.url}/runbook#hemostatreferencedown")
+    expect(page.get_by_role("heading", name="HemostatReferenceDown")).to_be_in_viewport()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
 
 
 @needs_chromium
@@ -107,6 +123,8 @@ def test_where_it_bleeds_by_route_label_and_decoding(page: Page, one: Served) ->
 def test_whether_calibration_helps_and_what_serves(page: Page, one: Served) -> None:
     status, profiles = get(one, "status"), get(one, "profiles")
     assert page.locator("#won").inner_text() == percent(status["recovered"]["ratio"])
+    low, high = status["recovered"]["ci95"]
+    assert f"95 % [{percent(low)}, {percent(high)}], by " in page.locator("#won-sub").inner_text()
     less = status["arms"]["treated_minus_control"]
     name = "total_variation" if less["kl_nats_estimate"]["estimate"] is None else "kl_nats_estimate"
     assert page.locator("#arms").inner_text() == nats(less[name]["estimate"])
@@ -180,6 +198,7 @@ def test_the_operators_actions(page: Page, one: Served) -> None:
     page.get_by_role("button", name="Accept /v1/chat/completions as usual").click()
     confirm("Accept this as usual?")
     expect(page.locator("#verdict")).not_to_have_class("verdict bad")
+    expect(page.get_by_role("link", name="What to do")).to_be_hidden()
     assert page.title() == "Hemostat"
     assert not get(one, "status")["alarm"]["raised"]
     assert TOKEN not in page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")

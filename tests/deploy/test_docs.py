@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import importlib.util
 import json
 import re
@@ -28,15 +29,20 @@ NOT_METRICS = {"hemostat_calibration", "hemostat_tap"}
 """Names with the metrics' prefix that are something else: a package, and one of `vllm_xargs`."""
 
 
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    """deploy/metrics.py"""
-    spec = importlib.util.spec_from_file_location("deploy_metrics", DEPLOY / "metrics.py")
+def script(name: str) -> ModuleType:
+    """A Python file of deploy/."""
+    spec = importlib.util.spec_from_file_location(f"deploy_{name}", DEPLOY / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    """deploy/metrics.py"""
+    return script("metrics")
 
 
 # --- the metrics reference --------------------------------------------------------------------------------------------
@@ -185,6 +191,21 @@ def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
         body = page.split(f"## {name}\n")[1].split("\n## ")[0]
         titles = re.findall(r"^\*\*(.+?)\*\*", body, re.MULTILINE)
         assert titles == ["What it means.", "What to look at.", "What to do.", "What not to conclude."], name
+
+
+def test_the_page_that_alerts_lead_to_is_the_runbook() -> None:
+    """All of its text, every heading with its anchor, and no link to a file, as none is served."""
+    made = script("runbook")
+    page = made.PAGE.read_text()
+    assert page == made.page(), "run `make docs`"
+    assert set(re.findall(r'<h[12] id="([^"]+)">', page)) == anchors(DEPLOY / "RUNBOOK.md")
+    leading = set(re.findall(r'href="([^"]+)"', page)) - {"data:,", "console/console.css", "."}
+    assert {link for link in leading if not link.startswith("https://")} <= {
+        f"#{anchor}" for anchor in anchors(DEPLOY / "RUNBOOK.md")
+    }
+    words = re.findall(r"\w{4,}", re.sub(r"\]\([^)]*\)", "]", (DEPLOY / "RUNBOOK.md").read_text()))
+    shown = re.findall(r"\w{4,}", html.unescape(re.sub(r"<[^>]*>", "", page.partition("<main")[2])))
+    assert shown[shown.index("Runbook") :] == words
 
 
 def test_panels_that_pages_name_exist() -> None:

@@ -209,6 +209,9 @@ def test_a_worse_model_in_its_place_is_told(run: Run) -> None:
     (alert,) = [a for a in run.prometheus.alerts() if a["labels"]["alertname"] == "HemostatHemorrhage"]
     assert alert["labels"] | {"route": CHAT, "severity": "critical", "namespace": "compose"} == alert["labels"]
     assert CHAT in alert["annotations"]["summary"]
+    runbook = httpx.URL(alert["annotations"]["runbook_url"])
+    page = run.stack.admin.get(runbook.path).raise_for_status().text
+    assert f'id="{runbook.fragment}"' in page, "where the alert leads"
     for query in queries():
         if query.where in RARE:
             assert run.prometheus.query(query.with_values(VALUES)), query

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from tests.observe.prometheus import ALERTMANAGER, CONFIG, RULES, RUNBOOK, command, needs, rules
+
+from hemostat.config import Admin
 
 CASES = Path(__file__).with_name("alerts.yaml")
 ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
@@ -66,9 +69,10 @@ def test_every_alert_says_what_it_means_and_leads_to_its_section(alert: str) -> 
     assert rule["labels"]["severity"] in {"critical", "warning"}
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
     page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
-    assert page == "deploy/RUNBOOK.md"
+    assert page == f"http://localhost:{Admin().port}/runbook"
     assert anchor == alert.lower()
     assert anchor in anchors(RUNBOOK.read_text())
+    assert f'<h2 id="{anchor}">' in resources.files("hemostat.console").joinpath("runbook.html").read_text()
 
 
 @amtool

@@ -166,6 +166,8 @@ function verdict(s) {
   const tests = s.alarm.tests, raised = tests.filter((t) => t.raised);
   const watching = tests.filter((t) => t.test === "budget" ? s.alarm.floor_upper_nats !== null : t.learning >= 1);
   document.title = raised.length ? "ALARM – Hemostat" : "Hemostat";  // seen in a tab that is not
+  $("todo").hidden = !raised.length;
+  $("todo").href = raised.some((t) => t.test === "budget") ? "runbook#hemostathemorrhage" : "runbook#hemostatmodelchanged";
   const kind = (k) => { if ($("verdict").className !== `verdict ${k}`) $("verdict").className = `verdict ${k}`; };
   if (raised.length) {
     kind("bad");
