@@ -88,6 +88,8 @@ def test_every_dashboard_has_the_variables_and_every_panel_what_explains_it(name
     dashboard = load()[name]
     variables = {variable["name"] for variable in dashboard["templating"]["list"]}
     assert variables == {"DS_PROMETHEUS", *ALL}
+    for variable in ALL:
+        assert any(f"${variable}" in query.expression for query in queries() if query.dashboard == name), variable
     for panel in dashboard["panels"]:
         sources = [panel, *panel["targets"]] if panel["type"] != "row" else []
         assert all(source["datasource"] == {"type": "prometheus", "uid": "${DS_PROMETHEUS}"} for source in sources)
