@@ -19,7 +19,7 @@ from tests.e2e.stack import ADMIN_TOKEN, Stack, hemostat, kill, sampling_setting
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),  # the first test starts a vLLM: half a minute, or five where other work has the cores
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)"),
 ]
 REQUESTS = 30
