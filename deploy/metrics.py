@@ -140,7 +140,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
     },
     "edge": {"": EDGES},
     "family": {"": "of the profile: `temperature_bias`, `contextual`, or `identity`"},
-    "figure": {"": {name: f"{text}; {KINDS[figures.FIGURES[name].kind]}" for name, text in HEADLINES.items()}},
+    "figure": {
+        "": {
+            **{name: f"{text}; {KINDS[figures.FIGURES[name].kind]}" for name, text in HEADLINES.items()},
+            "top1_disagreement": "what of it is missing; exact; only with stage `excess`",
+        }
+    },
     "kind": {"": {"json": "a JSON answer was asked for", "tool_call": "tools were offered, and called"}},
     "label": {"": "what the client sent as `X-Hemostat-Label`, of those configured; else empty"},
     "model": {
@@ -215,7 +220,11 @@ LABELS: dict[str, dict[str, Values | str]] = {
                 ("what the compressed model said", "after the profile that served, or in `observe` would have"),
                 strict=True,
             )
-        )
+        ),
+        "hemostat_divergence": {
+            "raw": "what the compressed model said",
+            "excess": "that, less what both models differ from themselves by (the noise floor); once both are known",
+        },
     },
     "strategy": {
         "": f"the request's decoding: {', '.join(f'`{name}`' for name in STRATEGIES)}; cut is top-p, top-k, min-p"

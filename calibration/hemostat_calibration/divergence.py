@@ -369,7 +369,8 @@ def _weight(record: TokenRecord, view: View, served: CalibrationProfile | None) 
     sampling = record.sampling
     whole = sampling.temperature == 1.0 and sampling.top_p >= 1.0 and sampling.top_k <= 0 and sampling.min_p <= 0.0
     if whole and record.applied is None:
-        return np.ones(record.tokens)
+        drawn = record.drawn_emitted
+        return np.ones(record.tokens) if drawn is None else np.exp(record.compressed_emitted - drawn)
     if whole and served is not None and served.version == record.applied:
         delta = _shift(record, served, view)
         low, high = _log_normalizer(record, served, view, delta)

@@ -112,6 +112,9 @@ class TokenRecord:
     """Profile version that the proxy asked the engine for."""
     applied: str | None = None
     """Profile version that the engine says it applied; None is identity."""
+    drawn_emitted: Floats | None = None
+    """float64 [T]: log-probability of the emitted token under what it was drawn from at temperature 1, where that was
+    another model than `compressed`; None otherwise."""
     shifts: Mapping[str, Shift] = field(default_factory=dict)
     """By profile version: the served one, and any candidate under evaluation."""
     features: Features | None = None
@@ -184,6 +187,7 @@ def validate(record: TokenRecord) -> TokenRecord:
         ("compressed_emitted", record.compressed_emitted),
         ("reference_emitted", record.reference_emitted),
         ("reference_entropy", record.reference_entropy),
+        ("drawn_emitted", record.drawn_emitted),
     ):
         if values is None:
             continue
@@ -191,11 +195,14 @@ def validate(record: TokenRecord) -> TokenRecord:
         _same_shape(name, values, (tokens,))
         if np.isnan(values).any():
             raise InvalidRecordError("nan", f"{name} holds NaN")
-    if not np.isfinite(record.compressed_emitted).all():
-        raise InvalidRecordError("range", "compressed_emitted is infinite: what was emitted had a probability")
+    drawn = record.compressed_emitted if record.drawn_emitted is None else record.drawn_emitted
+    for name, values in (("compressed_emitted", record.compressed_emitted), ("drawn_emitted", drawn)):
+        if not np.isfinite(values).all():
+            raise InvalidRecordError("range", f"{name} is infinite: what was emitted had a probability")
     for name, values in (
         ("compressed_emitted", record.compressed_emitted),
         ("reference_emitted", record.reference_emitted),
+        ("drawn_emitted", drawn),
     ):
         if values.max() > LOGPROB_TOLERANCE:
             raise InvalidRecordError("range", f"{name} holds a log-probability above 0")

@@ -32,7 +32,7 @@ WAITING = 8
 """Records that may wait to be scored again; the rest is left out, and counted."""
 FLOOR = b"hemostat floor"
 UNKNOWN = Sampling(temperature=float("nan"))
-"""Of tokens that the model in question did not write: no sampled-token estimate."""
+"""Of tokens of which it is not known what they were drawn from: no sampled-token estimate."""
 
 
 class Scores(Protocol):
@@ -130,7 +130,9 @@ def itself(record: TokenRecord, model: str) -> TokenRecord:
         bare,
         compressed=Candidates(record.reference.ids, record.reference.logprobs),
         compressed_emitted=record.reference_emitted,
-        sampling=UNKNOWN,
+        # The token was drawn from the compressed model: known, unless a profile had a part in it.
+        drawn_emitted=record.compressed_emitted,
+        sampling=UNKNOWN if record.applied else record.sampling,
         applied=None,
         requested=None,
     )

@@ -36,16 +36,27 @@ DECODINGS = ("greedy", "sampled")
 DIRECTIONS = ("reference_compressed", "compressed_reference")
 """Of KL(first‖second)."""
 
-EXCESS = ("kl_nats", "reverse_kl_nats", "js_nats", "total_variation")
-"""Figures that are also told as excess over the noise floor."""
-HEADLINE = (*EXCESS, "kl_nats_upper", "kl_nats_estimate", "reverse_kl_nats_estimate", "top1_agreement")
+HEADLINE = (
+    *("kl_nats", "reverse_kl_nats", "js_nats", "total_variation", "kl_nats_upper"),
+    *("kl_nats_estimate", "reverse_kl_nats_estimate", "top1_agreement"),
+)
 """Figures that are exported with their intervals."""
+EXCESS = tuple(name for name in HEADLINE if name != "kl_nats_upper")
+"""Those that are also told as excess over the noise floor; of agreement it is what is missing that both models' own
+noise does not explain. Of upper ends there is none: they hold what the lists leave open, not noise."""
 ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
 
 
 def interval(sequence: MeanSequence, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
     """JSON-ready: what is not there, or infinite, is None. lo, hi: the range that the figure has by its nature."""
     return _told(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
+
+
+def _of_difference(name: str, found: confidence.Interval) -> confidence.Interval:
+    """What is larger the more two models differ."""
+    if name != "top1_agreement":
+        return found
+    return confidence.Interval(1.0 - found.mean, 1.0 - found.high, 1.0 - found.low)
 
 
 def _told(found: confidence.Interval) -> dict[str, Any]:
@@ -174,18 +185,20 @@ class Measurements:
 
     def excess(self) -> dict[str, Any]:
         """Headline figures over the noise floor: the raw figure less both models' own, which to second order add up.
-        A figure is absent until both floors are known."""
-        if not all(figures.requests for figures in (self._raw, *self._floor.values())):
-            return {}
+        Of agreement, `top1_disagreement`. A figure is absent until it and both floors are known."""
         # Three intervals that hold together with 95 %: each has a third of what may be missed.
         part = 0.05 / (1 + len(self._floor))
         found: dict[str, Any] = {}
         for name in EXCESS:
-            raw = self._raw.interval(name, part)
-            floors = [figures.interval(name, part) for figures in self._floor.values()]
+            raw, *floors = (
+                _of_difference(name, one.interval(name, part)) for one in (self._raw, *self._floor.values())
+            )
             noise = sum(floor.mean for floor in floors)
+            if math.isnan(raw.mean - noise):
+                continue
             low, high = raw.low - sum(floor.high for floor in floors), raw.high - sum(floor.low for floor in floors)
-            found[name] = {"estimate": raw.mean - noise, "ci95": [low, high], "floor": noise}
+            told = "top1_disagreement" if name == "top1_agreement" else name
+            found[told] = {"estimate": raw.mean - noise, "ci95": [low, high], "floor": noise}
         return found
 
     def summary(self, version: str | None) -> dict[str, Any]:
@@ -263,10 +276,9 @@ class Measurements:
 
     def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """name, labels, value."""
-        stages = {"raw": self._raw}
+        stages = {"raw": {name: self._raw.figure(name) for name in HEADLINE}, "excess": self.excess()}
         for stage, figures in stages.items():
-            for name in HEADLINE:
-                told = figures.figure(name)
+            for name, told in figures.items():
                 ends = {"mean": told["estimate"], "low": told["ci95"][0], "high": told["ci95"][1]}
                 for edge, value in ends.items():
                     if value is not None:

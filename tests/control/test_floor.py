@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tests.core.strategies import make_record
+from tests.core.strategies import Truth, log_softmax, make_record
 from tests.core.test_calibrator import World
 
-from hemostat.floor import MODELS, WAITING, Floor
+from hemostat.floor import MODELS, WAITING, Floor, itself
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.shadow import TokenBudget
 from hemostat_calibration.divergence import divergence
@@ -89,13 +89,39 @@ async def test_each_model_stands_on_both_sides_of_its_record() -> None:
     np.testing.assert_array_equal(bench.found[1][1].compressed.ids, one.reference.ids)
 
 
-async def test_only_a_compressed_models_own_tokens_have_an_estimate() -> None:
+async def test_a_token_stands_for_the_tail_where_it_is_known_what_it_was_drawn_from() -> None:
     bench = Bench(one := record())
     bench.by["compressed"].noise = 0.01
     await bench.run(one)
-    compressed, reference = (divergence(found) for _, found in bench.found)
-    assert np.isfinite(compressed.estimate_rc).all()
-    assert np.isnan(reference.estimate_rc).all()
+    assert all(np.isfinite(divergence(found).estimate_rc).all() for _, found in bench.found)
+    treated = Bench(one := replace(one, applied="a" * 32))
+    await treated.run(one)
+    assert all(np.isnan(divergence(found).estimate_rc).all() for _, found in treated.found)
+
+
+def test_the_references_estimate_is_right_on_tokens_that_the_compressed_model_drew() -> None:
+    """The exact expectation over every token that could have been emitted, at its probability under c."""
+    rng = np.random.default_rng(0)
+    z = 1.5 * rng.normal(size=(6, 30))
+    r, again, c = (log_softmax(z + scale * rng.normal(size=z.shape)) for scale in (0.0, 0.3, 1.0))
+    mean = np.zeros(6)
+    for token in range(30):
+        emitted = np.full(6, token)
+        one = itself(make_record(Truth(r, c, emitted), 8), "reference")
+        ids = one.compressed.ids
+        at = np.where(ids >= 0, np.take_along_axis(again, np.maximum(ids, 0), 1), np.nan)
+        found = validate(
+            replace(
+                one,
+                reference_at=at,
+                reference=make_record(Truth(again, c, emitted), 8).reference,
+                reference_emitted=again[:, token],
+                reference_entropy=None,
+            )
+        )
+        assert divergence(found).bound == "lower"
+        mean += np.exp(c[:, token]) * divergence(found).estimate_cr
+    np.testing.assert_allclose(mean, (np.exp(r) * (r - again)).sum(1), rtol=1e-6)
 
 
 async def test_a_failure_of_one_model_does_not_keep_the_other() -> None:

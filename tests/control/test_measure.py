@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,7 +16,7 @@ from tests.core.strategies import Truth, log_softmax, make_record
 from tests.core.test_calibrator import V, World
 
 from hemostat.figures import FIGURES, KL_CAP
-from hemostat.measure import DECODINGS, KL_EDGES, VERSIONS_KEPT, Measurements
+from hemostat.measure import DECODINGS, HEADLINE, KL_EDGES, VERSIONS_KEPT, Measurements
 from hemostat.records_file import RecordsFile
 from hemostat_calibration.divergence import calibrated, divergence, gain
 from hemostat_calibration.errors import HemostatError
@@ -315,11 +316,20 @@ def test_excess_is_over_both_models_own_noise() -> None:
     assert measured.excess() == {}, "one floor is not enough"
     measured.observe_floor("reference", far)
     raw, floors = measured.summary(None), measured.floor()
+    gauges = {(name, *labels.values()): value for name, labels, value in measured.gauges()}
+
+    def of(told: dict[str, Any], name: str) -> float:
+        if name == "top1_disagreement":
+            return 1.0 - float(told["top1_agreement"])
+        return float(told[name] if name == "total_variation" else told[name]["estimate"])
+
+    assert measured.excess().keys() == {*HEADLINE, "top1_disagreement"} - {"kl_nats_upper", "top1_agreement"}
     for name, excess in measured.excess().items():
-        told, *own = (s[name] if name == "total_variation" else s[name]["estimate"] for s in (raw, *floors.values()))
+        told, *own = (of(s, name) for s in (raw, *floors.values()))
         assert excess["floor"] == pytest.approx(sum(own))
         assert excess["estimate"] == pytest.approx(told - sum(own))
-    gauges = {(name, *labels.values()): value for name, labels, value in measured.gauges()}
+        assert excess["ci95"][0] < excess["estimate"] < excess["ci95"][1]
+        assert gauges["hemostat_divergence", name, "excess", "low"] == excess["ci95"][0]
     told = gauges["hemostat_noise_floor_nats", "reference", "reference_compressed"]
     assert told == pytest.approx(divergence(far).kl_rc.mean())
 
