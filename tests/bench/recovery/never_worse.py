@@ -9,9 +9,11 @@ and a request is cut to its first tokens.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,7 @@ from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, Features, TokenRecord
 from hemostat_calibration.transform import code
 
-from .engine import Written
+from .engine import CORES, Written
 from .figures import Recovery, stacked
 from .learning import ALPHA
 from .log import say
@@ -123,8 +125,9 @@ def simulate(w: World, runs: int, name: str) -> dict[str, Any]:
     """Every run, in two processes."""
     began = time.monotonic()
     found: list[Run] = []
-    context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(2, context, _begin, (w,)) as pool:
+    # New processes, as numpy's threads are counted once: two times two of them would wait for each other.
+    context = multiprocessing.get_context("spawn")
+    with _one_thread_each(), concurrent.futures.ProcessPoolExecutor(CORES, context, _begin, (w,)) as pool:
         for one in pool.map(_numbered, range(runs), chunksize=10):
             found.append(one)
             if len(found) % 100 == 0:
@@ -147,6 +150,21 @@ def simulate(w: World, runs: int, name: str) -> dict[str, Any]:
         "vocabulary": VOCABULARY,
         "seconds": time.monotonic() - began,
     }
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 _world: World | None = None
