@@ -103,7 +103,7 @@ FULL = Options(
     features=576,
     rank=64,
     clamp_nats=4.0,
-    outcome_prompts=150,
+    outcome_prompts=110,
     runs=1000,
 )
 QUICK = replace(
