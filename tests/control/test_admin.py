@@ -27,6 +27,7 @@ GUARDED = [
     ("POST", "/api/v1/profiles/rollback"),
     ("POST", "/api/v1/profiles/promote"),
     ("POST", "/api/v1/profiles/pin"),
+    ("POST", "/api/v1/alarm/rebase"),
     ("POST", "/api/v1/engine/report"),
     ("POST", "/api/v1/engine/tap"),
     ("GET", "/api/v1/engine/profiles/" + "a" * 32),
@@ -56,6 +57,15 @@ def detail(response: httpx.Response) -> str:
     said = response.json()["detail"]
     assert isinstance(said, str)
     return said
+
+
+async def test_no_other_route_takes_anything_but_a_get(one: Control) -> None:
+    """So that what the next tests try is all that could change state."""
+    routes = create_app(one, TOKEN, lambda: 0.0).routes
+    found = {(method, route.path) for route in routes for method in route.methods}  # type: ignore[attr-defined]
+    assert {(method, path) for method, path in found if method not in {"GET", "HEAD"}} == {
+        (method, path) for method, path in GUARDED if method != "GET"
+    }
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)
