@@ -45,6 +45,11 @@ class RequestSpan:
         _context.inject(carrier, trace.set_span_in_context(self._span))
         return carrier
 
+    def logged(self) -> dict[str, Any]:
+        """What a line of log says of it."""
+        context = self._span.get_span_context()
+        return {"trace_id": f"{context.trace_id:032x}", "sampled": context.trace_flags.sampled}
+
     def end(self, *, status: int, outcome: str, error: bool, facts: Mapping[str, Any]) -> None:
         """status: of HTTP, 0 for none. facts: attributes that are known by now; None is left out."""
         span = self._span

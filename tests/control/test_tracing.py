@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanKind
 from tests.control.making import control, scored, settings
+from tests.control.test_serve import hemostat
+from tests.fakes.fake_vllm import FakeVllm, serving
 from tests.relay.harness import Request, answering, relaying
 from tests.relay.test_outcomes import chat
 
@@ -102,6 +105,7 @@ async def test_a_request_is_a_span_between_the_clients_and_the_upstreams(receive
     assert second.trace_id.hex() in seen[1].get(b"traceparent")[0].decode()
     assert first.name == "chat m-w4a16"
     attributes = said(first.attributes)
+    assert (first.kind, attributes["gen_ai.provider.name"]) == (SpanKind.SPAN_KIND_CLIENT, "vllm")
     assert attributes["gen_ai.operation.name"] == "chat"
     assert attributes["gen_ai.request.model"] == "m-w4a16"
     assert [v.string_value for v in attributes["gen_ai.response.finish_reasons"].values] == ["stop"]
@@ -121,12 +125,16 @@ async def test_an_error_is_one_in_its_span(receiver: Receiver) -> None:
     (span,) = receiver.spans()
     assert span.status.code == 2
     assert said(span.attributes)["error.type"] == "server_error"
+    assert SECRET.encode() not in receiver.raw
 
 
-async def test_a_client_that_does_not_want_to_be_sampled_is_not(receiver: Receiver) -> None:
+async def test_a_client_that_does_not_want_to_be_sampled_is_not(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hemostat.request")
     seen: list[Request] = []
     tracing = Tracing(receiver.url, 1.0, "0")
-    async with relaying(answering(seen, answer()), tracing=tracing) as (_, _, connect):
+    async with relaying(answering(seen, answer()), tracing=tracing, log_requests=True) as (_, _, connect):
         client = await connect()
         await client.send(asking(b"traceparent: 00-%b-%b-00\r\n" % (TRACE.encode(), PARENT.encode())))
         await client.response("POST")
@@ -134,6 +142,8 @@ async def test_a_client_that_does_not_want_to_be_sampled_is_not(receiver: Receiv
     assert receiver.spans() == []
     assert seen[0].get(b"traceparent")[0].startswith(f"00-{TRACE}-".encode())
     assert seen[0].get(b"traceparent")[0].endswith(b"-00")
+    (line,) = [json.loads(JsonFormatter().format(r)) for r in caplog.records if r.name == "hemostat.request"]
+    assert (line["trace_id"], line["sampled"]) == (TRACE, False)
 
 
 async def test_tracing_that_fails_costs_a_request_nothing() -> None:
@@ -166,6 +176,40 @@ async def test_a_shadow_score_is_linked_to_its_request(receiver: Receiver, tmp_p
     assert said(span.attributes)["hemostat.request.id"] == "traced"
 
 
+async def test_served_each_request_has_its_span_its_score_and_its_line(receiver: Receiver, tmp_path: Path) -> None:
+    """Through all of the processes of `hemostat serve`."""
+    upstream = FakeVllm(noise=0.5)
+    with (
+        serving(upstream) as url,
+        hemostat(
+            tmp_path, upstream, url, workers=2, reference={"backend": "vllm", "url": url},
+            tracing={"endpoint": receiver.url, "ratio": 1.0}, log={"format": "json", "requests": True},
+        ) as one,
+    ):  # fmt: skip
+        await one.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] == 2)
+        for _ in range(50):  # a relay hears of the reference a moment later than the status says it
+            answer = await one.ask(f"say: {SECRET}", max_tokens=40)
+            assert SECRET in answer.json()["choices"][0]["message"]["content"]
+            await asyncio.sleep(0.1)
+            if (await one.status())["requests"]["scored"] >= 3:
+                break
+    spans = receiver.spans()
+    asked = {span.span_id: span for span in spans if span.name == "chat fake"}
+    scores = [span for span in spans if span.name == "shadow_score fake"]
+    assert len(scores) >= 3
+    for span in scores:
+        (link,) = span.links
+        origin = asked[link.span_id]
+        assert (link.trace_id, span.trace_id) == (origin.trace_id, origin.trace_id)
+        assert said(span.attributes)["hemostat.request.id"] == said(origin.attributes)["hemostat.request.id"]
+        assert "hemostat.kl_rc" in {said(event.attributes)["gen_ai.evaluation.name"] for event in span.events}
+    log = (tmp_path / "log").read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
+    of_requests = {line["trace_id"]: line["request_id"] for line in lines if line["logger"] == "hemostat.request"}
+    assert of_requests == {span.trace_id.hex(): said(span.attributes)["hemostat.request.id"] for span in asked.values()}
+    assert SECRET.encode() not in receiver.raw + log.encode()
+
+
 def test_an_endpoint_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.distributions", lambda **_: [])
     environment = {"HEMOSTAT_UPSTREAM__URL": "http://v:1", "HEMOSTAT_TRACING__ENDPOINT": "http://c:4318"}
@@ -185,6 +229,7 @@ async def test_one_line_of_json_a_request(caplog: pytest.LogCaptureFixture) -> N
     assert (line["route"], line["status"], line["outcome"]) == ("/v1/chat/completions", 200, "ok")
     assert (line["finish_reasons"], line["output_tokens"], line["arm"]) == (["stop"], 7, "none")
     assert line["level"] == "info"
+    assert line.keys() & {"trace_id", "sampled"} == set()  # without traces
     assert SECRET not in json.dumps(line)
     assert "request_id=mine" in TextFormatter().format(record)
 

@@ -877,6 +877,7 @@ class ClientProtocol(asyncio.Protocol):
                         "finish_reasons": list(ended.finish_reasons),
                         "output_tokens": ended.output_tokens,
                         "seconds": round(perf_counter() - self._began, 6),
+                        **({} if span is None else span.logged()),
                     },
                 )
             if span is not None:
