@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def environment() -> ModuleType:
     spec = importlib.util.spec_from_file_location("environment", ROOT / "deploy" / "setup" / "environment.py")
     assert spec is not None
@@ -29,8 +30,17 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def empty(environment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment as set-up makes it; that takes some seconds, a copy none."""
+    folder = tmp_path_factory.mktemp("empty") / ".venv"
+    environment.create(folder)
+    assert (folder / "bin" / "pip").exists()
+    return folder
+
+
 @pytest.fixture
-def pips(environment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def pips(environment: ModuleType, empty: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Records what pip would be asked; nothing is installed and every call succeeds."""
     asked: list[list[str]] = []
 
@@ -40,6 +50,7 @@ def pips(environment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[
 
     monkeypatch.setattr(environment, "run", run)
     monkeypatch.setattr(environment, "check", lambda _: None)
+    monkeypatch.setattr(environment, "create", lambda folder: shutil.copytree(empty, folder, symlinks=True))
     return asked
 
 
