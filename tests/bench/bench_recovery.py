@@ -78,6 +78,8 @@ class Plan:
     variants: bool = False
     baselines: int = 15_000
     """Tokens that temperature, bias and the variants learn from."""
+    tokens_a_text: int = 72
+    """On average: how many prompts are asked follows from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ class Options:
 FULL = Options(
     plans={
         "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 140_000), 20_000, (8, 32), outcomes=True, variants=True),
-        "int3": Plan((5_000, 15_000), 9_000, (8,)),
+        # Three bits leave of this model one that soon has nothing more to say.
+        "int3": Plan((5_000, 15_000), 9_000, (8,), tokens_a_text=20),
         "w8a8": Plan((5_000, 15_000), 9_000, (8,)),
         "prune50": Plan((5_000, 15_000), 9_000, (8,)),
     },
@@ -165,8 +168,8 @@ class Bench:
         all_prompts = prompts.open_ended()
         sets = []
         for heldout, tokens in ((False, plan.counts[-1]), (True, plan.heldout_tokens)):
-            # 72 tokens a text on average; a few more, so that there are enough.
-            chosen = [p for p in all_prompts if p.heldout == heldout][: tokens // 72 + 16]
+            # A few more, so that there are enough.
+            chosen = [p for p in all_prompts if p.heldout == heldout][: tokens // plan.tokens_a_text + 16]
             sets.append([Ask(p.text, MAX_TOKENS, 1.0, number) for number, p in enumerate(chosen)])
         made_from = [
             [asdict(ask) for asks in sets for ask in asks],
