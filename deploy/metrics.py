@@ -38,7 +38,7 @@ SHADOW_REASONS: dict[str, Values] = {
         "body_too_large": "longer than a request is held to be read; it went on unread",
         "bad_json": "the request is no JSON object",
         "invalid": "a parameter is not what it should be; vLLM says so to the client",
-        "lora": "the model is an adapter",
+        "lora": "the model is an adapter that the reference does not serve under the same name",
         "n": "several choices or prompts in one request",
         "beam_search": "beam search",
         "structured_output": "vLLM takes logprobs after the grammar's mask",
@@ -62,6 +62,7 @@ SHADOW_REASONS: dict[str, Values] = {
         "mixed_profile": "the profile changed in the middle of the answer",
         "applied_unknown": "the engine has not said which profile it applied",
         "reference_too_long": "longer than the reference reads",
+        "reference_no_adapter": "the reference does not serve the adapter any more",
         "invalid_…": "the record failed a check of its form (`ids`, `mass`, …): a bug here or in vLLM, see the log",
     },
     "dropped": {

@@ -130,6 +130,8 @@ class Control:
         self.served: frozenset[str] = frozenset()
         """Names of the compressed model itself; of its adapters in `adapters`."""
         self.adapters: frozenset[str] = frozenset()
+        self.reference_adapters: frozenset[str] = frozenset()
+        """Those that the reference serves, too, under the same names."""
         self.endings: dict[tuple[str, str], int] = {}
         self.captured = 0
         self.records = RecordsFile(settings.records.path) if settings.records.path else None
@@ -172,6 +174,7 @@ class Control:
                 clock=time.monotonic,
                 anchors=self._anchors_read,
                 hidden=self._learns_from,
+                adapters=lambda: self.adapters & self.reference_adapters,
                 by_request=settings.calibration.apply == "request",
             )
         self._policy: Policy | None = None
@@ -209,7 +212,7 @@ class Control:
         if self.records is not None:
             self.records.write(capture, record, figures)
         self.alarms.observe(record, figures)
-        if self.floor is not None:
+        if self.floor is not None and record.model in self.served:
             self.floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record)
         if self.tracing is not None and capture.traceparent:
             self._trace(record, capture, figures)
@@ -418,7 +421,7 @@ class Control:
             acknowledged=self.engines.acknowledged(now),
             labels=frozenset(self.settings.labels),
             apply=self.settings.calibration.apply,
-            unscorable_models=self.adapters,
+            unscorable_models=self.adapters - self.reference_adapters,
             replica=self.engines.replica,
             openai_sampling_defaults=self.settings.upstream.openai_sampling_defaults,
             **steering.request_parameters(),
@@ -439,7 +442,7 @@ class Control:
                 state, detail = await self._match(reference, server)
                 self._reference_is(state, detail)
                 if state == "ready":
-                    await self._until_changed(server)
+                    await self._until_changed(server, reference)
                 else:
                     await asyncio.sleep(MATCH_RETRY)
         finally:
@@ -449,6 +452,7 @@ class Control:
         """Do the two fit, and can the upstream say what is needed? The reference's state and why."""
         try:
             info = await reference.start()
+            self.reference_adapters = await reference.adapters()
         except ReferenceFailure as failure:
             return "down", str(failure)
         try:
@@ -478,7 +482,7 @@ class Control:
         self._teach()
         return "ready", f"{info.model} ({info.dtype})"
 
-    async def _until_changed(self, server: VllmServer) -> None:
+    async def _until_changed(self, server: VllmServer, reference: Reference) -> None:
         """Returns when the reference has to be looked at again, when the upstream serves another model, or refuses what
         sampled requests ask for (it may have come back with a lower --max-logprobs); that at most every MODELS_EVERY
         seconds, as relays count every request that they leave out for it."""
@@ -497,7 +501,9 @@ class Control:
                 return
             if now - looked_at >= MODELS_EVERY:
                 looked_at, before = now, self.served
-                # An upstream that does not answer has lost no model.
+                # Who does not answer has lost no model.
+                with contextlib.suppress(ReferenceFailure):
+                    self.reference_adapters = await reference.adapters()
                 with contextlib.suppress(ReferenceFailure):
                     self._serves(await server.models())
                 if self.served != before:
@@ -634,7 +640,10 @@ class Control:
                 "uptime_seconds": now - self._began,
             },
             "queue": {"depth": len(self.queue), "lag_seconds": self._lag(now)},
-            "compressed": {"models": sorted(self.served)},
+            "compressed": {
+                "models": sorted(self.served),
+                "adapters": sorted(self.adapters & self.reference_adapters),
+            },
             "reference": {"state": self.reference_state, "detail": self.reference_detail},
             "engines": {
                 "live": self._engines_live(now),

@@ -103,7 +103,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Scope -> the version that its treated requests ask for in place of `serving`."""
     body_limit: int = 4 * 1024 * 1024
     unscorable_models: frozenset[str] = frozenset()
-    """Served names that are not the compressed base model (LoRA adapters): neither scored nor calibrated."""
+    """Served names (LoRA adapters) that the reference cannot score with: neither scored nor calibrated."""
     replica: str = ""
     """What the values of `hemostat_tap` begin with, so that the engine tells the right one of several replicas."""
     openai_sampling_defaults: bool = False

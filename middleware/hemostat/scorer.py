@@ -190,7 +190,8 @@ def read_codes(profiles: Iterable[CalibrationProfile], features: Features) -> di
 class Scorer:
     """Runs until cancelled. `sink` gets every record with its capture; `count(outcome, reason)` every ending.
 
-    served: names of the compressed model; what another one said (an adapter) is not the reference's to judge.
+    served: names of the compressed model. adapters: its LoRA adapters that the reference can score with. What another
+        one said is not the reference's to judge.
     anchors: the anchor sets that anybody reads: digest -> how many.
     hidden: whether the reference's hidden states of a prompt are wanted, by its key.
     by_request: see `build_record`.
@@ -212,6 +213,7 @@ class Scorer:
         clock: Callable[[], float],
         anchors: Callable[[], Mapping[str, int]] = dict,
         hidden: Callable[[bytes], bool] = lambda _: False,
+        adapters: Callable[[], frozenset[str]] = frozenset,
         by_request: bool = False,
     ) -> None:
         self._queue = queue
@@ -227,6 +229,7 @@ class Scorer:
         self._clock = clock
         self._anchors = anchors
         self._hidden = hidden
+        self._adapters = adapters
         self._by_request = by_request
         self._wake = asyncio.Event()
         self._busy = 0
@@ -294,7 +297,8 @@ class Scorer:
         if info is None or self._breaker.state(self._clock()) is BreakerState.OPEN:
             self._count("dropped", "breaker_open" if info else "reference_not_ready")
             return
-        if capture.model not in self._served():
+        adapter = capture.model if capture.model in self._adapters() else ""
+        if not adapter and capture.model not in self._served():
             self._count("skipped", "unknown_model")
             return
         if tap is not None and tap.mixed:
@@ -318,7 +322,7 @@ class Scorer:
         if not self._breaker.allow(self._clock()):
             self._count("dropped", "breaker_open")
             return
-        scores = await self._ask(arrays, profiles, codes)
+        scores = await self._ask(arrays, profiles, codes, adapter)
         if scores is None:
             return
         self.reference_tokens += tokens
@@ -345,7 +349,7 @@ class Scorer:
             return None
 
     async def _ask(
-        self, arrays: Arrays, profiles: tuple[CalibrationProfile, ...], codes: Mapping[str, Floats]
+        self, arrays: Arrays, profiles: tuple[CalibrationProfile, ...], codes: Mapping[str, Floats], adapter: str
     ) -> ReferenceScores | None:
         """None when the reference can never score this; the breaker, which has allowed it, is told how it went."""
         hidden = self._hidden(prompt_key(arrays.prompt))
@@ -356,14 +360,15 @@ class Scorer:
             profiles,
             {version: values.astype(np.float32) for version, values in codes.items()},
             hidden=hidden,
+            adapter=adapter,
         )
         try:
             scores = await asyncio.wait_for(asking, SCORE_WITHIN)
         except (ReferenceFailure, TimeoutError) as failure:
             # A request that this reference can never score says nothing about its health.
-            if isinstance(failure, ReferenceFailure) and failure.reason == "too_long":
+            if isinstance(failure, ReferenceFailure) and failure.reason in {"too_long", "no_adapter"}:
                 self._breaker.released()
-                self._count("skipped", "reference_too_long")
+                self._count("skipped", "reference_too_long" if failure.reason == "too_long" else "reference_no_adapter")
                 return None
             self._breaker.failed(self._clock())
             if isinstance(failure, TimeoutError):

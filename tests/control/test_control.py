@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from tests.control.making import control, profile, scored, settings
 from tests.control.test_link import until
@@ -23,6 +24,7 @@ from hemostat.engines import EngineReport
 from hemostat.messages import Policy, Stats
 from hemostat.store import StoreFailure
 from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.profile import temperature_bias
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +136,36 @@ async def test_adapters_are_told_to_relays_as_they_come_and_go(
         await until(lambda: one.status()["requests"]["skipped"] == {"unknown_model": 1})
         fake.adapters = ()
         await until(lambda: told[-1].unscorable_models == frozenset())
+        assert one.reference_state == "ready"
+
+
+async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it_and_may_have_a_profile_of_its_own(
+    upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
+) -> None:
+    (fake, url), (other, other_url) = upstream, reference
+    fake.adapters, other.adapters = ("sql", "chat"), ("sql", "more")
+    made = pair(
+        url, other_url, calibration={"mode": "auto", "scope": "model"}, shadow={"top_k": 4, "floor_fraction": 1}
+    )
+    async with watched(tmp_path, made) as (one, told):
+        await until(lambda: one.reference_state == "ready")
+        assert told[-1].unscorable_models == {"chat"}
+        assert one.status()["compressed"] == {"models": ["fake"], "adapters": ["sql"]}
+        for model in ("sql", "fake", "chat"):
+            one._captured(capture(model=model))
+        await until(lambda: one.scorer is not None and one.scorer.pending == 0)
+        assert one.status()["requests"]["scored"] == 2
+        assert one.status()["requests"]["skipped"] == {"unknown_model": 1}
+        assert {r["model"] for r in other.requests if "prompt_logprobs" in r} == {"sql", "fake"}
+        assert set(one.steering.status()["scopes"]) == {"sql", "fake"}
+        assert one.floor is not None
+        assert one.floor.waiting == 1, "the noise floor is of the model itself"
+        own = temperature_bias("fake", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
+        one.steering.promote(one.steering.add(own, "sql"), "sql")
+        one.publish()
+        assert (told[-1].serving, told[-1].scoped) == (None, {"sql": own.version})
+        other.adapters = ()
+        await until(lambda: told[-1].unscorable_models == {"sql", "chat"})
         assert one.reference_state == "ready"
 
 

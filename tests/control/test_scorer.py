@@ -68,6 +68,7 @@ class FakeReference:
     before: Callable[[], object] = lambda: None
     hang: bool = False
     asked: list[int] = field(default_factory=list)
+    adapters_asked: list[str] = field(default_factory=list)
     codes: list[Mapping[str, Any]] = field(default_factory=list)
     going_on: int = 0
     most: int = 0
@@ -83,8 +84,10 @@ class FakeReference:
         profiles: tuple[CalibrationProfile, ...] = (),
         codes: Mapping[str, Any] = NO_CODES,
         hidden: bool = False,
+        adapter: str = "",
     ) -> ReferenceScores:
         self.asked.append(len(prompt) + len(output))
+        self.adapters_asked.append(adapter)
         self.codes.append(codes)
         self.going_on += 1
         self.most = max(self.most, self.going_on)
@@ -135,6 +138,7 @@ class Bench:
             reference=self.reference,
             info=lambda: self.info,
             served=lambda: self.served,
+            adapters=lambda: frozenset({"sql"}),
             profiles=lambda: self.profiles,
             anchors=lambda: {anchors_digest(i): len(i) for p in self.profiles if (i := anchors(p)) is not None},
             hidden=lambda key: key == self.learning,
@@ -275,6 +279,20 @@ async def test_what_is_too_long_for_the_reference_says_nothing_of_its_health(ben
     assert await bench.ends(*[capture()] * 3) == Counter({("skipped", "reference_too_long"): 3})
     bench.breaker.failed(0.0)
     assert not bench.breaker.allow(0.0), "the failure before still counts"
+
+
+async def test_an_adapter_is_scored_with_the_adapter_and_one_that_has_gone_is_skipped(bench: Bench) -> None:
+    assert await bench.ends(capture(model="sql"), capture()) == Counter({("scored", ""): 2})
+    assert sorted(bench.reference.adapters_asked) == ["", "sql"]
+    assert sorted(record.model for record in bench.records) == ["m", "sql"]
+
+    def gone() -> None:
+        raise ReferenceFailure("no_adapter", "sql does not exist")
+
+    bench.reference.before = gone
+    ended = await bench.ends(*[capture(model="sql")] * 3)
+    assert ended == Counter({("skipped", "reference_no_adapter"): 3}), "it says nothing of the reference's health"
+    await alive(bench)
 
 
 @pytest.mark.parametrize(

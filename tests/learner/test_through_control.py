@@ -62,6 +62,7 @@ class WorldReference:
         hidden: bool = False,
         *,
         reshaped: bool = False,
+        adapter: str = "",
     ) -> ReferenceScores:
         if len(output) != TOKENS or len(prompt) != 2:  # what others ask
             await asyncio.sleep(0)
@@ -88,6 +89,9 @@ class WorldReference:
             expected_shift=expected,
             hidden=h if hidden else None,
         )
+
+    async def adapters(self) -> frozenset[str]:
+        return frozenset()
 
     async def tokenize(self, text: str) -> list[int]:
         return encode(text)

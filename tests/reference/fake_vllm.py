@@ -34,6 +34,7 @@ class FakeVllm:
     """Leave out the last position's logprobs."""
     mangle: str = ""
     """Answer with these bytes."""
+    adapters: tuple[str, ...] = ("adapter",)
     url: str = ""
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
@@ -52,9 +53,9 @@ class FakeVllm:
         if self.api_key and headers.get("authorization") != f"Bearer {self.api_key}":
             return 401, {"error": "Unauthorized"}
         if path == "/v1/models":
-            lora = {"id": "adapter", "parent": "fake"}
+            loras = [{"id": name, "parent": "fake"} for name in self.adapters]
             return 200, {
-                "data": [lora, {"id": "fake", "root": "/m", "max_model_len": self.max_model_len, "created": 1}]
+                "data": [*loras, {"id": "fake", "root": "/m", "max_model_len": self.max_model_len, "created": 1}]
             }
         if path == "/tokenize":
             if "prompt" in body:
@@ -69,6 +70,8 @@ class FakeVllm:
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
         if self.fail_with is not None:
             return error(self.fail_with, "no luck\ntoday")
+        if body["model"] not in ("fake", *self.adapters):
+            return error(404, f"The model `{body['model']}` does not exist.")
         biases = {int(k): v for k, v in body.get("logit_bias", {}).items()}
         if bad := [k for k in biases if k >= self.vocab_size]:
             said = f" Vocabulary size: {self.vocab_size}" if self.tells_vocabulary else ""

@@ -265,7 +265,11 @@ async def test_what_cannot_be_scored_is_refused_by_name_and_the_worker_goes_on(
         with pytest.raises(ReferenceFailure) as failure:
             await reference.score(prompt, output, ids[: len(output)])
         assert failure.value.reason == reason
+    assert await reference.adapters() == frozenset()
     tokens, emitted, ids = request_of(0, POSITIONS, 1, 2)
+    with pytest.raises(ReferenceFailure) as failure:
+        await reference.score(tokens, emitted, ids, adapter="sql")
+    assert failure.value.reason == "no_adapter"
     assert (await reference.score(tokens, emitted, ids)).emitted.shape == (1,)
     ids[0, 0] = VOCAB
     with pytest.raises(ReferenceFailure, match="vocabulary of 512") as failure:

@@ -87,6 +87,27 @@ async def test_failures_have_names(change: dict[str, Any], reason: str, monkeypa
         await reference.close()
 
 
+async def test_adapters_are_scored_with_while_they_are_there() -> None:
+    async with running(FakeVllm(adapters=("sql", "chat"))) as fake:
+        reference = VllmReference(fake.url, top_k=5)
+        assert (await reference.start()).model == "fake"
+        assert await reference.adapters() == {"sql", "chat"}
+        asked = request_of(0, fake, 2, 3, 2)
+        await reference.score(*asked, adapter="sql")
+        await reference.score(*asked)
+        assert [body["model"] for path, body in fake.seen[-2:]] == ["sql", "fake"]
+        fake.adapters = ("chat",)
+        with pytest.raises(ReferenceFailure, match="sql") as failure:
+            await reference.score(*asked, adapter="sql")
+        assert failure.value.reason == "no_adapter"
+        assert await reference.adapters() == {"chat"}
+        fake.fail_with = 404
+        with pytest.raises(ReferenceFailure) as failure:
+            await reference.score(*asked)
+        assert failure.value.reason == "http_error", "that the model itself has gone says something of its health"
+        await reference.close()
+
+
 async def test_logits_in_place_of_logprobs_are_refused() -> None:
     async with running(FakeVllm()) as fake:
         reference = VllmReference(fake.url, top_k=1)

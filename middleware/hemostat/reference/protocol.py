@@ -80,13 +80,17 @@ class Reference(Protocol):
         hidden: bool = False,
         *,
         reshaped: bool = False,
+        adapter: str = "",
     ) -> ReferenceScores:
         """Score `output` after `prompt`, also at `ids`, int32 [T, K] (-1 pads).
 
         codes: of contextual profiles, by version: float32 [T, r], y with Δz = clip(up · y). hidden: hand out hidden
         states, where there are any. reshaped: compute it in another shape (of batch and prefill) than usual, for the
-        noise floor.
+        noise floor. adapter: one of `adapters`, to score with; "no_adapter" where it has gone.
         """
+
+    async def adapters(self) -> frozenset[str]:
+        """Names of the LoRA adapters that it can score with, now."""
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a chat under this model's own template (to compare the two models' vocabularies)."""

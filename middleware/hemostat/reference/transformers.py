@@ -91,12 +91,15 @@ class TransformersReference:
         hidden: bool = False,
         *,
         reshaped: bool = False,
+        adapter: str = "",
     ) -> ReferenceScores:
         """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (bias, no temperature), or on it
         and a code that is given; else NaN: the rest needs the compressed model's logits at every id, which the
         reference does not have."""
         worker = self._alive()
         assert self._info is not None
+        if adapter:
+            raise ReferenceFailure("no_adapter", f"a reference in process has no adapter {adapter}")
         if not len(prompt) or not len(output):
             raise ReferenceFailure("empty", "a prompt and an output of at least one token are needed")
         # The last output token is scored but not read.
@@ -134,6 +137,9 @@ class TransformersReference:
             if answer.hidden
             else None,
         )
+
+    async def adapters(self) -> frozenset[str]:
+        return frozenset()
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
         return await self._alive().token_ids(lambda number: wire.Render(number, messages))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pydantic import SecretStr
 
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
-from hemostat.reference.server import ModelCard, VllmServer
+from hemostat.reference.server import ModelCard, Refused, VllmServer
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, Ids
 
@@ -78,6 +78,7 @@ class VllmReference:
         hidden: bool = False,
         *,
         reshaped: bool = False,
+        adapter: str = "",
     ) -> ReferenceScores:
         """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top. Which requests
         share a batch is the server's own affair: asked again, it answers in another shape anyway."""
@@ -90,13 +91,18 @@ class VllmReference:
                 "too_long", f"{length} tokens and one more: the reference takes {card.max_model_len}"
             )
         body = {
-            "model": card.id,
+            "model": adapter or card.id,
             "prompt": [*prompt.tolist(), *output.tolist()],
             "max_tokens": 1,
             "temperature": 0.0,
             "prompt_logprobs": self._top_k,
         }
-        completion = await self._server.post("/v1/completions", body, _Completion)
+        try:
+            completion = await self._server.post("/v1/completions", body, _Completion)
+        except Refused as refused:
+            if adapter and refused.status == 404:
+                raise ReferenceFailure("no_adapter", str(refused)) from None
+            raise
         rows = completion.choices[0].prompt_logprobs if completion.choices else None
         if rows is None or len(rows) != length:
             got = "none" if rows is None else str(len(rows))
@@ -127,6 +133,9 @@ class VllmReference:
             top.logprobs[t] = [entry.logprob for _, entry in best]
             at[t] = [row[token].logprob if token in row else np.nan for token in ids[t].tolist()]
         return ReferenceScores(at=at, top=top, emitted=emitted)
+
+    async def adapters(self) -> frozenset[str]:
+        return frozenset(card.id for card in await self._server.models() if card.parent is not None)
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
         return await self._server.render(self._started().id, messages)
