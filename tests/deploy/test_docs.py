@@ -6,8 +6,13 @@ import ast
 import html
 import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
+import textwrap
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +22,7 @@ import jsonschema
 import pytest
 import yaml
 from tests.deploy.conftest import ROOT
+from tests.fakes.fake_vllm import FakeVllm, serving
 
 from hemostat.config import load
 from hemostat.measure import HEADLINE
@@ -309,16 +315,118 @@ def test_pages_are_found_and_linked_from_the_readme() -> None:
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_pages_configurations_are_valid(tmp_path: Path) -> None:
-    (given,) = re.findall(r"<<'END'\n(.*?)^END$", (DEPLOY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def shown(name: str) -> list[str]:
+    """The YAML that a page shows, in order."""
+    text = (ROOT / name).read_text()
+    blocks = re.findall(r"^ *```yaml\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in blocks] + re.findall(
+        r"<<'END'\n(.*?)^END$", text, re.MULTILINE | re.DOTALL
+    )
+
+
+def configurations() -> list[str]:
+    """Every hemostat.yaml that a page shows."""
+    found = [block for name in ("README.md", "deploy/README.md") for block in shown(name)]
+    return [block for block in found if yaml.safe_load(block).keys() >= {"upstream", "admin"}]
+
+
+@pytest.mark.parametrize("text", configurations(), ids=["README.md", "deploy/README.md"])
+def test_the_pages_configurations_work(text: str, tmp_path: Path) -> None:
+    """`check` finds both models, and `serve` serves; only addresses, ports and paths are not the pages'.
+
+    (What Compose mounts is run in test_wheel.)
+    """
     file = tmp_path / "hemostat.yaml"
-    file.write_text(given)
-    settings = load(file, {})
+    file.write_text(text)
+    settings = load(file, {"HEMOSTAT_ADMIN__TOKEN": "t"})
     assert settings.reference.backend == "vllm"
-    (values,) = re.findall(r"```yaml\n# values.yaml\n(.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)
+    with serving(FakeVllm()) as compressed, serving(FakeVllm()) as reference:
+        moved = {
+            "HEMOSTAT_UPSTREAM__URL": compressed,
+            "HEMOSTAT_REFERENCE__URL": reference,
+            "HEMOSTAT_ADMIN__TOKEN": "t",
+        }
+        moved |= {f"HEMOSTAT_{port}__HOST": "127.0.0.1" for port in ("LISTEN", "ADMIN")}
+        moved |= {f"HEMOSTAT_{port}__PORT": "0" for port in ("LISTEN", "ADMIN")}
+        if settings.store.url != "memory://":
+            moved["HEMOSTAT_STORE__URL"] = f"sqlite:///{tmp_path / 'hemostat.db'}"
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HEMOSTAT_")}
+        command = [sys.executable, "-m", "hemostat"]
+        said = subprocess.run(
+            [*command, "check", "--config", str(file)], env=kept | moved, capture_output=True, text=True, check=False
+        )
+        assert said.returncode == 0, said.stdout + said.stderr
+        assert re.search("^ok +same tokens", said.stdout, re.MULTILINE)
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(
+                [*command, "serve", "--config", str(file)],
+                env=kept | moved,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        try:
+            assert process.stdout is not None
+            data = re.search(r"data port (http://\S+)", process.stdout.readline())
+            assert data, (tmp_path / "log").read_text()
+            with urllib.request.urlopen(f"{data[1]}/v1/models", timeout=10) as answer:
+                assert json.load(answer)["data"]
+        finally:
+            process.terminate()
+            try:
+                process.communicate(timeout=20)
+            finally:
+                process.kill()
+        assert process.returncode == 0, (tmp_path / "log").read_text()
+
+
+def test_the_pages_values_are_valid() -> None:
+    """Of the chart: as shown, with an upstream where the page leaves that to the reader."""
     schema = json.loads((ROOT / "helm" / "hemostat" / "values.schema.json").read_text())
     defaults = yaml.safe_load((ROOT / "helm" / "hemostat" / "values.yaml").read_text())
-    jsonschema.validate(merged(defaults, yaml.safe_load(values)), schema)
+    blocks = [yaml.safe_load(block) for block in (*shown("deploy/README.md"), *shown("helm/hemostat/README.md"))]
+    values = [block for block in blocks if block.keys() <= defaults.keys()]
+    assert len(values) == 5
+    for block in values:
+        engine = {"engine": {"enabled": True, "model": "m"}}
+        given = engine if "engine" in block else {"upstream": {"url": "http://vllm:8000"}}
+        jsonschema.validate(merged(merged(defaults, given), block), schema)
+
+
+def test_the_pages_scrape_configuration_is_valid(tmp_path: Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not here; on Debian or Ubuntu: apt-get install prometheus")
+    (block,) = (block for block in shown("deploy/README.md") if "scrape_configs" in block)
+    (tmp_path / "prometheus.yml").write_text(block)
+    shutil.copy(ROOT / "helm" / "hemostat" / "rules" / "hemostat.yaml", tmp_path)
+    command = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "1 rule files found" in said.stdout
+
+
+def test_the_page_names_every_variable_of_compose_and_no_other() -> None:
+    example = re.findall(r"^([A-Z_]+)=", (DEPLOY / ".env.example").read_text(), re.MULTILINE)
+    page = (DEPLOY / "README.md").read_text()
+    section = page.partition("### What to change")[2].partition("In [`deploy/hemostat.yaml`]")[0]
+    named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", section))
+    assert named == set(example)
+
+
+def test_contributing_names_every_module_and_no_other() -> None:
+    """Its map of the code: a folder a line, and below the two packages' their modules."""
+    lines = (ROOT / "CONTRIBUTING.md").read_text().partition("```\n")[2].partition("```")[0].splitlines()
+    named: dict[Path, set[str]] = {}
+    for line in lines:
+        names = re.split(r" {2,}", line.strip(), maxsplit=1)[0].split(", ")
+        if line.startswith(" "):
+            named[list(named)[-1]] |= set(names)
+        else:
+            named[ROOT / names[0]] = set()
+    assert [folder for folder in named if not folder.is_dir()] == []
+    for package in ("middleware/hemostat", "calibration/hemostat_calibration"):
+        inside = {f"{path.name}/" if path.is_dir() else path.stem for path in (ROOT / package).glob("[!_.]*")}
+        assert named[ROOT / package] == inside - {"py"}, package
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
