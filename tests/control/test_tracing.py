@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanKind
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+from opentelemetry.semconv.schemas import Schemas
 from tests.control.making import control, scored, settings
 from tests.control.test_serve import hemostat
 from tests.fakes.fake_vllm import FakeVllm, serving
@@ -27,6 +29,11 @@ from hemostat.logs import JsonFormatter, TextFormatter
 from hemostat.tracing import EVALUATION, SCHEMA_URL, Tracing
 
 SECRET = "the patient's name"
+CONVENTIONAL = {
+    *(value for name, value in vars(gen_ai_attributes).items() if name.startswith("GEN_AI_")),
+    *("http.request.method", "http.response.status_code", "url.path", "error.type"),
+}
+"""Attributes that the semantic conventions name."""
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 
@@ -203,11 +210,17 @@ async def test_served_each_request_has_its_span_its_score_and_its_line(receiver:
         assert (link.trace_id, span.trace_id) == (origin.trace_id, origin.trace_id)
         assert said(span.attributes)["hemostat.request.id"] == said(origin.attributes)["hemostat.request.id"]
         assert "hemostat.kl_rc" in {said(event.attributes)["gen_ai.evaluation.name"] for event in span.events}
+    names = {a.key for span in spans for part in (span, *span.events) for a in part.attributes}
+    assert {name for name in names if not name.startswith("hemostat.")} <= CONVENTIONAL
     log = (tmp_path / "log").read_text()
     lines = [json.loads(line) for line in log.splitlines()]
     of_requests = {line["trace_id"]: line["request_id"] for line in lines if line["logger"] == "hemostat.request"}
     assert of_requests == {span.trace_id.hex(): said(span.attributes)["hemostat.request.id"] for span in asked.values()}
     assert SECRET.encode() not in receiver.raw + log.encode()
+
+
+def test_the_conventions_version_is_one_that_there_is() -> None:
+    assert SCHEMA_URL in {schema.value for schema in Schemas}
 
 
 def test_an_endpoint_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
