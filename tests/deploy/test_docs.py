@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import html
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import yaml
 from tests.deploy.conftest import ROOT
 from tests.fakes.fake_vllm import FakeVllm, serving
 
-from hemostat.config import load
+from hemostat.config import Settings, load
 from hemostat.measure import HEADLINE
 from hemostat.metrics import FAMILIES
 from hemostat.relay.counters import OUTCOMES
@@ -310,6 +311,37 @@ def test_pages_are_found_and_linked_from_the_readme() -> None:
     assert {"README.md", "deploy/README.md", "deploy/RUNBOOK.md"} <= {str(path.relative_to(ROOT)) for path in PAGES}
     linked = {link.partition("#")[0] for link in links(ROOT / "README.md")}
     assert {f"deploy/{name}.md" for name in ("README", "RUNBOOK", "METRICS", "READING")} <= linked
+
+
+# --- the settings -----------------------------------------------------------------------------------------------------
+
+
+def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def test_the_readme_has_every_setting_with_its_default() -> None:
+    table = (ROOT / "README.md").read_text().partition("## Configuration")[2].partition("\n## ")[0]
+    wanted = dict(leaves(Settings.model_validate({"upstream": {"url": "http://a"}}).plain()))
+    rows = re.findall(r"^\| (`.*?) \|(.*?)\| (.*) \|$", table, re.MULTILINE)
+    told: dict[str, str] = {}
+    mentioned: set[str] = set()
+    for keys, defaults, text in rows:
+        names = re.findall(r"`([\w.*]+)`", keys)
+        told |= dict(itertools.zip_longest(names, defaults.strip().replace("`", "").split(", "), fillvalue=""))
+        section = names[0].rpartition(".")[0]
+        mentioned |= {name if "." in name else f"{section}.{name}" for name in re.findall(r"`([a-z_.]+)`", text)}
+    assert wanted.keys() - told.keys() - mentioned == set()
+    assert {name for name in told if name not in wanted} == {"limits.*"}
+    for name, default in told.items():
+        if name in wanted and default and name != "upstream.url":
+            said = {"none": None, "false": False, "[]": []}.get(default, default)
+            value = wanted[name]
+            assert (type(value)(said) if isinstance(value, int | float) else said) == value, name
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
