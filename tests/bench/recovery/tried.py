@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
 SCALES = np.array([0.6, 0.7, 0.8, 0.9, 1.0])
 NEIGHBOURS = 32
 MEMBERS = 3
+NETWORK_ROWS = 60_000
+"""That networks learn from, at most: three of them take long enough."""
 JUDGED = 10_000
 TUNED = 2_000
 METRIC_ROWS = 1500
@@ -96,7 +98,7 @@ def ridges(rows: _Rows) -> list[Image]:
     return [image(map_) for map_ in maps]
 
 
-def network(rows: _Rows, embedding: Singles, start: Image, seed: int, training: mlp.Training) -> Image:
+def network(rows: _Rows, embedding: Singles, start: Image, training: mlp.Training) -> Image:
     """A network that begins as the linear map `start`, through no bottleneck; like the family's own otherwise."""
     d = rows.c.shape[1]
     mean = rows.c.mean(0)
@@ -115,7 +117,7 @@ def network(rows: _Rows, embedding: Singles, start: Image, seed: int, training: 
     trained = mlp.train(trained, x, everyone, squared, training, training.epochs, training.rate, silent)
     exact = objective.Softmax(embedding[: training.exact_ids], rows.c.astype(np.float16), t)
     trained = mlp.train(trained, x, everyone, exact, training, training.exact_epochs, training.exact_rate, silent)
-    say(f"tried: network {seed} learned")
+    say(f"tried: network {training.seed} learned")
     return lambda c: trained.image((c - mean) * scale)
 
 
@@ -168,13 +170,13 @@ def compare(
     def world(root: npt.NDArray[np.float64]) -> _World:
         return _World(weight, root, (h_r, h_c), (judge_r, judge_c), kept, clamp_nats)
 
-    def judge(name: str, where: _World, maps: Sequence[Image], began: float) -> Image:
+    def judge(name: str, where: _World, maps: Sequence[Image], began: float, tokens: int = kept) -> Image:
         map_, scale = where.best(maps)
         won, low, high = interval(topics[some], where.judged(map_, scale), before, name)
         found.append(
             {
                 "tried": name,
-                "tokens": kept,
+                "tokens": tokens,
                 "kl_won_back": won,
                 "ci95": [low, high],
                 "seconds": time.monotonic() - began,
@@ -191,18 +193,15 @@ def compare(
     root = np.asarray(np.linalg.cholesky(metric), np.float64)
     fisher = world(root)
     line = judge("ridge, Fisher-weighted", fisher, ridges(fisher.learn), began)
-    judge("ridge, Fisher-weighted, and a memory of contexts", fisher, memory(fisher.learn, line), began)
+    judge("the ridge, and a memory of contexts", fisher, memory(fisher.learn, line), began)
     embedding = fisher.embedding[likeliest] - (mean @ weight) @ np.linalg.inv(root).T
     began = time.monotonic()
+    some_rows = _Rows(fisher.learn.c[:NETWORK_ROWS], fisher.learn.t[:NETWORK_ROWS])
+    count = len(some_rows.c)
     members = [
-        network(fisher.learn, embedding.astype(np.float32), line, seed, mlp.Training(**_with(training, seed)))
-        for seed in range(MEMBERS)
+        network(some_rows, embedding.astype(np.float32), line, replace(training, seed=seed)) for seed in range(MEMBERS)
     ]
-    judge("network of the whole state", fisher, members[:1], began)
-    judge("network of the whole state, and a memory of contexts", fisher, memory(fisher.learn, members[0]), began)
-    judge(f"ensemble of {MEMBERS} such networks", fisher, [ensemble(members)], began)
+    judge("network of the whole state", fisher, members[:1], began, count)
+    judge("the network, and a memory of contexts", fisher, memory(some_rows, members[0]), began, count)
+    judge(f"ensemble of {MEMBERS} such networks", fisher, [ensemble(members)], began, count)
     return found
-
-
-def _with(training: mlp.Training, seed: int) -> dict[str, Any]:
-    return {name: getattr(training, name) for name in training.__dataclass_fields__} | {"seed": seed}
