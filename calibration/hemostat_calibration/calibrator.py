@@ -38,7 +38,7 @@ class Family(Protocol[State]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TemperatureBiasState:
-    """Sums over tokens; arrays are read-only."""
+    """Sums over tokens, discounted by age where the learner forgets; arrays are read-only."""
 
     model: str
     vocab_size: int
@@ -52,8 +52,11 @@ class TemperatureBiasState:
     """Σ (curvature · β − slope) at the β of the time: moment / information is where the slopes meet 0."""
     depth: float = 0.0
     """Σ over emitted tokens behind the candidates of how far below the last one they stood, nats."""
-    deep_tokens: int = 0
+    deep_tokens: float = 0.0
+    weight: float = 0.0
+    """Of the tokens in the sums."""
     tokens: int = 0
+    """Ever."""
     requests: int = 0
 
 
@@ -76,6 +79,7 @@ class TemperatureBias:
     pseudo_mass: tokens. Tokens of a request are correlated, so that it is set well above 1.
     pseudo_information: nats² (one position adds some 1 to 5).
     min_requests, min_tokens: below either, `propose` says None.
+    half_life_tokens: after how many tokens one counts half; None never forgets.
     """
 
     clamp_nats: float = 1.0
@@ -83,6 +87,7 @@ class TemperatureBias:
     pseudo_information: float = 200.0
     min_requests: int = 32
     min_tokens: int = 1000
+    half_life_tokens: float | None = None
 
     def init(self, model: str, vocab_size: int) -> TemperatureBiasState:
         return TemperatureBiasState(model, vocab_size, _frozen(np.zeros(vocab_size)), _frozen(np.zeros(vocab_size)))
@@ -93,10 +98,16 @@ class TemperatureBias:
         beta, bias = self._parameters(state)
         depth_mean = _depth(state)
         information, moment, depth = state.information, state.moment, state.depth
-        deep_tokens, tokens, requests = state.deep_tokens, state.tokens, state.requests
+        deep_tokens, weight, tokens, requests = state.deep_tokens, state.weight, state.tokens, state.requests
         for record in records:
             if record.vocab_size != state.vocab_size:
                 raise InvalidArgumentError(f"record has vocab_size {record.vocab_size}, not {state.vocab_size}")
+            if self.half_life_tokens is not None:
+                kept = 0.5 ** (record.tokens / self.half_life_tokens)
+                reference_mass *= kept
+                compressed_mass *= kept
+                information, moment, depth = kept * information, kept * moment, kept * depth
+                deep_tokens, weight = kept * deep_tokens, kept * weight
             relative, last = _relative(record)
             inside = np.isfinite(record.compressed.logprobs) & ~np.isnan(record.reference_at)
             ids = np.where(inside, record.compressed.ids, 0)
@@ -127,6 +138,7 @@ class TemperatureBias:
             deep = emitted < last
             depth += float((last - emitted)[deep].sum())
             deep_tokens += int(deep.sum())
+            weight += record.tokens
             tokens += record.tokens
             requests += 1
         return TemperatureBiasState(
@@ -138,12 +150,13 @@ class TemperatureBias:
             moment=moment,
             depth=depth,
             deep_tokens=deep_tokens,
+            weight=weight,
             tokens=tokens,
             requests=requests,
         )
 
     def merge(self, state: TemperatureBiasState, other: TemperatureBiasState) -> TemperatureBiasState:
-        """InvalidArgumentError where they learned of different models."""
+        """Both streams end now. InvalidArgumentError where they learned of different models."""
         if (state.model, state.vocab_size) != (other.model, other.vocab_size):
             raise InvalidArgumentError(f"states are of {state.model} and {other.model}: they must be of one model")
         return TemperatureBiasState(
@@ -155,6 +168,7 @@ class TemperatureBias:
             moment=state.moment + other.moment,
             depth=state.depth + other.depth,
             deep_tokens=state.deep_tokens + other.deep_tokens,
+            weight=state.weight + other.weight,
             tokens=state.tokens + other.tokens,
             requests=state.requests + other.requests,
         )
@@ -162,7 +176,7 @@ class TemperatureBias:
     def shrunk(self, state: TemperatureBiasState, pooled: TemperatureBiasState, tokens: int) -> TemperatureBiasState:
         """`state` as though it had also seen `tokens` tokens of what `pooled` saw: of little evidence it makes next to
         the pooled profile, of much its own. InvalidArgumentError where they learned of different models."""
-        part = min(1.0, tokens / max(pooled.tokens, 1))
+        part = min(1.0, tokens / max(pooled.weight, 1.0))
         some = replace(
             pooled,
             reference_mass=_frozen(part * pooled.reference_mass),
@@ -170,8 +184,9 @@ class TemperatureBias:
             information=part * pooled.information,
             moment=part * pooled.moment,
             depth=part * pooled.depth,
-            deep_tokens=round(part * pooled.deep_tokens),
-            tokens=round(part * pooled.tokens),
+            deep_tokens=part * pooled.deep_tokens,
+            weight=part * pooled.weight,
+            tokens=round(part * pooled.weight),
             requests=round(part * pooled.requests),
         )
         return self.merge(state, some)

@@ -146,7 +146,11 @@ class Steering:
         self._tempered = tempered
         self._save = save
         self._wall = wall
-        self._family = TemperatureBias(clamp_nats=settings.clamp_nats, min_tokens=settings.min_tokens)
+        self._family = TemperatureBias(
+            clamp_nats=settings.clamp_nats,
+            min_tokens=settings.min_tokens,
+            half_life_tokens=settings.half_life_tokens,
+        )
         self._trials = Trials(
             settings.alpha,
             width=lambda version: width(self._profiles[version]),

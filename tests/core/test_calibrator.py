@@ -1,5 +1,7 @@
 """The learner on worlds whose answer is known: a temperature, a bias, or neither."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -135,6 +137,41 @@ def test_a_label_with_little_evidence_uses_the_pooled_one_and_there_is_no_cliff(
     assert np.diff(gone).max() < 0.3
     with pytest.raises(InvalidArgumentError, match="one model"):
         learner.shrunk(learner.init("n", V), pooled, 1000)
+
+
+def test_a_drifting_workload_is_followed():
+    """Half-way the bias turns round. What forgets is right soon after; the other takes back what is there no more."""
+    before, after = World(bias=0.6), World(bias=0.6)
+    after.bias = -before.bias
+    left = {}
+    for half_life in (20 * T, None):
+        learner = TemperatureBias(min_requests=1, min_tokens=1, half_life_tokens=half_life)
+        _, state = before.learn(300, learner=learner)
+        assert before.divergence(learner.propose(state)) < 0.4 * before.divergence(), "what it forgets, it has learned"
+        state = learner.update(state, [make_record(after.truth(seed), 20) for seed in range(300, 400)])
+        assert (state.tokens, state.requests) == (400 * T, 400)
+        left[half_life] = after.divergence(learner.propose(state)) / after.divergence()
+    assert left[20 * T] < 0.5
+    assert left[None] > 1.0
+
+
+def test_sums_are_discounted_by_age_whatever_the_batches():
+    world = World(bias=0.4)
+    learner = TemperatureBias(half_life_tokens=100.0)
+    records = [make_record(world.truth(seed), 20) for seed in range(6)]
+    one = learner.update(learner.init("m", V), records[:1])
+    assert one.weight == T
+    aged = learner.update(one, [replace(records[1], reference_at=np.full_like(records[1].reference_at, np.nan))])
+    kept = 0.5 ** (T / 100.0)
+    np.testing.assert_allclose(aged.reference_mass, kept * one.reference_mass)
+    np.testing.assert_allclose(aged.compressed_mass, kept * one.compressed_mass)
+    assert aged.weight == pytest.approx(T + kept * T)
+    pooled = learner.update(learner.init("m", V), records)
+    in_two = learner.update(learner.update(learner.init("m", V), records[:4]), records[4:])
+    np.testing.assert_allclose(in_two.reference_mass, pooled.reference_mass)
+    # A label is pulled by as many tokens of the pooled one as there are in its sums, not as it ever saw.
+    assert pooled.weight < 4 * T < pooled.tokens
+    assert learner.shrunk(learner.init("m", V), pooled, 1000).weight == pytest.approx(pooled.weight)
 
 
 def test_nothing_is_proposed_too_early():
