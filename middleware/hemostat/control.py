@@ -119,6 +119,8 @@ class Control:
         )
         self.replica: Replica | None = None
         """None without a store that other replicas could share."""
+        # A name also without one: an engine that two of them share tells each what was tapped of its own requests.
+        self.engines.replica = secrets.token_hex(8)
         if isinstance(self.store, ValkeyStore):
             self.replica = self._replica(self.store)
             self.engines.replica = self.store.who

@@ -157,7 +157,7 @@ async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, 
     report = held | {"counters": {}, "runner": "v1", "vllm": "0"}
     one.publish()
     answer = await client.post("/api/v1/engine/report", headers=AUTHORIZED, json=report)
-    assert answer.json() == {"hold": [version], "leads": True, "replica": ""}
+    assert answer.json() == {"hold": [version], "leads": True, "replica": one.engines.replica}
 
     nothing = await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)
     assert nothing.status_code == 400

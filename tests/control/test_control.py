@@ -283,6 +283,9 @@ async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(t
             one.publish()
         assert [policy.serving for policy in told.values()] == [mine.version, profile(1).version]
         assert [set(policy.acknowledged) for policy in told.values()] == [{mine.version}, {mine.version}]
+        names = {policy.replica for policy in told.values()}
+        assert len(names) == 2, "the engine tells each of them what was tapped of its own requests"
+        assert "" not in names
         again = EngineReport("anew", 0, 1, [], 30, {}, "v1", "0")
         first.engines.report(again, time.monotonic())
         first.publish()

@@ -119,7 +119,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 @dataclass(frozen=True, slots=True)
 class Answer:
     """To a report. hold: versions, most important first. leads: the replica decides what serves. replica: what the
-    nonces of its requests begin with; "" where there is one replica."""
+    nonces of its requests begin with."""
 
     hold: tuple[str, ...] = ()
     leads: bool = True
