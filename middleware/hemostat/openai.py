@@ -345,6 +345,7 @@ def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_d
     shifted = (
         _shifted(body)
         or any(body.has(key) for key in ("logits_processors", "thinking_token_budget"))
+        or body.value("watermarking")
         or (isinstance(xargs, dict) and not xargs.keys() <= _OUR_XARGS)
     )
     complete = given is not None and all(body.has(key) for key in ("top_p", "top_k", "min_p", "repetition_penalty"))

@@ -354,6 +354,8 @@ ALL_GIVEN = {"temperature": 0.7, "top_p": 1, "top_k": 0, "min_p": 0, "repetition
         (True, {"min_tokens": 1}, math.nan),
         (True, {"logits_processors": ["x"]}, math.nan),
         (True, {"thinking_token_budget": 0}, math.nan),
+        (True, {"watermarking": True}, math.nan),
+        (True, {"temperature": 1, "watermarking": False}, 1.0),
         (True, {"vllm_xargs": {"theirs": 1}}, math.nan),
         (True, {"temperature": 1, "vllm_xargs": {"hemostat": VERSION}}, 1.0),
         (True, {"temperature": 1, "min_tokens": 0, "bad_words": [], "repetition_penalty": 1.0}, 1.0),
