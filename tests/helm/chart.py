@@ -81,11 +81,12 @@ class Helm:
             return str(refused)
         raise AssertionError(f"rendered all the same: {arguments}")
 
-    def notes(self, cluster: Cluster, *settings: str) -> str:
-        """What `helm install` prints at its end."""
+    def notes(self, cluster: Cluster, *settings: str, values: Path | None = None) -> str:
+        """What `helm install` prints at its end; values: a file in place of the upstream."""
         flags = ["--namespace", "models", "--dry-run=client", "--disable-openapi-validation"]
         flags += ["--kubeconfig", str(cluster.kubeconfig)]
-        flags += [part for one in (UPSTREAM, *settings) for part in ("--set", one)]
+        flags += ["--values", str(values)] if values else ["--set", UPSTREAM]
+        flags += [part for one in settings for part in ("--set", one)]
         return self.run("install", "rel", str(CHART), *flags).partition("NOTES:\n")[2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def restricted(pod: Manifest) -> list[str]:
     return objections
 
 
-@pytest.mark.parametrize("name", ["minimal", "restricted", "ha-valkey", "existing-secrets", "sqlite", "openshift"])
+@pytest.mark.parametrize(
+    "name", ["minimal", "restricted", "ha-valkey", "existing-secrets", "sqlite", "openshift", "engine-ha"]
+)
 def test_pods_pass_the_restricted_standard(helm: Helm, name: str) -> None:
     assert restricted(helm.values(set_of(name)).pod) == []
 
@@ -559,7 +562,13 @@ def test_notes_say_what_to_do_next(helm: Helm, cluster: Cluster) -> None:
         "existingSecret",
     ):
         assert said in notes
-    assert not [line for line in notes.splitlines() if "<no value>" in line or "%!" in line or line != line.rstrip()]
+
+
+@each
+def test_notes_of_every_set_are_whole(helm: Helm, cluster: Cluster, values: Path) -> None:
+    notes = helm.notes(cluster, values=values)
+    assert f"stands in front of {helm.values(values).config['upstream']['url']}." in notes
+    assert not [line for line in notes.splitlines() if re.search(r"<no value>|<nil>|%!|\s$", line)]
 
 
 def test_notes_follow_the_values(helm: Helm, cluster: Cluster) -> None:
