@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-proxy bench-bounds bench-engine bench-recovery bench-alarm chart docs screenshot clean
+.PHONY: help setup demo test lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery chart docs screenshot clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
