@@ -197,8 +197,8 @@ class Bounds:
     """Total variation, without any assumption."""
     floor: float
     """What KL's upper ends assume: at an id that is not in both lists, neither probability is less than this times the
-    other. e^−16 held at every id of 854 positions of SmolLM2 against its W4A16 checkpoint (`make bench-bounds` measures
-    how often); half of the positions stay within e^−7."""
+    other. At 99.6 % of 3,517 positions of SmolLM2 against its W4A16 checkpoint no id at all was beyond e^−16 (`make
+    bench-bounds` measures how often); of 854 positions half stayed within e^−7."""
 
     @property
     def upper_label(self) -> str:
