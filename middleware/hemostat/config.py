@@ -229,7 +229,8 @@ class Calibration(Section):
     clamp_nats: float = Field(default=1.0, gt=0, le=20)
     """Largest change of a logit. The smaller, the fewer held-out requests a profile needs to prove itself."""
     clamp_kl_nats: float = Field(default=2.0, gt=0, le=1000)
-    """Largest KL from identity, to second order, of what a contextual profile does to one token's distribution."""
+    """Largest KL from identity of what a profile does to one token's distribution (of a contextual one, to second
+    order)."""
     alpha: Fraction = 0.05
     """Error probability of the promotion and rollback bounds."""
     min_tokens: int = Field(default=20_000, ge=1)

@@ -147,7 +147,8 @@ class Steering:
         self._save = save
         self._wall = wall
         self._family = TemperatureBias(
-            clamp_nats=settings.clamp_nats,
+            # With |Δz| ≤ a, KL from identity is at most a²/2: Var Δz ≤ a² under every c e^{sΔz}, and KL is ∫ s Var ds.
+            clamp_nats=min(settings.clamp_nats, math.sqrt(2.0 * settings.clamp_kl_nats)),
             min_tokens=settings.min_tokens,
             half_life_tokens=settings.half_life_tokens,
         )

@@ -504,6 +504,22 @@ def test_a_temperature_of_one_is_not_sent_over_the_servers_own() -> None:
     }
 
 
+def test_temperature_and_bias_keep_the_largest_kl_from_identity() -> None:
+    bench = Bench(clamp_nats=2.0, clamp_kl_nats=0.02)
+    bench.feed(World(beta=0.6, bias=1.5), LEARNED[:40])
+    found = [bench.steering.held(version) for version in bench.steering.candidates]
+    assert found
+    worst = 0.0
+    for profile in found:
+        assert profile is not None
+        for n in range(40):
+            truth = World(bias=0.5, seed=n).truth(n)
+            after = log_softmax(truth.compressed + shift(profile, truth.compressed))
+            kl = (np.exp(after) * (after - truth.compressed)).sum(-1)
+            worst = max(worst, float(kl.max()))
+    assert 0.01 < worst <= 0.02, "it binds, and is kept"
+
+
 def test_identity_has_a_width_that_the_guard_takes() -> None:
     nothing = temperature_bias(MODEL, V, 1.0, np.zeros(V), 1.0)
     guard.enter(guard.init(), nothing.version, guard.Role.CANDIDATE, width(nothing))
