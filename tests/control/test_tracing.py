@@ -200,6 +200,7 @@ async def test_served_each_request_has_its_span_its_score_and_its_line(receiver:
             await asyncio.sleep(0.1)
             if (await one.status())["requests"]["scored"] >= 3:
                 break
+        await one.until(lambda status: status["requests"]["scored"] >= 3)
     spans = receiver.spans()
     asked = {span.span_id: span for span in spans if span.name == "chat fake"}
     scores = [span for span in spans if span.name == "shadow_score fake"]
