@@ -7,7 +7,6 @@ The run is bounded by what has been scored, and by time. Nothing on the picture 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import signal
@@ -39,10 +38,10 @@ def main() -> int:
     if chromium is None:
         print("screenshot: no chromium here: apt-get install chromium", file=sys.stderr)
         return 2
-    command = [str(Path(sys.executable).parent / "hemostat"), "demo", "--no-console"]
     # In a quarter of an hour the noise floor, too, should have an interval: more of the requests than usual go to it.
-    environment = os.environ | {"HEMOSTAT_SHADOW__FLOOR_FRACTION": "0.1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as demo:
+    more = ["--set", "shadow.floor_fraction=0.2"]
+    command = [str(Path(sys.executable).parent / "hemostat"), "demo", "--no-console", *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
         try:
             url = announced(demo)
             ends = time.monotonic() + 60 * options.minutes

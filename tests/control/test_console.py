@@ -100,6 +100,23 @@ def test_the_runbook_is_a_page_that_phones_can_show(page: Page, one: Served, sch
 
 
 @needs_chromium
+def test_the_excess_has_the_interval_that_the_floor_allows(
+    page: Page, one: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    excess = get(one, "status")["excess"]["kl_nats"]
+    expect(page.locator("#excess")).to_have_text(f"≥ {nats(excess['estimate'])}")
+    expect(page.locator("#excess-sub")).to_have_text(
+        f"95 % {interval(excess['ci95'])}; noise floor {nats(excess['floor'])}"
+    )
+    # A floor that is known from too few requests has the cap as its upper end: that is no news.
+    few = {"kl_nats": {"estimate": 0.4, "ci95": [-39.6, 0.5], "floor": 0.1}}
+    monkeypatch.setattr(one.control.measurements, "excess", lambda: few)
+    expect(page.locator("#excess-sub")).to_have_text(
+        "95 % [–, 0.500]; noise floor 0.100, of too few requests to bound it", timeout=10_000
+    )
+
+
+@needs_chromium
 def test_where_it_bleeds_by_route_label_and_decoding(page: Page, one: Served) -> None:
     status = get(one, "status")
     where, strategies = rows(page, "where"), rows(page, "strategies")

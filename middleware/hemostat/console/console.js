@@ -199,8 +199,11 @@ function bleeding(s) {
   verdict(s);
   const raw = s.raw, kl = raw.kl_nats, excess = s.excess.kl_nats;
   say("excess", excess ? `≥ ${nats(excess.estimate)}` : NONE);
-  say("excess-sub", excess ? `95 % ${range(excess.ci95)}; noise floor ${nats(excess.floor)}` : "the noise floor is not known yet");
-  bar("excess-bar", excess ? excess.ci95 : [], excess && excess.estimate, 0, excess ? Math.max(excess.ci95[1] || 0, s.alarm.budget_nats || 0, excess.estimate) * 1.1 : 1);
+  // Of a few requests the floor is known, but has no upper end below the cap: so the excess has no lower one.
+  const open = excess && known(kl.ci95[0]) && excess.ci95[0] <= kl.ci95[0] - kl.cap;
+  const ends = excess ? [open ? null : excess.ci95[0], excess.ci95[1]] : [];
+  say("excess-sub", excess ? `95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", of too few requests to bound it" : ""}` : "the noise floor is not known yet");
+  bar("excess-bar", ends, excess && excess.estimate, 0, excess ? Math.max(excess.ci95[1] || 0, s.alarm.budget_nats || 0, excess.estimate) * 1.1 : 1);
   say("kl", `≥ ${nats(kl.estimate)}`);
   say("kl-sub", `95 % ${range(kl.ci95)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(raw.kl_nats_estimate.ci95) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
   say("tv", `≥ ${nats(raw.total_variation)}`);
