@@ -80,8 +80,8 @@ def take(chromium: str, url: str, out: Path, *, dark: bool) -> None:
         page.wait_for_timeout(12_000)  # rates need some states
         page.screenshot(path=out, full_page=True)
         browser.close()
-    # A page has few colours: a fraction of the bytes, and the same picture.
-    few = Image.open(out).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    # A page has few colours: a fraction of the bytes, and the same picture. Median cut would lose those of thin lines.
+    few = Image.open(out).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(out, optimize=True)
 
 
