@@ -316,7 +316,8 @@ def _panel(column: int, line: int, title: str, rows: list[dict[str, Any]], name:
 
     ticks = [t for t in (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30) if least <= t <= most]
     if not logarithmic:
-        ticks = [round(most * i / 4, 3) for i in range(4)]
+        step = next(step for step in (0.02, 0.05, 0.1, 0.2) if most / step < 6 or step == 0.2)
+        ticks = [step * i for i in range(int(most / step) + 1)]
     parts = [
         f'<g transform="translate({10 + column * WIDTH} {line * HEIGHT})"><text class="t" x="{LEFT}" y="20">{title}'
     ]
