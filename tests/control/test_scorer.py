@@ -318,6 +318,35 @@ async def test_captures_that_make_no_record_are_skipped(bench: Bench, damage: di
     await alive(bench)
 
 
+def listed(ids: list[int], *values: float) -> dict[str, object]:
+    """A capture's list in which the first of the three rows is this."""
+    found, logprobs = capture().candidate_ids, capture().candidate_logprobs
+    rows = np.frombuffer(found, "<i4").reshape(3, K + 1).copy(), np.frombuffer(logprobs, "<f4").reshape(3, K + 1).copy()
+    rows[0][0, : len(ids)], rows[1][0, : len(values)] = ids, values
+    return {"candidate_ids": rows[0].tobytes(), "candidate_logprobs": rows[1].tobytes()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (listed([0, 1, 2, 3], np.log(0.5), np.nan, -3.0, -4.0), "nan"),
+        (listed([0, 1, 2, 3], 0.1, -2.0, -3.0, -4.0), "range"),
+        (listed([0, 1, 2, 3], np.log(0.5), -4.0, -3.0, -2.0), "order"),
+        (listed([0, 1, 0, 3], np.log(0.5), -1.6, -2.3, -3.0), "repeated"),
+        (listed([0, 1, 2, 3], np.log(0.5), np.log(0.5), np.log(0.5), -4.0), "mass"),
+        (listed([0, -1, -1, -1], np.log(0.5), -np.inf, -np.inf, -np.inf), "short"),
+        (listed([0, 1, 2, 3], np.log(0.4), -1.6, -2.3, -3.0), "emitted"),
+        ({"top_k": K + 1}, "shape"),
+    ],
+)
+async def test_a_list_that_cannot_be_is_counted_by_reason_and_enters_nothing(
+    bench: Bench, damage: dict[str, object], reason: str
+) -> None:
+    assert await bench.ends(capture(**damage)) == Counter({("skipped", f"invalid_{reason}"): 1})
+    assert bench.records == []
+    await alive(bench)
+
+
 async def test_a_bug_behind_the_scorer_ends_one_capture(bench: Bench) -> None:
     bench.sinks_fail = True
     assert await bench.ends(capture(), capture()) == Counter({("dropped", "internal_error"): 2})
