@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hemostat_calibration.trajectory import Survival
 
-TOKENS = 24
+TOKENS = 23
+"""One of the positions at which the survival is kept."""
 REQUESTS = 30
 PROMPT = 16
 """Tokens of every prompt: a text is cut there and gone on with, so that the test is short."""
@@ -86,4 +87,5 @@ def test_the_predicted_prefix_is_what_greedy_texts_share(checkpoints):
     )
     assert abs(predicted.prefix - lengths.mean()) <= allowed
     # Narrow enough to be wrong: neither "they part at once" nor "they never part" is inside.
-    assert 1.0 < predicted.prefix_low < predicted.prefix_high < 0.5 * TOKENS
+    assert predicted.horizon == TOKENS
+    assert 0.0 < predicted.prefix_low < predicted.prefix_high < 0.5 * TOKENS
