@@ -25,14 +25,15 @@ from hemostat import floor, vllm_process
 from hemostat.compress import Checkpoints, cached_checkpoints
 from hemostat_calibration.profile import temperature_bias
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), needs("prometheus", "prometheus")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), needs("prometheus", "prometheus")]
+"""Minutes of patience here and below are for machines that do other work, too."""
 
 MODEL = "smollm2"
 CHAT = "/v1/chat/completions"
 LABEL = "sea"
 HEALTHY, COMPARED, DEGRADED = 50, 20, 24
 """Requests: while all is well, with a profile on half of them, after the swap so many at a time."""
-TOKENS = 64
+TOKENS = 32
 BUDGET = 0.45
 """Nats: above what four bits cost this model, below what half of its weights cost it."""
 ARGUMENTS = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048", "--max-logprobs", "64"]
@@ -67,7 +68,7 @@ class Run:
 
     def wait_served(self) -> None:
         assert self._vllm is not None
-        self._vllm.wait_ready(progress=print)
+        self._vllm.wait_ready(900, progress=print)
 
     def stop(self) -> None:
         if self._vllm is not None:
@@ -87,7 +88,7 @@ class Run:
                 "seed": n,
             } | more
             headers = {"x-hemostat-label": LABEL} if n % 4 < 2 else {}
-            httpx.post(f"{self.stack.url}{CHAT}", json=body, headers=headers, timeout=120).raise_for_status()
+            httpx.post(f"{self.stack.url}{CHAT}", json=body, headers=headers, timeout=300).raise_for_status()
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(one, itertools.islice(self._numbers, count)))
@@ -97,16 +98,20 @@ class Run:
         return self.stack.admin.post(path, content=content, headers=headers).raise_for_status().json()
 
     def floor_known(self) -> bool:
-        """After a little more traffic: as much as may wait for the floor's scoring."""
+        """After a little more traffic: as much as may wait for the floor's scoring.
+
+        A CPU that computes the same in any shape has a floor of 0, whose limit falls but slowly: half a hundred
+        requests. Half of the weights cost more than that limit and the budget together.
+        """
         self.send(floor.WAITING)
         upper = self.stack.status()["alarm"]["floor_upper_nats"]
-        return upper is not None and upper < 0.1
+        return upper is not None and upper < 0.8
 
     def promote(self, vocabulary: int) -> None:
         """A profile that hardly changes anything, on half of the requests."""
         bias = np.random.default_rng(1).normal(0.0, 0.05, vocabulary)
         version = self.post("/api/v1/profiles", temperature_bias("", vocabulary, 1.0, bias, 0.5).to_bytes())["version"]
-        wait_for("the engine to hold it", lambda: version in self.stack.status()["engines"]["acknowledged"], 30)
+        wait_for("the engine to hold it", lambda: version in self.stack.status()["engines"]["acknowledged"], 120)
         self.post("/api/v1/profiles/promote", json.dumps({"version": version}))
 
 
@@ -131,17 +136,18 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
             targets = {"hemostat:8081": one.admin, "compressed:8000": f"127.0.0.1:{one.port}"}
             with prometheus(config(targets), folder / "prometheus") as one.prometheus:
                 one.wait_served()
-                one.stack.wait_scoring()
+                one.stack.wait_scoring(300)
                 one.send(HEALTHY)
+                # Of what comes after it rates are taken, over minutes.
+                wait_for("an upper limit of the noise floor", one.floor_known, 600)
                 asked = {"type": "json_schema", "json_schema": {"name": "sea", "schema": {"enum": ["deep", "wide"]}}}
                 one.send(2, response_format=asked)
                 one.promote(json.loads((checkpoints.compressed / "config.json").read_text())["vocab_size"])
                 one.send(COMPARED)
-                wait_for("an upper limit of the noise floor", one.floor_known, 120)
-                one.stack.wait_settled(HEALTHY + COMPARED)
+                one.stack.wait_settled(HEALTHY + COMPARED, 300)
                 scored = one.stack.requests()["scored"]
                 counted = 'sum(hemostat_shadow_requests_total{outcome="scored"})'
-                wait_for("the last scrape", lambda: _value(one.prometheus.query(counted)) == scored, 20)
+                wait_for("the last scrape", lambda: _value(one.prometheus.query(counted)) == scored, 60)
                 yield one
     finally:
         one.stop()
@@ -192,7 +198,7 @@ def test_nothing_fires_while_all_is_well(run: Run) -> None:
 
 def test_a_profile_that_is_taken_back_is_told(run: Run) -> None:
     run.post("/api/v1/profiles/rollback", "")
-    wait_for("the alert", lambda: "HemostatCalibrationRolledBack" in run.prometheus.firing(), 20, 0.5)
+    wait_for("the alert", lambda: "HemostatCalibrationRolledBack" in run.prometheus.firing(), 60, 0.5)
 
 
 def test_a_worse_model_in_its_place_is_told(run: Run) -> None:
@@ -201,11 +207,11 @@ def test_a_worse_model_in_its_place_is_told(run: Run) -> None:
     run.serve(cached_checkpoints("prune50", print).compressed)
     run.wait_served()
     wanted = before | {"HemostatHemorrhage", "HemostatModelChanged"}
-    for _ in range(8):
+    for _ in range(14):  # the other model has another floor: the budget test waits until that is known
         run.send(DEGRADED, temperature=1)
         if all(t["raised"] for t in run.stack.status()["alarm"]["tests"] if t["route"] == CHAT):
             break
-    wait_for("the alerts", lambda: wanted <= run.prometheus.firing(), 20, 0.5)
+    wait_for("the alerts", lambda: wanted <= run.prometheus.firing(), 60, 0.5)
     (alert,) = [a for a in run.prometheus.alerts() if a["labels"]["alertname"] == "HemostatHemorrhage"]
     assert alert["labels"] | {"route": CHAT, "severity": "critical", "namespace": "compose"} == alert["labels"]
     assert CHAT in alert["annotations"]["summary"]
