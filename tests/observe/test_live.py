@@ -162,7 +162,14 @@ def numbers(series: list[dict[str, Any]]) -> list[float]:
 
 
 RARE = {"annotation Rollbacks": "nothing was rolled back yet", "annotation Alarms": "nothing is wrong yet"}
-"""Queries that are empty at first, and why; the last test looks again."""
+"""Queries that are empty at first, and why; the last tests look again."""
+
+
+def returns_data(run: Run, where: str) -> None:
+    found = [query for query in queries() if query.where == where]
+    assert found
+    for query in found:
+        assert run.prometheus.query(query.with_values(VALUES)), query
 
 
 @pytest.mark.parametrize("query", queries(), ids=str)
@@ -199,6 +206,7 @@ def test_nothing_fires_while_all_is_well(run: Run) -> None:
 def test_a_profile_that_is_taken_back_is_told(run: Run) -> None:
     run.post("/api/v1/profiles/rollback", "")
     wait_for("the alert", lambda: "HemostatCalibrationRolledBack" in run.prometheus.firing(), 60, 0.5)
+    returns_data(run, "annotation Rollbacks")  # which is of the last two minutes
 
 
 def test_a_worse_model_in_its_place_is_told(run: Run) -> None:
@@ -218,6 +226,4 @@ def test_a_worse_model_in_its_place_is_told(run: Run) -> None:
     runbook = httpx.URL(alert["annotations"]["runbook_url"])
     page = run.stack.admin.get(runbook.path).raise_for_status().text
     assert f'id="{runbook.fragment}"' in page, "where the alert leads"
-    for query in queries():
-        if query.where in RARE:
-            assert run.prometheus.query(query.with_values(VALUES)), query
+    returns_data(run, "annotation Alarms")
