@@ -215,8 +215,7 @@ async def test_scrapes_between_any_two_changes(tmp_path: Path) -> None:
 async def test_a_scrape_is_cheap(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         one._scored(*scored())
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
+        begun = time.thread_time()  # of the processor: a busy machine is no dear scrape
         for _ in range(20):
             generate_latest(one.registry)
-        assert (loop.time() - begun) / 20 < 0.05
+        assert (time.thread_time() - begun) / 20 < 0.05
