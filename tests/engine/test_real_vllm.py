@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -244,6 +245,35 @@ def test_a_contextual_profile_changes_the_treated_and_nobody_else(
     assert treated[:4] != plain[:4]
     for xargs, ids in zip(asked, found, strict=True):
         assert ids[:4] == (treated if xargs else plain)[:4]
+
+
+def rows_masked(server: Any) -> int:
+    """As the engine reports it, about once a second."""
+    with server.admin.lock:
+        return int(server.admin.registry.counters(0.0).get("rows_masked", 0))
+
+
+def test_a_grammar_holds_with_a_profile_and_a_row_whose_anchors_it_masks_is_left_alone(
+    vllm_server: Any, client: Client, forcing: str, contextual: CalibrationProfile
+) -> None:
+    """vLLM masks first. What the profile forces is not allowed, and stays masked; of the rest all is moved alike."""
+    grammar: dict[str, Any] = {"structured_outputs": {"regex": "[0-9]{4}-[0-9]{2}"}, "max_tokens": 12}
+    _, answer = client.complete(**grammar)
+    text, plain = answer["choices"][0]["text"], client.tokens(**grammar)
+    assert re.fullmatch("[0-9]{4}-[0-9]{2}", text), "nothing is shown where the grammar is not at work"
+    assert client.tokens({"hemostat": forcing}, **grammar) == plain
+    before = rows_masked(vllm_server)
+    xargs = {"hemostat": contextual.version, "hemostat_tap": "grammar"}
+    assert client.tokens(xargs, **grammar) == plain
+    give_up = time.monotonic() + 30
+    while rows_masked(vllm_server) == before or vllm_server.admin.registry.tapped("grammar") < len(plain):
+        assert time.monotonic() < give_up, "no masked row was counted"
+        time.sleep(0.1)
+    with vllm_server.admin.lock:
+        tap = vllm_server.admin.registry.take("grammar")
+    assert tap.applied == contextual.version
+    assert not np.isfinite(tap.features.values).any()
+    assert np.abs(tap.log_normalizer[contextual.version]).max() < 1e-5
 
 
 @pytest.fixture(scope="module")
