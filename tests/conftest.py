@@ -64,7 +64,7 @@ def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
     )
     try:
         server.start()
-        server.wait_ready(progress=print)
+        server.wait_ready(600.0, progress=print)
         yield RunningVllm(server.url, server.model, profile_dir, server.log, admin)
     finally:
         server.stop()
