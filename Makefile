@@ -41,7 +41,7 @@ bench-floor: setup ## how far each model is from itself; a table and build/bench
 bench-bounds: setup ## what cut lists leave open, against the whole vocabulary; a table, build/bench/bounds.json and .svg
 	@exec $(BIN)/python tests/bench/bench_bounds.py $(ARGS)
 
-bench-recovery: setup ## what calibration wins back, through the real engine (an hour); a table and build/bench/recovery.json
+bench-recovery: setup ## what calibration wins back, through the real engine (hours); a table and build/bench/recovery.json
 	@exec $(BIN)/python tests/bench/bench_recovery.py $(ARGS)
 
 bench-engine: setup ## what a contextual profile costs vLLM's decoding; a table and build/bench/engine.json
