@@ -10,9 +10,10 @@ difr       Token-DiFR (arXiv 2511.20621): the clipped post-Gumbel margin of the 
            the sampler's own noise; alarms when its mean over the last W tokens exceeds a threshold.
 threshold  the same rule on the KL, or on the spread that the change test looks at.
 
-The last two have no error rate of their own: their threshold is the one that 1 % of null runs made of the calibration
-prompts exceed, their statistic and W the ones that find W8A8 soonest on the calibration prompts. All else is told on
-the other prompts. A null run is RUN_REQUESTS requests drawn with replacement; to detect a change, the requests of the
+The last two have no error rate of their own: their threshold is the one that 1 % of null runs exceed, runs of the very
+prompts that they are then counted on, which flatters them (what comes of tuning on the calibration prompts is told,
+too); their statistic and W are the ones that find W8A8 soonest on the calibration prompts. All else is told on the
+other prompts. A null run is RUN_REQUESTS requests drawn with replacement; to detect a change, the requests of the
 changed model follow on BEFORE null ones, and tokens are counted from the change.
 """
 
@@ -283,8 +284,13 @@ def main() -> None:
     limit = floor.get(ALPHA / 4).high
     bets = fit([r.spread[~np.isnan(r.spread)] for r in calibration], ALPHA / 4)
     say("tuning thresholds on the calibration prompts")
-    difr, difr_settings = tuned(["margin"], calibration, learned)
-    threshold, threshold_settings = tuned(["kl", "spread"], calibration, learned)
+    figures = {"difr": ["margin"], "threshold": ["kl", "spread"]}
+    beforehand = {
+        name: null_row(name, tuned(among, calibration, learned)[0], kept["null"]) for name, among in figures.items()
+    }
+    say("and on those that count")
+    difr, difr_settings = tuned(figures["difr"], kept["null"], learned)
+    threshold, threshold_settings = tuned(figures["threshold"], kept["null"], learned)
     detectors = {
         "change": of_test(
             lambda: ChangeTest.begin(bets, ALPHA), lambda test, r, part: test.update(r.spread[part]), by_token=True
@@ -310,6 +316,9 @@ def main() -> None:
         "floor_nats": {"mean": floor.get().mean, "upper_limit": limit},
         "difr": {**difr_settings, "margin_cap": MARGIN_CAP},
         "threshold": threshold_settings,
+        "null_runs_alarming_when_tuned_on_calibration_prompts": {
+            name: row["alarming_runs"] / row["runs"] for name, row in beforehand.items()
+        },
         "requests_per_null_run": RUN_REQUESTS,
         "null_requests_before_a_change": BEFORE,
         "strategies": len(bets.log_factors),
@@ -350,6 +359,8 @@ def table(report: dict[str, Any]) -> None:
         print(
             f"{row['change']:<9}{row['detector']:<11}{middle:>8}{late:>8}{row['runs']:>7}{row['alarming_runs']:>10}{note}"
         )
+    for name, share in report["null_runs_alarming_when_tuned_on_calibration_prompts"].items():
+        print(f"{name}: tuned on the calibration prompts instead, {share:.1%} of null runs alarm")
     for change, reason in report["unavailable"].items():
         print(f"{change}: not measured, {reason}")
 
