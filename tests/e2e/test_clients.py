@@ -151,10 +151,10 @@ OPENAI: dict[str, Case] = {
         "token_logprobs",
     ),
     "stop": Case(
-        with_openai("chat", messages=[user("Count from 1 to 10.")], max_tokens=24, stop=["5", "five"]), shows="'stop'"
+        with_openai("chat", messages=[user("Count from 1 to 10.")], max_tokens=24, stop=["3", "three"]), shows="'stop'"
     ),
     "stop, stream": Case(
-        with_openai("chat", messages=[user("Count from 1 to 10.")], max_tokens=24, stop=["5", "five"], **STREAM),
+        with_openai("chat", messages=[user("Count from 1 to 10.")], max_tokens=24, stop=["3", "three"], **STREAM),
         shows="'stop'",
     ),
     "n": Case(with_openai("chat", messages=CAPITAL, n=2, temperature=1, seed=7), "n", "'index': 1"),
@@ -198,7 +198,7 @@ LANGCHAIN: dict[str, Case] = {
     "own logprobs, stream": Case(
         with_langchain(CAPITAL, stream=True, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
     ),
-    "stop": Case(with_langchain([user("Count from 1 to 10.")], {"stop": ["5", "five"]}, max_tokens=24), shows="'stop'"),
+    "stop": Case(with_langchain([user("Count from 1 to 10.")], {"stop": ["3", "three"]}, max_tokens=24), shows="'stop'"),
     "unknown model": Case(with_langchain(CAPITAL, model="nope"), "upstream_error", "404"),
     "bad parameter, stream": Case(with_langchain(CAPITAL, stream=True, top_p=7), "upstream_error", "400"),
 }
