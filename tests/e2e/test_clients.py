@@ -198,7 +198,9 @@ LANGCHAIN: dict[str, Case] = {
     "own logprobs, stream": Case(
         with_langchain(CAPITAL, stream=True, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
     ),
-    "stop": Case(with_langchain([user("Count from 1 to 10.")], {"stop": ["3", "three"]}, max_tokens=24), shows="'stop'"),
+    "stop": Case(
+        with_langchain([user("Count from 1 to 10.")], {"stop": ["3", "three"]}, max_tokens=24), shows="'stop'"
+    ),
     "unknown model": Case(with_langchain(CAPITAL, model="nope"), "upstream_error", "404"),
     "bad parameter, stream": Case(with_langchain(CAPITAL, stream=True, top_p=7), "upstream_error", "400"),
 }
