@@ -26,8 +26,8 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: lint ## lint, types, and all tests, on a real vLLM; ARGS="..." for pytest
-	$(BIN)/pytest $(ARGS)
+test: lint ## lint, types, and all tests, on a real vLLM; ARGS="..." for pytest (-n 0: one after the other)
+	$(BIN)/pytest -n 2 $(ARGS)
 
 bench-proxy: setup ## requests/s and CPU beside nginx and vllm-router; a table and build/bench/proxy.json
 	@exec $(BIN)/python tests/bench/bench_proxy.py $(ARGS)

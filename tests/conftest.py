@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 from tests.fakes.engine_admin import TOKEN, EngineAdmin
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from hemostat import vllm_process
 from hemostat.compress import Checkpoints, cached_checkpoints
@@ -69,6 +72,31 @@ def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
     finally:
         server.stop()
         admin.close()
+
+
+def pytest_configure() -> None:
+    """Each of `-n 2` processes has its servers compute on a processor of its own, where vLLM would take the first."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        processor = int(worker.removeprefix("gw")) % (os.cpu_count() or 1)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(processor))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _Together(config, log)
+
+
+class _Together(LoadScopeScheduling):
+    """With `-n 2`, a file stays in one process, and so do all that share the server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "vllm_server" if _shares_server(self.config.rootpath / file) else file
+
+
+@cache
+def _shares_server(file: Path) -> bool:
+    return "vllm_server" in file.read_text(encoding="utf-8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
