@@ -27,7 +27,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## lint, types, and all tests, on a real vLLM; ARGS="..." for pytest (-n 0: one after the other)
-	$(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 bench-proxy: setup ## requests/s and CPU beside nginx and vllm-router; a table and build/bench/proxy.json
 	@exec $(BIN)/python tests/bench/bench_proxy.py $(ARGS)
