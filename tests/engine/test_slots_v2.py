@@ -150,7 +150,7 @@ def test_a_request_that_edits_its_own_logits_gets_identity(edit: dict[str, Any])
     processor, _ = load(FIRST, SECOND)
     processor.add_request(0, params(FIRST, **edit))
     processor.apply_staged_writes()
-    z = torch.randn(1, V)
+    z = torch.randn(1, V, generator=torch.Generator().manual_seed(0))
     assert torch.equal(processor.apply(z.clone(), context([0], [1], [4])), z)
     assert processor.core.counters.read()["requests_declined"] == 1
 
@@ -198,7 +198,7 @@ def test_a_piece_of_a_prompt_is_no_output_position(monkeypatch: pytest.MonkeyPat
     req_states.prompt_len.np[0] = 10
     processor.add_request(0, params(FIRST, "n"))
     processor.apply_staged_writes()
-    processor.apply(torch.randn(1, V), context([0], [1], [4]))
+    processor.apply(torch.randn(1, V, generator=torch.Generator().manual_seed(0)), context([0], [1], [4]))
     assert processor.core.taps.drain(9, 1 << 20) == []
 
 
