@@ -209,6 +209,7 @@ def plugin_counters() -> Any:
     """The loaded processor's counters; vLLM has no way to ask for its processors."""
     from hemostat_calibration.engine.processor import LogitsProcessor
 
+    gc.unfreeze()  # vLLM's start freezes what it made, and what is frozen is not listed
     (processor,) = (found for found in gc.get_objects() if type(found) is LogitsProcessor)
     return processor.core.counters
 
