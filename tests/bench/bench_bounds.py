@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy's; torch is told how many
 
 import numpy as np
 
+from hemostat import vllm_process
 from hemostat.compress import cached_checkpoints
 from hemostat_calibration.bounds import FLOOR, bounds
 from hemostat_calibration.divergence import divergence
@@ -78,7 +79,7 @@ def requests(scheme: str, count: int, seed: int) -> Iterator[Request]:
     torch.manual_seed(seed)
     paths = cached_checkpoints(scheme, say)
     reference, compressed = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, vllm_process.dtype())).eval()
         for path in (paths.reference, paths.compressed)
     )
     tokenizer = AutoTokenizer.from_pretrained(paths.reference, padding_side="left")

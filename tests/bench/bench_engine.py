@@ -39,7 +39,7 @@ import numpy.typing as npt
 
 from hemostat.compress import cached_checkpoints
 from hemostat.engines import EXPIRES_AFTER
-from hemostat.vllm_process import LOGITS_PROCESSOR, quiet_environment, tied
+from hemostat.vllm_process import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, tied
 from hemostat_calibration.contextual import contextual_profile
 from hemostat_calibration.profile import CalibrationProfile
 
@@ -164,9 +164,9 @@ def serve_bursts(model: str, batch: int, plugin: bool, answers: IO[str]) -> None
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=model,
+        model=str(runnable(Path(model))),
         enforce_eager=True,
-        dtype="bfloat16",
+        dtype=dtype(),
         max_model_len=2048,
         max_num_seqs=max(batch, 2),
         enable_prefix_caching=False,

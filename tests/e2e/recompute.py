@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from hemostat import vllm_process
+
 
 @dataclass(frozen=True)
 class Recomputed:
@@ -38,7 +40,7 @@ def logprobs(model: torch.nn.Module, prompt: list[int], output: list[int]) -> to
 def recompute(folder: Path, top_k: int) -> list[Recomputed]:
     """From DIR of `--keep DIR`."""
     models = [
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16).eval()
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=getattr(torch, vllm_process.dtype())).eval()
         for name in ("reference", "compressed")
     ]
     found = []

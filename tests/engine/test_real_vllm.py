@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hemostat import vllm_process
 from hemostat_calibration import transform as oracle
 from hemostat_calibration.contextual import contextual_profile
 from hemostat_calibration.profile import CalibrationProfile, temperature_bias
@@ -284,7 +285,7 @@ def model(checkpoints: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # compressed-tensors imports what torch deprecates
-        return AutoModelForCausalLM.from_pretrained(checkpoints.compressed, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(checkpoints.compressed, dtype=getattr(torch, vllm_process.dtype()))
 
 
 @pytest.mark.parametrize("treated", [False, True])

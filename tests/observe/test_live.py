@@ -36,7 +36,7 @@ HEALTHY, COMPARED, DEGRADED = 50, 20, 24
 TOKENS = 32
 BUDGET = 0.45
 """Nats: above what four bits cost this model, below what half of its weights cost it."""
-ARGUMENTS = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048", "--max-logprobs", "64"]
+ARGUMENTS = ["--enforce-eager", "--dtype", vllm_process.dtype(), "--max-model-len", "2048", "--max-logprobs", "64"]
 VALUES = {"namespace": "compose", "model": MODEL, "route": CHAT}
 """One of each, chosen by hand."""
 

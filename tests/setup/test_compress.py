@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from hemostat import compress as module
-from hemostat.compress import MANIFEST, Checkpoints, CompressError, cached_checkpoints, compress, is_whole
+from hemostat.compress import (
+    MANIFEST,
+    Checkpoints,
+    CompressError,
+    cached_checkpoints,
+    compress,
+    is_whole,
+    packed,
+    unpacked,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -62,6 +71,28 @@ def test_w4a16_is_packed_and_close_to_the_original(tiny: Path, tmp_path: Path) -
     error = (restored - original).norm() / original.norm()
     assert 0.02 < error < 0.15, "4 bits lose something, but not the weights"
     assert torch.equal(state["model.embed_tokens.weight"], weights(tiny)["model.embed_tokens.weight"])
+
+
+def test_unpacked_is_the_same_model(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compress(tiny, tmp_path / "w4a16", "w4a16")
+    compress(tiny, tmp_path / "w8a8", "w8a8")
+    assert [packed(p) for p in (tmp_path / "w4a16", tmp_path / "w8a8", tiny, tmp_path)] == [True, False, False, False]
+    dense = unpacked(tmp_path / "w4a16")
+    assert is_whole(dense)
+    assert not packed(dense)
+    assert (dense / "chat_template.jinja").read_text() == "{{ messages }}"
+    ids = torch.arange(40)[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.inference_mode():
+            both = [
+                transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)(ids).logits
+                for folder in (tmp_path / "w4a16", dense)
+            ]
+        assert torch.equal(*both), dtype
+    made = (dense / MANIFEST).stat().st_mtime_ns
+    assert unpacked(tmp_path / "w4a16") == dense
+    assert (dense / MANIFEST).stat().st_mtime_ns == made, "made once"
 
 
 def test_int3_is_dense_and_knows_eight_values_a_group(tiny: Path, tmp_path: Path) -> None:

@@ -56,6 +56,22 @@ def gone(pid: int, within: float = 10.0) -> bool:
     return not alive(pid)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_where_vllm_has_no_int4_kernels_a_dense_copy_is_served(
+    narrow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_process, "on_cpu", lambda: True)
+    monkeypatch.setattr(vllm_process, "_narrow", lambda: narrow)
+    monkeypatch.setattr(vllm_process, "unpacked", lambda folder: folder / "dense")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
+    assert vllm_process.runnable(tmp_path) == (tmp_path / "dense" if narrow else tmp_path)
+    assert vllm_process.dtype() == ("float32" if narrow else "bfloat16")
+    (tmp_path / "config.json").write_text("{}")
+    assert vllm_process.runnable(tmp_path) == tmp_path
+    monkeypatch.setattr(vllm_process, "on_cpu", lambda: False)
+    assert vllm_process.dtype() == "bfloat16", "a GPU's"
+
+
 @pytest.fixture
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_process, "installed", lambda: True)

@@ -34,6 +34,7 @@ from hemostat.vllm_process import (
     STOPS_WITHIN,
     VllmFailure,
     VllmServer,
+    dtype,
     free_port,
     on_cpu,
     tied,
@@ -359,7 +360,7 @@ class _Demo:
 
 def vllm_arguments() -> list[str]:
     """Beside what VllmServer says itself. A GPU build keeps its defaults (graphs, compilation)."""
-    arguments = ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-logprobs", str(TOP_K)]
+    arguments = ["--dtype", dtype(), "--max-model-len", "4096", "--max-logprobs", str(TOP_K)]
     if on_cpu():
         arguments.append("--enforce-eager")
     return [*arguments, "--logits-processors", LOGITS_PROCESSOR]
@@ -373,7 +374,7 @@ def serve_settings(
         "listen": {"host": "127.0.0.1", "port": data_port},
         "admin": {"host": "127.0.0.1", "port": admin_port, "token": token},
         "upstream": {"url": upstream, "openai_sampling_defaults": True},
-        "reference": {"backend": "transformers", "model": str(checkpoints.reference.absolute()), "dtype": "bfloat16"},
+        "reference": {"backend": "transformers", "model": str(checkpoints.reference.absolute()), "dtype": dtype()},
         "shadow": {"rate": 1.0, "seed": options.seed % 2**63, "top_k": TOP_K},
         "calibration": dict(CALIBRATION),
         "shutdown_seconds": 5.0,

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from hemostat import vllm_process
+
 os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -86,8 +88,8 @@ def decode(checkpoint: Path, folder: Path, first: int, requests: int, kv_cache: 
 
     texts = prompts()
     engine = LLM(
-        model=str(checkpoint),
-        dtype="bfloat16",
+        model=str(vllm_process.runnable(checkpoint)),
+        dtype=vllm_process.dtype(),
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=max(BATCHES),

@@ -39,7 +39,7 @@ CORES = os.cpu_count() or 1
 STREAMS = 64
 """Requests at once."""
 ARGUMENTS = (
-    *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "96"),
+    *("--enforce-eager", "--dtype", vllm_process.dtype(), "--max-model-len", "512", "--max-num-seqs", "96"),
     *("--no-enable-prefix-caching", "--logits-processors", vllm_process.LOGITS_PROCESSOR),
 )
 TAPPED_WITHIN = 60.0
@@ -205,7 +205,7 @@ def with_hidden(reference: Path, texts: Sequence[Written], name: str) -> list[Wr
     """The texts with the reference's hidden states, many texts at a time; the first ones are compared with those that
     Hemostat's reference process gives one by one, which takes ten times as long."""
     began = said = time.monotonic()
-    model: Any = AutoModelForCausalLM.from_pretrained(str(reference), dtype=torch.bfloat16).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(str(reference), dtype=getattr(torch, vllm_process.dtype())).eval()
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i].prompt) + len(texts[i].output))
     found: dict[int, Written] = {}
 
