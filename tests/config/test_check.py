@@ -17,7 +17,7 @@ import pytest
 from tests import valkey
 from tests.reference.fake_vllm import FakeVllm, running
 
-from hemostat import cli
+from hemostat import cli, vllm_process
 from hemostat.check import Finding, State, check, exit_code, table
 from hemostat.config import Settings
 from hemostat_calibration.profile import CalibrationProfile
@@ -319,7 +319,11 @@ async def test_check_on_real_models(vllm_server: Any, checkpoints: Any) -> None:
     settings = Settings.model_validate(
         {
             "upstream": {"url": vllm_server.url},
-            "reference": {"backend": "transformers", "model": str(checkpoints.reference)},
+            "reference": {
+                "backend": "transformers",
+                "model": str(checkpoints.reference),
+                "dtype": vllm_process.dtype(),
+            },
             "shadow": {"top_k": 64},
             "calibration": {"mode": "auto"},
         }

@@ -18,6 +18,7 @@ import pytest
 from langchain_core.messages import BaseMessageChunk
 from tests.e2e.stack import Stack, hemostat, sampling_settings
 
+from hemostat import vllm_process
 from hemostat.compress import Checkpoints
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would fetch prices at its import
@@ -296,7 +297,7 @@ def proxies(
     vllm_server: Engine, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Proxies]:
     folder = tmp_path_factory.mktemp("clients")
-    reference = {"backend": "transformers", "model": str(checkpoints.reference)}
+    reference = {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_process.dtype()}
     plain_settings = {"upstream": {"url": vllm_server.url}, "shadow": {"rate": 0}}
     with (
         hemostat(sampling_settings(vllm_server.url, reference), folder / "1") as always,

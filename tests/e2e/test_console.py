@@ -16,6 +16,8 @@ from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
 from tests.control.shown import interval, nats, percent
 from tests.e2e.stack import ADMIN_TOKEN, Stack, hemostat, kill, sampling_settings, wait_for
 
+from hemostat import vllm_process
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.vllm,
@@ -32,7 +34,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def stack(vllm_server: Any, checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    reference = {"backend": "transformers", "model": str(checkpoints.reference)}
+    reference = {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_process.dtype()}
     settings = sampling_settings(
         vllm_server.url,
         reference,

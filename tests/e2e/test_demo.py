@@ -19,7 +19,7 @@ from hemostat_calibration.profile import temperature_bias
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1000),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
 ]
 
@@ -50,7 +50,7 @@ def demo(
         [*command, "--report", folder / "report.json", "--keep", folder / "kept", "--no-console", *flags],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

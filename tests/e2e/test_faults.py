@@ -30,6 +30,7 @@ from tests.e2e.stack import (
     wait_for,
 )
 
+from hemostat import vllm_process
 from hemostat.compress import Checkpoints
 
 pytestmark = pytest.mark.timeout(300)
@@ -61,7 +62,7 @@ def ended(requests: dict[str, Any]) -> int:
 
 @pytest.fixture(scope="module")
 def stack(vllm_server: Engine, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    reference = {"backend": "transformers", "model": str(checkpoints.reference)}
+    reference = {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_process.dtype()}
     with hemostat(sampling_settings(vllm_server.url, reference), tmp_path_factory.mktemp("faults")) as stack:
         stack.wait_scoring()
         yield stack

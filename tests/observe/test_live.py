@@ -100,6 +100,7 @@ class Run:
     def floor_known(self) -> bool:
         """After a little more traffic: as much as may wait for the floor's scoring."""
         self.send(floor.WAITING)
+        self.stack.wait_settled(within=300)  # what is sent faster than it is scored only makes the queue longer
         return self.stack.status()["alarm"]["floor_upper_nats"] is not None
 
     def promote(self, vocabulary: int) -> None:
@@ -117,7 +118,7 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
     host, port = one.admin.split(":")
     settings = sampling_settings(
         one.url,
-        {"backend": "transformers", "model": str(checkpoints.reference)},
+        {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_process.dtype()},
         admin={"host": host, "port": int(port), "token": ADMIN_TOKEN},
         calibration={"mode": "auto", "control_fraction": 0.5, "held_out_fraction": 0.5},
         labels=[LABEL],
@@ -139,7 +140,7 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
                 one.send(2, response_format=asked)
                 one.promote(json.loads((checkpoints.compressed / "config.json").read_text())["vocab_size"])
                 one.send(COMPARED)
-                one.stack.wait_settled(HEALTHY + COMPARED, 300)
+                one.stack.wait_settled(HEALTHY + COMPARED, 600)
                 scored = one.stack.requests()["scored"]
                 counted = 'sum(hemostat_shadow_requests_total{outcome="scored"})'
                 wait_for("the last scrape", lambda: _value(one.prometheus.query(counted)) == scored, 60)

@@ -234,7 +234,7 @@ def with_hidden(reference: Path, texts: Sequence[Written], name: str) -> list[Wr
 
 
 async def _compare(reference: Path, texts: Sequence[Written]) -> None:
-    scorer = TransformersReference(str(reference), threads=2)
+    scorer = TransformersReference(str(reference), vllm_process.dtype(), threads=2)
     await scorer.start()
     try:
         for text in texts:
