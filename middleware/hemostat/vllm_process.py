@@ -52,10 +52,13 @@ def on_cpu() -> bool:
         return False
 
 
-def runnable(checkpoint: Path) -> Path:
+def runnable(checkpoint: Path, progress: Callable[[str], None] = lambda _: None) -> Path:
     """The checkpoint; where vLLM's CPU build has no kernels for its packed weights (it has none without AVX-512), a
     dense copy of it: slower, the same model."""
-    return unpacked(checkpoint) if on_cpu() and _narrow() and packed(checkpoint) else checkpoint
+    if not (on_cpu() and _narrow() and packed(checkpoint)):
+        return checkpoint
+    progress("no AVX-512 here, and without it vLLM has no int4 kernels: it gets a dense copy of the same weights")
+    return unpacked(checkpoint)
 
 
 def dtype() -> str:
@@ -117,12 +120,12 @@ class VllmServer:
         self._environment = os.environ | quiet_environment() | dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Start the process. Call it from a thread that lives as long as the server may: the kernel ends the server
         when that thread is gone. Raises VllmFailure when vLLM is not installed."""
         if not installed():
             raise VllmFailure("vLLM is not installed in this environment: run `make setup`")
-        command = [*self._command, "--model", str(runnable(self._checkpoint))]
+        command = [*self._command, "--model", str(runnable(self._checkpoint, progress))]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 tied(command),

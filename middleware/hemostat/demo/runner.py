@@ -198,7 +198,7 @@ class _Demo:
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
         self._say(f"starting vLLM on the {options.compression} model, and Hemostat with the reference in process")
         with _stopping(vllm):
-            vllm.start()
+            vllm.start(self._say)
             with _serving(serve_command(config, options.overrides), logs / "hemostat.log") as serve:
                 await self._measure(scene, vllm, serve, logs)
 
