@@ -109,8 +109,8 @@ def unpacked(checkpoint: Path, progress: Progress = lambda _: None) -> Path:
     `compress` does."""
     versions = _versions("torch", "compressed_tensors")
     made_from = {"recipe": _RECIPE, "scheme": "unpacked", "source": _folder_digest(checkpoint), **versions}
-    name = hashlib.sha256(str(checkpoint.absolute()).encode()).hexdigest()[:12]
-    destination = cache_folder() / "unpacked" / f"{checkpoint.name}-{name}"
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    destination = cache_folder() / "unpacked" / name
     _build(destination, made_from, lambda folder: _write_unpacked(checkpoint, folder, progress), progress)
     return destination
 
@@ -291,7 +291,12 @@ def _write_unpacked(source: Path, folder: Path, progress: Progress) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     quantization = config.pop("quantization_config")
     quantization.pop("version", None)
-    (recipe,) = QuantizationConfig.model_validate(quantization).config_groups.values()
+    found = QuantizationConfig.model_validate(quantization)
+    if len(found.config_groups) != 1 or found.kv_cache_scheme is not None:
+        raise CompressError(
+            f"{source} is packed in more than one way: only what `hemostat compress` wrote can be unpacked"
+        )
+    (recipe,) = found.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(_PACKED)
     state: dict[str, Any] = {}
     layers: dict[str, dict[str, Any]] = {}
@@ -303,7 +308,8 @@ def _write_unpacked(source: Path, folder: Path, progress: Progress) -> None:
                     layers.setdefault(layer, {})[part] = file.get_tensor(key)
                 else:
                     state[key] = file.get_tensor(key)
-    for layer, parts in layers.items():
+    while layers:
+        layer, parts = layers.popitem()
         # In float32, which holds every product of an integer and a scale.
         parts["weight_scale"] = parts["weight_scale"].float()
         state[f"{layer}.weight"] = compressor.decompress(parts, recipe)["weight"].contiguous()

@@ -58,7 +58,7 @@ def runnable(checkpoint: Path, progress: Callable[[str], None] = lambda _: None)
     if not (on_cpu() and _narrow() and packed(checkpoint)):
         return checkpoint
     progress("no AVX-512 here, and without it vLLM has no int4 kernels: it gets a dense copy of the same weights")
-    return unpacked(checkpoint)
+    return unpacked(checkpoint, progress)
 
 
 def dtype() -> str:
@@ -70,10 +70,11 @@ def dtype() -> str:
 @functools.cache
 def _narrow() -> bool:
     """True for an x86 processor without AVX-512."""
-    if platform.machine() != "x86_64":
-        return False
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\nflags")[2].partition("\n")[0]
-    return "avx512f" not in flags.split()
+    return platform.machine() == "x86_64" and not _avx512(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+
+
+def _avx512(cpuinfo: str) -> bool:
+    return "avx512f" in cpuinfo.partition("\nflags")[2].partition("\n")[0].split()
 
 
 def free_port() -> int:
@@ -120,12 +121,13 @@ class VllmServer:
         self._environment = os.environ | quiet_environment() | dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
-        """Start the process. Call it from a thread that lives as long as the server may: the kernel ends the server
-        when that thread is gone. Raises VllmFailure when vLLM is not installed."""
+    def start(self) -> None:
+        """Start the process, on what is `runnable` of the model; where that is made first, it takes half a minute. Call
+        it from a thread that lives as long as the server may: the kernel ends the server when that thread is gone.
+        Raises VllmFailure when vLLM is not installed, CompressError where the dense copy cannot be made."""
         if not installed():
             raise VllmFailure("vLLM is not installed in this environment: run `make setup`")
-        command = [*self._command, "--model", str(runnable(self._checkpoint, progress))]
+        command = [*self._command, "--model", str(runnable(self._checkpoint))]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 tied(command),

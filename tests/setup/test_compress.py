@@ -15,6 +15,7 @@ from hemostat.compress import (
     CompressError,
     cached_checkpoints,
     compress,
+    copy_checkpoint,
     is_whole,
     packed,
     unpacked,
@@ -91,7 +92,8 @@ def test_unpacked_is_the_same_model(tiny: Path, tmp_path: Path, monkeypatch: pyt
             ]
         assert torch.equal(*both), dtype
     made = (dense / MANIFEST).stat().st_mtime_ns
-    assert unpacked(tmp_path / "w4a16") == dense
+    copy_checkpoint(tmp_path / "w4a16", tmp_path / "elsewhere")
+    assert unpacked(tmp_path / "w4a16") == unpacked(tmp_path / "elsewhere") == dense
     assert (dense / MANIFEST).stat().st_mtime_ns == made, "made once"
 
 

@@ -62,14 +62,27 @@ def test_where_vllm_has_no_int4_kernels_a_dense_copy_is_served(
 ) -> None:
     monkeypatch.setattr(vllm_process, "on_cpu", lambda: True)
     monkeypatch.setattr(vllm_process, "_narrow", lambda: narrow)
-    monkeypatch.setattr(vllm_process, "unpacked", lambda folder: folder / "dense")
+    monkeypatch.setattr(vllm_process, "unpacked", lambda folder, _: folder / "dense")
     (tmp_path / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
     assert vllm_process.runnable(tmp_path) == (tmp_path / "dense" if narrow else tmp_path)
     assert vllm_process.dtype() == ("float32" if narrow else "bfloat16")
+    server = VllmServer(tmp_path, "it", tmp_path / "log")
+    server._command = [sys.executable, "-c", "import sys; print(sys.argv)"]
+    server.start()
+    assert server._process is not None
+    server._process.wait(30)
+    assert str(["-c", "--model", str(vllm_process.runnable(tmp_path))]) in server.log.read_text()
+    monkeypatch.setattr(vllm_process, "on_cpu", lambda: False)
+    assert (vllm_process.runnable(tmp_path), vllm_process.dtype()) == (tmp_path, "bfloat16"), "a GPU's"
+    monkeypatch.setattr(vllm_process, "on_cpu", lambda: True)
     (tmp_path / "config.json").write_text("{}")
     assert vllm_process.runnable(tmp_path) == tmp_path
-    monkeypatch.setattr(vllm_process, "on_cpu", lambda: False)
-    assert vllm_process.dtype() == "bfloat16", "a GPU's"
+
+
+def test_what_a_processor_can_do() -> None:
+    wide = "processor\t: 0\nmodel name\t: avx512f\nflags\t\t: fpu avx2 avx512f avx512bw\nbugs\t: none\n"
+    assert vllm_process._avx512(wide)
+    assert not vllm_process._avx512(wide.replace(" avx512f avx512bw", " avx512bw"))
 
 
 @pytest.fixture

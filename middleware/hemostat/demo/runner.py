@@ -37,6 +37,7 @@ from hemostat.vllm_process import (
     dtype,
     free_port,
     on_cpu,
+    runnable,
     tied,
 )
 from hemostat_calibration.errors import HemostatError
@@ -181,13 +182,14 @@ class _Demo:
             (options.keep / "records.jsonl").unlink(missing_ok=True)
         self._say("checkpoints")
         checkpoints = await self._first([], asyncio.to_thread(self._checkpoints))
+        served = await self._first([], asyncio.to_thread(runnable, checkpoints.compressed, self._say))
         data_port, admin_port = _port(DATA_PORT), _port(ADMIN_PORT)
         scene = view.Scene(
             SERVED_NAME, f"http://127.0.0.1:{data_port}", f"http://127.0.0.1:{admin_port}", str(logs.absolute())
         )
         token = secrets.token_urlsafe(24)
         vllm = VllmServer(
-            checkpoints.compressed,
+            served,
             SERVED_NAME,
             logs / "vllm.log",
             vllm_arguments(),
@@ -198,7 +200,7 @@ class _Demo:
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
         self._say(f"starting vLLM on the {options.compression} model, and Hemostat with the reference in process")
         with _stopping(vllm):
-            vllm.start(self._say)
+            vllm.start()
             with _serving(serve_command(config, options.overrides), logs / "hemostat.log") as serve:
                 await self._measure(scene, vllm, serve, logs)
 

@@ -140,11 +140,13 @@ def score(reference: Path, folder: Path) -> None:
     parts = [path for path in decoded if not path.with_suffix(".scored.npz").is_file()]
     if not parts:
         return
+    import torch
     from transformers import AutoModelForCausalLM
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", local_files_only=True).eval()
+    dtype = getattr(torch, vllm_process.dtype())
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, local_files_only=True).eval()
     began, tokens = time.monotonic(), 0
     for part in parts:
         given = dict(np.load(part))
