@@ -152,11 +152,12 @@ def xlogy(x: Floats, y: Floats) -> Floats:
 def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
     """JS of r and p over S plus one bucket, and its derivative by log w where p = a w on S, both [T]."""
     r_out, p_out = bucket(view, view.r), bucket(view, p)
-    mean, mean_out = 0.5 * (view.r + p), 0.5 * (r_out + p_out)
+    # Over the sum, not the mean: half of the smallest number is 0.
+    both, both_out = view.r + p, r_out + p_out
     with np.errstate(divide="ignore", invalid="ignore"):
-        of_p = row_sums(xlogy(p, p / mean))
-        value = of_p + row_sums(xlogy(view.r, view.r / mean))
-        value += xlogy(r_out, r_out / mean_out) + xlogy(p_out, p_out / mean_out)
+        of_p = row_sums(xlogy(p, 2.0 * p / both))
+        value = of_p + row_sums(xlogy(view.r, 2.0 * view.r / both))
+        value += xlogy(r_out, 2.0 * r_out / both_out) + xlogy(p_out, 2.0 * p_out / both_out)
     floor = np.maximum(p_out, MASS_ROUNDING)
     slope = of_p - row_sums(p) * np.log(floor / (0.5 * (r_out + floor)))
     return np.clip(0.5 * value, 0.0, np.log(2.0)), 0.5 * slope
@@ -289,8 +290,8 @@ def bounds_of(
         most_rc += _one_sided(r_p, log_r_p, p_rest.least, most)
         most_cr = known.kl_cr - _bucket_term(p_out, r_out) + p_rest.most_kl(least_r, most)
         most_cr += _one_sided(p_q, np.where(on_q, log_p, -np.inf), r_rest.least, most)
-        mean = 0.5 * (r_out + p_out)
-        most_js = known.js - 0.5 * (xlogy(r_out, r_out / mean) + xlogy(p_out, p_out / mean))
+        both = r_out + p_out
+        most_js = known.js - 0.5 * (xlogy(r_out, 2.0 * r_out / both) + xlogy(p_out, 2.0 * p_out / both))
     overlap = unnamed * np.minimum(r_rest.least, p_rest.least)
     overlap += row_sums(np.minimum(r_p, p_rest.least[:, None])) + row_sums(np.minimum(p_q, r_rest.least[:, None]))
     apart = np.maximum(r_out + p_out + 2.0 * MASS_ROUNDING - 2.0 * overlap, 0.0)

@@ -143,11 +143,11 @@ def _terms(log_r: Floats, log_c: Floats) -> Floats:
     """Each id's part in TV, JS, KL(r‖c), KL(c‖r): [4, T, N]."""
     r, c = np.exp(log_r), np.exp(log_c)
     with np.errstate(divide="ignore", invalid="ignore"):
-        mean = 0.5 * (r + c)
+        both = r + c
         return np.stack(
             [
                 0.5 * np.abs(r - c),
-                0.5 * (xlogy(r, r / mean) + xlogy(c, c / mean)),
+                0.5 * (xlogy(r, 2.0 * r / both) + xlogy(c, 2.0 * c / both)),
                 np.where(r > 0.0, r * (log_r - log_c), 0.0),
                 np.where(c > 0.0, c * (log_c - log_r), 0.0),
             ]

@@ -79,6 +79,20 @@ def test_what_is_said_is_true_of_the_whole_vocabulary(truth, sampling, k, refere
         assert np.isnan(found.tv.lower[~found.available]).all()
 
 
+def test_half_of_the_smallest_number_is_nothing():
+    """What is left of an id's probability may be 5e-324: the mean of it and 0 is 0, which nothing may be divided by."""
+    z = np.array([[0.0, -298.0, -310.0]])
+    other = np.array([[0.0, -310.0, -298.0]])
+    truth = Truth(log_softmax(z), log_softmax(other), np.array([0]))
+    for sampling in (Sampling(temperature=0.4), Sampling(temperature=0.4, top_k=3), Sampling(temperature=0.4, top_k=2)):
+        q_r, q_c = (engine(log, sampling, np.arange(3)) for log in (truth.reference, truth.compressed))
+        assert np.exp(q_r).max(initial=0.0, where=np.exp(q_r) < 0.5) == 5e-324
+        found = sampled(make_record(truth, 3, sampling=sampling))
+        assert found.js.lower == pytest.approx(0.0, abs=1e-9)
+        assert 0.0 <= found.js.upper[0] < 1e-5
+        assert exact(q_r, q_c)["js"] == pytest.approx(0.0, abs=1e-9)
+
+
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.3])
 def test_the_interval_at_a_temperature_is_narrow_where_the_lists_hold_most(temperature):
     rng = np.random.default_rng(0)
