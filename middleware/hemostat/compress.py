@@ -109,8 +109,7 @@ def unpacked(checkpoint: Path, progress: Progress = lambda _: None) -> Path:
     `compress` does."""
     versions = _versions("torch", "compressed_tensors")
     made_from = {"recipe": _RECIPE, "scheme": "unpacked", "source": _folder_digest(checkpoint), **versions}
-    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
-    destination = cache_folder() / "unpacked" / name
+    destination = cache_folder() / "unpacked" / _key(made_from)
     _build(destination, made_from, lambda folder: _write_unpacked(checkpoint, folder, progress), progress)
     return destination
 
@@ -118,8 +117,7 @@ def unpacked(checkpoint: Path, progress: Progress = lambda _: None) -> Path:
 def cached_checkpoints(scheme: str = "w4a16", progress: Progress = lambda _: None) -> Checkpoints:
     """The demo's checkpoints, in the user's cache folder; made on first use (half a minute), then only checked."""
     versions = _versions(*_NEEDED)
-    key = hashlib.sha256(json.dumps([_RECIPE, versions], sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_folder() / "checkpoints" / f"smollm2-135m-instruct-{key}"
+    folder = cache_folder() / "checkpoints" / f"smollm2-135m-instruct-{_key([_RECIPE, versions])}"
     folder.mkdir(parents=True, exist_ok=True)
     found = Checkpoints(folder / "reference", folder / scheme)
     reference_checkpoint(found.reference, progress)
@@ -194,6 +192,11 @@ def _made_from(folder: Path) -> Any:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["made_from"]
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _key(made_from: Any) -> str:
+    """Of what a folder in the cache is made from (JSON)."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _file_digest(path: Path) -> str:
@@ -271,14 +274,11 @@ def _write_compressed(source: Path, folder: Path, scheme: str, progress: Progres
         quantization = _quantize(state, linears, heads, scheme, progress)
     with _quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
-    for path in source.iterdir():  # tokenizer, chat template, generation settings
-        if path.is_file() and path.name != MANIFEST and not _is_weights(path.name):
-            shutil.copyfile(path, folder / path.name)
+    _copy_all_but_weights(source, folder)
     if quantization is not None:
-        config_file = folder / "config.json"
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = quantization
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_config(folder, config)
 
 
 def _write_unpacked(source: Path, folder: Path, progress: Progress) -> None:
@@ -314,10 +314,19 @@ def _write_unpacked(source: Path, folder: Path, progress: Progress) -> None:
         parts["weight_scale"] = parts["weight_scale"].float()
         state[f"{layer}.weight"] = compressor.decompress(parts, recipe)["weight"].contiguous()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _copy_all_but_weights(source, folder)
+    _write_config(folder, config)
+
+
+def _copy_all_but_weights(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, settings."""
     for path in source.iterdir():
-        if path.is_file() and path.name not in {MANIFEST, "config.json"} and not _is_weights(path.name):
+        if path.is_file() and path.name != MANIFEST and not _is_weights(path.name):
             shutil.copyfile(path, folder / path.name)
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _is_weights(name: str) -> bool:

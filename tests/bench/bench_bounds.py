@@ -79,7 +79,7 @@ def requests(scheme: str, count: int, seed: int) -> Iterator[Request]:
     torch.manual_seed(seed)
     paths = cached_checkpoints(scheme, say)
     reference, compressed = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, vllm_process.dtype())).eval()
+        AutoModelForCausalLM.from_pretrained(path, dtype=vllm_process.dtype()).eval()
         for path in (paths.reference, paths.compressed)
     )
     tokenizer = AutoTokenizer.from_pretrained(paths.reference, padding_side="left")

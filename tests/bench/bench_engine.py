@@ -396,6 +396,7 @@ def main() -> int:
         "ci95_all_rows": compared[ALL_ROWS]["ci95"],
         "ratio_no_rows": compared[NO_ROWS]["ratio"],
         "ci95_no_rows": compared[NO_ROWS]["ci95"],
+        "dtype": dtype(),
         "batch": arguments.batch,
         **sizes,
         "profile": profile.version if arguments.profile else "synthetic",

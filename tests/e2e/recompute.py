@@ -40,7 +40,7 @@ def logprobs(model: torch.nn.Module, prompt: list[int], output: list[int]) -> to
 def recompute(folder: Path, top_k: int) -> list[Recomputed]:
     """From DIR of `--keep DIR`."""
     models = [
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=getattr(torch, vllm_process.dtype())).eval()
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=vllm_process.dtype()).eval()
         for name in ("reference", "compressed")
     ]
     found = []

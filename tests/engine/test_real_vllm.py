@@ -280,12 +280,11 @@ def test_a_grammar_holds_with_a_profile_and_a_row_whose_anchors_it_masks_is_left
 @pytest.fixture(scope="module")
 def model(checkpoints: Any) -> Any:
     """The same checkpoint in transformers: other kernels, the same weights."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # compressed-tensors imports what torch deprecates
-        return AutoModelForCausalLM.from_pretrained(checkpoints.compressed, dtype=getattr(torch, vllm_process.dtype()))
+        return AutoModelForCausalLM.from_pretrained(checkpoints.compressed, dtype=vllm_process.dtype())
 
 
 @pytest.mark.parametrize("treated", [False, True])

@@ -56,6 +56,7 @@ def gone(pid: int, within: float = 10.0) -> bool:
     return not alive(pid)
 
 
+@pytest.mark.usefixtures("_installed")
 @pytest.mark.parametrize("narrow", [False, True])
 def test_where_vllm_has_no_int4_kernels_a_dense_copy_is_served(
     narrow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

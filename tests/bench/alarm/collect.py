@@ -140,12 +140,11 @@ def score(reference: Path, folder: Path) -> None:
     parts = [path for path in decoded if not path.with_suffix(".scored.npz").is_file()]
     if not parts:
         return
-    import torch
     from transformers import AutoModelForCausalLM
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    dtype = getattr(torch, vllm_process.dtype())
+    dtype = vllm_process.dtype()
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, local_files_only=True).eval()
     began, tokens = time.monotonic(), 0
     for part in parts:

@@ -205,7 +205,7 @@ def with_hidden(reference: Path, texts: Sequence[Written], name: str) -> list[Wr
     """The texts with the reference's hidden states, many texts at a time; the first ones are compared with those that
     Hemostat's reference process gives one by one, which takes ten times as long."""
     began = said = time.monotonic()
-    model: Any = AutoModelForCausalLM.from_pretrained(str(reference), dtype=getattr(torch, vllm_process.dtype())).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(str(reference), dtype=vllm_process.dtype()).eval()
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i].prompt) + len(texts[i].output))
     found: dict[int, Written] = {}
 
