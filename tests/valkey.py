@@ -40,7 +40,8 @@ class Valkey:
         options += ["--requirepass", self.password] if self.password else []
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen([PROGRAM, *options], stdout=log, stderr=log)
-        end = time.monotonic() + 20
+        # Its first act is to write the append-only file through to the disk, which the other worker's images may hold.
+        end = time.monotonic() + 120
         while time.monotonic() < end:
             try:
                 with socket.create_connection(("127.0.0.1", self.port), 1) as probe:
@@ -50,6 +51,7 @@ class Valkey:
             except OSError:
                 pass
             time.sleep(0.02)
+        self.kill()
         raise AssertionError((self.folder / "log").read_text())
 
     def kill(self) -> None:
