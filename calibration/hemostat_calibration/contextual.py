@@ -22,6 +22,7 @@ from hemostat_calibration import hidden, mlp, objective, regression
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.families import CONTEXTUAL
 from hemostat_calibration.hidden import Singles
+from hemostat_calibration.narrow import narrow
 from hemostat_calibration.profile import CalibrationProfile
 from hemostat_calibration.records import Floats, Ids, TokenRecord
 from hemostat_calibration.regression import Moments
@@ -216,7 +217,7 @@ class ContextualState:
 @dataclass(frozen=True, slots=True)
 class Report:
     """How a proposal came about. variant: "linear"; "mlp", a network learned by squared error; "mlp_kl", by KL itself
-    after that; "list", learned from the reference's likeliest ids.
+    after that, as many stages of it as did best; "list", learned from the reference's likeliest ids.
 
     gain: KL won, nats per token, on learning prompts that a map so made was not learned from; error: its standard
     error, by prompts. penalty: of the ridge that it began as, a part of the rows' weight.
@@ -270,7 +271,7 @@ class Contextual:
         anchors: npt.NDArray[np.integer],
         *,
         features: int = 512,
-        rank: int = 64,
+        rank: int = 192,
         clamp_nats: float = 5.0,
         kl_limit: float = NO_KL_LIMIT,
         half_life_tokens: float | None = None,
@@ -461,7 +462,7 @@ class Contextual:
             return None
         rows = [r for r in self._fresh(state) if r.features is not None and r.hidden is not None]
         if not rows:
-            return self._proposal(state, basis, "linear", found, _linear(found), found.gain, found.error)
+            return self._proposal(state, basis, "linear", found, _linear(found), None, found.gain, found.error)
         fold = np.repeat([r.fold for r in rows], [r.tokens for r in rows])
         prompt = np.repeat(np.arange(len(rows)), [r.tokens for r in rows])
         out = int(np.argmax(np.bincount(fold, minlength=FOLDS)))
@@ -480,17 +481,19 @@ class Contextual:
             all_rows = np.arange(len(fold))
             everything = self._gathered(rows, basis, all_rows)
             others = np.flatnonzero(fold != out)
-            maps = self._trained(starts[chosen], s, everything, others, basis, lambda d: tell("trial", d))
-            gains = self._gains(basis, x, c, t, list(maps.values()))
-            network, network_scale = _best(gains)
-            if gains[network, network_scale].mean() > won.mean():
-                variant, scale, won = list(maps)[network], network_scale, gains[network, network_scale]
+            stages = 1 + len(self._network.exact)
+            maps = self._trained(starts[chosen], s, everything, others, basis, lambda d: tell("trial", d), stages)
+            gains = self._gains(basis, x, c, t, maps)
+            stage, network_scale = _best(gains)
+            if gains[stage, network_scale].mean() > won.mean():
+                variant, scale, won = "mlp_kl" if stage else "mlp", network_scale, gains[stage, network_scale]
                 # The same again, from all rows.
-                best = self._trained(found, s, everything, all_rows, basis, lambda d: tell("network", d))[variant]
+                best = self._trained(found, s, everything, all_rows, basis, lambda d: tell("network", d), stage + 1)[-1]
         gain, error = _by_prompt(won, prompt[held])
         if gain <= error:
             return None
-        return self._proposal(state, basis, variant, found, _scaled(best, float(_SCALES[scale])), gain, error)
+        best = _scaled(best, float(_SCALES[scale]))
+        return self._proposal(state, basis, variant, found, best, x.astype(np.float32), gain, error)
 
     def _proposal(
         self,
@@ -499,11 +502,22 @@ class Contextual:
         variant: str,
         found: regression.LowRank,
         map_: mlp.Network,
+        x: Singles | None,
         gain: float,
         error: float,
     ) -> Proposal:
-        map_ = _orthonormal(_reading(map_, basis.reads))
+        """x: inputs of some rows, by which the tail is made narrow; None leaves it as it is."""
+        map_ = _orthonormal(map_)
         rank = len(map_.linear)
+        up, fisher = basis.embedding @ map_.up, np.eye(rank)
+        tail = np.ones(len(up), np.bool_)
+        tail[basis.likeliest[:_WIDE]] = False
+        if x is not None and rank >= 2 * _NARROW and tail.any():
+            y = map_.code(x).astype(np.float64)
+            up, turn = narrow(up, y.T @ y / len(y), basis.mean, tail, _NARROW)
+            map_, back = _turned(map_, turn), np.linalg.inv(turn)
+            fisher = back.T @ back
+        map_ = _reading(map_, basis.reads)
         report = Report(variant, rank, found.penalty, gain, error, state.tokens, state.requests)
         profile = contextual_profile(
             model=state.model,
@@ -513,9 +527,9 @@ class Contextual:
             hidden=map_.hidden,
             hidden_offset=map_.hidden_offset,
             out=map_.out,
-            up=basis.embedding @ map_.up,
+            up=up,
             clamp_nats=self._clamp_nats,
-            fisher=np.eye(rank),
+            fisher=fisher,
             kl_limit=self._kl_limit,
             metadata={
                 "variant": variant,
@@ -546,31 +560,26 @@ class Contextual:
         rows: npt.NDArray[np.integer],
         basis: _Basis,
         tell: Callable[[float], None],
-    ) -> dict[str, mlp.Network]:
-        """The network after the squared error, and after KL itself, by variant."""
+        stages: int,
+    ) -> list[mlp.Network]:
+        """The network after the squared error, and after each stage of KL itself: `stages` of them all."""
         training = self._network
         assert training is not None
         raw, c, t = everything
         x = _standardised(raw, s)
         network = mlp.begin(*_standard(start, s), training)
         squared = objective.Squared(t)
-        network = mlp.train(
-            network, x, rows, squared, training, training.epochs, training.rate, lambda d: tell(0.3 * d)
-        )
-        found = {"mlp": _raw(network, s)}
-        if training.exact_epochs:
-            exact = objective.Softmax(basis.embedding[basis.likeliest[: training.exact_ids]], c, t)
-            network = mlp.train(
-                network,
-                x,
-                rows,
-                exact,
-                training,
-                training.exact_epochs,
-                training.exact_rate,
-                lambda d: tell(0.3 + 0.7 * d),
-            )
-            found["mlp_kl"] = _raw(network, s)
+        exact = None
+        found: list[mlp.Network] = []
+        for number, (epochs, rate) in enumerate(((training.epochs, training.rate), *training.exact)[:stages]):
+            if number and exact is None:
+                exact = objective.Softmax(basis.embedding[basis.likeliest[: training.exact_ids]], c, t)
+
+            def told(done: float, number: int = number) -> None:
+                tell((number + done) / stages)
+
+            network = mlp.train(network, x, rows, exact or squared, training, epochs, rate, told)
+            found.append(_raw(network, s))
         return found
 
     def _gathered(
@@ -656,7 +665,7 @@ class Contextual:
         if won <= error:
             return None
         best = _scaled(_raw(descended(found, everyone, "lists"), s), float(_SCALES[scale]))
-        return self._proposal(state, basis, "list", found, best, won, error)
+        return self._proposal(state, basis, "list", found, best, inputs[held][:, :-1], won, error)
 
     def _basis(self, sample: Singles, known: hidden.Prior) -> _Basis:
         metric, mean = hidden.fisher(self.weight, sample[_spread(np.arange(len(sample)), _METRIC_ROWS)])
@@ -674,7 +683,7 @@ class Contextual:
             constant = turned.T @ constant
         reads = np.zeros((len(by_x) + 1, self._features + 1))
         reads[:-1, :-1], reads[:-1, -1], reads[-1, -1] = by_x, constant, 1.0
-        return _Basis(embedding, root, root.T @ offset, root.T @ gain, reads, np.argsort(-mean))
+        return _Basis(embedding, root, root.T @ offset, root.T @ gain, reads, mean, np.argsort(-mean))
 
     def _fresh(self, state: ContextualState) -> list[Rows]:
         """The recent rows that are not yet half forgotten."""
@@ -719,6 +728,9 @@ _JUDGED = 1024
 """Tokens on which maps are compared by KL over the whole vocabulary."""
 _SCALES = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3])
 """By which a map is multiplied: the metric is of the mean distribution, so that a step may be too long."""
+_WIDE = 8192
+_NARROW = 64
+"""All but the `_WIDE` likeliest ids get a change of logits of rank `_NARROW` (`narrow`), where that halves the rank."""
 _STRONGER = (1.0, 10**0.5, 10.0, 10**1.5)
 _LIST_SCALES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05])
 _BLOCK = 4096
@@ -730,13 +742,14 @@ class _Basis:
     reads: of x̃ = [x; 1], the same from the logits that the map reads (turned, where these are fewer than d), and 1:
     [min(A, d) + 1, A + 1]. These are the inputs that are learned from: there a length is a difference that matters, so
     that one penalty fits all directions.
-    likeliest: ids by the mean distribution, [V]."""
+    mean: the reference's mean distribution, [V]; likeliest: ids by it, [V]."""
 
     embedding: Singles
     root: Floats
     offset: Floats
     gain: Floats
     reads: Floats
+    mean: Floats
     likeliest: npt.NDArray[np.integer]
 
 
@@ -840,6 +853,12 @@ def _reading(map_: mlp.Network, reads: Floats) -> mlp.Network:
 def _scaled(map_: mlp.Network, scale: float) -> mlp.Network:
     by = np.float32(scale)
     return replace(map_, linear=map_.linear * by, offset=map_.offset * by, out=map_.out * by)
+
+
+def _turned(map_: mlp.Network, turn: Floats) -> mlp.Network:
+    """With the code `turn` y instead of y; its `up` is no longer of that code."""
+    by = turn.astype(np.float32)
+    return replace(map_, linear=by @ map_.linear, offset=by @ map_.offset, out=by @ map_.out)
 
 
 def _orthonormal(map_: mlp.Network) -> mlp.Network:

@@ -37,32 +37,36 @@ class Network:
     out: Singles
     up: Singles
 
+    def code(self, x: Singles) -> Singles:
+        """y, [T, r], of x [T, A]."""
+        units: Singles = silu(x @ self.hidden.T + self.hidden_offset)
+        code: Singles = x @ self.linear.T + self.offset + units @ self.out.T
+        return code
+
     def image(self, x: Singles) -> Singles:
         """[T, d], of x [T, A]."""
-        units: Singles = silu(x @ self.hidden.T + self.hidden_offset)
-        image: Singles = (x @ self.linear.T + self.offset + units @ self.out.T) @ self.up.T
+        image: Singles = self.code(x) @ self.up.T
         return image
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """epochs: of the squared error, then exact_epochs of KL itself over the `exact_ids` likeliest ids, where hidden
-    states are at hand. rate, exact_rate: the largest, falling to 0 along a cosine; given: part of it for the linear map
-    and V. decay: of weights, a part of the rate. noise: standard deviation of what is added to inputs, whose mean
-    variance is 1. dropped: part of the units that a row does without.
+    """epochs: of the squared error. exact: then, where hidden states are at hand, stages of KL itself over the
+    `exact_ids` likeliest ids, each so many epochs at such a rate. rate: the largest, falling to 0 along a cosine in
+    each stage; given: part of it for the linear map and V. decay: of weights, a part of the rate. noise: standard
+    deviation of what is added to inputs, whose mean variance is 1. dropped: part of the units that a row does without.
     """
 
     units: int = 1024
     epochs: int = 6
-    exact_epochs: int = 3
-    exact_ids: int = 8192
+    exact: tuple[tuple[int, float], ...] = ((3, 1e-4), (3, 3e-4))
+    exact_ids: int = 16384
     batch: int = 256
     rate: float = 1e-3
-    exact_rate: float = 5e-4
     given: float = 0.1
     decay: float = 1.0
-    noise: float = 0.3
-    dropped: float = 0.5
+    noise: float = 0.15
+    dropped: float = 0.3
     seed: int = 0
 
 

@@ -240,7 +240,7 @@ class Calibration(Section):
     own; with a vLLM reference there are none without it."""
     anchors: int = Field(default=512, ge=8, le=4096)
     """Ids whose logits a contextual profile reads."""
-    rank: int = Field(default=64, ge=1, le=512)
+    rank: int = Field(default=192, ge=1, le=512)
     """The largest of a contextual profile: 2 bytes × rank × vocabulary is its size, about."""
     half_life_tokens: float | None = Field(default=2_000_000, gt=0)
     """Learned tokens after which one counts half; null never forgets."""

@@ -41,6 +41,7 @@ from hemostat.compress import cached_checkpoints
 from hemostat.engines import EXPIRES_AFTER
 from hemostat.vllm_process import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, tied
 from hemostat_calibration.contextual import contextual_profile
+from hemostat_calibration.engine.product import Product, multiplies_bfloat16
 from hemostat_calibration.profile import CalibrationProfile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,17 +59,20 @@ BOOTSTRAP = 10_000
 
 
 def synthetic(
-    vocab_size: int, *, anchors: int, features: int, hidden: int, rank: int, seed: int = 1
+    vocab_size: int, *, anchors: int, features: int, hidden: int, rank: int, narrow: int, wide: int, seed: int = 1
 ) -> CalibrationProfile:
-    """Of the shape that serves, with shifts of about a nat: what it costs does not depend on what it says."""
+    """Of the shape that serves, with shifts of about a nat: what it costs does not depend on what it says. All but
+    `wide` ids have `narrow` columns only."""
     rng = np.random.default_rng(seed)
     read = 0.25 / np.sqrt(features)
+    up = rng.normal(0.0, 1.0 / np.sqrt(rank), (vocab_size, rank))
+    up[rng.permutation(vocab_size)[wide:], narrow:] = 0.0
     return contextual_profile(
         model="",
         anchors=rng.permutation(vocab_size)[:anchors],
         linear=rng.normal(0.0, read, (rank, features)),
         offset=rng.normal(0.0, 0.1, rank),
-        up=rng.normal(0.0, 1.0 / np.sqrt(rank), (vocab_size, rank)),
+        up=up,
         clamp_nats=4.0,
         hidden=rng.normal(0.0, read, (hidden, features)),
         hidden_offset=rng.normal(0.0, 0.3, hidden),
@@ -80,28 +84,38 @@ def synthetic(
 
 def shape(profile: CalibrationProfile) -> dict[str, int]:
     rank, features = profile.parameters["linear"].shape
+    up = Product(profile.parameters["up"])
     return {
         "rank": rank,
         "anchors": len(profile.parameters["anchors"]),
         "features": features,
         "hidden": profile.parameters["hidden"].shape[0],
+        "narrow": up.narrow,
+        "wide": up.wide,
     }
 
 
-def per_row(vocab_size: int, rank: int, features: int, hidden: int, anchors: int) -> dict[str, int]:
+def per_row(
+    vocab_size: int, rank: int, features: int, hidden: int, anchors: int, narrow: int, wide: int
+) -> dict[str, int]:
     """What one row takes: floating point operations, bytes of weights (read once a step, whatever the batch), bytes of
     its own logits (read and written), and bytes that a tapped row hands out. And the profile's size."""
+    up = narrow * vocab_size + (rank - narrow) * wide
+    size = 2 if multiplies_bfloat16() else 4
     operations = {
         "linear": 2 * features * rank,
         "hidden": 2 * hidden * (features + rank),
         "trust_region": 2 * rank * (rank + 1),
-        "up": 2 * rank * vocab_size,
+        "up": 2 * up,
         "clamp_and_add": 3 * vocab_size,
     }
     return {
         "vocab_size": vocab_size,
+        "rank": rank,
+        "narrow": narrow,
+        "wide": wide,
         "flops": sum(operations.values()),
-        "weight_bytes_per_step": 4 * (rank * vocab_size + rank * features + hidden * (features + rank) + rank * rank),
+        "weight_bytes_per_step": size * up + 4 * (rank * features + hidden * (features + rank) + rank * rank),
         "logit_bytes": 2 * 4 * vocab_size,
         "tap_feature_bytes": 2 * anchors,
         "profile_bytes": 2 * rank * vocab_size + 4 * (rank * features + hidden * (features + rank + 1) + anchors),
@@ -342,8 +356,8 @@ def table(result: dict[str, Any]) -> str:
     for row in result["per_row"]:
         flops, weights, size = (row[name] / 1e6 for name in ("flops", "weight_bytes_per_step", "profile_bytes"))
         lines += [
-            f"a row at V {row['vocab_size']}: {flops:.1f} MFLOP; a step reads {weights:.1f} MB of weights; "
-            f"the profile is {size:.1f} MB"
+            f"a row at V {row['vocab_size']}, rank {row['rank']}, {row['narrow']} for all but {row['wide']} ids:\n"
+            f"  {flops:.1f} MFLOP; a step reads {weights:.1f} MB of weights; the profile is {size:.1f} MB"
         ]
     return "\n".join(lines)
 
@@ -356,7 +370,9 @@ def main() -> int:
         default=LEARNED if LEARNED.exists() else None,
         help="a contextual profile; without it, the one that bench-recovery learned, or one of the same shape",
     )
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=192)
+    parser.add_argument("--narrow", type=int, default=64, help="rank of what is added to ids of the tail")
+    parser.add_argument("--wide", type=int, default=8192, help="ids that are not of the tail")
     parser.add_argument("--anchors", type=int, default=1024)
     parser.add_argument("--features", type=int, default=576)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -382,7 +398,7 @@ def main() -> int:
             print(f"{arguments.profile} is not a contextual profile of a vocabulary of {vocab_size}", file=sys.stderr)
             return 2
     else:
-        names = ("rank", "anchors", "features", "hidden")
+        names = ("rank", "anchors", "features", "hidden", "narrow", "wide")
         profile = synthetic(vocab_size, **{name: getattr(arguments, name) for name in names})
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="hemostat-bench-") as folder:
@@ -408,7 +424,12 @@ def main() -> int:
             "all_rows_to_no_rows": ratio(fastest, ALL_ROWS, NO_ROWS),
         },
         "transform": transform_alone(sizes, (vocab_size, 128_256), (1, 8, 32)),
-        "per_row": [per_row(size, **sizes) for size in (vocab_size, 128_256)],
+        "per_row": [
+            per_row(vocab_size, **sizes),
+            per_row(128_256, **sizes),
+            per_row(128_256, **sizes | {"rank": 64, "narrow": 64, "wide": 0}),
+        ],
+        "bfloat16": multiplies_bfloat16(),
         "settings": {name: getattr(arguments, name) for name in ("steps", "rounds", "starts")}
         | {"cores": os.cpu_count(), "load_before": load_before},
     }

@@ -63,6 +63,7 @@ BUILD = ROOT / "build" / "bench"
 VOCABULARY = 49_152
 MAX_TOKENS = 96
 RECENT_TOKENS = 150_000
+LOWER_RANK = 64
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ class Options:
 
 FULL = Options(
     plans={
-        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 140_000), 20_000, (8, 32), outcomes=True, variants=True),
+        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 140_000), 20_000, (8, 64), outcomes=True, variants=True),
         # Three bits leave of this model one that soon has nothing more to say.
         "int3": Plan((5_000, 15_000), 9_000, (8,), tokens_a_text=20),
         "w8a8": Plan((5_000, 15_000), 9_000, (8,)),
@@ -105,7 +106,7 @@ FULL = Options(
     },
     anchors=1024,
     features=576,
-    rank=64,
+    rank=192,
     clamp_nats=4.0,
     outcome_prompts=110,
     runs=1000,
@@ -289,14 +290,14 @@ class Bench:
             add("contextual", name, rank, tokens, one, False)
         fields, learned = last
         if learned.profile is not None:
-            for clamp in (1.0, 2.0, 8.0):
+            for clamp in (1.0, 8.0):
                 profile = replace(learned.profile, clamp_nats=clamp)
                 clamped = Learned(profile, learned.said, learned.seconds, learned.seconds_update)
                 add(
                     "contextual", f"the last, clamp {clamp:g}", rank, fields["tokens"], partial(_itself, clamped), False
                 )
-        one = partial(ContextualLearner(self.family(2 * rank, True)).learn, few, f"rank {2 * rank}")
-        add("contextual", "as chosen, twice the rank", 2 * rank, tokens, one, False)
+        one = partial(ContextualLearner(self.family(LOWER_RANK, True)).learn, few, f"rank {LOWER_RANK}")
+        add("contextual", "as chosen, of lower rank", LOWER_RANK, tokens, one, False)
 
     # --- one compression ----------------------------------------------------------------------------------------
 

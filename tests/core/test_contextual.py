@@ -13,7 +13,7 @@ from hemostat_calibration import contextual, hidden, mlp
 from hemostat_calibration.contextual import FLUSHED, FOLDS, Contextual, Source, choose_anchors, fold_of
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.records import Features
-from hemostat_calibration.transform import anchors, anchors_digest, apply, shift
+from hemostat_calibration.transform import anchors, anchors_digest, apply, code, shift
 
 from .strategies import Truth, log_softmax, make_record
 
@@ -191,6 +191,29 @@ def test_the_trust_region_is_kept():
     assert moved[0].mean() > 0.1
     assert moved[1].mean() < 0.04
     assert np.abs(shift(world().learner(clamp_nats=0.1).propose(state), truth.compressed)).max() <= 0.1
+
+
+@pytest.mark.parametrize("kinds", [{}, {"hidden": False}, {"network": True}])
+def test_the_tail_is_narrow_and_little_is_lost(kinds, monkeypatch):
+    """Most ids get a change of half the rank; what KL it wins, and how far it may go, stays nearly the same."""
+    training = mlp.Training(units=32, epochs=4) if kinds.pop("network", False) else None
+    learner = world().learner(network=training, network_tokens=100, kl_limit=0.5)
+    state = world().learn(range(40), learner, **kinds)
+    whole = learner.propose(state)
+    wide = V // 3
+    monkeypatch.setattr(contextual, "_WIDE", wide)
+    monkeypatch.setattr(contextual, "_NARROW", D // 2)
+    cut = learner.propose(state)
+    narrow = ~cut.parameters["up"][:, D // 2 :].any(axis=1)
+    assert narrow.sum() == V - wide
+    mean = np.mean([np.exp(world().truth(seed).reference).mean(0) for seed in range(40)], axis=0)
+    assert mean[narrow].mean() < mean[~narrow].mean()
+    assert whole.parameters["up"].any(axis=1).all()
+    none, exact, found = (world().divergence(p) for p in (None, whole, cut))
+    assert none - found > 0.9 * (none - exact)
+    seen = world().truth(5).compressed[:, world().anchors]
+    lengths = [np.einsum("tr,rs,ts->t", y, p.parameters["fisher"], y) for p in (whole, cut) for y in [code(p, seen)]]
+    np.testing.assert_allclose(*lengths, rtol=1e-3)
 
 
 def test_up_is_centred_where_the_reference_is():

@@ -5,7 +5,8 @@ Logits z are [N, V], float32 in both of vLLM's runners. As in the oracle, entrie
 stay as they are. Nothing here waits for the device.
 
 A contextual row costs, beside its N anchors: 2 A r + 2 H (A + r) + 2 r V floating point operations (H = 0: the first
-and the last), one pass over `up` (4 r V bytes, shared by the rows of the step) and three over the row's logits.
+and the last), one pass over `up` (`product`: 2 or 4 r V bytes, shared by the rows of the step) and three over the row's
+logits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from hemostat_calibration import transform as oracle
+from hemostat_calibration.engine.product import Matrix, Product
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.families import CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profile import CalibrationProfile
@@ -26,7 +28,16 @@ from hemostat_calibration.profile import CalibrationProfile
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are worked on at a time: temporaries stay below 64 MiB each, whatever the batch."""
 
-Parameters = dict[str, torch.Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """On one device. products: those that are multiplied by alone."""
+
+    tensors: Mapping[str, torch.Tensor]
+    products: Mapping[str, Matrix]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +70,7 @@ def _contextual(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor
     # One feature that is not finite makes all of the row's y so. With y² finite, `up y` is within float32.
     masked = ~torch.isfinite(twice_kl + (y * y).sum(dim=-1, keepdim=True))
     y = (y * torch.sqrt(most / torch.maximum(twice_kl, most))).masked_fill_(masked, 0.0)
-    return Shift(y @ parameters["up"], masked[:, 0], ((twice_kl > most) & ~masked)[:, 0])
+    return Shift(parameters.products["up"](y), masked[:, 0], ((twice_kl > most) & ~masked)[:, 0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +78,23 @@ class Family:
     """shift: (parameters, logits [N, V], rows int64 [R] or None for all) -> what is added to those rows.
 
     transposed: parameters that are kept the other way round, so that the products above read memory in its order.
+    products: those of `Parameters`.
     """
 
     shift: Callable[[Parameters, torch.Tensor, torch.Tensor | None], Shift]
     transposed: frozenset[str] = frozenset()
+    products: frozenset[str] = frozenset()
 
 
 FAMILIES: Mapping[str, Family] = {
     TEMPERATURE_BIAS: Family(_temperature_bias),
-    CONTEXTUAL: Family(_contextual, frozenset({"linear", "hidden", "out", "up"})),
+    CONTEXTUAL: Family(_contextual, frozenset({"linear", "hidden", "out"}), frozenset({"up"})),
 }
 
 
 class HeldProfile:
-    """A profile's parameters as tensors, float32 but for ids: on the host, and on the device from its first binding on.
+    """A profile's parameters as tensors, float32 but for ids and what `product` makes smaller: on the host, and on the
+    device from its first binding on.
 
     anchors: digest of its `anchor_count` anchor ids; None for a family without. idle: it changes no row, whatever the
     row says, as a probe does.
@@ -100,14 +114,20 @@ class HeldProfile:
         self.idle = anchors is not None and not profile.parameters["up"].any()
         self._family = FAMILIES[profile.family]
         self._host = {
-            name: _tensor(value, name in self._family.transposed) for name, value in profile.parameters.items()
+            name: _tensor(value, name in self._family.transposed)
+            for name, value in profile.parameters.items()
+            if name not in self._family.products
         }
+        self._products = {name: Product(profile.parameters[name]) for name in self._family.products}
         self._on: dict[torch.device, Parameters] = {}
 
     def on(self, device: torch.device) -> Parameters:
         """The parameters on `device`. Called by the engine's thread only: copies stay on its stream."""
         if device not in self._on:
-            self._on[device] = {name: value.to(device) for name, value in self._host.items()}
+            self._on[device] = Parameters(
+                {name: value.to(device) for name, value in self._host.items()},
+                {name: product.on(device) for name, product in self._products.items()},
+            )
         return self._on[device]
 
     def shift(self, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:

@@ -116,7 +116,8 @@ def network(rows: _Rows, embedding: Singles, start: Image, training: mlp.Trainin
     squared = objective.Squared(t)
     trained = mlp.train(trained, x, everyone, squared, training, training.epochs, training.rate, silent)
     exact = objective.Softmax(embedding[: training.exact_ids], rows.c.astype(np.float16), t)
-    trained = mlp.train(trained, x, everyone, exact, training, training.exact_epochs, training.exact_rate, silent)
+    for epochs, rate in training.exact[:1]:
+        trained = mlp.train(trained, x, everyone, exact, training, epochs, rate, silent)
     say(f"tried: network {training.seed} learned")
     return lambda c: trained.image((c - mean) * scale)
 

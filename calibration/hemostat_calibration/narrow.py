@@ -1,0 +1,45 @@
+"""A product up y that costs less: ids that are seldom likely get a change of lower rank.
+
+Most of a vocabulary is seldom likely, yet every id's row of `up` is read at every step. What a change of logits is
+worth to KL is, to second order, ½ Σ p_v Δz_v² over the mean distribution p. So the code y is turned such that its first
+components say what matters to the ids of the vocabulary's tail, and the tail's rows of `up` end behind those. That is
+the truncated singular value decomposition in the tail's own metric: of all maps of that rank it leaves the least.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.records import Floats
+
+
+def narrow(
+    up: npt.NDArray[np.floating],
+    moment: Floats,
+    mean: Floats,
+    tail: npt.NDArray[np.bool_],
+    columns: int,
+) -> tuple[Floats, Floats]:
+    """(up' [V, r], turn [r, r]): up' (turn y) is up y, but for the tail's ids only the part of `columns` components.
+    Columns of up', before the cut, have a mean square of 1.
+
+    up: [V, r]. moment: E[y yᵀ], [r, r]. mean: p, [V]. tail: which ids are cut short, [V]; their rows of up' are 0
+    behind `columns`.
+    """
+    rows = up[tail].astype(np.float64)
+    metric = (rows * mean[tail, None]).T @ rows
+    # Directions that the tail does not know would be divided by 0.
+    metric += 1e-6 * max(float(np.trace(metric)), 1e-30) / len(metric) * np.eye(len(metric))
+    values, vectors = np.linalg.eigh(metric)
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    inverse = (vectors / np.sqrt(values)) @ vectors.T
+    sizes, directions = np.linalg.eigh(moment)
+    left = np.linalg.svd(root @ (directions * np.sqrt(np.maximum(sizes, 0.0))))[0]
+    found = up.astype(np.float64) @ (inverse @ left)
+    # Of one size, so that they fit a float of few bits.
+    scale = np.sqrt(np.square(found).mean(axis=0))
+    scale = np.where(scale > 1e-30, scale, 1.0)
+    found /= scale
+    found[tail, columns:] = 0.0
+    return found, scale[:, None] * (left.T @ root)
