@@ -136,8 +136,13 @@ def test_a_network_is_taken_where_it_is_better():
 
 
 def test_a_network_is_not_taken_where_there_is_nothing_for_it():
+    """Or no worse for it: by KL itself even a linear map may gain a little."""
     learner = world().learner(network=mlp.Training(units=32, epochs=4), network_tokens=100)
-    assert learner.fit(world().learn(range(40), learner)).report.variant == "linear"
+    state = world().learn(range(40), learner)
+    network, linear = learner.propose(state), world().learner().propose(state)
+    assert world().recovered(network) > world().recovered(linear) - 0.01
+    without = replace(learner._network, exact=())
+    assert world().learner(network=without, network_tokens=100).fit(state).report.variant == "linear"
 
 
 # --- what is held back
@@ -195,16 +200,16 @@ def test_the_trust_region_is_kept():
 
 @pytest.mark.parametrize("kinds", [{}, {"hidden": False}, {"network": True}])
 def test_the_tail_is_narrow_and_little_is_lost(kinds, monkeypatch):
-    """Most ids get a change of half the rank; what KL it wins, and how far it may go, stays nearly the same."""
+    """Most ids get a change of less than half the rank; what it wins and how far it may go, stay nearly the same."""
     training = mlp.Training(units=32, epochs=4) if kinds.pop("network", False) else None
     learner = world().learner(network=training, network_tokens=100, kl_limit=0.5)
     state = world().learn(range(40), learner, **kinds)
     whole = learner.propose(state)
     wide = V // 3
     monkeypatch.setattr(contextual, "_WIDE", wide)
-    monkeypatch.setattr(contextual, "_NARROW", D // 2)
+    monkeypatch.setattr(contextual, "_NARROW", 4)
     cut = learner.propose(state)
-    narrow = ~cut.parameters["up"][:, D // 2 :].any(axis=1)
+    narrow = ~cut.parameters["up"][:, 4:].any(axis=1)
     assert narrow.sum() == V - wide
     mean = np.mean([np.exp(world().truth(seed).reference).mean(0) for seed in range(40)], axis=0)
     assert mean[narrow].mean() < mean[~narrow].mean()
