@@ -337,6 +337,16 @@ class Bench:
                 }
             )
         found: dict[str, Any] = {"rows": rows}
+        serving = [label for label, (fields, _) in learned.items() if fields["chosen"] and label in profiles]
+        if plan.outcomes and serving:
+            profile = profiles[serving[-1]]
+            # For bench-engine, which says what this very profile costs.
+            (BUILD / f"{scheme}.profile").write_bytes(profile.to_bytes())
+            found |= self.stages.kept(
+                f"served-{scheme}",
+                [made_from, profile.version, self.options.outcome_prompts],
+                lambda: self.served(scheme, heldout, profile, recovery, figures, serving[-1]),
+            )
         if plan.variants:
             found["tried"] = self.stages.kept(
                 f"tried-{scheme}",
@@ -351,16 +361,6 @@ class Bench:
                     self.options.clamp_nats,
                     mlp.Training(),
                 ),
-            )
-        serving = [label for label, (fields, _) in learned.items() if fields["chosen"] and label in profiles]
-        if plan.outcomes and serving:
-            profile = profiles[serving[-1]]
-            # For bench-engine, which says what this very profile costs.
-            (BUILD / f"{scheme}.profile").write_bytes(profile.to_bytes())
-            found |= self.stages.kept(
-                f"served-{scheme}",
-                [made_from, profile.version, self.options.outcome_prompts],
-                lambda: self.served(scheme, heldout, profile, recovery, figures, serving[-1]),
             )
         return found
 
