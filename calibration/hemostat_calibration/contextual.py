@@ -506,17 +506,26 @@ class Contextual:
         gain: float,
         error: float,
     ) -> Proposal:
-        """x: inputs of some rows, by which the tail is made narrow; None leaves it as it is."""
+        """x: inputs of some rows in the basis, not standardised, [T, min(A, d)]: what of the tail may be left out is
+        judged on them. None, for a linear map: on the sums."""
         map_ = _orthonormal(map_)
         rank = len(map_.linear)
         up, fisher = basis.embedding @ map_.up, np.eye(rank)
         tail = np.ones(len(up), np.bool_)
         tail[basis.likeliest[:_WIDE]] = False
-        if x is not None and rank >= 2 * _NARROW and tail.any():
-            y = map_.code(x).astype(np.float64)
-            up, turn = narrow(up, y.T @ y / len(y), basis.mean, tail, _NARROW)
-            map_, back = _turned(map_, turn), np.linalg.inv(turn)
-            fisher = back.T @ back
+        if rank >= 2 * _NARROW and tail.any():
+            if x is None:
+                whole = regression.total(self._moments(state, basis))
+                read = np.column_stack([map_.linear, map_.offset]).astype(np.float64)
+                moment = read @ whole.xx @ read.T / whole.weight
+            else:
+                y = map_.code(x).astype(np.float64)
+                moment = y.T @ y / len(y)
+            narrowed, turn, left_out = narrow(up, moment, basis.mean, tail, _NARROW)
+            # ½ |y|² is the KL that all of the change makes.
+            if left_out <= _LEFT_OUT * 0.5 * np.trace(moment):
+                map_, back = _turned(map_, turn), np.linalg.inv(turn)
+                up, fisher = narrowed, back.T @ back
         map_ = _reading(map_, basis.reads)
         report = Report(variant, rank, found.penalty, gain, error, state.tokens, state.requests)
         profile = contextual_profile(
@@ -731,6 +740,8 @@ _SCALES = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3])
 _WIDE = 8192
 _NARROW = 64
 """All but the `_WIDE` likeliest ids get a change of logits of rank `_NARROW` (`narrow`), where that halves the rank."""
+_LEFT_OUT = 0.05
+"""Part of the change, as KL, that the tail may lose by it, at most."""
 _STRONGER = (1.0, 10**0.5, 10.0, 10**1.5)
 _LIST_SCALES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05])
 _BLOCK = 4096

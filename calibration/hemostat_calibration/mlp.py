@@ -52,9 +52,10 @@ class Network:
 @dataclass(frozen=True, slots=True)
 class Training:
     """epochs: of the squared error. exact: then, where hidden states are at hand, stages of KL itself over the
-    `exact_ids` likeliest ids, each so many epochs at such a rate. rate: the largest, falling to 0 along a cosine in
-    each stage; given: part of it for the linear map and V. decay: of weights, a part of the rate. noise: standard
-    deviation of what is added to inputs, whose mean variance is 1. dropped: part of the units that a row does without.
+    `exact_ids` likeliest ids, each so many epochs at such a rate; () has none. rate: the largest, falling to 0 along a
+    cosine in each stage; given: part of it for the linear map and V. decay: of weights, a part of the rate. noise:
+    standard deviation of what is added to inputs, whose mean variance is 1. dropped: part of the units that a row does
+    without.
     """
 
     units: int = 1024

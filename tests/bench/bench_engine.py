@@ -41,7 +41,8 @@ from hemostat.compress import cached_checkpoints
 from hemostat.engines import EXPIRES_AFTER
 from hemostat.vllm_process import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, tied
 from hemostat_calibration.contextual import contextual_profile
-from hemostat_calibration.engine.product import Product, multiplies_bfloat16
+from hemostat_calibration.engine.product import Product, multiplies_bfloat16, packs
+from hemostat_calibration.engine.transform import CPU
 from hemostat_calibration.profile import CalibrationProfile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,13 +101,13 @@ def per_row(
 ) -> dict[str, int]:
     """What one row takes: floating point operations, bytes of weights (read once a step, whatever the batch), bytes of
     its own logits (read and written), and bytes that a tapped row hands out. And the profile's size."""
-    up = narrow * vocab_size + (rank - narrow) * wide
-    size = 2 if multiplies_bfloat16() else 4
+    parts = (narrow * vocab_size, (rank - narrow) * wide)
+    up_bytes = sum(part * (2 if packs(part, CPU) else 4) for part in parts)
     operations = {
         "linear": 2 * features * rank,
         "hidden": 2 * hidden * (features + rank),
         "trust_region": 2 * rank * (rank + 1),
-        "up": 2 * up,
+        "up": 2 * sum(parts),
         "clamp_and_add": 3 * vocab_size,
     }
     return {
@@ -115,7 +116,7 @@ def per_row(
         "narrow": narrow,
         "wide": wide,
         "flops": sum(operations.values()),
-        "weight_bytes_per_step": size * up + 4 * (rank * features + hidden * (features + rank) + rank * rank),
+        "weight_bytes_per_step": up_bytes + 4 * (rank * features + hidden * (features + rank) + rank * rank),
         "logit_bytes": 2 * 4 * vocab_size,
         "tap_feature_bytes": 2 * anchors,
         "profile_bytes": 2 * rank * vocab_size + 4 * (rank * features + hidden * (features + rank + 1) + anchors),

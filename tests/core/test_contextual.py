@@ -135,6 +135,20 @@ def test_a_network_is_taken_where_it_is_better():
     assert bent.learner(network=training, network_tokens=10**6).fit(state).report.variant == "linear"
 
 
+def test_of_the_stages_as_many_are_run_as_did_best():
+    """The last one ruins the map: what is served is what the others made of all rows."""
+    bent = World(strength=0.2, noise=0.1, bend=0.8)
+    training = mlp.Training(units=32, epochs=6, batch=64, rate=1e-2, given=1.0, noise=0.0, dropped=0.0)
+    helps, ruins = (3, 1e-3), (1, 30.0)
+    found = []
+    for exact in ((helps,), (helps, ruins)):
+        learner = bent.learner(network=replace(training, exact=exact), network_tokens=1000)
+        found.append(learner.fit(bent.learn(range(60), learner)))
+    one, two = found
+    assert one.report.variant == "mlp_kl"
+    assert two.profile == one.profile
+
+
 def test_a_network_is_not_taken_where_there_is_nothing_for_it():
     """Or no worse for it: by KL itself even a linear map may gain a little."""
     learner = world().learner(network=mlp.Training(units=32, epochs=4), network_tokens=100)
@@ -198,12 +212,19 @@ def test_the_trust_region_is_kept():
     assert np.abs(shift(world().learner(clamp_nats=0.1).propose(state), truth.compressed)).max() <= 0.1
 
 
-@pytest.mark.parametrize("kinds", [{}, {"hidden": False}, {"network": True}])
+@pytest.mark.parametrize("kinds", [{}, {"hidden": False}, {"network": True}, {"sums": True}])
 def test_the_tail_is_narrow_and_little_is_lost(kinds, monkeypatch):
     """Most ids get a change of less than half the rank; what it wins and how far it may go, stay nearly the same."""
     training = mlp.Training(units=32, epochs=4) if kinds.pop("network", False) else None
-    learner = world().learner(network=training, network_tokens=100, kl_limit=0.5)
+    sums = kinds.pop("sums", False)
+    learner = world().learner(
+        network=training, network_tokens=100, kl_limit=0.5, recent_tokens=5 * T if sums else 10**6
+    )
     state = world().learn(range(40), learner, **kinds)
+    if sums:
+        # What the recent rows lack, the sums still know.
+        state = learner.update(state, [world().record(seed, features=False) for seed in range(40, 50)])
+        assert not any(r.features is not None for r in state.recent)
     whole = learner.propose(state)
     wide = V // 3
     monkeypatch.setattr(contextual, "_WIDE", wide)
@@ -214,6 +235,8 @@ def test_the_tail_is_narrow_and_little_is_lost(kinds, monkeypatch):
     mean = np.mean([np.exp(world().truth(seed).reference).mean(0) for seed in range(40)], axis=0)
     assert mean[narrow].mean() < mean[~narrow].mean()
     assert whole.parameters["up"].any(axis=1).all()
+    monkeypatch.setattr(contextual, "_LEFT_OUT", 0.0)
+    assert learner.propose(state) == whole, "what would lose more than is allowed is served whole"
     none, exact, found = (world().divergence(p) for p in (None, whole, cut))
     assert none - found > 0.9 * (none - exact)
     seen = world().truth(5).compressed[:, world().anchors]

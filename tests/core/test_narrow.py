@@ -26,8 +26,9 @@ def left_out(mean, tail, delta):
 @pytest.mark.parametrize("columns", [0, 1, 4, R])
 def test_only_the_tail_changes(columns):
     up, y, mean, tail = world(1)
-    cut, turn = narrow(up, y.T @ y / len(y), mean, tail, columns)
+    cut, turn, lost = narrow(up, y.T @ y / len(y), mean, tail, columns)
     delta, exact = y @ turn.T @ cut.T, y @ up.T
+    assert lost == pytest.approx(left_out(mean, tail, exact - delta), rel=1e-3, abs=1e-9)
     np.testing.assert_allclose(delta[:, ~tail], exact[:, ~tail], atol=1e-9)
     assert not cut[tail, columns:].any()
     np.testing.assert_allclose(np.square(cut[:, :columns]).mean(axis=0), 1.0)
@@ -41,12 +42,13 @@ def test_no_other_map_of_its_rank_leaves_less(columns, seed):
     """Against Eckart and Young's bound, and against what comes first to mind: the largest components of y."""
     up, y, mean, tail = world(seed)
     moment = y.T @ y / len(y)
-    cut, turn = narrow(up, moment, mean, tail, columns)
+    cut, turn, lost = narrow(up, moment, mean, tail, columns)
     exact = y @ up.T
     found = left_out(mean, tail, exact - y @ turn.T @ cut.T)
     weighted = np.sqrt(mean[tail])[:, None] * up[tail] @ np.linalg.cholesky(moment)
     least = 0.5 * np.square(np.linalg.svd(weighted)[1][columns:]).sum()
     assert found == pytest.approx(least, rel=1e-3)
+    assert lost == pytest.approx(least, rel=1e-3)
     largest = np.linalg.eigh(moment)[1][:, -columns:]
     assert found < left_out(mean, tail, exact - y @ largest @ largest.T @ up.T)
 
@@ -55,7 +57,8 @@ def test_a_tail_that_nothing_is_known_of_is_no_error():
     up, y, mean, tail = world(2)
     for values, p in ((up * 0.0, mean), (up, mean * 0.0), (up, mean)):
         for moment in (y.T @ y / len(y), np.zeros((R, R))):
-            cut, turn = narrow(values, moment, p, tail, 3)
+            cut, turn, lost = narrow(values, moment, p, tail, 3)
             assert np.isfinite(cut).all()
             assert np.isfinite(turn).all()
+            assert np.isfinite(lost)
             np.testing.assert_allclose((y @ turn.T @ cut.T)[:, ~tail], (y @ values.T)[:, ~tail], atol=1e-6)

@@ -58,7 +58,9 @@ def test_zeros_are_not_read() -> None:
 def test_in_bfloat16_it_is_off_by_a_rounding(
     monkeypatch: pytest.MonkeyPatch, narrow: int, wide: int, rows: int
 ) -> None:
-    """On any processor: one that has no such instruction computes the same, slowly."""
+    """A processor that has no such instruction computes the same, slowly, where oneDNN can."""
+    if not product.packs_bfloat16():
+        pytest.skip("oneDNN does not pack bfloat16 on this processor")
     monkeypatch.setattr(product, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(product, "PACKED_FROM", 1)
     rng = np.random.default_rng(2)
@@ -71,3 +73,22 @@ def test_in_bfloat16_it_is_off_by_a_rounding(
     off = np.sqrt(np.square(got - expected).mean() / np.square(expected).mean())
     assert 1e-4 < off < 2**-8, "bfloat16, and no worse than that"
     assert np.abs(got - expected).max() < 2**-6 * np.abs(y).sum(axis=1).max()
+
+
+def test_where_the_operation_fails_it_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that oneDNN is told to see as an older one, or with a torch that has it under another name."""
+
+    def refused(values: object) -> None:
+        raise RuntimeError("bf16 path needs the cpu support avx512bw")
+
+    monkeypatch.setattr(product, "_packed", refused)
+    monkeypatch.setattr(product, "PACKED_FROM", 1)
+    product.multiplies_bfloat16.cache_clear()
+    try:
+        assert not product.multiplies_bfloat16()
+        up = made(np.random.default_rng(3), 300, 8, 8, 0)
+        y = torch.randn(2, 8)
+        got = product.Product(up).on(CPU)(y)
+        np.testing.assert_allclose(got.numpy(), y.numpy() @ up.T.astype(np.float32), atol=1e-5)
+    finally:
+        product.multiplies_bfloat16.cache_clear()

@@ -6,7 +6,9 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
-from hemostat_calibration.engine.transform import HeldProfile
+import torch
+
+from hemostat_calibration.engine.transform import CPU, HeldProfile
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profile import CalibrationProfile
 
@@ -42,8 +44,10 @@ class Library:
     the middle.
     """
 
-    def __init__(self, vocab_size: int, limit: int = HELD_AT_MOST) -> None:
+    def __init__(self, vocab_size: int, limit: int = HELD_AT_MOST, device: torch.device = CPU) -> None:
+        """device: the engine's."""
         self.vocab_size = vocab_size
+        self._device = device
         self._limit = limit
         self._lock = threading.Lock()
         self._held: OrderedDict[str, HeldProfile] = OrderedDict()
@@ -73,7 +77,7 @@ class Library:
                 f"this engine's is {self.vocab_size}"
             )
         version = profile.version
-        held = HeldProfile(profile)
+        held = HeldProfile(profile, self._device)
         with self._lock:
             self._wanted.pop(version, None)
             if version not in self._held and len(self._held) >= self._limit:

@@ -1,13 +1,14 @@
 """up y, the product that a contextual row costs: of its V × r numbers every one is read from memory once a step.
 
-So it is kept as small as the processor can make use of: rows of `up` that end in zeros are cut short (`narrowed` of
-`contextual` makes them so), and where the processor multiplies bfloat16, it is bfloat16, in the order in which oneDNN
+So it is kept as small as the processor can make use of: rows of `up` that end in zeros are cut short (the learner makes
+them so: `narrow`), and where the processor multiplies bfloat16, it is bfloat16, in the order in which oneDNN
 reads it. What that rounds off is a 500th of Δz, of the size of the rounding of the logits themselves, which vLLM
 computes in the same way.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -23,14 +24,28 @@ _WORTH = 0.8
 """Two products instead of one, and adding them up, cost something too."""
 
 
+@functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor does (AVX-512 BF16); without it, bfloat16 takes five times as long as float32."""
+    """Whether this processor has instructions for it (AVX-512 BF16) and oneDNN uses them: tried, since vLLM's decoding
+    must not end for want of it. An AVX-512 processor without them takes five times as long as with float32."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return supported is not None and bool(supported()) and torch.backends.mkldnn.is_available()
+    return supported is not None and bool(supported()) and packs_bfloat16()
+
+
+def packs_bfloat16() -> bool:
+    """Whether oneDNN can, however slowly."""
+    try:
+        found = _times(torch.ones(2, 8), _packed(torch.ones(8, 8)))
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return bool((found == 8.0).all())
 
 
 class Product:
-    """up: [V, r]. Bound to a device by `on`. narrow: columns that every id has; wide: ids that have the others too."""
+    """up: float [V, r]. Bound to a device by `on`.
+
+    narrow: how many columns every id has; wide: how many ids have the others too.
+    """
 
     def __init__(self, up: npt.NDArray[np.floating]) -> None:
         filled = up != 0
@@ -42,7 +57,8 @@ class Product:
         self._others = torch.from_numpy(np.array(up[wider, self.narrow :]))
 
     def on(self, device: torch.device) -> Matrix:
-        """y, float32 [R, r] -> y upᵀ, float32 [R, V], both on the device."""
+        """y, float32 [R, r] -> y upᵀ, float32 [R, V], both on the device. To make it takes some 50 ms on a CPU, with a
+        vocabulary of 128k."""
         every, width = _matrix(self._every, device), self.narrow
         if not self.wide:
             return lambda y: every(y[:, :width])
@@ -67,14 +83,24 @@ def _cut(widths: npt.NDArray[np.integer], rank: int) -> tuple[int, npt.NDArray[n
 
 
 def _matrix(values: torch.Tensor, device: torch.device) -> Matrix:
-    """values: [m, n]."""
-    if device.type == "cpu" and values.numel() >= PACKED_FROM and multiplies_bfloat16():
-        packed = torch.ops.mkldnn._reorder_linear_weight(values.bfloat16())
-
-        def multiplied(y: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(y.bfloat16(), packed, None, "none", [], "")
-            return found.float()
-
-        return multiplied
-    transposed = values.float().T.contiguous().to(device)
+    """values: float [m, n] on the host."""
+    if packs(values.numel(), device):
+        packed = _packed(values)
+        return lambda y: _times(y, packed)
+    transposed = values.to(device).float().T.contiguous()
     return lambda y: y @ transposed
+
+
+def packs(numbers: int, device: torch.device) -> bool:
+    """Whether a matrix of so many is multiplied in bfloat16."""
+    return device.type == "cpu" and numbers >= PACKED_FROM and multiplies_bfloat16()
+
+
+def _packed(values: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(values.bfloat16())
+    return found
+
+
+def _times(y: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(y.bfloat16(), packed, None, "none", [], "")
+    return found.float()

@@ -5,8 +5,8 @@ Logits z are [N, V], float32 in both of vLLM's runners. As in the oracle, entrie
 stay as they are. Nothing here waits for the device.
 
 A contextual row costs, beside its N anchors: 2 A r + 2 H (A + r) + 2 r V floating point operations (H = 0: the first
-and the last), one pass over `up` (`product`: 2 or 4 r V bytes, shared by the rows of the step) and three over the row's
-logits.
+and the last; less where the tail is narrow), one pass over `up` (`product`; 2 or 4 bytes each number, shared by the
+rows of the step) and three over the row's logits.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.families import CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profile import CalibrationProfile
 
+CPU = torch.device("cpu")
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are worked on at a time: temporaries stay below 64 MiB each, whatever the batch."""
 
@@ -93,14 +94,15 @@ FAMILIES: Mapping[str, Family] = {
 
 
 class HeldProfile:
-    """A profile's parameters as tensors, float32 but for ids and what `product` makes smaller: on the host, and on the
-    device from its first binding on.
+    """A profile's parameters as tensors, float32 but for ids and what `product` makes smaller: on a CPU at once, on
+    another device from its first binding on.
 
     anchors: digest of its `anchor_count` anchor ids; None for a family without. idle: it changes no row, whatever the
     row says, as a probe does.
     """
 
-    def __init__(self, profile: CalibrationProfile) -> None:
+    def __init__(self, profile: CalibrationProfile, device: torch.device = CPU) -> None:
+        """device: the engine's."""
         if profile.family not in FAMILIES:
             raise InvalidProfileError(
                 f"profile {profile.version} is of the family {profile.family!r}, which this engine plugin "
@@ -120,9 +122,12 @@ class HeldProfile:
         }
         self._products = {name: Product(profile.parameters[name]) for name in self._family.products}
         self._on: dict[torch.device, Parameters] = {}
+        if device.type == "cpu":
+            # It takes longer than a step, and here nobody waits.
+            self.on(device)
 
     def on(self, device: torch.device) -> Parameters:
-        """The parameters on `device`. Called by the engine's thread only: copies stay on its stream."""
+        """The parameters on `device`. Called by the engine's thread only, once made: copies stay on its stream."""
         if device not in self._on:
             self._on[device] = Parameters(
                 {name: value.to(device) for name, value in self._host.items()},
