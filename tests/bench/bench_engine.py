@@ -16,7 +16,8 @@ memory lies): engines are started anew several times, and the bootstrap draws st
 
 Figures are tokens/s of whole bursts, the first step (the prompts) aside; medians over rounds. Where other programs
 take the cores now and then, the fastest quarter of a burst's steps says more: ratios of that are given beside
-(`fastest_quarter`). The transform alone is timed as well, with what it does a row: bytes and floating point operations.
+(`fastest_quarter`). The transform alone is timed as well, and its parts, with what it does a row: bytes and floating
+point operations.
 """
 
 from __future__ import annotations
@@ -318,6 +319,41 @@ def transform_alone(
     return found
 
 
+def parts(profile: CalibrationProfile, batch: int) -> dict[str, float]:
+    """Milliseconds of what makes up the transform, on one thread as in vLLM's worker, with all of it out of the
+    processor's own cache, as the model's weights leave it between two steps; medians. By these a lower rank can be
+    judged: `code` and `clamp_and_add` stay."""
+    import torch
+
+    from hemostat_calibration.engine.transform import HeldProfile, apply_to_rows
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    held = HeldProfile(profile)
+    up = held.on(CPU).products["up"]
+    logits = torch.randn(batch, profile.vocab_size) * 4
+    delta = torch.randn(batch, profile.vocab_size)
+    y = torch.randn(batch, len(profile.parameters["linear"]))
+    weights = torch.randn(32 << 20)
+
+    def cold(work: Any) -> float:
+        spent = []
+        for _ in range(21):
+            weights.mul_(1.0)
+            started = time.perf_counter()
+            work()
+            spent.append(time.perf_counter() - started)
+        return 1e3 * sorted(spent)[len(spent) // 2]
+
+    found = {
+        "all": cold(lambda: apply_to_rows(held, logits, None)),
+        "up": cold(lambda: up(y)),
+        "clamp_and_add": cold(lambda: logits.add_(delta.clamp_(-4.0, 4.0))),
+    }
+    torch.set_num_threads(threads)
+    return found | {"code": found["all"] - found["up"] - found["clamp_and_add"]}
+
+
 def milliseconds(work: Any, times: int = 60) -> float:
     for _ in range(10):
         work()
@@ -350,6 +386,9 @@ def table(result: dict[str, Any]) -> str:
         )
     within = (cell(group["all_rows_to_no_rows"]) for group in (result, quarter))
     lines.append(f"{'all rows x no rows, in one process':42}  {'  '.join(f'{r:26}' for r in within)}")
+    step = 1e3 * result["batch"] / result["tokens_per_second"][WITHOUT]
+    shares = (f"{name} {ms:.2f} ({ms / step:.1%} of a step)" for name, ms in result["parts"].items())
+    lines.append(f"its parts on one thread, ms: {', '.join(shares)}")
     lines.append("the transform alone, ms:")
     for row in result["transform"]:
         where = f"V {row['vocab_size']:7} batch {row['batch']:3}"
@@ -424,6 +463,7 @@ def main() -> int:
             "to_without_plugin": {arm: ratio(fastest, arm, WITHOUT) for arm in ARMS[1:]},
             "all_rows_to_no_rows": ratio(fastest, ALL_ROWS, NO_ROWS),
         },
+        "parts": parts(profile, arguments.batch),
         "transform": transform_alone(sizes, (vocab_size, 128_256), (1, 8, 32)),
         "per_row": [
             per_row(vocab_size, **sizes),
