@@ -165,11 +165,17 @@ class Engine:
         return [found[number] for number in range(len(asks))]
 
     async def _write(self, http: httpx.AsyncClient, ask: Ask) -> Written:
+        failed: httpx.TransportError | None = None
         for _ in range(TRIES):
-            written = await self._try(http, ask)
+            try:
+                written = await self._try(http, ask)
+            except httpx.TransportError as error:  # a connection that had been idle
+                failed = error
+                await asyncio.sleep(0.5)
+                continue
             if written is not None:
                 return written
-        raise RuntimeError(f"the engine dropped positions of {TRIES} texts in a row")
+        raise RuntimeError(f"no text whose positions the engine handed out in {TRIES} tries") from failed
 
     async def _try(self, http: httpx.AsyncClient, ask: Ask) -> Written | None:
         """None where the engine did not hand out all positions."""
