@@ -17,6 +17,7 @@ Singles = npt.NDArray[np.float32]
 
 MASS_KEPT = 0.999
 """Part of the mean distribution whose ids the Fisher metric sums over; the rest would cost most and say least."""
+_LEAST = 1e-12
 _CHUNK = 1 << 24
 """Elements of a temporary."""
 
@@ -70,7 +71,7 @@ def fisher(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Flo
 
     Half the squared length of a change of h in F is the KL divergence that it makes, to second order, nats. With n of
     512 to 1500 it is known well enough. damping: of the mean eigenvalue, added to all: directions that hardly matter
-    must not be made up.
+    must not be made up. F is positive definite.
     """
     mean = np.zeros(len(weight))
     moments = np.zeros((weight.shape[1], weight.shape[1]))
@@ -87,10 +88,17 @@ def fisher(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Flo
     for start in range(0, len(kept), 1 << 14):
         part = weight[kept[start : start + (1 << 14)]]
         metric += (part * mean[kept[start : start + (1 << 14)], None].astype(np.float32)).T @ part
-    # What was left out stands for its share, so that the difference cannot become negative.
+    # What was left out stands for its share. Where every row says nearly the same, it may still be what is left of the
+    # difference, and that negative.
     metric = metric / mean[kept].sum() - moments / len(hidden)
     metric = 0.5 * (metric + metric.T)
-    metric += damping * np.trace(metric) / len(metric) * np.eye(len(metric))
+    least = damping * max(float(np.trace(metric)) / len(metric), _LEAST)
+    metric += least * np.eye(len(metric))
+    try:
+        np.linalg.cholesky(metric)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(metric)
+        metric = (vectors * np.maximum(values, least)) @ vectors.T
     return metric, mean
 
 

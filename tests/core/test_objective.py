@@ -113,3 +113,19 @@ def test_the_metric_is_the_curvature_of_kl():
         assert kl(log_r, moved).mean() == pytest.approx(0.5 * step @ metric @ step, rel=0.03)
     damped, _ = hidden.fisher(weight, h, damping=0.1)
     np.testing.assert_allclose(damped - metric, 0.1 * np.trace(metric) / D * np.eye(D), atol=1e-6)
+
+
+@pytest.mark.parametrize("rare", [0.0, 1.0, 300.0])
+def test_the_metric_is_positive_definite_where_every_row_says_the_same(rare):
+    """One id has nearly all of the mass, and the few that are left out of the sum lie far away from it."""
+    rng = np.random.default_rng(4)
+    weight = rng.normal(size=(40, 6)).astype(np.float32)
+    weight[1:] *= rare
+    weight[0] = 8.0 * np.eye(6)[0]
+    weight[1:, 0] = 0.0
+    h = np.zeros((20, 6), np.float32)
+    h[:, 0] = 1.5
+    metric, mean = hidden.fisher(weight, h)
+    assert mean[0] > hidden.MASS_KEPT
+    assert np.linalg.eigvalsh(metric).min() > 0.0
+    np.linalg.cholesky(metric)
