@@ -43,7 +43,6 @@ from hemostat.engines import EXPIRES_AFTER
 from hemostat.vllm_process import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, tied
 from hemostat_calibration.contextual import contextual_profile
 from hemostat_calibration.engine.product import Product, multiplies_bfloat16, packs
-from hemostat_calibration.engine.transform import CPU
 from hemostat_calibration.profile import CalibrationProfile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,8 +101,10 @@ def per_row(
 ) -> dict[str, int]:
     """What one row takes: floating point operations, bytes of weights (read once a step, whatever the batch), bytes of
     its own logits (read and written), and bytes that a tapped row hands out. And the profile's size."""
+    import torch
+
     parts = (narrow * vocab_size, (rank - narrow) * wide)
-    up_bytes = sum(part * (2 if packs(part, CPU) else 4) for part in parts)
+    up_bytes = sum(part * (2 if packs(part, torch.device("cpu")) else 4) for part in parts)
     operations = {
         "linear": 2 * features * rank,
         "hidden": 2 * hidden * (features + rank),
@@ -330,7 +331,7 @@ def parts(profile: CalibrationProfile, batch: int) -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     held = HeldProfile(profile)
-    up = held.on(CPU).products["up"]
+    up = held.on(torch.device("cpu")).products["up"]
     logits = torch.randn(batch, profile.vocab_size) * 4
     delta = torch.randn(batch, profile.vocab_size)
     y = torch.randn(batch, len(profile.parameters["linear"]))

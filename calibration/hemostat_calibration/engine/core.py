@@ -110,7 +110,7 @@ class Core:
         """taps_everywhere: every rank samples requests of its own, so every rank taps; else rank 0 does."""
         self.device = device
         self.counters = Counters()
-        self.library = Library(vocab_size, device=device)
+        self.library = Library(vocab_size)
         self.taps = Taps(self.counters)
         self._tally = Tally(device, ("rows_masked", "rows_kl_clamped"), self.counters)
         self._vocab_size = vocab_size

@@ -6,9 +6,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
-import torch
-
-from hemostat_calibration.engine.transform import CPU, HeldProfile
+from hemostat_calibration.engine.transform import HeldProfile
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profile import CalibrationProfile
 
@@ -44,10 +42,8 @@ class Library:
     the middle.
     """
 
-    def __init__(self, vocab_size: int, limit: int = HELD_AT_MOST, device: torch.device = CPU) -> None:
-        """device: the engine's."""
+    def __init__(self, vocab_size: int, limit: int = HELD_AT_MOST) -> None:
         self.vocab_size = vocab_size
-        self._device = device
         self._limit = limit
         self._lock = threading.Lock()
         self._held: OrderedDict[str, HeldProfile] = OrderedDict()
@@ -77,7 +73,7 @@ class Library:
                 f"this engine's is {self.vocab_size}"
             )
         version = profile.version
-        held = HeldProfile(profile, self._device)
+        held = HeldProfile(profile)
         with self._lock:
             self._wanted.pop(version, None)
             if version not in self._held and len(self._held) >= self._limit:

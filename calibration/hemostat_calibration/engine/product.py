@@ -58,7 +58,7 @@ class Product:
 
     def on(self, device: torch.device) -> Matrix:
         """y, float32 [R, r] -> y upᵀ, float32 [R, V], both on the device. To make it takes some 50 ms on a CPU, with a
-        vocabulary of 128k."""
+        vocabulary of 128k: once a profile."""
         every, width = _matrix(self._every, device), self.narrow
         if not self.wide:
             return lambda y: every(y[:, :width])

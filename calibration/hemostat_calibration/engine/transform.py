@@ -25,7 +25,6 @@ from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.families import CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profile import CalibrationProfile
 
-CPU = torch.device("cpu")
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are worked on at a time: temporaries stay below 64 MiB each, whatever the batch."""
 
@@ -94,15 +93,17 @@ FAMILIES: Mapping[str, Family] = {
 
 
 class HeldProfile:
-    """A profile's parameters as tensors, float32 but for ids and what `product` makes smaller: on a CPU at once, on
-    another device from its first binding on.
+    """A profile's parameters as tensors, float32 but for ids and what `product` makes smaller: on the host, and on the
+    device from its first binding on.
+
+    No tensor operation is done before that. The agent's thread makes this, and in vLLM's process a second thread that
+    uses PyTorch has a second OpenMP team, with which decoding became a fifth slower (`make bench-engine`).
 
     anchors: digest of its `anchor_count` anchor ids; None for a family without. idle: it changes no row, whatever the
     row says, as a probe does.
     """
 
-    def __init__(self, profile: CalibrationProfile, device: torch.device = CPU) -> None:
-        """device: the engine's."""
+    def __init__(self, profile: CalibrationProfile) -> None:
         if profile.family not in FAMILIES:
             raise InvalidProfileError(
                 f"profile {profile.version} is of the family {profile.family!r}, which this engine plugin "
@@ -122,12 +123,9 @@ class HeldProfile:
         }
         self._products = {name: Product(profile.parameters[name]) for name in self._family.products}
         self._on: dict[torch.device, Parameters] = {}
-        if device.type == "cpu":
-            # It takes longer than a step, and here nobody waits.
-            self.on(device)
 
     def on(self, device: torch.device) -> Parameters:
-        """The parameters on `device`. Called by the engine's thread only, once made: copies stay on its stream."""
+        """The parameters on `device`. Called by the engine's thread only: copies stay on its stream."""
         if device not in self._on:
             self._on[device] = Parameters(
                 {name: value.to(device) for name, value in self._host.items()},
