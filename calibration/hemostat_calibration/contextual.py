@@ -868,22 +868,19 @@ def _scaled(map_: mlp.Network, scale: float) -> mlp.Network:
 
 def _turned(map_: mlp.Network, turn: Floats) -> mlp.Network:
     """With the code `turn` y instead of y; its `up` is no longer of that code."""
-    by = turn.astype(np.float32)
-    return replace(map_, linear=by @ map_.linear, offset=by @ map_.offset, out=by @ map_.out)
+    return replace(
+        map_,
+        linear=(turn @ map_.linear).astype(np.float32),
+        offset=(turn @ map_.offset).astype(np.float32),
+        out=(turn @ map_.out).astype(np.float32),
+    )
 
 
 def _orthonormal(map_: mlp.Network) -> mlp.Network:
     """The same with VᵀV = 1, so that the length of y is that of the image."""
     values, vectors = np.linalg.eigh(map_.up.T.astype(np.float64) @ map_.up)
     sizes = np.sqrt(np.maximum(values, 1e-12))
-    turn = (vectors * sizes).T
-    return replace(
-        map_,
-        linear=(turn @ map_.linear).astype(np.float32),
-        offset=(turn @ map_.offset).astype(np.float32),
-        out=(turn @ map_.out).astype(np.float32),
-        up=(map_.up @ vectors / sizes).astype(np.float32),
-    )
+    return replace(_turned(map_, (vectors * sizes).T), up=(map_.up @ vectors / sizes).astype(np.float32))
 
 
 def _best(gains: Floats) -> tuple[int, int]:
