@@ -81,7 +81,7 @@ def test_never_above_the_truth_after_a_profile(data, truth, k, reference_k, log_
         assert not np.isnan(figures.estimate_rc).any()
 
 
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(st.data(), truths(), st.integers(1, 30), st.sampled_from([None, 1, 2, 5]), st.booleans())
 def test_the_gain_lies_in_its_interval(data, truth, k, reference_k, log_normalizer):
     profile = data.draw(profiles(truth.compressed.shape[1]))
