@@ -577,17 +577,16 @@ class Contextual:
         raw, c, t = everything
         x = _standardised(raw, s)
         network = mlp.begin(*_standard(start, s), training)
-        squared = objective.Squared(t)
-        exact = None
+        loss: objective.Objective = objective.Squared(t)
         found: list[mlp.Network] = []
         for number, (epochs, rate) in enumerate(((training.epochs, training.rate), *training.exact)[:stages]):
-            if number and exact is None:
-                exact = objective.Softmax(basis.embedding[basis.likeliest[: training.exact_ids]], c, t)
+            if number == 1:
+                loss = objective.Softmax(basis.embedding[basis.likeliest[: training.exact_ids]], c, t)
 
             def told(done: float, number: int = number) -> None:
                 tell((number + done) / stages)
 
-            network = mlp.train(network, x, rows, exact or squared, training, epochs, rate, told)
+            network = mlp.train(network, x, rows, loss, training, epochs, rate, told)
             found.append(_raw(network, s))
         return found
 

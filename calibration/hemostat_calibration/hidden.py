@@ -18,6 +18,7 @@ Singles = npt.NDArray[np.float32]
 MASS_KEPT = 0.999
 """Part of the mean distribution whose ids the Fisher metric sums over; the rest would cost most and say least."""
 _LEAST = 1e-12
+"""Mean eigenvalue that a metric is taken to have at least."""
 _CHUNK = 1 << 24
 """Elements of a temporary."""
 
