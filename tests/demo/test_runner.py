@@ -70,7 +70,7 @@ def wait_for(what: Any, within: float = 30.0) -> None:
 def demo(tmp_path: Path, requests: int | None, trouble: str = "") -> subprocess.Popen[str]:
     code = PATCH.replace("STAND_IN", repr(str(STAND_IN))).replace("REQUESTS", repr(requests))
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-X", "faulthandler", "-c", code],
         cwd=tmp_path,
         env=os.environ
         | {
@@ -85,9 +85,21 @@ def demo(tmp_path: Path, requests: int | None, trouble: str = "") -> subprocess.
     )
 
 
+def ended(process: subprocess.Popen[str], within: float = 120.0) -> str:
+    """All that it printed. Fails, with every thread's stack, where it is still there after `within` seconds: long
+    enough for a machine that stands still for a minute."""
+    try:
+        output, _ = process.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        output, _ = process.communicate()
+        pytest.fail(f"still there after {within:.0f} s:\n{output}")
+    return output
+
+
 def test_bounded_it_ends_by_itself_with_the_report(tmp_path: Path) -> None:
     with demo(tmp_path, 20) as process:
-        output, _ = process.communicate(timeout=60)
+        output = ended(process)
     assert process.returncode == 0, output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["requests"] == {
@@ -112,7 +124,7 @@ def test_a_signal_stops_everything_that_was_started(tmp_path: Path, sig: signal.
                 break
         assert len(started_by(tmp_path)) == 3, "the demo, vLLM, Hemostat"
         process.send_signal(sig)
-        output, _ = process.communicate(timeout=40)
+        output = ended(process)
     assert process.returncode == 0, output
     assert "stopped" in output
     assert started_by(tmp_path) == []
@@ -136,7 +148,7 @@ def test_stopped_before_the_end_of_a_bounded_run_it_says_so(tmp_path: Path) -> N
             if "ready" in line:
                 break
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=40)
+        ended(process)
     assert process.returncode == 130
 
 
@@ -151,7 +163,7 @@ def test_stopped_before_the_end_of_a_bounded_run_it_says_so(tmp_path: Path) -> N
 )
 def test_what_goes_wrong_is_said_and_everything_stops(tmp_path: Path, trouble: str, says: str) -> None:
     with demo(tmp_path, 4, trouble) as process:
-        output, _ = process.communicate(timeout=60)
+        output = ended(process)
     assert process.returncode == 1, output
     assert says in output
     assert started_by(tmp_path) == []
