@@ -24,7 +24,8 @@ pytestmark = [
 ]
 
 REQUESTS = 16
-LIVE_REQUESTS = 400
+LIVE_REQUESTS = 280
+"""Of which 135 were enough where it was tried."""
 TOP_K = 64
 PROMPTS = [
     "What is the tallest mountain on Earth?",
