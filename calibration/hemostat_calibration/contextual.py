@@ -1,8 +1,9 @@
 """The contextual family: what a row's logits at a few anchor ids say about how to change all of them.
 
 The compressed model's logits are z = W h, so that those at N anchors show (an image of) the hidden state h. A small map
-of them, y = offset + linear x + out silu(hidden x + hidden_offset), gives Δz = up y with up = W M: a gather, a product
-of A × r (or A × H × r) and one of V × r a row, where the model itself had one of V × d for the logits alone.
+of them, y = offset + linear x + out silu(middle silu(hidden x + hidden_offset) + middle_offset), gives Δz = up y with
+up = W M: a gather, a product of A × r (beside it those of A × H, H × G and G × r) and one of V × r a row, where the
+model itself had one of V × d for the logits alone.
 
 What is learned is the map from x to δ = h_r − h_c, the difference of both models' hidden states, in the metric in which
 half its squared length is KL divergence. The reference hands out h_r; h_c follows from the anchors' logits (`hidden`).
@@ -42,18 +43,22 @@ def contextual_profile(
     clamp_nats: float,
     hidden: npt.NDArray[np.floating] | None = None,
     hidden_offset: npt.NDArray[np.floating] | None = None,
+    middle: npt.NDArray[np.floating] | None = None,
+    middle_offset: npt.NDArray[np.floating] | None = None,
     out: npt.NDArray[np.floating] | None = None,
     fisher: npt.NDArray[np.floating] | None = None,
     kl_limit: float = NO_KL_LIMIT,
     metadata: Mapping[str, str] | None = None,
 ) -> CalibrationProfile:
-    """Profile with Δz = clip(up y, ±clamp_nats), y = s (offset + linear x + out silu(hidden x + hidden_offset)).
+    """Profile with Δz = clip(up y, ±clamp_nats), y = s (offset + linear x + out silu(middle u + middle_offset)).
 
-    x is z[anchors] − mean z[anchors], the first A of it; s = min(1, √(2 kl_limit / yᵀ fisher y)): the KL divergence of
-    the row from what it was is at most about `kl_limit` nats, to second order.
+    u = silu(hidden x + hidden_offset); x is z[anchors] − mean z[anchors], the first A of it;
+    s = min(1, √(2 kl_limit / yᵀ fisher y)): the KL divergence of the row from what it was is at most about `kl_limit`
+    nats, to second order.
 
     anchors: [N] ids, distinct, N ≥ A. linear: [r, A]. offset: [r]. up: [V, r], kept as float16.
-    hidden: [H, A], hidden_offset: [H], out: [r, H]; all three or none of them (H = 0, a linear map).
+    hidden: [H, A], hidden_offset: [H], middle: [G, H], middle_offset: [G], out: [r, G]; all five or none of them
+    (H = G = 0, a linear map).
     fisher: [r, r], symmetric; None together with no limit.
     Raises InvalidProfileError on a bad value.
     """
@@ -70,6 +75,8 @@ def contextual_profile(
             "offset": np.asarray(offset, dtype=np.float32),
             "hidden": np.asarray(np.zeros((0, features)) if hidden is None else hidden, dtype=np.float32),
             "hidden_offset": np.asarray(np.zeros(0) if hidden_offset is None else hidden_offset, dtype=np.float32),
+            "middle": np.asarray(np.zeros((0, 0)) if middle is None else middle, dtype=np.float32),
+            "middle_offset": np.asarray(np.zeros(0) if middle_offset is None else middle_offset, dtype=np.float32),
             "out": np.asarray(np.zeros((rank, 0)) if out is None else out, dtype=np.float32),
             "fisher": np.asarray(np.zeros((rank, rank)) if fisher is None else fisher, dtype=np.float32),
             "kl_limit": np.asarray(kl_limit, dtype=np.float32),
@@ -535,6 +542,8 @@ class Contextual:
             offset=map_.offset,
             hidden=map_.hidden,
             hidden_offset=map_.hidden_offset,
+            middle=map_.middle,
+            middle_offset=map_.middle_offset,
             out=map_.out,
             up=up,
             clamp_nats=self._clamp_nats,
@@ -816,9 +825,19 @@ def _moments_of_rows(x: Singles, target: Singles, weights: Floats) -> Moments:
 
 def _linear(found: regression.LowRank) -> mlp.Network:
     read = found.read.astype(np.float32)
-    none = np.zeros((0, read.shape[1] - 1), np.float32)
+
+    def none(*shape: int) -> Singles:
+        return np.zeros(shape, np.float32)
+
     return mlp.Network(
-        read[:, :-1], read[:, -1], none, none[:, 0], np.zeros((len(read), 0), np.float32), found.up.astype(np.float32)
+        linear=read[:, :-1],
+        offset=read[:, -1],
+        hidden=none(0, read.shape[1] - 1),
+        hidden_offset=none(0),
+        middle=none(0, 0),
+        middle_offset=none(0),
+        out=none(len(read), 0),
+        up=found.up.astype(np.float32),
     )
 
 

@@ -80,12 +80,14 @@ def silu(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _contextual_code(parameters: Parameters, anchored: Floats) -> Floats:
-    """y = offset + linear x + out silu(hidden x + hidden_offset), shrunk so that yᵀ fisher y ≤ 2 kl_limit."""
+    """y = offset + linear x + out silu(middle silu(hidden x + hidden_offset) + middle_offset), shrunk so that
+    yᵀ fisher y ≤ 2 kl_limit."""
     features = parameters["linear"].shape[1]
     x = (anchored - anchored.mean(axis=-1, keepdims=True))[..., :features]
     y: Floats = parameters["offset"].astype(np.float64) + x @ parameters["linear"].T.astype(np.float64)
     if parameters["hidden"].shape[0]:
         units = silu(x @ parameters["hidden"].T.astype(np.float64) + parameters["hidden_offset"])
+        units = silu(units @ parameters["middle"].T.astype(np.float64) + parameters["middle_offset"])
         y += units @ parameters["out"].T.astype(np.float64)
     twice_kl = ((y @ parameters["fisher"].astype(np.float64)) * y).sum(axis=-1, keepdims=True)
     most = 2.0 * float(parameters["kl_limit"])
@@ -137,7 +139,9 @@ FAMILIES: Mapping[str, FamilySpec] = {
             "offset": Parameter(("r",)),
             "hidden": Parameter(("H", "A")),
             "hidden_offset": Parameter(("H",)),
-            "out": Parameter(("r", "H")),
+            "middle": Parameter(("G", "H")),
+            "middle_offset": Parameter(("G",)),
+            "out": Parameter(("r", "G")),
             "fisher": Parameter(("r", "r")),
             "kl_limit": Parameter(()),
             "up": Parameter((VOCABULARY, "r"), "F16"),

@@ -1,5 +1,6 @@
 """A small network from features x to images (`objective`) through a bottleneck: image = V y, y = linear x + offset +
-out silu(hidden x + hidden_offset). Learned by AdamW (Loshchilov & Hutter 2019) on batches of rows, in float32.
+out silu(middle u + middle_offset), u = silu(hidden x + hidden_offset). Learned by AdamW (Loshchilov & Hutter 2019) on
+batches of rows, in float32.
 
 It begins as a linear map that is given, so that what it ends as differs from that by what the rows speak for. Tokens
 are few and inputs many: what keeps it from learning the rows by heart is noise on its inputs, units that are left out
@@ -23,23 +24,26 @@ from hemostat_calibration.objective import Objective
 _STEPS_TO_FULL_RATE = 50
 _GIVEN = frozenset({"linear", "offset", "up"})
 """They begin where they are about right."""
-_DECAYING = frozenset({"hidden", "out"})
+_DECAYING = frozenset({"hidden", "middle", "out"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Network:
-    """float32: linear [r, A], offset [r], hidden [H, A], hidden_offset [H], out [r, H], up V [d, r]."""
+    """float32: linear [r, A], offset [r], hidden [H, A], hidden_offset [H], middle [G, H], middle_offset [G],
+    out [r, G], up V [d, r]."""
 
     linear: Singles
     offset: Singles
     hidden: Singles
     hidden_offset: Singles
+    middle: Singles
+    middle_offset: Singles
     out: Singles
     up: Singles
 
     def code(self, x: Singles) -> Singles:
         """y, [T, r], of x [T, A]."""
-        units: Singles = silu(x @ self.hidden.T + self.hidden_offset)
+        units: Singles = silu(silu(x @ self.hidden.T + self.hidden_offset) @ self.middle.T + self.middle_offset)
         code: Singles = x @ self.linear.T + self.offset + units @ self.out.T
         return code
 
@@ -51,23 +55,23 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """epochs: of the squared error. exact: then, where hidden states are at hand, stages of KL itself over the
-    `exact_ids` likeliest ids, each so many epochs at such a rate; () has none. rate: the largest, falling to 0 along a
-    cosine in each stage; given: part of it for the linear map and V. decay: of weights, a part of the rate. noise:
-    standard deviation of what is added to inputs, whose mean variance is 1. dropped: part of the units that a row does
-    without.
+    """units: of either layer. epochs: of the squared error. exact: then, where hidden states are at hand, stages of KL
+    itself over the `exact_ids` likeliest ids, each so many epochs at such a rate; () has none. rate: the largest,
+    falling to 0 along a cosine in each stage; given: part of it for the linear map and V. decay: of weights, a part of
+    the rate. noise: standard deviation of what is added to inputs, whose mean variance is 1. dropped: part of the units
+    that a row does without.
     """
 
-    units: int = 1024
+    units: int = 512
     epochs: int = 6
     exact: tuple[tuple[int, float], ...] = ((3, 1e-4), (3, 3e-4))
     exact_ids: int = 16384
     batch: int = 256
-    rate: float = 1e-3
+    rate: float = 2e-3
     given: float = 0.1
-    decay: float = 1.0
-    noise: float = 0.15
-    dropped: float = 0.3
+    decay: float = 0.3
+    noise: float = 0.1
+    dropped: float = 0.1
     seed: int = 0
 
 
@@ -77,11 +81,14 @@ def begin(
     """The linear map as a network whose units say nothing yet."""
     units, features = training.units, linear.shape[1]
     hidden = normal(training.seed, units * features).reshape(units, features) / math.sqrt(features)
+    middle = normal(training.seed + 1, units * units).reshape(units, units) / math.sqrt(max(units, 1))
     return Network(
         linear=linear.astype(np.float32),
         offset=offset.astype(np.float32),
         hidden=hidden.astype(np.float32),
         hidden_offset=np.zeros(units, np.float32),
+        middle=middle.astype(np.float32),
+        middle_offset=np.zeros(units, np.float32),
         out=np.zeros((len(linear), units), np.float32),
         up=up.astype(np.float32),
     )
@@ -106,11 +113,12 @@ def train(
     for epoch in range(epochs):
         order = rows[np.argsort(bits(training.seed + 1 + epoch, len(rows)), kind="stable")]
         for batch in np.array_split(order, batches):
-            random = (training.seed + 1) * 1_000_003 + step
+            random = (training.seed + 1) * 1_000_003 + 3 * step
             inputs = x[batch].astype(np.float32)
             if training.noise:
                 inputs += np.float32(training.noise) * normal(random, inputs.size).reshape(inputs.shape)
-            gradients = _gradients(weights, inputs, batch, objective, _kept(random, len(batch), training))
+            kept = (_kept(random + 1, len(batch), training), _kept(random + 2, len(batch), training))
+            gradients = _gradients(weights, inputs, batch, objective, kept)
             rate = rate_at_most * min(1.0, (step + 1) / _STEPS_TO_FULL_RATE)
             rate *= 0.5 * (1.0 + math.cos(math.pi * step / steps))
             step += 1
@@ -128,32 +136,44 @@ def train(
 
 
 def _gradients(
-    w: dict[str, Singles], x: Singles, rows: npt.NDArray[np.integer], objective: Objective, kept: Singles
+    w: dict[str, Singles],
+    x: Singles,
+    rows: npt.NDArray[np.integer],
+    objective: Objective,
+    kept: tuple[Singles, Singles],
 ) -> dict[str, Singles]:
-    """Of the mean loss of the rows. kept: what the units are multiplied by."""
-    a = x @ w["hidden"].T + w["hidden_offset"]
-    sigmoid = 0.5 + 0.5 * np.tanh(0.5 * a)
-    units = a * sigmoid
-    slope = kept * (sigmoid + units * (1.0 - sigmoid))
-    units *= kept
+    """Of the mean loss of the rows. kept: what the units of either layer are multiplied by."""
+    first, by_a = _units(x @ w["hidden"].T + w["hidden_offset"], kept[0])
+    units, by_b = _units(first @ w["middle"].T + w["middle_offset"], kept[1])
     y = x @ w["linear"].T + w["offset"] + units @ w["out"].T
     by_image = objective.slope(rows, y @ w["up"].T) / np.float32(len(x))
     by_y = by_image @ w["up"]
-    by_a = by_y @ w["out"]
-    by_a *= slope
+    by_b *= by_y @ w["out"]
+    by_a *= by_b @ w["middle"]
     return {
         "up": by_image.T @ y,
         "linear": by_y.T @ x,
         "offset": by_y.sum(axis=0),
         "out": by_y.T @ units,
+        "middle": by_b.T @ first,
+        "middle_offset": by_b.sum(axis=0),
         "hidden": by_a.T @ x,
         "hidden_offset": by_a.sum(axis=0),
     }
 
 
+def _units(a: Singles, kept: Singles) -> tuple[Singles, Singles]:
+    """silu(a), and its slope, both times `kept`."""
+    sigmoid = 0.5 + 0.5 * np.tanh(0.5 * a)
+    units = a * sigmoid
+    slope = kept * (sigmoid + units * (1.0 - sigmoid))
+    units *= kept
+    return units, slope
+
+
 def _kept(seed: int, rows: int, training: Training) -> Singles:
     """0 for units that are left out, more than 1 for the others, so that their mean is 1; [rows, H]."""
-    drawn = bits(seed + 1, rows * training.units).reshape(rows, training.units)
+    drawn = bits(seed, rows * training.units).reshape(rows, training.units)
     kept = drawn >= np.uint64(int(training.dropped * 2.0**64))
     return kept.astype(np.float32) / np.float32(1.0 - training.dropped)
 

@@ -77,6 +77,8 @@ def synthetic(
         clamp_nats=4.0,
         hidden=rng.normal(0.0, read, (hidden, features)),
         hidden_offset=rng.normal(0.0, 0.3, hidden),
+        middle=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (hidden, hidden)),
+        middle_offset=rng.normal(0.0, 0.3, hidden),
         out=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (rank, hidden)),
         fisher=np.eye(rank) / rank,
         kl_limit=4.0,
@@ -104,10 +106,11 @@ def per_row(
     import torch
 
     parts = (narrow * vocab_size, (rank - narrow) * wide)
+    network = rank * features + hidden * (features + hidden + rank + 2)
     up_bytes = sum(part * (2 if packs(part, torch.device("cpu")) else 4) for part in parts)
     operations = {
         "linear": 2 * features * rank,
-        "hidden": 2 * hidden * (features + rank),
+        "hidden": 2 * hidden * (features + hidden + rank),
         "trust_region": 2 * rank * (rank + 1),
         "up": 2 * sum(parts),
         "clamp_and_add": 3 * vocab_size,
@@ -118,10 +121,10 @@ def per_row(
         "narrow": narrow,
         "wide": wide,
         "flops": sum(operations.values()),
-        "weight_bytes_per_step": up_bytes + 4 * (rank * features + hidden * (features + rank) + rank * rank),
+        "weight_bytes_per_step": up_bytes + 4 * (network + rank * rank),
         "logit_bytes": 2 * 4 * vocab_size,
         "tap_feature_bytes": 2 * anchors,
-        "profile_bytes": 2 * rank * vocab_size + 4 * (rank * features + hidden * (features + rank + 1) + anchors),
+        "profile_bytes": 2 * rank * vocab_size + 4 * (network + anchors),
     }
 
 

@@ -19,6 +19,7 @@ from hemostat_calibration.transform import anchors, anchors_digest, apply, code,
 from .strategies import Truth, log_softmax, make_record, truths
 
 V, N, A, R, H = 11, 6, 4, 3, 5
+NETWORK = ("hidden", "hidden_offset", "middle", "middle_offset", "out")
 
 
 def parts(seed=0, vocabulary=V, anchored=N, hidden=H, scale=0.3):
@@ -32,7 +33,9 @@ def parts(seed=0, vocabulary=V, anchored=N, hidden=H, scale=0.3):
         "offset": 0.1 * rng.normal(size=R),
         "hidden": scale * rng.normal(size=(hidden, features)),
         "hidden_offset": rng.normal(size=hidden),
-        "out": scale * rng.normal(size=(R, hidden)),
+        "middle": scale * rng.normal(size=(hidden + 1, hidden)),
+        "middle_offset": rng.normal(size=hidden + 1),
+        "out": scale * rng.normal(size=(R, hidden + 1)),
         "fisher": root @ root.T,
         "up": 0.5 * rng.normal(size=(vocabulary, R)),
         "clamp_nats": 2.0,
@@ -62,12 +65,15 @@ def test_by_hand():
         offset=np.array([0.5]),
         hidden=np.array([[1.0]]),
         hidden_offset=np.array([0.0]),
-        out=np.array([[4.0]]),
+        middle=np.array([[2.0], [0.0]]),
+        middle_offset=np.array([-1.0, 0.0]),
+        out=np.array([[4.0, 8.0]]),
         up=np.array([[1.0], [0.0], [-0.25]]),
         clamp_nats=3.0,
     )
     z = np.array([1.0, 7.0, 3.0])
-    y = 0.5 + 2.0 * 1.0 + 4.0 / (1.0 + np.exp(-1.0))
+    middle = 2.0 / (1.0 + np.exp(-1.0)) - 1.0
+    y = 0.5 + 2.0 * 1.0 + 4.0 * middle / (1.0 + np.exp(-middle))
     np.testing.assert_allclose(code(profile, z[[2, 0]]), [y], rtol=1e-12)
     np.testing.assert_allclose(shift(profile, z), [3.0, 0.0, -0.25 * y], rtol=1e-12)
     assert shift_range(profile) == (-3.0, 3.0)
@@ -152,7 +158,7 @@ def test_round_trip_and_version():
     }
     assert profile.version != make(1, metadata={"tokens": "15000"}).version
     # Versions name files and rows in stores.
-    assert make(0, hidden=None, hidden_offset=None, out=None).parameters["hidden"].shape == (0, A)
+    assert make(0, **dict.fromkeys(NETWORK)).parameters["hidden"].shape == (0, A)
 
 
 @given(cut=st.integers(0, len(make().to_bytes()) - 1), position=st.integers(0, len(make().to_bytes()) - 1))
@@ -194,6 +200,7 @@ def test_bad_headers(change, message):
         ({"offset": np.zeros(R + 1)}, "offset has shape|linear has shape"),
         ({"hidden": np.zeros((H, A + 1))}, "shape"),
         ({"hidden_offset": np.full(H, np.nan)}, "hidden_offset holds NaN"),
+        ({"middle": None, "middle_offset": None}, "shape"),
         ({"kl_limit": 0.0}, "kl_limit is 0"),
         ({"kl_limit": np.inf}, "kl_limit holds NaN or an infinity"),
         ({"up": np.full((V, R), 1e6)}, "up holds NaN or an infinity"),

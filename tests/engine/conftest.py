@@ -46,6 +46,8 @@ def make_contextual(
         clamp_nats=clamp,
         hidden=rng.normal(0.0, read, (hidden, features)),
         hidden_offset=rng.normal(0.0, 0.3, hidden),
+        middle=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (hidden, hidden)),
+        middle_offset=rng.normal(0.0, 0.3, hidden),
         out=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (rank, hidden)),
         fisher=root @ root.T / rank,
         kl_limit=kl_limit,

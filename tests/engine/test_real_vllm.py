@@ -224,6 +224,8 @@ def contextual(vllm_server: Any, client: Client, plain: list[int]) -> Calibratio
         clamp_nats=3.0,
         hidden=rng.normal(0.0, 1.0 / np.sqrt(features), (hidden, features)),
         hidden_offset=rng.normal(0.0, 1.0, hidden),
+        middle=rng.normal(0.0, 1.0 / np.sqrt(hidden), (hidden, hidden)),
+        middle_offset=rng.normal(0.0, 1.0, hidden),
         out=rng.normal(0.0, 1.0 / np.sqrt(hidden), (rank, hidden)),
     )
     vllm_server.admin.files[profile.version] = profile.to_bytes()

@@ -163,6 +163,8 @@ def contextual(seed: int, rank: int, clamp: float, vocab_size: int = VOCAB) -> C
             "offset": rng.normal(0, 1, rank).astype(np.float32),
             "hidden": np.zeros((0, 6), np.float32),
             "hidden_offset": np.zeros(0, np.float32),
+            "middle": np.zeros((0, 0), np.float32),
+            "middle_offset": np.zeros(0, np.float32),
             "out": np.zeros((rank, 0), np.float32),
             "fisher": np.eye(rank, dtype=np.float32),
             "kl_limit": np.float32(1e30),

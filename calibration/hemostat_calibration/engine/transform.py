@@ -64,6 +64,7 @@ def _contextual(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor
     y = torch.addmm(parameters["offset"], x, parameters["linear"])
     if parameters["hidden"].shape[1]:
         units = torch.nn.functional.silu(torch.addmm(parameters["hidden_offset"], x, parameters["hidden"]))
+        units = torch.nn.functional.silu(torch.addmm(parameters["middle_offset"], units, parameters["middle"]))
         y.addmm_(units, parameters["out"])
     twice_kl = ((y @ parameters["fisher"]) * y).sum(dim=-1, keepdim=True)
     most = 2.0 * parameters["kl_limit"]
@@ -88,7 +89,7 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     TEMPERATURE_BIAS: Family(_temperature_bias),
-    CONTEXTUAL: Family(_contextual, frozenset({"linear", "hidden", "out"}), frozenset({"up"})),
+    CONTEXTUAL: Family(_contextual, frozenset({"linear", "hidden", "middle", "out"}), frozenset({"up"})),
 }
 
 
