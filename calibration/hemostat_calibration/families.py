@@ -118,6 +118,8 @@ def _contextual_check(parameters: Parameters) -> str:
         return f"linear reads {features} features: 1 to the {anchors.size} anchors are allowed"
     if not parameters["linear"].shape[0]:
         return "linear has no rows: the rank must be 1 or more"
+    if (parameters["hidden"].shape[0] == 0) != (parameters["middle"].shape[0] == 0):
+        return "hidden and middle must both have rows, or neither"
     limit = float(parameters["kl_limit"])
     return "" if limit > 0.0 else f"kl_limit is {limit}: it must be above 0"
 

@@ -172,7 +172,7 @@ def _units(a: Singles, kept: Singles) -> tuple[Singles, Singles]:
 
 
 def _kept(seed: int, rows: int, training: Training) -> Singles:
-    """0 for units that are left out, more than 1 for the others, so that their mean is 1; [rows, H]."""
+    """0 for units that are left out, more than 1 for the others, so that their mean is 1; [rows, units]."""
     drawn = bits(seed, rows * training.units).reshape(rows, training.units)
     kept = drawn >= np.uint64(int(training.dropped * 2.0**64))
     return kept.astype(np.float32) / np.float32(1.0 - training.dropped)

@@ -224,7 +224,8 @@ def _check_fields(profile: CalibrationProfile) -> None:
     if set(profile.parameters) != set(spec.parameters):
         raise InvalidProfileError(
             f"parameters are {_short(', '.join(sorted(profile.parameters)))}: "
-            f"{profile.family} needs {', '.join(sorted(spec.parameters))}"
+            f"{profile.family} needs {', '.join(sorted(spec.parameters))}. Where another version of hemostat made it, "
+            "learn it anew, and let the engine's plugin be of the same version"
         )
     sizes = {VOCABULARY: profile.vocab_size}
     for name, parameter in spec.parameters.items():

@@ -124,7 +124,7 @@ def per_row(
         "weight_bytes_per_step": up_bytes + 4 * (network + rank * rank),
         "logit_bytes": 2 * 4 * vocab_size,
         "tap_feature_bytes": 2 * anchors,
-        "profile_bytes": 2 * rank * vocab_size + 4 * (network + anchors),
+        "profile_bytes": 2 * rank * vocab_size + 4 * (network + anchors + rank * (rank + 1)),
     }
 
 
@@ -419,7 +419,7 @@ def main() -> int:
     parser.add_argument("--wide", type=int, default=8192, help="ids that are not of the tail")
     parser.add_argument("--anchors", type=int, default=1024)
     parser.add_argument("--features", type=int, default=576)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24, help="decoding steps of a burst")
     parser.add_argument("--rounds", type=int, default=16, help="of each start")

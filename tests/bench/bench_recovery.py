@@ -146,7 +146,7 @@ def source_digest() -> str:
 
     (folder,) = hemostat_calibration.__path__
     digest = hashlib.sha256()
-    for name in ("contextual", "regression", "hidden", "mlp", "objective", "calibrator"):
+    for name in ("contextual", "regression", "hidden", "mlp", "objective", "calibrator", "families", "narrow"):
         digest.update((Path(folder) / f"{name}.py").read_bytes())
     return digest.hexdigest()[:16]
 

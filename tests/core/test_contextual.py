@@ -115,6 +115,9 @@ def test_from_a_reference_that_gives_only_a_list():
     assert proposal.report.variant == "list"
     assert state.tokens_by_source[Source.LIST] == 80 * T
     assert world().recovered(proposal.profile) > 0.8
+    network = world().learner(network=mlp.Training(units=32)).fit(state)
+    assert network.profile.parameters["middle"].shape == (32, 32)
+    assert world().recovered(network.profile) > 0.85
 
 
 def test_a_network_is_taken_where_it_is_better():

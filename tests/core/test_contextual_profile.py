@@ -18,7 +18,7 @@ from hemostat_calibration.transform import anchors, anchors_digest, apply, code,
 
 from .strategies import Truth, log_softmax, make_record, truths
 
-V, N, A, R, H = 11, 6, 4, 3, 5
+V, N, A, R, H, G = 11, 6, 4, 3, 5, 7
 NETWORK = ("hidden", "hidden_offset", "middle", "middle_offset", "out")
 
 
@@ -26,6 +26,7 @@ def parts(seed=0, vocabulary=V, anchored=N, hidden=H, scale=0.3):
     rng = np.random.default_rng(seed)
     root = rng.normal(size=(R, R))
     features = min(A, anchored)
+    middle = G if hidden else 0
     return {
         "model": "w4a16",
         "anchors": rng.permutation(vocabulary)[:anchored],
@@ -33,9 +34,9 @@ def parts(seed=0, vocabulary=V, anchored=N, hidden=H, scale=0.3):
         "offset": 0.1 * rng.normal(size=R),
         "hidden": scale * rng.normal(size=(hidden, features)),
         "hidden_offset": rng.normal(size=hidden),
-        "middle": scale * rng.normal(size=(hidden + 1, hidden)),
-        "middle_offset": rng.normal(size=hidden + 1),
-        "out": scale * rng.normal(size=(R, hidden + 1)),
+        "middle": scale * rng.normal(size=(middle, hidden)),
+        "middle_offset": rng.normal(size=middle),
+        "out": scale * rng.normal(size=(R, middle)),
         "fisher": root @ root.T,
         "up": 0.5 * rng.normal(size=(vocabulary, R)),
         "clamp_nats": 2.0,
@@ -201,6 +202,7 @@ def test_bad_headers(change, message):
         ({"hidden": np.zeros((H, A + 1))}, "shape"),
         ({"hidden_offset": np.full(H, np.nan)}, "hidden_offset holds NaN"),
         ({"middle": None, "middle_offset": None}, "shape"),
+        ({"hidden": None, "hidden_offset": None, "middle": np.zeros((G, 0))}, "both have rows, or neither"),
         ({"kl_limit": 0.0}, "kl_limit is 0"),
         ({"kl_limit": np.inf}, "kl_limit holds NaN or an infinity"),
         ({"up": np.full((V, R), 1e6)}, "up holds NaN or an infinity"),

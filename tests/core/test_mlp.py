@@ -1,10 +1,98 @@
 """What keeps the network from learning its rows by heart, and that it learns what is there."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
 from hemostat_calibration import mlp
+from hemostat_calibration.contextual import contextual_profile
 from hemostat_calibration.objective import Squared
+from hemostat_calibration.transform import code
+
+ROWS, A, H, G, R, D = 7, 4, 5, 6, 3, 8
+SHAPES = {
+    **{"linear": (R, A), "offset": (R,), "hidden": (H, A), "hidden_offset": (H,)},
+    **{"middle": (G, H), "middle_offset": (G,), "out": (R, G), "up": (D, R)},
+}
+
+
+def weights(dtype: type = np.float64) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+def test_what_is_learned_is_what_a_profile_says() -> None:
+    w = weights(np.float32)
+    parts = {name: value for name, value in w.items() if name != "up"}
+    profile = contextual_profile(model="", anchors=np.arange(A + 2), up=np.zeros((99, R)), clamp_nats=1.0, **parts)
+    anchored = np.random.default_rng(2).normal(size=(ROWS, A + 2))
+    x = (anchored - anchored.mean(1, keepdims=True))[:, :A].astype(np.float32)
+    np.testing.assert_allclose(mlp.Network(**w).code(x), code(profile, anchored), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_loss() -> None:
+    """By central differences, with units left out."""
+    rng = np.random.default_rng(3)
+    w, x, t = weights(), rng.normal(size=(ROWS, A)), rng.normal(size=(ROWS, D))
+    kept = tuple(2.0 * (rng.random((ROWS, units)) < 0.5) for units in (H, G))
+
+    def loss() -> float:
+        def silu(a: np.ndarray) -> np.ndarray:
+            return a / (1.0 + np.exp(-a))
+
+        first = kept[0] * silu(x @ w["hidden"].T + w["hidden_offset"])
+        second = kept[1] * silu(first @ w["middle"].T + w["middle_offset"])
+        image = (x @ w["linear"].T + w["offset"] + second @ w["out"].T) @ w["up"].T
+        return 0.5 * float(np.square(image - t).sum(1).mean())
+
+    found = mlp._gradients(w, x, np.arange(ROWS), Squared(t), kept)
+    assert found.keys() == w.keys()
+    for name, gradient in found.items():
+        assert gradient.shape == w[name].shape
+        assert np.abs(gradient).max() > 1e-3, name
+        for at in np.ndindex(gradient.shape):
+            before = w[name][at]
+            ends = []
+            for step in (1e-5, -1e-5):
+                w[name][at] = before + step
+                ends.append(loss())
+            w[name][at] = before
+            assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(gradient[at], rel=1e-5, abs=1e-7), (name, at)
+
+
+def test_every_step_and_layer_leaves_other_units_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = mlp._kept
+
+    def spied(seed: int, rows: int, training: mlp.Training) -> np.ndarray:
+        seen.append(real(seed, rows, training))
+        return seen[-1]
+
+    monkeypatch.setattr(mlp, "_kept", spied)
+    training = mlp.Training(units=16, batch=ROWS, dropped=0.5)
+    x, t = np.zeros((3 * ROWS, A), np.float32), np.zeros((3 * ROWS, D), np.float32)
+    begun = mlp.begin(np.zeros((R, A)), np.zeros(R), np.ones((D, R)), training)
+    mlp.train(begun, x, np.arange(len(x)), Squared(t), training, 2, 1e-3, lambda done: None)
+    assert len(seen) == 12
+    assert len({one.tobytes() for one in seen}) == 12
+
+
+def test_weights_decay_and_what_was_given_does_not() -> None:
+    class Content:
+        def slope(self, rows: np.ndarray, image: np.ndarray) -> np.ndarray:
+            return np.zeros_like(image)
+
+    training = mlp.Training(units=H, batch=ROWS, decay=0.5, noise=0.0, dropped=0.0)
+    square = {"middle": (H, H), "middle_offset": (H,), "out": (R, H)}
+    ones = {name: np.ones(shape, np.float32) for name, shape in square.items()}
+    before = mlp.Network(**{**weights(np.float32), **ones})
+    x = np.ones((ROWS, A), np.float32)
+    after = mlp.train(before, x, np.arange(ROWS), Content(), training, 1, 0.1, lambda done: None)
+    smaller = {name for name, value in asdict(before).items() if not np.array_equal(value, getattr(after, name))}
+    assert smaller == {"hidden", "middle", "out"}
+    part = 1.0 - 0.5 * 0.1 / mlp._STEPS_TO_FULL_RATE
+    np.testing.assert_allclose(after.middle, part * before.middle, rtol=1e-6)
 
 
 def test_noise_is_standard_normal_and_of_its_seed() -> None:

@@ -92,7 +92,10 @@ def ended(process: subprocess.Popen[str], within: float = 120.0) -> str:
         output, _ = process.communicate(timeout=within)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)
-        output, _ = process.communicate()
+        try:
+            output, _ = process.communicate(timeout=10)
+        finally:
+            process.kill()
         pytest.fail(f"still there after {within:.0f} s:\n{output}")
     return output
 

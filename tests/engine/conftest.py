@@ -35,6 +35,7 @@ def make_contextual(
 ) -> CalibrationProfile:
     """Shifts of about `scale` nats for logits that spread by about 4."""
     rng = np.random.default_rng(seed)
+    middle = hidden + 1 if hidden else 0
     read = 0.25 / np.sqrt(features)
     root = rng.normal(0.0, 1.0, (rank, rank))
     return contextual_profile(
@@ -46,9 +47,9 @@ def make_contextual(
         clamp_nats=clamp,
         hidden=rng.normal(0.0, read, (hidden, features)),
         hidden_offset=rng.normal(0.0, 0.3, hidden),
-        middle=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (hidden, hidden)),
-        middle_offset=rng.normal(0.0, 0.3, hidden),
-        out=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (rank, hidden)),
+        middle=rng.normal(0.0, 1.0 / np.sqrt(max(hidden, 1)), (middle, hidden)),
+        middle_offset=rng.normal(0.0, 0.3, middle),
+        out=rng.normal(0.0, 1.0 / np.sqrt(max(middle, 1)), (rank, middle)),
         fisher=root @ root.T / rank,
         kl_limit=kl_limit,
         metadata={"seed": str(seed)},

@@ -56,7 +56,7 @@ def test_a_profile_as_large_as_those_that_serve(bfloat16: bool, monkeypatch: pyt
     if bfloat16 and not product.packs_bfloat16():
         pytest.skip("oneDNN does not pack bfloat16 on this processor")
     monkeypatch.setattr(product, "multiplies_bfloat16", lambda: bfloat16)
-    profile = make_contextual(4, 49_152, anchors=768, features=512, rank=64, hidden=1024, kl_limit=0.5, scale=8.0)
+    profile = make_contextual(4, 49_152, anchors=768, features=512, rank=64, hidden=512, kl_limit=0.5, scale=8.0)
     z = logits(8, 49_152, 5)
     got = torch.from_numpy(z.copy())
     masked, limited = transform.apply_to_rows(transform.HeldProfile(profile), got, None).tolist()

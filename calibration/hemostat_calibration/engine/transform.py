@@ -4,9 +4,9 @@ there is added here, and `FAMILIES` names what this engine can apply.
 Logits z are [N, V], float32 in both of vLLM's runners. As in the oracle, entries that are not finite (-inf is a mask)
 stay as they are. Nothing here waits for the device.
 
-A contextual row costs, beside its N anchors: 2 A r + 2 H (A + r) + 2 r V floating point operations (H = 0: the first
-and the last; less where the tail is narrow), one pass over `up` (`product`; 2 or 4 bytes each number, shared by the
-rows of the step) and three over the row's logits.
+A contextual row costs, beside its N anchors: 2 A r + 2 (A H + H G + G r) + 2 r V floating point operations (H = 0: the
+first and the last; less where the tail is narrow), one pass over `up` (`product`; 2 or 4 bytes each number, shared by
+the rows of the step) and three over the row's logits.
 """
 
 from __future__ import annotations
