@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,17 @@ def is_json_object(text: str) -> bool:
         return isinstance(json.loads(body), dict)
     except ValueError:
         return False
+
+
+def holds_json_object(text: str) -> bool:
+    """True where a JSON object is anywhere in the text: somebody who looks for it finds it."""
+    for start in (n for n, character in enumerate(text) if character == "{"):
+        try:
+            json.JSONDecoder().raw_decode(text, start)
+        except ValueError:
+            continue
+        return True
+    return False
 
 
 def same_answer(a: str, b: str) -> bool:
@@ -64,8 +75,8 @@ def compare(
     def matches(kind: str, texts: Sequence[Written]) -> list[float]:
         return [float(same_answer(r.text, t.text)) for r, t in zip(of(kind, reference), of(kind, texts), strict=True)]
 
-    def valid(texts: Sequence[Written]) -> list[float]:
-        return [float(is_json_object(t.text)) for t in of("json", texts)]
+    def valid(texts: Sequence[Written], is_valid: Callable[[str], bool] = is_json_object) -> list[float]:
+        return [float(is_valid(t.text)) for t in of("json", texts)]
 
     found = {
         "common_prefix_tokens": paired(prefixes("open", plain), prefixes("open", treated), "prefix"),
@@ -77,8 +88,10 @@ def compare(
         "short_answer_exact_match": paired(matches("short", plain), matches("short", treated), "match"),
         "json_exact_match": paired(matches("json", plain), matches("json", treated), "json match"),
         "json_valid": paired(valid(plain), valid(treated), "json"),
+        "json_inside": paired(valid(plain, holds_json_object), valid(treated, holds_json_object), "json inside"),
     }
     found["json_valid"]["reference"] = float(np.mean(valid(reference)))
+    found["json_inside"]["reference"] = float(np.mean(valid(reference, holds_json_object)))
     return found
 
 

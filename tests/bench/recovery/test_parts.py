@@ -8,7 +8,14 @@ from tests.bench.recovery import never_worse, prompts, tried
 from tests.bench.recovery.engine import Ask, Written
 from tests.bench.recovery.figures import IDENTITY, Figures, Recovery, interval, measure, row
 from tests.bench.recovery.learning import ContextualLearner, contextual_records, first_tokens, judged, listed_records
-from tests.bench.recovery.outcomes import common_prefix, compare, is_json_object, on_policy, same_answer
+from tests.bench.recovery.outcomes import (
+    common_prefix,
+    compare,
+    holds_json_object,
+    is_json_object,
+    on_policy,
+    same_answer,
+)
 
 from hemostat_calibration import mlp, transform
 from hemostat_calibration.contextual import Contextual, choose_anchors, contextual_profile
@@ -157,6 +164,14 @@ def test_on_policy_compares_arms_topic_by_topic() -> None:
 )
 def test_json(text: str, valid: bool) -> None:
     assert is_json_object(text) == valid
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [('JSON:\n{"a": 1}', True), ('{ or {"a": {}} then', True), ('JSON: {"a": 1', False), ("[1]", False), ("", False)],
+)
+def test_json_inside(text: str, holds: bool) -> None:
+    assert holds_json_object(text) == holds
 
 
 def test_outcomes_are_paired_by_prompt() -> None:
