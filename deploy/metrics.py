@@ -1,4 +1,4 @@
-"""`make docs`: writes deploy/METRICS.md from what the code exports (`hemostat.metrics.GROUPS`).
+"""`make docs`: writes deploy/METRICS.md from what the code exports (`hemostat.metrics.collector.GROUPS`).
 
 What a label's value means stands here; which values there are is the code's, and a test holds the two together.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hemostat import figures
-from hemostat.floor import MODELS
-from hemostat.measure import DECODINGS, DIRECTIONS, STAGES
-from hemostat.messages import OVERHEAD_BUCKETS
-from hemostat.metrics import FAMILIES, GROUPS, Family
+from hemostat.ipc.messages import OVERHEAD_BUCKETS
+from hemostat.measurement import figures
+from hemostat.measurement.by_decoding import STRATEGIES
+from hemostat.measurement.measurements import DECODINGS, DIRECTIONS, STAGES
+from hemostat.metrics.collector import FAMILIES, GROUPS, Family
 from hemostat.relay import counters, outcomes
-from hemostat.strategies import STRATEGIES
+from hemostat.shadow.noise_floor import MODELS
 from hemostat_calibration.alarm import Kind
 from hemostat_calibration.records import Arm
 
@@ -242,7 +242,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
 
 HEAD = """# Metrics
 
-<!-- Made by `make docs` from middleware/hemostat/metrics.py; do not edit. -->
+<!-- Made by `make docs` from middleware/hemostat/metrics/; do not edit. -->
 
 Everything on `/metrics` of the admin port, for all processes of one Hemostat together. Divergences are in nats. Labels
 are bounded: no user, no request id, no prompt is ever one. Counters start again at 0 when Hemostat does. A series that

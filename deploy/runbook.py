@@ -14,7 +14,7 @@ from markdown_it.token import Token
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "RUNBOOK.md"
-PAGE = FOLDER.parent / "middleware" / "hemostat" / "console" / "runbook.html"
+PAGE = FOLDER.parent / "middleware" / "hemostat" / "admin" / "console" / "runbook.html"
 
 TEMPLATE = """<!doctype html>
 <html lang="en">

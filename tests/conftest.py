@@ -11,11 +11,11 @@ from typing import Any
 
 import hypothesis
 import pytest
-from tests.fakes.engine_admin import TOKEN, EngineAdmin
+from tests.support.engine_admin import TOKEN, EngineAdmin
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
-from hemostat import vllm_process
-from hemostat.compress import Checkpoints, cached_checkpoints
+from hemostat.models import vllm_server as vllm_process
+from hemostat.models.compress import Checkpoints, cached_checkpoints
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("hemostat", deadline=None)

@@ -35,9 +35,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from hemostat_calibration import sequential
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.sequential import LowerSequence
+from hemostat_calibration.statistics import sequential
+from hemostat_calibration.statistics.sequential import LowerSequence
 
 WINDOWS_PER_PROOF = 4
 """A window is this many times as long as the proof of the profile took."""

@@ -16,7 +16,7 @@ from hemostat_calibration.errors import HemostatError
 if TYPE_CHECKING:
     import httpx
 
-    from hemostat.config import Settings
+    from hemostat.config.schema import Settings
 
 DEFAULT_ADMIN = "http://127.0.0.1:8081"
 ADMIN_WITHIN = 30.0
@@ -201,7 +201,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    from hemostat.config import load  # noqa: PLC0415
+    from hemostat.config.schema import load  # noqa: PLC0415
 
     overrides = [(key, value) for key, _, _ in SHORTHANDS.values() if (value := getattr(options, key)) is not None]
     for text in options.set:
@@ -214,7 +214,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _serve(options: argparse.Namespace) -> int:
     settings = _settings(options)
-    from hemostat.serve import main as serve  # noqa: PLC0415
+    from hemostat.supervisor import main as serve  # noqa: PLC0415
 
     return serve(settings)
 
@@ -228,7 +228,7 @@ def _check(options: argparse.Namespace) -> int:
         return 0
     import asyncio  # noqa: PLC0415
 
-    from hemostat.check import check, exit_code, table  # noqa: PLC0415
+    from hemostat.commands.check import check, exit_code, table  # noqa: PLC0415
 
     findings = asyncio.run(check(settings))
     print(table(findings))  # noqa: T201
@@ -254,7 +254,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _compress(options: argparse.Namespace) -> int:
-    from hemostat.compress import compress  # noqa: PLC0415
+    from hemostat.models.compress import compress  # noqa: PLC0415
 
     compress(options.source, options.destination, options.scheme, print)
     return 0
@@ -278,7 +278,7 @@ def _profile_show(options: argparse.Namespace) -> int:
 
 
 def _profile_export(options: argparse.Namespace) -> int:
-    from hemostat_calibration.profile import CalibrationProfile  # noqa: PLC0415
+    from hemostat_calibration.profiles.profile import CalibrationProfile  # noqa: PLC0415
 
     version = _version(options.version)
     data = _admin(options, "GET", f"/api/v1/engine/profiles/{version}").content
@@ -292,7 +292,7 @@ def _profile_export(options: argparse.Namespace) -> int:
 
 
 def _profile_import(options: argparse.Namespace) -> int:
-    from hemostat_calibration.profile import CalibrationProfile  # noqa: PLC0415
+    from hemostat_calibration.profiles.profile import CalibrationProfile  # noqa: PLC0415
 
     try:
         data = options.file.read_bytes()
@@ -364,7 +364,7 @@ def _admin(options: argparse.Namespace, method: str, path: str, **body: Any) -> 
 
 
 def _version(text: str) -> str:
-    from hemostat_calibration.profile import VERSION_PATTERN  # noqa: PLC0415
+    from hemostat_calibration.profiles.profile import VERSION_PATTERN  # noqa: PLC0415
 
     if not VERSION_PATTERN.fullmatch(text):
         raise UsageError(

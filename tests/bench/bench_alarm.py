@@ -32,12 +32,12 @@ from typing import Any
 
 import numpy as np
 
-from hemostat import vllm_process
-from hemostat.compress import cached_checkpoints
+from hemostat.models import vllm_server as vllm_process
+from hemostat.models.compress import cached_checkpoints
 from hemostat_calibration.alarm import BudgetTest, ChangeTest, fit, spread
-from hemostat_calibration.confidence import ClippedMean
-from hemostat_calibration.divergence import divergence
+from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
+from hemostat_calibration.statistics.confidence import ClippedMean
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"

@@ -3,7 +3,7 @@
 Real models: text sampled from the compressed checkpoint at temperature 1, read by both at full vocabulary. From those
 distributions the record is made that a top-K list of each side would have given, for K from 5 to everything, and its
 bounds and estimates stand beside the exact figures of the same tokens. Intervals count requests. "coarse" is the lower
-bound that the lists' ids and one bucket give, "lower" what the caps add (see `hemostat_calibration.bounds`).
+bound that the lists' ids and one bucket give, "lower" what the caps add (see `hemostat_calibration.divergence.bounds`).
 
 floor   how often KL's assumption holds: positions at which no id at all is less likely under one model than `FLOOR`
         times what the other gives it.
@@ -29,12 +29,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy's; torch is told how many
 
 import numpy as np
 
-from hemostat import vllm_process
-from hemostat.compress import cached_checkpoints
-from hemostat_calibration.bounds import FLOOR, bounds
-from hemostat_calibration.divergence import divergence
+from hemostat.models import vllm_server as vllm_process
+from hemostat.models.compress import cached_checkpoints
+from hemostat_calibration.divergence.bounds import FLOOR, bounds
+from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
-from hemostat_calibration.streaming import RatioEstimate
+from hemostat_calibration.statistics.streaming import RatioEstimate
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"

@@ -38,18 +38,18 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.compress import cached_checkpoints
-from hemostat.engines import EXPIRES_AFTER
-from hemostat.vllm_process import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, tied
-from hemostat_calibration.contextual import contextual_profile
-from hemostat_calibration.engine.product import Product, multiplies_bfloat16, packs
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat.engines.registry import EXPIRES_AFTER
+from hemostat.models.compress import cached_checkpoints
+from hemostat.models.vllm_server import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, tied
+from hemostat_calibration.learning.contextual.learner import contextual_profile
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_engine.product import Product, multiplies_bfloat16, packs
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.fakes.engine_admin import TOKEN, EngineAdmin  # noqa: E402  the root is no package
+from tests.support.engine_admin import TOKEN, EngineAdmin  # noqa: E402  the root is no package
 
 BUILD = ROOT / "build" / "bench"
 LEARNED = BUILD / "w4a16.profile"
@@ -227,7 +227,7 @@ def serve_bursts(model: str, batch: int, plugin: bool, answers: IO[str]) -> None
 
 def plugin_counters() -> Any:
     """The loaded processor's counters; vLLM has no way to ask for its processors."""
-    from hemostat_calibration.engine.processor import LogitsProcessor
+    from hemostat_engine.processor import LogitsProcessor
 
     gc.unfreeze()  # vLLM's start freezes what it made, and what is frozen is not listed
     (processor,) = (found for found in gc.get_objects() if type(found) is LogitsProcessor)
@@ -296,7 +296,7 @@ def transform_alone(
     """Milliseconds of the transform by itself, on as many threads as there are cores; medians."""
     import torch
 
-    from hemostat_calibration.engine.transform import HeldProfile, apply_to_rows, evaluate
+    from hemostat_engine.transform import HeldProfile, apply_to_rows, evaluate
 
     found = []
     for vocab_size in vocabularies:
@@ -329,7 +329,7 @@ def parts(profile: CalibrationProfile, batch: int) -> dict[str, float]:
     judged: `code` and `clamp_and_add` stay."""
     import torch
 
-    from hemostat_calibration.engine.transform import HeldProfile, apply_to_rows
+    from hemostat_engine.transform import HeldProfile, apply_to_rows
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

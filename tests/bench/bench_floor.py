@@ -23,10 +23,10 @@ from typing import Any
 import httpx
 import yaml
 
-from hemostat.compress import cached_checkpoints
 from hemostat.demo import prompts
 from hemostat.demo.runner import DemoOptions, serve_command, serve_settings, vllm_arguments
-from hemostat.vllm_process import VllmServer, free_port, tied
+from hemostat.models.compress import cached_checkpoints
+from hemostat.models.vllm_server import VllmServer, free_port, tied
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 FIGURES = {"kl_nats": "KL(r‖c), at least", "total_variation": "TV, at least", "top1_agreement": "same top-1"}

@@ -35,13 +35,13 @@ from typing import Any, cast
 import httpx
 import uvloop
 
-from hemostat.messages import FrameReader, Policy, Stats, encode
+from hemostat.ipc.messages import FrameReader, Policy, Stats, encode
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.fakes.fake_vllm import FakeVllm  # noqa: E402  the root is no package
+from tests.support.fake_vllm import FakeVllm  # noqa: E402  the root is no package
 
 BUILD = ROOT / "build" / "bench"
 PATH = "/v1/chat/completions"

@@ -30,15 +30,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat import vllm_process
-from hemostat.compress import MANIFEST, cached_checkpoints
 from hemostat.learner.embedding import load as load_embedding
 from hemostat.learner.process import eligible, special_ids
-from hemostat_calibration import mlp
-from hemostat_calibration.contextual import Contextual, choose_anchors, probe
-from hemostat_calibration.engine.transform import HeldProfile, evaluate
-from hemostat_calibration.profile import CalibrationProfile
-from hemostat_calibration.transform import anchors_digest
+from hemostat.models import vllm_server as vllm_process
+from hemostat.models.compress import MANIFEST, cached_checkpoints
+from hemostat_calibration.learning.contextual import mlp
+from hemostat_calibration.learning.contextual.learner import Contextual, choose_anchors, probe
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import anchors_digest
+from hemostat_engine.transform import HeldProfile, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests import valkey
-from tests.reference.fake_vllm import FakeVllm, running
+from tests.support import valkey
+from tests.support.reference_server import FakeVllm, running
 
-from hemostat import cli, vllm_process
-from hemostat.check import Finding, State, check, exit_code, table
-from hemostat.config import Settings
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat import cli
+from hemostat.commands.check import Finding, State, check, exit_code, table
+from hemostat.config.schema import Settings
+from hemostat.models import vllm_server as vllm_process
+from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
 async def findings_of(
@@ -191,7 +192,8 @@ def test_help_and_version_need_neither_torch_nor_vllm() -> None:
         "for arguments in (['--help'], ['--version'], ['serve', '--help']):\n"
         "    try: main(arguments)\n"
         "    except SystemExit as end: assert end.code == 0\n"
-        "import hemostat.check, hemostat.serve, hemostat.reference.transformers, hemostat.reference.vllm\n"
+        "import hemostat.commands.check, hemostat.supervisor\n"
+        "import hemostat.reference.transformers, hemostat.reference.vllm\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

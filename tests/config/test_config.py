@@ -13,8 +13,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hemostat import config
-from hemostat.config import ConfigError, Settings, load
+from hemostat.config import schema as config
+from hemostat.config.schema import ConfigError, Settings, load
 
 UPSTREAM = "upstream:\n  url: http://127.0.0.1:8000\n"
 
@@ -238,7 +238,7 @@ def test_the_stores_password_is_never_shown_but_reaches_our_own_processes(writte
 
 
 def test_a_server_as_store_needs_its_client(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hemostat.config.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hemostat.config.schema.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"store\.url: needs .* pip install 'hemostat\[valkey\]'"):
         load(written(UPSTREAM), {}, [("store.url", "redis://h")])
 

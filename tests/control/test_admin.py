@@ -11,14 +11,14 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.control.making import TOKEN, control, profile, scored, settings
 from tests.control.test_metrics import relay, stats
+from tests.support.making import TOKEN, control, profile, scored, settings
 
-from hemostat import admin
-from hemostat.admin import create_app
-from hemostat.control import Control
-from hemostat.hardening import HEADERS
-from hemostat.messages import Policy
+from hemostat.admin import app as admin
+from hemostat.admin.app import create_app
+from hemostat.admin.hardening import HEADERS
+from hemostat.control.process import Control
+from hemostat.ipc.messages import Policy
 
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 GUARDED = [

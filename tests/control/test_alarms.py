@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.control.making import control, settings
 from tests.control.test_admin import AUTHORIZED, port
-from tests.core.strategies import Truth, log_softmax, make_record
+from tests.support.making import control, settings
+from tests.support.records import Truth, log_softmax, make_record
 
-from hemostat import config
-from hemostat.alarms import STATE, Alarms
-from hemostat.floor import MODELS
-from hemostat_calibration.divergence import divergence
+from hemostat.config import schema as config
+from hemostat.measurement.alarms import STATE, Alarms
+from hemostat.shadow.noise_floor import MODELS
+from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.records import TokenRecord
 

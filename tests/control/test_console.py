@@ -16,13 +16,13 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from tests.control.making import TOKEN
-from tests.control.served import Served, everything, served
-from tests.control.shown import interval, nats, percent
+from tests.support.making import TOKEN
+from tests.support.served import Served, everything, served
+from tests.support.shown import interval, nats, percent
 
-from hemostat import overview
-from hemostat.admin import ASSETS
-from hemostat.overview import HISTORY_POINTS, RECENT, History
+from hemostat.admin import history as overview
+from hemostat.admin.app import ASSETS
+from hemostat.admin.history import HISTORY_POINTS, RECENT, History
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
@@ -287,7 +287,7 @@ def test_plots_have_ink(page: Page, one: Served) -> None:
 
 
 def test_the_page_needs_no_network_and_little_room() -> None:
-    folder = resources.files("hemostat.console")
+    folder = resources.files("hemostat.admin.console")
     text = "".join(folder.joinpath(name).read_text() for name in ("index.html", "console.css", "console.js"))
     addresses = set(re.findall(r"https?://[^\s\"'`]+", text))
     assert addresses == {"http://www.w3.org/2000/svg"}, "a name, not an address"

@@ -12,19 +12,19 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from tests.control.making import control, profile, scored, settings
 from tests.control.test_link import until
 from tests.control.test_scorer import capture
-from tests.fakes.fake_vllm import VOCAB, FakeVllm, serving
+from tests.support.fake_vllm import VOCAB, FakeVllm, serving
+from tests.support.making import control, profile, scored, settings
 
-from hemostat import control as control_module
-from hemostat.config import Settings
-from hemostat.control import Control
-from hemostat.engines import EngineReport
-from hemostat.messages import Policy, Stats
-from hemostat.store import StoreFailure
+from hemostat.config.schema import Settings
+from hemostat.control import process as control_module
+from hemostat.control.process import Control
+from hemostat.engines.registry import EngineReport
+from hemostat.ipc.messages import Policy, Stats
+from hemostat.store.backends import StoreFailure
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profile import temperature_bias
+from hemostat_calibration.profiles.profile import temperature_bias
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tests.core.strategies import Truth, log_softmax, make_record
 from tests.core.test_calibrator import World
+from tests.support.records import Truth, log_softmax, make_record
 
-from hemostat.floor import MODELS, WAITING, Floor, itself
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
-from hemostat.shadow import TokenBudget
-from hemostat_calibration.divergence import divergence
+from hemostat.shadow.limits import TokenBudget
+from hemostat.shadow.noise_floor import MODELS, WAITING, Floor, itself
+from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
 
 PROMPT = np.array([1, 2], np.int32)

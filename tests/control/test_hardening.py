@@ -23,11 +23,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, expect, sync_playwright
-from tests.control.making import TOKEN
-from tests.control.served import Served, everything, served
+from tests.support.making import TOKEN
+from tests.support.served import Served, everything, served
 
-from hemostat import engine_api, hardening
-from hemostat.hardening import HEADERS, is_ours
+from hemostat.admin import hardening
+from hemostat.admin.hardening import HEADERS, is_ours
+from hemostat.engines import api as engine_api
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
@@ -174,7 +175,7 @@ def test_a_public_address_is_not_bound_without_a_token(tmp_path: Path, host: str
 
 
 def test_without_a_word_it_is_on_loopback(one: Served) -> None:
-    from hemostat.config import Settings
+    from hemostat.config.schema import Settings
 
     made = Settings.model_validate({"upstream": {"url": "http://127.0.0.1:1"}})
     assert (made.admin.host, made.admin.token, made.admin.names) == ("127.0.0.1", None, [])

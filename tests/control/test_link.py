@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.control.test_shadow import capture
-from tests.wire.driver import policy
+from tests.support.wire import policy
 
-from hemostat.link import RelayLink, add
-from hemostat.messages import MAX_FRAME, Capture, FrameReader, Hello, Stats, encode
+from hemostat.ipc.control_end import RelayLink, add
+from hemostat.ipc.messages import MAX_FRAME, Capture, FrameReader, Hello, Stats, encode
 
 POLICY = policy()
 

@@ -12,17 +12,17 @@ import msgspec
 import numpy as np
 import pytest
 from tests.control.test_shadow import capture
-from tests.core.strategies import Truth, log_softmax, make_record
 from tests.core.test_calibrator import V, World
+from tests.support.records import Truth, log_softmax, make_record
 
-from hemostat.figures import FIGURES, KL_CAP
-from hemostat.measure import DECODINGS, HEADLINE, KL_EDGES, VERSIONS_KEPT, Measurements
-from hemostat.records_file import RecordsFile
-from hemostat_calibration.divergence import calibrated, divergence, gain
+from hemostat.measurement.figures import FIGURES, KL_CAP
+from hemostat.measurement.measurements import DECODINGS, HEADLINE, KL_EDGES, VERSIONS_KEPT, Measurements
+from hemostat.shadow.records_file import RecordsFile
+from hemostat_calibration.divergence.per_token import calibrated, divergence, gain
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Arm, Sampling, TokenRecord
-from hemostat_calibration.streaming import student_975
+from hemostat_calibration.statistics.streaming import student_975
 
 WORLD = World(bias=0.6, noise=0.3)
 

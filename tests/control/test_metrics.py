@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.control.making import control, profile, scored
 from tests.control.test_link import until
+from tests.support.making import control, profile, scored
 
-from hemostat.control import Control
-from hemostat.engines import EngineReport
-from hemostat.messages import OVERHEAD_BUCKETS, Hello, Stats, encode
-from hemostat.steering import DECISIONS
+from hemostat.control.process import Control
+from hemostat.engines.registry import EngineReport
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Hello, Stats, encode
+from hemostat.profiles.lifecycle import DECISIONS
 
 CONTRACT = {
     "hemostat_requests_total": {"route", "outcome"},

@@ -9,8 +9,8 @@ from bisect import bisect_left
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat import overview
-from hemostat.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.admin import history as overview
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 
 NOTHING = Stats(counters={}, overhead_buckets=[0] * (len(OVERHEAD_BUCKETS) + 1), overhead_sum=0.0, ready=True)
 

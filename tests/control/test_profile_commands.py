@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.control.making import TOKEN
-from tests.control.served import Served, profile, record, served
+from tests.support.making import TOKEN
+from tests.support.served import Served, profile, record, served
 
 from hemostat import cli
-from hemostat.control import Control
-from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat.control.process import Control
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 Command = Callable[..., Any]
 

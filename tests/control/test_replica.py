@@ -20,30 +20,30 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from tests import valkey
-from tests.control.making import TOKEN, control, profile, settings
 from tests.control.test_serve import AUTHORIZED, Served, hemostat
 from tests.control.test_steering import BIASED, JUDGED, LEARNED, Bench, harmful, helpful
-from tests.fakes.fake_vllm import VOCAB, FakeVllm, serving
-from tests.valkey import Valkey
+from tests.support import valkey
+from tests.support.fake_vllm import VOCAB, FakeVllm, serving
+from tests.support.making import TOKEN, control, profile, settings
+from tests.support.valkey import Valkey
 
-from hemostat import control as control_module
-from hemostat import replica as replica_module
-from hemostat.config import Settings
-from hemostat.control import Control
-from hemostat.messages import Policy
-from hemostat.replica import Lease
-from hemostat.steering import EVENTS_HELD, STATES
-from hemostat.store import StoredProfile, StoreRefused, ValkeyStore
+from hemostat.config.schema import Settings
+from hemostat.control import process as control_module
+from hemostat.control.process import Control
+from hemostat.ipc.messages import Policy
+from hemostat.profiles.lifecycle import EVENTS_HELD, STATES
+from hemostat.store import replica as replica_module
+from hemostat.store.backends import StoredProfile, StoreRefused, ValkeyStore
+from hemostat.store.replica import Lease
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.profiles.profile import CalibrationProfile
 
 pytest.importorskip("torch")
 
-from hemostat_calibration.engine.agent import Agent, Identity
-from hemostat_calibration.engine.agent import Settings as Engine
-from hemostat_calibration.engine.library import Counters, Library
-from hemostat_calibration.engine.taps import Taps
+from hemostat_engine.agent import Agent, Identity
+from hemostat_engine.agent import Settings as Engine
+from hemostat_engine.library import Counters, Library
+from hemostat_engine.taps import Taps
 
 MODEL, V = "m", 30
 
@@ -312,7 +312,7 @@ async def test_a_store_that_is_not_there_at_the_start_is_waited_for(server: Valk
 async def test_a_store_that_hangs_does_not_hold_up_the_event_loop(
     server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hemostat.store.ANSWER_WITHIN", 0.5)
+    monkeypatch.setattr("hemostat.store.backends.ANSWER_WITHIN", 0.5)
     async with replicas(server, tmp_path, 1) as ones:
         server.freeze()
         longest, loop = 0.0, asyncio.get_running_loop()

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from tests.control.test_link import until
 
-from hemostat import scorer as scorer_module
-from hemostat.engines import EngineRegistry, TapMessage, TapRun
-from hemostat.messages import Capture
+from hemostat.engines.registry import EngineRegistry, TapMessage, TapRun
+from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
-from hemostat.scorer import Scorer
-from hemostat.shadow import Breaker, ShadowQueue, TokenBudget
-from hemostat_calibration.contextual import contextual_profile
-from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat.shadow import scorer as scorer_module
+from hemostat.shadow.limits import Breaker, ShadowQueue, TokenBudget
+from hemostat.shadow.scorer import Scorer
+from hemostat_calibration.learning.contextual.learner import contextual_profile
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.transform import anchors, anchors_digest
 from hemostat_calibration.records import Arm, Candidates, Features, Ids, TokenRecord
-from hemostat_calibration.split import prompt_key
-from hemostat_calibration.transform import anchors, anchors_digest
+from hemostat_calibration.statistics.split import prompt_key
 
 V, K, D = 30, 4, 6
 VERSION, CANDIDATE = "a" * 32, "b" * 32

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from tests.fakes.fake_vllm import FakeVllm, serving
+from tests.support.fake_vllm import FakeVllm, serving
 
 TOKEN = "secret"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -218,7 +218,7 @@ async def test_control_killed_relays_go_on_and_everything_comes_back(served: Ser
     await served.until(lambda s: s["relays"] == 2)
     async with engine(served):
         await served.until(lambda s: s["engines"]["live"] == 1)
-        (pid,) = served.pids("hemostat.control")
+        (pid,) = served.pids("hemostat.control.process")
         served.upstream.token_delay = 0.1
         streaming = asyncio.create_task(served.ask("say: a long stream is going on here", stream=True, max_tokens=40))
         await asyncio.sleep(0.3)
@@ -231,7 +231,7 @@ async def test_control_killed_relays_go_on_and_everything_comes_back(served: Ser
         assert answer.text.endswith("data: [DONE]\n\n")
         assert '"token_ids":[' not in answer.text
         await served.until(lambda s: s["relays"] == 2 and s["engines"]["live"] == 1)
-        assert served.pids("hemostat.control") != {pid}
+        assert served.pids("hemostat.control.process") != {pid}
         await scored_again(served)
         assert await served.metric("hemostat_requests_total", outcome="ok", route=CHAT) >= 6, "relays told it anew"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.messages import Capture
-from hemostat.shadow import Breaker, BreakerState, ShadowQueue, TokenBudget
+from hemostat.ipc.messages import Capture
+from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
 
 
 def capture(request_id: str = "r", size: int = 4, captured_at: float = 0.0) -> Capture:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.core.strategies import Truth, log_softmax, make_record, profiles, truths
 from tests.core.test_calibrator import V, World
+from tests.support.records import Truth, log_softmax, make_record, profiles, truths
 
-from hemostat.config import Calibration
-from hemostat.engines import HOLD_AT_MOST
-from hemostat.steering import (
+from hemostat.config.schema import Calibration
+from hemostat.engines.registry import HOLD_AT_MOST
+from hemostat.profiles.lifecycle import (
     AFTER_CONTEXTUAL,
     EVENTS_HELD,
     LINE_AT_MOST,
@@ -33,17 +33,17 @@ from hemostat.steering import (
     weight,
     width,
 )
-from hemostat.store import MemoryStore, StoredProfile
-from hemostat.trials import TESTED_AT_ONCE
+from hemostat.profiles.trials import TESTED_AT_ONCE
+from hemostat.store.backends import MemoryStore, StoredProfile
 from hemostat_calibration import guard
-from hemostat_calibration.calibrator import TemperatureBias
-from hemostat_calibration.contextual import contextual_profile, probe
-from hemostat_calibration.divergence import gain
+from hemostat_calibration.divergence.per_token import gain
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
-from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.learning.contextual.learner import contextual_profile, probe
+from hemostat_calibration.learning.temperature_bias import TemperatureBias
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.transform import anchors_digest, shift
 from hemostat_calibration.records import Features, Shift, TokenRecord
-from hemostat_calibration.split import held_out
-from hemostat_calibration.transform import anchors_digest, shift
+from hemostat_calibration.statistics.split import held_out
 
 MODEL = "m"
 FRACTION = 0.3
@@ -422,7 +422,7 @@ def test_a_store_that_grew_too_large_is_cut_on_restart() -> None:
 def test_profiles_are_bounded_by_what_they_weigh_too(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
     profiles = [harmful(seed=seed) for seed in range(6)]
-    monkeypatch.setattr("hemostat.steering.BYTES_HELD", 4 * weight(profiles[0]))
+    monkeypatch.setattr("hemostat.profiles.lifecycle.BYTES_HELD", 4 * weight(profiles[0]))
     for profile in profiles:
         bench.steering.add(profile)
     assert len(bench.steering.listing()["profiles"]) == 6, "who is tested or waits stays"
@@ -430,7 +430,7 @@ def test_profiles_are_bounded_by_what_they_weigh_too(monkeypatch: pytest.MonkeyP
     bench.steering._trials.remove(lambda c: True)
     bench.steering.add(harmful(seed=9))
     assert len(bench.steering.listing()["profiles"]) == 4
-    monkeypatch.setattr("hemostat.steering.BYTES_HELD", 2 * len(profiles[0].to_bytes()))
+    monkeypatch.setattr("hemostat.profiles.lifecycle.BYTES_HELD", 2 * len(profiles[0].to_bytes()))
     again = bench.restart()
     assert len(again.steering.listing()["profiles"]) == 3, "the two newest ones, and what serves"
 
@@ -694,7 +694,7 @@ def test_a_probe_is_held_and_neither_tested_nor_served() -> None:
 
 
 def test_who_has_not_proven_itself_in_time_makes_room_for_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hemostat.steering.PATIENCE", 30)
+    monkeypatch.setattr("hemostat.profiles.lifecycle.PATIENCE", 30)
     bench = Bench()
     first, second, third = (bench.steering.add(harmful(seed=seed)) for seed in range(3))
     bench.feed(EVEN, JUDGED[:29])
@@ -707,7 +707,7 @@ def test_who_has_not_proven_itself_in_time_makes_room_for_who_waits(monkeypatch:
     assert bench.steering.candidates == [second, third], "nobody waits any more"
     bench.feed(EVEN, LEARNED[:40])
     bias = bench.steering.status()["waiting"][0]["version"]
-    monkeypatch.setattr("hemostat.steering.LONGER_PATIENCE", 110)
+    monkeypatch.setattr("hemostat.profiles.lifecycle.LONGER_PATIENCE", 110)
     bench.feed(EVEN, JUDGED[80:109])
     assert bench.steering.candidates == [second, third], "temperature and bias have to wait longer"
     bench.feed(EVEN, JUDGED[109:112])

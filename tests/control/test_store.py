@@ -10,10 +10,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from tests import valkey
-from tests.valkey import Valkey
+from tests.support import valkey
+from tests.support.valkey import Valkey
 
-from hemostat.store import (
+from hemostat.store.backends import (
     MAX_EVENTS,
     LeaseLost,
     MemoryStore,
@@ -119,7 +119,7 @@ def test_events_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> No
             store.append_event({"n": n})
         assert len(store.events(2 * MAX_EVENTS)) == MAX_EVENTS
         return
-    monkeypatch.setattr("hemostat.store.MAX_EVENTS", 5)
+    monkeypatch.setattr("hemostat.store.backends.MAX_EVENTS", 5)
     for n in range(8):
         store.append_event({"n": n})
     assert [e["n"] for e in store.events(100)] == [7, 6, 5, 4, 3]
@@ -299,7 +299,7 @@ def test_a_server_that_crashes_is_a_failure_and_has_everything_when_it_is_back(t
 
 
 def test_a_server_that_hangs_is_a_failure_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hemostat.store.ANSWER_WITHIN", 0.3)
+    monkeypatch.setattr("hemostat.store.backends.ANSWER_WITHIN", 0.3)
     with valkey.running(tmp_path / "data") as server:
         store = ValkeyStore(server.url)
         store.set_state("serving", "a")

@@ -18,13 +18,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanKind
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.schemas import Schemas
-from tests.control.making import control, scored, settings
 from tests.control.test_serve import hemostat
-from tests.fakes.fake_vllm import FakeVllm, serving
-from tests.relay.harness import Request, answering, relaying
 from tests.relay.test_outcomes import chat
+from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.making import control, scored, settings
+from tests.support.relay import Request, answering, relaying
 
-from hemostat.config import ConfigError, load
+from hemostat.config.schema import ConfigError, load
 from hemostat.logs import JsonFormatter, TextFormatter
 from hemostat.tracing import EVALUATION, SCHEMA_URL, Tracing
 

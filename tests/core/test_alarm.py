@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.core.strategies import Truth, log_softmax, make_record
+from tests.support.records import Truth, log_softmax, make_record
 
 from hemostat_calibration import alarm as module
 from hemostat_calibration.alarm import (

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tests.support.records import Truth, log_softmax, make_record, profiles
 
-from hemostat_calibration.bounds import FLOOR, bounds, cap
-from hemostat_calibration.divergence import calibrated, divergence
-from hemostat_calibration.transform import apply
-
-from .strategies import Truth, log_softmax, make_record, profiles
+from hemostat_calibration.divergence.bounds import FLOOR, bounds, cap
+from hemostat_calibration.divergence.per_token import calibrated, divergence
+from hemostat_calibration.profiles.transform import apply
 
 ROUNDING = 1e-5
 FIGURES = ("kl_rc", "kl_cr", "js", "tv")

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.support.records import Truth, log_softmax, make_record
 
-from hemostat_calibration.calibrator import TemperatureBias
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.transform import apply
-
-from .strategies import Truth, log_softmax, make_record
+from hemostat_calibration.learning.temperature_bias import TemperatureBias
+from hemostat_calibration.profiles.transform import apply
 
 V, D, T = 60, 8, 40
 

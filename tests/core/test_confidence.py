@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from hemostat_calibration import confidence
-from hemostat_calibration.confidence import ClippedMean, MeanSequence, Proportion
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.streaming import RatioEstimate
+from hemostat_calibration.statistics import confidence
+from hemostat_calibration.statistics.confidence import ClippedMean, MeanSequence, Proportion
+from hemostat_calibration.statistics.streaming import RatioEstimate
 
 STREAMS = 1000
 NEEDED = 937  # of 1,000 at a nominal 95 %: what a binomial share of 0.95 reaches in all but 3 % of simulations

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hemostat_calibration
-from hemostat_calibration import confidence, sequential
-from hemostat_calibration.confidence import ClippedMean, MeanSequence, Proportion
-from hemostat_calibration.streaming import Histogram, RatioEstimate, student_975
-from hemostat_calibration.trajectory import POSITIONS, Survival
+from hemostat_calibration.divergence.trajectory import POSITIONS, Survival
+from hemostat_calibration.statistics import confidence, sequential
+from hemostat_calibration.statistics.confidence import ClippedMean, MeanSequence, Proportion
+from hemostat_calibration.statistics.streaming import Histogram, RatioEstimate, student_975
 
 EDGES = (0.0, 0.1, 0.5, 2.0)
 

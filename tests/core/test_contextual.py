@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.records import Truth, log_softmax, make_record
 
-from hemostat_calibration import contextual, hidden, mlp
-from hemostat_calibration.contextual import FLUSHED, FOLDS, Contextual, Source, choose_anchors, fold_of
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.learning.contextual import hidden, mlp
+from hemostat_calibration.learning.contextual import learner as contextual
+from hemostat_calibration.learning.contextual.learner import FLUSHED, FOLDS, Contextual, Source, choose_anchors, fold_of
+from hemostat_calibration.profiles.transform import anchors, anchors_digest, apply, code, shift
 from hemostat_calibration.records import Features
-from hemostat_calibration.transform import anchors, anchors_digest, apply, code, shift
-
-from .strategies import Truth, log_softmax, make_record
 
 V, D, T, N, A = 150, 10, 40, 20, 14
 

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.records import Truth, log_softmax, make_record, truths
 
-from hemostat_calibration.contextual import contextual_profile, probe
-from hemostat_calibration.divergence import calibrated, divergence, gain
+from hemostat_calibration.divergence.per_token import calibrated, divergence, gain
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
-from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.learning.contextual.learner import contextual_profile, probe
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.transform import anchors, anchors_digest, apply, code, shift, shift_at, shift_range
 from hemostat_calibration.records import Features, validate
-from hemostat_calibration.transform import anchors, anchors_digest, apply, code, shift, shift_at, shift_range
-
-from .strategies import Truth, log_softmax, make_record, truths
 
 V, N, A, R, H, G = 11, 6, 4, 3, 5, 7
 NETWORK = ("hidden", "hidden_offset", "middle", "middle_offset", "out")

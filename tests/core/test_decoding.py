@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.records import Truth, log_softmax, make_record, truths
 
-from hemostat_calibration.decoding import DECODINGS, decoding, sampled
+from hemostat_calibration.divergence.decoding import DECODINGS, decoding, sampled
 from hemostat_calibration.records import Sampling
 
-from .strategies import Truth, log_softmax, make_record, truths
 from .test_bounds import exact, largest_ratio
 
 FIGURES = ("kl_rc", "kl_cr", "js", "tv")

@@ -2,14 +2,14 @@ import math
 
 import numpy as np
 import pytest
+from tests.support.records import log_softmax
 
 from hemostat_calibration import guard
-from hemostat_calibration.contextual import contextual_profile
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard import Action, Reason, Role
-from hemostat_calibration.transform import apply
+from hemostat_calibration.learning.contextual.learner import contextual_profile
+from hemostat_calibration.profiles.transform import apply
 
-from .strategies import log_softmax
 from .test_contextual import World
 
 A, B = "a" * 32, "b" * 32

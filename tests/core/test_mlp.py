@@ -5,10 +5,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from hemostat_calibration import mlp
-from hemostat_calibration.contextual import contextual_profile
-from hemostat_calibration.objective import Squared
-from hemostat_calibration.transform import code
+from hemostat_calibration.learning.contextual import mlp
+from hemostat_calibration.learning.contextual.learner import contextual_profile
+from hemostat_calibration.learning.contextual.objective import Squared
+from hemostat_calibration.profiles.transform import code
 
 ROWS, A, H, G, R, D = 7, 4, 5, 6, 3, 8
 SHAPES = {

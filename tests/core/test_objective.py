@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
+from tests.support.records import log_softmax
 
-from hemostat_calibration import hidden
-from hemostat_calibration.objective import Lists, Softmax, Squared, exact_gains
-
-from .strategies import log_softmax
+from hemostat_calibration.learning.contextual import hidden
+from hemostat_calibration.learning.contextual.objective import Lists, Softmax, Squared, exact_gains
 
 V, D, T = 40, 6, 5
 

@@ -10,9 +10,9 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat_calibration import profile as profile_module
 from hemostat_calibration.errors import InvalidProfileError
-from hemostat_calibration.profile import VERSION_PATTERN, CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles import profile as profile_module
+from hemostat_calibration.profiles.profile import VERSION_PATTERN, CalibrationProfile, temperature_bias
 
 V = 7
 

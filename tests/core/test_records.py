@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.records import Truth, log_softmax, make_record, truths
 
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.records import REASONS, Candidates, Features, Shift, validate
-
-from .strategies import Truth, log_softmax, make_record, truths
 
 
 def good():

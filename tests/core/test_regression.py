@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hemostat_calibration.regression import PENALTIES, Moments, choose, fitted, full, standardiser, total
+from hemostat_calibration.learning.contextual.regression import (
+    PENALTIES,
+    Moments,
+    choose,
+    fitted,
+    full,
+    standardiser,
+    total,
+)
 
 A, D, N = 6, 5, 300
 

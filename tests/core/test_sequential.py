@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hemostat_calibration import sequential
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.statistics import sequential
 
 
 def ever_above(draw, lo, hi, mean, alpha, streams, length):

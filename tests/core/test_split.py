@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.split import held_out, prompt_key
+from hemostat_calibration.statistics.split import held_out, prompt_key
 
 KEYS = [prompt_key(np.array([i, 7, 9])) for i in range(4000)]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.streaming import Histogram, RatioEstimate, student_975
+from hemostat_calibration.statistics.streaming import Histogram, RatioEstimate, student_975
 
 
 def test_too_little_says_so():

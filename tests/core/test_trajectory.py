@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.records import Truth, log_softmax, make_record
 
+from hemostat_calibration.divergence.trajectory import POSITIONS, Survival, agreement
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.trajectory import POSITIONS, Survival, agreement
-
-from .strategies import Truth, log_softmax, make_record
 
 
 def observed(requests):

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from hemostat import vllm_process
-from hemostat.compress import Checkpoints
 from hemostat.demo import DemoOptions, run, runner
+from hemostat.models import vllm_server as vllm_process
+from hemostat.models.compress import Checkpoints
 from hemostat_calibration.errors import HemostatError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ PATCH = """
 import sys
 from pathlib import Path
 from hemostat import vllm_process
-from hemostat.compress import Checkpoints
+from hemostat.models.compress import Checkpoints
 from hemostat.demo import runner
 vllm_process.installed = lambda: True
 runner.cached_checkpoints = lambda scheme, say: Checkpoints(Path("reference"), Path("compressed"))
@@ -173,7 +173,7 @@ def test_what_goes_wrong_is_said_and_everything_stops(tmp_path: Path, trouble: s
 
 
 def test_the_settings_are_a_valid_configuration(tmp_path: Path) -> None:
-    from hemostat.config import Settings
+    from hemostat.config.schema import Settings
 
     profile = tmp_path / "p.safetensors"
     profile.touch()

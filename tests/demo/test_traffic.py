@@ -6,7 +6,7 @@ import asyncio
 from itertools import islice
 
 import pytest
-from tests.fakes.fake_vllm import FakeVllm, serving
+from tests.support.fake_vllm import FakeVllm, serving
 
 from hemostat.demo.prompts import Message, Prompt, plan
 from hemostat.demo.traffic import CONCURRENCY, Traffic, drive

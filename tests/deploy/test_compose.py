@@ -15,13 +15,13 @@ import yaml
 from dockerfile_parse import DockerfileParser
 from tests.deploy.conftest import ROOT
 
-from hemostat.config import Admin, Listen, load
+from hemostat.config.schema import Admin, Listen, load
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"
 EXAMPLE = DEPLOY / ".env.example"
 OF_COMPOSE_ITSELF = {"COMPOSE_PROFILES"}
-PLUGIN = "hemostat_calibration.engine:LogitsProcessor"
+PLUGIN = "hemostat_engine:LogitsProcessor"
 
 
 def example() -> dict[str, str]:
@@ -131,7 +131,7 @@ def test_the_drain_fits_the_grace_period() -> None:
     grace = resolved("gpu")["services"]["hemostat"]["stop_grace_period"]
     settings = load(DEPLOY / "hemostat.yaml", {"HEMOSTAT_ADMIN__TOKEN": "t"})
     assert grace == "45s"
-    assert settings.shutdown_seconds + 5 + 10 <= 45, "relays, then the control process; see hemostat.serve"
+    assert settings.shutdown_seconds + 5 + 10 <= 45, "relays, then the control process; see hemostat.supervisor"
 
 
 def test_mounted_files_exist() -> None:

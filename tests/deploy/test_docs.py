@@ -23,11 +23,11 @@ import jsonschema
 import pytest
 import yaml
 from tests.deploy.conftest import ROOT
-from tests.fakes.fake_vllm import FakeVllm, serving
+from tests.support.fake_vllm import FakeVllm, serving
 
-from hemostat.config import Settings, load
-from hemostat.measure import HEADLINE
-from hemostat.metrics import FAMILIES
+from hemostat.config.schema import Settings, load
+from hemostat.measurement.measurements import HEADLINE
+from hemostat.metrics.collector import FAMILIES
 from hemostat.relay.counters import OUTCOMES
 
 DEPLOY = ROOT / "deploy"
@@ -130,19 +130,19 @@ def shadow_reasons() -> dict[str, set[str]]:
     """By outcome, every reason that the code gives, read from the code."""
     middleware = ROOT / "middleware" / "hemostat"
     skipped: set[str] = set()
-    for name in ("intercept.py", "openai.py"):
+    for name in ("shadow/interceptor.py", "openai/requests.py"):
         for call in calls(middleware / name, "skip", "_skip", "_pass", "fail"):
             skipped |= {text for argument in call.args[:1] for text in texts(argument)}
     for function in ("_unscorable", "error_reason"):
-        skipped |= set(returned(middleware / "openai.py", function))
+        skipped |= set(returned(middleware / "openai/requests.py", function))
     found = {"skipped": skipped, "dropped": set[str]()}
-    for name in ("scorer.py", "control.py"):
+    for name in ("shadow/scorer.py", "control/process.py"):
         for call in calls(middleware / name, "_count"):
             outcome, reason = call.args
             for one in texts(outcome):
                 if one in found:
                     found[one] |= set(texts(reason))
-    for name in ("intercept.py", "relay/counters.py"):
+    for name in ("shadow/interceptor.py", "relay/counters.py"):
         for node in ast.walk(ast.parse((middleware / name).read_text())):
             match node:
                 case ast.Tuple(elts=[ast.Constant(value="dropped"), ast.Constant(value=str(reason))]):
@@ -159,20 +159,20 @@ def test_every_reason_of_the_shadow_is_explained(reference: ModuleType) -> None:
 
 def test_every_reason_of_an_arm_is_explained(reference: ModuleType) -> None:
     middleware = ROOT / "middleware" / "hemostat"
-    found = set(returned(middleware / "openai.py", "_uncalibrated"))
-    for call in calls(middleware / "intercept.py", "_held", "_pass"):
+    found = set(returned(middleware / "openai/requests.py", "_uncalibrated"))
+    for call in calls(middleware / "shadow/interceptor.py", "_held", "_pass"):
         found |= set(texts(call.args[-1]))
-    for node in ast.walk(ast.parse((middleware / "intercept.py").read_text())):
+    for node in ast.walk(ast.parse((middleware / "shadow/interceptor.py").read_text())):
         match node:
             case ast.Tuple(elts=[*_, ast.Attribute(value=ast.Name(id="Arm")), ast.Constant(value=str(reason))]):
                 found.add(reason)
-    (also,) = re.findall(r'in \(("lora", .*?)\):', (middleware / "openai.py").read_text())
+    (also,) = re.findall(r'in \(("lora", .*?)\):', (middleware / "openai/requests.py").read_text())
     found |= set(re.findall(r'"(\w+)"', also))
     assert {one for name in reference.CALIBRATION_REASONS for one in name.split(", ")} == found
 
 
 def test_every_event_of_the_engine_is_explained(reference: ModuleType) -> None:
-    engine = ROOT / "calibration" / "hemostat_calibration" / "engine"
+    engine = ROOT / "calibration" / "hemostat_engine"
     found = {
         text for path in engine.glob("*.py") for call in calls(path, "add") for text in texts(call.args[0]) if call.args
     }

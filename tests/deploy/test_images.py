@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 from dockerfile_parse import DockerfileParser
-from tests.deploy import rootfs
 from tests.deploy.conftest import ROOT
-from tests.fakes.fake_vllm import FakeVllm, serving
+from tests.support import rootfs
+from tests.support.fake_vllm import FakeVllm, serving
 
 from hemostat import __version__
-from hemostat.config import Admin, Listen
-from hemostat.vllm_process import free_port
+from hemostat.config.schema import Admin, Listen
+from hemostat.models.vllm_server import free_port
 
 MIDDLEWARE, ENGINE = ROOT / "deploy" / "Dockerfile", ROOT / "deploy" / "Dockerfile.engine"
 BOTH = pytest.mark.parametrize("path", [MIDDLEWARE, ENGINE], ids=lambda path: path.name)
@@ -250,7 +250,7 @@ def test_the_engines_image_gets_the_plugin_and_nothing_else_changes(buildah: Bui
     site = next(buildah.folder.glob("tree/usr/local/lib/python*/site-packages"))
     before = {path.name for path in site.glob("*.dist-info")}
     with buildah.container("localhost/engine") as run:
-        run("python", "-c", "import hemostat_calibration.engine")
+        run("python", "-c", "import hemostat_engine")
         listing = 'from importlib.metadata import distributions as d; print(*(p._path.name for p in d()), sep="\\n")'
         after = set(run("python", "-c", listing).splitlines())
     assert after - before == {f"hemostat-{__version__}.dist-info"}

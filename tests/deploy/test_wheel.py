@@ -14,10 +14,10 @@ import httpx
 import pytest
 from dockerfile_parse import DockerfileParser
 from tests.deploy.conftest import ROOT
-from tests.fakes.fake_vllm import FakeVllm, serving
+from tests.support.fake_vllm import FakeVllm, serving
 
 from hemostat import __version__
-from hemostat.vllm_process import free_port
+from hemostat.models.vllm_server import free_port
 
 CONFIG = ROOT / "deploy" / "hemostat.yaml"
 
@@ -62,7 +62,11 @@ def test_the_wheel_holds_what_is_served_and_no_tests(wheelhouse: Path) -> None:
     (wheel,) = wheelhouse.glob("hemostat-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    for package, source in (("hemostat", "middleware"), ("hemostat_calibration", "calibration")):
+    for package, source in (
+        ("hemostat", "middleware"),
+        ("hemostat_calibration", "calibration"),
+        ("hemostat_engine", "calibration"),
+    ):
         tracked = {
             str(path.relative_to(ROOT / source))
             for path in (ROOT / source / package).rglob("*")
@@ -70,10 +74,10 @@ def test_the_wheel_holds_what_is_served_and_no_tests(wheelhouse: Path) -> None:
         }
         assert tracked <= names
     assert {name.split("/")[0] for name in names} == {
-        "hemostat", "hemostat_calibration", f"hemostat-{__version__}.dist-info"
+        "hemostat", "hemostat_calibration", "hemostat_engine", f"hemostat-{__version__}.dist-info"
     }  # fmt: skip
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert "hemostat/console/vendor/LICENSE-uPlot.txt" in names
+    assert "hemostat/admin/console/vendor/LICENSE-uPlot.txt" in names
 
 
 def test_it_says_its_version_and_brings_neither_torch_nor_vllm(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tests.doctor.conftest import report_of
 
-from hemostat.compress import Checkpoints
 from hemostat.doctor import DoctorOptions
 from hemostat.doctor.pair import unpack
+from hemostat.models.compress import Checkpoints
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.conftest import RunningVllm
 from tests.doctor.conftest import report_of
-from tests.fakes.fake_vllm import FakeVllm, render, serving
+from tests.support.fake_vllm import FakeVllm, render, serving
 
 from hemostat.doctor import DoctorOptions, run
 from hemostat.doctor.options import DoctorError
@@ -132,7 +132,7 @@ def test_failures_are_one_line(
     real = FakeVllm._prompt_logprobs
 
     def limited(self: FakeVllm, prompt: list[int], top_k: int) -> Any:
-        from tests.fakes.fake_vllm import RefusedError
+        from tests.support.fake_vllm import RefusedError
 
         if top_k > self.max_logprobs:
             raise RefusedError(f"Requested prompt logprobs of {top_k}, which is greater than max allowed", "x")

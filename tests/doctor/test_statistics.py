@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hemostat.doctor.classes import CLASSES, classify
 from hemostat.doctor.statistics import Sample
-from hemostat_calibration.streaming import RatioEstimate, student_975
+from hemostat_calibration.statistics.streaming import RatioEstimate, student_975
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=12), st.integers(0, 2**32 - 1))

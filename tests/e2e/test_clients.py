@@ -16,10 +16,10 @@ import langchain_openai
 import openai
 import pytest
 from langchain_core.messages import BaseMessageChunk
-from tests.e2e.stack import Stack, hemostat, sampling_settings
+from tests.support.stack import Stack, hemostat, sampling_settings
 
-from hemostat import vllm_process
-from hemostat.compress import Checkpoints
+from hemostat.models import vllm_server as vllm_process
+from hemostat.models.compress import Checkpoints
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would fetch prices at its import
 

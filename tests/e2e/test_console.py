@@ -13,10 +13,10 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
-from tests.control.shown import interval, nats, percent
-from tests.e2e.stack import ADMIN_TOKEN, Stack, hemostat, kill, sampling_settings, wait_for
+from tests.support.shown import interval, nats, percent
+from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, kill, sampling_settings, wait_for
 
-from hemostat import vllm_process
+from hemostat.models import vllm_server as vllm_process
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -199,7 +199,7 @@ def test_every_action_is_reached_by_the_keyboard(page: Page) -> None:
 
 def test_the_stream_comes_back_after_a_restart(page: Page, stack: Stack) -> None:
     before = page.evaluate("Number(document.documentElement.dataset.at)")
-    kill(stack.process("hemostat.control"))
+    kill(stack.process("hemostat.control.process"))
     expect(page.locator("#connection")).to_contain_text("no answer", timeout=10_000)
     expect(page.locator("#connection")).to_contain_text("reference", timeout=30_000)
     wait_for("a newer state", lambda: page.evaluate("Number(document.documentElement.dataset.at)") > before, 20)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.e2e.recompute import recompute
+from tests.support.recompute import recompute
 
-from hemostat.compress import Checkpoints
 from hemostat.demo.varied import varied
-from hemostat_calibration.profile import temperature_bias
+from hemostat.models.compress import Checkpoints
+from hemostat_calibration.profiles.profile import temperature_bias
 
 pytestmark = [
     pytest.mark.vllm,

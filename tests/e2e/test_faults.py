@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.e2e.stack import (
+from tests.support.stack import (
     ADMIN_TOKEN,
     FakeEngine,
     Stack,
@@ -30,8 +30,8 @@ from tests.e2e.stack import (
     wait_for,
 )
 
-from hemostat import vllm_process
-from hemostat.compress import Checkpoints
+from hemostat.models import vllm_server as vllm_process
+from hemostat.models.compress import Checkpoints
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hemostat_calibration.trajectory import Survival
+from hemostat_calibration.divergence.trajectory import Survival
 
 TOKENS = 23
 """One of the positions at which the survival is kept."""

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hemostat_calibration.contextual import NO_KL_LIMIT, contextual_profile
-from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.learning.contextual.learner import NO_KL_LIMIT, contextual_profile
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 V = 40
 
@@ -67,8 +67,8 @@ def no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_core() -> Iterator[Callable[..., Any]]:
     """Cores whose agent talks to nobody: profiles are put by the test."""
     torch = pytest.importorskip("torch")
-    from hemostat_calibration.engine.agent import Settings
-    from hemostat_calibration.engine.core import Core, Ranks
+    from hemostat_engine.agent import Settings
+    from hemostat_engine.core import Core, Ranks
 
     cores = []
 

@@ -11,27 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.fakes.engine_admin import TOKEN, EngineAdmin
+from tests.support.engine_admin import TOKEN, EngineAdmin
 
-from hemostat.engine_api import TAP_BYTES_AT_MOST
+from hemostat.engines.api import TAP_BYTES_AT_MOST
 from hemostat_calibration.errors import InvalidArgumentError
 
 from .conftest import V, make_contextual, make_profile
 
 torch = pytest.importorskip("torch")
 
-from hemostat_calibration.engine import transform  # noqa: E402
-from hemostat_calibration.engine.agent import (  # noqa: E402
-    AdminClient,
-    Agent,
-    Backoff,
-    FetchError,
-    Identity,
-    Peers,
-    Settings,
-)
-from hemostat_calibration.engine.library import Counters, Library  # noqa: E402
-from hemostat_calibration.engine.taps import Reading, Step, TappedRow, Taps  # noqa: E402
+from hemostat_engine import transform  # noqa: E402
+from hemostat_engine.agent import AdminClient, Agent, Backoff, FetchError, Identity, Peers, Settings  # noqa: E402
+from hemostat_engine.library import Counters, Library  # noqa: E402
+from hemostat_engine.taps import Reading, Step, TappedRow, Taps  # noqa: E402
 
 PROFILE = make_profile(1)
 
@@ -406,7 +398,7 @@ def test_a_name_stands_for_every_replica_that_it_has_now(
             raise OSError("no such name")
         return [(0, 0, 0, "", (address, number)) for address in hosts]
 
-    monkeypatch.setattr("hemostat_calibration.engine.agent.socket.getaddrinfo", resolve)
+    monkeypatch.setattr("hemostat_engine.agent.socket.getaddrinfo", resolve)
     peers = Peers(Settings.from_environment({"HEMOSTAT_ADMIN_URL": f"dns+http://replicas:{port}"}))
     peers.refresh(0.0)
     [first] = peers.all

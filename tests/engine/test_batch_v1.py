@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hemostat_calibration import transform as oracle
-from hemostat_calibration.contextual import probe
+from hemostat_calibration.learning.contextual.learner import probe
+from hemostat_calibration.profiles import transform as oracle
 
 from .conftest import V, make_contextual, make_profile
 
@@ -22,8 +22,8 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors, MoveDirectionality
 
-from hemostat_calibration.engine import LogitsProcessor
-from hemostat_calibration.engine.processor import Batch
+from hemostat_engine import LogitsProcessor
+from hemostat_engine.processor import Batch
 
 PROFILES = {p.version: p for p in (make_profile(1), make_contextual(2))}
 UNKNOWN = "f" * 32
@@ -301,7 +301,7 @@ def test_features_that_nobody_fetches_are_dropped_before_the_numbers(make_core: 
 
 
 def test_more_than_the_queue_holds_is_dropped_and_counted(make_core: Callable[..., Any]) -> None:
-    from hemostat_calibration.engine import taps
+    from hemostat_engine import taps
 
     core = make_core(tapping=True)
     batch = Batch(core)
@@ -316,7 +316,7 @@ def test_vllm_loads_the_class_under_v1_and_refuses_wrong_xargs_through_it() -> N
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns, validate_logits_processors_parameters
 
-    name = "hemostat_calibration.engine:LogitsProcessor"
+    name = "hemostat_engine:LogitsProcessor"
     assert _load_logitsprocs_by_fqcns([name]) == [LogitsProcessor]
     validate_logits_processors_parameters([name], params(UNKNOWN, "n"))
     with pytest.raises(VLLMValidationError, match=r"vllm_xargs\.hemostat must"):

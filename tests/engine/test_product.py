@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from hemostat_calibration.engine import product  # noqa: E402 - needs torch
+from hemostat_engine import product  # noqa: E402
 
 CPU = torch.device("cpu")
 

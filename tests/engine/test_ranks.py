@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 import torch.distributed as dist  # noqa: E402
 
-from hemostat_calibration.engine.agent import Settings  # noqa: E402
-from hemostat_calibration.engine.core import Core, Ranks  # noqa: E402
+from hemostat_engine.agent import Settings  # noqa: E402
+from hemostat_engine.core import Core, Ranks  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 

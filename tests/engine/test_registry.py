@@ -12,9 +12,9 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat import engines
-from hemostat.engine_api import REPORT_BYTES_AT_MOST, engine_router
-from hemostat.engines import (
+from hemostat.engines import registry as engines
+from hemostat.engines.api import REPORT_BYTES_AT_MOST, engine_router
+from hemostat.engines.registry import (
     EngineRegistry,
     EngineReport,
     InvalidEngineMessage,

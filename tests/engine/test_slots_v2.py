@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hemostat_calibration import transform as oracle
+from hemostat_calibration.profiles import transform as oracle
 
 from .conftest import V, make_contextual, make_profile
 
@@ -25,9 +25,9 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
     build_custom_logits_processors_params_validator,
 )
 
-from hemostat_calibration.engine.library import Library
+from hemostat_engine.library import Library
 
-NAME = "hemostat_calibration.engine:LogitsProcessor"
+NAME = "hemostat_engine:LogitsProcessor"
 PROFILES = {p.version: p for p in (make_profile(1), make_contextual(2))}
 FIRST, SECOND = PROFILES
 UNKNOWN = "f" * 32

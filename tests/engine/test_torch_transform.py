@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hemostat_calibration import transform as oracle
-from hemostat_calibration.contextual import contextual_profile, probe
-from hemostat_calibration.families import FAMILIES
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.learning.contextual.learner import contextual_profile, probe
+from hemostat_calibration.profiles import transform as oracle
+from hemostat_calibration.profiles.families import FAMILIES
+from hemostat_calibration.profiles.profile import CalibrationProfile
 
 from .conftest import make_contextual, make_profile
 
 torch = pytest.importorskip("torch")
 
-from hemostat_calibration.engine import product, transform  # noqa: E402 - needs torch
+from hemostat_engine import product, transform  # noqa: E402
 
 Make = Callable[..., CalibrationProfile]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}

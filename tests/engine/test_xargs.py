@@ -8,14 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hemostat_calibration.engine.xargs import NOTHING, Asked, edits_logits, parse
+from hemostat_engine.xargs import NOTHING, Asked, edits_logits, parse
 
 VERSION = "0123456789abcdef" * 2
 
 
 def test_importing_the_engine_imports_neither_torch_nor_vllm() -> None:
     program = (
-        "import sys, hemostat_calibration.engine, hemostat_calibration.engine.xargs;"
+        "import sys, hemostat_engine, hemostat_engine.xargs;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'vllm')))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.helm.api import Cluster, running
-from tests.helm.chart import ROOT, Helm
+from tests.support.helm_api import Cluster, running
+from tests.support.helm_chart import ROOT, Helm
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ import jsonschema
 import pytest
 import yaml
 from pydantic import ValidationError
-from tests.helm.chart import CHART, ROOT
+from tests.support.helm_chart import CHART, ROOT
 
-from hemostat.config import Section, Settings
+from hemostat.config.schema import Section, Settings
 
 Key = tuple[str, ...]
 

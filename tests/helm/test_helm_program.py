@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from tests.helm.chart import ROOT, Helm
+from tests.support.helm_chart import ROOT, Helm
 
 SCRIPT = ROOT / "deploy" / "setup" / "helm.py"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helm.api import Cluster
-from tests.helm.chart import CHART, UPSTREAM, VALUE_SETS, Helm, Manifest, Rendered, container, containers
+from tests.support.helm_api import Cluster
+from tests.support.helm_chart import CHART, UPSTREAM, VALUE_SETS, Helm, Manifest, Rendered, container, containers
 
-from hemostat import serve
+from hemostat import supervisor as serve
 
 HERE = Path(__file__).parent / "values"
 each = pytest.mark.parametrize("values", VALUE_SETS, ids=lambda path: path.stem)
@@ -505,7 +505,7 @@ def test_the_engine_is_a_sidecar_that_outlives_the_drain(helm: Helm, tmp_path: P
     for flag, value in (
         ("--port", "8000"),
         ("--max-logprobs", "64"),
-        ("--logits-processors", "hemostat_calibration.engine:LogitsProcessor"),
+        ("--logits-processors", "hemostat_engine:LogitsProcessor"),
         ("--max-model-len", "8192"),
     ):
         assert command[command.index(flag) + 1] == value
@@ -555,7 +555,7 @@ def test_notes_say_what_to_do_next(helm: Helm, cluster: Cluster) -> None:
         "kubectl -n models port-forward svc/rel-hemostat-admin 8081:8081",
         "kubectl -n models get secret rel-hemostat -o jsonpath='{.data.admin-token}'",
         "hemostat check --config /etc/hemostat/hemostat.yaml",
-        "--max-logprobs 20 --logits-processors hemostat_calibration.engine:LogitsProcessor",
+        "--max-logprobs 20 --logits-processors hemostat_engine:LogitsProcessor",
         "HEMOSTAT_ADMIN_URL=http://rel-hemostat-admin.models.svc:8081",
         "NOTHING IS MEASURED YET",
         "--set serviceMonitor.enabled=true",

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.helm.chart import UPSTREAM, Helm
+from tests.support.helm_chart import UPSTREAM, Helm
 
 ENGINE = ("--set", "engine.enabled=true", "--set", "engine.model=m")
 STORE = "config.store.url=redis://valkey:6379"

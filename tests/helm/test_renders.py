@@ -8,8 +8,8 @@ from pathlib import Path
 import jsonschema
 import kubernetes_validate
 import pytest
-from tests.helm.chart import CHART, UPSTREAM, VALUE_SETS, Helm, Manifest, containers
-from tests.helm.crds import SCHEMAS
+from tests.support.helm_chart import CHART, UPSTREAM, VALUE_SETS, Helm, Manifest, containers
+from tests.support.helm_crds import SCHEMAS
 
 KUBERNETES = ("1.30", "1.37")
 """The oldest that Chart.yaml admits, and the newest that the validator knows."""

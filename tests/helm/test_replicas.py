@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.helm.api import Cluster
-from tests.helm.chart import Helm
+from tests.support.helm_api import Cluster
+from tests.support.helm_chart import Helm
 
-from hemostat_calibration.engine.agent import Settings
+from hemostat_engine.agent import Settings
 
 HA = "config.store.url=redis://valkey.data.svc:6379/0"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import yaml
-from tests.helm.chart import Helm, Rendered
+from tests.support.helm_chart import Helm, Rendered
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import base64
 
 import pytest
 import yaml
-from tests.helm.api import SECRET, Cluster
-from tests.helm.chart import CHART, UPSTREAM, Helm
+from tests.support.helm_api import SECRET, Cluster
+from tests.support.helm_chart import CHART, UPSTREAM, Helm
 
 
 def token(helm: Helm, cluster: Cluster, *settings: str) -> str:

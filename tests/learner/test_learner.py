@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.learner.world import D, V, World, kl, logprobs, make, save
+from tests.support.learner_world import D, V, World, kl, logprobs, make, save
 
-from hemostat.config import Calibration
+from hemostat.config.schema import Calibration
 from hemostat.learner import Learner, Source, client, wire
 from hemostat.learner.process import Desk
-from hemostat_calibration import transform
 from hemostat_calibration.errors import InvalidProfileError
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.profiles import transform
+from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Features
 
 SETTINGS = Calibration(anchors=32, rank=8, min_tokens=600, clamp_nats=5.0, clamp_kl_nats=20.0)

@@ -14,21 +14,21 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from tests.control.making import control, settings
 from tests.control.test_scorer import capture
-from tests.fakes.fake_vllm import VOCAB, FakeVllm, encode, render, serving
 from tests.learner.test_learner import children, until
-from tests.learner.world import D, K, World, logprobs, make, save
+from tests.support.fake_vllm import VOCAB, FakeVllm, encode, render, serving
+from tests.support.learner_world import D, K, World, logprobs, make, save
+from tests.support.making import control, settings
 
-from hemostat import control as control_module
-from hemostat.control import Control
-from hemostat.engines import EngineReport, TapMessage, TapRun
-from hemostat.messages import Capture, Policy
+from hemostat.control import process as control_module
+from hemostat.control.process import Control
+from hemostat.engines.registry import EngineReport, TapMessage, TapRun
+from hemostat.ipc.messages import Capture, Policy
 from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
-from hemostat_calibration import transform
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.profiles import transform
+from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, Ids, TokenRecord
-from hemostat_calibration.split import held_out, prompt_key
+from hemostat_calibration.statistics.split import held_out, prompt_key
 
 TOKENS = 16
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft7Validator, ValidationError
-from tests.observe.dashboards import ALL, Query, Used, load, panels, queries, used
-from tests.observe.prometheus import RUNBOOK, needs, rules
+from tests.support.dashboards import ALL, Query, Used, load, panels, queries, used
+from tests.support.prometheus import RUNBOOK, needs, rules
 
-from hemostat.metrics import FAMILIES
+from hemostat.metrics.collector import FAMILIES
 
 GRAFANA = ["@grafana/schema@13.2.3", "ts-json-schema-generator@2.10.0"]
 """From npm: Grafana's types, and what makes a JSON schema of them."""

@@ -17,13 +17,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from tests.e2e.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings, wait_for
-from tests.observe.dashboards import ALL, Query, queries, used
-from tests.observe.prometheus import Prometheus, config, needs, prometheus, rules
+from tests.support.dashboards import ALL, Query, queries, used
+from tests.support.prometheus import Prometheus, config, needs, prometheus, rules
+from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings, wait_for
 
-from hemostat import floor, vllm_process
-from hemostat.compress import Checkpoints, cached_checkpoints
-from hemostat_calibration.profile import temperature_bias
+from hemostat.models import vllm_server as vllm_process
+from hemostat.models.compress import Checkpoints, cached_checkpoints
+from hemostat.shadow import noise_floor as floor
+from hemostat_calibration.profiles.profile import temperature_bias
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), needs("prometheus", "prometheus")]
 """Minutes of patience here and below are for machines that do other work, too."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.observe.prometheus import ALERTMANAGER, CONFIG, RULES, RUNBOOK, command, needs, rules
+from tests.support.prometheus import ALERTMANAGER, CONFIG, RULES, RUNBOOK, command, needs, rules
 
-from hemostat.config import Admin
+from hemostat.config.schema import Admin
 
 CASES = Path(__file__).with_name("alerts.yaml")
 ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
@@ -72,7 +72,7 @@ def test_every_alert_says_what_it_means_and_leads_to_its_section(alert: str) -> 
     assert page == f"http://localhost:{Admin().port}/runbook"
     assert anchor == alert.lower()
     assert anchor in anchors(RUNBOOK.read_text())
-    assert f'<h2 id="{anchor}">' in resources.files("hemostat.console").joinpath("runbook.html").read_text()
+    assert f'<h2 id="{anchor}">' in resources.files("hemostat.admin.console").joinpath("runbook.html").read_text()
 
 
 @amtool

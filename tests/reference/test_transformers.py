@@ -19,7 +19,7 @@ import pytest
 from hemostat.learner.embedding import load as load_embedding
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.reference.transformers import TransformersReference
-from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

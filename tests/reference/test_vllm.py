@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import SecretStr
-from tests.reference.fake_vllm import FakeVllm, running
+from tests.support.reference_server import FakeVllm, running
 
-from hemostat import vllm_process
-from hemostat.config import Upstream
+from hemostat.config.schema import Upstream
+from hemostat.models import vllm_server as vllm_process
 from hemostat.reference import server as server_module
 from hemostat.reference.match import compare
 from hemostat.reference.protocol import ReferenceFailure

@@ -13,7 +13,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from tests.relay.harness import (
+from tests.relay.test_hooks import Hooked, Watched
+from tests.relay.test_relay import GET, post
+from tests.support.relay import (
     OK,
     Client,
     Request,
@@ -25,8 +27,6 @@ from tests.relay.harness import (
     relaying,
     reset,
 )
-from tests.relay.test_hooks import Hooked, Watched
-from tests.relay.test_relay import GET, post
 
 from hemostat.relay.worker import Relay
 

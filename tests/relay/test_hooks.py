@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from tests.relay.harness import OK, Request, UpstreamConnection, answering, eventually, relaying
 from tests.relay.test_relay import GET, post
+from tests.support.relay import OK, Request, UpstreamConnection, answering, eventually, relaying
 
 from hemostat.relay import server, worker
 from hemostat.relay.hooks import Headers, Refusal, Rewrite

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.relay.harness import Request, answering, relaying
+from tests.support.relay import Request, answering, relaying
 
 from hemostat.relay import outcomes
 from hemostat.relay.outcomes import FINISHED, LOOPS, OUTPUT_TOKENS, STRUCTURED, Ear, loops

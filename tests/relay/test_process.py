@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from tests.control.test_shadow import capture
-from tests.relay.harness import Client, Request, Script, Upstream, UpstreamConnection, answering, eventually
 from tests.relay.test_relay import GET, post
-from tests.wire.driver import policy
+from tests.support.relay import Client, Request, Script, Upstream, UpstreamConnection, answering, eventually
+from tests.support.wire import policy
 
-from hemostat.link import RelayLink
-from hemostat.messages import Policy, Stats
-from hemostat.relay.link import MAX_UNSENT, ControlLink
+from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.messages import Policy, Stats
+from hemostat.ipc.relay_end import MAX_UNSENT, ControlLink
 
 POLICY = policy(shadow_rate=0.0)
 BAD_VERSION = b"X-Hemostat-Calibration: ../../etc"

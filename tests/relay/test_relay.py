@@ -6,7 +6,7 @@ import asyncio
 import re
 
 import pytest
-from tests.relay.harness import OK, Request, UpstreamConnection, answering, eventually, relaying
+from tests.support.relay import OK, Request, UpstreamConnection, answering, eventually, relaying
 
 from hemostat.relay.http import Limits
 

@@ -10,7 +10,7 @@ import httptools
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tests.relay.harness import Request, answering, relaying
+from tests.support.relay import Request, answering, relaying
 
 from hemostat.relay.http import (
     CHUNKED,

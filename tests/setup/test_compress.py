@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hemostat import compress as module
-from hemostat.compress import (
+from hemostat.models import compress as module
+from hemostat.models.compress import (
     MANIFEST,
     Checkpoints,
     CompressError,

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from hemostat import vllm_process
-from hemostat.vllm_process import VllmFailure, VllmServer
+from hemostat.models import vllm_server as vllm_process
+from hemostat.models.vllm_server import VllmFailure, VllmServer
 
 STAND_IN = """
 import http.server, os, subprocess, sys

@@ -13,14 +13,13 @@ import httpx
 import numpy as np
 import openai as openai_sdk
 import pytest
-from tests.fakes.fake_vllm import FakeVllm, encode, render, serving
+from tests.support.fake_vllm import FakeVllm, encode, render, serving
+from tests.support.wire import OTHER_VERSION, VERSION, Wire, policy, rows
 
-from hemostat import openai
-from hemostat.messages import Policy
+from hemostat.ipc.messages import Policy
+from hemostat.openai import requests as openai
 from hemostat.relay.hooks import Exchange, Refusal
-from hemostat_calibration.engine.xargs import edits_logits
-
-from .driver import OTHER_VERSION, VERSION, Wire, policy, rows
+from hemostat_engine.xargs import edits_logits
 
 TOOL_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}

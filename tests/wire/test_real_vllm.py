@@ -14,11 +14,10 @@ from typing import Any, Protocol
 import httpx
 import numpy as np
 import pytest
-from tests.fakes.fake_vllm import FakeVllm, serving
+from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.wire import Wire, policy, rows
 
-from hemostat import openai
-
-from .driver import Wire, policy, rows
+from hemostat.openai import requests as openai
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

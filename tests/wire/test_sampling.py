@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.sampling import ARM, SHADOW, controlled, sampled, uniform
+from hemostat.shadow.assignment import ARM, SHADOW, controlled, sampled, uniform
 
 RATES = st.floats(0, 1)
 

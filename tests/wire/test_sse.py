@@ -7,7 +7,7 @@ import itertools
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hemostat import sse
+from hemostat.openai import sse
 
 NEWLINES = st.sampled_from([b"\n", b"\r\n", b"\r"])
 LINES = st.one_of(

@@ -11,14 +11,13 @@ from typing import Any
 import httpx
 import openai as openai_sdk
 import pytest
-from tests.fakes.fake_vllm import FakeVllm, serving
+from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.wire import VERSION, policy
 
-from hemostat.intercept import SHADOW_REQUESTS, Interceptor
-from hemostat.messages import Capture
-from hemostat.openai import CHAT
+from hemostat.ipc.messages import Capture
+from hemostat.openai.requests import CHAT
 from hemostat.relay.worker import Relay
-
-from .driver import VERSION, policy
+from hemostat.shadow.interceptor import SHADOW_REQUESTS, Interceptor
 
 
 class Bench:

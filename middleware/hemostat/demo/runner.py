@@ -25,11 +25,11 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
-from hemostat.compress import Checkpoints, cached_checkpoints, copy_checkpoint
 from hemostat.demo import prompts, view
 from hemostat.demo.traffic import drive
 from hemostat.demo.varied import varied
-from hemostat.vllm_process import (
+from hemostat.models.compress import Checkpoints, cached_checkpoints, copy_checkpoint
+from hemostat.models.vllm_server import (
     LOGITS_PROCESSOR,
     STOPS_WITHIN,
     VllmFailure,
@@ -41,7 +41,7 @@ from hemostat.vllm_process import (
     tied,
 )
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.profiles.profile import CalibrationProfile
 
 SERVED_NAME = "smollm2-135m-instruct"
 DATA_PORT, ADMIN_PORT = 8080, 8081

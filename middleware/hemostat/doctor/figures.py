@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from hemostat.doctor.pair import ESTIMATE, FLOOR, UPPER, Floats
-from hemostat_calibration.bounds import bounds
-from hemostat_calibration.divergence import divergence
+from hemostat_calibration.divergence.bounds import bounds
+from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import TokenRecord
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 
 from hemostat import __version__
-from hemostat.compress import cache_folder
 from hemostat.doctor import html, report, terminal
 from hemostat.doctor.classes import classify_all
 from hemostat.doctor.options import DoctorError, DoctorOptions, check
@@ -21,6 +20,7 @@ from hemostat.doctor.pair import Job, Pair, Scored, Side, decoding_of, encode, j
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.doctor.work import WorkFolder
+from hemostat.models.compress import cache_folder
 
 INTERRUPTED = 130
 PLAIN_WIDTH = 120

@@ -20,7 +20,7 @@ from hemostat.doctor.classes import CLASSES
 from hemostat.doctor.options import Decoding
 from hemostat.doctor.pair import ESTIMATE, FLOOR, UPPER, Floats, Scored, json_number
 from hemostat.doctor.statistics import Estimate, Ints, Sample
-from hemostat_calibration.trajectory import Survival
+from hemostat_calibration.divergence.trajectory import Survival
 
 SCHEMA = 1
 
@@ -244,7 +244,7 @@ def _entropy_name(number: int) -> str:
 
 
 def _trajectory(scored: Sequence[Scored], texts: Mapping[int, Decoding]) -> list[Row]:
-    """Survival curves, and what each may be called; see `hemostat_calibration.trajectory`."""
+    """Survival curves, and what each may be called; see `hemostat_calibration.divergence.trajectory`."""
     curves = []
     whole = UPPER not in "".join(scored[0].figures)
     # The more two distributions differ, the less survives.

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from pydantic import SecretStr
 
-from hemostat.config import Upstream
+from hemostat.config.schema import Upstream
 from hemostat.doctor.figures import figures_of
 from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import Ids, Job, Scored, Side
@@ -21,7 +21,7 @@ from hemostat.reference.match import compare
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import VllmReference
-from hemostat_calibration.bounds import FLOOR as RATIO_FLOOR
+from hemostat_calibration.divergence.bounds import FLOOR as RATIO_FLOOR
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.records import Sampling, TokenRecord, validate
 

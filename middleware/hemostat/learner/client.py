@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hemostat.child import Child, ChildGone
-from hemostat.config import Calibration
+from hemostat.config.schema import Calibration
+from hemostat.ipc.child_process import Child, ChildGone
 from hemostat.learner import wire
-from hemostat_calibration.contextual import probe
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.learning.contextual.learner import probe
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import TokenRecord
-from hemostat_calibration.transform import anchors_digest
 
 log = logging.getLogger("hemostat.learner")
 

@@ -1,7 +1,8 @@
 """The learner: `python -m hemostat.learner.process PARENT_PID`. Numpy, no torch.
 
-It takes in records, keeps statistics (`hemostat_calibration.contextual`) of all traffic and of each scope, and makes a
-proposal when asked. That can take minutes: between its steps it goes on taking in what has come meanwhile.
+It takes in records, keeps statistics (`hemostat_calibration.learning.contextual.learner`) of all traffic and of each
+scope, and makes a proposal when asked. That can take minutes: between its steps it goes on taking in what has come
+meanwhile.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hemostat import child
+from hemostat.ipc import child_process as child
 from hemostat.learner import wire
 from hemostat.learner.embedding import load
-from hemostat_calibration.contextual import Contextual, ContextualState, choose_anchors
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
-from hemostat_calibration.mlp import Training
+from hemostat_calibration.learning.contextual.learner import Contextual, ContextualState, choose_anchors
+from hemostat_calibration.learning.contextual.mlp import Training
 
 NICENESS = 15
 """Behind all else, the reference too."""

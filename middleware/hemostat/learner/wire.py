@@ -1,7 +1,7 @@
 """What the control process and the learner say to each other.
 
-Each frame (`hemostat.child`) holds one msgpack-encoded message. Arrays are little-endian bytes. Every `Learn` is
-answered with `Learned`, every `Propose` with `Proposed`.
+Each frame (`hemostat.ipc.child_process`) holds one msgpack-encoded message. Arrays are little-endian bytes. Every
+`Learn` is answered with `Learned`, every `Propose` with `Proposed`.
 """
 
 from __future__ import annotations

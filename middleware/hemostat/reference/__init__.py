@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hemostat.config import Settings
+from hemostat.config.schema import Settings
 from hemostat.reference.protocol import Reference
 
 

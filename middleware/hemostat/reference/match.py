@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hemostat.config import Upstream
+from hemostat.config.schema import Upstream
 from hemostat.reference.protocol import Reference, ReferenceFailure
 from hemostat.reference.server import VllmServer
 

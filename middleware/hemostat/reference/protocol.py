@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, Floats, Ids
 
 NO_CODES: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({})

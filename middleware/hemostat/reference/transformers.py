@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.child import Child, ChildGone
+from hemostat.ipc.child_process import Child, ChildGone
 from hemostat.reference import wire
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
-from hemostat_calibration.families import TEMPERATURE_BIAS
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
+from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, Floats, Ids
 
 log = logging.getLogger("hemostat.reference")

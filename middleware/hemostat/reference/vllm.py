@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.reference.server import ModelCard, Refused, VllmServer
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, Ids
 
 ROUNDING = 1e-3

@@ -1,6 +1,6 @@
 """What the control process and the reference worker say to each other over the worker's standard input and output.
 
-Each frame (`hemostat.child`) holds one msgpack-encoded message. Arrays are little-endian bytes.
+Each frame (`hemostat.ipc.child_process`) holds one msgpack-encoded message. Arrays are little-endian bytes.
 """
 
 from __future__ import annotations

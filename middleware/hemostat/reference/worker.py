@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hemostat import child
+from hemostat.ipc import child_process as child
 from hemostat.reference import wire
 
 NICENESS = 10

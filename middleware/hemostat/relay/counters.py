@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from hemostat.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 
 REQUESTS = "hemostat_requests_total"
 SHADOW_REQUESTS = "hemostat_shadow_requests_total"

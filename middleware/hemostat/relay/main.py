@@ -27,13 +27,13 @@ from typing import Any
 import uvloop
 
 from hemostat import logs
-from hemostat.intercept import Interceptor
-from hemostat.messages import Policy
-from hemostat.process import die_with_parent, make_tracing
+from hemostat.ipc.messages import Policy
+from hemostat.ipc.process import die_with_parent, make_tracing
+from hemostat.ipc.relay_end import ControlLink
 from hemostat.relay.counters import Counters
 from hemostat.relay.http import Limits
-from hemostat.relay.link import ControlLink
 from hemostat.relay.worker import Relay
+from hemostat.shadow.interceptor import Interceptor
 
 log = logging.getLogger("hemostat.relay")
 

@@ -27,11 +27,11 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
-from hemostat import vllm_process
-from hemostat.engine_api import engine_router
-from hemostat.engines import EngineRegistry, TapResult
+from hemostat.engines.api import engine_router
+from hemostat.engines.registry import EngineRegistry, TapResult
+from hemostat.models import vllm_server as vllm_process
 from hemostat.reference.transformers import TransformersReference
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.profiles.profile import CalibrationProfile
 
 from .log import say
 

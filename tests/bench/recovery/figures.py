@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat_calibration import hidden
-from hemostat_calibration.engine.transform import HeldProfile, apply_to_rows
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.learning.contextual import hidden
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_engine.transform import HeldProfile, apply_to_rows
 
 from .engine import Written, one_thread_each
 from .log import say

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 
 from hemostat_calibration import guard
-from hemostat_calibration.calibrator import TemperatureBias
-from hemostat_calibration.contextual import Contextual, ContextualState
 from hemostat_calibration.guard import Action, Role
-from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.learning.contextual.learner import Contextual, ContextualState
+from hemostat_calibration.learning.temperature_bias import TemperatureBias
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.transform import anchors_digest, shift_range
 from hemostat_calibration.records import Candidates, Features, TokenRecord
-from hemostat_calibration.split import prompt_key
-from hemostat_calibration.transform import anchors_digest, shift_range
+from hemostat_calibration.statistics.split import prompt_key
 
 from .engine import Written
 from .figures import IDENTITY, Figures, Recovery, measure, stacked

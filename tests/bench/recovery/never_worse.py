@@ -21,12 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration import guard
-from hemostat_calibration.contextual import Contextual, choose_anchors
 from hemostat_calibration.guard import Action, Role
-from hemostat_calibration.hidden import softmax
-from hemostat_calibration.profile import CalibrationProfile
+from hemostat_calibration.learning.contextual.hidden import softmax
+from hemostat_calibration.learning.contextual.learner import Contextual, choose_anchors
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import code
 from hemostat_calibration.records import Candidates, Features, TokenRecord
-from hemostat_calibration.transform import code
 
 from .engine import CORES, Written
 from .figures import Recovery, stacked

@@ -17,9 +17,10 @@ from tests.bench.recovery.outcomes import (
     same_answer,
 )
 
-from hemostat_calibration import mlp, transform
-from hemostat_calibration.contextual import Contextual, choose_anchors, contextual_profile
-from hemostat_calibration.profile import temperature_bias
+from hemostat_calibration.learning.contextual import mlp
+from hemostat_calibration.learning.contextual.learner import Contextual, choose_anchors, contextual_profile
+from hemostat_calibration.profiles import transform
+from hemostat_calibration.profiles.profile import temperature_bias
 from hemostat_calibration.records import validate
 
 V, D, N = 60, 6, 20

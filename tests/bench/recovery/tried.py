@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat_calibration import hidden, mlp, objective
+from hemostat_calibration.learning.contextual import hidden, mlp, objective
 
 from .engine import Written
 from .figures import Figures, Recovery, interval, stacked

@@ -34,7 +34,7 @@ def update_cost() -> dict[str, Any]:
 def main() -> None:
     import numpy as np
 
-    from hemostat_calibration.contextual import Contextual, ContextualState
+    from hemostat_calibration.learning.contextual.learner import Contextual, ContextualState
     from hemostat_calibration.records import Candidates, Features, TokenRecord
 
     random = np.random.default_rng(1)

@@ -1,0 +1,1 @@
+"""Divergences between two models on the same tokens."""

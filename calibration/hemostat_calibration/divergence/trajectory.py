@@ -1,0 +1,213 @@
+"""How long two models go on writing the same text: survival, half-life, length of the common prefix.
+
+What a request contributes is f_t in [0, 1], its factor at output token t = 1, 2, …: the chance that the models still
+agree after token t if they did before. Which factors, is the caller's choice (r the reference, c the compressed model,
+x the token that was emitted):
+
+1 − TV_t
+    The chance that r and c, coupled as well as one token allows, draw the same token. Along texts sampled from c the
+    survival is then the mean of Π (1 − TV_t). From a *lower* bound of TV it is an *upper* bound, and the other way
+    round: feed one `Survival` with each end of the interval.
+min(1, r(x_t)/c(x_t)) (`agreement`)
+    The chance that the coupling keeps the very token that was emitted. For text drawn from c at temperature 1,
+    E_c[Π_{s ≤ t} min(1, r/c)] = Σ_x Π_{s ≤ t} min(r, c) is exactly the chance that two texts, coupled token by token
+    as well as possible, are equal up to t (Lindvall, Lectures on the Coupling Method, 1992, ch. I.5): no list is cut,
+    no bound is needed, only the emitted token's two log-probabilities. A mean of Π (1 − TV_t) also counts what comes
+    after tokens that the coupling would have dropped.
+1 where both have the same likeliest token, else 0
+    Along *greedy* text of c the first 0 is where the reference's own greedy text turns off: before it both had read
+    the same. The survival is the share of requests whose greedy texts are still equal, its sum over t the expected
+    length of their common prefix. (Along sampled text it is what an agreement at that rate would give, no more.)
+
+Requests end at different lengths. W_t = Π_{s ≤ t} f_s; a request that ends before t says nothing about t (right
+censoring). So each step is a ratio over the requests that reached it, and
+    S(t) = Π_{s ≤ t} Σ_i W_{i,s} / Σ_i W_{i,s−1},      i over the requests with at least s tokens,
+the Kaplan–Meier product-limit estimator (1958) with W for the number still alive; where all are equally long it is the
+mean of W_t. It takes for granted that whether a request ends at s has nothing to do with how its models agree from
+there on; it speaks of texts that are still being written at t, and ends at the longest request.
+
+The unit is the request. log S is a sum of ratios; with A_s and B_s the two sums, request i's part in it is
+ψ_i(t) = Σ_s (W_{i,s}/A_s − W_{i,s−1}/B_s) over the steps that it reached, and the variance of log S is
+m/(m − 1) Σ_i ψ_i² over m requests. Intervals are Student's on the scale log(−log S), which keeps them between 0 and 1;
+while nothing at all was lost in m requests, S is at least 0.025^(1/m) with the same confidence, since E[W] ≥ P(W = 1).
+They are for one look at a fixed time.
+
+Constant memory: W is kept at `POSITIONS` only, every token up to 16, then ever farther apart; second moments of these
+numbers give all variances, and everything merges by addition.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.records import Floats, TokenRecord
+from hemostat_calibration.statistics.streaming import student_975
+
+POSITIONS = (*range(1, 17), *(round(16 * 2 ** (k / 4)) for k in range(1, 33)))
+"""Output tokens after which the survival is kept: 1 to 16, then four to an octave, to 4096."""
+
+_COUNT = len(POSITIONS)
+_AT: npt.NDArray[np.int64] = np.array(POSITIONS, dtype=np.int64)
+
+
+def agreement(record: TokenRecord) -> Floats:
+    """min(1, r(x)/c(x)) of the emitted tokens, float64 [T]."""
+    found: Floats = np.exp(np.minimum(record.reference_emitted - record.compressed_emitted, 0.0))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What a `Survival` reads; only the positions that some request reached.
+
+    positions: int [P]. survival, low, high: float64 [P], S and its 95 % interval at each position. at_risk: int [P],
+    requests that reached it.
+    half_life: tokens until S is ½, interpolated; infinite while S stays above ½ as far as there are data.
+    half_life_low, half_life_high: where the interval's two ends cross ½: infinite likewise.
+    prefix: Σ_{t=1}^{horizon} S(t), the expected number of tokens that are equal from the start, of the first `horizon`
+    ones; S is interpolated between positions. prefix_low, prefix_high: its 95 % interval.
+    """
+
+    positions: npt.NDArray[np.int64]
+    survival: Floats
+    low: Floats
+    high: Floats
+    at_risk: npt.NDArray[np.int64]
+    half_life: float
+    half_life_low: float
+    half_life_high: float
+    horizon: int
+    prefix: float
+    prefix_low: float
+    prefix_high: float
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """Streaming estimator: `update` with a request, `merge` replicas, `get` the curve.
+
+    at_risk: [P] requests by the positions that they reached.
+    sums: [2, P] of W at each position that a request reached, and of W at the position before.
+    moments: [2, P, 2, P] of their products, as far as one request reached both positions.
+    """
+
+    requests: int = 0
+    at_risk: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_COUNT, dtype=np.int64))
+    sums: Floats = field(default_factory=lambda: np.zeros((2, _COUNT)))
+    moments: Floats = field(default_factory=lambda: np.zeros((2, _COUNT, 2, _COUNT)))
+
+    def update(self, factors: npt.NDArray[np.floating]) -> Survival:
+        """Add one request: its factors f_t, [T], T ≥ 1. InvalidArgumentError unless all are between 0 and 1."""
+        if factors.ndim != 1 or not len(factors) or not ((factors >= 0.0) & (factors <= 1.0)).all():
+            raise InvalidArgumentError("factors must be one request's, [T], each between 0 and 1, at least one")
+        reached = int(np.searchsorted(_AT, len(factors), side="right"))
+        alive = np.cumprod(factors, dtype=np.float64)[_AT[:reached] - 1]
+        values = np.array([alive, [1.0, *alive[:-1]]])
+        at_risk, sums, moments = self.at_risk.copy(), self.sums.copy(), self.moments.copy()
+        at_risk[:reached] += 1
+        sums[:, :reached] += values
+        moments[:, :reached, :, :reached] += np.multiply.outer(values, values)
+        return Survival(self.requests + 1, at_risk, sums, moments)
+
+    def merge(self, other: Survival) -> Survival:
+        return Survival(
+            requests=self.requests + other.requests,
+            at_risk=self.at_risk + other.at_risk,
+            sums=self.sums + other.sums,
+            moments=self.moments + other.moments,
+        )
+
+    def get(self, horizon: int | None = None) -> Curve:
+        """`horizon`: tokens that `prefix` counts; as far as there are data when None or larger than that.
+
+        InvalidArgumentError when it is less than 1.
+        """
+        if horizon is not None and horizon < 1:
+            raise InvalidArgumentError(f"horizon is {horizon}: 1 token at least")
+        reached = int((self.at_risk > 0).sum())
+        positions, at_risk = _AT[:reached], self.at_risk[:reached]
+        after, before = self.sums[:, :reached]
+        # Once nobody is left alive the product is 0 whatever comes.
+        steps = np.divide(after, before, out=np.zeros(reached), where=before > 0.0)
+        survival = np.cumprod(steps)
+        parts = _parts(after, before)
+        moments = self.moments[:, :reached, :, :reached].reshape(2 * reached, 2 * reached)
+        variance = np.maximum(((parts @ moments) * parts).sum(axis=1), 0.0)
+        low, high = _interval(survival, variance, at_risk)
+        end = int(positions[-1]) if reached else 0
+        horizon = min(horizon or end, end)
+        weights = _weights(positions, horizon)
+        prefix = float(weights[0] + weights[1:] @ survival)
+        spread = (weights[1:] * survival) @ parts
+        half = _half_width(float(spread @ moments @ spread), self.requests)
+        return Curve(
+            positions=positions,
+            survival=survival,
+            low=low,
+            high=high,
+            at_risk=at_risk,
+            half_life=_half_life(positions, survival),
+            half_life_low=_half_life(positions, low),
+            half_life_high=_half_life(positions, high),
+            horizon=horizon,
+            prefix=prefix if reached else math.nan,
+            prefix_low=max(prefix - half, 0.0),
+            prefix_high=min(prefix + half, float(horizon)) if reached else math.inf,
+            requests=self.requests,
+        )
+
+
+def _parts(after: Floats, before: Floats) -> Floats:
+    """[P, 2P]: row t times a request's values is ψ(t)."""
+    steps = np.tri(len(after))
+    one_by_after = np.divide(1.0, after, out=np.zeros_like(after), where=after > 0.0)
+    one_by_before = np.divide(1.0, before, out=np.zeros_like(before), where=before > 0.0)
+    return np.concatenate([steps * one_by_after, -steps * one_by_before], axis=1)
+
+
+def _half_width(variance: float, requests: int) -> float:
+    if requests < 2:
+        return math.inf
+    return student_975(requests - 1) * math.sqrt(max(variance, 0.0) * requests / (requests - 1))
+
+
+def _interval(survival: Floats, variance: Floats, at_risk: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
+    low, high = np.zeros_like(survival), np.ones_like(survival)
+    for t, (s, v, m) in enumerate(zip(survival.tolist(), variance.tolist(), at_risk.tolist(), strict=True)):
+        if m < 2:
+            continue
+        if s >= 1.0:
+            low[t] = 0.025 ** (1.0 / m)
+        elif s <= 0.0:
+            high[t] = 1.0 - 0.025 ** (1.0 / m)
+        else:
+            stretch = math.exp(min(_half_width(v, m) / -math.log(s), 50.0))
+            low[t], high[t] = s**stretch, s ** (1.0 / stretch)
+    return low, high
+
+
+def _weights(positions: npt.NDArray[np.int64], horizon: int) -> Floats:
+    """[1 + P]: what Σ_{t=1}^{horizon} S(t) is made of, S(0) = 1 and the S at the positions, linear between them."""
+    knots = np.concatenate([[0], positions])
+    tokens = np.arange(1, horizon + 1)
+    right = np.searchsorted(knots, tokens)
+    share = (tokens - knots[right - 1]) / (knots[right] - knots[right - 1]) if horizon else np.zeros(0)
+    weights: Floats = np.bincount(right, share, len(knots)).astype(np.float64)
+    weights += np.bincount(right - 1, 1.0 - share, len(knots))
+    return weights
+
+
+def _half_life(positions: npt.NDArray[np.int64], survival: Floats) -> float:
+    below = np.flatnonzero(survival <= 0.5)
+    if not len(below):
+        return math.inf
+    t = int(below[0])
+    left, s_left = (int(positions[t - 1]), float(survival[t - 1])) if t else (0, 1.0)
+    right, s_right = int(positions[t]), float(survival[t])
+    return left + (right - left) * (s_left - 0.5) / (s_left - s_right)

@@ -1,0 +1,1 @@
+"""How profiles are learned from token records."""

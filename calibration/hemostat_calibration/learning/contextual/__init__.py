@@ -1,0 +1,1 @@
+"""Learning contextual profiles: a map from hidden states to logit shifts."""

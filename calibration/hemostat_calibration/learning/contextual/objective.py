@@ -1,0 +1,125 @@
+"""What a map of features is learned by: how much KL(r‖c') a change of the compressed model's hidden state leaves.
+
+All in a basis in which half a squared length is KL, to second order: with the metric F = L Lᵀ (`hidden.fisher`), hidden
+states are Lᵀ h and the embedding is (W − w̄) L⁻ᵀ, w̄ the mean embedding, so that logits are what they were but for a
+constant. A change of the hidden state is called an image, [n, d].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.learning.contextual.hidden import Singles, softmax
+from hemostat_calibration.records import Floats, Ids
+
+Halves = npt.NDArray[np.float16]
+Indices = npt.NDArray[np.integer]
+
+_BLOCK = 512
+"""Rows at a time, where each needs a matrix of its own."""
+
+
+class Objective(Protocol):
+    """Over some rows of what it was made of."""
+
+    def slope(self, rows: Indices, image: Singles) -> Singles:
+        """Of each row's loss by its image, [n, d]."""
+
+
+class Squared:
+    """½ |t − image|², t = h_r − h_c: KL to second order, at the metric's mean distribution. No vocabulary needed."""
+
+    def __init__(self, target: Halves) -> None:
+        self._target = target
+
+    def slope(self, rows: Indices, image: Singles) -> Singles:
+        return image - self._target[rows]
+
+
+class Softmax:
+    """KL(r‖c') itself, over the part of the vocabulary whose embedding is given, [S, d]."""
+
+    def __init__(self, embedding: Singles, compressed: Halves, target: Halves) -> None:
+        """compressed: hidden states h_c, [n, d]; target: h_r − h_c."""
+        self._embedding = embedding
+        self._compressed = compressed
+        self._expected = np.empty_like(target)
+        for start in range(0, len(target), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            self._expected[part] = self._mean(compressed[part].astype(np.float32) + target[part])
+
+    def _mean(self, hidden: Singles) -> Singles:
+        return softmax(hidden @ self._embedding.T) @ self._embedding
+
+    def slope(self, rows: Indices, image: Singles) -> Singles:
+        return self._mean(self._compressed[rows] + image) - self._expected[rows]
+
+
+class Lists:
+    """KL over the ids that the reference gave and one bucket for the rest, whose Δz is taken for that of the mean
+    embedding, 0: all that a reference which gives only its likeliest ids can be asked.
+    """
+
+    def __init__(self, embedding: Singles, ids: Ids, r: Singles, log_c: Singles) -> None:
+        """embedding: [V, d]. ids: [n, J], 0 pads; r: the reference's probabilities of them, 0 where padded; log_c: the
+        compressed model's logarithms of them, -inf where padded."""
+        self._embedding = embedding
+        self._ids, self._r = ids, r
+        self._c = np.exp(np.minimum(log_c, 0.0))
+        self._behind = np.maximum(1.0 - self._c.sum(axis=1, keepdims=True), 1e-6)
+
+    def _changed(self, rows: Indices, image: Singles) -> tuple[Singles, Singles, Singles]:
+        embedded = self._embedding[self._ids[rows]]
+        delta = np.clip(np.einsum("tkd,td->tk", embedded, image), -20.0, 20.0)
+        return embedded, delta, self._c[rows] * np.exp(delta)
+
+    def slope(self, rows: Indices, image: Singles) -> Singles:
+        found = np.empty_like(image)
+        for start in range(0, len(rows), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            embedded, _, c = self._changed(rows[part], image[part])
+            c = c / (c.sum(axis=1, keepdims=True) + self._behind[rows[part]])
+            found[part] = np.einsum("tk,tkd->td", c - self._r[rows[part]], embedded)
+        return found
+
+    def gains(self, rows: Indices, image: Singles, scales: Floats) -> Floats:
+        """KL before minus after `scale` × image, nats, [scales, n]."""
+        found = np.empty((len(scales), len(rows)))
+        for start in range(0, len(rows), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            _, delta, _ = self._changed(rows[part], image[part])
+            c, r, behind = self._c[rows[part]], self._r[rows[part]], self._behind[rows[part]][:, 0]
+            before = np.log(c.sum(axis=1) + behind)
+            for i, scale in enumerate(scales):
+                after = np.log((c * np.exp(scale * delta)).sum(axis=1) + behind)
+                found[i, part] = scale * (r * delta).sum(axis=1) - after + before
+        return found
+
+
+def exact_gains(
+    embedding: Singles,
+    reference: Singles,
+    compressed: Singles,
+    images: Sequence[Singles],
+    scales: Floats,
+    clamp_nats: float,
+) -> Floats:
+    """KL(r‖c) − KL(r‖c') over the whole vocabulary, Δz = clip(scale × embedding image, ±clamp), nats, for several
+    images of the same rows: [images, scales, n]. reference, compressed: hidden states [n, d]."""
+    found = np.empty((len(images), len(scales), len(reference)))
+    step = max(1, (1 << 23) // len(embedding))
+    for start in range(0, len(reference), step):
+        part = slice(start, start + step)
+        r, c = softmax(reference[part] @ embedding.T), softmax(compressed[part] @ embedding.T)
+        for of_image, image in zip(found, images, strict=True):
+            delta = image[part] @ embedding.T
+            for of_scale, scale in zip(of_image, scales, strict=True):
+                shift = np.clip(np.float32(scale) * delta, -clamp_nats, clamp_nats)
+                of_scale[part] = np.einsum("tv,tv->t", r, shift)
+                np.exp(shift, out=shift)
+                of_scale[part] -= np.log(np.einsum("tv,tv->t", c, shift))
+    return found

@@ -1,0 +1,1 @@
+"""Calibration profiles: their format, families, and how they change logits."""

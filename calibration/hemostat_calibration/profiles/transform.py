@@ -1,0 +1,103 @@
+"""What a profile does to logits, in numpy: the oracle that the engine's transform is tested against.
+
+Δz is the change of the logits, in nats; |Δz| ≤ the profile's clamp. It is made of z − max z, so that it depends on
+the distribution alone: adding a constant to every logit of a row (as turning logits into log-probabilities does)
+changes nothing. The maximum runs over finite entries. Entries that are not finite get Δz = 0 and stay as they are:
+-inf is a mask and stays one, a NaN is passed on for the caller to see.
+
+A family with anchors reads the row through its logits at those ids alone. What they say is the row's code, of which Δz
+at every id is a function. A row any of whose anchors is not finite has the code 0, identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.profiles.families import ANCHORS, FAMILIES
+from hemostat_calibration.profiles.profile import CalibrationProfile
+
+Floats = npt.NDArray[np.float64]
+
+
+def anchors(profile: CalibrationProfile) -> npt.NDArray[np.int32] | None:
+    """The ids whose logits the profile reads, int32 [N]; None for a family without."""
+    return profile.parameters[ANCHORS] if FAMILIES[profile.family].code is not None else None
+
+
+def anchors_digest(ids: npt.NDArray[np.integer]) -> str:
+    """32 hex digits that name a set of anchors [N], in its order."""
+    return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()[:32]
+
+
+def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Floats:
+    """What a row says to the profile, float64 [..., r], from its logits or log-probabilities (natural) at the profile's
+    anchors, [..., N]; only their differences matter. 0 where one is not finite."""
+    read = FAMILIES[profile.family].code
+    ids = anchors(profile)
+    if read is None or ids is None:
+        raise InvalidArgumentError(f"profile is of the family {profile.family}, which reads no anchors")
+    if anchored.ndim < 1 or anchored.shape[-1] != len(ids):
+        raise InvalidArgumentError(f"anchored has shape {anchored.shape}: its last axis must be {len(ids)}")
+    finite = np.isfinite(anchored).all(axis=-1, keepdims=True)
+    found = read(profile.parameters, np.where(finite, anchored, 0.0).astype(np.float64))
+    return np.where(finite, found, 0.0)
+
+
+def shift(profile: CalibrationProfile, logits: npt.NDArray[np.floating]) -> Floats:
+    """Δz, float64 [..., V] in nats, of logits [..., V] (or log-probabilities, natural)."""
+    if logits.ndim < 1 or logits.shape[-1] != profile.vocab_size:
+        raise InvalidArgumentError(f"logits has shape {logits.shape}: its last axis must be {profile.vocab_size}")
+    finite = np.isfinite(logits)
+    relative = _relative(logits, finite)
+    ids = anchors(profile)
+    said = None if ids is None else code(profile, logits[..., ids])
+    raw = FAMILIES[profile.family].shift(profile.parameters, relative, None, said)
+    return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
+
+
+def shift_at(
+    profile: CalibrationProfile,
+    ids: npt.NDArray[np.integer],
+    logprobs: npt.NDArray[np.floating],
+    code: npt.NDArray[np.floating] | None = None,
+) -> Floats:
+    """Δz, float64 [..., K] in nats, at some `ids` [..., K] of a row, from their log-probabilities [..., K].
+
+    lp − max lp = z − max z: the row's most likely id must be among `ids`, as it is in a top-K list. Padding (id -1,
+    -inf) gets 0. code: the row's, [..., r]; a family with anchors needs it, another does not look at it.
+    """
+    if ids.shape != logprobs.shape or ids.ndim < 1:
+        raise InvalidArgumentError(f"ids has shape {ids.shape}, logprobs {logprobs.shape}: they must be the same")
+    if ids.size and (ids.max() >= profile.vocab_size or ids.min() < -1):
+        raise InvalidArgumentError(f"ids run from {ids.min()} to {ids.max()}: the vocabulary has {profile.vocab_size}")
+    if FAMILIES[profile.family].code is not None and code is None:
+        raise InvalidArgumentError(f"code is missing: a profile of the family {profile.family} cannot do without")
+    finite = np.isfinite(logprobs) & (ids >= 0)
+    relative = _relative(logprobs, finite)
+    said = None if code is None else code.astype(np.float64)
+    raw = FAMILIES[profile.family].shift(profile.parameters, relative, np.where(finite, ids, 0), said)
+    return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
+
+
+def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tuple[Floats, Floats]:
+    """(low, high), each [...] in nats: bounds of the Δz of every id, in any row, with z − max z ≤ `most` [...]."""
+    low, high = FAMILIES[profile.family].range(profile.parameters, np.asarray(most, dtype=np.float64))
+    clamp = profile.clamp_nats
+    return np.clip(low, -clamp, clamp), np.clip(high, -clamp, clamp)
+
+
+def apply(profile: CalibrationProfile, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """z + Δz, [..., V] in the dtype of `logits`; entries that are not finite are untouched."""
+    return (logits + shift(profile, logits)).astype(logits.dtype)
+
+
+def _relative(values: npt.NDArray[np.floating], finite: npt.NDArray[np.bool_]) -> Floats:
+    """z − max z where finite, 0 elsewhere (its shift is discarded)."""
+    masked = np.where(finite, values, -np.inf).astype(np.float64)
+    top = masked.max(axis=-1, keepdims=True, initial=-np.inf)
+    return np.where(finite, masked - np.where(np.isfinite(top), top, 0.0), 0.0)

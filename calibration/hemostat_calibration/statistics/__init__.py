@@ -1,0 +1,1 @@
+"""Streaming estimators, and intervals and tests that are valid at every look."""

@@ -1,0 +1,269 @@
+"""Intervals that are valid at every look at once: look when you like, stop when you like, as often as you like.
+
+Means per token. A request adds (x, n): the sum of a figure over its tokens, and their number; tokens of a request are
+correlated in whatever way, so the request is the unit, and the mean is the ratio E[x]/E[n]. That m is this ratio says
+no more than E[x − m n] = 0 for a request, so m belongs to the interval while
+    (Σ (x − m n))² ≤ κ_t Σ (x − m n)²,    κ_t = 2 (tρ² + 1)/(tρ²) log(√(tρ² + 1)/α)
+over the t requests so far: Robbins' normal mixture with the variance estimated from the same data, an *asymptotic
+confidence sequence* (Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas, "Time-uniform central limit theory and asymptotic
+confidence sequences", Annals of Statistics 2024, theorem 2.2). It is a quadratic in m (Fieller's), read off moments.
+ρ makes it narrowest after some hundred requests: then it is about 1.6 times as wide as an interval that is valid for
+one look. While t ≤ κ_t, about 20 requests, nothing is refuted and the interval is the whole range.
+
+Skewed figures (a few bad requests) would be missed too often on the side of the long tail, early on: bets against an m
+that is too high in truth earn Σ log(1 − λ(x − m n)), whose third-order term the mixture leaves out. At the end of the
+interval, λ = √(κ/ΣE²) with E the residual, that term is κ^1.5 γ/3 with γ = ΣE³/(ΣE²)^1.5: κ would have to be raised by
+the factor 1 + ⅔ √κ γ. Samples have less of the tail than the truth, so it is 1 + √κ γ, on that side only. The guarantee
+is asymptotic, and about requests that come alike; `tests/core/test_confidence.py` simulates what it covers.
+
+Differences between two randomised arms: both arms' requests are one stream of t, each adding its linearised residual
+to one side or the other, with the same κ_t.
+
+Proportions, one answer a request: exact for any t. The likelihood ratio of a Beta(½, ½) mixture against p is a
+martingale when p is true, so p belongs to the interval while it is below 1/α (Robbins 1970; Ville's inequality).
+
+Heavy tails: a mean is of the values clipped at a stated cap, and the clipped share stands beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.statistics.streaming import RatioEstimate
+
+Floats = npt.NDArray[np.float64]
+
+NARROWEST_AT = 500
+"""Requests after which the intervals of means are narrowest compared with one for a single look."""
+MIN_REQUESTS = 20
+"""Of each arm, before a difference is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """mean, low, high: in the units of the figure; NaN, and the whole range, before anything is known."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class MeanSequence:
+    """A mean per token, Σx/Σn over requests.
+
+    moments: the second ones, about the means. cubes: Σ of x³, x²n, xn², n³.
+    """
+
+    moments: RatioEstimate = field(default_factory=RatioEstimate)
+    cubes: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    def update(self, x: float, n: float) -> MeanSequence:
+        """Add one request: `x` its sum, finite; `n` ≥ 0 its tokens. InvalidArgumentError otherwise."""
+        return self.merge(MeanSequence(RatioEstimate().update(x, n), (x * x * x, x * x * n, x * n * n, n * n * n)))
+
+    def merge(self, other: MeanSequence) -> MeanSequence:
+        a, b = self.cubes, other.cubes
+        cubes = (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3])
+        return MeanSequence(self.moments.merge(other.moments), cubes)
+
+    def get(self, lo: float = -math.inf, hi: float = math.inf, alpha: float = 0.05) -> Interval:
+        """The mean with its interval, cut to lo … hi, the range that the figure has by its nature.
+
+        Where all requests are alike there is no spread to go by: then a share of requests that may not have shown
+        themselves so far (exact, as `Proportion` of none) could be at either end of the range.
+        """
+        _check_alpha(alpha)
+        m = self.moments
+        if not m.requests or m.mean_n == 0.0:
+            return Interval(math.nan, lo, hi)
+        value = m.mean_x / m.mean_n
+        below, above = reach(m.requests, m.mean_x, m.mean_n, m.xx, m.xn, m.nn, self.cubes, alpha)
+        low, high = value - float(below), value + float(above)
+        if high - low <= 1e-9 * max(1.0, abs(value)):
+            missed = Proportion(0, m.requests).get(alpha).high
+            low, high = value - missed * (value - lo), value + missed * (hi - value)
+        return Interval(value, max(low, lo), min(high, hi))
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedMean:
+    """Mean per token of a figure that is at least `lo`, its values clipped at `cap`. clipped: tokens above the cap."""
+
+    lo: float
+    cap: float
+    sequence: MeanSequence = field(default_factory=MeanSequence)
+    clipped: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lo) and math.isfinite(self.cap) and self.lo < self.cap):
+            raise InvalidArgumentError(f"values from {self.lo} to {self.cap}: both must be finite, and increase")
+
+    def update(self, values: Floats) -> ClippedMean:
+        """Add one request's tokens, [T]. NaN ("not available") is left out; a request with nothing else adds nothing.
+
+        InvalidArgumentError where a value is below lo (by more than rounding).
+        """
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return self
+        if values.min() < self.lo - 1e-9 * (self.cap - self.lo):
+            raise InvalidArgumentError(f"value {values.min()} is below {self.lo}")
+        total = float(np.clip(values, self.lo, self.cap).sum())
+        clipped = self.clipped + int((values > self.cap).sum())
+        return ClippedMean(self.lo, self.cap, self.sequence.update(total, len(values)), clipped)
+
+    def merge(self, other: ClippedMean) -> ClippedMean:
+        """InvalidArgumentError where the ranges differ."""
+        if (self.lo, self.cap) != (other.lo, other.cap):
+            raise InvalidArgumentError(f"ranges differ: {self.lo} to {self.cap}, {other.lo} to {other.cap}")
+        return ClippedMean(self.lo, self.cap, self.sequence.merge(other.sequence), self.clipped + other.clipped)
+
+    @property
+    def requests(self) -> int:
+        return self.sequence.moments.requests
+
+    @property
+    def tokens(self) -> int:
+        return round(self.sequence.moments.mean_n * self.requests)
+
+    @property
+    def clipped_share(self) -> float:
+        """Of the tokens; NaN before the first."""
+        return self.clipped / self.tokens if self.tokens else math.nan
+
+    def get(self, alpha: float = 0.05) -> Interval:
+        """The mean of the clipped values, valid at every look with a probability of at least 1 − alpha."""
+        return self.sequence.get(self.lo, self.cap, alpha)
+
+
+@dataclass(frozen=True, slots=True)
+class Proportion:
+    """Share of requests with some property."""
+
+    hits: int = 0
+    requests: int = 0
+
+    def update(self, hit: bool) -> Proportion:
+        """Add one request."""
+        return Proportion(self.hits + int(hit), self.requests + 1)
+
+    def merge(self, other: Proportion) -> Proportion:
+        return Proportion(self.hits + other.hits, self.requests + other.requests)
+
+    def get(self, alpha: float = 0.05) -> Interval:
+        """Valid at every look with a probability of at least 1 − alpha, exactly: no approximation is involved."""
+        _check_alpha(alpha)
+        if not self.requests:
+            return Interval(math.nan, 0.0, 1.0)
+        share = self.hits / self.requests
+        return Interval(share, self._end(0.0, share, alpha), self._end(1.0, share, alpha))
+
+    def _end(self, outside: float, inside: float, alpha: float) -> float:
+        """Where, between a p that is refuted and the share, the evidence against p falls to 1/alpha; the outer side."""
+        if self._log_evidence(outside) < -math.log(alpha):
+            return outside
+        for _ in range(60):
+            middle = 0.5 * (outside + inside)
+            if self._log_evidence(middle) < -math.log(alpha):
+                inside = middle
+            else:
+                outside = middle
+        return outside
+
+    def _log_evidence(self, p: float) -> float:
+        misses = self.requests - self.hits
+        if (p <= 0.0 and self.hits) or (p >= 1.0 and misses):
+            return math.inf
+        mixture = math.lgamma(self.hits + 0.5) + math.lgamma(misses + 0.5) - math.lgamma(self.requests + 1.0)
+        likelihood = (self.hits * math.log(p) if self.hits else 0.0) + (misses * math.log1p(-p) if misses else 0.0)
+        return mixture - math.log(math.pi) - likelihood
+
+
+def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05) -> Interval:
+    """Mean of a minus mean of b, two arms to which requests are assigned at random."""
+    _check_alpha(alpha)
+    if min(a.moments.requests, b.moments.requests) < MIN_REQUESTS or 0.0 in (a.moments.mean_n, b.moments.mean_n):
+        return Interval(math.nan, -math.inf, math.inf)
+    value = a.moments.mean_x / a.moments.mean_n - b.moments.mean_x / b.moments.mean_n
+    t = a.moments.requests + b.moments.requests
+    second = third = 0.0
+    for arm, sign in ((a, 1.0), (b, -1.0)):
+        m = arm.moments
+        _, square, cube = _residual(m.requests, m.mean_x, m.mean_n, m.xx, m.xn, m.nn, arm.cubes)
+        second += float(square) / (m.mean_n * m.requests) ** 2
+        third += sign * float(cube) / (m.mean_n * m.requests) ** 3
+    below, above = (math.sqrt(second * float(_kappa(t, alpha, skew))) for skew in _skews(second, third))
+    return Interval(value, value - below, value + above)
+
+
+def reach(
+    requests: npt.ArrayLike,
+    mean_x: npt.ArrayLike,
+    mean_n: npt.ArrayLike,
+    xx: npt.ArrayLike,
+    xn: npt.ArrayLike,
+    nn: npt.ArrayLike,
+    cubes: Sequence[npt.ArrayLike],
+    alpha: float,
+) -> tuple[Floats, Floats]:
+    """How far the interval reaches below and above the ratio, both ≥ 0, infinite where nothing is refuted yet.
+
+    Moments as in `MeanSequence`, of any one shape; mean_n above 0. With d = m − ratio, E the residual x − ratio·n and
+    N = Σn, the inequality is d² (N² − κ Σn²) + 2κ d Σ n E − κ Σ E² ≤ 0.
+    """
+    t, mean_n = np.asarray(requests, np.float64), np.asarray(mean_n, np.float64)
+    cross, square, cube = _residual(t, mean_x, mean_n, xx, xn, nn, cubes)
+    ends = []
+    for sign, skew in zip((1.0, -1.0), _skews(square, cube), strict=True):
+        kappa = _kappa(t, alpha, skew)
+        lead = (t * mean_n) ** 2 - kappa * (nn + t * mean_n**2)
+        bounded = (lead > 0.0) & (t > 1)
+        safe = np.where(bounded, lead, 1.0)
+        end = (np.sqrt((kappa * cross) ** 2 + safe * kappa * square) + sign * kappa * cross) / safe
+        ends.append(np.where(bounded, end, np.inf))
+    return ends[0], ends[1]
+
+
+def _residual(
+    t: npt.ArrayLike,
+    mean_x: npt.ArrayLike,
+    mean_n: npt.ArrayLike,
+    xx: npt.ArrayLike,
+    xn: npt.ArrayLike,
+    nn: npt.ArrayLike,
+    cubes: Sequence[npt.ArrayLike],
+) -> tuple[Floats, Floats, Floats]:
+    """Σ n E, Σ E², Σ E³ of the residual E = x − ratio·n, whose mean is 0."""
+    ratio = np.asarray(mean_x, np.float64) / np.asarray(mean_n, np.float64)
+    xx, xn, nn = (np.asarray(moment, np.float64) for moment in (xx, xn, nn))
+    xxx, xxn, xnn, nnn = (np.asarray(moment, np.float64) for moment in cubes)
+    square = np.maximum(xx - 2.0 * ratio * xn + ratio**2 * nn, 0.0)
+    cube = xxx - 3.0 * ratio * xxn + 3.0 * ratio**2 * xnn - ratio**3 * nnn
+    return xn - ratio * nn, square, cube
+
+
+def _skews(square: Floats | float, cube: Floats | float) -> tuple[Floats, Floats]:
+    """ΣE³/(ΣE²)^1.5 as far as it widens the lower and the upper side, each ≥ 0."""
+    positive = np.asarray(square) > 0.0
+    skew = np.where(positive, cube, 0.0) / np.where(positive, square, 1.0) ** 1.5
+    return np.maximum(-skew, 0.0), np.maximum(skew, 0.0)
+
+
+def _kappa(t: npt.ArrayLike, alpha: float, skew: npt.ArrayLike) -> Floats:
+    odds = -2.0 * math.log(alpha)
+    scaled: Floats = np.asarray(t, np.float64) * ((odds + math.log(odds + 1.0)) / NARROWEST_AT)
+    kappa: Floats = 2.0 * (scaled + 1.0) / scaled * (0.5 * np.log1p(scaled) - math.log(alpha))
+    widened: Floats = kappa * (1.0 + np.sqrt(kappa) * np.asarray(skew, np.float64))
+    return widened
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0.0 < alpha < 1.0:
+        raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")

@@ -1,0 +1,226 @@
+"""The class that vLLM loads: one name for both of its interfaces, each adapted to `core`.
+
+Model runner V1 calls a processor with rows that are requests, after the grammar's mask and before the penalties; V2
+with rows that are not (reordered every step, several a request under speculative decoding), after them. Which runner
+runs is decided when vLLM starts, model by model, so the class is a subclass of both abstract classes and finds out
+from its arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import uuid
+from typing import Any
+
+import numpy as np
+import torch
+
+from hemostat_calibration.errors import HemostatError
+from hemostat_engine import xargs
+from hemostat_engine.agent import Settings
+from hemostat_engine.core import Binding, Core, Ranks
+
+_INTERFACES = ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor")
+
+
+def _interfaces() -> tuple[type, ...]:
+    """The abstract classes that this vLLM has; the one place that knows where they live."""
+    found = []
+    for name in _INTERFACES:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+            continue
+        if hasattr(module, "LogitsProcessor"):
+            found.append(module.LogitsProcessor)
+    if not found:
+        raise HemostatError("vLLM has no logits processor interface that Hemostat knows: 0.11 or newer is needed")
+    return tuple(found)
+
+
+def _ranks() -> Ranks:
+    """This worker among its tensor-parallel ranks."""
+    from vllm.distributed import parallel_state  # noqa: PLC0415 - only where a model runs
+
+    if not parallel_state.model_parallel_is_initialized():
+        return Ranks()
+    group = parallel_state.get_tp_group()
+    return Ranks(group.rank_in_group, group.world_size, group.cpu_group)
+
+
+def _vllm_version() -> str:
+    import vllm  # noqa: PLC0415 - the CPU build's distribution has another name, so metadata does not know
+
+    return str(vllm.__version__)
+
+
+def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) -> Core:
+    return Core(
+        device=torch.device(device),
+        vocab_size=vocab_size,
+        runner=runner,
+        vllm_version=_vllm_version(),
+        boot_id=uuid.uuid4().hex,
+        ranks=_ranks(),
+        settings=Settings.from_environment(),
+        taps_everywhere=bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False)),
+    )
+
+
+class Batch:
+    """Model runner V1's persistent batch: row -> (binding, the request's running output ids)."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._rows: dict[int, tuple[Binding, list[int]]] = {}
+
+    def update(self, batch_update: Any) -> None:
+        """Follow a BatchUpdate: removed, then added, then moved, where a move may be a swap."""
+        for row in batch_update.removed:
+            self._rows.pop(row, None)
+        bindings = self._core.bind([params for _, params, _, _ in batch_update.added])
+        for (row, _, _, output_ids), binding in zip(batch_update.added, bindings, strict=True):
+            self._put(row, None if binding is None else (binding, output_ids))
+        for source, target, direction in batch_update.moved:
+            moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
+            self._put(target, moved)
+            if direction.name == "SWAP":
+                self._put(source, replaced)
+
+    def _put(self, row: int, entry: tuple[Binding, list[int]] | None) -> None:
+        if entry is None:
+            self._rows.pop(row, None)
+        else:
+            self._rows[row] = entry
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        if not self._rows or not self._core.fits(logits):
+            return logits
+        tapped = [(row, binding, len(ids)) for row, (binding, ids) in self._rows.items() if binding.nonce is not None]
+        if tapped:
+            rows = [(row, binding) for row, binding, _ in tapped]
+            self._core.tap_rows(logits, rows, [position for _, _, position in tapped])
+        self._core.apply_rows(logits, [(row, binding) for row, (binding, _) in self._rows.items()])
+        return logits
+
+
+class Slots:
+    """Model runner V2's request slots: slot -> binding, and the prompt's length for the tap's positions.
+
+    Slots are recycled without notice, so admission overwrites whatever stood there.
+    """
+
+    def __init__(self, core: Core, req_states: Any) -> None:
+        self._core = core
+        self._req_states = req_states
+        self._slots: dict[int, Binding] = {}
+        self._prompt_lens: dict[int, int] = {}
+        self._admitted: dict[int, Any] = {}
+        self._active = np.zeros(req_states.max_num_reqs, dtype=bool)
+
+    def add(self, slot: int, params: Any) -> bool:
+        """Free the slot, and put the request in line for `bind`; whether it asks for anything."""
+        self._slots.pop(slot, None)
+        self._admitted.pop(slot, None)
+        self._active[slot] = False
+        asks = xargs.names(params.extra_args)
+        if asks:
+            self._admitted[slot] = params
+            self._prompt_lens[slot] = int(self._req_states.prompt_len.np[slot])
+        return asks
+
+    def bind(self) -> None:
+        """Bind this step's admissions, all in one question to the other ranks."""
+        if not self._admitted:
+            return
+        admitted, self._admitted = self._admitted, {}
+        for slot, binding in zip(admitted, self._core.bind(list(admitted.values())), strict=True):
+            if binding is not None:
+                self._slots[slot] = binding
+                self._active[slot] = True
+
+    def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
+        batch = ctx.idx_mapping_np
+        if not self._active[batch].any() or not self._core.fits(logits):
+            return logits
+        bound = [(row, slot) for row, slot in enumerate(batch.tolist()) if self._active[slot]]
+        if logits.shape[0] == len(batch):
+            self._apply_plain(logits, bound, ctx)
+        else:
+            self._apply_expanded(logits, [slot for _, slot in bound], ctx)
+        return logits
+
+    def _apply_plain(self, logits: torch.Tensor, bound: list[tuple[int, int]], ctx: Any) -> None:
+        """A row is a request, in the batch's order."""
+        tapped = [(row, slot) for row, slot in bound if self._slots[slot].nonce is not None]
+        if tapped:
+            self._tap(logits, [slot for _, slot in tapped], self._core.on_device([row for row, _ in tapped]), ctx)
+        self._core.apply_rows(logits, [(row, self._slots[slot]) for row, slot in bound])
+
+    def _apply_expanded(self, logits: torch.Tensor, slots: list[int], ctx: Any) -> None:
+        """Draft tokens have rows of their own, and only the device knows whose they are: choose there, do not wait."""
+        tapped = [slot for slot in slots if self._slots[slot].nonce is not None]
+        if tapped:
+            self._tap(logits, tapped, torch.arange(logits.shape[0], device=logits.device), ctx)
+        by_version: dict[str, list[int]] = {}
+        for slot in slots:
+            version = self._slots[slot].applied
+            if version is not None:
+                by_version.setdefault(version, []).append(slot)
+        for chosen in by_version.values():
+            profile = self._slots[chosen[0]].profile
+            assert profile is not None
+            mask = torch.isin(ctx.expanded_idx_mapping, self._core.on_device(chosen).to(ctx.expanded_idx_mapping.dtype))
+            self._core.apply_where(logits, profile, mask, len(chosen))
+
+    def _tap(self, logits: torch.Tensor, slots: list[int], rows: torch.Tensor, ctx: Any) -> None:
+        self._core.tap_slots(
+            logits,
+            {slot: (self._slots[slot], self._prompt_lens[slot]) for slot in slots},
+            rows,
+            ctx.expanded_idx_mapping.index_select(0, rows),
+            ctx.pos.index_select(0, rows),
+        )
+
+
+class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend on the vLLM that is installed
+    """`--logits-processors hemostat_engine:LogitsProcessor`."""
+
+    def __init__(self, vllm_config: Any, device_or_states: Any, is_pin_memory: bool | None = None) -> None:
+        """V1: (vllm_config, device, is_pin_memory). V2: (vllm_config, req_states)."""
+        if is_pin_memory is None:
+            states = device_or_states
+            core = _core(vllm_config, states.device, states.vocab_size, "v2")
+            self._slots: Slots = Slots(core, states)
+        else:
+            core = _core(vllm_config, device_or_states, vllm_config.model_config.get_vocab_size(), "v1")
+            self._batch: Batch = Batch(core)
+        self.core = core
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Runs in the frontend, per request: a ValueError becomes the client's 400, with its text."""
+        xargs.parse(sampling_params.extra_args)
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """V1, before each forward pass; None when the batch did not change."""
+        if batch_update is not None:
+            self._batch.update(batch_update)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """V2."""
+        return self._slots.add(req_idx, sampling_params)
+
+    def apply_staged_writes(self) -> None:
+        """V2, once a step, after its admissions and before the forward pass."""
+        self._slots.bind()
+
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
+        """V1: (logits); V2: (logits, ctx). In place."""
+        return self._batch.apply(logits) if ctx is None else self._slots.apply(logits, ctx)

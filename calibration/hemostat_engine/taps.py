@@ -1,0 +1,173 @@
+"""What tapped rows say (log E_c[e^Δz], features), from the engine's thread to the agent's: bounded, lossy by design."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hemostat_engine.library import Counters
+
+STEPS_AT_MOST = 2048
+"""Decoding steps that may wait for the agent; what comes on top is dropped and counted."""
+FEATURE_BYTES_AT_MOST = 64 << 20
+"""Features that may wait; steps that come on top go without."""
+
+
+@dataclass(frozen=True, slots=True)
+class TappedRow:
+    """row: of the step's reading; position: of the token in the output, None when only the device knows it."""
+
+    row: int
+    nonce: str
+    applied: str | None
+    position: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTap:
+    """A tapped request of model runner V2, whose rows and positions only the device knows."""
+
+    nonce: str
+    applied: str | None
+    prompt_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One decoding step's numbers of R rows, on the host, perhaps still being copied to it.
+
+    versions: of the P profiles that were evaluated. values: log E_c[e^Δz], float32 [P, R] in nats. clamped: whether the
+    clamp binds somewhere in the row, bool [P, R].
+    anchors: digest of the ids of `features`, float16 [R, N], centred logits; None without features (N is 0).
+    places: slots, and positions in the whole sequence of the token that the model was fed, int [R] each; None when the
+    host knows whose rows these are.
+    copied: the device's event after the copies, None when they were made at once.
+    """
+
+    versions: tuple[str, ...]
+    values: torch.Tensor
+    clamped: torch.Tensor
+    anchors: str | None
+    features: torch.Tensor
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
+    copied: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A reading and whose it is: `rows` when the host knows, else `slots` by slot."""
+
+    reading: Reading
+    rows: Sequence[TappedRow] = ()
+    slots: Mapping[int, SlotTap] = field(default_factory=dict)
+
+    def resolved(self) -> Iterable[tuple[TappedRow, int]]:
+        """Every row with its position in the output; waits for the copies."""
+        if self.reading.copied is not None:
+            self.reading.copied.synchronize()
+        if self.reading.places is None:
+            return [(row, row.position) for row in self.rows if row.position is not None]
+        found = []
+        slots, positions = self.reading.places
+        for row, (slot, pos) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+            tap = self.slots.get(slot)
+            if tap is not None and pos + 1 >= tap.prompt_len:
+                found.append((TappedRow(row, tap.nonce, tap.applied), pos + 1 - tap.prompt_len))
+        return found
+
+
+@dataclass(slots=True)
+class _Run:
+    """Consecutive positions of one request, of which the same things are said."""
+
+    nonce: str
+    start: int
+    versions: tuple[str, ...]
+    applied: str | None
+    anchors: str | None
+    values: list[list[float | None]] = field(default_factory=list)
+    """By token, by version."""
+    features: list[bytes] = field(default_factory=list)
+
+    def continued_by(self, row: TappedRow, position: int, reading: Reading) -> bool:
+        return (position, row.applied, reading.versions, reading.anchors) == (
+            self.start + len(self.values),
+            self.applied,
+            self.versions,
+            self.anchors,
+        )
+
+    def message(self) -> dict[str, Any]:
+        said = {
+            "nonce": self.nonce,
+            "start": self.start,
+            "tokens": len(self.values),
+            "versions": {version: [row[i] for row in self.values] for i, version in enumerate(self.versions)},
+            "applied": self.applied,
+        }
+        return said if self.anchors is None else said | {"anchors": self.anchors, "features": b"".join(self.features)}
+
+
+class Taps:
+    """A bounded queue of steps. `push` on the engine's thread never waits; `drain` on the agent's may."""
+
+    def __init__(self, counters: Counters, at_most: int = STEPS_AT_MOST, bytes_at_most: int = FEATURE_BYTES_AT_MOST):
+        self._steps: deque[Step] = deque()
+        self._at_most = at_most
+        self._bytes_at_most = bytes_at_most
+        # Each is written by one thread only, so that neither needs a lock.
+        self._bytes_pushed = 0
+        self._bytes_drained = 0
+        self._counters = counters
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def has_room(self, feature_bytes: int) -> bool:
+        """Whether so many bytes of features may be pushed."""
+        return self._bytes_pushed - self._bytes_drained + feature_bytes <= self._bytes_at_most
+
+    def push(self, step: Step) -> None:
+        if len(self._steps) >= self._at_most:
+            self._counters.add("taps_dropped", len(step.rows) or len(step.slots))
+            return
+        self._bytes_pushed += step.reading.features.nbytes
+        self._steps.append(step)
+
+    def drain(self, at_most: int, bytes_at_most: int) -> list[dict[str, Any]]:
+        """The oldest steps, up to `at_most` of them or `bytes_at_most` of features, as runs of consecutive positions:
+        `{"nonce", "start", "tokens", "versions": {version: [nats or null]}, "applied"}`, and with features
+        `{"anchors", "features"}`: little-endian float16 [tokens, N], a row of NaN where something is not finite."""
+        runs: list[_Run] = []
+        open_runs: dict[str, _Run] = {}
+        clamped = drained = 0
+        for _ in range(min(at_most, len(self._steps))):
+            if drained >= bytes_at_most:
+                break
+            step = self._steps.popleft()
+            reading = step.reading
+            resolved = step.resolved()
+            drained += reading.features.nbytes
+            self._bytes_drained += reading.features.nbytes
+            values, binds = reading.values.T.tolist(), reading.clamped.T.tolist()
+            features = reading.features.numpy()
+            features[~np.isfinite(features).all(axis=-1)] = np.nan
+            for row, position in resolved:
+                run = open_runs.get(row.nonce)
+                if run is None or not run.continued_by(row, position, reading):
+                    run = _Run(row.nonce, position, reading.versions, row.applied, reading.anchors)
+                    open_runs[row.nonce] = run
+                    runs.append(run)
+                # A model that says NaN must not make the message unreadable.
+                run.values.append([round(value, 9) if -1e6 < value < 1e6 else None for value in values[row.row]])
+                run.features.append(features[row.row].astype("<f2", copy=False).tobytes())
+                if row.applied in reading.versions:
+                    clamped += binds[row.row][reading.versions.index(row.applied)]
+        if clamped:
+            self._counters.add("rows_clamped", clamped)
+        return [run.message() for run in runs]

@@ -1,0 +1,222 @@
+"""Profile × logits in torch, inside the engine. The oracle is `hemostat_calibration.profiles.transform`; a family that
+is added there is added here, and `FAMILIES` names what this engine can apply.
+
+Logits z are [N, V], float32 in both of vLLM's runners. As in the oracle, entries that are not finite (-inf is a mask)
+stay as they are. Nothing here waits for the device.
+
+A contextual row costs, beside its N anchors: 2 A r + 2 (A H + H G + G r) + 2 r V floating point operations (H = 0: the
+first and the last; less where the tail is narrow), one pass over `up` (`product`; 2 or 4 bytes each number, shared by
+the rows of the step) and three over the row's logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hemostat_calibration.errors import InvalidProfileError
+from hemostat_calibration.profiles import transform as oracle
+from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_engine.product import Matrix, Product
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits that are worked on at a time: temporaries stay below 64 MiB each, whatever the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """On one device. products: those that are multiplied by alone."""
+
+    tensors: Mapping[str, torch.Tensor]
+    products: Mapping[str, Matrix]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Of R rows: delta, Δz before the clamp, float32 [R, V] in nats, finite; what it says of masked ids is without a
+    meaning. masked, limited: bool [R], rows that got identity because a feature is not finite, and rows that the trust
+    region shrank; None for a family that knows neither."""
+
+    delta: torch.Tensor
+    masked: torch.Tensor | None = None
+    limited: torch.Tensor | None = None
+
+
+def _temperature_bias(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
+    z = (logits if rows is None else logits.index_select(0, rows)).float()
+    masked = ~torch.isfinite(z)
+    top = z.masked_fill(masked, -torch.inf).amax(dim=-1, keepdim=True)
+    delta = (z - top).mul_(parameters["inverse_temperature"] - 1.0).add_(parameters["bias"])
+    return Shift(delta.masked_fill_(masked, 0.0))
+
+
+def _contextual(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
+    x = centred(logits, rows, parameters["anchors"])[:, : parameters["linear"].shape[0]]
+    y = torch.addmm(parameters["offset"], x, parameters["linear"])
+    if parameters["hidden"].shape[1]:
+        units = torch.nn.functional.silu(torch.addmm(parameters["hidden_offset"], x, parameters["hidden"]))
+        units = torch.nn.functional.silu(torch.addmm(parameters["middle_offset"], units, parameters["middle"]))
+        y.addmm_(units, parameters["out"])
+    twice_kl = ((y @ parameters["fisher"]) * y).sum(dim=-1, keepdim=True)
+    most = 2.0 * parameters["kl_limit"]
+    # One feature that is not finite makes all of the row's y so. With y² finite, `up y` is within float32.
+    masked = ~torch.isfinite(twice_kl + (y * y).sum(dim=-1, keepdim=True))
+    y = (y * torch.sqrt(most / torch.maximum(twice_kl, most))).masked_fill_(masked, 0.0)
+    return Shift(parameters.products["up"](y), masked[:, 0], ((twice_kl > most) & ~masked)[:, 0])
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """shift: (parameters, logits [N, V], rows int64 [R] or None for all) -> what is added to those rows.
+
+    transposed: parameters that are kept the other way round, so that the products above read memory in its order.
+    products: those of `Parameters`.
+    """
+
+    shift: Callable[[Parameters, torch.Tensor, torch.Tensor | None], Shift]
+    transposed: frozenset[str] = frozenset()
+    products: frozenset[str] = frozenset()
+
+
+FAMILIES: Mapping[str, Family] = {
+    TEMPERATURE_BIAS: Family(_temperature_bias),
+    CONTEXTUAL: Family(_contextual, frozenset({"linear", "hidden", "middle", "out"}), frozenset({"up"})),
+}
+
+
+class HeldProfile:
+    """A profile's parameters as tensors, float32 but for ids and what `product` makes smaller: on the host, and on the
+    device from its first binding on.
+
+    No tensor operation is done before that. The agent's thread makes this, and in vLLM's process a second thread that
+    uses PyTorch has a second OpenMP team, with which decoding became a fifth slower (`make bench-engine`).
+
+    anchors: digest of its `anchor_count` anchor ids; None for a family without. idle: it changes no row, whatever the
+    row says, as a probe does.
+    """
+
+    def __init__(self, profile: CalibrationProfile) -> None:
+        if profile.family not in FAMILIES:
+            raise InvalidProfileError(
+                f"profile {profile.version} is of the family {profile.family!r}, which this engine plugin "
+                "cannot apply: upgrade hemostat in vLLM's environment"
+            )
+        self.version = profile.version
+        self.clamp_nats = profile.clamp_nats
+        anchors = oracle.anchors(profile)
+        self.anchors = None if anchors is None else oracle.anchors_digest(anchors)
+        self.anchor_count = 0 if anchors is None else len(anchors)
+        self.idle = anchors is not None and not profile.parameters["up"].any()
+        self._family = FAMILIES[profile.family]
+        self._host = {
+            name: _tensor(value, name in self._family.transposed)
+            for name, value in profile.parameters.items()
+            if name not in self._family.products
+        }
+        self._products = {name: Product(profile.parameters[name]) for name in self._family.products}
+        self._on: dict[torch.device, Parameters] = {}
+
+    def on(self, device: torch.device) -> Parameters:
+        """The parameters on `device`. Called by the engine's thread only: copies stay on its stream."""
+        if device not in self._on:
+            self._on[device] = Parameters(
+                {name: value.to(device) for name, value in self._host.items()},
+                {name: product.on(device) for name, product in self._products.items()},
+            )
+        return self._on[device]
+
+    def shift(self, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
+        """What is added to `rows` (int64 [R], on the device of `logits`; None: to all), before the clamp."""
+        return self._family.shift(self.on(logits.device), logits, rows)
+
+
+def _tensor(value: npt.NDArray[Any], transposed: bool) -> torch.Tensor:
+    dtype = np.int64 if value.dtype.kind == "i" else np.float32
+    return torch.from_numpy(np.array(value.T if transposed else value, dtype=dtype, order="C"))
+
+
+def centred(logits: torch.Tensor, rows: torch.Tensor | None, anchors: torch.Tensor) -> torch.Tensor:
+    """z − mean z at the ids `anchors` [N], float32 [R, N], of `rows`; a row of them that is not finite holds NaN."""
+    z = logits.index_select(1, anchors) if rows is None else logits[rows[:, None], anchors]
+    z = z.float()
+    return z.sub_(z.mean(dim=-1, keepdim=True))
+
+
+def apply_to_rows(profile: HeldProfile, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Add Δz in place to `logits` [N, V] (float32, float16 or bfloat16) at `rows` (int64 [R], distinct, on the same
+    device; None: at all). Returns how many rows were masked and limited, int64 [2] on the device (see `Shift`)."""
+    counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
+    for target, part in _parts(logits, rows):
+        shift = profile.shift(target, part)
+        delta = shift.delta.clamp_(-profile.clamp_nats, profile.clamp_nats)
+        if part is None:
+            target.add_(delta)
+        elif target.dtype is torch.float32:
+            target.index_add_(0, part, delta)
+        else:
+            target.index_copy_(0, part, delta.add_(target.index_select(0, part)).to(target.dtype))
+        _count(counts, shift, None)
+    return counts
+
+
+def apply_where(profile: HeldProfile, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The same where `chosen` (bool [N], on the device) says so, without asking the device which rows those are."""
+    counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
+    at = 0
+    for target, _ in _parts(logits, None):
+        mask = chosen[at : at + target.shape[0]]
+        at += target.shape[0]
+        shift = profile.shift(target, None)
+        delta = shift.delta.clamp_(-profile.clamp_nats, profile.clamp_nats)
+        # Adding -0.0 changes no number's bits; adding 0.0 would turn -0.0 into 0.0.
+        target.add_(delta.masked_fill_(~mask[:, None], -0.0))
+        _count(counts, shift, mask)
+    return counts
+
+
+def _count(counts: torch.Tensor, shift: Shift, chosen: torch.Tensor | None) -> None:
+    if shift.masked is not None and shift.limited is not None:
+        flags = torch.stack((shift.masked, shift.limited))
+        counts.add_((flags if chosen is None else flags & chosen).sum(dim=-1))
+
+
+def evaluate(
+    profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For the unmodified `rows` of `logits`, by profile: log E_c[e^Δz] with c = softmax(z), float32 [P, R] in nats, and
+    whether the clamp binds anywhere in the row, bool [P, R]."""
+    pieces = [_evaluate(profiles, *piece) for piece in _parts(logits, rows)]
+    return torch.cat([found for found, _ in pieces], dim=1), torch.cat([clamped for _, clamped in pieces], dim=1)
+
+
+def _evaluate(
+    profiles: tuple[HeldProfile, ...], logits: torch.Tensor, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    z = (logits if rows is None else logits.index_select(0, rows)).float()
+    weights = (z - z.amax(dim=-1, keepdim=True)).exp_()
+    total = weights.sum(dim=-1)
+    found, clamped = [], []
+    for profile in profiles:
+        delta = profile.shift(logits, rows).delta
+        clamped.append(delta.abs().amax(dim=-1) > profile.clamp_nats)
+        changed = delta.clamp_(-profile.clamp_nats, profile.clamp_nats).exp_().mul_(weights).sum(dim=-1)
+        found.append(torch.log(changed / total))
+    return torch.stack(found), torch.stack(clamped)
+
+
+def _parts(logits: torch.Tensor, rows: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(logits, rows) so that no more than `CHUNK_ELEMENTS` are worked on at a time; parts of all rows are views."""
+    step = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    if rows is None:
+        yield from ((part, None) for part in logits.split(step))
+    else:
+        yield from ((logits, part) for part in rows.split(step))

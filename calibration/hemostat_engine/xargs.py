@@ -1,0 +1,63 @@
+"""What a request may ask of the engine, in `vllm_xargs`; checked in the frontend, so nothing here needs torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hemostat_calibration.profiles.profile import VERSION_PATTERN
+
+VERSION_KEY = "hemostat"
+NONCE_KEY = "hemostat_tap"
+NONCE_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """version: the profile to apply; nonce: the name under which the row's numbers are handed out. None: not asked."""
+
+    version: str | None
+    nonce: str | None
+
+
+NOTHING = Asked(None, None)
+
+
+def parse(extra_args: Mapping[str, Any] | None) -> Asked:
+    """Read a request's xargs; ValueError, with a text for the client, on a value that cannot be meant."""
+    if not extra_args:
+        return NOTHING
+    version = extra_args.get(VERSION_KEY)
+    nonce = extra_args.get(NONCE_KEY)
+    if version is None and nonce is None:
+        return NOTHING
+    if version is not None and not (isinstance(version, str) and VERSION_PATTERN.fullmatch(version)):
+        raise ValueError(
+            f"vllm_xargs.{VERSION_KEY} must be a profile version (32 lowercase hex digits), not {_shown(version)}"
+        )
+    if nonce is not None and not (isinstance(nonce, str) and NONCE_PATTERN.fullmatch(nonce)):
+        raise ValueError(f"vllm_xargs.{NONCE_KEY} must be 1 to 64 letters, digits, '_' or '-', not {_shown(nonce)}")
+    return Asked(version, nonce)
+
+
+def names(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether there is anything for `parse`."""
+    return extra_args is not None and (VERSION_KEY in extra_args or NONCE_KEY in extra_args)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def edits_logits(params: Any, after_penalties: bool) -> bool:
+    """Whether the request itself changes the logits, before the processor reads a profile's features from them.
+
+    `params` is vLLM's SamplingParams. Both runners call a processor after logit_bias, bad words, allowed ids and the
+    mask of min_tokens; V2 also after the penalties, V1 before them.
+    """
+    edits = params.logit_bias or params.bad_words or params.allowed_token_ids or params.min_tokens
+    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    return bool(edits or (after_penalties and penalties))

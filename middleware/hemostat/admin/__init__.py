@@ -1,0 +1,1 @@
+"""The admin port: the application, what it shows, and its protection."""

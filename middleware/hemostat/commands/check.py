@@ -1,0 +1,266 @@
+"""`hemostat check`: asks both models what they can do, and prints what will work, what will not, and the fix."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from hemostat.config.schema import Settings
+from hemostat.reference import make_reference
+from hemostat.reference.match import compare
+from hemostat.reference.protocol import Reference, ReferenceFailure
+from hemostat.reference.server import Refused, VllmServer
+from hemostat.store.backends import StoreFailure, StoreRefused, ValkeyStore, open_store, without_password
+
+PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
+PROBE = "The capital of France is"
+LOGIT_PUSH = -100.0
+ANY_XARG = "not-a-profile-version"
+
+
+class State(StrEnum):
+    """OK: works. NO: asked for, and will not work. NOTE: not asked for, or worth knowing."""
+
+    OK = "ok"
+    NO = "NO"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the table; `fix` is what to do, "" where nothing needs doing."""
+
+    what: str
+    state: State
+    detail: str
+    fix: str = ""
+
+
+class _TopLogprobs(msgspec.Struct, frozen=True):
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    logprobs: _TopLogprobs | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class _Completion(msgspec.Struct, frozen=True):
+    choices: list[_Choice]
+
+
+async def check(settings: Settings) -> list[Finding]:
+    """Every finding; raises nothing that a server or a model can cause."""
+    findings = [await _store(settings)]
+    upstream = settings.upstream
+    server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
+    try:
+        findings += await _upstream(server, settings)
+    finally:
+        await server.close()
+    reachable = all(f.state is not State.NO for f in findings if f.what == "upstream")
+    reference = make_reference(settings)
+    if reference is None:
+        findings.append(
+            Finding("reference", State.NOTE, "reference.backend is none: nothing is measured", "set reference.backend")
+        )
+    else:
+        try:
+            findings += await _reference(reference, settings, reachable)
+        finally:
+            await reference.close()
+    return findings
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """0 when everything that the configuration asks for will work, else 1."""
+    return int(any(f.state is State.NO for f in findings))
+
+
+def table(findings: Iterable[Finding]) -> str:
+    """The findings, a line each, with the fix on a line of its own."""
+    rows = list(findings)
+    width = max((len(f.what) for f in rows), default=0)
+    lines = []
+    for f in rows:
+        lines.append(f"{f.state.value:<5} {f.what:<{width}}  {f.detail}")
+        if f.fix:
+            lines.append(f"{'':<5} {'':<{width}}  -> {f.fix}")
+    return "\n".join(lines)
+
+
+async def _store(settings: Settings) -> Finding:
+    url = settings.store.url
+    if url == "memory://":
+        keeps = settings.calibration.mode == "auto"
+        return Finding(
+            "store",
+            State.NOTE,
+            "memory://: profiles are gone after a restart",
+            "set store.url: sqlite:///…" if keeps else "",
+        )
+    try:
+        store = open_store(url)
+        if not isinstance(store, ValkeyStore):
+            return Finding("store", State.OK, url)
+        try:
+            kind, eviction = await asyncio.to_thread(store.probe)
+        finally:
+            store.close()
+    except StoreRefused as refused:
+        return Finding(
+            "store", State.NO, str(refused).removeprefix("store.url: "), "correct user and password in store.url"
+        )
+    except StoreFailure as failure:
+        fix = "start it, or change store.url" if not url.startswith("sqlite") else "make it, or change store.url"
+        return Finding("store", State.NO, str(failure).removeprefix("store.url: "), fix)
+    shown = f"{without_password(url)} ({kind or 'of unknown version'})"
+    if eviction not in {"", "noeviction"}:
+        lost = f"{shown} may throw profiles away when its memory is full (maxmemory-policy {eviction})"
+        return Finding("store", State.NOTE, lost, "set its maxmemory-policy to noeviction")
+    return Finding("store", State.OK, shown)
+
+
+async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
+    try:
+        card = await server.model(None)
+        version = await _or(server.version(), "of unknown version")
+    except ReferenceFailure as failure:
+        fix = "set upstream.api_key" if failure.reason == "unauthorized" else "start vLLM, or change upstream.url"
+        return [Finding("upstream", State.NO, str(failure), fix)]
+    length = f", up to {card.max_model_len} tokens" if card.max_model_len else ""
+    findings = [Finding("upstream", State.OK, f"{server.url} serves {card.id}{length} (vLLM {version})")]
+    measured = settings.reference.backend != "none"
+    findings += await shadow_findings(server, card.id, settings.shadow.top_k, State.NO if measured else State.NOTE)
+    findings.append(await _plugin(server, card.id, settings))
+    return findings
+
+
+async def shadow_findings(server: VllmServer, model: str, top_k: int, severity: State = State.NO) -> list[Finding]:
+    """What a shadowed request needs: K logprobs, token ids, and logprobs of the model itself.
+
+    What is missing is of `severity`; "completion" names a finding that says nothing of the server's settings.
+    """
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": PROBE,
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logprobs": top_k,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+    try:
+        choice = (await server.post("/v1/completions", body, _Completion)).choices[0]
+    except Refused as refused:
+        if "logprobs" in refused.detail:
+            fix = f"start vLLM with --max-logprobs {top_k}, or lower shadow.top_k"
+            return [Finding("max_logprobs", severity, f"shadow.top_k {top_k}: {refused.detail}", fix)]
+        return [Finding("completion", severity, str(refused), "see vLLM's log")]
+    except (ReferenceFailure, IndexError) as failure:
+        return [Finding("completion", severity, str(failure) or "no choices in the answer", "see vLLM's log")]
+    findings = []
+    top = choice.logprobs.top_logprobs[0] if choice.logprobs and choice.logprobs.top_logprobs else None
+    if top is not None and len(top) >= top_k:
+        findings.append(Finding("max_logprobs", State.OK, f"shadow.top_k {top_k} is within --max-logprobs"))
+    else:
+        got = f"{len(top or {})} logprobs came back, {top_k} were asked for"
+        findings.append(Finding("max_logprobs", severity, got, f"start vLLM with --max-logprobs {top_k}"))
+    if choice.token_ids and choice.prompt_token_ids:
+        findings.append(Finding("return_token_ids", State.OK, "the server gives token ids"))
+    else:
+        lacks = "the server gives no token ids, so nothing can be scored"
+        findings.append(Finding("return_token_ids", severity, lacks, "use vLLM 0.11 or newer"))
+    if top and choice.token_ids:
+        findings.append(await _raw(server, body, choice.token_ids[0], top, severity))
+    return findings
+
+
+async def _raw(server: VllmServer, body: dict[str, Any], best: int, top: dict[str, float], severity: State) -> Finding:
+    """Raw logprobs do not move when the request's own logit_bias pushes the first token down."""
+    pushed = {**body, "logit_bias": {str(best): LOGIT_PUSH}}
+    name = f"token_id:{best}"
+    fix = "start vLLM with --logprobs-mode raw_logprobs (its default)"
+    try:
+        logprobs = (await server.post("/v1/completions", pushed, _Completion)).choices[0].logprobs
+    except (ReferenceFailure, IndexError) as failure:
+        return Finding("logprobs_mode", State.NOTE, f"not found out: {failure}")
+    row = logprobs.top_logprobs[0] if logprobs and logprobs.top_logprobs else None
+    if row is not None and name in row and name in top and abs(row[name] - top[name]) < 1.0 and top[name] <= 0:
+        return Finding("logprobs_mode", State.OK, "raw_logprobs: what the model itself says")
+    return Finding("logprobs_mode", severity, "logprobs are taken after the request's own settings", fix)
+
+
+async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding:
+    calibration = settings.calibration
+    needed = calibration.apply == "engine" and (calibration.mode == "auto" or calibration.force is not None)
+    if calibration.apply == "request":
+        return Finding(
+            "calibration",
+            State.NOTE,
+            "apply: request corrects by the largest biases as logit_bias (and by temperature, where "
+            "upstream.openai_sampling_defaults is true), only where the client set"
+            " neither; no exact gain is reported",
+            f"for the whole profile, start vLLM with {PLUGIN_FLAG} and set calibration.apply: engine",
+        )
+    body = {"model": model, "prompt": PROBE, "max_tokens": 1, "vllm_xargs": {"hemostat": ANY_XARG}}
+    try:
+        await server.post("/v1/completions", body, dict[str, Any])
+    except Refused as refused:
+        if refused.status == 400 and "vllm_xargs.hemostat" in refused.detail:
+            return Finding("engine plugin", State.OK, "loaded")
+        return Finding("engine plugin", State.NO if needed else State.NOTE, str(refused), "use vLLM 0.11 or newer")
+    except ReferenceFailure as failure:
+        return Finding("engine plugin", State.NO if needed else State.NOTE, str(failure), "see vLLM's log")
+    return Finding(
+        "engine plugin",
+        State.NO if needed else State.NOTE,
+        "not loaded: " + ("no profile can serve" if needed else "needed for calibration.mode auto only"),
+        f"start vLLM with {PLUGIN_FLAG}, or set calibration.apply: request",
+    )
+
+
+async def _reference(reference: Reference, settings: Settings, reachable: bool) -> list[Finding]:
+    backend = settings.reference.backend
+    try:
+        info = await reference.start()
+    except ReferenceFailure as failure:
+        return [Finding("reference", State.NO, str(failure), f"see reference.* for backend {backend}")]
+    exact = "exact, full vocabulary" if info.full_vocabulary else "top ids only: divergence is a lower bound"
+    findings = [
+        Finding("reference", State.OK, f"{backend}: {info.model} ({info.dtype}, {info.vocab_size} tokens), {exact}")
+    ]
+    tokens = np.zeros(2, np.int32)
+    try:
+        await reference.score(tokens[:1], tokens[1:], np.zeros((1, settings.shadow.top_k), np.int32))
+        findings.append(Finding("reference score", State.OK, f"shadow.top_k {settings.shadow.top_k}"))
+    except ReferenceFailure as failure:
+        top_k = settings.shadow.top_k
+        fix = f"start the reference with --max-logprobs {top_k}, or lower shadow.top_k" if backend == "vllm" else ""
+        findings.append(Finding("reference score", State.NO, str(failure), fix))
+    if not reachable:
+        findings.append(Finding("same tokens", State.NO, "not compared: the upstream does not answer"))
+        return findings
+    try:
+        match = await compare(settings.upstream, reference)
+    except ReferenceFailure as failure:
+        findings.append(Finding("same tokens", State.NO, f"the reference could not be asked: {failure}"))
+        return findings
+    fix = "" if match.ok or not match.compared else "use the model that the served one was compressed from"
+    findings.append(Finding("same tokens", State.OK if match.ok else State.NO, match.detail, fix))
+    return findings
+
+
+async def _or(answer: Awaitable[str], otherwise: str) -> str:
+    try:
+        return await answer
+    except ReferenceFailure:
+        return otherwise

@@ -1,0 +1,1 @@
+"""The control process: composition of all that is not in the request path."""

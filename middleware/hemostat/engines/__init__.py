@@ -1,0 +1,1 @@
+"""What the engines' plugins report, and the routes that they call."""

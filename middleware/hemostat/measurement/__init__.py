@@ -1,0 +1,1 @@
+"""Streaming figures of the scored requests, in groups; the alarms on them."""

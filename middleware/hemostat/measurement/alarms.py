@@ -1,0 +1,177 @@
+"""The hemorrhage alarm while serving: feeds its tests, says what they say, tells log and store when one goes off.
+
+Two tests on every route (see `hemostat_calibration.alarm`): *budget*, the divergence beyond the noise floor passed what
+`alarm.budget_nats` allows; *change*, the stream no longer is what its first `alarm.baseline_tokens` were. One
+false-alarm probability, `alarm.alpha`, holds for all of them and the whole run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hemostat.config import schema as config
+from hemostat.measurement.figures import finite
+from hemostat_calibration import alarm
+from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.errors import HemostatError, InvalidArgumentError
+from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.statistics.confidence import ClippedMean
+
+log = logging.getLogger("hemostat.alarm")
+
+EVENTS_HELD = 100
+STATE = "alarm"
+"""Of the store."""
+SAVED_EVERY = 60.0
+"""Seconds: what was seen since then is seen anew after a restart, what was spent is not spent anew."""
+
+
+class Alarms:
+    """Lives in the control process's event loop.
+
+    floors: names of the models whose noise floors add up to the whole; none: the floor is not measured, and the budget
+        is on the divergence itself.
+    save: queues a write of the store, as `steering.Steering`'s. wall: Unix time.
+    """
+
+    def __init__(
+        self,
+        settings: config.Alarm,
+        floors: tuple[str, ...],
+        save: Callable[..., None],
+        wall: Callable[[], float],
+    ) -> None:
+        self._settings = alarm.Settings(
+            alpha=settings.alpha,
+            budget=settings.budget_nats,
+            baseline_tokens=settings.baseline_tokens,
+            clear_after=settings.clear_after,
+        )
+        self._state = alarm.init(self._settings)
+        self._floors = {model: ClippedMean(0.0, self._settings.cap) for model in floors}
+        self._save = save
+        self._wall = wall
+        self._saved_at = wall()
+        self._raised: dict[tuple[str, str], bool] = {}
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_HELD)
+
+    def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
+        """One scored request, its raw figures."""
+        now = self._wall()
+        observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record))
+        self._state = alarm.observe(self._state, record.route, observation, self._floor())
+        for reading in alarm.readings(self._state):
+            self._tell(reading)
+        if now - self._saved_at >= SAVED_EVERY:
+            self.keep()
+
+    def observe_floor(self, model: str, figures: TokenDivergence) -> None:
+        """A record in which `model` stands on both sides."""
+        if model in self._floors:
+            self._floors[model] = self._floors[model].update(figures.kl_rc)
+
+    def _floor(self) -> float:
+        """Upper end of the floors' sum; infinite while one of them is unknown: then the budget test waits."""
+        # Each has its part of what the budget test spends on limits; see `alarm`.
+        part = self._settings.alpha / (4.0 * max(len(self._floors), 1))
+        highs = [floor.get(part).high if floor.requests else math.inf for floor in self._floors.values()]
+        unknown = any(high >= floor.cap for high, floor in zip(highs, self._floors.values(), strict=False))
+        return math.inf if unknown else sum(highs)
+
+    def _tell(self, reading: alarm.Reading) -> None:
+        key, raised = (reading.route, str(reading.kind)), reading.raised is not None
+        if self._raised.get(key, False) != raised:
+            why = f"{reading.kind} alarm {'raised' if raised else 'cleared'} on {reading.route}"
+            event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": told(reading)}
+            self.events.append(event)
+            log.warning("%s", why)
+            self._save("append_event", event)
+        self._raised[key] = raised
+
+    # --- what operators do -----------------------------------------------------------------------------------------
+
+    def rebase(self, route: str) -> None:
+        """What the route is from now on is its new baseline. HemostatError for a route that nothing is known of."""
+        if route not in self._state.routes:
+            known = ", ".join(sorted(self._state.routes)) or "none yet"
+            raise HemostatError(f"route {route[:100]!r} is not watched; watched: {known}")
+        self._state = alarm.rebase(self._state, route)
+        for reading in alarm.readings(self._state):
+            self._tell(reading)
+        self.keep()
+
+    # --- restarts --------------------------------------------------------------------------------------------------
+
+    def keep(self) -> None:
+        """Queue a write of everything to the store."""
+        self._saved_at = self._wall()
+        self._save("set_state", STATE, alarm.save(self._state).decode())
+
+    def restore(self, kept: str | None, events: list[dict[str, Any]]) -> None:
+        """Take up what an earlier run kept. events: of the store, newest first."""
+        self.events.extend(reversed(events))
+        if kept is None:
+            return
+        try:
+            self._state = alarm.load(kept.encode(), self._settings)
+        except InvalidArgumentError as error:
+            log.error("stored alarm: %s", error)
+            return
+        self._raised = {(r.route, str(r.kind)): r.raised is not None for r in alarm.readings(self._state)}
+
+    # --- what is shown ---------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """JSON-ready."""
+        floor = self._floor()
+        return {
+            "raised": any(self._raised.values()),
+            "alpha": self._settings.alpha,
+            "budget_nats": self._settings.budget,
+            "floor_upper_nats": finite(floor),
+            "clears_after_requests": self._settings.clear_after,
+            "tests": [told(reading) for reading in alarm.readings(self._state)],
+            "events": list(reversed(self.events)),
+        }
+
+    def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """name, labels, value."""
+        readings = alarm.readings(self._state)
+        for reading in readings:
+            labels = {"test": str(reading.kind), "route": reading.route}
+            yield "hemostat_hemorrhage_alarm", labels, float(reading.raised is not None)
+        for reading in readings:
+            labels = {"test": str(reading.kind), "route": reading.route}
+            yield "hemostat_hemorrhage_evidence_ratio", labels, _part(reading)
+        for reading in readings:
+            if reading.kind is alarm.Kind.CHANGE:
+                yield "hemostat_alarm_baseline_ratio", {"route": reading.route}, reading.learning
+
+
+def _part(reading: alarm.Reading) -> float:
+    if not math.isfinite(reading.alpha):
+        return 0.0
+    return max(reading.log_evidence, 0.0) / math.log(2.0 / reading.alpha)
+
+
+def told(reading: alarm.Reading) -> dict[str, Any]:
+    """JSON-ready: `since`, `at` are Unix times of the request with which the evidence began, and completed it."""
+    crossing = reading.raised
+    return {
+        "route": reading.route,
+        "test": str(reading.kind),
+        "raised": crossing is not None,
+        "since": crossing.since if crossing else None,
+        "at": crossing.at if crossing else None,
+        "on_requests": crossing.requests if crossing else None,
+        "on_tokens": crossing.tokens if crossing else None,
+        "learning": reading.learning,
+        "evidence": _part(reading),
+        "alpha": finite(reading.alpha),
+        "requests": reading.requests,
+        "tokens": reading.tokens,
+    }

@@ -1,0 +1,87 @@
+"""The figures by the request's own decoding: greedy, bands of temperature, cut (top-p, top-k, min-p) or not.
+
+Beside the models' own distributions at temperature 1 stands the divergence of what tokens are really drawn from, after
+temperature and cut: the paper finds that decoding amplifies the difference (arXiv 2503.23924).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hemostat.measurement.figures import StageFigures, finite
+from hemostat_calibration.divergence.decoding import DECODINGS, Sampled, decoding
+from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.statistics.confidence import ClippedMean
+
+UNKNOWN = "unknown"
+"""The request leaves to the server's defaults what it is decoded with."""
+STRATEGIES = (*DECODINGS, UNKNOWN)
+
+
+def strategy(record: TokenRecord) -> str:
+    """One of `STRATEGIES`."""
+    return UNKNOWN if math.isnan(record.sampling.temperature) else decoding(record.sampling)
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """After decoding: both ends of the two divergences that stay finite where one model drops what the other keeps."""
+
+    tv_lower: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, 1.0))
+    tv_upper: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, 1.0))
+    js_lower: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, math.log(2.0)))
+    js_upper: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, math.log(2.0)))
+    tokens: int = 0
+    unavailable: int = 0
+
+    def add(self, drawn: Sampled) -> None:
+        self.tokens += len(drawn.available)
+        self.unavailable += int((~drawn.available).sum())
+        self.tv_lower, self.tv_upper = self.tv_lower.update(drawn.tv.lower), self.tv_upper.update(drawn.tv.upper)
+        self.js_lower, self.js_upper = self.js_lower.update(drawn.js.lower), self.js_upper.update(drawn.js.upper)
+
+    def summary(self) -> dict[str, Any]:
+        """`unavailable_share`: of the tokens, where the lists do not determine the cut, or a profile was applied."""
+        return {
+            "total_variation": _ends(self.tv_lower, self.tv_upper),
+            "js_nats": _ends(self.js_lower, self.js_upper),
+            "unavailable_share": self.unavailable / self.tokens if self.tokens else None,
+        }
+
+
+def _ends(lower: ClippedMean, upper: ClippedMean) -> dict[str, Any]:
+    low, high = lower.get(), upper.get()
+    return {
+        "lower": finite(low.mean),
+        "upper": finite(high.mean),
+        "ci95": [finite(low.low), finite(high.high)] if lower.requests else [None, None],
+    }
+
+
+class Strategies:
+    """Raw figures, and those after decoding, by strategy."""
+
+    def __init__(self) -> None:
+        self._figures: dict[str, StageFigures] = {}
+        self._drawn: dict[str, _Drawn] = {}
+
+    def add(self, name: str, figures: TokenDivergence, drawn: Sampled | None) -> None:
+        """drawn: None where the decoding is not known."""
+        self._figures.setdefault(name, StageFigures()).add(figures)
+        if drawn is not None:
+            self._drawn.setdefault(name, _Drawn()).add(drawn)
+
+    def report(self) -> list[dict[str, Any]]:
+        """In the order of `STRATEGIES`, those that there are. JSON-ready."""
+        return [
+            {
+                "strategy": name,
+                **self._figures[name].summary(),
+                "drawn_from": self._drawn[name].summary() if name in self._drawn else None,
+            }
+            for name in STRATEGIES
+            if name in self._figures
+        ]

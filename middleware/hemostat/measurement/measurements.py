@@ -1,0 +1,300 @@
+"""What has been measured so far: estimates and histograms over scored requests, constant in memory.
+
+The unit of every interval is the request: tokens of one request are correlated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hemostat.measurement.by_decoding import UNKNOWN, Strategies, strategy
+from hemostat.measurement.figures import StageFigures, finite
+from hemostat.measurement.survival import Trajectories
+from hemostat.shadow.noise_floor import MODELS
+from hemostat_calibration.divergence.decoding import sampled
+from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence, gain
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.records import Arm, TokenRecord
+from hemostat_calibration.statistics import confidence
+from hemostat_calibration.statistics.confidence import MeanSequence
+from hemostat_calibration.statistics.streaming import Histogram
+
+KL_EDGES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+TV_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+VERSIONS_KEPT = 16
+"""Profiles whose figures are kept apart; the longest unseen one goes."""
+
+STAGES = ("raw", "calibrated")
+DECODINGS = ("greedy", "sampled")
+"""Of the request: at temperature 0, or any other or none that is known."""
+DIRECTIONS = ("reference_compressed", "compressed_reference")
+"""Of KL(first‖second)."""
+
+HEADLINE = (
+    *("kl_nats", "reverse_kl_nats", "js_nats", "total_variation", "kl_nats_upper"),
+    *("kl_nats_estimate", "reverse_kl_nats_estimate", "top1_agreement"),
+)
+"""Figures that are exported with their intervals."""
+EXCESS = tuple(name for name in HEADLINE if name != "kl_nats_upper")
+"""Those that are also told as excess over the noise floor; of agreement it is what is missing that both models' own
+noise does not explain. Of upper ends there is none: they hold what the lists leave open, not noise."""
+ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
+
+
+def interval(sequence: MeanSequence, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
+    """JSON-ready: what is not there, or infinite, is None. lo, hi: the range that the figure has by its nature."""
+    return _told(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
+
+
+def _of_difference(name: str, found: confidence.Interval) -> confidence.Interval:
+    """What is larger the more two models differ."""
+    if name != "top1_agreement":
+        return found
+    return confidence.Interval(1.0 - found.mean, 1.0 - found.high, 1.0 - found.low)
+
+
+def _told(found: confidence.Interval) -> dict[str, Any]:
+    return {"estimate": finite(found.mean), "ci95": [finite(found.low), finite(found.high)]}
+
+
+@dataclass(slots=True)
+class _Top1:
+    """Part of the tokens at which both models' likeliest id is the same: before a profile, after it, and the change."""
+
+    before: MeanSequence = field(default_factory=MeanSequence)
+    after: MeanSequence = field(default_factory=MeanSequence)
+    change: MeanSequence = field(default_factory=MeanSequence)
+    tokens: int = 0
+
+    def add(self, raw: TokenDivergence, after: TokenDivergence) -> None:
+        tokens = len(raw.top1_agreement)
+        old, new = float(raw.top1_agreement.sum()), float(after.top1_agreement.sum())
+        self.before, self.after = self.before.update(old, tokens), self.after.update(new, tokens)
+        self.change = self.change.update(new - old, tokens)
+        self.tokens += tokens
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "before": interval(self.before, 0.0, 1.0),
+            "after": interval(self.after, 0.0, 1.0),
+            "change": interval(self.change, -1.0, 1.0),
+        }
+
+
+@dataclass(slots=True)
+class _After:
+    """One profile: the figures after it, the raw ones of the same requests, and on held-out prompts its gain and the
+    KL(r‖c) that it is a part of, both over the same tokens."""
+
+    after: StageFigures = field(default_factory=StageFigures)
+    before: StageFigures = field(default_factory=StageFigures)
+    gain: MeanSequence = field(default_factory=MeanSequence)
+    of: MeanSequence = field(default_factory=MeanSequence)
+    share: MeanSequence = field(default_factory=MeanSequence)
+    """Of the two: Σ gain / Σ KL."""
+    top1: dict[str, _Top1] = field(default_factory=lambda: {decoding: _Top1() for decoding in DECODINGS})
+
+
+class Measurements:
+    """Raw figures, and for every profile lately in question the figures after it and its gain."""
+
+    def __init__(self) -> None:
+        self._raw = StageFigures()
+        self.trajectories = Trajectories()
+        self._after: OrderedDict[str, _After] = OrderedDict()
+        # Every series is there from the start: a rate does not see what a series was born with.
+        arms = [str(arm) for arm in Arm]
+        staged = [(stage, arm) for stage in STAGES for arm in arms]
+        self._kl = {(direction, *key): Histogram(KL_EDGES) for direction in DIRECTIONS for key in staged}
+        self._tv = {key: Histogram(TV_EDGES) for key in staged}
+        self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODINGS}
+        self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODINGS}
+        self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
+        self.strategies = Strategies()
+        self._where: dict[tuple[str, str], StageFigures] = {}
+        self._served = {arm: StageFigures() for arm in arms}
+        self._floor = {model: StageFigures() for model in MODELS}
+        self.tokens = 0
+
+    def observe(
+        self,
+        record: TokenRecord,
+        profile: CalibrationProfile | None,
+        served: CalibrationProfile | None,
+        *,
+        judging: bool = True,
+    ) -> TokenDivergence:
+        """Add one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
+
+        judging: the prompt is held out. Gains are of those only: on what a profile learned from it looks too good.
+        Returns the raw figures.
+        """
+        raw = divergence(record, served)
+        after = raw if profile is None else calibrated(record, profile, served)
+        won_back = None if profile is None else gain(record, profile)
+        decoded = strategy(record)
+        drawn = None if decoded == UNKNOWN else sampled(record)
+        # All is computed before anything is added, so that a record counts in every figure or in none.
+        arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
+        self.tokens += record.tokens
+        self._scored[arm, decoding] += record.tokens
+        self._raw.add(raw)
+        self.trajectories.add(record, raw)
+        self.strategies.add(decoded, raw, drawn)
+        place = record.route, record.label, decoded
+        tokens, nats = self._places.get(place, (0, 0.0))
+        finite = raw.kl_rc[np.isfinite(raw.kl_rc)]
+        self._places[place] = (tokens + len(finite), nats + float(finite.sum()))
+        self._where.setdefault((record.route, record.label), StageFigures()).add(raw)
+        # What the client really got: of a treated request that is the calibrated distribution.
+        self._served[arm].add(raw if record.applied is None else after)
+        self._expose("raw", arm, decoding, raw)
+        self._expose("calibrated", arm, decoding, after)
+        if profile is not None and won_back is not None:
+            stage = self._after.pop(profile.version, None) or _After()
+            stage.after.add(after)
+            stage.before.add(raw)
+            stage.top1[decoding].add(raw, after)
+            both = won_back.exact & np.isfinite(raw.estimate_rc)
+            if judging and both.any():
+                won, of = float(won_back.lower[both].sum()), float(raw.estimate_rc[both].sum())
+                stage.gain = stage.gain.update(won, int(both.sum()))
+                stage.of = stage.of.update(of, int(both.sum()))
+                stage.share = stage.share.update(won, max(of, 0.0))
+            self._after[profile.version] = stage
+            while len(self._after) > VERSIONS_KEPT:
+                self._after.popitem(last=False)
+        return raw
+
+    def observe_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
+        """Add a record in which `model` (of `floor.MODELS`) stands on both sides; returns its figures."""
+        figures = divergence(record)
+        self._floor[model].add(figures)
+        return figures
+
+    def floor(self) -> dict[str, Any]:
+        """By model, how far it is from itself: the figures that no compression explains."""
+        return {model: figures.summary() for model, figures in self._floor.items() if figures.requests}
+
+    def excess(self) -> dict[str, Any]:
+        """Headline figures over the noise floor: the raw figure less both models' own, which to second order add up.
+        Of agreement, `top1_disagreement`. A figure is absent until it and both floors are known."""
+        # Three intervals that hold together with 95 %: each has a third of what may be missed.
+        part = 0.05 / (1 + len(self._floor))
+        found: dict[str, Any] = {}
+        for name in EXCESS:
+            raw, *floors = (
+                _of_difference(name, one.interval(name, part)) for one in (self._raw, *self._floor.values())
+            )
+            noise = sum(floor.mean for floor in floors)
+            if math.isnan(raw.mean - noise):
+                continue
+            low, high = raw.low - sum(floor.high for floor in floors), raw.high - sum(floor.low for floor in floors)
+            told = "top1_disagreement" if name == "top1_agreement" else name
+            found[told] = {"estimate": raw.mean - noise, "ci95": [low, high], "floor": noise}
+        return found
+
+    def summary(self, version: str | None) -> dict[str, Any]:
+        """The report's `raw` (None) or `calibrated` part; the raw one while a profile has not been measured."""
+        stage = self._after.get(version or "")
+        if stage is None:
+            return self._raw.summary()
+        before = stage.before.summary()
+        same = ("kl_nats", "kl_nats_estimate", "total_variation", "top1_agreement", "covered_mass")
+        return {
+            **stage.after.summary(),
+            "raw_same_requests": {name: before[name] for name in same},
+            "top1_by_decoding": {decoding: top1.summary() for decoding, top1 in stage.top1.items()},
+        }
+
+    def recovered(self, version: str | None) -> dict[str, Any] | None:
+        """Gain over KL(r‖c), the one exact, the other unbiased, over the same tokens; None while there is nothing to
+        say. JSON-ready."""
+        stage = self._after.get(version or "")
+        if stage is None or stage.share.moments.mean_n <= 0.0:
+            return None
+        return interval(stage.share, hi=1.0)
+
+    def gained(self, version: str | None) -> dict[str, Any] | None:
+        """KL(r‖c) − KL(r‖c') in nats where it is known exactly, with its interval; JSON-ready."""
+        stage = self._after.get(version or "")
+        if stage is None:
+            return None
+        return {**interval(stage.gain), "requests": stage.gain.moments.requests, "bound": "exact"}
+
+    def where(self) -> list[dict[str, Any]]:
+        """The raw figures by route and label."""
+        return [{"route": r, "label": n, **f.summary()} for (r, n), f in self._where.items()]
+
+    def arms(self) -> dict[str, Any]:
+        """What clients got, by arm, and treated less control: requests are assigned at random, so that the difference
+        is the calibration's doing, on its own tokens. Of KL the estimate without truncation bias is compared: the
+        difference of two bounds would be evidence of nothing."""
+        treated, control = self._served[Arm.TREATED], self._served[Arm.CONTROL]
+        told = {
+            name: _told(confidence.difference(treated.sequence(name), control.sequence(name)))
+            for name in ARM_DIFFERENCES
+        }
+        arms = {arm: figures.summary() for arm, figures in self._served.items() if figures.requests}
+        return {**arms, "treated_minus_control": told}
+
+    def _expose(self, stage: str, arm: str, decoding: str, figures: TokenDivergence) -> None:
+        for direction, values in zip(DIRECTIONS, (figures.kl_rc, figures.kl_cr), strict=True):
+            self._kl[direction, stage, arm] = self._kl[direction, stage, arm].update(values)
+        self._tv[stage, arm] = self._tv[stage, arm].update(figures.tv)
+        self._top1[stage, arm, decoding] += int(figures.top1_agreement.sum())
+
+    def histograms(
+        self,
+    ) -> Iterator[tuple[str, tuple[float, ...], list[tuple[tuple[str, ...], list[int], float]]]]:
+        """name, bucket edges, (label values, counts, sum)."""
+        yield "hemostat_token_kl_nats", KL_EDGES, [(key, list(h.counts), h.total) for key, h in self._kl.items()]
+        yield (
+            "hemostat_token_total_variation",
+            TV_EDGES,
+            [(key, list(h.counts), h.total) for key, h in self._tv.items()],
+        )
+
+    def counters(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """name, labels, value."""
+        for (arm, decoding), tokens in self._scored.items():
+            yield "hemostat_scored_tokens_total", {"arm": arm, "decoding": decoding}, tokens
+        for (route, label, decoded), (tokens, nats) in self._places.items():
+            labels = {"route": route, "label": label, "strategy": decoded}
+            yield "hemostat_kl_nats_total", labels, nats
+            yield "hemostat_kl_tokens_total", labels, tokens
+        for (stage, arm, decoding), tokens in self._top1.items():
+            labels = {"stage": stage, "arm": arm, "decoding": decoding}
+            yield "hemostat_top1_agreement_tokens_total", labels, tokens
+
+    def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """name, labels, value."""
+        stages = {"raw": {name: self._raw.figure(name) for name in HEADLINE}, "excess": self.excess()}
+        for stage, figures in stages.items():
+            for name, told in figures.items():
+                ends = {"mean": told["estimate"], "low": told["ci95"][0], "high": told["ci95"][1]}
+                for edge, value in ends.items():
+                    if value is not None:
+                        labels = {"figure": name, "stage": stage, "edge": edge}
+                        yield "hemostat_divergence", labels, value
+        half_life = self.trajectories.half_life()
+        if half_life is not None:
+            for edge, value in zip(("mean", "low", "high"), half_life, strict=True):
+                yield "hemostat_survival_half_life_tokens", {"edge": edge}, value
+        for model, floor in self._floor.items():
+            for direction, figure in zip(DIRECTIONS, ("kl_nats", "reverse_kl_nats"), strict=True):
+                nats = floor.mean(figure)
+                if nats is not None:
+                    labels = {"model": model, "direction": direction}
+                    yield "hemostat_noise_floor_nats", labels, nats
+        for model, figure in (("compressed", "covered_mass"), ("reference", "covered_mass_reference")):
+            mass = self._raw.mean(figure)
+            if mass is not None:
+                yield "hemostat_covered_mass_ratio", {"model": model}, mass

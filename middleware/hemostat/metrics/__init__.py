@@ -1,0 +1,1 @@
+"""The names and help texts of all metrics, and the Prometheus collector."""

@@ -1,0 +1,1 @@
+"""Checkpoints and the vLLM server that serves one."""

@@ -1,0 +1,1 @@
+"""vLLM's OpenAI-compatible wire format, without input or output."""

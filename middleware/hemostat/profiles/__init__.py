@@ -1,0 +1,1 @@
+"""The life of calibration profiles: proposed, tested, promoted, rolled back."""

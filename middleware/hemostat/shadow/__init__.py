@@ -1,0 +1,1 @@
+"""From a sampled request to a token record: interception, limits, scoring."""

@@ -1,0 +1,134 @@
+"""The shadow path's three brakes: a bounded queue, a token budget, a circuit breaker. Time is always an argument."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hemostat.ipc.messages import Capture
+
+
+class ShadowQueue:
+    """First in, first out, at most `limit` captures and `limit_bytes` bytes; what does not fit is refused, not kept."""
+
+    def __init__(self, limit: int, limit_bytes: int = 256 * 1024 * 1024) -> None:
+        self._items: deque[Capture] = deque()
+        self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def offer(self, capture: Capture) -> bool:
+        """False when the queue is full."""
+        size = _size(capture)
+        if len(self._items) >= self._limit or self._bytes + size > self._limit_bytes:
+            return False
+        self._items.append(capture)
+        self._bytes += size
+        return True
+
+    def take(self, ripe: Callable[[Capture], bool] = lambda _: True) -> Capture | None:
+        """The first that is ripe; None when none is."""
+        for n, capture in enumerate(self._items):
+            if ripe(capture):
+                del self._items[n]
+                self._bytes -= _size(capture)
+                return capture
+        return None
+
+    def oldest(self) -> float | None:
+        """`captured_at` of the next capture."""
+        return self._items[0].captured_at if self._items else None
+
+
+def _size(capture: Capture) -> int:
+    return (
+        len(capture.prompt_token_ids)
+        + len(capture.output_token_ids)
+        + len(capture.candidate_ids)
+        + len(capture.candidate_logprobs)
+        + len(capture.emitted_logprobs)
+    )
+
+
+@dataclass(slots=True)
+class TokenBudget:
+    """A token bucket: `rate` tokens a second (0: no limit), at most `burst` saved up.
+
+    A request larger than the burst is let through once the bucket is full, and its debt is paid before the next.
+    """
+
+    rate: float
+    burst: float
+    _level: float = field(init=False)
+    _at: float | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._level = self.burst
+
+    def delay(self, tokens: int, now: float) -> float:
+        """Seconds to wait before `tokens` may be spent; 0 when they may be now."""
+        if self.rate <= 0:
+            return 0.0
+        self._refill(now)
+        missing = min(float(tokens), self.burst) - self._level
+        return max(0.0, missing / self.rate)
+
+    def spend(self, tokens: int, now: float) -> None:
+        if self.rate > 0:
+            self._refill(now)
+            self._level -= tokens
+
+    def _refill(self, now: float) -> None:
+        if self._at is not None:
+            self._level = min(self.burst, self._level + (now - self._at) * self.rate)
+        self._at = now
+
+
+class BreakerState(StrEnum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Opens after `threshold` failures in a row, for `cooldown` seconds; then one trial decides."""
+
+    threshold: int = 5
+    cooldown: float = 10.0
+    _failures: int = field(init=False, default=0)
+    _opened_at: float | None = field(init=False, default=None)
+    _trial: bool = field(init=False, default=False)
+
+    def state(self, now: float) -> BreakerState:
+        if self._opened_at is None:
+            return BreakerState.CLOSED
+        return BreakerState.HALF_OPEN if now - self._opened_at >= self.cooldown else BreakerState.OPEN
+
+    def allow(self, now: float) -> bool:
+        """May the reference be asked? While half open, only one caller at a time is told yes."""
+        state = self.state(now)
+        if state is BreakerState.HALF_OPEN and not self._trial:
+            self._trial = True
+            return True
+        return state is BreakerState.CLOSED
+
+    def succeeded(self) -> None:
+        self._failures = 0
+        self._opened_at = None
+        self._trial = False
+
+    def released(self) -> None:
+        """The caller was told yes and did not find out: the next one tries."""
+        self._trial = False
+
+    def failed(self, now: float) -> None:
+        self._failures += 1
+        self._trial = False
+        if self._opened_at is not None or self._failures >= self.threshold:
+            self._opened_at = now

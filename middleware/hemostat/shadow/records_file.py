@@ -1,0 +1,62 @@
+"""`records.path`: scored requests as JSON lines, for whoever wants to recompute the figures. Off unless asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from hemostat.ipc.messages import Capture
+from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.profiles.profile import IDENTITY
+from hemostat_calibration.records import TokenRecord
+
+log = logging.getLogger("hemostat.records")
+
+
+class RecordsFile:
+    """Appends; a disk that refuses is logged once and writing ends, scoring does not.
+
+    Only the owner may read the file: token ids are text. HemostatError when it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as error:
+            raise HemostatError(f"records.path: cannot write {path} ({error.strerror}); change it") from error
+        self._file = os.fdopen(descriptor, "a", encoding="utf-8")
+        self._failed = False
+        self.written = 0
+
+    def write(self, capture: Capture, record: TokenRecord, figures: TokenDivergence) -> None:
+        if self._failed:
+            return
+        line = {
+            "request_id": capture.request_id,
+            "prompt_token_ids": np.frombuffer(capture.prompt_token_ids, "<i4").tolist(),
+            "output_token_ids": np.frombuffer(capture.output_token_ids, "<i4").tolist(),
+            "kl_nats": [value if math.isfinite(value) else None for value in figures.kl_rc.tolist()],
+            "covered_mass": figures.covered_compressed.tolist(),
+            "temperature": capture.temperature if math.isfinite(capture.temperature) else None,
+            "label": capture.label,
+            "arm": str(record.arm),
+            "profile": record.applied or IDENTITY,
+        }
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            self.written += 1
+        except OSError as error:
+            self._failed = True
+            log.error("records.path: cannot write (%s); no more records are kept", error.strerror)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what a full disk did not take was said when it was written
+            self._file.close()

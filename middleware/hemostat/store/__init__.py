@@ -1,0 +1,1 @@
+"""Where profiles, events and state are kept: in memory, SQLite or Valkey."""

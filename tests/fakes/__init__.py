@@ -1,1 +1,0 @@
-"""Stand-ins for the engines that Hemostat talks to."""

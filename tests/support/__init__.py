@@ -1,0 +1,1 @@
+"""Shared test code: fakes, builders and harnesses. Tests import from here and never from each other."""

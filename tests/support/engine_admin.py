@@ -1,0 +1,77 @@
+"""The admin port as an engine plugin sees it: the real registry behind a small server of its own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from hemostat.engines.registry import EngineRegistry, decode_report, decode_tap
+
+TOKEN = "s3cret"
+
+
+class EngineAdmin:
+    """`files` is what it has, whatever its name says; `status` and `answer` are what it answers instead.
+
+    now: the registry's time, for the test to move. lock: held while the registry is written to.
+    """
+
+    def __init__(self) -> None:
+        self.registry = EngineRegistry()
+        self.lock = threading.Lock()
+        self.files: dict[str, bytes] = {}
+        self.status: int | None = None
+        self.seen: list[str] = []
+        self.sizes: dict[str, list[int]] = {}
+        self.answer: bytes | None = None
+        self.now = 0.0
+        admin = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def answer(self, status: int, body: bytes = b"") -> None:
+                self.send_response(status)
+                if status in (301, 302):
+                    self.send_header("location", f"{admin.url}/elsewhere")
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def handle_any(self, body: bytes) -> None:
+                admin.seen.append(self.path)
+                admin.sizes.setdefault(self.path, []).append(len(body))
+                if admin.status is not None:
+                    return self.answer(admin.status)
+                if self.headers.get("authorization") != f"Bearer {TOKEN}":
+                    return self.answer(401)
+                if self.path == "/api/v1/engine/report":
+                    with admin.lock:
+                        hold = admin.registry.report(decode_report(body), admin.now)
+                    said = {"hold": hold, "leads": admin.registry.leads, "replica": admin.registry.replica}
+                    return self.answer(200, admin.answer or json.dumps(said).encode())
+                if self.path == "/api/v1/engine/tap":
+                    with admin.lock:
+                        admin.registry.tap(decode_tap(body), admin.now)
+                    return self.answer(204)
+                data = admin.files.get(self.path.removeprefix("/api/v1/engine/profiles/"))
+                return self.answer(404) if data is None else self.answer(200, data)
+
+            def do_GET(self) -> None:
+                self.handle_any(b"")
+
+            def do_POST(self) -> None:
+                self.handle_any(self.rfile.read(int(self.headers["content-length"])))
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()

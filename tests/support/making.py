@@ -1,0 +1,73 @@
+"""A real `Control` on what a test gives it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tests.control.test_scorer import INFO, V, capture
+
+from hemostat.config.schema import Settings
+from hemostat.control.process import Control
+from hemostat.ipc.messages import Capture
+from hemostat.reference.protocol import ReferenceScores
+from hemostat.shadow.scorer import build_record, decode
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.records import Candidates, TokenRecord
+
+TOKEN = "secret"
+MODEL = "m"
+
+
+def settings(url: str = "http://127.0.0.1:1", **more: Any) -> Settings:
+    given: dict[str, Any] = {
+        "upstream": {"url": url},
+        "admin": {"port": 0, "token": TOKEN},
+        "shadow": {"rate": 1.0, "top_k": 4},
+    }
+    return Settings.model_validate(given | more)
+
+
+@asynccontextmanager
+async def control(folder: Path, made: Settings | None = None, *, loops: bool = False) -> AsyncIterator[Control]:
+    """Listening to relays; with `loops` it looks after house, store and reference as the process does."""
+    one = Control(made or settings(), folder / "control.sock", 1234)
+    await one.restore()
+    await one.link.start()
+    tasks = []
+    if loops:
+        tasks = [asyncio.create_task(loop) for loop in (one.keep_house(), one.keep_store())]
+        if one.replica is not None:
+            tasks.append(asyncio.create_task(one.replica.run()))
+        if one.scorer is not None and one.reference is not None:
+            tasks += [asyncio.create_task(one.keep_reference(one.reference)), asyncio.create_task(one.scorer.run(1))]
+    try:
+        yield one
+        assert not any(task.done() and not task.cancelled() and task.exception() for task in tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await one.close()
+
+
+def profile(seed: int = 0, vocabulary: int = V) -> CalibrationProfile:
+    return temperature_bias(MODEL, vocabulary, 1.0, np.random.default_rng(seed).normal(0, 0.5, vocabulary), 1.0)
+
+
+def scored(request_id: str = "r", prompt: int = 0, **more: Any) -> tuple[TokenRecord, Capture]:
+    """A record and its capture, as the scorer hands them on."""
+    prompt_ids = np.array([prompt % V, prompt // V % V], "<i4").tobytes()
+    one = capture(request_id, prompt_token_ids=prompt_ids, **more)
+    arrays = decode(one)
+    tokens = len(arrays.output)
+    flat = -np.log(V)
+    ids = arrays.candidates.ids
+    top = Candidates(np.tile(np.arange(3, dtype=np.int32), (tokens, 1)), np.full((tokens, 3), flat))
+    at = np.where(ids >= 0, flat, np.nan)
+    scores = ReferenceScores(at=at, top=top, emitted=np.full(tokens, flat), entropy=np.full(tokens, -flat))
+    return build_record(one, arrays, scores, INFO, None, ()), one

@@ -1,0 +1,187 @@
+"""An admin port that a browser can reach, in front of a real `Control` that has seen a little of everything."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+from tests.control.test_metrics import relay
+from tests.core.test_calibrator import World
+from tests.support.making import TOKEN, control, scored, settings
+from tests.support.records import Truth, log_softmax, make_record
+
+from hemostat.admin.app import create_app
+from hemostat.admin.hardening import server_settings
+from hemostat.control.process import Control
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.records import Arm, Sampling, TokenRecord
+
+WORLD = World(bias=0.6, noise=0.3)
+VOCABULARY = 60
+ROUTES = ("/v1/chat/completions", "/v1/completions")
+SAMPLINGS = (Sampling(temperature=1.0), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9))
+ALARM_FROM = 80
+"""Request with which the first route's model changes."""
+T = TypeVar("T")
+
+
+class Served:
+    """`url` answers; `do` runs something in the control process's loop."""
+
+    def __init__(self, one: Control, server: uvicorn.Server, port: int, stop: Callable[[], None]) -> None:
+        self.control, self.port, self._server, self.stop = one, port, server, stop
+        self._loop = asyncio.get_running_loop()
+        self.url = f"http://127.0.0.1:{port}"
+
+    @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
+
+    def do(self, what: Callable[[Control], T]) -> T:
+        async def run() -> T:
+            return what(self.control)
+
+        return self.wait(run())
+
+    def wait(self, what: Awaitable[T]) -> T:
+        async def run() -> T:
+            return await what
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(30)
+
+
+@contextmanager
+def served(
+    folder: Path, fill: Callable[[Control, Path], Awaitable[Any]] | None = None, **more: Any
+) -> Iterator[Served]:
+    """On a thread of its own, on a free port of this machine."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    number = listener.getsockname()[1]
+    ready: list[Served] = []
+    started, stop = threading.Event(), threading.Event()
+
+    async def run() -> None:
+        more.setdefault("reference", {"backend": "vllm", "url": "http://127.0.0.1:1"})
+        made = settings(admin={"port": 0, "token": TOKEN, **more.pop("admin", {})}, **more)
+        token = made.admin.token.get_secret_value() if made.admin.token else None
+        async with control(folder, made) as one:
+            kept = await fill(one, folder) if fill is not None else None
+            app = create_app(
+                one, token, time.monotonic, metrics_need_token=made.admin.metrics_need_token, names=made.admin.names
+            )
+            server = uvicorn.Server(uvicorn.Config(app, **server_settings()))
+            server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            ready.append(Served(one, server, number, end))
+            started.set()
+            while not stop.is_set():
+                await asyncio.sleep(0.02)
+            app.state.closing.set()
+            server.should_exit = True
+            await serving
+            if kept is not None:
+                kept.close()
+
+    def end() -> None:
+        stop.set()
+        thread.join(30)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    assert started.wait(60)
+    try:
+        yield ready[0]
+    finally:
+        end()
+
+
+def profile(seed: int = 0) -> CalibrationProfile:
+    """One that helps: it takes back most of the world's bias."""
+    return temperature_bias("m", VOCABULARY, 1.0, -(0.9 - 0.2 * seed) * WORLD.bias, 1.0)
+
+
+def record(n: int, serving: CalibrationProfile | None) -> TokenRecord:
+    """The n-th request."""
+    arm = Arm.NONE if serving is None else Arm.CONTROL if n % 3 == 0 else Arm.TREATED
+    truth = WORLD.truth(n)
+    route = ROUTES[n % 4 == 3]
+    if n >= ALARM_FROM and route == ROUTES[0]:
+        noise = World(noise=2.0).truth(n).compressed
+        truth = Truth(truth.reference, log_softmax(truth.compressed + noise), truth.emitted)
+    made = make_record(
+        truth,
+        20,
+        profile=serving,
+        sampling=SAMPLINGS[n % 3],
+        applied=serving.version if serving and arm is Arm.TREATED else None,
+    )
+    label = "batch" if n % 5 == 0 else ""
+    return replace(
+        made, route=route, label=label, arm=arm, request_id=str(n), model="m", prompt_key=n.to_bytes(4, "big")
+    )
+
+
+def stats(requests: int) -> Stats:
+    return Stats(
+        counters={
+            "hemostat_requests_total": {
+                "/v1/chat/completions\x1fok": requests,
+                "/v1/completions\x1fok": requests // 3,
+                "other\x1fclient_gone": 2.0,
+                "/v1/chat/completions\x1fupstream_failed": 1.0,
+            },
+            "hemostat_shadow_requests_total": {"skipped\x1ftoo_long": 2.0, "dropped\x1fqueue_full": 3.0},
+            "hemostat_responses_finished_total": {
+                "treated\x1fstop": 80.0,
+                "treated\x1flength": 9.0,
+                "control\x1fstop": 38.0,
+                "control\x1flength": 6.0,
+            },
+            "hemostat_output_tokens_total": {"treated": 3400.0, "control": 1800.0},
+            "hemostat_repetition_loops_total": {"treated": 1.0, "control": 3.0},
+            "hemostat_structured_outputs_total": {"treated\x1fjson\x1fvalid": 7.0, "control\x1fjson\x1finvalid": 1.0},
+        },
+        overhead_buckets=[0, 5, requests, requests // 2, 9, 1, *[0] * (len(OVERHEAD_BUCKETS) - 5)],
+        overhead_sum=requests / 1000,
+        ready=True,
+    )
+
+
+async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
+    """Two routes, three ways of decoding, a profile that serves, one that is tested, an alarm, drops."""
+    writer = await relay(one, folder, 1, stats(120))
+    one.served = frozenset({"m"})
+    one.reference_state, one.reference_detail = "ready", "made-up/reference (float32)"
+    one.steering.know("m", VOCABULARY)
+    one.steering.set_mode("auto")
+    serving = one.steering.add(profile())
+    one.steering.promote(serving)
+    one.steering.add(profile(1))
+    held = one.steering.held(serving)
+    for n in range(160):
+        made = record(n, held)
+        one._scored(made, scored(str(n))[1])
+        one.captured += 1
+        one._count("scored", "")
+        if n % 4 == 0:
+            truth = WORLD.truth(n)
+            for model in ("compressed", "reference"):
+                near = log_softmax(truth.reference + 0.01 * World(seed=n).truth(n).reference)
+                one._scored_itself(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
+        if n % 5 == 0:
+            at = n - 160
+            status = one.status()
+            status["proxy"]["requests"], status["shadow"]["reference_tokens"] = 7 * n, 300 * n
+            one.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
+    return writer

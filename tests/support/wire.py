@@ -1,0 +1,159 @@
+"""Plays the relay: one exchange through an interceptor, over httpx, with the response cut at any place."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+
+from hemostat.ipc.messages import Capture, Policy
+from hemostat.relay.hooks import Refusal
+from hemostat.shadow.interceptor import CALIBRATION_REQUESTS, SHADOW_REQUESTS, Interceptor
+
+VERSION = "0123456789abcdef" * 2
+OTHER_VERSION = "fedcba9876543210" * 2
+
+POLICY = Policy(
+    generation=1,
+    mode="observe",
+    shadow_rate=1.0,
+    shadow_seed=7,
+    shadow_allow_on=True,
+    shadow_top_k=8,
+    shadow_max_tokens=1024,
+    scoring=True,
+    tap=False,
+    serving=None,
+    forced=None,
+    control_fraction=0.5,
+    acknowledged=frozenset({VERSION}),
+    labels=frozenset(),
+)
+
+
+def policy(**changes: Any) -> Policy:
+    return msgspec.structs.replace(POLICY, **changes)
+
+
+@dataclass
+class Answer:
+    status: int
+    body: bytes
+    sent: bytes = b""
+    """What went upstream."""
+    complete: bool = True
+    replayed: bool = False
+
+
+@dataclass
+class Wire:
+    """An interceptor with what it said to the outside."""
+
+    client: httpx.Client
+    interceptor: Interceptor = field(init=False)
+    captures: list[Capture] = field(default_factory=list)
+    counts: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    room: bool = True
+    replays: bool = True
+    """False: as when the relay cannot, the head being out."""
+
+    def __post_init__(self) -> None:
+        self.interceptor = Interceptor(POLICY, self._emit, self._count, clock=lambda: 1.5, nonce=lambda: "nonce")
+
+    def _emit(self, capture: Capture) -> bool:
+        if self.room:
+            self.captures.append(capture)
+        return self.room
+
+    def _count(self, metric: str, labels: tuple[str, ...]) -> None:
+        self.counts[(metric, *labels)] += 1
+
+    def shadow(self, outcome: str, reason: str = "") -> int:
+        return self.counts[(SHADOW_REQUESTS, outcome, reason)]
+
+    def calibration(self, arm: str, reason: str) -> int:
+        return self.counts[(CALIBRATION_REQUESTS, arm, reason)]
+
+    def send(
+        self,
+        path: str,
+        body: bytes | dict[str, Any],
+        *,
+        headers: dict[str, str] | None = None,
+        request_id: str = "r1",
+        method: str = "POST",
+        splits: random.Random | None = None,
+        give_up_after: int | None = None,
+    ) -> Answer:
+        data = msgspec.json.encode(body) if isinstance(body, dict) else body
+        fields = {"content-type": "application/json", "accept-encoding": "gzip"} | (headers or {})
+        head = [(name.encode(), value.encode()) for name, value in fields.items()]
+        exchange = self.interceptor.begin(method, path.encode(), head, request_id)
+        if isinstance(exchange, Refusal):
+            return Answer(exchange.status, exchange.body)
+        dropped: frozenset[bytes] = frozenset()
+        own, rewritten = data, False
+        if exchange is not None:
+            rewrite = exchange.request(data if len(data) <= exchange.body_limit else None)
+            if isinstance(rewrite, Refusal):
+                return Answer(rewrite.status, rewrite.body)
+            if rewrite is not None:
+                data, dropped, rewritten = rewrite.body, rewrite.drop_headers, True
+        fields["x-request-id"] = request_id
+        answer = Answer(0, b"", data)
+        parts: list[bytes] = []
+        while True:
+            upstream = {
+                name: value
+                for name, value in fields.items()
+                if name.lower().encode() not in dropped and not name.lower().startswith("x-hemostat-")
+            }
+            try:
+                with self.client.stream(method, path, content=data, headers=upstream) as response:
+                    answer.status = response.status_code
+                    looks = exchange is not None and exchange.response_head(response.status_code, response.headers.raw)
+                    for chunk in response.iter_raw():
+                        if not looks or exchange is None:
+                            parts.append(chunk)
+                            continue
+                        parts += [exchange.response_data(piece) for piece in cut(chunk, splits)]
+                        if give_up_after is not None and len(parts) >= give_up_after:
+                            raise httpx.ReadError("the client is gone")
+                    if looks and exchange is not None:
+                        if rewritten and self.replays and not any(parts) and exchange.replay():
+                            data, dropped, rewritten = own, frozenset(), False
+                            answer.replayed = True
+                            continue
+                        parts.append(exchange.response_end())
+            except httpx.TransportError:
+                answer.complete = False
+            break
+        answer.body = b"".join(parts)
+        if exchange is not None:
+            exchange.closed(complete=answer.complete)
+        return answer
+
+
+def cut(data: bytes, splits: random.Random | None) -> list[bytes]:
+    if splits is None or len(data) < 2:
+        return [data]
+    places = sorted({0, len(data), *(splits.randrange(len(data)) for _ in range(splits.randrange(8)))})
+    return [data[a:b] for a, b in itertools.pairwise(places)]
+
+
+def rows(capture: Capture) -> tuple[list[int], list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Prompt ids, output ids, candidate ids and log-probabilities [T, K + 1], emitted log-probabilities [T]."""
+    width = capture.top_k + 1
+    return (
+        np.frombuffer(capture.prompt_token_ids, "<i4").tolist(),
+        np.frombuffer(capture.output_token_ids, "<i4").tolist(),
+        np.frombuffer(capture.candidate_ids, "<i4").reshape(-1, width),
+        np.frombuffer(capture.candidate_logprobs, "<f4").reshape(-1, width),
+        np.frombuffer(capture.emitted_logprobs, "<f4"),
+    )
