@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.control.test_metrics import relay, stats
-from tests.support.making import TOKEN, control, profile, scored, settings
+from tests.support.control import TOKEN, control, profile, scored, settings
 
 from hemostat.admin import app as admin
 from hemostat.admin.app import create_app

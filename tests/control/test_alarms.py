@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.control.test_admin import AUTHORIZED, port
-from tests.support.making import control, settings
+from tests.support.control import control, settings
 from tests.support.records import Truth, log_softmax, make_record
 
 from hemostat.config import schema as config

@@ -15,7 +15,7 @@ import pytest
 from tests.control.test_link import until
 from tests.control.test_scorer import capture
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
-from tests.support.making import control, profile, scored, settings
+from tests.support.control import control, profile, scored, settings
 
 from hemostat.config.schema import Settings
 from hemostat.control import process as control_module

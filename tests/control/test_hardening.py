@@ -23,8 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, expect, sync_playwright
-from tests.support.making import TOKEN
-from tests.support.served import Served, everything, served
+from tests.support.control import TOKEN
+from tests.support.admin_server import Served, everything, served
 
 from hemostat.admin import hardening
 from hemostat.admin.hardening import HEADERS, is_ours

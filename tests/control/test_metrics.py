@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.control.test_link import until
-from tests.support.making import control, profile, scored
+from tests.support.control import control, profile, scored
 
 from hemostat.control.process import Control
 from hemostat.engines.registry import EngineReport

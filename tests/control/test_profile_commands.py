@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.making import TOKEN
-from tests.support.served import Served, profile, record, served
+from tests.support.control import TOKEN
+from tests.support.admin_server import Served, profile, record, served
 
 from hemostat import cli
 from hemostat.control.process import Control

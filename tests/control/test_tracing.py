@@ -21,7 +21,7 @@ from opentelemetry.semconv.schemas import Schemas
 from tests.control.test_serve import hemostat
 from tests.relay.test_outcomes import chat
 from tests.support.fake_vllm import FakeVllm, serving
-from tests.support.making import control, scored, settings
+from tests.support.control import control, scored, settings
 from tests.support.relay import Request, answering, relaying
 
 from hemostat.config.schema import ConfigError, load

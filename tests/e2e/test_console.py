@@ -13,7 +13,7 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
-from tests.support.shown import interval, nats, percent
+from tests.support.console_text import interval, nats, percent
 from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, kill, sampling_settings, wait_for
 
 from hemostat.models import vllm_server as vllm_process

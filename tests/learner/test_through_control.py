@@ -18,7 +18,7 @@ from tests.control.test_scorer import capture
 from tests.learner.test_learner import children, until
 from tests.support.fake_vllm import VOCAB, FakeVllm, encode, render, serving
 from tests.support.learner_world import D, K, World, logprobs, make, save
-from tests.support.making import control, settings
+from tests.support.control import control, settings
 
 from hemostat.control import process as control_module
 from hemostat.control.process import Control

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import uvicorn
 from tests.control.test_metrics import relay
 from tests.core.test_calibrator import World
-from tests.support.making import TOKEN, control, scored, settings
+from tests.support.control import TOKEN, control, scored, settings
 from tests.support.records import Truth, log_softmax, make_record
 
 from hemostat.admin.app import create_app
