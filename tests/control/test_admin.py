@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.control.test_metrics import relay, stats
-from tests.support.control import TOKEN, control, profile, scored, settings
+from tests.support.admin_server import admin_client
+from tests.support.control import AUTHORIZED, TOKEN, connect_relay, control, profile, relay_stats, scored, settings
 
 from hemostat.admin import app as admin
 from hemostat.admin.app import create_app
@@ -20,7 +19,6 @@ from hemostat.admin.hardening import HEADERS
 from hemostat.control.process import Control
 from hemostat.ipc.messages import Policy
 
-AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 GUARDED = [
     ("POST", "/api/v1/calibration"),
     ("POST", "/api/v1/profiles"),
@@ -34,13 +32,6 @@ GUARDED = [
 ]
 
 
-@asynccontextmanager
-async def port(one: Control, token: str | None = TOKEN) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_app(one, token, lambda: 0.0))
-    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
-        yield client
-
-
 @pytest.fixture
 async def one(tmp_path: Path) -> AsyncIterator[Control]:
     async with control(tmp_path) as made:
@@ -49,7 +40,7 @@ async def one(tmp_path: Path) -> AsyncIterator[Control]:
 
 @pytest.fixture
 async def client(one: Control) -> AsyncIterator[httpx.AsyncClient]:
-    async with port(one) as made:
+    async with admin_client(one) as made:
         yield made
 
 
@@ -70,14 +61,14 @@ async def test_no_other_route_takes_anything_but_a_get(one: Control) -> None:
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)
 async def test_what_changes_state_needs_the_token(one: Control, method: str, path: str) -> None:
-    async with port(one) as client:
+    async with admin_client(one) as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": "Bearer é"}):
             sent = {name: value.encode() for name, value in headers.items()}
             response = await client.request(method, path, headers=sent, content=b'{"mode":"off"}')  # type: ignore[arg-type]
             assert response.status_code == 401, headers
             assert "admin.token" in detail(response)
         assert (await client.request(method, path, headers=AUTHORIZED)).status_code not in {401, 403}
-    async with port(one, None) as client:
+    async with admin_client(one, None) as client:
         response = await client.request(method, path, headers=AUTHORIZED)
         assert response.status_code == 403
         assert "HEMOSTAT_ADMIN__TOKEN" in detail(response)
@@ -111,7 +102,7 @@ async def test_bodies_are_bounded_and_unread_without_the_token(
             read += 100_000
             yield b" " * 100_000
 
-    async with port(one) as client:
+    async with admin_client(one) as client:
         assert (await client.request(method, path, content=endless())).status_code == 401
         unread, read = read, 0
         response = await client.request(method, path, content=endless(), headers=AUTHORIZED)
@@ -208,7 +199,7 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
 
 async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
     made = settings(calibration={"scope": "label"}, labels=["batch"])
-    async with control(tmp_path, made) as one, port(one) as client:
+    async with control(tmp_path, made) as one, admin_client(one) as client:
         one.steering.know("m", 30)
         path = "/api/v1/profiles?scope=batch"
         refused = await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())
@@ -245,10 +236,10 @@ async def test_names_that_are_no_version(client: httpx.AsyncClient, name: str) -
 async def test_health_depends_on_relays_only(one: Control, client: httpx.AsyncClient, tmp_path: Path) -> None:
     assert (await client.get("/livez")).status_code == 200
     assert (await client.get("/readyz")).status_code == 503
-    writer = await relay(one, tmp_path, 1, stats())
+    writer = await connect_relay(one, tmp_path, 1, relay_stats())
     assert one.reference_state == "none"
     assert (await client.get("/readyz")).status_code == 200
-    draining = await relay(one, tmp_path, 2, stats(ready=False))
+    draining = await connect_relay(one, tmp_path, 2, relay_stats(ready=False))
     assert (await client.get("/readyz")).status_code == 200, "one still takes requests"
     writer.close()
     draining.close()

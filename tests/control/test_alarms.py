@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.control.test_admin import AUTHORIZED, port
-from tests.support.control import control, settings
+from tests.support.admin_server import admin_client
+from tests.support.control import AUTHORIZED, control, settings
 from tests.support.records import Truth, log_softmax, make_record
 
 from hemostat.config import schema as config
@@ -139,7 +139,7 @@ def test_rebase_learns_what_is_from_now_on() -> None:
 
 
 async def test_over_the_admin_port(tmp_path: Path) -> None:
-    async with control(tmp_path, settings(alarm={"baseline_tokens": 1000})) as one, port(one) as http:
+    async with control(tmp_path, settings(alarm={"baseline_tokens": 1000})) as one, admin_client(one) as http:
         for seed in range(40):
             given = record(seed, 0.1 if seed < 30 else 0.8)
             one.alarms.observe(given, divergence(given))

@@ -16,9 +16,9 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from tests.support.control import TOKEN
 from tests.support.admin_server import Served, everything, served
 from tests.support.console_text import interval, nats, percent
+from tests.support.control import TOKEN
 
 from hemostat.admin import history as overview
 from hemostat.admin.app import ASSETS

@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from tests.control.test_link import until
-from tests.control.test_scorer import capture
-from tests.support.fake_vllm import VOCAB, FakeVllm, serving
+from tests.support.captures import capture
 from tests.support.control import control, profile, scored, settings
+from tests.support.fake_vllm import VOCAB, FakeVllm, serving
+from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
 from hemostat.control import process as control_module

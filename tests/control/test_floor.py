@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tests.core.test_calibrator import World
 from tests.support.records import Truth, log_softmax, make_record
+from tests.support.world import World
 
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.shadow.limits import TokenBudget

@@ -23,8 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, expect, sync_playwright
-from tests.support.control import TOKEN
 from tests.support.admin_server import Served, everything, served
+from tests.support.control import AUTHORIZED, TOKEN
 
 from hemostat.admin import hardening
 from hemostat.admin.hardening import HEADERS, is_ours
@@ -32,7 +32,6 @@ from hemostat.engines import api as engine_api
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
-AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 SWITCH = "/api/v1/calibration"
 
 

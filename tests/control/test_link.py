@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.control.test_shadow import capture
+from tests.support.captures import sized_capture
+from tests.support.waiting import until
 from tests.support.wire import policy
 
 from hemostat.ipc.control_end import RelayLink, add
@@ -45,15 +46,9 @@ async def link(tmp_path: Path) -> AsyncIterator[Link]:
     await made.link.close()
 
 
-async def until(condition: object) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.005)
-
-
 async def test_captures_arrive_and_figures_add_up_over_relays_and_restarts(link: Link) -> None:
     (_, one), (_, two) = await link.relay(), await link.relay()
-    one.write(encode(Hello(pid=1, worker=0)) + encode(stats(3)) + encode(capture("a")))
+    one.write(encode(Hello(pid=1, worker=0)) + encode(stats(3)) + encode(sized_capture("a")))
     two.write(encode(stats(4, ready=False)))
     await until(lambda: link.link.total().counters == {"hemostat_requests_total": {"/v1/models\x1fok": 7}})
     assert [c.request_id for c in link.captures] == ["a"]
@@ -85,7 +80,7 @@ async def test_nonsense_ends_that_link_only(link: Link, junk: bytes) -> None:
     (_, good), (bad_reader, bad) = await link.relay(), await link.relay()
     bad.write(junk)
     assert await bad_reader.read() == b""
-    good.write(encode(capture("still here")))
+    good.write(encode(sized_capture("still here")))
     await until(lambda: [c.request_id for c in link.captures] == ["still here"])
     good.close()
     bad.close()
@@ -93,7 +88,7 @@ async def test_nonsense_ends_that_link_only(link: Link, junk: bytes) -> None:
 
 @given(st.lists(st.integers(1, 40), max_size=30))
 def test_frames_at_any_split(cuts: list[int]) -> None:
-    messages = [Hello(pid=1, worker=2), stats(1), capture("x"), POLICY]
+    messages = [Hello(pid=1, worker=2), stats(1), sized_capture("x"), POLICY]
     data = b"".join(map(encode, messages))
     reader, found, at = FrameReader(), [], 0
     for cut in cuts:

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from tests.control.test_shadow import capture
-from tests.core.test_calibrator import V, World
+from tests.support.captures import sized_capture
 from tests.support.records import Truth, log_softmax, make_record
+from tests.support.world import V, World
 
 from hemostat.measurement.figures import FIGURES, KL_CAP
 from hemostat.measurement.measurements import DECODINGS, HEADLINE, KL_EDGES, VERSIONS_KEPT, Measurements
@@ -363,13 +363,13 @@ def test_records_are_lines_that_any_json_reader_takes(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     file = RecordsFile(path)
     record = infinite("kl_nats")
-    file.write(capture(), record, divergence(record))
-    unknown = msgspec.structs.replace(capture(), temperature=math.nan)
+    file.write(sized_capture(), record, divergence(record))
+    unknown = msgspec.structs.replace(sized_capture(), temperature=math.nan)
     file.write(unknown, replace(record, applied="a" * 32), divergence(record))
     file.close()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert [line["profile"] for line in lines] == ["identity", "a" * 32], "what was applied, not what was asked for"
-    assert [line["temperature"] for line in lines] == [capture().temperature, None]
+    assert [line["temperature"] for line in lines] == [sized_capture().temperature, None]
     assert lines[0]["kl_nats"][0] is None
     assert lines[0]["kl_nats"][1:] == divergence(record).kl_rc[1:].tolist()
     assert path.stat().st_mode & 0o077 == 0, "token ids are text"
@@ -379,7 +379,7 @@ def test_records_are_lines_that_any_json_reader_takes(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_writing_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     file = RecordsFile(Path("/dev/full"))
     for _ in range(3):
-        file.write(capture(), infinite("kl_nats"), divergence(infinite("kl_nats")))
+        file.write(sized_capture(), infinite("kl_nats"), divergence(infinite("kl_nats")))
     file.close()
     assert file.written == 0
     assert [r.message for r in caplog.records] == [

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.control.test_link import until
-from tests.support.control import control, profile, scored
+from tests.support.control import connect_relay, control, profile, relay_stats, scored
+from tests.support.waiting import until
 
 from hemostat.control.process import Control
 from hemostat.engines.registry import EngineReport
-from hemostat.ipc.messages import OVERHEAD_BUCKETS, Hello, Stats, encode
+from hemostat.ipc.messages import OVERHEAD_BUCKETS
 from hemostat.profiles.lifecycle import DECISIONS
 
 CONTRACT = {
@@ -52,30 +52,9 @@ def samples(families: dict[str, Metric]) -> dict[tuple[str, tuple[tuple[str, str
     return by_series
 
 
-def stats(requests: float = 1.0, *, ready: bool = True) -> Stats:
-    return Stats(
-        counters={
-            "hemostat_requests_total": {"/v1/completions\x1fok": requests, "other\x1fclient_gone": 1.0},
-            "hemostat_shadow_requests_total": {"shadowed\x1f": requests, "skipped\x1ftoo_long": 2.0},
-            "hemostat_calibration_requests_total": {"none\x1foff": requests},
-        },
-        overhead_buckets=[int(requests)] * (len(OVERHEAD_BUCKETS) + 1),
-        overhead_sum=requests / 1000,
-        ready=ready,
-    )
-
-
-async def relay(one: Control, folder: Path, pid: int, figures: Stats) -> asyncio.StreamWriter:
-    before = one.link.relays
-    _, writer = await asyncio.open_unix_connection(str(folder / "control.sock"))
-    writer.write(encode(Hello(pid=pid, worker=0)) + encode(figures))
-    await until(lambda: one.link.relays > before and figures in one.link._live.values())
-    return writer
-
-
 async def test_names_and_labels_are_those_of_the_contract(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
-        writer = await relay(one, tmp_path, 1, stats())
+        writer = await connect_relay(one, tmp_path, 1, relay_stats())
         one.steering.know("m", 30)
         version = one.steering.add(profile())
         one.steering.promote(version)
@@ -115,7 +94,7 @@ async def test_what_rates_are_taken_of_is_there_before_it_is_counted_but_not_bef
     dropped = ("hemostat_shadow_requests_total", (("outcome", "dropped"), ("reason", "queue_full")))
     async with control(tmp_path) as one:
         assert not {failed, loops, dropped} & samples(scrape(one)).keys(), "a relay may know of many"
-        writer = await relay(one, tmp_path, 1, stats())
+        writer = await connect_relay(one, tmp_path, 1, relay_stats())
         found = samples(scrape(one))
         assert [found[key] for key in (failed, loops, dropped)] == [0, 0, 0]
         writer.close()
@@ -123,7 +102,10 @@ async def test_what_rates_are_taken_of_is_there_before_it_is_counted_but_not_bef
 
 async def test_relays_and_control_count_into_the_same_family_and_restarts_take_nothing_away(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
-        first, second = await relay(one, tmp_path, 1, stats(3)), await relay(one, tmp_path, 2, stats(4))
+        first, second = (
+            await connect_relay(one, tmp_path, 1, relay_stats(3)),
+            await connect_relay(one, tmp_path, 2, relay_stats(4)),
+        )
         one._count("dropped", "queue_full")
         before = samples(scrape(one))
         ok = ("hemostat_requests_total", (("outcome", "ok"), ("route", "/v1/completions")))
@@ -135,11 +117,11 @@ async def test_relays_and_control_count_into_the_same_family_and_restarts_take_n
         first.close()
         await until(lambda: one.link.relays == 1)
         assert samples(scrape(one))[ok] == 7, "a relay that died counts on"
-        third = await relay(one, tmp_path, 3, stats(1))
+        third = await connect_relay(one, tmp_path, 3, relay_stats(1))
         assert samples(scrape(one))[ok] == 8
         second.close()
         await until(lambda: one.link.relays == 1)
-        again = await relay(one, tmp_path, 2, stats(5))
+        again = await connect_relay(one, tmp_path, 2, relay_stats(5))
         assert samples(scrape(one))[ok] == 9, "a link that came back is the same relay"
         after = samples(scrape(one))
         for key, value in before.items():

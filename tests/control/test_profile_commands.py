@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.control import TOKEN
 from tests.support.admin_server import Served, profile, record, served
+from tests.support.control import TOKEN
 
 from hemostat import cli
 from hemostat.control.process import Control

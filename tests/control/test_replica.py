@@ -23,8 +23,8 @@ import pytest
 from tests.control.test_serve import AUTHORIZED, Served, hemostat
 from tests.control.test_steering import BIASED, JUDGED, LEARNED, Bench, harmful, helpful
 from tests.support import valkey
-from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.control import TOKEN, control, profile, settings
+from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.valkey import Valkey
 
 from hemostat.config.schema import Settings

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
-from tests.control.test_link import until
+from tests.support.captures import INFO, K, V, capture
+from tests.support.waiting import until
 
 from hemostat.engines.registry import EngineRegistry, TapMessage, TapRun
 from hemostat.ipc.messages import Capture
@@ -25,40 +25,8 @@ from hemostat_calibration.profiles.transform import anchors, anchors_digest
 from hemostat_calibration.records import Arm, Candidates, Features, Ids, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key
 
-V, K, D = 30, 4, 6
-VERSION, CANDIDATE = "a" * 32, "b" * 32
-INFO = ReferenceInfo("ref", "digest", "float32", V, True)
-
-
-def capture(request_id: str = "r", tokens: int = 3, **more: object) -> Capture:
-    """An engine that finds the ids 0, 1, 2 … less and less likely, and emits 0."""
-    ids = np.tile(np.arange(K + 1, dtype="<i4"), (tokens, 1))
-    ids[:, K] = -1
-    logprobs = np.tile(np.log([0.5, 0.2, 0.1, 0.05, 1e-300]).astype("<f4"), (tokens, 1))
-    logprobs[:, K] = -np.inf
-    made = Capture(
-        request_id=request_id,
-        route="/v1/completions",
-        model="m",
-        label="gold",
-        arm="none",
-        requested=None,
-        nonce="",
-        stream=False,
-        prompt_token_ids=np.arange(5, dtype="<i4").tobytes(),
-        output_token_ids=np.zeros(tokens, "<i4").tobytes(),
-        top_k=K,
-        candidate_ids=ids.tobytes(),
-        candidate_logprobs=logprobs.tobytes(),
-        emitted_logprobs=logprobs[:, 0].tobytes(),
-        temperature=1.0,
-        top_p=1.0,
-        sampling_top_k=0,
-        min_p=0.0,
-        finish_reason="stop",
-        captured_at=0.0,
-    )
-    return msgspec.structs.replace(made, **more)
+D = 6
+VERSION = "a" * 32
 
 
 @dataclass

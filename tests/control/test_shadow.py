@@ -4,39 +4,14 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.captures import sized_capture
 
-from hemostat.ipc.messages import Capture
 from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
-
-
-def capture(request_id: str = "r", size: int = 4, captured_at: float = 0.0) -> Capture:
-    return Capture(
-        request_id=request_id,
-        route="/v1/completions",
-        model="m",
-        label="",
-        arm="none",
-        requested=None,
-        nonce="",
-        stream=False,
-        prompt_token_ids=b"\0" * size,
-        output_token_ids=b"",
-        top_k=1,
-        candidate_ids=b"",
-        candidate_logprobs=b"",
-        emitted_logprobs=b"",
-        temperature=1.0,
-        top_p=1.0,
-        sampling_top_k=0,
-        min_p=0.0,
-        finish_reason="stop",
-        captured_at=captured_at,
-    )
 
 
 def test_queue_keeps_order_and_refuses_what_does_not_fit() -> None:
     queue = ShadowQueue(limit=2)
-    assert [queue.offer(capture(str(n), captured_at=n)) for n in range(3)] == [True, True, False]
+    assert [queue.offer(sized_capture(str(n), captured_at=n)) for n in range(3)] == [True, True, False]
     assert queue.oldest() == 0
     assert [c.request_id for c in (queue.take(), queue.take()) if c] == ["0", "1"]
     assert queue.take() is None
@@ -45,10 +20,10 @@ def test_queue_keeps_order_and_refuses_what_does_not_fit() -> None:
 
 def test_queue_is_bounded_in_bytes_and_gives_them_back() -> None:
     queue = ShadowQueue(limit=100, limit_bytes=10)
-    assert queue.offer(capture(size=8))
-    assert not queue.offer(capture(size=8))
+    assert queue.offer(sized_capture(size=8))
+    assert not queue.offer(sized_capture(size=8))
     queue.take()
-    assert queue.offer(capture(size=8))
+    assert queue.offer(sized_capture(size=8))
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.core.test_calibrator import V, World
 from tests.support.records import Truth, log_softmax, make_record, profiles, truths
+from tests.support.world import V, World
 
 from hemostat.config.schema import Calibration
 from hemostat.engines.registry import HOLD_AT_MOST

@@ -20,8 +20,8 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.schemas import Schemas
 from tests.control.test_serve import hemostat
 from tests.relay.test_outcomes import chat
-from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.control import control, scored, settings
+from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.relay import Request, answering, relaying
 
 from hemostat.config.schema import ConfigError, load

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.learner_world import D, V, World, kl, logprobs, make, save
+from tests.support.learner_world import D, V, World, children, kl, logprobs, make, save
+from tests.support.waiting import until
 
 from hemostat.config.schema import Calibration
 from hemostat.learner import Learner, Source, client, wire
@@ -25,12 +26,6 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Features
 
 SETTINGS = Calibration(anchors=32, rank=8, min_tokens=600, clamp_nats=5.0, clamp_kl_nats=20.0)
-
-
-async def until(condition: Callable[[], object], within: float = 5.0) -> None:
-    async with asyncio.timeout(within):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 class Judge:
@@ -103,11 +98,6 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     made.task.cancel()
     await asyncio.gather(made.task, return_exceptions=True)
     assert children() == [], "no process is left"
-
-
-def children() -> list[int]:
-    text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
-    return [int(p) for p in text.split() if b"hemostat.learner" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 async def test_a_proposal_wins_back_what_it_was_not_learned_from(bench: Bench) -> None:

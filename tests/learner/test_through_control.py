@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from tests.control.test_scorer import capture
-from tests.learner.test_learner import children, until
-from tests.support.fake_vllm import VOCAB, FakeVllm, encode, render, serving
-from tests.support.learner_world import D, K, World, logprobs, make, save
+from tests.support.captures import capture
 from tests.support.control import control, settings
+from tests.support.fake_vllm import VOCAB, FakeVllm, encode, render, serving
+from tests.support.learner_world import D, K, World, children, logprobs, make, save
+from tests.support.waiting import until
 
 from hemostat.control import process as control_module
 from hemostat.control.process import Control

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.control.test_shadow import capture
 from tests.relay.test_relay import GET, post
+from tests.support.captures import sized_capture
 from tests.support.relay import Client, Request, Script, Upstream, UpstreamConnection, answering, eventually
 from tests.support.wire import policy
 
@@ -164,7 +164,7 @@ async def test_captures_are_dropped_where_nobody_takes_them(tmp_path: Path) -> N
     path = tmp_path / "control.sock"
     policies: list[Policy | None] = []
     link = ControlLink(str(path), 0, policies.append, lambda: stats)
-    assert not link.emit(capture(size=1)), "not connected"
+    assert not link.emit(sized_capture(size=1)), "not connected"
     running = asyncio.create_task(link.run())
     hold = asyncio.Event()
     received: list[bytes] = []
@@ -178,14 +178,14 @@ async def test_captures_are_dropped_where_nobody_takes_them(tmp_path: Path) -> N
     server = await asyncio.start_unix_server(serve, str(path))
     size = 1 << 20
     accepted = 0
-    while not link.emit(capture(size=size)):
+    while not link.emit(sized_capture(size=size)):
         await asyncio.sleep(0.01)
-    while link.emit(capture(size=size)):
+    while link.emit(sized_capture(size=size)):
         accepted += 1
         assert accepted * size < 4 * MAX_UNSENT, "it is bounded"
     assert accepted * size >= MAX_UNSENT / 2
     hold.set()
-    await eventually(lambda: link.emit(capture(size=1)), 5)
+    await eventually(lambda: link.emit(sized_capture(size=1)), 5)
     await link.close()
     assert policies == [None]
     assert sum(map(len, received)) > accepted * size

@@ -6,17 +6,17 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import uvicorn
-from tests.control.test_metrics import relay
-from tests.core.test_calibrator import World
-from tests.support.control import TOKEN, control, scored, settings
+from tests.support.control import TOKEN, connect_relay, control, scored, settings
 from tests.support.records import Truth, log_softmax, make_record
+from tests.support.world import World
 
 from hemostat.admin.app import create_app
 from hemostat.admin.hardening import server_settings
@@ -57,6 +57,14 @@ class Served:
             return await what
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(30)
+
+
+@asynccontextmanager
+async def admin_client(one: Control, token: str | None = TOKEN) -> AsyncIterator[httpx.AsyncClient]:
+    """Of the admin port, without a server."""
+    transport = httpx.ASGITransport(create_app(one, token, lambda: 0.0))
+    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+        yield client
 
 
 @contextmanager
@@ -160,7 +168,7 @@ def stats(requests: int) -> Stats:
 
 async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
     """Two routes, three ways of decoding, a profile that serves, one that is tested, an alarm, drops."""
-    writer = await relay(one, folder, 1, stats(120))
+    writer = await connect_relay(one, folder, 1, stats(120))
     one.served = frozenset({"m"})
     one.reference_state, one.reference_detail = "ready", "made-up/reference (float32)"
     one.steering.know("m", VOCABULARY)

@@ -1,4 +1,4 @@
-"""A real `Control` on what a test gives it."""
+"""A real `Control`, without the processes around it, and what relays and the scorer hand to it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.control.test_scorer import INFO, V, capture
+from tests.support.captures import INFO, V, capture
+from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
 from hemostat.control.process import Control
-from hemostat.ipc.messages import Capture
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
 from hemostat.reference.protocol import ReferenceScores
 from hemostat.shadow.scorer import build_record, decode
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Candidates, TokenRecord
 
 TOKEN = "secret"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 MODEL = "m"
 
 
@@ -71,3 +73,26 @@ def scored(request_id: str = "r", prompt: int = 0, **more: Any) -> tuple[TokenRe
     at = np.where(ids >= 0, flat, np.nan)
     scores = ReferenceScores(at=at, top=top, emitted=np.full(tokens, flat), entropy=np.full(tokens, -flat))
     return build_record(one, arrays, scores, INFO, None, ()), one
+
+
+def relay_stats(requests: float = 1.0, *, ready: bool = True) -> Stats:
+    """A relay's figures after so many requests."""
+    return Stats(
+        counters={
+            "hemostat_requests_total": {"/v1/completions\x1fok": requests, "other\x1fclient_gone": 1.0},
+            "hemostat_shadow_requests_total": {"shadowed\x1f": requests, "skipped\x1ftoo_long": 2.0},
+            "hemostat_calibration_requests_total": {"none\x1foff": requests},
+        },
+        overhead_buckets=[int(requests)] * (len(OVERHEAD_BUCKETS) + 1),
+        overhead_sum=requests / 1000,
+        ready=ready,
+    )
+
+
+async def connect_relay(one: Control, folder: Path, pid: int, figures: Stats) -> asyncio.StreamWriter:
+    """The connection of a relay that has sent these figures."""
+    before = one.link.relays
+    _, writer = await asyncio.open_unix_connection(str(folder / "control.sock"))
+    writer.write(encode(Hello(pid=pid, worker=0)) + encode(figures))
+    await until(lambda: one.link.relays > before and figures in one.link._live.values())
+    return writer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,3 +71,9 @@ def save(world: World, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file({"lm_head.weight": world.weight}, folder / "model.safetensors")
     return folder
+
+
+def children() -> list[int]:
+    """Ids of the learner processes that this process has started."""
+    text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+    return [int(p) for p in text.split() if b"hemostat.learner" in Path(f"/proc/{p}/cmdline").read_bytes()]

@@ -1,0 +1,13 @@
+"""Waiting for a condition, without asserting on elapsed time beyond a generous limit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+
+async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Returns once the condition holds; TimeoutError where it does not within a time that only a hang takes."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
