@@ -123,6 +123,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if missed:
         print("\nREQUIRE_ALL=1, but these were skipped:", *_missed, sep="\n  ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    cache = session.config.cache
+    cache = getattr(session.config, "cache", None)  # absent with -p no:cacheprovider
     if cache is not None and not hasattr(session.config, "workerinput") and (missed or not whole):
         cache.set("cache/lastfailed", {})
