@@ -17,6 +17,7 @@ from tests.support.records import Truth, log_softmax, make_record
 from hemostat.config import schema as config
 from hemostat.measurement.alarms import STATE, Alarms
 from hemostat.shadow.noise_floor import MODELS
+from hemostat.store.memory import MemoryStore
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.records import TokenRecord
@@ -36,10 +37,10 @@ def record(seed: int, noise: float) -> TokenRecord:
 
 class Bench:
     def __init__(self, **given: Any) -> None:
-        self.saved: list[tuple[Any, ...]] = []
+        self.store = MemoryStore()
         self.now = 1000.0
         floors = given.pop("floors", ())
-        self.alarms = Alarms(config.Alarm(**given), floors, lambda *call: self.saved.append(call), lambda: self.now)
+        self.alarms = Alarms(config.Alarm(**given), floors, self.store, self.store, lambda: self.now)
 
     def feed(self, seeds: range, noise: float) -> None:
         for seed in seeds:
@@ -51,7 +52,7 @@ class Bench:
         return {test["test"]: test["raised"] for test in self.alarms.report()["tests"]}
 
     def events(self) -> list[dict[str, Any]]:
-        return [call[1] for call in self.saved if call[0] == "append_event"]
+        return self.store.events(100)[::-1]
 
 
 def test_a_change_is_seen_told_and_cleared() -> None:
@@ -107,7 +108,7 @@ def test_a_restart_goes_on_where_it_was() -> None:
     bench.feed(range(60), 0.1)
     bench.feed(range(60, 70), 0.6)
     bench.alarms.keep()
-    kept = [call[2] for call in bench.saved if call[:2] == ("set_state", STATE)][-1]
+    kept = bench.store.get_state(STATE)
     again = Bench(baseline_tokens=2000)
     again.alarms.restore(kept, bench.events())
     assert again.alarms.report()["tests"] == bench.alarms.report()["tests"]

@@ -22,7 +22,8 @@ from hemostat.control import process as control_module
 from hemostat.control.process import Control
 from hemostat.engines.registry import EngineReport
 from hemostat.ipc.messages import Policy, Stats
-from hemostat.store.backends import StoreFailure
+from hemostat.store.protocol import StoreFailure
+from hemostat.store.writer import MAX_QUEUED_WRITES
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import temperature_bias
 
@@ -232,11 +233,11 @@ async def test_a_store_that_refuses_is_counted_and_nothing_else(tmp_path: Path) 
         await until(lambda: len(one.store.events(9)) == len(one.store.profiles()) == 1)
         path.write_bytes(b"no database " * 1000)
         one.steering.add(profile(1))
-        await until(lambda: one.store_failures == 3)
+        await until(lambda: one.store_errors.count == 3)
         path.unlink()
         one.steering.set_mode("auto")
         await until(lambda: one.store.get_state("mode") == "observe auto")
-        assert one.store_failures == 3
+        assert one.store_errors.count == 3
         assert len(one.steering.listing()["profiles"]) == 2
 
 
@@ -249,10 +250,10 @@ async def test_a_damaged_store_does_not_keep_it_from_starting(tmp_path: Path) ->
         with pytest.raises(StoreFailure):
             one.store.events(1)
     async with control(tmp_path, made) as one:
-        assert one.store_failures == 1
+        assert one.store_errors.count == 1
     path.write_bytes(b"no database " * 1000)
     async with control(tmp_path, made) as one:
-        assert one.store_failures == 1
+        assert one.store_errors.count == 1
         one.store.set_state("a", "b")
 
 
@@ -310,9 +311,9 @@ async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
 
 async def test_saves_beyond_what_can_wait_are_counted(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
-        for _ in range(one._saves.maxsize + 3):
-            one._save("set_state", "a", "b")
-        assert one.store_failures == 3
+        for _ in range(MAX_QUEUED_WRITES + 3):
+            one.writer.as_leader.set_state("a", "b")
+        assert one.store_errors.count == 3
         begun = time.monotonic()
     assert time.monotonic() - begun < 10
 

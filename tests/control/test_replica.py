@@ -33,8 +33,10 @@ from hemostat.control.process import Control
 from hemostat.ipc.messages import Policy
 from hemostat.profiles.lifecycle import EVENTS_HELD, STATES
 from hemostat.store import replica as replica_module
-from hemostat.store.backends import StoredProfile, StoreRefused, ValkeyStore
-from hemostat.store.replica import Lease
+from hemostat.store import writer as writer_module
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import StoreAccessDenied, StoredProfile
+from hemostat.store.valkey import ValkeyStore
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -51,7 +53,7 @@ MODEL, V = "m", 30
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_module, "HOUSEKEEPING", 0.05)
-    monkeypatch.setattr(control_module, "BACKOFF", (0.05,))
+    monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.05,))
     monkeypatch.setattr(replica_module, "BACKOFF", (0.05,))
     monkeypatch.setattr(replica_module, "HEARTBEAT", 0.05)
     monkeypatch.setattr(replica_module, "LEASE", 1.0)
@@ -202,8 +204,8 @@ async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spe
         await follower.promote(other.version, "")
         await until(lambda: other.version in (follower.store.get_state("serving") or ""))
         # What the one that was thought dead still writes is refused, and it follows when it is back.
-        leader._save("set_state", "serving", "{}")
-        await until(lambda: "another replica leads" in leader._store_said)
+        leader.writer.as_leader.set_state("serving", "{}")
+        await until(lambda: "another replica leads" in leader.store_errors.last_message)
         assert other.version in (follower.store.get_state("serving") or "")
         del leader.replica.beat  # type: ignore[union-attr]
         await leader.replica.beat()  # type: ignore[union-attr]
@@ -243,13 +245,13 @@ async def test_a_store_that_crashes_changes_nothing_and_comes_back(
         other = await leader.import_profile(profile(1).to_bytes(), "")
         await leader.promote(other, "")
         await until(lambda: not leader.lease.leads)
-        assert leader.lease.watches
+        assert leader.lease.is_last_leader
         assert follower.steering.serving == mine.version
         with pytest.raises(HemostatError, match="cannot be asked"):
             await leader.promote(mine.version, "")
         with pytest.raises(HemostatError, match="cannot be asked"):
             await follower.import_profile(profile(2).to_bytes(), "")
-        assert all(one.store_failures > 0 for one in ones)
+        assert all(one.store_errors.count > 0 for one in ones)
         said = [record for record in caplog.records if record.levelno >= logging.ERROR]
         assert len(said) < 20, "the same failure is one line, however often it comes"
         await until(lambda: not any(one.status()["replica"]["store_reachable"] for one in ones))
@@ -299,7 +301,7 @@ async def test_a_store_that_is_not_there_at_the_start_is_waited_for(server: Valk
     (tmp_path / "a").mkdir()
     server.kill()
     async with control(tmp_path / "a", made(server, tmp_path), loops=True) as one:
-        assert one.store_failures >= 1
+        assert one.store_errors.count >= 1
         assert not one.lease.leads
         one.steering.know(MODEL, V)
         one.publish()
@@ -312,7 +314,7 @@ async def test_a_store_that_is_not_there_at_the_start_is_waited_for(server: Valk
 async def test_a_store_that_hangs_does_not_hold_up_the_event_loop(
     server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hemostat.store.backends.ANSWER_WITHIN", 0.5)
+    monkeypatch.setattr("hemostat.store.valkey.RESPONSE_SECONDS", 0.5)
     async with replicas(server, tmp_path, 1) as ones:
         server.freeze()
         longest, loop = 0.0, asyncio.get_running_loop()
@@ -331,7 +333,7 @@ async def test_a_store_that_hangs_does_not_hold_up_the_event_loop(
 async def test_a_wrong_password_is_said_before_anything_starts(tmp_path: Path) -> None:
     with valkey.running(tmp_path / "valkey", "secret") as server:
         wrong = settings(store={"url": server.url.replace("secret", "wrong")})
-        with pytest.raises(StoreRefused, match=r"store\.url") as raised:
+        with pytest.raises(StoreAccessDenied, match=r"store\.url") as raised:
             async with control(tmp_path, wrong):
                 pass
         assert "\n" not in str(raised.value)
@@ -356,14 +358,14 @@ async def test_damage_in_the_store_ends_no_loop(shared_server: Valkey, tmp_path:
         await until(lambda: agree(ones, profile().version))
         store = leader.store
         assert isinstance(store, ValkeyStore)
-        store.order("1", json.dumps(["nonsense"]))
+        store.send_command("1", json.dumps(["nonsense"]))
         store.put_profile(StoredProfile("0" * 32, b"junk", 9e9))
-        await until(lambda: "not known" in (store.reply_to("1") or ""))
+        await until(lambda: "not known" in (store.take_reply("1") or ""))
         await until(lambda: "0" * 32 in store.versions())
         for name, order in (("2", "no json"), ("3", "[]"), ("4", "3")):
-            store.order(name, order)
+            store.send_command(name, order)
         for name in ("2", "3", "4"):
-            await until(lambda name=name: "error" in (store.reply_to(name) or ""))  # type: ignore[misc]
+            await until(lambda name=name: "error" in (store.take_reply(name) or ""))  # type: ignore[misc]
         await leader.rollback("asked for", None)
         await until(lambda: agree(ones, None))
 
@@ -391,11 +393,11 @@ def test_a_follower_learns_but_neither_proposes_nor_judges() -> None:
     assert bench.steering.status()["learned_requests"] == 40
     assert bench.decisions() == []
     assert not bench.steering.awaits(10**6)
-    lease.granted(10.0)
+    lease.grant(10.0)
     bench.feed(BIASED, LEARNED[40:56])
     assert bench.decisions() == ["propose", "propose"], "what it had learned is of use at once"
     assert bench.steering.awaits(10**6)
-    lease.lost()
+    lease.lose()
     bench.feed(BIASED, JUDGED[:30])
     assert [c["requests"] for c in bench.steering.status()["candidates"]] == [0, 0]
 
@@ -403,7 +405,7 @@ def test_a_follower_learns_but_neither_proposes_nor_judges() -> None:
 def test_who_led_last_goes_on_watching_what_serves_and_promotes_nothing() -> None:
     bench, clock = Bench(), Clock()
     lease = follower_of(bench, clock)
-    lease.granted(10.0)
+    lease.grant(10.0)
     bad, good = bench.steering.add(harmful()), bench.steering.add(helpful())
     bench.steering.promote(bad)
     clock.now = 11.0
@@ -424,10 +426,10 @@ def test_every_test_has_an_alpha_of_its_own_whoever_begins_it() -> None:
     numbers: list[int] = []
     for turn in range(6):
         bench, store = benches[turn % 2], benches[0].store
-        leases[(turn + 1) % 2].lost()
+        leases[(turn + 1) % 2].lose()
         states = {name: store.get_state(name) for name in STATES}
         bench.steering.take_up(store.profiles(), states, store.events(EVENTS_HELD))
-        leases[turn % 2].granted(1e9)
+        leases[turn % 2].grant(1e9)
         bench.steering.keep([])
         bench.steering.add(helpful(seed=turn))
         numbers += [c["test"] for c in bench.steering.status()["candidates"]]

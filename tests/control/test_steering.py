@@ -34,7 +34,8 @@ from hemostat.profiles.lifecycle import (
     width,
 )
 from hemostat.profiles.trials import TESTED_AT_ONCE
-from hemostat.store.backends import MemoryStore, StoredProfile
+from hemostat.store.memory import MemoryStore
+from hemostat.store.protocol import StoredProfile
 from hemostat_calibration import guard
 from hemostat_calibration.divergence.per_token import gain
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
@@ -61,12 +62,9 @@ class Bench:
         given: dict[str, Any] = {"mode": "auto", "min_tokens": 500, "clamp_nats": 1.0, "held_out_fraction": FRACTION}
         self.settings = Calibration.model_validate(given | calibration)
         self.time = 0.0
-        self.steering = Steering(self.settings, self._save, lambda: self.time, tempered=tempered)
+        self.steering = Steering(self.settings, self.store, lambda: self.time, tempered=tempered)
         if known:
             self.steering.know(MODEL, V)
-
-    def _save(self, method: str, *args: Any) -> None:
-        getattr(self.store, method)(*args)
 
     def restart(self, **calibration: Any) -> Bench:
         """Another process with the same store; the models are not known yet."""

@@ -13,20 +13,11 @@ import pytest
 from tests.support import valkey
 from tests.support.valkey import Valkey
 
-from hemostat.store.backends import (
-    MAX_EVENTS,
-    LeaseLost,
-    MemoryStore,
-    SqliteStore,
-    Standing,
-    Store,
-    StoredProfile,
-    StoreFailure,
-    StoreRefused,
-    ValkeyStore,
-    open_store,
-    without_password,
-)
+from hemostat.store.factory import open_store
+from hemostat.store.memory import MemoryStore
+from hemostat.store.protocol import MAX_EVENTS, LeaseLost, Store, StoreAccessDenied, StoredProfile, StoreFailure
+from hemostat.store.sqlite import SqliteStore
+from hemostat.store.valkey import LeaseAnswer, ValkeyStore, without_password
 
 KINDS = ["memory", "sqlite", "valkey"]
 
@@ -119,7 +110,7 @@ def test_events_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> No
             store.append_event({"n": n})
         assert len(store.events(2 * MAX_EVENTS)) == MAX_EVENTS
         return
-    monkeypatch.setattr("hemostat.store.backends.MAX_EVENTS", 5)
+    monkeypatch.setattr("hemostat.store.protocol.MAX_EVENTS", 5)
     for n in range(8):
         store.append_event({"n": n})
     assert [e["n"] for e in store.events(100)] == [7, 6, 5, 4, 3]
@@ -199,33 +190,33 @@ def pair(server: Valkey, tmp_path: Path) -> Iterator[tuple[ValkeyStore, ValkeySt
 
 def test_one_at_a_time_has_the_lease(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
     first, second = pair
-    assert first.lead(30) == Standing(True, "", 0)
-    assert first.lead(30) == Standing(True, first.who, 0), "nobody else led in between"
-    assert second.lead(30) == Standing(False, first.who, 0)
-    second.resign()
-    assert first.lead(0.05).leads
+    assert first.acquire_lease(30) == LeaseAnswer(True, "", 0)
+    assert first.acquire_lease(30) == LeaseAnswer(True, first.replica, 0), "nobody else led in between"
+    assert second.acquire_lease(30) == LeaseAnswer(False, first.replica, 0)
+    second.release_lease()
+    assert first.acquire_lease(0.05).leads
     time.sleep(0.1)
-    assert second.lead(30) == Standing(True, first.who, 0), "it has to read what the other one did"
-    assert second.lead(30) == Standing(True, second.who, 0)
-    assert not first.lead(30).leads
-    second.resign()
-    assert first.lead(30) == Standing(True, second.who, 0)
+    assert second.acquire_lease(30) == LeaseAnswer(True, first.replica, 0), "it has to read what the other one did"
+    assert second.acquire_lease(30) == LeaseAnswer(True, second.replica, 0)
+    assert not first.acquire_lease(30).leads
+    second.release_lease()
+    assert first.acquire_lease(30) == LeaseAnswer(True, second.replica, 0)
 
 
 def test_who_has_lost_the_lease_writes_nothing(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
     first, second = pair
-    first.lead(30)
-    first.set_state("serving", "a", leading=True)
-    first.raise_state("tests", 3, leading=True)
-    first.resign()
-    second.lead(30)
+    first.acquire_lease(30)
+    first.as_leader.set_state("serving", "a")
+    first.as_leader.raise_state("tests", 3)
+    first.release_lease()
+    second.acquire_lease(30)
     writes: list[Callable[[], None]] = [
-        lambda: first.set_state("serving", "b", leading=True),
-        lambda: first.set_state("serving", None, leading=True),
-        lambda: first.raise_state("tests", 4, leading=True),
-        lambda: first.put_profile(StoredProfile("a", b"", 0.0), leading=True),
-        lambda: first.delete_profile("kept", leading=True),
-        lambda: first.append_event({}, leading=True),
+        lambda: first.as_leader.set_state("serving", "b"),
+        lambda: first.as_leader.set_state("serving", None),
+        lambda: first.as_leader.raise_state("tests", 4),
+        lambda: first.as_leader.put_profile(StoredProfile("a", b"", 0.0)),
+        lambda: first.as_leader.delete_profile("kept"),
+        lambda: first.as_leader.append_event({}),
     ]
     first.put_profile(StoredProfile("kept", b"", 0.0))
     for write in writes:
@@ -233,38 +224,38 @@ def test_who_has_lost_the_lease_writes_nothing(pair: tuple[ValkeyStore, ValkeySt
             write()
     assert (second.get_state("serving"), second.get_state("tests")) == ("a", "3")
     assert (list(second.versions()), second.events(9)) == (["kept"], [])
-    second.set_state("serving", None, leading=True)
+    second.as_leader.set_state("serving", None)
     assert first.get_state("serving") is None
 
 
 def test_every_write_changes_the_revision(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
     first, second = pair
-    first.lead(30)
+    first.acquire_lease(30)
     writes: list[Callable[[], None]] = [
         lambda: first.put_profile(StoredProfile("a", b"1", 1.0)),
         lambda: first.append_event({}),
-        lambda: first.set_state("serving", "x", leading=True),
-        lambda: first.set_state("serving", None, leading=True),
-        lambda: first.raise_state("tests", 4, leading=True),
+        lambda: first.as_leader.set_state("serving", "x"),
+        lambda: first.as_leader.set_state("serving", None),
+        lambda: first.as_leader.raise_state("tests", 4),
         lambda: first.delete_profile("a"),
     ]
     for n, write in enumerate(writes):
-        assert second.lead(30).revision == n
+        assert second.acquire_lease(30).revision == n
         write()
-    assert second.lead(30).revision == len(writes)
+    assert second.acquire_lease(30).revision == len(writes)
 
 
 def test_orders_are_taken_once_and_answered(pair: tuple[ValkeyStore, ValkeyStore]) -> None:
     first, second = pair
-    assert first.orders() == []
-    second.order("1", "promote")
-    second.order("2", "pin")
-    assert first.orders() == [("1", "promote"), ("2", "pin")]
-    assert first.orders() == []
-    assert second.reply_to("1") is None
-    first.reply("1", "done")
-    assert second.reply_to("1") == "done"
-    assert second.reply_to("1") is None
+    assert first.take_commands() == []
+    second.send_command("1", "promote")
+    second.send_command("2", "pin")
+    assert first.take_commands() == [("1", "promote"), ("2", "pin")]
+    assert first.take_commands() == []
+    assert second.take_reply("1") is None
+    first.send_reply("1", "done")
+    assert second.take_reply("1") == "done"
+    assert second.take_reply("1") is None
 
 
 def test_deployments_on_one_server_are_apart(server: Valkey, tmp_path: Path) -> None:
@@ -272,8 +263,8 @@ def test_deployments_on_one_server_are_apart(server: Valkey, tmp_path: Path) -> 
     other = ValkeyStore(shared(server, tmp_path / "other"))
     one.put_profile(StoredProfile("a", b"1", 1.0))
     one.set_state("serving", "a")
-    assert one.lead(30).leads
-    assert other.lead(30).leads
+    assert one.acquire_lease(30).leads
+    assert other.acquire_lease(30).leads
     assert (other.profiles(), other.get_state("serving")) == ([], None)
     one.close()
     other.close()
@@ -299,7 +290,7 @@ def test_a_server_that_crashes_is_a_failure_and_has_everything_when_it_is_back(t
 
 
 def test_a_server_that_hangs_is_a_failure_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hemostat.store.backends.ANSWER_WITHIN", 0.3)
+    monkeypatch.setattr("hemostat.store.valkey.RESPONSE_SECONDS", 0.3)
     with valkey.running(tmp_path / "data") as server:
         store = ValkeyStore(server.url)
         store.set_state("serving", "a")
@@ -317,7 +308,7 @@ def test_a_server_that_hangs_is_a_failure_in_time(tmp_path: Path, monkeypatch: p
 def test_a_wrong_password_is_said_in_a_line_that_does_not_show_it(given: str, tmp_path: Path) -> None:
     with valkey.running(tmp_path / "data", "secret") as server:
         store = ValkeyStore(f"redis://{given}127.0.0.1:{server.port}/0")
-        with pytest.raises(StoreRefused, match=r"store\.url") as raised:
+        with pytest.raises(StoreAccessDenied, match=r"store\.url") as raised:
             store.get_state("serving")
         said = str(raised.value)
         assert "\n" not in said

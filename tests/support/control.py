@@ -42,7 +42,7 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
     await one.link.start()
     tasks = []
     if loops:
-        tasks = [asyncio.create_task(loop) for loop in (one.keep_house(), one.keep_store())]
+        tasks = [asyncio.create_task(loop) for loop in (one.keep_house(), one.writer.run())]
         if one.replica is not None:
             tasks.append(asyncio.create_task(one.replica.run()))
         if one.scorer is not None and one.reference is not None:

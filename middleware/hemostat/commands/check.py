@@ -16,7 +16,9 @@ from hemostat.reference import make_reference
 from hemostat.reference.match import compare
 from hemostat.reference.protocol import Reference, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
-from hemostat.store.backends import StoreFailure, StoreRefused, ValkeyStore, open_store, without_password
+from hemostat.store.factory import open_store
+from hemostat.store.protocol import StoreAccessDenied, StoreFailure
+from hemostat.store.valkey import ValkeyStore, without_password
 
 PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
 PROBE = "The capital of France is"
@@ -115,7 +117,7 @@ async def _store(settings: Settings) -> Finding:
             kind, eviction = await asyncio.to_thread(store.probe)
         finally:
             store.close()
-    except StoreRefused as refused:
+    except StoreAccessDenied as refused:
         return Finding(
             "store", State.NO, str(refused).removeprefix("store.url: "), "correct user and password in store.url"
         )

@@ -32,7 +32,9 @@ from pydantic import (
     model_validator,
 )
 
-from hemostat.store.backends import MISSING_EXTRA, SERVER_SCHEMES, StoreFailure, open_store, without_password
+from hemostat.store.factory import open_store
+from hemostat.store.protocol import StoreFailure
+from hemostat.store.valkey import MISSING_EXTRA, SERVER_SCHEMES, without_password
 from hemostat_calibration.errors import HemostatError
 
 ENV_PREFIX = "HEMOSTAT_"

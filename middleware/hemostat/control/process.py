@@ -18,7 +18,6 @@ import socket
 import sys
 import time
 from collections.abc import Generator, Iterable, Mapping
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +53,12 @@ from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudg
 from hemostat.shadow.noise_floor import MODELS, Floor
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.shadow.scorer import Scorer
-from hemostat.store.backends import (
-    MemoryStore,
-    Store,
-    StoreAway,
-    StoredProfile,
-    StoreFailure,
-    StoreRefused,
-    ValkeyStore,
-    open_store,
-)
-from hemostat.store.replica import BACKOFF, OBEYED_WITHIN, Lease, Replica
+from hemostat.store.factory import open_store_or_memory
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import StoreAccessDenied, StoredProfile, StoreFailure, StoreUnreachable
+from hemostat.store.replica import OBEYED_WITHIN, Replica
+from hemostat.store.valkey import ValkeyStore
+from hemostat.store.writer import StoreWriter
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
@@ -87,10 +81,6 @@ TRACED = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compressed")
 """Figures of a request, means over its tokens, that its shadow span tells."""
 
 
-_Write = tuple[str, tuple[Any, ...], bool]
-"""Method of the store, its arguments, whether it is written as the replica that leads."""
-
-
 class Control:
     """Wires the parts together; implements what the admin port and the collector ask for."""
 
@@ -101,19 +91,24 @@ class Control:
         self._began = time.monotonic()
         self.measurements = Measurements()
         self.history = History()
-        self.alarms = Alarms(
-            settings.alarm, MODELS if settings.shadow.floor_fraction > 0.0 else (), self._save_alarm, time.time
-        )
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.registry = CollectorRegistry()
         self.registry.register(HemostatCollector(self))
-        self.store_failures = 0
-        self.store = self._open_store()
+        self.store, self.store_errors = open_store_or_memory(settings.store.url)
         self.lease = Lease(shared=isinstance(self.store, ValkeyStore))
+        self.writer = StoreWriter(self.store, self.lease, self.store_errors)
+        # Every replica has alarms of its own: each is an event; the state kept for a restart is the leader's.
+        self.alarms = Alarms(
+            settings.alarm,
+            MODELS if settings.shadow.floor_fraction > 0.0 else (),
+            self.writer.as_leader,
+            self.writer.as_replica,
+            time.time,
+        )
         self.calibration_failures = 0
         self.steering = Steering(
             settings.calibration,
-            self._save,
+            self.writer.as_leader,
             time.time,
             tempered=settings.upstream.openai_sampling_defaults,
             lease=self.lease,
@@ -124,7 +119,7 @@ class Control:
         self.engines.replica = secrets.token_hex(8)
         if isinstance(self.store, ValkeyStore):
             self.replica = self._replica(self.store)
-            self.engines.replica = self.store.who
+            self.engines.replica = self.store.replica
         self.reference = make_reference(settings)
         self.reference_info: ReferenceInfo | None = None
         self.learner = Learner(settings.calibration, self.steering, self.publish)
@@ -182,8 +177,6 @@ class Control:
             )
         self._policy: Policy | None = None
         self._generation = 0
-        self._saves: asyncio.Queue[_Write] = asyncio.Queue(1000)
-        self._store_said = ""
         self._restored = False
         self._mode_here: str | None = None
         """What an operator set at this replica, while the one that leads has yet to obey."""
@@ -249,40 +242,6 @@ class Control:
         except Exception:
             log.exception("score of %s could not be traced", capture.request_id)
 
-    def _save(self, method: str, *args: Any, leading: bool = True) -> None:
-        """Queue a write for the store; it happens off the event loop, and its failure is only counted.
-
-        leading: it is for the replica that leads to write.
-        """
-        if leading and not self.lease.watches:
-            return
-        try:
-            self._saves.put_nowait((method, args, leading and self.replica is not None))
-        except asyncio.QueueFull:
-            self.store_failures += 1
-
-    def _save_alarm(self, method: str, *args: Any) -> None:
-        """Every replica has alarms of its own: each is an event; what is kept for a restart is the leader's."""
-        self._save(method, *args, leading=method != "append_event")
-
-    def _write(self, write: _Write) -> None:
-        method, args, leading = write
-        getattr(self.store, method)(*args, **({"leading": True} if leading else {}))
-
-    def _open_store(self) -> Store:
-        try:
-            return open_store(self.settings.store.url)
-        except StoreFailure as failure:
-            self.store_failures += 1
-            log.error("%s; going on in memory, nothing will be kept", failure)
-            return MemoryStore()
-
-    def _store_failed(self, failure: StoreFailure) -> None:
-        self.store_failures += 1
-        if str(failure) != self._store_said or self.replica is None:
-            self._store_said = str(failure)
-            log.error("%s", failure)
-
     # --- replicas --------------------------------------------------------------------------------------------------
 
     def _replica(self, store: ValkeyStore) -> Replica:
@@ -295,7 +254,7 @@ class Control:
             take_up=self._take_up,
             keep=self._keep,
             obey=self._obey_and_write,
-            failed=self._store_failed,
+            failed=self.store_errors.record,
         )
 
     def _take_up(
@@ -315,7 +274,7 @@ class Control:
         self.publish()
 
     def _keep(self, stored: Mapping[str, float]) -> None:
-        self._store_said = ""
+        self.store_errors.clear()
         self.steering.keep(stored)
         self.alarms.keep()
 
@@ -329,7 +288,7 @@ class Control:
         """What ends something holds here whatever the store does, and everywhere once it answers: whether it does."""
         if self.replica is not None and not self.replica.reachable and not self.lease.leads:
             await self._obey(action, list(arguments))
-            self._save("order", secrets.token_hex(8), json.dumps([action, *arguments]), leading=False)
+            self.writer.send_command(secrets.token_hex(8), json.dumps([action, *arguments]))
             return False
         await self._decide(action, *arguments)
         return True
@@ -337,8 +296,7 @@ class Control:
     async def _obey_and_write(self, action: str, arguments: list[Any]) -> str:
         """Whoever asked reads it in the store once this returns."""
         result = await self._obey(action, arguments)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._saves.join(), WRITTEN_WITHIN)
+        await self.writer.wait_until_written(WRITTEN_WITHIN)
         return result
 
     async def _obey(self, action: str, arguments: list[Any]) -> str:
@@ -538,22 +496,6 @@ class Control:
                 self.history.add(time.monotonic(), time.time(), self.status())
             await asyncio.sleep(HOUSEKEEPING)
 
-    async def keep_store(self) -> None:
-        """Write what was queued, one after the other; a server that does not answer is waited for."""
-        while True:
-            write = await self._saves.get()
-            for pause in chain(BACKOFF, repeat(BACKOFF[-1])):
-                try:
-                    await asyncio.to_thread(self._write, write)
-                    break
-                except StoreAway as failure:
-                    self._store_failed(failure)
-                except StoreFailure as failure:
-                    self._store_failed(failure)
-                    break
-                await asyncio.sleep(pause)
-            self._saves.task_done()
-
     async def restore(self) -> None:
         """Take up what the store holds from an earlier run."""
         force = self.settings.calibration.force
@@ -571,10 +513,10 @@ class Control:
             states = {name: await asyncio.to_thread(self.store.get_state, name) for name in STATES}
             events = await asyncio.to_thread(self.store.events, EVENTS_HELD)
             alarm = await asyncio.to_thread(self.store.get_state, ALARM_STATE)
-        except StoreRefused:
+        except StoreAccessDenied:
             raise  # a wrong password is the operator's to put right; relays, if any run, go on meanwhile
         except StoreFailure as failure:
-            self._store_failed(failure)
+            self.store_errors.record(failure)
             return
         finally:
             self._restored = True
@@ -698,7 +640,7 @@ class Control:
             stored = StoredProfile(profile.version, data, time.time())
             await asyncio.to_thread(self.store.put_profile, stored)
         except StoreFailure as failure:
-            self._store_failed(failure)
+            self.store_errors.record(failure)
             raise HemostatError(f"the replica that leads cannot be asked: {failure}") from None
         return await self._decide("import", profile.version, scope)
 
@@ -739,7 +681,7 @@ class Control:
         for reason, count in self.scorer.features_dropped.items() if self.scorer else ():
             yield "hemostat_features_dropped_total", {"reason": reason}, count
         yield "hemostat_calibration_errors_total", {}, self.calibration_failures
-        yield "hemostat_store_errors_total", {}, self.store_failures
+        yield "hemostat_store_errors_total", {}, self.store_errors.count
         yield from self.measurements.counters()
         for (model, outcome), count in self.floor_counts.items():
             yield "hemostat_noise_floor_requests_total", {"model": model, "outcome": outcome}, count
@@ -780,15 +722,8 @@ class Control:
         if self.itself is not None:
             await self.itself.close()
         self.alarms.keep()
-        with contextlib.suppress(StoreAway):
-            while not self._saves.empty():
-                write = self._saves.get_nowait()
-                try:
-                    await asyncio.to_thread(self._write, write)
-                except StoreAway:
-                    raise
-                except StoreFailure as failure:
-                    self._store_failed(failure)
+        with contextlib.suppress(StoreUnreachable):
+            await self.writer.drain()
             if self.replica is not None:
                 await self.replica.resign()
         if self.records is not None:
@@ -829,7 +764,7 @@ async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(server.serve(sockets=[listener])),
         asyncio.create_task(control.keep_house()),
-        asyncio.create_task(control.keep_store()),
+        asyncio.create_task(control.writer.run()),
         *([asyncio.create_task(control.replica.run())] if control.replica is not None else []),
     ]
     if control.reference is not None and control.scorer is not None:

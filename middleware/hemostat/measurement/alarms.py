@@ -15,6 +15,7 @@ from typing import Any
 
 from hemostat.config import schema as config
 from hemostat.measurement.figures import finite
+from hemostat.store.protocol import StoreWrites
 from hemostat_calibration import alarm
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
@@ -35,14 +36,15 @@ class Alarms:
 
     floors: names of the models whose noise floors add up to the whole; none: the floor is not measured, and the budget
         is on the divergence itself.
-    save: queues a write of the store, as `steering.Steering`'s. wall: Unix time.
+    state_writes: for the state of the tests. event_writes: for each alarm that is raised or cleared. wall: Unix time.
     """
 
     def __init__(
         self,
         settings: config.Alarm,
         floors: tuple[str, ...],
-        save: Callable[..., None],
+        state_writes: StoreWrites,
+        event_writes: StoreWrites,
         wall: Callable[[], float],
     ) -> None:
         self._settings = alarm.Settings(
@@ -53,7 +55,8 @@ class Alarms:
         )
         self._state = alarm.init(self._settings)
         self._floors = {model: ClippedMean(0.0, self._settings.cap) for model in floors}
-        self._save = save
+        self._state_writes = state_writes
+        self._event_writes = event_writes
         self._wall = wall
         self._saved_at = wall()
         self._raised: dict[tuple[str, str], bool] = {}
@@ -89,7 +92,7 @@ class Alarms:
             event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": told(reading)}
             self.events.append(event)
             log.warning("%s", why)
-            self._save("append_event", event)
+            self._event_writes.append_event(event)
         self._raised[key] = raised
 
     # --- what operators do -----------------------------------------------------------------------------------------
@@ -109,7 +112,7 @@ class Alarms:
     def keep(self) -> None:
         """Queue a write of everything to the store."""
         self._saved_at = self._wall()
-        self._save("set_state", STATE, alarm.save(self._state).decode())
+        self._state_writes.set_state(STATE, alarm.save(self._state).decode())
 
     def restore(self, kept: str | None, events: list[dict[str, Any]]) -> None:
         """Take up what an earlier run kept. events: of the store, newest first."""

@@ -10,7 +10,7 @@ Invariants:
 - A record is learned from or judged by, never both: decided by its prompt.
 - With `calibration.scope` other than `pooled`, a scope (a label, a route, a model) may have a profile of its own, which
   was better there than what serves all; every other request gets the pooled one.
-- Of several replicas, only the one that leads (`replica.Lease`) proposes, tests and promotes; the others learn, so that
+- Of several replicas, only the one that leads (`store.lease`) proposes, tests and promotes; the others learn, so that
   any can go on, and take up what it has decided.
 """
 
@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from hemostat.config.schema import Calibration
 from hemostat.profiles.trials import IMPORT, POOLED, Candidate, Trials
-from hemostat.store.backends import StoredProfile
-from hemostat.store.replica import Lease
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import StoredProfile, StoreWrites
 from hemostat_calibration import guard
 from hemostat_calibration.divergence.per_token import gain
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
@@ -126,7 +126,7 @@ class _Kept(msgspec.Struct, frozen=True):
 
 
 class Steering:
-    """Lives in the control process's event loop; `save(method, *args)` queues a write of the store.
+    """Lives in the control process's event loop; what it decides is written to `writes`.
 
     tempered: the server's own default temperature is known to be 1, so that `calibration.apply: request` may put
     another in its place. Where the model brings a default of its own, a temperature of ours would replace that one.
@@ -135,7 +135,7 @@ class Steering:
     def __init__(
         self,
         settings: Calibration,
-        save: Callable[..., None],
+        writes: StoreWrites,
         wall: Callable[[], float],
         *,
         tempered: bool = False,
@@ -144,7 +144,7 @@ class Steering:
         self._settings = settings
         self._lease = lease or Lease(shared=False)
         self._tempered = tempered
-        self._save = save
+        self._writes = writes
         self._wall = wall
         self._family = TemperatureBias(
             # With |Δz| ≤ a, KL from identity is at most a²/2: Var Δz ≤ a² under every c e^{sΔz}, and KL is ∫ s Var ds.
@@ -156,7 +156,7 @@ class Steering:
             settings.alpha,
             width=lambda version: width(self._profiles[version]),
             serves=lambda scope: self._seats[self._place(scope)].selected,
-            spent=lambda role, number: save("raise_state", f"tests.{role}", number),
+            spent=lambda role, number: writes.raise_state(f"tests.{role}", number),
         )
         self._seats: dict[str, _Seat] = {ALL: _Seat()}
         self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
@@ -445,7 +445,7 @@ class Steering:
         The gain is of the models' own distributions on the tokens at hand, whatever arm they came from: both
         alternatives are computed on the same tokens, so that nothing depends on who was assigned to what.
         """
-        if not self._lease.watches:
+        if not self._lease.is_last_leader:
             return
         place = self._place(scope)
         selected = self._seats[place].selected
@@ -516,7 +516,7 @@ class Steering:
         if own:
             self._trials.serve(version, scope, window)
             profile = StoredProfile(version, self._profiles[version].to_bytes(), self._created[version])
-            self._save("put_profile", profile)
+            self._writes.put_profile(profile)
         self._changed(scope)
 
     def _take_back(self, scope: str, reason: str, why: str, evidence: dict[str, Any]) -> None:
@@ -544,7 +544,7 @@ class Steering:
 
     def _keep_serving(self) -> None:
         kept = {place: (seat.selected, seat.window) for place, seat in self._seats.items() if seat.selected is not None}
-        self._save("set_state", "serving", _encode(_Kept(self._settings.scope, self.pinned, kept)))
+        self._writes.set_state("serving", _encode(_Kept(self._settings.scope, self.pinned, kept)))
 
     def _decided(
         self, decision: str, reason: str, version: str, scope: str, why: str, evidence: dict[str, Any]
@@ -561,7 +561,7 @@ class Steering:
         }
         log.info("%s %s%s: %s %s", decision, version, f" for {scope}" if scope else "", why, evidence or "")
         self._events.append(event)
-        self._save("append_event", event)
+        self._writes.append_event(event)
 
     # --- what operators do -----------------------------------------------------------------------------------------
 
@@ -576,7 +576,7 @@ class Steering:
             self._decided("mode", "operator", self.selected or IDENTITY, ALL, f"set to {mode} by the operator", {})
 
     def _keep_mode(self) -> None:
-        self._save("set_state", "mode", f"{self._settings.mode} {self.mode}")
+        self._writes.set_state("mode", f"{self._settings.mode} {self.mode}")
 
     def promote(self, version: str, scope: str = ALL) -> None:
         """Let a profile serve without the guard's word; it is watched like any other."""
@@ -636,7 +636,7 @@ class Steering:
             )
         self._decided("import", "operator", version, scope, why, {})
         self._test(profile, scope, IMPORT)
-        self._save("put_profile", StoredProfile(version, profile.to_bytes(), self._created[version]))
+        self._writes.put_profile(StoredProfile(version, profile.to_bytes(), self._created[version]))
         return version
 
     def force(self, profile: CalibrationProfile) -> None:
@@ -663,7 +663,7 @@ class Steering:
             held = self._profiles.get(item.version)
             total += len(item.data) if held is None else weight(held)
             if item.version not in selected and (n >= PROFILES_HELD or total > BYTES_HELD):
-                self._save("delete_profile", item.version)
+                self._writes.delete_profile(item.version)
                 continue
             try:
                 profile = held or item.read or CalibrationProfile.from_bytes(item.data, item.version)
@@ -720,11 +720,11 @@ class Steering:
         for version in {seat.selected for seat in self._seats.values()} - {None, *stored}:
             assert version is not None
             profile = StoredProfile(version, self._profiles[version].to_bytes(), self._created[version])
-            self._save("put_profile", profile)
+            self._writes.put_profile(profile)
         self._keep_serving()
         self._keep_mode()
         for role, number in self._trials.tests.items():
-            self._save("raise_state", f"tests.{role}", number)
+            self._writes.raise_state(f"tests.{role}", number)
 
     def _override(self, decision: str, version: str, scope: str) -> None:
         self._checked(version)
@@ -847,7 +847,7 @@ class Steering:
             if len(self._profiles) > PROFILES_HELD or total > BYTES_HELD:
                 total -= weight(self._profiles[version])
                 self._forget(version)
-                self._save("delete_profile", version)
+                self._writes.delete_profile(version)
 
     def _in_use(self) -> set[str | None]:
         """Versions that serve, are tested or wait to be, and the probe."""

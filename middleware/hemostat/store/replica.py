@@ -20,14 +20,15 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hemostat.store.backends import StoredProfile, StoreFailure, ValkeyStore
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import StoredProfile, StoreFailure
+from hemostat.store.valkey import ValkeyStore
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -43,28 +44,6 @@ BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Seconds between attempts at a store that does not answer."""
 OBEYED_WITHIN = LEASE + 5.0
 ASK_EVERY = 0.1
-
-
-class Lease:
-    """Whether this replica leads, by its own clock; without a shared store it always does.
-
-    watches: nobody else is known to have led since: what serves is watched.
-    """
-
-    def __init__(self, *, shared: bool, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._until = -math.inf if shared else math.inf
-        self.watches = not shared
-
-    @property
-    def leads(self) -> bool:
-        return self._clock() < self._until
-
-    def granted(self, until: float) -> None:
-        self._until, self.watches = until, True
-
-    def lost(self) -> None:
-        self._until, self.watches = -math.inf, False
 
 
 class Replica:
@@ -119,31 +98,31 @@ class Replica:
         """Lead, or follow who does. StoreFailure."""
         began, led = self._clock(), self._lease.leads
         try:
-            standing = await asyncio.to_thread(self._store.lead, LEASE)
+            standing = await asyncio.to_thread(self._store.acquire_lease, LEASE)
         except StoreFailure:
             self.reachable = False
             raise
         self.reachable = True
-        if standing.before not in {"", self._store.who}:
+        if standing.previous_leader not in {"", self._store.replica}:
             self._behind = True
         if not standing.leads:
-            if self._lease.watches:
+            if self._lease.is_last_leader:
                 log.warning("another replica leads now")
-            self._lease.lost()
+            self._lease.lose()
             if standing.revision != self._revision:
                 await self._read()
                 self._revision = standing.revision
             return
         if self._behind:
-            self._lease.lost()
+            self._lease.lose()
             await self._read()
             self._behind = False
-        self._lease.granted(began + OWN_PART * LEASE)
+        self._lease.grant(began + OWN_PART * LEASE)
         self._revision = None
-        if not led or standing.before == "":
-            log.info("this replica leads" if standing.before else "this replica leads; the store was empty")
+        if not led or standing.previous_leader == "":
+            log.info("this replica leads" if standing.previous_leader else "this replica leads; the store was empty")
             self._keep(await asyncio.to_thread(self._store.versions))
-        for name, order in await asyncio.to_thread(self._store.orders):
+        for name, order in await asyncio.to_thread(self._store.take_commands):
             await self._carry_out(name, order)
 
     async def _read(self) -> None:
@@ -173,17 +152,17 @@ class Replica:
             answer = {"result": await self._obey(action, arguments)}
         except (HemostatError, ValueError, TypeError) as error:  # ValueError, TypeError: that was no order
             answer = {"error": str(error)}
-        await asyncio.to_thread(self._store.reply, name, json.dumps(answer))
+        await asyncio.to_thread(self._store.send_reply, name, json.dumps(answer))
 
     async def ask(self, action: str, *arguments: str | None) -> str:
         """Have the replica that leads do it; its result, or its error as a HemostatError."""
         name = secrets.token_hex(8)
         try:
-            await asyncio.to_thread(self._store.order, name, json.dumps([action, *arguments]))
+            await asyncio.to_thread(self._store.send_command, name, json.dumps([action, *arguments]))
             end = self._clock() + OBEYED_WITHIN
             while self._clock() < end:
                 await asyncio.sleep(ASK_EVERY)
-                said = await asyncio.to_thread(self._store.reply_to, name)
+                said = await asyncio.to_thread(self._store.take_reply, name)
                 if said is not None:
                     answer = json.loads(said)
                     if "error" in answer:
@@ -196,5 +175,5 @@ class Replica:
 
     async def resign(self) -> None:
         """At an orderly end: another one may lead at once."""
-        self._lease.lost()
-        await asyncio.to_thread(self._store.resign)
+        self._lease.lose()
+        await asyncio.to_thread(self._store.release_lease)

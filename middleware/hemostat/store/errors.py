@@ -1,0 +1,33 @@
+"""How many operations of the store have failed, and the log lines about them."""
+
+from __future__ import annotations
+
+import logging
+
+from hemostat.store.protocol import StoreFailure
+
+log = logging.getLogger("hemostat.store")
+
+
+class StoreErrorLog:
+    """Counts every failed operation and logs it.
+
+    log_repeats: False logs a message only when it differs from the one before.
+    """
+
+    def __init__(self, *, log_repeats: bool = True) -> None:
+        self._log_repeats = log_repeats
+        self.last_message = ""
+        """Of the failures since `clear`; "" when there was none."""
+        self.count = 0
+
+    def record(self, failure: StoreFailure) -> None:
+        self.count += 1
+        message = str(failure)
+        if self._log_repeats or message != self.last_message:
+            log.error("%s", message)
+        self.last_message = message
+
+    def clear(self) -> None:
+        """The store works again: the next failure is logged, whatever its message."""
+        self.last_message = ""

@@ -1,0 +1,52 @@
+"""From `store.url` to a store."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from hemostat.store.errors import StoreErrorLog
+from hemostat.store.memory import MemoryStore
+from hemostat.store.protocol import Store, StoreFailure
+from hemostat.store.sqlite import SqliteStore
+from hemostat.store.valkey import SERVER_SCHEMES, ValkeyStore, without_password
+
+log = logging.getLogger("hemostat.store")
+
+
+def open_store(url: str) -> Store:
+    """`memory://`, `sqlite:///relative/path`, `sqlite:////absolute/path`, or a server:
+    `redis://[user:password@]host[:port][/database][?prefix=…]`; `rediss` for TLS, `valkey` and `valkeys` for the same.
+
+    StoreFailure when the address is invalid, the file cannot be opened, or the client library is missing. A server
+    is not contacted before the first call.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise StoreFailure(f"store.url: not an address ({error}); write it like redis://valkey:6379") from None
+    if parts.scheme == "memory":
+        return MemoryStore()
+    if parts.scheme == "sqlite" and not parts.netloc and parts.path not in ("", "/"):
+        return SqliteStore(Path(unquote(parts.path[1:])))
+    if parts.scheme in SERVER_SCHEMES and parts.hostname and port != 0:
+        if parts.path.strip("/") and not parts.path.strip("/").isdecimal():
+            raise StoreFailure(f"store.url: {without_password(url)}: the path after the host must be a database number")
+        return ValkeyStore(url)
+    shown = without_password(url)
+    raise StoreFailure(f"store.url: {shown!r} is none of memory://, sqlite:///path and redis://host:6379")
+
+
+def open_store_or_memory(url: str) -> tuple[Store, StoreErrorLog]:
+    """The store and the log of its errors; a store in memory where the configured one cannot be opened."""
+    try:
+        store = open_store(url)
+    except StoreFailure as failure:
+        errors = StoreErrorLog()
+        errors.count += 1
+        log.error("%s; using a store in memory: nothing will survive a restart", failure)
+        return MemoryStore(), errors
+    # Attempts to reach a server are repeated for as long as it is away, each with the same message.
+    return store, StoreErrorLog(log_repeats=not isinstance(store, ValkeyStore))

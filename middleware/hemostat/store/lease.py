@@ -1,0 +1,30 @@
+"""Whether this replica is the leader."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+
+class Lease:
+    """Whether this replica leads, by its own monotonic clock; without a shared store it always does.
+
+    is_last_leader: no other replica is known to have led since this one did. Such a replica goes on watching what
+    serves, and may roll it back, also when its lease has expired because the store does not answer.
+    """
+
+    def __init__(self, *, shared: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._until = -math.inf if shared else math.inf
+        self.is_last_leader = not shared
+
+    @property
+    def leads(self) -> bool:
+        return self._clock() < self._until
+
+    def grant(self, until: float) -> None:
+        self._until, self.is_last_leader = until, True
+
+    def lose(self) -> None:
+        self._until, self.is_last_leader = -math.inf, False

@@ -1,0 +1,174 @@
+"""The one place from which the control process writes to the store: a bounded queue of typed writes, in order.
+
+Writes are queued on the event loop and happen in a thread. A failed write is counted and dropped, unless the server
+cannot be reached: then the write is repeated until it answers.
+
+Replicas that share a store: a write `as_leader` is queued only while this replica is the last known leader, and the
+server refuses it once another replica has led since (`LeaseLost`). Other writes are made by every replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any, TypeAlias
+
+from hemostat.store.errors import StoreErrorLog
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import Store, StoredProfile, StoreFailure, StoreUnreachable, StoreWrites
+from hemostat.store.valkey import ValkeyStore
+
+MAX_QUEUED_WRITES = 1000
+RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
+"""Pauses between attempts to reach the server; the last one repeats."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutProfile:
+    profile: StoredProfile
+    as_leader: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteProfile:
+    version: str
+    as_leader: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AppendEvent:
+    event: dict[str, Any]
+    as_leader: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SetState:
+    key: str
+    value: str | None
+    as_leader: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RaiseState:
+    key: str
+    value: int
+    as_leader: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SendCommand:
+    """A command for whichever replica leads; only stores that replicas share carry commands."""
+
+    name: str
+    command: str
+
+
+Write: TypeAlias = PutProfile | DeleteProfile | AppendEvent | SetState | RaiseState | SendCommand
+
+
+class QueuedWrites:
+    """Implements `protocol.StoreWrites`: each call queues one write."""
+
+    def __init__(self, enqueue: Callable[[Write], None], *, as_leader: bool) -> None:
+        self._enqueue = enqueue
+        self._as_leader = as_leader
+
+    def put_profile(self, profile: StoredProfile) -> None:
+        self._enqueue(PutProfile(profile, self._as_leader))
+
+    def delete_profile(self, version: str) -> None:
+        self._enqueue(DeleteProfile(version, self._as_leader))
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        self._enqueue(AppendEvent(event, self._as_leader))
+
+    def set_state(self, key: str, value: str | None) -> None:
+        self._enqueue(SetState(key, value, self._as_leader))
+
+    def raise_state(self, key: str, value: int) -> None:
+        self._enqueue(RaiseState(key, value, self._as_leader))
+
+
+class StoreWriter:
+    """Lives in the control process's event loop; owns the queue of writes.
+
+    as_leader: writes that only the leader makes (what is proposed, promoted, rolled back, set by an operator).
+    as_replica: writes that every replica makes (its own alarms).
+    """
+
+    def __init__(self, store: Store, lease: Lease, errors: StoreErrorLog) -> None:
+        self._store = store
+        self._lease = lease
+        self._errors = errors
+        self._queue: asyncio.Queue[Write] = asyncio.Queue(MAX_QUEUED_WRITES)
+        self.as_leader: StoreWrites = QueuedWrites(self._enqueue_as_leader, as_leader=True)
+        self.as_replica: StoreWrites = QueuedWrites(self._enqueue, as_leader=False)
+
+    def send_command(self, name: str, command: str) -> None:
+        """Queue a command for whichever replica leads once the store answers again."""
+        self._enqueue(SendCommand(name, command))
+
+    def _enqueue_as_leader(self, write: Write) -> None:
+        if self._lease.is_last_leader:
+            self._enqueue(write)
+
+    def _enqueue(self, write: Write) -> None:
+        try:
+            self._queue.put_nowait(write)
+        except asyncio.QueueFull:
+            self._errors.count += 1
+
+    async def run(self) -> None:
+        """Write what is queued, one after the other, until cancelled."""
+        while True:
+            write = await self._queue.get()
+            for pause in chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1])):
+                try:
+                    await asyncio.to_thread(self._write, write)
+                    break
+                except StoreUnreachable as failure:
+                    self._errors.record(failure)
+                except StoreFailure as failure:
+                    self._errors.record(failure)
+                    break
+                await asyncio.sleep(pause)
+            self._queue.task_done()
+
+    async def wait_until_written(self, seconds: float) -> None:
+        """Returns once nothing is queued or being written, at the latest after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._queue.join(), seconds)
+
+    async def drain(self) -> None:
+        """At the end of the process, after `run` was cancelled: write what is still queued, each once.
+        StoreUnreachable as soon as the server does not answer."""
+        while not self._queue.empty():
+            write = self._queue.get_nowait()
+            try:
+                await asyncio.to_thread(self._write, write)
+            except StoreUnreachable:
+                raise
+            except StoreFailure as failure:
+                self._errors.record(failure)
+
+    def _write(self, write: Write) -> None:
+        match write:
+            case PutProfile(profile):
+                self._target(write.as_leader).put_profile(profile)
+            case DeleteProfile(version):
+                self._target(write.as_leader).delete_profile(version)
+            case AppendEvent(event):
+                self._target(write.as_leader).append_event(event)
+            case SetState(key, value):
+                self._target(write.as_leader).set_state(key, value)
+            case RaiseState(key, number):
+                self._target(write.as_leader).raise_state(key, number)
+            case SendCommand(name, command):
+                if isinstance(self._store, ValkeyStore):
+                    self._store.send_command(name, command)
+
+    def _target(self, as_leader: bool) -> StoreWrites:
+        return self._store.as_leader if as_leader and isinstance(self._store, ValkeyStore) else self._store
