@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import valkey
-from tests.support.reference_server import FakeVllm, running
+from tests.support.fake_vllm import FakeVllm, running
 
 from hemostat import cli
 from hemostat.commands.check import Finding, State, check, exit_code, table
@@ -27,7 +27,10 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 async def findings_of(
     upstream: dict[str, Any], reference: dict[str, Any] | None, **sections: Any
 ) -> dict[str, Finding]:
-    async with running(FakeVllm(**upstream)) as ours, running(FakeVllm(**(reference or {}))) as theirs:
+    async with (
+        running(FakeVllm(**({"plugin": True} | upstream))) as ours,
+        running(FakeVllm(**(reference or {}))) as theirs,
+    ):
         settings = Settings.model_validate(
             {
                 "upstream": {"url": ours.url},
@@ -59,7 +62,7 @@ async def test_all_is_well() -> None:
         "reference score": "ok",
         "same tokens": "ok",
     }
-    assert "serves fake, up to 128 tokens (vLLM 0.32.0)" in found["upstream"].detail
+    assert "serves fake, up to 2048 tokens (vLLM 0.32.0)" in found["upstream"].detail
 
 
 async def test_a_server_as_store_is_written_to_and_read(tmp_path: Path) -> None:
@@ -85,20 +88,20 @@ async def test_a_server_as_store_is_written_to_and_read(tmp_path: Path) -> None:
         ({"max_logprobs": 5}, {}, {}, "max_logprobs", "NO", "--max-logprobs 20"),
         ({"max_logprobs": 5}, None, {}, "max_logprobs", "note", "--max-logprobs 20"),
         ({"max_logprobs": 5}, {}, {"shadow": {"top_k": 5}}, "max_logprobs", "ok", ""),
-        ({"token_ids": False}, {}, {}, "return_token_ids", "NO", "vLLM 0.11"),
-        ({"raw": False}, {}, {}, "logprobs_mode", "NO", "--logprobs-mode raw_logprobs"),
-        ({"fail_with": 500}, {}, {}, "completion", "NO", "vLLM's log"),
-        ({"mangle": "no"}, {}, {}, "upstream", "NO", ""),
+        ({"returns_token_ids": False}, {}, {}, "return_token_ids", "NO", "vLLM 0.11"),
+        ({"raw_logprobs": False}, {}, {}, "logprobs_mode", "NO", "--logprobs-mode raw_logprobs"),
+        ({"status": 500}, {}, {}, "completion", "NO", "vLLM's log"),
+        ({"replace_body": "no"}, {}, {}, "upstream", "NO", ""),
         ({"api_key": "k"}, {}, {}, "upstream", "NO", "upstream.api_key"),
         ({"plugin": False}, {}, {}, "engine plugin", "note", "--logits-processors"),
         ({"plugin": False}, {}, {"calibration": {"mode": "auto"}}, "engine plugin", "NO", "--logits-processors"),
         ({"plugin": False}, {}, {"calibration": {"mode": "auto", "apply": "request"}}, "calibration", "note", "engine"),
         ({}, None, {}, "reference", "note", "reference.backend"),
         ({}, {"max_logprobs": 5}, {}, "reference score", "NO", "--max-logprobs 20"),
-        ({}, {"vocab_size": 70}, {}, "same tokens", "NO", "compressed from"),
+        ({}, {"vocab_size": 520}, {}, "same tokens", "NO", "compressed from"),
         ({}, {"chat_template": "x{}"}, {}, "same tokens", "NO", "compressed from"),
-        ({"tells_vocabulary": False}, {}, {}, "same tokens", "NO", ""),
-        ({}, {"tells_vocabulary": False}, {}, "reference", "NO", "reference.*"),
+        ({"names_vocab_size": False}, {}, {}, "same tokens", "NO", ""),
+        ({}, {"names_vocab_size": False}, {}, "reference", "NO", "reference.*"),
         ({}, {}, {"store": {"url": "sqlite:////no/such/folder/h.db"}}, "store", "NO", "store.url"),
     ],
 )

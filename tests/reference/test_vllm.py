@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import SecretStr
-from tests.support.reference_server import FakeVllm, running
+from tests.support.fake_vllm import FakeVllm, running
 
 from hemostat.config.schema import Upstream
 from hemostat.models import vllm_server as vllm_process
@@ -32,12 +32,12 @@ async def test_scores_are_those_of_the_servers_model(top_k: int) -> None:
     async with running(FakeVllm()) as fake:
         reference = VllmReference(fake.url, top_k=top_k)
         info = await reference.start()
-        assert (info.model, info.vocab_size, info.full_vocabulary) == ("fake", 64, False)
+        assert (info.model, info.vocab_size, info.full_vocabulary) == ("fake", 512, False)
         prompt, output, ids = request_of(top_k, fake, 7, 12, 30)
-        ids[0, 0] = -1
+        ids[0, 0], ids[1, 0] = -1, output[1]
         scores = await reference.score(prompt, output, ids)
-        before = np.concatenate([prompt[-1:], output[:-1]])
-        rows = fake.logprobs[before]
+        tokens = [*prompt.tolist(), *output.tolist()]
+        rows = np.stack([fake.logprobs(tokens[:end]) for end in range(len(prompt), len(tokens))])
         np.testing.assert_allclose(scores.emitted, rows[np.arange(12), output])
         np.testing.assert_array_equal(scores.top.ids, (-rows).argsort(1)[:, :top_k])
         np.testing.assert_allclose(scores.top.logprobs, -np.sort(-rows, 1)[:, :top_k])
@@ -50,7 +50,7 @@ async def test_scores_are_those_of_the_servers_model(top_k: int) -> None:
         assert scores.expected_shift == {}
         path, body = fake.seen[-1]
         assert path == "/v1/completions"
-        assert body["prompt"] == [*prompt.tolist(), *output.tolist()]
+        assert body["prompt"] == tokens
         assert (body["max_tokens"], body["temperature"], body["prompt_logprobs"]) == (1, 0.0, top_k)
         await reference.close()
 
@@ -58,18 +58,18 @@ async def test_scores_are_those_of_the_servers_model(top_k: int) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"fail_with": 500}, "http_error"),
-        ({"fail_with": 503}, "busy"),
-        ({"fail_with": 429}, "busy"),
-        ({"fail_with": 400}, "refused"),
+        ({"status": 500}, "http_error"),
+        ({"status": 503}, "busy"),
+        ({"status": 429}, "busy"),
+        ({"status": 400}, "refused"),
         ({"max_logprobs": 4}, "refused"),
         ({"api_key": "other"}, "unauthorized"),
-        ({"short": True}, "short_answer"),
-        ({"mangle": '{"choices": []}'}, "short_answer"),
-        ({"mangle": '{"choices": [{}]}'}, "short_answer"),
-        ({"mangle": '{"choices": [{"prompt_logprobs": [null, {}, {}, {}, {}]}]}'}, "short_answer"),
-        ({"mangle": '{"choices": [{"prompt_logprobs": [1, 2, 3, 4, "x"]}]}'}, "bad_answer"),
-        ({"mangle": "<html>"}, "bad_answer"),
+        ({"short_prompt_logprobs": True}, "short_answer"),
+        ({"replace_body": '{"choices": []}'}, "short_answer"),
+        ({"replace_body": '{"choices": [{}]}'}, "short_answer"),
+        ({"replace_body": '{"choices": [{"prompt_logprobs": [null, {}, {}, {}, {}]}]}'}, "short_answer"),
+        ({"replace_body": '{"choices": [{"prompt_logprobs": [1, 2, 3, 4, "x"]}]}'}, "bad_answer"),
+        ({"replace_body": "<html>"}, "bad_answer"),
         ({"hang": True}, "timeout"),
     ],
 )
@@ -102,7 +102,7 @@ async def test_adapters_are_scored_with_while_they_are_there() -> None:
             await reference.score(*asked, adapter="sql")
         assert failure.value.reason == "no_adapter"
         assert await reference.adapters() == {"chat"}
-        fake.fail_with = 404
+        fake.status = 404
         with pytest.raises(ReferenceFailure) as failure:
             await reference.score(*asked)
         assert failure.value.reason == "http_error", "that the model itself has gone says something of its health"
@@ -113,7 +113,7 @@ async def test_logits_in_place_of_logprobs_are_refused() -> None:
     async with running(FakeVllm()) as fake:
         reference = VllmReference(fake.url, top_k=1)
         await reference.start()
-        fake.mangle = '{"choices": [{"prompt_logprobs": [null, {"3": {"logprob": 12.5, "rank": 1}}]}]}'
+        fake.replace_body = '{"choices": [{"prompt_logprobs": [null, {"3": {"logprob": 12.5, "rank": 1}}]}]}'
         with pytest.raises(ReferenceFailure, match="raw_logprobs"):
             await reference.score(np.array([1], np.int32), np.array([3], np.int32), np.array([[3]], np.int32))
         await reference.close()
@@ -144,12 +144,12 @@ async def test_a_server_that_is_not_there_is_down() -> None:
 
 
 async def test_wrong_names_and_older_servers_are_told() -> None:
-    async with running(FakeVllm()) as fake:
+    async with running(FakeVllm(adapters=("adapter",))) as fake:
         reference = VllmReference(fake.url, model="nope")
-        with pytest.raises(ReferenceFailure, match="serves adapter, fake, not nope"):
+        with pytest.raises(ReferenceFailure, match="serves fake, adapter, not nope"):
             await reference.start()
         await reference.close()
-        fake.tells_vocabulary = False
+        fake.names_vocab_size = False
         reference = VllmReference(fake.url)
         with pytest.raises(ReferenceFailure, match="vocabulary"):
             await reference.start()
@@ -159,9 +159,9 @@ async def test_wrong_names_and_older_servers_are_told() -> None:
 @pytest.mark.parametrize(
     ("theirs", "ok", "words"),
     [
-        ({}, True, "64 tokens, same ids of a probe text and of a rendered chat"),
+        ({}, True, "512 tokens, same ids of a probe text and of a rendered chat"),
         ({"seed": 5}, True, "same ids"),
-        ({"vocab_size": 65}, False, "vocabulary: fake has 64 tokens, the reference fake has 65"),
+        ({"vocab_size": 513}, False, "vocabulary: fake has 512 tokens, the reference fake has 513"),
         ({"chat_template": "hello {}"}, False, "rendered chat: fake and the reference fake differ from token 0 on"),
         ({"chat_template": None}, True, "no chat template"),
     ],

@@ -1,8 +1,9 @@
 """A vLLM without a model: the wire format of 0.32 (checked against the real server by tests/wire/test_real_vllm.py).
 
 An ASGI application, deterministic from its seed: logits are a hash of the last tokens. A prompt whose last line is
-`say: TEXT` makes it answer TEXT, token by token, so that tests choose what it says (unicode, tool calls, stop
-strings). Faults are fields of `FakeVllm`, which may be set at any time.
+`say: TEXT` makes it answer TEXT, token by token, so that tests choose the answer (unicode, tool calls, stop strings).
+It also answers as a reference server does (`prompt_logprobs`, `/tokenize`). Faults are fields of `FakeVllm`, which may
+be set at any time.
 
     python tests/support/fake_vllm.py --port 8000        # a server, for trying things by hand
 """
@@ -14,9 +15,10 @@ import asyncio
 import codecs
 import itertools
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -110,6 +112,28 @@ class FakeVllm:
     """Leave out the events of steps that the tool parser holds back, as vllm-project/vllm#27482 reports."""
     status: int | None = None
     """Answer every generation with this status."""
+    vocab_size: int = VOCAB
+    api_key: str | None = None
+    """Required as a bearer token on every route but /version."""
+    plugin: bool = False
+    """Hemostat's logits processor is loaded: it refuses what is not a profile version."""
+    returns_token_ids: bool = True
+    raw_logprobs: bool = True
+    """Off: logprobs are reported after logit_bias, as another --logprobs-mode does."""
+    chat_template: str | None = ""
+    """Text in front of every rendered chat; None: the model has no chat template."""
+    names_vocab_size: bool = True
+    """The refusal of an id outside of the vocabulary says how large the vocabulary is."""
+    hang: bool = False
+    """Never answer a generation."""
+    short_prompt_logprobs: bool = False
+    """Leave out the last position of `prompt_logprobs`."""
+    replace_body: str | None = None
+    """The body of every answer with status 200."""
+    url: str = ""
+    """Set by `running`."""
+    seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Path and body of every request with a JSON object as body."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     """Bodies of the generations, as they came."""
     headers: list[dict[bytes, bytes]] = field(default_factory=list)
@@ -125,7 +149,9 @@ class FakeVllm:
 
         def normal(purpose: bytes) -> npt.NDArray[np.float64]:
             digest = blake2b(key, digest_size=16, key=self.seed.to_bytes(8, "little"), person=purpose).digest()
-            return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little"))).standard_normal(VOCAB)
+            return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little"))).standard_normal(
+                self.vocab_size
+            )
 
         logits = 3.0 * normal(b"model")
         logits[:IM_START] -= 4.0
@@ -134,14 +160,27 @@ class FakeVllm:
         # float32 as in the engine, so that JSON carries what was computed.
         return (logits - np.log(np.exp(logits).sum())).astype(np.float32).astype(np.float64)
 
-    def _sample(self, logprobs: npt.NDArray[np.float64], body: dict[str, Any], position: int) -> int:
-        temperature = 1.0 if body.get("temperature") is None else body["temperature"]
+    def encode(self, text: str) -> list[int]:
+        return encode(text)
+
+    def render(self, messages: list[dict[str, Any]]) -> list[int]:
+        if self.chat_template is None:
+            raise RefusedError("default chat template is no longer allowed, so you must provide a chat template", None)
+        return [*encode(self.chat_template), *render(messages)]
+
+    @staticmethod
+    def _biased(logprobs: npt.NDArray[np.float64], body: dict[str, Any]) -> npt.NDArray[np.float64]:
         biased = logprobs.copy()
         for token, bias in (body.get("logit_bias") or {}).items():
             biased[int(token)] += bias
+        return biased
+
+    def _sample(self, logprobs: npt.NDArray[np.float64], body: dict[str, Any], position: int) -> int:
+        temperature = 1.0 if body.get("temperature") is None else body["temperature"]
+        biased = self._biased(logprobs, body)
         if temperature:
             seed = (self.seed, body.get("seed") or 0, position)
-            biased = biased / temperature + np.random.default_rng(seed).gumbel(size=VOCAB)
+            biased = biased / temperature + np.random.default_rng(seed).gumbel(size=self.vocab_size)
         return int(biased.argmax())
 
     def _steps(self, prompt: list[int], body: dict[str, Any], limit: int) -> Iterator[Step]:
@@ -172,7 +211,8 @@ class FakeVllm:
                 elif position == limit:
                     finish = "length"
             end = len(text) if finish else max(sent, len(text) - hold)
-            yield Step(token, logprobs, text[sent:end], finish, stop_reason)
+            reported = logprobs if self.raw_logprobs else self._biased(logprobs, body)
+            yield Step(token, reported, text[sent:end], finish, stop_reason)
             sent = end
             if finish:
                 return
@@ -235,7 +275,7 @@ class FakeVllm:
                     for token in chosen
                 }
             )
-        return rows
+        return rows[: len(rows) - self.short_prompt_logprobs]
 
     # HTTP ------------------------------------------------------------------------------------------------------------
 
@@ -251,13 +291,30 @@ class FakeVllm:
         headers = dict(scope["headers"])
         try:
             route = (scope["method"], scope["path"])
-            if route in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
+            self._note(route[1], body)
+            if route[1] != "/version" and not self._authorized(headers):
+                await _answer(send, 401, {"error": "Unauthorized"})
+            elif route in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
                 await self._generate(route[1] == "/v1/chat/completions", headers, body, receive, send)
             else:
                 status, value = self._other(route, body)
-                await _answer(send, status, value)
+                await self._answer(send, status, value)
         except RefusedError as refused:
             await _answer(send, refused.status, refused.body)
+
+    def _authorized(self, headers: dict[bytes, bytes]) -> bool:
+        return self.api_key is None or headers.get(b"authorization") == f"Bearer {self.api_key}".encode()
+
+    def _note(self, path: str, data: bytes) -> None:
+        try:
+            body = json.loads(data or b"{}")
+        except json.JSONDecodeError:
+            return
+        if isinstance(body, dict):
+            self.seen.append((path, body))
+
+    async def _answer(self, send: Send, status: int, value: Any) -> None:
+        await _answer(send, status, value, None if self.replace_body is None else self.replace_body.encode())
 
     def _other(self, route: tuple[str, str], body: bytes) -> tuple[int, Any]:
         if route == ("GET", "/v1/models"):
@@ -284,7 +341,7 @@ class FakeVllm:
             return 200, None
         if route == ("POST", "/tokenize"):
             asked = json.loads(body)
-            ids = render(asked["messages"]) if "messages" in asked else encode(asked["prompt"])
+            ids = self.render(asked["messages"]) if "messages" in asked else self.encode(asked["prompt"])
             return 200, {"count": len(ids), "max_model_len": self.max_model_len, "tokens": ids, "token_strs": None}
         if route == ("POST", "/detokenize"):
             ids = json.loads(body)["tokens"]
@@ -313,11 +370,11 @@ class FakeVllm:
                 f"The model `{name}` does not exist. Valid aliases: {self.model}.", "model", "NotFoundError", 404
             )
         if chat:
-            prompt = render(body["messages"])
+            prompt = self.render(body["messages"])
             limit = body.get("max_completion_tokens") or body.get("max_tokens")
         else:
             given = body.get("prompt") or ""
-            prompt = encode(given) if isinstance(given, str) else list(given)
+            prompt = self.encode(given) if isinstance(given, str) else list(given)
             limit = 16 if body.get("max_tokens") is None else body["max_tokens"]
         if len(prompt) >= self.max_model_len:
             raise RefusedError(
@@ -332,11 +389,21 @@ class FakeVllm:
             raise RefusedError(
                 f"temperature must be non-negative, got {value}. (parameter=temperature, value={value})", "temperature"
             )
-        if strange := [int(i) for i in body.get("logit_bias") or {} if not 0 <= int(i) < VOCAB]:
+        if strange := [int(i) for i in body.get("logit_bias") or {} if not 0 <= int(i) < self.vocab_size]:
+            size = f" Vocabulary size: {self.vocab_size}" if self.names_vocab_size else ""
             raise RefusedError(
-                f"token_id(s) {strange} in logit_bias contain out-of-vocab token ids. Vocabulary size: {VOCAB} "
+                f"token_id(s) {strange} in logit_bias contain out-of-vocab token ids.{size} "
                 f"(parameter=logit_bias, value={strange})",
                 "logit_bias",
+            )
+        version = (body.get("vllm_xargs") or {}).get("hemostat")
+        if self.plugin and version is not None and not re.fullmatch("[0-9a-f]{32}", str(version)):
+            raise RefusedError("vllm_xargs.hemostat must be a profile version (32 lowercase hex digits)", None)
+        if (asked := body.get("prompt_logprobs") or 0) > self.max_logprobs:
+            raise RefusedError(
+                f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.max_logprobs} "
+                f"(parameter=prompt_logprobs, value={asked})",
+                "prompt_logprobs",
             )
         room = self.max_model_len - len(prompt)
         return body, prompt, min(room, limit or room)
@@ -347,6 +414,9 @@ class FakeVllm:
         self.headers.append(headers)
         if self.status is not None:
             raise RefusedError("Internal server error", None, "InternalServerError", self.status)
+        if self.hang:
+            await _disconnected(receive)
+            return
         body, prompt, limit = self._check(chat, data)
         self.requests.append(body)
         asked = (body.get("top_logprobs") if chat else body.get("logprobs")) or 0
@@ -381,7 +451,7 @@ class FakeVllm:
                     self.aborted += 1
                     work.cancel()
                     return
-                await _answer(send, 200, work.result())
+                await self._answer(send, 200, work.result())
         finally:
             gone.cancel()
 
@@ -396,7 +466,7 @@ class _Generation:
         options = body.get("stream_options") or {}
         self.usage = fake.force_usage or bool(options.get("include_usage"))
         self.continuous = fake.force_usage or (self.usage and bool(options.get("continuous_usage_stats")))
-        self.return_ids = bool(body.get("return_token_ids"))
+        self.return_ids = bool(body.get("return_token_ids")) and fake.returns_token_ids
         self.tools = bool(body.get("tools")) and body.get("tool_choice", "auto") == "auto" and fake.tool_parser
         self.tool_id = f"chatcmpl-tool-{blake2b(request_id.encode(), digest_size=8).hexdigest()}"
 
@@ -606,8 +676,10 @@ async def _start(send: Send, status: int, headers: list[tuple[bytes, bytes]]) ->
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-async def _answer(send: Send, status: int, value: Any) -> None:
+async def _answer(send: Send, status: int, value: Any, replaced: bytes | None = None) -> None:
+    """replaced: the body, instead of `value`."""
     data = b"" if value is None else _dumps(value)
+    data = data if replaced is None else replaced
     headers = [(b"content-length", str(len(data)).encode())]
     if value is not None:
         headers.append((b"content-type", b"application/json"))
@@ -633,6 +705,13 @@ def serving(fake: FakeVllm, port: int = 0) -> Iterator[str]:
         server.force_exit = True
         thread.join(10)
         socket.close()
+
+
+@asynccontextmanager
+async def running(fake: FakeVllm) -> AsyncIterator[FakeVllm]:
+    """The same for asynchronous tests; `fake.url` is its base URL."""
+    with serving(fake) as fake.url:
+        yield fake
 
 
 def main() -> None:
