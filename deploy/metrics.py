@@ -12,6 +12,7 @@ from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
 from hemostat.measurement.measurements import DECODINGS, DIRECTIONS, STAGES
 from hemostat.metrics.collector import FAMILIES, GROUPS, Family
+from hemostat.openai import routes
 from hemostat.relay import counters, outcomes
 from hemostat.shadow.noise_floor import MODELS
 from hemostat_calibration.alarm import Kind
@@ -121,7 +122,7 @@ HEADLINES: Values = {
 the whole vocabulary."""
 KINDS = {"lower": "a lower bound", "upper": "an upper bound", "estimate": "an estimate", "exact": "exact"}
 EDGES: Values = {"mean": "the estimate", "low": "lower end of the 95 % interval", "high": "upper end"}
-ROUTES = f"{', '.join(f'`{route}`' for route in counters.ROUTES.values())}, else `{counters.OTHER}`"
+ROUTES = f"{', '.join(f'`{route}`' for route in routes.LABELS.values())}, else `{routes.OTHER}`"
 
 LABELS: dict[str, dict[str, Values | str]] = {
     "arm": {"": ARMS},

@@ -24,9 +24,10 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from hemostat.openai.routes import OPERATIONS
+
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.1"
 PROVIDER = "vllm"
-OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 EVALUATION = "gen_ai.evaluation.result"
 
 _context = TraceContextTextMapPropagator()

@@ -18,13 +18,13 @@ from tests.support.wire import OTHER_VERSION, VERSION, Wire, policy, rows
 
 from hemostat.ipc.messages import Policy
 from hemostat.openai import requests as openai
+from hemostat.openai.routes import CHAT, COMPLETIONS
 from hemostat.relay.hooks import Exchange, Refusal
 from hemostat_engine.xargs import edits_logits
 
 TOOL_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
-CHAT, COMPLETIONS = openai.CHAT, openai.COMPLETIONS
 
 
 @pytest.fixture(scope="module")

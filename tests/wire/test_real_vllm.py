@@ -17,11 +17,9 @@ import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.wire import Wire, policy, rows
 
-from hemostat.openai import requests as openai
+from hemostat.openai.routes import CHAT, COMPLETIONS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-
-CHAT, COMPLETIONS = openai.CHAT, openai.COMPLETIONS
 
 
 class Server(Protocol):

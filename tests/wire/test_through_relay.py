@@ -15,7 +15,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.wire import VERSION, policy
 
 from hemostat.ipc.messages import Capture
-from hemostat.openai.requests import CHAT
+from hemostat.openai.routes import CHAT
 from hemostat.relay.worker import Relay
 from hemostat.shadow.interceptor import SHADOW_REQUESTS, Interceptor
 

@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.openai import routes
 from hemostat.relay import counters, outcomes
 
 HISTORY_EVERY = 10.0
@@ -15,7 +16,6 @@ HISTORY_POINTS = 2160
 """Six hours."""
 RECENT = 6
 """Points that make up what is told as recent: a minute."""
-GENERATIONS = frozenset(outcomes.ROUTES)
 
 
 def _split(series: dict[str, float]) -> list[tuple[list[str], float]]:
@@ -47,7 +47,7 @@ def proxy(stats: Stats) -> dict[str, Any]:
     overhead = {name: quantile(stats, q) for name, q in (("p50", 0.5), ("p99", 0.99))}
     return {
         "requests": total,
-        "generations": sum(value for route, value in by_route.items() if route in GENERATIONS),
+        "generations": sum(value for route, value in by_route.items() if route in routes.SCORED),
         "by_outcome": by_outcome,
         "by_route": by_route,
         "failed": failed,

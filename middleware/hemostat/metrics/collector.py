@@ -15,8 +15,8 @@ from prometheus_client.registry import Collector
 
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 from hemostat.measurement.measurements import Measurements
+from hemostat.openai import routes
 from hemostat.relay import counters as relay
-from hemostat.relay import outcomes
 from hemostat_calibration.records import Arm
 
 Sample = tuple[str, dict[str, str], float]
@@ -246,7 +246,7 @@ FAMILIES: dict[str, Family] = {name: family for group in GROUPS.values() for nam
 
 _ARMS: list[tuple[str, ...]] = [(str(arm),) for arm in Arm]
 FROM_THE_START: dict[str, list[tuple[str, ...]]] = {
-    "hemostat_requests_total": [(route, outcome) for route in outcomes.ROUTES for outcome in relay.OUTCOMES],
+    "hemostat_requests_total": [(route, outcome) for route in routes.SCORED for outcome in relay.OUTCOMES],
     "hemostat_shadow_requests_total": [("shadowed", ""), ("scored", ""), ("dropped", "queue_full")],
     "hemostat_responses_finished_total": [(*arm, reason) for arm in _ARMS for reason in ("stop", "length")],
     "hemostat_output_tokens_total": _ARMS,

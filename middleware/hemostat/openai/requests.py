@@ -24,9 +24,6 @@ import msgspec
 from hemostat.openai import sse
 from hemostat_calibration.records import Sampling
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-
 _members: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
 _any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()

@@ -9,27 +9,6 @@ from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 REQUESTS = "hemostat_requests_total"
 SHADOW_REQUESTS = "hemostat_shadow_requests_total"
 
-ROUTES: dict[bytes, str] = {
-    path: path.decode()
-    for path in (
-        b"/v1/chat/completions",
-        b"/v1/completions",
-        b"/v1/responses",
-        b"/v1/messages",
-        b"/v1/embeddings",
-        b"/v1/models",
-        b"/tokenize",
-        b"/detokenize",
-        b"/inference/v1/generate",
-        b"/version",
-        b"/health",
-        b"/ping",
-        b"/metrics",
-    )
-}
-"""Paths that are a label of their own; every other one is OTHER, so that labels stay bounded."""
-OTHER = "other"
-
 # Outcomes.
 OK = "ok"
 """Complete, status below 400."""

@@ -16,9 +16,6 @@ from typing import Any
 
 import msgspec
 
-ROUTES = ("/v1/chat/completions", "/v1/completions")
-"""Whose responses are listened to."""
-
 FINISHED = "hemostat_responses_finished_total"
 """Labels arm, reason. One a choice, by vLLM's finish_reason."""
 OUTPUT_TOKENS = "hemostat_output_tokens_total"

@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from hemostat import logs
+from hemostat.openai import routes
 from hemostat.relay import counters, outcomes
 from hemostat.relay.hooks import Exchange, Headers, Refusal, Rewrite
 from hemostat.relay.http import (
@@ -309,7 +310,7 @@ class ClientProtocol(asyncio.Protocol):
                 self._refuse(BadRequest(400, "the request head contains LF alone"))
             return False
         started = perf_counter()
-        self._route = counters.OTHER
+        self._route = routes.OTHER
         try:
             pairs: list[tuple[bytes, bytes]] | None = None if relay.hook is None else []
             request = parse_request(buffer[:end], limits.header_count, pairs)
@@ -321,7 +322,7 @@ class ClientProtocol(asyncio.Protocol):
         self.request = request
         target = request.target
         query = target.find(b"?")
-        self._route = counters.ROUTES.get(target if query < 0 else target[:query], counters.OTHER)
+        self._route = routes.LABELS.get(target if query < 0 else target[:query], routes.OTHER)
         self._keep_alive = request.keep_alive
         self.head_request = request.method == b"HEAD"
         self.upgrade_wanted = request.upgrade
@@ -336,7 +337,7 @@ class ClientProtocol(asyncio.Protocol):
         self._body_size = 0
         self._body_left = length
         self.body_done = length == 0 or 0 < length <= len(rest)
-        if self._route in outcomes.ROUTES and request.method == b"POST":
+        if self._route in routes.SCORED and request.method == b"POST":
             self._ear = Ear()
             self._began = started
             if relay.tracing is not None:
@@ -804,7 +805,7 @@ class ClientProtocol(asyncio.Protocol):
 
     def _refuse(self, error: BadRequest) -> None:
         """The request cannot be understood, so that nothing after it can be either."""
-        self._relay.counters.request(counters.OTHER, counters.REFUSED)
+        self._relay.counters.request(routes.OTHER, counters.REFUSED)
         body = error_body(error.status, error.message, error.code)
         self.transport.write(error_response(error.status, body, connection=b"Connection: close\r\n"))
         self._linger()

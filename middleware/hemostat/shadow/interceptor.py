@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests as openai
+from hemostat.openai import routes
+from hemostat.openai.routes import Support
 from hemostat.relay.hooks import Exchange, Headers, Refusal, Rewrite
 from hemostat.shadow import assignment as sampling
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
@@ -20,22 +22,6 @@ be scored, by reason), `dropped` (it could have been, but there was no room)."""
 
 CALIBRATION_REQUESTS = "hemostat_calibration_requests_total"
 """Labels arm, reason. Every request for which a profile was in question, once it is over: why it stands in its arm."""
-
-ROUTES = {b"/v1/chat/completions": True, b"/v1/completions": False}
-"""Scored and calibrated; True for the chat route."""
-
-OTHER_ROUTES = frozenset(
-    {
-        b"/v1/responses",
-        b"/v1/messages",
-        b"/v1/chat/completions/batch",
-        b"/inference/v1/generate",
-        b"/v1/embeddings",
-        b"/v1/audio/transcriptions",
-        b"/v1/audio/translations",
-    }
-)
-"""They generate or compute too, but are not scored."""
 
 _PREFIX = b"x-hemostat-"
 _SHADOW = b"x-hemostat-shadow"
@@ -102,18 +88,18 @@ class Interceptor:
         policy = self.policy
         own = [(name.lower(), value) for name, value in headers if name[:11].lower() == _PREFIX]
         path = target.partition(b"?")[0]
-        chat = ROUTES.get(path) if method == "POST" else None
+        support = routes.SUPPORT.get(path, Support.RELAYED) if method == "POST" else Support.RELAYED
         wishes = _Wishes()
         if own:
             read = _read_wishes(own, policy)
             if isinstance(read, Refusal):
                 return read
             wishes = read
-        elif chat is not None and not policy.scoring and not _calibrates(policy):
+        elif support is Support.SCORED and not policy.scoring and not _calibrates(policy):
             return None
         shadow = policy.scoring and sampling.sampled(request_id, policy.shadow_rate, policy.shadow_seed)
-        if chat is None:
-            if shadow and method == "POST" and path in OTHER_ROUTES:
+        if support is not Support.SCORED:
+            if shadow and support is Support.NOT_SCORED:
                 self.skip("route")
             return None
         if wishes.shadow is False and shadow:
@@ -134,9 +120,8 @@ class Interceptor:
                 self.skip("encoded")
             return None
         traced = next((value for name, value in headers if name.lower() == b"traceparent"), b"")
-        return _Intercepted(
-            self, policy, chat, path.decode("ascii"), request_id, wishes, shadow, calibrated, traced.decode("latin-1")
-        )
+        route = path.decode("ascii")
+        return _Intercepted(self, policy, route, request_id, wishes, shadow, calibrated, traced.decode("latin-1"))
 
     def skip(self, reason: str) -> None:
         self.count(SHADOW_REQUESTS, ("skipped", reason))
@@ -181,7 +166,6 @@ class _Intercepted:
         self,
         owner: Interceptor,
         policy: Policy,
-        chat: bool,
         route: str,
         request_id: str,
         wishes: _Wishes,
@@ -192,7 +176,7 @@ class _Intercepted:
         self.body_limit = policy.body_limit
         self._owner = owner
         self._policy = policy
-        self._chat = chat
+        self._chat = route == routes.CHAT
         self._route = route
         self._request_id = request_id
         self._wishes = wishes

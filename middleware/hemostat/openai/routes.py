@@ -1,0 +1,67 @@
+"""The one table of the routes that vLLM serves: what Hemostat does with each, and how metrics and traces name it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+OTHER = "other"
+"""The label of every route that has none of its own, so that the number of label values is bounded."""
+
+
+class Support(Enum):
+    """What Hemostat does with the requests of a route."""
+
+    SCORED = "scored"
+    """They can be sampled, scored and calibrated, and their outcomes are counted."""
+    NOT_SCORED = "not_scored"
+    """They generate or compute too: a sampled one is counted as skipped, with the reason `route`."""
+    RELAYED = "relayed"
+    """They are relayed, and never sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One path of vLLM's HTTP server."""
+
+    path: str
+    support: Support
+    labelled: bool = True
+    """The path is a value of the metrics' label `route`; otherwise that is OTHER."""
+    operation: str = ""
+    """The value of OpenTelemetry's attribute `gen_ai.operation.name`; "" where the route is not traced."""
+
+
+ROUTES = (
+    Route(CHAT, Support.SCORED, operation="chat"),
+    Route(COMPLETIONS, Support.SCORED, operation="text_completion"),
+    Route("/v1/responses", Support.NOT_SCORED),
+    Route("/v1/messages", Support.NOT_SCORED),
+    Route("/v1/embeddings", Support.NOT_SCORED),
+    Route("/v1/models", Support.RELAYED),
+    Route("/tokenize", Support.RELAYED),
+    Route("/detokenize", Support.RELAYED),
+    Route("/inference/v1/generate", Support.NOT_SCORED),
+    Route("/version", Support.RELAYED),
+    Route("/health", Support.RELAYED),
+    Route("/ping", Support.RELAYED),
+    Route("/metrics", Support.RELAYED),
+    Route("/v1/chat/completions/batch", Support.NOT_SCORED, labelled=False),
+    Route("/v1/audio/transcriptions", Support.NOT_SCORED, labelled=False),
+    Route("/v1/audio/translations", Support.NOT_SCORED, labelled=False),
+)
+
+SCORED = tuple(route.path for route in ROUTES if route.support is Support.SCORED)
+"""Paths whose requests can be sampled, scored and calibrated."""
+
+LABELS = {route.path.encode(): route.path for route in ROUTES if route.labelled}
+"""A request's path, as bytes -> its label in metrics; use OTHER for every other path."""
+
+SUPPORT = {route.path.encode(): route.support for route in ROUTES}
+"""A request's path, as bytes -> what Hemostat does with it."""
+
+OPERATIONS = {route.path: route.operation for route in ROUTES if route.operation}
+"""The path of a traced route -> its `gen_ai.operation.name`."""
