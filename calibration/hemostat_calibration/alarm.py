@@ -32,7 +32,7 @@ sum to α. Half of that is for the bets, a quarter for the limits of baselines, 
 An alarm *clears* after `clear_after` requests on which freshly funded bets lost money; then a new test begins. A change
 that is meant to stay is made the new baseline by `rebase`.
 
-How control uses it: `alarm = init(Settings(...))` once; for each scored record `alarm = observe(alarm, route,
+How control uses it: `alarm = init(Settings(...))` once; for each scored record `alarm = update(alarm, route,
 Observation(now, kl_rc, spread(record)), floor)`, with `floor` the upper end, in nats, of the noise floor's interval
 (`confidence.ClippedMean.get(settings.alpha / 4).high` over the floor's records of the same figure; infinite while
 unknown: the budget test waits); `readings(alarm)` for metrics and console; `save` and `load` around restarts. Routes
@@ -401,7 +401,7 @@ def init(settings: Settings, tests: int = 0) -> Alarm:
     return Alarm(settings, tests)
 
 
-def observe(alarm: Alarm, route: str, observation: Observation, floor: float = 0.0) -> Alarm:
+def update(alarm: Alarm, route: str, observation: Observation, floor: float = 0.0) -> Alarm:
     """Add one scored request of a route. floor: see `BudgetTest.update`."""
     alarm, state = _ready(alarm, alarm.routes.get(route, _Route()))
     budget, change, now = state.budget, state.change, observation.now

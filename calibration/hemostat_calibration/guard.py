@@ -103,7 +103,7 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class _Watch:
+class RunningTest:
     """One running test. merit: of the lower ends of the gains. harm: of the negated upper ends, for a serving profile.
 
     window: 0 for a candidate.
@@ -125,7 +125,7 @@ class GuardState:
 
     alpha: float
     tests: Mapping[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, 0))
-    watches: Mapping[str, _Watch] = field(default_factory=dict)
+    running: Mapping[str, RunningTest] = field(default_factory=dict)
 
 
 def init(alpha: float = 0.05, tests: Mapping[Role, int] | None = None) -> GuardState:
@@ -142,7 +142,7 @@ def init(alpha: float = 0.05, tests: Mapping[Role, int] | None = None) -> GuardS
     return GuardState(alpha, begun)
 
 
-def enter(state: GuardState, name: str, role: Role, width: float, window: int = DEFAULT_WINDOW) -> GuardState:
+def begin_test(state: GuardState, name: str, role: Role, width: float, window: int = DEFAULT_WINDOW) -> GuardState:
     """Begin a test, dropping an older one of that name. `name` is the caller's: what is tested, and where.
 
     width: no gain is below −width. For a profile against identity that is the width of its Δz (`transform.shift_range`:
@@ -156,16 +156,16 @@ def enter(state: GuardState, name: str, role: Role, width: float, window: int = 
         raise InvalidArgumentError(f"window is {window}: it must be 1 or more")
     test = state.tests[role] + 1
     nothing = sequential.init(-width, width)
-    watch = _Watch(role, width, test, nothing, nothing, window if role is Role.SERVING else 0)
-    return replace(state, tests={**state.tests, role: test}, watches={**state.watches, name: watch})
+    watch = RunningTest(role, width, test, nothing, nothing, window if role is Role.SERVING else 0)
+    return replace(state, tests={**state.tests, role: test}, running={**state.running, name: watch})
 
 
-def leave(state: GuardState, name: str) -> GuardState:
+def end_test(state: GuardState, name: str) -> GuardState:
     """Forget a test; nothing happens where there is none. What it spent stays spent."""
-    return replace(state, watches={other: watch for other, watch in state.watches.items() if other != name})
+    return replace(state, running={other: watch for other, watch in state.running.items() if other != name})
 
 
-def observe(state: GuardState, name: str, lower: float, upper: float, tokens: int) -> GuardState:
+def update(state: GuardState, name: str, lower: float, upper: float, tokens: int) -> GuardState:
     """Add one held-out request of `tokens` tokens, its mean gain between `lower` and `upper` (equal where exact).
 
     For a serving profile whose window is over, and which was not rolled back, this is the first of the next window.
@@ -176,17 +176,17 @@ def observe(state: GuardState, name: str, lower: float, upper: float, tokens: in
         raise InvalidArgumentError(f"gain is between {lower} and {upper}: lower must not be above upper")
     serving = watch.role is Role.SERVING
     if serving and watch.merit.observations >= watch.window:
-        state = enter(state, name, Role.SERVING, watch.width, watch.window)
-        watch = state.watches[name]
+        state = begin_test(state, name, Role.SERVING, watch.width, watch.window)
+        watch = state.running[name]
     merit = sequential.update(watch.merit, lower)
     harm = sequential.update(watch.harm, -upper) if serving else watch.harm
     supported = watch.supported or (serving and sequential.lower(merit, state.alpha) > 0.0)
     watch = replace(watch, merit=merit, harm=harm, supported=supported, tokens=watch.tokens + tokens)
-    return replace(state, watches={**state.watches, name: watch})
+    return replace(state, running={**state.running, name: watch})
 
 
 def decide(state: GuardState, name: str) -> Decision:
-    """What the evidence allows now. Looking changes nothing; acting on it (enter, leave) is the caller's."""
+    """What the evidence allows now. It changes no state: the caller acts on it (`begin_test`, `end_test`)."""
     watch = _watch(state, name)
     alpha = state.alpha / (watch.test * (watch.test + 1))
     requests = watch.merit.observations
@@ -214,12 +214,12 @@ def decide(state: GuardState, name: str) -> Decision:
     return Decision(Action.HOLD if reason is None else Action.ROLL_BACK, name, evidence, reason)
 
 
-def window_after(proof: Evidence) -> int:
+def window_after_promotion(proof: Evidence) -> int:
     """Length of the windows in which a profile is watched that was promoted on this evidence."""
     return max(SHORTEST_WINDOW, WINDOWS_PER_PROOF * proof.requests)
 
 
-def _watch(state: GuardState, name: str) -> _Watch:
-    if name not in state.watches:
-        raise InvalidArgumentError(f"{name[:80]} is not watched: enter it first")
-    return state.watches[name]
+def _watch(state: GuardState, name: str) -> RunningTest:
+    if name not in state.running:
+        raise InvalidArgumentError(f"{name[:80]} is not under test: begin one first")
+    return state.running[name]

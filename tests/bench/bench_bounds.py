@@ -5,7 +5,7 @@ distributions the record is made that a top-K list of each side would have given
 bounds and estimates stand beside the exact figures of the same tokens. Intervals count requests. "coarse" is the lower
 bound that the lists' ids and one bucket give, "lower" what the caps add (see `hemostat_calibration.divergence.bounds`).
 
-floor   how often KL's assumption holds: positions at which no id at all is less likely under one model than `FLOOR`
+floor   how often KL's assumption holds: positions at which no id at all is less likely under one model than `MIN_RATIO`
         times what the other gives it.
 speed   positions/s of CPU time of `bounds`, and of `divergence`, which holds them, at K = 20 on one core; the median of
         rounds.
@@ -31,7 +31,7 @@ import numpy as np
 
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.compress import cached_checkpoints
-from hemostat_calibration.divergence.bounds import FLOOR, bounds
+from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
 from hemostat_calibration.statistics.streaming import RatioEstimate
@@ -171,7 +171,7 @@ class Sweep:
         self.positions += len(request.emitted)
         self.requests += 1
         apart = np.abs(request.reference - request.compressed).max(1)
-        self.add(("floor holds",), (apart <= -np.log(FLOOR)).astype(np.float64))
+        self.add(("floor holds",), (apart <= -np.log(MIN_RATIO)).astype(np.float64))
         for k in (*LISTS, request.compressed.shape[1]):
             found = divergence(record(request, k))
             everything = k == request.compressed.shape[1]
@@ -243,7 +243,7 @@ def speed(k: int = 20, rounds: int = 15) -> dict[str, Any]:
 def table(scheme: str, report: dict[str, Any]) -> str:
     lines = [
         f"reference against {scheme}: {report['positions']} positions of {report['requests']} requests; "
-        f"{report['outside']} figures outside their interval; floor {FLOOR:.1e} holds at "
+        f"{report['outside']} figures outside their interval; floor {MIN_RATIO:.1e} holds at "
         f"{100 * report['floor_holds']['mean']:.1f} % of positions",
         f"{'K':>5} {'mass c':>6} {'r':>5}"
         + "".join(
@@ -285,7 +285,7 @@ def plot(reports: dict[str, Any]) -> str:
                 ("exact", "whole vocabulary"),
                 ("lower", "lower bound"),
                 ("coarse", "lower, one bucket"),
-                ("upper", f"upper (KL: floor {FLOOR:.0e})"),
+                ("upper", f"upper (KL: floor {MIN_RATIO:.0e})"),
                 ("estimate", "estimate, 95 %"),
             )
         )
@@ -372,7 +372,7 @@ def main() -> int:
         }
         print(table(scheme, reports[scheme]))
     (BUILD / "bounds.json").write_text(
-        json.dumps({"floor": FLOOR, "speed": rates, "seed": options.seed, "pairs": reports}, indent=1) + "\n"
+        json.dumps({"floor": MIN_RATIO, "speed": rates, "seed": options.seed, "pairs": reports}, indent=1) + "\n"
     )
     (BUILD / "bounds.svg").write_text(plot(reports))
     print(f"{BUILD / 'bounds.json'}, {BUILD / 'bounds.svg'}")

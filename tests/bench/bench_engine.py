@@ -41,7 +41,7 @@ import numpy.typing as npt
 from hemostat.engines.registry import EXPIRES_AFTER
 from hemostat.models.compress import cached_checkpoints
 from hemostat.models.vllm_server import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, tied
-from hemostat_calibration.learning.contextual.learner import contextual_profile
+from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.product import Product, multiplies_bfloat16, packs
 

@@ -35,7 +35,9 @@ from hemostat.learner.process import eligible, special_ids
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.compress import MANIFEST, cached_checkpoints
 from hemostat_calibration.learning.contextual import mlp
-from hemostat_calibration.learning.contextual.learner import Contextual, choose_anchors, probe
+from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.learner import ContextualLearner
+from hemostat_calibration.profiles.contextual import probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_engine.transform import HeldProfile, evaluate
@@ -48,7 +50,7 @@ from tests.bench.recovery import never_worse, outcomes, prompts, tried  # noqa: 
 from tests.bench.recovery.engine import Ask, Written, cache_name, engine, with_hidden  # noqa: E402
 from tests.bench.recovery.figures import IDENTITY, Figures, Recovery, measure, row, stacked  # noqa: E402
 from tests.bench.recovery.learning import (  # noqa: E402
-    ContextualLearner,
+    GrowingRun,
     Learned,
     first_tokens,
     judged,
@@ -182,7 +184,7 @@ class Bench:
         ]
 
         def write() -> list[Written]:
-            holds = probe("bench", VOCABULARY, self.anchors, self.options.clamp_nats)
+            holds = probe_profile("bench", VOCABULARY, self.anchors, self.options.clamp_nats)
             return asyncio.run(self._write(checkpoint, [holds], sets[0] + sets[1], f"{scheme} text"))
 
         def score() -> list[Written]:
@@ -201,15 +203,15 @@ class Bench:
 
     # --- learning -----------------------------------------------------------------------------------------------
 
-    def family(self, rank: int, network: bool, features: int | None = None) -> Contextual:
-        return Contextual(
+    def family(self, rank: int, network: bool, features: int | None = None) -> ContextualLearner:
+        return ContextualLearner(
             self.weight,
             self.anchors,
             features=features or self.options.features,
             rank=rank,
             clamp_nats=self.options.clamp_nats,
             recent_tokens=RECENT_TOKENS,
-            network=mlp.Training() if network else None,
+            network=mlp.TrainingSettings() if network else None,
         )
 
     def learned(
@@ -246,7 +248,7 @@ class Bench:
         settings = [(rank, False, (plan.baselines,)) for rank in plan.ranks]
         settings += [(self.options.rank, False, plan.counts), (self.options.rank, True, plan.counts)]
         for rank, network, counts in settings:
-            taker: ContextualLearner | None = None
+            taker: GrowingRun | None = None
             for count in counts:
                 part = first_tokens(learning, count)
                 tokens = sum(len(t.output) for t in part)
@@ -255,7 +257,7 @@ class Bench:
                 def make(part: list[Written] = part, rank: int = rank, network: bool = network) -> Learned:
                     nonlocal taker
                     if taker is None:
-                        taker = ContextualLearner(self.family(rank, network))
+                        taker = GrowingRun(self.family(rank, network))
                     return taker.learn(part, f"{scheme}, rank {rank}, {sum(len(t.output) for t in part)} tokens")
 
                 add("contextual", variant, rank, tokens, make, network)
@@ -275,7 +277,7 @@ class Bench:
         tokens = sum(len(t.output) for t in few)
         for features in (128, 256):
             name = f"linear, {features} anchors"
-            one = partial(ContextualLearner(self.family(rank, False, features)).learn, few, name)
+            one = partial(GrowingRun(self.family(rank, False, features)).learn, few, name)
             add("contextual", name, rank, tokens, one, False)
         for tapped, name in ((True, "reference's top 20"), (False, "no tap: top 20")):
             one = partial(
@@ -296,7 +298,7 @@ class Bench:
                 add(
                     "contextual", f"the last, clamp {clamp:g}", rank, fields["tokens"], partial(_itself, clamped), False
                 )
-        one = partial(ContextualLearner(self.family(LOWER_RANK, True)).learn, few, f"rank {LOWER_RANK}")
+        one = partial(GrowingRun(self.family(LOWER_RANK, True)).learn, few, f"rank {LOWER_RANK}")
         add("contextual", "as chosen, of lower rank", LOWER_RANK, tokens, one, False)
 
     # --- one compression ----------------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ class Bench:
                     topic,
                     figures[IDENTITY],
                     self.options.clamp_nats,
-                    mlp.Training(),
+                    mlp.TrainingSettings(),
                 ),
             )
         return found

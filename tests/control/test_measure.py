@@ -18,7 +18,8 @@ from tests.support.world import V, World
 from hemostat.measurement.figures import FIGURES, KL_CAP
 from hemostat.measurement.measurements import DECODINGS, HEADLINE, KL_EDGES, VERSIONS_KEPT, Measurements
 from hemostat.shadow.records_file import RecordsFile
-from hemostat_calibration.divergence.per_token import calibrated, divergence, gain
+from hemostat_calibration.divergence.gain import gain
+from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Arm, Sampling, TokenRecord

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.oracle import shift
 from tests.support.records import Truth, log_softmax, make_record, profiles, truths
 from tests.support.world import V, World
 
@@ -37,12 +38,12 @@ from hemostat.profiles.trials import TESTED_AT_ONCE
 from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import StoredProfile
 from hemostat_calibration import guard
-from hemostat_calibration.divergence.per_token import gain
+from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
-from hemostat_calibration.learning.contextual.learner import contextual_profile, probe
-from hemostat_calibration.learning.temperature_bias import TemperatureBias
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
+from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
-from hemostat_calibration.profiles.transform import anchors_digest, shift
+from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import Features, Shift, TokenRecord
 from hemostat_calibration.statistics.split import held_out
 
@@ -341,7 +342,7 @@ def test_an_import_has_to_prove_itself_and_survives_new_proposals() -> None:
 
 def test_an_import_that_reads_other_anchors_than_the_learner_is_said_to() -> None:
     bench = Bench()
-    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    bench.steering.probe(probe_profile(MODEL, V, ANCHORS, 1.0))
     bench.steering.add(contextual())
     assert bench.last("import")["why"] == "imported by the operator"
     other = contextual(anchors=ANCHORS + 1)
@@ -400,7 +401,7 @@ def test_everything_held_is_bounded() -> None:
     for n in range(2 * EVENTS_HELD):
         bench.steering.set_mode("off" if n % 2 else "auto")
     assert len(bench.steering.listing()["events"]) == EVENTS_HELD
-    assert len(bench.steering._trials._guard.watches) == TESTED_AT_ONCE
+    assert len(bench.steering._trials._guard.running) == TESTED_AT_ONCE
 
 
 def test_a_store_that_grew_too_large_is_cut_on_restart() -> None:
@@ -441,7 +442,7 @@ def test_records_that_cannot_be_used_do_not_come_back(monkeypatch: pytest.Monkey
         raise InvalidArgumentError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TemperatureBias, "update", refuse)
+        patch.setattr(TemperatureBiasLearner, "update", refuse)
         with pytest.raises(InvalidArgumentError):
             bench.feed(BIASED, LEARNED[7:8])
     bench.feed(BIASED, LEARNED[:8])
@@ -520,7 +521,7 @@ def test_temperature_and_bias_keep_the_largest_kl_from_identity() -> None:
 
 def test_identity_has_a_width_that_the_guard_takes() -> None:
     nothing = temperature_bias(MODEL, V, 1.0, np.zeros(V), 1.0)
-    guard.enter(guard.init(), nothing.version, guard.Role.CANDIDATE, width(nothing))
+    guard.begin_test(guard.init(), nothing.version, guard.Role.CANDIDATE, width(nothing))
 
 
 def test_a_prompt_counts_once_however_often_it_is_asked() -> None:
@@ -589,21 +590,21 @@ def test_a_learner_that_begins_anew_has_to_surpass_only_what_serves(caplog: pyte
     bench = Bench()
     profile = replace(contextual(), metadata={"tokens": "100000"})
     bench.steering.propose(profile, "", {"tokens": 100_000})
-    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    bench.steering.probe(probe_profile(MODEL, V, ANCHORS, 1.0))
     assert not bench.steering.awaits(150_000), "it is under test"
     bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is not None)
     for one in (bench, bench.restart()):
         one.steering.know(MODEL, V)
-        one.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+        one.steering.probe(probe_profile(MODEL, V, ANCHORS, 1.0))
         assert one.steering.selected == profile.version
         assert not one.steering.awaits(150_000)
         assert one.steering.awaits(10**6)
     assert "other anchors" not in caplog.text
-    bench.steering.probe(probe(MODEL, V, ANCHORS[:4], 1.0))
+    bench.steering.probe(probe_profile(MODEL, V, ANCHORS[:4], 1.0))
     assert "other anchors" in caplog.text
     bench.steering.rollback("asked for")
     assert not bench.steering.awaits(1_000)
-    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    bench.steering.probe(probe_profile(MODEL, V, ANCHORS, 1.0))
     assert bench.steering.awaits(1_000)
 
 
@@ -622,7 +623,7 @@ def test_temperature_and_bias_make_room_for_a_contextual_candidate() -> None:
 
 def test_where_a_contextual_learner_is_at_work_its_proposal_has_the_first_of_alpha() -> None:
     bench = Bench()
-    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    bench.steering.probe(probe_profile(MODEL, V, ANCHORS, 1.0))
     bench.feed(BIASED, LEARNED, lambda: bench.steering.status()["learned_tokens"] >= 2 * bench.settings.min_tokens)
     assert bench.steering.candidates == [], "temperature and bias wait"
     profile = contextual()
@@ -634,7 +635,7 @@ def test_where_a_contextual_learner_is_at_work_its_proposal_has_the_first_of_alp
 
 def test_temperature_and_bias_do_not_wait_for_ever() -> None:
     bench = Bench()
-    bench.steering.probe(probe(MODEL, V, ANCHORS, 1.0))
+    bench.steering.probe(probe_profile(MODEL, V, ANCHORS, 1.0))
     bench.feed(BIASED, LEARNED, lambda: bool(bench.steering.candidates))
     learned, least = bench.steering.status()["learned_tokens"], AFTER_CONTEXTUAL * bench.settings.min_tokens
     assert least <= learned < least + 1000
@@ -660,7 +661,7 @@ def test_a_proposal_for_another_model_is_refused_by_name() -> None:
 
 def test_a_probe_is_held_and_neither_tested_nor_served() -> None:
     bench = Bench()
-    asked = probe(MODEL, V, ANCHORS, 1.0)
+    asked = probe_profile(MODEL, V, ANCHORS, 1.0)
     bench.steering.probe(asked)
     steering = bench.steering
     assert steering.wanted() == [asked.version]
@@ -683,7 +684,7 @@ def test_a_probe_is_held_and_neither_tested_nor_served() -> None:
     steering.set_mode("off")
     assert asked.version not in steering.wanted()
     steering.set_mode("auto")
-    newer = probe(MODEL, V, ANCHORS[:3], 1.0)
+    newer = probe_profile(MODEL, V, ANCHORS[:3], 1.0)
     steering.probe(newer)
     assert steering.held(asked.version) is None
     assert steering.wanted()[-1] == newer.version
@@ -1059,7 +1060,7 @@ def test_whatever_happens_what_is_held_stays_bounded_and_tests_are_of_who_is_tes
                     bench = bench.restart(scope="label")
                     bench.steering.know(MODEL, V)
                 case "probe":
-                    steering.probe(probe(MODEL, V, ANCHORS[: 1 + n % 6], 1.0))
+                    steering.probe(probe_profile(MODEL, V, ANCHORS[: 1 + n % 6], 1.0))
         except HemostatError:
             pass
         steering = bench.steering
@@ -1067,7 +1068,7 @@ def test_whatever_happens_what_is_held_stays_bounded_and_tests_are_of_who_is_tes
         assert all(steering.held(version) is not None for version in steering.wanted())
         trials = steering._trials
         serving = [scope for scope, seat in steering._seats.items() if seat.selected]
-        assert len(trials._guard.watches) == len(trials.tested) + len(serving)
+        assert len(trials._guard.running) == len(trials.tested) + len(serving)
         assert len(trials.line) <= LINE_AT_MOST + SCOPES_APART
         assert len(set(trials.line)) == len(trials.line)
         for place in serving:

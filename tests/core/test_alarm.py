@@ -16,11 +16,11 @@ from hemostat_calibration.alarm import (
     fit,
     init,
     load,
-    observe,
     readings,
     rebase,
     save,
     spread,
+    update,
 )
 from hemostat_calibration.errors import InvalidArgumentError
 
@@ -150,7 +150,7 @@ SETTINGS = Settings(alpha=0.06, budget=0.5, baseline_tokens=4000, clear_after=10
 def play(alarm, route, stream, *, now=0.0, divergence=0.1, floor=0.01):
     for request in stream:
         now += 1.0
-        alarm = observe(alarm, route, Observation(now, np.full(len(request), divergence), request), floor)
+        alarm = update(alarm, route, Observation(now, np.full(len(request), divergence), request), floor)
     return alarm
 
 

@@ -1,6 +1,5 @@
 """Every interval against the whole vocabulary: random and adversarial pairs, every way in which lists are cut."""
 
-import math
 import time
 from dataclasses import replace
 
@@ -8,27 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tests.support.exact import exact, largest_ratio
+from tests.support.oracle import apply
 from tests.support.records import Truth, log_softmax, make_record, profiles
 
-from hemostat_calibration.divergence.bounds import FLOOR, bounds, cap
+from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds, cap
 from hemostat_calibration.divergence.per_token import calibrated, divergence
-from hemostat_calibration.profiles.transform import apply
 
 ROUNDING = 1e-5
 FIGURES = ("kl_rc", "kl_cr", "js", "tv")
-
-
-def exact(log_r, log_c):
-    """Full-vocabulary figures; zeros allowed."""
-    r, c = np.exp(log_r), np.exp(log_c)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_m = np.log(r + c) - np.log(2.0)
-        return {
-            "kl_rc": np.where(r > 0, r * (log_r - log_c), 0.0).sum(-1),
-            "kl_cr": np.where(c > 0, c * (log_c - log_r), 0.0).sum(-1),
-            "js": 0.5 * (np.where(r > 0, r * (log_r - log_m), 0) + np.where(c > 0, c * (log_c - log_m), 0)).sum(-1),
-            "tv": 0.5 * np.abs(r - c).sum(-1),
-        }
 
 
 def spread(rng, kind, rows, vocabulary):
@@ -92,13 +79,6 @@ def views():
     )
 
 
-def largest_ratio(truth):
-    """The floor that holds for this pair."""
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(truth.reference - truth.compressed)
-    return math.exp(-np.nanmax(apart)) * (1.0 - 1e-9)
-
-
 @settings(max_examples=600)
 @given(pairs(), views())
 @example(Truth(np.log([[0.4, 0.6]]), np.log([[0.9, 0.1]]), np.array([0])), {"k": 1, "reference_k": None, "chat": True})
@@ -106,7 +86,7 @@ def test_the_truth_is_always_inside(truth, view):
     floor = largest_ratio(truth)
     record = make_record(truth, **view)
     found = bounds(record, floor)
-    np.testing.assert_array_equal(divergence(record, floor=floor).bounds.kl_rc.upper, found.kl_rc.upper)
+    np.testing.assert_array_equal(divergence(record, min_ratio=floor).bounds.kl_rc.upper, found.kl_rc.upper)
     for name, value in exact(truth.reference, truth.compressed).items():
         interval = getattr(found, name)
         slack = ROUNDING * (1.0 + np.abs(value))
@@ -143,7 +123,7 @@ def test_the_estimates_mean_is_the_truth(truth, view):
     least, told = np.full(len(truth.emitted), np.inf), set()
     for token in range(vocabulary):
         record = make_record(replace(truth, emitted=np.full(len(truth.emitted), token)), **view)
-        found = divergence(record, floor=largest_ratio(truth))
+        found = divergence(record, min_ratio=largest_ratio(truth))
         for name, estimate in (("kl_rc", found.estimate_rc), ("kl_cr", found.estimate_cr)):
             means[name] = means[name] + np.exp(truth.compressed[:, token]) * estimate
         told.add(found.bound)
@@ -220,7 +200,7 @@ def test_the_truth_is_inside_after_a_profile(data, truth, view, log_normalizer):
     view["chat"] &= view["k"] > 1
     record = make_record(truth, **view, profile=profile, log_normalizer=log_normalizer)
     after = Truth(truth.reference, log_softmax(apply(profile, truth.compressed)), truth.emitted)
-    found = calibrated(record, profile, floor=largest_ratio(after)).bounds
+    found = calibrated(record, profile, min_ratio=largest_ratio(after)).bounds
     for name, value in exact(after.reference, after.compressed).items():
         interval = getattr(found, name)
         available = ~np.isnan(interval.upper)
@@ -233,8 +213,7 @@ def test_the_truth_is_inside_after_a_profile(data, truth, view, log_normalizer):
 
 def test_the_floor_is_named():
     truth = Truth(np.log([[0.4, 0.3, 0.3]]), np.log([[0.9, 0.05, 0.05]]), np.array([0]))
-    assert bounds(make_record(truth, 1)).floor == FLOOR
-    assert bounds(make_record(truth, 1), 1e-3).upper_label == "upper (floor 1.0e-03)"
+    assert bounds(make_record(truth, 1)).min_ratio == MIN_RATIO
     assert np.isinf(bounds(make_record(truth, 1), 0.0).kl_rc.upper).all()
 
 

@@ -8,7 +8,7 @@ from tests.support.records import make_record
 from tests.support.world import T, V, World
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.learning.temperature_bias import TemperatureBias
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
 
 
 @pytest.mark.parametrize("k", [20, V])
@@ -55,7 +55,7 @@ def test_little_data_moves_little():
 
 
 def test_an_id_without_evidence_keeps_its_logit():
-    learner = TemperatureBias(min_requests=1, min_tokens=1)
+    learner = TemperatureBiasLearner(min_requests=1, min_tokens=1)
     truth = World(bias=0.4).truth(0)
     record = make_record(truth, 3)
     profile = learner.propose(learner.update(learner.init("m", V), [record]))
@@ -68,7 +68,7 @@ def test_an_id_without_evidence_keeps_its_logit():
 def test_a_reference_that_gave_only_a_list():
     """Ids that it did not give teach nothing about themselves."""
     world = World(beta=0.8)
-    learner = TemperatureBias(min_requests=1, min_tokens=1)
+    learner = TemperatureBiasLearner(min_requests=1, min_tokens=1)
     records = [make_record(world.truth(seed), 20, reference_k=20) for seed in range(60)]
     state = learner.init("m", V)
     for record in records:
@@ -106,7 +106,7 @@ def test_a_drifting_workload_is_followed():
     after.bias = -before.bias
     left = {}
     for half_life in (20 * T, None):
-        learner = TemperatureBias(min_requests=1, min_tokens=1, half_life_tokens=half_life)
+        learner = TemperatureBiasLearner(min_requests=1, min_tokens=1, half_life_tokens=half_life)
         _, state = before.learn(300, learner=learner)
         assert before.divergence(learner.propose(state)) < 0.4 * before.divergence(), "what it forgets, it has learned"
         state = learner.update(state, [make_record(after.truth(seed), 20) for seed in range(300, 400)])
@@ -118,7 +118,7 @@ def test_a_drifting_workload_is_followed():
 
 def test_sums_are_discounted_by_age_whatever_the_batches():
     world = World(bias=0.4)
-    learner = TemperatureBias(half_life_tokens=100.0)
+    learner = TemperatureBiasLearner(half_life_tokens=100.0)
     records = [make_record(world.truth(seed), 20) for seed in range(6)]
     one = learner.update(learner.init("m", V), records[:1])
     assert one.weight == T
@@ -136,7 +136,7 @@ def test_sums_are_discounted_by_age_whatever_the_batches():
 
 
 def test_nothing_is_proposed_too_early():
-    learner = TemperatureBias(min_requests=3, min_tokens=2 * T)
+    learner = TemperatureBiasLearner(min_requests=3, min_tokens=2 * T)
     world = World(beta=0.8)
     state = learner.init("m", V)
     assert learner.propose(state) is None
@@ -179,7 +179,7 @@ def test_states_are_values():
 
 
 def test_what_does_not_belong_is_refused():
-    learner = TemperatureBias()
+    learner = TemperatureBiasLearner()
     with pytest.raises(InvalidArgumentError, match="vocab_size"):
         learner.update(learner.init("m", V + 1), [make_record(World().truth(0), 5)])
     with pytest.raises(InvalidArgumentError, match="one model"):

@@ -8,81 +8,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.records import Truth, log_softmax, make_record
+from tests.support.hidden_state_world import A, D, HiddenStateWorld, N, T, V
+from tests.support.oracle import apply, shift
+from tests.support.records import log_softmax
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.learning.contextual import hidden, mlp
+from hemostat_calibration.learning.contextual import hidden_states, mlp
 from hemostat_calibration.learning.contextual import learner as contextual
-from hemostat_calibration.learning.contextual.learner import FLUSHED, FOLDS, Contextual, Source, choose_anchors, fold_of
-from hemostat_calibration.profiles.transform import anchors, anchors_digest, apply, code, shift
-from hemostat_calibration.records import Features
-
-V, D, T, N, A = 150, 10, 40, 20, 14
-
-
-class World:
-    """h_c = h_r + B h_r + b + bend tanh(2 h_r) + noise, tokens of one prompt alike. From `turns` on B has its sign
-    changed: a workload that drifts."""
-
-    def __init__(self, strength=0.4, noise=0.2, bend=0.0, turns=10**9, seed=0):
-        rng = np.random.default_rng(seed)
-        self.weight = (2.0 * rng.normal(size=(V, D)) / np.sqrt(D)).astype(np.float32)
-        self.map = strength * rng.normal(size=(D, D)) / np.sqrt(D)
-        self.bias = strength * rng.normal(size=D)
-        self.noise, self.bend, self.turns = noise, bend, turns
-        self.anchors = choose_anchors(self.weight, N)
-
-    def hidden(self, seed, tokens=T):
-        rng = np.random.default_rng(seed)
-        h = rng.normal(size=(1, D)) + rng.normal(size=(tokens, D))
-        sign = 1.0 if seed < self.turns else -1.0
-        bent = self.bend * np.tanh(2.0 * h[:, ::-1])
-        return h, h + sign * (h @ self.map + self.bias) + bent + self.noise * rng.normal(size=h.shape)
-
-    def truth(self, seed, tokens=T):
-        h_r, h_c = self.hidden(seed, tokens)
-        log_c = log_softmax(h_c @ self.weight.T)
-        cut = np.random.default_rng(seed + 1).random((tokens, 1))
-        emitted = np.minimum((np.exp(log_c).cumsum(1) < cut).sum(1), V - 1)
-        return Truth(log_softmax(h_r @ self.weight.T), log_c, emitted)
-
-    def record(self, seed, tokens=T, *, features=True, hidden=True, k=20):
-        truth = self.truth(seed, tokens)
-        record = make_record(truth, k, key=str(seed).encode(), reference_k=None if hidden else 20)
-        if features:
-            values = truth.compressed[:, self.anchors]
-            values = (values - values.mean(1, keepdims=True)).astype(np.float32)
-            record = replace(record, features=Features(anchors_digest(self.anchors), values))
-        if hidden:
-            record = replace(record, reference_hidden=self.hidden(seed, tokens)[0].astype(np.float32))
-        return record
-
-    def learner(self, **changes):
-        options = {"features": A, "rank": D, "min_tokens": 1, "min_requests": 1, **changes}
-        return Contextual(self.weight, self.anchors, **options)
-
-    def learn(self, seeds, learner=None, **kinds):
-        learner = learner or self.learner()
-        return learner.update(learner.init("m", V), [self.record(seed, **kinds) for seed in seeds])
-
-    def divergence(self, profile=None, seeds=range(10_000, 10_025)):
-        """KL(r‖c) over the whole vocabulary, on prompts that were not learned from."""
-        values = []
-        for seed in seeds:
-            truth = self.truth(seed)
-            log_c = truth.compressed if profile is None else log_softmax(apply(profile, truth.compressed))
-            values.append((np.exp(truth.reference) * (truth.reference - log_c)).sum(-1).mean())
-        return float(np.mean(values))
-
-    def recovered(self, profile):
-        """Part of what the noise leaves to win."""
-        before, floor = self.divergence(), World(strength=0.0, noise=self.noise).divergence()
-        return (before - self.divergence(profile)) / (before - floor)
+from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.learner import FLUSHED, FOLDS, ContextualLearner, TokenSource, fold_of
+from hemostat_calibration.profiles.transform import anchors, code
 
 
 @cache
 def world():
-    return World()
+    return HiddenStateWorld()
 
 
 # --- what is won
@@ -113,16 +53,18 @@ def test_from_a_reference_that_gives_only_a_list():
     state = world().learn(range(80), hidden=False)
     proposal = learner.fit(state)
     assert proposal.report.variant == "list"
-    assert state.tokens_by_source[Source.LIST] == 80 * T
+    assert state.tokens_by_source[TokenSource.LIST] == 80 * T
     assert world().recovered(proposal.profile) > 0.8
-    network = world().learner(network=mlp.Training(units=32)).fit(state)
+    network = world().learner(network=mlp.TrainingSettings(units=32)).fit(state)
     assert network.profile.parameters["middle"].shape == (32, 32)
     assert world().recovered(network.profile) > 0.85
 
 
 def test_a_network_is_taken_where_it_is_better():
-    bent = World(strength=0.2, noise=0.1, bend=0.8)
-    training = mlp.Training(units=96, epochs=25, batch=64, rate=1e-2, given=1.0, decay=0.01, noise=0.0, dropped=0.1)
+    bent = HiddenStateWorld(strength=0.2, noise=0.1, bend=0.8)
+    training = mlp.TrainingSettings(
+        units=96, epochs=25, batch=64, rate=1e-2, given=1.0, decay=0.01, noise=0.0, dropped=0.1
+    )
     learner = bent.learner(network=training, network_tokens=1000)
     state = bent.learn(range(150), learner)
     stages = []
@@ -140,8 +82,8 @@ def test_a_network_is_taken_where_it_is_better():
 
 def test_of_the_stages_as_many_are_run_as_did_best():
     """The last one ruins the map: what is served is what the others made of all rows."""
-    bent = World(strength=0.2, noise=0.1, bend=0.8)
-    training = mlp.Training(units=32, epochs=6, batch=64, rate=1e-2, given=1.0, noise=0.0, dropped=0.0)
+    bent = HiddenStateWorld(strength=0.2, noise=0.1, bend=0.8)
+    training = mlp.TrainingSettings(units=32, epochs=6, batch=64, rate=1e-2, given=1.0, noise=0.0, dropped=0.0)
     helps, ruins = (3, 1e-3), (1, 1.0)
     found = []
     for exact in ((helps,), (helps, ruins)):
@@ -154,7 +96,7 @@ def test_of_the_stages_as_many_are_run_as_did_best():
 
 def test_a_network_is_not_taken_where_there_is_nothing_for_it():
     """Or no worse for it: by KL itself even a linear map may gain a little."""
-    learner = world().learner(network=mlp.Training(units=32, epochs=4), network_tokens=100)
+    learner = world().learner(network=mlp.TrainingSettings(units=32, epochs=4), network_tokens=100)
     state = world().learn(range(40), learner)
     network, linear = learner.propose(state), world().learner().propose(state)
     assert world().recovered(network) > world().recovered(linear) - 0.01
@@ -169,7 +111,7 @@ def test_a_network_is_not_taken_where_there_is_nothing_for_it():
 @pytest.mark.parametrize("hidden", [True, False])
 def test_noise_alone_is_left_alone_or_hardly_touched(prompts, hidden):
     """A difference that has nothing to do with the context: whatever is proposed must do next to no harm."""
-    noisy = World(strength=0.0, noise=0.6)
+    noisy = HiddenStateWorld(strength=0.0, noise=0.6)
     proposal = noisy.learner().fit(noisy.learn(range(prompts), hidden=hidden))
     if proposal is not None:
         assert noisy.divergence(proposal.profile) < 1.03 * noisy.divergence()
@@ -177,7 +119,7 @@ def test_noise_alone_is_left_alone_or_hardly_touched(prompts, hidden):
 
 def test_a_weak_penalty_is_never_chosen_on_little_data():
     """Forty tokens of two prompts, fourteen features: without a penalty the map would be noise."""
-    noisy = World(strength=0.05, noise=0.8)
+    noisy = HiddenStateWorld(strength=0.05, noise=0.8)
     for first in range(0, 40, 4):
         proposal = noisy.learner().fit(noisy.learn(range(first, first + 4), tokens=10))
         assert proposal is None or proposal.report.penalty >= 0.1
@@ -218,7 +160,7 @@ def test_the_trust_region_is_kept():
 @pytest.mark.parametrize("kinds", [{}, {"hidden": False}, {"network": True}, {"sums": True}])
 def test_the_tail_is_narrow_and_little_is_lost(kinds, monkeypatch):
     """Most ids get a change of less than half the rank; what it wins and how far it may go, stay nearly the same."""
-    training = mlp.Training(units=32, epochs=4) if kinds.pop("network", False) else None
+    training = mlp.TrainingSettings(units=32, epochs=4) if kinds.pop("network", False) else None
     sums = kinds.pop("sums", False)
     learner = world().learner(
         network=training, network_tokens=100, kl_limit=0.5, recent_tokens=5 * T if sums else 10**6
@@ -271,7 +213,7 @@ def test_a_label_with_little_evidence_uses_the_whole():
 
 
 def test_a_label_that_is_different_goes_its_own_way_with_evidence():
-    drifted = World(turns=500)
+    drifted = HiddenStateWorld(turns=500)
     learner = drifted.learner()
     pooled, part = drifted.learn(range(60), learner), drifted.learn(range(500, 580), learner)
     profile = learner.fit(part, pooled).profile
@@ -281,7 +223,7 @@ def test_a_label_that_is_different_goes_its_own_way_with_evidence():
 
 def test_a_drifting_workload_is_followed():
     """Half-way the topics change and with them the map. What forgets is right soon after, what does not is not."""
-    drifting = World(turns=150)
+    drifting = HiddenStateWorld(turns=150)
     after = range(2000, 2020)
     before = drifting.divergence(None, after)
     found = {}
@@ -416,10 +358,10 @@ def test_tokens_are_counted_by_what_they_brought():
         ],
     )
     assert state.tokens_by_source == {
-        Source.HIDDEN: T + 3,
-        Source.HIDDEN_FROM_LIST: 2 * T,
-        Source.LIST: T,
-        Source.UNUSABLE: 2 * T + T - 3,
+        TokenSource.HIDDEN: T + 3,
+        TokenSource.HIDDEN_FROM_LIST: 2 * T,
+        TokenSource.LIST: T,
+        TokenSource.UNUSABLE: 2 * T + T - 3,
     }
     assert state.tokens == 4 * T + 3
     assert learner.update(learner.init("m", V), [masked(record)]).tokens == 3
@@ -453,7 +395,7 @@ def test_what_does_not_belong_is_refused():
 def test_bad_arguments(changes, message):
     options = {"weight": world().weight, "anchors": world().anchors, **changes}
     with pytest.raises(InvalidArgumentError, match=message):
-        Contextual(options.pop("weight"), options.pop("anchors"), **options)
+        ContextualLearner(options.pop("weight"), options.pop("anchors"), **options)
 
 
 def test_the_probe_reads_what_is_learned_from():
@@ -496,7 +438,9 @@ def test_fewer_logits_than_the_state_has_numbers_say_less_and_cost_less():
     for features in (4, 7, A):
         learner = world().learner(features=features)
         state = world().learn(range(60), learner)
-        basis = learner._basis(learner._hidden_sample(state), hidden.prior(learner._hidden_sample(state), 0.03))
+        basis = learner._basis(
+            learner._hidden_sample(state), hidden_states.estimate_prior(learner._hidden_sample(state), 0.03)
+        )
         assert basis.reads.shape == (min(features, D) + 1, features + 1)
         profile = learner.propose(state)
         assert profile.parameters["linear"].shape[1] == features
@@ -510,9 +454,9 @@ def test_a_turn_changes_no_length(features):
     learner = world().learner(features=features)
     state = world().learn(range(20), learner)
     sample = learner._hidden_sample(state)
-    prior = hidden.prior(sample, 0.03)
+    prior = hidden_states.estimate_prior(sample, 0.03)
     basis = learner._basis(sample, prior)
-    _, gain = hidden.recovery(world().weight[learner.anchors[:features]], prior)
+    _, gain = hidden_states.linear_recovery(world().weight[learner.anchors[:features]], prior)
     x = np.random.default_rng(0).normal(size=(30, features))
     x -= x.mean(1, keepdims=True)
     expected = np.square(x @ gain.T @ basis.root).sum(1)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.oracle import apply, shift
 from tests.support.records import Truth, log_softmax, make_record, truths
 
-from hemostat_calibration.divergence.per_token import calibrated, divergence, gain
+from hemostat_calibration.divergence.gain import gain
+from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
-from hemostat_calibration.learning.contextual.learner import contextual_profile, probe
+from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
-from hemostat_calibration.profiles.transform import anchors, anchors_digest, apply, code, shift, shift_at, shift_range
+from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, shift_at, shift_range
 from hemostat_calibration.records import Features, validate
 
 V, N, A, R, H, G = 11, 6, 4, 3, 5, 7
@@ -140,7 +142,7 @@ def test_a_mask_elsewhere_changes_nothing_else():
 
 
 def test_the_probe_changes_nothing():
-    profile = probe("m", V, np.array([3, 1, 4]), 2.0)
+    profile = probe_profile("m", V, np.array([3, 1, 4]), 2.0)
     assert CalibrationProfile.from_bytes(profile.to_bytes()) == profile
     np.testing.assert_array_equal(anchors(profile), [3, 1, 4])
     assert not shift(profile, np.random.default_rng(0).normal(size=(2, V))).any()

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.exact import exact, largest_ratio
 from tests.support.records import Truth, log_softmax, make_record, truths
 
-from hemostat_calibration.divergence.decoding import DECODINGS, decoding, sampled
+from hemostat_calibration.divergence.decoding import DECODING_LABELS, decoded_divergence, decoding_label
 from hemostat_calibration.records import Sampling
-
-from .test_bounds import exact, largest_ratio
 
 FIGURES = ("kl_rc", "kl_cr", "js", "tv")
 
@@ -56,7 +55,7 @@ def test_what_is_said_is_true_of_the_whole_vocabulary(truth, sampling, k, refere
         rounded = (log_softmax(np.round(z, 0)) for z in (truth.reference, truth.compressed))
         truth = Truth(*rounded, truth.emitted)
     record = make_record(truth, k, reference_k=reference_k, chat=chat, sampling=sampling)
-    found = sampled(record, largest_ratio(truth))
+    found = decoded_divergence(record, largest_ratio(truth))
     vocabulary = truth.compressed.shape[1]
     cuts = sampling.top_p < 1.0 or sampling.top_k > 0 or sampling.min_p > 0.0
     assert found.available.all() or cuts
@@ -87,7 +86,7 @@ def test_half_of_the_smallest_number_is_nothing():
     for sampling in (Sampling(temperature=0.4), Sampling(temperature=0.4, top_k=3), Sampling(temperature=0.4, top_k=2)):
         q_r, q_c = (engine(log, sampling, np.arange(3)) for log in (truth.reference, truth.compressed))
         assert np.exp(q_r).max(initial=0.0, where=np.exp(q_r) < 0.5) == 5e-324
-        found = sampled(make_record(truth, 3, sampling=sampling))
+        found = decoded_divergence(make_record(truth, 3, sampling=sampling))
         assert found.js.lower == pytest.approx(0.0, abs=1e-9)
         assert 0.0 <= found.js.upper[0] < 1e-5
         assert exact(q_r, q_c)["js"] == pytest.approx(0.0, abs=1e-9)
@@ -99,8 +98,10 @@ def test_the_interval_at_a_temperature_is_narrow_where_the_lists_hold_most(tempe
     z = 3.0 * rng.normal(size=(50, 500))
     log_r, log_c = log_softmax(z), log_softmax(z + 0.5 * rng.normal(size=z.shape))
     emitted = log_c.argmax(1)
-    narrow = sampled(make_record(Truth(log_r, log_c, emitted), 64, sampling=Sampling(temperature=temperature)))
-    wide = sampled(make_record(Truth(log_r, log_c, emitted), 8, sampling=Sampling(temperature=temperature)))
+    narrow = decoded_divergence(
+        make_record(Truth(log_r, log_c, emitted), 64, sampling=Sampling(temperature=temperature))
+    )
+    wide = decoded_divergence(make_record(Truth(log_r, log_c, emitted), 8, sampling=Sampling(temperature=temperature)))
     for found in (narrow, wide):
         assert np.isnan(found.kl_rc.lower).all()
     width = (narrow.tv.upper - narrow.tv.lower).mean()
@@ -111,7 +112,9 @@ def test_the_interval_at_a_temperature_is_narrow_where_the_lists_hold_most(tempe
 def test_greedy_is_one_id():
     log_r = np.log([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1]])
     log_c = np.log([[0.5, 0.4, 0.1], [0.5, 0.4, 0.1]])
-    found = sampled(make_record(Truth(log_r, log_c, np.array([0, 0])), 2, sampling=Sampling(temperature=0.0)))
+    found = decoded_divergence(
+        make_record(Truth(log_r, log_c, np.array([0, 0])), 2, sampling=Sampling(temperature=0.0))
+    )
     np.testing.assert_array_equal(found.tv.upper, [0.0, 1.0])
     np.testing.assert_allclose(found.js.lower, [0.0, np.log(2.0)])
     np.testing.assert_array_equal(found.kl_rc.lower, [0.0, np.inf])
@@ -122,32 +125,34 @@ def test_a_nucleus_by_hand():
     """top_p 0.7 keeps {0, 1} of c (0.5 + 0.3) and {0, 2} of r: they share id 0."""
     log_c, log_r = np.log([[0.5, 0.3, 0.15, 0.05]]), np.log([[0.45, 0.1, 0.35, 0.1]])
     record = make_record(Truth(log_r, log_c, np.array([0])), 3, sampling=Sampling(top_p=0.7))
-    found = sampled(record)
+    found = decoded_divergence(record)
     assert found.tv.lower[0] == pytest.approx(1.0 - min(0.5 / 0.8, 0.45 / 0.8))
     assert np.isinf(found.kl_rc.lower[0])
     # A cut behind the list is not known.
-    assert not sampled(make_record(Truth(log_r, log_c, np.array([0])), 3, sampling=Sampling(top_p=0.97))).available[0]
+    assert not decoded_divergence(
+        make_record(Truth(log_r, log_c, np.array([0])), 3, sampling=Sampling(top_p=0.97))
+    ).available[0]
 
 
 def test_a_treated_request_was_drawn_from_something_else():
     log_c = np.log([[0.5, 0.3, 0.15, 0.05]])
     record = make_record(Truth(log_c, log_c, np.array([0])), 3, applied="v")
-    assert not sampled(record).available.any()
-    assert np.isnan(sampled(record).tv.upper).all()
+    assert not decoded_divergence(record).available.any()
+    assert np.isnan(decoded_divergence(record).tv.upper).all()
 
 
 def test_labels_are_bounded():
     found = {
-        decoding(Sampling(temperature, top_p, top_k, min_p))
+        decoding_label(Sampling(temperature, top_p, top_k, min_p))
         for temperature in (0.0, 1e-6, 0.3, 0.5, 0.99, 1.0, 1.2, 2.0)
         for top_p in (1.0, 0.9)
         for top_k in (0, 40)
         for min_p in (0.0, 0.05)
     }
-    assert found == set(DECODINGS)
-    assert decoding(Sampling(0.0, top_p=0.5)) == "greedy"
-    assert decoding(Sampling(0.5)) == "t0.5-1"
-    assert decoding(Sampling(1.0, min_p=0.1)) == "t1 cut"
+    assert found == set(DECODING_LABELS)
+    assert decoding_label(Sampling(0.0, top_p=0.5)) == "greedy"
+    assert decoding_label(Sampling(0.5)) == "t0.5-1"
+    assert decoding_label(Sampling(1.0, min_p=0.1)) == "t1 cut"
 
 
 @pytest.mark.vllm

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.oracle import apply
 from tests.support.records import Truth, log_softmax, make_record, profiles, truths
 
-from hemostat_calibration.divergence.per_token import calibrated, divergence, gain
+from hemostat_calibration.divergence.gain import gain
+from hemostat_calibration.divergence.per_token import calibrated, divergence
 from hemostat_calibration.profiles.profile import temperature_bias
-from hemostat_calibration.profiles.transform import apply, shift_range
+from hemostat_calibration.profiles.transform import shift_range
 from hemostat_calibration.records import Sampling, Shift
 
 ROUNDING = 1e-5

@@ -2,15 +2,14 @@ import math
 
 import numpy as np
 import pytest
+from tests.support.hidden_state_world import HiddenStateWorld
+from tests.support.oracle import apply
 from tests.support.records import log_softmax
 
 from hemostat_calibration import guard
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard import Action, Reason, Role
-from hemostat_calibration.learning.contextual.learner import contextual_profile
-from hemostat_calibration.profiles.transform import apply
-
-from .test_contextual import World
+from hemostat_calibration.profiles.contextual import contextual_profile
 
 A, B = "a" * 32, "b" * 32
 
@@ -18,7 +17,7 @@ A, B = "a" * 32, "b" * 32
 def run(state, version, gains, unsure=0.0):
     """Observe until something is decided; the decision, and how many it took."""
     for n, gain in enumerate(gains, start=1):
-        state = guard.observe(state, version, gain - unsure, gain + unsure, 20)
+        state = guard.update(state, version, gain - unsure, gain + unsure, 20)
         decision = guard.decide(state, version)
         if decision.action in (Action.PROMOTE, Action.ROLL_BACK):
             return decision, n
@@ -30,7 +29,7 @@ def gains(seed, mean, n=600, spread=0.05):
 
 
 def candidate(width=1.0, alpha=0.05):
-    return guard.enter(guard.init(alpha), A, Role.CANDIDATE, width)
+    return guard.begin_test(guard.init(alpha), A, Role.CANDIDATE, width)
 
 
 def test_what_helps_is_promoted_with_its_evidence():
@@ -70,7 +69,7 @@ def won(world, profile, prompts):
 
 def test_what_was_learned_from_too_little_with_a_weak_penalty_harms_and_identity_is_held():
     """Least squares without a penalty on 20 tokens of two prompts; what cross-validation makes of 60 prompts serves."""
-    world = World(strength=0.3, noise=0.6)
+    world = HiddenStateWorld(strength=0.3, noise=0.6)
     rows = [world.record(seed, 10) for seed in range(2)]
     x = np.column_stack([np.concatenate([r.features.values[:, :14] for r in rows]), np.ones(20)])
     target = np.concatenate([np.subtract(*world.hidden(seed, 10)) for seed in range(2)])
@@ -88,13 +87,13 @@ def test_what_was_learned_from_too_little_with_a_weak_penalty_harms_and_identity
 
 
 def serving(width=1.0, window=200, alpha=0.05):
-    return guard.enter(guard.init(alpha), A, Role.SERVING, width, window)
+    return guard.begin_test(guard.init(alpha), A, Role.SERVING, width, window)
 
 
 def test_what_turns_harmful_is_rolled_back_at_once():
     state = serving()
     for gain in gains(0, 0.04, n=400):
-        state = guard.observe(state, A, gain, gain, 20)
+        state = guard.update(state, A, gain, gain, 20)
         assert guard.decide(state, A).action is Action.HOLD
     decision, n = run(state, A, gains(1, -0.04))
     assert (decision.action, decision.reason) == (Action.ROLL_BACK, Reason.HARM)
@@ -110,12 +109,12 @@ def test_what_no_longer_helps_is_rolled_back_at_the_windows_end():
     helped, n = run(state, A, gains(0, 0.04, n=399))
     assert (helped.action, n) == (Action.HOLD, 399)
     for gain in gains(0, 0.04, n=400):
-        state = guard.observe(state, A, gain, gain, 20)
+        state = guard.update(state, A, gain, gain, 20)
     decision, n = run(state, A, gains(1, 0.0))
     assert (decision.action, decision.reason, n) == (Action.ROLL_BACK, Reason.UNSUPPORTED, 200)
     assert decision.evidence.lower <= 0.0 <= decision.evidence.upper
     # Not acted upon (a pinned profile): the next window begins with the next request.
-    state = guard.observe(state, A, 0.0, 0.0, 20)
+    state = guard.update(state, A, 0.0, 0.0, 20)
     assert guard.decide(state, A).action is Action.HOLD
 
 
@@ -150,7 +149,7 @@ def test_a_good_profile_outlasts_its_windows():
     for seed in range(runs):
         proof, _ = run(candidate(0.5), A, gains(seed, 0.04, n=400, spread=0.1))
         assert proof.action is Action.PROMOTE
-        window = guard.window_after(proof.evidence)
+        window = guard.window_after_promotion(proof.evidence)
         assert window == max(200, 4 * proof.evidence.requests)
         decision, _ = run(serving(0.5, window), A, gains(100 + seed, 0.02, n=window, spread=0.1))
         stayed += decision.action is Action.HOLD
@@ -159,7 +158,7 @@ def test_a_good_profile_outlasts_its_windows():
 
 def test_what_was_spent_before_stays_spent():
     state = guard.init(0.06, {Role.CANDIDATE: 2})
-    state = guard.enter(state, A, Role.CANDIDATE, 1.0)
+    state = guard.begin_test(state, A, Role.CANDIDATE, 1.0)
     found = guard.decide(state, A).evidence
     assert (found.test, found.alpha) == (3, pytest.approx(0.005))
     with pytest.raises(InvalidArgumentError, match="negative"):
@@ -171,12 +170,12 @@ def test_alpha_is_spent_over_all_tests():
     spent = []
     for k in range(50):
         version = f"{k:032x}"
-        state = guard.enter(state, version, Role.CANDIDATE, 1.0)
+        state = guard.begin_test(state, version, Role.CANDIDATE, 1.0)
         spent.append(guard.decide(state, version).evidence.alpha)
-        state = guard.leave(state, version)
+        state = guard.end_test(state, version)
     assert spent[:3] == pytest.approx([0.03, 0.01, 0.005])
     assert 0.05 < sum(spent) < 0.06
-    state = guard.enter(state, A, Role.SERVING, 1.0)
+    state = guard.begin_test(state, A, Role.SERVING, 1.0)
     assert guard.decide(state, A).evidence.alpha == 0.03
 
 
@@ -188,7 +187,7 @@ def test_the_error_holds_over_a_run_of_useless_candidates(mean):
         state = guard.init(alpha)
         for k in range(5):
             version = f"{k:032x}"
-            state = guard.enter(state, version, Role.CANDIDATE, 0.5)
+            state = guard.begin_test(state, version, Role.CANDIDATE, 0.5)
             decision, _ = run(state, version, gains(1000 * seed + k, mean, n=60, spread=0.1))
             if decision.action is Action.PROMOTE:
                 wrong += 1
@@ -197,18 +196,18 @@ def test_the_error_holds_over_a_run_of_useless_candidates(mean):
 
 
 def test_versions_do_not_mix():
-    state = guard.enter(candidate(), B, Role.CANDIDATE, 1.0)
-    state = guard.observe(state, A, 0.3, 0.3, 5)
+    state = guard.begin_test(candidate(), B, Role.CANDIDATE, 1.0)
+    state = guard.update(state, A, 0.3, 0.3, 5)
     assert guard.decide(state, B).evidence.requests == 0
     assert math.isnan(guard.decide(state, B).evidence.mean_gain)
     assert guard.decide(state, A).evidence.tokens == 5
-    assert A not in guard.leave(state, A).watches
-    assert guard.leave(state, "c" * 32) == state
+    assert A not in guard.end_test(state, A).running
+    assert guard.end_test(state, "c" * 32) == state
 
 
 def test_observing_leaves_the_old_state():
     state = candidate()
-    guard.observe(state, A, 0.1, 0.1, 5)
+    guard.update(state, A, 0.1, 0.1, 5)
     assert guard.decide(state, A).evidence.requests == 0
 
 
@@ -217,13 +216,13 @@ def test_arguments():
         with pytest.raises(InvalidArgumentError, match="alpha"):
             guard.init(alpha)
     with pytest.raises(InvalidArgumentError, match="window"):
-        guard.enter(guard.init(), A, Role.SERVING, 1.0, window=0)
+        guard.begin_test(guard.init(), A, Role.SERVING, 1.0, window=0)
     for width in (0.0, math.inf, math.nan):
         with pytest.raises(InvalidArgumentError, match="width"):
-            guard.enter(guard.init(), A, Role.CANDIDATE, width)
-    with pytest.raises(InvalidArgumentError, match="not watched"):
+            guard.begin_test(guard.init(), A, Role.CANDIDATE, width)
+    with pytest.raises(InvalidArgumentError, match="not under test"):
         guard.decide(guard.init(), A)
     with pytest.raises(InvalidArgumentError, match="above upper"):
-        guard.observe(candidate(), A, 0.2, 0.1, 5)
+        guard.update(candidate(), A, 0.2, 0.1, 5)
     with pytest.raises(InvalidArgumentError, match="observation"):
-        guard.observe(candidate(), A, -1.5, 0.1, 5)
+        guard.update(candidate(), A, -1.5, 0.1, 5)

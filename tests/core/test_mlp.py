@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hemostat_calibration.learning.contextual import mlp
-from hemostat_calibration.learning.contextual.learner import contextual_profile
 from hemostat_calibration.learning.contextual.objective import Squared
+from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.transform import code
 
 ROWS, A, H, G, R, D = 7, 4, 5, 6, 3, 8
@@ -65,12 +65,12 @@ def test_every_step_and_layer_leaves_other_units_out(monkeypatch: pytest.MonkeyP
     seen = []
     real = mlp._kept
 
-    def spied(seed: int, rows: int, training: mlp.Training) -> np.ndarray:
+    def spied(seed: int, rows: int, training: mlp.TrainingSettings) -> np.ndarray:
         seen.append(real(seed, rows, training))
         return seen[-1]
 
     monkeypatch.setattr(mlp, "_kept", spied)
-    training = mlp.Training(units=16, batch=ROWS, dropped=0.5)
+    training = mlp.TrainingSettings(units=16, batch=ROWS, dropped=0.5)
     x, t = np.zeros((3 * ROWS, A), np.float32), np.zeros((3 * ROWS, D), np.float32)
     begun = mlp.begin(np.zeros((R, A)), np.zeros(R), np.ones((D, R)), training)
     mlp.train(begun, x, np.arange(len(x)), Squared(t), training, 2, 1e-3, lambda done: None)
@@ -83,7 +83,7 @@ def test_weights_decay_and_what_was_given_does_not() -> None:
         def slope(self, rows: np.ndarray, image: np.ndarray) -> np.ndarray:
             return np.zeros_like(image)
 
-    training = mlp.Training(units=H, batch=ROWS, decay=0.5, noise=0.0, dropped=0.0)
+    training = mlp.TrainingSettings(units=H, batch=ROWS, decay=0.5, noise=0.0, dropped=0.0)
     square = {"middle": (H, H), "middle_offset": (H,), "out": (R, H)}
     ones = {name: np.ones(shape, np.float32) for name, shape in square.items()}
     before = mlp.Network(**{**weights(np.float32), **ones})
@@ -107,13 +107,13 @@ def test_noise_is_standard_normal_and_of_its_seed() -> None:
 
 @pytest.mark.parametrize("dropped", [0.0, 0.3, 0.5])
 def test_units_are_left_out_at_random_and_their_mean_stays(dropped: float) -> None:
-    kept = mlp._kept(5, 2000, mlp.Training(units=64, dropped=dropped))
+    kept = mlp._kept(5, 2000, mlp.TrainingSettings(units=64, dropped=dropped))
     assert set(np.unique(kept)) <= {np.float32(0.0), np.float32(1.0 / (1.0 - dropped))}
     assert (kept == 0.0).mean() == pytest.approx(dropped, abs=0.01)
     assert kept.mean() == pytest.approx(1.0, abs=0.02)
 
 
-def held_out_error(training: mlp.Training, rows: int) -> float:
+def held_out_error(training: mlp.TrainingSettings, rows: int) -> float:
     """Of a network from rows with noise, on others; 1 is that of the linear map 0 that it begins as."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows + 4000, 8)).astype(np.float32)
@@ -127,7 +127,7 @@ def held_out_error(training: mlp.Training, rows: int) -> float:
 
 
 def test_what_holds_it_back_pays_where_rows_are_few() -> None:
-    free = mlp.Training(units=256, epochs=60, batch=64, rate=1e-2, given=1.0, decay=0.0, noise=0.0, dropped=0.0)
-    held = mlp.Training(units=256, epochs=60, batch=64, rate=1e-2, given=1.0, decay=1.0, noise=0.3, dropped=0.5)
+    free = mlp.TrainingSettings(units=256, epochs=60, batch=64, rate=1e-2, given=1.0, decay=0.0, noise=0.0, dropped=0.0)
+    held = mlp.TrainingSettings(units=256, epochs=60, batch=64, rate=1e-2, given=1.0, decay=1.0, noise=0.3, dropped=0.5)
     assert held_out_error(held, 400) < 0.7 * held_out_error(free, 400)
     assert held_out_error(held, 400) < 0.5

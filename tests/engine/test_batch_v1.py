@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support import oracle
 
-from hemostat_calibration.learning.contextual.learner import probe
-from hemostat_calibration.profiles import transform as oracle
+from hemostat_calibration.profiles.contextual import probe_profile
 
 from .conftest import V, make_contextual, make_profile
 
@@ -242,7 +242,7 @@ def test_clamps_that_bind_are_counted_where_they_are_applied(make_core: Callable
 
 def test_a_probe_is_tapped_and_costs_nothing_else(make_core: Callable[..., Any]) -> None:
     core = make_core(tapping=True)
-    asks = probe("m", V, np.arange(5), 1.0)
+    asks = probe_profile("m", V, np.arange(5), 1.0)
     core.library.put(asks)
     core.library.hold([asks.version])
     batch = Batch(core)

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support import oracle
 
 from hemostat.models import vllm_server as vllm_process
-from hemostat_calibration.learning.contextual.learner import contextual_profile
-from hemostat_calibration.profiles import transform as oracle
+from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from hemostat_calibration.profiles import transform as oracle
+from tests.support import oracle
 
 from .conftest import V, make_contextual, make_profile
 

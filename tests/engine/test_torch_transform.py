@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support import oracle
 
-from hemostat_calibration.learning.contextual.learner import contextual_profile, probe
-from hemostat_calibration.profiles import transform as oracle
+from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
 from hemostat_calibration.profiles.families import FAMILIES
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -177,7 +177,7 @@ def test_features_are_the_centred_logits_at_the_anchors() -> None:
 
 def test_a_probe_is_known_to_change_nothing() -> None:
     ids = np.array([3, 1, 2])
-    held = transform.HeldProfile(probe("m", 40, ids, 1.0))
+    held = transform.HeldProfile(probe_profile("m", 40, ids, 1.0))
     assert (held.idle, held.anchors, held.anchor_count) == (True, oracle.anchors_digest(ids), 3)
     assert not transform.HeldProfile(make_contextual()).idle
     assert not transform.HeldProfile(make_profile()).idle

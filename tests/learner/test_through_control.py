@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from tests.support import oracle
 from tests.support.captures import capture
 from tests.support.control import control, settings
 from tests.support.fake_vllm import VOCAB, FakeVllm, encode, render, serving
@@ -122,7 +123,7 @@ class WorldEngine:
         requested = policy.serving if policy.serving in policy.acknowledged else None
         profiles = [p for v in self.held if (p := self.one.steering.held(v)) is not None]
         log_c = logprobs(z)
-        shifts = {p.version: transform.shift(p, z) for p in profiles}
+        shifts = {p.version: oracle.shift(p, z) for p in profiles}
         served = logprobs(z + shifts[requested]) if requested is not None else log_c
         output = np.array(
             [np.random.default_rng((seed, t)).choice(VOCAB, p=np.exp(row)) for t, row in enumerate(served)]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
+from tests.support.oracle import shift
 
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.transform import shift
 from hemostat_calibration.records import Candidates, Sampling, Shift, TokenRecord, validate
 
 

@@ -1,10 +1,10 @@
 """A reference and a compressed model over a small vocabulary, whose difference is known."""
 
 import numpy as np
+from tests.support.oracle import apply
 from tests.support.records import Truth, log_softmax, make_record
 
-from hemostat_calibration.learning.temperature_bias import TemperatureBias
-from hemostat_calibration.profiles.transform import apply
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
 
 V, D, T = 60, 8, 40
 """Size of the vocabulary, of the hidden states, and tokens of a request."""
@@ -29,7 +29,7 @@ class World:
         return Truth(log_softmax(z), log_c, emitted)
 
     def learn(self, requests, k=20, learner=None):
-        learner = learner or TemperatureBias(min_requests=1, min_tokens=1)
+        learner = learner or TemperatureBiasLearner(min_requests=1, min_tokens=1)
         state = learner.init("m", V)
         for seed in range(0, requests, 4):
             batch = [make_record(self.truth(at), k) for at in range(seed, min(seed + 4, requests))]

@@ -25,11 +25,11 @@ those, and r likewise; m counts the lesser of the two. It is 0 but for vocabular
 Jensen–Shannon's term j(r, c) is convex and homogeneous, so subadditive, 0 where r = c, (log 2 / 2) r where c = 0:
 j(r, c) ≤ (log 2 / 2)|r − c|, which summed outside S is (log 2 / 2)(R + C − 2m). Both are attained by disjoint tails.
 
-KL has no finite upper bound without an assumption: c could be 0 on an id that it did not list. `floor` is that
+KL has no finite upper bound without an assumption: c could be 0 on an id that it did not list. `min_ratio` is that
 assumption, stated with the figure: *at an id that is not in both lists, neither model's probability is less than
-`floor` times the other's*. Then log(r/c) ≤ M = −log floor there, and with the least values as above
+`min_ratio` times the other's*. Then log(r/c) ≤ M = −log min_ratio there, and with the least values as above
     KL(r‖c) ≤ Σ_S r log(r/c) + Σ_P r min(M, log(r/least c)) + R' min(M, log(λ_r/least c)),
-"least c" on Q being c itself. floor = 0 is no assumption, and gives infinity unless S is (almost) everything.
+"least c" on Q being c itself. min_ratio = 0 is no assumption, and gives infinity unless S is (almost) everything.
 
 Sums of float32 probabilities are off by up to `MASS_ROUNDING`: a mass in a denominator is floored there, which can only
 lower a lower bound, and masses are that much larger in an upper one.
@@ -48,8 +48,8 @@ from hemostat_calibration.records import Candidates, Floats, Ids, TokenRecord
 MASS_ROUNDING = 1e-6
 """Error of a sum of float32 probabilities near 1."""
 
-FLOOR = math.exp(-16.0)
-"""Least ratio of two probabilities outside S that the upper bounds of KL rest on; see `Bounds.floor`."""
+MIN_RATIO = math.exp(-16.0)
+"""Least ratio of two probabilities outside S that the upper bounds of KL rest on; see `Bounds.min_ratio`."""
 
 _COMPARED = 8192
 """Pairs of ids a row that are compared one with another."""
@@ -158,8 +158,8 @@ def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
         of_p = row_sums(xlogy(p, 2.0 * p / both))
         value = of_p + row_sums(xlogy(view.r, 2.0 * view.r / both))
         value += xlogy(r_out, 2.0 * r_out / both_out) + xlogy(p_out, 2.0 * p_out / both_out)
-    floor = np.maximum(p_out, MASS_ROUNDING)
-    slope = of_p - row_sums(p) * np.log(floor / (0.5 * (r_out + floor)))
+    least_out = np.maximum(p_out, MASS_ROUNDING)
+    slope = of_p - row_sums(p) * np.log(least_out / (0.5 * (r_out + least_out)))
     return np.clip(0.5 * value, 0.0, np.log(2.0)), 0.5 * slope
 
 
@@ -189,22 +189,17 @@ class Bounds:
     """Intervals for one request, [T]; nats but for `tv`."""
 
     kl_rc: Interval
-    """KL(r‖c); its upper end holds given `floor`."""
+    """KL(r‖c); its upper end holds given `min_ratio`."""
     kl_cr: Interval
     """KL(c‖r) likewise."""
     js: Interval
     """Jensen–Shannon, without any assumption."""
     tv: Interval
     """Total variation, without any assumption."""
-    floor: float
+    min_ratio: float
     """What KL's upper ends assume: at an id that is not in both lists, neither probability is less than this times the
     other. At 99.6 % of 3,517 positions of SmolLM2 against its W4A16 checkpoint no id at all was beyond e^−16 (`make
     bench-bounds` measures how often); of 854 positions half stayed within e^−7."""
-
-    @property
-    def upper_label(self) -> str:
-        """What an upper end of KL is to be called."""
-        return f"upper (floor {self.floor:.1e})"
 
     def where(self, available: Bools) -> Bounds:
         """NaN elsewhere."""
@@ -215,15 +210,15 @@ class Bounds:
             self.kl_cr.where(available),
             self.js.where(available),
             self.tv.where(available),
-            self.floor,
+            self.min_ratio,
         )
 
 
-def bounds(record: TokenRecord, floor: float = FLOOR) -> Bounds:
-    """What a validated record proves about r and c; `floor` from 0 to 1, 0 for no assumption."""
+def bounds(record: TokenRecord, min_ratio: float = MIN_RATIO) -> Bounds:
+    """What a validated record proves about r and c; `min_ratio` from 0 to 1, 0 for no assumption."""
     view = view_of(record)
     known = coarse(view, view.c, view.log_c)
-    return bounds_of(record, view, known, view.log_candidates, cap(record.compressed, record.output_ids), floor)
+    return bounds_of(record, view, known, view.log_candidates, cap(record.compressed, record.output_ids), min_ratio)
 
 
 def cap(candidates: Candidates, emitted: Ids) -> Floats:
@@ -252,7 +247,7 @@ def named(ids: Ids, others: Ids) -> Bools:
 
 
 def bounds_of(
-    record: TokenRecord, view: View, known: Coarse, log_p: Floats, log_cap: Floats, floor: float = FLOOR
+    record: TokenRecord, view: View, known: Coarse, log_p: Floats, log_cap: Floats, min_ratio: float = MIN_RATIO
 ) -> Bounds:
     """The same for r and any p: the compressed model, or what a profile makes of it.
 
@@ -261,7 +256,7 @@ def bounds_of(
     """
     if view.exact:
         kl_rc, kl_cr, js, tv = (Interval(x, x) for x in (known.kl_rc, known.kl_cr, known.js, known.tv))
-        return Bounds(kl_rc, kl_cr, js, tv, floor)
+        return Bounds(kl_rc, kl_cr, js, tv, min_ratio)
     reference = record.reference
     on_p = (reference.ids >= 0) & ~named(reference.ids, view.ids)
     on_q = (view.ids >= 0) & ~view.inside
@@ -278,7 +273,7 @@ def bounds_of(
     unnamed = record.vocab_size - row_counts(view.inside) - p_ids - q_ids
     r_rest = _Rest.of(np.maximum(r_out - row_sums(r_p), 0.0), unnamed + q_ids, cap_r)
     p_rest = _Rest.of(np.maximum(p_out - row_sums(p_q), 0.0), unnamed + p_ids, cap_p)
-    most = math.inf if floor == 0.0 else -math.log(floor)
+    most = math.inf if min_ratio == 0.0 else -math.log(min_ratio)
     with np.errstate(divide="ignore", invalid="ignore"):
         least_p = np.where(unnamed > 0, p_rest.least, np.inf)
         least_r = np.where(unnamed > 0, r_rest.least, np.inf)
@@ -302,7 +297,7 @@ def bounds_of(
         kl_cr=_interval(lower.kl_cr, most_cr, complete, np.inf),
         js=_interval(lower.js, most_js + 0.5 * math.log(2.0) * apart, complete, math.log(2.0)),
         tv=_interval(lower.tv, most_tv, complete, 1.0),
-        floor=floor,
+        min_ratio=min_ratio,
     )
 
 

@@ -37,8 +37,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hemostat_calibration.divergence.bounds import (
-    FLOOR,
     MASS_ROUNDING,
+    MIN_RATIO,
     Bools,
     Interval,
     bounds,
@@ -52,15 +52,15 @@ from hemostat_calibration.records import Candidates, Floats, Ids, Sampling, Toke
 GREEDY_BELOW = 1e-5
 """vLLM decodes greedily below this temperature."""
 
-DECODINGS = (
+DECODING_LABELS = (
     "greedy",
     *(f"{band}{cut}" for band in ("t<0.5", "t0.5-1", "t1", "t>1") for cut in ("", " cut")),
 )
 """Every label that `decoding` gives."""
 
 
-def decoding(sampling: Sampling) -> str:
-    """One of `DECODINGS`: the temperature's band, and " cut" where top_p, top_k or min_p cut the support."""
+def decoding_label(sampling: Sampling) -> str:
+    """One of `DECODING_LABELS`: the temperature's band, and " cut" where top_p, top_k or min_p cut the support."""
     temperature = sampling.temperature
     if temperature < GREEDY_BELOW:
         return "greedy"
@@ -73,7 +73,7 @@ def _cuts(sampling: Sampling) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class DecodedDivergence:
     """Divergences of q_r and q_c, [T]; nats but for `tv`. All NaN where not available."""
 
     tv: Interval
@@ -85,8 +85,8 @@ class Sampled:
     """False where the lists do not determine the cut, or a profile changed what was drawn from."""
 
 
-def sampled(record: TokenRecord, floor: float = FLOOR) -> Sampled:
-    """Of a validated record; `floor` as in `bounds`, for KL's upper end at temperature 1 without a cut."""
+def decoded_divergence(record: TokenRecord, min_ratio: float = MIN_RATIO) -> DecodedDivergence:
+    """Of a validated record; `min_ratio` as in `bounds`, for KL's upper end at temperature 1 without a cut."""
     sampling = record.sampling
     if record.applied is not None:
         return _nothing(record.tokens)
@@ -94,18 +94,18 @@ def sampled(record: TokenRecord, floor: float = FLOOR) -> Sampled:
         differ = (record.compressed.ids[:, 0] != record.reference.ids[:, 0]).astype(np.float64)
         kl = _exactly(np.where(differ > 0.0, np.inf, 0.0))
         every = np.ones(record.tokens, dtype=np.bool_)
-        return Sampled(_exactly(differ), _exactly(math.log(2.0) * differ), kl, kl, every)
+        return DecodedDivergence(_exactly(differ), _exactly(math.log(2.0) * differ), kl, kl, every)
     if _cuts(sampling):
         return _cut(record)
     if sampling.temperature == 1.0:
-        found = bounds(record, floor)
-        return Sampled(found.tv, found.js, found.kl_rc, found.kl_cr, np.ones(record.tokens, dtype=np.bool_))
+        found = bounds(record, min_ratio)
+        return DecodedDivergence(found.tv, found.js, found.kl_rc, found.kl_cr, np.ones(record.tokens, dtype=np.bool_))
     return _tempered(record)
 
 
-def _nothing(tokens: int) -> Sampled:
+def _nothing(tokens: int) -> DecodedDivergence:
     unknown = _exactly(np.full(tokens, np.nan))
-    return Sampled(unknown, unknown, unknown, unknown, np.zeros(tokens, dtype=np.bool_))
+    return DecodedDivergence(unknown, unknown, unknown, unknown, np.zeros(tokens, dtype=np.bool_))
 
 
 def _exactly(values: Floats) -> Interval:
@@ -126,7 +126,7 @@ def _unlisted(power: float, log_top: Floats, mass: Floats, ids: Ids, log_cap: Fl
     return np.where(ids > 0, np.minimum(least, most), 0.0), np.where(ids > 0, most, 0.0)
 
 
-def _cut(record: TokenRecord) -> Sampled:
+def _cut(record: TokenRecord) -> DecodedDivergence:
     c, r = _kept(record.compressed, record), _kept(record.reference, record)
     available = c.known & r.known
     # Every id is on c's list, or on r's alone.
@@ -146,7 +146,7 @@ def _cut(record: TokenRecord) -> Sampled:
     limits = np.array([1.0, math.log(2.0), np.inf, np.inf])[:, None]
     lower, upper = (np.where(available, np.clip(terms.sum(axis=2), 0.0, limits), np.nan) for terms in (low, high))
     tv, js, kl_rc, kl_cr = (Interval(*ends) for ends in zip(lower, upper, strict=True))
-    return Sampled(tv, js, kl_rc, kl_cr, available)
+    return DecodedDivergence(tv, js, kl_rc, kl_cr, available)
 
 
 def _terms(log_r: Floats, log_c: Floats) -> Floats:
@@ -242,7 +242,7 @@ def _kept(candidates: Candidates, record: TokenRecord) -> _Kept:
     return _Kept(ids, np.where((keep | tied) & known[:, None], log_q, -np.inf), tied, known)
 
 
-def _tempered(record: TokenRecord) -> Sampled:
+def _tempered(record: TokenRecord) -> DecodedDivergence:
     view = view_of(record)
     power = 1.0 / record.sampling.temperature
     reference = record.reference
@@ -270,7 +270,7 @@ def _tempered(record: TokenRecord) -> Sampled:
     up, down = 0.5 * (1.0 + lower), 0.5 * (1.0 - lower)
     js = Interval(np.maximum(math.log(2.0) + xlogy(up, up) + xlogy(down, down), 0.0), math.log(2.0) * upper)
     unknown = _exactly(np.full(record.tokens, np.nan))
-    return Sampled(Interval(lower, upper), js, unknown, unknown, np.ones(record.tokens, dtype=np.bool_))
+    return DecodedDivergence(Interval(lower, upper), js, unknown, unknown, np.ones(record.tokens, dtype=np.bool_))
 
 
 def _ends(power: float, log_s: Floats, log_known: Floats, ids: Ids, log_cap: Floats) -> tuple[Floats, Floats]:

@@ -31,8 +31,8 @@ from typing import Literal
 import numpy as np
 
 from hemostat_calibration.divergence.bounds import (
-    FLOOR,
     MASS_ROUNDING,
+    MIN_RATIO,
     Bools,
     Bounds,
     Coarse,
@@ -41,18 +41,23 @@ from hemostat_calibration.divergence.bounds import (
     cap,
     coarse,
     jensen_shannon,
-    row_counts,
     row_sums,
     total_variation,
     view_of,
     xlogy,
 )
+from hemostat_calibration.divergence.convex import convex_lower_bound
+from hemostat_calibration.divergence.profile_shift import (
+    at_emitted,
+    known_rows,
+    log_normalizer_range,
+    max_unlisted_relative,
+    profile_shift,
+    unlisted_shift_range,
+)
+from hemostat_calibration.divergence.sampled_estimate import importance_weight, sampled_estimates
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, shift_at, shift_range
-from hemostat_calibration.records import LOGPROB_TOLERANCE, Floats, TokenRecord
-
-_CUTS = 4
-"""Cutting planes after the first two: what is left open is then far below the bound itself."""
+from hemostat_calibration.records import Floats, TokenRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,32 +100,21 @@ class TokenDivergence:
     that depends on Δz is NaN there, and `top1_agreement` False."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """KL(r‖c) − KL(r‖c') = E_r[Δz] − log E_c[e^Δz]: what a profile wins, nats [T], as an interval.
-
-    The identity follows from log c' = log c + Δz − log E_c[e^Δz]. Each of its two terms is exact where it is known and
-    bounded through the clamp where it is not; no two bounds of divergences are subtracted.
-    """
-
-    lower: Floats
-    upper: Floats
-    exact: Bools
-    """True where lower and upper are one value, known."""
-
-
-def divergence(record: TokenRecord, served: CalibrationProfile | None = None, floor: float = FLOOR) -> TokenDivergence:
+def divergence(
+    record: TokenRecord, served: CalibrationProfile | None = None, min_ratio: float = MIN_RATIO
+) -> TokenDivergence:
     """What a validated record says about c and r.
 
     served: the profile that `record.applied` names, so that the estimates of a treated request can be weighted; without
-    it they are NaN there. floor: see `Bounds.floor`.
+    it they are NaN there. min_ratio: see `Bounds.min_ratio`.
     """
     view = view_of(record)
     lower = coarse(view, view.c, view.log_c)
     estimate_rc, estimate_cr = lower.kl_rc, lower.kl_cr
     if not view.exact:
-        weight = _weight(record, view, served)
-        estimate_rc, estimate_cr = _estimate(record, view, view.log_c, record.compressed_emitted, weight)
+        weight = importance_weight(record, view, served)
+        estimate_rc, estimate_cr = sampled_estimates(record, view, view.log_c, record.compressed_emitted, weight)
+    log_cap = cap(record.compressed, record.output_ids)
     return TokenDivergence(
         bound="exact" if view.exact else "lower",
         kl_rc=lower.kl_rc,
@@ -136,7 +130,7 @@ def divergence(record: TokenRecord, served: CalibrationProfile | None = None, fl
         entropy_compressed=_entropy(view.log_candidates),
         estimate_rc=estimate_rc,
         estimate_cr=estimate_cr,
-        bounds=bounds_of(record, view, lower, view.log_candidates, cap(record.compressed, record.output_ids), floor),
+        bounds=bounds_of(record, view, lower, view.log_candidates, log_cap, min_ratio),
         known=np.ones(record.tokens, dtype=np.bool_),
     )
 
@@ -145,7 +139,7 @@ def calibrated(
     record: TokenRecord,
     profile: CalibrationProfile,
     served: CalibrationProfile | None = None,
-    floor: float = FLOOR,
+    min_ratio: float = MIN_RATIO,
 ) -> TokenDivergence:
     """What a validated record says about c' and r, c'_i = c_i e^{Δz_i} / Z being the compressed model after `profile`.
 
@@ -163,10 +157,10 @@ def calibrated(
     - Entropy is concave in w: least at an end.
     """
     view = view_of(record)
-    delta = _shift(record, profile, view)
-    shifted = _known(delta)
+    delta = profile_shift(record, profile, view)
+    shifted = known_rows(delta)
     delta = np.where(shifted[:, None], delta, 0.0)
-    low, high = _log_normalizer(record, profile, view, delta)
+    low, high = log_normalizer_range(record, profile, view, delta)
     known = low == high
     log_a = view.log_c + delta
     a = np.exp(log_a)
@@ -175,6 +169,15 @@ def calibrated(
 
     def at(log_z: Floats) -> Coarse:
         return coarse(view, a * np.exp(-log_z)[:, None], log_a - log_z[:, None])
+
+    def along(figure: Callable[[View, Floats], tuple[Floats, Floats]]) -> Callable[[Floats], tuple[Floats, Floats]]:
+        """The figure of c' = a w and its derivative, as functions of w [T]."""
+
+        def at_weight(w: Floats) -> tuple[Floats, Floats]:
+            value, slope_by_log = figure(view, a * w[:, None])
+            return value, slope_by_log / w
+
+        return at_weight
 
     last = at(high)
     kl_rc, kl_cr, js, tv = last.kl_rc, last.kl_cr, last.js, last.tv
@@ -188,18 +191,21 @@ def calibrated(
         # NaN where nothing is known (S empty) or c' meets r(i) = 0: the figure does not depend on Z there.
         kl_rc = at(np.where(np.isnan(best_rc), high, np.clip(best_rc, low, high))).kl_rc
         kl_cr = at(np.where(np.isnan(best_cr), high, np.clip(best_cr, low, high))).kl_cr
-        js = _least(jensen_shannon, view, a, np.exp(-high), np.exp(-low))
-        tv = _least(total_variation, view, a, np.exp(-high), np.exp(-low))
+        js = convex_lower_bound(along(jensen_shannon), np.exp(-high), np.exp(-low))
+        tv = convex_lower_bound(along(total_variation), np.exp(-high), np.exp(-low))
         entropy = np.minimum(entropy, _entropy(view.log_candidates + delta - low[:, None]))
-    emitted_shift = np.where(known, _at_emitted(record, view, delta) - low, np.nan)
+    emitted_shift = np.where(known, at_emitted(record, view, delta) - low, np.nan)
     emitted = record.compressed_emitted + emitted_shift
     estimate_rc, estimate_cr = kl_rc, kl_cr
     if not view.exact:
-        weight = _weight(record, view, served) * np.exp(emitted_shift)
-        estimate_rc, estimate_cr = _estimate(record, view, log_a - low[:, None], emitted, weight)
-    most = cap(record.compressed, record.output_ids) + _behind(record, profile, _most(record))[1]
+        weight = importance_weight(record, view, served) * np.exp(emitted_shift)
+        estimate_rc, estimate_cr = sampled_estimates(record, view, log_a - low[:, None], emitted, weight)
+    most = (
+        cap(record.compressed, record.output_ids)
+        + unlisted_shift_range(record, profile, max_unlisted_relative(record))[1]
+    )
     certain = bounds_of(
-        record, view, last, view.log_candidates + (delta - high[:, None]), np.minimum(most - high, 0.0), floor
+        record, view, last, view.log_candidates + (delta - high[:, None]), np.minimum(most - high, 0.0), min_ratio
     )
     likeliest = (view.log_candidates + delta).argmax(axis=1)
     agrees = view.ids[np.arange(record.tokens), likeliest] == record.reference.ids[:, 0]
@@ -227,62 +233,6 @@ def calibrated(
     )
 
 
-def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
-    """What `profile` wins at each position of a validated record: within ± the width of its Δz, at most 2 clamp."""
-    view = view_of(record)
-    delta = _shift(record, profile, view)
-    shifted = _known(delta)
-    z_low, z_high = _log_normalizer(record, profile, view, delta)
-    low, high = _behind(record, profile, np.where((view.inside == (view.ids >= 0)).all(axis=1), _most(record), 0.0))
-    inside = row_sums(view.r * delta)
-    tail = np.zeros(record.tokens) if view.exact else np.maximum(1.0 - row_sums(view.r), 0.0)
-    least, most = shift_range(profile)
-    expected_low = np.where(shifted, inside + tail * low, least)
-    expected_high = np.where(shifted, inside + tail * high, most)
-    if profile.version in record.shifts:
-        expected = record.shifts[profile.version].expected
-        expected_low = np.where(np.isnan(expected), expected_low, expected)
-        expected_high = np.where(np.isnan(expected), expected_high, expected)
-    # The models' rounding may carry a value out of what is possible; whoever bets on the range relies on it.
-    width = float(most - least)
-    return Gain(
-        lower=np.clip(expected_low - z_high, -width, width),
-        upper=np.clip(expected_high - z_low, -width, width),
-        exact=(expected_low == expected_high) & (z_low == z_high),
-    )
-
-
-def _least(
-    function: Callable[[View, Floats], tuple[Floats, Floats]], view: View, a: Floats, left: Floats, right: Floats
-) -> Floats:
-    """Lower bound of function(a w), convex in w, over left ≤ w ≤ right, all [T]: Kelley's cutting planes."""
-
-    def at(w: Floats) -> tuple[Floats, Floats]:
-        value, slope = function(view, a * w[:, None])
-        return value, slope / w
-
-    (left_value, left_slope), (right_value, right_slope) = at(left), at(right)
-    for _ in range(_CUTS):
-        middle = left + _crossing(left_value, right_value, left_slope, right_slope, right - left)[0]
-        value, slope = at(middle)
-        rising = slope > 0.0
-        left, right = np.where(rising, left, middle), np.where(rising, middle, right)
-        left_value, right_value = np.where(rising, left_value, value), np.where(rising, value, right_value)
-        left_slope, right_slope = np.where(rising, left_slope, slope), np.where(rising, slope, right_slope)
-    return np.maximum(_crossing(left_value, right_value, left_slope, right_slope, right - left)[1], 0.0)
-
-
-def _crossing(
-    left: Floats, right: Floats, left_slope: Floats, right_slope: Floats, width: Floats
-) -> tuple[Floats, Floats]:
-    """Where, from the left end, the larger of two tangents is least over an interval, and that least value."""
-    bend = right_slope - left_slope
-    offset = (left - right + right_slope * width) / np.where(bend > 0.0, bend, 1.0)
-    offset = np.where(left_slope >= 0.0, 0.0, np.where(right_slope <= 0.0, width, np.clip(offset, 0.0, width)))
-    inner = left + left_slope * offset
-    return offset, np.where((left_slope < 0.0) & (right_slope <= 0.0), right, inner)
-
-
 def _entropy(logprobs: Floats) -> Floats:
     p = np.exp(logprobs)
     outside = np.maximum(1.0 - row_sums(p), 0.0)
@@ -298,124 +248,3 @@ def _delta_p(record: TokenRecord, emitted: Floats) -> Floats:
 
 def _reference_entropy(record: TokenRecord) -> Floats:
     return _entropy(record.reference.logprobs) if record.reference_entropy is None else record.reference_entropy
-
-
-def _at_emitted(record: TokenRecord, view: View, values: Floats) -> Floats:
-    emitted: Floats = row_sums(np.where(view.ids == record.output_ids[:, None], values, 0.0))
-    return emitted
-
-
-def _shift(record: TokenRecord, profile: CalibrationProfile, view: View) -> Floats:
-    """Δz at every candidate, [T, N]; a row is NaN where it depends on anchors whose logits the record does not have."""
-    ids = anchors(profile)
-    if ids is None:
-        return shift_at(profile, view.ids, view.log_candidates)
-    if record.features is None or record.features.anchors != anchors_digest(ids):
-        return np.full(view.ids.shape, np.nan)
-    values = record.features.values
-    known = record.shifts.get(profile.version)
-    said = code(profile, values) if known is None or known.code is None else known.code
-    found = shift_at(profile, view.ids, view.log_candidates, said)
-    return np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, found)
-
-
-def _known(delta: Floats) -> Bools:
-    known: Bools = np.logical_not(np.isnan(delta).any(axis=1))
-    return known
-
-
-def _most(record: TokenRecord) -> Floats:
-    """The most that z − max z can be behind the candidates, [T].
-
-    The last candidate may be the emitted token, far down: the one before it is among the most likely for sure.
-    """
-    logprobs = record.compressed.logprobs
-    before_last = np.maximum(row_counts(record.compressed.ids >= 0) - 2, 0)
-    most: Floats = np.minimum(logprobs[np.arange(record.tokens), before_last] - logprobs[:, 0], 0.0)
-    return most
-
-
-def _behind(record: TokenRecord, profile: CalibrationProfile, most: Floats) -> tuple[Floats, Floats]:
-    low, high = shift_range(profile, most)
-    return np.broadcast_to(low, record.tokens), np.broadcast_to(high, record.tokens)
-
-
-def _log_normalizer(
-    record: TokenRecord, profile: CalibrationProfile, view: View, delta: Floats
-) -> tuple[Floats, Floats]:
-    """Ends of the interval that holds log E_c[e^Δz], [T]; equal where it is known.
-
-    What the engine said is taken where it lies in the interval that the candidates leave; elsewhere it was said of
-    another distribution (a mask, a bug) and the interval stands.
-    """
-    low, high = _behind(record, profile, _most(record))
-    candidates = np.exp(view.log_candidates)
-    complete = row_counts(view.ids >= 0) == record.vocab_size
-    behind = np.where(complete, 0.0, np.maximum(1.0 - row_sums(candidates), 0.0))
-    total = row_sums(candidates * np.exp(delta))
-    z_low, z_high = np.log(total + behind * np.exp(low)), np.log(total + behind * np.exp(high))
-    unknown = np.isnan(total)
-    least, most = shift_range(profile)
-    z_low, z_high = np.where(unknown, least, z_low), np.where(unknown, most, z_high)
-    if profile.version in record.shifts:
-        said = record.shifts[profile.version].log_normalizer
-        known = (said >= z_low - LOGPROB_TOLERANCE) & (said <= z_high + LOGPROB_TOLERANCE)
-        z_low, z_high = np.where(known, said, z_low), np.where(known, said, z_high)
-    return z_low, z_high
-
-
-def _weight(record: TokenRecord, view: View, served: CalibrationProfile | None) -> Floats:
-    """c(x)/q(x) of the emitted token, q what it was sampled from, [T]; NaN where unknown."""
-    sampling = record.sampling
-    whole = sampling.temperature == 1.0 and sampling.top_p >= 1.0 and sampling.top_k <= 0 and sampling.min_p <= 0.0
-    if whole and record.applied is None:
-        drawn = record.drawn_emitted
-        return np.ones(record.tokens) if drawn is None else np.exp(record.compressed_emitted - drawn)
-    if whole and served is not None and served.version == record.applied:
-        delta = _shift(record, served, view)
-        low, high = _log_normalizer(record, served, view, delta)
-        return np.where(low == high, np.exp(low - _at_emitted(record, view, delta)), np.nan)
-    return np.full(record.tokens, np.nan)
-
-
-def _estimate(
-    record: TokenRecord, view: View, log_p: Floats, log_p_emitted: Floats, weight: Floats
-) -> tuple[Floats, Floats]:
-    """Estimates of KL(r‖p) and KL(p‖r), [T], for a p that equals `log_p` on S; `weight` is p(x)/q(x)."""
-    kept = _unconditional(record, view)
-    r = np.where(kept, view.r, 0.0)
-    p = np.where(kept, np.exp(log_p), 0.0)
-    r_out = np.maximum(1.0 - row_sums(r), MASS_ROUNDING)
-    p_out = np.maximum(1.0 - row_sums(p), MASS_ROUNDING)
-    log_rho = np.log(r_out / p_out)
-    outside = ~(kept & (view.ids == record.output_ids[:, None])).any(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_ratio = view.log_r - log_p
-        rc = row_sums(np.where(r > 0.0, r * log_ratio, 0.0)) + r_out * log_rho
-        cr = -row_sums(np.where(p > 0.0, p * log_ratio, 0.0)) - p_out * log_rho
-        log_u = record.reference_emitted - log_p_emitted
-        u = np.exp(log_u)
-        rc_tail = np.where(u > 0.0, u * (log_u - log_rho), 0.0) - u + np.exp(log_rho)
-        cr_tail = u * np.exp(-log_rho) - 1.0 - (log_u - log_rho)
-    unavailable = np.isnan(weight)
-    # Both are sums of divergences: what is below 0 is the models' rounding, by which a row may add up to more than 1.
-    return (
-        np.where(unavailable, np.nan, np.maximum(rc + np.where(outside, weight * rc_tail, 0.0), 0.0)),
-        np.where(unavailable, np.nan, np.maximum(cr + np.where(outside, weight * cr_tail, 0.0), 0.0)),
-    )
-
-
-def _unconditional(record: TokenRecord, view: View) -> Bools:
-    """S₀: the ids of S that would be in it whatever had been emitted, [T, N].
-
-    Engines add an emitted token that is not among the top K in one of two ways, and a row has room for both: in place
-    of the K-th (vLLM's chat route), or behind it (completions). So whatever is likelier than the (K−1)-th is there
-    whatever was emitted; what ties with it may have been moved. And of a reference that gave only a list, what is
-    likelier than the last but one of that list.
-    """
-    listed = record.compressed.logprobs
-    kept: Bools = view.inside & (view.log_candidates > listed[:, max(record.top_k - 3, 0), None])
-    if record.reference_entropy is None:
-        listed = record.reference.logprobs
-        kept &= view.log_r > (listed[:, -2, None] if listed.shape[1] > 1 else np.inf)
-    return kept

@@ -62,7 +62,7 @@ def agreement(record: TokenRecord) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class SurvivalCurve:
     """What a `Survival` reads; only the positions that some request reached.
 
     positions: int [P]. survival, low, high: float64 [P], S and its 95 % interval at each position. at_risk: int [P],
@@ -123,7 +123,7 @@ class Survival:
             moments=self.moments + other.moments,
         )
 
-    def get(self, horizon: int | None = None) -> Curve:
+    def get(self, horizon: int | None = None) -> SurvivalCurve:
         """`horizon`: tokens that `prefix` counts; as far as there are data when None or larger than that.
 
         InvalidArgumentError when it is less than 1.
@@ -146,7 +146,7 @@ class Survival:
         prefix = float(weights[0] + weights[1:] @ survival)
         spread = (weights[1:] * survival) @ parts
         half = _half_width(float(spread @ moments @ spread), self.requests)
-        return Curve(
+        return SurvivalCurve(
             positions=positions,
             survival=survival,
             low=low,

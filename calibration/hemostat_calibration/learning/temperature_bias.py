@@ -61,7 +61,7 @@ class TemperatureBiasState:
 
 
 @dataclass(frozen=True, slots=True)
-class TemperatureBias:
+class TemperatureBiasLearner:
     """Δz_i = (β − 1)(z_i − max z) + b_i, learned by matching moments on the candidates plus one bucket.
 
     KL(r‖c') is convex in (β, b) as long as nothing is clamped, and its minimum is where c' has the reference's moments:

@@ -1,4 +1,4 @@
-"""What a profile does to logits, in numpy: the oracle that the engine's transform is tested against.
+"""What a profile does to logits, in numpy.
 
 Δz is the change of the logits, in nats; |Δz| ≤ the profile's clamp. It is made of z − max z, so that it depends on
 the distribution alone: adding a constant to every logit of a row (as turning logits into log-probabilities does)
@@ -12,7 +12,6 @@ at every id is a function. A row any of whose anchors is not finite has the code
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,18 +47,6 @@ def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Flo
     return np.where(finite, found, 0.0)
 
 
-def shift(profile: CalibrationProfile, logits: npt.NDArray[np.floating]) -> Floats:
-    """Δz, float64 [..., V] in nats, of logits [..., V] (or log-probabilities, natural)."""
-    if logits.ndim < 1 or logits.shape[-1] != profile.vocab_size:
-        raise InvalidArgumentError(f"logits has shape {logits.shape}: its last axis must be {profile.vocab_size}")
-    finite = np.isfinite(logits)
-    relative = _relative(logits, finite)
-    ids = anchors(profile)
-    said = None if ids is None else code(profile, logits[..., ids])
-    raw = FAMILIES[profile.family].shift(profile.parameters, relative, None, said)
-    return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
-
-
 def shift_at(
     profile: CalibrationProfile,
     ids: npt.NDArray[np.integer],
@@ -78,7 +65,7 @@ def shift_at(
     if FAMILIES[profile.family].code is not None and code is None:
         raise InvalidArgumentError(f"code is missing: a profile of the family {profile.family} cannot do without")
     finite = np.isfinite(logprobs) & (ids >= 0)
-    relative = _relative(logprobs, finite)
+    relative = relative_logits(logprobs, finite)
     said = None if code is None else code.astype(np.float64)
     raw = FAMILIES[profile.family].shift(profile.parameters, relative, np.where(finite, ids, 0), said)
     return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
@@ -91,12 +78,7 @@ def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tupl
     return np.clip(low, -clamp, clamp), np.clip(high, -clamp, clamp)
 
 
-def apply(profile: CalibrationProfile, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """z + Δz, [..., V] in the dtype of `logits`; entries that are not finite are untouched."""
-    return (logits + shift(profile, logits)).astype(logits.dtype)
-
-
-def _relative(values: npt.NDArray[np.floating], finite: npt.NDArray[np.bool_]) -> Floats:
+def relative_logits(values: npt.NDArray[np.floating], finite: npt.NDArray[np.bool_]) -> Floats:
     """z − max z where finite, 0 elsewhere (its shift is discarded)."""
     masked = np.where(finite, values, -np.inf).astype(np.float64)
     top = masked.max(axis=-1, keepdims=True, initial=-np.inf)

@@ -46,7 +46,7 @@ MIN_REQUESTS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class ConfidenceInterval:
     """mean, low, high: in the units of the figure; NaN, and the whole range, before anything is known."""
 
     mean: float
@@ -73,7 +73,7 @@ class MeanSequence:
         cubes = (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3])
         return MeanSequence(self.moments.merge(other.moments), cubes)
 
-    def get(self, lo: float = -math.inf, hi: float = math.inf, alpha: float = 0.05) -> Interval:
+    def get(self, lo: float = -math.inf, hi: float = math.inf, alpha: float = 0.05) -> ConfidenceInterval:
         """The mean with its interval, cut to lo … hi, the range that the figure has by its nature.
 
         Where all requests are alike there is no spread to go by: then a share of requests that may not have shown
@@ -82,14 +82,14 @@ class MeanSequence:
         _check_alpha(alpha)
         m = self.moments
         if not m.requests or m.mean_n == 0.0:
-            return Interval(math.nan, lo, hi)
+            return ConfidenceInterval(math.nan, lo, hi)
         value = m.mean_x / m.mean_n
         below, above = reach(m.requests, m.mean_x, m.mean_n, m.xx, m.xn, m.nn, self.cubes, alpha)
         low, high = value - float(below), value + float(above)
         if high - low <= 1e-9 * max(1.0, abs(value)):
             missed = Proportion(0, m.requests).get(alpha).high
             low, high = value - missed * (value - lo), value + missed * (hi - value)
-        return Interval(value, max(low, lo), min(high, hi))
+        return ConfidenceInterval(value, max(low, lo), min(high, hi))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class ClippedMean:
         """Of the tokens; NaN before the first."""
         return self.clipped / self.tokens if self.tokens else math.nan
 
-    def get(self, alpha: float = 0.05) -> Interval:
+    def get(self, alpha: float = 0.05) -> ConfidenceInterval:
         """The mean of the clipped values, valid at every look with a probability of at least 1 − alpha."""
         return self.sequence.get(self.lo, self.cap, alpha)
 
@@ -157,13 +157,13 @@ class Proportion:
     def merge(self, other: Proportion) -> Proportion:
         return Proportion(self.hits + other.hits, self.requests + other.requests)
 
-    def get(self, alpha: float = 0.05) -> Interval:
+    def get(self, alpha: float = 0.05) -> ConfidenceInterval:
         """Valid at every look with a probability of at least 1 − alpha, exactly: no approximation is involved."""
         _check_alpha(alpha)
         if not self.requests:
-            return Interval(math.nan, 0.0, 1.0)
+            return ConfidenceInterval(math.nan, 0.0, 1.0)
         share = self.hits / self.requests
-        return Interval(share, self._end(0.0, share, alpha), self._end(1.0, share, alpha))
+        return ConfidenceInterval(share, self._end(0.0, share, alpha), self._end(1.0, share, alpha))
 
     def _end(self, outside: float, inside: float, alpha: float) -> float:
         """Where, between a p that is refuted and the share, the evidence against p falls to 1/alpha; the outer side."""
@@ -186,11 +186,11 @@ class Proportion:
         return mixture - math.log(math.pi) - likelihood
 
 
-def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05) -> Interval:
+def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05) -> ConfidenceInterval:
     """Mean of a minus mean of b, two arms to which requests are assigned at random."""
     _check_alpha(alpha)
     if min(a.moments.requests, b.moments.requests) < MIN_REQUESTS or 0.0 in (a.moments.mean_n, b.moments.mean_n):
-        return Interval(math.nan, -math.inf, math.inf)
+        return ConfidenceInterval(math.nan, -math.inf, math.inf)
     value = a.moments.mean_x / a.moments.mean_n - b.moments.mean_x / b.moments.mean_n
     t = a.moments.requests + b.moments.requests
     second = third = 0.0
@@ -200,7 +200,7 @@ def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05) -> Interva
         second += float(square) / (m.mean_n * m.requests) ** 2
         third += sign * float(cube) / (m.mean_n * m.requests) ** 3
     below, above = (math.sqrt(second * float(_kappa(t, alpha, skew))) for skew in _skews(second, third))
-    return Interval(value, value - below, value + above)
+    return ConfidenceInterval(value, value - below, value + above)
 
 
 def reach(

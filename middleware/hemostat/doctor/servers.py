@@ -21,7 +21,7 @@ from hemostat.reference.match import compare
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import VllmReference
-from hemostat_calibration.divergence.bounds import FLOOR as RATIO_FLOOR
+from hemostat_calibration.divergence.bounds import MIN_RATIO
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.records import Sampling, TokenRecord, validate
 
@@ -59,7 +59,7 @@ class ServerPair:
         self._runner = asyncio.Runner()
         self.notes = [
             f"KL at most: provided that, at an id that is not in both lists, neither probability is less than "
-            f"{RATIO_FLOOR:.1e} times the other",
+            f"{MIN_RATIO:.1e} times the other",
             "a server does not tell its weights apart: an interrupted report goes on with whatever is served then",
         ]
         self._texts: dict[int, str] = {}

@@ -17,7 +17,7 @@ from hemostat.config.schema import Calibration
 from hemostat.ipc.child_process import Child, ChildGone
 from hemostat.learner import wire
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.learning.contextual.learner import probe
+from hemostat_calibration.profiles.contextual import probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import TokenRecord
@@ -218,7 +218,7 @@ class Learner:
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
         self._hidden_size = source.hidden_size
         self.reads = {anchors_digest(anchors): len(anchors)}
-        self._judge.probe(probe(source.model, source.vocab_size, anchors, self._settings.clamp_nats))
+        self._judge.probe(probe_profile(source.model, source.vocab_size, anchors, self._settings.clamp_nats))
         self._is("learning", "")
         self._changed()
 

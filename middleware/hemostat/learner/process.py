@@ -24,8 +24,9 @@ from hemostat.ipc import child_process as child
 from hemostat.learner import wire
 from hemostat.learner.embedding import load
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
-from hemostat_calibration.learning.contextual.learner import Contextual, ContextualState, choose_anchors
-from hemostat_calibration.learning.contextual.mlp import Training
+from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
+from hemostat_calibration.learning.contextual.mlp import TrainingSettings
 
 NICENESS = 15
 """Behind all else, the reference too."""
@@ -53,7 +54,7 @@ class Statistics:
                 f"{start.hidden_size}; calibration.output_embedding must be the reference's own checkpoint"
             )
         anchors = choose_anchors(weight, start.anchors, among=eligible(weight, special_ids(Path(start.folder))))
-        self._family = Contextual(
+        self._family = ContextualLearner(
             weight,
             anchors,
             rank=start.rank,
@@ -62,7 +63,7 @@ class Statistics:
             half_life_tokens=start.half_life_tokens,
             recent_tokens=start.recent_tokens,
             min_tokens=start.min_tokens,
-            network=Training(),
+            network=TrainingSettings(),
         )
         self._model, self._vocab_size, self._anchors = start.model, start.vocab_size, len(anchors)
         self._states: dict[str, ContextualState] = {ALL: self._new()}

@@ -66,7 +66,7 @@ class Alarms:
         """One scored request, its raw figures."""
         now = self._wall()
         observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record))
-        self._state = alarm.observe(self._state, record.route, observation, self._floor())
+        self._state = alarm.update(self._state, record.route, observation, self._floor())
         for reading in alarm.readings(self._state):
             self._tell(reading)
         if now - self._saved_at >= SAVED_EVERY:

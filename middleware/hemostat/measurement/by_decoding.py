@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hemostat.measurement.figures import StageFigures, finite
-from hemostat_calibration.divergence.decoding import DECODINGS, Sampled, decoding
+from hemostat_calibration.divergence.decoding import DECODING_LABELS, DecodedDivergence, decoding_label
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.confidence import ClippedMean
 
 UNKNOWN = "unknown"
 """The request leaves to the server's defaults what it is decoded with."""
-STRATEGIES = (*DECODINGS, UNKNOWN)
+STRATEGIES = (*DECODING_LABELS, UNKNOWN)
 
 
 def strategy(record: TokenRecord) -> str:
     """One of `STRATEGIES`."""
-    return UNKNOWN if math.isnan(record.sampling.temperature) else decoding(record.sampling)
+    return UNKNOWN if math.isnan(record.sampling.temperature) else decoding_label(record.sampling)
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class _Drawn:
     tokens: int = 0
     unavailable: int = 0
 
-    def add(self, drawn: Sampled) -> None:
+    def add(self, drawn: DecodedDivergence) -> None:
         self.tokens += len(drawn.available)
         self.unavailable += int((~drawn.available).sum())
         self.tv_lower, self.tv_upper = self.tv_lower.update(drawn.tv.lower), self.tv_upper.update(drawn.tv.upper)
@@ -68,7 +68,7 @@ class Strategies:
         self._figures: dict[str, StageFigures] = {}
         self._drawn: dict[str, _Drawn] = {}
 
-    def add(self, name: str, figures: TokenDivergence, drawn: Sampled | None) -> None:
+    def add(self, name: str, figures: TokenDivergence, drawn: DecodedDivergence | None) -> None:
         """drawn: None where the decoding is not known."""
         self._figures.setdefault(name, StageFigures()).add(figures)
         if drawn is not None:

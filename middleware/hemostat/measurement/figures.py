@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.divergence.per_token import TokenDivergence
-from hemostat_calibration.statistics.confidence import ClippedMean, Interval, MeanSequence
+from hemostat_calibration.statistics.confidence import ClippedMean, ConfidenceInterval, MeanSequence
 
 Floats = npt.NDArray[np.float64]
 Kind = Literal["lower", "upper", "estimate", "exact"]
@@ -103,7 +103,7 @@ class StageFigures:
         """One figure without the rest."""
         return finite(self._means[name].get().mean)
 
-    def interval(self, name: str, alpha: float) -> Interval:
+    def interval(self, name: str, alpha: float) -> ConfidenceInterval:
         """One figure's mean with its interval of 1 − alpha."""
         return self._means[name].get(alpha)
 

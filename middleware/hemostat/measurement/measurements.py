@@ -17,8 +17,9 @@ from hemostat.measurement.by_decoding import UNKNOWN, Strategies, strategy
 from hemostat.measurement.figures import StageFigures, finite
 from hemostat.measurement.survival import Trajectories
 from hemostat.shadow.noise_floor import MODELS
-from hemostat_calibration.divergence.decoding import sampled
-from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence, gain
+from hemostat_calibration.divergence.decoding import decoded_divergence
+from hemostat_calibration.divergence.gain import gain
+from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
 from hemostat_calibration.statistics import confidence
@@ -52,14 +53,14 @@ def interval(sequence: MeanSequence, lo: float = -math.inf, hi: float = math.inf
     return _told(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
 
 
-def _of_difference(name: str, found: confidence.Interval) -> confidence.Interval:
+def _of_difference(name: str, found: confidence.ConfidenceInterval) -> confidence.ConfidenceInterval:
     """What is larger the more two models differ."""
     if name != "top1_agreement":
         return found
-    return confidence.Interval(1.0 - found.mean, 1.0 - found.high, 1.0 - found.low)
+    return confidence.ConfidenceInterval(1.0 - found.mean, 1.0 - found.high, 1.0 - found.low)
 
 
-def _told(found: confidence.Interval) -> dict[str, Any]:
+def _told(found: confidence.ConfidenceInterval) -> dict[str, Any]:
     return {"estimate": finite(found.mean), "ci95": [finite(found.low), finite(found.high)]}
 
 
@@ -140,7 +141,7 @@ class Measurements:
         after = raw if profile is None else calibrated(record, profile, served)
         won_back = None if profile is None else gain(record, profile)
         decoded = strategy(record)
-        drawn = None if decoded == UNKNOWN else sampled(record)
+        drawn = None if decoded == UNKNOWN else decoded_divergence(record)
         # All is computed before anything is added, so that a record counts in every figure or in none.
         arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
         self.tokens += record.tokens

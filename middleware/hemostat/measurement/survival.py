@@ -9,7 +9,7 @@ import numpy as np
 
 from hemostat.measurement.figures import finite
 from hemostat_calibration.divergence.per_token import TokenDivergence
-from hemostat_calibration.divergence.trajectory import Curve, Survival, agreement
+from hemostat_calibration.divergence.trajectory import Survival, SurvivalCurve, agreement
 from hemostat_calibration.records import TokenRecord
 
 TOLD = (1, 4, 16, 64, 256, 1024)
@@ -70,7 +70,7 @@ class Trajectories:
         return curve.half_life, curve.half_life_low, curve.half_life_high
 
 
-def _told(curve: Curve) -> dict[str, Any]:
+def _told(curve: SurvivalCurve) -> dict[str, Any]:
     return {
         "requests": curve.requests,
         "half_life_tokens": {

@@ -32,9 +32,9 @@ from hemostat.profiles.trials import IMPORT, POOLED, Candidate, Trials
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoredProfile, StoreWrites
 from hemostat_calibration import guard
-from hemostat_calibration.divergence.per_token import gain
+from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
-from hemostat_calibration.learning.temperature_bias import TemperatureBias, TemperatureBiasState
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
 from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile, temperature_bias
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, shift_range
@@ -146,7 +146,7 @@ class Steering:
         self._tempered = tempered
         self._writes = writes
         self._wall = wall
-        self._family = TemperatureBias(
+        self._family = TemperatureBiasLearner(
             # With |Δz| ≤ a, KL from identity is at most a²/2: Var Δz ≤ a² under every c e^{sΔz}, and KL is ∫ s Var ds.
             clamp_nats=min(settings.clamp_nats, math.sqrt(2.0 * settings.clamp_kl_nats)),
             min_tokens=settings.min_tokens,
@@ -502,7 +502,7 @@ class Steering:
         self._decided(
             "promote", "evidence", candidate.version, candidate.scope, "better on held-out requests", evidence
         )
-        self._serve(candidate.version, candidate.scope, guard.window_after(decision.evidence))
+        self._serve(candidate.version, candidate.scope, guard.window_after_promotion(decision.evidence))
 
     def _serve(self, version: str, scope: str, window: int) -> None:
         """From now on. The scope's other proposals are done; whoever is compared with what changed starts over."""

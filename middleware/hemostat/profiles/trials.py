@@ -94,7 +94,7 @@ class Trials:
     def remove(self, leaves: Callable[[Candidate], bool]) -> None:
         for candidate in [c for c in self.line if leaves(c)]:
             self.line.remove(candidate)
-            self._guard = guard.leave(self._guard, _name(candidate.version, candidate.scope))
+            self._guard = guard.end_test(self._guard, _name(candidate.version, candidate.scope))
         self._arrange()
 
     def restart(self, concerned: Callable[[Candidate], bool]) -> None:
@@ -105,10 +105,10 @@ class Trials:
 
     def serve(self, version: str, scope: str, window: int) -> None:
         """Watch what serves from now on."""
-        self._enter(guard.enter(self._guard, _serving(scope), Role.SERVING, self._width(version), window))
+        self._enter(guard.begin_test(self._guard, _serving(scope), Role.SERVING, self._width(version), window))
 
     def unserve(self, scope: str) -> None:
-        self._guard = guard.leave(self._guard, _serving(scope))
+        self._guard = guard.end_test(self._guard, _serving(scope))
 
     def weigh_candidate(
         self, candidate: Candidate, prompt: bytes, gain: tuple[float, float], tokens: int
@@ -133,25 +133,25 @@ class Trials:
         self._judged[counted] = None
         if len(self._judged) > PROMPTS_REMEMBERED:
             self._judged.popitem(last=False)
-        self._enter(guard.observe(self._guard, name, *gain, tokens))
+        self._enter(guard.update(self._guard, name, *gain, tokens))
         return guard.decide(self._guard, name)
 
     def _arrange(self) -> None:
         self.line.sort(key=_rank)
         for candidate in self.waiting:
-            self._guard = guard.leave(self._guard, _name(candidate.version, candidate.scope))
+            self._guard = guard.end_test(self._guard, _name(candidate.version, candidate.scope))
         for candidate in self.tested:
-            if _name(candidate.version, candidate.scope) not in self._guard.watches:
+            if _name(candidate.version, candidate.scope) not in self._guard.running:
                 self._begin(candidate)
 
     def _begin(self, candidate: Candidate) -> None:
         name = _name(candidate.version, candidate.scope)
         serving = self._serves(candidate.scope)
         width = self._width(candidate.version) + (self._width(serving) if serving is not None else 0.0)
-        begun = self._guard.watches.get(name)
+        begun = self._guard.running.get(name)
         if begun is not None and not begun.merit.observations and begun.width == width:
             return  # it has seen nothing, and need not spend another part of alpha
-        self._enter(guard.enter(self._guard, name, Role.CANDIDATE, width))
+        self._enter(guard.begin_test(self._guard, name, Role.CANDIDATE, width))
 
     def _enter(self, state: guard.GuardState) -> None:
         before, self._guard = self._guard.tests, state

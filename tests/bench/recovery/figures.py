@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat_calibration.learning.contextual import hidden
+from hemostat_calibration.learning.contextual import hidden_states
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.transform import HeldProfile, apply_to_rows
 
@@ -43,7 +43,9 @@ class Recovery:
     def __init__(self, weight: npt.NDArray[np.float32], anchors: npt.NDArray[np.int32], texts: Sequence[Written]):
         rows = np.concatenate([t.hidden for t in texts if t.hidden is not None])
         sample = rows[:: max(1, len(rows) // 8192)].astype(np.float32)
-        self._offset, self._gain = hidden.recovery(weight[anchors], hidden.prior(sample, NOISE))
+        self._offset, self._gain = hidden_states.linear_recovery(
+            weight[anchors], hidden_states.estimate_prior(sample, NOISE)
+        )
 
     def __call__(self, features: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         return (features.astype(np.float64) @ self._gain.T + self._offset).astype(np.float32)

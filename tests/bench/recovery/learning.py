@@ -13,8 +13,8 @@ import torch
 
 from hemostat_calibration import guard
 from hemostat_calibration.guard import Action, Role
-from hemostat_calibration.learning.contextual.learner import Contextual, ContextualState
-from hemostat_calibration.learning.temperature_bias import TemperatureBias
+from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.profiles.transform import anchors_digest, shift_range
 from hemostat_calibration.records import Candidates, Features, TokenRecord
@@ -117,7 +117,7 @@ def learn_temperature(weight: Singles, recovery: Recovery, texts: Sequence[Writt
 
 
 def learn_bias(weight: Singles, recovery: Recovery, texts: Sequence[Written], clamp_nats: float) -> Learned:
-    family = TemperatureBias(clamp_nats=clamp_nats)
+    family = TemperatureBiasLearner(clamp_nats=clamp_nats)
     state = family.init("bench", len(weight))
     spent = 0.0
     for record in listed_records(weight, recovery, texts):
@@ -131,7 +131,7 @@ def learn_bias(weight: Singles, recovery: Recovery, texts: Sequence[Written], cl
 
 
 def learn_from_lists(
-    family: Contextual, weight: Singles, recovery: Recovery, texts: Sequence[Written], *, tapped: bool, name: str
+    family: ContextualLearner, weight: Singles, recovery: Recovery, texts: Sequence[Written], *, tapped: bool, name: str
 ) -> Learned:
     """The contextual family where one side is known by its top 20 only: the reference's (a vLLM reference), with the
     engine's features; or, not `tapped`, the compressed model's, with the reference's hidden states."""
@@ -146,7 +146,7 @@ def learn_from_lists(
     return _learned(family, state, updated - began, name)
 
 
-def _learned(family: Contextual, state: ContextualState, updating: float, name: str) -> Learned:
+def _learned(family: ContextualLearner, state: ContextualState, updating: float, name: str) -> Learned:
     began = time.monotonic()
     proposal = family.fit(state)
     spent = time.monotonic() - began
@@ -165,10 +165,10 @@ def _learned(family: Contextual, state: ContextualState, updating: float, name: 
     return Learned(proposal.profile, said, spent, updating)
 
 
-class ContextualLearner:
+class GrowingRun:
     """Takes in texts in order, and can be asked at several token counts."""
 
-    def __init__(self, family: Contextual) -> None:
+    def __init__(self, family: ContextualLearner) -> None:
         self._family = family
         self._state: ContextualState = family.init("bench", len(family.weight))
         self._taken = 0
@@ -190,13 +190,13 @@ def judged(
 ) -> dict[str, Any]:
     """What the guard says when the held-out prompts come by one after the other, gains exact."""
     low, high = shift_range(profile)
-    state = guard.enter(guard.init(ALPHA), "it", Role.CANDIDATE, float(high - low))
+    state = guard.begin_test(guard.init(ALPHA), "it", Role.CANDIDATE, float(high - low))
     gains = identity.kl - figures.kl
     tokens = np.bincount(prompts)
     means = np.bincount(prompts, gains) / np.maximum(tokens, 1)
     for prompt in np.flatnonzero(tokens):
         gain = float(means[prompt])
-        state = guard.observe(state, "it", gain, gain, int(tokens[prompt]))
+        state = guard.update(state, "it", gain, gain, int(tokens[prompt]))
         decision = guard.decide(state, "it")
         if decision.action is Action.PROMOTE:
             break

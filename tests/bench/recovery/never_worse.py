@@ -22,8 +22,9 @@ import numpy.typing as npt
 
 from hemostat_calibration import guard
 from hemostat_calibration.guard import Action, Role
-from hemostat_calibration.learning.contextual.hidden import softmax
-from hemostat_calibration.learning.contextual.learner import Contextual, choose_anchors
+from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.hidden_states import softmax
+from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import code
 from hemostat_calibration.records import Candidates, Features, TokenRecord
@@ -109,11 +110,11 @@ def run(w: World, seed: int) -> Run:
     totals = np.bincount(w.prompt[rest], _gains(w, profile, rest), prompts)
     present = np.bincount(w.prompt[rest], minlength=prompts) > 0
     gains[present] = totals[present] / sizes[present]
-    state = guard.enter(guard.init(ALPHA), "it", Role.CANDIDATE, 2.0 * w.clamp_nats)
+    state = guard.begin_test(guard.init(ALPHA), "it", Role.CANDIDATE, 2.0 * w.clamp_nats)
     promoted, shown = False, 0
     for prompt in judges[:JUDGED_AT_MOST]:
         gain = float(gains[prompt])
-        state = guard.observe(state, "it", gain, gain, int(sizes[prompt]))
+        state = guard.update(state, "it", gain, gain, int(sizes[prompt]))
         shown += 1
         promoted = guard.decide(state, "it").action is Action.PROMOTE
         if promoted:
@@ -181,7 +182,7 @@ def _numbered(seed: int) -> Run:
 
 
 def _propose(w: World, drawn: Sequence[int]) -> CalibrationProfile | None:
-    family = Contextual(w.weight, w.anchors, features=ANCHORS, rank=32, clamp_nats=w.clamp_nats)
+    family = ContextualLearner(w.weight, w.anchors, features=ANCHORS, rank=32, clamp_nats=w.clamp_nats)
     records = []
     for prompt in drawn:
         rows = np.flatnonzero(w.prompt == prompt)

@@ -7,7 +7,7 @@ import pytest
 from tests.bench.recovery import never_worse, prompts, tried
 from tests.bench.recovery.engine import Ask, Written
 from tests.bench.recovery.figures import IDENTITY, Figures, Recovery, interval, measure, row
-from tests.bench.recovery.learning import ContextualLearner, contextual_records, first_tokens, judged, listed_records
+from tests.bench.recovery.learning import GrowingRun, contextual_records, first_tokens, judged, listed_records
 from tests.bench.recovery.outcomes import (
     common_prefix,
     compare,
@@ -16,10 +16,13 @@ from tests.bench.recovery.outcomes import (
     on_policy,
     same_answer,
 )
+from tests.support import oracle
 
 from hemostat_calibration.learning.contextual import mlp
-from hemostat_calibration.learning.contextual.learner import Contextual, choose_anchors, contextual_profile
+from hemostat_calibration.learning.contextual.anchors import choose_anchors
+from hemostat_calibration.learning.contextual.learner import ContextualLearner
 from hemostat_calibration.profiles import transform
+from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import temperature_bias
 from hemostat_calibration.records import validate
 
@@ -75,7 +78,7 @@ def test_figures_are_those_of_the_full_distributions() -> None:
         return z - np.log(np.exp(z).sum(1, keepdims=True))
 
     log_r, z = log_softmax(h_r @ weight.T), h_c @ weight.T
-    for label, log_c in ((IDENTITY, log_softmax(z)), ("it", log_softmax(z + transform.shift(profile, z)))):
+    for label, log_c in ((IDENTITY, log_softmax(z)), ("it", log_softmax(z + oracle.shift(profile, z)))):
         kl = (np.exp(log_r) * (log_r - log_c)).sum(1)
         assert found[label].kl == pytest.approx(kl, abs=0.05)
         assert found[label].reverse_kl.mean() == pytest.approx(
@@ -90,7 +93,7 @@ def test_figures_are_those_of_the_full_distributions() -> None:
 def test_the_contextual_family_wins_back_what_a_linear_map_can() -> None:
     weight, anchors, texts, _ = world(120, 25)
     learning, heldout = texts[:80], texts[80:]
-    learner = ContextualLearner(Contextual(weight, anchors, features=N, rank=D, clamp_nats=5.0))
+    learner = GrowingRun(ContextualLearner(weight, anchors, features=N, rank=D, clamp_nats=5.0))
     few = learner.learn(learning[:30], "few")
     all_ = learner.learn(learning, "all")
     assert few.profile is not None
@@ -221,7 +224,7 @@ def test_what_else_was_tried_is_judged_on_the_same_tokens() -> None:
     learning, heldout = texts[:32], texts[32:]
     identity = measure(weight, recovery, heldout, {})[IDENTITY]
     topics = np.repeat(np.arange(8), 25)
-    training = mlp.Training(units=16, epochs=2, exact=((1, 1e-4),), batch=64)
+    training = mlp.TrainingSettings(units=16, epochs=2, exact=((1, 1e-4),), batch=64)
     found = tried.compare(weight, recovery, learning, heldout, topics, identity, 100.0, training)
     assert len({row["tried"] for row in found}) == len(found) == 6
     # The truth is a linear map.

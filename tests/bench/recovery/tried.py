@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat_calibration.learning.contextual import hidden, mlp, objective
+from hemostat_calibration.learning.contextual import hidden_states, mlp, objective
 
 from .engine import Written
 from .figures import Figures, Recovery, interval, stacked
@@ -98,7 +98,7 @@ def ridges(rows: _Rows) -> list[Image]:
     return [image(map_) for map_ in maps]
 
 
-def network(rows: _Rows, embedding: Singles, start: Image, training: mlp.Training) -> Image:
+def network(rows: _Rows, embedding: Singles, start: Image, training: mlp.TrainingSettings) -> Image:
     """A network that begins as the linear map `start`, through no bottleneck; like the family's own otherwise."""
     d = rows.c.shape[1]
     mean = rows.c.mean(0)
@@ -156,14 +156,14 @@ def compare(
     topics: npt.NDArray[np.integer],
     identity: Figures,
     clamp_nats: float,
-    training: mlp.Training,
+    training: mlp.TrainingSettings,
 ) -> list[dict[str, Any]]:
     """A row for each: won back with its 95 % interval. topics: of each held-out token."""
     h_r, h_c = stacked(learning, recovery)
     kept = int(np.cumsum([len(text.output) for text in learning])[-max(1, len(learning) // 10) - 1])
     some = np.unique(np.linspace(0, len(topics) - 1, min(JUDGED, len(topics))).astype(np.int64))
     judge_r, judge_c = (h[some] for h in stacked(heldout, recovery))
-    metric, mean = hidden.fisher(weight, h_r[:: max(1, len(h_r) // METRIC_ROWS)])
+    metric, mean = hidden_states.fisher_metric(weight, h_r[:: max(1, len(h_r) // METRIC_ROWS)])
     likeliest = np.argsort(-mean)
     before = identity.kl[some]
     found: list[dict[str, Any]] = []

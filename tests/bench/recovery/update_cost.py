@@ -34,12 +34,14 @@ def update_cost() -> dict[str, Any]:
 def main() -> None:
     import numpy as np
 
-    from hemostat_calibration.learning.contextual.learner import Contextual, ContextualState
+    from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
     from hemostat_calibration.records import Candidates, Features, TokenRecord
 
     random = np.random.default_rng(1)
     weight = random.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
-    family = Contextual(weight, np.arange(ANCHORS, dtype=np.int32), features=FEATURES, recent_tokens=RECENT_TOKENS)
+    family = ContextualLearner(
+        weight, np.arange(ANCHORS, dtype=np.int32), features=FEATURES, recent_tokens=RECENT_TOKENS
+    )
     ids = np.zeros((RECORD_TOKENS, 1), np.int32)
     unknown = np.full(RECORD_TOKENS, np.nan)
     candidates = Candidates(ids, unknown[:, None])

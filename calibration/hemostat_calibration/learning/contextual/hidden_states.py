@@ -35,7 +35,7 @@ class Prior:
     noise: float
 
 
-def prior(hidden: Singles, noise: float) -> Prior:
+def estimate_prior(hidden: Singles, noise: float) -> Prior:
     """From some hidden states [n, d]; shrunk a little towards a sphere, as n may be less than d."""
     rows = hidden.astype(np.float64)
     mean = rows.mean(axis=0)
@@ -47,14 +47,14 @@ def prior(hidden: Singles, noise: float) -> Prior:
     return Prior(mean, (1.0 - 0.5 * shrink) * covariance + 0.5 * shrink * sphere * np.eye(d), noise)
 
 
-def flat(weight: Singles, noise: float) -> Prior:
+def isotropic_prior(weight: Singles, noise: float) -> Prior:
     """Where no hidden state has been seen: a sphere on which logits spread by some nats."""
     size = float(np.square(weight[: 1 << 14]).sum(axis=1).mean())
     d = weight.shape[1]
     return Prior(np.zeros(d), np.eye(d) * (25.0 / max(size, 1e-12)), noise)
 
 
-def recovery(weight: Singles, prior: Prior) -> tuple[Floats, Floats]:
+def linear_recovery(weight: Singles, prior: Prior) -> tuple[Floats, Floats]:
     """(a [d], K [d, N]): E[h | z] = a + K z for logits z at the ids of `weight` [N, d], centred over them.
 
     Gaussian conditioning: h = μ + Σ W̄ᵀ (W̄ Σ W̄ᵀ + σ²)⁻¹ (z − W̄ μ), W̄ the centred rows.
@@ -67,7 +67,7 @@ def recovery(weight: Singles, prior: Prior) -> tuple[Floats, Floats]:
     return prior.mean - gain @ (rows @ prior.mean), gain
 
 
-def fisher(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Floats, Floats]:
+def fisher_metric(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Floats, Floats]:
     """(F [d, d], r̄ [V]): E_r[Wᵀ (diag r − r rᵀ) W] and r = softmax(W h), averaged over hidden states [n, d].
 
     Half the squared length of a change of h in F is the KL divergence that it makes, to second order, nats. With n of

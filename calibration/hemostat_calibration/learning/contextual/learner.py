@@ -20,129 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.learning.contextual import hidden, mlp, objective, regression
-from hemostat_calibration.learning.contextual.hidden import Singles
+from hemostat_calibration.learning.contextual import hidden_states, mlp, objective, regression
+from hemostat_calibration.learning.contextual.hidden_states import Singles
 from hemostat_calibration.learning.contextual.narrow import narrow
 from hemostat_calibration.learning.contextual.regression import Moments
-from hemostat_calibration.profiles.families import CONTEXTUAL
+from hemostat_calibration.profiles.contextual import NO_KL_LIMIT, contextual_profile, probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import Floats, Ids, TokenRecord
-
-NO_KL_LIMIT = 1e30
-"""A `kl_limit` that never binds."""
-
-
-def contextual_profile(
-    *,
-    model: str,
-    anchors: npt.NDArray[np.integer],
-    linear: npt.NDArray[np.floating],
-    offset: npt.NDArray[np.floating],
-    up: npt.NDArray[np.floating],
-    clamp_nats: float,
-    hidden: npt.NDArray[np.floating] | None = None,
-    hidden_offset: npt.NDArray[np.floating] | None = None,
-    middle: npt.NDArray[np.floating] | None = None,
-    middle_offset: npt.NDArray[np.floating] | None = None,
-    out: npt.NDArray[np.floating] | None = None,
-    fisher: npt.NDArray[np.floating] | None = None,
-    kl_limit: float = NO_KL_LIMIT,
-    metadata: Mapping[str, str] | None = None,
-) -> CalibrationProfile:
-    """Profile with Δz = clip(up y, ±clamp_nats), y = s (offset + linear x + out silu(middle u + middle_offset)).
-
-    u = silu(hidden x + hidden_offset); x is z[anchors] − mean z[anchors], the first A of it;
-    s = min(1, √(2 kl_limit / yᵀ fisher y)): the KL divergence of the row from what it was is at most about `kl_limit`
-    nats, to second order.
-
-    anchors: [N] ids, distinct, N ≥ A. linear: [r, A]. offset: [r]. up: [V, r], kept as float16.
-    hidden: [H, A], hidden_offset: [H], middle: [G, H], middle_offset: [G], out: [r, G]; all five or none of them
-    (H = G = 0, a linear map).
-    fisher: [r, r], symmetric; None together with no limit.
-    Raises InvalidProfileError on a bad value.
-    """
-    rank, features = linear.shape
-    with np.errstate(over="ignore"):  # an infinity is refused below
-        up = np.asarray(up, dtype=np.float16)
-    return CalibrationProfile(
-        family=CONTEXTUAL,
-        model=model,
-        vocab_size=up.shape[0],
-        parameters={
-            "anchors": np.asarray(anchors, dtype=np.int32),
-            "linear": np.asarray(linear, dtype=np.float32),
-            "offset": np.asarray(offset, dtype=np.float32),
-            "hidden": np.asarray(np.zeros((0, features)) if hidden is None else hidden, dtype=np.float32),
-            "hidden_offset": np.asarray(np.zeros(0) if hidden_offset is None else hidden_offset, dtype=np.float32),
-            "middle": np.asarray(np.zeros((0, 0)) if middle is None else middle, dtype=np.float32),
-            "middle_offset": np.asarray(np.zeros(0) if middle_offset is None else middle_offset, dtype=np.float32),
-            "out": np.asarray(np.zeros((rank, 0)) if out is None else out, dtype=np.float32),
-            "fisher": np.asarray(np.zeros((rank, rank)) if fisher is None else fisher, dtype=np.float32),
-            "kl_limit": np.asarray(kl_limit, dtype=np.float32),
-            "up": up,
-        },
-        clamp_nats=clamp_nats,
-        metadata=metadata or {},
-    )
-
-
-def probe(model: str, vocab_size: int, anchors: npt.NDArray[np.integer], clamp_nats: float) -> CalibrationProfile:
-    """A profile that changes nothing: an engine that holds it knows which logits to hand out, before anything has been
-    learned from them."""
-    return contextual_profile(
-        model=model,
-        anchors=anchors,
-        linear=np.zeros((1, 1)),
-        offset=np.zeros(1),
-        up=np.zeros((vocab_size, 1)),
-        clamp_nats=clamp_nats,
-    )
-
-
-def choose_anchors(
-    weight: npt.NDArray[np.floating],
-    count: int,
-    *,
-    among: npt.NDArray[np.integer] | None = None,
-    covariance: Floats | None = None,
-) -> Ids:
-    """Ids whose logits together show the hidden state best, int32 [count], the most telling first.
-
-    Greedy: each is the one whose logit the earlier ones leave most uncertain, which is Gram-Schmidt with pivoting on
-    the centred rows of W. Once d of them span everything, it begins anew among the rest, so that more anchors mean
-    less noise. Deterministic.
-
-    weight: [V, d]. among: ids to choose from; leave out those that samplers mask (end of sequence, special ones), as a
-    masked anchor means identity. covariance: of hidden states, [d, d]; None takes them to be a sphere.
-    """
-    ids = np.arange(len(weight), dtype=np.int32) if among is None else np.unique(among).astype(np.int32)
-    if not 1 <= count <= len(ids):
-        raise InvalidArgumentError(f"count is {count}: there are {len(ids)} ids to choose from")
-    rows = weight[ids].astype(np.float32)
-    rows -= rows.mean(axis=0)
-    if covariance is not None:
-        rows = rows @ np.linalg.cholesky(covariance).astype(np.float32)
-    sizes = np.square(rows).sum(axis=1)
-    taken = np.zeros(len(ids), dtype=np.bool_)
-    chosen: list[int] = []
-    while len(chosen) < count:
-        left = np.where(taken, -1.0, sizes)
-        least = 1e-4 * float(left.max())
-        directions = np.zeros((rows.shape[1] + 1, rows.shape[1]), dtype=np.float32)
-        for at in range(min(len(directions), count - len(chosen))):
-            pivot = int(np.argmax(left))
-            chosen.append(pivot)
-            taken[pivot] = True
-            direction = rows[pivot] - directions[:at].T @ (directions[:at] @ rows[pivot])
-            direction /= max(float(np.linalg.norm(direction)), 1e-30)
-            directions[at] = direction
-            left -= np.square(rows @ direction)
-            left[taken] = -1.0
-            if left.max() <= least:
-                break
-    return ids[chosen]
-
 
 FOLDS = 4
 """Parts of the learning prompts, for cross-validation."""
@@ -154,7 +39,7 @@ _HALVES_AT_MOST = 60000.0
 Halves = npt.NDArray[np.float16]
 
 
-class Source(StrEnum):
+class TokenSource(StrEnum):
     """What a token brought, by which it is counted."""
 
     HIDDEN = "hidden"
@@ -218,7 +103,7 @@ class ContextualState:
     recent: tuple[Rows, ...] = ()
     tokens: int = 0
     requests: int = 0
-    tokens_by_source: Mapping[Source, int] = field(default_factory=lambda: dict.fromkeys(Source, 0))
+    tokens_by_source: Mapping[TokenSource, int] = field(default_factory=lambda: dict.fromkeys(TokenSource, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +134,7 @@ Progress = Callable[[str, float], None]
 """Called now and then with the name of the stage and the part of it that is done."""
 
 
-class Contextual:
+class ContextualLearner:
     """Implements `calibrator.Family`.
 
     Sums are exact, constant in size, and add up in any order, but for rounding, as long as nothing is forgotten; beside
@@ -258,7 +143,7 @@ class Contextual:
     much again as W and, for a network, `recent_tokens` × 3 (A + d) × 2 bytes.
 
     A deployment without the engine's features, or whose reference gives only its likeliest ids, learns from lists of
-    ids; those are kept among the recent rows alone (`Source`).
+    ids; those are kept among the recent rows alone (`TokenSource`).
 
     weight: the output embedding W, [V, d], whose logits are W h.
     anchors: int32 [N] ids, distinct (`choose_anchors`); the map reads the first `features` of them. N should be above
@@ -286,7 +171,7 @@ class Contextual:
         noise_nats: float = 0.03,
         min_tokens: int = 500,
         min_requests: int = 8,
-        network: mlp.Training | None = None,
+        network: mlp.TrainingSettings | None = None,
         network_tokens: int = 10_000,
     ) -> None:
         if weight.ndim != 2 or anchors.ndim != 1 or not len(anchors):
@@ -323,7 +208,7 @@ class Contextual:
 
     def probe(self, model: str) -> CalibrationProfile:
         """What an engine holds so as to hand out the features that are learned from."""
-        return probe(model, len(self.weight), self.anchors, self._clamp_nats)
+        return probe_profile(model, len(self.weight), self.anchors, self._clamp_nats)
 
     # --- taking in -------------------------------------------------------------------------------------------------
 
@@ -334,14 +219,14 @@ class Contextual:
         tokens, requests = state.tokens, state.requests
         for record in records:
             source, rows = self._rows(record, state, tokens)
-            sources[Source.UNUSABLE] += record.tokens - (rows.tokens if rows else 0)
+            sources[TokenSource.UNUSABLE] += record.tokens - (rows.tokens if rows else 0)
             if rows is None:
                 continue
             sources[source] += rows.tokens
             tokens += rows.tokens
             requests += 1
             recent.append(rows)
-            if source is Source.HIDDEN:
+            if source is TokenSource.HIDDEN:
                 fold = folds[rows.fold]
                 fold = replace(fold, waiting=(*fold.waiting, rows))
                 if sum(r.tokens for r in fold.waiting) >= FLUSHED:
@@ -374,10 +259,10 @@ class Contextual:
             recent=self._newest(sorted(moved, key=lambda r: r.clock)),
             tokens=tokens,
             requests=state.requests + other.requests,
-            tokens_by_source={s: state.tokens_by_source[s] + other.tokens_by_source[s] for s in Source},
+            tokens_by_source={s: state.tokens_by_source[s] + other.tokens_by_source[s] for s in TokenSource},
         )
 
-    def _rows(self, record: TokenRecord, state: ContextualState, clock: int) -> tuple[Source, Rows | None]:
+    def _rows(self, record: TokenRecord, state: ContextualState, clock: int) -> tuple[TokenSource, Rows | None]:
         if record.vocab_size != state.vocab_size:
             raise InvalidArgumentError(f"record has vocab_size {record.vocab_size}, not {state.vocab_size}")
         width = self.weight.shape[1]
@@ -392,11 +277,11 @@ class Contextual:
         if not usable:
             features, kept = None, np.ones(record.tokens, dtype=np.bool_)
         if features is None and record.reference_hidden is None:
-            return Source.UNUSABLE, None
+            return TokenSource.UNUSABLE, None
         if features is None:
-            source = Source.HIDDEN_FROM_LIST
+            source = TokenSource.HIDDEN_FROM_LIST
         else:
-            source = Source.LIST if record.reference_hidden is None else Source.HIDDEN
+            source = TokenSource.LIST if record.reference_hidden is None else TokenSource.HIDDEN
         tokens = int(kept.sum())
         return source, Rows(
             fold=fold_of(record.prompt_key),
@@ -458,9 +343,9 @@ class Contextual:
         tell = progress or _silent
         tell("metric", 0.0)
         sample = self._hidden_sample(base or state)
-        if sample is None or not state.tokens_by_source[Source.HIDDEN]:
+        if sample is None or not state.tokens_by_source[TokenSource.HIDDEN]:
             return self._fit_lists(state, tell)
-        basis = self._basis(sample, hidden.prior(sample, self._noise))
+        basis = self._basis(sample, hidden_states.estimate_prior(sample, self._noise))
         tell("linear", 0.0)
         folds = self._moments(state, basis)
         bases = None if base is None else self._bases(self._moments(base, basis))
@@ -637,8 +522,12 @@ class Contextual:
             return None
         embedded = self.weight[self.anchors]
         sample = self._hidden_sample(state)
-        known = hidden.flat(self.weight, self._noise) if sample is None else hidden.prior(sample, self._noise)
-        offset, gain = (a.astype(np.float32) for a in hidden.recovery(embedded, known))
+        known = (
+            hidden_states.isotropic_prior(self.weight, self._noise)
+            if sample is None
+            else hidden_states.estimate_prior(sample, self._noise)
+        )
+        offset, gain = (a.astype(np.float32) for a in hidden_states.linear_recovery(embedded, known))
         embedded = embedded - embedded.mean(axis=0)
         features = [r.features if r.hidden is None else r.hidden @ embedded.T for r in rows]
         z = np.concatenate([f for f in features if f is not None]).astype(np.float32)
@@ -662,7 +551,7 @@ class Contextual:
         whole = regression.total(folds)
         s = regression.standardiser(whole)
         x = _standardised(inputs[:, :-1], s)
-        training = self._network or mlp.Training(units=0)
+        training = self._network or mlp.TrainingSettings(units=0)
 
         def descended(start: regression.LowRank, chosen: npt.NDArray[np.integer], stage: str) -> mlp.Network:
             """From the best scale of the start."""
@@ -684,14 +573,16 @@ class Contextual:
         best = _scaled(_raw(descended(found, everyone, "lists"), s), float(_SCALES[scale]))
         return self._proposal(state, basis, "list", found, best, inputs[held][:, :-1], won, error)
 
-    def _basis(self, sample: Singles, known: hidden.Prior) -> _Basis:
-        metric, mean = hidden.fisher(self.weight, sample[_spread(np.arange(len(sample)), _METRIC_ROWS)])
+    def _basis(self, sample: Singles, known: hidden_states.Prior) -> _Basis:
+        metric, mean = hidden_states.fisher_metric(self.weight, sample[_spread(np.arange(len(sample)), _METRIC_ROWS)])
         root = np.asarray(np.linalg.cholesky(metric), dtype=np.float64)
-        offset, gain = hidden.recovery(self.weight[self.anchors], known)
+        offset, gain = hidden_states.linear_recovery(self.weight[self.anchors], known)
         turn = np.linalg.inv(root).T.astype(np.float32)
         embedding = self.weight @ turn
         embedding -= (mean @ self.weight).astype(np.float32) @ turn
-        constant, by_x = (root.T @ a for a in hidden.recovery(self.weight[self.anchors[: self._features]], known))
+        constant, by_x = (
+            root.T @ a for a in hidden_states.linear_recovery(self.weight[self.anchors[: self._features]], known)
+        )
         # x is centred over all anchors, which the first ones need not be.
         by_x -= by_x.mean(axis=1, keepdims=True)
         if self._features < len(root):
@@ -779,12 +670,12 @@ def _spread(indices: npt.NDArray[np.integer], at_most: int) -> npt.NDArray[np.in
     return indices[np.linspace(0, len(indices) - 1, at_most).astype(np.int64)]
 
 
-def _listed(record: TokenRecord, kept: npt.NDArray[np.bool_], source: Source) -> Listed | None:
-    if source is Source.HIDDEN:
+def _listed(record: TokenRecord, kept: npt.NDArray[np.bool_], source: TokenSource) -> Listed | None:
+    if source is TokenSource.HIDDEN:
         return None
     compressed, reference = record.compressed, record.reference
     likeliest = compressed.ids[kept, 0], compressed.logprobs[kept, 0]
-    if source is Source.LIST:
+    if source is TokenSource.LIST:
         return Listed(reference.ids[kept], reference.logprobs[kept], None, likeliest)
     ids = np.where(np.isnan(record.reference_at), -1, compressed.ids).astype(np.int32)
     return Listed(ids[kept], record.reference_at[kept], compressed.logprobs[kept], likeliest)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.learning.contextual.hidden import Singles
+from hemostat_calibration.learning.contextual.hidden_states import Singles
 from hemostat_calibration.learning.contextual.objective import Objective
 from hemostat_calibration.profiles.families import silu
 
@@ -54,7 +54,7 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
+class TrainingSettings:
     """units: of either layer. epochs: of the squared error. exact: then, where hidden states are at hand, stages of KL
     itself over the `exact_ids` likeliest ids, each so many epochs at such a rate; () has none. rate: the largest,
     falling to 0 along a cosine in each stage; given: part of it for the linear map and V. decay: of weights, a part of
@@ -76,7 +76,10 @@ class Training:
 
 
 def begin(
-    linear: npt.NDArray[np.floating], offset: npt.NDArray[np.floating], up: npt.NDArray[np.floating], training: Training
+    linear: npt.NDArray[np.floating],
+    offset: npt.NDArray[np.floating],
+    up: npt.NDArray[np.floating],
+    training: TrainingSettings,
 ) -> Network:
     """The linear map as a network whose units say nothing yet."""
     units, features = training.units, linear.shape[1]
@@ -99,7 +102,7 @@ def train(
     x: npt.NDArray[np.floating],
     rows: npt.NDArray[np.integer],
     objective: Objective,
-    training: Training,
+    training: TrainingSettings,
     epochs: int,
     rate_at_most: float,
     progress: Callable[[float], None],
@@ -171,7 +174,7 @@ def _units(a: Singles, kept: Singles) -> tuple[Singles, Singles]:
     return units, slope
 
 
-def _kept(seed: int, rows: int, training: Training) -> Singles:
+def _kept(seed: int, rows: int, training: TrainingSettings) -> Singles:
     """0 for units that are left out, more than 1 for the others, so that their mean is 1; [rows, units]."""
     drawn = bits(seed, rows * training.units).reshape(rows, training.units)
     kept = drawn >= np.uint64(int(training.dropped * 2.0**64))

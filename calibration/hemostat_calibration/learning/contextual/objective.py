@@ -1,8 +1,8 @@
 """What a map of features is learned by: how much KL(r‖c') a change of the compressed model's hidden state leaves.
 
-All in a basis in which half a squared length is KL, to second order: with the metric F = L Lᵀ (`hidden.fisher`), hidden
-states are Lᵀ h and the embedding is (W − w̄) L⁻ᵀ, w̄ the mean embedding, so that logits are what they were but for a
-constant. A change of the hidden state is called an image, [n, d].
+All in a basis in which half a squared length is KL, to second order: with the metric F = L Lᵀ
+(`hidden_states.fisher_metric`), hidden states are Lᵀ h and the embedding is (W − w̄) L⁻ᵀ, w̄ the mean embedding, so
+that logits are unchanged up to a constant. A change of the hidden state is called an image, [n, d].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.learning.contextual.hidden import Singles, softmax
+from hemostat_calibration.learning.contextual.hidden_states import Singles, softmax
 from hemostat_calibration.records import Floats, Ids
 
 Halves = npt.NDArray[np.float16]
