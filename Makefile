@@ -49,14 +49,14 @@ bench-recovery: setup ## what calibration wins back, through the real engine (ho
 bench-engine: setup ## what a contextual profile costs vLLM's decoding; a table and build/bench/engine.json
 	@exec $(BIN)/python tests/bench/bench_engine.py $(ARGS)
 
-chart: setup ## what of helm/hemostat is made from other files: its README, and the schema of `config`
+chart: setup ## write the generated files of helm/hemostat: its README and the schema of `config`
 	@$(BIN)/python deploy/chart.py
 
-docs: setup ## deploy/METRICS.md, from what the code exports; the console's runbook, from deploy/RUNBOOK.md
+docs: setup ## write docs/metrics.md from the code, and the console's runbook page from docs/runbook.md
 	@$(BIN)/python deploy/metrics.py
 	@$(BIN)/python deploy/runbook.py
 
-screenshot: setup ## the console over a run of the demo (a quarter of an hour), as deploy/console.png; ARGS="--scored 700"
+screenshot: setup ## a picture of the console over a run of the demo (15 minutes), docs/console.png; ARGS="--scored 700"
 	@exec $(BIN)/python deploy/screenshot.py $(ARGS)
 
 clean: ## remove .venv and all that was built here (the checkpoints stay in the user's cache)

@@ -1,4 +1,4 @@
-"""`make chart`: writes what of helm/hemostat is made from other files, the README's table and the schema of `config`.
+"""`make chart`: writes the generated files of helm/hemostat, its README's table and the schema of `config`.
 
 README.md           README.md.gotmpl with a table of values.yaml and its comments `# -- …`, which is helm-docs' form
 values.schema.json  its definitions/config, from the settings that `hemostat serve` validates its file with
@@ -24,7 +24,7 @@ WIDTH = 118
 URL = r"^https?://[^/@?#\s]+/?$"
 STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(SERVER_SCHEMES)) + ")://.+)"
 CHARTS_OWN = {("listen",), ("upstream", "url"), ("admin", "host"), ("admin", "port")}
-"""Keys that the chart fills in."""
+"""Keys that the chart sets itself."""
 SECRET = {"pattern": "^[!-~]+$", "maxLength": 4096}
 CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {
     ("admin", "allowed_hosts"): {"items": {"type": "string", "pattern": "^[A-Za-z0-9_.:%-]{1,255}$"}},
@@ -40,11 +40,11 @@ CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {
     ("calibration", "mode"): {"enum": ["off", "observe", "auto", False]},  # YAML 1.1 reads an unquoted off as false
     ("reference", "backend"): {"enum": ["none", "vllm", "transformers", None]},
 }
-"""What pydantic's schema does not know of a key, as validators say it."""
+"""Constraints that validators check and pydantic's schema does not contain."""
 
 
 def config_schema() -> dict[str, Any]:
-    """JSON Schema of the value `config`: what the settings take, in as plain words as its error messages allow."""
+    """JSON Schema of the value `config`, written so that its error messages are easy to understand."""
     schema = Settings.model_json_schema()
     return _plain(schema, schema["$defs"], ())
 
@@ -52,7 +52,7 @@ def config_schema() -> dict[str, Any]:
 def _plain(node: dict[str, Any], definitions: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     if "$ref" in node:
         node = definitions[node["$ref"].rpartition("/")[2]]
-    if "anyOf" in node:  # Optional[X]: one type with null, as "anyOf failed" helps nobody
+    if "anyOf" in node:  # Optional[X]: one type with null, because the message "anyOf failed" is unclear
         (kind,) = (option for option in node["anyOf"] if option != {"type": "null"})
         node = kind | {"type": [kind["type"], "null"]}
     kept = {key: node[key] for key in node.keys() - {"title", "default", "description", "format", "writeOnly", "$defs"}}
@@ -62,10 +62,12 @@ def _plain(node: dict[str, Any], definitions: dict[str, Any], path: tuple[str, .
             for name, value in node["properties"].items()
             if (*path, name) not in CHARTS_OWN
         }
-        kept["type"] = ["object", "null"]  # a section whose keys are all commented out
+        kept["type"] = ["object", "null"]  # null: a section whose keys are all commented out
         kept.pop("required", None)
     kept |= CHECKED_BY_CODE.get(path, {})
-    if "type" in kept and "number" in _types(kept):  # --set reads 0.5 as a text; the settings read texts as numbers
+    if "type" in kept and "number" in _types(
+        kept
+    ):  # helm's --set reads 0.5 as a string; the settings convert strings to numbers
         kept["type"] = list(dict.fromkeys(["number", "string", *_types(kept)]))
         fraction = 1 in (kept.get("maximum"), kept.get("exclusiveMaximum"))
         kept["pattern"] = r"^(0|1|0?\.[0-9]+)$" if fraction else r"^[0-9]+(\.[0-9]+)?$"
@@ -79,14 +81,17 @@ def _types(node: dict[str, Any]) -> list[str]:
 
 
 def schema(text: str) -> str:
-    """values.schema.json, with its definitions/config as they are to be."""
+    """The text of values.schema.json with definitions/config replaced by the schema of the settings."""
     whole = json.loads(text)
     whole["definitions"]["config"] = config_schema()
     return _compact(whole) + "\n"
 
 
 def _compact(value: Any, indent: str = "", before: int = 0) -> str:
-    """JSON with every value that fits on one line there; before: what else stands on it."""
+    """JSON in which every value that fits on one line is on one line.
+
+    before: characters that precede the value on its line.
+    """
     line = json.dumps(value, ensure_ascii=False)
     if len(indent) + before + len(line) <= WIDTH or not value or not isinstance(value, dict | list):
         return line
@@ -100,9 +105,9 @@ def _compact(value: Any, indent: str = "", before: int = 0) -> str:
 
 
 def values(text: str) -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default as JSON, comment) of each leaf, and of mappings with a comment, which covers what they hold.
+    """(dotted key, default as JSON, comment) of each leaf, and of each mapping that has a comment.
 
-    A leaf in such a mapping has a row of its own only with a comment of its own.
+    A leaf of a mapping with a comment has its own row only if it has its own comment.
     """
     root = yaml.compose(text, yaml.SafeLoader)
     assert isinstance(root, yaml.MappingNode)
@@ -127,7 +132,7 @@ def _values(
 
 
 def _comment_above(lines: list[str], line: int) -> str:
-    """The comment that ends above `line`, from its `# -- ` on; empty where there is none."""
+    """The comment directly above `line`, from its `# -- ` on; empty if there is none."""
     words: list[str] = []
     while line > 0 and (found := re.match(r"\s*# ?(.*)", lines[line - 1])):
         line -= 1
@@ -138,7 +143,7 @@ def _comment_above(lines: list[str], line: int) -> str:
 
 
 def readme(template: str, values_yaml: str) -> str:
-    """README.md: the template with the table in its place."""
+    """README.md: the template with the table of values."""
     rows = "\n".join(
         f"| `{key}` | `{default}` | {comment.replace('|', '&#124;')} |".replace(" |  |", " | |")
         for key, default, comment in values(values_yaml)

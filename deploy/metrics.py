@@ -1,6 +1,7 @@
-"""`make docs`: writes deploy/METRICS.md from what the code exports (`hemostat.metrics.collector.GROUPS`).
+"""`make docs`: writes docs/metrics.md from what the code exports (`hemostat.metrics.collector.GROUPS`).
 
-What a label's value means stands here; which values there are is the code's, and a test holds the two together.
+This file explains the values of labels; the code defines which values exist. tests/deploy/test_docs.py checks that both
+agree.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from hemostat.shadow.noise_floor import MODELS
 from hemostat_calibration.alarm import Kind
 from hemostat_calibration.records import Arm
 
-PAGE = Path(__file__).with_name("METRICS.md")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 
 Values = dict[str, str]
-"""Value of a label -> what it says."""
+"""Value of a label -> its meaning."""
 
 ELSE = ""
 
 ARMS: Values = {
-    Arm.CONTROL: "drawn by lot to be left as it is, while a profile serves",
-    Arm.TREATED: "drawn by lot, and the profile was asked of the engine",
-    Arm.NONE: "in no comparison: no profile serves, opted out, pinned, or left out for a technical reason",
+    Arm.CONTROL: "randomly assigned to get no profile, while a profile serves",
+    Arm.TREATED: "randomly assigned, and the profile was requested from the engine",
+    Arm.NONE: "in no comparison: no profile serves, opted out, pinned, or excluded for a technical reason",
 }
 SHADOW_REASONS: dict[str, Values] = {
     "skipped": {
@@ -36,89 +37,89 @@ SHADOW_REASONS: dict[str, Values] = {
         "on_not_allowed": "the client sent `on`, and `shadow.allow_on` is not set",
         "route": "neither `/v1/chat/completions` nor `/v1/completions`",
         "encoded": "the request's or the answer's body is compressed",
-        "body_too_large": "longer than a request is held to be read; it went on unread",
-        "bad_json": "the request is no JSON object",
-        "invalid": "a parameter is not what it should be; vLLM says so to the client",
+        "body_too_large": "longer than the limit up to which a request is parsed; it was forwarded unparsed",
+        "bad_json": "the request is not a JSON object",
+        "invalid": "a parameter is invalid; vLLM reports it to the client",
         "lora": "the model is an adapter that the reference does not serve under the same name",
         "n": "several choices or prompts in one request",
         "beam_search": "beam search",
         "structured_output": "vLLM takes logprobs after the grammar's mask",
-        "forced_tool": "likewise, where a tool call is forced",
+        "forced_tool": "the same, where a tool call is forced",
         "echo": "the prompt would be in the answer",
         "prompt_logprobs": "the client asks for the prompt's logprobs itself",
         "client_logprobs": "the client asks for logprobs or token ids itself",
         "hidden_reasoning": "vLLM hides the reasoning's token ids",
         "multimodal": "images, audio or embeddings in the prompt",
         "too_long": "longer than `shadow.max_tokens`",
-        "logprobs_refused": "vLLM refused what was asked for on top; raise its `--max-logprobs` to `shadow.top_k`",
+        "logprobs_refused": "vLLM refused the additional parameters; raise its `--max-logprobs` to `shadow.top_k`",
         "upstream_error": "the answer is an error",
-        "incomplete": "the answer broke off, or the client left",
+        "incomplete": "the answer broke off, or the client disconnected",
         "empty": "no token in the answer",
-        "no_logprobs": "the answer came without what was asked for",
-        "token_count_mismatch": "fewer or more ids than tokens counted by vLLM",
-        "tool_tokens_lost": "vLLM's tool parser swallowed tokens",
-        "response_too_large": "more bytes than are held for stripping",
-        "unreadable": "the answer is not what vLLM sends",
+        "no_logprobs": "the answer lacks the requested logprobs",
+        "token_count_mismatch": "the number of ids differs from vLLM's token count",
+        "tool_tokens_lost": "vLLM's tool parser removed tokens",
+        "response_too_large": "more bytes than may be buffered to remove the logprobs",
+        "unreadable": "the answer does not have vLLM's format",
         "unknown_model": "the answer names a model that the server does not list",
         "mixed_profile": "the profile changed in the middle of the answer",
-        "applied_unknown": "the engine has not said which profile it applied",
-        "reference_too_long": "longer than the reference reads",
-        "reference_no_adapter": "the reference does not serve the adapter any more",
-        "invalid_…": "the record failed a check of its form (`ids`, `mass`, …): a bug here or in vLLM, see the log",
+        "applied_unknown": "the engine has not reported which profile it applied",
+        "reference_too_long": "longer than the reference's context",
+        "reference_no_adapter": "the reference no longer serves the adapter",
+        "invalid_…": "the record failed validation (`ids`, `mass`, …): a bug here or in vLLM, see the log",
     },
     "dropped": {
-        "queue_full": "more is sampled than the reference reads: lower `shadow.rate` or raise `shadow.max_queue`",
-        "link_full": "the control process takes captures too slowly, or is away",
-        "hook_error": "a bug in the interception, see the log; the client was served",
-        "reference_not_ready": "the reference was not ready when the capture came, or its turn came",
-        "breaker_open": "the reference failed five times in a row and is left alone for ten seconds",
+        "queue_full": "more is sampled than the reference can score: lower `shadow.rate` or raise `shadow.max_queue`",
+        "link_full": "the control process accepts captures too slowly, or does not run",
+        "hook_error": "a bug in the interceptor, see the log; the client was served",
+        "reference_not_ready": "the reference was not ready when the capture arrived or was to be scored",
+        "breaker_open": "the reference failed five times in a row; the circuit breaker is open for ten seconds",
         "internal_error": "a bug, see the log",
         "reference_…": "the reference failed: `down`, `timeout`, `busy`, `refused`, `out_of_memory`, …, see the log",
     },
 }
 ENGINE_EVENTS: Values = {
-    "requests_bound": "requests for which the profile asked for was there",
-    "requests_unknown": "requests that named a version that the engine does not hold: identity",
-    "requests_declined": "requests with parameters that a profile does not go with: identity",
-    "requests_refused": "requests with malformed `vllm_xargs` of ours",
+    "requests_bound": "requests for which the engine held the requested profile",
+    "requests_unknown": "requests that named a version that the engine does not hold; no profile is applied",
+    "requests_declined": "requests with parameters that exclude a profile; no profile is applied",
+    "requests_refused": "requests with malformed `vllm_xargs` of Hemostat",
     "rows_applied": "tokens that a profile was applied to",
     "rows_clamped": "shadowed tokens at which `calibration.clamp_nats` took effect",
     "rows_kl_clamped": "tokens at which `calibration.clamp_kl_nats` took effect",
-    "rows_masked": "tokens at which an anchor was masked (a grammar, a logit_bias) or the map overflowed: identity",
-    "steps_misfit": "engine steps whose logits are not the profile's vocabulary",
-    "features_dropped": "positions whose features did not fit",
-    "taps_sent": "positions told to the control process",
-    "taps_dropped": "positions that were not told, as the control process was away or slow",
+    "rows_masked": "tokens without a profile: an anchor was masked (a grammar, a logit_bias) or the map overflowed",
+    "steps_misfit": "engine steps whose logits do not have the size of the profile's vocabulary",
+    "features_dropped": "positions whose features exceeded the buffer",
+    "taps_sent": "positions reported to the control process",
+    "taps_dropped": "positions that were not reported, because the control process did not run or was slow",
     "profiles_refused": "profiles that do not fit this engine",
     "profiles_missing": "versions that the control process no longer has",
     "fetch_errors": "fetches of a profile that failed",
     "report_errors": "reports to the control process that failed",
-    "agent_errors": "bugs of the plugin's thread, see vLLM's log",
+    "agent_errors": "bugs in the plugin's thread, see vLLM's log",
 }
 CALIBRATION_REASONS: Values = {
-    "assigned": "by lot, into `control` or `treated`",
-    "off": "`calibration.mode` is off",
+    "assigned": "randomly, to `control` or `treated`",
+    "off": "`calibration.mode` is `off`",
     "no_profile": "none serves",
     "unknown": "the engine does not hold the version",
     "opted_out": "the client sent `X-Hemostat-Calibration: off`",
     "pinned": "the client named a version",
     "forced": "`calibration.force`",
-    "own_logits": "the client shifts logits itself (logit_bias, penalties)",
+    "own_logits": "the client changes logits itself (logit_bias, penalties)",
     "own_parameters": "`apply: request`, and the client set temperature or logit_bias",
-    "refused": "vLLM refused the request with the profile, and it was sent again as it came",
-    "lora, beam_search, multimodal, invalid, bad_json, body_too_large": "as among the shadow's reasons",
+    "refused": "vLLM refused the request with the profile, and it was sent again unchanged",
+    "lora, beam_search, multimodal, invalid, bad_json, body_too_large": "as for `hemostat_shadow_requests_total`",
 }
 HEADLINES: Values = {
     "kl_nats": "KL(reference‖compressed)",
-    "kl_nats_upper": "the same, from the other side",
-    "kl_nats_estimate": "the same without truncation, where a request's sampling is known",
+    "kl_nats_upper": "KL(reference‖compressed)",
+    "kl_nats_estimate": "KL(reference‖compressed) without truncation bias, for requests whose sampling is known",
     "reverse_kl_nats": "KL(compressed‖reference)",
-    "reverse_kl_nats_estimate": "the same without truncation",
+    "reverse_kl_nats_estimate": "KL(compressed‖reference) without truncation bias",
     "js_nats": "Jensen-Shannon divergence",
-    "total_variation": "the chance that two draws, coupled as well as possible, differ",
-    "top1_agreement": "part of the tokens whose likeliest id is the same",
+    "total_variation": "the probability that two draws, coupled as well as possible, differ",
+    "top1_agreement": "fraction of the tokens at which the likeliest id is the same",
 }
-"""Of hemostat_divergence. The kind (a bound, an estimate, exact) is told beside; all are exact where both sides gave
+"""Figures of hemostat_divergence. The kind (a bound, an estimate, exact) is added; all are exact where both sides gave
 the whole vocabulary."""
 KINDS = {"lower": "a lower bound", "upper": "an upper bound", "estimate": "an estimate", "exact": "exact"}
 EDGES: Values = {"mean": "the estimate", "low": "lower end of the 95 % interval", "high": "upper end"}
@@ -128,12 +129,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "arm": {"": ARMS},
     "decision": {
         "": {
-            "propose": "the calibrator has made a candidate",
-            "promote": "it serves, or in `observe` would",
-            "drop": "a candidate was given up",
-            "roll_back": "a serving profile was taken back",
-            "import": "an operator brought one",
-            "pin, unpin, mode": "an operator's word",
+            "propose": "the calibrator proposed a candidate",
+            "promote": "it serves, or in `observe` would serve",
+            "drop": "a candidate was dropped",
+            "roll_back": "a serving profile was rolled back",
+            "import": "an operator imported a profile",
+            "pin, unpin, mode": "an operator's decision",
         }
     },
     "decoding": {"": dict(zip(DECODINGS, ("temperature 0", "any other, or not known"), strict=True))},
@@ -141,15 +142,15 @@ LABELS: dict[str, dict[str, Values | str]] = {
         "": dict(zip(DIRECTIONS, ("KL(reference‖compressed)", "KL(compressed‖reference)"), strict=True)),
     },
     "edge": {"": EDGES},
-    "family": {"": "of the profile: `temperature_bias`, `contextual`, or `identity`"},
+    "family": {"": "family of the profile: `temperature_bias`, `contextual`, or `identity`"},
     "figure": {
         "": {
             **{name: f"{text}; {KINDS[figures.FIGURES[name].kind]}" for name, text in HEADLINES.items()},
-            "top1_disagreement": "what of it is missing; exact; only with stage `excess`",
+            "top1_disagreement": "1 − top1_agreement; exact; only with stage `excess`",
         }
     },
-    "kind": {"": {"json": "a JSON answer was asked for", "tool_call": "tools were offered, and called"}},
-    "label": {"": "what the client sent as `X-Hemostat-Label`, of those configured; else empty"},
+    "kind": {"": {"json": "a JSON answer was requested", "tool_call": "tools were offered, and called"}},
+    "label": {"": "the client's `X-Hemostat-Label`, if it is one of the configured `labels`; else empty"},
     "model": {
         "": "the served name",
         "hemostat_covered_mass_ratio": {name: f"the {name} model" for name in MODELS},
@@ -161,51 +162,51 @@ LABELS: dict[str, dict[str, Values | str]] = {
             counters.OK: "complete, status below 400",
             counters.CLIENT_ERROR: "complete, the upstream's status is 4xx",
             counters.SERVER_ERROR: "complete, the upstream's status is 5xx",
-            counters.REFUSED: "refused by the proxy itself, the client's fault",
-            counters.UPSTREAM_FAILED: "the upstream could not be reached, broke off or spoke nonsense",
-            counters.CLIENT_GONE: "the client left",
+            counters.REFUSED: "an invalid request, refused by the proxy itself",
+            counters.UPSTREAM_FAILED: "the upstream could not be reached, broke off or sent an invalid answer",
+            counters.CLIENT_GONE: "the client disconnected",
         },
         "hemostat_shadow_requests_total": {
-            "shadowed": "captured; each of these ends as one of the others",
-            "scored": "both models have spoken about its tokens",
+            "shadowed": "captured; each capture later counts as one of the other outcomes, too",
+            "scored": "both models have scored its tokens",
             "skipped": "cannot be scored",
-            "dropped": "could have been, but there was no room, or something failed",
+            "dropped": "could have been scored, but there was no room, or something failed",
         },
         "hemostat_noise_floor_requests_total": {
-            "scored": "done",
-            "busy": "more waited than are kept",
+            "scored": "scored",
+            "busy": "the queue was full",
             ELSE: "why it failed",
         },
         "hemostat_structured_outputs_total": {
-            "valid": "it parses",
-            "invalid": "it does not",
-            "cut": "it ended at the length limit",
+            "valid": "the answer parses",
+            "invalid": "the answer does not parse",
+            "cut": "the answer ended at the length limit",
         },
     },
     "reason": {
         "hemostat_calibration_requests_total": CALIBRATION_REASONS,
         "hemostat_engine_events_total": ENGINE_EVENTS,
         "hemostat_features_dropped_total": {
-            "no_tap": "the engine said nothing about the request",
-            "not_sent": "it sent no features",
-            "other_anchors": "they are of other ids than asked for",
-            "shape": "they do not fit the tokens",
-            "not_finite": "not numbers",
-            "masked": "no row of them can be used",
+            "no_tap": "the engine reported nothing about the request",
+            "not_sent": "the engine sent no features",
+            "other_anchors": "the features are of other ids than requested",
+            "shape": "the features do not match the tokens",
+            "not_finite": "some features are not finite",
+            "masked": "every row is masked",
         },
         "hemostat_learner_dropped_total": {
             "not_ready": "the learner is starting, or there is none",
             "nothing_to_learn": "the record brings no features",
-            "busy": "too much waits",
+            "busy": "the learner's queue is full",
         },
         "hemostat_profile_decisions_total": {
-            "evidence": "held-out requests spoke for it",
-            "harm": "held-out requests spoke against it",
-            "unsupported": "within a window its gain was not proven anew",
-            "learned": "a candidate of the calibrator",
-            "operator": "an operator's word",
-            "other_model": "the served model is another one now",
-            ELSE: "why a candidate was given up",
+            "evidence": "held-out requests prove that it helps",
+            "harm": "held-out requests prove that it harms",
+            "unsupported": "its gain was not proven again within a window",
+            "learned": "proposed by the calibrator",
+            "operator": "an operator's decision",
+            "other_model": "the served model has changed",
+            ELSE: "why a candidate was dropped",
         },
         "hemostat_responses_finished_total": (
             f"vLLM's finish_reason: {', '.join(f'`{name}`' for name in sorted(outcomes.REASONS))}, else `other`"
@@ -214,18 +215,21 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "reference": {"": "name of the reference model"},
     "route": {"": ROUTES},
     "scope": {"": "the label, route or model that the profile is for"},
-    "source": {"": "what a token brought to learn from: the reference's hidden state (`hidden…`) or its list alone"},
+    "source": {"": "what the token was learned from: the reference's hidden state (`hidden…`) or only its list of ids"},
     "stage": {
         "": dict(
             zip(
                 STAGES,
-                ("what the compressed model said", "after the profile that served, or in `observe` would have"),
+                (
+                    "the compressed model's distribution",
+                    "after the profile that served, or in `observe` would have served",
+                ),
                 strict=True,
             )
         ),
         "hemostat_divergence": {
-            "raw": "what the compressed model said",
-            "excess": "that, less what both models differ from themselves by (the noise floor); once both are known",
+            "raw": "the compressed model's distribution",
+            "excess": "raw minus the noise floor (how far each model is from itself); present once both are known",
         },
     },
     "strategy": {
@@ -233,24 +237,25 @@ LABELS: dict[str, dict[str, Values | str]] = {
     },
     "test": {
         "": {
-            Kind.BUDGET: "further from the reference than `alarm.budget_nats` allows",
-            Kind.CHANGE: "no longer what the first `alarm.baseline_tokens` were",
+            Kind.BUDGET: "the divergence is larger than `alarm.budget_nats` allows",
+            Kind.CHANGE: "the stream no longer matches its baseline, the first `alarm.baseline_tokens` tokens",
         }
     },
-    "version": {"": "a digest of the profile; `identity` for none"},
+    "version": {"": "digest of the profile; `identity` for none"},
 }
-"""By label, and by metric where it is not the same for all ("")."""
+"""By label, then by metric; the key "" is for all other metrics."""
 
 HEAD = """# Metrics
 
 <!-- Made by `make docs` from middleware/hemostat/metrics/; do not edit. -->
 
-Everything on `/metrics` of the admin port, for all processes of one Hemostat together. Divergences are in nats. Labels
-are bounded: no user, no request id, no prompt is ever one. Counters start again at 0 when Hemostat does. A series that
-has nothing to say yet is absent. What the figures mean, and what not to conclude: [READING.md](READING.md); what to do
-when an alert fires: [RUNBOOK.md](RUNBOOK.md).
+All metrics on `/metrics` of the admin port, for all processes of one Hemostat together. Divergences are in nats. Labels
+have a bounded number of values and never contain a user, a request id or a prompt. Counters start again at 0 when
+Hemostat restarts. A series without data yet is absent. What the figures mean, and what not to conclude:
+[reading the figures](reading-the-figures.md); what to do when an alert fires: [the runbook](runbook.md).
 
-Counters and histograms add up over replicas; gauges (`hemostat_divergence` and the like) are each replica's own.
+Counters and histograms of several replicas can be summed; gauges (`hemostat_divergence` and others) belong to one
+replica.
 """
 
 
@@ -260,7 +265,7 @@ def page() -> str:
         parts.append(f"\n## {title}\n\n| metric | type | unit | labels | |\n|---|---|---|---|---|\n")
         parts += [row(name, family) for name, family in families.items()]
     edges = ", ".join(f"{edge:g}" for edge in OVERHEAD_BUCKETS)
-    parts.append(f"\nBuckets of `hemostat_proxy_overhead_seconds`: {edges} seconds. Histograms are classic ones.\n")
+    parts.append(f"\nBuckets of `hemostat_proxy_overhead_seconds`: {edges} seconds. All histograms are classic ones.\n")
     parts.append("\n## Labels\n")
     for label, by_metric in LABELS.items():
         for metric, values in by_metric.items():
@@ -288,7 +293,7 @@ def shown(value: str) -> str:
 
 
 def meaning(metric: str, label: str) -> Values | str | None:
-    """What METRICS.md says of a label of this metric."""
+    """What docs/metrics.md says about a label of this metric."""
     if (metric, label) == ("hemostat_shadow_requests_total", "reason"):
         return {reason: text for reasons in SHADOW_REASONS.values() for reason, text in reasons.items()}
     by_metric = LABELS[label]

@@ -1,6 +1,6 @@
-"""`make docs`: writes the console's runbook.html from deploy/RUNBOOK.md: where the alerts' runbook_url leads.
+"""`make docs`: writes the console's runbook.html from docs/runbook.md. The alerts' runbook_url opens it.
 
-A page of the admin port, so that it needs no network and is of the version that runs.
+The admin port serves it, so that it needs no network and matches the running version.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from markdown_it import MarkdownIt  # rich brings it
 from markdown_it.token import Token
 
-FOLDER = Path(__file__).parent
-SOURCE = FOLDER / "RUNBOOK.md"
-PAGE = FOLDER.parent / "middleware" / "hemostat" / "admin" / "console" / "runbook.html"
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "docs" / "runbook.md"
+PAGE = ROOT / "middleware" / "hemostat" / "admin" / "console" / "runbook.html"
 
 TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -26,8 +26,8 @@ TEMPLATE = """<!doctype html>
 <link rel="stylesheet" href="console/console.css">
 </head>
 <body>
-<!-- Made from deploy/RUNBOOK.md by `make docs`. -->
-<nav class="back"><a href=".">To the console</a></nav>
+<!-- Generated from docs/runbook.md by `make docs`; do not edit. -->
+<nav class="back"><a href=".">Console</a></nav>
 <main class="text">
 {body}</main>
 </body>
@@ -36,7 +36,7 @@ TEMPLATE = """<!doctype html>
 
 
 def page() -> str:
-    """The page. What links to other files of the repository is text here: they are not served."""
+    """The page. Links to files of the repository become text, because the admin port does not serve them."""
     parser = MarkdownIt("commonmark", {"html": False})
     tokens = parser.parse(SOURCE.read_text(encoding="utf-8"))
     for heading, inline in itertools.pairwise(tokens):
@@ -49,7 +49,7 @@ def page() -> str:
 
 
 def without_files(tokens: list[Token]) -> list[Token]:
-    """Inline tokens, with those links only that lead into the page or to a site."""
+    """The inline tokens, without links to files; links within the page and to web sites are kept."""
     kept: list[Token] = []
     dropped: list[bool] = []
     for token in tokens:

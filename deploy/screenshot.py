@@ -1,6 +1,6 @@
-"""`make screenshot`: the console over a real run of the demo, as deploy/console.png.
+"""`make screenshot`: writes docs/console.png, a picture of the console over a real run of the demo.
 
-The run is bounded by what has been scored, and by time. Nothing on the picture is made up.
+The run ends after a number of scored requests or after a time limit.
 """
 
 # ruff: noqa: T201 - a command
@@ -21,24 +21,24 @@ import httpx
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-FOLDER = Path(__file__).resolve().parent
+OUT = Path(__file__).resolve().parents[1] / "docs" / "console.png"
 WIDTH = 1280
 COLOURS = 64
-BYTES_AT_MOST = 200_000
+MAX_BYTES = 200_000
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scored", type=int, default=700, help="requests after which the picture is taken")
-    parser.add_argument("--minutes", type=float, default=30.0, help="the picture is taken then, whatever was scored")
+    parser.add_argument("--scored", type=int, default=700, help="take the picture after this number of scored requests")
+    parser.add_argument("--minutes", type=float, default=30.0, help="take the picture after this time at the latest")
     parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--out", type=Path, default=FOLDER / "console.png")
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
-        print("screenshot: no chromium here: apt-get install chromium", file=sys.stderr)
+        print("screenshot: chromium is not installed: apt-get install chromium", file=sys.stderr)
         return 2
-    # In a quarter of an hour the noise floor, too, should have an interval: more of the requests than usual go to it.
+    # A larger part of the requests than usual measures the noise floor, so that it has an interval after 15 minutes.
     more = ["--set", "shadow.floor_fraction=0.2"]
     command = [str(Path(sys.executable).parent / "hemostat"), "demo", "--no-console", *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
@@ -52,11 +52,11 @@ def main() -> int:
             demo.send_signal(signal.SIGINT)
     size = options.out.stat().st_size
     print(f"{options.out}: {scored} scored requests, {size:,} bytes")
-    return 0 if size <= BYTES_AT_MOST else 1
+    return 0 if size <= MAX_BYTES else 1
 
 
 def announced(demo: subprocess.Popen[str]) -> str:
-    """The console's address, once there is one; what the demo says goes on to our own output, to the end."""
+    """Wait for the console's address. All output of the demo is copied to our own output until it ends."""
     assert demo.stdout is not None
     for line in demo.stdout:
         print(line, end="", flush=True)
@@ -77,10 +77,10 @@ def take(chromium: str, url: str, out: Path, *, dark: bool) -> None:
         page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="dark" if dark else "light")
         page.goto(f"{url}/")
         page.wait_for_selector("#plot-proxy canvas")
-        page.wait_for_timeout(12_000)  # rates need some states
+        page.wait_for_timeout(12_000)  # rates are computed from several states
         page.screenshot(path=out, full_page=True)
         browser.close()
-    # A page has few colours: a fraction of the bytes, and the same picture. Median cut would lose those of thin lines.
+    # A page has few colours, so a palette makes the file small. Median cut would lose the colours of thin lines.
     few = Image.open(out).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(out, optimize=True)
 

@@ -1,4 +1,4 @@
-"""The documents against the code and each other: made from code and current, no link leads nowhere."""
+"""The documentation matches the code: generated pages are current, every name exists, no link is broken."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from hemostat.metrics.collector import FAMILIES
 from hemostat.relay.counters import OUTCOMES
 
 DEPLOY = ROOT / "deploy"
+DOCS = ROOT / "docs"
 SOURCES = [*(ROOT / "middleware").rglob("*.py"), *(ROOT / "calibration").rglob("*.py")]
-NOT_METRICS = {"hemostat_calibration", "hemostat_tap"}
-"""Names with the metrics' prefix that are something else: a package, and one of `vllm_xargs`."""
+NOT_METRICS = {"hemostat_calibration", "hemostat_engine", "hemostat_tap"}
+"""Names with the prefix of metrics that are not metrics: two packages, and a key of `vllm_xargs`."""
 
 
 def script(name: str) -> ModuleType:
@@ -56,7 +57,7 @@ def reference() -> ModuleType:
 
 
 def test_the_metrics_reference_is_current(reference: ModuleType) -> None:
-    assert (DEPLOY / "METRICS.md").read_text() == reference.page(), "run `make docs`"
+    assert (DOCS / "metrics.md").read_text() == reference.page(), "run `make docs`"
 
 
 def constants(path: Path) -> Iterator[str]:
@@ -71,7 +72,7 @@ def test_every_metric_that_the_code_names_is_declared_and_documented() -> None:
         text for path in SOURCES for text in constants(path) if re.fullmatch(r"hemostat_[a-z0-9_]+", text)
     } - NOT_METRICS
     assert named == set(FAMILIES)
-    page = (DEPLOY / "METRICS.md").read_text()
+    page = (DOCS / "metrics.md").read_text()
     for name, family in FAMILIES.items():
         (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.MULTILINE)
         kind, unit, labels, text = re.split(r" \| ", row)
@@ -190,11 +191,11 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 
 def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
-    page = (DEPLOY / "RUNBOOK.md").read_text()
+    page = (DOCS / "runbook.md").read_text()
     sections = re.findall(r"^## (Hemostat\w+)$", page, re.MULTILINE)
     assert sections == list(alerts())
     for name, rule in alerts().items():
-        assert rule["annotations"]["runbook_url"].partition("#")[2] == name.lower() in anchors(DEPLOY / "RUNBOOK.md")
+        assert rule["annotations"]["runbook_url"].partition("#")[2] == name.lower() in anchors(DOCS / "runbook.md")
         body = page.split(f"## {name}\n")[1].split("\n## ")[0]
         titles = re.findall(r"^\*\*(.+?)\*\*", body, re.MULTILINE)
         assert titles == ["What it means.", "What to look at.", "What to do.", "What not to conclude."], name
@@ -205,12 +206,12 @@ def test_the_page_that_alerts_lead_to_is_the_runbook() -> None:
     made = script("runbook")
     page = made.PAGE.read_text()
     assert page == made.page(), "run `make docs`"
-    assert set(re.findall(r'<h[12] id="([^"]+)">', page)) == anchors(DEPLOY / "RUNBOOK.md")
+    assert set(re.findall(r'<h[12] id="([^"]+)">', page)) == anchors(DOCS / "runbook.md")
     leading = set(re.findall(r'href="([^"]+)"', page)) - {"data:,", "console/console.css", "."}
     assert {link for link in leading if not link.startswith("https://")} <= {
-        f"#{anchor}" for anchor in anchors(DEPLOY / "RUNBOOK.md")
+        f"#{anchor}" for anchor in anchors(DOCS / "runbook.md")
     }
-    words = re.findall(r"\w{4,}", re.sub(r"\]\([^)]*\)", "]", (DEPLOY / "RUNBOOK.md").read_text()))
+    words = re.findall(r"\w{4,}", re.sub(r"\]\([^)]*\)", "]", (DOCS / "runbook.md").read_text()))
     shown = re.findall(r"\w{4,}", html.unescape(re.sub(r"<[^>]*>", "", page.partition("<main")[2])))
     assert shown[shown.index("Runbook") :] == words
 
@@ -220,8 +221,8 @@ def test_panels_that_pages_name_exist() -> None:
     for path in (ROOT / "helm" / "hemostat" / "dashboards").glob("*.json"):
         board = json.loads(path.read_text())
         titles |= {board["title"].removeprefix("Hemostat / "), *(panel["title"] for panel in board["panels"])}
-    for name in ("RUNBOOK.md", "READING.md"):
-        named = set(re.findall(r"(?<!\*)\*([A-Z][^*\n]+)\*(?!\*)", (DEPLOY / name).read_text()))
+    for name in ("runbook.md", "reading-the-figures.md"):
+        named = set(re.findall(r"(?<!\*)\*([A-Z][^*\n]+)\*(?!\*)", (DOCS / name).read_text()))
         assert named, name
         assert named <= titles, name
 
@@ -307,10 +308,20 @@ def test_a_dead_link_would_be_found(tmp_path: Path) -> None:
     assert anchors(page) == {"a-heading-with-code"}
 
 
-def test_pages_are_found_and_linked_from_the_readme() -> None:
-    assert {"README.md", "deploy/README.md", "deploy/RUNBOOK.md"} <= {str(path.relative_to(ROOT)) for path in PAGES}
-    linked = {link.partition("#")[0] for link in links(ROOT / "README.md")}
-    assert {f"deploy/{name}.md" for name in ("README", "RUNBOOK", "METRICS", "READING")} <= linked
+def test_every_page_of_the_documentation_is_linked_from_the_readme_and_the_index() -> None:
+    pages = {path.name for path in DOCS.glob("*.md")}
+    assert {DOCS / name for name in pages} <= set(PAGES)
+    readme = {link.partition("#")[0] for link in links(ROOT / "README.md")}
+    assert {f"docs/{name}" for name in pages} <= readme
+    assert {link.partition("#")[0] for link in links(DOCS / "index.md")} >= pages - {"index.md"}
+
+
+def test_the_readme_is_short_and_shows_the_two_commands_and_the_console() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    assert re.search(r"^make demo\b", text, re.MULTILINE)
+    assert re.search(r"^make test\b", text, re.MULTILINE)
+    assert "docs/console.png" in links(ROOT / "README.md")
 
 
 # --- the settings -----------------------------------------------------------------------------------------------------
@@ -324,8 +335,8 @@ def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{path}{name}", value
 
 
-def test_the_readme_has_every_setting_with_its_default() -> None:
-    table = (ROOT / "README.md").read_text().partition("## Configuration")[2].partition("\n## ")[0]
+def test_the_configuration_page_has_every_setting_with_its_default() -> None:
+    table = (DOCS / "configuration.md").read_text().partition("## Settings\n")[2].partition("\n## ")[0]
     wanted = dict(leaves(Settings.model_validate({"upstream": {"url": "http://a"}}).plain()))
     rows = re.findall(r"^\| (`.*?) \|(.*?)\| (.*) \|$", table, re.MULTILINE)
     told: dict[str, str] = {}
@@ -363,11 +374,11 @@ def shown(name: str) -> list[str]:
 
 def configurations() -> list[str]:
     """Every hemostat.yaml that a page shows."""
-    found = [block for name in ("README.md", "deploy/README.md") for block in shown(name)]
+    found = [block for name in ("README.md", "docs/operations.md") for block in shown(name)]
     return [block for block in found if yaml.safe_load(block).keys() >= {"upstream", "admin"}]
 
 
-@pytest.mark.parametrize("text", configurations(), ids=["README.md", "deploy/README.md"])
+@pytest.mark.parametrize("text", configurations(), ids=["README.md", "docs/operations.md"])
 def test_the_pages_configurations_work(text: str, tmp_path: Path) -> None:
     """`check` finds both models, and `serve` serves; only addresses, ports and paths are not the pages'.
 
@@ -421,7 +432,7 @@ def test_the_pages_values_are_valid() -> None:
     """Of the chart: as shown, with an upstream where the page leaves that to the reader."""
     schema = json.loads((ROOT / "helm" / "hemostat" / "values.schema.json").read_text())
     defaults = yaml.safe_load((ROOT / "helm" / "hemostat" / "values.yaml").read_text())
-    blocks = [yaml.safe_load(block) for block in (*shown("deploy/README.md"), *shown("helm/hemostat/README.md"))]
+    blocks = [yaml.safe_load(block) for block in (*shown("docs/operations.md"), *shown("helm/hemostat/README.md"))]
     values = [block for block in blocks if block.keys() <= defaults.keys()]
     assert len(values) == 5
     for block in values:
@@ -433,7 +444,7 @@ def test_the_pages_values_are_valid() -> None:
 def test_the_pages_scrape_configuration_is_valid(tmp_path: Path) -> None:
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not here; on Debian or Ubuntu: apt-get install prometheus")
-    (block,) = (block for block in shown("deploy/README.md") if "scrape_configs" in block)
+    (block,) = (block for block in shown("docs/operations.md") if "scrape_configs" in block)
     (tmp_path / "prometheus.yml").write_text(block)
     shutil.copy(ROOT / "helm" / "hemostat" / "rules" / "hemostat.yaml", tmp_path)
     command = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
@@ -444,7 +455,7 @@ def test_the_pages_scrape_configuration_is_valid(tmp_path: Path) -> None:
 
 def test_the_page_names_every_variable_of_compose_and_no_other() -> None:
     example = re.findall(r"^([A-Z_]+)=", (DEPLOY / ".env.example").read_text(), re.MULTILINE)
-    page = (DEPLOY / "README.md").read_text()
+    page = (DOCS / "operations.md").read_text()
     section = page.partition("### What to change")[2].partition("In [`deploy/hemostat.yaml`]")[0]
     named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", section))
     assert named == set(example)

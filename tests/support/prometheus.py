@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
 ALERTMANAGER = ROOT / "deploy" / "prometheus" / "alertmanager.yaml"
 RULES = ROOT / "helm" / "hemostat" / "rules" / "hemostat.yaml"
-RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"
+RUNBOOK = ROOT / "docs" / "runbook.md"
 
 EVERY = "1s"
 """Scrapes and evaluations, so that tests need not wait; users have 15 s."""

@@ -1,5 +1,5 @@
 """Prometheus exposition: what there is (`FAMILIES`), and a Collector that reads state when it is scraped; nothing is
-registered at import. `deploy/METRICS.md` is made from `FAMILIES`.
+registered at import. `docs/metrics.md` is made from `FAMILIES`.
 """
 
 from __future__ import annotations
