@@ -19,10 +19,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanKind
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.schemas import Schemas
 from tests.control.test_serve import hemostat
-from tests.relay.test_outcomes import chat
 from tests.support.control import control, scored, settings
 from tests.support.fake_vllm import FakeVllm, serving
-from tests.support.relay import Request, answering, relaying
+from tests.support.relay import Request, answering, chat_json, relaying
 
 from hemostat.config.schema import ConfigError, load
 from hemostat.logs import JsonFormatter, TextFormatter
@@ -88,7 +87,7 @@ def asking(headers: bytes = b"", target: bytes = b"/v1/chat/completions") -> byt
 
 
 def answer(status: bytes = b"200 OK") -> bytes:
-    body = chat(SECRET, "stop", 7)
+    body = chat_json(SECRET, "stop", 7)
     head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
     return head + body
 

@@ -13,9 +13,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from tests.relay.test_hooks import Hooked, Watched
-from tests.relay.test_relay import GET, post
+from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import (
+    GET,
     OK,
     Client,
     Request,
@@ -24,6 +24,7 @@ from tests.support.relay import (
     UpstreamConnection,
     answering,
     eventually,
+    post,
     relaying,
     reset,
 )
@@ -317,7 +318,7 @@ async def test_half_close_in_the_middle_of_a_pipelined_request_ends_it(hooked: b
             await asyncio.sleep(0.05)
             await connection.send(OK)
 
-    hook = Hooked([None, Watched()]) if hooked else None
+    hook = HookSequence([None, SpyHook()]) if hooked else None
     async with relaying(script, hook=hook) as (relay, _, connect):
         client = await connect()
         client.writer.write(GET + b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhalf")

@@ -3,82 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
-from tests.relay.test_relay import GET, post
-from tests.support.relay import OK, Request, UpstreamConnection, answering, eventually, relaying
+from tests.support.hooks import HookSequence, SpyHook
+from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, eventually, post, relaying
 
 from hemostat.relay import server, worker
-from hemostat.relay.hooks import Headers, Refusal, Rewrite
+from hemostat.relay.hooks import Refusal, Rewrite
 from hemostat.relay.http import Limits
-
-
-def shout(data: bytes) -> bytes:
-    return data.upper()
-
-
-@dataclass
-class Watched:
-    """An exchange that writes down its calls and fails where it is told to."""
-
-    verdict: Callable[[bytes | None], Rewrite | Refusal | None] = lambda _: None
-    wanted: bool = False
-    transform: Callable[[bytes], bytes] = shout
-    tail: bytes = b""
-    replays: bool = False
-    fails: str = ""
-    body_limit: int = 1000
-    arm: str = "none"
-    calls: list[object] = field(default_factory=list)
-    seen: bytes = b""
-
-    def _called(self, name: str, value: object) -> None:
-        self.calls.append((name, value))
-        if self.fails == name:
-            raise RuntimeError(name)
-
-    def request(self, body: bytes | None) -> Rewrite | Refusal | None:
-        self._called("request", body)
-        return self.verdict(body)
-
-    def response_head(self, status: int, headers: Headers) -> bool:
-        self._called("response_head", status)
-        return self.wanted
-
-    def response_data(self, data: bytes) -> bytes:
-        self.seen += data
-        self._called("response_data", len(data))
-        return self.transform(data)
-
-    def replay(self) -> bool:
-        self._called("replay", None)
-        return self.replays
-
-    def response_end(self) -> bytes:
-        self._called("response_end", None)
-        return self.tail
-
-    def closed(self, *, complete: bool) -> None:
-        self._called("closed", complete)
-
-    @property
-    def names(self) -> list[object]:
-        return [call[0] for call in self.calls if isinstance(call, tuple)]
-
-
-@dataclass
-class Hooked:
-    """Hands out exchanges (or refusals) in turn."""
-
-    answers: list[Watched | Refusal | None]
-    begun: list[tuple[str, bytes, list[tuple[bytes, bytes]], str]] = field(default_factory=list)
-
-    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> Watched | Refusal | None:
-        self.begun.append((method, target, list(headers), request_id))
-        return self.answers.pop(0)
-
 
 JSON = b'HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 11\r\nB: 2\r\n\r\n{"a": "bc"}'
 CHUNKED = b"HTTP/1.1 200 OK\r\nA: 1\r\nTransfer-Encoding: chunked\r\nB: 2\r\n\r\n"
@@ -86,7 +18,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nA: 1\r\nTransfer-Encoding: chunked\r\nB: 2\r\n\r\
 
 async def test_hook_sees_the_head_and_none_leaves_all_as_it_is() -> None:
     seen: list[Request] = []
-    hook = Hooked([None])
+    hook = HookSequence([None])
     async with relaying(answering(seen), hook=hook) as (_, _, connect):
         client = await connect()
         await client.send(post(b"hi", b"X-Hemostat-Label:  a ", b"X-Request-Id: r"))
@@ -98,7 +30,7 @@ async def test_hook_sees_the_head_and_none_leaves_all_as_it_is() -> None:
 
 async def test_made_request_id_is_the_one_that_goes_upstream() -> None:
     seen: list[Request] = []
-    hook = Hooked([None])
+    hook = HookSequence([None])
     async with relaying(answering(seen), hook=hook) as (_, _, connect):
         client = await connect()
         await client.send(GET)
@@ -110,8 +42,8 @@ async def test_made_request_id_is_the_one_that_goes_upstream() -> None:
 @pytest.mark.parametrize("in_pieces", [True, False])
 async def test_rewrite(chunked: bool, in_pieces: bool) -> None:
     seen: list[Request] = []
-    exchange = Watched(lambda body: Rewrite(b"<" + (body or b"") + b">", frozenset({b"accept-encoding"})))
-    async with relaying(answering(seen), hook=Hooked([exchange])) as (_, _, connect):
+    exchange = SpyHook(lambda body: Rewrite(b"<" + (body or b"") + b">", frozenset({b"accept-encoding"})))
+    async with relaying(answering(seen), hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         framing = b"Transfer-Encoding: chunked" if chunked else b"CONTENT-Length: 5"
         body = b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n" if chunked else b"hello"
@@ -128,9 +60,9 @@ async def test_rewrite(chunked: bool, in_pieces: bool) -> None:
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_body_beyond_the_hooks_limit_is_streamed_on_untouched(chunked: bool) -> None:
     seen: list[Request] = []
-    exchange = Watched(lambda body: None if body is None else Rewrite(b"wrong"))
+    exchange = SpyHook(lambda body: None if body is None else Rewrite(b"wrong"))
     body = bytes(range(256)) * 400
-    async with relaying(answering(seen), hook=Hooked([exchange])) as (_, _, connect):
+    async with relaying(answering(seen), hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         if chunked:
             head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -146,8 +78,8 @@ async def test_body_beyond_the_hooks_limit_is_streamed_on_untouched(chunked: boo
 
 async def test_refusals_keep_the_connection_where_the_request_is_whole() -> None:
     seen: list[Request] = []
-    late = Watched(lambda _: Refusal(400, b'{"error":2}'))
-    hook = Hooked([Refusal(400, b'{"error":1}'), late, None])
+    late = SpyHook(lambda _: Refusal(400, b'{"error":2}'))
+    hook = HookSequence([Refusal(400, b'{"error":1}'), late, None])
     async with relaying(answering(seen), hook=hook) as (relay, _, connect):
         client = await connect()
         await client.send(post(b"x") * 3)
@@ -160,7 +92,7 @@ async def test_refusals_keep_the_connection_where_the_request_is_whole() -> None
 
 
 async def test_refusal_before_the_body_closes() -> None:
-    async with relaying(answering([]), hook=Hooked([Refusal(400, b"{}")])) as (_, _, connect):
+    async with relaying(answering([]), hook=HookSequence([Refusal(400, b"{}")])) as (_, _, connect):
         client = await connect()
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
         assert (await client.response("POST")).get(b"connection") == [b"close"]
@@ -169,8 +101,8 @@ async def test_refusal_before_the_body_closes() -> None:
 
 async def test_expect_100_continue_is_answered_where_the_body_is_needed_first() -> None:
     seen: list[Request] = []
-    exchange = Watched(lambda body: Rewrite((body or b"") * 2))
-    async with relaying(answering(seen), hook=Hooked([exchange])) as (_, _, connect):
+    exchange = SpyHook(lambda body: Rewrite((body or b"") * 2))
+    async with relaying(answering(seen), hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
         assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -181,8 +113,8 @@ async def test_expect_100_continue_is_answered_where_the_body_is_needed_first() 
 
 
 async def test_response_with_a_length_keeps_one_in_its_place() -> None:
-    exchange = Watched(wanted=True, tail=b"!!")
-    async with relaying(answering([], JSON), hook=Hooked([exchange])) as (_, _, connect):
+    exchange = SpyHook(wanted=True, tail=b"!!")
+    async with relaying(answering([], JSON), hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         await client.send(GET)
         expected = b'HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 13\r\nB: 2\r\n\r\n{"A": "BC"}!!'
@@ -203,8 +135,8 @@ async def test_streamed_response_is_transformed_as_it_comes(version: bytes, chun
         if chunked:
             await connection.send(b"0\r\n\r\n")
 
-    exchange = Watched(wanted=True, tail=b"end", transform=lambda data: b"" if data == b"DROP" else data.upper())
-    async with relaying(script, hook=Hooked([exchange])) as (_, _, connect):
+    exchange = SpyHook(wanted=True, tail=b"end", transform=lambda data: b"" if data == b"DROP" else data.upper())
+    async with relaying(script, hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         await client.send(b"GET / HTTP/" + version + b"\r\nHost: a\r\n\r\n")
         response = await client.response()
@@ -217,9 +149,9 @@ async def test_streamed_response_is_transformed_as_it_comes(version: bytes, chun
 
 
 async def test_head_204_and_304_have_nothing_to_transform() -> None:
-    exchanges = [Watched(wanted=True, tail=b"wrong") for _ in range(2)]
+    exchanges = [SpyHook(wanted=True, tail=b"wrong") for _ in range(2)]
     answers = iter([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n"])
-    async with relaying(answering([], lambda _: next(answers)), hook=Hooked([*exchanges])) as (_, _, connect):
+    async with relaying(answering([], lambda _: next(answers)), hook=HookSequence([*exchanges])) as (_, _, connect):
         client = await connect()
         for method in ("HEAD", "GET"):
             await client.send(f"{method} / HTTP/1.1\r\nHost: a\r\n\r\n".encode())
@@ -231,8 +163,8 @@ async def test_head_204_and_304_have_nothing_to_transform() -> None:
 @pytest.mark.parametrize("answer", [JSON, CHUNKED + b'b\r\n{"a": "bc"}\r\n0\r\n\r\n'])
 async def test_a_hook_that_raises_changes_nothing_for_the_client(fails: str, answer: bytes) -> None:
     seen: list[Request] = []
-    exchange = Watched(wanted=True, fails=fails, transform=lambda data: data)
-    async with relaying(answering(seen, answer), hook=Hooked([exchange, None])) as (relay, _, connect):
+    exchange = SpyHook(wanted=True, fails=fails, transform=lambda data: data)
+    async with relaying(answering(seen, answer), hook=HookSequence([exchange, None])) as (relay, _, connect):
         client = await connect()
         for _ in range(2):
             await client.send(post(b"hello"))
@@ -245,7 +177,7 @@ async def test_a_hook_that_raises_changes_nothing_for_the_client(fails: str, ans
 
 
 async def test_a_hook_that_raises_in_begin_changes_nothing() -> None:
-    async with relaying(answering([]), hook=Hooked([])) as (relay, _, connect):
+    async with relaying(answering([]), hook=HookSequence([])) as (relay, _, connect):
         client = await connect()
         await client.send(GET)
         assert (await client.response()).body == b"ok"
@@ -261,8 +193,8 @@ async def test_closed_is_called_once_when_an_end_breaks(start: bytes, who: str) 
         if who == "client":
             await connection.reader.read()
 
-    exchange = Watched(wanted=True)
-    async with relaying(script, hook=Hooked([exchange])) as (_, upstream, connect):
+    exchange = SpyHook(wanted=True)
+    async with relaying(script, hook=HookSequence([exchange])) as (_, upstream, connect):
         client = await connect()
         await client.send(GET)
         await eventually(lambda: upstream.connections == 1)
@@ -278,16 +210,16 @@ async def test_upstream_breaking_while_its_response_is_collected_is_a_502() -> N
         await connection.request()
         await connection.send(JSON[:-3])
 
-    async with relaying(script, hook=Hooked([Watched(wanted=True)])) as (_, _, connect):
+    async with relaying(script, hook=HookSequence([SpyHook(wanted=True)])) as (_, _, connect):
         client = await connect()
         await client.send(GET)
         assert (await client.response()).status == 502
 
 
 async def test_body_limit_of_the_relay_holds_while_collecting() -> None:
-    exchange = Watched(body_limit=10_000)
+    exchange = SpyHook(body_limit=10_000)
     limits = Limits(body_bytes=100)
-    async with relaying(answering([], OK), hook=Hooked([exchange]), limits=limits) as (_, _, connect):
+    async with relaying(answering([], OK), hook=HookSequence([exchange]), limits=limits) as (_, _, connect):
         client = await connect()
         await client.send(
             b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"40\r\n" + b"x" * 64 + b"\r\n"
@@ -315,9 +247,9 @@ async def test_a_replay_sends_what_the_client_sent(version: bytes, chunked: bool
             if bad is BAD_CLOSING and request.body == b"rewritten":
                 return
 
-    def exchange() -> Watched:
+    def exchange() -> SpyHook:
         rewrite = Rewrite(b"rewritten", frozenset({b"accept-encoding"}))
-        return Watched(lambda _: rewrite, wanted=True, replays=True, transform=lambda d: b"" if d == b"no" else d)
+        return SpyHook(lambda _: rewrite, wanted=True, replays=True, transform=lambda d: b"" if d == b"no" else d)
 
     exchanges = [exchange(), exchange()]
     framing = b"Transfer-Encoding: chunked" if chunked else b"content-LENGTH: 5"
@@ -326,7 +258,7 @@ async def test_a_replay_sends_what_the_client_sent(version: bytes, chunked: bool
         pytest.skip("HTTP/1.0 has no chunks")
     keep = b"Connection: keep-alive\r\n" if version == b"1.0" else b""
     head = b"POST / HTTP/" + version + b"\r\nHost: a\r\n" + keep + b"Accept-Encoding: gzip\r\nX: y\r\n"
-    async with relaying(script, hook=Hooked([*exchanges])) as (relay, upstream, connect):
+    async with relaying(script, hook=HookSequence([*exchanges])) as (relay, upstream, connect):
         client = await connect()
         for _ in exchanges:  # the client's connection lives on
             await client.send(head + framing + b"\r\n\r\n" + body)
@@ -351,8 +283,8 @@ async def test_a_replay_sends_what_the_client_sent(version: bytes, chunked: bool
 
 async def test_a_refused_second_try_is_the_clients_answer() -> None:
     seen: list[Request] = []
-    exchange = Watched(lambda _: Rewrite(b"rewritten"), wanted=True, replays=True, transform=lambda d: d)
-    async with relaying(answering(seen, BAD), hook=Hooked([exchange])) as (_, _, connect):
+    exchange = SpyHook(lambda _: Rewrite(b"rewritten"), wanted=True, replays=True, transform=lambda d: d)
+    async with relaying(answering(seen, BAD), hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         await client.send(post(b"hello"))
         assert await client.reader.readexactly(len(BAD)) == BAD
@@ -364,8 +296,8 @@ async def test_no_replay_once_the_client_has_seen_a_byte_or_where_nothing_was_re
     verdict: Rewrite | None,
 ) -> None:
     seen: list[Request] = []
-    exchange = Watched(lambda _: verdict, wanted=True, replays=True, transform=lambda d: d if verdict else b"")
-    async with relaying(answering(seen, BAD_CHUNKED), hook=Hooked([exchange])) as (_, _, connect):
+    exchange = SpyHook(lambda _: verdict, wanted=True, replays=True, transform=lambda d: d if verdict else b"")
+    async with relaying(answering(seen, BAD_CHUNKED), hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         await client.send(post(b"hello"))
         assert (await client.response("POST")).status == 400
@@ -375,8 +307,8 @@ async def test_no_replay_once_the_client_has_seen_a_byte_or_where_nothing_was_re
 
 @pytest.mark.parametrize("answer", [BAD, BAD_CHUNKED])
 async def test_a_hook_that_raises_in_replay_changes_nothing(answer: bytes) -> None:
-    exchange = Watched(lambda _: Rewrite(b"x"), wanted=True, fails="replay", transform=lambda _: b"")
-    async with relaying(answering([], answer), hook=Hooked([exchange])) as (relay, _, connect):
+    exchange = SpyHook(lambda _: Rewrite(b"x"), wanted=True, fails="replay", transform=lambda _: b"")
+    async with relaying(answering([], answer), hook=HookSequence([exchange])) as (relay, _, connect):
         client = await connect()
         await client.send(post(b"hello"))
         assert (await client.response("POST")).status == 400
@@ -398,8 +330,8 @@ async def test_the_head_of_a_rewritten_request_waits_for_the_hook_but_not_for_ev
         await connection.send(b"3\r\nend\r\n0\r\n\r\n")
         await connection.reader.read()
 
-    exchange = Watched(lambda _: Rewrite(b"x"), wanted=True, replays=True, transform=lambda _: b"", tail=b"tail")
-    async with relaying(script, hook=Hooked([exchange])) as (_, _, connect):
+    exchange = SpyHook(lambda _: Rewrite(b"x"), wanted=True, replays=True, transform=lambda _: b"", tail=b"tail")
+    async with relaying(script, hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         await client.send(post(b"hello"))
         await eventually(lambda: "response_head" in exchange.names)
@@ -418,8 +350,8 @@ async def test_a_client_that_leaves_during_a_replay_stops_it() -> None:
         await connection.request()
         await connection.reader.read()
 
-    exchange = Watched(lambda _: Rewrite(b"x"), wanted=True, replays=True)
-    async with relaying(script, hook=Hooked([exchange])) as (_, upstream, connect):
+    exchange = SpyHook(lambda _: Rewrite(b"x"), wanted=True, replays=True)
+    async with relaying(script, hook=HookSequence([exchange])) as (_, upstream, connect):
         client = await connect()
         await client.send(post(b"hello"))
         await eventually(lambda: "replay" in exchange.names)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.relay import Request, answering, relaying
+from tests.support.relay import Request, answering, chat_json, relaying
 
 from hemostat.relay import outcomes
 from hemostat.relay.outcomes import FINISHED, LOOPS, OUTPUT_TOKENS, STRUCTURED, Ear, loops
@@ -33,15 +33,6 @@ def heard(pieces: list[bytes], *, asked: bytes = b"{}", stream: bool = False, ar
     return found
 
 
-def chat(content: str | None, reason: str = "stop", tokens: int = 7, **message: Any) -> bytes:
-    return json.dumps(
-        {
-            "choices": [{"index": 0, "message": {"content": content, **message}, "finish_reason": reason}],
-            "usage": {"completion_tokens": tokens},
-        }
-    ).encode()
-
-
 def events(*deltas: dict[str, Any], reason: str = "stop") -> list[bytes]:
     """A chat stream as it stands on the wire, in HTTP chunks."""
     said = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
@@ -51,15 +42,18 @@ def events(*deltas: dict[str, Any], reason: str = "stop") -> list[bytes]:
 
 
 def test_a_whole_response() -> None:
-    assert heard([chat("Paris.")], arm="treated") == {(FINISHED, "treated", "stop"): 1, (OUTPUT_TOKENS, "treated"): 7}
+    assert heard([chat_json("Paris.")], arm="treated") == {
+        (FINISHED, "treated", "stop"): 1,
+        (OUTPUT_TOKENS, "treated"): 7,
+    }
 
 
 def test_what_is_not_a_finish_reason_of_ours_is_other() -> None:
-    assert heard([chat("x", reason="because")])[FINISHED, "none", "other"] == 1
+    assert heard([chat_json("x", reason="because")])[FINISHED, "none", "other"] == 1
 
 
 def test_a_response_in_pieces_and_one_that_is_no_json() -> None:
-    body = chat("Paris.")
+    body = chat_json("Paris.")
     assert heard([body[:30], body[30:]]) == heard([body])
     assert heard([b"<html>"]) == {}
 
@@ -73,7 +67,7 @@ def test_a_stream_is_judged_by_its_end_alone() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_loop_at_the_end(stream: bool) -> None:
     text = "It began well. " + "and then again " * 12
-    pieces = events(*[{"content": text[n : n + 5]} for n in range(0, len(text), 5)]) if stream else [chat(text)]
+    pieces = events(*[{"content": text[n : n + 5]} for n in range(0, len(text), 5)]) if stream else [chat_json(text)]
     assert heard(pieces, stream=stream)[LOOPS, "none"] == 1
 
 
@@ -83,7 +77,9 @@ def test_a_loop_at_the_end(stream: bool) -> None:
     [('{"a": 1}', "stop", "valid"), ('{"a": 1', "length", "cut"), ('{"a": oops}', "stop", "invalid")],
 )
 def test_json_that_was_asked_for(stream: bool, text: str, reason: str, outcome: str) -> None:
-    pieces = events({"content": text[:4]}, {"content": text[4:]}, reason=reason) if stream else [chat(text, reason)]
+    pieces = (
+        events({"content": text[:4]}, {"content": text[4:]}, reason=reason) if stream else [chat_json(text, reason)]
+    )
     found = heard(pieces, asked=SCHEMA, stream=stream)
     assert {key: n for key, n in found.items() if key[0] == STRUCTURED} == {(STRUCTURED, "none", "json", outcome): 1}
     assert not [key for key in heard(pieces, stream=stream) if key[0] == STRUCTURED]
@@ -107,7 +103,7 @@ def test_tool_calls_are_put_together_by_their_index(stream: bool) -> None:
         pieces = events(*parts, reason="tool_calls")
     else:
         calls = [{"function": {"arguments": text}} for text in ('{"city": "Rome"}', '{"a": ')]
-        pieces = [chat(None, "tool_calls", tool_calls=calls)]
+        pieces = [chat_json(None, "tool_calls", tool_calls=calls)]
     found = heard(pieces, asked=TOOLS, stream=stream)
     assert found[STRUCTURED, "none", "tool_call", "valid"] == 1
     assert found[STRUCTURED, "none", "tool_call", "invalid"] == 1
@@ -146,7 +142,7 @@ def test_nothing_that_an_upstream_says_raises(pieces: list[bytes], stream: bool)
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_through_the_relay(chunked: bool) -> None:
-    body = chat("Paris.")
+    body = chat_json("Paris.")
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
     answer = (
         head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)

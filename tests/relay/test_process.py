@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.relay.test_relay import GET, post
 from tests.support.captures import sized_capture
-from tests.support.relay import Client, Request, Script, Upstream, UpstreamConnection, answering, eventually
+from tests.support.relay import (
+    GET,
+    Client,
+    Request,
+    Script,
+    Upstream,
+    UpstreamConnection,
+    answering,
+    eventually,
+    post,
+)
 from tests.support.wire import policy
 
 from hemostat.ipc.control_end import RelayLink

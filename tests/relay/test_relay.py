@@ -6,17 +6,9 @@ import asyncio
 import re
 
 import pytest
-from tests.support.relay import OK, Request, UpstreamConnection, answering, eventually, relaying
+from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, eventually, post, relaying
 
 from hemostat.relay.http import Limits
-
-GET = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
-
-
-def post(body: bytes, *extra: bytes, path: bytes = b"/v1/completions") -> bytes:
-    return b"\r\n".join(
-        (b"POST " + path + b" HTTP/1.1", b"Host: a", b"Content-Length: %d" % len(body), *extra, b"", body)
-    )
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PATCH", "PROPFIND", "FOO", "M-SEARCH", "foo"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import ssl
 import struct
@@ -16,6 +17,13 @@ import h11
 from hemostat.relay.worker import Relay
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+GET = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+def post(body: bytes, *extra: bytes, path: bytes = b"/v1/completions") -> bytes:
+    return b"\r\n".join(
+        (b"POST " + path + b" HTTP/1.1", b"Host: a", b"Content-Length: %d" % len(body), *extra, b"", body)
+    )
 
 
 @dataclass
@@ -236,3 +244,12 @@ async def eventually(condition: Callable[[], bool], within: float = 2.0) -> floa
         assert loop.time() - started < within, "it did not come true in time"
         await asyncio.sleep(0.005)
     return loop.time() - started
+
+
+def chat_json(content: str | None, reason: str = "stop", tokens: int = 7, **message: Any) -> bytes:
+    return json.dumps(
+        {
+            "choices": [{"index": 0, "message": {"content": content, **message}, "finish_reason": reason}],
+            "usage": {"completion_tokens": tokens},
+        }
+    ).encode()

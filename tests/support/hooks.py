@@ -1,0 +1,73 @@
+"""Hooks for tests of the relay: they record their calls, and raise where a test wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hemostat.relay.hooks import Headers, Refusal, Rewrite
+
+
+def upper(data: bytes) -> bytes:
+    return data.upper()
+
+
+@dataclass
+class SpyHook:
+    """An `ExchangeHook` that records its calls and raises in the method that `fails` names."""
+
+    verdict: Callable[[bytes | None], Rewrite | Refusal | None] = lambda _: None
+    wanted: bool = False
+    transform: Callable[[bytes], bytes] = upper
+    tail: bytes = b""
+    replays: bool = False
+    fails: str = ""
+    body_limit: int = 1000
+    arm: str = "none"
+    calls: list[object] = field(default_factory=list)
+    seen: bytes = b""
+
+    def _called(self, name: str, value: object) -> None:
+        self.calls.append((name, value))
+        if self.fails == name:
+            raise RuntimeError(name)
+
+    def request(self, body: bytes | None) -> Rewrite | Refusal | None:
+        self._called("request", body)
+        return self.verdict(body)
+
+    def response_head(self, status: int, headers: Headers) -> bool:
+        self._called("response_head", status)
+        return self.wanted
+
+    def response_data(self, data: bytes) -> bytes:
+        self.seen += data
+        self._called("response_data", len(data))
+        return self.transform(data)
+
+    def replay(self) -> bool:
+        self._called("replay", None)
+        return self.replays
+
+    def response_end(self) -> bytes:
+        self._called("response_end", None)
+        return self.tail
+
+    def closed(self, *, complete: bool) -> None:
+        self._called("closed", complete)
+
+    @property
+    def names(self) -> list[object]:
+        return [call[0] for call in self.calls if isinstance(call, tuple)]
+
+
+@dataclass
+class HookSequence:
+    """A hook that returns one of `answers` for each request, in order."""
+
+    answers: list[SpyHook | Refusal | None]
+    begun: list[tuple[str, bytes, list[tuple[bytes, bytes]], str]] = field(default_factory=list)
+
+    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> SpyHook | Refusal | None:
+        self.begun.append((method, target, list(headers), request_id))
+        return self.answers.pop(0)
