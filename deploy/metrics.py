@@ -209,7 +209,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             ELSE: "why a candidate was dropped",
         },
         "hemostat_responses_finished_total": (
-            f"vLLM's finish_reason: {', '.join(f'`{name}`' for name in sorted(outcomes.REASONS))}, else `other`"
+            f"vLLM's finish_reason: {', '.join(f'`{name}`' for name in sorted(outcomes.FINISH_REASONS))}, else `other`"
         ),
     },
     "reference": {"": "name of the reference model"},

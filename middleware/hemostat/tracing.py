@@ -1,11 +1,11 @@
-"""OpenTelemetry traces, where `tracing.endpoint` is set: a span for each generation that is relayed, and one for its
-shadow score, linked to it. Needs the extra `hemostat[tracing]`.
+"""OpenTelemetry traces, used where `tracing.endpoint` is set: a span for each relayed generation, and one for its
+shadow score, linked to the first. Needs the extra `hemostat[tracing]`.
 
-Names are those of the GenAI semantic conventions (`SCHEMA_URL`), pinned here, since they are still in development:
-`gen_ai.*` for what they name, `hemostat.*` for what they do not. What clients say or get is in no attribute.
+Attribute names are those of the GenAI semantic conventions (`gen_ai.*`), at the version in `SCHEMA_URL` because the
+conventions are still in development; attributes of our own are `hemostat.*`. Prompts and outputs are in no attribute.
 
-W3C trace context goes on: the upstream gets the relay's span as its parent. Without tracing the relay passes a client's
-`traceparent` on as it is.
+W3C trace context is propagated: the relay's span is the parent of the upstream's. Without tracing, the relay forwards a
+client's `traceparent` unchanged.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ _context = TraceContextTextMapPropagator()
 
 
 class RequestSpan:
-    """A request on its way."""
+    """The span of one request in progress."""
 
     def __init__(self, span: Span, operation: str) -> None:
         self._span = span
         self._operation = operation
 
-    def carried(self) -> dict[str, str]:
-        """The trace context for the upstream: this span is the parent there."""
+    def upstream_headers(self) -> dict[str, str]:
+        """The trace context headers for the upstream, with this span as the parent."""
         carrier: dict[str, str] = {}
         _context.inject(carrier, trace.set_span_in_context(self._span))
         return carrier
 
-    def logged(self) -> dict[str, Any]:
-        """What a line of log says of it."""
+    def log_fields(self) -> dict[str, Any]:
+        """Fields that identify the trace in a log record."""
         context = self._span.get_span_context()
         return {"trace_id": f"{context.trace_id:032x}", "sampled": context.trace_flags.sampled}
 
-    def end(self, *, status: int, outcome: str, error: bool, facts: Mapping[str, Any]) -> None:
-        """status: of HTTP, 0 for none. facts: attributes that are known by now; None is left out."""
+    def end(self, *, status: int, outcome: str, error: bool, attributes: Mapping[str, Any]) -> None:
+        """status: the HTTP status, 0 without a response. attributes: further ones; those that are None are omitted."""
         span = self._span
         if not span.is_recording():
             return
-        known = {name: value for name, value in facts.items() if value is not None}
+        known = {name: value for name, value in attributes.items() if value is not None}
         if model := known.get("gen_ai.request.model"):
-            # The conventions name a span so: operation and model.
+            # The conventions require the span name "{operation} {model}".
             span.update_name(f"{self._operation} {model}")
         if status:
             known["http.response.status_code"] = status
@@ -70,10 +70,13 @@ class RequestSpan:
 
 
 class Tracing:
-    """One a process. `begin` and `ended` cost some 20 µs for a trace that is sampled; sending happens in a thread."""
+    """Creates spans; one per process. Starting and ending a sampled span takes about 20 µs; a thread sends them."""
 
     def __init__(self, endpoint: str, ratio: float, version: str) -> None:
-        """endpoint: of an OTLP/HTTP receiver, without /v1/traces. ratio: of traces that begin here."""
+        """endpoint: URL of an OTLP/HTTP receiver, without /v1/traces.
+
+        ratio: the fraction of traces that is sampled, for requests that arrive without a trace context (0 to 1).
+        """
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(ratio)),
             resource=Resource.create({"service.name": "hemostat", "service.version": version}),
@@ -83,14 +86,14 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
         self._tracer = self._provider.get_tracer("hemostat", version, schema_url=SCHEMA_URL)
 
-    def begin(self, route: str, parent: Mapping[str, str], request_id: str) -> RequestSpan:
-        """The span of a request that has just come.
+    def start_request(self, route: str, headers: Mapping[str, str], request_id: str) -> RequestSpan:
+        """Start the span of a request that has just arrived.
 
-        parent: `traceparent` and `tracestate` as the client sent them, if it did.
+        headers: the client's header fields, names in lower case, which may have `traceparent` and `tracestate`.
         """
         span = self._tracer.start_span(
             OPERATIONS[route],
-            context=_context.extract(dict(parent)),
+            context=_context.extract(dict(headers)),
             kind=SpanKind.CLIENT,
             attributes={
                 "gen_ai.operation.name": OPERATIONS[route],
@@ -102,13 +105,20 @@ class Tracing:
         )
         return RequestSpan(span, OPERATIONS[route])
 
-    def score(
-        self, traceparent: str, model: str, *, seconds: float, results: Mapping[str, float], said: Mapping[str, Any]
+    def record_score(
+        self,
+        traceparent: str,
+        model: str,
+        *,
+        seconds: float,
+        results: Mapping[str, float],
+        attributes: Mapping[str, Any],
     ) -> None:
-        """The shadow score of a request that went upstream with `traceparent`, where that one is sampled.
+        """Record the span of a shadow score, if the scored request's trace is sampled.
 
-        seconds: how long ago the response ended. results: figure -> value, each an evaluation result; what is not a
-        finite number is left out. said: more attributes, under `hemostat.`.
+        traceparent: the one that the request had upstream. seconds: since the response ended. results: an evaluation
+        result for each name; values that are not finite are omitted. attributes: further ones, without their prefix
+        `hemostat.`.
         """
         context = _context.extract({"traceparent": traceparent})
         origin = trace.get_current_span(context).get_span_context()
@@ -120,14 +130,17 @@ class Tracing:
             context=context,
             links=[Link(origin)],
             start_time=now - int(seconds * 1e9),
-            attributes={"gen_ai.request.model": model, **{f"hemostat.{name}": value for name, value in said.items()}},
+            attributes={
+                "gen_ai.request.model": model,
+                **{f"hemostat.{name}": value for name, value in attributes.items()},
+            },
         )
         for name, value in results.items():
             if math.isfinite(value):
-                attributes = {"gen_ai.evaluation.name": f"hemostat.{name}", "gen_ai.evaluation.score.value": value}
-                span.add_event(EVALUATION, attributes, timestamp=now)
+                result = {"gen_ai.evaluation.name": f"hemostat.{name}", "gen_ai.evaluation.score.value": value}
+                span.add_event(EVALUATION, result, timestamp=now)
         span.end(now)
 
     def close(self) -> None:
-        """Send what is left; waits for it, some seconds at most."""
+        """Send the spans that are still queued; blocks for a few seconds at most."""
         self._provider.shutdown()

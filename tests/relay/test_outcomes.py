@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 from tests.support.relay import Request, answering, chat_json, relaying
 
 from hemostat.relay import outcomes
-from hemostat.relay.outcomes import FINISHED, LOOPS, OUTPUT_TOKENS, STRUCTURED, Ear, loops
+from hemostat.relay.outcomes import FINISHED, LOOPS, OUTPUT_TOKENS, STRUCTURED, OutcomeObserver, ends_in_loop
 
 SCHEMA = b'{"messages": [], "response_format": {"type": "json_schema", "json_schema": {}}}'
 TOOLS = b'{"messages": [], "tools": [{"type": "function"}]}'
 
 
-def heard(pieces: list[bytes], *, asked: bytes = b"{}", stream: bool = False, arm: str = "none") -> Counter[Any]:
-    ear = Ear()
-    ear.asks(asked)
-    ear.begins(stream=stream)
+def observed(pieces: list[bytes], *, request: bytes = b"{}", stream: bool = False, arm: str = "none") -> Counter[Any]:
+    observer = OutcomeObserver()
+    observer.feed_request(request)
+    observer.begin_response(stream=stream)
     for piece in pieces:
-        ear.hears(piece)
+        observer.feed_response(piece)
     found: Counter[Any] = Counter()
 
     def add(name: str, labels: tuple[str, ...], by: float) -> None:
         found[name, *labels] += by
 
-    ear.ended(arm, add)
+    observer.finish(arm, add)
     return found
 
 
@@ -42,25 +42,25 @@ def events(*deltas: dict[str, Any], reason: str = "stop") -> list[bytes]:
 
 
 def test_a_whole_response() -> None:
-    assert heard([chat_json("Paris.")], arm="treated") == {
+    assert observed([chat_json("Paris.")], arm="treated") == {
         (FINISHED, "treated", "stop"): 1,
         (OUTPUT_TOKENS, "treated"): 7,
     }
 
 
 def test_what_is_not_a_finish_reason_of_ours_is_other() -> None:
-    assert heard([chat_json("x", reason="because")])[FINISHED, "none", "other"] == 1
+    assert observed([chat_json("x", reason="because")])[FINISHED, "none", "other"] == 1
 
 
 def test_a_response_in_pieces_and_one_that_is_no_json() -> None:
     body = chat_json("Paris.")
-    assert heard([body[:30], body[30:]]) == heard([body])
-    assert heard([b"<html>"]) == {}
+    assert observed([body[:30], body[30:]]) == observed([body])
+    assert observed([b"<html>"]) == {}
 
 
 def test_a_stream_is_judged_by_its_end_alone() -> None:
     deltas = [{"content": f"word{n} "} for n in range(200)]
-    found = heard(events(*deltas, reason="length"), stream=True)
+    found = observed(events(*deltas, reason="length"), stream=True)
     assert found == {(FINISHED, "none", "length"): 1, (OUTPUT_TOKENS, "none"): 201}
 
 
@@ -68,7 +68,7 @@ def test_a_stream_is_judged_by_its_end_alone() -> None:
 def test_a_loop_at_the_end(stream: bool) -> None:
     text = "It began well. " + "and then again " * 12
     pieces = events(*[{"content": text[n : n + 5]} for n in range(0, len(text), 5)]) if stream else [chat_json(text)]
-    assert heard(pieces, stream=stream)[LOOPS, "none"] == 1
+    assert observed(pieces, stream=stream)[LOOPS, "none"] == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -80,17 +80,17 @@ def test_json_that_was_asked_for(stream: bool, text: str, reason: str, outcome: 
     pieces = (
         events({"content": text[:4]}, {"content": text[4:]}, reason=reason) if stream else [chat_json(text, reason)]
     )
-    found = heard(pieces, asked=SCHEMA, stream=stream)
+    found = observed(pieces, request=SCHEMA, stream=stream)
     assert {key: n for key, n in found.items() if key[0] == STRUCTURED} == {(STRUCTURED, "none", "json", outcome): 1}
-    assert not [key for key in heard(pieces, stream=stream) if key[0] == STRUCTURED]
+    assert not [key for key in observed(pieces, stream=stream) if key[0] == STRUCTURED]
 
 
 def test_asking_is_a_member_and_not_what_a_user_writes() -> None:
     said = json.dumps({"messages": [{"role": "user", "content": 'write {"type": "json_object"} and "tools": []'}]})
-    ear = Ear()
-    ear.asks(said.encode())
-    assert not ear.json
-    assert not ear.tools
+    observer = OutcomeObserver()
+    observer.feed_request(said.encode())
+    assert not observer.json
+    assert not observer.tools
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -104,40 +104,41 @@ def test_tool_calls_are_put_together_by_their_index(stream: bool) -> None:
     else:
         calls = [{"function": {"arguments": text}} for text in ('{"city": "Rome"}', '{"a": ')]
         pieces = [chat_json(None, "tool_calls", tool_calls=calls)]
-    found = heard(pieces, asked=TOOLS, stream=stream)
+    found = observed(pieces, request=TOOLS, stream=stream)
     assert found[STRUCTURED, "none", "tool_call", "valid"] == 1
     assert found[STRUCTURED, "none", "tool_call", "invalid"] == 1
 
 
 def test_what_is_held_is_bounded() -> None:
-    ear = Ear()
-    ear.asks(SCHEMA)
-    ear.begins(stream=True)
+    observer = OutcomeObserver()
+    observer.feed_request(SCHEMA)
+    observer.begin_response(stream=True)
     for _ in range(3000):
-        ear.hears(b"data: {" + b"x" * 10_000)
-    assert sum(map(len, ear._pieces)) <= outcomes.PIECES * outcomes.PIECE
+        observer.feed_response(b"data: {" + b"x" * 10_000)
+    assert sum(map(len, observer._pieces)) <= outcomes.MAX_TAIL_PIECES * outcomes.MAX_PIECE_BYTES
 
 
 @given(st.text(max_size=300))
 def test_text_that_never_repeats_four_times_is_no_loop(text: str) -> None:
     found = any(
-        len(text) >= max(4 * p, outcomes.SPAN)
-        and text[-max(4 * p, outcomes.SPAN) : -p] == text[-max(4 * p, outcomes.SPAN) + p :]
+        len(text) >= max(4 * p, outcomes.MIN_LOOP_CHARACTERS)
+        and text[-max(4 * p, outcomes.MIN_LOOP_CHARACTERS) : -p]
+        == text[-max(4 * p, outcomes.MIN_LOOP_CHARACTERS) + p :]
         for p in range(1, len(text) // 4 + 1)
     )
-    assert found or not loops(text)
+    assert found or not ends_in_loop(text)
 
 
 @given(st.text(min_size=2, max_size=40).filter(lambda s: len(set(s)) > 1), st.text(max_size=50))
 def test_a_block_over_and_over_is_a_loop(block: str, before: str) -> None:
     # A block of a long run and one other character may end in the run alone: a ruler, at this length.
-    end = (block * 60)[-outcomes.SPAN // outcomes.COPIES :]
-    assert loops(before + block * 60) or len(set(end)) < 2
+    end = (block * 60)[-outcomes.MIN_LOOP_CHARACTERS // outcomes.LOOP_COPIES :]
+    assert ends_in_loop(before + block * 60) or len(set(end)) < 2
 
 
 @given(st.lists(st.binary(max_size=200), max_size=20), st.booleans())
 def test_nothing_that_an_upstream_says_raises(pieces: list[bytes], stream: bool) -> None:
-    heard([b'data: {"choices": ' + piece for piece in pieces], asked=SCHEMA + TOOLS, stream=stream)
+    observed([b'data: {"choices": ' + piece for piece in pieces], request=SCHEMA + TOOLS, stream=stream)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

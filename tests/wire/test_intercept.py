@@ -19,7 +19,7 @@ from tests.support.wire import OTHER_VERSION, VERSION, Wire, policy, rows
 from hemostat.ipc.messages import Policy
 from hemostat.openai import requests as openai
 from hemostat.openai.routes import CHAT, COMPLETIONS
-from hemostat.relay.hooks import Exchange, Refusal
+from hemostat.relay.hooks import ExchangeHook, Refusal
 from hemostat_engine.xargs import edits_logits
 
 TOOL_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -246,7 +246,7 @@ def test_a_clients_own_mistake_is_its_own_and_sampling_goes_on(wire: Wire, strea
     assert wire.shadow("shadowed") == 1
 
 
-def begun(wire: Wire) -> Exchange:
+def begun(wire: Wire) -> ExchangeHook:
     exchange = wire.interceptor.begin("POST", CHAT.encode(), [], "r")
     assert exchange is not None
     assert not isinstance(exchange, Refusal)

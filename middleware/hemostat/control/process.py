@@ -225,12 +225,12 @@ class Control:
     def _trace(self, record: TokenRecord, capture: Capture, figures: TokenDivergence) -> None:
         assert self.tracing is not None
         try:
-            self.tracing.score(
+            self.tracing.record_score(
                 capture.traceparent,
                 capture.model,
                 seconds=time.monotonic() - capture.captured_at,
                 results={name: float(np.mean(getattr(figures, name))) for name in TRACED},
-                said={
+                attributes={
                     "request.id": capture.request_id,
                     "arm": str(record.arm),
                     "tokens": record.tokens,

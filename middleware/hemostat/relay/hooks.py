@@ -1,7 +1,8 @@
-"""Where the relay lets somebody look at an exchange: sans-IO, so that the relay and the OpenAI layer are tested apart.
+"""The interface by which the relay lets another layer inspect and change requests and responses.
 
-The relay calls; the hook answers with bytes. A hook that raises has lost its say: the relay counts it and passes the
-bytes on as they came (rule 1: fail open).
+A hook does no input or output: the relay calls it with bytes and it returns bytes, so that relay and hook are tested
+separately. The relay fails open: a hook that raises is counted and then ignored for the rest of that request, and the
+bytes pass unchanged.
 """
 
 from __future__ import annotations
@@ -27,52 +28,53 @@ class Refusal:
 class Rewrite:
     """Send this body upstream instead of the client's.
 
-    While `response_data` returns nothing, the response's head is held back too (for HEAD_SECONDS at most), so that
-    `replay` can be answered with yes.
+    While `response_data` returns nothing, the relay holds back the response's head too (for
+    `exchange.MAX_HEAD_HOLD_SECONDS` at most), so that `replay` can still return True.
     """
 
     body: bytes
     drop_headers: frozenset[bytes] = frozenset()
-    """Lower-case names that must not go upstream (`accept-encoding`, where the response has to be read)."""
+    """Lower-case names of fields that must not go upstream (`accept-encoding`, where the response has to be read)."""
 
 
-class Exchange(Protocol):
-    """One request that the hook wants to see."""
+class ExchangeHook(Protocol):
+    """A hook's view of one request and its response."""
 
     body_limit: int
-    """The relay buffers the request's body up to this many bytes; a longer one is streamed on untouched."""
+    """The relay buffers the request's body up to this many bytes; a longer one is streamed on unchanged."""
 
     @property
     def arm(self) -> str:
-        """The randomised group that the request stands in, once it has been sent."""
+        """The randomised group of the request; fixed once `request` has returned."""
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
-        """The whole body, or None when it passed the limit. None back: send what the client sent."""
+        """Called with the whole body, or None if it is longer than `body_limit`. Returns None to send it unchanged."""
 
     def response_head(self, status: int, headers: Headers) -> bool:
-        """True: every body byte goes through `response_data`, framing is made anew. Not called for 1xx."""
+        """True: the body passes through `response_data`, and is framed anew. Not called for 1xx responses."""
 
     def response_data(self, data: bytes) -> bytes:
-        """De-framed body bytes as they arrive; returns what the client gets now (may be empty)."""
+        """Body bytes without their framing, as they arrive; returns what the client gets now (may be empty)."""
 
     def replay(self) -> bool:
-        """Asked when the response to a rewritten request is complete and no byte of it has gone to the client. True:
-        forget it and send upstream what the client sent, as it came. `response_head` and what follows it are then
-        called for that response, and this is not asked again; without it, `response_end` comes next.
+        """Called when the response to a rewritten request is complete and no byte of it has gone to the client.
 
-        Only for a response that says that nothing was done (a refusal at validation): then sending twice asks for
-        nothing twice.
+        True: discard that response and send the client's own request upstream. `response_head` and what follows it are
+        then called for the second response; `replay` is not called again. False: `response_end` is called next.
+
+        Return True only for a response that shows that the upstream did nothing (it failed validation), so that
+        sending a second request has no side effect.
         """
 
     def response_end(self) -> bytes:
-        """The upstream body is complete; returns what is still owed."""
+        """The upstream's body is complete; returns the rest of what the client gets."""
 
     def closed(self, *, complete: bool) -> None:
-        """Called exactly once, last, whatever happened."""
+        """Called exactly once, last, in every case. complete: the whole response was sent to the client."""
 
 
 class Hook(Protocol):
-    """Decides by the head alone which exchanges it wants to see. Called once a request: must be cheap."""
+    """Chooses, from a request's head, the requests that it wants to see. Called for each request: must be cheap."""
 
-    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> Exchange | Refusal | None:
-        """None: relay it untouched, at full speed."""
+    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> ExchangeHook | Refusal | None:
+        """None: relay this request without a hook."""

@@ -1,9 +1,10 @@
-"""Cheap outcomes of every generation that passes by, sampled or not: how it ended, how long it is, whether it runs in
-circles, whether the JSON or the tool call that was asked for parses.
+"""How each generation ended: finish reason, length, repetition loops, and whether requested JSON or tool calls parse.
 
-Distance is not quality (arXiv 2606.19558): these figures say something of quality, by arm, at next to no cost. Nothing
-is kept: the last bytes of a response (all, up to KEPT bytes, where structure was asked for) are held until it ends
-and are judged; only counters remain.
+Observed for every generation, sampled or not, and counted by arm. A divergence between two models does not say which
+text is better (arXiv 2606.19558); these counters are a cheap indication of quality.
+
+Memory is bounded: while a response passes, only its last bytes are kept (the whole of it, up to MAX_WHOLE_BYTES, where
+structured output was requested). They are evaluated when the response ends, and then discarded.
 """
 
 from __future__ import annotations
@@ -17,50 +18,54 @@ from typing import Any
 import msgspec
 
 FINISHED = "hemostat_responses_finished_total"
-"""Labels arm, reason. One a choice, by vLLM's finish_reason."""
+"""Labels arm, reason. One per choice, by vLLM's finish_reason."""
 OUTPUT_TOKENS = "hemostat_output_tokens_total"
-"""Label arm. By `usage` where the response holds it, else the number of the stream's events."""
+"""Label arm. From `usage` where the response has it, else the number of events of the stream."""
 LOOPS = "hemostat_repetition_loops_total"
-"""Label arm. Responses that end in one block of text over and over."""
+"""Label arm. Responses that end in repetitions of one block of text."""
 STRUCTURED = "hemostat_structured_outputs_total"
 """Labels arm, kind (json, tool_call), outcome (valid, invalid, cut: it ended at the length limit)."""
 
 UNTRACED = "hemostat_tracing_errors_total"
-"""No labels. Exchanges that could not be traced or logged: a bug."""
+"""No labels. Requests for which tracing or logging raised: a bug."""
 UNJUDGED = "hemostat_outcome_errors_total"
-"""No labels. Responses over which the judging itself failed: a bug."""
+"""No labels. Responses whose evaluation raised: a bug."""
 
-REASONS = frozenset({"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error", "repetition"})
-"""Values of finish_reason that are a label of their own; others are `other`."""
+FINISH_REASONS = frozenset(
+    {"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error", "repetition"}
+)
+"""Values of finish_reason with a label value of their own; all others are counted as `other`."""
 
-KEPT = 256 * 1024
-"""Bytes of one response that are held; of a longer one only the end is judged."""
-PIECES = 64
-PIECE = 4096
-"""Of a stream in which nothing structured was asked for, the last so many reads, the last so many bytes of each."""
+MAX_WHOLE_BYTES = 256 * 1024
+"""A response up to this size is kept whole; of a longer one only the tail is kept."""
+MAX_TAIL_PIECES = 64
+MAX_PIECE_BYTES = 4096
+"""The tail: the last MAX_TAIL_PIECES pieces as they arrived, the last MAX_PIECE_BYTES bytes of each."""
 
-COPIES = 4
-SPAN = 48
-"""A loop is COPIES of one block, SPAN characters or more in all, at the very end. (A ruler, `-----`, is none.)"""
+LOOP_COPIES = 4
+MIN_LOOP_CHARACTERS = 48
+"""A loop: the text ends in LOOP_COPIES copies of one block, MIN_LOOP_CHARACTERS or more in all. A run of one character
+(the ruler `-----`) is not a loop."""
 
 _FINISH = re.compile(rb'"finish_reason":\s*"([a-z_]{1,32})"')
 _TOKENS = re.compile(rb'"completion_tokens":\s*(\d{1,9})')
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)":\s*"((?:[^"\\]|\\.)*)"')
-_JSON_ASKED = re.compile(rb'"(?:json_object|json_schema|guided_json)"|"json":')
-_TOOLS_ASKED = re.compile(rb'"tools":\s*\[')
-
+# Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
+_JSON_REQUESTED = re.compile(rb'"(?:json_object|json_schema|guided_json)"|"json":')
+_TOOLS_REQUESTED = re.compile(rb'"tools":\s*\[')
 _MODEL = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
 
-Add = Callable[[str, tuple[str, ...], float], None]
-"""(metric, label values, by how much)"""
+Count = Callable[[str, tuple[str, ...], float], None]
+"""(metric, label values, increment)"""
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """What is known of a response when it is over; `output_tokens` None: nothing."""
+class ResponseOutcome:
+    """How a response ended."""
 
     finish_reasons: tuple[str, ...] = ()
     output_tokens: int | None = None
+    """None: unknown."""
 
 
 class _Function(msgspec.Struct):
@@ -99,63 +104,71 @@ _any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
 @dataclass(slots=True)
-class Ear:
-    """Listens to one exchange. `asks` gets the request's bytes, `hears` the response's as the client gets them (HTTP's
-    chunk sizes may stand between them)."""
+class OutcomeObserver:
+    """Observes one request and its response.
+
+    Call `feed_request` with the request's body, `begin_response`, `feed_response` with the response's body as the
+    client gets it (HTTP chunk sizes may stand between the bytes), then `finish` once.
+    """
 
     json: bool = False
+    """JSON output was requested."""
     tools: bool = False
+    """The request offers tools."""
     body: bytes = b""
-    """The request's first bytes, for `model`."""
+    """The first piece of the request's body, in which `model` is looked for."""
     events: int = 0
+    """Server-sent events with data so far."""
     stream: bool = False
-    deaf: bool = False
-    """The response is an error, or cannot be read: there is nothing to judge."""
+    disabled: bool = False
+    """The response is an error, or is compressed: there is nothing to evaluate."""
     _pieces: deque[bytes] = field(default_factory=deque)
     _size: int = 0
+    """Bytes in `_pieces`, while `_whole`."""
     _whole: bool = True
+    """`_pieces` holds the whole response, not only its tail."""
 
-    def asks(self, body: bytes) -> None:
-        """In a JSON string a quote has a backslash before it, so that what users write does not look like a member."""
+    def feed_request(self, body: bytes) -> None:
         self.body = self.body or body
-        self.json = self.json or _JSON_ASKED.search(body) is not None
-        self.tools = self.tools or _TOOLS_ASKED.search(body) is not None
+        self.json = self.json or _JSON_REQUESTED.search(body) is not None
+        self.tools = self.tools or _TOOLS_REQUESTED.search(body) is not None
 
     @property
     def model(self) -> str | None:
-        """What the request names, where that stands in the body's first bytes."""
+        """The request's model, if the first piece of the body names it."""
         found = _MODEL.search(self.body)
         return None if found is None else found[1].decode("utf-8", "replace")
 
-    def begins(self, *, stream: bool) -> None:
+    def begin_response(self, *, stream: bool) -> None:
+        """stream: the response consists of server-sent events."""
         self.stream = stream
         if stream and not (self.json or self.tools):
-            self._only_the_end()
+            self._keep_tail_only()
 
-    def hears(self, data: bytes) -> None:
-        if self.deaf:
+    def feed_response(self, data: bytes) -> None:
+        if self.disabled:
             return
         if self.stream:
             self.events += data.count(b"data: {")
         if not self._whole:
-            self._pieces.append(data if len(data) <= PIECE else data[-PIECE:])
+            self._pieces.append(data if len(data) <= MAX_PIECE_BYTES else data[-MAX_PIECE_BYTES:])
             return
         self._pieces.append(data)
         self._size += len(data)
-        if self._size > KEPT:
-            self._only_the_end()
+        if self._size > MAX_WHOLE_BYTES:
+            self._keep_tail_only()
 
-    def _only_the_end(self) -> None:
+    def _keep_tail_only(self) -> None:
         self._whole = False
-        self._pieces = deque((piece[-PIECE:] for piece in self._pieces), PIECES)
+        self._pieces = deque((piece[-MAX_PIECE_BYTES:] for piece in self._pieces), MAX_TAIL_PIECES)
 
-    def ended(self, arm: str, add: Add) -> Ended:
-        """Judge and count; `arm` is the request's."""
-        if self.deaf:
-            return Ended()
+    def finish(self, arm: str, count: Count) -> ResponseOutcome:
+        """Evaluate the response that has ended, and count it under the request's arm."""
+        if self.disabled:
+            return ResponseOutcome()
         data = b"".join(self._pieces)
         self._pieces.clear()
-        response = self._read(data) if self._whole else None
+        response = self._parse(data) if self._whole else None
         if response is None:
             reasons = [found.decode() for found in _FINISH.findall(data)]
             counted = _TOKENS.findall(data)
@@ -165,36 +178,36 @@ class Ear:
             reasons = [c.finish_reason for c in response.choices if c.finish_reason]
             tokens = response.usage.completion_tokens if response.usage else self.events
             texts = [_text(choice) for choice in response.choices]
-            self._judge_structure(response, arm, add)
+            self._count_structured(response, arm, count)
         for reason in reasons:
-            add(FINISHED, (arm, reason if reason in REASONS else "other"), 1.0)
+            count(FINISHED, (arm, reason if reason in FINISH_REASONS else "other"), 1.0)
         if tokens:
-            add(OUTPUT_TOKENS, (arm,), float(tokens))
-        if any(loops(text) for text in texts):
-            add(LOOPS, (arm,), 1.0)
-        return Ended(tuple(reasons), tokens or None)
+            count(OUTPUT_TOKENS, (arm,), float(tokens))
+        if any(ends_in_loop(text) for text in texts):
+            count(LOOPS, (arm,), 1.0)
+        return ResponseOutcome(tuple(reasons), tokens or None)
 
-    def _judge_structure(self, response: _Response, arm: str, add: Add) -> None:
+    def _count_structured(self, response: _Response, arm: str, count: Count) -> None:
         for choice in response.choices:
             message = choice.message
-            cut = choice.finish_reason == "length"
+            truncated = choice.finish_reason == "length"
             calls = message.tool_calls if message is not None and message.tool_calls else []
             for call in calls:
                 arguments = (call.function.arguments if call.function else None) or ""
-                add(STRUCTURED, (arm, "tool_call", _outcome(arguments, cut)), 1.0)
+                count(STRUCTURED, (arm, "tool_call", _json_outcome(arguments, truncated)), 1.0)
             if self.json and not calls:
-                add(STRUCTURED, (arm, "json", _outcome(_text(choice), cut)), 1.0)
+                count(STRUCTURED, (arm, "json", _json_outcome(_text(choice), truncated)), 1.0)
 
-    def _read(self, data: bytes) -> _Response | None:
-        """None where it cannot be read: then only the patterns speak."""
+    def _parse(self, data: bytes) -> _Response | None:
+        """The response; None where it is malformed, so that only the regular expressions are applied."""
         try:
-            return _assembled(data) if self.stream else _response.decode(data)
+            return _merge_events(data) if self.stream else _response.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
 
 
-def _assembled(data: bytes) -> _Response:
-    """A stream's events as though they had been one response."""
+def _merge_events(data: bytes) -> _Response:
+    """The events of a stream, merged into one response."""
     choices: dict[int, _Choice] = {}
     usage: _Usage | None = None
     for line in data.split(b"\n"):
@@ -209,11 +222,12 @@ def _assembled(data: bytes) -> _Response:
             assert message is not None
             message.content = (message.content or "") + ((delta.content if delta else part.text) or "")
             for call in (delta.tool_calls if delta else None) or []:
-                _join(message, call)
+                _append_tool_call(message, call)
     return _Response(list(choices.values()), usage)
 
 
-def _join(message: _Message, part: _ToolCall) -> None:
+def _append_tool_call(message: _Message, part: _ToolCall) -> None:
+    """Append a part's arguments to the tool call with the same index."""
     calls = message.tool_calls
     assert calls is not None
     call = next((c for c in calls if c.index == part.index), None)
@@ -228,23 +242,29 @@ def _text(choice: _Choice) -> str:
     return (choice.message.content if choice.message else choice.text) or ""
 
 
-def _outcome(text: str, cut: bool) -> str:
+def _json_outcome(text: str, truncated: bool) -> str:
     try:
         _any.decode(text)
     except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
-        return "cut" if cut else "invalid"
+        return "cut" if truncated else "invalid"
     return "valid"
 
 
-def loops(text: str) -> bool:
-    """Whether it ends in COPIES of one block, more than one character and SPAN in all."""
-    end = text[-SPAN // COPIES :]
-    if len(text) < SPAN or len(set(end)) < 2:
+def ends_in_loop(text: str) -> bool:
+    """Whether the text ends in LOOP_COPIES copies of one block that is not a run of one character.
+
+    >>> ends_in_loop("It began well. " + "and then again " * 12)
+    True
+    >>> ends_in_loop("-" * 100)
+    False
+    """
+    end = text[-MIN_LOOP_CHARACTERS // LOOP_COPIES :]
+    if len(text) < MIN_LOOP_CHARACTERS or len(set(end)) < 2:
         return False
-    # A loop's end stands one period earlier, too: the nearest place is the only candidate.
+    # In a loop, the last characters also stand one period earlier: the nearest such place is the only candidate.
     before = text.rfind(end, 0, len(text) - 1)
     if before < 0:
         return False
     period = len(text) - len(end) - before
-    whole = max(COPIES * period, SPAN)
+    whole = max(LOOP_COPIES * period, MIN_LOOP_CHARACTERS)
     return len(text) >= whole and text[-whole:-period] == text[-whole + period :]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, cast
 from hemostat import logs
 from hemostat.openai import routes
 from hemostat.relay import counters, outcomes
-from hemostat.relay.hooks import Exchange, Headers, Refusal, Rewrite
+from hemostat.relay.hooks import ExchangeHook, Headers, Refusal, Rewrite
 from hemostat.relay.http import (
     CHUNKED,
     CHUNKED_LINE,
@@ -44,7 +44,7 @@ from hemostat.relay.http import (
     parse_request,
     set_length,
 )
-from hemostat.relay.outcomes import Ear, Ended
+from hemostat.relay.outcomes import OutcomeObserver, ResponseOutcome
 from hemostat.relay.upstream import UpstreamProtocol
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class ClientProtocol(asyncio.Protocol):
         self.waiting = False
         self._unsent: list[bytes] = []
         self._unsent_size = 0
-        self._exchange: Exchange | None = None
+        self._exchange: ExchangeHook | None = None
         self._parts: list[bytes] | None = None
         self._chunks: ChunkedReader | None = None
         self._reset()
@@ -196,7 +196,7 @@ class ClientProtocol(asyncio.Protocol):
         self._transforming = False
         self._hook_alive = False
         self._probed = False
-        self._ear: Ear | None = None
+        self._ear: OutcomeObserver | None = None
         self._span: RequestSpan | None = None
         """Where this exchange is traced."""
 
@@ -338,7 +338,7 @@ class ClientProtocol(asyncio.Protocol):
         self._body_left = length
         self.body_done = length == 0 or 0 < length <= len(rest)
         if self._route in routes.SCORED and request.method == b"POST":
-            self._ear = Ear()
+            self._ear = OutcomeObserver()
             self._began = started
             if relay.tracing is not None:
                 self._trace(request, pairs)
@@ -351,7 +351,7 @@ class ClientProtocol(asyncio.Protocol):
                 body = rest[:length]
                 payload += body
                 if self._ear is not None:
-                    self._ear.asks(body)
+                    self._ear.feed_request(body)
             self._sent = payload
             self._dispatch(payload, started)
         else:
@@ -368,8 +368,8 @@ class ClientProtocol(asyncio.Protocol):
         assert self._relay.tracing is not None
         given = {name.lower().decode(): value.decode("latin-1") for name, value in fields(request.lines)}
         try:
-            self._span = self._relay.tracing.begin(self._route, given, self._request_id)
-            carried = self._span.carried()
+            self._span = self._relay.tracing.start_request(self._route, given, self._request_id)
+            carried = self._span.upstream_headers()
         except Exception:  # noqa: BLE001  tracing may fail, requests may not
             self._relay.counters.add(outcomes.UNTRACED, ())
             return
@@ -468,7 +468,7 @@ class ClientProtocol(asyncio.Protocol):
                 self._buffer = data[used:]
                 self.body_done = True
         if self._ear is not None:
-            self._ear.asks(data)
+            self._ear.feed_request(data)
         if self._parts is not None:
             assert self._exchange is not None
             self._parts += pieces
@@ -682,9 +682,9 @@ class ClientProtocol(asyncio.Protocol):
         assert self._ear is not None
         given = {name.lower(): value for name, value in fields(head.lines)}
         if head.status != 200 or given.get(b"content-encoding", b"identity") != b"identity":
-            self._ear.deaf = True
+            self._ear.disabled = True
         else:
-            self._ear.begins(stream=given.get(b"content-type", b"").startswith(b"text/event-stream"))
+            self._ear.begin_response(stream=given.get(b"content-type", b"").startswith(b"text/event-stream"))
 
     def _wanted(self, head: ResponseHead) -> bool:
         assert self._exchange is not None
@@ -715,7 +715,7 @@ class ClientProtocol(asyncio.Protocol):
             self._received = perf_counter()
             return
         if self._ear is not None:
-            self._ear.hears(data)
+            self._ear.feed_response(data)
         if mode is Mode.CHUNK:
             data = chunk(data)
         if self._prefix:
@@ -751,7 +751,7 @@ class ClientProtocol(asyncio.Protocol):
                 except Exception:  # noqa: BLE001  a hook that raises has lost its say
                     self._hook_failed()
             if self._ear is not None:
-                self._ear.hears(body)
+                self._ear.feed_response(body)
             set_length(head.lines, head.framing, len(body))
             self.transport.write(b"\r\n".join((head.status_line, *head.lines, b"", body)))
             self.overhead += perf_counter() - started
@@ -766,7 +766,7 @@ class ClientProtocol(asyncio.Protocol):
                 except Exception:  # noqa: BLE001  a hook that raises has lost its say
                     self._hook_failed()
                 if self._ear is not None:
-                    self._ear.hears(tail)
+                    self._ear.feed_response(tail)
             if self._mode is Mode.CHUNK:
                 tail = chunk(tail) + LAST_CHUNK
             if self._prefix:
@@ -849,10 +849,10 @@ class ClientProtocol(asyncio.Protocol):
         self._reset()
         if ear is not None:
             arm = "none" if exchange is None else exchange.arm
-            ended = Ended()
+            ended = ResponseOutcome()
             try:
                 if complete and outcome is counters.OK:
-                    ended = ear.ended(arm, self._relay.counters.add)
+                    ended = ear.finish(arm, self._relay.counters.add)
             except Exception:  # noqa: BLE001  an outcome that cannot be judged is nobody's trouble
                 self._relay.counters.add(outcomes.UNJUDGED, ())
             if span is not None or self._relay.log_requests:
@@ -863,7 +863,15 @@ class ClientProtocol(asyncio.Protocol):
             except Exception:  # noqa: BLE001  a hook that raises has lost its say
                 self._relay.counters.hook_raised()
 
-    def _tell(self, ear: Ear, ended: Ended, span: RequestSpan | None, arm: str, status: int, outcome: str) -> None:
+    def _tell(
+        self,
+        ear: OutcomeObserver,
+        ended: ResponseOutcome,
+        span: RequestSpan | None,
+        arm: str,
+        status: int,
+        outcome: str,
+    ) -> None:
         """Who asked for it to be told: the trace, the log. Never what was said."""
         try:
             if self._relay.log_requests:
@@ -878,7 +886,7 @@ class ClientProtocol(asyncio.Protocol):
                         "finish_reasons": list(ended.finish_reasons),
                         "output_tokens": ended.output_tokens,
                         "seconds": round(perf_counter() - self._began, 6),
-                        **({} if span is None else span.logged()),
+                        **({} if span is None else span.log_fields()),
                     },
                 )
             if span is not None:
@@ -886,7 +894,7 @@ class ClientProtocol(asyncio.Protocol):
                     status=status,
                     outcome=outcome,
                     error=outcome != counters.OK,
-                    facts={
+                    attributes={
                         "gen_ai.request.model": ear.model,
                         "gen_ai.response.finish_reasons": ended.finish_reasons or None,
                         "gen_ai.usage.output_tokens": ended.output_tokens,

@@ -11,7 +11,7 @@ from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests as openai
 from hemostat.openai import routes
 from hemostat.openai.routes import Support
-from hemostat.relay.hooks import Exchange, Headers, Refusal, Rewrite
+from hemostat.relay.hooks import ExchangeHook, Headers, Refusal, Rewrite
 from hemostat.shadow import assignment as sampling
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 from hemostat_calibration.records import Arm, Sampling
@@ -84,7 +84,7 @@ class Interceptor:
         """The name of one request among the engine's taps."""
         return f"{policy.replica}-{self.nonce()}" if policy.replica else self.nonce()
 
-    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> Exchange | Refusal | None:
+    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> ExchangeHook | Refusal | None:
         policy = self.policy
         own = [(name.lower(), value) for name, value in headers if name[:11].lower() == _PREFIX]
         path = target.partition(b"?")[0]
