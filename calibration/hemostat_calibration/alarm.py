@@ -54,10 +54,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.records import TokenRecord
-
-Floats = npt.NDArray[np.float64]
 
 ABOVE = (0.5, 0.2, 0.05, 0.01, 0.002)
 """Ranges of the spread that are bet on: above the value that this share of the baseline is above."""

@@ -15,12 +15,10 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
 
 SCHEMA_VERSION = 1
-
-Ids = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float64]
 
 
 class Arm(StrEnum):

@@ -19,10 +19,11 @@ from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInf
 from hemostat.shadow import scorer as scorer_module
 from hemostat.shadow.limits import Breaker, ShadowQueue, TokenBudget
 from hemostat.shadow.scorer import Scorer
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
-from hemostat_calibration.records import Arm, Candidates, Features, Ids, TokenRecord
+from hemostat_calibration.records import Arm, Candidates, Features, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key
 
 D = 6

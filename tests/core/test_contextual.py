@@ -13,10 +13,12 @@ from tests.support.oracle import apply, shift
 from tests.support.records import log_softmax
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.learning.contextual import hidden_states, mlp
-from hemostat_calibration.learning.contextual import learner as contextual
+from hemostat_calibration.learning.contextual import export, hidden_states, mlp
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
-from hemostat_calibration.learning.contextual.learner import FLUSHED, FOLDS, ContextualLearner, TokenSource, fold_of
+from hemostat_calibration.learning.contextual.basis import hidden_sample, make_basis
+from hemostat_calibration.learning.contextual.learner import ContextualLearner
+from hemostat_calibration.learning.contextual.rows import FOLDS, TokenSource, fold_of
+from hemostat_calibration.learning.contextual.statistics import FLUSH_TOKENS, flushed
 from hemostat_calibration.profiles.transform import anchors, code
 
 
@@ -63,7 +65,14 @@ def test_from_a_reference_that_gives_only_a_list():
 def test_a_network_is_taken_where_it_is_better():
     bent = HiddenStateWorld(strength=0.2, noise=0.1, bend=0.8)
     training = mlp.TrainingSettings(
-        units=96, epochs=25, batch=64, rate=1e-2, given=1.0, decay=0.01, noise=0.0, dropped=0.1
+        units=96,
+        epochs=25,
+        batch=64,
+        learning_rate=1e-2,
+        linear_rate_factor=1.0,
+        weight_decay=0.01,
+        input_noise=0.0,
+        dropout=0.1,
     )
     learner = bent.learner(network=training, network_tokens=1000)
     state = bent.learn(range(150), learner)
@@ -83,11 +92,19 @@ def test_a_network_is_taken_where_it_is_better():
 def test_of_the_stages_as_many_are_run_as_did_best():
     """The last one ruins the map: what is served is what the others made of all rows."""
     bent = HiddenStateWorld(strength=0.2, noise=0.1, bend=0.8)
-    training = mlp.TrainingSettings(units=32, epochs=6, batch=64, rate=1e-2, given=1.0, noise=0.0, dropped=0.0)
+    training = mlp.TrainingSettings(
+        units=32,
+        epochs=6,
+        batch=64,
+        learning_rate=1e-2,
+        linear_rate_factor=1.0,
+        input_noise=0.0,
+        dropout=0.0,
+    )
     helps, ruins = (3, 1e-3), (1, 1.0)
     found = []
     for exact in ((helps,), (helps, ruins)):
-        learner = bent.learner(network=replace(training, exact=exact), network_tokens=1000)
+        learner = bent.learner(network=replace(training, kl_stages=exact), network_tokens=1000)
         found.append(learner.fit(bent.learn(range(60), learner)))
     one, two = found
     assert one.report.variant == "mlp_kl"
@@ -100,7 +117,7 @@ def test_a_network_is_not_taken_where_there_is_nothing_for_it():
     state = world().learn(range(40), learner)
     network, linear = learner.propose(state), world().learner().propose(state)
     assert world().recovered(network) > world().recovered(linear) - 0.01
-    without = replace(learner._network, exact=())
+    without = replace(learner._network, kl_stages=())
     assert world().learner(network=without, network_tokens=100).fit(state).report.variant == "linear"
 
 
@@ -172,15 +189,15 @@ def test_the_tail_is_narrow_and_little_is_lost(kinds, monkeypatch):
         assert not any(r.features is not None for r in state.recent)
     whole = learner.propose(state)
     wide = V // 3
-    monkeypatch.setattr(contextual, "_WIDE", wide)
-    monkeypatch.setattr(contextual, "_NARROW", 4)
+    monkeypatch.setattr(export, "WIDE_IDS", wide)
+    monkeypatch.setattr(export, "NARROW_RANK", 4)
     cut = learner.propose(state)
     narrow = ~cut.parameters["up"][:, 4:].any(axis=1)
     assert narrow.sum() == V - wide
     mean = np.mean([np.exp(world().truth(seed).reference).mean(0) for seed in range(40)], axis=0)
     assert mean[narrow].mean() < mean[~narrow].mean()
     assert whole.parameters["up"].any(axis=1).all()
-    monkeypatch.setattr(contextual, "_LEFT_OUT", 0.0)
+    monkeypatch.setattr(export, "MAX_LOST_PART", 0.0)
     assert learner.propose(state) == whole, "what would lose more than is allowed is served whole"
     none, exact, found = (world().divergence(p) for p in (None, whole, cut))
     assert none - found > 0.9 * (none - exact)
@@ -243,7 +260,7 @@ def test_a_drifting_workload_is_followed():
 
 def equal_sums(learner, a, b, rtol=1e-5):
     for mine, theirs in zip(a.folds, b.folds, strict=True):
-        one, two = learner._added(mine, a.tokens), learner._added(theirs, b.tokens)
+        one, two = flushed(mine, a.tokens, learner.forgetting), flushed(theirs, b.tokens, learner.forgetting)
         assert one.weight == pytest.approx(two.weight, rel=1e-9)
         for x, y in ((one.cross, two.cross), (one.target, two.target)):
             np.testing.assert_allclose(x, y, atol=rtol * max(1.0, np.abs(y).max()))
@@ -272,7 +289,7 @@ def test_sums_equal_those_of_all_rows_at_once():
     learner = world().learner(half_life_tokens=3000.0)
     seeds = range(160)
     state = world().learn(seeds, learner)
-    assert all(sum(r.tokens for r in fold.waiting) < FLUSHED for fold in state.folds)
+    assert all(sum(r.tokens for r in fold.waiting) < FLUSH_TOKENS for fold in state.folds)
     assert any(fold.cross.any() for fold in state.folds)
     for k in range(FOLDS):
         cross, target = np.zeros((A + 1, N)), np.zeros((A + 1, D))
@@ -283,7 +300,7 @@ def test_sums_equal_those_of_all_rows_at_once():
                 x = np.column_stack([record.features.values[:, :A], np.ones(T)]) * 0.5 ** (age / 3000.0)
                 cross += x.T @ record.features.values
                 target += x.T @ record.reference_hidden
-        fold = learner._added(state.folds[k], state.tokens)
+        fold = flushed(state.folds[k], state.tokens, learner.forgetting)
         # Rows are kept as float16.
         np.testing.assert_allclose(fold.cross, cross, atol=2e-3 * np.abs(cross).max())
         np.testing.assert_allclose(fold.target, target, atol=2e-3 * np.abs(target).max())
@@ -295,7 +312,7 @@ def test_memory_is_bounded():
     for seed in range(200):
         state = learner.update(state, [world().record(seed)])
         assert sum(r.tokens for r in state.recent) <= 5 * T
-        assert sum(r.tokens for fold in state.folds for r in fold.waiting) < FOLDS * FLUSHED
+        assert sum(r.tokens for fold in state.folds for r in fold.waiting) < FOLDS * FLUSH_TOKENS
     assert state.tokens == 200 * T
     assert world().recovered(learner.propose(state)) > 0.9
 
@@ -429,18 +446,14 @@ def test_anchors_are_chosen_among_those_allowed():
         choose_anchors(weight, 31, among=allowed)
 
 
-def test_folds_are_those_of_the_split():
-    assert contextual.fold_of(b"x") == fold_of(b"x")
-
-
 def test_fewer_logits_than_the_state_has_numbers_say_less_and_cost_less():
     found = {}
     for features in (4, 7, A):
         learner = world().learner(features=features)
         state = world().learn(range(60), learner)
-        basis = learner._basis(
-            learner._hidden_sample(state), hidden_states.estimate_prior(learner._hidden_sample(state), 0.03)
-        )
+        sample = hidden_sample(state.recent, D)
+        prior = hidden_states.estimate_prior(sample, 0.03)
+        basis = make_basis(learner.weight, learner.anchors, features, sample, prior)
         assert basis.reads.shape == (min(features, D) + 1, features + 1)
         profile = learner.propose(state)
         assert profile.parameters["linear"].shape[1] == features
@@ -453,9 +466,9 @@ def test_a_turn_changes_no_length(features):
     """Inputs are hidden states in the metric's basis, as far as the logits show them: turned where they are fewer."""
     learner = world().learner(features=features)
     state = world().learn(range(20), learner)
-    sample = learner._hidden_sample(state)
+    sample = hidden_sample(state.recent, D)
     prior = hidden_states.estimate_prior(sample, 0.03)
-    basis = learner._basis(sample, prior)
+    basis = make_basis(learner.weight, learner.anchors, features, sample, prior)
     _, gain = hidden_states.linear_recovery(world().weight[learner.anchors[:features]], prior)
     x = np.random.default_rng(0).normal(size=(30, features))
     x -= x.mean(1, keepdims=True)

@@ -7,6 +7,7 @@ import pytest
 
 from hemostat_calibration.learning.contextual import mlp
 from hemostat_calibration.learning.contextual.objective import Squared
+from hemostat_calibration.learning.contextual.seeded_numbers import normal
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.transform import code
 
@@ -70,7 +71,7 @@ def test_every_step_and_layer_leaves_other_units_out(monkeypatch: pytest.MonkeyP
         return seen[-1]
 
     monkeypatch.setattr(mlp, "_kept", spied)
-    training = mlp.TrainingSettings(units=16, batch=ROWS, dropped=0.5)
+    training = mlp.TrainingSettings(units=16, batch=ROWS, dropout=0.5)
     x, t = np.zeros((3 * ROWS, A), np.float32), np.zeros((3 * ROWS, D), np.float32)
     begun = mlp.begin(np.zeros((R, A)), np.zeros(R), np.ones((D, R)), training)
     mlp.train(begun, x, np.arange(len(x)), Squared(t), training, 2, 1e-3, lambda done: None)
@@ -83,7 +84,7 @@ def test_weights_decay_and_what_was_given_does_not() -> None:
         def slope(self, rows: np.ndarray, image: np.ndarray) -> np.ndarray:
             return np.zeros_like(image)
 
-    training = mlp.TrainingSettings(units=H, batch=ROWS, decay=0.5, noise=0.0, dropped=0.0)
+    training = mlp.TrainingSettings(units=H, batch=ROWS, weight_decay=0.5, input_noise=0.0, dropout=0.0)
     square = {"middle": (H, H), "middle_offset": (H,), "out": (R, H)}
     ones = {name: np.ones(shape, np.float32) for name, shape in square.items()}
     before = mlp.Network(**{**weights(np.float32), **ones})
@@ -96,18 +97,18 @@ def test_weights_decay_and_what_was_given_does_not() -> None:
 
 
 def test_noise_is_standard_normal_and_of_its_seed() -> None:
-    drawn = mlp.normal(3, 100_001)
+    drawn = normal(3, 100_001)
     assert drawn.dtype == np.float32
     assert drawn.mean() == pytest.approx(0.0, abs=0.02)
     assert drawn.var() == pytest.approx(1.0, abs=0.02)
     assert (np.abs(drawn) > 2.0).mean() == pytest.approx(0.0455, abs=0.004)
-    assert np.array_equal(drawn, mlp.normal(3, 100_001))
-    assert abs(np.corrcoef(drawn, mlp.normal(4, 100_001))[0, 1]) < 0.02
+    assert np.array_equal(drawn, normal(3, 100_001))
+    assert abs(np.corrcoef(drawn, normal(4, 100_001))[0, 1]) < 0.02
 
 
 @pytest.mark.parametrize("dropped", [0.0, 0.3, 0.5])
 def test_units_are_left_out_at_random_and_their_mean_stays(dropped: float) -> None:
-    kept = mlp._kept(5, 2000, mlp.TrainingSettings(units=64, dropped=dropped))
+    kept = mlp._kept(5, 2000, mlp.TrainingSettings(units=64, dropout=dropped))
     assert set(np.unique(kept)) <= {np.float32(0.0), np.float32(1.0 / (1.0 - dropped))}
     assert (kept == 0.0).mean() == pytest.approx(dropped, abs=0.01)
     assert kept.mean() == pytest.approx(1.0, abs=0.02)
@@ -121,13 +122,31 @@ def held_out_error(training: mlp.TrainingSettings, rows: int) -> float:
     t = (bent + rng.normal(size=bent.shape)).astype(np.float16)
     begun = mlp.begin(np.zeros((4, 8)), np.zeros(4), np.eye(4), training)
     found = mlp.train(
-        begun, x, np.arange(rows), Squared(t), training, training.epochs, training.rate, lambda done: None
+        begun, x, np.arange(rows), Squared(t), training, training.epochs, training.learning_rate, lambda done: None
     )
     return float(np.square(found.image(x[rows:]) - bent[rows:]).mean() / np.square(bent[rows:]).mean())
 
 
 def test_what_holds_it_back_pays_where_rows_are_few() -> None:
-    free = mlp.TrainingSettings(units=256, epochs=60, batch=64, rate=1e-2, given=1.0, decay=0.0, noise=0.0, dropped=0.0)
-    held = mlp.TrainingSettings(units=256, epochs=60, batch=64, rate=1e-2, given=1.0, decay=1.0, noise=0.3, dropped=0.5)
+    free = mlp.TrainingSettings(
+        units=256,
+        epochs=60,
+        batch=64,
+        learning_rate=1e-2,
+        linear_rate_factor=1.0,
+        weight_decay=0.0,
+        input_noise=0.0,
+        dropout=0.0,
+    )
+    held = mlp.TrainingSettings(
+        units=256,
+        epochs=60,
+        batch=64,
+        learning_rate=1e-2,
+        linear_rate_factor=1.0,
+        weight_decay=1.0,
+        input_noise=0.3,
+        dropout=0.5,
+    )
     assert held_out_error(held, 400) < 0.7 * held_out_error(free, 400)
     assert held_out_error(held, 400) < 0.5

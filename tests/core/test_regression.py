@@ -10,7 +10,7 @@ from hemostat_calibration.learning.contextual.regression import (
     Moments,
     choose,
     fitted,
-    full,
+    full_rank,
     standardiser,
     total,
 )
@@ -46,7 +46,7 @@ def test_ridge_of_every_rank_is_that_of_the_rows(seed, penalty):
     np.testing.assert_allclose(standard[:, :-1].std(0) / standard[:, 0].std(), x[:, :-1].std(0) / x[:, 0].std())
     stacked = np.vstack([standard, np.sqrt(penalty * N) * np.eye(A + 1)])
     expected = np.linalg.lstsq(stacked, np.vstack([t, np.zeros((A + 1, D))]), rcond=None)[0]
-    np.testing.assert_allclose(x @ full(moments(x, t), penalty), standard @ expected, atol=1e-6)
+    np.testing.assert_allclose(x @ full_rank(moments(x, t), penalty), standard @ expected, atol=1e-6)
     (low,) = fitted(moments(x, t), [penalty], D)
     np.testing.assert_allclose(x @ low.coefficients, standard @ expected, atol=1e-6)
     np.testing.assert_allclose(low.up.T @ low.up, np.eye(D), atol=1e-8)
@@ -72,7 +72,7 @@ def test_the_gain_is_what_held_out_rows_say(seed, based):
     x, t = rows(seed, noise=3.0)
     parts = [moments(x[k::4], t[k::4]) for k in range(4)]
     whole = total(parts)
-    bases = [*(full(whole - part, 1.0) for part in parts), full(whole, 1.0)] if based else None
+    bases = [*(full_rank(whole - part, 1.0) for part in parts), full_rank(whole, 1.0)] if based else None
     found = choose(parts, (1, 2, 3), bases)
     rank, gain = len(found.read), 0.0
     for k, part in enumerate(parts):
@@ -99,7 +99,7 @@ def test_the_true_rank_suffices_and_a_base_is_kept_where_nothing_speaks_against_
     x, t = rows(3, n=2000)
     parts = [moments(x[k::4], t[k::4]) for k in range(4)]
     assert len(choose(parts, (1, 2, 3, 4, 5)).read) in {2, 3}
-    base = full(total(parts), 1e-4)
+    base = full_rank(total(parts), 1e-4)
     few = [moments(x[k : 12 + k : 4], t[k : 12 + k : 4]) for k in range(4)]
     found = choose(few, (5,), [base] * 5)
     assert loss(x, t, found.coefficients) < 1.2 * loss(x, t, base)

@@ -26,9 +26,10 @@ from hemostat.control.process import Control
 from hemostat.engines.registry import EngineReport, TapMessage, TapRun
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates, Ids, TokenRecord
+from hemostat_calibration.records import Candidates, TokenRecord
 from hemostat_calibration.statistics.split import held_out, prompt_key
 
 TOKENS = 16

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.profiles.families import FAMILIES
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -19,7 +20,6 @@ from hemostat_calibration.profiles.transform import (
     shift_at,
     shift_range,
 )
-from hemostat_calibration.records import Floats
 
 __all__ = ["anchors", "anchors_digest", "apply", "code", "shift", "shift_at", "shift_range"]
 

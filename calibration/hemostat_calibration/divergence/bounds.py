@@ -43,7 +43,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.records import Candidates, Floats, Ids, TokenRecord
+from hemostat_calibration.arrays import Bools, Floats, Ids
+from hemostat_calibration.records import Candidates, TokenRecord
 
 MASS_ROUNDING = 1e-6
 """Error of a sum of float32 probabilities near 1."""
@@ -53,8 +54,6 @@ MIN_RATIO = math.exp(-16.0)
 
 _COMPARED = 8192
 """Pairs of ids a row that are compared one with another."""
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

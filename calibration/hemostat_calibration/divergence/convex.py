@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hemostat_calibration.records import Floats
+from hemostat_calibration.arrays import Floats
 
 _CUTS = 4
 """Cutting planes after the first two: what is left open is then far below the bound itself."""

@@ -36,10 +36,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hemostat_calibration.arrays import Bools, Floats, Ids
 from hemostat_calibration.divergence.bounds import (
     MASS_ROUNDING,
     MIN_RATIO,
-    Bools,
     Interval,
     bounds,
     cap,
@@ -47,7 +47,7 @@ from hemostat_calibration.divergence.bounds import (
     view_of,
     xlogy,
 )
-from hemostat_calibration.records import Candidates, Floats, Ids, Sampling, TokenRecord
+from hemostat_calibration.records import Candidates, Sampling, TokenRecord
 
 GREEDY_BELOW = 1e-5
 """vLLM decodes greedily below this temperature."""

@@ -30,10 +30,10 @@ from typing import Literal
 
 import numpy as np
 
+from hemostat_calibration.arrays import Bools, Floats
 from hemostat_calibration.divergence.bounds import (
     MASS_ROUNDING,
     MIN_RATIO,
-    Bools,
     Bounds,
     Coarse,
     View,
@@ -57,7 +57,7 @@ from hemostat_calibration.divergence.profile_shift import (
 )
 from hemostat_calibration.divergence.sampled_estimate import importance_weight, sampled_estimates
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Floats, TokenRecord
+from hemostat_calibration.records import TokenRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.records import Floats, TokenRecord
+from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.streaming import student_975
 
 POSITIONS = (*range(1, 17), *(round(16 * 2 ** (k / 4)) for k in range(1, 33)))

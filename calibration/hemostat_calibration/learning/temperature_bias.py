@@ -12,9 +12,10 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
-from hemostat_calibration.records import Floats, TokenRecord
+from hemostat_calibration.records import TokenRecord
 
 State = TypeVar("State")
 

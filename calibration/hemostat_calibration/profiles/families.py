@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats, Indices
+
 Parameters = Mapping[str, npt.NDArray[Any]]
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.integer]
 VOCABULARY = "V"
 """The dimension that must equal the profile's `vocab_size`."""
 ANCHORS = "anchors"
@@ -48,13 +48,13 @@ class FamilySpec:
     """
 
     parameters: Mapping[str, Parameter]
-    shift: Callable[[Parameters, Floats, Ids | None, Floats | None], Floats]
+    shift: Callable[[Parameters, Floats, Indices | None, Floats | None], Floats]
     range: Callable[[Parameters, Floats], tuple[Floats, Floats]]
     check: Callable[[Parameters], str]
     code: Callable[[Parameters, Floats], Floats] | None = None
 
 
-def _temperature_bias_shift(parameters: Parameters, relative: Floats, ids: Ids | None, _: Floats | None) -> Floats:
+def _temperature_bias_shift(parameters: Parameters, relative: Floats, ids: Indices | None, _: Floats | None) -> Floats:
     slope = float(parameters["inverse_temperature"]) - 1.0
     bias = parameters["bias"] if ids is None else parameters["bias"][ids]
     return slope * relative + bias
@@ -95,7 +95,7 @@ def _contextual_code(parameters: Parameters, anchored: Floats) -> Floats:
     return scaled
 
 
-def _contextual_shift(parameters: Parameters, relative: Floats, ids: Ids | None, code: Floats | None) -> Floats:
+def _contextual_shift(parameters: Parameters, relative: Floats, ids: Indices | None, code: Floats | None) -> Floats:
     assert code is not None
     up = parameters["up"]
     if ids is None:

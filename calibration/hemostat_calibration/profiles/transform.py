@@ -16,11 +16,10 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.profiles.families import ANCHORS, FAMILIES
 from hemostat_calibration.profiles.profile import CalibrationProfile
-
-Floats = npt.NDArray[np.float64]
 
 
 def anchors(profile: CalibrationProfile) -> npt.NDArray[np.int32] | None:

@@ -34,10 +34,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.streaming import RatioEstimate
-
-Floats = npt.NDArray[np.float64]
 
 NARROWEST_AT = 500
 """Requests after which the intervals of means are narrowest compared with one for a single look."""

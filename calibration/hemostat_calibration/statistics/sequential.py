@@ -20,11 +20,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
-
-Floats = npt.NDArray[np.float64]
 
 _FRACTIONS = np.array([1.0, 0.5, 0.2, 0.05, 0.01])
 _WEIGHTS = np.array([0.6, 0.1, 0.1, 0.1, 0.1])

@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates, Floats, Ids
+from hemostat_calibration.records import Candidates
 
 NO_CODES: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({})
 

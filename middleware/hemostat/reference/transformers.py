@@ -19,9 +19,10 @@ import numpy.typing as npt
 from hemostat.ipc.child_process import Child, ChildGone
 from hemostat.reference import wire
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates, Floats, Ids
+from hemostat_calibration.records import Candidates
 
 log = logging.getLogger("hemostat.reference")
 

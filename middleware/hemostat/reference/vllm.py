@@ -13,8 +13,9 @@ from pydantic import SecretStr
 
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.reference.server import ModelCard, Refused, VllmServer
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates, Ids
+from hemostat_calibration.records import Candidates
 
 ROUNDING = 1e-3
 """A log-probability above this is none: the server runs with another --logprobs-mode."""

@@ -22,8 +22,9 @@ import numpy.typing as npt
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.shadow import assignment as sampling
 from hemostat.shadow.limits import TokenBudget
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import Arm, Candidates, Ids, Sampling, TokenRecord, validate
+from hemostat_calibration.records import Arm, Candidates, Sampling, TokenRecord, validate
 
 log = logging.getLogger("hemostat.floor")
 

@@ -21,10 +21,11 @@ from hemostat.engines.registry import EngineRegistry, TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
+from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, code
-from hemostat_calibration.records import Arm, Candidates, Features, Floats, Ids, Sampling, Shift, TokenRecord, validate
+from hemostat_calibration.records import Arm, Candidates, Features, Sampling, Shift, TokenRecord, validate
 from hemostat_calibration.statistics.split import prompt_key
 
 log = logging.getLogger("hemostat.scorer")

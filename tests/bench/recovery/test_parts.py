@@ -224,7 +224,7 @@ def test_what_else_was_tried_is_judged_on_the_same_tokens() -> None:
     learning, heldout = texts[:32], texts[32:]
     identity = measure(weight, recovery, heldout, {})[IDENTITY]
     topics = np.repeat(np.arange(8), 25)
-    training = mlp.TrainingSettings(units=16, epochs=2, exact=((1, 1e-4),), batch=64)
+    training = mlp.TrainingSettings(units=16, epochs=2, kl_stages=((1, 1e-4),), batch=64)
     found = tried.compare(weight, recovery, learning, heldout, topics, identity, 100.0, training)
     assert len({row["tried"] for row in found}) == len(found) == 6
     # The truth is a linear map.

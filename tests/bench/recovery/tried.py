@@ -114,9 +114,9 @@ def network(rows: _Rows, embedding: Singles, start: Image, training: mlp.Trainin
 
     t = rows.t.astype(np.float16)
     squared = objective.Squared(t)
-    trained = mlp.train(trained, x, everyone, squared, training, training.epochs, training.rate, silent)
-    exact = objective.Softmax(embedding[: training.exact_ids], rows.c.astype(np.float16), t)
-    for epochs, rate in training.exact[:1]:
+    trained = mlp.train(trained, x, everyone, squared, training, training.epochs, training.learning_rate, silent)
+    exact = objective.Softmax(embedding[: training.kl_ids], rows.c.astype(np.float16), t)
+    for epochs, rate in training.kl_stages[:1]:
         trained = mlp.train(trained, x, everyone, exact, training, epochs, rate, silent)
     say(f"tried: network {training.seed} learned")
     return lambda c: trained.image((c - mean) * scale)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.records import Floats, Ids
 
 
 def choose_anchors(

@@ -9,11 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from hemostat_calibration.records import Floats
-
-Singles = npt.NDArray[np.float32]
+from hemostat_calibration.arrays import Floats, Singles
 
 MASS_KEPT = 0.999
 """Part of the mean distribution whose ids the Fisher metric sums over; the rest would cost most and say least."""
@@ -24,7 +21,7 @@ _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prior:
+class HiddenStatePrior:
     """What hidden states are like before a row is seen. mean: float64 [d]; covariance: [d, d].
 
     noise: standard deviation of a logit as it is read, nats: engines compute it in bfloat16 and hand it out in float16.
@@ -35,7 +32,7 @@ class Prior:
     noise: float
 
 
-def estimate_prior(hidden: Singles, noise: float) -> Prior:
+def estimate_prior(hidden: Singles, noise: float) -> HiddenStatePrior:
     """From some hidden states [n, d]; shrunk a little towards a sphere, as n may be less than d."""
     rows = hidden.astype(np.float64)
     mean = rows.mean(axis=0)
@@ -44,17 +41,17 @@ def estimate_prior(hidden: Singles, noise: float) -> Prior:
     covariance = rows.T @ rows / n
     shrink = d / (n + d)
     sphere = np.trace(covariance) / d
-    return Prior(mean, (1.0 - 0.5 * shrink) * covariance + 0.5 * shrink * sphere * np.eye(d), noise)
+    return HiddenStatePrior(mean, (1.0 - 0.5 * shrink) * covariance + 0.5 * shrink * sphere * np.eye(d), noise)
 
 
-def isotropic_prior(weight: Singles, noise: float) -> Prior:
+def isotropic_prior(weight: Singles, noise: float) -> HiddenStatePrior:
     """Where no hidden state has been seen: a sphere on which logits spread by some nats."""
     size = float(np.square(weight[: 1 << 14]).sum(axis=1).mean())
     d = weight.shape[1]
-    return Prior(np.zeros(d), np.eye(d) * (25.0 / max(size, 1e-12)), noise)
+    return HiddenStatePrior(np.zeros(d), np.eye(d) * (25.0 / max(size, 1e-12)), noise)
 
 
-def linear_recovery(weight: Singles, prior: Prior) -> tuple[Floats, Floats]:
+def linear_recovery(weight: Singles, prior: HiddenStatePrior) -> tuple[Floats, Floats]:
     """(a [d], K [d, N]): E[h | z] = a + K z for logits z at the ids of `weight` [N, d], centred over them.
 
     Gaussian conditioning: h = μ + Σ W̄ᵀ (W̄ Σ W̄ᵀ + σ²)⁻¹ (z − W̄ μ), W̄ the centred rows.

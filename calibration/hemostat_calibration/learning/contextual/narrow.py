@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.records import Floats
+from hemostat_calibration.arrays import Floats
 
 
 def narrow(

@@ -11,13 +11,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from hemostat_calibration.learning.contextual.hidden_states import Singles, softmax
-from hemostat_calibration.records import Floats, Ids
-
-Halves = npt.NDArray[np.float16]
-Indices = npt.NDArray[np.integer]
+from hemostat_calibration.arrays import Floats, Halves, Ids, Indices, Singles
+from hemostat_calibration.learning.contextual.hidden_states import softmax
 
 _BLOCK = 512
 """Rows at a time, where each needs a matrix of its own."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hemostat_calibration.records import Floats
+from hemostat_calibration.arrays import Floats
 
 PENALTIES = tuple(10.0**e for e in (2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -3.5, -4.0))
 """λ as parts of the rows' weight, strongest first."""
@@ -112,7 +112,7 @@ def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats
     return found
 
 
-def full(moments: Moments, penalty: float) -> Floats:
+def full_rank(moments: Moments, penalty: float) -> Floats:
     """Bᵀ, [A + 1, d], of every rank; penalty: λ / weight."""
     s = standardiser(moments)
     standard = _standardised(moments, s)

@@ -1,0 +1,109 @@
+"""Streaming sufficient statistics of the linear map, by fold: constant in size, added up in any order.
+
+With x̃ = [x; 1] the features that the map reads, z the centred logits at all anchors and h_r the reference's hidden
+state, Σ x̃ zᵀ and Σ x̃ h_rᵀ are all that a linear regression of h_r − h_c on x̃ needs, as h_c is a linear function of z
+(`hidden_states.linear_recovery`) that may be estimated later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hemostat_calibration.arrays import Floats, Singles, frozen
+from hemostat_calibration.learning.contextual.basis import Basis
+from hemostat_calibration.learning.contextual.regression import Moments
+from hemostat_calibration.learning.contextual.rows import TokenRows
+
+FLUSH_TOKENS = 1024
+"""Tokens of a fold that are collected before they are added to its sums: the sums are large, so that adding is slow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forgetting:
+    """Exponential discount by age. half_life_tokens: age at which a token counts half; None never forgets.
+
+    >>> Forgetting(100.0).weight(200)
+    0.25
+    >>> Forgetting(None).weight(200)
+    1.0
+    """
+
+    half_life_tokens: float | None
+
+    def weight(self, age: int) -> float:
+        """Of a token that is `age` tokens old."""
+        return 1.0 if self.half_life_tokens is None else 0.5 ** (age / self.half_life_tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FoldSums:
+    """Sums over one fold's rows, discounted to `clock`; arrays are read-only.
+
+    cross: float64 [A + 1, N], Σ x̃ zᵀ. target: float64 [A + 1, d], Σ x̃ h_rᵀ. weight: Σ of the rows' weights.
+    clock: number of tokens that the learner had seen. waiting: rows not yet added.
+    """
+
+    cross: Floats
+    target: Floats
+    weight: float = 0.0
+    clock: int = 0
+    waiting: tuple[TokenRows, ...] = ()
+
+
+def empty_fold(features: int, anchors: int, width: int) -> FoldSums:
+    """Before the first row. features: A, anchors: N, width: d."""
+    return FoldSums(frozen(np.zeros((features + 1, anchors))), frozen(np.zeros((features + 1, width))))
+
+
+def inputs_of(z: Singles, features: int) -> Singles:
+    """x̃ = [x; 1], float32 [T, A + 1], of centred logits z at the anchors, [T, N].
+
+    >>> inputs_of(np.array([[1.0, 2.0, -3.0]], np.float32), 2).tolist()
+    [[1.0, 2.0, 1.0]]
+    """
+    return np.column_stack([z[:, :features], np.ones(len(z), np.float32)])
+
+
+def with_rows(fold: FoldSums, rows: TokenRows, clock: int, forgetting: Forgetting) -> FoldSums:
+    """`fold` and one more prompt's rows, which must have features and hidden states."""
+    fold = replace(fold, waiting=(*fold.waiting, rows))
+    return flushed(fold, clock, forgetting) if sum(r.tokens for r in fold.waiting) >= FLUSH_TOKENS else fold
+
+
+def flushed(fold: FoldSums, clock: int, forgetting: Forgetting) -> FoldSums:
+    """The same with the waiting rows added to the sums, all discounted to `clock`."""
+    past = forgetting.weight(clock - fold.clock)
+    cross, target, weight = fold.cross * past, fold.target * past, fold.weight * past
+    waiting = [r for r in fold.waiting if r.features is not None and r.hidden is not None]
+    if waiting:
+        z = np.concatenate([r.features for r in waiting if r.features is not None]).astype(np.float32)
+        h = np.concatenate([r.hidden for r in waiting if r.hidden is not None]).astype(np.float32)
+        w = np.concatenate([np.full(r.tokens, forgetting.weight(clock - r.clock)) for r in waiting])
+        x = inputs_of(z, len(cross) - 1)
+        weighted = (x * w[:, None].astype(np.float32)).T
+        cross += weighted @ z
+        target += weighted @ h
+        weight += float(w.sum())
+    return FoldSums(frozen(cross), frozen(target), weight, clock)
+
+
+def merged(a: FoldSums, b: FoldSums, clock: int) -> FoldSums:
+    """Of two flushed folds that end at the same time, `clock` tokens having been seen in all."""
+    return FoldSums(frozen(a.cross + b.cross), frozen(a.target + b.target), a.weight + b.weight, clock)
+
+
+def moments_in_basis(fold: FoldSums, basis: Basis) -> Moments:
+    """Σ s sᵀ and Σ s tᵀ of a flushed fold, of inputs s = `basis.reads` x̃ and targets t = Lᵀ (h_r − E[h_c | z])."""
+    features = len(fold.cross) - 1
+    count = np.append(fold.cross[-1, :features], fold.weight)
+    xx = np.column_stack([fold.cross[:, :features], count])
+    xy = fold.target @ basis.root - np.outer(count, basis.offset) - fold.cross @ basis.gain.T
+    return Moments(basis.reads @ xx @ basis.reads.T, basis.reads @ xy, fold.weight)
+
+
+def moments_of_rows(x: Singles, target: Singles, weights: Floats) -> Moments:
+    """The same from rows: x [n, A + 1], target [n, d], weights [n]."""
+    weighted = (x * weights[:, None].astype(np.float32)).T
+    return Moments((weighted @ x).astype(np.float64), (weighted @ target).astype(np.float64), float(weights.sum()))
