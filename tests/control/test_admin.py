@@ -72,7 +72,7 @@ async def test_what_changes_state_needs_the_token(one: Control, method: str, pat
         response = await client.request(method, path, headers=AUTHORIZED)
         assert response.status_code == 403
         assert "HEMOSTAT_ADMIN__TOKEN" in detail(response)
-    assert one.steering.mode == "observe", "nothing was changed"
+    assert one.profile_manager.serving.mode == "observe", "nothing was changed"
 
 
 async def test_the_token_is_compared_in_constant_time(
@@ -113,9 +113,9 @@ async def test_bodies_are_bounded_and_unread_without_the_token(
 
 
 async def test_the_mode_is_switched_at_once_and_relays_are_told(one: Control, client: httpx.AsyncClient) -> None:
-    one.steering.know("m", 30)
-    version = one.steering.add(profile())
-    one.steering.promote(version)
+    one.profile_manager.set_model_pair("m", 30)
+    version = one.profile_manager.operator.import_profile(profile())
+    one.profile_manager.operator.promote(version)
     told: list[Policy] = []
     one.link.set_policy = told.append  # type: ignore[method-assign]
     for mode, serving in (("auto", version), ("off", None), ("observe", None)):
@@ -134,7 +134,7 @@ async def test_a_mode_that_there_is_not(client: httpx.AsyncClient, body: bytes) 
 
 
 async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, client: httpx.AsyncClient) -> None:
-    one.steering.know("m", 30)
+    one.profile_manager.set_model_pair("m", 30)
     given = profile()
     response = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=given.to_bytes())
     version = response.json()["version"]
@@ -153,17 +153,20 @@ async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, 
     nothing = await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)
     assert nothing.status_code == 400
     assert "identity serves" in detail(nothing)
-    one.steering.promote(version)
+    one.profile_manager.operator.promote(version)
     listing = (await client.post("/api/v1/profiles/rollback", headers=AUTHORIZED)).json()
     assert listing["serving"] == "identity"
     assert listing["events"][0]["decision"] == "roll_back"
-    assert one.steering.selected is None
+    assert one.profile_manager.serving.selected is None
 
 
 async def test_the_operators_word_goes_before_the_guards(one: Control, client: httpx.AsyncClient) -> None:
-    one.steering.know("m", 30)
-    one.steering.set_mode("auto")
-    version, other = one.steering.add(profile()), one.steering.add(profile(1))
+    one.profile_manager.set_model_pair("m", 30)
+    one.profile_manager.operator.set_mode("auto")
+    version, other = (
+        one.profile_manager.operator.import_profile(profile()),
+        one.profile_manager.operator.import_profile(profile(1)),
+    )
     told: list[Policy] = []
     one.link.set_policy = told.append  # type: ignore[method-assign]
 
@@ -200,7 +203,7 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
 async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
     made = settings(calibration={"scope": "label"}, labels=["batch"])
     async with control(tmp_path, made) as one, admin_client(one) as client:
-        one.steering.know("m", 30)
+        one.profile_manager.set_model_pair("m", 30)
         path = "/api/v1/profiles?scope=batch"
         refused = await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())
         assert (refused.status_code, "no scored request was of the label" in detail(refused)) == (400, True)
@@ -210,8 +213,8 @@ async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
         assert (candidate["version"], candidate["scope"]) == (version, "batch")
         told: list[Policy] = []
         one.link.set_policy = told.append  # type: ignore[method-assign]
-        one.steering.set_mode("auto")
-        one.steering.promote(version, "batch")
+        one.profile_manager.operator.set_mode("auto")
+        one.profile_manager.operator.promote(version, "batch")
         one.publish()
         assert (told[-1].serving, told[-1].scope, told[-1].scoped) == (None, "label", {"batch": version})
         labels = f'scope="batch",version="{version}"'
@@ -219,12 +222,12 @@ async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
 
 
 async def test_profiles_that_are_none(one: Control, client: httpx.AsyncClient) -> None:
-    one.steering.know("m", 30)
+    one.profile_manager.set_model_pair("m", 30)
     for body, said in ((b"", "profile"), (b"junk" * 100, "profile"), (profile(vocabulary=31).to_bytes(), "31 ids")):
         response = await client.post("/api/v1/profiles", headers=AUTHORIZED, content=body)
         assert response.status_code == 400
         assert said in detail(response)
-    assert one.steering.listing()["profiles"] == []
+    assert one.profile_manager.report.listing()["profiles"] == []
 
 
 @pytest.mark.parametrize("name", ["a" * 32, "A" * 32, "latest", "..%2f..%2fetc", "a" * 33])

@@ -22,6 +22,7 @@ from hemostat.control import process as control_module
 from hemostat.control.process import Control
 from hemostat.engines.registry import EngineReport
 from hemostat.ipc.messages import Policy, Stats
+from hemostat.profiles.serving import ServedModel
 from hemostat.store.protocol import StoreFailure
 from hemostat.store.writer import MAX_QUEUED_WRITES
 from hemostat_calibration.errors import HemostatError
@@ -75,7 +76,7 @@ async def test_two_models_that_fit_are_scored(
         await until(lambda: one.reference_state == "ready")
         assert told[-1].scoring
         assert one.served == {"fake"}
-        assert one.steering.known == ("fake", VOCAB)
+        assert one.profile_manager.serving.model == ServedModel("fake", VOCAB)
 
 
 async def test_an_upstream_that_gives_fewer_logprobs_is_a_mismatch_that_says_what_to_set(
@@ -158,11 +159,11 @@ async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it_and_ma
         assert one.status()["requests"]["scored"] == 2
         assert one.status()["requests"]["skipped"] == {"unknown_model": 1}
         assert {r["model"] for r in other.requests if "prompt_logprobs" in r} == {"sql", "fake"}
-        assert set(one.steering.status()["scopes"]) == {"sql", "fake"}
+        assert set(one.profile_manager.report.status()["scopes"]) == {"sql", "fake"}
         assert one.floor is not None
         assert one.floor.waiting == 1, "the noise floor is of the model itself"
         own = temperature_bias("fake", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
-        one.steering.promote(one.steering.add(own, "sql"), "sql")
+        one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(own, "sql"), "sql")
         one.publish()
         assert (told[-1].serving, told[-1].scoped) == (None, {"sql": own.version})
         other.adapters = ()
@@ -177,7 +178,11 @@ async def test_another_model_behind_the_same_address_is_matched_anew(
     async with watched(tmp_path, pair(url, reference[1])) as (one, _):
         await until(lambda: one.reference_state == "ready")
         fake.model = "another"
-        await until(lambda: one.steering.known is not None and one.steering.known[0] == "another")
+        await until(
+            lambda: (
+                one.profile_manager.serving.model is not None and one.profile_manager.serving.model.name == "another"
+            )
+        )
         assert one.served == {"another"}
 
 
@@ -204,7 +209,7 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
         raise RuntimeError("a bug")
 
     async with control(tmp_path) as one:
-        monkeypatch.setattr(one.steering, "observe", bug)
+        monkeypatch.setattr(one.profile_manager, "observe", bug)
         one._scored(*scored())
         assert one.measurements.tokens == 3
         found = {name: value for name, _, value in one.counters()}
@@ -218,7 +223,7 @@ async def test_policies_are_sent_when_something_changed_and_only_then(tmp_path: 
         for _ in range(5):
             one.publish()
         assert len(told) == 1
-        one.steering.set_mode("auto")
+        one.profile_manager.operator.set_mode("auto")
         one.publish()
         assert [policy.generation for policy in told] == [1, 2]
         assert msgspec.structs.replace(told[0], generation=2, mode="auto") == told[1]
@@ -228,17 +233,17 @@ async def test_a_store_that_refuses_is_counted_and_nothing_else(tmp_path: Path) 
     path = tmp_path / "store.db"
     made = settings(store={"url": f"sqlite:///{path}"})
     async with control(tmp_path, made, loops=True) as one:
-        one.steering.know("m", 30)
-        one.steering.add(profile())
+        one.profile_manager.set_model_pair("m", 30)
+        one.profile_manager.operator.import_profile(profile())
         await until(lambda: len(one.store.events(9)) == len(one.store.profiles()) == 1)
         path.write_bytes(b"no database " * 1000)
-        one.steering.add(profile(1))
+        one.profile_manager.operator.import_profile(profile(1))
         await until(lambda: one.store_errors.count == 3)
         path.unlink()
-        one.steering.set_mode("auto")
+        one.profile_manager.operator.set_mode("auto")
         await until(lambda: one.store.get_state("mode") == "observe auto")
         assert one.store_errors.count == 3
-        assert len(one.steering.listing()["profiles"]) == 2
+        assert len(one.profile_manager.report.listing()["profiles"]) == 2
 
 
 async def test_a_damaged_store_does_not_keep_it_from_starting(tmp_path: Path) -> None:
@@ -262,7 +267,7 @@ async def test_what_was_decided_is_written_before_it_ends(tmp_path: Path) -> Non
     async with control(tmp_path, made) as one:
         await one.set_mode("off")
     async with control(tmp_path, made) as one:
-        assert one.steering.mode == "off"
+        assert one.profile_manager.serving.mode == "off"
         assert [event["decision"] for event in one.profiles()["events"]] == ["mode"]
 
 
@@ -277,8 +282,8 @@ async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(t
         told: dict[int, Policy] = {}
         for n, one in enumerate((first, second)):
             one.link.set_policy = lambda policy, n=n: told.update({n: policy})  # type: ignore[method-assign]
-            one.steering.know("m", 30)
-            one.steering.promote(one.steering.add(profile(n)))
+            one.profile_manager.set_model_pair("m", 30)
+            one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(profile(n)))
             report = EngineReport("boot", 0, 1, [mine.version], 30, {}, "v1", "0")
             one.engines.report(report, time.monotonic())
             one.publish()
@@ -292,8 +297,8 @@ async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(t
         first.publish()
         assert told[0].acknowledged == frozenset(), "an engine that restarted has yet to fetch it"
     async with control(folders[0], made) as third:
-        third.steering.know("m", 30)
-        assert third.steering.serving == mine.version, "the last word: the first one was closed last"
+        third.profile_manager.set_model_pair("m", 30)
+        assert third.profile_manager.serving.version == mine.version, "the last word: the first one was closed last"
         assert {item.version for item in third.store.profiles()} == {mine.version, profile(1).version}
         assert [e["decision"] for e in third.profiles()["events"]].count("promote") == 2
 
@@ -306,7 +311,7 @@ async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
             pass
     path.write_bytes(profile().to_bytes())
     async with control(tmp_path, settings(calibration={"force": str(path)})) as one:
-        assert one.steering.forced == profile().version
+        assert one.profile_manager.serving.forced == profile().version
 
 
 async def test_saves_beyond_what_can_wait_are_counted(tmp_path: Path) -> None:
@@ -320,9 +325,9 @@ async def test_saves_beyond_what_can_wait_are_counted(tmp_path: Path) -> None:
 
 async def test_status_and_scrapes_take_no_time(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
-        one.steering.know("m", 30)
+        one.profile_manager.set_model_pair("m", 30)
         for seed in range(4):
-            one.steering.add(profile(seed))
+            one.profile_manager.operator.import_profile(profile(seed))
         one._scored(*scored())
         begun = time.perf_counter()
         for _ in range(20):

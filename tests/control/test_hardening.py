@@ -349,8 +349,8 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
             control.reference_detail = script
             control.served = frozenset({script})
             control._count("dropped", script)
-            control.steering._events.append(
-                {"at": time.time(), "decision": script, "version": script, "why": script, "evidence": {}}
+            control.profile_manager.events.restore(
+                [{"at": time.time(), "decision": script, "version": script, "why": script, "evidence": {}}]
             )
             control.alarms.events.append(
                 {"at": time.time(), "decision": "alarm", "version": "", "why": script, "evidence": {"raised": False}}

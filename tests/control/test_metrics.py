@@ -15,7 +15,7 @@ from tests.support.waiting import until
 from hemostat.control.process import Control
 from hemostat.engines.registry import EngineReport
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
-from hemostat.profiles.lifecycle import DECISIONS
+from hemostat.profiles.decisions import DECISIONS
 
 CONTRACT = {
     "hemostat_requests_total": {"route", "outcome"},
@@ -55,9 +55,9 @@ def samples(families: dict[str, Metric]) -> dict[tuple[str, tuple[tuple[str, str
 async def test_names_and_labels_are_those_of_the_contract(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         writer = await connect_relay(one, tmp_path, 1, relay_stats())
-        one.steering.know("m", 30)
-        version = one.steering.add(profile())
-        one.steering.promote(version)
+        one.profile_manager.set_model_pair("m", 30)
+        version = one.profile_manager.operator.import_profile(profile())
+        one.profile_manager.operator.promote(version)
         one._scored(*scored(arm="treated"))
         families = scrape(one)
         series = {name: set(dict(labels)) - {"le"} for name, labels in samples(families)}
@@ -133,10 +133,10 @@ async def test_relays_and_control_count_into_the_same_family_and_restarts_take_n
 
 async def test_decisions_and_clamps_that_bind_are_counted(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
-        one.steering.know("m", 30)
-        version = one.steering.add(profile())
-        one.steering.pin(version)
-        one.steering.rollback("asked for")
+        one.profile_manager.set_model_pair("m", 30)
+        version = one.profile_manager.operator.import_profile(profile())
+        one.profile_manager.operator.pin(version)
+        one.profile_manager.operator.roll_back("asked for")
         counted = {"rows_clamped": 3, "rows_kl_clamped": 2, "rows_masked": 5, "requests_declined": 1}
         for boot in ("a", "b"):
             one.engines.report(EngineReport(boot, 0, 1, [], 30, counted, "v1", "0"), time.monotonic())

@@ -14,6 +14,7 @@ from tests.support.control import TOKEN
 
 from hemostat import cli
 from hemostat.control.process import Control
+from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 Command = Callable[..., Any]
@@ -22,7 +23,7 @@ Command = Callable[..., Any]
 @pytest.fixture
 def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     async def fill(control: Control, folder: Path) -> None:
-        control.steering.know("m", 60)
+        control.profile_manager.set_model_pair("m", 60)
 
     with served(tmp_path, fill) as running:
         monkeypatch.setenv("HEMOSTAT_ADMIN_URL", running.url)
@@ -50,8 +51,8 @@ def proven(one: Served, candidate: CalibrationProfile) -> None:
     """Records that know the candidate's gain, until the guard has seen enough."""
     for n in range(2000):
         made = replace(record(n, None), shifts=record(n, candidate).shifts)
-        one.do(lambda control, made=made: control.steering.observe(made))  # type: ignore[misc]
-        if one.do(lambda control: control.steering.selected) is not None:
+        one.do(lambda control, made=made: control.profile_manager.observe(made, RecordGains(made)))  # type: ignore[misc]
+        if one.do(lambda control: control.profile_manager.serving.selected) is not None:
             return
     raise AssertionError("nothing was promoted")
 

@@ -21,7 +21,6 @@ from urllib.parse import quote
 import httpx
 import pytest
 from tests.control.test_serve import AUTHORIZED, Served, hemostat
-from tests.control.test_steering import BIASED, JUDGED, LEARNED, Bench, harmful, helpful
 from tests.support import valkey
 from tests.support.control import TOKEN, control, profile, settings
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
@@ -31,10 +30,8 @@ from hemostat.config.schema import Settings
 from hemostat.control import process as control_module
 from hemostat.control.process import Control
 from hemostat.ipc.messages import Policy
-from hemostat.profiles.lifecycle import EVENTS_HELD, STATES
 from hemostat.store import replica as replica_module
 from hemostat.store import writer as writer_module
-from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreAccessDenied, StoredProfile
 from hemostat.store.valkey import ValkeyStore
 from hemostat_calibration.errors import HemostatError
@@ -87,7 +84,7 @@ async def replicas(server: Valkey, folder: Path, number: int = 2) -> AsyncIterat
         for n in range(number):
             (folder / f"replica-{n}").mkdir()
             one = await stack.enter_async_context(control(folder / f"replica-{n}", made(server, folder), loops=True))
-            one.steering.know(MODEL, V)
+            one.profile_manager.set_model_pair(MODEL, V)
             ones.append(one)
         await until(lambda: ones[0].lease.leads)
         yield ones
@@ -100,7 +97,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def agree(ones: list[Control], version: str | None) -> bool:
-    return all(one.steering.serving == version for one in ones)
+    return all(one.profile_manager.serving.version == version for one in ones)
 
 
 async def gone(one: Control) -> None:
@@ -130,7 +127,9 @@ async def test_what_one_promotes_all_serve(shared_server: Valkey, tmp_path: Path
         assert leading == [1.0, 0.0, 0.0]
         await ones[0].rollback("asked for", None)
         await until(lambda: agree(ones, None))
-        assert ones[1].steering.promotions == ones[1].steering.rollbacks == 0, "counted where it was decided"
+        assert ones[1].profile_manager.lifecycle.promotions == ones[1].profile_manager.lifecycle.rollbacks == 0, (
+            "counted where it was decided"
+        )
 
 
 async def test_profiles_of_others_are_read_off_the_event_loop(
@@ -145,7 +144,7 @@ async def test_profiles_of_others_are_read_off_the_event_loop(
 
     async with replicas(shared_server, tmp_path) as ones:
         monkeypatch.setattr(CalibrationProfile, "from_bytes", classmethod(note))
-        await ones[0].promote(ones[0].steering.add(profile()), "")
+        await ones[0].promote(ones[0].profile_manager.operator.import_profile(profile()), "")
         await until(lambda: agree(ones, profile().version))
     assert threads
     assert threading.get_ident() not in threads
@@ -157,7 +156,7 @@ async def test_operators_may_talk_to_any_replica(shared_server: Valkey, tmp_path
         mine = profile()
         version = await follower.import_profile(mine.to_bytes(), "")
         assert version == mine.version
-        assert leader.steering.candidates == [version]
+        assert leader.profile_manager.trials.tested_versions == [version]
         await follower.promote(version, "")
         await until(lambda: agree(ones, version))
         with pytest.raises(HemostatError, match="serves there already"):
@@ -165,15 +164,15 @@ async def test_operators_may_talk_to_any_replica(shared_server: Valkey, tmp_path
         with pytest.raises(HemostatError, match="no profile"):
             await follower.promote("0" * 32, "")
         await follower.pin(version)
-        await until(lambda: follower.steering.pinned)
-        assert leader.steering.pinned
+        await until(lambda: follower.profile_manager.serving.pinned)
+        assert leader.profile_manager.serving.pinned
         await follower.pin(None)
-        assert not leader.steering.pinned
+        assert not leader.profile_manager.serving.pinned
         await follower.set_mode("off")
-        assert (leader.steering.mode, follower.steering.mode) == ("off", "off")
+        assert (leader.profile_manager.serving.mode, follower.profile_manager.serving.mode) == ("off", "off")
         assert follower.store.get_state("mode") == "auto off"
         await leader.set_mode("auto")
-        await until(lambda: follower.steering.mode == "auto")
+        await until(lambda: follower.profile_manager.serving.mode == "auto")
         await follower.rollback("asked for", None)
         await until(lambda: agree(ones, None))
         with pytest.raises(HemostatError, match="vocabulary of 31"):
@@ -189,18 +188,18 @@ async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spe
             await leader.import_profile(profile(n).to_bytes(), "")
         await leader.promote(profile(0).version, "")
         await until(lambda: agree(ones, profile(0).version))
-        begun = leader.steering.status()["tests_begun"]
+        begun = leader.profile_manager.report.status()["tests_begun"]
         assert begun["candidate"] >= 3, "two, and the other one anew after the promotion"
         await until(lambda: follower.store.get_state("tests.candidate") == str(begun["candidate"]))
         await gone(leader)
         assert not follower.lease.leads, "not before the lease has run out"
         await until(lambda: follower.lease.leads)
         assert not leader.lease.leads, "it has stopped before"
-        assert follower.steering.serving == profile(0).version
-        assert follower.steering.status()["tests_begun"]["candidate"] == begun["candidate"]
+        assert follower.profile_manager.serving.version == profile(0).version
+        assert follower.profile_manager.report.status()["tests_begun"]["candidate"] == begun["candidate"]
         other = profile(2)
         await follower.import_profile(other.to_bytes(), "")
-        assert follower.steering.status()["candidates"][0]["test"] == begun["candidate"] + 1
+        assert follower.profile_manager.report.status()["candidates"][0]["test"] == begun["candidate"] + 1
         await follower.promote(other.version, "")
         await until(lambda: other.version in (follower.store.get_state("serving") or ""))
         # What the one that was thought dead still writes is refused, and it follows when it is back.
@@ -209,8 +208,8 @@ async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spe
         assert other.version in (follower.store.get_state("serving") or "")
         del leader.replica.beat  # type: ignore[union-attr]
         await leader.replica.beat()  # type: ignore[union-attr]
-        assert leader.steering.serving == other.version
-        assert leader.steering.candidates == []
+        assert leader.profile_manager.serving.version == other.version
+        assert leader.profile_manager.trials.tested_versions == []
 
 
 async def test_an_orderly_end_hands_over_at_once(
@@ -223,13 +222,13 @@ async def test_an_orderly_end_hands_over_at_once(
         first = AsyncExitStack()
         leader = await first.enter_async_context(control(tmp_path / "a", made(shared_server, tmp_path), loops=True))
         follower = await stack.enter_async_context(control(tmp_path / "b", made(shared_server, tmp_path), loops=True))
-        leader.steering.know(MODEL, V)
-        follower.steering.know(MODEL, V)
+        leader.profile_manager.set_model_pair(MODEL, V)
+        follower.profile_manager.set_model_pair(MODEL, V)
         await until(lambda: leader.lease.leads)
         await leader.promote(await leader.import_profile(profile().to_bytes(), ""), "")
         await first.aclose()
         await until(lambda: follower.lease.leads)
-        assert follower.steering.serving == profile().version, "written before it ended"
+        assert follower.profile_manager.serving.version == profile().version, "written before it ended"
 
 
 async def test_a_store_that_crashes_changes_nothing_and_comes_back(
@@ -246,7 +245,7 @@ async def test_a_store_that_crashes_changes_nothing_and_comes_back(
         await leader.promote(other, "")
         await until(lambda: not leader.lease.leads)
         assert leader.lease.is_last_leader
-        assert follower.steering.serving == mine.version
+        assert follower.profile_manager.serving.version == mine.version
         with pytest.raises(HemostatError, match="cannot be asked"):
             await leader.promote(mine.version, "")
         with pytest.raises(HemostatError, match="cannot be asked"):
@@ -257,8 +256,8 @@ async def test_a_store_that_crashes_changes_nothing_and_comes_back(
         await until(lambda: not any(one.status()["replica"]["store_reachable"] for one in ones))
         server.start()
         await until(lambda: any(one.lease.leads for one in ones))
-        await until(lambda: len({one.steering.serving for one in ones}) == 1)
-        assert (leader if leader.lease.leads else follower).steering.serving in {other, mine.version}
+        await until(lambda: len({one.profile_manager.serving.version for one in ones}) == 1)
+        assert (leader if leader.lease.leads else follower).profile_manager.serving.version in {other, mine.version}
         assert any(one.status()["replica"]["leads"] for one in ones)
 
 
@@ -268,7 +267,7 @@ async def test_a_store_that_lost_its_data_gets_it_again(tmp_path: Path) -> None:
             mine = profile()
             await ones[0].promote(await ones[0].import_profile(mine.to_bytes(), ""), "")
             await until(lambda: agree(ones, mine.version))
-            begun = ones[0].steering.status()["tests_begun"]["serving"]
+            begun = ones[0].profile_manager.report.status()["tests_begun"]["serving"]
             server.kill()
             server.start()
             await until(lambda: any(one.lease.leads for one in ones))
@@ -290,11 +289,11 @@ async def test_off_holds_at_once_without_the_store_and_everywhere_with_it(
         await until(lambda: not ones[0].lease.leads)
         await until(lambda: not any(one.status()["replica"]["store_reachable"] for one in ones))
         await ones[which].set_mode("off")
-        assert ones[which].steering.serving is None
+        assert ones[which].profile_manager.serving.version is None
         await ones[which].rollback("asked for", None)
         server.start()
-        await until(lambda: [one.steering.mode for one in ones] == ["off", "off"])
-        await until(lambda: [one.steering.selected for one in ones] == [None, None])
+        await until(lambda: [one.profile_manager.serving.mode for one in ones] == ["off", "off"])
+        await until(lambda: [one.profile_manager.serving.selected for one in ones] == [None, None])
 
 
 async def test_a_store_that_is_not_there_at_the_start_is_waited_for(server: Valkey, tmp_path: Path) -> None:
@@ -303,7 +302,7 @@ async def test_a_store_that_is_not_there_at_the_start_is_waited_for(server: Valk
     async with control(tmp_path / "a", made(server, tmp_path), loops=True) as one:
         assert one.store_errors.count >= 1
         assert not one.lease.leads
-        one.steering.know(MODEL, V)
+        one.profile_manager.set_model_pair(MODEL, V)
         one.publish()
         server.start()
         await until(lambda: one.lease.leads)
@@ -321,7 +320,9 @@ async def test_a_store_that_hangs_does_not_hold_up_the_event_loop(
         for _ in range(100):
             begun = loop.time()
             ones[0].publish()
-            ones[0].steering.set_mode("observe" if ones[0].steering.mode == "auto" else "auto")
+            ones[0].profile_manager.operator.set_mode(
+                "observe" if ones[0].profile_manager.serving.mode == "auto" else "auto"
+            )
             await asyncio.sleep(0.01)
             longest = max(longest, loop.time() - begun)
         assert longest < 0.4
@@ -344,11 +345,11 @@ async def test_a_follower_of_another_model_does_not_serve_what_does_not_fit(
 ) -> None:
     async with replicas(shared_server, tmp_path) as ones:
         leader, follower = ones
-        follower.steering.know("another", V + 1)
+        follower.profile_manager.set_model_pair("another", V + 1)
         await leader.promote(await leader.import_profile(profile().to_bytes(), ""), "")
         await until(lambda: bool(follower.profiles()["events"]))
-        assert follower.steering.serving is None
-        assert leader.steering.serving == profile().version
+        assert follower.profile_manager.serving.version is None
+        assert leader.profile_manager.serving.version == profile().version
 
 
 async def test_damage_in_the_store_ends_no_loop(shared_server: Valkey, tmp_path: Path) -> None:
@@ -368,72 +369,6 @@ async def test_damage_in_the_store_ends_no_loop(shared_server: Valkey, tmp_path:
             await until(lambda name=name: "error" in (store.take_reply(name) or ""))  # type: ignore[misc]
         await leader.rollback("asked for", None)
         await until(lambda: agree(ones, None))
-
-
-# --- what a replica that does not lead does ---------------------------------------------------------------------------
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def follower_of(bench: Bench, clock: Clock) -> Lease:
-    lease = Lease(shared=True, clock=clock)
-    bench.steering._lease = lease
-    return lease
-
-
-def test_a_follower_learns_but_neither_proposes_nor_judges() -> None:
-    bench, clock = Bench(), Clock()
-    lease = follower_of(bench, clock)
-    bench.feed(BIASED, LEARNED[:40])
-    assert bench.steering.status()["learned_requests"] == 40
-    assert bench.decisions() == []
-    assert not bench.steering.awaits(10**6)
-    lease.grant(10.0)
-    bench.feed(BIASED, LEARNED[40:56])
-    assert bench.decisions() == ["propose", "propose"], "what it had learned is of use at once"
-    assert bench.steering.awaits(10**6)
-    lease.lose()
-    bench.feed(BIASED, JUDGED[:30])
-    assert [c["requests"] for c in bench.steering.status()["candidates"]] == [0, 0]
-
-
-def test_who_led_last_goes_on_watching_what_serves_and_promotes_nothing() -> None:
-    bench, clock = Bench(), Clock()
-    lease = follower_of(bench, clock)
-    lease.grant(10.0)
-    bad, good = bench.steering.add(harmful()), bench.steering.add(helpful())
-    bench.steering.promote(bad)
-    clock.now = 11.0
-    assert not lease.leads
-    spent = bench.steering.status()["tests_begun"]["candidate"]
-    bench.feed(BIASED, JUDGED, lambda: bench.steering.selected is None)
-    assert bench.last("roll_back")["version"] == bad
-    assert bench.steering.selected is None
-    tested = {c["version"]: c["requests"] for c in bench.steering.status()["candidates"]}
-    assert tested == {good: 0}
-    assert bench.steering.status()["tests_begun"]["candidate"] == spent + 1, "begun anew, and not looked at"
-
-
-def test_every_test_has_an_alpha_of_its_own_whoever_begins_it() -> None:
-    benches, clock = [Bench()], Clock()
-    benches.append(Bench(benches[0].store))
-    leases = [follower_of(bench, clock) for bench in benches]
-    numbers: list[int] = []
-    for turn in range(6):
-        bench, store = benches[turn % 2], benches[0].store
-        leases[(turn + 1) % 2].lose()
-        states = {name: store.get_state(name) for name in STATES}
-        bench.steering.take_up(store.profiles(), states, store.events(EVENTS_HELD))
-        leases[turn % 2].grant(1e9)
-        bench.steering.keep([])
-        bench.steering.add(helpful(seed=turn))
-        numbers += [c["test"] for c in bench.steering.status()["candidates"]]
-    assert numbers == [1, 2, 3, 4, 5, 6]
 
 
 # --- as it runs -------------------------------------------------------------------------------------------------------

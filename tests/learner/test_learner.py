@@ -1,4 +1,4 @@
-"""The learner as the control process has it: a real child, told of a small world; its proposals win something back."""
+"""The control process's end of the learner with a real child process, on a small synthetic world."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from tests.support.learner_world import D, V, World, children, kl, logprobs, mak
 from tests.support.waiting import until
 
 from hemostat.config.schema import Calibration
-from hemostat.learner import Learner, Source, client, wire
-from hemostat.learner.process import Desk
+from hemostat.learner import client, wire
+from hemostat.learner.client import Learner, LearningTarget
+from hemostat.learner.process import RequestLoop
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -29,8 +30,8 @@ from hemostat_calibration.records import Features
 SETTINGS = Calibration(anchors=32, rank=8, min_tokens=600, clamp_nats=5.0, clamp_kl_nats=20.0)
 
 
-class Judge:
-    """Takes a proposal from each `again` times as many tokens."""
+class Receiver:
+    """Accepts a proposal from each `again` times as many tokens."""
 
     def __init__(self, again: float = 4.0) -> None:
         self.again = again
@@ -39,7 +40,7 @@ class Judge:
         self.proposed: list[tuple[str, CalibrationProfile, Mapping[str, Any]]] = []
         self.refuses = False
 
-    def awaits(self, tokens: int, scope: str = "") -> bool:
+    def accepts(self, tokens: int, scope: str = "") -> bool:
         return tokens >= self.again * self.at.get(scope, 0)
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = "") -> bool:
@@ -50,7 +51,7 @@ class Judge:
         self.proposed.append((scope, profile, report))
         return True
 
-    def probe(self, profile: CalibrationProfile) -> None:
+    def set_probe(self, profile: CalibrationProfile) -> None:
         self.probes.append(profile)
 
     @property
@@ -61,10 +62,10 @@ class Judge:
 class Bench:
     def __init__(self, folder: Path) -> None:
         self.world: World = make()
-        self.judge = Judge()
+        self.receiver = Receiver()
         self.changes = 0
-        self.learner = Learner(SETTINGS, self.judge, self._changed)
-        self.source = Source("m", V, save(self.world, folder), D)
+        self.learner = Learner(SETTINGS, self.receiver, self._changed)
+        self.target = LearningTarget("m", V, save(self.world, folder), D)
         self.task = asyncio.create_task(self.learner.run())
 
     def _changed(self) -> None:
@@ -72,15 +73,15 @@ class Bench:
 
     @property
     def digest(self) -> str:
-        return transform.anchors_digest(self.judge.anchors)
+        return transform.anchors_digest(self.receiver.anchors)
 
     async def ready(self) -> None:
-        self.learner.want(self.source)
+        self.learner.learn_about(self.target)
         await until(lambda: self.learner.state == "learning", 30)
 
     def teach(self, seeds: range, scope: str = "") -> None:
         for seed in seeds:
-            self.learner.offer(self.world.record(seed, self.judge.anchors, self.digest), scope)
+            self.learner.offer(self.world.record(seed, self.receiver.anchors, self.digest), scope)
 
     async def taught(self, tokens: int) -> None:
         await until(lambda: self.learner.status()["tokens"] == tokens, 30)
@@ -101,24 +102,24 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     assert children() == [], "no process is left"
 
 
-async def test_a_proposal_wins_back_what_it_was_not_learned_from(bench: Bench) -> None:
+async def test_a_proposal_improves_texts_that_it_was_not_learned_from(bench: Bench) -> None:
     await bench.ready()
-    (probe,) = bench.judge.probes
+    (probe,) = bench.receiver.probes
     assert bench.changes == 1
     assert (probe.model, probe.vocab_size, probe.clamp_nats) == ("m", V, 5.0)
-    assert len(bench.judge.anchors) == 32
-    assert bench.learner.hungry
+    assert len(bench.receiver.anchors) == 32
+    assert bench.learner.wants_hidden_states
     bench.teach(range(30))
     await bench.taught(480)
     await asyncio.sleep(0.1)
-    assert not bench.judge.proposed, "too few yet"
+    assert not bench.receiver.proposed, "too few yet"
     bench.teach(range(30, 60))
-    await until(lambda: bool(bench.judge.proposed), 30)
-    ((scope, profile, report),) = bench.judge.proposed
+    await until(lambda: bool(bench.receiver.proposed), 30)
+    ((scope, profile, report),) = bench.receiver.proposed
     assert scope == ""
     assert 600 <= report["tokens"] <= 960
     assert report["gain"] > 0
-    np.testing.assert_array_equal(transform.anchors(profile), bench.judge.anchors)
+    np.testing.assert_array_equal(transform.anchors(profile), bench.receiver.anchors)
     h_r, h_c = bench.world.hidden(10_000, 500)
     log_r, z = logprobs(h_r @ bench.world.weight.T), h_c @ bench.world.weight.T
     before, after = kl(log_r, logprobs(z)), kl(log_r, logprobs(oracle.apply(profile, z.astype(np.float64))))
@@ -130,13 +131,13 @@ async def test_a_proposal_wins_back_what_it_was_not_learned_from(bench: Bench) -
     assert status["last_proposal"]["accepted"]
     assert bench.changes == 2
     bench.teach(range(100, 300))
-    await until(lambda: len(bench.judge.proposed) == 2, 30)
-    assert bench.judge.proposed[1][2]["tokens"] >= 4 * report["tokens"]
+    await until(lambda: len(bench.receiver.proposed) == 2, 30)
+    assert bench.receiver.proposed[1][2]["tokens"] >= 4 * report["tokens"]
 
 
-async def test_records_that_bring_less_are_learned_from_for_what_they_bring(bench: Bench) -> None:
+async def test_records_with_missing_parts_are_learned_from_for_the_others(bench: Bench) -> None:
     await bench.ready()
-    record = bench.world.record(1, bench.judge.anchors, bench.digest)
+    record = bench.world.record(1, bench.receiver.anchors, bench.digest)
     assert record.features is not None
     values = record.features.values.copy()
     values[:6] = np.nan
@@ -153,22 +154,22 @@ async def test_records_that_bring_less_are_learned_from_for_what_they_bring(benc
     assert bench.learner.dropped == {"nothing_to_learn": 1}
 
 
-async def test_a_record_that_does_not_fit_is_counted_and_the_next_one_learned(bench: Bench) -> None:
+async def test_a_record_that_does_not_fit_is_counted_as_failed(bench: Bench) -> None:
     await bench.ready()
-    record = bench.world.record(1, bench.judge.anchors, bench.digest)
+    record = bench.world.record(1, bench.receiver.anchors, bench.digest)
     bench.learner.offer(replace(record, reference_hidden=np.zeros((16, D + 1), np.float32)))
     bench.learner.offer(replace(record, features=Features(bench.digest, np.zeros((16, 31), np.float32))))
     bench.teach(range(5))
     await bench.taught(80)
-    assert sum(bench.learner.status()["failed"].values()) == 2 == bench.learner.failed()
+    assert sum(bench.learner.status()["failed"].values()) == 2 == bench.learner.failed_records()
 
 
 async def test_scopes_are_learned_apart_and_together(bench: Bench) -> None:
     await bench.ready()
     bench.teach(range(60), "gold")
     bench.teach(range(60, 70), "silver")
-    await until(lambda: len(bench.judge.proposed) == 2, 30)
-    assert {scope for scope, _, _ in bench.judge.proposed} == {"", "gold"}
+    await until(lambda: len(bench.receiver.proposed) == 2, 30)
+    assert {scope for scope, _, _ in bench.receiver.proposed} == {"", "gold"}
     await bench.taught(70 * 16)
     assert bench.learner.status()["scopes"] == {"gold": 960, "silver": 160}
     bench.teach(range(100, 120), "x0")
@@ -178,7 +179,7 @@ async def test_scopes_are_learned_apart_and_together(bench: Bench) -> None:
     assert len(bench.learner.status()["scopes"]) == 8, "bounded"
 
 
-async def test_a_killed_learner_begins_anew_and_says_what_is_lost(bench: Bench) -> None:
+async def test_a_killed_learner_is_restarted_and_its_state_says_what_is_lost(bench: Bench) -> None:
     await bench.ready()
     bench.teach(range(10))
     await bench.taught(160)
@@ -186,7 +187,7 @@ async def test_a_killed_learner_begins_anew_and_says_what_is_lost(bench: Bench) 
     os.kill(pid, signal.SIGKILL)
     await until(lambda: bench.learner.state == "down")
     assert "lost" in bench.learner.detail
-    assert not bench.learner.hungry
+    assert not bench.learner.wants_hidden_states
     bench.teach(range(1))
     assert bench.learner.dropped == {"not_ready": 1}
     await until(lambda: bench.learner.state == "learning", 30)
@@ -194,15 +195,15 @@ async def test_a_killed_learner_begins_anew_and_says_what_is_lost(bench: Bench) 
     assert bench.learner.status()["tokens"] == 0
     bench.teach(range(5))
     await bench.taught(80)
-    assert bench.learner.sources()["hidden"] == 240, "counters do not go back"
+    assert bench.learner.tokens_by_source()["hidden"] == 240, "counters do not decrease"
 
 
-async def test_when_it_is_stuck_memory_is_bounded_and_nobody_waits(
+async def test_a_learner_that_hangs_costs_bounded_memory_and_no_waiting(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await bench.ready()
     (pid,) = children()
-    monkeypatch.setattr(client, "WAITING_BYTES", 100_000)
+    monkeypatch.setattr(client, "MAX_QUEUED_BYTES", 100_000)
     os.kill(pid, signal.SIGSTOP)
     try:
         begun = time.monotonic()
@@ -211,46 +212,46 @@ async def test_when_it_is_stuck_memory_is_bounded_and_nobody_waits(
             await asyncio.sleep(0.05)  # the first batch is under way: the next ones wait for its answer
         assert time.monotonic() - begun < 5
         assert bench.learner.dropped["busy"] > 100
-        assert not bench.learner.hungry
+        assert not bench.learner.wants_hidden_states
     finally:
         os.kill(pid, signal.SIGCONT)
-    await until(lambda: bench.learner.status()["tokens"] > 0 and bench.learner.hungry, 30)
+    await until(lambda: bench.learner.status()["tokens"] > 0 and bench.learner.wants_hidden_states, 30)
 
 
-async def test_what_cannot_begin_says_why_and_begins_once_it_can(bench: Bench, tmp_path: Path) -> None:
-    for source, words in [
-        (Source("m", V, tmp_path / "nothing", D), "no .safetensors file"),
-        (Source("m", V + 1, bench.source.folder, D), f"the model has {V + 1} ids"),
-        (Source("m", V, bench.source.folder, D + 1), "must be the reference's own checkpoint"),
+async def test_a_learner_that_cannot_start_says_why_and_starts_once_it_can(bench: Bench, tmp_path: Path) -> None:
+    for target, words in [
+        (LearningTarget("m", V, tmp_path / "nothing", D), "no .safetensors file"),
+        (LearningTarget("m", V + 1, bench.target.folder, D), f"the model has {V + 1} ids"),
+        (LearningTarget("m", V, bench.target.folder, D + 1), "must be the reference's own checkpoint"),
     ]:
-        bench.learner.want(source)
+        bench.learner.learn_about(target)
         await until(lambda words=words: bench.learner.state == "unavailable" and words in bench.learner.detail, 30)  # type: ignore[misc]
-        assert not bench.judge.probes
+        assert not bench.receiver.probes
     late = tmp_path / "late"
-    bench.learner.want(Source("m", V, late, D))
+    bench.learner.learn_about(LearningTarget("m", V, late, D))
     await until(lambda: "late" in bench.learner.detail and bench.learner.state == "unavailable", 30)
     save(bench.world, late)
     await until(lambda: bench.learner.state == "learning", 30)
 
 
-async def test_nothing_is_wanted_and_another_model_begins_anew(bench: Bench) -> None:
+async def test_another_model_restarts_the_learner_and_stop_ends_it(bench: Bench) -> None:
     await bench.ready()
     bench.teach(range(3))
     await bench.taught(48)
-    bench.learner.want(replace(bench.source, model="other"))
-    await until(lambda: len(bench.judge.probes) == 2, 30)
-    assert bench.judge.probes[1].model == "other"
+    bench.learner.learn_about(replace(bench.target, model="other"))
+    await until(lambda: len(bench.receiver.probes) == 2, 30)
+    assert bench.receiver.probes[1].model == "other"
     assert bench.learner.status()["tokens"] == 0
-    bench.learner.want(None, "calibration is off")
+    bench.learner.stop("calibration is off")
     await until(lambda: not children())
     assert (bench.learner.state, bench.learner.detail) == ("off", "calibration is off")
     bench.teach(range(3))
-    assert not bench.learner.dropped, "nobody wanted it"
+    assert not bench.learner.dropped, "records are ignored while there is no target"
 
 
-async def test_a_proposal_that_steering_refuses_costs_nothing_else(bench: Bench) -> None:
+async def test_after_a_refused_proposal_learning_goes_on(bench: Bench) -> None:
     await bench.ready()
-    bench.judge.refuses = True
+    bench.receiver.refuses = True
     bench.teach(range(60))
     await until(lambda: bench.learner.status()["last_proposal"] is not None, 30)
     await asyncio.sleep(0.1)
@@ -259,7 +260,7 @@ async def test_a_proposal_that_steering_refuses_costs_nothing_else(bench: Bench)
     assert bench.learner.status()["tokens"] == 960, "nothing is lost"
 
 
-def test_what_comes_while_a_proposal_is_made_is_learned_from_meanwhile() -> None:
+def test_records_that_come_while_a_proposal_is_made_are_learned_from() -> None:
     said: list[wire.Answer] = []
     inbox: queue.Queue[wire.Request | None] = queue.Queue()
 
@@ -280,13 +281,13 @@ def test_what_comes_while_a_proposal_is_made_is_learned_from_meanwhile() -> None
             return wire.Proposed(scope, 0, b"", {})
 
     inbox.put(wire.Propose("first"))
-    Desk(Slow(), inbox, said.append).run()  # type: ignore[arg-type]
+    RequestLoop(Slow(), inbox, said.append).run()  # type: ignore[arg-type]
     told = [(type(s).__name__, getattr(s, "scope", "")) for s in said]
     first = [("Training", ""), ("Learned", ""), ("Learned", ""), ("Proposed", "first")]
     assert told == [*first, ("Training", ""), ("Proposed", "second")]
 
 
-def test_when_the_input_ends_no_proposal_is_finished() -> None:
+def test_a_proposal_is_abandoned_when_the_input_ends() -> None:
     class Endless:
         def propose(self, scope: str, progress: Callable[[str, float], None]) -> wire.Proposed:
             while True:
@@ -296,13 +297,13 @@ def test_when_the_input_ends_no_proposal_is_finished() -> None:
     inbox.put(wire.Propose(""))
     inbox.put(None)
     with pytest.raises(SystemExit):
-        Desk(Endless(), inbox, lambda _: None).run()  # type: ignore[arg-type]
+        RequestLoop(Endless(), inbox, lambda _: None).run()  # type: ignore[arg-type]
 
 
-def test_rows_carry_a_record_over() -> None:
+def test_a_row_holds_what_is_learned_from_a_record() -> None:
     world = make(1)
     record = world.record(3, np.arange(20, dtype=np.int32), "a" * 32)
-    again = wire.record(wire.row(record, ""), V)
+    again = wire.from_row(wire.to_row(record, ""), V)
     np.testing.assert_array_equal(again.compressed.ids, record.compressed.ids)
     np.testing.assert_allclose(again.reference_at, record.reference_at, rtol=1e-6)
     assert record.features is not None
@@ -310,6 +311,6 @@ def test_rows_carry_a_record_over() -> None:
     np.testing.assert_allclose(again.features.values, record.features.values, rtol=2e-3, atol=1e-3)
     assert record.reference_hidden is not None
     np.testing.assert_allclose(again.reference_hidden, record.reference_hidden, rtol=2e-3, atol=1e-3)  # type: ignore[arg-type]
-    bare = wire.record(wire.row(replace(record, features=None, reference_hidden=None), ""), V)
+    bare = wire.from_row(wire.to_row(replace(record, features=None, reference_hidden=None), ""), V)
     assert bare.features is None
     assert bare.reference_hidden is None

@@ -122,7 +122,7 @@ class WorldEngine:
         h = self.world.hidden(seed, TOKENS)[1]
         z = (h @ self.world.weight.T).astype(np.float64)
         requested = policy.serving if policy.serving in policy.acknowledged else None
-        profiles = [p for v in self.held if (p := self.one.steering.held(v)) is not None]
+        profiles = [p for v in self.held if (p := self.one.profile_manager.catalogue.get(v)) is not None]
         log_c = logprobs(z)
         shifts = {p.version: oracle.shift(p, z) for p in profiles}
         served = logprobs(z + shifts[requested]) if requested is not None else log_c
@@ -234,23 +234,23 @@ async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> 
     assert children() == []
 
 
-async def test_a_contextual_profile_is_learned_held_tapped_judged_and_serves(
+async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bench(tmp_path, monkeypatch) as b:
-        steering = b.one.steering
+        profiles = b.one.profile_manager
         (probe,) = b.engine.held
-        assert steering.describe(probe)["state"] == "probe"  # type: ignore[index]
+        assert profiles.report.describe(probe)["state"] == "probe"  # type: ignore[index]
 
         def candidate() -> Any:
-            contextual = (steering.held(v) for v in steering.candidates)
+            contextual = (profiles.catalogue.get(v) for v in profiles.trials.tested_versions)
             return next((p for p in contextual if p is not None and p.family == "contextual"), None)
 
         await b.until(lambda: candidate() is not None, 600)
         proposed = candidate().version
         assert proposed in b.engine.held
         assert probe not in b.engine.held, "the candidate's anchors are the same"
-        await b.until(lambda: steering.selected == proposed, 800)
+        await b.until(lambda: profiles.serving.selected == proposed, 800)
         (promoted,) = [e for e in b.one.profiles()["events"] if e["decision"] == "promote"]
         assert promoted["version"] == proposed
         assert promoted["evidence"]["lower"] > 0
@@ -270,25 +270,25 @@ async def test_a_contextual_profile_is_learned_held_tapped_judged_and_serves(
         assert metrics["hemostat_learned_tokens_total", (("source", "hidden"),)] == status["tokens"]
 
 
-async def test_when_the_topics_change_what_served_is_taken_back_and_the_new_ones_are_learned(
+async def test_when_the_error_changes_the_profile_is_rolled_back_and_a_new_one_is_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bench(tmp_path, monkeypatch, half_life_tokens=1500) as b:
-        steering = b.one.steering
-        await b.until(lambda: steering.selected is not None, 1400)
-        before = steering.selected
+        profiles = b.one.profile_manager
+        await b.until(lambda: profiles.serving.selected is not None, 1400)
+        before = profiles.serving.selected
         # From now on the compressed model errs the other way.
         turned = replace(b.reference.world, bend=-b.reference.world.bend)
         b.reference.world = b.engine.world = turned
-        await b.until(lambda: steering.decisions["roll_back", "harm"] == 1, 400)
+        await b.until(lambda: profiles.events.counts["roll_back", "harm"] == 1, 400)
         assert b.told[-1].serving is None
-        await b.until(lambda: steering.selected is not None, 2000)
-        assert steering.selected != before
+        await b.until(lambda: profiles.serving.selected is not None, 2000)
+        assert profiles.serving.selected != before
         await b.requests(40)
-        assert b.one.measurements.recovered(steering.selected)["estimate"] > 0.1  # type: ignore[index]
+        assert b.one.measurements.recovered(profiles.serving.selected)["estimate"] > 0.1  # type: ignore[index]
 
 
-async def test_an_engine_without_usable_features_costs_only_them(
+async def test_features_that_cannot_be_used_are_dropped_and_the_rest_is_learned_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bench(tmp_path, monkeypatch) as b:
@@ -302,13 +302,15 @@ async def test_an_engine_without_usable_features_costs_only_them(
             "other_anchors": 8, "not_sent": 8, "not_finite": 8, "masked": 8, "shape": 8
         }  # fmt: skip
         assert b.one.status()["requests"]["scored"] == 40
-        await until(lambda: sum(b.one.learner.sources().values()) == TOKENS * len(b.learned_from))
-        assert {source for source, tokens in b.one.learner.sources().items() if tokens} == {"hidden_from_list"}
+        await until(lambda: sum(b.one.learner.tokens_by_source().values()) == TOKENS * len(b.learned_from))
+        assert {source for source, tokens in b.one.learner.tokens_by_source().items() if tokens} == {"hidden_from_list"}
         dropped = {labels["reason"]: v for n, labels, v in b.one.counters() if n == "hemostat_features_dropped_total"}
         assert dropped["masked"] == 8
 
 
-async def test_off_ends_the_learner_and_auto_begins_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_off_ends_the_learner_and_observe_starts_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with bench(tmp_path, monkeypatch) as b:
         await b.one.set_mode("off")
         await until(lambda: not children())
@@ -320,7 +322,7 @@ async def test_off_ends_the_learner_and_auto_begins_it_again(tmp_path: Path, mon
         await until(lambda: b.one.learner.state == "learning", 20)
 
 
-async def test_with_a_vllm_reference_an_output_embedding_has_to_be_named(
+async def test_with_a_vllm_reference_the_output_embedding_must_be_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control_module, "MATCH_RETRY", 0.05)
@@ -340,7 +342,7 @@ async def test_with_a_vllm_reference_an_output_embedding_has_to_be_named(
                     assert "calibration.output_embedding" in one.status()["learner"]["detail"]
                 else:
                     await until(lambda one=one: one.learner.state == "learning", 20)  # type: ignore[misc]
-                    assert not one.learner.hungry, "there are no hidden states to ask for"
+                    assert not one.learner.wants_hidden_states, "there are no hidden states to ask for"
                     assert one.status()["learner"]["anchors"] == 48
                 learning.cancel()
                 await asyncio.gather(learning, return_exceptions=True)

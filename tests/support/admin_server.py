@@ -171,12 +171,12 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
     writer = await connect_relay(one, folder, 1, stats(120))
     one.served = frozenset({"m"})
     one.reference_state, one.reference_detail = "ready", "made-up/reference (float32)"
-    one.steering.know("m", VOCABULARY)
-    one.steering.set_mode("auto")
-    serving = one.steering.add(profile())
-    one.steering.promote(serving)
-    one.steering.add(profile(1))
-    held = one.steering.held(serving)
+    one.profile_manager.set_model_pair("m", VOCABULARY)
+    one.profile_manager.operator.set_mode("auto")
+    serving = one.profile_manager.operator.import_profile(profile())
+    one.profile_manager.operator.promote(serving)
+    one.profile_manager.operator.import_profile(profile(1))
+    held = one.profile_manager.catalogue.get(serving)
     for n in range(160):
         made = record(n, held)
         one._scored(made, scored(str(n))[1])

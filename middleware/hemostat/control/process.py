@@ -37,12 +37,14 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Capture, Policy, Stats
 from hemostat.ipc.process import die_with_parent, make_tracing
-from hemostat.learner import Learner, Source
+from hemostat.learner.client import Learner, LearningTarget
 from hemostat.measurement.alarms import STATE as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics.collector import HemostatCollector, Sample
-from hemostat.profiles.lifecycle import EVENTS_HELD, STATES, Steering
+from hemostat.profiles.decisions import MAX_EVENTS
+from hemostat.profiles.manager import ProfileManager
+from hemostat.profiles.persistence import STATE_KEYS
 from hemostat.reference import make_reference
 from hemostat.reference.match import compare
 from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo
@@ -60,6 +62,7 @@ from hemostat.store.replica import OBEYED_WITHIN, Replica
 from hemostat.store.valkey import ValkeyStore
 from hemostat.store.writer import StoreWriter
 from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
@@ -106,11 +109,11 @@ class Control:
             time.time,
         )
         self.calibration_failures = 0
-        self.steering = Steering(
+        self.profile_manager = ProfileManager(
             settings.calibration,
             self.writer.as_leader,
             time.time,
-            tempered=settings.upstream.openai_sampling_defaults,
+            default_temperature_is_one=settings.upstream.openai_sampling_defaults,
             lease=self.lease,
         )
         self.replica: Replica | None = None
@@ -122,7 +125,7 @@ class Control:
             self.engines.replica = self.store.replica
         self.reference = make_reference(settings)
         self.reference_info: ReferenceInfo | None = None
-        self.learner = Learner(settings.calibration, self.steering, self.publish)
+        self.learner = Learner(settings.calibration, self.profile_manager.proposals, self.publish)
         self.reference_state = "none" if self.reference is None else "starting"
         self.reference_detail = "" if self.reference is not None else "reference.backend is none: nothing is scored"
         self.served: frozenset[str] = frozenset()
@@ -165,7 +168,7 @@ class Control:
                 reference=self.reference,
                 info=lambda: self.reference_info,
                 served=lambda: self.served,
-                profiles=self.steering.evaluated,
+                profiles=self.profile_manager.evaluated_profiles,
                 engines=self.engines,
                 sink=self._scored,
                 count=self._count,
@@ -201,9 +204,13 @@ class Control:
         self.floor_counts[model, outcome] = self.floor_counts.get((model, outcome), 0) + 1
 
     def _scored(self, record: TokenRecord, capture: Capture) -> None:
-        steering = self.steering
+        profiles, gains = self.profile_manager, RecordGains(record)
         figures = self.measurements.observe(
-            record, steering.stage_of(record), steering.held(record.applied), judging=steering.judges(record)
+            record,
+            profiles.calibrated_profile(record),
+            profiles.catalogue.get(record.applied),
+            judging=profiles.is_held_out(record),
+            gains=gains,
         )
         if self.records is not None:
             self.records.write(capture, record, figures)
@@ -213,9 +220,9 @@ class Control:
         if self.tracing is not None and capture.traceparent:
             self._trace(record, capture, figures)
         try:
-            steering.observe(record)
-            if steering.learns(record):
-                self.learner.offer(record, steering.scope_of(record))
+            profiles.observe(record, gains)
+            if profiles.may_learn(record):
+                self.learner.offer(record, profiles.scope_of(record))
         except Exception:
             # What was measured stays measured, whatever calibration makes of it.
             self.calibration_failures += 1
@@ -248,9 +255,9 @@ class Control:
         return Replica(
             store,
             self.lease,
-            held=lambda version: self.steering.held(version) is not None,
-            states=(*STATES, ALARM_STATE),
-            events=EVENTS_HELD,
+            held=lambda version: version in self.profile_manager.catalogue,
+            states=(*STATE_KEYS, ALARM_STATE),
+            events=MAX_EVENTS,
             take_up=self._take_up,
             keep=self._keep,
             obey=self._obey_and_write,
@@ -267,7 +274,7 @@ class Control:
                 self._mode_here = None
             else:
                 states["mode"] = f"{self.settings.calibration.mode} {self._mode_here}"
-        self.steering.take_up(profiles, states, [e for e in events if e.get("decision") != "alarm"])
+        self.profile_manager.restoring.reload(profiles, states, [e for e in events if e.get("decision") != "alarm"])
         if not self._restored:
             self.alarms.restore(states[ALARM_STATE], [e for e in events if e.get("decision") == "alarm"])
         self._teach()
@@ -275,7 +282,7 @@ class Control:
 
     def _keep(self, stored: Mapping[str, float]) -> None:
         self.store_errors.clear()
-        self.steering.keep(stored)
+        self.profile_manager.restoring.write_all(stored)
         self.alarms.keep()
 
     async def _decide(self, action: str, *arguments: str | None) -> str:
@@ -304,23 +311,23 @@ class Control:
         result = ""
         match action, arguments:
             case "import", [version, scope]:
-                profile = self.steering.held(version)
+                profile = self.profile_manager.catalogue.get(version)
                 if profile is None:
                     stored = await asyncio.to_thread(self.store.get_profile, version)
                     if stored is None:
                         raise HemostatError(f"profile {version} is not in the store any more; import it again")
                     profile = await asyncio.to_thread(CalibrationProfile.from_bytes, stored.data, version)
-                result = self.steering.add(profile, scope)
+                result = self.profile_manager.operator.import_profile(profile, scope)
             case "promote", [version, scope]:
-                self.steering.promote(version, scope)
+                self.profile_manager.operator.promote(version, scope)
             case "pin", [None]:
-                self.steering.unpin()
+                self.profile_manager.operator.unpin()
             case "pin", [version]:
-                self.steering.pin(version)
+                self.profile_manager.operator.pin(version)
             case "rollback", [reason, scope]:
-                self.steering.rollback(reason, scope)
+                self.profile_manager.operator.roll_back(reason, scope)
             case "mode", ["off" | "observe" | "auto" as mode]:
-                self.steering.set_mode(mode)
+                self.profile_manager.operator.set_mode(mode)
                 self._teach()
             case _:
                 raise HemostatError(f"{action}: not known to the replica that leads; do all run the same version?")
@@ -331,42 +338,45 @@ class Control:
 
     def _teach(self) -> None:
         """Tell the learner what to learn about, or why about nothing."""
-        calibration, info, known = self.settings.calibration, self.reference_info, self.steering.known
-        if self.steering.mode == "off":
-            self.learner.want(None, "calibration is off")
-        elif self.steering.forced is not None:
-            self.learner.want(None, "calibration.force: nothing is learned meanwhile")
+        calibration, info, serving = self.settings.calibration, self.reference_info, self.profile_manager.serving
+        if serving.mode == "off":
+            self.learner.stop("calibration is off")
+        elif serving.forced is not None:
+            self.learner.stop("calibration.force: nothing is learned meanwhile")
         elif calibration.apply == "request":
-            self.learner.want(None, "calibration.apply: request cannot apply contextual profiles")
-        elif info is None or known is None:
-            self.learner.want(None, "the reference is not ready")
+            self.learner.stop("calibration.apply: request cannot apply contextual profiles")
+        elif info is None or serving.model is None:
+            self.learner.stop("the reference is not ready")
         elif info.full_vocabulary and not info.hidden_size:
-            self.learner.want(None, f"of the reference {info.model}: {info.hidden_detail}", unavailable=True)
+            self.learner.stop(f"of the reference {info.model}: {info.hidden_detail}", unavailable=True)
         elif (folder := calibration.output_embedding or info.folder) is None:
             fix = "name the reference's checkpoint in calibration.output_embedding"
-            self.learner.want(None, f"{info.hidden_detail}; {fix}", unavailable=True)
+            self.learner.stop(f"{info.hidden_detail}; {fix}", unavailable=True)
         else:
-            self.learner.want(Source(*known, folder, info.hidden_size))
+            model = serving.model
+            self.learner.learn_about(LearningTarget(model.name, model.vocab_size, folder, info.hidden_size))
 
     def _anchors_read(self) -> dict[str, int]:
         """The sets of anchors whose features are of use: digest -> how many."""
-        evaluated = (anchors(profile) for profile in self.steering.evaluated())
-        return {anchors_digest(ids): len(ids) for ids in evaluated if ids is not None} | self.learner.reads
+        evaluated = (anchors(profile) for profile in self.profile_manager.evaluated_profiles())
+        return {anchors_digest(ids): len(ids) for ids in evaluated if ids is not None} | self.learner.anchor_counts
 
     def _learns_from(self, prompt_key: bytes) -> bool:
-        return self.learner.hungry and not held_out(prompt_key, self.settings.calibration.held_out_fraction)
+        return self.learner.wants_hidden_states and not held_out(
+            prompt_key, self.settings.calibration.held_out_fraction
+        )
 
     # --- what relays do --------------------------------------------------------------------------------------------
 
     def publish(self) -> None:
         """Send the relays a new policy when anything in it changed."""
-        shadow, steering = self.settings.shadow, self.steering
+        shadow, profiles = self.settings.shadow, self.profile_manager
         now = time.monotonic()
-        self.engines.want(steering.wanted())
+        self.engines.want(profiles.engine_versions())
         self.engines.leads = self.lease.leads
         policy = Policy(
             generation=0,
-            mode=steering.mode,
+            mode=profiles.serving.mode,
             shadow_rate=shadow.rate,
             shadow_seed=shadow.seed,
             shadow_allow_on=shadow.allow_on,
@@ -374,10 +384,10 @@ class Control:
             shadow_max_tokens=shadow.max_tokens,
             scoring=self.reference_state == "ready" and self.breaker.state(now) is not BreakerState.OPEN,
             tap=bool(self.engines.live(now)),
-            serving=steering.serving,
-            forced=steering.forced,
+            serving=profiles.serving.version,
+            forced=profiles.serving.forced,
             scope=self.settings.calibration.scope,
-            scoped=steering.scoped,
+            scoped=profiles.serving.version_by_scope,
             control_fraction=self.settings.calibration.control_fraction,
             acknowledged=self.engines.acknowledged(now),
             labels=frozenset(self.settings.labels),
@@ -385,7 +395,7 @@ class Control:
             unscorable_models=self.adapters - self.reference_adapters,
             replica=self.engines.replica,
             openai_sampling_defaults=self.settings.upstream.openai_sampling_defaults,
-            **steering.request_parameters(),
+            **profiles.request_parameters(),
         )
         if policy != self._policy:
             self._policy = policy
@@ -439,7 +449,7 @@ class Control:
             except ReferenceFailure as failure:
                 return "starting", f"the upstream does not answer: {failure}"
         self.reference_info = info
-        self.steering.know(card.id, info.vocab_size)
+        self.profile_manager.set_model_pair(card.id, info.vocab_size)
         self._teach()
         return "ready", f"{info.model} ({info.dtype})"
 
@@ -502,7 +512,7 @@ class Control:
         if force is not None:
             try:
                 data = await asyncio.to_thread(force.read_bytes)
-                self.steering.force(CalibrationProfile.from_bytes(data))
+                self.profile_manager.operator.force(CalibrationProfile.from_bytes(data))
             except (OSError, InvalidProfileError) as error:
                 raise HemostatError(f"calibration.force: {force}: {error}") from error
         try:
@@ -510,8 +520,8 @@ class Control:
                 await self.replica.beat()
                 return
             profiles = await asyncio.to_thread(self.store.profiles)
-            states = {name: await asyncio.to_thread(self.store.get_state, name) for name in STATES}
-            events = await asyncio.to_thread(self.store.events, EVENTS_HELD)
+            states = {name: await asyncio.to_thread(self.store.get_state, name) for name in STATE_KEYS}
+            events = await asyncio.to_thread(self.store.events, MAX_EVENTS)
             alarm = await asyncio.to_thread(self.store.get_state, ALARM_STATE)
         except StoreAccessDenied:
             raise  # a wrong password is the operator's to put right; relays, if any run, go on meanwhile
@@ -520,7 +530,7 @@ class Control:
             return
         finally:
             self._restored = True
-        self.steering.restore(profiles, states, [e for e in events if e.get("decision") != "alarm"])
+        self.profile_manager.restoring.restore(profiles, states, [e for e in events if e.get("decision") != "alarm"])
         self.alarms.restore(alarm, [e for e in events if e.get("decision") == "alarm"])
 
     # --- what the admin port shows (admin.Governed) ----------------------------------------------------------------
@@ -535,8 +545,8 @@ class Control:
     def status(self) -> dict[str, Any]:
         now = time.monotonic()
         skipped, dropped = self._endings("skipped"), self._endings("dropped")
-        version = self.steering.shown
-        profile = self.steering.held(version)
+        version = self.profile_manager.serving.reported
+        profile = self.profile_manager.catalogue.get(version)
         recovered = self.measurements.recovered(version)
         totals = self.link.total()
         return {
@@ -562,9 +572,9 @@ class Control:
             "profile": {
                 "version": version or IDENTITY,
                 "family": profile.family if profile else IDENTITY,
-                "mode": self.steering.mode,
+                "mode": self.profile_manager.serving.mode,
             },
-            "calibration": self.steering.status(),
+            "calibration": self.profile_manager.report.status(),
             "learner": self.learner.status(),
             "replica": {
                 "leads": self.lease.leads,
@@ -621,19 +631,19 @@ class Control:
         return found
 
     def profiles(self) -> dict[str, Any]:
-        return self.steering.listing()
+        return self.profile_manager.report.listing()
 
     def profile(self, version: str) -> dict[str, Any] | None:
-        return self.steering.describe(version)
+        return self.profile_manager.report.describe(version)
 
     def profile_bytes(self, version: str) -> bytes | None:
-        profile = self.steering.held(version)
+        profile = self.profile_manager.catalogue.get(version)
         return profile.to_bytes() if profile else None
 
     async def import_profile(self, data: bytes, scope: str) -> str:
         profile = await asyncio.to_thread(CalibrationProfile.from_bytes, data)
         if self.replica is None or self.lease.leads:
-            version = self.steering.add(profile, scope)
+            version = self.profile_manager.operator.import_profile(profile, scope)
             self.publish()
             return version
         try:
@@ -670,11 +680,11 @@ class Control:
         for (outcome, reason), count in self.endings.items():
             yield "hemostat_shadow_requests_total", {"outcome": outcome, "reason": reason}, count
         yield "hemostat_reference_tokens_total", {}, self.scorer.reference_tokens if self.scorer else 0
-        yield "hemostat_profile_promotions_total", {}, self.steering.promotions
-        yield "hemostat_profile_rollbacks_total", {}, self.steering.rollbacks
-        for (decision, reason), count in self.steering.decisions.items():
+        yield "hemostat_profile_promotions_total", {}, self.profile_manager.lifecycle.promotions
+        yield "hemostat_profile_rollbacks_total", {}, self.profile_manager.lifecycle.rollbacks
+        for (decision, reason), count in self.profile_manager.events.counts.items():
             yield "hemostat_profile_decisions_total", {"decision": decision, "reason": reason}, count
-        for source, count in self.learner.sources().items():
+        for source, count in self.learner.tokens_by_source().items():
             yield "hemostat_learned_tokens_total", {"source": source}, count
         for reason, count in self.learner.dropped.items():
             yield "hemostat_learner_dropped_total", {"reason": reason}, count
@@ -704,14 +714,14 @@ class Control:
         yield "hemostat_engines", {}, self._engines_live(now)
         yield "hemostat_relays", {}, self.link.relays
         yield "hemostat_replica_leads", {}, float(self.lease.leads)
-        profile = self.steering.held(self.steering.shown)
+        profile = self.profile_manager.catalogue.get(self.profile_manager.serving.reported)
         version, family = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
         yield "hemostat_profile_info", {"version": version, "family": family}, 1.0
-        for scope, own in self.steering.scoped.items():
+        for scope, own in self.profile_manager.serving.version_by_scope.items():
             yield "hemostat_profile_scope_info", {"scope": scope, "version": own}, 1.0
         yield from self.measurements.gauges()
         yield from self.alarms.gauges()
-        won_back = (self.measurements.recovered(self.steering.shown) or {}).get("estimate")
+        won_back = (self.measurements.recovered(self.profile_manager.serving.reported) or {}).get("estimate")
         if won_back is not None:
             yield "hemostat_recovered_divergence_ratio", {}, won_back
 

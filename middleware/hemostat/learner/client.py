@@ -1,4 +1,8 @@
-"""The control process's end of the learner: hands it records, never waits for it, takes its proposals to steering."""
+"""The control process's end of the learner: queues records for it, and passes its proposals on.
+
+Calls go one way: the control process hands over records and what to learn about; the learner calls its
+`ProposalReceiver`, and then `on_change`.
+"""
 
 from __future__ import annotations
 
@@ -26,111 +30,129 @@ log = logging.getLogger("hemostat.learner")
 
 BACKOFF = (0.5, 2.0, 10.0, 60.0)
 """Seconds before a learner that ended is started again, by how often in a row it has not even begun."""
-WAITING_BYTES = 64 * 1024 * 1024
-"""Records that wait for it; more are dropped."""
-BATCH_BYTES = 8 * 1024 * 1024
-TRY_AGAIN = 1.25
-"""When nothing came of it, a proposal is asked for again from this many times more tokens."""
+MAX_QUEUED_BYTES = 64 * 1024 * 1024
+"""Records that wait to be sent to the learner; further ones are dropped."""
+MAX_BATCH_BYTES = 8 * 1024 * 1024
+RETRY_TOKEN_GROWTH = 1.25
+"""After a proposal that came to nothing, the next one is requested from this many times more tokens."""
 ALL = ""
-ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""One core, whatever there is: serving comes first."""
+CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""One core, however many there are: serving comes first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """What is learned about. model: the compressed one's served name; folder: checkpoint with the output embedding;
-    hidden_size: of the hidden states that the reference hands out, 0 for none."""
+class LearningTarget:
+    """What is learned about."""
 
     model: str
+    """Served name of the compressed model."""
     vocab_size: int
     folder: Path
+    """Checkpoint with the output embedding."""
     hidden_size: int
+    """Of the hidden states that the reference returns; 0: none."""
 
 
-class Judge(Protocol):
-    """What the learner asks of `steering.Steering`."""
+class ProposalReceiver(Protocol):
+    """Implemented by `profiles.proposals.Proposals`."""
 
-    def awaits(self, tokens: int, scope: str = ALL) -> bool: ...
+    def accepts(self, tokens: int, scope: str = ALL) -> bool: ...
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool: ...
 
-    def probe(self, profile: CalibrationProfile) -> None: ...
+    def set_probe(self, profile: CalibrationProfile) -> None: ...
 
 
-class RefusedError(Exception):
-    """The learner cannot begin; the text says what to put right."""
+class LearnerStartError(Exception):
+    """The learner cannot start; the text says how to fix it."""
 
 
 class Learner:
-    """`want` says what to learn about; `offer` hands over a record of the learning side. Neither waits.
+    """Lives in the control process's event loop; only `run` waits.
 
-    The learner's memory ends with its process: after one that was killed, learning begins anew.
-    state: off, unavailable (it cannot begin), starting, learning, training (and learning on), down.
+    What was learned is lost with the learner's process: after a crash, learning begins anew.
+    state: off, unavailable (it cannot start), starting, learning, training (while it goes on learning), down.
     """
 
-    def __init__(self, settings: Calibration, judge: Judge, changed: Callable[[], None]) -> None:
-        """`changed` is called when steering was told something."""
+    def __init__(
+        self, settings: Calibration, receiver: ProposalReceiver, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_change` is called after the receiver got a probe or a proposal."""
         self._settings = settings
-        self._judge = judge
-        self._changed = changed
-        self._wanted: Source | None = None
+        self._receiver = receiver
+        self._on_change = on_change
+        self._target: LearningTarget | None = None
         self._wake = asyncio.Event()
-        self._waiting: deque[wire.Row] = deque()
-        self._waiting_bytes = 0
-        self._first: asyncio.Future[wire.Ready] | None = None
+        self._queued: deque[wire.Row] = deque()
+        self._queued_bytes = 0
+        self._ready: asyncio.Future[wire.Ready] | None = None
+        """The answer to the first message."""
         self._learned = wire.Learned({}, {}, {})
-        self._answered = True
-        self._asked: str | None = None
-        self._proposed: deque[wire.Proposed] = deque()
-        self._tried: dict[str, int] = {}
-        self._gone: Counter[str] = Counter()
-        self._last: dict[str, Any] | None = None
+        self._batch_pending = False
+        """A batch was sent, and is not learned yet."""
+        self._requested_scope: str | None = None
+        """A proposal was requested for this scope, and has not come yet."""
+        self._proposals: deque[wire.Proposed] = deque()
+        self._last_attempt: dict[str, int] = {}
+        """By scope, the tokens that the last proposal was learned from, whether anything came of it or not."""
+        self._tokens_of_ended: Counter[str] = Counter()
+        """Tokens by source that processes which have ended had learned from."""
+        self._last_proposal: dict[str, Any] | None = None
         self._failures = 0
         self._hidden_size = 0
-        self.reads: dict[str, int] = {}
-        """The set of anchors that it reads, by digest: how many; empty while it reads none."""
+        self.anchor_counts: dict[str, int] = {}
+        """Digest of the set of anchors that it reads -> how many; empty while it reads none."""
         self.state, self.detail = "off", ""
         self.dropped: Counter[str] = Counter()
-        """Records that it was not given, by reason."""
+        """Records that were not sent to the learner, by reason."""
 
-    # --- what control calls ----------------------------------------------------------------------------------------
+    # --- called by the control process -----------------------------------------------------------------------------
 
-    def want(self, source: Source | None, why: str = "", *, unavailable: bool = False) -> None:
-        """Learn about this from now on; None: about nothing, and `why`, for people."""
-        if source is None:
-            self._is("unavailable" if unavailable else "off", why)
-        if source != self._wanted:
-            self._wanted = source
+    def learn_about(self, target: LearningTarget) -> None:
+        """From now on; nothing changes where it is the target already."""
+        self._set_target(target)
+
+    def stop(self, why: str, *, unavailable: bool = False) -> None:
+        """Learn about nothing. why: shown as the state's detail. unavailable: learning is wanted, but impossible."""
+        self._set_state("unavailable" if unavailable else "off", why)
+        self._set_target(None)
+
+    def _set_target(self, target: LearningTarget | None) -> None:
+        if target != self._target:
+            self._target = target
             self._failures = 0
             self._wake.set()
 
     @property
-    def hungry(self) -> bool:
-        """Hidden states would be made use of."""
-        return self._learning and self._hidden_size > 0 and self._waiting_bytes < WAITING_BYTES // 2
+    def wants_hidden_states(self) -> bool:
+        """Hidden states of the reference would be used."""
+        return self._learning and self._hidden_size > 0 and self._queued_bytes < MAX_QUEUED_BYTES // 2
 
     def offer(self, record: TokenRecord, scope: str = ALL) -> None:
-        """A record of the learning side, whose hidden states it can have for itself."""
-        if self._wanted is None:
+        """Queue a record of the learning side; where it cannot be used or there is no room, it is counted as dropped.
+
+        The record's hidden states must not be changed afterwards.
+        """
+        if self._target is None:
             return
         if not self._learning:
             self.dropped["not_ready"] += 1
         elif record.features is None and record.reference_hidden is None:
             self.dropped["nothing_to_learn"] += 1
-        elif self._waiting_bytes > WAITING_BYTES:
+        elif self._queued_bytes > MAX_QUEUED_BYTES:
             self.dropped["busy"] += 1
         else:
-            row = wire.row(record, scope)
-            self._waiting.append(row)
-            self._waiting_bytes += wire.size([row])
+            row = wire.to_row(record, scope)
+            self._queued.append(row)
+            self._queued_bytes += wire.row_bytes([row])
             self._wake.set()
 
-    def sources(self) -> dict[str, int]:
-        """Tokens learned from, by what they brought; never goes down."""
-        return dict(self._gone + Counter(self._learned.sources))
+    def tokens_by_source(self) -> dict[str, int]:
+        """Tokens learned from, by what they brought, over all processes since the start: never decreases."""
+        return dict(self._tokens_of_ended + Counter(self._learned.sources))
 
-    def failed(self) -> int:
-        """Records that this process could not learn from."""
+    def failed_records(self) -> int:
+        """Records that the running process could not learn from."""
         return sum(self._learned.failed.values())
 
     def status(self) -> dict[str, Any]:
@@ -139,73 +161,73 @@ class Learner:
             "detail": self.detail,
             "tokens": self._learned.tokens.get(ALL, 0),
             "scopes": {scope: tokens for scope, tokens in self._learned.tokens.items() if scope != ALL},
-            "sources": self.sources(),
+            "sources": self.tokens_by_source(),
             "dropped": dict(self.dropped),
             "failed": dict(self._learned.failed),
-            "anchors": sum(self.reads.values()),
+            "anchors": sum(self.anchor_counts.values()),
             "d": self._hidden_size,
-            "last_proposal": self._last,
+            "last_proposal": self._last_proposal,
         }
 
     # --- the process -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Keep a learner process running for the target, until cancelled."""
         while True:
-            source = self._wanted
+            target = self._target
             self._wake.clear()
-            if source is None:
+            if target is None:
                 await self._wake.wait()
                 continue
             try:
-                await self._session(source)
+                await self._run_process(target)
                 continue
             except ChildGone as gone:
                 lost = "; what it had learned is lost" if self._learned.tokens.get(ALL) else ""
-                self._is("down", f"the learner ended ({gone}){lost}")
-            except RefusedError as refused:
-                self._is("unavailable", str(refused))
+                self._set_state("down", f"the learner ended ({gone}){lost}")
+            except LearnerStartError as error:
+                self._set_state("unavailable", str(error))
             finally:
-                self._forget()
+                self._reset()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wants_other(source), BACKOFF[min(self._failures, len(BACKOFF) - 1)])
+                await asyncio.wait_for(self._target_changes(target), BACKOFF[min(self._failures, len(BACKOFF) - 1)])
             self._failures += 1
 
-    async def _wants_other(self, source: Source) -> None:
-        while self._wanted == source:
+    async def _target_changes(self, target: LearningTarget) -> None:
+        while self._target == target:
             await self._wake.wait()
             self._wake.clear()
 
-    async def _session(self, source: Source) -> None:
-        """Returns when something else is wanted; raises ChildGone, RefusedError."""
-        self._is("starting", f"reading the output embedding of {source.folder}")
-        self._first = asyncio.get_running_loop().create_future()
-        child = await Child.start("hemostat.learner.process", self._receive, ENVIRONMENT)
+    async def _run_process(self, target: LearningTarget) -> None:
+        """Returns when the target changes; raises ChildGone, LearnerStartError."""
+        self._set_state("starting", f"reading the output embedding of {target.folder}")
+        self._ready = asyncio.get_running_loop().create_future()
+        child = await Child.start("hemostat.learner.process", self._receive, CHILD_ENVIRONMENT)
         watching = asyncio.create_task(self._watch(child), name="learner's end")
         try:
-            child.send(wire.encode(self._start(source)))
-            ready = await self._first
+            child.send(wire.encode(self._start_message(target)))
+            ready = await self._ready
             self._failures = 0
-            self._begin(ready, source)
-            while self._wanted == source:
+            self._begin(ready, target)
+            while self._target == target:
                 self._wake.clear()
                 if child.dead.is_set():
                     raise ChildGone(child.epitaph())
-                await self._go_on(child)
+                await self._exchange(child)
                 await self._wake.wait()
         finally:
             watching.cancel()
             await child.close()
             await asyncio.gather(watching, return_exceptions=True)
 
-    def _start(self, source: Source) -> wire.Start:
+    def _start_message(self, target: LearningTarget) -> wire.Start:
         settings = self._settings
         return wire.Start(
-            model=source.model,
-            vocab_size=source.vocab_size,
-            folder=str(source.folder),
-            hidden_size=source.hidden_size,
-            anchors=min(settings.anchors, source.vocab_size // 2),
+            model=target.model,
+            vocab_size=target.vocab_size,
+            folder=str(target.folder),
+            hidden_size=target.hidden_size,
+            anchors=min(settings.anchors, target.vocab_size // 2),
             rank=settings.rank,
             clamp_nats=settings.clamp_nats,
             kl_limit=settings.clamp_kl_nats,
@@ -214,40 +236,40 @@ class Learner:
             min_tokens=settings.min_tokens,
         )
 
-    def _begin(self, ready: wire.Ready, source: Source) -> None:
+    def _begin(self, ready: wire.Ready, target: LearningTarget) -> None:
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
-        self._hidden_size = source.hidden_size
-        self.reads = {anchors_digest(anchors): len(anchors)}
-        self._judge.probe(probe_profile(source.model, source.vocab_size, anchors, self._settings.clamp_nats))
-        self._is("learning", "")
-        self._changed()
+        self._hidden_size = target.hidden_size
+        self.anchor_counts = {anchors_digest(anchors): len(anchors)}
+        self._receiver.set_probe(probe_profile(target.model, target.vocab_size, anchors, self._settings.clamp_nats))
+        self._set_state("learning", "")
+        self._on_change()
 
     async def _watch(self, child: Child) -> None:
         await child.dead.wait()
-        if self._first is not None and not self._first.done():
-            self._first.set_exception(ChildGone(child.epitaph()))
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(ChildGone(child.epitaph()))
         self._wake.set()
 
-    async def _go_on(self, child: Child) -> None:
-        """Send what may be sent, take what has come."""
-        while self._proposed:
-            await self._take(self._proposed.popleft())
-        if self._answered and self._waiting:
+    async def _exchange(self, child: Child) -> None:
+        """Pass on proposals that have come; send the next batch and request the next proposal, where one may be."""
+        while self._proposals:
+            await self._pass_on(self._proposals.popleft())
+        if not self._batch_pending and self._queued:
             rows: list[wire.Row] = []
-            while self._waiting and wire.size(rows) < BATCH_BYTES:
-                rows.append(self._waiting.popleft())
-            self._waiting_bytes -= wire.size(rows)
-            self._answered = False
+            while self._queued and wire.row_bytes(rows) < MAX_BATCH_BYTES:
+                rows.append(self._queued.popleft())
+            self._queued_bytes -= wire.row_bytes(rows)
+            self._batch_pending = True
             child.send(wire.encode(wire.Learn(rows)))
-        if self._asked is None and (scope := self._due()) is not None:
-            self._asked = scope
+        if self._requested_scope is None and (scope := self._due_scope()) is not None:
+            self._requested_scope = scope
             child.send(wire.encode(wire.Propose(scope)))
 
-    def _due(self) -> str | None:
-        """The first scope that has learned enough for a proposal that is awaited."""
+    def _due_scope(self) -> str | None:
+        """The first scope that has learned enough, and whose proposal would be accepted."""
         for scope, tokens in self._learned.tokens.items():
-            enough = tokens >= max(self._settings.min_tokens, TRY_AGAIN * self._tried.get(scope, 0))
-            if enough and self._judge.awaits(tokens, scope):
+            enough = tokens >= max(self._settings.min_tokens, RETRY_TOKEN_GROWTH * self._last_attempt.get(scope, 0))
+            if enough and self._receiver.accepts(tokens, scope):
                 return scope
         return None
 
@@ -255,27 +277,27 @@ class Learner:
         answer = wire.decode_answer(body)
         match answer:
             case wire.Ready():
-                if self._first is not None and not self._first.done():
-                    self._first.set_result(answer)
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(answer)
             case wire.Refused():
-                if self._first is not None and not self._first.done():
-                    self._first.set_exception(RefusedError(answer.message))
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_exception(LearnerStartError(answer.message))
             case wire.Learned():
                 self._learned = answer
-                self._answered = True
+                self._batch_pending = False
             case wire.Training():
-                self._is("training", f"{answer.stage} {answer.done:.0%}")
+                self._set_state("training", f"{answer.stage} {answer.done:.0%}")
             case wire.Proposed():
-                self._proposed.append(answer)
+                self._proposals.append(answer)
         self._wake.set()
 
-    async def _take(self, proposed: wire.Proposed) -> None:
-        """A proposal, for steering to accept."""
+    async def _pass_on(self, proposed: wire.Proposed) -> None:
         scope, tokens = proposed.scope, proposed.tokens
-        self._asked = None
-        self._tried[scope] = tokens
-        self._is("learning", "")
-        self._last = {"scope": scope, "tokens": tokens, "report": proposed.report, "version": None, "accepted": False}
+        self._requested_scope = None
+        self._last_attempt[scope] = tokens
+        self._set_state("learning", "")
+        shown = {"scope": scope, "tokens": tokens, "report": proposed.report, "version": None, "accepted": False}
+        self._last_proposal = shown
         if not proposed.profile:
             log.log(
                 logging.WARNING if proposed.report else logging.INFO,
@@ -289,11 +311,11 @@ class Learner:
         why = f"learned from {tokens} tokens: {report.get('variant')}, rank {report.get('rank')}"
         try:
             profile = await asyncio.to_thread(CalibrationProfile.from_bytes, proposed.profile)
-            self._last["version"] = profile.version
-            self._last["accepted"] = self._judge.propose(profile, why, report, scope)
+            shown["version"] = profile.version
+            shown["accepted"] = self._receiver.propose(profile, why, report, scope)
         except HemostatError as error:
-            log.error("a proposal was of no use: %s", error)
-        self._changed()
+            log.error("a proposal was refused: %s", error)
+        self._on_change()
 
     # --- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -301,20 +323,20 @@ class Learner:
     def _learning(self) -> bool:
         return self.state in {"learning", "training"}
 
-    def _is(self, state: str, detail: str) -> None:
-        # How far training is, is no news for the log.
+    def _set_state(self, state: str, detail: str) -> None:
+        # The progress of training is not logged.
         if state != self.state and "training" not in {state, self.state}:
             log.log(logging.ERROR if state in {"down", "unavailable"} else logging.INFO, "learner %s %s", state, detail)
         self.state, self.detail = state, detail
 
-    def _forget(self) -> None:
-        """A process is gone, and all that it knew."""
-        self._gone += Counter(self._learned.sources)
+    def _reset(self) -> None:
+        """The process has ended, and what it had learned is lost."""
+        self._tokens_of_ended += Counter(self._learned.sources)
         self._learned = wire.Learned({}, {}, {})
-        self._answered, self._asked = True, None
-        self._proposed.clear()
-        self._tried.clear()
-        self._waiting.clear()
-        self._waiting_bytes = 0
+        self._batch_pending, self._requested_scope = False, None
+        self._proposals.clear()
+        self._last_attempt.clear()
+        self._queued.clear()
+        self._queued_bytes = 0
         self._hidden_size = 0
-        self.reads = {}
+        self.anchor_counts = {}

@@ -20,11 +20,11 @@ INPUT_NAMES = (
     "embed_in.weight",
     "tok_embeddings.weight",
 )
-"""Ends of tensor names, the usual ones first; where a model has no output embedding of its own, it is the input's."""
-MAX_HEADER = 100 * 1024 * 1024
+"""Ends of tensor names, the most common first. A model without an output embedding of its own uses the input's."""
+MAX_HEADER_BYTES = 100 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct("<Q")
-_WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
+_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 class EmbeddingError(HemostatError):
@@ -59,11 +59,11 @@ def _find(folder: Path) -> tuple[str, Path]:
             if name == ending or name.endswith("." + ending):
                 return name, files[name]
     wanted = ", ".join(endings)
-    raise EmbeddingError(f"{folder}: holds no output embedding under a name that is known ({wanted})")
+    raise EmbeddingError(f"{folder}: holds no output embedding under a known name ({wanted})")
 
 
 def _tied(folder: Path) -> bool | None:
-    """Whether the input's embedding is the output's, too; None where the configuration does not say."""
+    """Whether the input embedding is also the output embedding; None where the configuration does not say."""
     file = folder / "config.json"
     if not file.is_file():
         return None
@@ -78,7 +78,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's table of tensors, and where their bytes begin."""
     with file.open("rb") as stream:
         (length,) = _LENGTH.unpack(stream.read(_LENGTH.size).ljust(_LENGTH.size, b"\xff"))
-        if length > MAX_HEADER:
+        if length > MAX_HEADER_BYTES:
             raise EmbeddingError(f"{file}: truncated, or not a safetensors file; fetch it again")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
@@ -87,14 +87,14 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
 
 def _read(file: Path, name: str, entry: dict[str, Any], start: int, vocab_size: int) -> npt.NDArray[np.float32]:
     dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _WIDTHS:
-        raise EmbeddingError(f"{file}: {name} is {dtype}; {', '.join(_WIDTHS)} can be read")
+    if dtype not in _DTYPE_BYTES:
+        raise EmbeddingError(f"{file}: {name} is {dtype}; {', '.join(_DTYPE_BYTES)} can be read")
     if len(shape) != 2 or shape[0] != vocab_size or shape[1] < 1:
         raise EmbeddingError(
             f"{file}: {name} has shape {shape}; the model has {vocab_size} ids: give its own checkpoint"
         )
     rows, columns = shape
-    width = _WIDTHS[dtype]
+    width = _DTYPE_BYTES[dtype]
     if last - first != rows * columns * width or file.stat().st_size < start + last:
         raise EmbeddingError(f"{file}: {name} is truncated; fetch the checkpoint again")
     weight = np.empty((rows, columns), np.float32)

@@ -1,8 +1,8 @@
 """The learner: `python -m hemostat.learner.process PARENT_PID`. Numpy, no torch.
 
-It takes in records, keeps statistics (`hemostat_calibration.learning.contextual.learner`) of all traffic and of each
-scope, and makes a proposal when asked. That can take minutes: between its steps it goes on taking in what has come
-meanwhile.
+It receives records, keeps statistics (`hemostat_calibration.learning.contextual.learner`) of all traffic and of each
+scope, and makes a proposal on request. That can take minutes: between its steps the records that have come meanwhile
+are learned from.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from hemostat_calibration.learning.contextual.learner import ContextualLearner, 
 from hemostat_calibration.learning.contextual.mlp import TrainingSettings
 
 NICENESS = 15
-"""Behind all else, the reference too."""
-INBOX = 16
-"""Messages read ahead of what is being worked on."""
-SCOPES_AT_MOST = 8
-"""That have statistics of their own: each costs as much memory as those of all traffic."""
-ANCHORS_AMONG = 1 << 26
-"""Elements of the output embedding that anchors are chosen from: rows enough, and seconds instead of minutes."""
+"""Lower priority than all other processes, the reference included."""
+MAX_QUEUED_MESSAGES = 16
+"""Messages read ahead of the one that is being worked on."""
+MAX_SCOPES = 8
+"""Scopes with statistics of their own: each costs as much memory as those of all traffic."""
+MAX_ANCHOR_ELEMENTS = 1 << 26
+"""Elements of the output embedding that anchors are chosen from: enough rows, and seconds instead of minutes."""
 ALL = ""
-TOKENIZER_BYTES = 256 * 1024 * 1024
+MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
-Say = Callable[[wire.Answer], None]
+Send = Callable[[wire.Answer], None]
 
 
-class Statistics:
-    """What was learned, of all traffic and by scope."""
+class ScopedLearner:
+    """Owns what was learned, of all traffic and by scope."""
 
     def __init__(self, start: wire.Start) -> None:
         """HemostatError when the output embedding cannot be used."""
@@ -78,7 +78,7 @@ class Statistics:
             try:
                 self._learn(row)
             except (HemostatError, ValueError) as error:
-                # One record that does not fit is one record less.
+                # A record that does not fit is left out, and counted.
                 self._failed[type(error).__name__] += 1
         whole = self._states[ALL]
         return wire.Learned(
@@ -88,12 +88,12 @@ class Statistics:
         )
 
     def _learn(self, row: wire.Row) -> None:
-        record = wire.record(row, self._vocab_size)
+        record = wire.from_row(row, self._vocab_size)
         if record.features is not None and record.features.values.shape[1] != self._anchors:
             raise InvalidArgumentError(f"features of {record.features.values.shape[1]} anchors, not {self._anchors}")
         for scope in dict.fromkeys((ALL, row.scope)):
             if scope not in self._states:
-                if len(self._states) > SCOPES_AT_MOST:
+                if len(self._states) > MAX_SCOPES:
                     continue
                 self._states[scope] = self._new()
             self._states[scope] = self._family.update(self._states[scope], [record])
@@ -118,13 +118,13 @@ def _plain(value: object) -> str | int | float:
 
 
 def eligible(weight: npt.NDArray[np.float32], special: set[int]) -> npt.NDArray[np.int32]:
-    """Ids that anchors are chosen from: none that is special, as those get masked; a part of the rest if need be."""
+    """Ids that anchors are chosen from: no special ones, as those get masked; only a part of the others if need be."""
     ids = np.setdiff1d(np.arange(len(weight), dtype=np.int32), np.array(sorted(special), np.int32))
-    return ids[:: max(1, -(-ids.size * weight.shape[1] // ANCHORS_AMONG))]
+    return ids[:: max(1, -(-ids.size * weight.shape[1] // MAX_ANCHOR_ELEMENTS))]
 
 
 def special_ids(folder: Path) -> set[int]:
-    """Begin, end and padding of text and the like, as far as the checkpoint's files tell."""
+    """Ids of begin, end, padding and the like, as far as the checkpoint's files name them."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         given = _json(folder / name)
@@ -139,9 +139,9 @@ def special_ids(folder: Path) -> set[int]:
 
 
 def _json(file: Path) -> dict[str, object]:
-    """{} where it is not there or not readable: it is of use only."""
+    """{} where it is missing or not readable: it is optional."""
     try:
-        if file.stat().st_size > TOKENIZER_BYTES:
+        if file.stat().st_size > MAX_TOKENIZER_BYTES:
             return {}
         found = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -149,79 +149,81 @@ def _json(file: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-class Desk:
-    """Takes one request after the other; while it makes a proposal, it goes on learning."""
+class RequestLoop:
+    """Handles one request after the other; while a proposal is made, records that come are learned from."""
 
-    def __init__(self, statistics: Statistics, inbox: queue.Queue[wire.Request | None], say: Say) -> None:
-        self._statistics = statistics
-        self._inbox = inbox
-        self._say = say
-        self._later: list[str] = []
-        self._ends = False
+    def __init__(self, learner: ScopedLearner, requests: queue.Queue[wire.Request | None], send: Send) -> None:
+        """requests: None is their end."""
+        self._learner = learner
+        self._requests = requests
+        self._send = send
+        self._scopes_due: list[str] = []
+        """Of proposals that were requested."""
+        self._ended = False
 
     def run(self) -> None:
-        """Until the input ends."""
-        while not self._ends:
-            if self._later:
-                self._propose(self._later.pop(0))
+        """Until the requests end."""
+        while not self._ended:
+            if self._scopes_due:
+                self._propose(self._scopes_due.pop(0))
             else:
-                self._take(self._inbox.get())
+                self._handle(self._requests.get())
 
-    def _take(self, request: wire.Request | None) -> None:
+    def _handle(self, request: wire.Request | None) -> None:
         match request:
             case None:
-                self._ends = True
+                self._ended = True
             case wire.Learn():
-                self._say(self._statistics.learn(request.rows))
+                self._send(self._learner.learn(request.rows))
             case wire.Propose():
-                self._later.append(request.scope)
+                self._scopes_due.append(request.scope)
             case wire.Start():
-                raise ValueError("it has started already")
+                raise ValueError("the learner has started already")
 
     def _propose(self, scope: str) -> None:
         def progress(stage: str, done: float) -> None:
-            self._say(wire.Training(stage, done))
+            self._send(wire.Training(stage, done))
             with contextlib.suppress(queue.Empty):
-                while not self._ends:
-                    self._take(self._inbox.get_nowait())
-            if self._ends:
+                while not self._ended:
+                    self._handle(self._requests.get_nowait())
+            if self._ended:
                 raise SystemExit(0)
 
-        self._say(self._statistics.propose(scope, progress))
+        self._send(self._learner.propose(scope, progress))
 
 
 def read_ahead(bodies: Iterator[bytes]) -> queue.Queue[wire.Request | None]:
-    """What comes, as it comes; None at the end."""
-    inbox: queue.Queue[wire.Request | None] = queue.Queue(INBOX)
+    """Read messages in a thread of its own; None is their end."""
+    requests: queue.Queue[wire.Request | None] = queue.Queue(MAX_QUEUED_MESSAGES)
 
     def read() -> None:
         try:
             for body in bodies:
-                inbox.put(wire.decode_request(body))
+                requests.put(wire.decode_request(body))
         finally:
-            inbox.put(None)
+            requests.put(None)
 
     threading.Thread(target=read, name="reader", daemon=True).start()
-    return inbox
+    return requests
 
 
 def main(parent: int) -> int:
     """0 when the input ended; 1 when it could not start."""
     bodies, send = child.begin(parent, NICENESS)
 
-    def say(answer: wire.Answer) -> None:
-        send(wire.encode(answer))
+    def answer(message: wire.Answer) -> None:
+        send(wire.encode(message))
 
     start = wire.decode_request(next(bodies))
     try:
         if not isinstance(start, wire.Start):
             raise HemostatError("the first message must be start")
-        statistics = Statistics(start)
+        learner = ScopedLearner(start)
     except (HemostatError, MemoryError) as error:
-        say(wire.Refused(str(error) or type(error).__name__))
+        answer(wire.Refused(str(error) or type(error).__name__))
         return 1
-    say(statistics.ready)
-    Desk(statistics, read_ahead(bodies), say).run()
+    answer(learner.ready)
+    RequestLoop(learner, read_ahead(bodies), answer).run()
     return 0
 
 

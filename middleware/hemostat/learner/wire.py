@@ -1,4 +1,4 @@
-"""What the control process and the learner say to each other.
+"""Messages between the control process and the learner.
 
 Each frame (`hemostat.ipc.child_process`) holds one msgpack-encoded message. Arrays are little-endian bytes. Every
 `Learn` is answered with `Learned`, every `Propose` with `Proposed`.
@@ -35,7 +35,7 @@ class Start(msgspec.Struct, tag="start", frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
-    """A record, as far as it is learned from: T tokens, K candidates, J of the reference's, N anchors, d hidden."""
+    """The parts of a record to learn from: T tokens, K candidates, J of the reference's, N anchors, d hidden."""
 
     scope: str
     prompt_key: bytes
@@ -76,23 +76,23 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
-    """It cannot start, and ends."""
+    """The learner cannot start, and ends."""
 
     message: str
 
 
 class Learned(msgspec.Struct, tag="learned", frozen=True):
-    """Totals since it started. failed: records that could not be learned from, by what was raised."""
+    """Totals since the process started. failed: records that could not be learned from, by what was raised."""
 
     tokens: dict[str, int]
-    """By scope, "" is all; a scope that is not followed is missing."""
+    """By scope, "" is all; a scope that is not learned apart is missing."""
     sources: dict[str, int]
     """By `contextual.Source`."""
     failed: dict[str, int]
 
 
 class Training(msgspec.Struct, tag="training", frozen=True):
-    """How far a proposal is."""
+    """Progress of a proposal; done: from 0 to 1."""
 
     stage: str
     done: float
@@ -101,9 +101,9 @@ class Training(msgspec.Struct, tag="training", frozen=True):
 class Proposed(msgspec.Struct, tag="proposed", frozen=True):
     scope: str
     tokens: int
-    """Learned from."""
+    """That it was learned from."""
     profile: bytes
-    """Empty: there is nothing to propose yet, or it failed, as `report` says."""
+    """Empty: there is nothing to propose yet, or it failed, and `report` says why."""
     report: dict[str, str | int | float]
 
 
@@ -127,8 +127,8 @@ def decode_answer(body: bytes) -> Answer:
     return _answers.decode(body)
 
 
-def row(record: TokenRecord, scope: str) -> Row:
-    """Features and hidden states lose what float16 does not hold: less than the models' own bfloat16 loses."""
+def to_row(record: TokenRecord, scope: str) -> Row:
+    """Features and hidden states are rounded to float16, which loses less than the models' own bfloat16."""
     features, hidden = record.features, record.reference_hidden
     return Row(
         scope=scope,
@@ -143,12 +143,12 @@ def row(record: TokenRecord, scope: str) -> Row:
         reference_emitted=_bytes(record.reference_emitted, "<f4"),
         anchors=features.anchors if features else "",
         features=_bytes(features.values, "<f2") if features else b"",
-        hidden=b"" if hidden is None else _bytes(np.clip(hidden, -_LARGEST, _LARGEST), "<f2"),
+        hidden=b"" if hidden is None else _bytes(np.clip(hidden, -MAX_FLOAT16, MAX_FLOAT16), "<f2"),
     )
 
 
-def record(row: Row, vocab_size: int) -> TokenRecord:
-    """The record that a row was made of, as far as it is there."""
+def from_row(row: Row, vocab_size: int) -> TokenRecord:
+    """The record that a row was made of; the parts that a row lacks are at their defaults."""
     output = np.frombuffer(row.output, "<i4").astype(np.int32)
     tokens = len(output)
 
@@ -175,13 +175,13 @@ def record(row: Row, vocab_size: int) -> TokenRecord:
     )
 
 
-def size(rows: Iterable[Row]) -> int:
-    """Bytes, about."""
+def row_bytes(rows: Iterable[Row]) -> int:
+    """Approximate size."""
     return sum(len(value) for row in rows for value in msgspec.structs.astuple(row))
 
 
-_LARGEST = 60000.0
-"""Within float16."""
+MAX_FLOAT16 = 60000.0
+"""Hidden states are clipped to ± this, which is within float16."""
 
 
 def _bytes(values: npt.NDArray[np.generic], dtype: str) -> bytes:

@@ -18,8 +18,9 @@ from hemostat.measurement.figures import StageFigures, finite
 from hemostat.measurement.survival import Trajectories
 from hemostat.shadow.noise_floor import MODELS
 from hemostat_calibration.divergence.decoding import decoded_divergence
-from hemostat_calibration.divergence.gain import gain
+from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
+from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Arm, TokenRecord
 from hemostat_calibration.statistics import confidence
@@ -102,6 +103,15 @@ class _After:
     """Of the two: Σ gain / Σ KL."""
     top1: dict[str, _Top1] = field(default_factory=lambda: {decoding: _Top1() for decoding in DECODINGS})
 
+    def add_gain(self, gain: Gain, raw: TokenDivergence) -> None:
+        """One request, its tokens where both terms are known."""
+        both = gain.exact & np.isfinite(raw.estimate_rc)
+        if both.any():
+            won, of = float(gain.lower[both].sum()), float(raw.estimate_rc[both].sum())
+            self.gain = self.gain.update(won, int(both.sum()))
+            self.of = self.of.update(of, int(both.sum()))
+            self.share = self.share.update(won, max(of, 0.0))
+
 
 class Measurements:
     """Raw figures, and for every profile lately in question the figures after it and its gain."""
@@ -131,15 +141,16 @@ class Measurements:
         served: CalibrationProfile | None,
         *,
         judging: bool = True,
+        gains: RecordGains | None = None,
     ) -> TokenDivergence:
         """Add one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
 
         judging: the prompt is held out. Gains are of those only: on what a profile learned from it looks too good.
-        Returns the raw figures.
+        gains: the record's, where others need them too. Returns the raw figures.
         """
         raw = divergence(record, served)
         after = raw if profile is None else calibrated(record, profile, served)
-        won_back = None if profile is None else gain(record, profile)
+        gain = None if profile is None or not judging else (gains or RecordGains(record)).of(profile)
         decoded = strategy(record)
         drawn = None if decoded == UNKNOWN else decoded_divergence(record)
         # All is computed before anything is added, so that a record counts in every figure or in none.
@@ -158,17 +169,13 @@ class Measurements:
         self._served[arm].add(raw if record.applied is None else after)
         self._expose("raw", arm, decoding, raw)
         self._expose("calibrated", arm, decoding, after)
-        if profile is not None and won_back is not None:
+        if profile is not None:
             stage = self._after.pop(profile.version, None) or _After()
             stage.after.add(after)
             stage.before.add(raw)
             stage.top1[decoding].add(raw, after)
-            both = won_back.exact & np.isfinite(raw.estimate_rc)
-            if judging and both.any():
-                won, of = float(won_back.lower[both].sum()), float(raw.estimate_rc[both].sum())
-                stage.gain = stage.gain.update(won, int(both.sum()))
-                stage.of = stage.of.update(of, int(both.sum()))
-                stage.share = stage.share.update(won, max(of, 0.0))
+            if gain is not None:
+                stage.add_gain(gain, raw)
             self._after[profile.version] = stage
             while len(self._after) > VERSIONS_KEPT:
                 self._after.popitem(last=False)

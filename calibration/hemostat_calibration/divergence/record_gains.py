@@ -1,0 +1,24 @@
+"""The gains of several profiles on one record, each computed once."""
+
+from __future__ import annotations
+
+from hemostat_calibration.divergence.gain import Gain, gain
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.records import TokenRecord
+
+
+class RecordGains:
+    """Computes a profile's gain on a validated record when it is first asked for, and keeps it.
+
+    Measurement and the judge of profiles ask for the same ones.
+    """
+
+    def __init__(self, record: TokenRecord) -> None:
+        self._record = record
+        self._gains: dict[str, Gain] = {}
+
+    def of(self, profile: CalibrationProfile) -> Gain:
+        """As `gain(record, profile)`: nats [T], as an interval."""
+        if profile.version not in self._gains:
+            self._gains[profile.version] = gain(self._record, profile)
+        return self._gains[profile.version]

@@ -1,0 +1,101 @@
+"""The profiles that this process holds, bounded by number and bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+
+from hemostat.profiles.families import anchor_set
+from hemostat.store.protocol import StoredProfile
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import shift_range
+
+MAX_PROFILES = 32
+"""Above this many, the oldest profiles that are not in use are evicted, from the store too."""
+MAX_PROFILE_BYTES = 256 * 1024 * 1024
+"""The same for the bytes of all parameters together."""
+MIN_GAIN_WIDTH_NATS = 1e-6
+"""The guard needs a width above 0, also of a profile that changes nothing."""
+
+
+class Catalogue:
+    """Profiles by version, oldest first, with the time at which each was created.
+
+    wall: Unix time, seconds.
+    """
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        self._wall = wall
+        self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
+        self._created: dict[str, float] = {}
+        self.probe: str | None = None
+        """The contextual learner's probe: a profile that does nothing, held by engines so that they report the logits
+        of its anchors. Never tested, never serves."""
+
+    def __contains__(self, version: str) -> bool:
+        return version in self._profiles
+
+    def __iter__(self) -> Iterator[str]:
+        """Versions, oldest first."""
+        return iter(self._profiles)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self._profiles)
+
+    def __getitem__(self, version: str) -> CalibrationProfile:
+        return self._profiles[version]
+
+    def get(self, version: str | None) -> CalibrationProfile | None:
+        return self._profiles.get(version) if version is not None else None
+
+    def created(self, version: str) -> float:
+        """Unix time at which the profile was first held, here or by whoever stored it."""
+        return self._created[version]
+
+    def add(self, profile: CalibrationProfile, in_use: Collection[str]) -> list[str]:
+        """Hold a profile as the newest. Returns the versions that were evicted for it; none that is in use."""
+        self._profiles[profile.version] = profile
+        self._created.setdefault(profile.version, self._wall())
+        self._profiles.move_to_end(profile.version)
+        evicted: list[str] = []
+        total = sum(map(parameter_bytes, self._profiles.values()))
+        for version in list(self._profiles):
+            if version == profile.version or version in in_use:
+                continue
+            if len(self._profiles) > MAX_PROFILES or total > MAX_PROFILE_BYTES:
+                total -= parameter_bytes(self._profiles[version])
+                self.remove(version)
+                evicted.append(version)
+        return evicted
+
+    def restore(self, profile: CalibrationProfile, created: float) -> None:
+        """Hold a stored profile as the oldest."""
+        self._profiles[profile.version] = profile
+        self._profiles.move_to_end(profile.version, last=False)
+        self._created[profile.version] = created
+
+    def remove(self, version: str) -> None:
+        if version == self.probe:
+            self.probe = None
+        self._profiles.pop(version, None)
+        self._created.pop(version, None)
+
+    def stored(self, version: str) -> StoredProfile:
+        """The profile as the store holds it."""
+        return StoredProfile(version, self._profiles[version].to_bytes(), self._created[version])
+
+    def gain_width(self, version: str) -> float:
+        return gain_width(self._profiles[version])
+
+    def anchor_set(self, version: str) -> str:
+        return anchor_set(self._profiles[version])
+
+
+def parameter_bytes(profile: CalibrationProfile) -> int:
+    return sum(array.nbytes for array in profile.parameters.values())
+
+
+def gain_width(profile: CalibrationProfile) -> float:
+    """High minus low of its Δz, nats: no gain over identity is below minus that."""
+    low, high = shift_range(profile)
+    return max(float(high - low), MIN_GAIN_WIDTH_NATS)

@@ -1,0 +1,120 @@
+"""Decisions about profiles: which there are, for which reasons, and the log of their events.
+
+The values are stored, exported as labels of `hemostat_profile_decisions_total` and shown in the console.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Any
+
+from hemostat.store.protocol import StoreWrites
+from hemostat_calibration import guard
+
+log = logging.getLogger("hemostat.calibration")
+
+MAX_EVENTS = 200
+"""Events held in memory; the oldest is forgotten."""
+
+
+class Decision(StrEnum):
+    PROPOSE = "propose"
+    """A learned profile becomes a candidate."""
+    IMPORT = "import"
+    """A profile given by an operator becomes a candidate."""
+    DROP = "drop"
+    """A candidate is no longer tested."""
+    PROMOTE = "promote"
+    """A profile serves from now on."""
+    ROLL_BACK = "roll_back"
+    """The profile that served does not serve any more."""
+    PIN = "pin"
+    UNPIN = "unpin"
+    MODE = "mode"
+    """`calibration.mode` was changed at run time."""
+
+
+class Reason(StrEnum):
+    LEARNED = "learned"
+    OPERATOR = "operator"
+    NEWER = "newer"
+    """A newer candidate takes its place."""
+    UNPROVEN = "unproven"
+    """Not proven better within `judging.MAX_UNPROVEN_REQUESTS`, and others wait."""
+    EVIDENCE = "evidence"
+    """Proven better on held-out requests."""
+    HARM = "harm"
+    UNSUPPORTED = "unsupported"
+    OTHER_MODEL = "other_model"
+    """The profile was learned for another model than the one that is served now."""
+
+
+REASONS: Mapping[Decision, tuple[Reason, ...]] = {
+    Decision.PROPOSE: (Reason.LEARNED,),
+    Decision.IMPORT: (Reason.OPERATOR,),
+    Decision.DROP: (Reason.NEWER, Reason.UNPROVEN),
+    Decision.PROMOTE: (Reason.EVIDENCE, Reason.OPERATOR),
+    Decision.ROLL_BACK: (Reason.HARM, Reason.UNSUPPORTED, Reason.OPERATOR, Reason.OTHER_MODEL),
+    Decision.PIN: (Reason.OPERATOR,),
+    Decision.UNPIN: (Reason.OPERATOR,),
+    Decision.MODE: (Reason.OPERATOR,),
+}
+"""Every decision with the reasons that it may have."""
+
+DECISIONS = tuple((decision, reason) for decision, reasons in REASONS.items() for reason in reasons)
+
+
+class EventLog:
+    """The last events and how many decisions of each kind were made; every event is written to the store.
+
+    wall: Unix time, seconds.
+    """
+
+    def __init__(self, writes: StoreWrites, wall: Callable[[], float]) -> None:
+        self._writes = writes
+        self._wall = wall
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self.counts: Counter[tuple[str, str]] = Counter(dict.fromkeys(DECISIONS, 0))
+        """By decision and reason, since this process started."""
+
+    def record(
+        self, decision: Decision, reason: Reason, version: str, scope: str, why: str, evidence: dict[str, Any]
+    ) -> None:
+        """Count, log, hold and store one decision. why: for people. evidence: JSON-ready."""
+        self.counts[decision, reason] += 1
+        event = {
+            "at": self._wall(),
+            "decision": decision.value,
+            "reason": reason.value,
+            "version": version,
+            "scope": scope,
+            "why": why,
+            "evidence": evidence,
+        }
+        log.info("%s %s%s: %s %s", decision, version, f" for {scope}" if scope else "", why, evidence or "")
+        self._events.append(event)
+        self._writes.append_event(event)
+
+    def restore(self, events: Iterable[dict[str, Any]]) -> None:
+        """Add events of an earlier run, oldest first, without writing them again."""
+        self._events.extend(events)
+
+    def clear(self) -> None:
+        self._events.clear()
+
+    def newest_first(self, version: str | None = None) -> list[dict[str, Any]]:
+        """All events held, or those of one profile."""
+        return [event for event in reversed(self._events) if version in (None, event["version"])]
+
+
+def evidence_json(decision: guard.Decision) -> dict[str, Any]:
+    """The evidence of a test, JSON-ready: what is infinite or unknown is None."""
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in asdict(decision.evidence).items()
+    }

@@ -1,0 +1,86 @@
+"""What the life of a profile depends on its family for. A new family needs an entry in `FAMILY_RULES`.
+
+(What a family computes is declared in `hemostat_calibration.profiles.families`; who learns it, in `proposals`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.divergence.gain import Gain
+from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import anchors, anchors_digest
+from hemostat_calibration.records import TokenRecord
+
+Floats = npt.NDArray[np.float64]
+
+MAX_IDENTITY_NORMALIZER_NATS = 1e-4
+"""A row's log-normalizer is within this of 0 where the engine applied nothing to the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRules:
+    """queue_priority: candidates with a lower number are tested first.
+    fits_request: its parameters can be sent as a request's `temperature` and `logit_bias`.
+    kl_limit: (profile) -> largest KL from identity that it enforces, nats; None where it enforces none.
+    token_gains: (record, profile, gain, normalizer float64 [T], NaN where the engine gave none) -> lower and upper ends
+        of the gain at the tokens that are evidence, [S] each with S ≤ T; None where no token is.
+    """
+
+    queue_priority: int
+    fits_request: bool
+    kl_limit: Callable[[CalibrationProfile], float | None]
+    token_gains: Callable[[TokenRecord, CalibrationProfile, Gain, Floats], tuple[Floats, Floats] | None]
+
+
+def anchor_set(profile: CalibrationProfile) -> str:
+    """Digest of the token ids whose logits the profile reads; "" where it reads none."""
+    ids = anchors(profile)
+    return "" if ids is None else anchors_digest(ids)
+
+
+def _all_tokens(
+    record: TokenRecord, profile: CalibrationProfile, gain: Gain, normalizer: Floats
+) -> tuple[Floats, Floats]:
+    return gain.lower, gain.upper
+
+
+def _contextual_tokens(
+    record: TokenRecord, profile: CalibrationProfile, gain: Gain, normalizer: Floats
+) -> tuple[Floats, Floats] | None:
+    """Tokens whose features were lost are left out. Where an anchor is masked the engine applies nothing: gain 0."""
+    features = record.features
+    has_features: npt.NDArray[np.bool_] = np.zeros(record.tokens, dtype=np.bool_)
+    if features is not None and features.anchors == anchor_set(profile):
+        has_features = ~np.isnan(features.values.sum(axis=1))
+    not_applied = ~has_features & ~gain.exact & (np.abs(normalizer) < MAX_IDENTITY_NORMALIZER_NATS)
+    known = has_features | gain.exact | not_applied
+    if not known.any():
+        return None
+    return np.where(not_applied, 0.0, gain.lower)[known], np.where(not_applied, 0.0, gain.upper)[known]
+
+
+def _contextual_kl_limit(profile: CalibrationProfile) -> float:
+    return float(profile.parameters["kl_limit"])
+
+
+FAMILY_RULES: Mapping[str, FamilyRules] = {
+    CONTEXTUAL: FamilyRules(
+        queue_priority=0,
+        fits_request=False,
+        kl_limit=_contextual_kl_limit,
+        token_gains=_contextual_tokens,
+    ),
+    # Temperature and bias rarely win much: all others are tested first.
+    TEMPERATURE_BIAS: FamilyRules(
+        queue_priority=1,
+        fits_request=True,
+        kl_limit=lambda profile: None,
+        token_gains=_all_tokens,
+    ),
+}

@@ -1,0 +1,178 @@
+"""`ProfileManager` composes the parts of a profile's life, for the control process.
+
+Where is what:
+- `proposals`: what was learned, and when a profile is proposed. `families`: what depends on the family.
+- `trials`: candidates and tests. `judging`: the evidence of held-out requests. `lifecycle`: the steps that follow.
+- `serving`, `scopes`: what serves which requests. `operators`: what an operator decides.
+- `catalogue`: the profiles held. `decisions`: the log of events. `report`: what is shown.
+- `persistence`, `restoring`: what the store keeps, and reading it back.
+- `request_parameters`: profiles as sampling parameters.
+
+Calls go one way: restoring, report, operators -> proposals, judging -> lifecycle -> the parts that hold state. No part
+knows the manager.
+
+Invariants (those of what serves are in `serving`, those of tests in `trials`):
+- A record is learned from or judged by, never both: decided by its evidence unit.
+- With `calibration.scope` other than `pooled`, a scope (a label, a route, a model) may have a profile of its own, which
+  was better there than what serves all; every other request gets the pooled one.
+- Of several replicas, only the one that leads (`store.lease`) proposes, tests and promotes; the others learn, so that
+  any can go on, and reload what it has decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hemostat.config.schema import Calibration
+from hemostat.profiles.catalogue import Catalogue
+from hemostat.profiles.decisions import EventLog
+from hemostat.profiles.judging import Judge, is_held_out
+from hemostat.profiles.lifecycle import Lifecycle
+from hemostat.profiles.operators import Operator
+from hemostat.profiles.persistence import StateWriter
+from hemostat.profiles.proposals import Proposals
+from hemostat.profiles.report import Report
+from hemostat.profiles.request_parameters import RequestParameters
+from hemostat.profiles.restoring import Restoring
+from hemostat.profiles.scopes import Scopes
+from hemostat.profiles.serving import ServedModel, ServingState
+from hemostat.profiles.trials import Trials
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import StoreWrites
+from hemostat_calibration.divergence.record_gains import RecordGains
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.records import TokenRecord
+
+
+class ProfileManager:
+    """Lives in the control process's event loop. Its attributes are the parts, to be handed to whoever needs one.
+
+    wall: Unix time, seconds. default_temperature_is_one: see `RequestParameters`. lease: None without other replicas.
+    """
+
+    def __init__(
+        self,
+        settings: Calibration,
+        writes: StoreWrites,
+        wall: Callable[[], float],
+        *,
+        default_temperature_is_one: bool = False,
+        lease: Lease | None = None,
+    ) -> None:
+        lease = lease or Lease(shared=False)
+        self._held_out_fraction = settings.held_out_fraction
+        self.serving = ServingState(Scopes(settings.scope), settings.mode)
+        self.catalogue = Catalogue(wall)
+        self.events = EventLog(writes, wall)
+        self.requests = RequestParameters(
+            enabled=settings.apply == "request", default_temperature_is_one=default_temperature_is_one
+        )
+        writer = StateWriter(writes, self.serving, settings.mode)
+        self.trials = Trials(settings.alpha, self.catalogue.gain_width, self.serving.baseline, writer.write_tests_begun)
+        self.lifecycle = Lifecycle(
+            catalogue=self.catalogue,
+            serving=self.serving,
+            trials=self.trials,
+            events=self.events,
+            writer=writer,
+            requests=self.requests,
+        )
+        self.judge = Judge(
+            catalogue=self.catalogue,
+            serving=self.serving,
+            trials=self.trials,
+            lifecycle=self.lifecycle,
+            lease=lease,
+        )
+        self.proposals = Proposals(
+            settings,
+            catalogue=self.catalogue,
+            serving=self.serving,
+            trials=self.trials,
+            lifecycle=self.lifecycle,
+            requests=self.requests,
+            lease=lease,
+        )
+        self.operator = Operator(
+            catalogue=self.catalogue,
+            serving=self.serving,
+            trials=self.trials,
+            lifecycle=self.lifecycle,
+            proposals=self.proposals,
+            events=self.events,
+            writer=writer,
+        )
+        self.restoring = Restoring(
+            settings.mode,
+            catalogue=self.catalogue,
+            serving=self.serving,
+            trials=self.trials,
+            events=self.events,
+            lifecycle=self.lifecycle,
+            proposals=self.proposals,
+            writer=writer,
+        )
+        self.report = Report(
+            catalogue=self.catalogue,
+            serving=self.serving,
+            trials=self.trials,
+            events=self.events,
+            proposals=self.proposals,
+        )
+
+    def set_model_pair(self, model: str, vocab_size: int) -> None:
+        """Both models are known and have the same token ids: learning can begin, anew when they are others than before.
+
+        model: the served name of the compressed one.
+        """
+        served = ServedModel(model, vocab_size)
+        if served != self.serving.model:
+            self.lifecycle.set_model(served)
+            self.proposals.restart()
+
+    # --- a scored record -------------------------------------------------------------------------------------------
+
+    def scope_of(self, record: TokenRecord) -> str:
+        """ "" where all requests are pooled, or there are too many scopes."""
+        return self.serving.scopes.of(record)
+
+    def is_held_out(self, record: TokenRecord) -> bool:
+        """The record's prompt is for judging: nothing is ever learned from it."""
+        return is_held_out(record, self._held_out_fraction)
+
+    def may_learn(self, record: TokenRecord) -> bool:
+        """Whether the record may be learned from now."""
+        return self.serving.uses(record) and not self.is_held_out(record)
+
+    def calibrated_profile(self, record: TokenRecord) -> CalibrationProfile | None:
+        """What the record's `calibrated` figures are about: the profile that was served, or that would have been."""
+        version = record.applied if record.applied is not None else self.serving.would_serve(record)
+        return self.catalogue.get(version)
+
+    def observe(self, record: TokenRecord, gains: RecordGains) -> None:
+        """Learn from a record, or judge by it. gains: the record's own."""
+        if not self.serving.uses(record):
+            return
+        scope = self.scope_of(record)
+        if self.is_held_out(record):
+            self.judge.observe(record, scope, gains)
+        else:
+            self.proposals.learn(record, scope)
+
+    # --- what engines, the reference and relays are told -----------------------------------------------------------
+
+    def engine_versions(self) -> list[str]:
+        """Versions that engines should hold, most important first."""
+        return self.lifecycle.engine_versions()
+
+    def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
+        """Profiles whose effect the reference computes for every scored request."""
+        if self.serving.mode == "off":
+            return ()
+        versions = (version for version in self.engine_versions() if version != self.catalogue.probe)
+        return tuple(self.catalogue[version] for version in versions)
+
+    def request_parameters(self) -> dict[str, Any]:
+        """Fields of the relays' policy for `calibration.apply: request`."""
+        return self.requests.of(self.catalogue.get(self.serving.forced or self.serving.version))

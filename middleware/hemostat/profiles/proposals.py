@@ -1,0 +1,212 @@
+"""Which profiles are proposed, and when: temperature and bias learned here, by scope; contextual ones by the learner.
+
+A new family that is learned in this process goes beside `TemperatureBiasLearner` here; one that is learned elsewhere
+uses `accepts` and `propose`, as the contextual learner does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hemostat.config.schema import Calibration
+from hemostat.profiles.catalogue import Catalogue
+from hemostat.profiles.families import anchor_set
+from hemostat.profiles.lifecycle import Lifecycle
+from hemostat.profiles.persistence import whole_number
+from hemostat.profiles.request_parameters import RequestParameters
+from hemostat.profiles.scopes import ALL
+from hemostat.profiles.serving import ServingState
+from hemostat.profiles.trials import Trials
+from hemostat.store.lease import Lease
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
+from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.records import TokenRecord
+
+log = logging.getLogger("hemostat.calibration")
+
+MIN_TOKEN_GROWTH = 2
+"""A new proposal is made when this many times more tokens were learned from: each test spends some of alpha."""
+MIN_TOKEN_GROWTH_UNDER_TEST = 4
+"""The same while the last proposal is still in the queue: its test would have to begin anew."""
+MAX_TOKENS_BETWEEN_PROPOSALS = 500_000
+"""More tokens than this are never waited for."""
+CONTEXTUAL_FIRST_FACTOR = 4
+"""Where a contextual learner is at work, temperature and bias wait for its first proposal until they were learned from
+this many times `min_tokens`: earlier tests have more of alpha, and temperature and bias rarely win much."""
+BATCH_RECORDS = 8
+"""Records that are gathered before one update of temperature and bias."""
+
+
+@dataclass(slots=True)
+class _ScopeLearning:
+    """What was learned in one scope."""
+
+    temperature_bias: TemperatureBiasState | None = None
+    batch: list[TokenRecord] = field(default_factory=list)
+    """Records of the next update."""
+    proposed_at: dict[str, int] = field(default_factory=dict)
+    """By family, the tokens that the last proposal was learned from."""
+
+
+class Proposals:
+    """Owns what was learned, by scope. Of several replicas all learn, and the one that leads proposes."""
+
+    def __init__(
+        self,
+        settings: Calibration,
+        *,
+        catalogue: Catalogue,
+        serving: ServingState,
+        trials: Trials,
+        lifecycle: Lifecycle,
+        requests: RequestParameters,
+        lease: Lease,
+    ) -> None:
+        self._settings = settings
+        self._catalogue = catalogue
+        self._serving = serving
+        self._trials = trials
+        self._lifecycle = lifecycle
+        self._requests = requests
+        self._lease = lease
+        self._temperature_bias = TemperatureBiasLearner(
+            # With |Δz| ≤ a, KL from identity is at most a²/2: Var Δz ≤ a² under every c e^{sΔz}, and KL is ∫ s Var ds.
+            clamp_nats=min(settings.clamp_nats, math.sqrt(2.0 * settings.clamp_kl_nats)),
+            min_tokens=settings.min_tokens,
+            half_life_tokens=settings.half_life_tokens,
+        )
+        self._scopes: dict[str, _ScopeLearning] = {}
+
+    # --- what was learned ------------------------------------------------------------------------------------------
+
+    def learned(self, scope: str = ALL) -> tuple[int, int]:
+        """Requests and tokens that temperature and bias were learned from."""
+        state = self._scope(scope).temperature_bias
+        return (state.requests, state.tokens) if state is not None else (0, 0)
+
+    def restart(self) -> None:
+        """The model is another: forget what was learned.
+
+        A profile that still serves was kept from an earlier run, which had learned more than this one will have for a
+        while: only more than that is worth a test.
+        """
+        self._scopes.clear()
+        self.count_serving()
+
+    def count_serving(self) -> None:
+        """Count what serves as the last proposal of its family, learned from the tokens that its metadata says."""
+        for scope, state in self._serving.scopes.items():
+            selected = self._catalogue.get(state.selected)
+            if selected is not None:
+                tokens = whole_number(selected.metadata.get("tokens"))
+                self._scope(scope).proposed_at[selected.family] = tokens
+
+    def discard_batches(self) -> None:
+        """Forget records that wait for an update: the mode has changed."""
+        for learning in self._scopes.values():
+            learning.batch = []
+
+    # --- temperature and bias --------------------------------------------------------------------------------------
+
+    def learn(self, record: TokenRecord, scope: str) -> None:
+        """Learn from a record of the learning side, pooled and in its scope; propose what is due."""
+        for each in dict.fromkeys((ALL, scope)):
+            self._learn(record, each)
+
+    def _learn(self, record: TokenRecord, scope: str) -> None:
+        learning, model = self._scope(scope), self._serving.model
+        if learning.temperature_bias is None and model is not None:
+            learning.temperature_bias = self._temperature_bias.init(model.name, model.vocab_size)
+        learning.batch.append(record)
+        if len(learning.batch) < BATCH_RECORDS or learning.temperature_bias is None:
+            return
+        # The batch is emptied first: records that raise here must not come back with the next one.
+        batch, learning.batch = learning.batch, []
+        state = self._temperature_bias.update(learning.temperature_bias, batch)
+        learning.temperature_bias = state
+        min_tokens = self._settings.min_tokens
+        if self._catalogue.probe is not None and CONTEXTUAL not in learning.proposed_at:
+            min_tokens *= CONTEXTUAL_FIRST_FACTOR
+        if state.tokens < min_tokens or state.requests < self._temperature_bias.min_requests:
+            return
+        if self._due(scope, TEMPERATURE_BIAS, state.tokens):
+            self._propose_temperature_bias(scope, state)
+
+    def _propose_temperature_bias(self, scope: str, state: TemperatureBiasState) -> None:
+        pooled = self._scope(ALL).temperature_bias
+        if scope != ALL and pooled is not None:
+            state = self._temperature_bias.shrunk(state, pooled, self._settings.min_tokens)
+        proposal = self._temperature_bias.propose(state)
+        if proposal is not None:
+            self._scope(scope).proposed_at[TEMPERATURE_BIAS] = state.tokens
+            why = f"learned from {state.tokens} tokens"
+            self._lifecycle.replace_proposals(scope, self._requests.variants(proposal), why, {})
+
+    # --- the contextual learner ------------------------------------------------------------------------------------
+
+    def accepts(self, tokens: int, scope: str = ALL) -> bool:
+        """Whether a contextual proposal that was learned from `tokens` tokens in all would be tested now."""
+        return self._serving.active and not self._requests.enabled and self._due(scope, CONTEXTUAL, tokens)
+
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool:
+        """Test a contextual profile in place of the scope's last one; False when it is not accepted now.
+
+        report: JSON-ready, shown as the event's evidence; `tokens` is the number of tokens learned from in all.
+        InvalidProfileError for another model's profile.
+        """
+        tokens = int(report["tokens"])
+        if not self.accepts(tokens, scope):
+            return False
+        self._lifecycle.require_fit(profile)
+        self._scope(scope).proposed_at[profile.family] = tokens
+        return self._lifecycle.replace_proposals(scope, [profile], why, dict(report))
+
+    def set_probe(self, profile: CalibrationProfile) -> None:
+        """A contextual learner begins: engines are to hold this profile, and report the logits of its anchors.
+
+        What the last learner had learned is lost, so that where no contextual profile is tested or serves, the next
+        proposal need not be learned from more.
+        """
+        before, self._catalogue.probe = self._catalogue.probe, profile.version
+        if before is not None and before != profile.version:
+            self._lifecycle.forget(before)
+        self._lifecycle.hold(profile)
+        for scope, state in self._serving.scopes.items():
+            selected = self._catalogue.get(state.selected)
+            if self._trials.has_proposal(scope, CONTEXTUAL):
+                continue
+            if selected is None or selected.family != CONTEXTUAL:
+                self._scope(scope).proposed_at.pop(CONTEXTUAL, None)
+            elif anchor_set(selected) != anchor_set(profile):
+                log.warning(
+                    "profile %s, which serves %s, reads other anchors than the learner: engines report the logits of "
+                    "the profile's anchors, and the learner uses only the top ids until the profile is rolled back",
+                    selected.version,
+                    scope or "all",
+                )
+
+    # --- bookkeeping -----------------------------------------------------------------------------------------------
+
+    def _due(self, scope: str, family: str, tokens: int) -> bool:
+        """Whether enough was learned since the last proposal for another test to be worth its alpha."""
+        if not self._lease.leads:
+            return False
+        state = self._serving.scopes.follow(scope)
+        if state is None or (state.selected is None and not self._serving.has_room(scope)):
+            return False
+        last = self._scope(scope).proposed_at.get(family, 0)
+        if self._trials.has_proposal(scope, family):
+            enough = MIN_TOKEN_GROWTH_UNDER_TEST * last
+        elif state.rolled_back:
+            enough = last + self._settings.min_tokens
+        else:
+            enough = MIN_TOKEN_GROWTH * last
+        return tokens >= min(enough, last + MAX_TOKENS_BETWEEN_PROPOSALS)
+
+    def _scope(self, scope: str) -> _ScopeLearning:
+        return self._scopes.setdefault(scope, _ScopeLearning())

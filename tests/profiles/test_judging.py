@@ -1,0 +1,160 @@
+"""What counts as evidence for a profile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.profile_bench import (
+    ANCHORS,
+    BIASED,
+    EVEN,
+    JUDGED,
+    LEARNED,
+    MODEL,
+    Bench,
+    contextual,
+    harmful,
+)
+from tests.support.records import make_record, profiles, truths
+
+from hemostat.profiles import judging
+from hemostat.profiles.judging import gain_interval
+from hemostat_calibration.divergence.gain import gain
+from hemostat_calibration.profiles.contextual import contextual_profile
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import anchors_digest
+from hemostat_calibration.records import Features, Shift, TokenRecord
+
+
+def interval(record: TokenRecord, profile: CalibrationProfile) -> tuple[float, float] | None:
+    return gain_interval(record, profile, gain(record, profile))
+
+
+def in_context(vocabulary: int, seed: int) -> CalibrationProfile:
+    random = np.random.default_rng(seed)
+    ids = random.permutation(vocabulary)[:5]
+    return contextual_profile(
+        model="",
+        anchors=ids,
+        linear=random.normal(size=(3, len(ids))),
+        offset=random.normal(size=3),
+        up=random.normal(size=(vocabulary, 3)),
+        clamp_nats=1.5,
+    )
+
+
+def test_bounds_alone_promote_nothing() -> None:
+    """Without the engine's and the reference's exact terms the tail may hold anything."""
+    bench = Bench()
+    bench.feed(BIASED, LEARNED[:40])
+    for n, key in enumerate(JUDGED[:60]):
+        truth = BIASED.truth(n)
+        bench.observe(make_record(truth, 2, reference_k=2, key=key))
+    assert bench.profiles.serving.selected is None
+    assert [c["requests"] for c in bench.status()["candidates"]] == [60, 60]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_gain_is_within_the_width_given_to_the_guard(data: st.DataObject) -> None:
+    """For any two models, and however little of them is known. (The guard raises on a gain outside of the width.)"""
+    truth = data.draw(truths(rows=3))
+    vocabulary = truth.compressed.shape[1]
+    candidate, serving = (
+        data.draw(profiles(vocabulary)) if data.draw(st.booleans()) else in_context(vocabulary, seed) for seed in (0, 1)
+    )
+    bench = Bench(known=False, clamp_nats=2.0)
+    bench.profiles.set_model_pair(MODEL, vocabulary)
+    bench.profiles.operator.import_profile(replace(serving, model=MODEL))
+    bench.profiles.operator.promote(bench.profiles.trials.tested_versions[0])
+    bench.profiles.operator.import_profile(replace(candidate, model=MODEL))
+    whole = bench.record(truth, JUDGED[0])
+    known = data.draw(st.booleans())
+    k = data.draw(st.integers(1, vocabulary))
+    reference_k = data.draw(st.one_of(st.none(), st.integers(1, vocabulary)))
+    record = make_record(truth, k, reference_k=reference_k, key=JUDGED[0])
+    before = bench.profiles.events.newest_first()
+    ids = in_context(vocabulary, 0).parameters["anchors"]
+    values = np.where(np.isfinite(truth.compressed[:, ids]), truth.compressed[:, ids], np.nan).astype(np.float32)
+    if data.draw(st.booleans()):
+        record = replace(record, features=Features(anchors_digest(ids), values))
+    bench.observe(replace(record, shifts=whole.shifts if known else {}))
+    assert len(bench.profiles.events.newest_first()) >= len(before)
+
+
+def test_a_prompt_counts_once_in_a_test() -> None:
+    """Ten recurring prompts are ten observations, not thousands: they can never prove anything by repetition."""
+    bench = Bench()
+    bench.feed(BIASED, LEARNED[:40])
+    assert bench.profiles.trials.tested_versions
+    bench.feed(BIASED, JUDGED[:10] * 60)
+    assert bench.profiles.serving.selected is None
+    assert {candidate["requests"] for candidate in bench.status()["candidates"]} == {10}
+    assert bench.feed(BIASED, JUDGED[10:], bench.serves) < len(JUDGED) - 10
+
+
+def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "MAX_UNPROVEN_REQUESTS", 30)
+    bench = Bench()
+    first, second, third = (bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(3))
+    bench.feed(EVEN, JUDGED[:29])
+    assert bench.profiles.trials.tested_versions == [first, second]
+    bench.feed(EVEN, JUDGED[29:31])
+    assert bench.profiles.trials.tested_versions == [second, third]
+    event = bench.last("drop")
+    assert (event["version"], event["reason"], event["evidence"]["requests"]) == (first, "unproven", 30)
+    bench.feed(EVEN, JUDGED[31:80])
+    assert bench.profiles.trials.tested_versions == [second, third], "no candidate waits any more"
+    bench.feed(EVEN, LEARNED[:40])
+    bias = bench.status()["waiting"][0]["version"]
+    monkeypatch.setattr(judging, "MAX_UNPROVEN_REQUESTS_BEFORE_LOWER", 110)
+    bench.feed(EVEN, JUDGED[80:109])
+    assert bench.profiles.trials.tested_versions == [second, third], "temperature and bias wait longer"
+    bench.feed(EVEN, JUDGED[109:112])
+    assert bench.profiles.trials.tested_versions == [third, bias]
+
+
+def test_a_record_is_no_evidence_for_a_profile_that_the_engine_did_not_report() -> None:
+    bench = Bench()
+    profile = contextual()
+    bench.profiles.proposals.propose(profile, "", {"tokens": 1})
+    for n, key in enumerate(JUDGED[:9]):
+        record = bench.record(BIASED.truth(n), key)
+        shift = record.shifts[profile.version]
+        unreported = replace(shift, log_normalizer=np.full(record.tokens, np.nan))
+        bench.observe(replace(record, engine_boot="b", shifts={}))
+        bench.observe(replace(record, engine_boot="b", shifts={profile.version: unreported}))
+        bench.observe(replace(record, shifts={}))
+    assert bench.status()["candidates"][0]["requests"] == 0
+    bench.feed(BIASED, JUDGED[:9], engine_boot="b")
+    assert bench.status()["candidates"][0]["requests"] == 9
+
+
+def test_tokens_with_lost_features_are_left_out_and_masked_ones_have_gain_zero() -> None:
+    bench = Bench()
+    profile = contextual()
+    bench.profiles.proposals.propose(profile, "", {"tokens": 1})
+    whole = bench.record(BIASED.truth(0), JUDGED[0])
+    exact = gain(whole, profile).lower
+    shift = whole.shifts[profile.version]
+    values = np.zeros((whole.tokens, len(ANCHORS)), np.float32)
+    values[:10] = np.nan
+    expected, normalizer = shift.expected.copy(), shift.log_normalizer.copy()
+    expected[:10], normalizer[:4], normalizer[4:10] = np.nan, np.nan, 1e-6
+    record = replace(
+        whole,
+        features=Features(anchors_digest(ANCHORS), values),
+        shifts={profile.version: Shift(expected, normalizer)},
+        engine_boot="b",
+    )
+    assert interval(whole, profile) == (pytest.approx(exact.mean()), pytest.approx(exact.mean()))
+    mean = pytest.approx(exact[10:].sum() / (whole.tokens - 4))
+    assert interval(record, profile) == (mean, mean)
+    lost = replace(record, shifts={profile.version: Shift(np.full_like(expected, np.nan), normalizer)})
+    bounds = interval(lost, profile)
+    assert bounds is not None
+    assert bounds[0] < exact[10:].mean() < bounds[1], "where only one of the terms is known, its bounds count"

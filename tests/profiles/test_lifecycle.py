@@ -1,0 +1,174 @@
+"""The life of profiles on synthetic worlds: nothing serves unproven, and no record that was learned from is proof."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.support.profile_bench import (
+    BIASED,
+    EVEN,
+    JUDGED,
+    LEARNED,
+    MODEL,
+    Bench,
+    contextual,
+    harmful,
+)
+from tests.support.world import V, World
+
+from hemostat_calibration.profiles.profile import CalibrationProfile
+
+
+def halved() -> World:
+    """Where what takes back the whole bias does as much harm as good."""
+    world = World()
+    world.bias = 0.5 * BIASED.bias
+    return world
+
+
+def test_a_record_is_learned_from_or_judged_by_never_both() -> None:
+    bench = Bench()
+    bench.feed(BIASED, JUDGED[:60])
+    status = bench.status()
+    assert (status["learned_requests"], status["candidates"]) == (0, [])
+    bench.feed(BIASED, LEARNED[:40])
+    status = bench.status()
+    assert status["learned_requests"] == 40
+    assert [c["requests"] for c in status["candidates"]] == [0, 0], "what it learned from is no evidence"
+    bench.feed(BIASED, JUDGED[:5])
+    status = bench.status()
+    assert status["learned_requests"] == 40
+    assert [c["requests"] for c in status["candidates"]] == [5, 5]
+
+
+def test_a_helpful_candidate_is_promoted_with_its_evidence_and_stored() -> None:
+    bench = Bench()
+    version = bench.promote()
+    profiles = bench.profiles
+    assert profiles.serving.version == version
+    assert bench.decisions() == ["propose", "propose", "promote"]
+    event = bench.last("promote")
+    assert event["version"] == version
+    assert event["at"] == bench.time
+    evidence = event["evidence"]
+    assert 0 < evidence["lower"] < evidence["mean_gain"]
+    assert evidence["requests"] >= 5
+    assert json.loads(json.dumps(event, allow_nan=False)) == event
+    assert version in (bench.store.get_state("serving") or "")
+    kept = bench.store.get_profile(version)
+    assert kept is not None
+    assert CalibrationProfile.from_bytes(kept.data, version).version == version
+    assert profiles.lifecycle.promotions == 1
+    assert sorted(p["state"] for p in profiles.report.listing()["profiles"]) == ["retired", "selected"]
+
+
+def test_in_observe_nothing_serves() -> None:
+    bench = Bench(mode="observe")
+    version = bench.promote()
+    assert bench.profiles.serving.version is None
+    assert bench.profiles.serving.reported == version, "what it would win back is reported"
+    bench.profiles.operator.set_mode("auto")
+    assert bench.profiles.serving.version == version
+
+
+def test_a_useless_or_harmful_profile_is_not_promoted() -> None:
+    bench = Bench()
+    bench.profiles.operator.import_profile(harmful())
+    bench.feed(EVEN, LEARNED[:40])
+    bench.feed(EVEN, JUDGED[:250])
+    assert bench.profiles.serving.selected is None
+    assert "promote" not in bench.decisions()
+    candidates = bench.status()["candidates"]
+    assert candidates[0]["mean_gain"] < -0.05
+    assert candidates[0]["requests"] == 250
+
+
+def test_a_profile_that_becomes_harmful_is_rolled_back() -> None:
+    bench = Bench()
+    version = bench.promote()
+    turned = World()
+    turned.bias = -BIASED.bias
+    fed = bench.feed(turned, JUDGED, lambda: bench.profiles.serving.selected is None)
+    assert fed < 300
+    assert bench.profiles.serving.version is None
+    event = bench.last("roll_back")
+    assert event["version"] == version
+    assert event["evidence"]["upper"] < 0
+    assert bench.profiles.lifecycle.rollbacks == 1
+    assert bench.restart().profiles.serving.selected is None
+
+
+def test_a_profile_that_no_longer_helps_is_rolled_back_as_unsupported() -> None:
+    bench = Bench()
+    bench.profiles.proposals.propose(contextual(), "", {"tokens": 1})
+    bench.feed(BIASED, JUDGED, bench.serves)
+    window = bench.status()["selected"]["window"]
+    bench.feed(BIASED, JUDGED[:window])
+    assert bench.status()["selected"]["supported"]
+    fed = bench.feed(halved(), JUDGED[window:], lambda: bench.profiles.serving.selected is None)
+    assert fed == window
+    event = bench.last("roll_back")
+    assert event["reason"] == "unsupported"
+    assert event["evidence"]["requests"] == window
+    assert event["evidence"]["upper"] > 0
+    assert bench.profiles.events.counts["roll_back", "unsupported"] == 1
+
+
+def test_off_ends_serving_learning_and_judging_at_once() -> None:
+    bench = Bench()
+    bench.promote()
+    learned = bench.status()["learned_requests"]
+    judged = bench.status()["selected"]["requests"]
+    bench.profiles.operator.set_mode("off")
+    assert bench.profiles.serving.version is None
+    assert bench.profiles.serving.reported is None
+    assert bench.profiles.evaluated_profiles() == ()
+    bench.feed(BIASED, [*LEARNED[:40], *JUDGED[:20]])
+    assert bench.status()["learned_requests"] == learned
+    assert bench.status()["selected"]["requests"] == judged
+    assert bench.last("mode")["why"] == "set to off by the operator"
+
+
+def test_a_forced_profile_goes_on_every_request_and_nothing_is_learned() -> None:
+    bench = Bench(known=False)
+    profile = harmful()
+    bench.profiles.operator.force(profile)
+    bench.profiles.set_model_pair(MODEL, V)
+    assert bench.profiles.serving.forced == bench.profiles.serving.reported == profile.version
+    assert bench.profiles.serving.version is None
+    assert bench.profiles.engine_versions() == [profile.version]
+    bench.feed(BIASED, [*LEARNED[:40], *JUDGED[:10]])
+    assert bench.status()["learned_requests"] == 0
+    bench.profiles.set_model_pair(MODEL, V + 1)
+    assert bench.profiles.serving.forced is None, "it would be numbers without a meaning"
+
+
+def test_another_model_restarts_learning_and_proposals() -> None:
+    bench = Bench()
+    bench.feed(BIASED, LEARNED[:43])
+    assert len(bench.profiles.trials.tested_versions) == 2
+    bench.profiles.set_model_pair("another", V)
+    assert bench.profiles.trials.tested_versions == []
+    assert bench.status()["learned_requests"] == 0
+    bench.feed(BIASED, LEARNED[:32])
+    assert len(bench.profiles.trials.tested_versions) == 2
+
+
+@pytest.mark.parametrize(("model", "vocabulary"), [("another", V), (MODEL, V + 1)])
+def test_another_model_rolls_back_what_served(model: str, vocabulary: int) -> None:
+    bench = Bench()
+    bench.promote()
+    again = bench.restart()
+    again.profiles.set_model_pair(model, vocabulary)
+    assert again.profiles.serving.selected is None
+    assert again.decisions()[-1] == "roll_back"
+    assert again.profiles.engine_versions() == []
+
+
+def test_another_model_ends_a_pin() -> None:
+    bench = Bench()
+    bench.profiles.operator.pin(bench.profiles.operator.import_profile(harmful()))
+    bench.profiles.set_model_pair("another", V)
+    assert (bench.profiles.serving.selected, bench.profiles.serving.pinned) == (None, False)
+    assert bench.restart().profiles.serving.pinned is False

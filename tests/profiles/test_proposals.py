@@ -1,0 +1,220 @@
+"""When temperature-and-bias and contextual profiles are proposed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support.oracle import shift
+from tests.support.profile_bench import (
+    ANCHORS,
+    BIASED,
+    JUDGED,
+    LEARNED,
+    MODEL,
+    Bench,
+    contextual,
+)
+from tests.support.records import Truth, log_softmax, make_record
+from tests.support.world import V, World
+
+from hemostat.profiles.proposals import (
+    CONTEXTUAL_FIRST_FACTOR,
+    MAX_TOKENS_BETWEEN_PROPOSALS,
+    MIN_TOKEN_GROWTH,
+    MIN_TOKEN_GROWTH_UNDER_TEST,
+)
+from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
+from hemostat_calibration.profiles.contextual import probe_profile
+
+
+def test_a_batch_that_raises_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    bench.feed(BIASED, LEARNED[:7])
+
+    def refuse(*_: object) -> None:
+        raise InvalidArgumentError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TemperatureBiasLearner, "update", refuse)
+        with pytest.raises(InvalidArgumentError):
+            bench.feed(BIASED, LEARNED[7:8])
+    bench.feed(BIASED, LEARNED[:8])
+    assert bench.status()["learned_requests"] == 8
+
+
+def test_records_of_another_vocabulary_are_ignored() -> None:
+    bench = Bench()
+    record = make_record(Truth(*(log_softmax(np.zeros((3, 9))),) * 2, np.zeros(3, int)), 4, key=LEARNED[0])
+    bench.observe(record)
+    bench.feed(BIASED, LEARNED[1:8])
+    assert bench.status()["learned_requests"] == 0
+    bench.feed(BIASED, LEARNED[8:9])
+    assert bench.status()["learned_requests"] == 8, "a batch of others only"
+
+
+def test_temperature_and_bias_stay_within_clamp_kl_nats() -> None:
+    bench = Bench(clamp_nats=2.0, clamp_kl_nats=0.02)
+    bench.feed(World(beta=0.6, bias=1.5), LEARNED[:40])
+    found = [bench.profiles.catalogue.get(version) for version in bench.profiles.trials.tested_versions]
+    assert found
+    worst = 0.0
+    for profile in found:
+        assert profile is not None
+        for n in range(40):
+            truth = World(bias=0.5, seed=n).truth(n)
+            after = log_softmax(truth.compressed + shift(profile, truth.compressed))
+            kl = (np.exp(after) * (after - truth.compressed)).sum(-1)
+            worst = max(worst, float(kl.max()))
+    assert 0.01 < worst <= 0.02, "it binds, and is kept"
+
+
+def test_a_contextual_proposal_is_tested_and_promoted() -> None:
+    bench = Bench()
+    profile = contextual()
+    report = {"tokens": 15_000, "rank": 8, "won_back": 0.3}
+    assert bench.profiles.proposals.propose(profile, "ridge, rank 8", report)
+    event = bench.last("propose")
+    assert (event["version"], event["why"], event["evidence"]) == (profile.version, "ridge, rank 8", report)
+    bench.feed(BIASED, JUDGED, bench.serves)
+    assert bench.profiles.serving.version == profile.version
+    shown = bench.profiles.report.describe(profile.version)
+    assert shown is not None
+    assert (shown["family"], shown["state"], shown["scopes"]) == ("contextual", "selected", [""])
+    again = bench.restart()
+    again.profiles.set_model_pair(MODEL, V)
+    assert again.profiles.serving.version == profile.version
+
+
+def test_a_proposal_must_be_learned_from_more_tokens_and_still_more_while_one_is_tested() -> None:
+    bench = Bench()
+    first, second, third = contextual(1.0), contextual(0.9), contextual(0.8)
+    assert bench.profiles.proposals.accepts(1)
+    assert bench.profiles.proposals.propose(first, "", {"tokens": 10_000})
+    assert not bench.profiles.proposals.propose(second, "", {"tokens": MIN_TOKEN_GROWTH_UNDER_TEST * 10_000 - 1})
+    assert bench.profiles.trials.tested_versions == [first.version]
+    bench.feed(BIASED, JUDGED[:3])
+    assert bench.profiles.proposals.propose(second, "", {"tokens": MIN_TOKEN_GROWTH_UNDER_TEST * 10_000})
+    assert bench.profiles.trials.tested_versions == [second.version]
+    dropped = bench.last("drop")
+    assert (dropped["version"], dropped["reason"], dropped["evidence"]["requests"]) == (first.version, "newer", 3)
+    bench.feed(BIASED, JUDGED, bench.serves)
+    learned = MIN_TOKEN_GROWTH_UNDER_TEST * 10_000
+    assert not bench.profiles.proposals.accepts(MIN_TOKEN_GROWTH * learned - 1)
+    assert bench.profiles.proposals.accepts(MIN_TOKEN_GROWTH * learned)
+    assert not bench.profiles.proposals.propose(second, "", {"tokens": MIN_TOKEN_GROWTH * learned}), "it serves"
+    assert bench.profiles.proposals.propose(
+        third, "", {"tokens": MAX_TOKENS_BETWEEN_PROPOSALS + MIN_TOKEN_GROWTH * learned}
+    )
+    bench.profiles.operator.roll_back("asked for")
+    assert not bench.profiles.proposals.accepts(MAX_TOKENS_BETWEEN_PROPOSALS + MIN_TOKEN_GROWTH * learned + 1), (
+        "one is under test"
+    )
+
+
+def test_after_a_rollback_a_new_proposal_is_accepted_soon() -> None:
+    bench = Bench()
+    bench.profiles.proposals.propose(contextual(), "", {"tokens": 100_000})
+    bench.feed(BIASED, JUDGED, bench.serves)
+    bench.profiles.operator.roll_back("asked for")
+    assert not bench.profiles.proposals.accepts(100_000)
+    assert bench.profiles.proposals.accepts(100_000 + bench.settings.min_tokens)
+
+
+def test_after_a_learner_restart_only_what_serves_must_be_surpassed(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    profile = replace(contextual(), metadata={"tokens": "100000"})
+    bench.profiles.proposals.propose(profile, "", {"tokens": 100_000})
+    bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
+    assert not bench.profiles.proposals.accepts(150_000), "it is under test"
+    bench.feed(BIASED, JUDGED, bench.serves)
+    for one in (bench, bench.restart()):
+        one.profiles.set_model_pair(MODEL, V)
+        one.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
+        assert one.profiles.serving.selected == profile.version
+        assert not one.profiles.proposals.accepts(150_000)
+        assert one.profiles.proposals.accepts(10**6)
+    assert "other anchors" not in caplog.text
+    bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS[:4], 1.0))
+    assert "other anchors" in caplog.text
+    bench.profiles.operator.roll_back("asked for")
+    assert not bench.profiles.proposals.accepts(1_000)
+    bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
+    assert bench.profiles.proposals.accepts(1_000)
+
+
+def test_temperature_and_bias_wait_for_the_first_contextual_proposal() -> None:
+    bench = Bench()
+    bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
+    bench.feed(BIASED, LEARNED, lambda: bench.status()["learned_tokens"] >= 2 * bench.settings.min_tokens)
+    assert bench.profiles.trials.tested_versions == [], "temperature and bias wait"
+    profile = contextual()
+    assert bench.profiles.proposals.propose(profile, "", {"tokens": 1000})
+    bench.feed(BIASED, LEARNED, lambda: len(bench.profiles.trials.tested_versions) > 1)
+    assert bench.profiles.trials.tested_versions[0] == profile.version
+    assert [c["test"] for c in bench.status()["candidates"]] == [1, 2]
+
+
+def test_temperature_and_bias_wait_for_a_bounded_number_of_tokens() -> None:
+    bench = Bench()
+    bench.profiles.proposals.set_probe(probe_profile(MODEL, V, ANCHORS, 1.0))
+    bench.feed(BIASED, LEARNED, lambda: bool(bench.profiles.trials.tested_versions))
+    learned, least = (
+        bench.status()["learned_tokens"],
+        CONTEXTUAL_FIRST_FACTOR * bench.settings.min_tokens,
+    )
+    assert least <= learned < least + 1000
+
+
+@pytest.mark.parametrize(
+    "made", [{"mode": "off"}, {"known": False}, {"apply": "request"}], ids=["off", "not known", "by request"]
+)
+def test_a_proposal_that_could_not_be_tested_is_not_accepted(made: dict[str, Any]) -> None:
+    bench = Bench(**made)
+    assert not bench.profiles.proposals.accepts(10**9)
+    assert not bench.profiles.proposals.propose(contextual(), "", {"tokens": 10**9})
+
+
+def test_a_proposal_for_another_model_is_refused() -> None:
+    bench = Bench()
+    with pytest.raises(InvalidProfileError, match="the model another, not for m"):
+        bench.profiles.proposals.propose(replace(contextual(), model="another"), "", {"tokens": 1})
+    bench.profiles.set_model_pair(MODEL, V + 1)
+    with pytest.raises(InvalidProfileError, match="vocabulary of 60 ids"):
+        bench.profiles.proposals.propose(contextual(), "", {"tokens": 1})
+
+
+def test_the_probe_is_held_and_neither_tested_nor_served() -> None:
+    bench = Bench()
+    asked = probe_profile(MODEL, V, ANCHORS, 1.0)
+    bench.profiles.proposals.set_probe(asked)
+    profiles = bench.profiles
+    assert profiles.engine_versions() == [asked.version]
+    assert profiles.evaluated_profiles() == ()
+    assert profiles.catalogue.get(asked.version) is asked
+    shown = profiles.report.describe(asked.version)
+    assert shown is not None
+    assert shown["state"] == "probe"
+    assert bench.store.profiles() == []
+    with pytest.raises(HemostatError, match="no profile"):
+        profiles.operator.promote(asked.version)
+    assert profiles.operator.import_profile(asked) == asked.version
+    bench.feed(BIASED, JUDGED[:20])
+    assert profiles.trials.tested_versions == []
+    other = contextual(anchors=ANCHORS[::-1])
+    profiles.proposals.propose(other, "", {"tokens": 1})
+    assert profiles.engine_versions() == [other.version, asked.version]
+    profiles.proposals.propose(contextual(), "", {"tokens": 10})
+    assert asked.version not in profiles.engine_versions(), "another one that is held has these anchors"
+    profiles.operator.set_mode("off")
+    assert asked.version not in profiles.engine_versions()
+    profiles.operator.set_mode("auto")
+    newer = probe_profile(MODEL, V, ANCHORS[:3], 1.0)
+    profiles.proposals.set_probe(newer)
+    assert profiles.catalogue.get(asked.version) is None
+    assert profiles.engine_versions()[-1] == newer.version
+    profiles.set_model_pair(MODEL, V + 1)
+    assert profiles.engine_versions() == []

@@ -1,0 +1,140 @@
+"""A `ProfileManager` that is fed whole records of a synthetic world, and profiles for that world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tests.support.oracle import shift
+from tests.support.records import Truth, make_record
+from tests.support.world import V, World
+
+from hemostat.config.schema import Calibration
+from hemostat.profiles.decisions import MAX_EVENTS
+from hemostat.profiles.manager import ProfileManager
+from hemostat.profiles.persistence import STATE_KEYS
+from hemostat.store.lease import Lease
+from hemostat.store.memory import MemoryStore
+from hemostat_calibration.divergence.record_gains import RecordGains
+from hemostat_calibration.profiles.contextual import contextual_profile
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.records import Shift, TokenRecord
+from hemostat_calibration.statistics.split import held_out
+
+MODEL = "m"
+FRACTION = 0.3
+"""`calibration.held_out_fraction`."""
+LEARNED = [b"%d" % n for n in range(20_000) if not held_out(b"%d" % n, FRACTION)]
+"""Prompt keys of the side that is learned from."""
+JUDGED = [b"%d" % n for n in range(20_000) if held_out(b"%d" % n, FRACTION)]
+"""Prompt keys of the held-out side."""
+
+
+class Bench:
+    """A `ProfileManager` whose writes go to a store at once."""
+
+    def __init__(
+        self,
+        store: MemoryStore | None = None,
+        *,
+        known: bool = True,
+        default_temperature_is_one: bool = False,
+        lease: Lease | None = None,
+        **calibration: Any,
+    ) -> None:
+        """known: both models are. calibration: settings."""
+        self.store = store or MemoryStore()
+        given: dict[str, Any] = {"mode": "auto", "min_tokens": 500, "clamp_nats": 1.0, "held_out_fraction": FRACTION}
+        self.settings = Calibration.model_validate(given | calibration)
+        self.time = 0.0
+        self.profiles = ProfileManager(
+            self.settings,
+            self.store,
+            lambda: self.time,
+            default_temperature_is_one=default_temperature_is_one,
+            lease=lease,
+        )
+        if known:
+            self.profiles.set_model_pair(MODEL, V)
+
+    def restart(self, **calibration: Any) -> Bench:
+        """Another process with the same store; the models are not known yet."""
+        bench = Bench(self.store, known=False, **calibration)
+        states = {name: self.store.get_state(name) for name in STATE_KEYS}
+        bench.profiles.restoring.restore(self.store.profiles(), states, self.store.events(MAX_EVENTS))
+        return bench
+
+    def record(self, truth: Truth, key: bytes, **more: Any) -> TokenRecord:
+        """With the exact effect of every evaluated profile, as reference and engine give it."""
+        shifts = {}
+        for profile in self.profiles.evaluated_profiles():
+            delta = shift(profile, truth.compressed)
+            expected = (np.exp(truth.reference) * delta).sum(-1)
+            shifts[profile.version] = Shift(expected, np.log((np.exp(truth.compressed + delta)).sum(-1)))
+        return replace(make_record(truth, 20, key=key), shifts=shifts, **more)
+
+    def observe(self, record: TokenRecord) -> None:
+        self.profiles.observe(record, RecordGains(record))
+
+    def feed(self, world: World, keys: list[bytes], until: Callable[[], bool] = lambda: False, **more: Any) -> int:
+        """One record a key, until `until` is true: how many."""
+        for n, key in enumerate(keys):
+            if until():
+                return n
+            self.time += 1.0
+            self.observe(self.record(world.truth(n), key, **more))
+        return len(keys)
+
+    def status(self) -> dict[str, Any]:
+        return self.profiles.report.status()
+
+    def decisions(self) -> list[str]:
+        """Oldest first."""
+        return [event["decision"] for event in reversed(self.profiles.events.newest_first())]
+
+    def last(self, decision: str) -> dict[str, Any]:
+        """The newest event of this decision."""
+        return next(event for event in self.profiles.events.newest_first() if event["decision"] == decision)
+
+    def serves(self) -> bool:
+        """Whether a profile is selected for all requests."""
+        return self.profiles.serving.selected is not None
+
+    def promote(self) -> str:
+        """Learn and judge on a biased world until something serves; its version."""
+        self.feed(BIASED, LEARNED[:40])
+        self.feed(BIASED, JUDGED, self.serves)
+        assert self.profiles.serving.selected is not None
+        return self.profiles.serving.selected
+
+
+BIASED = World(bias=0.6)
+EVEN = World()
+"""Both models are the same."""
+
+
+def harmful(vocabulary: int = V, seed: int = 5) -> CalibrationProfile:
+    return temperature_bias(MODEL, vocabulary, 1.0, np.random.default_rng(seed).normal(0, 0.8, vocabulary), 1.0)
+
+
+def helpful(seed: int = 0) -> CalibrationProfile:
+    """Removes the bias of the biased world, up to a little noise."""
+    noise = 0.1 * np.random.default_rng(seed).normal(size=V)
+    return temperature_bias(MODEL, V, 1.0, noise - BIASED.bias, 1.0)
+
+
+ANCHORS = np.arange(6, dtype=np.int32)
+
+
+def contextual(bias: float = 1.0, anchors: np.ndarray[Any, np.dtype[np.int32]] = ANCHORS) -> CalibrationProfile:
+    """Removes `bias` times the bias of the biased world, in any context."""
+    return contextual_profile(
+        model=MODEL,
+        anchors=anchors,
+        linear=np.zeros((1, 2)),
+        offset=np.ones(1),
+        up=-bias * BIASED.bias[:, None],
+        clamp_nats=1.5,
+    )
