@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery chart docs screenshot clean
+.PHONY: help setup demo test test-slow lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery chart docs screenshot clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -30,6 +30,9 @@ lint: setup ## ruff and mypy
 # five seconds took two minutes).
 test: lint ## lint, types, and all tests, on a real vLLM; ARGS="..." for pytest (-n 0: one after the other)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2 --no-loadscope-reorder $(ARGS)
+
+test-slow: setup ## the tests that take minutes each (a promotion on a real vLLM, ...), to be run before a release
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 --slow $(ARGS)
 
 bench-proxy: setup ## requests/s and CPU beside nginx and vllm-router; a table and build/bench/proxy.json
 	@exec $(BIN)/python tests/bench/bench_proxy.py $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -87,7 +88,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 class _Together(LoadScopeScheduling):
-    """With `-n 2`, a file stays in one process, and so do all that share the server."""
+    """With `-n 2`, all tests of a file run in one process, and so do all files that share the server."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -96,10 +97,20 @@ class _Together(LoadScopeScheduling):
 
 @cache
 def _shares_server(file: Path) -> bool:
-    return "vllm_server" in file.read_text(encoding="utf-8")
+    """A test or fixture of the file has the fixture `vllm_server` as parameter (the module of that name is another)."""
+    return re.search(r"\bvllm_server\s*[:,)]", file.read_text(encoding="utf-8")) is not None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, and only these")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = bool(config.getoption("--slow"))
+    deselected = [item for item in items if (item.get_closest_marker("slow") is not None) != chosen]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if (item.get_closest_marker("slow") is not None) == chosen]
     if not vllm_process.installed():
         skip = pytest.mark.skip(reason="vLLM is not installed here: `make setup` installs it")
         for item in items:
@@ -114,15 +125,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where everything must run (REQUIRE_ALL=1, as in CI), a test that is skipped for want of something fails.
-
-    And what CI runs once more (`.ci/run`) are tests of a whole run that failed: of any other, none.
-    """
-    missed = os.environ.get("REQUIRE_ALL") == "1" and bool(_missed)
-    whole = session.exitstatus in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}
-    if missed:
+    """Where everything must run (REQUIRE_ALL=1, as in CI), a test that is skipped because something is not installed
+    fails the run."""
+    if os.environ.get("REQUIRE_ALL") == "1" and _missed:
         print("\nREQUIRE_ALL=1, but these were skipped:", *_missed, sep="\n  ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    cache = getattr(session.config, "cache", None)  # absent with -p no:cacheprovider
-    if cache is not None and not hasattr(session.config, "workerinput") and (missed or not whole):
-        cache.set("cache/lastfailed", {})

@@ -109,7 +109,8 @@ def test_forced_profile_changes_what_comes_out_of_vllm(tmp_path: Path, checkpoin
     assert report["calibrated"]["kl_nats"]["estimate"] > report["raw"]["kl_nats"]["estimate"] + 1.0
 
 
-def test_a_contextual_profile_earns_its_place_live(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_contextual_profile_is_promoted_live(tmp_path: Path) -> None:
     """Learned from a real vLLM's features and the real reference, proven on held-out prompts, served to half of the
     clients: as in `make demo`, but from a model that lost more, so that it takes a minute."""
     report = demo(

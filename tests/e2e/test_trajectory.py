@@ -58,6 +58,7 @@ def prompts_of(checkpoints):
 
 
 # torch looks at its own deprecated parts when transformers asks whether to compile.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_the_predicted_prefix_is_what_greedy_texts_share(checkpoints):
     """Predicted on one set of prompts, the reference only reading the compressed model's text; observed on another,
