@@ -239,19 +239,19 @@ async def test_another_shape_gives_nearly_the_same_and_forgets_nothing(
 
 
 def test_logits_that_are_no_linear_map_are_found_out(tiny: Path) -> None:
-    from hemostat.reference.exact import unlinear
+    from hemostat.reference.exact import nonlinearity
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
-    assert unlinear(model) == ""
+    assert nonlinearity(model) == ""
     plain = model.lm_head.forward
     for name, behind in {"capped": lambda z: 5 * torch.tanh(z / 5), "scaled": lambda z: z / 8}.items():
         model.lm_head.forward = lambda h, behind=behind: behind(plain(h))
-        assert "scaled or capped" in unlinear(model), name
+        assert "scaled or capped" in nonlinearity(model), name
     model.lm_head.forward = plain
     model.lm_head.bias = torch.nn.Parameter(torch.ones(VOCAB))
-    assert "bias" in unlinear(model)
+    assert "bias" in nonlinearity(model)
     model.get_output_embeddings = lambda: None
-    assert "no output embedding" in unlinear(model)
+    assert "no output embedding" in nonlinearity(model)
 
 
 async def test_what_cannot_be_scored_is_refused_by_name_and_the_worker_goes_on(

@@ -4,59 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Iterable
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from hemostat.config.schema import Settings
 from hemostat.reference import make_reference
 from hemostat.reference.match import compare
-from hemostat.reference.protocol import Reference, ReferenceFailure
+from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
+from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure
 from hemostat.store.valkey import ValkeyStore, without_password
 
 PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
-PROBE = "The capital of France is"
-LOGIT_PUSH = -100.0
 ANY_XARG = "not-a-profile-version"
-
-
-class State(StrEnum):
-    """OK: works. NO: asked for, and will not work. NOTE: not asked for, or worth knowing."""
-
-    OK = "ok"
-    NO = "NO"
-    NOTE = "note"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the table; `fix` is what to do, "" where nothing needs doing."""
-
-    what: str
-    state: State
-    detail: str
-    fix: str = ""
-
-
-class _TopLogprobs(msgspec.Struct, frozen=True):
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    logprobs: _TopLogprobs | None = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-
-
-class _Completion(msgspec.Struct, frozen=True):
-    choices: list[_Choice]
 
 
 async def check(settings: Settings) -> list[Finding]:
@@ -136,69 +99,18 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
         card = await server.model(None)
         version = await _or(server.version(), "of unknown version")
     except ReferenceFailure as failure:
-        fix = "set upstream.api_key" if failure.reason == "unauthorized" else "start vLLM, or change upstream.url"
+        fix = (
+            "set upstream.api_key"
+            if failure.reason is FailureReason.UNAUTHORIZED
+            else "start vLLM, or change upstream.url"
+        )
         return [Finding("upstream", State.NO, str(failure), fix)]
     length = f", up to {card.max_model_len} tokens" if card.max_model_len else ""
     findings = [Finding("upstream", State.OK, f"{server.url} serves {card.id}{length} (vLLM {version})")]
     measured = settings.reference.backend != "none"
-    findings += await shadow_findings(server, card.id, settings.shadow.top_k, State.NO if measured else State.NOTE)
+    findings += await probe_shadowing(server, card.id, settings.shadow.top_k, State.NO if measured else State.NOTE)
     findings.append(await _plugin(server, card.id, settings))
     return findings
-
-
-async def shadow_findings(server: VllmServer, model: str, top_k: int, severity: State = State.NO) -> list[Finding]:
-    """What a shadowed request needs: K logprobs, token ids, and logprobs of the model itself.
-
-    What is missing is of `severity`; "completion" names a finding that says nothing of the server's settings.
-    """
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": PROBE,
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "logprobs": top_k,
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-    }
-    try:
-        choice = (await server.post("/v1/completions", body, _Completion)).choices[0]
-    except Refused as refused:
-        if "logprobs" in refused.detail:
-            fix = f"start vLLM with --max-logprobs {top_k}, or lower shadow.top_k"
-            return [Finding("max_logprobs", severity, f"shadow.top_k {top_k}: {refused.detail}", fix)]
-        return [Finding("completion", severity, str(refused), "see vLLM's log")]
-    except (ReferenceFailure, IndexError) as failure:
-        return [Finding("completion", severity, str(failure) or "no choices in the answer", "see vLLM's log")]
-    findings = []
-    top = choice.logprobs.top_logprobs[0] if choice.logprobs and choice.logprobs.top_logprobs else None
-    if top is not None and len(top) >= top_k:
-        findings.append(Finding("max_logprobs", State.OK, f"shadow.top_k {top_k} is within --max-logprobs"))
-    else:
-        got = f"{len(top or {})} logprobs came back, {top_k} were asked for"
-        findings.append(Finding("max_logprobs", severity, got, f"start vLLM with --max-logprobs {top_k}"))
-    if choice.token_ids and choice.prompt_token_ids:
-        findings.append(Finding("return_token_ids", State.OK, "the server gives token ids"))
-    else:
-        lacks = "the server gives no token ids, so nothing can be scored"
-        findings.append(Finding("return_token_ids", severity, lacks, "use vLLM 0.11 or newer"))
-    if top and choice.token_ids:
-        findings.append(await _raw(server, body, choice.token_ids[0], top, severity))
-    return findings
-
-
-async def _raw(server: VllmServer, body: dict[str, Any], best: int, top: dict[str, float], severity: State) -> Finding:
-    """Raw logprobs do not move when the request's own logit_bias pushes the first token down."""
-    pushed = {**body, "logit_bias": {str(best): LOGIT_PUSH}}
-    name = f"token_id:{best}"
-    fix = "start vLLM with --logprobs-mode raw_logprobs (its default)"
-    try:
-        logprobs = (await server.post("/v1/completions", pushed, _Completion)).choices[0].logprobs
-    except (ReferenceFailure, IndexError) as failure:
-        return Finding("logprobs_mode", State.NOTE, f"not found out: {failure}")
-    row = logprobs.top_logprobs[0] if logprobs and logprobs.top_logprobs else None
-    if row is not None and name in row and name in top and abs(row[name] - top[name]) < 1.0 and top[name] <= 0:
-        return Finding("logprobs_mode", State.OK, "raw_logprobs: what the model itself says")
-    return Finding("logprobs_mode", severity, "logprobs are taken after the request's own settings", fix)
 
 
 async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding:

@@ -31,7 +31,6 @@ from hemostat.admin import history as overview
 from hemostat.admin.app import create_app
 from hemostat.admin.hardening import server_settings
 from hemostat.admin.history import History
-from hemostat.commands.check import State, shadow_findings
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
@@ -47,6 +46,7 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
 from hemostat.reference import make_reference
 from hemostat.reference.match import compare
+from hemostat.reference.probes import State, probe_shadowing
 from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo
 from hemostat.reference.server import ModelCard, VllmServer
 from hemostat.reference.vllm import VllmReference
@@ -430,12 +430,12 @@ class Control:
             self._serves(await server.models())
             card = await server.model(None)
             top_k = self.settings.shadow.top_k
-            missing = [f for f in await shadow_findings(server, card.id, top_k) if f.state is State.NO]
+            missing = [f for f in await probe_shadowing(server, card.id, top_k) if f.state is State.NO]
         except ReferenceFailure as failure:
             return "starting", f"the upstream does not answer: {failure}"
         for finding in missing:
             said = f"the upstream's {finding.what}: {finding.detail}; {finding.fix}"
-            return ("starting" if finding.what == "completion" else "mismatch"), said
+            return ("starting" if finding.transient else "mismatch"), said
         try:
             match = await compare(self.settings.upstream, reference)
         except ReferenceFailure as failure:

@@ -1,4 +1,4 @@
-"""What a causal language model of transformers says about given tokens, at full vocabulary. Torch, no IO."""
+"""Scores of given tokens by a causal language model of transformers, at full vocabulary. Torch, no IO."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CHUNK_ELEMENTS = 1 << 24
 
 PROBE_TOKENS = 8
 PROBE_IDS = 4096
-LINEAR_WITHIN = 0.01
-"""Part of the largest logit that rounding (bfloat16 has 8 bits) may make of W h; a softcap that bends less than that
-bends nothing that matters."""
+MAX_NONLINEARITY = 0.01
+"""Difference from W h, relative to the largest logit, that still counts as rounding (bfloat16 has 8 bits). A softcap
+that changes logits by less than that does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Basis:
 class ExactScores:
     """at, top_logprobs: float64 [T, K]; top_ids: int32 [T, K]; emitted, entropy, expected[name]: float64 [T]; nats.
 
-    hidden: float32 [T, d], what the output embedding was given; None where not asked for.
+    hidden: float32 [T, d], the input of the output embedding; None where not requested.
     """
 
     at: Floats
@@ -51,8 +51,8 @@ class ExactScores:
     hidden: npt.NDArray[np.float32] | None = None
 
 
-def unlinear(model: Any) -> str:
-    """Why the model's logits are not W h of its output embedding W and what goes into that; "" when they are."""
+def nonlinearity(model: Any) -> str:
+    """Why the model's logits are not W h, with its output embedding W and that layer's input h; "" when they are."""
     head = model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         return "it has no output embedding"
@@ -67,14 +67,14 @@ def unlinear(model: Any) -> str:
             return f"it gives {logits.shape[-1]} logits, its output embedding has {vocab_size} rows"
         off = head.weight[some].float() @ caught[0][0, -1].float() - logits[some]
     largest = float(logits.abs().max())
-    if not float(off.abs().max()) <= LINEAR_WITHIN * largest:
-        return "its logits are scaled or capped behind the output embedding"
+    if not float(off.abs().max()) <= MAX_NONLINEARITY * largest:
+        return "its logits are scaled or capped after the output embedding"
     return ""
 
 
 @contextlib.contextmanager
 def _hidden_states(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Gets what goes into the output embedding meanwhile, [1, T, d] a call."""
+    """Collects the input of the output embedding, [1, T, d] for each call of the model inside the context."""
     caught: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: caught.append(given[0]))
     try:
@@ -96,10 +96,10 @@ def score(
 ) -> ExactScores:
     """Score `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
 
-    functionals: name -> float32 [V] on the model's device, or a basis; `expected` gets E_r of each at every position.
+    functionals: name -> float32 [V] on the model's device, or a basis; `expected` is E_r of each at every position.
     codes: of every basis, [T, r].
-    reshaped: not in one piece but as a server might: in a batch of two, in two pieces, the second on the first's cache.
-    Raises ValueError when an id is not in the vocabulary, or a functional does not fit it or its code.
+    reshaped: as a server might compute it: in a batch of two, in two chunks, the second on the first one's KV cache.
+    ValueError when an id is not in the vocabulary, or a functional does not fit it or its code.
     """
     with torch.inference_mode():
         return _score(model, prompt, output, ids, functionals, codes, hidden=hidden, reshaped=reshaped)
@@ -117,7 +117,7 @@ def _score(
     reshaped: bool,
 ) -> ExactScores:
     tokens = len(output)
-    # The logits behind the last token predict nothing that is asked.
+    # The logits after the last output token predict a token that is not scored.
     sequence = torch.from_numpy(np.concatenate([prompt, output[:-1]]).astype(np.int64)).to(model.device)
     keep = {"logits_to_keep": tokens} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     # Position P - 1 + t predicts output[t]: the last T of the P + T - 1.
@@ -145,7 +145,7 @@ def _score(
         expected={name: np.empty(tokens) for name in functionals},
         hidden=caught[0][0, -tokens:].float().cpu().numpy() if caught else None,
     )
-    # float32 for as long as this call takes: kept so, eight of them would be too much.
+    # float32 only during this call: eight of them would take too much memory.
     ups = {name: f.up.float().T for name, f in functionals.items() if isinstance(f, Basis)}
     chunk = max(1, CHUNK_ELEMENTS // vocab_size)
     for start in range(0, tokens, chunk):

@@ -1,18 +1,18 @@
-"""Do the two models speak the same token ids? Scores of another vocabulary would be numbers without a meaning."""
+"""Do the two models use the same token ids? Scores over another vocabulary would be meaningless."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from hemostat.config.schema import Upstream
-from hemostat.reference.protocol import Reference, ReferenceFailure
+from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure
 from hemostat.reference.server import VllmServer
 
 PROBE_TEXT = (
     "Hello, world! 1234567890 3.14159  two spaces\n\ttabbed: def f(x): return x**2  # ok\n"
     'Größe, naïve, Ελληνικά, Привет, 你好，世界, こんにちは, مرحبا, 🙂🚀 {"key": [null, true]} https://example.org/?a=b&c=%20'
 )
-# No system message: some templates refuse one, and those that put one in of their own accord show it.
+# No system message: some templates refuse one, and those that add one of their own show it.
 PROBE_CHAT = [
     {"role": "user", "content": "What is 2 + 2?"},
     {"role": "assistant", "content": "4"},
@@ -22,25 +22,27 @@ PROBE_CHAT = [
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """ok: score. compared: False when the upstream could not be asked, which is no mismatch and worth another try.
-    detail: in one line what differs, what failed, or what was found equal."""
+    """Result of a comparison."""
 
     ok: bool
+    """The reference can score the compressed model's tokens."""
     compared: bool
+    """False when the upstream could not be asked: no mismatch, and worth another attempt."""
     detail: str
+    """One line: what differs, what failed, or what was found equal."""
 
 
 async def compare(upstream: Upstream, reference: Reference, model: str | None = None) -> Match:
     """Compare vocabulary size, ids of a probe text, ids of a rendered chat. Starts the reference.
 
-    `model`: the upstream's served name, None its first. Raises ReferenceFailure when the reference could not be asked.
+    model: the upstream's served name, None for its first. ReferenceFailure when the reference could not be asked.
     """
     info = await reference.start()
     probe = await reference.tokenize(PROBE_TEXT)
     try:
         chat = await reference.render(PROBE_CHAT)
     except ReferenceFailure as failure:
-        if failure.reason != "no_chat_template":
+        if failure.reason is not FailureReason.NO_CHAT_TEMPLATE:
             raise
         chat = None
     server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
@@ -55,11 +57,11 @@ async def compare(upstream: Upstream, reference: Reference, model: str | None = 
         try:
             rendered = await server.render(name, PROBE_CHAT)
         except ReferenceFailure as failure:
-            if failure.reason != "no_chat_template":
+            if failure.reason is not FailureReason.NO_CHAT_TEMPLATE:
                 raise
             rendered = None
         if rendered is None or chat is None:
-            # Without two templates nothing can differ: the reference scores the compressed model's own ids.
+            # No template to compare: the reference scores the ids that the compressed model was given.
             missing = name if rendered is None else f"the reference {info.model}"
             return Match(True, True, f"{size} tokens, same ids of a probe text; {missing} has no chat template")
         if differs := _difference(rendered, chat):
@@ -72,7 +74,7 @@ async def compare(upstream: Upstream, reference: Reference, model: str | None = 
 
 
 def _difference(ours: list[int], theirs: list[int]) -> str:
-    """ "" when equal, else where they part."""
+    """ "" when equal, else the first token that differs."""
     if ours == theirs:
         return ""
     at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))

@@ -1,9 +1,10 @@
-"""What a reference model is asked and what it answers."""
+"""What a reference model is asked, what it answers, and how it fails."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -20,33 +21,34 @@ NO_CODES: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class ReferenceInfo:
-    """Who answers. `digest` identifies the weights (a hash of the checkpoint's files or the server's model card)."""
+    """Identity and abilities of a reference."""
 
     model: str
     digest: str
+    """Identifies the weights: a hash of the checkpoint's files, or of the server's model card."""
     dtype: str
     vocab_size: int
     full_vocabulary: bool
     """True: entropies and expected shifts are exact."""
     hidden_size: int = 0
-    """d of the hidden states that it hands out, h with z = W h (a constant apart); 0: it hands out none."""
+    """d of the hidden states h that it returns, where the logits are W h up to a constant; 0: it returns none."""
     hidden_detail: str = ""
-    """Why it hands out none."""
+    """Why it returns none."""
     folder: Path | None = None
-    """Where the checkpoint's files are, on this machine."""
+    """The checkpoint's folder on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceScores:
-    """The reference's view of T output positions.
+    """The reference's scores of T output positions; log-probabilities and entropies in nats.
 
-    at: float64 [T, K], log-probabilities at the asked ids; NaN where not given.
+    at: float64 [T, K], log-probabilities at the requested ids; NaN where not given.
     top: the reference's own [T, J] most likely ids, most likely first.
     emitted: float64 [T], log-probability of the output token.
-    entropy: float64 [T] in nats or None.
+    entropy: float64 [T], or None where only the top ids are known.
     expected_shift: profile version -> float64 [T], E_r[Δz]; empty when the reference gives only its top ids.
     hidden: float32 [T, d], the last hidden state after the final norm: the logits are W h, W the output embedding. None
-        unless asked for and to be had (`ReferenceInfo.hidden_size`).
+        unless requested and available (`ReferenceInfo.hidden_size`).
     """
 
     at: Floats
@@ -57,12 +59,54 @@ class ReferenceScores:
     hidden: npt.NDArray[np.float32] | None = None
 
 
-class ReferenceFailure(Exception):
-    """The reference failed; `reason` is a short, bounded word for counting (down, timeout, short_answer, ...)."""
+class FailureReason(StrEnum):
+    """Values of the label `reason` on metrics, behind `reference_`."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    DOWN = "down"
+    """It cannot be reached, or its process has ended."""
+    TIMEOUT = "timeout"
+    BUSY = "busy"
+    """The server answered 429 or 503."""
+    REFUSED = "refused"
+    """The server answered 400 or 422."""
+    UNAUTHORIZED = "unauthorized"
+    """The server answered 401 or 403."""
+    HTTP_ERROR = "http_error"
+    """The server answered with another status that is not a success."""
+    BAD_ANSWER = "bad_answer"
+    """The answer cannot be decoded."""
+    SHORT_ANSWER = "short_answer"
+    """The answer lacks positions or ids."""
+    LOGPROBS_MODE = "logprobs_mode"
+    """The server does not return log-probabilities of the model itself."""
+    PROTOCOL = "protocol"
+    """The reference's process answered something unexpected."""
+    NO_MODEL = "no_model"
+    """The server does not serve the model."""
+    NO_ADAPTER = "no_adapter"
+    """It does not serve the LoRA adapter."""
+    NO_CHAT_TEMPLATE = "no_chat_template"
+    VOCABULARY = "vocabulary"
+    """A token id is outside the vocabulary, or the vocabulary's size is unknown."""
+    EMPTY = "empty"
+    """No prompt token or no output token."""
+    TOO_LONG = "too_long"
+    """Longer than the context of the reference."""
+    CODE = "code"
+    """A profile's code has the wrong shape."""
+    NOT_INSTALLED = "not_installed"
+    """A package that the backend needs is missing."""
+    OUT_OF_MEMORY = "out_of_memory"
+    MODEL_ERROR = "model_error"
+    """The model raised any other exception."""
+
+
+class ReferenceFailure(Exception):
+    """The reference failed, for `reason`."""
+
+    def __init__(self, reason: FailureReason, message: str) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason = FailureReason(reason)
 
 
 class Reference(Protocol):
@@ -83,19 +127,21 @@ class Reference(Protocol):
         reshaped: bool = False,
         adapter: str = "",
     ) -> ReferenceScores:
-        """Score `output` after `prompt`, also at `ids`, int32 [T, K] (-1 pads).
+        """Score `output` [T] after `prompt` [P], also at `ids`, int32 [T, K] (-1 pads).
 
-        codes: of contextual profiles, by version: float32 [T, r], y with Δz = clip(up · y). hidden: hand out hidden
-        states, where there are any. reshaped: compute it in another shape (of batch and prefill) than usual, for the
-        noise floor. adapter: one of `adapters`, to score with; "no_adapter" where it has gone.
+        profiles: those whose E_r[Δz] is wanted. codes: of the contextual ones, by version: float32 [T, r], y with
+        Δz = clip(up · y). hidden: return hidden states, where available. reshaped: compute it in another shape (of
+        batch and prefill) than usual, for the noise floor. adapter: one of `adapters`, to score with; NO_ADAPTER where
+        it is no longer served.
         """
 
     async def adapters(self) -> frozenset[str]:
-        """Names of the LoRA adapters that it can score with, now."""
+        """Names of the LoRA adapters that it can score with now."""
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a chat under this model's own template (to compare the two models' vocabularies)."""
+        """Token ids of a chat under this model's own template, to compare the two models; NO_CHAT_TEMPLATE."""
 
-    async def tokenize(self, text: str) -> list[int]: ...
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
 
     async def close(self) -> None: ...

@@ -1,6 +1,6 @@
 """The reference model on this machine, through transformers, in a worker process of its own.
 
-Torch beside the event loop would hold its lock and its core. The worker scores one request at a time at full
+In the control process torch would hold the interpreter lock. The worker scores one request at a time at full
 vocabulary, so entropies and expected shifts are exact.
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hemostat.ipc.child_process import Child, ChildGone
 from hemostat.reference import wire
-from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import NO_CODES, FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -26,17 +26,17 @@ from hemostat_calibration.records import Candidates
 
 log = logging.getLogger("hemostat.reference")
 
-BACKOFF = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
-"""Seconds before a dead worker is started again, by how often in a row it has failed."""
+RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
+"""Pause before a worker that ended is started again, by the number of failures in a row."""
 
 _TokenRequest = Callable[[int], wire.Request]
 
 
 class TransformersReference:
-    """Implements `Reference`. A worker that dies fails what was being scored ("down") and is started again."""
+    """Implements `Reference`. When a worker ends, the pending request fails (DOWN), and a new worker is started."""
 
     def __init__(self, model: str, dtype: str = "auto", device: str = "cpu", threads: int | None = None) -> None:
-        """`threads`: CPU threads of torch; None is half of the cores that this process may use, at least one."""
+        """threads: CPU threads of torch; None is half of the cores that this process may use, at least one."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._load = wire.Load(model, dtype, device, threads or max(1, cores // 2))
         self._worker: _Worker | None = None
@@ -46,10 +46,10 @@ class TransformersReference:
         self._closed = False
 
     async def start(self) -> ReferenceInfo:
-        """Load the model; returns at once when it is loaded. Raises ReferenceFailure; may be called again then."""
+        """Load the model; returns at once when it is loaded. ReferenceFailure; may be called again after one."""
         async with self._starting:
             if self._closed:
-                raise ReferenceFailure("down", "the reference is closed")
+                raise ReferenceFailure(FailureReason.DOWN, "the reference is closed")
             if self._worker is None or self._worker.dead.is_set():
                 self._worker = None
                 self._worker, loaded = await _Worker.start(self._load)
@@ -74,7 +74,7 @@ class TransformersReference:
             if self._worker is not None and not self._worker.dead.is_set():
                 await self._worker.dead.wait()
                 log.error("the reference worker ended: %s", self._worker.epitaph())
-            await asyncio.sleep(BACKOFF[min(failures, len(BACKOFF) - 1)])
+            await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
             try:
                 await self.start()
                 failures = 0
@@ -94,19 +94,21 @@ class TransformersReference:
         reshaped: bool = False,
         adapter: str = "",
     ) -> ReferenceScores:
-        """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (bias, no temperature), or on it
-        and a code that is given; else NaN: the rest needs the compressed model's logits at every id, which the
-        reference does not have."""
+        """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (a bias without a temperature),
+        or on the token and a given code; else NaN: all others need the compressed model's logits at every id, which
+        the reference does not have."""
         worker = self._alive()
         assert self._info is not None
         if adapter:
-            raise ReferenceFailure("no_adapter", f"a reference in process has no adapter {adapter}")
+            raise ReferenceFailure(FailureReason.NO_ADAPTER, f"a reference in process has no adapter {adapter}")
         if not len(prompt) or not len(output):
-            raise ReferenceFailure("empty", "a prompt and an output of at least one token are needed")
-        # The last output token is scored but not read.
+            raise ReferenceFailure(FailureReason.EMPTY, "a prompt and an output of at least one token are needed")
+        # The last output token is scored, but is no input.
         read = len(prompt) + len(output) - 1
         if worker.max_positions and read > worker.max_positions:
-            raise ReferenceFailure("too_long", f"{read} tokens: the reference reads at most {worker.max_positions}")
+            raise ReferenceFailure(
+                FailureReason.TOO_LONG, f"{read} tokens: the reference reads at most {worker.max_positions}"
+            )
         functionals = {
             p.version: values for p in profiles if (values := _token_shift(p, self._info.vocab_size)) is not None
         }
@@ -114,7 +116,9 @@ class TransformersReference:
         for version, profile in bases.items():
             if codes[version].shape != (shape := (len(output), profile.parameters["up"].shape[1])):
                 got = codes[version].shape
-                raise ReferenceFailure("code", f"the code of profile {version} has shape {got}, not {shape}")
+                raise ReferenceFailure(
+                    FailureReason.CODE, f"the code of profile {version} has shape {got}, not {shape}"
+                )
         answer = await worker.score(prompt, output, ids, functionals, bases, codes, hidden=hidden, reshaped=reshaped)
         tokens, width = ids.shape
 
@@ -149,7 +153,7 @@ class TransformersReference:
         return await self._alive().token_ids(lambda number: wire.Tokenize(number, text))
 
     async def close(self) -> None:
-        """End the worker; what is being scored fails."""
+        """End the worker; the request under way fails."""
         self._closed = True
         if self._keeper is not None:
             self._keeper.cancel()
@@ -160,7 +164,7 @@ class TransformersReference:
 
     def _alive(self) -> _Worker:
         if self._worker is None or self._worker.dead.is_set():
-            raise ReferenceFailure("down", "the reference worker is not running")
+            raise ReferenceFailure(FailureReason.DOWN, "the reference worker is not running")
         return self._worker
 
 
@@ -179,7 +183,7 @@ def _basis(profile: CalibrationProfile) -> wire.Basis:
 
 
 class _Worker:
-    """One worker process and the requests under way in it."""
+    """One worker process and its pending requests."""
 
     def __init__(self) -> None:
         self._child: Child | None = None
@@ -194,12 +198,12 @@ class _Worker:
 
     @classmethod
     async def start(cls, load: wire.Load) -> tuple[_Worker, wire.Loaded]:
-        """Raises ReferenceFailure when the process does not start or the model does not load."""
+        """ReferenceFailure when the process does not start or the model does not load."""
         worker = cls()
         try:
             worker._child = await Child.start("hemostat.reference.worker", worker._receive)
         except ChildGone as gone:
-            raise ReferenceFailure("down", f"the reference worker: {gone}") from gone
+            raise ReferenceFailure(FailureReason.DOWN, f"the reference worker: {gone}") from gone
         worker._ending = asyncio.create_task(worker._end(worker._child), name="reference worker's end")
         try:
             worker._send(load)
@@ -213,7 +217,7 @@ class _Worker:
         await worker.close()
         if isinstance(answer, wire.Failed):
             raise ReferenceFailure(answer.reason, f"{load.model} does not load: {answer.message}")
-        raise ReferenceFailure("protocol", f"the reference worker began with {type(answer).__name__}")
+        raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker began with {type(answer).__name__}")
 
     async def score(
         self,
@@ -227,9 +231,9 @@ class _Worker:
         hidden: bool,
         reshaped: bool,
     ) -> wire.Scored:
-        async with self._turn:  # a request whose caller gives up while waiting never reaches the worker
+        async with self._turn:  # a request whose caller is cancelled while waiting never reaches the worker
             number = next(self._numbers)
-            # What the worker holds follows the order of what is sent, so both change together, without an await.
+            # `_held` mirrors what the worker holds, in the order of the requests: no await between it and the send.
             new = {name: v.astype("<f4").tobytes() for name, v in functionals.items() if name not in self._held}
             new_bases = {name: _basis(profile) for name, profile in bases.items() if name not in self._held}
             if not reshaped:
@@ -251,7 +255,7 @@ class _Worker:
                 ),
             )
         if not isinstance(answer, wire.Scored):
-            raise ReferenceFailure("protocol", f"the reference worker answered {type(answer).__name__}")
+            raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker answered {type(answer).__name__}")
         return answer
 
     async def token_ids(self, request: _TokenRequest) -> list[int]:
@@ -259,7 +263,7 @@ class _Worker:
             number = next(self._numbers)
             answer = await self._ask(number, request(number))
         if not isinstance(answer, wire.TokenIds):
-            raise ReferenceFailure("protocol", f"the reference worker answered {type(answer).__name__}")
+            raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker answered {type(answer).__name__}")
         return answer.ids
 
     async def _ask(self, number: int, request: wire.Request) -> wire.Answer:
@@ -271,7 +275,7 @@ class _Worker:
         finally:
             self._pending.pop(number, None)
         if isinstance(answer, wire.Failed):
-            self._held = set()  # it may have failed before it took in what was sent along
+            self._held = set()  # it may have failed before it stored the functionals of this request
             raise ReferenceFailure(answer.reason, answer.message)
         return answer
 
@@ -280,7 +284,7 @@ class _Worker:
         try:
             self._child.send(wire.encode(request))
         except ChildGone as gone:
-            raise ReferenceFailure("down", f"the reference worker is not running: {gone}") from gone
+            raise ReferenceFailure(FailureReason.DOWN, f"the reference worker is not running: {gone}") from gone
 
     def _receive(self, body: bytes) -> None:
         answer = wire.decode_answer(body)
@@ -290,12 +294,14 @@ class _Worker:
             future.set_result(answer)
 
     async def _end(self, child: Child) -> None:
-        """Once it is gone, nothing is pending any more."""
+        """When the process ends, fail all pending requests."""
         await child.dead.wait()
         self.dead.set()
         for future in (self._first, *self._pending.values()):
             if not future.done():
-                future.set_exception(ReferenceFailure("down", f"the reference worker ended: {self.epitaph()}"))
+                future.set_exception(
+                    ReferenceFailure(FailureReason.DOWN, f"the reference worker ended: {self.epitaph()}")
+                )
 
     def epitaph(self) -> str:
         """How it ended, and the last that it said."""

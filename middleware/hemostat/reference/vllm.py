@@ -1,4 +1,4 @@
-"""A reference model on another vLLM server, scored by `prompt_logprobs`. No torch."""
+"""A reference model on another vLLM server, which scores by `prompt_logprobs`. No torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import SecretStr
 
-from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import NO_CODES, FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.reference.server import ModelCard, Refused, VllmServer
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates
 
-ROUNDING = 1e-3
-"""A log-probability above this is none: the server runs with another --logprobs-mode."""
+MAX_LOGPROB = 1e-3
+"""0 and a margin for rounding; a larger value is no log-probability: the server runs with another --logprobs-mode."""
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -50,15 +50,15 @@ class VllmReference:
         *,
         ca: Path | None = None,
     ) -> None:
-        """`url`: the server's root. `model`: the served name, None the first. `top_k`: ids asked for a position, at
-        most the server's --max-logprobs. `ca`: PEM file to trust instead of the system's authorities."""
+        """url: the server's root. model: the served name, None for the first. top_k: ids requested for each position,
+        at most the server's --max-logprobs. ca: PEM file to trust instead of the system's authorities."""
         self._server = VllmServer(url, api_key, ca=ca)
         self._wanted = model
         self._top_k = top_k
         self._card: ModelCard | None = None
 
     async def start(self) -> ReferenceInfo:
-        """Asks anew every time: the server may have come back with another model."""
+        """Asks the server every time: it may have restarted with another model."""
         card = await self._server.model(self._wanted)
         vocab_size = await self._server.vocab_size(card.id)
         # The answer's other fields (dates, permissions) change from call to call.
@@ -66,7 +66,7 @@ class VllmReference:
         digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._card = card
         return ReferenceInfo(
-            card.id, digest, "server", vocab_size, False, hidden_detail="a vLLM server hands out no hidden states"
+            card.id, digest, "server", vocab_size, False, hidden_detail="a vLLM server returns no hidden states"
         )
 
     async def score(
@@ -81,15 +81,15 @@ class VllmReference:
         reshaped: bool = False,
         adapter: str = "",
     ) -> ReferenceScores:
-        """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top. Which requests
-        share a batch is the server's own affair: asked again, it answers in another shape anyway."""
+        """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top. `reshaped` has
+        no effect: the server chooses which requests share a batch, and chooses differently each time."""
         card = self._started()
         length = len(prompt) + len(output)
         if not len(prompt) or not len(output):
-            raise ReferenceFailure("empty", "a prompt and an output of at least one token are needed")
+            raise ReferenceFailure(FailureReason.EMPTY, "a prompt and an output of at least one token are needed")
         if card.max_model_len is not None and length + 1 > card.max_model_len:
             raise ReferenceFailure(
-                "too_long", f"{length} tokens and one more: the reference takes {card.max_model_len}"
+                FailureReason.TOO_LONG, f"{length} tokens and one more: the reference takes {card.max_model_len}"
             )
         body = {
             "model": adapter or card.id,
@@ -102,12 +102,12 @@ class VllmReference:
             completion = await self._server.post("/v1/completions", body, _Completion)
         except Refused as refused:
             if adapter and refused.status == 404:
-                raise ReferenceFailure("no_adapter", str(refused)) from None
+                raise ReferenceFailure(FailureReason.NO_ADAPTER, str(refused)) from None
             raise
         rows = completion.choices[0].prompt_logprobs if completion.choices else None
         if rows is None or len(rows) != length:
             got = "none" if rows is None else str(len(rows))
-            raise ReferenceFailure("short_answer", f"prompt_logprobs for {got} of {length} positions")
+            raise ReferenceFailure(FailureReason.SHORT_ANSWER, f"prompt_logprobs for {got} of {length} positions")
         return self._scores(rows[len(prompt) :], output, ids)
 
     def _scores(self, rows: list[msgspec.Raw], output: npt.NDArray[np.int32], ids: Ids) -> ReferenceScores:
@@ -119,15 +119,19 @@ class VllmReference:
             try:
                 row = _row.decode(raw)
             except msgspec.DecodeError as error:
-                raise ReferenceFailure("bad_answer", f"prompt_logprobs at output position {t}: {error}") from error
+                raise ReferenceFailure(
+                    FailureReason.BAD_ANSWER, f"prompt_logprobs at output position {t}: {error}"
+                ) from error
             given = row.get(int(output[t]))
             if given is None or len(row) < self._top_k:
-                raise ReferenceFailure("short_answer", f"{len(row)} ids at output position {t}, or not the emitted one")
-            best = sorted(row.items(), key=lambda item: -item[1].logprob)[: self._top_k]
-            if best[0][1].logprob > ROUNDING:
                 raise ReferenceFailure(
-                    "logprobs_mode",
-                    "the reference gives no log-probabilities; start it with --logprobs-mode raw_logprobs",
+                    FailureReason.SHORT_ANSWER, f"{len(row)} ids at output position {t}, or not the emitted one"
+                )
+            best = sorted(row.items(), key=lambda item: -item[1].logprob)[: self._top_k]
+            if best[0][1].logprob > MAX_LOGPROB:
+                raise ReferenceFailure(
+                    FailureReason.LOGPROBS_MODE,
+                    "the reference returns no log-probabilities; start it with --logprobs-mode raw_logprobs",
                 )
             emitted[t] = given.logprob
             top.ids[t] = [token for token, _ in best]
@@ -149,5 +153,5 @@ class VllmReference:
 
     def _started(self) -> ModelCard:
         if self._card is None:
-            raise ReferenceFailure("down", "the reference has not been started")
+            raise ReferenceFailure(FailureReason.DOWN, "the reference has not been started")
         return self._card

@@ -1,4 +1,4 @@
-"""What the control process and the reference worker say to each other over the worker's standard input and output.
+"""Messages between the control process and the reference worker, over the worker's standard input and output.
 
 Each frame (`hemostat.ipc.child_process`) holds one msgpack-encoded message. Arrays are little-endian bytes.
 """
@@ -6,6 +6,8 @@ Each frame (`hemostat.ipc.child_process`) holds one msgpack-encoded message. Arr
 from __future__ import annotations
 
 import msgspec
+
+from hemostat.reference.protocol import FailureReason
 
 
 class Load(msgspec.Struct, tag="load", frozen=True):
@@ -38,17 +40,18 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     """int32 [T, width], -1 pads"""
     width: int
     functionals: dict[str, bytes]
-    """name -> float32 [V]: functions of the token whose expectation is wanted; only those the worker does not hold."""
+    """name -> float32 [V]: functions of the token whose expectation is to be computed; only those that the worker does
+    not hold yet."""
     bases: dict[str, Basis]
-    """Likewise for functions of the token that depend on a position's code, too."""
+    """Likewise for functions of the token that also depend on a position's code."""
     wanted: list[str]
-    """Every name whose expectation is wanted; the worker forgets all others."""
+    """Every name whose expectation is to be computed; the worker drops all others."""
     codes: dict[str, bytes]
-    """Of every wanted basis: float32 [T, rank]"""
+    """For every basis in `wanted`: float32 [T, rank]"""
     hidden: bool
-    """Hidden states are wanted."""
+    """Return hidden states."""
     reshaped: bool = False
-    """Only the scores are wanted, computed in another shape (see `exact.score`); what the worker holds stays."""
+    """Compute only the scores, in another shape (see `exact.score`); what the worker holds does not change."""
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
@@ -66,11 +69,11 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     dtype: str
     vocab_size: int
     max_positions: int
-    """0: the model does not say."""
+    """0: unknown."""
     folder: str
-    """Where the checkpoint's files are."""
+    """The checkpoint's folder."""
     hidden_size: int
-    """0: its logits are no linear map of a hidden state; `hidden_detail` says why."""
+    """0: its logits are not a linear map of a hidden state; `hidden_detail` names the reason."""
     hidden_detail: str
 
 
@@ -91,7 +94,7 @@ class Scored(msgspec.Struct, tag="scored", frozen=True):
     expected: dict[str, bytes]
     """name -> [T]"""
     hidden: bytes
-    """float32 [T, hidden_size]; empty where not asked for, or hidden_size is 0."""
+    """float32 [T, hidden_size]; empty where not requested, or hidden_size is 0."""
 
 
 class TokenIds(msgspec.Struct, tag="token_ids", frozen=True):
@@ -102,7 +105,7 @@ class TokenIds(msgspec.Struct, tag="token_ids", frozen=True):
 class Failed(msgspec.Struct, tag="failed", frozen=True):
     id: int
     """-1: loading failed."""
-    reason: str
+    reason: FailureReason
     message: str
 
 

@@ -1,4 +1,4 @@
-"""The reference worker: `python -m hemostat.reference.worker PARENT_PID`. Of Hemostat's processes the one with torch.
+"""The reference worker, `python -m hemostat.reference.worker PARENT_PID`: Hemostat's only process that imports torch.
 
 It answers the frames of `wire.py` one after another, and ends with its standard input or its parent.
 """
@@ -17,33 +17,35 @@ import numpy as np
 
 from hemostat.ipc import child_process as child
 from hemostat.reference import wire
+from hemostat.reference.protocol import FailureReason
 
 NICENESS = 10
-"""The shadow side gives way to whatever serves clients on this machine."""
-HASHED_WHOLE = 64 * 1024 * 1024
-"""Files above this many bytes enter the digest by evenly spaced samples: hashing 100 GB would hold the start up."""
+"""Scoring yields the processor to whatever serves clients on this machine."""
+MAX_HASHED_BYTES = 64 * 1024 * 1024
+"""Of larger files, only evenly spaced samples enter the digest: hashing 100 GB would delay the start."""
 SAMPLES = 64
 SAMPLE_BYTES = 1024 * 1024
 
 
-class Refusal(Exception):
-    """Becomes a Failed answer; the worker goes on."""
+class RequestFailed(Exception):
+    """Becomes a `Failed` answer; the worker takes the next request."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: FailureReason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
 
 class Model:
-    """The loaded checkpoint; raises Refusal."""
+    """The loaded checkpoint. RequestFailed."""
 
     def __init__(self, load: wire.Load) -> None:
         try:
-            import torch  # noqa: PLC0415  only here, so that everything else starts without it
+            import torch  # noqa: PLC0415  slow to import, and an extra
             from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415
         except ImportError as error:
-            raise Refusal(
-                "not_installed", f"{error}; reference.backend transformers needs pip install 'hemostat[transformers]'"
+            raise RequestFailed(
+                FailureReason.NOT_INSTALLED,
+                f"{error}; reference.backend transformers needs pip install 'hemostat[transformers]'",
             ) from error
         torch.set_num_threads(load.threads)
         logging.disable_progress_bar()
@@ -54,7 +56,7 @@ class Model:
         self._tokenizer: Any = None
         self._functionals: dict[str, Any] = {}
         config = self._model.config.get_text_config()
-        problem = _unlinear(self._model)
+        problem = _nonlinearity(self._model)
         self.loaded = wire.Loaded(
             digest=checkpoint_digest(load.model, getattr(self._model.config, "_commit_hash", None)),
             dtype=str(self._model.dtype).removeprefix("torch."),
@@ -74,11 +76,11 @@ class Model:
             case wire.Render():
                 tokenizer = self._tokens()
                 if not tokenizer.chat_template:
-                    raise Refusal("no_chat_template", f"{self._name} has no chat template")
+                    raise RequestFailed(FailureReason.NO_CHAT_TEMPLATE, f"{self._name} has no chat template")
                 ids = tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=False)
                 return wire.TokenIds(request.id, ids)
             case _:
-                raise Refusal("protocol", "the model is loaded already")
+                raise RequestFailed(FailureReason.PROTOCOL, "the model is loaded already")
 
     def _tokens(self) -> Any:
         if self._tokenizer is None:
@@ -118,7 +120,7 @@ class Model:
                 reshaped=request.reshaped,
             )
         except ValueError as error:
-            raise Refusal("vocabulary", str(error)) from error
+            raise RequestFailed(FailureReason.VOCABULARY, str(error)) from error
         return wire.Scored(
             id=request.id,
             at=scores.at.astype("<f8").tobytes(),
@@ -134,12 +136,12 @@ class Model:
         return self._torch.tensor(values).to(self._model.device)
 
 
-def _unlinear(model: Any) -> str:
-    from hemostat.reference.exact import unlinear  # noqa: PLC0415
+def _nonlinearity(model: Any) -> str:
+    from hemostat.reference.exact import nonlinearity  # noqa: PLC0415
 
     try:
-        return unlinear(model)
-    except Exception as error:  # noqa: BLE001  whatever an unusual model raises here: it can still be scored
+        return nonlinearity(model)
+    except Exception as error:  # noqa: BLE001  whatever an unusual model raises here, it can still be scored
         return f"its output embedding could not be read ({_one_line(error)})"
 
 
@@ -169,7 +171,7 @@ def checkpoint_digest(model: str, commit: str | None) -> str:
 
 
 def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    if size <= HASHED_WHOLE:
+    if size <= MAX_HASHED_BYTES:
         while block := file.read(SAMPLE_BYTES):
             yield block
         return
@@ -183,11 +185,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(parent: int) -> int:
-    """0 when the input ended; 1 when the model did not load."""
+    """Exit status: 0 when the input ended, 1 when the model did not load."""
     bodies, send = child.begin(parent, NICENESS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    def say(answer: wire.Answer) -> None:
+    def reply(answer: wire.Answer) -> None:
         send(wire.encode(answer))
 
     model: Model | None = None
@@ -197,16 +199,17 @@ def main(parent: int) -> int:
         try:
             if isinstance(request, wire.Load):
                 model = Model(request)
-                say(model.loaded)
+                reply(model.loaded)
             elif model is None:
-                raise Refusal("protocol", "the first request must be load")
+                raise RequestFailed(FailureReason.PROTOCOL, "the first request must be load")
             else:
-                say(model.answer(request))
-        except Refusal as refusal:
-            say(wire.Failed(number, refusal.reason, str(refusal)))
-        except Exception as error:  # noqa: BLE001  a process boundary: whatever a model raises is an answer, by name
-            reason = "out_of_memory" if "memory" in str(error).lower() else "model_error"
-            say(wire.Failed(number, reason, f"{type(error).__name__}: {_one_line(error)}"))
+                reply(model.answer(request))
+        except RequestFailed as failure:
+            reply(wire.Failed(number, failure.reason, str(failure)))
+        except Exception as error:  # noqa: BLE001  a process boundary: whatever a model raises becomes an answer
+            out_of_memory = "memory" in str(error).lower()
+            reason = FailureReason.OUT_OF_MEMORY if out_of_memory else FailureReason.MODEL_ERROR
+            reply(wire.Failed(number, reason, f"{type(error).__name__}: {_one_line(error)}"))
         if model is None:
             return 1
     return 0

@@ -19,7 +19,7 @@ import numpy as np
 
 from hemostat.engines.registry import EngineRegistry, TapResult
 from hemostat.ipc.messages import Capture
-from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
@@ -373,7 +373,7 @@ class Scorer:
                 return None
             self._breaker.failed(self._clock())
             if isinstance(failure, TimeoutError):
-                raise ReferenceFailure("timeout", f"no answer within {SCORE_WITHIN:.0f} s") from failure
+                raise ReferenceFailure(FailureReason.TIMEOUT, f"no answer within {SCORE_WITHIN:.0f} s") from failure
             raise
         except BaseException:
             self._breaker.released()  # the half-open trial must not be held for ever
