@@ -24,22 +24,27 @@ import msgspec
 import numpy as np
 from tests.characterization.golden import dumps
 from tests.characterization.worlds import Array, Truth, V, World, entropy, log_softmax, top
+from tests.support.oracle import shift
 
-from hemostat import control as control_module
-from hemostat.admin import create_app
-from hemostat.config import Calibration, Settings
-from hemostat.control import Control
-from hemostat.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
+from hemostat.admin.app import create_app
+from hemostat.config.schema import Calibration, Settings
+from hemostat.control import process as control_module
+from hemostat.control.process import Control
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
+from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS
+from hemostat.profiles.manager import ProfileManager
+from hemostat.profiles.persistence import STATE_KEYS
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
-from hemostat.replica import Lease
-from hemostat.steering import DECISIONS, EVENTS_HELD, STATES, Steering
-from hemostat.store import MemoryStore, StoredProfile
-from hemostat_calibration.contextual import contextual_profile, probe
+from hemostat.store.lease import Lease
+from hemostat.store.memory import MemoryStore
+from hemostat.store.protocol import StoredProfile
+from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.transform import anchors_digest
 from hemostat_calibration.records import Candidates, Shift, TokenRecord, validate
-from hemostat_calibration.split import held_out
-from hemostat_calibration.transform import anchors_digest, shift
+from hemostat_calibration.statistics.split import held_out
 
 MODEL = "m"
 HELD_OUT = 0.3
@@ -116,7 +121,7 @@ def reading(seed: int = 0) -> CalibrationProfile:
 
 def learners_probe(count: int = len(ANCHORS)) -> CalibrationProfile:
     """What a contextual learner asks engines to hold."""
-    return probe(MODEL, V, ANCHORS[:count], 1.0)
+    return probe_profile(MODEL, V, ANCHORS[:count], 1.0)
 
 
 def effect(profile: CalibrationProfile, truth: Truth) -> tuple[Array, Array]:
@@ -153,8 +158,30 @@ def every_decision() -> list[tuple[str, str]]:
     return list(DECISIONS)
 
 
+class _NotingWrites:
+    """`StoreWrites` of a `Life`."""
+
+    def __init__(self, life: Life) -> None:
+        self._life = life
+
+    def put_profile(self, profile: StoredProfile) -> None:
+        self._life.save("put_profile", profile)
+
+    def delete_profile(self, version: str) -> None:
+        self._life.save("delete_profile", version)
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        self._life.save("append_event", event)
+
+    def set_state(self, key: str, value: str | None) -> None:
+        self._life.save("set_state", key, value)
+
+    def raise_state(self, key: str, value: int) -> None:
+        self._life.save("raise_state", key, value)
+
+
 class Life:
-    """A `Steering` whose writes go to a store at once and to `saves`, and which is fed whole records.
+    """A `ProfileManager` whose writes go to a store at once and to `saves`, and which is fed whole records.
 
     store: the one of another `Life`, for a restart or another replica. leads: None without a shared store.
     """
@@ -176,42 +203,46 @@ class Life:
         self._lease = Lease(shared=leads is not None, clock=lambda: self.now)
         if leads:
             self.lead()
-        self._steering = Steering(
-            Calibration.model_validate(given), self._save, lambda: self.now, tempered=tempered, lease=self._lease
+        self._profiles = ProfileManager(
+            Calibration.model_validate(given),
+            _NotingWrites(self),
+            lambda: self.now,
+            default_temperature_is_one=tempered,
+            lease=self._lease,
         )
         if known:
             self.know()
 
-    def _save(self, method: str, *args: Any) -> None:
+    def save(self, method: str, *args: Any) -> None:
         self.saves.append(written(method, *args))
         getattr(self.store, method)(*args)
 
     def lead(self) -> None:
         """This replica has the lease from now on."""
-        self._lease.granted(float("inf"))
+        self._lease.grant(float("inf"))
 
     def lose_lead(self) -> None:
-        self._lease.lost()
+        self._lease.lose()
 
     def know(self, model: str = MODEL, vocabulary: int = V) -> None:
-        self._steering.know(model, vocabulary)
+        self._profiles.set_model_pair(model, vocabulary)
 
     def restore(self) -> None:
         """What a new process does with the store of an earlier one."""
-        self._steering.restore(*self._stored())
+        self._profiles.restoring.restore(*self._stored())
 
     def take_up(self) -> None:
         """What a replica does with what another one has written."""
-        self._steering.take_up(*self._stored())
+        self._profiles.restoring.reload(*self._stored())
 
     def _stored(self) -> tuple[list[StoredProfile], dict[str, str | None], list[dict[str, Any]]]:
-        states = {name: self.store.get_state(name) for name in STATES}
-        return self.store.profiles(), states, self.store.events(EVENTS_HELD)
+        states = {name: self.store.get_state(name) for name in STATE_KEYS}
+        return self.store.profiles(), states, self.store.events(MAX_EVENTS)
 
     def lose_store(self) -> None:
         """The store has lost its data; all that a restart needs is written again."""
         self.store = MemoryStore()
-        self._steering.keep({})
+        self._profiles.restoring.write_all({})
 
     def damage(self, version: str) -> None:
         """Put bytes into the store that are no profile."""
@@ -235,7 +266,8 @@ class Life:
             if until():
                 break
             self.now += 1.0
-            self._steering.observe(self._record(world.truth(n, TOKENS), key, exact, more))
+            record = self._record(world.truth(n, TOKENS), key, exact, more)
+            self._profiles.observe(record, RecordGains(record))
             fed += 1
         return fed
 
@@ -243,7 +275,7 @@ class Life:
         rows = np.arange(len(truth.emitted))
         ids, values = top(truth.compressed, TOP_K, truth.emitted)
         at = np.take_along_axis(truth.reference, np.maximum(ids, 0), -1)
-        shifts = {p.version: Shift(*effect(p, truth)) for p in self._steering.evaluated()} if exact else {}
+        shifts = {p.version: Shift(*effect(p, truth)) for p in self._profiles.evaluated_profiles()} if exact else {}
         return validate(
             TokenRecord(
                 vocab_size=V,
@@ -263,33 +295,33 @@ class Life:
     # What the operator and the learner do; the answer of the product, or its refusal.
 
     def import_profile(self, profile: CalibrationProfile, scope: str = "") -> str:
-        return self._asked(lambda: self._steering.add(profile, scope))
+        return self._asked(lambda: self._profiles.operator.import_profile(profile, scope))
 
     def promote(self, version: str, scope: str = "") -> str:
-        return self._asked(lambda: self._steering.promote(version, scope))
+        return self._asked(lambda: self._profiles.operator.promote(version, scope))
 
     def pin(self, version: str) -> str:
-        return self._asked(lambda: self._steering.pin(version))
+        return self._asked(lambda: self._profiles.operator.pin(version))
 
     def unpin(self) -> str:
-        return self._asked(self._steering.unpin)
+        return self._asked(self._profiles.operator.unpin)
 
     def roll_back(self, scope: str | None = None) -> str:
-        return self._asked(lambda: self._steering.rollback("asked for by the operator", scope))
+        return self._asked(lambda: self._profiles.operator.roll_back("asked for by the operator", scope))
 
     def set_mode(self, mode: str) -> str:
-        return self._asked(lambda: self._steering.set_mode(mode))
+        return self._asked(lambda: self._profiles.operator.set_mode(mode))
 
     def force(self, profile: CalibrationProfile) -> str:
-        return self._asked(lambda: self._steering.force(profile))
+        return self._asked(lambda: self._profiles.operator.force(profile))
 
     def probe(self, profile: CalibrationProfile) -> str:
-        return self._asked(lambda: self._steering.probe(profile))
+        return self._asked(lambda: self._profiles.proposals.set_probe(profile))
 
     def propose(self, profile: CalibrationProfile, tokens: int, scope: str = "") -> str:
         """By the contextual learner."""
         why, report = f"learned in context from {tokens} tokens", {"tokens": tokens, "won_back": 0.25}
-        return self._asked(lambda: self._steering.propose(profile, why, report, scope))
+        return self._asked(lambda: self._profiles.proposals.propose(profile, why, report, scope))
 
     def _asked(self, act: Callable[[], object]) -> str:
         try:
@@ -300,58 +332,58 @@ class Life:
 
     @property
     def selected(self) -> str | None:
-        return self._steering.selected
+        return self._profiles.serving.selected
 
     @property
     def scoped(self) -> dict[str, str]:
-        return dict(self._steering.scoped)
+        return dict(self._profiles.serving.version_by_scope)
 
     @property
     def candidates(self) -> list[str]:
-        return list(self._steering.candidates)
+        return list(self._profiles.trials.tested_versions)
 
     @property
     def window(self) -> int:
         """Of what serves all: the held-out requests in which it is watched."""
-        return int(self._steering.status()["selected"]["window"])
+        return int(self._profiles.report.status()["selected"]["window"])
 
     def state(self) -> dict[str, Any]:
         """What relays, engines and the console are told."""
-        one, told = self._steering, self._steering.status()
+        one, told = self._profiles, self._profiles.report.status()
         candidates = [f"{c['version']} {c['scope']!r} {c['source']} {c['requests']}" for c in told["candidates"]]
-        evaluated = [profile.version for profile in one.evaluated()]
+        evaluated = [profile.version for profile in one.evaluated_profiles()]
         found = {
             "mode": told["mode"],
             "pinned": told["pinned"],
-            "forced": one.forced,
-            "serving": one.serving,
-            "shown": one.shown,
-            "scoped": one.scoped,
-            "wanted": one.wanted(),
-            "evaluated": "as wanted" if evaluated == one.wanted() else evaluated,
+            "forced": one.serving.forced,
+            "serving": one.serving.version,
+            "shown": one.serving.reported,
+            "scoped": one.serving.version_by_scope,
+            "wanted": one.engine_versions(),
+            "evaluated": "as wanted" if evaluated == one.engine_versions() else evaluated,
             "candidates": candidates,
             "waiting": [f"{c['version']} {c['scope']!r} {c['source']}" for c in told["waiting"]],
             "learned": [told["learned_requests"], told["learned_tokens"]],
             "tests_begun": told["tests_begun"],
             "scopes": sorted(told["scopes"]),
-            "promotions": one.promotions,
-            "rollbacks": one.rollbacks,
+            "promotions": one.lifecycle.promotions,
+            "rollbacks": one.lifecycle.rollbacks,
         }
         return {name: value for name, value in found.items() if value not in (None, [], {}, False, 0)}
 
     def decisions(self) -> dict[str, int]:
         """Counted by decision and reason, those that happened."""
-        return {" ".join(pair): count for pair, count in sorted(self._steering.decisions.items()) if count}
+        return {" ".join(pair): count for pair, count in sorted(self._profiles.events.counts.items()) if count}
 
     def status(self) -> dict[str, Any]:
-        return self._steering.status()
+        return self._profiles.report.status()
 
     def listing(self) -> dict[str, Any]:
-        return self._steering.listing()
+        return self._profiles.report.listing()
 
     def request_parameters(self) -> dict[str, Any]:
         """What `calibration.apply: request` puts into a request."""
-        return self._steering.request_parameters()
+        return self._profiles.request_parameters()
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------
@@ -475,7 +507,7 @@ class Pipeline:
         one = self._control
         one.reference_info, one.reference_adapters = INFO, frozenset({"sql"})
         one.served, one.adapters = frozenset({MODEL}), frozenset({"sql", "lora"})
-        one.steering.know(MODEL, V)
+        one.profile_manager.set_model_pair(MODEL, V)
         one._teach()
         one._reference_is("ready", "made-up/reference (float32)")
 
@@ -600,7 +632,7 @@ class Pipeline:
         """
         truth = self._truths[capture.prompt_token_ids]
         at = range(len(truth.emitted))[rows]
-        profiles = self._control.steering.evaluated()
+        profiles = self._control.profile_manager.evaluated_profiles()
         run: dict[str, Any] = {
             "nonce": f"nonce-{n}",
             "start": at.start,
@@ -646,7 +678,7 @@ class Pipeline:
 
     @property
     def selected(self) -> str | None:
-        return self._control.steering.selected
+        return self._control.profile_manager.serving.selected
 
     async def close(self) -> None:
         for relay in self._relays:
