@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.profile_bench import (
-    Bench,
-    harmful,
-)
+from tests.support.profile_bench import Bench, harmful
 
 from hemostat.profiles import catalogue
-from hemostat.profiles.catalogue import MAX_PROFILES, parameter_bytes
+from hemostat.profiles.catalogue import MAX_PROFILES, Catalogue, parameter_bytes
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.trials import MAX_QUEUED_CANDIDATES, MAX_TESTED
 
@@ -43,3 +40,29 @@ def test_profiles_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(catalogue, "MAX_PROFILE_BYTES", 2 * len(profiles[0].to_bytes()))
     again = bench.restart()
     assert len(again.profiles.report.listing()["profiles"]) == 3, "the two newest ones and the one that serves"
+
+
+def test_the_oldest_profile_that_is_not_in_use_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "MAX_PROFILES", 3)
+    times = iter(range(10))
+    held = Catalogue(lambda: float(next(times)))
+    first, second, third, fourth = (harmful(seed=seed) for seed in range(4))
+    for profile in (first, second, third):
+        assert held.add(profile, ()) == []
+    assert held.add(fourth, {first.version}) == [second.version]
+    assert list(held) == [first.version, third.version, fourth.version]
+    assert held.created(third.version) == 2.0
+    assert held.add(third, ()) == []
+    assert list(held)[-1] == third.version, "it is the newest again"
+    assert held.created(third.version) == 2.0
+
+
+def test_a_removed_probe_is_no_longer_the_probe() -> None:
+    held = Catalogue(lambda: 0.0)
+    profile = harmful()
+    held.probe = profile.version
+    held.add(profile, ())
+    held.remove(profile.version)
+    assert held.probe is None
+    assert held.get(profile.version) is None
+    assert held.get(None) is None

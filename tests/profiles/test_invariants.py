@@ -6,15 +6,7 @@ import json
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.profile_bench import (
-    ANCHORS,
-    BIASED,
-    JUDGED,
-    LEARNED,
-    MODEL,
-    Bench,
-    contextual,
-)
+from tests.support.profile_bench import ANCHORS, BIASED, JUDGED, LEARNED, MODEL, Bench, contextual
 from tests.support.world import V
 
 from hemostat.engines.registry import HOLD_AT_MOST

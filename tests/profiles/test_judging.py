@@ -8,22 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.profile_bench import (
-    ANCHORS,
-    BIASED,
-    EVEN,
-    JUDGED,
-    LEARNED,
-    MODEL,
-    Bench,
-    contextual,
-    harmful,
-)
+from tests.support.profile_bench import ANCHORS, BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual, harmful
 from tests.support.records import make_record, profiles, truths
 
+from hemostat.measurement.measurements import Measurements
 from hemostat.profiles import judging
 from hemostat.profiles.judging import gain_interval
-from hemostat_calibration.divergence.gain import gain
+from hemostat_calibration.divergence import record_gains
+from hemostat_calibration.divergence.gain import Gain, gain
+from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
@@ -87,7 +80,7 @@ def test_every_gain_is_within_the_width_given_to_the_guard(data: st.DataObject) 
 
 
 def test_a_prompt_counts_once_in_a_test() -> None:
-    """Ten recurring prompts are ten observations, not thousands: they can never prove anything by repetition."""
+    """Ten recurring prompts are ten observations: repetition proves nothing."""
     bench = Bench()
     bench.feed(BIASED, LEARNED[:40])
     assert bench.profiles.trials.tested_versions
@@ -158,3 +151,27 @@ def test_tokens_with_lost_features_are_left_out_and_masked_ones_have_gain_zero()
     bounds = interval(lost, profile)
     assert bounds is not None
     assert bounds[0] < exact[10:].mean() < bounds[1], "where only one of the terms is known, its bounds count"
+
+
+def test_a_gain_is_computed_once_for_measurement_and_judging(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    served = bench.profiles.operator.import_profile(harmful())
+    tested = bench.profiles.operator.import_profile(harmful(seed=6))
+    bench.profiles.operator.promote(served)
+    computed: list[str] = []
+
+    def counted(record: TokenRecord, profile: CalibrationProfile) -> Gain:
+        computed.append(profile.version)
+        return gain(record, profile)
+
+    monkeypatch.setattr(record_gains, "gain", counted)
+    record = bench.record(EVEN.truth(0), JUDGED[0])
+    gains = RecordGains(record)
+    profile = bench.profiles.calibrated_profile(record)
+    Measurements().observe(record, profile, None, judging=bench.profiles.is_held_out(record), gains=gains)
+    bench.profiles.observe(record, gains)
+    assert sorted(computed) == sorted([served, tested])
+    computed.clear()
+    learned = bench.record(EVEN.truth(0), LEARNED[0])
+    Measurements().observe(learned, profile, None, judging=bench.profiles.is_held_out(learned))
+    assert not computed, "a gain counts on held-out records only"

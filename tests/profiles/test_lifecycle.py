@@ -5,23 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.support.profile_bench import (
-    BIASED,
-    EVEN,
-    JUDGED,
-    LEARNED,
-    MODEL,
-    Bench,
-    contextual,
-    harmful,
-)
+from tests.support.profile_bench import BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual, harmful
 from tests.support.world import V, World
 
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
 def halved() -> World:
-    """Where what takes back the whole bias does as much harm as good."""
+    """Here a profile that removes the whole bias of the biased world does as much harm as good."""
     world = World()
     world.bias = 0.5 * BIASED.bias
     return world
@@ -35,7 +26,7 @@ def test_a_record_is_learned_from_or_judged_by_never_both() -> None:
     bench.feed(BIASED, LEARNED[:40])
     status = bench.status()
     assert status["learned_requests"] == 40
-    assert [c["requests"] for c in status["candidates"]] == [0, 0], "what it learned from is no evidence"
+    assert [c["requests"] for c in status["candidates"]] == [0, 0], "what was learned from is no evidence"
     bench.feed(BIASED, JUDGED[:5])
     status = bench.status()
     assert status["learned_requests"] == 40
@@ -87,9 +78,9 @@ def test_a_useless_or_harmful_profile_is_not_promoted() -> None:
 def test_a_profile_that_becomes_harmful_is_rolled_back() -> None:
     bench = Bench()
     version = bench.promote()
-    turned = World()
-    turned.bias = -BIASED.bias
-    fed = bench.feed(turned, JUDGED, lambda: bench.profiles.serving.selected is None)
+    opposite = World()
+    opposite.bias = -BIASED.bias
+    fed = bench.feed(opposite, JUDGED, lambda: not bench.serves())
     assert fed < 300
     assert bench.profiles.serving.version is None
     event = bench.last("roll_back")
@@ -106,7 +97,7 @@ def test_a_profile_that_no_longer_helps_is_rolled_back_as_unsupported() -> None:
     window = bench.status()["selected"]["window"]
     bench.feed(BIASED, JUDGED[:window])
     assert bench.status()["selected"]["supported"]
-    fed = bench.feed(halved(), JUDGED[window:], lambda: bench.profiles.serving.selected is None)
+    fed = bench.feed(halved(), JUDGED[window:], lambda: not bench.serves())
     assert fed == window
     event = bench.last("roll_back")
     assert event["reason"] == "unsupported"
@@ -141,7 +132,7 @@ def test_a_forced_profile_goes_on_every_request_and_nothing_is_learned() -> None
     bench.feed(BIASED, [*LEARNED[:40], *JUDGED[:10]])
     assert bench.status()["learned_requests"] == 0
     bench.profiles.set_model_pair(MODEL, V + 1)
-    assert bench.profiles.serving.forced is None, "it would be numbers without a meaning"
+    assert bench.profiles.serving.forced is None, "it does not fit the model"
 
 
 def test_another_model_restarts_learning_and_proposals() -> None:

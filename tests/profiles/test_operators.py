@@ -78,7 +78,7 @@ def test_a_promotion_by_the_operator_is_recorded_and_watched() -> None:
     assert bench.profiles.events.counts["promote", "operator"] == bench.profiles.lifecycle.promotions == 1
     with pytest.raises(HemostatError, match="serves there already"):
         bench.profiles.operator.promote(bad)
-    bench.feed(EVEN, JUDGED, lambda: bench.profiles.serving.selected is None)
+    bench.feed(EVEN, JUDGED, lambda: not bench.serves())
     assert bench.last("roll_back")["reason"] == "harm"
 
 

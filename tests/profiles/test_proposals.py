@@ -8,15 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.oracle import shift
-from tests.support.profile_bench import (
-    ANCHORS,
-    BIASED,
-    JUDGED,
-    LEARNED,
-    MODEL,
-    Bench,
-    contextual,
-)
+from tests.support.profile_bench import ANCHORS, BIASED, JUDGED, LEARNED, MODEL, Bench, contextual
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import V, World
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tests.support.oracle import shift
-from tests.support.profile_bench import (
-    LEARNED,
-    MODEL,
-    Bench,
-)
+from tests.support.profile_bench import LEARNED, MODEL, Bench
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import V
 

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.profile_bench import (
-    BIASED,
-    JUDGED,
-    MODEL,
-    Bench,
-    harmful,
-)
+from tests.support.profile_bench import BIASED, JUDGED, MODEL, Bench, harmful
 from tests.support.world import V
 
 from hemostat.profiles.catalogue import MAX_PROFILES

@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.support.profile_bench import (
-    BIASED,
-    JUDGED,
-    LEARNED,
-    MODEL,
-    Bench,
-    contextual,
-    harmful,
-    helpful,
-)
+from tests.support.profile_bench import BIASED, JUDGED, LEARNED, MODEL, Bench, contextual, harmful, helpful
 from tests.support.world import V, World
 
 from hemostat.profiles.scopes import MAX_SCOPE_PROFILES, MAX_SCOPES

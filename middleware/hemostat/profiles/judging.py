@@ -28,8 +28,8 @@ MAX_UNPROVEN_REQUESTS_BEFORE_LOWER = 4 * MAX_UNPROVEN_REQUESTS
 """The same where only candidates of a lower priority wait."""
 
 ROLL_BACK_TEXTS = {
-    guard.Reason.HARM: "held-out requests speak against it",
-    guard.Reason.UNSUPPORTED: "its gain is no longer supported: not proven anew within the window",
+    guard.Reason.HARM: "its gain on held-out requests is below zero",
+    guard.Reason.UNSUPPORTED: "its gain was not proven again within the window",
 }
 
 Interval = tuple[float, float]

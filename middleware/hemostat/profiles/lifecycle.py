@@ -101,7 +101,7 @@ class Lifecycle:
             return False
         family = fresh[0].family
         for old in [c for c in self._trials.queue if c.scope == scope and c.source == family]:
-            self.drop(old, Reason.NEWER, "a proposal that was learned from more takes its place")
+            self.drop(old, Reason.NEWER, "replaced by a proposal that was learned from more tokens")
             if old.version not in self.in_use():
                 self.forget(old.version)
         for profile in fresh:

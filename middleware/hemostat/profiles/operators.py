@@ -112,7 +112,7 @@ class Operator:
         if scope is not None:
             self._scopes.named(scope)
         if not any(self._scopes[each].selected for each in scopes):
-            raise HemostatError("nothing to take back: identity serves")
+            raise HemostatError("nothing to roll back: identity serves")
         for each in scopes:
             self._lifecycle.roll_back(each, Reason.OPERATOR, why, {})
 

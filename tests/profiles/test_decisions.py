@@ -1,0 +1,71 @@
+"""Decisions with their reasons, the log of their events, and what the store keeps of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, REASONS, Decision, EventLog, Reason, evidence_json
+from hemostat.profiles.persistence import StoredServing, stored_mode, stored_test_counts
+from hemostat.store.memory import MemoryStore
+from hemostat_calibration import guard
+from hemostat_calibration.guard import Role
+
+
+def test_every_decision_has_reasons_and_every_reason_is_used() -> None:
+    assert REASONS.keys() == set(Decision)
+    assert {reason for _, reason in DECISIONS} == set(Reason)
+    assert {str(reason) for reason in guard.Reason} <= {str(r) for r in REASONS[Decision.ROLL_BACK]}
+
+
+def test_an_event_is_counted_logged_held_and_stored(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    log = EventLog(store, lambda: 12.5)
+    with caplog.at_level(logging.INFO, "hemostat.calibration"):
+        log.record(Decision.PROMOTE, Reason.EVIDENCE, "v1", "chat", "better", {"requests": 3})
+    event = {
+        **{"at": 12.5, "decision": "promote", "reason": "evidence", "version": "v1", "scope": "chat"},
+        **{"why": "better", "evidence": {"requests": 3}},
+    }
+    assert store.events(5) == log.newest_first() == log.newest_first("v1") == [event]
+    assert json.loads(json.dumps(event)) == event
+    assert log.newest_first("v2") == []
+    assert log.counts["promote", "evidence"] == 1
+    assert sum(log.counts.values()) == 1
+    assert "promote v1 for chat: better" in caplog.text
+
+
+def test_events_are_bounded() -> None:
+    log = EventLog(MemoryStore(), lambda: 0.0)
+    log.restore({"version": str(n)} for n in range(MAX_EVENTS + 5))
+    assert len(log.newest_first()) == MAX_EVENTS
+    assert log.newest_first()[0]["version"] == str(MAX_EVENTS + 4)
+    assert sum(log.counts.values()) == 0, "restored events were counted by an earlier process"
+
+
+def test_evidence_without_requests_is_json_ready() -> None:
+    state = guard.begin_test(guard.init(), "a", Role.CANDIDATE, 1.0)
+    evidence = evidence_json(guard.decide(state, "a"))
+    assert evidence["upper"] is None
+    assert evidence["requests"] == 0
+    json.dumps(evidence, allow_nan=False)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"scope": 1}'])
+def test_where_the_stored_serving_state_is_missing_or_damaged_nothing_serves(text: str | None) -> None:
+    assert StoredServing.decode(text) == StoredServing("pooled", False, {})
+
+
+@pytest.mark.parametrize(
+    ("stored", "mode"),
+    [("auto off", "off"), ("observe off", None), ("auto", None), ("auto fast", None), (None, None)],
+)
+def test_a_stored_mode_holds_while_the_configured_one_is_the_same(stored: str | None, mode: str | None) -> None:
+    assert stored_mode({"mode": stored}, "auto") == mode
+
+
+def test_a_damaged_count_of_tests_is_zero() -> None:
+    states = {"tests.candidate": "many", "tests.serving": "3"}
+    assert stored_test_counts(states) == {Role.CANDIDATE: 0, Role.SERVING: 3}
