@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
+from hemostat.learner.client import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
 from hemostat.measurement.measurements import DECODINGS, DIRECTIONS, STAGES
 from hemostat.metrics.collector import FAMILIES, GROUPS, Family
 from hemostat.openai import routes
+from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import counters, outcomes
 from hemostat.shadow.noise_floor import MODELS
 from hemostat_calibration.alarm import Kind
@@ -129,12 +131,14 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "arm": {"": ARMS},
     "decision": {
         "": {
-            "propose": "the calibrator proposed a candidate",
-            "promote": "it serves, or in `observe` would serve",
-            "drop": "a candidate was dropped",
-            "roll_back": "a serving profile was rolled back",
-            "import": "an operator imported a profile",
-            "pin, unpin, mode": "an operator's decision",
+            Decision.PROPOSE: "the calibrator proposed a candidate",
+            Decision.PROMOTE: "it serves, or in `observe` would serve",
+            Decision.DROP: "a candidate was dropped",
+            Decision.ROLL_BACK: "a serving profile was rolled back",
+            Decision.IMPORT: "an operator imported a profile",
+            Decision.PIN: "an operator pinned a profile for all requests",
+            Decision.UNPIN: "an operator unpinned it",
+            Decision.MODE: "an operator changed `calibration.mode`",
         }
     },
     "decoding": {"": dict(zip(DECODINGS, ("temperature 0", "any other, or not known"), strict=True))},
@@ -195,18 +199,19 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "masked": "every row is masked",
         },
         "hemostat_learner_dropped_total": {
-            "not_ready": "the learner is starting, or there is none",
-            "nothing_to_learn": "the record brings no features",
-            "busy": "the learner's queue is full",
+            DropReason.NOT_READY: "the learner is starting, or there is none",
+            DropReason.NOTHING_TO_LEARN: "the record brings no features",
+            DropReason.BUSY: "the learner's queue is full",
         },
         "hemostat_profile_decisions_total": {
-            "evidence": "held-out requests prove that it helps",
-            "harm": "held-out requests prove that it harms",
-            "unsupported": "its gain was not proven again within a window",
-            "learned": "proposed by the calibrator",
-            "operator": "an operator's decision",
-            "other_model": "the served model has changed",
-            ELSE: "why a candidate was dropped",
+            Reason.EVIDENCE: "held-out requests prove that it helps",
+            Reason.HARM: "held-out requests prove that it harms",
+            Reason.UNSUPPORTED: "its gain was not proven again within a window",
+            Reason.LEARNED: "proposed by the calibrator",
+            Reason.OPERATOR: "an operator's decision",
+            Reason.OTHER_MODEL: "the served model has changed",
+            Reason.NEWER: "a newer candidate takes its place",
+            Reason.UNPROVEN: "not proven within the number of requests after which it makes room for others",
         },
         "hemostat_responses_finished_total": (
             f"vLLM's finish_reason: {', '.join(f'`{name}`' for name in sorted(outcomes.FINISH_REASONS))}, else `other`"

@@ -26,8 +26,10 @@ from tests.deploy.conftest import ROOT
 from tests.support.fake_vllm import FakeVllm, serving
 
 from hemostat.config.schema import Settings, load
+from hemostat.learner.client import DropReason
 from hemostat.measurement.measurements import HEADLINE
 from hemostat.metrics.collector import FAMILIES
+from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay.counters import OUTCOMES
 
 DEPLOY = ROOT / "deploy"
@@ -97,6 +99,9 @@ def test_every_label_is_explained(reference: ModuleType) -> None:
     assert set(reference.LABELS) == {label for family in FAMILIES.values() for label in family.labels}
     assert set(reference.meaning("hemostat_requests_total", "outcome")) == set(OUTCOMES)
     assert set(reference.HEADLINES) == set(HEADLINE)
+    assert set(reference.meaning("hemostat_learner_dropped_total", "reason")) == set(DropReason)
+    assert set(reference.meaning("hemostat_profile_decisions_total", "decision")) == set(Decision)
+    assert set(reference.meaning("hemostat_profile_decisions_total", "reason")) == set(Reason)
 
 
 def calls(path: Path, *names: str) -> Iterator[ast.Call]:

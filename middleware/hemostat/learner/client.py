@@ -12,6 +12,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +64,29 @@ class ProposalReceiver(Protocol):
     def set_probe(self, profile: CalibrationProfile) -> None: ...
 
 
+class LearnerState(StrEnum):
+    OFF = "off"
+    UNAVAILABLE = "unavailable"
+    """It cannot start."""
+    STARTING = "starting"
+    LEARNING = "learning"
+    TRAINING = "training"
+    """A proposal is being made, while it goes on learning."""
+    DOWN = "down"
+    """The process has ended, and is started again after a pause."""
+
+
+class DropReason(StrEnum):
+    """Why a record was not sent to the learner: values of `hemostat_learner_dropped_total`."""
+
+    NOT_READY = "not_ready"
+    """It is starting, or has ended."""
+    NOTHING_TO_LEARN = "nothing_to_learn"
+    """The record has neither features nor hidden states."""
+    BUSY = "busy"
+    """The queue is full."""
+
+
 class LearnerStartError(Exception):
     """The learner cannot start; the text says how to fix it."""
 
@@ -71,7 +95,6 @@ class Learner:
     """Lives in the control process's event loop; only `run` waits.
 
     What was learned is lost with the learner's process: after a crash, learning begins anew.
-    state: off, unavailable (it cannot start), starting, learning, training (while it goes on learning), down.
     """
 
     def __init__(
@@ -102,8 +125,8 @@ class Learner:
         self._hidden_size = 0
         self.anchor_counts: dict[str, int] = {}
         """Digest of the set of anchors that it reads -> how many; empty while it reads none."""
-        self.state, self.detail = "off", ""
-        self.dropped: Counter[str] = Counter()
+        self.state, self.detail = LearnerState.OFF, ""
+        self.dropped: Counter[DropReason] = Counter()
         """Records that were not sent to the learner, by reason."""
 
     # --- called by the control process -----------------------------------------------------------------------------
@@ -114,7 +137,7 @@ class Learner:
 
     def stop(self, why: str, *, unavailable: bool = False) -> None:
         """Learn about nothing. why: shown as the state's detail. unavailable: learning is wanted, but impossible."""
-        self._set_state("unavailable" if unavailable else "off", why)
+        self._set_state(LearnerState.UNAVAILABLE if unavailable else LearnerState.OFF, why)
         self._set_target(None)
 
     def _set_target(self, target: LearningTarget | None) -> None:
@@ -136,11 +159,11 @@ class Learner:
         if self._target is None:
             return
         if not self._learning:
-            self.dropped["not_ready"] += 1
+            self.dropped[DropReason.NOT_READY] += 1
         elif record.features is None and record.reference_hidden is None:
-            self.dropped["nothing_to_learn"] += 1
+            self.dropped[DropReason.NOTHING_TO_LEARN] += 1
         elif self._queued_bytes > MAX_QUEUED_BYTES:
-            self.dropped["busy"] += 1
+            self.dropped[DropReason.BUSY] += 1
         else:
             row = wire.to_row(record, scope)
             self._queued.append(row)
@@ -157,12 +180,12 @@ class Learner:
 
     def status(self) -> dict[str, Any]:
         return {
-            "state": self.state,
+            "state": str(self.state),
             "detail": self.detail,
             "tokens": self._learned.tokens.get(ALL, 0),
             "scopes": {scope: tokens for scope, tokens in self._learned.tokens.items() if scope != ALL},
             "sources": self.tokens_by_source(),
-            "dropped": dict(self.dropped),
+            "dropped": {str(reason): count for reason, count in self.dropped.items()},
             "failed": dict(self._learned.failed),
             "anchors": sum(self.anchor_counts.values()),
             "d": self._hidden_size,
@@ -184,9 +207,9 @@ class Learner:
                 continue
             except ChildGone as gone:
                 lost = "; what it had learned is lost" if self._learned.tokens.get(ALL) else ""
-                self._set_state("down", f"the learner ended ({gone}){lost}")
+                self._set_state(LearnerState.DOWN, f"the learner ended ({gone}){lost}")
             except LearnerStartError as error:
-                self._set_state("unavailable", str(error))
+                self._set_state(LearnerState.UNAVAILABLE, str(error))
             finally:
                 self._reset()
             with contextlib.suppress(TimeoutError):
@@ -200,7 +223,7 @@ class Learner:
 
     async def _run_process(self, target: LearningTarget) -> None:
         """Returns when the target changes; raises ChildGone, LearnerStartError."""
-        self._set_state("starting", f"reading the output embedding of {target.folder}")
+        self._set_state(LearnerState.STARTING, f"reading the output embedding of {target.folder}")
         self._ready = asyncio.get_running_loop().create_future()
         child = await Child.start("hemostat.learner.process", self._receive, CHILD_ENVIRONMENT)
         watching = asyncio.create_task(self._watch(child), name="learner's end")
@@ -241,7 +264,7 @@ class Learner:
         self._hidden_size = target.hidden_size
         self.anchor_counts = {anchors_digest(anchors): len(anchors)}
         self._receiver.set_probe(probe_profile(target.model, target.vocab_size, anchors, self._settings.clamp_nats))
-        self._set_state("learning", "")
+        self._set_state(LearnerState.LEARNING, "")
         self._on_change()
 
     async def _watch(self, child: Child) -> None:
@@ -286,7 +309,7 @@ class Learner:
                 self._learned = answer
                 self._batch_pending = False
             case wire.Training():
-                self._set_state("training", f"{answer.stage} {answer.done:.0%}")
+                self._set_state(LearnerState.TRAINING, f"{answer.stage} {answer.done:.0%}")
             case wire.Proposed():
                 self._proposals.append(answer)
         self._wake.set()
@@ -295,7 +318,7 @@ class Learner:
         scope, tokens = proposed.scope, proposed.tokens
         self._requested_scope = None
         self._last_attempt[scope] = tokens
-        self._set_state("learning", "")
+        self._set_state(LearnerState.LEARNING, "")
         shown = {"scope": scope, "tokens": tokens, "report": proposed.report, "version": None, "accepted": False}
         self._last_proposal = shown
         if not proposed.profile:
@@ -321,12 +344,13 @@ class Learner:
 
     @property
     def _learning(self) -> bool:
-        return self.state in {"learning", "training"}
+        return self.state in {LearnerState.LEARNING, LearnerState.TRAINING}
 
-    def _set_state(self, state: str, detail: str) -> None:
+    def _set_state(self, state: LearnerState, detail: str) -> None:
         # The progress of training is not logged.
-        if state != self.state and "training" not in {state, self.state}:
-            log.log(logging.ERROR if state in {"down", "unavailable"} else logging.INFO, "learner %s %s", state, detail)
+        if state != self.state and LearnerState.TRAINING not in {state, self.state}:
+            failed = state in {LearnerState.DOWN, LearnerState.UNAVAILABLE}
+            log.log(logging.ERROR if failed else logging.INFO, "learner %s %s", state, detail)
         self.state, self.detail = state, detail
 
     def _reset(self) -> None:
