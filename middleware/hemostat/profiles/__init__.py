@@ -1,1 +1,27 @@
-"""The life of calibration profiles: proposed, tested, promoted, rolled back."""
+"""The life of calibration profiles: proposed, tested, promoted, rolled back.
+
+What each module owns:
+
+    manager             the parts, composed for the control process
+    proposals           what was learned, and when a profile is proposed
+    judging             evidence of held-out requests: what counts, and what follows
+    trials              the queue of candidates and the state of the tests
+    lifecycle           the steps: test, promote, roll back, drop
+    serving, scopes     which version serves which requests
+    operators           what an operator decides
+    catalogue           the profiles held
+    decisions           the log of events
+    families            what depends on a profile's family
+    request_parameters  profiles as sampling parameters (`calibration.apply: request`)
+    persistence         what the store keeps; `restoring` reads it back
+    report              what is shown
+
+Calls go one way: restoring, report, operators -> proposals, judging -> lifecycle -> the parts that hold state.
+
+Where something new goes:
+
+    a family            an entry in `families.FAMILY_RULES`; its learner calls `Proposals.accepts` and `propose`
+    an evidence unit    `judging.evidence_unit`, from which both the split and the counting follow
+    a kind of scope     an entry in `scopes.SCOPE_KEYS`, and its name in the setting `calibration.scope`
+    a decision, reason  `decisions.REASONS`, explained in deploy/metrics.py
+"""

@@ -64,7 +64,7 @@ def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) 
 class Judge:
     """Turns held-out records into promotions, drops and rollbacks.
 
-    Of several replicas only the one that leads tests candidates; who led last goes on watching what serves.
+    Of several replicas only the leader tests candidates; the last leader goes on watching what serves.
     """
 
     def __init__(

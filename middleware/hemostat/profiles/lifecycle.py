@@ -130,7 +130,7 @@ class Lifecycle:
     def serve(self, version: str, scope: str, window: int) -> None:
         """Let a profile serve a scope from now on, watched in windows of `window` held-out requests.
 
-        The scope's other proposals are done; candidates that were compared with what served before begin anew.
+        The scope's other proposals leave the queue; tests against what served before begin anew.
         """
         state = self._scopes[scope]
         self.promotions += 1

@@ -1,15 +1,4 @@
-"""`ProfileManager` composes the parts of a profile's life, for the control process.
-
-Where is what:
-- `proposals`: what was learned, and when a profile is proposed. `families`: what depends on the family.
-- `trials`: candidates and tests. `judging`: the evidence of held-out requests. `lifecycle`: the steps that follow.
-- `serving`, `scopes`: what serves which requests. `operators`: what an operator decides.
-- `catalogue`: the profiles held. `decisions`: the log of events. `report`: what is shown.
-- `persistence`, `restoring`: what the store keeps, and reading it back.
-- `request_parameters`: profiles as sampling parameters.
-
-Calls go one way: restoring, report, operators -> proposals, judging -> lifecycle -> the parts that hold state. No part
-knows the manager.
+"""`ProfileManager` composes the parts of a profile's life for the control process; no part knows it.
 
 Invariants (those of what serves are in `serving`, those of tests in `trials`):
 - A record is learned from or judged by, never both: decided by its evidence unit.
