@@ -27,7 +27,7 @@ TEMPLATE = """<!doctype html>
 </head>
 <body>
 <!-- Generated from docs/runbook.md by `make docs`; do not edit. -->
-<nav class="back"><a href=".">Console</a></nav>
+<nav class="back"><a href=".">Back to the console</a></nav>
 <main class="text">
 {body}</main>
 </body>

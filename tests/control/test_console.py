@@ -83,7 +83,7 @@ def test_an_alarm_is_seen_first_and_since_when(page: Page, one: Served) -> None:
     assert box["y"] < 150, "before anything else"
     page.get_by_role("link", name="What to do").click()
     expect(page.get_by_role("heading", name="HemostatModelChanged")).to_be_in_viewport()
-    page.get_by_role("link", name="To the console").click()
+    page.get_by_role("link", name="Back to the console").click()
     expect(page.locator("#alarm")).to_contain_text("ALARM")
 
 
@@ -112,7 +112,7 @@ def test_the_excess_has_the_interval_that_the_floor_allows(
     few = {"kl_nats": {"estimate": 0.4, "ci95": [-39.6, 0.5], "floor": 0.1}}
     monkeypatch.setattr(one.control.measurements, "excess", lambda: few)
     expect(page.locator("#excess-sub")).to_have_text(
-        "95 % [–, 0.500]; noise floor 0.100, of too few requests to bound it", timeout=10_000
+        "95 % [–, 0.500]; noise floor 0.100, too few requests to bound it", timeout=10_000
     )
 
 
@@ -201,19 +201,19 @@ def test_the_operators_actions(page: Page, one: Served) -> None:
     page.keyboard.press("Escape")
     assert get(one, "profiles")["pinned"] is False, "nothing without a confirmation"
     page.get_by_role("button", name=f"Pin {other}").click()
-    confirm("Pin it?")
+    confirm("Pin this profile?")
     expect(page.locator("#serving")).to_have_text(f"{other} serves, pinned.")
     page.get_by_role("button", name="Unpin").click()
     confirm("Unpin?")
     expect(page.get_by_role("button", name="Unpin")).to_be_hidden()
     page.get_by_role("button", name=f"Promote {version}").click()
-    confirm("Promote it?")
+    confirm("Promote this profile?")
     expect(page.locator("#serving")).to_have_text(f"{version} serves.")
     page.get_by_role("button", name="Roll back to identity").click()
     confirm("Roll back?")
     expect(page.locator("#serving")).to_have_text("identity serves.")
-    page.get_by_role("button", name="Accept /v1/chat/completions as usual").click()
-    confirm("Accept this as usual?")
+    page.get_by_role("button", name="Accept /v1/chat/completions as baseline").click()
+    confirm("Accept as the new baseline?")
     expect(page.locator("#verdict")).not_to_have_class("verdict bad")
     expect(page.get_by_role("link", name="What to do")).to_be_hidden()
     assert page.title() == "Hemostat"
@@ -256,7 +256,7 @@ def test_what_is_long_does_not_widen_the_page(page: Page, one: Served) -> None:
 def test_every_figure_says_what_it_answers_and_what_not_to_conclude(page: Page) -> None:
     for tile in page.locator(".tile").all():
         assert tile.locator("summary").inner_text().endswith("?")
-        assert "Not:" in (tile.locator("details p").text_content() or "")
+        assert "Does not mean:" in (tile.locator("details p").text_content() or "")
     for section in page.locator("section").all():
         assert section.locator("details").count()
 

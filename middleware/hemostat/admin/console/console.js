@@ -1,16 +1,16 @@
-// Shows what /api/v1/stream says. Text nodes only, so that nothing it carries can become markup.
+// Shows the events of /api/v1/stream. Writes text nodes only, so that no data can become markup.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const known = (x) => x !== null && x !== undefined && Number.isFinite(x);
 const NONE = "–";
 const fixed = (x, digits) => (known(x) ? x.toFixed(digits).replace("-", "−") : NONE);
-/** Three decimals; of what is smaller than 0.01, two digits. */
+/** Three decimals; two significant digits below 0.01. */
 function nats(x) {
   if (!known(x) || x === 0 || Math.abs(x) >= 0.01) return fixed(x, 3);
   return Math.abs(x) < 1e-5 ? x.toExponential(1).replaceAll("-", "−") : fixed(x, 1 - Math.floor(Math.log10(Math.abs(x))));
 }
-/** Of a reference that is ready, the checkpoint's or model's own name. */
+/** The name of the reference's checkpoint or model, if it is ready. */
 const named = (reference) => (reference.state === "ready" ? reference.detail.split("/").pop() : reference.detail) || NONE;
 const percent = (x, digits = 1) => (known(x) ? `${fixed(100 * x, digits)} %` : NONE);
 const whole = (x) => (known(x) ? x.toLocaleString("en-US", { maximumFractionDigits: 0 }) : NONE);
@@ -36,7 +36,7 @@ function lasted(seconds) {
 
 function say(id, text, className) {
   const element = $(id);
-  // Only what changed: a screen reader would read a status anew at every state.
+  // Write only changes: a screen reader would repeat an unchanged status at every event.
   if (element.textContent !== text) element.textContent = text;
   if (className !== undefined && element.className !== className) element.className = className;
 }
@@ -48,7 +48,7 @@ function svg(name, attributes, ...children) {
   return made;
 }
 
-/** An interval and its middle on a scale; its text stands beside it. */
+/** A drawing of an interval and its estimate on a scale. */
 function interval(low, mid, high, from, to) {
   const at = (x) => 100 * Math.min(1, Math.max(0, (x - from) / (to - from || 1)));
   const parts = [svg("line", { class: "axis", x1: "0%", x2: "100%", y1: 7, y2: 7 })];
@@ -95,20 +95,20 @@ function table(id, caption, header, rows, empty = "nothing yet") {
     });
   });
   parts.push(body);
-  // What has not changed stays: with it what is selected.
+  // Keep an unchanged table, and with it the selection.
   const fresh = element.cloneNode(false);
   fresh.append(...parts);
   if (fresh.isEqualNode(element)) return;
-  // A button that has the focus keeps it.
+  // Keep the focus on its button.
   const active = document.activeElement;
   const kept = active && element.contains(active) ? active.dataset.key : null;
   element.replaceChildren(...fresh.childNodes);
   if (kept) element.querySelector(`[data-key="${CSS.escape(kept)}"]`)?.focus();
 }
 
-// --- what operators do ------------------------------------------------------------------------------------------------
+// --- actions of operators ------------------------------------------------------------------------------------------------
 
-let token = "";  // for as long as this page is open, and nowhere else
+let token = "";  // kept only in memory, while this page is open
 
 function ask(title, text, path, body) {
   const dialog = $("confirm");
@@ -127,7 +127,7 @@ function ask(title, text, path, body) {
       const detail = (await answer.json().catch(() => ({}))).detail;
       say("confirm-error", `Refused (${answer.status}): ${detail || answer.statusText}`);
     } catch (error) {
-      say("confirm-error", `No answer from the admin port (${error.message})`);
+      say("confirm-error", `The admin port does not answer (${error.message})`);
     }
   };
   dialog.showModal();
@@ -144,15 +144,15 @@ function button(text, label, ...asked) {
 }
 
 const MODES = {
-  off: "Nothing is calibrated or learned any more, at once.",
-  observe: "It learns and reports; no request is changed.",
-  auto: "What has proven itself on held-out requests serves.",
+  off: "Calibration and learning stop at once.",
+  observe: "Profiles are learned and judged; no request is changed.",
+  auto: "Profiles that are proven on held-out requests are served.",
 };
 document.querySelectorAll("[data-mode]").forEach((b) => {
   b.onclick = () => ask(`Set calibration to ${b.dataset.mode}?`, MODES[b.dataset.mode], "api/v1/calibration", { mode: b.dataset.mode });
 });
-$("rollback").onclick = () => ask("Roll back?", "Identity serves until another profile is promoted.", "api/v1/profiles/rollback", {});
-$("unpin").onclick = () => ask("Unpin?", "What is pinned goes on serving, and is judged again.", "api/v1/profiles/pin", { version: null });
+$("rollback").onclick = () => ask("Roll back?", "No profile (identity) serves until another one is promoted.", "api/v1/profiles/rollback", {});
+$("unpin").onclick = () => ask("Unpin?", "The profile continues to serve, and is judged again.", "api/v1/profiles/pin", { version: null });
 $("confirm-no").onclick = () => $("confirm").close();
 $("explain").onclick = () => {
   const open = $("explain").getAttribute("aria-pressed") !== "true";
@@ -160,12 +160,12 @@ $("explain").onclick = () => {
   document.querySelectorAll("details").forEach((d) => { d.open = open; });
 };
 
-// --- is it bleeding, and where ----------------------------------------------------------------------------------------
+// --- divergence, by route and decoding ----------------------------------------------------------------------------------------
 
 function verdict(s) {
   const tests = s.alarm.tests, raised = tests.filter((t) => t.raised);
   const watching = tests.filter((t) => t.test === "budget" ? s.alarm.floor_upper_nats !== null : t.learning >= 1);
-  document.title = raised.length ? "ALARM – Hemostat" : "Hemostat";  // seen in a tab that is not
+  document.title = raised.length ? "ALARM – Hemostat" : "Hemostat";  // visible in a background tab
   $("todo").hidden = !raised.length;
   $("todo").href = raised.some((t) => t.test === "budget") ? "runbook#hemostathemorrhage" : "runbook#hemostatmodelchanged";
   const kind = (k) => { if ($("verdict").className !== `verdict ${k}`) $("verdict").className = `verdict ${k}`; };
@@ -173,36 +173,36 @@ function verdict(s) {
     kind("bad");
     say("alarm", raised.map((t) => `ALARM on ${t.route} (${t.test}) since ${when(t.since)}`).join("; "));
     const first = Math.min(...raised.map((t) => t.since));
-    say("alarm-sub", `bleeding for ${lasted(s.at - first)}; clears after ${plural(s.alarm.clears_after_requests, "request")} in a row that look right again`);
+    say("alarm-sub", `for ${lasted(s.at - first)}; clears after ${plural(s.alarm.clears_after_requests, "consecutive normal request")}`);
   } else if (watching.length) {
     kind("good");
     say("alarm", "No alarm");
-    say("alarm-sub", `${plural(watching.length, "test")} watching, chance of any false alarm ${percent(s.alarm.alpha)}`);
+    say("alarm-sub", `${plural(watching.length, "test")} active; probability of any false alarm at most ${percent(s.alarm.alpha)}`);
   } else {
     kind("wait");
-    say("alarm", tests.length ? "No alarm yet: learning what is usual" : "Nothing to judge yet");
+    say("alarm", tests.length ? "No alarm yet: learning the baseline" : "No data yet");
     say("alarm-sub", tests.length ? "" : "no request has been scored");
   }
-  table("tests", "Tests", ["route", "state", "test", "evidence", "of what raises it", "since", "on", "action"], tests.map((t) => {
+  table("tests", "Tests", ["route", "state", "test", "evidence", "relative to the alarm level", "since", "data", "action"], tests.map((t) => {
     const learning = t.test === "change" && t.learning < 1;
     const state = document.createElement("span");
-    state.textContent = t.raised ? "raised" : learning ? `learning ${percent(t.learning, 0)}` : t.test === "budget" && s.alarm.floor_upper_nats === null ? "waits for the noise floor" : "watching";
-    state.className = t.raised ? "bad-text" : state.textContent === "watching" ? "good-text" : "wait-text";
+    state.textContent = t.raised ? "raised" : learning ? `learning ${percent(t.learning, 0)}` : t.test === "budget" && s.alarm.floor_upper_nats === null ? "waits for the noise floor" : "active";
+    state.className = t.raised ? "bad-text" : state.textContent === "active" ? "good-text" : "wait-text";
     return [t.route, state, t.test === "budget" ? `budget ${nats(s.alarm.budget_nats)} nats` : t.test, percent(t.evidence, 0), part(t.evidence, t.raised), when(t.since),
       t.raised ? `${whole(t.on_tokens)} tokens of ${plural(t.on_requests, "request")}` : plural(t.requests, "request"),
-      t.test === "change" ? button("Accept as usual", `Accept ${t.route} as usual`, "Accept this as usual?",
-        `What ${t.route} is from now on becomes its baseline; a raised alarm ends.`, "api/v1/alarm/rebase", { route: t.route }) : ""];
-  }), "none yet: a test begins with a route's first scored request");
+      t.test === "change" ? button("Accept as baseline", `Accept ${t.route} as baseline`, "Accept as the new baseline?",
+        `The next tokens of ${t.route} become its baseline; a raised alarm ends.`, "api/v1/alarm/rebase", { route: t.route }) : ""];
+  }), "none yet: a test begins with the first scored request of a route");
 }
 
-function bleeding(s) {
+function divergence(s) {
   verdict(s);
   const raw = s.raw, kl = raw.kl_nats, excess = s.excess.kl_nats;
   say("excess", excess ? `≥ ${nats(excess.estimate)}` : NONE);
-  // Of a few requests the floor is known, but has no upper end below the cap: so the excess has no lower one.
+  // With few requests the floor has no upper end below the clipping cap, so the excess has no lower end.
   const open = excess && known(kl.ci95[0]) && excess.ci95[0] <= kl.ci95[0] - kl.cap;
   const ends = excess ? [open ? null : excess.ci95[0], excess.ci95[1]] : [];
-  say("excess-sub", excess ? `95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", of too few requests to bound it" : ""}` : "the noise floor is not known yet");
+  say("excess-sub", excess ? `95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", too few requests to bound it" : ""}` : "the noise floor is not known yet");
   bar("excess-bar", ends, excess && excess.estimate, 0, excess ? Math.max(excess.ci95[1] || 0, s.alarm.budget_nats || 0, excess.estimate) * 1.1 : 1);
   say("kl", `≥ ${nats(kl.estimate)}`);
   say("kl-sub", `95 % ${range(kl.ci95)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(raw.kl_nats_estimate.ci95) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
@@ -215,26 +215,26 @@ function bleeding(s) {
   say("half-sub", text ? `95 % ${range(text.half_life_tokens.ci95, (x) => fixed(x, 1))}; ${plural(text.requests, "sampled text")}` : "no text sampled at temperature 1 yet");
   say("ppl", nats(raw.perplexity_ratio.estimate));
   say("ppl-sub", `95 % ${range(raw.perplexity_ratio.ci95)}`);
-  say("bleeding-note", `${plural(s.requests.scored, "scored request")}, ${whole(s.tokens_scored)} tokens, the top ${s.top_k} ids of each model `
-    + `(${percent(raw.covered_mass)} of the probability). Intervals are 95 %, count requests and hold at every look.`);
+  say("divergence-note", `${plural(s.requests.scored, "scored request")}, ${whole(s.tokens_scored)} tokens, the top ${s.top_k} ids of each model `
+    + `(${percent(raw.covered_mass)} of the probability). Intervals are 95 %, count requests and are valid at all times.`);
 }
 
 const HEADER = ["requests", "KL ≥", "95 %", "on one scale", "KL estimate", "total variation ≥", "same top-1"];
 const figures = (f, most) => [whole(f.requests), nats(f.kl_nats.estimate), range(f.kl_nats.ci95), interval(f.kl_nats.ci95[0], f.kl_nats.estimate, f.kl_nats.ci95[1], 0, most),
   nats(f.kl_nats_estimate.estimate), nats(f.total_variation), percent(f.top1_agreement)];
-/** A scale for all: most of the highest ends, but not one that says nothing. */
+/** A common scale: up to the highest upper end, but at most four times its estimate. */
 const scale = (rows) => 1.1 * Math.max(...rows.map((f) => Math.min(f.kl_nats.ci95[1] ?? 0, 4 * (f.kl_nats.estimate || 0))), 1e-4);
 
 function places(s) {
   const most = scale([...s.where, ...s.decoding]);
   table("where", "By route and label", ["route", "label", ...HEADER], s.where.map((w) => [w.route, w.label || NONE, ...figures(w, most)]));
-  table("strategies", "By decoding strategy", ["decoding", ...HEADER, "drawn from: total variation"], s.decoding.map((d) => {
+  table("strategies", "By decoding strategy", ["decoding", ...HEADER, "sampling distribution: total variation"], s.decoding.map((d) => {
     const tv = d.drawn_from && d.drawn_from.total_variation;
     return [d.strategy, ...figures(d, most), tv && known(tv.lower) ? `${nats(tv.lower)} – ${nats(tv.upper)}` : NONE];
   }));
 }
 
-// --- is calibration helping, and what serves --------------------------------------------------------------------------
+// --- calibration and the serving profile --------------------------------------------------------------------------
 
 function calibration(s) {
   const won = s.recovered, gain = won.gain_nats, less = s.arms.treated_minus_control;
@@ -248,7 +248,7 @@ function calibration(s) {
   say("arms-unit", name === "total_variation" ? "total variation" : "KL, nats per token");
   const far = known(change.estimate) ? 1.1 * Math.max(Math.abs(change.ci95[0] ?? 0), Math.abs(change.ci95[1] ?? 0), Math.abs(change.estimate)) : 1;
   bar("arms-bar", change.ci95, change.estimate, -far, far);
-  say("arms-sub", known(change.estimate) ? `95 % ${range(change.ci95)}` : "nothing has been treated, or too little to say");
+  say("arms-sub", known(change.estimate) ? `95 % ${range(change.ci95)}` : "no request has been treated, or too few");
   const tokens = s.learner.tokens || s.calibration.learned_tokens;
   say("learned", whole(tokens));
   say("learned-sub", `learner ${s.learner.state}${s.learner.detail ? `: ${s.learner.detail}` : ""}`);
@@ -259,7 +259,7 @@ function calibration(s) {
   table("stages", "Raw against calibrated, the same tokens", ["stage", ...HEADER], stages.map(([name, f]) => [name, ...figures(f, most)]), "no profile yet: identity serves");
   const arms = ["control", "treated", "none"].filter((arm) => s.arms[arm]);
   table("by-arm", "What clients got, by arm", ["arm", ...HEADER], arms.map((arm) => [arm, ...figures(s.arms[arm], scale(arms.map((a) => s.arms[a])))]));
-  table("endings", "How answers end, sampled or not, by arm", ["arm", "answers", "cut at the length limit", "tokens each", "loops", "JSON and tool calls"],
+  table("endings", "How answers end, all traffic, by arm", ["arm", "answers", "cut at the length limit", "tokens per answer", "repetition loops", "JSON and tool calls"],
     Object.entries(s.endings).map(([arm, e]) => {
       const answers = total(e.finished);
       return [arm, whole(answers), percent((e.finished.length || 0) / answers), fixed(e.output_tokens / answers, 1), whole(e.loops),
@@ -270,7 +270,7 @@ function calibration(s) {
 function proof(e) {
   if (!e || !e.requests || !known(e.mean_gain)) return NONE;
   const ends = [known(e.lower) ? `above ${nats(e.lower)}` : "", known(e.upper) ? `below ${nats(e.upper)}` : ""].filter(Boolean);
-  return `${plural(e.requests, "held-out request")}, mean gain ${nats(e.mean_gain)}${ends.length ? `, for sure ${ends.join(" and ")}` : ""}`;
+  return `${plural(e.requests, "held-out request")}, mean gain ${nats(e.mean_gain)}${ends.length ? `, proven ${ends.join(" and ")}` : ""}`;
 }
 
 function serves(s, p) {
@@ -278,7 +278,7 @@ function serves(s, p) {
   document.querySelectorAll("[data-mode]").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.mode === s.profile.mode)));
   $("unpin").hidden = !p.pinned;
   const chosen = s.calibration.selected, forced = s.calibration.forced;
-  const would = chosen && s.profile.mode === "observe" ? `; ${brief(chosen.version)} would, in mode auto` : "";
+  const would = chosen && s.profile.mode === "observe" ? `; ${brief(chosen.version)} would serve in mode auto` : "";
   const scoped = Object.entries(p.scoped).map(([scope, version]) => `${scope} gets ${brief(version)}`).join(", ");
   say("serving", forced ? `${forced} is forced on every request.` : `${p.serving} serves${p.pinned ? ", pinned" : ""}${would}${scoped ? `; ${scoped}` : ""}.`);
   const evidence = new Map([chosen, ...Object.values(s.calibration.scopes), ...s.calibration.candidates].filter(Boolean).map((e) => [e.version, e]));
@@ -290,11 +290,11 @@ function serves(s, p) {
       const actions = document.createElement("span");
       actions.className = "controls";
       if (f.state !== "selected" && f.state !== "forced") {
-        actions.append(button("Promote", `Promote ${f.version}`, "Promote it?",
-          `${f.version} serves before the guard has spoken for it, and is watched like any other.`, "api/v1/profiles/promote", { version: f.version }));
+        actions.append(button("Promote", `Promote ${f.version}`, "Promote this profile?",
+          `${f.version} serves without statistical proof, and is watched like any other profile.`, "api/v1/profiles/promote", { version: f.version }));
       }
       if (!(p.pinned && f.state === "selected")) {
-        actions.append(button("Pin", `Pin ${f.version}`, "Pin it?",
+        actions.append(button("Pin", `Pin ${f.version}`, "Pin this profile?",
           `${f.version} serves all requests, whatever is measured, until it is unpinned.`, "api/v1/profiles/pin", { version: f.version }));
       }
       const state = f.scopes.some(Boolean) ? `${f.state} for ${f.scopes.map((x) => x || "all").join(", ")}` : f.state;
@@ -305,13 +305,13 @@ function serves(s, p) {
     events.map((e) => [when(e.at), e.decision, brief(e.version), e.why, e.decision === "alarm" ? (e.evidence.raised ? `${whole(e.evidence.on_tokens)} tokens of ${plural(e.evidence.on_requests, "request")}` : NONE) : proof(e.evidence)]));
 }
 
-// --- what it costs, and the proxy -------------------------------------------------------------------------------------
+// --- cost and proxy -------------------------------------------------------------------------------------
 
-const recent = [];  // the states of the last seconds, for rates
+const recent = [];  // the last states, to compute rates
 
 function rate(s, read) {
   const then = recent[0], seconds = then ? s.at - then.at : 0;
-  // A counter that went back belongs to a server that was restarted.
+  // A counter that decreased means that the server was restarted.
   return seconds > 0 && read(s) >= read(then) ? (read(s) - read(then)) / seconds : null;
 }
 
@@ -319,19 +319,19 @@ function costs(s) {
   const r = s.requests, dropped = total(r.dropped);
   const tokens = rate(s, (x) => x.shadow.reference_tokens), budget = s.shadow.reference_tokens_per_second;
   say("rate", percent(s.shadow.rate));
-  say("rate-sub", `${whole(r.shadowed)} captured, ${whole(r.scored)} scored, ${whole(r.pending)} under way`);
+  say("rate-sub", `${whole(r.shadowed)} captured, ${whole(r.scored)} scored, ${whole(r.pending)} in progress`);
   say("reference", fixed(tokens, 1));
-  say("reference-sub", budget ? `of at most ${whole(budget)}` : "no budget set");
+  say("reference-sub", budget ? `budget ${whole(budget)}` : "no budget set");
   say("queue", whole(s.queue.depth));
-  say("queue-sub", `the oldest for ${fixed(s.queue.lag_seconds, 1)} s`);
+  say("queue-sub", `oldest: ${fixed(s.queue.lag_seconds, 1)} s`);
   say("dropped", whole(dropped), dropped ? "big wait-text" : "big");
   say("dropped-sub", counts(r.dropped));
   table("cost", "In detail", null, [
     ["reference", `${s.reference.state}; ${named(s.reference)}`],
-    ["tokens through it", `${whole(s.shadow.reference_tokens)} in ${lasted(s.shadow.uptime_seconds)}`],
+    ["tokens processed", `${whole(s.shadow.reference_tokens)} in ${lasted(s.shadow.uptime_seconds)}`],
     ["skipped by reason", counts(r.skipped)], ["dropped by reason", counts(r.dropped)],
     ["noise floor, KL ≥", Object.entries(s.noise_floor).map(([m, f]) => `${m} ${nats(f.kl_nats.estimate)} nats (${plural(f.requests, "request")})`).join(", ") || "not measured yet"],
-    ["learner", s.learner.dropped && total(s.learner.dropped) ? `not given: ${counts(s.learner.dropped)}` : s.learner.state],
+    ["learner", s.learner.dropped && total(s.learner.dropped) ? `dropped: ${counts(s.learner.dropped)}` : s.learner.state],
   ]);
 }
 
@@ -342,7 +342,7 @@ function proxy(s) {
   say("failed", percent(p.failed_ratio, 2), p.failed_ratio > 0.01 ? "big bad-text" : p.failed ? "big wait-text" : "big");
   say("failed-sub", `${whole(p.failed)} of ${whole(p.requests)}`);
   say("overhead", known(p.overhead_seconds.p50) ? `≤ ${ms(p.overhead_seconds.p50)}` : NONE);
-  say("overhead-sub", `99 % within ${ms(p.overhead_seconds.p99)}`);
+  say("overhead-sub", `99 %: ≤ ${ms(p.overhead_seconds.p99)}`);
   say("relays", whole(s.relays), s.relays ? "big" : "big bad-text");
   say("relays-sub", `${plural(s.engines.live, "engine")} with the plugin`);
   table("proxy", "In detail", null, [
@@ -353,7 +353,7 @@ function proxy(s) {
 // --- plots ------------------------------------------------------------------------------------------------------------
 
 const past = {};  // columns of /api/v1/history
-const POINTS_AT_MOST = 2160;
+const MAX_POINTS = 2160;
 const column = (name) => past[name];
 const perSecond = (name) => past[name].map((x, i) => {
   const y = past[name][i - 1], seconds = past.time[i] - past.time[i - 1];
@@ -361,16 +361,16 @@ const perSecond = (name) => past[name].map((x, i) => {
 });
 const most = (...columns) => Math.max(1e-3, ...columns.flat().filter(known));
 const last = (name) => past[name][past.time.length - 1];
-// The scale is that of the figures: an interval that is still as wide as the world would press them flat.
+// The scale follows the estimates: a still very wide interval would make their changes invisible.
 const PLOTS = {
   kl: { data: () => ["kl_nats", "kl_low", "kl_high", "kl_recent", "floor"].map(column), show: nats, band: true,
     range: () => [0, 1.2 * most(past.kl_nats, past.kl_recent, [Math.min(last("kl_high") ?? 0, 2 * (last("kl_nats") ?? 0))])],
     series: [["since the start", "--accent"], ["low", "--accent", [2, 4]], ["high", "--accent", [2, 4]], ["last minute", "--bad"], ["noise floor", "--good"]] },
   won: { data: () => ["recovered", "recovered_low", "recovered_high"].map(column), show: percent, band: true,
     range: () => [Math.max(-1, Math.min(0, last("recovered_low") ?? 0, ...past.recovered.filter(known))), Math.min(1, 1.2 * most(past.recovered, [last("recovered_high")]))],
-    series: [["won back", "--accent"], ["low", "--accent", [2, 4]], ["high", "--accent", [2, 4]]] },
+    series: [["recovered", "--accent"], ["low", "--accent", [2, 4]], ["high", "--accent", [2, 4]]] },
   cost: { data: () => [perSecond("reference_tokens"), past.queue], show: (x) => fixed(x, 1), range: () => [0, 1.2 * Math.max(1, most(perSecond("reference_tokens"), past.queue))],
-    series: [["tokens a second", "--accent"], ["queue", "--wait"]] },
+    series: [["tokens per second", "--accent"], ["queue", "--wait"]] },
   proxy: { data: () => [perSecond("requests"), perSecond("failed")], show: (x) => fixed(x, 2), range: () => [0, 1.2 * Math.max(1, most(perSecond("requests")))],
     series: [["requests", "--accent"], ["failed", "--bad"]] },
 };
@@ -390,12 +390,12 @@ function make(name) {
     }))],
     bands: band ? [{ series: [3, 2], fill: colour("--band") }] : [],
     scales: { y: { range: () => PLOTS[name].range() } },
-    hooks: { ready: [tellLast] },
+    hooks: { ready: [showLast] },
   }, [past.time, ...PLOTS[name].data()], room);
 }
 
-/** The legend tells the last values while no pointer is over the plot. */
-function tellLast(plot) {
+/** Show the last values in the legend while no pointer is over the plot. */
+function showLast(plot) {
   if (!known(plot.cursor.left) || plot.cursor.left < 0) plot.setLegend({ idx: past.time.length - 1 });
 }
 
@@ -404,7 +404,7 @@ function draw() {
   Object.keys(PLOTS).forEach((name) => {
     if (drawn[name]) drawn[name].setData([past.time, ...PLOTS[name].data()]);
     else drawn[name] = make(name);
-    tellLast(drawn[name]);
+    showLast(drawn[name]);
   });
 }
 
@@ -412,7 +412,7 @@ async function fetchPast() {
   const after = past.time && past.time.length ? past.time[past.time.length - 1] : 0;
   const answer = await fetch(`api/v1/history?after=${after}`);
   if (!answer.ok) return;
-  Object.entries(await answer.json()).forEach(([name, values]) => { past[name] = [...(past[name] || []), ...values].slice(-POINTS_AT_MOST); });
+  Object.entries(await answer.json()).forEach(([name, values]) => { past[name] = [...(past[name] || []), ...values].slice(-MAX_POINTS); });
   draw();
 }
 
@@ -430,7 +430,7 @@ function show(s, p) {
   const ready = s.reference.state === "ready";
   say("models", `${s.compressed.models.join(", ") || "no model known yet"} against ${ready ? named(s.reference) : "its reference"}`);
   say("connection", `reference ${s.reference.state}; calibration ${s.profile.mode}; ${plural(s.relays, "relay")}`, ready && s.relays ? "pill good" : "pill bad");
-  bleeding(s);
+  divergence(s);
   places(s);
   calibration(s);
   serves(s, p);
@@ -449,8 +449,8 @@ function listen() {
     if (Date.now() - fetched > 10000) { fetched = Date.now(); fetchPast().catch(() => {}); }
   });
   stream.onerror = () => {
-    say("connection", "no answer from the admin port; trying again. What is shown is old", "pill bad");
-    // The browser tries again by itself, unless it was answered with an error.
+    say("connection", "the admin port does not answer; reconnecting. The figures are old", "pill bad");
+    // The browser reconnects by itself unless the answer was an error.
     if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
   };
 }
