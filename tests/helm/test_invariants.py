@@ -567,7 +567,7 @@ def test_notes_say_what_to_do_next(helm: Helm, cluster: Cluster) -> None:
 @each
 def test_notes_of_every_set_are_whole(helm: Helm, cluster: Cluster, values: Path) -> None:
     notes = helm.notes(cluster, values=values)
-    assert f"stands in front of {helm.values(values).config['upstream']['url']}." in notes
+    assert f"is a proxy in front of {helm.values(values).config['upstream']['url']}." in notes
     assert not [line for line in notes.splitlines() if re.search(r"<no value>|<nil>|%!|\s$", line)]
 
 
@@ -585,10 +585,10 @@ def test_notes_follow_the_values(helm: Helm, cluster: Cluster) -> None:
     assert "8081:9000" in notes
     assert "--max-logprobs 50" in notes
     assert "NOTHING IS MEASURED" not in notes
-    assert "made at random" not in notes
+    assert "admin token is random" not in notes
     assert "networkPolicy.admins" in notes
     assert "no node with such a pod can be drained" in notes
     engine = helm.notes(cluster, "upstream.url=", "engine.enabled=true", "engine.model=my/model")
-    assert "stands in front of http://127.0.0.1:8000" in engine
+    assert "is a proxy in front of http://127.0.0.1:8000" in engine
     assert "-c engine" in engine
     assert "--logits-processors" not in engine

@@ -124,52 +124,52 @@ def test_without_an_upstream_nothing_is_rendered(helm: Helm) -> None:
 
 UNFIT = {
     # what each alone may be, and together not -> what the templates say
-    ("config.admin.token=abc", "existingSecret=mine"): "config: admin-token: belongs into the Secret mine",
-    ("config.upstream.api_key=k", "existingSecret=mine"): "config: upstream-api-key: belongs into the Secret mine",
-    ("config.store.url=redis://:pw@v:6379", "existingSecret=mine"): "config: store-url: belongs into the Secret mine",
+    ("config.admin.token=abc", "existingSecret=mine"): "config: admin-token: must be in the Secret mine",
+    ("config.upstream.api_key=k", "existingSecret=mine"): "config: upstream-api-key: must be in the Secret mine",
+    ("config.store.url=redis://:pw@v:6379", "existingSecret=mine"): "config: store-url: must be in the Secret mine",
     ("autoscaling.enabled=true", STORE, "autoscaling.maxReplicas=1"): "autoscaling.maxReplicas: 1 is less than",
     (
         "podDisruptionBudget.minAvailable=0",
         "podDisruptionBudget.maxUnavailable=1",
     ): "podDisruptionBudget: minAvailable and",
     ("engine.enabled=true", "engine.model=m"): "upstream.url: http://vllm:8000 is not the engine in the pod",
-    ("config.store.url=sqlite:////data/x.db",): "config.store.url: /data/x.db is on no volume",
-    ("config.store.url=sqlite:///x.db", "persistence.enabled=true"): "config.store.url: x.db is on no volume",
-    ("service.nodePort=30080",): "service.nodePort: has no meaning with service.type ClusterIP",
-    ("service.externalTrafficPolicy=Local",): "service.externalTrafficPolicy: has no meaning",
-    ("extraVolumes[0].name=tmp",): "extraVolumes: tmp is a volume of the chart's own",
-    ("extraVolumeMounts[0].name=x", "extraVolumeMounts[0].mountPath=/tmp/"): "extraVolumeMounts: /tmp/ is mounted",
+    ("config.store.url=sqlite:////data/x.db",): "config.store.url: /data/x.db is not on a volume",
+    ("config.store.url=sqlite:///x.db", "persistence.enabled=true"): "config.store.url: x.db is not on a volume",
+    ("service.nodePort=30080",): "service.nodePort: has no effect with service.type ClusterIP",
+    ("service.externalTrafficPolicy=Local",): "service.externalTrafficPolicy: has no effect",
+    ("extraVolumes[0].name=tmp",): "extraVolumes: tmp is used by the chart",
+    ("extraVolumeMounts[0].name=x", "extraVolumeMounts[0].mountPath=/tmp/"): "extraVolumeMounts: /tmp/: duplicate mount path",
     ("terminationGracePeriodSeconds=54",): "terminationGracePeriodSeconds: 54 is less than",
     (
         "serviceMonitor.enabled=true",
         "serviceMonitor.namespace=monitoring",
         "config.admin.metrics_need_token=true",
     ): "serviceMonitor.namespace: monitoring has no Secret with the token",
-    ("config.records.path=/var/records",): "config.records.path: /var/records is on no volume",
-    ("bindAddress=127.0.0.1",): "bindAddress: 127.0.0.1 is the pod's own loopback",
-    ("upstream.url=http://vllm:80000",): "upstream.url: 80000 is no port",
-    ("config.store.url=redis://u:p@v:65536/0",): "config.store.url: 65536 is no port",
-    ("config.reference.backend=vllm", "config.reference.url=http://r:0"): "config.reference.url: 0 is no port",
-    ("config.tracing.endpoint=http://c:99999",): "config.tracing.endpoint: 99999 is no port",
-    ("extraEnv[0].name=HEMOSTAT_ADMIN__PORT",): "extraEnv: HEMOSTAT_ADMIN__PORT: the chart sets it itself; use service",
-    ("extraEnv[0].name=HEMOSTAT_ADMIN__TOKEN",): "extraEnv: HEMOSTAT_ADMIN__TOKEN: the chart sets it itself",
+    ("config.records.path=/var/records",): "config.records.path: /var/records is not on a volume",
+    ("bindAddress=127.0.0.1",): "bindAddress: 127.0.0.1 is the pod's loopback address",
+    ("upstream.url=http://vllm:80000",): "upstream.url: 80000 is not a port number",
+    ("config.store.url=redis://u:p@v:65536/0",): "config.store.url: 65536 is not a port number",
+    ("config.reference.backend=vllm", "config.reference.url=http://r:0"): "config.reference.url: 0 is not a port number",
+    ("config.tracing.endpoint=http://c:99999",): "config.tracing.endpoint: 99999 is not a port number",
+    ("extraEnv[0].name=HEMOSTAT_ADMIN__PORT",): "extraEnv: HEMOSTAT_ADMIN__PORT: set by the chart; use service",
+    ("extraEnv[0].name=HEMOSTAT_ADMIN__TOKEN",): "extraEnv: HEMOSTAT_ADMIN__TOKEN: set by the chart",
     ("extraEnv[0].name=HEMOSTAT_STORE__URL", "existingSecret=s"): "use store-url in the Secret",
-    ("extraVolumes[0].name=a", "extraVolumes[1].name=a"): "extraVolumes: a stands twice",
+    ("extraVolumes[0].name=a", "extraVolumes[1].name=a"): "extraVolumes: a: duplicate name",
     ("extraVolumeMounts[0].name=x", "extraVolumeMounts[0].mountPath=/x"): "extraVolumeMounts: there is no volume x",
-    ("extraContainers[0].name=hemostat", "extraContainers[0].image=i"): "there is a container hemostat already",
+    ("extraContainers[0].name=hemostat", "extraContainers[0].image=i"): "hemostat: duplicate container name",
     (
         *("extraContainers[0].name=a", "extraContainers[0].image=i"),
         *("initContainers[0].name=a", "initContainers[0].image=i"),
-    ): "there is a container a already",
-    ("autoscaling.enabled=true", STORE, "resources=null"): "resources.requests.cpu: required, as autoscaling",
+    ): "a: duplicate container name",
+    ("autoscaling.enabled=true", STORE, "resources=null"): "resources.requests.cpu: required, because the autoscaling",
     (
         *("autoscaling.enabled=true", STORE, "resources.requests.memory=null", "resources.limits.memory=null"),
         "autoscaling.targetMemoryUtilizationPercentage=80",
-    ): "resources.requests.memory: required, as autoscaling",
+    ): "resources.requests.memory: required, because the autoscaling",
     (
         *("autoscaling.enabled=true", STORE),
         "autoscaling.targetCPUUtilizationPercentage=null",
-    ): "autoscaling: give a target",
+    ): "autoscaling: set a target",
     ("replicaCount=2", STORE, "persistence.enabled=true"): "persistence.accessModes: more than one pod",
     ("autoscaling.enabled=true", STORE, "persistence.enabled=true"): "persistence.accessModes: more than one pod",
 }
@@ -190,15 +190,15 @@ def test_fewer_logprobs_than_are_asked_for(helm: Helm) -> None:
 @pytest.mark.parametrize("flag", ["--port", "--max_logprobs=5", "--logits-processors", "--host"])
 def test_flags_that_the_chart_gives_the_engine(helm: Helm, flag: str) -> None:
     said = helm.refusal(*ENGINE, "--set", f"engine.args={{--enforce-eager,{flag}}}")
-    assert f"engine.args: the chart itself says {flag.partition('=')[0].replace('_', '-')} " in said
+    assert f"engine.args: the chart sets {flag.partition('=')[0].replace('_', '-')} " in said
 
 
 def test_the_engines_volumes(helm: Helm) -> None:
     mount = "engine.volumeMounts[0]"
     said = helm.refusal(*ENGINE, f"--set={mount}.name=m,{mount}.mountPath=/m")
-    assert "engine.volumeMounts: there is no volume m; name it in extraVolumes" in said
+    assert "engine.volumeMounts: there is no volume m; add it to extraVolumes" in said
     said = helm.refusal(*ENGINE, f"--set={mount}.name=shm,{mount}.mountPath=/dev/shm/")
-    assert "engine.volumeMounts: /dev/shm/ is mounted already" in said
+    assert "engine.volumeMounts: /dev/shm/: duplicate mount path" in said
 
 
 def test_a_release_whose_services_could_not_exist(helm: Helm) -> None:

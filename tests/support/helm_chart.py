@@ -18,7 +18,8 @@ from hemostat.config.schema import Settings, load
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "hemostat"
-VALUE_SETS = sorted(Path(__file__).with_name("values").glob("*.yaml"))
+VALUE_SETS = sorted((ROOT / "tests" / "helm" / "values").glob("*.yaml"))
+assert VALUE_SETS, "no sets of values: tests would be skipped"
 UPSTREAM = "upstream.url=http://vllm:8000"
 EXISTING = {
     "admin-token": "from-a-secret",

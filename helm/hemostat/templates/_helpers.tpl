@@ -11,7 +11,7 @@
 {{- else -}}
 {{- $name = printf "%s-%s" .Release.Name $name -}}
 {{- end -}}
-{{- /* A release may be called a.b, a Service not; 53 leaves room for a suffix. */ -}}
+{{- /* A release's name may contain a dot, a Service's may not; 53 characters leave room for a suffix. */ -}}
 {{- $name | replace "." "-" | trunc 53 | trimAll "-" -}}
 {{- end -}}
 
@@ -20,7 +20,7 @@ app.kubernetes.io/name: {{ include "hemostat.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
-{{/* What identifies the chart's objects wins over `extra`: selectors rest on it. */}}
+{{/* Labels that identify the chart's objects take precedence over `extra`, because selectors use them. */}}
 {{- define "hemostat.labels" -}}
 {{- $own := include "hemostat.selectorLabels" .root | fromYaml -}}
 {{- $own = merge $own (dict
@@ -31,7 +31,7 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- toYaml (merge $own (default dict .extra) (default dict .root.Values.commonLabels)) -}}
 {{- end -}}
 
-{{/* The metadata of every object. root, and where needed: suffix (of the name), namespace, labels, annotations */}}
+{{/* The metadata of every object. Arguments: root; optional: suffix (of the name), namespace, labels, annotations */}}
 {{- define "hemostat.metadata" -}}
 name: {{ printf "%s%s" (include "hemostat.fullname" .root) (default "" .suffix) | quote }}
 namespace: {{ default .root.Release.Namespace .namespace | quote }}
@@ -51,7 +51,7 @@ annotations:
 {{- default (include "hemostat.fullname" .) .Values.existingSecret -}}
 {{- end -}}
 
-{{/* image: repository, tag, digest; default: the tag where there is none */}}
+{{/* image: repository, tag, digest; default: the tag if image has none */}}
 {{- define "hemostat.image" -}}
 {{- if .image.digest -}}
 {{- printf "%s@%s" .image.repository .image.digest -}}
@@ -80,7 +80,7 @@ store-url: HEMOSTAT_STORE__URL
 upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 
-{{/* The values' config in two: `secrets`, by their key in the Secret, and `config`, what is left for the file. */}}
+{{/* Splits the value `config` into `secrets`, by their key in the Secret, and `config`, the rest, for the file. */}}
 {{- define "hemostat.split" -}}
 {{- $config := deepCopy (default dict .Values.config) -}}
 {{- $secrets := dict -}}
@@ -104,7 +104,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 -}}
 {{- $config = mustMergeOverwrite $config $fixed -}}
 {{- with $config.admin.allowed_hosts -}}
-{{- /* Where the port answers to listed names only, its Service's are among them. */ -}}
+{{- /* If the port accepts listed host names only, add those of its Service. */ -}}
 {{- $host := printf "%s-admin" (include "hemostat.fullname" $) -}}
 {{- $names := list $host -}}
 {{- range list "" ".svc" ".svc.cluster.local" }}{{ $names = append $names (printf "%s.%s%s" $host $.Release.Namespace .) }}{{ end -}}
@@ -123,7 +123,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- ternary $config.shutdown_seconds 30 (and (hasKey $config "shutdown_seconds") (ne $config.shutdown_seconds nil)) | ceil | int -}}
 {{- end -}}
 
-{{/* The sleep before SIGTERM and the drain; then the supervisor gives the relays 5 s and the control process 10 s more. */}}
+{{/* The sleep before SIGTERM, the drain, and the time that the supervisor then gives the relays (5 s) and the control process (10 s). */}}
 {{- define "hemostat.graceSeconds" -}}
 {{- add .Values.preStopSleepSeconds (include "hemostat.shutdownSeconds" .) 20 -}}
 {{- end -}}
@@ -134,7 +134,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- default (get (dict "http" "80" "https" "443") $url.scheme | default "6379") $port -}}
 {{- end -}}
 
-{{/* Who is behind an address, as a list of NetworkPolicyPeers; empty: nobody can say. */}}
+{{/* The destination of an address, as a list of NetworkPolicyPeers; empty: not known. */}}
 {{- define "hemostat.peers" -}}
 {{- $host := (urlParse .).hostname -}}
 {{- $namespace := regexReplaceAll "^.+\\.([^.]+)\\.svc(?:\\..*)?$" $host "$1" -}}
@@ -150,7 +150,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 {{- end -}}
 
-{{/* One egress rule: comment, url, rule (`to` and `ports` that win over what the address says), protocols */}}
+{{/* One egress rule. Arguments: comment, url, rule (its `to` and `ports` take precedence over the url), protocols */}}
 {{- define "hemostat.egress" -}}
 {{- $rule := default dict .rule -}}
 # {{ .comment }}
@@ -167,22 +167,22 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
   {{- end }}
 {{- end -}}
 
-{{/* The text of a value of which 0 is one, "" and null are not. */}}
+{{/* The text of a value, which may be 0; empty for null. */}}
 {{- define "hemostat.some" -}}
 {{- if not (kindIs "invalid" .) }}{{ . }}{{ end -}}
 {{- end -}}
 
-{{/* What a schema cannot say. */}}
+{{/* Checks that a JSON schema cannot express. */}}
 {{- define "hemostat.validate" -}}
 {{- $split := include "hemostat.split" . | fromYaml -}}
 {{- if and .Values.existingSecret $split.secrets -}}
-{{- fail (printf "config: %s: belongs into the Secret %s, which existingSecret names, and not into the values" (keys $split.secrets | sortAlpha | join ", ") .Values.existingSecret) -}}
+{{- fail (printf "config: %s: must be in the Secret %s (existingSecret), not in the values" (keys $split.secrets | sortAlpha | join ", ") .Values.existingSecret) -}}
 {{- end -}}
 {{- if regexMatch "^[0-9]" (include "hemostat.fullname" .) -}}
-{{- fail (printf "fullnameOverride: required, as the release's name %q begins with a digit, and a Service's may not" .Release.Name) -}}
+{{- fail (printf "fullnameOverride: required, because the release's name %q begins with a digit, and a Service's name must not" .Release.Name) -}}
 {{- end -}}
 {{- if regexMatch "^(127\\.|::1$)" .Values.bindAddress -}}
-{{- fail (printf "bindAddress: %s is the pod's own loopback, which neither clients nor probes can reach" .Values.bindAddress) -}}
+{{- fail (printf "bindAddress: %s is the pod's loopback address, which neither clients nor probes can reach" .Values.bindAddress) -}}
 {{- end -}}
 {{- range $key, $url := dict
   "upstream.url" .Values.upstream.url
@@ -193,7 +193,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- $host := regexReplaceAll "^[a-z]+://([^/]*@)?([^/?#]*).*$" (default "" $url) "$2" -}}
 {{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $host) -}}
 {{- if and $port (or (gt (atoi $port) 65535) (eq (atoi $port) 0)) -}}
-{{- fail (printf "%s: %s is no port; they end at 65535" $key $port) -}}
+{{- fail (printf "%s: %s is not a port number (1 to 65535)" $key $port) -}}
 {{- end -}}
 {{- end -}}
 {{- $grace := include "hemostat.graceSeconds" . | int -}}
@@ -205,11 +205,11 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- if eq .Values.service.type "ClusterIP" -}}
 {{- range $key := list "nodePort" "externalTrafficPolicy" "loadBalancerSourceRanges" -}}
 {{- if get $.Values.service $key -}}
-{{- fail (printf "service.%s: has no meaning with service.type ClusterIP; leave it out, or set service.type" $key) -}}
+{{- fail (printf "service.%s: has no effect with service.type ClusterIP; remove it, or set service.type" $key) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- /* Variables win over the file, and the later of two over the first: the probes would ask at another port. */ -}}
+{{- /* Variables take precedence over the file, and the later of two over the first: the probes would use a wrong port. */ -}}
 {{- $own := dict "HEMOSTAT_UPSTREAM__URL" "upstream.url" "HEMOSTAT_LISTEN__HOST" "bindAddress" "HEMOSTAT_ADMIN__HOST" "bindAddress" -}}
 {{- $own = merge $own (dict "HEMOSTAT_LISTEN__PORT" "service.port" "HEMOSTAT_ADMIN__PORT" "service.adminPort") -}}
 {{- range $key, $variable := include "hemostat.secretVariables" . | fromYaml -}}
@@ -219,7 +219,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 {{- range $variable := .Values.extraEnv -}}
 {{- with get $own $variable.name -}}
-{{- fail (printf "extraEnv: %s: the chart sets it itself; use %s" $variable.name .) -}}
+{{- fail (printf "extraEnv: %s: set by the chart; use %s" $variable.name .) -}}
 {{- end -}}
 {{- end -}}
 {{- $volumes := list "config" "tmp" -}}
@@ -227,9 +227,9 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- if .Values.engine.enabled }}{{ $volumes = append $volumes "shm" }}{{ end -}}
 {{- range .Values.extraVolumes -}}
 {{- if has .name (list "config" "tmp" "data" "shm") -}}
-{{- fail (printf "extraVolumes: %s is a volume of the chart's own; choose another name" .name) -}}
+{{- fail (printf "extraVolumes: %s is used by the chart; choose another name" .name) -}}
 {{- else if has .name $volumes -}}
-{{- fail (printf "extraVolumes: %s stands twice" .name) -}}
+{{- fail (printf "extraVolumes: %s: duplicate name" .name) -}}
 {{- end -}}
 {{- $volumes = append $volumes .name -}}
 {{- end -}}
@@ -242,9 +242,9 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- range $mounted.mounts -}}
 {{- $path := trimSuffix "/" .mountPath -}}
 {{- if has $path $taken -}}
-{{- fail (printf "%s: %s is mounted already" $key .mountPath) -}}
+{{- fail (printf "%s: %s: duplicate mount path" $key .mountPath) -}}
 {{- else if not (has .name $volumes) -}}
-{{- fail (printf "%s: there is no volume %s; name it in extraVolumes" $key .name) -}}
+{{- fail (printf "%s: there is no volume %s; add it to extraVolumes" $key .name) -}}
 {{- end -}}
 {{- $taken = append $taken $path -}}
 {{- end -}}
@@ -252,13 +252,13 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- $names := list "hemostat" "engine" -}}
 {{- range concat (default list .Values.initContainers) (default list .Values.extraContainers) -}}
 {{- if has .name $names -}}
-{{- fail (printf "initContainers, extraContainers: there is a container %s already; choose another name" .name) -}}
+{{- fail (printf "initContainers, extraContainers: %s: duplicate container name; choose another name" .name) -}}
 {{- end -}}
 {{- $names = append $names .name -}}
 {{- end -}}
 {{- $elsewhere := ne (default .Release.Namespace .Values.serviceMonitor.namespace) .Release.Namespace -}}
 {{- if and .Values.serviceMonitor.enabled $elsewhere $split.config.admin.metrics_need_token -}}
-{{- fail (printf "serviceMonitor.namespace: %s has no Secret with the token that config.admin.metrics_need_token asks for: leave it empty" .Values.serviceMonitor.namespace) -}}
+{{- fail (printf "serviceMonitor.namespace: %s has no Secret with the token, which config.admin.metrics_need_token requires; leave it empty" .Values.serviceMonitor.namespace) -}}
 {{- end -}}
 {{- if and .Values.autoscaling.enabled (gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas)) -}}
 {{- fail (printf "autoscaling.maxReplicas: %v is less than autoscaling.minReplicas, %v" .Values.autoscaling.maxReplicas .Values.autoscaling.minReplicas) -}}
@@ -267,11 +267,11 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- $targets := dict "cpu" .Values.autoscaling.targetCPUUtilizationPercentage "memory" .Values.autoscaling.targetMemoryUtilizationPercentage -}}
 {{- $resources := default dict .Values.resources -}}
 {{- if not (or $targets.cpu $targets.memory) -}}
-{{- fail "autoscaling: give a target, targetCPUUtilizationPercentage or targetMemoryUtilizationPercentage" -}}
+{{- fail "autoscaling: set a target, targetCPUUtilizationPercentage or targetMemoryUtilizationPercentage" -}}
 {{- end -}}
 {{- range $resource, $percent := $targets -}}
 {{- if and $percent (not (get (default dict $resources.requests) $resource)) (not (get (default dict $resources.limits) $resource)) -}}
-{{- fail (printf "resources.requests.%s: required, as autoscaling has a target for it, which is a part of the request" $resource) -}}
+{{- fail (printf "resources.requests.%s: required, because the autoscaling target is a percentage of it" $resource) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -282,16 +282,16 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 {{- end -}}
 {{- if and (include "hemostat.some" .Values.podDisruptionBudget.minAvailable) (include "hemostat.some" .Values.podDisruptionBudget.maxUnavailable) -}}
-{{- fail "podDisruptionBudget: minAvailable and maxUnavailable cannot both be given" -}}
+{{- fail "podDisruptionBudget: minAvailable and maxUnavailable cannot both be set" -}}
 {{- end -}}
 {{- if .Values.engine.enabled -}}
 {{- if not (regexMatch "^http://(127\\.0\\.0\\.1|localhost|\\[::1\\]):8000/?$" (include "hemostat.upstreamUrl" .)) -}}
-{{- fail (printf "upstream.url: %s is not the engine in the pod: leave it empty with engine.enabled, or set that to false" .Values.upstream.url) -}}
+{{- fail (printf "upstream.url: %s is not the engine in the pod; leave it empty, or set engine.enabled to false" .Values.upstream.url) -}}
 {{- end -}}
 {{- range .Values.engine.args -}}
 {{- $flag := regexReplaceAll "=.*$" . "" | replace "_" "-" -}}
 {{- if has $flag (list "--host" "--port" "--max-logprobs" "--logits-processors") -}}
-{{- fail (printf "engine.args: the chart itself says %s (with bindAddress, engine.maxLogprobs and Hemostat's plugin)" $flag) -}}
+{{- fail (printf "engine.args: the chart sets %s (from bindAddress, engine.maxLogprobs and Hemostat's plugin)" $flag) -}}
 {{- end -}}
 {{- end -}}
 {{- $topK := (default dict $split.config.shadow).top_k | default 20 -}}
@@ -299,7 +299,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- fail (printf "engine.maxLogprobs: %v is less than config.shadow.top_k, %v" .Values.engine.maxLogprobs $topK) -}}
 {{- end -}}
 {{- end -}}
-{{- /* The root is read-only. */ -}}
+{{- /* The root file system is read-only. */ -}}
 {{- $mounts := list "/tmp" -}}
 {{- if .Values.persistence.enabled }}{{ $mounts = append $mounts "/data" }}{{ end -}}
 {{- range .Values.extraVolumeMounts }}{{ $mounts = append $mounts .mountPath }}{{ end -}}
@@ -310,7 +310,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- $ok := eq $path "" -}}
 {{- range $mounts }}{{ $ok = or $ok (hasPrefix (printf "%s/" (trimSuffix "/" .)) $path) }}{{ end -}}
 {{- if not $ok -}}
-{{- fail (printf "%s: %s is on no volume: use a path below /data (four slashes in sqlite:////data/…) with persistence.enabled, or below one of extraVolumeMounts" $key $path) -}}
+{{- fail (printf "%s: %s is not on a volume: use a path below /data (four slashes in sqlite:////data/…) with persistence.enabled, or below one of extraVolumeMounts" $key $path) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
