@@ -138,7 +138,7 @@ UNFIT = {
     ("service.nodePort=30080",): "service.nodePort: has no effect with service.type ClusterIP",
     ("service.externalTrafficPolicy=Local",): "service.externalTrafficPolicy: has no effect",
     ("extraVolumes[0].name=tmp",): "extraVolumes: tmp is used by the chart",
-    ("extraVolumeMounts[0].name=x", "extraVolumeMounts[0].mountPath=/tmp/"): "extraVolumeMounts: /tmp/: duplicate mount path",
+    ("extraVolumeMounts[0].name=x", "extraVolumeMounts[0].mountPath=/tmp/"): "extraVolumeMounts: /tmp/: duplicate",
     ("terminationGracePeriodSeconds=54",): "terminationGracePeriodSeconds: 54 is less than",
     (
         "serviceMonitor.enabled=true",
@@ -149,7 +149,7 @@ UNFIT = {
     ("bindAddress=127.0.0.1",): "bindAddress: 127.0.0.1 is the pod's loopback address",
     ("upstream.url=http://vllm:80000",): "upstream.url: 80000 is not a port number",
     ("config.store.url=redis://u:p@v:65536/0",): "config.store.url: 65536 is not a port number",
-    ("config.reference.backend=vllm", "config.reference.url=http://r:0"): "config.reference.url: 0 is not a port number",
+    ("config.reference.backend=vllm", "config.reference.url=http://r:0"): "config.reference.url: 0 is not a port",
     ("config.tracing.endpoint=http://c:99999",): "config.tracing.endpoint: 99999 is not a port number",
     ("extraEnv[0].name=HEMOSTAT_ADMIN__PORT",): "extraEnv: HEMOSTAT_ADMIN__PORT: set by the chart; use service",
     ("extraEnv[0].name=HEMOSTAT_ADMIN__TOKEN",): "extraEnv: HEMOSTAT_ADMIN__TOKEN: set by the chart",
