@@ -36,7 +36,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.statistics import sequential
 from hemostat_calibration.statistics.sequential import LowerSequence
 
 WINDOWS_PER_PROOF = 4
@@ -155,14 +154,14 @@ def begin_test(state: GuardState, name: str, role: Role, width: float, window: i
     if window < 1:
         raise InvalidArgumentError(f"window is {window}: it must be 1 or more")
     test = state.tests[role] + 1
-    nothing = sequential.init(-width, width)
-    watch = RunningTest(role, width, test, nothing, nothing, window if role is Role.SERVING else 0)
-    return replace(state, tests={**state.tests, role: test}, running={**state.running, name: watch})
+    nothing = LowerSequence.begin(-width, width)
+    running = RunningTest(role, width, test, nothing, nothing, window if role is Role.SERVING else 0)
+    return replace(state, tests={**state.tests, role: test}, running={**state.running, name: running})
 
 
 def end_test(state: GuardState, name: str) -> GuardState:
     """Forget a test; nothing happens where there is none. What it spent stays spent."""
-    return replace(state, running={other: watch for other, watch in state.running.items() if other != name})
+    return replace(state, running={other: running for other, running in state.running.items() if other != name})
 
 
 def update(state: GuardState, name: str, lower: float, upper: float, tokens: int) -> GuardState:
@@ -171,45 +170,45 @@ def update(state: GuardState, name: str, lower: float, upper: float, tokens: int
     For a serving profile whose window is over, and which was not rolled back, this is the first of the next window.
     InvalidArgumentError for a name that is not watched, or a gain outside of ±width.
     """
-    watch = _watch(state, name)
+    running = _running(state, name)
     if not lower <= upper + 1e-9:
         raise InvalidArgumentError(f"gain is between {lower} and {upper}: lower must not be above upper")
-    serving = watch.role is Role.SERVING
-    if serving and watch.merit.observations >= watch.window:
-        state = begin_test(state, name, Role.SERVING, watch.width, watch.window)
-        watch = state.running[name]
-    merit = sequential.update(watch.merit, lower)
-    harm = sequential.update(watch.harm, -upper) if serving else watch.harm
-    supported = watch.supported or (serving and sequential.lower(merit, state.alpha) > 0.0)
-    watch = replace(watch, merit=merit, harm=harm, supported=supported, tokens=watch.tokens + tokens)
-    return replace(state, running={**state.running, name: watch})
+    serving = running.role is Role.SERVING
+    if serving and running.merit.observations >= running.window:
+        state = begin_test(state, name, Role.SERVING, running.width, running.window)
+        running = state.running[name]
+    merit = running.merit.update(lower)
+    harm = running.harm.update(-upper) if serving else running.harm
+    supported = running.supported or (serving and merit.get(state.alpha) > 0.0)
+    running = replace(running, merit=merit, harm=harm, supported=supported, tokens=running.tokens + tokens)
+    return replace(state, running={**state.running, name: running})
 
 
 def decide(state: GuardState, name: str) -> Decision:
     """What the evidence allows now. It changes no state: the caller acts on it (`begin_test`, `end_test`)."""
-    watch = _watch(state, name)
-    alpha = state.alpha / (watch.test * (watch.test + 1))
-    requests = watch.merit.observations
-    if watch.role is Role.CANDIDATE:
-        lower = sequential.lower(watch.merit, alpha)
-        evidence = Evidence(requests, watch.tokens, watch.merit.mean, lower, math.inf, alpha, watch.test)
+    running = _running(state, name)
+    alpha = state.alpha / (running.test * (running.test + 1))
+    requests = running.merit.observations
+    if running.role is Role.CANDIDATE:
+        lower = running.merit.get(alpha)
+        evidence = Evidence(requests, running.tokens, running.merit.mean, lower, math.inf, alpha, running.test)
         return Decision(Action.PROMOTE if lower > 0.0 else Action.WAIT, name, evidence)
-    upper = -sequential.lower(watch.harm, alpha)
+    upper = -running.harm.get(alpha)
     reason = None
     if upper < 0.0:
         reason = Reason.HARM
-    elif requests >= watch.window and not watch.supported:
+    elif requests >= running.window and not running.supported:
         reason = Reason.UNSUPPORTED
     evidence = Evidence(
         requests=requests,
-        tokens=watch.tokens,
-        mean_gain=-watch.harm.mean,
-        lower=sequential.lower(watch.merit, state.alpha),
+        tokens=running.tokens,
+        mean_gain=-running.harm.mean,
+        lower=running.merit.get(state.alpha),
         upper=upper,
         alpha=alpha,
-        test=watch.test,
-        window=watch.window,
-        supported=watch.supported,
+        test=running.test,
+        window=running.window,
+        supported=running.supported,
     )
     return Decision(Action.HOLD if reason is None else Action.ROLL_BACK, name, evidence, reason)
 
@@ -219,7 +218,7 @@ def window_after_promotion(proof: Evidence) -> int:
     return max(SHORTEST_WINDOW, WINDOWS_PER_PROOF * proof.requests)
 
 
-def _watch(state: GuardState, name: str) -> RunningTest:
+def _running(state: GuardState, name: str) -> RunningTest:
     if name not in state.running:
         raise InvalidArgumentError(f"{name[:80]} is not under test: begin one first")
     return state.running[name]

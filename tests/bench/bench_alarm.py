@@ -34,7 +34,7 @@ import numpy as np
 
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.compress import cached_checkpoints
-from hemostat_calibration.alarm import BudgetTest, ChangeTest, fit, spread
+from hemostat_calibration.alarm import BudgetTest, ChangeTest, fit_bets, spread
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
 from hemostat_calibration.statistics.confidence import ClippedMean
@@ -283,7 +283,7 @@ def main() -> None:
     for request in calibration:
         floor = floor.update(request.kl)
     limit = floor.get(ALPHA / 4).high
-    bets = fit([r.spread[~np.isnan(r.spread)] for r in calibration], ALPHA / 4)
+    bets = fit_bets([r.spread[~np.isnan(r.spread)] for r in calibration], ALPHA / 4)
     say("tuning thresholds on the calibration prompts")
     figures = {"difr": ["margin"], "threshold": ["kl", "spread"]}
     beforehand = {

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from tests.support.records import Truth, log_softmax, make_record
 
-from hemostat_calibration import alarm as module
 from hemostat_calibration.alarm import (
     BudgetTest,
     ChangeTest,
     Kind,
     Observation,
     Settings,
-    fit,
+    change,
+    fit_bets,
     init,
     load,
     readings,
@@ -54,18 +54,18 @@ def test_the_change_test_keeps_its_error_though_tokens_are_correlated(effect):
     runs, wrong = 80, 0
     for run in range(runs):
         rng = np.random.default_rng(run)
-        bets = fit(requests(rng, 200, effect=effect), ALPHA / 4)
+        bets = fit_bets(requests(rng, 200, effect=effect), ALPHA / 4)
         wrong += crossed(ChangeTest.begin(bets, ALPHA), requests(rng, 60, effect=effect)) is not None
     assert wrong / runs <= ALPHA + 2 * math.sqrt(ALPHA * (1 - ALPHA) / runs)
 
 
 def test_without_the_powers_it_would_not(monkeypatch):
     """The simulation above can fail: with every strategy at full power, odd requests alarm."""
-    monkeypatch.setattr(module, "_loses", lambda *_: True)
+    monkeypatch.setattr(change, "_loses", lambda *_: True)
     wrong = 0
     for run in range(60):
         rng = np.random.default_rng(run)
-        bets = fit(requests(rng, 200, effect=0.5), ALPHA / 4)
+        bets = fit_bets(requests(rng, 200, effect=0.5), ALPHA / 4)
         wrong += crossed(ChangeTest.begin(bets, ALPHA), requests(rng, 60, effect=0.5)) is not None
     assert wrong / 60 > 0.3
 
@@ -75,7 +75,7 @@ def test_a_change_is_found_soon_in_both_directions(scale, within):
     delays, begun = [], []
     for run in range(15):
         rng = np.random.default_rng(run)
-        bets = fit(requests(rng, 300), 0.0025)
+        bets = fit_bets(requests(rng, 300), 0.0025)
         test = ChangeTest.begin(bets, 0.01)
         for now, request in enumerate(requests(rng, 30)):
             test = test.update(request, now)
@@ -85,7 +85,7 @@ def test_a_change_is_found_soon_in_both_directions(scale, within):
         assert test.crossing is not None
         assert test.crossing.since <= test.crossing.at
         begun.append(test.crossing.since)
-        assert test.crossing.log_capital >= math.log(200)
+        assert test.crossing.log_wealth >= math.log(200)
         delays.append(test.crossing.tokens)
     assert np.median(delays) <= within
     assert 28 <= np.median(begun) <= 33
@@ -93,7 +93,7 @@ def test_a_change_is_found_soon_in_both_directions(scale, within):
 
 def test_the_evidence_is_told_to_the_token():
     rng = np.random.default_rng(0)
-    test = ChangeTest.begin(fit(requests(rng, 200), 0.0025), 0.01)
+    test = ChangeTest.begin(fit_bets(requests(rng, 200), 0.0025), 0.01)
     found = test.update(np.full(500, 1.0), now=7.0).crossing
     again = test.update(np.full(found.tokens - 1, 1.0)).crossing
     assert (found.since, found.at, found.requests) == (7.0, 7.0, 1)
@@ -106,11 +106,11 @@ def test_the_budget_test_keeps_its_error_at_the_budget_itself():
     runs, wrong = 300, 0
     for run in range(runs):
         rng = np.random.default_rng(run)
-        test = BudgetTest(budget=0.2, cap=5.0, most_tokens=64, alpha=ALPHA)
+        test = BudgetTest(budget=0.2, cap=5.0, max_tokens=64, alpha=ALPHA)
         for _ in range(150):
             level = rng.choice([0.1, 0.4])
             n = 48 if level == 0.1 else 24
-            test = test.update(level * rng.lognormal(-0.5, 1.0) * rng.exponential(1.0, n), floor=0.0)
+            test = test.update(level * rng.lognormal(-0.5, 1.0) * rng.exponential(1.0, n), noise_floor=0.0)
         wrong += test.crossing is not None
     assert wrong / runs <= ALPHA / 2 + 3 * math.sqrt(ALPHA / 2 / runs)
 
@@ -118,14 +118,14 @@ def test_the_budget_test_keeps_its_error_at_the_budget_itself():
 def test_what_is_over_the_budget_is_found_and_the_floor_is_allowed():
     rng = np.random.default_rng(0)
     stream = [rng.exponential(0.3, 50) for _ in range(200)]
-    over, floor = (BudgetTest(budget=0.1, cap=5.0, most_tokens=64, alpha=0.01) for _ in range(2))
+    over, floor = (BudgetTest(budget=0.1, cap=5.0, max_tokens=64, alpha=0.01) for _ in range(2))
     for now, values in enumerate(stream):
         over, floor = over.update(np.append(values, np.nan), 0.05, now), floor.update(values, 0.25, now)
     assert over.crossing is not None
     assert over.crossing.requests <= 40
     assert over.crossing.tokens == 50 * over.crossing.requests
     assert floor.crossing is None
-    waits = BudgetTest(budget=0.1, cap=5.0, most_tokens=64, alpha=0.01)
+    waits = BudgetTest(budget=0.1, cap=5.0, max_tokens=64, alpha=0.01)
     assert waits.update(stream[0], math.inf) is waits
 
 
@@ -213,6 +213,28 @@ def test_what_is_saved_goes_on_as_it_was():
             load(data, SETTINGS)
 
 
+STORED = (
+    '{"is": "Alarm", "fields": {"settings": {"is": "Settings", "fields": {"alpha": 0.01, "budget": 0.5, "'
+    'cap": 5.0, "most_tokens": 256, "baseline_tokens": 0, "clear_after": 30}}, "tests": 1, "routes": {"is'
+    '": "mapping", "items": [["chat", {"is": "_Route", "fields": {"budget": {"is": "_Watch", "fields": {"'
+    'test": {"is": "BudgetTest", "fields": {"budget": 0.5, "cap": 5.0, "most_tokens": 256, "alpha": 0.005'
+    ', "purse": {"is": "_Purse", "fields": {"log_capital": {"is": "array", "dtype": "<f8", "shape": [5], '
+    '"data": "!ewYK41EH?Vui{rKX(Ga-AL$Oc5wp0m;Km#ooxcZE%m@PMQj4V"}, "since": {"is": "array", "dtype": "<f'
+    '8", "shape": [5], "data": "00000001070000000107000000010700000001070000000107"}, "first_request": {"'
+    'is": "array", "dtype": "<i8", "shape": [5], "data": "00000000000000000000000000000000000000000000000'
+    '000"}, "first_token": {"is": "array", "dtype": "<i8", "shape": [5], "data": "00000000000000000000000'
+    '000000000000000000000000000"}, "requests": 1, "tokens": 3}}, "crossing": null}}, "number": 1, "calm"'
+    ': null, "calm_requests": 0}}, "change": null, "baseline": [], "bets": null}}]]}}}'
+)
+
+
+def test_the_stored_format_stays_as_it_was():
+    """Written before the classes were renamed."""
+    alarm = load(STORED.encode(), Settings(budget=0.5, baseline_tokens=0))
+    assert save(alarm).decode() == STORED
+    assert (reading(alarm, Kind.BUDGET).requests, reading(alarm, Kind.BUDGET).tokens) == (1, 3)
+
+
 def test_memory_and_time_are_bounded():
     rng = np.random.default_rng(0)
     alarm = play(init(SETTINGS), "chat", requests(rng, 150))
@@ -226,7 +248,7 @@ def test_memory_and_time_are_bounded():
 def test_a_baseline_that_says_nothing_gives_no_bets():
     """Requests that are each all one value: their tokens say nothing that the first did not."""
     rng = np.random.default_rng(0)
-    bets = fit([np.full(200, rng.lognormal()) for _ in range(100)], 0.01)
+    bets = fit_bets([np.full(200, rng.lognormal()) for _ in range(100)], 0.01)
     alarm = ChangeTest.begin(bets, 0.01)
     for _ in range(30):
         alarm = alarm.update(np.full(200, rng.lognormal()))
@@ -234,7 +256,7 @@ def test_a_baseline_that_says_nothing_gives_no_bets():
 
 
 def test_a_baseline_without_any_noise_bets_on_noise():
-    test = ChangeTest.begin(fit([np.zeros(20)] * 100, 0.0025), 0.01)
+    test = ChangeTest.begin(fit_bets([np.zeros(20)] * 100, 0.0025), 0.01)
     for _ in range(50):
         test = test.update(np.zeros(20))
     assert test.crossing is None
@@ -244,16 +266,16 @@ def test_a_baseline_without_any_noise_bets_on_noise():
 
 def test_arguments():
     with pytest.raises(InvalidArgumentError, match="at least two"):
-        fit([], 0.01)
+        fit_bets([], 0.01)
     with pytest.raises(InvalidArgumentError, match="at least two"):
-        fit([np.ones(5)], 0.01)
+        fit_bets([np.ones(5)], 0.01)
     for wrong, name in (
         ({"alpha": 1.0}, "alpha"),
         ({"budget": 0.0}, "budget"),
         ({"budget": 9.0}, "budget"),
         ({"cap": math.inf}, "cap"),
         ({"clear_after": 0}, "clear_after"),
-        ({"most_tokens": 0}, "most_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"baseline_tokens": -1}, "baseline_tokens"),
     ):
         with pytest.raises(InvalidArgumentError, match=name):

@@ -1,6 +1,7 @@
-"""What every streaming estimator must do: equal its batch oracle, merge in any order, leave its inputs alone, not grow.
+"""What every streaming estimator must do: equal its batch computation, merge in any order, leave its inputs alone, not
+grow; and what every learner must do.
 
-A new estimator is registered in `CASES`; one that is not fails here.
+A new estimator is registered in `CASES`, or a test here fails. Learners are in `LEARNERS`.
 """
 
 import importlib
@@ -10,18 +11,25 @@ import math
 import pickle
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.hidden_state_world import HiddenStateWorld
+from tests.support.records import make_record
+from tests.support.world import World
 
 import hemostat_calibration
 from hemostat_calibration.divergence.trajectory import POSITIONS, Survival
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
 from hemostat_calibration.statistics import confidence, sequential
 from hemostat_calibration.statistics.confidence import ClippedMean, MeanSequence, Proportion
+from hemostat_calibration.statistics.estimator import Estimator
+from hemostat_calibration.statistics.sequential import LowerSequence
 from hemostat_calibration.statistics.streaming import Histogram, RatioEstimate, student_975
 
 EDGES = (0.0, 0.1, 0.5, 2.0)
@@ -62,7 +70,7 @@ def histogram_batch(observations):
 
 def capital_batch(observations):
     """The mixture's capital, from its definition."""
-    state = sequential.init(-1.0, 1.0)
+    state = LowerSequence.begin(-1.0, 1.0)
     x = np.array(observations)
     factors = 1 - sequential._FRACTIONS + sequential._FRACTIONS * ((x[:, None, None] + 1) / (state.grid[:, None] + 1))
     capital = (factors.prod(0) * sequential._WEIGHTS).sum(-1)
@@ -198,11 +206,11 @@ CASES = {
         histogram_batch,
     ),
     "lower sequence": Case(
-        lambda: sequential.init(-1.0, 1.0),
+        lambda: LowerSequence.begin(-1.0, 1.0),
         lambda rng: float(np.clip(rng.normal(0.3, 0.1), -1, 1)),
-        sequential.update,
-        sequential.merge,
-        lambda state: [sequential.lower(state, 0.05), state.mean],
+        lambda state, x: state.update(x),
+        lambda a, b: a.merge(b),
+        lambda state: [state.get(0.05), state.mean],
         capital_batch,
     ),
 }
@@ -273,10 +281,49 @@ def test_updates_take_no_more_memory(name):
 
 
 def test_every_estimator_is_registered():
-    """Whatever can be updated, merged and read."""
-    found = set()
-    for module in pkgutil.iter_modules(hemostat_calibration.__path__, "hemostat_calibration."):
-        if not module.ispkg:
-            members = inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
-            found |= {c for _, c in members if all(callable(getattr(c, m, None)) for m in ("update", "merge", "get"))}
-    assert found == {type(case.empty()) for case in CASES.values()} - {sequential.LowerSequence}
+    """Every class that has `update`, `merge` and `get`, in whatever subpackage, is one of `CASES`."""
+    found = {
+        member
+        for module in pkgutil.walk_packages(hemostat_calibration.__path__, "hemostat_calibration.")
+        for _, member in inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
+        if member is not Estimator and all(callable(getattr(member, name, None)) for name in ("update", "merge", "get"))
+    }
+    assert found == {type(case.empty()) for case in CASES.values()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_estimator_keeps_the_contract(name):
+    """It is an `Estimator`, and a frozen value: its attributes cannot be assigned."""
+    state = CASES[name].empty()
+    assert isinstance(state, Estimator)
+    with pytest.raises(FrozenInstanceError):
+        setattr(state, fields(state)[0].name, None)
+
+
+LEARNERS = {
+    "temperature and bias": (TemperatureBiasLearner(min_requests=1, min_tokens=1), World().truth),
+    "contextual": (HiddenStateWorld().learner(), None),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_learner_keeps_the_contract(name):
+    """`init`, `update`, `merge` and `propose` are pure: the same arguments give the same profile, and no argument is
+    changed; before the first record nothing is proposed."""
+    learner, truth = LEARNERS[name]
+    world = HiddenStateWorld()
+    records = [world.record(n) if truth is None else make_record(truth(n), 20) for n in range(12)]
+    vocabulary = records[0].vocab_size
+    empty = learner.init("m", vocabulary)
+    assert learner.propose(empty) is None
+    state = learner.update(empty, records)
+    assert learner.update(state, []).tokens == state.tokens == 12 * records[0].tokens
+    first = learner.propose(state)
+    merged = learner.merge(state, learner.update(empty, records[:4]))
+    assert merged.tokens == state.tokens + 4 * records[0].tokens
+    assert merged.requests == 16
+    assert learner.propose(empty) is None
+    assert (first.model, first.vocab_size) == ("m", vocabulary)
+    assert learner.propose(state) == first == learner.propose(learner.update(empty, records))
+    with pytest.raises(InvalidArgumentError, match="one model"):
+        learner.merge(state, learner.init("another", vocabulary))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.statistics import sequential
+from hemostat_calibration.statistics.sequential import LowerSequence
 
 
 def ever_above(draw, lo, hi, mean, alpha, streams, length):
@@ -10,10 +10,10 @@ def ever_above(draw, lo, hi, mean, alpha, streams, length):
     wrong = 0
     for stream in range(streams):
         x = draw(np.random.default_rng(stream), length)
-        state = sequential.init(lo, hi)
+        state = LowerSequence.begin(lo, hi)
         for value in x:
-            state = sequential.update(state, value)
-            if sequential.lower(state, alpha) > mean:
+            state = state.update(value)
+            if state.get(alpha) > mean:
                 wrong += 1
                 break
     return wrong / streams
@@ -52,9 +52,9 @@ def test_a_small_gain_is_found():
         counts = []
         for stream in range(15):
             rng = np.random.default_rng(stream)
-            state = sequential.init(-width, width)
-            while sequential.lower(state, 0.05) <= 0.0:
-                state = sequential.update(state, rng.normal(0.04, 0.05))
+            state = LowerSequence.begin(-width, width)
+            while state.get(0.05) <= 0.0:
+                state = state.update(rng.normal(0.04, 0.05))
             counts.append(state.observations)
         needed[width] = np.median(counts)
     assert 120 < needed[2.0] < 220
@@ -63,49 +63,49 @@ def test_a_small_gain_is_found():
 
 def test_the_bound_approaches_the_mean_from_below():
     rng = np.random.default_rng(0)
-    state = sequential.init(-2.0, 2.0)
+    state = LowerSequence.begin(-2.0, 2.0)
     last = -2.0
     for n in (100, 1000, 5000):
         while state.observations < n:
-            state = sequential.update(state, float(rng.normal(0.3, 0.2)))
-        bound = sequential.lower(state, 0.05)
+            state = state.update(float(rng.normal(0.3, 0.2)))
+        bound = state.get(0.05)
         assert last <= bound <= state.mean
         last = bound
     assert last > 0.25
 
 
 def test_less_certainty_gives_a_higher_bound():
-    state = sequential.init(-1.0, 1.0)
+    state = LowerSequence.begin(-1.0, 1.0)
     for _ in range(50):
-        state = sequential.update(state, 0.2)
-    bounds = [sequential.lower(state, alpha) for alpha in (0.001, 0.05, 0.5)]
+        state = state.update(0.2)
+    bounds = [state.get(alpha) for alpha in (0.001, 0.05, 0.5)]
     assert bounds == sorted(bounds)
 
 
 def test_what_is_above_the_range_counts_as_its_end():
-    a = sequential.update(sequential.init(-1.0, 1.0), 5.0)
-    b = sequential.update(sequential.init(-1.0, 1.0), 1.0)
-    np.testing.assert_array_equal(a.log_capital, b.log_capital)
+    a = LowerSequence.begin(-1.0, 1.0).update(5.0)
+    b = LowerSequence.begin(-1.0, 1.0).update(1.0)
+    np.testing.assert_array_equal(a.log_wealth, b.log_wealth)
 
 
 def test_the_worst_observation_does_not_end_the_game():
-    state = sequential.update(sequential.init(-1.0, 1.0), -1.0)
+    state = LowerSequence.begin(-1.0, 1.0).update(-1.0)
     for _ in range(200):
-        state = sequential.update(state, 0.5)
-    assert sequential.lower(state, 0.05) > 0.0
+        state = state.update(0.5)
+    assert state.get(0.05) > 0.0
 
 
 def test_arguments():
-    state = sequential.init(-1.0, 1.0)
+    state = LowerSequence.begin(-1.0, 1.0)
     for x in (float("nan"), -1.1):
         with pytest.raises(InvalidArgumentError, match="observation"):
-            sequential.update(state, x)
+            state.update(x)
     for lo, hi in ((1.0, 1.0), (0.0, float("inf")), (float("nan"), 1.0)):
         with pytest.raises(InvalidArgumentError, match="range"):
-            sequential.init(lo, hi)
+            LowerSequence.begin(lo, hi)
     for alpha in (0.0, 1.0, float("nan")):
         with pytest.raises(InvalidArgumentError, match="alpha"):
-            sequential.lower(state, alpha)
+            state.get(alpha)
     with pytest.raises(InvalidArgumentError, match="differ"):
-        sequential.merge(state, sequential.init(-2.0, 1.0))
+        state.merge(LowerSequence.begin(-2.0, 1.0))
     assert 0.0 in state.grid

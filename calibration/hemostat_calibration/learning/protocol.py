@@ -1,6 +1,6 @@
 """The contract of learners: `init`, `update`, `merge`, `propose`, all pure.
 
-`tests/core/learning/test_conformance.py` checks it for every learner.
+`tests/core/test_conformance.py` checks it for every learner.
 """
 
 from __future__ import annotations

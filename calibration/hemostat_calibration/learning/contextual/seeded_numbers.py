@@ -14,7 +14,7 @@ def bits(seed: int, count: int) -> npt.NDArray[np.uint64]:
     Source: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 
     >>> [hex(x) for x in bits(seed=1, count=2)]
-    ['0x0', '0x0']
+    ['0xa5925a6c62ddc7ef', '0xca42b4d2fa547a3c']
     """
     start = (seed * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) % 2**64
     z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)

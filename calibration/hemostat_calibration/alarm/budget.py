@@ -1,0 +1,59 @@
+"""The budget test: is the divergence per token above the noise floor by more than the operator allows?
+
+The unit is the request. A request of n tokens, their mean x̄ after clipping at the cap, counts by its tokens up to N of
+them: with w = min(n, N)/N the factor is 1 + w f (x̄/m − 1), fair while the mean per token is at most m, the allowed
+divergence plus an upper confidence limit of the noise floor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from hemostat_calibration.alarm.betting import BET_FRACTIONS, Crossing, WealthState, bet, initial_wealth
+from hemostat_calibration.arrays import Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BudgetTest:
+    """One budget test at `alpha`, half of which is for the bets. crossing: set once the wealth has crossed.
+
+    budget: nats per token, allowed above the noise floor. cap: nats, where values are clipped.
+    max_tokens: N, the weight of a request is that of its tokens up to so many.
+
+    >>> test = BudgetTest(budget=0.1, cap=5.0, max_tokens=64, alpha=0.01)
+    >>> for now in range(30):
+    ...     test = test.update(np.full(64, 0.5), noise_floor=0.0, now=now)
+    >>> test.crossing is not None
+    True
+    """
+
+    budget: float
+    cap: float
+    max_tokens: int
+    alpha: float
+    wealth: WealthState = field(default_factory=lambda: initial_wealth(len(BET_FRACTIONS)))
+    crossing: Crossing | None = None
+
+    def log_factors(self, divergences: Floats, noise_floor: float) -> Floats:
+        """ln of the factors of one request, [S, 1]."""
+        values = divergences[~np.isnan(divergences)]
+        weight = min(len(values), self.max_tokens) / self.max_tokens
+        ratio = float(np.clip(values, 0.0, self.cap).mean()) / (self.budget + max(noise_floor, 0.0))
+        factors: Floats = np.log1p(weight * np.array(BET_FRACTIONS)[:, None] * (ratio - 1.0))
+        return factors
+
+    def update(self, divergences: Floats, noise_floor: float, now: float = 0.0) -> BudgetTest:
+        """Add one request: divergences float64 [T], nats; NaN is left out. now: seconds.
+
+        noise_floor: upper limit of the noise floor, nats per token. No change while it is not finite, nor after a
+        crossing.
+        """
+        tokens = int((~np.isnan(divergences)).sum())
+        if self.crossing is not None or not tokens or not math.isfinite(noise_floor):
+            return self
+        factors = self.log_factors(divergences, noise_floor)
+        wealth, crossing = bet(self.wealth, factors, tokens, now, math.log(2.0 / self.alpha))
+        return replace(self, wealth=wealth, crossing=crossing)
