@@ -44,131 +44,24 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.arrays import Bools, Floats, Ids
+from hemostat_calibration.divergence.view import (
+    MASS_ROUNDING,
+    Coarse,
+    View,
+    bucket,
+    coarse,
+    row_counts,
+    row_sums,
+    view_of,
+    xlogy,
+)
 from hemostat_calibration.records import Candidates, TokenRecord
-
-MASS_ROUNDING = 1e-6
-"""Error of a sum of float32 probabilities near 1."""
 
 MIN_RATIO = math.exp(-16.0)
 """Least ratio of two probabilities outside S that the upper bounds of KL rest on; see `Bounds.min_ratio`."""
 
 _COMPARED = 8192
 """Pairs of ids a row that are compared one with another."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A record's candidates with the emitted token among them, [T, N]; S is where `inside`."""
-
-    ids: Ids
-    log_candidates: Floats
-    """log c of every candidate; -inf where padded."""
-    inside: Bools
-    log_c: Floats
-    """log c on S, -inf outside; c, log_r, r likewise."""
-    c: Floats
-    log_r: Floats
-    r: Floats
-    exact: bool
-    """S is the whole vocabulary in every row."""
-
-
-def view_of(record: TokenRecord) -> View:
-    """Of a validated record."""
-    ids, log_c, log_r = record.compressed.ids, record.compressed.logprobs, record.reference_at
-    emitted = ids == record.output_ids[:, None]
-    # The emitted token is known on both sides even where the reference gave only its own list.
-    log_r = np.where(emitted, record.reference_emitted[:, None], log_r)
-    missing = ~emitted.any(axis=1)
-    if missing.any():
-        ids = np.column_stack([ids, np.where(missing, record.output_ids, -1)]).astype(np.int32)
-        log_c = np.column_stack([log_c, np.where(missing, record.compressed_emitted, -np.inf)])
-        log_r = np.column_stack([log_r, np.where(missing, record.reference_emitted, np.nan)])
-    inside = (ids >= 0) & ~np.isnan(log_r)
-    log_r = np.where(inside, log_r, -np.inf)
-    log_s = np.where(inside, log_c, -np.inf)
-    return View(
-        ids=ids,
-        log_candidates=log_c,
-        inside=inside,
-        log_c=log_s,
-        c=np.exp(log_s),
-        log_r=log_r,
-        r=np.exp(log_r),
-        exact=bool((row_counts(inside) == record.vocab_size).all()),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Coarse:
-    """Divergences of r and some p over S plus one bucket, [T]."""
-
-    kl_rc: Floats
-    kl_cr: Floats
-    js: Floats
-    tv: Floats
-
-
-def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
-    """Of r and p, which is given on S, [T, N]."""
-    r_out, p_out = bucket(view, view.r), bucket(view, p)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_ratio = view.log_r - log_p
-        kl_rc = row_sums(np.where(view.r > 0.0, view.r * log_ratio, 0.0))
-        kl_cr = -row_sums(np.where(p > 0.0, p * log_ratio, 0.0))
-    return Coarse(
-        kl_rc=np.maximum(kl_rc + xlogy(r_out, r_out / np.maximum(p_out, MASS_ROUNDING)), 0.0),
-        kl_cr=np.maximum(kl_cr + xlogy(p_out, p_out / np.maximum(r_out, MASS_ROUNDING)), 0.0),
-        js=jensen_shannon(view, p)[0],
-        tv=total_variation(view, p)[0],
-    )
-
-
-def bucket(view: View, p: Floats) -> Floats:
-    """Mass of p outside S, [T]."""
-    return np.zeros(p.shape[0]) if view.exact else np.maximum(1.0 - row_sums(p), 0.0)
-
-
-def row_sums(x: Floats) -> Floats:
-    """x.sum(axis=1), several times as fast where rows are short."""
-    sums: Floats = np.einsum("ij->i", x)
-    return sums
-
-
-def row_counts(x: Bools) -> npt.NDArray[np.intp]:
-    """Of True."""
-    counts: npt.NDArray[np.intp] = np.einsum("ij->i", x.astype(np.intp))
-    return counts
-
-
-def xlogy(x: Floats, y: Floats) -> Floats:
-    """x log y, 0 where x is 0."""
-    # Not np.log(where=...): numpy's loop with a mask takes one value at a time.
-    product: Floats = x * np.log(np.where(x > 0.0, y, 1.0))
-    return product
-
-
-def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
-    """JS of r and p over S plus one bucket, and its derivative by log w where p = a w on S, both [T]."""
-    r_out, p_out = bucket(view, view.r), bucket(view, p)
-    # Over the sum, not the mean: half of the smallest number is 0.
-    both, both_out = view.r + p, r_out + p_out
-    with np.errstate(divide="ignore", invalid="ignore"):
-        of_p = row_sums(xlogy(p, 2.0 * p / both))
-        value = of_p + row_sums(xlogy(view.r, 2.0 * view.r / both))
-        value += xlogy(r_out, 2.0 * r_out / both_out) + xlogy(p_out, 2.0 * p_out / both_out)
-    least_out = np.maximum(p_out, MASS_ROUNDING)
-    slope = of_p - row_sums(p) * np.log(least_out / (0.5 * (r_out + least_out)))
-    return np.clip(0.5 * value, 0.0, np.log(2.0)), 0.5 * slope
-
-
-def total_variation(view: View, p: Floats) -> tuple[Floats, Floats]:
-    """Total variation likewise."""
-    r_out, p_out = bucket(view, view.r), bucket(view, p)
-    difference = p - view.r
-    value = row_sums(np.abs(difference)) + np.abs(p_out - r_out)
-    slope = row_sums(p * np.sign(difference)) - row_sums(p) * np.sign(p_out - r_out)
-    return np.clip(0.5 * value, 0.0, 1.0), 0.5 * slope
 
 
 @dataclass(frozen=True, slots=True)

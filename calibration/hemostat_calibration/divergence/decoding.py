@@ -37,16 +37,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hemostat_calibration.arrays import Bools, Floats, Ids
-from hemostat_calibration.divergence.bounds import (
-    MASS_ROUNDING,
-    MIN_RATIO,
-    Interval,
-    bounds,
-    cap,
-    named,
-    view_of,
-    xlogy,
-)
+from hemostat_calibration.divergence.bounds import MIN_RATIO, Interval, bounds, cap, named
+from hemostat_calibration.divergence.view import MASS_ROUNDING, view_of, xlogy
 from hemostat_calibration.records import Candidates, Sampling, TokenRecord
 
 GREEDY_BELOW = 1e-5

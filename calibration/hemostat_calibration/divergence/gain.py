@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from hemostat_calibration.arrays import Bools, Floats
-from hemostat_calibration.divergence.bounds import row_sums, view_of
 from hemostat_calibration.divergence.profile_shift import (
     known_rows,
     log_normalizer_range,
@@ -15,6 +14,7 @@ from hemostat_calibration.divergence.profile_shift import (
     profile_shift,
     unlisted_shift_range,
 )
+from hemostat_calibration.divergence.view import row_sums, view_of
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import shift_range
 from hemostat_calibration.records import TokenRecord

@@ -31,21 +31,7 @@ from typing import Literal
 import numpy as np
 
 from hemostat_calibration.arrays import Bools, Floats
-from hemostat_calibration.divergence.bounds import (
-    MASS_ROUNDING,
-    MIN_RATIO,
-    Bounds,
-    Coarse,
-    View,
-    bounds_of,
-    cap,
-    coarse,
-    jensen_shannon,
-    row_sums,
-    total_variation,
-    view_of,
-    xlogy,
-)
+from hemostat_calibration.divergence.bounds import MIN_RATIO, Bounds, bounds_of, cap
 from hemostat_calibration.divergence.convex import convex_lower_bound
 from hemostat_calibration.divergence.profile_shift import (
     at_emitted,
@@ -56,6 +42,17 @@ from hemostat_calibration.divergence.profile_shift import (
     unlisted_shift_range,
 )
 from hemostat_calibration.divergence.sampled_estimate import importance_weight, sampled_estimates
+from hemostat_calibration.divergence.view import (
+    MASS_ROUNDING,
+    Coarse,
+    View,
+    coarse,
+    jensen_shannon,
+    row_sums,
+    total_variation,
+    view_of,
+    xlogy,
+)
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hemostat_calibration.arrays import Bools, Floats
-from hemostat_calibration.divergence.bounds import View, row_counts, row_sums
+from hemostat_calibration.divergence.view import View, row_counts, row_sums
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, code, shift_at, shift_range
 from hemostat_calibration.records import LOGPROB_TOLERANCE, TokenRecord

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from hemostat_calibration.arrays import Bools, Floats
-from hemostat_calibration.divergence.bounds import MASS_ROUNDING, View, row_sums
 from hemostat_calibration.divergence.profile_shift import at_emitted, log_normalizer_range, profile_shift
+from hemostat_calibration.divergence.view import MASS_ROUNDING, View, row_sums
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
