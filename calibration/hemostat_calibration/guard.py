@@ -128,9 +128,13 @@ class GuardState:
 
 
 def init(alpha: float = 0.05, tests: Mapping[Role, int] | None = None) -> GuardState:
-    """tests: how many of each kind an earlier part of the same run began; what they spent stays spent.
+    """Before the first test. alpha: each error's share over the whole run.
 
+    tests: how many of each kind an earlier part of the same run began; the alpha that they spent is not spent again.
     InvalidArgumentError unless 0 < alpha < 1 and no number is negative.
+
+    >>> {role.value: number for role, number in init(0.05, {Role.CANDIDATE: 3}).tests.items()}
+    {'candidate': 3, 'serving': 0}
     """
     if not 0.0 < alpha < 1.0:
         raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
@@ -144,10 +148,13 @@ def init(alpha: float = 0.05, tests: Mapping[Role, int] | None = None) -> GuardS
 def begin_test(state: GuardState, name: str, role: Role, width: float, window: int = DEFAULT_WINDOW) -> GuardState:
     """Begin a test, dropping an older one of that name. `name` is the caller's: what is tested, and where.
 
-    width: no gain is below −width. For a profile against identity that is the width of its Δz (`transform.shift_range`:
-    high − low, at most 2 clamp); for one profile against another, the sum of theirs.
+    width: no gain is below −width, nats. For a profile against identity that is the width of its Δz
+        (`transform.shift_range`: high − low, at most 2 clamp); for one profile against another, the sum of theirs.
     window: requests, of a serving profile; a candidate has none.
     InvalidArgumentError unless width and window are above 0.
+
+    >>> sorted(begin_test(init(), "a profile", Role.CANDIDATE, width=2.0).running)
+    ['a profile']
     """
     if not (math.isfinite(width) and width > 0.0):
         raise InvalidArgumentError(f"width is {width}: it must be a number above 0")
@@ -160,15 +167,25 @@ def begin_test(state: GuardState, name: str, role: Role, width: float, window: i
 
 
 def end_test(state: GuardState, name: str) -> GuardState:
-    """Forget a test; nothing happens where there is none. What it spent stays spent."""
+    """Drop a test, if there is one of that name. The alpha that it spent is not spent again.
+
+    >>> end_test(begin_test(init(), "a profile", Role.CANDIDATE, width=2.0), "a profile").running
+    {}
+    """
     return replace(state, running={other: running for other, running in state.running.items() if other != name})
 
 
 def update(state: GuardState, name: str, lower: float, upper: float, tokens: int) -> GuardState:
-    """Add one held-out request of `tokens` tokens, its mean gain between `lower` and `upper` (equal where exact).
+    """Add one held-out request of `tokens` tokens, its mean gain between `lower` and `upper` nats (equal where exact).
 
     For a serving profile whose window is over, and which was not rolled back, this is the first of the next window.
-    InvalidArgumentError for a name that is not watched, or a gain outside of ±width.
+    InvalidArgumentError for a name that is not under test, or a gain outside of ±width.
+
+    >>> state = begin_test(init(), "a profile", Role.CANDIDATE, width=1.0)
+    >>> for _ in range(50):
+    ...     state = update(state, "a profile", 0.2, 0.2, tokens=20)
+    >>> decide(state, "a profile").action.value
+    'promote'
     """
     running = _running(state, name)
     if not lower <= upper + 1e-9:
@@ -185,7 +202,12 @@ def update(state: GuardState, name: str, lower: float, upper: float, tokens: int
 
 
 def decide(state: GuardState, name: str) -> Decision:
-    """What the evidence allows now. It changes no state: the caller acts on it (`begin_test`, `end_test`)."""
+    """What the evidence allows now. It changes no state: the caller acts on it (`begin_test`, `end_test`).
+
+    >>> state = begin_test(init(), "a profile", Role.CANDIDATE, width=1.0)
+    >>> decide(state, "a profile").action.value
+    'wait'
+    """
     running = _running(state, name)
     alpha = state.alpha / (running.test * (running.test + 1))
     requests = running.merit.observations
@@ -214,7 +236,12 @@ def decide(state: GuardState, name: str) -> Decision:
 
 
 def window_after_promotion(proof: Evidence) -> int:
-    """Length of the windows in which a profile is watched that was promoted on this evidence."""
+    """Length, in requests, of the windows in which a profile is watched that was promoted on this evidence.
+
+    >>> state = update(begin_test(init(), "a", Role.CANDIDATE, width=1.0), "a", 0.2, 0.2, tokens=20)
+    >>> window_after_promotion(decide(state, "a").evidence)
+    200
+    """
     return max(SHORTEST_WINDOW, WINDOWS_PER_PROOF * proof.requests)
 
 

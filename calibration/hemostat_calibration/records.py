@@ -153,12 +153,19 @@ _DIGEST = re.compile(r"[0-9a-f]{32}")
 def validate(record: TokenRecord) -> TokenRecord:
     """Return `record`, or raise InvalidRecordError naming the field and a countable reason, one of `REASONS`.
 
-    Checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no NaN
-    (but in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not above
-    0, rows that sum to at most 1 within rounding, rows that run from the most to the least likely with the padding
-    behind. No row of `compressed` is shorter than K − 1 (the last place is for an emitted token that is not one of the
-    most likely), a reference that gave its entropy gave all of `reference_at`, and what a row says of the emitted token
-    is what stands beside it.
+    Checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no NaN (but
+    in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not above 0,
+    rows that sum to at most 1 within rounding, rows ordered from the most to the least likely with the padding last. No
+    row of `compressed` is shorter than K − 1 (the last place is for an emitted token that is not one of the most
+    likely), a reference that gave its entropy gave all of `reference_at`, and the emitted token's log-probability is
+    the same in its row and in its own field.
+
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> validate(record).tokens
+    1
     """
     if record.schema != SCHEMA_VERSION:
         raise InvalidRecordError("schema", f"schema is {record.schema}: this version reads {SCHEMA_VERSION}")

@@ -64,7 +64,11 @@ class WealthState:
 
 
 def initial_wealth(strategies: int) -> WealthState:
-    """Of S strategies, before the first request."""
+    """Of S strategies, before the first request.
+
+    >>> initial_wealth(2).log_wealth.tolist()
+    [-inf, -inf]
+    """
     nothing = np.zeros(strategies, np.int64)
     return WealthState(np.full(strategies, -np.inf), np.full(strategies, np.nan), nothing, nothing)
 

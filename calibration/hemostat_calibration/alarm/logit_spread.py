@@ -9,9 +9,18 @@ from hemostat_calibration.records import TokenRecord
 
 
 def spread(record: TokenRecord) -> Floats:
-    """Standard deviation of log c − log r over the ids that both gave, [T] nats; NaN where they share fewer than 3.
+    """Standard deviation of log c − log r over the ids that both gave, float64 [T] nats; NaN where they share fewer
+    than 3.
 
     A constant added to all logits cancels out, so it is that of the difference of the logits.
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> spread(record).round(6).tolist()
+    [0.525005]
     """
     with np.errstate(invalid="ignore"):
         difference = record.compressed.logprobs - record.reference_at

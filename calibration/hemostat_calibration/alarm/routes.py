@@ -136,7 +136,11 @@ class Alarm:
 
 def init(settings: Settings, tests: int = 0) -> Alarm:
     """Before the first request. tests: how many an earlier part of the same run began; the alpha that they spent is not
-    spent again."""
+    spent again.
+
+    >>> readings(init(Settings(budget=0.1)))
+    []
+    """
     return Alarm(settings, tests)
 
 
@@ -174,13 +178,23 @@ def update(alarm: Alarm, route: str, observation: Observation, noise_floor: floa
 
 
 def rebase(alarm: Alarm, route: str) -> Alarm:
-    """Begin a new baseline on `route`, learned from its next requests; an alarm of its change test is dropped."""
+    """Begin a new baseline on `route`, learned from its next requests; an alarm of its change test is dropped.
+
+    >>> alarm = update(init(Settings()), "chat", Observation(0.0, np.full(8, 0.1), np.full(8, 0.1)))
+    >>> readings(alarm)[0].learning, readings(rebase(alarm, "chat"))[0].learning
+    (0.0004, 0.0)
+    """
     state = alarm.routes.get(route, RouteState())
     return replace(alarm, routes={**alarm.routes, route: RouteState(budget=state.budget)})
 
 
 def readings(alarm: Alarm) -> list[Reading]:
-    """The state of every test, in the order of routes."""
+    """The state of every test, in the order of routes.
+
+    >>> alarm = update(init(Settings(budget=0.1)), "chat", Observation(0.0, np.full(8, 0.1), np.full(8, 0.1)))
+    >>> [(reading.kind.value, reading.test) for reading in readings(alarm)]
+    [('budget', 1), ('change', 0)]
+    """
     return [
         _reading(alarm, route, state, kind, running)
         for route, state in alarm.routes.items()

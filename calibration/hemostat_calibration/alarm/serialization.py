@@ -61,6 +61,10 @@ def load(data: bytes, settings: Settings) -> Alarm:
     """What `save` wrote, continued with `settings`; tests already begun keep the settings that they began with.
 
     InvalidArgumentError where it cannot be read.
+
+    >>> from hemostat_calibration.alarm.routes import init
+    >>> load(save(init(Settings())), Settings(alpha=0.05)).settings.alpha
+    0.05
     """
     try:
         alarm = _from_json(json.loads(data))

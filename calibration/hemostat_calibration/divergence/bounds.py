@@ -107,16 +107,31 @@ class Bounds:
 
 
 def bounds(record: TokenRecord, min_ratio: float = MIN_RATIO) -> Bounds:
-    """What a validated record proves about r and c; `min_ratio` from 0 to 1, 0 for no assumption."""
+    """What a validated record proves about r and c. min_ratio: 0 to 1, see `Bounds.min_ratio`; 0 is no assumption.
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> found = bounds(record).tv
+    >>> found.lower.round(6).tolist(), found.upper.round(3).tolist()
+    ([0.2], [0.3])
+    """
     view = view_of(record)
     known = coarse(view, view.c, view.log_c)
     return bounds_of(record, view, known, view.log_candidates, cap(record.compressed, record.output_ids), min_ratio)
 
 
 def cap(candidates: Candidates, emitted: Ids) -> Floats:
-    """The most that the logarithm of a probability can be that a list of the most likely does not name, [T].
+    """Largest log-probability that an id can have which a list of the likeliest does not name, float64 [T], nats.
 
-    The last place may be taken by the emitted token, however unlikely: then the one before it is the least for sure.
+    The last place may hold the emitted token, however unlikely: then the id before it is the least likely that is named
+    for its rank.
+
+    >>> listed = Candidates(np.array([[4, 7]], np.int32), np.log([[0.6, 0.3]]))
+    >>> [np.exp(cap(listed, np.array([emitted], np.int32))).round(6).tolist() for emitted in (4, 7)]
+    [[0.3], [0.6]]
     """
     rows = np.arange(len(emitted))
     last = row_counts(candidates.ids >= 0) - 1
@@ -126,7 +141,11 @@ def cap(candidates: Candidates, emitted: Ids) -> Floats:
 
 
 def named(ids: Ids, others: Ids) -> Bools:
-    """Which of `ids` are among `others` of the same row, [T, J] and [T, N] -> [T, J]."""
+    """Which of `ids` [T, J] are among `others` [T, N] of the same row, [T, J].
+
+    >>> named(np.array([[1, 2]], np.int32), np.array([[2, 3, 4]], np.int32)).tolist()
+    [[False, True]]
+    """
     if ids.shape[1] * others.shape[1] <= _COMPARED:
         # Column by column, positions side by side in memory.
         columns, among = np.ascontiguousarray(ids.T), np.zeros(ids.shape[::-1], dtype=np.bool_)
@@ -141,10 +160,21 @@ def named(ids: Ids, others: Ids) -> Bools:
 def bounds_of(
     record: TokenRecord, view: View, known: Coarse, log_p: Floats, log_cap: Floats, min_ratio: float = MIN_RATIO
 ) -> Bounds:
-    """The same for r and any p: the compressed model, or what a profile makes of it.
+    """What a record proves about r and any p: the compressed model, or what a profile makes of it.
 
-    known: the coarse figures of r and p. log_p: log p of every candidate, [T, N]. log_cap: the most that it can be
-    elsewhere, [T].
+    known: the one-bucket figures of r and p. log_p: log p of every candidate, [T, N]. log_cap: the largest that log p
+    can be elsewhere, [T]. min_ratio: see `Bounds.min_ratio`.
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> view = view_of(record)
+    >>> known = coarse(view, view.c, view.log_c)
+    >>> found = bounds_of(record, view, known, view.log_candidates, cap(record.compressed, record.output_ids))
+    >>> bool((found.js.lower <= found.js.upper).all())
+    True
     """
     if view.exact:
         kl_rc, kl_cr, js, tv = (Interval(x, x) for x in (known.kl_rc, known.kl_cr, known.js, known.tv))

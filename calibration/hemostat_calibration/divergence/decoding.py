@@ -52,7 +52,11 @@ DECODING_LABELS = (
 
 
 def decoding_label(sampling: Sampling) -> str:
-    """One of `DECODING_LABELS`: the temperature's band, and " cut" where top_p, top_k or min_p cut the support."""
+    """One of `DECODING_LABELS`: the temperature's range, and " cut" where top_p, top_k or min_p cut the support.
+
+    >>> decoding_label(Sampling(temperature=0.7, top_p=0.9))
+    't0.5-1 cut'
+    """
     temperature = sampling.temperature
     if temperature < GREEDY_BELOW:
         return "greedy"
@@ -78,7 +82,19 @@ class DecodedDivergence:
 
 
 def decoded_divergence(record: TokenRecord, min_ratio: float = MIN_RATIO) -> DecodedDivergence:
-    """Of a validated record; `min_ratio` as in `bounds`, for KL's upper end at temperature 1 without a cut."""
+    """How far apart the two models are after the request's decoding, of a validated record.
+
+    min_ratio: see `bounds.Bounds.min_ratio`, for KL's upper end at temperature 1 without a cut.
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0],
+    ...     sampling=Sampling(temperature=0.0),
+    ... )
+    >>> decoded_divergence(record).tv.upper.tolist()
+    [0.0]
+    """
     sampling = record.sampling
     if record.applied is not None:
         return _nothing(record.tokens)

@@ -35,7 +35,19 @@ class Gain:
 
 
 def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
-    """What `profile` wins at each position of a validated record: within ± the width of its Δz, at most 2 clamp."""
+    """What `profile` gains at each position of a validated record, within ± the width of its Δz (at most 2 clamp).
+
+    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> towards_r = temperature_bias("", 3, 1.0, (log_r - log_c)[0], clamp_nats=1.0)
+    >>> found = gain(record, towards_r)
+    >>> found.lower.round(6).tolist(), found.exact.tolist()
+    ([0.109023], [True])
+    """
     view = view_of(record)
     delta = profile_shift(record, profile, view)
     shifted = known_rows(delta)

@@ -100,10 +100,19 @@ class TokenDivergence:
 def divergence(
     record: TokenRecord, served: CalibrationProfile | None = None, min_ratio: float = MIN_RATIO
 ) -> TokenDivergence:
-    """What a validated record says about c and r.
+    """All figures of r and c from a validated record.
 
     served: the profile that `record.applied` names, so that the estimates of a treated request can be weighted; without
     it they are NaN there. min_ratio: see `Bounds.min_ratio`.
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> found = divergence(record)
+    >>> found.bound, found.kl_rc.round(6).tolist(), found.tv.round(6).tolist()
+    ('exact', [0.109023], [0.2])
     """
     view = view_of(record)
     lower = coarse(view, view.c, view.log_c)
@@ -138,20 +147,30 @@ def calibrated(
     served: CalibrationProfile | None = None,
     min_ratio: float = MIN_RATIO,
 ) -> TokenDivergence:
-    """What a validated record says about c' and r, c'_i = c_i e^{Δz_i} / Z being the compressed model after `profile`.
+    """All figures of c' and r from a validated record, c'_i = c_i e^{Δz_i} / Z the compressed model after `profile`.
 
-    Z = E_c[e^Δz] is exact where `record.shifts` holds its logarithm or the candidates are the whole vocabulary. Else
-    it lies between A + m e^low and A + m e^high: A what the candidates contribute, m the mass behind them, low and high
-    the bounds of Δz there; each figure is then at most the least that it can be over that interval. With a = c e^Δz on
-    S, A now its sum over S, w = 1/Z, and R the reference's mass outside S:
+    Z = E_c[e^Δz] is exact where `record.shifts` holds its logarithm or the candidates are the whole vocabulary. Else it
+    lies between A + m e^low and A + m e^high: A what the candidates contribute, m the mass behind them, low and high
+    the bounds of Δz there; each figure is then the least that it can be over that interval. With a = c e^Δz on S, A now
+    its sum over S, w = 1/Z, and R the reference's mass outside S:
 
     - KL(r‖c') as a function of L = log Z is const + r(S) L − R log(1 − A e^{−L}). With u = A e^{−L} its derivative is
       r(S) − R u/(1 − u), the second R u/(1 − u)² ≥ 0: convex, least at u = r(S), clipped to the interval.
     - KL(c'‖r), JS and TV are convex in c', which is affine in w. KL(c'‖r) is
       Σ a w log(a w/r) + (1 − A w) log((1 − A w)/R); with B = Σ a log(a/r) its derivative,
       B + A log w − A log((1 − A w)/R), is zero at w = κ/(1 + A κ), κ = e^{−B/A}/R: least there, clipped. For JS and TV
-      the tangents at both ends lie below the curve: where they cross is a lower bound, and the next end.
+      see `convex`.
     - Entropy is concave in w: least at an end.
+
+    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> halfway = temperature_bias("", 3, 1.0, 0.5 * (log_r - log_c)[0], clamp_nats=1.0)
+    >>> calibrated(record, halfway).kl_rc.round(6).tolist(), divergence(record).kl_rc.round(6).tolist()
+    ([0.02863], [0.109023])
     """
     view = view_of(record)
     delta = profile_shift(record, profile, view)

@@ -12,7 +12,20 @@ from hemostat_calibration.records import LOGPROB_TOLERANCE, TokenRecord
 
 
 def profile_shift(record: TokenRecord, profile: CalibrationProfile, view: View) -> Floats:
-    """Δz at every candidate, [T, N]; a row is NaN where it depends on anchors whose logits the record does not have."""
+    """Δz at every candidate, float64 [T, N] nats; a row is NaN where it depends on anchors whose logits are not in the
+    record.
+
+    >>> from hemostat_calibration.divergence.view import view_of
+    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> profile = temperature_bias("", 9, 1.0, np.arange(9) / 10.0, clamp_nats=1.0)
+    >>> profile_shift(record, profile, view_of(record)).round(6).tolist()
+    [[0.0, 0.1]]
+    """
     ids = anchors(profile)
     if ids is None:
         return shift_at(profile, view.ids, view.log_candidates)
@@ -26,14 +39,27 @@ def profile_shift(record: TokenRecord, profile: CalibrationProfile, view: View) 
 
 
 def known_rows(delta: Floats) -> Bools:
+    """Rows [T] of Δz [T, N] without NaN.
+
+    >>> known_rows(np.array([[0.0, 1.0], [0.0, np.nan]])).tolist()
+    [True, False]
+    """
     known: Bools = np.logical_not(np.isnan(delta).any(axis=1))
     return known
 
 
 def max_unlisted_relative(record: TokenRecord) -> Floats:
-    """The most that z − max z can be behind the candidates, [T].
+    """Largest that z − max z can be behind the candidates, float64 [T], at most 0.
 
-    The last candidate may be the emitted token, far down: the one before it is among the most likely for sure.
+    The last candidate may be the emitted token, far down: the one before it is surely among the most likely.
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> max_unlisted_relative(record).round(6).tolist()
+    [-1.252763]
     """
     logprobs = record.compressed.logprobs
     before_last = np.maximum(row_counts(record.compressed.ids >= 0) - 2, 0)
@@ -42,6 +68,19 @@ def max_unlisted_relative(record: TokenRecord) -> Floats:
 
 
 def unlisted_shift_range(record: TokenRecord, profile: CalibrationProfile, most: Floats) -> tuple[Floats, Floats]:
+    """(low, high), each [T]: range of Δz over ids whose z − max z is at most `most` [T].
+
+    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> profile = temperature_bias("", 9, 1.0, np.arange(9) / 10.0, clamp_nats=1.0)
+    >>> low, high = unlisted_shift_range(record, profile, max_unlisted_relative(record))
+    >>> low.round(6).tolist(), high.round(6).tolist()
+    ([0.0], [0.8])
+    """
     low, high = shift_range(profile, most)
     return np.broadcast_to(low, record.tokens), np.broadcast_to(high, record.tokens)
 
@@ -49,10 +88,23 @@ def unlisted_shift_range(record: TokenRecord, profile: CalibrationProfile, most:
 def log_normalizer_range(
     record: TokenRecord, profile: CalibrationProfile, view: View, delta: Floats
 ) -> tuple[Floats, Floats]:
-    """Ends of the interval that holds log E_c[e^Δz], [T]; equal where it is known.
+    """(low, high), each [T]: range of log E_c[e^Δz], nats; equal where it is known.
 
-    What the engine said is taken where it lies in the interval that the candidates leave; elsewhere it was said of
-    another distribution (a mask, a bug) and the interval stands.
+    delta: Δz at the candidates, [T, N]. What the engine reported is used where it lies in the range that the candidates
+    leave; elsewhere it belongs to another distribution (a mask, an error) and the range stays.
+
+    >>> from hemostat_calibration.divergence.view import view_of
+    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> profile = temperature_bias("", 9, 1.0, np.arange(9) / 10.0, clamp_nats=1.0)
+    >>> view = view_of(record)
+    >>> low, high = log_normalizer_range(record, profile, view, profile_shift(record, profile, view))
+    >>> low.round(6).tolist(), high.round(6).tolist()
+    ([0.020816], [0.134171])
     """
     low, high = unlisted_shift_range(record, profile, max_unlisted_relative(record))
     candidates = np.exp(view.log_candidates)
@@ -71,5 +123,16 @@ def log_normalizer_range(
 
 
 def at_emitted(record: TokenRecord, view: View, values: Floats) -> Floats:
+    """`values` of the candidates [T, N] at the emitted token, [T].
+
+    >>> from hemostat_calibration.divergence.view import view_of
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> at_emitted(record, view_of(record), np.array([[3.0, 4.0]])).tolist()
+    [3.0]
+    """
     emitted: Floats = row_sums(np.where(view.ids == record.output_ids[:, None], values, 0.0))
     return emitted

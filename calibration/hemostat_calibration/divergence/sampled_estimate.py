@@ -12,7 +12,17 @@ from hemostat_calibration.records import TokenRecord
 
 
 def importance_weight(record: TokenRecord, view: View, served: CalibrationProfile | None) -> Floats:
-    """c(x)/q(x) of the emitted token, q what it was sampled from, [T]; NaN where unknown."""
+    """c(x)/q(x) of the emitted token, q what it was sampled from, float64 [T]; NaN where unknown.
+
+    >>> from hemostat_calibration.divergence.view import view_of
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> importance_weight(record, view_of(record), None).tolist()
+    [1.0]
+    """
     sampling = record.sampling
     whole = sampling.temperature == 1.0 and sampling.top_p >= 1.0 and sampling.top_k <= 0 and sampling.min_p <= 0.0
     if whole and record.applied is None:
@@ -28,7 +38,21 @@ def importance_weight(record: TokenRecord, view: View, served: CalibrationProfil
 def sampled_estimates(
     record: TokenRecord, view: View, log_p: Floats, log_p_emitted: Floats, weight: Floats
 ) -> tuple[Floats, Floats]:
-    """Estimates of KL(r‖p) and KL(p‖r), [T], for a p that equals `log_p` on S; `weight` is p(x)/q(x)."""
+    """Estimates of KL(r‖p) and KL(p‖r), each [T], nats, for a p that equals exp(log_p) on S.
+
+    log_p: [T, N]. log_p_emitted: [T]. weight: p(x)/q(x), [T]; NaN there gives NaN.
+    Source: Rao–Blackwellized importance sampling, see `per_token`.
+
+    >>> from hemostat_calibration.divergence.view import view_of
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> rc, cr = sampled_estimates(record, view_of(record), log_c, record.compressed_emitted, np.ones(1))
+    >>> rc.round(6).tolist(), cr.round(6).tolist()
+    ([0.045377], [0.050758])
+    """
     kept = _unconditional(record, view)
     r = np.where(kept, view.r, 0.0)
     p = np.where(kept, np.exp(log_p), 0.0)

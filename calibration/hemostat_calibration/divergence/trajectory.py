@@ -57,7 +57,16 @@ _AT: npt.NDArray[np.int64] = np.array(POSITIONS, dtype=np.int64)
 
 
 def agreement(record: TokenRecord) -> Floats:
-    """min(1, r(x)/c(x)) of the emitted tokens, float64 [T]."""
+    """min(1, r(x)/c(x)) of the emitted tokens, float64 [T].
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> agreement(record).round(6).tolist()
+    [0.714286]
+    """
     found: Floats = np.exp(np.minimum(record.reference_emitted - record.compressed_emitted, 0.0))
     return found
 
@@ -91,11 +100,16 @@ class SurvivalCurve:
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """Streaming estimator: `update` with a request, `merge` replicas, `get` the curve.
+    """Streaming estimator of the survival curve: `update` with a request, `merge` replicas, `get` the curve.
 
-    at_risk: [P] requests by the positions that they reached.
-    sums: [2, P] of W at each position that a request reached, and of W at the position before.
-    moments: [2, P, 2, P] of their products, as far as one request reached both positions.
+    at_risk: int [P], requests by the positions that they reached.
+    sums: float64 [2, P], of W at each position that a request reached, and of W at the position before.
+    moments: float64 [2, P, 2, P], of their products, as far as one request reached both positions.
+
+    >>> survival = Survival().update(np.array([1.0, 0.5])).update(np.array([1.0, 1.0, 0.5]))
+    >>> curve = survival.get()
+    >>> curve.positions.tolist(), curve.survival.round(6).tolist(), curve.at_risk.tolist()
+    ([1, 2, 3], [1.0, 0.75, 0.375], [2, 2, 1])
     """
 
     requests: int = 0

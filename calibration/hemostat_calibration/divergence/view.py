@@ -37,7 +37,17 @@ class View:
 
 
 def view_of(record: TokenRecord) -> View:
-    """Of a validated record."""
+    """Both models of a validated record, side by side.
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> view = view_of(record)
+    >>> view.exact, view.r.round(6).tolist()
+    (True, [[0.5, 0.4, 0.1]])
+    """
     ids, log_c, log_r = record.compressed.ids, record.compressed.logprobs, record.reference_at
     emitted = ids == record.output_ids[:, None]
     # The emitted token is known on both sides even where the reference gave only its own list.
@@ -73,7 +83,17 @@ class Coarse:
 
 
 def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
-    """Of r and p, which is given on S, [T, N]."""
+    """Divergences of r and p over S plus one bucket; p and log_p (natural) on S, float64 [T, N].
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> view = view_of(record)
+    >>> coarse(view, view.c, view.log_c).kl_rc.round(6).tolist()
+    [0.109023]
+    """
     r_out, p_out = bucket(view, view.r), bucket(view, p)
     with np.errstate(divide="ignore", invalid="ignore"):
         log_ratio = view.log_r - log_p
@@ -88,31 +108,63 @@ def coarse(view: View, p: Floats, log_p: Floats) -> Coarse:
 
 
 def bucket(view: View, p: Floats) -> Floats:
-    """Mass of p outside S, [T]."""
+    """Mass of p outside S, [T]; p on S, [T, N].
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> bucket(view_of(record), np.exp(log_c)).round(6).tolist()
+    [0.1]
+    """
     return np.zeros(p.shape[0]) if view.exact else np.maximum(1.0 - row_sums(p), 0.0)
 
 
 def row_sums(x: Floats) -> Floats:
-    """x.sum(axis=1), several times as fast where rows are short."""
+    """x.sum(axis=1), several times as fast where rows are short.
+
+    >>> row_sums(np.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
+    [3.0, 7.0]
+    """
     sums: Floats = np.einsum("ij->i", x)
     return sums
 
 
 def row_counts(x: Bools) -> npt.NDArray[np.intp]:
-    """Of True."""
+    """Number of True in each row.
+
+    >>> row_counts(np.array([[True, False], [True, True]])).tolist()
+    [1, 2]
+    """
     counts: npt.NDArray[np.intp] = np.einsum("ij->i", x.astype(np.intp))
     return counts
 
 
 def xlogy(x: Floats, y: Floats) -> Floats:
-    """x log y, 0 where x is 0."""
+    """x log y, 0 where x is 0.
+
+    >>> xlogy(np.array([0.0, 2.0]), np.array([0.0, 1.0])).tolist()
+    [0.0, 0.0]
+    """
     # Not np.log(where=...): numpy's loop with a mask takes one value at a time.
     product: Floats = x * np.log(np.where(x > 0.0, y, 1.0))
     return product
 
 
 def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
-    """JS of r and p over S plus one bucket, and its derivative by log w where p = a w on S, both [T]."""
+    """Jensen–Shannon divergence of r and p over S plus one bucket, and its derivative by log w where p = a w on S; both
+    [T].
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> value, slope = jensen_shannon(view_of(record), np.exp(log_c))
+    >>> value.round(6).tolist()
+    [0.025362]
+    """
     r_out, p_out = bucket(view, view.r), bucket(view, p)
     # Over the sum, not the mean: half of the smallest number is 0.
     both, both_out = view.r + p, r_out + p_out
@@ -126,7 +178,17 @@ def jensen_shannon(view: View, p: Floats) -> tuple[Floats, Floats]:
 
 
 def total_variation(view: View, p: Floats) -> tuple[Floats, Floats]:
-    """Total variation likewise."""
+    """Total variation of r and p over S plus one bucket, and its derivative by log w where p = a w on S; both [T].
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, log_c, log_r = np.array([[0, 1]], np.int32), np.log([[0.7, 0.2]]), np.log([[0.5, 0.4]])
+    >>> record = TokenRecord(
+    ...     9, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> value, slope = total_variation(view_of(record), np.exp(log_c))
+    >>> value.round(6).tolist()
+    [0.2]
+    """
     r_out, p_out = bucket(view, view.r), bucket(view, p)
     difference = p - view.r
     value = row_sums(np.abs(difference)) + np.abs(p_out - r_out)

@@ -37,11 +37,22 @@ def contextual_profile(
     s = min(1, √(2 kl_limit / yᵀ fisher y)): the KL divergence of the row from what it was is at most about `kl_limit`
     nats, to second order.
 
-    anchors: [N] ids, distinct, N ≥ A. linear: [r, A]. offset: [r]. up: [V, r], kept as float16.
+    anchors: [N] ids, distinct, N ≥ A. linear: [r, A]. offset: [r]. up: [V, r], stored as float16.
     hidden: [H, A], hidden_offset: [H], middle: [G, H], middle_offset: [G], out: [r, G]; all five or none of them
-    (H = G = 0, a linear map).
+        (H = G = 0, a linear map).
     fisher: [r, r], symmetric; None together with no limit.
     Raises InvalidProfileError on a bad value.
+
+    >>> profile = contextual_profile(
+    ...     model="m",
+    ...     anchors=np.array([2, 0]),
+    ...     linear=np.ones((1, 1)),
+    ...     offset=np.zeros(1),
+    ...     up=np.ones((3, 1)),
+    ...     clamp_nats=1.0,
+    ... )
+    >>> profile.family, profile.vocab_size
+    ('contextual', 3)
     """
     rank, features = linear.shape
     with np.errstate(over="ignore"):  # an infinity is refused below
@@ -71,8 +82,13 @@ def contextual_profile(
 def probe_profile(
     model: str, vocab_size: int, anchors: npt.NDArray[np.integer], clamp_nats: float
 ) -> CalibrationProfile:
-    """A profile that changes nothing: an engine that holds it knows which logits to hand out, before anything has been
-    learned from them."""
+    """A profile that changes nothing: an engine that holds it reports the logits at its anchors, before anything has
+    been
+    learned from them. anchors: [N]. Raises InvalidProfileError on a bad value.
+
+    >>> probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0).parameters["anchors"].tolist()
+    [1, 3]
+    """
     return contextual_profile(
         model=model,
         anchors=anchors,

@@ -75,7 +75,11 @@ def _temperature_bias_check(parameters: Parameters) -> str:
 
 
 def silu(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """a / (1 + e^-a), without overflow."""
+    """a / (1 + e^-a), without overflow.
+
+    >>> silu(np.array([0.0, 1000.0])).tolist()
+    [0.0, 1000.0]
+    """
     return a * (0.5 + 0.5 * np.tanh(0.5 * a))
 
 

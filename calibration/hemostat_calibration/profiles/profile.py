@@ -166,6 +166,9 @@ def temperature_bias(
     temperature: above 0; 1 leaves the spread as it is.
     bias: [V], nats.
     Raises InvalidProfileError on a bad value.
+
+    >>> temperature_bias("m", 3, 2.0, np.zeros(3), clamp_nats=1.0).parameters["inverse_temperature"].item()
+    0.5
     """
     if not (math.isfinite(temperature) and temperature > 0.0):
         raise InvalidProfileError(f"temperature is {temperature}: it must be a number above 0")

@@ -23,18 +23,37 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
 def anchors(profile: CalibrationProfile) -> npt.NDArray[np.int32] | None:
-    """The ids whose logits the profile reads, int32 [N]; None for a family without."""
+    """The ids whose logits the profile reads, int32 [N]; None for a family without.
+
+    >>> from hemostat_calibration.profiles.contextual import probe_profile
+    >>> profile = probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0)
+    >>> anchors(profile).tolist()
+    [1, 3]
+    """
     return profile.parameters[ANCHORS] if FAMILIES[profile.family].code is not None else None
 
 
 def anchors_digest(ids: npt.NDArray[np.integer]) -> str:
-    """32 hex digits that name a set of anchors [N], in its order."""
+    """32 hex digits that name a set of anchors [N], in its order.
+
+    >>> anchors_digest(np.array([1, 3]))
+    '30656bde983020b4a04d4fb8027463ad'
+    """
     return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()[:32]
 
 
 def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Floats:
-    """What a row says to the profile, float64 [..., r], from its logits or log-probabilities (natural) at the profile's
-    anchors, [..., N]; only their differences matter. 0 where one is not finite."""
+    """The code of a row, float64 [..., r], from its logits or log-probabilities (natural) at the profile's anchors,
+    [..., N];
+    only their differences matter. 0 where one is not finite.
+
+    InvalidArgumentError for a family without anchors, or another number of logits.
+
+    >>> from hemostat_calibration.profiles.contextual import probe_profile
+    >>> profile = probe_profile("m", 4, np.array([1, 3]), clamp_nats=1.0)
+    >>> code(profile, np.array([0.5, 1.5])).tolist()
+    [0.0]
+    """
     read = FAMILIES[profile.family].code
     ids = anchors(profile)
     if read is None or ids is None:
@@ -50,35 +69,53 @@ def shift_at(
     profile: CalibrationProfile,
     ids: npt.NDArray[np.integer],
     logprobs: npt.NDArray[np.floating],
-    code: npt.NDArray[np.floating] | None = None,
+    row_code: npt.NDArray[np.floating] | None = None,
 ) -> Floats:
     """Δz, float64 [..., K] in nats, at some `ids` [..., K] of a row, from their log-probabilities [..., K].
 
     lp − max lp = z − max z: the row's most likely id must be among `ids`, as it is in a top-K list. Padding (id -1,
-    -inf) gets 0. code: the row's, [..., r]; a family with anchors needs it, another does not look at it.
+    -inf) gets 0. row_code: the row's code, [..., r]; a family with anchors requires it, another ignores it.
+    InvalidArgumentError where shapes or ids do not fit, or row_code is missing.
+
+    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> profile = temperature_bias("m", 3, 2.0, np.array([0.0, 0.1, 0.2]), clamp_nats=1.0)
+    >>> shift_at(profile, np.array([0, 2]), np.log([0.5, 0.25])).round(6).tolist()
+    [0.0, 0.546574]
     """
     if ids.shape != logprobs.shape or ids.ndim < 1:
         raise InvalidArgumentError(f"ids has shape {ids.shape}, logprobs {logprobs.shape}: they must be the same")
     if ids.size and (ids.max() >= profile.vocab_size or ids.min() < -1):
         raise InvalidArgumentError(f"ids run from {ids.min()} to {ids.max()}: the vocabulary has {profile.vocab_size}")
-    if FAMILIES[profile.family].code is not None and code is None:
-        raise InvalidArgumentError(f"code is missing: a profile of the family {profile.family} cannot do without")
+    if FAMILIES[profile.family].code is not None and row_code is None:
+        raise InvalidArgumentError(f"row_code is missing: a profile of the family {profile.family} requires it")
     finite = np.isfinite(logprobs) & (ids >= 0)
     relative = relative_logits(logprobs, finite)
-    said = None if code is None else code.astype(np.float64)
-    raw = FAMILIES[profile.family].shift(profile.parameters, relative, np.where(finite, ids, 0), said)
+    codes = None if row_code is None else row_code.astype(np.float64)
+    raw = FAMILIES[profile.family].shift(profile.parameters, relative, np.where(finite, ids, 0), codes)
     return np.where(finite, np.clip(raw, -profile.clamp_nats, profile.clamp_nats), 0.0)
 
 
 def shift_range(profile: CalibrationProfile, most: Floats | float = 0.0) -> tuple[Floats, Floats]:
-    """(low, high), each [...] in nats: bounds of the Δz of every id, in any row, with z − max z ≤ `most` [...]."""
+    """(low, high), each [...] in nats: bounds of the Δz of every id, in any row, with z − max z ≤ `most` [...].
+
+    >>> from hemostat_calibration.profiles.profile import temperature_bias
+    >>> profile = temperature_bias("m", 3, 2.0, np.array([0.0, 0.1, 0.2]), clamp_nats=1.0)
+    >>> low, high = shift_range(profile)
+    >>> low.round(6).item(), high.round(6).item()
+    (0.0, 1.0)
+    """
     low, high = FAMILIES[profile.family].range(profile.parameters, np.asarray(most, dtype=np.float64))
     clamp = profile.clamp_nats
     return np.clip(low, -clamp, clamp), np.clip(high, -clamp, clamp)
 
 
 def relative_logits(values: npt.NDArray[np.floating], finite: npt.NDArray[np.bool_]) -> Floats:
-    """z − max z where finite, 0 elsewhere (its shift is discarded)."""
+    """z − max z where finite, over the last axis; 0 elsewhere (the shift there is discarded).
+
+    >>> z = np.array([1.0, 3.0, -np.inf])
+    >>> relative_logits(z, np.isfinite(z)).tolist()
+    [-2.0, 0.0, 0.0]
+    """
     masked = np.where(finite, values, -np.inf).astype(np.float64)
     top = masked.max(axis=-1, keepdims=True, initial=-np.inf)
     return np.where(finite, masked - np.where(np.isfinite(top), top, 0.0), 0.0)

@@ -55,9 +55,16 @@ class ConfidenceInterval:
 
 @dataclass(frozen=True, slots=True)
 class MeanSequence:
-    """A mean per token, Σx/Σn over requests.
+    """A mean per token, Σx/Σn over requests, with an interval that is valid at every look.
 
     moments: the second ones, about the means. cubes: Σ of x³, x²n, xn², n³.
+
+    >>> sequence = MeanSequence()
+    >>> for n in range(100):
+    ...     sequence = sequence.update(2.0 + n % 3, 1.0)
+    >>> found = sequence.get()
+    >>> round(found.mean, 6), found.low < 3.0 < found.high
+    (2.99, True)
     """
 
     moments: RatioEstimate = field(default_factory=RatioEstimate)
@@ -93,7 +100,15 @@ class MeanSequence:
 
 @dataclass(frozen=True, slots=True)
 class ClippedMean:
-    """Mean per token of a figure that is at least `lo`, its values clipped at `cap`. clipped: tokens above the cap."""
+    """Mean per token of a figure that is at least `lo`, its values clipped at `cap`, with an interval valid at every
+    look.
+
+    clipped: tokens above the cap. InvalidArgumentError unless lo < cap, both finite.
+
+    >>> mean = ClippedMean(0.0, 5.0).update(np.array([1.0, 9.0, np.nan]))
+    >>> mean.get().mean, mean.clipped_share
+    (3.0, 0.5)
+    """
 
     lo: float
     cap: float
@@ -144,7 +159,15 @@ class ClippedMean:
 
 @dataclass(frozen=True, slots=True)
 class Proportion:
-    """Share of requests with some property."""
+    """Share of requests with some property, with an interval valid at every look.
+
+    >>> share = Proportion()
+    >>> for hit in (True, False, True, True):
+    ...     share = share.update(hit)
+    >>> found = share.get()
+    >>> found.mean, round(found.low, 3), round(found.high, 3)
+    (0.75, 0.131, 0.998)
+    """
 
     hits: int = 0
     requests: int = 0
@@ -186,7 +209,18 @@ class Proportion:
 
 
 def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05) -> ConfidenceInterval:
-    """Mean of a minus mean of b, two arms to which requests are assigned at random."""
+    """Mean of a minus mean of b, two arms to which requests are assigned at random, valid at every look.
+
+    NaN and the whole range while either arm has fewer than `MIN_REQUESTS` requests. InvalidArgumentError unless 0 <
+    alpha < 1.
+
+    >>> a = b = MeanSequence()
+    >>> for n in range(100):
+    ...     a, b = a.update(2.0 + n % 3, 1.0), b.update(1.0 + n % 3, 1.0)
+    >>> found = difference(a, b)
+    >>> round(found.mean, 6), found.low > 0.0
+    (1.0, True)
+    """
     _check_alpha(alpha)
     if min(a.moments.requests, b.moments.requests) < MIN_REQUESTS or 0.0 in (a.moments.mean_n, b.moments.mean_n):
         return ConfidenceInterval(math.nan, -math.inf, math.inf)
@@ -212,10 +246,14 @@ def reach(
     cubes: Sequence[npt.ArrayLike],
     alpha: float,
 ) -> tuple[Floats, Floats]:
-    """How far the interval reaches below and above the ratio, both ≥ 0, infinite where nothing is refuted yet.
+    """How far the interval extends below and above the ratio, both ≥ 0, infinite where nothing is refuted yet.
 
-    Moments as in `MeanSequence`, of any one shape; mean_n above 0. With d = m − ratio, E the residual x − ratio·n and
-    N = Σn, the inequality is d² (N² − κ Σn²) + 2κ d Σ n E − κ Σ E² ≤ 0.
+    Moments as in `MeanSequence`, of any one shape; mean_n above 0. With d = m − ratio, E the residual x − ratio·n and N
+    = Σn, the inequality is d² (N² − κ Σn²) + 2κ d Σ n E − κ Σ E² ≤ 0.
+
+    >>> below, above = reach(400, 2.0, 1.0, 100.0, 0.0, 0.0, [3600.0, 1300.0, 800.0, 400.0], alpha=0.05)
+    >>> bool(0.0 < below < above < 1.0)
+    True
     """
     t, mean_n = np.asarray(requests, np.float64), np.asarray(mean_n, np.float64)
     cross, square, cube = _residual(t, mean_x, mean_n, xx, xn, nn, cubes)

@@ -13,14 +13,25 @@ _KEY_BYTES = 16
 
 
 def prompt_key(ids: npt.NDArray[np.integer]) -> bytes:
-    """16-byte digest of the prompt's token ids [P]."""
+    """16-byte digest of the prompt's token ids [P]. InvalidArgumentError for another shape.
+
+    >>> prompt_key(np.array([1, 2, 3])).hex()
+    'b30a3c159d7e8193559a42a84f1fcae1'
+    """
     if ids.ndim != 1:
         raise InvalidArgumentError(f"ids has shape {ids.shape}: it must be [P]")
     return hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=_KEY_BYTES).digest()
 
 
 def held_out(key: bytes, fraction: float) -> bool:
-    """True for about `fraction` of all keys, the same keys always; a larger fraction keeps those of a smaller one."""
+    """True for about `fraction` of all keys, always for the same ones; a larger fraction includes those of a smaller
+    one.
+
+    InvalidArgumentError unless 0 ≤ fraction ≤ 1.
+
+    >>> sum(held_out(bytes([n]), 0.25) for n in range(256))
+    61
+    """
     if not 0.0 <= fraction <= 1.0:
         raise InvalidArgumentError(f"fraction is {fraction}: it must be 0 to 1")
     # Hashed once more, so that a key which is itself a hash of something else, or short, is spread evenly.

@@ -22,7 +22,11 @@ _STUDENT_975 = (
 
 
 def student_975(degrees: int) -> float:
-    """97.5 % quantile of Student's t; beyond 30 degrees by its expansion around the normal, right to 4 decimals."""
+    """97.5 % quantile of Student's t; beyond 30 degrees by its expansion around the normal, correct to 4 decimals.
+
+    >>> student_975(10), round(student_975(1000), 4)
+    (2.2281, 1.9623)
+    """
     if degrees <= len(_STUDENT_975):
         return _STUDENT_975[degrees - 1]
     z = 1.959963984540054
@@ -50,8 +54,15 @@ class RatioEstimate:
 
     Each request adds (x, n): the sum of a figure over its tokens and their number. The mean is Σx/Σn; its variance is
     that of the linearised ratio, m/(m−1) Σ(x − mean·n)² / (Σn)² over m requests (Cochran, Sampling Techniques, 1977,
-    ch. 6), and the interval Student's with m − 1 degrees. It is for one look at a fixed time; for looking again and
-    again see `sequential`. Moments are kept about their means (Chan, Golub, LeVeque 1983), so that nothing cancels.
+    ch. 6), and the interval Student's with m − 1 degrees. It is valid for one look at a fixed time; for repeated looks
+    see `confidence`. Moments are kept about their means (Chan, Golub, LeVeque 1983), so that nothing cancels.
+
+    requests: m. mean_x, mean_n: means over requests. xx, xn, nn: sums of products about the means.
+
+    >>> estimate = RatioEstimate().update(4.0, 2.0).update(9.0, 3.0)
+    >>> ratio = estimate.get()
+    >>> round(ratio.mean, 6), ratio.low < ratio.mean < ratio.high
+    (2.6, True)
     """
 
     requests: int = 0
@@ -100,9 +111,12 @@ class RatioEstimate:
 class Histogram:
     """Counts by bucket, as Prometheus has them: bucket i holds edges[i−1] < value ≤ edges[i], the last one the rest.
 
-    edges: increasing.
+    edges: increasing, or InvalidArgumentError.
     counts: int, one more than edges, not cumulative.
     total: sum of the finite values; an infinite one is counted in its bucket only. NaN ("not available") is left out.
+
+    >>> Histogram((0.0, 1.0)).update(np.array([0.5, 1.0, 7.0, np.nan])).get()
+    (0, 2, 1)
     """
 
     edges: tuple[float, ...]

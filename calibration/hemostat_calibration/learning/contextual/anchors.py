@@ -16,14 +16,19 @@ def choose_anchors(
     among: npt.NDArray[np.integer] | None = None,
     covariance: Floats | None = None,
 ) -> Ids:
-    """Ids whose logits together show the hidden state best, int32 [count], the most telling first.
+    """Ids whose logits together determine the hidden state best, int32 [count], the most informative first.
 
-    Greedy: each is the one whose logit the earlier ones leave most uncertain, which is Gram-Schmidt with pivoting on
-    the centred rows of W. Once d of them span everything, it begins anew among the rest, so that more anchors mean
-    less noise. Deterministic.
+    Greedy: each is the one whose logit is most uncertain given those of the earlier ones, which is Gram–Schmidt with
+    pivoting on the centred rows of W. Once d of them span everything, it begins anew among the rest, so that more
+    anchors mean less noise. Deterministic.
 
-    weight: [V, d]. among: ids to choose from; leave out those that samplers mask (end of sequence, special ones), as a
-    masked anchor means identity. covariance: of hidden states, [d, d]; None takes them to be a sphere.
+    weight: W, [V, d]. among: ids to choose from; leave out those that samplers mask (end of sequence, special ones), as
+    a
+        row with a masked anchor is not changed. covariance: of hidden states, [d, d]; None takes it to be isotropic.
+    InvalidArgumentError unless 1 ≤ count ≤ the number of ids to choose from.
+
+    >>> choose_anchors(np.array([[3.0, 0.0], [0.0, 1.0], [0.1, 0.1], [-3.0, -1.0]]), 2).tolist()
+    [3, 0]
     """
     ids = np.arange(len(weight), dtype=np.int32) if among is None else np.unique(among).astype(np.int32)
     if not 1 <= count <= len(ids):

@@ -66,7 +66,14 @@ def mean_by_prompt(values: Floats, prompt: Indices) -> tuple[float, float]:
 
 def best_candidate(candidates: Sequence[Candidate | None]) -> Candidate | None:
     """The candidate that gains most, the earlier one where two gain the same; None unless its gain is larger than its
-    standard error."""
+    standard error.
+
+    >>> from hemostat_calibration.learning.contextual.fitter import Variant
+    >>> def candidate(gain, error):
+    ...     return Candidate(Variant.LINEAR, 0.1, gain, error, refit=NotImplemented)
+    >>> best_candidate([candidate(0.2, 0.1), candidate(0.3, 0.1)]).gain, best_candidate([candidate(0.1, 0.2), None])
+    (0.3, None)
+    """
     found = [candidate for candidate in candidates if candidate is not None]
     best = max(found, key=lambda candidate: candidate.gain, default=None)
     return best if best is not None and best.gain > best.error else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -50,26 +49,29 @@ class HiddenExamples:
         self.priors = priors
         self.rows = rows
         self.fold, self.prompt = folds_and_prompts(rows)
+        self._held_out_rows: HiddenRows | None = None
 
     @property
     def tokens(self) -> int:
         """Of the rows."""
         return len(self.fold)
 
-    @cached_property
+    @property
     def held_out_fold(self) -> int:
         """The fold with the most tokens."""
         return largest_fold(self.fold)
 
-    @cached_property
+    @property
     def held_out(self) -> Indices:
         """Tokens of the held-out fold that maps are judged on, ascending."""
         return evenly_spread(np.flatnonzero(self.fold == self.held_out_fold), MAX_HELD_OUT)
 
-    @cached_property
+    @property
     def held_out_rows(self) -> HiddenRows:
-        """Of the `held_out` tokens."""
-        return self.gather(self.held_out)
+        """Of the `held_out` tokens; gathered once, for all fitters."""
+        if self._held_out_rows is None:
+            self._held_out_rows = self.gather(self.held_out)
+        return self._held_out_rows
 
     def gather(self, chosen: Indices) -> HiddenRows:
         """Of the chosen tokens (ascending)."""
@@ -182,7 +184,13 @@ def largest_fold(fold: npt.NDArray[np.int64]) -> int:
 
 
 def code_moment_of(map_: Network, inputs: Singles) -> Floats:
-    """E[y yᵀ] of the map's code y over rows of inputs [n, A], [r, r]."""
+    """E[y yᵀ] of the map's code y over rows of inputs [n, A], [r, r].
+
+    >>> from hemostat_calibration.learning.contextual.mlp import TrainingSettings, begin
+    >>> map_ = begin(np.eye(2), np.zeros(2), np.eye(2), TrainingSettings(units=0))
+    >>> code_moment_of(map_, np.array([[1.0, 0.0], [1.0, 2.0]], np.float32)).tolist()
+    [[1.0, 1.0], [1.0, 2.0]]
+    """
     y = map_.code(inputs).astype(np.float64)
     moment: Floats = y.T @ y / len(y)
     return moment

@@ -33,7 +33,13 @@ class HiddenStatePrior:
 
 
 def estimate_prior(hidden: Singles, noise: float) -> HiddenStatePrior:
-    """From some hidden states [n, d]; shrunk a little towards a sphere, as n may be less than d."""
+    """Mean and covariance of hidden states [n, d], shrunk a little towards isotropy, as n may be less than d.
+
+    noise: standard deviation of a logit as it is read, nats.
+
+    >>> estimate_prior(np.array([[1.0, 0.0], [3.0, 0.0]], np.float32), noise=0.01).mean.tolist()
+    [2.0, 0.0]
+    """
     rows = hidden.astype(np.float64)
     mean = rows.mean(axis=0)
     rows -= mean
@@ -45,7 +51,11 @@ def estimate_prior(hidden: Singles, noise: float) -> HiddenStatePrior:
 
 
 def isotropic_prior(weight: Singles, noise: float) -> HiddenStatePrior:
-    """Where no hidden state has been seen: a sphere on which logits spread by some nats."""
+    """The prior where no hidden state has been seen: isotropic, such that logits spread by about 5 nats.
+
+    >>> isotropic_prior(np.eye(2, dtype=np.float32), noise=0.01).covariance.tolist()
+    [[25.0, 0.0], [0.0, 25.0]]
+    """
     size = float(np.square(weight[: 1 << 14]).sum(axis=1).mean())
     d = weight.shape[1]
     return HiddenStatePrior(np.zeros(d), np.eye(d) * (25.0 / max(size, 1e-12)), noise)
@@ -55,6 +65,11 @@ def linear_recovery(weight: Singles, prior: HiddenStatePrior) -> tuple[Floats, F
     """(a [d], K [d, N]): E[h | z] = a + K z for logits z at the ids of `weight` [N, d], centred over them.
 
     Gaussian conditioning: h = μ + Σ W̄ᵀ (W̄ Σ W̄ᵀ + σ²)⁻¹ (z − W̄ μ), W̄ the centred rows.
+
+    >>> weight = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], np.float32)
+    >>> a, k = linear_recovery(weight, isotropic_prior(weight, noise=1e-3))
+    >>> (a + k @ (weight @ np.array([0.5, -0.25]))).round(3).tolist()
+    [0.5, -0.25]
     """
     rows = weight.astype(np.float64)
     rows -= rows.mean(axis=0)
@@ -67,9 +82,14 @@ def linear_recovery(weight: Singles, prior: HiddenStatePrior) -> tuple[Floats, F
 def fisher_metric(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tuple[Floats, Floats]:
     """(F [d, d], r̄ [V]): E_r[Wᵀ (diag r − r rᵀ) W] and r = softmax(W h), averaged over hidden states [n, d].
 
-    Half the squared length of a change of h in F is the KL divergence that it makes, to second order, nats. With n of
-    512 to 1500 it is known well enough. damping: of the mean eigenvalue, added to all: directions that hardly matter
-    must not be made up. F is positive definite.
+    Half the squared length of a change of h in F is the KL divergence that it causes, to second order, nats. n of 512
+    to 1500 suffices. damping: part of the mean eigenvalue that is added to all of them, so that directions that hardly
+    matter are not made up. F is positive definite.
+
+    >>> weight = np.array([[1.0], [-1.0]], np.float32)
+    >>> metric, mean = fisher_metric(weight, np.zeros((4, 1), np.float32), damping=0.0)
+    >>> metric.round(6).tolist(), mean.tolist()
+    ([[1.0]], [0.5, 0.5])
     """
     mean = np.zeros(len(weight))
     moments = np.zeros((weight.shape[1], weight.shape[1]))
@@ -101,7 +121,11 @@ def fisher_metric(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tu
 
 
 def softmax(logits: Singles) -> Singles:
-    """In place, over the last axis."""
+    """Softmax in place over the last axis; returns its argument.
+
+    >>> softmax(np.zeros((1, 2), np.float32)).tolist()
+    [[0.5, 0.5]]
+    """
     logits -= logits.max(axis=-1, keepdims=True)
     np.exp(logits, out=logits)
     logits /= logits.sum(axis=-1, keepdims=True)

@@ -91,6 +91,24 @@ class ContextualLearner:
         states and kept where it is better than the linear one on prompts that neither learned from; None never tries.
     min_tokens, min_requests: below either nothing is proposed.
     Raises InvalidArgumentError on a bad value.
+
+    >>> from hemostat_calibration.records import Candidates, Features
+    >>> weight = np.array([[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0], [1.0, 1.0]])
+    >>> learner = ContextualLearner(weight, np.array([0, 1, 2, 3]), rank=2, min_tokens=1, min_requests=1)
+    >>> def record(n):
+    ...     h_r = np.array([[np.sin(n), np.cos(3.0 * n)]] * 8) * np.linspace(0.2, 1.0, 8)[:, None]
+    ...     log_r, log_c = (z - np.log(np.exp(z).sum(1, keepdims=True)) for z in (h_r @ weight.T, 0.5 * h_r @ weight.T))
+    ...     ids = np.argsort(-log_c, axis=1, kind="stable").astype(np.int32)
+    ...     at_c, at_r = (np.take_along_axis(x, ids, 1) for x in (log_c, log_r))
+    ...     z = 0.5 * h_r @ weight[:4].T
+    ...     return TokenRecord(
+    ...         5, bytes([n]), ids[:, 0], Candidates(ids, at_c), at_r, Candidates(ids, at_r), at_c[:, 0], at_r[:, 0],
+    ...         features=Features(learner.digest, (z - z.mean(1, keepdims=True)).astype(np.float32)),
+    ...         reference_hidden=h_r.astype(np.float32),
+    ...     )
+    >>> proposal = learner.fit(learner.update(learner.init("m", 5), map(record, range(40))))
+    >>> proposal.report.variant.value, proposal.report.tokens, proposal.report.gain > proposal.report.error
+    ('linear', 320, True)
     """
 
     def __init__(

@@ -19,7 +19,13 @@ _BLOCK = 4096
 
 
 def linear_network(found: LowRank) -> Network:
-    """The linear map as a network without hidden units."""
+    """The linear map as a network without hidden units.
+
+    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> x = np.array([[1.0, 2.0]], np.float32)
+    >>> linear_network(found).image(x).tolist()
+    [[1.5, 4.0]]
+    """
     read = found.read.astype(np.float32)
 
     def none(*shape: int) -> Singles:
@@ -38,7 +44,11 @@ def linear_network(found: LowRank) -> Network:
 
 
 def standardised(x: npt.NDArray[np.floating], s: Floats) -> Halves:
-    """Inputs x [n, A] standardised by s (`regression.standardiser`), float16 [n, A]."""
+    """Inputs x [n, A] standardised by s (`regression.standardiser`), float16 [n, A].
+
+    >>> standardised(np.array([[3.0], [5.0]]), np.array([[1.0, -4.0], [0.0, 1.0]])).tolist()
+    [[-1.0], [1.0]]
+    """
     found = np.empty(x.shape, np.float16)
     scale, shift = np.diagonal(s)[:-1].astype(np.float32), s[:-1, -1].astype(np.float32)
     for start in range(0, len(x), _BLOCK):
@@ -47,13 +57,26 @@ def standardised(x: npt.NDArray[np.floating], s: Floats) -> Halves:
 
 
 def for_standardised_inputs(found: LowRank, s: Floats) -> tuple[Floats, Floats, Floats]:
-    """linear, offset and up of the linear map that, of standardised inputs, computes the same."""
+    """linear, offset and up of the linear map that computes the same from standardised inputs.
+
+    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> linear, offset, up = for_standardised_inputs(found, np.diag([0.5, 0.5, 1.0]))
+    >>> linear.tolist(), offset.tolist()
+    ([[2.0, 0.0], [0.0, 4.0]], [0.5, 0.0])
+    """
     read = np.asarray(np.linalg.solve(s.T, found.read.T).T, dtype=np.float64)
     return read[:, :-1], read[:, -1], found.up
 
 
 def for_raw_inputs(map_: Network, s: Floats) -> Network:
-    """The network that computes from raw inputs what `map_` computes from standardised ones."""
+    """The network that computes from raw inputs what `map_` computes from standardised ones.
+
+    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> x = np.array([[1.0, 2.0]], np.float32)
+    >>> s = np.array([[0.5, 0.0, -1.0], [0.0, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    >>> for_raw_inputs(linear_network(found), s).image(x).tolist()
+    [[0.0, 2.0]]
+    """
     scale, shift = np.diagonal(s)[:-1], s[:-1, -1]
     return replace(
         map_,
@@ -65,7 +88,14 @@ def for_raw_inputs(map_: Network, s: Floats) -> Network:
 
 
 def for_features(map_: Network, reads: Floats) -> Network:
-    """The network that computes from features x what `map_` computes from the inputs `reads` x̃ (`basis.Basis`)."""
+    """The network that computes from features x what `map_` computes from the inputs `reads` x̃ (`basis.Basis`).
+
+    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> x = np.array([[1.0, 2.0]], np.float32)
+    >>> reads = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    >>> for_features(linear_network(found), reads).image(x).tolist()
+    [[2.5, 4.0]]
+    """
     by, constant = reads[:-1, :-1], reads[:-1, -1]
     return replace(
         map_,
@@ -77,13 +107,25 @@ def for_features(map_: Network, reads: Floats) -> Network:
 
 
 def scaled(map_: Network, scale: float) -> Network:
-    """`scale` times the map."""
+    """`scale` times the map.
+
+    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> x = np.array([[1.0, 2.0]], np.float32)
+    >>> scaled(linear_network(found), 0.5).image(x).tolist()
+    [[0.75, 2.0]]
+    """
     by = np.float32(scale)
     return replace(map_, linear=map_.linear * by, offset=map_.offset * by, out=map_.out * by)
 
 
 def with_code(map_: Network, transform: Floats) -> Network:
-    """With the code `transform` y in place of y, [r, r]; its `up` is no longer that of the code."""
+    """The map with the code `transform` y in place of y, [r, r]; its `up` is no longer that of the code.
+
+    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> x = np.array([[1.0, 2.0]], np.float32)
+    >>> with_code(linear_network(found), np.array([[0.0, 1.0], [1.0, 0.0]])).code(x).tolist()
+    [[4.0, 1.5]]
+    """
     return replace(
         map_,
         linear=(transform @ map_.linear).astype(np.float32),
@@ -93,7 +135,14 @@ def with_code(map_: Network, transform: Floats) -> Network:
 
 
 def orthonormal(map_: Network) -> Network:
-    """The same map with VᵀV = 1 (V its `up`), so that the length of the code y is that of the image."""
+    """The same map with VᵀV = 1 (V its `up`), so that the length of the code y is that of the image.
+
+    >>> found = LowRank(np.eye(2), np.array([[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]), penalty=0.0, gain=0.0, error=0.0)
+    >>> x = np.array([[1.0, 2.0]], np.float32)
+    >>> network = orthonormal(scaled(linear_network(found), 2.0))
+    >>> np.abs(network.up.T @ network.up).round(4).tolist(), network.image(x).round(4).tolist()
+    ([[1.0, 0.0], [0.0, 1.0]], [[3.0, 8.0]])
+    """
     values, vectors = np.linalg.eigh(map_.up.T.astype(np.float64) @ map_.up)
     sizes = np.sqrt(np.maximum(values, 1e-12))
     return replace(with_code(map_, (vectors * sizes).T), up=(map_.up @ vectors / sizes).astype(np.float32))

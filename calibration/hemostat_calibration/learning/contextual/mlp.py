@@ -120,10 +120,18 @@ def train(
     max_rate: float,
     progress: Callable[[float], None],
 ) -> Network:
-    """The network after `epochs` over the chosen rows, by AdamW with a cosine schedule.
+    """The network after `epochs` over the chosen rows, by AdamW (Loshchilov & Hutter 2019) with a cosine schedule.
 
     x: inputs [n, A], of any float type. rows: indices into x. max_rate: learning rate at the start of the cosine.
     progress: called with the part that is done.
+
+    >>> from hemostat_calibration.learning.contextual.objective import Squared
+    >>> x = np.linspace(-1.0, 1.0, 64, dtype=np.float32)[:, None]
+    >>> target, settings = (x**2).astype(np.float16), TrainingSettings(units=8, batch=16, input_noise=0.0, dropout=0.0)
+    >>> start = begin(np.zeros((1, 1)), np.zeros(1), np.ones((1, 1)), settings)
+    >>> end = train(start, x, np.arange(64), Squared(target), settings, 50, 0.02, lambda done: None)
+    >>> bool(np.square(end.image(x) - target).mean() < 0.2 * np.square(target.astype(float)).mean())
+    True
     """
     weights = {f.name: getattr(network, f.name).copy() for f in fields(network)}
     first = {name: np.zeros_like(value) for name, value in weights.items()}

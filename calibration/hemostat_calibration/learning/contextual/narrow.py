@@ -22,12 +22,21 @@ def narrow(
     tail: npt.NDArray[np.bool_],
     columns: int,
 ) -> tuple[Floats, Floats, float]:
-    """(up' [V, r], turn [r, r], left out): up' (turn y) is up y, but for the tail's ids only the part of `columns`
-    components. Columns of up', before the cut, have a mean square of 1. turn is invertible, no rotation: a metric of y
-    has to be turned, too. left out: ½ Σ p_v E[(Δz_v − Δz'_v)²] over the tail, nats.
+    """(up' [V, r], transform [r, r], lost): up' (transform y) is up y, but for the tail's ids only the part of
+    `columns`
+    components.
 
-    up: [V, r]. moment: E[y yᵀ], [r, r]. mean: p, [V]. tail: which ids are cut short, [V]; their rows of up' are 0
+    Columns of up', before the cut, have a mean square of 1. transform is invertible, but no rotation: a metric of y
+    must be transformed, too. lost: ½ Σ p_v E[(Δz_v − Δz'_v)²] over the tail, nats.
+
+    up: [V, r]. moment: E[y yᵀ], [r, r]. mean: p, [V]. tail: bool [V], which ids are cut short; their rows of up' are 0
     behind `columns`.
+
+    >>> up = np.array([[1.0, 2.0], [0.5, 0.0], [1.0, 0.0]])
+    >>> tail = np.array([False, True, True])
+    >>> narrowed, transform, lost = narrow(up, np.eye(2), np.full(3, 1 / 3), tail, columns=1)
+    >>> np.abs(narrowed @ transform - up).max().round(3).item(), round(lost, 3)
+    (0.0, 0.0)
     """
     rows = up[tail].astype(np.float64)
     metric = (rows * mean[tail, None]).T @ rows

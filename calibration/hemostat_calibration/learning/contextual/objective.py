@@ -104,8 +104,15 @@ def exact_gains(
     scales: Floats,
     clamp_nats: float,
 ) -> Floats:
-    """KL(r‖c) − KL(r‖c') over the whole vocabulary, Δz = clip(scale × embedding image, ±clamp), nats, for several
-    images of the same rows: [images, scales, n]. reference, compressed: hidden states [n, d]."""
+    """KL(r‖c) − KL(r‖c') over the whole vocabulary, for several images of the same rows: [images, scales, n], nats.
+
+    Δz = clip(scale × embedding image, ±clamp_nats). embedding: [V, d]. reference, compressed: hidden states [n, d].
+
+    >>> embedding, h_c = np.eye(2, dtype=np.float32), np.zeros((1, 2), np.float32)
+    >>> h_r = np.array([[1.0, 0.0]], np.float32)
+    >>> exact_gains(embedding, h_r, h_c, [h_r - h_c], np.array([0.5, 1.0]), clamp_nats=5.0).round(4).tolist()
+    [[[0.0846], [0.1109]]]
+    """
     found = np.empty((len(images), len(scales), len(reference)))
     step = max(1, (1 << 23) // len(embedding))
     for start in range(0, len(reference), step):

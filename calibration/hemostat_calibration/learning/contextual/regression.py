@@ -61,7 +61,14 @@ class LowRank:
 def standardiser(moments: Moments) -> Floats:
     """S, [A + 1, A + 1]: S x̃ has mean 0 and a variance that is 1 on average, but for the constant, which stays 1.
 
-    One scale for all: inputs that vary more are to say more.
+    One scale for all inputs: those that vary more are to weigh more.
+
+    >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
+    >>> def moments(rows):
+    ...     return Moments(x[rows].T @ x[rows], x[rows].T @ t[rows], float(len(x[rows])))
+    >>> s = standardiser(moments(slice(None)))
+    >>> np.abs((x @ s.T).mean(axis=0)).round(6).tolist()
+    [0.0, 1.0]
     """
     mean = moments.xx[-1, :-1] / moments.weight
     variance = float((np.diagonal(moments.xx)[:-1] / moments.weight - mean**2).mean())
@@ -75,7 +82,15 @@ def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Float
     """The map whose penalty and rank did best on each fold when learned from the others; learned from all of them.
 
     None where no map would gain, or a fold is empty. ranks: allowed ones. bases: what the penalty pulls towards,
-    instead of 0: for each fold Bᵀ that was learned without it, and one more learned from all.
+    instead of
+    0: for each fold Bᵀ that was learned without it, and one more learned from all.
+
+    >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
+    >>> def moments(rows):
+    ...     return Moments(x[rows].T @ x[rows], x[rows].T @ t[rows], float(len(x[rows])))
+    >>> found = choose([moments(slice(0, None, 2)), moments(slice(1, None, 2))], ranks=[1])
+    >>> found.coefficients.round(2).tolist()
+    [[2.0], [1.0]]
     """
     if min(fold.weight for fold in folds) <= 0.0:
         return None
@@ -102,7 +117,14 @@ def choose(folds: Sequence[Moments], ranks: Sequence[int], bases: Sequence[Float
 
 
 def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats | None = None) -> list[LowRank]:
-    """The map of each penalty, of that rank; their gains are not known (NaN)."""
+    """The map of each penalty, of that rank; their gains are not known (NaN). base: what the penalty pulls towards.
+
+    >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
+    >>> def moments(rows):
+    ...     return Moments(x[rows].T @ x[rows], x[rows].T @ t[rows], float(len(x[rows])))
+    >>> [found.coefficients.round(2).tolist() for found in fitted(moments(slice(None)), [1e-6, 1.0], rank=1)]
+    [[[2.0], [1.0]], [[1.0], [0.5]]]
+    """
     s = standardiser(moments)
     fit = _Fit(_standardised(moments, s), np.zeros_like(moments.xy) if base is None else _prior(s, base))
     found = []
@@ -113,7 +135,14 @@ def fitted(moments: Moments, penalties: Sequence[float], rank: int, base: Floats
 
 
 def full_rank(moments: Moments, penalty: float) -> Floats:
-    """Bᵀ, [A + 1, d], of every rank; penalty: λ / weight."""
+    """Ridge regression of full rank: Bᵀ, [A + 1, d]. penalty: λ / weight.
+
+    >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
+    >>> def moments(rows):
+    ...     return Moments(x[rows].T @ x[rows], x[rows].T @ t[rows], float(len(x[rows])))
+    >>> full_rank(moments(slice(None)), 1e-9).round(4).tolist()
+    [[2.0], [1.0]]
+    """
     s = standardiser(moments)
     standard = _standardised(moments, s)
     ridge = standard.xx + penalty * standard.weight * np.eye(len(s))
@@ -122,6 +151,14 @@ def full_rank(moments: Moments, penalty: float) -> Floats:
 
 
 def total(parts: Sequence[Moments]) -> Moments:
+    """Sum of moments.
+
+    >>> x, t = np.column_stack([np.arange(8.0), np.ones(8)]), 2.0 * np.arange(8.0)[:, None] + 1.0
+    >>> def moments(rows):
+    ...     return Moments(x[rows].T @ x[rows], x[rows].T @ t[rows], float(len(x[rows])))
+    >>> total([moments(slice(0, 3)), moments(slice(3, None))]).weight
+    8.0
+    """
     found = parts[0]
     for part in parts[1:]:
         found = found + part

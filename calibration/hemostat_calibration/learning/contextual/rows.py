@@ -107,7 +107,12 @@ def rows_of(record: TokenRecord, anchors: str, clock: int) -> tuple[TokenSource,
 
 
 def newest(rows: Sequence[TokenRows], max_tokens: int) -> tuple[TokenRows, ...]:
-    """The last rows, oldest first, of at most `max_tokens` tokens; at least the very last one."""
+    """The last rows, oldest first, of at most `max_tokens` tokens; at least the very last one.
+
+    >>> rows = [TokenRows(0, clock, 10, None, None) for clock in (10, 20, 30)]
+    >>> [r.clock for r in newest(rows, 20)]
+    [20, 30]
+    """
     total = sum(r.tokens for r in rows)
     first = 0
     while total > max_tokens and first < len(rows) - 1:
@@ -117,7 +122,12 @@ def newest(rows: Sequence[TokenRows], max_tokens: int) -> tuple[TokenRows, ...]:
 
 
 def batched(rows: Sequence[TokenRows], tokens: int) -> Iterator[list[TokenRows]]:
-    """Rows in order, about `tokens` tokens at a time."""
+    """Rows in order, about `tokens` tokens at a time.
+
+    >>> rows = [TokenRows(0, clock, 10, None, None) for clock in (10, 20, 30)]
+    >>> [len(batch) for batch in batched(rows, 20)]
+    [2, 1]
+    """
     batch: list[TokenRows] = []
     for row in rows:
         batch.append(row)
@@ -129,7 +139,13 @@ def batched(rows: Sequence[TokenRows], tokens: int) -> Iterator[list[TokenRows]]
 
 
 def folds_and_prompts(rows: Sequence[TokenRows]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Of every token, [n]: its fold, and the number of its prompt within `rows`."""
+    """Of every token, int [n]: its fold, and the number of its prompt within `rows`.
+
+    >>> rows = [TokenRows(fold, 0, 2, None, None) for fold in (3, 1)]
+    >>> fold, prompt = folds_and_prompts(rows)
+    >>> fold.tolist(), prompt.tolist()
+    ([3, 3, 1, 1], [0, 0, 1, 1])
+    """
     tokens = [r.tokens for r in rows]
     return np.repeat([r.fold for r in rows], tokens), np.repeat(np.arange(len(rows)), tokens)
 

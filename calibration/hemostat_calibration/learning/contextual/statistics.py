@@ -53,7 +53,11 @@ class FoldSums:
 
 
 def empty_fold(features: int, anchors: int, width: int) -> FoldSums:
-    """Before the first row. features: A, anchors: N, width: d."""
+    """Before the first row. features: A, anchors: N, width: d.
+
+    >>> empty_fold(2, 3, 4).cross.shape, empty_fold(2, 3, 4).target.shape
+    ((3, 3), (3, 4))
+    """
     return FoldSums(frozen(np.zeros((features + 1, anchors))), frozen(np.zeros((features + 1, width))))
 
 
@@ -67,13 +71,24 @@ def inputs_of(z: Singles, features: int) -> Singles:
 
 
 def with_rows(fold: FoldSums, rows: TokenRows, clock: int, forgetting: Forgetting) -> FoldSums:
-    """`fold` and one more prompt's rows, which must have features and hidden states."""
+    """`fold` and one more prompt's rows, which must have features and hidden states. clock: tokens seen at their end.
+
+    >>> rows = TokenRows(0, 2, 2, np.ones((2, 3), np.float16), np.full((2, 4), 2.0, np.float16))
+    >>> len(with_rows(empty_fold(2, 3, 4), rows, 2, Forgetting(None)).waiting)
+    1
+    """
     fold = replace(fold, waiting=(*fold.waiting, rows))
     return flushed(fold, clock, forgetting) if sum(r.tokens for r in fold.waiting) >= FLUSH_TOKENS else fold
 
 
 def flushed(fold: FoldSums, clock: int, forgetting: Forgetting) -> FoldSums:
-    """The same with the waiting rows added to the sums, all discounted to `clock`."""
+    """The same with the waiting rows added to the sums, all discounted to `clock`.
+
+    >>> rows = TokenRows(0, 2, 2, np.ones((2, 3), np.float16), np.full((2, 4), 2.0, np.float16))
+    >>> fold = with_rows(empty_fold(2, 3, 4), rows, 2, Forgetting(None))
+    >>> flushed(fold, 2, Forgetting(None)).target.tolist()
+    [[4.0, 4.0, 4.0, 4.0], [4.0, 4.0, 4.0, 4.0], [4.0, 4.0, 4.0, 4.0]]
+    """
     past = forgetting.weight(clock - fold.clock)
     cross, target, weight = fold.cross * past, fold.target * past, fold.weight * past
     waiting = [r for r in fold.waiting if r.features is not None and r.hidden is not None]
@@ -90,7 +105,13 @@ def flushed(fold: FoldSums, clock: int, forgetting: Forgetting) -> FoldSums:
 
 
 def merged(a: FoldSums, b: FoldSums, clock: int) -> FoldSums:
-    """Of two flushed folds that end at the same time, `clock` tokens having been seen in all."""
+    """Of two flushed folds that end at the same time, `clock` tokens having been seen in all.
+
+    >>> rows = TokenRows(0, 2, 2, np.ones((2, 3), np.float16), np.full((2, 4), 2.0, np.float16))
+    >>> fold = flushed(with_rows(empty_fold(2, 3, 4), rows, 2, Forgetting(None)), 2, Forgetting(None))
+    >>> merged(fold, fold, 4).weight
+    4.0
+    """
     return FoldSums(frozen(a.cross + b.cross), frozen(a.target + b.target), a.weight + b.weight, clock)
 
 
@@ -104,6 +125,11 @@ def moments_in_basis(fold: FoldSums, basis: Basis) -> Moments:
 
 
 def moments_of_rows(x: Singles, target: Singles, weights: Floats) -> Moments:
-    """The same from rows: x [n, A + 1], target [n, d], weights [n]."""
+    """The moments of rows: x [n, A + 1], target [n, d], weights [n].
+
+    >>> x, target = np.array([[1.0, 1.0]], np.float32), np.array([[3.0]], np.float32)
+    >>> moments_of_rows(x, target, np.array([2.0])).xy.tolist()
+    [[6.0], [6.0]]
+    """
     weighted = (x * weights[:, None].astype(np.float32)).T
     return Moments((weighted @ x).astype(np.float64), (weighted @ target).astype(np.float64), float(weights.sum()))
