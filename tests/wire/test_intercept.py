@@ -17,7 +17,9 @@ from tests.support.fake_vllm import FakeVllm, encode, render, serving
 from tests.support.wire import OTHER_VERSION, VERSION, Wire, policy, rows
 
 from hemostat.ipc.messages import Policy
-from hemostat.openai import requests as openai
+from hemostat.openai import json_splice
+from hemostat.openai.errors import leading_error_code
+from hemostat.openai.requests import LOGIT_EDITING_KEYS, read_request, sampling_parameters
 from hemostat.openai.routes import CHAT, COMPLETIONS
 from hemostat.relay.hooks import ExchangeHook, Refusal
 from hemostat_engine.xargs import edits_logits
@@ -101,7 +103,7 @@ def test_a_sampled_response_is_the_unsampled_one(
         body.pop("stream_options", None)
     wire.interceptor.policy = policy(scoring=False)
     plain = wire.send(path, body)
-    assert plain.sent == openai.encode(body)
+    assert plain.sent == json_splice.encode(body)
     wire.interceptor.policy = policy()
     for seed in range(3):
         sampled = wire.send(path, body, splits=random.Random(seed) if seed else None)
@@ -173,7 +175,7 @@ def test_bodies_that_cannot_be_read_pass_untouched(wire: Wire) -> None:
     assert wire.send(CHAT, twice).sent == twice
     assert wire.shadow("skipped", "bad_json") == 2
     wire.interceptor.policy = policy(body_limit=10)
-    body = openai.encode(chat())
+    body = json_splice.encode(chat())
     assert wire.send(CHAT, body).sent == body
     assert wire.shadow("skipped", "body_too_large") == 1
     wire.send(CHAT, body, headers={"content-encoding": "gzip"})
@@ -211,7 +213,7 @@ def test_logprobs_that_the_engine_refuses_are_no_error_of_the_client(wire: Wire,
     wire.interceptor.policy = policy()
     first = wire.send(CHAT, chat(stream=stream), splits=random.Random(3))
     assert (first.status, first.body, first.replayed) == (200, plain.body, True)
-    assert openai.encode(fake.requests[-1]) == plain.sent
+    assert json_splice.encode(fake.requests[-1]) == plain.sent
     assert fake.headers[-1][b"accept-encoding"] == b"gzip"
     assert wire.counts.total() == wire.shadow("skipped", "logprobs_refused") == 1
     # Nothing more is asked for until the next policy.
@@ -263,7 +265,7 @@ def test_a_profile_that_the_engine_refuses_is_left_out(shadow_rate: float, statu
     wire = Wire(httpx.Client())
     wire.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0, shadow_rate=shadow_rate)
     exchange = begun(wire)
-    assert exchange.request(openai.encode(chat(stream=True))) is not None
+    assert exchange.request(json_splice.encode(chat(stream=True))) is not None
     assert exchange.response_head(status, EVENT_STREAM if status == 200 else [])
     for at in range(0, len(REFUSAL_EVENT), 20):
         assert exchange.response_data(REFUSAL_EVENT[at : at + 20]) == b""
@@ -296,14 +298,14 @@ def test_a_profile_that_the_engine_refuses_is_left_out(shadow_rate: float, statu
     ],
 )
 def test_what_a_stream_begins_with(start: bytes, code: int | None) -> None:
-    assert openai.stream_error(start) == code
+    assert leading_error_code(start) == code
 
 
 @pytest.mark.parametrize("first", [b": keep-alive\n\n", b'data: {"error": {"code": 500}}\n\n', b"x" * 70_000])
 def test_what_is_no_refusal_is_not_held_back(first: bytes) -> None:
     wire = Wire(httpx.Client())
     exchange = begun(wire)
-    exchange.request(openai.encode(chat(stream=True)))
+    exchange.request(json_splice.encode(chat(stream=True)))
     exchange.response_head(200, EVENT_STREAM)
     out = exchange.response_data(first)
     assert out == first or first.startswith(b"x")
@@ -313,7 +315,7 @@ def test_what_is_no_refusal_is_not_held_back(first: bytes) -> None:
 
 def test_a_large_refusal_goes_through(wire: Wire) -> None:
     exchange = begun(wire)
-    exchange.request(openai.encode(chat()))
+    exchange.request(json_splice.encode(chat()))
     assert exchange.response_head(400, [])
     assert exchange.response_data(b"y" * 70_000) + exchange.response_data(b"z") == b"y" * 70_000 + b"z"
     assert not exchange.replay()
@@ -324,7 +326,7 @@ def test_a_large_refusal_goes_through(wire: Wire) -> None:
 
 def test_a_replay_that_breaks_off_is_incomplete(wire: Wire) -> None:
     exchange = begun(wire)
-    exchange.request(openai.encode(chat(stream=True)))
+    exchange.request(json_splice.encode(chat(stream=True)))
     exchange.response_head(200, EVENT_STREAM)
     exchange.response_data(REFUSAL_EVENT)
     assert exchange.replay()
@@ -363,8 +365,8 @@ ALL_GIVEN = {"temperature": 0.7, "top_p": 1, "top_k": 0, "min_p": 0, "repetition
 def test_the_temperature_is_known_where_all_that_shifts_the_tokens_is(
     defaults: bool, more: dict[str, Any], temperature: float
 ) -> None:
-    request = openai.read(True, openai.encode(chat() | more))
-    assert openai.sampling_parameters(request, {}, defaults).temperature == pytest.approx(temperature, nan_ok=True)
+    request = read_request(json_splice.encode(chat() | more), chat=True)
+    assert sampling_parameters(request, {}, defaults).temperature == pytest.approx(temperature, nan_ok=True)
 
 
 def test_what_the_engine_declines_a_profile_for_gets_none() -> None:
@@ -378,7 +380,7 @@ def test_what_the_engine_declines_a_profile_for_gets_none() -> None:
             return 1.0 if name == "repetition_penalty" else None
 
     assert not edits_logits(Asked(), after_penalties=True)
-    assert Asked.names == {*openai._SHIFTED, "repetition_penalty"}
+    assert Asked.names == {*LOGIT_EDITING_KEYS, "repetition_penalty"}
 
 
 def test_a_long_request_id_is_cut_where_it_is_kept(wire: Wire) -> None:
@@ -459,7 +461,7 @@ def test_a_stream_that_is_not_vllms_passes_and_is_counted(event: bytes) -> None:
     wire = Wire(httpx.Client())
     exchange = wire.interceptor.begin("POST", CHAT.encode(), [], "r")
     assert exchange is not None
-    exchange.request(openai.encode(chat(stream=True)))
+    exchange.request(json_splice.encode(chat(stream=True)))
     assert exchange.response_head(200, [(b"Content-Type", b"text/event-stream")])
     out = exchange.response_data(event + b"data: [DONE]\n\n")
     out += exchange.response_end()

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.openai import requests as openai
+from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
+from hemostat.openai.requests import merged_xargs, read_request
+from hemostat.openai.responses import ResponseTokens, Stripper
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=6),
@@ -37,10 +39,10 @@ def test_an_edit_changes_what_was_named_and_no_other_byte(
     data: st.DataObject, value: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     body = data.draw(written(value))
-    edited = openai.JsonObject(body).edit({key: openai.encode(item) for key, item in changes.items()})
+    edited = JsonObject(body).edit({key: encode(item) for key, item in changes.items()})
     assert json.loads(edited) == value | changes
-    back = openai.JsonObject(edited)
-    before = openai.JsonObject(body)
+    back = JsonObject(edited)
+    before = JsonObject(body)
     for key in value.keys() - changes.keys():
         assert back.raw(key) == before.raw(key)
     if not changes:
@@ -66,16 +68,16 @@ def test_an_edit_changes_what_was_named_and_no_other_byte(
     ],
 )
 def test_what_parsers_could_read_differently_is_refused(body: bytes) -> None:
-    with pytest.raises(openai.MALFORMED):
-        openai.JsonObject(body)
+    with pytest.raises(MALFORMED):
+        JsonObject(body)
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='{}[]",:\\ au01', max_size=40).map(str.encode))
 def test_reading_anything_raises_only_what_callers_catch(data: bytes) -> None:
     for chat in (True, False):
         try:
-            openai.read(chat, data)
-        except openai.MALFORMED:
+            read_request(data, chat=chat)
+        except MALFORMED:
             continue
 
 
@@ -119,7 +121,10 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 )
 def test_why_a_chat_request_cannot_be_scored(more: dict[str, Any], reason: str | None) -> None:
     body = {"model": "m", "messages": [USER]} | more
-    assert openai.read(True, json.dumps(body).encode(), frozenset({"adapter"})).unscorable == reason
+    assert (
+        read_request(json.dumps(body).encode(), chat=True, unscorable_models=frozenset({"adapter"})).unscorable
+        == reason
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,12 +143,12 @@ def test_why_a_chat_request_cannot_be_scored(more: dict[str, Any], reason: str |
 )
 def test_why_a_completions_request_cannot_be_scored(more: dict[str, Any], reason: str | None) -> None:
     body = {"model": "m", "prompt": "hi"} | more
-    assert openai.read(False, json.dumps(body).encode()).unscorable == reason
+    assert read_request(json.dumps(body).encode(), chat=False).unscorable == reason
 
 
 def test_every_turn_of_a_conversation_has_the_same_key_and_another_conversation_another() -> None:
     def key(*messages: dict[str, str], model: str = "m") -> bytes | None:
-        return openai.read(True, json.dumps({"model": model, "messages": messages}).encode()).conversation
+        return read_request(json.dumps({"model": model, "messages": messages}).encode(), chat=True).conversation_key
 
     system, first = {"role": "system", "content": "s"}, {"role": "user", "content": "hi"}
     answer, second = {"role": "assistant", "content": "hello"}, {"role": "user", "content": "more"}
@@ -156,8 +161,8 @@ def test_every_turn_of_a_conversation_has_the_same_key_and_another_conversation_
 
 def test_the_clients_own_xargs_stay() -> None:
     def xargs(own: Any) -> Any:
-        request = openai.read(True, json.dumps({"messages": [USER], "vllm_xargs": own}).encode())
-        return json.loads(openai.with_xargs(request, {"hemostat": "v", "hemostat_tap": "n"}))
+        request = read_request(json.dumps({"messages": [USER], "vllm_xargs": own}).encode(), chat=True)
+        return json.loads(merged_xargs(request, {"hemostat": "v", "hemostat_tap": "n"}))
 
     assert xargs(None) == {"hemostat": "v", "hemostat_tap": "n"}
     assert xargs({"mine": [1, 2]}) == {"mine": [1, 2], "hemostat": "v", "hemostat_tap": "n"}
@@ -174,7 +179,7 @@ def event(number: int) -> bytes:
         "finish_reason": None,
         "token_ids": [number],
     }
-    return b"data: " + openai.encode({"id": "a", "model": "m", "choices": [choice]}) + b"\n\n"
+    return b"data: " + encode({"id": "a", "model": "m", "choices": [choice]}) + b"\n\n"
 
 
 STREAM = (
@@ -190,9 +195,9 @@ def test_a_damaged_response_never_raises_and_is_never_captured_as_something_else
     damaged = bytearray(body)
     for place in data.draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=4)):
         damaged[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    request = openai.read(True, b'{"messages":[{"role":"user","content":"x"}],"stream":true}')
-    tokens = openai.Tokens(2, 100)
-    stripper = openai.Stripper(request, tokens, stream=stream)
+    request = read_request(b'{"messages":[{"role":"user","content":"x"}],"stream":true}', chat=True)
+    tokens = ResponseTokens(2, 100)
+    stripper = Stripper(request, tokens, stream=stream)
     cut = data.draw(st.integers(0, len(damaged)))
     for piece in (damaged[:cut], damaged[cut:]):
         stripper.feed(bytes(piece))
@@ -203,7 +208,7 @@ def test_a_damaged_response_never_raises_and_is_never_captured_as_something_else
 
 
 def test_a_row_is_sorted_holds_the_emitted_token_and_names_no_id_twice() -> None:
-    tokens = openai.Tokens(2, 100)
+    tokens = ResponseTokens(2, 100)
     rows = {
         "tokens": ["token_id:7", "token_id:5"],
         "token_logprobs": [-3.0, -1.0],
@@ -216,7 +221,7 @@ def test_a_row_is_sorted_holds_the_emitted_token_and_names_no_id_twice() -> None
     assert tokens.candidate_ids.tolist() == [1, 2, 7, 5, 1, -1]
     assert tokens.candidate_logprobs.tolist() == [-0.5, -1.5, -3.0, -1.0, -1.0, float("-inf")]
     assert tokens.emitted_logprobs.tolist() == [-3.0, -1.0]
-    with pytest.raises(openai.MALFORMED):
+    with pytest.raises(MALFORMED):
         tokens.add(b"[8,5]", json.dumps(rows).encode(), chat=False)
-    with pytest.raises(openai.MALFORMED):
+    with pytest.raises(MALFORMED):
         tokens.add(b"[7]", json.dumps(rows).encode(), chat=False)

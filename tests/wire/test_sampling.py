@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.shadow.assignment import ARM, SHADOW, controlled, sampled, uniform
+from hemostat.shadow.assignment import ARM, SHADOW, in_control_arm, is_sampled, uniform
 
 RATES = st.floats(0, 1)
 
@@ -14,27 +14,27 @@ def test_a_request_sampled_at_one_rate_is_sampled_at_every_higher_one(
     request_id: str, seed: int, one: float, other: float
 ) -> None:
     low, high = sorted([one, other])
-    assert sampled(request_id, low, seed) <= sampled(request_id, high, seed)
+    assert is_sampled(request_id, low, seed) <= is_sampled(request_id, high, seed)
 
 
 @given(st.text(max_size=40), st.integers(0, 2**64 - 1))
 def test_nothing_at_zero_and_everything_at_one(request_id: str, seed: int) -> None:
-    assert not sampled(request_id, 0.0, seed)
-    assert sampled(request_id, 1.0, seed)
+    assert not is_sampled(request_id, 0.0, seed)
+    assert is_sampled(request_id, 1.0, seed)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3])
 def test_the_share_is_the_rate(rate: float) -> None:
     n = 20_000
-    hits = sum(sampled(f"req-{i}", rate, 3) for i in range(n))
+    hits = sum(is_sampled(f"req-{i}", rate, 3) for i in range(n))
     # Five standard deviations of a binomial.
     assert abs(hits - n * rate) < 5 * (n * rate * (1 - rate)) ** 0.5
 
 
 def test_being_sampled_says_nothing_about_the_arm() -> None:
     n = 20_000
-    inside = [i for i in range(n) if sampled(f"req-{i}", 0.5, 3)]
-    controls = sum(controlled(f"req-{i}".encode(), 0.5, 3) for i in inside)
+    inside = [i for i in range(n) if is_sampled(f"req-{i}", 0.5, 3)]
+    controls = sum(in_control_arm(f"req-{i}".encode(), 0.5, 3) for i in inside)
     assert abs(controls - len(inside) / 2) < 5 * (len(inside) / 4) ** 0.5
 
 

@@ -17,7 +17,8 @@ from tests.support.wire import VERSION, policy
 from hemostat.ipc.messages import Capture
 from hemostat.openai.routes import CHAT
 from hemostat.relay.worker import Relay
-from hemostat.shadow.interceptor import SHADOW_REQUESTS, Interceptor
+from hemostat.shadow.interceptor import Interceptor
+from hemostat.shadow.reports import SHADOW_REQUESTS
 
 
 class Bench:

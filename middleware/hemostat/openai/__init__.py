@@ -1,1 +1,1 @@
-"""vLLM's OpenAI-compatible wire format, without input or output."""
+"""OpenAI's chat and completions API as vLLM implements it, without IO."""

@@ -1,8 +1,8 @@
-"""Server-sent events, sans-IO: bytes at any split in, whole events out, each with its original bytes.
+"""Server-sent events, without IO: chunks of bytes in, complete events out, each with its original bytes.
 
-Invariant: the concatenation of every event's `raw` and of `flush()` is exactly what was fed, whatever the splits, so
-that an event nobody touches goes on as it came. Line ends are LF, CRLF or CR, as the HTML standard has them
-(https://html.spec.whatwg.org/multipage/server-sent-events.html).
+Invariant: the concatenation of every event's `raw` and of `flush()` equals the bytes that were fed, whatever the chunk
+boundaries, so that an unchanged event is passed on byte for byte. Line ends are LF, CRLF or CR, as in the HTML
+standard (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 MAX_EVENT = 16 * 1024 * 1024
-"""Bytes of one event that are held while its end has not come."""
+"""Bytes of one incomplete event that are buffered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """One block of the stream.
 
-    raw: its bytes, with the blank line that ends it (of which a CRLF's LF may come with the next event).
-    data: the lines of its `data` fields joined by LF; None where it has none (a comment, say).
-    start, end: where `data` stands in `raw`; start is -1 where it spans several lines.
+    raw: its bytes, with the blank line that ends it (the LF of a CRLF may be at the start of the next event).
+    data: the lines of its `data` fields joined by LF; None where it has none (a comment, for example).
+    start, end: the range of `data` in `raw`; start is -1 where it spans several lines.
     """
 
     raw: bytes
@@ -33,7 +33,7 @@ class Event:
     end: int = -1
 
     def replace(self, data: bytes) -> bytes:
-        """The event's bytes with other data (without line ends in it)."""
+        """The event's bytes with other data, which must not contain line ends."""
         if self.start >= 0:
             return self.raw[: self.start] + data + self.raw[self.end :]
         lines = _LINE_END.split(self.raw)
@@ -42,7 +42,7 @@ class Event:
 
 
 def parse(raw: bytes) -> Event:
-    """The event that these bytes are; the end of the last line may be missing."""
+    """The event in these bytes; the end of the last line may be missing."""
     length = len(raw)
     if raw.startswith(b"data: ") and raw.find(b"\n") == length - 2 and raw.endswith(b"\n\n") and b"\r" not in raw:
         return Event(raw, raw[6:-2], 6, length - 2)
@@ -70,7 +70,7 @@ def parse(raw: bytes) -> Event:
 
 
 def _blank_lines(buffer: bytearray, start: int) -> list[int]:
-    """Where each blank line from `start` on ends."""
+    """The end of each blank line from `start` on."""
     if b"\r" in buffer:
         return [match.end() for match in _BLANK_LINE.finditer(buffer, start)]
     # The usual case, and many times faster than the pattern.
@@ -82,17 +82,17 @@ def _blank_lines(buffer: bytearray, start: int) -> list[int]:
 
 
 class Parser:
-    """Bytes in, events out. Holds at most `max_event` bytes; what is longer goes through as an event without data."""
+    """Bytes in, events out. Buffers at most `max_event` bytes; a longer event is passed on in parts without data."""
 
     def __init__(self, max_event: int = MAX_EVENT) -> None:
         self._max_event = max_event
         self._buffer = bytearray()
-        self._opaque = False
-        """Inside an event whose beginning was given up."""
+        self._in_oversized = False
+        """Inside an event whose beginning was already passed on."""
 
     def feed(self, data: bytes) -> list[Event]:
-        """The events that these bytes complete."""
-        # A blank line may lie across the border: it is at most four bytes long.
+        """Take the next bytes; returns the events that they complete."""
+        # A blank line may lie across the chunk boundary: it is at most four bytes long.
         search = max(0, len(self._buffer) - 3)
         self._buffer += data
         ends = _blank_lines(self._buffer, search)
@@ -100,20 +100,20 @@ class Parser:
         start = 0
         for end in ends:
             raw = bytes(self._buffer[start:end])
-            events.append(Event(raw, None) if self._opaque else parse(raw))
-            self._opaque = False
+            events.append(Event(raw, None) if self._in_oversized else parse(raw))
+            self._in_oversized = False
             start = end
         del self._buffer[:start]
         if len(self._buffer) > self._max_event:
-            # The last bytes stay, so that a blank line across the next border is still seen.
-            given_up = len(self._buffer) - 3
-            events.append(Event(bytes(self._buffer[:given_up]), None))
-            del self._buffer[:given_up]
-            self._opaque = True
+            # The last bytes stay, so that a blank line across the next chunk boundary is still found.
+            passed_on = len(self._buffer) - 3
+            events.append(Event(bytes(self._buffer[:passed_on]), None))
+            del self._buffer[:passed_on]
+            self._in_oversized = True
         return events
 
     def flush(self) -> bytes:
-        """What is left when the stream ends in the middle of an event."""
+        """The remaining bytes, when the stream ends in the middle of an event."""
         rest = bytes(self._buffer)
         self._buffer.clear()
         return rest

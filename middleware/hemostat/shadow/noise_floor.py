@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
-from hemostat.shadow import assignment as sampling
+from hemostat.shadow.assignment import uniform
 from hemostat.shadow.limits import TokenBudget
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidRecordError
@@ -76,7 +76,7 @@ class Floor:
     def offer(self, prompt: npt.NDArray[np.int32], record: TokenRecord) -> None:
         """A scored request; it is taken by a hash of its id."""
         key = record.request_id.encode("utf-8", "surrogateescape")
-        if self._fraction > 0.0 and sampling.uniform(key, self._seed, FLOOR) < self._fraction:
+        if self._fraction > 0.0 and uniform(key, self._seed, FLOOR) < self._fraction:
             try:
                 self._queue.put_nowait((prompt, record))
             except asyncio.QueueFull:

@@ -1,0 +1,87 @@
+"""Editing a JSON object's bytes in place: only the named members get new bytes, and every other byte stays as it was.
+
+A request or a response is not decoded and encoded again, since that would change number formats, key order, escapes
+and white space that the client or vLLM chose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+NULL = b"null"
+
+MALFORMED = (ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
+"""The exceptions that parsing bytes of unknown origin can raise."""
+
+_members: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+
+_KEY_AND_COLON = re.compile(rb'[{,\s]*"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
+
+
+class JsonObject:
+    """A JSON object's bytes, with the byte ranges of its members' values.
+
+    Raises one of MALFORMED where the bytes are not an object, or where it has a duplicate key: parsers differ in which
+    of the values they use, so vLLM could read another value than Hemostat does.
+    """
+
+    __slots__ = ("_end", "_spans", "_values", "data")
+
+    def __init__(self, data: bytes) -> None:
+        values = _members.decode(data)
+        position = data.index(b"{")
+        spans: dict[str, tuple[int, int]] = {}
+        for key, value in values.items():
+            match = _KEY_AND_COLON.match(data, position)
+            if match is None or not data.startswith(bytes(value), match.end()):
+                raise ValueError(f"duplicate key {key!r}")
+            position = match.end() + len(memoryview(value))
+            spans[key] = (match.end(), position)
+        end = data.rindex(b"}")
+        if data[position + (0 if spans else 1) : end].strip():
+            raise ValueError("duplicate key")
+        self.data = data
+        self._spans = spans
+        self._values = values
+        self._end = end
+
+    def raw(self, key: str) -> bytes:
+        """The value's bytes; `null` where the key is absent."""
+        span = self._spans.get(key)
+        return NULL if span is None else self.data[span[0] : span[1]]
+
+    def value(self, key: str) -> Any:
+        """The decoded value; None where the key is absent."""
+        raw = self._values.get(key)
+        return None if raw is None else _any.decode(raw)
+
+    def has(self, key: str) -> bool:
+        """True where the key is present and its value is not null."""
+        span = self._spans.get(key)
+        return span is not None and not self.data.startswith(NULL, span[0])
+
+    def edit(self, changes: Mapping[str, bytes]) -> bytes:
+        """The object's bytes with these values (JSON): replaced where the key is present, else appended."""
+        parts: list[bytes] = []
+        position = 0
+        for key, (start, end) in self._spans.items():
+            if key in changes:
+                parts += (self.data[position:start], changes[key])
+                position = end
+        added = [encode(key) + b":" + value for key, value in changes.items() if key not in self._spans]
+        if added:
+            last = next(reversed(self._spans.values()))[1] if self._spans else self._end
+            parts += (self.data[position:last], b"," if self._spans else b"", b",".join(added))
+            position = last
+        parts.append(self.data[position:])
+        return b"".join(parts)
+
+
+def encode(value: Any) -> bytes:
+    """Compact JSON."""
+    return msgspec.json.encode(value)

@@ -1,0 +1,297 @@
+"""One chat or completions request that the relay intercepts: how it is rewritten, and how its tokens are captured."""
+
+from __future__ import annotations
+
+from hemostat.ipc.messages import Capture, Policy
+from hemostat.openai import requests
+from hemostat.openai.errors import leading_error_code
+from hemostat.openai.json_splice import MALFORMED, encode
+from hemostat.openai.requests import Request, Uncalibrated, Unscorable
+from hemostat.openai.responses import ResponseFailure, ResponseTokens, Stripper, error_reason, little_endian
+from hemostat.openai.routes import CHAT
+from hemostat.relay.hooks import Headers, Refusal, Rewrite
+from hemostat.shadow.client_headers import ClientOptions
+from hemostat.shadow.profile_choice import ArmReason, choose_profile
+from hemostat.shadow.reports import Reports, SkipReason
+from hemostat_calibration.records import Arm, Sampling
+
+MAX_REQUEST_ID = 200
+"""Characters of a client's X-Request-Id that are kept in records and logs."""
+MAX_TRACEPARENT = 64
+"""Characters of a client's traceparent that are kept."""
+MAX_UNDECIDED_BYTES = 64 * 1024
+"""Of a response, while it may still turn out to be a refusal."""
+_DROPPED_HEADERS = frozenset({b"accept-encoding"})
+"""Not sent upstream where the response has to be read."""
+_REFUSAL_CODES = (400, 422)
+"""vLLM's codes for a request that does not pass its validation: nothing was computed."""
+
+
+class _ResponseStart:
+    """The first bytes of a response, kept until they show whether the response is a refusal by vLLM's validation.
+
+    error_code: the code of the error that the response is, 0 for none, None while that is not known.
+    """
+
+    __slots__ = ("data", "error_code")
+
+    def __init__(self, error_code: int | None = None) -> None:
+        self.data = bytearray()
+        self.error_code = error_code
+
+    def feed(self, data: bytes) -> None:
+        self.data += data
+        if self.error_code is None:
+            self.error_code = leading_error_code(bytes(self.data))
+
+    @property
+    def is_refusal(self) -> bool:
+        return self.error_code in _REFUSAL_CODES
+
+    @property
+    def undecided(self) -> bool:
+        return self.error_code is None
+
+    @property
+    def too_long(self) -> bool:
+        return len(self.data) > MAX_UNDECIDED_BYTES
+
+
+class InterceptedExchange:
+    """A `relay.hooks.ExchangeHook`: a request that is sampled (`shadow`), calibrated, or both."""
+
+    def __init__(
+        self,
+        reports: Reports,
+        policy: Policy,
+        route: str,
+        request_id: str,
+        options: ClientOptions,
+        shadow: bool,
+        calibrated: bool,
+        traceparent: str,
+    ) -> None:
+        self.body_limit = policy.body_limit
+        self._reports = reports
+        self._policy = policy
+        self._route = route
+        self._request_id = request_id
+        self._options = options
+        self._shadow = shadow
+        """Sampled, and not yet counted as skipped."""
+        self._calibrated = calibrated
+        self._traceparent = traceparent[:MAX_TRACEPARENT]
+        self._arm = Arm.NONE
+        self._counted_as: tuple[Arm, ArmReason | Uncalibrated] | None = None
+        """The arm and the reason that are counted at the end; None for a request that is not calibrated."""
+        self._profile_added = False
+        """Hemostat asks the engine for a profile, or has set the profile's parameters."""
+        self._version: str | None = None
+        """The version that is asked for, by Hemostat or by the client itself."""
+        self._nonce = ""
+        self._sampling = Sampling()
+        self._request: Request | None = None
+        self._tokens: ResponseTokens | None = None
+        self._stripper: Stripper | None = None
+        self._rewritten = False
+        self._start: _ResponseStart | None = None
+        """The response's first bytes, while they are read for a refusal."""
+        self._replayed = False
+        self._ended = False
+
+    @property
+    def arm(self) -> str:
+        return self._arm.value
+
+    def request(self, body: bytes | None) -> Rewrite | Refusal | None:
+        policy = self._policy
+        if body is None:
+            self._pass_unread(SkipReason.BODY_TOO_LARGE, ArmReason.BODY_TOO_LARGE)
+            return None
+        try:
+            request = requests.read_request(body, chat=self._route == CHAT, unscorable_models=policy.unscorable_models)
+        except MALFORMED:
+            self._pass_unread(SkipReason.BAD_JSON, ArmReason.BAD_JSON)
+            return None
+        changes: dict[str, bytes] = {}
+        xargs: dict[str, str] = {}
+        self._version = request.client_profile
+        if self._calibrated:
+            self._add_profile(request, changes, xargs)
+        if self._shadow:
+            self._add_token_details(request, changes, xargs)
+        if xargs:
+            changes["vllm_xargs"] = requests.merged_xargs(request, xargs)
+        self._sampling = requests.sampling_parameters(request, changes, policy.openai_sampling_defaults)
+        if not changes:
+            return None
+        self._rewritten = True
+        return Rewrite(request.body.edit(changes), _DROPPED_HEADERS if self._tokens is not None else frozenset())
+
+    def _add_profile(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
+        """Choose the arm and the profile, and add what requests the profile."""
+        policy = self._policy
+        choice = choose_profile(policy, request, self._options, self._route, self._request_id)
+        self._counted_as = choice.arm, choice.reason
+        self._arm = choice.arm
+        if choice.version is None:
+            return
+        self._version = choice.version
+        self._profile_added = True
+        if policy.apply == "engine":
+            xargs["hemostat"] = choice.version
+            return
+        if policy.request_temperature is not None:
+            changes["temperature"] = encode(policy.request_temperature)
+        if policy.request_logit_bias:
+            changes["logit_bias"] = encode(policy.request_logit_bias)
+
+    def _add_token_details(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
+        """Add what makes vLLM return the tokens' details, or skip a request that cannot be scored."""
+        policy = self._policy
+        if request.unscorable is not None:
+            self._skip(request.unscorable)
+            return
+        if request.min_prompt_tokens > policy.shadow_max_tokens:
+            self._skip(ResponseFailure.TOO_LONG)
+            return
+        self._request = request
+        self._tokens = ResponseTokens(policy.shadow_top_k, policy.shadow_max_tokens)
+        changes |= requests.token_detail_members(request, policy.shadow_top_k)
+        if policy.tap and not request.client_tap:
+            self._nonce = xargs["hemostat_tap"] = self._reports.tap_name(policy)
+
+    def _pass_unread(self, skip_reason: SkipReason, arm_reason: ArmReason) -> None:
+        """The body cannot be read and is passed on unchanged."""
+        self._skip(skip_reason)
+        if self._calibrated:
+            self._counted_as = Arm.NONE, arm_reason
+
+    def _skip(self, reason: SkipReason | Unscorable | ResponseFailure) -> None:
+        if self._shadow:
+            self._shadow = False
+            self._reports.skipped(reason)
+
+    def response_head(self, status: int, headers: Headers) -> bool:
+        if not self._rewritten:
+            return False
+        fields = {name.lower(): value for name, value in headers}
+        content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        plain = fields.get(b"content-encoding", b"identity").lower() == b"identity"
+        stream = plain and status == 200 and content_type == b"text/event-stream"
+        if self._replayed:
+            if stream:
+                self._start = _ResponseStart()
+            else:
+                self._fail_after_replay(replay_accepted=status < 400)
+            return stream
+        if status in _REFUSAL_CODES:
+            self._start = _ResponseStart(error_code=status)
+            return True
+        if stream:
+            self._start = _ResponseStart()
+        if self._request is not None and self._tokens is not None:
+            if status != 200:
+                self._tokens.fail(ResponseFailure.UPSTREAM_ERROR)
+            elif not plain:
+                self._tokens.fail(ResponseFailure.ENCODED)
+            elif not stream and content_type != b"application/json":
+                self._tokens.fail(ResponseFailure.UNREADABLE)
+            else:
+                self._stripper = Stripper(self._request, self._tokens, stream=stream)
+        return stream or self._stripper is not None
+
+    def response_data(self, data: bytes) -> bytes:
+        start = self._start
+        if start is None:
+            return data if self._stripper is None else self._stripper.feed(data)
+        start.feed(data)
+        if self._replayed:
+            # The second response is read, but not held back.
+            if start.error_code is not None:
+                self._fail_after_replay(replay_accepted=start.error_code == 0)
+            if start.error_code is not None or start.too_long:
+                self._start = None
+            return data
+        if (start.undecided or start.is_refusal) and not start.too_long:
+            return b""
+        return self._release_start()
+
+    def _release_start(self) -> bytes:
+        """What the client gets of the bytes that were held back."""
+        held = b"" if self._start is None else bytes(self._start.data)
+        self._start = None
+        return held if self._stripper is None else self._stripper.feed(held)
+
+    def replay(self) -> bool:
+        if self._start is None or not self._start.is_refusal:
+            return False
+        self._replayed = True
+        self._start = self._stripper = None
+        if self._profile_added:
+            self._counted_as = Arm.NONE, ArmReason.REFUSED
+        return True
+
+    def _fail_after_replay(self, *, replay_accepted: bool) -> None:
+        """The engine refused the rewritten request. If it accepts the client's own, the rewriting was the cause."""
+        if self._tokens is not None:
+            self._tokens.fail(ResponseFailure.LOGPROBS_REFUSED if replay_accepted else ResponseFailure.UPSTREAM_ERROR)
+            self._stop_sampling_if_refused()
+
+    def _stop_sampling_if_refused(self) -> None:
+        if self._tokens is not None and self._tokens.failure is ResponseFailure.LOGPROBS_REFUSED:
+            # For example, the engine's --max-logprobs is lower than `shadow.top_k`.
+            self._reports.logprobs_refused(self._policy)
+
+    def response_end(self) -> bytes:
+        self._ended = True
+        if self._replayed:
+            return b""
+        rest = b"" if self._start is None else self._release_start()
+        if self._stripper is not None:
+            rest += self._stripper.finish()
+        elif self._tokens is not None:
+            self._tokens.fail(error_reason(rest))
+        self._stop_sampling_if_refused()
+        return rest
+
+    def closed(self, *, complete: bool) -> None:
+        if self._counted_as is not None:
+            self._reports.calibrated(*self._counted_as)
+        if not self._shadow:
+            return
+        request, tokens = self._request, self._tokens
+        if request is None or tokens is None:
+            self._skip(ResponseFailure.INCOMPLETE)
+        elif tokens.failure is not None:
+            self._skip(tokens.failure)
+        elif self._replayed or not (complete and self._ended):
+            self._skip(ResponseFailure.INCOMPLETE)
+        else:
+            self._shadow = False
+            self._reports.captured(self._capture(request, tokens))
+
+    def _capture(self, request: Request, tokens: ResponseTokens) -> Capture:
+        return Capture(
+            request_id=self._request_id[:MAX_REQUEST_ID],
+            route=self._route,
+            model=tokens.model,
+            label=self._options.label,
+            arm=self._arm.value,
+            requested=self._version,
+            nonce=self._nonce,
+            stream=request.stream,
+            prompt_token_ids=little_endian(tokens.prompt_ids),
+            output_token_ids=little_endian(tokens.output_ids),
+            top_k=tokens.top_k,
+            candidate_ids=little_endian(tokens.candidate_ids),
+            candidate_logprobs=little_endian(tokens.candidate_logprobs),
+            emitted_logprobs=little_endian(tokens.emitted_logprobs),
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            sampling_top_k=self._sampling.top_k,
+            min_p=self._sampling.min_p,
+            finish_reason=tokens.finish_reason,
+            captured_at=self._reports.clock(),
+            traceparent=self._traceparent,
+        )

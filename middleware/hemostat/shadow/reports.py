@@ -1,0 +1,94 @@
+"""Where the exchanges that the relay intercepts report to: captures, and the counts of sampled requests."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+from hemostat.ipc.messages import Capture, Policy
+from hemostat.openai.requests import Uncalibrated, Unscorable
+from hemostat.openai.responses import ResponseFailure
+from hemostat.shadow.profile_choice import ArmReason
+from hemostat_calibration.records import Arm
+
+SHADOW_REQUESTS = "hemostat_shadow_requests_total"
+"""Labels outcome, reason. Every sampled request counts once: `shadowed` (captured and handed on), `skipped` (it cannot
+be scored; by reason), `dropped` (it can be scored, but there was no room for it)."""
+
+CALIBRATION_REQUESTS = "hemostat_calibration_requests_total"
+"""Labels arm, reason. Every request that could get a profile, counted at its end: its arm, and the reason for it."""
+
+
+class SkipReason(StrEnum):
+    """Why a sampled request is skipped, or not sampled: values of the label `reason` of shadow requests.
+
+    Unscorable and ResponseFailure are the other reasons.
+    """
+
+    OPTED_OUT = "opted_out"
+    """The client sent `X-Hemostat-Shadow: off`."""
+    ON_NOT_ALLOWED = "on_not_allowed"
+    """The client sent `X-Hemostat-Shadow: on`, and `shadow.allow_on` is not set."""
+    ROUTE = "route"
+    """Requests of this route cannot be scored."""
+    BODY_TOO_LARGE = "body_too_large"
+    """The request's body is too large to be read; it was passed on unread."""
+    BAD_JSON = "bad_json"
+    """The request's body is not a JSON object."""
+
+
+class DropReason(StrEnum):
+    """Why a captured request was dropped in the relay: values of the label `reason` of shadow requests."""
+
+    LINK_FULL = "link_full"
+    """The control process takes captures too slowly, or does not run."""
+
+
+class Reports:
+    """Passes on the captures and counts of one relay's exchanges, and remembers that the engine refuses logprobs.
+
+    emit: hands a capture on; returns False when there is no room for it.
+    count: adds one to a metric, by its name and label values.
+    clock: monotonic seconds.
+    nonce: returns an unguessable name for a request among the engine's taps.
+    """
+
+    def __init__(
+        self,
+        emit: Callable[[Capture], bool],
+        count: Callable[[str, tuple[str, ...]], None],
+        clock: Callable[[], float] = time.monotonic,
+        nonce: Callable[[], str] = lambda: secrets.token_hex(16),
+    ) -> None:
+        self.clock = clock
+        self._emit = emit
+        self._count = count
+        self._nonce = nonce
+        self._refused_generation: int | None = None
+
+    def skipped(self, reason: SkipReason | Unscorable | ResponseFailure) -> None:
+        """Count a sampled request as skipped."""
+        self._count(SHADOW_REQUESTS, ("skipped", reason.value))
+
+    def captured(self, capture: Capture) -> None:
+        """Hand a capture on, and count its request."""
+        emitted = self._emit(capture)
+        self._count(SHADOW_REQUESTS, ("shadowed", "") if emitted else ("dropped", DropReason.LINK_FULL.value))
+
+    def calibrated(self, arm: Arm, reason: ArmReason | Uncalibrated) -> None:
+        """Count a request that could get a profile."""
+        self._count(CALIBRATION_REQUESTS, (arm.value, reason.value))
+
+    def logprobs_refused(self, policy: Policy) -> None:
+        """The engine refused to return the logprobs that this policy asks for."""
+        self._refused_generation = policy.generation
+
+    def refuses_logprobs(self, policy: Policy) -> bool:
+        """Whether that happened under this generation of the policy: nothing more is sampled until the next one."""
+        return self._refused_generation == policy.generation
+
+    def tap_name(self, policy: Policy) -> str:
+        """A new name for one request among the engine's taps."""
+        return f"{policy.replica}-{self._nonce()}" if policy.replica else self._nonce()
