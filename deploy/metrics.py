@@ -107,6 +107,7 @@ CALIBRATION_REASONS: Values = {
     "pinned": "the client named a version",
     "forced": "`calibration.force`",
     "own_logits": "the client changes logits itself (logit_bias, penalties)",
+    "own_xargs": "the client named a profile itself, in `vllm_xargs.hemostat`",
     "own_parameters": "`apply: request`, and the client set temperature or logit_bias",
     "refused": "vLLM refused the request with the profile, and it was sent again unchanged",
     "lora, beam_search, multimodal, invalid, bad_json, body_too_large": "as for `hemostat_shadow_requests_total`",

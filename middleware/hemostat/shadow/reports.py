@@ -39,7 +39,7 @@ class SkipReason(StrEnum):
     """The request's body is not a JSON object."""
 
 
-class DropReason(StrEnum):
+class RelayDropReason(StrEnum):
     """Why a captured request was dropped in the relay: values of the label `reason` of shadow requests."""
 
     LINK_FULL = "link_full"
@@ -75,7 +75,7 @@ class Reports:
     def captured(self, capture: Capture) -> None:
         """Hand a capture on, and count its request."""
         emitted = self._emit(capture)
-        self._count(SHADOW_REQUESTS, ("shadowed", "") if emitted else ("dropped", DropReason.LINK_FULL.value))
+        self._count(SHADOW_REQUESTS, ("shadowed", "") if emitted else ("dropped", RelayDropReason.LINK_FULL.value))
 
     def calibrated(self, arm: Arm, reason: ArmReason | Uncalibrated) -> None:
         """Count a request that could get a profile."""
