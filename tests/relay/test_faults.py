@@ -29,6 +29,7 @@ from tests.support.relay import (
     reset,
 )
 
+from hemostat.relay.exchange_state import ExchangeState
 from hemostat.relay.worker import Relay
 
 CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -262,7 +263,7 @@ async def test_client_gone_while_it_is_not_read_from_closes_the_upstream_at_once
         await asyncio.wait_for(waiting.asked.wait(), 2)
         await asyncio.sleep(0.1)
         (inside,) = relay.clients
-        assert inside._held
+        assert inside.reading_paused
         client.writer.transport.abort()
         await asyncio.wait_for(waiting.ended.wait(), 0.5)
 
@@ -373,9 +374,10 @@ async def test_slow_upstream_costs_bounded_memory() -> None:
         client.writer.write(post(b"x" * size))
         await asyncio.sleep(0.5)
         (inside,) = relay.clients
-        assert inside.up is not None
-        assert inside.up.transport.get_write_buffer_size() <= 512 * 1024
-        assert inside._held
+        assert inside.exchange is not None
+        assert inside.exchange.upstream is not None
+        assert inside.exchange.upstream.transport.get_write_buffer_size() <= 512 * 1024
+        assert inside.reading_paused
         go.set()
         assert (await client.response("POST", within=20)).body == b"%08d" % size
 
@@ -388,10 +390,11 @@ async def test_body_that_comes_before_the_connection_is_bounded() -> None:
         await asyncio.wait_for(waiting.asked.wait(), 2)
         second.writer.write(post(b"x" * 20_000_000))
         await asyncio.sleep(0.2)
-        inside = next(client for client in relay.clients if client.waiting)
-        assert inside._unsent_size <= 512 * 1024
+        exchanges = [client.exchange for client in relay.clients if client.exchange is not None]
+        (inside,) = [exchange for exchange in exchanges if exchange.state is ExchangeState.QUEUED]
+        assert inside.unsent_bytes <= 512 * 1024
         first.writer.transport.abort()
-        await eventually(lambda: not inside.waiting)
+        await eventually(lambda: inside.state is not ExchangeState.QUEUED)
 
 
 async def test_drain_lets_exchanges_end_and_takes_no_new_ones() -> None:

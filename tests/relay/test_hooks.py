@@ -8,9 +8,10 @@ import pytest
 from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, eventually, post, relaying
 
-from hemostat.relay import server, worker
+from hemostat.relay import exchange as relay_exchange
+from hemostat.relay import worker
 from hemostat.relay.hooks import Refusal, Rewrite
-from hemostat.relay.http import Limits
+from hemostat.relay.limits import Limits
 
 JSON = b'HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 11\r\nB: 2\r\n\r\n{"a": "bc"}'
 CHUNKED = b"HTTP/1.1 200 OK\r\nA: 1\r\nTransfer-Encoding: chunked\r\nB: 2\r\n\r\n"
@@ -320,7 +321,7 @@ async def test_the_head_of_a_rewritten_request_waits_for_the_hook_but_not_for_ev
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker, "SWEEP_SECONDS", 0.02)
-    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(relay_exchange, "MAX_HEAD_HOLD_SECONDS", 0.2)
     go = asyncio.Event()
 
     async def script(connection: UpstreamConnection) -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, eventually, post, relaying
 
-from hemostat.relay.http import Limits
+from hemostat.relay.limits import Limits
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PATCH", "PROPFIND", "FOO", "M-SEARCH", "foo"])

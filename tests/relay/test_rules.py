@@ -12,17 +12,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests.support.relay import Request, answering, relaying
 
-from hemostat.relay.http import (
-    CHUNKED,
-    BadRequest,
-    BadResponse,
-    ChunkedReader,
-    chunk,
-    error_body,
-    parse_origin,
-    parse_request,
-    parse_response,
-)
+from hemostat.relay.http.errors import BadRequest, BadResponse, error_body
+from hemostat.relay.http.framing import CHUNKED, ChunkedReader, chunk
+from hemostat.relay.http.origin import parse_origin
+from hemostat.relay.http.request import parse_request
+from hemostat.relay.http.response import parse_response
 
 START = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
 SMUGGLED = b"GET /admin HTTP/1.1\r\nHost: a\r\n\r\n"

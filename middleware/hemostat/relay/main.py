@@ -31,7 +31,7 @@ from hemostat.ipc.messages import Policy
 from hemostat.ipc.process import die_with_parent, make_tracing
 from hemostat.ipc.relay_end import ControlLink
 from hemostat.relay.counters import Counters
-from hemostat.relay.http import Limits
+from hemostat.relay.limits import Limits
 from hemostat.relay.worker import Relay
 from hemostat.shadow.interceptor import Interceptor
 

@@ -1,343 +1,329 @@
-"""The relay's connections to the upstream server: one response at a time each, kept alive in a bounded pool."""
+"""One connection to the upstream server: it carries one request and response at a time, and is then reused.
+
+    IDLE ─► AWAITING_HEAD ─┬─► READING_BODY ─► IDLE
+                           └─► TUNNEL
+    every state ─► CLOSED
+
+A receiver (the exchange) is assigned exactly in AWAITING_HEAD, READING_BODY and TUNNEL.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections import deque
+from enum import Enum, auto
 from time import perf_counter
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
-from hemostat.relay.http import (
-    CHUNKED,
-    UNTIL_CLOSE,
-    BadResponse,
-    ChunkedReader,
-    Origin,
-    ResponseHead,
-    parse_response,
-)
+from hemostat.relay.http.errors import BadResponse
+from hemostat.relay.http.framing import CHUNKED, UNTIL_CLOSE, ChunkedReader
+from hemostat.relay.http.response import ResponseHead, parse_response
+from hemostat.relay.tunnel import Tunnel
 
-if TYPE_CHECKING:
-    from hemostat.relay.server import ClientProtocol
-
-MAX_HEAD = 256 * 1024
-CONNECT_SECONDS = 10.0
-IDLE_SECONDS = 4.0
-"""Idle connections are closed before uvicorn closes them (5 s in vLLM), so that a request seldom meets a dying one."""
+MAX_HEAD_BYTES = 256 * 1024
 
 
-class UpstreamProtocol(asyncio.Protocol):
-    """One connection. Reads the framing of responses, and nothing else of them."""
+class UpstreamState(Enum):
+    """Where a connection to the upstream stands."""
+
+    IDLE = auto()
+    AWAITING_HEAD = auto()
+    """A request has been sent; the final response head is not complete."""
+    READING_BODY = auto()
+    TUNNEL = auto()
+    """The protocol has been switched."""
+    CLOSED = auto()
+    """Closed, or about to be."""
+
+
+class Receiver(Protocol):
+    """Who a response is for."""
+
+    @property
+    def request_complete(self) -> bool:
+        """The whole request has been sent upstream."""
+
+    def connection_ready(self, connection: UpstreamConnection) -> None:
+        """From the pool: the connection that was waited for."""
+
+    def connection_failed(self, error: OSError) -> None:
+        """From the pool: the upstream cannot be reached."""
+
+    def retry(self) -> bool:
+        """A reused connection closed without a byte of response. True: the request waits in the pool once more."""
+
+    def pause_request(self) -> None:
+        """The upstream does not read fast enough: send nothing more for now."""
+
+    def resume_request(self) -> None:
+        """The upstream reads again."""
+
+    def interim_response(self, head: ResponseHead) -> None:
+        """A 1xx response other than 101."""
+
+    def switch_protocols(self, head: ResponseHead) -> Tunnel:
+        """A 101 response that was asked for: from here on, bytes pass through the tunnel."""
+
+    def response_started(self, head: ResponseHead, received: float) -> bool:
+        """The final head, read at `received` (perf_counter). True: give the body without its chunked framing."""
+
+    def response_data(self, data: bytes) -> None:
+        """More of the response's body."""
+
+    def response_end(self) -> None:
+        """The response is complete, and the connection is no longer the receiver's."""
+
+    def response_failed(self, reason: str) -> None:
+        """The response is malformed or ends too early."""
+
+
+class ConnectionOwner(Protocol):
+    """The pool, as a connection sees it."""
+
+    def offer(self, connection: UpstreamConnection) -> None:
+        """The connection can take a request."""
+
+    def lost(self, connection: UpstreamConnection) -> None:
+        """The connection is closed."""
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """Parses the framing of responses, and nothing else of them."""
 
     __slots__ = (
         "_buffer",
         "_chunks",
+        "_eof",
         "_head",
-        "_left",
+        "_may_upgrade",
+        "_missing",
+        "_owner",
         "_payload_only",
         "_reading_paused",
-        "client",
-        "closed",
-        "eof",
+        "_receiver",
+        "_reused",
+        "_state",
+        "_to_head",
+        "_tunnel",
         "idle_since",
-        "pool",
-        "reused",
         "transport",
     )
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
+    def __init__(self, owner: ConnectionOwner) -> None:
+        self._owner = owner
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
-        self.client: ClientProtocol | None = None
-        self.reused = False
-        """True from the second request on: the upstream may have been about to close it."""
         self.idle_since = 0.0
-        self.closed = False
-        self.eof = False
+        """Event-loop time, set by the pool."""
+        self._state = UpstreamState.IDLE
+        self._receiver: Receiver | None = None
+        self._reused = False
+        """It has carried a request before: the upstream may have been about to close it."""
+        self._eof = False
+        """The upstream has shut down its sending side."""
+        self._reading_paused = False
         self._buffer = b""
+        """The beginning of an incomplete response head."""
         self._head: ResponseHead | None = None
-        self._left = 0
+        """The final head, while its body is read."""
+        self._missing = 0
+        """Bytes of body that are missing, with Content-Length."""
         self._chunks = ChunkedReader()
         self._payload_only = False
-        self._reading_paused = False
+        self._to_head = False
+        """The request's method is HEAD."""
+        self._may_upgrade = False
+        """The request asks for a switch of protocols."""
+        self._tunnel: Tunnel | None = None
 
-    # The client's side calls these.
+    # Called by the pool and the exchange.
 
-    def assign(self, client: ClientProtocol) -> None:
-        self.client = client
-        self._head = None
-        if client.paused:
+    @property
+    def usable(self) -> bool:
+        """A request can be sent on it."""
+        return self._state is UpstreamState.IDLE and not self.transport.is_closing()
+
+    @property
+    def closed(self) -> bool:
+        return self._state is UpstreamState.CLOSED
+
+    def assign(self, receiver: Receiver, *, to_head: bool, may_upgrade: bool, paused: bool) -> None:
+        """The next response is for this receiver.
+
+        to_head: the request's method is HEAD. may_upgrade: the request asks for a switch of protocols. paused: read
+        nothing before `resume`.
+        """
+        self._receiver = receiver
+        self._to_head = to_head
+        self._may_upgrade = may_upgrade
+        self._state = UpstreamState.AWAITING_HEAD
+        if paused:
             self.pause()
 
     def pause(self) -> None:
-        """The client is slow: leave the rest with the upstream."""
-        if not self._reading_paused and not self.closed:
+        """Stop reading: the client is slow, and the rest of the response is left in the upstream's buffers."""
+        if not self._reading_paused and self._state is not UpstreamState.CLOSED:
             self._reading_paused = True
             self.transport.pause_reading()
 
     def resume(self) -> None:
-        if self._reading_paused and not self.closed:
+        if self._reading_paused and self._state is not UpstreamState.CLOSED:
             self._reading_paused = False
             self.transport.resume_reading()
 
-    def abandon(self) -> None:
-        """Nobody waits for the answer any more: close at once, which is what makes the engine abort."""
-        self.client = None
-        self.closed = True
+    def abort(self) -> None:
+        """Close at once. The upstream notices it, so that the engine stops generating."""
+        self._receiver = self._head = None
+        self._state = UpstreamState.CLOSED
         self.transport.abort()
+
+    def close(self) -> None:
+        """Close after what has been written is sent."""
+        self._receiver = None
+        self._state = UpstreamState.CLOSED
+        self.transport.close()
 
     @property
     def between_chunks(self) -> bool:
-        """True while a chunked response stands where a chunk's size comes next."""
-        return self._head is not None and self._head.length == CHUNKED and self._chunks.between_chunks
+        """In a chunked response, and the next byte from the upstream is the first one of a chunk's size."""
+        head = self._head
+        return head is not None and head.length == CHUNKED and self._chunks.between_chunks
 
-    # The event loop calls these.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        client = self.client
-        if client is None:
-            # Bytes that nobody asked for: whatever they are, the next request's answer they are not.
-            self.closed = True
-            self.transport.abort()
-            return
-        if client.tunnel:
-            client.transport.write(data)
-            return
-        if self._head is not None:
-            self._body(client, self._head, data)
-            return
+        receiver = self._receiver
+        if receiver is None:
+            # Not the response to any request; it must not be taken for the next one's.
+            self.abort()
+        elif (head := self._head) is not None:
+            self._body(receiver, head, data)
+        elif self._tunnel is not None:
+            self._tunnel.from_upstream(data)
+        else:
+            self._head_data(receiver, data)
+
+    def _head_data(self, receiver: Receiver, data: bytes) -> None:
         received = perf_counter()
         try:
-            head, rest = self._read_head(client, data)
+            head, rest = self._read_head(receiver, data)
         except BadResponse as error:
-            self._broken(client, str(error))
+            self._malformed(receiver, str(error))
             return
         if head is None:
             return
-        if head.status == 101:
+        if self._tunnel is not None:
             if rest:
-                client.transport.write(rest)
+                self._tunnel.from_upstream(rest)
             return
         self._head = head
-        self._left = head.length
-        self._payload_only = client.response_started(head, received)
-        self._body(client, head, rest)
+        self._missing = head.length
+        self._state = UpstreamState.READING_BODY
+        self._payload_only = receiver.response_started(head, received)
+        self._body(receiver, head, rest)
 
-    def _read_head(self, client: ClientProtocol, data: bytes) -> tuple[ResponseHead | None, bytes]:
-        """The final head and what came after it; None while it is incomplete. Interim ones are handed on."""
+    def _read_head(self, receiver: Receiver, data: bytes) -> tuple[ResponseHead | None, bytes]:
+        """The final head and what follows it; None while it is incomplete. Interim responses are handed on."""
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
         while True:
             end = data.find(b"\r\n\r\n")
-            if end < 0 or end > MAX_HEAD:
-                if len(data) > MAX_HEAD:
+            if end < 0 or end > MAX_HEAD_BYTES:
+                if len(data) > MAX_HEAD_BYTES:
                     raise BadResponse("the response head is too long")
                 if data.count(b"\n") != data.count(b"\r\n"):
                     raise BadResponse("the response head contains LF alone")
                 self._buffer = data
                 return None, b""
-            head = parse_response(data[:end], to_head=client.head_request)
+            head = parse_response(data[:end], to_head=self._to_head)
             data = data[end + 4 :]
             if head.status >= 200:
                 return head, data
             if head.status == 101:
-                if not head.upgrade or not client.upgrade_wanted:
-                    raise BadResponse("the upstream switches protocols unasked")
-                client.upgraded(head)
+                if not head.upgrade or not self._may_upgrade:
+                    raise BadResponse("the upstream switches protocols without being asked to")
+                self._tunnel = receiver.switch_protocols(head)
+                self._state = UpstreamState.TUNNEL
                 return head, data
-            client.interim(head)
+            receiver.interim_response(head)
             if not data:
                 return None, b""
 
-    def _body(self, client: ClientProtocol, head: ResponseHead, data: bytes) -> None:
+    def _body(self, receiver: Receiver, head: ResponseHead, data: bytes) -> None:
         length = head.length
         if length >= 0:
             size = len(data)
-            if size < self._left:
-                self._left -= size
-                client.response_data(data)
+            if size < self._missing:
+                self._missing -= size
+                receiver.response_data(data)
             else:
-                excess = size > self._left
-                client.response_data(data[: self._left] if excess else data)
-                self._complete(client, reusable=head.keep_alive and not excess)
+                excess = size > self._missing
+                receiver.response_data(data[: self._missing] if excess else data)
+                self._complete(receiver, reusable=head.keep_alive and not excess)
         elif length == CHUNKED:
             out: list[bytes] | None = [] if self._payload_only else None
             try:
                 used = self._chunks.feed(data, out)
             except ValueError as error:
-                self._broken(client, str(error))
+                self._malformed(receiver, str(error))
                 return
             excess = 0 <= used < len(data)
             if out is not None:
-                client.response_data(b"".join(out))
+                receiver.response_data(b"".join(out))
             else:
-                client.response_data(data[:used] if excess else data)
+                receiver.response_data(data[:used] if excess else data)
             if used >= 0:
-                self._complete(client, reusable=head.keep_alive and not excess)
+                self._complete(receiver, reusable=head.keep_alive and not excess)
         else:
-            client.response_data(data)
+            receiver.response_data(data)
 
-    def _complete(self, client: ClientProtocol, *, reusable: bool) -> None:
-        if self.client is not client:
-            return  # the client's transport broke while it was written to
-        self.client = None
-        if reusable and client.body_done and not self.eof:
+    def _complete(self, receiver: Receiver, *, reusable: bool) -> None:
+        if self._receiver is not receiver:
+            return  # the client's connection failed while this was written to it
+        if reusable and receiver.request_complete and not self._eof:
+            self._receiver = None
+            self._head = None
+            self._state = UpstreamState.IDLE
             self.resume()
-            self.reused = True
-            self.pool.offer(self)
+            self._reused = True
+            self._owner.offer(self)
         else:
-            self.closed = True
-            self.transport.abort()
-        client.response_end()
+            self.abort()
+        receiver.response_end()
 
-    def _broken(self, client: ClientProtocol, reason: str) -> None:
-        self.abandon()
-        client.response_broken(f"the upstream's response is malformed: {reason}")
+    def _malformed(self, receiver: Receiver, reason: str) -> None:
+        self.abort()
+        receiver.response_failed(f"the upstream's response is malformed: {reason}")
 
     def pause_writing(self) -> None:
-        if self.client is not None:
-            self.client.hold()
+        if self._receiver is not None:
+            self._receiver.pause_request()
 
     def resume_writing(self) -> None:
-        if self.client is not None:
-            self.client.unhold()
+        if self._receiver is not None:
+            self._receiver.resume_request()
 
     def eof_received(self) -> bool:
-        self.eof = True
-        client = self.client
-        if client is None:
-            self.closed = True
-            return False
-        if client.tunnel:
-            client.tunnel_eof()
-            return not client.eof and self.transport.can_write_eof()
-        if self._head is not None and self._head.length == UNTIL_CLOSE:
-            self._complete(client, reusable=False)
+        self._eof = True
+        receiver = self._receiver
+        if receiver is None:
+            self._state = UpstreamState.CLOSED
+        elif self._tunnel is not None:
+            return self._tunnel.upstream_ended()
+        elif self._head is not None and self._head.length == UNTIL_CLOSE:
+            self._complete(receiver, reusable=False)
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.closed = True
-        self.pool.lost(self)
-        client, self.client = self.client, None
-        if client is None:
+        unanswered = self._state is UpstreamState.AWAITING_HEAD and not self._buffer
+        self._state = UpstreamState.CLOSED
+        self._owner.lost(self)
+        receiver, self._receiver = self._receiver, None
+        if receiver is None:
             return
-        if client.tunnel:
-            client.transport.close()
-        elif self._head is None and not self._buffer and self.reused and client.retry():
-            pass
-        else:
-            client.response_broken("the upstream closed the connection before its response was complete")
-
-
-class Pool:
-    """At most `limit` connections to one upstream; clients beyond that wait in order of arrival."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, origin: Origin, limit: int, context: ssl.SSLContext | None = None
-    ) -> None:
-        self._loop = loop
-        self._origin = origin
-        self._limit = limit
-        self._context = context
-        self._idle: deque[UpstreamProtocol] = deque()
-        """Oldest first; taken from the other end, so that what is not needed grows old and is closed."""
-        self._waiters: deque[ClientProtocol] = deque()
-        self._connecting: set[asyncio.Task[None]] = set()
-        self._open: set[UpstreamProtocol] = set()
-
-    @property
-    def size(self) -> int:
-        """Connections that are open or being opened."""
-        return len(self._open) + len(self._connecting)
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiters)
-
-    def acquire(self, client: ClientProtocol) -> UpstreamProtocol | None:
-        """A connection now, or None: then `client.upstream_ready` or `client.upstream_failed` is called later."""
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.closed and not connection.transport.is_closing():
-                return connection
-        self._waiters.append(client)
-        self._grow()
-        return None
-
-    def retry(self, client: ClientProtocol) -> None:
-        """A new connection, first in the queue. What lies idle is as old as the one that has just failed: drop it."""
-        while self._idle:
-            connection = self._idle.pop()
-            connection.closed = True
-            connection.transport.abort()
-        self._waiters.appendleft(client)
-        self._grow()
-
-    def cancel(self, client: ClientProtocol) -> None:
-        self._waiters.remove(client)
-
-    def offer(self, connection: UpstreamProtocol) -> None:
-        """A connection that can take a request: for who waits longest, else it lies idle."""
-        if connection.closed or connection.transport.is_closing():
-            return
-        if self._waiters:
-            self._waiters.popleft().upstream_ready(connection)
-        else:
-            connection.idle_since = self._loop.time()
-            self._idle.append(connection)
-
-    def lost(self, connection: UpstreamProtocol) -> None:
-        self._open.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-        self._grow()
-
-    def sweep(self, now: float) -> None:
-        """Close what has been idle for too long."""
-        while self._idle and now - self._idle[0].idle_since > IDLE_SECONDS:
-            connection = self._idle.popleft()
-            connection.closed = True
-            connection.transport.close()
-
-    def close(self) -> None:
-        for task in self._connecting:
-            task.cancel()
-        for connection in self._open:
-            connection.transport.abort()
-
-    def _grow(self) -> None:
-        while len(self._connecting) < len(self._waiters) and self.size < self._limit:
-            task = self._loop.create_task(self._connect())
-            self._connecting.add(task)
-
-    async def _connect(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        failure: OSError | None = None
-        origin = self._origin
-        connection = UpstreamProtocol(self)
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await self._loop.create_connection(
-                    lambda: connection,
-                    origin.host,
-                    origin.port,
-                    ssl=self._context,
-                    server_hostname=origin.host if self._context else None,
-                )
-        except OSError as error:  # TimeoutError and ssl.SSLError are OSErrors
-            failure = error
-        self._connecting.discard(task)
-        if failure is None and connection.closed:
-            failure = ConnectionResetError("closed as soon as it was open")
-        if failure is None:
-            self._open.add(connection)
-            self.offer(connection)
-        elif self._waiters:
-            self._waiters.popleft().upstream_failed(failure)
-            self._grow()
+        if self._tunnel is not None:
+            self._tunnel.client.close()
+        elif not (unanswered and self._reused and receiver.retry()):
+            receiver.response_failed("the upstream closed the connection before its response was complete")

@@ -1,4 +1,4 @@
-"""One relay: listens, relays to one upstream, drains."""
+"""One relay: accepts clients on one socket, relays to one upstream, and drains."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hemostat.relay.client_connection import ClientConnection
+from hemostat.relay.context import RelayContext
 from hemostat.relay.counters import Counters
 from hemostat.relay.hooks import Hook
-from hemostat.relay.http import Limits, parse_origin
-from hemostat.relay.server import ClientProtocol
-from hemostat.relay.upstream import Pool
+from hemostat.relay.http.origin import parse_origin
+from hemostat.relay.limits import Limits
+from hemostat.relay.pool import Pool
 
 if TYPE_CHECKING:
-    from hemostat.tracing import Tracing
+    from hemostat.tracing import Tracing  # an extra; imported only where it is used
 
 BACKLOG = 2048
 SWEEP_SECONDS = 1.0
 
 
 class Relay:
-    """Relays what clients send on a listening socket to `upstream_url`. To be made inside a running event loop.
+    """Relays what clients send on a listening socket to `upstream_url`. Create it inside a running event loop.
 
+    hook: may be replaced at any time; a request keeps the one that it began with.
     upstream_api_key: sent as a bearer token where the client sends no Authorization of its own.
     upstream_ca: PEM file of the authority that signed the upstream's certificate, for https.
-    upstream_max_connections: clients beyond it wait in order of arrival.
-    hook: may be assigned at any time; requests that have begun keep the one they began with.
-    tracing: makes a span of every generation. log_requests: one line of log for each.
-    Raises ValueError on an upstream_url that is not http(s)://host[:port], OSError on an unreadable upstream_ca.
+    upstream_max_connections: requests beyond it wait in order of arrival.
+    tracing: creates a span for every generation. log_requests: write a log record for each.
+    Raises ValueError if upstream_url is not http(s)://host[:port], OSError if upstream_ca cannot be read.
     """
 
     def __init__(
@@ -45,50 +47,67 @@ class Relay:
         tracing: Tracing | None = None,
         log_requests: bool = False,
     ) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.origin = parse_origin(upstream_url)
-        self.hook = hook
-        self.limits = limits or Limits()
+        self._loop = asyncio.get_running_loop()
+        origin = parse_origin(upstream_url)
+        context = ssl.create_default_context(cafile=upstream_ca) if origin.tls else None
+        self.pool = Pool(self._loop, origin, upstream_max_connections, context)
         self.counters = counters or Counters()
-        self.authorization = f"Authorization: Bearer {upstream_api_key}".encode() if upstream_api_key else None
-        context = ssl.create_default_context(cafile=upstream_ca) if self.origin.tls else None
-        self.pool = Pool(self.loop, self.origin, upstream_max_connections, context)
         self.tracing = tracing
-        self.log_requests = log_requests
-        self.clients: set[ClientProtocol] = set()
-        self.draining = False
+        self.clients: set[ClientConnection] = set()
+        self._context = RelayContext(
+            loop=self._loop,
+            origin=origin,
+            pool=self.pool,
+            limits=limits or Limits(),
+            counters=self.counters,
+            authorization=f"Authorization: Bearer {upstream_api_key}".encode() if upstream_api_key else None,
+            tracing=tracing,
+            log_requests=log_requests,
+            hook=hook,
+        )
         self._server: asyncio.Server | None = None
-        self._nobody = asyncio.Event()
+        self._no_clients = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
+
+    @property
+    def hook(self) -> Hook | None:
+        return self._context.hook
+
+    @hook.setter
+    def hook(self, hook: Hook | None) -> None:
+        self._context.hook = hook
 
     async def serve(self, sock: socket.socket) -> None:
         """Listen on a bound socket; returns at once."""
-        self._server = await self.loop.create_server(lambda: ClientProtocol(self), sock=sock, backlog=BACKLOG)
-        self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        self._server = await self._loop.create_server(self._new_client, sock=sock, backlog=BACKLOG)
+        self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
     @property
     def ready(self) -> bool:
-        """True while new connections are accepted."""
-        return self._server is not None and not self.draining
+        """New connections are accepted."""
+        return self._server is not None and not self._context.draining
 
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109  the caller's limit, not a cancellation
-        """Accept nothing more, let exchanges in flight end for up to `timeout` seconds; False if some did not."""
-        self.draining = True
+        """Accept no more connections, and wait up to `timeout` seconds for the requests in progress to end.
+
+        False if some have not ended.
+        """
+        self._context.draining = True
         if self._server is not None:
             self._server.close()
         for client in tuple(self.clients):
             client.drain()
-        self._nobody.clear()
+        self._no_clients.clear()
         if self.clients:
             try:
-                await asyncio.wait_for(self._nobody.wait(), timeout)
+                await asyncio.wait_for(self._no_clients.wait(), timeout)
             except TimeoutError:
                 return False
         return True
 
     async def close(self) -> None:
-        """Break off whatever is left."""
-        self.draining = True
+        """Abort all connections."""
+        self._context.draining = True
         if self._server is not None:
             self._server.close()
         if self._sweeper is not None:
@@ -98,15 +117,17 @@ class Relay:
         self.pool.close()
         await asyncio.sleep(0)
 
-    def gone(self, client: ClientProtocol) -> None:
-        """A client's connection is closed."""
+    def _new_client(self) -> ClientConnection:
+        return ClientConnection(self._context, self.clients.add, self._client_closed)
+
+    def _client_closed(self, client: ClientConnection) -> None:
         self.clients.discard(client)
         if not self.clients:
-            self._nobody.set()
+            self._no_clients.set()
 
     def _sweep(self) -> None:
-        now = self.loop.time()
+        now = self._loop.time()
         for client in tuple(self.clients):
             client.sweep(now)
         self.pool.sweep(now)
-        self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)

@@ -1,0 +1,344 @@
+"""One client's connection: its requests, one after the other.
+
+    READING_HEAD ─► READING_BODY ─► AWAITING_RESPONSE ─► READING_HEAD (keep-alive)
+         └──── no body, or all of it is here ──┘
+    AWAITING_RESPONSE ─► TUNNEL
+    every state ─► CLOSING
+
+An exchange is in progress in READING_BODY, AWAITING_RESPONSE and TUNNEL, and in no other state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from enum import Enum, auto
+from time import perf_counter
+from typing import cast
+
+from hemostat.openai import routes
+from hemostat.relay import counters
+from hemostat.relay.context import RelayContext
+from hemostat.relay.disconnect import DisconnectWatcher
+from hemostat.relay.exchange import MAX_READ_AHEAD_BYTES, Exchange
+from hemostat.relay.forwarding import ensure_request_id
+from hemostat.relay.http.errors import BadRequest, error_body, error_response
+from hemostat.relay.http.framing import RequestBodyReader
+from hemostat.relay.http.request import parse_request
+from hemostat.relay.tunnel import Tunnel
+
+LINGER_SECONDS = 1.0
+"""From the end of the last response to closing the connection, for the client to read it."""
+
+_RESET = struct.pack("ii", 1, 0)
+"""Value of SO_LINGER with which closing sends a reset."""
+
+
+class ConnectionState(Enum):
+    """What the next bytes from the client are."""
+
+    READING_HEAD = auto()
+    """The head of the next request. Its beginning may be in the buffer."""
+    READING_BODY = auto()
+    """The rest of the body of the present request."""
+    AWAITING_RESPONSE = auto()
+    """Pipelined requests, kept in the buffer until the response to the present one is complete."""
+    TUNNEL = auto()
+    """Bytes for the upstream: the protocol has been switched."""
+    CLOSING = auto()
+    """Discarded: the last response has been sent."""
+
+
+class ClientConnection(asyncio.Protocol):
+    """Owns what has been read from the client and not been used, and whether reading is paused."""
+
+    __slots__ = (
+        "_advancing",
+        "_body",
+        "_buffer",
+        "_context",
+        "_last_activity",
+        "_on_closed",
+        "_on_opened",
+        "_tunnel",
+        "_watcher",
+        "eof",
+        "exchange",
+        "reading_paused",
+        "state",
+        "transport",
+        "write_paused",
+    )
+
+    def __init__(
+        self,
+        context: RelayContext,
+        on_opened: Callable[[ClientConnection], None],
+        on_closed: Callable[[ClientConnection], None],
+    ) -> None:
+        self.state = ConnectionState.READING_HEAD
+        self.transport: asyncio.Transport = cast("asyncio.Transport", None)
+        self.exchange: Exchange | None = None
+        """The request in progress."""
+        self.reading_paused = False
+        self.write_paused = False
+        """The client does not read."""
+        self.eof = False
+        """The client has shut down its sending side, or is gone."""
+        self._context = context
+        self._on_opened = on_opened
+        self._on_closed = on_closed
+        self._buffer = b""
+        self._body: RequestBodyReader | None = None
+        """In READING_BODY."""
+        self._tunnel: Tunnel | None = None
+        """In TUNNEL."""
+        self._advancing = False
+        """`_advance` is running: it must not be entered again from an exchange that ends at once."""
+        self._last_activity = 0.0
+        """Event-loop time from which the client's time limits count."""
+        self._watcher: DisconnectWatcher | None = None
+
+    # Called by the event loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._last_activity = self._context.loop.time()
+        self._on_opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        state = self.state
+        if state is ConnectionState.READING_HEAD:
+            if not self._buffer:
+                self._last_activity = self._context.loop.time()
+                self._buffer = data
+            else:
+                self._buffer += data
+            if self.write_paused and len(self._buffer) > MAX_READ_AHEAD_BYTES:
+                self.pause_reading()
+            self._advance()
+        elif state is ConnectionState.READING_BODY:
+            self._last_activity = self._context.loop.time()
+            self._read_body(data)
+        elif state is ConnectionState.AWAITING_RESPONSE:
+            self._buffer += data
+            if len(self._buffer) > MAX_READ_AHEAD_BYTES:
+                self.pause_reading()
+        elif state is ConnectionState.TUNNEL:
+            assert self._tunnel is not None
+            self._tunnel.from_client(data)
+
+    def eof_received(self) -> bool:
+        self.eof = True
+        if self._tunnel is not None:
+            return self._tunnel.client_ended()
+        if self.state is not ConnectionState.AWAITING_RESPONSE:
+            return False
+        # Whether the client still waits for its response, or is gone, cannot be seen from this.
+        self._watch()
+        return True
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        if self.exchange is not None:
+            self.exchange.pause_response()
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        if self.exchange is not None:
+            self.exchange.resume_response()
+        elif self.state is ConnectionState.READING_HEAD:
+            self._advance()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.state = ConnectionState.CLOSING
+        self._on_closed(self)
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher = None
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            exchange.client_lost()
+
+    # Requests.
+
+    def _advance(self) -> None:
+        """Read requests from the buffer, one at a time, until one waits for its response or more has to be read."""
+        if self._advancing:
+            return
+        self._advancing = True
+        while self.state is ConnectionState.READING_HEAD and self._buffer and not self.write_paused:
+            if not self._read_head():
+                break
+        self._advancing = False
+        if self.state is ConnectionState.READING_HEAD:
+            if self.eof and not self.write_paused:
+                self.transport.close()
+            elif not self.write_paused:
+                self.resume_reading()
+        elif self.state is ConnectionState.READING_BODY and self.eof:
+            self.transport.close()  # the rest of this body will never arrive
+
+    def _read_head(self) -> bool:
+        """Begin the next request. False while its head is incomplete, or if nothing more is to be read."""
+        context = self._context
+        limits = context.limits
+        buffer = self._buffer
+        if buffer[:2] == b"\r\n":
+            # An empty line before a request is to be ignored (RFC 9112, 2.2).
+            self._buffer = buffer = buffer[2:]
+        end = buffer.find(b"\r\n\r\n")
+        if end < 0 or end > limits.head_bytes:
+            if len(buffer) > limits.head_bytes:
+                self._refuse(BadRequest(431, f"the request head is longer than {limits.head_bytes} bytes"))
+            elif buffer.count(b"\n") != buffer.count(b"\r\n"):
+                self._refuse(BadRequest(400, "the request head contains LF alone"))
+            return False
+        started = perf_counter()
+        try:
+            pairs: list[tuple[bytes, bytes]] | None = None if context.hook is None else []
+            request = parse_request(buffer[:end], limits.header_count, pairs)
+            if request.length > limits.body_bytes:
+                raise BadRequest(413, f"the body is longer than {limits.body_bytes} bytes")
+        except BadRequest as error:
+            self._refuse(error)
+            return False
+        self.exchange = exchange = Exchange(context, self, request, ensure_request_id(request), started)
+        length = request.length
+        rest = buffer[end + 4 :]
+        if 0 <= length <= len(rest):
+            self._buffer = rest[length:]
+            self.state = ConnectionState.AWAITING_RESPONSE
+            exchange.start(pairs, rest[:length], complete=True, more_read=False)
+        else:
+            self._buffer = b""
+            self._body = RequestBodyReader(length, limits.body_bytes)
+            self.state = ConnectionState.READING_BODY
+            self.resume_reading()
+            exchange.start(pairs, b"", complete=False, more_read=bool(rest))
+            if rest and self.state is ConnectionState.READING_BODY:
+                self._read_body(rest)
+        return self.state is not ConnectionState.CLOSING
+
+    def _read_body(self, data: bytes) -> None:
+        """More of the present request's body, and possibly what follows it."""
+        exchange, body = self.exchange, self._body
+        assert exchange is not None
+        assert body is not None
+        started = perf_counter()
+        try:
+            pieces, rest = body.feed(data)
+        except BadRequest as error:
+            exchange.fail_request(error)
+            return
+        if body.complete:
+            self._body = None
+            self._buffer = rest
+            self.state = ConnectionState.AWAITING_RESPONSE
+        exchange.request_data(pieces, complete=body.complete, started=started)
+
+    # Called by the exchange.
+
+    @property
+    def last_request(self) -> bool:
+        return self._context.draining or (self.eof and not self._buffer)
+
+    def exchange_ended(self, *, keep_alive: bool) -> None:
+        self.exchange = None
+        if not keep_alive:
+            self._linger()
+            return
+        self.state = ConnectionState.READING_HEAD
+        self._last_activity = self._context.loop.time()
+        if self._context.draining and not self._buffer:
+            self.transport.close()
+        elif self._buffer or self.reading_paused or self.eof:
+            self._advance()
+
+    def exchange_broken(self, *, reset: bool) -> None:
+        self.exchange = None
+        self.state = ConnectionState.CLOSING
+        if reset:
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def tunnel_opened(self, tunnel: Tunnel) -> None:
+        self.state = ConnectionState.TUNNEL
+        self._tunnel = tunnel
+        if self._buffer:
+            tunnel.from_client(self._buffer)
+            self._buffer = b""
+        self.resume_reading()
+        if self.eof:
+            tunnel.client_ended()
+
+    def pause_reading(self) -> None:
+        if not self.reading_paused and not self.eof and not self.transport.is_closing():
+            self.reading_paused = True
+            self.transport.pause_reading()
+            self._watch()
+
+    def resume_reading(self) -> None:
+        if self.reading_paused:
+            self.reading_paused = False
+            if not self.eof and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    # The end of the connection.
+
+    def _refuse(self, error: BadRequest) -> None:
+        """The request cannot be parsed, so what follows it cannot be either."""
+        self._context.counters.request(routes.OTHER, counters.REFUSED)
+        body = error_body(error.status, error.message, error.code)
+        self.transport.write(error_response(error.status, body, connection=b"Connection: close\r\n"))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close, but let the client read first: closing while there is unread input would reset the connection."""
+        self.state = ConnectionState.CLOSING
+        self._buffer = b""
+        if self.eof or self.transport.is_closing():
+            self.transport.close()
+            return
+        self.resume_reading()
+        self.transport.write_eof()
+        self._context.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _watch(self) -> None:
+        """Nothing is read from here on, so that the event loop does not see the client disconnect."""
+        if self._watcher is None:
+            self._watcher = DisconnectWatcher(self._context.loop, self)
+        self._watcher.start()
+
+    @property
+    def unread(self) -> bool:
+        """See `disconnect.Watched`."""
+        return self.state is not ConnectionState.CLOSING and (self.eof or self.reading_paused)
+
+    def probe(self) -> bool:
+        """See `disconnect.Watched`."""
+        return self.exchange is not None and self.exchange.probe()
+
+    def sweep(self, now: float) -> None:
+        """Enforce the time limits. Called about once a second; now: event-loop time."""
+        limits = self._context.limits
+        waited = now - self._last_activity
+        if self.exchange is not None:
+            self.exchange.release_held_head(now)
+        if self.state is ConnectionState.READING_HEAD:
+            if self._buffer and waited > limits.head_seconds and not self.write_paused:
+                self._refuse(BadRequest(408, f"the request head took more than {limits.head_seconds:g} s"))
+            elif not self._buffer and waited > limits.idle_seconds:
+                self.transport.close()
+        elif self.state is ConnectionState.READING_BODY and not self.reading_paused and waited > limits.body_seconds:
+            assert self.exchange is not None
+            self.exchange.fail_request(BadRequest(408, f"no byte of the body for {limits.body_seconds:g} s"))
+
+    def drain(self) -> None:
+        """Close as soon as no request is in progress."""
+        if self.state is ConnectionState.READING_HEAD and not self._buffer:
+            self.transport.close()

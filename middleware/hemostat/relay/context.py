@@ -1,0 +1,35 @@
+"""What all connections of one relay share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hemostat.relay.counters import Counters
+from hemostat.relay.hooks import Hook
+from hemostat.relay.http.origin import Origin
+from hemostat.relay.limits import Limits
+from hemostat.relay.pool import Pool
+
+if TYPE_CHECKING:
+    from hemostat.tracing import Tracing  # an extra; imported only where it is used
+
+
+@dataclass(slots=True)
+class RelayContext:
+    """Composed by the relay; its connections and exchanges read it."""
+
+    loop: asyncio.AbstractEventLoop
+    origin: Origin
+    pool: Pool
+    limits: Limits
+    counters: Counters
+    authorization: bytes | None
+    """Field line that is sent upstream where the client sends no Authorization of its own."""
+    tracing: Tracing | None
+    log_requests: bool
+    hook: Hook | None
+    """May be replaced at any time; a request keeps the one that it began with."""
+    draining: bool = False
+    """No further requests: connections are closed as soon as they have no request in progress."""

@@ -1,0 +1,571 @@
+"""One request and its response, between a client's connection and an upstream's; see `exchange_state` for its states.
+
+The client's connection calls `start`, `request_data`, `fail_request` and `client_lost`; the pool and the upstream's
+connection call the methods of `upstream.Receiver`. What the exchange needs of the client's connection is `ClientSide`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+from typing import Protocol
+
+from hemostat.openai import routes
+from hemostat.relay import counters
+from hemostat.relay.context import RelayContext
+from hemostat.relay.exchange_state import TRANSITIONS, ExchangeState
+from hemostat.relay.fail_open import FailOpenHook
+from hemostat.relay.forwarding import upstream_head
+from hemostat.relay.generation import GenerationReport
+from hemostat.relay.hooks import Headers, Refusal, Rewrite
+from hemostat.relay.http.errors import BadRequest, error_body, error_response
+from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
+from hemostat.relay.http.request import CONTINUE, SAFE_METHODS, RequestHead
+from hemostat.relay.http.response import ResponseHead
+from hemostat.relay.outcomes import OutcomeObserver
+from hemostat.relay.response_framing import BodyMode, choose_mode, frame_head
+from hemostat.relay.tunnel import Tunnel
+from hemostat.relay.upstream import UpstreamConnection
+
+MAX_READ_AHEAD_BYTES = 64 * 1024
+"""Bytes taken from a client beyond the request in progress, or while that waits for an upstream connection."""
+MAX_HEAD_HOLD_SECONDS = 3.0
+"""How long a response's head is held back for the hook (checked once a second). vLLM reports in the first event of a
+stream that it refuses the request; until then the response can still be replaced."""
+
+_EXPECT = frozenset((b"expect",))
+
+# Globals, because they are looked up for every piece of a response.
+_CHUNKED = BodyMode.CHUNKED
+_COLLECTED = BodyMode.COLLECTED
+
+
+class ClientSide(Protocol):
+    """The client's connection, as the exchange sees it."""
+
+    transport: asyncio.Transport
+
+    @property
+    def write_paused(self) -> bool:
+        """The client does not read: take nothing more from the upstream."""
+
+    @property
+    def last_request(self) -> bool:
+        """No request can follow the present one."""
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the client for now."""
+
+    def resume_reading(self) -> None: ...
+
+    def tunnel_opened(self, tunnel: Tunnel) -> None:
+        """The protocol has been switched: from here on, bytes pass through the tunnel."""
+
+    def exchange_ended(self, *, keep_alive: bool) -> None:
+        """The response has been written. keep_alive: the next request may follow."""
+
+    def exchange_broken(self, *, reset: bool) -> None:
+        """The response cannot be completed: close at once. reset: by a reset, since a close would look like its end."""
+
+
+class Exchange:
+    """One request and its response. Owns their state, the request until it is sent, and the held-back response."""
+
+    __slots__ = (
+        "_client",
+        "_collected",
+        "_context",
+        "_held_head",
+        "_held_since",
+        "_hook",
+        "_keep_alive",
+        "_mode",
+        "_observer",
+        "_original",
+        "_overhead",
+        "_probed",
+        "_received",
+        "_report",
+        "_request",
+        "_request_id",
+        "_response",
+        "_retried",
+        "_route",
+        "_sent",
+        "_started",
+        "_transport",
+        "_unsent",
+        "request_complete",
+        "state",
+        "unsent_bytes",
+        "upstream",
+    )
+
+    def __init__(
+        self, context: RelayContext, client: ClientSide, request: RequestHead, request_id: str, started: float
+    ) -> None:
+        """started: when the request's head had been received (perf_counter)."""
+        self.state = ExchangeState.STARTING
+        self.request_complete = False
+        """The client has sent the whole request."""
+        self.upstream: UpstreamConnection | None = None
+        self.unsent_bytes = 0
+        """Bytes in `_unsent`."""
+        self._context = context
+        self._client = client
+        self._transport = client.transport
+        self._request = request
+        self._request_id = request_id
+        target = request.target
+        query = target.find(b"?")
+        self._route = routes.LABELS.get(target if query < 0 else target[:query], routes.OTHER)
+        self._started = started
+        self._report: GenerationReport | None = None
+        """Only for a generation."""
+        self._observer: OutcomeObserver | None = None
+        """The report's, held here because it is used for every piece of a response."""
+        self._hook: FailOpenHook | None = None
+        # The request.
+        self._unsent: list[bytes] = []
+        """COLLECTING: pieces of the body. QUEUED: what is sent first when there is a connection."""
+        self._sent: bytes | None = None
+        """The whole request as it went upstream, if it was sent at once."""
+        self._original: tuple[list[bytes], int, bytes] | None = None
+        """Header lines, framing index and body as the client sent them, if a hook has rewritten the request and no byte
+        of the response has gone to the client."""
+        self._retried = False
+        self._keep_alive = request.keep_alive
+        """The client's connection stays open after the response."""
+        # The response.
+        self._response: ResponseHead | None = None
+        self._mode = BodyMode.RAW
+        self._held_head = b""
+        """HEAD_HELD: the response's head as it goes to the client; empty with BodyMode.COLLECTED."""
+        self._held_since = 0.0
+        """Event-loop time at which it was held back."""
+        self._received = 0.0
+        """When the bytes were read that release the head (perf_counter)."""
+        self._collected: list[bytes] = []
+        """The response's body, with BodyMode.COLLECTED."""
+        self._overhead = 0.0
+        """Seconds in the relay so far, see `Counters.observe_overhead`; while QUEUED, minus the time it began."""
+        self._probed = False
+
+    def _enter(self, state: ExchangeState) -> None:
+        assert state in TRANSITIONS[self.state], f"no transition from {self.state} to {state}"
+        self.state = state
+
+    # The request, from the client's connection.
+
+    def start(self, pairs: list[tuple[bytes, bytes]] | None, body: bytes, *, complete: bool, more_read: bool) -> None:
+        """Ask the hook, then begin to send the request upstream.
+
+        pairs: all fields as the client sent them; None without a hook. body: the whole body, if `complete`; otherwise
+        it follows by `request_data`. more_read: the client has sent some of it already.
+        """
+        request = self._request
+        self.request_complete = complete
+        if self._route in routes.SCORED and request.method == b"POST":
+            self._report = report = GenerationReport(self._context, self._route, self._request_id, self._started)
+            self._observer = report.observer
+            report.start_span(request, pairs)
+        if pairs is not None and self._ask_hook(pairs):
+            if self._hook is None:
+                return  # refused
+            self._enter(ExchangeState.COLLECTING)
+            if request.expect:
+                # The upstream cannot ask for the body, because it gets nothing before the body is whole.
+                request.expect = False
+                request.drop(_EXPECT)
+                if not complete and not more_read:
+                    self._transport.write(CONTINUE)
+            if complete:
+                self._observe_request(body)
+                self._unsent.append(body)
+                self._ask_hook_about_body()
+            return
+        payload = self._upstream_head()
+        if complete:
+            payload += body
+            self._observe_request(body)
+            self._sent = payload
+        self._dispatch(payload, self._started)
+
+    def request_data(self, pieces: list[bytes], *, complete: bool, started: float) -> None:
+        """More of the request's body, without its framing.
+
+        complete: it is the last. started: when it was received (perf_counter).
+        """
+        self.request_complete = complete
+        if self._observer is not None:
+            self._observer.feed_request(b"".join(pieces))
+        if self.state is ExchangeState.COLLECTING:
+            assert self._hook is not None
+            self._unsent += pieces
+            self.unsent_bytes += sum(map(len, pieces))
+            if complete or self.unsent_bytes > self._hook.body_limit:
+                self._ask_hook_about_body()
+            return
+        if self._request.length == CHUNKED:
+            pieces = [chunk(piece) for piece in pieces]
+            if complete:
+                pieces.append(LAST_CHUNK)
+        self._forward(b"".join(pieces), started)
+
+    def fail_request(self, error: BadRequest) -> None:
+        """The rest of the request is malformed, too long or overdue."""
+        self._leave_upstream()
+        if self.state is ExchangeState.STREAMING:
+            self._finish(counters.REFUSED)
+            self._client.exchange_broken(reset=False)
+        else:
+            self._respond(error.status, error_body(error.status, error.message, error.code), counters.REFUSED)
+
+    def _observe_request(self, body: bytes) -> None:
+        if body and self._observer is not None:
+            self._observer.feed_request(body)
+
+    def _upstream_head(self) -> bytes:
+        context = self._context
+        return upstream_head(self._request, context.origin, context.authorization)
+
+    def _ask_hook(self, pairs: Headers) -> bool:
+        """True if the hook wants to see the request (`_hook` is set), or has refused it (the exchange is over)."""
+        context, request = self._context, self._request
+        assert context.hook is not None
+        try:
+            answer = context.hook.begin(request.method.decode("ascii"), request.target, pairs, self._request_id)
+        except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
+            context.counters.hook_raised()
+            return False
+        if answer is None:
+            return False
+        if isinstance(answer, Refusal):
+            self._respond(answer.status, answer.body, counters.REFUSED)
+        else:
+            self._hook = FailOpenHook(answer, context.counters.hook_raised)
+        return True
+
+    def _ask_hook_about_body(self) -> None:
+        """The body is complete, or longer than the hook's limit: ask the hook what goes upstream."""
+        started = perf_counter()
+        request, hook = self._request, self._hook
+        assert hook is not None
+        body = b"".join(self._unsent)
+        self._unsent = []
+        self.unsent_bytes = 0
+        verdict = hook.request(body if self.request_complete and len(body) <= hook.body_limit else None)
+        if isinstance(verdict, Refusal):
+            self._respond(verdict.status, verdict.body, counters.REFUSED)
+            return
+        if isinstance(verdict, Rewrite):
+            self._original = (list(request.lines), request.framing, body)
+            body = verdict.body
+            if verdict.drop_headers:
+                request.drop(verdict.drop_headers)
+            request.framing = set_length(request.lines, request.framing, len(body))
+        elif request.length == CHUNKED:
+            body = chunk(body) + (LAST_CHUNK if self.request_complete else b"")
+        payload = self._upstream_head() + body
+        if self.request_complete:
+            self._sent = payload
+        self._dispatch(payload, started)
+
+    def _dispatch(self, payload: bytes, started: float) -> None:
+        """Send the beginning of a request upstream: now, or when there is a connection."""
+        connection = self._context.pool.acquire(self)
+        if connection is None:
+            self._enter(ExchangeState.QUEUED)
+            self._unsent.append(payload)
+            self.unsent_bytes = len(payload)
+            self._overhead = -started
+            return
+        self._send_on(connection, payload)
+        self._overhead = perf_counter() - started
+
+    def _send_on(self, connection: UpstreamConnection, payload: bytes) -> None:
+        self._enter(ExchangeState.FORWARDED)
+        request = self._request
+        self.upstream = connection
+        connection.assign(
+            self,
+            to_head=request.method == b"HEAD",
+            may_upgrade=request.upgrade,
+            paused=self._client.write_paused,
+        )
+        connection.transport.write(payload)
+
+    def _forward(self, data: bytes, started: float) -> None:
+        """Send more of a body upstream."""
+        if self.upstream is not None:
+            self.upstream.transport.write(data)
+            if self.request_complete:
+                self._overhead = perf_counter() - started
+        elif self.state is ExchangeState.QUEUED:
+            self._unsent.append(data)
+            self.unsent_bytes += len(data)
+            if self.request_complete:
+                self._overhead = -started
+            elif self.unsent_bytes > MAX_READ_AHEAD_BYTES:
+                self._client.pause_reading()
+
+    # From the pool.
+
+    def connection_ready(self, connection: UpstreamConnection) -> None:
+        payload = b"".join(self._unsent)
+        self._unsent = []
+        self.unsent_bytes = 0
+        self._send_on(connection, payload)
+        self._overhead += perf_counter()
+        if not self.request_complete:
+            self._client.resume_reading()
+
+    def connection_failed(self, error: OSError) -> None:
+        self.response_failed(f"the upstream cannot be reached ({error.strerror or type(error).__name__})")
+
+    # From the upstream's connection.
+
+    def retry(self) -> bool:
+        """Send the request once more on a new connection, if that has no side effect: the method is safe, and the whole
+        request is still here."""
+        if self._sent is None or self._retried or self._request.method not in SAFE_METHODS:
+            return False
+        self._retried = True
+        self.upstream = None
+        self._enter(ExchangeState.QUEUED)
+        self._unsent = [self._sent]
+        self.unsent_bytes = len(self._sent)
+        self._overhead = -perf_counter()
+        self._context.pool.retry(self)
+        return True
+
+    def pause_request(self) -> None:
+        self._client.pause_reading()
+
+    def resume_request(self) -> None:
+        self._client.resume_reading()
+
+    def interim_response(self, head: ResponseHead) -> None:
+        """Forwarded, except to clients of HTTP/1.0, which do not know interim responses."""
+        request = self._request
+        if request.minor == 0 or (head.status == 100 and not request.expect):
+            return
+        self._transport.write(b"\r\n".join((head.status_line, *head.lines, b"", b"")))
+
+    def switch_protocols(self, head: ResponseHead) -> Tunnel:
+        assert self.upstream is not None
+        self._enter(ExchangeState.TUNNEL)
+        head.lines.append(b"Connection: Upgrade")
+        self._transport.write(b"\r\n".join((head.status_line, *head.lines, b"", b"")))
+        tunnel = Tunnel(self._transport, self.upstream.transport)
+        self._client.tunnel_opened(tunnel)
+        return tunnel
+
+    def response_started(self, head: ResponseHead, received: float) -> bool:
+        self._enter(ExchangeState.HEAD_HELD)
+        request, hook = self._request, self._hook
+        http11 = request.minor == 1
+        self._response = head
+        self._received = received
+        close = not self._keep_alive or not self.request_complete or self._client.last_request
+        if self._report is not None:
+            self._report.begin_response(head)
+        if hook is not None and hook.response_head(head):
+            hook.transforming = request.method != b"HEAD" and head.status not in {204, 304}
+        self._mode = mode = choose_mode(head.length, http11=http11, transformed=hook is not None and hook.transforming)
+        self._keep_alive = not frame_head(head, mode, http11=http11, close=close)
+        if mode is not _COLLECTED:
+            self._held_head = b"\r\n".join((head.status_line, *head.lines, b"", b""))
+            self._held_since = self._context.loop.time()
+        return mode is not BodyMode.RAW
+
+    def response_data(self, data: bytes) -> None:
+        mode = self._mode
+        if mode is _COLLECTED:
+            self._collected.append(data)
+            return
+        hook = self._hook
+        if hook is not None and hook.transforming:
+            if data:
+                data = hook.response_data(data)
+            if not data and self._original is not None:
+                self._received = perf_counter()
+                return  # the hook may still want to replay
+        if self._observer is not None:
+            self._observer.feed_response(data)
+        if mode is _CHUNKED:
+            data = chunk(data)
+        if self._held_head:
+            self._send_head(data)
+        elif data:
+            self._transport.write(data)
+
+    def response_end(self) -> None:
+        self.upstream = None
+        if not (self._end_collected() if self._mode is _COLLECTED else self._end_streamed()):
+            return
+        head = self._response
+        assert head is not None
+        self._context.counters.observe_overhead(self._overhead)
+        status = head.status
+        keep_alive = self._keep_alive and self.request_complete
+        self._finish(
+            counters.OK if status < 400 else counters.CLIENT_ERROR if status < 500 else counters.SERVER_ERROR,
+            complete=True,
+        )
+        self._client.exchange_ended(keep_alive=keep_alive)
+
+    def _end_collected(self) -> bool:
+        """Send the response, its body whole; False if the request is sent again instead."""
+        started = perf_counter()
+        head, hook = self._response, self._hook
+        assert head is not None
+        body = b"".join(self._collected)
+        self._collected = []
+        if hook is not None and hook.transforming:
+            transformed = hook.response_data(body)
+            if self._replay():
+                return False
+            if hook.transforming:
+                transformed += hook.response_end()
+            if hook.transforming:
+                body = transformed
+        if self._observer is not None:
+            self._observer.feed_response(body)
+        set_length(head.lines, head.framing, len(body))
+        self._transport.write(b"\r\n".join((head.status_line, *head.lines, b"", body)))
+        self._overhead += perf_counter() - started
+        return True
+
+    def _end_streamed(self) -> bool:
+        """Send the end of the response; False if the request is sent again instead."""
+        if self._held_head and self._replay():
+            return False
+        tail = b""
+        if self._hook is not None and self._hook.transforming:
+            tail = self._hook.response_end()
+            if self._observer is not None:
+                self._observer.feed_response(tail)
+        if self._mode is _CHUNKED:
+            tail = chunk(tail) + LAST_CHUNK
+        if self._held_head:
+            self._send_head(tail)
+        elif tail:
+            self._transport.write(tail)
+        return True
+
+    def response_failed(self, reason: str) -> None:
+        """Answer with 502, or close the client's connection where the response's head has been sent already."""
+        self.upstream = None
+        if self.state is not ExchangeState.STREAMING:
+            self._respond(502, error_body(502, reason, "upstream_failed"), counters.UPSTREAM_FAILED)
+            return
+        self._finish(counters.UPSTREAM_FAILED)
+        self._client.exchange_broken(reset=self._mode is BodyMode.UNTIL_CLOSE)
+
+    # The held-back head.
+
+    def release_held_head(self, now: float) -> None:
+        """Send the head, if it has been held back for too long. now: event-loop time."""
+        if self._held_head and now - self._held_since > MAX_HEAD_HOLD_SECONDS:
+            self._send_head(b"")
+
+    def _send_head(self, data: bytes) -> None:
+        """Send the head, with the first bytes of the body in their framing."""
+        self._enter(ExchangeState.STREAMING)
+        self._transport.write(self._held_head + data)
+        self._held_head = b""
+        self._original = None
+        self._overhead += perf_counter() - self._received
+
+    def _replay(self) -> bool:
+        """Ask the hook whether to discard the response that is now complete, and to send the client's own request."""
+        original, self._original = self._original, None
+        hook, request = self._hook, self._request
+        if original is None or hook is None or not hook.transforming or not hook.replay():
+            return False
+        started = perf_counter()
+        request.lines, request.framing, body = original
+        self._keep_alive = request.keep_alive
+        self._response = None
+        self._held_head = b""
+        self._mode = BodyMode.RAW
+        hook.transforming = False
+        if request.length == CHUNKED:
+            body = chunk(body) + LAST_CHUNK
+        self._sent = payload = self._upstream_head() + body
+        self._dispatch(payload, started)
+        return True
+
+    # The client, and the end.
+
+    def pause_response(self) -> None:
+        """The client does not read fast enough."""
+        if self.upstream is not None:
+            self.upstream.pause()
+
+    def resume_response(self) -> None:
+        if self.upstream is not None:
+            self.upstream.resume()
+
+    def probe(self) -> bool:
+        """Send bytes without a meaning to a client that has shut down its sending side, to find out whether it is gone.
+
+        Before the response's head an interim response is sent, before a chunk's size a zero; elsewhere nothing can be.
+        False if the client has been probed before.
+        """
+        if self._probed:
+            return False
+        data = b""
+        if self._request.minor == 0 or self.state is ExchangeState.TUNNEL:
+            pass
+        elif self.state is not ExchangeState.STREAMING:
+            data = CONTINUE
+        elif self._mode is BodyMode.CHUNKED or (
+            self._mode is BodyMode.RAW and self.upstream is not None and self.upstream.between_chunks
+        ):
+            data = b"0"
+        if data:
+            self._probed = True
+            self._transport.write(data)
+        return True
+
+    def client_lost(self) -> None:
+        """The client's connection is closed."""
+        if self.state is ExchangeState.TUNNEL:
+            assert self.upstream is not None
+            self.upstream.close()
+            self._finish(counters.OK)
+            return
+        self._leave_upstream()
+        self._finish(counters.CLIENT_GONE)
+
+    def _leave_upstream(self) -> None:
+        """Stop waiting for a connection, or close the one whose response is no longer wanted."""
+        if self.state is ExchangeState.QUEUED:
+            self._context.pool.cancel(self)
+        upstream, self.upstream = self.upstream, None
+        if upstream is not None:
+            upstream.abort()
+
+    def _respond(self, status: int, body: bytes, outcome: str) -> None:
+        """Answer the request with a response of the relay's own."""
+        request = self._request
+        keep = self._keep_alive and self.request_complete and not self._client.last_request
+        connection = b"" if keep and request.minor else b"Connection: %b\r\n" % (b"keep-alive" if keep else b"close")
+        bodyless = request.method == b"HEAD"
+        self._transport.write(error_response(status, body, connection=connection, bodyless=bodyless))
+        self._finish(outcome)
+        self._client.exchange_ended(keep_alive=keep)
+
+    def _finish(self, outcome: str, *, complete: bool = False) -> None:
+        """Count and report the exchange. complete: the whole response has been sent."""
+        self._enter(ExchangeState.DONE)
+        self._context.counters.request(self._route, outcome)
+        hook = self._hook
+        if self._report is not None:
+            arm = "none" if hook is None else hook.arm
+            status = 0 if self._response is None else self._response.status
+            self._report.finish(arm, status, outcome, complete=complete)
+        if hook is not None:
+            hook.closed(complete=complete)

@@ -1,0 +1,62 @@
+"""The states of an exchange: one request and its response.
+
+                 ┌─────────────────── the hook refuses ──────────────────┐
+    STARTING ────┤                                                       ▼
+                 ├─► COLLECTING ─┬─► QUEUED ─► FORWARDED ─► HEAD_HELD ─► STREAMING ─► DONE
+                 └───────────────┘   ▲  ▲          │  │         │
+                                     │  └─ retry ──┘  └─► TUNNEL ─► DONE
+                                     └────── replay ────────────┘
+
+QUEUED is left out where the pool has an idle connection. Every state can end in DONE: an end that fails or leaves.
+
+Invariants:
+- The exchange is in the pool's queue exactly while it is QUEUED.
+- It has an upstream connection exactly while it is FORWARDED, HEAD_HELD, STREAMING or in a TUNNEL. (In HEAD_HELD and
+  STREAMING the connection is given back as soon as the response is complete, immediately before the next transition.)
+- Before STREAMING no byte of a final response has gone to the client: until then, the relay can still answer with an
+  error of its own, send the request again (retry) or replace the response (replay).
+- `Exchange.request_complete` (the request's body has been read to its end) is independent of the state: an upstream may
+  respond before it has read the whole request.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+
+class ExchangeState(Enum):
+    """Where an exchange stands."""
+
+    __hash__ = object.__hash__  # members are singletons; the hash of Enum is slow, and used for every transition
+
+    STARTING = auto()
+    """The head of the request has been read; nothing has been done with it."""
+    COLLECTING = auto()
+    """The request's body is collected, because the hook wants to see it whole."""
+    QUEUED = auto()
+    """Waits for a connection to the upstream; what has been read of the request is kept until then."""
+    FORWARDED = auto()
+    """The upstream has the request, as far as it has been read; its final response head is outstanding."""
+    HEAD_HELD = auto()
+    """The final response head has arrived, and is held back: until the first bytes of the body, until the hook releases
+    some, or (`BodyMode.COLLECTED`) until the body is complete."""
+    STREAMING = auto()
+    """The response's head has been sent to the client; its body follows."""
+    TUNNEL = auto()
+    """The protocol has been switched (WebSocket): bytes are passed in both directions."""
+    DONE = auto()
+    """Counted and closed; nothing more happens."""
+
+
+_S = ExchangeState
+TRANSITIONS: dict[ExchangeState, frozenset[ExchangeState]] = {
+    _S.STARTING: frozenset({_S.COLLECTING, _S.QUEUED, _S.FORWARDED, _S.DONE}),
+    _S.COLLECTING: frozenset({_S.QUEUED, _S.FORWARDED, _S.DONE}),
+    _S.QUEUED: frozenset({_S.FORWARDED, _S.DONE}),
+    _S.FORWARDED: frozenset({_S.QUEUED, _S.HEAD_HELD, _S.TUNNEL, _S.DONE}),
+    _S.HEAD_HELD: frozenset({_S.QUEUED, _S.FORWARDED, _S.STREAMING, _S.DONE}),
+    _S.STREAMING: frozenset({_S.DONE}),
+    _S.TUNNEL: frozenset({_S.DONE}),
+    _S.DONE: frozenset(),
+}
+"""From each state, the states that may follow it."""

@@ -1,0 +1,117 @@
+"""What is reported of one generation: its outcome in the counters, its trace span, and its line in the request log.
+
+Neither the span nor the log contains a prompt or an output. Errors here are counted and never affect the request.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from hemostat import logs
+from hemostat.relay import counters, outcomes
+from hemostat.relay.context import RelayContext
+from hemostat.relay.http.fields import split_fields
+from hemostat.relay.http.request import RequestHead
+from hemostat.relay.http.response import ResponseHead
+from hemostat.relay.outcomes import OutcomeObserver, ResponseOutcome
+
+if TYPE_CHECKING:
+    from hemostat.tracing import RequestSpan  # an extra; imported only where it is used
+
+_TRACE_FIELDS = frozenset((b"traceparent", b"tracestate"))
+
+request_log = logging.getLogger(logs.REQUEST)
+
+
+class GenerationReport:
+    """Reports one generation. Owns its span."""
+
+    __slots__ = ("_context", "_request_id", "_route", "_span", "_started", "observer")
+
+    def __init__(self, context: RelayContext, route: str, request_id: str, started: float) -> None:
+        """started: when the request's head was complete (perf_counter)."""
+        self.observer = OutcomeObserver()
+        self._context = context
+        self._route = route
+        self._request_id = request_id
+        self._started = started
+        self._span: RequestSpan | None = None
+
+    def start_span(self, request: RequestHead, pairs: list[tuple[bytes, bytes]] | None) -> None:
+        """Start the request's span and make it the parent of the upstream's, in `request` and `pairs`.
+
+        pairs: the fields as the hook sees them.
+        """
+        tracing = self._context.tracing
+        if tracing is None:
+            return
+        received = {name.lower().decode(): value.decode("latin-1") for name, value in split_fields(request.lines)}
+        try:
+            self._span = tracing.start_request(self._route, received, self._request_id)
+            headers = self._span.upstream_headers()
+        except Exception:  # noqa: BLE001  an error in tracing must not affect the request
+            self._context.counters.add(outcomes.UNTRACED, ())
+            return
+        request.drop(_TRACE_FIELDS)
+        request.traceparent = True
+        added = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        request.lines += [b"%b: %b" % field for field in added]
+        if pairs is not None:
+            pairs[:] = [pair for pair in pairs if pair[0].lower() not in _TRACE_FIELDS] + added
+
+    def begin_response(self, head: ResponseHead) -> None:
+        """The response can be evaluated only if it is not an error and not compressed."""
+        received = {name.lower(): value for name, value in split_fields(head.lines)}
+        if head.status != 200 or received.get(b"content-encoding", b"identity") != b"identity":
+            self.observer.disabled = True
+        else:
+            stream = received.get(b"content-type", b"").startswith(b"text/event-stream")
+            self.observer.begin_response(stream=stream)
+
+    def finish(self, arm: str, status: int, outcome: str, *, complete: bool) -> None:
+        """The exchange has ended.
+
+        status: of the response, 0 without one. outcome: of `counters`. complete: the whole response was sent.
+        """
+        context = self._context
+        ended = ResponseOutcome()
+        try:
+            if complete and outcome is counters.OK:
+                ended = self.observer.finish(arm, context.counters.add)
+        except Exception:  # noqa: BLE001  an error in the evaluation must not affect the connection
+            context.counters.add(outcomes.UNJUDGED, ())
+        try:
+            if context.log_requests:
+                self._log(ended, arm, status, outcome)
+            if self._span is not None:
+                self._span.end(
+                    status=status,
+                    outcome=outcome,
+                    error=outcome != counters.OK,
+                    attributes={
+                        "gen_ai.request.model": self.observer.model,
+                        "gen_ai.response.finish_reasons": ended.finish_reasons or None,
+                        "gen_ai.usage.output_tokens": ended.output_tokens,
+                        "hemostat.arm": arm,
+                    },
+                )
+        except Exception:  # noqa: BLE001  an error in tracing or logging must not affect the connection
+            context.counters.add(outcomes.UNTRACED, ())
+
+    def _log(self, ended: ResponseOutcome, arm: str, status: int, outcome: str) -> None:
+        request_log.info(
+            "request",
+            extra={
+                "request_id": self._request_id,
+                "route": self._route,
+                "status": status,
+                "outcome": outcome,
+                "arm": arm,
+                "finish_reasons": list(ended.finish_reasons),
+                "output_tokens": ended.output_tokens,
+                "seconds": round(perf_counter() - self._started, 6),
+                **({} if self._span is None else self._span.log_fields()),
+            },
+        )

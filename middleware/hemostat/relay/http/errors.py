@@ -1,0 +1,56 @@
+"""Protocol errors, by whose fault they are, and the error responses that the relay itself sends.
+
+BadRequest   the client's fault: it gets an error response, and its connection is closed
+BadResponse  the upstream's fault: the client gets a 502
+"""
+
+from __future__ import annotations
+
+import json
+
+
+class BadRequest(Exception):
+    """The client's fault: answer with `status`, and close the connection."""
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+
+
+class BadResponse(Exception):
+    """The upstream's fault."""
+
+
+_REASONS = {
+    400: b"Bad Request",
+    408: b"Request Timeout",
+    413: b"Content Too Large",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+    505: b"HTTP Version Not Supported",
+}
+
+
+def error_body(status: int, message: str, code: str | None = None) -> bytes:
+    """JSON in OpenAI's error shape."""
+    kind = "invalid_request_error" if status < 500 else "api_error"
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+
+
+def error_response(status: int, body: bytes, *, connection: bytes = b"", bodyless: bool = False) -> bytes:
+    """A response of the relay's own.
+
+    connection: a whole field line with its CRLF, or b"". bodyless: it answers a HEAD request.
+    """
+    head = b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n" % (
+        status,
+        _REASONS.get(status, b"Error"),
+        len(body),
+        connection,
+    )
+    return head if bodyless else head + body

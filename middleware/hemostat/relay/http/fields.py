@@ -1,0 +1,77 @@
+"""Header fields: their syntax, which of them an intermediary has to interpret, and which it must not forward."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from hemostat.relay.hooks import Headers
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+_token = re.compile(TOKEN + rb"+").fullmatch
+
+LINE_BYTES = b"\t" + bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
+"""The bytes that a line of a head may contain: HTAB, printable ASCII, obs-text. Without them, only line ends remain."""
+
+HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
+"""Fields that concern one connection only. `proxy-*` and the fields that Connection names are recognised separately."""
+_INTERPRETED = HOP_BY_HOP | {
+    b"authorization",
+    b"content-length",
+    b"expect",
+    b"host",
+    b"traceparent",
+    b"x-request-id",
+}
+# Connection must not remove these: they say where the message ends and whom it is for.
+_NOT_REMOVABLE = frozenset((b"content-length", b"host"))
+
+_MAX_CACHED_NAMES = 1024
+# Field names seen so far, as sent -> what `classify` returns. Bounded; field names are not secret.
+_names: dict[bytes, bytes] = {}
+cached_class = _names.get
+"""The class of a field name that has been seen before, else None; see `classify`."""
+
+
+def classify(name: bytes) -> bytes:
+    """The class of a field name, which is then cached.
+
+    The name in lower case if it is one that the parsers interpret; `proxy` and `x-hemostat` for every name with that
+    prefix; b"" for all others, which are forwarded unchanged. ValueError if the name is not a token.
+    """
+    if _token(name) is None:
+        raise ValueError
+    lower = name.lower()
+    if lower.startswith(b"proxy-"):
+        special = b"proxy"
+    elif lower.startswith(b"x-hemostat-"):
+        special = b"x-hemostat"
+    else:
+        special = lower if lower in _INTERPRETED else b""
+    if len(_names) < _MAX_CACHED_NAMES:
+        _names[name] = special
+    return special
+
+
+def connection_options(value: bytes) -> set[bytes]:
+    """What a Connection field names, in lower case, without the fields that it must not remove."""
+    return {option.strip(b" \t") for option in value.lower().split(b",")} - _NOT_REMOVABLE
+
+
+def drop_fields(lines: list[bytes], framing: int, names: Collection[bytes]) -> tuple[list[bytes], int]:
+    """The lines without the fields that have these lower-case names, and the new index of the framing field.
+
+    framing: the index of the field that frames the body, which is always kept, or -1.
+    """
+    kept_line = lines[framing] if framing >= 0 else None
+    kept = [line for line in lines if line is kept_line or line.partition(b":")[0].lower() not in names]
+    return kept, kept.index(kept_line) if kept_line is not None else -1
+
+
+def split_fields(lines: list[bytes]) -> Headers:
+    """Field lines as (name, value), in order."""
+    out = []
+    for line in lines:
+        name, _, value = line.partition(b":")
+        out.append((name, value.strip(b" \t")))
+    return out

@@ -1,0 +1,168 @@
+"""Where a body ends: Content-Length, the chunked coding, or the end of the connection (RFC 9112, 6 and 7)."""
+
+from __future__ import annotations
+
+import re
+
+from hemostat.relay.http.errors import BadRequest
+from hemostat.relay.http.fields import TOKEN
+
+CHUNKED = -1
+"""`length` of a body in the chunked coding."""
+UNTIL_CLOSE = -2
+"""`length` of a response body that ends with the connection."""
+
+CHUNKED_LINE = b"Transfer-Encoding: chunked"
+LAST_CHUNK = b"0\r\n\r\n"
+
+MAX_CHUNK_LINE_BYTES = 4096
+MAX_TRAILER_BYTES = 16 * 1024
+
+_chunk_line = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n").fullmatch
+_trailer_line = re.compile(TOKEN + rb"+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n").fullmatch
+
+
+def parse_length(value: bytes) -> int:
+    """The value of Content-Length; ValueError unless it consists of digits and has a plausible size."""
+    if not value.isdigit() or len(value) > 18:
+        raise ValueError
+    return int(value)
+
+
+def set_length(lines: list[bytes], framing: int, length: int) -> int:
+    """Give `lines` a Content-Length, and return its index.
+
+    It replaces the framing field, keeping the case of its name; without one (framing -1) it is appended.
+    """
+    if framing < 0:
+        lines.append(b"Content-Length: %d" % length)
+        return len(lines) - 1
+    name = lines[framing].partition(b":")[0]
+    lines[framing] = (b"Content-Length" if name.lower() != b"content-length" else name) + b": %d" % length
+    return framing
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk; b"" stays b"", since an empty chunk would end the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+class ChunkedReader:
+    """Parses the chunked coding, split at any byte.
+
+    Strict: CRLF only, sizes in hexadecimal, extensions and trailers of bounded size.
+    """
+
+    __slots__ = ("_left", "_line", "_trailers")
+
+    def __init__(self) -> None:
+        self._line = b""
+        """The beginning of an incomplete size line or trailer."""
+        self._left = 0
+        """Bytes of the current chunk that are missing, its CRLF included."""
+        self._trailers = -1
+        """Bytes of trailers so far, -1 before the last chunk."""
+
+    @property
+    def between_chunks(self) -> bool:
+        """True where the next byte is the first one of a chunk's size, so that a leading zero changes nothing."""
+        return not self._left and not self._line and self._trailers < 0
+
+    def feed(self, data: bytes, out: list[bytes] | None) -> int:
+        """Append the payload in `data` to `out` (None: the payload is not needed).
+
+        Returns -1 while the body is incomplete; when it is complete, how many bytes of `data` belong to it, and the
+        reader is ready for the next body. ValueError on a malformed body.
+        """
+        pos, end = 0, len(data)
+        while pos < end:
+            left = self._left
+            if left >= 2 and pos + left <= end:
+                stop = pos + left
+                if not data.startswith(b"\r\n", stop - 2):
+                    raise ValueError("a chunk is longer than it says")
+                if out is not None and left > 2:
+                    out.append(data[pos : stop - 2])
+                self._left = 0
+                pos = stop
+                continue
+            if left > 2:
+                take = min(left - 2, end - pos)
+                if out is not None:
+                    out.append(data[pos : pos + take])
+                pos += take
+                self._left = left = left - take
+                if pos == end:
+                    return -1
+            while left and pos < end:
+                if data[pos] != (13 if left == 2 else 10):
+                    raise ValueError("a chunk is longer than it says")
+                pos += 1
+                self._left = left = left - 1
+            if left or pos == end:
+                return -1
+            newline = data.find(b"\n", pos)
+            if newline < 0:
+                self._line += data[pos:]
+                if len(self._line) > MAX_CHUNK_LINE_BYTES:
+                    raise ValueError("a chunk's size line or a trailer is too long")
+                return -1
+            line = data[pos : newline + 1]
+            if self._line:
+                line = self._line + line
+                self._line = b""
+            if len(line) > MAX_CHUNK_LINE_BYTES:
+                raise ValueError("a chunk's size line or a trailer is too long")
+            pos = newline + 1
+            if self._trailers < 0:
+                match = _chunk_line(line)
+                if match is None:
+                    raise ValueError("a chunk's size is malformed")
+                size = int(match[1], 16)
+                if size:
+                    self._left = size + 2
+                else:
+                    self._trailers = 0
+            elif line == b"\r\n":
+                self._trailers = -1
+                return pos
+            else:
+                self._trailers += len(line)
+                if _trailer_line(line) is None or self._trailers > MAX_TRAILER_BYTES:
+                    raise ValueError("the trailers are malformed or too long")
+        return -1
+
+
+class RequestBodyReader:
+    """Finds the end of one request's body in what the client sends, and enforces the limit on its size."""
+
+    __slots__ = ("_chunks", "_limit", "_missing", "_size", "complete")
+
+    def __init__(self, length: int, limit: int) -> None:
+        """length: of the request's head. limit: the most bytes of payload."""
+        self._chunks = ChunkedReader() if length == CHUNKED else None
+        self._missing = length
+        """Bytes that are missing, with Content-Length."""
+        self._size = 0
+        """Bytes of payload so far, in the chunked coding."""
+        self._limit = limit
+        self.complete = False
+
+    def feed(self, data: bytes) -> tuple[list[bytes], bytes]:
+        """The pieces of payload in `data`, and the bytes after the end of the body. BadRequest says what is wrong."""
+        if self._chunks is None:
+            if len(data) < self._missing:
+                self._missing -= len(data)
+                return [data], b""
+            self.complete = True
+            return [data[: self._missing]], data[self._missing :]
+        pieces: list[bytes] = []
+        try:
+            used = self._chunks.feed(data, pieces)
+        except ValueError as error:
+            raise BadRequest(400, f"the body is malformed: {error}") from error
+        self._size += sum(map(len, pieces))
+        if self._size > self._limit:
+            raise BadRequest(413, f"the body is longer than {self._limit} bytes")
+        self.complete = used >= 0
+        return pieces, data[used:] if self.complete else b""

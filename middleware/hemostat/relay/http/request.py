@@ -1,0 +1,196 @@
+"""Request heads: parsing and checking."""
+
+from __future__ import annotations
+
+import re
+
+from hemostat.relay.http.errors import BadRequest
+from hemostat.relay.http.fields import LINE_BYTES, TOKEN, cached_class, classify, connection_options, drop_fields
+from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE, parse_length
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+SAFE_METHODS = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
+"""Methods without side effects, so that a request may be sent twice (RFC 9110, 9.2.1)."""
+
+_request_line = re.compile(rb"(" + TOKEN + rb"{1,64}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])").fullmatch
+_other_version = re.compile(TOKEN + rb"+ [^ ]+ HTTP/(?!1\.[01])[0-9](?:\.[0-9])?").fullmatch
+_host = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+;=:\[\]%]*").fullmatch
+_absolute = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE).fullmatch
+
+
+class RequestHead:
+    """A request's head, checked."""
+
+    __slots__ = (
+        "authorization",
+        "expect",
+        "framing",
+        "keep_alive",
+        "length",
+        "lines",
+        "method",
+        "minor",
+        "request_id",
+        "target",
+        "traceparent",
+        "upgrade",
+    )
+
+    def __init__(self, method: bytes, target: bytes, minor: int) -> None:
+        self.method = method
+        self.target = target
+        self.minor = minor
+        """Minor version of HTTP/1: 0 or 1."""
+        self.lines: list[bytes] = []
+        """The fields that are forwarded, unchanged."""
+        self.length = 0
+        """Bytes of body, or CHUNKED."""
+        self.framing = -1
+        """Index in `lines` of the field that frames the body, -1 without one."""
+        self.keep_alive = minor == 1
+        self.expect = False
+        """The client waits for `100 Continue` before it sends the body."""
+        self.upgrade = False
+        """The client wants to switch to WebSocket."""
+        self.authorization = False
+        """There is an Authorization field."""
+        self.request_id: bytes | None = None
+        """The first X-Request-Id."""
+        self.traceparent = False
+        """There is a traceparent field."""
+
+    def drop(self, names: frozenset[bytes]) -> None:
+        """Remove fields by their lower-case names; the framing field stays."""
+        self.lines, self.framing = drop_fields(self.lines, self.framing, names)
+
+
+def parse_request(head: bytes, max_headers: int, pairs: list[tuple[bytes, bytes]] | None = None) -> RequestHead:
+    """Check a head (given without its closing empty line) and select the fields to forward.
+
+    pairs: every field is appended to it, as (name, value). BadRequest says what is wrong.
+    """
+    lines = head.split(b"\r\n")
+    breaks = len(lines) - 1
+    if head.translate(None, LINE_BYTES) != b"\r\n" * breaks:
+        raise BadRequest(400, "the request head contains a control character, or CR or LF alone")
+    match = _request_line(lines[0])
+    if match is None:
+        if _other_version(lines[0]):
+            raise BadRequest(505, "only HTTP/1.0 and HTTP/1.1 are supported")
+        raise BadRequest(400, "the request line is malformed")
+    if breaks > max_headers:
+        raise BadRequest(431, f"more than {max_headers} header fields")
+    method, target, minor = match.groups()
+    request = RequestHead(method, target, 1 if minor == b"1" else 0)
+    kept = request.lines
+    options: set[bytes] | None = None
+    hosts = 0
+    host_at = -1
+    coded = sized = upgrades = False
+    del lines[0]
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        special = cached_class(name)
+        if special is None:
+            try:
+                special = classify(name)
+            except ValueError:
+                raise BadRequest(400, "a header field name is malformed, or a field is folded") from None
+        if not colon:
+            raise BadRequest(400, "a header field lacks its colon")
+        if pairs is not None:
+            value = value.strip(b" \t")
+            pairs.append((name, value))
+        if not special:
+            kept.append(line)
+            continue
+        value = value.strip(b" \t")
+        if special == b"host":
+            hosts += 1
+            if _host(value) is None:
+                raise BadRequest(400, "Host is malformed")
+            host_at = len(kept)
+            kept.append(line)
+        elif special == b"content-length":
+            if sized:
+                raise BadRequest(400, "Content-Length is given twice")
+            sized = True
+            try:
+                request.length = parse_length(value)
+            except ValueError:
+                raise BadRequest(400, "Content-Length is not a number") from None
+            request.framing = len(kept)
+            kept.append(line)
+        elif special == b"transfer-encoding":
+            if coded or value.lower() != b"chunked" or request.minor == 0:
+                raise BadRequest(400, "Transfer-Encoding must be `chunked`, once, in HTTP/1.1")
+            coded = True
+            request.length = CHUNKED
+            request.framing = len(kept)
+            kept.append(CHUNKED_LINE)
+        elif special == b"connection":
+            if value != b"keep-alive" or request.minor == 0:
+                options = connection_options(value) if options is None else options | connection_options(value)
+        elif special == b"upgrade":
+            upgrades = upgrades or value.lower() == b"websocket"
+        elif special == b"expect":
+            # It has no meaning in HTTP/1.0, but the upstream might wait for it.
+            if value.lower() == b"100-continue":
+                request.expect = request.minor == 1
+                if not request.expect:
+                    continue
+            kept.append(line)
+        elif special == b"authorization":
+            request.authorization = True
+            kept.append(line)
+        elif special == b"x-request-id":
+            if request.request_id is None:
+                request.request_id = value
+            kept.append(line)
+        elif special == b"traceparent":
+            request.traceparent = True
+            kept.append(line)
+    if sized and coded:
+        raise BadRequest(400, "both Content-Length and Transfer-Encoding are given")
+    if hosts > 1 or (hosts == 0 and request.minor == 1):
+        raise BadRequest(400, "exactly one Host is needed")
+    if options is not None:
+        if b"close" in options:
+            request.keep_alive = False
+        elif request.minor == 0:
+            request.keep_alive = b"keep-alive" in options
+        # Only WebSocket: an upgrade to h2c would bypass every rule in this file.
+        request.upgrade = (
+            upgrades and b"upgrade" in options and request.minor == 1 and request.length == 0 and method == b"GET"
+        )
+        if options - {b"close", b"keep-alive", b"upgrade", b"te"}:
+            _drop_connection_fields(request, options)
+            host_at = next((i for i, line in enumerate(request.lines) if line[:5].lower() == b"host:"), -1)
+    if target[:1] != b"/":
+        _to_origin_form(request, host_at)
+    return request
+
+
+def _drop_connection_fields(request: RequestHead, options: set[bytes]) -> None:
+    """Remove the fields that Connection names."""
+    if request.request_id is not None and b"x-request-id" in options:
+        request.request_id = None
+    request.traceparent = request.traceparent and b"traceparent" not in options
+    request.authorization = request.authorization and b"authorization" not in options
+    request.expect = request.expect and b"expect" not in options
+    request.lines, request.framing = drop_fields(request.lines, request.framing, options)
+
+
+def _to_origin_form(request: RequestHead, host_at: int) -> None:
+    """Convert a target in absolute form to origin form; its authority replaces Host (RFC 9112, 3.2.2)."""
+    if request.method == b"CONNECT":
+        raise BadRequest(501, "CONNECT is for forward proxies")
+    if request.target == b"*" and request.method == b"OPTIONS":
+        return
+    match = _absolute(request.target)
+    if match is None or _host(match[1]) is None:
+        raise BadRequest(400, "the request target is malformed")
+    rest = match[2]
+    request.target = rest if rest[:1] == b"/" else b"/" + rest
+    if host_at >= 0:
+        request.lines[host_at] = b"Host: " + match[1]

@@ -1,0 +1,113 @@
+"""Response heads: parsing and checking."""
+
+from __future__ import annotations
+
+import re
+
+from hemostat.relay.http.errors import BadResponse
+from hemostat.relay.http.fields import (
+    HOP_BY_HOP,
+    LINE_BYTES,
+    cached_class,
+    classify,
+    connection_options,
+    drop_fields,
+)
+from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE, UNTIL_CLOSE, parse_length
+
+_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?").fullmatch
+
+
+class ResponseHead:
+    """A response's head, checked."""
+
+    __slots__ = ("framing", "keep_alive", "length", "lines", "minor", "status", "status_line", "upgrade")
+
+    def __init__(self, status_line: bytes, status: int, minor: int) -> None:
+        self.status_line = status_line
+        self.status = status
+        self.minor = minor
+        """Minor version of HTTP/1: 0 or 1."""
+        self.lines: list[bytes] = []
+        """The fields that are forwarded, unchanged."""
+        self.length = UNTIL_CLOSE
+        """Bytes of body (to HEAD and for 304: 0, whatever Content-Length says), CHUNKED or UNTIL_CLOSE."""
+        self.framing = -1
+        """Index in `lines` of the field that frames the body, -1 without one."""
+        self.keep_alive = minor == 1
+        self.upgrade = False
+        """A 101 response has the field Upgrade."""
+
+
+def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
+    """Check a head (given without its closing empty line) and select the fields to forward.
+
+    to_head: it is the response to a HEAD request. BadResponse says what is wrong.
+    """
+    lines = head.split(b"\r\n")
+    breaks = len(lines) - 1
+    if head.translate(None, LINE_BYTES) != b"\r\n" * breaks:
+        raise BadResponse("the response head contains a control character, or CR or LF alone")
+    match = _status_line(lines[0])
+    if match is None:
+        raise BadResponse("the status line is malformed")
+    status = int(match[2])
+    response = ResponseHead(lines[0], status, 1 if match[1] == b"1" else 0)
+    if response.minor == 0:
+        response.status_line = b"HTTP/1.1" + lines[0][8:]
+    kept = response.lines
+    options: set[bytes] | None = None
+    coded = sized = False
+    del lines[0]
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        special = cached_class(name)
+        if special is None:
+            try:
+                special = classify(name)
+            except ValueError:
+                raise BadResponse("a header field name is malformed, or a field is folded") from None
+        if not colon:
+            raise BadResponse("a header field lacks its colon")
+        if not special:
+            kept.append(line)
+        elif special == b"content-length":
+            if sized:
+                raise BadResponse("Content-Length is given twice")
+            sized = True
+            try:
+                response.length = parse_length(value.strip(b" \t"))
+            except ValueError:
+                raise BadResponse("Content-Length is not a number") from None
+            response.framing = len(kept)
+            kept.append(line)
+        elif special == b"transfer-encoding":
+            if coded or value.strip(b" \t").lower() != b"chunked" or response.minor == 0:
+                raise BadResponse("Transfer-Encoding is not `chunked`")
+            coded = True
+            response.length = CHUNKED
+            response.framing = len(kept)
+            kept.append(CHUNKED_LINE)
+        elif special == b"connection":
+            if value != b" keep-alive":
+                options = connection_options(value) if options is None else options | connection_options(value)
+        elif special == b"upgrade":
+            if status == 101:
+                kept.append(line)
+                response.upgrade = True
+        elif special not in HOP_BY_HOP and special != b"proxy":
+            kept.append(line)
+    if sized and coded:
+        raise BadResponse("both Content-Length and Transfer-Encoding are given")
+    if options is not None:
+        if b"close" in options:
+            response.keep_alive = False
+        if options - {b"close", b"keep-alive", b"upgrade"}:
+            response.lines, response.framing = drop_fields(kept, response.framing, options - {b"upgrade"})
+            kept = response.lines
+    if status < 200 or status in {204, 304} or to_head:
+        if coded and not to_head:
+            del kept[response.framing]
+            response.framing = -1
+        response.length = 0
+    return response

@@ -1,0 +1,130 @@
+"""A bounded pool of connections to the upstream server."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+
+from hemostat.relay.http.origin import Origin
+from hemostat.relay.upstream import Receiver, UpstreamConnection
+
+CONNECT_SECONDS = 10.0
+IDLE_SECONDS = 4.0
+"""Idle connections are closed before uvicorn closes them (after 5 s in vLLM), so that a request is seldom sent on one
+that is being closed."""
+
+
+class Pool:
+    """At most `limit` connections to one upstream; requests beyond that wait in order of arrival.
+
+    context: for TLS.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, origin: Origin, limit: int, context: ssl.SSLContext | None = None
+    ) -> None:
+        self._loop = loop
+        self._origin = origin
+        self._limit = limit
+        self._context = context
+        self._idle: deque[UpstreamConnection] = deque()
+        """Oldest first. Connections are taken from the other end, so that those that are not needed expire."""
+        self._waiters: deque[Receiver] = deque()
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._open: set[UpstreamConnection] = set()
+
+    @property
+    def size(self) -> int:
+        """Connections that are open or being opened."""
+        return len(self._open) + len(self._connecting)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a connection."""
+        return len(self._waiters)
+
+    def acquire(self, receiver: Receiver) -> UpstreamConnection | None:
+        """A connection now; or None, and `connection_ready` or `connection_failed` is called later."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
+        self._waiters.append(receiver)
+        self._grow()
+        return None
+
+    def retry(self, receiver: Receiver) -> None:
+        """Wait for a new connection, first in the queue.
+
+        Idle connections are as old as the one that has just failed, so they are closed.
+        """
+        while self._idle:
+            self._idle.pop().abort()
+        self._waiters.appendleft(receiver)
+        self._grow()
+
+    def cancel(self, receiver: Receiver) -> None:
+        """The receiver no longer waits."""
+        self._waiters.remove(receiver)
+
+    def offer(self, connection: UpstreamConnection) -> None:
+        """Give a connection that can take a request to the request that has waited longest, else keep it idle."""
+        if not connection.usable:
+            return
+        if self._waiters:
+            self._waiters.popleft().connection_ready(connection)
+        else:
+            connection.idle_since = self._loop.time()
+            self._idle.append(connection)
+
+    def lost(self, connection: UpstreamConnection) -> None:
+        """A connection is closed."""
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._grow()
+
+    def sweep(self, now: float) -> None:
+        """Close connections that have been idle for too long. now: event-loop time."""
+        while self._idle and now - self._idle[0].idle_since > IDLE_SECONDS:
+            self._idle.popleft().close()
+
+    def close(self) -> None:
+        """Close all connections at once."""
+        for task in self._connecting:
+            task.cancel()
+        for connection in self._open:
+            connection.transport.abort()
+
+    def _grow(self) -> None:
+        while len(self._connecting) < len(self._waiters) and self.size < self._limit:
+            task = self._loop.create_task(self._connect())
+            self._connecting.add(task)
+
+    async def _connect(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        failure: OSError | None = None
+        origin = self._origin
+        connection = UpstreamConnection(self)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._loop.create_connection(
+                    lambda: connection,
+                    origin.host,
+                    origin.port,
+                    ssl=self._context,
+                    server_hostname=origin.host if self._context else None,
+                )
+        except OSError as error:  # TimeoutError and ssl.SSLError are OSErrors
+            failure = error
+        self._connecting.discard(task)
+        if failure is None and connection.closed:
+            failure = ConnectionResetError("closed immediately after it was opened")
+        if failure is None:
+            self._open.add(connection)
+            self.offer(connection)
+        elif self._waiters:
+            self._waiters.popleft().connection_failed(failure)
+            self._grow()

@@ -1,0 +1,56 @@
+"""How a response's body is framed for the client."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from hemostat.relay.http.framing import CHUNKED, CHUNKED_LINE
+from hemostat.relay.http.response import ResponseHead
+
+MAX_COLLECTED_BYTES = 16 * 1024 * 1024
+"""A response with Content-Length that the hook transforms is collected up to this size; a longer one is chunked."""
+
+
+class BodyMode(Enum):
+    """What happens to the response's body."""
+
+    RAW = auto()
+    """Forwarded unchanged, with its framing."""
+    CHUNKED = auto()
+    """Sent in the chunked coding."""
+    UNTIL_CLOSE = auto()
+    """Sent without framing; it ends with the client's connection."""
+    COLLECTED = auto()
+    """Collected to its end, then sent with a Content-Length."""
+
+
+def choose_mode(length: int, *, http11: bool, transformed: bool) -> BodyMode:
+    """length: of the response's head. http11: the client's version. transformed: a hook changes the body."""
+    if transformed:
+        if 0 <= length <= MAX_COLLECTED_BYTES:
+            return BodyMode.COLLECTED
+    elif length >= 0 or (length == CHUNKED and http11):
+        return BodyMode.RAW
+    return BodyMode.CHUNKED if http11 else BodyMode.UNTIL_CLOSE
+
+
+def frame_head(head: ResponseHead, mode: BodyMode, *, http11: bool, close: bool) -> bool:
+    """Make the head's fields agree with the mode. Returns whether the client's connection is closed at the end.
+
+    close: it is to be closed anyway.
+    """
+    lines = head.lines
+    coded = head.framing >= 0 and lines[head.framing] == CHUNKED_LINE
+    if mode is BodyMode.CHUNKED and not coded:
+        if head.framing >= 0:
+            lines[head.framing] = CHUNKED_LINE
+        else:
+            lines.append(CHUNKED_LINE)
+    elif head.framing >= 0 and (mode is BodyMode.UNTIL_CLOSE or (coded and not http11)):
+        del lines[head.framing]
+    close = close or mode is BodyMode.UNTIL_CLOSE
+    if close:
+        lines.append(b"Connection: close")
+    elif not http11:
+        lines.append(b"Connection: keep-alive")
+    return close
