@@ -1,14 +1,14 @@
 """The one error tree of the core.
 
 HemostatError
-├── InvalidRecordError      what a model or a proxy said is not a record (the data's fault)
-├── InvalidProfileError     bytes that are not a profile, or a profile made for something else (the file's fault)
+├── InvalidRecordError      a record breaks an invariant (the data's fault)
+├── InvalidProfileError     bytes that are not a profile, or a profile for another vocabulary (the file's fault)
 └── InvalidArgumentError    a caller passed the wrong shape, dtype or range (the caller's fault)
 """
 
 
 class HemostatError(Exception):
-    """Base of every error that Hemostat raises on purpose; its text says what is wrong and what to do."""
+    """Base of every error that Hemostat raises on purpose; its message says what is wrong and what to do."""
 
 
 class InvalidRecordError(HemostatError):
@@ -20,7 +20,7 @@ class InvalidRecordError(HemostatError):
 
 
 class InvalidProfileError(HemostatError):
-    """A calibration profile is malformed, tampered with, or made for another vocabulary."""
+    """A calibration profile is malformed, altered, or made for another vocabulary."""
 
 
 class InvalidArgumentError(HemostatError, ValueError):

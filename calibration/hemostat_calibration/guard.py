@@ -1,11 +1,12 @@
-"""May this profile serve? Held-out evidence in, promote, hold or roll back out.
+"""Decides from held-out evidence whether a profile may serve: promote, hold or roll back.
 
-Evidence is one number a request: the mean over its tokens of the gain (nats) of the profile over what serves without
-it, known as an interval; the end that speaks against the profile counts for it, the other one against it. Requests
-must be of the held-out side of the split, each counted once in a test.
+Evidence is one number for each request: the mean over its tokens of the gain (nats) of the profile over what serves
+without it, known as an interval. As evidence for the profile its lower end counts, as evidence against it the upper
+end. Requests must be of the held-out side of the split, each counted once in a test.
 
 - A candidate is promoted when an always-valid lower bound of its mean gain is above 0.
-- A serving profile is watched in windows of so many requests, so that old merit does not hide a change. It is rolled
+- A serving profile is watched in windows of so many requests, so that an earlier gain does not hide a change. It is
+rolled
   back for *harm* as soon as an always-valid upper bound of its mean gain in the window is below 0, and as *no longer
   supported* at the window's end, unless by then a lower bound has been above 0 at some request of it.
 
@@ -17,15 +18,14 @@ Which errors are bounded, whatever the gains' distribution, as long as none is b
   whose mean gain is at least 0 is at most alpha.
 - Staying: a profile whose mean gain is at most 0 throughout a window outlasts it with a chance of at most alpha, each
   window anew (it stays for j windows with at most alpha^j).
-- Being taken back though it helps is not bounded by alpha but by the window's length. To show a mean gain of g takes
+- Rolling back a profile that helps is not bounded by alpha but by the window's length. To show a mean gain of g takes
   about (width/g)(log(1/alpha) + 0.5) requests, a little more where gains spread; a window of `WINDOWS_PER_PROOF` times
-  what the promotion took leaves room for luck. Simulated with a spread of 2.5 times the mean between requests: a
+  what the promotion took leaves room for chance. Simulated with a spread of 2.5 times the mean between requests: a
   profile that goes on as it was when promoted outlasts more than 99 of 100 windows, one that has lost half of its
   gain more than 95, one that has lost two thirds 80.
 
-The price of a wide range is not to be bargained down: a loss of `width` once in n requests cannot be excluded by fewer
-than n of them, so every valid bound, this one included, needs in the order of width/gain requests. A smaller clamp is
-what makes proofs shorter.
+A wide range has a cost that no method avoids: a loss of `width` once in n requests cannot be excluded by fewer than n
+of them, so every valid bound needs in the order of width/gain requests. A smaller clamp makes proofs shorter.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.sequential import LowerSequence
 
 WINDOWS_PER_PROOF = 4
-"""A window is this many times as long as the proof of the profile took."""
-SHORTEST_WINDOW = 200
+"""Length of a window, as a multiple of the number of requests that the promotion took."""
+MIN_WINDOW = 200
 DEFAULT_WINDOW = 1000
-"""Requests, for a profile that serves without a proof (the operator's word)."""
+"""Requests, for a profile that the operator selected without statistical proof."""
 
 
 class Action(StrEnum):
     WAIT = "wait"
-    """A candidate without enough evidence."""
+    """A candidate without enough evidence yet."""
     PROMOTE = "promote"
     HOLD = "hold"
-    """A serving profile that nothing speaks against."""
+    """A serving profile that no evidence is against."""
     ROLL_BACK = "roll_back"
 
 
 class Reason(StrEnum):
-    """Why a serving profile is to be rolled back."""
+    """Why a serving profile is rolled back."""
 
     HARM = "harm"
     UNSUPPORTED = "unsupported"
@@ -68,7 +68,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a decision stands on. Gains in nats per token, averaged over requests.
+    """The evidence of a decision. Gains in nats per token, averaged over requests.
 
     requests, tokens: held-out ones since this test (for a serving profile: this window) began.
     mean_gain: of the end that counts against the action (lower for a candidate, upper for a serving profile); NaN
@@ -93,7 +93,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """reason: of a roll back, else None."""
+    """What to do with the profile `name`. reason: of a roll back, else None."""
 
     action: Action
     name: str
@@ -103,7 +103,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class RunningTest:
-    """One running test. merit: of the lower ends of the gains. harm: of the negated upper ends, for a serving profile.
+    """One running test. merit: bound of the mean of the gains' lower ends. harm: of the negated upper ends, for a
+    serving
+    profile.
 
     window: 0 for a candidate.
     """
@@ -120,7 +122,7 @@ class RunningTest:
 
 @dataclass(frozen=True, slots=True)
 class GuardState:
-    """alpha: each error's share over the whole run. tests: how many of each kind were begun."""
+    """All tests. alpha: probability of each kind of error over the whole run. tests: number of each kind that began."""
 
     alpha: float
     tests: Mapping[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, 0))
@@ -242,7 +244,7 @@ def window_after_promotion(proof: Evidence) -> int:
     >>> window_after_promotion(decide(state, "a").evidence)
     200
     """
-    return max(SHORTEST_WINDOW, WINDOWS_PER_PROOF * proof.requests)
+    return max(MIN_WINDOW, WINDOWS_PER_PROOF * proof.requests)
 
 
 def _running(state: GuardState, name: str) -> RunningTest:

@@ -1,8 +1,8 @@
-"""What both models said about the same tokens: the one shape that flows from the scorer into everything else.
+"""Token records: both models' log-probabilities of the same tokens, which all figures are computed from.
 
-T is the number of output tokens of one request, K the candidates that the compressed side gave a position, J those
-that the reference gave. All log-probabilities are natural logarithms (nats), at temperature 1, of the model's own
-distribution before any logits processor, penalty or truncation.
+T is the number of output tokens of one request, K the candidates that the compressed side gave for each position,
+J those that the reference gave. All log-probabilities are natural logarithms (nats), at temperature 1, of the model's
+own distribution before any logits processor, penalty or truncation.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Arm(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Chosen ids of one model with their log-probabilities, a row a position.
+    """Chosen ids of one model with their log-probabilities, one row for each position.
 
-    ids: int32 [T, K]; -1 pads. No id twice in a row.
+    ids: int32 [T, K]; -1 pads. No duplicate id in a row.
     logprobs: float64 [T, K], nats; -inf where padded.
     """
 
@@ -57,12 +57,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """What one profile does at each position: Δz is the change of the logits, c the compressed model, r the reference.
+    """What one profile changes at each position: Δz is the change of the logits, c the compressed model, r the
+    reference.
 
     expected: float64 [T], E_r[Δz] in nats; NaN where unknown (a reference that gave only its top ids).
-    log_normalizer: float64 [T], log E_c[e^Δz] in nats, from the engine; NaN where the engine did not say.
-    code: float64 [T, r], what the record's features say to a profile that reads their anchors (`transform.code`), so
-        that it need not be computed again and again; None where nobody has.
+    log_normalizer: float64 [T], log E_c[e^Δz] in nats, from the engine; NaN where the engine did not report it.
+    code: float64 [T, r], the profile's code of the record's features (`transform.code`), computed once; None where it
+        was not computed.
     """
 
     expected: Floats
@@ -88,7 +89,8 @@ class TokenRecord:
 
     vocab_size: int
     prompt_key: bytes
-    """Digest of the prompt's token ids: learn and held-out are split by it, so that retries stay on one side."""
+    """Digest of the prompt's token ids: learning and held-out requests are split by it, so that retries stay on one
+    side."""
     output_ids: Ids
     """int32 [T]: the tokens that the compressed model emitted."""
     compressed: Candidates
@@ -109,14 +111,14 @@ class TokenRecord:
     requested: str | None = None
     """Profile version that the proxy asked the engine for."""
     applied: str | None = None
-    """Profile version that the engine says it applied; None is identity."""
+    """Profile version that the engine reports as applied; None is identity."""
     drawn_emitted: Floats | None = None
-    """float64 [T]: log-probability of the emitted token under what it was drawn from at temperature 1, where that was
-    another model than `compressed`; None otherwise."""
+    """float64 [T]: log-probability of the emitted token under the distribution that it was drawn from at temperature 1,
+    where that was another model than `compressed`; None otherwise."""
     shifts: Mapping[str, Shift] = field(default_factory=dict)
     """By profile version: the served one, and any candidate under evaluation."""
     features: Features | None = None
-    """None when the engine handed out none."""
+    """None when the engine gave none."""
     reference_hidden: npt.NDArray[np.float32] | None = None
     """float32 [T, d]: the reference's last hidden state h after the final norm, so that its logits are W h; None when
     it does not give it."""
@@ -145,7 +147,7 @@ REASONS = ("schema", "empty", "dtype", "shape", "ids", "repeated", "short", "nan
 """Every `reason` that `validate` gives."""
 
 LOGPROB_TOLERANCE = 1e-3
-"""How far above 0 a log-probability, or above 1 the sum of a row, may stand: models compute in float32 or less."""
+"""How far a log-probability may be above 0, or the sum of a row above 1: models compute in float32 or less."""
 _ORDER_TOLERANCE = 1e-4
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -172,9 +174,11 @@ def validate(record: TokenRecord) -> TokenRecord:
     _array("output_ids", record.output_ids, np.int32, 1)
     tokens, vocabulary = record.tokens, record.vocab_size
     if tokens == 0 or vocabulary < 1:
-        raise InvalidRecordError("empty", f"output_ids holds {tokens} tokens, vocab_size is {vocabulary}: 1 at least")
+        raise InvalidRecordError(
+            "empty", f"output_ids holds {tokens} tokens, vocab_size is {vocabulary}: each must be at least 1"
+        )
     if record.output_ids.min() < 0 or record.output_ids.max() >= vocabulary:
-        raise InvalidRecordError("ids", f"output_ids leaves the vocabulary of {vocabulary}")
+        raise InvalidRecordError("ids", f"output_ids holds an id outside the vocabulary of {vocabulary}")
     for name, candidates in (("compressed", record.compressed), ("reference", record.reference)):
         _check_candidates(name, candidates, tokens, vocabulary)
     given = record.compressed.ids >= 0
@@ -203,7 +207,7 @@ def validate(record: TokenRecord) -> TokenRecord:
     drawn = record.compressed_emitted if record.drawn_emitted is None else record.drawn_emitted
     for name, values in (("compressed_emitted", record.compressed_emitted), ("drawn_emitted", drawn)):
         if not np.isfinite(values).all():
-            raise InvalidRecordError("range", f"{name} is infinite: what was emitted had a probability")
+            raise InvalidRecordError("range", f"{name} is infinite: an emitted token had a probability above 0")
     for name, values in (
         ("compressed_emitted", record.compressed_emitted),
         ("reference_emitted", record.reference_emitted),
@@ -247,7 +251,9 @@ def _check_features(features: Features, tokens: int) -> None:
     _check_rows("features.values", features.values, tokens)
     unknown = np.isnan(features.values)
     if (unknown.any(axis=1) != unknown.all(axis=1)).any():
-        raise InvalidRecordError("nan", "features.values has a row that is NaN in part: all of it or nothing")
+        raise InvalidRecordError(
+            "nan", "features.values has a row that is NaN in part: a row must be NaN as a whole or not at all"
+        )
 
 
 def _check_rows(name: str, values: npt.NDArray[np.float32], tokens: int) -> None:
@@ -291,16 +297,16 @@ def _check_candidates(name: str, candidates: Candidates, tokens: int, vocabulary
     if ids.shape[0] != tokens or ids.shape[1] == 0:
         raise InvalidRecordError("shape", f"{name}.ids has shape {ids.shape}: it must have {tokens} rows, 1 column")
     if ids.min() < -1 or ids.max() >= vocabulary:
-        raise InvalidRecordError("ids", f"{name}.ids leaves the vocabulary of {vocabulary}")
+        raise InvalidRecordError("ids", f"{name}.ids holds an id outside the vocabulary of {vocabulary}")
     if (ids[:, 0] < 0).any():
         raise InvalidRecordError("empty", f"{name}.ids has a row without a candidate")
     ordered = np.sort(ids, axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        raise InvalidRecordError("repeated", f"{name}.ids names an id twice in a row")
+        raise InvalidRecordError("repeated", f"{name}.ids has a row with a duplicate id")
     if np.isnan(logprobs).any():
         raise InvalidRecordError("nan", f"{name}.logprobs holds NaN")
     if (logprobs[ids < 0] != -np.inf).any():
         raise InvalidRecordError("range", f"{name}.logprobs must be -inf where ids is -1")
     if (logprobs[:, 1:] > logprobs[:, :-1] + _ORDER_TOLERANCE).any() or ((ids[:, 1:] >= 0) & (ids[:, :-1] < 0)).any():
-        raise InvalidRecordError("order", f"{name} must run from the most to the least likely, padding last")
+        raise InvalidRecordError("order", f"{name} must be ordered from the most to the least likely, padding last")
     _check_logprobs(f"{name}.logprobs", logprobs)

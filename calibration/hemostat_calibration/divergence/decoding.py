@@ -1,11 +1,12 @@
-"""What tokens were really drawn from: a request's decoding as a label, and both models after that decoding.
+"""The distributions that tokens were drawn from: a request's decoding as a label, and both models after that decoding.
 
 A record's log-probabilities are the models' own, at temperature 1. The engine draws from something else: it divides the
 logits by the temperature, drops what is less likely than min_p times the likeliest, keeps the top_k likeliest (and what
 ties with the last of them), of these the fewest that hold top_p of what is left, and draws from the rest (vLLM's order:
-`Sampler.sample`, `MinPLogitsProcessor`, `apply_top_k_top_p`). `sampled` says how far apart the two models are *after*
-that, the reference decoded with the same parameters: q_c is what the request was drawn from, q_r what the reference
-would have been drawn from. Penalties, logit_bias and grammars are not in a record and not in this.
+`Sampler.sample`, `MinPLogitsProcessor`, `apply_top_k_top_p`). `decoded_divergence` measures how far apart the two
+models are *after* that, the reference decoded with the same parameters: q_c is what the request was drawn from, q_r
+what the reference would have been drawn from. Penalties, logit_bias and grammars are not in a record and are not taken
+into account.
 
 What top-K lists determine, with w = p^(1/τ):
 
@@ -14,10 +15,10 @@ Greedy (τ < 1e-5). Both are one id: 0 or everything, exact.
 Cut (min_p, top_k or top_p). q is known exactly where the cut falls inside the model's own list: then what was not
 listed has no probability at all, and the normalizer is the sum of what was kept. For top_p the sum of w over the whole
 vocabulary decides where the cut falls; it is known at τ = 1, else it is an interval (below), and the cut must be the
-same at both ends. Where the cut leaves either list nothing is said ("not available"): the caller counts it. Where it
-falls between ids that tie (logits of 8 bits' precision often do), how many of them are kept is known but not which:
-then each of them is taken both ways, and the figure is an interval. KL is infinite where one model keeps an id that the
-other drops, which two nuclei mostly do: total variation and Jensen–Shannon are the figures to look at.
+same at both ends. Where the cut is outside either list there is no figure ("not available"): the caller counts it.
+Where it falls between ids that tie (logits of 8 bits' precision often do), how many of them are kept is known but not
+which: then each of them is taken both ways, and the figure is an interval. KL is infinite where one model keeps an id
+that the other drops, which two nuclei mostly do: total variation and Jensen–Shannon are the figures to look at.
 
 Temperature alone. Every id keeps some probability, and Z = Σ w needs what was not listed: mass m on n ids, each at
 most λ. Since Σ xᵃ (a = 1/τ) is convex in x for a ≥ 1, concave for a ≤ 1, it lies between its values where the mass is
@@ -48,7 +49,7 @@ DECODING_LABELS = (
     "greedy",
     *(f"{band}{cut}" for band in ("t<0.5", "t0.5-1", "t1", "t>1") for cut in ("", " cut")),
 )
-"""Every label that `decoding` gives."""
+"""Every label that `decoding_label` gives."""
 
 
 def decoding_label(sampling: Sampling) -> str:
@@ -184,7 +185,7 @@ def _at(ids: Ids, others: Ids, values: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What one model's tokens would be drawn from: log q of its listed ids, [T, J], -inf where cut.
+    """The distribution that one model's tokens would be drawn from: log q of its listed ids, [T, J], -inf where cut.
 
     tied: the engine may have kept another id of the same probability instead, so that q is this or 0. known: [T],
     nothing else is drawn from.
@@ -200,7 +201,7 @@ def _kept(candidates: Candidates, record: TokenRecord) -> _Kept:
     sampling, vocabulary = record.sampling, record.vocab_size
     ids, logprobs = candidates.ids, candidates.logprobs
     rows = np.arange(record.tokens)
-    # Only what is listed for its rank counts: an emitted token behind the others says nothing of those between.
+    # Only ids listed for their rank count: an emitted token behind the others says nothing of the ids between.
     count = (ids >= 0).sum(axis=1)
     by_rank = count - ((ids[rows, count - 1] == record.output_ids) & (count < vocabulary))
     listed = np.arange(ids.shape[1]) < by_rank[:, None]
@@ -239,7 +240,7 @@ def _kept(candidates: Candidates, record: TokenRecord) -> _Kept:
         kept = keep & ((before < sampling.top_p * low[:, None]) | first)
         kept_high = keep & ((before < sampling.top_p * high[:, None]) | first)
         inside = (kept == kept_high).all(axis=1) & (~outside | (total >= sampling.top_p * high))
-        # Between equals the cut is the engine's to choose: how many of them it keeps is known, not which.
+        # Among equals the engine chooses: how many of them it keeps is known, not which.
         last = keep & (w == np.where(kept, w, np.inf).min(axis=1, keepdims=True))
         tied = last & (last & ~kept).any(axis=1, keepdims=True)
         known &= inside & ~(outside & (w_cap >= np.where(kept, w, np.inf).min(axis=1)))

@@ -22,7 +22,7 @@ from hemostat_calibration.records import TokenRecord
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """KL(r‖c) − KL(r‖c') = E_r[Δz] − log E_c[e^Δz]: what a profile wins, nats [T], as an interval.
+    """KL(r‖c) − KL(r‖c') = E_r[Δz] − log E_c[e^Δz]: what a profile gains, float64 [T], nats, as an interval.
 
     The identity follows from log c' = log c + Δz − log E_c[e^Δz]. Each of its two terms is exact where it is known and
     bounded through the clamp where it is not; no two bounds of divergences are subtracted.
@@ -64,7 +64,7 @@ def gain(record: TokenRecord, profile: CalibrationProfile) -> Gain:
         expected = record.shifts[profile.version].expected
         expected_low = np.where(np.isnan(expected), expected_low, expected)
         expected_high = np.where(np.isnan(expected), expected_high, expected)
-    # The models' rounding may carry a value out of what is possible; whoever bets on the range relies on it.
+    # The models' rounding may carry a value out of the possible range, which betting tests rely on.
     width = float(most - least)
     return Gain(
         lower=np.clip(expected_low - z_high, -width, width),

@@ -1,6 +1,6 @@
-"""How far the compressed model c is from the reference r, token by token, when only parts of both are known.
+"""Divergences of the compressed model c from the reference r, token by token, when only parts of both are known.
 
-All figures are natural (nats), per position, float64 [T]; KL(r‖c) = Σ r log(r/c). r and c are the models' own
+All figures are in nats, per position, float64 [T]; KL(r‖c) = Σ r log(r/c). r and c are the models' own
 distributions at temperature 1.
 
 Bounds. S are the ids for which both sides gave a value; everything else merged into one bucket gives lower bounds,
@@ -16,10 +16,10 @@ since E_c[1{x ∉ S₀}] = C and E_c[1{x ∉ S₀} u] = R: the sampled-token est
 on the bucket, so that no term is negative (centring about halves the plain estimator's deviation). They have no
 truncation bias where x was sampled from c itself, or from a profile's c' whose normalizer is known (then weighted by
 c/c'). Greedy decoding, another temperature and a cut support (top-p, top-k, min-p) have no such weight (its normalizer
-needs the whole vocabulary): NaN, "not available". The caller must see to penalties, logit_bias and grammars, of which
-a record does not speak.
+needs the whole vocabulary): NaN, "not available". The caller must handle penalties, logit_bias and grammars, which are
+not in a record.
 
-Infinite only where it is true: r(i) > 0 = c(i) makes KL(r‖c) infinite, r(i) = 0 < c(i) KL(c‖r).
+Figures are infinite only where that is true: r(i) > 0 = c(i) makes KL(r‖c) infinite, r(i) = 0 < c(i) KL(c‖r).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class TokenDivergence:
     estimate_cr: Floats
     """KL(c‖r) likewise."""
     bounds: Bounds
-    """What is certain of the four divergences. After a profile whose normalizer is unknown: NaN."""
+    """Proven intervals of the four divergences. After a profile whose normalizer is unknown: NaN."""
     known: Bools
     """False after a profile whose Δz is unknown there (it reads anchors, and the record has no features of them): all
     that depends on Δz is NaN there, and `top1_agreement` False."""

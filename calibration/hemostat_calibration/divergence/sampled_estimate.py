@@ -69,7 +69,7 @@ def sampled_estimates(
         rc_tail = np.where(u > 0.0, u * (log_u - log_rho), 0.0) - u + np.exp(log_rho)
         cr_tail = u * np.exp(-log_rho) - 1.0 - (log_u - log_rho)
     unavailable = np.isnan(weight)
-    # Both are sums of divergences: what is below 0 is the models' rounding, by which a row may add up to more than 1.
+    # Both are sums of divergences: a value below 0 comes from rounding, by which a row may sum to more than 1.
     return (
         np.where(unavailable, np.nan, np.maximum(rc + np.where(outside, weight * rc_tail, 0.0), 0.0)),
         np.where(unavailable, np.nan, np.maximum(cr + np.where(outside, weight * cr_tail, 0.0), 0.0)),
@@ -80,8 +80,8 @@ def _unconditional(record: TokenRecord, view: View) -> Bools:
     """S₀: the ids of S that would be in it whatever had been emitted, [T, N].
 
     Engines add an emitted token that is not among the top K in one of two ways, and a row has room for both: in place
-    of the K-th (vLLM's chat route), or behind it (completions). So whatever is likelier than the (K−1)-th is there
-    whatever was emitted; what ties with it may have been moved. And of a reference that gave only a list, what is
+    of the K-th (vLLM's chat route), or behind it (completions). So an id likelier than the (K−1)-th is there
+    whatever was emitted; one that ties with it may have been moved. And of a reference that gave only a list, what is
     likelier than the last but one of that list.
     """
     listed = record.compressed.logprobs

@@ -1,38 +1,38 @@
-"""How long two models go on writing the same text: survival, half-life, length of the common prefix.
+"""How long two models generate the same text: survival, half-life, length of the common prefix.
 
-What a request contributes is f_t in [0, 1], its factor at output token t = 1, 2, …: the chance that the models still
-agree after token t if they did before. Which factors, is the caller's choice (r the reference, c the compressed model,
+What a request contributes is f_t in [0, 1], its factor at output token t = 1, 2, …: the probability that the models
+still agree after token t if they did before. The caller chooses the factors (r the reference, c the compressed model,
 x the token that was emitted):
 
 1 − TV_t
-    The chance that r and c, coupled as well as one token allows, draw the same token. Along texts sampled from c the
-    survival is then the mean of Π (1 − TV_t). From a *lower* bound of TV it is an *upper* bound, and the other way
-    round: feed one `Survival` with each end of the interval.
+    The probability that r and c, coupled as well as possible at one token, draw the same token. Along texts sampled
+    from c the survival is then the mean of Π (1 − TV_t). From a *lower* bound of TV it is an *upper* bound, and vice
+    versa: use one `Survival` for each end of the interval.
 min(1, r(x_t)/c(x_t)) (`agreement`)
-    The chance that the coupling keeps the very token that was emitted. For text drawn from c at temperature 1,
-    E_c[Π_{s ≤ t} min(1, r/c)] = Σ_x Π_{s ≤ t} min(r, c) is exactly the chance that two texts, coupled token by token
-    as well as possible, are equal up to t (Lindvall, Lectures on the Coupling Method, 1992, ch. I.5): no list is cut,
-    no bound is needed, only the emitted token's two log-probabilities. A mean of Π (1 − TV_t) also counts what comes
-    after tokens that the coupling would have dropped.
+    The probability that the coupling keeps the emitted token. For text drawn from c at temperature 1,
+    E_c[Π_{s ≤ t} min(1, r/c)] = Σ_x Π_{s ≤ t} min(r, c) is exactly the probability that two texts, coupled token by
+    token as well as possible, are equal up to t (Lindvall, Lectures on the Coupling Method, 1992, ch. I.5): no list is
+    cut, no bound is needed, only the emitted token's two log-probabilities. A mean of Π (1 − TV_t) also counts what
+    comes after tokens that the coupling would have dropped.
 1 where both have the same likeliest token, else 0
-    Along *greedy* text of c the first 0 is where the reference's own greedy text turns off: before it both had read
-    the same. The survival is the share of requests whose greedy texts are still equal, its sum over t the expected
-    length of their common prefix. (Along sampled text it is what an agreement at that rate would give, no more.)
+    Along *greedy* text of c the first 0 is where the reference's own greedy text diverges: before it both texts are the
+    same. The survival is the share of requests whose greedy texts are still equal, its sum over t the expected
+    length of their common prefix. (Along sampled text it is only what agreement at that rate would give.)
 
 Requests end at different lengths. W_t = Π_{s ≤ t} f_s; a request that ends before t says nothing about t (right
 censoring). So each step is a ratio over the requests that reached it, and
     S(t) = Π_{s ≤ t} Σ_i W_{i,s} / Σ_i W_{i,s−1},      i over the requests with at least s tokens,
-the Kaplan–Meier product-limit estimator (1958) with W for the number still alive; where all are equally long it is the
-mean of W_t. It takes for granted that whether a request ends at s has nothing to do with how its models agree from
-there on; it speaks of texts that are still being written at t, and ends at the longest request.
+the Kaplan–Meier product-limit estimator (1958) with W for the number of survivors; where all are equally long it is the
+mean of W_t. It assumes that whether a request ends at s is independent of how its models agree from there on; it
+is about texts that are still being generated at t, and ends at the longest request.
 
 The unit is the request. log S is a sum of ratios; with A_s and B_s the two sums, request i's part in it is
 ψ_i(t) = Σ_s (W_{i,s}/A_s − W_{i,s−1}/B_s) over the steps that it reached, and the variance of log S is
 m/(m − 1) Σ_i ψ_i² over m requests. Intervals are Student's on the scale log(−log S), which keeps them between 0 and 1;
 while nothing at all was lost in m requests, S is at least 0.025^(1/m) with the same confidence, since E[W] ≥ P(W = 1).
-They are for one look at a fixed time.
+They are valid for one look at a fixed time.
 
-Constant memory: W is kept at `POSITIONS` only, every token up to 16, then ever farther apart; second moments of these
+Constant memory: W is kept at `POSITIONS` only, every token up to 16, then at growing distances; second moments of these
 numbers give all variances, and everything merges by addition.
 """
 
@@ -73,7 +73,7 @@ def agreement(record: TokenRecord) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class SurvivalCurve:
-    """What a `Survival` reads; only the positions that some request reached.
+    """The value of a `Survival`; only the positions that some request reached.
 
     positions: int [P]. survival, low, high: float64 [P], S and its 95 % interval at each position. at_risk: int [P],
     requests that reached it.
@@ -144,11 +144,11 @@ class Survival:
         InvalidArgumentError when it is less than 1.
         """
         if horizon is not None and horizon < 1:
-            raise InvalidArgumentError(f"horizon is {horizon}: 1 token at least")
+            raise InvalidArgumentError(f"horizon is {horizon}: it must be at least 1 token")
         reached = int((self.at_risk > 0).sum())
         positions, at_risk = _AT[:reached], self.at_risk[:reached]
         after, before = self.sums[:, :reached]
-        # Once nobody is left alive the product is 0 whatever comes.
+        # Once no request survives the product is 0 from there on.
         steps = np.divide(after, before, out=np.zeros(reached), where=before > 0.0)
         survival = np.cumprod(steps)
         parts = _parts(after, before)

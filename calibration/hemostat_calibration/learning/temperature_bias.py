@@ -1,45 +1,21 @@
-"""Learning a profile from records. A family of calibrations is an object with `init`, `update`, `merge`, `propose`.
-
-States are frozen values: `update` takes a batch of records and returns a new state, at the cost of copying what is
-as large as the vocabulary once a batch, not once a record.
-"""
+"""The learner of the temperature-and-bias family: one temperature, and one bias for each id, by matching moments."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
 
 import numpy as np
 
-from hemostat_calibration.arrays import Floats
+from hemostat_calibration.arrays import Floats, frozen
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import TokenRecord
 
-State = TypeVar("State")
-
-
-class Family(Protocol[State]):
-    """One way to calibrate. Pure: no clock, no randomness, no IO."""
-
-    def init(self, model: str, vocab_size: int) -> State:
-        """What is known before the first record."""
-
-    def update(self, state: State, records: Iterable[TokenRecord]) -> State:
-        """Learn from validated records of the learning side of the split. Whatever arm they are of: records speak of
-        the compressed model before any profile."""
-
-    def merge(self, state: State, other: State) -> State:
-        """What two replicas learned, together."""
-
-    def propose(self, state: State) -> CalibrationProfile | None:
-        """The profile to try now; None while there is too little to learn from."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TemperatureBiasState:
-    """Sums over tokens, discounted by age where the learner forgets; arrays are read-only."""
+    """Sums over tokens, discounted by age where the learner has a half-life; arrays are read-only."""
 
     model: str
     vocab_size: int
@@ -50,20 +26,21 @@ class TemperatureBiasState:
     information: float = 0.0
     """Σ Var_{c'}(z − max z): curvature of KL(r‖c') in the inverse temperature β."""
     moment: float = 0.0
-    """Σ (curvature · β − slope) at the β of the time: moment / information is where the slopes meet 0."""
+    """Σ (curvature · β − slope) at the β of the time: moment / information is where the slope is 0."""
     depth: float = 0.0
-    """Σ over emitted tokens behind the candidates of how far below the last one they stood, nats."""
+    """Σ, over emitted tokens behind the candidates, of their distance below the last candidate, nats."""
     deep_tokens: float = 0.0
     weight: float = 0.0
-    """Of the tokens in the sums."""
+    """Σ of the weights of the tokens in the sums."""
     tokens: int = 0
-    """Ever."""
+    """Ever seen, not discounted."""
     requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TemperatureBiasLearner:
-    """Δz_i = (β − 1)(z_i − max z) + b_i, learned by matching moments on the candidates plus one bucket.
+    """Implements `learning.protocol.Learner`: Δz_i = (β − 1)(z_i − max z) + b_i, learned by matching moments on the
+    candidates plus one bucket.
 
     KL(r‖c') is convex in (β, b) as long as nothing is clamped, and its minimum is where c' has the reference's moments:
     Σ c'(i) = Σ r(i) over all positions for every i, and Σ E_{c'}[z] = Σ E_r[z]. The first gives the fixed point
@@ -73,13 +50,13 @@ class TemperatureBiasLearner:
     numbers however long it runs, and merges by addition. On synthetic worlds (60 ids, temperature, bias and noise) it
     came within 1 to 4 % of six passes over the same records, ahead of averaged AdaGrad at every rate tried.
 
-    Too little data moves nothing: every b_i is shrunk as though `pseudo_mass` tokens' worth of both masses had been
-    seen in agreement, β as though `pseudo_information` had been seen at β = 1. An id without evidence keeps b_i = 0.
+    With little data little changes: every b_i is shrunk as though `pseudo_mass` tokens' worth of both masses had been
+    seen in agreement, β as though `pseudo_information` had been seen at β = 1. An id without data keeps b_i = 0.
 
     clamp_nats: of the profiles proposed.
-    pseudo_mass: tokens. Tokens of a request are correlated, so that it is set well above 1.
+    pseudo_mass: tokens. Tokens of a request are correlated, so it is well above 1.
     pseudo_information: nats² (one position adds some 1 to 5).
-    min_requests, min_tokens: below either, `propose` says None.
+    min_requests, min_tokens: below either, `propose` returns None.
     half_life_tokens: after how many tokens one counts half; None never forgets.
     """
 
@@ -91,7 +68,7 @@ class TemperatureBiasLearner:
     half_life_tokens: float | None = None
 
     def init(self, model: str, vocab_size: int) -> TemperatureBiasState:
-        return TemperatureBiasState(model, vocab_size, _frozen(np.zeros(vocab_size)), _frozen(np.zeros(vocab_size)))
+        return TemperatureBiasState(model, vocab_size, frozen(np.zeros(vocab_size)), frozen(np.zeros(vocab_size)))
 
     def update(self, state: TemperatureBiasState, records: Iterable[TokenRecord]) -> TemperatureBiasState:
         """InvalidArgumentError where a record has another vocabulary."""
@@ -122,7 +99,7 @@ class TemperatureBiasLearner:
             shifted = c * np.exp(np.clip(raw, -limit, limit))
             shifted_out = c_out * np.exp(np.clip(slope_out, -limit, limit))
             total = shifted.sum(axis=1) + shifted_out
-            # What is clamped does not answer to the parameters: it has no part in their slopes.
+            # A clamped shift does not depend on the parameters: it is left out of their slopes.
             free, free_out = np.abs(raw) < limit, np.abs(slope_out) < limit
             pull, pull_out = np.where(free, relative, 0.0), np.where(free_out, behind, 0.0)
             p, p_out = shifted / total[:, None], shifted_out / total
@@ -145,8 +122,8 @@ class TemperatureBiasLearner:
         return TemperatureBiasState(
             model=state.model,
             vocab_size=state.vocab_size,
-            reference_mass=_frozen(reference_mass),
-            compressed_mass=_frozen(compressed_mass),
+            reference_mass=frozen(reference_mass),
+            compressed_mass=frozen(compressed_mass),
             information=information,
             moment=moment,
             depth=depth,
@@ -163,8 +140,8 @@ class TemperatureBiasLearner:
         return TemperatureBiasState(
             model=state.model,
             vocab_size=state.vocab_size,
-            reference_mass=_frozen(state.reference_mass + other.reference_mass),
-            compressed_mass=_frozen(state.compressed_mass + other.compressed_mass),
+            reference_mass=frozen(state.reference_mass + other.reference_mass),
+            compressed_mass=frozen(state.compressed_mass + other.compressed_mass),
             information=state.information + other.information,
             moment=state.moment + other.moment,
             depth=state.depth + other.depth,
@@ -175,13 +152,14 @@ class TemperatureBiasLearner:
         )
 
     def shrunk(self, state: TemperatureBiasState, pooled: TemperatureBiasState, tokens: int) -> TemperatureBiasState:
-        """`state` as though it had also seen `tokens` tokens of what `pooled` saw: of little evidence it makes next to
-        the pooled profile, of much its own. InvalidArgumentError where they learned of different models."""
+        """`state` as though it had also seen `tokens` tokens of what `pooled` saw: with little data it proposes nearly
+        the
+        pooled profile, with much its own. InvalidArgumentError where they learned of different models."""
         part = min(1.0, tokens / max(pooled.weight, 1.0))
         some = replace(
             pooled,
-            reference_mass=_frozen(part * pooled.reference_mass),
-            compressed_mass=_frozen(part * pooled.compressed_mass),
+            reference_mass=frozen(part * pooled.reference_mass),
+            compressed_mass=frozen(part * pooled.compressed_mass),
             information=part * pooled.information,
             moment=part * pooled.moment,
             depth=part * pooled.depth,
@@ -213,7 +191,7 @@ class TemperatureBiasLearner:
 
 
 def _relative(record: TokenRecord) -> tuple[Floats, Floats]:
-    """z − max z of the candidates, [T, K], and of the last one that is surely among the most likely, [T]."""
+    """z − max z of the candidates, [T, K], and of the last one that is certainly among the most likely, [T]."""
     logprobs = record.compressed.logprobs
     relative = logprobs - logprobs[:, :1]
     before_last = np.maximum((record.compressed.ids >= 0).sum(axis=1) - 2, 0)
@@ -221,10 +199,5 @@ def _relative(record: TokenRecord) -> tuple[Floats, Floats]:
 
 
 def _depth(state: TemperatureBiasState) -> float:
-    """How far behind the candidates the rest of the mass stands on average, nats; 1 until tokens have shown it."""
+    """Mean distance of the rest of the mass below the last candidate, nats; near 1 until enough tokens were seen."""
     return (state.depth + 20.0) / (state.deep_tokens + 20.0)
-
-
-def _frozen(array: Floats) -> Floats:
-    array.flags.writeable = False
-    return array

@@ -26,7 +26,7 @@ DTYPES: Mapping[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "I3
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """shape: a letter is a free dimension, the same wherever it stands in the family, `VOCABULARY` is V."""
+    """An array of a family. shape: a letter is a free dimension, the same in all parameters; `VOCABULARY` is V."""
 
     shape: tuple[str, ...]
     dtype: str = "F32"
@@ -38,13 +38,13 @@ class FamilySpec:
 
     parameters: by name.
     shift: (parameters, relative float64 [..., N], ids int [..., N] or None, code float64 [..., r] or None) -> unclamped
-        Δz, float64 [..., N] nats. `relative` is z − max z, finite; `ids` names the columns, None when they are the
-        whole vocabulary in order; `code` is what the function of that name says of the row.
+        Δz, float64 [..., N] nats. `relative` is z − max z, finite; `ids` are the columns, None when they are the whole
+        vocabulary in order; `code` is the result of the function of that name.
     range: (parameters, most float64 [...]) -> (low, high), each [...]: bounds of the unclamped Δz over every id whose
         `relative` is at most `most` (≤ 0), whatever the row; infinite where there is none.
-    check: (parameters) -> what is wrong with the values, or "".
-    code: (parameters, anchored float64 [..., N]) -> float64 [..., r]: what the row's finite logits at the parameter
-        `ANCHORS` say, the same whatever constant is added to them; None for a family without anchors.
+    check: (parameters) -> what is wrong with the values, or "" where nothing is.
+    code: (parameters, anchored float64 [..., N]) -> float64 [..., r]: the code of a row, from its finite logits at the
+        ids of the parameter `ANCHORS`; a constant added to them changes nothing. None for a family without anchors.
     """
 
     parameters: Mapping[str, Parameter]
@@ -117,7 +117,7 @@ def _contextual_check(parameters: Parameters) -> str:
     anchors, features = parameters[ANCHORS], parameters["linear"].shape[1]
     vocabulary = parameters["up"].shape[0]
     if anchors.size == 0 or anchors.min() < 0 or anchors.max() >= vocabulary or len(np.unique(anchors)) < anchors.size:
-        return f"anchors must be distinct ids of the vocabulary of {vocabulary}, one at least"
+        return f"anchors must be distinct ids of the vocabulary of {vocabulary}, at least one"
     if not 1 <= features <= anchors.size:
         return f"linear reads {features} features: 1 to the {anchors.size} anchors are allowed"
     if not parameters["linear"].shape[0]:

@@ -24,17 +24,17 @@ VERSION_PATTERN = re.compile(r"[0-9a-f]{32}")
 """A version is the first 32 hex digits of the SHA-256 of the profile's bytes: it can name a file or a URL safely."""
 
 IDENTITY = "identity"
-"""Family and version of what serves when no profile does."""
+"""Family and version that stand for no profile."""
 
 MAX_BYTES = 512 * 1024 * 1024
-"""Longer input is refused unread."""
+"""Longer input is refused before it is parsed."""
 MAX_HEADER_BYTES = 64 * 1024
 MAX_VOCABULARY = 1 << 24
 MAX_CLAMP_NATS = 20.0
 
 _FORMATS = ("1", "2")
-"""In the first every parameter is float32, in the second each is of its family's type. A profile is written in the
-first that can hold it, so that versions outlive the second's coming."""
+"""In format 1 every parameter is float32, in format 2 each has its family's type. A profile is written in the first
+format that can hold it, so that versions made before format 2 are still valid."""
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
 _METADATA_PREFIX = "metadata."
@@ -50,7 +50,7 @@ class CalibrationProfile:
     parameters: named arrays of the family's shapes and types, read-only; for "temperature_bias": `inverse_temperature`
         [], `bias` [V] in nats, for "contextual": see `contextual.contextual_profile`.
     clamp_nats: every |Δz| is at most this; above 0 and at most `MAX_CLAMP_NATS`.
-    metadata: strings for people (when, on how many tokens); not used in computing, but part of the version.
+    metadata: strings for readers (when, on how many tokens); they change no figure, but are part of the version.
 
     Raises InvalidProfileError where a value breaks these rules.
     """
@@ -212,7 +212,7 @@ def _read_header(data: bytes) -> dict[str, str]:
         raise InvalidProfileError(f"profile's format is {_short(fields.get('format'))}: this version reads {known}")
     for name, entry in entries.items():
         if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
-            raise InvalidProfileError(f"parameter {_short(name)} is of none of the types {', '.join(DTYPES)}")
+            raise InvalidProfileError(f"parameter {_short(name)} has a type other than {', '.join(DTYPES)}")
     return fields
 
 
@@ -227,8 +227,8 @@ def _check_fields(profile: CalibrationProfile) -> None:
     if set(profile.parameters) != set(spec.parameters):
         raise InvalidProfileError(
             f"parameters are {_short(', '.join(sorted(profile.parameters)))}: "
-            f"{profile.family} needs {', '.join(sorted(spec.parameters))}. Where another version of hemostat made it, "
-            "learn it anew, and let the engine's plugin be of the same version"
+            f"{profile.family} needs {', '.join(sorted(spec.parameters))}. If another version of hemostat made it, "
+            "learn it again, and install the same version in the engine"
         )
     sizes = {VOCABULARY: profile.vocab_size}
     for name, parameter in spec.parameters.items():

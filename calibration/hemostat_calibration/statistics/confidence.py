@@ -1,4 +1,4 @@
-"""Intervals that are valid at every look at once: look when you like, stop when you like, as often as you like.
+"""Confidence sequences: intervals that are valid at all times at once, however often and whenever one looks.
 
 Means per token. A request adds (x, n): the sum of a figure over its tokens, and their number; tokens of a request are
 correlated in whatever way, so the request is the unit, and the mean is the ratio E[x]/E[n]. That m is this ratio says
@@ -10,19 +10,20 @@ confidence sequences", Annals of Statistics 2024, theorem 2.2). It is a quadrati
 ρ makes it narrowest after some hundred requests: then it is about 1.6 times as wide as an interval that is valid for
 one look. While t ≤ κ_t, about 20 requests, nothing is refuted and the interval is the whole range.
 
-Skewed figures (a few bad requests) would be missed too often on the side of the long tail, early on: bets against an m
-that is too high in truth earn Σ log(1 − λ(x − m n)), whose third-order term the mixture leaves out. At the end of the
-interval, λ = √(κ/ΣE²) with E the residual, that term is κ^1.5 γ/3 with γ = ΣE³/(ΣE²)^1.5: κ would have to be raised by
-the factor 1 + ⅔ √κ γ. Samples have less of the tail than the truth, so it is 1 + √κ γ, on that side only. The guarantee
-is asymptotic, and about requests that come alike; `tests/core/test_confidence.py` simulates what it covers.
+For skewed figures (a few bad requests) the interval would miss the mean too often on the side of the long tail, early
+on: bets against an m that is too high in truth earn Σ log(1 − λ(x − m n)), whose third-order term the mixture leaves
+out. At the end of the interval, λ = √(κ/ΣE²) with E the residual, that term is κ^1.5 γ/3 with γ = ΣE³/(ΣE²)^1.5: κ
+would have to be raised by the factor 1 + ⅔ √κ γ. Samples have less of the tail than the truth, so it is 1 + √κ γ, on
+that side only. The guarantee is asymptotic, and for requests from one distribution; `tests/core/test_confidence.py`
+simulates what it covers.
 
 Differences between two randomised arms: both arms' requests are one stream of t, each adding its linearised residual
 to one side or the other, with the same κ_t.
 
-Proportions, one answer a request: exact for any t. The likelihood ratio of a Beta(½, ½) mixture against p is a
+Proportions, one answer for each request: exact for any t. The likelihood ratio of a Beta(½, ½) mixture against p is a
 martingale when p is true, so p belongs to the interval while it is below 1/α (Robbins 1970; Ville's inequality).
 
-Heavy tails: a mean is of the values clipped at a stated cap, and the clipped share stands beside it.
+Heavy tails: a mean is of the values clipped at a stated cap, and the clipped share is given with it.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.streaming import RatioEstimate
 
 NARROWEST_AT = 500
-"""Requests after which the intervals of means are narrowest compared with one for a single look."""
+"""Requests after which the intervals of means are narrowest, compared with those for a single look."""
 MIN_REQUESTS = 20
-"""Of each arm, before a difference is told."""
+"""Of each arm, before a difference is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceInterval:
-    """mean, low, high: in the units of the figure; NaN, and the whole range, before anything is known."""
+    """A mean with its interval, in the units of the figure; NaN, and the whole range, before anything is known."""
 
     mean: float
     low: float
@@ -82,8 +83,8 @@ class MeanSequence:
     def get(self, lo: float = -math.inf, hi: float = math.inf, alpha: float = 0.05) -> ConfidenceInterval:
         """The mean with its interval, cut to lo … hi, the range that the figure has by its nature.
 
-        Where all requests are alike there is no spread to go by: then a share of requests that may not have shown
-        themselves so far (exact, as `Proportion` of none) could be at either end of the range.
+        Where all requests are the same their spread is 0 and no guide: then a share of requests of a kind not seen so
+        far (exact, as `Proportion` of none) could be at either end of the range.
         """
         _check_alpha(alpha)
         m = self.moments
@@ -188,7 +189,7 @@ class Proportion:
         return ConfidenceInterval(share, self._end(0.0, share, alpha), self._end(1.0, share, alpha))
 
     def _end(self, outside: float, inside: float, alpha: float) -> float:
-        """Where, between a p that is refuted and the share, the evidence against p falls to 1/alpha; the outer side."""
+        """The p between `outside`, which is refuted, and `inside` where the evidence against it falls to 1/alpha."""
         if self._log_evidence(outside) < -math.log(alpha):
             return outside
         for _ in range(60):

@@ -8,8 +8,8 @@ m given the past, then for a fraction f in [0, 1]
 is a non-negative supermartingale that starts at 1, so it ever reaches 1/α with a probability of at most α. A mixture
 of several f is one, too. K falls in m, so {m : K(m) < 1/α} is a ray, and its end is the lower bound.
 
-Why this one: only lo enters, not the upper end and not a variance, and f = 1 bets all that the range allows, which is
-nearly the best bet when the mean is small against the range but not against the spread (the regime here: gains of
+Why this method: only lo enters, not the upper end and not a variance, and f = 1 bets all that the range allows, which
+is nearly the best bet when the mean is small against the range but not against the spread (the regime here: gains of
 some hundredths of a nat, of a similar spread, in a range of ±2). Most of the mixture is therefore put there. The
 product does not depend on the order, so streams of replicas merge by adding logarithms.
 """

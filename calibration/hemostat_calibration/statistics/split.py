@@ -1,4 +1,4 @@
-"""Learn or held out: decided by the prompt alone, so that a repeated or retried prompt never stands on both sides."""
+"""The split into learning and held-out prompts, by the prompt alone: a repeated prompt is never on both sides."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Estimators in constant memory: `update` gives a new one, `merge` joins those of replicas, `get` reads.
 
-All are frozen values: an update never changes what somebody else holds. Merging is associative and commutative up to
+All are frozen values: an update never changes its input. Merging is associative and commutative up to
 rounding, and equals one estimator that saw everything.
 """
 
@@ -38,7 +38,7 @@ class Ratio:
     """What a `RatioEstimate` reads.
 
     mean: Σx/Σn in the units of x; NaN before anything was seen.
-    low, high: its 95 % interval; ∓infinity with fewer than two requests, which say nothing about their spread.
+    low, high: its 95 % interval; ∓infinity with fewer than two requests, whose spread is not known.
     """
 
     mean: float

@@ -13,18 +13,18 @@ import numpy as np
 from hemostat_calibration.arrays import Floats, Singles
 
 MASS_KEPT = 0.999
-"""Part of the mean distribution whose ids the Fisher metric sums over; the rest would cost most and say least."""
+"""Part of the mean distribution whose ids the Fisher metric sums over; the rest costs most and matters least."""
 _LEAST = 1e-12
-"""Mean eigenvalue that a metric is taken to have at least."""
+"""Lower limit of the mean eigenvalue of a metric."""
 _CHUNK = 1 << 24
-"""Elements of a temporary."""
+"""Elements of a temporary array."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HiddenStatePrior:
-    """What hidden states are like before a row is seen. mean: float64 [d]; covariance: [d, d].
+    """Normal distribution of hidden states before a row is seen. mean: float64 [d]; covariance: [d, d].
 
-    noise: standard deviation of a logit as it is read, nats: engines compute it in bfloat16 and hand it out in float16.
+    noise: standard deviation of a logit as it is read, nats: engines compute it in bfloat16 and report it in float16.
     """
 
     mean: Floats
@@ -106,8 +106,8 @@ def fisher_metric(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tu
     for start in range(0, len(kept), 1 << 14):
         part = weight[kept[start : start + (1 << 14)]]
         metric += (part * mean[kept[start : start + (1 << 14)], None].astype(np.float32)).T @ part
-    # What was left out stands for its share. Where every row says nearly the same, it may still be what is left of the
-    # difference, and that negative.
+    # The ids left out are represented by their share. Where all rows are nearly the same, rounding may leave a negative
+    # eigenvalue.
     metric = metric / mean[kept].sum() - moments / len(hidden)
     metric = 0.5 * (metric + metric.T)
     least = damping * max(float(np.trace(metric)) / len(metric), _LEAST)

@@ -1,10 +1,10 @@
-"""A product up y that costs less: ids that are seldom likely get a change of lower rank.
+"""A cheaper product up y: ids that are seldom likely get a change of lower rank.
 
 Most of a vocabulary is seldom likely, yet every id's row of `up` is read at every step. What a change of logits is
-worth to KL is, to second order, ½ Σ p_v Δz_v² over the mean distribution p. So the code y is turned such that its first
-components say what matters to the ids of the vocabulary's tail, and the tail's rows of `up` end behind those. That is
-the truncated singular value decomposition in the tail's own metric: of all maps of that rank it leaves the least (at
-the mean distribution, and but for a ridge of a millionth).
+worth to KL is, to second order, ½ Σ p_v Δz_v² over the mean distribution p. So the code y is transformed such that its
+first components hold what matters to the ids of the vocabulary's tail, and the tail's rows of `up` are 0 behind those.
+That is the truncated singular value decomposition in the tail's own metric: of all maps of that rank it loses the least
+(at the mean distribution, up to a ridge of a millionth).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def narrow(
     """
     rows = up[tail].astype(np.float64)
     metric = (rows * mean[tail, None]).T @ rows
-    # Directions that the tail does not know would be divided by 0.
+    # Directions in which the tail does not vary would be divided by 0.
     metric += 1e-6 * max(float(np.trace(metric)), 1e-30) / len(metric) * np.eye(len(metric))
     values, vectors = np.linalg.eigh(metric)
     root = (vectors * np.sqrt(values)) @ vectors.T
@@ -48,7 +48,7 @@ def narrow(
     sizes, directions = np.linalg.eigh(moment)
     left, lengths, _ = np.linalg.svd(root @ (directions * np.sqrt(np.maximum(sizes, 0.0))))
     found = up.astype(np.float64) @ (inverse @ left)
-    # Of one size, so that they fit a float of few bits.
+    # Of one size, so that they fit into float16.
     scale = np.sqrt(np.square(found).mean(axis=0))
     scale = np.where(scale > 1e-30, scale, 1.0)
     found /= scale

@@ -1,4 +1,4 @@
-"""What a map of features is learned by: how much KL(r‖c') a change of the compressed model's hidden state leaves.
+"""The losses that maps are trained by: KL(r‖c') after a change of the compressed model's hidden state.
 
 All in a basis in which half a squared length is KL, to second order: with the metric F = L Lᵀ
 (`hidden_states.fisher_metric`), hidden states are Lᵀ h and the embedding is (W − w̄) L⁻ᵀ, w̄ the mean embedding, so
@@ -20,10 +20,10 @@ _BLOCK = 512
 
 
 class Objective(Protocol):
-    """Over some rows of what it was made of."""
+    """A loss over the rows that it was made from."""
 
     def slope(self, rows: Indices, image: Singles) -> Singles:
-        """Of each row's loss by its image, [n, d]."""
+        """Derivative of each row's loss by its image, float32 [n, d]. rows: indices [n]; image: [n, d]."""
 
 
 class Squared:
@@ -56,8 +56,8 @@ class Softmax:
 
 
 class Lists:
-    """KL over the ids that the reference gave and one bucket for the rest, whose Δz is taken for that of the mean
-    embedding, 0: all that a reference which gives only its likeliest ids can be asked.
+    """KL over the ids that the reference gave and one bucket for the rest, whose Δz is taken to be that of the mean
+    embedding, 0: all that is known of a reference which gives only its likeliest ids.
     """
 
     def __init__(self, embedding: Singles, ids: Ids, r: Singles, log_c: Singles) -> None:

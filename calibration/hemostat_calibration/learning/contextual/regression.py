@@ -1,10 +1,10 @@
 """Reduced-rank ridge regression from sums alone, its penalty and rank chosen by cross-validation over folds.
 
 Rows are pairs of inputs x̃ = [x; 1], [A + 1], and targets t, [d], in a basis in which half a squared length is in nats
-(`objective`). What is fitted is B, [d, A + 1], of small ½ Σ |t − B x̃|². Up to a constant that is ½ tr(B XX Bᵀ) −
-tr(B XY), so that XX = Σ x̃ x̃ᵀ and XY = Σ x̃ tᵀ say all, whether of the rows learned from or of those held out.
+(`objective`). B, [d, A + 1], is fitted to minimize ½ Σ |t − B x̃|². Up to a constant that is ½ tr(B XX Bᵀ) −
+tr(B XY), so that XX = Σ x̃ x̃ᵀ and XY = Σ x̃ tᵀ suffice, for the rows learned from and for those held out.
 
-A penalty λ |B|² in inputs of one common scale (the constant among them, so that enough of it means B = 0) gives
+A penalty λ |B|² in inputs of one common scale (the constant included, so that a large penalty gives B = 0) gives
 B(λ)ᵀ = (XX + λ)⁻¹ XY. Of rank r, the best keeps the r largest singular values of (XX + λ)^½ B(λ)ᵀ (reduced-rank
 regression: Izenman 1975; with ridge: Mukherjee & Zhu 2011).
 """
