@@ -6,9 +6,8 @@ end. Requests must be of the held-out side of the split, each counted once in a 
 
 - A candidate is promoted when an always-valid lower bound of its mean gain is above 0.
 - A serving profile is watched in windows of so many requests, so that an earlier gain does not hide a change. It is
-rolled
-  back for *harm* as soon as an always-valid upper bound of its mean gain in the window is below 0, and as *no longer
-  supported* at the window's end, unless by then a lower bound has been above 0 at some request of it.
+  rolled back for *harm* as soon as an always-valid upper bound of its mean gain in the window is below 0, and as *no
+  longer supported* at the window's end, unless by then a lower bound has been above 0 at some request of it.
 
 Which errors are bounded, whatever the gains' distribution, as long as none is below −width:
 - Promotion: the k-th test of a candidate spends alpha/(k(k+1)), which sums to alpha. Over the whole run, however many
@@ -104,8 +103,7 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class RunningTest:
     """One running test. merit: bound of the mean of the gains' lower ends. harm: of the negated upper ends, for a
-    serving
-    profile.
+    serving profile.
 
     window: 0 for a candidate.
     """

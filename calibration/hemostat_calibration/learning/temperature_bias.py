@@ -68,10 +68,11 @@ class TemperatureBiasLearner:
     half_life_tokens: float | None = None
 
     def init(self, model: str, vocab_size: int) -> TemperatureBiasState:
+        """Before the first record."""
         return TemperatureBiasState(model, vocab_size, frozen(np.zeros(vocab_size)), frozen(np.zeros(vocab_size)))
 
     def update(self, state: TemperatureBiasState, records: Iterable[TokenRecord]) -> TemperatureBiasState:
-        """InvalidArgumentError where a record has another vocabulary."""
+        """Learn from validated records. InvalidArgumentError where one has another vocabulary."""
         reference_mass, compressed_mass = state.reference_mass.copy(), state.compressed_mass.copy()
         beta, bias = self._parameters(state)
         depth_mean = _depth(state)
@@ -134,7 +135,7 @@ class TemperatureBiasLearner:
         )
 
     def merge(self, state: TemperatureBiasState, other: TemperatureBiasState) -> TemperatureBiasState:
-        """Both streams end now. InvalidArgumentError where they learned of different models."""
+        """What two replicas learned, both to the present. InvalidArgumentError where their models differ."""
         if (state.model, state.vocab_size) != (other.model, other.vocab_size):
             raise InvalidArgumentError(f"states are of {state.model} and {other.model}: they must be of one model")
         return TemperatureBiasState(
@@ -153,8 +154,7 @@ class TemperatureBiasLearner:
 
     def shrunk(self, state: TemperatureBiasState, pooled: TemperatureBiasState, tokens: int) -> TemperatureBiasState:
         """`state` as though it had also seen `tokens` tokens of what `pooled` saw: with little data it proposes nearly
-        the
-        pooled profile, with much its own. InvalidArgumentError where they learned of different models."""
+        the pooled profile, with much its own. InvalidArgumentError where they learned of different models."""
         part = min(1.0, tokens / max(pooled.weight, 1.0))
         some = replace(
             pooled,
@@ -171,6 +171,7 @@ class TemperatureBiasLearner:
         return self.merge(state, some)
 
     def propose(self, state: TemperatureBiasState) -> CalibrationProfile | None:
+        """The profile to try now; None below `min_requests` or `min_tokens`."""
         if state.requests < self.min_requests or state.tokens < self.min_tokens:
             return None
         beta, bias = self._parameters(state)

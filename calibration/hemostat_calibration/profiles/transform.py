@@ -44,8 +44,7 @@ def anchors_digest(ids: npt.NDArray[np.integer]) -> str:
 
 def code(profile: CalibrationProfile, anchored: npt.NDArray[np.floating]) -> Floats:
     """The code of a row, float64 [..., r], from its logits or log-probabilities (natural) at the profile's anchors,
-    [..., N];
-    only their differences matter. 0 where one is not finite.
+    [..., N]; only their differences matter. 0 where one is not finite.
 
     InvalidArgumentError for a family without anchors, or another number of logits.
 

@@ -23,8 +23,7 @@ def choose_anchors(
     anchors mean less noise. Deterministic.
 
     weight: W, [V, d]. among: ids to choose from; leave out those that samplers mask (end of sequence, special ones), as
-    a
-        row with a masked anchor is not changed. covariance: of hidden states, [d, d]; None takes it to be isotropic.
+    a row with a masked anchor is not changed. covariance: of hidden states, [d, d]; None takes it to be isotropic.
     InvalidArgumentError unless 1 ≤ count ≤ the number of ids to choose from.
 
     >>> choose_anchors(np.array([[3.0, 0.0], [0.0, 1.0], [0.1, 0.1], [-3.0, -1.0]]), 2).tolist()

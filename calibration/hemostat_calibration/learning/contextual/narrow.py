@@ -23,8 +23,7 @@ def narrow(
     columns: int,
 ) -> tuple[Floats, Floats, float]:
     """(up' [V, r], transform [r, r], lost): up' (transform y) is up y, but for the tail's ids only the part of
-    `columns`
-    components.
+    the first `columns` components.
 
     Columns of up', before the cut, have a mean square of 1. transform is invertible, but no rotation: a metric of y
     must be transformed, too. lost: ½ Σ p_v E[(Δz_v − Δz'_v)²] over the tail, nats.
