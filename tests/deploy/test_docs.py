@@ -185,8 +185,8 @@ def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
         assert titles == ["What it means.", "What to look at.", "What to do.", "What not to conclude."], name
 
 
-def test_the_page_that_alerts_lead_to_is_the_runbook() -> None:
-    """All of its text, every heading with its anchor, and no link to a file, as none is served."""
+def test_the_console_serves_the_whole_runbook() -> None:
+    """All of its text, every heading with its anchor, and no link to a file, because the admin port serves no files."""
     made = script("runbook")
     page = made.PAGE.read_text()
     assert page == made.page(), "run `make docs`"
@@ -279,11 +279,11 @@ def dead(path: Path, root: Path = ROOT) -> list[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_link_leads_nowhere(path: Path) -> None:
+def test_every_link_has_a_target(path: Path) -> None:
     assert dead(path) == []
 
 
-def test_a_dead_link_would_be_found(tmp_path: Path) -> None:
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "# A heading: with `code`\n[a](#a-heading-with-code) [b](#b) [c](c.md)\n```\n[d](d.md)\n```\n`[e](e)`\n"
@@ -437,7 +437,7 @@ def test_the_pages_scrape_configuration_is_valid(tmp_path: Path) -> None:
     assert "1 rule files found" in said.stdout
 
 
-def test_the_page_names_every_variable_of_compose_and_no_other() -> None:
+def test_operations_lists_exactly_the_variables_of_compose() -> None:
     example = re.findall(r"^([A-Z_]+)=", (DEPLOY / ".env.example").read_text(), re.MULTILINE)
     page = (DOCS / "operations.md").read_text()
     section = page.partition("### What to change")[2].partition("In [`deploy/hemostat.yaml`]")[0]
@@ -445,8 +445,15 @@ def test_the_page_names_every_variable_of_compose_and_no_other() -> None:
     assert named == set(example)
 
 
-def test_contributing_names_every_module_and_no_other() -> None:
-    """Its map of the code: a folder a line, and below the two packages' their modules."""
+def test_where_does_it_go_names_files_that_exist() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where does it go\n")[2].partition("\n## ")[0]
+    named = [name for name in re.findall(r"`([^`\s]+)`", section) if "/" in name]
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_tree_in_contributing_has_every_package_and_module() -> None:
+    """The tree has one line per folder, and below the packages one line per group of their parts."""
     lines = (ROOT / "CONTRIBUTING.md").read_text().partition("```\n")[2].partition("```")[0].splitlines()
     named: dict[Path, set[str]] = {}
     for line in lines:
@@ -462,6 +469,6 @@ def test_contributing_names_every_module_and_no_other() -> None:
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """As helm lays values over a chart's."""
+    """Merged as helm merges values into those of a chart."""
     both = {key: merged(below[key], above[key]) for key in below.keys() & above.keys() if isinstance(below[key], dict)}
     return below | above | both

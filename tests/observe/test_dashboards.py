@@ -1,4 +1,4 @@
-"""The dashboards' files: valid by Grafana's own schema; queries by promql-parser, their names by what is exported."""
+"""The dashboards are valid by Grafana's own schema, and their queries read exported metrics only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.prometheus import RUNBOOK, needs, rules
 from hemostat.metrics.collector import FAMILIES
 
 GRAFANA = ["@grafana/schema@13.2.3", "ts-json-schema-generator@2.10.0"]
-"""From npm: Grafana's types, and what makes a JSON schema of them."""
+"""From npm: Grafana's types, and a generator that makes a JSON schema of them."""
 TARGET = {"job", "instance", "namespace", "pod"}
 """Labels that Prometheus itself adds."""
 
@@ -67,7 +67,7 @@ def test_the_runbooks_queries_read_what_is_exported() -> None:
         assert selected.labels <= exported()[selected.metric], selected
 
 
-def test_what_reads_them_finds_mistakes() -> None:
+def test_the_query_reader_finds_mistakes() -> None:
     assert used('sum by (a) (rate(x_total{n="v"}[5m]) and on (i) y) / on (a) group_left sum by (a) (z)') == [
         Used("x_total", frozenset({"a", "n", "i"})),
         Used("y", frozenset({"i"})),
@@ -84,7 +84,7 @@ def test_what_reads_them_finds_mistakes() -> None:
 
 
 @pytest.mark.parametrize("name", load())
-def test_every_dashboard_has_the_variables_and_every_panel_what_explains_it(name: str) -> None:
+def test_every_dashboard_has_the_variables_and_every_panel_a_question(name: str) -> None:
     dashboard = load()[name]
     variables = {variable["name"] for variable in dashboard["templating"]["list"]}
     assert variables == {"DS_PROMETHEUS", *ALL}
@@ -116,7 +116,7 @@ def test_no_two_panels_overlap() -> None:
             assert a["x"] + a["w"] <= 24
 
 
-def test_dashboards_have_names_of_their_own() -> None:
+def test_dashboards_have_distinct_uids() -> None:
     uids = [dashboard["uid"] for dashboard in load().values()]
     assert sorted(uids) == ["hemostat-calibration", "hemostat-overview", "hemostat-shadow"]
 
@@ -146,7 +146,7 @@ def _call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def complaints(grafana: Draft7Validator, dashboard: Any) -> list[str]:
-    """Of a panel, those by the kind that it is."""
+    """The schema's errors; for a panel, those of the best matching kind."""
 
     def told(error: ValidationError) -> list[str]:
         kinds = [list(tried) for _, tried in itertools.groupby(error.context or [], lambda inner: inner.schema_path[0])]
@@ -159,7 +159,7 @@ def complaints(grafana: Draft7Validator, dashboard: Any) -> list[str]:
 
 @needs("npm", "npm")
 @pytest.mark.parametrize("name", load())
-def test_it_is_valid_by_grafanas_schema(grafana: Draft7Validator, name: str) -> None:
+def test_every_dashboard_is_valid_by_grafanas_schema(grafana: Draft7Validator, name: str) -> None:
     assert complaints(grafana, load()[name]) == []
 
 

@@ -1,7 +1,7 @@
 """Dashboards and alerts on a real run: real vLLM behind Hemostat, a real Prometheus that scrapes both by our rules.
 
-One run serves all tests here, in order: the dashboards' queries return data; nothing is alarmed while all is well; a
-profile that is taken back, and a model that is swapped for a worse one behind the running Hemostat, fire their alerts.
+One run serves all tests here, in order: the dashboards' queries return data; no alert fires in normal operation; a
+profile that is rolled back, and a model that is replaced by a worse one behind the running Hemostat, fire their alerts.
 """
 
 from __future__ import annotations

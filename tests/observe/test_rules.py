@@ -1,4 +1,4 @@
-"""Recording rules, alerts and Alertmanager's example, by Prometheus's own tools."""
+"""Recording rules, alerts and the example for Alertmanager, checked by Prometheus's own tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ promtool, amtool = needs("promtool", "prometheus"), needs("amtool", "prometheus-
 
 
 @promtool
-def test_promtool_finds_nothing_wrong() -> None:
+def test_promtool_accepts_the_rules() -> None:
     assert f"{len(rules())} rules found" in command("promtool", "check", "rules", "--lint-fatal", RULES)
     command("promtool", "check", "config", "--syntax-only", CONFIG)
 
@@ -58,13 +58,13 @@ def test_every_record_has_a_case() -> None:
 
 
 def anchors(page: str) -> set[str]:
-    """Of a Markdown page's headings, as GitHub makes them."""
+    """Anchors of a Markdown page's headings, as GitHub makes them."""
     headings = re.findall(r"^#{1,6} +(.+?) *$", page, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_every_alert_says_what_it_means_and_leads_to_its_section(alert: str) -> None:
+def test_every_alert_has_a_description_and_a_section_in_the_runbook(alert: str) -> None:
     rule: dict[str, Any] = ALERTS[alert]
     assert rule["labels"]["severity"] in {"critical", "warning"}
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
@@ -76,7 +76,7 @@ def test_every_alert_says_what_it_means_and_leads_to_its_section(alert: str) -> 
 
 
 @amtool
-def test_alertmanagers_example_is_valid_and_tells_the_right_people(tmp_path: Path) -> None:
+def test_the_alertmanager_example_is_valid_and_routes_by_severity(tmp_path: Path) -> None:
     command("amtool", "check-config", ALERTMANAGER)
     who = {"critical": "on-call", "warning": "team"}
     for name, rule in ALERTS.items():
