@@ -1,4 +1,4 @@
-"""`make docs`: writes docs/metrics.md from what the code exports (`hemostat.metrics.collector.GROUPS`).
+"""`make docs`: writes docs/metrics.md from what the code exports (`hemostat.metrics.catalogue.GROUPS`).
 
 This file explains the values of labels; the code defines which values exist. tests/deploy/test_docs.py checks that both
 agree.
@@ -13,7 +13,8 @@ from hemostat.learner.client import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
 from hemostat.measurement.measurements import DECODINGS, DIRECTIONS, STAGES
-from hemostat.metrics.collector import FAMILIES, GROUPS, Family
+from hemostat.metrics import names
+from hemostat.metrics.catalogue import FAMILIES, GROUPS, Family
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import counters, outcomes
@@ -158,12 +159,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "label": {"": "the client's `X-Hemostat-Label`, if it is one of the configured `labels`; else empty"},
     "model": {
         "": "the served name",
-        "hemostat_covered_mass_ratio": {name: f"the {name} model" for name in MODELS},
-        "hemostat_noise_floor_nats": {name: f"the {name} model" for name in MODELS},
-        "hemostat_noise_floor_requests_total": {name: f"the {name} model" for name in MODELS},
+        names.COVERED_MASS_RATIO: {name: f"the {name} model" for name in MODELS},
+        names.NOISE_FLOOR_NATS: {name: f"the {name} model" for name in MODELS},
+        names.NOISE_FLOOR_REQUESTS: {name: f"the {name} model" for name in MODELS},
     },
     "outcome": {
-        "hemostat_requests_total": {
+        names.REQUESTS: {
             counters.OK: "complete, status below 400",
             counters.CLIENT_ERROR: "complete, the upstream's status is 4xx",
             counters.SERVER_ERROR: "complete, the upstream's status is 5xx",
@@ -171,27 +172,27 @@ LABELS: dict[str, dict[str, Values | str]] = {
             counters.UPSTREAM_FAILED: "the upstream could not be reached, broke off or sent an invalid answer",
             counters.CLIENT_GONE: "the client disconnected",
         },
-        "hemostat_shadow_requests_total": {
+        names.SHADOW_REQUESTS: {
             "shadowed": "captured; each capture later counts as one of the other outcomes, too",
             "scored": "both models have scored its tokens",
             "skipped": "cannot be scored",
             "dropped": "could have been scored, but there was no room, or something failed",
         },
-        "hemostat_noise_floor_requests_total": {
+        names.NOISE_FLOOR_REQUESTS: {
             "scored": "scored",
             "busy": "the queue was full",
             ELSE: "why it failed",
         },
-        "hemostat_structured_outputs_total": {
+        names.STRUCTURED_OUTPUTS: {
             "valid": "the answer parses",
             "invalid": "the answer does not parse",
             "cut": "the answer ended at the length limit",
         },
     },
     "reason": {
-        "hemostat_calibration_requests_total": CALIBRATION_REASONS,
-        "hemostat_engine_events_total": ENGINE_EVENTS,
-        "hemostat_features_dropped_total": {
+        names.CALIBRATION_REQUESTS: CALIBRATION_REASONS,
+        names.ENGINE_EVENTS: ENGINE_EVENTS,
+        names.FEATURES_DROPPED: {
             "no_tap": "the engine reported nothing about the request",
             "not_sent": "the engine sent no features",
             "other_anchors": "the features are of other ids than requested",
@@ -199,12 +200,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "not_finite": "some features are not finite",
             "masked": "every row is masked",
         },
-        "hemostat_learner_dropped_total": {
+        names.LEARNER_DROPPED: {
             DropReason.NOT_READY: "the learner is starting, or there is none",
             DropReason.NOTHING_TO_LEARN: "the record brings no features",
             DropReason.BUSY: "the learner's queue is full",
         },
-        "hemostat_profile_decisions_total": {
+        names.PROFILE_DECISIONS: {
             Reason.EVIDENCE: "held-out requests prove that it helps",
             Reason.HARM: "held-out requests prove that it harms",
             Reason.UNSUPPORTED: "its gain was not proven again within a window",
@@ -214,7 +215,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             Reason.NEWER: "a newer candidate takes its place",
             Reason.UNPROVEN: "not proven within the number of requests after which it makes room for others",
         },
-        "hemostat_responses_finished_total": (
+        names.RESPONSES_FINISHED: (
             f"vLLM's finish_reason: {', '.join(f'`{name}`' for name in sorted(outcomes.FINISH_REASONS))}, else `other`"
         ),
     },
@@ -233,7 +234,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
                 strict=True,
             )
         ),
-        "hemostat_divergence": {
+        names.DIVERGENCE: {
             "raw": "the compressed model's distribution",
             "excess": "raw minus the noise floor (how far each model is from itself); present once both are known",
         },
@@ -269,9 +270,9 @@ def page() -> str:
     parts = [HEAD]
     for title, families in GROUPS.items():
         parts.append(f"\n## {title}\n\n| metric | type | unit | labels | |\n|---|---|---|---|---|\n")
-        parts += [row(name, family) for name, family in families.items()]
+        parts += [row(family) for family in families]
     edges = ", ".join(f"{edge:g}" for edge in OVERHEAD_BUCKETS)
-    parts.append(f"\nBuckets of `hemostat_proxy_overhead_seconds`: {edges} seconds. All histograms are classic ones.\n")
+    parts.append(f"\nBuckets of `{names.PROXY_OVERHEAD_SECONDS}`: {edges} seconds. All histograms are classic ones.\n")
     parts.append("\n## Labels\n")
     for label, by_metric in LABELS.items():
         for metric, values in by_metric.items():
@@ -279,14 +280,14 @@ def page() -> str:
             parts.append(f"\n### {label}{of}\n\n")
             parts.append(f"{values}.\n" if isinstance(values, str) else table(values))
     for outcome, values in SHADOW_REASONS.items():
-        parts.append(f"\n### reason of `hemostat_shadow_requests_total`, {outcome}\n\n{table(values)}")
+        parts.append(f"\n### reason of `{names.SHADOW_REQUESTS}`, {outcome}\n\n{table(values)}")
     return "".join(parts)
 
 
-def row(name: str, family: Family) -> str:
+def row(family: Family) -> str:
     labels = ", ".join(f"`{label}`" for label in family.labels)
     text = family.help.removesuffix(".").replace("||", "‖").replace("|", "\\|")
-    return f"| `{name}` | {family.kind} | {family.unit} | {labels} | {text} |\n"
+    return f"| `{family.name}` | {family.kind} | {family.unit} | {labels} | {text} |\n"
 
 
 def table(values: Values) -> str:
@@ -300,7 +301,7 @@ def shown(value: str) -> str:
 
 def meaning(metric: str, label: str) -> Values | str | None:
     """What docs/metrics.md says about a label of this metric."""
-    if (metric, label) == ("hemostat_shadow_requests_total", "reason"):
+    if (metric, label) == (names.SHADOW_REQUESTS, "reason"):
         return {reason: text for reasons in SHADOW_REASONS.values() for reason, text in reasons.items()}
     by_metric = LABELS[label]
     return by_metric.get(metric, by_metric.get(""))

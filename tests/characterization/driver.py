@@ -551,9 +551,8 @@ class Pipeline:
     async def stats(self, relay: Relay, counters: dict[str, dict[tuple[str, ...], float]], overhead: list[int]) -> None:
         """Figures of a relay since it started; overhead: counts of the first buckets."""
         before = self._control.link.total()
-        joined = {name: {"\x1f".join(k): v for k, v in series.items()} for name, series in counters.items()}
         buckets = [*overhead, *[0] * (len(OVERHEAD_BUCKETS) + 1 - len(overhead))]
-        relay.send(Stats(counters=joined, overhead_buckets=buckets, overhead_sum=0.001 * sum(overhead), ready=True))
+        relay.send(Stats(counters=counters, overhead_buckets=buckets, overhead_sum=0.001 * sum(overhead), ready=True))
         await until(lambda: self._control.link.total() != before)
 
     async def captures(self, relay: Relay, *captures: Capture) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.support.admin_server import admin_client
 from tests.support.control import AUTHORIZED, control, settings
 from tests.support.records import Truth, log_softmax, make_record
+from tests.support.samples import values
 
 from hemostat.config import schema as config
 from hemostat.measurement.alarms import STATE, Alarms
@@ -72,7 +73,7 @@ def test_a_change_is_seen_told_and_cleared() -> None:
     report = bench.alarms.report()
     assert report["raised"]
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    gauges = {(name, *labels.values()): value for name, labels, value in bench.alarms.gauges()}
+    gauges = values(bench.alarms.samples())
     assert gauges["hemostat_hemorrhage_alarm", "change", ROUTE] == 1.0
     bench.feed(range(90, 120), 0.1)
     assert bench.raised() == {"change": False}

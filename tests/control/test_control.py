@@ -212,8 +212,7 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
         monkeypatch.setattr(one.profile_manager, "observe", bug)
         one._scored(*scored())
         assert one.measurements.tokens == 3
-        found = {name: value for name, _, value in one.counters()}
-        assert found["hemostat_calibration_errors_total"] == 1
+        assert one.registry.get_sample_value("hemostat_calibration_errors_total") == 1
 
 
 async def test_policies_are_sent_when_something_changed_and_only_then(tmp_path: Path) -> None:
@@ -342,7 +341,7 @@ async def test_refused_logprobs_make_it_look_again_and_relays_sample_under_a_new
     async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
         await until(lambda: one.reference_state == "ready")
         generation = told[-1].generation
-        refused = {"hemostat_shadow_requests_total": {"skipped\x1flogprobs_refused": 1.0}}
+        refused = {"hemostat_shadow_requests_total": {("skipped", "logprobs_refused"): 1.0}}
         totals = Stats(counters=refused, overhead_buckets=[], overhead_sum=0.0, ready=True)
         one.link.total = lambda: totals  # type: ignore[method-assign]
         await until(lambda: not told[-1].scoring)
@@ -353,7 +352,7 @@ async def test_refused_logprobs_make_it_look_again_and_relays_sample_under_a_new
         await asyncio.sleep(0.3)
         assert told[-1].generation == generation
         upstream[0].max_logprobs = 3
-        refused["hemostat_shadow_requests_total"]["skipped\x1flogprobs_refused"] = 2.0
+        refused["hemostat_shadow_requests_total"][("skipped", "logprobs_refused")] = 2.0
         await until(lambda: one.reference_state == "mismatch")
         assert "--max-logprobs" in one.reference_detail
         assert not told[-1].scoring

@@ -21,7 +21,7 @@ POLICY = policy()
 
 def stats(requests: float, *, ready: bool = True) -> Stats:
     return Stats(
-        counters={"hemostat_requests_total": {"/v1/models\x1fok": requests}},
+        counters={"hemostat_requests_total": {("/v1/models", "ok"): requests}},
         overhead_buckets=[1, 2],
         overhead_sum=0.5,
         ready=ready,
@@ -50,12 +50,14 @@ async def test_captures_arrive_and_figures_add_up_over_relays_and_restarts(link:
     (_, one), (_, two) = await link.relay(), await link.relay()
     one.write(encode(Hello(pid=1, worker=0)) + encode(stats(3)) + encode(sized_capture("a")))
     two.write(encode(stats(4, ready=False)))
-    await until(lambda: link.link.total().counters == {"hemostat_requests_total": {"/v1/models\x1fok": 7}})
+    await until(lambda: link.link.total().counters == {"hemostat_requests_total": {("/v1/models", "ok"): 7}})
     assert [c.request_id for c in link.captures] == ["a"]
     assert link.link.ready
     one.close()
     await until(lambda: link.link.relays == 1)
-    assert link.link.total().counters == {"hemostat_requests_total": {"/v1/models\x1fok": 7}}, "a dead relay counts on"
+    assert link.link.total().counters == {"hemostat_requests_total": {("/v1/models", "ok"): 7}}, (
+        "a dead relay counts on"
+    )
     assert not link.link.ready
     (_, again) = await link.relay()
     again.write(encode(stats(1)))
@@ -99,7 +101,7 @@ def test_frames_at_any_split(cuts: list[int]) -> None:
 
 
 def test_add_keeps_what_only_one_side_has() -> None:
-    other = Stats(counters={"x": {"": 1.0}}, overhead_buckets=[1], overhead_sum=0.0, ready=False)
+    other = Stats(counters={"x": {(): 1.0}}, overhead_buckets=[1], overhead_sum=0.0, ready=False)
     total = add(stats(2), other)
-    assert total.counters == {"hemostat_requests_total": {"/v1/models\x1fok": 2}, "x": {"": 1.0}}
+    assert total.counters == {"hemostat_requests_total": {("/v1/models", "ok"): 2}, "x": {(): 1.0}}
     assert total.overhead_buckets == [2, 2]

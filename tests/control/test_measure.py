@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tests.support.captures import sized_capture
 from tests.support.records import Truth, log_softmax, make_record
+from tests.support.samples import histograms, values
 from tests.support.world import V, World
 
 from hemostat.measurement.figures import FIGURES, KL_CAP
@@ -109,9 +110,11 @@ def test_calibrated_equals_raw_while_identity_serves() -> None:
     for record in records(5):
         measured.observe(record, None, None)
     assert measured.summary("0" * 32) == measured.summary(None)
-    rows = next(rows for name, _, rows in measured.histograms() if name == "hemostat_token_kl_nats")
-    by_label = {labels: counts for labels, counts, _ in rows}
-    assert by_label["reference_compressed", "raw", "none"] == by_label["reference_compressed", "calibrated", "none"]
+    kl = histograms(measured.samples())
+    raw, after = (
+        kl["hemostat_token_kl_nats", "reference_compressed", stage, "none"] for stage in ("raw", "calibrated")
+    )
+    assert raw.counts == after.counts
 
 
 def test_won_back_is_gain_over_divergence_on_the_same_tokens() -> None:
@@ -171,8 +174,8 @@ def test_an_infinite_token_is_counted_and_clipped_in_the_mean(name: str) -> None
     assert KL_CAP / measured.tokens < summary[name]["estimate"] < 10
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     label = "reference_compressed" if name == "kl_nats" else "compressed_reference"
-    rows = next(rows for family, _, rows in measured.histograms() if family == "hemostat_token_kl_nats")
-    counts, total = next((counts, total) for labels, counts, total in rows if labels == (label, "raw", "none"))
+    series = histograms(measured.samples())["hemostat_token_kl_nats", label, "raw", "none"]
+    counts, total = series.counts, series.total
     assert counts[-1] == 1, "in the bucket above the last edge"
     assert sum(counts) == measured.tokens
     assert total < 100
@@ -208,9 +211,8 @@ def test_labels_are_bounded() -> None:
     for n, arm in enumerate([*Arm] * 2):
         record = replace(records(1)[0], arm=arm, model=f"m{n}", label=f"l{n}", route=f"/{n}", request_id=str(n))
         measured.observe(record, profile_of(), None)
-    series = [labels for _, _, rows in measured.histograms() for labels, _, _ in rows]
-    assert len(series) == len(set(series)) == 2 * 2 * 3 + 2 * 3
-    tokens = {tuple(labels.values()): value for name, labels, value in measured.counters() if "scored" in name}
+    assert len(histograms(measured.samples())) == 2 * 2 * 3 + 2 * 3
+    tokens = {series[1:]: value for series, value in values(measured.samples()).items() if "scored" in series[0]}
     assert set(tokens) == {(arm, decoding) for arm in ("control", "treated", "none") for decoding in DECODINGS}
     assert sum(tokens.values()) == measured.tokens
 
@@ -223,9 +225,9 @@ def test_same_top1_is_told_for_greedy_and_sampled_requests_apart() -> None:
         measured.observe(record, profile, None)
     apart = measured.summary(profile.version)["top1_by_decoding"]
     counted = {
-        (labels["stage"], labels["decoding"]): value
-        for name, labels, value in measured.counters()
-        if name == "hemostat_top1_agreement_tokens_total" and labels["arm"] == "none"
+        (series[1], series[3]): value
+        for series, value in values(measured.samples()).items()
+        if series[0] == "hemostat_top1_agreement_tokens_total" and series[2] == "none"
     }
     for decoding, of in (("greedy", given[::3]), ("sampled", [r for n, r in enumerate(given) if n % 3])):
         tokens = sum(r.tokens for r in of)
@@ -247,11 +249,12 @@ def test_a_record_counts_in_every_figure_or_in_none() -> None:
         measured.observe(records(1)[0], temperature_bias("m", V - 30, 1.0, np.zeros(V - 30), 1.0), None)
     assert measured.tokens == 0
     assert measured.summary(None)["requests"] == 0
-    assert all(not any(counts) for _, _, rows in measured.histograms() for _, counts, _ in rows)
+    assert not any(any(series.counts) for series in histograms(measured.samples()).values())
 
 
 def test_edges_are_those_of_the_dashboards() -> None:
-    assert {name: edges for name, edges, _ in Measurements().histograms()}["hemostat_token_kl_nats"] == KL_EDGES
+    found = histograms(Measurements().samples())
+    assert {series.edges for (name, *_), series in found.items() if name == "hemostat_token_kl_nats"} == {KL_EDGES}
 
 
 def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
@@ -300,7 +303,7 @@ def test_figures_stand_apart_by_decoding() -> None:
     ), "nothing is cut: the sharper of two lower bounds"
     assert at_one["drawn_from"]["unavailable_share"] == 0.0
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    counted = {labels["strategy"] for name, labels, _ in measured.counters() if name == "hemostat_kl_tokens_total"}
+    counted = {series[-1] for series in values(measured.samples()) if series[0] == "hemostat_kl_tokens_total"}
     assert counted == set(report)
 
 
@@ -317,7 +320,7 @@ def test_excess_is_over_both_models_own_noise() -> None:
     assert measured.excess() == {}, "one floor is not enough"
     measured.observe_floor("reference", far)
     raw, floors = measured.summary(None), measured.floor()
-    gauges = {(name, *labels.values()): value for name, labels, value in measured.gauges()}
+    gauges = values(measured.samples())
 
     def of(told: dict[str, Any], name: str) -> float:
         if name == "top1_disagreement":
@@ -416,9 +419,9 @@ def test_divergence_adds_up_by_route_and_label() -> None:
     for record, label in zip(made, ("a", "b", "a"), strict=True):
         measured.observe(replace(record, route="/v1/completions", label=label), None, None)
     found: dict[tuple[str, str], float] = {}
-    for name, labels, value in measured.counters():
-        if labels.get("route") == "/v1/completions":
-            found[name, labels["label"]] = found.get((name, labels["label"]), 0.0) + value
+    for series, value in values(measured.samples()).items():
+        if "/v1/completions" in series:
+            found[series[0], series[2]] = found.get((series[0], series[2]), 0.0) + value
     nats = [divergence(record).kl_rc.sum() for record in made]
     assert found["hemostat_kl_nats_total", "a"] == pytest.approx(nats[0] + nats[2])
     assert found["hemostat_kl_nats_total", "b"] == pytest.approx(nats[1])

@@ -15,7 +15,7 @@ from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 NOTHING = Stats(counters={}, overhead_buckets=[0] * (len(OVERHEAD_BUCKETS) + 1), overhead_sum=0.0, ready=True)
 
 
-def of(**counters: dict[str, float]) -> Stats:
+def of(**counters: dict[tuple[str, ...], float]) -> Stats:
     return Stats(counters=counters, overhead_buckets=NOTHING.overhead_buckets, overhead_sum=0.0, ready=True)
 
 
@@ -33,10 +33,10 @@ def test_a_quantile_lies_in_the_bucket_that_is_told(seconds: list[float], q: flo
 
 def test_the_proxys_health() -> None:
     requests = {
-        "/v1/chat/completions\x1fok": 90.0,
-        "/v1/completions\x1fupstream_failed": 2.0,
-        "/v1/models\x1fserver_error": 3.0,
-        "other\x1fclient_gone": 5.0,
+        ("/v1/chat/completions", "ok"): 90.0,
+        ("/v1/completions", "upstream_failed"): 2.0,
+        ("/v1/models", "server_error"): 3.0,
+        ("other", "client_gone"): 5.0,
     }
     told = overview.proxy(of(hemostat_requests_total=requests))
     assert (told["requests"], told["generations"], told["failed"], told["failed_ratio"]) == (100, 92, 5, 0.05)
@@ -62,13 +62,13 @@ def test_how_answers_end_by_arm() -> None:
     told = overview.endings(
         of(
             hemostat_responses_finished_total={
-                "treated\x1fstop": 7.0,
-                "treated\x1flength": 1.0,
-                "control\x1fstop": 3.0,
+                ("treated", "stop"): 7.0,
+                ("treated", "length"): 1.0,
+                ("control", "stop"): 3.0,
             },
-            hemostat_output_tokens_total={"treated": 80.0},
-            hemostat_repetition_loops_total={"control": 2.0},
-            hemostat_structured_outputs_total={"treated\x1fjson\x1fvalid": 4.0, "treated\x1fjson\x1fcut": 1.0},
+            hemostat_output_tokens_total={("treated",): 80.0},
+            hemostat_repetition_loops_total={("control",): 2.0},
+            hemostat_structured_outputs_total={("treated", "json", "valid"): 4.0, ("treated", "json", "cut"): 1.0},
         )
     )
     assert told == {

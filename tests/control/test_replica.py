@@ -24,6 +24,7 @@ from tests.control.test_serve import AUTHORIZED, Served, hemostat
 from tests.support import valkey
 from tests.support.control import TOKEN, control, profile, settings
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
+from tests.support.samples import values
 from tests.support.valkey import Valkey
 
 from hemostat.config.schema import Settings
@@ -123,7 +124,7 @@ async def test_what_one_promotes_all_serve(shared_server: Valkey, tmp_path: Path
         assert [one.engines._hold for one in ones] == [(mine.version,)] * 3
         await until(lambda: [e["decision"] for e in ones[1].profiles()["events"]] == ["promote", "import"])
         assert [one.status()["replica"]["leads"] for one in ones] == [True, False, False]
-        leading = [{name: value for name, _, value in one.gauges()}["hemostat_replica_leads"] for one in ones]
+        leading = [values(one.lease.samples())["hemostat_replica_leads",] for one in ones]
         assert leading == [1.0, 0.0, 0.0]
         await ones[0].rollback("asked for", None)
         await until(lambda: agree(ones, None))

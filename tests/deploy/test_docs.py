@@ -28,7 +28,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from hemostat.config.schema import Settings, load
 from hemostat.learner.client import DropReason
 from hemostat.measurement.measurements import HEADLINE
-from hemostat.metrics.collector import FAMILIES
+from hemostat.metrics.catalogue import FAMILIES
 from hemostat.openai.requests import Uncalibrated, Unscorable
 from hemostat.openai.responses import ResponseFailure
 from hemostat.profiles.decisions import Decision, Reason
@@ -38,7 +38,6 @@ from hemostat.shadow.reports import RelayDropReason, SkipReason
 
 DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"
-SOURCES = [*(ROOT / "middleware").rglob("*.py"), *(ROOT / "calibration").rglob("*.py")]
 NOT_METRICS = {"hemostat_calibration", "hemostat_engine", "hemostat_tap"}
 """Names with the prefix of metrics that are not metrics: two packages, and a key of `vllm_xargs`."""
 
@@ -66,18 +65,7 @@ def test_the_metrics_reference_is_current(reference: ModuleType) -> None:
     assert (DOCS / "metrics.md").read_text() == reference.page(), "run `make docs`"
 
 
-def constants(path: Path) -> Iterator[str]:
-    """The string constants of a module, without docstrings."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-
-
-def test_every_metric_that_the_code_names_is_declared_and_documented() -> None:
-    named = {
-        text for path in SOURCES for text in constants(path) if re.fullmatch(r"hemostat_[a-z0-9_]+", text)
-    } - NOT_METRICS
-    assert named == set(FAMILIES)
+def test_every_metric_is_documented() -> None:
     page = (DOCS / "metrics.md").read_text()
     for name, family in FAMILIES.items():
         (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.MULTILINE)

@@ -19,6 +19,7 @@ from tests.support.captures import capture
 from tests.support.control import control, settings
 from tests.support.fake_vllm import VOCAB, FakeVllm, encode, render, serving
 from tests.support.learner_world import D, K, World, children, logprobs, make, save
+from tests.support.samples import values
 from tests.support.waiting import until
 
 from hemostat.control import process as control_module
@@ -266,8 +267,7 @@ async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
         assert status["sources"]["hidden"] == status["tokens"] > 1500
         assert b.one.scorer is not None
         assert not b.one.scorer.features_dropped
-        metrics = {(name, tuple(labels.items())): value for name, labels, value in b.one.counters()}
-        assert metrics["hemostat_learned_tokens_total", (("source", "hidden"),)] == status["tokens"]
+        assert values(b.one.learner.samples())["hemostat_learned_tokens_total", "hidden"] == status["tokens"]
 
 
 async def test_when_the_error_changes_the_profile_is_rolled_back_and_a_new_one_is_learned(
@@ -304,8 +304,8 @@ async def test_features_that_cannot_be_used_are_dropped_and_the_rest_is_learned_
         assert b.one.status()["requests"]["scored"] == 40
         await until(lambda: sum(b.one.learner.tokens_by_source().values()) == TOKENS * len(b.learned_from))
         assert {source for source, tokens in b.one.learner.tokens_by_source().items() if tokens} == {"hidden_from_list"}
-        dropped = {labels["reason"]: v for n, labels, v in b.one.counters() if n == "hemostat_features_dropped_total"}
-        assert dropped["masked"] == 8
+        assert b.one.scorer is not None
+        assert values(b.one.scorer.samples())["hemostat_features_dropped_total", "masked"] == 8
 
 
 async def test_off_ends_the_learner_and_observe_starts_it_again(

@@ -14,7 +14,7 @@ from jsonschema import Draft7Validator, ValidationError
 from tests.support.dashboards import ALL, Query, Used, load, panels, queries, used
 from tests.support.prometheus import RUNBOOK, needs, rules
 
-from hemostat.metrics.collector import FAMILIES
+from hemostat.metrics.catalogue import FAMILIES
 
 GRAFANA = ["@grafana/schema@13.2.3", "ts-json-schema-generator@2.10.0"]
 """From npm: Grafana's types, and a generator that makes a JSON schema of them."""

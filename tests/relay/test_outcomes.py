@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.relay import Request, answering, chat_json, relaying
 
+from hemostat.metrics.names import OUTPUT_TOKENS, REPETITION_LOOPS, RESPONSES_FINISHED, STRUCTURED_OUTPUTS
 from hemostat.relay import outcomes
-from hemostat.relay.outcomes import FINISHED, LOOPS, OUTPUT_TOKENS, STRUCTURED, OutcomeObserver, ends_in_loop
+from hemostat.relay.outcomes import OutcomeObserver, ends_in_loop
 
 SCHEMA = b'{"messages": [], "response_format": {"type": "json_schema", "json_schema": {}}}'
 TOOLS = b'{"messages": [], "tools": [{"type": "function"}]}'
@@ -43,13 +44,13 @@ def events(*deltas: dict[str, Any], reason: str = "stop") -> list[bytes]:
 
 def test_a_whole_response() -> None:
     assert observed([chat_json("Paris.")], arm="treated") == {
-        (FINISHED, "treated", "stop"): 1,
+        (RESPONSES_FINISHED, "treated", "stop"): 1,
         (OUTPUT_TOKENS, "treated"): 7,
     }
 
 
 def test_what_is_not_a_finish_reason_of_ours_is_other() -> None:
-    assert observed([chat_json("x", reason="because")])[FINISHED, "none", "other"] == 1
+    assert observed([chat_json("x", reason="because")])[RESPONSES_FINISHED, "none", "other"] == 1
 
 
 def test_a_response_in_pieces_and_one_that_is_no_json() -> None:
@@ -61,14 +62,14 @@ def test_a_response_in_pieces_and_one_that_is_no_json() -> None:
 def test_a_stream_is_judged_by_its_end_alone() -> None:
     deltas = [{"content": f"word{n} "} for n in range(200)]
     found = observed(events(*deltas, reason="length"), stream=True)
-    assert found == {(FINISHED, "none", "length"): 1, (OUTPUT_TOKENS, "none"): 201}
+    assert found == {(RESPONSES_FINISHED, "none", "length"): 1, (OUTPUT_TOKENS, "none"): 201}
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_loop_at_the_end(stream: bool) -> None:
     text = "It began well. " + "and then again " * 12
     pieces = events(*[{"content": text[n : n + 5]} for n in range(0, len(text), 5)]) if stream else [chat_json(text)]
-    assert observed(pieces, stream=stream)[LOOPS, "none"] == 1
+    assert observed(pieces, stream=stream)[REPETITION_LOOPS, "none"] == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -81,8 +82,9 @@ def test_json_that_was_asked_for(stream: bool, text: str, reason: str, outcome: 
         events({"content": text[:4]}, {"content": text[4:]}, reason=reason) if stream else [chat_json(text, reason)]
     )
     found = observed(pieces, request=SCHEMA, stream=stream)
-    assert {key: n for key, n in found.items() if key[0] == STRUCTURED} == {(STRUCTURED, "none", "json", outcome): 1}
-    assert not [key for key in observed(pieces, stream=stream) if key[0] == STRUCTURED]
+    judged = {key: n for key, n in found.items() if key[0] == STRUCTURED_OUTPUTS}
+    assert judged == {(STRUCTURED_OUTPUTS, "none", "json", outcome): 1}
+    assert not [key for key in observed(pieces, stream=stream) if key[0] == STRUCTURED_OUTPUTS]
 
 
 def test_asking_is_a_member_and_not_what_a_user_writes() -> None:
@@ -105,8 +107,8 @@ def test_tool_calls_are_put_together_by_their_index(stream: bool) -> None:
         calls = [{"function": {"arguments": text}} for text in ('{"city": "Rome"}', '{"a": ')]
         pieces = [chat_json(None, "tool_calls", tool_calls=calls)]
     found = observed(pieces, request=TOOLS, stream=stream)
-    assert found[STRUCTURED, "none", "tool_call", "valid"] == 1
-    assert found[STRUCTURED, "none", "tool_call", "invalid"] == 1
+    assert found[STRUCTURED_OUTPUTS, "none", "tool_call", "valid"] == 1
+    assert found[STRUCTURED_OUTPUTS, "none", "tool_call", "invalid"] == 1
 
 
 def test_what_is_held_is_bounded() -> None:
@@ -156,4 +158,4 @@ async def test_through_the_relay(chunked: bool) -> None:
         for target in (b"/v1/chat/completions", b"/v1/models"):
             await client.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % target)
             assert (await client.response("POST")).body == body
-        assert relay.counters.other == {FINISHED: {"none\x1fstop": 1.0}, OUTPUT_TOKENS: {"none": 7.0}}
+        assert relay.counters.other == {RESPONSES_FINISHED: {("none", "stop"): 1.0}, OUTPUT_TOKENS: {("none",): 7.0}}

@@ -125,12 +125,12 @@ async def test_figures_are_reported(tmp_path: Path) -> None:
         await eventually(
             lambda: "hemostat_requests_total" in link.total().counters and sum(link.total().overhead_buckets) > 0
         )
-        assert link.total().counters["hemostat_requests_total"] == {"/v1/models\x1fok": 1.0}
+        assert link.total().counters["hemostat_requests_total"] == {("/v1/models", "ok"): 1.0}
         assert link.total().overhead_sum > 0
         relay.process.send_signal(signal.SIGTERM)
         await eventually(lambda: not link.ready)
         assert await relay.process.wait() == 0
-    assert link.total().counters["hemostat_requests_total"] == {"/v1/models\x1fok": 1.0}
+    assert link.total().counters["hemostat_requests_total"] == {("/v1/models", "ok"): 1.0}
     await link.close()
 
 

@@ -79,9 +79,9 @@ def relay_stats(requests: float = 1.0, *, ready: bool = True) -> Stats:
     """A relay's figures after so many requests."""
     return Stats(
         counters={
-            "hemostat_requests_total": {"/v1/completions\x1fok": requests, "other\x1fclient_gone": 1.0},
-            "hemostat_shadow_requests_total": {"shadowed\x1f": requests, "skipped\x1ftoo_long": 2.0},
-            "hemostat_calibration_requests_total": {"none\x1foff": requests},
+            "hemostat_requests_total": {("/v1/completions", "ok"): requests, ("other", "client_gone"): 1.0},
+            "hemostat_shadow_requests_total": {("shadowed", ""): requests, ("skipped", "too_long"): 2.0},
+            "hemostat_calibration_requests_total": {("none", "off"): requests},
         },
         overhead_buckets=[int(requests)] * (len(OVERHEAD_BUCKETS) + 1),
         overhead_sum=requests / 1000,

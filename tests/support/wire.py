@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 
 from hemostat.ipc.messages import Capture, Policy
+from hemostat.metrics.names import CALIBRATION_REQUESTS, SHADOW_REQUESTS
 from hemostat.relay.hooks import Refusal
 from hemostat.shadow.interceptor import Interceptor
-from hemostat.shadow.reports import CALIBRATION_REQUESTS, SHADOW_REQUESTS
 
 VERSION = "0123456789abcdef" * 2
 OTHER_VERSION = "fedcba9876543210" * 2

@@ -15,10 +15,10 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.wire import VERSION, policy
 
 from hemostat.ipc.messages import Capture
+from hemostat.metrics.names import SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
 from hemostat.relay.worker import Relay
 from hemostat.shadow.interceptor import Interceptor
-from hemostat.shadow.reports import SHADOW_REQUESTS
 
 
 class Bench:

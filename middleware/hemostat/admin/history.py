@@ -7,8 +7,9 @@ from collections import deque
 from typing import Any
 
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.metrics import names
 from hemostat.openai import routes
-from hemostat.relay import counters, outcomes
+from hemostat.relay import counters
 
 HISTORY_EVERY = 10.0
 """Seconds between two points."""
@@ -16,10 +17,6 @@ HISTORY_POINTS = 2160
 """Six hours."""
 RECENT = 6
 """Points that make up what is told as recent: a minute."""
-
-
-def _split(series: dict[str, float]) -> list[tuple[list[str], float]]:
-    return [(joined.split("\x1f"), value) for joined, value in series.items()]
 
 
 def quantile(stats: Stats, q: float) -> float | None:
@@ -39,11 +36,11 @@ def proxy(stats: Stats) -> dict[str, Any]:
     """Requests by outcome and route, and what the relay adds, since it started. JSON-ready."""
     by_outcome: dict[str, int] = {}
     by_route: dict[str, int] = {}
-    for (route, outcome), value in _split(stats.counters.get(counters.REQUESTS, {})):
+    for (route, outcome), value in stats.counters.get(names.REQUESTS, {}).items():
         by_outcome[outcome] = by_outcome.get(outcome, 0) + int(value)
         by_route[route] = by_route.get(route, 0) + int(value)
     total = sum(by_outcome.values())
-    failed = sum(by_outcome.get(name, 0) for name in (counters.SERVER_ERROR, counters.UPSTREAM_FAILED))
+    failed = sum(by_outcome.get(outcome, 0) for outcome in (counters.SERVER_ERROR, counters.UPSTREAM_FAILED))
     overhead = {name: quantile(stats, q) for name, q in (("p50", 0.5), ("p99", 0.99))}
     return {
         "requests": total,
@@ -65,13 +62,13 @@ def endings(stats: Stats) -> dict[str, Any]:
         empty: dict[str, Any] = {"finished": {}, "output_tokens": 0, "loops": 0, "structured": {}}
         return found.setdefault(arm, empty)
 
-    for (arm, reason), value in _split(stats.counters.get(outcomes.FINISHED, {})):
+    for (arm, reason), value in stats.counters.get(names.RESPONSES_FINISHED, {}).items():
         of(arm)["finished"][reason] = int(value)
-    for (arm,), value in _split(stats.counters.get(outcomes.OUTPUT_TOKENS, {})):
+    for (arm,), value in stats.counters.get(names.OUTPUT_TOKENS, {}).items():
         of(arm)["output_tokens"] = int(value)
-    for (arm,), value in _split(stats.counters.get(outcomes.LOOPS, {})):
+    for (arm,), value in stats.counters.get(names.REPETITION_LOOPS, {}).items():
         of(arm)["loops"] = int(value)
-    for (arm, kind, outcome), value in _split(stats.counters.get(outcomes.STRUCTURED, {})):
+    for (arm, kind, outcome), value in stats.counters.get(names.STRUCTURED_OUTPUTS, {}).items():
         of(arm)["structured"].setdefault(kind, {})[outcome] = int(value)
     return found
 

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ from hemostat.admin.history import History
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
-from hemostat.ipc.messages import Capture, Policy, Stats
+from hemostat.ipc.messages import Capture, Policy
 from hemostat.ipc.process import die_with_parent, make_tracing
 from hemostat.learner.client import Learner, LearningTarget
 from hemostat.measurement.alarms import STATE as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.measurements import Measurements
-from hemostat.metrics.collector import HemostatCollector, Sample
+from hemostat.metrics import names
+from hemostat.metrics.collector import HemostatCollector
+from hemostat.metrics.samples import AnySample, Sample
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
@@ -50,7 +52,7 @@ from hemostat.reference.probes import State, probe_shadowing
 from hemostat.reference.protocol import Reference, ReferenceFailure, ReferenceInfo
 from hemostat.reference.server import ModelCard, VllmServer
 from hemostat.reference.vllm import VllmReference
-from hemostat.relay.counters import SHADOW_REQUESTS
+from hemostat.relay import counters as relay_counters
 from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import MODELS, Floor
 from hemostat.shadow.records_file import RecordsFile
@@ -95,8 +97,6 @@ class Control:
         self.measurements = Measurements()
         self.history = History()
         self.tracing = make_tracing(settings.tracing.model_dump())
-        self.registry = CollectorRegistry()
-        self.registry.register(HemostatCollector(self))
         self.store, self.store_errors = open_store_or_memory(settings.store.url)
         self.lease = Lease(shared=isinstance(self.store, ValkeyStore))
         self.writer = StoreWriter(self.store, self.lease, self.store_errors)
@@ -178,6 +178,8 @@ class Control:
                 adapters=lambda: self.adapters & self.reference_adapters,
                 by_request=settings.calibration.apply == "request",
             )
+        self.registry = CollectorRegistry()
+        self.registry.register(HemostatCollector(self._sources()))
         self._policy: Policy | None = None
         self._generation = 0
         self._restored = False
@@ -482,7 +484,7 @@ class Control:
             await asyncio.sleep(HOUSEKEEPING)
 
     def _refusals(self) -> float:
-        return self.link.total().counters.get(SHADOW_REQUESTS, {}).get("skipped\x1flogprobs_refused", 0.0)
+        return self.link.total().counters.get(names.SHADOW_REQUESTS, {}).get(("skipped", "logprobs_refused"), 0.0)
 
     def _serves(self, cards: list[ModelCard]) -> None:
         self.served = frozenset(card.id for card in cards if card.parent is None)
@@ -539,9 +541,6 @@ class Control:
     def ready(self) -> bool:
         return self.link.ready
 
-    def relay_totals(self) -> Stats:
-        return self.link.total()
-
     def status(self) -> dict[str, Any]:
         now = time.monotonic()
         skipped, dropped = self._endings("skipped"), self._endings("dropped")
@@ -594,14 +593,14 @@ class Control:
                 "reference_tokens_per_second": self.settings.shadow.reference_tokens_per_second,
                 "uptime_seconds": now - self._began,
             },
-            "queue": {"depth": len(self.queue), "lag_seconds": self._lag(now)},
+            "queue": {"depth": len(self.queue), "lag_seconds": self.queue.lag(now)},
             "compressed": {
                 "models": sorted(self.served),
                 "adapters": sorted(self.adapters & self.reference_adapters),
             },
             "reference": {"state": self.reference_state, "detail": self.reference_detail},
             "engines": {
-                "live": self._engines_live(now),
+                "live": self.engines.engines(now),
                 "acknowledged": sorted(self.engines.acknowledged(now)),
                 "counters": self.engines.counters(now),
             },
@@ -610,19 +609,11 @@ class Control:
             "data_port": self.data_port,
         }
 
-    def _engines_live(self, now: float) -> int:
-        return len({report.boot_id for report in self.engines.live(now)})
-
-    def _lag(self, now: float) -> float:
-        oldest = self.queue.oldest()
-        return 0.0 if oldest is None else max(0.0, now - oldest)
-
     def _endings(self, outcome: str) -> dict[str, int]:
         """By reason, over the relays and this process."""
         found: dict[str, int] = {}
-        relays = self.link.total().counters.get("hemostat_shadow_requests_total", {})
-        for labels, value in relays.items():
-            which, _, reason = labels.partition("\x1f")
+        relays = self.link.total().counters.get(names.SHADOW_REQUESTS, {})
+        for (which, reason), value in relays.items():
             if which == outcome:
                 found[reason] = found.get(reason, 0) + int(value)
         for (which, reason), count in self.endings.items():
@@ -674,56 +665,43 @@ class Control:
         if await self._decide_at_once("mode", mode):
             self._mode_here = None
 
-    # --- what the collector reads (metrics.State) ------------------------------------------------------------------
+    # --- metrics ---------------------------------------------------------------------------------------------------
 
-    def counters(self) -> Iterable[Sample]:
-        for (outcome, reason), count in self.endings.items():
-            yield "hemostat_shadow_requests_total", {"outcome": outcome, "reason": reason}, count
-        yield "hemostat_reference_tokens_total", {}, self.scorer.reference_tokens if self.scorer else 0
-        yield "hemostat_profile_promotions_total", {}, self.profile_manager.lifecycle.promotions
-        yield "hemostat_profile_rollbacks_total", {}, self.profile_manager.lifecycle.rollbacks
-        for (decision, reason), count in self.profile_manager.events.counts.items():
-            yield "hemostat_profile_decisions_total", {"decision": decision, "reason": reason}, count
-        for source, count in self.learner.tokens_by_source().items():
-            yield "hemostat_learned_tokens_total", {"source": source}, count
-        for reason, count in self.learner.dropped.items():
-            yield "hemostat_learner_dropped_total", {"reason": reason}, count
-        for reason, count in self.scorer.features_dropped.items() if self.scorer else ():
-            yield "hemostat_features_dropped_total", {"reason": reason}, count
-        yield "hemostat_calibration_errors_total", {}, self.calibration_failures
-        yield "hemostat_store_errors_total", {}, self.store_errors.count
-        yield from self.measurements.counters()
-        for (model, outcome), count in self.floor_counts.items():
-            yield "hemostat_noise_floor_requests_total", {"model": model, "outcome": outcome}, count
-        yield "hemostat_engine_taps_dropped_total", {}, self.engines.taps_dropped
-        yield "hemostat_engine_features_dropped_total", {}, self.engines.features_dropped
-        for name, value in self.engines.counters(time.monotonic()).items():
-            yield "hemostat_engine_events_total", {"reason": name}, value
+    def _sources(self) -> list[Callable[[], Iterable[AnySample]]]:
+        """What yields the samples of every metric."""
+        return [
+            self._samples,
+            self.lease.samples,
+            self.store_errors.samples,
+            self.profile_manager.samples,
+            self.learner.samples,
+            self.measurements.samples,
+            self.alarms.samples,
+            *([self.scorer.samples] if self.scorer is not None else []),
+            lambda: self.queue.samples(time.monotonic()),
+            lambda: self.engines.samples(time.monotonic()),
+            self.link.samples,
+            lambda: relay_counters.samples(self.link.total()),
+        ]
 
-    def gauges(self) -> Iterable[Sample]:
-        now = time.monotonic()
-        yield "hemostat_shadow_queue_depth", {}, len(self.queue)
-        yield "hemostat_shadow_lag_seconds", {}, self._lag(now)
+    def _samples(self) -> Iterator[Sample]:
+        for labels, requests in self.endings.items():
+            yield Sample(names.SHADOW_REQUESTS, labels, requests)
+        for labels, requests in self.floor_counts.items():
+            yield Sample(names.NOISE_FLOOR_REQUESTS, labels, requests)
+        yield Sample(names.CALIBRATION_ERRORS, (), self.calibration_failures)
         if self.reference is not None:
-            yield "hemostat_shadow_rate_ratio", {}, self.settings.shadow.rate
-            yield "hemostat_reference_up", {}, float(self.reference_state == "ready")
-        # Nobody has said a name yet: dashboards join every figure with this one, and have to show that, too.
+            yield Sample(names.SHADOW_RATE_RATIO, (), self.settings.shadow.rate)
+            yield Sample(names.REFERENCE_UP, (), float(self.reference_state == "ready"))
+        else:
+            yield Sample(names.REFERENCE_TOKENS, (), 0.0)
+        # Without a name yet there is one series all the same: dashboards join every figure with this metric.
+        reference = Path(self.reference_info.model).name if self.reference_info is not None else ""
         for name in sorted(self.served) or [""]:
-            compared = self.reference_info.model if self.reference_info is not None else ""
-            yield "hemostat_model_info", {"model": name, "reference": Path(compared).name}, 1.0
-        yield "hemostat_engines", {}, self._engines_live(now)
-        yield "hemostat_relays", {}, self.link.relays
-        yield "hemostat_replica_leads", {}, float(self.lease.leads)
-        profile = self.profile_manager.catalogue.get(self.profile_manager.serving.reported)
-        version, family = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
-        yield "hemostat_profile_info", {"version": version, "family": family}, 1.0
-        for scope, own in self.profile_manager.serving.version_by_scope.items():
-            yield "hemostat_profile_scope_info", {"scope": scope, "version": own}, 1.0
-        yield from self.measurements.gauges()
-        yield from self.alarms.gauges()
-        won_back = (self.measurements.recovered(self.profile_manager.serving.reported) or {}).get("estimate")
-        if won_back is not None:
-            yield "hemostat_recovered_divergence_ratio", {}, won_back
+            yield Sample(names.MODEL_INFO, (name, reference), 1.0)
+        recovered = (self.measurements.recovered(self.profile_manager.serving.reported) or {}).get("estimate")
+        if recovered is not None:
+            yield Sample(names.RECOVERED_DIVERGENCE_RATIO, (), recovered)
 
     async def close(self) -> None:
         await self.link.close()

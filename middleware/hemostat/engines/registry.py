@@ -10,7 +10,7 @@ Pure but for the time, which is passed in. Invariants:
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -18,6 +18,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat_calibration.records import Features
 
 EXPIRES_AFTER = 15.0
@@ -224,6 +226,17 @@ class EngineRegistry:
         for ranks in self._engines.values():
             total.update(_counted(ranks))
         return dict(total)
+
+    def engines(self, now: float) -> int:
+        """How many are live."""
+        return len({report.boot_id for report in self.live(now)})
+
+    def samples(self, now: float) -> Iterator[Sample]:
+        yield Sample(names.ENGINES, (), self.engines(now))
+        yield Sample(names.ENGINE_TAPS_DROPPED, (), self.taps_dropped)
+        yield Sample(names.ENGINE_FEATURES_DROPPED, (), self.features_dropped)
+        for event, count in self.counters(now).items():
+            yield Sample(names.ENGINE_EVENTS, (event,), count)
 
     def tap(self, message: TapMessage, now: float) -> None:
         """Keep the numbers until they are taken, expire, or have to make room."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from hemostat.ipc.messages import Capture, FrameReader, Hello, Policy, Stats, encode
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 
 log = logging.getLogger("hemostat.control")
 
@@ -48,6 +50,9 @@ class RelayLink:
     def relays(self) -> int:
         """Relays connected now."""
         return len(self._writers)
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.RELAYS, (), self.relays)
 
     @property
     def ready(self) -> bool:

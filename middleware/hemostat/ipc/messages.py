@@ -59,11 +59,11 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
 class Stats(msgspec.Struct, tag="stats", frozen=True):
     """Cumulative figures of one relay process since it started.
 
-    counters: metric name -> label values joined by "\\x1f" (in the metric's label order) -> count.
-    overhead_buckets: cumulative-free counts per bucket of `OVERHEAD_BUCKETS` plus one for the rest.
+    counters: metric name -> label values, in the metric's order -> count.
+    overhead_buckets: requests in each bucket of `OVERHEAD_BUCKETS` (not cumulative), and one more for those above.
     """
 
-    counters: dict[str, dict[str, float]]
+    counters: dict[str, dict[tuple[str, ...], float]]
     overhead_buckets: list[int]
     overhead_sum: float
     ready: bool

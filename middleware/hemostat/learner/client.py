@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +21,8 @@ import numpy as np
 from hemostat.config.schema import Calibration
 from hemostat.ipc.child_process import Child, ChildGone
 from hemostat.learner import wire
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.contextual import probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -177,6 +179,12 @@ class Learner:
     def failed_records(self) -> int:
         """Records that the running process could not learn from."""
         return sum(self._learned.failed.values())
+
+    def samples(self) -> Iterator[Sample]:
+        for source, tokens in self.tokens_by_source().items():
+            yield Sample(names.LEARNED_TOKENS, (source,), tokens)
+        for reason, records in self.dropped.items():
+            yield Sample(names.LEARNER_DROPPED, (reason,), records)
 
     def status(self) -> dict[str, Any]:
         return {

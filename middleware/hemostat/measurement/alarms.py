@@ -15,6 +15,8 @@ from typing import Any
 
 from hemostat.config import schema as config
 from hemostat.measurement.figures import finite
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration import alarm
 from hemostat_calibration.divergence.per_token import TokenDivergence
@@ -141,18 +143,13 @@ class Alarms:
             "events": list(reversed(self.events)),
         }
 
-    def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """name, labels, value."""
-        readings = alarm.readings(self._state)
-        for reading in readings:
-            labels = {"test": str(reading.kind), "route": reading.route}
-            yield "hemostat_hemorrhage_alarm", labels, float(reading.raised is not None)
-        for reading in readings:
-            labels = {"test": str(reading.kind), "route": reading.route}
-            yield "hemostat_hemorrhage_evidence_ratio", labels, _part(reading)
-        for reading in readings:
+    def samples(self) -> Iterator[Sample]:
+        for reading in alarm.readings(self._state):
+            labels = str(reading.kind), reading.route
+            yield Sample(names.HEMORRHAGE_ALARM, labels, float(reading.raised is not None))
+            yield Sample(names.HEMORRHAGE_EVIDENCE_RATIO, labels, _part(reading))
             if reading.kind is alarm.Kind.CHANGE:
-                yield "hemostat_alarm_baseline_ratio", {"route": reading.route}, reading.learning
+                yield Sample(names.ALARM_BASELINE_RATIO, (reading.route,), reading.learning)
 
 
 def _part(reading: alarm.Reading) -> float:

@@ -16,6 +16,8 @@ import numpy as np
 from hemostat.measurement.by_decoding import UNKNOWN, Strategies, strategy
 from hemostat.measurement.figures import StageFigures, finite
 from hemostat.measurement.survival import Trajectories
+from hemostat.metrics import names
+from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat.shadow.noise_floor import MODELS
 from hemostat_calibration.divergence.decoding import decoded_divergence
 from hemostat_calibration.divergence.gain import Gain
@@ -259,50 +261,35 @@ class Measurements:
         self._tv[stage, arm] = self._tv[stage, arm].update(figures.tv)
         self._top1[stage, arm, decoding] += int(figures.top1_agreement.sum())
 
-    def histograms(
-        self,
-    ) -> Iterator[tuple[str, tuple[float, ...], list[tuple[tuple[str, ...], list[int], float]]]]:
-        """name, bucket edges, (label values, counts, sum)."""
-        yield "hemostat_token_kl_nats", KL_EDGES, [(key, list(h.counts), h.total) for key, h in self._kl.items()]
-        yield (
-            "hemostat_token_total_variation",
-            TV_EDGES,
-            [(key, list(h.counts), h.total) for key, h in self._tv.items()],
-        )
-
-    def counters(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """name, labels, value."""
-        for (arm, decoding), tokens in self._scored.items():
-            yield "hemostat_scored_tokens_total", {"arm": arm, "decoding": decoding}, tokens
-        for (route, label, decoded), (tokens, nats) in self._places.items():
-            labels = {"route": route, "label": label, "strategy": decoded}
-            yield "hemostat_kl_nats_total", labels, nats
-            yield "hemostat_kl_tokens_total", labels, tokens
-        for (stage, arm, decoding), tokens in self._top1.items():
-            labels = {"stage": stage, "arm": arm, "decoding": decoding}
-            yield "hemostat_top1_agreement_tokens_total", labels, tokens
-
-    def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """name, labels, value."""
+    def samples(self) -> Iterator[AnySample]:
+        for key, histogram in self._kl.items():
+            yield HistogramSample(names.TOKEN_KL_NATS, key, KL_EDGES, list(histogram.counts), histogram.total)
+        for pair, histogram in self._tv.items():
+            yield HistogramSample(names.TOKEN_TOTAL_VARIATION, pair, TV_EDGES, list(histogram.counts), histogram.total)
+        for labels, tokens in self._scored.items():
+            yield Sample(names.SCORED_TOKENS, labels, tokens)
+        for place, (tokens, nats) in self._places.items():
+            yield Sample(names.KL_NATS, place, nats)
+            yield Sample(names.KL_TOKENS, place, tokens)
+        for key, tokens in self._top1.items():
+            yield Sample(names.TOP1_AGREEMENT_TOKENS, key, tokens)
         stages = {"raw": {name: self._raw.figure(name) for name in HEADLINE}, "excess": self.excess()}
         for stage, figures in stages.items():
-            for name, told in figures.items():
-                ends = {"mean": told["estimate"], "low": told["ci95"][0], "high": told["ci95"][1]}
+            for name, figure in figures.items():
+                ends = {"mean": figure["estimate"], "low": figure["ci95"][0], "high": figure["ci95"][1]}
                 for edge, value in ends.items():
                     if value is not None:
-                        labels = {"figure": name, "stage": stage, "edge": edge}
-                        yield "hemostat_divergence", labels, value
+                        yield Sample(names.DIVERGENCE, (name, stage, edge), value)
         half_life = self.trajectories.half_life()
         if half_life is not None:
             for edge, value in zip(("mean", "low", "high"), half_life, strict=True):
-                yield "hemostat_survival_half_life_tokens", {"edge": edge}, value
+                yield Sample(names.SURVIVAL_HALF_LIFE_TOKENS, (edge,), value)
         for model, floor in self._floor.items():
-            for direction, figure in zip(DIRECTIONS, ("kl_nats", "reverse_kl_nats"), strict=True):
-                nats = floor.mean(figure)
-                if nats is not None:
-                    labels = {"model": model, "direction": direction}
-                    yield "hemostat_noise_floor_nats", labels, nats
-        for model, figure in (("compressed", "covered_mass"), ("reference", "covered_mass_reference")):
-            mass = self._raw.mean(figure)
+            for direction, name in zip(DIRECTIONS, ("kl_nats", "reverse_kl_nats"), strict=True):
+                mean = floor.mean(name)
+                if mean is not None:
+                    yield Sample(names.NOISE_FLOOR_NATS, (model, direction), mean)
+        for model, name in (("compressed", "covered_mass"), ("reference", "covered_mass_reference")):
+            mass = self._raw.mean(name)
             if mass is not None:
-                yield "hemostat_covered_mass_ratio", {"model": model}, mass
+                yield Sample(names.COVERED_MASS_RATIO, (model,), mass)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Any
 
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration import guard
 
@@ -99,6 +101,10 @@ class EventLog:
         log.info("%s %s%s: %s %s", decision, version, f" for {scope}" if scope else "", why, evidence or "")
         self._events.append(event)
         self._writes.append_event(event)
+
+    def samples(self) -> Iterator[Sample]:
+        for labels, count in self.counts.items():
+            yield Sample(names.PROFILE_DECISIONS, labels, count)
 
     def restore(self, events: Iterable[dict[str, Any]]) -> None:
         """Add events of an earlier run, oldest first, without writing them again."""

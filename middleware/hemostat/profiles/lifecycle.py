@@ -6,9 +6,11 @@ What serves changes only here. `judging` (evidence), `proposals` (learning) and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Decision, EventLog, Reason, evidence_json
 from hemostat.profiles.persistence import StateWriter
@@ -44,6 +46,10 @@ class Lifecycle:
         self._requests = requests
         self.promotions = 0
         self.rollbacks = 0
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.PROFILE_PROMOTIONS, (), self.promotions)
+        yield Sample(names.PROFILE_ROLLBACKS, (), self.rollbacks)
 
     # --- profiles held ---------------------------------------------------------------------------------------------
 

@@ -10,10 +10,12 @@ Invariants (those of what serves are in `serving`, those of tests in `trials`):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hemostat.config.schema import Calibration
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import EventLog
 from hemostat.profiles.judging import Judge, is_held_out
@@ -30,7 +32,7 @@ from hemostat.profiles.trials import Trials
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.divergence.record_gains import RecordGains
-from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
 
@@ -148,6 +150,15 @@ class ProfileManager:
             self.judge.observe(record, scope, gains)
         else:
             self.proposals.learn(record, scope)
+
+    def samples(self) -> Iterator[Sample]:
+        yield from self.lifecycle.samples()
+        yield from self.events.samples()
+        profile = self.catalogue.get(self.serving.reported)
+        labels = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
+        yield Sample(names.PROFILE_INFO, labels, 1.0)
+        for scope, version in self.serving.version_by_scope.items():
+            yield Sample(names.PROFILE_SCOPE_INFO, (scope, version), 1.0)
 
     # --- what engines, the reference and relays are told -----------------------------------------------------------
 

@@ -10,7 +10,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from hemostat import logs
-from hemostat.relay import counters, outcomes
+from hemostat.metrics import names
+from hemostat.relay import counters
 from hemostat.relay.context import RelayContext
 from hemostat.relay.http.fields import split_fields
 from hemostat.relay.http.request import RequestHead
@@ -52,7 +53,7 @@ class GenerationReport:
             self._span = tracing.start_request(self._route, received, self._request_id)
             headers = self._span.upstream_headers()
         except Exception:  # noqa: BLE001  an error in tracing must not affect the request
-            self._context.counters.add(outcomes.UNTRACED, ())
+            self._context.counters.add(names.TRACING_ERRORS, ())
             return
         request.drop(_TRACE_FIELDS)
         request.traceparent = True
@@ -81,7 +82,7 @@ class GenerationReport:
             if complete and outcome is counters.OK:
                 ended = self.observer.finish(arm, context.counters.add)
         except Exception:  # noqa: BLE001  an error in the evaluation must not affect the connection
-            context.counters.add(outcomes.UNJUDGED, ())
+            context.counters.add(names.OUTCOME_ERRORS, ())
         try:
             if context.log_requests:
                 self._log(ended, arm, status, outcome)
@@ -98,7 +99,7 @@ class GenerationReport:
                     },
                 )
         except Exception:  # noqa: BLE001  an error in tracing or logging must not affect the connection
-            context.counters.add(outcomes.UNTRACED, ())
+            context.counters.add(names.TRACING_ERRORS, ())
 
     def _log(self, ended: ResponseOutcome, arm: str, status: int, outcome: str) -> None:
         request_log.info(

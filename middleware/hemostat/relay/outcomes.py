@@ -17,19 +17,7 @@ from typing import Any
 
 import msgspec
 
-FINISHED = "hemostat_responses_finished_total"
-"""Labels arm, reason. One per choice, by vLLM's finish_reason."""
-OUTPUT_TOKENS = "hemostat_output_tokens_total"
-"""Label arm. From `usage` where the response has it, else the number of events of the stream."""
-LOOPS = "hemostat_repetition_loops_total"
-"""Label arm. Responses that end in repetitions of one block of text."""
-STRUCTURED = "hemostat_structured_outputs_total"
-"""Labels arm, kind (json, tool_call), outcome (valid, invalid, cut: it ended at the length limit)."""
-
-UNTRACED = "hemostat_tracing_errors_total"
-"""No labels. Requests for which tracing or logging raised: a bug."""
-UNJUDGED = "hemostat_outcome_errors_total"
-"""No labels. Responses whose evaluation raised: a bug."""
+from hemostat.metrics import names
 
 FINISH_REASONS = frozenset(
     {"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error", "repetition"}
@@ -180,11 +168,11 @@ class OutcomeObserver:
             texts = [_text(choice) for choice in response.choices]
             self._count_structured(response, arm, count)
         for reason in reasons:
-            count(FINISHED, (arm, reason if reason in FINISH_REASONS else "other"), 1.0)
+            count(names.RESPONSES_FINISHED, (arm, reason if reason in FINISH_REASONS else "other"), 1.0)
         if tokens:
-            count(OUTPUT_TOKENS, (arm,), float(tokens))
+            count(names.OUTPUT_TOKENS, (arm,), float(tokens))
         if any(ends_in_loop(text) for text in texts):
-            count(LOOPS, (arm,), 1.0)
+            count(names.REPETITION_LOOPS, (arm,), 1.0)
         return ResponseOutcome(tuple(reasons), tokens or None)
 
     def _count_structured(self, response: _Response, arm: str, count: Count) -> None:
@@ -194,9 +182,9 @@ class OutcomeObserver:
             calls = message.tool_calls if message is not None and message.tool_calls else []
             for call in calls:
                 arguments = (call.function.arguments if call.function else None) or ""
-                count(STRUCTURED, (arm, "tool_call", _json_outcome(arguments, truncated)), 1.0)
+                count(names.STRUCTURED_OUTPUTS, (arm, "tool_call", _json_outcome(arguments, truncated)), 1.0)
             if self.json and not calls:
-                count(STRUCTURED, (arm, "json", _json_outcome(_text(choice), truncated)), 1.0)
+                count(names.STRUCTURED_OUTPUTS, (arm, "json", _json_outcome(_text(choice), truncated)), 1.0)
 
     def _parse(self, data: bytes) -> _Response | None:
         """The response; None where it is malformed, so that only the regular expressions are applied."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hemostat.ipc.messages import Capture
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 
 
 class ShadowQueue:
@@ -43,6 +45,15 @@ class ShadowQueue:
     def oldest(self) -> float | None:
         """`captured_at` of the next capture."""
         return self._items[0].captured_at if self._items else None
+
+    def lag(self, now: float) -> float:
+        """Seconds since the next capture's response ended; 0 when the queue is empty."""
+        oldest = self.oldest()
+        return 0.0 if oldest is None else max(0.0, now - oldest)
+
+    def samples(self, now: float) -> Iterator[Sample]:
+        yield Sample(names.SHADOW_QUEUE_DEPTH, (), len(self))
+        yield Sample(names.SHADOW_LAG_SECONDS, (), self.lag(now))
 
 
 def _size(capture: Capture) -> int:

@@ -8,17 +8,11 @@ from collections.abc import Callable
 from enum import StrEnum
 
 from hemostat.ipc.messages import Capture, Policy
+from hemostat.metrics import names
 from hemostat.openai.requests import Uncalibrated, Unscorable
 from hemostat.openai.responses import ResponseFailure
 from hemostat.shadow.profile_choice import ArmReason
 from hemostat_calibration.records import Arm
-
-SHADOW_REQUESTS = "hemostat_shadow_requests_total"
-"""Labels outcome, reason. Every sampled request counts once: `shadowed` (captured and handed on), `skipped` (it cannot
-be scored; by reason), `dropped` (it can be scored, but there was no room for it)."""
-
-CALIBRATION_REQUESTS = "hemostat_calibration_requests_total"
-"""Labels arm, reason. Every request that could get a profile, counted at its end: its arm, and the reason for it."""
 
 
 class SkipReason(StrEnum):
@@ -70,16 +64,18 @@ class Reports:
 
     def skipped(self, reason: SkipReason | Unscorable | ResponseFailure) -> None:
         """Count a sampled request as skipped."""
-        self._count(SHADOW_REQUESTS, ("skipped", reason.value))
+        self._count(names.SHADOW_REQUESTS, ("skipped", reason.value))
 
     def captured(self, capture: Capture) -> None:
         """Hand a capture on, and count its request."""
         emitted = self._emit(capture)
-        self._count(SHADOW_REQUESTS, ("shadowed", "") if emitted else ("dropped", RelayDropReason.LINK_FULL.value))
+        self._count(
+            names.SHADOW_REQUESTS, ("shadowed", "") if emitted else ("dropped", RelayDropReason.LINK_FULL.value)
+        )
 
     def calibrated(self, arm: Arm, reason: ArmReason | Uncalibrated) -> None:
         """Count a request that could get a profile."""
-        self._count(CALIBRATION_REQUESTS, (arm.value, reason.value))
+        self._count(names.CALIBRATION_REQUESTS, (arm.value, reason.value))
 
     def logprobs_refused(self, policy: Policy) -> None:
         """The engine refused to return the logprobs that this policy asks for."""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -19,6 +19,8 @@ import numpy as np
 
 from hemostat.engines.registry import EngineRegistry, TapResult
 from hemostat.ipc.messages import Capture
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat_calibration.arrays import Floats, Ids
@@ -248,6 +250,11 @@ class Scorer:
     def pending(self) -> int:
         """Captures that have no ending yet."""
         return len(self._queue) + self._busy
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.REFERENCE_TOKENS, (), self.reference_tokens)
+        for reason, requests in self.features_dropped.items():
+            yield Sample(names.FEATURES_DROPPED, (reason,), requests)
 
     async def run(self, workers: int) -> None:
         """`workers` captures are worked on at a time."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreFailure
 
 log = logging.getLogger("hemostat.store")
@@ -27,6 +30,9 @@ class StoreErrorLog:
         if self._log_repeats or message != self.last_message:
             log.error("%s", message)
         self.last_message = message
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.STORE_ERRORS, (), self.count)
 
     def clear(self) -> None:
         """The store works again: the next failure is logged, whatever its message."""

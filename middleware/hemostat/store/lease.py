@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 
 
 class Lease:
@@ -22,6 +25,9 @@ class Lease:
     @property
     def leads(self) -> bool:
         return self._clock() < self._until
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.REPLICA_LEADS, (), float(self.leads))
 
     def grant(self, until: float) -> None:
         self._until, self.is_last_leader = until, True

@@ -1,0 +1,70 @@
+"""The name of every metric, once: a constant is the name without `hemostat_` and `_total`, in upper case.
+
+A leaf: it imports nothing. No other module of the product has a metric's name as a string (tests/metrics checks it).
+What each metric is, is declared in `catalogue`.
+"""
+
+from __future__ import annotations
+
+# The proxy
+REQUESTS = "hemostat_requests_total"
+PROXY_OVERHEAD_SECONDS = "hemostat_proxy_overhead_seconds"
+RELAYS = "hemostat_relays"
+REPLICA_LEADS = "hemostat_replica_leads"
+MODEL_INFO = "hemostat_model_info"
+
+# The shadow
+SHADOW_REQUESTS = "hemostat_shadow_requests_total"
+SHADOW_RATE_RATIO = "hemostat_shadow_rate_ratio"
+SHADOW_QUEUE_DEPTH = "hemostat_shadow_queue_depth"
+SHADOW_LAG_SECONDS = "hemostat_shadow_lag_seconds"
+REFERENCE_UP = "hemostat_reference_up"
+REFERENCE_TOKENS = "hemostat_reference_tokens_total"
+SCORED_TOKENS = "hemostat_scored_tokens_total"
+
+# Divergence
+DIVERGENCE = "hemostat_divergence"
+TOKEN_KL_NATS = "hemostat_token_kl_nats"  # noqa: S105  no secret
+TOKEN_TOTAL_VARIATION = "hemostat_token_total_variation"  # noqa: S105  no secret
+KL_NATS = "hemostat_kl_nats_total"
+KL_TOKENS = "hemostat_kl_tokens_total"
+TOP1_AGREEMENT_TOKENS = "hemostat_top1_agreement_tokens_total"
+COVERED_MASS_RATIO = "hemostat_covered_mass_ratio"
+SURVIVAL_HALF_LIFE_TOKENS = "hemostat_survival_half_life_tokens"
+NOISE_FLOOR_NATS = "hemostat_noise_floor_nats"
+NOISE_FLOOR_REQUESTS = "hemostat_noise_floor_requests_total"
+
+# The alarm
+HEMORRHAGE_ALARM = "hemostat_hemorrhage_alarm"
+HEMORRHAGE_EVIDENCE_RATIO = "hemostat_hemorrhage_evidence_ratio"
+ALARM_BASELINE_RATIO = "hemostat_alarm_baseline_ratio"
+
+# Calibration
+CALIBRATION_REQUESTS = "hemostat_calibration_requests_total"
+RECOVERED_DIVERGENCE_RATIO = "hemostat_recovered_divergence_ratio"
+PROFILE_INFO = "hemostat_profile_info"
+PROFILE_SCOPE_INFO = "hemostat_profile_scope_info"
+PROFILE_PROMOTIONS = "hemostat_profile_promotions_total"
+PROFILE_ROLLBACKS = "hemostat_profile_rollbacks_total"
+PROFILE_DECISIONS = "hemostat_profile_decisions_total"
+LEARNED_TOKENS = "hemostat_learned_tokens_total"
+LEARNER_DROPPED = "hemostat_learner_dropped_total"
+FEATURES_DROPPED = "hemostat_features_dropped_total"
+
+# The engine's plugin
+ENGINES = "hemostat_engines"
+ENGINE_EVENTS = "hemostat_engine_events_total"
+ENGINE_TAPS_DROPPED = "hemostat_engine_taps_dropped_total"
+ENGINE_FEATURES_DROPPED = "hemostat_engine_features_dropped_total"
+
+# What clients got, of all generations
+RESPONSES_FINISHED = "hemostat_responses_finished_total"
+OUTPUT_TOKENS = "hemostat_output_tokens_total"
+REPETITION_LOOPS = "hemostat_repetition_loops_total"
+STRUCTURED_OUTPUTS = "hemostat_structured_outputs_total"
+
+# Failures of Hemostat itself; all of these should stay 0
+CALIBRATION_ERRORS = "hemostat_calibration_errors_total"
+STORE_ERRORS = "hemostat_store_errors_total"
+OUTCOME_ERRORS = "hemostat_outcome_errors_total"
+TRACING_ERRORS = "hemostat_tracing_errors_total"

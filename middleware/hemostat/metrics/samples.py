@@ -1,0 +1,31 @@
+"""What a subsystem gives the collector: its `samples()` yields one value for each series that it has."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+
+class Sample(NamedTuple):
+    """The current value of one series of a counter or a gauge."""
+
+    name: str
+    """Of `names`."""
+    labels: tuple[str, ...]
+    """Values of the labels, in the order in which `catalogue` declares them."""
+    value: float
+
+
+class HistogramSample(NamedTuple):
+    """The current state of one series of a histogram."""
+
+    name: str
+    labels: tuple[str, ...]
+    edges: tuple[float, ...]
+    """Upper edges of the buckets, ascending, without +Inf."""
+    counts: list[int]
+    """Values in each bucket (not cumulative), then those above the last edge."""
+    total: float
+    """Sum of the values; what is not finite is exported as 0."""
+
+
+AnySample: TypeAlias = Sample | HistogramSample
