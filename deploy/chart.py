@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from hemostat.config.schema import Settings
-from hemostat.store.valkey import SERVER_SCHEMES
+from hemostat.config.store_url import SERVER_SCHEMES
 
 CHART = Path(__file__).resolve().parents[1] / "helm" / "hemostat"
 TABLE = '{{ template "chart.valuesTable" . }}'

@@ -201,7 +201,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    from hemostat.config.schema import load  # noqa: PLC0415
+    from hemostat.config.loading import load  # noqa: PLC0415
 
     overrides = [(key, value) for key, _, _ in SHORTHANDS.values() if (value := getattr(options, key)) is not None]
     for text in options.set:

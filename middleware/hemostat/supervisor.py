@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from hemostat import logs
-from hemostat.config.schema import ConfigError, Settings
+from hemostat.config.errors import ConfigError
+from hemostat.config.schema import Settings
 
 log = logging.getLogger("hemostat.serve")
 

@@ -13,8 +13,9 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hemostat.config import schema as config
-from hemostat.config.schema import ConfigError, Settings, load
+from hemostat.config.errors import ConfigError
+from hemostat.config.loading import FOREIGN_VARIABLES, load
+from hemostat.config.schema import LEAVES, Settings
 
 UPSTREAM = "upstream:\n  url: http://127.0.0.1:8000\n"
 
@@ -77,8 +78,8 @@ WRONG = [
     (b"\xff\xfe\xfa", "not UTF-8 (byte 0)"),
     (UPSTREAM + "when: 2024-13-45\n", "not YAML: month must be in 1..12"),
     (UPSTREAM + "workers: !!python/object:os.system x\n", ":3: not YAML"),
-    (UPSTREAM + "workers: 1\nworkers: 2\n", ":4: workers: stands there twice"),
-    (UPSTREAM + "  url: http://other\n", ":3: upstream.url: stands there twice"),
+    (UPSTREAM + "workers: 1\nworkers: 2\n", ":4: workers: duplicate key"),
+    (UPSTREAM + "  url: http://other\n", ":3: upstream.url: duplicate key"),
     (UPSTREAM + "off: 1\n", ":3: 'off': unknown key"),
     (UPSTREAM + "? [a]\n: 1\n", "unknown key; every key is a word"),
     (UPSTREAM + "x: " + "[" * 3000, "nested too deep"),
@@ -86,7 +87,7 @@ WRONG = [
     (UPSTREAM + "shadow: {ratee: 1}\n", ":3: shadow.ratee: unknown key; did you mean shadow.rate?"),
     (UPSTREAM + "shadw: {rate: 1}\n", ":3: shadw: unknown key; did you mean shadow?"),
     (UPSTREAM + "rate: 0.1\n", ":3: rate: unknown key; did you mean shadow.rate?"),
-    (UPSTREAM + "log:\n  zzzz: 1\n", ":4: log.zzzz: unknown key; known here: level"),
+    (UPSTREAM + "log:\n  zzzz: 1\n", ":4: log.zzzz: unknown key; the keys here are level"),
     ("upstream: {ulr: http://h}\n", ":1: upstream.ulr: unknown key; did you mean upstream.url? (and 1 more)"),
     # types
     (UPSTREAM + "shadow: 3\n", ":3: shadow: 3 is not a mapping; its keys are rate, seed"),
@@ -122,10 +123,13 @@ WRONG = [
     (UPSTREAM + "reference: {backend: transformers}\n", "reference.model: required"),
     (UPSTREAM + "reference: {device: gpu}\n", "reference.device: 'gpu' is not a device"),
     (UPSTREAM + "labels: [a b]\n", "labels: 'a b' is not a label"),
-    (UPSTREAM + "labels: [a, a]\n", "labels: a label stands there twice"),
+    (UPSTREAM + "labels: [a, a]\n", "labels: a label is listed twice"),
     (UPSTREAM + "store: {url: redis://}\n", "store.url: 'redis://' is none of memory://"),
     (UPSTREAM + "store: {url: 'redis://h:x'}\n", "store.url: not an address"),
-    (UPSTREAM + "store: {url: 'redis://h/x'}\n", "store.url: redis://h/x: after the host stands the number"),
+    (
+        UPSTREAM + "store: {url: 'redis://h/x'}\n",
+        "store.url: redis://h/x: the path after the host must be",
+    ),
     (UPSTREAM + "store: {url: 'redi://u:p@h'}\n", "store.url: the value is none of memory://"),
     (UPSTREAM + "store: {url: 'sqlite:///'}\n", "store.url: 'sqlite:///' is none of"),
     (UPSTREAM + "log: {level: loud}\n", "log.level: 'loud' is not one of debug, info, warning, error"),
@@ -162,7 +166,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load(tmp_path, {})
     with pytest.raises(ConfigError, match="cannot be read"):
         load(Path("nul\0byte"), {})
-    monkeypatch.setattr(config, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("hemostat.config.loading.MAX_FILE_BYTES", 10)
     with pytest.raises(ConfigError, match="longer than 10 bytes"):
         load(written(UPSTREAM), {})
 
@@ -190,7 +194,7 @@ def test_wrong_environment_names_the_variable(written: Any, env: dict[str, str],
 
 def test_variables_of_others_are_left_alone(written: Any) -> None:
     """The engine plugin's, make's, and what Kubernetes sets in every pod beside a Service called hemostat."""
-    env = dict.fromkeys(config.FOREIGN_VARIABLES, "x") | {
+    env = dict.fromkeys(FOREIGN_VARIABLES, "x") | {
         "HEMOSTAT_SERVICE_HOST": "10.0.0.1",
         "HEMOSTAT_SERVICE_PORT_HTTP": "8080",
         "HEMOSTAT_ADMIN_SERVICE_PORT": "8081",
@@ -272,7 +276,7 @@ def test_plain_is_json_and_comes_back(written: Any, tmp_path: Path) -> None:
     assert Settings.model_validate(json.loads(json.dumps(settings.plain()))) == settings
 
 
-LEAVES = list(config._LEAVES)
+KEYS = list(LEAVES)
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.dates(), st.binary(max_size=5)
 )
@@ -311,9 +315,9 @@ def test_no_bytes_give_a_traceback(tmp_path_factory: pytest.TempPathFactory, dat
 
 
 @given(
-    st.dictionaries(st.sampled_from(LEAVES), trees, max_size=4),
-    st.dictionaries(st.sampled_from(LEAVES), st.text(max_size=20), max_size=3),
-    st.lists(st.tuples(st.sampled_from(LEAVES) | st.text(max_size=20), st.text(max_size=20)), max_size=3),
+    st.dictionaries(st.sampled_from(KEYS), trees, max_size=4),
+    st.dictionaries(st.sampled_from(KEYS), st.text(max_size=20), max_size=3),
+    st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=20), st.text(max_size=20)), max_size=3),
 )
 def test_no_values_give_a_traceback(
     tmp_path_factory: pytest.TempPathFactory,

@@ -13,11 +13,12 @@ import pytest
 from tests.support import valkey
 from tests.support.valkey import Valkey
 
+from hemostat.config.store_url import without_password
 from hemostat.store.factory import open_store
 from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import MAX_EVENTS, LeaseLost, Store, StoreAccessDenied, StoredProfile, StoreFailure
 from hemostat.store.sqlite import SqliteStore
-from hemostat.store.valkey import LeaseAnswer, ValkeyStore, without_password
+from hemostat.store.valkey import LeaseAnswer, ValkeyStore
 
 KINDS = ["memory", "sqlite", "valkey"]
 

@@ -23,7 +23,8 @@ from tests.support.control import control, scored, settings
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.relay import Request, answering, chat_json, relaying
 
-from hemostat.config.schema import ConfigError, load
+from hemostat.config.errors import ConfigError
+from hemostat.config.loading import load
 from hemostat.logs import JsonFormatter, TextFormatter
 from hemostat.tracing import EVALUATION, SCHEMA_URL, Tracing
 

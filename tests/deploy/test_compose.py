@@ -15,7 +15,8 @@ import yaml
 from dockerfile_parse import DockerfileParser
 from tests.deploy.conftest import ROOT
 
-from hemostat.config.schema import Admin, Listen, load
+from hemostat.config.loading import load
+from hemostat.config.schema import Admin, Listen
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"

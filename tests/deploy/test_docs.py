@@ -25,7 +25,8 @@ import yaml
 from tests.deploy.conftest import ROOT
 from tests.support.fake_vllm import FakeVllm, serving
 
-from hemostat.config.schema import Settings, load
+from hemostat.config.loading import load
+from hemostat.config.schema import Settings
 from hemostat.learner.client import DropReason
 from hemostat.measurement.measurements import HEADLINE
 from hemostat.metrics.catalogue import FAMILIES

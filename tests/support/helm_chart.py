@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from tests.support.helm_api import Cluster
 
-from hemostat.config.schema import Settings, load
+from hemostat.config.loading import load
+from hemostat.config.schema import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "hemostat"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.config.schema import Settings
+from hemostat.config.store_url import without_password
 from hemostat.reference import make_reference
 from hemostat.reference.match import compare
 from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
@@ -16,7 +17,7 @@ from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailu
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure
-from hemostat.store.valkey import ValkeyStore, without_password
+from hemostat.store.valkey import ValkeyStore
 
 PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
 ANY_XARG = "not-a-profile-version"

@@ -1,1 +1,1 @@
-"""Settings: their schema, how they are loaded, and how errors are explained."""
+"""The configuration: its sections (`schema`), where values come from (`loading`), and its errors (`errors`)."""

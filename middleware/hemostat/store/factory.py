@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
+from hemostat.config.store_url import split_store_url
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import Store, StoreFailure
 from hemostat.store.sqlite import SqliteStore
-from hemostat.store.valkey import SERVER_SCHEMES, ValkeyStore, without_password
+from hemostat.store.valkey import ValkeyStore
 
 log = logging.getLogger("hemostat.store")
 
@@ -23,20 +24,14 @@ def open_store(url: str) -> Store:
     is not contacted before the first call.
     """
     try:
-        parts = urlsplit(url)
-        port = parts.port
+        parts = split_store_url(url)
     except ValueError as error:
-        raise StoreFailure(f"store.url: not an address ({error}); write it like redis://valkey:6379") from None
+        raise StoreFailure(f"store.url: {error}") from None
     if parts.scheme == "memory":
         return MemoryStore()
-    if parts.scheme == "sqlite" and not parts.netloc and parts.path not in ("", "/"):
+    if parts.scheme == "sqlite":
         return SqliteStore(Path(unquote(parts.path[1:])))
-    if parts.scheme in SERVER_SCHEMES and parts.hostname and port != 0:
-        if parts.path.strip("/") and not parts.path.strip("/").isdecimal():
-            raise StoreFailure(f"store.url: {without_password(url)}: the path after the host must be a database number")
-        return ValkeyStore(url)
-    shown = without_password(url)
-    raise StoreFailure(f"store.url: {shown!r} is none of memory://, sqlite:///path and redis://host:6379")
+    return ValkeyStore(url)
 
 
 def open_store_or_memory(url: str) -> tuple[Store, StoreErrorLog]:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from hemostat.config.store_url import MISSING_EXTRA, server_address, without_password
 from hemostat.store import protocol
 from hemostat.store.protocol import (
     LeaseLost,
@@ -25,10 +25,6 @@ from hemostat.store.protocol import (
     StoreWrites,
 )
 
-SERVER_SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss"}
-"""Scheme of `store.url` -> scheme that the client library knows; rediss and valkeys are TLS."""
-MISSING_EXTRA = "store.url: needs the client of Valkey and Redis: pip install 'hemostat[valkey]'"
-DEFAULT_PREFIX = "hemostat:"
 CONNECT_SECONDS = 2.0
 RESPONSE_SECONDS = 5.0
 """Longest wait of one read or write; each runs in a thread."""
@@ -110,14 +106,12 @@ class ValkeyStore:
             from redis.backoff import NoBackoff  # noqa: PLC0415
             from redis.retry import Retry  # noqa: PLC0415
         except ImportError:
-            raise StoreFailure(MISSING_EXTRA) from None
+            raise StoreFailure(f"store.url: {MISSING_EXTRA}") from None
         self._redis = redis
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query))
-        if query.keys() & {"password", "username"}:
-            raise StoreFailure("store.url: write user and password before the host, like redis://user:password@host")
-        self._prefix = query.pop("prefix", DEFAULT_PREFIX)
-        address = urlunsplit((SERVER_SCHEMES[parts.scheme], parts.netloc, parts.path, urlencode(query), ""))
+        try:
+            address, self._prefix = server_address(url)
+        except ValueError as error:
+            raise StoreFailure(f"store.url: {error}") from None
         self._shown_url = without_password(url)
         self.replica = secrets.token_hex(8)
         self.as_leader: StoreWrites = _LeaderWrites(self)
@@ -290,11 +284,3 @@ class _LeaderWrites:
 
     def raise_state(self, key: str, value: int) -> None:
         self._store.raise_state(key, value, as_leader=True)
-
-
-def without_password(url: str) -> str:
-    """The address of a store as it may be shown."""
-    parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    _, colon, password = user.partition(":")
-    return url.replace(f"{colon}{password}{at}{host}", f":***@{host}", 1) if password else url

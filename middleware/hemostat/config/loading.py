@@ -1,0 +1,149 @@
+"""Loads the configuration: one YAML file, then `HEMOSTAT_…` environment variables (nested with `__`), then flags."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from hemostat.config.errors import ConfigError, explain, nearest
+from hemostat.config.schema import LEAVES, SECTIONS, Settings
+from hemostat.config.text import Key, dotted_key, one_line, short_repr
+
+ENV_PREFIX = "HEMOSTAT_"
+FOREIGN_VARIABLES = frozenset({"HEMOSTAT_ADMIN_URL", "HEMOSTAT_ADMIN_TOKEN", "HEMOSTAT_PROFILE_DIR", "HEMOSTAT_VLLM"})
+"""Variables with the same prefix that are not settings: the engine plugin, the commands and make read them."""
+_KUBERNETES_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_KUBERNETES_VALUE = re.compile(r"(tcp|udp|sctp)://")
+MAX_FILE_BYTES = 1024 * 1024
+
+
+def load(
+    path: Path | None,
+    env: Mapping[str, str] | None = None,
+    overrides: Iterable[tuple[str, str]] = (),
+) -> Settings:
+    """Read the file, then apply environment variables and flags; the later ones win. Raises ConfigError.
+
+    path: None without a file. env: None for the environment of this process. overrides: flags, as (dotted key, text).
+    """
+    data, places = _read(path) if path is not None else ({}, {})
+    for name, text in sorted((os.environ if env is None else env).items()):
+        if name.startswith(ENV_PREFIX) and not _foreign(name, text):
+            _set_value(data, places, name.removeprefix(ENV_PREFIX).lower().split("__"), text, name)
+    for key, text in overrides:
+        _set_value(data, places, key.split("."), text, f"--set {key}")
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, path, places)) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
+    """The file's mapping, and for every key in it the file and line, for errors."""
+    name = one_line(str(path))
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{name}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError(f"{name}: longer than {MAX_FILE_BYTES} bytes")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not UTF-8 (byte {error.start})") from None
+    places: dict[Key, str] = {}
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return {}, places
+        _note_lines(node, (), name, places, set())
+        data = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark is not None else name
+        raise ConfigError(f"{where}: not YAML: {one_line(getattr(error, 'problem', None) or str(error))}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # PyYAML's constructors raise these for a value that does not fit its tag (2024-13-45, !!int "").
+        raise ConfigError(f"{name}: not YAML: {one_line(str(error))}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deep") from None
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{name}: holds {short_repr(data)}; a mapping is expected, such as `upstream:` with `url:` in it"
+        )
+    # A section whose keys are all commented out is null.
+    return {k: {} if v is None and k in SECTIONS else v for k, v in data.items()}, places
+
+
+def _note_lines(node: yaml.Node, key: Key, name: str, places: dict[Key, str], seen: set[int]) -> None:
+    """Note the line of every key; raise ConfigError for a duplicate (YAML would silently use the last)."""
+    if id(node) in seen or not isinstance(node, yaml.MappingNode):
+        return
+    seen.add(id(node))
+    for key_node, value_node in node.value:
+        where = f"{name}:{key_node.start_mark.line + 1}"
+        merge = key_node.tag == "tag:yaml.org,2002:merge"
+        if not merge and key_node.tag != "tag:yaml.org,2002:str":
+            raise ConfigError(one_line(f"{where}: {short_repr(key_node.value)}: unknown key; every key is a word"))
+        child = (*key, str(key_node.value))
+        if child in places and not merge:
+            raise ConfigError(f"{where}: {dotted_key(child)}: duplicate key")
+        places[child] = where
+        _note_lines(value_node, child, name, places, seen)
+
+
+def _set_value(data: dict[str, Any], places: dict[Key, str], parts: list[str], text: str, source: str) -> None:
+    """Set one value that comes from the environment or a flag."""
+    dotted = ".".join(parts)
+    if dotted not in LEAVES:
+        below = [leaf for leaf in LEAVES if leaf.startswith(dotted + ".")]
+        near = (
+            below[0] if below else nearest(dotted.replace("_", "."), {leaf.replace("_", "."): leaf for leaf in LEAVES})
+        )
+        hint = f"; did you mean {_spelled(near, source)}?" if near else ""
+        what = "a section, not a key" if below else "unknown"
+        raise ConfigError(one_line(f"{source}: {what}{hint}"))
+    into = data
+    for n, part in enumerate(parts[:-1], 1):
+        if into.get(part) is None:
+            into[part] = {}
+        into = into[part]
+        if not isinstance(into, dict):
+            section = tuple(parts[:n])
+            raise ConfigError(
+                f"{places.get(section, source)}: {dotted_key(section)}: {short_repr(into)} is not a mapping"
+            )
+    into[parts[-1]] = _from_text(text, LEAVES[dotted])
+    places[tuple(parts)] = source.partition(" ")[0]
+
+
+def _from_text(text: str, annotation: object) -> object:
+    """Environment and flags are text: pydantic converts numbers and booleans, this function lists and null."""
+    if text.strip().lower() in {"", "null"} and type(None) in get_args(annotation):
+        return None
+    if get_origin(annotation) is list:
+        return [part.strip() for part in text.strip().strip("[]").split(",") if part.strip()]
+    return text
+
+
+def _spelled(dotted: str, source: str) -> str:
+    return dotted if source.startswith("--") else ENV_PREFIX + dotted.upper().replace(".", "__")
+
+
+def _foreign(name: str, text: str) -> bool:
+    """True for variables of Hemostat's other parts, and those that Kubernetes makes of a Service called hemostat."""
+    return (
+        name in FOREIGN_VARIABLES
+        or _KUBERNETES_NAME.search(name) is not None
+        or (name.endswith("_PORT") and _KUBERNETES_VALUE.match(text) is not None)
+    )

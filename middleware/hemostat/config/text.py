@@ -1,0 +1,24 @@
+"""Text of the errors of the configuration: one line each, with values of any size shown shortly."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+
+Key = tuple[str | int, ...]
+"""The path of a key, from the section to the value."""
+
+
+def dotted_key(key: Sequence[str | int]) -> str:
+    """The key as it is written in messages and flags: `shadow.rate`."""
+    return ".".join(str(part) for part in key)
+
+
+def short_repr(value: object) -> str:
+    """A short representation of any value, including cyclic and very large ones."""
+    return reprlib.repr(value)
+
+
+def one_line(text: str) -> str:
+    """The text without line ends and other characters that cannot be printed."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
