@@ -16,7 +16,7 @@ class InvalidRecordError(HemostatError):
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason = str(reason)
 
 
 class InvalidProfileError(HemostatError):

@@ -143,8 +143,22 @@ class TokenRecord:
         return int(self.compressed.ids.shape[1])
 
 
-REASONS = ("schema", "empty", "dtype", "shape", "ids", "repeated", "short", "nan", "range", "order", "mass", "emitted")
-"""Every `reason` that `validate` gives."""
+class InvalidReason(StrEnum):
+    """Why `validate` refuses a record, for counting."""
+
+    SCHEMA = "schema"
+    EMPTY = "empty"
+    DTYPE = "dtype"
+    SHAPE = "shape"
+    IDS = "ids"
+    REPEATED = "repeated"
+    SHORT = "short"
+    NAN = "nan"
+    RANGE = "range"
+    ORDER = "order"
+    MASS = "mass"
+    EMITTED = "emitted"
+
 
 LOGPROB_TOLERANCE = 1e-3
 """How far a log-probability may be above 0, or the sum of a row above 1: models compute in float32 or less."""
@@ -153,7 +167,7 @@ _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 def validate(record: TokenRecord) -> TokenRecord:
-    """Return `record`, or raise InvalidRecordError naming the field and a countable reason, one of `REASONS`.
+    """Return `record`, or raise InvalidRecordError naming the field and an `InvalidReason`.
 
     Checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no NaN (but
     in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not above 0,
@@ -170,15 +184,18 @@ def validate(record: TokenRecord) -> TokenRecord:
     1
     """
     if record.schema != SCHEMA_VERSION:
-        raise InvalidRecordError("schema", f"schema is {record.schema}: this version reads {SCHEMA_VERSION}")
+        raise InvalidRecordError(
+            InvalidReason.SCHEMA, f"schema is {record.schema}: this version reads {SCHEMA_VERSION}"
+        )
     _array("output_ids", record.output_ids, np.int32, 1)
     tokens, vocabulary = record.tokens, record.vocab_size
     if tokens == 0 or vocabulary < 1:
         raise InvalidRecordError(
-            "empty", f"output_ids holds {tokens} tokens, vocab_size is {vocabulary}: each must be at least 1"
+            InvalidReason.EMPTY,
+            f"output_ids holds {tokens} tokens, vocab_size is {vocabulary}: each must be at least 1",
         )
     if record.output_ids.min() < 0 or record.output_ids.max() >= vocabulary:
-        raise InvalidRecordError("ids", f"output_ids holds an id outside the vocabulary of {vocabulary}")
+        raise InvalidRecordError(InvalidReason.IDS, f"output_ids holds an id outside the vocabulary of {vocabulary}")
     for name, candidates in (("compressed", record.compressed), ("reference", record.reference)):
         _check_candidates(name, candidates, tokens, vocabulary)
     given = record.compressed.ids >= 0
@@ -186,11 +203,13 @@ def validate(record: TokenRecord) -> TokenRecord:
     _same_shape("reference_at", record.reference_at, record.compressed.ids.shape)
     if (given.sum(axis=1) < min(record.top_k - 1, vocabulary)).any():
         raise InvalidRecordError(
-            "short", f"compressed.ids has a row of fewer than the {record.top_k - 1} ids asked for"
+            InvalidReason.SHORT, f"compressed.ids has a row of fewer than the {record.top_k - 1} ids asked for"
         )
     known = given & ~np.isnan(record.reference_at)
     if record.reference_entropy is not None and (known != given).any():
-        raise InvalidRecordError("nan", "reference_at holds NaN though the reference knows its whole vocabulary")
+        raise InvalidRecordError(
+            InvalidReason.NAN, "reference_at holds NaN though the reference knows its whole vocabulary"
+        )
     _check_logprobs("reference_at", np.where(known, record.reference_at, -np.inf))
     for name, values in (
         ("compressed_emitted", record.compressed_emitted),
@@ -203,18 +222,20 @@ def validate(record: TokenRecord) -> TokenRecord:
         _array(name, values, np.float64, 1)
         _same_shape(name, values, (tokens,))
         if np.isnan(values).any():
-            raise InvalidRecordError("nan", f"{name} holds NaN")
+            raise InvalidRecordError(InvalidReason.NAN, f"{name} holds NaN")
     drawn = record.compressed_emitted if record.drawn_emitted is None else record.drawn_emitted
     for name, values in (("compressed_emitted", record.compressed_emitted), ("drawn_emitted", drawn)):
         if not np.isfinite(values).all():
-            raise InvalidRecordError("range", f"{name} is infinite: an emitted token had a probability above 0")
+            raise InvalidRecordError(
+                InvalidReason.RANGE, f"{name} is infinite: an emitted token had a probability above 0"
+            )
     for name, values in (
         ("compressed_emitted", record.compressed_emitted),
         ("reference_emitted", record.reference_emitted),
         ("drawn_emitted", drawn),
     ):
         if values.max() > LOGPROB_TOLERANCE:
-            raise InvalidRecordError("range", f"{name} holds a log-probability above 0")
+            raise InvalidRecordError(InvalidReason.RANGE, f"{name} holds a log-probability above 0")
     emitted = given & (record.compressed.ids == record.output_ids[:, None])
     _check_emitted("compressed", record.compressed.logprobs, record.compressed_emitted, emitted)
     _check_emitted("reference_at", record.reference_at, record.reference_emitted, emitted & known)
@@ -222,71 +243,74 @@ def validate(record: TokenRecord) -> TokenRecord:
         record.reference_entropy.min() >= -LOGPROB_TOLERANCE
         and record.reference_entropy.max() <= np.log(vocabulary) + LOGPROB_TOLERANCE
     ):
-        raise InvalidRecordError("range", "reference_entropy is below 0 or above log(vocab_size)")
+        raise InvalidRecordError(InvalidReason.RANGE, "reference_entropy is below 0 or above log(vocab_size)")
     for version, shift in record.shifts.items():
         for name, values in (("expected", shift.expected), ("log_normalizer", shift.log_normalizer)):
             field_name = f"shifts[{version[:32]}].{name}"
             _array(field_name, values, np.float64, 1)
             _same_shape(field_name, values, (tokens,))
             if np.isinf(values).any():
-                raise InvalidRecordError("range", f"{field_name} is infinite")
+                raise InvalidRecordError(InvalidReason.RANGE, f"{field_name} is infinite")
         if shift.code is not None:
             field_name = f"shifts[{version[:32]}].code"
             _array(field_name, shift.code, np.float64, 2)
             _same_shape(field_name, shift.code[:, :1], (tokens, 1))
             if not np.isfinite(shift.code).all():
-                raise InvalidRecordError("range", f"{field_name} is not finite")
+                raise InvalidRecordError(InvalidReason.RANGE, f"{field_name} is not finite")
     if record.features is not None:
         _check_features(record.features, tokens)
     if record.reference_hidden is not None:
         _check_rows("reference_hidden", record.reference_hidden, tokens)
         if np.isnan(record.reference_hidden).any():
-            raise InvalidRecordError("nan", "reference_hidden holds NaN")
+            raise InvalidRecordError(InvalidReason.NAN, "reference_hidden holds NaN")
     return record
 
 
 def _check_features(features: Features, tokens: int) -> None:
     if not _DIGEST.fullmatch(features.anchors):
-        raise InvalidRecordError("ids", "features.anchors is not a digest of 32 hex digits")
+        raise InvalidRecordError(InvalidReason.IDS, "features.anchors is not a digest of 32 hex digits")
     _check_rows("features.values", features.values, tokens)
     unknown = np.isnan(features.values)
     if (unknown.any(axis=1) != unknown.all(axis=1)).any():
         raise InvalidRecordError(
-            "nan", "features.values has a row that is NaN in part: a row must be NaN as a whole or not at all"
+            InvalidReason.NAN,
+            "features.values has a row that is NaN in part: a row must be NaN as a whole or not at all",
         )
 
 
 def _check_rows(name: str, values: npt.NDArray[np.float32], tokens: int) -> None:
     _array(name, values, np.float32, 2)
     if values.shape[0] != tokens or not values.shape[1]:
-        raise InvalidRecordError("shape", f"{name} has shape {values.shape}: it must have {tokens} rows, 1 column")
+        raise InvalidRecordError(
+            InvalidReason.SHAPE, f"{name} has shape {values.shape}: it must have {tokens} rows, 1 column"
+        )
     if np.isinf(values).any():
-        raise InvalidRecordError("range", f"{name} holds an infinity")
+        raise InvalidRecordError(InvalidReason.RANGE, f"{name} holds an infinity")
 
 
 def _array(name: str, values: npt.NDArray[np.generic], dtype: type[np.generic], dimensions: int) -> None:
     if values.dtype != dtype:
-        raise InvalidRecordError("dtype", f"{name} is {values.dtype}: it must be {np.dtype(dtype)}")
+        raise InvalidRecordError(InvalidReason.DTYPE, f"{name} is {values.dtype}: it must be {np.dtype(dtype)}")
     if values.ndim != dimensions:
-        raise InvalidRecordError("shape", f"{name} has {values.ndim} dimensions: it must have {dimensions}")
+        raise InvalidRecordError(InvalidReason.SHAPE, f"{name} has {values.ndim} dimensions: it must have {dimensions}")
 
 
 def _same_shape(name: str, values: npt.NDArray[np.generic], shape: tuple[int, ...]) -> None:
     if values.shape != shape:
-        raise InvalidRecordError("shape", f"{name} has shape {values.shape}: it must be {shape}")
+        raise InvalidRecordError(InvalidReason.SHAPE, f"{name} has shape {values.shape}: it must be {shape}")
 
 
 def _check_logprobs(name: str, logprobs: Floats) -> None:
     if logprobs.max() > LOGPROB_TOLERANCE:
-        raise InvalidRecordError("range", f"{name} holds a log-probability above 0")
+        raise InvalidRecordError(InvalidReason.RANGE, f"{name} holds a log-probability above 0")
     if np.exp(logprobs).sum(axis=1).max() > 1.0 + LOGPROB_TOLERANCE:
-        raise InvalidRecordError("mass", f"{name} has a row that sums to more than 1")
+        raise InvalidRecordError(InvalidReason.MASS, f"{name} has a row that sums to more than 1")
 
 
 def _check_emitted(name: str, logprobs: Floats, beside: Floats, at: npt.NDArray[np.bool_]) -> None:
     rows = np.nonzero(at)[0]
     if not np.isclose(logprobs[at], beside[rows], rtol=LOGPROB_TOLERANCE, atol=LOGPROB_TOLERANCE).all():
-        raise InvalidRecordError("emitted", f"{name} and the emitted token's own log-probability differ")
+        raise InvalidRecordError(InvalidReason.EMITTED, f"{name} and the emitted token's own log-probability differ")
 
 
 def _check_candidates(name: str, candidates: Candidates, tokens: int, vocabulary: int) -> None:
@@ -295,18 +319,22 @@ def _check_candidates(name: str, candidates: Candidates, tokens: int, vocabulary
     _array(f"{name}.logprobs", logprobs, np.float64, 2)
     _same_shape(f"{name}.logprobs", logprobs, ids.shape)
     if ids.shape[0] != tokens or ids.shape[1] == 0:
-        raise InvalidRecordError("shape", f"{name}.ids has shape {ids.shape}: it must have {tokens} rows, 1 column")
+        raise InvalidRecordError(
+            InvalidReason.SHAPE, f"{name}.ids has shape {ids.shape}: it must have {tokens} rows, 1 column"
+        )
     if ids.min() < -1 or ids.max() >= vocabulary:
-        raise InvalidRecordError("ids", f"{name}.ids holds an id outside the vocabulary of {vocabulary}")
+        raise InvalidRecordError(InvalidReason.IDS, f"{name}.ids holds an id outside the vocabulary of {vocabulary}")
     if (ids[:, 0] < 0).any():
-        raise InvalidRecordError("empty", f"{name}.ids has a row without a candidate")
+        raise InvalidRecordError(InvalidReason.EMPTY, f"{name}.ids has a row without a candidate")
     ordered = np.sort(ids, axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        raise InvalidRecordError("repeated", f"{name}.ids has a row with a duplicate id")
+        raise InvalidRecordError(InvalidReason.REPEATED, f"{name}.ids has a row with a duplicate id")
     if np.isnan(logprobs).any():
-        raise InvalidRecordError("nan", f"{name}.logprobs holds NaN")
+        raise InvalidRecordError(InvalidReason.NAN, f"{name}.logprobs holds NaN")
     if (logprobs[ids < 0] != -np.inf).any():
-        raise InvalidRecordError("range", f"{name}.logprobs must be -inf where ids is -1")
+        raise InvalidRecordError(InvalidReason.RANGE, f"{name}.logprobs must be -inf where ids is -1")
     if (logprobs[:, 1:] > logprobs[:, :-1] + _ORDER_TOLERANCE).any() or ((ids[:, 1:] >= 0) & (ids[:, :-1] < 0)).any():
-        raise InvalidRecordError("order", f"{name} must be ordered from the most to the least likely, padding last")
+        raise InvalidRecordError(
+            InvalidReason.ORDER, f"{name} must be ordered from the most to the least likely, padding last"
+        )
     _check_logprobs(f"{name}.logprobs", logprobs)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.support.records import Truth, log_softmax, make_record, truths
 
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import REASONS, Candidates, Features, Shift, validate
+from hemostat_calibration.records import Candidates, Features, InvalidReason, Shift, validate
 
 
 def good():
@@ -116,7 +116,7 @@ def test_every_break_is_named(name):
     record = BREAKS[name](good())
     with pytest.raises(InvalidRecordError) as error:
         validate(record)
-    assert error.value.reason in REASONS
+    assert error.value.reason in set(InvalidReason)
     assert "\n" not in str(error.value)
 
 
@@ -126,7 +126,7 @@ def test_the_reasons_are_all_used():
         with pytest.raises(InvalidRecordError) as error:
             validate(change(good()))
         reasons.add(error.value.reason)
-    assert reasons == set(REASONS)
+    assert reasons == set(InvalidReason)
 
 
 def test_unknown_is_allowed_where_it_means_unknown():

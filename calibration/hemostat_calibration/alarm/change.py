@@ -63,7 +63,7 @@ class Bets:
 def fit_bets(baseline: Sequence[Floats], alpha: float) -> Bets:
     """The bets against a baseline of requests, each float64 [T], its tokens' spreads in nats, without NaN.
 
-    With a probability of at least 1 − alpha, no limit g is below the share that it stands for (by the normal
+    With a probability of at least 1 − alpha, no limit g is below the true share of its range (by the normal
     approximation of Wilson's score, with the largest design effect of any range).
     Where hardly any value but one occurs (both models compute the same to the last bit), the only range is what lies
     above all of the baseline, and its limit that of a share of requests.
@@ -127,7 +127,7 @@ def _powers(rows: Floats, placed: Sequence[npt.NDArray[np.int64]]) -> list[float
 
 
 def _loses(log_wealth: Floats) -> bool:
-    """Whether a strategy, begun anew with each request, never gained on average at any token; log_wealth [R, T]."""
+    """Whether a strategy, restarted with each request, never gained on average at any token; log_wealth [R, T]."""
     with np.errstate(over="ignore"):
         return bool(np.exp(log_wealth).mean(axis=0).max() <= 1.0)
 

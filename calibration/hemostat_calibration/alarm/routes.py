@@ -1,6 +1,6 @@
 """The alarm of all routes: both tests of each, one false-alarm probability over all of them and the whole run.
 
-The k-th test that was ever begun (all routes, both kinds, tests begun anew after an alarm) has α_k = α/(k(k+1)), which
+The k-th test that was ever begun (all routes, both kinds, tests restarted after an alarm) has α_k = α/(k(k+1)), which
 sum to α. Half of that is for the bets, a quarter for the limits of baselines, a quarter for the limit of the noise
 floor.
 

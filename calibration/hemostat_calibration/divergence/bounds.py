@@ -1,6 +1,6 @@
 """What top-K lists prove: lower and upper bounds of the divergences of the reference r and the compressed model c.
 
-Nats, per position, float64 [T]; KL(r‖c) = Σ r log(r/c). A `View` holds what a record says of both sides: S the ids for
+Nats, per position, float64 [T]; KL(r‖c) = Σ r log(r/c). A `View` holds both models' values from a record: S the ids for
 which both values are known (the compressed side's candidates, the emitted token, as far as the reference gave them),
 R and C the two masses outside S. Outside S an id may still be known on one side: P the ids of the reference's own list
 that the compressed side did not name, Q candidates for which the reference gave no value (never with a reference in

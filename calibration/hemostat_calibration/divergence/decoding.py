@@ -201,7 +201,7 @@ def _kept(candidates: Candidates, record: TokenRecord) -> _Kept:
     sampling, vocabulary = record.sampling, record.vocab_size
     ids, logprobs = candidates.ids, candidates.logprobs
     rows = np.arange(record.tokens)
-    # Only ids listed for their rank count: an emitted token behind the others says nothing of the ids between.
+    # Only ids listed for their rank count: an emitted token behind the others gives no bound for the ids between.
     count = (ids >= 0).sum(axis=1)
     by_rank = count - ((ids[rows, count - 1] == record.output_ids) & (count < vocabulary))
     listed = np.arange(ids.shape[1]) < by_rank[:, None]

@@ -59,7 +59,7 @@ from hemostat_calibration.records import TokenRecord
 
 @dataclass(frozen=True, slots=True)
 class TokenDivergence:
-    """One request's figures; arrays [T], nats unless said otherwise."""
+    """One request's figures; arrays [T], nats unless stated otherwise."""
 
     bound: Literal["lower", "exact"]
     """What `kl_rc`, `kl_cr`, `js`, `tv` and `entropy_compressed` are: exact when S is the whole vocabulary."""

@@ -33,8 +33,8 @@ def profile_shift(record: TokenRecord, profile: CalibrationProfile, view: View) 
         return np.full(view.ids.shape, np.nan)
     values = record.features.values
     known = record.shifts.get(profile.version)
-    said = code(profile, values) if known is None or known.code is None else known.code
-    found = shift_at(profile, view.ids, view.log_candidates, said)
+    row_codes = code(profile, values) if known is None or known.code is None else known.code
+    found = shift_at(profile, view.ids, view.log_candidates, row_codes)
     return np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, found)
 
 
@@ -116,9 +116,9 @@ def log_normalizer_range(
     least, most = shift_range(profile)
     z_low, z_high = np.where(unknown, least, z_low), np.where(unknown, most, z_high)
     if profile.version in record.shifts:
-        said = record.shifts[profile.version].log_normalizer
-        known = (said >= z_low - LOGPROB_TOLERANCE) & (said <= z_high + LOGPROB_TOLERANCE)
-        z_low, z_high = np.where(known, said, z_low), np.where(known, said, z_high)
+        reported = record.shifts[profile.version].log_normalizer
+        known = (reported >= z_low - LOGPROB_TOLERANCE) & (reported <= z_high + LOGPROB_TOLERANCE)
+        z_low, z_high = np.where(known, reported, z_low), np.where(known, reported, z_high)
     return z_low, z_high
 
 

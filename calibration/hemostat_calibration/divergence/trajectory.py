@@ -19,7 +19,7 @@ min(1, r(x_t)/c(x_t)) (`agreement`)
     same. The survival is the share of requests whose greedy texts are still equal, its sum over t the expected
     length of their common prefix. (Along sampled text it is only what agreement at that rate would give.)
 
-Requests end at different lengths. W_t = Π_{s ≤ t} f_s; a request that ends before t says nothing about t (right
+Requests end at different lengths. W_t = Π_{s ≤ t} f_s; a request that ends before t is no evidence about t (right
 censoring). So each step is a ratio over the requests that reached it, and
     S(t) = Π_{s ≤ t} Σ_i W_{i,s} / Σ_i W_{i,s−1},      i over the requests with at least s tokens,
 the Kaplan–Meier product-limit estimator (1958) with W for the number of survivors; where all are equally long it is the

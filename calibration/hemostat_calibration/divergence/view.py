@@ -1,4 +1,5 @@
-"""What a record says of both models at once, and divergences over it with everything else merged into one bucket.
+"""Both models' values from a record, side by side, and divergences over them with everything else merged into one
+bucket.
 
 S are the ids for which both values are known. Merging everything outside S into one bucket is a map applied to both
 distributions, and a map cannot increase an f-divergence (data processing inequality; Cover & Thomas, 2006, ch. 2.8), so

@@ -24,7 +24,7 @@ VERSION_PATTERN = re.compile(r"[0-9a-f]{32}")
 """A version is the first 32 hex digits of the SHA-256 of the profile's bytes: it can name a file or a URL safely."""
 
 IDENTITY = "identity"
-"""Family and version that stand for no profile."""
+"""Family and version that mean: no profile."""
 
 MAX_BYTES = 512 * 1024 * 1024
 """Longer input is refused before it is parsed."""

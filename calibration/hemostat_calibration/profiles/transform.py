@@ -5,7 +5,7 @@ the distribution alone: adding a constant to every logit of a row (as turning lo
 changes nothing. The maximum runs over finite entries. Entries that are not finite get Δz = 0 and stay as they are:
 -inf is a mask and stays one, a NaN is passed on for the caller to see.
 
-A family with anchors reads the row through its logits at those ids alone. What they say is the row's code, of which Δz
+A family with anchors depends on a row's logits at those ids alone. They give the row's code, of which Δz
 at every id is a function. A row any of whose anchors is not finite has the code 0, identity.
 """
 

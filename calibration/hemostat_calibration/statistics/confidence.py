@@ -1,8 +1,8 @@
 """Confidence sequences: intervals that are valid at all times at once, however often and whenever one looks.
 
 Means per token. A request adds (x, n): the sum of a figure over its tokens, and their number; tokens of a request are
-correlated in whatever way, so the request is the unit, and the mean is the ratio E[x]/E[n]. That m is this ratio says
-no more than E[x − m n] = 0 for a request, so m belongs to the interval while
+correlated in an unknown way, so the request is the unit, and the mean is the ratio E[x]/E[n]. That m is this ratio
+means no more than E[x − m n] = 0 for a request, so m belongs to the interval while
     (Σ (x − m n))² ≤ κ_t Σ (x − m n)²,    κ_t = 2 (tρ² + 1)/(tρ²) log(√(tρ² + 1)/α)
 over the t requests so far: Robbins' normal mixture with the variance estimated from the same data, an *asymptotic
 confidence sequence* (Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas, "Time-uniform central limit theory and asymptotic

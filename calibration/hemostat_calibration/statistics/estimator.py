@@ -17,7 +17,7 @@ class Estimator(Protocol):
     update: one observation (its parts are the arguments) -> a new estimator that has also seen it.
     merge: another estimator of the same kind -> one that has seen what both have; associative and commutative up to
         rounding. InvalidArgumentError where the two differ in their settings.
-    get: -> what the observations so far say; arguments may choose a level or a range.
+    get: -> the estimate from the observations so far; arguments may choose a level or a range.
     """
 
     @property

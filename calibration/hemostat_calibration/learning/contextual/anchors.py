@@ -19,7 +19,7 @@ def choose_anchors(
     """Ids whose logits together determine the hidden state best, int32 [count], the most informative first.
 
     Greedy: each is the one whose logit is most uncertain given those of the earlier ones, which is Gram–Schmidt with
-    pivoting on the centred rows of W. Once d of them span everything, it begins anew among the rest, so that more
+    pivoting on the centred rows of W. Once d of them span everything, it restarts among the rest, so that more
     anchors mean less noise. Deterministic.
 
     weight: W, [V, d]. among: ids to choose from; leave out those that samplers mask (end of sequence, special ones), as

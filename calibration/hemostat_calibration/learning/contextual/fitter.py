@@ -81,4 +81,4 @@ class Proposal:
 
 
 def no_progress(stage: str, done: float) -> None:
-    """A `Progress` that reports to nobody."""
+    """A `Progress` that does nothing."""

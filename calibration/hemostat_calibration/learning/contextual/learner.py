@@ -1,4 +1,4 @@
-"""The learner of the contextual family: what a row's logits at a few anchor ids say about how to change all of them.
+"""The learner of the contextual family: a row's logits at a few anchor ids determine how all of its logits change.
 
 The compressed model's logits are z = W h, so that those at N anchors determine (an image of) the hidden state h. A
 small map of them, y = offset + linear x + out silu(middle silu(hidden x + hidden_offset) + middle_offset), gives

@@ -36,7 +36,7 @@ class TokenSource(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ListedTokens:
-    """What lists of ids say about some tokens.
+    """Tokens that are known by lists of ids.
 
     ids: int32 [T, J], the ids whose log-probabilities are known; -1 pads.
     reference: float64 [T, J], the reference's log-probabilities of them, nats.
