@@ -12,13 +12,13 @@ from hemostat.ipc.messages import OVERHEAD_BUCKETS
 from hemostat.learner.client import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
+from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import DECODINGS, DIRECTIONS, STAGES
 from hemostat.metrics import names
 from hemostat.metrics.catalogue import FAMILIES, GROUPS, Family
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import counters, outcomes
-from hemostat.shadow.noise_floor import MODELS
 from hemostat_calibration.alarm import Kind
 from hemostat_calibration.records import Arm
 

@@ -15,7 +15,6 @@ from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -28,12 +27,14 @@ from tests.support.oracle import shift
 
 from hemostat.admin.app import create_app
 from hemostat.config.schema import Calibration, Settings
-from hemostat.control import process as control_module
-from hemostat.control.process import Control
+from hemostat.control import composition
+from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
 from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
+from hemostat.reference.monitor import ReferenceState
+from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.store.lease import Lease
 from hemostat.store.memory import MemoryStore
@@ -453,13 +454,15 @@ INFO = ReferenceInfo("made-up/reference", "digest", "float32", V, True, hidden_d
 class NotingControl(Control):
     """The control process, with every record noted as it comes from the scorer."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, **more: Any) -> None:
         self.noted: list[TokenRecord] = []
-        super().__init__(*args)
+        super().__init__(*args, **more)
+        if self.pipeline.scorer is not None:
+            self.pipeline.scorer._emit = self._note
 
-    def _scored(self, record: TokenRecord, capture: Capture) -> None:
+    def _note(self, record: TokenRecord, capture: Capture) -> None:
         self.noted.append(record)
-        super()._scored(record, capture)
+        self.pipeline.use_record(record, capture)
 
 
 class Relay:
@@ -505,18 +508,17 @@ class Pipeline:
     def models_are_known(self) -> None:
         """As once the reference has started and both models were compared."""
         one = self._control
-        one.reference_info, one.reference_adapters = INFO, frozenset({"sql"})
-        one.served, one.adapters = frozenset({MODEL}), frozenset({"sql", "lora"})
-        one.profile_manager.set_model_pair(MODEL, V)
-        one._teach()
-        one._reference_is("ready", "made-up/reference (float32)")
+        adapters = frozenset({"sql", "lora"})
+        one.monitor.pair = ModelPair(frozenset({MODEL}), adapters, frozenset({"sql"}), MODEL, INFO)
+        one.monitor._set_state(ReferenceState.READY, "made-up/reference (float32)")
 
     def start_scoring(self) -> None:
         """The loops that take captures off the queue, and score some again for the noise floor."""
-        assert self._control.scorer is not None
-        self._run(self._control.scorer.run(1))
-        if self._control.floor is not None:
-            self._run(self._control.floor.run())
+        pipeline = self._control.pipeline
+        assert pipeline.scorer is not None
+        self._run(pipeline.scorer.run(1))
+        if pipeline.noise_floor is not None:
+            self._run(pipeline.noise_floor.run())
 
     def _run(self, loop: Any) -> None:
         self._tasks.append(asyncio.create_task(loop))
@@ -524,10 +526,7 @@ class Pipeline:
     def housekeeping(self, seconds: float) -> None:
         """Time passes, and what the control process does again and again is done once."""
         self._clock.pass_(seconds)
-        one = self._control
-        one.publish()
-        if one.history.due(self._clock.monotonic):
-            one.history.add(self._clock.monotonic, self._clock.wall, one.status())
+        self._control.keep_house()
 
     # Relays.
 
@@ -542,7 +541,7 @@ class Pipeline:
 
     async def relay_leaves(self, relay: Relay) -> None:
         """Once it has read all that it was sent."""
-        generation = self._control._generation
+        generation = self._control.policy.generation
         await until(lambda: relay.frames and policy_of(relay.frames[-1])["generation"] == generation)
         before = self._control.link.relays
         relay.close()
@@ -567,13 +566,12 @@ class Pipeline:
 
     async def settled(self) -> None:
         """All that was sent has come to an end, the noise floor included."""
-        one = self._control
-        assert one.scorer is not None
-        scorer, floor = one.scorer, one.floor
-        await until(lambda: one.captured == self._sent and not scorer.pending and not (floor and floor.waiting))
+        one = self._control.pipeline
+        floor = one.noise_floor
+        await until(lambda: one.received == self._sent and not one.pending and not (floor and floor.queued))
 
     async def received(self) -> None:
-        await until(lambda: self._control.captured == self._sent)
+        await until(lambda: self._control.pipeline.received == self._sent)
 
     def capture(
         self,
@@ -618,7 +616,7 @@ class Pipeline:
         report = {"boot_id": "boot", "rank": 0, "world_size": 1, "versions": versions, "vocab_size": V}
         report |= {"counters": counters, "runner": "v1", "vllm": "0.11"}
         answer = await self.post("/api/v1/engine/report", report)
-        self._control.publish()
+        self._control.policy.publish()
         return answer
 
     async def tap(
@@ -700,18 +698,20 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
         "reference": {"backend": "vllm", "url": "http://127.0.0.1:1"},
         "admin": {"port": 0, "token": TOKEN},
     }
+    made = Settings.model_validate(given | settings)
+    wants_floor = made.shadow.floor_fraction > 0.0
     with ExitStack() as patches:
         for name, value in (
             ("make_reference", lambda _: references[0]),
-            ("VllmReference", lambda *_, **__: references[1]),
-            ("time", SimpleNamespace(monotonic=lambda: clock.monotonic, time=lambda: clock.wall)),
+            ("make_compressed_scorer", lambda _: references[1] if wants_floor else None),
         ):
-            patches.enter_context(mock.patch.object(control_module, name, value))
-        control = NotingControl(Settings.model_validate(given | settings), folder / "control.sock", DATA_PORT)
+            patches.enter_context(mock.patch.object(composition, name, value))
+        control = NotingControl(
+            made, folder / "control.sock", DATA_PORT, clock=lambda: clock.monotonic, wall=lambda: clock.wall
+        )
         control.engines.replica = "0123456789abcdef"  # made up anew by every process
-        await control.restore()
-        await control.link.start()
-        control.publish()
+        await control.start(made.calibration.force)
+        control.policy.publish()
         one = Pipeline(control, clock, references, folder / "control.sock")
         try:
             yield one

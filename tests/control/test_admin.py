@@ -16,7 +16,7 @@ from tests.support.control import AUTHORIZED, TOKEN, connect_relay, control, pro
 from hemostat.admin import app as admin
 from hemostat.admin.app import create_app
 from hemostat.admin.hardening import HEADERS
-from hemostat.control.process import Control
+from hemostat.control.composition import Control
 from hemostat.ipc.messages import Policy
 
 GUARDED = [
@@ -146,7 +146,7 @@ async def test_a_profile_is_imported_shown_fetched_and_taken_back(one: Control, 
     assert fetched.content == given.to_bytes()
     held = {"boot_id": "b", "rank": 0, "world_size": 1, "versions": [], "vocab_size": 30}
     report = held | {"counters": {}, "runner": "v1", "vllm": "0"}
-    one.publish()
+    one.policy.publish()
     answer = await client.post("/api/v1/engine/report", headers=AUTHORIZED, json=report)
     assert answer.json() == {"hold": [version], "leads": True, "replica": one.engines.replica}
 
@@ -207,7 +207,7 @@ async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
         path = "/api/v1/profiles?scope=batch"
         refused = await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())
         assert (refused.status_code, "no scored request was of the label" in detail(refused)) == (400, True)
-        one._scored(*scored(label="batch"))
+        one.pipeline.use_record(*scored(label="batch"))
         version = (await client.post(path, headers=AUTHORIZED, content=profile().to_bytes())).json()["version"]
         [candidate] = (await client.get("/api/v1/status")).json()["calibration"]["candidates"]
         assert (candidate["version"], candidate["scope"]) == (version, "batch")
@@ -215,7 +215,7 @@ async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
         one.link.set_policy = told.append  # type: ignore[method-assign]
         one.profile_manager.operator.set_mode("auto")
         one.profile_manager.operator.promote(version, "batch")
-        one.publish()
+        one.policy.publish()
         assert (told[-1].serving, told[-1].scope, told[-1].scoped) == (None, "label", {"batch": version})
         labels = f'scope="batch",version="{version}"'
         assert f"hemostat_profile_scope_info{{{labels}}} 1.0" in (await client.get("/metrics")).text
@@ -240,7 +240,7 @@ async def test_health_depends_on_relays_only(one: Control, client: httpx.AsyncCl
     assert (await client.get("/livez")).status_code == 200
     assert (await client.get("/readyz")).status_code == 503
     writer = await connect_relay(one, tmp_path, 1, relay_stats())
-    assert one.reference_state == "none"
+    assert one.monitor.state == "none"
     assert (await client.get("/readyz")).status_code == 200
     draining = await connect_relay(one, tmp_path, 2, relay_stats(ready=False))
     assert (await client.get("/readyz")).status_code == 200, "one still takes requests"
@@ -274,5 +274,5 @@ async def test_status_has_the_reports_shape_and_is_json(one: Control, client: ht
         assert wanted <= figures(status)
         assert status["profile"] == {"version": "identity", "family": "identity", "mode": "observe"}
         assert status["calibrated"] == status["raw"]
-        one._scored(*scored(str(n), prompt=n))
+        one.pipeline.use_record(*scored(str(n), prompt=n))
     assert status["tokens_scored"] == 6

@@ -17,7 +17,7 @@ from tests.support.samples import values
 
 from hemostat.config import schema as config
 from hemostat.measurement.alarms import STATE, Alarms
-from hemostat.shadow.noise_floor import MODELS
+from hemostat.measurement.figures import MODELS
 from hemostat.store.memory import MemoryStore
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.errors import HemostatError

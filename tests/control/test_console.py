@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_what_it_costs_and_whether_the_proxy_is_well(page: Page, one: Served) ->
     before = get(one, "status")["shadow"]["reference_tokens"]
 
     def score(control: Any) -> None:
-        control.scorer.reference_tokens = before + 5000
+        control.pipeline.scorer.reference_tokens = before + 5000
 
     one.do(score)
     expect(page.locator("#reference")).not_to_have_text("0.0", timeout=10_000)
@@ -237,10 +238,11 @@ def test_it_is_accessible_with_everything_open(page: Page, scheme: Any) -> None:
 @needs_chromium
 def test_what_is_long_does_not_widen_the_page(page: Page, one: Served) -> None:
     long = "word" * 50
-    before = one.control.reference_detail, one.control.learner.detail, one.control.served
+    before = one.control.monitor.detail, one.control.learner.detail, one.control.monitor.pair.models
 
     def write(control: Any, detail: str, learner: str, names: frozenset[str]) -> None:
-        control.reference_detail, control.learner.detail, control.served = detail, learner, names
+        control.monitor.detail, control.learner.detail = detail, learner
+        control.monitor.pair = replace(control.monitor.pair, models=names)
 
     one.do(lambda control: write(control, long, long, frozenset({long})))
     try:

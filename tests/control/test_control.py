@@ -13,16 +13,17 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.captures import capture
-from tests.support.control import control, profile, scored, settings
+from tests.support.control import control, profile, scored, settings, status_json
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
-from hemostat.control import process as control_module
-from hemostat.control.process import Control
+from hemostat.control import composition
+from hemostat.control.composition import Control
 from hemostat.engines.registry import EngineReport
 from hemostat.ipc.messages import Policy, Stats
 from hemostat.profiles.serving import ServedModel
+from hemostat.reference import monitor
 from hemostat.store.protocol import StoreFailure
 from hemostat.store.writer import MAX_QUEUED_WRITES
 from hemostat_calibration.errors import HemostatError
@@ -31,9 +32,10 @@ from hemostat_calibration.profiles.profile import temperature_bias
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_module, "MATCH_RETRY", 0.05)
-    monkeypatch.setattr(control_module, "HOUSEKEEPING", 0.02)
-    monkeypatch.setattr(control_module, "MODELS_EVERY", 0.1)
+    monkeypatch.setattr(monitor, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(monitor, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(composition, "HOUSEKEEPING_SECONDS", 0.02)
+    monkeypatch.setattr(monitor, "MODELS_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -73,9 +75,9 @@ async def test_two_models_that_fit_are_scored(
     upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
 ) -> None:
     async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
-        await until(lambda: one.reference_state == "ready")
+        await until(lambda: one.monitor.state == "ready")
         assert told[-1].scoring
-        assert one.served == {"fake"}
+        assert one.monitor.pair.models == {"fake"}
         assert one.profile_manager.serving.model == ServedModel("fake", VOCAB)
 
 
@@ -85,14 +87,14 @@ async def test_an_upstream_that_gives_fewer_logprobs_is_a_mismatch_that_says_wha
     fake, url = upstream
     fake.max_logprobs = 3
     async with watched(tmp_path, pair(url, reference[1])) as (one, told):
-        await until(lambda: one.reference_state == "mismatch")
-        assert "--max-logprobs 4" in one.reference_detail
-        assert "shadow.top_k" in one.reference_detail
+        await until(lambda: one.monitor.state == "mismatch")
+        assert "--max-logprobs 4" in one.monitor.detail
+        assert "shadow.top_k" in one.monitor.detail
         assert not told[-1].scoring
-        one._captured(capture())
-        assert one.status()["requests"]["dropped"] == {"reference_not_ready": 1}
+        one.pipeline.receive(capture())
+        assert status_json(one)["requests"]["dropped"] == {"reference_not_ready": 1}
         fake.max_logprobs = 4
-        await until(lambda: one.reference_state == "ready")
+        await until(lambda: one.monitor.state == "ready")
         assert told[-1].scoring
 
 
@@ -109,8 +111,8 @@ async def test_another_vocabulary_is_a_mismatch(
 
     monkeypatch.setattr(FakeVllm, "_other", other_ids)
     async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
-        await until(lambda: one.reference_state == "mismatch")
-        assert "token ids of a probe text" in one.reference_detail
+        await until(lambda: one.monitor.state == "mismatch")
+        assert "token ids of a probe text" in one.monitor.detail
         assert not told[-1].scoring
 
 
@@ -118,10 +120,10 @@ async def test_an_upstream_that_is_not_there_yet_is_waited_for(reference: tuple[
     with serving(FakeVllm()) as url:
         pass
     async with watched(tmp_path, pair(url, reference[1])) as (one, _):
-        await until(lambda: "does not answer" in one.reference_detail)
-        assert one.reference_state == "starting"
+        await until(lambda: "does not answer" in one.monitor.detail)
+        assert one.monitor.state == "starting"
         with serving(FakeVllm(), int(url.rpartition(":")[2])):
-            await until(lambda: one.reference_state == "ready")
+            await until(lambda: one.monitor.state == "ready")
 
 
 async def test_adapters_are_told_to_relays_as_they_come_and_go(
@@ -130,15 +132,15 @@ async def test_adapters_are_told_to_relays_as_they_come_and_go(
     fake, url = upstream
     fake.adapters = ("lora",)
     async with watched(tmp_path, pair(url, reference[1])) as (one, told):
-        await until(lambda: one.reference_state == "ready")
+        await until(lambda: one.monitor.state == "ready")
         assert told[-1].unscorable_models == {"lora"}
         fake.adapters = ("lora", "sql")
         await until(lambda: told[-1].unscorable_models == {"lora", "sql"})
-        one._captured(capture(model="loaded-since"))
-        await until(lambda: one.status()["requests"]["skipped"] == {"unknown_model": 1})
+        one.pipeline.receive(capture(model="loaded-since"))
+        await until(lambda: status_json(one)["requests"]["skipped"] == {"unknown_model": 1})
         fake.adapters = ()
         await until(lambda: told[-1].unscorable_models == frozenset())
-        assert one.reference_state == "ready"
+        assert one.monitor.state == "ready"
 
 
 async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it_and_may_have_a_profile_of_its_own(
@@ -150,25 +152,25 @@ async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it_and_ma
         url, other_url, calibration={"mode": "auto", "scope": "model"}, shadow={"top_k": 4, "floor_fraction": 1}
     )
     async with watched(tmp_path, made) as (one, told):
-        await until(lambda: one.reference_state == "ready")
+        await until(lambda: one.monitor.state == "ready")
         assert told[-1].unscorable_models == {"chat"}
-        assert one.status()["compressed"] == {"models": ["fake"], "adapters": ["sql"]}
+        assert status_json(one)["compressed"] == {"models": ["fake"], "adapters": ["sql"]}
         for model in ("sql", "fake", "chat"):
-            one._captured(capture(model=model))
-        await until(lambda: one.scorer is not None and one.scorer.pending == 0)
-        assert one.status()["requests"]["scored"] == 2
-        assert one.status()["requests"]["skipped"] == {"unknown_model": 1}
+            one.pipeline.receive(capture(model=model))
+        await until(lambda: one.pipeline.scorer is not None and one.pipeline.scorer.pending == 0)
+        assert status_json(one)["requests"]["scored"] == 2
+        assert status_json(one)["requests"]["skipped"] == {"unknown_model": 1}
         assert {r["model"] for r in other.requests if "prompt_logprobs" in r} == {"sql", "fake"}
         assert set(one.profile_manager.report.status()["scopes"]) == {"sql", "fake"}
-        assert one.floor is not None
-        assert one.floor.waiting == 1, "the noise floor is of the model itself"
+        assert one.pipeline.noise_floor is not None
+        assert one.pipeline.noise_floor.queued == 1, "the noise floor is of the model itself"
         own = temperature_bias("fake", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
         one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(own, "sql"), "sql")
-        one.publish()
+        one.policy.publish()
         assert (told[-1].serving, told[-1].scoped) == (None, {"sql": own.version})
         other.adapters = ()
         await until(lambda: told[-1].unscorable_models == {"sql", "chat"})
-        assert one.reference_state == "ready"
+        assert one.monitor.state == "ready"
 
 
 async def test_another_model_behind_the_same_address_is_matched_anew(
@@ -176,14 +178,14 @@ async def test_another_model_behind_the_same_address_is_matched_anew(
 ) -> None:
     fake, url = upstream
     async with watched(tmp_path, pair(url, reference[1])) as (one, _):
-        await until(lambda: one.reference_state == "ready")
+        await until(lambda: one.monitor.state == "ready")
         fake.model = "another"
         await until(
             lambda: (
                 one.profile_manager.serving.model is not None and one.profile_manager.serving.model.name == "another"
             )
         )
-        assert one.served == {"another"}
+        assert one.monitor.pair.models == {"another"}
 
 
 async def test_a_reference_that_dies_stops_the_sampling_and_comes_back(
@@ -192,15 +194,15 @@ async def test_a_reference_that_dies_stops_the_sampling_and_comes_back(
     fake, url = reference
     async with watched(tmp_path, pair(upstream[1], url)) as (one, told):
         one.breaker.cooldown = 0.2
-        await until(lambda: one.reference_state == "ready")
+        await until(lambda: one.monitor.state == "ready")
         fake.status = 500
         for _ in range(one.breaker.threshold):
-            one._captured(capture(model="fake"))
-        await until(lambda: one.reference_state == "down")
-        assert one.status()["requests"]["dropped"]["reference_http_error"] == one.breaker.threshold
+            one.pipeline.receive(capture(model="fake"))
+        await until(lambda: one.monitor.state == "down")
+        assert status_json(one)["requests"]["dropped"]["reference_http_error"] == one.breaker.threshold
         assert not told[-1].scoring
         fake.status = None
-        await until(lambda: one.reference_state == "ready")
+        await until(lambda: one.monitor.state == "ready")
         assert told[-1].scoring
 
 
@@ -210,7 +212,7 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
 
     async with control(tmp_path) as one:
         monkeypatch.setattr(one.profile_manager, "observe", bug)
-        one._scored(*scored())
+        one.pipeline.use_record(*scored())
         assert one.measurements.tokens == 3
         assert one.registry.get_sample_value("hemostat_calibration_errors_total") == 1
 
@@ -220,10 +222,10 @@ async def test_policies_are_sent_when_something_changed_and_only_then(tmp_path: 
         told: list[Policy] = []
         one.link.set_policy = told.append  # type: ignore[method-assign]
         for _ in range(5):
-            one.publish()
+            one.policy.publish()
         assert len(told) == 1
         one.profile_manager.operator.set_mode("auto")
-        one.publish()
+        one.policy.publish()
         assert [policy.generation for policy in told] == [1, 2]
         assert msgspec.structs.replace(told[0], generation=2, mode="auto") == told[1]
 
@@ -264,10 +266,10 @@ async def test_a_damaged_store_does_not_keep_it_from_starting(tmp_path: Path) ->
 async def test_what_was_decided_is_written_before_it_ends(tmp_path: Path) -> None:
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
     async with control(tmp_path, made) as one:
-        await one.set_mode("off")
+        await one.actions.set_mode("off")
     async with control(tmp_path, made) as one:
         assert one.profile_manager.serving.mode == "off"
-        assert [event["decision"] for event in one.profiles()["events"]] == ["mode"]
+        assert [event["decision"] for event in one.profiles.listing()["events"]] == ["mode"]
 
 
 async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(t
             one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(profile(n)))
             report = EngineReport("boot", 0, 1, [mine.version], 30, {}, "v1", "0")
             one.engines.report(report, time.monotonic())
-            one.publish()
+            one.policy.publish()
         assert [policy.serving for policy in told.values()] == [mine.version, profile(1).version]
         assert [set(policy.acknowledged) for policy in told.values()] == [{mine.version}, {mine.version}]
         names = {policy.replica for policy in told.values()}
@@ -293,13 +295,13 @@ async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(t
         assert "" not in names
         again = EngineReport("anew", 0, 1, [], 30, {}, "v1", "0")
         first.engines.report(again, time.monotonic())
-        first.publish()
+        first.policy.publish()
         assert told[0].acknowledged == frozenset(), "an engine that restarted has yet to fetch it"
     async with control(folders[0], made) as third:
         third.profile_manager.set_model_pair("m", 30)
         assert third.profile_manager.serving.version == mine.version, "the last word: the first one was closed last"
         assert {item.version for item in third.store.profiles()} == {mine.version, profile(1).version}
-        assert [e["decision"] for e in third.profiles()["events"]].count("promote") == 2
+        assert [e["decision"] for e in third.profiles.listing()["events"]].count("promote") == 2
 
 
 async def test_a_forced_profile_that_is_none_is_named(tmp_path: Path) -> None:
@@ -327,10 +329,10 @@ async def test_status_and_scrapes_take_no_time(tmp_path: Path) -> None:
         one.profile_manager.set_model_pair("m", 30)
         for seed in range(4):
             one.profile_manager.operator.import_profile(profile(seed))
-        one._scored(*scored())
+        one.pipeline.use_record(*scored())
         begun = time.perf_counter()
         for _ in range(20):
-            one.status()
+            status_json(one)
         assert (time.perf_counter() - begun) / 20 < 0.02
         await asyncio.sleep(0)
 
@@ -339,7 +341,7 @@ async def test_refused_logprobs_make_it_look_again_and_relays_sample_under_a_new
     upstream: tuple[FakeVllm, str], reference: tuple[FakeVllm, str], tmp_path: Path
 ) -> None:
     async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
-        await until(lambda: one.reference_state == "ready")
+        await until(lambda: one.monitor.state == "ready")
         generation = told[-1].generation
         refused = {"hemostat_shadow_requests_total": {("skipped", "logprobs_refused"): 1.0}}
         totals = Stats(counters=refused, overhead_buckets=[], overhead_sum=0.0, ready=True)
@@ -353,8 +355,8 @@ async def test_refused_logprobs_make_it_look_again_and_relays_sample_under_a_new
         assert told[-1].generation == generation
         upstream[0].max_logprobs = 3
         refused["hemostat_shadow_requests_total"][("skipped", "logprobs_refused")] = 2.0
-        await until(lambda: one.reference_state == "mismatch")
-        assert "--max-logprobs" in one.reference_detail
+        await until(lambda: one.monitor.state == "mismatch")
+        assert "--max-logprobs" in one.monitor.detail
         assert not told[-1].scoring
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import World
 
+from hemostat.measurement.figures import MODELS
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.shadow.limits import TokenBudget
-from hemostat.shadow.noise_floor import MODELS, WAITING, Floor, itself
+from hemostat.shadow.noise_floor import MAX_QUEUED_RECORDS, NoiseFloorMeter, self_record
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
 
@@ -53,18 +54,20 @@ def record(request_id: str = "r") -> TokenRecord:
 class Bench:
     def __init__(self, given: TokenRecord, fraction: float = 1.0, **fails: Exception) -> None:
         self.found: list[tuple[str, TokenRecord]] = []
-        self.counts: Counter[tuple[str, str]] = Counter()
         self.by = {model: Again(given, model, fails=fails.get(model)) for model in MODELS}
-        self.floor = Floor(
+        self.floor = NoiseFloorMeter(
             fraction=fraction,
             seed=0,
             budget=TokenBudget(0.0, 1.0),
             compressed=self.by["compressed"],
             reference=self.by["reference"],
-            sink=lambda model, one: self.found.append((model, one)),
-            count=lambda model, outcome: self.counts.update([(model, outcome)]),
+            emit=lambda model, one: self.found.append((model, one)),
             clock=lambda: 0.0,
         )
+
+    @property
+    def counts(self) -> Counter[tuple[str, str]]:
+        return self.floor.outcomes
 
     async def run(self, *given: TokenRecord) -> None:
         for one in given:
@@ -107,7 +110,7 @@ def test_the_references_estimate_is_right_on_tokens_that_the_compressed_model_dr
     mean = np.zeros(6)
     for token in range(30):
         emitted = np.full(6, token)
-        one = itself(make_record(Truth(r, c, emitted), 8), "reference")
+        one = self_record(make_record(Truth(r, c, emitted), 8), "reference")
         ids = one.compressed.ids
         at = np.where(ids >= 0, np.take_along_axis(again, np.maximum(ids, 0), 1), np.nan)
         found = validate(
@@ -133,7 +136,7 @@ async def test_a_failure_of_one_model_does_not_keep_the_other() -> None:
 
 async def test_what_does_not_fit_is_counted_and_a_fraction_is_a_fraction() -> None:
     bench = Bench(record())
-    for n in range(WAITING + 3):
+    for n in range(MAX_QUEUED_RECORDS + 3):
         bench.floor.offer(PROMPT, record(str(n)))
     assert bench.counts == {(model, "busy"): 3 for model in MODELS}
     never = Bench(record(), fraction=0.0)
@@ -141,5 +144,5 @@ async def test_what_does_not_fit_is_counted_and_a_fraction_is_a_fraction() -> No
     for n in range(200):
         never.floor.offer(PROMPT, record(str(n)))
         some.floor.offer(PROMPT, record(str(n)))
-    assert never.floor.waiting == 0
-    assert 0 < some.floor.waiting < WAITING
+    assert never.floor.queued == 0
+    assert 0 < some.floor.queued < MAX_QUEUED_RECORDS

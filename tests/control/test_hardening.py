@@ -346,7 +346,7 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
     with served(tmp_path, everything, labels=["batch"]) as made:
 
         def poison(control: Any) -> None:
-            control.reference_detail = script
+            control.monitor.detail = script
             control.served = frozenset({script})
             control._count("dropped", script)
             control.profile_manager.events.restore(

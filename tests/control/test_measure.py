@@ -400,7 +400,7 @@ def test_gains_are_of_held_out_prompts_and_figures_stand_beside_the_raw_ones_of_
     measured, profile = Measurements(), profile_of()
     _, before, learned, _, judged, _ = records(6, profile)
     measured.observe(before, None, None)
-    measured.observe(learned, profile, None, judging=False)
+    measured.observe(learned, profile, None, held_out=False)
     assert measured.gained(profile.version)["requests"] == 0
     measured.observe(judged, profile, None)
     assert measured.gained(profile.version)["requests"] == 1

@@ -12,10 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.control import connect_relay, control, profile, relay_stats, scored
 from tests.support.waiting import until
 
-from hemostat.control.process import Control
+from hemostat.control.composition import Control
 from hemostat.engines.registry import EngineReport
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
 from hemostat.profiles.decisions import DECISIONS
+from hemostat.shadow.endings import DropReason, Outcome
 
 CONTRACT = {
     "hemostat_requests_total": {"route", "outcome"},
@@ -58,7 +59,7 @@ async def test_names_and_labels_are_those_of_the_contract(tmp_path: Path) -> Non
         one.profile_manager.set_model_pair("m", 30)
         version = one.profile_manager.operator.import_profile(profile())
         one.profile_manager.operator.promote(version)
-        one._scored(*scored(arm="treated"))
+        one.pipeline.use_record(*scored(arm="treated"))
         families = scrape(one)
         series = {name: set(dict(labels)) - {"le"} for name, labels in samples(families)}
         for name, labels in CONTRACT.items():
@@ -106,7 +107,7 @@ async def test_relays_and_control_count_into_the_same_family_and_restarts_take_n
             await connect_relay(one, tmp_path, 1, relay_stats(3)),
             await connect_relay(one, tmp_path, 2, relay_stats(4)),
         )
-        one._count("dropped", "queue_full")
+        one.pipeline.endings.count(Outcome.DROPPED, DropReason.QUEUE_FULL)
         before = samples(scrape(one))
         ok = ("hemostat_requests_total", (("outcome", "ok"), ("route", "/v1/completions")))
         assert before[ok] == 7
@@ -154,7 +155,7 @@ async def test_decisions_and_clamps_that_bind_are_counted(tmp_path: Path) -> Non
 async def test_histograms_are_cumulative_and_agree_with_the_counters(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         for n in range(4):
-            one._scored(*scored(str(n), prompt=n, tokens=3 + n))
+            one.pipeline.use_record(*scored(str(n), prompt=n, tokens=3 + n))
         found = samples(scrape(one))
         decoded = [(("arm", "none"), ("decoding", decoding)) for decoding in ("greedy", "sampled")]
         tokens = sum(found["hemostat_scored_tokens_total", labels] for labels in decoded)
@@ -178,8 +179,8 @@ async def test_scrapes_between_any_two_changes(tmp_path: Path) -> None:
 
         async def change() -> None:
             for n in range(40):
-                one._scored(*scored(str(n), prompt=n, arm=("none", "treated", "control")[n % 3]))
-                one._count("skipped", f"reason{n % 5}")
+                one.pipeline.use_record(*scored(str(n), prompt=n, arm=("none", "treated", "control")[n % 3]))
+                one.pipeline.endings.count(Outcome.SKIPPED, f"reason{n % 5}")
                 await asyncio.sleep(0)
 
         async def look() -> None:
@@ -196,7 +197,7 @@ async def test_scrapes_between_any_two_changes(tmp_path: Path) -> None:
 
 async def test_a_scrape_is_cheap(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
-        one._scored(*scored())
+        one.pipeline.use_record(*scored())
         begun = time.thread_time()  # of the processor: a busy machine is no dear scrape
         for _ in range(20):
             generate_latest(one.registry)

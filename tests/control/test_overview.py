@@ -6,10 +6,11 @@ import json
 import math
 from bisect import bisect_left
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.admin import history as overview
+from hemostat.admin.proxy_status import endings_by_arm, proxy_status, quantile
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 
 NOTHING = Stats(counters={}, overhead_buckets=[0] * (len(OVERHEAD_BUCKETS) + 1), overhead_sum=0.0, ready=True)
@@ -24,7 +25,7 @@ def test_a_quantile_lies_in_the_bucket_that_is_told(seconds: list[float], q: flo
     buckets = [0] * (len(OVERHEAD_BUCKETS) + 1)
     for one in seconds:
         buckets[bisect_left(OVERHEAD_BUCKETS, one)] += 1
-    told = overview.quantile(Stats(counters={}, overhead_buckets=buckets, overhead_sum=0.0, ready=True), q)
+    told = quantile(Stats(counters={}, overhead_buckets=buckets, overhead_sum=0.0, ready=True), q)
     true = sorted(seconds)[max(math.ceil(q * len(seconds)), 1) - 1]
     edges = [0.0, *OVERHEAD_BUCKETS, math.inf]
     assert told in edges
@@ -38,28 +39,28 @@ def test_the_proxys_health() -> None:
         ("/v1/models", "server_error"): 3.0,
         ("other", "client_gone"): 5.0,
     }
-    told = overview.proxy(of(hemostat_requests_total=requests))
-    assert (told["requests"], told["generations"], told["failed"], told["failed_ratio"]) == (100, 92, 5, 0.05)
-    assert told["by_outcome"] == {"ok": 90, "upstream_failed": 2, "server_error": 3, "client_gone": 5}
-    assert told["by_route"]["/v1/models"] == 3
-    assert told["overhead_seconds"] == {"p50": None, "p99": None}
+    told = proxy_status(of(hemostat_requests_total=requests))
+    assert (told.requests, told.generations, told.failed, told.failed_ratio) == (100, 92, 5, 0.05)
+    assert told.by_outcome == {"ok": 90, "upstream_failed": 2, "server_error": 3, "client_gone": 5}
+    assert told.by_route["/v1/models"] == 3
+    assert told.overhead_seconds == {"p50": None, "p99": None}
 
 
 def test_what_is_slower_than_every_bucket_is_json_still() -> None:
     buckets = [0] * len(OVERHEAD_BUCKETS) + [4]
-    told = overview.proxy(Stats(counters={}, overhead_buckets=buckets, overhead_sum=9.0, ready=True))
-    assert told["overhead_seconds"]["p50"] == OVERHEAD_BUCKETS[-1]
-    json.dumps(told, allow_nan=False)
+    told = proxy_status(Stats(counters={}, overhead_buckets=buckets, overhead_sum=9.0, ready=True))
+    assert told.overhead_seconds["p50"] == OVERHEAD_BUCKETS[-1]
+    json.dumps(msgspec.to_builtins(told), allow_nan=False)
 
 
 def test_nothing_yet() -> None:
-    assert overview.endings(NOTHING) == {}
-    told = overview.proxy(NOTHING)
-    assert (told["requests"], told["failed_ratio"], told["by_outcome"]) == (0, None, {})
+    assert endings_by_arm(NOTHING) == {}
+    told = proxy_status(NOTHING)
+    assert (told.requests, told.failed_ratio, told.by_outcome) == (0, None, {})
 
 
 def test_how_answers_end_by_arm() -> None:
-    told = overview.endings(
+    told = endings_by_arm(
         of(
             hemostat_responses_finished_total={
                 ("treated", "stop"): 7.0,
@@ -71,7 +72,7 @@ def test_how_answers_end_by_arm() -> None:
             hemostat_structured_outputs_total={("treated", "json", "valid"): 4.0, ("treated", "json", "cut"): 1.0},
         )
     )
-    assert told == {
+    assert msgspec.to_builtins(told) == {
         "treated": {
             "finished": {"stop": 7, "length": 1},
             "output_tokens": 80,

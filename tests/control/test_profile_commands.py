@@ -13,7 +13,7 @@ from tests.support.admin_server import Served, profile, record, served
 from tests.support.control import TOKEN
 
 from hemostat import cli
-from hemostat.control.process import Control
+from hemostat.control.composition import Control
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 

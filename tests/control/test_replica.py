@@ -22,14 +22,14 @@ import httpx
 import pytest
 from tests.control.test_serve import AUTHORIZED, Served, hemostat
 from tests.support import valkey
-from tests.support.control import TOKEN, control, profile, settings
+from tests.support.control import TOKEN, control, profile, settings, status_json
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.samples import values
 from tests.support.valkey import Valkey
 
 from hemostat.config.schema import Settings
-from hemostat.control import process as control_module
-from hemostat.control.process import Control
+from hemostat.control import composition
+from hemostat.control.composition import Control
 from hemostat.ipc.messages import Policy
 from hemostat.store import replica as replica_module
 from hemostat.store import writer as writer_module
@@ -50,7 +50,7 @@ MODEL, V = "m", 30
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_module, "HOUSEKEEPING", 0.05)
+    monkeypatch.setattr(composition, "HOUSEKEEPING_SECONDS", 0.05)
     monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.05,))
     monkeypatch.setattr(replica_module, "BACKOFF", (0.05,))
     monkeypatch.setattr(replica_module, "HEARTBEAT", 0.05)
@@ -117,16 +117,16 @@ async def test_what_one_promotes_all_serve(shared_server: Valkey, tmp_path: Path
         told: list[Policy] = []
         ones[2].link.set_policy = told.append  # type: ignore[method-assign]
         mine = profile()
-        await ones[0].promote(await ones[0].import_profile(mine.to_bytes(), ""), "")
+        await ones[0].actions.promote(await ones[0].actions.import_profile(mine.to_bytes(), ""), "")
         await until(lambda: agree(ones, mine.version))
         await until(lambda: told[-1].serving == mine.version)
-        assert [one.profile_bytes(mine.version) for one in ones] == [mine.to_bytes()] * 3
+        assert [one.profiles.profile_bytes(mine.version) for one in ones] == [mine.to_bytes()] * 3
         assert [one.engines._hold for one in ones] == [(mine.version,)] * 3
-        await until(lambda: [e["decision"] for e in ones[1].profiles()["events"]] == ["promote", "import"])
-        assert [one.status()["replica"]["leads"] for one in ones] == [True, False, False]
+        await until(lambda: [e["decision"] for e in ones[1].profiles.listing()["events"]] == ["promote", "import"])
+        assert [status_json(one)["replica"]["leads"] for one in ones] == [True, False, False]
         leading = [values(one.lease.samples())["hemostat_replica_leads",] for one in ones]
         assert leading == [1.0, 0.0, 0.0]
-        await ones[0].rollback("asked for", None)
+        await ones[0].actions.rollback("asked for", None)
         await until(lambda: agree(ones, None))
         assert ones[1].profile_manager.lifecycle.promotions == ones[1].profile_manager.lifecycle.rollbacks == 0, (
             "counted where it was decided"
@@ -145,7 +145,7 @@ async def test_profiles_of_others_are_read_off_the_event_loop(
 
     async with replicas(shared_server, tmp_path) as ones:
         monkeypatch.setattr(CalibrationProfile, "from_bytes", classmethod(note))
-        await ones[0].promote(ones[0].profile_manager.operator.import_profile(profile()), "")
+        await ones[0].actions.promote(ones[0].profile_manager.operator.import_profile(profile()), "")
         await until(lambda: agree(ones, profile().version))
     assert threads
     assert threading.get_ident() not in threads
@@ -155,29 +155,29 @@ async def test_operators_may_talk_to_any_replica(shared_server: Valkey, tmp_path
     async with replicas(shared_server, tmp_path) as ones:
         leader, follower = ones
         mine = profile()
-        version = await follower.import_profile(mine.to_bytes(), "")
+        version = await follower.actions.import_profile(mine.to_bytes(), "")
         assert version == mine.version
         assert leader.profile_manager.trials.tested_versions == [version]
-        await follower.promote(version, "")
+        await follower.actions.promote(version, "")
         await until(lambda: agree(ones, version))
         with pytest.raises(HemostatError, match="serves there already"):
-            await follower.promote(version, "")
+            await follower.actions.promote(version, "")
         with pytest.raises(HemostatError, match="no profile"):
-            await follower.promote("0" * 32, "")
-        await follower.pin(version)
+            await follower.actions.promote("0" * 32, "")
+        await follower.actions.pin(version)
         await until(lambda: follower.profile_manager.serving.pinned)
         assert leader.profile_manager.serving.pinned
-        await follower.pin(None)
+        await follower.actions.pin(None)
         assert not leader.profile_manager.serving.pinned
-        await follower.set_mode("off")
+        await follower.actions.set_mode("off")
         assert (leader.profile_manager.serving.mode, follower.profile_manager.serving.mode) == ("off", "off")
         assert follower.store.get_state("mode") == "auto off"
-        await leader.set_mode("auto")
+        await leader.actions.set_mode("auto")
         await until(lambda: follower.profile_manager.serving.mode == "auto")
-        await follower.rollback("asked for", None)
+        await follower.actions.rollback("asked for", None)
         await until(lambda: agree(ones, None))
         with pytest.raises(HemostatError, match="vocabulary of 31"):
-            await follower.import_profile(profile(vocabulary=31).to_bytes(), "")
+            await follower.actions.import_profile(profile(vocabulary=31).to_bytes(), "")
 
 
 async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spent(
@@ -186,8 +186,8 @@ async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spe
     async with replicas(shared_server, tmp_path) as ones:
         leader, follower = ones
         for n in range(2):
-            await leader.import_profile(profile(n).to_bytes(), "")
-        await leader.promote(profile(0).version, "")
+            await leader.actions.import_profile(profile(n).to_bytes(), "")
+        await leader.actions.promote(profile(0).version, "")
         await until(lambda: agree(ones, profile(0).version))
         begun = leader.profile_manager.report.status()["tests_begun"]
         assert begun["candidate"] >= 3, "two, and the other one anew after the promotion"
@@ -199,9 +199,9 @@ async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spe
         assert follower.profile_manager.serving.version == profile(0).version
         assert follower.profile_manager.report.status()["tests_begun"]["candidate"] == begun["candidate"]
         other = profile(2)
-        await follower.import_profile(other.to_bytes(), "")
+        await follower.actions.import_profile(other.to_bytes(), "")
         assert follower.profile_manager.report.status()["candidates"][0]["test"] == begun["candidate"] + 1
-        await follower.promote(other.version, "")
+        await follower.actions.promote(other.version, "")
         await until(lambda: other.version in (follower.store.get_state("serving") or ""))
         # What the one that was thought dead still writes is refused, and it follows when it is back.
         leader.writer.as_leader.set_state("serving", "{}")
@@ -226,7 +226,7 @@ async def test_an_orderly_end_hands_over_at_once(
         leader.profile_manager.set_model_pair(MODEL, V)
         follower.profile_manager.set_model_pair(MODEL, V)
         await until(lambda: leader.lease.leads)
-        await leader.promote(await leader.import_profile(profile().to_bytes(), ""), "")
+        await leader.actions.promote(await leader.actions.import_profile(profile().to_bytes(), ""), "")
         await first.aclose()
         await until(lambda: follower.lease.leads)
         assert follower.profile_manager.serving.version == profile().version, "written before it ended"
@@ -238,35 +238,35 @@ async def test_a_store_that_crashes_changes_nothing_and_comes_back(
     async with replicas(server, tmp_path) as ones:
         leader, follower = ones
         mine = profile()
-        await leader.promote(await leader.import_profile(mine.to_bytes(), ""), "")
+        await leader.actions.promote(await leader.actions.import_profile(mine.to_bytes(), ""), "")
         await until(lambda: agree(ones, mine.version))
         server.kill()
         # Decided while it still leads by its own clock, written when the store is back.
-        other = await leader.import_profile(profile(1).to_bytes(), "")
-        await leader.promote(other, "")
+        other = await leader.actions.import_profile(profile(1).to_bytes(), "")
+        await leader.actions.promote(other, "")
         await until(lambda: not leader.lease.leads)
         assert leader.lease.is_last_leader
         assert follower.profile_manager.serving.version == mine.version
         with pytest.raises(HemostatError, match="cannot be asked"):
-            await leader.promote(mine.version, "")
+            await leader.actions.promote(mine.version, "")
         with pytest.raises(HemostatError, match="cannot be asked"):
-            await follower.import_profile(profile(2).to_bytes(), "")
+            await follower.actions.import_profile(profile(2).to_bytes(), "")
         assert all(one.store_errors.count > 0 for one in ones)
         said = [record for record in caplog.records if record.levelno >= logging.ERROR]
         assert len(said) < 20, "the same failure is one line, however often it comes"
-        await until(lambda: not any(one.status()["replica"]["store_reachable"] for one in ones))
+        await until(lambda: not any(status_json(one)["replica"]["store_reachable"] for one in ones))
         server.start()
         await until(lambda: any(one.lease.leads for one in ones))
         await until(lambda: len({one.profile_manager.serving.version for one in ones}) == 1)
         assert (leader if leader.lease.leads else follower).profile_manager.serving.version in {other, mine.version}
-        assert any(one.status()["replica"]["leads"] for one in ones)
+        assert any(status_json(one)["replica"]["leads"] for one in ones)
 
 
 async def test_a_store_that_lost_its_data_gets_it_again(tmp_path: Path) -> None:
     with valkey.running(tmp_path / "valkey", keeps=False) as server:
         async with replicas(server, tmp_path) as ones:
             mine = profile()
-            await ones[0].promote(await ones[0].import_profile(mine.to_bytes(), ""), "")
+            await ones[0].actions.promote(await ones[0].actions.import_profile(mine.to_bytes(), ""), "")
             await until(lambda: agree(ones, mine.version))
             begun = ones[0].profile_manager.report.status()["tests_begun"]["serving"]
             server.kill()
@@ -284,14 +284,14 @@ async def test_off_holds_at_once_without_the_store_and_everywhere_with_it(
     which: int, server: Valkey, tmp_path: Path
 ) -> None:
     async with replicas(server, tmp_path) as ones:
-        await ones[0].promote(await ones[0].import_profile(profile().to_bytes(), ""), "")
+        await ones[0].actions.promote(await ones[0].actions.import_profile(profile().to_bytes(), ""), "")
         await until(lambda: agree(ones, profile().version))
         server.kill()
         await until(lambda: not ones[0].lease.leads)
-        await until(lambda: not any(one.status()["replica"]["store_reachable"] for one in ones))
-        await ones[which].set_mode("off")
+        await until(lambda: not any(status_json(one)["replica"]["store_reachable"] for one in ones))
+        await ones[which].actions.set_mode("off")
         assert ones[which].profile_manager.serving.version is None
-        await ones[which].rollback("asked for", None)
+        await ones[which].actions.rollback("asked for", None)
         server.start()
         await until(lambda: [one.profile_manager.serving.mode for one in ones] == ["off", "off"])
         await until(lambda: [one.profile_manager.serving.selected for one in ones] == [None, None])
@@ -304,10 +304,10 @@ async def test_a_store_that_is_not_there_at_the_start_is_waited_for(server: Valk
         assert one.store_errors.count >= 1
         assert not one.lease.leads
         one.profile_manager.set_model_pair(MODEL, V)
-        one.publish()
+        one.policy.publish()
         server.start()
         await until(lambda: one.lease.leads)
-        await one.promote(await one.import_profile(profile().to_bytes(), ""), "")
+        await one.actions.promote(await one.actions.import_profile(profile().to_bytes(), ""), "")
         await until(lambda: profile().version in (one.store.get_state("serving") or ""))
 
 
@@ -320,7 +320,7 @@ async def test_a_store_that_hangs_does_not_hold_up_the_event_loop(
         longest, loop = 0.0, asyncio.get_running_loop()
         for _ in range(100):
             begun = loop.time()
-            ones[0].publish()
+            ones[0].policy.publish()
             ones[0].profile_manager.operator.set_mode(
                 "observe" if ones[0].profile_manager.serving.mode == "auto" else "auto"
             )
@@ -347,8 +347,8 @@ async def test_a_follower_of_another_model_does_not_serve_what_does_not_fit(
     async with replicas(shared_server, tmp_path) as ones:
         leader, follower = ones
         follower.profile_manager.set_model_pair("another", V + 1)
-        await leader.promote(await leader.import_profile(profile().to_bytes(), ""), "")
-        await until(lambda: bool(follower.profiles()["events"]))
+        await leader.actions.promote(await leader.actions.import_profile(profile().to_bytes(), ""), "")
+        await until(lambda: bool(follower.profiles.listing()["events"]))
         assert follower.profile_manager.serving.version is None
         assert leader.profile_manager.serving.version == profile().version
 
@@ -356,7 +356,7 @@ async def test_a_follower_of_another_model_does_not_serve_what_does_not_fit(
 async def test_damage_in_the_store_ends_no_loop(shared_server: Valkey, tmp_path: Path) -> None:
     async with replicas(shared_server, tmp_path) as ones:
         leader = ones[0]
-        await leader.promote(await leader.import_profile(profile().to_bytes(), ""), "")
+        await leader.actions.promote(await leader.actions.import_profile(profile().to_bytes(), ""), "")
         await until(lambda: agree(ones, profile().version))
         store = leader.store
         assert isinstance(store, ValkeyStore)
@@ -368,7 +368,7 @@ async def test_damage_in_the_store_ends_no_loop(shared_server: Valkey, tmp_path:
             store.send_command(name, order)
         for name in ("2", "3", "4"):
             await until(lambda name=name: "error" in (store.take_reply(name) or ""))  # type: ignore[misc]
-        await leader.rollback("asked for", None)
+        await leader.actions.rollback("asked for", None)
         await until(lambda: agree(ones, None))
 
 

@@ -15,8 +15,11 @@ from tests.support.waiting import until
 
 from hemostat.engines.registry import EngineRegistry, TapMessage, TapRun
 from hemostat.ipc.messages import Capture
+from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.shadow import record_builder
 from hemostat.shadow import scorer as scorer_module
+from hemostat.shadow.endings import EndingCounts
 from hemostat.shadow.limits import Breaker, ShadowQueue, TokenBudget
 from hemostat.shadow.scorer import Scorer
 from hemostat_calibration.arrays import Ids
@@ -88,35 +91,50 @@ class FakeReference:
 
 
 class Bench:
+    """A scorer whose surroundings a test sets: it implements `ScoringNeeds` and `ModelPairSource`."""
+
     def __init__(self, *, max_queue: int = 100, rate: float = 0.0, by_request: bool = False) -> None:
         self.now = 0.0
-        self.counts: Counter[tuple[str, str]] = Counter()
+        self.endings = EndingCounts()
         self.records: list[TokenRecord] = []
         self.reference = FakeReference()
         self.engines = EngineRegistry()
         self.breaker = Breaker(threshold=2, cooldown=10.0)
         self.info: ReferenceInfo | None = INFO
-        self.served = frozenset({"m"})
         self.sinks_fail = False
         self.profiles: tuple[CalibrationProfile, ...] = ()
         self.learning = b""
         self.scorer = Scorer(
+            self.reference,
+            self,
+            self.engines,
+            self,
             queue=ShadowQueue(max_queue),
             budget=TokenBudget(rate, max(rate, 1.0)),
             breaker=self.breaker,
-            reference=self.reference,
-            info=lambda: self.info,
-            served=lambda: self.served,
-            adapters=lambda: frozenset({"sql"}),
-            profiles=lambda: self.profiles,
-            anchors=lambda: {anchors_digest(i): len(i) for p in self.profiles if (i := anchors(p)) is not None},
-            hidden=lambda key: key == self.learning,
-            engines=self.engines,
-            sink=self._sink,
-            count=lambda outcome, reason: self.counts.update([(outcome, reason)]),
+            endings=self.endings,
+            emit=self._sink,
             clock=lambda: self.now,
-            by_request=by_request,
+            profile_in_request=by_request,
         )
+
+    @property
+    def pair(self) -> ModelPair:
+        adapters = frozenset({"sql"})
+        return ModelPair(frozenset({"m"}), adapters, adapters, "m", self.info)
+
+    def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
+        return self.profiles
+
+    def anchor_sets(self) -> dict[str, int]:
+        return {anchors_digest(i): len(i) for p in self.profiles if (i := anchors(p)) is not None}
+
+    def needs_hidden_states(self, prompt_key: bytes) -> bool:
+        return prompt_key == self.learning
+
+    @property
+    def counts(self) -> Counter[tuple[str, str]]:
+        return Counter({s.labels: int(s.value) for s in self.endings.samples()})  # type: ignore[misc]
 
     def _sink(self, record: TokenRecord, _: Capture) -> None:
         if self.sinks_fail:
@@ -135,7 +153,7 @@ class Bench:
 
     async def ends(self, *captures: Capture) -> Counter[tuple[str, str]]:
         """What these captures came to; every one comes to something."""
-        before = self.counts.copy()
+        before = self.counts
         for one in captures:
             self.scorer.offer(one)
         await until(lambda: self.counts.total() - before.total() >= len(captures) and self.scorer.pending == 0)
@@ -144,8 +162,8 @@ class Bench:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorer_module, "TAP_POLL", 0.002)
-    monkeypatch.setattr(scorer_module, "SCORE_WITHIN", 0.4)
+    monkeypatch.setattr(scorer_module, "TAP_POLL_SECONDS", 0.002)
+    monkeypatch.setattr(scorer_module, "MAX_SCORE_SECONDS", 0.4)
 
 
 @pytest.fixture
@@ -346,7 +364,7 @@ async def test_when_time_is_up_the_bounds_have_to_do(bench: Bench) -> None:
     bench.tap("half", 0, 2, None)
     for nonce in ("half", "missing"):
         bench.scorer.offer(capture(nonce, nonce=nonce))
-    bench.now = scorer_module.TAP_WITHIN + 0.1
+    bench.now = scorer_module.MAX_TAP_SECONDS + 0.1
     await until(lambda: bench.counts["scored", ""] == 2)
     records = {record.request_id: record for record in bench.records}
     assert np.isnan(records["half"].shifts[VERSION].log_normalizer).tolist() == [False, False, True]
@@ -371,7 +389,7 @@ async def test_asked_for_is_not_applied(bench: Bench) -> None:
     assert await bench.ends(capture(nonce="n", requested=VERSION, arm="treated")) == SCORED
     assert (bench.records[0].requested, bench.records[0].applied) == (VERSION, None)
     assert bench.records[0].arm is Arm.NONE, "treated in name only: it enters no comparison"
-    bench.now = scorer_module.TAP_WITHIN + 0.1
+    bench.now = scorer_module.MAX_TAP_SECONDS + 0.1
     silent = capture(nonce="silent", requested=VERSION)
     assert await bench.ends(silent) == Counter({("skipped", "applied_unknown"): 1})
     assert await bench.ends(capture(nonce="", requested=VERSION)) == Counter({("skipped", "applied_unknown"): 1})
@@ -386,7 +404,7 @@ async def test_what_the_request_itself_carried_was_applied() -> None:
     assert [record.applied for record in bench.records] == [VERSION, VERSION]
 
 
-# --- brakes -----------------------------------------------------------------------------------------------------------
+# --- back-pressure ----------------------------------------------------------------------------------------------------
 
 
 async def test_the_budget_makes_captures_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +448,7 @@ async def test_what_waits_for_its_tap_holds_nobody_up_and_is_bounded() -> None:
         await until(lambda: bench.counts["scored", ""] == 2)
         assert [record.request_id for record in bench.records] == ["waits-3", "at-once"]
         assert bench.scorer.pending == 4
-        bench.now = scorer_module.TAP_WITHIN + 0.1
+        bench.now = scorer_module.MAX_TAP_SECONDS + 0.1
         await until(lambda: bench.counts["scored", ""] == 6)
         assert bench.scorer.pending == 0
 
@@ -524,10 +542,10 @@ async def test_hidden_states_are_asked_for_where_they_are_learned_from(bench: Be
 
 
 def test_a_reference_that_leaves_its_answer_short_is_an_invalid_record() -> None:
-    arrays = scorer_module.decode(capture())
+    arrays = record_builder.decode_capture(capture())
     scores = ReferenceScores(
         at=np.zeros((2, K + 1)), top=Candidates(np.zeros((3, 1), np.int32), np.full((3, 1), -1.0)), emitted=np.zeros(3)
     )
-    with pytest.raises(scorer_module.InvalidRecordError) as caught:
-        scorer_module.build_record(capture(), arrays, scores, replace(INFO, vocab_size=V), None, ())
+    with pytest.raises(record_builder.InvalidRecordError) as caught:
+        record_builder.build_record(capture(), arrays, scores, replace(INFO, vocab_size=V), None, ())
     assert caught.value.reason == "shape"

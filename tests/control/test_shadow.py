@@ -1,4 +1,4 @@
-"""The brakes of the shadow path: bounds hold, time is an argument."""
+"""Back-pressure of the shadow path: bounds hold, time is an argument."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudg
 def test_queue_keeps_order_and_refuses_what_does_not_fit() -> None:
     queue = ShadowQueue(limit=2)
     assert [queue.offer(sized_capture(str(n), captured_at=n)) for n in range(3)] == [True, True, False]
-    assert queue.oldest() == 0
+    assert queue.lag_seconds(3.0) == 3.0
     assert [c.request_id for c in (queue.take(), queue.take()) if c] == ["0", "1"]
     assert queue.take() is None
-    assert queue.oldest() is None
+    assert queue.lag_seconds(3.0) == 0.0
 
 
 def test_queue_is_bounded_in_bytes_and_gives_them_back() -> None:

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 from tests.support import oracle
 from tests.support.captures import capture
-from tests.support.control import control, settings
+from tests.support.control import control, settings, status_json
 from tests.support.fake_vllm import VOCAB, FakeVllm, encode, render, serving
 from tests.support.learner_world import D, K, World, children, logprobs, make, save
 from tests.support.samples import values
 from tests.support.waiting import until
 
-from hemostat.control import process as control_module
-from hemostat.control.process import Control
+from hemostat.control import composition
+from hemostat.control.composition import Control
 from hemostat.engines.registry import EngineReport, TapMessage, TapRun
 from hemostat.ipc.messages import Capture, Policy
+from hemostat.reference import monitor
 from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles import transform
@@ -180,22 +181,22 @@ class Bench:
         one.learner.offer = note  # type: ignore[method-assign]
 
     async def ready(self) -> None:
-        await until(lambda: self.one.reference_state == "ready", 20)
+        await until(lambda: self.one.monitor.state == "ready", 20)
         await until(lambda: self.one.learner.state == "learning", 20)
         for _ in range(2):
             self.engine.reports()
-        self.one.publish()
+        self.one.policy.publish()
 
     async def requests(self, count: int, **damage: Any) -> None:
         """That many more, all of them to their end."""
         for _ in range(count):
             self._seed += 1
-            self.one._captured(self.engine.serves(self._seed, self.told[-1], **damage))
-        assert self.one.scorer is not None
-        await until(lambda: self.one.scorer.pending == 0, 20)  # type: ignore[union-attr]
+            self.one.pipeline.receive(self.engine.serves(self._seed, self.told[-1], **damage))
+        assert self.one.pipeline.scorer is not None
+        await until(lambda: self.one.pipeline.scorer.pending == 0, 20)  # type: ignore[union-attr]
         self.engine.reports()
         self.engine.reports()
-        self.one.publish()
+        self.one.policy.publish()
 
     async def until(self, condition: Any, requests: int) -> None:
         """Requests until it is so, at most that many."""
@@ -203,15 +204,15 @@ class Bench:
             if condition():
                 return
             await self.requests(20)
-        assert condition(), self.one.status()
+        assert condition(), status_json(self.one)
 
 
 @asynccontextmanager
 async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> AsyncIterator[Bench]:
-    monkeypatch.setattr(control_module, "HOUSEKEEPING", 0.05)
+    monkeypatch.setattr(composition, "HOUSEKEEPING_SECONDS", 0.05)
     world = make(vocab_size=VOCAB)
     reference = WorldReference(world, save(world, folder / "checkpoint"))
-    monkeypatch.setattr(control_module, "make_reference", lambda _: reference)
+    monkeypatch.setattr(composition, "make_reference", lambda _: reference)
     calibration = {
         "mode": "auto",
         "min_tokens": 1500,
@@ -252,7 +253,7 @@ async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
         assert proposed in b.engine.held
         assert probe not in b.engine.held, "the candidate's anchors are the same"
         await b.until(lambda: profiles.serving.selected == proposed, 800)
-        (promoted,) = [e for e in b.one.profiles()["events"] if e["decision"] == "promote"]
+        (promoted,) = [e for e in b.one.profiles.listing()["events"] if e["decision"] == "promote"]
         assert promoted["version"] == proposed
         assert promoted["evidence"]["lower"] > 0
         assert b.told[-1].serving == proposed
@@ -263,10 +264,10 @@ async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
         # Nothing was learned from what judged, nor were its hidden states asked for.
         assert len(set(b.learned_from)) > 50
         assert not any(held_out(key, 0.5) for key in [*b.learned_from, *b.reference.hidden_for])
-        status = b.one.status()["learner"]
+        status = status_json(b.one)["learner"]
         assert status["sources"]["hidden"] == status["tokens"] > 1500
-        assert b.one.scorer is not None
-        assert not b.one.scorer.features_dropped
+        assert b.one.pipeline.scorer is not None
+        assert not b.one.pipeline.scorer.features_dropped
         assert values(b.one.learner.samples())["hemostat_learned_tokens_total", "hidden"] == status["tokens"]
 
 
@@ -292,40 +293,41 @@ async def test_features_that_cannot_be_used_are_dropped_and_the_rest_is_learned_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bench(tmp_path, monkeypatch) as b:
-        assert b.one.scorer is not None
+        assert b.one.pipeline.scorer is not None
         await b.requests(8, anchors="f" * 32)
         await b.requests(8, anchors=None, features=None)
         await b.requests(8, features=np.full(TOKENS * 48, np.inf, "<f2").tobytes())
         await b.requests(8, features=np.full(TOKENS * 48, np.nan, "<f2").tobytes())
         await b.requests(8, features=np.zeros(TOKENS * 47, "<f2").tobytes())
-        assert b.one.scorer.features_dropped == {
+        assert b.one.pipeline.scorer.features_dropped == {
             "other_anchors": 8, "not_sent": 8, "not_finite": 8, "masked": 8, "shape": 8
         }  # fmt: skip
-        assert b.one.status()["requests"]["scored"] == 40
+        assert status_json(b.one)["requests"]["scored"] == 40
         await until(lambda: sum(b.one.learner.tokens_by_source().values()) == TOKENS * len(b.learned_from))
         assert {source for source, tokens in b.one.learner.tokens_by_source().items() if tokens} == {"hidden_from_list"}
-        assert b.one.scorer is not None
-        assert values(b.one.scorer.samples())["hemostat_features_dropped_total", "masked"] == 8
+        assert b.one.pipeline.scorer is not None
+        assert values(b.one.pipeline.scorer.samples())["hemostat_features_dropped_total", "masked"] == 8
 
 
 async def test_off_ends_the_learner_and_observe_starts_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bench(tmp_path, monkeypatch) as b:
-        await b.one.set_mode("off")
+        await b.one.actions.set_mode("off")
         await until(lambda: not children())
-        assert b.one.status()["learner"]["state"] == "off"
-        assert b.one.status()["learner"]["detail"] == "calibration is off"
+        assert status_json(b.one)["learner"]["state"] == "off"
+        assert status_json(b.one)["learner"]["detail"] == "calibration is off"
         await b.requests(4)
         assert not b.reference.hidden_for
-        await b.one.set_mode("observe")
+        await b.one.actions.set_mode("observe")
         await until(lambda: b.one.learner.state == "learning", 20)
 
 
 async def test_with_a_vllm_reference_the_output_embedding_must_be_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control_module, "MATCH_RETRY", 0.05)
+    monkeypatch.setattr(monitor, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(monitor, "POLL_SECONDS", 0.02)
     folder = save(make(vocab_size=VOCAB), tmp_path / "checkpoint")
     with serving(FakeVllm(noise=0.5)) as ours, serving(FakeVllm()) as theirs:
         for named in (None, str(folder)):
@@ -336,13 +338,13 @@ async def test_with_a_vllm_reference_the_output_embedding_must_be_configured(
             )
             async with control(tmp_path, made, loops=True) as one:
                 learning = asyncio.create_task(one.learner.run())
-                await until(lambda one=one: one.reference_state == "ready", 20)  # type: ignore[misc]
+                await until(lambda one=one: one.monitor.state == "ready", 20)  # type: ignore[misc]
                 if named is None:
                     assert one.learner.state == "unavailable"
-                    assert "calibration.output_embedding" in one.status()["learner"]["detail"]
+                    assert "calibration.output_embedding" in status_json(one)["learner"]["detail"]
                 else:
                     await until(lambda one=one: one.learner.state == "learning", 20)  # type: ignore[misc]
                     assert not one.learner.wants_hidden_states, "there are no hidden states to ask for"
-                    assert one.status()["learner"]["anchors"] == 48
+                    assert status_json(one)["learner"]["anchors"] == 48
                 learning.cancel()
                 await asyncio.gather(learning, return_exceptions=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 import uvicorn
 from tests.support.control import TOKEN, connect_relay, control, scored, settings
 from tests.support.records import Truth, log_softmax, make_record
@@ -20,8 +21,11 @@ from tests.support.world import World
 
 from hemostat.admin.app import create_app
 from hemostat.admin.hardening import server_settings
-from hemostat.control.process import Control
+from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.reference.monitor import ReferenceState
+from hemostat.reference.pair import ModelPair
+from hemostat.shadow.endings import Outcome
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Arm, Sampling, TokenRecord
 
@@ -172,8 +176,8 @@ def stats(requests: int) -> Stats:
 async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
     """Two routes, three ways of decoding, a profile that serves, one that is tested, an alarm, drops."""
     writer = await connect_relay(one, folder, 1, stats(120))
-    one.served = frozenset({"m"})
-    one.reference_state, one.reference_detail = "ready", "made-up/reference (float32)"
+    one.monitor.pair = ModelPair(models=frozenset({"m"}))
+    one.monitor.state, one.monitor.detail = ReferenceState.READY, "made-up/reference (float32)"
     one.profile_manager.set_model_pair("m", VOCABULARY)
     one.profile_manager.operator.set_mode("auto")
     serving = one.profile_manager.operator.import_profile(profile())
@@ -182,17 +186,19 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
     held = one.profile_manager.catalogue.get(serving)
     for n in range(160):
         made = record(n, held)
-        one._scored(made, scored(str(n))[1])
-        one.captured += 1
-        one._count("scored", "")
+        one.pipeline.use_record(made, scored(str(n))[1])
+        one.pipeline.received += 1
+        one.pipeline.endings.count(Outcome.SCORED)
         if n % 4 == 0:
             truth = WORLD.truth(n)
             for model in ("compressed", "reference"):
                 near = log_softmax(truth.reference + 0.01 * World(seed=n).truth(n).reference)
-                one._scored_itself(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
+                one.pipeline.use_self_record(model, make_record(Truth(truth.reference, near, truth.emitted), 20))
         if n % 5 == 0:
             at = n - 160
-            status = one.status()
-            status["proxy"]["requests"], status["shadow"]["reference_tokens"] = 7 * n, 300 * n
+            status = one.status.current()
+            proxy = msgspec.structs.replace(status.proxy, requests=7 * n)
+            shadow = msgspec.structs.replace(status.shadow, reference_tokens=300 * n)
+            status = msgspec.structs.replace(status, proxy=proxy, shadow=shadow)
             one.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
     return writer

@@ -8,15 +8,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from tests.support.captures import INFO, V, capture
 from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
-from hemostat.control.process import Control
+from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
 from hemostat.reference.protocol import ReferenceScores
-from hemostat.shadow.scorer import build_record, decode
+from hemostat.shadow.record_builder import build_record, decode_capture
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Candidates, TokenRecord
 
@@ -38,15 +39,15 @@ def settings(url: str = "http://127.0.0.1:1", **more: Any) -> Settings:
 async def control(folder: Path, made: Settings | None = None, *, loops: bool = False) -> AsyncIterator[Control]:
     """Listening to relays; with `loops` it looks after house, store and reference as the process does."""
     one = Control(made or settings(), folder / "control.sock", 1234)
-    await one.restore()
-    await one.link.start()
+    await one.start((made or settings()).calibration.force)
     tasks = []
     if loops:
-        tasks = [asyncio.create_task(loop) for loop in (one.keep_house(), one.writer.run())]
+        running = [one.run_housekeeping(), one.writer.run()]
         if one.replica is not None:
-            tasks.append(asyncio.create_task(one.replica.run()))
-        if one.scorer is not None and one.reference is not None:
-            tasks += [asyncio.create_task(one.keep_reference(one.reference)), asyncio.create_task(one.scorer.run(1))]
+            running.append(one.replica.run())
+        if one.pipeline.scorer is not None:
+            running += [one.monitor.run(), one.pipeline.scorer.run(1)]
+        tasks = [asyncio.create_task(loop) for loop in running]
     try:
         yield one
         assert not any(task.done() and not task.cancelled() and task.exception() for task in tasks)
@@ -57,6 +58,12 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
         await one.close()
 
 
+def status_json(one: Control) -> dict[str, Any]:
+    """As the admin port sends it."""
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(one.status.current()))
+    return found
+
+
 def profile(seed: int = 0, vocabulary: int = V) -> CalibrationProfile:
     return temperature_bias(MODEL, vocabulary, 1.0, np.random.default_rng(seed).normal(0, 0.5, vocabulary), 1.0)
 
@@ -65,7 +72,7 @@ def scored(request_id: str = "r", prompt: int = 0, **more: Any) -> tuple[TokenRe
     """A record and its capture, as the scorer hands them on."""
     prompt_ids = np.array([prompt % V, prompt // V % V], "<i4").tobytes()
     one = capture(request_id, prompt_token_ids=prompt_ids, **more)
-    arrays = decode(one)
+    arrays = decode_capture(one)
     tokens = len(arrays.output)
     flat = -np.log(V)
     ids = arrays.candidates.ids

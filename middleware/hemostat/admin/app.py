@@ -1,6 +1,6 @@
-"""The admin port: health, metrics, the console, and the JSON API. FastAPI, in the control process.
+"""The admin port's routes: health, metrics, the console, and the JSON API. FastAPI, in the control process.
 
-Reading needs no token (the port is on loopback by default); whatever changes state does, and so do the engine's calls.
+Reading needs no token (the port is on loopback by default); what changes state does, and so do the engine's calls.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from hemostat import __version__
 from hemostat.admin.hardening import Harden
 from hemostat.admin.history import History
+from hemostat.admin.status import Status
 from hemostat.engines.api import engine_router, read_body
 from hemostat.engines.registry import EngineRegistry
 from hemostat_calibration.errors import HemostatError
@@ -37,28 +38,32 @@ ASSETS = {
     "vendor/uPlot.min.css": "text/css; charset=utf-8",
 }
 """The console's files: nothing else is served."""
-STREAMS_AT_MOST = 32
-STREAM_EVERY = 2.0
-"""Seconds between two states of the console's stream."""
+MAX_STREAMS = 32
+STREAM_SECONDS = 2.0
+"""Time between two states of the console's stream."""
 
 
-class Governed(Protocol):
-    """What the admin port shows and steers; the control process implements it."""
-
-    registry: CollectorRegistry
-    history: History
-    engines: EngineRegistry
+class StatusView(Protocol):
+    """Of `hemostat.admin.status.StatusSource`."""
 
     @property
     def ready(self) -> bool: ...
 
-    def status(self) -> dict[str, Any]: ...
+    def current(self) -> Status: ...
 
-    def profiles(self) -> dict[str, Any]: ...
 
-    def profile(self, version: str) -> dict[str, Any] | None: ...
+class ProfilesView(Protocol):
+    """Of the profiles, what is shown and what engines fetch."""
+
+    def listing(self) -> dict[str, Any]: ...
+
+    def describe(self, version: str) -> dict[str, Any] | None: ...
 
     def profile_bytes(self, version: str) -> bytes | None: ...
+
+
+class Actions(Protocol):
+    """Of `hemostat.control.operator_actions.OperatorActions`; every method may raise HemostatError."""
 
     async def import_profile(self, data: bytes, scope: str) -> str: ...
 
@@ -70,7 +75,29 @@ class Governed(Protocol):
 
     async def set_mode(self, mode: str) -> None: ...
 
-    async def rebase(self, route: str) -> None: ...
+    async def rebase(self, route: str) -> dict[str, Any]: ...
+
+
+class AdminBackend(Protocol):
+    """The parts that the admin port shows and operates."""
+
+    @property
+    def registry(self) -> CollectorRegistry: ...
+
+    @property
+    def history(self) -> History: ...
+
+    @property
+    def engines(self) -> EngineRegistry: ...
+
+    @property
+    def status(self) -> StatusView: ...
+
+    @property
+    def profiles(self) -> ProfilesView: ...
+
+    @property
+    def actions(self) -> Actions: ...
 
 
 class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,7 +111,7 @@ Scope = Annotated[str, msgspec.Meta(max_length=256)]
 
 
 class PromoteRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/profiles/promote; scope "" is all."""
+    """Body of POST /api/v1/profiles/promote; scope "" is all requests."""
 
     version: Version
     scope: Scope = ""
@@ -97,13 +124,13 @@ class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RollbackRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/profiles/rollback, if any; without a scope everything is taken back."""
+    """Body of POST /api/v1/profiles/rollback, if any; without a scope every scope is rolled back."""
 
     scope: Scope | None = None
 
 
 class RebaseRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/alarm/rebase: what the route is from now on is its new baseline."""
+    """Body of POST /api/v1/alarm/rebase: the route learns a new baseline."""
 
     route: Annotated[str, msgspec.Meta(max_length=256)]
 
@@ -112,27 +139,28 @@ T = TypeVar("T")
 
 
 def create_app(
-    control: Governed,
+    backend: AdminBackend,
     token: str | None,
     now: Callable[[], float],
     *,
     metrics_need_token: bool = False,
     names: Collection[str] | None = None,
 ) -> FastAPI:
-    """`token` None: everything that would change state answers 403 and says what to set.
+    """token: None answers 403, and names the setting, to everything that would change state. now: monotonic seconds.
 
-    names: that the port answers to, beside addresses and localhost; None: to all. `app.state.closing` ends the streams.
+    names: host names that the port answers to, beside addresses and localhost; None: any.
+    Setting `app.state.closing` ends the streams.
     """
     streams = 0
-    told, told_at = b"", -math.inf
+    state, state_at = b"", -math.inf
 
-    def state() -> bytes:
-        """Computed once for all streams."""
-        nonlocal told, told_at
-        if now() - told_at >= STREAM_EVERY / 2:
-            told_at = now()
-            told = msgspec.json.encode({"status": control.status(), "profiles": control.profiles()})
-        return told
+    def current_state() -> bytes:
+        """Encoded once for all streams."""
+        nonlocal state, state_at
+        if now() - state_at >= STREAM_SECONDS / 2:
+            state_at = now()
+            state = msgspec.json.encode({"status": backend.status.current(), "profiles": backend.profiles.listing()})
+        return state
 
     async def require_token(request: Request) -> None:
         if token is None:
@@ -158,11 +186,13 @@ def create_app(
 
     @app.get("/readyz")
     async def readyz() -> PlainTextResponse:
-        return PlainTextResponse("ok\n") if control.ready else PlainTextResponse("no relay takes requests\n", 503)
+        return (
+            PlainTextResponse("ok\n") if backend.status.ready else PlainTextResponse("no relay takes requests\n", 503)
+        )
 
     @app.get("/metrics", dependencies=guarded if metrics_need_token else [])
     async def metrics() -> Response:
-        return Response(generate_latest(control.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(backend.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/")
     async def console() -> Response:
@@ -180,13 +210,13 @@ def create_app(
 
     @app.get("/api/v1/history")
     async def history(after: float = 0.0) -> dict[str, list[float | None]]:
-        return control.history.report(after)
+        return backend.history.report(after)
 
     @app.get("/api/v1/stream")
     async def stream(request: Request) -> Response:
         nonlocal streams
-        if streams >= STREAMS_AT_MOST:
-            raise HTTPException(503, f"{STREAMS_AT_MOST} streams are open already; poll /api/v1/status")
+        if streams >= MAX_STREAMS:
+            raise HTTPException(503, f"{MAX_STREAMS} streams are open already; poll /api/v1/status")
         streams += 1
 
         async def events() -> AsyncIterator[bytes]:
@@ -194,25 +224,25 @@ def create_app(
             try:
                 yield b"retry: 2000\n\n"
                 while not (closing.is_set() or await request.is_disconnected()):
-                    yield b"event: state\ndata: %b\n\n" % state()
+                    yield b"event: state\ndata: %b\n\n" % current_state()
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(closing.wait(), STREAM_EVERY)
+                        await asyncio.wait_for(closing.wait(), STREAM_SECONDS)
             finally:
                 streams -= 1
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
     @app.get("/api/v1/status")
-    async def status() -> dict[str, Any]:
-        return control.status()
+    async def status() -> Response:
+        return Response(msgspec.json.encode(backend.status.current()), media_type="application/json")
 
     @app.get("/api/v1/profiles")
     async def profiles() -> dict[str, Any]:
-        return control.profiles()
+        return backend.profiles.listing()
 
     @app.get("/api/v1/profiles/{version}")
     async def profile(version: str) -> dict[str, Any]:
-        found = control.profile(version) if VERSION_PATTERN.fullmatch(version) else None
+        found = backend.profiles.describe(version) if VERSION_PATTERN.fullmatch(version) else None
         if found is None:
             raise HTTPException(404, "no such profile; GET /api/v1/profiles lists them")
         return found
@@ -220,55 +250,53 @@ def create_app(
     @app.post("/api/v1/profiles", dependencies=guarded)
     async def import_profile(request: Request) -> dict[str, str]:
         scope = request.query_params.get("scope", "")
-        return {"version": await control.import_profile(await read_body(request, MAX_PROFILE_BYTES), scope)}
+        return {"version": await backend.actions.import_profile(await read_body(request, MAX_PROFILE_BYTES), scope)}
 
     @app.post("/api/v1/profiles/promote", dependencies=guarded)
     async def promote(request: Request) -> dict[str, Any]:
         wanted = await _read(request, PromoteRequest, '{"version": "<32 hex digits>"}, and "scope" if meant')
-        await control.promote(wanted.version, wanted.scope)
-        return control.profiles()
+        await backend.actions.promote(wanted.version, wanted.scope)
+        return backend.profiles.listing()
 
     @app.post("/api/v1/profiles/pin", dependencies=guarded)
     async def pin(request: Request) -> dict[str, Any]:
         wanted = await _read(request, PinRequest, '{"version": "<32 hex digits>"}, or null to unpin')
-        await control.pin(wanted.version)
-        return control.profiles()
+        await backend.actions.pin(wanted.version)
+        return backend.profiles.listing()
 
     @app.post("/api/v1/profiles/rollback", dependencies=guarded)
     async def rollback(request: Request) -> dict[str, Any]:
         wanted = await _read(request, RollbackRequest, 'nothing, or {"scope": "..."}', RollbackRequest())
-        await control.rollback("asked for by the operator", wanted.scope)
-        return control.profiles()
+        await backend.actions.rollback("asked for by the operator", wanted.scope)
+        return backend.profiles.listing()
 
     @app.post("/api/v1/calibration", dependencies=guarded)
     async def calibration(request: Request) -> dict[str, Any]:
         wanted = await _read(request, CalibrationRequest, '{"mode": "off"}, "observe" or "auto"')
-        await control.set_mode(wanted.mode)
+        await backend.actions.set_mode(wanted.mode)
         return {"mode": wanted.mode}
 
     @app.post("/api/v1/alarm/rebase", dependencies=guarded)
     async def rebase(request: Request) -> dict[str, Any]:
         wanted = await _read(request, RebaseRequest, '{"route": "/v1/chat/completions"}')
-        await control.rebase(wanted.route)
-        alarm: dict[str, Any] = control.status()["alarm"]
-        return alarm
+        return await backend.actions.rebase(wanted.route)
 
-    app.include_router(engine_router(control.engines, control.profile_bytes, now, require_token))
+    app.include_router(engine_router(backend.engines, backend.profiles.profile_bytes, now, require_token))
     return app
 
 
-async def _read(request: Request, kind: type[T], said: str, nothing: T | None = None) -> T:
-    """The body as `kind`, `nothing` where it is empty and may be; 422 says what to send.
+async def _read(request: Request, kind: type[T], expected: str, default: T | None = None) -> T:
+    """The body as `kind`, `default` where it is empty and may be; 422 names what is expected.
 
-    Not a typed parameter of the routes: FastAPI would read the whole body before it asks for the token.
+    Not a typed parameter of the routes: FastAPI would read the whole body before it checks the token.
     """
     body = await read_body(request, MAX_SMALL_BYTES)
-    if not body and nothing is not None:
-        return nothing
+    if not body and default is not None:
+        return default
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.DecodeError as error:
-        raise HTTPException(422, f"send {said}: {error}") from None
+        raise HTTPException(422, f"send {expected}: {error}") from None
 
 
 def _asset(name: str) -> Response:

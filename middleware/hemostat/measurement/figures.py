@@ -21,6 +21,9 @@ from hemostat_calibration.statistics.confidence import ClippedMean, ConfidenceIn
 Floats = npt.NDArray[np.float64]
 Kind = Literal["lower", "upper", "estimate", "exact"]
 
+COMPRESSED, REFERENCE = "compressed", "reference"
+MODELS = (COMPRESSED, REFERENCE)
+"""The two models, as the label `model` of metrics names them."""
 KL_CAP = 20.0
 """Nats at which a token's KL, and ± at which its log-likelihood ratio, is clipped for the mean: one token in a million
 must not move it. The clipped share stands beside."""

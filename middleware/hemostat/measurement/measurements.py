@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from hemostat.measurement.by_decoding import UNKNOWN, Strategies, strategy
-from hemostat.measurement.figures import StageFigures, finite
+from hemostat.measurement.figures import MODELS, StageFigures, finite
 from hemostat.measurement.survival import Trajectories
 from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
-from hemostat.shadow.noise_floor import MODELS
 from hemostat_calibration.divergence.decoding import decoded_divergence
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
@@ -142,17 +141,18 @@ class Measurements:
         profile: CalibrationProfile | None,
         served: CalibrationProfile | None,
         *,
-        judging: bool = True,
+        held_out: bool = True,
         gains: RecordGains | None = None,
     ) -> TokenDivergence:
         """Add one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
 
-        judging: the prompt is held out. Gains are of those only: on what a profile learned from it looks too good.
+        held_out: nothing is learned from the prompt. Gains are measured on those only: on requests that a profile
+            learned from, it looks better than it is.
         gains: the record's, where others need them too. Returns the raw figures.
         """
         raw = divergence(record, served)
         after = raw if profile is None else calibrated(record, profile, served)
-        gain = None if profile is None or not judging else (gains or RecordGains(record)).of(profile)
+        gain = None if profile is None or not held_out else (gains or RecordGains(record)).of(profile)
         decoded = strategy(record)
         drawn = None if decoded == UNKNOWN else decoded_divergence(record)
         # All is computed before anything is added, so that a record counts in every figure or in none.

@@ -53,6 +53,11 @@ class Report:
         version = self._serving.scopes[scope].selected
         return {"version": version, **evidence_json(self._trials.decide_serving(scope))} if version else None
 
+    def profile_bytes(self, version: str) -> bytes | None:
+        """safetensors; None where the profile is not held."""
+        profile = self._catalogue.get(version)
+        return profile.to_bytes() if profile is not None else None
+
     def listing(self) -> dict[str, Any]:
         """All profiles and events, newest first."""
         return {

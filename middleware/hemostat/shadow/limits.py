@@ -1,4 +1,4 @@
-"""The shadow path's three brakes: a bounded queue, a token budget, a circuit breaker. Time is always an argument."""
+"""Back-pressure of the shadow path: a bounded queue, a token budget, a circuit breaker. Time is always an argument."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 
+MAX_QUEUED_BYTES = 256 * 1024 * 1024
+
 
 class ShadowQueue:
-    """First in, first out, at most `limit` captures and `limit_bytes` bytes; what does not fit is refused, not kept."""
+    """First in, first out, at most `limit` captures and `limit_bytes` bytes; a capture that does not fit is refused."""
 
-    def __init__(self, limit: int, limit_bytes: int = 256 * 1024 * 1024) -> None:
+    def __init__(self, limit: int, limit_bytes: int = MAX_QUEUED_BYTES) -> None:
         self._items: deque[Capture] = deque()
         self._limit = limit
         self._limit_bytes = limit_bytes
@@ -33,27 +35,22 @@ class ShadowQueue:
         self._bytes += size
         return True
 
-    def take(self, ripe: Callable[[Capture], bool] = lambda _: True) -> Capture | None:
-        """The first that is ripe; None when none is."""
+    def take(self, is_ready: Callable[[Capture], bool] = lambda _: True) -> Capture | None:
+        """Remove and return the first capture that is ready; None when none is."""
         for n, capture in enumerate(self._items):
-            if ripe(capture):
+            if is_ready(capture):
                 del self._items[n]
                 self._bytes -= _size(capture)
                 return capture
         return None
 
-    def oldest(self) -> float | None:
-        """`captured_at` of the next capture."""
-        return self._items[0].captured_at if self._items else None
-
-    def lag(self, now: float) -> float:
-        """Seconds since the next capture's response ended; 0 when the queue is empty."""
-        oldest = self.oldest()
-        return 0.0 if oldest is None else max(0.0, now - oldest)
+    def lag_seconds(self, now: float) -> float:
+        """Age of the oldest capture, 0 without any; now: monotonic seconds."""
+        return max(0.0, now - self._items[0].captured_at) if self._items else 0.0
 
     def samples(self, now: float) -> Iterator[Sample]:
         yield Sample(names.SHADOW_QUEUE_DEPTH, (), len(self))
-        yield Sample(names.SHADOW_LAG_SECONDS, (), self.lag(now))
+        yield Sample(names.SHADOW_LAG_SECONDS, (), self.lag_seconds(now))
 
 
 def _size(capture: Capture) -> int:
@@ -70,7 +67,8 @@ def _size(capture: Capture) -> int:
 class TokenBudget:
     """A token bucket: `rate` tokens a second (0: no limit), at most `burst` saved up.
 
-    A request larger than the burst is let through once the bucket is full, and its debt is paid before the next.
+    A request larger than the burst may be spent once the bucket is full; the level is then negative until it has
+    refilled, and the next request waits for that.
     """
 
     rate: float
@@ -102,19 +100,26 @@ class TokenBudget:
 
 class BreakerState(StrEnum):
     CLOSED = "closed"
+    """The reference may be asked."""
     OPEN = "open"
+    """It may not: its last scores failed."""
     HALF_OPEN = "half_open"
+    """One call at a time may try it."""
 
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens after `threshold` failures in a row, for `cooldown` seconds; then one trial decides."""
+    """A circuit breaker: opens after `threshold` failures in a row, for `cooldown` seconds; then one trial decides.
+
+    Whoever gets True from `allow` reports back by `succeeded`, `failed` or `released`.
+    """
 
     threshold: int = 5
     cooldown: float = 10.0
     _failures: int = field(init=False, default=0)
     _opened_at: float | None = field(init=False, default=None)
     _trial: bool = field(init=False, default=False)
+    """A call is under way that was allowed while half open."""
 
     def state(self, now: float) -> BreakerState:
         if self._opened_at is None:
@@ -122,7 +127,7 @@ class Breaker:
         return BreakerState.HALF_OPEN if now - self._opened_at >= self.cooldown else BreakerState.OPEN
 
     def allow(self, now: float) -> bool:
-        """May the reference be asked? While half open, only one caller at a time is told yes."""
+        """May the reference be asked? While half open, only one caller at a time may."""
         state = self.state(now)
         if state is BreakerState.HALF_OPEN and not self._trial:
             self._trial = True
@@ -135,7 +140,7 @@ class Breaker:
         self._trial = False
 
     def released(self) -> None:
-        """The caller was told yes and did not find out: the next one tries."""
+        """The call ended without saying anything about the reference's health: the next caller may try."""
         self._trial = False
 
     def failed(self, now: float) -> None:

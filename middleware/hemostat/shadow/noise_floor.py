@@ -1,26 +1,30 @@
-"""The noise floor: how far each model is from itself, measured all the time on a part of what is shadowed.
+"""The noise floor: how far each model diverges from itself, measured all the time on a part of the scored requests.
 
 Decoding and prefill do not agree to the last bit, nor do two shapes of a batch. So the compressed model's own tokens
-are scored again by prefill on itself (its own server, `prompt_logprobs`), and the reference's answer again in another
-shape. What comes out is divergence that no compression caused: headline figures are also told as their excess over it.
+are scored again by prefill on its own server (`prompt_logprobs`), and on the reference in another batch shape. The
+result is divergence that no compression caused; headline figures are also reported as their excess over it.
 
-It costs the compressed model's server a prefill of what it has just written, on `shadow.floor_fraction` of the scored
-requests, one at a time, from the shadow budget; whatever goes wrong is counted, and nothing else happens.
+The cost: the compressed model's server prefills what it has just generated, for `shadow.floor_fraction` of the
+scored requests, one at a time, within the shadow token budget. Failures are counted and have no other effect.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from hemostat.measurement.figures import COMPRESSED, MODELS, REFERENCE
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
-from hemostat.shadow.assignment import uniform
+from hemostat.shadow import assignment
 from hemostat.shadow.limits import TokenBudget
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidRecordError
@@ -28,15 +32,17 @@ from hemostat_calibration.records import Arm, Candidates, Sampling, TokenRecord,
 
 log = logging.getLogger("hemostat.floor")
 
-MODELS = ("compressed", "reference")
-WAITING = 8
-"""Records that may wait to be scored again; the rest is left out, and counted."""
-FLOOR = b"hemostat floor"
-UNKNOWN = Sampling(temperature=float("nan"))
+MAX_QUEUED_RECORDS = 8
+"""Records that wait to be scored again; more are left out, and counted as `busy`."""
+HASH_PURPOSE = b"hemostat floor"
+"""Keeps this draw independent of the others that hash the same request id."""
+UNKNOWN_SAMPLING = Sampling(temperature=float("nan"))
 """Of tokens of which it is not known what they were drawn from: no sampled-token estimate."""
+SCORED, BUSY, INTERNAL_ERROR = "scored", "busy", "internal_error"
+"""Outcomes; others are the reasons of `ReferenceFailure` and `InvalidRecordError`."""
 
 
-class Scores(Protocol):
+class SelfScorer(Protocol):
     """Of `hemostat.reference.protocol.Reference`, what is needed here."""
 
     async def score(
@@ -44,12 +50,11 @@ class Scores(Protocol):
     ) -> ReferenceScores: ...
 
 
-class Floor:
-    """Runs until cancelled.
+class NoiseFloorMeter:
+    """Owns the queue of requests that both models score again, and the counts of how that ended.
 
-    compressed: scores on the compressed model's own server. reference: the reference, asked to answer in another shape.
-    sink: gets the name of the model (of `MODELS`) and a record in which that model stands on both sides.
-    count: (model, outcome): `scored`, `busy`, or the reason of a failure.
+    compressed: scores on the compressed model's own server. reference: the reference, asked for another batch shape.
+    emit: is handed the name of the model (of `MODELS`) and a record with that model on both sides.
     """
 
     def __init__(
@@ -58,58 +63,63 @@ class Floor:
         fraction: float,
         seed: int,
         budget: TokenBudget,
-        compressed: Scores,
-        reference: Scores,
-        sink: Callable[[str, TokenRecord], None],
-        count: Callable[[str, str], None],
+        compressed: SelfScorer,
+        reference: SelfScorer,
+        emit: Callable[[str, TokenRecord], None],
         clock: Callable[[], float],
     ) -> None:
         self._fraction = fraction
         self._seed = seed
         self._budget = budget
-        self._by = {"compressed": compressed, "reference": reference}
-        self._sink = sink
-        self._count = count
+        self._scorers = {COMPRESSED: compressed, REFERENCE: reference}
+        self._emit = emit
         self._clock = clock
-        self._queue: asyncio.Queue[tuple[npt.NDArray[np.int32], TokenRecord]] = asyncio.Queue(WAITING)
+        self._queue: asyncio.Queue[tuple[npt.NDArray[np.int32], TokenRecord]] = asyncio.Queue(MAX_QUEUED_RECORDS)
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        """By model and outcome."""
 
     def offer(self, prompt: npt.NDArray[np.int32], record: TokenRecord) -> None:
-        """A scored request; it is taken by a hash of its id."""
+        """A scored request; whether it is taken is decided by a hash of its id. prompt: int32 [P]."""
         key = record.request_id.encode("utf-8", "surrogateescape")
-        if self._fraction > 0.0 and uniform(key, self._seed, FLOOR) < self._fraction:
+        if self._fraction > 0.0 and assignment.uniform(key, self._seed, HASH_PURPOSE) < self._fraction:
             try:
                 self._queue.put_nowait((prompt, record))
             except asyncio.QueueFull:
-                for model in MODELS:
-                    self._count(model, "busy")
+                self.outcomes.update((model, BUSY) for model in MODELS)
 
     @property
-    def waiting(self) -> int:
+    def queued(self) -> int:
         return self._queue.qsize()
 
+    def samples(self) -> Iterator[Sample]:
+        for labels, requests in self.outcomes.items():
+            yield Sample(names.NOISE_FLOOR_REQUESTS, labels, requests)
+
     async def run(self) -> None:
+        """Until cancelled."""
         while True:
             prompt, record = await self._queue.get()
             for model in MODELS:
                 try:
-                    self._sink(model, await self._again(model, prompt, record))
+                    self._emit(model, await self._score_again(model, prompt, record))
                 except (ReferenceFailure, InvalidRecordError) as failure:
-                    self._count(model, failure.reason)
+                    outcome = str(failure.reason)
                     log.warning("noise floor of the %s model: %s", model, failure)
                 except Exception:
-                    self._count(model, "internal_error")
+                    outcome = INTERNAL_ERROR
                     log.exception("noise floor of the %s model", model)
                 else:
-                    self._count(model, "scored")
+                    outcome = SCORED
+                self.outcomes[model, outcome] += 1
 
-    async def _again(self, model: str, prompt: npt.NDArray[np.int32], record: TokenRecord) -> TokenRecord:
+    async def _score_again(self, model: str, prompt: npt.NDArray[np.int32], record: TokenRecord) -> TokenRecord:
         tokens = len(prompt) + record.tokens
         while delay := self._budget.delay(tokens, self._clock()):  # noqa: ASYNC110  waits for time, not an event
             await asyncio.sleep(delay)
         self._budget.spend(tokens, self._clock())
-        first = itself(record, model)
+        first = self_record(record, model)
         ids = first.compressed.ids
-        scores = await self._by[model].score(prompt, record.output_ids, ids, reshaped=model == "reference")
+        scores = await self._scorers[model].score(prompt, record.output_ids, ids, reshaped=model == REFERENCE)
         return validate(
             replace(
                 first,
@@ -121,19 +131,19 @@ class Floor:
         )
 
 
-def itself(record: TokenRecord, model: str) -> TokenRecord:
-    """The record with `model` in the place of the compressed one; what stands for the reference is to be filled in."""
+def self_record(record: TokenRecord, model: str) -> TokenRecord:
+    """The record with `model` in the place of the compressed one; the reference's place is still to be filled in."""
     bare = replace(record, shifts={}, features=None, reference_hidden=None, arm=Arm.NONE)
-    if model == "compressed":
+    if model == COMPRESSED:
         return bare
-    # The emitted token is among the candidates when it was given; the list is the reference's own.
+    # The emitted token is among the reference's own ids where it was among those that it was asked for.
     return replace(
         bare,
         compressed=Candidates(record.reference.ids, record.reference.logprobs),
         compressed_emitted=record.reference_emitted,
-        # The token was drawn from the compressed model: known, unless a profile had a part in it.
+        # The token was drawn from the compressed model, whose log-probability is known unless a profile was applied.
         drawn_emitted=record.compressed_emitted,
-        sampling=UNKNOWN if record.applied else record.sampling,
+        sampling=UNKNOWN_SAMPLING if record.applied else record.sampling,
         applied=None,
         requested=None,
     )

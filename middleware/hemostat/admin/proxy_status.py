@@ -1,0 +1,91 @@
+"""What the relays' counters say about the proxy's health and about how responses end, as parts of the status."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.metrics import names
+from hemostat.openai import routes
+from hemostat.relay import counters
+
+
+class ProxyStatus(msgspec.Struct, frozen=True):
+    """Requests by outcome and route, and the time that the relay adds, since the start."""
+
+    requests: int
+    generations: int
+    """Of the requests, those on the routes that generate text."""
+    by_outcome: dict[str, int]
+    by_route: dict[str, int]
+    failed: int
+    """Of the requests, those that the upstream answered with a server error, or not at all."""
+    failed_ratio: float | None
+    overhead_seconds: dict[str, float | None]
+    """p50 and p99: upper end of the histogram's bucket, at most the last finite one (JSON has no infinity)."""
+
+
+class ArmEndings(msgspec.Struct):
+    """How the generations of one arm ended, sampled or not."""
+
+    finished: dict[str, int] = {}
+    """By finish_reason."""
+    output_tokens: int = 0
+    loops: int = 0
+    """Responses that end in one block of text repeated."""
+    structured: dict[str, dict[str, int]] = {}
+    """JSON and tool calls that were asked for: by kind and outcome."""
+
+
+def quantile(stats: Stats, q: float) -> float | None:
+    """Upper end, seconds, of the bucket of the overhead that holds the quantile (infinite above the last), or None."""
+    total = sum(stats.overhead_buckets)
+    if not total:
+        return None
+    seen = 0
+    for edge, count in zip((*OVERHEAD_BUCKETS, math.inf), stats.overhead_buckets, strict=True):
+        seen += count
+        if seen >= q * total:
+            return edge
+    return math.inf
+
+
+def proxy_status(stats: Stats) -> ProxyStatus:
+    by_outcome: dict[str, int] = {}
+    by_route: dict[str, int] = {}
+    for (route, outcome), value in stats.counters.get(names.REQUESTS, {}).items():
+        by_outcome[outcome] = by_outcome.get(outcome, 0) + int(value)
+        by_route[route] = by_route.get(route, 0) + int(value)
+    total = sum(by_outcome.values())
+    failed = sum(by_outcome.get(name, 0) for name in (counters.SERVER_ERROR, counters.UPSTREAM_FAILED))
+    overhead = {name: quantile(stats, q) for name, q in (("p50", 0.5), ("p99", 0.99))}
+    return ProxyStatus(
+        requests=total,
+        generations=sum(value for route, value in by_route.items() if route in routes.SCORED),
+        by_outcome=by_outcome,
+        by_route=by_route,
+        failed=failed,
+        failed_ratio=failed / total if total else None,
+        overhead_seconds={
+            name: None if value is None else min(value, OVERHEAD_BUCKETS[-1]) for name, value in overhead.items()
+        },
+    )
+
+
+def endings_by_arm(stats: Stats) -> dict[str, ArmEndings]:
+    found: dict[str, ArmEndings] = {}
+
+    def of(arm: str) -> ArmEndings:
+        return found.setdefault(arm, ArmEndings())
+
+    for (arm, reason), value in stats.counters.get(names.RESPONSES_FINISHED, {}).items():
+        of(arm).finished[reason] = int(value)
+    for (arm,), value in stats.counters.get(names.OUTPUT_TOKENS, {}).items():
+        of(arm).output_tokens = int(value)
+    for (arm,), value in stats.counters.get(names.REPETITION_LOOPS, {}).items():
+        of(arm).loops = int(value)
+    for (arm, kind, outcome), value in stats.counters.get(names.STRUCTURED_OUTPUTS, {}).items():
+        of(arm).structured.setdefault(kind, {})[outcome] = int(value)
+    return found

@@ -1,0 +1,264 @@
+"""The status that the admin port and the console show: one typed struct, and where each part of it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
+from hemostat.config.schema import Settings
+from hemostat.engines.registry import EngineRegistry
+from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.messages import Stats
+from hemostat.learner.client import Learner
+from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.measurements import Measurements
+from hemostat.metrics import names
+from hemostat.profiles.manager import ProfileManager
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.shadow.endings import Outcome
+from hemostat.shadow.pipeline import ScoringPipeline
+from hemostat.shadow.records_file import RecordsFile
+from hemostat.store.lease import Lease
+from hemostat.store.replica import Replica
+from hemostat_calibration.profiles.profile import IDENTITY
+
+Report = dict[str, Any]
+"""JSON-ready figures of a subsystem, whose keys are that subsystem's: names of figures, versions, scopes."""
+
+
+class RequestsStatus(msgspec.Struct, frozen=True):
+    """Sampled requests, by what became of them."""
+
+    shadowed: int
+    scored: int
+    skipped: dict[str, int]
+    """By reason, of relays and of this process."""
+    dropped: dict[str, int]
+    pending: int
+
+
+class ProfileStatus(msgspec.Struct, frozen=True):
+    """The profile that serves, or in mode `observe` would."""
+
+    version: str
+    family: str
+    mode: str
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True):
+    leads: bool
+    shared: bool
+    store_reachable: bool | None
+    """None where no store is shared."""
+
+
+class RecoveredStatus(msgspec.Struct, frozen=True):
+    """Part of the divergence that the profile removes, on the same tokens."""
+
+    ratio: float | None
+    ci95: list[float | None]
+    gain_nats: Report | None
+
+
+class ShadowStatus(msgspec.Struct, frozen=True):
+    rate: float
+    reference_tokens: int
+    reference_tokens_per_second: float
+    """The budget; 0: no limit."""
+    uptime_seconds: float
+
+
+class QueueStatus(msgspec.Struct, frozen=True):
+    depth: int
+    lag_seconds: float
+    """Age of the oldest capture that waits."""
+
+
+class CompressedStatus(msgspec.Struct, frozen=True):
+    models: list[str]
+    adapters: list[str]
+    """LoRA adapters that the reference serves, too."""
+
+
+class ReferenceStatus(msgspec.Struct, frozen=True):
+    state: str
+    detail: str
+
+
+class EnginesStatus(msgspec.Struct, frozen=True):
+    live: int
+    acknowledged: list[str]
+    """Profile versions that every rank of every engine holds."""
+    counters: dict[str, int]
+
+
+class Status(msgspec.Struct, frozen=True):
+    """`GET /api/v1/status`. Field names are the JSON's; the console and scripts rely on them."""
+
+    at: float
+    """Unix time, seconds."""
+    requests: RequestsStatus
+    tokens_scored: int
+    top_k: int
+    raw: Report
+    """Figures of the compressed model itself: `measurement.figures`."""
+    where: list[Report]
+    """The same by route and label."""
+    arms: Report
+    alarm: Report
+    decoding: list[Report]
+    trajectory: Report
+    noise_floor: Report
+    excess: Report
+    calibrated: Report
+    profile: ProfileStatus
+    calibration: Report
+    learner: Report
+    replica: ReplicaStatus
+    recovered: RecoveredStatus
+    proxy: ProxyStatus
+    endings: dict[str, ArmEndings]
+    """By arm."""
+    shadow: ShadowStatus
+    queue: QueueStatus
+    compressed: CompressedStatus
+    reference: ReferenceStatus
+    engines: EnginesStatus
+    records_written: int
+    relays: int
+    data_port: int
+
+
+class StatusSource:
+    """Reads the parts of the control process; owns no state of theirs. Cheap: nothing is computed over records.
+
+    clock: monotonic seconds. wall: Unix time.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        data_port: int,
+        *,
+        link: RelayLink,
+        engines: EngineRegistry,
+        monitor: ReferenceMonitor,
+        pipeline: ScoringPipeline,
+        measurements: Measurements,
+        alarms: Alarms,
+        profiles: ProfileManager,
+        learner: Learner,
+        records: RecordsFile | None,
+        lease: Lease,
+        replica: Replica | None,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._data_port = data_port
+        self._link = link
+        self._engines = engines
+        self._monitor = monitor
+        self._pipeline = pipeline
+        self._measurements = measurements
+        self._alarms = alarms
+        self._profiles = profiles
+        self._learner = learner
+        self._records = records
+        self._lease = lease
+        self._replica = replica
+        self._clock = clock
+        self._wall = wall
+        self._started = clock()
+
+    @property
+    def ready(self) -> bool:
+        """At least one relay takes requests; the reference does not matter."""
+        return self._link.ready
+
+    def current(self) -> Status:
+        now = self._clock()
+        measurements, shadow, pair = self._measurements, self._settings.shadow, self._monitor.pair
+        version = self._profiles.serving.reported
+        totals = self._link.total()
+        return Status(
+            at=self._wall(),
+            requests=self._requests(totals),
+            tokens_scored=measurements.tokens,
+            top_k=shadow.top_k,
+            raw=measurements.summary(None),
+            where=measurements.where(),
+            arms=measurements.arms(),
+            alarm=self._alarms.report(),
+            decoding=measurements.strategies.report(),
+            trajectory=measurements.trajectories.report(),
+            noise_floor=measurements.floor(),
+            excess=measurements.excess(),
+            calibrated=measurements.summary(version),
+            profile=self._profile(version),
+            calibration=self._profiles.report.status(),
+            learner=self._learner.status(),
+            replica=ReplicaStatus(
+                leads=self._lease.leads,
+                shared=self._replica is not None,
+                store_reachable=self._replica.reachable if self._replica is not None else None,
+            ),
+            recovered=self._recovered(version),
+            proxy=proxy_status(totals),
+            endings=endings_by_arm(totals),
+            shadow=ShadowStatus(
+                rate=shadow.rate,
+                reference_tokens=self._pipeline.reference_tokens,
+                reference_tokens_per_second=shadow.reference_tokens_per_second,
+                uptime_seconds=now - self._started,
+            ),
+            queue=QueueStatus(depth=len(self._pipeline.queue), lag_seconds=self._pipeline.queue.lag_seconds(now)),
+            compressed=CompressedStatus(models=sorted(pair.models), adapters=sorted(pair.scorable_adapters)),
+            reference=ReferenceStatus(state=self._monitor.state.value, detail=self._monitor.detail),
+            engines=EnginesStatus(
+                live=self._engines.engines(now),
+                acknowledged=sorted(self._engines.acknowledged(now)),
+                counters=self._engines.counters(now),
+            ),
+            records_written=self._records.written if self._records is not None else 0,
+            relays=self._link.relays,
+            data_port=self._data_port,
+        )
+
+    def _requests(self, totals: Stats) -> RequestsStatus:
+        endings = self._pipeline.endings
+        by_outcome = {}
+        for outcome in (Outcome.SKIPPED, Outcome.DROPPED):
+            found: dict[str, int] = {}
+            for (which, reason), value in totals.counters.get(names.SHADOW_REQUESTS, {}).items():
+                if which == outcome:
+                    found[reason] = found.get(reason, 0) + int(value)
+            for reason, count in endings.by_reason(outcome).items():
+                found[reason] = found.get(reason, 0) + count
+            by_outcome[outcome] = found
+        return RequestsStatus(
+            shadowed=self._pipeline.received,
+            scored=endings.scored,
+            skipped=by_outcome[Outcome.SKIPPED],
+            dropped=by_outcome[Outcome.DROPPED],
+            pending=self._pipeline.pending,
+        )
+
+    def _profile(self, version: str | None) -> ProfileStatus:
+        profile = self._profiles.catalogue.get(version)
+        return ProfileStatus(
+            version=version or IDENTITY,
+            family=profile.family if profile else IDENTITY,
+            mode=self._profiles.serving.mode,
+        )
+
+    def _recovered(self, version: str | None) -> RecoveredStatus:
+        recovered = self._measurements.recovered(version) or {}
+        return RecoveredStatus(
+            ratio=recovered.get("estimate"),
+            ci95=recovered.get("ci95", [None, None]),
+            gain_nats=self._measurements.gained(version),
+        )

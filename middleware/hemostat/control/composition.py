@@ -1,0 +1,251 @@
+"""The parts of the control process, made and connected."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from hemostat.admin.history import History
+from hemostat.admin.status import StatusSource
+from hemostat.config.schema import Settings
+from hemostat.control.changes import Changes
+from hemostat.control.learning import CalibrationNeeds, LearningSubject
+from hemostat.control.operator_actions import LocalActions, ModeOverride, OperatorActions
+from hemostat.control.policy import PolicyPublisher
+from hemostat.control.stored_state import STATE_KEYS, StoredState
+from hemostat.engines.registry import EngineRegistry
+from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.process import make_tracing
+from hemostat.learner.client import Learner
+from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.figures import MODELS
+from hemostat.measurement.measurements import Measurements
+from hemostat.metrics import names
+from hemostat.metrics.collector import HemostatCollector
+from hemostat.metrics.samples import AnySample
+from hemostat.profiles.decisions import MAX_EVENTS
+from hemostat.profiles.manager import ProfileManager
+from hemostat.reference import make_compressed_scorer, make_reference
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.relay import counters as relay_counters
+from hemostat.shadow.limits import Breaker, BreakerState
+from hemostat.shadow.pipeline import RecordUsers, ScoringPipeline
+from hemostat.shadow.records_file import RecordsFile
+from hemostat.store.factory import open_store_or_memory
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import StoreUnreachable
+from hemostat.store.replica import Replica
+from hemostat.store.valkey import ValkeyStore
+from hemostat.store.writer import StoreWriter
+
+LOGPROBS_REFUSED = ("skipped", "logprobs_refused")
+"""Labels of the requests that the upstream refused for what Hemostat asked on top."""
+HOUSEKEEPING_SECONDS = 0.5
+"""How often relays get a policy that has changed with time alone, and the history a point that is due."""
+
+
+class Control:
+    """Makes the parts and connects them. Each part owns its state; this class owns when they start and end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        socket_path: Path,
+        data_port: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        calibration, changes = settings.calibration, Changes()
+        self._clock, self._wall = clock, wall
+        self.history = History()
+        self.measurements = Measurements()
+        self.breaker = Breaker()
+        self.records = RecordsFile(settings.records.path) if settings.records.path else None
+        self.tracing = make_tracing(settings.tracing.model_dump())
+        self.store, self.store_errors = open_store_or_memory(settings.store.url)
+        self.lease = Lease(shared=isinstance(self.store, ValkeyStore))
+        self.writer = StoreWriter(self.store, self.lease, self.store_errors)
+        # Every replica has alarms of its own: each is an event; the state kept for a restart is the leader's.
+        self.alarms = Alarms(
+            settings.alarm,
+            MODELS if settings.shadow.floor_fraction > 0.0 else (),
+            self.writer.as_leader,
+            self.writer.as_replica,
+            wall,
+        )
+        self.profile_manager = ProfileManager(
+            calibration,
+            self.writer.as_leader,
+            wall,
+            default_temperature_is_one=settings.upstream.openai_sampling_defaults,
+            lease=self.lease,
+        )
+        self.profiles = self.profile_manager.report
+        self.engines = EngineRegistry()
+        # Also without other replicas: where two middlewares share one engine, it tells their taps apart by this.
+        self.engines.replica = self.store.replica if isinstance(self.store, ValkeyStore) else secrets.token_hex(8)
+        self.reference = make_reference(settings)
+        self.compressed_scorer = make_compressed_scorer(settings)
+        self.monitor = ReferenceMonitor(
+            self.reference,
+            settings.upstream,
+            settings.shadow.top_k,
+            compressed_scorer=self.compressed_scorer,
+            scores_fail=lambda: self.breaker.state(clock()) is BreakerState.OPEN,
+            refused=lambda: self.link.total().counters.get(names.SHADOW_REQUESTS, {}).get(LOGPROBS_REFUSED, 0.0),
+            on_change=self._models_changed,
+        )
+        self.changes = changes
+        self.learner = Learner(calibration, self.profile_manager.proposals, changes.notify)
+        self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner)
+        self.pipeline = ScoringPipeline(
+            settings,
+            self.monitor,
+            self.engines,
+            CalibrationNeeds(calibration, self.profile_manager, self.learner),
+            RecordUsers(self.measurements, self.alarms, self.profile_manager, self.learner, self.records, self.tracing),
+            reference=self.reference,
+            compressed_scorer=self.compressed_scorer,
+            breaker=self.breaker,
+            clock=clock,
+            on_change=changes.notify,
+        )
+        self.link = RelayLink(socket_path, self.pipeline.receive)
+        self.policy = PolicyPublisher(
+            settings, self.link, self.engines, self.profile_manager, self.monitor, self.breaker, self.lease, clock
+        )
+        changes.subscribe(self.policy.publish)
+        self._make_operations(settings)
+        self.status = StatusSource(
+            settings,
+            data_port,
+            link=self.link,
+            engines=self.engines,
+            monitor=self.monitor,
+            pipeline=self.pipeline,
+            measurements=self.measurements,
+            alarms=self.alarms,
+            profiles=self.profile_manager,
+            learner=self.learner,
+            records=self.records,
+            lease=self.lease,
+            replica=self.replica,
+            clock=clock,
+            wall=wall,
+        )
+        self.registry = CollectorRegistry()
+        self.registry.register(HemostatCollector(self._sample_sources()))
+
+    def _make_operations(self, settings: Settings) -> None:
+        """What operators and other replicas do to the profiles."""
+        override = ModeOverride(settings.calibration.mode)
+        local = LocalActions(self.profile_manager, self.subject, self.store, self.writer, self.changes.notify)
+        self.stored_state = StoredState(
+            self.store,
+            self.store_errors,
+            self.profile_manager,
+            self.alarms,
+            self.subject,
+            override,
+            self._clock,
+            self.changes.notify,
+        )
+        self.replica: Replica | None = None
+        """None without a store that other replicas could share."""
+        if isinstance(self.store, ValkeyStore):
+            self.replica = Replica(
+                self.store,
+                self.lease,
+                held=lambda version: version in self.profile_manager.catalogue,
+                states=STATE_KEYS,
+                events=MAX_EVENTS,
+                take_up=self.stored_state.reload,
+                keep=self.stored_state.write_all,
+                obey=local.execute_command,
+                failed=self.store_errors.record,
+            )
+        self.actions = OperatorActions(
+            local,
+            self.profile_manager,
+            self.alarms,
+            self.store,
+            self.writer,
+            self.store_errors,
+            self.lease,
+            self.replica,
+            override,
+            self._wall,
+            self.changes.notify,
+        )
+
+    def _models_changed(self) -> None:
+        pair = self.monitor.pair
+        if pair.reference is not None:
+            self.profile_manager.set_model_pair(pair.model, pair.reference.vocab_size)
+            self.subject.update()
+        self.changes.notify()
+
+    def _sample_sources(self) -> list[Callable[[], Iterable[AnySample]]]:
+        return [
+            self.pipeline.samples,
+            self.monitor.samples,
+            self.measurements.samples,
+            self.alarms.samples,
+            self.profile_manager.samples,
+            self.learner.samples,
+            self.lease.samples,
+            self.store_errors.samples,
+            self.link.samples,
+            lambda: self.engines.samples(self._clock()),
+            lambda: relay_counters.samples(self.link.total()),
+        ]
+
+    async def start(self, force: Path | None) -> None:
+        """Read the store and listen to relays. force: `calibration.force`."""
+        await self.stored_state.restore(force, self.replica)
+        await self.link.start()
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        """What has to run, until cancelled."""
+        loops = [self.run_housekeeping(), self.writer.run()]
+        if self.replica is not None:
+            loops.append(self.replica.run())
+        if self.reference is not None:
+            loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops()]
+        return loops
+
+    def keep_house(self) -> None:
+        """What is due because time has passed."""
+        self.policy.publish()
+        if self.history.due(self._clock()):
+            self.history.add(self._clock(), self._wall(), self.status.current())
+
+    async def run_housekeeping(self) -> None:
+        while True:
+            self.keep_house()
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+
+    async def close(self) -> None:
+        """Write what is queued for the store, and let go of everything."""
+        await self.link.close()
+        for scorer in (self.reference, self.compressed_scorer):
+            if scorer is not None:
+                await scorer.close()
+        self.alarms.keep()
+        with contextlib.suppress(StoreUnreachable):
+            await self.writer.drain()
+            if self.replica is not None:
+                await self.replica.resign()
+        if self.records is not None:
+            self.records.close()
+        self.store.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)

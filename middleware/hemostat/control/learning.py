@@ -1,0 +1,65 @@
+"""What the learner learns about, and what records must contain for it and for the profiles under test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hemostat.config.schema import Calibration
+from hemostat.learner.client import Learner, LearningTarget
+from hemostat.profiles.manager import ProfileManager
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import anchors, anchors_digest
+from hemostat_calibration.statistics.split import held_out
+
+
+class LearningSubject:
+    """Decides what the learner learns about, or why about nothing."""
+
+    def __init__(
+        self, settings: Calibration, profiles: ProfileManager, monitor: ReferenceMonitor, learner: Learner
+    ) -> None:
+        self._settings = settings
+        self._profiles = profiles
+        self._monitor = monitor
+        self._learner = learner
+
+    def update(self) -> None:
+        """Call after any change of the mode, the models, or what is forced."""
+        settings, info, serving = self._settings, self._monitor.pair.reference, self._profiles.serving
+        if serving.mode == "off":
+            self._learner.stop("calibration is off")
+        elif serving.forced is not None:
+            self._learner.stop("calibration.force: nothing is learned meanwhile")
+        elif settings.apply == "request":
+            self._learner.stop("calibration.apply: request cannot apply contextual profiles")
+        elif info is None or serving.model is None:
+            self._learner.stop("the reference is not ready")
+        elif info.full_vocabulary and not info.hidden_size:
+            self._learner.stop(f"of the reference {info.model}: {info.hidden_detail}", unavailable=True)
+        elif (folder := settings.output_embedding or info.folder) is None:
+            fix = "name the reference's checkpoint in calibration.output_embedding"
+            self._learner.stop(f"{info.hidden_detail}; {fix}", unavailable=True)
+        else:
+            model = serving.model
+            self._learner.learn_about(LearningTarget(model.name, model.vocab_size, folder, info.hidden_size))
+
+
+class CalibrationNeeds:
+    """Implements `hemostat.shadow.scorer.ScoringNeeds` for the profiles under test and the learner."""
+
+    def __init__(self, settings: Calibration, profiles: ProfileManager, learner: Learner) -> None:
+        self._held_out_fraction = settings.held_out_fraction
+        self._profiles = profiles
+        self._learner = learner
+
+    def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
+        return self._profiles.evaluated_profiles()
+
+    def anchor_sets(self) -> Mapping[str, int]:
+        evaluated = (anchors(profile) for profile in self._profiles.evaluated_profiles())
+        return {anchors_digest(ids): len(ids) for ids in evaluated if ids is not None} | self._learner.anchor_counts
+
+    def needs_hidden_states(self, prompt_key: bytes) -> bool:
+        """Held-out prompts are never learned from."""
+        return self._learner.wants_hidden_states and not held_out(prompt_key, self._held_out_fraction)

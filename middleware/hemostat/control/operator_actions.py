@@ -1,0 +1,202 @@
+"""What operators do through the admin port: import, promote, pin, roll back, set the mode, rebase an alarm.
+
+Where replicas share a store, only the leader decides about profiles. `OperatorActions` carries an action out here where
+this replica leads, else has the leader do so. `LocalActions` is the part that every replica carries out itself, for its
+own operators and for commands from other replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from hemostat.control.learning import LearningSubject
+from hemostat.measurement.alarms import Alarms
+from hemostat.profiles.manager import ProfileManager
+from hemostat.store.errors import StoreErrorLog
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import Store, StoredProfile, StoreFailure
+from hemostat.store.replica import OBEYED_WITHIN, Replica
+from hemostat.store.writer import StoreWriter
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.profiles.profile import CalibrationProfile
+
+MAX_WRITE_SECONDS = 2.0
+"""How long a command of another replica waits for the store before it is answered."""
+
+
+class LocalActions:
+    """Carries out actions at this replica. on_change: called after each."""
+
+    def __init__(
+        self,
+        profiles: ProfileManager,
+        subject: LearningSubject,
+        store: Store,
+        writer: StoreWriter,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._profiles = profiles
+        self._subject = subject
+        self._store = store
+        self._writer = writer
+        self._on_change = on_change
+
+    async def execute(self, action: str, arguments: list[Any]) -> str:
+        """An operator's action, here or at another replica; its result. HemostatError."""
+        result = ""
+        match action, arguments:
+            case "import", [version, scope]:
+                result = self._profiles.operator.import_profile(await self._stored_profile(version), scope)
+            case "promote", [version, scope]:
+                self._profiles.operator.promote(version, scope)
+            case "pin", [None]:
+                self._profiles.operator.unpin()
+            case "pin", [version]:
+                self._profiles.operator.pin(version)
+            case "rollback", [reason, scope]:
+                self._profiles.operator.roll_back(reason, scope)
+            case "mode", ["off" | "observe" | "auto" as mode]:
+                self._profiles.operator.set_mode(mode)
+                self._subject.update()
+            case _:
+                raise HemostatError(f"{action}: not known to the leader; do all replicas run the same version?")
+        self._on_change()
+        return result
+
+    async def execute_command(self, action: str, arguments: list[Any]) -> str:
+        """Another replica's command: when this returns, the result can be read in the store."""
+        result = await self.execute(action, arguments)
+        await self._writer.wait_until_written(MAX_WRITE_SECONDS)
+        return result
+
+    async def _stored_profile(self, version: str) -> CalibrationProfile:
+        profile = self._profiles.catalogue.get(version)
+        if profile is not None:
+            return profile
+        stored = await asyncio.to_thread(self._store.get_profile, version)
+        if stored is None:
+            raise HemostatError(f"profile {version} is not in the store any more; import it again")
+        return await asyncio.to_thread(CalibrationProfile.from_bytes, stored.data, version)
+
+
+class ModeOverride:
+    """The mode that an operator set at this replica, until the leader has set it too.
+
+    Without it, what the store still holds would undo the operator's action here for a moment.
+    """
+
+    def __init__(self, configured: str) -> None:
+        """configured: `calibration.mode`, with which the store keeps an operator's choice."""
+        self._configured = configured
+        self._mode: str | None = None
+        self._until = math.inf
+
+    def begin(self, mode: str) -> None:
+        self._mode, self._until = mode, math.inf
+
+    def end(self) -> None:
+        self._mode = None
+
+    def apply(self, states: dict[str, str | None], now: float) -> None:
+        """Put it in place of what the store holds; it ends once the leader has set the same, or had time to.
+        now: monotonic seconds."""
+        if self._mode is None:
+            return
+        self._until = min(self._until, now + OBEYED_WITHIN)
+        if now > self._until or (states["mode"] or "").endswith(f" {self._mode}"):
+            self._mode = None
+        else:
+            states["mode"] = f"{self._configured} {self._mode}"
+
+
+class OperatorActions:
+    """Implements what the admin port calls.
+
+    replica: None without a store that replicas share. wall: Unix time. on_change: called after an import.
+    """
+
+    def __init__(
+        self,
+        local: LocalActions,
+        profiles: ProfileManager,
+        alarms: Alarms,
+        store: Store,
+        writer: StoreWriter,
+        errors: StoreErrorLog,
+        lease: Lease,
+        replica: Replica | None,
+        override: ModeOverride,
+        wall: Callable[[], float],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._local = local
+        self._profiles = profiles
+        self._alarms = alarms
+        self._store = store
+        self._writer = writer
+        self._errors = errors
+        self._lease = lease
+        self._replica = replica
+        self._override = override
+        self._wall = wall
+        self._on_change = on_change
+
+    async def import_profile(self, data: bytes, scope: str) -> str:
+        """A profile to be tested; its version. InvalidProfileError, HemostatError."""
+        profile = await asyncio.to_thread(CalibrationProfile.from_bytes, data)
+        if self._replica is None or self._lease.leads:
+            version = self._profiles.operator.import_profile(profile, scope)
+            self._on_change()
+            return version
+        try:
+            stored = StoredProfile(profile.version, data, self._wall())
+            await asyncio.to_thread(self._store.put_profile, stored)
+        except StoreFailure as failure:
+            self._errors.record(failure)
+            raise HemostatError(f"the leading replica cannot be asked: {failure}") from None
+        return await self._execute("import", profile.version, scope)
+
+    async def promote(self, version: str, scope: str) -> None:
+        await self._execute("promote", version, scope)
+
+    async def pin(self, version: str | None) -> None:
+        """None unpins."""
+        await self._execute("pin", version)
+
+    async def rollback(self, reason: str, scope: str | None) -> None:
+        """scope: None for all."""
+        await self._execute_at_once("rollback", reason, scope)
+
+    async def rebase(self, route: str) -> dict[str, Any]:
+        """The route learns a new baseline for its alarm, at this replica: each has alarms of its own. Their report."""
+        self._alarms.rebase(route)
+        return self._alarms.report()
+
+    async def set_mode(self, mode: str) -> None:
+        if not self._lease.leads:
+            # Here first: the leader may be slow to answer, or gone.
+            self._override.begin(mode)
+            await self._local.execute("mode", [mode])
+        if await self._execute_at_once("mode", mode):
+            self._override.end()
+
+    async def _execute(self, action: str, *arguments: str | None) -> str:
+        """Here where this replica leads, else by the leader."""
+        if self._replica is None or self._lease.leads:
+            return await self._local.execute(action, list(arguments))
+        return await self._replica.ask(action, *arguments)
+
+    async def _execute_at_once(self, action: str, *arguments: str | None) -> bool:
+        """An action that ends something is carried out here even when the store does not answer, and everywhere as soon
+        as it does. False in the first case."""
+        if self._replica is not None and not self._replica.reachable and not self._lease.leads:
+            await self._local.execute(action, list(arguments))
+            self._writer.send_command(secrets.token_hex(8), json.dumps([action, *arguments]))
+            return False
+        await self._execute(action, *arguments)
+        return True

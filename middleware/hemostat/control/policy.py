@@ -1,0 +1,80 @@
+"""Builds the policy, which tells relays what to do from now on, and sends it when anything in it has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from hemostat.config.schema import Settings
+from hemostat.engines.registry import EngineRegistry
+from hemostat.ipc.control_end import RelayLink
+from hemostat.ipc.messages import Policy
+from hemostat.profiles.manager import ProfileManager
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.shadow.limits import Breaker, BreakerState
+from hemostat.store.lease import Lease
+
+
+class PolicyPublisher:
+    """Owns the last policy that was sent, and its generation. clock: monotonic seconds."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        link: RelayLink,
+        engines: EngineRegistry,
+        profiles: ProfileManager,
+        monitor: ReferenceMonitor,
+        breaker: Breaker,
+        lease: Lease,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._link = link
+        self._engines = engines
+        self._profiles = profiles
+        self._monitor = monitor
+        self._breaker = breaker
+        self._lease = lease
+        self._clock = clock
+        self._last: Policy | None = None
+        self.generation = 0
+        """Number of policies that were sent."""
+
+    def publish(self) -> None:
+        """Send relays the policy if it is not the last one that was sent; have engines hold what it names."""
+        self._engines.want(self._profiles.engine_versions())
+        self._engines.leads = self._lease.leads
+        policy = self._policy(self._clock())
+        if policy != self._last:
+            self._last = policy
+            self.generation += 1
+            self._link.set_policy(msgspec.structs.replace(policy, generation=self.generation))
+
+    def _policy(self, now: float) -> Policy:
+        """Without its generation. now: monotonic seconds."""
+        shadow, calibration, profiles = self._settings.shadow, self._settings.calibration, self._profiles
+        return Policy(
+            generation=0,
+            mode=profiles.serving.mode,
+            shadow_rate=shadow.rate,
+            shadow_seed=shadow.seed,
+            shadow_allow_on=shadow.allow_on,
+            shadow_top_k=shadow.top_k,
+            shadow_max_tokens=shadow.max_tokens,
+            scoring=self._monitor.ready and self._breaker.state(now) is not BreakerState.OPEN,
+            tap=bool(self._engines.live(now)),
+            serving=profiles.serving.version,
+            forced=profiles.serving.forced,
+            scope=calibration.scope,
+            scoped=profiles.serving.version_by_scope,
+            control_fraction=calibration.control_fraction,
+            acknowledged=self._engines.acknowledged(now),
+            labels=frozenset(self._settings.labels),
+            apply=calibration.apply,
+            unscorable_models=self._monitor.pair.unscorable_adapters,
+            replica=self._engines.replica,
+            openai_sampling_defaults=self._settings.upstream.openai_sampling_defaults,
+            **profiles.request_parameters(),
+        )

@@ -1,0 +1,77 @@
+"""How captures end: scored, skipped (it can never be scored) or dropped (it could not be scored now), and why.
+
+The reasons for which a sampled request never becomes a capture are those of the relays (`hemostat.openai.requests`,
+`hemostat.shadow.interceptor`); the label values are the same metric's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from enum import StrEnum
+
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat.reference.protocol import ReferenceFailure
+from hemostat_calibration.errors import InvalidRecordError
+
+
+class Outcome(StrEnum):
+    SCORED = "scored"
+    SKIPPED = "skipped"
+    DROPPED = "dropped"
+
+
+class SkipReason(StrEnum):
+    """Why a capture can never be scored."""
+
+    UNKNOWN_MODEL = "unknown_model"
+    """The answer names a model that the server does not list."""
+    MIXED_PROFILE = "mixed_profile"
+    """The profile changed in the middle of the answer."""
+    APPLIED_UNKNOWN = "applied_unknown"
+    """The engine has not reported which profile it applied."""
+    REFERENCE_TOO_LONG = "reference_too_long"
+    """Longer than the reference's context."""
+    REFERENCE_NO_ADAPTER = "reference_no_adapter"
+    """The reference does not serve the LoRA adapter any more."""
+
+
+class DropReason(StrEnum):
+    """Why a capture was not scored, though it could have been at another time."""
+
+    QUEUE_FULL = "queue_full"
+    REFERENCE_NOT_READY = "reference_not_ready"
+    BREAKER_OPEN = "breaker_open"
+    INTERNAL_ERROR = "internal_error"
+
+
+def invalid_record(error: InvalidRecordError) -> str:
+    """Reason of a skip: the record failed a check of its form."""
+    return f"invalid_{error.reason}"
+
+
+def reference_failed(failure: ReferenceFailure) -> str:
+    """Reason of a drop."""
+    return f"reference_{failure.reason}"
+
+
+class EndingCounts:
+    """Counts by outcome and reason, since the start."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[Outcome, str]] = Counter()
+
+    def count(self, outcome: Outcome, reason: str = "") -> None:
+        self._counts[outcome, str(reason)] += 1
+
+    @property
+    def scored(self) -> int:
+        return self._counts[Outcome.SCORED, ""]
+
+    def by_reason(self, outcome: Outcome) -> dict[str, int]:
+        return {reason: count for (which, reason), count in self._counts.items() if which == outcome}
+
+    def samples(self) -> Iterator[Sample]:
+        for labels, count in self._counts.items():
+            yield Sample(names.SHADOW_REQUESTS, labels, count)

@@ -1,0 +1,225 @@
+"""From a capture to a scored record, and from there to everything that uses records.
+
+    relays -> ScoringPipeline.receive -> queue -> Scorer -> use_record -> measurements, alarms, records file,
+                                                                           noise floor, tracing, profiles, learner
+
+Fail open: whatever a user of records does wrong is counted or logged, and the capture before and the one after it are
+scored all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from hemostat.config.schema import Settings
+from hemostat.engines.registry import EngineRegistry
+from hemostat.ipc.messages import Capture
+from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.measurements import Measurements
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat.profiles.manager import ProfileManager
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.protocol import Reference
+from hemostat.shadow.endings import DropReason, EndingCounts, Outcome
+from hemostat.shadow.limits import Breaker, ShadowQueue, TokenBudget
+from hemostat.shadow.noise_floor import NoiseFloorMeter
+from hemostat.shadow.records_file import RecordsFile
+from hemostat.shadow.scorer import Scorer, ScoringNeeds
+from hemostat.tracing import Tracing
+from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.divergence.record_gains import RecordGains
+from hemostat_calibration.profiles.profile import IDENTITY
+from hemostat_calibration.records import TokenRecord
+
+log = logging.getLogger("hemostat.control")
+
+BUDGET_BURST_SECONDS = 10.0
+"""The reference's token budget may be saved up for this long."""
+WORKERS = {"transformers": 2, "vllm": 4}
+"""Captures that are scored at a time, by `reference.backend`. Two where the reference scores one at a time: the codes
+of the next one are computed meanwhile."""
+TRACED_FIGURES = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compressed")
+"""Attributes of the shadow span: means over the request's tokens."""
+
+
+class RecordLearner(Protocol):
+    """Of `hemostat.learner.Learner`."""
+
+    def offer(self, record: TokenRecord, scope: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RecordUsers:
+    """Who is handed every scored record. records: None without `records.path`. tracing: None without an endpoint."""
+
+    measurements: Measurements
+    alarms: Alarms
+    profiles: ProfileManager
+    learner: RecordLearner
+    records: RecordsFile | None
+    tracing: Tracing | None
+
+
+class ScoringPipeline:
+    """Owns the shadow queue, the token budget, the scorer and the noise floor's meter, and counts how captures end.
+
+    reference: None with `reference.backend: none`; then every capture is dropped.
+    compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
+    clock: monotonic seconds.
+    on_change: called after every record: what it led to may change what relays do.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        monitor: ReferenceMonitor,
+        engines: EngineRegistry,
+        needs: ScoringNeeds,
+        users: RecordUsers,
+        *,
+        reference: Reference | None,
+        compressed_scorer: Reference | None,
+        breaker: Breaker,
+        clock: Callable[[], float],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._monitor = monitor
+        self._users = users
+        self._clock = clock
+        self._on_change = on_change
+        self._rate = settings.shadow.rate if reference is not None else None
+        self._workers = WORKERS.get(settings.reference.backend, 1)
+        self.endings = EndingCounts()
+        self.received = 0
+        """Captures from relays."""
+        self.calibration_errors = 0
+        """Records that calibration could neither learn from nor judge by: a bug."""
+        self.queue = ShadowQueue(settings.shadow.max_queue)
+        self.scorer: Scorer | None = None
+        self.noise_floor: NoiseFloorMeter | None = None
+        if reference is None:
+            return
+        shadow = settings.shadow
+        rate = shadow.reference_tokens_per_second
+        budget = TokenBudget(rate, max(rate * BUDGET_BURST_SECONDS, 1.0))
+        if compressed_scorer is not None:
+            self.noise_floor = NoiseFloorMeter(
+                fraction=shadow.floor_fraction,
+                seed=shadow.seed,
+                budget=budget,
+                compressed=compressed_scorer,
+                reference=reference,
+                emit=self.use_self_record,
+                clock=clock,
+            )
+        self.scorer = Scorer(
+            reference,
+            monitor,
+            engines,
+            needs,
+            queue=self.queue,
+            budget=budget,
+            breaker=breaker,
+            endings=self.endings,
+            emit=self.use_record,
+            clock=clock,
+            profile_in_request=settings.calibration.apply == "request",
+        )
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        """What has to run, until cancelled; nothing without a reference."""
+        found = []
+        if self.scorer is not None:
+            found.append(self.scorer.run(self._workers))
+        if self.noise_floor is not None:
+            found.append(self.noise_floor.run())
+        return found
+
+    @property
+    def pending(self) -> int:
+        """Captures that have no ending yet."""
+        return self.scorer.pending if self.scorer is not None else 0
+
+    @property
+    def reference_tokens(self) -> int:
+        """Prompt and output tokens that the reference has scored."""
+        return self.scorer.reference_tokens if self.scorer is not None else 0
+
+    def samples(self) -> Iterator[Sample]:
+        yield from self.endings.samples()
+        yield from self.queue.samples(self._clock())
+        if self._rate is not None:
+            yield Sample(names.SHADOW_RATE_RATIO, (), self._rate)
+        if self.scorer is not None:
+            yield from self.scorer.samples()
+        else:
+            yield Sample(names.REFERENCE_TOKENS, (), 0.0)
+        if self.noise_floor is not None:
+            yield from self.noise_floor.samples()
+        yield Sample(names.CALIBRATION_ERRORS, (), self.calibration_errors)
+        recovered = self._users.measurements.recovered(self._users.profiles.serving.reported) or {}
+        if recovered.get("estimate") is not None:
+            yield Sample(names.RECOVERED_DIVERGENCE_RATIO, (), recovered["estimate"])
+
+    def receive(self, capture: Capture) -> None:
+        """A capture from a relay."""
+        self.received += 1
+        if self.scorer is None or not self._monitor.ready:
+            self.endings.count(Outcome.DROPPED, DropReason.REFERENCE_NOT_READY)
+        else:
+            self.scorer.offer(capture)
+
+    def use_record(self, record: TokenRecord, capture: Capture) -> None:
+        """A scored record, from the scorer."""
+        users, profiles, gains = self._users, self._users.profiles, RecordGains(record)
+        figures = users.measurements.observe(
+            record,
+            profiles.calibrated_profile(record),
+            profiles.catalogue.get(record.applied),
+            held_out=profiles.is_held_out(record),
+            gains=gains,
+        )
+        if users.records is not None:
+            users.records.write(capture, record, figures)
+        users.alarms.observe(record, figures)
+        if self.noise_floor is not None and record.model in self._monitor.pair.models:
+            self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record)
+        if users.tracing is not None and capture.traceparent:
+            self._trace(users.tracing, record, capture, figures)
+        try:
+            profiles.observe(record, gains)
+            if profiles.may_learn(record):
+                users.learner.offer(record, profiles.scope_of(record))
+        except Exception:
+            # The record has been measured by now: a bug in calibration must not take that back.
+            self.calibration_errors += 1
+            log.exception("calibration could not use the record of %s", capture.request_id)
+        self._on_change()
+
+    def use_self_record(self, model: str, record: TokenRecord) -> None:
+        self._users.alarms.observe_floor(model, self._users.measurements.observe_floor(model, record))
+
+    def _trace(self, tracing: Tracing, record: TokenRecord, capture: Capture, figures: TokenDivergence) -> None:
+        try:
+            tracing.record_score(
+                capture.traceparent,
+                capture.model,
+                seconds=self._clock() - capture.captured_at,
+                results={name: float(np.mean(getattr(figures, name))) for name in TRACED_FIGURES},
+                attributes={
+                    "request.id": capture.request_id,
+                    "arm": str(record.arm),
+                    "tokens": record.tokens,
+                    "reference.model": record.reference_model,
+                    "profile": record.applied or IDENTITY,
+                    "bound": figures.bound,
+                },
+            )
+        except Exception:
+            log.exception("score of %s could not be traced", capture.request_id)

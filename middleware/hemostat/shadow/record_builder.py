@@ -1,0 +1,188 @@
+"""From a capture's bytes, the engine's tap and the reference's scores to one validated `TokenRecord`. No IO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+import numpy as np
+
+from hemostat.engines.registry import TapResult
+from hemostat.ipc.messages import Capture
+from hemostat.reference.protocol import ReferenceInfo, ReferenceScores
+from hemostat_calibration.arrays import Floats, Ids
+from hemostat_calibration.errors import InvalidRecordError
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import anchors, anchors_digest, code
+from hemostat_calibration.records import Arm, Candidates, Features, Sampling, Shift, TokenRecord, validate
+from hemostat_calibration.statistics.split import prompt_key
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureArrays:
+    """A capture's bytes as arrays.
+
+    prompt: int32 [P]. output: int32 [T]. candidates: [T, top_k + 1], log-probabilities in nats.
+    emitted: float64 [T], log-probability of each output token, nats.
+    """
+
+    prompt: Ids
+    output: Ids
+    candidates: Candidates
+    emitted: Floats
+
+
+def decode_capture(capture: Capture) -> CaptureArrays:
+    """InvalidRecordError ("shape", "empty") where the lengths do not fit each other, or there is no token."""
+    try:
+        prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
+        output = np.frombuffer(capture.output_token_ids, "<i4").astype(np.int32)
+        shape = (len(output), capture.top_k + 1)
+        ids = np.frombuffer(capture.candidate_ids, "<i4").astype(np.int32).reshape(shape)
+        logprobs = np.frombuffer(capture.candidate_logprobs, "<f4").astype(np.float64).reshape(shape)
+        emitted = np.frombuffer(capture.emitted_logprobs, "<f4").astype(np.float64).reshape(len(output))
+    except ValueError as error:
+        raise InvalidRecordError("shape", f"capture {capture.request_id}: {error}") from error
+    if not len(prompt) or not len(output):
+        raise InvalidRecordError("empty", f"capture {capture.request_id}: no prompt or no output")
+    return CaptureArrays(prompt, output, Candidates(ids, logprobs), emitted)
+
+
+def check_vocabulary(arrays: CaptureArrays, vocab_size: int) -> None:
+    """InvalidRecordError ("ids") for an id outside the reference's vocabulary: on some devices looking it up would end
+    the reference's process."""
+    for name, ids, smallest in (
+        ("prompt", arrays.prompt, 0),
+        ("output", arrays.output, 0),
+        ("candidate", arrays.candidates.ids, -1),  # -1 pads
+    ):
+        if ids.min() < smallest or ids.max() >= vocab_size:
+            raise InvalidRecordError("ids", f"{name} ids are outside the reference's vocabulary of {vocab_size}")
+
+
+def build_record(
+    capture: Capture,
+    arrays: CaptureArrays,
+    scores: ReferenceScores,
+    info: ReferenceInfo,
+    tap: TapResult | None,
+    versions: Iterable[str],
+    features: Features | None = None,
+    codes: Mapping[str, Floats] = MappingProxyType({}),
+    *,
+    profile_in_request: bool = False,
+) -> TokenRecord:
+    """Join what the relay captured, the engine tapped and the reference scored; InvalidRecordError where they do not
+    fit each other.
+
+    versions: of the profiles whose effect the reference was asked for.
+    features: the tap's, aligned to the output (`align_features`). codes: by version, float64 [T, r], `profile_codes`.
+    profile_in_request: a requested profile was applied through the request's own sampling parameters
+        (`calibration.apply: request`), of which the engine's plugin knows nothing.
+    """
+    tokens = len(arrays.output)
+    unknown = np.full(tokens, np.nan)
+    applied = capture.requested if profile_in_request else tap.applied if tap else None
+    names = set(versions) | (set(tap.log_normalizer) if tap else set()) | set(scores.expected_shift)
+    shifts = {
+        version: Shift(
+            expected=scores.expected_shift.get(version, unknown),
+            log_normalizer=_align(tap.log_normalizer.get(version), tokens) if tap else unknown,
+            code=codes.get(version),
+        )
+        for version in names
+    }
+    return validate(
+        TokenRecord(
+            vocab_size=info.vocab_size,
+            prompt_key=prompt_key(arrays.prompt),
+            output_ids=arrays.output,
+            compressed=arrays.candidates,
+            reference_at=scores.at,
+            reference=scores.top,
+            compressed_emitted=arrays.emitted,
+            reference_emitted=scores.emitted,
+            reference_entropy=scores.entropy,
+            sampling=Sampling(capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p),
+            # A request whose profile the engine did not apply (it may just have lost it) belongs to neither arm.
+            arm=Arm(capture.arm) if applied == capture.requested else Arm.NONE,
+            requested=capture.requested,
+            applied=applied,
+            shifts=shifts,
+            features=features,
+            reference_hidden=scores.hidden,
+            request_id=capture.request_id,
+            route=capture.route,
+            model=capture.model,
+            label=capture.label,
+            compressed_model=capture.model,
+            reference_model=info.digest,
+            reference_dtype=info.dtype,
+            engine_boot=tap.boot_id if tap else "",
+        )
+    )
+
+
+def _align(values: Floats | None, tokens: int) -> Floats:
+    """The engine's numbers by output position, NaN where it gave none: it may be a token ahead, or have lost some."""
+    aligned = np.full(tokens, np.nan)
+    if values is not None:
+        n = min(tokens, len(values))
+        aligned[:n] = values[:n]
+    return aligned
+
+
+class FeatureReason(StrEnum):
+    """Why the engine's features of a request cannot be used."""
+
+    NO_TAP = "no_tap"
+    """The engine reported nothing about the request."""
+    NOT_SENT = "not_sent"
+    OTHER_ANCHORS = "other_anchors"
+    """They are of a set of anchors that no profile and no learner reads."""
+    SHAPE = "shape"
+    NOT_FINITE = "not_finite"
+    MASKED = "masked"
+    """An anchor was masked, or a row is missing, at every position."""
+
+
+class FeatureError(Exception):
+    """The engine's features of a request cannot be used; all else of the request can."""
+
+    def __init__(self, reason: FeatureReason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def align_features(features: Features | None, tokens: int, anchor_sets: Mapping[str, int]) -> Features:
+    """The engine's features by output position, float32 [T, N]; a row of NaN where it gave none. FeatureError.
+
+    anchor_sets: the sets of anchors that are of use: digest -> number of anchors, N.
+    """
+    if features is None:
+        raise FeatureError(FeatureReason.NOT_SENT)
+    if features.anchors not in anchor_sets:
+        raise FeatureError(FeatureReason.OTHER_ANCHORS)
+    given = features.values[:tokens]
+    if given.ndim != 2 or given.shape[1] != anchor_sets[features.anchors]:
+        raise FeatureError(FeatureReason.SHAPE)
+    unknown = np.isnan(given)
+    if np.isinf(given).any() or (unknown.any(axis=1) != unknown.all(axis=1)).any():
+        raise FeatureError(FeatureReason.NOT_FINITE)
+    values = np.full((tokens, given.shape[1]), np.nan, np.float32)
+    values[: len(given)] = given
+    if np.isnan(values).all():
+        raise FeatureError(FeatureReason.MASKED)
+    return Features(features.anchors, values)
+
+
+def profile_codes(profiles: Iterable[CalibrationProfile], features: Features) -> dict[str, Floats]:
+    """By version, the code of each position for the profiles that read these features' anchors: float64 [T, r]."""
+    found = {}
+    for profile in profiles:
+        ids = anchors(profile)
+        if ids is not None and anchors_digest(ids) == features.anchors:
+            found[profile.version] = code(profile, features.values)
+    return found
