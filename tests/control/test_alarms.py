@@ -16,7 +16,7 @@ from tests.support.records import Truth, log_softmax, make_record
 from tests.support.samples import values
 
 from hemostat.config import schema as config
-from hemostat.measurement.alarms import STATE, Alarms
+from hemostat.measurement.alarms import STATE_KEY, Alarms
 from hemostat.measurement.figures import MODELS
 from hemostat.store.memory import MemoryStore
 from hemostat_calibration.divergence.per_token import divergence
@@ -87,7 +87,7 @@ def test_the_budget_is_above_the_floor_and_waits_for_it() -> None:
     assert bench.alarms.report()["floor_upper_nats"] is None
     for seed in range(200):
         for model in MODELS:
-            bench.alarms.observe_floor(model, divergence(record(seed, 0.02)))
+            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)))
     floor = bench.alarms.report()["floor_upper_nats"]
     assert 0.0 < floor < 0.02
     bench.feed(range(40, 120), 1.0)
@@ -108,8 +108,8 @@ def test_a_restart_goes_on_where_it_was() -> None:
     bench = Bench(baseline_tokens=2000)
     bench.feed(range(60), 0.1)
     bench.feed(range(60, 70), 0.6)
-    bench.alarms.keep()
-    kept = bench.store.get_state(STATE)
+    bench.alarms.save()
+    kept = bench.store.get_state(STATE_KEY)
     again = Bench(baseline_tokens=2000)
     again.alarms.restore(kept, bench.events())
     assert again.alarms.report()["tests"] == bench.alarms.report()["tests"]

@@ -23,7 +23,7 @@ from tests.support.control import TOKEN
 
 from hemostat.admin import history as overview
 from hemostat.admin.app import ASSETS
-from hemostat.admin.history import HISTORY_POINTS, RECENT, History
+from hemostat.admin.history import MAX_POINTS, RECENT, History
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
@@ -316,17 +316,17 @@ def test_history_forgets_and_is_of_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     history = History()
     assert history.due(0.0)
     assert history.report() == {name: [] for name in ("time", *History.NAMES)}
-    for n in range(HISTORY_POINTS + 100):
+    for n in range(MAX_POINTS + 100):
         history.add(10.0 * n, 1000.0 + n, status(n))
     assert not history.due(10.0 * n + 9.9)
     assert history.due(10.0 * n + 10.0)
     report = history.report()
-    assert {len(column) for column in report.values()} == {HISTORY_POINTS}
+    assert {len(column) for column in report.values()} == {MAX_POINTS}
     assert report["time"][0] == 1100.0
-    assert report["kl_low"] == report["floor"] == report["recovered"] == [None] * HISTORY_POINTS
+    assert report["kl_low"] == report["floor"] == report["recovered"] == [None] * MAX_POINTS
     assert report["requests"][-1] == n
     assert history.report(1000.0 + n)["time"] == []
-    assert overview.HISTORY_EVERY * HISTORY_POINTS == 6 * 3600
+    assert overview.POINT_SECONDS * MAX_POINTS == 6 * 3600
 
 
 def test_the_recent_mean_is_that_of_the_last_tokens() -> None:

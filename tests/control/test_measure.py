@@ -17,7 +17,7 @@ from tests.support.samples import histograms, values
 from tests.support.world import V, World
 
 from hemostat.measurement.figures import FIGURES, KL_CAP
-from hemostat.measurement.measurements import DECODINGS, HEADLINE, KL_EDGES, VERSIONS_KEPT, Measurements
+from hemostat.measurement.measurements import DECODINGS, HEADLINE, KL_EDGES, MAX_VERSIONS, Measurements
 from hemostat.shadow.records_file import RecordsFile
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
@@ -196,14 +196,14 @@ def test_few_requests_are_json_too(requests: int) -> None:
 def test_figures_of_profiles_long_unseen_go() -> None:
     measured = Measurements()
     record = records(1)[0]
-    many = [profile_of(seed) for seed in range(VERSIONS_KEPT + 3)]
+    many = [profile_of(seed) for seed in range(MAX_VERSIONS + 3)]
     for profile in many:
         measured.observe(record, profile, None)
         measured.observe(record, many[0], None)
     assert measured.summary(many[0].version)["requests"] == len(many) + 1, "seen all the time"
     assert measured.summary(many[-1].version)["requests"] == 1
     assert measured.gained(many[1].version) is None
-    assert len(measured._after) == VERSIONS_KEPT
+    assert len(measured._after) == MAX_VERSIONS
 
 
 def test_labels_are_bounded() -> None:
@@ -262,7 +262,7 @@ def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
     given = records(40)
     for record in given:
         measured.observe(record, None, None)
-    report = measured.trajectories.report()
+    report = measured.survival.report()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     greedy = sum(record.sampling.greedy for record in given)
     assert report["greedy"]["requests"] == greedy
@@ -280,7 +280,7 @@ def test_trajectories_are_of_the_kind_of_text_that_was_written() -> None:
     assert by_tv["lower"] <= by_tv["upper"]
     treated = Measurements()
     treated.observe(replace(given[1], applied="a" * 32), None, None)
-    assert treated.trajectories.report() == {}, "of the compressed model itself"
+    assert treated.survival.report() == {}, "of the compressed model itself"
 
 
 def test_figures_stand_apart_by_decoding() -> None:
@@ -289,7 +289,7 @@ def test_figures_stand_apart_by_decoding() -> None:
     for n, record in enumerate(given):
         unknown = Sampling(temperature=math.nan)
         measured.observe(replace(record, sampling=unknown) if n % 5 == 4 else record, None, None)
-    report = {told["strategy"]: told for told in measured.strategies.report()}
+    report = {told["strategy"]: told for told in measured.by_decoding.report()}
     assert list(report) == ["greedy", "t1", "unknown"]
     assert sum(told["requests"] for told in report.values()) == 30
     assert report["unknown"]["drawn_from"] is None
@@ -312,14 +312,14 @@ def test_excess_is_over_both_models_own_noise() -> None:
     for record in records(5):
         measured.observe(record, None, None)
     assert measured.excess() == {}
-    assert measured.floor() == {}
+    assert measured.noise_floor() == {}
     noise = WORLD.truth(1)
     near = make_record(Truth(noise.reference, log_softmax(noise.reference + 1e-3), noise.emitted), 20)
     far = make_record(noise, 20)
-    measured.observe_floor("compressed", near)
+    measured.observe_noise_floor("compressed", near)
     assert measured.excess() == {}, "one floor is not enough"
-    measured.observe_floor("reference", far)
-    raw, floors = measured.summary(None), measured.floor()
+    measured.observe_noise_floor("reference", far)
+    raw, floors = measured.summary(None), measured.noise_floor()
     gauges = values(measured.samples())
 
     def of(told: dict[str, Any], name: str) -> float:

@@ -16,7 +16,7 @@ from hemostat.control.composition import Control
 from hemostat.engines.registry import EngineReport
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
 from hemostat.profiles.decisions import DECISIONS
-from hemostat.shadow.endings import DropReason, Outcome
+from hemostat.shadow.endings import Outcome, ScoringDropReason
 
 CONTRACT = {
     "hemostat_requests_total": {"route", "outcome"},
@@ -107,7 +107,7 @@ async def test_relays_and_control_count_into_the_same_family_and_restarts_take_n
             await connect_relay(one, tmp_path, 1, relay_stats(3)),
             await connect_relay(one, tmp_path, 2, relay_stats(4)),
         )
-        one.pipeline.endings.count(Outcome.DROPPED, DropReason.QUEUE_FULL)
+        one.pipeline.endings.count(Outcome.DROPPED, ScoringDropReason.QUEUE_FULL)
         before = samples(scrape(one))
         ok = ("hemostat_requests_total", (("outcome", "ok"), ("route", "/v1/completions")))
         assert before[ok] == 7

@@ -239,7 +239,7 @@ class Control:
         for scorer in (self.reference, self.compressed_scorer):
             if scorer is not None:
                 await scorer.close()
-        self.alarms.keep()
+        self.alarms.save()
         with contextlib.suppress(StoreUnreachable):
             await self.writer.drain()
             if self.replica is not None:

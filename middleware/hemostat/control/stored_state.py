@@ -9,7 +9,7 @@ from typing import Any
 
 from hemostat.control.learning import LearningSubject
 from hemostat.control.operator_actions import ModeOverride
-from hemostat.measurement.alarms import STATE as ALARM_STATE
+from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
@@ -95,7 +95,7 @@ class StoredState:
         """This replica leads now: write all that a restart needs. stored: versions of the profiles in the store."""
         self._errors.clear()
         self._profiles.restoring.write_all(stored)
-        self._alarms.keep()
+        self._alarms.save()
 
 
 def _events(events: list[dict[str, Any]], *, alarm: bool) -> list[dict[str, Any]]:

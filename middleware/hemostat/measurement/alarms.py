@@ -1,8 +1,8 @@
-"""The hemorrhage alarm while serving: feeds its tests, says what they say, tells log and store when one goes off.
+"""The hemorrhage alarm while serving: feeds its tests, reports them, and logs and stores every change.
 
-Two tests on every route (see `hemostat_calibration.alarm`): *budget*, the divergence beyond the noise floor passed what
-`alarm.budget_nats` allows; *change*, the stream no longer is what its first `alarm.baseline_tokens` were. One
-false-alarm probability, `alarm.alpha`, holds for all of them and the whole run.
+Two tests on every route (see `hemostat_calibration.alarm`): *budget*, the divergence beyond the noise floor exceeds
+`alarm.budget_nats`; *change*, the stream differs from its first `alarm.baseline_tokens`. `alarm.alpha` is the
+false-alarm probability of all of them together, over the whole run.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from hemostat_calibration.statistics.confidence import ClippedMean
 
 log = logging.getLogger("hemostat.alarm")
 
-EVENTS_HELD = 100
-STATE = "alarm"
-"""Of the store."""
-SAVED_EVERY = 60.0
-"""Seconds: what was seen since then is seen anew after a restart, what was spent is not spent anew."""
+MAX_EVENTS = 100
+STATE_KEY = "alarm"
+"""Of the state in the store."""
+SAVE_SECONDS = 60.0
+"""Pause between writes of the state. After a restart, evidence since the last one is lost; no alpha is spent twice."""
 
 
 class Alarms:
     """Lives in the control process's event loop.
 
-    floors: names of the models whose noise floors add up to the whole; none: the floor is not measured, and the budget
-        is on the divergence itself.
+    floors: names of the models whose noise floors add up to the total; none: the floor is not measured, and the budget
+        applies to the divergence itself.
     state_writes: for the state of the tests. event_writes: for each alarm that is raised or cleared. wall: Unix time.
     """
 
@@ -62,7 +62,7 @@ class Alarms:
         self._wall = wall
         self._saved_at = wall()
         self._raised: dict[tuple[str, str], bool] = {}
-        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_HELD)
+        self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
         """One scored request, its raw figures."""
@@ -70,12 +70,12 @@ class Alarms:
         observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record))
         self._state = alarm.update(self._state, record.route, observation, self._floor())
         for reading in alarm.readings(self._state):
-            self._tell(reading)
-        if now - self._saved_at >= SAVED_EVERY:
-            self.keep()
+            self._note(reading)
+        if now - self._saved_at >= SAVE_SECONDS:
+            self.save()
 
-    def observe_floor(self, model: str, figures: TokenDivergence) -> None:
-        """A record in which `model` stands on both sides."""
+    def observe_noise_floor(self, model: str, figures: TokenDivergence) -> None:
+        """The figures of a record with `model` on both sides."""
         if model in self._floors:
             self._floors[model] = self._floors[model].update(figures.kl_rc)
 
@@ -87,11 +87,11 @@ class Alarms:
         unknown = any(high >= floor.cap for high, floor in zip(highs, self._floors.values(), strict=False))
         return math.inf if unknown else sum(highs)
 
-    def _tell(self, reading: alarm.Reading) -> None:
+    def _note(self, reading: alarm.Reading) -> None:
         key, raised = (reading.route, str(reading.kind)), reading.raised is not None
         if self._raised.get(key, False) != raised:
             why = f"{reading.kind} alarm {'raised' if raised else 'cleared'} on {reading.route}"
-            event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": told(reading)}
+            event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": to_json(reading)}
             self.events.append(event)
             log.warning("%s", why)
             self._event_writes.append_event(event)
@@ -100,29 +100,29 @@ class Alarms:
     # --- what operators do -----------------------------------------------------------------------------------------
 
     def rebase(self, route: str) -> None:
-        """What the route is from now on is its new baseline. HemostatError for a route that nothing is known of."""
+        """The route learns a new baseline. HemostatError for a route without a scored request."""
         if route not in self._state.routes:
             known = ", ".join(sorted(self._state.routes)) or "none yet"
             raise HemostatError(f"route {route[:100]!r} is not watched; watched: {known}")
         self._state = alarm.rebase(self._state, route)
         for reading in alarm.readings(self._state):
-            self._tell(reading)
-        self.keep()
+            self._note(reading)
+        self.save()
 
     # --- restarts --------------------------------------------------------------------------------------------------
 
-    def keep(self) -> None:
-        """Queue a write of everything to the store."""
+    def save(self) -> None:
+        """Queue a write of the state."""
         self._saved_at = self._wall()
-        self._state_writes.set_state(STATE, alarm.save(self._state).decode())
+        self._state_writes.set_state(STATE_KEY, alarm.save(self._state).decode())
 
-    def restore(self, kept: str | None, events: list[dict[str, Any]]) -> None:
-        """Take up what an earlier run kept. events: of the store, newest first."""
+    def restore(self, stored: str | None, events: list[dict[str, Any]]) -> None:
+        """Go on from what an earlier run stored. events: newest first."""
         self.events.extend(reversed(events))
-        if kept is None:
+        if stored is None:
             return
         try:
-            self._state = alarm.load(kept.encode(), self._settings)
+            self._state = alarm.load(stored.encode(), self._settings)
         except InvalidArgumentError as error:
             log.error("stored alarm: %s", error)
             return
@@ -139,7 +139,7 @@ class Alarms:
             "budget_nats": self._settings.budget,
             "floor_upper_nats": finite(floor),
             "clears_after_requests": self._settings.clear_after,
-            "tests": [told(reading) for reading in alarm.readings(self._state)],
+            "tests": [to_json(reading) for reading in alarm.readings(self._state)],
             "events": list(reversed(self.events)),
         }
 
@@ -158,7 +158,7 @@ def _part(reading: alarm.Reading) -> float:
     return max(reading.log_evidence, 0.0) / math.log(2.0 / reading.alpha)
 
 
-def told(reading: alarm.Reading) -> dict[str, Any]:
+def to_json(reading: alarm.Reading) -> dict[str, Any]:
     """JSON-ready: `since`, `at` are Unix times of the request with which the evidence began, and completed it."""
     crossing = reading.raised
     return {

@@ -1,7 +1,7 @@
 """The figures by the request's own decoding: greedy, bands of temperature, cut (top-p, top-k, min-p) or not.
 
-Beside the models' own distributions at temperature 1 stands the divergence of what tokens are really drawn from, after
-temperature and cut: the paper finds that decoding amplifies the difference (arXiv 2503.23924).
+In addition to the models' own distributions at temperature 1: the divergence of the distributions that tokens are drawn
+from, after temperature and cut. The paper finds that decoding amplifies the difference (arXiv 2503.23924).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.confidence import ClippedMean
 
 UNKNOWN = "unknown"
-"""The request leaves to the server's defaults what it is decoded with."""
+"""The request leaves its decoding to the server's defaults."""
 STRATEGIES = (*DECODING_LABELS, UNKNOWN)
 
 
@@ -28,7 +28,7 @@ def strategy(record: TokenRecord) -> str:
 
 @dataclass(slots=True)
 class _Drawn:
-    """After decoding: both ends of the two divergences that stay finite where one model drops what the other keeps."""
+    """After decoding: both bounds of the two divergences that are finite even where only one model keeps a token."""
 
     tv_lower: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, 1.0))
     tv_upper: ClippedMean = field(default_factory=lambda: ClippedMean(0.0, 1.0))
@@ -61,8 +61,8 @@ def _ends(lower: ClippedMean, upper: ClippedMean) -> dict[str, Any]:
     }
 
 
-class Strategies:
-    """Raw figures, and those after decoding, by strategy."""
+class ByDecoding:
+    """Raw figures, and those after decoding, by the request's decoding strategy."""
 
     def __init__(self) -> None:
         self._figures: dict[str, StageFigures] = {}
@@ -75,7 +75,7 @@ class Strategies:
             self._drawn.setdefault(name, _Drawn()).add(drawn)
 
     def report(self) -> list[dict[str, Any]]:
-        """In the order of `STRATEGIES`, those that there are. JSON-ready."""
+        """Those with a request, in the order of `STRATEGIES`. JSON-ready."""
         return [
             {
                 "strategy": name,

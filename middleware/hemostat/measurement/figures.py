@@ -1,8 +1,8 @@
-"""The figures of one group of scored requests: which there are, what each of them is, and their intervals.
+"""The figures of one group of scored requests, with their intervals.
 
-Every figure has a name, a kind (a bound from one side, an estimate, exact), the range within which its values are
-averaged, and an interval that is valid at every look, however often it is looked at. The unit of the interval is the
-request: tokens of one request are correlated.
+Every figure has a name, a kind (a one-sided bound, an estimate, exact), the range to which its values are clipped for
+the mean, and a confidence sequence: an interval that is valid at every look. The unit of the interval is the request:
+tokens of one request are correlated.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ COMPRESSED, REFERENCE = "compressed", "reference"
 MODELS = (COMPRESSED, REFERENCE)
 """The two models, as the label `model` of metrics names them."""
 KL_CAP = 20.0
-"""Nats at which a token's KL, and ± at which its log-likelihood ratio, is clipped for the mean: one token in a million
-must not move it. The clipped share stands beside."""
+"""Nats at which a token's KL, and ± at which its log-likelihood ratio, is clipped for the mean, so that one token in a
+million does not change it. The clipped share is reported too."""
 ENTROPY_CAP = math.log(1 << 24)
-"""Of the largest vocabulary that there is."""
+"""Entropy of the uniform distribution over a vocabulary larger than any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
     """values: of a request's tokens, [T], NaN where not available. lo, cap: its range; what lies outside is clipped.
-    kind: what the figure is where the lists do not hold the whole vocabulary. plain: the report has it as a number,
-    with its interval under `ci95`.
+    kind: what the figure is where the lists do not hold the whole vocabulary.
+    plain: the report has it as a number, with its interval under `ci95`.
     """
 
     values: Callable[[TokenDivergence], npt.NDArray[Any]]
@@ -84,7 +84,8 @@ class StageFigures:
         self._below = dict.fromkeys(FIGURES, 0)
         self._infinite = dict.fromkeys(INFINITE, 0)
         self._exact = True
-        self._told: dict[str, Any] = {}
+        self._cached: dict[str, Any] = {}
+        """The summary after `requests` of its own."""
         self.requests = 0
         self.tokens = 0
 
@@ -103,7 +104,7 @@ class StageFigures:
             self._infinite[name] += int(np.isinf(FIGURES[name].values(figures)).sum())
 
     def mean(self, name: str) -> float | None:
-        """One figure without the rest."""
+        """One figure's mean; None where nothing was measured."""
         return finite(self._means[name].get().mean)
 
     def interval(self, name: str, alpha: float) -> ConfidenceInterval:
@@ -111,7 +112,7 @@ class StageFigures:
         return self._means[name].get(alpha)
 
     def sequence(self, name: str) -> MeanSequence:
-        """What a difference from another group is made of."""
+        """One figure's mean, for the difference from another group."""
         return self._means[name].sequence
 
     def figure(self, name: str) -> dict[str, Any]:
@@ -127,23 +128,23 @@ class StageFigures:
         }
 
     def summary(self) -> dict[str, Any]:
-        """All of them, or None where nothing was measured. Computed anew only when a request was added: the page asks
-        for it every other second, of every group."""
-        if self._told.get("requests") != self.requests:
-            self._told = self._tell()
-        return dict(self._told)
+        """All figures, None where nothing was measured; JSON-ready. Cached until a request is added: the console asks
+        for every group every other second."""
+        if self._cached.get("requests") != self.requests:
+            self._cached = self._to_json()
+        return dict(self._cached)
 
-    def _tell(self) -> dict[str, Any]:
+    def _to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "ci95": {}}
         for name, figure in FIGURES.items():
-            told = self.figure(name)
+            one = self.figure(name)
             if figure.plain:
-                found[name], found["ci95"][name] = told["estimate"], told["ci95"]
+                found[name], found["ci95"][name] = one["estimate"], one["ci95"]
             else:
-                found[name] = told
+                found[name] = one
         for name, tokens in self._infinite.items():
             found[name]["infinite_tokens"] = tokens
-        # The text is the compressed model's own, so that a ratio below 1 does not say that it is the better one.
+        # The compressed model generated the text itself: a ratio below 1 does not mean that it is the better model.
         shift = found["delta_log_likelihood_nats"]
         found["perplexity_ratio"] = {
             "estimate": None if shift["estimate"] is None else math.exp(-shift["estimate"]),
@@ -156,5 +157,5 @@ class StageFigures:
 
 
 def finite(value: float) -> float | None:
-    """For JSON: what is no number is None."""
+    """For JSON: NaN and infinity become None."""
     return value if math.isfinite(value) else None

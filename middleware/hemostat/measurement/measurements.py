@@ -1,4 +1,4 @@
-"""What has been measured so far: estimates and histograms over scored requests, constant in memory.
+"""Everything measured so far: estimates and histograms over scored requests, in constant memory.
 
 The unit of every interval is the request: tokens of one request are correlated.
 """
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from hemostat.measurement.by_decoding import UNKNOWN, Strategies, strategy
+from hemostat.measurement.by_decoding import UNKNOWN, ByDecoding, strategy
 from hemostat.measurement.figures import MODELS, StageFigures, finite
-from hemostat.measurement.survival import Trajectories
+from hemostat.measurement.survival import SurvivalFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat_calibration.divergence.decoding import decoded_divergence
@@ -30,12 +30,12 @@ from hemostat_calibration.statistics.streaming import Histogram
 
 KL_EDGES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 TV_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-VERSIONS_KEPT = 16
-"""Profiles whose figures are kept apart; the longest unseen one goes."""
+MAX_VERSIONS = 16
+"""Profiles with figures of their own; the one that was not seen for the longest time is dropped."""
 
 STAGES = ("raw", "calibrated")
 DECODINGS = ("greedy", "sampled")
-"""Of the request: at temperature 0, or any other or none that is known."""
+"""Of the request: temperature 0, or any other or unknown temperature."""
 DIRECTIONS = ("reference_compressed", "compressed_reference")
 """Of KL(first‖second)."""
 
@@ -45,30 +45,30 @@ HEADLINE = (
 )
 """Figures that are exported with their intervals."""
 EXCESS = tuple(name for name in HEADLINE if name != "kl_nats_upper")
-"""Those that are also told as excess over the noise floor; of agreement it is what is missing that both models' own
-noise does not explain. Of upper ends there is none: they hold what the lists leave open, not noise."""
+"""Figures whose excess over the noise floor is reported, too; for agreement, the disagreement that both models' noise
+does not explain. Upper bounds have no excess: they contain what the lists leave open, which is no noise."""
 ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
 
 
 def interval(sequence: MeanSequence, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
-    """JSON-ready: what is not there, or infinite, is None. lo, hi: the range that the figure has by its nature."""
-    return _told(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
+    """JSON-ready: None where nothing was measured, or the end is infinite. lo, hi: the figure's range by definition."""
+    return _to_json(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
 
 
-def _of_difference(name: str, found: confidence.ConfidenceInterval) -> confidence.ConfidenceInterval:
-    """What is larger the more two models differ."""
+def _as_difference(name: str, found: confidence.ConfidenceInterval) -> confidence.ConfidenceInterval:
+    """The figure, or one minus it, so that it grows with the difference of the two models."""
     if name != "top1_agreement":
         return found
     return confidence.ConfidenceInterval(1.0 - found.mean, 1.0 - found.high, 1.0 - found.low)
 
 
-def _told(found: confidence.ConfidenceInterval) -> dict[str, Any]:
+def _to_json(found: confidence.ConfidenceInterval) -> dict[str, Any]:
     return {"estimate": finite(found.mean), "ci95": [finite(found.low), finite(found.high)]}
 
 
 @dataclass(slots=True)
 class _Top1:
-    """Part of the tokens at which both models' likeliest id is the same: before a profile, after it, and the change."""
+    """Share of the tokens at which both models' most likely id is the same: before a profile, after it, the change."""
 
     before: MeanSequence = field(default_factory=MeanSequence)
     after: MeanSequence = field(default_factory=MeanSequence)
@@ -93,8 +93,8 @@ class _Top1:
 
 @dataclass(slots=True)
 class _After:
-    """One profile: the figures after it, the raw ones of the same requests, and on held-out prompts its gain and the
-    KL(r‖c) that it is a part of, both over the same tokens."""
+    """One profile: the figures after it, the raw ones of the same requests, and, on held-out prompts, its gain and the
+    KL(r‖c) before it, over the same tokens."""
 
     after: StageFigures = field(default_factory=StageFigures)
     before: StageFigures = field(default_factory=StageFigures)
@@ -115,13 +115,13 @@ class _After:
 
 
 class Measurements:
-    """Raw figures, and for every profile lately in question the figures after it and its gain."""
+    """Raw figures, and for every recent profile the figures after it and its gain."""
 
     def __init__(self) -> None:
         self._raw = StageFigures()
-        self.trajectories = Trajectories()
+        self.survival = SurvivalFigures()
         self._after: OrderedDict[str, _After] = OrderedDict()
-        # Every series is there from the start: a rate does not see what a series was born with.
+        # Every series exists from the start: PromQL's rate() ignores the value that a series begins with.
         arms = [str(arm) for arm in Arm]
         staged = [(stage, arm) for stage in STAGES for arm in arms]
         self._kl = {(direction, *key): Histogram(KL_EDGES) for direction in DIRECTIONS for key in staged}
@@ -129,10 +129,10 @@ class Measurements:
         self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODINGS}
         self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODINGS}
         self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
-        self.strategies = Strategies()
+        self.by_decoding = ByDecoding()
         self._where: dict[tuple[str, str], StageFigures] = {}
         self._served = {arm: StageFigures() for arm in arms}
-        self._floor = {model: StageFigures() for model in MODELS}
+        self._noise_floor = {model: StageFigures() for model in MODELS}
         self.tokens = 0
 
     def observe(
@@ -160,14 +160,14 @@ class Measurements:
         self.tokens += record.tokens
         self._scored[arm, decoding] += record.tokens
         self._raw.add(raw)
-        self.trajectories.add(record, raw)
-        self.strategies.add(decoded, raw, drawn)
+        self.survival.add(record, raw)
+        self.by_decoding.add(decoded, raw, drawn)
         place = record.route, record.label, decoded
         tokens, nats = self._places.get(place, (0, 0.0))
         finite = raw.kl_rc[np.isfinite(raw.kl_rc)]
         self._places[place] = (tokens + len(finite), nats + float(finite.sum()))
         self._where.setdefault((record.route, record.label), StageFigures()).add(raw)
-        # What the client really got: of a treated request that is the calibrated distribution.
+        # What the client was served: for a treated request, the calibrated distribution.
         self._served[arm].add(raw if record.applied is None else after)
         self._expose("raw", arm, decoding, raw)
         self._expose("calibrated", arm, decoding, after)
@@ -179,36 +179,36 @@ class Measurements:
             if gain is not None:
                 stage.add_gain(gain, raw)
             self._after[profile.version] = stage
-            while len(self._after) > VERSIONS_KEPT:
+            while len(self._after) > MAX_VERSIONS:
                 self._after.popitem(last=False)
         return raw
 
-    def observe_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
-        """Add a record in which `model` (of `floor.MODELS`) stands on both sides; returns its figures."""
+    def observe_noise_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
+        """Add a record with `model`, of `MODELS`, on both sides; returns its figures."""
         figures = divergence(record)
-        self._floor[model].add(figures)
+        self._noise_floor[model].add(figures)
         return figures
 
-    def floor(self) -> dict[str, Any]:
-        """By model, how far it is from itself: the figures that no compression explains."""
-        return {model: figures.summary() for model, figures in self._floor.items() if figures.requests}
+    def noise_floor(self) -> dict[str, Any]:
+        """By model, its divergence from itself: figures that no compression explains."""
+        return {model: figures.summary() for model, figures in self._noise_floor.items() if figures.requests}
 
     def excess(self) -> dict[str, Any]:
-        """Headline figures over the noise floor: the raw figure less both models' own, which to second order add up.
-        Of agreement, `top1_disagreement`. A figure is absent until it and both floors are known."""
-        # Three intervals that hold together with 95 %: each has a third of what may be missed.
-        part = 0.05 / (1 + len(self._floor))
+        """Headline figures over the noise floor: the raw figure minus both models' own, which add up to second order.
+        For agreement, `top1_disagreement`. A figure is absent until it and both floors are known."""
+        # Three intervals that hold simultaneously with 95 %: each has a third of the error probability.
+        part = 0.05 / (1 + len(self._noise_floor))
         found: dict[str, Any] = {}
         for name in EXCESS:
             raw, *floors = (
-                _of_difference(name, one.interval(name, part)) for one in (self._raw, *self._floor.values())
+                _as_difference(name, one.interval(name, part)) for one in (self._raw, *self._noise_floor.values())
             )
             noise = sum(floor.mean for floor in floors)
             if math.isnan(raw.mean - noise):
                 continue
             low, high = raw.low - sum(floor.high for floor in floors), raw.high - sum(floor.low for floor in floors)
-            told = "top1_disagreement" if name == "top1_agreement" else name
-            found[told] = {"estimate": raw.mean - noise, "ci95": [low, high], "floor": noise}
+            key = "top1_disagreement" if name == "top1_agreement" else name
+            found[key] = {"estimate": raw.mean - noise, "ci95": [low, high], "floor": noise}
         return found
 
     def summary(self, version: str | None) -> dict[str, Any]:
@@ -225,8 +225,8 @@ class Measurements:
         }
 
     def recovered(self, version: str | None) -> dict[str, Any] | None:
-        """Gain over KL(r‖c), the one exact, the other unbiased, over the same tokens; None while there is nothing to
-        say. JSON-ready."""
+        """Gain over KL(r‖c), the first exact, the second unbiased, over the same tokens; None where nothing was
+        measured. JSON-ready."""
         stage = self._after.get(version or "")
         if stage is None or stage.share.moments.mean_n <= 0.0:
             return None
@@ -244,16 +244,16 @@ class Measurements:
         return [{"route": r, "label": n, **f.summary()} for (r, n), f in self._where.items()]
 
     def arms(self) -> dict[str, Any]:
-        """What clients got, by arm, and treated less control: requests are assigned at random, so that the difference
-        is the calibration's doing, on its own tokens. Of KL the estimate without truncation bias is compared: the
-        difference of two bounds would be evidence of nothing."""
+        """What clients were served, by arm, and treated minus control. Requests are assigned at random, so the
+        difference is the effect of calibration. For KL the estimate without truncation bias is compared: a difference
+        of two bounds would prove nothing."""
         treated, control = self._served[Arm.TREATED], self._served[Arm.CONTROL]
-        told = {
-            name: _told(confidence.difference(treated.sequence(name), control.sequence(name)))
+        differences = {
+            name: _to_json(confidence.difference(treated.sequence(name), control.sequence(name)))
             for name in ARM_DIFFERENCES
         }
         arms = {arm: figures.summary() for arm, figures in self._served.items() if figures.requests}
-        return {**arms, "treated_minus_control": told}
+        return {**arms, "treated_minus_control": differences}
 
     def _expose(self, stage: str, arm: str, decoding: str, figures: TokenDivergence) -> None:
         for direction, values in zip(DIRECTIONS, (figures.kl_rc, figures.kl_cr), strict=True):
@@ -280,11 +280,11 @@ class Measurements:
                 for edge, value in ends.items():
                     if value is not None:
                         yield Sample(names.DIVERGENCE, (name, stage, edge), value)
-        half_life = self.trajectories.half_life()
+        half_life = self.survival.half_life()
         if half_life is not None:
             for edge, value in zip(("mean", "low", "high"), half_life, strict=True):
                 yield Sample(names.SURVIVAL_HALF_LIFE_TOKENS, (edge,), value)
-        for model, floor in self._floor.items():
+        for model, floor in self._noise_floor.items():
             for direction, name in zip(DIRECTIONS, ("kl_nats", "reverse_kl_nats"), strict=True):
                 mean = floor.mean(name)
                 if mean is not None:

@@ -1,4 +1,4 @@
-"""How long both models would go on writing the same text, from the requests that were scored."""
+"""How long the texts of both models stay equal, estimated from the scored requests."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.divergence.trajectory import Survival, SurvivalCurve, agreement
 from hemostat_calibration.records import TokenRecord
 
-TOLD = (1, 4, 16, 64, 256, 1024)
-"""Output tokens after which the report tells the survival."""
+REPORTED_TOKENS = (1, 4, 16, 64, 256, 1024)
+"""Output tokens after which the survival is reported."""
 
 
-class Trajectories:
-    """Three survivals of what the compressed model itself wrote, without a profile.
+class SurvivalFigures:
+    """Three survival curves of texts that the compressed model generated without a profile.
 
-    sampled: text drawn at temperature 1 from the whole vocabulary: the chance that two texts, coupled token by token as
-        well as possible, are still equal; nothing is truncated.
-    greedy: greedy text: the share that is still equal to the reference's own greedy text.
-    total_variation: of any text, Π(1 − TV), as the interval that the two ends of TV's leave.
+    sampled: text drawn at temperature 1 from the whole vocabulary: the probability that two texts are still equal under
+        the maximal coupling of each token; nothing is truncated.
+    greedy: greedy text: the share that is still equal to the reference's greedy text.
+    total_variation: any text: Π(1 − TV), between its values at the two bounds of TV.
     """
 
     def __init__(self) -> None:
         self._sampled = Survival()
         self._greedy = Survival()
-        self._most = Survival()
-        self._least = Survival()
+        self._upper = Survival()
+        self._lower = Survival()
 
     def add(self, record: TokenRecord, figures: TokenDivergence) -> None:
         if record.applied is not None:
@@ -40,37 +40,38 @@ class Trajectories:
         elif sampling.temperature == 1.0 and sampling.top_p >= 1.0 and sampling.top_k <= 0 and sampling.min_p <= 0.0:
             self._sampled = self._sampled.update(agreement(record))
         tv = figures.bounds.tv
-        self._most = self._most.update(np.clip(1.0 - tv.lower, 0.0, 1.0))
-        self._least = self._least.update(np.clip(1.0 - tv.upper, 0.0, 1.0))
+        self._upper = self._upper.update(np.clip(1.0 - tv.lower, 0.0, 1.0))
+        self._lower = self._lower.update(np.clip(1.0 - tv.upper, 0.0, 1.0))
 
     def report(self) -> dict[str, Any]:
         """JSON-ready; intervals are 95 %, for one look. A half-life beyond the data is None, and so is such an end."""
         found: dict[str, Any] = {}
         for name, survival in (("sampled", self._sampled), ("greedy", self._greedy)):
             if survival.requests:
-                found[name] = _told(survival.get())
-        if self._most.requests:
-            most, least = self._most.get(), self._least.get()
+                found[name] = _to_json(survival.get())
+        if self._upper.requests:
+            upper, lower = self._upper.get(), self._lower.get()
             found["total_variation"] = {
-                "requests": most.requests,
-                "half_life_tokens": {"lower": finite(least.half_life), "upper": finite(most.half_life)},
+                "requests": upper.requests,
+                "half_life_tokens": {"lower": finite(lower.half_life), "upper": finite(upper.half_life)},
                 "survival": [
-                    {"tokens": int(t), "lower": float(least.survival[i]), "upper": float(most.survival[i])}
-                    for i, t in enumerate(most.positions.tolist())
-                    if t in TOLD
+                    {"tokens": int(t), "lower": float(lower.survival[i]), "upper": float(upper.survival[i])}
+                    for i, t in enumerate(upper.positions.tolist())
+                    if t in REPORTED_TOKENS
                 ],
             }
         return found
 
     def half_life(self) -> tuple[float, float, float] | None:
-        """Of sampled text, with its interval; None before anything is known. Infinite beyond the data."""
+        """Of sampled text, in tokens: estimate and ends of its 95 % interval; infinite beyond the data. None without a
+        request."""
         if not self._sampled.requests:
             return None
         curve = self._sampled.get()
         return curve.half_life, curve.half_life_low, curve.half_life_high
 
 
-def _told(curve: SurvivalCurve) -> dict[str, Any]:
+def _to_json(curve: SurvivalCurve) -> dict[str, Any]:
     return {
         "requests": curve.requests,
         "half_life_tokens": {
@@ -90,6 +91,6 @@ def _told(curve: SurvivalCurve) -> dict[str, Any]:
                 "requests": int(curve.at_risk[i]),
             }
             for i, t in enumerate(curve.positions.tolist())
-            if t in TOLD and math.isfinite(curve.survival[i])
+            if t in REPORTED_TOKENS and math.isfinite(curve.survival[i])
         ],
     }

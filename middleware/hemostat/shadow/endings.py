@@ -22,7 +22,7 @@ class Outcome(StrEnum):
     DROPPED = "dropped"
 
 
-class SkipReason(StrEnum):
+class ScoringSkipReason(StrEnum):
     """Why a capture can never be scored."""
 
     UNKNOWN_MODEL = "unknown_model"
@@ -37,7 +37,7 @@ class SkipReason(StrEnum):
     """The reference does not serve the LoRA adapter any more."""
 
 
-class DropReason(StrEnum):
+class ScoringDropReason(StrEnum):
     """Why a capture was not scored, though it could have been at another time."""
 
     QUEUE_FULL = "queue_full"

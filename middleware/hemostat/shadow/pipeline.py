@@ -26,7 +26,7 @@ from hemostat.metrics.samples import Sample
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.protocol import Reference
-from hemostat.shadow.endings import DropReason, EndingCounts, Outcome
+from hemostat.shadow.endings import EndingCounts, Outcome, ScoringDropReason
 from hemostat.shadow.limits import Breaker, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
 from hemostat.shadow.records_file import RecordsFile
@@ -171,7 +171,7 @@ class ScoringPipeline:
         """A capture from a relay."""
         self.received += 1
         if self.scorer is None or not self._monitor.ready:
-            self.endings.count(Outcome.DROPPED, DropReason.REFERENCE_NOT_READY)
+            self.endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY)
         else:
             self.scorer.offer(capture)
 
@@ -203,7 +203,8 @@ class ScoringPipeline:
         self._on_change()
 
     def use_self_record(self, model: str, record: TokenRecord) -> None:
-        self._users.alarms.observe_floor(model, self._users.measurements.observe_floor(model, record))
+        figures = self._users.measurements.observe_noise_floor(model, record)
+        self._users.alarms.observe_noise_floor(model, figures)
 
     def _trace(self, tracing: Tracing, record: TokenRecord, capture: Capture, figures: TokenDivergence) -> None:
         try:

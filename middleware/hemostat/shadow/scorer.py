@@ -22,7 +22,14 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceScores
-from hemostat.shadow.endings import DropReason, EndingCounts, Outcome, SkipReason, invalid_record, reference_failed
+from hemostat.shadow.endings import (
+    EndingCounts,
+    Outcome,
+    ScoringDropReason,
+    ScoringSkipReason,
+    invalid_record,
+    reference_failed,
+)
 from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
 from hemostat.shadow.record_builder import (
     CaptureArrays,
@@ -50,8 +57,8 @@ MAX_SCORE_SECONDS = 120.0
 """How long one score may take before the reference counts as failing."""
 
 _NEVER_SCORABLE = {
-    FailureReason.TOO_LONG: SkipReason.REFERENCE_TOO_LONG,
-    FailureReason.NO_ADAPTER: SkipReason.REFERENCE_NO_ADAPTER,
+    FailureReason.TOO_LONG: ScoringSkipReason.REFERENCE_TOO_LONG,
+    FailureReason.NO_ADAPTER: ScoringSkipReason.REFERENCE_NO_ADAPTER,
 }
 """Failures that are a property of the request: they say nothing of the reference's health."""
 
@@ -119,7 +126,7 @@ class Scorer:
     def offer(self, capture: Capture) -> None:
         """Queue a capture, or count it as dropped."""
         if not self._queue.offer(capture):
-            self._endings.count(Outcome.DROPPED, DropReason.QUEUE_FULL)
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.QUEUE_FULL)
         self._wake.set()
 
     @property
@@ -154,7 +161,7 @@ class Scorer:
                 self._endings.count(Outcome.DROPPED, reference_failed(failure))
                 log.warning("score of %s failed: %s", capture.request_id, failure)
             except Exception:
-                self._endings.count(Outcome.DROPPED, DropReason.INTERNAL_ERROR)
+                self._endings.count(Outcome.DROPPED, ScoringDropReason.INTERNAL_ERROR)
                 log.exception("score of %s failed", capture.request_id)
             finally:
                 self._in_progress -= 1
@@ -181,10 +188,10 @@ class Scorer:
         pair = self._models.pair
         info = pair.reference
         if info is None:
-            self._endings.count(Outcome.DROPPED, DropReason.REFERENCE_NOT_READY)
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY)
             return
         if self._breaker.state(self._clock()) is BreakerState.OPEN:
-            self._endings.count(Outcome.DROPPED, DropReason.BREAKER_OPEN)
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN)
             return
         if (unusable := self._unusable(capture, pair, tap)) is not None:
             self._endings.count(Outcome.SKIPPED, unusable)
@@ -201,7 +208,7 @@ class Scorer:
         if features is not None:
             codes = await asyncio.to_thread(profile_codes, profiles, features)
         if not self._breaker.allow(self._clock()):
-            self._endings.count(Outcome.DROPPED, DropReason.BREAKER_OPEN)
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN)
             return
         adapter = capture.model if capture.model in pair.scorable_adapters else ""
         scores = await self._ask(arrays, profiles, codes, adapter)
@@ -227,14 +234,14 @@ class Scorer:
         self._emit(record, capture)
         self._endings.count(Outcome.SCORED)
 
-    def _unusable(self, capture: Capture, pair: ModelPair, tap: TapResult | None) -> SkipReason | None:
+    def _unusable(self, capture: Capture, pair: ModelPair, tap: TapResult | None) -> ScoringSkipReason | None:
         """Why no reference could score this capture, or it cannot be known what its tokens were sampled from."""
         if capture.model not in pair.models | pair.scorable_adapters:
-            return SkipReason.UNKNOWN_MODEL
+            return ScoringSkipReason.UNKNOWN_MODEL
         if tap is not None and tap.mixed:
-            return SkipReason.MIXED_PROFILE
+            return ScoringSkipReason.MIXED_PROFILE
         if tap is None and capture.requested is not None and not self._profile_in_request:
-            return SkipReason.APPLIED_UNKNOWN
+            return ScoringSkipReason.APPLIED_UNKNOWN
         return None
 
     def _features(self, tap: TapResult | None, tokens: int) -> Features | None:
