@@ -408,10 +408,10 @@ def test_open_streams_do_not_hold_up_the_end(tmp_path: Path, capfd: pytest.Captu
     with ExitStack() as stack:
         made = stack.enter_context(served(tmp_path))
         response = stack.enter_context(httpx.stream("GET", f"{made.url}/api/v1/stream"))
-        assert next(response.iter_lines()) == "retry: 2000"
-        began = time.monotonic()
+        lines = response.iter_lines()
+        assert next(lines) == "retry: 2000"
         made.stop()
-        assert time.monotonic() - began < 1.5
+        list(lines)  # raises httpx.RemoteProtocolError where the server cut the stream instead of ending it
     assert "Traceback" not in capfd.readouterr().err
 
 

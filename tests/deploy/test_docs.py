@@ -34,6 +34,7 @@ from hemostat.openai.requests import Uncalibrated, Unscorable
 from hemostat.openai.responses import ResponseFailure
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay.counters import OUTCOMES
+from hemostat.shadow.endings import ScoringDropReason, ScoringSkipReason
 from hemostat.shadow.profile_choice import ArmReason
 from hemostat.shadow.reports import RelayDropReason, SkipReason
 
@@ -119,18 +120,10 @@ def texts(node: ast.AST) -> Iterator[str]:
 
 def shadow_reasons() -> dict[str, set[str]]:
     """By outcome, every reason that the code can give."""
-    found = {
-        "skipped": {*SkipReason, *Unscorable, *ResponseFailure},
-        "dropped": {*RelayDropReason, "hook_error"},
+    return {
+        "skipped": {*SkipReason, *Unscorable, *ResponseFailure, *ScoringSkipReason, "invalid_…"},
+        "dropped": {*RelayDropReason, *ScoringDropReason, "hook_error", "reference_…"},
     }
-    middleware = ROOT / "middleware" / "hemostat"
-    for name in ("shadow/scorer.py", "control/process.py"):
-        for call in calls(middleware / name, "_count"):
-            outcome, reason = call.args
-            for one in texts(outcome):
-                if one in found:
-                    found[one] |= set(texts(reason))
-    return found
 
 
 def test_every_reason_of_the_shadow_is_explained(reference: ModuleType) -> None:
