@@ -23,7 +23,7 @@ from tests.support.control import TOKEN
 
 from hemostat.admin import history as overview
 from hemostat.admin.app import ASSETS
-from hemostat.admin.history import MAX_POINTS, RECENT, History
+from hemostat.admin.history import MAX_POINTS, RECENT_POINTS, History
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
@@ -332,7 +332,7 @@ def test_history_forgets_and_is_of_numbers(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_recent_mean_is_that_of_the_last_tokens() -> None:
     """Ten tokens a point: at first 0.1 nats each, then 0.9."""
     history = History()
-    nats_of = [0.1] * 20 + [0.9] * RECENT
+    nats_of = [0.1] * 20 + [0.9] * RECENT_POINTS
     for n in range(1, len(nats_of) + 1):
         history.add(float(n), float(n), status(n, sum(nats_of[:n]) / n))
     recent = history.report()["kl_recent"]
@@ -340,6 +340,6 @@ def test_the_recent_mean_is_that_of_the_last_tokens() -> None:
     assert recent[-1] == pytest.approx(0.9)
     assert recent[22] == pytest.approx((3 * 0.9 + 3 * 0.1) / 6)
     history.add(99.0, 99.0, status(len(nats_of), 0.2))
-    for _ in range(RECENT):
+    for _ in range(RECENT_POINTS):
         history.add(100.0, 100.0, status(len(nats_of), 0.2))
     assert history.report()["kl_recent"][-1] is None, "no token in the last minute"
