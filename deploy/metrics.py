@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
-from hemostat.learner.client import DropReason
+from hemostat.learner.record_queue import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
 from hemostat.measurement.figures import MODELS

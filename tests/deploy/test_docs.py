@@ -27,7 +27,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings
-from hemostat.learner.client import DropReason
+from hemostat.learner.record_queue import DropReason
 from hemostat.measurement.measurements import HEADLINE
 from hemostat.metrics.catalogue import FAMILIES
 from hemostat.openai.requests import Uncalibrated, Unscorable

@@ -19,7 +19,7 @@ from tests.support.learner_world import D, V, World, children, kl, logprobs, mak
 from tests.support.waiting import until
 
 from hemostat.config.schema import Calibration
-from hemostat.learner import client, wire
+from hemostat.learner import client, record_queue, wire
 from hemostat.learner.client import Learner, LearningTarget
 from hemostat.learner.process import RequestLoop
 from hemostat_calibration.errors import InvalidProfileError
@@ -203,7 +203,7 @@ async def test_a_learner_that_hangs_costs_bounded_memory_and_no_waiting(
 ) -> None:
     await bench.ready()
     (pid,) = children()
-    monkeypatch.setattr(client, "MAX_QUEUED_BYTES", 100_000)
+    monkeypatch.setattr(record_queue, "MAX_QUEUED_BYTES", 100_000)
     os.kill(pid, signal.SIGSTOP)
     try:
         begun = time.monotonic()

@@ -21,8 +21,10 @@ import numpy as np
 from hemostat.config.schema import Calibration
 from hemostat.ipc.child_process import Child, ChildGone
 from hemostat.learner import wire
+from hemostat.learner.record_queue import DropReason, RecordQueue
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
+from hemostat.profiles.scopes import ALL
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.contextual import probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -33,12 +35,8 @@ log = logging.getLogger("hemostat.learner")
 
 BACKOFF = (0.5, 2.0, 10.0, 60.0)
 """Seconds before a learner that ended is started again, by how often in a row it has not even begun."""
-MAX_QUEUED_BYTES = 64 * 1024 * 1024
-"""Records that wait to be sent to the learner; further ones are dropped."""
-MAX_BATCH_BYTES = 8 * 1024 * 1024
 RETRY_TOKEN_GROWTH = 1.25
 """After a proposal that came to nothing, the next one is requested from this many times more tokens."""
-ALL = ""
 CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """One core, however many there are: serving comes first."""
 
@@ -78,17 +76,6 @@ class LearnerState(StrEnum):
     """The process has ended, and is started again after a pause."""
 
 
-class DropReason(StrEnum):
-    """Why a record was not sent to the learner: values of `hemostat_learner_dropped_total`."""
-
-    NOT_READY = "not_ready"
-    """It is starting, or has ended."""
-    NOTHING_TO_LEARN = "nothing_to_learn"
-    """The record has neither features nor hidden states."""
-    BUSY = "busy"
-    """The queue is full."""
-
-
 class LearnerStartError(Exception):
     """The learner cannot start; the text says how to fix it."""
 
@@ -108,8 +95,7 @@ class Learner:
         self._on_change = on_change
         self._target: LearningTarget | None = None
         self._wake = asyncio.Event()
-        self._queued: deque[wire.Row] = deque()
-        self._queued_bytes = 0
+        self._records = RecordQueue()
         self._ready: asyncio.Future[wire.Ready] | None = None
         """The answer to the first message."""
         self._learned = wire.Learned({}, {}, {})
@@ -151,7 +137,7 @@ class Learner:
     @property
     def wants_hidden_states(self) -> bool:
         """Hidden states of the reference would be used."""
-        return self._learning and self._hidden_size > 0 and self._queued_bytes < MAX_QUEUED_BYTES // 2
+        return self._learning and self._hidden_size > 0 and self._records.less_than_half_full
 
     def offer(self, record: TokenRecord, scope: str = ALL) -> None:
         """Queue a record of the learning side; where it cannot be used or there is no room, it is counted as dropped.
@@ -160,16 +146,10 @@ class Learner:
         """
         if self._target is None:
             return
-        if not self._learning:
-            self.dropped[DropReason.NOT_READY] += 1
-        elif record.features is None and record.reference_hidden is None:
-            self.dropped[DropReason.NOTHING_TO_LEARN] += 1
-        elif self._queued_bytes > MAX_QUEUED_BYTES:
-            self.dropped[DropReason.BUSY] += 1
+        reason = self._records.add(record, scope) if self._learning else DropReason.NOT_READY
+        if reason is not None:
+            self.dropped[reason] += 1
         else:
-            row = wire.to_row(record, scope)
-            self._queued.append(row)
-            self._queued_bytes += wire.row_bytes([row])
             self._wake.set()
 
     def tokens_by_source(self) -> dict[str, int]:
@@ -285,13 +265,9 @@ class Learner:
         """Pass on proposals that have come; send the next batch and request the next proposal, where one may be."""
         while self._proposals:
             await self._pass_on(self._proposals.popleft())
-        if not self._batch_pending and self._queued:
-            rows: list[wire.Row] = []
-            while self._queued and wire.row_bytes(rows) < MAX_BATCH_BYTES:
-                rows.append(self._queued.popleft())
-            self._queued_bytes -= wire.row_bytes(rows)
+        if not self._batch_pending and self._records:
             self._batch_pending = True
-            child.send(wire.encode(wire.Learn(rows)))
+            child.send(wire.encode(wire.Learn(self._records.take_batch())))
         if self._requested_scope is None and (scope := self._due_scope()) is not None:
             self._requested_scope = scope
             child.send(wire.encode(wire.Propose(scope)))
@@ -368,7 +344,6 @@ class Learner:
         self._batch_pending, self._requested_scope = False, None
         self._proposals.clear()
         self._last_attempt.clear()
-        self._queued.clear()
-        self._queued_bytes = 0
+        self._records.clear()
         self._hidden_size = 0
         self.anchor_counts = {}

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from hemostat.ipc import child_process as child
 from hemostat.learner import wire
 from hemostat.learner.embedding import load
+from hemostat.profiles.scopes import ALL
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
@@ -36,7 +37,6 @@ MAX_SCOPES = 8
 """Scopes with statistics of their own: each costs as much memory as those of all traffic."""
 MAX_ANCHOR_ELEMENTS = 1 << 26
 """Elements of the output embedding that anchors are chosen from: enough rows, and seconds instead of minutes."""
-ALL = ""
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
 Send = Callable[[wire.Answer], None]

@@ -151,7 +151,10 @@ class ProfileManager:
         else:
             self.proposals.learn(record, scope)
 
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
     def samples(self) -> Iterator[Sample]:
+        """Decisions, and the profiles that serve or would."""
         yield from self.lifecycle.samples()
         yield from self.events.samples()
         profile = self.catalogue.get(self.serving.reported)
