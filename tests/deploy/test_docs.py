@@ -22,8 +22,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from tests.deploy.conftest import ROOT
 from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.paths import ROOT
 
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from dockerfile_parse import DockerfileParser
-from tests.deploy.conftest import ROOT
 from tests.support import rootfs
 from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.paths import ROOT
 
 from hemostat import __version__
 from hemostat.config.schema import Admin, Listen

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 from dockerfile_parse import DockerfileParser
-from tests.deploy.conftest import ROOT
 from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.paths import ROOT
 
 from hemostat import __version__
 from hemostat.models.vllm_server import free_port
@@ -77,6 +77,7 @@ def test_the_wheel_holds_what_is_served_and_no_tests(wheelhouse: Path) -> None:
         "hemostat", "hemostat_calibration", "hemostat_engine", f"hemostat-{__version__}.dist-info"
     }  # fmt: skip
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "hemostat/doctor/report.html.jinja" in names
     assert "hemostat/admin/console/vendor/LICENSE-uPlot.txt" in names
 
 

@@ -1,42 +1,16 @@
-"""A tiny pair of checkpoints with a real tokenizer: everything that the doctor does, in seconds."""
+"""A tiny pair of checkpoints for the tests of `hemostat doctor`."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
-
-from hemostat.doctor import DoctorOptions, run
-
-LINES = [
-    {"prompt": "Hello, world! 1234567890"},
-    {"messages": [{"role": "user", "content": "What is 2 + 2?"}]},
-    {"prompt": "two spaces and a def f(x)", "max_tokens": 5},
-    {"prompt": "https://example.org", "completion": " return x**2"},
-    {"prompt": "tabbed: ok"},
-    {"messages": [{"role": "user", "content": "And 3 + 3?"}], "completion": "6"},
-    {"prompt": "Hello"},
-]
-TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}<s>assistant: "
-
-
-@dataclass(frozen=True)
-class TinyPair:
-    reference: Path
-    compressed: Path
-    prompts: Path
-    """`LINES`"""
-
-    def options(self, **changed: Any) -> DoctorOptions:
-        small = {"tokens": 8, "batch": 2, "layer_tokens": 24, "prompts": self.prompts, "device": "cpu"} | changed
-        return DoctorOptions(str(self.reference), str(self.compressed), **small)
+from tests.support.doctor import CHAT_TEMPLATE, LINES, TinyPair
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    """Checkpoints with a real tokenizer, so small that the doctor takes seconds."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -53,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     )
     trained.train_from_iterator([PROBE_TEXT, *map(json.dumps, LINES)], trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=trained, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+        tokenizer_object=trained, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
     )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -72,7 +46,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     pair = TinyPair(folder / "reference", folder / "compressed", folder / "prompts.jsonl")
     model.save_pretrained(pair.reference)
     with torch.no_grad():
-        # The last layer stays as it is, and one layer is much worse than the other.
+        # The last layer is unchanged, and the second differs more than the first.
         for n, noise in ((0, 0.02), (1, 0.1)):
             for weights in model.model.layers[n].parameters():
                 weights.add_(torch.randn_like(weights), alpha=noise)
@@ -81,13 +55,3 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
         tokenizer.save_pretrained(checkpoint)
     pair.prompts.write_text("\n".join(map(json.dumps, LINES)) + "\n")
     return pair
-
-
-def report_of(options: DoctorOptions, tmp_path: Path) -> dict[str, Any]:
-    """The JSON of one run that succeeds."""
-    from dataclasses import replace
-
-    target = tmp_path / "report.json"
-    assert run(replace(options, json=target)) == 0
-    report: dict[str, Any] = json.loads(target.read_text())
-    return report

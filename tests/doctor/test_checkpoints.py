@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.doctor.conftest import LINES, TinyPair, report_of
+from tests.support.doctor import LINES, TinyPair, report_of
 
 from hemostat.doctor import checkpoints as module
 from hemostat.doctor import run
@@ -201,7 +201,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
     with monkeypatch.context() as patch:
         patch.setattr(module.CheckpointPair, "score", stops(2, score))
         assert run(options) == 130
-    assert f"kept in {tmp_path / 'work'}" in capsys.readouterr().err
+    assert f"finished work is in {tmp_path / 'work'}" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(module.CheckpointPair, "score", stops(2, score))  # two batches are left
         patch.setattr(layers, "_restored", stops(1, restored))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.doctor.conftest import report_of
+from tests.support.doctor import report_of
 
 from hemostat.doctor import DoctorOptions
 from hemostat.doctor.pair import unpack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -39,7 +40,7 @@ def scored() -> list[Scored]:
 
 
 @pytest.fixture(scope="module")
-def made(scored: list[Scored]) -> dict[str, Any]:
+def report(scored: list[Scored]) -> dict[str, Any]:
     classes = dict(enumerate(("word start", "digits", "punctuation", "whitespace", "special", "digits", "word start")))
     side = {"name": "<b>model</b> & co", "digest": "0" * 32, "dtype": "bfloat16"}
     layers = {
@@ -73,11 +74,11 @@ def made(scored: list[Scored]) -> dict[str, Any]:
     }
 
 
-def value(made: dict[str, Any], table: str, name: str) -> float:
-    return next(row["value"] for row in made[table] if row["name"] == name)
+def value(report: dict[str, Any], table: str, name: str) -> float:
+    return next(row["value"] for row in report[table] if row["name"] == name)
 
 
-def test_llama_cpp_s_table(scored: list[Scored], made: dict[str, Any]) -> None:
+def test_table_matches_llama_cpp(scored: list[Scored], report: dict[str, Any]) -> None:
     whole = {name: np.concatenate([one.figures[name] for one in scored]) for name in (*EXACT, *ALWAYS)}
     q, base, kld = -whole["logp_c"], -whole["logp_r"], whole["kl_rc"]
     delta = 100 * (np.exp(-q) - np.exp(-base))
@@ -103,44 +104,44 @@ def test_llama_cpp_s_table(scored: list[Scored], made: dict[str, Any]) -> None:
         ("divergence", "KL(r‖c) above the floor", kld.mean() - 0.001),
         ("divergence", "entropy shift H(c) − H(r)", (whole["entropy_c"] - whole["entropy_r"]).mean()),
     ):
-        assert value(made, table, name) == pytest.approx(expected), name
+        assert value(report, table, name) == pytest.approx(expected), name
     # By token, the errors are llama.cpp's own.
-    row = next(row for row in made["perplexity"] if row["name"] == "Mean PPL(Q)")
+    row = next(row for row in report["perplexity"] if row["name"] == "Mean PPL(Q)")
     assert row["se_by_token"] == pytest.approx(np.exp(q.mean()) * q.std() / np.sqrt(len(q) - 1))
-    row = next(row for row in made["token_probability"] if row["name"] == "Same top p")
+    row = next(row for row in report["token_probability"] if row["name"] == "Same top p")
     share = whole["same_top"].mean()
     assert row["se_by_token"] == pytest.approx(100 * np.sqrt(share * (1 - share) / (len(q) - 1)))
 
 
-def test_groups_and_worst(scored: list[Scored], made: dict[str, Any]) -> None:
-    by_position = {row["name"]: row for row in made["by_position"]}
+def test_groups_and_worst_lists(scored: list[Scored], report: dict[str, Any]) -> None:
+    by_position = {row["name"]: row for row in report["by_position"]}
     assert list(by_position) == ["0", "1", "2–3", "4–7", "8–15", "16–31", "32–63", "64–127"]
     chosen = np.concatenate([one.figures["kl_rc"][4:8] for one in scored])
     assert by_position["4–7"]["kld"]["value"] == pytest.approx(chosen.mean())
     assert by_position["4–7"]["requests"] == 3
-    assert sum(made["histogram"]["share"]) == pytest.approx(1.0)
-    worst = made["worst_tokens"][0]
+    assert sum(report["histogram"]["share"]) == pytest.approx(1.0)
+    worst = report["worst_tokens"][0]
     one = scored[worst["prompt"]]
     assert worst["kld"] == max(float(o.figures["kl_rc"].max()) for o in scored)
     assert one.figures["kl_rc"][worst["position"]] == worst["kld"]
     assert (worst["line"], worst["token_id"]) == (worst["prompt"] + 3, int(one.output[worst["position"]]))
-    assert len(made["worst_tokens"]) == len(made["worst_prompts"]) == 4
-    assert made["worst_prompts"][0]["mean_kld"] == max(float(o.figures["kl_rc"].mean()) for o in scored)
+    assert len(report["worst_tokens"]) == len(report["worst_prompts"]) == 4
+    assert report["worst_prompts"][0]["mean_kld"] == max(float(o.figures["kl_rc"].mean()) for o in scored)
 
 
-def test_what_is_stored_comes_back(scored: list[Scored]) -> None:
+def test_pack_and_unpack_round_trip(scored: list[Scored]) -> None:
     again = unpack(pack(scored))
     assert pack(again) == pack(scored)
     assert all((a.output == b.output).all() and a.index == b.index for a, b in zip(scored, again, strict=True))
 
 
-def test_json_has_no_nan(made: dict[str, Any]) -> None:
-    json.dumps(made, allow_nan=False)
+def test_json_has_no_nan(report: dict[str, Any]) -> None:
+    json.dumps(report, allow_nan=False)
 
 
-def test_the_terminal_shows_it(made: dict[str, Any]) -> None:
+def test_terminal_shows_every_section(report: dict[str, Any]) -> None:
     console = Console(width=100, file=io.StringIO())
-    console.print(terminal.picture(made))
+    console.print(terminal.render(report))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for name in (
         "Mean PPL(Q)/PPL(base)",
@@ -156,7 +157,7 @@ def test_the_terminal_shows_it(made: dict[str, Any]) -> None:
 
 
 class _Checker(HTMLParser):
-    """Every tag is closed in its turn; ids are unique; nothing is fetched or run."""
+    """Checks that tags are balanced and that the page neither loads nor runs anything; collects ids."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -187,20 +188,23 @@ class _Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_on_a_narrow_terminal_texts_wrap_and_figures_stay_whole(made: dict[str, Any]) -> None:
-    tokens = [{**row, "before": "a" * 60, "text": "ends here"} for row in made["worst_tokens"]]
-    prompts = [{**row, "text": "what the user said, " * 5} for row in made["worst_prompts"]]
+def test_narrow_terminal_wraps_texts_and_not_numbers(report: dict[str, Any]) -> None:
+    tokens = [{**row, "before": "a" * 60, "text": "ends here"} for row in report["worst_tokens"]]
+    prompts = [{**row, "text": "what the user said, " * 5} for row in report["worst_prompts"]]
     console = Console(width=80, file=io.StringIO())
-    console.print(terminal.picture(made | {"worst_tokens": tokens, "worst_prompts": prompts}))
-    told = console.file.getvalue()  # type: ignore[attr-defined]
+    console.print(terminal.render(report | {"worst_tokens": tokens, "worst_prompts": prompts}))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
     for row, names in ((tokens[0], ("kld", "p_base", "p_q")), (prompts[0], ("mean_kld", "tv", "ln_ppl_ratio"))):
-        assert all(terminal.cell(row[name]) in told for name in names)
-    assert "a⟨ends" in told
-    assert max(map(len, told.splitlines())) <= 80
+        assert all(terminal.format_cell(row[name]) in shown for name in names)
+    assert "a⟨ends" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_the_page_is_sound_and_fetches_nothing(made: dict[str, Any]) -> None:
-    page = html.page(made)
+def test_page_is_valid_html_escapes_texts_and_loads_nothing(report: dict[str, Any]) -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    tokens = [{**row, "before": hostile, "text": "</td>"} for row in report["worst_tokens"]]
+    prompts = [{**row, "text": hostile} for row in report["worst_prompts"]]
+    page = html.render(report | {"worst_tokens": tokens, "worst_prompts": prompts})
     checker = _Checker()
     checker.feed(page)
     checker.close()
@@ -209,6 +213,9 @@ def test_the_page_is_sound_and_fetches_nothing(made: dict[str, Any]) -> None:
     assert len(set(checker.ids)) == len(checker.ids)
     assert set(checker.pointed) <= set(checker.ids)
     assert "<b>model</b>" not in page
+    assert "a &lt;note&gt;" in page
+    assert "<img src=x" not in page
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 2
     assert "&lt;b&gt;model&lt;/b&gt; &amp; co" in page
     assert "http" not in page.replace("http-equiv", "")
     assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).lower()
@@ -225,9 +232,10 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_contrast_in_both_schemes() -> None:
+def test_contrast_in_both_schemes(report: dict[str, Any]) -> None:
     """WCAG 2.2: 7 to 1 for text (AAA), 3 to 1 for graphics."""
-    light, dark = (dict(re.findall(r"--(\w+): #(\w+);", part)) for part in html.STYLE.split("@media")[:2])
+    style = html.render(report).partition("<style>")[2].partition("</style>")[0]
+    light, dark = (dict(re.findall(r"--(\w+): #(\w+);", part)) for part in style.split("@media")[:2])
     for colours in (light, dark):
         for name, least in (("ink", 7), ("quiet", 7), ("s0", 3), ("s1", 3), ("s2", 3), ("s3", 3)):
             for under in ("paper", "card"):
@@ -236,13 +244,13 @@ def test_contrast_in_both_schemes() -> None:
 
 
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1e-9, 3.0], [-2.0, 5.0], [-1.0, -3.0], [1e6]])
-def test_plots_stand_any_values(values: list[float]) -> None:
+def test_plots_of_extreme_values_stay_inside_the_picture(values: list[float]) -> None:
     labels = [str(n) for n in range(len(values))]
     errors = [None, *[0.1] * (len(values) - 1)]
     for plot in (
-        svg.columns("t", labels, values, errors, "x", "y"),
-        svg.rows("t", labels, values, errors, "x"),
-        svg.lines("t", [svg.Series("s", [1, *range(2, len(values) + 1)], [abs(v) for v in values])], "x", "y"),
+        svg.bar_chart("t", labels, values, errors, "x", "y"),
+        svg.horizontal_bar_chart("t", labels, values, errors, "x"),
+        svg.line_chart("t", [svg.Series("s", [1, *range(2, len(values) + 1)], [abs(v) for v in values])], "x", "y"),
     ):
         root = ElementTree.fromstring(plot)
         box = [float(n) for n in root.attrib["viewBox"].split()]
@@ -251,12 +259,12 @@ def test_plots_stand_any_values(values: list[float]) -> None:
                 assert -1.0 <= float(mark.attrib.get(name, 0.0)) <= most + 1.0
 
 
-def test_chromium_has_nothing_to_complain_about(made: dict[str, Any], tmp_path: Path) -> None:
+def test_chromium_reports_no_error(report: dict[str, Any], tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here: the page was checked by parsers only")
     page = tmp_path / "page.html"
-    page.write_text(html.page(made), encoding="utf-8")
+    page.write_text(html.render(report), encoding="utf-8")
     ran = subprocess.run(
         [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
          "--enable-logging=stderr", "--dump-dom", page.as_uri()],
@@ -267,7 +275,7 @@ def test_chromium_has_nothing_to_complain_about(made: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["/nowhere/a", "/nowhere/b"], "REFERENCE: there is no folder /nowhere/a"),
         (["http://x:1", "/nowhere/b"], "must be of one kind"),
@@ -279,16 +287,29 @@ def test_chromium_has_nothing_to_complain_about(made: dict[str, Any], tmp_path: 
         (["a/b"], "required: COMPRESSED"),
     ],
 )
-def test_bad_command_lines_are_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_command_line_is_one_line_of_error(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["doctor", *arguments]) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 
-def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     from hemostat.doctor import main as module
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(module.DoctorError, match=r"not installed: torch, transformers; pip install 'hemostat\[transf"):
         module.open_pair(module.DoctorOptions("a/b", "c/d"))
+
+
+def test_html_without_jinja_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jinja2" else found(name))
+    assert cli.main(["doctor", "http://x:1", "http://x:2", "--html", str(tmp_path / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert "hemostat[report]" in error
+    assert error.count("\n") == 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.conftest import RunningVllm
-from tests.doctor.conftest import report_of
+from tests.support.doctor import report_of
 from tests.support.fake_vllm import FakeVllm, render, serving
 
 from hemostat.doctor import DoctorOptions, run
@@ -87,7 +87,7 @@ def test_the_report_says_what_is_a_bound(options: DoctorOptions, tmp_path: Path)
     low, high = (curve for curve in report["trajectory"] if "TV" in curve["name"])
     assert (low["of"], high["of"]) == ("at least", "at most")
     assert all(a <= b for a, b in zip(low["survival"], high["survival"], strict=True))
-    assert report["layers"]["skipped"] == "a server does not show its layers"
+    assert report["layers"]["skipped"] == "vLLM servers do not expose their layers"
     assert "at least" in (tmp_path / "page.html").read_text()
     # Greedy text was not drawn from the model: no weight makes an estimate of it.
     greedy = report_of(replace(options, decoding="greedy", work=tmp_path / "w"), tmp_path)

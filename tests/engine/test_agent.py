@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.engine_admin import TOKEN, EngineAdmin
+from tests.support.engine_profiles import VOCAB_SIZE, make_contextual, make_profile
 
 from hemostat.engines.api import TAP_BYTES_AT_MOST
 from hemostat_calibration.errors import InvalidArgumentError
-
-from .conftest import V, make_contextual, make_profile
 
 torch = pytest.importorskip("torch")
 
@@ -39,10 +38,10 @@ class Rank:
     """An agent whose ticks the test makes, with what it works on."""
 
     def __init__(self, settings: Settings, rank: int = 0, world_size: int = 1, boot_id: str = "boot") -> None:
-        self.library = Library(V)
+        self.library = Library(VOCAB_SIZE)
         self.counters = Counters()
         self.taps = Taps(self.counters)
-        identity = Identity(boot_id, rank, world_size, V, "v1", "test")
+        identity = Identity(boot_id, rank, world_size, VOCAB_SIZE, "v1", "test")
         self.agent = Agent(identity, settings, self.library, self.counters, self.taps)
 
 
@@ -74,7 +73,7 @@ def test_a_version_that_a_request_named_is_fetched(admin: EngineAdmin) -> None:
 
 @pytest.mark.parametrize("make", [make_profile, make_contextual])
 def test_a_tampered_a_truncated_and_a_foreign_profile_are_refused_and_counted(make: Any, admin: EngineAdmin) -> None:
-    first, second, other = make(1), make(2), make(3, vocab_size=V + 1)
+    first, second, other = make(1), make(2), make(3, vocab_size=VOCAB_SIZE + 1)
     tampered = bytearray(first.to_bytes())
     tampered[-1] ^= 1
     admin.files = {

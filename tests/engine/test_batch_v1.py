@@ -12,10 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support import oracle
+from tests.support.engine_profiles import VOCAB_SIZE, make_contextual, make_profile
 
 from hemostat_calibration.profiles.contextual import probe_profile
-
-from .conftest import V, make_contextual, make_profile
 
 pytest.importorskip("vllm")
 import torch
@@ -52,7 +51,7 @@ def expected(z: np.ndarray, rows: dict[int, str | None]) -> np.ndarray:
 
 
 def check(batch: Batch, rows: dict[int, str | None], seed: int, size: int) -> None:
-    z = np.random.default_rng(seed).normal(0, 3, (size, V)).astype(np.float32)
+    z = np.random.default_rng(seed).normal(0, 3, (size, VOCAB_SIZE)).astype(np.float32)
     got = batch.apply(torch.from_numpy(z.copy())).numpy()
     np.testing.assert_allclose(got, expected(z, rows), rtol=1e-5, atol=1e-5)
     untouched = [row for row in range(size) if rows.get(row) not in PROFILES]
@@ -118,7 +117,7 @@ def test_a_version_that_arrives_or_leaves_later_changes_no_running_request(make_
 def test_a_batch_without_profiles_gets_the_very_same_tensor_back(make_core: Callable[..., Any]) -> None:
     batch = Batch(make_core())
     batch.update(update(1, added=[(0, params(), [1], [])]))
-    logits = torch.zeros(1, V)
+    logits = torch.zeros(1, VOCAB_SIZE)
     version = logits._version
     assert batch.apply(logits) is logits
     assert logits._version == version
@@ -150,8 +149,8 @@ def test_logits_of_another_width_are_left_alone_and_counted(make_core: Callable[
     core.library.put(PROFILES[version])
     batch = Batch(core)
     batch.update(update(1, added=[(0, params(version), [1], [])]))
-    logits = torch.ones(1, V + 1)
-    assert torch.equal(batch.apply(logits), torch.ones(1, V + 1))
+    logits = torch.ones(1, VOCAB_SIZE + 1)
+    assert torch.equal(batch.apply(logits), torch.ones(1, VOCAB_SIZE + 1))
     assert core.counters.read()["steps_misfit"] == 1
 
 
@@ -173,7 +172,7 @@ def test_taps_are_of_the_unmodified_logits_and_carry_the_output_position(make_co
             ],
         )
     )
-    z = np.random.default_rng(0).normal(0, 3, (2, 3, V)).astype(np.float32)
+    z = np.random.default_rng(0).normal(0, 3, (2, 3, VOCAB_SIZE)).astype(np.float32)
     for step in range(2):
         batch.apply(torch.from_numpy(z[step].copy()))
         for output in (treated, control, plain):
@@ -204,7 +203,7 @@ def test_masked_rows_get_identity_and_hand_out_no_features(make_core: Callable[.
     core.library.hold([profile.version])
     batch = Batch(core)
     batch.update(update(3, added=[(row, params(profile.version, f"n{row}"), [1], []) for row in range(3)]))
-    z = np.random.default_rng(0).normal(0, 3, (3, V)).astype(np.float32)
+    z = np.random.default_rng(0).normal(0, 3, (3, VOCAB_SIZE)).astype(np.float32)
     z[0, profile.parameters["anchors"][0]] = -np.inf
     z[1, profile.parameters["anchors"][1]] = np.nan
     got = batch.apply(torch.from_numpy(z.copy())).numpy()
@@ -227,7 +226,7 @@ def test_clamps_that_bind_are_counted_where_they_are_applied(make_core: Callable
     batch.update(
         update(3, added=[(row, params(tight.version if row else None, f"n{row}"), [1], []) for row in range(3)])
     )
-    z = np.random.default_rng(0).normal(0, 4, (3, V)).astype(np.float32)
+    z = np.random.default_rng(0).normal(0, 4, (3, VOCAB_SIZE)).astype(np.float32)
     treated, free = z[1:], replace(tight, clamp_nats=20.0)
     # The trust region comes first: what it leaves is clamped where it is still too much.
     clamped = (np.abs(oracle.shift(free, treated)).max(axis=-1) > tight.clamp_nats).sum()
@@ -242,12 +241,12 @@ def test_clamps_that_bind_are_counted_where_they_are_applied(make_core: Callable
 
 def test_a_probe_is_tapped_and_costs_nothing_else(make_core: Callable[..., Any]) -> None:
     core = make_core(tapping=True)
-    asks = probe_profile("m", V, np.arange(5), 1.0)
+    asks = probe_profile("m", VOCAB_SIZE, np.arange(5), 1.0)
     core.library.put(asks)
     core.library.hold([asks.version])
     batch = Batch(core)
     batch.update(update(1, added=[(0, params(asks.version, "n"), [1], [])]))
-    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
     assert torch.equal(batch.apply(logits), before)
     (run,) = core.taps.drain(9, 1 << 20)
@@ -265,7 +264,7 @@ def test_features_are_of_the_first_anchors_in_the_order_to_hold(make_core: Calla
     said = []
     for hold in ([plain.version], [plain.version, "e" * 32, first.version, second.version], [second.version]):
         core.library.hold(hold)
-        batch.apply(torch.randn(1, V, generator=torch.Generator().manual_seed(0)))
+        batch.apply(torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)))
         said += [run.get("anchors") for run in core.taps.drain(9, 1 << 20)]
     digests = [oracle.anchors_digest(p.parameters["anchors"]) for p in (first, second)]
     assert said == [None, *digests]
@@ -282,7 +281,7 @@ def test_features_that_nobody_fetches_are_dropped_before_the_numbers(make_core: 
     batch.update(update(1, added=[(0, params(None, "n"), [1], output)]))
 
     def decode() -> None:
-        batch.apply(torch.randn(1, V, generator=torch.Generator().manual_seed(0)))
+        batch.apply(torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)))
         output.append(1)
 
     for _ in range(5):
@@ -307,7 +306,7 @@ def test_more_than_the_queue_holds_is_dropped_and_counted(make_core: Callable[..
     batch = Batch(core)
     batch.update(update(1, added=[(0, params(None, "n"), [1], [])]))
     for _ in range(taps.STEPS_AT_MOST + 3):
-        batch.apply(torch.zeros(1, V))
+        batch.apply(torch.zeros(1, VOCAB_SIZE))
     assert len(core.taps) == taps.STEPS_AT_MOST
     assert core.counters.read()["taps_dropped"] == 3
 
@@ -325,7 +324,7 @@ def test_vllm_loads_the_class_under_v1_and_refuses_wrong_xargs_through_it() -> N
 
 def test_the_class_itself_under_v1() -> None:
     config: Any = SimpleNamespace(
-        model_config=SimpleNamespace(get_vocab_size=lambda: V), parallel_config=SimpleNamespace()
+        model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB_SIZE), parallel_config=SimpleNamespace()
     )
     processor = LogitsProcessor(config, torch.device("cpu"), False)
     assert list(LogitsProcessors([processor]).non_argmax_invariant) == [processor]
@@ -333,6 +332,6 @@ def test_the_class_itself_under_v1() -> None:
     processor.core.library.put(PROFILES[version])
     processor.update_state(update(1, added=[(0, params(version), [1], [])]))
     processor.update_state(None)
-    z = np.random.default_rng(0).normal(0, 3, (1, V)).astype(np.float32)
+    z = np.random.default_rng(0).normal(0, 3, (1, VOCAB_SIZE)).astype(np.float32)
     got = processor.apply(torch.from_numpy(z.copy())).numpy()
     np.testing.assert_allclose(got, expected(z, {0: version}), rtol=1e-5, atol=1e-5)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from .conftest import V, make_profile
+from tests.support.engine_profiles import VOCAB_SIZE, make_profile
+from tests.support.paths import ROOT
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
@@ -19,8 +19,6 @@ import torch.distributed as dist  # noqa: E402
 from hemostat_engine.agent import Settings  # noqa: E402
 from hemostat_engine.core import Core, Ranks  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
-
 
 def rank_main(rank: int, folder: str) -> None:
     from vllm import SamplingParams
@@ -28,7 +26,7 @@ def rank_main(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     core = Core(
         device=torch.device("cpu"),
-        vocab_size=V,
+        vocab_size=VOCAB_SIZE,
         runner="v1",
         vllm_version="test",
         boot_id=f"boot-of-{rank}",

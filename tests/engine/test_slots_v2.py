@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import oracle
-
-from .conftest import V, make_contextual, make_profile
+from tests.support.engine_profiles import VOCAB_SIZE, make_contextual, make_profile
 
 pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor")
 import torch
@@ -39,7 +38,7 @@ def states() -> Any:
     return SimpleNamespace(
         device=torch.device("cpu"),
         max_num_reqs=SLOTS,
-        vocab_size=V,
+        vocab_size=VOCAB_SIZE,
         all_token_ids=None,
         prompt_len=lengths,
         prefill_len=SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32)),
@@ -83,7 +82,7 @@ def context(slots: list[int], rows_each: list[int], first_pos: list[int]) -> Log
 def test_the_loader_and_the_frontends_validator_take_the_class() -> None:
     processor, req_states = load(FIRST, SECOND)
     assert isinstance(LogitsProcRequestState.from_request_state(req_states), LogitsProcRequestState)
-    assert processor.core.library.vocab_size == V
+    assert processor.core.library.vocab_size == VOCAB_SIZE
     validate = build_custom_logits_processors_params_validator([NAME])
     validate(params(UNKNOWN))
     with pytest.raises(VLLMValidationError, match=r"vllm_xargs\.hemostat_tap must"):
@@ -107,10 +106,10 @@ def test_recycled_slots_reordered_batches_and_several_rows_a_request(data: st.Da
         rows_each = data.draw(
             st.lists(st.integers(1, 3), min_size=len(slots), max_size=len(slots)) | st.just([1] * len(slots))
         )
-        z = np.random.default_rng(step).normal(0, 3, (sum(rows_each), V)).astype(np.float32)
+        z = np.random.default_rng(step).normal(0, 3, (sum(rows_each), VOCAB_SIZE)).astype(np.float32)
         z[:, 3] = -np.inf
         masked = data.draw(st.integers(0, len(z) - 1))
-        z[masked, data.draw(st.integers(0, V - 1))] = -np.inf
+        z[masked, data.draw(st.integers(0, VOCAB_SIZE - 1))] = -np.inf
         got = processor.apply(torch.from_numpy(z.copy()), context(slots, rows_each, [4] * len(slots))).numpy()
         for row, slot in enumerate(np.repeat(slots, rows_each).tolist()):
             if model[slot] in PROFILES:
@@ -127,7 +126,7 @@ def test_bound_at_admission_and_never_later() -> None:
     processor.core.library.put(PROFILES[SECOND])
     processor.core.library._held.pop(FIRST)
     processor.apply_staged_writes()
-    z = np.random.default_rng(0).normal(0, 3, (2, V)).astype(np.float32)
+    z = np.random.default_rng(0).normal(0, 3, (2, VOCAB_SIZE)).astype(np.float32)
     got = processor.apply(torch.from_numpy(z.copy()), context([0, 1], [1, 1], [4, 4])).numpy()
     np.testing.assert_allclose(got[0], oracle.apply(PROFILES[FIRST], z[0]), rtol=1e-5, atol=1e-5)
     assert got[1].tobytes() == z[1].tobytes()
@@ -138,7 +137,7 @@ def test_nothing_is_done_when_no_row_of_the_step_asks_for_anything() -> None:
     processor.add_request(0, params(FIRST))
     assert processor.add_request(1, params()) is False
     processor.apply_staged_writes()
-    logits = torch.zeros(1, V)
+    logits = torch.zeros(1, VOCAB_SIZE)
     version = logits._version
     assert processor.apply(logits, context([1], [1], [4])) is logits
     assert logits._version == version
@@ -149,7 +148,7 @@ def test_a_request_that_edits_its_own_logits_gets_identity(edit: dict[str, Any])
     processor, _ = load(FIRST, SECOND)
     processor.add_request(0, params(FIRST, **edit))
     processor.apply_staged_writes()
-    z = torch.randn(1, V, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     assert torch.equal(processor.apply(z.clone(), context([0], [1], [4])), z)
     assert processor.core.counters.read()["requests_declined"] == 1
 
@@ -165,7 +164,7 @@ def test_taps_by_position_with_and_without_draft_rows(rows_each: list[int], monk
     processor.add_request(2, params(SECOND))
     processor.add_request(0, params(None, "control"))
     processor.apply_staged_writes()
-    z = np.random.default_rng(0).normal(0, 3, (sum(rows_each), V)).astype(np.float32)
+    z = np.random.default_rng(0).normal(0, 3, (sum(rows_each), VOCAB_SIZE)).astype(np.float32)
     # The last prompt token of slot 5 stands at 3: its row decides output position 0. Slot 0 is at output position 2.
     processor.apply(torch.from_numpy(z.copy()), context([5, 2, 0], rows_each, [3, 8, 4]))
     # The slot goes to somebody else before anybody reads what was tapped.
@@ -197,12 +196,12 @@ def test_a_piece_of_a_prompt_is_no_output_position(monkeypatch: pytest.MonkeyPat
     req_states.prompt_len.np[0] = 10
     processor.add_request(0, params(FIRST, "n"))
     processor.apply_staged_writes()
-    processor.apply(torch.randn(1, V, generator=torch.Generator().manual_seed(0)), context([0], [1], [4]))
+    processor.apply(torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), context([0], [1], [4]))
     assert processor.core.taps.drain(9, 1 << 20) == []
 
 
 def test_the_library_is_bounded_and_keeps_what_is_to_be_held() -> None:
-    library = Library(V, limit=3)
+    library = Library(VOCAB_SIZE, limit=3)
     profiles = [make_profile(seed) for seed in range(6)]
     versions = [p.version for p in profiles]
     library.hold(versions[:2])

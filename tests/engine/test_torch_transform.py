@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import oracle
+from tests.support.engine_profiles import make_contextual, make_profile
 
 from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
 from hemostat_calibration.profiles.families import FAMILIES
 from hemostat_calibration.profiles.profile import CalibrationProfile
-
-from .conftest import make_contextual, make_profile
 
 torch = pytest.importorskip("torch")
 

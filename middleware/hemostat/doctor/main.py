@@ -1,4 +1,4 @@
-"""The doctor's course: load, score prompt by prompt, go through the layers, write the report."""
+"""`hemostat doctor`: load two models, score prompt by prompt, compare the layers, write the report."""
 
 from __future__ import annotations
 
@@ -13,48 +13,51 @@ from typing import Any
 from rich.console import Console
 
 from hemostat import __version__
-from hemostat.doctor import html, report, terminal
+from hemostat.doctor import html, terminal
 from hemostat.doctor.classes import classify_all
 from hemostat.doctor.options import DoctorError, DoctorOptions, check
 from hemostat.doctor.pair import Job, Pair, Scored, Side, decoding_of, encode, jobs_digest, pack, unpack
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
+from hemostat.doctor.report import SCHEMA, tables
 from hemostat.doctor.work import WorkFolder
 from hemostat.models.compress import cache_folder
 
-INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 PLAIN_WIDTH = 120
-"""Columns where there is no terminal to ask."""
-OWN_TEXT = "Q wrote the text itself: PPL(Q) below PPL(base) is no merit; for perplexity, score given text (--given)"
-SCORING, LAYERS = "prompts", "layers"
+"""Columns, where the output is not a terminal."""
+OWN_TEXT = "Q generated the text: PPL(Q) below PPL(base) does not mean that Q is better; use --given for perplexity"
+PROMPT_STAGE, LAYER_STAGE = "prompts", "layers"
 
 
 def run(options: DoctorOptions) -> int:
-    """Make the report: on the terminal, and in the files asked for. Returns the exit code; raises DoctorError."""
+    """Print the report and write the requested files. Returns the exit code. Raises DoctorError."""
     check(options)
+    if options.html is not None:
+        html.require_jinja()
     prompts = load(options.prompts, options.max_prompts)
     with Reporter() as reporter:
-        reporter.say("connecting" if options.servers else "loading both models")
+        reporter.log("connecting" if options.servers else "loading both models")
         pair = open_pair(options)
         try:
-            made = _made(pair, prompts, options, reporter)
+            report = _make_report(pair, prompts, options, reporter)
         finally:
             pair.close()
-    if made is None:
-        return INTERRUPTED
+    if report is None:
+        return EXIT_INTERRUPTED
     if options.json is not None:
-        _write(options.json, "--json", json.dumps(made, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        _write(options.json, "--json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     if options.html is not None:
-        _write(options.html, "--html", html.page(made))
+        _write(options.html, "--html", html.render(report))
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
-    console.print(terminal.picture(made))
+    console.print(terminal.render(report))
     return 0
 
 
 def open_pair(options: DoctorOptions) -> Pair:
-    """Raises DoctorError when the models cannot be had or do not speak the same tokens."""
+    """Raises DoctorError when a model cannot be loaded or reached, or when the vocabularies differ."""
     if options.servers:
         from hemostat.doctor.servers import ServerPair  # noqa: PLC0415
 
@@ -69,30 +72,32 @@ def open_pair(options: DoctorOptions) -> Pair:
     return CheckpointPair(options)
 
 
-def _made(pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions, reporter: Reporter) -> dict[str, Any] | None:
+def _make_report(
+    pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions, reporter: Reporter
+) -> dict[str, Any] | None:
     """The report; None when it was interrupted."""
     jobs = encode(pair, prompts, options)
     key = _key(pair, jobs, options)
     folder = options.work or cache_folder() / "doctor" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     with WorkFolder(folder, key) as work:
         try:
-            scored = _scored(pair, jobs, options, work, reporter)
+            scored = _score(pair, jobs, options, work, reporter)
             layers = _layers(pair, jobs, scored, options, work, reporter)
-            made = _report(pair, prompts, jobs, scored, layers, options)
+            report = _assemble(pair, prompts, jobs, scored, layers, options)
         except KeyboardInterrupt:
-            reporter.say(f"interrupted: what is finished is kept in {folder}; the same command goes on from there")
+            reporter.log(f"interrupted: finished work is in {folder}; the same command continues from it")
             return None
         finally:
             for note in work.notes:
-                reporter.say(note)
+                reporter.log(note)
         if options.work is None:
-            # Token ids are text: they stay only where the user named a place for them.
+            # Token ids can be decoded to text: they stay on disk only if the user named a folder.
             work.remove()
-    return made
+    return report
 
 
 def _key(pair: Pair, jobs: Sequence[Job], options: DoctorOptions) -> dict[str, Any]:
-    """Everything that the kept figures depend on."""
+    """Everything that stored results depend on."""
     libraries = () if options.servers else ("torch", "transformers")
     return {
         "hemostat": __version__,
@@ -111,12 +116,12 @@ def _key(pair: Pair, jobs: Sequence[Job], options: DoctorOptions) -> dict[str, A
     }
 
 
-def _scored(
+def _score(
     pair: Pair, jobs: Sequence[Job], options: DoctorOptions, work: WorkFolder, reporter: Reporter
 ) -> list[Scored]:
     scored: list[Scored] = []
     for number, begin in enumerate(range(0, len(jobs), options.batch)):
-        reporter.step(SCORING, begin, len(jobs))
+        reporter.step(PROMPT_STAGE, begin, len(jobs))
         name = f"prompts-{number:06d}"
         data = work.get(name)
         if data is None:
@@ -124,7 +129,7 @@ def _scored(
             data = pack(batch)
             work.put(name, data)
         scored += unpack(data)
-    reporter.step(SCORING, len(jobs), len(jobs))
+    reporter.step(PROMPT_STAGE, len(jobs), len(jobs))
     return scored
 
 
@@ -133,7 +138,7 @@ def _layers(
     reporter: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
     if options.servers:
-        return {"skipped": "a server does not show its layers"}
+        return {"skipped": "vLLM servers do not expose their layers"}
     if not options.layer_tokens:
         return {"skipped": "--layer-tokens 0"}
     from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415
@@ -142,19 +147,19 @@ def _layers(
     assert isinstance(pair, CheckpointPair)
     texts = choose([Text(jobs[one.index].prompt, one.output) for one in scored], options.layer_tokens)
     try:
-        return layer_report(pair, texts, work, lambda done, total: reporter.step(LAYERS, done, total))
+        return layer_report(pair, texts, work, lambda done, total: reporter.step(LAYER_STAGE, done, total))
     except Incomparable as reason:
         return {"skipped": str(reason)}
 
 
-def _report(
+def _assemble(
     pair: Pair, prompts: Sequence[Prompt], jobs: Sequence[Job], scored: Sequence[Scored], layers: dict[str, Any],
     options: DoctorOptions,
 ) -> dict[str, Any]:  # fmt: skip
     texts = pair.texts(sorted({int(token) for one in scored for token in one.output}))
     classes = classify_all(texts, pair.special())
-    made = {
-        "schema": report.SCHEMA,
+    report = {
+        "schema": SCHEMA,
         "hemostat": __version__,
         "reference": _side(pair.reference),
         "compressed": _side(pair.compressed),
@@ -166,7 +171,7 @@ def _report(
         "seed": options.seed,
         "max_new_tokens": options.tokens,
         "notes": [*pair.notes, *([OWN_TEXT] if any(job.output is None for job in jobs) else [])],
-        **report.tables(
+        **tables(
             scored,
             classes,
             [prompt.line for prompt in prompts],
@@ -176,8 +181,8 @@ def _report(
         "layers": layers,
     }
     if options.show_text:
-        _add_text(made, prompts, scored, texts)
-    return made
+        _add_text(report, prompts, scored, texts)
+    return report
 
 
 def _side(side: Side) -> dict[str, str]:
@@ -185,15 +190,15 @@ def _side(side: Side) -> dict[str, str]:
 
 
 def _add_text(
-    made: dict[str, Any], prompts: Sequence[Prompt], scored: Sequence[Scored], texts: Mapping[int, str]
+    report: dict[str, Any], prompts: Sequence[Prompt], scored: Sequence[Scored], texts: Mapping[int, str]
 ) -> None:
-    """Only where the user asked for it: `text`, and what came before a worst token."""
+    """For `--show-text`: `text`, and the text before a worst token."""
     outputs = {one.index: one.output.tolist() for one in scored}
-    for row in made["worst_tokens"]:
+    for row in report["worst_tokens"]:
         before = outputs[row["prompt"]][max(0, row["position"] - 12) : row["position"]]
         row["text"] = texts[row["token_id"]]
         row["before"] = "".join(texts[token] for token in before)
-    for row in made["worst_prompts"]:
+    for row in report["worst_prompts"]:
         row["text"] = prompts[row["prompt"]].shown
 
 

@@ -1,4 +1,4 @@
-"""How far it is, on standard error: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on standard error: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-EVERY = 10.0
-"""Seconds between two lines where there is no terminal."""
+LINE_SECONDS = 10.0
+"""Between two lines, where standard error is not a terminal."""
 
 
 class Reporter:
-    """Use as a context; `say` prints a line, `step` moves the bar of a stage."""
+    """Use as a context; `log` prints a line, `step` advances the bar of a stage."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -27,7 +27,7 @@ class Reporter:
             disable=not self._console.is_terminal,
         )
         self._stages: dict[str, TaskID] = {}
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Reporter:
         self._bar.start()
@@ -36,7 +36,7 @@ class Reporter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, stage: str, done: int, total: int) -> None:
@@ -44,6 +44,6 @@ class Reporter:
             self._stages[stage] = self._bar.add_task(stage, total=total)
         self._bar.update(self._stages[stage], completed=done, total=total)
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._said >= EVERY:
-            self._said = now
-            self.say(f"{stage}: {done} of {total}")
+        if not self._console.is_terminal and now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            self.log(f"{stage}: {done} of {total}")

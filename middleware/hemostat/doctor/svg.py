@@ -1,6 +1,6 @@
 """Plots as SVG text: no script, no network. Colours and fonts come from the page's style sheet, by class.
 
-Every plot has a title and a description, for whoever cannot see it.
+Every plot has a title and a description for screen readers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
-ROW = 26
-"""Height of a horizontal bar with its gap."""
-NAMES = 150
-"""Width of the names beside horizontal bars."""
-CHARACTER = 6.6
-"""Width of a label's character, about."""
+ROW_HEIGHT = 26
+"""Of a horizontal bar with its gap."""
+LABEL_WIDTH = 150
+"""Of the labels beside horizontal bars."""
+CHARACTER_WIDTH = 6.6
+"""Approximate width of a character of a label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ class Series:
     high: Sequence[float] = ()
 
 
-def columns(
+def bar_chart(
     title: str, labels: Sequence[str], values: Sequence[float], errors: Sequence[float | None], x_name: str, y_name: str
 ) -> str:
-    """A bar for each label, with ± its error; bars may point down."""
+    """A vertical bar for each label, with ± its error; bars of negative values point down."""
     ends = [abs(e or 0.0) for e in errors]
     low = min(0.0, *(v - e for v, e in zip(values, ends, strict=True)))
     high = max(0.0, *(v + e for v, e in zip(values, ends, strict=True)))
@@ -43,7 +43,7 @@ def columns(
     step = (WIDTH - LEFT - RIGHT) / len(values)
     parts = list(_y_grid(ticks, y))
     # As many labels as fit beside each other.
-    every = max(1, math.ceil(max(map(len, labels)) * CHARACTER * 1.2 / step))
+    every = max(1, math.ceil(max(map(len, labels)) * CHARACTER_WIDTH * 1.2 / step))
     for n, (label, value, error) in enumerate(zip(labels, values, errors, strict=True)):
         middle = LEFT + (n + 0.5) * step
         top, bottom = sorted((y(value), y(0.0)))
@@ -52,40 +52,42 @@ def columns(
             parts.append(_whisker(middle, y(value - error), y(value + error)))
         if n % every == 0:
             parts.append(_text(middle, HEIGHT - BOTTOM + 16, label, "middle"))
-    parts += _names(x_name, y_name)
-    return _plot(title, _told(labels, values, y_name), parts, HEIGHT)
+    parts += _axis_names(x_name, y_name)
+    return _plot(title, _describe(labels, values, y_name), parts, HEIGHT)
 
 
-def rows(
+def horizontal_bar_chart(
     title: str, labels: Sequence[str], values: Sequence[float], errors: Sequence[float | None], x_name: str
 ) -> str:
-    """Horizontal bars, for labels that need room."""
-    height = ROW * len(values) + TOP + BOTTOM
+    """Horizontal bars, for long labels."""
+    height = ROW_HEIGHT * len(values) + TOP + BOTTOM
     ends = [abs(e or 0.0) for e in errors]
     low = min(0.0, *(v - e for v, e in zip(values, ends, strict=True)))
     high = max(0.0, *(v + e for v, e in zip(values, ends, strict=True)))
-    ticks, x = _axis(low, high, NAMES, WIDTH - RIGHT)
+    ticks, x = _axis(low, high, LABEL_WIDTH, WIDTH - RIGHT)
     parts = []
     for tick in ticks:
         parts.append(_line(x(tick), TOP, x(tick), height - BOTTOM, "grid"))
         parts.append(_text(x(tick), height - BOTTOM + 16, _number(tick), "middle"))
     for n, (label, value, error) in enumerate(zip(labels, values, errors, strict=True)):
-        middle = TOP + (n + 0.5) * ROW
+        middle = TOP + (n + 0.5) * ROW_HEIGHT
         left, right = sorted((x(value), x(0.0)))
-        parts.append(_rectangle(left, middle - 0.36 * ROW, right - left, 0.72 * ROW, f"{label}: {value:.4g}"))
+        parts.append(
+            _rectangle(left, middle - 0.36 * ROW_HEIGHT, right - left, 0.72 * ROW_HEIGHT, f"{label}: {value:.4g}")
+        )
         if error:
             parts.append(_line(x(value - error), middle, x(value + error), middle, "whisker"))
-        parts.append(_text(NAMES - 8, middle + 4, label, "end"))
-    parts.append(_text((NAMES + WIDTH) / 2, height - 10, x_name, "middle"))
-    return _plot(title, _told(labels, values, x_name), parts, height)
+        parts.append(_text(LABEL_WIDTH - 8, middle + 4, label, "end"))
+    parts.append(_text((LABEL_WIDTH + WIDTH) / 2, height - 10, x_name, "middle"))
+    return _plot(title, _describe(labels, values, x_name), parts, height)
 
 
-def lines(title: str, series: Sequence[Series], x_name: str, y_name: str, y_top: float | None = None) -> str:
-    """Lines that are told apart by dashes as well as by colour."""
+def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str, y_top: float | None = None) -> str:
+    """Lines that differ by dashes as well as by colour."""
     height = HEIGHT + 18 * len(series)
     high = y_top if y_top is not None else max(v for one in series for v in (*one.y, *one.high))
     ticks, y = _axis(0.0, high, HEIGHT - BOTTOM, TOP)
-    x_ticks, x = _axis(0.0, max(v for one in series for v in one.x), LEFT, WIDTH - RIGHT, snug=True)
+    x_ticks, x = _axis(0.0, max(v for one in series for v in one.x), LEFT, WIDTH - RIGHT, ends_at_high=True)
     parts = list(_y_grid(ticks, y))
     parts += [_text(x(tick), HEIGHT - BOTTOM + 16, _number(tick), "middle") for tick in x_ticks]
     for n, one in enumerate(series):
@@ -98,23 +100,26 @@ def lines(title: str, series: Sequence[Series], x_name: str, y_name: str, y_top:
         at = HEIGHT + 18 * n + 4
         parts.append(f'<polyline class="line s{n % 4}" points="{LEFT},{at} {LEFT + 36},{at}"/>')
         parts.append(_text(LEFT + 44, at + 4, one.name, "start"))
-    parts += _names(x_name, y_name)
-    told = "; ".join(f"{one.name}: from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series)
-    return _plot(title, f"{y_name} by {x_name}. {told}.", parts, height)
+    parts += _axis_names(x_name, y_name)
+    ranges = "; ".join(f"{one.name}: from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series)
+    return _plot(title, f"{y_name} by {x_name}. {ranges}.", parts, height)
 
 
 def _axis(
-    low: float, high: float, start: float, end: float, snug: bool = False
+    low: float, high: float, start: float, end: float, ends_at_high: bool = False
 ) -> tuple[list[float], Callable[[float], float]]:
-    """Round ticks that hold low and high, and where a value lies. `snug`: the axis ends at `high`."""
+    """Ticks at round values that include `low` and `high`, and the function from a value to its coordinate.
+
+    ends_at_high: the axis ends at `high`, not at a tick.
+    """
     span = (high - low) or 1.0
     step = 10.0 ** math.floor(math.log10(span / 4))
     step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 6)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) if high > low else 1
-    if snug:
+    if ends_at_high:
         last = math.floor(high / step + 1e-9)
     ticks = [n * step for n in range(first, last + 1)]
-    bottom, top = first * step, (low + span if snug else last * step)
+    bottom, top = first * step, (low + span if ends_at_high else last * step)
     return ticks, lambda value: start + (end - start) * (value - bottom) / (top - bottom)
 
 
@@ -124,7 +129,7 @@ def _y_grid(ticks: Sequence[float], y: Callable[[float], float]) -> Iterator[str
         yield _text(LEFT - 8, y(tick) + 4, _number(tick), "end")
 
 
-def _names(x_name: str, y_name: str) -> Iterator[str]:
+def _axis_names(x_name: str, y_name: str) -> Iterator[str]:
     yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_name, "middle")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     yield f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_name)}</text>'
@@ -134,7 +139,7 @@ def _number(value: float) -> str:
     return f"{value:.6g}".replace("-", "−")
 
 
-def _told(labels: Sequence[str], values: Sequence[float], name: str) -> str:
+def _describe(labels: Sequence[str], values: Sequence[float], name: str) -> str:
     if len(values) > 12:
         most = max(range(len(values)), key=lambda n: values[n])
         return f"{name}: {len(values)} bars, the highest {values[most]:.3g} at {labels[most]}."
@@ -163,8 +168,8 @@ def _whisker(x: float, y1: float, y2: float) -> str:
     return _line(x, y1, x, y2, "whisker")
 
 
-def _rectangle(x: float, y: float, width: float, height: float, told: str) -> str:
+def _rectangle(x: float, y: float, width: float, height: float, tooltip: str) -> str:
     return (
         f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{max(height, 0.5):.1f}">'
-        f"<title>{escape(told)}</title></rect>"
+        f"<title>{escape(tooltip)}</title></rect>"
     )
