@@ -27,7 +27,7 @@ from tests.support.admin_server import Served, everything, served
 from tests.support.control import AUTHORIZED, TOKEN
 
 from hemostat.admin import hardening
-from hemostat.admin.hardening import HEADERS, is_ours
+from hemostat.admin.hardening import HEADERS, is_allowed_host
 from hemostat.engines import api as engine_api
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -107,11 +107,11 @@ def test_many_headers(one: Served, count: int) -> None:
 
 
 def test_those_who_never_finish_a_head_do_not_stay(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardening, "HEAD_WITHIN", 0.5)
-    crowd = [connect(one) for _ in range(hardening.CONNECTIONS_AT_MOST + 20)]
+    monkeypatch.setattr(hardening, "HEAD_SECONDS", 0.5)
+    crowd = [connect(one) for _ in range(hardening.MAX_CONNECTIONS + 20)]
     try:
         crowd[0].sendall(b"GET /livez HTTP/1.1\r\n")
-        while one.connections < hardening.CONNECTIONS_AT_MOST:
+        while one.connections < hardening.MAX_CONNECTIONS:
             time.sleep(0.01)
         assert httpx.get(f"{one.url}/livez").status_code == 503, "no more at a time than that"
         assert [answer(connection) for connection in crowd] == [b""] * len(crowd)
@@ -122,7 +122,7 @@ def test_those_who_never_finish_a_head_do_not_stay(one: Served, monkeypatch: pyt
 
 
 def test_a_second_head_is_not_waited_for_without_end(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardening, "HEAD_WITHIN", 0.5)
+    monkeypatch.setattr(hardening, "HEAD_SECONDS", 0.5)
     with connect(one) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
@@ -144,7 +144,7 @@ def test_a_body_that_never_comes(one: Served, monkeypatch: pytest.MonkeyPatch, h
 def test_a_body_without_end_and_without_the_token_is_not_read_for_long(
     one: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardening, "HEAD_WITHIN", 0.5)
+    monkeypatch.setattr(hardening, "HEAD_SECONDS", 0.5)
     with connect(one) as connection:
         head = f"POST /api/v1/profiles HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {1 << 40}\r\n\r\n"
         connection.sendall(head.encode())
@@ -230,7 +230,7 @@ NAMES = st.text("abz19.-:[]@%/\\ \t\u00e9", min_size=1, max_size=24)
 @given(st.sampled_from(["", "localhost", "127.0.0.1", "[::1]", "hemostat"]), NAMES, st.booleans())
 def test_no_other_name_gets_through_whatever_stands_around_it(ours: str, other: str, before: bool) -> None:
     host = other + ours if before else ours + other
-    if is_ours(host, {"hemostat"}):
+    if is_allowed_host(host, {"hemostat"}):
         name = host.removeprefix("[").partition("]")[0] if host.startswith("[") else host.partition(":")[0]
         if name.rstrip(".").lower() not in {"localhost", "hemostat"}:
             ipaddress.ip_address(name.rstrip("."))

@@ -1,8 +1,8 @@
-"""What stands between the admin port and whoever reaches it: names, headers, sizes, patience. No state of Hemostat's.
+"""Protects the admin port from whoever can reach it: host names, response headers, limits of size, time and number.
 
-- A page that rebinds its own name to this address (DNS rebinding) is refused by the name that it is called by.
-- A head is bounded in bytes and in time, connections in number, so that one who may not do anything can not fill the
-  memory of the control process either. (uvicorn's other parser, httptools, takes heads of any size.)
+- DNS rebinding (a page whose own host name resolves to this address) is refused by the request's Host header.
+- Request heads are limited in bytes and in time, connections in number, so that a client without the token cannot fill
+  the memory of the control process. (uvicorn's other parser, httptools, accepts heads of any size.)
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_BYTES = 16 * 1024
-HEAD_WITHIN = 10.0
-"""Seconds from a connection's start, or a request's first byte, to the end of the request's head."""
-CONNECTIONS_AT_MOST = 256
-"""Above it: 503."""
+MAX_HEAD_BYTES = 16 * 1024
+HEAD_SECONDS = 10.0
+"""Limit from a connection's start, or a request's first byte, to the end of the request's head."""
+MAX_CONNECTIONS = 256
+"""More are answered with 503."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'self'; script-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -38,7 +38,7 @@ _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::\d*)?")
 
 
 class Harden:
-    """ASGI: adds HEADERS, refuses hosts that are none of ours (421). names: None: any name will do."""
+    """ASGI middleware: adds HEADERS, answers 421 to a Host that is not allowed. names: None allows any."""
 
     def __init__(self, app: ASGIApp, names: Collection[str] | None) -> None:
         self._app = app
@@ -56,20 +56,20 @@ class Harden:
             await send(message)
 
         host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
-        if self._names is None or not host or is_ours(host, self._names):
+        if self._names is None or not host or is_allowed_host(host, self._names):
             await self._app(scope, receive, hardened)
         else:
-            said = "not called by this name; list it in admin.allowed_hosts, or use the address"
-            body = json.dumps({"detail": said}).encode()
+            detail = "this host name is not allowed; list it in admin.allowed_hosts, or use the address"
+            body = json.dumps({"detail": detail}).encode()
             kind = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
             await hardened({"type": "http.response.start", "status": 421, "headers": kind})
             await hardened({"type": "http.response.body", "body": body})
 
 
-def is_ours(host: str, names: Collection[str]) -> bool:
-    """Whether a Host header is an address, localhost, or one of `names` (whose port does not matter).
+def is_allowed_host(host: str, names: Collection[str]) -> bool:
+    """Whether a Host header is an address, localhost, or one of `names`; the port does not matter.
 
-    An address cannot be rebound; a name can, by whoever owns it. No header comes from no browser.
+    An address cannot be rebound; a name can, by its owner. Browsers always send the header.
     """
     found = _HOST.fullmatch(host)
     if found is None:
@@ -84,41 +84,41 @@ def is_ours(host: str, names: Collection[str]) -> bool:
     return True
 
 
-class Patient(H11Protocol):
-    """uvicorn's protocol, that waits for a head no longer than HEAD_WITHIN."""
+class HeadTimeoutProtocol(H11Protocol):
+    """uvicorn's protocol, which aborts a connection whose request head is not complete within HEAD_SECONDS."""
 
-    _waiting: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self._idle:
-            self._stop_waiting()
-        elif self._waiting is None:
-            self._wait()
+            self._stop_timer()
+        elif self._timer is None:
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._stop_timer()
         super().connection_lost(exc)
 
     @property
     def _idle(self) -> bool:
-        """No request is being answered: what comes now is (part of) a head, or what nobody wants to read."""
+        """No request is being answered: incoming bytes belong to a head, or are to be discarded."""
         return self.cycle is None or self.cycle.response_complete
 
-    def _wait(self) -> None:
-        self._waiting = self.loop.call_later(HEAD_WITHIN, self._give_up)
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._abort)
 
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _give_up(self) -> None:
-        self._waiting = None
+    def _abort(self) -> None:
+        self._timer = None
         if self._idle:
             self.transport.abort()
 
@@ -126,10 +126,10 @@ class Patient(H11Protocol):
 def server_settings() -> dict[str, Any]:
     """For uvicorn.Config."""
     return {
-        "http": Patient,
+        "http": HeadTimeoutProtocol,
         "ws": "none",
-        "h11_max_incomplete_event_size": HEAD_BYTES,
-        "limit_concurrency": CONNECTIONS_AT_MOST,
+        "h11_max_incomplete_event_size": MAX_HEAD_BYTES,
+        "limit_concurrency": MAX_CONNECTIONS,
         "timeout_graceful_shutdown": 2,
         "server_header": False,
         "proxy_headers": False,
