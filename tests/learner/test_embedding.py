@@ -87,9 +87,9 @@ def test_bad_checkpoints_are_one_line_that_names_the_file(tmp_path: Path) -> Non
 
     refused(tmp_path / "missing", "no .safetensors file")
     refused(fresh("empty"), "no .safetensors file")
-    refused(save(fresh("unknown"), {"model.norm.weight": W}), "no output embedding under a name")
+    refused(save(fresh("unknown"), {"model.norm.weight": W}), "no output embedding under a known name")
     untied = save(fresh("untied"), {"embed_tokens.weight": W}, config={"tie_word_embeddings": False})
-    refused(untied, "no output embedding under a name")
+    refused(untied, "no output embedding under a known name")
     refused(save(fresh("vocabulary"), {"lm_head.weight": W}), r"shape \[10, 4\]; the model has 11 ids", 11)
     refused(save(fresh("flat"), {"lm_head.weight": W[0]}), "shape")
     refused(save(fresh("integers"), {"lm_head.weight": W.astype(np.int32)}), "is I32")
