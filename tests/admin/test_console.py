@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -300,16 +301,17 @@ def test_the_page_needs_no_network_and_little_room() -> None:
     assert "Permission is hereby granted" in folder.joinpath("vendor", "LICENSE-uPlot.txt").read_text()
 
 
-def status(n: int, kl: float | None = 0.5) -> dict[str, Any]:
-    return {
-        "raw": {"kl_nats": {"estimate": kl, "ci95": [None, None]}, "tokens": 10 * n},
-        "excess": {},
-        "recovered": {"ratio": None, "ci95": [None, None]},
-        "proxy": {"requests": n, "failed": 0},
-        "requests": {"scored": n},
-        "shadow": {"reference_tokens": n},
-        "queue": {"depth": 0},
-    }
+def status(n: int, kl: float | None = 0.5) -> Any:
+    """What the history reads of a `Status`."""
+    return SimpleNamespace(
+        raw={"kl_nats": {"estimate": kl, "ci95": [None, None]}, "tokens": 10 * n},
+        excess={},
+        recovered=SimpleNamespace(ratio=None, ci95=[None, None]),
+        proxy=SimpleNamespace(requests=n, failed=0),
+        requests=SimpleNamespace(scored=n),
+        shadow=SimpleNamespace(reference_tokens=n),
+        queue=SimpleNamespace(depth=0),
+    )
 
 
 def test_history_forgets_and_is_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

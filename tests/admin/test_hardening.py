@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.support.control import AUTHORIZED, TOKEN
 from hemostat.admin import hardening
 from hemostat.admin.hardening import HEADERS, is_allowed_host
 from hemostat.engines import api as engine_api
+from hemostat.shadow.endings import Outcome
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
@@ -347,8 +349,8 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
 
         def poison(control: Any) -> None:
             control.monitor.detail = script
-            control.served = frozenset({script})
-            control._count("dropped", script)
+            control.monitor.pair = replace(control.monitor.pair, models=frozenset({script}))
+            control.pipeline.endings.count(Outcome.DROPPED, script)
             control.profile_manager.events.restore(
                 [{"at": time.time(), "decision": script, "version": script, "why": script, "evidence": {}}]
             )
