@@ -36,15 +36,15 @@ SAVE_SECONDS = 60.0
 class Alarms:
     """Lives in the control process's event loop.
 
-    floors: names of the models whose noise floors add up to the total; none: the floor is not measured, and the budget
-        applies to the divergence itself.
+    noise_floors: names of the models whose noise floors add up to the total; none: the floor is not measured, and the
+        budget applies to the divergence itself.
     state_writes: for the state of the tests. event_writes: for each alarm that is raised or cleared. wall: Unix time.
     """
 
     def __init__(
         self,
         settings: config.Alarm,
-        floors: tuple[str, ...],
+        noise_floors: tuple[str, ...],
         state_writes: StoreWrites,
         event_writes: StoreWrites,
         wall: Callable[[], float],
@@ -56,7 +56,7 @@ class Alarms:
             clear_after=settings.clear_after,
         )
         self._state = alarm.init(self._settings)
-        self._floors = {model: ClippedMean(0.0, self._settings.cap) for model in floors}
+        self._noise_floors = {model: ClippedMean(0.0, self._settings.cap) for model in noise_floors}
         self._state_writes = state_writes
         self._event_writes = event_writes
         self._wall = wall
@@ -68,7 +68,7 @@ class Alarms:
         """One scored request, its raw figures."""
         now = self._wall()
         observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record))
-        self._state = alarm.update(self._state, record.route, observation, self._floor())
+        self._state = alarm.update(self._state, record.route, observation, self._noise_floor())
         for reading in alarm.readings(self._state):
             self._note(reading)
         if now - self._saved_at >= SAVE_SECONDS:
@@ -76,15 +76,15 @@ class Alarms:
 
     def observe_noise_floor(self, model: str, figures: TokenDivergence) -> None:
         """The figures of a record with `model` on both sides."""
-        if model in self._floors:
-            self._floors[model] = self._floors[model].update(figures.kl_rc)
+        if model in self._noise_floors:
+            self._noise_floors[model] = self._noise_floors[model].update(figures.kl_rc)
 
-    def _floor(self) -> float:
-        """Upper end of the floors' sum; infinite while one of them is unknown: then the budget test waits."""
+    def _noise_floor(self) -> float:
+        """Upper end of the sum of the noise floors, nats; infinite while one is unknown: the budget test then waits."""
         # Each has its part of what the budget test spends on limits; see `alarm`.
-        part = self._settings.alpha / (4.0 * max(len(self._floors), 1))
-        highs = [floor.get(part).high if floor.requests else math.inf for floor in self._floors.values()]
-        unknown = any(high >= floor.cap for high, floor in zip(highs, self._floors.values(), strict=False))
+        part = self._settings.alpha / (4.0 * max(len(self._noise_floors), 1))
+        highs = [floor.get(part).high if floor.requests else math.inf for floor in self._noise_floors.values()]
+        unknown = any(high >= floor.cap for high, floor in zip(highs, self._noise_floors.values(), strict=False))
         return math.inf if unknown else sum(highs)
 
     def _note(self, reading: alarm.Reading) -> None:
@@ -132,7 +132,7 @@ class Alarms:
 
     def report(self) -> dict[str, Any]:
         """JSON-ready."""
-        floor = self._floor()
+        floor = self._noise_floor()
         return {
             "raised": any(self._raised.values()),
             "alpha": self._settings.alpha,

@@ -73,7 +73,7 @@ class TransformersReference:
         while True:
             if self._worker is not None and not self._worker.dead.is_set():
                 await self._worker.dead.wait()
-                log.error("the reference worker ended: %s", self._worker.epitaph())
+                log.error("the reference worker ended: %s", self._worker.exit_summary())
             await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
             try:
                 await self.start()
@@ -300,11 +300,11 @@ class _Worker:
         for future in (self._first, *self._pending.values()):
             if not future.done():
                 future.set_exception(
-                    ReferenceFailure(FailureReason.DOWN, f"the reference worker ended: {self.epitaph()}")
+                    ReferenceFailure(FailureReason.DOWN, f"the reference worker ended: {self.exit_summary()}")
                 )
 
-    def epitaph(self) -> str:
-        """How it ended, and the last that it said."""
+    def exit_summary(self) -> str:
+        """Exit code and last line of standard error."""
         assert self._child is not None
         return self._child.epitaph()
 
