@@ -21,10 +21,11 @@ setup: ## make .venv: Hemostat, vLLM (CPU build), PyTorch, tools
 demo: setup ## real vLLM, a real quantized model, Hemostat in front; ARGS="..." for `hemostat demo`
 	@exec $(BIN)/hemostat demo $(ARGS)
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # One thread a process: with more threads than processors, they wait for each other in every small product (a test of
 # five seconds took two minutes).
@@ -63,5 +64,5 @@ screenshot: setup ## a picture of the console over a run of the demo (15 minutes
 	@exec $(BIN)/python deploy/screenshot.py $(ARGS)
 
 clean: ## remove .venv and all that was built here (the checkpoints stay in the user's cache)
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find middleware calibration tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,9 +8,9 @@ import pytest
 from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, eventually, post, relaying
 
+from hemostat.hooks import Refusal, Rewrite
 from hemostat.relay import exchange as relay_exchange
 from hemostat.relay import worker
-from hemostat.relay.hooks import Refusal, Rewrite
 from hemostat.relay.limits import Limits
 
 JSON = b'HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 11\r\nB: 2\r\n\r\n{"a": "bc"}'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hemostat.relay.hooks import Headers, Refusal, Rewrite
+from hemostat.hooks import Headers, Refusal, Rewrite
 
 
 def upper(data: bytes) -> bytes:

@@ -12,9 +12,9 @@ import httpx
 import msgspec
 import numpy as np
 
+from hemostat.hooks import Refusal
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.metrics.names import CALIBRATION_REQUESTS, SHADOW_REQUESTS
-from hemostat.relay.hooks import Refusal
 from hemostat.shadow.interceptor import Interceptor
 
 VERSION = "0123456789abcdef" * 2

@@ -16,12 +16,12 @@ import pytest
 from tests.support.fake_vllm import FakeVllm, encode, render, serving
 from tests.support.wire import OTHER_VERSION, VERSION, Wire, policy, rows
 
+from hemostat.hooks import ExchangeHook, Refusal
 from hemostat.ipc.messages import Policy
 from hemostat.openai import json_splice
 from hemostat.openai.errors import leading_error_code
 from hemostat.openai.requests import LOGIT_EDITING_KEYS, read_request, sampling_parameters
 from hemostat.openai.routes import CHAT, COMPLETIONS
-from hemostat.relay.hooks import ExchangeHook, Refusal
 from hemostat_engine.xargs import edits_logits
 
 TOOL_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'

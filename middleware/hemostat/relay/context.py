@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hemostat.hooks import Hook
 from hemostat.relay.counters import Counters
-from hemostat.relay.hooks import Hook
 from hemostat.relay.http.origin import Origin
 from hemostat.relay.limits import Limits
 from hemostat.relay.pool import Pool

@@ -10,6 +10,7 @@ import asyncio
 from time import perf_counter
 from typing import Protocol
 
+from hemostat.hooks import Headers, Refusal, Rewrite
 from hemostat.openai import routes
 from hemostat.relay import counters
 from hemostat.relay.context import RelayContext
@@ -17,7 +18,6 @@ from hemostat.relay.exchange_state import TRANSITIONS, ExchangeState
 from hemostat.relay.fail_open import FailOpenHook
 from hemostat.relay.forwarding import upstream_head
 from hemostat.relay.generation import GenerationReport
-from hemostat.relay.hooks import Headers, Refusal, Rewrite
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
 from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import CONTINUE, SAFE_METHODS, RequestHead

@@ -8,10 +8,10 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hemostat.hooks import Hook
 from hemostat.relay.client_connection import ClientConnection
 from hemostat.relay.context import RelayContext
 from hemostat.relay.counters import Counters
-from hemostat.relay.hooks import Hook
 from hemostat.relay.http.origin import parse_origin
 from hemostat.relay.limits import Limits
 from hemostat.relay.pool import Pool

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hemostat.hooks import Headers, Refusal
 from hemostat.ipc.messages import Policy
 from hemostat.openai.errors import error_body
-from hemostat.relay.hooks import Headers, Refusal
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
 _PREFIX = b"x-hemostat-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hemostat.hooks import Headers, Refusal, Rewrite
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests
 from hemostat.openai.errors import leading_error_code
@@ -9,7 +10,6 @@ from hemostat.openai.json_splice import MALFORMED, encode
 from hemostat.openai.requests import Request, Uncalibrated, Unscorable
 from hemostat.openai.responses import ResponseFailure, ResponseTokens, Stripper, error_reason, little_endian
 from hemostat.openai.routes import CHAT
-from hemostat.relay.hooks import Headers, Refusal, Rewrite
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.profile_choice import ArmReason, choose_profile
 from hemostat.shadow.reports import Reports, SkipReason
@@ -58,7 +58,7 @@ class _ResponseStart:
 
 
 class InterceptedExchange:
-    """A `relay.hooks.ExchangeHook`: a request that is sampled (`shadow`), calibrated, or both."""
+    """A `hooks.ExchangeHook`: a request that is sampled (`shadow`), calibrated, or both."""
 
     def __init__(
         self,

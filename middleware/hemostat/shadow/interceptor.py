@@ -6,10 +6,10 @@ import secrets
 import time
 from collections.abc import Callable
 
+from hemostat.hooks import ExchangeHook, Headers, Refusal
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai.responses import ResponseFailure
 from hemostat.openai.routes import SUPPORT, Support
-from hemostat.relay.hooks import ExchangeHook, Headers, Refusal
 from hemostat.shadow.assignment import is_sampled
 from hemostat.shadow.client_headers import ClientOptions, hemostat_headers, read_options
 from hemostat.shadow.exchange import InterceptedExchange
@@ -18,7 +18,7 @@ from hemostat.shadow.reports import Reports, SkipReason
 
 
 class Interceptor:
-    """A `relay.hooks.Hook`. Assign `policy` at any time: a request keeps the policy that it began with.
+    """A `hooks.Hook`. Assign `policy` at any time: a request keeps the policy that it began with.
 
     The relay removes X-Hemostat headers from every request, including those that this hook does not intercept. A
     profile that the client itself names in `vllm_xargs.hemostat` is left as it is, also with `calibration.mode: off`,

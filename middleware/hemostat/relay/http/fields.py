@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from hemostat.relay.hooks import Headers
+from hemostat.hooks import Headers
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _token = re.compile(TOKEN + rb"+").fullmatch
