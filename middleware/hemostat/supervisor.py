@@ -23,12 +23,14 @@ from typing import Any
 from hemostat import logs
 from hemostat.config.errors import ConfigError
 from hemostat.config.schema import Settings
+from hemostat.ipc.backoff import Backoff
 
 log = logging.getLogger("hemostat.serve")
 
 STARTED_WITHIN = 30.0
 """Seconds that a child may take to say that it listens."""
-BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0)
+RESTART_SECONDS = (1.0, 2.0, 5.0, 10.0)
+"""Longest pauses before a restart, by failures in a row."""
 STABLE_AFTER = 30.0
 """A child that lived this long starts again without delay."""
 CONTROL_STOPS_WITHIN = 10.0
@@ -45,8 +47,8 @@ class StartFailure(Exception):
         """It has said why on standard error."""
 
 
-class Child:
-    """One process that is kept alive until `stop`."""
+class SupervisedProcess:
+    """One process that is restarted until `stop`."""
 
     def __init__(self, name: str, module: str, stdin: dict[str, Any]) -> None:
         self.name = name
@@ -84,15 +86,18 @@ class Child:
 
     async def keep(self) -> None:
         """Restart the process whenever it ends, with growing pauses; returns after `stop`."""
-        failures = 0
+        backoff = Backoff(RESTART_SECONDS)
         while True:
             assert self._process is not None
             born = time.monotonic()
             code = await self._process.wait()
             if self._stopping.is_set():
                 return
-            failures = 0 if time.monotonic() - born > STABLE_AFTER else failures + 1
-            pause = BACKOFF[min(failures, len(BACKOFF) - 1)] if failures else 0.0
+            if time.monotonic() - born > STABLE_AFTER:
+                backoff.reset()
+                pause = 0.0
+            else:
+                pause = backoff.pause()
             log.error("%s ended with code %s; starting it again in %.1f s", self.name, code, pause)
             await asyncio.sleep(pause)
             if self._stopping.is_set():
@@ -186,13 +191,13 @@ async def _run(settings: Settings, announce: Callable[[str], None]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="hemostat-"))
     holder, port = reserve_port(settings.listen.host, settings.listen.port)
     control_socket = folder / "control.sock"
-    control = Child(
+    control = SupervisedProcess(
         "control",
         "hemostat.control.process",
         {"settings": settings.plain(), "socket": str(control_socket), "parent": os.getpid(), "data_port": port},
     )
     relays = [
-        Child(f"relay {n}", "hemostat.relay.main", relay_config(settings, n, port, control_socket))
+        SupervisedProcess(f"relay {n}", "hemostat.relay.main", relay_config(settings, n, port, control_socket))
         for n in range(settings.workers)
     ]
     keepers: list[asyncio.Task[None]] = []

@@ -35,7 +35,7 @@ from typing import Any, cast
 import httpx
 import uvloop
 
-from hemostat.ipc.messages import FrameReader, Policy, Stats, encode
+from hemostat.ipc.messages import MessageReader, Policy, Stats, encode
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -385,7 +385,7 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.add(writer)
         writer.write(encode(policy))
-        frames = FrameReader()
+        frames = MessageReader()
         while data := await reader.read(1 << 20):
             for message in frames.feed(data):
                 if isinstance(message, Stats):

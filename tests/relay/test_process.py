@@ -28,7 +28,7 @@ from tests.support.wire import policy
 
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Policy, Stats
-from hemostat.ipc.relay_end import MAX_UNSENT, ControlLink
+from hemostat.ipc.relay_end import MAX_QUEUED_BYTES, ControlLink
 
 POLICY = policy(shadow_rate=0.0)
 BAD_VERSION = b"X-Hemostat-Calibration: ../../etc"
@@ -191,8 +191,8 @@ async def test_captures_are_dropped_where_nobody_takes_them(tmp_path: Path) -> N
         await asyncio.sleep(0.01)
     while link.emit(sized_capture(size=size)):
         accepted += 1
-        assert accepted * size < 4 * MAX_UNSENT, "it is bounded"
-    assert accepted * size >= MAX_UNSENT / 2
+        assert accepted * size < 4 * MAX_QUEUED_BYTES, "it is bounded"
+    assert accepted * size >= MAX_QUEUED_BYTES / 2
     hold.set()
     await eventually(lambda: link.emit(sized_capture(size=1)), 5)
     await link.close()

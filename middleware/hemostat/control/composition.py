@@ -164,13 +164,13 @@ class Control:
             self.replica = Replica(
                 self.store,
                 self.lease,
-                held=lambda version: version in self.profile_manager.catalogue,
+                is_held=lambda version: version in self.profile_manager.catalogue,
                 states=STATE_KEYS,
                 events=MAX_EVENTS,
-                take_up=self.stored_state.reload,
-                keep=self.stored_state.write_all,
-                obey=local.execute_command,
-                failed=self.store_errors.record,
+                load=self.stored_state.reload,
+                write_all=self.stored_state.write_all,
+                execute=local.execute_command,
+                on_failure=self.store_errors.record,
             )
         self.actions = OperatorActions(
             local,
@@ -243,7 +243,7 @@ class Control:
         with contextlib.suppress(StoreUnreachable):
             await self.writer.drain()
             if self.replica is not None:
-                await self.replica.resign()
+                await self.replica.release()
         if self.records is not None:
             self.records.close()
         self.store.close()

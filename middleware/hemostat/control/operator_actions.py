@@ -20,7 +20,7 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import Store, StoredProfile, StoreFailure
-from hemostat.store.replica import OBEYED_WITHIN, Replica
+from hemostat.store.replica import COMMAND_SECONDS, Replica
 from hemostat.store.writer import StoreWriter
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -107,7 +107,7 @@ class ModeOverride:
         now: monotonic seconds."""
         if self._mode is None:
             return
-        self._until = min(self._until, now + OBEYED_WITHIN)
+        self._until = min(self._until, now + COMMAND_SECONDS)
         if now > self._until or (states["mode"] or "").endswith(f" {self._mode}"):
             self._mode = None
         else:
@@ -158,7 +158,7 @@ class OperatorActions:
             await asyncio.to_thread(self._store.put_profile, stored)
         except StoreFailure as failure:
             self._errors.record(failure)
-            raise HemostatError(f"the leading replica cannot be asked: {failure}") from None
+            raise HemostatError(f"the leading replica cannot be reached: {failure}") from None
         return await self._execute("import", profile.version, scope)
 
     async def promote(self, version: str, scope: str) -> None:
@@ -189,7 +189,7 @@ class OperatorActions:
         """Here where this replica leads, else by the leader."""
         if self._replica is None or self._lease.leads:
             return await self._local.execute(action, list(arguments))
-        return await self._replica.ask(action, *arguments)
+        return await self._replica.send(action, *arguments)
 
     async def _execute_at_once(self, action: str, *arguments: str | None) -> bool:
         """An action that ends something is carried out here even when the store does not answer, and everywhere as soon

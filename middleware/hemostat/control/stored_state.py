@@ -64,7 +64,7 @@ class StoredState:
                 raise HemostatError(f"calibration.force: {forced}: {error}") from error
         try:
             if replica is not None:
-                await replica.beat()
+                await replica.heartbeat()
                 return
             profiles = await asyncio.to_thread(self._store.profiles)
             states = {key: await asyncio.to_thread(self._store.get_state, key) for key in STATE_KEYS}

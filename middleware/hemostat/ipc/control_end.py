@@ -10,25 +10,25 @@ from pathlib import Path
 
 import msgspec
 
-from hemostat.ipc.messages import Capture, FrameReader, Hello, Policy, Stats, encode
+from hemostat.ipc.messages import Capture, Hello, MessageReader, Policy, Stats, encode
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 
 log = logging.getLogger("hemostat.control")
 
 READ_SIZE = 256 * 1024
-MAX_UNSENT = 1024 * 1024
-"""Bytes of policies that a relay may leave unread before its link is cut (it connects again)."""
-GONE_KEPT = 64
-"""Relays that went away and could come back (a link can break without its process) counted apart; older ones are one
-sum."""
+MAX_QUEUED_BYTES = 1024 * 1024
+"""Bytes of policies that a relay may leave unread before its connection is closed (it reconnects)."""
+MAX_FORMER_RELAYS = 64
+"""Disconnected relays whose figures are kept apart, because the same process may reconnect; those of older ones are
+summed."""
 
 
 class RelayLink:
     """Receives captures and figures from every relay and sends each the policy, now and whenever it changes.
 
-    The sum over relays survives their restarts: the last figures of a relay that went away are kept, and replaced when
-    the same process comes back.
+    The sum over relays survives their restarts: the last figures of a disconnected relay are kept, and replaced when
+    the same process reconnects.
     """
 
     def __init__(self, path: Path, on_capture: Callable[[Capture], None]) -> None:
@@ -37,7 +37,7 @@ class RelayLink:
         self._policy: Policy | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._live: dict[asyncio.StreamWriter, Stats] = {}
-        self._gone: OrderedDict[tuple[int, int], Stats] = OrderedDict()
+        self._former: OrderedDict[tuple[int, int], Stats] = OrderedDict()
         self._retired: Stats | None = None
         self._serving: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -60,9 +60,9 @@ class RelayLink:
         return any(stats.ready for stats in self._live.values())
 
     def total(self) -> Stats:
-        """Figures summed over every relay there has been."""
+        """Figures summed over every relay since this process started."""
         total = Stats(counters={}, overhead_buckets=[], overhead_sum=0.0, ready=False)
-        for stats in (self._retired, *self._gone.values(), *self._live.values()):
+        for stats in (self._retired, *self._former.values(), *self._live.values()):
             if stats is not None:
                 total = add(total, stats)
         return msgspec.structs.replace(total, ready=self.ready)
@@ -71,14 +71,14 @@ class RelayLink:
         self._policy = policy
         frame = encode(policy)
         for writer in tuple(self._writers):
-            if writer.transport.get_write_buffer_size() > MAX_UNSENT:
+            if writer.transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
                 writer.transport.abort()
             else:
                 writer.write(frame)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        frames = FrameReader()
-        who: tuple[int, int] | None = None
+        frames = MessageReader()
+        identity: tuple[int, int] | None = None
         self._writers.add(writer)
         task = asyncio.current_task()
         assert task is not None
@@ -94,10 +94,10 @@ class RelayLink:
                             self._on_capture(message)
                         case Stats():
                             self._live[writer] = message
-                            if who is not None:
-                                self._gone.pop(who, None)  # these figures begin where that process began
+                            if identity is not None:
+                                self._former.pop(identity, None)  # these include its former ones
                         case Hello():
-                            who = (message.worker, message.pid)
+                            identity = (message.worker, message.pid)
                             log.info("relay %d connected (pid %d)", message.worker, message.pid)
                         case _:
                             raise ValueError(f"a relay sent {type(message).__name__}")
@@ -107,9 +107,9 @@ class RelayLink:
             self._writers.discard(writer)
             last = self._live.pop(writer, None)
             if last is not None:
-                self._gone[who or (-1, -1)] = last
-                while len(self._gone) > GONE_KEPT:
-                    oldest = self._gone.popitem(last=False)[1]
+                self._former[identity or (-1, -1)] = last
+                while len(self._former) > MAX_FORMER_RELAYS:
+                    oldest = self._former.popitem(last=False)[1]
                     self._retired = oldest if self._retired is None else add(self._retired, oldest)
             writer.close()
 

@@ -1,16 +1,16 @@
-"""What the processes of `serve` tell each other: relays -> control (captures, counters), control -> relays (policy).
+"""Messages on the Unix socket between relays and the control process: captures and counters, and the policy back.
 
-Frames on a Unix socket: 4 bytes of length, big-endian, then one msgpack-encoded tagged union.
+Each frame (`framing`) holds one msgpack-encoded message.
 """
 
 from __future__ import annotations
 
-import struct
-
 import msgspec
 
-MAX_FRAME = 64 * 1024 * 1024
-_LENGTH = struct.Struct(">I")
+from hemostat.ipc.codec import MessageCodec
+from hemostat.ipc.framing import FrameReader, frame
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -21,7 +21,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 
 class Capture(msgspec.Struct, tag="capture", frozen=True):
-    """A sampled exchange that ended well and can be scored. Arrays are little-endian bytes."""
+    """A sampled request with its complete response, to be scored. Arrays are little-endian bytes."""
 
     request_id: str
     route: str
@@ -29,7 +29,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     label: str
     arm: str
     requested: str | None
-    """Profile version asked of the engine, None for identity."""
+    """Profile version that the engine was asked to apply; None for identity."""
     nonce: str
     """Hemostat's own name for the request among the engine's taps; "" without a tap."""
     stream: bool
@@ -45,7 +45,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     emitted_logprobs: bytes
     """float32 [T], nats"""
     temperature: float
-    """NaN where what the tokens were drawn from is not known."""
+    """NaN where the sampling parameters are not known."""
     top_p: float
     sampling_top_k: int
     min_p: float
@@ -70,7 +70,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
 
 
 class Policy(msgspec.Struct, tag="policy", frozen=True):
-    """What every relay does from now on."""
+    """The settings that every relay applies from now on."""
 
     generation: int
     mode: str
@@ -115,34 +115,20 @@ OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01
 
 Message = Hello | Capture | Stats | Policy
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+CODEC: MessageCodec[Message] = MessageCodec(Message)
 
 
 def encode(message: Message) -> bytes:
     """One frame."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
+    return frame(CODEC.encode(message))
 
 
-class FrameReader:
-    """Bytes in, messages out; ValueError on a frame longer than MAX_FRAME, msgspec.DecodeError on nonsense."""
+class MessageReader:
+    """Bytes in, in pieces of any size; messages out."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._frames = FrameReader(MAX_MESSAGE_BYTES)
 
     def feed(self, data: bytes) -> list[Message]:
-        self._buffer += data
-        messages: list[Message] = []
-        start = 0
-        while len(self._buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, start)
-            if length > MAX_FRAME:
-                raise ValueError(f"frame of {length} bytes: at most {MAX_FRAME} are allowed")
-            end = start + _LENGTH.size + length
-            if len(self._buffer) < end:
-                break
-            messages.append(_decoder.decode(memoryview(self._buffer)[start + _LENGTH.size : end].tobytes()))
-            start = end
-        del self._buffer[:start]
-        return messages
+        """ValueError on a frame longer than MAX_MESSAGE_BYTES, msgspec.DecodeError on a frame that is not a message."""
+        return [CODEC.decode(body) for body in self._frames.feed(data)]

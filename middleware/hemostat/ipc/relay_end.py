@@ -1,4 +1,4 @@
-"""A relay's end of the Unix socket to the control process. Whatever happens there, the relay goes on."""
+"""A relay's end of the Unix socket to the control process. The relay goes on serving whatever happens to it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import cast
 
 import msgspec
 
-from hemostat.ipc.messages import Capture, FrameReader, Hello, Policy, Stats, encode
+from hemostat.ipc.backoff import Backoff
+from hemostat.ipc.messages import Capture, Hello, MessageReader, Policy, Stats, encode
 
 log = logging.getLogger("hemostat.relay")
 
-MAX_UNSENT = 16 * 1024 * 1024
-"""Bytes that may wait for the control process to read them; beyond that captures are dropped."""
+MAX_QUEUED_BYTES = 16 * 1024 * 1024
+"""Bytes that may be queued for the control process; beyond that captures are dropped."""
 STATS_SECONDS = 1.0
-RECONNECT = (0.1, 0.2, 0.5, 1.0, 2.0)
+RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
+"""Longest pauses between attempts to connect."""
 
 
 class ControlLink:
-    """Keeps a connection to the control process, and connects again whenever it breaks.
+    """Keeps a connection to the control process, and reconnects when it breaks.
 
-    on_policy: called with each policy, and with None when there is no control process any more.
+    on_policy: called with each policy, and with None when the connection is lost.
     stats: the figures to report, once a second.
     """
 
@@ -38,9 +40,9 @@ class ControlLink:
         self._lost: asyncio.Future[None] | None = None
 
     def emit(self, capture: Capture) -> bool:
-        """Hand a capture on; False, and it is dropped, when there is no control process or too much waits already."""
+        """Queue a capture; False when it is dropped, because there is no control process or too much is queued."""
         transport = self._transport
-        if transport is None or transport.get_write_buffer_size() > MAX_UNSENT:
+        if transport is None or transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
             return False
         transport.write(encode(capture))
         return True
@@ -48,31 +50,30 @@ class ControlLink:
     def report(self) -> None:
         """Send the figures now."""
         transport = self._transport
-        if transport is not None and transport.get_write_buffer_size() <= MAX_UNSENT:
+        if transport is not None and transport.get_write_buffer_size() <= MAX_QUEUED_BYTES:
             transport.write(encode(self._stats()))
 
     async def run(self) -> None:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
-        failures = 0
+        backoff = Backoff(RECONNECT_SECONDS)
         while True:
             self._lost = lost = loop.create_future()
             try:
                 await loop.create_unix_connection(lambda future=lost: _Protocol(self, future), self._path)  # type: ignore[misc]
             except OSError as error:
-                if failures == 0:
+                if backoff.failures == 0:
                     log.warning("relay %d: no control process (%s)", self._worker, error.strerror or error)
             else:
-                failures = 0
+                backoff.reset()
                 while not lost.done():
                     self.report()
                     await asyncio.wait((lost,), timeout=STATS_SECONDS)
-                log.warning("relay %d: the control process is gone; relaying plainly", self._worker)
-            await asyncio.sleep(RECONNECT[min(failures, len(RECONNECT) - 1)])
-            failures += 1
+                log.warning("relay %d: lost the control process; relaying without it", self._worker)
+            await asyncio.sleep(backoff.pause())
 
     async def close(self, timeout: float = 1.0) -> None:  # noqa: ASYNC109  a limit, not a cancellation
-        """Report once more and wait a little for what was written to go out."""
+        """Send the figures once more, and wait until what is queued has been sent."""
         transport = self._transport
         if transport is None:
             return
@@ -94,7 +95,7 @@ class _Protocol(asyncio.Protocol):
     def __init__(self, link: ControlLink, lost: asyncio.Future[None]) -> None:
         self._link = link
         self._lost = lost
-        self._frames = FrameReader()
+        self._frames = MessageReader()
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -106,7 +107,7 @@ class _Protocol(asyncio.Protocol):
         try:
             messages = self._frames.feed(data)
         except (ValueError, msgspec.DecodeError) as error:
-            log.error("the control process sent nonsense: %s", error)
+            log.error("the control process sent an invalid message: %s", error)
             self._transport.abort()
             return
         for message in messages:

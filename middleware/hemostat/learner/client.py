@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from hemostat.config.schema import Calibration
-from hemostat.ipc.child_process import Child, ChildGone
+from hemostat.ipc.backoff import Backoff
+from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.learner import wire
 from hemostat.learner.record_queue import DropReason, RecordQueue
 from hemostat.metrics import names
@@ -109,7 +110,7 @@ class Learner:
         self._tokens_of_ended: Counter[str] = Counter()
         """Tokens by source that processes which have ended had learned from."""
         self._last_proposal: dict[str, Any] | None = None
-        self._failures = 0
+        self._backoff = Backoff(BACKOFF)
         self._hidden_size = 0
         self.anchor_counts: dict[str, int] = {}
         """Digest of the set of anchors that it reads -> how many; empty while it reads none."""
@@ -131,7 +132,7 @@ class Learner:
     def _set_target(self, target: LearningTarget | None) -> None:
         if target != self._target:
             self._target = target
-            self._failures = 0
+            self._backoff.reset()
             self._wake.set()
 
     @property
@@ -193,7 +194,7 @@ class Learner:
             try:
                 await self._run_process(target)
                 continue
-            except ChildGone as gone:
+            except ChildExited as gone:
                 lost = "; what it had learned is lost" if self._learned.tokens.get(ALL) else ""
                 self._set_state(LearnerState.DOWN, f"the learner ended ({gone}){lost}")
             except LearnerStartError as error:
@@ -201,8 +202,7 @@ class Learner:
             finally:
                 self._reset()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._target_changes(target), BACKOFF[min(self._failures, len(BACKOFF) - 1)])
-            self._failures += 1
+                await asyncio.wait_for(self._target_changes(target), self._backoff.pause())
 
     async def _target_changes(self, target: LearningTarget) -> None:
         while self._target == target:
@@ -210,20 +210,20 @@ class Learner:
             self._wake.clear()
 
     async def _run_process(self, target: LearningTarget) -> None:
-        """Returns when the target changes; raises ChildGone, LearnerStartError."""
+        """Returns when the target changes; raises ChildExited, LearnerStartError."""
         self._set_state(LearnerState.STARTING, f"reading the output embedding of {target.folder}")
         self._ready = asyncio.get_running_loop().create_future()
-        child = await Child.start("hemostat.learner.process", self._receive, CHILD_ENVIRONMENT)
+        child = await FramedChild.start("hemostat.learner.process", self._receive, CHILD_ENVIRONMENT)
         watching = asyncio.create_task(self._watch(child), name="learner's end")
         try:
-            child.send(wire.encode(self._start_message(target)))
+            child.send(wire.REQUESTS.encode(self._start_message(target)))
             ready = await self._ready
-            self._failures = 0
+            self._backoff.reset()
             self._begin(ready, target)
             while self._target == target:
                 self._wake.clear()
-                if child.dead.is_set():
-                    raise ChildGone(child.epitaph())
+                if child.exited.is_set():
+                    raise ChildExited(child.exit_summary())
                 await self._exchange(child)
                 await self._wake.wait()
         finally:
@@ -255,22 +255,22 @@ class Learner:
         self._set_state(LearnerState.LEARNING, "")
         self._on_change()
 
-    async def _watch(self, child: Child) -> None:
-        await child.dead.wait()
+    async def _watch(self, child: FramedChild) -> None:
+        await child.exited.wait()
         if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(ChildGone(child.epitaph()))
+            self._ready.set_exception(ChildExited(child.exit_summary()))
         self._wake.set()
 
-    async def _exchange(self, child: Child) -> None:
+    async def _exchange(self, child: FramedChild) -> None:
         """Pass on proposals that have come; send the next batch and request the next proposal, where one may be."""
         while self._proposals:
             await self._pass_on(self._proposals.popleft())
         if not self._batch_pending and self._records:
             self._batch_pending = True
-            child.send(wire.encode(wire.Learn(self._records.take_batch())))
+            child.send(wire.REQUESTS.encode(wire.Learn(self._records.take_batch())))
         if self._requested_scope is None and (scope := self._due_scope()) is not None:
             self._requested_scope = scope
-            child.send(wire.encode(wire.Propose(scope)))
+            child.send(wire.REQUESTS.encode(wire.Propose(scope)))
 
     def _due_scope(self) -> str | None:
         """The first scope that has learned enough, and whose proposal would be accepted."""
@@ -281,7 +281,7 @@ class Learner:
         return None
 
     def _receive(self, body: bytes) -> None:
-        answer = wire.decode_answer(body)
+        answer = wire.ANSWERS.decode(body)
         match answer:
             case wire.Ready():
                 if self._ready is not None and not self._ready.done():

@@ -199,7 +199,7 @@ def read_ahead(bodies: Iterator[bytes]) -> queue.Queue[wire.Request | None]:
     def read() -> None:
         try:
             for body in bodies:
-                requests.put(wire.decode_request(body))
+                requests.put(wire.REQUESTS.decode(body))
         finally:
             requests.put(None)
 
@@ -209,12 +209,12 @@ def read_ahead(bodies: Iterator[bytes]) -> queue.Queue[wire.Request | None]:
 
 def main(parent: int) -> int:
     """0 when the input ended; 1 when it could not start."""
-    bodies, send = child.begin(parent, NICENESS)
+    bodies, send = child.connect_to_parent(parent, NICENESS)
 
     def answer(message: wire.Answer) -> None:
-        send(wire.encode(message))
+        send(wire.ANSWERS.encode(message))
 
-    start = wire.decode_request(next(bodies))
+    start = wire.REQUESTS.decode(next(bodies))
     try:
         if not isinstance(start, wire.Start):
             raise HemostatError("the first message must be start")

@@ -1,6 +1,6 @@
 """Messages between the control process and the learner.
 
-Each frame (`hemostat.ipc.child_process`) holds one msgpack-encoded message. Arrays are little-endian bytes. Every
+Each frame (`hemostat.ipc.framing`) holds one msgpack-encoded message. Arrays are little-endian bytes. Every
 `Learn` is answered with `Learned`, every `Propose` with `Proposed`.
 """
 
@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hemostat.ipc.codec import MessageCodec
 from hemostat_calibration.records import Candidates, Features, TokenRecord
 
 
@@ -110,21 +111,8 @@ class Proposed(msgspec.Struct, tag="proposed", frozen=True):
 Request = Start | Learn | Propose
 Answer = Ready | Refused | Learned | Training | Proposed
 
-_encoder = msgspec.msgpack.Encoder()
-_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
-
-
-def encode(message: Request | Answer) -> bytes:
-    return _encoder.encode(message)
-
-
-def decode_request(body: bytes) -> Request:
-    return _requests.decode(body)
-
-
-def decode_answer(body: bytes) -> Answer:
-    return _answers.decode(body)
+REQUESTS: MessageCodec[Request] = MessageCodec(Request)
+ANSWERS: MessageCodec[Answer] = MessageCodec(Answer)
 
 
 def to_row(record: TokenRecord, scope: str) -> Row:

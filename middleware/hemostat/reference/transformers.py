@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.ipc.child_process import Child, ChildGone
+from hemostat.ipc.backoff import Backoff
+from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.reference import wire
 from hemostat.reference.protocol import NO_CODES, FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat_calibration.arrays import Floats, Ids
@@ -27,7 +28,7 @@ from hemostat_calibration.records import Candidates
 log = logging.getLogger("hemostat.reference")
 
 RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
-"""Pause before a worker that ended is started again, by the number of failures in a row."""
+"""Longest pause before a worker that ended is started again, by the number of failures in a row."""
 
 _TokenRequest = Callable[[int], wire.Request]
 
@@ -50,7 +51,7 @@ class TransformersReference:
         async with self._starting:
             if self._closed:
                 raise ReferenceFailure(FailureReason.DOWN, "the reference is closed")
-            if self._worker is None or self._worker.dead.is_set():
+            if self._worker is None or self._worker.exited.is_set():
                 self._worker = None
                 self._worker, loaded = await _Worker.start(self._load)
                 self._info = ReferenceInfo(
@@ -69,17 +70,16 @@ class TransformersReference:
             return self._info
 
     async def _keep(self) -> None:
-        failures = 0
+        backoff = Backoff(RESTART_SECONDS)
         while True:
-            if self._worker is not None and not self._worker.dead.is_set():
-                await self._worker.dead.wait()
+            if self._worker is not None and not self._worker.exited.is_set():
+                await self._worker.exited.wait()
                 log.error("the reference worker ended: %s", self._worker.exit_summary())
-            await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
+            await asyncio.sleep(backoff.pause())
             try:
                 await self.start()
-                failures = 0
+                backoff.reset()
             except ReferenceFailure as failure:
-                failures += 1
                 log.error("the reference did not start again: %s", failure)
 
     async def score(
@@ -163,7 +163,7 @@ class TransformersReference:
                 await self._worker.close()
 
     def _alive(self) -> _Worker:
-        if self._worker is None or self._worker.dead.is_set():
+        if self._worker is None or self._worker.exited.is_set():
             raise ReferenceFailure(FailureReason.DOWN, "the reference worker is not running")
         return self._worker
 
@@ -186,14 +186,14 @@ class _Worker:
     """One worker process and its pending requests."""
 
     def __init__(self) -> None:
-        self._child: Child | None = None
+        self._child: FramedChild | None = None
         self._numbers = itertools.count()
         self._pending: dict[int, asyncio.Future[wire.Answer]] = {}
         self._held: set[str] = set()
         self._turn = asyncio.Lock()
         self._first: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
         self._ending: asyncio.Task[None] | None = None
-        self.dead = asyncio.Event()
+        self.exited = asyncio.Event()
         self.max_positions = 0
 
     @classmethod
@@ -201,8 +201,8 @@ class _Worker:
         """ReferenceFailure when the process does not start or the model does not load."""
         worker = cls()
         try:
-            worker._child = await Child.start("hemostat.reference.worker", worker._receive)
-        except ChildGone as gone:
+            worker._child = await FramedChild.start("hemostat.reference.worker", worker._receive)
+        except ChildExited as gone:
             raise ReferenceFailure(FailureReason.DOWN, f"the reference worker: {gone}") from gone
         worker._ending = asyncio.create_task(worker._end(worker._child), name="reference worker's end")
         try:
@@ -282,21 +282,21 @@ class _Worker:
     def _send(self, request: wire.Request) -> None:
         assert self._child is not None
         try:
-            self._child.send(wire.encode(request))
-        except ChildGone as gone:
+            self._child.send(wire.REQUESTS.encode(request))
+        except ChildExited as gone:
             raise ReferenceFailure(FailureReason.DOWN, f"the reference worker is not running: {gone}") from gone
 
     def _receive(self, body: bytes) -> None:
-        answer = wire.decode_answer(body)
+        answer = wire.ANSWERS.decode(body)
         number = getattr(answer, "id", -1)
         future = self._first if number < 0 else self._pending.get(number)
         if future is not None and not future.done():
             future.set_result(answer)
 
-    async def _end(self, child: Child) -> None:
+    async def _end(self, child: FramedChild) -> None:
         """When the process ends, fail all pending requests."""
-        await child.dead.wait()
-        self.dead.set()
+        await child.exited.wait()
+        self.exited.set()
         for future in (self._first, *self._pending.values()):
             if not future.done():
                 future.set_exception(
@@ -306,7 +306,7 @@ class _Worker:
     def exit_summary(self) -> str:
         """Exit code and last line of standard error."""
         assert self._child is not None
-        return self._child.epitaph()
+        return self._child.exit_summary()
 
     async def close(self) -> None:
         assert self._child is not None

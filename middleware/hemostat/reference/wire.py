@@ -1,12 +1,13 @@
 """Messages between the control process and the reference worker, over the worker's standard input and output.
 
-Each frame (`hemostat.ipc.child_process`) holds one msgpack-encoded message. Arrays are little-endian bytes.
+Each frame (`hemostat.ipc.framing`) holds one msgpack-encoded message. Arrays are little-endian bytes.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from hemostat.ipc.codec import MessageCodec
 from hemostat.reference.protocol import FailureReason
 
 
@@ -112,18 +113,5 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
 Request = Load | Score | Tokenize | Render
 Answer = Loaded | Scored | TokenIds | Failed
 
-_encoder = msgspec.msgpack.Encoder()
-_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
-
-
-def encode(message: Request | Answer) -> bytes:
-    return _encoder.encode(message)
-
-
-def decode_request(body: bytes) -> Request:
-    return _requests.decode(body)
-
-
-def decode_answer(body: bytes) -> Answer:
-    return _answers.decode(body)
+REQUESTS: MessageCodec[Request] = MessageCodec(Request)
+ANSWERS: MessageCodec[Answer] = MessageCodec(Answer)

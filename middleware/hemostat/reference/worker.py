@@ -186,15 +186,15 @@ def _one_line(error: BaseException) -> str:
 
 def main(parent: int) -> int:
     """Exit status: 0 when the input ended, 1 when the model did not load."""
-    bodies, send = child.begin(parent, NICENESS)
+    bodies, send = child.connect_to_parent(parent, NICENESS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def reply(answer: wire.Answer) -> None:
-        send(wire.encode(answer))
+        send(wire.ANSWERS.encode(answer))
 
     model: Model | None = None
     for body in bodies:
-        request = wire.decode_request(body)
+        request = wire.REQUESTS.decode(body)
         number = getattr(request, "id", -1)
         try:
             if isinstance(request, wire.Load):

@@ -1,17 +1,17 @@
-"""Several replicas with one store: one of them decides, the others serve what it has decided.
+"""Several replicas with one store: one leads and decides, the others follow.
 
 Invariants:
-- Who has the store's lease leads: it alone proposes, tests, promotes, takes back, and so spends alpha. It holds itself
-  for the leader for less time than the store does, by its own clock, and what it writes the store refuses once another
-  has led: an event or a state of two deciders at once cannot be.
-- Who leads next after another goes on from what the store says, counts of begun tests included, as after a restart:
-  evidence of tests under way is lost with their leader, and what they spent stays spent. (Where a leader died before
-  it could write that a test has begun, that test has decided nothing: decisions are written after it.) Where nobody
-  else led in between, or the store has lost its data, what the replica knows stands, and is written again.
-- Where the store does not answer, everything goes on serving as it was. The lease runs out, nobody promotes or begins a
-  test; who led last goes on watching what serves, and takes back what harms. A switch to `off` and a roll back hold at
-  once where the operator says so, and everywhere once the store is back.
-- Operators may talk to any replica: what changes state is handed to the one that leads.
+- The replica that holds the store's lease is the leader: it alone proposes, tests, promotes and rolls back, and so
+  spends alpha. By its own clock it holds the lease for less time than by the store's, and the store refuses its writes
+  once another replica has led: two leaders at once cannot write an event or a state.
+- A new leader continues from what the store says, the numbers of tests included, as after a restart: the evidence of
+  tests in progress is lost with their leader, and the alpha that they spent stays spent. (Where a leader died before it
+  had written that a test began, that test has decided nothing: decisions are written after it.) Where no other replica
+  led in between, or the store has lost its data, the replica's own state is kept and written again.
+- While the store does not answer, serving continues unchanged. The lease expires, and nobody promotes or begins a test;
+  the last leader goes on watching what serves, and rolls back what harms. A switch to `off` and a rollback take effect
+  at once at the replica where the operator asks for them, and at all others once the store answers.
+- Operators may talk to any replica: a follower sends what changes state to the leader, as a command.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from hemostat.ipc.backoff import Backoff
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoredProfile, StoreFailure
 from hemostat.store.valkey import ValkeyStore
@@ -34,26 +35,29 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.replica")
 
-LEASE = 10.0
-"""Seconds after which another replica leads when the one that does is gone without a word."""
-OWN_PART = 0.8
-"""Part of it for which the one that leads believes so itself."""
-HEARTBEAT = 1.0
-"""Seconds between looks at the store: a follower serves what was promoted elsewhere within about this."""
-BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0)
-"""Seconds between attempts at a store that does not answer."""
-OBEYED_WITHIN = LEASE + 5.0
-ASK_EVERY = 0.1
+LEASE_SECONDS = 10.0
+"""After this time another replica can lead when the leader stopped without releasing the lease."""
+LEADER_FRACTION = 0.8
+"""Part of LEASE_SECONDS for which the leader holds itself for the leader."""
+HEARTBEAT_SECONDS = 1.0
+"""Between two looks at the store: a follower serves what the leader promoted within about this time."""
+RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
+"""Longest pauses between attempts at a store that does not answer."""
+COMMAND_SECONDS = LEASE_SECONDS + 5.0
+"""How long a follower waits for the leader's reply to a command."""
+REPLY_POLL_SECONDS = 0.1
 
 
 class Replica:
     """Lives in the control process's event loop.
 
-    held: (version) -> whether its profile is here already. states: what is read of the store's state.
-    take_up: called with profiles (newest first, without data where they are held), states and events (newest first)
-    that another replica has written. keep: called with the versions that the store has, to write everything again.
-    obey: (action, arguments) -> result, of what was asked for at another replica; HemostatError.
-    failed: called with every failure of the store.
+    is_held: (version) -> whether its profile is in memory already. states: keys that are read of the store's state.
+    events: how many events are read.
+    load: called with profiles (newest first, without data where they are held), states and events (newest first) that
+        another replica has written.
+    write_all: called with the versions that the store has, to write everything again.
+    execute: (command, arguments) -> result, of a command from another replica; HemostatError.
+    on_failure: called with every failure of the store.
     """
 
     def __init__(
@@ -61,69 +65,71 @@ class Replica:
         store: ValkeyStore,
         lease: Lease,
         *,
-        held: Callable[[str], bool],
+        is_held: Callable[[str], bool],
         states: tuple[str, ...],
         events: int,
-        take_up: Callable[[list[StoredProfile], dict[str, str | None], list[dict[str, Any]]], None],
-        keep: Callable[[Mapping[str, float]], None],
-        obey: Callable[[str, list[Any]], Awaitable[str]],
-        failed: Callable[[StoreFailure], None],
+        load: Callable[[list[StoredProfile], dict[str, str | None], list[dict[str, Any]]], None],
+        write_all: Callable[[Mapping[str, float]], None],
+        execute: Callable[[str, list[Any]], Awaitable[str]],
+        on_failure: Callable[[StoreFailure], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._lease, self._clock = store, lease, clock
-        self._held, self._states, self._events = held, states, events
-        self._take_up, self._keep, self._obey, self._failed = take_up, keep, obey, failed
+        self._is_held, self._states, self._events = is_held, states, events
+        self._load, self._write_all, self._execute, self._on_failure = load, write_all, execute, on_failure
         self._revision: int | None = None
-        self._behind = False
-        """Another replica has led, and what it wrote is not here yet."""
+        self._must_read = False
+        """Another replica has led, and what it wrote has not been read yet."""
         self.reachable = False
+        """The store answered the last time."""
 
     async def run(self) -> None:
         """Until cancelled."""
-        failures = 0
+        backoff = Backoff(RETRY_SECONDS)
         while True:
             try:
-                await self.beat()
-                failures, pause = 0, HEARTBEAT
+                await self.heartbeat()
+                backoff.reset()
+                pause = HEARTBEAT_SECONDS
             except StoreFailure as failure:
-                self._failed(failure)
-                failures, pause = failures + 1, BACKOFF[min(failures, len(BACKOFF) - 1)]
+                self._on_failure(failure)
+                pause = backoff.pause()
             except Exception:
-                # What was read could not be used: what serves goes on, and the next look may find better.
-                log.exception("what the store says could not be taken up")
-                pause = BACKOFF[-1]
+                # What was read cannot be used: serving continues unchanged, and the next attempt may succeed.
+                log.exception("cannot use what the store contains")
+                pause = RETRY_SECONDS[-1]
             await asyncio.sleep(pause)
 
-    async def beat(self) -> None:
-        """Lead, or follow who does. StoreFailure."""
-        began, led = self._clock(), self._lease.leads
+    async def heartbeat(self) -> None:
+        """Take or prolong the lease, or follow the leader. StoreFailure."""
+        began, led_before = self._clock(), self._lease.leads
         try:
-            standing = await asyncio.to_thread(self._store.acquire_lease, LEASE)
+            answer = await asyncio.to_thread(self._store.acquire_lease, LEASE_SECONDS)
         except StoreFailure:
             self.reachable = False
             raise
         self.reachable = True
-        if standing.previous_leader not in {"", self._store.replica}:
-            self._behind = True
-        if not standing.leads:
+        if answer.previous_leader not in {"", self._store.replica}:
+            self._must_read = True
+        if not answer.leads:
             if self._lease.is_last_leader:
                 log.warning("another replica leads now")
             self._lease.lose()
-            if standing.revision != self._revision:
+            if answer.revision != self._revision:
                 await self._read()
-                self._revision = standing.revision
+                self._revision = answer.revision
             return
-        if self._behind:
+        if self._must_read:
             self._lease.lose()
             await self._read()
-            self._behind = False
-        self._lease.grant(began + OWN_PART * LEASE)
+            self._must_read = False
+        self._lease.grant(began + LEADER_FRACTION * LEASE_SECONDS)
         self._revision = None
-        if not led or standing.previous_leader == "":
-            log.info("this replica leads" if standing.previous_leader else "this replica leads; the store was empty")
-            self._keep(await asyncio.to_thread(self._store.versions))
-        for name, order in await asyncio.to_thread(self._store.take_commands):
-            await self._carry_out(name, order)
+        if not led_before or answer.previous_leader == "":
+            log.info("this replica leads" if answer.previous_leader else "this replica leads; the store was empty")
+            self._write_all(await asyncio.to_thread(self._store.versions))
+        for name, command in await asyncio.to_thread(self._store.take_commands):
+            await self._run_command(name, command)
 
     async def _read(self) -> None:
         store = self._store
@@ -132,48 +138,48 @@ class Replica:
         events = await asyncio.to_thread(store.events, self._events)
         profiles = []
         for version, created in (await asyncio.to_thread(store.versions)).items():
-            if self._held(version):
+            if self._is_held(version):
                 profiles.append(StoredProfile(version, b"", created))
-            elif (profile := await asyncio.to_thread(self._load, version)) is not None:
+            elif (profile := await asyncio.to_thread(self._read_profile, version)) is not None:
                 profiles.append(profile)
-        self._take_up(profiles, states, events)
+        self._load(profiles, states, events)
 
-    def _load(self, version: str) -> StoredProfile | None:
-        """With what it holds: reading a large one takes a quarter of a second, too long for the event loop."""
+    def _read_profile(self, version: str) -> StoredProfile | None:
+        """Decoded here, in a thread: a large one takes a quarter of a second, too long for the event loop."""
         stored = self._store.get_profile(version)
         if stored is not None:
-            with contextlib.suppress(InvalidProfileError):  # whoever takes it up says what is wrong
+            with contextlib.suppress(InvalidProfileError):  # `load` reports what is wrong
                 return replace(stored, read=CalibrationProfile.from_bytes(stored.data, version))
         return stored
 
-    async def _carry_out(self, name: str, order: str) -> None:
+    async def _run_command(self, name: str, command: str) -> None:
         try:
-            action, *arguments = json.loads(order)
-            answer = {"result": await self._obey(action, arguments)}
-        except (HemostatError, ValueError, TypeError) as error:  # ValueError, TypeError: that was no order
+            action, *arguments = json.loads(command)
+            answer = {"result": await self._execute(action, arguments)}
+        except (HemostatError, ValueError, TypeError) as error:  # ValueError, TypeError: not a command
             answer = {"error": str(error)}
         await asyncio.to_thread(self._store.send_reply, name, json.dumps(answer))
 
-    async def ask(self, action: str, *arguments: str | None) -> str:
-        """Have the replica that leads do it; its result, or its error as a HemostatError."""
+    async def send(self, action: str, *arguments: str | None) -> str:
+        """Have the leader execute a command; its result, or its error as a HemostatError."""
         name = secrets.token_hex(8)
         try:
             await asyncio.to_thread(self._store.send_command, name, json.dumps([action, *arguments]))
-            end = self._clock() + OBEYED_WITHIN
+            end = self._clock() + COMMAND_SECONDS
             while self._clock() < end:
-                await asyncio.sleep(ASK_EVERY)
-                said = await asyncio.to_thread(self._store.take_reply, name)
-                if said is not None:
-                    answer = json.loads(said)
+                await asyncio.sleep(REPLY_POLL_SECONDS)
+                reply = await asyncio.to_thread(self._store.take_reply, name)
+                if reply is not None:
+                    answer = json.loads(reply)
                     if "error" in answer:
                         raise HemostatError(answer["error"])
                     return str(answer["result"])
         except StoreFailure as failure:
-            self._failed(failure)
-            raise HemostatError(f"the replica that leads cannot be asked: {failure}") from None
-        raise HemostatError("no replica leads just now; it may be done yet: see hemostat profile list, or try again")
+            self._on_failure(failure)
+            raise HemostatError(f"the leading replica cannot be reached: {failure}") from None
+        raise HemostatError("no replica leads now; it may be executed later: see hemostat profile list, or try again")
 
-    async def resign(self) -> None:
-        """At an orderly end: another one may lead at once."""
+    async def release(self) -> None:
+        """At an orderly end: another replica can lead at once."""
         self._lease.lose()
         await asyncio.to_thread(self._store.release_lease)

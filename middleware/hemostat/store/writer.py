@@ -13,9 +13,9 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, repeat
 from typing import Any, TypeAlias
 
+from hemostat.ipc.backoff import Backoff
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import Store, StoredProfile, StoreFailure, StoreUnreachable, StoreWrites
@@ -23,7 +23,7 @@ from hemostat.store.valkey import ValkeyStore
 
 MAX_QUEUED_WRITES = 1000
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
-"""Pauses between attempts to reach the server; the last one repeats."""
+"""Longest pauses between attempts to reach the server; the last one repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,8 @@ class StoreWriter:
         """Write what is queued, one after the other, until cancelled."""
         while True:
             write = await self._queue.get()
-            for pause in chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1])):
+            backoff = Backoff(RETRY_SECONDS)
+            while True:
                 try:
                     await asyncio.to_thread(self._write, write)
                     break
@@ -134,7 +135,7 @@ class StoreWriter:
                 except StoreFailure as failure:
                     self._errors.record(failure)
                     break
-                await asyncio.sleep(pause)
+                await asyncio.sleep(backoff.pause())
             self._queue.task_done()
 
     async def wait_until_written(self, seconds: float) -> None:

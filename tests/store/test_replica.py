@@ -52,11 +52,11 @@ MODEL, V = "m", 30
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composition, "HOUSEKEEPING_SECONDS", 0.05)
     monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.05,))
-    monkeypatch.setattr(replica_module, "BACKOFF", (0.05,))
-    monkeypatch.setattr(replica_module, "HEARTBEAT", 0.05)
-    monkeypatch.setattr(replica_module, "LEASE", 1.0)
-    monkeypatch.setattr(replica_module, "OBEYED_WITHIN", 3.0)
-    monkeypatch.setattr(replica_module, "ASK_EVERY", 0.02)
+    monkeypatch.setattr(replica_module, "RETRY_SECONDS", (0.05,))
+    monkeypatch.setattr(replica_module, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(replica_module, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(replica_module, "COMMAND_SECONDS", 3.0)
+    monkeypatch.setattr(replica_module, "REPLY_POLL_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ async def gone(one: Control) -> None:
     async def nothing() -> None:
         return
 
-    one.replica.beat = nothing  # type: ignore[method-assign]
+    one.replica.heartbeat = nothing  # type: ignore[method-assign]
 
 
 async def test_what_one_promotes_all_serve(shared_server: Valkey, tmp_path: Path) -> None:
@@ -207,8 +207,8 @@ async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spe
         leader.writer.as_leader.set_state("serving", "{}")
         await until(lambda: "another replica leads" in leader.store_errors.last_message)
         assert other.version in (follower.store.get_state("serving") or "")
-        del leader.replica.beat  # type: ignore[union-attr]
-        await leader.replica.beat()  # type: ignore[union-attr]
+        del leader.replica.heartbeat  # type: ignore[union-attr]
+        await leader.replica.heartbeat()  # type: ignore[union-attr]
         assert leader.profile_manager.serving.version == other.version
         assert leader.profile_manager.trials.tested_versions == []
 
@@ -216,7 +216,7 @@ async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spe
 async def test_an_orderly_end_hands_over_at_once(
     shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replica_module, "LEASE", 600.0)
+    monkeypatch.setattr(replica_module, "LEASE_SECONDS", 600.0)
     async with AsyncExitStack() as stack:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
@@ -247,9 +247,9 @@ async def test_a_store_that_crashes_changes_nothing_and_comes_back(
         await until(lambda: not leader.lease.leads)
         assert leader.lease.is_last_leader
         assert follower.profile_manager.serving.version == mine.version
-        with pytest.raises(HemostatError, match="cannot be asked"):
+        with pytest.raises(HemostatError, match="cannot be reached"):
             await leader.actions.promote(mine.version, "")
-        with pytest.raises(HemostatError, match="cannot be asked"):
+        with pytest.raises(HemostatError, match="cannot be reached"):
             await follower.actions.import_profile(profile(2).to_bytes(), "")
         assert all(one.store_errors.count > 0 for one in ones)
         said = [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -14,7 +14,7 @@ from tests.support.waiting import until
 from tests.support.wire import policy
 
 from hemostat.ipc.control_end import RelayLink, add
-from hemostat.ipc.messages import MAX_FRAME, Capture, FrameReader, Hello, Stats, encode
+from hemostat.ipc.messages import MAX_MESSAGE_BYTES, Capture, Hello, MessageReader, Stats, encode
 
 POLICY = policy()
 
@@ -72,12 +72,12 @@ async def test_policy_reaches_relays_that_are_there_and_those_that_come(link: Li
     link.link.set_policy(POLICY)
     late, late_writer = await link.relay()
     for stream in (reader, late):
-        assert FrameReader().feed(await stream.read(100_000)) == [POLICY]
+        assert MessageReader().feed(await stream.read(100_000)) == [POLICY]
     writer.close()
     late_writer.close()
 
 
-@pytest.mark.parametrize("junk", [b"\0\0\0\1x", (MAX_FRAME + 1).to_bytes(4, "big"), encode(POLICY)])
+@pytest.mark.parametrize("junk", [b"\0\0\0\1x", (MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"), encode(POLICY)])
 async def test_nonsense_ends_that_link_only(link: Link, junk: bytes) -> None:
     (_, good), (bad_reader, bad) = await link.relay(), await link.relay()
     bad.write(junk)
@@ -92,7 +92,7 @@ async def test_nonsense_ends_that_link_only(link: Link, junk: bytes) -> None:
 def test_frames_at_any_split(cuts: list[int]) -> None:
     messages = [Hello(pid=1, worker=2), stats(1), sized_capture("x"), POLICY]
     data = b"".join(map(encode, messages))
-    reader, found, at = FrameReader(), [], 0
+    reader, found, at = MessageReader(), [], 0
     for cut in cuts:
         found += reader.feed(data[at : at + cut])
         at += cut

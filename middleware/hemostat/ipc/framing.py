@@ -1,0 +1,72 @@
+"""Frames on a stream of bytes: 4 bytes of length, big-endian, then that many bytes. What is in them is the caller's."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+MAX_FRAME_BYTES = 1 << 30
+_HEADER = struct.Struct(">I")
+
+
+def frame(body: bytes) -> bytes:
+    """One frame; ValueError when the body is longer than MAX_FRAME_BYTES.
+
+    >>> frame(b"ab")
+    b'\\x00\\x00\\x00\\x02ab'
+    """
+    _check(len(body), MAX_FRAME_BYTES)
+    return _HEADER.pack(len(body)) + body
+
+
+def read_frames(stream: BinaryIO) -> Iterator[bytes]:
+    """Bodies of the frames of a blocking stream, until it ends; an incomplete last frame is dropped."""
+    while len(header := stream.read(_HEADER.size)) == _HEADER.size:
+        length = _body_length(header)
+        body = stream.read(length)
+        if len(body) < length:
+            return
+        yield body
+
+
+async def read_frame(stream: asyncio.StreamReader) -> bytes:
+    """Body of the next frame; IncompleteReadError at the end of the stream, ValueError when the frame is too long."""
+    length = _body_length(await stream.readexactly(_HEADER.size))
+    return await stream.readexactly(length)
+
+
+class FrameReader:
+    """Bytes in, in pieces of any size; bodies of the complete frames out."""
+
+    def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._buffer = bytearray()
+        self._max_bytes = max_bytes
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """ValueError on a frame longer than `max_bytes`."""
+        self._buffer += data
+        bodies: list[bytes] = []
+        start = 0
+        while len(self._buffer) - start >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._buffer, start)
+            _check(length, self._max_bytes)
+            end = start + _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(memoryview(self._buffer)[start + _HEADER.size : end].tobytes())
+            start = end
+        del self._buffer[:start]
+        return bodies
+
+
+def _body_length(header: bytes) -> int:
+    (length,) = _HEADER.unpack(header)
+    _check(length, MAX_FRAME_BYTES)
+    return int(length)
+
+
+def _check(length: int, max_bytes: int) -> None:
+    if length > max_bytes:
+        raise ValueError(f"frame of {length} bytes: at most {max_bytes} are allowed")
