@@ -1,15 +1,18 @@
-"""What runs inside vLLM: `--logits-processors hemostat_engine:LogitsProcessor`.
+"""The vLLM plugin: `--logits-processors hemostat_engine:LogitsProcessor`.
 
-Importing this package is cheap and changes nothing: no entry point is registered, and torch and vLLM are imported only
-when the class is asked for by that flag.
+Importing this package is cheap and has no effect: no entry point is registered, and torch and vLLM are imported only
+when the class is requested by that flag.
 
-    xargs.py       what a request may ask for, and how a wrong one is refused
-    transform.py   profile x logits in torch; `hemostat_calibration.profiles.transform` is its oracle
-    library.py     the profiles that this rank holds
-    agent.py       the background thread: reports, fetches, flushes
-    taps.py        log E_c[e^Δz] of tapped rows, on its way out
-    core.py        what both model runners share: binding, applying, tapping
-    processor.py   the thin adapters for vLLM's two interfaces
+    processor.py     the adapters for vLLM's two interfaces (model runners V1 and V2)
+    core.py          what both share: binding requests to profiles, applying profiles, tapping rows
+    transform.py     profile x logits in torch; `hemostat_calibration.profiles.transform` is the reference
+    product.py       the matrix product of a contextual profile
+    xargs.py         the request parameters in `vllm_xargs`
+    library.py       the profiles in memory, and the counters
+    taps.py          measured values of tapped rows, from the engine's thread to the agent's
+    agent.py         the background thread: reports, sends taps
+    fetching.py      gets profiles from the folder or the replicas
+    peers.py, admin_client.py, retries.py, settings.py    addresses, HTTP, pauses after failures, environment
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ import torch
 import torch.distributed
 
 from hemostat_engine import transform, xargs
-from hemostat_engine.agent import Agent, Identity, Settings
+from hemostat_engine.agent import Agent, Identity
 from hemostat_engine.library import Counters, Library
+from hemostat_engine.settings import Settings
 from hemostat_engine.taps import Reading, SlotTap, Step, TappedRow, Taps
 from hemostat_engine.transform import HeldProfile
 

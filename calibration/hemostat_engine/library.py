@@ -10,8 +10,8 @@ from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.transform import HeldProfile
 
-HELD_AT_MOST = 8
-WANTED_AT_MOST = 32
+MAX_PROFILES = 8
+MAX_REQUESTED = 32
 
 
 class Counters:
@@ -42,7 +42,7 @@ class Library:
     the middle.
     """
 
-    def __init__(self, vocab_size: int, limit: int = HELD_AT_MOST) -> None:
+    def __init__(self, vocab_size: int, limit: int = MAX_PROFILES) -> None:
         self.vocab_size = vocab_size
         self._limit = limit
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ class Library:
                 self._held.move_to_end(version)
             else:
                 self._wanted[version] = None
-                while len(self._wanted) > WANTED_AT_MOST:
+                while len(self._wanted) > MAX_REQUESTED:
                     self._wanted.popitem(last=False)
             return held
 

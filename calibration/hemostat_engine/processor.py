@@ -18,8 +18,8 @@ import torch
 
 from hemostat_calibration.errors import HemostatError
 from hemostat_engine import xargs
-from hemostat_engine.agent import Settings
 from hemostat_engine.core import Binding, Core, Ranks
+from hemostat_engine.settings import Settings
 
 _INTERFACES = ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor")
 

@@ -19,11 +19,11 @@ from hemostat.models import vllm_server as vllm_process
 from hemostat.models.compress import Checkpoints
 from hemostat_calibration.errors import HemostatError
 
-STAND_IN = ROOT / "tests" / "demo" / "stand_in.py"
+STAND_IN = ROOT / "tests" / "support" / "stand_in.py"
 PATCH = """
 import sys
 from pathlib import Path
-from hemostat import vllm_process
+from hemostat.models import vllm_server as vllm_process
 from hemostat.models.compress import Checkpoints
 from hemostat.demo import runner
 vllm_process.installed = lambda: True
@@ -74,7 +74,7 @@ def demo(tmp_path: Path, requests: int | None, trouble: str = "") -> subprocess.
         cwd=tmp_path,
         env=os.environ
         | {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "middleware", "calibration")),
             "STAND_IN_TROUBLE": trouble,
             "STAND_IN_RUN": str(tmp_path),
             "TMPDIR": str(tmp_path),

@@ -20,8 +20,8 @@ def no_profile_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_core() -> Iterator[Callable[..., Any]]:
     """Makes cores whose agent does not run: the test puts the profiles."""
     torch = pytest.importorskip("torch")
-    from hemostat_engine.agent import Settings
     from hemostat_engine.core import Core, Ranks
+    from hemostat_engine.settings import Settings
 
     cores = []
 

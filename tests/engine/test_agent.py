@@ -20,8 +20,12 @@ from hemostat_calibration.errors import InvalidArgumentError
 torch = pytest.importorskip("torch")
 
 from hemostat_engine import transform  # noqa: E402
-from hemostat_engine.agent import AdminClient, Agent, Backoff, FetchError, Identity, Peers, Settings  # noqa: E402
+from hemostat_engine.admin_client import AdminClient, FetchError  # noqa: E402
+from hemostat_engine.agent import Agent, Identity  # noqa: E402
 from hemostat_engine.library import Counters, Library  # noqa: E402
+from hemostat_engine.peers import Peers  # noqa: E402
+from hemostat_engine.retries import Retries  # noqa: E402
+from hemostat_engine.settings import Settings  # noqa: E402
 from hemostat_engine.taps import Reading, Step, TappedRow, Taps  # noqa: E402
 
 PROFILE = make_profile(1)
@@ -35,7 +39,7 @@ def admin() -> Iterator[EngineAdmin]:
 
 
 class Rank:
-    """An agent whose ticks the test makes, with what it works on."""
+    """An agent whose `tick` the test calls, with its library, counters and taps."""
 
     def __init__(self, settings: Settings, rank: int = 0, world_size: int = 1, boot_id: str = "boot") -> None:
         self.library = Library(VOCAB_SIZE)
@@ -49,7 +53,7 @@ def at(admin: EngineAdmin, **more: Any) -> Settings:
     return Settings(admin_url=admin.url, admin_token=TOKEN, **more)
 
 
-def test_what_is_to_be_held_is_fetched_and_acknowledged_once_every_rank_has_it(admin: EngineAdmin) -> None:
+def test_requested_profile_is_acknowledged_once_every_rank_has_it(admin: EngineAdmin) -> None:
     admin.files[PROFILE.version] = PROFILE.to_bytes()
     admin.registry.want([PROFILE.version])
     ranks = [Rank(at(admin), rank, 2) for rank in range(2)]
@@ -63,7 +67,7 @@ def test_what_is_to_be_held_is_fetched_and_acknowledged_once_every_rank_has_it(a
     assert admin.registry.acknowledged(0.0) == {PROFILE.version}
 
 
-def test_a_version_that_a_request_named_is_fetched(admin: EngineAdmin) -> None:
+def test_version_named_by_a_request_is_fetched(admin: EngineAdmin) -> None:
     admin.files[PROFILE.version] = PROFILE.to_bytes()
     rank = Rank(at(admin))
     assert rank.library.get(PROFILE.version) is None
@@ -72,7 +76,7 @@ def test_a_version_that_a_request_named_is_fetched(admin: EngineAdmin) -> None:
 
 
 @pytest.mark.parametrize("make", [make_profile, make_contextual])
-def test_a_tampered_a_truncated_and_a_foreign_profile_are_refused_and_counted(make: Any, admin: EngineAdmin) -> None:
+def test_tampered_truncated_and_foreign_profiles_are_refused_and_counted(make: Any, admin: EngineAdmin) -> None:
     first, second, other = make(1), make(2), make(3, vocab_size=VOCAB_SIZE + 1)
     tampered = bytearray(first.to_bytes())
     tampered[-1] ^= 1
@@ -86,15 +90,13 @@ def test_a_tampered_a_truncated_and_a_foreign_profile_are_refused_and_counted(ma
     rank.agent.tick(0.0)
     assert rank.library.versions() == ()
     assert rank.counters.read()["profiles_refused"] == 3
-    # Whole again, it is taken.
+    # The intact file is accepted.
     admin.files[first.version] = first.to_bytes()
     rank.agent.tick(1.0)
     assert rank.library.versions() == (first.version,)
 
 
-def test_a_family_that_this_plugin_does_not_know_is_refused(
-    admin: EngineAdmin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_family_is_refused(admin: EngineAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = make_contextual(1)
     admin.files[profile.version] = profile.to_bytes()
     admin.registry.want([profile.version])
@@ -105,7 +107,7 @@ def test_a_family_that_this_plugin_does_not_know_is_refused(
     assert rank.library.versions() == ()
 
 
-def test_an_engine_that_restarts_half_way_is_asked_to_hold_again_and_says_nothing_of_old_requests(
+def test_restarted_engine_fetches_again_and_old_taps_are_unchanged(
     admin: EngineAdmin,
 ) -> None:
     profile = make_contextual(1)
@@ -118,7 +120,7 @@ def test_an_engine_that_restarts_half_way_is_asked_to_hold_again_and_says_nothin
         old.taps.push(step(position, [0.5], features=[1.0, -1.0]))
     old.agent.tick(0.5)
     assert admin.registry.acknowledged(0.0) == {profile.version}
-    # The old one ends here, in the middle of a request: what it said stays what it was, and nothing is added to it.
+    # The old engine ends here, in the middle of a request: its taps are kept, and nothing is added to them.
     admin.now = 16.0
     new.agent.tick(0.0)
     assert new.library.versions() == (profile.version,)
@@ -130,7 +132,7 @@ def test_an_engine_that_restarts_half_way_is_asked_to_hold_again_and_says_nothin
     assert (taken.boot_id, len(taken.log_normalizer["0" * 32])) == ("old", 3)
 
 
-def test_a_version_that_nobody_has_is_asked_for_ever_more_rarely(admin: EngineAdmin) -> None:
+def test_pause_doubles_for_a_version_that_does_not_exist(admin: EngineAdmin) -> None:
     rank = Rank(at(admin))
     asked = []
     for now in range(200):
@@ -143,9 +145,7 @@ def test_a_version_that_nobody_has_is_asked_for_ever_more_rarely(admin: EngineAd
     assert rank.counters.read() == {"profiles_missing": 9}
 
 
-def test_an_admin_port_that_fails_is_backed_off_and_logged_once(
-    admin: EngineAdmin, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failing_admin_port_is_backed_off_and_logged_once(admin: EngineAdmin, caplog: pytest.LogCaptureFixture) -> None:
     admin.status = 500
     rank = Rank(at(admin))
     with caplog.at_level(logging.INFO, "hemostat.engine"):
@@ -159,14 +159,14 @@ def test_an_admin_port_that_fails_is_backed_off_and_logged_once(
 
 
 @pytest.mark.parametrize("answer", [b"", b"[]", b'{"hold": 3}', b'{"hold": [3]}', b"x" * 100_000])
-def test_a_nonsense_answer_is_a_counted_failure(admin: EngineAdmin, answer: bytes) -> None:
+def test_invalid_response_is_a_counted_failure(admin: EngineAdmin, answer: bytes) -> None:
     admin.answer = answer or b" "
     rank = Rank(at(admin))
     rank.agent.tick(0.0)
     assert rank.counters.read() == {"report_errors": 1}
 
 
-def test_names_that_are_not_digest_shaped_touch_no_path_and_no_url(admin: EngineAdmin, tmp_path: Path) -> None:
+def test_invalid_version_is_used_in_no_path_and_no_url(admin: EngineAdmin, tmp_path: Path) -> None:
     admin.answer = json.dumps({"hold": ["../../etc/passwd", "A" * 32, PROFILE.version + "/x"]}).encode()
     (tmp_path / "notes.safetensors").write_bytes(b"not a profile")
     rank = Rank(at(admin, profile_dir=tmp_path))
@@ -175,14 +175,14 @@ def test_names_that_are_not_digest_shaped_touch_no_path_and_no_url(admin: Engine
     assert rank.library.missing() == ()
 
 
-def test_the_token_does_not_follow_a_redirect(admin: EngineAdmin) -> None:
+def test_token_is_not_sent_to_the_target_of_a_redirect(admin: EngineAdmin) -> None:
     admin.status = 302
     with pytest.raises(FetchError, match="HTTP 302"):
         AdminClient(admin.url, TOKEN).profile(PROFILE.version)
     assert "/elsewhere" not in admin.seen
 
 
-def test_a_proxy_of_the_environment_is_not_shown_the_token(admin: EngineAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_not_sent_to_a_proxy_of_the_environment(admin: EngineAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", admin.url)
     monkeypatch.delenv("no_proxy", raising=False)
     with pytest.raises(FetchError):
@@ -190,17 +190,17 @@ def test_a_proxy_of_the_environment_is_not_shown_the_token(admin: EngineAdmin, m
     assert admin.seen == []
 
 
-def test_a_wrong_token_is_a_failure_that_says_so(admin: EngineAdmin) -> None:
+def test_wrong_token_is_a_fetch_error_with_the_status(admin: EngineAdmin) -> None:
     with pytest.raises(FetchError, match="HTTP 401"):
         AdminClient(admin.url, "wrong").profile(PROFILE.version)
 
 
-def test_a_port_where_nobody_listens_is_a_fetch_error() -> None:
+def test_refused_connection_is_a_fetch_error() -> None:
     with pytest.raises(FetchError, match=r"127\.0\.0\.1:9"):
         AdminClient("http://127.0.0.1:9", None).profile(PROFILE.version)
 
 
-def test_a_folder_is_enough(tmp_path: Path) -> None:
+def test_profiles_are_loaded_from_the_folder_alone(tmp_path: Path) -> None:
     rank = Rank(Settings(profile_dir=tmp_path))
     rank.agent.tick(0.0)
     (tmp_path / f"{PROFILE.version}.safetensors").write_bytes(PROFILE.to_bytes())
@@ -212,14 +212,14 @@ def test_a_folder_is_enough(tmp_path: Path) -> None:
     assert rank.counters.read() == {"profiles_refused": 1}
 
 
-def test_a_folder_that_is_not_there_is_no_catastrophe(tmp_path: Path) -> None:
+def test_missing_folder_is_counted(tmp_path: Path) -> None:
     rank = Rank(Settings(profile_dir=tmp_path / "none"))
     rank.library.get(PROFILE.version)
     rank.agent.tick(0.0)
     assert rank.counters.read() == {"profiles_missing": 1}
 
 
-def test_the_thread_itself(admin: EngineAdmin) -> None:
+def test_thread_fetches_and_acknowledges(admin: EngineAdmin) -> None:
     admin.files[PROFILE.version] = PROFILE.to_bytes()
     admin.registry.want([PROFILE.version])
     rank = Rank(at(admin))
@@ -271,7 +271,7 @@ def test_taps_reach_the_registry_as_runs(admin: EngineAdmin) -> None:
     assert admin.registry.take("n") is None
 
 
-def test_features_reach_the_registry_whole_or_not_at_all(admin: EngineAdmin) -> None:
+def test_features_with_non_finite_values_become_nan_rows(admin: EngineAdmin) -> None:
     rank = Rank(at(admin))
     for position, features in enumerate(([1.0, -1.0], [2.0, float("nan")], None, [float("inf"), 0.0], [3.0, -3.0])):
         rank.taps.push(step(position, [0.0], features=features))
@@ -285,7 +285,7 @@ def test_features_reach_the_registry_whole_or_not_at_all(admin: EngineAdmin) -> 
     assert taken.log_normalizer["0" * 32].tolist() == [0.0] * 5
 
 
-def test_a_flush_is_small_enough_for_the_admin_port(admin: EngineAdmin) -> None:
+def test_messages_of_taps_stay_below_the_limit_of_the_admin_port(admin: EngineAdmin) -> None:
     rank = Rank(at(admin))
     wide = [0.5] * 200_000
     for position in range(60):
@@ -298,7 +298,7 @@ def test_a_flush_is_small_enough_for_the_admin_port(admin: EngineAdmin) -> None:
     assert admin.registry.tapped("n") == 60
 
 
-def test_taps_that_cannot_be_delivered_are_dropped_and_counted(admin: EngineAdmin) -> None:
+def test_undeliverable_taps_are_dropped_and_counted(admin: EngineAdmin) -> None:
     admin.status = 503
     rank = Rank(at(admin))
     rank.taps.push(step(0, [1.0]))
@@ -331,11 +331,11 @@ def at_all(admins: list[EngineAdmin]) -> Settings:
     return Settings(admin_url=",".join(admin.url for admin in admins), admin_token=TOKEN)
 
 
-def test_every_replica_hears_what_is_held_and_the_one_that_leads_comes_first(admins: list[EngineAdmin]) -> None:
+def test_every_replica_gets_reports_and_the_leading_one_has_priority(admins: list[EngineAdmin]) -> None:
     serving, candidate, probe = (make_profile(seed) for seed in (1, 2, 3))
     admins[0].registry.want([serving.version, probe.version])
     admins[1].registry.want([serving.version, candidate.version])
-    # Only the one that leads has the candidate, only the other one the probe.
+    # Only the leading replica has the candidate, only the other one the probe.
     admins[0].files = {profile.version: profile.to_bytes() for profile in (serving, probe)}
     admins[1].files = {profile.version: profile.to_bytes() for profile in (serving, candidate)}
     rank = Rank(at_all(admins))
@@ -345,10 +345,10 @@ def test_every_replica_hears_what_is_held_and_the_one_that_leads_comes_first(adm
     assert tuple(held.version for held in rank.library.candidates()) == expected
     for admin in admins:
         assert admin.registry.acknowledged(0.0) == set(expected)
-    assert "profiles_missing" not in rank.counters.read(), "each was asked of who asked for it"
+    assert "profiles_missing" not in rank.counters.read(), "each is fetched from the replica that asked for it"
 
 
-def test_a_replica_that_dies_leaves_the_others_to_work(admins: list[EngineAdmin]) -> None:
+def test_other_replicas_continue_when_one_fails(admins: list[EngineAdmin]) -> None:
     admins[0].registry.want([PROFILE.version])
     admins[0].files[PROFILE.version] = PROFILE.to_bytes()
     rank = Rank(at_all(admins))
@@ -356,7 +356,7 @@ def test_a_replica_that_dies_leaves_the_others_to_work(admins: list[EngineAdmin]
     rank.agent.tick(0.0)
     rank.agent.tick(0.25)
     assert admins[0].registry.acknowledged(0.0) == {PROFILE.version}
-    # The one that has it is gone before it was fetched; the other one has it from the store.
+    # The replica that has it fails before the fetch; the other one has it from the store.
     other = make_profile(2)
     admins[0].registry.want([other.version])
     rank.agent.tick(2.0)
@@ -369,7 +369,7 @@ def test_a_replica_that_dies_leaves_the_others_to_work(admins: list[EngineAdmin]
     assert admins[1].registry.acknowledged(10.25) == {PROFILE.version, other.version}
 
 
-def test_what_was_tapped_goes_to_the_replica_that_asked_for_it(admins: list[EngineAdmin]) -> None:
+def test_taps_go_to_the_replica_of_the_request(admins: list[EngineAdmin]) -> None:
     rank = Rank(at_all(admins))
     rank.agent.tick(0.0)
     for nonce, value in (("aa-1", 0.25), ("bb-1", 0.5), ("cc-1", 0.75)):
@@ -385,9 +385,7 @@ def test_what_was_tapped_goes_to_the_replica_that_asked_for_it(admins: list[Engi
     assert rank.counters.read() == {"taps_sent": 2, "taps_dropped": 1}
 
 
-def test_a_name_stands_for_every_replica_that_it_has_now(
-    admins: list[EngineAdmin], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dns_name_is_every_address_that_it_has_now(admins: list[EngineAdmin], monkeypatch: pytest.MonkeyPatch) -> None:
     port = admins[0].url.rpartition(":")[2]
     hosts = ["127.0.0.1"]
 
@@ -397,20 +395,20 @@ def test_a_name_stands_for_every_replica_that_it_has_now(
             raise OSError("no such name")
         return [(0, 0, 0, "", (address, number)) for address in hosts]
 
-    monkeypatch.setattr("hemostat_engine.agent.socket.getaddrinfo", resolve)
+    monkeypatch.setattr("hemostat_engine.peers.socket.getaddrinfo", resolve)
     peers = Peers(Settings.from_environment({"HEMOSTAT_ADMIN_URL": f"dns+http://replicas:{port}"}))
     peers.refresh(0.0)
     [first] = peers.all
     assert first.url == admins[0].url
     hosts += ["127.0.0.2", "fd00::1"]
     peers.refresh(1.0)
-    assert peers.all == [first], "not asked yet"
+    assert peers.all == [first], "not resolved again yet"
     peers.refresh(6.0)
     assert [peer.url for peer in peers.all] == [f"http://{h}:{port}" for h in ("127.0.0.1", "127.0.0.2", "[fd00::1]")]
     assert peers.all[0] is first
     hosts.clear()
     peers.refresh(12.0)
-    assert len(peers.all) == 3, "a name that cannot be resolved just now stands for what it stood for"
+    assert len(peers.all) == 3, "the last known addresses are kept while the name cannot be resolved"
 
 
 @pytest.mark.parametrize(
@@ -423,7 +421,7 @@ def test_a_name_stands_for_every_replica_that_it_has_now(
         "http://a:x",
     ],
 )
-def test_a_wrong_admin_url_is_named(url: str) -> None:
+def test_invalid_admin_url_names_the_variable(url: str) -> None:
     with pytest.raises(InvalidArgumentError, match="HEMOSTAT_ADMIN_URL"):
         Settings.from_environment({"HEMOSTAT_ADMIN_URL": url})
 
@@ -436,8 +434,8 @@ def test_settings_from_the_environment() -> None:
     assert Settings.from_environment(full) == Settings("http://h:1", "t", Path("/p"))
 
 
-def test_backoff_is_bounded() -> None:
-    backoff = Backoff()
+def test_remembered_failures_are_bounded() -> None:
+    retries = Retries()
     for i in range(1000):
-        backoff.failed(str(i), 0.0)
-    assert len(backoff._until) == 256
+        retries.failed(str(i), FetchError("down"), 0.0)
+    assert len(retries._paused) == len(retries._logged) == 256

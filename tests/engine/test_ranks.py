@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 import torch.distributed as dist  # noqa: E402
 
-from hemostat_engine.agent import Settings  # noqa: E402
 from hemostat_engine.core import Core, Ranks  # noqa: E402
+from hemostat_engine.settings import Settings  # noqa: E402
 
 
 def rank_main(rank: int, folder: str) -> None:

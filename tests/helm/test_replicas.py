@@ -6,7 +6,7 @@ import pytest
 from tests.support.helm_api import Cluster
 from tests.support.helm_chart import Helm
 
-from hemostat_engine.agent import Settings
+from hemostat_engine.settings import Settings
 
 HA = "config.store.url=redis://valkey.data.svc:6379/0"
 

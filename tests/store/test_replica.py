@@ -41,8 +41,8 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 pytest.importorskip("torch")
 
 from hemostat_engine.agent import Agent, Identity
-from hemostat_engine.agent import Settings as Engine
 from hemostat_engine.library import Counters, Library
+from hemostat_engine.settings import Settings as Engine
 from hemostat_engine.taps import Taps
 
 MODEL, V = "m", 30

@@ -1,0 +1,89 @@
+"""The HTTP client for the admin port of one replica."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from hemostat_calibration.errors import HemostatError
+from hemostat_calibration.profiles.profile import MAX_BYTES, VERSION_PATTERN
+
+TIMEOUT_SECONDS = 5.0
+MAX_RESPONSE_BYTES = 64 * 1024
+
+
+class FetchError(HemostatError):
+    """The admin port did not respond as expected. `status` is the HTTP status, 0 without a response."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class ReportResponse:
+    """The response to a report.
+
+    hold: versions that this engine should hold, most important first. leads: the replica decides which profile serves.
+    replica: prefix of the nonces of the requests that came through this replica.
+    """
+
+    hold: tuple[str, ...] = ()
+    leads: bool = True
+    replica: str = ""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would send the token to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class AdminClient:
+    """The three calls to the admin port. Every failure is a FetchError."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self._url = url
+        self._headers = {"authorization": f"Bearer {token}"} if token else {}
+        # Proxies of the environment are ignored: they would receive the token.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
+
+    def report(self, body: dict[str, Any]) -> ReportResponse:
+        """Send a report. Names in the response that are not profile versions are ignored."""
+        data = self._call("/api/v1/engine/report", MAX_RESPONSE_BYTES, json.dumps(body).encode(), "json")
+        try:
+            response = json.loads(data)
+            hold = tuple(version for version in response["hold"] if VERSION_PATTERN.fullmatch(version))
+            return ReportResponse(hold, response.get("leads") is not False, str(response.get("replica") or ""))
+        except (ValueError, TypeError, KeyError):
+            raise FetchError("the admin port's answer to a report has no list 'hold'") from None
+
+    def send_taps(self, body: dict[str, Any]) -> None:
+        self._call("/api/v1/engine/tap", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
+
+    def profile(self, version: str) -> bytes:
+        """The file of a profile. FetchError with status 404 when the replica does not have it."""
+        return self._call(f"/api/v1/engine/profiles/{version}", MAX_BYTES)
+
+    def _call(self, path: str, max_bytes: int, data: bytes | None = None, subtype: str = "") -> bytes:
+        """GET, or POST of `data` as application/`subtype`. A response above `max_bytes` is a FetchError."""
+        headers = self._headers | ({"content-type": f"application/{subtype}"} if data is not None else {})
+        request = urllib.request.Request(self._url + path, data, headers)  # noqa: S310 - Settings admits http(s) only
+        try:
+            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as response:
+                body: bytes = response.read(max_bytes + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise FetchError(f"{path}: HTTP {error.code}", error.code) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise FetchError(f"{self._url}: {error!r}") from None
+        if len(body) > max_bytes:
+            raise FetchError(f"{path}: an answer of more than {max_bytes} bytes")
+        return body

@@ -1,0 +1,87 @@
+"""The admin ports that the engine talks to, one for each replica of Hemostat."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+
+from hemostat_engine.admin_client import AdminClient, ReportResponse
+from hemostat_engine.settings import DNS_PREFIX, Settings, split_admin_url
+
+RESOLVE_SECONDS = 5.0
+"""Between two look-ups of host names."""
+MAX_PEERS = 32
+
+
+class Peer:
+    """One replica's admin port and its last response to a report."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self.url = url
+        self.client = AdminClient(url, token)
+        self.last_response: ReportResponse | None = None
+        self.next_report = 0.0
+        """Monotonic seconds."""
+
+    def wants(self, version: str) -> bool:
+        return self.last_response is not None and version in self.last_response.hold
+
+    def report_failed(self) -> None:
+        """Keep the versions that it asked for, but after those of the other replicas: it may be back soon."""
+        self.last_response = self.last_response and replace(self.last_response, leads=False)
+
+    def owns(self, nonce: str) -> bool:
+        """Whether the tapped request came through this replica."""
+        response = self.last_response
+        return response is not None and bool(response.replica) and nonce.startswith(f"{response.replica}-")
+
+
+class Peers:
+    """All replicas that the setting names. `refresh` resolves host names again."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._urls = settings.admin_url.split(",") if settings.admin_url else []
+        self._token = settings.admin_token
+        self._next_refresh = 0.0
+        self._resolved: dict[str, list[str]] = {}
+        self.all: list[Peer] = []
+
+    def __bool__(self) -> bool:
+        """Whether an admin port is configured."""
+        return bool(self._urls)
+
+    def refresh(self, now: float) -> None:
+        """Resolve the host names if RESOLVE_SECONDS have passed; a peer whose address remains keeps its state."""
+        if now < self._next_refresh:
+            return
+        self._next_refresh = now + RESOLVE_SECONDS
+        urls = dict.fromkeys(address for url in self._urls for address in self._addresses(url))
+        known = {peer.url: peer for peer in self.all}
+        self.all = [known.get(url) or Peer(url, self._token) for url in list(urls)[:MAX_PEERS]]
+
+    def _addresses(self, url: str) -> list[str]:
+        """The addresses of one setting; the last known ones if its name cannot be resolved."""
+        if not url.startswith(DNS_PREFIX):
+            return [url]
+        parts = split_admin_url(url)
+        try:
+            found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+        except OSError:
+            return self._resolved.get(url, [])
+        hosts = sorted({str(address[0]) for *_, address in found})
+        self._resolved[url] = [f"http://{f'[{h}]' if ':' in h else h}:{parts.port or 80}" for h in hosts]
+        return self._resolved[url]
+
+    def versions_to_hold(self) -> tuple[str, ...]:
+        """The versions that any replica asks for, those of the leading replica first."""
+        responses = [peer.last_response for peer in self.all if peer.last_response is not None]
+        responses.sort(key=lambda response: not response.leads)
+        return tuple(version for response in responses for version in response.hold)
+
+    def owns(self, peer: Peer, nonce: str) -> bool:
+        """Whether the tapped request came through `peer`. A single replica owns every request."""
+        return len(self.all) == 1 or peer.owns(nonce)
+
+    def label(self, operation: str, peer: Peer) -> str:
+        """The operation's name in logs and for retries; with several replicas it has the address."""
+        return operation if len(self.all) == 1 else f"{operation} to {peer.url}"

@@ -1,0 +1,55 @@
+"""Settings of the plugin, from the environment of vLLM's processes."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hemostat_calibration.errors import InvalidArgumentError
+
+DNS_PREFIX = "dns+"
+"""Before an address of HEMOSTAT_ADMIN_URL: every IP address of the host name is a replica (a headless Service)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where profiles come from. With neither source every request gets identity.
+
+    admin_url: the address of the admin port, or those of several replicas separated by commas; `dns+http://name:port`
+    stands for every IP address of the name.
+    """
+
+    admin_url: str | None = None
+    admin_token: str | None = None
+    profile_dir: Path | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """HEMOSTAT_ADMIN_URL, HEMOSTAT_ADMIN_TOKEN, HEMOSTAT_PROFILE_DIR. Raises InvalidArgumentError."""
+        value = environment.get("HEMOSTAT_ADMIN_URL") or ""
+        urls = [part.strip().rstrip("/") for part in value.split(",") if part.strip()]
+        for url in urls:
+            split_admin_url(url)
+        folder = environment.get("HEMOSTAT_PROFILE_DIR") or None
+        return cls(
+            ",".join(urls) or None, environment.get("HEMOSTAT_ADMIN_TOKEN") or None, Path(folder) if folder else None
+        )
+
+
+def split_admin_url(url: str) -> urllib.parse.SplitResult:
+    """The parts of one address, without `dns+`. Raises InvalidArgumentError when it is not an HTTP address."""
+    try:
+        parts = urllib.parse.urlsplit(url.removeprefix(DNS_PREFIX))
+        invalid = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    except ValueError:
+        invalid = True
+    if invalid:
+        raise InvalidArgumentError(f"HEMOSTAT_ADMIN_URL is {url!r}: it must be like http://127.0.0.1:9091")
+    if url.startswith(DNS_PREFIX) and parts.scheme != "http":
+        raise InvalidArgumentError(
+            f"HEMOSTAT_ADMIN_URL is {url!r}: IP addresses have no certificate; use {DNS_PREFIX}http"
+        )
+    return parts
