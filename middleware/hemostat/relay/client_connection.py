@@ -51,6 +51,14 @@ class ConnectionState(Enum):
     """Discarded: the last response has been sent."""
 
 
+# Module globals, for the reason that `exchange_state` gives.
+_READING_HEAD = ConnectionState.READING_HEAD
+_READING_BODY = ConnectionState.READING_BODY
+_AWAITING_RESPONSE = ConnectionState.AWAITING_RESPONSE
+_TUNNEL = ConnectionState.TUNNEL
+_CLOSING = ConnectionState.CLOSING
+
+
 class ClientConnection(asyncio.Protocol):
     """Owns what has been read from the client and not been used, and whether reading is paused."""
 
@@ -78,7 +86,7 @@ class ClientConnection(asyncio.Protocol):
         on_opened: Callable[[ClientConnection], None],
         on_closed: Callable[[ClientConnection], None],
     ) -> None:
-        self.state = ConnectionState.READING_HEAD
+        self.state: ConnectionState = _READING_HEAD
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
         self.exchange: Exchange | None = None
         """The request in progress."""
@@ -110,7 +118,7 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         state = self.state
-        if state is ConnectionState.READING_HEAD:
+        if state is _READING_HEAD:
             if not self._buffer:
                 self._last_activity = self._context.loop.time()
                 self._buffer = data
@@ -119,14 +127,14 @@ class ClientConnection(asyncio.Protocol):
             if self.write_paused and len(self._buffer) > MAX_READ_AHEAD_BYTES:
                 self.pause_reading()
             self._advance()
-        elif state is ConnectionState.READING_BODY:
+        elif state is _READING_BODY:
             self._last_activity = self._context.loop.time()
             self._read_body(data)
-        elif state is ConnectionState.AWAITING_RESPONSE:
+        elif state is _AWAITING_RESPONSE:
             self._buffer += data
             if len(self._buffer) > MAX_READ_AHEAD_BYTES:
                 self.pause_reading()
-        elif state is ConnectionState.TUNNEL:
+        elif state is _TUNNEL:
             assert self._tunnel is not None
             self._tunnel.from_client(data)
 
@@ -134,7 +142,7 @@ class ClientConnection(asyncio.Protocol):
         self.eof = True
         if self._tunnel is not None:
             return self._tunnel.client_ended()
-        if self.state is not ConnectionState.AWAITING_RESPONSE:
+        if self.state is not _AWAITING_RESPONSE:
             return False
         # Whether the client still waits for its response, or is gone, cannot be seen from this.
         self._watch()
@@ -149,11 +157,11 @@ class ClientConnection(asyncio.Protocol):
         self.write_paused = False
         if self.exchange is not None:
             self.exchange.resume_response()
-        elif self.state is ConnectionState.READING_HEAD:
+        elif self.state is _READING_HEAD:
             self._advance()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.state = ConnectionState.CLOSING
+        self.state = _CLOSING
         self._on_closed(self)
         if self._watcher is not None:
             self._watcher.stop()
@@ -169,16 +177,16 @@ class ClientConnection(asyncio.Protocol):
         if self._advancing:
             return
         self._advancing = True
-        while self.state is ConnectionState.READING_HEAD and self._buffer and not self.write_paused:
+        while self.state is _READING_HEAD and self._buffer and not self.write_paused:
             if not self._read_head():
                 break
         self._advancing = False
-        if self.state is ConnectionState.READING_HEAD:
+        if self.state is _READING_HEAD:
             if self.eof and not self.write_paused:
                 self.transport.close()
             elif not self.write_paused:
                 self.resume_reading()
-        elif self.state is ConnectionState.READING_BODY and self.eof:
+        elif self.state is _READING_BODY and self.eof:
             self.transport.close()  # the rest of this body will never arrive
 
     def _read_head(self) -> bool:
@@ -210,17 +218,17 @@ class ClientConnection(asyncio.Protocol):
         rest = buffer[end + 4 :]
         if 0 <= length <= len(rest):
             self._buffer = rest[length:]
-            self.state = ConnectionState.AWAITING_RESPONSE
+            self.state = _AWAITING_RESPONSE
             exchange.start(pairs, rest[:length], complete=True, more_read=False)
         else:
             self._buffer = b""
             self._body = RequestBodyReader(length, limits.body_bytes)
-            self.state = ConnectionState.READING_BODY
+            self.state = _READING_BODY
             self.resume_reading()
             exchange.start(pairs, b"", complete=False, more_read=bool(rest))
-            if rest and self.state is ConnectionState.READING_BODY:
+            if rest and self.state is _READING_BODY:
                 self._read_body(rest)
-        return self.state is not ConnectionState.CLOSING
+        return self.state is not _CLOSING
 
     def _read_body(self, data: bytes) -> None:
         """More of the present request's body, and possibly what follows it."""
@@ -236,7 +244,7 @@ class ClientConnection(asyncio.Protocol):
         if body.complete:
             self._body = None
             self._buffer = rest
-            self.state = ConnectionState.AWAITING_RESPONSE
+            self.state = _AWAITING_RESPONSE
         exchange.request_data(pieces, complete=body.complete, started=started)
 
     # Called by the exchange.
@@ -250,7 +258,7 @@ class ClientConnection(asyncio.Protocol):
         if not keep_alive:
             self._linger()
             return
-        self.state = ConnectionState.READING_HEAD
+        self.state = _READING_HEAD
         self._last_activity = self._context.loop.time()
         if self._context.draining and not self._buffer:
             self.transport.close()
@@ -259,7 +267,7 @@ class ClientConnection(asyncio.Protocol):
 
     def exchange_broken(self, *, reset: bool) -> None:
         self.exchange = None
-        self.state = ConnectionState.CLOSING
+        self.state = _CLOSING
         if reset:
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self.transport.abort()
@@ -267,7 +275,7 @@ class ClientConnection(asyncio.Protocol):
             self.transport.close()
 
     def tunnel_opened(self, tunnel: Tunnel) -> None:
-        self.state = ConnectionState.TUNNEL
+        self.state = _TUNNEL
         self._tunnel = tunnel
         if self._buffer:
             tunnel.from_client(self._buffer)
@@ -299,7 +307,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         """Close, but let the client read first: closing while there is unread input would reset the connection."""
-        self.state = ConnectionState.CLOSING
+        self.state = _CLOSING
         self._buffer = b""
         if self.eof or self.transport.is_closing():
             self.transport.close()
@@ -317,7 +325,7 @@ class ClientConnection(asyncio.Protocol):
     @property
     def unread(self) -> bool:
         """See `disconnect.Watched`."""
-        return self.state is not ConnectionState.CLOSING and (self.eof or self.reading_paused)
+        return self.state is not _CLOSING and (self.eof or self.reading_paused)
 
     def probe(self) -> bool:
         """See `disconnect.Watched`."""
@@ -329,16 +337,16 @@ class ClientConnection(asyncio.Protocol):
         waited = now - self._last_activity
         if self.exchange is not None:
             self.exchange.release_held_head(now)
-        if self.state is ConnectionState.READING_HEAD:
+        if self.state is _READING_HEAD:
             if self._buffer and waited > limits.head_seconds and not self.write_paused:
                 self._refuse(BadRequest(408, f"the request head took more than {limits.head_seconds:g} s"))
             elif not self._buffer and waited > limits.idle_seconds:
                 self.transport.close()
-        elif self.state is ConnectionState.READING_BODY and not self.reading_paused and waited > limits.body_seconds:
+        elif self.state is _READING_BODY and not self.reading_paused and waited > limits.body_seconds:
             assert self.exchange is not None
             self.exchange.fail_request(BadRequest(408, f"no byte of the body for {limits.body_seconds:g} s"))
 
     def drain(self) -> None:
         """Close as soon as no request is in progress."""
-        if self.state is ConnectionState.READING_HEAD and not self._buffer:
+        if self.state is _READING_HEAD and not self._buffer:
             self.transport.close()

@@ -14,7 +14,18 @@ from hemostat.hooks import Headers, Refusal, Rewrite
 from hemostat.openai import routes
 from hemostat.relay import counters
 from hemostat.relay.context import RelayContext
-from hemostat.relay.exchange_state import TRANSITIONS, ExchangeState
+from hemostat.relay.exchange_state import (
+    COLLECTING,
+    DONE,
+    FORWARDED,
+    HEAD_HELD,
+    QUEUED,
+    STARTING,
+    STREAMING,
+    TRANSITIONS,
+    TUNNEL,
+    ExchangeState,
+)
 from hemostat.relay.fail_open import FailOpenHook
 from hemostat.relay.forwarding import upstream_head
 from hemostat.relay.generation import GenerationReport
@@ -35,7 +46,8 @@ stream that it refuses the request; until then the response can still be replace
 
 _EXPECT = frozenset((b"expect",))
 
-# Globals, because they are looked up for every piece of a response.
+# Module globals, for the reason that `exchange_state` gives.
+_RAW = BodyMode.RAW
 _CHUNKED = BodyMode.CHUNKED
 _COLLECTED = BodyMode.COLLECTED
 
@@ -105,7 +117,7 @@ class Exchange:
         self, context: RelayContext, client: ClientSide, request: RequestHead, request_id: str, started: float
     ) -> None:
         """started: when the request's head had been received (perf_counter)."""
-        self.state = ExchangeState.STARTING
+        self.state = STARTING
         self.request_complete = False
         """The client has sent the whole request."""
         self.upstream: UpstreamConnection | None = None
@@ -138,15 +150,15 @@ class Exchange:
         """The client's connection stays open after the response."""
         # The response.
         self._response: ResponseHead | None = None
-        self._mode = BodyMode.RAW
+        self._mode = _RAW
         self._held_head = b""
         """HEAD_HELD: the response's head as it goes to the client; empty with BodyMode.COLLECTED."""
         self._held_since = 0.0
         """Event-loop time at which it was held back."""
         self._received = 0.0
         """When the bytes were read that release the head (perf_counter)."""
-        self._collected: list[bytes] = []
-        """The response's body, with BodyMode.COLLECTED."""
+        self._collected: list[bytes] | None = None
+        """The response's body so far, with BodyMode.COLLECTED."""
         self._overhead = 0.0
         """Seconds in the relay so far, see `Counters.observe_overhead`; while QUEUED, minus the time it began."""
         self._probed = False
@@ -168,11 +180,12 @@ class Exchange:
         if self._route in routes.SCORED and request.method == b"POST":
             self._report = report = GenerationReport(self._context, self._route, self._request_id, self._started)
             self._observer = report.observer
-            report.start_span(request, pairs)
+            if self._context.tracing is not None:
+                report.start_span(self._context.tracing, request, pairs)
         if pairs is not None and self._ask_hook(pairs):
             if self._hook is None:
                 return  # refused
-            self._enter(ExchangeState.COLLECTING)
+            self._enter(COLLECTING)
             if request.expect:
                 # The upstream cannot ask for the body, because it gets nothing before the body is whole.
                 request.expect = False
@@ -199,7 +212,7 @@ class Exchange:
         self.request_complete = complete
         if self._observer is not None:
             self._observer.feed_request(b"".join(pieces))
-        if self.state is ExchangeState.COLLECTING:
+        if self.state is COLLECTING:
             assert self._hook is not None
             self._unsent += pieces
             self.unsent_bytes += sum(map(len, pieces))
@@ -215,7 +228,7 @@ class Exchange:
     def fail_request(self, error: BadRequest) -> None:
         """The rest of the request is malformed, too long or overdue."""
         self._leave_upstream()
-        if self.state is ExchangeState.STREAMING:
+        if self.state is STREAMING:
             self._finish(counters.REFUSED)
             self._client.exchange_broken(reset=False)
         else:
@@ -275,7 +288,7 @@ class Exchange:
         """Send the beginning of a request upstream: now, or when there is a connection."""
         connection = self._context.pool.acquire(self)
         if connection is None:
-            self._enter(ExchangeState.QUEUED)
+            self._enter(QUEUED)
             self._unsent.append(payload)
             self.unsent_bytes = len(payload)
             self._overhead = -started
@@ -284,7 +297,7 @@ class Exchange:
         self._overhead = perf_counter() - started
 
     def _send_on(self, connection: UpstreamConnection, payload: bytes) -> None:
-        self._enter(ExchangeState.FORWARDED)
+        self._enter(FORWARDED)
         request = self._request
         self.upstream = connection
         connection.assign(
@@ -301,7 +314,7 @@ class Exchange:
             self.upstream.transport.write(data)
             if self.request_complete:
                 self._overhead = perf_counter() - started
-        elif self.state is ExchangeState.QUEUED:
+        elif self.state is QUEUED:
             self._unsent.append(data)
             self.unsent_bytes += len(data)
             if self.request_complete:
@@ -332,7 +345,7 @@ class Exchange:
             return False
         self._retried = True
         self.upstream = None
-        self._enter(ExchangeState.QUEUED)
+        self._enter(QUEUED)
         self._unsent = [self._sent]
         self.unsent_bytes = len(self._sent)
         self._overhead = -perf_counter()
@@ -354,7 +367,7 @@ class Exchange:
 
     def switch_protocols(self, head: ResponseHead) -> Tunnel:
         assert self.upstream is not None
-        self._enter(ExchangeState.TUNNEL)
+        self._enter(TUNNEL)
         head.lines.append(b"Connection: Upgrade")
         self._transport.write(b"\r\n".join((head.status_line, *head.lines, b"", b"")))
         tunnel = Tunnel(self._transport, self.upstream.transport)
@@ -362,7 +375,7 @@ class Exchange:
         return tunnel
 
     def response_started(self, head: ResponseHead, received: float) -> bool:
-        self._enter(ExchangeState.HEAD_HELD)
+        self._enter(HEAD_HELD)
         request, hook = self._request, self._hook
         http11 = request.minor == 1
         self._response = head
@@ -374,14 +387,17 @@ class Exchange:
             hook.transforming = request.method != b"HEAD" and head.status not in {204, 304}
         self._mode = mode = choose_mode(head.length, http11=http11, transformed=hook is not None and hook.transforming)
         self._keep_alive = not frame_head(head, mode, http11=http11, close=close)
-        if mode is not _COLLECTED:
+        if mode is _COLLECTED:
+            self._collected = []
+        else:
             self._held_head = b"\r\n".join((head.status_line, *head.lines, b"", b""))
             self._held_since = self._context.loop.time()
-        return mode is not BodyMode.RAW
+        return mode is not _RAW
 
     def response_data(self, data: bytes) -> None:
         mode = self._mode
         if mode is _COLLECTED:
+            assert self._collected is not None
             self._collected.append(data)
             return
         hook = self._hook
@@ -420,8 +436,9 @@ class Exchange:
         started = perf_counter()
         head, hook = self._response, self._hook
         assert head is not None
+        assert self._collected is not None
         body = b"".join(self._collected)
-        self._collected = []
+        self._collected = None
         if hook is not None and hook.transforming:
             transformed = hook.response_data(body)
             if self._replay():
@@ -457,7 +474,7 @@ class Exchange:
     def response_failed(self, reason: str) -> None:
         """Answer with 502, or close the client's connection where the response's head has been sent already."""
         self.upstream = None
-        if self.state is not ExchangeState.STREAMING:
+        if self.state is not STREAMING:
             self._respond(502, error_body(502, reason, "upstream_failed"), counters.UPSTREAM_FAILED)
             return
         self._finish(counters.UPSTREAM_FAILED)
@@ -472,7 +489,7 @@ class Exchange:
 
     def _send_head(self, data: bytes) -> None:
         """Send the head, with the first bytes of the body in their framing."""
-        self._enter(ExchangeState.STREAMING)
+        self._enter(STREAMING)
         self._transport.write(self._held_head + data)
         self._held_head = b""
         self._original = None
@@ -489,7 +506,7 @@ class Exchange:
         self._keep_alive = request.keep_alive
         self._response = None
         self._held_head = b""
-        self._mode = BodyMode.RAW
+        self._mode = _RAW
         hook.transforming = False
         if request.length == CHUNKED:
             body = chunk(body) + LAST_CHUNK
@@ -517,12 +534,12 @@ class Exchange:
         if self._probed:
             return False
         data = b""
-        if self._request.minor == 0 or self.state is ExchangeState.TUNNEL:
+        if self._request.minor == 0 or self.state is TUNNEL:
             pass
-        elif self.state is not ExchangeState.STREAMING:
+        elif self.state is not STREAMING:
             data = CONTINUE
         elif self._mode is BodyMode.CHUNKED or (
-            self._mode is BodyMode.RAW and self.upstream is not None and self.upstream.between_chunks
+            self._mode is _RAW and self.upstream is not None and self.upstream.between_chunks
         ):
             data = b"0"
         if data:
@@ -532,7 +549,7 @@ class Exchange:
 
     def client_lost(self) -> None:
         """The client's connection is closed."""
-        if self.state is ExchangeState.TUNNEL:
+        if self.state is TUNNEL:
             assert self.upstream is not None
             self.upstream.close()
             self._finish(counters.OK)
@@ -542,7 +559,7 @@ class Exchange:
 
     def _leave_upstream(self) -> None:
         """Stop waiting for a connection, or close the one whose response is no longer wanted."""
-        if self.state is ExchangeState.QUEUED:
+        if self.state is QUEUED:
             self._context.pool.cancel(self)
         upstream, self.upstream = self.upstream, None
         if upstream is not None:
@@ -560,7 +577,7 @@ class Exchange:
 
     def _finish(self, outcome: str, *, complete: bool = False) -> None:
         """Count and report the exchange. complete: the whole response has been sent."""
-        self._enter(ExchangeState.DONE)
+        self._enter(DONE)
         self._context.counters.request(self._route, outcome)
         hook = self._hook
         if self._report is not None:

@@ -48,15 +48,24 @@ class ExchangeState(Enum):
     """Counted and closed; nothing more happens."""
 
 
-_S = ExchangeState
+# The states as module globals: before Python 3.12, looking up a member of an Enum class takes about 0.2 µs.
+STARTING = ExchangeState.STARTING
+COLLECTING = ExchangeState.COLLECTING
+QUEUED = ExchangeState.QUEUED
+FORWARDED = ExchangeState.FORWARDED
+HEAD_HELD = ExchangeState.HEAD_HELD
+STREAMING = ExchangeState.STREAMING
+TUNNEL = ExchangeState.TUNNEL
+DONE = ExchangeState.DONE
+
 TRANSITIONS: dict[ExchangeState, frozenset[ExchangeState]] = {
-    _S.STARTING: frozenset({_S.COLLECTING, _S.QUEUED, _S.FORWARDED, _S.DONE}),
-    _S.COLLECTING: frozenset({_S.QUEUED, _S.FORWARDED, _S.DONE}),
-    _S.QUEUED: frozenset({_S.FORWARDED, _S.DONE}),
-    _S.FORWARDED: frozenset({_S.QUEUED, _S.HEAD_HELD, _S.TUNNEL, _S.DONE}),
-    _S.HEAD_HELD: frozenset({_S.QUEUED, _S.FORWARDED, _S.STREAMING, _S.DONE}),
-    _S.STREAMING: frozenset({_S.DONE}),
-    _S.TUNNEL: frozenset({_S.DONE}),
-    _S.DONE: frozenset(),
+    STARTING: frozenset({COLLECTING, QUEUED, FORWARDED, DONE}),
+    COLLECTING: frozenset({QUEUED, FORWARDED, DONE}),
+    QUEUED: frozenset({FORWARDED, DONE}),
+    FORWARDED: frozenset({QUEUED, HEAD_HELD, TUNNEL, DONE}),
+    HEAD_HELD: frozenset({QUEUED, FORWARDED, STREAMING, DONE}),
+    STREAMING: frozenset({DONE}),
+    TUNNEL: frozenset({DONE}),
+    DONE: frozenset(),
 }
 """From each state, the states that may follow it."""

@@ -19,7 +19,7 @@ from hemostat.relay.http.response import ResponseHead
 from hemostat.relay.outcomes import OutcomeObserver, ResponseOutcome
 
 if TYPE_CHECKING:
-    from hemostat.tracing import RequestSpan  # an extra; imported only where it is used
+    from hemostat.tracing import RequestSpan, Tracing  # an extra; imported only where it is used
 
 _TRACE_FIELDS = frozenset((b"traceparent", b"tracestate"))
 
@@ -40,14 +40,11 @@ class GenerationReport:
         self._started = started
         self._span: RequestSpan | None = None
 
-    def start_span(self, request: RequestHead, pairs: list[tuple[bytes, bytes]] | None) -> None:
+    def start_span(self, tracing: Tracing, request: RequestHead, pairs: list[tuple[bytes, bytes]] | None) -> None:
         """Start the request's span and make it the parent of the upstream's, in `request` and `pairs`.
 
         pairs: the fields as the hook sees them.
         """
-        tracing = self._context.tracing
-        if tracing is None:
-            return
         received = {name.lower().decode(): value.decode("latin-1") for name, value in split_fields(request.lines)}
         try:
             self._span = tracing.start_request(self._route, received, self._request_id)

@@ -24,14 +24,20 @@ class BodyMode(Enum):
     """Collected to its end, then sent with a Content-Length."""
 
 
+# Module globals, for the reason that `exchange_state` gives.
+_RAW = BodyMode.RAW
+_CHUNKED = BodyMode.CHUNKED
+_UNTIL_CLOSE = BodyMode.UNTIL_CLOSE
+
+
 def choose_mode(length: int, *, http11: bool, transformed: bool) -> BodyMode:
     """length: of the response's head. http11: the client's version. transformed: a hook changes the body."""
     if transformed:
         if 0 <= length <= MAX_COLLECTED_BYTES:
             return BodyMode.COLLECTED
     elif length >= 0 or (length == CHUNKED and http11):
-        return BodyMode.RAW
-    return BodyMode.CHUNKED if http11 else BodyMode.UNTIL_CLOSE
+        return _RAW
+    return _CHUNKED if http11 else _UNTIL_CLOSE
 
 
 def frame_head(head: ResponseHead, mode: BodyMode, *, http11: bool, close: bool) -> bool:
@@ -41,14 +47,14 @@ def frame_head(head: ResponseHead, mode: BodyMode, *, http11: bool, close: bool)
     """
     lines = head.lines
     coded = head.framing >= 0 and lines[head.framing] == CHUNKED_LINE
-    if mode is BodyMode.CHUNKED and not coded:
+    if mode is _CHUNKED and not coded:
         if head.framing >= 0:
             lines[head.framing] = CHUNKED_LINE
         else:
             lines.append(CHUNKED_LINE)
-    elif head.framing >= 0 and (mode is BodyMode.UNTIL_CLOSE or (coded and not http11)):
+    elif head.framing >= 0 and (mode is _UNTIL_CLOSE or (coded and not http11)):
         del lines[head.framing]
-    close = close or mode is BodyMode.UNTIL_CLOSE
+    close = close or mode is _UNTIL_CLOSE
     if close:
         lines.append(b"Connection: close")
     elif not http11:

@@ -35,6 +35,14 @@ class UpstreamState(Enum):
     """Closed, or about to be."""
 
 
+# Module globals, for the reason that `exchange_state` gives.
+_IDLE = UpstreamState.IDLE
+_AWAITING_HEAD = UpstreamState.AWAITING_HEAD
+_READING_BODY = UpstreamState.READING_BODY
+_TUNNEL = UpstreamState.TUNNEL
+_CLOSED = UpstreamState.CLOSED
+
+
 class Receiver(Protocol):
     """Who a response is for."""
 
@@ -113,7 +121,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
         self.idle_since = 0.0
         """Event-loop time, set by the pool."""
-        self._state = UpstreamState.IDLE
+        self._state: UpstreamState = _IDLE
         self._receiver: Receiver | None = None
         self._reused = False
         """It has carried a request before: the upstream may have been about to close it."""
@@ -139,11 +147,11 @@ class UpstreamConnection(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         """A request can be sent on it."""
-        return self._state is UpstreamState.IDLE and not self.transport.is_closing()
+        return self._state is _IDLE and not self.transport.is_closing()
 
     @property
     def closed(self) -> bool:
-        return self._state is UpstreamState.CLOSED
+        return self._state is _CLOSED
 
     def assign(self, receiver: Receiver, *, to_head: bool, may_upgrade: bool, paused: bool) -> None:
         """The next response is for this receiver.
@@ -154,31 +162,31 @@ class UpstreamConnection(asyncio.Protocol):
         self._receiver = receiver
         self._to_head = to_head
         self._may_upgrade = may_upgrade
-        self._state = UpstreamState.AWAITING_HEAD
+        self._state = _AWAITING_HEAD
         if paused:
             self.pause()
 
     def pause(self) -> None:
         """Stop reading: the client is slow, and the rest of the response is left in the upstream's buffers."""
-        if not self._reading_paused and self._state is not UpstreamState.CLOSED:
+        if not self._reading_paused and self._state is not _CLOSED:
             self._reading_paused = True
             self.transport.pause_reading()
 
     def resume(self) -> None:
-        if self._reading_paused and self._state is not UpstreamState.CLOSED:
+        if self._reading_paused and self._state is not _CLOSED:
             self._reading_paused = False
             self.transport.resume_reading()
 
     def abort(self) -> None:
         """Close at once. The upstream notices it, so that the engine stops generating."""
         self._receiver = self._head = None
-        self._state = UpstreamState.CLOSED
+        self._state = _CLOSED
         self.transport.abort()
 
     def close(self) -> None:
         """Close after what has been written is sent."""
         self._receiver = None
-        self._state = UpstreamState.CLOSED
+        self._state = _CLOSED
         self.transport.close()
 
     @property
@@ -219,7 +227,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._head = head
         self._missing = head.length
-        self._state = UpstreamState.READING_BODY
+        self._state = _READING_BODY
         self._payload_only = receiver.response_started(head, received)
         self._body(receiver, head, rest)
 
@@ -245,7 +253,7 @@ class UpstreamConnection(asyncio.Protocol):
                 if not head.upgrade or not self._may_upgrade:
                     raise BadResponse("the upstream switches protocols without being asked to")
                 self._tunnel = receiver.switch_protocols(head)
-                self._state = UpstreamState.TUNNEL
+                self._state = _TUNNEL
                 return head, data
             receiver.interim_response(head)
             if not data:
@@ -285,7 +293,7 @@ class UpstreamConnection(asyncio.Protocol):
         if reusable and receiver.request_complete and not self._eof:
             self._receiver = None
             self._head = None
-            self._state = UpstreamState.IDLE
+            self._state = _IDLE
             self.resume()
             self._reused = True
             self._owner.offer(self)
@@ -309,7 +317,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._eof = True
         receiver = self._receiver
         if receiver is None:
-            self._state = UpstreamState.CLOSED
+            self._state = _CLOSED
         elif self._tunnel is not None:
             return self._tunnel.upstream_ended()
         elif self._head is not None and self._head.length == UNTIL_CLOSE:
@@ -317,8 +325,8 @@ class UpstreamConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        unanswered = self._state is UpstreamState.AWAITING_HEAD and not self._buffer
-        self._state = UpstreamState.CLOSED
+        unanswered = self._state is _AWAITING_HEAD and not self._buffer
+        self._state = _CLOSED
         self._owner.lost(self)
         receiver, self._receiver = self._receiver, None
         if receiver is None:
