@@ -18,10 +18,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanKind
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.schemas import Schemas
-from tests.control.test_serve import hemostat
 from tests.support.control import control, scored, settings
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.relay import Request, answering, chat_json, relaying
+from tests.support.served import hemostat
 
 from hemostat.config.errors import ConfigError
 from hemostat.config.loading import load

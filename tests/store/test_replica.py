@@ -20,11 +20,11 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from tests.control.test_serve import AUTHORIZED, Served, hemostat
 from tests.support import valkey
 from tests.support.control import TOKEN, control, profile, settings, status_json
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.samples import values
+from tests.support.served import AUTHORIZED, Served, hemostat
 from tests.support.valkey import Valkey
 
 from hemostat.config.schema import Settings

@@ -1,0 +1,116 @@
+"""A running `hemostat serve`, with requests to its data port and reads of its admin port."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from tests.support.fake_vllm import FakeVllm
+
+from hemostat.models.vllm_server import free_port
+
+TOKEN = "secret"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+CHAT = "/v1/chat/completions"
+
+
+class Served:
+    """A running `hemostat serve`, its upstream and its reference."""
+
+    def __init__(self, process: subprocess.Popen[str], admin: str, upstream: FakeVllm, log: Path) -> None:
+        self.process, self.admin, self.upstream, self.log = process, admin, upstream, log
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        found = re.search(r"data port (http://\S+)", said)
+        assert found, log.read_text()
+        self.data = found[1]
+
+    def pids(self, module: str) -> set[int]:
+        """The process ids of the children that run this module."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        found = set()
+        for pid in children:
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if module.encode() in command:
+                found.add(int(pid))
+        return found
+
+    async def ask(self, text: str, **more: Any) -> httpx.Response:
+        body = {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 4} | more
+        async with httpx.AsyncClient(base_url=self.data, timeout=20) as client:
+            return await client.post(CHAT, json=body)
+
+    async def get(self, path: str) -> httpx.Response:
+        async with httpx.AsyncClient(base_url=self.admin, timeout=5) as client:
+            return await client.get(path)
+
+    async def status(self) -> dict[str, Any]:
+        return (await self.get("/api/v1/status")).json()  # type: ignore[no-any-return]
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """Sum over the series with these labels."""
+        families = text_string_to_metric_families((await self.get("/metrics")).text)
+        samples = [s for family in families for s in family.samples if s.name == name]
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+    async def until(self, condition: Callable[[dict[str, Any]], bool], seconds: float = 20) -> dict[str, Any]:
+        """Wait for a status that fulfils the condition; an admin port that does not answer is retried."""
+        end, status = time.monotonic() + seconds, {}
+        while time.monotonic() < end:
+            try:
+                status = await self.status()
+                if condition(status):
+                    return status
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.05)
+        pytest.fail(f"{status}\n{self.log.read_text()}")
+
+
+@contextmanager
+def hemostat(folder: Path, upstream: FakeVllm, url: str, **more: Any) -> Iterator[Served]:
+    """Start `hemostat serve` in front of `url`, with these further settings; stop it at the end."""
+    admin = free_port()
+    settings = {
+        "listen": {"host": "127.0.0.1", "port": 0},
+        "admin": {"port": admin, "token": TOKEN},
+        "upstream": {"url": url},
+        "shadow": {"rate": 1.0, "top_k": 8},
+        "shutdown_seconds": 10,
+    }
+    config = folder / "hemostat.yaml"
+    config.write_text(yaml.safe_dump(settings | more))
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hemostat", "serve", "--config", str(config)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("HEMOSTAT_")},
+        )
+        try:
+            yield Served(process, f"http://127.0.0.1:{admin}", upstream, folder / "log")
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+                process.wait()
+                assert process.stdout is not None
+                process.stdout.close()

@@ -1,0 +1,45 @@
+"""The layout of the source tree: sizes of files and packages, and what tests may import."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PRODUCT = [path for folder in ("middleware", "calibration", "deploy") for path in sorted((ROOT / folder).rglob("*.py"))]
+MAX_LINES = 600
+MAX_ENTRIES = 26
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_no_file_of_the_product_is_too_long() -> None:
+    assert len(PRODUCT) > 100
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PRODUCT}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_the_middleware_has_few_entries() -> None:
+    entries = [path.name for path in (ROOT / "middleware" / "hemostat").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= MAX_ENTRIES, sorted(entries)
+
+
+def test_tests_import_shared_code_from_support_only() -> None:
+    """Only the program that records golden files (tests/characterization/record.py) imports test modules."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path == ROOT / "tests" / "characterization" / "record.py":
+            continue
+        modules = [module.split(".") for module in imported_modules(path)]
+        shared = [".".join(parts) for parts in modules if parts[0] == "tests" and parts[-1].startswith("test_")]
+        if shared:
+            found[str(path.relative_to(ROOT))] = shared
+    assert found == {}
