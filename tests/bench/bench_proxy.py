@@ -8,7 +8,8 @@ requests/s  wrk, 64 kept-alive connections, a chat completion as vLLM answers it
 cpu/chunk   CPU time of the proxy (all of its threads, /proc/PID/task/*/schedstat) for each SSE chunk of streams that
             bring one every 10 ms, 50 at a time.
 
-"direct" is the upstream without a proxy: no proxy can be measured beyond it.
+"direct" is the upstream without a proxy: no proxy can be measured beyond it. `--beside FOLDER` measures the relay of
+another checkout in the same rounds (`git worktree add FOLDER REVISION`), and the ratio of this one to it.
 """
 
 from __future__ import annotations
@@ -282,7 +283,15 @@ class Bench:
     upstreams: dict[str, int]
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, command: Sequence[str], *, pinned: bool = True, stdin: bytes | None = None, log: str) -> int:
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        pinned: bool = True,
+        stdin: bytes | None = None,
+        log: str,
+        environment: dict[str, str] | None = None,
+    ) -> int:
         prefix = ["taskset", "-c", str(PROXY_CORE)] if pinned else []
         with (self.folder / f"{log}.log").open("wb") as out:
             process = subprocess.Popen(
@@ -291,6 +300,7 @@ class Bench:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
+                env=os.environ | (environment or {}),
             )
         if stdin is not None:
             assert process.stdin is not None
@@ -337,11 +347,13 @@ class Bench:
             )
         return proxy
 
-    async def hemostat(self, rate: float, stack: contextlib.AsyncExitStack) -> Proxy:
-        proxy = Proxy(f"hemostat {rate:g}", {}, {})
+    async def hemostat(self, rate: float, stack: contextlib.AsyncExitStack, checkout: Path | None = None) -> Proxy:
+        """checkout: of another revision, whose relay is run instead of this one's."""
+        proxy = Proxy(f"{'hemostat' if checkout is None else 'beside'} {rate:g}", {}, {})
+        paths = [str(checkout / folder) for folder in ("middleware", "calibration")] if checkout is not None else []
         for kind, upstream in self.upstreams.items():
             port = proxy.ports[kind] = free_port()
-            path = self.folder / f"control-{rate:g}-{kind}.sock"
+            path = self.folder / f"{proxy.name.replace(' ', '-')}-{kind}.sock"
             await stack.enter_async_context(control(path, rate, proxy))
             config = {
                 "worker": 0,
@@ -356,7 +368,8 @@ class Bench:
             proxy.pids[kind] = self.start(
                 [sys.executable, "-m", "hemostat.relay.main"],
                 stdin=json.dumps(config).encode(),
-                log=f"hemostat-{rate:g}-{kind}",
+                log=f"{proxy.name.replace(' ', '-')}-{kind}",
+                environment={"PYTHONPATH": os.pathsep.join(paths)} if paths else None,
             )
         return proxy
 
@@ -387,7 +400,8 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
         writer.write(encode(policy))
         frames = MessageReader()
         while data := await reader.read(1 << 20):
-            for message in frames.feed(data):
+            # What another revision reports may have another form.
+            for message in frames.feed(data) if proxy.name.startswith("hemostat") else ():
                 if isinstance(message, Stats):
                     proxy.stats = message
         writer.close()
@@ -487,6 +501,8 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             await bench.nginx(),
             await bench.vllm_router(install_vllm_router()),
         ]
+        if arguments.beside is not None:
+            proxies += [await bench.hemostat(rate, stack, arguments.beside) for rate in (0.0, 0.05)]
         for proxy in proxies:
             for kind, port in proxy.ports.items():
                 log = folder / f"{proxy.name.replace(' ', '-')}-{kind}.log"
@@ -512,6 +528,15 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
                 chunk_cpu[proxy.name].append((cpu_seconds(proxy.pids["stream"]) - before) / chunks * 1e6)
         await asyncio.sleep(1.5)  # the relays report once a second
         sampled = next(p for p in proxies if p.name == "hemostat 0.05").stats
+    to_beside = {
+        name: {
+            "requests_per_second": ratios(rate[name], rate[other]),
+            "cpu_per_request": ratios(request_cpu[name], request_cpu[other]),
+            "cpu_per_chunk": ratios(chunk_cpu[name], chunk_cpu[other]),
+        }
+        for name, other in (("hemostat 0", "beside 0"), ("hemostat 0.05", "beside 0.05"))
+        if other in rate
+    }
     return {
         "settings": {
             "rounds": arguments.rounds,
@@ -530,7 +555,11 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             "cpu_per_request": {name: ratios(request_cpu[name], request_cpu["vllm-router"]) for name in names},
             "cpu_per_chunk": {name: ratios(chunk_cpu[name], chunk_cpu["vllm-router"]) for name in names},
         },
-        "shadow_counters_at_0.05": sampled.counters if sampled else {},
+        "to_beside": to_beside,
+        "shadow_counters_at_0.05": {
+            name: {"/".join(labels): value for labels, value in series.items()}
+            for name, series in (sampled.counters if sampled else {}).items()
+        },
     }
 
 
@@ -555,7 +584,11 @@ def table(result: dict[str, Any]) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    for name, found in result["to_beside"].items():
+        shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in found.items())
+        lines.append(f"{name} / the same of the other checkout: {shown}")
+    return "\n".join(lines)
 
 
 def serve_streams(port: int, file: Path) -> None:
@@ -574,6 +607,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of wrk, each time")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="a checkout of another revision to measure, too")
     parser.add_argument("--stream-upstream", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stream_upstream:
