@@ -134,7 +134,7 @@ def test_a_second_head_is_not_waited_for_without_end(one: Served, monkeypatch: p
 @pytest.mark.parametrize("headers", ["", f"authorization: Bearer {TOKEN}\r\n"])
 def test_a_body_that_never_comes(one: Served, monkeypatch: pytest.MonkeyPatch, headers: str) -> None:
     """Without the token it is not waited for at all."""
-    monkeypatch.setattr(engine_api, "BODY_WITHIN", 0.5)
+    monkeypatch.setattr(engine_api, "BODY_SECONDS", 0.5)
     with connect(one) as connection:
         head = (
             f"POST {SWITCH} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 15\r\nconnection: close\r\n{headers}\r\n{{"

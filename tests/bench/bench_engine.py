@@ -38,7 +38,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.engines.registry import EXPIRES_AFTER
+from hemostat.engines.registry import SILENCE_SECONDS
 from hemostat.models.compress import cached_checkpoints
 from hemostat.models.vllm_server import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, tied
 from hemostat_calibration.profiles.contextual import contextual_profile
@@ -242,7 +242,7 @@ def measure(
     order = random.Random(1)
     found = np.zeros((arguments.starts, arguments.rounds, len(ARMS), arguments.steps))
     admin.files[profile.version] = profile.to_bytes()
-    admin.registry.want([profile.version])
+    admin.registry.set_wanted([profile.version])
     try:
         for start in range(arguments.starts):
             plain = Engine(model, None, arguments.batch, folder / f"plain-{start}.log")
@@ -261,7 +261,7 @@ def measure(
             finally:
                 plain.stop()
                 loaded.stop()
-            admin.now += EXPIRES_AFTER + 1.0  # the engine that has ended is to be forgotten
+            admin.now += SILENCE_SECONDS + 1.0  # the engine that has ended is to be forgotten
     finally:
         admin.close()
     return found

@@ -21,7 +21,7 @@ from tests.support.waiting import until
 from hemostat.config.schema import Settings
 from hemostat.control import composition
 from hemostat.control.composition import Control
-from hemostat.engines.registry import EngineReport
+from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import Policy, Stats
 from hemostat.profiles.serving import ServedModel
 from hemostat.reference import monitor

@@ -14,7 +14,7 @@ import pytest
 from tests.support.engine_admin import TOKEN, EngineAdmin
 from tests.support.engine_profiles import VOCAB_SIZE, make_contextual, make_profile
 
-from hemostat.engines.api import TAP_BYTES_AT_MOST
+from hemostat.engines.api import MAX_TAP_BYTES
 from hemostat_calibration.errors import InvalidArgumentError
 
 torch = pytest.importorskip("torch")
@@ -55,7 +55,7 @@ def at(admin: EngineAdmin, **more: Any) -> Settings:
 
 def test_requested_profile_is_acknowledged_once_every_rank_has_it(admin: EngineAdmin) -> None:
     admin.files[PROFILE.version] = PROFILE.to_bytes()
-    admin.registry.want([PROFILE.version])
+    admin.registry.set_wanted([PROFILE.version])
     ranks = [Rank(at(admin), rank, 2) for rank in range(2)]
     ranks[0].agent.tick(0.0)
     assert ranks[0].library.versions() == (PROFILE.version,)
@@ -85,7 +85,7 @@ def test_tampered_truncated_and_foreign_profiles_are_refused_and_counted(make: A
         second.version: second.to_bytes()[:-1],
         other.version: other.to_bytes(),
     }
-    admin.registry.want([first.version, second.version, other.version])
+    admin.registry.set_wanted([first.version, second.version, other.version])
     rank = Rank(at(admin))
     rank.agent.tick(0.0)
     assert rank.library.versions() == ()
@@ -99,7 +99,7 @@ def test_tampered_truncated_and_foreign_profiles_are_refused_and_counted(make: A
 def test_unknown_family_is_refused(admin: EngineAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = make_contextual(1)
     admin.files[profile.version] = profile.to_bytes()
-    admin.registry.want([profile.version])
+    admin.registry.set_wanted([profile.version])
     rank = Rank(at(admin))
     monkeypatch.setattr(transform, "FAMILIES", {})
     rank.agent.tick(0.0)
@@ -112,7 +112,7 @@ def test_restarted_engine_fetches_again_and_old_taps_are_unchanged(
 ) -> None:
     profile = make_contextual(1)
     admin.files[profile.version] = profile.to_bytes()
-    admin.registry.want([profile.version])
+    admin.registry.set_wanted([profile.version])
     old, new = Rank(at(admin), boot_id="old"), Rank(at(admin), boot_id="new")
     old.agent.tick(0.0)
     old.agent.tick(0.25)
@@ -127,7 +127,7 @@ def test_restarted_engine_fetches_again_and_old_taps_are_unchanged(
     assert admin.registry.acknowledged(16.0) == frozenset()
     new.agent.tick(0.25)
     assert admin.registry.acknowledged(16.0) == {profile.version}
-    taken = admin.registry.take("n")
+    taken = admin.registry.taps.take("n")
     assert taken is not None
     assert (taken.boot_id, len(taken.log_normalizer["0" * 32])) == ("old", 3)
 
@@ -221,7 +221,7 @@ def test_missing_folder_is_counted(tmp_path: Path) -> None:
 
 def test_thread_fetches_and_acknowledges(admin: EngineAdmin) -> None:
     admin.files[PROFILE.version] = PROFILE.to_bytes()
-    admin.registry.want([PROFILE.version])
+    admin.registry.set_wanted([PROFILE.version])
     rank = Rank(at(admin))
     rank.agent.start()
     waited = threading.Event()
@@ -260,15 +260,15 @@ def test_taps_reach_the_registry_as_runs(admin: EngineAdmin) -> None:
     rank.taps.push(step(2, [float("nan")], "a" * 32))
     rank.agent.tick(0.0)
     assert rank.counters.read()["taps_sent"] == 5
-    assert admin.registry.tapped("n") == 4
-    taken = admin.registry.take("n")
+    assert admin.registry.taps.covered("n") == 4
+    taken = admin.registry.taps.take("n")
     assert taken is not None
     assert (taken.boot_id, taken.applied, taken.mixed) == ("boot", "a" * 32, False)
     assert taken.log_normalizer["0" * 32].tolist()[:2] == [0.5, 1.5]
     assert taken.log_normalizer["0" * 32][3] == 9.0
     assert taken.log_normalizer["0" * 32][2] != taken.log_normalizer["0" * 32][2]
     assert taken.log_normalizer[f"{1:032x}"].tolist()[3] == 9.0
-    assert admin.registry.take("n") is None
+    assert admin.registry.taps.take("n") is None
 
 
 def test_features_with_non_finite_values_become_nan_rows(admin: EngineAdmin) -> None:
@@ -276,7 +276,7 @@ def test_features_with_non_finite_values_become_nan_rows(admin: EngineAdmin) -> 
     for position, features in enumerate(([1.0, -1.0], [2.0, float("nan")], None, [float("inf"), 0.0], [3.0, -3.0])):
         rank.taps.push(step(position, [0.0], features=features))
     rank.agent.tick(0.0)
-    taken = admin.registry.take("n")
+    taken = admin.registry.taps.take("n")
     assert taken is not None
     assert taken.features is not None
     assert taken.features.anchors == "d" * 32
@@ -294,8 +294,8 @@ def test_messages_of_taps_stay_below_the_limit_of_the_admin_port(admin: EngineAd
     while len(rank.taps):
         rank.agent.tick(now)
         now += 0.25
-    assert max(admin.sizes["/api/v1/engine/tap"]) < TAP_BYTES_AT_MOST / 1.5
-    assert admin.registry.tapped("n") == 60
+    assert max(admin.sizes["/api/v1/engine/tap"]) < MAX_TAP_BYTES / 1.5
+    assert admin.registry.taps.covered("n") == 60
 
 
 def test_undeliverable_taps_are_dropped_and_counted(admin: EngineAdmin) -> None:
@@ -333,8 +333,8 @@ def at_all(admins: list[EngineAdmin]) -> Settings:
 
 def test_every_replica_gets_reports_and_the_leading_one_has_priority(admins: list[EngineAdmin]) -> None:
     serving, candidate, probe = (make_profile(seed) for seed in (1, 2, 3))
-    admins[0].registry.want([serving.version, probe.version])
-    admins[1].registry.want([serving.version, candidate.version])
+    admins[0].registry.set_wanted([serving.version, probe.version])
+    admins[1].registry.set_wanted([serving.version, candidate.version])
     # Only the leading replica has the candidate, only the other one the probe.
     admins[0].files = {profile.version: profile.to_bytes() for profile in (serving, probe)}
     admins[1].files = {profile.version: profile.to_bytes() for profile in (serving, candidate)}
@@ -349,7 +349,7 @@ def test_every_replica_gets_reports_and_the_leading_one_has_priority(admins: lis
 
 
 def test_other_replicas_continue_when_one_fails(admins: list[EngineAdmin]) -> None:
-    admins[0].registry.want([PROFILE.version])
+    admins[0].registry.set_wanted([PROFILE.version])
     admins[0].files[PROFILE.version] = PROFILE.to_bytes()
     rank = Rank(at_all(admins))
     admins[1].status = 503
@@ -358,11 +358,11 @@ def test_other_replicas_continue_when_one_fails(admins: list[EngineAdmin]) -> No
     assert admins[0].registry.acknowledged(0.0) == {PROFILE.version}
     # The replica that has it fails before the fetch; the other one has it from the store.
     other = make_profile(2)
-    admins[0].registry.want([other.version])
+    admins[0].registry.set_wanted([other.version])
     rank.agent.tick(2.0)
     assert rank.library.missing() == (other.version,)
     admins[0].status, admins[1].status = 503, None
-    admins[1].registry.want([other.version])
+    admins[1].registry.set_wanted([other.version])
     admins[1].files[other.version] = other.to_bytes()
     for now in (10.0, 10.25):
         rank.agent.tick(now)
@@ -377,11 +377,11 @@ def test_taps_go_to_the_replica_of_the_request(admins: list[EngineAdmin]) -> Non
         rank.taps.push(Step(one.reading, [TappedRow(0, nonce, None, 0)]))
     rank.agent.tick(0.25)
     for admin, nonce, value in zip(admins, ("aa-1", "bb-1"), (0.25, 0.5), strict=True):
-        taken = admin.registry.take(nonce)
+        taken = admin.registry.taps.take(nonce)
         assert taken is not None
         assert taken.log_normalizer["0" * 32].tolist() == [value]
-        assert admin.registry.taps_dropped == 0
-        assert [admin.registry.take(other) for other in ("aa-1", "bb-1", "cc-1")] == [None] * 3
+        assert admin.registry.taps.runs_dropped == 0
+        assert [admin.registry.taps.take(other) for other in ("aa-1", "bb-1", "cc-1")] == [None] * 3
     assert rank.counters.read() == {"taps_sent": 2, "taps_dropped": 1}
 
 

@@ -196,11 +196,11 @@ def tapped(server: Any, client: Client, nonce: str, version: str | None = None, 
     logprobs = np.array([[value for _, value in top] for top in tops])
     registry = server.admin.registry
     give_up = time.monotonic() + 30
-    while registry.tapped(nonce) < tokens:
+    while registry.taps.covered(nonce) < tokens:
         assert time.monotonic() < give_up, "the engine handed out no tap"
         time.sleep(0.1)
     with server.admin.lock:
-        tap = registry.take(nonce)
+        tap = registry.taps.take(nonce)
     return Said(choice["prompt_token_ids"], choice["token_ids"], ids, logprobs, tap)
 
 
@@ -230,7 +230,7 @@ def contextual(vllm_server: Any, client: Client, plain: list[int]) -> Calibratio
     )
     vllm_server.admin.files[profile.version] = profile.to_bytes()
     with vllm_server.admin.lock:
-        vllm_server.admin.registry.want([profile.version])
+        vllm_server.admin.registry.set_wanted([profile.version])
     for _ in range(100):
         if profile.version in vllm_server.admin.registry.acknowledged(0.0):
             return profile
@@ -269,11 +269,11 @@ def test_a_grammar_holds_with_a_profile_and_a_row_whose_anchors_it_masks_is_left
     xargs = {"hemostat": contextual.version, "hemostat_tap": "grammar"}
     assert client.tokens(xargs, **grammar) == plain
     give_up = time.monotonic() + 30
-    while rows_masked(vllm_server) == before or vllm_server.admin.registry.tapped("grammar") < len(plain):
+    while rows_masked(vllm_server) == before or vllm_server.admin.registry.taps.covered("grammar") < len(plain):
         assert time.monotonic() < give_up, "no masked row was counted"
         time.sleep(0.1)
     with vllm_server.admin.lock:
-        tap = vllm_server.admin.registry.take("grammar")
+        tap = vllm_server.admin.registry.taps.take("grammar")
     assert tap.applied == contextual.version
     assert not np.isfinite(tap.features.values).any()
     assert np.abs(tap.log_normalizer[contextual.version]).max() < 1e-5

@@ -12,10 +12,11 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.engines import registry as engines
-from hemostat.engines.api import REPORT_BYTES_AT_MOST, engine_router
-from hemostat.engines.registry import (
-    EngineRegistry,
+from hemostat.engines import registry as registry_module
+from hemostat.engines import taps as taps_module
+from hemostat.engines.api import MAX_REPORT_BYTES, engine_router
+from hemostat.engines.messages import (
+    MAX_POSITIONS,
     EngineReport,
     InvalidEngineMessage,
     TapMessage,
@@ -23,6 +24,7 @@ from hemostat.engines.registry import (
     decode_report,
     decode_tap,
 )
+from hemostat.engines.registry import EngineRegistry
 
 A, B, C, D = ("a" * 32, "b" * 32, "c" * 32, "d" * 32)
 
@@ -50,7 +52,7 @@ def test_acknowledged_is_what_every_rank_of_every_engine_holds() -> None:
     assert registry.acknowledged(1.0) == frozenset()
 
 
-def test_a_restarted_engine_holds_nothing_until_it_says_so_and_the_old_one_expires() -> None:
+def test_a_restarted_engine_holds_nothing_until_it_reports_and_the_old_one_expires() -> None:
     registry = EngineRegistry()
     registry.report(report("old", versions=(A,), rows_applied=5), 0.0)
     registry.report(report("new", versions=()), 10.0)
@@ -62,7 +64,7 @@ def test_a_restarted_engine_holds_nothing_until_it_says_so_and_the_old_one_expir
     assert [r.boot_id for r in registry.live(15.1)] == ["new"]
 
 
-def test_one_silent_rank_takes_the_acknowledgement_back() -> None:
+def test_one_silent_rank_ends_the_acknowledgement() -> None:
     registry = EngineRegistry()
     registry.report(report("x", 0, 2), 0.0)
     registry.report(report("x", 1, 2), 0.0)
@@ -82,16 +84,16 @@ def test_a_request_that_three_ranks_counted_is_one_request() -> None:
 def test_hold_is_bounded_and_in_order() -> None:
     registry = EngineRegistry()
     wanted = [f"{i:032x}" for i in range(20)]
-    registry.want([wanted[0], *wanted])
-    assert registry.report(report(), 0.0) == wanted[: engines.HOLD_AT_MOST]
+    registry.set_wanted([wanted[0], *wanted])
+    assert registry.report(report(), 0.0) == wanted[: registry_module.MAX_HELD_VERSIONS]
 
 
 def test_engines_are_bounded() -> None:
     registry = EngineRegistry()
-    for i in range(engines.ENGINES_AT_MOST + 10):
+    for i in range(registry_module.MAX_ENGINES + 10):
         registry.report(report(f"boot{i}", n=1), 0.0)
-    assert len(registry.live(0.0)) == engines.ENGINES_AT_MOST
-    assert registry.counters(0.0) == {"n": engines.ENGINES_AT_MOST + 10}
+    assert len(registry.live(0.0)) == registry_module.MAX_ENGINES
+    assert registry.counters(0.0) == {"n": registry_module.MAX_ENGINES + 10}
 
 
 def test_ranks_that_disagree_about_their_number_are_refused() -> None:
@@ -105,41 +107,41 @@ def test_ranks_that_disagree_about_their_number_are_refused() -> None:
 def test_runs_may_come_in_any_order(order: list[int]) -> None:
     registry = EngineRegistry()
     for i in order:
-        registry.tap(TapMessage("boot", [run(2 * i, [float(2 * i), float(2 * i + 1)])]), 0.0)
-    taken = registry.take("n")
+        registry.taps.add(TapMessage("boot", [run(2 * i, [float(2 * i), float(2 * i + 1)])]), 0.0)
+    taken = registry.taps.take("n")
     assert taken is not None
     np.testing.assert_array_equal(taken.log_normalizer[A], np.arange(12.0))
     assert not taken.mixed
 
 
-def test_gaps_are_nan_later_runs_win_and_a_change_on_the_way_is_seen() -> None:
+def test_gaps_are_nan_later_runs_replace_earlier_ones_and_a_change_of_profile_is_seen() -> None:
     registry = EngineRegistry()
-    registry.tap(TapMessage("boot", [run(0, [1.0, None]), run(4, [5.0])]), 0.0)
-    assert registry.tapped("n") == 2
-    registry.tap(TapMessage("boot", [run(0, [7.0], applied=None), run(4, [8.0], version=B, applied=None)]), 0.0)
-    taken = registry.take("n")
+    registry.taps.add(TapMessage("boot", [run(0, [1.0, None]), run(4, [5.0])]), 0.0)
+    assert registry.taps.covered("n") == 2
+    registry.taps.add(TapMessage("boot", [run(0, [7.0], applied=None), run(4, [8.0], version=B, applied=None)]), 0.0)
+    taken = registry.taps.take("n")
     assert taken is not None
     np.testing.assert_array_equal(taken.log_normalizer[A], [7.0, np.nan, np.nan, np.nan, 5.0])
     np.testing.assert_array_equal(taken.log_normalizer[B], [np.nan] * 4 + [8.0])
     assert (taken.applied, taken.mixed) == (None, True)
-    assert registry.tapped("n") == 0
+    assert registry.taps.covered("n") == 0
 
 
 def test_taps_expire_and_are_bounded() -> None:
     registry = EngineRegistry()
-    registry.tap(TapMessage("boot", [run(0, [1.0], "old")]), 0.0)
-    registry.tap(TapMessage("boot", [run(0, [1.0], "young")]), 100.0)
-    registry.tap(TapMessage("boot", []), 121.0)
-    assert registry.take("old") is None
-    assert registry.take("young") is not None
-    many = [run(0, [1.0], f"n{i}") for i in range(engines.TAPS_AT_MOST + 5)]
-    registry.tap(TapMessage("boot", many), 121.0)
-    assert registry.take("n4") is None
-    assert registry.take("n5") is not None
-    assert registry.taps_dropped == 6
-    full = TapRun("n", 0, engines.POSITIONS_AT_MOST, {}, None)
-    registry.tap(TapMessage("boot", [full, full]), 121.0)
-    assert registry.taps_dropped == 7
+    registry.taps.add(TapMessage("boot", [run(0, [1.0], "old")]), 0.0)
+    registry.taps.add(TapMessage("boot", [run(0, [1.0], "young")]), 100.0)
+    registry.taps.add(TapMessage("boot", []), 121.0)
+    assert registry.taps.take("old") is None
+    assert registry.taps.take("young") is not None
+    many = [run(0, [1.0], f"n{i}") for i in range(taps_module.MAX_TAPPED_REQUESTS + 5)]
+    registry.taps.add(TapMessage("boot", many), 121.0)
+    assert registry.taps.take("n4") is None
+    assert registry.taps.take("n5") is not None
+    assert registry.taps.runs_dropped == 6
+    full = TapRun("n", 0, MAX_POSITIONS, {}, None)
+    registry.taps.add(TapMessage("boot", [full, full]), 121.0)
+    assert registry.taps.runs_dropped == 7
 
 
 GOOD = {
@@ -200,7 +202,7 @@ def test_a_tap_whose_lengths_do_not_agree_is_refused() -> None:
         ({"anchors": "x", "features": b"1234"}, r"\$\.taps\[0\]\.anchors"),
         ({"anchors": D, "features": 3}, r"\$\.taps\[0\]\.features"),
         ({"nonce": "a/b"}, r"\$\.taps\[0\]\.nonce"),
-        ({"start": engines.POSITIONS_AT_MOST - 1}, "beyond position"),
+        ({"start": MAX_POSITIONS - 1}, "beyond position"),
     ],
 )
 def test_a_bad_tap_is_refused_by_field(change: dict[str, Any], named: str) -> None:
@@ -216,41 +218,41 @@ def with_features(start: int, values: list[list[float]], nonce: str = "n", ancho
 
 def test_features_are_joined_by_position_and_of_one_set_of_anchors() -> None:
     registry = EngineRegistry()
-    registry.tap(TapMessage("boot", [with_features(0, [[9.0, 9.0, 9.0]], anchors=C)]), 0.0)
-    registry.tap(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
-    registry.tap(TapMessage("boot", [with_features(2, [[3.0, -3.0]]), with_features(0, [[7.0, 7.0, 7.0]])]), 0.0)
-    taken = registry.take("n")
+    registry.taps.add(TapMessage("boot", [with_features(0, [[9.0, 9.0, 9.0]], anchors=C)]), 0.0)
+    registry.taps.add(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
+    registry.taps.add(TapMessage("boot", [with_features(2, [[3.0, -3.0]]), with_features(0, [[7.0, 7.0, 7.0]])]), 0.0)
+    taken = registry.taps.take("n")
     assert taken is not None
     assert taken.features is not None
     # The width of the set is that of its last run; one that does not fit it is no row of this set.
     assert (taken.features.anchors, taken.features.values.shape, taken.features.values.dtype) == (D, (4, 3), "float32")
-    registry.tap(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
-    registry.tap(TapMessage("boot", [with_features(2, [[3.0, -3.0]])]), 0.0)
-    taken = registry.take("n")
+    registry.taps.add(TapMessage("boot", [with_features(1, [[1.0, -1.0], [2.0, -2.0]]), run(3, [0.5])]), 0.0)
+    registry.taps.add(TapMessage("boot", [with_features(2, [[3.0, -3.0]])]), 0.0)
+    taken = registry.taps.take("n")
     assert taken is not None
     assert taken.features is not None
     np.testing.assert_array_equal(taken.features.values, [[np.nan] * 2, [1.0, -1.0], [3.0, -3.0], [np.nan] * 2])
-    registry.tap(TapMessage("boot", [run(0, [0.5])]), 0.0)
-    taken = registry.take("n")
+    registry.taps.add(TapMessage("boot", [run(0, [0.5])]), 0.0)
+    taken = registry.taps.take("n")
     assert taken is not None
     assert taken.features is None
 
 
 def test_features_are_bounded_and_the_numbers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "FEATURE_BYTES_AT_MOST", 10)
+    monkeypatch.setattr(taps_module, "MAX_WAITING_FEATURE_BYTES", 10)
     registry = EngineRegistry()
     for nonce in ("a", "b", "c"):
-        registry.tap(TapMessage("boot", [with_features(0, [[1.0, 2.0]], nonce)]), 0.0)
-    assert registry.features_dropped == 1
-    found = [registry.take(nonce) for nonce in ("a", "c")]
+        registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], nonce)]), 0.0)
+    assert registry.taps.features_dropped == 1
+    found = [registry.taps.take(nonce) for nonce in ("a", "c")]
     assert [taken.features is None if taken else None for taken in found] == [False, True]
     # What was taken, or expired, makes room.
-    registry.tap(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "d")]), 121.0)
-    registry.tap(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "e")]), 121.0)
-    assert registry.features_dropped == 1
-    monkeypatch.setattr(engines, "FEATURE_BYTES_TAKEN", 100)
-    registry.tap(TapMessage("boot", [with_features(1000, [[1.0, 2.0]], "d")]), 122.0)
-    taken = registry.take("d")
+    registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "d")]), 121.0)
+    registry.taps.add(TapMessage("boot", [with_features(0, [[1.0, 2.0]], "e")]), 121.0)
+    assert registry.taps.features_dropped == 1
+    monkeypatch.setattr(taps_module, "MAX_REQUEST_FEATURE_BYTES", 100)
+    registry.taps.add(TapMessage("boot", [with_features(1000, [[1.0, 2.0]], "d")]), 122.0)
+    taken = registry.taps.take("d")
     assert taken is not None
     assert taken.features is None
 
@@ -262,7 +264,7 @@ def client() -> Iterator[TestClient]:
             raise HTTPException(401, "no")
 
     registry = EngineRegistry()
-    registry.want([B])
+    registry.set_wanted([B])
     app = FastAPI()
     app.include_router(engine_router(registry, {A: b"bytes"}.get, lambda: 0.0, require_token))
     app.state.registry = registry
@@ -276,7 +278,7 @@ def test_the_routes(client: TestClient) -> None:
     tap = {"nonce": "n", "start": 0, "tokens": 1, "versions": {A: [1.5]}, "applied": A}
     body = msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]})
     assert client.post("/api/v1/engine/tap", content=body).status_code == 204
-    assert client.app.state.registry.tapped("n") == 1  # type: ignore[attr-defined]
+    assert client.app.state.registry.taps.covered("n") == 1  # type: ignore[attr-defined]
     assert client.get(f"/api/v1/engine/profiles/{A}").content == b"bytes"
     assert client.get(f"/api/v1/engine/profiles/{B}").status_code == 404
     assert client.get("/api/v1/engine/profiles/..%2F..%2Fetc").status_code == 404
@@ -286,7 +288,7 @@ def test_the_routes_refuse(client: TestClient) -> None:
     bad = client.post("/api/v1/engine/report", json=GOOD | {"rank": 7})
     assert (bad.status_code, bad.json()["detail"]) == (400, "rank is 7: it must be below world_size, 1")
     assert client.post("/api/v1/engine/tap", content=b"{").status_code == 400
-    assert client.post("/api/v1/engine/report", content=b" " * (REPORT_BYTES_AT_MOST + 1)).status_code == 413
+    assert client.post("/api/v1/engine/report", content=b" " * (MAX_REPORT_BYTES + 1)).status_code == 413
     for method, path in (("POST", "report"), ("POST", "tap"), ("GET", f"profiles/{A}")):
         answer = client.request(method, f"/api/v1/engine/{path}", headers={"authorization": "Bearer x"})
         assert answer.status_code == 401

@@ -24,7 +24,7 @@ from tests.support.waiting import until
 
 from hemostat.control import composition
 from hemostat.control.composition import Control
-from hemostat.engines.registry import EngineReport, TapMessage, TapRun
+from hemostat.engines.messages import EngineReport, TapMessage, TapRun
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.reference import monitor
 from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
@@ -137,7 +137,7 @@ class WorldEngine:
         if reading is not None:
             features = z[:, reading] - z[:, reading].mean(1, keepdims=True)
             run |= {"anchors": transform.anchors_digest(reading), "features": features.astype("<f2").tobytes()}
-        self.one.engines.tap(
+        self.one.engines.taps.add(
             TapMessage("boot", [TapRun(nonce=f"n{seed}", start=0, tokens=TOKENS, **(run | damage))]), time.monotonic()
         )
         ids = np.full((TOKENS, K + 1), -1, "<i4")

@@ -13,7 +13,7 @@ from tests.support.control import connect_relay, control, profile, relay_stats, 
 from tests.support.waiting import until
 
 from hemostat.control.composition import Control
-from hemostat.engines.registry import EngineReport
+from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import OVERHEAD_BUCKETS
 from hemostat.profiles.decisions import DECISIONS
 from hemostat.shadow.endings import Outcome, ScoringDropReason

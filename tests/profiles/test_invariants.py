@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.support.profile_bench import ANCHORS, BIASED, JUDGED, LEARNED, MODEL, Bench, contextual
 from tests.support.world import V
 
-from hemostat.engines.registry import HOLD_AT_MOST
+from hemostat.engines.registry import MAX_HELD_VERSIONS
 from hemostat.profiles.scopes import MAX_SCOPE_PROFILES
 from hemostat.profiles.trials import MAX_QUEUED_CANDIDATES
 from hemostat_calibration.errors import HemostatError
@@ -56,7 +56,7 @@ def test_after_any_sequence_of_actions_the_invariants_hold(data: st.DataObject) 
         except HemostatError:
             pass
         profiles = bench.profiles
-        assert len(profiles.engine_versions()) <= HOLD_AT_MOST
+        assert len(profiles.engine_versions()) <= MAX_HELD_VERSIONS
         assert all(version in profiles.catalogue for version in profiles.engine_versions())
         trials = profiles.trials
         serving = [scope for scope, state in profiles.serving.scopes.items() if state.selected]

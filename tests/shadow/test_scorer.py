@@ -13,7 +13,8 @@ import pytest
 from tests.support.captures import INFO, K, V, capture
 from tests.support.waiting import until
 
-from hemostat.engines.registry import EngineRegistry, TapMessage, TapRun
+from hemostat.engines.messages import TapMessage, TapRun
+from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
@@ -144,12 +145,12 @@ class Bench:
     def handed(self, nonce: str, features: Features) -> None:
         """As though the engine had handed out these features, and all else of the 3 positions."""
         self.tap(nonce, 0, 3, None)
-        take = self.engines.take
-        self.engines.take = lambda n: replace(take(n), features=features)  # type: ignore[method-assign, type-var]
+        take = self.engines.taps.take
+        self.engines.taps.take = lambda n: replace(take(n), features=features)  # type: ignore[method-assign, type-var]
 
     def tap(self, nonce: str, start: int, tokens: int, applied: str | None, value: float | None = 0.25) -> None:
         run = TapRun(nonce, start, tokens, {VERSION: [value] * tokens}, applied)
-        self.engines.tap(TapMessage("boot", [run]), self.now)
+        self.engines.taps.add(TapMessage("boot", [run]), self.now)
 
     async def ends(self, *captures: Capture) -> Counter[tuple[str, str]]:
         """What these captures came to; every one comes to something."""
@@ -369,7 +370,7 @@ async def test_when_time_is_up_the_bounds_have_to_do(bench: Bench) -> None:
     records = {record.request_id: record for record in bench.records}
     assert np.isnan(records["half"].shifts[VERSION].log_normalizer).tolist() == [False, False, True]
     assert records["missing"].shifts == {}
-    assert bench.engines.tapped("half") == 0, "taken"
+    assert bench.engines.taps.covered("half") == 0, "taken"
 
 
 async def test_an_engine_ahead_of_the_output_is_cut_to_it(bench: Bench) -> None:

@@ -121,7 +121,7 @@ async def test_what_one_promotes_all_serve(shared_server: Valkey, tmp_path: Path
         await until(lambda: agree(ones, mine.version))
         await until(lambda: told[-1].serving == mine.version)
         assert [one.profiles.profile_bytes(mine.version) for one in ones] == [mine.to_bytes()] * 3
-        assert [one.engines._hold for one in ones] == [(mine.version,)] * 3
+        assert [one.engines._wanted for one in ones] == [(mine.version,)] * 3
         await until(lambda: [e["decision"] for e in ones[1].profiles.listing()["events"]] == ["promote", "import"])
         assert [status_json(one)["replica"]["leads"] for one in ones] == [True, False, False]
         leading = [values(one.lease.samples())["hemostat_replica_leads",] for one in ones]

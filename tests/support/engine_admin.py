@@ -7,7 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from hemostat.engines.registry import EngineRegistry, decode_report, decode_tap
+from hemostat.engines.messages import decode_report, decode_tap
+from hemostat.engines.registry import EngineRegistry
 
 TOKEN = "s3cret"
 
@@ -55,7 +56,7 @@ class EngineAdmin:
                     return self.answer(200, admin.answer or json.dumps(said).encode())
                 if self.path == "/api/v1/engine/tap":
                     with admin.lock:
-                        admin.registry.tap(decode_tap(body), admin.now)
+                        admin.registry.taps.add(decode_tap(body), admin.now)
                     return self.answer(204)
                 data = admin.files.get(self.path.removeprefix("/api/v1/engine/profiles/"))
                 return self.answer(404) if data is None else self.answer(200, data)

@@ -219,7 +219,7 @@ class StatusSource:
             compressed=CompressedStatus(models=sorted(pair.models), adapters=sorted(pair.scorable_adapters)),
             reference=ReferenceStatus(state=self._monitor.state.value, detail=self._monitor.detail),
             engines=EnginesStatus(
-                live=self._engines.engines(now),
+                live=self._engines.live_engines(now),
                 acknowledged=sorted(self._engines.acknowledged(now)),
                 counters=self._engines.counters(now),
             ),

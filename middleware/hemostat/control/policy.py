@@ -44,7 +44,7 @@ class PolicyPublisher:
 
     def publish(self) -> None:
         """Send relays the policy if it is not the last one that was sent; have engines hold what it names."""
-        self._engines.want(self._profiles.engine_versions())
+        self._engines.set_wanted(self._profiles.engine_versions())
         self._engines.leads = self._lease.leads
         policy = self._policy(self._clock())
         if policy != self._last:

@@ -11,13 +11,14 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 
-from hemostat.engines.registry import EngineRegistry, InvalidEngineMessage, decode_report, decode_tap
+from hemostat.engines.messages import InvalidEngineMessage, decode_report, decode_tap
+from hemostat.engines.registry import EngineRegistry
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
-REPORT_BYTES_AT_MOST = 64 * 1024
-TAP_BYTES_AT_MOST = 16 * 1024 * 1024
-BODY_WITHIN = 60.0
-"""Seconds."""
+MAX_REPORT_BYTES = 64 * 1024
+MAX_TAP_BYTES = 16 * 1024 * 1024
+BODY_SECONDS = 60.0
+"""Longest time in which a request's body has to arrive."""
 
 
 def engine_router(
@@ -26,15 +27,16 @@ def engine_router(
     now: Callable[[], float],
     require_token: Callable[..., Any],
 ) -> APIRouter:
-    """Routes under /api/v1/engine. `now` is monotonic seconds; `require_token` is a FastAPI dependency that refuses."""
+    """Routes under /api/v1/engine. `now` is monotonic seconds; `require_token` is a FastAPI dependency that refuses
+    requests without the token."""
     router = APIRouter(prefix="/api/v1/engine", dependencies=[Depends(require_token)])
 
     @router.post("/report")
     async def report(request: Request) -> dict[str, Any]:
-        body = await read_body(request, REPORT_BYTES_AT_MOST)
+        body = await read_body(request, MAX_REPORT_BYTES)
         try:
-            hold = registry.report(decode_report(body), now())
-            return {"hold": hold, "leads": registry.leads, "replica": registry.replica}
+            versions = registry.report(decode_report(body), now())
+            return {"hold": versions, "leads": registry.leads, "replica": registry.replica}
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
 
@@ -47,9 +49,9 @@ def engine_router(
 
     @router.post("/tap", status_code=204)
     async def tap(request: Request) -> None:
-        body = await read_body(request, TAP_BYTES_AT_MOST)
+        body = await read_body(request, MAX_TAP_BYTES)
         try:
-            registry.tap(decode_tap(body), now())
+            registry.taps.add(decode_tap(body), now())
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
 
@@ -57,14 +59,14 @@ def engine_router(
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body; 413 when it is longer than `limit` bytes, 408 when it is not there within BODY_WITHIN."""
+    """The request's body; 413 when it is longer than `limit` bytes, 408 when it does not arrive within BODY_SECONDS."""
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_WITHIN):
+        async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > limit:
                     raise HTTPException(413, f"body of more than {limit} bytes")
     except TimeoutError:
-        raise HTTPException(408, f"the body took more than {BODY_WITHIN:g} s") from None
+        raise HTTPException(408, f"the body took more than {BODY_SECONDS:g} s") from None
     return bytes(body)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hemostat.engines.registry import TapResult
+from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import ReferenceInfo, ReferenceScores
 from hemostat_calibration.arrays import Floats, Ids

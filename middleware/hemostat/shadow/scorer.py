@@ -16,7 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from hemostat.engines.registry import EngineRegistry, TapResult
+from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -180,11 +181,13 @@ class Scorer:
         if not capture.nonce:
             return True
         tokens = len(capture.output_token_ids) // ID_BYTES
-        return self._engines.tapped(capture.nonce) >= tokens or self._clock() - capture.captured_at > MAX_TAP_SECONDS
+        return (
+            self._engines.taps.covered(capture.nonce) >= tokens or self._clock() - capture.captured_at > MAX_TAP_SECONDS
+        )
 
     async def _score(self, capture: Capture) -> None:
         """Emit one record and count it, or count why there is none."""
-        tap = self._engines.take(capture.nonce) if capture.nonce else None
+        tap = self._engines.taps.take(capture.nonce) if capture.nonce else None
         pair = self._models.pair
         info = pair.reference
         if info is None:

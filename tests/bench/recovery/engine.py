@@ -28,7 +28,8 @@ from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
 from hemostat.engines.api import engine_router
-from hemostat.engines.registry import EngineRegistry, TapResult
+from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.taps import TapResult
 from hemostat.models import vllm_server as vllm_process
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -109,7 +110,7 @@ class _Server(uvicorn.Server):
 async def engine(checkpoint: Path, profiles: Sequence[CalibrationProfile], log: Path) -> AsyncIterator[Engine]:
     """A vLLM server with `checkpoint`, whose plugin holds `profiles` (the first one's anchors are what is tapped)."""
     registry = EngineRegistry()
-    registry.want(profile.version for profile in profiles)
+    registry.set_wanted(profile.version for profile in profiles)
     files = {profile.version: profile.to_bytes() for profile in profiles}
     app = FastAPI()
     app.include_router(engine_router(registry, files.get, time.monotonic, lambda: None))
@@ -211,12 +212,12 @@ class Engine:
 
     async def _tap(self, nonce: str, tokens: int) -> TapResult | None:
         give_up = time.monotonic() + TAPPED_WITHIN
-        while self._registry.tapped(nonce) < tokens:
+        while self._registry.taps.covered(nonce) < tokens:
             if time.monotonic() > give_up:
-                self._registry.take(nonce)
+                self._registry.taps.take(nonce)
                 return None
             await asyncio.sleep(0.1)
-        tap = self._registry.take(nonce)
+        tap = self._registry.taps.take(nonce)
         assert tap is not None
         return tap
 

@@ -1,0 +1,151 @@
+"""The numbers of tapped requests, from when the engine sends them until the scorer takes them.
+
+Not thread-safe: it lives in the control process's event loop. Time is passed in, monotonic seconds. Requests, positions
+and bytes are bounded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hemostat.engines.messages import MAX_POSITIONS, TapMessage, TapRun
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat_calibration.records import Features
+
+MAX_TAPPED_REQUESTS = 4096
+"""Tapped requests whose numbers wait to be taken; the oldest are dropped."""
+TAP_SECONDS = 120.0
+"""After the last run of a request, its numbers are dropped when nobody has taken them."""
+MAX_WAITING_FEATURE_BYTES = 256 << 20
+"""Features that wait to be taken, of all requests; further ones are dropped, the other numbers are kept."""
+MAX_REQUEST_FEATURE_BYTES = 256 << 20
+"""Float32 features of one request; a longer request gets none."""
+
+
+@dataclass(frozen=True, slots=True)
+class TapResult:
+    """The numbers of one request.
+
+    applied: the version that the engine applied, None for identity.
+    mixed: the engine changed `applied` during the request (it was preempted and admitted again): it cannot be compared.
+    log_normalizer: by version, log E_c[e^Δz] in nats by output position, float64 [T]; NaN where it has none.
+    features: the logits at the anchors; None when the engine sent none.
+    """
+
+    boot_id: str
+    applied: str | None
+    mixed: bool
+    log_normalizer: Mapping[str, npt.NDArray[np.float64]]
+    features: Features | None = None
+
+
+@dataclass(slots=True)
+class _Tap:
+    boot_id: str
+    received_at: float
+    runs: list[TapRun] = field(default_factory=list)
+    covered: int = 0
+    """One more than the last position, while there is no gap before it."""
+
+    def feature_bytes(self) -> int:
+        return sum(len(run.features or b"") for run in self.runs)
+
+
+class TapBuffer:
+    """Owns the runs of tapped requests."""
+
+    def __init__(self) -> None:
+        self._taps: OrderedDict[str, _Tap] = OrderedDict()
+        self.runs_dropped = 0
+        """Runs that nobody took in time, or that there was no room for."""
+        self.features_dropped = 0
+        """Runs whose features there was no room for."""
+        self._feature_bytes = 0
+
+    def add(self, message: TapMessage, now: float) -> None:
+        """Keep the numbers of a message until they are taken."""
+        self.expire(now)
+        for run in message.taps:
+            tap = self._taps.get(run.nonce)
+            if tap is None:
+                tap = self._taps[run.nonce] = _Tap(message.boot_id, now)
+            if sum(kept.tokens for kept in tap.runs) + run.tokens > MAX_POSITIONS:
+                self.runs_dropped += 1
+                continue
+            tap.received_at = now
+            size = len(run.features or b"")
+            if self._feature_bytes + size > MAX_WAITING_FEATURE_BYTES:
+                self.features_dropped += 1
+                run, size = msgspec.structs.replace(run, anchors=None, features=None), 0  # noqa: PLW2901
+            self._feature_bytes += size
+            tap.runs.append(run)
+            if run.start <= tap.covered:
+                tap.covered = max(tap.covered, run.start + run.tokens)
+            self._taps.move_to_end(run.nonce)
+        while len(self._taps) > MAX_TAPPED_REQUESTS:
+            self._pop(next(iter(self._taps)))
+            self.runs_dropped += 1
+
+    def covered(self, nonce: str) -> int:
+        """How many output positions have numbers, counted from the first without a gap."""
+        tap = self._taps.get(nonce)
+        return tap.covered if tap else 0
+
+    def take(self, nonce: str) -> TapResult | None:
+        """All numbers of the request, which are removed; None when there are none."""
+        tap = self._pop(nonce)
+        if tap is None or not tap.runs:
+            return None
+        length = max(run.start + run.tokens for run in tap.runs)
+        found: dict[str, npt.NDArray[np.float64]] = {}
+        for run in tap.runs:
+            # A later run replaces an earlier one: a position is sent again after a rejected draft token, or in chunks.
+            for version, values in run.versions.items():
+                if version not in found:
+                    found[version] = np.full(length, np.nan)
+                numbers = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+                found[version][run.start : run.start + run.tokens] = numbers
+        applied = {run.applied for run in tap.runs}
+        return TapResult(tap.boot_id, tap.runs[-1].applied, len(applied) > 1, found, _features(tap.runs, length))
+
+    def expire(self, now: float) -> None:
+        """Drop what was not taken within TAP_SECONDS."""
+        while self._taps:
+            nonce, tap = next(iter(self._taps.items()))
+            if now - tap.received_at <= TAP_SECONDS:
+                break
+            self._pop(nonce)
+            self.runs_dropped += 1
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.ENGINE_TAPS_DROPPED, (), self.runs_dropped)
+        yield Sample(names.ENGINE_FEATURES_DROPPED, (), self.features_dropped)
+
+    def _pop(self, nonce: str) -> _Tap | None:
+        tap = self._taps.pop(nonce, None)
+        if tap is not None:
+            self._feature_bytes -= tap.feature_bytes()
+        return tap
+
+
+def _features(runs: list[TapRun], length: int) -> Features | None:
+    """Of the anchors that were read last (they change with the versions held); a later run replaces an earlier one."""
+    anchors = next((run.anchors for run in reversed(runs) if run.anchors is not None), None)
+    matrices = [(run, matrix) for run in runs if run.anchors == anchors and (matrix := run.matrix()) is not None]
+    if anchors is None or not matrices:
+        return None
+    count = matrices[-1][1].shape[1]
+    if 4 * length * count > MAX_REQUEST_FEATURE_BYTES:
+        return None
+    values = np.full((length, count), np.nan, dtype=np.float32)
+    for run, matrix in matrices:
+        if matrix.shape[1] == count:
+            values[run.start : run.start + run.tokens] = matrix
+    return Features(anchors, values)
