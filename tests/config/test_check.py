@@ -18,7 +18,7 @@ from tests.support import valkey
 from tests.support.fake_vllm import FakeVllm, running
 
 from hemostat import cli
-from hemostat.commands.check import Finding, State, check, exit_code, table
+from hemostat.commands.setup_check import Finding, State, check, exit_code, table
 from hemostat.config.schema import Settings
 from hemostat.models import vllm_server as vllm_process
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -171,7 +171,7 @@ async def test_the_command_prints_the_table_and_ends_with_its_code(tmp_path: Pat
         (["serve", "--confg", "x"], "unrecognized arguments: --confg x"),
         (["serve", "--set", "shadow.rate"], "write it as KEY=VALUE"),
         (["serve", "--upstream", "http://h", "--rate", "2"], "shadow.rate: '2' does not fit"),
-        (["demo", "--requests", "none"], "'none' is not a whole number from 1 on"),
+        (["demo", "--requests", "none"], "'none' is not a positive integer"),
         (["compress", "a", "b", "--scheme", "w2"], "invalid choice: 'w2'"),
         (["compress", "/no/such", "b", "--scheme", "w4a16"], "/no/such is not a transformers checkpoint"),
         (["profile", "show", "../x"], "is not a profile version"),
@@ -195,7 +195,7 @@ def test_help_and_version_need_neither_torch_nor_vllm() -> None:
         "for arguments in (['--help'], ['--version'], ['serve', '--help']):\n"
         "    try: main(arguments)\n"
         "    except SystemExit as end: assert end.code == 0\n"
-        "import hemostat.commands.check, hemostat.supervisor\n"
+        "import hemostat.commands.setup_check, hemostat.supervisor\n"
         "import hemostat.reference.transformers, hemostat.reference.vllm\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -1,1 +1,1 @@
-"""One module for each command of the command line."""
+"""One module for each command of the command line; `arguments` has what they share."""

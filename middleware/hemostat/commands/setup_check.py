@@ -1,4 +1,4 @@
-"""`hemostat check`: asks both models what they can do, and prints what will work, what will not, and the fix."""
+"""The probes of `hemostat check`: what will work with this configuration, what will not, and how to fix it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANY_XARG = "not-a-profile-version"
 
 
 async def check(settings: Settings) -> list[Finding]:
-    """Every finding; raises nothing that a server or a model can cause."""
+    """All findings; raises nothing that a server or a model can cause."""
     findings = [await _store(settings)]
     upstream = settings.upstream
     server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
@@ -52,7 +52,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def table(findings: Iterable[Finding]) -> str:
-    """The findings, a line each, with the fix on a line of its own."""
+    """The findings as text: one line each, and another one for its fix."""
     rows = list(findings)
     width = max((len(f.what) for f in rows), default=0)
     lines = []
@@ -66,12 +66,12 @@ def table(findings: Iterable[Finding]) -> str:
 async def _store(settings: Settings) -> Finding:
     url = settings.store.url
     if url == "memory://":
-        keeps = settings.calibration.mode == "auto"
+        persistence_needed = settings.calibration.mode == "auto"
         return Finding(
             "store",
             State.NOTE,
-            "memory://: profiles are gone after a restart",
-            "set store.url: sqlite:///…" if keeps else "",
+            "memory://: profiles are lost after a restart",
+            "set store.url: sqlite:///…" if persistence_needed else "",
         )
     try:
         store = open_store(url)
@@ -86,12 +86,12 @@ async def _store(settings: Settings) -> Finding:
             "store", State.NO, str(refused).removeprefix("store.url: "), "correct user and password in store.url"
         )
     except StoreFailure as failure:
-        fix = "start it, or change store.url" if not url.startswith("sqlite") else "make it, or change store.url"
+        fix = "start it, or change store.url" if not url.startswith("sqlite") else "create it, or change store.url"
         return Finding("store", State.NO, str(failure).removeprefix("store.url: "), fix)
     shown = f"{without_password(url)} ({kind or 'of unknown version'})"
     if eviction not in {"", "noeviction"}:
-        lost = f"{shown} may throw profiles away when its memory is full (maxmemory-policy {eviction})"
-        return Finding("store", State.NOTE, lost, "set its maxmemory-policy to noeviction")
+        text = f"{shown} may evict profiles when its memory is full (maxmemory-policy {eviction})"
+        return Finding("store", State.NOTE, text, "set its maxmemory-policy to noeviction")
     return Finding("store", State.OK, shown)
 
 
@@ -121,7 +121,7 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
         return Finding(
             "calibration",
             State.NOTE,
-            "apply: request corrects by the largest biases as logit_bias (and by temperature, where "
+            "apply: request sends the largest biases as logit_bias (and the temperature, where "
             "upstream.openai_sampling_defaults is true), only where the client set"
             " neither; no exact gain is reported",
             f"for the whole profile, start vLLM with {PLUGIN_FLAG} and set calibration.apply: engine",
@@ -167,7 +167,7 @@ async def _reference(reference: Reference, settings: Settings, reachable: bool) 
     try:
         match = await compare(settings.upstream, reference)
     except ReferenceFailure as failure:
-        findings.append(Finding("same tokens", State.NO, f"the reference could not be asked: {failure}"))
+        findings.append(Finding("same tokens", State.NO, f"the reference could not be reached: {failure}"))
         return findings
     fix = "" if match.ok or not match.compared else "use the model that the served one was compressed from"
     findings.append(Finding("same tokens", State.OK if match.ok else State.NO, match.detail, fix))

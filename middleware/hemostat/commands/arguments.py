@@ -1,0 +1,71 @@
+"""What several commands share: argument types, the settings' flags, and errors of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from hemostat_calibration.errors import HemostatError
+
+if TYPE_CHECKING:
+    from hemostat.config.schema import Settings
+
+COMPRESSIONS = ("w4a16", "int3", "w8a8", "prune10", "prune30", "prune50")
+
+SHORTHANDS = {
+    "upstream": ("upstream.url", "URL", "the vLLM server with the compressed model"),
+    "host": ("listen.host", "HOST", "address of the data port"),
+    "port": ("listen.port", "PORT", "data port"),
+    "admin-port": ("admin.port", "PORT", "admin port"),
+    "rate": ("shadow.rate", "FRACTION", "fraction of the requests that is measured"),
+    "mode": ("calibration.mode", "MODE", "off, observe or auto"),
+    "workers": ("workers", "N", "number of relay processes"),
+    "log-level": ("log.level", "LEVEL", "debug, info, warning or error"),
+}
+"""Flag -> dotted key, placeholder, help."""
+
+
+class UsageError(HemostatError):
+    """The command line is invalid, or cannot be carried out; the text is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print the usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def positive_integer(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def non_negative_integer(text: str) -> int:
+    return 0 if text == "0" else positive_integer(text)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that set keys of the configuration."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (without: environment and flags only)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for example --set shadow.rate=0.1"
+    )
+    for flag, (key, placeholder, text) in SHORTHANDS.items():
+        parser.add_argument(f"--{flag}", dest=key, metavar=placeholder, help=f"{text} ({key})")
+
+
+def load_settings(options: argparse.Namespace) -> Settings:
+    """The configuration of these options; raises ConfigError and UsageError."""
+    from hemostat.config.loading import load  # noqa: PLC0415
+
+    overrides = [(key, value) for key, _, _ in SHORTHANDS.values() if (value := getattr(options, key)) is not None]
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: write it as KEY=VALUE")
+        overrides.append((key.strip(), value))
+    return load(options.config, os.environ, overrides)

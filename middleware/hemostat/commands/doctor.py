@@ -1,0 +1,61 @@
+"""`hemostat doctor`: an offline report on two models."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hemostat.commands.arguments import non_negative_integer, positive_integer
+
+HELP = "an offline report on two models"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = "checkpoint folder or hub name, or URL[#NAME] of a vLLM server"
+    parser.add_argument("reference", metavar="REFERENCE", help=f"the original: {kinds}")
+    parser.add_argument("compressed", metavar="COMPRESSED", help="the model made from it, of the same kind")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='one prompt per line: text, {"prompt": "..."} or {"messages": [...]}, with a "completion" if it is not to '
+        "be generated (default: prompts that come with Hemostat)",
+    )
+    parser.add_argument("--max-prompts", type=positive_integer, metavar="N", help="use the first N prompts only")
+    parser.add_argument(
+        "--tokens", type=positive_integer, default=64, metavar="N", help="maximum generated tokens per prompt (64)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    decoding = parser.add_mutually_exclusive_group()
+    decoding.add_argument("--greedy", action="store_true", help="generate greedily (default: sample at temperature 1)")
+    decoding.add_argument("--given", action="store_true", help="generate nothing: score the completions of the prompts")
+    parser.add_argument(
+        "--batch", type=positive_integer, default=16, metavar="N", help="number of prompts generated for at once (16)"
+    )
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="device of torch (default: cuda, else cpu)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--top-k", type=positive_integer, default=20, metavar="K", help="for servers: ids requested per position (20)"
+    )
+    parser.add_argument(
+        "--layer-tokens",
+        type=non_negative_integer,
+        default=512,
+        metavar="N",
+        help="number of tokens for the comparison of layers (512; 0: no comparison)",
+    )
+    parser.add_argument(
+        "--worst", type=positive_integer, default=10, metavar="N", help="number of rows in the lists of the worst (10)"
+    )
+    parser.add_argument("--show-text", action="store_true", help="show texts of the worst prompts and tokens")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep finished work there (default: until the report)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--html", type=Path, metavar="FILE")
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from hemostat.doctor import DoctorOptions, run  # noqa: PLC0415
+
+    named = {name: getattr(options, name) for name in DoctorOptions.__dataclass_fields__ if hasattr(options, name)}
+    return run(DoctorOptions(**named, decoding="greedy" if options.greedy else "given" if options.given else "sampled"))

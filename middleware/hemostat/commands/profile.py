@@ -1,0 +1,174 @@
+"""`hemostat profile …`: look at and control calibration profiles, through the admin port."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hemostat.commands.arguments import UsageError
+
+if TYPE_CHECKING:
+    import httpx
+
+HELP = "show and control calibration profiles"
+DEFAULT_ADMIN = "http://127.0.0.1:8081"
+ADMIN_SECONDS = 30.0
+"""Timeout of a request to the admin port."""
+MODES = ("off", "observe", "auto")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def action(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        child = actions.add_parser(name, help=text, allow_abbrev=False)
+        child.add_argument(
+            "--admin",
+            # For the engine plugin, the variable may name every replica (`a,b`, `dns+http://name`); any one will do.
+            default=(os.environ.get("HEMOSTAT_ADMIN_URL") or DEFAULT_ADMIN).split(",")[0].removeprefix("dns+"),
+            metavar="URL",
+            help=f"admin port (HEMOSTAT_ADMIN_URL; default {DEFAULT_ADMIN})",
+        )
+        child.add_argument("--token", metavar="TOKEN", help="admin.token (prefer HEMOSTAT_ADMIN_TOKEN)")
+        child.set_defaults(command=run)
+        return child
+
+    action("list", "show all profiles", _profile_list)
+    action("show", "show one profile", _profile_show).add_argument("version", metavar="VERSION")
+    export = action("export", "write a profile to a file", _profile_export)
+    export.add_argument("version", metavar="VERSION")
+    export.add_argument("file", type=Path, metavar="FILE")
+    scope_of = "label, route or model that the profile is for (calibration.scope)"
+    imported = action("import", "import a profile from a file as a candidate", _profile_import)
+    imported.add_argument("file", type=Path, metavar="FILE")
+    imported.add_argument("--scope", metavar="NAME", default="", help=scope_of)
+    promote = action(
+        "promote", "serve a profile without statistical proof; it is monitored like any other", _profile_promote
+    )
+    promote.add_argument("version", metavar="VERSION")
+    promote.add_argument("--scope", metavar="NAME", default="", help=scope_of)
+    promote.add_argument("--yes", action="store_true", help="do not ask for confirmation")
+    pin = action("pin", "serve a profile to all requests, whatever the evidence, until --off", _profile_pin)
+    which = pin.add_mutually_exclusive_group(required=True)
+    which.add_argument("version", metavar="VERSION", nargs="?")
+    which.add_argument("--off", action="store_true", help="unpin: the profile continues to serve, and is judged again")
+    pin.add_argument("--yes", action="store_true", help="do not ask for confirmation")
+    rollback = action("rollback", "serve no profile until another one is promoted", _profile_rollback)
+    rollback.add_argument("--scope", metavar="NAME", help="only for this label, route or model")
+    action("mode", "set calibration.mode", _profile_mode).add_argument("mode", choices=MODES)
+
+
+def _profile_list(options: argparse.Namespace) -> int:
+    _print_json(_admin(options, "GET", "/api/v1/profiles").json())
+    return 0
+
+
+def _profile_show(options: argparse.Namespace) -> int:
+    _print_json(_admin(options, "GET", f"/api/v1/profiles/{_version(options.version)}").json())
+    return 0
+
+
+def _profile_export(options: argparse.Namespace) -> int:
+    from hemostat_calibration.profiles.profile import CalibrationProfile  # noqa: PLC0415
+
+    version = _version(options.version)
+    data = _admin(options, "GET", f"/api/v1/engine/profiles/{version}").content
+    CalibrationProfile.from_bytes(data, version)
+    try:
+        options.file.write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"{options.file}: cannot be written ({error.strerror})") from None
+    print(f"{options.file}: {len(data)} bytes")  # noqa: T201
+    return 0
+
+
+def _profile_import(options: argparse.Namespace) -> int:
+    from hemostat_calibration.profiles.profile import CalibrationProfile  # noqa: PLC0415
+
+    try:
+        data = options.file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{options.file}: cannot be read ({error.strerror})") from None
+    CalibrationProfile.from_bytes(data)  # an invalid file is refused before it is sent
+    scope = {"params": {"scope": options.scope}} if options.scope else {}
+    answer = _admin(options, "POST", "/api/v1/profiles", content=data, **scope)
+    print(answer.json()["version"])  # noqa: T201
+    return 0
+
+
+def _profile_promote(options: argparse.Namespace) -> int:
+    version = _version(options.version)
+    _confirm(options, f"Serve {version} without statistical proof?")
+    body = {"version": version, "scope": options.scope}
+    _print_json(_admin(options, "POST", "/api/v1/profiles/promote", json=body).json())
+    return 0
+
+
+def _profile_pin(options: argparse.Namespace) -> int:
+    version = None if options.off else _version(options.version)
+    if version is not None:
+        _confirm(options, f"Serve {version} to all requests, whatever the evidence, until it is unpinned?")
+    _print_json(_admin(options, "POST", "/api/v1/profiles/pin", json={"version": version}).json())
+    return 0
+
+
+def _profile_rollback(options: argparse.Namespace) -> int:
+    _print_json(_admin(options, "POST", "/api/v1/profiles/rollback", json={"scope": options.scope}).json())
+    return 0
+
+
+def _confirm(options: argparse.Namespace, question: str) -> None:
+    """UsageError unless the user confirms, or --yes is given."""
+    if options.yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("standard input is not a terminal, so nobody can confirm: give --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
+        raise UsageError("nothing was changed")
+
+
+def _profile_mode(options: argparse.Namespace) -> int:
+    _print_json(_admin(options, "POST", "/api/v1/calibration", json={"mode": options.mode}).json())
+    return 0
+
+
+def _admin(options: argparse.Namespace, method: str, path: str, **body: Any) -> httpx.Response:
+    """A request to the admin port; UsageError where it cannot be reached or refuses."""
+    import httpx  # noqa: PLC0415
+
+    token = options.token or os.environ.get("HEMOSTAT_ADMIN_TOKEN")
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    try:
+        with httpx.Client(base_url=options.admin, timeout=ADMIN_SECONDS, trust_env=False) as client:
+            response = client.request(method, path, headers=headers, **body)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UsageError(
+            f"{options.admin}: {error} (is hemostat serve running? --admin names its admin port)"
+        ) from None
+    if response.is_success:
+        return response
+    try:
+        detail = response.json()["detail"]
+    except (ValueError, LookupError, TypeError):
+        detail = response.text[:300]
+    raise UsageError(f"{options.admin}{path} answered {response.status_code}: {detail}")
+
+
+def _version(text: str) -> str:
+    from hemostat_calibration.profiles.profile import VERSION_PATTERN  # noqa: PLC0415
+
+    if not VERSION_PATTERN.fullmatch(text):
+        raise UsageError(
+            f"{text!r} is not a profile version (32 lowercase hex digits); hemostat profile list shows them"
+        )
+    return text
+
+
+def _print_json(value: Any) -> None:
+    import json  # noqa: PLC0415
+
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201

@@ -1,0 +1,21 @@
+"""`hemostat serve`: run the proxy."""
+
+from __future__ import annotations
+
+import argparse
+
+from hemostat.commands.arguments import add_settings, load_settings
+
+HELP = "run the proxy"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    settings = load_settings(options)
+    from hemostat.supervisor import main  # noqa: PLC0415
+
+    return main(settings)
