@@ -23,12 +23,13 @@ from tests.support.relay import (
     Upstream,
     UpstreamConnection,
     answering,
-    eventually,
     post,
     relaying,
     reset,
 )
+from tests.support.waiting import HANG_SECONDS, until
 
+from hemostat.relay.disconnect import DisconnectWatcher
 from hemostat.relay.exchange_state import ExchangeState
 from hemostat.relay.worker import Relay
 
@@ -142,7 +143,7 @@ async def test_bytes_on_an_idle_connection_are_thrown_away() -> None:
         client = await connect()
         await client.send(GET)
         assert (await client.response()).body == b"ok"
-        await eventually(lambda: relay.pool.size == 0)
+        await until(lambda: relay.pool.size == 0)
         await client.send(GET)
         assert (await client.response()).body == b"ok"
         assert upstream.connections == 2
@@ -234,14 +235,30 @@ class Waiting:
             self.ended.set()
 
 
+def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[DisconnectWatcher]:
+    """Grows by one with every check of a client's connection."""
+    checks: list[DisconnectWatcher] = []
+    check = DisconnectWatcher._check
+
+    def counted(self: DisconnectWatcher) -> None:
+        checks.append(self)
+        check(self)
+
+    monkeypatch.setattr(DisconnectWatcher, "_check", counted)
+    return checks
+
+
 @pytest.mark.parametrize("by_reset", [True, False])
 @pytest.mark.parametrize("start", [b"", CHUNKED_HEAD, CHUNKED_HEAD + b"5\r\nhello\r\n"])
-async def test_client_gone_closes_the_upstream_at_once(by_reset: bool, start: bytes) -> None:
+async def test_client_gone_closes_the_upstream_at_once(
+    by_reset: bool, start: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waiting = Waiting(start)
+    checks = count_checks(monkeypatch)
     async with relaying(waiting.script) as (relay, _, connect):
         client = await connect()
         await client.send(post(b"{}"))
-        await asyncio.wait_for(waiting.asked.wait(), 2)
+        await asyncio.wait_for(waiting.asked.wait(), HANG_SECONDS)
         if start:
             await client.reader.read(len(start))
         await asyncio.sleep(0.05)
@@ -249,23 +266,27 @@ async def test_client_gone_closes_the_upstream_at_once(by_reset: bool, start: by
             reset(client.writer)
         else:
             client.writer.close()
-        await asyncio.wait_for(waiting.ended.wait(), 0.5)
-        await eventually(lambda: not relay.clients)
+        await until(waiting.ended.is_set)
+        await until(lambda: not relay.clients)
+        assert len(checks) <= (0 if by_reset else 2), "one that probes the client, one that sees its reset"
         assert relay.counters.requests == {("/v1/completions", "client_gone"): 1}
 
 
-async def test_client_gone_while_it_is_not_read_from_closes_the_upstream_at_once() -> None:
+async def test_client_gone_while_it_is_not_read_from_closes_the_upstream_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     waiting = Waiting()
     async with relaying(waiting.script) as (relay, _, connect):
         client = await connect()
         await client.send(GET)
         client.writer.write(GET * 20_000)
-        await asyncio.wait_for(waiting.asked.wait(), 2)
-        await asyncio.sleep(0.1)
+        await asyncio.wait_for(waiting.asked.wait(), HANG_SECONDS)
         (inside,) = relay.clients
-        assert inside.reading_paused
+        await until(lambda: inside.reading_paused)
+        checks = count_checks(monkeypatch)
         client.writer.transport.abort()
-        await asyncio.wait_for(waiting.ended.wait(), 0.5)
+        await until(waiting.ended.is_set)
+        assert len(checks) <= 3, "one before the client left, one that probes it, one that sees its reset"
 
 
 async def test_client_gone_in_the_queue_gives_up_its_place() -> None:
@@ -273,11 +294,11 @@ async def test_client_gone_in_the_queue_gives_up_its_place() -> None:
     async with relaying(waiting.script, upstream_max_connections=1) as (relay, _, connect):
         first, second = await connect(), await connect()
         await first.send(GET)
-        await asyncio.wait_for(waiting.asked.wait(), 2)
+        await asyncio.wait_for(waiting.asked.wait(), HANG_SECONDS)
         await second.send(GET)
-        await eventually(lambda: relay.pool.waiting == 1)
+        await until(lambda: relay.pool.waiting == 1)
         second.writer.close()
-        await eventually(lambda: relay.pool.waiting == 0)
+        await until(lambda: relay.pool.waiting == 0)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -306,10 +327,10 @@ async def test_half_close_in_the_middle_of_a_request_ends_it() -> None:
     async with relaying(waiting.script) as (_, upstream, connect):
         client = await connect()
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhalf")
-        await eventually(lambda: upstream.connections == 1)
+        await until(lambda: upstream.connections == 1)
         client.writer.write_eof()
         assert await client.rest() == b""
-        await eventually(lambda: upstream.closed == 1)
+        await until(lambda: upstream.closed == 1)
 
 
 @pytest.mark.parametrize("hooked", [True, False])
@@ -325,8 +346,8 @@ async def test_half_close_in_the_middle_of_a_pipelined_request_ends_it(hooked: b
         client.writer.write(GET + b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhalf")
         client.writer.write_eof()
         assert (await client.response()).status == 200
-        assert await client.rest(within=1) == b""
-        await eventually(lambda: not relay.clients)
+        assert await client.rest() == b""
+        await until(lambda: not relay.clients)
 
 
 async def test_slow_client_costs_bounded_memory() -> None:
@@ -354,7 +375,7 @@ async def test_slow_client_costs_bounded_memory() -> None:
         assert inside.transport.get_write_buffer_size() <= 512 * 1024
         assert sent < 30 * 1024 * 1024, "the rest is left with the upstream"
         client.writer.transport.resume_reading()  # type: ignore[attr-defined]
-        assert len((await client.response(within=20)).body) == 800 * 0x10000
+        assert len((await client.response()).body) == 800 * 0x10000
 
 
 async def test_slow_upstream_costs_bounded_memory() -> None:
@@ -372,14 +393,14 @@ async def test_slow_upstream_costs_bounded_memory() -> None:
     async with relaying(script) as (relay, _, connect):
         client = await connect()
         client.writer.write(post(b"x" * size))
-        await asyncio.sleep(0.5)
+        await until(lambda: any(inside.reading_paused for inside in relay.clients))
         (inside,) = relay.clients
         assert inside.exchange is not None
         assert inside.exchange.upstream is not None
         assert inside.exchange.upstream.transport.get_write_buffer_size() <= 512 * 1024
         assert inside.reading_paused
         go.set()
-        assert (await client.response("POST", within=20)).body == b"%08d" % size
+        assert (await client.response("POST")).body == b"%08d" % size
 
 
 async def test_body_that_comes_before_the_connection_is_bounded() -> None:
@@ -387,14 +408,14 @@ async def test_body_that_comes_before_the_connection_is_bounded() -> None:
     async with relaying(waiting.script, upstream_max_connections=1) as (relay, _, connect):
         first, second = await connect(), await connect()
         await first.send(GET)
-        await asyncio.wait_for(waiting.asked.wait(), 2)
+        await asyncio.wait_for(waiting.asked.wait(), HANG_SECONDS)
         second.writer.write(post(b"x" * 20_000_000))
-        await asyncio.sleep(0.2)
+        await until(lambda: any(inside.reading_paused for inside in relay.clients))
         exchanges = [client.exchange for client in relay.clients if client.exchange is not None]
         (inside,) = [exchange for exchange in exchanges if exchange.state is ExchangeState.QUEUED]
         assert inside.unsent_bytes <= 512 * 1024
         first.writer.transport.abort()
-        await eventually(lambda: inside.state is not ExchangeState.QUEUED)
+        await until(lambda: inside.state is not ExchangeState.QUEUED)
 
 
 async def test_drain_lets_exchanges_end_and_takes_no_new_ones() -> None:
@@ -408,7 +429,7 @@ async def test_drain_lets_exchanges_end_and_takes_no_new_ones() -> None:
     async with relaying(script) as (relay, _, connect):
         idle, busy = await connect(), await connect()
         await busy.send(GET)
-        await asyncio.sleep(0.05)
+        await until(lambda: sum(inside.exchange is not None for inside in relay.clients) == 1 < len(relay.clients))
         draining = asyncio.create_task(relay.drain(5))
         assert await idle.rest() == b""
         assert not relay.ready
@@ -427,7 +448,7 @@ async def test_drain_gives_up_after_its_time() -> None:
     async with relaying(waiting.script) as (relay, _, connect):
         client = await connect()
         await client.send(GET)
-        await asyncio.wait_for(waiting.asked.wait(), 2)
+        await asyncio.wait_for(waiting.asked.wait(), HANG_SECONDS)
         assert not await relay.drain(0.1)
 
 

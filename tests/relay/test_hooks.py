@@ -6,11 +6,13 @@ import asyncio
 
 import pytest
 from tests.support.hooks import HookSequence, SpyHook
-from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, eventually, post, relaying
+from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, post, relaying
+from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.hooks import Refusal, Rewrite
 from hemostat.relay import exchange as relay_exchange
 from hemostat.relay import worker
+from hemostat.relay.exchange import Exchange
 from hemostat.relay.limits import Limits
 
 JSON = b'HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 11\r\nB: 2\r\n\r\n{"a": "bc"}'
@@ -132,7 +134,7 @@ async def test_streamed_response_is_transformed_as_it_comes(version: bytes, chun
         await connection.send(CHUNKED if chunked else b"HTTP/1.1 200 OK\r\nA: 1\r\nConnection: close\r\nB: 2\r\n\r\n")
         for word in (b"one", b"DROP", b"two"):
             await connection.send(b"%x\r\n%b\r\n" % (len(word), word) if chunked else word)
-            await eventually(lambda word=word: word in exchange.seen)  # type: ignore[misc]
+            await until(lambda word=word: word in exchange.seen)  # type: ignore[misc]
         if chunked:
             await connection.send(b"0\r\n\r\n")
 
@@ -198,10 +200,10 @@ async def test_closed_is_called_once_when_an_end_breaks(start: bytes, who: str) 
     async with relaying(script, hook=HookSequence([exchange])) as (_, upstream, connect):
         client = await connect()
         await client.send(GET)
-        await eventually(lambda: upstream.connections == 1)
+        await until(lambda: upstream.connections == 1)
         if who == "client":
             await client.close()
-        await eventually(lambda: "closed" in exchange.names)
+        await until(lambda: "closed" in exchange.names)
     assert exchange.calls[-1] == ("closed", False)
     assert exchange.names.count("closed") == 1
 
@@ -321,7 +323,15 @@ async def test_the_head_of_a_rewritten_request_waits_for_the_hook_but_not_for_ev
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker, "SWEEP_SECONDS", 0.02)
-    monkeypatch.setattr(relay_exchange, "MAX_HEAD_HOLD_SECONDS", 0.2)
+    monkeypatch.setattr(relay_exchange, "MAX_HEAD_HOLD_SECONDS", 1000.0)
+    sweeps: list[float] = []
+    release = Exchange.release_held_head
+
+    def counted(self: Exchange, now: float) -> None:
+        sweeps.append(now)
+        release(self, now)
+
+    monkeypatch.setattr(Exchange, "release_held_head", counted)
     go = asyncio.Event()
 
     async def script(connection: UpstreamConnection) -> None:
@@ -335,10 +345,13 @@ async def test_the_head_of_a_rewritten_request_waits_for_the_hook_but_not_for_ev
     async with relaying(script, hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         await client.send(post(b"hello"))
-        await eventually(lambda: "response_head" in exchange.names)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(client.reader.readexactly(1), 0.1)
-        assert await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 2) == CHUNKED
+        await until(lambda: "response_head" in exchange.names)
+        seen = len(sweeps)
+        reading = asyncio.create_task(client.reader.readuntil(b"\r\n\r\n"))
+        await until(lambda: len(sweeps) >= seen + 3)
+        assert not reading.done()
+        monkeypatch.setattr(relay_exchange, "MAX_HEAD_HOLD_SECONDS", 0.0)
+        assert await asyncio.wait_for(reading, HANG_SECONDS) == CHUNKED
         go.set()
         assert await client.reader.readuntil(b"0\r\n\r\n") == b"4\r\ntail\r\n0\r\n\r\n"
     assert "replay" not in exchange.names
@@ -355,7 +368,7 @@ async def test_a_client_that_leaves_during_a_replay_stops_it() -> None:
     async with relaying(script, hook=HookSequence([exchange])) as (_, upstream, connect):
         client = await connect()
         await client.send(post(b"hello"))
-        await eventually(lambda: "replay" in exchange.names)
+        await until(lambda: "replay" in exchange.names)
         await client.close()
-        await eventually(lambda: upstream.closed == 1)
+        await until(lambda: upstream.closed == 1)
     assert exchange.calls[-1] == ("closed", False)

@@ -21,9 +21,9 @@ from tests.support.relay import (
     Upstream,
     UpstreamConnection,
     answering,
-    eventually,
     post,
 )
+from tests.support.waiting import HANG_SECONDS, until
 from tests.support.wire import policy
 
 from hemostat.ipc.control_end import RelayLink
@@ -83,7 +83,7 @@ async def running(script: Script, control_socket: Path) -> AsyncIterator[Process
     )
     assert process.stdout is not None
     try:
-        port = json.loads(await asyncio.wait_for(process.stdout.readline(), 15))["listening"]
+        port = json.loads(await asyncio.wait_for(process.stdout.readline(), HANG_SECONDS))["listening"]
         yield Process(process, port)
     finally:
         if process.returncode is None:
@@ -102,7 +102,7 @@ async def test_a_process_follows_its_control_process_and_goes_on_without(tmp_pat
             link = RelayLink(path, lambda _: None)
             await link.start()
             link.set_policy(POLICY)
-            await eventually(lambda link=link: link.ready, 5)  # type: ignore[misc]
+            await until(lambda link=link: link.ready)  # type: ignore[misc]
             assert await relay.ask(post(b"{}", BAD_VERSION)) == 400
             await link.close()
             path.unlink()
@@ -120,25 +120,26 @@ async def test_figures_are_reported(tmp_path: Path) -> None:
     await link.start()
     link.set_policy(POLICY)
     async with running(answering([]), tmp_path / "control.sock") as relay:
-        await eventually(lambda: link.ready, 5)
+        await until(lambda: link.ready)
         assert await relay.ask(GET) == 200
-        await eventually(
+        await until(
             lambda: "hemostat_requests_total" in link.total().counters and sum(link.total().overhead_buckets) > 0
         )
         assert link.total().counters["hemostat_requests_total"] == {("/v1/models", "ok"): 1.0}
         assert link.total().overhead_sum > 0
         relay.process.send_signal(signal.SIGTERM)
-        await eventually(lambda: not link.ready)
+        await until(lambda: not link.ready)
         assert await relay.process.wait() == 0
     assert link.total().counters["hemostat_requests_total"] == {("/v1/models", "ok"): 1.0}
     await link.close()
 
 
 async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
-    go = asyncio.Event()
+    asked, go = asyncio.Event(), asyncio.Event()
 
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
+        asked.set()
         await connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
         await go.wait()
         await connection.send(b"5\r\nworld\r\n0\r\n\r\n")
@@ -147,7 +148,7 @@ async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
         client, idle = await relay.connect(), await relay.connect()
         await client.send(GET)
         reading = asyncio.create_task(client.response())
-        await asyncio.sleep(0.1)
+        await until(asked.is_set)
         relay.process.send_signal(signal.SIGTERM)
         assert await idle.rest() == b""
         with pytest.raises(ConnectionRefusedError):
@@ -155,7 +156,7 @@ async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
         assert relay.process.returncode is None
         go.set()
         assert (await reading).body == b"helloworld"
-        assert await asyncio.wait_for(relay.process.wait(), 3) == 0
+        assert await asyncio.wait_for(relay.process.wait(), HANG_SECONDS) == 0
         await client.close()
         await idle.close()
 
@@ -163,7 +164,7 @@ async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
 async def test_what_cannot_start_says_so() -> None:
     config = {"worker": 0, "host": "127.0.0.1", "port": 0, "upstream_url": "nonsense", "control_socket": "x"}
     process = await start(config)
-    assert await asyncio.wait_for(process.wait(), 15) == 1
+    assert await asyncio.wait_for(process.wait(), HANG_SECONDS) == 1
     assert process.stdout is not None
     assert await process.stdout.read() == b""
 
@@ -194,7 +195,7 @@ async def test_captures_are_dropped_where_nobody_takes_them(tmp_path: Path) -> N
         assert accepted * size < 4 * MAX_QUEUED_BYTES, "it is bounded"
     assert accepted * size >= MAX_QUEUED_BYTES / 2
     hold.set()
-    await eventually(lambda: link.emit(sized_capture(size=1)), 5)
+    await until(lambda: link.emit(sized_capture(size=1)))
     await link.close()
     assert policies == [None]
     assert sum(map(len, received)) > accepted * size

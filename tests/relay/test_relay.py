@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 
 import pytest
-from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, eventually, post, relaying
+from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, post, relaying
+from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.relay.limits import Limits
 
@@ -37,6 +39,7 @@ async def test_options_star_and_absolute_form() -> None:
 
 async def test_keep_alive_on_both_sides() -> None:
     seen: list[Request] = []
+    started = time.perf_counter()
     async with relaying(answering(seen)) as (relay, upstream, connect):
         client = await connect()
         for n in range(50):
@@ -45,7 +48,7 @@ async def test_keep_alive_on_both_sides() -> None:
         assert upstream.connections == 1
         assert relay.counters.requests == {("/v1/completions", "ok"): 50}
         assert sum(relay.counters.overhead) == 50
-        assert 0 < relay.counters.overhead_sum < 5
+        assert 0 < relay.counters.overhead_sum < time.perf_counter() - started
     assert [request.body for request in seen] == [b"x" * n for n in range(50)]
 
 
@@ -150,9 +153,9 @@ async def test_stream_arrives_as_it_is_sent() -> None:
         client = await connect()
         await client.send(GET)
         for n in range(3):
-            assert await asyncio.wait_for(client.reader.readuntil(b"data: %d\r\n" % n), 2)
+            assert await asyncio.wait_for(client.reader.readuntil(b"data: %d\r\n" % n), HANG_SECONDS)
             gate.set()
-        assert await asyncio.wait_for(client.reader.readexactly(5), 2) == b"0\r\n\r\n"
+        assert await asyncio.wait_for(client.reader.readexactly(5), HANG_SECONDS) == b"0\r\n\r\n"
 
 
 async def test_close_delimited_response_is_chunked_and_the_client_kept() -> None:
@@ -211,7 +214,7 @@ async def test_responses_without_a_body(method: str, answer: bytes) -> None:
         client = await connect()
         for _ in range(2):
             await client.send(f"{method} / HTTP/1.1\r\nHost: a\r\n\r\n".encode())
-            assert await asyncio.wait_for(client.reader.readexactly(len(answer)), 2) == answer
+            assert await asyncio.wait_for(client.reader.readexactly(len(answer)), HANG_SECONDS) == answer
         assert upstream.connections == 1
 
 
@@ -278,7 +281,7 @@ async def test_pipelined_input_is_bounded() -> None:
         client = await connect()
         count = 40_000
         client.writer.write(GET * count)
-        await asyncio.sleep(0.3)
+        await until(lambda: any(inside.reading_paused for inside in relay.clients))
         (inside,) = relay.clients
         assert len(inside._buffer) <= 64 * 1024 + 256 * 1024
         release.set()
@@ -297,7 +300,10 @@ async def test_expect_100_continue_is_the_upstreams_to_answer() -> None:
     async with relaying(script) as (_, _, connect):
         client = await connect()
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
-        assert await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 2) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert (
+            await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), HANG_SECONDS)
+            == b"HTTP/1.1 100 Continue\r\n\r\n"
+        )
         await client.send(b"hello")
         assert (await client.response("POST")).body == b"ok"
 
@@ -313,7 +319,7 @@ async def test_early_refusal_of_an_expected_body_closes() -> None:
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
         response = await client.response("POST")
         assert (response.status, response.get(b"connection")) == (401, [b"close"])
-        await eventually(lambda: upstream.closed == 1)
+        await until(lambda: upstream.closed == 1)
 
 
 async def test_interim_responses_pass() -> None:
@@ -351,7 +357,7 @@ async def test_websocket_upgrade_is_tunnelled() -> None:
         assert await client.reader.readexactly(250_000) == b"\x00\xffRAW" * 50_000
         client.writer.write_eof()
         assert await client.rest() == b"bye"
-        await eventually(lambda: upstream.closed == 1 and not relay.clients)
+        await until(lambda: upstream.closed == 1 and not relay.clients)
         assert relay.pool.size == 0
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import h11
+from tests.support.waiting import HANG_SECONDS
 
 from hemostat.relay.worker import Relay
 
@@ -163,9 +164,9 @@ class Client:
         self.writer.write(data)
         await self.writer.drain()
 
-    async def response(self, method: str = "GET", within: float = 5.0) -> Response:
+    async def response(self, method: str = "GET", seconds: float = HANG_SECONDS) -> Response:
         """The next response as h11 reads it."""
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(seconds):
             return await self._response(method)
 
     async def _response(self, method: str) -> Response:
@@ -194,9 +195,9 @@ class Client:
             else:
                 raise AssertionError(f"no response: {event}")
 
-    async def rest(self, within: float = 5.0) -> bytes:
+    async def rest(self, seconds: float = HANG_SECONDS) -> bytes:
         """Everything up to the end of file."""
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(seconds):
             return self._left + await self.reader.read()
 
     async def close(self) -> None:
@@ -234,16 +235,6 @@ async def relaying(
         await relay.close()
         await upstream.stop()
         await asyncio.sleep(0.01)
-
-
-async def eventually(condition: Callable[[], bool], within: float = 2.0) -> float:
-    """Wait until the condition holds; seconds that it took."""
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-    while not condition():
-        assert loop.time() - started < within, "it did not come true in time"
-        await asyncio.sleep(0.005)
-    return loop.time() - started
 
 
 def chat_json(content: str | None, reason: str = "stop", tokens: int = 7, **message: Any) -> bytes:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+HANG_SECONDS = 30.0
+"""A limit that only a hang exceeds."""
 
-async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+
+async def until(condition: Callable[[], object], seconds: float = HANG_SECONDS) -> None:
     """Returns once the condition holds; TimeoutError where it does not within a time that only a hang takes."""
     async with asyncio.timeout(seconds):
         while not condition():

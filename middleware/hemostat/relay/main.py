@@ -6,8 +6,8 @@
      "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456}, "log_level": "info",
      "log_format": "text", "log_requests": false, "tracing": {"endpoint": "http://collector:4318", "ratio": 0.01}}
 
-Prints `{"listening": port}` once bound. With `fd` it listens on that inherited socket. SIGTERM: no new connections,
-what is in flight ends, exit code 0.
+Prints `{"listening": port}` when it accepts connections. With `fd` it listens on that inherited socket. On SIGTERM it
+accepts no more connections, lets the requests in progress end, and exits with 0.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger("hemostat.relay")
 
 
 def listening_socket(config: dict[str, Any]) -> socket.socket:
-    """The data port, bound; OSError when it cannot be."""
+    """The bound socket of the data port; OSError if it cannot be bound."""
     if config.get("fd") is not None:
         return socket.socket(fileno=config["fd"])
     host = config["host"]
@@ -52,7 +52,7 @@ def listening_socket(config: dict[str, Any]) -> socket.socket:
 
 
 async def run(config: dict[str, Any]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain."""
+    """Serve until SIGTERM or SIGINT, then let the requests in progress end."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
@@ -86,7 +86,7 @@ async def run(config: dict[str, Any]) -> None:
     sock = listening_socket(config)
     await relay.serve(sock)
     linking = loop.create_task(link.run())
-    # What lives until now lives for good: the collector need not look at it again.
+    # Objects that exist now are kept until the end: the garbage collector need not traverse them again.
     gc.collect()
     gc.freeze()
     print(json.dumps({"listening": sock.getsockname()[1]}), flush=True)  # noqa: T201  the supervisor reads it
@@ -94,7 +94,11 @@ async def run(config: dict[str, Any]) -> None:
     draining = loop.create_task(relay.drain(config["shutdown_seconds"]))
     link.report()
     if not await draining:
-        log.warning("relay %d: %d connections were still busy", config["worker"], len(relay.clients))
+        log.warning(
+            "relay %d: %d connections still had a request in progress when the time to shut down was over",
+            config["worker"],
+            len(relay.clients),
+        )
     linking.cancel()
     await link.close()
     await relay.close()
@@ -103,7 +107,7 @@ async def run(config: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Exit code 0 after an orderly stop, 1 when it cannot start."""
+    """Exit code 0 after an orderly stop, 1 if it cannot start."""
     config = json.load(sys.stdin)
     logs.set_up(config.get("log_level", "info"), config.get("log_format", "text"))
     die_with_parent(os.getppid())
