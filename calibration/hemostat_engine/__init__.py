@@ -5,7 +5,7 @@ when the class is requested by that flag.
 
     processor.py     the adapters for vLLM's two interfaces (model runners V1 and V2)
     core.py          what both share: binding requests to profiles, applying profiles, tapping rows
-    transform.py     profile x logits in torch; `hemostat_calibration.profiles.transform` is the reference
+    transform.py     profile x logits in torch; `hemostat_calibration.profiles.transform` has it in numpy
     product.py       the matrix product of a contextual profile
     xargs.py         the request parameters in `vllm_xargs`
     library.py       the profiles in memory, and the counters

@@ -1,13 +1,13 @@
-"""What both of vLLM's model runners share: who is bound to what, and what is done to their rows.
+"""What the adapters for both of vLLM's model runners share: binding requests to profiles, applying them, tapping rows.
 
 Rules:
-- A request is bound once, when it is admitted. It keeps that very profile to its end: nothing that arrives, leaves or
-  is rolled back meanwhile changes a sequence in the middle. (One exception: after a preemption, model runner V2 with
-  several worker processes admits the request anew and forgets what it was; it is bound again, and its taps say so.)
-- Under tensor parallelism a profile is bound only when every rank has it: the ranks ask each other in the step that
-  admits the request, because they sample each for itself and must not diverge.
-- A request that edits, ahead of the processor, the logits that features are read from gets identity, counted.
-- A row without a profile is not touched, and a step in which no row has one or is tapped returns at once.
+- A request is bound once, when it is admitted, and keeps that profile until it ends: profiles that arrive, are evicted
+  or are rolled back meanwhile do not change it. (Exception: after a preemption, model runner V2 with several worker
+  processes admits the request again without its state; it is bound again, and its taps show the new profile.)
+- Under tensor parallelism a profile is bound only when every rank has it: every rank samples, and all must sample the
+  same token. The ranks agree by an all-reduce in the step that admits the request.
+- A request whose parameters change the logits before the processor (see `xargs.edits_logits`) gets identity; counted.
+- A row without a profile is unchanged, and a step without any profile or tap returns immediately.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from hemostat_engine.transform import HeldProfile
 
 log = logging.getLogger("hemostat.engine")
 
-CANDIDATES_TAPPED = 2
-"""Held profiles whose log-normalizer is handed out beside that of the applied one."""
+MAX_TAPPED_CANDIDATES = 2
+"""Held profiles that are evaluated for a tapped row besides the applied one."""
 
-_BOUND = "_hemostat_binding"
+_BINDING_ATTRIBUTE = "_hemostat_binding"
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What one request was admitted with; `profile` None is identity, `nonce` None is not tapped."""
+    """What one request is bound to. `profile` None: identity. `nonce` None: not tapped."""
 
     profile: HeldProfile | None
     nonce: str | None
@@ -49,7 +49,7 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those that sample the same tokens."""
+    """This process within its tensor-parallel group: the processes that sample the same tokens."""
 
     rank: int = 0
     size: int = 1
@@ -57,14 +57,14 @@ class Ranks:
     """A torch.distributed group of CPU tensors; None when size is 1."""
 
     def all_have(self, flags: list[bool]) -> list[bool]:
-        """Flag by flag, whether it is set on every rank. Every rank calls it in the same step with as many flags."""
+        """For each flag, whether it is set on every rank. Every rank must call it in the same step."""
         if self.size == 1 or not flags:
             return flags
         votes = torch.tensor(flags, dtype=torch.int32)
         torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=self.group)
         return [bool(vote) for vote in votes.tolist()]
 
-    def same(self, text: str) -> str:
+    def broadcast(self, text: str) -> str:
         """Rank 0's `text`, on every rank."""
         if self.size == 1:
             return text
@@ -74,17 +74,17 @@ class Ranks:
         return shared[0]
 
 
-class Tally:
-    """What was counted on the device, on the host a little later: nothing waits for it."""
+class DeviceCounters:
+    """Counters on the device with a copy on the host that lags a little: nothing waits for the device."""
 
     def __init__(self, device: torch.device, names: tuple[str, ...], counters: Counters) -> None:
         self._on_device = torch.zeros(len(names), dtype=torch.int64, device=device)
-        # On a GPU the host has a copy of its own, in memory that the GPU can write to while nobody waits.
+        # For a GPU the copy is in pinned memory, which the GPU writes to asynchronously.
         self._on_host = self._on_device if device.type == "cpu" else torch.zeros(len(names), dtype=torch.int64)
         if device.type == "cuda":
             self._on_host = self._on_host.pin_memory()
         for i, name in enumerate(names):
-            counters.counted_by(name, self._on_host[i].item)
+            counters.add_external(name, self._on_host[i].item)
 
     def add(self, counts: torch.Tensor) -> None:
         """counts: int64 [names], on the device."""
@@ -94,7 +94,7 @@ class Tally:
 
 
 class Core:
-    """One per rank. All methods but the agent's run on the engine's own thread."""
+    """One per rank. All methods run on the engine's thread; `agent` has a thread of its own."""
 
     def __init__(
         self,
@@ -106,60 +106,62 @@ class Core:
         boot_id: str,
         ranks: Ranks,
         settings: Settings,
-        taps_everywhere: bool = False,
+        tap_on_every_rank: bool = False,
     ) -> None:
-        """taps_everywhere: every rank samples requests of its own, so every rank taps; else rank 0 does."""
+        """tap_on_every_rank: every rank samples other requests, so every rank taps; else only rank 0 does."""
         self.device = device
         self.counters = Counters()
         self.library = Library(vocab_size)
         self.taps = Taps(self.counters)
-        self._tally = Tally(device, ("rows_masked", "rows_kl_clamped"), self.counters)
+        self._device_counters = DeviceCounters(device, ("rows_masked", "rows_kl_clamped"), self.counters)
         self._vocab_size = vocab_size
         self._after_penalties = runner == "v2"
         self._ranks = ranks
-        self._tapping = settings.admin_url is not None and (ranks.rank == 0 or taps_everywhere)
-        identity = Identity(ranks.same(boot_id), ranks.rank, ranks.size, vocab_size, runner, vllm_version)
+        self._tapping = settings.admin_url is not None and (ranks.rank == 0 or tap_on_every_rank)
+        identity = Identity(ranks.broadcast(boot_id), ranks.rank, ranks.size, vocab_size, runner, vllm_version)
         self.agent = Agent(identity, settings, self.library, self.counters, self.taps)
         self.agent.start()
 
     def bind(self, admitted: Sequence[Any]) -> list[Binding | None]:
-        """Bind requests by their SamplingParams; None for one that asks for nothing.
+        """Bind requests by their SamplingParams; None for a request without profile and tap.
 
-        A request that vLLM had set aside and takes up again carries its binding on its params and keeps it.
+        A preempted request that is resumed has its binding as an attribute of its params and keeps it.
         """
-        asked = [self._asked(params) for params in admitted]
-        naming = [i for i, a in enumerate(asked) if a.version is not None and self._bound(admitted[i]) is None]
-        found = [self.library.get(asked[i].version or "") for i in naming]
-        agreed = self._ranks.all_have([profile is not None for profile in found])
-        profiles = {i: profile for i, profile, all_have in zip(naming, found, agreed, strict=True) if all_have}
+        parameters = [self._parameters(params) for params in admitted]
+        named = [i for i, p in enumerate(parameters) if p.version is not None and self._bound(admitted[i]) is None]
+        found = [self.library.get(parameters[i].version or "") for i in named]
+        on_all_ranks = self._ranks.all_have([profile is not None for profile in found])
+        profiles = {i: profile for i, profile, all_have in zip(named, found, on_all_ranks, strict=True) if all_have}
         self.counters.add("requests_bound", len(profiles))
-        self.counters.add("requests_unknown", len(naming) - len(profiles))
+        self.counters.add("requests_unknown", len(named) - len(profiles))
         bindings: list[Binding | None] = []
         for i, params in enumerate(admitted):
             binding = self._bound(params)
-            if binding is None and (i in profiles or asked[i].nonce is not None or asked[i].version is not None):
-                binding = Binding(profiles.get(i), asked[i].nonce if self._tapping else None)
-                setattr(params, _BOUND, binding)
+            if binding is None and (
+                i in profiles or parameters[i].nonce is not None or parameters[i].version is not None
+            ):
+                binding = Binding(profiles.get(i), parameters[i].nonce if self._tapping else None)
+                setattr(params, _BINDING_ATTRIBUTE, binding)
             bindings.append(binding if binding and (binding.profile or binding.nonce) else None)
         return bindings
 
     def _bound(self, params: Any) -> Binding | None:
-        return getattr(params, _BOUND, None)
+        return getattr(params, _BINDING_ATTRIBUTE, None)
 
-    def _asked(self, params: Any) -> xargs.Asked:
+    def _parameters(self, params: Any) -> xargs.RequestParameters:
         try:
-            asked = xargs.parse(params.extra_args)
+            parsed = xargs.parse(params.extra_args)
         except ValueError:
-            # Only a vLLM that does not call validate_params lets one through; here it must not stop the engine.
+            # Some vLLM versions do not call validate_params: invalid values must not stop the engine.
             self.counters.add("requests_refused")
-            return xargs.NOTHING
-        if asked is not xargs.NOTHING and xargs.edits_logits(params, self._after_penalties):
+            return xargs.NO_PARAMETERS
+        if parsed is not xargs.NO_PARAMETERS and xargs.edits_logits(params, self._after_penalties):
             self.counters.add("requests_declined")
-            return xargs.NOTHING
-        return asked
+            return xargs.NO_PARAMETERS
+        return parsed
 
     def fits(self, logits: torch.Tensor) -> bool:
-        """Whether these logits have the vocabulary that the profiles were checked against; else identity, counted."""
+        """Whether the logits have the vocabulary size of the profiles; if not, every request gets identity; counted."""
         if logits.shape[-1] == self._vocab_size:
             return True
         if not self.counters.read().get("steps_misfit"):
@@ -168,22 +170,24 @@ class Core:
         return False
 
     def apply_rows(self, logits: torch.Tensor, rows: Sequence[tuple[int, Binding]]) -> None:
-        """Apply in place where the host knows the rows: (row, its request's binding)."""
+        """Apply in place. rows: (row, binding of its request), known on the host."""
         by_version: dict[str, tuple[HeldProfile, list[int]]] = {}
         for row, binding in rows:
             if binding.profile is not None:
                 by_version.setdefault(binding.profile.version, (binding.profile, []))[1].append(row)
         for profile, chosen in by_version.values():
             self.counters.add("rows_applied", len(chosen))
-            if not profile.idle:
+            if not profile.is_probe:
                 every = len(chosen) == logits.shape[0]
-                self._tally.add(transform.apply_to_rows(profile, logits, None if every else self.on_device(chosen)))
+                self._device_counters.add(
+                    transform.apply_to_rows(profile, logits, None if every else self.on_device(chosen))
+                )
 
     def apply_where(self, logits: torch.Tensor, profile: HeldProfile, chosen: torch.Tensor, requests: int) -> None:
-        """Apply in place at the rows `chosen` (bool [N], on the device) of so many requests."""
+        """Apply in place at the rows `chosen` (bool [N], on the device), which belong to `requests` requests."""
         self.counters.add("rows_applied", requests)
-        if not profile.idle:
-            self._tally.add(transform.apply_where(profile, logits, chosen))
+        if not profile.is_probe:
+            self._device_counters.add(transform.apply_where(profile, logits, chosen))
 
     def on_device(self, indices: Sequence[int]) -> torch.Tensor:
         """int64 on the device; the copy does not wait for the device."""
@@ -191,7 +195,7 @@ class Core:
         return host.to(self.device, non_blocking=True)
 
     def tap_rows(self, logits: torch.Tensor, rows: Sequence[tuple[int, Binding]], positions: Sequence[int]) -> None:
-        """Take what the unmodified logits say at `rows`, where the host knows rows and positions."""
+        """Measure the unmodified logits at `rows`; rows and positions are known on the host."""
         tapped = [
             TappedRow(i, binding.nonce or "", binding.applied, position)
             for i, ((_, binding), position) in enumerate(zip(rows, positions, strict=True))
@@ -207,9 +211,9 @@ class Core:
         slot_of_row: torch.Tensor,
         pos: torch.Tensor,
     ) -> None:
-        """The same for `rows` (int64, on the device) whose slots and positions only the device knows.
+        """The same for `rows` (int64, on the device) whose slots and positions are only known on the device.
 
-        slots: the tapped ones' bindings, and the lengths of their prompts.
+        slots: binding and prompt length of each tapped slot.
         """
         bindings = (binding for binding, _ in slots.values())
         reading = self._read(bindings, logits, rows, slot_of_row, pos)
@@ -219,7 +223,7 @@ class Core:
     def _read(
         self, bindings: Iterable[Binding], logits: torch.Tensor, rows: torch.Tensor, *where: torch.Tensor
     ) -> Reading:
-        """What is handed out of these rows; `where`: slots and positions, when only the device knows them."""
+        """The values of these rows. where: slots and positions, if they are only known on the device."""
         held = self.library.candidates()
         profiles = self._evaluated(bindings, held)
         if profiles:
@@ -246,16 +250,16 @@ class Core:
         )
 
     def _evaluated(self, bindings: Iterable[Binding], held: tuple[HeldProfile, ...]) -> tuple[HeldProfile, ...]:
-        """What is evaluated for these tapped requests: what is applied to them, and the candidates."""
-        profiles = {b.profile.version: b.profile for b in bindings if b.profile is not None and not b.profile.idle}
-        room = len(profiles) + CANDIDATES_TAPPED
+        """The profiles to evaluate for these tapped requests: those applied to them, and the candidates."""
+        profiles = {b.profile.version: b.profile for b in bindings if b.profile is not None and not b.profile.is_probe}
+        room = len(profiles) + MAX_TAPPED_CANDIDATES
         for candidate in held:
-            if len(profiles) < room and not candidate.idle:
+            if len(profiles) < room and not candidate.is_probe:
                 profiles.setdefault(candidate.version, candidate)
         return tuple(profiles.values())
 
     def _to_host(self, *tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Any]:
-        """Copies on the host, and the event after which they are complete (None: they are). None is waited for."""
+        """Copies on the host, and the CUDA event after which they are complete (None: at once). Does not wait."""
         if self.device.type != "cuda":
             return tuple(t.to("cpu", copy=True) for t in tensors), None
         copies = []

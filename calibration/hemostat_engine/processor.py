@@ -1,9 +1,9 @@
-"""The class that vLLM loads: one name for both of its interfaces, each adapted to `core`.
+"""The class that vLLM loads: it adapts both of vLLM's interfaces to `core`.
 
 Model runner V1 calls a processor with rows that are requests, after the grammar's mask and before the penalties; V2
-with rows that are not (reordered every step, several a request under speculative decoding), after them. Which runner
-runs is decided when vLLM starts, model by model, so the class is a subclass of both abstract classes and finds out
-from its arguments.
+with rows that are not (reordered every step, several a request under speculative decoding), after them. vLLM chooses
+the runner when it starts, for each model, so the class is a subclass of both abstract classes and detects the runner
+from the arguments of its constructor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INTERFACES = ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.log
 
 
 def _interfaces() -> tuple[type, ...]:
-    """The abstract classes that this vLLM has; the one place that knows where they live."""
+    """The abstract classes of the installed vLLM; only this function knows their modules."""
     found = []
     for name in _INTERFACES:
         try:
@@ -37,13 +37,15 @@ def _interfaces() -> tuple[type, ...]:
         if hasattr(module, "LogitsProcessor"):
             found.append(module.LogitsProcessor)
     if not found:
-        raise HemostatError("vLLM has no logits processor interface that Hemostat knows: 0.11 or newer is needed")
+        raise HemostatError(
+            "this vLLM has no logits processor interface that Hemostat supports; use vLLM 0.11 or newer"
+        )
     return tuple(found)
 
 
 def _ranks() -> Ranks:
-    """This worker among its tensor-parallel ranks."""
-    from vllm.distributed import parallel_state  # noqa: PLC0415 - only where a model runs
+    """This worker's rank in its tensor-parallel group."""
+    from vllm.distributed import parallel_state  # noqa: PLC0415 - only in workers
 
     if not parallel_state.model_parallel_is_initialized():
         return Ranks()
@@ -66,19 +68,19 @@ def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) 
         boot_id=uuid.uuid4().hex,
         ranks=_ranks(),
         settings=Settings.from_environment(),
-        taps_everywhere=bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False)),
+        tap_on_every_rank=bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False)),
     )
 
 
-class Batch:
-    """Model runner V1's persistent batch: row -> (binding, the request's running output ids)."""
+class BatchV1:
+    """Model runner V1's persistent batch: row -> (binding, the request's list of output ids, which vLLM extends)."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._rows: dict[int, tuple[Binding, list[int]]] = {}
 
     def update(self, batch_update: Any) -> None:
-        """Follow a BatchUpdate: removed, then added, then moved, where a move may be a swap."""
+        """Apply a BatchUpdate in vLLM's order: removed, added, moved (a move may be a swap)."""
         for row in batch_update.removed:
             self._rows.pop(row, None)
         bindings = self._core.bind([params for _, params, _, _ in batch_update.added])
@@ -107,10 +109,10 @@ class Batch:
         return logits
 
 
-class Slots:
-    """Model runner V2's request slots: slot -> binding, and the prompt's length for the tap's positions.
+class SlotsV2:
+    """Model runner V2's request slots: slot -> binding, and the prompt's length for the positions of taps.
 
-    Slots are recycled without notice, so admission overwrites whatever stood there.
+    vLLM reuses slots without notice, so an admission overwrites the previous request.
     """
 
     def __init__(self, core: Core, req_states: Any) -> None:
@@ -122,18 +124,18 @@ class Slots:
         self._active = np.zeros(req_states.max_num_reqs, dtype=bool)
 
     def add(self, slot: int, params: Any) -> bool:
-        """Free the slot, and put the request in line for `bind`; whether it asks for anything."""
+        """Free the slot and queue the request for `bind`. Returns whether it has parameters of Hemostat."""
         self._slots.pop(slot, None)
         self._admitted.pop(slot, None)
         self._active[slot] = False
-        asks = xargs.names(params.extra_args)
-        if asks:
+        has_parameters = xargs.has_parameters(params.extra_args)
+        if has_parameters:
             self._admitted[slot] = params
             self._prompt_lens[slot] = int(self._req_states.prompt_len.np[slot])
-        return asks
+        return has_parameters
 
     def bind(self) -> None:
-        """Bind this step's admissions, all in one question to the other ranks."""
+        """Bind all requests admitted in this step, with one all-reduce among the ranks."""
         if not self._admitted:
             return
         admitted, self._admitted = self._admitted, {}
@@ -154,14 +156,14 @@ class Slots:
         return logits
 
     def _apply_plain(self, logits: torch.Tensor, bound: list[tuple[int, int]], ctx: Any) -> None:
-        """A row is a request, in the batch's order."""
+        """One row for each request, in the batch's order."""
         tapped = [(row, slot) for row, slot in bound if self._slots[slot].nonce is not None]
         if tapped:
             self._tap(logits, [slot for _, slot in tapped], self._core.on_device([row for row, _ in tapped]), ctx)
         self._core.apply_rows(logits, [(row, self._slots[slot]) for row, slot in bound])
 
     def _apply_expanded(self, logits: torch.Tensor, slots: list[int], ctx: Any) -> None:
-        """Draft tokens have rows of their own, and only the device knows whose they are: choose there, do not wait."""
+        """Speculative decoding: several rows a request. Only the device knows which, so rows are selected there."""
         tapped = [slot for slot in slots if self._slots[slot].nonce is not None]
         if tapped:
             self._tap(logits, tapped, torch.arange(logits.shape[0], device=logits.device), ctx)
@@ -194,15 +196,15 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
         if is_pin_memory is None:
             states = device_or_states
             core = _core(vllm_config, states.device, states.vocab_size, "v2")
-            self._slots: Slots = Slots(core, states)
+            self._slots: SlotsV2 = SlotsV2(core, states)
         else:
             core = _core(vllm_config, device_or_states, vllm_config.model_config.get_vocab_size(), "v1")
-            self._batch: Batch = Batch(core)
+            self._batch: BatchV1 = BatchV1(core)
         self.core = core
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Runs in the frontend, per request: a ValueError becomes the client's 400, with its text."""
+        """Called by the frontend for each request: a ValueError becomes HTTP 400 with its text."""
         xargs.parse(sampling_params.extra_args)
 
     def is_argmax_invariant(self) -> bool:

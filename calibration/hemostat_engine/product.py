@@ -1,9 +1,8 @@
-"""up y, the product that a contextual row costs: of its V × r numbers every one is read from memory once a step.
+"""up y, the matrix product that dominates the cost of a contextual row: all V × r numbers are read once a step.
 
-So it is kept as small as the processor can make use of: rows of `up` that end in zeros are cut short (the learner makes
-them so: `narrow`), and where the processor multiplies bfloat16, it is bfloat16, in the order in which oneDNN
-reads it. What that rounds off is a 500th of Δz, of the size of the rounding of the logits themselves, which vLLM
-computes in the same way.
+The matrix is therefore kept small: columns that are zero in most rows of `up` are stored for the other rows only (the
+learner makes such matrices: `narrow`), and on a CPU with bfloat16 instructions it is bfloat16, in oneDNN's packed
+order. The rounding error is about 1/500 of Δz, similar to that of the logits, which vLLM computes in the same way.
 """
 
 from __future__ import annotations
@@ -18,22 +17,25 @@ import torch
 Matrix = Callable[[torch.Tensor], torch.Tensor]
 """y, float32 [R, n] -> y times it, float32 [R, m]."""
 
-PACKED_FROM = 1 << 20
-"""Numbers. Less than that stays in the processor's cache."""
-_WORTH = 0.8
-"""Two products instead of one, and adding them up, cost something too."""
+MIN_PACKED_ELEMENTS = 1 << 20
+"""Smaller matrices stay in the processor's cache and are not packed."""
+_MAX_COST_RATIO = 0.8
+"""The matrix is split only below this share of the full cost: two products and their sum have an overhead."""
 
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it (AVX-512 BF16) and oneDNN uses them: tried, since vLLM's decoding
-    must not end for want of it. An AVX-512 processor without them takes five times as long as with float32."""
+    """Whether this processor has bfloat16 instructions (AVX-512 BF16) and oneDNN can use them.
+
+    oneDNN is tried, because a failure later would end vLLM's decoding. An AVX-512 processor without the instructions
+    takes five times as long as with float32.
+    """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return supported is not None and bool(supported()) and packs_bfloat16()
 
 
 def packs_bfloat16() -> bool:
-    """Whether oneDNN can, however slowly."""
+    """Whether oneDNN can multiply packed bfloat16 matrices here, at any speed."""
     try:
         found = _times(torch.ones(2, 8), _packed(torch.ones(8, 8)))
     except (AttributeError, NotImplementedError, RuntimeError):
@@ -42,23 +44,23 @@ def packs_bfloat16() -> bool:
 
 
 class Product:
-    """up: float [V, r]. Bound to a device by `on`.
+    """up: float [V, r]. `on` binds it to a device.
 
-    narrow: how many columns every id has; wide: how many ids have the others too.
+    narrow: number of columns that are stored for all ids. wide: number of ids that also have the other columns.
     """
 
     def __init__(self, up: npt.NDArray[np.floating]) -> None:
         filled = up != 0
         widths = np.where(filled.any(axis=1), up.shape[1] - np.argmax(filled[:, ::-1], axis=1), 0)
-        self.narrow, wider = _cut(widths, up.shape[1])
+        self.narrow, wider = _split(widths, up.shape[1])
         self.wide = int(wider.sum())
         self._ids = torch.from_numpy(np.flatnonzero(wider))
         self._every = torch.from_numpy(np.array(up[:, : self.narrow]))
         self._others = torch.from_numpy(np.array(up[wider, self.narrow :]))
 
     def on(self, device: torch.device) -> Matrix:
-        """y, float32 [R, r] -> y upᵀ, float32 [R, V], both on the device. To make it takes some 50 ms on a CPU, with a
-        vocabulary of 128k: once a profile."""
+        """y, float32 [R, r] -> y upᵀ, float32 [R, V], both on the device. Takes about 50 ms on a CPU with a
+        vocabulary of 128k, once for each profile."""
         every, width = _matrix(self._every, device), self.narrow
         if not self.wide:
             return lambda y: every(y[:, :width])
@@ -70,14 +72,14 @@ class Product:
         return both
 
 
-def _cut(widths: npt.NDArray[np.integer], rank: int) -> tuple[int, npt.NDArray[np.bool_]]:
-    """Where to cut: how many columns all ids have, and which ids have the others too."""
+def _split(widths: npt.NDArray[np.integer], rank: int) -> tuple[int, npt.NDArray[np.bool_]]:
+    """The cheapest split: the number of columns for all ids, and which ids also have the others (bool [V])."""
     of_width = np.bincount(widths, minlength=rank + 1)
     wider = len(widths) - np.cumsum(of_width)
     columns = np.arange(rank + 1)
     cost = columns * len(widths) + (rank - columns) * wider
     width = max(1, int(np.argmin(cost)))
-    if cost[width] > _WORTH * rank * len(widths):
+    if cost[width] > _MAX_COST_RATIO * rank * len(widths):
         width = rank
     return width, widths > width
 
@@ -91,9 +93,9 @@ def _matrix(values: torch.Tensor, device: torch.device) -> Matrix:
     return lambda y: y @ transposed
 
 
-def packs(numbers: int, device: torch.device) -> bool:
-    """Whether a matrix of so many is multiplied in bfloat16."""
-    return device.type == "cpu" and numbers >= PACKED_FROM and multiplies_bfloat16()
+def packs(elements: int, device: torch.device) -> bool:
+    """Whether a matrix with this many elements is multiplied in bfloat16."""
+    return device.type == "cpu" and elements >= MIN_PACKED_ELEMENTS and multiplies_bfloat16()
 
 
 def _packed(values: torch.Tensor) -> torch.Tensor:

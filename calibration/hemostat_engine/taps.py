@@ -1,4 +1,7 @@
-"""What tapped rows say (log E_c[e^Δz], features), from the engine's thread to the agent's: bounded, lossy by design."""
+"""Measured values of tapped rows (log E_c[e^Δz], features), from the engine's thread to the agent's.
+
+The queue is bounded; when it is full, steps are dropped and counted.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ import torch
 
 from hemostat_engine.library import Counters
 
-STEPS_AT_MOST = 2048
-"""Decoding steps that may wait for the agent; what comes on top is dropped and counted."""
-FEATURE_BYTES_AT_MOST = 64 << 20
-"""Features that may wait; steps that come on top go without."""
+MAX_STEPS = 2048
+"""Decoding steps in the queue."""
+MAX_FEATURE_BYTES = 64 << 20
+"""Features in the queue; above it steps are queued without features."""
 
 
 @dataclass(frozen=True, slots=True)
 class TappedRow:
-    """row: of the step's reading; position: of the token in the output, None when only the device knows it."""
+    """row: index in the step's reading. position: of the token in the output; None when only the device knows it."""
 
     row: int
     nonce: str
@@ -39,14 +42,14 @@ class SlotTap:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One decoding step's numbers of R rows, on the host, perhaps still being copied to it.
+    """The values of R rows of one decoding step, on the host; the copies to it may not be complete.
 
-    versions: of the P profiles that were evaluated. values: log E_c[e^Δz], float32 [P, R] in nats. clamped: whether the
+    versions: the P profiles that were evaluated. values: log E_c[e^Δz], float32 [P, R] in nats. clamped: whether the
     clamp binds somewhere in the row, bool [P, R].
     anchors: digest of the ids of `features`, float16 [R, N], centred logits; None without features (N is 0).
     places: slots, and positions in the whole sequence of the token that the model was fed, int [R] each; None when the
     host knows whose rows these are.
-    copied: the device's event after the copies, None when they were made at once.
+    copied: the device's event after the copies, None when they are complete.
     """
 
     versions: tuple[str, ...]
@@ -60,14 +63,14 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A reading and whose it is: `rows` when the host knows, else `slots` by slot."""
+    """A reading and its requests: `rows` when the host knows them, else `slots` by slot."""
 
     reading: Reading
     rows: Sequence[TappedRow] = ()
     slots: Mapping[int, SlotTap] = field(default_factory=dict)
 
     def resolved(self) -> Iterable[tuple[TappedRow, int]]:
-        """Every row with its position in the output; waits for the copies."""
+        """Every tapped row with its position in the output. Waits for the copies."""
         if self.reading.copied is not None:
             self.reading.copied.synchronize()
         if self.reading.places is None:
@@ -83,7 +86,7 @@ class Step:
 
 @dataclass(slots=True)
 class _Run:
-    """Consecutive positions of one request, of which the same things are said."""
+    """Consecutive positions of one request with the same versions, applied profile and anchors."""
 
     nonce: str
     start: int
@@ -91,7 +94,7 @@ class _Run:
     applied: str | None
     anchors: str | None
     values: list[list[float | None]] = field(default_factory=list)
-    """By token, by version."""
+    """[token][version]."""
     features: list[bytes] = field(default_factory=list)
 
     def continued_by(self, row: TappedRow, position: int, reading: Reading) -> bool:
@@ -103,24 +106,24 @@ class _Run:
         )
 
     def message(self) -> dict[str, Any]:
-        said = {
+        body = {
             "nonce": self.nonce,
             "start": self.start,
             "tokens": len(self.values),
             "versions": {version: [row[i] for row in self.values] for i, version in enumerate(self.versions)},
             "applied": self.applied,
         }
-        return said if self.anchors is None else said | {"anchors": self.anchors, "features": b"".join(self.features)}
+        return body if self.anchors is None else body | {"anchors": self.anchors, "features": b"".join(self.features)}
 
 
 class Taps:
-    """A bounded queue of steps. `push` on the engine's thread never waits; `drain` on the agent's may."""
+    """A bounded queue of steps. `push` (the engine's thread) never waits for the device; `drain` (the agent's) may."""
 
-    def __init__(self, counters: Counters, at_most: int = STEPS_AT_MOST, bytes_at_most: int = FEATURE_BYTES_AT_MOST):
+    def __init__(self, counters: Counters, max_steps: int = MAX_STEPS, max_bytes: int = MAX_FEATURE_BYTES):
         self._steps: deque[Step] = deque()
-        self._at_most = at_most
-        self._bytes_at_most = bytes_at_most
-        # Each is written by one thread only, so that neither needs a lock.
+        self._max_steps = max_steps
+        self._max_bytes = max_bytes
+        # Each is written by one thread only, so no lock is needed.
         self._bytes_pushed = 0
         self._bytes_drained = 0
         self._counters = counters
@@ -129,25 +132,25 @@ class Taps:
         return len(self._steps)
 
     def has_room(self, feature_bytes: int) -> bool:
-        """Whether so many bytes of features may be pushed."""
-        return self._bytes_pushed - self._bytes_drained + feature_bytes <= self._bytes_at_most
+        """Whether `feature_bytes` more bytes of features may be pushed."""
+        return self._bytes_pushed - self._bytes_drained + feature_bytes <= self._max_bytes
 
     def push(self, step: Step) -> None:
-        if len(self._steps) >= self._at_most:
+        if len(self._steps) >= self._max_steps:
             self._counters.add("taps_dropped", len(step.rows) or len(step.slots))
             return
         self._bytes_pushed += step.reading.features.nbytes
         self._steps.append(step)
 
-    def drain(self, at_most: int, bytes_at_most: int) -> list[dict[str, Any]]:
-        """The oldest steps, up to `at_most` of them or `bytes_at_most` of features, as runs of consecutive positions:
+    def drain(self, max_steps: int, max_bytes: int) -> list[dict[str, Any]]:
+        """The oldest steps, up to `max_steps` of them or `max_bytes` of features, as runs of consecutive positions:
         `{"nonce", "start", "tokens", "versions": {version: [nats or null]}, "applied"}`, and with features
         `{"anchors", "features"}`: little-endian float16 [tokens, N], a row of NaN where something is not finite."""
         runs: list[_Run] = []
         open_runs: dict[str, _Run] = {}
         clamped = drained = 0
-        for _ in range(min(at_most, len(self._steps))):
-            if drained >= bytes_at_most:
+        for _ in range(min(max_steps, len(self._steps))):
+            if drained >= max_bytes:
                 break
             step = self._steps.popleft()
             reading = step.reading
@@ -163,7 +166,7 @@ class Taps:
                     run = _Run(row.nonce, position, reading.versions, row.applied, reading.anchors)
                     open_runs[row.nonce] = run
                     runs.append(run)
-                # A model that says NaN must not make the message unreadable.
+                # NaN and infinity become null.
                 run.values.append([round(value, 9) if -1e6 < value < 1e6 else None for value in values[row.row]])
                 run.features.append(features[row.row].astype("<f2", copy=False).tobytes())
                 if row.applied in reading.versions:

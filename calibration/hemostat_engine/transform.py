@@ -1,8 +1,8 @@
-"""Profile × logits in torch, inside the engine. The oracle is `hemostat_calibration.profiles.transform`; a family that
-is added there is added here, and `FAMILIES` names what this engine can apply.
+"""Profile × logits in torch, inside the engine. The numpy implementation is `hemostat_calibration.profiles.transform`:
+a family that is added there is added to `FAMILIES` here.
 
-Logits z are [N, V], float32 in both of vLLM's runners. As in the oracle, entries that are not finite (-inf is a mask)
-stay as they are. Nothing here waits for the device.
+Logits z are [N, V], float32 in both of vLLM's runners. As in numpy, entries that are not finite (-inf is a mask)
+are unchanged. Nothing here waits for the device.
 
 A contextual row costs, beside its N anchors: 2 A r + 2 (A H + H G + G r) + 2 r V floating point operations (H = 0: the
 first and the last; less where the tail is narrow), one pass over `up` (`product`; 2 or 4 bytes each number, shared by
@@ -20,18 +20,18 @@ import numpy.typing as npt
 import torch
 
 from hemostat_calibration.errors import InvalidProfileError
-from hemostat_calibration.profiles import transform as oracle
+from hemostat_calibration.profiles import transform as numpy_transform
 from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.product import Matrix, Product
 
 CHUNK_ELEMENTS = 1 << 24
-"""Logits that are worked on at a time: temporaries stay below 64 MiB each, whatever the batch."""
+"""Logits processed at a time: every temporary is below 64 MiB, for any batch size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """On one device. products: those that are multiplied by alone."""
+    """A profile's parameters on one device. products: those that are only used as a matrix product."""
 
     tensors: Mapping[str, torch.Tensor]
     products: Mapping[str, Matrix]
@@ -42,9 +42,12 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """Of R rows: delta, Δz before the clamp, float32 [R, V] in nats, finite; what it says of masked ids is without a
-    meaning. masked, limited: bool [R], rows that got identity because a feature is not finite, and rows that the trust
-    region shrank; None for a family that knows neither."""
+    """The change of R rows.
+
+    delta: Δz before the clamp, float32 [R, V] in nats, finite; undefined at masked ids. masked: bool [R], rows that get
+    identity because a feature is not finite. limited: bool [R], rows that the KL limit reduced. Both are None for a
+    family that has neither.
+    """
 
     delta: torch.Tensor
     masked: torch.Tensor | None = None
@@ -76,10 +79,10 @@ def _contextual(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """shift: (parameters, logits [N, V], rows int64 [R] or None for all) -> what is added to those rows.
+    """shift: (parameters, logits [N, V], rows int64 [R] or None for all) -> the change of those rows.
 
-    transposed: parameters that are kept the other way round, so that the products above read memory in its order.
-    products: those of `Parameters`.
+    transposed: parameters that are stored transposed, so that the products read memory sequentially.
+    products: as in `Parameters`.
     """
 
     shift: Callable[[Parameters, torch.Tensor, torch.Tensor | None], Shift]
@@ -94,14 +97,14 @@ FAMILIES: Mapping[str, Family] = {
 
 
 class HeldProfile:
-    """A profile's parameters as tensors, float32 but for ids and what `product` makes smaller: on the host, and on the
-    device from its first binding on.
+    """A profile's parameters as tensors: on the host, and on the device from its first use on.
 
-    No tensor operation is done before that. The agent's thread makes this, and in vLLM's process a second thread that
-    uses PyTorch has a second OpenMP team, with which decoding became a fifth slower (`make bench-engine`).
+    Tensors are float32, except ids and the products (see `product`). The constructor executes no tensor operation: it
+    runs on the agent's thread, and a second thread that uses PyTorch gets a second OpenMP team, which made decoding a
+    fifth slower (`make bench-engine`).
 
-    anchors: digest of its `anchor_count` anchor ids; None for a family without. idle: it changes no row, whatever the
-    row says, as a probe does.
+    anchors: digest of its `anchor_count` anchor ids; None for a family without anchors. is_probe: it changes no row
+    (`up` is zero); it is held only so that its features are sent.
     """
 
     def __init__(self, profile: CalibrationProfile) -> None:
@@ -112,10 +115,10 @@ class HeldProfile:
             )
         self.version = profile.version
         self.clamp_nats = profile.clamp_nats
-        anchors = oracle.anchors(profile)
-        self.anchors = None if anchors is None else oracle.anchors_digest(anchors)
+        anchors = numpy_transform.anchors(profile)
+        self.anchors = None if anchors is None else numpy_transform.anchors_digest(anchors)
         self.anchor_count = 0 if anchors is None else len(anchors)
-        self.idle = anchors is not None and not profile.parameters["up"].any()
+        self.is_probe = anchors is not None and not profile.parameters["up"].any()
         self._family = FAMILIES[profile.family]
         self._host = {
             name: _tensor(value, name in self._family.transposed)
@@ -126,7 +129,7 @@ class HeldProfile:
         self._on: dict[torch.device, Parameters] = {}
 
     def on(self, device: torch.device) -> Parameters:
-        """The parameters on `device`. Called by the engine's thread only: copies stay on its stream."""
+        """The parameters on `device`. Only the engine's thread may call it: the copies are on its stream."""
         if device not in self._on:
             self._on[device] = Parameters(
                 {name: value.to(device) for name, value in self._host.items()},
@@ -135,7 +138,7 @@ class HeldProfile:
         return self._on[device]
 
     def shift(self, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
-        """What is added to `rows` (int64 [R], on the device of `logits`; None: to all), before the clamp."""
+        """The change of `rows` (int64 [R], on the device of `logits`; None: all), before the clamp."""
         return self._family.shift(self.on(logits.device), logits, rows)
 
 
@@ -145,7 +148,7 @@ def _tensor(value: npt.NDArray[Any], transposed: bool) -> torch.Tensor:
 
 
 def centred(logits: torch.Tensor, rows: torch.Tensor | None, anchors: torch.Tensor) -> torch.Tensor:
-    """z − mean z at the ids `anchors` [N], float32 [R, N], of `rows`; a row of them that is not finite holds NaN."""
+    """z − mean z at the ids `anchors` [N], float32 [R, N], of `rows`. A row with a non-finite value contains NaN."""
     z = logits.index_select(1, anchors) if rows is None else logits[rows[:, None], anchors]
     z = z.float()
     return z.sub_(z.mean(dim=-1, keepdim=True))
@@ -153,7 +156,7 @@ def centred(logits: torch.Tensor, rows: torch.Tensor | None, anchors: torch.Tens
 
 def apply_to_rows(profile: HeldProfile, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Add Δz in place to `logits` [N, V] (float32, float16 or bfloat16) at `rows` (int64 [R], distinct, on the same
-    device; None: at all). Returns how many rows were masked and limited, int64 [2] on the device (see `Shift`)."""
+    device; None: all). Returns how many rows were masked and limited, int64 [2] on the device (see `Shift`)."""
     counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
     for target, part in _parts(logits, rows):
         shift = profile.shift(target, part)
@@ -169,7 +172,7 @@ def apply_to_rows(profile: HeldProfile, logits: torch.Tensor, rows: torch.Tensor
 
 
 def apply_where(profile: HeldProfile, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The same where `chosen` (bool [N], on the device) says so, without asking the device which rows those are."""
+    """The same for the rows where `chosen` (bool [N], on the device) is true, without waiting for the device."""
     counts = torch.zeros(2, dtype=torch.int64, device=logits.device)
     at = 0
     for target, _ in _parts(logits, None):
@@ -177,7 +180,7 @@ def apply_where(profile: HeldProfile, logits: torch.Tensor, chosen: torch.Tensor
         at += target.shape[0]
         shift = profile.shift(target, None)
         delta = shift.delta.clamp_(-profile.clamp_nats, profile.clamp_nats)
-        # Adding -0.0 changes no number's bits; adding 0.0 would turn -0.0 into 0.0.
+        # Adding -0.0 changes no bits; adding 0.0 would turn -0.0 into 0.0.
         target.add_(delta.masked_fill_(~mask[:, None], -0.0))
         _count(counts, shift, mask)
     return counts
@@ -214,7 +217,7 @@ def _evaluate(
 
 
 def _parts(logits: torch.Tensor, rows: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """(logits, rows) so that no more than `CHUNK_ELEMENTS` are worked on at a time; parts of all rows are views."""
+    """(logits, rows) in parts of at most `CHUNK_ELEMENTS` logits; for all rows the parts are views."""
     step = max(1, CHUNK_ELEMENTS // logits.shape[1])
     if rows is None:
         yield from ((part, None) for part in logits.split(step))

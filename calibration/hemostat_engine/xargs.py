@@ -1,4 +1,4 @@
-"""What a request may ask of the engine, in `vllm_xargs`; checked in the frontend, so nothing here needs torch."""
+"""The request parameters in `vllm_xargs`. They are checked in vLLM's frontend, so nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -15,45 +15,46 @@ NONCE_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """version: the profile to apply; nonce: the name under which the row's numbers are handed out. None: not asked."""
+class RequestParameters:
+    """version: the profile to apply, None for identity. nonce: the name under which values of the request's rows are
+    sent to the admin port; None: it is not tapped."""
 
     version: str | None
     nonce: str | None
 
 
-NOTHING = Asked(None, None)
+NO_PARAMETERS = RequestParameters(None, None)
 
 
-def parse(extra_args: Mapping[str, Any] | None) -> Asked:
-    """Read a request's xargs; ValueError, with a text for the client, on a value that cannot be meant."""
+def parse(extra_args: Mapping[str, Any] | None) -> RequestParameters:
+    """Parse a request's xargs. Raises ValueError, with a text for the client, on an invalid value."""
     if not extra_args:
-        return NOTHING
+        return NO_PARAMETERS
     version = extra_args.get(VERSION_KEY)
     nonce = extra_args.get(NONCE_KEY)
     if version is None and nonce is None:
-        return NOTHING
+        return NO_PARAMETERS
     if version is not None and not (isinstance(version, str) and VERSION_PATTERN.fullmatch(version)):
         raise ValueError(
-            f"vllm_xargs.{VERSION_KEY} must be a profile version (32 lowercase hex digits), not {_shown(version)}"
+            f"vllm_xargs.{VERSION_KEY} must be a profile version (32 lowercase hex digits), not {_shorten(version)}"
         )
     if nonce is not None and not (isinstance(nonce, str) and NONCE_PATTERN.fullmatch(nonce)):
-        raise ValueError(f"vllm_xargs.{NONCE_KEY} must be 1 to 64 letters, digits, '_' or '-', not {_shown(nonce)}")
-    return Asked(version, nonce)
+        raise ValueError(f"vllm_xargs.{NONCE_KEY} must be 1 to 64 letters, digits, '_' or '-', not {_shorten(nonce)}")
+    return RequestParameters(version, nonce)
 
 
-def names(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether there is anything for `parse`."""
+def has_parameters(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a parameter of Hemostat is present, valid or not."""
     return extra_args is not None and (VERSION_KEY in extra_args or NONCE_KEY in extra_args)
 
 
-def _shown(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def edits_logits(params: Any, after_penalties: bool) -> bool:
-    """Whether the request itself changes the logits, before the processor reads a profile's features from them.
+    """Whether a parameter of the request changes the logits before the processor reads features from them.
 
     `params` is vLLM's SamplingParams. Both runners call a processor after logit_bias, bad words, allowed ids and the
     mask of min_tokens; V2 also after the penalties, V1 before them.

@@ -24,7 +24,8 @@ import httpx
 import yaml
 
 from hemostat.demo import prompts
-from hemostat.demo.runner import DemoOptions, serve_command, serve_settings, vllm_arguments
+from hemostat.demo.options import DemoOptions
+from hemostat.demo.programs import serve_command, serve_settings, vllm_arguments
 from hemostat.models.compress import cached_checkpoints
 from hemostat.models.vllm_server import VllmServer, free_port, tied
 

@@ -1,4 +1,4 @@
-"""The demo's life: it starts two programs, sends, reports, and leaves nothing running, however it ends."""
+"""`hemostat demo` with stand-ins for its two programs: it reports, and leaves no process, however it ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tests.support.paths import ROOT
 
-from hemostat.demo import DemoOptions, run, runner
+from hemostat.demo import DemoOptions, programs, run
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.compress import Checkpoints
 from hemostat_calibration.errors import HemostatError
@@ -39,7 +39,7 @@ sys.exit(runner.run(runner.DemoOptions(requests=REQUESTS, report=Path("report.js
 
 
 def started_by(tmp_path: Path) -> list[int]:
-    """Every living process that inherited this test's mark."""
+    """Every running process that inherited this test's environment variable."""
     mark = f"STAND_IN_RUN={tmp_path}\0".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -86,8 +86,7 @@ def demo(tmp_path: Path, requests: int | None, trouble: str = "") -> subprocess.
 
 
 def ended(process: subprocess.Popen[str], within: float = 120.0) -> str:
-    """All that it printed. Fails, with every thread's stack, where it is still there after `within` seconds: long
-    enough for a machine that stands still for a minute."""
+    """Its output. Fails with the stack of every thread if it has not ended after `within` seconds."""
     try:
         output, _ = process.communicate(timeout=within)
     except subprocess.TimeoutExpired:
@@ -96,11 +95,11 @@ def ended(process: subprocess.Popen[str], within: float = 120.0) -> str:
             output, _ = process.communicate(timeout=10)
         finally:
             process.kill()
-        pytest.fail(f"still there after {within:.0f} s:\n{output}")
+        pytest.fail(f"still running after {within:.0f} s:\n{output}")
     return output
 
 
-def test_bounded_it_ends_by_itself_with_the_report(tmp_path: Path) -> None:
+def test_bounded_run_ends_with_the_report(tmp_path: Path) -> None:
     with demo(tmp_path, 20) as process:
         output = ended(process)
     assert process.returncode == 0, output
@@ -114,12 +113,12 @@ def test_bounded_it_ends_by_itself_with_the_report(tmp_path: Path) -> None:
     assert report["raw"] == report["calibrated"]
     assert report["profile"] == {"version": "identity", "family": "identity", "mode": "auto"}
     assert "ready. Console http://127.0.0.1:" in output
-    assert output.count("propose abababab (learned): learned from 3001 tokens") == 1, "said once"
+    assert output.count("propose abababab (learned): learned from 3001 tokens") == 1, "printed once"
     assert [event["decision"] for event in report["decisions"]] == ["propose"]
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_everything_that_was_started(tmp_path: Path, sig: signal.Signals) -> None:
+def test_signal_stops_every_program(tmp_path: Path, sig: signal.Signals) -> None:
     with demo(tmp_path, None) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -134,7 +133,7 @@ def test_a_signal_stops_everything_that_was_started(tmp_path: Path, sig: signal.
     assert json.loads((tmp_path / "report.json").read_text())["requests"]["sent"] >= 1
 
 
-def test_killed_it_leaves_nothing_running(tmp_path: Path) -> None:
+def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
     with demo(tmp_path, None) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -144,7 +143,7 @@ def test_killed_it_leaves_nothing_running(tmp_path: Path) -> None:
     wait_for(lambda: started_by(tmp_path) == [])
 
 
-def test_stopped_before_the_end_of_a_bounded_run_it_says_so(tmp_path: Path) -> None:
+def test_exit_code_of_a_bounded_run_that_is_stopped(tmp_path: Path) -> None:
     with demo(tmp_path, 10**6) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -156,59 +155,59 @@ def test_stopped_before_the_end_of_a_bounded_run_it_says_so(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("trouble", "says"),
+    ("trouble", "message"),
     [
         ("vllm dies", "no memory today"),
         ("serve dies", "no reference today"),
-        ("mismatch", "do not fit together: 64 ids against 65"),
-        ("all fail", "not one request succeeded"),
+        ("mismatch", "do not match: 64 ids against 65"),
+        ("all fail", "no request succeeded"),
     ],
 )
-def test_what_goes_wrong_is_said_and_everything_stops(tmp_path: Path, trouble: str, says: str) -> None:
+def test_failure_is_printed_and_every_program_stops(tmp_path: Path, trouble: str, message: str) -> None:
     with demo(tmp_path, 4, trouble) as process:
         output = ended(process)
     assert process.returncode == 1, output
-    assert says in output
+    assert message in output
     assert started_by(tmp_path) == []
 
 
-def test_the_settings_are_a_valid_configuration(tmp_path: Path) -> None:
+def test_settings_are_a_valid_configuration(tmp_path: Path) -> None:
     from hemostat.config.schema import Settings
 
     profile = tmp_path / "p.safetensors"
     profile.touch()
     options = DemoOptions(keep=tmp_path, force_profile=profile, seed=-1)
     found = Settings.model_validate(
-        runner.serve_settings(options, Checkpoints(tmp_path, tmp_path), "http://127.0.0.1:9", 8080, 8081, "t" * 20)
+        programs.serve_settings(options, Checkpoints(tmp_path, tmp_path), "http://127.0.0.1:9", 8080, 8081, "t" * 20)
     )
     assert found.shadow.rate == 1.0
     assert found.shadow.top_k == 64
     assert found.calibration.mode == "auto"
-    assert found.calibration.alpha == 0.05, "a demo proves no less than a deployment"
+    assert found.calibration.alpha == 0.05, "the same error probability as in a deployment"
     assert found.calibration.force == profile
     assert found.records.path == tmp_path / "records.jsonl"
-    assert "--max-logprobs" in runner.vllm_arguments()
-    assert vllm_process.LOGITS_PROCESSOR in runner.vllm_arguments()
+    assert "--max-logprobs" in programs.vllm_arguments()
+    assert vllm_process.LOGITS_PROCESSOR in programs.vllm_arguments()
 
 
-def test_overrides_are_given_to_serve_which_refuses_what_is_wrong(tmp_path: Path) -> None:
+def test_invalid_override_is_rejected_by_serve(tmp_path: Path) -> None:
     config = tmp_path / "hemostat.yaml"
     config.write_text("upstream: {url: 'http://127.0.0.1:9'}")
-    command = runner.serve_command(config, ("calibration.min_token=9",))
+    command = programs.serve_command(config, ("calibration.min_token=9",))
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "calibration.min_token" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_what_the_user_must_put_right_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_user_errors_are_raised_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for options, says in (
+    for options, message in (
         (DemoOptions(prompts=tmp_path / "none.jsonl"), "none.jsonl"),
         (DemoOptions(force_profile=tmp_path / "none"), "--force-profile"),
         (DemoOptions(force_profile=tmp_path / "file"), "--force-profile"),
         (DemoOptions(keep=tmp_path / "file"), "another place"),
         (DemoOptions(report=tmp_path), "--report"),
     ):
-        with pytest.raises(HemostatError, match=says):
+        with pytest.raises(HemostatError, match=message):
             run(options)

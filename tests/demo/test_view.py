@@ -1,4 +1,4 @@
-"""The picture, the plain line and the report, from a status as the admin port gives it."""
+"""The live view, the plain line and the report, from a response of /api/v1/status."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def scene(status: dict[str, Any]) -> view.Scene:
 def rendered(scene: view.Scene) -> str:
     console = Console(width=110, record=True, markup=False, highlight=False, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        console.print(view.picture(scene))
+        console.print(view.render(scene))
     return console.export_text()
 
 
-def test_the_picture_shows_every_figure(scene: view.Scene) -> None:
+def test_view_shows_every_figure(scene: view.Scene) -> None:
     text = rendered(scene)
     for expected in (
         "12 sent, 11 ok, 1 failed",
@@ -129,7 +129,7 @@ def promoted(scene: view.Scene) -> view.Scene:
     return scene
 
 
-def test_what_serves_is_shown_with_what_it_wins_and_why_it_serves(scene: view.Scene) -> None:
+def test_serving_profile_is_shown_with_its_gain_and_the_reason(scene: view.Scene) -> None:
     text = rendered(promoted(scene))
     for expected in (
         "promote abababab (evidence): better on held-out requests; gain 0.113 nats on 103",
@@ -148,38 +148,40 @@ def test_what_serves_is_shown_with_what_it_wins_and_why_it_serves(scene: view.Sc
     ):
         assert expected in text, text
     assert "learned from 3001 tokens" not in text, "what is proposed is under test"
-    assert view.decided(scene.decisions[1]) == "propose abababab (learned): learned from 3001 tokens: linear, rank 8"
+    assert (
+        view.decision_line(scene.decisions[1]) == "propose abababab (learned): learned from 3001 tokens: linear, rank 8"
+    )
     assert "0.412" not in text, "what is compared is of the same requests"
     assert "of sampled requests" not in text, "there was none"
-    assert "won back 24.1 % [20.0, 28.0] of KL, 0.123 [0.103, 0.143] nats" in view.line(scene)
+    assert "recovered 24.1 % [20.0, 28.0] of KL, 0.123 [0.103, 0.143] nats" in view.status_line(scene)
     report = view.report(scene)
     assert report["decisions"] == scene.decisions
     assert report["arms"]["treated_minus_control"]["kl_nats_estimate"]["estimate"] == -0.119
     assert report["recovered"]["ratio"] == 0.241
 
 
-def test_arms_are_compared_once_somebody_was_treated(scene: view.Scene) -> None:
+def test_arms_are_compared_after_the_first_treated_request(scene: view.Scene) -> None:
     text = rendered(scene)
     assert "control" not in text
     assert "cdcdcdcd (contextual): gain 0.111 nats on 71 held-out prompts, proven above -0.0200" in text
 
 
-def test_before_anything_is_known_the_picture_stands(scene: view.Scene) -> None:
+def test_view_without_a_status(scene: view.Scene) -> None:
     scene.status = {}
     text = rendered(scene)
     assert "starting" in text
     assert view.UNKNOWN in text
-    assert view.UNKNOWN in view.line(scene)
+    assert view.UNKNOWN in view.status_line(scene)
 
 
-def test_the_plain_line_has_the_figures(scene: view.Scene) -> None:
-    line = view.line(scene)
+def test_status_line_has_the_figures(scene: view.Scene) -> None:
+    line = view.status_line(scene)
     assert "\n" not in line
     for expected in ("sent 12, ok 11, failed 1", "scored 7 (1234 tokens)", "KL 0.412 [0.390, 0.430] nats", "57.6 %"):
         assert expected in line
 
 
-def test_the_report_is_as_promised(scene: view.Scene, status: dict[str, Any]) -> None:
+def test_report_has_the_documented_fields(scene: view.Scene, status: dict[str, Any]) -> None:
     report = view.report(scene)
     assert report["requests"] == {"sent": 12, "ok": 11, "failed": 1, **status["requests"]}
     assert report["tokens_scored"] == 1234

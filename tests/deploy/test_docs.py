@@ -144,7 +144,7 @@ def test_every_event_of_the_engine_is_explained(reference: ModuleType) -> None:
         text for path in engine.glob("*.py") for call in calls(path, "add") for text in texts(call.args[0]) if call.args
     }
     # What is counted on the device is named where the tally is made.
-    found |= {name.value for call in calls(engine / "core.py", "Tally") for name in call.args[1].elts}
+    found |= {name.value for call in calls(engine / "core.py", "DeviceCounters") for name in call.args[1].elts}
     assert set(reference.ENGINE_EVENTS) == found
 
 

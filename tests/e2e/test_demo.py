@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.support.recompute import recompute
 
-from hemostat.demo.varied import varied
+from hemostat.demo.generated_prompts import generated_prompts
 from hemostat.models.compress import Checkpoints
 from hemostat_calibration.profiles.profile import temperature_bias
 
@@ -117,7 +117,7 @@ def test_a_contextual_profile_is_promoted_live(tmp_path: Path) -> None:
         tmp_path,
         *("--seed", "3", "--compression", "prune50", "--set", "calibration.min_tokens=600"),
         requests=LIVE_REQUESTS,
-        texts=[prompt.messages[0].content for prompt in varied()[::2]],
+        texts=[prompt.messages[0].content for prompt in generated_prompts()[::2]],
         max_tokens=32,
     )
     version = report["profile"]["version"]

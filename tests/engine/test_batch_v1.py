@@ -1,4 +1,4 @@
-"""Model runner V1: batch updates of every shape against a model that is a dict, with vLLM's own types."""
+"""Model runner V1: random batch updates compared with a dict, with vLLM's own types."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors, MoveDirectionality
 
 from hemostat_engine import LogitsProcessor
-from hemostat_engine.processor import Batch
+from hemostat_engine.processor import BatchV1
 
 PROFILES = {p.version: p for p in (make_profile(1), make_contextual(2))}
 UNKNOWN = "f" * 32
@@ -50,7 +50,7 @@ def expected(z: np.ndarray, rows: dict[int, str | None]) -> np.ndarray:
     return out
 
 
-def check(batch: Batch, rows: dict[int, str | None], seed: int, size: int) -> None:
+def check(batch: BatchV1, rows: dict[int, str | None], seed: int, size: int) -> None:
     z = np.random.default_rng(seed).normal(0, 3, (size, VOCAB_SIZE)).astype(np.float32)
     got = batch.apply(torch.from_numpy(z.copy())).numpy()
     np.testing.assert_allclose(got, expected(z, rows), rtol=1e-5, atol=1e-5)
@@ -60,11 +60,11 @@ def check(batch: Batch, rows: dict[int, str | None], seed: int, size: int) -> No
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_sequence_of_updates_follows_the_dict(make_core: Callable[..., Any], data: st.DataObject) -> None:
+def test_any_sequence_of_updates_equals_the_dict(make_core: Callable[..., Any], data: st.DataObject) -> None:
     core = make_core()
     for profile in PROFILES.values():
         core.library.put(profile)
-    batch = Batch(core)
+    batch = BatchV1(core)
     capacity = 6
     model: dict[int, str | None] = {}
     for step in range(data.draw(st.integers(1, 8))):
@@ -91,11 +91,11 @@ def test_any_sequence_of_updates_follows_the_dict(make_core: Callable[..., Any],
         check(batch, model, step, capacity)
 
 
-def test_a_version_that_arrives_or_leaves_later_changes_no_running_request(make_core: Callable[..., Any]) -> None:
+def test_running_request_keeps_its_profile(make_core: Callable[..., Any]) -> None:
     core = make_core()
     first, second = PROFILES
     core.library.put(PROFILES[first])
-    batch = Batch(core)
+    batch = BatchV1(core)
     bound, unbound = params(first), params(second)
     batch.update(update(2, added=[(0, bound, [1], []), (1, unbound, [1], [])]))
     assert counted(core, "requests_bound", "requests_unknown") == [1, 1]
@@ -103,7 +103,7 @@ def test_a_version_that_arrives_or_leaves_later_changes_no_running_request(make_
     core.library.put(PROFILES[second])
     core.library._held.pop(first)
     check(batch, {0: first, 1: None}, 0, 2)
-    # Set aside (preempted, or not scheduled) and taken up again: the same binding.
+    # Preempted and resumed: the same binding.
     batch.update(update(0, removed=[1, 0]))
     check(batch, {}, 1, 2)
     batch.update(update(2, added=[(0, unbound, [1], [5]), (1, bound, [1], [5])]))
@@ -114,8 +114,8 @@ def test_a_version_that_arrives_or_leaves_later_changes_no_running_request(make_
     assert core.counters.read()["requests_bound"] == 2
 
 
-def test_a_batch_without_profiles_gets_the_very_same_tensor_back(make_core: Callable[..., Any]) -> None:
-    batch = Batch(make_core())
+def test_batch_without_profiles_returns_the_same_tensor(make_core: Callable[..., Any]) -> None:
+    batch = BatchV1(make_core())
     batch.update(update(1, added=[(0, params(), [1], [])]))
     logits = torch.zeros(1, VOCAB_SIZE)
     version = logits._version
@@ -123,44 +123,44 @@ def test_a_batch_without_profiles_gets_the_very_same_tensor_back(make_core: Call
     assert logits._version == version
 
 
-def test_a_request_that_edits_its_own_logits_gets_identity_and_no_tap(make_core: Callable[..., Any]) -> None:
+def test_request_with_logit_editing_parameters_gets_identity_and_no_tap(make_core: Callable[..., Any]) -> None:
     core = make_core(tapping=True)
     version = next(iter(PROFILES))
     core.library.put(PROFILES[version])
-    batch = Batch(core)
+    batch = BatchV1(core)
     batch.update(update(1, added=[(0, params(version, "n", logit_bias={3: 1.0}), [1], [])]))
     check(batch, {}, 0, 1)
     assert counted(core, "requests_declined", "requests_bound", "requests_unknown", "rows_applied") == [1, 0, 0, 0]
     assert not core.taps.drain(9, 1)
 
 
-def test_penalties_come_later_and_do_not_stand_in_the_way(make_core: Callable[..., Any]) -> None:
+def test_penalties_do_not_prevent_a_profile_under_v1(make_core: Callable[..., Any]) -> None:
     core = make_core()
     version = next(iter(PROFILES))
     core.library.put(PROFILES[version])
-    batch = Batch(core)
+    batch = BatchV1(core)
     batch.update(update(1, added=[(0, params(version, presence_penalty=0.5), [1], [])]))
     check(batch, {0: version}, 0, 1)
 
 
-def test_logits_of_another_width_are_left_alone_and_counted(make_core: Callable[..., Any]) -> None:
+def test_logits_of_another_vocabulary_size_are_unchanged_and_counted(make_core: Callable[..., Any]) -> None:
     core = make_core()
     version = next(iter(PROFILES))
     core.library.put(PROFILES[version])
-    batch = Batch(core)
+    batch = BatchV1(core)
     batch.update(update(1, added=[(0, params(version), [1], [])]))
     logits = torch.ones(1, VOCAB_SIZE + 1)
     assert torch.equal(batch.apply(logits), torch.ones(1, VOCAB_SIZE + 1))
     assert core.counters.read()["steps_misfit"] == 1
 
 
-def test_taps_are_of_the_unmodified_logits_and_carry_the_output_position(make_core: Callable[..., Any]) -> None:
+def test_taps_measure_unmodified_logits_by_output_position(make_core: Callable[..., Any]) -> None:
     core = make_core(tapping=True)
     for profile in PROFILES.values():
         core.library.put(profile)
     first, second = PROFILES
     core.library.hold([second])
-    batch = Batch(core)
+    batch = BatchV1(core)
     treated, control, plain = [], [7, 8], []
     batch.update(
         update(
@@ -196,12 +196,12 @@ def test_taps_are_of_the_unmodified_logits_and_carry_the_output_position(make_co
         np.testing.assert_allclose(features, want, rtol=1e-3, atol=1e-3)
 
 
-def test_masked_rows_get_identity_and_hand_out_no_features(make_core: Callable[..., Any]) -> None:
+def test_masked_rows_get_identity_and_have_no_features(make_core: Callable[..., Any]) -> None:
     core = make_core(tapping=True)
     profile = PROFILES[list(PROFILES)[1]]
     core.library.put(profile)
     core.library.hold([profile.version])
-    batch = Batch(core)
+    batch = BatchV1(core)
     batch.update(update(3, added=[(row, params(profile.version, f"n{row}"), [1], []) for row in range(3)]))
     z = np.random.default_rng(0).normal(0, 3, (3, VOCAB_SIZE)).astype(np.float32)
     z[0, profile.parameters["anchors"][0]] = -np.inf
@@ -216,19 +216,19 @@ def test_masked_rows_get_identity_and_hand_out_no_features(make_core: Callable[.
     assert [runs[f"n{row}"]["versions"][profile.version] for row in range(2)] == [[0.0], [None]]
 
 
-def test_clamps_that_bind_are_counted_where_they_are_applied(make_core: Callable[..., Any]) -> None:
+def test_active_clamps_are_counted_for_the_applied_profile(make_core: Callable[..., Any]) -> None:
     core = make_core(tapping=True)
     tight = make_contextual(5, clamp=0.05, kl_limit=3e-3)
     for profile in (tight, make_contextual(6, clamp=0.05)):
         core.library.put(profile)
     core.library.hold([tight.version])
-    batch = Batch(core)
+    batch = BatchV1(core)
     batch.update(
         update(3, added=[(row, params(tight.version if row else None, f"n{row}"), [1], []) for row in range(3)])
     )
     z = np.random.default_rng(0).normal(0, 4, (3, VOCAB_SIZE)).astype(np.float32)
     treated, free = z[1:], replace(tight, clamp_nats=20.0)
-    # The trust region comes first: what it leaves is clamped where it is still too much.
+    # The KL limit is applied first, then the clamp.
     clamped = (np.abs(oracle.shift(free, treated)).max(axis=-1) > tight.clamp_nats).sum()
     unlimited = replace(make_contextual(5, clamp=0.05), clamp_nats=20.0)
     limited = (oracle.shift(free, treated) != oracle.shift(unlimited, treated)).any(axis=-1).sum()
@@ -239,12 +239,12 @@ def test_clamps_that_bind_are_counted_where_they_are_applied(make_core: Callable
     assert counted(core, "rows_clamped") == [clamped]
 
 
-def test_a_probe_is_tapped_and_costs_nothing_else(make_core: Callable[..., Any]) -> None:
+def test_probe_is_tapped_but_neither_evaluated_nor_applied(make_core: Callable[..., Any]) -> None:
     core = make_core(tapping=True)
     asks = probe_profile("m", VOCAB_SIZE, np.arange(5), 1.0)
     core.library.put(asks)
     core.library.hold([asks.version])
-    batch = Batch(core)
+    batch = BatchV1(core)
     batch.update(update(1, added=[(0, params(asks.version, "n"), [1], [])]))
     logits = torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
@@ -259,24 +259,24 @@ def test_features_are_of_the_first_anchors_in_the_order_to_hold(make_core: Calla
     plain, first, second = make_profile(1), make_contextual(1), make_contextual(2)
     for profile in (second, first, plain):
         core.library.put(profile)
-    batch = Batch(core)
+    batch = BatchV1(core)
     batch.update(update(1, added=[(0, params(None, "n"), [1], [])]))
-    said = []
+    anchors = []
     for hold in ([plain.version], [plain.version, "e" * 32, first.version, second.version], [second.version]):
         core.library.hold(hold)
         batch.apply(torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)))
-        said += [run.get("anchors") for run in core.taps.drain(9, 1 << 20)]
+        anchors += [run.get("anchors") for run in core.taps.drain(9, 1 << 20)]
     digests = [oracle.anchors_digest(p.parameters["anchors"]) for p in (first, second)]
-    assert said == [None, *digests]
+    assert anchors == [None, *digests]
 
 
-def test_features_that_nobody_fetches_are_dropped_before_the_numbers(make_core: Callable[..., Any]) -> None:
+def test_full_queue_drops_features_before_values(make_core: Callable[..., Any]) -> None:
     core = make_core(tapping=True)
     profile = make_contextual(1)
     core.library.put(profile)
     core.library.hold([profile.version])
-    core.taps._bytes_at_most = 2 * 12 * 3
-    batch = Batch(core)
+    core.taps._max_bytes = 2 * 12 * 3
+    batch = BatchV1(core)
     output: list[int] = []
     batch.update(update(1, added=[(0, params(None, "n"), [1], output)]))
 
@@ -299,19 +299,19 @@ def test_features_that_nobody_fetches_are_dropped_before_the_numbers(make_core: 
     assert counted(core, "features_dropped") == [2]
 
 
-def test_more_than_the_queue_holds_is_dropped_and_counted(make_core: Callable[..., Any]) -> None:
+def test_full_queue_drops_and_counts_steps(make_core: Callable[..., Any]) -> None:
     from hemostat_engine import taps
 
     core = make_core(tapping=True)
-    batch = Batch(core)
+    batch = BatchV1(core)
     batch.update(update(1, added=[(0, params(None, "n"), [1], [])]))
-    for _ in range(taps.STEPS_AT_MOST + 3):
+    for _ in range(taps.MAX_STEPS + 3):
         batch.apply(torch.zeros(1, VOCAB_SIZE))
-    assert len(core.taps) == taps.STEPS_AT_MOST
+    assert len(core.taps) == taps.MAX_STEPS
     assert core.counters.read()["taps_dropped"] == 3
 
 
-def test_vllm_loads_the_class_under_v1_and_refuses_wrong_xargs_through_it() -> None:
+def test_vllm_loads_the_class_under_v1_and_rejects_invalid_xargs() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns, validate_logits_processors_parameters
 
@@ -322,7 +322,7 @@ def test_vllm_loads_the_class_under_v1_and_refuses_wrong_xargs_through_it() -> N
         validate_logits_processors_parameters([name], params("nonsense"))
 
 
-def test_the_class_itself_under_v1() -> None:
+def test_class_under_v1() -> None:
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB_SIZE), parallel_config=SimpleNamespace()
     )

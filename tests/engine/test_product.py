@@ -1,4 +1,4 @@
-"""The engine's product with `up`, cut short and in bfloat16, against the plain one."""
+"""The split and bfloat16 product with `up` compared with the plain one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def made(rng: np.random.Generator, vocab_size: int, rank: int, narrow: int, wide
     rows=st.integers(0, 5),
     seed=st.integers(0, 1000),
 )
-def test_it_is_the_plain_product_wherever_there_are_zeros(
+def test_equals_the_plain_product_for_any_pattern_of_zeros(
     vocab_size: int, rank: int, widths: str, rows: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def test_it_is_the_plain_product_wherever_there_are_zeros(
     np.testing.assert_allclose(got.numpy(), y @ up.T.astype(np.float32), atol=1e-4)
 
 
-def test_zeros_are_not_read() -> None:
+def test_columns_of_zeros_are_not_stored() -> None:
     rng = np.random.default_rng(1)
     whole = product.Product(made(rng, 4000, 64, 64, 0))
     cut = product.Product(made(rng, 4000, 64, 16, 500))
@@ -55,14 +55,12 @@ def test_zeros_are_not_read() -> None:
 
 @pytest.mark.parametrize(("narrow", "wide"), [(64, 0), (16, 900)])
 @pytest.mark.parametrize("rows", [1, 8, 33])
-def test_in_bfloat16_it_is_off_by_a_rounding(
-    monkeypatch: pytest.MonkeyPatch, narrow: int, wide: int, rows: int
-) -> None:
+def test_bfloat16_error_is_rounding(monkeypatch: pytest.MonkeyPatch, narrow: int, wide: int, rows: int) -> None:
     """A processor that has no such instruction computes the same, slowly, where oneDNN can."""
     if not product.packs_bfloat16():
         pytest.skip("oneDNN does not pack bfloat16 on this processor")
     monkeypatch.setattr(product, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(product, "PACKED_FROM", 1)
+    monkeypatch.setattr(product, "MIN_PACKED_ELEMENTS", 1)
     rng = np.random.default_rng(2)
     up = made(rng, 5000, 64, narrow, wide)
     y = rng.normal(size=(rows, 64)).astype(np.float32)
@@ -75,14 +73,14 @@ def test_in_bfloat16_it_is_off_by_a_rounding(
     assert np.abs(got - expected).max() < 2**-6 * np.abs(y).sum(axis=1).max()
 
 
-def test_where_the_operation_fails_it_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor that oneDNN is told to see as an older one, or with a torch that has it under another name."""
+def test_float32_is_used_if_onednn_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN may be limited to older instructions, and another torch may have another name for the operation."""
 
     def refused(values: object) -> None:
         raise RuntimeError("bf16 path needs the cpu support avx512bw")
 
     monkeypatch.setattr(product, "_packed", refused)
-    monkeypatch.setattr(product, "PACKED_FROM", 1)
+    monkeypatch.setattr(product, "MIN_PACKED_ELEMENTS", 1)
     product.multiplies_bfloat16.cache_clear()
     try:
         assert not product.multiplies_bfloat16()

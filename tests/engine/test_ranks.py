@@ -1,4 +1,4 @@
-"""Tensor parallelism: two real processes with a gloo group bind only what both have."""
+"""Tensor parallelism: two real processes with a gloo group bind only profiles that both have."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rank_main(rank: int, folder: str) -> None:
     asked = [None, one.version, both.version, "0" * 32]
     requests = [SamplingParams(extra_args={"hemostat": v, "hemostat_tap": "n"} if v else None) for v in asked]
     first = core.bind(requests)
-    # Rank 1 has it a step later: whoever is running stays as bound, whoever comes now is bound on both.
+    # Rank 1 has it a step later: running requests keep their binding, new ones are bound on both ranks.
     core.library.put(one)
     later = core.bind([*requests, SamplingParams(extra_args={"hemostat": one.version})])
     answer = {
@@ -52,11 +52,11 @@ def rank_main(rank: int, folder: str) -> None:
     }
     Path(folder, f"rank{rank}").write_text(json.dumps(answer))
     dist.barrier()
-    # Taking the group apart now and then aborts a process ("terminate called"), gloo's affair and not ours.
+    # Destroying the process group sometimes aborts the process inside gloo ("terminate called").
     os._exit(0)
 
 
-def test_a_profile_is_bound_only_where_every_rank_has_it(tmp_path: Path) -> None:
+def test_profile_is_bound_only_when_every_rank_has_it(tmp_path: Path) -> None:
     program = "import sys; from tests.engine.test_ranks import rank_main; rank_main(int(sys.argv[1]), sys.argv[2])"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ranks = [

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 PROMPT = "The capital of France is"
 VOCAB_SIZE = 49_152
 FORCED = 100
-"""A token that greedy decoding of PROMPT does not come to by itself."""
+"""A token that greedy decoding of PROMPT does not produce without a profile."""
 
 
 class Client:
@@ -83,7 +83,7 @@ def force(strength: float = 20.0) -> CalibrationProfile:
 
 @pytest.fixture(scope="module")
 def forcing(vllm_server: Any, client: Client) -> str:
-    """A profile that makes greedy decoding say one token only, held by the engine."""
+    """A profile, held by the engine, that makes greedy decoding repeat one token."""
     profile = force()
     held_after(vllm_server, client, profile)
     return profile.version
@@ -102,7 +102,7 @@ def held_after(server: Any, client: Client, profile: CalibrationProfile) -> floa
     raise AssertionError("the engine does not apply the profile")
 
 
-def test_a_profile_changes_the_greedy_text_and_only_where_it_is_named(
+def test_profile_changes_the_greedy_text_of_requests_that_name_it(
     client: Client, plain: list[int], forcing: str
 ) -> None:
     assert client.tokens({"hemostat": forcing}) == [FORCED] * 8
@@ -110,7 +110,7 @@ def test_a_profile_changes_the_greedy_text_and_only_where_it_is_named(
     assert client.tokens({"other": 1}) == plain
 
 
-def test_raw_logprobs_are_what_the_model_said_itself(client: Client, plain: list[int], forcing: str) -> None:
+def test_raw_logprobs_are_those_of_the_model(client: Client, plain: list[int], forcing: str) -> None:
     _, untreated = client.complete()
     _, treated = client.complete({"hemostat": forcing})
     before, after = (answer["choices"][0]["logprobs"] for answer in (untreated, treated))
@@ -121,7 +121,7 @@ def test_raw_logprobs_are_what_the_model_said_itself(client: Client, plain: list
         assert after["top_logprobs"][0][token] == pytest.approx(logprob, abs=0.02)
 
 
-def test_rows_without_a_profile_in_the_same_batch_are_untouched(client: Client, plain: list[int], forcing: str) -> None:
+def test_rows_without_a_profile_in_the_same_batch_are_unchanged(client: Client, plain: list[int], forcing: str) -> None:
     asked = [{"hemostat": forcing} if i % 2 else None for i in range(16)]
     lengths = [8 + (i * 5) % 24 for i in range(16)]
     with ThreadPoolExecutor(16) as pool:
@@ -135,11 +135,11 @@ def test_rows_without_a_profile_in_the_same_batch_are_untouched(client: Client, 
             assert FORCED not in ids
 
 
-def test_an_unknown_version_is_identity(client: Client, plain: list[int]) -> None:
+def test_unknown_version_is_identity(client: Client, plain: list[int]) -> None:
     assert client.tokens({"hemostat": "0" * 32, "hemostat_tap": "nonce"}) == plain
 
 
-def test_a_version_that_arrives_in_the_middle_changes_no_running_request(
+def test_profile_that_arrives_later_does_not_change_a_running_request(
     vllm_server: Any, client: Client, forcing: str
 ) -> None:
     late = force(19.5)
@@ -153,7 +153,7 @@ def test_a_version_that_arrives_in_the_middle_changes_no_running_request(
         assert running.result().count(FORCED) < 100
 
 
-def test_the_clients_own_edits_win(client: Client, forcing: str) -> None:
+def test_client_logit_bias_has_priority(client: Client, forcing: str) -> None:
     assert client.tokens({"hemostat": forcing}, logit_bias={"200": 100}) == [200] * 8
 
 
@@ -166,7 +166,7 @@ def test_the_clients_own_edits_win(client: Client, forcing: str) -> None:
         ({"hemostat_tap": "no spaces"}, "vllm_xargs.hemostat_tap must be"),
     ],
 )
-def test_a_malformed_xarg_is_the_clients_400_with_the_text(client: Client, xargs: dict[str, Any], named: str) -> None:
+def test_invalid_xarg_is_http_400_with_the_reason(client: Client, xargs: dict[str, Any], named: str) -> None:
     status, answer = client.complete(xargs)
     assert status == 400
     assert named in answer["error"]["message"]
@@ -190,7 +190,7 @@ def tapped(server: Any, client: Client, nonce: str, version: str | None = None, 
     )
     assert status == 200, answer
     (choice,) = answer["choices"]
-    # The emitted token stands there beside the twenty when it is none of them.
+    # The emitted token is added when it is not one of the twenty.
     tops = [sorted(top.items(), key=lambda item: -item[1])[:20] for top in choice["logprobs"]["top_logprobs"]]
     ids = np.array([[int(name.removeprefix("token_id:")) for name, _ in top] for top in tops])
     logprobs = np.array([[value for _, value in top] for top in tops])
@@ -238,7 +238,7 @@ def contextual(vllm_server: Any, client: Client, plain: list[int]) -> Calibratio
     raise AssertionError("the engine does not hold the profile")
 
 
-def test_a_contextual_profile_changes_the_treated_and_nobody_else(
+def test_contextual_profile_changes_only_treated_requests(
     client: Client, plain: list[int], contextual: CalibrationProfile
 ) -> None:
     asked = [{"hemostat": contextual.version} if i % 2 else None for i in range(8)]
@@ -256,10 +256,10 @@ def rows_masked(server: Any) -> int:
         return int(server.admin.registry.counters(0.0).get("rows_masked", 0))
 
 
-def test_a_grammar_holds_with_a_profile_and_a_row_whose_anchors_it_masks_is_left_alone(
+def test_grammar_is_obeyed_and_rows_with_masked_anchors_are_unchanged(
     vllm_server: Any, client: Client, forcing: str, contextual: CalibrationProfile
 ) -> None:
-    """vLLM masks first. What the profile forces is not allowed, and stays masked; of the rest all is moved alike."""
+    """vLLM masks first: the token that the profile forces is not allowed and stays masked."""
     grammar: dict[str, Any] = {"structured_outputs": {"regex": "[0-9]{4}-[0-9]{2}"}, "max_tokens": 12}
     _, answer = client.complete(**grammar)
     text, plain = answer["choices"][0]["text"], client.tokens(**grammar)
@@ -290,7 +290,7 @@ def model(checkpoints: Any) -> Any:
 
 
 @pytest.mark.parametrize("treated", [False, True])
-def test_the_tap_says_what_the_model_said_and_the_text_follows_the_oracle(
+def test_taps_equal_the_model_and_the_text_equals_the_numpy_profile(
     vllm_server: Any, client: Client, contextual: CalibrationProfile, model: Any, treated: bool
 ) -> None:
     import torch
@@ -304,7 +304,7 @@ def test_the_tap_says_what_the_model_said_and_the_text_follows_the_oracle(
     assert features.values.shape == (24, len(anchors))
     assert np.isfinite(features.values).all()
 
-    # The very logits: at anchors among the twenty, they differ from the log-probabilities by one constant a row.
+    # Logits and log-probabilities differ by one constant per row.
     compared = 0
     column = {int(anchor): i for i, anchor in enumerate(anchors)}
     for row, (ids, logprobs) in enumerate(zip(said.ids, said.logprobs, strict=True)):
@@ -315,7 +315,7 @@ def test_the_tap_says_what_the_model_said_and_the_text_follows_the_oracle(
             assert np.ptp(difference) < 0.02
     assert compared > 100
 
-    # What was emitted is what the oracle makes of them.
+    # The emitted tokens are those of the numpy implementation.
     shifted = said.logprobs + oracle.shift_at(
         contextual, said.ids, said.logprobs, oracle.code(contextual, features.values)
     )

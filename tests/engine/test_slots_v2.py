@@ -79,7 +79,7 @@ def context(slots: list[int], rows_each: list[int], first_pos: list[int]) -> Log
     )
 
 
-def test_the_loader_and_the_frontends_validator_take_the_class() -> None:
+def test_vllm_loads_the_class_under_v2_and_validates_xargs() -> None:
     processor, req_states = load(FIRST, SECOND)
     assert isinstance(LogitsProcRequestState.from_request_state(req_states), LogitsProcRequestState)
     assert processor.core.library.vocab_size == VOCAB_SIZE
@@ -118,7 +118,7 @@ def test_recycled_slots_reordered_batches_and_several_rows_a_request(data: st.Da
                 assert got[row].tobytes() == z[row].tobytes()
 
 
-def test_bound_at_admission_and_never_later() -> None:
+def test_binding_happens_only_at_admission() -> None:
     processor, _ = load(FIRST)
     processor.add_request(0, params(FIRST))
     processor.add_request(1, params(SECOND))
@@ -132,7 +132,7 @@ def test_bound_at_admission_and_never_later() -> None:
     assert got[1].tobytes() == z[1].tobytes()
 
 
-def test_nothing_is_done_when_no_row_of_the_step_asks_for_anything() -> None:
+def test_step_without_parameters_returns_immediately() -> None:
     processor, _ = load(FIRST, SECOND)
     processor.add_request(0, params(FIRST))
     assert processor.add_request(1, params()) is False
@@ -144,7 +144,7 @@ def test_nothing_is_done_when_no_row_of_the_step_asks_for_anything() -> None:
 
 
 @pytest.mark.parametrize("edit", [{"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1}])
-def test_a_request_that_edits_its_own_logits_gets_identity(edit: dict[str, Any]) -> None:
+def test_request_with_logit_editing_parameters_gets_identity(edit: dict[str, Any]) -> None:
     processor, _ = load(FIRST, SECOND)
     processor.add_request(0, params(FIRST, **edit))
     processor.apply_staged_writes()
@@ -165,9 +165,9 @@ def test_taps_by_position_with_and_without_draft_rows(rows_each: list[int], monk
     processor.add_request(0, params(None, "control"))
     processor.apply_staged_writes()
     z = np.random.default_rng(0).normal(0, 3, (sum(rows_each), VOCAB_SIZE)).astype(np.float32)
-    # The last prompt token of slot 5 stands at 3: its row decides output position 0. Slot 0 is at output position 2.
+    # The last prompt token of slot 5 is at position 3: its row is output position 0. Slot 0 is at position 2.
     processor.apply(torch.from_numpy(z.copy()), context([5, 2, 0], rows_each, [3, 8, 4]))
-    # The slot goes to somebody else before anybody reads what was tapped.
+    # The slot is reused before the taps are read.
     processor.add_request(5, params())
     runs = {run["nonce"]: run for run in processor.core.taps.drain(9, 1 << 20)}
     assert {n: (r["start"], r["tokens"], r["applied"]) for n, r in runs.items()} == {
@@ -189,7 +189,7 @@ def test_taps_by_position_with_and_without_draft_rows(rows_each: list[int], monk
         np.testing.assert_allclose(features, want, rtol=1e-3, atol=1e-3)
 
 
-def test_a_piece_of_a_prompt_is_no_output_position(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_of_a_prompt_is_not_an_output_position(monkeypatch: pytest.MonkeyPatch) -> None:
     tapping(monkeypatch)
     processor, req_states = load(FIRST, SECOND)
     processor.core.agent.stop()
@@ -200,7 +200,7 @@ def test_a_piece_of_a_prompt_is_no_output_position(monkeypatch: pytest.MonkeyPat
     assert processor.core.taps.drain(9, 1 << 20) == []
 
 
-def test_the_library_is_bounded_and_keeps_what_is_to_be_held() -> None:
+def test_library_is_bounded_and_keeps_requested_versions() -> None:
     library = Library(VOCAB_SIZE, limit=3)
     profiles = [make_profile(seed) for seed in range(6)]
     versions = [p.version for p in profiles]

@@ -51,7 +51,7 @@ def test_apply_equals_the_oracle(make: Make, dtype: torch.dtype, rows: int, voca
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_profile_as_large_as_those_that_serve(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_of_realistic_size(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if bfloat16 and not product.packs_bfloat16():
         pytest.skip("oneDNN does not pack bfloat16 on this processor")
     monkeypatch.setattr(product, "multiplies_bfloat16", lambda: bfloat16)
@@ -67,7 +67,7 @@ def test_a_profile_as_large_as_those_that_serve(bfloat16: bool, monkeypatch: pyt
     assert (masked, limited) == (0, 8)
 
 
-def test_a_large_batch_of_a_large_vocabulary_is_worked_on_in_parts() -> None:
+def test_large_batch_is_processed_in_parts() -> None:
     profile = make_contextual(6, 262_144)
     z = torch.from_numpy(logits(32, 262_144, 7)).repeat(8, 1)
     step = transform.CHUNK_ELEMENTS // z.shape[1]
@@ -132,7 +132,7 @@ def test_chosen_rows_only_by_index_or_by_mask(
 
 
 @pytest.mark.parametrize("make", [make_profile, make_contextual])
-def test_nan_plus_inf_and_wholly_masked_rows_are_passed_on_as_they_are(make: Make) -> None:
+def test_nan_inf_and_fully_masked_rows_are_unchanged(make: Make) -> None:
     profile = make(3)
     ids = profile.parameters.get("anchors", np.arange(20))
     elsewhere = np.setdiff1d(np.arange(profile.vocab_size), ids)
@@ -148,8 +148,8 @@ def test_nan_plus_inf_and_wholly_masked_rows_are_passed_on_as_they_are(make: Mak
         assert counts.tolist() == [4, 0]
 
 
-def test_a_map_that_overflows_is_identity_and_counted() -> None:
-    """What the oracle's doubles still hold may be too much for the engine: no infinity reaches the logits."""
+def test_overflow_in_float32_is_identity_and_counted() -> None:
+    """Values within float64 may overflow in float32: no infinity reaches the logits."""
     profile = contextual_profile(
         model="",
         anchors=np.arange(4),
@@ -174,12 +174,12 @@ def test_features_are_the_centred_logits_at_the_anchors() -> None:
     assert not np.isfinite(got[1]).any()
 
 
-def test_a_probe_is_known_to_change_nothing() -> None:
+def test_is_probe() -> None:
     ids = np.array([3, 1, 2])
     held = transform.HeldProfile(probe_profile("m", 40, ids, 1.0))
-    assert (held.idle, held.anchors, held.anchor_count) == (True, oracle.anchors_digest(ids), 3)
-    assert not transform.HeldProfile(make_contextual()).idle
-    assert not transform.HeldProfile(make_profile()).idle
+    assert (held.is_probe, held.anchors, held.anchor_count) == (True, oracle.anchors_digest(ids), 3)
+    assert not transform.HeldProfile(make_contextual()).is_probe
+    assert not transform.HeldProfile(make_profile()).is_probe
 
 
 @settings(deadline=None, max_examples=40)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hemostat_engine.xargs import NOTHING, Asked, edits_logits, parse
+from hemostat_engine.xargs import NO_PARAMETERS, RequestParameters, edits_logits, parse
 
 VERSION = "0123456789abcdef" * 2
 
@@ -28,12 +28,12 @@ def test_no_entry_point_is_registered() -> None:
 
 
 @pytest.mark.parametrize("extra", [None, {}, {"other": 1}, {"hemostat": None}])
-def test_a_request_that_asks_for_nothing(extra: dict[str, Any] | None) -> None:
-    assert parse(extra) is NOTHING
+def test_request_without_parameters(extra: dict[str, Any] | None) -> None:
+    assert parse(extra) is NO_PARAMETERS
 
 
-def test_both_keys_are_read_beside_the_clients_own() -> None:
-    assert parse({"hemostat": VERSION, "hemostat_tap": "a-B_9", "theirs": [1]}) == Asked(VERSION, "a-B_9")
+def test_both_keys_are_read_beside_other_keys() -> None:
+    assert parse({"hemostat": VERSION, "hemostat_tap": "a-B_9", "theirs": [1]}) == RequestParameters(VERSION, "a-B_9")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_both_keys_are_read_beside_the_clients_own() -> None:
         ({"hemostat_tap": 1.5}, "vllm_xargs.hemostat_tap must"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_name(extra: dict[str, Any], named: str) -> None:
+def test_invalid_value_is_rejected_by_name(extra: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named) as caught:
         parse(extra)
     assert len(str(caught.value)) < 250
@@ -62,12 +62,12 @@ def test_what_cannot_be_meant_is_refused_by_name(extra: dict[str, Any], named: s
 @given(
     st.dictionaries(st.sampled_from(["hemostat", "hemostat_tap"]), st.text() | st.integers() | st.floats() | st.none())
 )
-def test_parse_answers_or_raises_value_error(extra: dict[str, Any]) -> None:
+def test_parse_returns_or_raises_value_error(extra: dict[str, Any]) -> None:
     try:
         asked = parse(extra)
     except ValueError:
         return
-    assert asked == Asked(extra.get("hemostat"), extra.get("hemostat_tap"))
+    assert asked == RequestParameters(extra.get("hemostat"), extra.get("hemostat_tap"))
 
 
 def edited(edit: dict[str, Any], after_penalties: bool) -> bool:
@@ -87,7 +87,7 @@ def edited(edit: dict[str, Any], after_penalties: bool) -> bool:
         {"min_tokens": 1},
     ],
 )
-def test_requests_that_edit_their_own_logits_are_seen(edit: dict[str, Any]) -> None:
+def test_logit_editing_parameters_are_detected(edit: dict[str, Any]) -> None:
     assert edited(edit, after_penalties=True)
     assert edited(edit, after_penalties=False)
 

@@ -1,8 +1,14 @@
-"""`hemostat demo`: the whole of Hemostat on one machine, with real models and real prompts.
+"""`hemostat demo`: all of Hemostat on one machine, with real models and real prompts.
 
-prompts.py reads prompts, traffic.py sends them, view.py shows what comes of it, runner.py starts and stops everything.
+options.py     the flags and their checks
+programs.py    vLLM and `hemostat serve`
+prompts.py, generated_prompts.py    the prompts
+traffic.py     the clients
+view.py        the live view and the report
+runner.py      starts, waits, stops
 """
 
-from hemostat.demo.runner import DemoOptions, run
+from hemostat.demo.options import DemoOptions
+from hemostat.demo.runner import run
 
 __all__ = ["DemoOptions", "run"]

@@ -13,11 +13,11 @@ import msgspec
 from hemostat_calibration.errors import HemostatError
 
 MAX_TOKENS = 64
-"""Where a line names none."""
+"""For a line without `max_tokens`."""
 
 
 class PromptError(HemostatError):
-    """A prompt file cannot be used; one line naming file, line and the fix."""
+    """A prompt file is invalid; one line with the file, the line and the correction."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,11 +29,11 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     messages: list[Message]
     max_tokens: int = MAX_TOKENS
     kind: str = ""
-    """What sort of task it is: for people."""
+    """The kind of task, for readers of the file."""
 
 
 def load(path: Path | None = None) -> list[Prompt]:
-    """The prompts of a file, by default those that Hemostat brings. Blank lines are skipped. Raises PromptError."""
+    """The prompts of a file, by default those of this package. Blank lines are skipped. Raises PromptError."""
     if path is None:
         name = "prompts.jsonl"
         data = resources.files(__package__).joinpath(name).read_bytes()
@@ -64,7 +64,7 @@ def _parse(line: bytes, where: str) -> Prompt:
 
 
 def plan(prompts: Sequence[Prompt], model: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Endless (request id, chat-completions body): every prompt once, in an order drawn anew each round.
+    """Endless (request id, chat-completions body): every prompt once a round, in random order.
 
     Three in four are sampled at temperature 1, where the estimates have no truncation bias; the others are greedy. Half
     are streamed. The same seed gives the same requests.

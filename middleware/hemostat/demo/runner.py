@@ -1,22 +1,18 @@
-"""Starts vLLM and Hemostat, sends prompts, shows what comes of it, and stops everything that it started."""
+"""`hemostat demo`: starts vLLM and Hemostat, sends prompts, shows the figures, stops everything that it started."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,75 +22,41 @@ from rich.console import Console
 from rich.live import Live
 
 from hemostat.demo import prompts, view
-from hemostat.demo.traffic import drive
-from hemostat.demo.varied import varied
-from hemostat.models.compress import Checkpoints, cached_checkpoints, copy_checkpoint
-from hemostat.models.vllm_server import (
-    LOGITS_PROCESSOR,
-    STOPS_WITHIN,
-    VllmFailure,
-    VllmServer,
-    dtype,
-    free_port,
-    on_cpu,
-    runnable,
-    tied,
+from hemostat.demo.generated_prompts import generated_prompts
+from hemostat.demo.options import DemoFailure, DemoOptions, check_destinations, forced_version
+from hemostat.demo.programs import (
+    POLL_SECONDS,
+    log_tail,
+    preferred_port,
+    serve_command,
+    serve_settings,
+    serving,
+    stopping,
+    vllm_arguments,
+    warm_up,
+    watch_programs,
 )
+from hemostat.demo.traffic import drive
+from hemostat.models.compress import Checkpoints, cached_checkpoints, copy_checkpoint
+from hemostat.models.vllm_server import VllmServer, runnable
 from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.profile import CalibrationProfile
 
 SERVED_NAME = "smollm2-135m-instruct"
 DATA_PORT, ADMIN_PORT = 8080, 8081
-"""Taken when they are free, otherwise any."""
-TOP_K = 64
-CALIBRATION = {
-    "mode": "auto",
-    "min_tokens": 3000,
-    "held_out_fraction": 0.5,
-    "control_fraction": 0.5,
-    "clamp_nats": 0.5,
-    "anchors": 1024,
-}
-"""A demo has minutes: propose early, judge by half of the prompts, and change little, as what a profile needs to prove
-itself grows with the range of what it may do. Arms of equal size tell soonest what it does. More anchors than the model
-has columns (576) show its hidden state whole."""
+"""Used if they are free, otherwise any free port."""
 QUEUE_SOFT_LIMIT = 32
-"""The demo's clients wait while more captures than this wait for the reference."""
-REFRESH = 0.5
-PLAIN_EVERY = 5.0
-REFERENCE_WITHIN = 180.0
-REFERENCE_QUIET = 5.0
-"""Hemostat asks vLLM every few seconds: what it says sooner is old."""
-PROFILE_WITHIN = 60.0
-DRAINED_AFTER = 3.0
-"""Seconds without news from an empty queue: relays report their counters now and then."""
-STUCK_AFTER = 90.0
-"""Seconds without news from a queue that is not empty: given up."""
+"""The demo's clients pause while more captures than this wait for the reference."""
+LINE_SECONDS = 5.0
+REFERENCE_TIMEOUT_SECONDS = 180.0
+REFERENCE_DETAIL_SECONDS = 5.0
+"""Hemostat polls vLLM every few seconds: before that its detail is out of date and not printed."""
+PROFILE_TIMEOUT_SECONDS = 60.0
+IDLE_SECONDS = 3.0
+"""The queue is empty and the counters have not changed for this long: done. Relays send counters periodically."""
+STALLED_SECONDS = 90.0
+"""The queue is not empty but the counters have not changed for this long: give up."""
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class DemoOptions:
-    """The flags of `hemostat demo`."""
-
-    requests: int | None = None
-    """None: until Ctrl-C."""
-    prompts: Path | None = None
-    report: Path | None = None
-    keep: Path | None = None
-    """Folder that gets `reference`, `compressed`, `records.jsonl` and the logs."""
-    seed: int = 0
-    compression: str = "w4a16"
-    console: bool = True
-    """False: plain lines in place of the live picture."""
-    force_profile: Path | None = None
-    overrides: tuple[str, ...] = ()
-    """`KEY=VALUE`, for `hemostat serve --set`."""
-
-
-class DemoFailure(HemostatError):
-    """The demo cannot go on; the text says why."""
 
 
 class _StoppedError(Exception):
@@ -102,43 +64,16 @@ class _StoppedError(Exception):
 
 
 def run(options: DemoOptions) -> int:
-    """Run the demo; the exit code: 0 done or stopped while unbounded, 1 something failed, 130 stopped before the end.
+    """Run the demo. Exit code: 0 finished, or stopped without `--requests`; 1 failed; 130 stopped before the end.
 
-    Raises HemostatError for what the user has to put right before anything is started.
+    Raises HemostatError for a user error, before anything is started.
     """
     loaded = prompts.load(options.prompts)
     if options.prompts is None:
-        loaded += varied()
-    forced = _forced_version(options.force_profile)
-    _check_destinations(options)
+        loaded += generated_prompts()
+    forced = forced_version(options.force_profile)
+    check_destinations(options)
     return asyncio.run(_Demo(options, loaded, forced).run())
-
-
-def _forced_version(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return CalibrationProfile.from_bytes(path.read_bytes()).version
-    except OSError as error:
-        raise DemoFailure(f"--force-profile {path}: cannot be read ({error.strerror})") from None
-    except HemostatError as error:
-        raise DemoFailure(f"--force-profile {path}: {error}") from None
-
-
-def _check_destinations(options: DemoOptions) -> None:
-    """What would fail only at the end fails now."""
-    try:
-        if options.keep is not None:
-            options.keep.mkdir(parents=True, exist_ok=True)
-        if options.report is not None:
-            options.report.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoFailure(f"cannot write to {error.filename} ({error.strerror}); name another place") from None
-    for flag, place in (("--keep", options.keep), ("--report", options.report and options.report.parent)):
-        if place is not None and not os.access(place, os.W_OK):
-            raise DemoFailure(f"{flag}: cannot write to {place}; name another place")
-    if options.report is not None and options.report.is_dir():
-        raise DemoFailure(f"--report {options.report}: is a folder; name a file")
 
 
 class _Demo:
@@ -157,7 +92,9 @@ class _Demo:
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(sig, self._stop.set)
-        scratch = Path(tempfile.mkdtemp(prefix="hemostat-demo-"))  # readable by this user only: it holds a token
+        scratch = Path(
+            tempfile.mkdtemp(prefix="hemostat-demo-")
+        )  # only this user can read it: the configuration has a token
         failed = False
         try:
             await self._main(scratch)
@@ -183,7 +120,7 @@ class _Demo:
         self._say("checkpoints")
         checkpoints = await self._first([], asyncio.to_thread(self._checkpoints))
         served = await self._first([], asyncio.to_thread(runnable, checkpoints.compressed, self._say))
-        data_port, admin_port = _port(DATA_PORT), _port(ADMIN_PORT)
+        data_port, admin_port = preferred_port(DATA_PORT), preferred_port(ADMIN_PORT)
         scene = view.Scene(
             SERVED_NAME, f"http://127.0.0.1:{data_port}", f"http://127.0.0.1:{admin_port}", str(logs.absolute())
         )
@@ -199,9 +136,9 @@ class _Demo:
         settings = serve_settings(options, checkpoints, vllm.url, data_port, admin_port, token)
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
         self._say(f"starting vLLM on the {options.compression} model, and Hemostat with the reference in process")
-        with _stopping(vllm):
+        with stopping(vllm):
             vllm.start()
-            with _serving(serve_command(config, options.overrides), logs / "hemostat.log") as serve:
+            with serving(serve_command(config, options.overrides), logs / "hemostat.log") as serve:
                 await self._measure(scene, vllm, serve, logs)
 
     def _checkpoints(self) -> Checkpoints:
@@ -215,11 +152,11 @@ class _Demo:
         return kept
 
     async def _measure(self, scene: view.Scene, vllm: VllmServer, serve: subprocess.Popen[bytes], logs: Path) -> None:
-        """Everything between the start of the two programs and their end."""
+        """Send the prompts and show the figures, while both programs run."""
         options = self._options
         async with (
             httpx.AsyncClient(base_url=scene.admin_url, timeout=10.0, trust_env=False) as admin,
-            self._background(self._poll(admin, scene), _children(vllm, serve, logs)) as watched,
+            self._background(self._poll(admin, scene), watch_programs(vllm, serve, logs)) as watched,
         ):
             await self._first(watched, self._until_ready(scene, vllm))
             self._say(f"ready. Console {scene.admin_url}/   data port {scene.data_url}/v1")
@@ -230,7 +167,7 @@ class _Demo:
             try:
                 async with self._shown(scene):
                     await self._first(watched, driving)
-                    scene.note = "all sent; waiting for the reference to score the rest"
+                    scene.note = "all requests sent; waiting for the reference to score the rest"
                     await self._first(watched, self._drained(scene))
                     scene.note = ""
             finally:
@@ -238,13 +175,13 @@ class _Demo:
                     await _refresh(admin, scene)
                 self._finish(scene)
             if not scene.traffic.ok:
-                raise DemoFailure("not one request succeeded")
+                raise DemoFailure("no request succeeded")
 
     def _finish(self, scene: view.Scene) -> None:
-        """The last figures, and the report, also when the end came early."""
+        """Print the last figures and write the report, also after an early end."""
         if not scene.status:
             return
-        self._say(view.line(scene))
+        self._say(view.status_line(scene))
         if scene.traffic.last_failure:
             self._say(f"last failure: {scene.traffic.last_failure}")
         if self._options.report is not None:
@@ -252,38 +189,36 @@ class _Demo:
             self._options.report.write_text(text + "\n", encoding="utf-8")
             self._say(f"report: {self._options.report}")
 
-    # --- waiting ---------------------------------------------------------------------------------------------------
-
     async def _until_ready(self, scene: view.Scene, vllm: VllmServer) -> None:
-        """Both models answer, the vocabularies were compared, and a forced profile is where it will be applied."""
+        """Wait until both models answer, their vocabularies were compared, and the engine holds a forced profile."""
         await asyncio.to_thread(vllm.wait_ready, progress=self._say, cancelled=self._stop.is_set)
-        self._say("vLLM answers; its first request takes a little longer")
-        await _warm_up(vllm)
-        said = ""
+        self._say("vLLM answers; warming up")
+        await warm_up(vllm)
+        printed = ""
         began = time.monotonic()
         while (reference := scene.status.get("reference", {})).get("state") != "ready":
             state, detail = reference.get("state", "starting"), reference.get("detail", "")
             if state == "mismatch":
-                raise DemoFailure(f"the two models do not fit together: {detail}")
-            if time.monotonic() - began > REFERENCE_WITHIN:
-                raise DemoFailure(f"the reference is not ready ({state}): {detail}\n{_tail(Path(scene.logs))}")
-            late = time.monotonic() - began > REFERENCE_QUIET
-            if late and (news := f"reference {state}: {detail}") != said:
+                raise DemoFailure(f"the two models do not match: {detail}")
+            if time.monotonic() - began > REFERENCE_TIMEOUT_SECONDS:
+                raise DemoFailure(f"the reference is not ready ({state}): {detail}\n{log_tail(Path(scene.logs))}")
+            late = time.monotonic() - began > REFERENCE_DETAIL_SECONDS
+            if late and (news := f"reference {state}: {detail}") != printed:
                 self._say(news)
-                said = news
-            await asyncio.sleep(REFRESH)
-        while scene.status["learner"]["state"] == "starting":  # noqa: ASYNC110  polled, like all that the scene shows
-            await asyncio.sleep(REFRESH)
+                printed = news
+            await asyncio.sleep(POLL_SECONDS)
+        while scene.status["learner"]["state"] == "starting":  # noqa: ASYNC110  polled, like the rest of the scene
+            await asyncio.sleep(POLL_SECONDS)
         began = time.monotonic()
         while self._forced is not None and self._forced not in scene.status["engines"]["acknowledged"]:
-            if time.monotonic() - began > PROFILE_WITHIN:
+            if time.monotonic() - began > PROFILE_TIMEOUT_SECONDS:
                 raise DemoFailure(
-                    f"the engine did not take the forced profile {self._forced}; {_tail(Path(scene.logs))}"
+                    f"the engine did not load the forced profile {self._forced}; {log_tail(Path(scene.logs))}"
                 )
-            await asyncio.sleep(REFRESH)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _drained(self, scene: view.Scene) -> None:
-        """Return when nothing waits for the reference any more, or nothing moves."""
+        """Wait until every capture is scored, or until nothing changes any more."""
         last: Any = None
         since = time.monotonic()
         while True:
@@ -294,37 +229,37 @@ class _Demo:
             waiting = _queued(scene) + requests.get("pending", 0)
             still = time.monotonic() - since
             accounted = requests["scored"] + sum(requests["skipped"].values()) + sum(requests["dropped"].values())
-            if not waiting and (accounted >= scene.traffic.ok or still > DRAINED_AFTER):
+            if not waiting and (accounted >= scene.traffic.ok or still > IDLE_SECONDS):
                 return
-            if still > STUCK_AFTER:
-                self._say(f"{waiting} captures were not scored within {STUCK_AFTER:.0f} s; going on without")
+            if still > STALLED_SECONDS:
+                self._say(f"{waiting} captures were not scored within {STALLED_SECONDS:.0f} s; continuing without them")
                 return
-            await asyncio.sleep(REFRESH)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _poll(self, admin: httpx.AsyncClient, scene: view.Scene) -> None:
-        """Keep the scene's status fresh; an admin port that does not answer leaves the last one."""
+        """Update the scene from the admin port; while it does not answer, the scene keeps the last status."""
         while True:
             with contextlib.suppress(httpx.HTTPError, ValueError):
                 await _refresh(admin, scene)
             scene.elapsed = time.monotonic() - self._began
-            await asyncio.sleep(REFRESH)
+            await asyncio.sleep(POLL_SECONDS)
 
     @asynccontextmanager
     async def _shown(self, scene: view.Scene) -> AsyncIterator[None]:
-        """The live picture, or a plain line now and then."""
+        """Show the live view, or print a line every few seconds."""
         if self._options.console and self._console.is_terminal:
-            with Live(console=self._console, get_renderable=lambda: view.picture(scene), refresh_per_second=4):
+            with Live(console=self._console, get_renderable=lambda: view.render(scene), refresh_per_second=4):
                 yield
             return
 
         async def lines() -> None:
-            said = 0.0
+            last_event = 0.0
             while True:
-                self._say(view.line(scene))
-                for event in [e for e in reversed(scene.decisions) if e["at"] > said]:
-                    self._say(view.decided(event))
-                    said = event["at"]
-                await asyncio.sleep(PLAIN_EVERY)
+                self._say(view.status_line(scene))
+                for event in [e for e in reversed(scene.decisions) if e["at"] > last_event]:
+                    self._say(view.decision_line(event))
+                    last_event = event["at"]
+                await asyncio.sleep(LINE_SECONDS)
 
         async with self._background(lines()):
             yield
@@ -340,7 +275,7 @@ class _Demo:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _first(self, watched: Sequence[asyncio.Future[None]], work: Awaitable[_T]) -> _T:
-        """Do `work` unless it is to stop, or one of the `watched` fails first: then raise that."""
+        """The result of `work`. Raises _StoppedError on a signal, or the error of the first of `watched` that fails."""
         task = asyncio.ensure_future(work)
         stopping = asyncio.ensure_future(self._stop.wait())
         try:
@@ -357,119 +292,17 @@ class _Demo:
             await asyncio.gather(task, stopping, return_exceptions=True)
 
 
-# --- the programs ----------------------------------------------------------------------------------------------------
-
-
-def vllm_arguments() -> list[str]:
-    """Beside what VllmServer says itself. A GPU build keeps its defaults (graphs, compilation)."""
-    arguments = ["--dtype", dtype(), "--max-model-len", "4096", "--max-logprobs", str(TOP_K)]
-    if on_cpu():
-        arguments.append("--enforce-eager")
-    return [*arguments, "--logits-processors", LOGITS_PROCESSOR]
-
-
-def serve_settings(
-    options: DemoOptions, checkpoints: Checkpoints, upstream: str, data_port: int, admin_port: int, token: str
-) -> dict[str, Any]:
-    """The configuration of the demo's `hemostat serve`."""
-    settings: dict[str, Any] = {
-        "listen": {"host": "127.0.0.1", "port": data_port},
-        "admin": {"host": "127.0.0.1", "port": admin_port, "token": token},
-        "upstream": {"url": upstream, "openai_sampling_defaults": True},
-        "reference": {"backend": "transformers", "model": str(checkpoints.reference.absolute()), "dtype": dtype()},
-        "shadow": {"rate": 1.0, "seed": options.seed % 2**63, "top_k": TOP_K},
-        "calibration": dict(CALIBRATION),
-        "shutdown_seconds": 5.0,
-    }
-    if options.force_profile is not None:
-        settings["calibration"]["force"] = str(options.force_profile.absolute())
-    if options.keep is not None:
-        settings["records"] = {"path": str((options.keep / "records.jsonl").absolute())}
-    return settings
-
-
-def serve_command(config: Path, overrides: Sequence[str] = ()) -> list[str]:
-    flags = [flag for override in overrides for flag in ("--set", override)]
-    return [str(Path(sys.executable).parent / "hemostat"), "serve", "--config", str(config), *flags]
-
-
-@contextmanager
-def _stopping(vllm: VllmServer) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        vllm.stop()
-
-
-@contextmanager
-def _serving(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Hemostat itself, its output in `log`."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            tied(command),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if not name.startswith("HEMOSTAT_")},
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOPS_WITHIN)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-async def _children(vllm: VllmServer, serve: subprocess.Popen[bytes], logs: Path) -> None:
-    """Raises as soon as one of the two programs has ended."""
-    while True:
-        if (code := vllm.poll()) is not None:
-            raise VllmFailure(f"vLLM ended with code {code}; {vllm.log_tail()}")
-        if (code := serve.poll()) is not None:
-            raise DemoFailure(f"hemostat serve ended with code {code}; {_tail(logs)}")
-        await asyncio.sleep(REFRESH)
-
-
-def _tail(logs: Path) -> str:
-    log = logs / "hemostat.log"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
-    return "\n".join([f"the end of {log}:", *lines])
-
-
-async def _warm_up(vllm: VllmServer) -> None:
-    body = {"model": vllm.model, "prompt": "Hello", "max_tokens": 2}
-    async with httpx.AsyncClient(timeout=120.0, trust_env=False) as http:
-        try:
-            (await http.post(f"{vllm.url}/v1/completions", json=body)).raise_for_status()
-        except httpx.HTTPError as error:
-            raise DemoFailure(f"vLLM's first answer was none ({error!r}); {vllm.log_tail()}") from None
-
-
 async def _refresh(admin: httpx.AsyncClient, scene: view.Scene) -> None:
-    scene.status = await _asked(admin, "/api/v1/status")
-    scene.decisions = (await _asked(admin, "/api/v1/profiles"))["events"]
+    scene.status = await _get_json(admin, "/api/v1/status")
+    scene.decisions = (await _get_json(admin, "/api/v1/profiles"))["events"]
 
 
-async def _asked(admin: httpx.AsyncClient, path: str) -> dict[str, Any]:
+async def _get_json(admin: httpx.AsyncClient, path: str) -> dict[str, Any]:
     response = await admin.get(path)
     response.raise_for_status()
-    found: dict[str, Any] = response.json()
-    return found
+    body: dict[str, Any] = response.json()
+    return body
 
 
 def _queued(scene: view.Scene) -> int:
     return int(scene.status.get("queue", {}).get("depth", 0))
-
-
-def _port(preferred: int) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", preferred))
-        except OSError:
-            return free_port()
-    return preferred

@@ -1,4 +1,4 @@
-"""The demo's clients: a few at a time, as an OpenAI client would ask."""
+"""The demo's clients: concurrent requests like those of an OpenAI client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT = httpx.Timeout(300.0, connect=10.0)
 
 @dataclass(slots=True)
 class Traffic:
-    """What the clients saw."""
+    """Results of the clients' requests."""
 
     sent: int = 0
     ok: int = 0
@@ -34,8 +34,8 @@ async def drive(
 ) -> None:
     """Send `limit` requests (None: until cancelled) to the data port at `url`, counting in `traffic`.
 
-    While `may_send` says no, clients wait: the demo's models share one machine, and what the reference cannot score in
-    time would be dropped.
+    Clients pause while `may_send` is false: both models share one machine, and captures that the reference cannot
+    score in time would be dropped.
     """
 
     async def client(http: httpx.AsyncClient) -> None:
@@ -46,7 +46,7 @@ async def drive(
             traffic.sent += 1
             request_id, body = next(requests)
             try:
-                traffic.last_text = await ask(http, request_id, body)
+                traffic.last_text = await complete(http, request_id, body)
                 traffic.ok += 1
             except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
                 traffic.failed += 1
@@ -61,24 +61,24 @@ async def drive(
             clients.create_task(client(http))
 
 
-async def ask(http: httpx.AsyncClient, request_id: str, body: dict[str, Any]) -> str:
-    """One chat completion's text; httpx.HTTPError, ValueError, LookupError or TypeError when it is no good answer."""
+async def complete(http: httpx.AsyncClient, request_id: str, body: dict[str, Any]) -> str:
+    """One chat completion's text; httpx.HTTPError, ValueError, LookupError or TypeError when the answer is invalid."""
     headers = {"x-request-id": request_id}
     if not body["stream"]:
         response = await http.post("/v1/chat/completions", json=body, headers=headers)
         if not response.is_success:
-            raise ValueError(_refusal(response.status_code, response.text))
+            raise ValueError(_http_error(response.status_code, response.text))
         return str(response.json()["choices"][0]["message"]["content"] or "")
     parts: list[str] = []
     done = False
     async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
         if not response.is_success:
-            raise ValueError(_refusal(response.status_code, (await response.aread()).decode(errors="replace")))
+            raise ValueError(_http_error(response.status_code, (await response.aread()).decode(errors="replace")))
         async for line in response.aiter_lines():
             if not line.startswith("data: "):
                 continue
             if line == "data: [DONE]":
-                done = True  # and read on to the response's end, so that the connection can be used again
+                done = True  # read to the end of the response, so that the connection is reused
                 continue
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
@@ -89,5 +89,5 @@ async def ask(http: httpx.AsyncClient, request_id: str, body: dict[str, Any]) ->
     return "".join(parts)
 
 
-def _refusal(status: int, text: str) -> str:
+def _http_error(status: int, text: str) -> str:
     return f"HTTP {status}: {' '.join(text.split())[:300]}"

@@ -1,4 +1,4 @@
-"""What the demo shows, live in a terminal or as plain lines, and the report that it leaves."""
+"""The demo's live view, its plain lines, and the file of `--report`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.text import Text
 from hemostat.demo.traffic import Traffic
 
 UNKNOWN = "–"
-DECISIONS_SHOWN = 3
+MAX_DECISIONS_SHOWN = 3
 
 
 @dataclass(slots=True)
 class Scene:
-    """Everything there is to show. `status` is the admin port's /api/v1/status, {} before it has answered."""
+    """The state that is shown. `status` is the response of /api/v1/status, {} before the first."""
 
     model: str
     data_url: str
@@ -30,11 +30,11 @@ class Scene:
     elapsed: float = 0.0
     note: str = ""
     decisions: Sequence[Mapping[str, Any]] = ()
-    """What the guard and others decided of profiles, newest first, as /api/v1/profiles has it under `events`."""
+    """Decisions about profiles, newest first: `events` of /api/v1/profiles."""
 
 
 def report(scene: Scene) -> dict[str, Any]:
-    """The figures as `--report` writes them; the calibrated ones equal the raw ones while identity serves."""
+    """The content of `--report`. Calibrated figures equal the raw ones while identity serves."""
     status, traffic = scene.status, scene.traffic
     requests = {"sent": traffic.sent, "ok": traffic.ok, "failed": traffic.failed, **status["requests"]}
     return {
@@ -77,8 +77,8 @@ def counts(by_reason: Mapping[str, int]) -> str:
     return f"{total} ({', '.join(f'{reason} {n}' for reason, n in sorted(by_reason.items()) if n)})"
 
 
-def line(scene: Scene) -> str:
-    """One plain line: where no terminal is, or the live picture is not wanted."""
+def status_line(scene: Scene) -> str:
+    """One line, for an output that is not a terminal and for `--no-console`."""
     requests = scene.status.get("requests", {})
     raw, calibrated = scene.status.get("raw", {}), scene.status.get("calibrated", {})
     profile = scene.status.get("profile", {})
@@ -88,34 +88,34 @@ def line(scene: Scene) -> str:
         f"({scene.status.get('tokens_scored', 0)} tokens); "
         f"KL {interval(raw.get('kl_nats'))} nats, calibrated {interval(calibrated.get('kl_nats'))}; "
         f"TV {number(raw.get('total_variation'))}; top-1 {percent(raw.get('top1_agreement'))}; "
-        f"profile {profile.get('version', UNKNOWN)}{_won(scene.status)}"
+        f"profile {profile.get('version', UNKNOWN)}{_recovered(scene.status)}"
     )
 
 
-def decided(event: Mapping[str, Any]) -> str:
-    """In a line: `promote 3f2a0c91 (evidence): better on held-out requests; gain 0.112 nats on 103 prompts, ...`"""
+def decision_line(event: Mapping[str, Any]) -> str:
+    """One line: `promote 3f2a0c91 (evidence): better on held-out requests; gain 0.112 nats on 103 prompts, ...`"""
     evidence = event.get("evidence") or {}
     found = f"{event['decision']} {event['version'][:8]} ({event['reason']}): {event['why']}"
-    # A proposal's evidence is what its learner says, and proves nothing.
+    # The evidence of a proposal is the learner's own estimate, not that of the test; it is not shown.
     return f"{found}; {_evidence(evidence)}" if "mean_gain" in evidence else found
 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
-    """A test of the guard's, so far."""
+    """The current state of the promotion test."""
     mean, lower = number(evidence.get("mean_gain")), number(evidence.get("lower"), 4)
     return f"gain {mean} nats on {evidence['requests']} held-out prompts, proven above {lower}"
 
 
-def _won(status: Mapping[str, Any]) -> str:
+def _recovered(status: Mapping[str, Any]) -> str:
     recovered = status.get("recovered") or {}
     if recovered.get("ratio") is None:
         return ""
-    won = {"estimate": recovered["ratio"], "ci95": recovered["ci95"]}
-    return f"; won back {share(won)} of KL, {interval(recovered['gain_nats'])} nats"
+    ratio = {"estimate": recovered["ratio"], "ci95": recovered["ci95"]}
+    return f"; recovered {share(ratio)} of KL, {interval(recovered['gain_nats'])} nats"
 
 
-def picture(scene: Scene) -> RenderableType:
-    """The live picture."""
+def render(scene: Scene) -> RenderableType:
+    """The live view."""
     status, traffic = scene.status, scene.traffic
     requests = status.get("requests", {})
     reference, profile, queue = (status.get(name, {}) for name in ("reference", "profile", "queue"))
@@ -134,8 +134,8 @@ def picture(scene: Scene) -> RenderableType:
         flow.add_row("learner", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
     for candidate in status.get("calibration", {}).get("candidates", []):
         flow.add_row("under test", f"{candidate['version'][:8]} ({candidate['source']}): {_evidence(candidate)}")
-    for event in [e for e in scene.decisions if e["decision"] != "propose"][:DECISIONS_SHOWN]:
-        flow.add_row("decided", decided(event))
+    for event in [e for e in scene.decisions if e["decision"] != "propose"][:MAX_DECISIONS_SHOWN]:
+        flow.add_row("decided", decision_line(event))
 
     addresses = _grid()
     addresses.add_row("console", f"{scene.admin_url}/")
@@ -156,7 +156,7 @@ def picture(scene: Scene) -> RenderableType:
 
 
 def _figures(status: Mapping[str, Any]) -> Table:
-    """Before and after: where a profile serves, of the same requests, those since it was promoted."""
+    """Raw and calibrated figures; while a profile serves, both of the same requests, those since its promotion."""
     calibrated = status.get("calibrated", {})
     raw = calibrated.get("raw_same_requests") or status.get("raw", {})
     bound = (raw.get("kl_nats") or {}).get("bound", "")
@@ -178,8 +178,8 @@ def _figures(status: Mapping[str, Any]) -> Table:
         )
     recovered = status.get("recovered") or {}
     if recovered.get("ratio") is not None:
-        won = {"estimate": recovered["ratio"], "ci95": recovered["ci95"]}
-        figures.add_row("  won back, exact, held-out prompts", interval(recovered["gain_nats"]), share(won))
+        ratio = {"estimate": recovered["ratio"], "ci95": recovered["ci95"]}
+        figures.add_row("  recovered, exact, held-out prompts", interval(recovered["gain_nats"]), share(ratio))
     figures.add_row("total variation", number(raw.get("total_variation")), number(calibrated.get("total_variation")))
     figures.add_row("same top-1", percent(raw.get("top1_agreement")), percent(calibrated.get("top1_agreement")))
     for decoding, top1 in calibrated.get("top1_by_decoding", {}).items():
@@ -192,20 +192,22 @@ def _figures(status: Mapping[str, Any]) -> Table:
 
 
 def _arms(arms: Mapping[str, Any]) -> Table:
-    """What clients got: requests are assigned at random."""
+    """Divergence of the text that clients received, by arm; requests are assigned at random."""
     control, treated = arms.get("control", {}), arms.get("treated", {})
     difference = arms.get("treated_minus_control", {})
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("what clients got, by arm")
+    table.add_column("what clients received, by arm")
     for name, arm in (("control", control), ("treated", treated)):
         table.add_column(f"{name}, {arm.get('requests', 0):,} requests", justify="right")
     table.add_column("difference [95 %]", justify="right")
-    for name, key, form, told in (
+    for name, key, format_one, format_difference in (
         ("KL, nats, estimate with the tail", "kl_nats_estimate", _estimate, interval),
         ("total variation", "total_variation", number, interval),
         ("same top-1", "top1_agreement", percent, share),
     ):
-        table.add_row(name, form(control.get(key)), form(treated.get(key)), told(difference.get(key)))
+        table.add_row(
+            name, format_one(control.get(key)), format_one(treated.get(key)), format_difference(difference.get(key))
+        )
     return table
 
 
@@ -222,7 +224,7 @@ def _profile(profile: Mapping[str, Any]) -> str:
     if not profile:
         return UNKNOWN
     version, family, mode = profile["version"], profile["family"], profile["mode"]
-    name = "identity: none has earned its place yet" if version == family == "identity" else f"{version} ({family})"
+    name = "identity: no profile is proven yet" if version == family == "identity" else f"{version} ({family})"
     return f"{name}; mode {mode}"
 
 

@@ -1,5 +1,8 @@
-"""More prompts than anybody wrote: every task with every subject. A prompt judges a profile only once, so that a run
-which is to prove one needs hundreds. A request counts as much whether it is long or short: these are short."""
+"""Generated prompts: every task with every subject.
+
+A prompt counts only once in the test of a profile, so a run that promotes one needs hundreds. A request counts the same
+whether it is long or short; these are short.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ SUBJECTS = (
 )  # fmt: skip
 
 
-def varied() -> list[Prompt]:
+def generated_prompts() -> list[Prompt]:
     """All of them, in a fixed order."""
     return [
         Prompt([Message("user", task.format(subject))], MAX_TOKENS, "varied") for subject in SUBJECTS for task in TASKS
