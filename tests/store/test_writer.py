@@ -1,0 +1,96 @@
+"""The queue of writes: what reaches the store, in which order, and what becomes of failures."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.support.waiting import until
+
+from hemostat.store import writer as writer_module
+from hemostat.store.errors import StoreErrorLog
+from hemostat.store.lease import Lease
+from hemostat.store.memory import MemoryStore
+from hemostat.store.protocol import StoredProfile, StoreFailure, StoreUnreachable
+from hemostat.store.writer import MAX_QUEUED_WRITES, StoreWriter
+
+
+class FailingStore(MemoryStore):
+    """Raises the given failures, one for each write of an event, before it accepts them."""
+
+    def __init__(self, *failures: StoreFailure) -> None:
+        super().__init__()
+        self.failures = list(failures)
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+        super().append_event(event)
+
+
+def writer(store: MemoryStore, *, shared: bool = False) -> tuple[StoreWriter, StoreErrorLog, Lease]:
+    errors, lease = StoreErrorLog(), Lease(shared=shared)
+    return StoreWriter(store, lease, errors), errors, lease
+
+
+async def test_every_kind_of_write_reaches_the_store() -> None:
+    store = MemoryStore()
+    one, errors, _ = writer(store)
+    profile = StoredProfile("a", b"1", 1.0)
+    for writes in (one.as_leader, one.as_replica):
+        writes.put_profile(profile)
+        writes.put_profile(StoredProfile("b", b"2", 2.0))
+        writes.delete_profile("b")
+        writes.append_event({"n": 1})
+        writes.set_state("mode", "auto")
+        writes.raise_state("tests", 3)
+        writes.raise_state("tests", 2)
+    await one.drain()
+    assert store.profiles() == [profile]
+    assert store.events(9) == [{"n": 1}] * 2
+    assert (store.get_state("mode"), store.get_state("tests"), errors.count) == ("auto", "3", 0)
+
+
+async def test_a_follower_writes_only_what_every_replica_writes() -> None:
+    store = MemoryStore()
+    one, _, lease = writer(store, shared=True)
+    one.as_leader.append_event({"as": "leader"})
+    one.as_replica.append_event({"as": "replica"})
+    lease.grant(float("inf"))
+    one.as_leader.append_event({"as": "leader now"})
+    await one.drain()
+    assert [event["as"] for event in store.events(9)] == ["leader now", "replica"]
+
+
+async def test_an_unreachable_server_is_retried_and_another_failure_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.001,))
+    store = FailingStore(StoreUnreachable("away"), StoreUnreachable("away"), StoreFailure("damaged"))
+    one, errors, _ = writer(store)
+    for n in range(2):
+        one.as_leader.append_event({"n": n})
+    one.as_leader.append_event({"n": 2})
+    task = asyncio.create_task(one.run())
+    await until(lambda: len(store.events(9)) == 2)
+    await one.wait_until_written(5.0)
+    assert [event["n"] for event in store.events(9)] == [2, 1], "the write with another failure is dropped, not retried"
+    assert errors.count == 3
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_writes_beyond_the_queue_are_counted() -> None:
+    one, errors, _ = writer(MemoryStore())
+    for n in range(MAX_QUEUED_WRITES + 2):
+        one.as_leader.set_state("n", str(n))
+    assert errors.count == 2
+
+
+def test_a_repeated_message_is_logged_once_where_asked(caplog: pytest.LogCaptureFixture) -> None:
+    errors = StoreErrorLog(log_repeats=False)
+    for message in ("away", "away", "damaged"):
+        errors.record(StoreFailure(message))
+    errors.clear()
+    errors.record(StoreFailure("damaged"))
+    assert [record.message for record in caplog.records] == ["away", "damaged", "damaged"]
+    assert errors.count == 4
