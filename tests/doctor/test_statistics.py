@@ -1,4 +1,4 @@
-"""Standard errors against the estimator that the console uses, against simulation, and by hand."""
+"""Standard errors compared with the streaming estimator, with simulation, and with values computed by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hemostat_calibration.statistics.streaming import RatioEstimate, student_975
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=12), st.integers(0, 2**32 - 1))
-def test_the_mean_is_that_of_the_ratio_estimate(lengths: list[int], seed: int) -> None:
+def test_mean_equals_the_ratio_estimate(lengths: list[int], seed: int) -> None:
     values = [np.random.default_rng([seed, n]).normal(size=length) for n, length in enumerate(lengths)]
     sample = Sample(np.repeat(np.arange(len(lengths)), lengths), len(lengths))
     found = sample.mean(np.concatenate(values))
@@ -29,23 +29,23 @@ def test_the_mean_is_that_of_the_ratio_estimate(lengths: list[int], seed: int) -
     assert found.by_token == pytest.approx(every.std(ddof=1) / math.sqrt(len(every)), abs=1e-12)
 
 
-def test_errors_by_request_are_the_spread_over_repeated_samples() -> None:
+def test_standard_error_by_request_equals_the_spread_of_repeated_samples() -> None:
     rng = np.random.default_rng(1)
-    ratios, told = [], []
+    ratios, estimates = [], []
     for _ in range(400):
-        # Tokens of a request share most of what they are: by token the error is far too small.
+        # Tokens of a request are strongly correlated: the error by token is far too small.
         a = np.repeat(rng.normal(1.0, 0.3, 60), 8) + 0.1 * rng.normal(size=480)
         b = np.repeat(rng.normal(0.5, 0.3, 60), 8) + 0.1 * rng.normal(size=480)
         sample = Sample(np.repeat(np.arange(60), 8), 60)
         ratio = math.exp(a.mean() - b.mean())
         ratios.append(ratio)
-        told.append(sample.function(lambda means: math.exp(means[0] - means[1]), [ratio, -ratio], a, b))
+        estimates.append(sample.function(lambda means: math.exp(means[0] - means[1]), [ratio, -ratio], a, b))
     spread = float(np.std(ratios))
-    assert np.mean([one.by_request for one in told]) == pytest.approx(spread, rel=0.12)
-    assert np.mean([one.by_token for one in told]) < 0.5 * spread
+    assert np.mean([one.by_request for one in estimates]) == pytest.approx(spread, rel=0.12)
+    assert np.mean([one.by_token for one in estimates]) < 0.5 * spread
 
 
-def test_too_few_say_so() -> None:
+def test_too_few_requests_or_tokens_give_nan() -> None:
     one = Sample(np.zeros(3, np.int64), 1).mean(np.array([1.0, 2.0, 3.0]))
     assert one.value == 2.0
     assert math.isnan(one.by_request)
@@ -53,13 +53,13 @@ def test_too_few_say_so() -> None:
     assert math.isnan(Sample(np.zeros(0, np.int64), 0).mean(np.zeros(0)).value)
 
 
-def test_an_infinite_figure_has_no_spread() -> None:
+def test_infinite_value_has_no_standard_error() -> None:
     found = Sample(np.array([0, 1]), 2).mean(np.array([np.inf, 1.0]))
     assert found.value == math.inf
     assert math.isnan(found.by_request)
 
 
-def test_a_selection_counts_its_own_requests() -> None:
+def test_selection_counts_its_own_requests() -> None:
     sample = Sample(np.array([0, 0, 1, 2, 2]), 3)
     chosen = sample.select(np.array([True, False, False, True, True]))
     assert chosen.requests == 2

@@ -1,4 +1,4 @@
-"""The folder that an interrupted report goes on from."""
+"""The folder from which an interrupted report continues."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from hemostat.doctor.options import DoctorError
-from hemostat.doctor.work import RUN, WorkFolder
+from hemostat.doctor.work import KEY_FILE, WorkFolder
 
 KEY = {"reference": "a", "--seed": 1}
 
 
-def test_what_was_put_is_there_for_the_same_key_only(tmp_path: Path) -> None:
+def test_parts_are_kept_for_the_same_key_only(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     with WorkFolder(folder, KEY) as work:
         assert work.get("a") is None
@@ -26,11 +26,11 @@ def test_what_was_put_is_there_for_the_same_key_only(tmp_path: Path) -> None:
         assert work.notes == []
     with WorkFolder(folder, KEY | {"--seed": 2}) as work:
         assert work.get("a") is None
-        assert "started anew: --seed changed" in work.notes[0]
+        assert "started over: --seed changed" in work.notes[0]
 
 
 @pytest.mark.parametrize("harm", [lambda data: data[:-1], lambda data: data[:40] + b"?" + data[41:], lambda _: b""])
-def test_a_damaged_file_counts_as_not_done(tmp_path: Path, harm: object) -> None:
+def test_damaged_part_counts_as_missing(tmp_path: Path, harm: object) -> None:
     with WorkFolder(tmp_path, KEY) as work:
         work.put("a", b"0123456789")
         path = tmp_path / "a.part"
@@ -41,31 +41,31 @@ def test_a_damaged_file_counts_as_not_done(tmp_path: Path, harm: object) -> None
         assert work.get("a") == b"again"
 
 
-def test_a_damaged_key_starts_anew(tmp_path: Path) -> None:
+def test_damaged_key_starts_over(tmp_path: Path) -> None:
     with WorkFolder(tmp_path, KEY) as work:
         work.put("a", b"one")
-    (tmp_path / RUN).write_text("{")
+    (tmp_path / KEY_FILE).write_text("{")
     with WorkFolder(tmp_path, KEY) as work:
         assert work.get("a") is None
         assert "is damaged" in work.notes[0]
 
 
-def test_no_stranger_s_folder_is_touched(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(DoctorError, match="holds other files"):
+    with pytest.raises(DoctorError, match="contains other files"):
         WorkFolder(tmp_path, KEY)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     with pytest.raises(DoctorError, match="cannot be used"):
         WorkFolder(tmp_path / "thesis.tex" / "below", KEY)
 
 
-def test_one_doctor_at_a_time(tmp_path: Path) -> None:
-    with WorkFolder(tmp_path, KEY), pytest.raises(DoctorError, match="another doctor works in"):
+def test_folder_is_locked(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path, KEY), pytest.raises(DoctorError, match="another doctor is using"):
         WorkFolder(tmp_path, KEY)
     WorkFolder(tmp_path, KEY).__exit__(None, None, None)
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_one_line_of_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -76,7 +76,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert work.get("a") is None
 
 
-def test_removed(tmp_path: Path) -> None:
+def test_remove(tmp_path: Path) -> None:
     with WorkFolder(tmp_path / "w", KEY) as work:
         work.put("a", b"one")
         work.remove()

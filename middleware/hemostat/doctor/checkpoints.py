@@ -1,4 +1,4 @@
-"""Two checkpoints of transformers in this process, at full vocabulary. Torch."""
+"""Two transformers checkpoints in this process, at full vocabulary. Torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hemostat.models.compress import _quiet_transformers as quiet
 from hemostat.reference.match import PROBE_CHAT, PROBE_TEXT
 from hemostat.reference.worker import checkpoint_digest
 
-PIECE_ELEMENTS = 1 << 26
-"""Logits of one piece of a sequence (128 MiB in bfloat16, per model): longer ones are read piece by piece."""
-CHUNK_ELEMENTS = 1 << 24
-"""Entries of one float32 log-softmax (64 MiB)."""
+MAX_PIECE_ELEMENTS = 1 << 26
+"""Logits of one forward pass (128 MiB in bfloat16, per model): longer sequences are processed in pieces."""
+MAX_CHUNK_ELEMENTS = 1 << 24
+"""Elements of one float32 log-softmax (64 MiB)."""
 ANCHOR = "a"
-"""Ids are decoded behind this text: tokenizers drop a leading space at the start."""
+"""Ids are decoded after this text: tokenizers drop a leading space at the start."""
 
 
 class CheckpointPair:
@@ -49,20 +49,20 @@ class CheckpointPair:
         ]
         self.max_length = min((length for length in lengths if length), default=None)
         with quiet(), torch.inference_mode():
-            # Quantized layers unpack their weights, with a bar of progress, when they are first used.
+            # Quantized layers unpack their weights at the first use, with a progress bar, which is suppressed here.
             for model in (self.reference_model, self.compressed_model):
                 self.vocab_size = int(
                     model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits.shape[-1]
                 )
 
     def _compare(self, other: Any) -> None:
-        """The same ids must mean the same text. Raises DoctorError where they do not."""
+        """Check that equal ids mean equal texts. Raises DoctorError."""
         sizes = [int(m.config.get_text_config().vocab_size) for m in (self.reference_model, self.compressed_model)]
-        fix = "name the model that COMPRESSED was made from"
+        fix = "REFERENCE must be the model that COMPRESSED was made from"
         if sizes[0] != sizes[1]:
             raise DoctorError(f"vocabulary: REFERENCE has {sizes[0]} tokens, COMPRESSED has {sizes[1]}; {fix}")
         if self._tokenizer.encode(PROBE_TEXT) != other.encode(PROBE_TEXT):
-            raise DoctorError(f"vocabulary: REFERENCE and COMPRESSED give other ids to the same text; {fix}")
+            raise DoctorError(f"vocabulary: REFERENCE and COMPRESSED give different ids to the same text; {fix}")
         templates = [tokenizer.chat_template for tokenizer in (self._tokenizer, other)]
         if all(templates):
             rendered = [
@@ -70,21 +70,21 @@ class CheckpointPair:
                 for t in (self._tokenizer, other)
             ]
             if rendered[0] != rendered[1]:
-                self.notes.append("the chat templates differ: both models were given COMPRESSED's")
-        # What is served is the compressed model: its template is the one that matters.
+                self.notes.append("the chat templates differ: that of COMPRESSED was used for both")
+        # The compressed model is the one that is served, so its template is used.
         self._tokenizer = other if templates[1] else self._tokenizer
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         if prompt.messages is None:
             return list(self._tokenizer.encode(prompt.text))
         if not self._tokenizer.chat_template:
-            raise DoctorError(f"{prompt.where}: neither model has a chat template; give prompt in place of messages")
+            raise DoctorError(f"{prompt.where}: neither model has a chat template; give prompt instead of messages")
         try:
             return list(
                 self._tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=False)
             )
-        except Exception as error:  # noqa: BLE001  a template is code of the checkpoint's and raises what it likes
-            raise DoctorError(f"{prompt.where}: the chat template refuses the messages: {one_line(error)}") from None
+        except Exception as error:  # noqa: BLE001  a template is code of the checkpoint and may raise anything
+            raise DoctorError(f"{prompt.where}: the chat template rejects the messages: {one_line(error)}") from None
 
     def tokenize_completion(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -101,7 +101,7 @@ class CheckpointPair:
         return frozenset(self._tokenizer.all_special_ids)
 
     def close(self) -> None:
-        """Nothing is held that the process's end does not free."""
+        """Nothing to release."""
 
     def score(self, jobs: Sequence[Job], seed: int, greedy: bool) -> list[Scored]:
         try:
@@ -115,22 +115,22 @@ class CheckpointPair:
             raise DoctorError(f"out of memory on {self.device}: {one_line(error)}; lower --batch or --tokens") from None
 
     def _outputs(self, jobs: Sequence[Job], seed: int, greedy: bool) -> list[Ids]:
-        open_ = [job for job in jobs if job.output is None]
-        written: dict[int, Ids] = {}
-        if open_:
-            # By the prompt's own number: what is drawn for it depends on no other prompt.
-            uniforms = [np.random.default_rng([seed, job.index]).random(job.tokens) for job in open_]
+        to_generate = [job for job in jobs if job.output is None]
+        generated: dict[int, Ids] = {}
+        if to_generate:
+            # One random stream for each prompt: its text does not depend on other prompts.
+            uniforms = [np.random.default_rng([seed, job.index]).random(job.tokens) for job in to_generate]
             texts = _generate(
                 self.compressed_model,
-                [job.prompt for job in open_],
-                [job.tokens for job in open_],
+                [job.prompt for job in to_generate],
+                [job.tokens for job in to_generate],
                 None if greedy else uniforms,
-                self._ends(),
+                self._end_ids(),
             )
-            written = {job.index: text for job, text in zip(open_, texts, strict=True)}
-        return [written[job.index] if job.output is None else job.output for job in jobs]
+            generated = {job.index: text for job, text in zip(to_generate, texts, strict=True)}
+        return [generated[job.index] if job.output is None else job.output for job in jobs]
 
-    def _ends(self) -> frozenset[int]:
+    def _end_ids(self) -> frozenset[int]:
         end = getattr(self.compressed_model.generation_config, "eos_token_id", None)
         end = self._tokenizer.eos_token_id if end is None else end
         return frozenset() if end is None else frozenset(np.atleast_1d(end).tolist())
@@ -139,7 +139,7 @@ class CheckpointPair:
         sequence = torch.from_numpy(np.concatenate([prompt, output[:-1]]).astype(np.int64)).to(self.device)
         emitted = torch.from_numpy(output.astype(np.int64)).to(self.device)
         start, length = len(prompt) - 1, len(sequence)
-        piece = max(1, PIECE_ELEMENTS // self.vocab_size)
+        piece = max(1, MAX_PIECE_ELEMENTS // self.vocab_size)
         cuts = list(range(start + piece, length, piece))
         parts: list[dict[str, torch.Tensor]] = []
         done = 0
@@ -163,17 +163,17 @@ class CheckpointPair:
 
 
 def pieces(model: Any, sequence: torch.Tensor, start: int, cuts: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Logits [n, V] behind the positions from `start` on of `sequence` [L], read in pieces that end at `cuts` and at L.
+    """Logits [n, V] at the positions from `start` on of `sequence` [L], in pieces that end at `cuts` and at L.
 
-    The pieces are joined by the model's cache; a model that keeps none gives nothing where there are cuts.
+    The pieces share the model's KV cache; with cuts, a model without a cache yields nothing after the first piece.
     """
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    can_limit_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     cache: Any = None
     begin = 0
     for end in [*cuts, len(sequence)]:
         wanted = end - max(start, begin)
-        # Without `logits_to_keep` all logits of a piece are there for a moment, the prompt's too.
-        keep = {"logits_to_keep": max(wanted, 1)} if keeps else {}
+        # Without `logits_to_keep` the model computes the logits of the prompt, too.
+        keep = {"logits_to_keep": max(wanted, 1)} if can_limit_logits else {}
         held = {"past_key_values": cache} if cache is not None else {}
         answer = model(input_ids=sequence[None, begin:end], use_cache=bool(cuts), **keep, **held)
         if wanted > 0:
@@ -186,8 +186,8 @@ def pieces(model: Any, sequence: torch.Tensor, start: int, cuts: Sequence[int]) 
 
 
 def chunks(rows: int, vocab_size: int) -> Iterator[slice]:
-    """Rows that one float32 log-softmax may take."""
-    step = max(1, CHUNK_ELEMENTS // vocab_size)
+    """Slices of rows for one float32 log-softmax each."""
+    step = max(1, MAX_CHUNK_ELEMENTS // vocab_size)
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
@@ -232,9 +232,9 @@ def _numpy(tensor: torch.Tensor) -> Floats:
 def _generate(
     model: Any, prompts: Sequence[Ids], limits: Sequence[int], uniforms: Sequence[Floats] | None, ends: frozenset[int]
 ) -> list[Ids]:
-    """Continuations, at most `limits` tokens each, up to and with an id of `ends`.
+    """Continuations of at most `limits` tokens each, up to and including an id of `ends`.
 
-    Drawn from the whole distribution at temperature 1, by inverting its cumulative sum at `uniforms`; greedy without.
+    Sampled from the whole distribution at temperature 1, by inverting its cumulative sum at `uniforms`; None: greedy.
     """
     device = model.device
     longest = max(map(len, prompts))
@@ -258,7 +258,7 @@ def _generate(
         answer = model(input_ids=ids, attention_mask=mask, use_cache=True, **more)
         cache = getattr(answer, "past_key_values", None)
         if cache is None:
-            raise DoctorError("COMPRESSED keeps no cache to generate with; give completions, or use --given")
+            raise DoctorError("COMPRESSED has no KV cache, which generation needs; give completions, or use --given")
         logits = answer.logits[:, -1].float()
         if uniforms is None:
             chosen = logits.argmax(-1)
@@ -287,8 +287,8 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(model)
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
-    except Exception as error:  # noqa: BLE001  a checkpoint can fail in any of its libraries' ways
-        raise DoctorError(f"{name}: {model} does not load: {type(error).__name__}: {one_line(error)}") from None
+    except Exception as error:  # noqa: BLE001  any library may fail here
+        raise DoctorError(f"{name}: {model} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
     digest = checkpoint_digest(model, getattr(loaded.config, "_commit_hash", None))
     return (
         Side(model if not Path(model).is_dir() else Path(model).name, digest, str(loaded.dtype).removeprefix("torch.")),

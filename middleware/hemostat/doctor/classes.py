@@ -1,18 +1,18 @@
-"""What kind of token it is, from its text alone."""
+"""The class of a token, from its text."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 CLASSES = ("word start", "word continuation", "digits", "punctuation", "whitespace", "special", "part of a character")
-"""In the order in which they are shown."""
+"""In the order in which the report shows them."""
 
 
 def classify(text: str, is_special: bool) -> str:
     """One of `CLASSES`. `text`: what the token adds to a text, its leading space included.
 
-    A token with a letter is a word's start when white space comes before the letter, else a continuation (also the
-    first word of a text, where tokenizers put no space); numbers without letters are digits; the rest that shows is
+    A token with a letter is a word start if it begins with white space, else a word continuation (as is the first word
+    of a text, which has no leading space). A token with numerals and no letter is digits. Other visible characters are
     punctuation.
     """
     if is_special:
@@ -28,4 +28,5 @@ def classify(text: str, is_special: bool) -> str:
 
 
 def classify_all(texts: dict[int, str], special: Collection[int]) -> dict[int, str]:
+    """Token id -> class. texts: token id -> text."""
     return {token: classify(text, token in special) for token, text in texts.items()}

@@ -1,4 +1,4 @@
-"""A record of two top-K lists as the figures that the report reads."""
+"""The report's figures from a record of two top-K lists."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from hemostat_calibration.records import TokenRecord
 
 def figures_of(record: TokenRecord) -> Mapping[str, Floats]:
     """Lower bounds, upper bounds and estimates of a validated record, float64 [T] each; see `pair`."""
-    found, certain = divergence(record), bounds(record)
+    estimates, certain = divergence(record), bounds(record)
     return {
         **{name: getattr(certain, name).lower for name in ("kl_rc", "kl_cr", "js", "tv")},
         **{name + UPPER: getattr(certain, name).upper for name in ("kl_rc", "kl_cr", "js", "tv")},
-        "kl_rc" + ESTIMATE: found.estimate_rc,
-        "kl_cr" + ESTIMATE: found.estimate_cr,
-        "entropy_r": found.entropy_reference,
-        "entropy_c": found.entropy_compressed,
+        "kl_rc" + ESTIMATE: estimates.estimate_rc,
+        "kl_cr" + ESTIMATE: estimates.estimate_cr,
+        "entropy_r": estimates.entropy_reference,
+        "entropy_c": estimates.entropy_compressed,
         "logp_r": record.reference_emitted,
         "logp_c": record.compressed_emitted,
-        "same_top": found.top1_agreement.astype(np.float64),
+        "same_top": estimates.top1_agreement.astype(np.float64),
         FLOOR: np.full(record.tokens, np.nan),
     }

@@ -1,8 +1,8 @@
-"""Layer by layer: how far each layer's output is from the reference's, and what restoring it wins back. Torch.
+"""The layer report: the error of each layer, and how much KL(r‖c) falls when it is restored. Torch.
 
-On the same tokens for both models. "Accumulated" compares what both have after the layer, "alone" what the compressed
-layer makes of the reference's own input, against what the reference's makes of it. Restoring puts the reference's
-module in the compressed model's place, with everything else compressed, and measures KL(r‖c) again.
+Both models process the same tokens. `accumulated` compares the hidden states after the layer. `alone` compares the
+outputs of both layers on the reference's input. Restoring replaces a module of the compressed model by the reference's,
+with everything else compressed, and measures KL(r‖c) again.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from hemostat.doctor.pair import Ids, json_number
 from hemostat.doctor.statistics import Estimate, Sample
 from hemostat.doctor.work import WorkFolder
 
-LEAST_PROMPTS = 16
-"""The token budget is spread over this many prompts, or over all."""
+MIN_PROMPTS = 16
+"""The token budget is spread over at least this many prompts, or over all."""
 
 Steps = Callable[[int, int], None]
-"""Called with how many steps are done, of how many."""
+"""Called with (finished steps, all steps)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A prompt and the first tokens of what was scored after it."""
+    """A prompt and the first scored tokens after it."""
 
     prompt: Ids
     output: Ids
@@ -40,16 +40,16 @@ class Text:
 
 
 class Incomparable(Exception):
-    """The two models' layers do not correspond; says why."""
+    """The layers of the two models do not correspond; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """What can be restored at once: places in the compressed model and the reference's modules for them."""
+    """Modules that are restored together."""
 
     name: str
     kind: str
-    """layer, kind (one sort of module, in all layers) or ends (embeddings, final norm, head)."""
+    """layer, kind (one kind of module in all layers) or ends (embeddings, final norm, head)."""
     modules: list[tuple[Any, str, Any]]
     """(parent in the compressed model, attribute, the reference's module)"""
 
@@ -61,8 +61,8 @@ class _Distances(msgspec.Struct):
 
 
 def choose(texts: Sequence[Text], budget: int) -> list[Text]:
-    """The first prompts, as much of each as makes `budget` tokens over at least LEAST_PROMPTS of them."""
-    each = max(1, -(-budget // min(LEAST_PROMPTS, len(texts))))
+    """The first prompts, with `budget` tokens in total, spread over at least MIN_PROMPTS of them."""
+    each = max(1, -(-budget // min(MIN_PROMPTS, len(texts))))
     chosen: list[Text] = []
     left = budget
     for text in texts:
@@ -75,7 +75,7 @@ def choose(texts: Sequence[Text], budget: int) -> list[Text]:
 
 
 def layer_report(pair: CheckpointPair, texts: Sequence[Text], work: WorkFolder, steps: Steps) -> dict[str, Any]:
-    """The section of the report; every finished step is in `work`. Raises Incomparable."""
+    """The report's `layers`. Finished steps are stored in `work`. Raises Incomparable."""
     with torch.inference_mode():
         return _report(pair, texts, work, steps)
 
@@ -88,32 +88,34 @@ def _report(pair: CheckpointPair, texts: Sequence[Text], work: WorkFolder, steps
     units = _units(reference, compressed, r_layers, c_layers)
     total = len(units) + 2
     sample = Sample(np.repeat(np.arange(len(texts)), [len(text.output) for text in texts]), len(texts))
-    expected: list[torch.Tensor] = []
+    reference_logits: list[torch.Tensor] = []
 
-    def measured() -> list[float]:
-        if not expected:
-            # On the CPU, in the model's own dtype: the device has two models to hold already.
-            expected.extend(_logits(reference, text, pair.device).cpu() for text in texts)
+    def measure_kl() -> list[float]:
+        if not reference_logits:
+            # Kept on the CPU, in the model's dtype: the device already holds two models.
+            reference_logits.extend(_logits(reference, text, pair.device).cpu() for text in texts)
         values: list[float] = []
-        for text, r in zip(texts, expected, strict=True):
+        for text, r in zip(texts, reference_logits, strict=True):
             c = _logits(compressed, text, pair.device)
             for rows in chunks(len(c), pair.vocab_size):
                 values += kl(r[rows].to(pair.device), c[rows]).tolist()
         return values
 
     steps(0, total)
-    distances = _kept(work, "layer-distances", _Distances, lambda: _distances(pair, r_layers, c_layers, texts))
+    distances = _load_or_compute(
+        work, "layer-distances", _Distances, lambda: _distances(pair, r_layers, c_layers, texts)
+    )
     steps(1, total)
-    base = np.array(_kept(work, "layer-base", list[float], measured))
+    base = np.array(_load_or_compute(work, "layer-base", list[float], measure_kl))
     steps(2, total)
     restored = []
     for done, unit in enumerate(units):
 
         def with_unit(unit: _Unit = unit) -> list[float]:
             with _restored(unit):
-                return measured()
+                return measure_kl()
 
-        values = np.array(_kept(work, f"layer-{done:04d}", list[float], with_unit))
+        values = np.array(_load_or_compute(work, f"layer-{done:04d}", list[float], with_unit))
         won = sample.mean(base - values)
         restored.append(
             {
@@ -141,7 +143,7 @@ def _report(pair: CheckpointPair, texts: Sequence[Text], work: WorkFolder, steps
 
 
 def decoder_layers(model: Any) -> Any:
-    """The list of the model's layers; raises Incomparable when it has none that can be told."""
+    """The list of the model's layers. Raises Incomparable if it cannot be found."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     if not lists:
@@ -150,7 +152,7 @@ def decoder_layers(model: Any) -> Any:
 
 
 def _units(reference: Any, compressed: Any, r_layers: Any, c_layers: Any) -> list[_Unit]:
-    """All that differs between the models."""
+    """All modules that differ between the models."""
     units = [
         _Unit(f"layer {n}", "layer", [(c_layers, str(n), r)])
         for n, (r, c) in enumerate(zip(r_layers, c_layers, strict=True))
@@ -161,20 +163,22 @@ def _units(reference: Any, compressed: Any, r_layers: Any, c_layers: Any) -> lis
         modules = [(parent, name, r) for r, c, parent in pairs if r is not None and c is not None and _differ(r, c)]
         if modules:
             units.append(_Unit(f"every {name}", "kind", modules))
-    # What is neither layers nor holds them: embeddings, final norm, head.
-    outside = [(parent, name, r) for parent, name, r, c in _beside(reference, compressed, r_layers) if _differ(r, c)]
+    # Modules that neither are nor contain layers: embeddings, final norm, head.
+    outside = [
+        (parent, name, r) for parent, name, r, c in _outside_layers(reference, compressed, r_layers) if _differ(r, c)
+    ]
     units += [_Unit(name, "ends", [(parent, name, module)]) for parent, name, module in outside]
     return units
 
 
-def _beside(reference: Any, compressed: Any, layers: Any) -> Iterator[tuple[Any, str, Any, Any]]:
+def _outside_layers(reference: Any, compressed: Any, layers: Any) -> Iterator[tuple[Any, str, Any, Any]]:
     """(the compressed parent, attribute, reference's module, compressed module) outside of the layers."""
     for name, r in reference.named_children():
         c = getattr(compressed, name, None)
         if r is layers or c is None:
             continue
         if any(module is layers for module in r.modules()):
-            yield from _beside(r, c, layers)
+            yield from _outside_layers(r, c, layers)
         else:
             yield compressed, name, r, c
 
@@ -196,7 +200,7 @@ def _restored(unit: _Unit) -> Iterator[None]:
 
 
 def _logits(model: Any, text: Text, device: torch.device) -> torch.Tensor:
-    """[T, V] behind the positions that predict the output."""
+    """[T, V] at the positions that predict the output."""
     return next(pieces(model, text.sequence(device), len(text.prompt) - 1, []))
 
 
@@ -250,7 +254,7 @@ def _relative(error: torch.Tensor, of: torch.Tensor) -> float:
 
 @contextmanager
 def _hooked(layers: Any, see: Callable[[int, tuple[Any, Any], torch.Tensor], None]) -> Iterator[None]:
-    """`see(layer, (args, kwargs), output)` after each layer's turn."""
+    """Call `see(layer, (args, kwargs), output)` after each layer's forward pass."""
     with ExitStack() as stack:
         for n, layer in enumerate(layers):
 
@@ -266,8 +270,8 @@ def _tensor(output: Any) -> torch.Tensor:
     return tensor
 
 
-def _kept(work: WorkFolder, name: str, kind: Any, compute: Callable[[], Any]) -> Any:
-    """From the folder, or computed and put there."""
+def _load_or_compute(work: WorkFolder, name: str, kind: Any, compute: Callable[[], Any]) -> Any:
+    """The stored value of the folder, or the result of `compute`, which is then stored."""
     if (data := work.get(name)) is not None:
         return msgspec.msgpack.decode(data, type=kind)
     value = compute()

@@ -199,7 +199,7 @@ def _add_text(
         row["text"] = texts[row["token_id"]]
         row["before"] = "".join(texts[token] for token in before)
     for row in report["worst_prompts"]:
-        row["text"] = prompts[row["prompt"]].shown
+        row["text"] = prompts[row["prompt"]].display_text
 
 
 def _write(path: Path, flag: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Two models on the same tokens: what the report needs of them, however they run."""
+"""The interface to a pair of models, in process or on servers, and the scored tokens."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ EXACT = ("kl_rc", "kl_cr", "js", "tv", "entropy_r", "entropy_c")
 """Figures of a token at full vocabulary, float64 [T]: KL(r‖c), KL(c‖r), JS, entropies in nats; TV 0 to 1. r is the
 reference, c the compressed model. From vLLM servers these are lower bounds."""
 ALWAYS = ("logp_r", "logp_c", "same_top")
-"""Log-probabilities of the scored token, nats; 1.0 where both models' likeliest ids are one, else 0.0."""
+"""Log-probabilities of the scored token, nats; 1.0 where both models have the same most likely id, else 0.0."""
 UPPER, ESTIMATE = "_upper", "_estimate"
-"""Endings of the figures that servers add: upper bounds, and estimates without truncation bias (NaN: not available)."""
+"""Suffixes of the figures that servers add: upper bounds, and estimates without truncation bias (NaN: unavailable)."""
 FLOOR = "floor_kl"
-"""KL of the compressed model's one-piece prefill from itself, the prompt and the continuation read one after the other:
-what rounding alone does. NaN: not measured."""
+"""The noise floor: KL between two runs of the compressed model, one prefill of the whole text and one in two pieces. It
+is the effect of rounding. NaN: not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the models. `digest` identifies the weights (of a server: its model card)."""
+    """One of the two models. `digest` identifies the weights (for a server: the model card)."""
 
     name: str
     digest: str
@@ -40,7 +40,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt, encoded. `output`: the ids to score, None to have the compressed model write at most `tokens`."""
+    """One prompt, encoded. `output`: the ids to score; None: the compressed model generates at most `tokens`."""
 
     index: int
     prompt: Ids
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One prompt's tokens. figures: name -> float64 [T]."""
+    """The scored tokens of one prompt. figures: name -> float64 [T]."""
 
     index: int
     output: Ids
@@ -64,7 +64,7 @@ class Pair(Protocol):
     compressed: Side
     vocab_size: int
     max_length: int | None
-    """Tokens that both models read, prompt and continuation."""
+    """Maximum length of prompt and continuation for both models."""
     full_vocabulary: bool
     notes: list[str]
 
@@ -72,22 +72,22 @@ class Pair(Protocol):
         """Ids of the prompt, chat template and special tokens included."""
 
     def tokenize_completion(self, text: str) -> list[int]:
-        """Ids of a text that goes on where a prompt ended."""
+        """Ids of a text that continues a prompt."""
 
     def score(self, jobs: Sequence[Job], seed: int, greedy: bool) -> list[Scored]:
-        """Generate what is to be generated, and score; the same again for the same jobs and seed."""
+        """Generate where a job has no output, and score. Deterministic in jobs and seed."""
 
     def texts(self, ids: Sequence[int]) -> dict[int, str]:
-        """What each id adds to a text that it goes on."""
+        """The text that each id adds when it continues a text."""
 
     def special(self) -> frozenset[int]:
-        """Ids that are no text; empty where that is unknown."""
+        """Special ids; empty where they are unknown."""
 
     def close(self) -> None: ...
 
 
 def encode(pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions) -> list[Job]:
-    """Raises DoctorError naming the line that cannot be scored."""
+    """Tokenize the prompts. Raises DoctorError with the line that cannot be scored."""
     jobs = []
     for index, prompt in enumerate(prompts):
         ids = pair.tokenize(prompt)
@@ -99,7 +99,7 @@ def encode(pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions) -> lis
                 raise DoctorError(f"{prompt.where}: completion has no token; fill it in")
         elif options.decoding == "given":
             if prompt.text is None:
-                raise DoctorError(f"{prompt.where}: --given scores what is there: add a completion to the messages")
+                raise DoctorError(f"{prompt.where}: --given scores text of the file: add a completion to the messages")
             if len(ids) < 2:
                 raise DoctorError(
                     f"{prompt.where}: the text has {len(ids)} token; --given needs at least 2 to score one"
@@ -109,17 +109,17 @@ def encode(pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions) -> lis
             raise DoctorError(f"{prompt.where}: the prompt has no token; fill it in")
         length = len(ids) + (tokens if output is None else len(output))
         if pair.max_length is not None and length > pair.max_length:
-            with_what = f"--tokens {tokens}" if output is None else "what is given"
+            with_what = f"--tokens {tokens}" if output is None else "the given text"
             raise DoctorError(
-                f"{prompt.where}: {len(ids)} tokens and {with_what} make {length}, the models read {pair.max_length}; "
-                "shorten the line"
+                f"{prompt.where}: {len(ids)} tokens and {with_what} make {length}, the models accept "
+                f"{pair.max_length}; shorten the line"
             )
         jobs.append(Job(index, np.array(ids, np.int32), None if output is None else np.array(output, np.int32), tokens))
     return jobs
 
 
 def decoding_of(jobs: Sequence[Job], decoding: Decoding) -> dict[Decoding, int]:
-    """How many prompts are scored on whose text."""
+    """The number of prompts by the kind of text that is scored."""
     given = sum(job.output is not None for job in jobs)
     counts: dict[Decoding, int] = {"given": given}
     if given < len(jobs):
@@ -128,6 +128,7 @@ def decoding_of(jobs: Sequence[Job], decoding: Decoding) -> dict[Decoding, int]:
 
 
 def jobs_digest(jobs: Sequence[Job]) -> str:
+    """SHA-256 of all prompts, outputs and limits."""
     whole = hashlib.sha256()
     for job in jobs:
         output = b"" if job.output is None else job.output.astype("<i4").tobytes()
@@ -167,10 +168,11 @@ def unpack(data: bytes) -> list[Scored]:
 
 
 def one_line(error: BaseException) -> str:
+    """The text of an error in one line of at most 400 characters."""
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def json_number(value: Any) -> float | None:
-    """JSON has neither NaN nor infinity."""
+    """The value, or None for NaN and infinity, which JSON does not have."""
     number = float(value)
     return number if np.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""The prompt file: JSON lines, or plain text, a prompt a line."""
+"""The prompt file: one prompt per line, as JSON or as plain text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One line: `text` or `messages` is given, not both. `completion`: a text to score in place of a generated one."""
+    """One line: `text` or `messages` is given, not both. `completion`: a text to score instead of a generated one."""
 
     where: str
     """`file:line`"""
@@ -37,15 +37,15 @@ class Prompt(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
 
     @property
-    def shown(self) -> str:
+    def display_text(self) -> str:
         """The prompt in one string, for `--show-text`."""
         if self.messages is None:
             return self.text or ""
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
 
 
-def load(path: Path | None, most: int | None) -> list[Prompt]:
-    """The first `most` prompts of a file, None all; by default of those that the demo sends. Raises DoctorError."""
+def load(path: Path | None, max_prompts: int | None) -> list[Prompt]:
+    """The first `max_prompts` prompts of a file (None: all); without `path` those of the demo. Raises DoctorError."""
     if path is None:
         name = "prompts.jsonl"
         data = resources.files("hemostat.demo").joinpath(name).read_bytes()
@@ -57,12 +57,12 @@ def load(path: Path | None, most: int | None) -> list[Prompt]:
             raise DoctorError(f"--prompts: {name} cannot be read ({error.strerror}); name a text file") from None
     prompts: list[Prompt] = []
     for number, line in enumerate(data.split(b"\n"), 1):
-        if most is not None and len(prompts) == most:
+        if max_prompts is not None and len(prompts) == max_prompts:
             break
         if line.strip():
             prompts.append(_parse(line, f"{name}:{number}", number))
     if not prompts:
-        raise DoctorError(f"--prompts: {name} holds no prompt; write one a line, as text or as {SHAPE}")
+        raise DoctorError(f"--prompts: {name} contains no prompt; write one per line, as text or as {SHAPE}")
     return prompts
 
 

@@ -1,9 +1,8 @@
-"""From scored tokens to the report, as plain values that JSON can hold. Pure; nats unless said otherwise.
+"""The tables of the report from the scored tokens, as JSON values. Pure; in nats unless stated otherwise.
 
 Names and percentiles are those of llama.cpp's `llama-perplexity --kl-divergence` (tools/perplexity/perplexity.cpp):
 Q is the compressed model, base the reference, KLD is KL(base‖Q) of a token, Δp = p_Q − p_base of the scored token,
-percentiles interpolate linearly. Standard errors are given twice: with the request as the unit, and by token as
-llama.cpp has them.
+percentiles interpolate linearly. Every standard error is given twice: by request, and by token as in llama.cpp.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ SCHEMA = 1
 KLD_PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1)
 DELTA_P_PERCENTILES = (99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1)
 ENTROPY_EDGES = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, math.inf)
-"""Nats of the compressed model's own entropy."""
+"""Of the compressed model's entropy, nats."""
 HISTOGRAM_DECADES = (-6, 2)
-"""Powers of ten of nats that the histogram of KLD spans, four bins each."""
+"""Range of the histogram of KLD, in powers of ten of nats; four bins per decade."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All tokens in a row, [N]."""
+    """All scored tokens, concatenated: arrays [N]."""
 
     sample: Sample
     figures: Mapping[str, Floats]
@@ -44,7 +43,7 @@ class Tokens:
     position: Ints
     """Within the scored text, from 0."""
     index: Ints
-    """The prompt's number."""
+    """Of the prompt."""
 
     @classmethod
     def of(cls, scored: Sequence[Scored]) -> Tokens:
@@ -66,10 +65,10 @@ def tables(
     worst: int,
     texts: Mapping[int, Decoding],
 ) -> dict[str, Any]:
-    """Everything that follows from the tokens.
+    """All tables.
 
-    `classes`: token id -> class. `lines`: the prompt file's line of each prompt. `worst`: rows of the worst lists.
-    `texts`: prompt number -> whose text was scored.
+    classes: token id -> class. lines: line in the prompt file by prompt. worst: rows of the worst lists.
+    texts: prompt index -> which text was scored.
     """
     tokens = Tokens.of(scored)
     figures = tokens.figures
@@ -94,7 +93,7 @@ def tables(
 
 
 def _row(name: str, estimate: Estimate, unit: str = "nats", scale: float = 1.0, of: str = "exact") -> Row:
-    """`of`: exact, at least, at most, or estimate."""
+    """of: `exact`, `at least`, `at most` or `estimate`."""
     return {
         "name": name,
         "of": of,
@@ -129,15 +128,15 @@ def _perplexity(tokens: Tokens) -> list[Row]:
     ]
 
 
-def _sides(tokens: Tokens, name: str) -> list[tuple[str, Floats]]:
-    """The same figure as what it is known as: exact, or from below, from above."""
+def _exact_or_bounds(tokens: Tokens, name: str) -> list[tuple[str, Floats]]:
+    """(kind, values): the exact figure, or its lower and upper bounds."""
     if name + UPPER not in tokens.figures:
         return [("exact", tokens.figures[name])]
     return [("at least", tokens.figures[name]), ("at most", tokens.figures[name + UPPER])]
 
 
 def _means(tokens: Tokens, label: str, name: str) -> list[Row]:
-    rows = [_row(label, tokens.sample.mean(values), of=of) for of, values in _sides(tokens, name)]
+    rows = [_row(label, tokens.sample.mean(values), of=of) for of, values in _exact_or_bounds(tokens, name)]
     estimates = tokens.figures.get(name + ESTIMATE)
     if estimates is not None and not np.isnan(estimates).any():
         rows.insert(0, _row(label, tokens.sample.mean(estimates), of="estimate"))
@@ -153,7 +152,7 @@ def _kl_divergence(tokens: Tokens) -> list[Row]:
     ):
         rows += [
             _plain(label, float(np.percentile(values, percentile)), "nats", of=of)
-            for of, values in _sides(tokens, "kl_rc")
+            for of, values in _exact_or_bounds(tokens, "kl_rc")
         ]
     return rows
 
@@ -185,11 +184,11 @@ def _divergence(tokens: Tokens) -> list[Row]:
         measured = ~np.isnan(figures[FLOOR])
         chosen = sample.select(measured)
         floor = figures[FLOOR][measured]
-        rows.append(_row("noise floor: c read whole ‖ c read in two pieces", chosen.mean(floor)))
+        rows.append(_row("noise floor: c in one prefill ‖ c in two", chosen.mean(floor)))
         rows.append(_row("KL(r‖c) above the floor", chosen.mean(figures["kl_rc"][measured] - floor)))
     rows += _means(tokens, "KL(c‖r)", "kl_cr")
     rows += _means(tokens, "Jensen–Shannon", "js")
-    rows += [_row("total variation", sample.mean(v), "", of=of) for of, v in _sides(tokens, "tv")]
+    rows += [_row("total variation", sample.mean(v), "", of=of) for of, v in _exact_or_bounds(tokens, "tv")]
     exact = "exact" if "kl_rc" + UPPER not in figures else "at least"
     rows.append(_row("entropy H(r)", sample.mean(figures["entropy_r"]), of=exact))
     rows.append(_row("entropy H(c)", sample.mean(figures["entropy_c"]), of=exact))
@@ -199,7 +198,7 @@ def _divergence(tokens: Tokens) -> list[Row]:
 
 
 def _histogram(values: Floats) -> dict[str, Any]:
-    """Share of the tokens by KLD; the first bin also holds what is below it, the last what is above."""
+    """Share of tokens by KLD. Values outside the range are in the first and the last bin."""
     low, high = HISTOGRAM_DECADES
     edges = 10.0 ** np.linspace(low, high, 4 * (high - low) + 1)
     bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
@@ -210,7 +209,7 @@ def _histogram(values: Floats) -> dict[str, Any]:
 
 
 def _groups(tokens: Tokens, group: npt.NDArray[np.integer[Any]], name: Callable[[int], str]) -> list[Row]:
-    """A row for each group that has tokens."""
+    """One row for each group that has tokens. group: int [N]."""
     figures = tokens.figures
     total = float(figures["kl_rc"].sum())
     rows = []
@@ -223,8 +222,10 @@ def _groups(tokens: Tokens, group: npt.NDArray[np.integer[Any]], name: Callable[
                 "name": name(number),
                 "tokens": int(chosen.sum()),
                 "requests": sample.requests,
-                "kld": _row("Mean KLD", sample.mean(kld), of=_sides(tokens, "kl_rc")[0][0]),
-                "tv": _row("total variation", sample.mean(figures["tv"][chosen]), "", of=_sides(tokens, "tv")[0][0]),
+                "kld": _row("Mean KLD", sample.mean(kld), of=_exact_or_bounds(tokens, "kl_rc")[0][0]),
+                "tv": _row(
+                    "total variation", sample.mean(figures["tv"][chosen]), "", of=_exact_or_bounds(tokens, "tv")[0][0]
+                ),
                 "same_top": _row("Same top p", sample.mean(figures["same_top"][chosen]), "%", 100.0),
                 "share_of_kld": json_number(kld.sum() / total) if total else None,
             }
@@ -244,22 +245,22 @@ def _entropy_name(number: int) -> str:
 
 
 def _trajectory(scored: Sequence[Scored], texts: Mapping[int, Decoding]) -> list[Row]:
-    """Survival curves, and what each may be called; see `hemostat_calibration.divergence.trajectory`."""
+    """Survival curves with their names and kinds; see `hemostat_calibration.divergence.trajectory`."""
     curves = []
     whole = UPPER not in "".join(scored[0].figures)
-    # The more two distributions differ, the less survives.
+    # An upper bound of TV gives a lower bound of survival.
     for of, name in (("exact", "tv"),) if whole else (("at least", "tv" + UPPER), ("at most", "tv")):
         curves.append(_curve("coupled, from TV", of, [1.0 - one.figures[name] for one in scored]))
-    drawn = [one.figures for one in scored if texts[one.index] == "sampled"]
-    if drawn:
-        ratios = [np.exp(np.minimum(figures["logp_r"] - figures["logp_c"], 0.0)) for figures in drawn]
-        curves.append(_curve("coupled, from the drawn tokens", "exact", ratios))
+    sampled = [one.figures for one in scored if texts[one.index] == "sampled"]
+    if sampled:
+        ratios = [np.exp(np.minimum(figures["logp_r"] - figures["logp_c"], 0.0)) for figures in sampled]
+        curves.append(_curve("coupled, from the sampled tokens", "exact", ratios))
     greedy = [one.figures["same_top"] for one in scored if texts[one.index] == "greedy"]
     if greedy:
         curves.append(_curve("greedy", "exact", greedy))
     if len(greedy) < len(scored):
         others = [one.figures["same_top"] for one in scored if texts[one.index] != "greedy"]
-        curves.append(_curve("greedy, at the rate of same top p", "estimate", others))
+        curves.append(_curve("greedy, from same top p", "estimate", others))
     return curves
 
 
@@ -285,9 +286,9 @@ def _curve(name: str, of: str, factors: Sequence[Floats]) -> Row:
     }
 
 
-def _worst_tokens(tokens: Tokens, classes: Mapping[int, str], lines: Sequence[int], most: int) -> list[Row]:
+def _worst_tokens(tokens: Tokens, classes: Mapping[int, str], lines: Sequence[int], limit: int) -> list[Row]:
     figures = tokens.figures
-    order = np.argsort(-figures["kl_rc"], kind="stable")[:most]
+    order = np.argsort(-figures["kl_rc"], kind="stable")[:limit]
     return [
         {
             "kld": json_number(figures["kl_rc"][n]),
@@ -303,7 +304,7 @@ def _worst_tokens(tokens: Tokens, classes: Mapping[int, str], lines: Sequence[in
     ]
 
 
-def _worst_prompts(scored: Sequence[Scored], lines: Sequence[int], most: int) -> list[Row]:
+def _worst_prompts(scored: Sequence[Scored], lines: Sequence[int], limit: int) -> list[Row]:
     means = np.array([one.figures["kl_rc"].mean() for one in scored])
     return [
         {
@@ -315,5 +316,5 @@ def _worst_prompts(scored: Sequence[Scored], lines: Sequence[int], most: int) ->
             "same_top": json_number(scored[n].figures["same_top"].mean()),
             "ln_ppl_ratio": json_number((scored[n].figures["logp_r"] - scored[n].figures["logp_c"]).mean()),
         }
-        for n in np.argsort(-means, kind="stable")[:most].tolist()
+        for n in np.argsort(-means, kind="stable")[:limit].tolist()
     ]

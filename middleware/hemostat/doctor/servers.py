@@ -1,4 +1,4 @@
-"""Two vLLM servers: the compressed one writes, both score by `prompt_logprobs`, top K ids a position. No torch."""
+"""Two vLLM servers: the compressed one generates, both score by `prompt_logprobs` (top K per position). No torch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from hemostat_calibration.records import Sampling, TokenRecord, validate
 
 T = TypeVar("T")
 
-AT_ONCE = 8
-"""Requests on their way to a server."""
-WITHIN = 600.0
-"""Seconds for one answer: a long text may wait for its turn."""
+MAX_CONCURRENT_REQUESTS = 8
+TIMEOUT_SECONDS = 600.0
+"""For one response: a long text may wait in the server's queue."""
 REFERENCE_KEY, COMPRESSED_KEY = "HEMOSTAT_REFERENCE__API_KEY", "HEMOSTAT_UPSTREAM__API_KEY"
 ANCHOR = "a"
+"""Ids are decoded after this text: tokenizers drop a leading space at the start."""
 _SPECIAL = re.compile(r"<[^<>\s]{1,60}>")
-"""How special tokens are commonly written; a server does not say which they are."""
+"""How special tokens are commonly written; a server has no list of them."""
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -50,7 +50,7 @@ class _Text(msgspec.Struct, frozen=True):
 
 
 class ServerPair:
-    """Implements `Pair` with bounds and estimates in place of exact figures."""
+    """Implements `Pair` with bounds and estimates instead of exact figures."""
 
     full_vocabulary = False
 
@@ -58,9 +58,9 @@ class ServerPair:
         self._options = options
         self._runner = asyncio.Runner()
         self.notes = [
-            f"KL at most: provided that, at an id that is not in both lists, neither probability is less than "
+            f"upper bounds of KL assume that, for an id that is not in both lists, neither probability is less than "
             f"{MIN_RATIO:.1e} times the other",
-            "a server does not tell its weights apart: an interrupted report goes on with whatever is served then",
+            "the weights of a server are unknown: a report that continues after an interruption cannot detect a change",
         ]
         self._texts: dict[int, str] = {}
         try:
@@ -73,7 +73,7 @@ class ServerPair:
         options = self._options
         self._reference, reference_url, reference_name, _ = _side(options.reference, REFERENCE_KEY, options.top_k)
         self._compressed, self._url, wanted, key = _side(options.compressed, COMPRESSED_KEY, options.top_k)
-        self._server = VllmServer(self._url, key, timeout=WITHIN)
+        self._server = VllmServer(self._url, key, timeout=TIMEOUT_SECONDS)
         infos = [await self._reference.start(), await self._compressed.start()]
         self._name = infos[1].model
         self.vocab_size = infos[1].vocab_size
@@ -84,7 +84,7 @@ class ServerPair:
         await self._compare(infos, wanted, key)
         lengths = [(await self._server.model(self._name)).max_model_len]
         lengths.append(await self._reference_length(reference_url, reference_name))
-        # To score, vLLM wants to generate one token more.
+        # To score, vLLM generates one token more.
         self.max_length = min((length - 1 for length in lengths if length), default=None)
 
     async def _reference_length(self, url: str, name: str | None) -> int | None:
@@ -97,7 +97,7 @@ class ServerPair:
     async def _compare(self, infos: list[ReferenceInfo], wanted: str | None, key: SecretStr | None) -> None:
         match = await compare(Upstream(url=self._url, api_key=key), self._reference, wanted)
         if not match.ok:
-            raise DoctorError(f"{match.detail}; name the server whose model COMPRESSED was made from")
+            raise DoctorError(f"{match.detail}; REFERENCE must serve the model that COMPRESSED was made from")
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         if prompt.messages is None:
@@ -116,7 +116,7 @@ class ServerPair:
 
     async def _detokenized(self, ids: Sequence[int]) -> dict[int, str]:
         anchor = await self._server.tokenize(self._name, ANCHOR)
-        limit = asyncio.Semaphore(AT_ONCE)
+        limit = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
 
         async def text(tokens: list[int]) -> str:
             async with limit:
@@ -128,12 +128,12 @@ class ServerPair:
         return self._texts
 
     def special(self) -> frozenset[int]:
-        """Of the ids that `texts` was last asked for."""
+        """Of the ids of the last call of `texts`."""
         return frozenset(token for token, text in self._texts.items() if _SPECIAL.fullmatch(text))
 
     def score(self, jobs: Sequence[Job], seed: int, greedy: bool) -> list[Scored]:
-        async def all_of_them() -> list[Scored]:
-            limit = asyncio.Semaphore(AT_ONCE)
+        async def score_all() -> list[Scored]:
+            limit = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
 
             async def one(job: Job) -> Scored:
                 async with limit:
@@ -143,12 +143,12 @@ class ServerPair:
                 tasks = [group.create_task(one(job)) for job in jobs]
             return [task.result() for task in tasks]
 
-        return self._run(all_of_them())
+        return self._run(score_all())
 
     async def _score(self, job: Job, seed: int, greedy: bool) -> Scored:
         output, sampled = job.output, False
         if output is None:
-            output, sampled = await self._written(job, seed, greedy), not greedy
+            output, sampled = await self._generate(job, seed, greedy), not greedy
         compressed = await self._compressed.score(job.prompt, output, np.full((len(output), 1), -1, np.int32))
         reference = await self._reference.score(job.prompt, output, compressed.top.ids)
         record = TokenRecord(
@@ -160,7 +160,7 @@ class ServerPair:
             reference=reference.top,
             compressed_emitted=compressed.emitted,
             reference_emitted=reference.emitted,
-            # Where the text was not drawn from c itself, no weight makes the estimates right.
+            # If the text was not sampled from c, no weight makes the estimates unbiased.
             sampling=Sampling(temperature=1.0 if sampled else 0.0),
         )
         try:
@@ -168,13 +168,13 @@ class ServerPair:
         except InvalidRecordError as error:
             raise DoctorError(f"a server's log-probabilities cannot be used: {error}") from None
 
-    async def _written(self, job: Job, seed: int, greedy: bool) -> Ids:
+    async def _generate(self, job: Job, seed: int, greedy: bool) -> Ids:
         body: dict[str, Any] = {
             "model": self._name,
             "prompt": job.prompt.tolist(),
             "max_tokens": job.tokens,
             "temperature": 0.0 if greedy else 1.0,
-            # A checkpoint's generation_config.json must not cut the distribution.
+            # Override generation_config.json of the checkpoint, which may truncate the distribution.
             **{"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
             "seed": int(np.random.default_rng([seed, job.index]).integers(2**31)),
             "return_token_ids": True,
@@ -182,7 +182,7 @@ class ServerPair:
         choices = (await self._server.post("/v1/completions", body, _Completion)).choices
         ids = choices[0].token_ids if choices else None
         if not ids:
-            raise DoctorError(f"{self._url} gives no token ids; use vLLM 0.11 or newer")
+            raise DoctorError(f"{self._url} returns no token ids; use vLLM 0.11 or newer")
         return np.array(ids, np.int32)
 
     def close(self) -> None:
@@ -195,14 +195,14 @@ class ServerPair:
         try:
             return self._runner.run(work)
         except ReferenceFailure as failure:
-            raise self._explained(failure) from None
+            raise self._to_doctor_error(failure) from None
         except ExceptionGroup as group:
             first = group.exceptions[0]
             if isinstance(first, ReferenceFailure):
-                raise self._explained(first) from None
+                raise self._to_doctor_error(first) from None
             raise first from None
 
-    def _explained(self, failure: ReferenceFailure) -> DoctorError:
+    def _to_doctor_error(self, failure: ReferenceFailure) -> DoctorError:
         text = str(failure)
         if failure.reason == "refused" and "logprobs" in text:
             text += f"; start that server with --max-logprobs {self._options.top_k}, or lower --top-k"

@@ -1,4 +1,4 @@
-"""Figures of many tokens with standard errors whose unit is the request. Numpy; nats."""
+"""Means over tokens with standard errors by request and by token. Numpy; nats."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with two standard errors; NaN where there are too few of either.
+    """A figure with two standard errors; NaN where there are too few requests or tokens.
 
-    by_request: tokens of one request are correlated, requests are not: the one to go by.
-    by_token: as llama.cpp states it, as if every token stood for itself.
+    by_request: the unit is the request; use this one, because tokens of one request are correlated.
+    by_token: tokens are treated as independent, as in llama.cpp.
     """
 
     value: float
@@ -27,13 +27,13 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Tokens of several requests. request: int64 [N], 0 to R − 1, for each token the request that it belongs to."""
+    """Tokens of several requests. request: int64 [N], 0 to R − 1, the request of each token."""
 
     request: Ints
     requests: int
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> Sample:
-        """The requests that have a chosen token, with those tokens."""
+        """The chosen tokens (bool [N]) and the requests that have at least one of them."""
         kept, request = np.unique(self.request[chosen], return_inverse=True)
         return Sample(request.astype(np.int64), len(kept))
 
@@ -46,13 +46,16 @@ class Sample:
         return self.function(lambda means: means[0], [1.0], values)
 
     def function(self, of: Callable[[Sequence[float]], float], gradient: Sequence[float], *values: Floats) -> Estimate:
-        """`of` the means of several figures, with its `gradient` there: errors by the delta method."""
+        """A function `of` the means of several figures; standard errors by the delta method.
+
+        gradient: the partial derivatives of `of` at the means.
+        """
         tokens = len(self.request)
         if not tokens:
             return Estimate(np.nan, np.nan, np.nan)
         means = [float(v.mean()) for v in values]
         deviation = np.zeros(tokens)
-        with np.errstate(invalid="ignore"):  # an infinite figure has no spread: NaN
+        with np.errstate(invalid="ignore"):  # an infinite value gives a standard error of NaN
             for slope, v, mean in zip(gradient, values, means, strict=True):
                 deviation += slope * (v - mean)
         by_request = by_token = np.nan

@@ -1,4 +1,4 @@
-"""Where finished work is kept, so that an interrupted report goes on where it was."""
+"""The folder of finished parts, from which an interrupted report continues."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 
 from hemostat.doctor.options import DoctorError
 
-RUN = "doctor-run.json"
+KEY_FILE = "doctor-run.json"
 _SUFFIX = ".part"
 _DIGEST = hashlib.sha256().digest_size
 
 
 class WorkFolder:
-    """One folder for one set of models, prompts and options (`key`); whatever else it held is thrown away.
+    """A folder for one set of models, prompts and options (`key`); parts of another key are deleted.
 
-    Only the owner may read it: token ids are text. Every file carries its SHA-256; one that does not fit counts as not
-    done. `notes` says what was thrown away, and why.
+    Only the owner may read it: token ids can be decoded to text. Every file begins with its SHA-256; a damaged file
+    counts as missing. `notes` lists what was deleted or is damaged, and why.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
-        """Raises DoctorError when the folder cannot be used, holds something else, or is used by another doctor."""
+        """Raises DoctorError when the folder is unusable, contains other files, or is used by another doctor."""
         self.folder = folder
         self.notes: list[str] = []
         try:
@@ -40,7 +40,7 @@ class WorkFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
-            raise DoctorError(f"--work: another doctor works in {folder}; wait for it or name another folder") from None
+            raise DoctorError(f"--work: another doctor is using {folder}; wait for it or name another folder") from None
         try:
             self._open(json.loads(json.dumps(dict(key))))
         except BaseException:
@@ -54,7 +54,7 @@ class WorkFolder:
         os.close(self._lock)
 
     def get(self, name: str) -> bytes | None:
-        """What was stored under `name`; None when nothing whole was."""
+        """The data stored under `name`; None if it is missing or damaged."""
         path = self.folder / f"{name}{_SUFFIX}"
         try:
             data = path.read_bytes()
@@ -68,33 +68,33 @@ class WorkFolder:
         return data[_DIGEST:]
 
     def put(self, name: str, data: bytes) -> None:
-        """Store whole or not at all. Raises DoctorError when the disk refuses."""
+        """Store atomically. Raises DoctorError when the file cannot be written."""
         path = self.folder / f"{name}{_SUFFIX}"
         try:
             self._write(path, hashlib.sha256(data).digest() + data)
         except OSError as error:
-            raise DoctorError(f"--work: {path} cannot be written ({error.strerror}); make room there") from None
+            raise DoctorError(f"--work: {path} cannot be written ({error.strerror}); free some space") from None
 
     def remove(self) -> None:
-        """The report is made: delete the folder."""
+        """Delete the folder; for use when the report is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _open(self, key: dict[str, Any]) -> None:
-        path = self.folder / RUN
-        held: Any = None
+        path = self.folder / KEY_FILE
+        stored: Any = None
         with contextlib.suppress(OSError, ValueError):
-            held = json.loads(path.read_text(encoding="utf-8"))
-        if held == key:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored == key:
             return
         names = [file.name for file in self.folder.iterdir()]
-        ours = {name for name in names if name.endswith((_SUFFIX, ".new"))} | {RUN}
+        ours = {name for name in names if name.endswith((_SUFFIX, ".new"))} | {KEY_FILE}
         if not path.exists() and names and not ours.issuperset(names):
-            raise DoctorError(f"--work: {self.folder} holds other files; name an empty or a new folder")
-        if isinstance(held, dict):
-            changed = sorted(name for name in key.keys() | held.keys() if key.get(name) != held.get(name))
-            self.notes.append(f"started anew: {', '.join(changed)} changed since {self.folder} was written")
+            raise DoctorError(f"--work: {self.folder} contains other files; name an empty or a new folder")
+        if isinstance(stored, dict):
+            changed = sorted(name for name in key.keys() | stored.keys() if key.get(name) != stored.get(name))
+            self.notes.append(f"started over: {', '.join(changed)} changed since {self.folder} was written")
         elif path.exists():
-            self.notes.append(f"started anew: {path.name} is damaged")
+            self.notes.append(f"started over: {path.name} is damaged")
         for name in ours:
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).unlink()
