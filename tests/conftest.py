@@ -16,7 +16,7 @@ from tests.support.engine_admin import TOKEN, EngineAdmin
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from hemostat.models import vllm_server as vllm_process
-from hemostat.models.compress import Checkpoints, cached_checkpoints
+from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("hemostat", deadline=None)

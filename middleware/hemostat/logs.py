@@ -1,4 +1,4 @@
-"""Logs of every process: lines for people, or one JSON object a line for machines. Never what clients say or get."""
+"""Logs of every process: text lines, or one JSON object per line. Prompts and generated texts are never logged."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Literal
 Format = Literal["text", "json"]
 
 REQUEST = "hemostat.request"
-"""Logger of one line a request (`log.requests`)."""
+"""The logger with one line per request (`log.requests`)."""
 
 FIELDS = (
     *("request_id", "route", "status", "outcome", "arm", "finish_reasons", "output_tokens", "seconds", "sampled"),
     "trace_id",
 )
-"""What a record may carry beside its message, as `extra`."""
+"""The fields that a record may have besides its message, as `extra`."""
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"time", "level", "logger", "message", …}`, with those of `FIELDS` that the record carries."""
+    """`{"time", "level", "logger", "message", …}`, with those of `FIELDS` that the record has."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -36,20 +36,20 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The usual line; fields of `FIELDS` behind it as key=value."""
+    """The usual line, followed by the fields of `FIELDS` as key=value."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        said = [f"{name}={getattr(record, name)}" for name in FIELDS if hasattr(record, name)]
-        return " ".join([super().formatMessage(record), *said])
+        fields = [f"{name}={getattr(record, name)}" for name in FIELDS if hasattr(record, name)]
+        return " ".join([super().formatMessage(record), *fields])
 
 
 def set_up(level: str, form: Format) -> None:
-    """Of this process's root logger, to standard error."""
+    """Configure the root logger of this process; it writes to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # It would say every request that Hemostat itself makes.
+    # httpx would log every request that Hemostat itself makes.
     logging.getLogger("httpx").setLevel(logging.WARNING)

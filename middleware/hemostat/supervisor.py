@@ -1,6 +1,6 @@
-"""`hemostat serve`: the supervisor. It starts the relays and the control process, restarts what dies, and stops all.
+"""`hemostat serve`: the supervisor. It starts the relays and the control process, restarts those that end, stops all.
 
-It does nothing else, so that it has nothing to fail at: the relays go on serving while the control process is down.
+It does nothing else, so that little can fail in it. The relays continue to serve while the control process is down.
 """
 
 from __future__ import annotations
@@ -27,28 +27,31 @@ from hemostat.ipc.backoff import Backoff
 
 log = logging.getLogger("hemostat.serve")
 
-STARTED_WITHIN = 30.0
-"""Seconds that a child may take to say that it listens."""
+START_SECONDS = 30.0
+"""Within this time a process must report that it listens."""
 RESTART_SECONDS = (1.0, 2.0, 5.0, 10.0)
-"""Longest pauses before a restart, by failures in a row."""
-STABLE_AFTER = 30.0
-"""A child that lived this long starts again without delay."""
-CONTROL_STOPS_WITHIN = 10.0
-EXPLAINED = 2
-"""Exit code of a child that has said in one line why it cannot start."""
+"""Longest delays before a restart, by the number of failures in a row."""
+STABLE_SECONDS = 30.0
+"""A process that ran this long is restarted without delay."""
+CONTROL_STOP_SECONDS = 10.0
+EXIT_CODE_EXPLAINED = 2
+"""Exit code of a process that has logged in one line why it cannot start."""
 
 
 class StartFailure(Exception):
-    """A child ended before it listened."""
+    """A process ended before it listened."""
 
     def __init__(self, name: str, code: int | None) -> None:
         super().__init__(f"{name} did not start")
-        self.explained = code == EXPLAINED
-        """It has said why on standard error."""
+        self.explained = code == EXIT_CODE_EXPLAINED
+        """It has logged the reason itself."""
 
 
 class SupervisedProcess:
-    """One process that is restarted until `stop`."""
+    """A Python module that runs as a child process and is restarted until `stop`.
+
+    stdin: JSON that the process reads when it starts. `listening`: the JSON that it writes when it listens.
+    """
 
     def __init__(self, name: str, module: str, stdin: dict[str, Any]) -> None:
         self.name = name
@@ -59,14 +62,14 @@ class SupervisedProcess:
         self.listening: dict[str, Any] = {}
 
     async def start(self) -> None:
-        """Start and wait until it says that it listens; raise StartFailure when it does not."""
+        """Start, and wait until it reports that it listens; StartFailure when it does not."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             self._module,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor only: it stops the rest in order
+            start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor only, which stops the others in order
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -75,31 +78,31 @@ class SupervisedProcess:
             await self._process.stdin.drain()
             self._process.stdin.close()
         try:
-            line = await asyncio.wait_for(self._process.stdout.readline(), STARTED_WITHIN)
+            line = await asyncio.wait_for(self._process.stdout.readline(), START_SECONDS)
             self.listening = json.loads(line)
         except (TimeoutError, ValueError) as error:
-            if isinstance(error, ValueError):  # it said nothing and is about to end: its exit code tells more
+            if isinstance(error, ValueError):  # it is about to end without a report: its exit code has the reason
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._process.wait(), 5.0)
             await self._end(signal.SIGKILL, 5.0)
             raise StartFailure(self.name, self._process.returncode) from error
 
-    async def keep(self) -> None:
-        """Restart the process whenever it ends, with growing pauses; returns after `stop`."""
+    async def keep_running(self) -> None:
+        """Restart the process whenever it ends, with increasing delays; returns after `stop`."""
         backoff = Backoff(RESTART_SECONDS)
         while True:
             assert self._process is not None
-            born = time.monotonic()
+            started = time.monotonic()
             code = await self._process.wait()
             if self._stopping.is_set():
                 return
-            if time.monotonic() - born > STABLE_AFTER:
+            if time.monotonic() - started > STABLE_SECONDS:
                 backoff.reset()
-                pause = 0.0
+                delay = 0.0
             else:
-                pause = backoff.pause()
-            log.error("%s ended with code %s; starting it again in %.1f s", self.name, code, pause)
-            await asyncio.sleep(pause)
+                delay = backoff.pause()
+            log.error("%s ended with code %s; starting it again in %.1f s", self.name, code, delay)
+            await asyncio.sleep(delay)
             if self._stopping.is_set():
                 return
             try:
@@ -108,7 +111,7 @@ class SupervisedProcess:
                 log.error("%s", failure)
 
     async def stop(self, sig: signal.Signals, within: float) -> None:
-        """Send `sig`, wait, then kill; `keep` returns."""
+        """Send `sig`, wait `within` seconds, then kill; `keep_running` returns."""
         self._stopping.set()
         await self._end(sig, within)
 
@@ -128,10 +131,10 @@ class SupervisedProcess:
 
 
 def reserve_port(host: str, port: int) -> tuple[socket.socket, int]:
-    """Bind the data port without listening, so that every relay can share it (SO_REUSEPORT) and nobody else slips in.
+    """Bind the data port without listening: every relay can share it (SO_REUSEPORT), and no other program can take it.
 
-    SO_REUSEPORT alone would let a second Hemostat of the same user take half of the connections in silence, hence the
-    first bind without it.
+    With SO_REUSEPORT alone, a second Hemostat of the same user would silently get half of the connections; the first
+    bind without it detects that.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -172,13 +175,13 @@ def relay_config(settings: Settings, worker: int, port: int, control_socket: Pat
     }
 
 
-def _say(text: str) -> None:
-    # At once: where standard output is a pipe (a service manager, a container) it would wait in a buffer until the end.
+def _print_line(text: str) -> None:
+    # Flushed, since output to a pipe (a service manager, a container) would stay in a buffer until the end.
     print(text, flush=True)  # noqa: T201
 
 
-def main(settings: Settings, announce: Callable[[str], None] = _say) -> int:
-    """Run until SIGTERM or SIGINT; 0 after an orderly stop, 2 when something cannot start."""
+def main(settings: Settings, announce: Callable[[str], None] = _print_line) -> int:
+    """Run until SIGTERM or SIGINT; returns 0 after an orderly stop, 2 when a process cannot start."""
     logs.set_up(settings.log.level, settings.log.format)
     return asyncio.run(_run(settings, announce))
 
@@ -212,10 +215,10 @@ async def _run(settings: Settings, announce: Callable[[str], None]) -> int:
                 starting.cancel()
                 return 0
             await starting
-        admin = control.listening
-        announce(f"hemostat: data port http://{_shown(settings.listen.host)}:{port} -> {settings.upstream.url}")
-        announce(f"hemostat: admin port http://{_shown(settings.admin.host)}:{admin['admin_port']} (console, /metrics)")
-        keepers = [asyncio.create_task(child.keep()) for child in (control, *relays)]
+        admin_port = control.listening["admin_port"]
+        announce(f"hemostat: data port http://{_url_host(settings.listen.host)}:{port} -> {settings.upstream.url}")
+        announce(f"hemostat: admin port http://{_url_host(settings.admin.host)}:{admin_port} (console, /metrics)")
+        keepers = [asyncio.create_task(child.keep_running()) for child in (control, *relays)]
         await stop.wait()
         log.info("stopping: draining for up to %.0f s", settings.shutdown_seconds)
     except StartFailure as failure:
@@ -223,9 +226,9 @@ async def _run(settings: Settings, announce: Callable[[str], None]) -> int:
             log.error("%s", failure)
         code = 2
     finally:
-        # Relays first: /readyz says no while they drain, and what they still capture has somewhere to go.
+        # Relays first: while they drain, /readyz answers that they are not ready, and their captures are still scored.
         await asyncio.gather(*(r.stop(signal.SIGTERM, settings.shutdown_seconds + 5.0) for r in relays))
-        await control.stop(signal.SIGTERM, CONTROL_STOPS_WITHIN)
+        await control.stop(signal.SIGTERM, CONTROL_STOP_SECONDS)
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
@@ -234,5 +237,5 @@ async def _run(settings: Settings, announce: Callable[[str], None]) -> int:
     return code
 
 
-def _shown(host: str) -> str:
+def _url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host

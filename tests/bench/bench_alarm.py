@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.models import vllm_server as vllm_process
-from hemostat.models.compress import cached_checkpoints
+from hemostat.models.reference_checkpoint import cached_checkpoints
 from hemostat_calibration.alarm import BudgetTest, ChangeTest, fit_bets, spread
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate

@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy's; torch is told how many
 import numpy as np
 
 from hemostat.models import vllm_server as vllm_process
-from hemostat.models.compress import cached_checkpoints
+from hemostat.models.reference_checkpoint import cached_checkpoints
 from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate

@@ -39,8 +39,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.engines.registry import SILENCE_SECONDS
-from hemostat.models.compress import cached_checkpoints
-from hemostat.models.vllm_server import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, tied
+from hemostat.models.reference_checkpoint import cached_checkpoints
+from hemostat.models.vllm_server import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, with_parent
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.product import Product, multiplies_bfloat16, packs
@@ -140,7 +140,7 @@ class Engine:
         self._log = log
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                tied([sys.executable, str(Path(__file__).resolve()), *arguments]),
+                with_parent([sys.executable, str(Path(__file__).resolve()), *arguments]),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -26,8 +26,8 @@ import yaml
 from hemostat.demo import prompts
 from hemostat.demo.options import DemoOptions
 from hemostat.demo.programs import serve_command, serve_settings, vllm_arguments
-from hemostat.models.compress import cached_checkpoints
-from hemostat.models.vllm_server import VllmServer, free_port, tied
+from hemostat.models.reference_checkpoint import cached_checkpoints
+from hemostat.models.vllm_server import VllmServer, free_port, with_parent
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "bench"
 FIGURES = {"kl_nats": "KL(r‖c), at least", "total_variation": "TV, at least", "top1_agreement": "same top-1"}
@@ -58,7 +58,8 @@ def measure(requests: int, at_once: int, folder: Path) -> dict[str, Any]:
     try:
         vllm.wait_ready(progress=lambda line: print(line, file=sys.stderr))
         with (folder / "hemostat.log").open("wb") as log:
-            serving = subprocess.Popen(tied(serve_command(config)), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            command = with_parent(serve_command(config))
+            serving = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
             return _measured(requests, at_once, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}")
         finally:

@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 from hemostat.demo import DemoOptions, programs, run
 from hemostat.models import vllm_server as vllm_process
-from hemostat.models.compress import Checkpoints
+from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat_calibration.errors import HemostatError
 
 STAND_IN = ROOT / "tests" / "support" / "stand_in.py"
@@ -24,7 +24,7 @@ PATCH = """
 import sys
 from pathlib import Path
 from hemostat.models import vllm_server as vllm_process
-from hemostat.models.compress import Checkpoints
+from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat.demo import runner
 vllm_process.installed = lambda: True
 runner.cached_checkpoints = lambda scheme, say: Checkpoints(Path("reference"), Path("compressed"))

@@ -12,7 +12,7 @@ from tests.support.doctor import report_of
 
 from hemostat.doctor import DoctorOptions
 from hemostat.doctor.pair import unpack
-from hemostat.models.compress import Checkpoints
+from hemostat.models.reference_checkpoint import Checkpoints
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -19,7 +19,7 @@ from langchain_core.messages import BaseMessageChunk
 from tests.support.stack import Stack, hemostat, sampling_settings
 
 from hemostat.models import vllm_server as vllm_process
-from hemostat.models.compress import Checkpoints
+from hemostat.models.reference_checkpoint import Checkpoints
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would fetch prices at its import
 

@@ -14,7 +14,7 @@ import pytest
 from tests.support.recompute import recompute
 
 from hemostat.demo.generated_prompts import generated_prompts
-from hemostat.models.compress import Checkpoints
+from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat_calibration.profiles.profile import temperature_bias
 
 pytestmark = [

@@ -31,7 +31,7 @@ from tests.support.stack import (
 )
 
 from hemostat.models import vllm_server as vllm_process
-from hemostat.models.compress import Checkpoints
+from hemostat.models.reference_checkpoint import Checkpoints
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -180,7 +180,7 @@ def test_the_pod_may_drain_before_it_is_killed(helm: Helm, values: Path, tmp_pat
     rendered = helm.values(values)
     sleep = rendered.hemostat.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
     # serve: the relays drain and get 5 s more, then the control process stops.
-    needed = sleep + rendered.settings(tmp_path).shutdown_seconds + 5.0 + serve.CONTROL_STOPS_WITHIN
+    needed = sleep + rendered.settings(tmp_path).shutdown_seconds + 5.0 + serve.CONTROL_STOP_SECONDS
     assert rendered.pod["spec"]["terminationGracePeriodSeconds"] > needed
 
 

@@ -22,7 +22,7 @@ from tests.support.prometheus import Prometheus, config, needs, prometheus, rule
 from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings, wait_for
 
 from hemostat.models import vllm_server as vllm_process
-from hemostat.models.compress import Checkpoints, cached_checkpoints
+from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 from hemostat.shadow import noise_floor as floor
 from hemostat_calibration.profiles.profile import temperature_bias
 

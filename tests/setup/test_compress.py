@@ -8,18 +8,9 @@ from typing import Any
 
 import pytest
 
-from hemostat.models import compress as module
-from hemostat.models.compress import (
-    MANIFEST,
-    Checkpoints,
-    CompressError,
-    cached_checkpoints,
-    compress,
-    copy_checkpoint,
-    is_whole,
-    packed,
-    unpacked,
-)
+from hemostat.models.checkpoint_folders import MANIFEST, CompressError, copy_checkpoint, is_complete
+from hemostat.models.compress import compress, is_packed, unpacked_copy
+from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -78,10 +69,15 @@ def test_unpacked_is_the_same_model(tiny: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     compress(tiny, tmp_path / "w4a16", "w4a16")
     compress(tiny, tmp_path / "w8a8", "w8a8")
-    assert [packed(p) for p in (tmp_path / "w4a16", tmp_path / "w8a8", tiny, tmp_path)] == [True, False, False, False]
-    dense = unpacked(tmp_path / "w4a16")
-    assert is_whole(dense)
-    assert not packed(dense)
+    assert [is_packed(p) for p in (tmp_path / "w4a16", tmp_path / "w8a8", tiny, tmp_path)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    dense = unpacked_copy(tmp_path / "w4a16")
+    assert is_complete(dense)
+    assert not is_packed(dense)
     assert (dense / "chat_template.jinja").read_text() == "{{ messages }}"
     ids = torch.arange(40)[None]
     for dtype in (torch.float32, torch.bfloat16):
@@ -93,7 +89,7 @@ def test_unpacked_is_the_same_model(tiny: Path, tmp_path: Path, monkeypatch: pyt
         assert torch.equal(*both), dtype
     made = (dense / MANIFEST).stat().st_mtime_ns
     copy_checkpoint(tmp_path / "w4a16", tmp_path / "elsewhere")
-    assert unpacked(tmp_path / "w4a16") == unpacked(tmp_path / "elsewhere") == dense
+    assert unpacked_copy(tmp_path / "w4a16") == unpacked_copy(tmp_path / "elsewhere") == dense
     assert (dense / MANIFEST).stat().st_mtime_ns == made, "made once"
 
 
@@ -150,10 +146,10 @@ def test_a_whole_copy_is_used_again_and_a_damaged_one_made_again(tiny: Path, tmp
     data = bytearray((out / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (out / "model.safetensors").write_bytes(data)
-    assert not is_whole(out)
+    assert not is_complete(out)
     compress(tiny, out, "prune50", said.append)
     assert "damaged" in said[0]
-    assert is_whole(out)
+    assert is_complete(out)
 
 
 def test_an_interrupted_build_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,12 +157,12 @@ def test_an_interrupted_build_leaves_nothing(tiny: Path, tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_quantize", interrupted)
+        patch.setattr("hemostat.models.compress.quantize", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compress(tiny, tmp_path / "out", "w4a16")
     assert list(tmp_path.iterdir()) == []
     compress(tiny, tmp_path / "out", "w4a16")
-    assert is_whole(tmp_path / "out")
+    assert is_complete(tmp_path / "out")
 
 
 def test_a_folder_of_somebody_else_is_not_touched(tiny: Path, tmp_path: Path) -> None:
@@ -184,7 +180,7 @@ def test_errors_name_what_to_do(tiny: Path, tmp_path: Path, monkeypatch: pytest.
     compress(tiny, tmp_path / "eight", "w8a8")
     with pytest.raises(CompressError, match="quantized already"):
         compress(tmp_path / "eight", tmp_path / "out", "prune50")
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("hemostat.models.checkpoint_folders.importlib.util.find_spec", lambda name: None)
     with pytest.raises(CompressError, match=r"compressed-tensors.*make setup"):
         compress(tiny, tmp_path / "out", "w4a16")
     assert not (tmp_path / "out").exists()

@@ -62,8 +62,8 @@ def test_where_vllm_has_no_int4_kernels_a_dense_copy_is_served(
     narrow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_process, "on_cpu", lambda: True)
-    monkeypatch.setattr(vllm_process, "_narrow", lambda: narrow)
-    monkeypatch.setattr(vllm_process, "unpacked", lambda folder, _: folder / "dense")
+    monkeypatch.setattr(vllm_process, "_lacks_avx512", lambda: narrow)
+    monkeypatch.setattr(vllm_process, "unpacked_copy", lambda folder, _: folder / "dense")
     (tmp_path / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
     assert vllm_process.runnable(tmp_path) == (tmp_path / "dense" if narrow else tmp_path)
     assert vllm_process.dtype() == ("float32" if narrow else "bfloat16")
@@ -131,7 +131,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
 def test_the_server_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "import sys, time; from pathlib import Path; from hemostat import vllm_process\n"
+        "import sys, time; from pathlib import Path; from hemostat.models import vllm_server as vllm_process\n"
         "vllm_process.installed = lambda: True\n"
         "server = vllm_process.VllmServer(Path('.'), 'x', Path('log'))\n"
         f"server._command = [sys.executable, '-c', {STAND_IN!r}, str(server.port)]\n"

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from hemostat.models.vllm_server import free_port, tied
+from hemostat.models.vllm_server import free_port, with_parent
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
@@ -111,7 +111,7 @@ def prometheus(configuration: Mapping[str, Any], folder: Path) -> Iterator[Prome
     flags = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data", "--log.level=warn"]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            tied([shutil.which("prometheus") or "prometheus", *flags, f"--web.listen-address=127.0.0.1:{port}"]),
+            with_parent([shutil.which("prometheus") or "prometheus", *flags, f"--web.listen-address=127.0.0.1:{port}"]),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,

@@ -19,14 +19,14 @@ import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from hemostat.models.vllm_server import free_port, tied
+from hemostat.models.vllm_server import free_port, with_parent
 
 FAKE_VLLM = Path(__file__).with_name("fake_vllm.py")
 ADMIN_TOKEN = "a-token-for-tests"
 STARTS_WITHIN = 30.0
 SCORES_WITHIN = 90.0
 """Seconds; loading torch beside vLLM on two cores takes a while."""
-STOPS_WITHIN = 30.0
+STOP_SECONDS = 30.0
 
 
 def wait_for(what: str, done: Callable[[], object], within: float, every: float = 0.1) -> None:
@@ -62,7 +62,7 @@ class Stack:
         self.log = folder / "hemostat.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                tied([str(Path(sys.executable).parent / "hemostat"), "serve", "--config", str(config)]),
+                with_parent([str(Path(sys.executable).parent / "hemostat"), "serve", "--config", str(config)]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -95,7 +95,7 @@ class Stack:
         """SIGTERM; the exit code."""
         self._process.terminate()
         try:
-            return self._process.wait(STOPS_WITHIN)
+            return self._process.wait(STOP_SECONDS)
         finally:
             self._process.kill()
             self._process.wait()
@@ -194,7 +194,7 @@ class FakeEngine:
     def start(self) -> None:
         command = [sys.executable, str(FAKE_VLLM), "--port", str(self._port), *self._flags]
         self._process = subprocess.Popen(
-            tied(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            with_parent(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         wait_for("the fake engine's start", self._healthy, STARTS_WITHIN)
 

@@ -15,16 +15,16 @@ from typing import Any
 import httpx
 
 from hemostat.demo.options import DemoFailure, DemoOptions
-from hemostat.models.compress import Checkpoints
+from hemostat.models.reference_checkpoint import Checkpoints
 from hemostat.models.vllm_server import (
     LOGITS_PROCESSOR,
-    STOPS_WITHIN,
+    STOP_SECONDS,
     VllmFailure,
     VllmServer,
     dtype,
     free_port,
     on_cpu,
-    tied,
+    with_parent,
 )
 
 TOP_K = 64
@@ -90,7 +90,7 @@ def serving(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run `hemostat serve`, with its output in `log`; it is stopped on exit."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            tied(command),
+            with_parent(command),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -102,7 +102,7 @@ def serving(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.terminate()
         try:
-            process.wait(STOPS_WITHIN)
+            process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

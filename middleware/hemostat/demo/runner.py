@@ -37,7 +37,8 @@ from hemostat.demo.programs import (
     watch_programs,
 )
 from hemostat.demo.traffic import drive
-from hemostat.models.compress import Checkpoints, cached_checkpoints, copy_checkpoint
+from hemostat.models.checkpoint_folders import copy_checkpoint
+from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 from hemostat.models.vllm_server import VllmServer, runnable
 from hemostat_calibration.errors import HemostatError
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, Side, one_line
 from hemostat.doctor.prompts import Prompt
-from hemostat.models.compress import _quiet_transformers as quiet
+from hemostat.models.quiet import quiet_transformers as quiet
 from hemostat.reference.match import PROBE_CHAT, PROBE_TEXT
 from hemostat.reference.worker import checkpoint_digest
 

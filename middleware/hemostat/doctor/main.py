@@ -21,7 +21,7 @@ from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.doctor.report import SCHEMA, tables
 from hemostat.doctor.work import WorkFolder
-from hemostat.models.compress import cache_folder
+from hemostat.models.checkpoint_folders import cache_folder
 
 EXIT_INTERRUPTED = 130
 PLAIN_WIDTH = 120

@@ -1,6 +1,6 @@
-"""A vLLM server of our own, as a child process: for the demo and the tests, which start one and must leave none behind.
+"""A vLLM server as a child process, for the demo and the tests; it ends when its parent ends.
 
-Run as a program, this module is the child's first breath: it ties the child's life to its parent's, then becomes vLLM.
+Run as a program, this module asks the kernel to end the process with its parent, and then executes vLLM in its place.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from contextlib import suppress
 from pathlib import Path
 
 from hemostat.ipc.process import die_with_parent
-from hemostat.models.compress import packed, unpacked
+from hemostat.models.compress import is_packed, unpacked_copy
 from hemostat_calibration.errors import HemostatError
 
 LOGITS_PROCESSOR = "hemostat_engine:LogitsProcessor"
-READY_WITHIN = 300.0
-"""Seconds; about 40 on a CPU, more where a GPU build compiles."""
-STOPS_WITHIN = 15.0
-LOG_TAIL = 25
+READY_SECONDS = 300.0
+"""Starting takes about 40 seconds on a CPU, and more where a GPU build compiles."""
+STOP_SECONDS = 15.0
+LOG_TAIL_LINES = 25
 
-_PROGRESS_EVERY = 5.0
+_PROGRESS_SECONDS = 5.0
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback: no proxy of the environment
 
 
 class VllmFailure(HemostatError):
-    """vLLM is not installed, ended, or did not answer in time; the message has the end of its log."""
+    """vLLM is not installed, ended, or did not answer in time; the message contains the end of its log."""
 
 
 def installed() -> bool:
-    """True when some build of vLLM can be started."""
+    """True when a build of vLLM is installed."""
     return importlib.util.find_spec("vllm") is not None
 
 
@@ -53,22 +53,22 @@ def on_cpu() -> bool:
 
 
 def runnable(checkpoint: Path, progress: Callable[[str], None] = lambda _: None) -> Path:
-    """The checkpoint; where vLLM's CPU build has no kernels for its packed weights (it has none without AVX-512), a
-    dense copy of it: slower, the same model."""
-    if not (on_cpu() and _narrow() and packed(checkpoint)):
+    """The checkpoint, or a dense copy of it where vLLM's CPU build has no kernels for packed weights (without AVX-512):
+    slower, but the same model."""
+    if not (on_cpu() and _lacks_avx512() and is_packed(checkpoint)):
         return checkpoint
-    progress("no AVX-512 here, and without it vLLM has no int4 kernels: it gets a dense copy of the same weights")
-    return unpacked(checkpoint, progress)
+    progress("this CPU has no AVX-512, without which vLLM has no int4 kernels: using a dense copy of the same weights")
+    return unpacked_copy(checkpoint, progress)
 
 
 def dtype() -> str:
-    """What the demo and the tests have both models compute in: bfloat16; float32 on a CPU without AVX-512, where
-    bfloat16 takes ten times as long."""
-    return "float32" if on_cpu() and _narrow() else "bfloat16"
+    """The dtype of both models in the demo and the tests: bfloat16; float32 on a CPU without AVX-512, where bfloat16
+    takes ten times as long."""
+    return "float32" if on_cpu() and _lacks_avx512() else "bfloat16"
 
 
 @functools.cache
-def _narrow() -> bool:
+def _lacks_avx512() -> bool:
     """True for an x86 processor without AVX-512."""
     return platform.machine() == "x86_64" and not _avx512(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
 
@@ -85,8 +85,8 @@ def free_port() -> int:
         return port
 
 
-def tied(command: Sequence[str]) -> list[str]:
-    """`command`, started so that the kernel ends it (SIGTERM) when this process is gone, however it went."""
+def with_parent(command: Sequence[str]) -> list[str]:
+    """`command` in a form in which the kernel ends it (SIGTERM) when this process ends, for whatever reason."""
     return [sys.executable, "-m", "hemostat.models.vllm_server", str(os.getpid()), *command]
 
 
@@ -94,7 +94,7 @@ class VllmServer:
     """One server on loopback. `start`, `wait_ready`, and in any case `stop`.
 
     model: the checkpoint's folder; served_name: what clients call it.
-    log: the file that gets its output. arguments, environment: added to the server's own. port: else a free one.
+    log: the file that gets its output. arguments, environment: added to the server's own. port: default a free one.
     """
 
     def __init__(
@@ -122,20 +122,22 @@ class VllmServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the process, on what is `runnable` of the model; where that is made first, it takes half a minute. Call
-        it from a thread that lives as long as the server may: the kernel ends the server when that thread is gone.
-        Raises VllmFailure when vLLM is not installed, CompressError where the dense copy cannot be made."""
+        """Start the process with the `runnable` form of the checkpoint; making a dense copy first takes half a minute.
+
+        Call it from a thread that lives as long as the server: the kernel ends the server when that thread ends.
+        Raises VllmFailure when vLLM is not installed, CompressError where the dense copy cannot be made.
+        """
         if not installed():
             raise VllmFailure("vLLM is not installed in this environment: run `make setup`")
         command = [*self._command, "--model", str(runnable(self._checkpoint))]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                tied(command),
+                with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
-                start_new_session=True,  # a terminal's Ctrl-C is ours to handle, and `stop` can end the whole group
+                start_new_session=True,  # Ctrl-C in a terminal must not reach it, and `stop` can end the whole group
             )
 
     def poll(self) -> int | None:
@@ -145,11 +147,11 @@ class VllmServer:
 
     def wait_ready(
         self,
-        within: float = READY_WITHIN,
+        within: float = READY_SECONDS,
         progress: Callable[[str], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Block until /health answers 200; VllmFailure when it ends before, or takes longer than `within` seconds."""
+        """Block until /health answers 200; VllmFailure when it ends before, or is not ready within `within` seconds."""
         began = time.monotonic()
         reported = began
         while not cancelled():
@@ -160,7 +162,7 @@ class VllmServer:
                 raise VllmFailure(f"vLLM ended with code {code} before it was ready; {self.log_tail()}")
             if now - began > within:
                 raise VllmFailure(f"vLLM was not ready within {within:.0f} s; {self.log_tail()}")
-            if now - reported >= _PROGRESS_EVERY:
+            if now - reported >= _PROGRESS_SECONDS:
                 reported = now
                 progress(f"vLLM is starting, {now - began:.0f} s")
             time.sleep(0.25)
@@ -176,7 +178,7 @@ class VllmServer:
 
     def log_tail(self) -> str:
         """The log's last lines, with the file's name."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "\n".join([f"the end of {self.log}:", *lines])
 
     def stop(self) -> None:
@@ -187,23 +189,22 @@ class VllmServer:
         with suppress(ProcessLookupError):
             process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(STOPS_WITHIN)
-        with suppress(ProcessLookupError):  # the engine's process, should it outlive the server's
+            process.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError):  # the engine's process, where it outlives the server's
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def quiet_environment() -> dict[str, str]:
-    """No statistics sent, no model hub asked; on a CPU what suits a small machine. The user's own values win there."""
+    """No usage statistics, no model hub; on a CPU settings for a small machine, unless the user has set others."""
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     if on_cpu():
         on_a_cpu = {
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            # W4A16 computed as W4A16: by default the kernels for AMX also round the activations to 8 bits, which is
-            # another model than the checkpoint.
+            # By default the AMX kernels also round the activations to 8 bits: another model than the checkpoint.
             "VLLM_CPU_INT4_W4A8": "0",
-            # vLLM compiles its logprob ranks even with --enforce-eager: that takes 15 s of the first request, and a
-            # C++ compiler that may not be there.
+            # vLLM compiles its logprob ranks even with --enforce-eager: that takes 15 s of the first request, and
+            # needs a C++ compiler.
             "TORCHDYNAMO_DISABLE": "1",
         }
         environment |= {name: os.environ.get(name, value) for name, value in on_a_cpu.items()}
@@ -212,4 +213,4 @@ def quiet_environment() -> dict[str, str]:
 
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
-    os.execv(sys.argv[2], sys.argv[2:])  # noqa: S606 - no shell is what we want
+    os.execv(sys.argv[2], sys.argv[2:])  # noqa: S606 - without a shell on purpose

@@ -1,4 +1,4 @@
-"""`records.path`: scored requests as JSON lines, for whoever wants to recompute the figures. Off unless asked for."""
+"""`records.path`: scored requests as JSON lines, from which the figures can be recomputed. Off by default."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger("hemostat.records")
 
 
 class RecordsFile:
-    """Appends; a disk that refuses is logged once and writing ends, scoring does not.
+    """Appends records to a file. The first error is logged and ends the writing; scoring continues.
 
-    Only the owner may read the file: token ids are text. HemostatError when it cannot be opened.
+    Only the owner may read the file, since texts can be decoded from token ids. HemostatError when it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,5 +58,5 @@ class RecordsFile:
             log.error("records.path: cannot write (%s); no more records are kept", error.strerror)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what a full disk did not take was said when it was written
+        with contextlib.suppress(OSError):  # an error of writing was logged before
             self._file.close()

