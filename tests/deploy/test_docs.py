@@ -429,9 +429,21 @@ def test_operations_lists_exactly_the_variables_of_compose() -> None:
 
 def test_where_does_it_go_names_files_that_exist() -> None:
     section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where does it go\n")[2].partition("\n## ")[0]
-    named = [name for name in re.findall(r"`([^`\s]+)`", section) if "/" in name]
+    named = [name for name in re.findall(r"`([^`\s]+)`", section) if "/" in name or name.endswith(".py")]
     assert len(named) > 20
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    tops = ("calibration/", "deploy/", "docs/", "helm/", "middleware/", "tests/")
+    paths = [ROOT / name if name.startswith(tops) else ROOT / "middleware" / "hemostat" / name for name in named]
+    assert [path for path in paths if not path.exists()] == []
+
+
+def test_the_way_of_a_request_names_files_that_exist() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## One request, from the relay to the metrics\n")[2]
+    named = re.findall(r"`([a-z_/]+(?:\.py|/))`", section.partition("\n## ")[0])
+    assert len(named) > 20
+    known = [
+        ROOT / name if name.startswith("middleware/") else ROOT / "middleware" / "hemostat" / name for name in named
+    ]
+    assert [path for path in known if not path.exists()] == []
 
 
 def test_the_tree_in_contributing_has_every_package_and_module() -> None:

@@ -18,9 +18,10 @@ What each module owns:
 
 Calls go one way: restoring, report, operators -> proposals, judging -> lifecycle -> the parts that hold state.
 
-Where something new goes:
+Where something new goes, of this package (a family has parts in other packages, too: CONTRIBUTING.md lists them all):
 
-    a family            an entry in `families.FAMILY_RULES`; its learner calls `Proposals.accepts` and `propose`
+    a family            an entry in `families.FAMILY_RULES`; a learner in this process is added to `proposals`, one in
+                        another process calls `Proposals.accepts` and `propose`
     an evidence unit    `judging.evidence_unit`, from which both the split and the counting follow
     a kind of scope     an entry in `scopes.SCOPE_KEYS`, and its name in the setting `calibration.scope`
     a decision, reason  `decisions.REASONS`, explained in deploy/metrics.py
