@@ -125,10 +125,10 @@ def test_it_serves_as_the_image_does(surroundings: dict[str, str], tmp_path: Pat
     with log.open("w") as file:
         process = subprocess.Popen(command, env=surroundings, cwd=tmp_path, stdout=file, stderr=file)
     try:
-        ends = time.monotonic() + 30
+        deadline = time.monotonic() + 180
         while run(health, surroundings, tmp_path).returncode:
             assert process.poll() is None, log.read_text()
-            assert time.monotonic() < ends, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         with httpx.Client(base_url=f"http://127.0.0.1:{ports['8081']}", timeout=10) as admin:
             page = admin.get("/")
@@ -137,11 +137,11 @@ def test_it_serves_as_the_image_does(surroundings: dict[str, str], tmp_path: Pat
             for asset in ("console.css", "console.js", "vendor/uPlot.iife.min.js"):
                 assert admin.get(f"/console/{asset}").status_code == 200
             while admin.get("/readyz").status_code != 200 or _reference(admin) != "ready":
-                assert time.monotonic() < ends, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
             scored = 0
             while not scored:
-                assert time.monotonic() < ends, admin.get("/api/v1/status").json()["requests"]
+                assert time.monotonic() < deadline, admin.get("/api/v1/status").json()["requests"]
                 body = {"prompt": "Hi", "max_tokens": 3}
                 url = f"http://127.0.0.1:{ports['8080']}/v1/completions"
                 httpx.post(url, json=body, timeout=10).raise_for_status()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -31,11 +31,13 @@ from hemostat.shadow.limits import Breaker, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.shadow.scorer import Scorer, ScoringNeeds
-from hemostat.tracing import Tracing
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import TokenRecord
+
+if TYPE_CHECKING:
+    from hemostat.tracing import Tracing  # an extra; imported only where it is used
 
 log = logging.getLogger("hemostat.control")
 
