@@ -34,7 +34,7 @@ from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import CONTINUE, SAFE_METHODS, RequestHead
 from hemostat.relay.http.response import ResponseHead
 from hemostat.relay.outcomes import OutcomeObserver
-from hemostat.relay.response_framing import BodyMode, choose_mode, frame_head
+from hemostat.relay.response_framing import BodyMode, frame_response
 from hemostat.relay.tunnel import Tunnel
 from hemostat.relay.upstream import UpstreamConnection
 
@@ -101,7 +101,6 @@ class Exchange:
         "_request",
         "_request_id",
         "_response",
-        "_retried",
         "_route",
         "_sent",
         "_started",
@@ -141,11 +140,10 @@ class Exchange:
         self._unsent: list[bytes] = []
         """COLLECTING: pieces of the body. QUEUED: what is sent first when there is a connection."""
         self._sent: bytes | None = None
-        """The whole request as it went upstream, if it was sent at once."""
+        """The whole request as it went upstream, if it was sent at once and can still be retried."""
         self._original: tuple[list[bytes], int, bytes] | None = None
         """Header lines, framing index and body as the client sent them, if a hook has rewritten the request and no byte
         of the response has gone to the client."""
-        self._retried = False
         self._keep_alive = request.keep_alive
         """The client's connection stays open after the response."""
         # The response.
@@ -193,14 +191,16 @@ class Exchange:
                 if not complete and not more_read:
                     self._transport.write(CONTINUE)
             if complete:
-                self._observe_request(body)
+                if self._observer is not None:
+                    self._observer.feed_request(body)
                 self._unsent.append(body)
                 self._ask_hook_about_body()
             return
-        payload = self._upstream_head()
+        payload = upstream_head(request, self._context.origin, self._context.authorization)
         if complete:
             payload += body
-            self._observe_request(body)
+            if self._observer is not None:
+                self._observer.feed_request(body)
             self._sent = payload
         self._dispatch(payload, self._started)
 
@@ -233,14 +233,6 @@ class Exchange:
             self._client.exchange_broken(reset=False)
         else:
             self._respond(error.status, error_body(error.status, error.message, error.code), counters.REFUSED)
-
-    def _observe_request(self, body: bytes) -> None:
-        if body and self._observer is not None:
-            self._observer.feed_request(body)
-
-    def _upstream_head(self) -> bytes:
-        context = self._context
-        return upstream_head(self._request, context.origin, context.authorization)
 
     def _ask_hook(self, pairs: Headers) -> bool:
         """True if the hook wants to see the request (`_hook` is set), or has refused it (the exchange is over)."""
@@ -279,7 +271,7 @@ class Exchange:
             request.framing = set_length(request.lines, request.framing, len(body))
         elif request.length == CHUNKED:
             body = chunk(body) + (LAST_CHUNK if self.request_complete else b"")
-        payload = self._upstream_head() + body
+        payload = upstream_head(request, self._context.origin, self._context.authorization) + body
         if self.request_complete:
             self._sent = payload
         self._dispatch(payload, started)
@@ -341,13 +333,14 @@ class Exchange:
     def retry(self) -> bool:
         """Send the request once more on a new connection, if that has no side effect: the method is safe, and the whole
         request is still here."""
-        if self._sent is None or self._retried or self._request.method not in SAFE_METHODS:
+        payload = self._sent
+        if payload is None or self._request.method not in SAFE_METHODS:
             return False
-        self._retried = True
+        self._sent = None
         self.upstream = None
         self._enter(QUEUED)
-        self._unsent = [self._sent]
-        self.unsent_bytes = len(self._sent)
+        self._unsent = [payload]
+        self.unsent_bytes = len(payload)
         self._overhead = -perf_counter()
         self._context.pool.retry(self)
         return True
@@ -385,8 +378,10 @@ class Exchange:
             self._report.begin_response(head)
         if hook is not None and hook.response_head(head):
             hook.transforming = request.method != b"HEAD" and head.status not in {204, 304}
-        self._mode = mode = choose_mode(head.length, http11=http11, transformed=hook is not None and hook.transforming)
-        self._keep_alive = not frame_head(head, mode, http11=http11, close=close)
+        transformed = hook is not None and hook.transforming
+        mode, close = frame_response(head, http11=http11, transformed=transformed, close=close)
+        self._mode = mode
+        self._keep_alive = not close
         if mode is _COLLECTED:
             self._collected = []
         else:
@@ -510,7 +505,7 @@ class Exchange:
         hook.transforming = False
         if request.length == CHUNKED:
             body = chunk(body) + LAST_CHUNK
-        self._sent = payload = self._upstream_head() + body
+        self._sent = payload = upstream_head(request, self._context.origin, self._context.authorization) + body
         self._dispatch(payload, started)
         return True
 

@@ -61,12 +61,18 @@ class GenerationReport:
 
     def begin_response(self, head: ResponseHead) -> None:
         """The response can be evaluated only if it is not an error and not compressed."""
-        received = {name.lower(): value for name, value in split_fields(head.lines)}
-        if head.status != 200 or received.get(b"content-encoding", b"identity") != b"identity":
+        coding, content_type = b"identity", b""
+        for line in head.lines:
+            name, _, value = line.partition(b":")
+            name = name.lower()
+            if name == b"content-type":
+                content_type = value.strip(b" \t")
+            elif name == b"content-encoding":
+                coding = value.strip(b" \t")
+        if head.status != 200 or coding != b"identity":
             self.observer.disabled = True
         else:
-            stream = received.get(b"content-type", b"").startswith(b"text/event-stream")
-            self.observer.begin_response(stream=stream)
+            self.observer.begin_response(stream=content_type.startswith(b"text/event-stream"))
 
     def finish(self, arm: str, status: int, outcome: str, *, complete: bool) -> None:
         """The exchange has ended.

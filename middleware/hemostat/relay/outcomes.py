@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -91,7 +91,6 @@ _response = msgspec.json.Decoder(_Response)
 _any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
-@dataclass(slots=True)
 class OutcomeObserver:
     """Observes one request and its response.
 
@@ -99,22 +98,25 @@ class OutcomeObserver:
     client gets it (HTTP chunk sizes may stand between the bytes), then `finish` once.
     """
 
-    json: bool = False
-    """JSON output was requested."""
-    tools: bool = False
-    """The request offers tools."""
-    body: bytes = b""
-    """The first piece of the request's body, in which `model` is looked for."""
-    events: int = 0
-    """Server-sent events with data so far."""
-    stream: bool = False
-    disabled: bool = False
-    """The response is an error, or is compressed: there is nothing to evaluate."""
-    _pieces: deque[bytes] = field(default_factory=deque)
-    _size: int = 0
-    """Bytes in `_pieces`, while `_whole`."""
-    _whole: bool = True
-    """`_pieces` holds the whole response, not only its tail."""
+    __slots__ = ("_pieces", "_size", "_whole", "body", "disabled", "events", "json", "stream", "tools")
+
+    def __init__(self) -> None:
+        self.json = False
+        """JSON output was requested."""
+        self.tools = False
+        """The request offers tools."""
+        self.body = b""
+        """The first piece of the request's body, in which `model` is looked for."""
+        self.events = 0
+        """Server-sent events with data so far."""
+        self.stream = False
+        self.disabled = False
+        """The response is an error, or is compressed: there is nothing to evaluate."""
+        self._pieces: deque[bytes] = deque()
+        self._size = 0
+        """Bytes in `_pieces`, while `_whole`."""
+        self._whole = True
+        """`_pieces` holds the whole response, not only its tail."""
 
     def feed_request(self, body: bytes) -> None:
         self.body = self.body or body

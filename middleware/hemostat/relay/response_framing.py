@@ -30,21 +30,19 @@ _CHUNKED = BodyMode.CHUNKED
 _UNTIL_CLOSE = BodyMode.UNTIL_CLOSE
 
 
-def choose_mode(length: int, *, http11: bool, transformed: bool) -> BodyMode:
-    """length: of the response's head. http11: the client's version. transformed: a hook changes the body."""
+def frame_response(head: ResponseHead, *, http11: bool, transformed: bool, close: bool) -> tuple[BodyMode, bool]:
+    """Choose the body's mode, and make the head's fields agree with it.
+
+    http11: the client's version is HTTP/1.1, not 1.0. transformed: a hook changes the body. close: the client's
+    connection is to be closed after the response. Returns the mode, and whether the connection has to be closed.
+    """
+    length = head.length
+    mode = _CHUNKED if http11 else _UNTIL_CLOSE
     if transformed:
         if 0 <= length <= MAX_COLLECTED_BYTES:
-            return BodyMode.COLLECTED
+            mode = BodyMode.COLLECTED
     elif length >= 0 or (length == CHUNKED and http11):
-        return _RAW
-    return _CHUNKED if http11 else _UNTIL_CLOSE
-
-
-def frame_head(head: ResponseHead, mode: BodyMode, *, http11: bool, close: bool) -> bool:
-    """Make the head's fields agree with the mode. Returns whether the client's connection is closed at the end.
-
-    close: it is to be closed anyway.
-    """
+        mode = _RAW
     lines = head.lines
     coded = head.framing >= 0 and lines[head.framing] == CHUNKED_LINE
     if mode is _CHUNKED and not coded:
@@ -59,4 +57,4 @@ def frame_head(head: ResponseHead, mode: BodyMode, *, http11: bool, close: bool)
         lines.append(b"Connection: close")
     elif not http11:
         lines.append(b"Connection: keep-alive")
-    return close
+    return mode, close

@@ -205,14 +205,15 @@ class UpstreamConnection(asyncio.Protocol):
         if receiver is None:
             # Not the response to any request; it must not be taken for the next one's.
             self.abort()
-        elif (head := self._head) is not None:
+            return
+        head = self._head
+        if head is not None:
             self._body(receiver, head, data)
-        elif self._tunnel is not None:
-            self._tunnel.from_upstream(data)
-        else:
-            self._head_data(receiver, data)
-
-    def _head_data(self, receiver: Receiver, data: bytes) -> None:
+            return
+        tunnel = self._tunnel
+        if tunnel is not None:
+            tunnel.from_upstream(data)
+            return
         received = perf_counter()
         try:
             head, rest = self._read_head(receiver, data)
