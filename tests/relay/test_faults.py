@@ -1,4 +1,4 @@
-"""Ends that break, stall or lie."""
+"""Failing, slow and malicious clients and upstreams."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_malformed_responses_are_a_502(answer: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("by_reset", [True, False])
-async def test_upstream_dying_in_its_response_ends_the_clients_connection(start: bytes, by_reset: bool) -> None:
+async def test_upstream_failing_during_its_response_ends_the_clients_connection(start: bytes, by_reset: bool) -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
         await connection.send(start)
@@ -104,7 +104,7 @@ async def test_upstream_dying_in_its_response_ends_the_clients_connection(start:
         assert relay.counters.requests == {("/v1/models", "upstream_failed"): 1}
 
 
-async def test_truncated_plain_response_to_a_1_0_client_is_a_reset() -> None:
+async def test_truncated_response_to_an_http_1_0_client_ends_in_a_reset() -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
         await connection.send(CHUNKED_HEAD + b"5\r\nhello\r\n")
@@ -117,7 +117,7 @@ async def test_truncated_plain_response_to_a_1_0_client_is_a_reset() -> None:
             await client.rest()
 
 
-async def test_excess_bytes_after_a_response_never_reach_the_next_request() -> None:
+async def test_bytes_after_the_end_of_a_response_never_reach_the_next_request() -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
         await connection.send(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
@@ -131,7 +131,7 @@ async def test_excess_bytes_after_a_response_never_reach_the_next_request() -> N
         assert upstream.connections == 3
 
 
-async def test_bytes_on_an_idle_connection_are_thrown_away() -> None:
+async def test_bytes_on_an_idle_connection_are_discarded() -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
         await connection.send(OK)
@@ -150,7 +150,7 @@ async def test_bytes_on_an_idle_connection_are_thrown_away() -> None:
 
 
 def stale(seen: list[Request]) -> Script:
-    """The first connection answers once, takes a second request and closes without a word; later ones answer."""
+    """The first connection answers once, takes a second request and closes without a response; later ones answer."""
 
     async def script(connection: UpstreamConnection) -> None:
         while (request := await connection.request()) is not None:
@@ -202,7 +202,7 @@ async def test_a_second_failure_is_not_retried() -> None:
         assert upstream.connections == 2
 
 
-async def test_pooled_connection_that_was_seen_to_close_is_not_used() -> None:
+async def test_pooled_connection_that_has_closed_is_not_used() -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
         await connection.send(OK)
@@ -250,7 +250,7 @@ def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[DisconnectWatcher]:
 
 @pytest.mark.parametrize("by_reset", [True, False])
 @pytest.mark.parametrize("start", [b"", CHUNKED_HEAD, CHUNKED_HEAD + b"5\r\nhello\r\n"])
-async def test_client_gone_closes_the_upstream_at_once(
+async def test_client_disconnect_closes_the_upstream_connection(
     by_reset: bool, start: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = Waiting(start)
@@ -272,7 +272,7 @@ async def test_client_gone_closes_the_upstream_at_once(
         assert relay.counters.requests == {("/v1/completions", "client_gone"): 1}
 
 
-async def test_client_gone_while_it_is_not_read_from_closes_the_upstream_at_once(
+async def test_client_disconnect_while_reading_is_paused_closes_the_upstream_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     waiting = Waiting()
@@ -289,7 +289,7 @@ async def test_client_gone_while_it_is_not_read_from_closes_the_upstream_at_once
         assert len(checks) <= 3, "one before the client left, one that probes it, one that sees its reset"
 
 
-async def test_client_gone_in_the_queue_gives_up_its_place() -> None:
+async def test_client_disconnect_removes_its_request_from_the_queue() -> None:
     waiting = Waiting()
     async with relaying(waiting.script, upstream_max_connections=1) as (relay, _, connect):
         first, second = await connect(), await connect()
@@ -403,7 +403,7 @@ async def test_slow_upstream_costs_bounded_memory() -> None:
         assert (await client.response("POST")).body == b"%08d" % size
 
 
-async def test_body_that_comes_before_the_connection_is_bounded() -> None:
+async def test_body_that_is_read_before_there_is_a_connection_is_bounded() -> None:
     waiting = Waiting()
     async with relaying(waiting.script, upstream_max_connections=1) as (relay, _, connect):
         first, second = await connect(), await connect()
@@ -418,7 +418,7 @@ async def test_body_that_comes_before_the_connection_is_bounded() -> None:
         await until(lambda: inside.state is not ExchangeState.QUEUED)
 
 
-async def test_drain_lets_exchanges_end_and_takes_no_new_ones() -> None:
+async def test_drain_lets_requests_in_progress_end_and_accepts_no_new_ones() -> None:
     go = asyncio.Event()
 
     async def script(connection: UpstreamConnection) -> None:

@@ -1,4 +1,4 @@
-"""What a hook may do to an exchange, and what happens when it fails."""
+"""What a hook can change in a request and its response, and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JSON = b'HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 11\r\nB: 2\r\n\r\n{"a": "bc"
 CHUNKED = b"HTTP/1.1 200 OK\r\nA: 1\r\nTransfer-Encoding: chunked\r\nB: 2\r\n\r\n"
 
 
-async def test_hook_sees_the_head_and_none_leaves_all_as_it_is() -> None:
+async def test_hook_gets_the_head_and_returning_none_changes_nothing() -> None:
     seen: list[Request] = []
     hook = HookSequence([None])
     async with relaying(answering(seen), hook=hook) as (_, _, connect):
@@ -31,7 +31,7 @@ async def test_hook_sees_the_head_and_none_leaves_all_as_it_is() -> None:
     assert seen[0].get(b"x-hemostat-label") == []
 
 
-async def test_made_request_id_is_the_one_that_goes_upstream() -> None:
+async def test_hook_and_upstream_get_the_same_generated_request_id() -> None:
     seen: list[Request] = []
     hook = HookSequence([None])
     async with relaying(answering(seen), hook=hook) as (_, _, connect):
@@ -61,7 +61,7 @@ async def test_rewrite(chunked: bool, in_pieces: bool) -> None:
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-async def test_body_beyond_the_hooks_limit_is_streamed_on_untouched(chunked: bool) -> None:
+async def test_body_beyond_the_hooks_limit_is_forwarded_unchanged(chunked: bool) -> None:
     seen: list[Request] = []
     exchange = SpyHook(lambda body: None if body is None else Rewrite(b"wrong"))
     body = bytes(range(256)) * 400
@@ -115,7 +115,7 @@ async def test_expect_100_continue_is_answered_where_the_body_is_needed_first() 
     assert seen[0].get(b"expect") == []
 
 
-async def test_response_with_a_length_keeps_one_in_its_place() -> None:
+async def test_response_with_a_content_length_keeps_the_field_at_its_place() -> None:
     exchange = SpyHook(wanted=True, tail=b"!!")
     async with relaying(answering([], JSON), hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
@@ -128,7 +128,7 @@ async def test_response_with_a_length_keeps_one_in_its_place() -> None:
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
 @pytest.mark.parametrize("chunked", [True, False])
-async def test_streamed_response_is_transformed_as_it_comes(version: bytes, chunked: bool) -> None:
+async def test_streamed_response_is_transformed_as_it_arrives(version: bytes, chunked: bool) -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
         await connection.send(CHUNKED if chunked else b"HTTP/1.1 200 OK\r\nA: 1\r\nConnection: close\r\nB: 2\r\n\r\n")
@@ -189,7 +189,7 @@ async def test_a_hook_that_raises_in_begin_changes_nothing() -> None:
 
 @pytest.mark.parametrize("start", [b"", CHUNKED, JSON[:-3]])
 @pytest.mark.parametrize("who", ["client", "upstream"])
-async def test_closed_is_called_once_when_an_end_breaks(start: bytes, who: str) -> None:
+async def test_closed_is_called_once_when_client_or_upstream_disconnects(start: bytes, who: str) -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
         await connection.send(start)
@@ -208,7 +208,7 @@ async def test_closed_is_called_once_when_an_end_breaks(start: bytes, who: str) 
     assert exchange.names.count("closed") == 1
 
 
-async def test_upstream_breaking_while_its_response_is_collected_is_a_502() -> None:
+async def test_upstream_failing_while_its_response_is_collected_is_a_502() -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
         await connection.send(JSON[:-3])
@@ -219,7 +219,7 @@ async def test_upstream_breaking_while_its_response_is_collected_is_a_502() -> N
         assert (await client.response()).status == 502
 
 
-async def test_body_limit_of_the_relay_holds_while_collecting() -> None:
+async def test_body_limit_of_the_relay_applies_while_the_body_is_collected() -> None:
     exchange = SpyHook(body_limit=10_000)
     limits = Limits(body_bytes=100)
     async with relaying(answering([], OK), hook=HookSequence([exchange]), limits=limits) as (_, _, connect):
@@ -284,7 +284,7 @@ async def test_a_replay_sends_what_the_client_sent(version: bytes, chunked: bool
         assert done.calls[-1] == ("closed", True)
 
 
-async def test_a_refused_second_try_is_the_clients_answer() -> None:
+async def test_the_client_gets_the_response_to_the_replay_even_if_it_is_an_error() -> None:
     seen: list[Request] = []
     exchange = SpyHook(lambda _: Rewrite(b"rewritten"), wanted=True, replays=True, transform=lambda d: d)
     async with relaying(answering(seen, BAD), hook=HookSequence([exchange])) as (_, _, connect):
@@ -295,7 +295,7 @@ async def test_a_refused_second_try_is_the_clients_answer() -> None:
 
 
 @pytest.mark.parametrize("verdict", [None, Rewrite(b"rewritten")])
-async def test_no_replay_once_the_client_has_seen_a_byte_or_where_nothing_was_rewritten(
+async def test_no_replay_after_the_client_got_a_byte_or_without_a_rewrite(
     verdict: Rewrite | None,
 ) -> None:
     seen: list[Request] = []
@@ -319,7 +319,7 @@ async def test_a_hook_that_raises_in_replay_changes_nothing(answer: bytes) -> No
     assert exchange.calls[-1] == ("closed", True)
 
 
-async def test_the_head_of_a_rewritten_request_waits_for_the_hook_but_not_for_ever(
+async def test_the_response_head_of_a_rewritten_request_is_held_back_for_a_limited_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker, "SWEEP_SECONDS", 0.02)
@@ -357,7 +357,7 @@ async def test_the_head_of_a_rewritten_request_waits_for_the_hook_but_not_for_ev
     assert "replay" not in exchange.names
 
 
-async def test_a_client_that_leaves_during_a_replay_stops_it() -> None:
+async def test_client_disconnect_during_a_replay_closes_the_upstream_connection() -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()
         await connection.send(BAD)

@@ -1,4 +1,4 @@
-"""How responses end, counted as they pass by."""
+"""Counters of how responses end."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def test_a_whole_response() -> None:
     }
 
 
-def test_what_is_not_a_finish_reason_of_ours_is_other() -> None:
+def test_an_unknown_finish_reason_is_counted_as_other() -> None:
     assert observed([chat_json("x", reason="because")])[RESPONSES_FINISHED, "none", "other"] == 1
 
 
-def test_a_response_in_pieces_and_one_that_is_no_json() -> None:
+def test_a_response_in_pieces_and_one_that_is_not_json() -> None:
     body = chat_json("Paris.")
     assert observed([body[:30], body[30:]]) == observed([body])
     assert observed([b"<html>"]) == {}
 
 
-def test_a_stream_is_judged_by_its_end_alone() -> None:
+def test_a_stream_is_evaluated_by_its_tail() -> None:
     deltas = [{"content": f"word{n} "} for n in range(200)]
     found = observed(events(*deltas, reason="length"), stream=True)
     assert found == {(RESPONSES_FINISHED, "none", "length"): 1, (OUTPUT_TOKENS, "none"): 201}
@@ -77,7 +77,7 @@ def test_a_loop_at_the_end(stream: bool) -> None:
     ("text", "reason", "outcome"),
     [('{"a": 1}', "stop", "valid"), ('{"a": 1', "length", "cut"), ('{"a": oops}', "stop", "invalid")],
 )
-def test_json_that_was_asked_for(stream: bool, text: str, reason: str, outcome: str) -> None:
+def test_requested_json_is_parsed(stream: bool, text: str, reason: str, outcome: str) -> None:
     pieces = (
         events({"content": text[:4]}, {"content": text[4:]}, reason=reason) if stream else [chat_json(text, reason)]
     )
@@ -87,7 +87,7 @@ def test_json_that_was_asked_for(stream: bool, text: str, reason: str, outcome: 
     assert not [key for key in observed(pieces, stream=stream) if key[0] == STRUCTURED_OUTPUTS]
 
 
-def test_asking_is_a_member_and_not_what_a_user_writes() -> None:
+def test_a_request_for_json_is_a_member_not_text_of_a_message() -> None:
     said = json.dumps({"messages": [{"role": "user", "content": 'write {"type": "json_object"} and "tools": []'}]})
     observer = OutcomeObserver()
     observer.feed_request(said.encode())
@@ -96,7 +96,7 @@ def test_asking_is_a_member_and_not_what_a_user_writes() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tool_calls_are_put_together_by_their_index(stream: bool) -> None:
+def test_parts_of_tool_calls_are_joined_by_index(stream: bool) -> None:
     def call(index: int, arguments: str) -> dict[str, Any]:
         return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
 
@@ -111,7 +111,7 @@ def test_tool_calls_are_put_together_by_their_index(stream: bool) -> None:
     assert found[STRUCTURED_OUTPUTS, "none", "tool_call", "invalid"] == 1
 
 
-def test_what_is_held_is_bounded() -> None:
+def test_kept_bytes_are_bounded() -> None:
     observer = OutcomeObserver()
     observer.feed_request(SCHEMA)
     observer.begin_response(stream=True)
@@ -121,7 +121,7 @@ def test_what_is_held_is_bounded() -> None:
 
 
 @given(st.text(max_size=300))
-def test_text_that_never_repeats_four_times_is_no_loop(text: str) -> None:
+def test_text_without_four_copies_of_a_block_is_not_a_loop(text: str) -> None:
     found = any(
         len(text) >= max(4 * p, outcomes.MIN_LOOP_CHARACTERS)
         and text[-max(4 * p, outcomes.MIN_LOOP_CHARACTERS) : -p]
@@ -132,14 +132,14 @@ def test_text_that_never_repeats_four_times_is_no_loop(text: str) -> None:
 
 
 @given(st.text(min_size=2, max_size=40).filter(lambda s: len(set(s)) > 1), st.text(max_size=50))
-def test_a_block_over_and_over_is_a_loop(block: str, before: str) -> None:
+def test_a_repeated_block_is_a_loop(block: str, before: str) -> None:
     # A block of a long run and one other character may end in the run alone: a ruler, at this length.
     end = (block * 60)[-outcomes.MIN_LOOP_CHARACTERS // outcomes.LOOP_COPIES :]
     assert ends_in_loop(before + block * 60) or len(set(end)) < 2
 
 
 @given(st.lists(st.binary(max_size=200), max_size=20), st.booleans())
-def test_nothing_that_an_upstream_says_raises(pieces: list[bytes], stream: bool) -> None:
+def test_no_response_of_an_upstream_raises(pieces: list[bytes], stream: bool) -> None:
     observed([b'data: {"choices": ' + piece for piece in pieces], request=SCHEMA + TOOLS, stream=stream)
 
 

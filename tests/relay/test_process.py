@@ -1,4 +1,4 @@
-"""The relay process, whole: its configuration, its link to the control process, its end."""
+"""The relay process: its configuration, its link to the control process, and its exit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hemostat.ipc.relay_end import MAX_QUEUED_BYTES, ControlLink
 
 POLICY = policy(shadow_rate=0.0)
 BAD_VERSION = b"X-Hemostat-Calibration: ../../etc"
-"""Refused by the hook, so that the answer tells whether there is one."""
+"""Refused by the hook: the status shows whether there is one."""
 
 
 class Process:
@@ -93,7 +93,7 @@ async def running(script: Script, control_socket: Path) -> AsyncIterator[Process
         await asyncio.sleep(0.01)
 
 
-async def test_a_process_follows_its_control_process_and_goes_on_without(tmp_path: Path) -> None:
+async def test_a_relay_follows_its_control_process_and_continues_without_one(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     seen: list[Request] = []
     async with running(answering(seen), path) as relay:
@@ -115,7 +115,7 @@ async def test_a_process_follows_its_control_process_and_goes_on_without(tmp_pat
     assert all(request.get(b"x-hemostat-calibration") == [] for request in seen)
 
 
-async def test_figures_are_reported(tmp_path: Path) -> None:
+async def test_counters_are_reported(tmp_path: Path) -> None:
     link = RelayLink(tmp_path / "control.sock", lambda _: None)
     await link.start()
     link.set_policy(POLICY)
@@ -161,7 +161,7 @@ async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
         await idle.close()
 
 
-async def test_what_cannot_start_says_so() -> None:
+async def test_a_relay_that_cannot_start_exits_with_1() -> None:
     config = {"worker": 0, "host": "127.0.0.1", "port": 0, "upstream_url": "nonsense", "control_socket": "x"}
     process = await start(config)
     assert await asyncio.wait_for(process.wait(), HANG_SECONDS) == 1
@@ -169,7 +169,7 @@ async def test_what_cannot_start_says_so() -> None:
     assert await process.stdout.read() == b""
 
 
-async def test_captures_are_dropped_where_nobody_takes_them(tmp_path: Path) -> None:
+async def test_captures_are_dropped_while_the_link_is_full(tmp_path: Path) -> None:
     stats = Stats(counters={}, overhead_buckets=[], overhead_sum=0.0, ready=True)
     path = tmp_path / "control.sock"
     policies: list[Policy | None] = []

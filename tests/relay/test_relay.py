@@ -1,4 +1,4 @@
-"""What passes through the relay, and how."""
+"""What the relay forwards, and in which form."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_request_head_is_kept_but_for_hop_by_hop_fields() -> None:
     ]
 
 
-async def test_connection_cannot_take_away_what_frames_or_addresses() -> None:
+async def test_connection_cannot_remove_content_length_host_or_request_id() -> None:
     seen: list[Request] = []
     async with relaying(answering(seen)) as (_, _, connect):
         client = await connect()
@@ -87,7 +87,7 @@ async def test_connection_cannot_take_away_what_frames_or_addresses() -> None:
     assert seen[0].get(b"x-request-id") != [b"a"]
 
 
-async def test_ids_are_made_where_missing() -> None:
+async def test_missing_ids_are_generated() -> None:
     seen: list[Request] = []
     async with relaying(answering(seen)) as (_, _, connect):
         client = await connect()
@@ -289,7 +289,7 @@ async def test_pipelined_input_is_bounded() -> None:
             assert (await client.response()).status == 200
 
 
-async def test_expect_100_continue_is_the_upstreams_to_answer() -> None:
+async def test_expect_100_continue_is_answered_by_the_upstream() -> None:
     async def script(connection: UpstreamConnection) -> None:
         head = await connection.reader.readuntil(b"\r\n\r\n")
         assert b"Expect: 100-continue\r\n" in head
@@ -322,7 +322,7 @@ async def test_early_refusal_of_an_expected_body_closes() -> None:
         await until(lambda: upstream.closed == 1)
 
 
-async def test_interim_responses_pass() -> None:
+async def test_interim_responses_are_forwarded() -> None:
     answer = b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" + OK
     async with relaying(answering([], answer)) as (_, _, connect):
         client = await connect()
@@ -362,7 +362,7 @@ async def test_websocket_upgrade_is_tunnelled() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"Upgrade: h2c\r\nConnection: Upgrade", b"Upgrade: websocket"])
-async def test_other_upgrades_are_not_passed_on(sent: bytes) -> None:
+async def test_other_upgrades_are_not_forwarded(sent: bytes) -> None:
     seen: list[Request] = []
     async with relaying(answering(seen)) as (_, _, connect):
         client = await connect()
@@ -418,7 +418,7 @@ async def test_limits() -> None:
             assert await client.rest() == b""
 
 
-async def test_slow_heads_and_bodies_are_cut_off() -> None:
+async def test_slow_heads_and_bodies_time_out() -> None:
     limits = Limits(head_seconds=0.2, body_seconds=0.2, idle_seconds=0.2)
     async with relaying(answering([]), limits=limits) as (_, _, connect):
         head, body, idle = [await connect() for _ in range(3)]

@@ -1,4 +1,4 @@
-"""The rules on bytes, with h11 and llhttp as oracles: what the relay lets through, all of them read alike."""
+"""The rules of HTTP, with h11 and llhttp as oracles: all of them read an accepted request in the same way."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ async def test_ambiguous_requests_are_refused_and_nothing_after_them_is_read(nam
 
 
 @pytest.mark.parametrize("name", OTHER_STATUS)
-async def test_refused_with_a_status_of_their_own(name: str) -> None:
+async def test_requests_that_are_refused_with_another_status(name: str) -> None:
     async with relaying(answering([])) as (_, _, connect):
         client = await connect()
         await client.send(OTHER_STATUS[name][0])
@@ -214,7 +214,7 @@ def ours(data: bytes) -> tuple[bytes, bytes, bytes, bytes] | None:
 @example(b"POST / HTTP/1.1\r\nHost: a\r\nConnection: content-length\r\nContent-Length: 3\r\n\r\nabc")
 @example(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 03\r\n\r\nabc")
 @example(b"POST / HTTP/1.1\r\nHost: a\r\ntransfer-encoding:chunked\t\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
-def test_what_we_accept_h11_and_llhttp_read_alike(data: bytes) -> None:
+def test_h11_and_llhttp_agree_on_every_accepted_request(data: bytes) -> None:
     read = ours(data)
     if read is None:
         return
@@ -246,7 +246,7 @@ def test_what_we_accept_h11_and_llhttp_read_alike(data: bytes) -> None:
 @example(
     data=[b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n"], cuts=[1]
 )
-async def test_upstream_gets_what_the_rules_say_however_the_bytes_are_cut(data: list[bytes], cuts: list[int]) -> None:
+async def test_upstream_gets_the_same_requests_however_the_bytes_are_split(data: list[bytes], cuts: list[int]) -> None:
     sent = b"".join(data)
     expected: list[tuple[bytes, bytes, bytes]] = []
     rest = sent
@@ -280,7 +280,7 @@ async def test_upstream_gets_what_the_rules_say_however_the_bytes_are_cut(data: 
     rest=st.sampled_from([b"", b"GET / HTTP/1.1\r\n", b"\r\n", b"0\r\n\r\n"]),
     cuts=st.lists(st.integers(1, 30), min_size=1, max_size=10),
 )
-def test_chunks_come_out_whole_however_they_are_cut(
+def test_chunks_are_decoded_however_they_are_split(
     payloads: list[bytes], trailers: bytes, rest: bytes, cuts: list[int]
 ) -> None:
     body = b"".join(map(chunk, payloads)) + b"0\r\n" + trailers + b"\r\n"

@@ -1,4 +1,4 @@
-"""Two real ends for the relay in the middle: a scripted upstream and raw clients, their bytes judged by h11."""
+"""Real clients and a scripted upstream on both sides of a relay; h11 parses what they get."""
 
 from __future__ import annotations
 
