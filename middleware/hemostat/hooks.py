@@ -29,7 +29,7 @@ class Rewrite:
     """Send this body upstream instead of the client's.
 
     While `response_data` returns nothing, the relay holds back the response's head too (for
-    `exchange.MAX_HEAD_HOLD_SECONDS` at most), so that `replay` can still return True.
+    `relay.exchange.MAX_HEAD_HOLD_SECONDS` at most), so that `replay` can still return True.
     """
 
     body: bytes

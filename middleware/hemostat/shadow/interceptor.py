@@ -12,7 +12,7 @@ from hemostat.openai.responses import ResponseFailure
 from hemostat.openai.routes import SUPPORT, Support
 from hemostat.shadow.assignment import is_sampled
 from hemostat.shadow.client_headers import ClientOptions, hemostat_headers, read_options
-from hemostat.shadow.exchange import InterceptedExchange
+from hemostat.shadow.intercepted_exchange import InterceptedExchange
 from hemostat.shadow.profile_choice import calibrates
 from hemostat.shadow.reports import Reports, SkipReason
 
