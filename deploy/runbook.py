@@ -9,7 +9,7 @@ import itertools
 import re
 from pathlib import Path
 
-from markdown_it import MarkdownIt  # rich brings it
+from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[1]

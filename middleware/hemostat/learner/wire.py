@@ -88,7 +88,7 @@ class Learned(msgspec.Struct, tag="learned", frozen=True):
     tokens: dict[str, int]
     """By scope, "" is all; a scope that is not learned apart is missing."""
     sources: dict[str, int]
-    """By `contextual.Source`."""
+    """By `learning.contextual.rows.TokenSource`."""
     failed: dict[str, int]
 
 

@@ -1,7 +1,7 @@
 """How captures end: scored, skipped (it can never be scored) or dropped (it could not be scored now), and why.
 
-The reasons for which a sampled request never becomes a capture are those of the relays (`hemostat.openai.requests`,
-`hemostat.shadow.interceptor`); the label values are the same metric's.
+The reasons for which a sampled request never becomes a capture are given in the relays (`hemostat.shadow.reports`,
+`hemostat.openai.requests`, `hemostat.openai.responses`); they are values of the same metric's label.
 """
 
 from __future__ import annotations

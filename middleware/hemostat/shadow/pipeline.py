@@ -51,7 +51,7 @@ TRACED_FIGURES = ("kl_rc", "kl_cr", "js", "tv", "top1_agreement", "covered_compr
 
 
 class RecordLearner(Protocol):
-    """Of `hemostat.learner.Learner`."""
+    """Of `hemostat.learner.client.Learner`."""
 
     def offer(self, record: TokenRecord, scope: str) -> None: ...
 
