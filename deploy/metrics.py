@@ -13,9 +13,9 @@ from hemostat.learner.record_queue import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
 from hemostat.measurement.figures import MODELS
-from hemostat.measurement.measurements import DECODINGS, DIRECTIONS, STAGES
+from hemostat.measurement.measurements import DECODING_KINDS, DIRECTIONS, STAGES
 from hemostat.metrics import names
-from hemostat.metrics.catalogue import FAMILIES, GROUPS, Family
+from hemostat.metrics.catalogue import GROUPS, METRICS, Metric
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import counters, outcomes
@@ -127,7 +127,7 @@ HEADLINES: Values = {
 the whole vocabulary."""
 KINDS = {"lower": "a lower bound", "upper": "an upper bound", "estimate": "an estimate", "exact": "exact"}
 EDGES: Values = {"mean": "the estimate", "low": "lower end of the 95 % interval", "high": "upper end"}
-ROUTES = f"{', '.join(f'`{route}`' for route in routes.LABELS.values())}, else `{routes.OTHER}`"
+ROUTE_VALUES = f"{', '.join(f'`{route}`' for route in routes.LABELS.values())}, else `{routes.OTHER}`"
 
 LABELS: dict[str, dict[str, Values | str]] = {
     "arm": {"": ARMS},
@@ -143,7 +143,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             Decision.MODE: "an operator changed `calibration.mode`",
         }
     },
-    "decoding": {"": dict(zip(DECODINGS, ("temperature 0", "any other, or not known"), strict=True))},
+    "decoding": {"": dict(zip(DECODING_KINDS, ("temperature 0", "any other, or not known"), strict=True))},
     "direction": {
         "": dict(zip(DIRECTIONS, ("KL(reference‖compressed)", "KL(compressed‖reference)"), strict=True)),
     },
@@ -220,7 +220,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
         ),
     },
     "reference": {"": "name of the reference model"},
-    "route": {"": ROUTES},
+    "route": {"": ROUTE_VALUES},
     "scope": {"": "the label, route or model that the profile is for"},
     "source": {"": "what the token was learned from: the reference's hidden state (`hidden…`) or only its list of ids"},
     "stage": {
@@ -268,9 +268,9 @@ replica.
 
 def page() -> str:
     parts = [HEAD]
-    for title, families in GROUPS.items():
+    for title, metrics in GROUPS.items():
         parts.append(f"\n## {title}\n\n| metric | type | unit | labels | |\n|---|---|---|---|---|\n")
-        parts += [row(family) for family in families]
+        parts += [row(metric) for metric in metrics]
     edges = ", ".join(f"{edge:g}" for edge in OVERHEAD_BUCKETS)
     parts.append(f"\nBuckets of `{names.PROXY_OVERHEAD_SECONDS}`: {edges} seconds. All histograms are classic ones.\n")
     parts.append("\n## Labels\n")
@@ -284,10 +284,10 @@ def page() -> str:
     return "".join(parts)
 
 
-def row(family: Family) -> str:
-    labels = ", ".join(f"`{label}`" for label in family.labels)
-    text = family.help.removesuffix(".").replace("||", "‖").replace("|", "\\|")
-    return f"| `{family.name}` | {family.kind} | {family.unit} | {labels} | {text} |\n"
+def row(metric: Metric) -> str:
+    labels = ", ".join(f"`{label}`" for label in metric.labels)
+    text = metric.help.removesuffix(".").replace("||", "‖").replace("|", "\\|")
+    return f"| `{metric.name}` | {metric.kind} | {metric.unit} | {labels} | {text} |\n"
 
 
 def table(values: Values) -> str:
@@ -308,5 +308,5 @@ def meaning(metric: str, label: str) -> Values | str | None:
 
 
 if __name__ == "__main__":
-    assert all(meaning(name, label) for name, family in FAMILIES.items() for label in family.labels)
+    assert all(meaning(name, label) for name, metric in METRICS.items() for label in metric.labels)
     PAGE.write_text(page(), encoding="utf-8")

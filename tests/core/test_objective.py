@@ -125,6 +125,6 @@ def test_the_metric_is_positive_definite_where_every_row_says_the_same(rare):
     h = np.zeros((20, 6), np.float32)
     h[:, 0] = 1.5
     metric, mean = hidden_states.fisher_metric(weight, h)
-    assert mean[0] > hidden_states.MASS_KEPT
+    assert mean[0] > hidden_states.METRIC_MASS
     assert np.linalg.eigvalsh(metric).min() > 0.0
     np.linalg.cholesky(metric)

@@ -17,7 +17,7 @@ from tests.support.samples import histograms, values
 from tests.support.world import V, World
 
 from hemostat.measurement.figures import FIGURES, KL_CAP
-from hemostat.measurement.measurements import DECODINGS, HEADLINE, KL_EDGES, MAX_VERSIONS, Measurements
+from hemostat.measurement.measurements import DECODING_KINDS, HEADLINE, KL_EDGES, MAX_VERSIONS, Measurements
 from hemostat.shadow.records_file import RecordsFile
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence
@@ -213,7 +213,7 @@ def test_labels_are_bounded() -> None:
         measured.observe(record, profile_of(), None)
     assert len(histograms(measured.samples())) == 2 * 2 * 3 + 2 * 3
     tokens = {series[1:]: value for series, value in values(measured.samples()).items() if "scored" in series[0]}
-    assert set(tokens) == {(arm, decoding) for arm in ("control", "treated", "none") for decoding in DECODINGS}
+    assert set(tokens) == {(arm, decoding) for arm in ("control", "treated", "none") for decoding in DECODING_KINDS}
     assert sum(tokens.values()) == measured.tokens
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from hemostat.metrics import names
-from hemostat.metrics.catalogue import FAMILIES, GROUPS
+from hemostat.metrics.catalogue import GROUPS, METRICS
 
 ROOT = Path(__file__).parents[2]
 NAMES_FILE = ROOT / "middleware" / "hemostat" / "metrics" / "names.py"
@@ -49,9 +49,9 @@ def test_each_constant_is_the_name_without_prefix_and_total() -> None:
 
 
 def test_every_name_is_declared_exactly_once() -> None:
-    declared = Counter(family.name for families in GROUPS.values() for family in families)
+    declared = Counter(metric.name for metrics in GROUPS.values() for metric in metrics)
     assert declared == Counter(CONSTANTS.values())
-    assert len(FAMILIES) == declared.total()
+    assert len(METRICS) == declared.total()
 
 
 def test_the_names_are_a_leaf() -> None:

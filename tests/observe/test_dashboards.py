@@ -14,7 +14,7 @@ from jsonschema import Draft7Validator, ValidationError
 from tests.support.dashboards import ALL, Query, Used, load, panels, queries, used
 from tests.support.prometheus import RUNBOOK, needs, rules
 
-from hemostat.metrics.catalogue import FAMILIES
+from hemostat.metrics.catalogue import METRICS
 
 GRAFANA = ["@grafana/schema@13.2.3", "ts-json-schema-generator@2.10.0"]
 """From npm: Grafana's types, and a generator that makes a JSON schema of them."""
@@ -25,9 +25,9 @@ TARGET = {"job", "instance", "namespace", "pod"}
 def exported() -> dict[str, set[str]]:
     """Labels by series name, the recording rules' included."""
     found: dict[str, set[str]] = {}
-    for name, family in FAMILIES.items():
-        labels = TARGET | set(family.labels)
-        if family.kind == "histogram":
+    for name, metric in METRICS.items():
+        labels = TARGET | set(metric.labels)
+        if metric.kind == "histogram":
             found |= {f"{name}_bucket": labels | {"le"}, f"{name}_sum": labels, f"{name}_count": labels}
         else:
             found[name] = labels

@@ -31,7 +31,7 @@ from hemostat_calibration.records import Arm, Sampling, TokenRecord
 
 WORLD = World(bias=0.6, noise=0.3)
 VOCABULARY = 60
-ROUTES = ("/v1/chat/completions", "/v1/completions")
+SCORED_ROUTES = ("/v1/chat/completions", "/v1/completions")
 SAMPLINGS = (Sampling(temperature=1.0), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9))
 ALARM_FROM = 80
 """Request with which the first route's model changes."""
@@ -127,8 +127,8 @@ def record(n: int, serving: CalibrationProfile | None) -> TokenRecord:
     """The n-th request."""
     arm = Arm.NONE if serving is None else Arm.CONTROL if n % 3 == 0 else Arm.TREATED
     truth = WORLD.truth(n)
-    route = ROUTES[n % 4 == 3]
-    if n >= ALARM_FROM and route == ROUTES[0]:
+    route = SCORED_ROUTES[n % 4 == 3]
+    if n >= ALARM_FROM and route == SCORED_ROUTES[0]:
         noise = World(noise=2.0).truth(n).compressed
         truth = Truth(truth.reference, log_softmax(truth.compressed + noise), truth.emitted)
     made = make_record(

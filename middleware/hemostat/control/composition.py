@@ -30,13 +30,15 @@ from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.samples import AnySample
+from hemostat.openai.responses import ResponseFailure
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_reference
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.relay import counters as relay_counters
+from hemostat.shadow.endings import Outcome
 from hemostat.shadow.limits import Breaker, BreakerState
-from hemostat.shadow.pipeline import RecordUsers, ScoringPipeline
+from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.store.factory import open_store_or_memory
 from hemostat.store.lease import Lease
@@ -45,7 +47,7 @@ from hemostat.store.replica import Replica
 from hemostat.store.valkey import ValkeyStore
 from hemostat.store.writer import StoreWriter
 
-LOGPROBS_REFUSED = ("skipped", "logprobs_refused")
+LOGPROBS_REFUSED = (Outcome.SKIPPED.value, ResponseFailure.LOGPROBS_REFUSED.value)
 """Labels of the requests that the upstream refused for what Hemostat asked on top."""
 HOUSEKEEPING_SECONDS = 0.5
 """How often relays get a policy that has changed with time alone, and the history a point that is due."""
@@ -111,7 +113,9 @@ class Control:
             self.monitor,
             self.engines,
             CalibrationNeeds(calibration, self.profile_manager, self.learner),
-            RecordUsers(self.measurements, self.alarms, self.profile_manager, self.learner, self.records, self.tracing),
+            RecordConsumers(
+                self.measurements, self.alarms, self.profile_manager, self.learner, self.records, self.tracing
+            ),
             reference=self.reference,
             compressed_scorer=self.compressed_scorer,
             breaker=self.breaker,

@@ -34,7 +34,7 @@ MAX_VERSIONS = 16
 """Profiles with figures of their own; the one that was not seen for the longest time is dropped."""
 
 STAGES = ("raw", "calibrated")
-DECODINGS = ("greedy", "sampled")
+DECODING_KINDS = ("greedy", "sampled")
 """Of the request: temperature 0, or any other or unknown temperature."""
 DIRECTIONS = ("reference_compressed", "compressed_reference")
 """Of KL(first‖second)."""
@@ -102,7 +102,7 @@ class _After:
     of: MeanSequence = field(default_factory=MeanSequence)
     share: MeanSequence = field(default_factory=MeanSequence)
     """Of the two: Σ gain / Σ KL."""
-    top1: dict[str, _Top1] = field(default_factory=lambda: {decoding: _Top1() for decoding in DECODINGS})
+    top1: dict[str, _Top1] = field(default_factory=lambda: {decoding: _Top1() for decoding in DECODING_KINDS})
 
     def add_gain(self, gain: Gain, raw: TokenDivergence) -> None:
         """One request, its tokens where both terms are known."""
@@ -126,8 +126,8 @@ class Measurements:
         staged = [(stage, arm) for stage in STAGES for arm in arms]
         self._kl = {(direction, *key): Histogram(KL_EDGES) for direction in DIRECTIONS for key in staged}
         self._tv = {key: Histogram(TV_EDGES) for key in staged}
-        self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODINGS}
-        self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODINGS}
+        self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODING_KINDS}
+        self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODING_KINDS}
         self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
         self.by_decoding = ByDecoding()
         self._where: dict[tuple[str, str], StageFigures] = {}

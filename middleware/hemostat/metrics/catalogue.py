@@ -11,7 +11,7 @@ from hemostat.metrics import names
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class Metric:
     """One metric with all of its series."""
 
     name: str
@@ -23,23 +23,23 @@ class Family:
     """In the order in which a sample gives their values."""
 
 
-GROUPS: dict[str, tuple[Family, ...]] = {
+GROUPS: dict[str, tuple[Metric, ...]] = {
     "The proxy": (
-        Family(names.REQUESTS, "counter", "requests", "Requests answered by the proxy.", ("route", "outcome")),
-        Family(
+        Metric(names.REQUESTS, "counter", "requests", "Requests answered by the proxy.", ("route", "outcome")),
+        Metric(
             names.PROXY_OVERHEAD_SECONDS,
             "histogram",
             "seconds",
             "Time that the relay itself adds to a request, on its way up and on the first bytes' way back.",
         ),
-        Family(names.RELAYS, "gauge", "processes", "Relay processes connected."),
-        Family(
+        Metric(names.RELAYS, "gauge", "processes", "Relay processes connected."),
+        Metric(
             names.REPLICA_LEADS,
             "gauge",
             "0 or 1",
             "1 where decisions are made: of the replicas that share a store, on one at a time.",
         ),
-        Family(
+        Metric(
             names.MODEL_INFO,
             "gauge",
             "1",
@@ -48,90 +48,90 @@ GROUPS: dict[str, tuple[Family, ...]] = {
         ),
     ),
     "The shadow": (
-        Family(
+        Metric(
             names.SHADOW_REQUESTS,
             "counter",
             "requests",
             "Sampled requests by outcome: shadowed (captured), scored, skipped (not scorable), dropped.",
             ("outcome", "reason"),
         ),
-        Family(
+        Metric(
             names.SHADOW_RATE_RATIO,
             "gauge",
             "ratio",
             "Fraction of the requests that is sampled (shadow.rate); absent without a reference.",
         ),
-        Family(names.SHADOW_QUEUE_DEPTH, "gauge", "captures", "Captures waiting for the reference."),
-        Family(names.SHADOW_LAG_SECONDS, "gauge", "seconds", "Age of the oldest waiting capture."),
-        Family(names.REFERENCE_UP, "gauge", "0 or 1", "1 while the reference scores; absent without a reference."),
-        Family(names.REFERENCE_TOKENS, "counter", "tokens", "Prompt and output tokens that the reference has scored."),
-        Family(names.SCORED_TOKENS, "counter", "tokens", "Output tokens scored by both models.", ("arm", "decoding")),
+        Metric(names.SHADOW_QUEUE_DEPTH, "gauge", "captures", "Captures waiting for the reference."),
+        Metric(names.SHADOW_LAG_SECONDS, "gauge", "seconds", "Age of the oldest waiting capture."),
+        Metric(names.REFERENCE_UP, "gauge", "0 or 1", "1 while the reference scores; absent without a reference."),
+        Metric(names.REFERENCE_TOKENS, "counter", "tokens", "Prompt and output tokens that the reference has scored."),
+        Metric(names.SCORED_TOKENS, "counter", "tokens", "Output tokens scored by both models.", ("arm", "decoding")),
     ),
     "Divergence": (
-        Family(
+        Metric(
             names.DIVERGENCE,
             "gauge",
             "nats; total_variation and top1_agreement: a ratio",
             "Mean of a headline figure and the ends of its anytime-valid 95 % interval.",
             ("figure", "stage", "edge"),
         ),
-        Family(
+        Metric(
             names.TOKEN_KL_NATS,
             "histogram",
             "nats",
             "KL divergence per token between the two models' distributions, nats; a lower bound from the top ids.",
             ("direction", "stage", "arm"),
         ),
-        Family(
+        Metric(
             names.TOKEN_TOTAL_VARIATION,
             "histogram",
             "ratio",
             "Total variation per token between the two models' distributions; a lower bound from the top ids.",
             ("stage", "arm"),
         ),
-        Family(
+        Metric(
             names.KL_NATS,
             "counter",
             "nats",
             f"Sum of KL(reference||compressed) over tokens, a lower bound; divide by {names.KL_TOKENS}.",
             ("route", "label", "strategy"),
         ),
-        Family(
+        Metric(
             names.KL_TOKENS,
             "counter",
             "tokens",
             "Scored tokens with a finite KL(reference||compressed).",
             ("route", "label", "strategy"),
         ),
-        Family(
+        Metric(
             names.TOP1_AGREEMENT_TOKENS,
             "counter",
             "tokens",
             "Scored tokens at which both models' likeliest id is the same.",
             ("stage", "arm", "decoding"),
         ),
-        Family(
+        Metric(
             names.COVERED_MASS_RATIO,
             "gauge",
             "ratio",
             "Mean probability mass of each model on the ids for which both gave a value.",
             ("model",),
         ),
-        Family(
+        Metric(
             names.SURVIVAL_HALF_LIFE_TOKENS,
             "gauge",
             "tokens",
             "Tokens after which half of the sampled texts would differ from the reference's; +Inf beyond the data.",
             ("edge",),
         ),
-        Family(
+        Metric(
             names.NOISE_FLOOR_NATS,
             "gauge",
             "nats",
             "KL divergence of a model from itself (decode or batch shape against another), nats; a lower bound.",
             ("model", "direction"),
         ),
-        Family(
+        Metric(
             names.NOISE_FLOOR_REQUESTS,
             "counter",
             "requests",
@@ -140,21 +140,21 @@ GROUPS: dict[str, tuple[Family, ...]] = {
         ),
     ),
     "The alarm": (
-        Family(
+        Metric(
             names.HEMORRHAGE_ALARM,
             "gauge",
             "0 or 1",
             "1 while the alarm of this test is raised on this route; alarm.alpha bounds the false-alarm probability.",
             ("test", "route"),
         ),
-        Family(
+        Metric(
             names.HEMORRHAGE_EVIDENCE_RATIO,
             "gauge",
             "ratio",
             "Evidence of a test against its null hypothesis, as a fraction of the alarm level; 1 raises the alarm.",
             ("test", "route"),
         ),
-        Family(
+        Metric(
             names.ALARM_BASELINE_RATIO,
             "gauge",
             "ratio",
@@ -163,56 +163,56 @@ GROUPS: dict[str, tuple[Family, ...]] = {
         ),
     ),
     "Calibration": (
-        Family(
+        Metric(
             names.CALIBRATION_REQUESTS,
             "counter",
             "requests",
             "Requests that a profile could apply to, by arm and by the reason for the arm.",
             ("arm", "reason"),
         ),
-        Family(
+        Metric(
             names.RECOVERED_DIVERGENCE_RATIO,
             "gauge",
             "ratio",
             "Fraction of KL(reference||compressed) that the profile removes, on the same tokens.",
         ),
-        Family(
+        Metric(
             names.PROFILE_INFO,
             "gauge",
             "1",
             "1 for the profile that serves, or in mode observe would serve (identity if there is none).",
             ("version", "family"),
         ),
-        Family(
+        Metric(
             names.PROFILE_SCOPE_INFO,
             "gauge",
             "1",
             "1 for the separate profile that serves a label, route or model (calibration.scope).",
             ("scope", "version"),
         ),
-        Family(
+        Metric(
             names.PROFILE_PROMOTIONS,
             "counter",
             "profiles",
             "Profiles that were promoted (in mode observe: would serve).",
         ),
-        Family(names.PROFILE_ROLLBACKS, "counter", "profiles", "Profiles rolled back."),
-        Family(names.PROFILE_DECISIONS, "counter", "decisions", "Decisions about profiles.", ("decision", "reason")),
-        Family(
+        Metric(names.PROFILE_ROLLBACKS, "counter", "profiles", "Profiles rolled back."),
+        Metric(names.PROFILE_DECISIONS, "counter", "decisions", "Decisions about profiles.", ("decision", "reason")),
+        Metric(
             names.LEARNED_TOKENS,
             "counter",
             "tokens",
             "Tokens that contextual profiles were learned from, by source.",
             ("source",),
         ),
-        Family(
+        Metric(
             names.LEARNER_DROPPED,
             "counter",
             "requests",
             "Requests that were not passed to the learner, by reason.",
             ("reason",),
         ),
-        Family(
+        Metric(
             names.FEATURES_DROPPED,
             "counter",
             "requests",
@@ -221,15 +221,15 @@ GROUPS: dict[str, tuple[Family, ...]] = {
         ),
     ),
     "The engine's plugin": (
-        Family(names.ENGINES, "gauge", "engines", "Engines whose plugin reports."),
-        Family(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),
-        Family(
+        Metric(names.ENGINES, "gauge", "engines", "Engines whose plugin reports."),
+        Metric(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),
+        Metric(
             names.ENGINE_TAPS_DROPPED,
             "counter",
             "runs",
             "Taps from engines that were not used in time or exceeded the buffer.",
         ),
-        Family(
+        Metric(
             names.ENGINE_FEATURES_DROPPED,
             "counter",
             "runs",
@@ -237,28 +237,28 @@ GROUPS: dict[str, tuple[Family, ...]] = {
         ),
     ),
     "What clients got, of all generations": (
-        Family(
+        Metric(
             names.RESPONSES_FINISHED,
             "counter",
             "choices",
             "Choices of all generations that passed by, sampled or not, by arm and finish_reason.",
             ("arm", "reason"),
         ),
-        Family(
+        Metric(
             names.OUTPUT_TOKENS,
             "counter",
             "tokens",
             "Output tokens of all generations, by usage or else by the stream's events.",
             ("arm",),
         ),
-        Family(
+        Metric(
             names.REPETITION_LOOPS,
             "counter",
             "responses",
             "Of all generations, those that end in one block of text over and over.",
             ("arm",),
         ),
-        Family(
+        Metric(
             names.STRUCTURED_OUTPUTS,
             "counter",
             "outputs",
@@ -267,20 +267,20 @@ GROUPS: dict[str, tuple[Family, ...]] = {
         ),
     ),
     "Failures of Hemostat itself; all of these should stay 0": (
-        Family(
+        Metric(
             names.CALIBRATION_ERRORS,
             "counter",
             "requests",
             "Scored requests that calibration could neither learn from nor judge by: a bug, see the log.",
         ),
-        Family(names.STORE_ERRORS, "counter", "operations", "Reads and writes that the store refused."),
-        Family(
+        Metric(names.STORE_ERRORS, "counter", "operations", "Reads and writes that the store refused."),
+        Metric(
             names.OUTCOME_ERRORS,
             "counter",
             "responses",
             "Responses whose outcome could not be judged: a bug, see the log.",
         ),
-        Family(
+        Metric(
             names.TRACING_ERRORS,
             "counter",
             "requests",
@@ -290,5 +290,5 @@ GROUPS: dict[str, tuple[Family, ...]] = {
 }
 """The metrics of the relays and of the control process, by subject."""
 
-FAMILIES: dict[str, Family] = {family.name: family for families in GROUPS.values() for family in families}
+METRICS: dict[str, Metric] = {metric.name: metric for metrics in GROUPS.values() for metric in metrics}
 """By name."""

@@ -9,7 +9,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from hemostat.metrics.catalogue import FAMILIES
+from hemostat.metrics.catalogue import METRICS
 from hemostat.metrics.samples import AnySample, HistogramSample
 
 KINDS = ("counter", "histogram", "gauge")
@@ -17,7 +17,7 @@ KINDS = ("counter", "histogram", "gauge")
 
 
 class HemostatCollector(Collector):
-    """Everything on /metrics. Every family is exported from the start; a series, once some source has a sample of it.
+    """Everything on /metrics. Every metric is exported from the start; a series, once some source has a sample of it.
 
     sources: each yields its samples, cheaply; samples of one series from several sources are added up.
     """
@@ -26,7 +26,7 @@ class HemostatCollector(Collector):
         self._sources = tuple(sources)
 
     def collect(self) -> Iterator[Metric]:
-        values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in FAMILIES}
+        values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in METRICS}
         histograms: dict[str, list[HistogramSample]] = {}
         for source in self._sources:
             for sample in source():
@@ -35,19 +35,19 @@ class HemostatCollector(Collector):
                 else:
                     series = values[sample.name]
                     series[sample.labels] = series.get(sample.labels, 0.0) + sample.value
-        for name, family in sorted(FAMILIES.items(), key=lambda item: KINDS.index(item[1].kind)):
-            if family.kind == "histogram":
+        for name, metric in sorted(METRICS.items(), key=lambda item: KINDS.index(item[1].kind)):
+            if metric.kind == "histogram":
                 yield _histogram(name, histograms.get(name, ()))
                 continue
-            kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
-            metric = kind(name, family.help, labels=family.labels)
+            kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            exported = kind(name, metric.help, labels=metric.labels)
             for labels, value in values[name].items():
-                metric.add_metric(labels, value)
-            yield metric
+                exported.add_metric(labels, value)
+            yield exported
 
 
 def _histogram(name: str, series: Iterable[HistogramSample]) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(name, FAMILIES[name].help, labels=FAMILIES[name].labels)
+    exported = HistogramMetricFamily(name, METRICS[name].help, labels=METRICS[name].labels)
     for sample in series:
         bounds = [*(repr(float(edge)) for edge in sample.edges), "+Inf"]
         cumulative = 0
@@ -55,5 +55,5 @@ def _histogram(name: str, series: Iterable[HistogramSample]) -> HistogramMetricF
         for bound, count in zip(bounds, [*sample.counts, *[0] * (len(bounds) - len(sample.counts))], strict=True):
             cumulative += count
             buckets.append((bound, cumulative))
-        family.add_metric(sample.labels, buckets, sample.total if math.isfinite(sample.total) else 0.0)
-    return family
+        exported.add_metric(sample.labels, buckets, sample.total if math.isfinite(sample.total) else 0.0)
+    return exported

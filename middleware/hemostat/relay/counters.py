@@ -9,6 +9,9 @@ from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat.openai import routes
+from hemostat.shadow.endings import Outcome as ShadowOutcome
+from hemostat.shadow.endings import ScoringDropReason
+from hemostat.shadow.reports import RelayDropReason
 from hemostat_calibration.records import Arm
 
 OK = "ok"
@@ -50,7 +53,7 @@ class Counters:
         series[labels] = series.get(labels, 0.0) + by
 
     def hook_raised(self) -> None:
-        self.add(names.SHADOW_REQUESTS, ("dropped", "hook_error"))
+        self.add(names.SHADOW_REQUESTS, (ShadowOutcome.DROPPED.value, RelayDropReason.HOOK_ERROR.value))
 
     def observe_overhead(self, seconds: float) -> None:
         """Time in the relay for one request: from the last byte of the request that was needed to its hand-over to the
@@ -70,7 +73,11 @@ class Counters:
 _ARMS: list[tuple[str, ...]] = [(str(arm),) for arm in Arm]
 INITIAL_SERIES: dict[str, list[tuple[str, ...]]] = {
     names.REQUESTS: [(route, outcome) for route in routes.SCORED for outcome in OUTCOMES],
-    names.SHADOW_REQUESTS: [("shadowed", ""), ("scored", ""), ("dropped", "queue_full")],
+    names.SHADOW_REQUESTS: [
+        (ShadowOutcome.SHADOWED.value, ""),
+        (ShadowOutcome.SCORED.value, ""),
+        (ShadowOutcome.DROPPED.value, ScoringDropReason.QUEUE_FULL.value),
+    ],
     names.RESPONSES_FINISHED: [(*arm, reason) for arm in _ARMS for reason in ("stop", "length")],
     names.OUTPUT_TOKENS: _ARMS,
     names.REPETITION_LOOPS: _ARMS,

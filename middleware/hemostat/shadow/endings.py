@@ -1,4 +1,4 @@
-"""How captures end: scored, skipped (it can never be scored) or dropped (it could not be scored now), and why.
+"""What becomes of sampled requests: how their captures end, and why.
 
 The reasons for which a sampled request never becomes a capture are given in the relays (`hemostat.shadow.reports`,
 `hemostat.openai.requests`, `hemostat.openai.responses`); they are values of the same metric's label.
@@ -17,9 +17,15 @@ from hemostat_calibration.errors import InvalidRecordError
 
 
 class Outcome(StrEnum):
+    """Values of the label `outcome` of shadow requests."""
+
+    SHADOWED = "shadowed"
+    """Captured in the relay; one of the other outcomes follows."""
     SCORED = "scored"
     SKIPPED = "skipped"
+    """It can never be scored."""
     DROPPED = "dropped"
+    """It could not be scored now."""
 
 
 class ScoringSkipReason(StrEnum):

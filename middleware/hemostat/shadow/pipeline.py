@@ -57,7 +57,7 @@ class RecordLearner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RecordUsers:
+class RecordConsumers:
     """Who is handed every scored record. records: None without `records.path`. tracing: None without an endpoint."""
 
     measurements: Measurements
@@ -83,7 +83,7 @@ class ScoringPipeline:
         monitor: ReferenceMonitor,
         engines: EngineRegistry,
         needs: ScoringNeeds,
-        users: RecordUsers,
+        consumers: RecordConsumers,
         *,
         reference: Reference | None,
         compressed_scorer: Reference | None,
@@ -92,7 +92,7 @@ class ScoringPipeline:
         on_change: Callable[[], None],
     ) -> None:
         self._monitor = monitor
-        self._users = users
+        self._consumers = consumers
         self._clock = clock
         self._on_change = on_change
         self._rate = settings.shadow.rate if reference is not None else None
@@ -165,7 +165,7 @@ class ScoringPipeline:
         if self.noise_floor is not None:
             yield from self.noise_floor.samples()
         yield Sample(names.CALIBRATION_ERRORS, (), self.calibration_errors)
-        recovered = self._users.measurements.recovered(self._users.profiles.serving.reported) or {}
+        recovered = self._consumers.measurements.recovered(self._consumers.profiles.serving.reported) or {}
         if recovered.get("estimate") is not None:
             yield Sample(names.RECOVERED_DIVERGENCE_RATIO, (), recovered["estimate"])
 
@@ -179,25 +179,25 @@ class ScoringPipeline:
 
     def use_record(self, record: TokenRecord, capture: Capture) -> None:
         """A scored record, from the scorer."""
-        users, profiles, gains = self._users, self._users.profiles, RecordGains(record)
-        figures = users.measurements.observe(
+        consumers, profiles, gains = self._consumers, self._consumers.profiles, RecordGains(record)
+        figures = consumers.measurements.observe(
             record,
             profiles.calibrated_profile(record),
             profiles.catalogue.get(record.applied),
             held_out=profiles.is_held_out(record),
             gains=gains,
         )
-        if users.records is not None:
-            users.records.write(capture, record, figures)
-        users.alarms.observe(record, figures)
+        if consumers.records is not None:
+            consumers.records.write(capture, record, figures)
+        consumers.alarms.observe(record, figures)
         if self.noise_floor is not None and record.model in self._monitor.pair.models:
             self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record)
-        if users.tracing is not None and capture.traceparent:
-            self._trace(users.tracing, record, capture, figures)
+        if consumers.tracing is not None and capture.traceparent:
+            self._trace(consumers.tracing, record, capture, figures)
         try:
             profiles.observe(record, gains)
             if profiles.may_learn(record):
-                users.learner.offer(record, profiles.scope_of(record))
+                consumers.learner.offer(record, profiles.scope_of(record))
         except Exception:
             # The record has been measured by now: a bug in calibration must not take that back.
             self.calibration_errors += 1
@@ -205,8 +205,8 @@ class ScoringPipeline:
         self._on_change()
 
     def use_self_record(self, model: str, record: TokenRecord) -> None:
-        figures = self._users.measurements.observe_noise_floor(model, record)
-        self._users.alarms.observe_noise_floor(model, figures)
+        figures = self._consumers.measurements.observe_noise_floor(model, record)
+        self._consumers.alarms.observe_noise_floor(model, figures)
 
     def _trace(self, tracing: Tracing, record: TokenRecord, capture: Capture, figures: TokenDivergence) -> None:
         try:

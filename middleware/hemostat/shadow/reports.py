@@ -11,6 +11,7 @@ from hemostat.ipc.messages import Capture, Policy
 from hemostat.metrics import names
 from hemostat.openai.requests import Uncalibrated, Unscorable
 from hemostat.openai.responses import ResponseFailure
+from hemostat.shadow.endings import Outcome
 from hemostat.shadow.profile_choice import ArmReason
 from hemostat_calibration.records import Arm
 
@@ -34,10 +35,12 @@ class SkipReason(StrEnum):
 
 
 class RelayDropReason(StrEnum):
-    """Why a captured request was dropped in the relay: values of the label `reason` of shadow requests."""
+    """Why a sampled request was dropped in the relay: values of the label `reason` of shadow requests."""
 
     LINK_FULL = "link_full"
     """The control process takes captures too slowly, or does not run."""
+    HOOK_ERROR = "hook_error"
+    """The interceptor raised an exception."""
 
 
 class Reports:
@@ -64,14 +67,14 @@ class Reports:
 
     def skipped(self, reason: SkipReason | Unscorable | ResponseFailure) -> None:
         """Count a sampled request as skipped."""
-        self._count(names.SHADOW_REQUESTS, ("skipped", reason.value))
+        self._count(names.SHADOW_REQUESTS, (Outcome.SKIPPED.value, reason.value))
 
     def captured(self, capture: Capture) -> None:
         """Hand a capture on, and count its request."""
-        emitted = self._emit(capture)
-        self._count(
-            names.SHADOW_REQUESTS, ("shadowed", "") if emitted else ("dropped", RelayDropReason.LINK_FULL.value)
-        )
+        if self._emit(capture):
+            self._count(names.SHADOW_REQUESTS, (Outcome.SHADOWED.value, ""))
+        else:
+            self._count(names.SHADOW_REQUESTS, (Outcome.DROPPED.value, RelayDropReason.LINK_FULL.value))
 
     def calibrated(self, arm: Arm, reason: ArmReason | Uncalibrated) -> None:
         """Count a request that could get a profile."""

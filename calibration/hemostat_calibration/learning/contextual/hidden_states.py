@@ -12,9 +12,11 @@ import numpy as np
 
 from hemostat_calibration.arrays import Floats, Singles
 
-MASS_KEPT = 0.999
-"""Part of the mean distribution whose ids the Fisher metric sums over; the rest costs most and matters least."""
-_LEAST = 1e-12
+METRIC_MASS = 0.999
+"""Part of the mean distribution whose ids the Fisher metric sums over.
+
+The ids left out are most of the vocabulary and hardly change the metric."""
+_MIN_EIGENVALUE = 1e-12
 """Lower limit of the mean eigenvalue of a metric."""
 _CHUNK = 1 << 24
 """Elements of a temporary array."""
@@ -101,7 +103,7 @@ def fisher_metric(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tu
         moments += embedded.T @ embedded
     mean /= len(hidden)
     likeliest = np.argsort(-mean)
-    kept = likeliest[: int(np.searchsorted(np.cumsum(mean[likeliest]), MASS_KEPT)) + 1]
+    kept = likeliest[: int(np.searchsorted(np.cumsum(mean[likeliest]), METRIC_MASS)) + 1]
     metric = np.zeros_like(moments)
     for start in range(0, len(kept), 1 << 14):
         part = weight[kept[start : start + (1 << 14)]]
@@ -110,7 +112,7 @@ def fisher_metric(weight: Singles, hidden: Singles, damping: float = 1e-3) -> tu
     # eigenvalue.
     metric = metric / mean[kept].sum() - moments / len(hidden)
     metric = 0.5 * (metric + metric.T)
-    least = damping * max(float(np.trace(metric)) / len(metric), _LEAST)
+    least = damping * max(float(np.trace(metric)) / len(metric), _MIN_EIGENVALUE)
     metric += least * np.eye(len(metric))
     try:
         np.linalg.cholesky(metric)
