@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 from tests.support.engine_admin import TOKEN, EngineAdmin
+from tests.support.running_vllm import RunningVllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from hemostat.models import vllm_server as vllm_process
@@ -30,20 +30,6 @@ VLLM_ARGUMENTS = [
 
 _missed: list[str] = []
 """Tests that were skipped for want of something that could be installed: their reason says how."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunningVllm:
-    """A real server with the W4A16 checkpoint and Hemostat's logits processor, profiles from `profile_dir`.
-
-    admin: what the processor reports to.
-    """
-
-    url: str
-    model: str
-    profile_dir: Path
-    log: Path
-    admin: EngineAdmin
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def words(prompt: Prompt) -> frozenset[str]:
     return frozenset(" ".join(message.content for message in prompt.messages).lower().split())
 
 
-def test_shipped_prompts_are_many_and_of_every_kind() -> None:
+def test_default_prompts_are_many_and_of_every_kind() -> None:
     prompts = load()
     assert len(prompts) >= 160
     found = Counter(prompt.kind for prompt in prompts)
@@ -30,7 +30,7 @@ def test_shipped_prompts_are_many_and_of_every_kind() -> None:
     assert all(found[kind] >= least for kind, least in KINDS.items()), found
 
 
-def test_shipped_prompts_are_well_formed() -> None:
+def test_default_prompts_are_well_formed() -> None:
     for prompt in load():
         roles = [message.role for message in prompt.messages]
         turns = roles[1:] if roles[0] == "system" else roles
@@ -39,7 +39,7 @@ def test_shipped_prompts_are_well_formed() -> None:
         assert all(message.content.strip() == message.content != "" for message in prompt.messages), prompt
 
 
-def test_no_two_shipped_prompts_are_nearly_the_same() -> None:
+def test_default_prompts_differ() -> None:
     prompts = load()
     bags = [words(prompt) for prompt in prompts]
     for i, first in enumerate(bags):
@@ -57,7 +57,7 @@ def test_a_user_file_needs_only_messages_and_max_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("nonsense", "JSON is malformed"),
         ('{"messages": []}', "messages is empty"),
@@ -69,7 +69,7 @@ def test_a_user_file_needs_only_messages_and_max_tokens(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": "\udcff"}]}', "utf-8"),
     ],
 )
-def test_a_malformed_line_is_named(tmp_path: Path, line: str, says: str) -> None:
+def test_error_names_the_line(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "mine.jsonl"
     good = '{"messages": [{"role": "user", "content": "x"}]}'
     file.write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
@@ -77,11 +77,11 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, says: str) -> None
         load(file)
     text = str(caught.value)
     assert text.startswith(f"{file}:2: ")
-    assert says in text
+    assert message in text
     assert "\n" not in text
 
 
-def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
+def test_error_names_an_empty_or_missing_file(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"absent\.jsonl: cannot be read"):
         load(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n \n")

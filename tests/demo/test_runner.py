@@ -60,7 +60,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(what: Any, within: float = 30.0) -> None:
+def wait_for(what: Any, within: float = 120.0) -> None:
     end = time.monotonic() + within
     while not what():
         assert time.monotonic() < end, "took too long"

@@ -27,7 +27,7 @@ async def test_every_request_is_sent_once_and_its_text_read() -> None:
 
 
 @pytest.mark.parametrize("fault", ["status", "die_after", "error_after"])
-async def test_what_fails_is_counted_with_a_reason(fault: str) -> None:
+async def test_failures_are_counted_with_a_reason(fault: str) -> None:
     fake, traffic = FakeVllm(**{fault: 503 if fault == "status" else 2}), Traffic()
     with serving(fake) as url:
         await drive(url, plan(PROMPTS, "fake", 0), 4, traffic)
@@ -45,7 +45,7 @@ async def test_a_refused_connection_is_a_failure() -> None:
     assert (traffic.ok, traffic.failed) == (0, 2)
 
 
-async def test_clients_wait_while_the_reference_is_behind() -> None:
+async def test_clients_pause_while_the_reference_is_behind() -> None:
     fake, traffic = FakeVllm(), Traffic()
     open_ = False
     with serving(fake) as url:
@@ -57,7 +57,7 @@ async def test_clients_wait_while_the_reference_is_behind() -> None:
     assert traffic.ok == 6
 
 
-async def test_without_a_limit_it_goes_on_until_cancelled() -> None:
+async def test_without_a_limit_requests_continue_until_cancelled() -> None:
     fake, traffic = FakeVllm(token_delay=0.001), Traffic()
     with serving(fake) as url:
         driving = asyncio.create_task(drive(url, plan(PROMPTS, "fake", 0), None, traffic))

@@ -1,4 +1,4 @@
-"""What the image would hold: the wheel and what it needs, and a clean environment with just that."""
+"""The wheel with its dependencies, and a clean environment with only these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""deploy/compose.yaml: by the specification's schema, by docker-compose itself, and against the rest of deploy/."""
+"""deploy/compose.yaml: valid by schema and for docker-compose, and consistent with the rest of deploy/."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def resolved(profile: str, environment: Path = EXAMPLE) -> dict[str, Any]:
     return made
 
 
-def test_it_is_valid_by_the_specifications_schema() -> None:
+def test_valid_by_the_schema_of_the_specification() -> None:
     checker = Path(sys.executable).parent / "check-jsonschema"
     command = [str(checker), "--builtin-schema", "vendor.compose-spec"]
     said = subprocess.run([*command, str(COMPOSE)], capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stdout
 
 
-def test_the_schema_would_find_a_wrong_key(tmp_path: Path) -> None:
+def test_schema_rejects_an_unknown_key(tmp_path: Path) -> None:
     wrong = tmp_path / "compose.yaml"
     wrong.write_text(COMPOSE.read_text().replace("cap_drop:", "cap_dorp:"))
     command = [str(Path(sys.executable).parent / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
@@ -60,7 +60,7 @@ def test_the_schema_would_find_a_wrong_key(tmp_path: Path) -> None:
     assert "cap_dorp" in said.stdout
 
 
-def test_every_variable_is_in_the_example_and_no_other() -> None:
+def test_example_has_exactly_the_variables() -> None:
     text = re.sub(r"^\s*#.*$", "", COMPOSE.read_text(), flags=re.MULTILINE)
     used = set(re.findall(r"\$\{([A-Z0-9_]+)", text))
     assert used == set(example()) - OF_COMPOSE_ITSELF
@@ -69,14 +69,14 @@ def test_every_variable_is_in_the_example_and_no_other() -> None:
     assert shown == defaults, "the example shows the defaults"
 
 
-def test_what_has_no_default_is_asked_for(tmp_path: Path) -> None:
+def test_variables_without_a_default_are_required(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("")
     with pytest.raises(AssertionError, match=r"set \w+ in deploy/.env"):
         resolved("gpu", tmp_path / ".env")
 
 
 @pytest.mark.parametrize("profile", ["gpu", "cpu"])
-def test_one_of_everything_runs(profile: str) -> None:
+def test_profile_starts_one_of_each_service(profile: str) -> None:
     made = resolved(profile)
     assert set(made["services"]) == {
         f"compressed-{profile}",
@@ -94,7 +94,7 @@ def test_one_of_everything_runs(profile: str) -> None:
         assert service["entrypoint"] == ["vllm", "serve"]
         assert service["command"][0] == model
         flags = dict(zip(service["command"][1::2], service["command"][2::2], strict=True))
-        # Both sides have to be asked for as many logprobs as Hemostat asks for.
+        # Both servers must allow as many logprobs as Hemostat requests.
         settings = yaml.safe_load((DEPLOY / "hemostat.yaml").read_text())
         assert int(flags["--max-logprobs"]) >= settings["shadow"]["top_k"]
         assert flags.get("--logits-processors") == (PLUGIN if service is compressed else None)
@@ -107,7 +107,7 @@ def test_one_of_everything_runs(profile: str) -> None:
         assert compressed["environment"]["VLLM_CPU_INT4_W4A8"] == "0"
 
 
-def test_more_flags_come_from_the_environment_file(tmp_path: Path) -> None:
+def test_flags_from_the_environment_file(tmp_path: Path) -> None:
     text = EXAMPLE.read_text()
     (tmp_path / ".env").write_text(text.replace("REFERENCE_ARGS=", "REFERENCE_ARGS=--max-model-len 8192", 1))
     made = resolved("gpu", tmp_path / ".env")["services"]
@@ -115,7 +115,7 @@ def test_more_flags_come_from_the_environment_file(tmp_path: Path) -> None:
     assert "8192" not in made["compressed-gpu"]["command"]
 
 
-def test_the_middleware_runs_as_its_image_promises() -> None:
+def test_middleware_service_matches_its_image() -> None:
     service = resolved("gpu")["services"]["hemostat"]
     assert service["read_only"]
     assert service["cap_drop"] == ["ALL"]
@@ -128,7 +128,7 @@ def test_the_middleware_runs_as_its_image_promises() -> None:
     assert targets == {command[-1], "/data"}
 
 
-def test_the_drain_fits_the_grace_period() -> None:
+def test_drain_is_shorter_than_the_grace_period() -> None:
     grace = resolved("gpu")["services"]["hemostat"]["stop_grace_period"]
     settings = load(DEPLOY / "hemostat.yaml", {"HEMOSTAT_ADMIN__TOKEN": "t"})
     assert grace == "45s"
@@ -163,7 +163,7 @@ def test_ports_match_and_only_the_data_port_is_public() -> None:
     assert environment["HEMOSTAT_ADMIN_URL"] == f"http://hemostat:{Admin().port}"
 
 
-def test_names_lead_to_services() -> None:
+def test_host_names_are_services() -> None:
     """Every host that a mounted file or an environment names is a service or an alias of the same network."""
     services = resolved("gpu")["services"]
     known = set(services)
@@ -178,7 +178,7 @@ def test_names_lead_to_services() -> None:
     assert hosts == {"compressed", "reference", "prometheus"} <= known
 
 
-def test_the_configuration_is_valid_with_the_services_environment() -> None:
+def test_configuration_is_valid_with_the_environment_of_the_service() -> None:
     service = resolved("gpu")["services"]["hemostat"]
     settings = load(DEPLOY / "hemostat.yaml", service["environment"])
     assert settings.admin.token is not None
@@ -187,7 +187,7 @@ def test_the_configuration_is_valid_with_the_services_environment() -> None:
     assert settings.store.url.startswith("sqlite:////data/")
 
 
-def test_grafana_is_provisioned_with_the_charts_dashboards() -> None:
+def test_grafana_has_the_dashboards_of_the_chart() -> None:
     volumes = resolved("gpu")["services"]["grafana"]["volumes"]
     mounted = {v["target"]: v["source"] for v in volumes if v["type"] == "bind"}
     (provider,) = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/hemostat.yaml").read_text())["providers"]
@@ -197,7 +197,7 @@ def test_grafana_is_provisioned_with_the_charts_dashboards() -> None:
     assert mounted["/etc/grafana/provisioning"] == str(DEPLOY / "grafana" / "provisioning")
 
 
-def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+def test_prometheus_accepts_its_configuration(tmp_path: Path) -> None:
     """As mounted: the rules lie where the configuration looks for them."""
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not here; on Debian or Ubuntu: apt-get install prometheus")

