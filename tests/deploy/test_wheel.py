@@ -110,7 +110,7 @@ def test_check_succeeds(environment: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_serve_like_the_image(environment: dict[str, str], tmp_path: Path) -> None:
-    """Entry point, command and HEALTHCHECK of the Dockerfile, with another path of the configuration and other ports."""
+    """Entry point, command and HEALTHCHECK of the Dockerfile, with another configuration file and other ports."""
     command = [*json.loads(instruction("ENTRYPOINT")), *json.loads(instruction("CMD"))]
     command[command.index("--config") + 1] = str(CONFIG)
     ports = {"8080": str(free_port()), "8081": str(free_port())}
