@@ -143,7 +143,19 @@ LABELS: dict[str, dict[str, Values | str]] = {
             Decision.MODE: "an operator changed `calibration.mode`",
         }
     },
-    "decoding": {"": dict(zip(DECODING_KINDS, ("temperature 0", "any other, or not known"), strict=True))},
+    "decoding": {
+        "": dict(
+            zip(
+                DECODING_KINDS,
+                (
+                    "temperature 0",
+                    "decoded with a temperature above 0, or one that is not known; it is not about the sampling of "
+                    "requests for shadow scoring",
+                ),
+                strict=True,
+            )
+        )
+    },
     "direction": {
         "": dict(zip(DIRECTIONS, ("KL(reference‖compressed)", "KL(compressed‖reference)"), strict=True)),
     },
