@@ -1,7 +1,7 @@
-# Everything from a clean clone: each target first makes .venv if it is missing or out of date.
+# Every target works in a fresh clone: it first creates .venv if that is missing or out of date.
 #   make demo ARGS="--requests 60 --report report.json"
 #   HEMOSTAT_VLLM=vllm make setup     on a machine with a CUDA GPU
-#   TORCH_INDEX_URL=... make setup    where pip does not find PyTorch's CPU build by itself
+#   TORCH_INDEX_URL=... make setup    if pip does not find PyTorch's CPU build
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -11,58 +11,58 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery chart docs screenshot clean
 
-help: ## this list
+help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
-setup: ## make .venv: Hemostat, vLLM (CPU build), PyTorch, tools
+setup: ## create .venv with Hemostat, vLLM (CPU build), PyTorch and the tools
 	@test -n "$(PYTHON)" || { echo "Hemostat needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@$(PYTHON) deploy/setup/environment.py
 
-demo: setup ## real vLLM, a real quantized model, Hemostat in front; ARGS="..." for `hemostat demo`
+demo: setup ## Hemostat in front of a real vLLM with a quantized model; ARGS="...": options of `hemostat demo`
 	@exec $(BIN)/hemostat demo $(ARGS)
 
-lint: setup ## ruff, mypy and the import contracts
+lint: setup ## run ruff, mypy (strict) and the import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One thread a process: with more threads than processors, they wait for each other in every small product (a test of
-# five seconds took two minutes).
-test: lint ## lint, types, and all tests, on a real vLLM; ARGS="..." for pytest (-n 0: one after the other)
+# One thread per process: with more threads than processors, the threads of BLAS wait for each other in every small
+# matrix product (a test of five seconds took two minutes).
+test: lint ## lint, then all tests but the slow ones, also on a real vLLM; ARGS="...": options of pytest (-n 0: not in parallel)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2 --no-loadscope-reorder $(ARGS)
 
-test-slow: setup ## the tests that take minutes each (a promotion on a real vLLM, ...), to be run before a release
+test-slow: setup ## only the tests that take minutes each (a promotion on a real vLLM, ...); run them before a release
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 --slow $(ARGS)
 
-bench-proxy: setup ## requests/s and CPU beside nginx and vllm-router; a table and build/bench/proxy.json
+bench-proxy: setup ## requests/s and CPU compared with nginx and vllm-router; writes build/bench/proxy.json
 	@exec $(BIN)/python tests/bench/bench_proxy.py $(ARGS)
 
-bench-alarm: setup ## tokens until a changed model is noticed, and false alarms; a table and build/bench/alarm.json
+bench-alarm: setup ## tokens until a changed model is detected, and false alarms; writes build/bench/alarm.json
 	@exec $(BIN)/python tests/bench/bench_alarm.py $(ARGS)
 
-bench-floor: setup ## how far each model is from itself; a table and build/bench/floor.json
+bench-floor: setup ## the noise floor: divergence of each model from itself; writes build/bench/floor.json
 	@exec $(BIN)/python tests/bench/bench_floor.py $(ARGS)
 
-bench-bounds: setup ## what cut lists leave open, against the whole vocabulary; a table, build/bench/bounds.json and .svg
+bench-bounds: setup ## bounds from top-K lists compared with the full vocabulary; writes build/bench/bounds.json and .svg
 	@exec $(BIN)/python tests/bench/bench_bounds.py $(ARGS)
 
-bench-recovery: setup ## what calibration wins back, through the real engine (hours); a table and build/bench/recovery.json
+bench-recovery: setup ## divergence recovered by calibration, in the real engine (hours); writes build/bench/recovery.json
 	@exec $(BIN)/python tests/bench/bench_recovery.py $(ARGS)
 
-bench-engine: setup ## what a contextual profile costs vLLM's decoding; a table and build/bench/engine.json
+bench-engine: setup ## cost of a contextual profile in vLLM's decoding; writes build/bench/engine.json
 	@exec $(BIN)/python tests/bench/bench_engine.py $(ARGS)
 
-chart: setup ## write the generated files of helm/hemostat: its README and the schema of `config`
+chart: setup ## generate the README and the values schema of helm/hemostat
 	@$(BIN)/python deploy/chart.py
 
-docs: setup ## write docs/metrics.md from the code, and the console's runbook page from docs/runbook.md
+docs: setup ## generate docs/metrics.md from the code, and the console's runbook page from docs/runbook.md
 	@$(BIN)/python deploy/metrics.py
 	@$(BIN)/python deploy/runbook.py
 
-screenshot: setup ## a picture of the console over a run of the demo (15 minutes), docs/console.png; ARGS="--scored 700"
+screenshot: setup ## run the demo and write docs/console.png, a screenshot of the console (15 minutes); ARGS="--scored 700"
 	@exec $(BIN)/python deploy/screenshot.py $(ARGS)
 
-clean: ## remove .venv and all that was built here (the checkpoints stay in the user's cache)
+clean: ## remove .venv and everything that was built here (checkpoints stay in the user's cache)
 	rm -rf .venv build dist .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find middleware calibration tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""How much of the divergence a calibration wins back: `make bench-recovery`, a table and build/bench/recovery.json.
+"""How much of the divergence calibration recovers: `make bench-recovery`, a table and build/bench/recovery.json.
 
 Everything goes through the real engine: vLLM with the plugin writes the text, at temperature 1, and taps the features;
 Hemostat's reference process gives the reference's hidden states; the families learn from both, the guard judges on
@@ -6,7 +6,7 @@ topics that nothing was learned from. Figures are over the full vocabulary: the 
 the h that follows from the engine's logits at the anchors, and what is added to them is computed by the engine's own
 code. Intervals draw whole topics.
 
-Stages are kept in build/bench/recovery/ and made once; remove that folder to begin anew.
+Stages are kept in build/bench/recovery/ and made once; remove that folder to start again.
 """
 
 from __future__ import annotations

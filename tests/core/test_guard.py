@@ -58,7 +58,7 @@ def test_promotion_needs_what_is_certain():
 
 
 def won(world, profile, prompts):
-    """KL that a profile wins back, exactly, mean of each prompt's tokens."""
+    """KL that a profile recovers, exactly, mean of each prompt's tokens."""
     found = []
     for seed in prompts:
         truth = world.truth(seed)

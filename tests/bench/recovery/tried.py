@@ -158,7 +158,7 @@ def compare(
     clamp_nats: float,
     training: mlp.TrainingSettings,
 ) -> list[dict[str, Any]]:
-    """A row for each: won back with its 95 % interval. topics: of each held-out token."""
+    """A row for each: the recovered divergence with its 95 % interval. topics: of each held-out token."""
     h_r, h_c = stacked(learning, recovery)
     kept = int(np.cumsum([len(text.output) for text in learning])[-max(1, len(learning) // 10) - 1])
     some = np.unique(np.linspace(0, len(topics) - 1, min(JUDGED, len(topics))).astype(np.int64))
