@@ -27,7 +27,7 @@ lint: setup ## run ruff, mypy (strict) and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One thread per process: with more threads than processors, the threads of BLAS wait for each other in every small
+# One thread per process: with more threads than processors, the threads wait for each other in every small
 # matrix product (a test of five seconds took two minutes).
 test: lint ## lint, then all tests but the slow ones, also on a real vLLM; ARGS="...": options of pytest (-n 0: not in parallel)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2 --no-loadscope-reorder $(ARGS)
