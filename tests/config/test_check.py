@@ -49,7 +49,7 @@ def states(found: dict[str, Finding]) -> dict[str, str]:
     return {what: f.state.value for what, f in found.items()}
 
 
-async def test_all_is_well() -> None:
+async def test_everything_works() -> None:
     found = await findings_of({}, {}, calibration={"mode": "auto"})
     assert states(found) == {
         "store": "note",
@@ -65,7 +65,7 @@ async def test_all_is_well() -> None:
     assert "serves fake, up to 2048 tokens (vLLM 0.32.0)" in found["upstream"].detail
 
 
-async def test_a_server_as_store_is_written_to_and_read(tmp_path: Path) -> None:
+async def test_a_store_server_is_probed(tmp_path: Path) -> None:
     async def store_at(url: str) -> Finding:
         return (await findings_of({}, None, store={"url": url}))["store"]
 
@@ -105,7 +105,7 @@ async def test_a_server_as_store_is_written_to_and_read(tmp_path: Path) -> None:
         ({}, {}, {"store": {"url": "sqlite:////no/such/folder/h.db"}}, "store", "NO", "store.url"),
     ],
 )
-async def test_what_will_not_work_is_said_with_the_fix(
+async def test_a_problem_is_reported_with_its_fix(
     upstream: dict[str, Any],
     reference: dict[str, Any] | None,
     sections: dict[str, Any],
@@ -118,7 +118,7 @@ async def test_what_will_not_work_is_said_with_the_fix(
     assert fix in found.fix
 
 
-async def test_nobody_is_there() -> None:
+async def test_unreachable_servers_are_reported() -> None:
     async with running(FakeVllm()) as gone:
         pass
     settings = Settings.model_validate(
@@ -179,7 +179,9 @@ async def test_the_command_prints_the_table_and_ends_with_its_code(tmp_path: Pat
         (["profile", "list", "--admin", "nonsense"], "--admin names its admin port"),
     ],
 )
-def test_what_the_user_has_to_put_right(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_are_one_line_with_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -308,7 +310,7 @@ def test_profile_commands(
 
 
 @pytest.mark.parametrize(("answer", "code"), [("y", 0), ("", 2), ("no", 2)])
-def test_an_override_is_confirmed(
+def test_promote_and_pin_ask_for_confirmation(
     admin: type[Admin], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str, code: int
 ) -> None:
     monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", "t")

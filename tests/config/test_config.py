@@ -1,4 +1,4 @@
-"""Every wrong configuration is one line that names the key and what would be right; every right one loads."""
+"""An invalid configuration gives one line that names the key and a valid value; a valid one is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def written(tmp_path: Path) -> Any:
     return write
 
 
-def test_only_the_upstream_is_needed(written: Any) -> None:
+def test_only_the_upstream_is_required(written: Any) -> None:
     settings = load(written(UPSTREAM), {})
     assert settings.upstream.url == "http://127.0.0.1:8000"
     assert settings.admin.host == "127.0.0.1"
@@ -149,7 +149,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "words"), WRONG, ids=[w for _, w in WRONG])
-def test_what_is_wrong_is_one_line(written: Any, text: str | bytes, words: str) -> None:
+def test_an_invalid_configuration_is_one_line(written: Any, text: str | bytes, words: str) -> None:
     path = written(text)
     with pytest.raises(ConfigError) as error:
         load(path, {})
@@ -192,8 +192,8 @@ def test_wrong_environment_names_the_variable(written: Any, env: dict[str, str],
     assert "\n" not in str(error.value)
 
 
-def test_variables_of_others_are_left_alone(written: Any) -> None:
-    """The engine plugin's, make's, and what Kubernetes sets in every pod beside a Service called hemostat."""
+def test_variables_of_other_programs_are_ignored(written: Any) -> None:
+    """Variables of the engine plugin and of make, and those that Kubernetes sets for a Service called hemostat."""
     env = dict.fromkeys(FOREIGN_VARIABLES, "x") | {
         "HEMOSTAT_SERVICE_HOST": "10.0.0.1",
         "HEMOSTAT_SERVICE_PORT_HTTP": "8080",
@@ -221,7 +221,7 @@ def test_wrong_flags(written: Any, flag: tuple[str, str], words: str) -> None:
     assert words in str(error.value)
 
 
-def test_a_value_below_something_that_is_no_section(written: Any) -> None:
+def test_a_value_below_a_key_that_is_not_a_section(written: Any) -> None:
     with pytest.raises(ConfigError, match=r":3: shadow: 3 is not a mapping"):
         load(written(UPSTREAM + "shadow: 3\n"), {"HEMOSTAT_SHADOW__RATE": "1"})
 
@@ -229,7 +229,7 @@ def test_a_value_below_something_that_is_no_section(written: Any) -> None:
 SECRETS = {"admin.token": "s3cret-a", "upstream.api_key": "s3cret-b", "reference.api_key": "s3cret-c"}
 
 
-def test_the_stores_password_is_never_shown_but_reaches_our_own_processes(written: Any) -> None:
+def test_the_stores_password_is_masked_but_reaches_hemostats_processes(written: Any) -> None:
     url = "redis://user:s3cret@h:1/2?prefix=a:"
     settings = load(written(UPSTREAM), {}, [("store.url", url)])
     for shown in (repr(settings), str(settings), str(settings.redacted()), settings.model_dump_json()):
@@ -241,13 +241,13 @@ def test_the_stores_password_is_never_shown_but_reaches_our_own_processes(writte
     assert "s3cret" not in str(error.value)
 
 
-def test_a_server_as_store_needs_its_client(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_server_needs_the_client_library(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hemostat.config.schema.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"store\.url: needs .* pip install 'hemostat\[valkey\]'"):
         load(written(UPSTREAM), {}, [("store.url", "redis://h")])
 
 
-def test_secrets_are_never_shown_but_reach_our_own_processes(written: Any) -> None:
+def test_secrets_are_masked_but_reach_hemostats_processes(written: Any) -> None:
     settings = load(written(UPSTREAM), {}, SECRETS.items())
     for shown in (repr(settings), str(settings), str(settings.redacted()), settings.model_dump_json()):
         assert "s3cret" not in shown
@@ -266,7 +266,7 @@ def test_secrets_are_never_shown_but_reach_our_own_processes(written: Any) -> No
     assert "s3cret" not in str(error.value)
 
 
-def test_plain_is_json_and_comes_back(written: Any, tmp_path: Path) -> None:
+def test_plain_round_trips_through_json(written: Any, tmp_path: Path) -> None:
     import json
 
     path = written(
@@ -308,7 +308,7 @@ def outcome(path: Path, env: dict[str, str], flags: list[tuple[str, str]]) -> No
 @example(b"x: " + b"9" * 5000)
 @example(b"x: 1:2:3e400")
 @example(b"\xef\xbb\xbfupstream: {url: http://h}")
-def test_no_bytes_give_a_traceback(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_arbitrary_files_give_no_traceback(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "junk.yaml"
     path.write_bytes(data)
     outcome(path, {}, [])
@@ -319,7 +319,7 @@ def test_no_bytes_give_a_traceback(tmp_path_factory: pytest.TempPathFactory, dat
     st.dictionaries(st.sampled_from(KEYS), st.text(max_size=20), max_size=3),
     st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=20), st.text(max_size=20)), max_size=3),
 )
-def test_no_values_give_a_traceback(
+def test_arbitrary_values_give_no_traceback(
     tmp_path_factory: pytest.TempPathFactory,
     values: dict[str, object],
     env: dict[str, str],

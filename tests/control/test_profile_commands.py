@@ -1,4 +1,4 @@
-"""`hemostat profile …` against a real admin port: what it shows and does, and what it says when it cannot."""
+"""`hemostat profile …` against a real admin port: its output, its effects and its errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs one: its answer, or with `fails` its one line of an error."""
+    """Runs `hemostat profile` with arguments: returns its output, or with `fails` its error line."""
 
     def run(*arguments: object, fails: bool = False) -> Any:
         code = cli.main(["profile", *map(str, arguments)])
@@ -48,7 +48,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def proven(one: Served, candidate: CalibrationProfile) -> None:
-    """Records that know the candidate's gain, until the guard has seen enough."""
+    """Feed records that contain the candidate's gain until it is promoted."""
     for n in range(2000):
         made = replace(record(n, None), shifts=record(n, candidate).shifts)
         one.do(lambda control, made=made: control.profile_manager.observe(made, RecordGains(made)))  # type: ignore[misc]
@@ -88,7 +88,7 @@ def test_from_a_file_to_serving_and_back_with_the_evidence(one: Served, command:
     assert decided == ["import", "promote", "mode", "import", "pin", "unpin", "promote", "roll_back"]
 
 
-def test_what_cannot_be_done_is_one_line_that_says_why(
+def test_failures_are_one_line_with_the_reason(
     one: Served, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = profile(0).to_bytes()

@@ -1,4 +1,4 @@
-"""`hemostat serve` as it runs: its processes are killed one by one, and clients do not notice."""
+"""`hemostat serve` as a whole: each of its processes is killed, without effect on clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hemostat.models.vllm_server import free_port
 
 
 class Switch:
-    """The reference's server, which can be taken away and put back under the same address."""
+    """The reference's server, which can be stopped and started again under the same address."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -46,7 +46,7 @@ def reference() -> Iterator[Switch]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, reference: Switch) -> Iterator[Served]:
-    """Two relays; shared by the tests of this file, each of which leaves it working."""
+    """`hemostat serve` with two relays, shared by the tests of this file; each test leaves it working."""
     folder = tmp_path_factory.mktemp("serve")
     upstream = FakeVllm(noise=0.5)
     with (
@@ -65,7 +65,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, reference: Switch) -> Itera
 
 @asynccontextmanager
 async def engine(served: Served) -> AsyncIterator[None]:
-    """What the plugin in an engine does: it reports, whether somebody listens or not."""
+    """Acts as the plugin of an engine: reports continuously, also while no process listens."""
 
     async def report() -> None:
         who = {"boot_id": "boot", "rank": 0, "world_size": 1, "runner": "v1", "vllm": "0"}
@@ -85,7 +85,7 @@ async def engine(served: Served) -> AsyncIterator[None]:
 
 
 async def scored_again(served: Served) -> None:
-    """A request sent now is scored."""
+    """Assert that a request that is sent now is scored."""
     before = await served.until(lambda s: s["reference"]["state"] == "ready" and s["relays"] == 2)
     # A relay hears of it a moment later than the status says it.
     for n in range(50):
@@ -115,7 +115,7 @@ async def test_requests_are_answered_scored_and_counted_over_all_workers(served:
     assert (await served.get("/readyz")).status_code == 200
 
 
-async def test_control_killed_relays_go_on_and_everything_comes_back(served: Served) -> None:
+async def test_relays_continue_while_control_is_down_and_scoring_resumes(served: Served) -> None:
     await served.until(lambda s: s["relays"] == 2)
     async with engine(served):
         await served.until(lambda s: s["engines"]["live"] == 1)
@@ -137,7 +137,7 @@ async def test_control_killed_relays_go_on_and_everything_comes_back(served: Ser
         assert await served.metric("hemostat_requests_total", outcome="ok", route=CHAT) >= 6, "relays told it anew"
 
 
-async def test_relay_killed_the_port_keeps_answering_and_it_is_started_again(served: Served) -> None:
+async def test_a_killed_relay_is_restarted_while_the_port_keeps_answering(served: Served) -> None:
     await served.until(lambda s: s["relays"] == 2)
     before = await served.metric("hemostat_requests_total")
     pids = served.pids("hemostat.relay.main")
@@ -152,7 +152,7 @@ async def test_relay_killed_the_port_keeps_answering_and_it_is_started_again(ser
     await scored_again(served)
 
 
-async def test_store_gone_bad_is_counted_and_harms_nobody(served: Served) -> None:
+async def test_a_damaged_store_is_counted_and_requests_are_served(served: Served) -> None:
     await served.until(lambda s: s["relays"] == 2)
     store = served.log.parent / "store.db"
     before = await served.metric("hemostat_store_errors_total")
@@ -170,7 +170,7 @@ async def test_store_gone_bad_is_counted_and_harms_nobody(served: Served) -> Non
     assert (await served.status())["profile"]["mode"] == "observe"
 
 
-async def test_reference_killed_is_dropped_by_reason_and_taken_up_when_it_is_back(
+async def test_requests_are_dropped_while_the_reference_is_down_and_scored_again_later(
     served: Served, reference: Switch
 ) -> None:
     await served.until(lambda s: s["reference"]["state"] == "ready")
@@ -189,7 +189,7 @@ async def test_reference_killed_is_dropped_by_reason_and_taken_up_when_it_is_bac
     await scored_again(served)
 
 
-async def test_sigterm_ends_what_is_in_flight_and_exits_with_0(tmp_path: Path) -> None:
+async def test_sigterm_completes_requests_in_flight_and_exits_with_0(tmp_path: Path) -> None:
     upstream = FakeVllm(token_delay=0.05)
     with serving(upstream) as url, hemostat(tmp_path, upstream, url) as served:
         await served.until(lambda s: s["relays"] == 1)
@@ -210,7 +210,7 @@ async def test_sigterm_ends_what_is_in_flight_and_exits_with_0(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("section", ["listen", "admin"])
-def test_a_port_in_use_is_one_line_and_exit_code_2(tmp_path: Path, section: str) -> None:
+def test_a_port_in_use_is_reported_in_one_line_with_exit_code_2(tmp_path: Path, section: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,4 +1,4 @@
-"""Traces at a real OTLP receiver; logs as JSON; and never a word of what was said in either."""
+"""Traces at a real OTLP receiver, and logs as JSON; neither contains prompts or generated texts."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def test_a_request_is_a_span_between_the_clients_and_the_upstreams(receive
     assert SECRET.encode() not in receiver.raw
 
 
-async def test_an_error_is_one_in_its_span(receiver: Receiver) -> None:
+async def test_an_error_is_marked_in_its_span(receiver: Receiver) -> None:
     tracing = Tracing(receiver.url, 1.0, "0")
     async with relaying(answering([], answer(b"500 Oh")), tracing=tracing) as (_, _, connect):
         client = await connect()
@@ -135,9 +135,7 @@ async def test_an_error_is_one_in_its_span(receiver: Receiver) -> None:
     assert SECRET.encode() not in receiver.raw
 
 
-async def test_a_client_that_does_not_want_to_be_sampled_is_not(
-    receiver: Receiver, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_clients_decision_not_to_sample_is_kept(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "hemostat.request")
     seen: list[Request] = []
     tracing = Tracing(receiver.url, 1.0, "0")
@@ -153,7 +151,7 @@ async def test_a_client_that_does_not_want_to_be_sampled_is_not(
     assert (line["trace_id"], line["sampled"]) == (TRACE, False)
 
 
-async def test_tracing_that_fails_costs_a_request_nothing() -> None:
+async def test_a_tracing_failure_does_not_affect_requests() -> None:
     class Broken:
         def begin(self, *_: Any) -> None:
             raise RuntimeError("no")
@@ -220,18 +218,18 @@ async def test_served_each_request_has_its_span_its_score_and_its_line(receiver:
     assert SECRET.encode() not in receiver.raw + log.encode()
 
 
-def test_the_conventions_version_is_one_that_there_is() -> None:
+def test_the_version_of_the_conventions_exists() -> None:
     assert SCHEMA_URL in {schema.value for schema in Schemas}
 
 
-def test_an_endpoint_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_without_the_extra_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.distributions", lambda **_: [])
     environment = {"HEMOSTAT_UPSTREAM__URL": "http://v:1", "HEMOSTAT_TRACING__ENDPOINT": "http://c:4318"}
     with pytest.raises(ConfigError, match=r"tracing.endpoint.*pip install 'hemostat\[tracing\]'"):
         load(None, environment, [])
 
 
-async def test_one_line_of_json_a_request(caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_line_of_json_per_request(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "hemostat.request")
     async with relaying(answering([], answer()), log_requests=True) as (_, _, connect):
         client = await connect()

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, used again only when they fit, compressed as they say."""
+"""Checkpoints are complete or absent, are reused only when they match, and are compressed as described."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_w4a16_is_packed_and_close_to_the_original(tiny: Path, tmp_path: Path) -
     assert torch.equal(state["model.embed_tokens.weight"], weights(tiny)["model.embed_tokens.weight"])
 
 
-def test_unpacked_is_the_same_model(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unpacked_copy_is_the_same_model(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     compress(tiny, tmp_path / "w4a16", "w4a16")
     compress(tiny, tmp_path / "w8a8", "w8a8")
@@ -93,7 +93,7 @@ def test_unpacked_is_the_same_model(tiny: Path, tmp_path: Path, monkeypatch: pyt
     assert (dense / MANIFEST).stat().st_mtime_ns == made, "made once"
 
 
-def test_int3_is_dense_and_knows_eight_values_a_group(tiny: Path, tmp_path: Path) -> None:
+def test_int3_is_dense_with_eight_values_per_group(tiny: Path, tmp_path: Path) -> None:
     compress(tiny, tmp_path / "out", "int3")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     state, originals = weights(tmp_path / "out"), weights(tiny)
@@ -105,7 +105,7 @@ def test_int3_is_dense_and_knows_eight_values_a_group(tiny: Path, tmp_path: Path
     assert torch.equal(state["model.embed_tokens.weight"], originals["model.embed_tokens.weight"])
 
 
-def test_w8a8_keeps_eight_bits_a_channel(tiny: Path, tmp_path: Path) -> None:
+def test_w8a8_has_eight_bits_and_a_scale_per_channel(tiny: Path, tmp_path: Path) -> None:
     compress(tiny, tmp_path / "out", "w8a8")
     group = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"][
         "group_0"
@@ -130,12 +130,12 @@ def test_pruning_zeroes_the_smallest_part(tiny: Path, tmp_path: Path, percent: i
     assert original[~kept].abs().max() <= original[kept].abs().min()
 
 
-def test_what_is_not_weights_comes_along(tiny: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_weights_are_copied(tiny: Path, tmp_path: Path) -> None:
     compress(tiny, tmp_path / "out", "prune50")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
-def test_a_whole_copy_is_used_again_and_a_damaged_one_made_again(tiny: Path, tmp_path: Path) -> None:
+def test_a_complete_copy_is_reused_and_a_damaged_one_made_again(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     said: list[str] = []
     compress(tiny, out, "prune50", said.append)
@@ -165,14 +165,14 @@ def test_an_interrupted_build_leaves_nothing(tiny: Path, tmp_path: Path, monkeyp
     assert is_complete(tmp_path / "out")
 
 
-def test_a_folder_of_somebody_else_is_not_touched(tiny: Path, tmp_path: Path) -> None:
+def test_a_foreign_folder_is_not_changed(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(CompressError, match="remove it or name another place"):
         compress(tiny, tmp_path, "prune50")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_errors_name_what_to_do(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_say_what_to_do(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompressError, match="w4a16, int3, w8a8, prune10"):
         compress(tiny, tmp_path / "out", "w3a3")
     with pytest.raises(CompressError, match=r"no config\.json"):
@@ -186,7 +186,7 @@ def test_errors_name_what_to_do(tiny: Path, tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "out").exists()
 
 
-def test_a_layer_that_groups_do_not_fit_is_named(tmp_path: Path) -> None:
+def test_a_layer_that_is_not_divisible_into_groups_is_named(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=31
     )

@@ -1,4 +1,4 @@
-"""Starting and stopping a server: with a stand-in for vLLM that is quick, and once with vLLM itself."""
+"""Starting and stopping a server: with a quick stand-in for vLLM, and once with vLLM itself."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_where_vllm_has_no_int4_kernels_a_dense_copy_is_served(
     assert vllm_process.runnable(tmp_path) == tmp_path
 
 
-def test_what_a_processor_can_do() -> None:
+def test_detection_of_avx512() -> None:
     wide = "processor\t: 0\nmodel name\t: avx512f\nflags\t\t: fpu avx2 avx512f avx512bw\nbugs\t: none\n"
     assert vllm_process._avx512(wide)
     assert not vllm_process._avx512(wide.replace(" avx512f avx512bw", " avx512bw"))
@@ -117,7 +117,7 @@ def test_a_server_that_ends_is_reported_with_the_end_of_its_log(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("_installed")
-def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
+def test_a_server_that_never_answers_is_a_failure(tmp_path: Path) -> None:
     server = stand_in(tmp_path, "import time; print('thinking', flush=True); time.sleep(600)")
     server.start()
     try:
@@ -128,7 +128,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
     assert server.poll() is not None
 
 
-def test_the_server_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+def test_the_server_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, time; from pathlib import Path; from hemostat.models import vllm_server as vllm_process\n"
@@ -154,7 +154,7 @@ def test_without_vllm_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.vllm
-def test_the_compressed_model_knows_the_capital_of_france(vllm_server: Any) -> None:
+def test_the_compressed_model_answers(vllm_server: Any) -> None:
     body = {
         "model": vllm_server.model,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -1,4 +1,4 @@
-"""Plays the relay: one exchange through an interceptor, over httpx, with the response cut at any place."""
+"""Acts as the relay: sends one request through an interceptor, with httpx, and splits the response anywhere."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Answer:
 
 @dataclass
 class Wire:
-    """An interceptor with what it said to the outside."""
+    """An interceptor, and its captures and counts."""
 
     client: httpx.Client
     interceptor: Interceptor = field(init=False)

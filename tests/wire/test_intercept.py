@@ -38,7 +38,7 @@ def engine() -> Iterator[tuple[FakeVllm, str]]:
 
 @pytest.fixture
 def fake(engine: tuple[FakeVllm, str]) -> Iterator[FakeVllm]:
-    """The module's engine, as it was when it was made."""
+    """The module's engine, reset to its initial state."""
     fresh = vars(FakeVllm(seed=5))
     yield engine[0]
     vars(engine[0]).update(fresh)
@@ -87,7 +87,7 @@ SERVERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_a_sampled_response_is_the_unsampled_one(
+def test_a_sampled_response_is_byte_for_byte_the_unsampled_one(
     wire: Wire, fake: FakeVllm, path: str, stream: bool, feature: str, server: str
 ) -> None:
     vars(fake).update(SERVERS[server])
@@ -128,7 +128,7 @@ def test_a_sampled_response_is_the_unsampled_one(
         assert set(np.argsort(-truth, kind="stable")[:7]) <= set(row.tolist())
 
 
-def test_a_capture_says_what_was_asked(wire: Wire) -> None:
+def test_a_capture_has_the_requests_parameters(wire: Wire) -> None:
     wire.interceptor.policy = policy(labels=frozenset({"batch"}), openai_sampling_defaults=True)
     body = chat(temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, stream=True)
     wire.send(CHAT + "?x=1", body, headers={"X-Hemostat-Label": "batch"}, request_id="abc")
@@ -154,7 +154,7 @@ SKIPPED = [
 
 @pytest.mark.parametrize(("reason", "path", "more"), SKIPPED)
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_scored_passes_untouched(
+def test_unscorable_requests_pass_unchanged(
     wire: Wire, fake: FakeVllm, reason: str, path: str, more: dict[str, Any], stream: bool
 ) -> None:
     fake.adapters = ("adapter",)
@@ -168,7 +168,7 @@ def test_what_cannot_be_scored_passes_untouched(
     assert not wire.captures
 
 
-def test_bodies_that_cannot_be_read_pass_untouched(wire: Wire) -> None:
+def test_unreadable_bodies_pass_unchanged(wire: Wire) -> None:
     assert wire.send(CHAT, b'{"model": "fake", "mess').status == 400
     assert wire.shadow("skipped", "bad_json") == 1
     twice = b'{"model":"fake","max_tokens":1,"max_tokens":2,"messages":[{"role":"user","content":"hi"}]}'
@@ -194,7 +194,7 @@ def test_bodies_that_cannot_be_read_pass_untouched(wire: Wire) -> None:
         chat("x" * 3000),
     ],
 )
-def test_errors_are_the_same_sampled_or_not(wire: Wire, body: dict[str, Any], stream: bool) -> None:
+def test_sampling_does_not_change_errors(wire: Wire, body: dict[str, Any], stream: bool) -> None:
     body = body | {"stream": stream}
     wire.interceptor.policy = policy(scoring=False)
     plain = wire.send(CHAT, body)
@@ -206,7 +206,7 @@ def test_errors_are_the_same_sampled_or_not(wire: Wire, body: dict[str, Any], st
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_that_the_engine_refuses_are_no_error_of_the_client(wire: Wire, fake: FakeVllm, stream: bool) -> None:
+def test_refused_logprobs_cause_no_error_for_the_client(wire: Wire, fake: FakeVllm, stream: bool) -> None:
     wire.interceptor.policy = policy(scoring=False)
     plain = wire.send(CHAT, chat(stream=stream))
     fake.max_logprobs = 5
@@ -225,7 +225,7 @@ def test_logprobs_that_the_engine_refuses_are_no_error_of_the_client(wire: Wire,
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_refusal_after_the_head_has_gone_out_goes_through_and_stops_sampling(
+def test_a_refusal_after_the_head_was_sent_is_passed_on_and_stops_sampling(
     wire: Wire, fake: FakeVllm, stream: bool
 ) -> None:
     fake.max_logprobs = 5
@@ -237,7 +237,7 @@ def test_a_refusal_after_the_head_has_gone_out_goes_through_and_stops_sampling(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_clients_own_mistake_is_its_own_and_sampling_goes_on(wire: Wire, stream: bool) -> None:
+def test_a_clients_invalid_request_does_not_stop_sampling(wire: Wire, stream: bool) -> None:
     wire.interceptor.policy = policy(scoring=False)
     plain = wire.send(CHAT, chat(stream=stream, temperature=-1))
     wire.interceptor.policy = policy()
@@ -261,7 +261,7 @@ REFUSAL_EVENT = b'data: {"error": {"message": "no such xarg", "code": 400}}\n\nd
 
 @pytest.mark.parametrize("status", [200, 400, 422])
 @pytest.mark.parametrize("shadow_rate", [0.0, 1.0])
-def test_a_profile_that_the_engine_refuses_is_left_out(shadow_rate: float, status: int) -> None:
+def test_a_request_whose_profile_is_refused_is_sent_again_without_it(shadow_rate: float, status: int) -> None:
     wire = Wire(httpx.Client())
     wire.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0, shadow_rate=shadow_rate)
     exchange = begun(wire)
@@ -297,12 +297,12 @@ def test_a_profile_that_the_engine_refuses_is_left_out(shadow_rate: float, statu
         (b"data: [DONE]\n\n", 0),
     ],
 )
-def test_what_a_stream_begins_with(start: bytes, code: int | None) -> None:
+def test_leading_error_code(start: bytes, code: int | None) -> None:
     assert leading_error_code(start) == code
 
 
 @pytest.mark.parametrize("first", [b": keep-alive\n\n", b'data: {"error": {"code": 500}}\n\n', b"x" * 70_000])
-def test_what_is_no_refusal_is_not_held_back(first: bytes) -> None:
+def test_a_response_that_is_not_a_refusal_is_not_held_back(first: bytes) -> None:
     wire = Wire(httpx.Client())
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat(stream=True)))
@@ -313,7 +313,7 @@ def test_what_is_no_refusal_is_not_held_back(first: bytes) -> None:
     assert out + exchange.response_end() == first
 
 
-def test_a_large_refusal_goes_through(wire: Wire) -> None:
+def test_a_large_refusal_is_passed_on(wire: Wire) -> None:
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat()))
     assert exchange.response_head(400, [])
@@ -324,7 +324,7 @@ def test_a_large_refusal_goes_through(wire: Wire) -> None:
     assert wire.shadow("skipped", "upstream_error") == 1
 
 
-def test_a_replay_that_breaks_off_is_incomplete(wire: Wire) -> None:
+def test_an_interrupted_replay_is_incomplete(wire: Wire) -> None:
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat(stream=True)))
     exchange.response_head(200, EVENT_STREAM)
@@ -362,14 +362,14 @@ ALL_GIVEN = {"temperature": 0.7, "top_p": 1, "top_k": 0, "min_p": 0, "repetition
         (True, {"temperature": 1, "min_tokens": 0, "bad_words": [], "repetition_penalty": 1.0}, 1.0),
     ],
 )
-def test_the_temperature_is_known_where_all_that_shifts_the_tokens_is(
+def test_the_temperature_is_nan_unless_all_sampling_parameters_are_known(
     defaults: bool, more: dict[str, Any], temperature: float
 ) -> None:
     request = read_request(json_splice.encode(chat() | more), chat=True)
     assert sampling_parameters(request, {}, defaults).temperature == pytest.approx(temperature, nan_ok=True)
 
 
-def test_what_the_engine_declines_a_profile_for_gets_none() -> None:
+def test_requests_that_the_engine_declines_get_no_profile() -> None:
     class Asked:
         """Notes what is looked at; nothing of it is set."""
 
@@ -383,12 +383,12 @@ def test_what_the_engine_declines_a_profile_for_gets_none() -> None:
     assert Asked.names == {*LOGIT_EDITING_KEYS, "repetition_penalty"}
 
 
-def test_a_long_request_id_is_cut_where_it_is_kept(wire: Wire) -> None:
+def test_a_long_request_id_is_truncated_in_the_capture(wire: Wire) -> None:
     wire.send(CHAT, chat(), request_id="r" * 5000)
     assert wire.captures[0].request_id == "r" * 200
 
 
-def test_lost_tokens_are_noticed_and_the_client_is_not(wire: Wire, fake: FakeVllm) -> None:
+def test_lost_tokens_are_detected_without_effect_on_the_client(wire: Wire, fake: FakeVllm) -> None:
     fake.lose_tool_tokens = True
     body = chat("say: " + TOOL_CALL, tools=TOOLS, stream=True, max_tokens=150)
     wire.interceptor.policy = policy(scoring=False)
@@ -398,7 +398,7 @@ def test_lost_tokens_are_noticed_and_the_client_is_not(wire: Wire, fake: FakeVll
     assert wire.shadow("skipped", "tool_tokens_lost") == 1
 
 
-def test_too_long_is_seen_while_it_comes_and_stripping_goes_on(wire: Wire) -> None:
+def test_a_too_long_response_is_not_captured_but_still_stripped(wire: Wire) -> None:
     body = chat(stream=True, max_tokens=40)
     wire.interceptor.policy = policy(scoring=False)
     plain = wire.send(CHAT, body)
@@ -408,7 +408,7 @@ def test_too_long_is_seen_while_it_comes_and_stripping_goes_on(wire: Wire) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engine_that_dies_leaves_the_client_what_came(wire: Wire, fake: FakeVllm, stream: bool) -> None:
+def test_the_client_gets_what_arrived_before_the_engine_failed(wire: Wire, fake: FakeVllm, stream: bool) -> None:
     fake.die_after = 5
     body = chat(stream=stream)
     wire.interceptor.policy = policy(scoring=False)
@@ -421,7 +421,7 @@ def test_an_engine_that_dies_leaves_the_client_what_came(wire: Wire, fake: FakeV
     assert wire.shadow("skipped", "incomplete") + wire.shadow("skipped", "upstream_error") == 1
 
 
-def test_an_error_event_in_the_stream_goes_through(wire: Wire, fake: FakeVllm) -> None:
+def test_an_error_event_in_the_stream_is_passed_on(wire: Wire, fake: FakeVllm) -> None:
     fake.error_after = 4
     wire.interceptor.policy = policy(scoring=False)
     plain = wire.send(CHAT, chat(stream=True))
@@ -431,7 +431,7 @@ def test_an_error_event_in_the_stream_goes_through(wire: Wire, fake: FakeVllm) -
     assert wire.shadow("skipped", "upstream_error") == 1
 
 
-def test_a_client_that_leaves_is_counted_and_nothing_is_handed_on(wire: Wire, fake: FakeVllm) -> None:
+def test_a_disconnected_client_is_counted_and_not_captured(wire: Wire, fake: FakeVllm) -> None:
     fake.token_delay = 0.02
     assert not wire.send(CHAT, chat(stream=True), give_up_after=2).complete
     assert wire.shadow("skipped", "incomplete") == 1
@@ -457,7 +457,7 @@ ODD_STREAMS = [
 
 
 @pytest.mark.parametrize("event", ODD_STREAMS)
-def test_a_stream_that_is_not_vllms_passes_and_is_counted(event: bytes) -> None:
+def test_a_stream_of_another_format_is_passed_on_and_counted(event: bytes) -> None:
     wire = Wire(httpx.Client())
     exchange = wire.interceptor.begin("POST", CHAT.encode(), [], "r")
     assert exchange is not None
@@ -478,7 +478,7 @@ def test_a_stream_that_is_not_vllms_passes_and_is_counted(event: bytes) -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/v1/models"), ("GET", CHAT), ("POST", "/tokenize"), ("POST", "/v1/chat/completions/")]
 )
-def test_other_requests_are_not_looked_at(wire: Wire, method: str, path: str) -> None:
+def test_other_requests_are_not_intercepted(wire: Wire, method: str, path: str) -> None:
     assert wire.interceptor.begin(method, path.encode(), [(b"Host", b"x")], "r") is None
     assert not wire.counts
 
@@ -488,7 +488,7 @@ def test_other_generating_routes_are_counted(wire: Wire) -> None:
     assert wire.shadow("skipped", "route") == 1
 
 
-def test_nothing_is_looked_at_when_nothing_is_to_be_done(wire: Wire) -> None:
+def test_requests_are_not_intercepted_without_scoring_and_calibration(wire: Wire) -> None:
     for quiet in (policy(scoring=False), policy(shadow_rate=0.0), policy(scoring=False, mode="auto")):
         wire.interceptor.policy = quiet
         assert wire.interceptor.begin("POST", CHAT.encode(), [], "r") is None
@@ -516,7 +516,7 @@ def test_a_client_opts_out_or_in(wire: Wire) -> None:
         ("X-Hemostat-Label", "unheard-of"),
     ],
 )
-def test_a_header_that_makes_no_sense_is_refused_by_name(wire: Wire, fake: FakeVllm, name: str, value: str) -> None:
+def test_an_invalid_header_is_refused_by_name(wire: Wire, fake: FakeVllm, name: str, value: str) -> None:
     wire.interceptor.policy = policy(labels=frozenset({"batch", "chat"}))
     answer = wire.send(CHAT, chat(), headers={name: value})
     error = json.loads(answer.body)["error"]
@@ -537,7 +537,9 @@ def asked_of_engine(fake: FakeVllm) -> Any:
     return (fake.requests[-1].get("vllm_xargs") or {}).get("hemostat")
 
 
-def test_arms_are_drawn_by_conversation_and_only_the_treated_ask_for_the_profile(wire: Wire, fake: FakeVllm) -> None:
+def test_arms_are_assigned_by_conversation_and_only_treated_requests_get_the_profile(
+    wire: Wire, fake: FakeVllm
+) -> None:
     wire.interceptor.policy = AUTO
     arms: list[str] = []
     for number in range(40):
@@ -580,7 +582,7 @@ def test_arms_are_drawn_by_conversation_and_only_the_treated_ask_for_the_profile
         (ALL_TREATED, {}, {"vllm_xargs": {"mine": 1}}, VERSION, "treated", "assigned"),
     ],
 )
-def test_who_gets_which_profile(
+def test_choice_of_arm_and_profile(
     wire: Wire,
     fake: FakeVllm,
     chosen: Policy,
@@ -632,7 +634,7 @@ SCOPED = {"serving": VERSION, "acknowledged": frozenset({VERSION, OTHER_VERSION}
         ),
     ],
 )
-def test_a_scope_with_a_profile_of_its_own_gets_it_and_all_others_the_pooled_one(
+def test_a_scope_gets_its_own_profile_and_other_requests_the_pooled_one(
     wire: Wire,
     fake: FakeVllm,
     changes: dict[str, Any],
@@ -650,7 +652,7 @@ def test_a_scope_with_a_profile_of_its_own_gets_it_and_all_others_the_pooled_one
     assert wire.calibration(arm, reason) == 1
 
 
-def test_an_unsampled_treated_request_changes_by_its_xargs_alone(wire: Wire) -> None:
+def test_in_an_unsampled_treated_request_only_the_xargs_change(wire: Wire) -> None:
     wire.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0, scoring=False)
     body = b'{ "model": "fake",\n  "messages": [{"role": "user", "content": "caf\\u00e9"}], "max_tokens": 2 }'
     answer = wire.send(CHAT, body)
@@ -660,7 +662,7 @@ def test_an_unsampled_treated_request_changes_by_its_xargs_alone(wire: Wire) -> 
     assert not wire.captures
 
 
-def test_a_tap_is_asked_for_where_a_plugin_has_reported(wire: Wire, fake: FakeVllm) -> None:
+def test_a_tap_is_requested_where_a_plugin_has_reported(wire: Wire, fake: FakeVllm) -> None:
     wire.interceptor.policy = policy(tap=True)
     wire.send(CHAT, chat())
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
@@ -673,7 +675,7 @@ def test_a_tap_is_asked_for_where_a_plugin_has_reported(wire: Wire, fake: FakeVl
     assert [capture.nonce for capture in wire.captures] == ["nonce", "", named]
 
 
-def test_without_a_plugin_a_profile_is_temperature_and_bias_where_the_client_set_neither(
+def test_without_a_plugin_a_profile_is_sent_as_temperature_and_bias_unless_the_client_set_them(
     wire: Wire, fake: FakeVllm
 ) -> None:
     wire.interceptor.policy = policy(

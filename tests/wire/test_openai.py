@@ -1,4 +1,4 @@
-"""Splicing and reading of bodies."""
+"""Editing JSON in place, reading requests, recording responses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPACE = st.text(" \t\r\n", max_size=2)
 
 @st.composite
 def written(draw: st.DrawFn, value: dict[str, Any]) -> bytes:
-    """The object with whitespace and escapes of a client's choosing."""
+    """The object as JSON with arbitrary white space and escapes."""
     ascii_only = draw(st.booleans())
     text = draw(SPACE) + "{"
     for number, (key, item) in enumerate(value.items()):
@@ -35,7 +35,7 @@ def written(draw: st.DrawFn, value: dict[str, Any]) -> bytes:
 
 
 @given(st.data(), OBJECTS, OBJECTS)
-def test_an_edit_changes_what_was_named_and_no_other_byte(
+def test_an_edit_changes_only_the_named_members(
     data: st.DataObject, value: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     body = data.draw(written(value))
@@ -67,13 +67,13 @@ def test_an_edit_changes_what_was_named_and_no_other_byte(
         b'{"a":' + b"[" * 100_000,
     ],
 )
-def test_what_parsers_could_read_differently_is_refused(body: bytes) -> None:
+def test_ambiguous_or_invalid_objects_are_refused(body: bytes) -> None:
     with pytest.raises(MALFORMED):
         JsonObject(body)
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='{}[]",:\\ au01', max_size=40).map(str.encode))
-def test_reading_anything_raises_only_what_callers_catch(data: bytes) -> None:
+def test_reading_arbitrary_bytes_raises_only_malformed(data: bytes) -> None:
     for chat in (True, False):
         try:
             read_request(data, chat=chat)
@@ -159,7 +159,7 @@ def test_every_turn_of_a_conversation_has_the_same_key_and_another_conversation_
     assert key(system) is None
 
 
-def test_the_clients_own_xargs_stay() -> None:
+def test_the_clients_own_xargs_are_kept() -> None:
     def xargs(own: Any) -> Any:
         request = read_request(json.dumps({"messages": [USER], "vllm_xargs": own}).encode(), chat=True)
         return json.loads(merged_xargs(request, {"hemostat": "v", "hemostat_tap": "n"}))
@@ -188,9 +188,7 @@ STREAM = (
 
 
 @given(st.data(), st.booleans())
-def test_a_damaged_response_never_raises_and_is_never_captured_as_something_else(
-    data: st.DataObject, stream: bool
-) -> None:
+def test_a_damaged_response_never_raises_and_is_never_captured(data: st.DataObject, stream: bool) -> None:
     body = STREAM if stream else event(1)[6:-2]
     damaged = bytearray(body)
     for place in data.draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=4)):
@@ -207,7 +205,7 @@ def test_a_damaged_response_never_raises_and_is_never_captured_as_something_else
     assert not tokens.output_ids
 
 
-def test_a_row_is_sorted_holds_the_emitted_token_and_names_no_id_twice() -> None:
+def test_a_row_is_sorted_and_unique_and_contains_the_emitted_token() -> None:
     tokens = ResponseTokens(2, 100)
     rows = {
         "tokens": ["token_id:7", "token_id:5"],

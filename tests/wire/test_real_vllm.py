@@ -39,7 +39,7 @@ def wire(client: httpx.Client) -> Wire:
 
 
 def normal(body: bytes) -> bytes:
-    """Without the time and the ids that vLLM draws at random."""
+    """The body without the time and the random ids."""
     body = re.sub(rb'"created":\d+', b'"created":0', body)
     return re.sub(rb"chatcmpl-tool-[0-9a-f]+", b"chatcmpl-tool-0", body)
 
@@ -92,7 +92,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_a_sampled_response_is_the_unsampled_one(wire: Wire, vllm_server: Server, case: str, option: str) -> None:
+def test_a_sampled_response_is_byte_for_byte_the_unsampled_one(
+    wire: Wire, vllm_server: Server, case: str, option: str
+) -> None:
     path, body = CASES[case]
     body = {"model": vllm_server.model, "temperature": 0, **body, **OPTIONS[option]}
     for _ in range(4):
@@ -133,7 +135,7 @@ def test_a_sampled_response_is_the_unsampled_one(wire: Wire, vllm_server: Server
         (COMPLETIONS, {"prompt": "Hi", "stream_options": 3}),
     ],
 )
-def test_errors_are_the_same_sampled_or_not(
+def test_sampling_does_not_change_errors(
     wire: Wire, vllm_server: Server, path: str, body: dict[str, Any], stream: bool
 ) -> None:
     body = {"model": vllm_server.model, "stream": stream} | body
@@ -147,7 +149,7 @@ def test_errors_are_the_same_sampled_or_not(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_logprobs_that_the_engine_refuses_are_no_error_of_the_client(
+def test_refused_logprobs_cause_no_error_for_the_client(
     wire: Wire, vllm_server: Server, path: str, stream: bool
 ) -> None:
     asked = {"messages": [user("What is the capital of France?")]} if path == CHAT else {"prompt": "1, 2, 3,"}
@@ -162,7 +164,7 @@ def test_logprobs_that_the_engine_refuses_are_no_error_of_the_client(
     assert wire.counts.total() == wire.shadow("skipped", "logprobs_refused") == 1
 
 
-def test_captured_logprobs_stand_at_their_tokens(wire: Wire, vllm_server: Server) -> None:
+def test_captured_logprobs_belong_to_their_tokens(wire: Wire, vllm_server: Server) -> None:
     """The server's own prefill of the same tokens agrees, to within the noise of another batch shape."""
     wire.send(
         CHAT, {"model": vllm_server.model, "messages": [user("Tell me a story.")], "max_tokens": 24, "temperature": 1}
@@ -230,7 +232,7 @@ FAKE_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("case", FAKE_CASES)
-def test_the_fake_engine_has_the_real_ones_shape(
+def test_the_fake_engines_responses_have_the_real_shape(
     client: httpx.Client, vllm_server: Server, case: str, option: str
 ) -> None:
     path, body, said = FAKE_CASES[case]

@@ -1,4 +1,4 @@
-"""The route table: each path stands in it once, and its derived lookups agree with each other."""
+"""The route table: its paths are unique, and the lookups derived from it agree with each other."""
 
 from __future__ import annotations
 

@@ -18,20 +18,20 @@ def test_a_request_sampled_at_one_rate_is_sampled_at_every_higher_one(
 
 
 @given(st.text(max_size=40), st.integers(0, 2**64 - 1))
-def test_nothing_at_zero_and_everything_at_one(request_id: str, seed: int) -> None:
+def test_rate_zero_samples_nothing_and_rate_one_everything(request_id: str, seed: int) -> None:
     assert not is_sampled(request_id, 0.0, seed)
     assert is_sampled(request_id, 1.0, seed)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3])
-def test_the_share_is_the_rate(rate: float) -> None:
+def test_the_sampled_fraction_is_the_rate(rate: float) -> None:
     n = 20_000
     hits = sum(is_sampled(f"req-{i}", rate, 3) for i in range(n))
     # Five standard deviations of a binomial.
     assert abs(hits - n * rate) < 5 * (n * rate * (1 - rate)) ** 0.5
 
 
-def test_being_sampled_says_nothing_about_the_arm() -> None:
+def test_sampling_and_arm_are_independent() -> None:
     n = 20_000
     inside = [i for i in range(n) if is_sampled(f"req-{i}", 0.5, 3)]
     controls = sum(in_control_arm(f"req-{i}".encode(), 0.5, 3) for i in inside)
@@ -44,5 +44,5 @@ def test_the_seed_and_the_purpose_change_the_draw() -> None:
 
 
 def test_the_draw_is_pinned() -> None:
-    """Two versions of Hemostat side by side must sample the same requests."""
+    """Two versions of Hemostat that run side by side must sample the same requests."""
     assert uniform(b"request", 1, SHADOW) == 0.6122045045800387

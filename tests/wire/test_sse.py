@@ -1,4 +1,4 @@
-"""The parser against a reading of the standard that sees the whole stream at once."""
+"""The parser against an implementation of the standard that reads the whole stream at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cuts(draw: st.DrawFn, data: bytes) -> list[bytes]:
 
 
 def oracle(stream: bytes) -> list[bytes]:
-    """The data of every event that ends, after the standard: lines first, then a blank line dispatches."""
+    """The data of every complete event by the standard: lines, and then a blank line that dispatches the event."""
     lines, line, position = [], b"", 0
     while position < len(stream):
         if stream[position : position + 2] == b"\r\n":
@@ -58,7 +58,7 @@ def oracle(stream: bytes) -> list[bytes]:
 
 
 @given(st.data())
-def test_any_split_gives_the_standards_events_and_keeps_every_byte(data: st.DataObject) -> None:
+def test_any_chunking_gives_the_events_of_the_standard_and_every_byte(data: st.DataObject) -> None:
     stream = data.draw(streams())
     parser = sse.Parser()
     events = [event for piece in data.draw(cuts(stream)) for event in parser.feed(piece)]
@@ -77,7 +77,7 @@ def test_a_replaced_event_reads_as_its_new_data(data: st.DataObject | None) -> N
             assert changed == b'{"x":1}'
 
 
-def test_an_event_comes_out_with_its_last_byte() -> None:
+def test_an_event_is_returned_with_its_last_byte() -> None:
     parser = sse.Parser()
     assert parser.feed(b"data: 1\n") == []
     [event] = parser.feed(b"\n")
@@ -93,7 +93,7 @@ def test_only_the_data_changes_in_a_one_line_event() -> None:
     assert event.replace(b"[1]") == b": note\nid: 4\ndata:[1]\nretry: 5\n\n"
 
 
-def test_an_endless_event_passes_in_bounded_memory_and_the_next_is_read_again() -> None:
+def test_an_oversized_event_is_passed_on_in_bounded_memory_and_the_next_is_parsed() -> None:
     parser = sse.Parser(max_event=100)
     stream = b"data: " + b"x" * 1000 + b"\n\ndata: after\n\n"
     events = []

@@ -1,4 +1,4 @@
-"""The interceptor where it works: behind the relay, in front of an engine, with clients that time out and leave."""
+"""The interceptor behind the relay and in front of an engine, with clients that time out and disconnect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hemostat.shadow.interceptor import Interceptor
 
 
 class Bench:
-    """A fake engine, a relay with an interceptor, and what came of it."""
+    """A fake engine and a relay with an interceptor, and the captures and counts of that."""
 
     def __init__(self, fake: FakeVllm, relay: Relay, url: str) -> None:
         self.fake, self.relay, self.url = fake, relay, url
@@ -57,7 +57,7 @@ def body(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_head_and_body_are_the_same_sampled_or_not(bench: Bench, stream: bool) -> None:
+async def test_sampling_changes_neither_head_nor_body(bench: Bench, stream: bool) -> None:
     answers = []
     async with httpx.AsyncClient(base_url=bench.url) as client:
         for rate in (0.0, 1.0):
@@ -70,7 +70,7 @@ async def test_head_and_body_are_the_same_sampled_or_not(bench: Bench, stream: b
     assert bench.captures[0].request_id == "same"
 
 
-async def test_our_headers_stay_here_and_a_wrong_one_is_refused(bench: Bench) -> None:
+async def test_hemostat_headers_are_not_sent_upstream_and_invalid_ones_are_refused(bench: Bench) -> None:
     async with httpx.AsyncClient(base_url=bench.url) as client:
         await client.post(CHAT, json=body(), headers={"X-Hemostat-Shadow": "off"})
         assert not any(name.startswith(b"x-hemostat") for name in bench.fake.headers[-1])
@@ -91,7 +91,7 @@ async def test_a_treated_stream_reaches_the_openai_client(bench: Bench) -> None:
     assert [(capture.arm, capture.requested) for capture in bench.captures] == [("treated", VERSION)]
 
 
-async def test_a_client_that_leaves_a_sampled_stream_stops_the_engine(bench: Bench) -> None:
+async def test_a_disconnected_client_of_a_sampled_stream_stops_the_engine(bench: Bench) -> None:
     bench.fake.token_delay = 0.05
     async with (
         httpx.AsyncClient(base_url=bench.url) as client,
@@ -108,7 +108,7 @@ async def test_a_client_that_leaves_a_sampled_stream_stops_the_engine(bench: Ben
     assert not bench.captures
 
 
-async def test_an_engine_that_dies_in_a_sampled_stream_is_seen_as_such(bench: Bench) -> None:
+async def test_an_engine_failure_in_a_sampled_stream_is_counted_as_incomplete(bench: Bench) -> None:
     bench.fake.die_after = 5
     async with httpx.AsyncClient(base_url=bench.url) as client:
         with pytest.raises(httpx.RemoteProtocolError):
@@ -117,7 +117,7 @@ async def test_an_engine_that_dies_in_a_sampled_stream_is_seen_as_such(bench: Be
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_only_we_asked_for_is_never_refused_to_a_client(bench: Bench, stream: bool) -> None:
+async def test_a_refusal_of_injected_members_never_reaches_the_client(bench: Bench, stream: bool) -> None:
     answers = []
     async with httpx.AsyncClient(base_url=bench.url) as client:
         for rate, max_logprobs in ((0.0, 64), (1.0, 5)):
