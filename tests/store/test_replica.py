@@ -314,19 +314,20 @@ async def test_a_store_that_is_not_there_at_the_start_is_waited_for(server: Valk
 async def test_a_store_that_hangs_does_not_hold_up_the_event_loop(
     server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hemostat.store.valkey.RESPONSE_SECONDS", 0.5)
+    """Many publishes complete before the first request to the frozen store fails."""
+    monkeypatch.setattr("hemostat.store.valkey.RESPONSE_SECONDS", 2.0)
     async with replicas(server, tmp_path, 1) as ones:
         server.freeze()
-        longest, loop = 0.0, asyncio.get_running_loop()
-        for _ in range(100):
-            begun = loop.time()
+        published, errors = 0, ones[0].store_errors.count
+        while ones[0].store_errors.count == errors:
             ones[0].policy.publish()
             ones[0].profile_manager.operator.set_mode(
                 "observe" if ones[0].profile_manager.serving.mode == "auto" else "auto"
             )
+            published += 1
             await asyncio.sleep(0.01)
-            longest = max(longest, loop.time() - begun)
-        assert longest < 0.4
+        assert published > 10
+        ones[0].profile_manager.operator.set_mode("auto")
         server.thaw()
         await until(lambda: ones[0].lease.leads)
         await until(lambda: ones[0].store.get_state("mode") == "auto auto")

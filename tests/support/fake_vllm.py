@@ -104,6 +104,8 @@ class FakeVllm:
     created: int = 1_700_000_000
     token_delay: float = 0.0
     """Seconds before every token."""
+    hold_after: int | None = None
+    """Wait before this token for as long as this is set."""
     die_after: int | None = None
     """Drop the connection before this token."""
     error_after: int | None = None
@@ -473,6 +475,8 @@ class _Generation:
     async def _steps(self) -> AsyncIterator[Step]:
         for position, step in enumerate(self.fake._steps(self.prompt, self.body, self.limit)):
             await asyncio.sleep(self.fake.token_delay)
+            while position == self.fake.hold_after:
+                await asyncio.sleep(0.01)
             if position == self.fake.die_after:
                 raise ConnectionError("the fake engine dies here, as it was told to")
             yield step
