@@ -76,7 +76,7 @@ def initial_wealth(strategies: int) -> WealthState:
 def bet(
     wealth: WealthState, log_factors: Floats, tokens: int, now: float, log_target: float
 ) -> tuple[WealthState, Crossing | None]:
-    """The wealth after one request, and the crossing of the threshold if there was one.
+    """The wealth after one request, and a `Crossing` if the wealth reached the threshold, else None.
 
     log_factors: float64 [S, steps], ln of each strategy's factors: one step for the whole request, or one for each of
         its tokens. tokens: of the request. now: its time, seconds. log_target: ln of the threshold.

@@ -1,9 +1,10 @@
 """The change test: is the stream still what a frozen baseline of it was? Token by token, so that it can be fast.
 
 The figure of a token is the *spread* of log c − log r over the ids that both models gave (`spread`): how much the
-logits differ, nearly as large for sure tokens as for unsure ones. For some ranges A of it the baseline says how often
-it falls there, and a strategy stakes parts f_A of its wealth: the factor is 1 − Σ f_A + Σ f_A 1{in A}/g_A. It is fair
-under the *conditional null*: given the past, a token's spread falls into A with a probability of at most g_A.
+logits differ, nearly as large for low- as for high-entropy tokens. For some ranges A of it the baseline gives the
+frequency with which it falls there, and a strategy stakes parts f_A of its wealth: the factor is 1 − Σ f_A + Σ f_A
+1{in A}/g_A. It is fair under the *conditional null*: given the past, a token's spread falls into A with a probability
+of at most g_A.
 
 Two measures keep g_A from being too small. It is not the baseline's share but an upper confidence limit of it, with the
 design effect of tokens that are correlated within requests, for all ranges at once. And where the tokens of a request

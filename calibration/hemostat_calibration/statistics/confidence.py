@@ -1,4 +1,4 @@
-"""Confidence sequences: intervals that are valid at all times at once, however often and whenever one looks.
+"""Confidence sequences: intervals that are valid simultaneously at all times, for any schedule of evaluations.
 
 Means per token. A request adds (x, n): the sum of a figure over its tokens, and their number; tokens of a request are
 correlated in an unknown way, so the request is the unit, and the mean is the ratio E[x]/E[n]. That m is this ratio
@@ -8,7 +8,7 @@ over the t requests so far: Robbins' normal mixture with the variance estimated 
 confidence sequence* (Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas, "Time-uniform central limit theory and asymptotic
 confidence sequences", Annals of Statistics 2024, theorem 2.2). It is a quadratic in m (Fieller's), read off moments.
 ρ makes it narrowest after some hundred requests: then it is about 1.6 times as wide as an interval that is valid for
-one look. While t ≤ κ_t, about 20 requests, nothing is refuted and the interval is the whole range.
+one look. While t ≤ κ_t, about 20 requests, no m is excluded and the interval is the whole range.
 
 For skewed figures (a few bad requests) the interval would miss the mean too often on the side of the long tail, early
 on: bets against an m that is too high in truth earn Σ log(1 − λ(x − m n)), whose third-order term the mixture leaves

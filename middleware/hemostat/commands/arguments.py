@@ -50,7 +50,7 @@ def non_negative_integer(text: str) -> int:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the flags that set keys of the configuration."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (without: environment and flags only)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (default: environment and flags only)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for example --set shadow.rate=0.1"
     )

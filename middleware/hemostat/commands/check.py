@@ -1,4 +1,4 @@
-"""`hemostat check`: validate the configuration, and ask both models what will work."""
+"""`hemostat check`: validate the configuration and probe both models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from hemostat.commands.arguments import add_settings, load_settings
 
-HELP = "validate the configuration and ask both models what will work"
+HELP = "validate the configuration and probe both models"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, metavar="FILE.jsonl", help='one {"messages": [...], "max_tokens": n} per line'
     )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write the figures to this file at the end")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the checkpoints and every scored request there")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep the checkpoints and every scored request in this folder"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--compression", choices=COMPRESSIONS, default=COMPRESSIONS[0])
     parser.add_argument("--no-console", action="store_true", help="print plain lines instead of the live view")

@@ -45,10 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of tokens for the comparison of layers (512; 0: no comparison)",
     )
     parser.add_argument(
-        "--worst", type=positive_integer, default=10, metavar="N", help="number of rows in the lists of the worst (10)"
+        "--worst",
+        type=positive_integer,
+        default=10,
+        metavar="N",
+        help="number of rows in each worst-token or worst-prompt list (10)",
     )
     parser.add_argument("--show-text", action="store_true", help="show texts of the worst prompts and tokens")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep finished work there (default: until the report)")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep finished work in this folder (default: until the report)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--html", type=Path, metavar="FILE")
     parser.set_defaults(command=_run)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 
 class Changes:
-    """Whoever changes state on which the policy may depend calls `notify`; subscribers look for themselves at what is
-    different now."""
+    """Code that changes state on which the policy may depend calls `notify`; each subscriber then reads the current
+    state."""
 
     def __init__(self) -> None:
         self._subscribers: list[Callable[[], None]] = []

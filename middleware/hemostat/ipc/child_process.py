@@ -117,7 +117,7 @@ class FramedChild:
         lines = self._stderr.decode(errors="replace").split("\n")
         last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
         code = f"{self._protocol_error}code {self._process.returncode}"
-        return f"{code}; it said: {last_line}" if last_line else code
+        return f"{code}; last output: {last_line}" if last_line else code
 
     async def close(self) -> None:
         """Close its input, wait, then kill it. It completes even when the caller is cancelled meanwhile."""

@@ -35,9 +35,9 @@ from hemostat_calibration.records import TokenRecord
 log = logging.getLogger("hemostat.learner")
 
 BACKOFF = (0.5, 2.0, 10.0, 60.0)
-"""Seconds before a learner that ended is started again, by how often in a row it has not even begun."""
+"""Seconds before a learner that ended is started again, by how often in a row it failed before it was ready."""
 RETRY_TOKEN_GROWTH = 1.25
-"""After a proposal that came to nothing, the next one is requested from this many times more tokens."""
+"""After a rejected or empty proposal, the next one is requested from this many times more tokens."""
 CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """One core, however many there are: serving comes first."""
 
@@ -308,7 +308,7 @@ class Learner:
         if not proposed.profile:
             log.log(
                 logging.WARNING if proposed.report else logging.INFO,
-                "nothing to propose%s from %d tokens%s",
+                "no profile proposed%s from %d tokens%s",
                 f" for {scope}" if scope else "",
                 tokens,
                 f": {proposed.report['problem']}" if "problem" in proposed.report else "",

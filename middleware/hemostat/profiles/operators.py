@@ -67,7 +67,7 @@ class Operator:
         probe = self._catalogue.get(self._catalogue.probe)
         if probe is not None and anchor_set(profile) not in {"", anchor_set(probe)}:
             # Engines report one set of anchors.
-            why += "; it reads other anchors than the learner, which gets none of the engine's while this one is tested"
+            why += "; it reads other anchors than the learner: the learner gets no engine features while it is tested"
         self._record(Decision.IMPORT, version, scope, why)
         self._lifecycle.test(profile, scope, IMPORT)
         self._writer.put_profile(self._catalogue.stored(version))

@@ -2,7 +2,7 @@
 
 Invariants:
 - A version serves only in mode `auto`, only after it was promoted (by the guard or the operator), and only once both
-  models are known, so that a profile kept from an earlier run does not meet another model.
+  models are known, so that a profile kept from an earlier run is not applied to another model.
 - In `observe` everything happens as in `auto` except serving: `selected` is what would serve.
 - A forced profile (`calibration.force`, for tests) goes on every request; nothing is learned or judged meanwhile.
 - A pinned profile serves all requests, also those of scopes with a profile of their own.
@@ -20,7 +20,7 @@ from hemostat_calibration.records import TokenRecord
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The compressed model, once it is known that the reference speaks the same token ids.
+    """The compressed model, once it is known that the reference uses the same token ids.
 
     name: its served name.
     """

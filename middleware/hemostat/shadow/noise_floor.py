@@ -1,4 +1,4 @@
-"""The noise floor: how far each model diverges from itself, measured all the time on a part of the scored requests.
+"""The noise floor: how far each model diverges from itself, measured continuously on a part of the scored requests.
 
 Decoding and prefill do not agree to the last bit, nor do two shapes of a batch. So the compressed model's own tokens
 are scored again by prefill on its own server (`prompt_logprobs`), and on the reference in another batch shape. The

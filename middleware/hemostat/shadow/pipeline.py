@@ -74,7 +74,7 @@ class ScoringPipeline:
     reference: None with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
     clock: monotonic seconds.
-    on_change: called after every record: what it led to may change what relays do.
+    on_change: called after every record, which may have changed what the relays' policy depends on.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class ScoringPipeline:
             if profiles.may_learn(record):
                 consumers.learner.offer(record, profiles.scope_of(record))
         except Exception:
-            # The record has been measured by now: a bug in calibration must not take that back.
+            # The record is already measured: a bug in calibration must not prevent the rest.
             self.calibration_errors += 1
             log.exception("calibration could not use the record of %s", capture.request_id)
         self._on_change()

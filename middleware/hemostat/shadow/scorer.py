@@ -262,8 +262,8 @@ class Scorer:
     async def _ask(
         self, arrays: CaptureArrays, profiles: tuple[CalibrationProfile, ...], codes: Mapping[str, Floats], adapter: str
     ) -> ReferenceScores | None:
-        """The scores; None, and counted, when the reference can never score this. The breaker, which has allowed the
-        call, learns how it went."""
+        """The scores; None, and counted, when the reference can never score this. The
+        outcome is reported to the breaker."""
         hidden = self._needs.needs_hidden_states(prompt_key(arrays.prompt))
         asking = self._reference.score(
             arrays.prompt,

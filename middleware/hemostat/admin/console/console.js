@@ -449,7 +449,7 @@ function listen() {
     if (Date.now() - fetched > 10000) { fetched = Date.now(); fetchPast().catch(() => {}); }
   });
   stream.onerror = () => {
-    say("connection", "the admin port does not answer; reconnecting. The figures are old", "pill bad");
+    say("connection", "the admin port does not answer; reconnecting. The figures are out of date", "pill bad");
     // The browser reconnects by itself unless the answer was an error.
     if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
   };
