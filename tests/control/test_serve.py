@@ -191,7 +191,7 @@ async def test_requests_are_dropped_while_the_reference_is_down_and_scored_again
 
 async def test_sigterm_completes_requests_in_flight_and_exits_with_0(tmp_path: Path) -> None:
     upstream = FakeVllm(hold_after=5)
-    with serving(upstream) as url, hemostat(tmp_path, upstream, url) as served:
+    with serving(upstream) as url, hemostat(tmp_path, upstream, url, shutdown_seconds=60) as served:
         await served.until(lambda s: s["relays"] == 1)
         streaming = asyncio.create_task(served.ask("say: this goes on for a while", stream=True, max_tokens=30))
         end = time.monotonic() + 60

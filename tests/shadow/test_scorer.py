@@ -108,7 +108,7 @@ class Bench:
         self.scorer = Scorer(
             self.reference,
             self,
-            self.engines,
+            self.engines.taps,
             self,
             queue=ShadowQueue(max_queue),
             budget=TokenBudget(rate, max(rate, 1.0)),

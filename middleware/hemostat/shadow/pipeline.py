@@ -123,7 +123,7 @@ class ScoringPipeline:
         self.scorer = Scorer(
             reference,
             monitor,
-            engines,
+            engines.taps,
             needs,
             queue=self.queue,
             budget=budget,

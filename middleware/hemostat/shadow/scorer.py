@@ -16,8 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hemostat.engines.registry import EngineRegistry
-from hemostat.engines.taps import TapResult
+from hemostat.engines.taps import TapBuffer, TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -95,7 +94,7 @@ class Scorer:
         self,
         reference: Reference,
         models: ModelPairSource,
-        engines: EngineRegistry,
+        taps: TapBuffer,
         needs: ScoringNeeds,
         *,
         queue: ShadowQueue,
@@ -108,7 +107,7 @@ class Scorer:
     ) -> None:
         self._reference = reference
         self._models = models
-        self._engines = engines
+        self._taps = taps
         self._needs = needs
         self._queue = queue
         self._budget = budget
@@ -181,13 +180,11 @@ class Scorer:
         if not capture.nonce:
             return True
         tokens = len(capture.output_token_ids) // ID_BYTES
-        return (
-            self._engines.taps.covered(capture.nonce) >= tokens or self._clock() - capture.captured_at > MAX_TAP_SECONDS
-        )
+        return self._taps.covered(capture.nonce) >= tokens or self._clock() - capture.captured_at > MAX_TAP_SECONDS
 
     async def _score(self, capture: Capture) -> None:
         """Emit one record and count it, or count why there is none."""
-        tap = self._engines.taps.take(capture.nonce) if capture.nonce else None
+        tap = self._taps.take(capture.nonce) if capture.nonce else None
         pair = self._models.pair
         info = pair.reference
         if info is None:
