@@ -526,7 +526,7 @@ class Pipeline:
     def housekeeping(self, seconds: float) -> None:
         """Time passes, and what the control process does again and again is done once."""
         self._clock.pass_(seconds)
-        self._control.keep_house()
+        self._control.do_periodic()
 
     # Relays.
 

@@ -35,7 +35,7 @@ from hemostat_calibration.profiles.profile import temperature_bias
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(monitor, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(composition, "HOUSEKEEPING_SECONDS", 0.02)
+    monkeypatch.setattr(composition, "PERIODIC_SECONDS", 0.02)
     monkeypatch.setattr(monitor, "MODELS_SECONDS", 0.1)
 
 

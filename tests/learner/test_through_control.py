@@ -209,7 +209,7 @@ class Bench:
 
 @asynccontextmanager
 async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> AsyncIterator[Bench]:
-    monkeypatch.setattr(composition, "HOUSEKEEPING_SECONDS", 0.05)
+    monkeypatch.setattr(composition, "PERIODIC_SECONDS", 0.05)
     world = make(vocab_size=VOCAB)
     reference = WorldReference(world, save(world, folder / "checkpoint"))
     monkeypatch.setattr(composition, "make_reference", lambda _: reference)

@@ -50,7 +50,7 @@ MODEL, V = "m", 30
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composition, "HOUSEKEEPING_SECONDS", 0.05)
+    monkeypatch.setattr(composition, "PERIODIC_SECONDS", 0.05)
     monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.05,))
     monkeypatch.setattr(replica_module, "RETRY_SECONDS", (0.05,))
     monkeypatch.setattr(replica_module, "HEARTBEAT_SECONDS", 0.05)

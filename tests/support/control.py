@@ -42,7 +42,7 @@ async def control(folder: Path, made: Settings | None = None, *, loops: bool = F
     await one.start((made or settings()).calibration.force)
     tasks = []
     if loops:
-        running = [one.run_housekeeping(), one.writer.run()]
+        running = [one.run_periodic(), one.writer.run()]
         if one.replica is not None:
             running.append(one.replica.run())
         if one.pipeline.scorer is not None:

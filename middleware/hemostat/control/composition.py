@@ -17,9 +17,8 @@ from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
 from hemostat.control.changes import Changes
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
-from hemostat.control.operator_actions import LocalActions, ModeOverride, OperatorActions
+from hemostat.control.operations import make_operations
 from hemostat.control.policy import PolicyPublisher
-from hemostat.control.stored_state import STATE_KEYS, StoredState
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.process import make_tracing
@@ -31,7 +30,6 @@ from hemostat.metrics import names
 from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.samples import AnySample
 from hemostat.openai.responses import ResponseFailure
-from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_reference
 from hemostat.reference.monitor import ReferenceMonitor
@@ -43,13 +41,12 @@ from hemostat.shadow.records_file import RecordsFile
 from hemostat.store.factory import open_store_or_memory
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreUnreachable
-from hemostat.store.replica import Replica
 from hemostat.store.valkey import ValkeyStore
 from hemostat.store.writer import StoreWriter
 
 LOGPROBS_REFUSED = (Outcome.SKIPPED.value, ResponseFailure.LOGPROBS_REFUSED.value)
 """Labels of the requests that the upstream refused for what Hemostat asked on top."""
-HOUSEKEEPING_SECONDS = 0.5
+PERIODIC_SECONDS = 0.5
 """How often relays get a policy that has changed with time alone, and the history a point that is due."""
 
 
@@ -127,7 +124,21 @@ class Control:
             settings, self.link, self.engines, self.profile_manager, self.monitor, self.breaker, self.lease, clock
         )
         changes.subscribe(self.policy.publish)
-        self._make_operations(settings)
+        operations = make_operations(
+            calibration.mode,
+            self.profile_manager,
+            self.alarms,
+            self.subject,
+            store=self.store,
+            errors=self.store_errors,
+            writer=self.writer,
+            lease=self.lease,
+            clock=clock,
+            wall=wall,
+            on_change=changes.notify,
+        )
+        self.stored_state, self.replica = operations.stored_state, operations.replica
+        self.actions = operations.actions
         self.status = StatusSource(
             settings,
             data_port,
@@ -147,48 +158,6 @@ class Control:
         )
         self.registry = CollectorRegistry()
         self.registry.register(HemostatCollector(self._sample_sources()))
-
-    def _make_operations(self, settings: Settings) -> None:
-        """What operators and other replicas do to the profiles."""
-        override = ModeOverride(settings.calibration.mode)
-        local = LocalActions(self.profile_manager, self.subject, self.store, self.writer, self.changes.notify)
-        self.stored_state = StoredState(
-            self.store,
-            self.store_errors,
-            self.profile_manager,
-            self.alarms,
-            self.subject,
-            override,
-            self._clock,
-            self.changes.notify,
-        )
-        self.replica: Replica | None = None
-        """None without a store that other replicas could share."""
-        if isinstance(self.store, ValkeyStore):
-            self.replica = Replica(
-                self.store,
-                self.lease,
-                is_held=lambda version: version in self.profile_manager.catalogue,
-                states=STATE_KEYS,
-                events=MAX_EVENTS,
-                load=self.stored_state.reload,
-                write_all=self.stored_state.write_all,
-                execute=local.execute_command,
-                on_failure=self.store_errors.record,
-            )
-        self.actions = OperatorActions(
-            local,
-            self.profile_manager,
-            self.alarms,
-            self.store,
-            self.writer,
-            self.store_errors,
-            self.lease,
-            self.replica,
-            override,
-            self._wall,
-            self.changes.notify,
-        )
 
     def _models_changed(self) -> None:
         pair = self.monitor.pair
@@ -219,26 +188,26 @@ class Control:
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
-        loops = [self.run_housekeeping(), self.writer.run()]
+        loops = [self.run_periodic(), self.writer.run()]
         if self.replica is not None:
             loops.append(self.replica.run())
         if self.reference is not None:
             loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops()]
         return loops
 
-    def keep_house(self) -> None:
+    def do_periodic(self) -> None:
         """What is due because time has passed."""
         self.policy.publish()
         if self.history.due(self._clock()):
             self.history.add(self._clock(), self._wall(), self.status.current())
 
-    async def run_housekeeping(self) -> None:
+    async def run_periodic(self) -> None:
         while True:
-            self.keep_house()
-            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            self.do_periodic()
+            await asyncio.sleep(PERIODIC_SECONDS)
 
     async def close(self) -> None:
-        """Write what is queued for the store, and let go of everything."""
+        """Write what is queued for the store, and release all resources."""
         await self.link.close()
         for scorer in (self.reference, self.compressed_scorer):
             if scorer is not None:
