@@ -179,7 +179,9 @@ def test_every_action_is_reached_by_the_keyboard(page: Page) -> None:
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.textContent.trim().slice(0, 30)"))
     assert reached[0] == "Skip to the figures"
-    assert {"off", "observe", "auto", "Roll back to identity", "Explain all", "When does this go off?"} <= set(reached)
+    assert {"off", "observe", "auto", "Roll back to identity", "Explain all", "When is an alarm raised?"} <= set(
+        reached
+    )
     page.get_by_role("button", name="observe").focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog")).to_be_visible()
@@ -200,6 +202,6 @@ def test_every_action_is_reached_by_the_keyboard(page: Page) -> None:
 def test_the_stream_comes_back_after_a_restart(page: Page, stack: Stack) -> None:
     before = page.evaluate("Number(document.documentElement.dataset.at)")
     kill(stack.process("hemostat.control.process"))
-    expect(page.locator("#connection")).to_contain_text("no answer", timeout=10_000)
+    expect(page.locator("#connection")).to_contain_text("does not answer", timeout=10_000)
     expect(page.locator("#connection")).to_contain_text("reference", timeout=30_000)
     wait_for("a newer state", lambda: page.evaluate("Number(document.documentElement.dataset.at)") > before, 20)

@@ -23,7 +23,7 @@ from tests.support.stack import ADMIN_TOKEN, Stack, hemostat, sampling_settings,
 
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
-from hemostat.shadow import noise_floor as floor
+from hemostat.shadow import noise_floor
 from hemostat_calibration.profiles.profile import temperature_bias
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), needs("prometheus", "prometheus")]
@@ -100,7 +100,7 @@ class Run:
 
     def floor_known(self) -> bool:
         """After a little more traffic: as much as may wait for the floor's scoring."""
-        self.send(floor.WAITING)
+        self.send(noise_floor.MAX_QUEUED_RECORDS)
         self.stack.wait_settled(within=300)  # what is sent faster than it is scored only makes the queue longer
         return self.stack.status()["alarm"]["floor_upper_nats"] is not None
 
