@@ -87,7 +87,7 @@ def mode(one: Served) -> str:
     return found
 
 
-# --- sizes and patience ---------------------------------------------------------------------------------------------
+# --- sizes and timeouts ---------------------------------------------------------------------------------------------
 
 
 def test_heads_without_end_are_cut_off_before_they_fill_the_memory(one: Served) -> None:

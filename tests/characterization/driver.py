@@ -393,7 +393,7 @@ TOKEN = "secret"
 K = 5
 """`shadow.top_k`."""
 DATA_PORT = 1234
-PATIENCE = 30.0
+TIMEOUT_SECONDS = 30.0
 """Seconds that anything is waited for; the machine may be busy."""
 
 
@@ -786,6 +786,6 @@ def _json(row: tuple[str]) -> dict[str, Any]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         while not condition():
             await asyncio.sleep(0.001)

@@ -123,10 +123,10 @@ def test_a_client_that_leaves_ends_its_request_in_vllm(
     headers = {} if shadow == "sampled" else {"X-Hemostat-Shadow": "off"}
     if leaves == "before the first token":
         body = asks("word " * 400, 1000, stream=True)
-        patience = 0.05
+        read_timeout = 0.05
     else:
         body = asks("Tell a long story.", 1000, stream=leaves == "in the stream")
-        patience = 2.0
+        read_timeout = 2.0
     wait_for("vLLM to be idle", lambda: at_work(vllm_server) == 0, 30)
     written = tokens_written(vllm_server)
     with httpx.Client(base_url=stack.url, timeout=120) as client:
@@ -138,7 +138,7 @@ def test_a_client_that_leaves_ends_its_request_in_vllm(
                 assert at_work(vllm_server) == 1
         else:
             with pytest.raises(httpx.ReadTimeout):
-                client.post(CHAT, json=body, headers=headers, timeout=httpx.Timeout(60, read=patience))
+                client.post(CHAT, json=body, headers=headers, timeout=httpx.Timeout(60, read=read_timeout))
     wait_for("vLLM to be idle", lambda: at_work(vllm_server) == 0, 30, 0.05)
     time.sleep(0.5)
     assert at_work(vllm_server) == 0, "it did not begin late"
