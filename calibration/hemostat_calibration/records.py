@@ -126,6 +126,12 @@ class TokenRecord:
     route: str = ""
     model: str = ""
     label: str = ""
+    kind: str = ""
+    """The kind of traffic that the request belongs to, fixed before it went upstream; "" where none was determined."""
+    conversation: bytes = b""
+    """Salted digest of the conversation's first messages (or of the prompt); empty where none was determined."""
+    client: bytes = b""
+    """Salted digest of what names the client; empty where nothing does."""
     compressed_model: str = ""
     """Digest or name of the compressed model."""
     reference_model: str = ""
@@ -133,6 +139,11 @@ class TokenRecord:
     engine_boot: str = ""
     logprobs_mode: str = "raw_logprobs"
     schema: int = SCHEMA_VERSION
+
+    @property
+    def unit(self) -> bytes:
+        """What is one observation, and is either learned from or judged by: the conversation, else the prompt."""
+        return self.conversation or self.prompt_key
 
     @property
     def tokens(self) -> int:

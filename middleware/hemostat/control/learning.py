@@ -60,6 +60,6 @@ class CalibrationNeeds:
         evaluated = (anchors(profile) for profile in self._profiles.evaluated_profiles())
         return {anchors_digest(ids): len(ids) for ids in evaluated if ids is not None} | self._learner.anchor_counts
 
-    def needs_hidden_states(self, prompt_key: bytes) -> bool:
-        """Held-out prompts are never learned from."""
-        return self._learner.wants_hidden_states and not held_out(prompt_key, self._held_out_fraction)
+    def needs_hidden_states(self, unit: bytes) -> bool:
+        """Held-out units are never learned from."""
+        return self._learner.wants_hidden_states and not held_out(unit, self._held_out_fraction)

@@ -11,6 +11,8 @@ from hemostat.ipc.codec import MessageCodec
 from hemostat.ipc.framing import FrameReader, frame
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+REST_KIND = "rest"
+"""The kind of all requests whose own kind is too rare to be followed by itself."""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -54,6 +56,12 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     """time.monotonic() when the response ended."""
     traceparent: str = ""
     """W3C trace context that went upstream with the request; "" where it is not traced."""
+    kind: str = ""
+    """The full name of the request's kind of traffic, fixed before it went upstream."""
+    conversation: bytes = b""
+    """16-byte salted digest: equal for every turn of one conversation; of the prompt where there is none."""
+    client: bytes = b""
+    """8-byte salted digest of the header that names the client; empty without the header."""
 
 
 class Stats(msgspec.Struct, tag="stats", frozen=True):
@@ -106,6 +114,18 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Served names (LoRA adapters) that the reference cannot score with: neither scored nor calibrated."""
     replica: str = ""
     """What the values of `hemostat_tap` begin with, so that the engine tells the right one of several replicas."""
+    kinds: frozenset[str] = frozenset()
+    """Kinds of traffic that are followed by themselves; requests of every other kind belong to `REST_KIND`."""
+    serving_by_kind: dict[str, str] = {}
+    """Kind -> the version that its treated requests ask for; identity where the kind is absent."""
+    salt: bytes = b""
+    """Secret of the store: with it conversations and clients are hashed, and arms assigned."""
+    client_header: str = "authorization"
+    """Lower-case name of the header that names the client."""
+    treat_unjudged: bool = False
+    """Requests that cannot be scored may get a profile too."""
+    scorable_models: frozenset[str] | None = None
+    """Served names whose records are compared with a matched reference; None: not known yet, nothing is excluded."""
     openai_sampling_defaults: bool = False
     """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty is OpenAI's default."""
 

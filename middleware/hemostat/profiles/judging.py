@@ -37,8 +37,8 @@ Interval = tuple[float, float]
 
 
 def evidence_unit(record: TokenRecord) -> bytes:
-    """What counts once in a test, and is either learned from or judged by: the prompt."""
-    return record.prompt_key
+    """What counts once in a test, and is either learned from or judged by."""
+    return record.unit
 
 
 def is_held_out(record: TokenRecord, fraction: float) -> bool:

@@ -72,7 +72,7 @@ class ScoringNeeds(Protocol):
     def anchor_sets(self) -> Mapping[str, int]:
         """The sets of anchors whose features are of use: digest -> number of anchors. Empty: no features."""
 
-    def needs_hidden_states(self, prompt_key: bytes) -> bool:
+    def needs_hidden_states(self, unit: bytes) -> bool:
         """Whether the reference's hidden states of this prompt's answer are of use."""
 
 
@@ -211,7 +211,8 @@ class Scorer:
             self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN)
             return
         adapter = capture.model if capture.model in pair.scorable_adapters else ""
-        scores = await self._ask(arrays, profiles, codes, adapter)
+        unit = capture.conversation or prompt_key(arrays.prompt)
+        scores = await self._ask(arrays, unit, profiles, codes, adapter)
         if scores is None:
             return
         self.reference_tokens += tokens
@@ -257,11 +258,16 @@ class Scorer:
             return None
 
     async def _ask(
-        self, arrays: CaptureArrays, profiles: tuple[CalibrationProfile, ...], codes: Mapping[str, Floats], adapter: str
+        self,
+        arrays: CaptureArrays,
+        unit: bytes,
+        profiles: tuple[CalibrationProfile, ...],
+        codes: Mapping[str, Floats],
+        adapter: str,
     ) -> ReferenceScores | None:
         """The scores; None, and counted, when the reference can never score this. The
         outcome is reported to the breaker."""
-        hidden = self._needs.needs_hidden_states(prompt_key(arrays.prompt))
+        hidden = self._needs.needs_hidden_states(unit)
         asking = self._reference.score(
             arrays.prompt,
             arrays.output,
