@@ -130,7 +130,7 @@ class Bench:
     def anchor_sets(self) -> dict[str, int]:
         return {anchors_digest(i): len(i) for p in self.profiles if (i := anchors(p)) is not None}
 
-    def needs_hidden_states(self, prompt_key: bytes) -> bool:
+    def needs_hidden_states(self, unit: bytes) -> bool:
         return prompt_key == self.learning
 
     @property
