@@ -218,6 +218,20 @@ async def test_a_bug_in_calibration_costs_no_measurement(tmp_path: Path, monkeyp
         assert one.registry.get_sample_value("hemostat_calibration_errors_total") == 1
 
 
+async def test_consumers_of_records_know_only_the_kinds_that_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    async with control(tmp_path, settings(evidence={"kinds": 1})) as one:
+        told: list[Policy] = []
+        one.link.set_policy = told.append  # type: ignore[method-assign]
+        monkeypatch.setattr(one.profile_manager, "observe", lambda record, _: found.append(record.kind))
+        for n, kind in enumerate(["chat text greedy", "chat json greedy", "", "chat text greedy"]):
+            one.pipeline.use_record(*scored(str(n), prompt=n, kind=kind))
+        assert found == ["chat text greedy", "rest", "rest", "chat text greedy"]
+        assert told[-1].kinds == {"chat text greedy"}
+
+
 async def test_policies_are_sent_when_something_changed_and_only_then(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
         told: list[Policy] = []

@@ -234,6 +234,15 @@ class Calibration(Section):
     """A profile that is applied to every request, without evidence: for tests."""
 
 
+class Evidence(Section):
+    """What counts as evidence for and against a profile."""
+
+    kinds: int = Field(default=24, ge=1, le=100)
+    """Kinds of traffic that are followed by themselves; all others are pooled as `rest`."""
+    client_share: float = Field(default=0.25, gt=0, le=1)
+    """Largest part of a test's units that one client may contribute, where at least four clients do."""
+
+
 class StoreSettings(Section):
     """Where profiles and decisions are kept."""
 
@@ -327,6 +336,7 @@ class Settings(Section):
     reference: Reference = Reference()
     shadow: Shadow = Shadow()
     calibration: Calibration = Calibration()
+    evidence: Evidence = Evidence()
     labels: list[str] = Field(default=[], max_length=MAX_LABELS)
     store: StoreSettings = StoreSettings()
     records: Records = Records()

@@ -86,6 +86,7 @@ class Control:
             wall,
             default_temperature_is_one=settings.upstream.openai_sampling_defaults,
             lease=self.lease,
+            evidence=settings.evidence,
         )
         self.profiles = self.profile_manager.report
         self.engines = EngineRegistry()

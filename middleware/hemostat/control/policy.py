@@ -73,6 +73,7 @@ class PolicyPublisher:
             acknowledged=self._engines.acknowledged(now),
             labels=frozenset(self._settings.labels),
             apply=calibration.apply,
+            kinds=profiles.kinds.followed,
             unscorable_models=self._monitor.pair.unscorable_adapters,
             replica=self._engines.replica,
             openai_sampling_defaults=self._settings.upstream.openai_sampling_defaults,

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hemostat.config.schema import Calibration
+from hemostat.config.schema import Calibration, Evidence
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import EventLog
 from hemostat.profiles.judging import Judge, is_held_out
+from hemostat.profiles.kinds import Kinds
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.operators import Operator
 from hemostat.profiles.persistence import StateWriter
@@ -50,8 +51,11 @@ class ProfileManager:
         *,
         default_temperature_is_one: bool = False,
         lease: Lease | None = None,
+        evidence: Evidence | None = None,
     ) -> None:
         lease = lease or Lease(shared=False)
+        evidence = evidence or Evidence()
+        self.kinds = Kinds(evidence.kinds, lease, self._kind_evicted)
         self._held_out_fraction = settings.held_out_fraction
         self.serving = ServingState(Scopes(settings.scope), settings.mode)
         self.catalogue = Catalogue(wall)
@@ -121,6 +125,9 @@ class ProfileManager:
         if served != self.serving.model:
             self.lifecycle.set_model(served)
             self.proposals.restart()
+
+    def _kind_evicted(self, kind: str) -> None:
+        """Nothing is kept by kind yet."""
 
     # --- a scored record -------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -178,8 +178,10 @@ class ScoringPipeline:
             self.scorer.offer(capture)
 
     def use_record(self, record: TokenRecord, capture: Capture) -> None:
-        """A scored record, from the scorer."""
-        consumers, profiles, gains = self._consumers, self._consumers.profiles, RecordGains(record)
+        """A scored record, from the scorer. Its consumers know only the kinds that are followed, and `REST_KIND`."""
+        consumers, profiles = self._consumers, self._consumers.profiles
+        record = replace(record, kind=profiles.kinds.see(record.kind))
+        gains = RecordGains(record)
         figures = consumers.measurements.observe(
             record,
             profiles.calibrated_profile(record),

@@ -1,0 +1,115 @@
+"""Which kinds of traffic are followed by themselves: the most frequent ones, in bounded memory.
+
+Space-Saving (Metwally, Agrawal & El Abbadi, ICDT 2005): at most `MAX_COUNTED` names are counted. When a further one
+comes, the least frequent name that is not followed leaves, and the new one takes over its count, of which that much may
+be another's: count minus excess never exceeds how often the name was really seen.
+
+A free place is given at first sight. When all are taken, a name takes the place of the least frequent followed one
+once it was certainly seen more than `TAKES_OVER` times as often, and at least `MIN_SEEN` times: what was learned about
+a kind is lost with its place, so places must not change hands by chance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hemostat_calibration.errors import InvalidArgumentError
+
+MAX_COUNTED = 256
+"""Names that are counted at a time."""
+MAX_NAME_LENGTH = 200
+"""Characters; longer names are never followed."""
+TAKES_OVER = 2
+MIN_SEEN = 50
+
+Count = tuple[int, int]
+"""How often a name was seen at most, and how much of that may be another's."""
+
+
+@dataclass(frozen=True, slots=True)
+class KindTable:
+    """limit: names followed at a time. counts: by name; those followed are among them. followed: in order of arrival.
+
+    >>> table = KindTable(limit=2)
+    >>> for name in ["chat", "code", "json"]:
+    ...     table = table.see(name)
+    >>> table.followed
+    ('chat', 'code')
+    >>> for _ in range(60):
+    ...     table = table.see("json").see("code")
+    >>> table.followed
+    ('code', 'json')
+    """
+
+    limit: int
+    counts: Mapping[str, Count] = field(default_factory=dict)
+    followed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.limit < MAX_COUNTED:
+            raise InvalidArgumentError(f"limit is {self.limit}: it must be from 1 to {MAX_COUNTED - 1}")
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it is followed."""
+        return name in self.followed
+
+    def seen(self, name: str) -> int:
+        """How often it was certainly seen; 0 where it is not counted."""
+        most, excess = self.counts.get(name, (0, 0))
+        return most - excess
+
+    def see(self, name: str) -> KindTable:
+        """A request of this kind. The result follows at most one name that this table did not, and lost at most one.
+
+        "" and names that are too long are not counted.
+        """
+        if not 0 < len(name) <= MAX_NAME_LENGTH:
+            return self
+        counts = dict(self.counts)
+        most, excess = counts.get(name, (0, 0))
+        if name not in counts and len(counts) >= MAX_COUNTED:
+            least = min((other for other in counts if other not in self.followed), key=lambda other: counts[other][0])
+            most = excess = counts.pop(least)[0]
+        counts[name] = (most + 1, excess)
+        return KindTable(self.limit, counts, self._followed_after(name, most + 1 - excess))
+
+    def _followed_after(self, name: str, seen: int) -> tuple[str, ...]:
+        if name in self.followed:
+            return self.followed
+        if len(self.followed) < self.limit:
+            return (*self.followed, name)
+        rarest = min(self.followed, key=self.seen)
+        if seen < MIN_SEEN or seen <= TAKES_OVER * self.seen(rarest):
+            return self.followed
+        return (*(other for other in self.followed if other != rarest), name)
+
+    def save(self) -> bytes:
+        """As JSON; `load` reads it. At most about 60 kB."""
+        return json.dumps({"counts": self.counts, "followed": self.followed}).encode()
+
+    @classmethod
+    def load(cls, data: bytes, limit: int) -> KindTable:
+        """InvalidArgumentError where `data` was not made by `save`.
+
+        limit: may be another than before; of too many followed names those seen most often stay.
+        """
+        try:
+            counts, followed = _read(json.loads(data))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InvalidArgumentError(f"not a table of kinds: {error}") from error
+        table = cls(limit, counts, followed)
+        dropped = sorted(followed, key=table.seen, reverse=True)[limit:]
+        return cls(limit, counts, tuple(name for name in followed if name not in dropped))
+
+
+def _read(stored: Any) -> tuple[dict[str, Count], tuple[str, ...]]:
+    counts = {str(name): (int(most), int(excess)) for name, (most, excess) in stored["counts"].items()}
+    followed = tuple(stored["followed"])
+    if len(counts) > MAX_COUNTED or len(set(followed)) < len(followed) or not counts.keys() >= set(followed):
+        raise ValueError("the followed names are not among the counted ones")
+    if any(not 0 <= excess <= most for most, excess in counts.values()):
+        raise ValueError("a count is below 0")
+    return counts, followed

@@ -1,0 +1,35 @@
+"""The kinds of traffic that are followed by themselves, for everything that keeps state by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hemostat.ipc.messages import REST_KIND
+from hemostat.store.lease import Lease
+from hemostat_calibration.statistics.kinds import KindTable
+
+
+class Kinds:
+    """Owns the table of kinds. on_evicted: called with a kind that is no longer followed.
+
+    Of several replicas the one that leads decides which kinds are followed; the others take over its table.
+    """
+
+    def __init__(self, limit: int, lease: Lease, on_evicted: Callable[[str], None]) -> None:
+        self.table = KindTable(limit)
+        self._lease = lease
+        self._on_evicted = on_evicted
+
+    @property
+    def followed(self) -> frozenset[str]:
+        """Without `REST_KIND`, which is always there."""
+        return frozenset(self.table.followed)
+
+    def see(self, kind: str) -> str:
+        """Count one request, and return what its kind is called from here on: its own name, or `REST_KIND`."""
+        if self._lease.is_last_leader and kind != REST_KIND:
+            before, self.table = self.table, self.table.see(kind)
+            if self.table.followed != before.followed:
+                for evicted in set(before.followed).difference(self.table.followed):
+                    self._on_evicted(evicted)
+        return kind if kind in self.table else REST_KIND
