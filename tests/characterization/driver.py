@@ -710,6 +710,7 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
             made, folder / "control.sock", DATA_PORT, clock=lambda: clock.monotonic, wall=lambda: clock.wall
         )
         control.engines.replica = "0123456789abcdef"  # made up anew by every process
+        control.salt.value = bytes(range(32))
         await control.start(made.calibration.force)
         control.policy.publish()
         one = Pipeline(control, clock, references, folder / "control.sock")
@@ -745,8 +746,8 @@ def _plain(value: Any) -> Any:
 def policy_of(frame: bytes) -> dict[str, Any]:
     """A frame's message as any msgpack reader sees it; sets are sorted, as their order on the wire is of no meaning."""
     policy: dict[str, Any] = msgspec.msgpack.decode(frame[4:])
-    sets = ("acknowledged", "labels", "unscorable_models")
-    return {name: sorted(value) if name in sets else value for name, value in policy.items()}
+    sets = ("acknowledged", "kinds", "labels", "scorable_models", "unscorable_models")
+    return {name: _plain(sorted(value) if name in sets and value else value) for name, value in policy.items()}
 
 
 def stored(path: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from hemostat.shadow.records_file import RecordsFile
 from hemostat.store.factory import open_store_or_memory
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreUnreachable
+from hemostat.store.salt import Salt
 from hemostat.store.valkey import ValkeyStore
 from hemostat.store.writer import StoreWriter
 
@@ -72,6 +73,7 @@ class Control:
         self.store, self.store_errors = open_store_or_memory(settings.store.url)
         self.lease = Lease(shared=isinstance(self.store, ValkeyStore))
         self.writer = StoreWriter(self.store, self.lease, self.store_errors)
+        self.salt = Salt(self.store, self.store_errors, changes.notify)
         # Every replica has alarms of its own: each is an event; the state kept for a restart is the leader's.
         self.alarms = Alarms(
             settings.alarm,
@@ -122,7 +124,15 @@ class Control:
         )
         self.link = RelayLink(socket_path, self.pipeline.receive)
         self.policy = PolicyPublisher(
-            settings, self.link, self.engines, self.profile_manager, self.monitor, self.breaker, self.lease, clock
+            settings,
+            self.link,
+            self.engines,
+            self.profile_manager,
+            self.monitor,
+            self.breaker,
+            self.lease,
+            clock,
+            salt=lambda: self.salt.value,
         )
         changes.subscribe(self.policy.publish)
         operations = make_operations(
@@ -185,11 +195,12 @@ class Control:
     async def start(self, force: Path | None) -> None:
         """Read the store and listen to relays. force: `calibration.force`."""
         await self.stored_state.restore(force, self.replica)
+        await self.salt.synchronize()
         await self.link.start()
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
-        loops = [self.run_periodic(), self.writer.run()]
+        loops = [self.run_periodic(), self.writer.run(), self.salt.run()]
         if self.replica is not None:
             loops.append(self.replica.run())
         if self.reference is not None:

@@ -17,7 +17,7 @@ from hemostat.store.lease import Lease
 
 
 class PolicyPublisher:
-    """Owns the last policy that was sent, and its generation. clock: monotonic seconds."""
+    """Owns the last policy that was sent, and its generation. clock: monotonic seconds. salt: the one in force."""
 
     def __init__(
         self,
@@ -29,6 +29,7 @@ class PolicyPublisher:
         breaker: Breaker,
         lease: Lease,
         clock: Callable[[], float],
+        salt: Callable[[], bytes],
     ) -> None:
         self._settings = settings
         self._link = link
@@ -38,6 +39,7 @@ class PolicyPublisher:
         self._breaker = breaker
         self._lease = lease
         self._clock = clock
+        self._salt = salt
         self._last: Policy | None = None
         self.generation = 0
         """Number of policies that were sent."""
@@ -76,6 +78,7 @@ class PolicyPublisher:
             kinds=profiles.kinds.followed,
             unscorable_models=self._monitor.pair.unscorable_adapters,
             replica=self._engines.replica,
+            salt=self._salt(),
             openai_sampling_defaults=self._settings.upstream.openai_sampling_defaults,
             **profiles.request_parameters(),
         )

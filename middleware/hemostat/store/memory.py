@@ -47,5 +47,8 @@ class MemoryStore:
     def get_state(self, key: str) -> str | None:
         return self._state.get(key)
 
+    def add_state(self, key: str, value: str) -> str:
+        return self._state.setdefault(key, value)
+
     def close(self) -> None:
         return

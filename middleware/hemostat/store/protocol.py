@@ -85,4 +85,7 @@ class Store(StoreWrites, Protocol):
 
     def get_state(self, key: str) -> str | None: ...
 
+    def add_state(self, key: str, value: str) -> str:
+        """Set a state unless it has a value, in one step. Returns the value that it has now, whoever set it."""
+
     def close(self) -> None: ...

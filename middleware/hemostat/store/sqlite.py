@@ -94,5 +94,12 @@ class SqliteStore:
         row = self._run(lambda c: c.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone())
         return str(row[0]) if row else None
 
+    def add_state(self, key: str, value: str) -> str:
+        def work(c: sqlite3.Connection) -> str:
+            c.execute("INSERT OR IGNORE INTO state VALUES (?, ?)", (key, value))
+            return str(c.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone()[0])
+
+        return self._run(work)
+
     def close(self) -> None:
         return

@@ -79,6 +79,10 @@ local held = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or 0)
 if tonumber(ARGV[3]) > held then held = tonumber(ARGV[3]) end
 redis.call('HSET', KEYS[3], ARGV[2], string.format('%.0f', held))
 return 1""",
+    # Returns the value that the state has now.
+    "add": """
+if redis.call('HSETNX', KEYS[3], ARGV[1], ARGV[2]) == 1 then redis.call('INCR', KEYS[1]) end
+return redis.call('HGET', KEYS[3], ARGV[1])""",
     # KEYS[3]: the lease. ARGV: replica, milliseconds. Returns whether it leads, the last leader, the revision.
     "acquire": """
 local revision = tonumber(redis.call('GET', KEYS[1]) or 0)
@@ -203,6 +207,9 @@ class ValkeyStore:
         with self._translated() as client:
             value = client.hget(self._key("state"), key)
             return None if value is None else value.decode()
+
+    def add_state(self, key: str, value: str) -> str:
+        return str(self._run("add", ("state",), key, value).decode())
 
     def close(self) -> None:
         self._client.close()
