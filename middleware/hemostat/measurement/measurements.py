@@ -143,12 +143,15 @@ class Measurements:
         *,
         held_out: bool = True,
         gains: RecordGains | None = None,
+        fresh: bool = True,
     ) -> TokenDivergence:
         """Add one record; `profile` is the one that the calibrated stage is about, `served` the one that was applied.
 
         held_out: nothing is learned from the prompt. Gains are measured on those only: on requests that a profile
             learned from, it looks better than it is.
-        gains: the record's, where others need them too. Returns the raw figures.
+        gains: the record's, where others need them too.
+        fresh: the record is an observation of its own: the first of its conversation and kind. Others count in tokens
+            and histograms, not in figures with intervals. Returns the raw figures.
         """
         raw = divergence(record, served)
         after = raw if profile is None else calibrated(record, profile, served)
@@ -159,18 +162,20 @@ class Measurements:
         arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
         self.tokens += record.tokens
         self._scored[arm, decoding] += record.tokens
-        self._raw.add(raw)
-        self.survival.add(record, raw)
-        self.by_decoding.add(decoded, raw, drawn)
         place = record.route, record.label, decoded
         tokens, nats = self._places.get(place, (0, 0.0))
         finite = raw.kl_rc[np.isfinite(raw.kl_rc)]
         self._places[place] = (tokens + len(finite), nats + float(finite.sum()))
+        self._expose("raw", arm, decoding, raw)
+        self._expose("calibrated", arm, decoding, after)
+        if not fresh:
+            return raw
+        self._raw.add(raw)
+        self.survival.add(record, raw)
+        self.by_decoding.add(decoded, raw, drawn)
         self._where.setdefault((record.route, record.label), StageFigures()).add(raw)
         # What the client was served: for a treated request, the calibrated distribution.
         self._served[arm].add(raw if record.applied is None else after)
-        self._expose("raw", arm, decoding, raw)
-        self._expose("calibrated", arm, decoding, after)
         if profile is not None:
             stage = self._after.pop(profile.version, None) or _After()
             stage.after.add(after)

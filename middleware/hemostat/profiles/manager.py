@@ -148,14 +148,15 @@ class ProfileManager:
         version = record.applied if record.applied is not None else self.serving.would_serve(record)
         return self.catalogue.get(version)
 
-    def observe(self, record: TokenRecord, gains: RecordGains) -> None:
-        """Learn from a record, or judge by it. gains: the record's own."""
+    def observe(self, record: TokenRecord, gains: RecordGains, *, fresh: bool = True) -> None:
+        """Learn from a record, or judge by it. gains: the record's own. fresh: see `hemostat.shadow.seen_units`; only
+        then is the record learned from."""
         if not self.serving.uses(record):
             return
         scope = self.scope_of(record)
         if self.is_held_out(record):
             self.judge.observe(record, scope, gains)
-        else:
+        elif fresh:
             self.proposals.learn(record, scope)
 
     # --- metrics ---------------------------------------------------------------------------------------------------

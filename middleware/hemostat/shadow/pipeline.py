@@ -31,6 +31,7 @@ from hemostat.shadow.limits import Breaker, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.shadow.scorer import Scorer, ScoringNeeds
+from hemostat.shadow.seen_units import SeenUnits
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -102,6 +103,7 @@ class ScoringPipeline:
         """Captures from relays."""
         self.calibration_errors = 0
         """Records that calibration could neither learn from nor judge by: a bug."""
+        self._seen = SeenUnits()
         self.queue = ShadowQueue(settings.shadow.max_queue)
         self.scorer: Scorer | None = None
         self.noise_floor: NoiseFloorMeter | None = None
@@ -181,24 +183,26 @@ class ScoringPipeline:
         """A scored record, from the scorer. Its consumers know only the kinds that are followed, and `REST_KIND`."""
         consumers, profiles = self._consumers, self._consumers.profiles
         record = replace(record, kind=profiles.kinds.see(record.kind))
-        gains = RecordGains(record)
+        gains, fresh = RecordGains(record), self._seen.add(record)
         figures = consumers.measurements.observe(
             record,
             profiles.calibrated_profile(record),
             profiles.catalogue.get(record.applied),
             held_out=profiles.is_held_out(record),
             gains=gains,
+            fresh=fresh,
         )
         if consumers.records is not None:
             consumers.records.write(capture, record, figures)
-        consumers.alarms.observe(record, figures)
-        if self.noise_floor is not None and record.model in self._monitor.pair.models:
+        if fresh:
+            consumers.alarms.observe(record, figures)
+        if self.noise_floor is not None and fresh and record.model in self._monitor.pair.models:
             self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record)
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
         try:
-            profiles.observe(record, gains)
-            if profiles.may_learn(record):
+            profiles.observe(record, gains, fresh=fresh)
+            if fresh and profiles.may_learn(record):
                 consumers.learner.offer(record, profiles.scope_of(record))
         except Exception:
             # The record is already measured: a bug in calibration must not prevent the rest.
