@@ -32,9 +32,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.guard.decisions import Action, Reason, Role
 from hemostat_calibration.statistics.sequential import LowerSequence
 
 WINDOWS_PER_PROOF = 4
@@ -42,27 +42,6 @@ WINDOWS_PER_PROOF = 4
 MIN_WINDOW = 200
 DEFAULT_WINDOW = 1000
 """Requests, for a profile that the operator selected without statistical proof."""
-
-
-class Action(StrEnum):
-    WAIT = "wait"
-    """A candidate without enough evidence yet."""
-    PROMOTE = "promote"
-    HOLD = "hold"
-    """A serving profile that no evidence is against."""
-    ROLL_BACK = "roll_back"
-
-
-class Reason(StrEnum):
-    """Why a serving profile is rolled back."""
-
-    HARM = "harm"
-    UNSUPPORTED = "unsupported"
-
-
-class Role(StrEnum):
-    CANDIDATE = "candidate"
-    SERVING = "serving"
 
 
 @dataclass(frozen=True, slots=True)

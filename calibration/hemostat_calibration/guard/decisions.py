@@ -1,0 +1,94 @@
+"""What the guard decides, and the evidence that it shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Action(StrEnum):
+    WAIT = "wait"
+    """A candidate without enough evidence yet."""
+    PROMOTE = "promote"
+    HOLD = "hold"
+    """A serving profile that no evidence is against."""
+    ROLL_BACK = "roll_back"
+
+
+class Reason(StrEnum):
+    """Why a serving profile is rolled back."""
+
+    HARM = "harm"
+    UNSUPPORTED = "unsupported"
+
+
+class Role(StrEnum):
+    CANDIDATE = "candidate"
+    SERVING = "serving"
+
+
+class Admission(StrEnum):
+    """Whether a unit may count in a test; decided before its gain is looked at."""
+
+    ADMITTED = "admitted"
+    COUNTED = "counted"
+    """It has counted in this test."""
+    CLIENT_SHARE = "client_share"
+    """Its client has its share of the test's units already."""
+    FULL = "full"
+    """The test has counted `kind_test.MAX_UNITS` units."""
+    FROZEN = "frozen"
+    """The profile was promoted in this kind: the test is over."""
+    UNKNOWN = "unknown"
+    """The kind is not under this test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """reason: of a roll back, else None."""
+
+    action: Action
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The evidence of one test: one profile in one kind. Gains in nats per token; of each unit, its mean over tokens.
+
+    units, tokens: held-out ones that counted (for a serving profile: in this window).
+    mean_gain, mean_gain_by_token: by unit, and by token. Of the end that counts against the action (lower for a
+        candidate, upper for a serving profile). NaN before the first unit.
+    log_e: evidence for the action, log of an e-value: that a candidate's gain is above 0; that a serving profile harms
+        (the larger of by unit and by token). It needs no single client.
+    log_e_adjusted: of a candidate after accounting for the other kinds of its test; else as log_e.
+    needed: the action is taken where log_e_adjusted reaches this: log(1/alpha).
+    clients: seen by the test. refused: units that were not counted because of their client's share.
+    client_share_active: false below `wealth.MIN_CLIENTS` clients: then nothing limits what one client contributes.
+    alpha: spent on this test. test: its number: of a candidate, among all candidates' tests; of a serving profile,
+        among the windows of this kind.
+    window: length in units; 0 for a candidate. supported: in this window the evidence that the gain is above 0 has
+        reached 1/(the whole alpha). frozen: promoted in this kind, nothing more is counted.
+    """
+
+    kind: str
+    role: Role
+    units: int
+    tokens: int
+    mean_gain: float
+    mean_gain_by_token: float
+    log_e: float
+    log_e_adjusted: float
+    needed: float
+    clients: int
+    refused: int
+    client_share_active: bool
+    test: int
+    alpha: float
+    window: int = 0
+    supported: bool = False
+    frozen: bool = False
+
+    @property
+    def progress(self) -> float:
+        """Evidence as a part of what is needed, 0 to 1."""
+        return min(max(self.log_e_adjusted / self.needed, 0.0), 1.0)

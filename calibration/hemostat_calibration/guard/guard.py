@@ -1,0 +1,324 @@
+"""Decides from held-out evidence which profile may serve which kind of request: promote, hold or roll back.
+
+Evidence is one number for each unit (a conversation, once in each kind): the mean over its tokens of the gain (nats) of
+the profile over what serves without it, known as an interval. As evidence for the profile its lower end counts, as
+evidence against it the upper end. Units must be of the held-out side of the split.
+
+- A candidate's test number c is of one profile in some kinds. It is promoted in a kind when the closed test over these
+  kinds rejects "its mean gain in this kind is at most 0" at alpha/(c(c+1)), and the gain by token is above 0, too.
+- A serving profile is watched in each kind by itself, in windows of so many units, so that an earlier gain does not
+  hide a change. It is rolled back from the kind for *harm* as soon as the evidence that its gain in the window is
+  below 0 reaches 2/alpha_k, by unit or by token (the k-th window of this kind spends alpha_k = alpha/(k(k+1)), half of
+  it on each), and as *no longer supported* at the window's end, unless by then the evidence that its gain is above 0
+  has reached 1/alpha.
+
+The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
+gains' distribution and however often one looks, as long as no gain is below −width:
+
+- Promotion: over the whole run, however many candidates and kinds, the chance of ever promoting a profile in a kind in
+  which its mean gain is at most 0 is at most alpha. (Mean gain: of a unit of this kind given all units before it, at
+  most 0 at each of them.)
+- Roll back for harm: for each kind, the chance of ever rolling back for harm a profile whose mean gain there is at
+  least 0, by unit and by token (tokens of a unit above `KindTest.token_cap` not counted), is at most alpha. Kinds do
+  not share this alpha: to miss a harm is worse than to lose a gain.
+- Staying: a profile whose mean gain in a kind is at most 0 throughout a window outlasts it there with a chance of at
+  most alpha, each window anew.
+- One client: none of these depends on what any one client sends, from `wealth.MIN_CLIENTS` clients on.
+
+What is not: that the gain by token is above 0 at promotion is an estimate without an error rate (a long answer weighs
+as much as hundreds of short ones, so that no bound of it would be short). A profile that helps is rolled back as
+unsupported with a chance that depends on the window's length. To show a mean gain of g takes about
+(width/g)(log(1/alpha) + 0.5) units, more where gains spread, where kinds differ, and where one client has a large part
+of them; a window of `WINDOWS_PER_PROOF` times what the promotion took leaves room for chance. Units that are copies of
+each other, sent by several clients, count as different ones where the unit's key does not tell.
+
+A wide range has a cost that no method avoids: a loss of `width` once in n units cannot be excluded by fewer than n of
+them, so every valid bound needs in the order of width/gain units. A smaller clamp makes proofs shorter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.guard import saving
+from hemostat_calibration.guard.closing import adjusted
+from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Reason, Role
+from hemostat_calibration.guard.kind_test import HARM, HARM_BY_TOKEN, MERIT, KindTest
+from hemostat_calibration.guard.wealth import MIN_CLIENTS
+
+WINDOWS_PER_PROOF = 4
+"""Length of a window, as a multiple of the number of units that the promotion took."""
+MIN_WINDOW = 200
+DEFAULT_WINDOW = 1000
+"""Units, for a profile that the operator selected without statistical proof."""
+MAX_WINDOW = 4000
+MAX_COUNTED_KINDS = 256
+"""Kinds whose windows are counted each by itself; further ones share one count, so that no alpha is spent twice."""
+
+_UNKNOWN = "is not under test: begin one first"
+
+
+class Guard:
+    """All tests and the alpha that they spent. Every test has a name, the caller's, and under it one or more kinds.
+
+    alpha: probability of each kind of error over the whole run. client_share: of a test's units, at most of one client.
+
+    >>> guard = Guard(alpha=0.05)
+    >>> guard.begin_candidate("a profile", {"chat text": (1.0, 0.7), "rest": (1.0, 0.3)})
+    1
+    >>> for n in range(50):
+    ...     unit, client = n.to_bytes(8, "big"), b"client %d" % (n % 8)
+    ...     if guard.admit("a profile", "chat text", unit, client) is Admission.ADMITTED:
+    ...         guard.update("a profile", "chat text", unit, client, lower=0.2, upper=0.2, tokens=20)
+    >>> guard.decide("a profile", "chat text").action.value, guard.decide("a profile", "rest").action.value
+    ('promote', 'wait')
+    """
+
+    def __init__(self, alpha: float = 0.05, client_share: float = 0.25) -> None:
+        if not 0.0 < alpha < 1.0:
+            raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
+        if not 0.0 < client_share <= 1.0:
+            raise InvalidArgumentError(f"client_share is {client_share}: it must be above 0 and at most 1")
+        self._alpha = alpha
+        self._client_share = client_share
+        self._state = saving.State()
+
+    # --- begin and end -----------------------------------------------------------------------------------------------
+
+    def begin_candidate(self, name: str, kinds: Mapping[str, tuple[float, float]]) -> int:
+        """Begin a candidate's test, dropping an older one of that name. Returns its number.
+
+        kinds: kind -> (width, weight). width: no gain is below −width, nats. For a profile against identity that is the
+            width of its Δz (`transform.shift_range`: high − low, at most 2 clamp); for one profile against another,
+            the sum of theirs. weight: above 0, the share of the kind in the traffic so far; the larger, the less its
+        proof takes. InvalidArgumentError unless widths and weights are above 0.
+        """
+        number = self._state.candidate_tests + 1
+        tests = {}
+        for kind, (width, weight) in kinds.items():
+            if not (math.isfinite(weight) and weight > 0.0):
+                raise InvalidArgumentError(f"weight is {weight}: it must be a number above 0")
+            tests[kind] = KindTest(Role.CANDIDATE, width, number, weight)
+        self.end(name)
+        self._state.candidate_tests = number
+        self._state.tests[name] = tests
+        return number
+
+    def add_kind(self, name: str, kind: str, width: float) -> int:
+        """Add a kind that appeared later, or begin it anew since what serves there has changed. Returns its number: it
+        is a test of its own. InvalidArgumentError where there is no test of that name, or width is not above 0."""
+        if name not in self._state.tests:
+            raise InvalidArgumentError(f"{name[:80]} {_UNKNOWN}")
+        number = self._state.candidate_tests + 1
+        test = KindTest(Role.CANDIDATE, width, number)
+        self.end_kind(name, kind)
+        self._state.candidate_tests = number
+        self._state.tests.setdefault(name, {})[kind] = test
+        return number
+
+    def begin_watch(
+        self, name: str, kind: str, width: float, window: int = DEFAULT_WINDOW, like: str | None = None
+    ) -> None:
+        """Watch what serves in a kind from now on, dropping an older watch of that name and kind.
+
+        width: as for a candidate, over identity. window: units, at most `MAX_WINDOW` are used.
+        like: name of the candidate's test that was promoted here: the lengths of its answers fix the weights by token.
+        InvalidArgumentError unless width and window are above 0.
+        """
+        if window < 1:
+            raise InvalidArgumentError(f"window is {window}: it must be 1 or more")
+        number = self._window(kind)
+        test = KindTest(Role.SERVING, width, number, window=min(window, MAX_WINDOW))
+        proof = self._state.tests.get(like, {}).get(kind) if like is not None else None
+        if proof is not None:
+            test.token_cap = proof.typical_tokens
+        self._state.tests.setdefault(name, {})[kind] = test
+        self._count_window(kind, number)
+
+    def end(self, name: str) -> None:
+        """Drop a test with all its kinds, if there is one of that name. The alpha that it spent is not spent again."""
+        self._state.tests.pop(name, None)
+        self._state.ended.pop(name, None)
+
+    def end_kind(self, name: str, kind: str) -> None:
+        """Drop one kind of a test, if it is there. In the closed test over the others it stays as it was."""
+        test = self._state.tests.get(name, {}).pop(kind, None)
+        if test is not None and test.role is Role.CANDIDATE:
+            self._state.ended.setdefault(name, []).append((test.number, test.weight, test.log_e(MERIT)))
+
+    def freeze(self, name: str, kind: str) -> None:
+        """A candidate was promoted in this kind: nothing more is counted there, the other kinds go on."""
+        self._test(name, kind).frozen = True
+
+    # --- evidence ----------------------------------------------------------------------------------------------------
+
+    def admit(self, name: str, kind: str, unit: bytes, client: bytes) -> Admission:
+        """Whether a unit may count in a test, to be asked before its gain is looked at; `update` only what is admitted.
+
+        unit: its digest; b"" counts every time. client: its digest; b"" is one client, too.
+        """
+        test = self._state.tests.get(name, {}).get(kind)
+        if test is None:
+            return Admission.UNKNOWN
+        return self._current(name, kind, test).admit(unit, client, self._client_share)
+
+    def update(self, name: str, kind: str, unit: bytes, client: bytes, lower: float, upper: float, tokens: int) -> None:
+        """Count one unit of `tokens` tokens, its mean gain between `lower` and `upper` nats (equal where exact).
+
+        For a serving profile whose window is over, and which was not rolled back, this is the first of the next window.
+        InvalidArgumentError for what is not under test, a unit that has counted, or a gain outside of ±width.
+        """
+        test = self._current(name, kind, self._test(name, kind))
+        if test.frozen:
+            raise InvalidArgumentError(f"{name[:80]} is frozen in {kind[:80]}: ask `admit` first")
+        test.update(unit, client, lower, upper, tokens)
+        if test.role is Role.SERVING and not test.supported:
+            test.supported = test.log_e(MERIT) >= -math.log(self._alpha)
+
+    def decide(self, name: str, kind: str) -> Decision:
+        """What the evidence allows now. It changes nothing: the caller acts on it (`begin_watch`, `freeze`,
+        `end_kind`).
+
+        InvalidArgumentError for what is not under test.
+        """
+        test = self._test(name, kind)
+        needed = self._needed(test)
+        if test.role is Role.CANDIDATE:
+            proven = (
+                not test.frozen
+                and test.log_e(MERIT) >= needed
+                and self._adjusted(name, test) >= needed
+                and test.gains_by_token
+            )
+            return Decision(Action.PROMOTE if proven else Action.WAIT)
+        if max(test.log_e(HARM), test.log_e(HARM_BY_TOKEN)) >= needed:
+            return Decision(Action.ROLL_BACK, Reason.HARM)
+        if test.window_is_over and not test.supported:
+            return Decision(Action.ROLL_BACK, Reason.UNSUPPORTED)
+        return Decision(Action.HOLD)
+
+    def evidence(self, name: str, kind: str) -> Evidence:
+        """What `decide` follows from. InvalidArgumentError for what is not under test."""
+        test = self._test(name, kind)
+        candidate = test.role is Role.CANDIDATE
+        log_e = test.log_e(MERIT) if candidate else max(test.log_e(HARM), test.log_e(HARM_BY_TOKEN))
+        return Evidence(
+            kind=kind,
+            role=test.role,
+            units=test.units,
+            tokens=test.tokens,
+            mean_gain=test.mean_gain,
+            mean_gain_by_token=test.mean_gain_by_token,
+            log_e=log_e,
+            log_e_adjusted=self._adjusted(name, test) if candidate else log_e,
+            needed=self._needed(test),
+            clients=test.clients,
+            refused=test.refused,
+            client_share_active=test.clients >= MIN_CLIENTS,
+            test=test.number,
+            alpha=self._alpha_of(test),
+            window=test.window,
+            supported=test.supported,
+            frozen=test.frozen,
+        )
+
+    # --- what runs ---------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._state.tests)
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """Kinds of a test, promoted ones included; none where there is no test of that name."""
+        return tuple(self._state.tests.get(name, ()))
+
+    def is_running(self, name: str, kind: str) -> bool:
+        """Whether units of this kind may count in this test."""
+        test = self._state.tests.get(name, {}).get(kind)
+        return test is not None and not test.frozen
+
+    @property
+    def candidate_tests(self) -> int:
+        """Number of candidates' tests begun over the whole run."""
+        return self._state.candidate_tests
+
+    @property
+    def windows(self) -> Mapping[str, int]:
+        """By kind, the number of windows begun over the whole run; "" counts all kinds beyond `MAX_COUNTED_KINDS`."""
+        return dict(self._state.windows)
+
+    def raise_counts(self, candidate_tests: int, windows: Mapping[str, int]) -> None:
+        """Tests that another part of the same run began: their alpha is not spent again. Smaller numbers change
+        nothing."""
+        self._state.candidate_tests = max(self._state.candidate_tests, candidate_tests)
+        for kind, number in windows.items():
+            self._count_window(kind, max(number, self._window(kind) - 1))
+
+    # --- storage -----------------------------------------------------------------------------------------------------
+
+    def save(self) -> bytes:
+        """The whole state as JSON; its size: see `saving`."""
+        return saving.encode(self._state)
+
+    @classmethod
+    def load(cls, data: bytes, alpha: float, client_share: float) -> Guard:
+        """Go on from a state that was saved. InvalidArgumentError where it is damaged, or of another format."""
+        guard = cls(alpha, client_share)
+        guard._state = saving.decode(data)
+        return guard
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _test(self, name: str, kind: str) -> KindTest:
+        test = self._state.tests.get(name, {}).get(kind)
+        if test is None:
+            raise InvalidArgumentError(f"{name[:80]} in {kind[:80]} {_UNKNOWN}")
+        return test
+
+    def _current(self, name: str, kind: str, test: KindTest) -> KindTest:
+        """The test, or the next window of it where this one is over."""
+        if not test.window_is_over:
+            return test
+        number = self._window(kind)
+        following = KindTest(Role.SERVING, test.width, number, window=test.window, token_cap=test.typical_tokens)
+        self._state.tests[name][kind] = following
+        self._count_window(kind, number)
+        return following
+
+    def _alpha_of(self, test: KindTest) -> float:
+        return self._alpha / (test.number * (test.number + 1))
+
+    def _needed(self, test: KindTest) -> float:
+        """Log of the e-value at which its action is taken."""
+        return -math.log(self._alpha_of(test) / (1 if test.role is Role.CANDIDATE else 2))
+
+    def _adjusted(self, name: str, test: KindTest) -> float:
+        family = [test, *(t for t in self._state.tests[name].values() if t.number == test.number and t is not test)]
+        ended = [item for item in self._state.ended.get(name, ()) if item[0] == test.number]
+        log_e = [*(t.log_e(MERIT) for t in family), *(value for _, _, value in ended)]
+        weights = [*(t.weight for t in family), *(weight for _, weight, _ in ended)]
+        return adjusted(log_e, weights, 0)
+
+    def _window(self, kind: str) -> int:
+        """Number of the next window of a kind."""
+        windows = self._state.windows
+        return windows.get(kind if kind in windows or len(windows) < MAX_COUNTED_KINDS else "", 0) + 1
+
+    def _count_window(self, kind: str, number: int) -> None:
+        windows = self._state.windows
+        windows[kind if kind in windows or len(windows) < MAX_COUNTED_KINDS else ""] = number
+
+
+def window_after_promotion(proof: Evidence) -> int:
+    """Length, in units, of the windows in which a profile is watched in a kind that was promoted there on this
+    evidence.
+
+    >>> guard = Guard()
+    >>> _ = guard.begin_candidate("a profile", {"rest": (1.0, 1.0)})
+    >>> guard.update("a profile", "rest", b"unit", b"client", 0.2, 0.2, tokens=20)
+    >>> window_after_promotion(guard.evidence("a profile", "rest"))
+    200
+    """
+    return min(max(MIN_WINDOW, WINDOWS_PER_PROOF * proof.units), MAX_WINDOW)

@@ -1,0 +1,176 @@
+"""One running test: of one profile in one kind of traffic. `guard.Guard` owns these, and gives each its alpha."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.guard.decisions import Admission, Role
+from hemostat_calibration.guard.wealth import (
+    FRACTIONS,
+    MAX_CLIENTS,
+    MIN_CLIENTS,
+    Floats,
+    log_evidence,
+    log_factors,
+    without_any,
+)
+
+MAX_UNITS = 4096
+"""Units that a test counts; it remembers each."""
+DIGEST_BYTES = 4
+"""Of a unit, remembered. Two units with the same digest count as one: with a probability of 1e-6 each."""
+DEFAULT_TOKEN_CAP = 512.0
+"""Tokens, where no answer's length is known yet; see `KindTest.token_cap`."""
+
+MERIT, HARM, HARM_BY_TOKEN = range(3)
+"""What is bet on: that the gain's lower end is above 0; that its upper end is below 0, by unit and by token."""
+GAIN_TOKENS, TOKENS, SQUARED_TOKENS = range(3)
+"""Sums of each client's units: gain times tokens, tokens, tokens squared."""
+
+
+@dataclass(slots=True)
+class KindTest:
+    """Counts units once each, bets on them, and limits the clients' shares.
+
+    role, width, number, weight: see `Guard`; weight is of a candidate's kind, in the closed test.
+    window: units; 0 for a candidate.
+    token_cap: harm by token weighs a unit by min(tokens, token_cap)/token_cap. Fixed before the first unit.
+    wealth: float64 [B, MAX_CLIENTS, F], sums of log factors, by what is bet on (`bets`: a candidate only on merit) and
+        by client.
+    sums: float64 [MAX_CLIENTS, 3]. counts: units by client. places: client -> row.
+    supported: latched, for a serving profile. evidence: cached log evidence by what is bet on.
+    """
+
+    role: Role
+    width: float
+    number: int
+    weight: float = 1.0
+    window: int = 0
+    token_cap: float = DEFAULT_TOKEN_CAP
+    frozen: bool = False
+    supported: bool = False
+    refused: int = 0
+    units: int = 0
+    tokens: int = 0
+    gain: float = 0.0
+    places: dict[bytes, int] = field(default_factory=dict)
+    counts: list[int] = field(default_factory=list)
+    counted: dict[bytes, None] = field(default_factory=dict)
+    wealth: Floats = field(init=False)
+    sums: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, 3)))
+    evidence: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.width) and self.width > 0.0):
+            raise InvalidArgumentError(f"width is {self.width}: it must be a number above 0")
+        self.wealth = np.zeros((self.bets, MAX_CLIENTS, len(FRACTIONS)))
+
+    @property
+    def bets(self) -> int:
+        return 3 if self.role is Role.SERVING else 1
+
+    @property
+    def clients(self) -> int:
+        return len(self.counts)
+
+    @property
+    def window_is_over(self) -> bool:
+        return self.role is Role.SERVING and self.units >= self.window
+
+    def admit(self, unit: bytes, client: bytes, share: float) -> Admission:
+        """Whether the unit may count. It looks at whose the unit is and not at what it showed.
+
+        A client's share of the units is at most `share`, rounded up to a whole unit.
+        """
+        if self.frozen:
+            return Admission.FROZEN
+        if unit and _digest(unit) in self.counted:
+            return Admission.COUNTED
+        if self.units >= MAX_UNITS:
+            return Admission.FULL
+        place = self._place(client)
+        if len(self.counts) >= MIN_CLIENTS and place is not None and self.counts[place] > share * self.units:
+            self.refused += 1
+            return Admission.CLIENT_SHARE
+        return Admission.ADMITTED
+
+    def update(self, unit: bytes, client: bytes, lower: float, upper: float, tokens: int) -> None:
+        """Count one unit. InvalidArgumentError for a gain outside of ±width, or a unit that has counted."""
+        width = self.width
+        slack = 1e-9 * width
+        if not lower <= upper + 1e-9:
+            raise InvalidArgumentError(f"gain is between {lower} and {upper}: lower must not be above upper")
+        if not lower >= -width - slack or (self.role is Role.SERVING and not upper <= width + slack):
+            raise InvalidArgumentError(f"gain is between {lower} and {upper}: it must be within ±{width}")
+        if tokens < 1:
+            raise InvalidArgumentError(f"tokens is {tokens}: it must be 1 or more")
+        if unit:
+            digest = _digest(unit)
+            if digest in self.counted:
+                raise InvalidArgumentError("the unit has counted in this test: ask `admit` first")
+            self.counted[digest] = None
+        place = self._place(client)
+        if place is None:
+            place = self.places[client] = len(self.counts)
+            self.counts.append(0)
+        self.counts[place] += 1
+        merit = min(max(lower / width, -1.0), 1.0)
+        self.wealth[MERIT, place] += log_factors(merit)
+        shown = lower
+        if self.role is Role.SERVING:
+            shown = upper
+            loss = min(max(-upper / width, -1.0), 1.0)
+            self.wealth[HARM, place] += log_factors(loss)
+            self.wealth[HARM_BY_TOKEN, place] += log_factors(loss * min(tokens / self.token_cap, 1.0))
+        sums = self.sums[place]
+        sums[GAIN_TOKENS] += shown * tokens
+        sums[TOKENS] += tokens
+        sums[SQUARED_TOKENS] += tokens * tokens
+        self.units += 1
+        self.tokens += tokens
+        self.gain += shown
+        self.evidence.clear()
+
+    def log_e(self, bet: int) -> float:
+        """Logarithm of the evidence that needs no single client."""
+        found = self.evidence.get(bet)
+        if found is None:
+            found = self.evidence[bet] = log_evidence(self.wealth[bet, : self.clients], self.clients)
+        return found
+
+    @property
+    def mean_gain(self) -> float:
+        return self.gain / self.units if self.units else math.nan
+
+    @property
+    def mean_gain_by_token(self) -> float:
+        return float(self.sums[:, GAIN_TOKENS].sum()) / self.tokens if self.units else math.nan
+
+    @property
+    def gains_by_token(self) -> bool:
+        """Whether the gain by token is above 0, without any one client. No error is controlled here."""
+        return bool((without_any(self.sums[: self.clients, GAIN_TOKENS]) > 0.0).all()) if self.units else False
+
+    @property
+    def typical_tokens(self) -> float:
+        """Length of the answer in which a token stands, on average over tokens; no one client can make it large."""
+        sums = self.sums[: self.clients]
+        if not self.units:
+            return DEFAULT_TOKEN_CAP
+        return float((without_any(sums[:, SQUARED_TOKENS]) / without_any(sums[:, TOKENS])).min())
+
+    def _place(self, client: bytes) -> int | None:
+        """Row of a client; None for one that is not seen yet and gets a row of its own."""
+        place = self.places.get(client)
+        if place is None and len(self.counts) >= MAX_CLIENTS:
+            return int.from_bytes(_digest(client), "big") % MAX_CLIENTS
+        return place
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.blake2b(key, digest_size=DIGEST_BYTES).digest()

@@ -1,0 +1,167 @@
+"""The guard's state as JSON bytes and back.
+
+Size: of a kind of a candidate's test about 300 bytes, 5.4 for each unit counted (at most `MAX_UNITS`) and 120 for each
+client (at most `MAX_CLIENTS`); of a kind of a serving profile 230 for each client. 25 kinds that a profile serves and
+two
+candidates are tested in: at most 2.5 MB, and 0.2 MB with 300 units of 20 clients each.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.guard.decisions import Role
+from hemostat_calibration.guard.kind_test import DIGEST_BYTES, MAX_UNITS, KindTest
+from hemostat_calibration.guard.wealth import FRACTIONS, MAX_CLIENTS, Floats
+
+FORMAT = 1
+"""Of the JSON; another one is refused."""
+
+
+@dataclass(slots=True)
+class State:
+    """candidate_tests: tests of candidates begun. windows: by kind, windows begun. tests: name -> kind -> test.
+
+    ended: name -> (number, weight, log e-value) of kinds of a candidate's test that ended before the others.
+    """
+
+    candidate_tests: int = 0
+    windows: dict[str, int] = field(default_factory=dict)
+    tests: dict[str, dict[str, KindTest]] = field(default_factory=dict)
+    ended: dict[str, list[tuple[int, float, float]]] = field(default_factory=dict)
+
+
+def encode(state: State) -> bytes:
+    """The state as JSON.
+
+    >>> encode(State(candidate_tests=2))
+    b'{"format":1,"candidate_tests":2,"windows":{},"tests":{},"ended":{}}'
+    """
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "candidate_tests": state.candidate_tests,
+            "windows": state.windows,
+            "tests": {
+                name: {kind: _test_json(test) for kind, test in kinds.items()} for name, kinds in state.tests.items()
+            },
+            "ended": state.ended,
+        },
+        separators=(",", ":"),
+    ).encode()
+
+
+def decode(data: bytes) -> State:
+    """A state that was encoded. InvalidArgumentError where the bytes are not one of this format.
+
+    >>> decode(encode(State(candidate_tests=2))).candidate_tests
+    2
+    """
+    try:
+        stored = json.loads(data)
+        if stored["format"] != FORMAT:
+            raise InvalidArgumentError(f"the guard's state has format {str(stored['format'])[:20]}, not {FORMAT}")
+        return State(
+            candidate_tests=_count(stored["candidate_tests"]),
+            windows={kind: _count(number) for kind, number in stored["windows"].items()},
+            tests={
+                name: {kind: _read_test(test) for kind, test in kinds.items()}
+                for name, kinds in stored["tests"].items()
+            },
+            ended={
+                name: [(_count(number), _positive(weight), float(log_e)) for number, weight, log_e in items]
+                for name, items in stored["ended"].items()
+            },
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(f"the guard's state is damaged: {error}") from None
+
+
+def _test_json(test: KindTest) -> dict[str, Any]:
+    return {
+        "role": test.role.value,
+        "width": test.width,
+        "number": test.number,
+        "weight": test.weight,
+        "window": test.window,
+        "token_cap": test.token_cap,
+        "frozen": test.frozen,
+        "supported": test.supported,
+        "refused": test.refused,
+        "units": test.units,
+        "tokens": test.tokens,
+        "gain": test.gain,
+        "places": [client.hex() for client in test.places],
+        "counts": test.counts,
+        "counted": base64.b64encode(b"".join(test.counted)).decode(),
+        "wealth": _array_text(test.wealth[:, : test.clients]),
+        "sums": _array_text(test.sums[: test.clients]),
+    }
+
+
+def _read_test(stored: dict[str, Any]) -> KindTest:
+    test = KindTest(
+        Role(stored["role"]),
+        float(stored["width"]),
+        _count(stored["number"], 1),
+        weight=_positive(stored["weight"]),
+        window=_count(stored["window"]),
+        token_cap=_positive(stored["token_cap"]),
+        frozen=bool(stored["frozen"]),
+        supported=bool(stored["supported"]),
+        refused=_count(stored["refused"]),
+        units=_count(stored["units"]),
+        tokens=_count(stored["tokens"]),
+        gain=_finite(stored["gain"]),
+    )
+    test.counts = [_count(number, 1) for number in stored["counts"]]
+    test.places = {bytes.fromhex(client): place for place, client in enumerate(stored["places"])}
+    counted = base64.b64decode(stored["counted"], validate=True)
+    digests = [counted[at : at + DIGEST_BYTES] for at in range(0, len(counted), DIGEST_BYTES)]
+    test.counted = dict.fromkeys(digests)
+    clients = len(test.counts)
+    if clients > MAX_CLIENTS or len(test.places) != clients or len(digests) > MAX_UNITS:
+        raise ValueError("its counts do not belong together")
+    test.wealth[:, :clients] = _read_array(stored["wealth"], (test.bets, clients, len(FRACTIONS)))
+    test.sums[:clients] = _read_array(stored["sums"], (clients, test.sums.shape[1]))
+    return test
+
+
+def _array_text(values: Floats) -> str:
+    return base64.b64encode(values.astype("<f8").tobytes()).decode()
+
+
+def _read_array(text: str, shape: tuple[int, ...]) -> Floats:
+    values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8").reshape(shape)
+    if not np.isfinite(values).all():
+        raise ValueError("an array has values that are not finite")
+    return values
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{str(value)[:20]} is not a count")
+    return value
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("a number is not finite")
+    return number
+
+
+def _positive(value: Any) -> float:
+    number = _finite(value)
+    if number <= 0.0:
+        raise ValueError("a number is not above 0")
+    return number

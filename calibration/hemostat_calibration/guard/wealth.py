@@ -1,0 +1,101 @@
+"""An e-process of the hypothesis "the mean is at most 0", of which no single client's observations decide.
+
+By betting (Waudby-Smith & Ramdas, JRSS-B 2024). Every observation X is at least −width. If its mean given the past is
+at most 0, then for a fraction f in [0, 1)
+
+    K_t(f) = Π_{i ≤ t} (1 + f X_i / width)
+
+is a non-negative supermartingale that starts at 1, and so is a mixture over several f. By Ville's inequality it ever
+reaches 1/alpha with a probability of at most alpha. Only the lower end of the range enters, not a variance; f near 1
+bets nearly all that the range allows, which is the best bet when the mean is small against the range but not against
+the spread (the regime here: gains of some hundredths of a nat, of a similar spread, in a range of ±1 or ±2). Most of
+the mixture is put there.
+
+The product does not depend on the order, and whose an observation is, is known before its value. So K without the
+factors of any fixed set of clients is an e-process, too: the one of the other clients' observations. With C clients
+seen and K^-a, K^-ab without those of a, of a and b, the evidence is
+
+    min over a of  1/2 K^-a + 1/2 mean over b of K^-ab
+
+with `MAX_CLIENTS` values of b, numbered in order of appearance (K^-ab = K^-a for b = a and for those not seen yet).
+
+- It is valid for all traffic: each term of the minimum is a mixture of e-processes.
+- It is valid for the others' traffic, whatever client a sends: the minimum is at most the term without a.
+- One client that sends losses on purpose cannot hide the others' evidence, up to a factor 1/(2 MAX_CLIENTS): every term
+  holds one without it.
+
+With fewer than `MIN_CLIENTS` clients nothing can be left out: the evidence is 1/2 K + 1/2 mean over b of K^-b. The
+guarantee for all traffic holds over that change, too: the term of the client that appears as number `MIN_CLIENTS` is a
+single e-process which the evidence never exceeds, before or after. The guarantee against one client does not: stated in
+`Evidence.client_share_active`.
+
+Not covered: clients who act together, or one client under several names.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+MIN_CLIENTS = 4
+"""Clients seen from which on the evidence does without any one of them, and their share is limited."""
+MAX_CLIENTS = 64
+"""Clients told from each other; further ones share the places of these, by their digests."""
+
+FRACTIONS = np.array([0.99, 0.5, 0.2, 0.05, 0.01])
+"""Of the stake that would lose everything on the worst observation. Below 1, so that a factor is never 0 and can be
+left out again."""
+LOG_PRIOR = np.log(np.array([0.6, 0.1, 0.1, 0.1, 0.1]))
+
+
+def log_factors(x: float) -> Floats:
+    """log(1 + f x), float64 [F]. x: an observation divided by the width, −1 to 1.
+
+    >>> log_factors(0.25).round(3).tolist()
+    [0.221, 0.118, 0.049, 0.012, 0.002]
+    """
+    factors: Floats = np.log1p(FRACTIONS * x)
+    return factors
+
+
+def log_evidence(by_client: Floats, clients: int) -> float:
+    """Logarithm of the evidence that the module describes.
+
+    by_client: float64 [C, F], the sum of `log_factors` of each place. clients: C.
+
+    >>> one = np.tile(log_factors(0.25), (4, 1)) * 10
+    >>> 2.0 < log_evidence(one[:3], 3) < log_evidence(one, 4) + 0.5
+    True
+    """
+    if not clients:
+        return 0.0
+    total = by_client.sum(axis=0)
+    # Factors that leaving a client out gives, in units of the largest of each fraction (or 1), so that none overflows.
+    log_unit = np.maximum(-by_client.min(axis=0), 0.0)
+    left_out, one = np.exp(-by_client - log_unit), np.exp(-log_unit)
+    unseen = MAX_CLIENTS - clients
+    if clients < MIN_CLIENTS:
+        mean = (left_out.sum(axis=0) + unseen * one) / MAX_CLIENTS
+        return float(np.logaddexp.reduce(total + _log_half(mean, one, log_unit) + LOG_PRIOR))
+    # For each client a: sum over b ≠ a of the factors; b = a and clients not yet seen give 1.
+    mean = ((1.0 - np.eye(clients)) @ left_out + (unseen + 1) * one) / MAX_CLIENTS
+    return float(np.logaddexp.reduce(total - by_client + _log_half(mean, one, log_unit) + LOG_PRIOR, axis=1).min())
+
+
+def _log_half(mean: Floats, one: Floats, log_unit: Floats) -> Floats:
+    """log(1/2 + 1/2 mean), of values in units of exp(log_unit); at least log 1/2 where they are too small to tell."""
+    with np.errstate(divide="ignore"):
+        halves: Floats = np.maximum(np.log(0.5 * one + 0.5 * mean) + log_unit, np.log(0.5))
+    return halves
+
+
+def without_any(values: Floats) -> Floats:
+    """Totals [C] without each client in turn, of values [C]; the total alone, [1], below `MIN_CLIENTS` clients.
+
+    >>> without_any(np.array([5.0, 1.0, 1.0, 1.0])).tolist(), without_any(np.array([5.0, 1.0])).tolist()
+    ([3.0, 7.0, 7.0, 7.0], [6.0])
+    """
+    total: Floats = values.sum(keepdims=True)
+    return total - values if len(values) >= MIN_CLIENTS else total
