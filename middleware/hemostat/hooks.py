@@ -45,7 +45,7 @@ class ExchangeHook(Protocol):
 
     @property
     def arm(self) -> str:
-        """The randomised group of the request; fixed once `request` has returned."""
+        """The randomised group of the request, as far as it is known; read when the exchange has ended."""
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         """Called with the whole body, or None if it is longer than `body_limit`. Returns None to send it unchanged."""

@@ -29,6 +29,10 @@ from hemostat.config.store_url import MISSING_EXTRA, SERVER_SCHEMES, check_serve
 from hemostat.config.text import short_repr
 
 MAX_LABELS = 32
+REMOVED = {
+    "shadow.seed": "removed: which requests are sampled is drawn at random, so that no client can choose it; delete it"
+}
+"""Keys of earlier versions -> what to do about them."""
 
 EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 """The distribution that sends traces; it brings the rest of `hemostat[tracing]`."""
@@ -36,6 +40,7 @@ EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HOST = re.compile(r"[A-Za-z0-9_.:%-]{1,255}")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?|xpu(:\d+)?|mps")
+_HEADER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SECRET = re.compile(r"[!-~]{1,4096}")
 
 
@@ -60,6 +65,12 @@ def _host(value: str) -> str:
     if not _HOST.fullmatch(value):
         raise ValueError(f"{short_repr(value)} is not a host name or address")
     return value
+
+
+def _header_name(value: str) -> str:
+    if not _HEADER.fullmatch(value):
+        raise ValueError(f"{short_repr(value)} is not the name of a header")
+    return value.lower()
 
 
 def _secret(value: SecretStr) -> SecretStr:
@@ -185,7 +196,6 @@ class Shadow(Section):
     """Which requests are measured, and the limits of what that may cost."""
 
     rate: float = Field(default=0.05, ge=0, le=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
     allow_on: bool = False
     """Clients may force a request into the shadow with `X-Hemostat-Shadow: on`."""
     max_queue: int = Field(default=256, ge=1, le=100_000)
@@ -230,6 +240,9 @@ class Calibration(Section):
     """Number of the most recent tokens that are kept in memory, for fits that need more than sums; each takes 2 bytes ×
     (anchors + width of the hidden state)."""
     apply: Literal["engine", "request"] = "engine"
+    treat_unjudged: bool = False
+    """Requests that cannot be scored (structured output, several choices, …) may get a profile too, though nothing
+    would show that it harms them."""
     force: ExistingFile | None = None
     """A profile that is applied to every request, without evidence: for tests."""
 
@@ -237,6 +250,8 @@ class Calibration(Section):
 class Evidence(Section):
     """What counts as evidence for and against a profile."""
 
+    client_header: Annotated[str, AfterValidator(_header_name)] = "authorization"
+    """The header that names a client. It must be one that clients cannot choose freely."""
     kinds: int = Field(default=24, ge=1, le=100)
     """Kinds of traffic that are followed by themselves; all others are pooled as `rest`."""
     client_share: float = Field(default=0.25, gt=0, le=1)

@@ -34,6 +34,7 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_reference
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.relay import counters as relay_counters
+from hemostat.shadow import assignment
 from hemostat.shadow.endings import Outcome
 from hemostat.shadow.limits import Breaker, BreakerState
 from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
@@ -62,6 +63,7 @@ class Control:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        draw: Callable[[], float] = assignment.draw,
     ) -> None:
         calibration, changes = settings.calibration, Changes()
         self._clock, self._wall = clock, wall
@@ -120,6 +122,7 @@ class Control:
             compressed_scorer=self.compressed_scorer,
             breaker=self.breaker,
             clock=clock,
+            draw=draw,
             on_change=changes.notify,
         )
         self.link = RelayLink(socket_path, self.pipeline.receive)

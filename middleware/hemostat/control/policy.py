@@ -9,7 +9,7 @@ import msgspec
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
-from hemostat.ipc.messages import Policy
+from hemostat.ipc.messages import REST_KIND, Policy
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.shadow.limits import Breaker, BreakerState
@@ -57,17 +57,17 @@ class PolicyPublisher:
     def _policy(self, now: float) -> Policy:
         """Without its generation. now: monotonic seconds."""
         shadow, calibration, profiles = self._settings.shadow, self._settings.calibration, self._profiles
+        served = profiles.serving.version
         return Policy(
             generation=0,
             mode=profiles.serving.mode,
             shadow_rate=shadow.rate,
-            shadow_seed=shadow.seed,
             shadow_allow_on=shadow.allow_on,
             shadow_top_k=shadow.top_k,
             shadow_max_tokens=shadow.max_tokens,
             scoring=self._monitor.ready and self._breaker.state(now) is not BreakerState.OPEN,
             tap=bool(self._engines.live(now)),
-            serving=profiles.serving.version,
+            serving=served,
             forced=profiles.serving.forced,
             scope=calibration.scope,
             scoped=profiles.serving.version_by_scope,
@@ -78,7 +78,10 @@ class PolicyPublisher:
             kinds=profiles.kinds.followed,
             unscorable_models=self._monitor.pair.unscorable_adapters,
             replica=self._engines.replica,
+            serving_by_kind={} if served is None else dict.fromkeys((*profiles.kinds.followed, REST_KIND), served),
             salt=self._salt(),
+            client_header=self._settings.evidence.client_header,
+            treat_unjudged=calibration.treat_unjudged,
             openai_sampling_defaults=self._settings.upstream.openai_sampling_defaults,
             **profiles.request_parameters(),
         )

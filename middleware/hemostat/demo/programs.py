@@ -59,7 +59,7 @@ def serve_settings(
         "admin": {"host": "127.0.0.1", "port": admin_port, "token": token},
         "upstream": {"url": upstream, "openai_sampling_defaults": True},
         "reference": {"backend": "transformers", "model": str(checkpoints.reference.absolute()), "dtype": dtype()},
-        "shadow": {"rate": 1.0, "seed": options.seed % 2**63, "top_k": TOP_K},
+        "shadow": {"rate": 1.0, "top_k": TOP_K},
         "calibration": dict(CALIBRATION),
         "shutdown_seconds": 5.0,
     }

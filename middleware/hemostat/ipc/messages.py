@@ -84,7 +84,6 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     mode: str
     """off | observe | auto"""
     shadow_rate: float
-    shadow_seed: int
     shadow_allow_on: bool
     shadow_top_k: int
     shadow_max_tokens: int

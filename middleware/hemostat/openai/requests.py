@@ -25,6 +25,8 @@ class Unscorable(StrEnum):
 
     LORA = "lora"
     """The model is an adapter that the reference does not serve under the same name."""
+    NO_REFERENCE = "no_reference"
+    """No reference was matched with the model."""
     INVALID = "invalid"
     """A parameter has the wrong type; vLLM reports that to the client."""
     BEAM_SEARCH = "beam_search"
@@ -50,6 +52,7 @@ class Uncalibrated(StrEnum):
     """Why no profile may be applied to a request: values of the label `reason` of calibration requests."""
 
     LORA = Unscorable.LORA
+    NO_REFERENCE = Unscorable.NO_REFERENCE
     BEAM_SEARCH = Unscorable.BEAM_SEARCH
     MULTIMODAL = Unscorable.MULTIMODAL
     INVALID = Unscorable.INVALID
@@ -60,6 +63,7 @@ class Uncalibrated(StrEnum):
     """The client itself names a profile in `vllm_xargs.hemostat`."""
 
 
+_NEVER_CALIBRATED = frozenset(reason.value for reason in Uncalibrated)
 _STRUCTURED_OUTPUT_KEYS = (
     "structured_outputs",
     "guided_json",
@@ -81,7 +85,9 @@ class _Part(msgspec.Struct):
     type: str = ""
 
 
-class _Message(msgspec.Struct):
+class Message(msgspec.Struct):
+    """One message of a chat; content: JSON, a string or a list of parts."""
+
     role: str = ""
     content: msgspec.Raw = msgspec.Raw(NULL)
 
@@ -90,7 +96,7 @@ class _StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-_messages: msgspec.json.Decoder[list[_Message]] = msgspec.json.Decoder(list[_Message])
+_messages: msgspec.json.Decoder[list[Message]] = msgspec.json.Decoder(list[Message])
 _parts: msgspec.json.Decoder[list[_Part]] = msgspec.json.Decoder(list[_Part])
 _stream_options: msgspec.json.Decoder[_StreamOptions | None] = msgspec.json.Decoder(_StreamOptions | None)
 
@@ -116,26 +122,31 @@ class Request:
     client_tap: bool
     """The client itself set `vllm_xargs.hemostat_tap`."""
     conversation_key: bytes | None
-    """Equal for every turn of one conversation; None for a request in which no conversation can be recognised."""
+    """Equal for every turn of one conversation; of the prompt where no conversation can be recognized; None without a
+    prompt."""
+    messages: list[Message] | None
+    """Of a chat."""
     min_prompt_tokens: int
     """A lower bound on the number of prompt tokens; 0 where only the engine knows it."""
 
 
-def read_request(data: bytes, *, chat: bool, unscorable_models: frozenset[str] = frozenset()) -> Request:
+def read_request(
+    data: bytes,
+    *,
+    chat: bool,
+    unscorable_models: frozenset[str] = frozenset(),
+    scorable_models: frozenset[str] | None = None,
+) -> Request:
     """Parse a client's body; raises one of MALFORMED where it is not an object with distinct keys.
 
-    unscorable_models: names for which the reference has no counterpart.
+    unscorable_models: adapters for which the reference has no counterpart.
+    scorable_models: names that are compared with a matched reference; None: not known, no name is excluded.
     """
     body = JsonObject(data)
     model = body.value("model")
     stream_options = _decode_or_none(_stream_options, body.raw("stream_options"))
-    conversation_key = None
-    messages: list[_Message] | None = None
-    if chat:
-        messages = _decode_or_none(_messages, body.raw("messages"))
-        if messages:
-            conversation_key = _conversation_key(body, messages)
-    unscorable = _unscorable(chat, body, messages, unscorable_models)
+    messages: list[Message] | None = _decode_or_none(_messages, body.raw("messages")) if chat else None
+    unscorable = _unscorable_model(model, unscorable_models, scorable_models) or _unscorable(chat, body, messages)
     xargs = body.value("vllm_xargs") or {}
     if (body.has("stream_options") and stream_options is None) or not isinstance(xargs, dict):
         unscorable, xargs = Unscorable.INVALID, {}
@@ -152,7 +163,8 @@ def read_request(data: bytes, *, chat: bool, unscorable_models: frozenset[str] =
         uncalibrated=Uncalibrated.OWN_XARGS if client_profile is not None else _uncalibrated(body, unscorable),
         client_profile=client_profile if isinstance(client_profile, str) else None,
         client_tap="hemostat_tap" in xargs,
-        conversation_key=conversation_key,
+        conversation_key=_conversation_key(body, messages),
+        messages=messages,
         min_prompt_tokens=len(prompt or ()),
     )
 
@@ -165,21 +177,27 @@ def _decode_or_none(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
         return None
 
 
-def _conversation_key(body: JsonObject, messages: list[_Message]) -> bytes | None:
-    """The model and the messages up to the first one of the user; None without a message of the user."""
-    for position, message in enumerate(messages):
+def _conversation_key(body: JsonObject, messages: list[Message] | None) -> bytes | None:
+    """The model and the messages up to the first one of the user, or else the whole prompt."""
+    model = body.raw("model")
+    for position, message in enumerate(messages or ()):
         if message.role == "user":
             first = _elements.decode(body.raw("messages"))[: position + 1]
-            return b"\x00".join([body.raw("model"), *map(bytes, first)])
-    return None
+            return b"\x00".join([model, *map(bytes, first)])
+    prompt = body.raw("prompt" if messages is None else "messages")
+    return None if prompt == NULL else b"\x00".join([model, prompt])
 
 
-def _unscorable(
-    chat: bool, body: JsonObject, messages: list[_Message] | None, unscorable_models: frozenset[str]
-) -> Unscorable | None:
-    value = body.value
-    if value("model") in unscorable_models:
+def _unscorable_model(model: Any, adapters: frozenset[str], scorable: frozenset[str] | None) -> Unscorable | None:
+    if not isinstance(model, str):
+        return None
+    if model in adapters:
         return Unscorable.LORA
+    return None if scorable is None or model in scorable else Unscorable.NO_REFERENCE
+
+
+def _unscorable(chat: bool, body: JsonObject, messages: list[Message] | None) -> Unscorable | None:
+    value = body.value
     if value("stream") not in (None, True, False):
         return Unscorable.INVALID
     if value("use_beam_search"):
@@ -207,7 +225,7 @@ def _unscorable(
     return _unscorable_messages(messages) if chat else _unscorable_prompt(body)
 
 
-def _unscorable_messages(messages: list[_Message] | None) -> Unscorable | None:
+def _unscorable_messages(messages: list[Message] | None) -> Unscorable | None:
     if not messages:
         return Unscorable.INVALID
     for message in messages:
@@ -232,7 +250,7 @@ def _unscorable_prompt(body: JsonObject) -> Unscorable | None:
 
 
 def _uncalibrated(body: JsonObject, unscorable: Unscorable | None) -> Uncalibrated | None:
-    if unscorable in (Unscorable.LORA, Unscorable.BEAM_SEARCH, Unscorable.MULTIMODAL, Unscorable.INVALID):
+    if unscorable is not None and unscorable.value in _NEVER_CALIBRATED:
         return Uncalibrated(unscorable)
     return Uncalibrated.OWN_LOGITS if _edits_logits(body) else None
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hemostat.hooks import ExchangeHook, Refusal, Rewrite
 from hemostat.relay.http.fields import split_fields
 from hemostat.relay.http.response import ResponseHead
+from hemostat_calibration.records import Arm
 
 
 class FailOpenHook:
@@ -15,19 +16,21 @@ class FailOpenHook:
     After a failure every method returns what leaves the bytes unchanged.
     """
 
-    __slots__ = ("_failed", "_hook", "_on_error", "transforming")
+    __slots__ = ("_failed", "_hook", "_on_error", "_unchanged", "transforming")
 
     def __init__(self, hook: ExchangeHook, on_error: Callable[[], None]) -> None:
         """on_error: called for every exception."""
         self._hook = hook
         self._on_error = on_error
         self._failed = False
+        self._unchanged = False
+        """The hook failed before it could change the request."""
         self.transforming = False
         """The response's body passes through the hook."""
 
     @property
     def arm(self) -> str:
-        return self._hook.arm
+        return Arm.NONE.value if self._unchanged else self._hook.arm
 
     @property
     def body_limit(self) -> int:
@@ -41,6 +44,7 @@ class FailOpenHook:
                 raise ValueError("a body that the hook has not seen cannot be rewritten")
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             self._fail()
+            self._unchanged = True
             return None
         return verdict
 

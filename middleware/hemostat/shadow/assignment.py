@@ -1,33 +1,53 @@
-"""Which requests are sampled, and which are in the control arm: pure functions of a key, a seed and a rate.
+"""Which requests are sampled, and which are in the control arm; how conversations and clients are named.
 
-A keyed hash (BLAKE2b, 8 bytes) of the key is read as a uniform number u in [0, 1); a request is selected when u < rate.
-Every worker thus decides alike about a request, and so does every retry of it, and a request that is selected at some
-rate is selected at every higher one. `purpose` makes the decisions independent of each other.
+Nobody can choose to be sampled, or the arm of a conversation: whether a request is sampled is drawn, and arms follow
+from a keyed hash (BLAKE2b) of the conversation with a secret of the store (`salt`). Every worker and replica thus puts
+the turns of a conversation into the same arm. The hashes' purposes make them independent of each other.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from hashlib import blake2b
 
-SHADOW = b"hemostat shadow"
+CONVERSATION_BYTES = 16
+CLIENT_BYTES = 8
+
 ARM = b"hemostat arm"
+CONVERSATION = b"hemostat talk"
+CLIENT = b"hemostat client"
+
+draw: Callable[[], float] = random.SystemRandom().random
+"""A uniform number in [0, 1) from the operating system's generator, which nobody can predict."""
 
 
-def uniform(key: bytes, seed: int, purpose: bytes) -> float:
-    """A number in [0, 1), determined by its arguments; `seed` is taken modulo 2^64, `purpose` is at most 16 bytes."""
-    digest = blake2b(
-        key, digest_size=8, key=(seed & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(8, "little"), person=purpose
-    ).digest()
+def uniform(key: bytes, salt: bytes, purpose: bytes) -> float:
+    """A number in [0, 1), determined by its arguments; salt: at most 64 bytes, purpose: at most 16."""
+    digest = blake2b(key, digest_size=8, key=salt, person=purpose).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def is_sampled(request_id: str, rate: float, seed: int) -> bool:
-    """True for a fraction `rate` of all request ids."""
-    if rate <= 0.0:
-        return False
-    return rate >= 1.0 or uniform(request_id.encode("utf-8", "surrogateescape"), seed, SHADOW) < rate
+def in_control_arm(conversation: bytes, fraction: float, salt: bytes) -> bool:
+    """True for a fraction `fraction` of all conversations."""
+    return uniform(conversation, salt, ARM) < fraction
 
 
-def in_control_arm(key: bytes, fraction: float, seed: int) -> bool:
-    """True for a fraction `fraction` of all keys (a key is a conversation's, or a request's id)."""
-    return uniform(key, seed, ARM) < fraction
+def conversation_digest(key: bytes | None, salt: bytes) -> bytes:
+    """16 bytes that name a conversation, by `openai.requests.Request.conversation_key`; empty without a key.
+
+    The client is not part of it: a prompt that a second client repeats is not a second observation.
+    """
+    if key is None:
+        return b""
+    return blake2b(key, digest_size=CONVERSATION_BYTES, key=salt, person=CONVERSATION).digest()
+
+
+def client_digest(header: bytes, salt: bytes) -> bytes:
+    """8 bytes that name a client, by the value of the header that does; empty where that is empty.
+
+    The scheme of a value such as `Bearer KEY` is read as HTTP reads it, in which case does not matter.
+    """
+    scheme, blank, rest = header.strip().partition(b" ")
+    value = scheme.lower() + blank + rest.strip() if blank else scheme
+    return blake2b(value, digest_size=CLIENT_BYTES, key=salt, person=CLIENT).digest() if value else b""

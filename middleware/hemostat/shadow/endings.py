@@ -28,6 +28,25 @@ class Outcome(StrEnum):
     """It could not be scored now."""
 
 
+class SkipReason(StrEnum):
+    """Why a sampled request is skipped in the relay, or not sampled, and gets no profile.
+
+    `Unscorable` and `ResponseFailure` are the other reasons. What the request itself shows is also a value of the label
+    `reason` of calibration requests.
+    """
+
+    OPTED_OUT = "opted_out"
+    """The client sent `X-Hemostat-Shadow: off`."""
+    ON_NOT_ALLOWED = "on_not_allowed"
+    """The client sent `X-Hemostat-Shadow: on`, and `shadow.allow_on` is not set."""
+    ROUTE = "route"
+    """Requests of this route cannot be scored."""
+    BODY_TOO_LARGE = "body_too_large"
+    """The request's body is too large to be read; it was passed on unread."""
+    BAD_JSON = "bad_json"
+    """The request's body is not a JSON object."""
+
+
 class ScoringSkipReason(StrEnum):
     """Why a capture can never be scored."""
 

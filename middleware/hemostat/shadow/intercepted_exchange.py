@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hemostat.hooks import Headers, Refusal, Rewrite
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests
 from hemostat.openai.errors import leading_error_code
 from hemostat.openai.json_splice import MALFORMED, encode
-from hemostat.openai.requests import Request, Uncalibrated, Unscorable
+from hemostat.openai.kinds import kind_name
+from hemostat.openai.requests import Request
 from hemostat.openai.responses import ResponseFailure, ResponseTokens, Stripper, error_reason, little_endian
 from hemostat.openai.routes import CHAT
+from hemostat.shadow.assignment import conversation_digest, in_control_arm
 from hemostat.shadow.client_headers import ClientOptions
-from hemostat.shadow.profile_choice import ArmReason, choose_profile
-from hemostat.shadow.reports import Reports, SkipReason
+from hemostat.shadow.endings import SkipReason
+from hemostat.shadow.profile_choice import ArmReason, Reason, Unjudged, choose_profile
+from hemostat.shadow.reports import Reports
 from hemostat_calibration.records import Arm, Sampling
 
 MAX_REQUEST_ID = 200
@@ -67,10 +72,15 @@ class InterceptedExchange:
         route: str,
         request_id: str,
         options: ClientOptions,
+        *,
+        unjudged: SkipReason | None,
         shadow: bool,
         calibrated: bool,
+        client: bytes,
         traceparent: str,
+        draw: Callable[[], float],
     ) -> None:
+        """unjudged: why the request is not scored, by its headers. client: digest. draw: see `Interceptor`."""
         self.body_limit = policy.body_limit
         self._reports = reports
         self._policy = policy
@@ -79,10 +89,16 @@ class InterceptedExchange:
         self._options = options
         self._shadow = shadow
         """Sampled, and not yet counted as skipped."""
+        self._unjudged: Unjudged | None = unjudged
+        """Why the request is never scored, as far as that is known before it goes upstream."""
         self._calibrated = calibrated
+        self._client = client
         self._traceparent = traceparent[:MAX_TRACEPARENT]
+        self._draw = draw
+        self._kind = ""
+        self._conversation = b""
         self._arm = Arm.NONE
-        self._counted_as: tuple[Arm, ArmReason | Uncalibrated] | None = None
+        self._counted_as: tuple[Arm, Reason] | None = None
         """The arm and the reason that are counted at the end; None for a request that is not calibrated."""
         self._profile_added = False
         """Hemostat asks the engine for a profile, or has set the profile's parameters."""
@@ -106,13 +122,24 @@ class InterceptedExchange:
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         policy = self._policy
         if body is None:
-            self._pass_unread(SkipReason.BODY_TOO_LARGE, ArmReason.BODY_TOO_LARGE)
+            self._pass_unread(SkipReason.BODY_TOO_LARGE)
             return None
         try:
-            request = requests.read_request(body, chat=self._route == CHAT, unscorable_models=policy.unscorable_models)
+            request = requests.read_request(
+                body,
+                chat=self._route == CHAT,
+                unscorable_models=policy.unscorable_models,
+                scorable_models=policy.scorable_models,
+            )
         except MALFORMED:
-            self._pass_unread(SkipReason.BAD_JSON, ArmReason.BAD_JSON)
+            self._pass_unread(SkipReason.BAD_JSON)
             return None
+        several = policy.scorable_models is not None and len(policy.scorable_models) > 1
+        self._kind = kind_name(request, self._options.label, several_models=several)
+        self._conversation = conversation_digest(request.conversation_key, policy.salt)
+        self._unjudged = self._unjudged or request.unscorable
+        if self._unjudged is None and request.min_prompt_tokens > policy.shadow_max_tokens:
+            self._unjudged = ResponseFailure.TOO_LONG
         changes: dict[str, bytes] = {}
         xargs: dict[str, str] = {}
         self._version = request.client_profile
@@ -131,7 +158,7 @@ class InterceptedExchange:
     def _add_profile(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Choose the arm and the profile, and add what requests the profile."""
         policy = self._policy
-        choice = choose_profile(policy, request, self._options, self._route, self._request_id)
+        choice = choose_profile(policy, request, self._options, self._unjudged, self._kind, self._is_control)
         self._counted_as = choice.arm, choice.reason
         self._arm = choice.arm
         if choice.version is None:
@@ -146,14 +173,18 @@ class InterceptedExchange:
         if policy.request_logit_bias:
             changes["logit_bias"] = encode(policy.request_logit_bias)
 
+    def _is_control(self) -> bool:
+        """The same for every turn of a conversation; drawn for a request without one."""
+        policy = self._policy
+        if self._conversation:
+            return in_control_arm(self._conversation, policy.control_fraction, policy.salt)
+        return self._draw() < policy.control_fraction
+
     def _add_token_details(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Add what makes vLLM return the tokens' details, or skip a request that cannot be scored."""
         policy = self._policy
-        if request.unscorable is not None:
-            self._skip(request.unscorable)
-            return
-        if request.min_prompt_tokens > policy.shadow_max_tokens:
-            self._skip(ResponseFailure.TOO_LONG)
+        if self._unjudged is not None:
+            self._skip(self._unjudged)
             return
         self._request = request
         self._tokens = ResponseTokens(policy.shadow_top_k, policy.shadow_max_tokens)
@@ -161,13 +192,13 @@ class InterceptedExchange:
         if policy.tap and not request.client_tap:
             self._nonce = xargs["hemostat_tap"] = self._reports.tap_name(policy)
 
-    def _pass_unread(self, skip_reason: SkipReason, arm_reason: ArmReason) -> None:
+    def _pass_unread(self, reason: SkipReason) -> None:
         """The body cannot be read and is passed on unchanged."""
-        self._skip(skip_reason)
+        self._skip(reason)
         if self._calibrated:
-            self._counted_as = Arm.NONE, arm_reason
+            self._counted_as = Arm.NONE, self._unjudged or reason
 
-    def _skip(self, reason: SkipReason | Unscorable | ResponseFailure) -> None:
+    def _skip(self, reason: Unjudged) -> None:
         if self._shadow:
             self._shadow = False
             self._reports.skipped(reason)
@@ -228,7 +259,9 @@ class InterceptedExchange:
             return False
         self._replayed = True
         self._start = self._stripper = None
-        if self._profile_added:
+        if self._profile_added or self._arm is not Arm.NONE:
+            # The control arm leaves out what the treated one does.
+            self._arm = Arm.NONE
             self._counted_as = Arm.NONE, ArmReason.REFUSED
         return True
 
@@ -294,4 +327,7 @@ class InterceptedExchange:
             finish_reason=tokens.finish_reason,
             captured_at=self._reports.clock(),
             traceparent=self._traceparent,
+            kind=self._kind,
+            conversation=self._conversation,
+            client=self._client,
         )

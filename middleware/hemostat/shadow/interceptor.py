@@ -10,11 +10,13 @@ from hemostat.hooks import ExchangeHook, Headers, Refusal
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai.responses import ResponseFailure
 from hemostat.openai.routes import SUPPORT, Support
-from hemostat.shadow.assignment import is_sampled
-from hemostat.shadow.client_headers import ClientOptions, hemostat_headers, read_options
+from hemostat.shadow import assignment
+from hemostat.shadow.client_headers import ClientOptions, first_value, hemostat_headers, read_options
+from hemostat.shadow.endings import SkipReason
 from hemostat.shadow.intercepted_exchange import InterceptedExchange
 from hemostat.shadow.profile_choice import calibrates
-from hemostat.shadow.reports import Reports, SkipReason
+from hemostat.shadow.reports import Reports
+from hemostat_calibration.records import Arm
 
 
 class Interceptor:
@@ -27,7 +29,7 @@ class Interceptor:
     A request that was rewritten here and refused by the engine's validation is sent again as the client wrote it
     (`replay`). If that is accepted, the rewriting caused the refusal, which counts as `logprobs_refused`.
 
-    emit, count, clock, nonce: see `Reports`.
+    draw: decides what is sampled, see `assignment.draw`. emit, count, clock, nonce: see `Reports`.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class Interceptor:
         emit: Callable[[Capture], bool],
         count: Callable[[str, tuple[str, ...]], None],
         *,
+        draw: Callable[[], float] = assignment.draw,
         clock: Callable[[], float] = time.monotonic,
         nonce: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self.policy = policy
+        self._draw = draw
         self._reports = Reports(emit, count, clock, nonce)
 
     def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> ExchangeHook | Refusal | None:
@@ -55,12 +59,15 @@ class Interceptor:
             options = read
         elif support is Support.SCORED and not policy.scoring and not calibrates(policy):
             return None
-        shadow = policy.scoring and is_sampled(request_id, policy.shadow_rate, policy.shadow_seed)
+        shadow = policy.scoring and self._draw() < policy.shadow_rate
         if support is not Support.SCORED:
             if shadow and support is Support.NOT_SCORED:
                 self._reports.skipped(SkipReason.ROUTE)
             return None
-        shadow = self._sampled_with_options(shadow, options, policy)
+        unjudged = _own_wish(options, policy)
+        if unjudged is SkipReason.ON_NOT_ALLOWED or (unjudged is not None and shadow):
+            self._reports.skipped(unjudged)
+        shadow = (shadow or bool(options.shadow and policy.scoring)) and unjudged is None
         if shadow and self._reports.refuses_logprobs(policy):
             self._reports.skipped(ResponseFailure.LOGPROBS_REFUSED)
             shadow = False
@@ -70,18 +77,27 @@ class Interceptor:
         if any(name.lower() == b"content-encoding" for name, _ in headers):
             if shadow:
                 self._reports.skipped(ResponseFailure.ENCODED)
+            if calibrated:
+                self._reports.calibrated(Arm.NONE, unjudged or ResponseFailure.ENCODED)
             return None
-        traceparent = next((value for name, value in headers if name.lower() == b"traceparent"), b"").decode("latin-1")
-        route = path.decode("ascii")
-        return InterceptedExchange(self._reports, policy, route, request_id, options, shadow, calibrated, traceparent)
+        client = first_value(headers, policy.client_header.encode("latin-1"))
+        return InterceptedExchange(
+            self._reports,
+            policy,
+            path.decode("ascii"),
+            request_id,
+            options,
+            unjudged=unjudged,
+            shadow=shadow,
+            calibrated=calibrated,
+            client=assignment.client_digest(client, policy.salt),
+            traceparent=first_value(headers, b"traceparent").decode("latin-1"),
+            draw=self._draw,
+        )
 
-    def _sampled_with_options(self, shadow: bool, options: ClientOptions, policy: Policy) -> bool:
-        """Whether a request is sampled, `shadow` being the random decision; counts where the client changes it."""
-        if options.shadow is False and shadow:
-            self._reports.skipped(SkipReason.OPTED_OUT)
-            return False
-        if options.shadow and not shadow:
-            if not policy.shadow_allow_on:
-                self._reports.skipped(SkipReason.ON_NOT_ALLOWED)
-            return policy.scoring and policy.shadow_allow_on
-        return shadow
+
+def _own_wish(options: ClientOptions, policy: Policy) -> SkipReason | None:
+    """Why the request is not to be sampled by its headers, whatever is drawn."""
+    if options.shadow is False:
+        return SkipReason.OPTED_OUT
+    return SkipReason.ON_NOT_ALLOWED if options.shadow and not policy.shadow_allow_on else None

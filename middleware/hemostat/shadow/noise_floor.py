@@ -24,7 +24,6 @@ from hemostat.measurement.figures import COMPRESSED, MODELS, REFERENCE
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
-from hemostat.shadow import assignment
 from hemostat.shadow.limits import TokenBudget
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidRecordError
@@ -34,8 +33,6 @@ log = logging.getLogger("hemostat.floor")
 
 MAX_QUEUED_RECORDS = 8
 """Records that wait to be scored again; more are left out, and counted as `busy`."""
-HASH_PURPOSE = b"hemostat floor"
-"""Keeps this draw independent of the others that hash the same request id."""
 UNKNOWN_SAMPLING = Sampling(temperature=float("nan"))
 """Of tokens of which it is not known what they were drawn from: no sampled-token estimate."""
 SCORED, BUSY, INTERNAL_ERROR = "scored", "busy", "internal_error"
@@ -54,14 +51,15 @@ class NoiseFloorMeter:
     """Owns the queue of requests that both models score again, and the counts of how that ended.
 
     compressed: scores on the compressed model's own server. reference: the reference, asked for another batch shape.
-    emit: is handed the name of the model (of `MODELS`) and a record with that model on both sides.
+    draw: uniform numbers in [0, 1). emit: is handed the name of the model (of `MODELS`) and a record with that model on
+        both sides.
     """
 
     def __init__(
         self,
         *,
         fraction: float,
-        seed: int,
+        draw: Callable[[], float],
         budget: TokenBudget,
         compressed: SelfScorer,
         reference: SelfScorer,
@@ -69,7 +67,7 @@ class NoiseFloorMeter:
         clock: Callable[[], float],
     ) -> None:
         self._fraction = fraction
-        self._seed = seed
+        self._draw = draw
         self._budget = budget
         self._scorers = {COMPRESSED: compressed, REFERENCE: reference}
         self._emit = emit
@@ -79,9 +77,8 @@ class NoiseFloorMeter:
         """By model and outcome."""
 
     def offer(self, prompt: npt.NDArray[np.int32], record: TokenRecord) -> None:
-        """A scored request; whether it is taken is decided by a hash of its id. prompt: int32 [P]."""
-        key = record.request_id.encode("utf-8", "surrogateescape")
-        if self._fraction > 0.0 and assignment.uniform(key, self._seed, HASH_PURPOSE) < self._fraction:
+        """A scored request; whether it is taken is drawn. prompt: int32 [P]."""
+        if self._draw() < self._fraction:
             try:
                 self._queue.put_nowait((prompt, record))
             except asyncio.QueueFull:

@@ -74,7 +74,7 @@ class ScoringPipeline:
 
     reference: None with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
-    clock: monotonic seconds.
+    clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
     on_change: called after every record, which may have changed what the relays' policy depends on.
     """
 
@@ -90,6 +90,7 @@ class ScoringPipeline:
         compressed_scorer: Reference | None,
         breaker: Breaker,
         clock: Callable[[], float],
+        draw: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
         self._monitor = monitor
@@ -115,7 +116,7 @@ class ScoringPipeline:
         if compressed_scorer is not None:
             self.noise_floor = NoiseFloorMeter(
                 fraction=shadow.floor_fraction,
-                seed=shadow.seed,
+                draw=draw,
                 budget=budget,
                 compressed=compressed_scorer,
                 reference=reference,

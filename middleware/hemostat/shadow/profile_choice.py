@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hemostat.ipc.messages import Policy
-from hemostat.openai.requests import Request, Uncalibrated
-from hemostat.shadow.assignment import in_control_arm
+from hemostat.ipc.messages import REST_KIND, Policy
+from hemostat.openai.requests import Request, Uncalibrated, Unscorable
+from hemostat.openai.responses import ResponseFailure
 from hemostat.shadow.client_headers import ClientOptions
+from hemostat.shadow.endings import SkipReason
 from hemostat_calibration.records import Arm
 
 
 class ArmReason(StrEnum):
-    """Why a request is in its arm: values of the label `reason` of calibration requests, with those of Uncalibrated."""
+    """Why a request is in its arm, where it could be judged."""
 
     ASSIGNED = "assigned"
     """Assigned at random, to the control arm or to the treated one."""
@@ -32,11 +34,19 @@ class ArmReason(StrEnum):
     OWN_PARAMETERS = "own_parameters"
     """`calibration.apply: request`, and the client set temperature or logit_bias."""
     REFUSED = "refused"
-    """vLLM refused the request with the profile, and it was sent again unchanged."""
-    BAD_JSON = "bad_json"
-    """The body is not a JSON object."""
-    BODY_TOO_LARGE = "body_too_large"
-    """The body is too large to be read."""
+    """vLLM refused the request as Hemostat had changed it, and it was sent again unchanged."""
+
+
+Unjudged = SkipReason | Unscorable | ResponseFailure
+"""Why a request is never scored, as far as that is known before it goes upstream."""
+UNJUDGED: tuple[Unjudged, ...] = (
+    *(reason for reason in SkipReason if reason is not SkipReason.ROUTE),
+    *Unscorable,
+    ResponseFailure.TOO_LONG,
+    ResponseFailure.ENCODED,
+)
+Reason = ArmReason | Uncalibrated | Unjudged
+"""Values of the label `reason` of calibration requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +55,31 @@ class Choice:
 
     version: str | None
     arm: Arm
-    reason: ArmReason | Uncalibrated
+    reason: Reason
 
 
 def calibrates(policy: Policy) -> bool:
     """Whether a request without X-Hemostat headers can get a profile; never with `calibration.mode: off`."""
     if policy.mode == "off":
         return False
-    return policy.forced is not None or (policy.mode == "auto" and (policy.serving is not None or bool(policy.scoped)))
+    return policy.forced is not None or (policy.mode == "auto" and bool(policy.serving_by_kind))
 
 
-def choose_profile(policy: Policy, request: Request, options: ClientOptions, route: str, request_id: str) -> Choice:
-    """Choose by what the client sent alone, so that the control and the treated arm exclude the same requests."""
+def choose_profile(
+    policy: Policy,
+    request: Request,
+    options: ClientOptions,
+    unjudged: Unjudged | None,
+    kind: str,
+    is_control: Callable[[], bool],
+) -> Choice:
+    """Choose by what the client sent alone, so that the control and the treated arm exclude the same requests.
+
+    Treated is what is judged: a request that cannot be scored gets no profile, since nobody would see it harm there.
+    Exceptions are the client's own wish for a version, `calibration.force` and `calibration.treat_unjudged`.
+
+    unjudged: why the request is never scored, None where it can be. kind: full name. is_control: decides on the arm.
+    """
     if policy.mode == "off":
         return Choice(None, Arm.NONE, ArmReason.OFF)
     if request.uncalibrated is not None:
@@ -69,23 +92,18 @@ def choose_profile(policy: Policy, request: Request, options: ClientOptions, rou
         return Choice(None, Arm.NONE, ArmReason.OPTED_OUT)
     if options.calibration is not None:
         return _if_available(policy, options.calibration, Arm.NONE, ArmReason.PINNED)
-    version = _serving_version(policy, {"label": options.label, "route": route, "model": request.model})
+    if unjudged is not None and not policy.treat_unjudged:
+        return Choice(None, Arm.NONE, unjudged)
+    version = policy.serving_by_kind.get(kind if kind in policy.kinds else REST_KIND)
     if version is None:
         return Choice(None, Arm.NONE, ArmReason.NO_PROFILE)
     choice = _if_available(policy, version, Arm.TREATED, ArmReason.ASSIGNED)
-    key = request.conversation_key or request_id.encode("utf-8", "surrogateescape")
-    if choice.version is not None and in_control_arm(key, policy.control_fraction, policy.shadow_seed):
+    if choice.version is not None and is_control():
         return Choice(None, Arm.CONTROL, ArmReason.ASSIGNED)
     return choice
 
 
-def _serving_version(policy: Policy, scopes: dict[str, str]) -> str | None:
-    """The version of the request's scope where the engine has it, else that of the pooled profile."""
-    own = policy.scoped.get(scopes.get(policy.scope, ""))
-    return own if own in policy.acknowledged else policy.serving
-
-
 def _if_available(policy: Policy, version: str, arm: Arm, reason: ArmReason) -> Choice:
     """Only versions that the engine has acknowledged are requested: for any other it would silently apply identity."""
-    available = policy.acknowledged if policy.apply == "engine" else {policy.serving, policy.forced}
+    available = policy.acknowledged if policy.apply == "engine" else {*policy.serving_by_kind.values(), policy.forced}
     return Choice(version, arm, reason) if version in available else Choice(None, Arm.NONE, ArmReason.UNKNOWN)

@@ -46,6 +46,8 @@ class RecordsFile:
             "covered_mass": figures.covered_compressed.tolist(),
             "temperature": capture.temperature if math.isfinite(capture.temperature) else None,
             "label": capture.label,
+            "kind": capture.kind,
+            "conversation": capture.conversation.hex(),
             "arm": str(record.arm),
             "profile": record.applied or IDENTITY,
         }

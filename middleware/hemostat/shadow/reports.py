@@ -9,29 +9,11 @@ from enum import StrEnum
 
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.metrics import names
-from hemostat.openai.requests import Uncalibrated, Unscorable
+from hemostat.openai.requests import Unscorable
 from hemostat.openai.responses import ResponseFailure
-from hemostat.shadow.endings import Outcome
-from hemostat.shadow.profile_choice import ArmReason
+from hemostat.shadow.endings import Outcome, SkipReason
+from hemostat.shadow.profile_choice import Reason
 from hemostat_calibration.records import Arm
-
-
-class SkipReason(StrEnum):
-    """Why a sampled request is skipped, or not sampled: values of the label `reason` of shadow requests.
-
-    Unscorable and ResponseFailure are the other reasons.
-    """
-
-    OPTED_OUT = "opted_out"
-    """The client sent `X-Hemostat-Shadow: off`."""
-    ON_NOT_ALLOWED = "on_not_allowed"
-    """The client sent `X-Hemostat-Shadow: on`, and `shadow.allow_on` is not set."""
-    ROUTE = "route"
-    """Requests of this route cannot be scored."""
-    BODY_TOO_LARGE = "body_too_large"
-    """The request's body is too large to be read; it was passed on unread."""
-    BAD_JSON = "bad_json"
-    """The request's body is not a JSON object."""
 
 
 class RelayDropReason(StrEnum):
@@ -76,7 +58,7 @@ class Reports:
         else:
             self._count(names.SHADOW_REQUESTS, (Outcome.DROPPED.value, RelayDropReason.LINK_FULL.value))
 
-    def calibrated(self, arm: Arm, reason: ArmReason | Uncalibrated) -> None:
+    def calibrated(self, arm: Arm, reason: Reason) -> None:
         """Count a request that could get a profile."""
         self._count(names.CALIBRATION_REQUESTS, (arm.value, reason.value))
 
