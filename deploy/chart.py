@@ -33,7 +33,7 @@ CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {
     ("reference", "api_key"): SECRET,
     ("reference", "device"): {"pattern": r"^(cpu|cuda(:\d+)?|xpu(:\d+)?|mps)$"},
     ("reference", "url"): {"pattern": URL},
-    ("shadow", "seed"): {"exclusiveMaximum": 2**53},  # helm reads numbers as floats
+    ("evidence", "client_header"): {"pattern": "^[A-Za-z0-9_-]{1,64}$"},
     ("upstream", "api_key"): SECRET,
     ("tracing", "endpoint"): {"pattern": URL},
     ("store", "url"): {"pattern": STORE},

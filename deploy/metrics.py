@@ -32,7 +32,8 @@ ELSE = ""
 ARMS: Values = {
     Arm.CONTROL: "randomly assigned to get no profile, while a profile serves",
     Arm.TREATED: "randomly assigned, and the profile was requested from the engine",
-    Arm.NONE: "in no comparison: no profile serves, opted out, pinned, or excluded for a technical reason",
+    Arm.NONE: "in no comparison: no profile serves, it cannot be scored, opted out, pinned, or excluded for another "
+    "technical reason",
 }
 SHADOW_REASONS: dict[str, Values] = {
     "skipped": {
@@ -44,6 +45,7 @@ SHADOW_REASONS: dict[str, Values] = {
         "bad_json": "the request is not a JSON object",
         "invalid": "a parameter is invalid; vLLM reports it to the client",
         "lora": "the model is an adapter that the reference does not serve under the same name",
+        "no_reference": "no reference was matched with the model",
         "n": "several choices or prompts in one request",
         "beam_search": "beam search",
         "structured_output": "vLLM takes logprobs after the grammar's mask",
@@ -104,14 +106,16 @@ CALIBRATION_REASONS: Values = {
     "off": "`calibration.mode` is `off`",
     "no_profile": "none serves",
     "unknown": "the engine does not hold the version",
-    "opted_out": "the client sent `X-Hemostat-Calibration: off`",
+    "opted_out": "the client sent `X-Hemostat-Calibration: off`, or `X-Hemostat-Shadow: off`",
     "pinned": "the client named a version",
     "forced": "`calibration.force`",
     "own_logits": "the client changes logits itself (logit_bias, penalties)",
     "own_xargs": "the client named a profile itself, in `vllm_xargs.hemostat`",
     "own_parameters": "`apply: request`, and the client set temperature or logit_bias",
-    "refused": "vLLM refused the request with the profile, and it was sent again unchanged",
-    "lora, beam_search, multimodal, invalid, bad_json, body_too_large": "as for `hemostat_shadow_requests_total`",
+    "refused": "vLLM refused the request as Hemostat had changed it, and it was sent again unchanged",
+    "on_not_allowed, encoded, body_too_large, bad_json, invalid, lora, no_reference, n, beam_search, "
+    "structured_output, forced_tool, echo, prompt_logprobs, client_logprobs, hidden_reasoning, multimodal, "
+    "too_long": "as for `hemostat_shadow_requests_total`: it cannot be scored, and only what can be judged is treated",
 }
 HEADLINES: Values = {
     "kl_nats": "KL(reference‖compressed)",

@@ -381,7 +381,6 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
         generation=1,
         mode="observe",
         shadow_rate=rate,
-        shadow_seed=1,
         shadow_allow_on=False,
         shadow_top_k=TOP_K,
         shadow_max_tokens=8192,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import random
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -707,7 +708,12 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
         ):
             patches.enter_context(mock.patch.object(composition, name, value))
         control = NotingControl(
-            made, folder / "control.sock", DATA_PORT, clock=lambda: clock.monotonic, wall=lambda: clock.wall
+            made,
+            folder / "control.sock",
+            DATA_PORT,
+            clock=lambda: clock.monotonic,
+            wall=lambda: clock.wall,
+            draw=random.Random(7).random,
         )
         control.engines.replica = "0123456789abcdef"  # made up anew by every process
         control.salt.value = bytes(range(32))

@@ -42,11 +42,11 @@ def test_only_the_upstream_is_required(written: Any) -> None:
 
 
 def test_flags_win_over_environment_over_file(written: Any) -> None:
-    path = written(UPSTREAM + "shadow: {rate: 0.1, seed: 1, top_k: 5}\nlabels: [a]\nadmin: {token: file}\n")
-    env = {"HEMOSTAT_SHADOW__RATE": "0.2", "HEMOSTAT_SHADOW__SEED": "2", "HEMOSTAT_LABELS": "b, c"}
+    path = written(UPSTREAM + "shadow: {rate: 0.1, max_queue: 1, top_k: 5}\nlabels: [a]\nadmin: {token: file}\n")
+    env = {"HEMOSTAT_SHADOW__RATE": "0.2", "HEMOSTAT_SHADOW__MAX_QUEUE": "2", "HEMOSTAT_LABELS": "b, c"}
     settings = load(path, env, [("shadow.rate", "0.3"), ("shadow.allow_on", "on"), ("admin.token", "null")])
     shadow = settings.shadow
-    assert (shadow.rate, shadow.seed, shadow.top_k, shadow.allow_on) == (0.3, 2, 5, True)
+    assert (shadow.rate, shadow.max_queue, shadow.top_k, shadow.allow_on) == (0.3, 2, 5, True)
     assert settings.labels == ["b", "c"]
     assert settings.admin.token is None
 
@@ -89,8 +89,9 @@ WRONG = [
     (UPSTREAM + "rate: 0.1\n", ":3: rate: unknown key; did you mean shadow.rate?"),
     (UPSTREAM + "log:\n  zzzz: 1\n", ":4: log.zzzz: unknown key; the keys here are level"),
     ("upstream: {ulr: http://h}\n", ":1: upstream.ulr: unknown key; did you mean upstream.url? (and 1 more)"),
+    (UPSTREAM + "shadow: {seed: 7}\n", ":3: shadow.seed: removed: which requests are sampled is drawn at random"),
     # types
-    (UPSTREAM + "shadow: 3\n", ":3: shadow: 3 is not a mapping; its keys are rate, seed"),
+    (UPSTREAM + "shadow: 3\n", ":3: shadow: 3 is not a mapping; its keys are rate, allow_on"),
     (UPSTREAM + "shadow: {rate: often}\n", "shadow.rate: 'often' does not fit: should be a valid number"),
     (UPSTREAM + "shadow: {rate: yes}\n", "shadow.rate: a number is expected"),
     (UPSTREAM + "shadow: {rate: [1]}\n", "shadow.rate: [1] does not fit"),
@@ -105,6 +106,7 @@ WRONG = [
     (UPSTREAM + "shadow: {rate: .nan}\n", "shadow.rate: nan does not fit: should be a finite number"),
     (UPSTREAM + "shadow: {reference_tokens_per_second: .inf}\n", "should be a finite number"),
     (UPSTREAM + "listen: {port: 70000}\n", "listen.port: 70000 does not fit"),
+    (UPSTREAM + "evidence: {client_header: 'a b'}\n", "evidence.client_header: 'a b' is not the name of a header"),
     (UPSTREAM + "workers: 0\n", "workers: 0 does not fit"),
     (UPSTREAM + "calibration: {control_fraction: 0}\n", "calibration.control_fraction: 0 does not fit"),
     (

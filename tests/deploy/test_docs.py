@@ -34,9 +34,9 @@ from hemostat.openai.requests import Uncalibrated, Unscorable
 from hemostat.openai.responses import ResponseFailure
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay.counters import OUTCOMES
-from hemostat.shadow.endings import ScoringDropReason, ScoringSkipReason
-from hemostat.shadow.profile_choice import ArmReason
-from hemostat.shadow.reports import RelayDropReason, SkipReason
+from hemostat.shadow.endings import ScoringDropReason, ScoringSkipReason, SkipReason
+from hemostat.shadow.profile_choice import UNJUDGED, ArmReason
+from hemostat.shadow.reports import RelayDropReason
 
 DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"
@@ -135,7 +135,7 @@ def test_every_reason_of_the_shadow_is_explained(reference: ModuleType) -> None:
 
 def test_every_reason_of_an_arm_is_explained(reference: ModuleType) -> None:
     explained = {one for name in reference.CALIBRATION_REASONS for one in name.split(", ")}
-    assert explained == {*ArmReason, *Uncalibrated}
+    assert explained == {*ArmReason, *Uncalibrated, *UNJUDGED}
 
 
 def test_every_event_of_the_engine_is_explained(reference: ModuleType) -> None:

@@ -219,7 +219,7 @@ def test_what_the_values_say_of_the_configuration_arrives(helm: Helm, tmp_path: 
     settings = helm.values(set_of("everything")).settings(tmp_path)
     assert settings.upstream.url == "http://vllm.models.svc.cluster.local"
     assert settings.shadow.rate == 0.02
-    assert settings.shadow.seed == 9_007_199_254_740_991
+    assert settings.evidence.client_header == "x-api-key"
     assert settings.shadow.floor_fraction == 0.05  # by extraEnv
     assert settings.calibration.min_tokens == 20_000_000
     assert settings.calibration.half_life_tokens == 2_000_000

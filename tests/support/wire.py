@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import msgspec
 import numpy as np
 
 from hemostat.hooks import Refusal
-from hemostat.ipc.messages import Capture, Policy
+from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.metrics.names import CALIBRATION_REQUESTS, SHADOW_REQUESTS
 from hemostat.shadow.interceptor import Interceptor
 
@@ -24,7 +25,6 @@ POLICY = Policy(
     generation=1,
     mode="observe",
     shadow_rate=1.0,
-    shadow_seed=7,
     shadow_allow_on=True,
     shadow_top_k=8,
     shadow_max_tokens=1024,
@@ -38,7 +38,10 @@ POLICY = Policy(
 )
 
 
-def policy(**changes: Any) -> Policy:
+def policy(*, served: str | None = None, **changes: Any) -> Policy:
+    """served: the version that serves every kind."""
+    if served is not None:
+        changes = {"mode": "auto", "serving_by_kind": {REST_KIND: served}} | changes
     return msgspec.structs.replace(POLICY, **changes)
 
 
@@ -63,9 +66,14 @@ class Wire:
     room: bool = True
     replays: bool = True
     """False: as when the relay cannot, the head being out."""
+    arms: list[str] = field(default_factory=list)
+    """Of the intercepted requests, as their outcomes are counted."""
+    draw: Callable[[], float] = lambda: 0.5
 
     def __post_init__(self) -> None:
-        self.interceptor = Interceptor(POLICY, self._emit, self._count, clock=lambda: 1.5, nonce=lambda: "nonce")
+        self.interceptor = Interceptor(
+            POLICY, self._emit, self._count, draw=self.draw, clock=lambda: 1.5, nonce=lambda: "nonce"
+        )
 
     def _emit(self, capture: Capture) -> bool:
         if self.room:
@@ -137,6 +145,7 @@ class Wire:
             break
         answer.body = b"".join(parts)
         if exchange is not None:
+            self.arms.append(exchange.arm)
             exchange.closed(complete=answer.complete)
         return answer
 

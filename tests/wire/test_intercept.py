@@ -20,8 +20,9 @@ from hemostat.hooks import ExchangeHook, Refusal
 from hemostat.ipc.messages import Policy
 from hemostat.openai import json_splice
 from hemostat.openai.errors import leading_error_code
-from hemostat.openai.requests import LOGIT_EDITING_KEYS, read_request, sampling_parameters
+from hemostat.openai.requests import LOGIT_EDITING_KEYS, Unscorable, read_request, sampling_parameters
 from hemostat.openai.routes import CHAT, COMPLETIONS
+from hemostat.shadow.profile_choice import UNJUDGED
 from hemostat_engine.xargs import edits_logits
 
 TOOL_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -137,35 +138,147 @@ def test_a_capture_has_the_requests_parameters(wire: Wire) -> None:
     assert (capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p) == (0.5, 0.9, 0, 0.1)
     assert (capture.stream, capture.finish_reason, capture.arm, capture.requested) == (True, "length", "none", None)
     assert (capture.captured_at, capture.nonce, capture.top_k) == (1.5, "", 8)
+    assert capture.kind == "chat label batch text cut brief"
+    assert (len(capture.conversation), capture.client) == (16, b"")
 
 
-SKIPPED = [
-    ("structured_output", CHAT, {"response_format": {"type": "json_object"}}),
-    ("forced_tool", CHAT, {"tools": TOOLS, "tool_choice": "required"}),
-    ("n", CHAT, {"n": 2}),
-    ("client_logprobs", CHAT, {"logprobs": True, "top_logprobs": 2}),
-    ("client_logprobs", COMPLETIONS, {"logprobs": 2}),
-    ("prompt_logprobs", COMPLETIONS, {"prompt_logprobs": 1}),
-    ("echo", COMPLETIONS, {"echo": True}),
-    ("lora", CHAT, {"model": "adapter"}),
-    ("too_long", COMPLETIONS, {"prompt": [1] * 1030}),
-]
+def test_a_capture_names_its_conversation_and_client_by_salted_digests(wire: Wire) -> None:
+    for salt in (b"one", b"two"):
+        wire.interceptor.policy = policy(salt=salt)
+        for name, value in (("Authorization", "Bearer a"), ("authorization", "bearer a"), ("authorization", "b")):
+            wire.send(CHAT, chat(), headers={name: value})
+    one, same, other, *salted = wire.captures
+    assert one.client == same.client != other.client
+    assert len(one.client) == 8
+    assert one.conversation == same.conversation == other.conversation, "another client is no new observation"
+    assert {one.client, other.client, one.conversation}.isdisjoint(
+        {salted[0].client, salted[2].client, salted[0].conversation}
+    )
+    wire.interceptor.policy = policy(client_header="x-tenant")
+    wire.send(CHAT, chat(), headers={"authorization": "a", "X-Tenant": "t"})
+    wire.send(CHAT, chat(), headers={"authorization": "b", "X-Tenant": "t"})
+    assert wire.captures[-1].client == wire.captures[-2].client != b""
 
 
-@pytest.mark.parametrize(("reason", "path", "more"), SKIPPED)
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
+SKIPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # What is asked -> reason, path, members.
+    "a JSON object": ("structured_output", CHAT, {"response_format": {"type": "json_object"}}),
+    "a schema": ("structured_output", CHAT, {"response_format": {"type": "json_schema", "json_schema": PARAMETERS}}),
+    "guided decoding": ("structured_output", COMPLETIONS, {"guided_regex": "a+"}),
+    "structured outputs": ("structured_output", COMPLETIONS, {"structured_outputs": {"choice": ["a", "b"]}}),
+    "a required tool": ("forced_tool", CHAT, {"tools": TOOLS, "tool_choice": "required"}),
+    "a named tool": (
+        "forced_tool",
+        CHAT,
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+    ),
+    "two choices": ("n", CHAT, {"n": 2}),
+    "two prompts": ("n", COMPLETIONS, {"prompt": ["a", "b"]}),
+    "the best of two": ("n", COMPLETIONS, {"best_of": 2}),
+    "beams": ("beam_search", CHAT, {"use_beam_search": True}),
+    "own logprobs of a chat": ("client_logprobs", CHAT, {"logprobs": True, "top_logprobs": 2}),
+    "own logprobs": ("client_logprobs", COMPLETIONS, {"logprobs": 2}),
+    "own token ids": ("client_logprobs", CHAT, {"return_token_ids": True}),
+    "logprobs of the prompt": ("prompt_logprobs", COMPLETIONS, {"prompt_logprobs": 1}),
+    "an echo": ("echo", COMPLETIONS, {"echo": True}),
+    "hidden reasoning": ("hidden_reasoning", CHAT, {"include_reasoning": False}),
+    "an adapter": ("lora", CHAT, {"model": "adapter"}),
+    "another base model": ("no_reference", CHAT, {"model": "second"}),
+    "an image": ("multimodal", CHAT, {"messages": [IMAGE]}),
+    "an invalid parameter": ("invalid", CHAT, {"stream_options": 3}),
+    "a long prompt": ("too_long", COMPLETIONS, {"prompt": [1] * 1030}),
+}
+MODELS = {"unscorable_models": frozenset({"adapter"}), "scorable_models": frozenset({"fake"})}
+NEVER_TREATED = {"lora", "no_reference", "beam_search", "multimodal", "invalid"}
+
+
+@pytest.mark.parametrize("serves", [False, True])
+@pytest.mark.parametrize("case", SKIPPED)
 @pytest.mark.parametrize("stream", [False, True])
-def test_unscorable_requests_pass_unchanged(
-    wire: Wire, fake: FakeVllm, reason: str, path: str, more: dict[str, Any], stream: bool
+def test_what_cannot_be_scored_is_neither_changed_nor_treated(
+    wire: Wire, fake: FakeVllm, case: str, stream: bool, serves: bool
 ) -> None:
     fake.adapters = ("adapter",)
+    reason, path, more = SKIPPED[case]
     body = (chat if path == CHAT else completion)() | more | ({"stream": True} if stream else {})
     wire.interceptor.policy = policy(scoring=False)
     plain = wire.send(path, body)
-    wire.interceptor.policy = policy(unscorable_models=frozenset({"adapter"}))
+    profile = {"served": VERSION, "control_fraction": 0.0} if serves else {}
+    wire.interceptor.policy = policy(**profile, **MODELS)
     sampled = wire.send(path, body)
-    assert (sampled.sent, sampled.body) == (plain.sent, plain.body)
+    assert sampled.sent == plain.sent == json_splice.encode(body)
+    assert (sampled.status, sampled.body) == (plain.status, plain.body)
     assert wire.shadow("skipped", reason) == 1
+    assert wire.calibration("none", reason) == serves
+    assert wire.counts.total() == 1 + serves
+    assert wire.arms == ["none"]
     assert not wire.captures
+    wire.interceptor.policy = policy(**profile, **MODELS, shadow_rate=0.0)
+    assert wire.send(path, body).sent == plain.sent, "whether it is sampled or not"
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_an_operator_may_have_unjudged_requests_treated(wire: Wire, fake: FakeVllm, case: str) -> None:
+    reason, path, more = SKIPPED[case]
+    body = (chat if path == CHAT else completion)() | more
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, treat_unjudged=True, **MODELS)
+    sent = json.loads(wire.send(path, body).sent)
+    assert wire.shadow("skipped", reason) == 1
+    if reason in NEVER_TREATED:
+        assert sent == body
+        assert wire.calibration("none", reason) == 1
+    else:
+        assert sent == body | {"vllm_xargs": {"hemostat": VERSION}}
+        assert wire.calibration("treated", "assigned") == 1
+
+
+def test_every_reason_that_the_body_shows_is_among_these_cases() -> None:
+    assert {reason for reason, *_ in SKIPPED.values()} == {*Unscorable, "too_long"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "headers", "changes", "body"),
+    [
+        ("opted_out", {"X-Hemostat-Shadow": "off"}, {}, None),
+        ("on_not_allowed", {"X-Hemostat-Shadow": "on"}, {"shadow_allow_on": False}, None),
+        ("encoded", {"content-encoding": "gzip"}, {}, b"\x1f\x8b\x08"),
+        ("body_too_large", {}, {"body_limit": 10}, None),
+        ("bad_json", {}, {}, b'{"model":"fake","n":1,"n":2,"messages":[{"role":"user","content":"hi"}]}'),
+    ],
+)
+def test_what_head_or_form_exclude_from_scoring_is_neither_changed_nor_treated(
+    wire: Wire, reason: str, headers: dict[str, str], changes: dict[str, Any], body: bytes | None
+) -> None:
+    body = body or json_splice.encode(chat())
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, **changes)
+    assert wire.send(CHAT, body, headers=headers).sent == body
+    assert wire.shadow("skipped", reason) == wire.calibration("none", reason) == 1
+    assert wire.counts.total() == 2
+    assert set(wire.arms) <= {"none"}
+    # The headers alone exclude nothing where the operator says so.
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, treat_unjudged=True, **changes)
+    sent = wire.send(CHAT, body, headers=headers).sent
+    assert (sent == body) == (reason not in {"opted_out", "on_not_allowed"})
+
+
+def test_every_reason_known_from_the_request_is_tested_with_a_profile() -> None:
+    form = {"opted_out", "on_not_allowed", "encoded", "body_too_large", "bad_json"}
+    assert {str(reason) for reason in UNJUDGED} == {reason for reason, *_ in SKIPPED.values()} | form
+
+
+@pytest.mark.parametrize("case", ["a JSON object", "two choices", "own logprobs of a chat"])
+@pytest.mark.parametrize(
+    ("changes", "headers", "reason"),
+    [({}, {"X-Hemostat-Calibration": VERSION}, "pinned"), ({"forced": VERSION}, {}, "forced")],
+)
+def test_a_named_or_forced_version_goes_on_unjudged_requests_too(
+    wire: Wire, fake: FakeVllm, case: str, changes: dict[str, Any], headers: dict[str, str], reason: str
+) -> None:
+    wire.interceptor.policy = policy(**changes)
+    wire.send(CHAT, chat() | SKIPPED[case][2], headers=headers)
+    assert asked_of_engine(fake) == VERSION
+    assert wire.calibration("none", reason) == 1
 
 
 def test_unreadable_bodies_pass_unchanged(wire: Wire) -> None:
@@ -263,9 +376,10 @@ REFUSAL_EVENT = b'data: {"error": {"message": "no such xarg", "code": 400}}\n\nd
 @pytest.mark.parametrize("shadow_rate", [0.0, 1.0])
 def test_a_request_whose_profile_is_refused_is_sent_again_without_it(shadow_rate: float, status: int) -> None:
     wire = Wire(httpx.Client())
-    wire.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0, shadow_rate=shadow_rate)
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, shadow_rate=shadow_rate)
     exchange = begun(wire)
     assert exchange.request(json_splice.encode(chat(stream=True))) is not None
+    assert exchange.arm == "treated"
     assert exchange.response_head(status, EVENT_STREAM if status == 200 else [])
     for at in range(0, len(REFUSAL_EVENT), 20):
         assert exchange.response_data(REFUSAL_EVENT[at : at + 20]) == b""
@@ -274,6 +388,7 @@ def test_a_request_whose_profile_is_refused_is_sent_again_without_it(shadow_rate
     answer = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"token_ids":[5]}]}\n\ndata: [DONE]\n\n'
     assert b"".join(exchange.response_data(answer[at : at + 7]) for at in range(0, len(answer), 7)) == answer
     assert exchange.response_end() == b""
+    assert exchange.arm == "none", "its outcomes are not those of the profile"
     exchange.closed(complete=True)
     assert not wire.captures
     assert wire.calibration("none", "refused") == 1
@@ -495,6 +610,14 @@ def test_requests_are_not_intercepted_without_scoring_and_calibration(wire: Wire
     assert not wire.counts
 
 
+def test_a_control_request_that_was_sent_again_leaves_its_arm_as_a_treated_one_does(wire: Wire, fake: FakeVllm) -> None:
+    fake.max_logprobs = 5
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=1.0)
+    assert wire.send(CHAT, chat()).replayed
+    assert wire.arms == ["none"]
+    assert wire.calibration("none", "refused") == 1
+
+
 def test_a_client_opts_out_or_in(wire: Wire) -> None:
     wire.send(CHAT, chat(), headers={"X-Hemostat-Shadow": "off"})
     assert wire.shadow("skipped", "opted_out") == 1
@@ -504,6 +627,9 @@ def test_a_client_opts_out_or_in(wire: Wire) -> None:
     wire.interceptor.policy = policy(shadow_rate=0.0, shadow_allow_on=False)
     wire.send(CHAT, chat(), headers={"X-Hemostat-Shadow": "on"})
     assert wire.shadow("skipped", "on_not_allowed") == 1
+    wire.interceptor.policy = policy(shadow_rate=1.0, shadow_allow_on=False)
+    wire.send(CHAT, chat(), headers={"X-Hemostat-Shadow": "on"})
+    assert wire.shadow("skipped", "on_not_allowed") == 2, "whatever is drawn"
     assert len(wire.captures) == 1
 
 
@@ -529,8 +655,8 @@ def test_an_invalid_header_is_refused_by_name(wire: Wire, fake: FakeVllm, name: 
 
 # --- arms -------------------------------------------------------------------------------------------------------------
 
-AUTO = policy(mode="auto", serving=VERSION)
-ALL_TREATED = policy(mode="auto", serving=VERSION, control_fraction=0.0)
+AUTO = policy(served=VERSION)
+ALL_TREATED = policy(served=VERSION, control_fraction=0.0)
 
 
 def asked_of_engine(fake: FakeVllm) -> Any:
@@ -563,12 +689,12 @@ def test_arms_are_assigned_by_conversation_and_only_treated_requests_get_the_pro
     [
         (ALL_TREATED, {}, {}, VERSION, "treated", "assigned"),
         (policy(), {}, {}, None, "none", None),
-        (policy(mode="observe", serving=VERSION), {}, {}, None, "none", None),
+        (policy(mode="observe", served=VERSION), {}, {}, None, "none", None),
         (ALL_TREATED, {"X-Hemostat-Calibration": "off"}, {}, None, "none", "opted_out"),
         (policy(), {"X-Hemostat-Calibration": VERSION}, {}, VERSION, "none", "pinned"),
         (ALL_TREATED, {"X-Hemostat-Calibration": OTHER_VERSION}, {}, None, "none", "unknown"),
-        (policy(mode="auto", serving=OTHER_VERSION, control_fraction=0.0), {}, {}, None, "none", "unknown"),
-        (policy(mode="off", serving=VERSION), {"X-Hemostat-Calibration": VERSION}, {}, None, "none", "off"),
+        (policy(served=OTHER_VERSION, control_fraction=0.0), {}, {}, None, "none", "unknown"),
+        (policy(mode="off", served=VERSION), {"X-Hemostat-Calibration": VERSION}, {}, None, "none", "off"),
         (policy(mode="off", forced=VERSION), {}, {}, None, "none", None),
         (policy(forced=VERSION), {}, {}, VERSION, "none", "forced"),
         (ALL_TREATED, {}, {"vllm_xargs": {"hemostat": "mine"}}, "mine", "none", "own_xargs"),
@@ -593,7 +719,7 @@ def test_choice_of_arm_and_profile(
     reason: str | None,
 ) -> None:
     wire.interceptor.policy = policy(
-        **{name: getattr(chosen, name) for name in ("mode", "serving", "forced")}, control_fraction=0.0
+        **{name: getattr(chosen, name) for name in ("mode", "serving_by_kind", "forced")}, control_fraction=0.0
     )
     assert wire.send(CHAT, chat() | more, headers=headers).status == 200
     assert asked_of_engine(fake) == asked
@@ -606,54 +732,38 @@ def test_choice_of_arm_and_profile(
         assert fake.requests[-1]["vllm_xargs"][name] == value
 
 
-SCOPED = {"serving": VERSION, "acknowledged": frozenset({VERSION, OTHER_VERSION}), "control_fraction": 0.0}
+KIND = "chat text greedy brief"
 
 
 @pytest.mark.parametrize(
-    ("changes", "path", "headers", "asked", "reason"),
+    ("changes", "path", "asked"),
     [
-        ({"scope": "label", "scoped": {"batch": OTHER_VERSION}}, CHAT, "batch", OTHER_VERSION, "assigned"),
-        ({"scope": "label", "scoped": {"batch": OTHER_VERSION}}, CHAT, "chat", VERSION, "assigned"),
-        ({"scope": "label", "scoped": {"batch": OTHER_VERSION}}, CHAT, None, VERSION, "assigned"),
-        ({"scope": "route", "scoped": {CHAT: OTHER_VERSION}}, CHAT, None, OTHER_VERSION, "assigned"),
-        ({"scope": "route", "scoped": {CHAT: OTHER_VERSION}}, COMPLETIONS, None, VERSION, "assigned"),
-        ({"scope": "model", "scoped": {"fake": OTHER_VERSION}}, CHAT, None, OTHER_VERSION, "assigned"),
-        ({"scope": "model", "scoped": {"other": OTHER_VERSION}}, CHAT, None, VERSION, "assigned"),
-        # An engine that has not got it yet: what serves all is better than identity.
-        (
-            {"scope": "label", "scoped": {"batch": OTHER_VERSION}, "acknowledged": frozenset({VERSION})},
-            *(CHAT, "batch", VERSION, "assigned"),
-        ),
-        ({"scope": "label", "scoped": {"batch": OTHER_VERSION}, "serving": None}, CHAT, "chat", None, "no_profile"),
-        (
-            {"scope": "label", "scoped": {"batch": OTHER_VERSION}, "serving": None},
-            CHAT,
-            "batch",
-            OTHER_VERSION,
-            "assigned",
-        ),
+        ({"kinds": {KIND}, "serving_by_kind": {KIND: OTHER_VERSION, "rest": VERSION}}, CHAT, OTHER_VERSION),
+        ({"kinds": {KIND}, "serving_by_kind": {KIND: OTHER_VERSION, "rest": VERSION}}, COMPLETIONS, VERSION),
+        # A kind that is followed by itself is served by its own evidence only.
+        ({"kinds": {KIND}, "serving_by_kind": {"rest": VERSION}}, CHAT, None),
+        ({"kinds": {"chat text sampled"}, "serving_by_kind": {"rest": VERSION}}, CHAT, VERSION),
+        # One that is no longer followed belongs to the rest.
+        ({"serving_by_kind": {KIND: OTHER_VERSION, "rest": VERSION}}, CHAT, VERSION),
+        ({"serving_by_kind": {KIND: OTHER_VERSION}}, CHAT, None),
     ],
 )
-def test_a_scope_gets_its_own_profile_and_other_requests_the_pooled_one(
-    wire: Wire,
-    fake: FakeVllm,
-    changes: dict[str, Any],
-    path: str,
-    headers: str | None,
-    asked: str | None,
-    reason: str,
+def test_a_request_gets_the_profile_of_its_kind(
+    wire: Wire, fake: FakeVllm, changes: dict[str, Any], path: str, asked: str | None
 ) -> None:
-    wire.interceptor.policy = policy(mode="auto", labels=frozenset({"batch", "chat"}), **SCOPED | changes)
-    body = chat() if path == CHAT else completion()
-    assert wire.send(path, body, headers={"X-Hemostat-Label": headers} if headers else {}).status == 200
+    changes = {"kinds": frozenset(changes.get("kinds", ())), "serving_by_kind": changes["serving_by_kind"]}
+    held = frozenset({VERSION, OTHER_VERSION})
+    wire.interceptor.policy = policy(mode="auto", acknowledged=held, control_fraction=0.0, **changes)
+    assert wire.send(path, chat() if path == CHAT else completion()).status == 200
     assert asked_of_engine(fake) == asked
-    arm = "none" if asked is None else "treated"
-    assert (wire.captures[-1].arm, wire.captures[-1].requested) == (arm, asked)
-    assert wire.calibration(arm, reason) == 1
+    [capture] = wire.captures
+    assert (capture.arm, capture.requested) == ("none" if asked is None else "treated", asked)
+    assert wire.calibration(*("none", "no_profile") if asked is None else ("treated", "assigned")) == 1
+    assert capture.kind == (KIND if path == CHAT else "completions text greedy brief")
 
 
 def test_in_an_unsampled_treated_request_only_the_xargs_change(wire: Wire) -> None:
-    wire.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0, scoring=False)
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, scoring=False)
     body = b'{ "model": "fake",\n  "messages": [{"role": "user", "content": "caf\\u00e9"}], "max_tokens": 2 }'
     answer = wire.send(CHAT, body)
     assert answer.sent == body.replace(
@@ -679,8 +789,7 @@ def test_without_a_plugin_a_profile_is_sent_as_temperature_and_bias_unless_the_c
     wire: Wire, fake: FakeVllm
 ) -> None:
     wire.interceptor.policy = policy(
-        mode="auto",
-        serving=VERSION,
+        served=VERSION,
         acknowledged=frozenset(),
         control_fraction=0.0,
         apply="request",

@@ -81,7 +81,7 @@ async def test_hemostat_headers_are_not_sent_upstream_and_invalid_ones_are_refus
 
 
 async def test_a_treated_stream_reaches_the_openai_client(bench: Bench) -> None:
-    bench.interceptor.policy = policy(mode="auto", serving=VERSION, control_fraction=0.0)
+    bench.interceptor.policy = policy(served=VERSION, control_fraction=0.0)
     async with openai_sdk.AsyncOpenAI(base_url=bench.url + "/v1", api_key="x", max_retries=0) as client:
         messages: Any = [{"role": "user", "content": "say: Grüße 🎉"}]
         stream = await client.chat.completions.create(model="fake", messages=messages, stream=True)

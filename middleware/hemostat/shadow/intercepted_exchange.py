@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hemostat.hooks import Headers, Refusal, Rewrite
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests
@@ -13,7 +11,7 @@ from hemostat.openai.kinds import kind_name
 from hemostat.openai.requests import Request
 from hemostat.openai.responses import ResponseFailure, ResponseTokens, Stripper, error_reason, little_endian
 from hemostat.openai.routes import CHAT
-from hemostat.shadow.assignment import conversation_digest, in_control_arm
+from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
 from hemostat.shadow.profile_choice import ArmReason, Reason, Unjudged, choose_profile
@@ -78,9 +76,8 @@ class InterceptedExchange:
         calibrated: bool,
         client: bytes,
         traceparent: str,
-        draw: Callable[[], float],
     ) -> None:
-        """unjudged: why the request is not scored, by its headers. client: digest. draw: see `Interceptor`."""
+        """unjudged: why the request is not scored, by its headers. client: digest."""
         self.body_limit = policy.body_limit
         self._reports = reports
         self._policy = policy
@@ -94,7 +91,6 @@ class InterceptedExchange:
         self._calibrated = calibrated
         self._client = client
         self._traceparent = traceparent[:MAX_TRACEPARENT]
-        self._draw = draw
         self._kind = ""
         self._conversation = b""
         self._arm = Arm.NONE
@@ -158,7 +154,7 @@ class InterceptedExchange:
     def _add_profile(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Choose the arm and the profile, and add what requests the profile."""
         policy = self._policy
-        choice = choose_profile(policy, request, self._options, self._unjudged, self._kind, self._is_control)
+        choice = choose_profile(policy, request, self._options, self._unjudged, self._kind, self._conversation)
         self._counted_as = choice.arm, choice.reason
         self._arm = choice.arm
         if choice.version is None:
@@ -172,13 +168,6 @@ class InterceptedExchange:
             changes["temperature"] = encode(policy.request_temperature)
         if policy.request_logit_bias:
             changes["logit_bias"] = encode(policy.request_logit_bias)
-
-    def _is_control(self) -> bool:
-        """The same for every turn of a conversation; drawn for a request without one."""
-        policy = self._policy
-        if self._conversation:
-            return in_control_arm(self._conversation, policy.control_fraction, policy.salt)
-        return self._draw() < policy.control_fraction
 
     def _add_token_details(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Add what makes vLLM return the tokens' details, or skip a request that cannot be scored."""

@@ -92,7 +92,6 @@ class Interceptor:
             calibrated=calibrated,
             client=assignment.client_digest(client, policy.salt),
             traceparent=first_value(headers, b"traceparent").decode("latin-1"),
-            draw=self._draw,
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from hemostat.ipc.messages import REST_KIND, Policy
 from hemostat.openai.requests import Request, Uncalibrated, Unscorable
 from hemostat.openai.responses import ResponseFailure
+from hemostat.shadow.assignment import in_control_arm
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
 from hemostat_calibration.records import Arm
@@ -71,14 +71,15 @@ def choose_profile(
     options: ClientOptions,
     unjudged: Unjudged | None,
     kind: str,
-    is_control: Callable[[], bool],
+    conversation: bytes,
 ) -> Choice:
     """Choose by what the client sent alone, so that the control and the treated arm exclude the same requests.
 
     Treated is what is judged: a request that cannot be scored gets no profile, since nobody would see it harm there.
     Exceptions are the client's own wish for a version, `calibration.force` and `calibration.treat_unjudged`.
 
-    unjudged: why the request is never scored, None where it can be. kind: full name. is_control: decides on the arm.
+    unjudged: why the request is never scored, None where it can be. kind: full name. conversation: digest, by which
+    the arm is assigned.
     """
     if policy.mode == "off":
         return Choice(None, Arm.NONE, ArmReason.OFF)
@@ -98,7 +99,7 @@ def choose_profile(
     if version is None:
         return Choice(None, Arm.NONE, ArmReason.NO_PROFILE)
     choice = _if_available(policy, version, Arm.TREATED, ArmReason.ASSIGNED)
-    if choice.version is not None and is_control():
+    if choice.version is not None and in_control_arm(conversation, policy.control_fraction, policy.salt):
         return Choice(None, Arm.CONTROL, ArmReason.ASSIGNED)
     return choice
 
