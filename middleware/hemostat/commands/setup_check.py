@@ -15,8 +15,9 @@ from hemostat.reference.match import compare
 from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure
 from hemostat.reference.server import Refused, VllmServer
+from hemostat.store import schema
 from hemostat.store.factory import open_store
-from hemostat.store.protocol import StoreAccessDenied, StoreFailure
+from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
 from hemostat.store.valkey import ValkeyStore
 
 PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
@@ -75,12 +76,16 @@ async def _store(settings: Settings) -> Finding:
         )
     try:
         store = open_store(url)
-        if not isinstance(store, ValkeyStore):
-            return Finding("store", State.OK, url)
         try:
+            schema.require_known(await asyncio.to_thread(store.get_state, schema.SCHEMA_KEY))
+            if not isinstance(store, ValkeyStore):
+                return Finding("store", State.OK, url)
             kind, eviction = await asyncio.to_thread(store.probe)
         finally:
             store.close()
+    except StoreIncompatible as newer:
+        detail, _, fix = str(newer).removeprefix("store.url: ").partition(": ")
+        return Finding("store", State.NO, detail, fix)
     except StoreAccessDenied as refused:
         return Finding(
             "store", State.NO, str(refused).removeprefix("store.url: "), "correct user and password in store.url"

@@ -177,6 +177,7 @@ class Control:
         pair = self.monitor.pair
         if pair.reference is not None:
             self.profile_manager.set_model_pair(pair.model, pair.reference.vocab_size)
+            self.stored_state.set_models(pair)
             self.subject.update()
         self.changes.notify()
 

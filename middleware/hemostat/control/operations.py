@@ -45,7 +45,9 @@ def make_operations(
     """mode: `calibration.mode`. clock: monotonic seconds. wall: Unix time."""
     override = ModeOverride(mode)
     local = LocalActions(profiles, subject, store, writer, on_change)
-    stored_state = StoredState(store, errors, profiles, alarms, subject, override, clock, on_change)
+    stored_state = StoredState(
+        store, errors, writer.as_leader, lease, profiles, alarms, subject, override, clock, on_change
+    )
     replica = None
     if isinstance(store, ValkeyStore):
         replica = Replica(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -14,26 +16,44 @@ from hemostat.measurement.alarms import Alarms
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS as PROFILE_STATE_KEYS
+from hemostat.profiles.persistence import whole_number
+from hemostat.profiles.scopes import ALL
+from hemostat.reference.pair import ModelPair
+from hemostat.store import schema
 from hemostat.store.errors import StoreErrorLog
-from hemostat.store.protocol import Store, StoreAccessDenied, StoredProfile, StoreFailure
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import (
+    Store,
+    StoreAccessDenied,
+    StoredProfile,
+    StoreFailure,
+    StoreIncompatible,
+    StoreWrites,
+)
 from hemostat.store.replica import Replica
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
-STATE_KEYS = (*PROFILE_STATE_KEYS, ALARM_STATE)
-"""Of the store, all that this process reads."""
+log = logging.getLogger("hemostat.store")
+
+MODELS_KEY = "models"
+"""`model_identity` of the models that the stored evidence is about."""
+STATE_KEYS = (*PROFILE_STATE_KEYS, ALARM_STATE, schema.ALARM_TESTS_KEY, schema.OFFERED_KEY, MODELS_KEY)
+"""Of the store, all that this process reads, but for the salt and the schema."""
 
 
 class StoredState:
-    """Hands what the store holds to the profiles and the alarms.
+    """Hands what the store holds to the profiles and the alarms, where it is of the models that are compared now.
 
-    clock: monotonic seconds. on_change: called after another replica's changes were read.
+    writes: of the leader. clock: monotonic seconds. on_change: called after another replica's changes were read.
     """
 
     def __init__(
         self,
         store: Store,
         errors: StoreErrorLog,
+        writes: StoreWrites,
+        lease: Lease,
         profiles: ProfileManager,
         alarms: Alarms,
         subject: LearningSubject,
@@ -43,6 +63,8 @@ class StoredState:
     ) -> None:
         self._store = store
         self._errors = errors
+        self._writes = writes
+        self._lease = lease
         self._profiles = profiles
         self._alarms = alarms
         self._subject = subject
@@ -50,9 +72,14 @@ class StoredState:
         self._clock = clock
         self._on_change = on_change
         self._started = False
+        self._models: str | None = None
+        """Of this process; None until both are known."""
+        self._stored_models: str | None = None
+        self._offered: str | None = None
 
     async def restore(self, forced: Path | None, replica: Replica | None) -> None:
-        """At the start. A store that fails is counted, except for a wrong password: that the operator has to correct.
+        """At the start. A store that fails is counted, except for a wrong password or a store of a newer version:
+        those the operator has to correct.
 
         forced: file of a profile to put on every request, `calibration.force`; HemostatError where it is none.
         """
@@ -66,10 +93,11 @@ class StoredState:
             if replica is not None:
                 await replica.heartbeat()
                 return
+            await asyncio.to_thread(schema.migrate, self._store, self._store)
             profiles = await asyncio.to_thread(self._store.profiles)
             states = {key: await asyncio.to_thread(self._store.get_state, key) for key in STATE_KEYS}
             events = await asyncio.to_thread(self._store.events, MAX_EVENTS)
-        except StoreAccessDenied:
+        except (StoreAccessDenied, StoreIncompatible):
             raise  # relays, if any run, go on meanwhile
         except StoreFailure as failure:
             self._errors.record(failure)
@@ -77,7 +105,8 @@ class StoredState:
         finally:
             self._started = True
         self._profiles.restoring.restore(profiles, states, _events(events, alarm=False))
-        self._alarms.restore(states[ALARM_STATE], _events(events, alarm=True))
+        self._restore_alarms(states, events)
+        self._read(states)
 
     def reload(
         self, profiles: list[StoredProfile], states: dict[str, str | None], events: list[dict[str, Any]]
@@ -87,15 +116,85 @@ class StoredState:
         self._profiles.restoring.reload(profiles, states, _events(events, alarm=False))
         if not self._started:
             # Afterwards this replica's own alarms have seen more than what was stored.
-            self._alarms.restore(states[ALARM_STATE], _events(events, alarm=True))
+            self._restore_alarms(states, events)
+        self._read(states)
         self._subject.update()
         self._on_change()
 
     def write_all(self, stored: Collection[str]) -> None:
         """This replica leads now: write all that a restart needs. stored: versions of the profiles in the store."""
         self._errors.clear()
+        self._settle()
         self._profiles.restoring.write_all(stored)
         self._alarms.save()
+        if self._models is not None:
+            self._writes.set_state(MODELS_KEY, self._models)
+
+    def set_models(self, pair: ModelPair) -> None:
+        """Both models are known. Stored evidence about others is forgotten, and identity serves."""
+        self._models = model_identity(pair)
+        self._settle()
+
+    def _restore_alarms(self, states: dict[str, str | None], events: list[dict[str, Any]]) -> None:
+        tests = whole_number(states[schema.ALARM_TESTS_KEY])
+        self._alarms.restore(states[ALARM_STATE], _events(events, alarm=True), tests)
+
+    def _read(self, states: dict[str, str | None]) -> None:
+        self._stored_models, self._offered = states[MODELS_KEY], states[schema.OFFERED_KEY]
+        self._settle()
+
+    def _settle(self) -> None:
+        """Compare the models with those of the stored state, once both are known and this replica leads."""
+        if self._models is None or not self._lease.leads:
+            return
+        if self._stored_models is not None and not same_models(self._stored_models, self._models):
+            why = "the stored evidence is about other models"
+            log.warning("%s (%s) than those served now (%s): it is not used", why, self._stored_models, self._models)
+            self._profiles.forget_evidence(why)
+            self._alarms.forget()
+        if self._stored_models != self._models:
+            self._stored_models = self._models
+            self._writes.set_state(MODELS_KEY, self._models)
+        if self._offered is not None:
+            self._offer(self._offered)
+            self._offered = None
+            self._writes.set_state(schema.OFFERED_KEY, None)
+
+    def _offer(self, text: str) -> None:
+        """Test what served under an older version of the store."""
+        try:
+            stored = json.loads(text)
+            offered = [(str(version), str(scope)) for version, scope in stored["profiles"]]
+        except (ValueError, KeyError, TypeError) as error:
+            log.error("the profiles to be tested again cannot be read from the store: %s", error)
+            return
+        for version, scope in offered:
+            profile = self._profiles.catalogue.get(version)
+            if profile is None:
+                log.error("profile %s served under an older version of the store, which does not hold it", version)
+                continue
+            same_scopes = stored.get("scope") == self._profiles.serving.scopes.kind
+            why = "it served under an older version of the store, without evidence by kind of traffic"
+            try:
+                self._profiles.operator.import_profile(profile, scope if same_scopes else ALL, why)
+            except HemostatError as error:
+                log.error("profile %s, which served before, cannot be tested: %s", version, error)
+
+
+def model_identity(pair: ModelPair) -> str:
+    """JSON: name and vocabulary of the compressed model, digest of the reference ("" where unknown)."""
+    assert pair.reference is not None
+    found = {"model": pair.model, "vocab_size": pair.reference.vocab_size, "reference": pair.reference.digest}
+    return json.dumps(found, sort_keys=True)
+
+
+def same_models(stored: str, now: str) -> bool:
+    """Of two `model_identity`: whatever both know is equal. False where the stored one is damaged."""
+    try:
+        known = {name: value for name, value in json.loads(stored).items() if value}
+        return all(value == known.get(name, value) for name, value in json.loads(now).items() if value)
+    except (ValueError, AttributeError):
+        return False
 
 
 def _events(events: list[dict[str, Any]], *, alarm: bool) -> list[dict[str, Any]]:

@@ -116,10 +116,12 @@ class Alarms:
         self._saved_at = self._wall()
         self._state_writes.set_state(STATE_KEY, alarm.save(self._state).decode())
 
-    def restore(self, stored: str | None, events: list[dict[str, Any]]) -> None:
-        """Go on from what an earlier run stored. events: newest first."""
+    def restore(self, stored: str | None, events: list[dict[str, Any]], tests: int = 0) -> None:
+        """Go on from what an earlier run stored. events: newest first. tests: how many had begun, where `stored` lacks
+        them: the alpha that they spent is not spent again."""
         self.events.extend(reversed(events))
         if stored is None:
+            self._state = alarm.init(self._settings, tests)
             return
         try:
             self._state = alarm.load(stored.encode(), self._settings)
@@ -127,6 +129,12 @@ class Alarms:
             log.error("stored alarm: %s", error)
             return
         self._raised = {(r.route, str(r.kind)): r.raised is not None for r in alarm.readings(self._state)}
+
+    def forget(self) -> None:
+        """The models are others: every baseline is learned anew. Alpha that was spent stays spent."""
+        self._state = alarm.init(self._settings, self._state.tests)
+        self._raised.clear()
+        self.save()
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from hemostat.config.schema import Calibration, Evidence
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue
-from hemostat.profiles.decisions import EventLog
+from hemostat.profiles.decisions import EventLog, Reason
 from hemostat.profiles.judging import Judge, is_held_out
 from hemostat.profiles.kinds import Kinds
 from hemostat.profiles.lifecycle import Lifecycle
@@ -29,7 +29,7 @@ from hemostat.profiles.request_parameters import RequestParameters
 from hemostat.profiles.restoring import Restoring
 from hemostat.profiles.scopes import Scopes
 from hemostat.profiles.serving import ServedModel, ServingState
-from hemostat.profiles.trials import Trials
+from hemostat.profiles.trials import IMPORT, Trials
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.divergence.record_gains import RecordGains
@@ -128,6 +128,14 @@ class ProfileManager:
 
     def _kind_evicted(self, kind: str) -> None:
         """Nothing is kept by kind yet."""
+
+    def forget_evidence(self, why: str) -> None:
+        """The models are others than those that the evidence is about: identity serves, and all tests begin anew."""
+        for scope in list(self.serving.scopes):
+            self.lifecycle.roll_back(scope, Reason.OTHER_MODEL, why, {})
+        self.trials.remove(lambda candidate: candidate.source != IMPORT)
+        self.trials.restart(lambda _: True)
+        self.proposals.restart()
 
     # --- a scored record -------------------------------------------------------------------------------------------
 

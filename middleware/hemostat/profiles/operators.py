@@ -52,7 +52,9 @@ class Operator:
         version = self._serving.selected or IDENTITY
         self._record(Decision.MODE, version, ALL, f"set to {mode} by the operator")
 
-    def import_profile(self, profile: CalibrationProfile, scope: str = ALL) -> str:
+    def import_profile(
+        self, profile: CalibrationProfile, scope: str = ALL, why: str = "imported by the operator"
+    ) -> str:
         """Make it a candidate, which has to prove itself like any other. Returns its version.
 
         Nothing happens where it is known there already.
@@ -63,7 +65,6 @@ class Operator:
         known = (self._catalogue.probe, self._serving.forced, state.selected)
         if version in known or self._trials.holds(version, scope):
             return version
-        why = "imported by the operator"
         probe = self._catalogue.get(self._catalogue.probe)
         if probe is not None and anchor_set(profile) not in {"", anchor_set(probe)}:
             # Engines report one set of anchors.

@@ -22,6 +22,7 @@ from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat.store.protocol import StoredProfile
+from hemostat.store.schema import OFFERED_KEY
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -79,7 +80,7 @@ class Restoring:
 
         stored: without data where the profile is held. Where the store has no record of what serves, nothing changes.
         """
-        if states.get(SERVING_KEY) is None:
+        if states.get(SERVING_KEY) is None and states.get(OFFERED_KEY) is None:
             return
         stored = list(stored)
         self._trials.remove(lambda _: True)

@@ -3,6 +3,7 @@
     StoreFailure            a read or write failed
     ├── StoreUnreachable    the server does not answer; a later attempt may succeed
     ├── StoreAccessDenied   wrong user or password; retrying does not help
+    ├── StoreIncompatible   a newer version of hemostat wrote it; retrying does not help
     └── LeaseLost           a write as the leader was refused, because another replica has led since
 
 A store raises StoreFailure and nothing else. The control process counts the failure and continues with what it holds in
@@ -36,6 +37,10 @@ class StoreUnreachable(StoreFailure):
 
 class StoreAccessDenied(StoreFailure):
     """The server refuses the user or the password: the configuration is wrong, and retrying does not help."""
+
+
+class StoreIncompatible(StoreFailure):
+    """A newer version of hemostat wrote the store: this one neither reads nor changes it."""
 
 
 class LeaseLost(StoreFailure):

@@ -27,8 +27,9 @@ from dataclasses import replace
 from typing import Any
 
 from hemostat.ipc.backoff import Backoff
+from hemostat.store import schema
 from hemostat.store.lease import Lease
-from hemostat.store.protocol import StoredProfile, StoreFailure
+from hemostat.store.protocol import StoredProfile, StoreFailure, StoreIncompatible
 from hemostat.store.valkey import ValkeyStore
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -119,6 +120,8 @@ class Replica:
                 await self._read()
                 self._revision = answer.revision
             return
+        if not led_before or self._must_read:
+            await self._migrate()
         if self._must_read:
             self._lease.lose()
             await self._read()
@@ -131,8 +134,18 @@ class Replica:
         for name, command in await asyncio.to_thread(self._store.take_commands):
             await self._run_command(name, command)
 
+    async def _migrate(self) -> None:
+        """As the leader. StoreIncompatible: a replica that knows the store's version is to lead."""
+        try:
+            await asyncio.to_thread(schema.migrate, self._store, self._store.as_leader)
+        except StoreIncompatible:
+            await self.release()
+            raise
+
     async def _read(self) -> None:
+        """StoreIncompatible where a newer version leads: what serves here stays."""
         store = self._store
+        schema.require_known(await asyncio.to_thread(store.get_state, schema.SCHEMA_KEY))
         # States first: the profiles that they name were written before them.
         states = {name: await asyncio.to_thread(store.get_state, name) for name in self._states}
         events = await asyncio.to_thread(store.events, self._events)
