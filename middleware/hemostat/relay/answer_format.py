@@ -1,0 +1,193 @@
+"""The form in which a client asked for an answer (JSON, tool calls), and whether an answer has it.
+
+Everything is bounded, since it runs on the relay's event loop with what a client sent: see MAX_* here and in
+`schema_check`. What is beyond a limit is judged by less: that it parses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import msgspec
+
+from hemostat.relay.schema_check import MAX_SCHEMA_BYTES, Schema, Steps
+
+MAX_ANSWER_BYTES = 64 * 1024
+"""A longer answer is judged only by whether the whole of it parses."""
+MAX_CALLS = 16
+"""Tool calls of one answer that are judged."""
+_MAX_STARTS = 4
+"""Places in a text at which JSON may begin."""
+_MAX_READ_AGAIN = 8 * 1024
+"""Characters that may be read before a further such place is tried."""
+
+
+class _Function(msgspec.Struct):
+    name: str = ""
+    parameters: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Tool(msgspec.Struct):
+    function: _Function | None = None
+
+
+class _JsonSchema(msgspec.Struct):
+    schema: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _ResponseFormat(msgspec.Struct):
+    type: str = ""
+    json_schema: _JsonSchema | None = None
+
+
+class _StructuredOutputs(msgspec.Struct):
+    json: msgspec.Raw = msgspec.Raw(b"")
+    json_object: bool | None = None
+
+
+class _Body(msgspec.Struct):
+    response_format: _ResponseFormat | None = None
+    structured_outputs: _StructuredOutputs | None = None
+    guided_json: msgspec.Raw = msgspec.Raw(b"")
+    tools: msgspec.Raw = msgspec.Raw(b"")
+
+
+_body: msgspec.json.Decoder[_Body] = msgspec.json.Decoder(_Body)
+_tools: msgspec.json.Decoder[list[_Tool]] = msgspec.json.Decoder(list[_Tool])
+_any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+_ERRORS = (msgspec.MsgspecError, UnicodeError, RecursionError)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_prefix = json.JSONDecoder(parse_constant=_refuse)
+
+
+class AnswerFormat:
+    """What a request asks its answer to look like.
+
+    json: as JSON, in a parameter or (in_words) in its prompt. tools: it offers tools.
+    """
+
+    __slots__ = ("_offered", "_schema", "in_words", "json", "tools")
+
+    def __init__(self, *, in_words: bool = False, schema: bytes | None = None, offered: bytes = b"") -> None:
+        """schema: JSON, b"" for JSON of any schema, None for no JSON in a parameter. offered: JSON of `tools`."""
+        self.in_words = in_words
+        self.json = in_words or schema is not None
+        self.tools = bool(offered)
+        self._schema = schema or b""
+        self._offered = offered
+
+    @classmethod
+    def read(cls, body: bytes, *, in_words: bool) -> AnswerFormat:
+        """Of a request's body. What is malformed counts as absent: vLLM explains it to the client."""
+        try:
+            read = _body.decode(body)
+        except _ERRORS:
+            return cls(in_words=in_words)
+        schema: bytes | None = None
+        asked, outputs = read.response_format, read.structured_outputs
+        if asked is not None and asked.type == "json_object":
+            schema = b""
+        elif asked is not None and asked.type == "json_schema":
+            schema = b"" if asked.json_schema is None else bytes(asked.json_schema.schema)
+        elif outputs is not None and (outputs.json_object or _given(outputs.json)):
+            schema = _given(outputs.json)
+        elif _given(read.guided_json):
+            schema = _given(read.guided_json)
+        # Copies: a piece of the body would keep the whole of it in memory.
+        offered = _given(read.tools)
+        if len(offered) > MAX_SCHEMA_BYTES:
+            offered = b"[]"
+        if schema is not None and len(schema) > MAX_SCHEMA_BYTES:
+            schema = b""
+        return cls(in_words=in_words and schema is None, schema=schema, offered=offered)
+
+    def is_json(self, text: str) -> bool:
+        """Whether the text is the JSON that was asked for; of JSON asked for in words, whether the text contains it."""
+        value = _find(text) if self.in_words else _decode(text)
+        if value is _NOTHING:
+            return False
+        if not self._schema or len(text) > MAX_ANSWER_BYTES:
+            return True
+        return Schema(self._schema).fits(value, Steps()) is not False
+
+    def calls_fit(self, calls: Iterable[tuple[str, str]]) -> bool:
+        """Whether all tool calls (name, arguments) parse, and fit the parameters of a tool that was offered."""
+        offered = self._tools_by_name()
+        schemas: dict[str, Schema] = {}
+        steps, size = Steps(), 0
+        for name, arguments in itertools.islice(calls, MAX_CALLS):
+            value = _decode(arguments)
+            if value is _NOTHING or (offered and name not in offered):
+                return False
+            size += len(arguments)
+            if not offered or size > MAX_ANSWER_BYTES:
+                continue
+            if name not in schemas:
+                schemas[name] = Schema(offered[name])
+            if schemas[name].fits(value, steps) is False:
+                return False
+        return True
+
+    def _tools_by_name(self) -> dict[str, bytes]:
+        """The tools' parameters; empty where they are too long or malformed, so that any tool may be called."""
+        try:
+            tools = _tools.decode(self._offered)
+        except _ERRORS:
+            return {}
+        return {tool.function.name: _given(tool.function.parameters) or b"true" for tool in tools if tool.function}
+
+
+_NOTHING = object()
+
+
+def _given(raw: msgspec.Raw) -> bytes:
+    value = bytes(raw)
+    return b"" if value == b"null" else value
+
+
+def _decode(text: str) -> Any:
+    try:
+        return _any.decode(text)
+    except msgspec.ValidationError:
+        pass  # JSON, with a number of more than 64 bits
+    except _ERRORS:
+        return _NOTHING
+    try:
+        return _prefix.decode(text)
+    except (ValueError, RecursionError):
+        return _NOTHING
+
+
+def _find(text: str) -> Any:
+    """The JSON in an answer: the whole of it, a fenced block, or from one of the first braces or brackets on."""
+    whole = _decode(text)
+    if whole is not _NOTHING or len(text) > MAX_ANSWER_BYTES:
+        return whole
+    _, fence, rest = text.partition("```")
+    if fence:
+        block = rest.partition("```")[0]
+        # The first line may name the language.
+        for candidate in (block, block.partition("\n")[2]):
+            found = _decode(candidate)
+            if found is not _NOTHING:
+                return found
+    at, read = -1, 0
+    for _ in range(_MAX_STARTS):
+        at = min((p for p in (text.find("{", at + 1), text.find("[", at + 1)) if p >= 0), default=-1)
+        if at < 0 or read > _MAX_READ_AGAIN:
+            break
+        try:
+            return _prefix.raw_decode(text, at)[0]
+        except json.JSONDecodeError as error:
+            read += error.pos - at
+        except (ValueError, RecursionError):
+            break
+    return _NOTHING
