@@ -1,0 +1,323 @@
+"""What people notice of an answer, compared between the arms of one profile in one kind of traffic.
+
+A `Trial` belongs to one version of a profile in one kind. A unit is a conversation: its first complete answer in the
+kind. For each of `Outcome` a unit is bad or not; the test of `statistics.two_arms` says whether the treated units are
+bad more often than the control units, by more than `Settings.margin`. Mean lengths of the answers are compared by the
+intervals of `statistics.running_mean`.
+
+**Guarantee.** A profile that raises no outcome's rate by more than the margin, and changes the mean length by no more
+than the length margin, is found harmful in a kind with a probability of at most `Settings.alpha`, over all looks, all
+outcomes and all versions that ever serve in the kind: version number k spends alpha/(k(k+1)), in equal parts for each
+outcome and for the length. **Assumptions:** arms are assigned by conversation at random with a constant probability;
+rates are constant, or change alike in both arms (`two_arms`); whether a unit is counted does not depend on its outcome.
+
+**No decision hangs on one client.** Clients are divided into GROUPS by their digest (salted, so a client cannot choose
+its group). Harm must be proven by all units and by the units without any one group: for a client that sends requests in
+order to take a good profile back, the test without its group is a test of everybody else's units, and keeps its level.
+Also, before its outcome is looked at, a unit is admitted only while its client has at most `Settings.client_share` of
+the trial's units. Both hold from MIN_CLIENTS on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.statistics.confidence import ConfidenceInterval
+from hemostat_calibration.statistics.running_mean import RunningMean
+from hemostat_calibration.statistics.two_arms import TwoArms
+
+GROUPS = 16
+"""Of clients. Harm is proven without one of them, so a proof takes about 1/GROUPS more units."""
+MAX_CLIENTS = 256
+"""Clients whose units are counted one by one; further ones are counted together, and not limited."""
+MIN_CLIENTS = 4
+"""Below it, a client's share is not limited, and all units together decide."""
+CAP_UNITS = 20
+"""First units, whose mean length times CAP_FACTOR is the cap of all later lengths. They do not count themselves."""
+CAP_FACTOR = 4.0
+MIN_CAP = 16.0
+"""Tokens."""
+
+
+class Outcome(StrEnum):
+    """What is bad about an answer."""
+
+    JSON = "json"
+    """JSON was asked for, and the answer is none, or does not fit the schema."""
+    TOOL_CALL = "tool_call"
+    """Tools are offered, and a call does not parse, or fits none of them."""
+    LOOP = "loop"
+    """It ends in repetitions."""
+    CUT = "cut"
+    """It is cut at the limit of its length."""
+    EMPTY = "empty"
+    """It has no text and no tool call."""
+
+
+LENGTH = "length"
+"""Beside the outcomes: the mean number of output tokens."""
+TESTS = len(Outcome) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """alpha: false-alarm probability in one kind. margin: harmless difference of bad shares. length_margin: harmless
+    relative change of the mean length. client_share: largest part of a trial's units that is from one client.
+    InvalidArgumentError where one is out of range."""
+
+    alpha: float = 0.05
+    margin: float = 0.05
+    length_margin: float = 0.5
+    client_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not (0.0 < self.alpha < 1.0 and 0.0 <= self.margin < 1.0):
+            raise InvalidArgumentError(f"alpha {self.alpha} must be between 0 and 1, the margin {self.margin} below 1")
+        if not (self.length_margin > 0.0 and 0.0 < self.client_share <= 1.0):
+            raise InvalidArgumentError(
+                f"length margin {self.length_margin} must be above 0, client share {self.client_share} in (0, 1]"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One conversation's answer. client: digest, b"" where none is named. bad: of the outcomes that apply to the
+    request. tokens: of the output; None where it is not known."""
+
+    client: bytes
+    treated: bool
+    bad: Mapping[Outcome, bool]
+    tokens: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the trial shows of one outcome, or of the length.
+
+    treated_units, control_units: with the outcome known. treated, control: share of bad units, or mean length in tokens
+    (clipped at the cap); NaN without a unit. difference: treated − control with its interval, valid at every look at
+    the trial's nominal level; of the length, relative to the control mean. evidence: log e over log 1/alpha of the
+    stricter one of all units and all without a group; harm is proven from 1 on. 0 or 1 for the length.
+    """
+
+    outcome: str
+    treated_units: int
+    control_units: int
+    treated: float
+    control: float
+    difference: ConfidenceInterval
+    evidence: float
+
+    @property
+    def harm(self) -> bool:
+        return self.evidence >= 1.0
+
+
+class Trial:
+    """Counts of one version in one kind. number: 1 for the kind's first version, and so on."""
+
+    def __init__(self, settings: Settings, version: str, number: int) -> None:
+        if number < 1:
+            raise InvalidArgumentError(f"the number of a trial is {number}: it must be at least 1")
+        self.settings = settings
+        self.version = version
+        self.number = number
+        self.refused = 0
+        """Units that were not admitted, because their client had too many."""
+        self._units = 0
+        self._clients: dict[bytes, int] = {}
+        self._counts: dict[Outcome, list[TwoArms]] = {}
+        """By outcome, of each group."""
+        self._first: list[float] = []
+        """Lengths while the cap is not known."""
+        self._lengths: dict[bool, list[RunningMean]] = {}
+        """By arm, treated or not: of all units, then of the units without each group."""
+
+    @property
+    def alpha(self) -> float:
+        """Of each outcome's test."""
+        return self.settings.alpha / (self.number * (self.number + 1) * TESTS)
+
+    @property
+    def units(self) -> int:
+        return self._units
+
+    @property
+    def clients(self) -> int:
+        """At most MAX_CLIENTS."""
+        return len(self._clients)
+
+    @property
+    def limits_clients(self) -> bool:
+        """Whether a client's share is limited."""
+        return len(self._clients) >= MIN_CLIENTS
+
+    @property
+    def cap(self) -> float | None:
+        """Tokens at which lengths are clipped; None before it is known."""
+        return next(iter(self._lengths.values()))[0].hi if self._lengths else None
+
+    def add(self, unit: Unit) -> bool:
+        """Count one unit. False, and nothing is counted, where its client has too many already."""
+        known = unit.client in self._clients
+        share = self.settings.client_share
+        if known and self.limits_clients and self._clients[unit.client] > share * self._units:
+            self.refused += 1
+            return False
+        self._units += 1
+        if known or len(self._clients) < MAX_CLIENTS:
+            self._clients[unit.client] = self._clients.get(unit.client, 0) + 1
+        group = _group(unit.client)
+        for outcome, bad in unit.bad.items():
+            counts = self._counts.setdefault(outcome, [TwoArms()] * GROUPS)
+            counts[group] = counts[group].update(treated=unit.treated, bad=bad)
+        if unit.tokens is not None:
+            self._add_length(unit.treated, group, unit.tokens)
+        return True
+
+    def _add_length(self, treated: bool, group: int, tokens: float) -> None:
+        if not self._lengths:
+            self._first.append(tokens)
+            if len(self._first) == CAP_UNITS:
+                cap = max(CAP_FACTOR * sum(self._first) / CAP_UNITS, MIN_CAP)
+                self._lengths = {arm: [RunningMean(0.0, cap)] * (GROUPS + 1) for arm in (False, True)}
+            return
+        means = self._lengths[treated]
+        clipped = min(tokens, means[0].hi)
+        self._lengths[treated] = [
+            mean if number == group + 1 else mean.update(clipped) for number, mean in enumerate(means)
+        ]
+
+    def readings(self) -> list[Reading]:
+        """Of the outcomes that applied to any unit, and of the length once it is compared."""
+        found = [self._binary(outcome, counts) for outcome, counts in sorted(self._counts.items())]
+        if self._lengths:
+            found.append(self._length())
+        return found
+
+    def harm(self) -> Reading | None:
+        """The first reading that proves harm. Much cheaper than `readings` where there is none."""
+        for outcome, counts in sorted(self._counts.items()):
+            if self._evidence(counts) >= 1.0:
+                return self._binary(outcome, counts)
+        if self._lengths:
+            length = self._length()
+            return length if length.harm else None
+        return None
+
+    def _evidence(self, counts: list[TwoArms]) -> float:
+        """log e over log 1/alpha, of the strictest one of all units and all units without a group."""
+        margin, needed = self.settings.margin, -math.log(self.alpha)
+        total = _total(counts)
+        evidence = total.log_e(margin) / needed
+        if evidence < 1.0 or not self.limits_clients:
+            return evidence
+        return min(evidence, *(total.without(part).log_e(margin) / needed for part in counts if part != TwoArms()))
+
+    def _binary(self, outcome: Outcome, counts: list[TwoArms]) -> Reading:
+        total = _total(counts)
+        return Reading(
+            outcome=outcome.value,
+            treated_units=total.treated,
+            control_units=total.control,
+            treated=_share(total.treated_bad, total.treated),
+            control=_share(total.control_bad, total.control),
+            difference=total.get(self.alpha),
+            evidence=self._evidence(counts),
+        )
+
+    def _length(self) -> Reading:
+        treated, control = (self._lengths[arm] for arm in (True, False))
+        change = self._change(treated[0], control[0])
+        harm = self._is_harm(change)
+        if harm and self.limits_clients:
+            pairs = zip(treated[1:], control[1:], strict=True)
+            harm = all(self._is_harm(self._change(*pair)) for pair in pairs)
+        return Reading(
+            outcome=LENGTH,
+            treated_units=treated[0].observations,
+            control_units=control[0].observations,
+            treated=treated[0].mean,
+            control=control[0].mean,
+            difference=change,
+            evidence=float(harm),
+        )
+
+    def _is_harm(self, change: ConfidenceInterval) -> bool:
+        return change.low > self.settings.length_margin or change.high < -self.settings.length_margin
+
+    def _change(self, treated: RunningMean, control: RunningMean) -> ConfidenceInterval:
+        """Relative to the control mean. Each arm's interval has half of alpha, so both hold at once."""
+        a, b = treated.get(0.5 * self.alpha), control.get(0.5 * self.alpha)
+        mean = a.mean / b.mean - 1.0 if b.mean > 0.0 else math.nan
+        low = a.low / b.high - 1.0
+        return ConfidenceInterval(mean, low, a.high / b.low - 1.0 if b.low > 0.0 else math.inf)
+
+    # --- restarts --------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """JSON-ready; at most about 15 kB."""
+        return {
+            "version": self.version,
+            "number": self.number,
+            "refused": self.refused,
+            "units": self._units,
+            "clients": {client.hex(): units for client, units in self._clients.items()},
+            "counts": {
+                outcome.value: [[c.treated_bad, c.treated, c.control_bad, c.control] for c in counts]
+                for outcome, counts in self._counts.items()
+            },
+            "first": self._first,
+            "cap": self.cap,
+            "lengths": {
+                str(arm): [[m.observations, m.total, m.squares] for m in means] for arm, means in self._lengths.items()
+            },
+        }
+
+    @classmethod
+    def load(cls, saved: Mapping[str, Any], settings: Settings) -> Trial:
+        """What `save` returned. InvalidArgumentError where it is anything else."""
+        try:
+            trial = cls(settings, str(saved["version"]), int(saved["number"]))
+            trial.refused, trial._units = int(saved["refused"]), int(saved["units"])
+            trial._clients = {bytes.fromhex(client): int(units) for client, units in saved["clients"].items()}
+            trial._counts = {
+                Outcome(outcome): [TwoArms(*(int(n) for n in counts)) for counts in groups]
+                for outcome, groups in saved["counts"].items()
+            }
+            trial._first = [float(tokens) for tokens in saved["first"]]
+            if saved["cap"] is not None:
+                cap = float(saved["cap"])
+                trial._lengths = {
+                    arm: [RunningMean(0.0, cap, int(n), float(x), float(v)) for n, x, v in saved["lengths"][str(arm)]]
+                    for arm in (False, True)
+                }
+            sizes = [(len(groups), GROUPS) for groups in trial._counts.values()]
+            sizes += [(len(means), GROUPS + 1) for means in trial._lengths.values()]
+            if len(trial._clients) > MAX_CLIENTS or any(size != expected for size, expected in sizes):
+                raise ValueError("a list has the wrong length")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidArgumentError(f"not a saved trial: {error}") from error
+        return trial
+
+
+def _group(client: bytes) -> int:
+    return client[0] % GROUPS if client else 0
+
+
+def _total(counts: list[TwoArms]) -> TwoArms:
+    return TwoArms(
+        sum(c.treated_bad for c in counts),
+        sum(c.treated for c in counts),
+        sum(c.control_bad for c in counts),
+        sum(c.control for c in counts),
+    )
+
+
+def _share(bad: int, units: int) -> float:
+    return bad / units if units else math.nan

@@ -1,0 +1,156 @@
+"""The trial of one profile in one kind: what is counted, what is proven, what one client can do, and restarts."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.outcomes import CAP_UNITS, LENGTH, MAX_CLIENTS, TESTS, Outcome, Settings, Trial, Unit
+from hemostat_calibration.statistics.two_arms import TwoArms
+
+
+def clients(count):
+    return [bytes([37 * n % 256, n]) for n in range(count)]
+
+
+def life(seed, units, treated_rate, control_rate, *, control_fraction=0.5, lengths=None, every=20, trial=None):
+    """The trial after `units` units, or after the one with which harm is proven."""
+    rng = np.random.default_rng(seed)
+    trial = trial or Trial(Settings(), "v", 1)
+    who = clients(20)
+    for n in range(units):
+        treated = bool(rng.random() >= control_fraction)
+        bad = bool(rng.random() < (treated_rate if treated else control_rate))
+        tokens = None if lengths is None else float(rng.gamma(2.0, 0.5 * lengths[treated]))
+        trial.add(Unit(who[rng.integers(20)], treated, {Outcome.JSON: bad}, tokens))
+        if n % every == 0 and trial.harm() is not None:
+            break
+    return trial
+
+
+def test_harm_is_proven_and_described():
+    trial = life(1, 1500, 0.9, 0.625)
+    found = trial.harm()
+    assert found.outcome == "json"
+    assert found.harm
+    assert found.difference.low > 0.05
+    assert 0.15 < found.difference.mean < 0.45
+    assert trial.units == found.treated_units + found.control_units < 700
+
+
+def test_a_harmless_profile_is_not_harmful():
+    assert sum(life(seed, 400, 0.45, 0.4, lengths=(60, 80)).harm() is not None for seed in range(20)) == 0
+
+
+@pytest.mark.parametrize("lengths", [(100, 260), (260, 100)], ids=["longer", "shorter"])
+def test_a_changed_length_is_found(lengths):
+    trial = life(1, 3000, 0.1, 0.1, lengths=lengths)
+    found = trial.harm()
+    assert found.outcome == LENGTH
+    assert trial.cap == pytest.approx(4.0 * 180, rel=0.5)
+    assert abs(found.difference.mean) > 0.5
+
+
+def test_a_length_that_changes_within_the_margin_is_not():
+    trial = life(1, 2000, 0.1, 0.1, lengths=(100, 140))
+    assert trial.harm() is None
+    reading = next(r for r in trial.readings() if r.outcome == LENGTH)
+    assert -0.5 < reading.difference.low < 0.4 < reading.difference.high
+    assert reading.treated_units + reading.control_units == trial.units - CAP_UNITS
+
+
+def test_later_versions_spend_less():
+    spent = [Trial(Settings(alpha=0.05), "v", k).alpha for k in range(1, 2000)]
+    assert spent[0] == pytest.approx(0.05 / 2 / TESTS)
+    assert sum(spent) * TESTS < 0.05
+
+
+def attack(trial, honest, attacker, seed=0, share=0.2, units=3000):
+    """One client's treated answers are all bad, and its control answers all good."""
+    rng = np.random.default_rng(seed)
+    for _ in range(units):
+        treated = bool(rng.random() < 0.5)
+        if rng.random() < share:
+            trial.add(Unit(attacker, treated, {Outcome.JSON: treated}))
+        else:
+            trial.add(Unit(honest[rng.integers(len(honest))], treated, {Outcome.JSON: bool(rng.random() < 0.3)}))
+    return trial
+
+
+def test_one_client_cannot_prove_harm():
+    trial = attack(Trial(Settings(), "v", 1), clients(40)[:-1], clients(40)[-1])
+    total = TwoArms()
+    for counts in trial._counts[Outcome.JSON]:
+        total = total.merge(counts)
+    assert total.log_e(0.05) > 3 * -math.log(trial.alpha), "the attack would succeed against all units together"
+    assert trial.harm() is None
+
+
+def test_a_client_has_at_most_its_share():
+    who = clients(30)
+    trial = Trial(Settings(client_share=0.25), "v", 1)
+    for n in range(400):
+        trial.add(Unit(who[0] if n % 10 else who[1 + n // 10 % 29], True, {}))
+    assert trial.limits_clients
+    assert trial.refused > 200
+    assert trial._clients[who[0]] <= 0.25 * trial.units + 31
+
+
+def test_few_clients_are_not_limited():
+    trial = Trial(Settings(), "v", 1)
+    assert all(trial.add(Unit(client, True, {})) for client in clients(3) * 50)
+    assert not trial.limits_clients
+
+
+def test_memory_is_bounded():
+    trial = Trial(Settings(), "v", 1)
+    for n in range(1000):
+        trial.add(Unit(n.to_bytes(8, "little"), bool(n % 2), dict.fromkeys(Outcome, bool(n % 3)), 1e6 + n))
+    assert trial.clients == MAX_CLIENTS
+    assert len(json.dumps(trial.save())) < 15_000
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(clients(6)), st.booleans(), st.booleans(), st.sampled_from([None, 5.0, 900.0])),
+        max_size=80,
+    ),
+    st.integers(0, 80),
+)
+def test_a_restart_changes_nothing(units, at):
+    whole, part = Trial(Settings(), "v", 2), Trial(Settings(), "v", 2)
+    for n, (client, treated, bad, tokens) in enumerate(units):
+        if n == at:
+            part = Trial.load(json.loads(json.dumps(part.save())), part.settings)
+        unit = Unit(client, treated, {Outcome.CUT: bad}, tokens)
+        assert whole.add(unit) == part.add(unit)
+    assert part.save() == whole.save()
+    assert (part.harm() is None) == (whole.harm() is None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"counts": {"json": [[0, 0, 0, 0]]}},
+        {"counts": {"json": [[1, 0, 0, 0]] * 16}},
+        {"clients": {"x": 1}},
+        {"cap": 9},
+    ],
+)
+def test_a_damaged_state_is_refused(change):
+    saved = {**Trial(Settings(), "v", 1).save(), **change}
+    with pytest.raises(InvalidArgumentError):
+        Trial.load(saved, Settings())
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"margin": 1.0}, {"length_margin": 0.0}, {"client_share": 0.0}])
+def test_wrong_settings(wrong):
+    with pytest.raises(InvalidArgumentError):
+        Settings(**wrong)
+    with pytest.raises(InvalidArgumentError):
+        Trial(Settings(), "v", 0)
