@@ -13,6 +13,8 @@ from hemostat.hooks import Refusal, Rewrite
 from hemostat.relay import exchange as relay_exchange
 from hemostat.relay import worker
 from hemostat.relay.exchange import Exchange
+from hemostat.relay.fail_open import FailOpenHook
+from hemostat.relay.http.response import ResponseHead
 from hemostat.relay.limits import Limits
 
 JSON = b'HTTP/1.1 200 OK\r\nA: 1\r\ncontent-length: 11\r\nB: 2\r\n\r\n{"a": "bc"}'
@@ -177,6 +179,14 @@ async def test_a_hook_that_raises_changes_nothing_for_the_client(fails: str, ans
     assert seen[0].body == b"hello"
     assert exchange.names[-1] == "closed"
     assert exchange.names.count("closed") == 1
+
+
+@pytest.mark.parametrize(("fails", "arm"), [("request", "none"), ("response_head", "treated"), ("", "treated")])
+def test_a_request_that_the_hook_could_not_change_is_in_no_arm(fails: str, arm: str) -> None:
+    hook = FailOpenHook(SpyHook(arm="treated", fails=fails), lambda: None)
+    hook.request(b"{}")
+    hook.response_head(ResponseHead(b"HTTP/1.1 200 OK", 200, 1))
+    assert hook.arm == arm
 
 
 async def test_a_hook_that_raises_in_begin_changes_nothing() -> None:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
-from tests.support.wire import Wire, policy, rows
+from tests.support.wire import VERSION, Wire, policy, rows
 
 from hemostat.openai.routes import CHAT, COMPLETIONS
 
@@ -116,6 +117,67 @@ def test_a_sampled_response_is_byte_for_byte_the_unsampled_one(
         assert values[row == token] == own
         assert np.exp(values.astype(float)).sum() <= 1 + 1e-4
     assert prompt[:5] == [504, 3575, 282, 4649, 314] or "capital of France is" not in str(body.get("prompt"))
+
+
+NAMED_TOOL = {"type": "function", "function": {"name": "get_weather"}}
+UNJUDGED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # Reason, path, body.
+    "a JSON object": (
+        "structured_output",
+        CHAT,
+        {"messages": [user("Give me a city as JSON.")], "response_format": {"type": "json_object"}, "max_tokens": 40},
+    ),
+    "a schema": (
+        "structured_output",
+        CHAT,
+        {
+            "messages": [user("Weather in Paris?")],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": PARAMETERS}},
+            "max_tokens": 40,
+        },
+    ),
+    "a choice": (
+        "structured_output",
+        COMPLETIONS,
+        {"prompt": "Yes or no?", "structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 4},
+    ),
+    "a forced tool": (
+        "forced_tool",
+        CHAT,
+        {"messages": [user("Weather in Paris?")], "tools": TOOLS, "tool_choice": NAMED_TOOL, "max_tokens": 40},
+    ),
+    "two choices": ("n", CHAT, {"messages": [user("Say hello.")], "n": 2, "max_tokens": 8}),
+    "own logprobs of a chat": (
+        "client_logprobs",
+        CHAT,
+        {"messages": [user("Say hello.")], "logprobs": True, "top_logprobs": 3, "max_tokens": 8},
+    ),
+    "own logprobs": ("client_logprobs", COMPLETIONS, {"prompt": "1, 2, 3,", "logprobs": 2, "max_tokens": 8}),
+    "an echo": ("echo", COMPLETIONS, {"prompt": "1, 2, 3,", "echo": True, "max_tokens": 8}),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", UNJUDGED)
+def test_what_cannot_be_scored_is_not_changed_while_a_profile_serves(
+    wire: Wire, vllm_server: Server, case: str, stream: bool
+) -> None:
+    reason, path, body = UNJUDGED[case]
+    body = {"model": vllm_server.model, "temperature": 0, "stream": stream} | body
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(path, body)
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, tap=True)
+    beside = wire.send(path, body)
+    assert beside.sent == plain.sent == msgspec.json.encode(body)
+    assert beside.status == plain.status == 200, plain.body
+    assert shapes(beside.body) == shapes(plain.body)
+    assert wire.shadow("skipped", reason) == wire.calibration("none", reason) == 1
+    assert wire.counts.total() == 2
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, treat_unjudged=True)
+    treated = wire.send(path, body)
+    assert json.loads(treated.sent)["vllm_xargs"] == {"hemostat": VERSION}
+    assert treated.status == 200
+    assert wire.calibration("treated", "assigned") == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

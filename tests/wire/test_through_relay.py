@@ -15,7 +15,7 @@ from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.wire import VERSION, policy
 
 from hemostat.ipc.messages import Capture
-from hemostat.metrics.names import SHADOW_REQUESTS
+from hemostat.metrics.names import CALIBRATION_REQUESTS, RESPONSES_FINISHED, SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
 from hemostat.relay.worker import Relay
 from hemostat.shadow.interceptor import Interceptor
@@ -89,6 +89,26 @@ async def test_a_treated_stream_reaches_the_openai_client(bench: Bench) -> None:
     assert text == "Grüße 🎉"
     assert bench.fake.requests[-1]["vllm_xargs"] == {"hemostat": VERSION}
     assert [(capture.arm, capture.requested) for capture in bench.captures] == [("treated", VERSION)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_outcomes_of_a_request_that_was_sent_again_unchanged_are_in_no_arm(bench: Bench, stream: bool) -> None:
+    bench.interceptor.policy = policy(served=VERSION, control_fraction=0.0)
+    async with httpx.AsyncClient(base_url=bench.url) as client:
+        await client.post(CHAT, json=body(stream=stream))
+        bench.fake.max_logprobs = 5
+        await client.post(CHAT, json=body(stream=stream))
+    assert bench.relay.counters.other[RESPONSES_FINISHED] == {("treated", "length"): 1.0, ("none", "length"): 1.0}
+    assert bench.counts[CALIBRATION_REQUESTS, "treated", "assigned"] == 1
+    assert bench.counts[CALIBRATION_REQUESTS, "none", "refused"] == 1
+
+
+async def test_outcomes_of_what_cannot_be_scored_are_in_no_arm(bench: Bench) -> None:
+    bench.interceptor.policy = policy(served=VERSION, control_fraction=0.0)
+    async with httpx.AsyncClient(base_url=bench.url) as client:
+        await client.post(CHAT, json=body(response_format={"type": "json_object"}))
+    assert "vllm_xargs" not in bench.fake.requests[-1]
+    assert bench.relay.counters.other[RESPONSES_FINISHED] == {("none", "length"): 1.0}
 
 
 async def test_a_disconnected_client_of_a_sampled_stream_stops_the_engine(bench: Bench) -> None:

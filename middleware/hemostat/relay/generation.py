@@ -60,7 +60,10 @@ class GenerationReport:
             pairs[:] = [pair for pair in pairs if pair[0].lower() not in _TRACE_FIELDS] + added
 
     def begin_response(self, head: ResponseHead) -> None:
-        """The response can be evaluated only if it is not an error and not compressed."""
+        """The response can be evaluated only if it is not an error and not compressed.
+
+        Called again for the response to a request that is sent again.
+        """
         coding, content_type = b"identity", b""
         for line in head.lines:
             name, _, value = line.partition(b":")
@@ -69,9 +72,8 @@ class GenerationReport:
                 content_type = value.strip(b" \t")
             elif name == b"content-encoding":
                 coding = value.strip(b" \t")
-        if head.status != 200 or coding != b"identity":
-            self.observer.disabled = True
-        else:
+        self.observer.disabled = head.status != 200 or coding != b"identity"
+        if not self.observer.disabled:
             self.observer.begin_response(stream=content_type.startswith(b"text/event-stream"))
 
     def finish(self, arm: str, status: int, outcome: str, *, complete: bool) -> None:

@@ -6,7 +6,7 @@ The modules, in the order of a request:
 
         interceptor             the hook: decides by a request's head
         client_headers          what the client asks for in X-Hemostat headers
-        assignment              which requests are sampled, and which are in the control arm
+        assignment              what is drawn, the names of conversations and clients, and the control arm
         intercepted_exchange    one request and its response: rewritten, and its tokens captured
         profile_choice          which profile and arm a request gets
         reports                 captures and counts, on their way to the control process
@@ -17,7 +17,7 @@ The modules, in the order of a request:
         limits                  back-pressure: queue, token budget, circuit breaker
         scorer                  scores captures on the reference
         record_builder          capture, tap and scores as one validated record
-        endings                 how captures end, and why
+        endings                 how sampled requests and captures end, and why
         noise_floor             each model against itself
         records_file            `records.path`
 
