@@ -7,10 +7,10 @@ import pytest
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.closing import adjusted
-from hemostat_calibration.guard.decisions import Action, Admission, Reason
+from hemostat_calibration.guard.decisions import Action, Admission, Reason, Role
 from hemostat_calibration.guard.guard import MAX_COUNTED_KINDS, MAX_WINDOW, Guard, window_after_promotion
-from hemostat_calibration.guard.kind_test import MAX_UNITS
-from hemostat_calibration.guard.wealth import FRACTIONS, LOG_PRIOR, MAX_CLIENTS, log_evidence, log_factors
+from hemostat_calibration.guard.kind_test import MAX_UNITS, KindTest
+from hemostat_calibration.guard.wealth import FRACTIONS, MAX_CLIENTS, PRIOR, log_evidence, log_factors
 
 CLIENTS = 10
 TEST, WATCH = "candidate", "serving"
@@ -61,6 +61,7 @@ def test_what_helps_in_a_kind_is_promoted_there_with_its_evidence():
     assert (found.units, found.tokens, found.test, found.clients) == (n, 20 * n, 1, CLIENTS)
     assert found.mean_gain == pytest.approx(gains(0, 0.06)[:n].mean())
     assert found.mean_gain_by_token == pytest.approx(found.mean_gain)
+    assert found.low < found.mean_gain < found.high
     assert found.alpha == 0.025
     assert found.log_e_adjusted == found.log_e >= found.needed == pytest.approx(math.log(40))
     assert found.progress == 1.0
@@ -102,14 +103,17 @@ def test_promotion_needs_the_gain_by_token_too():
     assert found.mean_gain > 0.0 > found.mean_gain_by_token
 
 
-def test_the_closed_test_is_the_smallest_weighted_mean_over_all_sets():
+def test_the_closed_test_holds_for_all_sets_of_kinds():
+    """At most the e-value of every set that contains the kind, and no less than its parts allow."""
     rng = np.random.default_rng(0)
     for _ in range(50):
-        e, w = np.exp(rng.normal(2.0, 2.0, 6)), rng.uniform(0.1, 1.0, 6)
+        e, w = np.exp(rng.normal(1.0, 2.0, 6)), rng.uniform(0.1, 1.0, 6)
         for j in range(6):
             sets = [[j, *(i for i in range(6) if mask >> i & 1 and i != j)] for mask in range(64)]
-            smallest = min((e[s] * w[s]).sum() / w[s].sum() for s in sets)
-            assert adjusted(np.log(e).tolist(), w.tolist(), j) == pytest.approx(math.log(smallest))
+            means, products = [(e[s] * w[s]).sum() / w[s].sum() for s in sets], [e[s].prod() for s in sets]
+            found = math.exp(adjusted(np.log(e).tolist(), w.tolist(), j))
+            assert found == pytest.approx(0.5 * min(means) + 0.5 * min(products))
+            assert found <= min(0.5 * m + 0.5 * p for m, p in zip(means, products, strict=True)) + 1e-9
 
 
 def test_kinds_that_all_gain_pay_little_for_their_number():
@@ -216,7 +220,7 @@ def brute_force(by_client):
 
     def k(*left_out):
         kept = [by_client[c] for c in range(clients) if c not in left_out]
-        return float((np.exp(np.sum(kept, axis=0) if kept else np.zeros(len(FRACTIONS))) * np.exp(LOG_PRIOR)).sum())
+        return float((np.exp(np.sum(kept, axis=0) if kept else np.zeros(len(FRACTIONS))) * PRIOR).sum())
 
     def mixture(*left_out):
         others = [k(*left_out, b) for b in range(clients)] + [k(*left_out)] * (MAX_CLIENTS - clients)
@@ -243,6 +247,22 @@ def test_no_client_decides():
     assert math.isfinite(log_evidence(np.array([log_factors(-1.0) * 4000] * 64), 64))
 
 
+@pytest.mark.parametrize("mean", [-0.3, 0.0, 0.3])
+def test_what_is_not_evaluated_would_not_be_enough(mean):
+    """The evidence is evaluated only where its ceiling allows a decision: the ceiling is never below it."""
+    rng = np.random.default_rng(0)
+    test = KindTest(Role.SERVING, 1.0, 1, window=1000)
+    for n in range(300):
+        gain = float(np.clip(rng.normal(mean, 0.5), -1.0, 1.0))
+        test.update(key(n), b"client %d" % rng.integers(12), gain, gain, int(rng.integers(1, 2000)))
+        for bet in range(3):
+            exact = log_evidence(test.wealth[bet, : test.clients], test.clients)
+            assert test.ceiling[bet] >= exact
+            if rng.random() < 0.1:
+                assert test.log_e(bet) == exact == test.ceiling[bet]
+        assert test.harm_reaches(1.0) == (test.log_harm >= 1.0)
+
+
 def test_further_clients_share_places():
     guard = candidate()
     for n in range(1000):
@@ -267,7 +287,7 @@ def test_what_turns_harmful_is_rolled_back_at_once():
     found = guard.evidence(WATCH, "a")
     assert found.mean_gain < 0.0
     assert (found.test, found.alpha) == (3, pytest.approx(0.05 / 12))
-    assert found.needed == pytest.approx(math.log(2 / found.alpha))
+    assert found.needed == pytest.approx(-math.log(found.alpha))
     assert n < 200, "before the window's end"
 
 

@@ -8,21 +8,31 @@ from collections.abc import Sequence
 
 
 def adjusted(log_e: Sequence[float], weights: Sequence[float], j: int) -> float:
-    """Logarithm of the smallest weighted mean of e-values over all sets of kinds that contain kind j.
+    """Logarithm of the adjusted e-value of kind j: it is rejected at alpha where this reaches log(1/alpha).
 
     log_e, weights: of each kind; weights above 0, chosen before the first observation.
 
-    Closed testing with weighted arithmetic means (Vovk & Wang, Annals of Statistics 2021): kind j is rejected at alpha
-    where its adjusted e-value reaches 1/alpha. Why one error holds for all kinds: let S be the kinds whose mean gain
-    is at most 0. To reject one of them, the weighted mean over S has to reach 1/alpha. That mean is an e-process
-    whatever the dependence between kinds, since a unit changes the value of one kind, and the expectation of that
-    value given the past does not grow; so by Ville's inequality it ever does so with a probability of at most alpha. A
-    kind whose test has ended (promoted, or dropped) stays in with the value that it had: a stopped e-process is one.
+    Closed testing with e-values (Vovk & Wang, Annals of Statistics 2021): for each set S of kinds there is one e-value
+    of the hypothesis that none of S gains,
 
-    Kinds that all gain pay little for their number: a kind is only ever averaged with those of less evidence.
+        1/2 (weighted mean over S of e) + 1/2 (product over S of e)
+
+    and kind j is rejected where it reaches 1/alpha for every S that contains j. Why one error holds for all kinds: let
+    S be the kinds whose mean gain is at most 0. Rejecting one of them needs the e-value of S to reach 1/alpha. Both of
+    its
+    parts are supermartingales, whatever the dependence between kinds: a unit changes the value of one kind, and the
+    expectation of that value given all units before, of all kinds, is not above it. So by Ville's inequality it ever
+    reaches 1/alpha with a probability of at most alpha. A kind whose test has ended (promoted, or dropped) stays in
+    with
+    the value that it had: a stopped e-process is one.
+
+    The mean is good where some kinds lose: they cost no more than their weight. The product is good where kinds gain,
+    or
+    are little known: they cost nothing. The smallest of each over all S is found by itself, so the result is at most
+    the smallest of their sum.
 
     >>> [round(math.exp(adjusted([math.log(100), math.log(50), 0.0], [1, 1, 2], j))) for j in range(3)]
-    [34, 17, 1]
+    [67, 34, 1]
     """
     own = log_e[j]
     lower = sorted((other, weight) for other, weight in zip(log_e, weights, strict=True) if other < own)
@@ -34,4 +44,6 @@ def adjusted(log_e: Sequence[float], weights: Sequence[float], j: int) -> float:
             break
         total += weight * ratio
         mass += weight
-    return own + math.log(total / mass)
+    # The product is the smallest with all kinds in it whose e-value is below 1.
+    losses = math.exp(sum(min(value, 0.0) for value in log_e) - min(own, 0.0))
+    return own + math.log(0.5 * total / mass + 0.5 * losses)

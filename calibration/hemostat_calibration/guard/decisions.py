@@ -58,8 +58,10 @@ class Evidence:
     units, tokens: held-out ones that counted (for a serving profile: in this window).
     mean_gain, mean_gain_by_token: by unit, and by token. Of the end that counts against the action (lower for a
         candidate, upper for a serving profile). NaN before the first unit.
+    low, high: of mean_gain, at 95 %, valid at every look; for people. Wider than what the decisions follow from, since
+        it holds on both sides and under drift (`statistics.running_mean`).
     log_e: evidence for the action, log of an e-value: that a candidate's gain is above 0; that a serving profile harms
-        (the larger of by unit and by token). It needs no single client.
+        (the mean of the e-values by unit and by token). It needs no single client.
     log_e_adjusted: of a candidate after accounting for the other kinds of its test; else as log_e.
     needed: the action is taken where log_e_adjusted reaches this: log(1/alpha).
     clients: seen by the test. refused: units that were not counted because of their client's share.
@@ -76,6 +78,8 @@ class Evidence:
     tokens: int
     mean_gain: float
     mean_gain_by_token: float
+    low: float
+    high: float
     log_e: float
     log_e_adjusted: float
     needed: float

@@ -8,9 +8,9 @@ evidence against it the upper end. Units must be of the held-out side of the spl
   kinds rejects "its mean gain in this kind is at most 0" at alpha/(c(c+1)), and the gain by token is above 0, too.
 - A serving profile is watched in each kind by itself, in windows of so many units, so that an earlier gain does not
   hide a change. It is rolled back from the kind for *harm* as soon as the evidence that its gain in the window is
-  below 0 reaches 2/alpha_k, by unit or by token (the k-th window of this kind spends alpha_k = alpha/(k(k+1)), half of
-  it on each), and as *no longer supported* at the window's end, unless by then the evidence that its gain is above 0
-  has reached 1/alpha.
+  below 0 reaches (k(k+1))/alpha in the k-th window of this kind: the mean of an e-value by unit and one by token. It
+  is rolled back as *no longer supported* at the window's end, unless by then the evidence that its gain is above 0 has
+  reached 1/alpha.
 
 The evidence is described, with its sources, in `wealth`; the closed test in `closing`. What is bounded, whatever the
 gains' distribution and however often one looks, as long as no gain is below −width:
@@ -45,7 +45,7 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard import saving
 from hemostat_calibration.guard.closing import adjusted
 from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Reason, Role
-from hemostat_calibration.guard.kind_test import HARM, HARM_BY_TOKEN, MERIT, KindTest
+from hemostat_calibration.guard.kind_test import MERIT, KindTest
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 
 WINDOWS_PER_PROOF = 4
@@ -54,6 +54,8 @@ MIN_WINDOW = 200
 DEFAULT_WINDOW = 1000
 """Units, for a profile that the operator selected without statistical proof."""
 MAX_WINDOW = 4000
+SHOWN_ALPHA = 0.05
+"""Of the interval of the mean gain in `Evidence`."""
 MAX_COUNTED_KINDS = 256
 """Kinds whose windows are counted each by itself; further ones share one count, so that no alpha is spent twice."""
 
@@ -175,7 +177,7 @@ class Guard:
             raise InvalidArgumentError(f"{name[:80]} is frozen in {kind[:80]}: ask `admit` first")
         test.update(unit, client, lower, upper, tokens)
         if test.role is Role.SERVING and not test.supported:
-            test.supported = test.log_e(MERIT) >= -math.log(self._alpha)
+            test.supported = test.reaches(MERIT, -math.log(self._alpha))
 
     def decide(self, name: str, kind: str) -> Decision:
         """What the evidence allows now. It changes nothing: the caller acts on it (`begin_watch`, `freeze`,
@@ -188,12 +190,12 @@ class Guard:
         if test.role is Role.CANDIDATE:
             proven = (
                 not test.frozen
-                and test.log_e(MERIT) >= needed
+                and test.reaches(MERIT, needed)
                 and self._adjusted(name, test) >= needed
                 and test.gains_by_token
             )
             return Decision(Action.PROMOTE if proven else Action.WAIT)
-        if max(test.log_e(HARM), test.log_e(HARM_BY_TOKEN)) >= needed:
+        if test.harm_reaches(needed):
             return Decision(Action.ROLL_BACK, Reason.HARM)
         if test.window_is_over and not test.supported:
             return Decision(Action.ROLL_BACK, Reason.UNSUPPORTED)
@@ -203,13 +205,16 @@ class Guard:
         """What `decide` follows from. InvalidArgumentError for what is not under test."""
         test = self._test(name, kind)
         candidate = test.role is Role.CANDIDATE
-        log_e = test.log_e(MERIT) if candidate else max(test.log_e(HARM), test.log_e(HARM_BY_TOKEN))
+        interval = test.gain.get(SHOWN_ALPHA)
+        log_e = test.log_e(MERIT) if candidate else test.log_harm
         return Evidence(
             kind=kind,
             role=test.role,
             units=test.units,
             tokens=test.tokens,
-            mean_gain=test.mean_gain,
+            mean_gain=interval.mean,
+            low=interval.low,
+            high=interval.high,
             mean_gain_by_token=test.mean_gain_by_token,
             log_e=log_e,
             log_e_adjusted=self._adjusted(name, test) if candidate else log_e,
@@ -292,7 +297,7 @@ class Guard:
 
     def _needed(self, test: KindTest) -> float:
         """Log of the e-value at which its action is taken."""
-        return -math.log(self._alpha_of(test) / (1 if test.role is Role.CANDIDATE else 2))
+        return -math.log(self._alpha_of(test))
 
     def _adjusted(self, name: str, test: KindTest) -> float:
         family = [test, *(t for t in self._state.tests[name].values() if t.number == test.number and t is not test)]

@@ -19,6 +19,7 @@ from hemostat_calibration.guard.wealth import (
     log_factors,
     without_any,
 )
+from hemostat_calibration.statistics.running_mean import RunningMean
 
 MAX_UNITS = 4096
 """Units that a test counts; it remembers each."""
@@ -43,7 +44,10 @@ class KindTest:
     wealth: float64 [B, MAX_CLIENTS, F], sums of log factors, by what is bet on (`bets`: a candidate only on merit) and
         by client.
     sums: float64 [MAX_CLIENTS, 3]. counts: units by client. places: client -> row.
-    supported: latched, for a serving profile. evidence: cached log evidence by what is bet on.
+    supported: latched, for a serving profile. gain: by unit, of the end that counts against the action; it is shown,
+        and decides nothing. evidence: log evidence by what is bet on, where it is known since the last unit.
+    ceiling: by what is bet on, never below the log evidence. One unit multiplies no part of it by more than its own
+        factor, or 1; so most units need no evaluation.
     """
 
     role: Role
@@ -57,17 +61,20 @@ class KindTest:
     refused: int = 0
     units: int = 0
     tokens: int = 0
-    gain: float = 0.0
+    gain: RunningMean = field(init=False)
     places: dict[bytes, int] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
     counted: dict[bytes, None] = field(default_factory=dict)
     wealth: Floats = field(init=False)
     sums: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, 3)))
     evidence: dict[int, float] = field(default_factory=dict)
+    ceiling: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.width) and self.width > 0.0):
             raise InvalidArgumentError(f"width is {self.width}: it must be a number above 0")
+        self.gain = RunningMean(-self.width, self.width)
+        self.ceiling = [math.inf] * self.bets
         self.wealth = np.zeros((self.bets, MAX_CLIENTS, len(FRACTIONS)))
 
     @property
@@ -119,21 +126,20 @@ class KindTest:
             place = self.places[client] = len(self.counts)
             self.counts.append(0)
         self.counts[place] += 1
-        merit = min(max(lower / width, -1.0), 1.0)
-        self.wealth[MERIT, place] += log_factors(merit)
+        self._bet(MERIT, place, lower / width)
         shown = lower
         if self.role is Role.SERVING:
             shown = upper
-            loss = min(max(-upper / width, -1.0), 1.0)
-            self.wealth[HARM, place] += log_factors(loss)
-            self.wealth[HARM_BY_TOKEN, place] += log_factors(loss * min(tokens / self.token_cap, 1.0))
+            loss = -upper / width
+            self._bet(HARM, place, loss)
+            self._bet(HARM_BY_TOKEN, place, loss * min(tokens / self.token_cap, 1.0))
         sums = self.sums[place]
         sums[GAIN_TOKENS] += shown * tokens
         sums[TOKENS] += tokens
         sums[SQUARED_TOKENS] += tokens * tokens
         self.units += 1
         self.tokens += tokens
-        self.gain += shown
+        self.gain = self.gain.update(min(max(shown, -width), width))
         self.evidence.clear()
 
     def log_e(self, bet: int) -> float:
@@ -141,11 +147,22 @@ class KindTest:
         found = self.evidence.get(bet)
         if found is None:
             found = self.evidence[bet] = log_evidence(self.wealth[bet, : self.clients], self.clients)
+            self.ceiling[bet] = found
         return found
 
+    def reaches(self, bet: int, needed: float) -> bool:
+        """Whether the log evidence is `needed` or more."""
+        return self.ceiling[bet] >= needed and self.log_e(bet) >= needed
+
+    def harm_reaches(self, needed: float) -> bool:
+        """The same of `log_harm`."""
+        ceiling = max(self.ceiling[HARM], self.ceiling[HARM_BY_TOKEN])
+        return ceiling >= needed and self.log_harm >= needed
+
     @property
-    def mean_gain(self) -> float:
-        return self.gain / self.units if self.units else math.nan
+    def log_harm(self) -> float:
+        """Logarithm of the evidence that a serving profile's gain is below 0, by unit or by token: the mean of both."""
+        return float(np.logaddexp(self.log_e(HARM), self.log_e(HARM_BY_TOKEN))) - math.log(2.0)
 
     @property
     def mean_gain_by_token(self) -> float:
@@ -163,6 +180,12 @@ class KindTest:
         if not self.units:
             return DEFAULT_TOKEN_CAP
         return float((without_any(sums[:, SQUARED_TOKENS]) / without_any(sums[:, TOKENS])).min())
+
+    def _bet(self, bet: int, place: int, x: float) -> None:
+        """x: an observation divided by the width."""
+        x = min(max(x, -1.0), 1.0)
+        self.wealth[bet, place] += log_factors(x)
+        self.ceiling[bet] += math.log1p(max(x, 0.0)) + 1e-9
 
     def _place(self, client: bytes) -> int | None:
         """Row of a client; None for one that is not seen yet and gets a row of its own."""

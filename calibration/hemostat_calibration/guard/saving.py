@@ -1,7 +1,7 @@
 """The guard's state as JSON bytes and back.
 
 Size: of a kind of a candidate's test about 300 bytes, 5.4 for each unit counted (at most `MAX_UNITS`) and 120 for each
-client (at most `MAX_CLIENTS`); of a kind of a serving profile 230 for each client. 25 kinds that a profile serves and
+client (at most `MAX_CLIENTS`); of a kind of a serving profile 220 for each client. 25 kinds that a profile serves and
 two
 candidates are tested in: at most 2.5 MB, and 0.2 MB with 300 units of 20 clients each.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ def _test_json(test: KindTest) -> dict[str, Any]:
         "refused": test.refused,
         "units": test.units,
         "tokens": test.tokens,
-        "gain": test.gain,
+        "gain": [test.gain.total, test.gain.squares],
         "places": [client.hex() for client in test.places],
         "counts": test.counts,
         "counted": base64.b64encode(b"".join(test.counted)).decode(),
@@ -121,8 +121,9 @@ def _read_test(stored: dict[str, Any]) -> KindTest:
         refused=_count(stored["refused"]),
         units=_count(stored["units"]),
         tokens=_count(stored["tokens"]),
-        gain=_finite(stored["gain"]),
     )
+    total, squares = stored["gain"]
+    test.gain = replace(test.gain, observations=test.units, total=_finite(total), squares=_finite(squares))
     test.counts = [_count(number, 1) for number in stored["counts"]]
     test.places = {bytes.fromhex(client): place for place, client in enumerate(stored["places"])}
     counted = base64.b64decode(stored["counted"], validate=True)

@@ -1,0 +1,61 @@
+"""Simulated worlds in which the guard, the alarm, the intervals and the tests of outcomes have to keep what the docs
+say.
+
+Every module here has
+
+    NAME    what `bench_guard.py --only` and the table call it
+    TAKES   how long 1,000 lives take, in words
+    rows    (lives, seed) -> its rows of the table; a life is one simulated run of what is tested
+
+and calls the code that decides in production, never a copy of it. `test_worlds.py` runs every module with 50 lives
+(`TEST_LIVES`, where a module has one: another number, 0 for none).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. measured: a number, or several in words. limit: what it has to be, in words."""
+
+    case: str
+    measured: float | str
+    limit: str
+    holds: bool
+
+
+def count_row(case: str, found: int, lives: int, share: float) -> Row:
+    """A row for what may happen in at most `share` of all lives; see `most`."""
+    limit = most(lives, share)
+    return Row(case, f"{found} of {lives}", f"<= {limit} of {lives}", found <= limit)
+
+
+def most(lives: int, share: float) -> int:
+    """The largest number of lives that is compatible with a probability of `share`: the 97.5 % quantile of the binomial
+    distribution. 64 of 1,000 at 5 %, 17 at 1 %."""
+    total, probability = 0.0, (1.0 - share) ** lives
+    for found in range(lives + 1):
+        total += probability
+        if total >= 0.975:
+            return found
+        probability *= (lives - found) / (found + 1) * share / (1.0 - share)
+    return lives
+
+
+def median(values: list[float]) -> float:
+    """inf where half of the values or more are inf."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2] if ordered else math.nan
+
+
+def modules() -> list[ModuleType]:
+    """All modules with rows, by name."""
+    names = sorted(found.name for found in pkgutil.iter_modules(__path__))
+    loaded = (importlib.import_module(f"{__name__}.{name}") for name in names if not name.startswith("test_"))
+    return [module for module in loaded if hasattr(module, "rows")]

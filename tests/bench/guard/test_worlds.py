@@ -1,0 +1,44 @@
+"""The benchmark's worlds, with few lives and a fixed seed: every row holds."""
+
+import json
+import math
+
+import pytest
+from tests.bench import bench_guard
+from tests.bench.guard import Row, count_row, median, modules, most
+
+MODULES = {module.NAME: module for module in modules()}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_row_holds(name):
+    lives = getattr(MODULES[name], "TEST_LIVES", 50)
+    if not lives:
+        pytest.skip("too slow for a test: `make bench-guard` runs it")
+    rows = list(MODULES[name].rows(lives, 0))
+    assert rows
+    assert [row for row in rows if not row.holds] == []
+
+
+def test_limits_of_counts():
+    assert (most(1000, 0.05), most(1000, 0.01)) == (64, 17)
+    assert most(10, 0.0) == 0
+    assert count_row("x", 64, 1000, 0.05) == Row("x", "64 of 1000", "<= 64 of 1000", True)
+    assert not count_row("x", 65, 1000, 0.05).holds
+    assert median([1.0, 2.0, math.inf]) == 2.0
+
+
+def test_the_table_and_the_file(tmp_path, monkeypatch, capsys):
+    """One module is run, in a process of its own; the rows of others stay in the file."""
+    path = tmp_path / "guard.json"
+    monkeypatch.setattr(bench_guard, "RESULT", path)
+    path.write_text(json.dumps({"rows": [{"module": "another", "case": "x"}, {"module": "kinds", "case": "old"}]}))
+    status = bench_guard.main(["--only", "kinds", "--lives", "2", "--seed", "3", "--jobs", "1"])
+    result = json.loads(path.read_text())
+    rows = result["rows"]
+    assert rows[0] == {"module": "another", "case": "x"}
+    assert {row["module"] for row in rows[1:]} == {"kinds"}
+    assert "old" not in {row["case"] for row in rows}
+    assert status == (0 if all(row["holds"] for row in rows[1:]) else 1)
+    assert (result["lives"], result["seed"]) == (2, 3)
+    assert f"kinds: {rows[1]['case']}" in capsys.readouterr().out
