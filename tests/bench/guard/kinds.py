@@ -83,7 +83,7 @@ def forced(lives: int, rng: np.random.Generator) -> Iterator[Row]:
 
 def nulls(lives: int, rng: np.random.Generator) -> Row:
     """20 kinds of different shares, and five distributions of gains that all have mean 0."""
-    n = 2400
+    n = 1600
     shares = np.arange(1.0, 21.0) / np.arange(1.0, 21.0).sum()
     promoted = 0
     for _ in range(lives):
@@ -144,7 +144,7 @@ def lengths(lives: int, rng: np.random.Generator) -> Row:
     """90 % of the units have 5 tokens and gain 0.1, 10 % have 2,000 and lose 0.3."""
     promoted = 0
     for _ in range(lives):
-        n = 600
+        n = 250
         short = rng.random(n) < 0.9
         gains = np.where(short, normal(rng, 0.1, n, 0.05), normal(rng, -0.3, n, 0.05))
         guard = Guard()
@@ -158,7 +158,7 @@ def stopping(lives: int, rng: np.random.Generator) -> Iterator[Row]:
     below 0 and back to it, with heavy tails."""
     promoted, rolled_back = 0, 0
     for _ in range(lives):
-        n = 1200
+        n = 800
         drift = -0.05 * np.maximum(0.0, np.sin(np.arange(n) / 60.0 + rng.uniform(0.0, 6.0)))
         gains = np.clip(null_gains(rng, 4, n) + drift, -WIDTH, WIDTH)
         guard = Guard()
