@@ -168,7 +168,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "figure": {
         "": {
             **{name: f"{text}; {KINDS[figures.FIGURES[name].kind]}" for name, text in HEADLINES.items()},
-            "top1_disagreement": "1 − top1_agreement; exact; only with stage `excess`",
         }
     },
     "kind": {"": {"json": "a JSON answer was requested", "tool_call": "tools were offered, and called"}},
@@ -252,7 +251,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
         ),
         names.DIVERGENCE: {
             "raw": "the compressed model's distribution",
-            "excess": "raw minus the noise floor (how far each model is from itself); present once both are known",
+            "excess": "raw minus what noise adds to it (half of how far each model is from itself), for KL and JS; "
+            "present once both are known",
         },
     },
     "strategy": {

@@ -183,9 +183,10 @@ def validate(record: TokenRecord) -> TokenRecord:
     Checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no NaN (but
     in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not above 0,
     rows that sum to at most 1 within rounding, rows ordered from the most to the least likely with the padding last. No
-    row of `compressed` is shorter than K − 1 (the last place is for an emitted token that is not one of the most
-    likely), a reference that gave its entropy gave all of `reference_at`, and the emitted token's log-probability is
-    the same in its row and in its own field.
+    row of `compressed` has a single id (a server that lists the emitted token in any case fills it by what was sampled,
+    and estimates would be biased), none is shorter than K − 1 (the last place is for an emitted token that is not one
+    of the most likely), a reference that gave its entropy gave all of `reference_at`, and the emitted token's
+    log-probability is the same in its row and in its own field.
 
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
     >>> record = TokenRecord(
@@ -210,6 +211,11 @@ def validate(record: TokenRecord) -> TokenRecord:
     for name, candidates in (("compressed", record.compressed), ("reference", record.reference)):
         _check_candidates(name, candidates, tokens, vocabulary)
     given = record.compressed.ids >= 0
+    if (given.sum(axis=1) < min(2, vocabulary)).any():
+        raise InvalidRecordError(
+            InvalidReason.SHORT,
+            "compressed.ids has a row of one id: at least 2 are needed, or which one it is depends on what was sampled",
+        )
     _array("reference_at", record.reference_at, np.float64, 2)
     _same_shape("reference_at", record.reference_at, record.compressed.ids.shape)
     if (given.sum(axis=1) < min(record.top_k - 1, vocabulary)).any():

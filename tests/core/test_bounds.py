@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.support.exact import exact, largest_ratio
 from tests.support.oracle import apply
@@ -72,7 +72,7 @@ def views():
     """Record options: how many candidates, how the engine adds the emitted one, what the reference gave."""
     return st.fixed_dictionaries(
         {
-            "k": st.sampled_from([1, 2, 3, 5, 10, 50, 400]),
+            "k": st.sampled_from([2, 3, 5, 10, 50, 400]),
             "reference_k": st.sampled_from([None, None, 1, 2, 5, 20, 400]),
             "chat": st.booleans(),
         }
@@ -81,7 +81,6 @@ def views():
 
 @settings(max_examples=600)
 @given(pairs(), views())
-@example(Truth(np.log([[0.4, 0.6]]), np.log([[0.9, 0.1]]), np.array([0])), {"k": 1, "reference_k": None, "chat": True})
 def test_the_truth_is_always_inside(truth, view):
     floor = largest_ratio(truth)
     record = make_record(truth, **view)
@@ -196,8 +195,6 @@ def test_the_upper_ends_are_attained(reference_k):
 def test_the_truth_is_inside_after_a_profile(data, truth, view, log_normalizer):
     """Where the normalizer is known; elsewhere there is nothing, rather than something wrong."""
     profile = data.draw(profiles(truth.compressed.shape[1]))
-    # Of one candidate in the emitted one's place, the likeliest, from which a temperature counts, is not known.
-    view["chat"] &= view["k"] > 1
     record = make_record(truth, **view, profile=profile, log_normalizer=log_normalizer)
     after = Truth(truth.reference, log_softmax(apply(profile, truth.compressed)), truth.emitted)
     found = calibrated(record, profile, min_ratio=largest_ratio(after)).bounds
@@ -212,9 +209,9 @@ def test_the_truth_is_inside_after_a_profile(data, truth, view, log_normalizer):
 
 
 def test_the_floor_is_named():
-    truth = Truth(np.log([[0.4, 0.3, 0.3]]), np.log([[0.9, 0.05, 0.05]]), np.array([0]))
-    assert bounds(make_record(truth, 1)).min_ratio == MIN_RATIO
-    assert np.isinf(bounds(make_record(truth, 1), 0.0).kl_rc.upper).all()
+    truth = Truth(np.log([[0.4, 0.3, 0.2, 0.1]]), np.log([[0.9, 0.05, 0.03, 0.02]]), np.array([0]))
+    assert bounds(make_record(truth, 2)).min_ratio == MIN_RATIO
+    assert np.isinf(bounds(make_record(truth, 2), 0.0).kl_rc.upper).all()
 
 
 def test_the_emitted_token_in_the_last_place_caps_nothing():
@@ -225,7 +222,6 @@ def test_the_emitted_token_in_the_last_place_caps_nothing():
         np.testing.assert_allclose(
             np.exp(cap(record.compressed, record.output_ids)), 0.5 if chat else 0.3, err_msg=str(chat)
         )
-    np.testing.assert_array_equal(cap(make_record(truth, 1, chat=True).compressed, np.array([3])), 0.0)
 
 
 def simulate(tokens, k, seed=9):

@@ -30,7 +30,7 @@ def listed(record, **changes):
     return replace(record, reference=replace(record.reference, **changes))
 
 
-@given(truths(), st.integers(1, 30), st.sampled_from([None, 1, 3]))
+@given(truths(), st.integers(2, 30), st.sampled_from([None, 1, 3]))
 def test_what_models_say_is_accepted(truth, k, reference_k):
     record = make_record(truth, k, reference_k=reference_k)
     assert validate(record) is record
@@ -78,6 +78,10 @@ BREAKS = {
             logprobs=put(r.compressed.logprobs, (0, slice(2, None)), -np.inf),
         ),
         reference_at=put(r.reference_at, (0, slice(2, None)), np.nan),
+    ),
+    "one id for a token": lambda r: replace(
+        candidates(r, ids=r.compressed.ids[:, :1], logprobs=r.compressed.logprobs[:, :1]),
+        reference_at=r.reference_at[:, :1],
     ),
     "NaN of a reference that knows all": lambda r: replace(r, reference_at=put(r.reference_at, (0, 0), np.nan)),
     "two values of the emitted": lambda r: replace(r, compressed_emitted=r.compressed_emitted - 0.5),

@@ -203,8 +203,9 @@ class Shadow(Section):
     """Longest prompt + output that is scored."""
     reference_tokens_per_second: float = Field(default=0.0, ge=0)
     """0: as fast as the reference can."""
-    top_k: int = Field(default=20, ge=1, le=1000)
-    """Must not exceed the server's --max-logprobs."""
+    top_k: int = Field(default=20, ge=2, le=1000)
+    """Must not exceed the server's --max-logprobs. At least 2: the last place is for an emitted token that is not among
+    the likeliest, so a list of one depends on what was sampled, and estimates from it are biased."""
     floor_fraction: float = Field(default=0.02, ge=0, le=1)
     """Fraction of the scored requests that each model also scores against itself: the noise floor. Each costs the
     compressed model's server a prefill of their tokens."""

@@ -80,12 +80,13 @@ class Alarms:
             self._noise_floors[model] = self._noise_floors[model].update(figures.kl_rc)
 
     def _noise_floor(self) -> float:
-        """Upper end of the sum of the noise floors, nats; infinite while one is unknown: the budget test then waits."""
+        """Upper end of what noise adds to the divergence, half of the sum of the noise floors (two noisy computations
+        are compared in each), nats; infinite while one is unknown: the budget test then waits."""
         # Each has its part of what the budget test spends on limits; see `alarm`.
         part = self._settings.alpha / (4.0 * max(len(self._noise_floors), 1))
         highs = [floor.get(part).high if floor.requests else math.inf for floor in self._noise_floors.values()]
         unknown = any(high >= floor.cap for high, floor in zip(highs, self._noise_floors.values(), strict=False))
-        return math.inf if unknown else sum(highs)
+        return math.inf if unknown else 0.5 * sum(highs)
 
     def _note(self, reading: alarm.Reading) -> None:
         key, raised = (reading.route, str(reading.kind)), reading.raised is not None

@@ -44,22 +44,19 @@ HEADLINE = (
     *("kl_nats_estimate", "reverse_kl_nats_estimate", "top1_agreement"),
 )
 """Figures that are exported with their intervals."""
-EXCESS = tuple(name for name in HEADLINE if name != "kl_nats_upper")
-"""Figures whose excess over the noise floor is reported, too; for agreement, the disagreement that both models' noise
-does not explain. Upper bounds have no excess: they contain what the lists leave open, which is no noise."""
+EXCESS = ("kl_nats", "reverse_kl_nats", "js_nats", "kl_nats_estimate", "reverse_kl_nats_estimate")
+"""Figures whose excess over the noise floor is reported, too: those that are quadratic in small differences, so that
+independent noise adds up. Total variation and agreement are not: the noise of a self-comparison has no known share of
+them. Upper bounds have no excess: they contain what the lists leave open, which is no noise."""
+FLOOR_SHARE = 0.5
+"""Of a model's floor, in its divergence from the other model: a self-comparison compares two noisy computations of one
+model, and the raw figure has one noisy computation of each model."""
 ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
 
 
 def interval(sequence: MeanSequence, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
     """JSON-ready: None where nothing was measured, or the end is infinite. lo, hi: the figure's range by definition."""
     return _to_json(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
-
-
-def _as_difference(name: str, found: confidence.ConfidenceInterval) -> confidence.ConfidenceInterval:
-    """The figure, or one minus it, so that it grows with the difference of the two models."""
-    if name != "top1_agreement":
-        return found
-    return confidence.ConfidenceInterval(1.0 - found.mean, 1.0 - found.high, 1.0 - found.low)
 
 
 def _to_json(found: confidence.ConfidenceInterval) -> dict[str, Any]:
@@ -199,21 +196,19 @@ class Measurements:
         return {model: figures.summary() for model, figures in self._noise_floor.items() if figures.requests}
 
     def excess(self) -> dict[str, Any]:
-        """Headline figures over the noise floor: the raw figure minus both models' own, which add up to second order.
-        For agreement, `top1_disagreement`. A figure is absent until it and both floors are known."""
+        """Figures of `EXCESS` over the noise floor: the raw figure minus half of each model's own, which is what their
+        noise adds to it, to second order. A figure is absent until it and both floors are known."""
         # Three intervals that hold simultaneously with 95 %: each has a third of the error probability.
         part = 0.05 / (1 + len(self._noise_floor))
         found: dict[str, Any] = {}
         for name in EXCESS:
-            raw, *floors = (
-                _as_difference(name, one.interval(name, part)) for one in (self._raw, *self._noise_floor.values())
-            )
-            noise = sum(floor.mean for floor in floors)
+            raw, *floors = (one.interval(name, part) for one in (self._raw, *self._noise_floor.values()))
+            noise = FLOOR_SHARE * sum(floor.mean for floor in floors)
             if math.isnan(raw.mean - noise):
                 continue
-            low, high = raw.low - sum(floor.high for floor in floors), raw.high - sum(floor.low for floor in floors)
-            key = "top1_disagreement" if name == "top1_agreement" else name
-            found[key] = {"estimate": raw.mean - noise, "ci95": [low, high], "floor": noise}
+            low = raw.low - FLOOR_SHARE * sum(floor.high for floor in floors)
+            high = raw.high - FLOOR_SHARE * sum(floor.low for floor in floors)
+            found[name] = {"estimate": raw.mean - noise, "ci95": [low, high], "floor": noise}
         return found
 
     def summary(self, version: str | None) -> dict[str, Any]:
