@@ -181,6 +181,9 @@ class _NotingWrites:
     def raise_state(self, key: str, value: int) -> None:
         self._life.save("raise_state", key, value)
 
+    def put_blob(self, key: str, data: bytes) -> None:
+        raise AssertionError("profiles keep no blobs")
+
 
 class Life:
     """A `ProfileManager` whose writes go to a store at once and to `saves`, and which is fed whole records.

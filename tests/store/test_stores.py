@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,6 +16,7 @@ from tests.support import valkey
 from tests.support.valkey import Valkey
 
 from hemostat.config.store_url import without_password
+from hemostat.store import valkey as valkey_module
 from hemostat.store.factory import open_store
 from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import MAX_EVENTS, LeaseLost, Store, StoreAccessDenied, StoredProfile, StoreFailure
@@ -102,6 +105,66 @@ def test_a_large_profile_comes_back_whole(store: Store) -> None:
     data = os.urandom(1 << 20) * 16
     store.put_profile(StoredProfile("large", data, 1234567.875))
     assert store.get_profile("large") == StoredProfile("large", data, 1234567.875)
+
+
+@each_store
+def test_blobs_are_replaced_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(valkey_module, "CHUNK_BYTES", 1000)
+    assert store.get_blob("learner") is None
+    for size in (0, 1, 1000, 2500, 10_000, 3):
+        data = os.urandom(size)
+        store.put_blob("learner", data)
+        store.put_blob("other", b"x")
+        assert store.get_blob("learner") == data
+        assert store.get_blob("other") == b"x"
+
+
+@each_shared_store
+def test_a_killed_write_leaves_the_old_blob(url: str) -> None:
+    store = open_store(url)
+    old = os.urandom(1000)
+    store.put_blob("learner", old)
+    context = multiprocessing.get_context("spawn")
+    for pause in (0.01, 0.05):
+        written = context.Event()
+        process = context.Process(target=write_blobs, args=(url, written))
+        process.start()
+        assert written.wait(120)
+        time.sleep(pause)
+        process.kill()
+        process.join()
+        found = store.get_blob("learner")
+        assert found is not None
+        assert len(found) == 20_000_000
+        assert found == found[:1] * len(found)
+        store.put_blob("learner", old)
+
+
+def write_blobs(url: str, written: Event) -> None:
+    store = open_store(url)
+    for n in itertools.count():
+        store.put_blob("learner", bytes([n % 256]) * 20_000_000)
+        written.set()
+
+
+def test_what_an_interrupted_write_leaves_on_the_server_expires(
+    pair: tuple[ValkeyStore, ValkeyStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = pair
+    monkeypatch.setattr(valkey_module, "UNFINISHED_BLOB_SECONDS", 0.2)
+    first.acquire_lease(0.01)
+    first.put_blob("learner", b"old", as_leader=True)
+    time.sleep(0.05)
+    assert second.acquire_lease(10.0).leads
+    before = first._client.dbsize()
+    with pytest.raises(LeaseLost):
+        first.put_blob("learner", b"new" * 1000, as_leader=True)
+    assert second.get_blob("learner") == b"old"
+    while first._client.dbsize() > before:
+        time.sleep(0.05)
+    second.put_blob("learner", b"newer", as_leader=True)
+    assert first.get_blob("learner") == b"newer"
+    assert first._client.dbsize() == before
 
 
 @each_store

@@ -94,3 +94,33 @@ def test_a_repeated_message_is_logged_once_where_asked(caplog: pytest.LogCapture
     errors.record(StoreFailure("damaged"))
     assert [record.message for record in caplog.records] == ["away", "damaged", "damaged"]
     assert errors.count == 4
+
+
+class FailingBlobs(FailingStore):
+    def put_blob(self, key: str, data: bytes) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+        super().put_blob(key, data)
+
+
+async def test_of_blobs_that_wait_only_the_newest_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "RETRY_SECONDS", (0.0,))
+    store = FailingBlobs(StoreUnreachable("away"), StoreUnreachable("away"))
+    one, errors, _ = writer(store)
+    for n in range(3 * MAX_QUEUED_WRITES):
+        one.as_leader.put_blob("learner", bytes([n % 256]))
+        one.as_leader.put_blob("other", b"x")
+    running = asyncio.create_task(one.run())
+    await one.wait_until_written(30)
+    running.cancel()
+    assert store.get_blob("learner") == bytes([(3 * MAX_QUEUED_WRITES - 1) % 256])
+    assert store.get_blob("other") == b"x"
+    assert errors.count == 2
+
+
+async def test_a_follower_writes_no_blobs() -> None:
+    store = MemoryStore()
+    one, _, _ = writer(store, shared=True)
+    one.as_leader.put_blob("learner", b"x")
+    await one.drain()
+    assert store.get_blob("learner") is None

@@ -15,6 +15,7 @@ class MemoryStore:
         self._profiles: dict[str, StoredProfile] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._state: dict[str, str] = {}
+        self._blobs: dict[str, bytes] = {}
 
     def put_profile(self, profile: StoredProfile) -> None:
         self._profiles[profile.version] = profile
@@ -43,6 +44,12 @@ class MemoryStore:
 
     def raise_state(self, key: str, value: int) -> None:
         self._state[key] = str(max(value, int(self._state.get(key, 0))))
+
+    def put_blob(self, key: str, data: bytes) -> None:
+        self._blobs[key] = data
+
+    def get_blob(self, key: str) -> bytes | None:
+        return self._blobs.get(key)
 
     def get_state(self, key: str) -> str | None:
         return self._state.get(key)

@@ -25,6 +25,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 MAX_EVENTS = 10_000
 """Events that a store keeps; older ones are deleted."""
+MAX_BLOB_BYTES = 512 * 1024 * 1024
 
 
 class StoreFailure(HemostatError):
@@ -76,6 +77,9 @@ class StoreWrites(Protocol):
     def raise_state(self, key: str, value: int) -> None:
         """Set a number that only grows: a larger one that another process has stored stays."""
 
+    def put_blob(self, key: str, data: bytes) -> None:
+        """Keep up to `MAX_BLOB_BYTES` under a name, in place of what it held. Interrupted, it leaves the old ones."""
+
 
 class Store(StoreWrites, Protocol):
     """Small and synchronous: call it in a thread, never on the event loop. Every method may raise StoreFailure."""
@@ -89,6 +93,9 @@ class Store(StoreWrites, Protocol):
         """Newest first."""
 
     def get_state(self, key: str) -> str | None: ...
+
+    def get_blob(self, key: str) -> bytes | None:
+        """None where there is none."""
 
     def add_state(self, key: str, value: str) -> str:
         """Set a state unless it has a value, in one step. Returns the value that it has now, whoever set it."""

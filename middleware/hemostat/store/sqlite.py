@@ -18,6 +18,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS profiles (version TEXT PRIMARY KEY, data BLOB NOT NULL, created REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, data BLOB NOT NULL);
 """
 
 
@@ -89,6 +90,15 @@ class SqliteStore:
             "value = CAST(MAX(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER)) AS TEXT)"
         )
         self._run(lambda c: c.execute(query, (key, str(value))))
+
+    def put_blob(self, key: str, data: bytes) -> None:
+        if len(data) > protocol.MAX_BLOB_BYTES:
+            raise StoreFailure(f"store {self._path}: {key} has {len(data)} bytes, above {protocol.MAX_BLOB_BYTES}")
+        self._run(lambda c: c.execute("INSERT OR REPLACE INTO blobs VALUES (?, ?)", (key, data)))
+
+    def get_blob(self, key: str) -> bytes | None:
+        row = self._run(lambda c: c.execute("SELECT data FROM blobs WHERE key = ?", (key,)).fetchone())
+        return bytes(row[0]) if row else None
 
     def get_state(self, key: str) -> str | None:
         row = self._run(lambda c: c.execute("SELECT value FROM state WHERE key = ?", (key,)).fetchone())

@@ -30,6 +30,10 @@ RESPONSE_SECONDS = 5.0
 """Longest wait of one read or write; each runs in a thread."""
 MAX_COMMANDS = 100
 """Commands for the leader that wait in the store; the oldest are deleted beyond that."""
+CHUNK_BYTES = 8 * 1024 * 1024
+"""Of a blob, written and read at a time: each has to pass within RESPONSE_SECONDS."""
+UNFINISHED_BLOB_SECONDS = 600.0
+"""After this time the server deletes the chunks of a blob whose write was interrupted."""
 REPLY_SECONDS = 60.0
 """How long commands and replies to them stay in the store."""
 
@@ -78,6 +82,16 @@ return 1""",
 local held = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or 0)
 if tonumber(ARGV[3]) > held then held = tonumber(ARGV[3]) end
 redis.call('HSET', KEYS[3], ARGV[2], string.format('%.0f', held))
+return 1""",
+    # KEYS[3]: the hash that names the key of a blob's chunks. KEYS[4]: the key of the new chunks. The revision stays as
+    # it is: followers do not read blobs.
+    "blob": """
+if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+if redis.call('LLEN', KEYS[4]) ~= tonumber(ARGV[3]) then return -1 end
+local before = redis.call('HGET', KEYS[3], 'chunks')
+redis.call('PERSIST', KEYS[4])
+redis.call('HSET', KEYS[3], 'chunks', KEYS[4], 'bytes', ARGV[2])
+if before and before ~= KEYS[4] then redis.call('UNLINK', before) end
 return 1""",
     # Returns the value that the state has now.
     "add": """
@@ -182,12 +196,45 @@ class ValkeyStore:
     def raise_state(self, key: str, value: int, *, as_leader: bool = False) -> None:
         self._write("raise", ("state",), as_leader, key, value)
 
+    def put_blob(self, key: str, data: bytes, *, as_leader: bool = False) -> None:
+        """In chunks, under a new name that takes the old one's place at the end. The chunks of an interrupted write
+        expire."""
+        if len(data) > protocol.MAX_BLOB_BYTES:
+            raise StoreFailure(f"store {self._shown_url}: {key} has {len(data)} bytes: too many")
+        chunks = f"blob:{key}:{secrets.token_hex(8)}"
+        count = 0
+        for first in range(0, max(len(data), 1), CHUNK_BYTES):
+            with self._translated() as client, client.pipeline(transaction=True) as batch:
+                batch.rpush(self._key(chunks), data[first : first + CHUNK_BYTES])
+                batch.pexpire(self._key(chunks), int(1000 * UNFINISHED_BLOB_SECONDS))
+                batch.execute()
+            count += 1
+        replica = self.replica if as_leader else ""
+        written = self._run("blob", (f"blob:{key}", chunks), replica, len(data), count)
+        if written == 0:
+            raise LeaseLost(f"store {self._shown_url}: another replica leads")
+        if written != 1:
+            raise StoreFailure(f"store {self._shown_url}: part of {key} was lost while it was written")
+
     # --- reads -----------------------------------------------------------------------------------------------------
 
     def get_profile(self, version: str) -> StoredProfile | None:
         with self._translated() as client:
             data, created = client.hmget(self._key(f"profile:{version}"), ["data", "created"])
             return None if data is None or created is None else StoredProfile(version, data, float(created))
+
+    def get_blob(self, key: str) -> bytes | None:
+        with self._translated() as client:
+            chunks, size = client.hmget(self._key(f"blob:{key}"), ["chunks", "bytes"])
+            if chunks is None or size is None:
+                return None
+            parts: list[bytes] = []
+            while part := client.lindex(chunks, len(parts)):
+                parts.append(part)
+        data = b"".join(parts)
+        if len(data) != int(size):
+            raise StoreFailure(f"store {self._shown_url}: {key} is incomplete, or was replaced while it was read")
+        return data
 
     def versions(self) -> dict[str, float]:
         """Version -> Unix seconds at which it was stored; newest first."""
@@ -291,3 +338,6 @@ class _LeaderWrites:
 
     def raise_state(self, key: str, value: int) -> None:
         self._store.raise_state(key, value, as_leader=True)
+
+    def put_blob(self, key: str, data: bytes) -> None:
+        self._store.put_blob(key, data, as_leader=True)

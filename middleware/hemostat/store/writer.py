@@ -59,6 +59,14 @@ class RaiseState:
 
 
 @dataclass(frozen=True, slots=True)
+class PutBlob:
+    """The newest bytes under this key that wait to be written: several writes that wait become one."""
+
+    key: str
+    as_leader: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SendCommand:
     """A command for whichever replica leads; only stores that replicas share carry commands."""
 
@@ -66,14 +74,17 @@ class SendCommand:
     command: str
 
 
-Write: TypeAlias = PutProfile | DeleteProfile | AppendEvent | SetState | RaiseState | SendCommand
+Write: TypeAlias = PutProfile | DeleteProfile | AppendEvent | SetState | RaiseState | PutBlob | SendCommand
 
 
 class QueuedWrites:
     """Implements `protocol.StoreWrites`: each call queues one write."""
 
-    def __init__(self, enqueue: Callable[[Write], None], *, as_leader: bool) -> None:
+    def __init__(
+        self, enqueue: Callable[[Write], None], enqueue_blob: Callable[[PutBlob, bytes], None], *, as_leader: bool
+    ) -> None:
         self._enqueue = enqueue
+        self._enqueue_blob = enqueue_blob
         self._as_leader = as_leader
 
     def put_profile(self, profile: StoredProfile) -> None:
@@ -91,6 +102,9 @@ class QueuedWrites:
     def raise_state(self, key: str, value: int) -> None:
         self._enqueue(RaiseState(key, value, self._as_leader))
 
+    def put_blob(self, key: str, data: bytes) -> None:
+        self._enqueue_blob(PutBlob(key, self._as_leader), data)
+
 
 class StoreWriter:
     """Lives in the control process's event loop; owns the queue of writes.
@@ -104,8 +118,10 @@ class StoreWriter:
         self._lease = lease
         self._errors = errors
         self._queue: asyncio.Queue[Write] = asyncio.Queue(MAX_QUEUED_WRITES)
-        self.as_leader: StoreWrites = QueuedWrites(self._enqueue_as_leader, as_leader=True)
-        self.as_replica: StoreWrites = QueuedWrites(self._enqueue, as_leader=False)
+        self._blobs: dict[PutBlob, bytes] = {}
+        """That wait to be written."""
+        self.as_leader: StoreWrites = QueuedWrites(self._enqueue_as_leader, self._enqueue_blob, as_leader=True)
+        self.as_replica: StoreWrites = QueuedWrites(self._enqueue, self._enqueue_blob, as_leader=False)
 
     def send_command(self, name: str, command: str) -> None:
         """Queue a command for whichever replica leads once the store answers again."""
@@ -120,6 +136,16 @@ class StoreWriter:
             self._queue.put_nowait(write)
         except asyncio.QueueFull:
             self._errors.count += 1
+            if isinstance(write, PutBlob):
+                self._blobs.pop(write, None)
+
+    def _enqueue_blob(self, write: PutBlob, data: bytes) -> None:
+        if write.as_leader and not self._lease.is_last_leader:
+            return
+        waits = write in self._blobs
+        self._blobs[write] = data
+        if not waits:
+            self._enqueue(write)
 
     async def run(self) -> None:
         """Write what is queued, one after the other, until cancelled."""
@@ -167,6 +193,15 @@ class StoreWriter:
                 self._target(write.as_leader).set_state(key, value)
             case RaiseState(key, number):
                 self._target(write.as_leader).raise_state(key, number)
+            case PutBlob(key):
+                data = self._blobs.pop(write, None)
+                if data is None:  # a newer one was written in its place
+                    return
+                try:
+                    self._target(write.as_leader).put_blob(key, data)
+                except StoreUnreachable:
+                    self._blobs.setdefault(write, data)
+                    raise
             case SendCommand(name, command):
                 if isinstance(self._store, ValkeyStore):
                     self._store.send_command(name, command)

@@ -140,7 +140,7 @@ class ContextualLearner:
         self.anchors: Ids = anchors.astype(np.int32)
         self.digest = anchors_digest(self.anchors)
         self.forgetting = Forgetting(half_life_tokens)
-        self._features = min(features, len(anchors))
+        self.features = min(features, len(anchors))
         self._ranks = (*(r for r in _RANKS if r < rank), rank)
         self._limits = ProfileLimits(clamp_nats, kl_limit)
         self._recent_tokens = recent_tokens
@@ -154,7 +154,7 @@ class ContextualLearner:
         """Before the first record. InvalidArgumentError unless the output embedding has `vocab_size` rows."""
         if vocab_size != len(self.weight):
             raise InvalidArgumentError(f"vocab_size is {vocab_size}, the output embedding has {len(self.weight)} rows")
-        empty = empty_fold(self._features, len(self.anchors), self.weight.shape[1])
+        empty = empty_fold(self.features, len(self.anchors), self.weight.shape[1])
         return ContextualState(model, vocab_size, (empty,) * FOLDS)
 
     def probe(self, model: str) -> CalibrationProfile:
@@ -270,7 +270,7 @@ class ContextualLearner:
 
     def _hidden_examples(self, state: ContextualState, base: ContextualState | None, sample: Singles) -> HiddenExamples:
         prior = hidden_states.estimate_prior(sample, self._noise_nats)
-        basis = make_basis(self.weight, self.anchors, self._features, sample, prior)
+        basis = make_basis(self.weight, self.anchors, self.features, sample, prior)
         priors = None if base is None else self._map_of_all(self._moments(base, basis))
         rows = [r for r in self._fresh(state) if r.features is not None and r.hidden is not None]
         return HiddenExamples(basis, self._moments(state, basis), priors, rows)
@@ -284,7 +284,7 @@ class ContextualLearner:
             state.recent,
             weight=self.weight,
             anchors=self.anchors,
-            features=self._features,
+            features=self.features,
             noise_nats=self._noise_nats,
             forgetting=self.forgetting,
             clock=state.tokens,
