@@ -181,7 +181,7 @@ class StatusSource:
 
     def current(self) -> Status:
         now = self._clock()
-        measurements, shadow, pair = self._measurements, self._settings.shadow, self._monitor.pair
+        measurements, shadow, served = self._measurements, self._settings.shadow, self._monitor.served
         version = self._profiles.serving.reported
         totals = self._link.total()
         return Status(
@@ -216,7 +216,7 @@ class StatusSource:
                 uptime_seconds=now - self._started,
             ),
             queue=QueueStatus(depth=len(self._pipeline.queue), lag_seconds=self._pipeline.queue.lag_seconds(now)),
-            compressed=CompressedStatus(models=sorted(pair.models), adapters=sorted(pair.scorable_adapters)),
+            compressed=CompressedStatus(models=sorted(served.models), adapters=sorted(served.scorable_adapters)),
             reference=ReferenceStatus(state=self._monitor.state.value, detail=self._monitor.detail),
             engines=EnginesStatus(
                 live=self._engines.live_engines(now),

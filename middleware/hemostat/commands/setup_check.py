@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from hemostat.config.schema import Settings
 from hemostat.config.store_url import without_password
-from hemostat.reference import make_reference
+from hemostat.reference import make_references
+from hemostat.reference.listing import served_pairs
 from hemostat.reference.match import compare
+from hemostat.reference.pair import ModelPair
 from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure
+from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.store import schema
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
 from hemostat.store.valkey import ValkeyStore
 
+SAME_TOKENS = "same tokens"
 PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
 ANY_XARG = "not-a-profile-version"
 
@@ -29,21 +34,24 @@ async def check(settings: Settings) -> list[Finding]:
     findings = [await _store(settings)]
     upstream = settings.upstream
     server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
+    references = make_references(settings)
     try:
         findings += await _upstream(server, settings)
+        if references is None:
+            findings.append(
+                Finding(
+                    "reference", State.NOTE, "reference.backend is none: nothing is measured", "set reference.backend"
+                )
+            )
+        elif all(f.state is not State.NO for f in findings if f.what == "upstream"):
+            findings += await _models(references, server, settings)
+        else:
+            for n, reference in enumerate(references):
+                findings += await _reference(reference, settings, None, f" {n + 1}" if n else "")
     finally:
         await server.close()
-    reachable = all(f.state is not State.NO for f in findings if f.what == "upstream")
-    reference = make_reference(settings)
-    if reference is None:
-        findings.append(
-            Finding("reference", State.NOTE, "reference.backend is none: nothing is measured", "set reference.backend")
-        )
-    else:
-        try:
-            findings += await _reference(reference, settings, reachable)
-        finally:
-            await reference.close()
+        if references is not None:
+            await references.close()
     return findings
 
 
@@ -148,34 +156,81 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
     )
 
 
-async def _reference(reference: Reference, settings: Settings, reachable: bool) -> list[Finding]:
+async def _models(references: References, server: VllmServer, settings: Settings) -> list[Finding]:
+    """Of each served base model: which reference it is matched with, or why with none, and what to do."""
+    try:
+        pairs = await served_pairs(references, server, await server.models())
+    except ReferenceFailure as failure:
+        return [Finding("models", State.NO, str(failure), "see vLLM's log")]
+    findings: list[Finding] = []
+    matched: list[str] = []
+    calibrated = settings.calibration.model
+    for n, pair in enumerate(pairs):
+        if pair.scorer is None:
+            findings.append(_without_reference(pair, settings))
+            continue
+        of = f" of {pair.name}" if len(pairs) > 1 else ""
+        if n:  # the first was probed as the upstream
+            probed = await probe_shadowing(server, pair.name, settings.shadow.top_k)
+            findings += [replace(f, what=f.what + of) for f in probed if f.state is State.NO]
+        found = await _reference(pair.scorer, settings, pair.name, of)
+        findings += found
+        if found[-1].what.startswith(SAME_TOKENS) and found[-1].state is State.OK:
+            matched.append(pair.name)
+            if calibrated in pair.names:
+                calibrated = pair.name
+    served = {name for pair in pairs for name in pair.names}
+    if missing := [name for name in settings.reference.models if name not in served]:
+        text = f"the upstream does not serve {', '.join(missing)}"
+        state = State.NOTE if matched else State.NO
+        findings.append(Finding("reference.models", state, text, f"it serves {', '.join(sorted(served))}"))
+    if calibrated is not None and calibrated not in matched:
+        fix = f"name one of {', '.join(matched)}" if matched else ""
+        findings.append(Finding("calibration.model", State.NO, f"{calibrated} is not matched with a reference", fix))
+    elif len(matched) > 1:
+        text = f"profiles are for {calibrated or matched[0]}; the others are only measured"
+        findings.append(Finding("calibration.model", State.OK, text))
+    return findings
+
+
+def _without_reference(pair: ModelPair, settings: Settings) -> Finding:
+    fix = f"add it to reference.models, as {pair.name}: REFERENCE"
+    if not settings.reference.models:
+        fix += ", with the first model and its reference.model there too"
+    text = "no reference of its own: its requests are neither scored nor treated"
+    return Finding(f"reference of {pair.name}", State.NOTE, text, fix)
+
+
+async def _reference(reference: Reference, settings: Settings, served: str | None, of: str = "") -> list[Finding]:
+    """served: the name of the model to compare it with; None where the upstream does not answer. of: what the names of
+    the findings end with."""
     backend = settings.reference.backend
     try:
         info = await reference.start()
     except ReferenceFailure as failure:
-        return [Finding("reference", State.NO, str(failure), f"see reference.* for backend {backend}")]
+        return [Finding(f"reference{of}", State.NO, str(failure), f"see reference.* for backend {backend}")]
     exact = "exact, full vocabulary" if info.full_vocabulary else "top ids only: divergence is a lower bound"
-    findings = [
-        Finding("reference", State.OK, f"{backend}: {info.model} ({info.dtype}, {info.vocab_size} tokens), {exact}")
-    ]
+    detail = f"{backend}: {info.model} ({info.dtype}, {info.vocab_size} tokens), {exact}"
+    findings = [Finding(f"reference{of}", State.OK, detail)]
     tokens = np.zeros(2, np.int32)
     try:
         await reference.score(tokens[:1], tokens[1:], np.zeros((1, settings.shadow.top_k), np.int32))
-        findings.append(Finding("reference score", State.OK, f"shadow.top_k {settings.shadow.top_k}"))
+        findings.append(Finding(f"reference score{of}", State.OK, f"shadow.top_k {settings.shadow.top_k}"))
     except ReferenceFailure as failure:
         top_k = settings.shadow.top_k
         fix = f"start the reference with --max-logprobs {top_k}, or lower shadow.top_k" if backend == "vllm" else ""
-        findings.append(Finding("reference score", State.NO, str(failure), fix))
-    if not reachable:
-        findings.append(Finding("same tokens", State.NO, "not compared: the upstream does not answer"))
+        findings.append(Finding(f"reference score{of}", State.NO, str(failure), fix))
+    same = SAME_TOKENS + of
+    if served is None:
+        findings.append(Finding(same, State.NO, "not compared: the upstream does not answer"))
         return findings
     try:
-        match = await compare(settings.upstream, reference)
+        match = await compare(settings.upstream, reference, served)
     except ReferenceFailure as failure:
-        findings.append(Finding("same tokens", State.NO, f"the reference could not be reached: {failure}"))
+        findings.append(Finding(same, State.NO, f"the reference could not be reached: {failure}"))
         return findings
     fix = "" if match.ok or not match.compared else "use the model that the served one was compressed from"
-    findings.append(Finding("same tokens", State.OK if match.ok else State.NO, match.detail, fix))
+    findings.append(Finding(same, State.OK if match.ok else State.NO, match.detail, fix))
     return findings
 
 

@@ -43,6 +43,8 @@ def explain(error: ValidationError, path: Path | None, places: Mapping[Key, str]
     elif kind in {"model_type", "model_attributes_type"}:
         fields = ", ".join(section_at(key).model_fields)
         text = f"{short_repr(first['input'])} is not a mapping; its keys are {fields}"
+    elif kind == "dict_type":
+        text = f"{short_repr(first['input'])} is not a mapping; write name: reference, one line for each model"
     elif kind == "literal_error":
         allowed = get_args(without_optional(LEAVES[dotted_key(key)]))
         near = nearest(str(first["input"]), dict.fromkeys(allowed))

@@ -130,11 +130,14 @@ def _set_value(data: dict[str, Any], places: dict[Key, str], parts: list[str], t
 
 
 def _from_text(text: str, annotation: object) -> object:
-    """Environment and flags are text: pydantic converts numbers and booleans, this function lists and null."""
+    """Environment and flags are text: pydantic converts numbers and booleans, this function lists, mappings and null."""
     if text.strip().lower() in {"", "null"} and type(None) in get_args(annotation):
         return None
     if get_origin(annotation) is list:
         return [part.strip() for part in text.strip().strip("[]").split(",") if part.strip()]
+    if get_origin(annotation) is dict:
+        pairs = (part.partition("=") for part in text.strip().strip("{}").split(",") if part.strip())
+        return {name.strip(): value.strip() for name, _, value in pairs}
     return text
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import ipaddress
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
@@ -33,6 +33,9 @@ REMOVED = {
     "shadow.seed": "removed: which requests are sampled is drawn at random, so that no client can choose it; delete it"
 }
 """Keys of earlier versions -> what to do about them."""
+MAX_MODELS = 16
+"""Served models with a reference of their own. With backend transformers each different one is a process and holds its
+weights in memory, from when its model is first seen on the server."""
 
 EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 """The distribution that sends traces; it brings the rest of `hemostat[tracing]`."""
@@ -91,6 +94,16 @@ def _existing_folder(value: Path) -> Path:
     return value
 
 
+def _device(value: str) -> str:
+    if not _DEVICE.fullmatch(value):
+        raise ValueError(f"{short_repr(value)} is not a device; use cpu, cuda, cuda:0 or mps")
+    return value
+
+
+def _text_is_model(value: object) -> object:
+    return {"model": value} if isinstance(value, str) else value
+
+
 def _null_is_none(value: object) -> object:
     return "none" if value is None else value
 
@@ -105,6 +118,8 @@ Host = Annotated[str, AfterValidator(_host)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 ExistingFolder = Annotated[Path, AfterValidator(_existing_folder)]
+Device = Annotated[str, AfterValidator(_device)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Backend = Annotated[Literal["transformers", "vllm", "none"], BeforeValidator(_null_is_none)]
@@ -171,25 +186,35 @@ class Upstream(Section):
     rest is not used where the tokens' distribution has to be known."""
 
 
+class ModelReference(Section):
+    """The reference of one served model; a text alone is its `model`."""
+
+    model: str = Field(min_length=1)
+    """As `reference.model`."""
+    url: ServerUrl | None = None
+    """vllm: another server than `reference.url`. `reference.api_key` is sent to it too."""
+    device: Device | None = None
+    """transformers: another device than `reference.device`."""
+
+
 class Reference(Section):
-    """The uncompressed model."""
+    """The uncompressed models."""
 
     backend: Backend = "none"
     model: str | None = Field(default=None, min_length=1)
-    """transformers: a folder or a hub name. vllm: the served name (default: the server's first)."""
+    """The reference of the upstream's first base model. transformers: a folder or a hub name. vllm: the served name
+    (default: the server's first)."""
+    models: dict[ModelName, Annotated[ModelReference, BeforeValidator(_text_is_model)]] = Field(
+        default={}, max_length=MAX_MODELS
+    )
+    """In place of `model`: served name -> reference. A served base model that is not named is neither scored nor
+    treated."""
     url: ServerUrl | None = None
     api_key: Secret | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device: str = "cpu"
+    device: Device = "cpu"
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads of the in-process reference (default: half of the cores)."""
-
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, value: str) -> str:
-        if not _DEVICE.fullmatch(value):
-            raise ValueError(f"{short_repr(value)} is not a device; use cpu, cuda, cuda:0 or mps")
-        return value
+    """CPU threads of each in-process reference (default: half of the cores)."""
 
 
 class Shadow(Section):
@@ -244,6 +269,9 @@ class Calibration(Section):
     treat_unjudged: bool = False
     """Requests that cannot be scored (structured output, several choices, …) may get a profile too, though nothing
     would show that it harms them."""
+    model: ModelName | None = None
+    """The served base model that profiles are learned and served for (default: the first one that is matched with its
+    reference). All others are only measured."""
     force: ExistingFile | None = None
     """A profile that is applied to every request, without evidence: for tests."""
 
@@ -383,15 +411,37 @@ class Settings(Section):
             raise ValueError("admin.metrics_need_token: requires a token; set admin.token")
         if self.listen.port == self.admin.port != 0:
             raise ValueError(f"admin.port: {self.admin.port} is listen.port too; choose another")
-        if self.reference.backend == "transformers" and self.reference.model is None:
-            raise ValueError("reference.model: required with reference.backend: transformers; a folder or a hub name")
+        self._check_reference()
         if self.calibration.scope == "label" and not self.labels:
             raise ValueError("labels: required with calibration.scope: label; list what X-Hemostat-Label may be")
         if self.calibration.scope != "pooled" and self.calibration.apply == "request":
             raise ValueError("calibration.scope: only pooled goes with calibration.apply: request")
-        if self.reference.backend == "vllm" and self.reference.url is None:
-            raise ValueError("reference.url: required with reference.backend: vllm, like http://127.0.0.1:8001")
         return self
+
+    def _check_reference(self) -> None:
+        reference, models = self.reference, self.reference.models
+        if reference.backend == "transformers" and reference.model is None and not models:
+            raise ValueError("reference.model: required with reference.backend: transformers; a folder or a hub name")
+        if reference.backend == "vllm" and reference.url is None and (not models or _lacks_url(models)):
+            of = f"reference.models.{_lacks_url(models)}.url or " if models else ""
+            raise ValueError(f"{of}reference.url: required with reference.backend: vllm, like http://127.0.0.1:8001")
+        wanted = self.calibration.model
+        if not models:
+            return
+        if reference.backend == "none":
+            raise ValueError("reference.models: has no effect with reference.backend: none; set vllm or transformers")
+        if reference.model is not None:
+            raise ValueError("reference.model: does not go with reference.models; name the first model there too")
+        for name, one in models.items():
+            if one.url is not None and reference.backend != "vllm":
+                raise ValueError(f"reference.models.{name}.url: only with reference.backend: vllm; leave it out")
+            if one.device is not None and reference.backend != "transformers":
+                raise ValueError(f"reference.models.{name}.device: only with reference.backend: transformers")
+        if wanted is not None and wanted not in models:
+            raise ValueError(
+                f"calibration.model: {short_repr(wanted)} has no reference; add it to reference.models, or name one of "
+                + ", ".join(models)
+            )
 
     def plain(self) -> dict[str, Any]:
         """JSON-ready, with the secrets in clear: for Hemostat's own processes only. `model_validate` is the inverse."""
@@ -410,8 +460,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _lacks_url(models: Mapping[str, ModelReference]) -> str:
+    """The first name whose reference has no address of its own; "" when all have one."""
+    return next((name for name, one in models.items() if one.url is None), "")
+
+
 def _with_secrets(value: object) -> Any:
     match value:
+        case dict():
+            return {name: _with_secrets(one) for name, one in value.items()}
         case BaseModel():
             return {name: _with_secrets(getattr(value, name)) for name in type(value).model_fields}
         case SecretStr():
@@ -423,6 +480,8 @@ def _with_secrets(value: object) -> Any:
 
 def section_at(key: Sequence[str | int]) -> type[Section]:
     """The model at `key`, or the nearest one above it."""
+    if tuple(key[:2]) == ("reference", "models") and len(key) > 2:
+        return ModelReference
     section: type[Section] = Settings
     for part in key:
         field = section.model_fields.get(str(part))

@@ -31,12 +31,12 @@ from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.samples import AnySample
 from hemostat.openai.responses import ResponseFailure
 from hemostat.profiles.manager import ProfileManager
-from hemostat.reference import make_compressed_scorer, make_reference
+from hemostat.reference import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.relay import counters as relay_counters
 from hemostat.shadow import assignment
 from hemostat.shadow.endings import Outcome
-from hemostat.shadow.limits import Breaker, BreakerState
+from hemostat.shadow.limits import Breakers
 from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.store.factory import open_store_or_memory
@@ -69,7 +69,7 @@ class Control:
         self._clock, self._wall = clock, wall
         self.history = History()
         self.measurements = Measurements()
-        self.breaker = Breaker()
+        self.breakers = Breakers()
         self.records = RecordsFile(settings.records.path) if settings.records.path else None
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.store, self.store_errors = open_store_or_memory(settings.store.url)
@@ -96,14 +96,13 @@ class Control:
         self.engines = EngineRegistry()
         # Also without other replicas: where two middlewares share one engine, it tells their taps apart by this.
         self.engines.replica = self.store.replica if isinstance(self.store, ValkeyStore) else secrets.token_hex(8)
-        self.reference = make_reference(settings)
+        self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
         self.monitor = ReferenceMonitor(
-            self.reference,
-            settings.upstream,
-            settings.shadow.top_k,
+            self.references,
+            settings,
             compressed_scorer=self.compressed_scorer,
-            scores_fail=lambda: self.breaker.state(clock()) is BreakerState.OPEN,
+            scores_fail=lambda name: self.breakers.open(name, clock()),
             refused=lambda: self.link.total().counters.get(names.SHADOW_REQUESTS, {}).get(LOGPROBS_REFUSED, 0.0),
             on_change=self._models_changed,
         )
@@ -118,9 +117,9 @@ class Control:
             RecordConsumers(
                 self.measurements, self.alarms, self.profile_manager, self.learner, self.records, self.tracing
             ),
-            reference=self.reference,
+            scores=self.references is not None,
             compressed_scorer=self.compressed_scorer,
-            breaker=self.breaker,
+            breakers=self.breakers,
             clock=clock,
             draw=draw,
             on_change=changes.notify,
@@ -132,7 +131,7 @@ class Control:
             self.engines,
             self.profile_manager,
             self.monitor,
-            self.breaker,
+            self.breakers,
             self.lease,
             clock,
             salt=lambda: self.salt.value,
@@ -174,9 +173,9 @@ class Control:
         self.registry.register(HemostatCollector(self._sample_sources()))
 
     def _models_changed(self) -> None:
-        pair = self.monitor.pair
-        if pair.reference is not None:
-            self.profile_manager.set_model_pair(pair.model, pair.reference.vocab_size)
+        pair = self.monitor.served.calibrated
+        if pair is not None and pair.reference is not None:
+            self.profile_manager.set_model_pair(pair.name, pair.reference.vocab_size)
             self.stored_state.set_models(pair)
             self.subject.update()
         self.changes.notify()
@@ -207,7 +206,7 @@ class Control:
         loops = [self.run_periodic(), self.writer.run(), self.salt.run()]
         if self.replica is not None:
             loops.append(self.replica.run())
-        if self.reference is not None:
+        if self.references is not None:
             loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops()]
         return loops
 
@@ -225,7 +224,7 @@ class Control:
     async def close(self) -> None:
         """Write what is queued for the store, and release all resources."""
         await self.link.close()
-        for scorer in (self.reference, self.compressed_scorer):
+        for scorer in (self.references, self.compressed_scorer):
             if scorer is not None:
                 await scorer.close()
         self.alarms.save()

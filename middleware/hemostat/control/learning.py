@@ -26,7 +26,8 @@ class LearningSubject:
 
     def update(self) -> None:
         """Call after any change of the mode, the models, or what is forced."""
-        settings, info, serving = self._settings, self._monitor.pair.reference, self._profiles.serving
+        settings, pair, serving = self._settings, self._monitor.served.calibrated, self._profiles.serving
+        info = pair.reference if pair is not None else None
         if serving.mode == "off":
             self._learner.stop("calibration is off")
         elif serving.forced is not None:

@@ -12,7 +12,7 @@ from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import REST_KIND, Policy
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
-from hemostat.shadow.limits import Breaker, BreakerState
+from hemostat.shadow.limits import Breakers
 from hemostat.store.lease import Lease
 
 
@@ -26,7 +26,7 @@ class PolicyPublisher:
         engines: EngineRegistry,
         profiles: ProfileManager,
         monitor: ReferenceMonitor,
-        breaker: Breaker,
+        breakers: Breakers,
         lease: Lease,
         clock: Callable[[], float],
         salt: Callable[[], bytes],
@@ -36,7 +36,7 @@ class PolicyPublisher:
         self._engines = engines
         self._profiles = profiles
         self._monitor = monitor
-        self._breaker = breaker
+        self._breakers = breakers
         self._lease = lease
         self._clock = clock
         self._salt = salt
@@ -57,7 +57,7 @@ class PolicyPublisher:
     def _policy(self, now: float) -> Policy:
         """Without its generation. now: monotonic seconds."""
         shadow, calibration, profiles = self._settings.shadow, self._settings.calibration, self._profiles
-        served = profiles.serving.version
+        version, served = profiles.serving.version, self._monitor.served
         return Policy(
             generation=0,
             mode=profiles.serving.mode,
@@ -65,9 +65,11 @@ class PolicyPublisher:
             shadow_allow_on=shadow.allow_on,
             shadow_top_k=shadow.top_k,
             shadow_max_tokens=shadow.max_tokens,
-            scoring=self._monitor.ready and self._breaker.state(now) is not BreakerState.OPEN,
+            scoring=self._monitor.ready and any(
+                pair.reference is not None and not self._breakers.open(pair.name, now) for pair in served.pairs
+            ),
             tap=bool(self._engines.live(now)),
-            serving=served,
+            serving=version,
             forced=profiles.serving.forced,
             scope=calibration.scope,
             scoped=profiles.serving.version_by_scope,
@@ -76,9 +78,10 @@ class PolicyPublisher:
             labels=frozenset(self._settings.labels),
             apply=calibration.apply,
             kinds=profiles.kinds.followed,
-            unscorable_models=self._monitor.pair.unscorable_adapters,
+            unscorable_models=served.unscorable_adapters,
+            scorable_models=served.scorable,
             replica=self._engines.replica,
-            serving_by_kind={} if served is None else dict.fromkeys((*profiles.kinds.followed, REST_KIND), served),
+            serving_by_kind={} if version is None else dict.fromkeys((*profiles.kinds.followed, REST_KIND), version),
             salt=self._salt(),
             client_header=self._settings.evidence.client_header,
             treat_unjudged=calibration.treat_unjudged,

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from hemostat.config.schema import Settings
+from hemostat.config.schema import ModelReference, Settings
 from hemostat.reference.protocol import Reference
+from hemostat.reference.references import References
 
 
-def make_reference(settings: Settings) -> Reference | None:
-    """The configured reference, not started; None with `reference.backend: none`."""
+def make_references(settings: Settings) -> References | None:
+    """The configured references, none of them started; None with `reference.backend: none`."""
     wanted = settings.reference
-    match wanted.backend:
-        case "transformers":
-            from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415  only what is used
+    if wanted.backend == "none":
+        return None
+    if not wanted.models:
+        return References(_make(settings, None))
+    made: dict[ModelReference, Reference] = {}
+    for one in wanted.models.values():
+        # Two served models of one reference (two quantizations, say) share its process or connection.
+        if one not in made:
+            made[one] = _make(settings, one)
+    return References(by_model={name: made[one] for name, one in wanted.models.items()})
 
-            assert wanted.model is not None
-            return TransformersReference(wanted.model, wanted.dtype, wanted.device, wanted.threads)
-        case "vllm":
-            from hemostat.reference.vllm import VllmReference  # noqa: PLC0415
 
-            assert wanted.url is not None
-            return VllmReference(wanted.url, wanted.api_key, wanted.model, settings.shadow.top_k)
-        case _:
-            return None
+def _make(settings: Settings, one: ModelReference | None) -> Reference:
+    """one: None for `reference.model`."""
+    wanted = settings.reference
+    model = one.model if one is not None else wanted.model
+    if wanted.backend == "transformers":
+        from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415  only what is used
+
+        assert model is not None
+        device = (one.device if one is not None else None) or wanted.device
+        return TransformersReference(model, wanted.dtype, device, wanted.threads)
+    from hemostat.reference.vllm import VllmReference  # noqa: PLC0415
+
+    url = (one.url if one is not None else None) or wanted.url
+    assert url is not None
+    return VllmReference(url, wanted.api_key, model, settings.shadow.top_k)
 
 
 def make_compressed_scorer(settings: Settings) -> Reference | None:

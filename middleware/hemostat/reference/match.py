@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from hemostat.config.schema import Upstream
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure
 from hemostat.reference.server import VllmServer
+
+MAX_SAME_NATS = 0.05
+"""Mean difference of the log-probabilities of one text's tokens, up to which two served names are one model. Repeated
+computations of one model in bfloat16 differ by about 0.01; two sizes of one family by more than 0.5."""
 
 PROBE_TEXT = (
     "Hello, world! 1234567890 3.14159  two spaces\n\ttabbed: def f(x): return x**2  # ok\n"
@@ -71,6 +77,44 @@ async def compare(upstream: Upstream, reference: Reference, model: str | None = 
         return Match(False, False, str(failure))
     finally:
         await server.close()
+
+
+class _Logprob(msgspec.Struct, frozen=True):
+    logprob: float
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    prompt_logprobs: list[dict[str, _Logprob] | None]
+
+
+class _Completion(msgspec.Struct, frozen=True):
+    choices: list[_Choice]
+
+
+async def same_model(server: VllmServer, one: str, other: str) -> bool:
+    """Whether two served names are one model: it gives the tokens of a text the same log-probabilities under both.
+
+    Equal paths in the server's list do not say so: behind a router, every server may have loaded its own model from
+    /models. ReferenceFailure where the server could not be asked.
+    """
+    ids = await server.tokenize(one, PROBE_TEXT)
+    if await server.tokenize(other, PROBE_TEXT) != ids:
+        return False
+    ours, theirs = await _logprobs(server, one, ids), await _logprobs(server, other, ids)
+    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    return sum(differences) <= MAX_SAME_NATS * len(differences)
+
+
+async def _logprobs(server: VllmServer, model: str, ids: list[int]) -> list[float]:
+    """Of each token after the first, given those before it; nats."""
+    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+    answer = await server.post("/v1/completions", body, _Completion)
+    rows = answer.choices[0].prompt_logprobs[1:] if answer.choices else []
+    found = [row.get(str(token)) if row else None for row, token in zip(rows, ids[1:], strict=False)]
+    logprobs = [entry.logprob for entry in found if entry is not None]
+    if len(logprobs) != len(ids) - 1:
+        raise ReferenceFailure(FailureReason.SHORT_ANSWER, f"prompt_logprobs of {len(logprobs)} of {len(ids)} positions")
+    return logprobs
 
 
 def _difference(ours: list[int], theirs: list[int]) -> str:

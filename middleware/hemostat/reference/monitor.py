@@ -1,4 +1,4 @@
-"""Starts the reference, compares it with the upstream, and compares again whenever either has changed."""
+"""Starts the references, compares each served base model with its own, and again whenever either has changed."""
 
 from __future__ import annotations
 
@@ -6,168 +6,253 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 
-from hemostat.config.schema import Upstream
+from hemostat.config.schema import Settings
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
+from hemostat.reference.listing import served_pairs, with_adapters
 from hemostat.reference.match import compare
-from hemostat.reference.pair import ModelPair
+from hemostat.reference.pair import ModelPair, ReferenceState, ServedModels
 from hemostat.reference.probes import State, probe_shadowing
 from hemostat.reference.protocol import Reference, ReferenceFailure
-from hemostat.reference.server import ModelCard, VllmServer
+from hemostat.reference.references import References
+from hemostat.reference.server import VllmServer
 
 log = logging.getLogger("hemostat.control")
 
 RETRY_SECONDS = 3.0
-"""Pause between attempts to start the reference and to compare it with the upstream."""
+"""Pause between attempts to start a reference and to compare it with the upstream."""
 MODELS_SECONDS = 30.0
-"""Pause between looks at what both servers serve: LoRA adapters may be loaded at run time."""
+"""Pause between looks at what the servers serve: LoRA adapters may be loaded at run time. Also between attempts for a
+model that differs from its reference, while another one is scored."""
 POLL_SECONDS = 0.5
-
-
-class ReferenceState(StrEnum):
-    NONE = "none"
-    """`reference.backend` is none: nothing is scored."""
-    STARTING = "starting"
-    """One of the two models does not answer yet, or they are being compared again."""
-    READY = "ready"
-    """Both models use the same token ids; requests are scored."""
-    MISMATCH = "mismatch"
-    """The two differ, or the upstream does not support what scoring needs; `detail` names the fix."""
-    DOWN = "down"
-    """The reference does not start, or its last scores failed."""
+NAME_REFERENCE = "name one in reference.models"
+SCORES_FAILED = "the last scores failed; trying again"
 
 
 class ReferenceMonitor:
-    """Owns what is known of both models (`pair`), and whether requests can be scored (`state`, `detail`).
+    """Owns what is known of all models (`served`), and whether any requests can be scored (`state`, `detail`).
 
-    reference: None with `reference.backend: none`; then `run` returns at once.
+    references: None with `reference.backend: none`; then `run` returns at once.
     compressed_scorer: the upstream as a scorer of its own tokens, for the noise floor; it is started with the rest.
-    scores_fail: True while the circuit breaker is open.
+    scores_fail: True while the circuit breaker of this served base model is open.
     refused: how many sampled requests the upstream has refused so far, for what Hemostat asked on top. More of them
         mean that it may have been restarted with a lower --max-logprobs.
-    on_change: called after every change of `pair`, `state` or `detail`.
+    on_change: called after every change of `served`, `state` or `detail`.
     """
 
     def __init__(
         self,
-        reference: Reference | None,
-        upstream: Upstream,
-        top_k: int,
+        references: References | None,
+        settings: Settings,
         *,
         compressed_scorer: Reference | None,
-        scores_fail: Callable[[], bool],
+        scores_fail: Callable[[str], bool],
         refused: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
-        self._reference = reference
-        self._upstream = upstream
-        self._top_k = top_k
+        self._references = references
+        self._upstream = settings.upstream
+        self._top_k = settings.shadow.top_k
+        self._calibrated = settings.calibration.model
         self._compressed_scorer = compressed_scorer
         self._scores_fail = scores_fail
         self._refused = refused
         self._on_change = on_change
-        self.pair = ModelPair()
-        self.state = ReferenceState.NONE if reference is None else ReferenceState.STARTING
-        self.detail = "reference.backend is none: nothing is scored" if reference is None else ""
+        self.served = ServedModels()
+        self.state = ReferenceState.NONE if references is None else ReferenceState.STARTING
+        self.detail = "reference.backend is none: nothing is scored" if references is None else ""
 
     @property
     def ready(self) -> bool:
+        """At least one served model is matched, and its reference answers."""
         return self.state is ReferenceState.READY
 
     def samples(self) -> Iterator[Sample]:
-        if self._reference is not None:
+        if self._references is not None:
             yield Sample(names.REFERENCE_UP, (), float(self.ready))
         # Without a name yet there is one series all the same: dashboards join every figure with this metric.
-        reference = Path(self.pair.reference.model).name if self.pair.reference is not None else ""
-        for model in sorted(self.pair.models) or [""]:
+        found: dict[str, str] = {}
+        for pair in self.served.pairs:
+            reference = Path(pair.reference.model).name if pair.reference is not None else ""
+            found |= dict.fromkeys(pair.names, reference)
+        for model, reference in sorted((found or {"": ""}).items()):
             yield Sample(names.MODEL_INFO, (model, reference), 1.0)
 
     async def run(self) -> None:
         """Until cancelled."""
-        if self._reference is None:
+        if self._references is None:
             return
         server = VllmServer(self._upstream.url, self._upstream.api_key, ca=self._upstream.ca)
         try:
             while True:
-                self._set_state(*await self._match(self._reference, server))
+                await self._match(self._references, server)
                 if self.ready:
-                    await self._wait_for_change(self._reference, server)
+                    await self._wait_for_change(server)
                 else:
                     await asyncio.sleep(RETRY_SECONDS)
         finally:
             await server.close()
 
-    async def _match(self, reference: Reference, server: VllmServer) -> tuple[ReferenceState, str]:
-        """Whether the two models can be compared, and why not."""
+    async def _match(self, references: References, server: VllmServer) -> None:
+        """Compare every served base model that is not ready with its reference."""
+        if references.first is not None:
+            # It loads while the server may still be starting.
+            try:
+                await references.first.start()
+            except ReferenceFailure as failure:
+                self._set_state(ReferenceState.DOWN, str(failure))
+                return
         try:
-            info = await reference.start()
-            self.pair = replace(self.pair, reference_adapters=await reference.adapters())
+            self._set_served(await served_pairs(references, server, await server.models(), self.served.pairs))
+            for pair in self.served.pairs:
+                if pair.state is not ReferenceState.READY:
+                    self._update(await self._compared(pair, server))
+            if self._compressed_scorer is not None:
+                await self._compressed_scorer.start()
         except ReferenceFailure as failure:
-            return ReferenceState.DOWN, str(failure)
+            self._set_state(ReferenceState.STARTING, f"the upstream does not answer: {failure}")
+            return
+        self._summarize()
+
+    async def _compared(self, pair: ModelPair, server: VllmServer) -> ModelPair:
+        """The pair after one attempt to compare the two."""
+        scorer = pair.scorer
+        if scorer is None:
+            return replace(pair, state=ReferenceState.NONE, detail=f"no reference of its own; {NAME_REFERENCE}")
+        if self._scores_fail(pair.name):
+            return replace(pair, state=ReferenceState.DOWN, detail=SCORES_FAILED)
         try:
-            self._set_served(await server.models())
-            card = await server.model(None)
-            findings = await probe_shadowing(server, card.id, self._top_k)
+            info = await scorer.start()
+            pair = replace(pair, reference_adapters=await scorer.adapters())
         except ReferenceFailure as failure:
-            return ReferenceState.STARTING, f"the upstream does not answer: {failure}"
+            return replace(pair, state=ReferenceState.DOWN, detail=str(failure))
+        try:
+            findings = await probe_shadowing(server, pair.name, self._top_k)
+        except ReferenceFailure as failure:
+            detail = f"the upstream does not answer: {failure}"
+            return replace(pair, state=ReferenceState.STARTING, detail=detail)
         for finding in findings:
             if finding.state is State.NO:
                 detail = f"the upstream's {finding.what}: {finding.detail}; {finding.fix}"
                 # A failed completion is no property of the server's settings: it may succeed the next time.
-                return (ReferenceState.STARTING if finding.transient else ReferenceState.MISMATCH), detail
+                return _unmatched(pair, detail, for_now=finding.transient)
         try:
-            match = await compare(self._upstream, reference)
+            match = await compare(self._upstream, scorer, pair.name)
         except ReferenceFailure as failure:
-            return ReferenceState.DOWN, str(failure)
+            return replace(pair, state=ReferenceState.DOWN, detail=str(failure))
         if not match.ok:
-            return (ReferenceState.MISMATCH if match.compared else ReferenceState.STARTING), match.detail
-        if self._compressed_scorer is not None:
-            try:
-                await self._compressed_scorer.start()
-            except ReferenceFailure as failure:
-                return ReferenceState.STARTING, f"the upstream does not answer: {failure}"
-        self.pair = replace(self.pair, model=card.id, reference=info)
-        return ReferenceState.READY, f"{info.model} ({info.dtype})"
+            return _unmatched(pair, match.detail, for_now=not match.compared)
+        return replace(pair, reference=info, state=ReferenceState.READY, detail=f"{info.model} ({info.dtype})")
 
-    async def _wait_for_change(self, reference: Reference, server: VllmServer) -> None:
-        """Returns when the two have to be compared again: scores failed, the upstream serves another model, or it
-        refuses sampled requests. The last is looked at only every MODELS_SECONDS: relays count every such request."""
+    async def _wait_for_change(self, server: VllmServer) -> None:
+        """Returns when models have to be compared (again): one is not ready, its scores failed, the upstream serves
+        another one, or it refuses sampled requests. The last is looked at only every MODELS_SECONDS: relays count every
+        such request."""
         began = looked_at = time.monotonic()
         refused = self._refused()
         while True:
             now = time.monotonic()
-            if self._scores_fail():
-                self._set_state(ReferenceState.DOWN, "the last scores failed; trying again")
-                while self._scores_fail():  # noqa: ASYNC110  the breaker's state changes with time alone
-                    await asyncio.sleep(POLL_SECONDS)
+            if self._look_at_scores():
+                return
+            if now - began >= self._retry_seconds():
                 return
             if now - began >= MODELS_SECONDS and self._refused() > refused:
                 # The next policy is a new one, with which relays sample again.
-                self._set_state(ReferenceState.STARTING, "the upstream refused a sampled request; comparing again")
+                detail = "the upstream refused a sampled request; comparing again"
+                self._compare_again(self.served.pairs, ReferenceState.STARTING, detail)
                 return
             if now - looked_at >= MODELS_SECONDS:
-                looked_at, before = now, self.pair.models
-                # A server that does not answer has not lost a model.
-                with contextlib.suppress(ReferenceFailure):
-                    self.pair = replace(self.pair, reference_adapters=await reference.adapters())
-                with contextlib.suppress(ReferenceFailure):
-                    self._set_served(await server.models())
-                if self.pair.models != before:
+                looked_at = now
+                if await self._look_at_servers(server):
                     return
             await asyncio.sleep(POLL_SECONDS)
 
-    def _set_served(self, cards: list[ModelCard]) -> None:
-        self.pair = replace(
-            self.pair,
-            models=frozenset(card.id for card in cards if card.parent is None),
-            adapters=frozenset(card.id for card in cards if card.parent is not None),
-        )
+    def _look_at_scores(self) -> bool:
+        """Note whose scores have begun to fail; True once some may be tried again, or no model is ready any more."""
+        failing = {pair.name for pair in self.served.pairs if self._scores_fail(pair.name)}
+        down = [pair for pair in self.served.pairs if pair.detail == SCORES_FAILED]
+        fails = [p for p in self.served.pairs if p.name in failing and p.state is ReferenceState.READY]
+        if fails:
+            self._compare_again(fails, ReferenceState.DOWN, SCORES_FAILED)
+        return not self.ready or any(pair.name not in failing for pair in down)
+
+    def _retry_seconds(self) -> float:
+        """How long models that are not ready wait for the next attempt."""
+        states = {pair.state for pair in self.served.pairs if pair.detail != SCORES_FAILED}
+        if states & {ReferenceState.DOWN, ReferenceState.STARTING}:
+            return RETRY_SECONDS
+        return MODELS_SECONDS if ReferenceState.MISMATCH in states else float("inf")
+
+    async def _look_at_servers(self, server: VllmServer) -> bool:
+        """Note which adapters were loaded; True when the upstream serves other base models."""
+        pairs = []
+        for pair in self.served.pairs:
+            # A server that does not answer has not lost a model.
+            with contextlib.suppress(ReferenceFailure):
+                if pair.scorer is not None and pair.reference is not None:
+                    pair = replace(pair, reference_adapters=await pair.scorer.adapters())  # noqa: PLW2901
+            pairs.append(pair)
+        try:
+            cards = await server.models()
+        except ReferenceFailure:
+            cards = []
+        self._set_served(with_adapters(pairs, cards) if cards else pairs)
+        return bool(cards) and {card.id for card in cards if card.parent is None} != self.served.models
+
+    def _compare_again(self, pairs: Iterable[ModelPair], state: ReferenceState, detail: str) -> None:
+        for pair in pairs:
+            self._update(replace(pair, state=state, detail=detail))
+        self._summarize()
+
+    def _update(self, pair: ModelPair) -> None:
+        """Put a pair in the place of the one with its name."""
+        old = next(one for one in self.served.pairs if one.name == pair.name)
+        if (old.state, old.detail) != (pair.state, pair.detail):
+            failed = pair.state in {ReferenceState.MISMATCH, ReferenceState.DOWN}
+            text = "model %s: reference %s: %s"
+            log.log(logging.ERROR if failed else logging.INFO, text, pair.name, pair.state, pair.detail)
+        self._set_served([pair if one.name == pair.name else one for one in self.served.pairs])
+
+    def _set_served(self, pairs: list[ModelPair]) -> None:
+        self.served = ServedModels(tuple(pairs), self._calibrated_of(pairs))
         self._on_change()
+
+    def _calibrated_of(self, pairs: list[ModelPair]) -> str:
+        """The name of the model that profiles are for: `calibration.model`, else the first one that is matched.
+
+        Once chosen it stays, while it is matched. One whose reference is still awaited is waited for: else what was
+        learned for it would be lost whenever the reference of another one starts sooner.
+        """
+        if self._calibrated is not None:
+            return next((p.name for p in pairs if self._calibrated in p.names and p.reference is not None), "")
+        if any(p.name == self.served.calibrated_name and p.reference is not None for p in pairs):
+            return self.served.calibrated_name
+        undecided = next((p for p in pairs if p.reference is not None or not p.compared), None)
+        return undecided.name if undecided is not None and undecided.reference is not None else ""
+
+    def _summarize(self) -> None:
+        """`state` and `detail` from those of the pairs."""
+        pairs = self.served.pairs
+        if not pairs:
+            self._set_state(ReferenceState.STARTING, "the upstream serves no model yet")
+            return
+        if not any(pair.scorer is not None for pair in pairs):
+            found = ", ".join(sorted(self.served.models))
+            self._set_state(ReferenceState.MISMATCH, f"reference.models names none of the served models: {found}")
+            return
+        concerned = [pair for pair in pairs if pair.scorer is not None]
+        ready = [pair for pair in concerned if pair.state is ReferenceState.READY]
+        if len(concerned) == 1:
+            detail = concerned[0].detail
+        else:
+            detail = "; ".join(f"{pair.name}: {pair.detail}" for pair in concerned)
+        if ready and self._calibrated is not None and not self.served.calibrated_name:
+            detail += f"; calibration.model: {self._calibrated} is not matched, so nothing is calibrated"
+        self._set_state((ready or concerned)[0].state, detail)
 
     def _set_state(self, state: ReferenceState, detail: str) -> None:
         if (state, detail) != (self.state, self.detail):
@@ -175,3 +260,10 @@ class ReferenceMonitor:
             log.log(logging.ERROR if failed else logging.INFO, "reference %s: %s", state, detail)
         self.state, self.detail = state, detail
         self._on_change()
+
+
+def _unmatched(pair: ModelPair, detail: str, *, for_now: bool) -> ModelPair:
+    """for_now: no mismatch, and worth another attempt: a match that was found before is kept."""
+    if for_now:
+        return replace(pair, state=ReferenceState.STARTING, detail=detail)
+    return replace(pair, state=ReferenceState.MISMATCH, detail=detail, reference=None)

@@ -131,8 +131,8 @@ class Reference(Protocol):
 
         profiles: those whose E_r[Δz] is wanted. codes: of the contextual ones, by version: float32 [T, r], y with
         Δz = clip(up · y). hidden: return hidden states, where available. reshaped: compute it in another shape (of
-        batch and prefill) than usual, for the noise floor. adapter: one of `adapters`, to score with; NO_ADAPTER where
-        it is no longer served.
+        batch and prefill) than usual, for the noise floor. adapter: one of `adapters`, to score with (on a server,
+        any served name); NO_ADAPTER where it is no longer served.
         """
 
     async def adapters(self) -> frozenset[str]:

@@ -148,3 +148,18 @@ class Breaker:
         self._trial = False
         if self._opened_at is not None or self._failures >= self.threshold:
             self._opened_at = now
+
+
+class Breakers:
+    """A circuit breaker for each served base model: one whose reference fails does not stop the others' scores."""
+
+    def __init__(self) -> None:
+        self._breakers: dict[str, Breaker] = {}
+
+    def of(self, name: str) -> Breaker:
+        """name: the model's first served name."""
+        return self._breakers.setdefault(name, Breaker())
+
+    def open(self, name: str, now: float) -> bool:
+        """The model's reference may not be asked."""
+        return name in self._breakers and self._breakers[name].state(now) is BreakerState.OPEN

@@ -43,14 +43,20 @@ class SelfScorer(Protocol):
     """Of `hemostat.reference.protocol.Reference`, what is needed here."""
 
     async def score(
-        self, prompt: npt.NDArray[np.int32], output: npt.NDArray[np.int32], ids: Ids, *, reshaped: bool = False
+        self,
+        prompt: npt.NDArray[np.int32],
+        output: npt.NDArray[np.int32],
+        ids: Ids,
+        *,
+        reshaped: bool = False,
+        adapter: str = "",
     ) -> ReferenceScores: ...
 
 
 class NoiseFloorMeter:
     """Owns the queue of requests that both models score again, and the counts of how that ended.
 
-    compressed: scores on the compressed model's own server. reference: the reference, asked for another batch shape.
+    compressed: scores on the compressed models' own server.
     draw: uniform numbers in [0, 1). emit: is handed the name of the model (of `MODELS`) and a record with that model on
         both sides.
     """
@@ -62,25 +68,25 @@ class NoiseFloorMeter:
         draw: Callable[[], float],
         budget: TokenBudget,
         compressed: SelfScorer,
-        reference: SelfScorer,
         emit: Callable[[str, TokenRecord], None],
         clock: Callable[[], float],
     ) -> None:
         self._fraction = fraction
         self._draw = draw
         self._budget = budget
-        self._scorers = {COMPRESSED: compressed, REFERENCE: reference}
+        self._compressed = compressed
         self._emit = emit
         self._clock = clock
-        self._queue: asyncio.Queue[tuple[npt.NDArray[np.int32], TokenRecord]] = asyncio.Queue(MAX_QUEUED_RECORDS)
+        self._queue: asyncio.Queue[tuple[npt.NDArray[np.int32], TokenRecord, SelfScorer]] = asyncio.Queue(MAX_QUEUED_RECORDS)
         self.outcomes: Counter[tuple[str, str]] = Counter()
         """By model and outcome."""
 
-    def offer(self, prompt: npt.NDArray[np.int32], record: TokenRecord) -> None:
-        """A scored request; whether it is taken is drawn. prompt: int32 [P]."""
+    def offer(self, prompt: npt.NDArray[np.int32], record: TokenRecord, reference: SelfScorer) -> None:
+        """A scored request; whether it is taken is drawn. prompt: int32 [P]. reference: that of the record's model, which
+        is asked for another batch shape."""
         if self._draw() < self._fraction:
             try:
-                self._queue.put_nowait((prompt, record))
+                self._queue.put_nowait((prompt, record, reference))
             except asyncio.QueueFull:
                 self.outcomes.update((model, BUSY) for model in MODELS)
 
@@ -95,10 +101,10 @@ class NoiseFloorMeter:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            prompt, record = await self._queue.get()
+            prompt, record, reference = await self._queue.get()
             for model in MODELS:
                 try:
-                    self._emit(model, await self._score_again(model, prompt, record))
+                    self._emit(model, await self._score_again(model, prompt, record, reference))
                 except (ReferenceFailure, InvalidRecordError) as failure:
                     outcome = str(failure.reason)
                     log.warning("noise floor of the %s model: %s", model, failure)
@@ -109,14 +115,20 @@ class NoiseFloorMeter:
                     outcome = SCORED
                 self.outcomes[model, outcome] += 1
 
-    async def _score_again(self, model: str, prompt: npt.NDArray[np.int32], record: TokenRecord) -> TokenRecord:
+    async def _score_again(
+        self, model: str, prompt: npt.NDArray[np.int32], record: TokenRecord, reference: SelfScorer
+    ) -> TokenRecord:
         tokens = len(prompt) + record.tokens
         while delay := self._budget.delay(tokens, self._clock()):  # noqa: ASYNC110  waits for time, not an event
             await asyncio.sleep(delay)
         self._budget.spend(tokens, self._clock())
         first = self_record(record, model)
         ids = first.compressed.ids
-        scores = await self._scorers[model].score(prompt, record.output_ids, ids, reshaped=model == REFERENCE)
+        if model == COMPRESSED:
+            # The server may serve several models.
+            scores = await self._compressed.score(prompt, record.output_ids, ids, adapter=record.model)
+        else:
+            scores = await reference.score(prompt, record.output_ids, ids, reshaped=True)
         return validate(
             replace(
                 first,

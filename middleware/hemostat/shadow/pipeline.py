@@ -27,7 +27,7 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.protocol import Reference
 from hemostat.shadow.endings import EndingCounts, Outcome, ScoringDropReason
-from hemostat.shadow.limits import Breaker, ShadowQueue, TokenBudget
+from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.shadow.scorer import Scorer, ScoringNeeds
@@ -72,7 +72,7 @@ class RecordConsumers:
 class ScoringPipeline:
     """Owns the shadow queue, the token budget, the scorer and the noise floor's meter, and counts how captures end.
 
-    reference: None with `reference.backend: none`; then every capture is dropped.
+    scores: False with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
     on_change: called after every record, which may have changed what the relays' policy depends on.
@@ -86,9 +86,9 @@ class ScoringPipeline:
         needs: ScoringNeeds,
         consumers: RecordConsumers,
         *,
-        reference: Reference | None,
+        scores: bool,
         compressed_scorer: Reference | None,
-        breaker: Breaker,
+        breakers: Breakers,
         clock: Callable[[], float],
         draw: Callable[[], float],
         on_change: Callable[[], None],
@@ -97,7 +97,7 @@ class ScoringPipeline:
         self._consumers = consumers
         self._clock = clock
         self._on_change = on_change
-        self._rate = settings.shadow.rate if reference is not None else None
+        self._rate = settings.shadow.rate if scores else None
         self._workers = WORKERS.get(settings.reference.backend, 1)
         self.endings = EndingCounts()
         self.received = 0
@@ -108,7 +108,7 @@ class ScoringPipeline:
         self.queue = ShadowQueue(settings.shadow.max_queue)
         self.scorer: Scorer | None = None
         self.noise_floor: NoiseFloorMeter | None = None
-        if reference is None:
+        if not scores:
             return
         shadow = settings.shadow
         rate = shadow.reference_tokens_per_second
@@ -119,18 +119,16 @@ class ScoringPipeline:
                 draw=draw,
                 budget=budget,
                 compressed=compressed_scorer,
-                reference=reference,
                 emit=self.use_self_record,
                 clock=clock,
             )
         self.scorer = Scorer(
-            reference,
             monitor,
             engines.taps,
             needs,
             queue=self.queue,
             budget=budget,
-            breaker=breaker,
+            breakers=breakers,
             endings=self.endings,
             emit=self.use_record,
             clock=clock,
@@ -197,8 +195,10 @@ class ScoringPipeline:
             consumers.records.write(capture, record, figures)
         if fresh:
             consumers.alarms.observe(record, figures)
-        if self.noise_floor is not None and fresh and record.model in self._monitor.pair.models:
-            self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record)
+        pair = self._monitor.served.of(record.model)
+        if self.noise_floor is not None and fresh and pair is not None and pair.scorer is not None:
+            if record.model in pair.names:
+                self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record, pair.scorer)
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
         try:

@@ -20,7 +20,7 @@ from hemostat.engines.taps import TapBuffer, TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.reference.pair import ModelPair
+from hemostat.reference.pair import ModelPair, ServedModels
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceScores
 from hemostat.shadow.endings import (
     EndingCounts,
@@ -30,7 +30,7 @@ from hemostat.shadow.endings import (
     invalid_record,
     reference_failed,
 )
-from hemostat.shadow.limits import Breaker, BreakerState, ShadowQueue, TokenBudget
+from hemostat.shadow.limits import Breaker, Breakers, BreakerState, ShadowQueue, TokenBudget
 from hemostat.shadow.record_builder import (
     CaptureArrays,
     FeatureError,
@@ -76,15 +76,15 @@ class ScoringNeeds(Protocol):
         """Whether the reference's hidden states of this prompt's answer are of use."""
 
 
-class ModelPairSource(Protocol):
+class ServedModelsSource(Protocol):
     """Of `hemostat.reference.monitor.ReferenceMonitor`."""
 
     @property
-    def pair(self) -> ModelPair: ...
+    def served(self) -> ServedModels: ...
 
 
 class Scorer:
-    """Owns the captures between the queue and their ending.
+    """Owns the captures between the queue and their ending. Each is scored on the reference of its own model.
 
     emit: is handed every record with its capture. clock: monotonic seconds.
     profile_in_request: see `build_record`.
@@ -92,26 +92,24 @@ class Scorer:
 
     def __init__(
         self,
-        reference: Reference,
-        models: ModelPairSource,
+        models: ServedModelsSource,
         taps: TapBuffer,
         needs: ScoringNeeds,
         *,
         queue: ShadowQueue,
         budget: TokenBudget,
-        breaker: Breaker,
+        breakers: Breakers,
         endings: EndingCounts,
         emit: Callable[[TokenRecord, Capture], None],
         clock: Callable[[], float],
         profile_in_request: bool = False,
     ) -> None:
-        self._reference = reference
         self._models = models
         self._taps = taps
         self._needs = needs
         self._queue = queue
         self._budget = budget
-        self._breaker = breaker
+        self._breakers = breakers
         self._endings = endings
         self._emit = emit
         self._clock = clock
@@ -185,16 +183,16 @@ class Scorer:
     async def _score(self, capture: Capture) -> None:
         """Emit one record and count it, or count why there is none."""
         tap = self._taps.take(capture.nonce) if capture.nonce else None
-        pair = self._models.pair
-        info = pair.reference
-        if info is None:
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY)
-            return
-        if self._breaker.state(self._clock()) is BreakerState.OPEN:
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN)
-            return
+        pair = self._models.served.of(capture.model)
         if (unusable := self._unusable(capture, pair, tap)) is not None:
             self._endings.count(Outcome.SKIPPED, unusable)
+            return
+        if pair is None or pair.scorer is None or (info := pair.reference) is None:
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY)
+            return
+        breaker = self._breakers.of(pair.name)
+        if breaker.state(self._clock()) is BreakerState.OPEN:
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN)
             return
         arrays = decode_capture(capture)
         check_vocabulary(arrays, info.vocab_size)
@@ -202,17 +200,20 @@ class Scorer:
         while delay := self._budget.delay(tokens, self._clock()):  # noqa: ASYNC110  waits for time, not an event
             await asyncio.sleep(delay)
         self._budget.spend(tokens, self._clock())
-        profiles = self._needs.evaluated_profiles()
-        features = self._features(tap, len(arrays.output))
+        # Profiles are for one model. Of the others, the distributions alone are of use.
+        calibrated = pair.name == self._models.served.calibrated_name
+        profiles = self._needs.evaluated_profiles() if calibrated else ()
+        features = self._features(tap, len(arrays.output)) if calibrated else None
         codes: dict[str, Floats] = {}
         if features is not None:
             codes = await asyncio.to_thread(profile_codes, profiles, features)
-        if not self._breaker.allow(self._clock()):
+        if not breaker.allow(self._clock()):
             self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN)
             return
         adapter = capture.model if capture.model in pair.scorable_adapters else ""
         unit = capture.conversation or prompt_key(arrays.prompt)
-        scores = await self._ask(arrays, unit, profiles, codes, adapter)
+        hidden = calibrated and self._needs.needs_hidden_states(unit)
+        scores = await self._ask(pair.scorer, breaker, arrays, profiles, codes, adapter, hidden=hidden)
         if scores is None:
             return
         self.reference_tokens += tokens
@@ -235,10 +236,14 @@ class Scorer:
         self._emit(record, capture)
         self._endings.count(Outcome.SCORED)
 
-    def _unusable(self, capture: Capture, pair: ModelPair, tap: TapResult | None) -> ScoringSkipReason | None:
+    def _unusable(self, capture: Capture, pair: ModelPair | None, tap: TapResult | None) -> ScoringSkipReason | None:
         """Why no reference could score this capture, or it cannot be known what its tokens were sampled from."""
-        if capture.model not in pair.models | pair.scorable_adapters:
-            return ScoringSkipReason.UNKNOWN_MODEL
+        if pair is None:
+            # Nothing is known of the server's models before it was first asked.
+            return ScoringSkipReason.UNKNOWN_MODEL if self._models.served.pairs else None
+        if pair.compared and capture.model not in pair.scorable:
+            known = pair.reference is not None  # then it is an adapter that the reference does not have
+            return ScoringSkipReason.UNKNOWN_MODEL if known else ScoringSkipReason.UNMATCHED_MODEL
         if tap is not None and tap.mixed:
             return ScoringSkipReason.MIXED_PROFILE
         if tap is None and capture.requested is not None and not self._profile_in_request:
@@ -259,16 +264,18 @@ class Scorer:
 
     async def _ask(
         self,
+        reference: Reference,
+        breaker: Breaker,
         arrays: CaptureArrays,
-        unit: bytes,
         profiles: tuple[CalibrationProfile, ...],
         codes: Mapping[str, Floats],
         adapter: str,
+        *,
+        hidden: bool,
     ) -> ReferenceScores | None:
         """The scores; None, and counted, when the reference can never score this. The
         outcome is reported to the breaker."""
-        hidden = self._needs.needs_hidden_states(unit)
-        asking = self._reference.score(
+        asking = reference.score(
             arrays.prompt,
             arrays.output,
             arrays.candidates.ids,
@@ -281,17 +288,17 @@ class Scorer:
             scores = await asyncio.wait_for(asking, MAX_SCORE_SECONDS)
         except (ReferenceFailure, TimeoutError) as failure:
             if isinstance(failure, ReferenceFailure) and (skip := _NEVER_SCORABLE.get(failure.reason)) is not None:
-                self._breaker.released()
+                breaker.released()
                 self._endings.count(Outcome.SKIPPED, skip)
                 return None
-            self._breaker.failed(self._clock())
+            breaker.failed(self._clock())
             if isinstance(failure, TimeoutError):
                 raise ReferenceFailure(
                     FailureReason.TIMEOUT, f"no answer within {MAX_SCORE_SECONDS:.0f} s"
                 ) from failure
             raise
         except BaseException:
-            self._breaker.released()  # else a half-open breaker would wait for ever for this call
+            breaker.released()  # else a half-open breaker would wait for ever for this call
             raise
-        self._breaker.succeeded()
+        breaker.succeeded()
         return scores
