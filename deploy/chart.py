@@ -34,6 +34,9 @@ CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {
     ("reference", "device"): {"pattern": r"^(cpu|cuda(:\d+)?|xpu(:\d+)?|mps)$"},
     ("reference", "url"): {"pattern": URL},
     ("evidence", "client_header"): {"pattern": "^[A-Za-z0-9_-]{1,64}$"},
+    ("reference", "models", "*"): {"required": ["model"]},
+    ("reference", "models", "*", "url"): {"pattern": URL},
+    ("reference", "models", "*", "device"): {"pattern": r"^(cpu|cuda(:\d+)?|xpu(:\d+)?|mps)$"},
     ("upstream", "api_key"): SECRET,
     ("tracing", "endpoint"): {"pattern": URL},
     ("store", "url"): {"pattern": STORE},
@@ -64,6 +67,10 @@ def _plain(node: dict[str, Any], definitions: dict[str, Any], path: tuple[str, .
         }
         kept["type"] = ["object", "null"]  # null: a section whose keys are all commented out
         kept.pop("required", None)
+    values = kept.get("additionalProperties")
+    if isinstance(values, dict):  # a mapping of any names; a text in place of a value is its first key
+        of = _plain(values, definitions, (*path, "*"))
+        kept["additionalProperties"] = of | {"type": ["object", "string"], "minLength": 1}
     kept |= CHECKED_BY_CODE.get(path, {})
     if "type" in kept and "number" in _types(
         kept

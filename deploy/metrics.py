@@ -45,7 +45,7 @@ SHADOW_REASONS: dict[str, Values] = {
         "bad_json": "the request is not a JSON object",
         "invalid": "a parameter is invalid; vLLM reports it to the client",
         "lora": "the model is an adapter that the reference does not serve under the same name",
-        "no_reference": "no reference was matched with the model",
+        "no_reference": "no reference was matched with the model: see `reference.models`",
         "n": "several choices or prompts in one request",
         "beam_search": "beam search",
         "structured_output": "vLLM takes logprobs after the grammar's mask",

@@ -9,7 +9,6 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib import resources
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +20,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.support.admin_server import Served, everything, served
 from tests.support.console_text import interval, nats, percent
 from tests.support.control import TOKEN
+from tests.support.served_models import pair, served_models
 
 from hemostat.admin import history as overview
 from hemostat.admin.app import ASSETS
@@ -239,13 +239,13 @@ def test_it_is_accessible_with_everything_open(page: Page, scheme: Any) -> None:
 @needs_chromium
 def test_what_is_long_does_not_widen_the_page(page: Page, one: Served) -> None:
     long = "word" * 50
-    before = one.control.monitor.detail, one.control.learner.detail, one.control.monitor.pair.models
+    before = one.control.monitor.detail, one.control.learner.detail, one.control.monitor.served
 
-    def write(control: Any, detail: str, learner: str, names: frozenset[str]) -> None:
+    def write(control: Any, detail: str, learner: str, models: Any) -> None:
         control.monitor.detail, control.learner.detail = detail, learner
-        control.monitor.pair = replace(control.monitor.pair, models=names)
+        control.monitor.served = models
 
-    one.do(lambda control: write(control, long, long, frozenset({long})))
+    one.do(lambda control: write(control, long, long, served_models(pair(long))))
     try:
         page.set_viewport_size({"width": 390, "height": 800})
         expect(page.locator("#learned-sub")).to_contain_text(long, timeout=10_000)

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from hypothesis import strategies as st
 from playwright.sync_api import Browser, expect, sync_playwright
 from tests.support.admin_server import Served, everything, served
 from tests.support.control import AUTHORIZED, TOKEN
+from tests.support.served_models import pair, served_models
 
 from hemostat.admin import hardening
 from hemostat.admin.hardening import HEADERS, is_allowed_host
@@ -349,7 +349,7 @@ def test_nothing_that_is_shown_becomes_markup(tmp_path: Path, browser: Browser) 
 
         def poison(control: Any) -> None:
             control.monitor.detail = script
-            control.monitor.pair = replace(control.monitor.pair, models=frozenset({script}))
+            control.monitor.served = served_models(pair(script))
             control.pipeline.endings.count(Outcome.DROPPED, script)
             control.profile_manager.events.restore(
                 [{"at": time.time(), "decision": script, "version": script, "why": script, "evidence": {}}]

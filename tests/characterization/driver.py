@@ -25,6 +25,7 @@ import numpy as np
 from tests.characterization.golden import dumps
 from tests.characterization.worlds import Array, Truth, V, World, entropy, log_softmax, top
 from tests.support.oracle import shift
+from tests.support.served_models import pair, served_models
 
 from hemostat.admin.app import create_app
 from hemostat.config.schema import Calibration, Settings
@@ -35,8 +36,8 @@ from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
 from hemostat.reference.monitor import ReferenceState
-from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.references import References
 from hemostat.store.lease import Lease
 from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import StoredProfile
@@ -512,8 +513,7 @@ class Pipeline:
     def models_are_known(self) -> None:
         """As once the reference has started and both models were compared."""
         one = self._control
-        adapters = frozenset({"sql", "lora"})
-        one.monitor.pair = ModelPair(frozenset({MODEL}), adapters, frozenset({"sql"}), MODEL, INFO)
+        one.monitor.served = served_models(pair(MODEL, self.reference, INFO, {"sql", "lora"}, {"sql"}))
         one.monitor._set_state(ReferenceState.READY, "made-up/reference (float32)")
 
     def start_scoring(self) -> None:
@@ -706,7 +706,7 @@ async def pipeline(folder: Path, clock: Clock, **settings: Any) -> AsyncIterator
     wants_floor = made.shadow.floor_fraction > 0.0
     with ExitStack() as patches:
         for name, value in (
-            ("make_reference", lambda _: references[0]),
+            ("make_references", lambda _: References(references[0])),
             ("make_compressed_scorer", lambda _: references[1] if wants_floor else None),
         ):
             patches.enter_context(mock.patch.object(composition, name, value))
@@ -754,9 +754,16 @@ def _plain(value: Any) -> Any:
 
 def policy_of(frame: bytes) -> dict[str, Any]:
     """A frame's message as any msgpack reader sees it; sets are sorted, as their order on the wire is of no meaning."""
+    policy: dict[str, Any] = msgspec.msgpack.decode(with_sorted_sets(frame)[4:])
+    return {name: _plain(value) for name, value in policy.items()}
+
+
+def with_sorted_sets(frame: bytes) -> bytes:
+    """The frame of a policy in which every set is sorted: the order depends on the process."""
     policy: dict[str, Any] = msgspec.msgpack.decode(frame[4:])
     sets = ("acknowledged", "kinds", "labels", "scorable_models", "unscorable_models")
-    return {name: _plain(sorted(value) if name in sets and value else value) for name, value in policy.items()}
+    found = {name: sorted(value) if name in sets and value else value for name, value in policy.items()}
+    return frame[:4] + msgspec.msgpack.encode(found)
 
 
 def stored(path: Path) -> dict[str, Any]:

@@ -222,15 +222,16 @@ def _without(told: Any) -> Any:
 
 
 def told_policies(relay: Relay) -> dict[str, Any]:
-    """Every policy frame: its digest and what it changes; the bytes of the last one."""
-    policies = [driver.policy_of(frame) for frame in relay.frames]
+    """Every policy frame: its digest and what it changes; the bytes of the last one. Sets are sorted."""
+    frames = [driver.with_sorted_sets(frame) for frame in relay.frames]
+    policies = [driver.policy_of(frame) for frame in frames]
     changes: list[dict[str, Any]] = []
     before: dict[str, Any] = {}
-    for frame, policy in zip(relay.frames, policies, strict=True):
+    for frame, policy in zip(frames, policies, strict=True):
         changed = {name: value for name, value in policy.items() if before.get(name, ...) != value}
         changes.append({"sha256": hashlib.sha256(frame).hexdigest()[:24], "changes": changed})
         before = policy
-    return {"frames": changes, "last": relay.frames[-1].hex()}
+    return {"frames": changes, "last": frames[-1].hex()}
 
 
 async def day(folder: Path) -> dict[str, str]:

@@ -25,7 +25,10 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
 async def findings_of(
-    upstream: dict[str, Any], reference: dict[str, Any] | None, **sections: Any
+    upstream: dict[str, Any],
+    reference: dict[str, Any] | None,
+    models: dict[str, Any] | None = None,
+    **sections: Any,
 ) -> dict[str, Finding]:
     async with (
         running(FakeVllm(**({"plugin": True} | upstream))) as ours,
@@ -34,7 +37,9 @@ async def findings_of(
         settings = Settings.model_validate(
             {
                 "upstream": {"url": ours.url},
-                "reference": {"backend": "vllm", "url": theirs.url} if reference is not None else {},
+                "reference": {"backend": "vllm", "url": theirs.url, "models": models or {}}
+                if reference is not None
+                else {},
             }
             | sections
         )
@@ -63,6 +68,33 @@ async def test_everything_works() -> None:
         "same tokens": "ok",
     }
     assert "serves fake, up to 2048 tokens (vLLM 0.32.0)" in found["upstream"].detail
+
+
+async def test_each_served_model_is_matched_or_said_to_be_left_out() -> None:
+    upstream = {"model": "a", "others": (FakeVllm(model="b"), FakeVllm(model="c", max_logprobs=3))}
+    found = await findings_of(upstream, {})
+    assert states(found)["same tokens of a"] == "ok"
+    assert states(found)["reference of b"] == states(found)["reference of c"] == "note"
+    assert "neither scored nor treated" in found["reference of b"].detail
+    assert "add it to reference.models, as b: REFERENCE, with the first model" in found["reference of b"].fix
+
+    async with running(FakeVllm(model="small")) as other, running(FakeVllm(model="odd", vocab_size=99)) as odd:
+        models = {"a": "fake", "b": {"model": "small", "url": other.url}, "c": {"model": "odd", "url": odd.url}}
+        found = await findings_of(upstream, {}, models={**models, "d": "gone"})
+    assert "vllm: small (server, 512 tokens)" in found["reference of b"].detail
+    assert states(found)["same tokens of b"] == states(found)["calibration.model"] == "ok"
+    assert found["calibration.model"].detail == "profiles are for a; the others are only measured"
+    assert states(found)["same tokens of c"] == states(found)["max_logprobs of c"] == "NO"
+    assert (states(found)["reference.models"], found["reference.models"].detail) == (
+        "note",
+        "the upstream does not serve d",
+    )
+    found = await findings_of(upstream, {}, models={"a": "fake"}, calibration={"model": "a"})
+    assert "calibration.model" not in found
+    found = await findings_of(upstream, {}, models={"a": "fake", "d": "fake"}, calibration={"model": "d"})
+    assert (states(found)["calibration.model"], found["calibration.model"].fix) == ("NO", "name one of a")
+    found = await findings_of(upstream, {}, models={"d": "fake"})
+    assert states(found)["reference.models"] == "NO"
 
 
 async def test_a_store_server_is_probed(tmp_path: Path) -> None:

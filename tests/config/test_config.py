@@ -268,6 +268,47 @@ def test_secrets_are_masked_but_reach_hemostats_processes(written: Any) -> None:
     assert "s3cret" not in str(error.value)
 
 
+def test_references_of_several_models(written: Any) -> None:
+    text = """
+upstream: {url: http://a}
+reference:
+  backend: vllm
+  url: http://ref:8000
+  models:
+    small: small-bf16
+    org/large: {model: large-bf16, url: http://other:8000}
+"""
+    models = load(written(text), {}).reference.models
+    assert {name: (one.model, one.url) for name, one in models.items()} == {
+        "small": ("small-bf16", None),
+        "org/large": ("large-bf16", "http://other:8000"),
+    }
+    env = {"HEMOSTAT_REFERENCE__BACKEND": "transformers", "HEMOSTAT_REFERENCE__MODELS": "a=/models/a, org/b=/models/b"}
+    models = load(written("upstream: {url: http://a}"), env).reference.models
+    assert {name: one.model for name, one in models.items()} == {"a": "/models/a", "org/b": "/models/b"}
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("{backend: vllm, models: {a: x}}", "reference.models.a.url or reference.url: required"),
+        ("{backend: vllm, url: http://r, model: m, models: {a: x}}", "reference.model: does not go with"),
+        ("{backend: transformers, models: {a: {model: x, url: http://r}}}", "reference.models.a.url: only with"),
+        ("{backend: vllm, url: http://r, models: {a: {model: x, device: cpu}}}", "models.a.device: only with"),
+        ("{backend: transformers, models: {a: {modl: x}}}", "did you mean reference.models.a.model?"),
+        ("{backend: transformers, models: {a: 3}}", "models.a: 3 is not a mapping; its keys are model, url, device"),
+        ("{backend: transformers, models: [a]}", "reference.models: ['a'] is not a mapping; write name: reference"),
+        ("{models: {a: x}}", "reference.models: has no effect with reference.backend: none"),
+        ("{backend: transformers, models: {b: x}}", "calibration.model: 'a' has no reference; add it to"),
+    ],
+)
+def test_references_that_do_not_fit_together(written: Any, reference: str, words: str) -> None:
+    text = f"upstream: {{url: http://a}}\ncalibration: {{model: a}}\nreference: {reference}\n"
+    with pytest.raises(ConfigError) as error:
+        load(written(text), {})
+    assert words in str(error.value)
+
+
 def test_plain_round_trips_through_json(written: Any, tmp_path: Path) -> None:
     import json
 

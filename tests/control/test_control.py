@@ -78,7 +78,7 @@ async def test_two_models_that_fit_are_scored(
     async with watched(tmp_path, pair(upstream[1], reference[1])) as (one, told):
         await until(lambda: one.monitor.state == "ready")
         assert told[-1].scoring
-        assert one.monitor.pair.models == {"fake"}
+        assert one.monitor.served.models == {"fake"}
         assert one.profile_manager.serving.model == ServedModel("fake", VOCAB)
 
 
@@ -186,7 +186,7 @@ async def test_another_model_behind_the_same_address_is_matched_anew(
                 one.profile_manager.serving.model is not None and one.profile_manager.serving.model.name == "another"
             )
         )
-        assert one.monitor.pair.models == {"another"}
+        assert one.monitor.served.models == {"another"}
 
 
 async def test_a_reference_that_dies_stops_the_sampling_and_comes_back(
@@ -194,13 +194,13 @@ async def test_a_reference_that_dies_stops_the_sampling_and_comes_back(
 ) -> None:
     fake, url = reference
     async with watched(tmp_path, pair(upstream[1], url)) as (one, told):
-        one.breaker.cooldown = 0.2
+        one.breakers.of("fake").cooldown = 0.2
         await until(lambda: one.monitor.state == "ready")
         fake.status = 500
-        for _ in range(one.breaker.threshold):
+        for _ in range(one.breakers.of("fake").threshold):
             one.pipeline.receive(capture(model="fake"))
         await until(lambda: one.monitor.state == "down")
-        assert status_json(one)["requests"]["dropped"]["reference_http_error"] == one.breaker.threshold
+        assert status_json(one)["requests"]["dropped"]["reference_http_error"] == one.breakers.of("fake").threshold
         assert not told[-1].scoring
         fake.status = None
         await until(lambda: one.monitor.state == "ready")
@@ -225,7 +225,7 @@ async def test_consumers_of_records_know_only_the_kinds_that_are_followed(
     async with control(tmp_path, settings(evidence={"kinds": 1})) as one:
         told: list[Policy] = []
         one.link.set_policy = told.append  # type: ignore[method-assign]
-        monkeypatch.setattr(one.profile_manager, "observe", lambda record, _: found.append(record.kind))
+        monkeypatch.setattr(one.profile_manager, "observe", lambda record, *_, **_how: found.append(record.kind))
         for n, kind in enumerate(["chat text greedy", "chat json greedy", "", "chat text greedy"]):
             one.pipeline.use_record(*scored(str(n), prompt=n, kind=kind))
         assert found == ["chat text greedy", "rest", "rest", "chat text greedy"]

@@ -295,7 +295,7 @@ def test_the_readme_is_short_and_shows_the_two_commands_and_the_console() -> Non
 
 def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value

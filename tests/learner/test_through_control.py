@@ -28,6 +28,7 @@ from hemostat.engines.messages import EngineReport, TapMessage, TapRun
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.reference import monitor
 from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
+from hemostat.reference.references import References
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -212,7 +213,7 @@ async def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> 
     monkeypatch.setattr(composition, "PERIODIC_SECONDS", 0.05)
     world = make(vocab_size=VOCAB)
     reference = WorldReference(world, save(world, folder / "checkpoint"))
-    monkeypatch.setattr(composition, "make_reference", lambda _: reference)
+    monkeypatch.setattr(composition, "make_references", lambda _: References(reference))
     calibration = {
         "mode": "auto",
         "min_tokens": 1500,

@@ -32,7 +32,9 @@ class Again:
         self.noise = noise
         self.asked: list[bool] = []
 
-    async def score(self, prompt: Any, output: Any, ids: Any, *, reshaped: bool = False) -> ReferenceScores:
+    async def score(
+        self, prompt: Any, output: Any, ids: Any, *, reshaped: bool = False, adapter: str = ""
+    ) -> ReferenceScores:
         self.asked.append(reshaped)
         if self.fails is not None:
             raise self.fails
@@ -62,7 +64,6 @@ class Bench:
             draw=lambda: next(self.drawn),
             budget=TokenBudget(0.0, 1.0),
             compressed=self.by["compressed"],
-            reference=self.by["reference"],
             emit=lambda model, one: self.found.append((model, one)),
             clock=lambda: 0.0,
         )
@@ -73,7 +74,7 @@ class Bench:
 
     async def run(self, *given: TokenRecord) -> None:
         for one in given:
-            self.floor.offer(PROMPT, one)
+            self.floor.offer(PROMPT, one, self.by["reference"])
         task = asyncio.create_task(self.floor.run())
         while sum(self.counts.values()) < len(MODELS) * len(given):
             await asyncio.sleep(0)
@@ -139,12 +140,12 @@ async def test_a_failure_of_one_model_does_not_keep_the_other() -> None:
 async def test_what_does_not_fit_is_counted_and_a_fraction_is_a_fraction() -> None:
     bench = Bench(record())
     for n in range(MAX_QUEUED_RECORDS + 3):
-        bench.floor.offer(PROMPT, record(str(n)))
+        bench.floor.offer(PROMPT, record(str(n)), bench.by["reference"])
     assert bench.counts == {(model, "busy"): 3 for model in MODELS}
     never = Bench(record(), fraction=0.0)
     some = Bench(record(), fraction=0.02)
     for _ in range(20):
-        never.floor.offer(PROMPT, record("always the same"))
-        some.floor.offer(PROMPT, record("always the same"))
+        never.floor.offer(PROMPT, record("always the same"), some.by["reference"])
+        some.floor.offer(PROMPT, record("always the same"), some.by["reference"])
     assert never.floor.queued == 0
     assert some.floor.queued == 5, "as drawn, whatever a request is called"

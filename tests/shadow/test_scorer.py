@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.captures import INFO, K, V, capture
+from tests.support.served_models import pair, served_models
 from tests.support.waiting import until
 
 from hemostat.engines.messages import TapMessage, TapRun
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
-from hemostat.reference.pair import ModelPair
+from hemostat.reference.pair import ServedModels
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.shadow import record_builder
 from hemostat.shadow import scorer as scorer_module
 from hemostat.shadow.endings import EndingCounts
-from hemostat.shadow.limits import Breaker, ShadowQueue, TokenBudget
+from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.scorer import Scorer
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.contextual import contextual_profile
@@ -92,7 +93,7 @@ class FakeReference:
 
 
 class Bench:
-    """A scorer whose surroundings a test sets: it implements `ScoringNeeds` and `ModelPairSource`."""
+    """A scorer whose surroundings a test sets: it implements `ScoringNeeds` and `ServedModelsSource`."""
 
     def __init__(self, *, max_queue: int = 100, rate: float = 0.0, by_request: bool = False) -> None:
         self.now = 0.0
@@ -100,19 +101,20 @@ class Bench:
         self.records: list[TokenRecord] = []
         self.reference = FakeReference()
         self.engines = EngineRegistry()
-        self.breaker = Breaker(threshold=2, cooldown=10.0)
+        self.breakers = Breakers()
+        self.breaker = self.breakers.of("m")
+        self.breaker.threshold, self.breaker.cooldown = 2, 10.0
         self.info: ReferenceInfo | None = INFO
         self.sinks_fail = False
         self.profiles: tuple[CalibrationProfile, ...] = ()
         self.learning = b""
         self.scorer = Scorer(
-            self.reference,
             self,
             self.engines.taps,
             self,
             queue=ShadowQueue(max_queue),
             budget=TokenBudget(rate, max(rate, 1.0)),
-            breaker=self.breaker,
+            breakers=self.breakers,
             endings=self.endings,
             emit=self._sink,
             clock=lambda: self.now,
@@ -120,9 +122,8 @@ class Bench:
         )
 
     @property
-    def pair(self) -> ModelPair:
-        adapters = frozenset({"sql"})
-        return ModelPair(frozenset({"m"}), adapters, adapters, "m", self.info)
+    def served(self) -> ServedModels:
+        return served_models(pair("m", self.reference, self.info, {"sql"}, {"sql"}))
 
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
         return self.profiles
@@ -131,7 +132,7 @@ class Bench:
         return {anchors_digest(i): len(i) for p in self.profiles if (i := anchors(p)) is not None}
 
     def needs_hidden_states(self, unit: bytes) -> bool:
-        return prompt_key == self.learning
+        return unit == self.learning
 
     @property
     def counts(self) -> Counter[tuple[str, str]]:

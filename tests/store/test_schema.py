@@ -20,6 +20,7 @@ from tests.support import control as support
 from tests.support import valkey
 from tests.support.captures import INFO
 from tests.support.paths import ROOT
+from tests.support.served_models import pair, served_models
 from tests.support.valkey import Valkey
 
 from hemostat.commands.setup_check import _store as check_store
@@ -68,7 +69,7 @@ def copy(source: Store, target: Store) -> None:
 
 
 def know_models(one: Control, *, model: str = support.MODEL, digest: str = INFO.digest) -> None:
-    one.monitor.pair = replace(one.monitor.pair, model=model, reference=replace(INFO, digest=digest))
+    one.monitor.served = served_models(pair(model, info=replace(INFO, digest=digest)))
     one._models_changed()
 
 

@@ -17,6 +17,7 @@ import msgspec
 import uvicorn
 from tests.support.control import TOKEN, connect_relay, control, scored, settings
 from tests.support.records import Truth, log_softmax, make_record
+from tests.support.served_models import pair, served_models
 from tests.support.world import World
 
 from hemostat.admin.app import create_app
@@ -24,7 +25,6 @@ from hemostat.admin.hardening import server_settings
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
 from hemostat.reference.monitor import ReferenceState
-from hemostat.reference.pair import ModelPair
 from hemostat.shadow.endings import Outcome
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import Arm, Sampling, TokenRecord
@@ -176,7 +176,7 @@ def stats(requests: int) -> Stats:
 async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
     """Two routes, three ways of decoding, a profile that serves, one that is tested, an alarm, drops."""
     writer = await connect_relay(one, folder, 1, stats(120))
-    one.monitor.pair = ModelPair(models=frozenset({"m"}))
+    one.monitor.served = served_models(pair("m"))
     one.monitor.state, one.monitor.detail = ReferenceState.READY, "made-up/reference (float32)"
     one.profile_manager.set_model_pair("m", VOCABULARY)
     one.profile_manager.operator.set_mode("auto")

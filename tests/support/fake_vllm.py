@@ -96,6 +96,12 @@ class FakeVllm:
     noise: float = 0.0
     model: str = "fake"
     adapters: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    """Further names of the model."""
+    others: tuple[FakeVllm, ...] = ()
+    """Further base models, as behind a router: requests that name one are answered by it."""
+    root: str | None = None
+    """The path of the model in the list; None: its name."""
     max_logprobs: int = 64
     max_model_len: int = 2048
     tool_parser: bool = True
@@ -297,9 +303,9 @@ class FakeVllm:
             if route[1] != "/version" and not self._authorized(headers):
                 await _answer(send, 401, {"error": "Unauthorized"})
             elif route in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
-                await self._generate(route[1] == "/v1/chat/completions", headers, body, receive, send)
+                await self._named(body)._generate(route[1] == "/v1/chat/completions", headers, body, receive, send)
             else:
-                status, value = self._other(route, body)
+                status, value = (self if route[0] == "GET" else self._named(body))._other(route, body)
                 await self._answer(send, status, value)
         except RefusedError as refused:
             await _answer(send, refused.status, refused.body)
@@ -318,9 +324,23 @@ class FakeVllm:
     async def _answer(self, send: Send, status: int, value: Any) -> None:
         await _answer(send, status, value, None if self.replace_body is None else self.replace_body.encode())
 
+    def _cards(self) -> list[tuple[str, str, str | None]]:
+        """Name, root and parent."""
+        root = self.root or self.model
+        base: list[tuple[str, str, str | None]] = [(name, root, None) for name in (self.model, *self.aliases)]
+        return [*base, *((adapter, adapter, self.model) for adapter in self.adapters)]
+
+    def _named(self, body: bytes) -> FakeVllm:
+        """The model that the body names."""
+        try:
+            name = json.loads(body or b"{}").get("model")
+        except (json.JSONDecodeError, AttributeError):
+            return self
+        return next((fake for fake in self.others if name in (fake.model, *fake.aliases, *fake.adapters)), self)
+
     def _other(self, route: tuple[str, str], body: bytes) -> tuple[int, Any]:
         if route == ("GET", "/v1/models"):
-            cards = [(self.model, None), *((adapter, self.model) for adapter in self.adapters)]
+            cards = [card for fake in (self, *self.others) for card in fake._cards()]
             return 200, {
                 "object": "list",
                 "data": [
@@ -329,12 +349,12 @@ class FakeVllm:
                         "object": "model",
                         "created": self.created,
                         "owned_by": "vllm",
-                        "root": name,
+                        "root": root,
                         "parent": parent,
                         "max_model_len": self.max_model_len,
                         "permission": [],
                     }
-                    for name, parent in cards
+                    for name, root, parent in cards
                 ],
             }
         if route == ("GET", "/version"):
@@ -367,7 +387,7 @@ class FakeVllm:
             )
             raise RefusedError(text, "body.messages", "Bad Request")
         name = body.get("model", self.model)
-        if name not in (self.model, *self.adapters):
+        if name not in (self.model, *self.aliases, *self.adapters):
             raise RefusedError(
                 f"The model `{name}` does not exist. Valid aliases: {self.model}.", "model", "NotFoundError", 404
             )

@@ -130,7 +130,7 @@ def _set_value(data: dict[str, Any], places: dict[Key, str], parts: list[str], t
 
 
 def _from_text(text: str, annotation: object) -> object:
-    """Environment and flags are text: pydantic converts numbers and booleans, this function lists, mappings and null."""
+    """Environment and flags are text: pydantic converts numbers and booleans, this function all else."""
     if text.strip().lower() in {"", "null"} and type(None) in get_args(annotation):
         return None
     if get_origin(annotation) is list:

@@ -65,9 +65,8 @@ class PolicyPublisher:
             shadow_allow_on=shadow.allow_on,
             shadow_top_k=shadow.top_k,
             shadow_max_tokens=shadow.max_tokens,
-            scoring=self._monitor.ready and any(
-                pair.reference is not None and not self._breakers.open(pair.name, now) for pair in served.pairs
-            ),
+            scoring=self._monitor.ready
+            and any(pair.reference is not None and not self._breakers.open(pair.name, now) for pair in served.pairs),
             tap=bool(self._engines.live(now)),
             serving=version,
             forced=profiles.serving.forced,

@@ -184,7 +184,7 @@ class StoredState:
 def model_identity(pair: ModelPair) -> str:
     """JSON: name and vocabulary of the compressed model, digest of the reference ("" where unknown)."""
     assert pair.reference is not None
-    found = {"model": pair.model, "vocab_size": pair.reference.vocab_size, "reference": pair.reference.digest}
+    found = {"model": pair.name, "vocab_size": pair.reference.vocab_size, "reference": pair.reference.digest}
     return json.dumps(found, sort_keys=True)
 
 

@@ -113,7 +113,9 @@ async def _logprobs(server: VllmServer, model: str, ids: list[int]) -> list[floa
     found = [row.get(str(token)) if row else None for row, token in zip(rows, ids[1:], strict=False)]
     logprobs = [entry.logprob for entry in found if entry is not None]
     if len(logprobs) != len(ids) - 1:
-        raise ReferenceFailure(FailureReason.SHORT_ANSWER, f"prompt_logprobs of {len(logprobs)} of {len(ids)} positions")
+        raise ReferenceFailure(
+            FailureReason.SHORT_ANSWER, f"prompt_logprobs of {len(logprobs)} of {len(ids)} positions"
+        )
     return logprobs
 
 

@@ -52,7 +52,7 @@ class ScoringSkipReason(StrEnum):
 
     UNKNOWN_MODEL = "unknown_model"
     """The answer names a model that the server does not list."""
-    UNMATCHED_MODEL = "unmatched_model"
+    NO_REFERENCE = "no_reference"
     """The served model, or the adapter's base model, has no matched reference."""
     MIXED_PROFILE = "mixed_profile"
     """The profile changed in the middle of the answer."""

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.measurement.figures import COMPRESSED, MODELS, REFERENCE
+from hemostat.measurement.figures import COMPRESSED, MODELS
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
@@ -77,13 +77,15 @@ class NoiseFloorMeter:
         self._compressed = compressed
         self._emit = emit
         self._clock = clock
-        self._queue: asyncio.Queue[tuple[npt.NDArray[np.int32], TokenRecord, SelfScorer]] = asyncio.Queue(MAX_QUEUED_RECORDS)
+        self._queue: asyncio.Queue[tuple[npt.NDArray[np.int32], TokenRecord, SelfScorer]] = asyncio.Queue(
+            MAX_QUEUED_RECORDS
+        )
         self.outcomes: Counter[tuple[str, str]] = Counter()
         """By model and outcome."""
 
     def offer(self, prompt: npt.NDArray[np.int32], record: TokenRecord, reference: SelfScorer) -> None:
-        """A scored request; whether it is taken is drawn. prompt: int32 [P]. reference: that of the record's model, which
-        is asked for another batch shape."""
+        """A scored request; whether it is taken is drawn. prompt: int32 [P]. reference: that of the record's model,
+        which is asked for another batch shape."""
         if self._draw() < self._fraction:
             try:
                 self._queue.put_nowait((prompt, record, reference))

@@ -196,9 +196,8 @@ class ScoringPipeline:
         if fresh:
             consumers.alarms.observe(record, figures)
         pair = self._monitor.served.of(record.model)
-        if self.noise_floor is not None and fresh and pair is not None and pair.scorer is not None:
-            if record.model in pair.names:
-                self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record, pair.scorer)
+        if self.noise_floor is not None and fresh and pair is not None and record.model in pair.names and pair.scorer:
+            self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record, pair.scorer)
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
         try:

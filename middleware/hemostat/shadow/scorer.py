@@ -243,7 +243,7 @@ class Scorer:
             return ScoringSkipReason.UNKNOWN_MODEL if self._models.served.pairs else None
         if pair.compared and capture.model not in pair.scorable:
             known = pair.reference is not None  # then it is an adapter that the reference does not have
-            return ScoringSkipReason.UNKNOWN_MODEL if known else ScoringSkipReason.UNMATCHED_MODEL
+            return ScoringSkipReason.UNKNOWN_MODEL if known else ScoringSkipReason.NO_REFERENCE
         if tap is not None and tap.mixed:
             return ScoringSkipReason.MIXED_PROFILE
         if tap is None and capture.requested is not None and not self._profile_in_request:
