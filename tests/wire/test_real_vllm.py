@@ -146,7 +146,11 @@ UNJUDGED: dict[str, tuple[str, str, dict[str, Any]]] = {
         CHAT,
         {"messages": [user("Weather in Paris?")], "tools": TOOLS, "tool_choice": NAMED_TOOL, "max_tokens": 40},
     ),
-    "two choices": ("n", CHAT, {"messages": [user("Say hello.")], "n": 2, "max_tokens": 8}),
+    "two choices": (
+        "n",
+        CHAT,
+        {"messages": [user("Say hello.")], "n": 2, "max_tokens": 8, "temperature": 1, "seed": 3},
+    ),
     "own logprobs of a chat": (
         "client_logprobs",
         CHAT,

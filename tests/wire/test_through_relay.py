@@ -18,6 +18,7 @@ from hemostat.ipc.messages import Capture
 from hemostat.metrics.names import CALIBRATION_REQUESTS, RESPONSES_FINISHED, SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
 from hemostat.relay.worker import Relay
+from hemostat.shadow.assignment import client_digest
 from hemostat.shadow.interceptor import Interceptor
 
 
@@ -88,7 +89,9 @@ async def test_a_treated_stream_reaches_the_openai_client(bench: Bench) -> None:
         text = "".join([part.choices[0].delta.content or "" async for part in stream])
     assert text == "Grüße 🎉"
     assert bench.fake.requests[-1]["vllm_xargs"] == {"hemostat": VERSION}
-    assert [(capture.arm, capture.requested) for capture in bench.captures] == [("treated", VERSION)]
+    [capture] = bench.captures
+    assert (capture.arm, capture.requested) == ("treated", VERSION)
+    assert (capture.kind, capture.client) == ("chat text sampled", client_digest(b"Bearer x", b""))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -59,9 +59,11 @@ class Interceptor:
             options = read
         elif support is Support.SCORED and not policy.scoring and not calibrates(policy):
             return None
+        if support is Support.RELAYED:
+            return None
         shadow = policy.scoring and self._draw() < policy.shadow_rate
-        if support is not Support.SCORED:
-            if shadow and support is Support.NOT_SCORED:
+        if support is Support.NOT_SCORED:
+            if shadow:
                 self._reports.skipped(SkipReason.ROUTE)
             return None
         unjudged = _own_wish(options, policy)
