@@ -50,7 +50,8 @@ class Receiver:
         self.proposed.append((scope, profile, report))
         return True
 
-    def set_probe(self, profile: CalibrationProfile) -> None:
+    def set_probe(self, profile: CalibrationProfile, *, restored: bool) -> None:
+        self.restored = restored
         self.probes.append(profile)
 
     @property
@@ -178,7 +179,7 @@ async def test_scopes_are_learned_apart_and_together(bench: Bench) -> None:
     assert len(bench.learner.status()["scopes"]) == 8, "bounded"
 
 
-async def test_a_killed_learner_is_restarted_and_its_state_says_what_is_lost(bench: Bench) -> None:
+async def test_without_a_store_a_killed_learner_begins_anew(bench: Bench) -> None:
     await bench.ready()
     bench.teach(range(10))
     await bench.taught(160)

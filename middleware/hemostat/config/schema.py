@@ -265,6 +265,9 @@ class Calibration(Section):
     recent_tokens: int = Field(default=65_536, ge=1_000, le=10_000_000)
     """Number of the most recent tokens that are kept in memory, for fits that need more than sums; each takes 2 bytes ×
     (anchors + width of the hidden state)."""
+    stored_learner_mib: int = Field(default=64, ge=0, le=500)
+    """Most MiB of the store for what the contextual learner knows, from which it goes on after a restart: its sums,
+    then its newest tokens as far as they fit; 0 stores nothing of it."""
     apply: Literal["engine", "request"] = "engine"
     treat_unjudged: bool = False
     """Requests that cannot be scored (structured output, several choices, …) may get a profile too, though nothing

@@ -23,6 +23,7 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.process import make_tracing
 from hemostat.learner.client import Learner
+from hemostat.learner.stored import StoredLearning
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import Measurements
@@ -107,7 +108,10 @@ class Control:
             on_change=self._models_changed,
         )
         self.changes = changes
-        self.learner = Learner(calibration, self.profile_manager.proposals, changes.notify)
+        stored_learning = StoredLearning(self.store, self.writer.as_leader, self.store_errors, self.lease)
+        self.learner = Learner(
+            calibration, self.profile_manager.proposals, changes.notify, storage=stored_learning, clock=clock
+        )
         self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner)
         self.pipeline = ScoringPipeline(
             settings,

@@ -43,7 +43,9 @@ class LearningSubject:
             self._learner.stop(f"{info.hidden_detail}; {fix}", unavailable=True)
         else:
             model = serving.model
-            self._learner.learn_about(LearningTarget(model.name, model.vocab_size, folder, info.hidden_size))
+            self._learner.learn_about(
+                LearningTarget(model.name, model.vocab_size, folder, info.hidden_size, info.digest)
+            )
 
 
 class CalibrationNeeds:

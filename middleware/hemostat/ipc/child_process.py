@@ -89,6 +89,15 @@ class FramedChild:
             raise ChildExited(self.exit_summary())
         self._process.stdin.write(frame(body))
 
+    async def drain(self) -> None:
+        """Returns once little of what was sent waits; ChildExited where it ended meanwhile."""
+        assert self._process.stdin is not None
+        try:
+            await self._process.stdin.drain()
+        except ConnectionError:
+            await self.exited.wait()
+            raise ChildExited(self.exit_summary()) from None
+
     async def _read(self) -> None:
         stream = self._process.stdout
         assert stream is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ BACKOFF = (0.5, 2.0, 10.0, 60.0)
 """Seconds before a learner that ended is started again, by how often in a row it failed before it was ready."""
 RETRY_TOKEN_GROWTH = 1.25
 """After a rejected or empty proposal, the next one is requested from this many times more tokens."""
+EXPORT_SECONDS = 300.0
+"""Between two exports of what was learned, while records come."""
 CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """One core, however many there are: serving comes first."""
 
@@ -53,6 +56,19 @@ class LearningTarget:
     """Checkpoint with the output embedding."""
     hidden_size: int
     """Of the hidden states that the reference returns; 0: none."""
+    reference: str = ""
+    """Digest of the reference's weights; "" where unknown."""
+
+
+class LearningStorage(Protocol):
+    """Implemented by `learner.stored.StoredLearning`."""
+
+    @property
+    def wanted(self) -> bool: ...
+
+    async def load(self) -> bytes: ...
+
+    async def save(self, parts: list[bytes]) -> None: ...
 
 
 class ProposalReceiver(Protocol):
@@ -62,7 +78,7 @@ class ProposalReceiver(Protocol):
 
     def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = ALL) -> bool: ...
 
-    def set_probe(self, profile: CalibrationProfile) -> None: ...
+    def set_probe(self, profile: CalibrationProfile, *, restored: bool) -> None: ...
 
 
 class LearnerState(StrEnum):
@@ -84,13 +100,20 @@ class LearnerStartError(Exception):
 class Learner:
     """Lives in the control process's event loop; only `run` waits.
 
-    What was learned is lost with the learner's process: after a crash, learning begins anew.
+    What was learned is stored about every `EXPORT_SECONDS` while records come, and at an orderly end; a new process
+    goes on from there. What a process learned since then is lost with it, all where nothing is stored.
     """
 
     def __init__(
-        self, settings: Calibration, receiver: ProposalReceiver, on_change: Callable[[], None] = lambda: None
+        self,
+        settings: Calibration,
+        receiver: ProposalReceiver,
+        on_change: Callable[[], None] = lambda: None,
+        *,
+        storage: LearningStorage | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_change` is called after the receiver got a probe or a proposal."""
+        """`on_change` is called after the receiver got a probe or a proposal. storage: None stores nothing."""
         self._settings = settings
         self._receiver = receiver
         self._on_change = on_change
@@ -99,7 +122,18 @@ class Learner:
         self._records = RecordQueue()
         self._ready: asyncio.Future[wire.Ready] | None = None
         """The answer to the first message."""
-        self._learned = wire.Learned({}, {}, {})
+        self._learned = self._restored = wire.Learned({}, {}, {})
+        """In all, and of that before this process."""
+        self._storage = storage if settings.stored_learner_mib > 0 else None
+        self._clock = clock
+        self._exported_at = clock()
+        self._exported_tokens = 0
+        """That had been learned from at the last export."""
+        self._export_pending = False
+        self._parts: list[bytes] = []
+        """Of an export that is arriving."""
+        self._exports: list[list[bytes]] = []
+        """That have arrived."""
         self._batch_pending = False
         """A batch was sent, and is not learned yet."""
         self._requested_scope: str | None = None
@@ -155,7 +189,10 @@ class Learner:
 
     def tokens_by_source(self) -> dict[str, int]:
         """Tokens learned from, by what they brought, over all processes since the start: never decreases."""
-        return dict(self._tokens_of_ended + Counter(self._learned.sources))
+        return dict(self._tokens_of_ended + self._tokens_of_process())
+
+    def _tokens_of_process(self) -> Counter[str]:
+        return Counter(self._learned.sources) - Counter(self._restored.sources)
 
     def failed_records(self) -> int:
         """Records that the running process could not learn from."""
@@ -195,7 +232,7 @@ class Learner:
                 await self._run_process(target)
                 continue
             except ChildExited as gone:
-                lost = "; what it had learned is lost" if self._learned.tokens.get(ALL) else ""
+                lost = "; what it had learned since it was stored is lost" if self._has_unsaved else ""
                 self._set_state(LearnerState.DOWN, f"the learner ended ({gone}){lost}")
             except LearnerStartError as error:
                 self._set_state(LearnerState.UNAVAILABLE, str(error))
@@ -216,7 +253,13 @@ class Learner:
         child = await FramedChild.start("hemostat.learner.process", self._receive, CHILD_ENVIRONMENT)
         watching = asyncio.create_task(self._watch(child), name="learner's end")
         try:
-            child.send(wire.REQUESTS.encode(self._start_message(target)))
+            stored = await self._storage.load() if self._storage is not None else b""
+            child.send(wire.REQUESTS.encode(self._start_message(target, restores=bool(stored))))
+            if stored:
+                for part, last in wire.parts(stored):
+                    child.send(wire.REQUESTS.encode(wire.Restore(part, last)))
+                    await child.drain()
+            del stored
             ready = await self._ready
             self._backoff.reset()
             self._begin(ready, target)
@@ -230,8 +273,9 @@ class Learner:
             watching.cancel()
             await child.close()
             await asyncio.gather(watching, return_exceptions=True)
+            await self._store_exports()
 
-    def _start_message(self, target: LearningTarget) -> wire.Start:
+    def _start_message(self, target: LearningTarget, *, restores: bool) -> wire.Start:
         settings = self._settings
         return wire.Start(
             model=target.model,
@@ -245,13 +289,23 @@ class Learner:
             half_life_tokens=settings.half_life_tokens,
             recent_tokens=settings.recent_tokens,
             min_tokens=settings.min_tokens,
+            reference=target.reference,
+            stored_bytes=settings.stored_learner_mib << 20 if self._storage is not None else 0,
+            restores=restores,
         )
 
     def _begin(self, ready: wire.Ready, target: LearningTarget) -> None:
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
         self._hidden_size = target.hidden_size
         self.anchor_counts = {anchors_digest(anchors): len(anchors)}
-        self._receiver.set_probe(probe_profile(target.model, target.vocab_size, anchors, self._settings.clamp_nats))
+        self._learned = self._restored = ready.learned
+        self._exported_tokens, self._exported_at = ready.learned.tokens.get(ALL, 0), self._clock()
+        if ready.detail:
+            log.warning("learning begins anew: %s", ready.detail)
+        elif self._exported_tokens:
+            log.info("learning goes on from %d tokens that were stored", self._exported_tokens)
+        probe = probe_profile(target.model, target.vocab_size, anchors, self._settings.clamp_nats)
+        self._receiver.set_probe(probe, restored=self._exported_tokens > 0)
         self._set_state(LearnerState.LEARNING, "")
         self._on_change()
 
@@ -268,9 +322,39 @@ class Learner:
         if not self._batch_pending and self._records:
             self._batch_pending = True
             child.send(wire.REQUESTS.encode(wire.Learn(self._records.take_batch())))
+        await self._store_exports()
+        if self._export_due:
+            self._export_pending = True
+            child.send(wire.REQUESTS.encode(wire.Export()))
         if self._requested_scope is None and (scope := self._due_scope()) is not None:
             self._requested_scope = scope
             child.send(wire.REQUESTS.encode(wire.Propose(scope)))
+
+    @property
+    def _has_unsaved(self) -> bool:
+        return self._learned.tokens.get(ALL, 0) > self._exported_tokens
+
+    @property
+    def _export_due(self) -> bool:
+        return (
+            self._storage is not None
+            and self._storage.wanted
+            and self._has_unsaved
+            and not self._export_pending
+            and self._clock() - self._exported_at >= EXPORT_SECONDS
+        )
+
+    async def _store_exports(self) -> None:
+        while self._exports and self._storage is not None:
+            parts = self._exports.pop(0)
+            if parts == [b""]:
+                limit = self._settings.stored_learner_mib
+                log.warning(
+                    "what was learned is not stored: its sums need more than %d MiB, calibration.stored_learner_mib",
+                    limit,
+                )
+            else:
+                await self._storage.save(parts)
 
     def _due_scope(self) -> str | None:
         """The first scope that has learned enough, and whose proposal would be accepted."""
@@ -296,6 +380,12 @@ class Learner:
                 self._set_state(LearnerState.TRAINING, f"{answer.stage} {answer.done:.0%}")
             case wire.Proposed():
                 self._proposals.append(answer)
+            case wire.Exported():
+                self._parts.append(answer.part)
+                if answer.last:
+                    self._exports.append(self._parts)
+                    self._parts, self._export_pending = [], False
+                    self._exported_at, self._exported_tokens = self._clock(), self._learned.tokens.get(ALL, 0)
         self._wake.set()
 
     async def _pass_on(self, proposed: wire.Proposed) -> None:
@@ -338,9 +428,12 @@ class Learner:
         self.state, self.detail = state, detail
 
     def _reset(self) -> None:
-        """The process has ended, and what it had learned is lost."""
-        self._tokens_of_ended += Counter(self._learned.sources)
-        self._learned = wire.Learned({}, {}, {})
+        """The process has ended."""
+        self._tokens_of_ended += self._tokens_of_process()
+        self._learned = self._restored = wire.Learned({}, {}, {})
+        self._exported_tokens, self._export_pending = 0, False
+        self._parts.clear()
+        self._exports.clear()
         self._batch_pending, self._requested_scope = False, None
         self._proposals.clear()
         self._last_attempt.clear()

@@ -25,6 +25,7 @@ from hemostat.learner import wire
 from hemostat.learner.embedding import load
 from hemostat.profiles.scopes import ALL
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
+from hemostat_calibration.learning.contextual import storage
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 from hemostat_calibration.learning.contextual.mlp import TrainingSettings
@@ -45,8 +46,8 @@ Send = Callable[[wire.Answer], None]
 class ScopedLearner:
     """Owns what was learned, of all traffic and by scope."""
 
-    def __init__(self, start: wire.Start) -> None:
-        """HemostatError when the output embedding cannot be used."""
+    def __init__(self, start: wire.Start, stored: bytes = b"") -> None:
+        """HemostatError when the output embedding cannot be used. stored: an earlier learner's export; b"": none."""
         weight = load(Path(start.folder), start.vocab_size)
         if start.hidden_size and weight.shape[1] != start.hidden_size:
             raise HemostatError(
@@ -68,7 +69,30 @@ class ScopedLearner:
         self._model, self._vocab_size, self._anchors = start.model, start.vocab_size, len(anchors)
         self._states: dict[str, ContextualState] = {ALL: self._new()}
         self._failed: Counter[str] = Counter()
-        self.ready = wire.Ready(anchors.astype("<i4").tobytes(), weight.shape[1])
+        self._about = json.dumps([start.model, start.vocab_size, start.hidden_size, start.reference])
+        self._stored_bytes = start.stored_bytes
+        self.has_unsaved = False
+        """Something was learned since the last export."""
+        detail = self._restore(stored) if stored else ""
+        self.ready = wire.Ready(anchors.astype("<i4").tobytes(), weight.shape[1], self._learned(), detail)
+
+    def _restore(self, stored: bytes) -> str:
+        """Go on from an export; why not, or ""."""
+        try:
+            states = storage.load(stored, self._family, self._about)
+        except InvalidArgumentError as error:
+            return str(error)
+        if any((s.model, s.vocab_size) != (self._model, self._vocab_size) for s in states.values()):
+            return "what was learned is of another model"
+        self._states |= states
+        return ""
+
+    def export(self) -> Iterator[wire.Exported]:
+        """What was learned, in parts."""
+        self.has_unsaved = False
+        data = storage.save(self._states, self._family, self._about, self._stored_bytes)
+        for part, last in wire.parts(data):
+            yield wire.Exported(part, last)
 
     def _new(self) -> ContextualState:
         return self._family.init(self._model, self._vocab_size)
@@ -80,6 +104,10 @@ class ScopedLearner:
             except (HemostatError, ValueError) as error:
                 # A record that does not fit is left out, and counted.
                 self._failed[type(error).__name__] += 1
+        self.has_unsaved = self.has_unsaved or (bool(rows) and self._stored_bytes > 0)
+        return self._learned()
+
+    def _learned(self) -> wire.Learned:
         whole = self._states[ALL]
         return wire.Learned(
             tokens={scope: state.tokens for scope, state in self._states.items()},
@@ -177,8 +205,14 @@ class RequestLoop:
                 self._send(self._learner.learn(request.rows))
             case wire.Propose():
                 self._scopes_due.append(request.scope)
-            case wire.Start():
+            case wire.Export():
+                self.export()
+            case wire.Start() | wire.Restore():
                 raise ValueError("the learner has started already")
+
+    def export(self) -> None:
+        for part in self._learner.export():
+            self._send(part)
 
     def _propose(self, scope: str) -> None:
         def progress(stage: str, done: float) -> None:
@@ -218,13 +252,30 @@ def main(parent: int) -> int:
     try:
         if not isinstance(start, wire.Start):
             raise HemostatError("the first message must be start")
-        learner = ScopedLearner(start)
+        learner = ScopedLearner(start, _stored(bodies) if start.restores else b"")
     except (HemostatError, MemoryError) as error:
         answer(wire.Refused(str(error) or type(error).__name__))
         return 1
     answer(learner.ready)
-    RequestLoop(learner, read_ahead(bodies), answer).run()
+    loop = RequestLoop(learner, read_ahead(bodies), answer)
+    with contextlib.suppress(SystemExit):  # a proposal was abandoned
+        loop.run()
+    if learner.has_unsaved:
+        loop.export()
     return 0
+
+
+def _stored(bodies: Iterator[bytes]) -> bytes:
+    """The bytes of the `Restore` messages that follow. HemostatError on another message."""
+    parts: list[bytes] = []
+    for body in bodies:
+        message = wire.REQUESTS.decode(body)
+        if not isinstance(message, wire.Restore):
+            break
+        parts.append(message.part)
+        if message.last:
+            return b"".join(parts)
+    raise HemostatError("what was stored came incomplete")
 
 
 if __name__ == "__main__":

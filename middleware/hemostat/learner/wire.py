@@ -6,7 +6,7 @@ Each frame (`hemostat.ipc.framing`) holds one msgpack-encoded message. Arrays ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 import numpy as np
@@ -33,6 +33,23 @@ class Start(msgspec.Struct, tag="start", frozen=True):
     half_life_tokens: float | None
     recent_tokens: int
     min_tokens: int
+    reference: str = ""
+    """Digest of the reference's weights; "" where unknown."""
+    stored_bytes: int = 0
+    """Most bytes of an export; 0: nothing is exported."""
+    restores: bool = False
+    """`Restore` messages follow."""
+
+
+class Restore(msgspec.Struct, tag="restore", frozen=True):
+    """Part of what an earlier learner exported, at most `PART_BYTES`."""
+
+    part: bytes
+    last: bool
+
+
+class Export(msgspec.Struct, tag="export", frozen=True):
+    """Answered with `Exported`. At the end of its input the learner exports what was learned since the last one."""
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -70,12 +87,6 @@ class Propose(msgspec.Struct, tag="propose", frozen=True):
     scope: str
 
 
-class Ready(msgspec.Struct, tag="ready", frozen=True):
-    anchors: bytes
-    """int32 [N]"""
-    hidden_size: int
-
-
 class Refused(msgspec.Struct, tag="refused", frozen=True):
     """The learner cannot start, and ends."""
 
@@ -90,6 +101,23 @@ class Learned(msgspec.Struct, tag="learned", frozen=True):
     sources: dict[str, int]
     """By `learning.contextual.rows.TokenSource`."""
     failed: dict[str, int]
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    anchors: bytes
+    """int32 [N]"""
+    hidden_size: int
+    learned: Learned = Learned({}, {}, {})
+    """What was restored."""
+    detail: str = ""
+    """Why it was not."""
+
+
+class Exported(msgspec.Struct, tag="exported", frozen=True):
+    """Part of what was learned, at most `PART_BYTES`; a single empty one where it does not fit `Start.stored_bytes`."""
+
+    part: bytes
+    last: bool
 
 
 class Training(msgspec.Struct, tag="training", frozen=True):
@@ -108,11 +136,23 @@ class Proposed(msgspec.Struct, tag="proposed", frozen=True):
     report: dict[str, str | int | float]
 
 
-Request = Start | Learn | Propose
-Answer = Ready | Refused | Learned | Training | Proposed
+PART_BYTES = 1 << 20
+
+Request = Start | Restore | Learn | Propose | Export
+Answer = Ready | Refused | Learned | Training | Proposed | Exported
 
 REQUESTS: MessageCodec[Request] = MessageCodec(Request)
 ANSWERS: MessageCodec[Answer] = MessageCodec(Answer)
+
+
+def parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
+    """Pieces of at most `PART_BYTES`, each with whether it is the last one; one empty piece of nothing.
+
+    >>> list(parts(b""))
+    [(b'', True)]
+    """
+    for first in range(0, max(len(data), 1), PART_BYTES):
+        yield data[first : first + PART_BYTES], first + PART_BYTES >= len(data)
 
 
 def to_row(record: TokenRecord, scope: str) -> Row:

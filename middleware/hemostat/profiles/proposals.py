@@ -166,11 +166,11 @@ class Proposals:
         self._scope(scope).proposed_at[profile.family] = tokens
         return self._lifecycle.replace_proposals(scope, [profile], why, dict(report))
 
-    def set_probe(self, profile: CalibrationProfile) -> None:
+    def set_probe(self, profile: CalibrationProfile, *, restored: bool = False) -> None:
         """A contextual learner begins: engines are to hold this profile, and report the logits of its anchors.
 
-        What the last learner had learned is lost, so that where no contextual profile is tested or serves, the next
-        proposal need not be learned from more.
+        restored: it goes on from what the last one had learned. Otherwise that is lost, so that where no contextual
+        profile is tested or serves, the next proposal need not be learned from more.
         """
         before, self._catalogue.probe = self._catalogue.probe, profile.version
         if before is not None and before != profile.version:
@@ -181,7 +181,8 @@ class Proposals:
             if self._trials.has_proposal(scope, CONTEXTUAL):
                 continue
             if selected is None or selected.family != CONTEXTUAL:
-                self._scope(scope).proposed_at.pop(CONTEXTUAL, None)
+                if not restored:
+                    self._scope(scope).proposed_at.pop(CONTEXTUAL, None)
             elif anchor_set(selected) != anchor_set(profile):
                 log.warning(
                     "profile %s, which serves %s, reads other anchors than the learner: engines report the logits of "

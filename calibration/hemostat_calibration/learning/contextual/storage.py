@@ -43,7 +43,12 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 def dependencies(learner: ContextualLearner, about: str) -> str:
     """Digest of all that stored sums depend on: the output embedding (evenly spaced rows of a large one), the anchors
-    and how many are read, the forgetting, and `about`, the caller's name of the two models."""
+    and how many are read, the forgetting, and `about`, the caller's name of the two models.
+
+    >>> learner = ContextualLearner(np.eye(4), np.arange(3))
+    >>> dependencies(learner, "models") == dependencies(learner, "other models")
+    False
+    """
     weight = learner.weight
     step = max(1, -(-weight.size // _DIGEST_ELEMENTS))
     found = hashlib.sha256(repr((FORMAT, about, weight.shape, learner.features, FOLDS, learner.forgetting)).encode())
@@ -89,7 +94,12 @@ def save(states: Mapping[str, ContextualState], learner: ContextualLearner, abou
 
 
 def load(data: bytes, learner: ContextualLearner, about: str) -> dict[str, ContextualState]:
-    """What `save` wrote. InvalidArgumentError where it is damaged, or of another learner or about other models."""
+    """What `save` wrote. InvalidArgumentError where it is damaged, or of another learner or about other models.
+
+    >>> learner = ContextualLearner(np.eye(4), np.arange(3))
+    >>> load(save({"a": learner.init("m", 4)}, learner, "m", 10_000), learner, "m")["a"].model
+    'm'
+    """
     try:
         fields = _metadata(data)
         described = fields["states"]

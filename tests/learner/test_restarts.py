@@ -1,0 +1,216 @@
+"""What the contextual learner knows outlives its process, and the control process; real child processes and stores."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from tests.support import oracle, valkey
+from tests.support.learner_world import D, V, World, children, kl, logprobs, make, save
+from tests.support.valkey import Valkey
+from tests.support.waiting import until
+
+from hemostat.config.schema import Calibration
+from hemostat.learner import client, wire
+from hemostat.learner.client import Learner, LearningTarget
+from hemostat.learner.stored import BLOB_KEY, StoredLearning
+from hemostat.store.errors import StoreErrorLog
+from hemostat.store.factory import open_store
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import Store
+from hemostat.store.valkey import ValkeyStore
+from hemostat.store.writer import StoreWriter
+from hemostat_calibration.profiles import transform
+from hemostat_calibration.profiles.profile import CalibrationProfile
+
+SETTINGS: dict[str, Any] = {"anchors": 32, "rank": 8, "min_tokens": 600, "clamp_nats": 5.0, "clamp_kl_nats": 20.0}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with valkey.running(tmp_path_factory.mktemp("valkey")) as one:
+        yield one
+
+
+@pytest.fixture(params=["sqlite", "valkey"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/h.db"
+    return f"{request.getfixturevalue('server').url}?prefix={quote(f'{tmp_path}:')}"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BACKOFF", (0.05, 0.1))
+    monkeypatch.setattr(wire, "PART_BYTES", 10_000)
+
+
+class Receiver:
+    """Accepts proposals once `open`."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.restored: bool | None = None
+        self.probe: CalibrationProfile | None = None
+        self.proposed: list[CalibrationProfile] = []
+
+    def accepts(self, tokens: int, scope: str = "") -> bool:
+        return self.open and not self.proposed
+
+    def propose(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any], scope: str = "") -> bool:
+        self.proposed.append(profile)
+        return True
+
+    def set_probe(self, profile: CalibrationProfile, *, restored: bool) -> None:
+        self.probe, self.restored = profile, restored
+
+
+class Life:
+    """From one start of the control process to its end. now: of the clock that exports go by."""
+
+    def __init__(self, store: Store, folder: Path, **settings: Any) -> None:
+        self.world: World = make()
+        self.receiver, self.now = Receiver(), 0.0
+        lease, errors = Lease(shared=False), StoreErrorLog()
+        if isinstance(store, ValkeyStore):
+            assert store.acquire_lease(0.001).leads
+        self.writer = StoreWriter(store, lease, errors)
+        stored = StoredLearning(store, self.writer.as_leader, errors, lease)
+        given = Calibration(**SETTINGS | settings)
+        self.learner = Learner(given, self.receiver, storage=stored, clock=lambda: self.now)
+        self.target = LearningTarget("m", V, folder, D, "digest")
+
+    def teach(self, seeds: range, scope: str = "") -> None:
+        assert self.receiver.probe is not None
+        anchors = transform.anchors(self.receiver.probe)
+        assert anchors is not None
+        for seed in seeds:
+            self.learner.offer(self.world.record(seed, anchors, transform.anchors_digest(anchors)), scope)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.learner.status()["tokens"])
+
+    async def taught(self, tokens: int) -> None:
+        await until(lambda: self.tokens == tokens, 30)
+
+    async def propose(self) -> CalibrationProfile:
+        self.receiver.open = True
+        self.learner._wake.set()
+        await until(lambda: bool(self.receiver.proposed), 60)
+        return self.receiver.proposed[0]
+
+
+@asynccontextmanager
+async def life(store: Store, tmp_path: Path, **settings: Any) -> AsyncIterator[Life]:
+    one = Life(store, save(make(), tmp_path / "checkpoint"), **settings)
+    tasks = [asyncio.create_task(one.learner.run()), asyncio.create_task(one.writer.run())]
+    one.learner.learn_about(one.target)
+    await until(lambda: one.learner.state == "learning", 30)
+    try:
+        yield one
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await one.writer.drain()
+        assert children() == []
+
+
+def won(profile: CalibrationProfile) -> float:
+    """Divergence left on texts that were not learned from, nats."""
+    world = make()
+    h_r, h_c = world.hidden(10_000, 500)
+    z = h_c @ world.weight.T
+    return kl(logprobs(h_r @ world.weight.T), logprobs(oracle.apply(profile, z.astype(np.float64))))
+
+
+async def test_after_restarts_the_proposal_is_the_one_without(url: str, tmp_path: Path) -> None:
+    async with life(open_store("memory://"), tmp_path) as one:
+        one.teach(range(60))
+        await one.taught(960)
+        without = await one.propose()
+    for n in range(3):
+        async with life(open_store(url), tmp_path) as one:
+            assert one.receiver.restored is (n > 0)
+            assert one.tokens == n * 320
+            assert one.learner.tokens_by_source().get("hidden", 0) == 0, "counters are of this process"
+            one.teach(range(20 * n, 20 * n + 20))
+            await one.taught(320 * n + 320)
+            if n == 2:
+                after = await one.propose()
+                assert one.learner.tokens_by_source()["hidden"] == 320
+    assert won(after) == pytest.approx(won(without), rel=0.02)
+    assert after.metadata["tokens"] == without.metadata["tokens"]
+
+
+async def test_a_killed_process_loses_what_came_after_the_last_export(url: str, tmp_path: Path) -> None:
+    store = open_store(url)
+    async with life(store, tmp_path) as one:
+        one.teach(range(20))
+        await one.taught(320)
+        assert store.get_blob(BLOB_KEY) is None
+        one.now = client.EXPORT_SECONDS
+        one.teach(range(20, 21))
+        await until(lambda: store.get_blob(BLOB_KEY) is not None, 30)
+        stored = one.learner._exported_tokens
+        assert stored >= 320
+        one.teach(range(30, 40))
+        await one.taught(496)
+        (pid,) = children()
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: one.learner.state == "down")
+        assert "since it was stored is lost" in one.learner.detail
+        await until(lambda: one.learner.state == "learning", 30)
+        assert one.tokens == stored
+        assert one.learner.tokens_by_source()["hidden"] == 496, "counters do not decrease"
+        one.teach(range(50, 51))
+        await one.taught(stored + 16)
+        assert one.learner.tokens_by_source()["hidden"] == 512
+
+
+async def test_what_is_about_another_reference_or_damaged_is_not_used(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(url)
+    async with life(store, tmp_path) as one:
+        one.teach(range(5))
+        await one.taught(80)
+    whole = store.get_blob(BLOB_KEY)
+    assert whole is not None
+    for changes, damaged in (({"half_life_tokens": 77.0}, whole), ({}, whole[:-1]), ({}, b"x"), ({}, b"")):
+        store.put_blob(BLOB_KEY, damaged)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            async with life(store, tmp_path, **changes) as one:
+                assert one.tokens == 0
+                assert one.receiver.restored is False
+        assert ("learning begins anew" in caplog.text) is bool(damaged)
+
+
+async def test_scopes_are_kept_and_the_limit_holds(url: str, tmp_path: Path) -> None:
+    store = open_store(url)
+    async with life(store, tmp_path, stored_learner_mib=1) as one:
+        one.teach(range(30), "a")
+        one.teach(range(30, 500))
+        await one.taught(500 * 16)
+    data = store.get_blob(BLOB_KEY)
+    assert data is not None
+    assert len(data) <= 1 << 20
+    async with life(store, tmp_path, stored_learner_mib=1) as one:
+        assert one.tokens == 500 * 16
+        assert one.learner.status()["scopes"] == {"a": 480}
+    async with life(store, tmp_path, stored_learner_mib=0) as one:
+        assert one.tokens == 0
+        one.teach(range(5))
+        await one.taught(80)
+    assert store.get_blob(BLOB_KEY) == data
