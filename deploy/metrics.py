@@ -112,6 +112,7 @@ CALIBRATION_REASONS: Values = {
     "own_logits": "the client changes logits itself (logit_bias, penalties)",
     "own_xargs": "the client named a profile itself, in `vllm_xargs.hemostat`",
     "own_parameters": "`apply: request`, and the client set temperature or logit_bias",
+    "other_model": "profiles are for another of the served models",
     "refused": "vLLM refused the request as Hemostat had changed it, and it was sent again unchanged",
     "on_not_allowed, encoded, body_too_large, bad_json, invalid, lora, no_reference, n, beam_search, "
     "structured_output, forced_tool, echo, prompt_logprobs, client_logprobs, hidden_reasoning, multimodal, "

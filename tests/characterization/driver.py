@@ -761,7 +761,7 @@ def policy_of(frame: bytes) -> dict[str, Any]:
 def with_sorted_sets(frame: bytes) -> bytes:
     """The frame of a policy in which every set is sorted: the order depends on the process."""
     policy: dict[str, Any] = msgspec.msgpack.decode(frame[4:])
-    sets = ("acknowledged", "kinds", "labels", "scorable_models", "unscorable_models")
+    sets = ("acknowledged", "calibrated_models", "kinds", "labels", "scorable_models", "unscorable_models")
     found = {name: sorted(value) if name in sets and value else value for name, value in policy.items()}
     return frame[:4] + msgspec.msgpack.encode(found)
 

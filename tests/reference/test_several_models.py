@@ -90,6 +90,7 @@ async def test_each_model_is_scored_on_its_own_reference(tmp_path: Path, monkeyp
                 pair.reference.digest for pair in made.one.monitor.served.pairs if pair.reference is not None
             }
             assert made.one.profile_manager.serving.model == ServedModel("a", VOCAB)
+            assert (made.told[-1].calibrated_models, made.told[-1].default_model) == ({"a"}, "a")
 
 
 async def test_without_a_mapping_the_reference_belongs_to_the_first_model(tmp_path: Path) -> None:
@@ -109,6 +110,7 @@ async def test_two_names_of_one_model_share_its_reference_and_one_path_alone_doe
     async with running(FakeVllm(adapters=("sql",))) as first, bench(tmp_path, upstream, {"url": first.url}) as made:
         await until(lambda: made.one.monitor.ready)
         await until(lambda: made.told[-1].scorable_models == {"a", "also-a", "sql"})
+        assert made.told[-1].calibrated_models == {"a", "also-a", "sql"}
         assert (await made.scored(capture(model="also-a"), capture(model="sql"), capture(model="b")))["scored"] == 2
         assert made.state("b") == "none"
 

@@ -762,6 +762,26 @@ def test_a_request_gets_the_profile_of_its_kind(
     assert capture.kind == (KIND if path == CHAT else "completions text greedy brief")
 
 
+@pytest.mark.parametrize(
+    ("model", "arm", "reason"),
+    [("fake", "treated", "assigned"), ("second", "none", "other_model"), ("third", "none", "no_reference")],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_profiles_are_for_one_of_several_base_models(
+    wire: Wire, model: str, arm: str, reason: str, named: bool
+) -> None:
+    matched = {"scorable_models": frozenset({"fake", "second"}), "calibrated_models": frozenset({"fake"})}
+    wire.interceptor.policy = policy(
+        served=VERSION, control_fraction=0.0, shadow_rate=0.0, **matched, default_model=model
+    )
+    body = chat(model=model)
+    if not named:
+        del body["model"]
+    sent = json.loads(wire.send(CHAT, body).sent)
+    assert sent.get("vllm_xargs") == ({"hemostat": VERSION} if arm == "treated" else None)
+    assert wire.calibration(arm, reason) == wire.counts.total() == 1
+
+
 def test_in_an_unsampled_treated_request_only_the_xargs_change(wire: Wire) -> None:
     wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, scoring=False)
     body = b'{ "model": "fake",\n  "messages": [{"role": "user", "content": "caf\\u00e9"}], "max_tokens": 2 }'

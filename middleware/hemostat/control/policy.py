@@ -79,6 +79,8 @@ class PolicyPublisher:
             kinds=profiles.kinds.followed,
             unscorable_models=served.unscorable_adapters,
             scorable_models=served.scorable,
+            calibrated_models=None if served.calibrated is None else served.calibrated.scorable,
+            default_model=served.pairs[0].name if served.pairs else "",
             replica=self._engines.replica,
             serving_by_kind={} if version is None else dict.fromkeys((*profiles.kinds.followed, REST_KIND), version),
             salt=self._salt(),

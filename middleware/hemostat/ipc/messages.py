@@ -125,6 +125,10 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Requests that cannot be scored may get a profile too."""
     scorable_models: frozenset[str] | None = None
     """Served names whose records are compared with a matched reference; None: not known yet, nothing is excluded."""
+    calibrated_models: frozenset[str] | None = None
+    """Served names of the model that profiles are for, and of its adapters; None: not known yet, none is excluded."""
+    default_model: str = ""
+    """The served name that answers a request without one; "" while it is not known."""
     openai_sampling_defaults: bool = False
     """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty is OpenAI's default."""
 

@@ -109,6 +109,7 @@ class Request:
     """A chat request; False: a completions request."""
     body: JsonObject
     model: str
+    """The served name; "" where that is not known."""
     stream: bool
     usage_requested: bool
     """The client itself asked for usage in the stream."""
@@ -136,17 +137,20 @@ def read_request(
     chat: bool,
     unscorable_models: frozenset[str] = frozenset(),
     scorable_models: frozenset[str] | None = None,
+    default_model: str = "",
 ) -> Request:
     """Parse a client's body; raises one of MALFORMED where it is not an object with distinct keys.
 
     unscorable_models: adapters for which the reference has no counterpart.
     scorable_models: names that are compared with a matched reference; None: not known, no name is excluded.
+    default_model: the name of the model that answers a request without one.
     """
     body = JsonObject(data)
     model = body.value("model")
+    name = model if isinstance(model, str) and model else default_model
     stream_options = _decode_or_none(_stream_options, body.raw("stream_options"))
     messages: list[Message] | None = _decode_or_none(_messages, body.raw("messages")) if chat else None
-    unscorable = _unscorable_model(model, unscorable_models, scorable_models) or _unscorable(chat, body, messages)
+    unscorable = _unscorable_model(name, unscorable_models, scorable_models) or _unscorable(chat, body, messages)
     xargs = body.value("vllm_xargs") or {}
     if (body.has("stream_options") and stream_options is None) or not isinstance(xargs, dict):
         unscorable, xargs = Unscorable.INVALID, {}
@@ -155,7 +159,7 @@ def read_request(
     return Request(
         chat=chat,
         body=body,
-        model=model if isinstance(model, str) else "",
+        model=name,
         stream=body.value("stream") is True,
         usage_requested=bool(stream_options and stream_options.include_usage),
         tools=body.has("tools"),
@@ -188,8 +192,8 @@ def _conversation_key(body: JsonObject, messages: list[Message] | None) -> bytes
     return None if prompt == NULL else b"\x00".join([model, prompt])
 
 
-def _unscorable_model(model: Any, adapters: frozenset[str], scorable: frozenset[str] | None) -> Unscorable | None:
-    if not isinstance(model, str):
+def _unscorable_model(model: str, adapters: frozenset[str], scorable: frozenset[str] | None) -> Unscorable | None:
+    if not model:
         return None
     if model in adapters:
         return Unscorable.LORA

@@ -126,6 +126,7 @@ class InterceptedExchange:
                 chat=self._route == CHAT,
                 unscorable_models=policy.unscorable_models,
                 scorable_models=policy.scorable_models,
+                default_model=policy.default_model,
             )
         except MALFORMED:
             self._pass_unread(SkipReason.BAD_JSON)

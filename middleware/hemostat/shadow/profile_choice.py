@@ -33,6 +33,8 @@ class ArmReason(StrEnum):
     """`calibration.force` is set."""
     OWN_PARAMETERS = "own_parameters"
     """`calibration.apply: request`, and the client set temperature or logit_bias."""
+    OTHER_MODEL = "other_model"
+    """Profiles are for another of the served models."""
     REFUSED = "refused"
     """vLLM refused the request as Hemostat had changed it, and it was sent again unchanged."""
 
@@ -95,6 +97,8 @@ def choose_profile(
         return _if_available(policy, options.calibration, Arm.NONE, ArmReason.PINNED)
     if unjudged is not None and not policy.treat_unjudged:
         return Choice(None, Arm.NONE, unjudged)
+    if request.model and policy.calibrated_models is not None and request.model not in policy.calibrated_models:
+        return Choice(None, Arm.NONE, ArmReason.OTHER_MODEL)
     version = policy.serving_by_kind.get(kind if kind in policy.kinds else REST_KIND)
     if version is None:
         return Choice(None, Arm.NONE, ArmReason.NO_PROFILE)
