@@ -10,7 +10,7 @@ from hemostat_calibration.guard.closing import adjusted
 from hemostat_calibration.guard.decisions import Action, Admission, Reason, Role
 from hemostat_calibration.guard.guard import MAX_COUNTED_KINDS, MAX_WINDOW, Guard, window_after_promotion
 from hemostat_calibration.guard.kind_test import MAX_UNITS, KindTest
-from hemostat_calibration.guard.wealth import FRACTIONS, MAX_CLIENTS, PRIOR, log_evidence, log_factors
+from hemostat_calibration.guard.wealth import FRACTIONS, MAX_CLIENTS, PRIOR, SLOTS, log_evidence, log_factors
 
 CLIENTS = 10
 TEST, WATCH = "candidate", "serving"
@@ -224,7 +224,7 @@ def brute_force(by_client):
 
     def mixture(*left_out):
         others = [k(*left_out, b) for b in range(clients)] + [k(*left_out)] * (MAX_CLIENTS - clients)
-        return 0.5 * k(*left_out) + 0.5 * sum(others) / MAX_CLIENTS
+        return 0.5 * k(*left_out) + 0.5 * float(SLOTS @ others)
 
     return mixture() if clients < 4 else min(mixture(a) for a in range(clients))
 
@@ -241,7 +241,7 @@ def test_no_client_decides():
     honest = np.array([log_factors(0.1)] * 9) * 8
     for x in (1.0, -1.0):
         attacked = np.vstack([honest, [log_factors(x) * 500]])
-        assert log_evidence(attacked, 10) == pytest.approx(log_evidence(honest, 9), abs=math.log(2 * MAX_CLIENTS) + 1)
+        assert log_evidence(attacked, 10) == pytest.approx(log_evidence(honest, 9), abs=-math.log(0.5 * SLOTS[9]) + 1)
     alone = np.vstack([np.zeros((9, len(FRACTIONS))), [log_factors(1.0) * 500]])
     assert log_evidence(alone, 10) < 1e-9
     assert math.isfinite(log_evidence(np.array([log_factors(-1.0) * 4000] * 64), 64))
@@ -350,7 +350,7 @@ def test_windows_are_counted_by_kind_over_the_whole_run():
 def test_a_window_is_as_long_as_the_proof_makes_it():
     guard = candidate()
     n = count(guard, TEST, "a", gains(0, 0.06))[1]
-    assert window_after_promotion(guard.evidence(TEST, "a")) == max(200, 4 * n)
+    assert window_after_promotion(guard.evidence(TEST, "a")) == max(400, 5 * n)
     guard.begin_watch(WATCH, "a", 1.0, window=10**6)
     assert guard.evidence(WATCH, "a").window == MAX_WINDOW
 

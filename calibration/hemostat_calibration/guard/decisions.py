@@ -32,11 +32,11 @@ class Admission(StrEnum):
 
     ADMITTED = "admitted"
     COUNTED = "counted"
-    """It has counted in this test."""
+    """It has counted in this test, or was refused."""
     CLIENT_SHARE = "client_share"
     """Its client has its share of the test's units already."""
     FULL = "full"
-    """The test has counted `kind_test.MAX_UNITS` units."""
+    """The test has met `kind_test.MAX_UNITS` units."""
     FROZEN = "frozen"
     """The profile was promoted in this kind: the test is over."""
     UNKNOWN = "unknown"

@@ -22,7 +22,13 @@ from hemostat_calibration.guard.wealth import (
 from hemostat_calibration.statistics.running_mean import RunningMean
 
 MAX_UNITS = 4096
-"""Units that a test counts; it remembers each."""
+"""Units that a test remembers: those that counted, and those that were refused."""
+MIN_UNITS_OF_FEW_CLIENTS = 30
+"""Units before which nothing is decided while fewer than `MIN_CLIENTS` clients are seen: else the first few units, of
+whoever sends most, could decide before the others are met."""
+MAX_MET = 4
+"""A window is over when so many times its units were met, most of them refused: clients that are seen no more would
+else keep the window open."""
 DIGEST_BYTES = 4
 """Of a unit, remembered. Two units with the same digest count as one: with a probability of 1e-6 each."""
 DEFAULT_TOKEN_CAP = 512.0
@@ -87,22 +93,33 @@ class KindTest:
 
     @property
     def window_is_over(self) -> bool:
-        return self.role is Role.SERVING and self.units >= self.window
+        return self.role is Role.SERVING and (
+            self.units >= self.window
+            or self.units + self.refused >= MAX_MET * self.window
+            or len(self.counted) >= MAX_UNITS
+        )
+
+    @property
+    def may_decide(self) -> bool:
+        return self.clients >= MIN_CLIENTS or self.units >= MIN_UNITS_OF_FEW_CLIENTS
 
     def admit(self, unit: bytes, client: bytes, share: float) -> Admission:
         """Whether the unit may count. It looks at whose the unit is and not at what it showed.
 
-        A client's share of the units is at most `share`, rounded up to a whole unit.
+        A client's share of the units is at most `share`, rounded up to a whole unit. A unit that is refused for that
+        does not count later either.
         """
         if self.frozen:
             return Admission.FROZEN
         if unit and _digest(unit) in self.counted:
             return Admission.COUNTED
-        if self.units >= MAX_UNITS:
+        if self.units >= MAX_UNITS or len(self.counted) >= MAX_UNITS:
             return Admission.FULL
         place = self._place(client)
         if len(self.counts) >= MIN_CLIENTS and place is not None and self.counts[place] > share * self.units:
             self.refused += 1
+            if unit:
+                self.counted[_digest(unit)] = None
             return Admission.CLIENT_SHARE
         return Admission.ADMITTED
 
@@ -151,13 +168,13 @@ class KindTest:
         return found
 
     def reaches(self, bet: int, needed: float) -> bool:
-        """Whether the log evidence is `needed` or more."""
-        return self.ceiling[bet] >= needed and self.log_e(bet) >= needed
+        """Whether the log evidence is `needed` or more, and may decide."""
+        return self.may_decide and self.ceiling[bet] >= needed and self.log_e(bet) >= needed
 
     def harm_reaches(self, needed: float) -> bool:
         """The same of `log_harm`."""
         ceiling = max(self.ceiling[HARM], self.ceiling[HARM_BY_TOKEN])
-        return ceiling >= needed and self.log_harm >= needed
+        return self.may_decide and ceiling >= needed and self.log_harm >= needed
 
     @property
     def log_harm(self) -> float:
@@ -179,7 +196,9 @@ class KindTest:
         sums = self.sums[: self.clients]
         if not self.units:
             return DEFAULT_TOKEN_CAP
-        return float((without_any(sums[:, SQUARED_TOKENS]) / without_any(sums[:, TOKENS])).min())
+        tokens = without_any(sums[:, TOKENS])
+        known = tokens > 0.0
+        return float((without_any(sums[:, SQUARED_TOKENS])[known] / tokens[known]).min())
 
     def _bet(self, bet: int, place: int, x: float) -> None:
         """x: an observation divided by the width."""

@@ -17,12 +17,13 @@ seen and K^-a, K^-ab without those of a, of a and b, the evidence is
 
     min over a of  1/2 K^-a + 1/2 mean over b of K^-ab
 
-with `MAX_CLIENTS` values of b, numbered in order of appearance (K^-ab = K^-a for b = a and for those not seen yet).
+with `MAX_CLIENTS` values of b, numbered in order of appearance and weighted by `SLOTS` (K^-ab = K^-a for b = a and for
+those not seen yet).
 
 - It is valid for all traffic: each term of the minimum is a mixture of e-processes.
 - It is valid for the others' traffic, whatever client a sends: the minimum is at most the term without a.
-- One client that sends losses on purpose cannot hide the others' evidence, up to a factor 1/(2 MAX_CLIENTS): every term
-  holds one without it.
+- One client that sends losses on purpose cannot hide the others' evidence, up to a factor of half its `SLOTS` (1/30 to
+  1/350): every term holds one without it.
 
 With fewer than `MIN_CLIENTS` clients nothing can be left out: the evidence is 1/2 K + 1/2 mean over b of K^-b. The
 guarantee for all traffic holds over that change, too: the term of the client that appears as number `MIN_CLIENTS` is a
@@ -51,7 +52,12 @@ FRACTIONS = np.array([0.99, 0.5, 0.25, 0.1])
 left out again."""
 PRIOR = np.array([0.7, 0.1, 0.1, 0.1])
 
-_OTHERS = 1.0 - np.eye(MAX_CLIENTS)
+SLOTS = 1.0 / np.arange(5.0, 5.0 + MAX_CLIENTS)
+SLOTS /= SLOTS.sum()
+"""Weights of the clients to be left out, in order of appearance: fixed in advance, larger for those who come first,
+since who sends much comes early."""
+
+_OTHERS = (1.0 - np.eye(MAX_CLIENTS)) * SLOTS
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -80,13 +86,14 @@ def log_evidence(by_client: Floats, clients: int) -> float:
     # Factors that leaving a client out gives, in units of the largest of each fraction (or 1), so that none overflows.
     log_unit = np.maximum(-by_client.min(axis=0), 0.0)
     left_out, one = np.exp(-by_client - log_unit), np.exp(-log_unit)
-    unseen = MAX_CLIENTS - clients
+    seen = SLOTS[:clients]
+    unseen = 1.0 - seen.sum()
     if clients < MIN_CLIENTS:
-        mean = (left_out.sum(axis=0) + unseen * one) / MAX_CLIENTS
+        mean = seen @ left_out + unseen * one
         log_k = total[None, :]
     else:
-        # For each client a: sum over b ≠ a of the factors; b = a and clients not yet seen give 1.
-        mean = (_OTHERS[:clients, :clients] @ left_out + (unseen + 1) * one) / MAX_CLIENTS
+        # For each client a: the mean over b of the factors; b = a and clients not seen yet give 1.
+        mean = _OTHERS[:clients, :clients] @ left_out + (unseen + seen[:, None]) * one
         log_k = total - by_client
     # At least 1/2 where both parts are too small to tell in these units.
     log_k = log_k + np.maximum(np.log(0.5 * (one + mean) + _TINY) + log_unit, -math.log(2.0))

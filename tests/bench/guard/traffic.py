@@ -62,8 +62,11 @@ def units(
 
 
 def show(guard: Guard, name: str, unit: Unit) -> Decision | None:
-    """Show one unit to a test; None where it does not count there."""
-    if guard.admit(name, unit.kind, unit.key, unit.client) is not Admission.ADMITTED:
+    """Show one unit to a test; None where that changes nothing."""
+    admission = guard.admit(name, unit.kind, unit.key, unit.client)
+    if admission is Admission.CLIENT_SHARE:
+        return guard.decide(name, unit.kind)
+    if admission is not Admission.ADMITTED:
         return None
     guard.update(name, unit.kind, unit.key, unit.client, unit.gain, unit.gain, unit.tokens)
     return guard.decide(name, unit.kind)
