@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hemostat.ipc.messages import OVERHEAD_BUCKETS
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_KIND
 from hemostat.learner.record_queue import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
@@ -171,7 +171,13 @@ LABELS: dict[str, dict[str, Values | str]] = {
             **{name: f"{text}; {KINDS[figures.FIGURES[name].kind]}" for name, text in HEADLINES.items()},
         }
     },
-    "kind": {"": {"json": "a JSON answer was requested", "tool_call": "tools were offered, and called"}},
+    "kind": {
+        "": f"the kind of traffic: one of the `evidence.kinds` that are followed, or `{REST_KIND}`",
+        names.STRUCTURED_OUTPUTS: {
+            "json": "a JSON answer was requested",
+            "tool_call": "tools were offered, and called",
+        },
+    },
     "label": {"": "the client's `X-Hemostat-Label`, if it is one of the configured `labels`; else empty"},
     "model": {
         "": "the served name",
@@ -266,6 +272,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
         }
     },
     "version": {"": "digest of the profile; `identity` for none"},
+    "weighting": {"": {"token": "every token counts the same", "request": "every request counts the same"}},
 }
 """By label, then by metric; the key "" is for all other metrics."""
 

@@ -28,7 +28,7 @@ from tests.support.paths import ROOT
 from hemostat.config.loading import load
 from hemostat.config.schema import Settings
 from hemostat.learner.record_queue import DropReason
-from hemostat.measurement.measurements import HEADLINE
+from hemostat.measurement.figures import HEADLINE
 from hemostat.metrics.catalogue import METRICS
 from hemostat.openai.requests import Uncalibrated, Unscorable
 from hemostat.openai.responses import ResponseFailure

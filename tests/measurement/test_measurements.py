@@ -15,8 +15,8 @@ from tests.support.records import Truth, log_softmax, make_record
 from tests.support.samples import histograms, values
 from tests.support.world import V, World
 
-from hemostat.measurement.figures import FIGURES, KL_CAP
-from hemostat.measurement.measurements import DECODING_KINDS, HEADLINE, KL_EDGES, MAX_VERSIONS, Measurements
+from hemostat.measurement.figures import FIGURES, HEADLINE, KL_CAP
+from hemostat.measurement.measurements import DECODING_KINDS, KL_EDGES, MAX_VERSIONS, Measurements
 from hemostat.shadow.records_file import RecordsFile
 from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.per_token import calibrated, divergence

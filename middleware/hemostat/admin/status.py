@@ -107,6 +107,8 @@ class Status(msgspec.Struct, frozen=True):
     """Figures of the compressed model itself: `measurement.figures`."""
     where: list[Report]
     """The same by route and label."""
+    kinds: list[Report]
+    """By kind of traffic: raw figures, what its arms were served, and what a profile gained."""
     arms: Report
     alarm: Report
     decoding: list[Report]
@@ -191,6 +193,7 @@ class StatusSource:
             top_k=shadow.top_k,
             raw=measurements.summary(None),
             where=measurements.where(),
+            kinds=measurements.by_kind.report(),
             arms=measurements.arms(),
             alarm=self._alarms.report(),
             decoding=measurements.by_decoding.report(),

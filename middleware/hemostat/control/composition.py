@@ -69,7 +69,7 @@ class Control:
         calibration, changes = settings.calibration, Changes()
         self._clock, self._wall = clock, wall
         self.history = History()
-        self.measurements = Measurements()
+        self.measurements = Measurements(settings.shadow.max_tokens)
         self.breakers = Breakers()
         self.records = RecordsFile(settings.records.path) if settings.records.path else None
         self.tracing = make_tracing(settings.tracing.model_dump())

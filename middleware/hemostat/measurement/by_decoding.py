@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from hemostat.measurement.figures import StageFigures, finite
+from hemostat.measurement.figures import MAX_TOKENS, StageFigures, finite
 from hemostat_calibration.divergence.decoding import DECODING_LABELS, DecodedDivergence, decoding_label
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.records import TokenRecord
@@ -62,15 +62,16 @@ def _ends(lower: ClippedMean, upper: ClippedMean) -> dict[str, Any]:
 
 
 class ByDecoding:
-    """Raw figures, and those after decoding, by the request's decoding strategy."""
+    """Raw figures, and those after decoding, by the request's decoding strategy. max_tokens: of a request."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._max_tokens = max_tokens
         self._figures: dict[str, StageFigures] = {}
         self._drawn: dict[str, _Drawn] = {}
 
     def add(self, name: str, figures: TokenDivergence, drawn: DecodedDivergence | None) -> None:
         """drawn: None where the decoding is not known."""
-        self._figures.setdefault(name, StageFigures()).add(figures)
+        self._figures.setdefault(name, StageFigures(self._max_tokens)).add(figures)
         if drawn is not None:
             self._drawn.setdefault(name, _Drawn()).add(drawn)
 

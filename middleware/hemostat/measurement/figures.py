@@ -1,14 +1,20 @@
 """The figures of one group of scored requests, with their intervals.
 
 Every figure has a name, a kind (a one-sided bound, an estimate, exact), the range to which its values are clipped for
-the mean, and a confidence sequence: an interval that is valid at every look. The unit of the interval is the request:
-tokens of one request are correlated.
+the mean, and two intervals that may be looked at as often as one likes, both of the mean per token. The unit is the
+request: tokens of one request are correlated.
+
+`ci95`         asymptotic: its coverage is right for many requests that have one distribution, with a tail that the
+               requests so far show; see `hemostat_calibration.statistics.confidence`.
+`ci95_finite`  of headline figures: holds for any number of requests, whatever their distribution and drift; wide.
+               None is "not enough requests": wider than half of the figure's range. See
+               `hemostat_calibration.statistics.running_mean`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +23,7 @@ import numpy.typing as npt
 
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.statistics.confidence import ClippedMean, ConfidenceInterval, MeanSequence
+from hemostat_calibration.statistics.running_mean import RunningRatio, enough
 
 Floats = npt.NDArray[np.float64]
 Kind = Literal["lower", "upper", "estimate", "exact"]
@@ -72,17 +79,29 @@ FIGURES: Mapping[str, Figure] = {
 }
 """By the name in the report. KL is KL(reference‖compressed), `reverse_kl` the other way."""
 
+HEADLINE = (
+    *("kl_nats", "reverse_kl_nats", "js_nats", "total_variation", "kl_nats_upper"),
+    *("kl_nats_estimate", "reverse_kl_nats_estimate", "top1_agreement"),
+)
+"""Figures that have a finite-sample interval, too, and are exported as metrics with their asymptotic ones."""
+MAX_TOKENS = 4096
+"""Default of `shadow.max_tokens`, which bounds the tokens of a scored request."""
+
 INFINITE = ("kl_nats", "reverse_kl_nats")
 """Figures that may be infinite at a token; such tokens are also counted."""
 
 
 class StageFigures:
-    """Every figure, over the requests of one group."""
+    """Figures over the requests of one group. max_tokens: of a request. names: which of `FIGURES`."""
 
-    def __init__(self) -> None:
-        self._means = {name: ClippedMean(figure.lo, figure.cap) for name, figure in FIGURES.items()}
-        self._below = dict.fromkeys(FIGURES, 0)
-        self._infinite = dict.fromkeys(INFINITE, 0)
+    def __init__(self, max_tokens: int = MAX_TOKENS, names: Collection[str] = tuple(FIGURES)) -> None:
+        self._figures = {name: FIGURES[name] for name in names}
+        self._means = {name: ClippedMean(figure.lo, figure.cap) for name, figure in self._figures.items()}
+        self._ratios = {
+            name: RunningRatio(one.lo, one.cap, max_tokens) for name, one in self._means.items() if name in HEADLINE
+        }
+        self._below = dict.fromkeys(names, 0)
+        self._infinite = {name: 0 for name in INFINITE if name in self._figures}
         self._exact = True
         self._cached: dict[str, Any] = {}
         """The summary after `requests` of its own."""
@@ -94,13 +113,16 @@ class StageFigures:
         self.requests += 1
         self.tokens += len(figures.kl_rc)
         self._exact = self._exact and figures.bound == "exact"
-        for name, figure in FIGURES.items():
+        for name, figure in self._figures.items():
             values = np.asarray(figure.values(figures), dtype=np.float64)
             if figure.lo < 0.0:
                 self._below[name] += int((values < figure.lo).sum())
                 values = np.maximum(values, figure.lo)
             self._means[name] = self._means[name].update(values)
-        for name in INFINITE:
+            if name in self._ratios:
+                given = np.clip(values[~np.isnan(values)], figure.lo, figure.cap)
+                self._ratios[name] = self._ratios[name].update(float(given.sum()), len(given))
+        for name in self._infinite:
             self._infinite[name] += int(np.isinf(FIGURES[name].values(figures)).sum())
 
     def mean(self, name: str) -> float | None:
@@ -108,20 +130,30 @@ class StageFigures:
         return finite(self._means[name].get().mean)
 
     def interval(self, name: str, alpha: float) -> ConfidenceInterval:
-        """One figure's mean with its interval of 1 − alpha."""
+        """One figure's mean with its asymptotic interval of 1 − alpha."""
         return self._means[name].get(alpha)
+
+    def finite_interval(self, name: str, alpha: float) -> ConfidenceInterval:
+        """One headline figure's mean with its finite-sample interval of 1 − alpha."""
+        return self._ratios[name].get(alpha)
 
     def sequence(self, name: str) -> MeanSequence:
         """One figure's mean, for the difference from another group."""
         return self._means[name].sequence
 
     def figure(self, name: str) -> dict[str, Any]:
-        """One figure, JSON-ready: `estimate` (the mean), `ci95`, `bound` (its kind), `cap`, `clipped_share`."""
+        """One figure, JSON-ready: `estimate` (the mean), `ci95`, `bound` (its kind), `cap`, `clipped_share`; headline
+        figures also have `ci95_finite`."""
         mean, interval = self._means[name], self._means[name].get()
         clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
-        return {
+        told: dict[str, Any] = {
             "estimate": finite(interval.mean),
             "ci95": [finite(interval.low), finite(interval.high)] if mean.requests else [None, None],
+        }
+        if name in self._ratios:
+            told["ci95_finite"] = ends_or_none(self._ratios[name].get(), FIGURES[name].lo, FIGURES[name].cap)
+        return {
+            **told,
             "bound": "exact" if self._exact else FIGURES[name].kind,
             "cap": FIGURES[name].cap,
             "clipped_share": clipped,
@@ -135,15 +167,19 @@ class StageFigures:
         return dict(self._cached)
 
     def _to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "ci95": {}}
-        for name, figure in FIGURES.items():
+        found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "ci95": {}, "ci95_finite": {}}
+        for name, figure in self._figures.items():
             one = self.figure(name)
             if figure.plain:
                 found[name], found["ci95"][name] = one["estimate"], one["ci95"]
+                if "ci95_finite" in one:
+                    found["ci95_finite"][name] = one["ci95_finite"]
             else:
                 found[name] = one
         for name, tokens in self._infinite.items():
             found[name]["infinite_tokens"] = tokens
+        if "delta_log_likelihood_nats" not in found:
+            return found
         # The compressed model generated the text itself: a ratio below 1 does not mean that it is the better model.
         shift = found["delta_log_likelihood_nats"]
         found["perplexity_ratio"] = {
@@ -154,6 +190,11 @@ class StageFigures:
         squared = found["delta_p_squared"]["estimate"]
         found["delta_p_rms"] = None if squared is None else math.sqrt(max(squared, 0.0))
         return found
+
+
+def ends_or_none(found: ConfidenceInterval, lo: float, hi: float) -> list[float] | None:
+    """For JSON: the ends of a finite-sample interval of a figure between lo and hi; None: not enough requests."""
+    return [found.low, found.high] if enough(found, lo, hi) else None
 
 
 def finite(value: float) -> float | None:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from hemostat.measurement.by_decoding import UNKNOWN, ByDecoding, strategy
-from hemostat.measurement.figures import MODELS, StageFigures, finite
+from hemostat.measurement.by_kind import ByKind
+from hemostat.measurement.figures import FIGURES, HEADLINE, MAX_TOKENS, MODELS, StageFigures, ends_or_none
+from hemostat.measurement.gains import GainFigures, interval, interval_json
 from hemostat.measurement.survival import SurvivalFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat_calibration.divergence.decoding import decoded_divergence
-from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -39,11 +40,6 @@ DECODING_KINDS = ("greedy", "sampled")
 DIRECTIONS = ("reference_compressed", "compressed_reference")
 """Of KL(first‖second)."""
 
-HEADLINE = (
-    *("kl_nats", "reverse_kl_nats", "js_nats", "total_variation", "kl_nats_upper"),
-    *("kl_nats_estimate", "reverse_kl_nats_estimate", "top1_agreement"),
-)
-"""Figures that are exported with their intervals."""
 EXCESS = ("kl_nats", "reverse_kl_nats", "js_nats", "kl_nats_estimate", "reverse_kl_nats_estimate")
 """Figures whose excess over the noise floor is reported, too: those that are quadratic in small differences, so that
 independent noise adds up. Total variation and agreement are not: the noise of a self-comparison has no known share of
@@ -52,15 +48,6 @@ FLOOR_SHARE = 0.5
 """Of a model's floor, in its divergence from the other model: a self-comparison compares two noisy computations of one
 model, and the raw figure has one noisy computation of each model."""
 ARM_DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
-
-
-def interval(sequence: MeanSequence, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
-    """JSON-ready: None where nothing was measured, or the end is infinite. lo, hi: the figure's range by definition."""
-    return _to_json(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
-
-
-def _to_json(found: confidence.ConfidenceInterval) -> dict[str, Any]:
-    return {"estimate": finite(found.mean), "ci95": [finite(found.low), finite(found.high)]}
 
 
 @dataclass(slots=True)
@@ -90,32 +77,20 @@ class _Top1:
 
 @dataclass(slots=True)
 class _After:
-    """One profile: the figures after it, the raw ones of the same requests, and, on held-out prompts, its gain and the
-    KL(r‖c) before it, over the same tokens."""
+    """One profile: the figures after it, the raw ones of the same requests, and, on held-out units, its gain."""
 
-    after: StageFigures = field(default_factory=StageFigures)
-    before: StageFigures = field(default_factory=StageFigures)
-    gain: MeanSequence = field(default_factory=MeanSequence)
-    of: MeanSequence = field(default_factory=MeanSequence)
-    share: MeanSequence = field(default_factory=MeanSequence)
-    """Of the two: Σ gain / Σ KL."""
+    after: StageFigures
+    before: StageFigures
+    gain: GainFigures
     top1: dict[str, _Top1] = field(default_factory=lambda: {decoding: _Top1() for decoding in DECODING_KINDS})
-
-    def add_gain(self, gain: Gain, raw: TokenDivergence) -> None:
-        """One request, its tokens where both terms are known."""
-        both = gain.exact & np.isfinite(raw.estimate_rc)
-        if both.any():
-            won, of = float(gain.lower[both].sum()), float(raw.estimate_rc[both].sum())
-            self.gain = self.gain.update(won, int(both.sum()))
-            self.of = self.of.update(of, int(both.sum()))
-            self.share = self.share.update(won, max(of, 0.0))
 
 
 class Measurements:
     """Raw figures, and for every recent profile the figures after it and its gain."""
 
-    def __init__(self) -> None:
-        self._raw = StageFigures()
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._max_tokens = max_tokens
+        self._raw = StageFigures(max_tokens)
         self.survival = SurvivalFigures()
         self._after: OrderedDict[str, _After] = OrderedDict()
         # Every series exists from the start: PromQL's rate() ignores the value that a series begins with.
@@ -126,10 +101,11 @@ class Measurements:
         self._top1 = {(*key, decoding): 0 for key in staged for decoding in DECODING_KINDS}
         self._scored = {(arm, decoding): 0 for arm in arms for decoding in DECODING_KINDS}
         self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
-        self.by_decoding = ByDecoding()
+        self.by_decoding = ByDecoding(max_tokens)
+        self.by_kind = ByKind(max_tokens)
         self._where: dict[tuple[str, str], StageFigures] = {}
-        self._served = {arm: StageFigures() for arm in arms}
-        self._noise_floor = {model: StageFigures() for model in MODELS}
+        self._served = {arm: StageFigures(max_tokens) for arm in arms}
+        self._noise_floor = {model: StageFigures(max_tokens) for model in MODELS}
         self.tokens = 0
 
     def observe(
@@ -165,25 +141,32 @@ class Measurements:
         self._places[place] = (tokens + len(finite), nats + float(finite.sum()))
         self._expose("raw", arm, decoding, raw)
         self._expose("calibrated", arm, decoding, after)
+        # What the client was served: for a treated request, the calibrated distribution.
+        served_figures = raw if record.applied is None else after
+        self.by_kind.count(record, served_figures)
         if not fresh:
             return raw
         self._raw.add(raw)
         self.survival.add(record, raw)
         self.by_decoding.add(decoded, raw, drawn)
-        self._where.setdefault((record.route, record.label), StageFigures()).add(raw)
-        # What the client was served: for a treated request, the calibrated distribution.
-        self._served[arm].add(raw if record.applied is None else after)
+        self._where.setdefault((record.route, record.label), StageFigures(self._max_tokens)).add(raw)
+        self._served[arm].add(served_figures)
+        self.by_kind.add(record, raw, served_figures, profile, gain)
         if profile is not None:
-            stage = self._after.pop(profile.version, None) or _After()
+            stage = self._after.pop(profile.version, None) or self._begin(profile)
             stage.after.add(after)
             stage.before.add(raw)
             stage.top1[decoding].add(raw, after)
             if gain is not None:
-                stage.add_gain(gain, raw)
+                stage.gain.add(gain, raw)
             self._after[profile.version] = stage
             while len(self._after) > MAX_VERSIONS:
                 self._after.popitem(last=False)
         return raw
+
+    def _begin(self, profile: CalibrationProfile) -> _After:
+        before, after = StageFigures(self._max_tokens), StageFigures(self._max_tokens)
+        return _After(after, before, GainFigures(2.0 * profile.clamp_nats, self._max_tokens))
 
     def observe_noise_floor(self, model: str, record: TokenRecord) -> TokenDivergence:
         """Add a record with `model`, of `MODELS`, on both sides; returns its figures."""
@@ -208,7 +191,18 @@ class Measurements:
                 continue
             low = raw.low - FLOOR_SHARE * sum(floor.high for floor in floors)
             high = raw.high - FLOOR_SHARE * sum(floor.low for floor in floors)
-            found[name] = {"estimate": raw.mean - noise, "ci95": [low, high], "floor": noise}
+            certain, *limits = (one.finite_interval(name, part) for one in (self._raw, *self._noise_floor.values()))
+            ends = confidence.ConfidenceInterval(
+                raw.mean - noise,
+                certain.low - FLOOR_SHARE * sum(limit.high for limit in limits),
+                certain.high - FLOOR_SHARE * sum(limit.low for limit in limits),
+            )
+            found[name] = {
+                "estimate": raw.mean - noise,
+                "ci95": [low, high],
+                "ci95_finite": ends_or_none(ends, FIGURES[name].lo, FIGURES[name].cap),
+                "floor": noise,
+            }
         return found
 
     def summary(self, version: str | None) -> dict[str, Any]:
@@ -228,16 +222,12 @@ class Measurements:
         """Gain over KL(r‖c), the first exact, the second unbiased, over the same tokens; None where nothing was
         measured. JSON-ready."""
         stage = self._after.get(version or "")
-        if stage is None or stage.share.moments.mean_n <= 0.0:
-            return None
-        return interval(stage.share, hi=1.0)
+        return None if stage is None else stage.gain.recovered()
 
     def gained(self, version: str | None) -> dict[str, Any] | None:
-        """KL(r‖c) − KL(r‖c') in nats where it is known exactly, with its interval; JSON-ready."""
+        """KL(r‖c) − KL(r‖c') in nats where it is known exactly, by token and by request; JSON-ready."""
         stage = self._after.get(version or "")
-        if stage is None:
-            return None
-        return {**interval(stage.gain), "requests": stage.gain.moments.requests, "bound": "exact"}
+        return None if stage is None else stage.gain.gained()
 
     def where(self) -> list[dict[str, Any]]:
         """The raw figures by route and label."""
@@ -249,7 +239,7 @@ class Measurements:
         of two bounds would prove nothing."""
         treated, control = self._served[Arm.TREATED], self._served[Arm.CONTROL]
         differences = {
-            name: _to_json(confidence.difference(treated.sequence(name), control.sequence(name)))
+            name: interval_json(confidence.difference(treated.sequence(name), control.sequence(name)))
             for name in ARM_DIFFERENCES
         }
         arms = {arm: figures.summary() for arm, figures in self._served.items() if figures.requests}
@@ -280,6 +270,7 @@ class Measurements:
                 for edge, value in ends.items():
                     if value is not None:
                         yield Sample(names.DIVERGENCE, (name, stage, edge), value)
+        yield from self.by_kind.samples()
         half_life = self.survival.half_life()
         if half_life is not None:
             for edge, value in zip(("mean", "low", "high"), half_life, strict=True):

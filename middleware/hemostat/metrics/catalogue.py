@@ -72,7 +72,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.DIVERGENCE,
             "gauge",
             "nats; total_variation and top1_agreement: a ratio",
-            "Mean of a headline figure and the ends of its anytime-valid 95 % interval.",
+            "Mean of a headline figure and the ends of its asymptotic 95 % interval.",
             ("figure", "stage", "edge"),
         ),
         Metric(
@@ -102,6 +102,34 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "tokens",
             "Scored tokens with a finite KL(reference||compressed).",
             ("route", "label", "strategy"),
+        ),
+        Metric(
+            names.KIND_KL_NATS,
+            "counter",
+            "nats",
+            f"Sum of KL(reference||served) over tokens by kind, a lower bound; divide by {names.KIND_KL_TOKENS}.",
+            ("kind", "arm"),
+        ),
+        Metric(
+            names.KIND_KL_TOKENS,
+            "counter",
+            "tokens",
+            "Scored tokens by kind, with a finite KL(reference||served).",
+            ("kind", "arm"),
+        ),
+        Metric(
+            names.KIND_GAIN_NATS,
+            "gauge",
+            "nats",
+            "Mean gain by kind on held-out units, of the profile that serves there or in `observe` would.",
+            ("kind", "weighting"),
+        ),
+        Metric(
+            names.KIND_RECOVERED_DIVERGENCE_RATIO,
+            "gauge",
+            "ratio",
+            "Fraction of KL(reference||compressed) that the profile removes, by kind, on the same tokens.",
+            ("kind",),
         ),
         Metric(
             names.TOP1_AGREEMENT_TOKENS,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from tests.bench.guard import Row
 from tests.support.records import Truth, log_softmax, make_record
 
 from hemostat.measurement.figures import MODELS
@@ -59,7 +60,7 @@ def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return total
 
 
-def rows(lives: int, seed: int) -> Iterator[tuple[str, str, str, bool]]:
+def rows(lives: int, seed: int) -> Iterator[Row]:
     """For each figure: what is true, what is told (mean over lives), and what subtracting both floors would tell."""
     found = [life(seed + n) for n in range(max(lives // 10, 5))]
     for name in NAMES:
@@ -71,7 +72,7 @@ def rows(lives: int, seed: int) -> Iterator[tuple[str, str, str, bool]]:
         for one in told:
             spread = spread.update(one, 1.0)
         mean = spread.get()
-        yield (
+        yield Row(
             f"excess of {name}: {len(found)} runs of {REQUESTS} requests",
             f"true {true:.4f}, told {mean.mean:.4f}; with both floors subtracted whole {np.mean(floors):.4f}; "
             f"true value within the interval in {covered} of {len(found)}",

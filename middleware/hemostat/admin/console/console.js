@@ -195,6 +195,9 @@ function verdict(s) {
   }), "none yet: a test begins with the first scored request of a route");
 }
 
+/** A finite-sample interval: it holds for any number of requests; null is "wider than half of the figure's range". */
+const certain = (ends) => ends ? range(ends) : "not enough requests";
+
 function divergence(s) {
   verdict(s);
   const raw = s.raw, kl = raw.kl_nats, excess = s.excess.kl_nats;
@@ -205,7 +208,7 @@ function divergence(s) {
   say("excess-sub", excess ? `95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", too few requests to bound it" : ""}` : "the noise floor is not known yet");
   bar("excess-bar", ends, excess && excess.estimate, 0, excess ? Math.max(excess.ci95[1] || 0, s.alarm.budget_nats || 0, excess.estimate) * 1.1 : 1);
   say("kl", `≥ ${nats(kl.estimate)}`);
-  say("kl-sub", `95 % ${range(kl.ci95)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(raw.kl_nats_estimate.ci95) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
+  say("kl-sub", `95 % ${range(kl.ci95)}, finite-sample ${certain(kl.ci95_finite)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(raw.kl_nats_estimate.ci95) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
   say("tv", `≥ ${nats(raw.total_variation)}`);
   say("tv-sub", `95 % ${range(raw.ci95.total_variation)}; ≤ ${nats(raw.total_variation_upper.estimate)}`);
   say("top1", percent(raw.top1_agreement));
@@ -216,7 +219,7 @@ function divergence(s) {
   say("ppl", nats(raw.perplexity_ratio.estimate));
   say("ppl-sub", `95 % ${range(raw.perplexity_ratio.ci95)}`);
   say("divergence-note", `${plural(s.requests.scored, "scored request")}, ${whole(s.tokens_scored)} tokens, the top ${s.top_k} ids of each model `
-    + `(${percent(raw.covered_mass)} of the probability). Intervals are 95 %, count requests and are valid at all times.`);
+    + `(${percent(raw.covered_mass)} of the probability). Intervals are 95 % and count conversations; they are asymptotic: right for many requests with the tails that were seen.`);
 }
 
 const HEADER = ["requests", "KL ≥", "95 %", "on one scale", "KL estimate", "total variation ≥", "same top-1"];
@@ -224,6 +227,15 @@ const figures = (f, most) => [whole(f.requests), nats(f.kl_nats.estimate), range
   nats(f.kl_nats_estimate.estimate), nats(f.total_variation), percent(f.top1_agreement)];
 /** A common scale: up to the highest upper end, but at most four times its estimate. */
 const scale = (rows) => 1.1 * Math.max(...rows.map((f) => Math.min(f.kl_nats.ci95[1] ?? 0, 4 * (f.kl_nats.estimate || 0))), 1e-4);
+
+function kinds(s) {
+  table("kinds", "By kind of traffic", ["kind", "requests", "KL ≥", "95 %", "profile", "gain by token", "95 %", "gain by request", "recovered"], s.kinds.map((k) => {
+    const kl = k.raw.kl_nats, gain = k.gain_nats, measured = gain && gain.requests > 0;
+    return [k.kind, whole(k.requests), nats(kl.estimate), range(kl.ci95), k.profile ? brief(k.profile) : NONE,
+      measured ? nats(gain.estimate) : NONE, measured ? range(gain.ci95) : NONE, measured ? nats(gain.by_request.estimate) : NONE,
+      k.recovered ? percent(k.recovered.estimate) : NONE];
+  }), "no request scored yet");
+}
 
 function places(s) {
   const most = scale([...s.where, ...s.decoding]);
@@ -243,7 +255,7 @@ function calibration(s) {
   say("won-sub", known(won.ratio) ? `of the KL, 95 % ${range(won.ci95, percent)}, by ${brief(s.profile.version)}` : "no profile has been measured on held-out prompts");
   bar("won-bar", won.ci95, won.ratio, Math.min(0, Math.max(-1, won.ci95[0] ?? -1)), 1);
   say("gain", gain && known(gain.estimate) ? nats(gain.estimate) : NONE);
-  say("gain-sub", gain && gain.requests ? `95 % ${range(gain.ci95)}; ${plural(gain.requests, "request")}` : "");
+  say("gain-sub", gain && gain.requests ? `by token, 95 % ${range(gain.ci95)}, finite-sample ${certain(gain.ci95_finite)}; by request ${nats(gain.by_request.estimate)} ${range(gain.by_request.ci95)}; ${plural(gain.requests, "request")}` : "");
   say("arms", nats(change.estimate));
   say("arms-unit", name === "total_variation" ? "total variation" : "KL, nats per token");
   const far = known(change.estimate) ? 1.1 * Math.max(Math.abs(change.ci95[0] ?? 0), Math.abs(change.ci95[1] ?? 0), Math.abs(change.estimate)) : 1;
@@ -432,6 +444,7 @@ function show(s, p) {
   say("connection", `reference ${s.reference.state}; calibration ${s.profile.mode}; ${plural(s.relays, "relay")}`, ready && s.relays ? "pill good" : "pill bad");
   divergence(s);
   places(s);
+  kinds(s);
   calibration(s);
   serves(s, p);
   costs(s);

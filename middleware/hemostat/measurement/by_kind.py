@@ -1,0 +1,133 @@
+"""The figures of each kind of traffic: raw, what its arms were served, and what a profile gained in it.
+
+Kinds are bounded by the caller, which follows some and names the others `REST_KIND`; those that are followed no more
+are dropped here after `MAX_KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hemostat.ipc.messages import REST_KIND
+from hemostat.measurement.figures import MAX_TOKENS, StageFigures
+from hemostat.measurement.gains import GainFigures, interval_json
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat_calibration.divergence.gain import Gain
+from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.records import Arm, TokenRecord
+from hemostat_calibration.statistics import confidence
+
+MAX_KINDS = 64
+MAX_VERSIONS = 4
+"""Profiles with a gain in one kind; the one that was not seen for the longest time is dropped."""
+FIGURES_BY_KIND = ("kl_nats", "kl_nats_estimate", "js_nats", "total_variation", "top1_agreement")
+DIFFERENCES = ("kl_nats_estimate", "total_variation", "top1_agreement")
+ASSIGNED = (Arm.CONTROL, Arm.TREATED)
+
+
+@dataclass(slots=True)
+class _Kind:
+    max_tokens: int
+    raw: StageFigures = field(init=False)
+    served: dict[Arm, StageFigures] = field(init=False)
+    gains: OrderedDict[str, GainFigures] = field(default_factory=OrderedDict)
+    """By version, the one that was seen last at the end."""
+    totals: dict[str, tuple[int, float]] = field(default_factory=lambda: {str(arm): (0, 0.0) for arm in Arm})
+    """By arm: tokens with a finite KL, and their KL, of what was served. Of all records."""
+
+    def __post_init__(self) -> None:
+        self.raw = StageFigures(self.max_tokens, FIGURES_BY_KIND)
+        self.served = {arm: StageFigures(self.max_tokens, FIGURES_BY_KIND) for arm in ASSIGNED}
+
+    def latest(self) -> tuple[str | None, GainFigures | None]:
+        version = next(reversed(self.gains), None)
+        return version, None if version is None else self.gains[version]
+
+
+class ByKind:
+    """max_tokens: of a request."""
+
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._max_tokens = max_tokens
+        self._kinds: OrderedDict[str, _Kind] = OrderedDict()
+
+    def count(self, record: TokenRecord, served: TokenDivergence) -> None:
+        """Any record: the counters. served: the figures of what the client was served."""
+        name, arm = record.kind or REST_KIND, str(record.arm)
+        kind = self._kinds.pop(name, None) or _Kind(self._max_tokens)
+        self._kinds[name] = kind
+        if len(self._kinds) > MAX_KINDS:
+            self._kinds.popitem(last=False)
+        tokens, nats = kind.totals[arm]
+        finite = served.kl_rc[np.isfinite(served.kl_rc)]
+        kind.totals[arm] = (tokens + len(finite), nats + float(finite.sum()))
+
+    def add(
+        self,
+        record: TokenRecord,
+        raw: TokenDivergence,
+        served: TokenDivergence,
+        profile: CalibrationProfile | None,
+        gain: Gain | None,
+    ) -> None:
+        """A record that is an observation of its own, after `count`. profile, gain: of the calibrated stage."""
+        kind = self._kinds[record.kind or REST_KIND]
+        kind.raw.add(raw)
+        if record.arm in kind.served:
+            kind.served[record.arm].add(served)
+        if profile is None or gain is None:
+            return
+        figures = kind.gains.pop(profile.version, None) or GainFigures(2.0 * profile.clamp_nats, self._max_tokens)
+        figures.add(gain, raw)
+        kind.gains[profile.version] = figures
+        if len(kind.gains) > MAX_VERSIONS:
+            kind.gains.popitem(last=False)
+
+    def report(self) -> list[dict[str, Any]]:
+        """By kind, most requests first; JSON-ready. `profile`: the version that `gain_nats` and `recovered` are of, the
+        last one that served the kind or, in `observe`, would have."""
+        found = []
+        for name, kind in sorted(self._kinds.items(), key=lambda item: (-item[1].raw.requests, item[0])):
+            version, gain = kind.latest()
+            treated, control = kind.served[Arm.TREATED], kind.served[Arm.CONTROL]
+            differences = {
+                name: interval_json(confidence.difference(treated.sequence(name), control.sequence(name)))
+                for name in DIFFERENCES
+            }
+            found.append(
+                {
+                    "kind": name,
+                    "requests": kind.raw.requests,
+                    "tokens": kind.raw.tokens,
+                    "raw": kind.raw.summary(),
+                    "arms": {
+                        **{str(arm): figures.summary() for arm, figures in kind.served.items() if figures.requests},
+                        "treated_minus_control": differences,
+                    },
+                    "profile": version,
+                    "gain_nats": gain.gained() if gain is not None else None,
+                    "recovered": gain.recovered() if gain is not None else None,
+                }
+            )
+        return found
+
+    def samples(self) -> Iterator[Sample]:
+        for name, kind in self._kinds.items():
+            for arm, (tokens, nats) in kind.totals.items():
+                yield Sample(names.KIND_KL_NATS, (name, arm), nats)
+                yield Sample(names.KIND_KL_TOKENS, (name, arm), tokens)
+            _, gain = kind.latest()
+            if gain is None or not gain.requests:
+                continue
+            for weighting, sequence in (("token", gain.by_token), ("request", gain.by_request)):
+                yield Sample(names.KIND_GAIN_NATS, (name, weighting), sequence.get().mean)
+            recovered = gain.recovered()
+            if recovered is not None and recovered["estimate"] is not None:
+                yield Sample(names.KIND_RECOVERED_DIVERGENCE_RATIO, (name,), recovered["estimate"])

@@ -1,0 +1,82 @@
+"""What a profile gains, by token and by request, with both intervals; JSON-ready."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hemostat.measurement.figures import MAX_TOKENS, ends_or_none, finite
+from hemostat_calibration.divergence.gain import Gain
+from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.statistics.confidence import ConfidenceInterval, MeanSequence
+from hemostat_calibration.statistics.running_mean import RunningMean, RunningRatio
+
+
+def interval(sequence: MeanSequence, lo: float = -math.inf, hi: float = math.inf) -> dict[str, Any]:
+    """JSON-ready: None where nothing was measured, or the end is infinite. lo, hi: the figure's range by definition."""
+    return (
+        interval_json(sequence.get(lo, hi)) if sequence.moments.requests else {"estimate": None, "ci95": [None, None]}
+    )
+
+
+def interval_json(found: ConfidenceInterval) -> dict[str, Any]:
+    return {"estimate": finite(found.mean), "ci95": [finite(found.low), finite(found.high)]}
+
+
+@dataclass(slots=True)
+class GainFigures:
+    """KL(r‖c) − KL(r‖c') of one profile over tokens where it is known exactly, and its share of the KL before.
+
+    limit: a token's gain is between −limit and limit: twice the profile's clamp. max_tokens: of a request.
+    """
+
+    limit: float
+    max_tokens: int = MAX_TOKENS
+    by_token: MeanSequence = field(default_factory=MeanSequence)
+    by_request: MeanSequence = field(default_factory=MeanSequence)
+    share: MeanSequence = field(default_factory=MeanSequence)
+    """Σ gain / Σ KL."""
+    finite_by_token: RunningRatio = field(init=False)
+    finite_by_request: RunningMean = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.finite_by_token = RunningRatio(-self.limit, self.limit, self.max_tokens)
+        self.finite_by_request = RunningMean(-self.limit, self.limit)
+
+    @property
+    def requests(self) -> int:
+        return self.by_token.moments.requests
+
+    def add(self, gain: Gain, raw: TokenDivergence) -> None:
+        """One request, its tokens where the gain and the KL before it are known; nothing where there is none."""
+        both = gain.exact & np.isfinite(raw.estimate_rc)
+        tokens = int(both.sum())
+        if not tokens:
+            return
+        won, of = float(gain.lower[both].sum()), float(raw.estimate_rc[both].sum())
+        bounded = float(np.clip(gain.lower[both], -self.limit, self.limit).sum())  # rounding only
+        self.by_token = self.by_token.update(won, tokens)
+        self.by_request = self.by_request.update(won / tokens, 1.0)
+        self.share = self.share.update(won, max(of, 0.0))
+        self.finite_by_token = self.finite_by_token.update(bounded, tokens)
+        self.finite_by_request = self.finite_by_request.update(bounded / tokens)
+
+    def recovered(self) -> dict[str, Any] | None:
+        """The share, with its asymptotic interval only: a ratio to a KL has no range. None before the first request."""
+        return interval(self.share, hi=1.0) if self.share.moments.mean_n > 0.0 else None
+
+    def gained(self) -> dict[str, Any]:
+        """Nats: by token, and under `by_request` the mean of the requests' means."""
+        return {
+            **interval(self.by_token),
+            "ci95_finite": ends_or_none(self.finite_by_token.get(), -self.limit, self.limit),
+            "requests": self.requests,
+            "bound": "exact",
+            "by_request": {
+                **interval(self.by_request),
+                "ci95_finite": ends_or_none(self.finite_by_request.get(), -self.limit, self.limit),
+            },
+        }

@@ -1,0 +1,123 @@
+"""Figures by kind of traffic, gains in both weightings, and the finite-sample intervals beside the asymptotic ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.support.records import Truth, make_record
+from tests.support.samples import values
+from tests.support.world import V, World
+
+from hemostat.measurement.by_kind import MAX_KINDS
+from hemostat.measurement.figures import HEADLINE
+from hemostat.measurement.measurements import Measurements
+from hemostat_calibration.divergence.per_token import divergence
+from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.records import Arm, TokenRecord
+
+WORLD = World(bias=0.6, noise=0.3)
+SHORT, LONG = "chat text sampled", "chat json greedy"
+
+
+def profile_of(scale: float = 1.0) -> CalibrationProfile:
+    return temperature_bias("m", V, 1.0, -scale * WORLD.bias, 1.0)
+
+
+def record(seed: int, tokens: int, profile: CalibrationProfile, kind: str, arm: Arm = Arm.NONE) -> TokenRecord:
+    truth = WORLD.truth(seed)
+    truth = Truth(truth.reference[:tokens], truth.compressed[:tokens], truth.emitted[:tokens])
+    made = make_record(truth, 20, profile=profile, applied=profile.version if arm is Arm.TREATED else None)
+    return replace(made, kind=kind, arm=arm)
+
+
+def test_a_kind_has_its_own_figures_arms_and_gain() -> None:
+    profile, measured = profile_of(), Measurements()
+    given = [
+        record(n, 4 + n % 7, profile, SHORT if n % 3 else LONG, Arm.TREATED if n % 2 else Arm.CONTROL)
+        for n in range(120)
+    ]
+    for one in given:
+        measured.observe(one, profile, profile if one.arm is Arm.TREATED else None)
+    short, long = measured.by_kind.report()
+    assert (short["kind"], short["requests"]) == (SHORT, 80)
+    assert (long["kind"], long["requests"]) == (LONG, 40)
+    told = np.concatenate(
+        [divergence(one, profile if one.applied else None).kl_rc for one in given if one.kind == LONG]
+    )
+    assert long["tokens"] == len(told)
+    assert long["raw"]["kl_nats"]["estimate"] == pytest.approx(told.mean())
+    for kind in (short, long):
+        assert kind["arms"]["treated"]["requests"] + kind["arms"]["control"]["requests"] == kind["requests"]
+        assert kind["arms"]["treated_minus_control"]["kl_nats_estimate"]["estimate"] < 0.0
+        assert kind["profile"] == profile.version
+        assert kind["gain_nats"]["estimate"] > 0.0
+        assert 0.0 < kind["recovered"]["estimate"] < 1.0
+    gauges = values(measured.samples())
+    assert gauges["hemostat_kind_gain_nats", LONG, "token"] == long["gain_nats"]["estimate"]
+    assert gauges["hemostat_kind_recovered_divergence_ratio", SHORT] == short["recovered"]["estimate"]
+    tokens = sum(gauges["hemostat_kind_kl_tokens_total", LONG, str(arm)] for arm in Arm)
+    assert tokens == long["tokens"]
+
+
+def test_both_weightings_are_told() -> None:
+    """A long request moves the mean by token more than the mean by request."""
+    good = profile_of()
+    measured = Measurements()
+    for n in range(40):
+        measured.observe(record(n, 2, good, SHORT), good, None)
+    gain = measured.gained(good.version)
+    assert gain is not None
+    assert gain["by_request"]["estimate"] == pytest.approx(gain["estimate"]), "all requests have two tokens"
+    measured = Measurements()
+    for n in range(20):
+        measured.observe(record(n, 2, good, SHORT), good, None)
+    before = measured.gained(good.version)
+    measured.observe(record(41, 30, good, SHORT), good, None)
+    after = measured.gained(good.version)
+    assert before is not None
+    assert after is not None
+    assert after["requests"] == 21
+    share = (after["estimate"] - before["estimate"]) / (
+        after["by_request"]["estimate"] - before["by_request"]["estimate"]
+    )
+    assert share > 5.0, "30 of 70 tokens, and one of 21 requests"
+
+
+def test_finite_intervals_say_when_there_is_not_enough() -> None:
+    profile, measured = profile_of(), Measurements(max_tokens=64)
+    measured.observe(record(0, 20, profile, SHORT), profile, None)
+    raw = measured.summary(None)
+    assert raw["kl_nats"]["ci95_finite"] is None
+    assert raw["ci95_finite"] == {"total_variation": None, "top1_agreement": None}
+    for n in range(1, 250):
+        measured.observe(record(n, 20, profile, SHORT), profile, None)
+    raw, gain = measured.summary(None), measured.gained(profile.version)
+    assert gain is not None
+    for name in HEADLINE:
+        told = (
+            raw[name]
+            if isinstance(raw[name], dict)
+            else {"estimate": raw[name], "ci95_finite": raw["ci95_finite"][name]}
+        )
+        low, high = told["ci95_finite"]
+        assert low <= told["estimate"] <= high, name
+    low, high = raw["kl_nats"]["ci95_finite"]
+    assert high - low > raw["kl_nats"]["ci95"][1] - raw["kl_nats"]["ci95"][0], "what no limit theorem is needed for"
+    for told in (gain, gain["by_request"]):
+        low, high = told["ci95_finite"]
+        assert low < told["estimate"] < high
+
+
+def test_kinds_are_bounded_and_later_turns_only_count() -> None:
+    profile, measured = profile_of(), Measurements()
+    for n in range(MAX_KINDS + 10):
+        measured.observe(record(0, 5, profile, f"kind {n}"), None, None)
+    assert len(measured.by_kind.report()) == MAX_KINDS
+    measured.observe(record(0, 5, profile, "kind 70"), None, None, fresh=False)
+    (found,) = (kind for kind in measured.by_kind.report() if kind["kind"] == "kind 70")
+    assert found["requests"] == 1
+    assert values(measured.samples())["hemostat_kind_kl_tokens_total", "kind 70", "none"] == 10
+    measured.observe(record(0, 5, profile, ""), None, None)
+    assert "rest" in {kind["kind"] for kind in measured.by_kind.report()}
