@@ -16,9 +16,11 @@ from hemostat.admin.history import History
 from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
 from hemostat.control.changes import Changes
+from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
 from hemostat.control.operations import make_operations
 from hemostat.control.policy import PolicyPublisher
+from hemostat.control.stored_state import model_identity
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.process import make_tracing
@@ -112,6 +114,9 @@ class Control:
         self.learner = Learner(
             calibration, self.profile_manager.proposals, changes.notify, storage=stored_learning, clock=clock
         )
+        self.learned = LearnedState(
+            self.profile_manager.proposals, self.store, self.writer.as_leader, self.store_errors, self.lease
+        )
         self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner)
         self.pipeline = ScoringPipeline(
             settings,
@@ -181,6 +186,7 @@ class Control:
         if pair is not None and pair.reference is not None:
             self.profile_manager.set_model_pair(pair.name, pair.reference.vocab_size)
             self.stored_state.set_models(pair)
+            self.learned.set_models(model_identity(pair))
             self.subject.update()
         self.changes.notify()
 
@@ -203,11 +209,12 @@ class Control:
         """Read the store and listen to relays. force: `calibration.force`."""
         await self.stored_state.restore(force, self.replica)
         await self.salt.synchronize()
+        await self.learned.read()
         await self.link.start()
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
-        loops = [self.run_periodic(), self.writer.run(), self.salt.run()]
+        loops = [self.run_periodic(), self.writer.run(), self.salt.run(), self.learned.run()]
         if self.replica is not None:
             loops.append(self.replica.run())
         if self.references is not None:
@@ -232,6 +239,7 @@ class Control:
             if scorer is not None:
                 await scorer.close()
         self.alarms.save()
+        await self.learned.save()
         with contextlib.suppress(StoreUnreachable):
             await self.writer.drain()
             if self.replica is not None:

@@ -6,9 +6,10 @@ uses `accepts` and `propose`, as the contextual learner does.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat.store.lease import Lease
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.learning import temperature_bias_storage as storage
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
 from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -88,6 +91,30 @@ class Proposals:
         """Requests and tokens that temperature and bias were learned from."""
         state = self._scope(scope).temperature_bias
         return (state.requests, state.tokens) if state is not None else (0, 0)
+
+    def export(self, models: str) -> Callable[[], bytes]:
+        """What was learned until now, as bytes; the function that makes them may be called in a thread.
+
+        models: a name of both models, for `restore`.
+        """
+        states = {scope: s.temperature_bias for scope, s in self._scopes.items() if s.temperature_bias is not None}
+        proposed_at = {scope: dict(learning.proposed_at) for scope, learning in self._scopes.items()}
+        return lambda: storage.save(states, self._temperature_bias, models, json.dumps(proposed_at))
+
+    def restore(self, data: bytes, models: str) -> None:
+        """Go on from an export. InvalidArgumentError where it is damaged, or about other models or settings."""
+        states, notes = storage.load(data, self._temperature_bias, models)
+        model = self._serving.model
+        for scope, state in states.items():
+            if model is not None and (state.model, state.vocab_size) == (model.name, model.vocab_size):
+                self._scope(scope).temperature_bias = state
+        try:
+            for scope, families in json.loads(notes).items():
+                learning = self._scope(scope)
+                for family, tokens in families.items():
+                    learning.proposed_at[family] = max(int(tokens), learning.proposed_at.get(family, 0))
+        except (ValueError, TypeError, AttributeError):
+            raise InvalidArgumentError("what was proposed before cannot be read") from None
 
     def restart(self) -> None:
         """The model is another: forget what was learned.

@@ -1,0 +1,55 @@
+"""Temperature and bias go on over a restart of the control process, from the store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.support import control as support
+from tests.support.captures import INFO
+from tests.support.served_models import pair, served_models
+
+from hemostat.control.composition import Control
+from hemostat.control.learned_state import BLOB_KEY
+from hemostat.store.factory import open_store
+from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
+
+
+def know_models(one: Control, digest: str = INFO.digest) -> None:
+    one.monitor.served = served_models(pair(support.MODEL, info=replace(INFO, digest=digest)))
+    one._models_changed()
+
+
+def learn(one: Control, prompts: range) -> None:
+    for prompt in prompts:
+        one.pipeline.use_record(*support.scored(f"r{prompt}", prompt))
+
+
+async def test_what_was_learned_and_proposed_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"sqlite:///{tmp_path}/h.db"
+    made = support.settings(store={"url": url}, calibration={"mode": "observe", "held_out_fraction": 0.1})
+    async with support.control(tmp_path, made) as one:
+        know_models(one)
+        learn(one, range(100))
+        before = one.profile_manager.proposals.learned()
+        assert before[0] >= 40
+        one.profile_manager.proposals._scope("").proposed_at[TEMPERATURE_BIAS] = 77
+    assert open_store(url).get_blob(BLOB_KEY) is not None
+    async with support.control(tmp_path, made) as one:
+        assert one.profile_manager.proposals.learned() == (0, 0)
+        know_models(one)
+        assert one.profile_manager.proposals.learned() == before
+        assert one.profile_manager.proposals._scope("").proposed_at == {TEMPERATURE_BIAS: 77}
+        know_models(one)
+        learn(one, range(100, 120))
+        assert one.profile_manager.proposals.learned() > before
+    async with support.control(tmp_path, made) as one:
+        know_models(one, "another")
+        assert one.profile_manager.proposals.learned() == (0, 0)
+    assert "temperature and bias are learned anew" in caplog.text
+    async with support.control(tmp_path, made) as one:
+        open_store(url).put_blob(BLOB_KEY, b"damaged")
+        await one.learned.read()
+        know_models(one, "another")
+        assert one.profile_manager.proposals.learned() == (0, 0)
