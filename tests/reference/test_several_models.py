@@ -91,6 +91,33 @@ async def test_each_model_is_scored_on_its_own_reference(tmp_path: Path, monkeyp
             }
             assert made.one.profile_manager.serving.model == ServedModel("a", VOCAB)
             assert (made.told[-1].calibrated_models, made.told[-1].default_model) == ({"a"}, "a")
+            status = status_json(made.one)
+            assert [(m["names"], m["reference"], m["calibrated"]) for m in status["models"]] == [
+                (["a"], "ref-a", True),
+                (["b"], "ref-b", False),
+                (["c"], "", False),
+            ]
+            assert status["models"][1]["figures"]["raw"]["requests"] == status["raw"]["requests"] == 1
+            assert status["tokens_scored"] == 3, "the headline figures are of the calibrated model"
+
+
+async def test_each_model_is_compared_with_itself_for_its_own_noise_floor(tmp_path: Path) -> None:
+    upstream = FakeVllm(model="a", others=(FakeVllm(model="b", seed=1),))
+    async with running(FakeVllm(model="ref-a")) as first, running(FakeVllm(model="ref-b", seed=1)) as second:
+        models = {"a": "ref-a", "b": {"model": "ref-b", "url": second.url}}
+        shadow = {"rate": 1.0, "top_k": 4, "floor_fraction": 1.0}
+        async with bench(tmp_path, upstream, {"url": first.url, "models": models}, shadow=shadow) as made:
+            await until(lambda: made.one.monitor.ready and made.state("b") == "ready")
+            assert made.one.pipeline.noise_floor is not None
+            loop = asyncio.create_task(made.one.pipeline.noise_floor.run())
+            await made.scored(capture(model="b"))
+            await until(lambda: sum(made.one.pipeline.noise_floor.outcomes.values()) == 2)  # type: ignore[union-attr]
+            loop.cancel()
+            status = status_json(made.one)
+            assert set(status["models"][1]["figures"]["noise_floor"]) == {"compressed", "reference"}
+            assert status["noise_floor"] == {}
+            asked = [body["model"] for _, body in upstream.seen if body.get("prompt_logprobs") and "prompt" in body]
+            assert asked[-1:] == ["b"]
 
 
 async def test_without_a_mapping_the_reference_belongs_to_the_first_model(tmp_path: Path) -> None:

@@ -29,5 +29,5 @@ def pair(
 
 
 def served_models(*pairs: ModelPair) -> ServedModels:
-    """The first matched one is calibrated."""
-    return ServedModels(pairs, next((one.name for one in pairs if one.reference is not None), ""))
+    """The first one is calibrated."""
+    return ServedModels(pairs, pairs[0].name)

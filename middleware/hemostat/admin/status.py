@@ -18,6 +18,7 @@ from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.pair import ModelPair
 from hemostat.shadow.endings import Outcome
 from hemostat.shadow.pipeline import ScoringPipeline
 from hemostat.shadow.records_file import RecordsFile
@@ -83,6 +84,23 @@ class CompressedStatus(msgspec.Struct, frozen=True):
     """LoRA adapters that the reference serves, too."""
 
 
+class ModelStatus(msgspec.Struct, frozen=True):
+    """A served base model, and the reference that belongs to it."""
+
+    names: list[str]
+    adapters: list[str]
+    """LoRA adapters that its reference serves, too."""
+    reference: str
+    """"" without a match: the model's requests are neither scored nor treated."""
+    state: str
+    detail: str
+    """Why it is not scored, or with what."""
+    calibrated: bool
+    """Profiles are for this one; all figures outside of `models` are of it."""
+    figures: Report
+    """Of a matched model that is not calibrated."""
+
+
 class ReferenceStatus(msgspec.Struct, frozen=True):
     state: str
     detail: str
@@ -127,6 +145,7 @@ class Status(msgspec.Struct, frozen=True):
     shadow: ShadowStatus
     queue: QueueStatus
     compressed: CompressedStatus
+    models: list[ModelStatus]
     reference: ReferenceStatus
     engines: EnginesStatus
     records_written: int
@@ -220,6 +239,7 @@ class StatusSource:
             ),
             queue=QueueStatus(depth=len(self._pipeline.queue), lag_seconds=self._pipeline.queue.lag_seconds(now)),
             compressed=CompressedStatus(models=sorted(served.models), adapters=sorted(served.scorable_adapters)),
+            models=[self._model(pair) for pair in served.pairs],
             reference=ReferenceStatus(state=self._monitor.state.value, detail=self._monitor.detail),
             engines=EnginesStatus(
                 live=self._engines.live_engines(now),
@@ -229,6 +249,18 @@ class StatusSource:
             records_written=self._records.written if self._records is not None else 0,
             relays=self._link.relays,
             data_port=self._data_port,
+        )
+
+    def _model(self, pair: ModelPair) -> ModelStatus:
+        calibrated, matched = pair is self._monitor.served.calibrated, pair.reference is not None
+        return ModelStatus(
+            names=sorted(pair.names),
+            adapters=sorted(pair.scorable_adapters),
+            reference=pair.reference.model if pair.reference is not None else "",
+            state=pair.state.value,
+            detail=pair.detail,
+            calibrated=calibrated,
+            figures=self._pipeline.other_models.report(pair.name) if matched and not calibrated else {},
         )
 
     def _requests(self, totals: Stats) -> RequestsStatus:

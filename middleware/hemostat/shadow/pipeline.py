@@ -20,11 +20,13 @@ from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import Reference
 from hemostat.shadow.endings import EndingCounts, Outcome, ScoringDropReason
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
@@ -105,6 +107,7 @@ class ScoringPipeline:
         self.calibration_errors = 0
         """Records that calibration could neither learn from nor judge by: a bug."""
         self._seen = SeenUnits()
+        self.other_models = OtherModels()
         self.queue = ShadowQueue(settings.shadow.max_queue)
         self.scorer: Scorer | None = None
         self.noise_floor: NoiseFloorMeter | None = None
@@ -181,6 +184,10 @@ class ScoringPipeline:
     def use_record(self, record: TokenRecord, capture: Capture) -> None:
         """A scored record, from the scorer. Its consumers know only the kinds that are followed, and `REST_KIND`."""
         consumers, profiles = self._consumers, self._consumers.profiles
+        pair, calibrated = self._monitor.served.of(record.model), self._monitor.served.calibrated
+        if pair is not None and pair is not calibrated:
+            self._use_of_other_model(pair, record, capture)
+            return
         record = replace(record, kind=profiles.kinds.see(record.kind))
         gains, fresh = RecordGains(record), self._seen.add(record)
         figures = consumers.measurements.observe(
@@ -195,9 +202,7 @@ class ScoringPipeline:
             consumers.records.write(capture, record, figures)
         if fresh:
             consumers.alarms.observe(record, figures)
-        pair = self._monitor.served.of(record.model)
-        if self.noise_floor is not None and fresh and pair is not None and record.model in pair.names and pair.scorer:
-            self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record, pair.scorer)
+        self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
         try:
@@ -210,7 +215,29 @@ class ScoringPipeline:
             log.exception("calibration could not use the record of %s", capture.request_id)
         self._on_change()
 
+    def _use_of_other_model(self, pair: ModelPair, record: TokenRecord, capture: Capture) -> None:
+        """A record of a model that profiles are not for: it is measured by itself, and nothing else."""
+        consumers, fresh = self._consumers, self._seen.add(record)
+        figures = self.other_models.observe(pair.name, record, fresh=fresh)
+        if consumers.records is not None:
+            consumers.records.write(capture, record, figures)
+        self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
+        if consumers.tracing is not None and capture.traceparent:
+            self._trace(consumers.tracing, record, capture, figures)
+        self._on_change()
+
+    def _offer_for_noise_floor(
+        self, pair: ModelPair | None, record: TokenRecord, capture: Capture, *, fresh: bool
+    ) -> None:
+        """The noise floor is of the model itself, without its adapters."""
+        if self.noise_floor is not None and fresh and pair is not None and record.model in pair.names and pair.scorer:
+            self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record, pair.scorer)
+
     def use_self_record(self, model: str, record: TokenRecord) -> None:
+        pair = self._monitor.served.of(record.model)
+        if pair is not None and pair is not self._monitor.served.calibrated:
+            self.other_models.observe_noise_floor(pair.name, model, record)
+            return
         figures = self._consumers.measurements.observe_noise_floor(model, record)
         self._consumers.alarms.observe_noise_floor(model, figures)
 

@@ -1,0 +1,43 @@
+"""Figures of the served models that are compared with their reference, but that profiles are not for.
+
+Headline figures, the noise floor and the alarm are of the calibrated model: a mean over two models describes neither.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from hemostat.measurement.measurements import Measurements
+from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.records import TokenRecord
+
+MAX_MODELS = 16
+"""Models with figures; the one that was not seen for the longest time is dropped."""
+
+
+class OtherModels:
+    """Owns the measurements of each model, in bounded memory."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, Measurements] = OrderedDict()
+
+    def observe(self, model: str, record: TokenRecord, *, fresh: bool) -> TokenDivergence:
+        """Add a record of the model; returns its raw figures. fresh: see `Measurements.observe`."""
+        return self._measurements(model).observe(record, None, None, fresh=fresh)
+
+    def observe_noise_floor(self, model: str, side: str, record: TokenRecord) -> None:
+        """Add a record of the model with `side`, of `figures.MODELS`, on both sides."""
+        self._measurements(model).observe_noise_floor(side, record)
+
+    def report(self, model: str) -> dict[str, Any]:
+        """JSON-ready: the raw figures, the noise floor, and the excess over it."""
+        found = self._of.get(model) or Measurements()
+        return {"raw": found.summary(None), "noise_floor": found.noise_floor(), "excess": found.excess()}
+
+    def _measurements(self, model: str) -> Measurements:
+        found = self._of.pop(model, None) or Measurements()
+        self._of[model] = found
+        while len(self._of) > MAX_MODELS:
+            self._of.popitem(last=False)
+        return found
