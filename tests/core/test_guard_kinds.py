@@ -138,6 +138,10 @@ def test_a_kind_that_ends_stays_in_the_closed_test_as_it_was():
     guard.end_kind(TEST, "b")
     assert guard.evidence(TEST, "a").log_e_adjusted == before < guard.evidence(TEST, "a").log_e
     assert guard.kinds(TEST) == ("a",)
+    saved = len(guard.save())
+    for _ in range(300):
+        guard.add_kind(TEST, "a", 1.0)
+    assert len(guard.save()) < saved, "what no running test needs is not held"
 
 
 def test_a_kind_that_appears_later_is_a_test_of_its_own():
@@ -161,6 +165,8 @@ def test_alpha_is_spent_over_all_tests_of_candidates():
     guard.raise_counts(80, {})
     guard.raise_counts(10, {})
     assert guard.begin_candidate(TEST, {"a": (1.0, 1.0)}) == 81
+    assert guard.begin_candidate(TEST, {}) == 81, "no alpha is spent on nothing"
+    assert guard.add_kind(TEST, "a", 1.0) == 82
 
 
 # --- units and clients ----------------------------------------------------------------------------------------------

@@ -93,14 +93,16 @@ class Guard:
     # --- begin and end -----------------------------------------------------------------------------------------------
 
     def begin_candidate(self, name: str, kinds: Mapping[str, tuple[float, float]]) -> int:
-        """Begin a candidate's test, dropping an older one of that name. Returns its number.
+        """Begin a candidate's test, dropping an older one of that name. Returns its number. (Without kinds, which may
+        be
+        added later, it has none: the last number given is returned.)
 
         kinds: kind -> (width, weight). width: no gain is below −width, nats. For a profile against identity that is the
             width of its Δz (`transform.shift_range`: high − low, at most 2 clamp); for one profile against another,
             the sum of theirs. weight: above 0, the share of the kind in the traffic so far; the larger, the less its
         proof takes. InvalidArgumentError unless widths and weights are above 0.
         """
-        number = self._state.candidate_tests + 1
+        number = self._state.candidate_tests + bool(kinds)
         tests = {}
         for kind, (width, weight) in kinds.items():
             if not (math.isfinite(weight) and weight > 0.0):
@@ -149,9 +151,12 @@ class Guard:
 
     def end_kind(self, name: str, kind: str) -> None:
         """Drop one kind of a test, if it is there. In the closed test over the others it stays as it was."""
-        test = self._state.tests.get(name, {}).pop(kind, None)
+        tests = self._state.tests.get(name, {})
+        test = tests.pop(kind, None)
         if test is not None and test.role is Role.CANDIDATE:
-            self._state.ended.setdefault(name, []).append((test.number, test.weight, test.log_e(MERIT)))
+            ended = [*self._state.ended.get(name, ()), (test.number, test.weight, test.log_e(MERIT))]
+            running = {other.number for other in tests.values()}
+            self._state.ended[name] = [item for item in ended if item[0] in running]
 
     def freeze(self, name: str, kind: str) -> None:
         """A candidate was promoted in this kind: nothing more is counted there, the other kinds go on."""

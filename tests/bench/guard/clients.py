@@ -16,13 +16,13 @@ from dataclasses import replace
 
 import numpy as np
 from tests.bench.guard import Row, count_row, median
-from tests.bench.guard.traffic import WIDTH, Unit, normal, promotions, show, units
+from tests.bench.guard.traffic import WIDTH, Unit, decided, normal, promotions, show, units
 
-from hemostat_calibration.guard.decisions import Action
+from hemostat_calibration.guard.decisions import Action, Admission
 from hemostat_calibration.guard.guard import Guard, window_after_promotion
 
 NAME = "clients"
-TAKES = "3 minutes on one core"
+TAKES = "1.5 minutes on one core"
 
 TEST, WATCH = "candidate", "serving"
 ATTACKER = b"attacker"
@@ -68,10 +68,8 @@ def harmful_promoted(lives: int, rng: np.random.Generator) -> tuple[int, int, tu
         guard.begin_candidate(TEST, {"A": (WIDTH, 1.0)})
         counted = 0
         for unit in attacked(rng, -0.03, 1.0, 500, life % 3):
-            before = guard.evidence(TEST, "A").units if unit.client == ATTACKER else 0
-            decision = show(guard, TEST, unit)
-            if unit.client == ATTACKER:
-                counted += guard.evidence(TEST, "A").units - before
+            admission, decision = show(guard, TEST, unit)
+            counted += unit.client == ATTACKER and admission is Admission.ADMITTED
             if decision is not None and decision.action is Action.PROMOTE:
                 promoted += 1
                 break
@@ -98,23 +96,21 @@ def serving(lives: int, rng: np.random.Generator) -> Iterator[Row]:
         promotions(guard, TEST, units(rng, ["A"] * 600, normal(rng, 0.08, 600)))
         window = window_after_promotion(guard.evidence(TEST, "A"))
         guard.begin_watch(WATCH, "A", WIDTH, window, like=TEST)
-        decisions = (show(guard, WATCH, unit) for unit in attacked(rng, 0.08, -1.0, 4 * window, life % 3))
-        taken_back += any(decision is not None and decision.action is Action.ROLL_BACK for decision in decisions)
+        stream = attacked(rng, 0.08, -1.0, 3 * window, life % 3)
+        taken_back += any(decided(guard, WATCH, unit) is not None for unit in stream)
 
         guard = Guard(client_share=CAP)
         guard.begin_watch(WATCH, "A", WIDTH, window=300)
         for unit in attacked(rng, 0.0, 1.0, 1500, life % 3):
-            show(guard, WATCH, unit)
-            found = guard.evidence(WATCH, "A")
-            if found.units == 300 or found.supported:
+            # Kept where a second window begins.
+            if decided(guard, WATCH, unit) is not None or guard.windows["A"] > 1:
                 break
-        kept += guard.decide(WATCH, "A").action is Action.HOLD
+        kept += guard.windows["A"] > 1
 
         guard = Guard(client_share=CAP)
         guard.begin_watch(WATCH, "A", WIDTH, window=300)
-        for unit in attacked(rng, -0.18, 1.0, 1500, life % 3):
-            decision = show(guard, WATCH, unit)
-            if decision is not None and decision.action is Action.ROLL_BACK:
+        for unit in attacked(rng, -0.18, 1.0, 900, life % 3):
+            if decided(guard, WATCH, unit) is not None:
                 break
         needed.append(float(guard.evidence(WATCH, "A").units))
     yield count_row("the same: a profile that gains 0.08, promoted before, taken back", taken_back, lives, 0.05)
@@ -134,7 +130,7 @@ def blocked(lives: int, rng: np.random.Generator) -> Row:
     for _ in range(lives):
         guard = Guard(client_share=CAP)
         guard.begin_candidate(TEST, {"A": (WIDTH, 1.0)})
-        promoted += bool(promotions(guard, TEST, attacked(rng, 0.08, -1.0, 900, 0)))
+        promoted += bool(promotions(guard, TEST, attacked(rng, 0.08, -1.0, 800, 0)))
     return Row(
         "the same: a profile that gains 0.08 for others, promoted against its short answers",
         f"{promoted} of {lives}",

@@ -3,9 +3,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from tests.bench import bench_guard
-from tests.bench.guard import Row, count_row, median, modules, most
+from tests.bench.guard import Row, clients, count_row, median, modules, most, watch
+from tests.bench.guard.traffic import normal
+
+from hemostat_calibration.guard import wealth
+from hemostat_calibration.guard.decisions import Reason
 
 MODULES = {module.NAME: module for module in modules()}
 
@@ -18,6 +23,20 @@ def test_every_row_holds(name):
     rows = list(MODULES[name].rows(lives, 0))
     assert rows
     assert [row for row in rows if not row.holds] == []
+
+
+def test_one_client_could_buy_a_promotion_if_the_evidence_could_hang_on_it(monkeypatch):
+    """Its share of the units is limited as before: that alone is not enough."""
+    monkeypatch.setattr(wealth, "MIN_CLIENTS", 10**9)
+    promoted, _, _ = clients.harmful_promoted(50, np.random.default_rng(0))
+    assert promoted > most(50, 0.05)
+
+
+def test_a_useless_profile_would_serve_on_if_restarts_began_its_window_anew():
+    rng = np.random.default_rng(0)
+    gains = normal(rng, 0.0, 3000)
+    assert watch.serve(rng, gains, keep=False) == (3000, 300, None)
+    assert watch.serve(rng, gains)[1:] == (1000, Reason.UNSUPPORTED)
 
 
 def test_limits_of_counts():

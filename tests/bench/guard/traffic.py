@@ -61,23 +61,27 @@ def units(
     ]
 
 
-def show(guard: Guard, name: str, unit: Unit) -> Decision | None:
-    """Show one unit to a test; None where that changes nothing."""
+def show(guard: Guard, name: str, unit: Unit) -> tuple[Admission, Decision | None]:
+    """Show one unit to a test. The decision is None where that changes nothing."""
     admission = guard.admit(name, unit.kind, unit.key, unit.client)
-    if admission is Admission.CLIENT_SHARE:
-        return guard.decide(name, unit.kind)
-    if admission is not Admission.ADMITTED:
-        return None
-    guard.update(name, unit.kind, unit.key, unit.client, unit.gain, unit.gain, unit.tokens)
-    return guard.decide(name, unit.kind)
+    if admission is Admission.ADMITTED:
+        guard.update(name, unit.kind, unit.key, unit.client, unit.gain, unit.gain, unit.tokens)
+    elif admission is not Admission.CLIENT_SHARE:
+        return admission, None
+    return admission, guard.decide(name, unit.kind)
+
+
+def decided(guard: Guard, name: str, unit: Unit) -> Decision | None:
+    """Show one unit to a test; what is done then: promotion or roll back, else None."""
+    decision = show(guard, name, unit)[1]
+    return decision if decision is not None and decision.action in (Action.PROMOTE, Action.ROLL_BACK) else None
 
 
 def promotions(guard: Guard, name: str, stream: Sequence[Unit]) -> dict[str, int]:
     """Kinds that are promoted, with the units that counted there until then."""
     found = {}
     for unit in stream:
-        decision = show(guard, name, unit)
-        if decision is not None and decision.action is Action.PROMOTE:
+        if decided(guard, name, unit) is not None:
             found[unit.kind] = guard.evidence(name, unit.kind).units
             guard.freeze(name, unit.kind)
     return found

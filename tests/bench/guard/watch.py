@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 from tests.bench.guard import Row, count_row, median
-from tests.bench.guard.traffic import WIDTH, Floats, normal, show, units
+from tests.bench.guard.traffic import WIDTH, Floats, decided, normal, units
 
-from hemostat_calibration.guard.decisions import Action, Reason
+from hemostat_calibration.guard.decisions import Reason
 from hemostat_calibration.guard.guard import Guard
 
 NAME = "watch"
-TAKES = "3 minutes on one core"
+TAKES = "2 minutes on one core"
 
 WATCH = "serving"
 WINDOW = 1000
@@ -34,8 +34,7 @@ def serve(rng: np.random.Generator, gains: Floats, keep: bool = True) -> tuple[i
     guard = Guard()
     guard.begin_watch(WATCH, "A", WIDTH, WINDOW)
     for at, unit in enumerate(units(rng, ["A"] * len(gains), gains), start=1):
-        decision = show(guard, WATCH, unit)
-        if decision is not None and decision.action is Action.ROLL_BACK:
+        if (decision := decided(guard, WATCH, unit)) is not None:
             return at, guard.evidence(WATCH, "A").units, decision.reason
         if at % RESTART_EVERY == 0:
             guard = Guard.load(guard.save(), 0.05, 0.25)
@@ -68,7 +67,7 @@ def turning(lives: int, rng: np.random.Generator) -> Iterator[Row]:
     to the window's end; from then on the loss is found like any other."""
     needed = []
     for _ in range(lives):
-        at, _, reason = serve(rng, np.concatenate([normal(rng, 0.08, 1400), normal(rng, -0.1, 1600)]))
+        at, _, reason = serve(rng, np.concatenate([normal(rng, 0.08, 1400), normal(rng, -0.1, 1000)]))
         needed.append(float(at - 1400) if reason is not None else np.inf)
     yield Row(
         "gain 0.08, then a loss of 0.1: median units until it is taken back",
