@@ -77,7 +77,13 @@ def _plain(node: dict[str, Any], definitions: dict[str, Any], path: tuple[str, .
     ):  # helm's --set reads 0.5 as a string; the settings convert strings to numbers
         kept["type"] = list(dict.fromkeys(["number", "string", *_types(kept)]))
         fraction = 1 in (kept.get("maximum"), kept.get("exclusiveMaximum"))
-        kept["pattern"] = r"^(0|1|0?\.[0-9]+)$" if fraction else r"^[0-9]+(\.[0-9]+)?$"
+        kept["pattern"] = (
+            r"^(0|1|0?\.[0-9]+)$"
+            if fraction
+            else r"^[1-9][0-9]*(\.[0-9]+)?$"
+            if kept.get("minimum") == 1
+            else r"^[0-9]+(\.[0-9]+)?$"
+        )
     if "enum" in kept:
         kept.pop("type", None)
     return dict(sorted(kept.items()))

@@ -19,7 +19,7 @@ from hemostat.metrics.catalogue import GROUPS, METRICS, Metric
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import counters, outcomes
-from hemostat_calibration.alarm import Kind
+from hemostat_calibration.alarm import AlarmTest
 from hemostat_calibration.records import Arm
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
@@ -172,7 +172,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
         }
     },
     "kind": {
-        "": f"the kind of traffic: one of the `evidence.kinds` that are followed, or `{REST_KIND}`",
+        "": f"the kind of traffic: one of the `evidence.kinds` that are followed, `{REST_KIND}` for all others, `all` for all together",
         names.STRUCTURED_OUTPUTS: {
             "json": "a JSON answer was requested",
             "tool_call": "tools were offered, and called",
@@ -267,8 +267,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
     },
     "test": {
         "": {
-            Kind.BUDGET: "the divergence is larger than `alarm.budget_nats` allows",
-            Kind.CHANGE: "the stream no longer matches its baseline, the first `alarm.baseline_tokens` tokens",
+            AlarmTest.BUDGET: "the divergence is larger than `alarm.budget_nats` allows",
+            AlarmTest.CHANGE: "requests no longer match their kinds' baselines, the first `alarm.baseline_requests`",
         }
     },
     "version": {"": "digest of the profile; `identity` for none"},

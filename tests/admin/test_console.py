@@ -32,7 +32,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    settings: dict[str, Any] = {"alarm": {"baseline_tokens": 500, "budget_nats": 0.5}, "labels": ["batch"]}
+    settings: dict[str, Any] = {"alarm": {"baseline_requests": 30, "budget_nats": 0.5}, "labels": ["batch"]}
     with served(tmp_path_factory.mktemp("served"), everything, **settings) as made:
         yield made
 
@@ -72,11 +72,11 @@ def get(one: Served, path: str) -> dict[str, Any]:
 def test_an_alarm_is_seen_first_and_since_when(page: Page, one: Served) -> None:
     [raised] = [test for test in get(one, "status")["alarm"]["tests"] if test["raised"]]
     since = time.strftime("%H:%M:%S", time.localtime(raised["since"]))
-    expect(page.locator("#alarm")).to_have_text(f"ALARM on {raised['route']} (change) since {since}")
+    expect(page.locator("#alarm")).to_have_text(f"ALARM (change) since {since}")
     assert page.locator("#verdict").get_attribute("class") == "verdict bad"
     assert page.title() == "ALARM – Hemostat"
     [row] = [row for row in rows(page, "tests") if "raised" in row]
-    assert raised["route"] in row
+    assert raised["kind"] in row
     assert percent(raised["evidence"], 0) in row
     assert f"{raised['on_tokens']} tokens of {raised['on_requests']} requests" in row
     assert len(rows(page, "tests")) == len(get(one, "status")["alarm"]["tests"])

@@ -40,7 +40,7 @@ SWITCH = "/api/v1/calibration"
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with served(
-        tmp_path_factory.mktemp("served"), everything, alarm={"baseline_tokens": 500}, labels=["batch"]
+        tmp_path_factory.mktemp("served"), everything, alarm={"baseline_requests": 30}, labels=["batch"]
     ) as made:
         yield made
 

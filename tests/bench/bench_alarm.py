@@ -1,25 +1,29 @@
-"""How soon the alarm sees that another model is served, and how often it cries wolf: `make bench-alarm`.
+"""How soon the alarm finds that another model is served, and its false alarms: `make bench-alarm`.
 
 A table, and build/bench/alarm.json. The reference (SmolLM2-135M-Instruct) is served by vLLM on this machine
 and scored again by transformers: that is "null", the noise floor (decode against prefill, other batch shapes). The
 changes are served in its place. All at temperature 1, top-20. Tokens are collected once, into build/bench/alarm/.
 
-change     Hemostat's change test at 1 %, its baseline the null tokens of the calibration prompts.
+change     Hemostat's change test at 1 %: a baseline of BASELINE requests of each form of answers (prose, code, JSON),
+           which are its kinds, drawn anew for every run.
 budget     Hemostat's budget test at 1 %: KL(r‖c) (lower bound from top-20) more than BUDGET above the floor.
 difr       Token-DiFR (arXiv 2511.20621): the clipped post-Gumbel margin of the emitted token under the reference, with
            the sampler's own noise; alarms when its mean over the last W tokens exceeds a threshold.
 threshold  the same rule on the KL, or on the spread that the change test looks at.
 
 The last two have no error rate of their own: their threshold is the one that 1 % of null runs exceed, runs of the very
-prompts that they are then counted on, which flatters them (what comes of tuning on the calibration prompts is told,
-too); their statistic and W are the ones that find W8A8 soonest on the calibration prompts. All else is told on the
-other prompts. A null run is RUN_REQUESTS requests drawn with replacement; to detect a change, the requests of the
-changed model follow on BEFORE null ones, and tokens are counted from the change.
+requests that they are then counted on, which flatters them (what comes of tuning on a quarter of the prompts and
+counting on the others is told, too); their statistic and W are the ones that find W8A8 soonest. A null run is
+RUN_REQUESTS requests drawn with replacement; to detect a change, the requests of the changed model follow on BEFORE
+null ones, and requests and tokens are counted from the change.
+
+--write-levels writes what the simulations of `make bench-guard` use of it, tests/bench/guard/alarm_levels.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import subprocess
@@ -34,7 +38,15 @@ import numpy as np
 
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.reference_checkpoint import cached_checkpoints
-from hemostat_calibration.alarm import BudgetTest, ChangeTest, fit_bets, spread
+from hemostat_calibration.alarm import (
+    BudgetTest,
+    ChangeTest,
+    RequestSpread,
+    Settings,
+    fit_baseline,
+    request_spread,
+    spread,
+)
 from hemostat_calibration.divergence.per_token import divergence
 from hemostat_calibration.records import Candidates, TokenRecord, validate
 from hemostat_calibration.statistics.confidence import ClippedMean
@@ -43,14 +55,17 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
 DATA = BUILD / ("alarm" if vllm_process.dtype() == "bfloat16" else f"alarm-{vllm_process.dtype()}")
 COLLECT = Path(__file__).parent / "alarm" / "collect.py"
+LEVELS = Path(__file__).parent / "guard" / "alarm_levels.csv"
 
 ALPHA = 0.01
 BUDGET = 0.02
 CAP = 5.0
 MARGIN_CAP = 5.0
-NULL_RUNS = 2000
-CHANGE_RUNS = 500
-RUN_REQUESTS = 60
+NULL_RUNS = 1000
+CHANGE_RUNS = 300
+RUN_REQUESTS = 500
+TUNING_REQUESTS = 60
+BASELINE = Settings().baseline_requests
 BEFORE = 20
 AFTER = 150
 SPLIT = 4
@@ -58,25 +73,27 @@ SPLIT = 4
 WINDOWS = (1, 4, 16, 64, 256)
 
 PLAN: dict[str, tuple[str, str, int, int]] = {
-    "null": ("reference", "auto", 0, 1260),
-    "w8a8": ("w8a8", "auto", 100_000, 150),
-    "w4a16": ("w4a16", "auto", 200_000, 84),
+    "null": ("reference", "auto", 0, 520),
+    "w8a8": ("w8a8", "auto", 100_000, 84),
+    "w4a16": ("w4a16", "auto", 200_000, 376),
     "prune10": ("prune10", "auto", 400_000, 84),
     "kv_fp8": ("reference", "fp8", 300_000, 84),
-    "prune30": ("prune30", "auto", 500_000, 60),
-    "prune50": ("prune50", "auto", 600_000, 60),
+    "prune30": ("prune30", "auto", 500_000, 48),
+    "prune50": ("prune50", "auto", 600_000, 48),
 }
 """Change -> checkpoint, KV cache, first request, requests."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request's tokens, all [T]."""
+    """One request's tokens, all [T]; form: of the answer that was asked for."""
 
     calibration: bool
+    form: str
     kl: np.ndarray
     spread: np.ndarray
     margin: np.ndarray
+    level: RequestSpread
 
 
 def say(text: str) -> None:
@@ -100,7 +117,8 @@ def read(paths: Sequence[Path]) -> list[Request]:
     for path in paths:
         data = dict(np.load(path))
         ends = data["lengths"].cumsum()
-        for number, start, end in zip(data["number"], ends - data["lengths"], ends, strict=True):
+        given = zip(data["number"], data["form"], ends - data["lengths"], ends, strict=True)
+        for number, form, start, end in given:
             rows = slice(start, end)
             ids = data["ids"][rows]
             record = validate(
@@ -117,7 +135,11 @@ def read(paths: Sequence[Path]) -> list[Request]:
             )
             margin = np.minimum(data["margin"][rows].astype(np.float64), MARGIN_CAP)
             calibration = bool(number % SPLIT == 0)
-            requests.append(Request(calibration, divergence(record).kl_rc, spread(record), margin))
+            spreads = spread(record)
+            level = request_spread(spreads)
+            if level is not None:
+                kl = divergence(record).kl_rc
+                requests.append(Request(calibration, str(form), kl, spreads, margin, level))
     return requests
 
 
@@ -125,26 +147,42 @@ def draw(rng: np.random.Generator, requests: Sequence[Request], count: int) -> l
     return [requests[n] for n in rng.integers(len(requests), size=count)]
 
 
-Detector = Callable[[list[Request], int], int | None]
-"""Stream, tokens before the change -> tokens from the change to the alarm, 0 or less before it; None: no alarm."""
+Detector = Callable[[np.random.Generator, list[Request]], tuple[int, int] | None]
+"""Stream -> requests and tokens until the alarm, that of the alarm included; None: no alarm."""
 
 
-def of_test(begin: Callable[[], Any], update: Callable[[Any, Request, slice], Any], by_token: bool) -> Detector:
-    def detect(stream: list[Request], before: int) -> int | None:
-        test, seen = begin(), 0
+def of_change(null: Sequence[Request]) -> Detector:
+    """The change test with a baseline of its own in every run, from the requests of `null`."""
+    settings = Settings(alpha=ALPHA)
+    forms = sorted({request.form for request in null})
+    rows = {form: np.array([request.level.row() for request in null if request.form == form]) for form in forms}
+
+    def detect(rng: np.random.Generator, stream: list[Request]) -> tuple[int, int] | None:
+        baselines = {
+            form: fit_baseline(
+                rows[form][rng.integers(len(rows[form]), size=BASELINE)], settings.half_share / (n * (n + 1))
+            )
+            for n, form in enumerate(forms, 1)
+        }
+        test = ChangeTest(settings.half_share / 2.0, settings.tolerance)
         for request in stream:
-            after = update(test, request, slice(None))
-            if after.crossing is not None:
-                most = len(request.kl)
-                least = 1 if by_token else most
-                while least < most:  # the first token at which the alarm stood
-                    middle = (least + most) // 2
-                    if update(test, request, slice(middle)).crossing is None:
-                        least = middle + 1
-                    else:
-                        most = middle
-                return seen + most - before
-            test, seen = after, seen + len(request.kl)
+            test = test.update(baselines[request.form], request.level)
+            if test.crossing is not None:
+                return test.wealth.requests, test.wealth.tokens
+        return None
+
+    return detect
+
+
+def of_budget(limit: float) -> Detector:
+    """The budget test, alone in its process. limit: of the noise floor."""
+
+    def detect(_: np.random.Generator, stream: list[Request]) -> tuple[int, int] | None:
+        test = BudgetTest(BUDGET, CAP, 256, ALPHA / 4.0)
+        for request in stream:
+            test = test.update(request.kl, limit)
+            if test.crossing is not None:
+                return test.wealth.requests, test.wealth.tokens
         return None
 
     return detect
@@ -158,10 +196,14 @@ def rolling(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def of_threshold(figure: str, window: int, threshold: float) -> Detector:
-    def detect(stream: list[Request], before: int) -> int | None:
+    def detect(_: np.random.Generator, stream: list[Request]) -> tuple[int, int] | None:
         values = np.concatenate([getattr(request, figure) for request in stream])
         over = np.flatnonzero(rolling(np.nan_to_num(values), window) > threshold)
-        return int(over[0]) + window - before if len(over) else None
+        if not len(over):
+            return None
+        tokens = int(over[0]) + window
+        ends = np.cumsum([len(request.kl) for request in stream])
+        return int(np.searchsorted(ends, tokens)) + 1, tokens
 
     return detect
 
@@ -176,28 +218,24 @@ def tuned(
             rng = np.random.default_rng(10)
             peaks = []
             for _ in range(NULL_RUNS):
-                values = np.concatenate([getattr(request, figure) for request in draw(rng, null, RUN_REQUESTS)])
+                values = np.concatenate([getattr(request, figure) for request in draw(rng, null, TUNING_REQUESTS)])
                 peaks.append(rolling(np.nan_to_num(values), window).max())
             threshold = float(np.quantile(peaks, 1.0 - ALPHA, method="higher"))
             detect = of_threshold(figure, window, threshold)
-            delays = [
-                delay if (delay := detect(draw(rng, null, 5) + draw(rng, changed, AFTER), 0)) is not None else math.inf
-                for _ in range(100)
-            ]
-            middle = float(np.median(delays))
+            found = [detect(rng, draw(rng, null, 5) + draw(rng, changed, AFTER)) for _ in range(100)]
+            middle = float(np.median([alarm[1] if alarm is not None else math.inf for alarm in found]))
             if best is None or middle < best[0]:
                 best = middle, detect, {"figure": figure, "window": window, "threshold": threshold}
     assert best is not None
     return best[1], best[2]
 
 
-def null_row(name: str, detect: Detector, null: Sequence[Request]) -> dict[str, Any]:
+def null_row(name: str, detect: Detector, null: Sequence[Request], requests: int) -> dict[str, Any]:
     rng = np.random.default_rng(20)
-    alarms = [detect(draw(rng, null, RUN_REQUESTS), 0) for _ in range(NULL_RUNS)]
-    alarming = sum(alarm is not None for alarm in alarms)
+    alarming = sum(detect(rng, draw(rng, null, requests)) is not None for _ in range(NULL_RUNS))
     low, high = wilson(alarming, NULL_RUNS)
     return {
-        **{"change": "null", "detector": name, "median_tokens": None, "p95_tokens": None},
+        **{"change": "null", "detector": name, "requests_per_run": requests},
         **{"runs": NULL_RUNS, "alarming_runs": alarming, "alarming_share_interval": [low, high]},
     }
 
@@ -215,39 +253,31 @@ def change_rows(
 ) -> list[dict[str, Any]]:
     """The same streams for all detectors; delays of the runs without an alarm before the change."""
     rng = np.random.default_rng(30)
-    delays: dict[str, list[float]] = {name: [] for name in detectors}
+    delays: dict[str, list[tuple[float, float]]] = {name: [] for name in detectors}
     early = dict.fromkeys(detectors, 0)
     for _ in range(CHANGE_RUNS):
         before = draw(rng, null, BEFORE)
         stream, tokens = before + draw(rng, changed, AFTER), sum(len(request.kl) for request in before)
         for name, detect in detectors.items():
-            delay = detect(stream, tokens)
-            early[name] += delay is not None and delay <= 0
-            delays[name].append(math.nan if delay is not None and delay <= 0 else math.inf if delay is None else delay)
-    rows = []
-    ours = np.array(delays["change"])
-    for name, found in delays.items():
-        values = np.array(found)
-        told = np.sort(values[~np.isnan(values)])
-        resampled = np.sort(rng.choice(told, (1000, len(told))), axis=1)[:, len(told) // 2]
-        row: dict[str, Any] = {
-            **{"change": change, "detector": name, "median_tokens": number(told[len(told) // 2])},
-            **{"p95_tokens": number(told[int(0.95 * (len(told) - 1))]), "runs": len(told)},
-            **{"alarming_runs": int(np.isfinite(told).sum()), "alarms_before_the_change": early[name]},
-            "median_interval": [number(end) for end in np.quantile(resampled, [0.025, 0.975], method="nearest")],
+            found = detect(rng, stream)
+            if found is None:
+                delays[name].append((math.inf, math.inf))
+            elif found[0] <= BEFORE:
+                early[name] += 1
+            else:
+                delays[name].append((found[0] - BEFORE, found[1] - tokens))
+    return [
+        {
+            **{"change": change, "detector": name, "runs": len(found), "alarms_before_the_change": early[name]},
+            **{"alarming_runs": sum(math.isfinite(requests) for requests, _ in found)},
+            **{
+                f"{share}_{unit}": number(float(np.quantile(values, q, method="higher")))
+                for unit, values in zip(("requests", "tokens"), np.array(found).T, strict=True)
+                for share, q in (("median", 0.5), ("p95", 0.95))
+            },
         }
-        if name != "change":
-            both = np.isfinite(values) & np.isfinite(ours)
-            later = ours[both] - values[both]
-            medians = np.median(rng.choice(later, (1000, len(later))), axis=1) if len(later) else np.full(1, np.nan)
-            row["change_test_later_by_tokens"] = {
-                "median": number(float(np.median(later))) if len(later) else None,
-                "interval": [number(end) for end in np.quantile(medians, [0.025, 0.975])],
-                "runs_sooner": int((ours[~np.isnan(values)] < values[~np.isnan(values)]).sum()),
-                "runs_later": int((ours > values).sum()),
-            }
-        rows.append(row)
-    return rows
+        for name, found in delays.items()
+    ]
 
 
 def number(value: float) -> float | None:
@@ -259,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", default=",".join(PLAN), help="comma-separated; null and w8a8 are always there")
     parser.add_argument("--collected", action="store_true", help="only what is there: nothing is decoded or scored")
+    parser.add_argument("--write-levels", action="store_true", help="write the levels for bench-guard, nothing else")
     given = parser.parse_args()
     wanted = [change for change in PLAN if change in {"null", "w8a8", *given.changes.split(",")}]
     requests: dict[str, list[Request]] = {}
@@ -275,61 +306,59 @@ def main() -> None:
             if change in {"null", "w8a8"}:
                 raise
             unavailable[change] = f"collecting ended with code {error.returncode}"
+    if given.write_levels:
+        write_levels(requests)
+        return
     began = time.monotonic()
-    kept = {name: [r for r in found if not r.calibration] for name, found in requests.items()}
-    calibration = [r for r in requests["null"] if r.calibration]
-    learned = [r for r in requests["w8a8"] if r.calibration]
+    null, w8a8 = requests["null"], requests["w8a8"]
+    calibration = [r for r in null if r.calibration]
     floor = ClippedMean(0.0, CAP)
     for request in calibration:
         floor = floor.update(request.kl)
     limit = floor.get(ALPHA / 4).high
-    bets = fit_bets([r.spread[~np.isnan(r.spread)] for r in calibration], ALPHA / 4)
-    say("tuning thresholds on the calibration prompts")
+    say("tuning thresholds on a quarter of the prompts")
     figures = {"difr": ["margin"], "threshold": ["kl", "spread"]}
+    others = [r for r in null if not r.calibration]
     beforehand = {
-        name: null_row(name, tuned(among, calibration, learned)[0], kept["null"]) for name, among in figures.items()
+        name: null_row(name, tuned(among, calibration, w8a8)[0], others, TUNING_REQUESTS)
+        for name, among in figures.items()
     }
     say("and on those that count")
-    difr, difr_settings = tuned(figures["difr"], kept["null"], learned)
-    threshold, threshold_settings = tuned(figures["threshold"], kept["null"], learned)
-    detectors = {
-        "change": of_test(
-            lambda: ChangeTest.begin(bets, ALPHA), lambda test, r, part: test.update(r.spread[part]), by_token=True
-        ),
-        "budget": of_test(
-            lambda: BudgetTest(BUDGET, CAP, 256, ALPHA), lambda test, r, part: test.update(r.kl, limit), by_token=False
-        ),
-        "difr": difr,
-        "threshold": threshold,
-    }
+    difr, difr_settings = tuned(figures["difr"], null, w8a8)
+    threshold, threshold_settings = tuned(figures["threshold"], null, w8a8)
+    detectors = {"change": of_change(null), "budget": of_budget(limit), "difr": difr, "threshold": threshold}
     rows = []
     for name, detect in detectors.items():
         say(f"null runs: {name}")
-        rows.append(null_row(name, detect, kept["null"]))
-    for change, found in kept.items():
+        rows.append(null_row(name, detect, null, RUN_REQUESTS if name in {"change", "budget"} else TUNING_REQUESTS))
+    for change, found in requests.items():
         if change != "null":
             say(f"detecting {change}")
-            rows += change_rows(change, detectors, kept["null"], found)
+            rows += change_rows(change, detectors, null, found)
     report = {
         "rows": rows,
         "alpha": ALPHA,
         "budget_nats": BUDGET,
+        "baseline_requests": BASELINE,
         "floor_nats": {"mean": floor.get().mean, "upper_limit": limit},
         "difr": {**difr_settings, "margin_cap": MARGIN_CAP},
         "threshold": threshold_settings,
-        "null_runs_alarming_when_tuned_on_calibration_prompts": {
+        "null_runs_alarming_when_tuned_on_a_quarter": {
             name: row["alarming_runs"] / row["runs"] for name, row in beforehand.items()
         },
-        "requests_per_null_run": RUN_REQUESTS,
         "null_requests_before_a_change": BEFORE,
-        "strategies": len(bets.log_factors),
-        "tokens": {
+        "collected": {
             name: {
-                "calibration": sum(len(r.kl) for r in found if r.calibration),
-                "evaluation": sum(len(r.kl) for r in found if not r.calibration),
-                "evaluation_requests": len(kept[name]),
+                "requests": len(found),
+                "tokens": sum(len(r.kl) for r in found),
                 "mean_kl_nats": float(np.concatenate([r.kl for r in found]).mean()),
-                "median_spread_nats": float(np.nanmedian(np.concatenate([r.spread for r in found]))),
+                "spread_nats_by_form": {
+                    form: {
+                        "geometric_mean": math.exp(float(np.mean([r.level.level for r in found if r.form == form]))),
+                        "log_sd_of_requests": float(np.std([r.level.level for r in found if r.form == form])),
+                    }
+                    for form in sorted({r.form for r in found})
+                },
             }
             for name, found in requests.items()
         },
@@ -342,26 +371,34 @@ def main() -> None:
     table(report)
 
 
+def write_levels(requests: dict[str, list[Request]]) -> None:
+    with LEVELS.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["change", "form", "tokens", "level", "contrast"])
+        for change, found in requests.items():
+            for request in found:
+                level = request.level
+                writer.writerow([change, request.form, level.tokens, f"{level.level:.4f}", f"{level.contrast:.4f}"])
+
+
 def table(report: dict[str, Any]) -> None:
-    print(f"{'change':<9}{'detector':<11}{'median':>8}{'95 %':>8}{'runs':>7}{'alarming':>10}   tokens until the alarm")
+    print(f"{'change':<9}{'detector':<11}{'requests':>9}{'95 %':>7}{'tokens':>8}{'95 %':>8}{'runs':>7}{'alarming':>10}")
     for row in report["rows"]:
-        middle, late = (
-            "" if row["change"] == "null" else "never" if row[key] is None else f"{row[key]:.0f}"
-            for key in ("median_tokens", "p95_tokens")
-        )
-        note = ""
         if row["change"] == "null":
             low, high = row["alarming_share_interval"]
-            share = row["alarming_runs"] / row["runs"]
-            note = f"   {share:.2%} of runs alarm wrongly ({low:.2%} to {high:.2%})"
-        elif "change_test_later_by_tokens" in row:
-            compared = row["change_test_later_by_tokens"]
-            note = f"   change test sooner in {compared['runs_sooner']} runs, later in {compared['runs_later']}"
-        print(
-            f"{row['change']:<9}{row['detector']:<11}{middle:>8}{late:>8}{row['runs']:>7}{row['alarming_runs']:>10}{note}"
+            told = f"{row['alarming_runs'] / row['runs']:.2%} of runs alarm wrongly ({low:.2%} to {high:.2%})"
+            print(
+                f"{'null':<9}{row['detector']:<11}{row['runs']:>7} runs of {row['requests_per_run']} requests: {told}"
+            )
+            continue
+        middle, late, tokens, late_tokens = (
+            "never" if row[key] is None else f"{row[key]:.0f}"
+            for key in ("median_requests", "p95_requests", "median_tokens", "p95_tokens")
         )
-    for name, share in report["null_runs_alarming_when_tuned_on_calibration_prompts"].items():
-        print(f"{name}: tuned on the calibration prompts instead, {share:.1%} of null runs alarm")
+        counts = f"{row['runs']:>7}{row['alarming_runs']:>10}"
+        print(f"{row['change']:<9}{row['detector']:<11}{middle:>9}{late:>7}{tokens:>8}{late_tokens:>8}{counts}")
+    for name, share in report["null_runs_alarming_when_tuned_on_a_quarter"].items():
+        print(f"{name}: tuned on a quarter of the prompts, {share:.1%} of the null runs on the others alarm")
     for change, reason in report["unavailable"].items():
         print(f"{change}: not measured, {reason}")
 

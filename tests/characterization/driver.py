@@ -599,6 +599,7 @@ class Pipeline:
             "route": "/v1/completions",
             "model": MODEL,
             "label": "",
+            "kind": f"{'chat' if 'chat' in str(more.get('route')) else 'completions'} text sampled",
             "arm": "none",
             "requested": None,
             "nonce": "",

@@ -37,7 +37,7 @@ FILES = (
 SETTINGS: dict[str, Any] = {
     "shadow": {"rate": 0.5, "top_k": driver.K, "max_queue": 8, "floor_fraction": 0.25},
     "calibration": {"mode": "auto", "scope": "label", "min_tokens": 250, "alpha": 0.3, "control_fraction": 0.4},
-    "alarm": {"budget_nats": 0.5, "baseline_tokens": 250, "alpha": 0.05, "clear_after": 5},
+    "alarm": {"budget_nats": 0.5, "baseline_requests": 30, "alpha": 0.05, "clear_after": 5},
     "labels": ["gold"],
 }
 
@@ -145,7 +145,7 @@ async def operators(one: Pipeline) -> list[Any]:
         ("/api/v1/profiles/promote", {"version": "short"}),
         ("/api/v1/calibration", {"mode": "observe"}),
         ("/api/v1/calibration", {"mode": "auto"}),
-        ("/api/v1/alarm/rebase", {"route": "/nowhere"}),
+        ("/api/v1/alarm/rebase", {"kind": "poems"}),
     ]
     answers = []
     for path, body in calls:
@@ -256,7 +256,7 @@ async def day(folder: Path) -> dict[str, str]:
         history = await one.get("/api/v1/history")
         status["history"] = {name: column[-3:] for name, column in history.items()}
         status["operators"] = await operators(one)
-        await one.post("/api/v1/alarm/rebase", {"route": CHAT})
+        await one.post("/api/v1/alarm/rebase", {"kind": None})
         status["alarm set anew"] = (await one.get("/api/v1/status"))["alarm"]["tests"]
         records = {name: one.record(name) for name in SHOWN_RECORDS}
         await one.relay_leaves(relay)
@@ -269,7 +269,7 @@ async def day(folder: Path) -> dict[str, str]:
         after = await one.get("/api/v1/status")
         status["after a restart"] = {name: after[name] for name in ("calibration", "profile", "reference")}
         status["after a restart"]["alarm"] = [
-            [test[name] for name in ("route", "test", "raised", "learning", "evidence", "requests", "tokens")]
+            [test[name] for name in ("test", "kind", "raised", "evidence", "requests", "tokens")]
             for test in after["alarm"]["tests"]
         ]
         await one.relay_leaves(restarted)

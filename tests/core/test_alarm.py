@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 
@@ -7,31 +8,36 @@ from tests.support.records import Truth, log_softmax, make_record
 from tests.support.work import instructions
 
 from hemostat_calibration.alarm import (
+    AlarmTest,
     BudgetTest,
     ChangeTest,
-    Kind,
     Observation,
     Settings,
-    change,
-    fit_bets,
+    Workload,
+    baseline,
+    begun_tests,
+    fit_baseline,
     init,
+    kind_readings,
     load,
     readings,
     rebase,
+    request_spread,
     save,
     spread,
     update,
+    weighted_spread_ratio,
 )
 from hemostat_calibration.errors import InvalidArgumentError
 
 ALPHA = 0.05
 
 
-def requests(rng, count, *, scale=1.0, effect=0.15):
+def requests(rng, count, *, scale=1.0, effect=0.15, lengths=(8, 96)):
     """Spreads of requests: log-normal around 0.07, tokens autocorrelated, requests with a level of their own."""
     found = []
     for _ in range(count):
-        n = int(rng.integers(8, 96))
+        n = int(rng.integers(*lengths))
         noise = rng.normal(size=n)
         for t in range(1, n):
             noise[t] = 0.3 * noise[t - 1] + 0.95 * noise[t]
@@ -39,66 +45,52 @@ def requests(rng, count, *, scale=1.0, effect=0.15):
     return found
 
 
-def crossed(test, stream):
-    for request in stream:
-        test = test.update(request)
-        if test.crossing is not None:
-            return test.crossing
-    return None
-
-
-@pytest.mark.parametrize("effect", [0.1, 0.3])
-def test_the_change_test_keeps_its_error_though_tokens_are_correlated(effect):
-    """Over a whole run of requests drawn from fresh ones, with another baseline in every run. The effect of requests
-    (0.06 in measured noise, whose tokens have 0.28) is up to as large as that of tokens."""
-    runs, wrong = 80, 0
-    for run in range(runs):
-        rng = np.random.default_rng(run)
-        bets = fit_bets(requests(rng, 200, effect=effect), ALPHA / 4)
-        wrong += crossed(ChangeTest.begin(bets, ALPHA), requests(rng, 60, effect=effect)) is not None
-    assert wrong / runs <= ALPHA + 2 * math.sqrt(ALPHA * (1 - ALPHA) / runs)
-
-
-def test_without_the_powers_it_would_not(monkeypatch):
-    """The simulation above can fail: with every strategy at full power, odd requests alarm."""
-    monkeypatch.setattr(change, "_loses", lambda *_: True)
+def test_a_limit_is_exceeded_no_more_often_than_stated():
+    """Of baselines of a skewed distribution, without regard to what it is."""
+    rng = np.random.default_rng(0)
     wrong = 0
-    for run in range(60):
-        rng = np.random.default_rng(run)
-        bets = fit_bets(requests(rng, 200, effect=0.5), ALPHA / 4)
-        wrong += crossed(ChangeTest.begin(bets, ALPHA), requests(rng, 60, effect=0.5)) is not None
-    assert wrong / 60 > 0.3
+    for _ in range(400):
+        rows = np.column_stack([rng.exponential(size=150), np.full(150, 50.0), np.zeros(150)])
+        usual = fit_baseline(rows, ALPHA)
+        edges = usual.edges * math.sqrt(1.0 + usual.half_tokens / 50.0) + usual.centre
+        above = np.exp(-np.maximum(edges, 0.0))
+        truth = np.concatenate([above[: len(baseline.UPPER_SHARES)], 1.0 - above[len(baseline.UPPER_SHARES) :]])
+        wrong += bool((truth > usual.limits).any())
+    assert wrong / 400 <= ALPHA + 2 * math.sqrt(ALPHA * (1 - ALPHA) / 400)
 
 
-@pytest.mark.parametrize(("scale", "within"), [(3.0, 40), (1.5, 500), (0.6, 500)])
+def test_one_request_is_one_bounded_bet():
+    rng = np.random.default_rng(0)
+    usual = fit_baseline(np.array([request_spread(r).row() for r in requests(rng, 2000)]), 0.0025)
+    test = ChangeTest(0.005, 1.25)
+    for _ in range(10):
+        test = test.update(usual, request_spread(requests(rng, 1)[0]))
+    before = test.wealth.log_evidence
+    odd = test.update(usual, request_spread(np.full(100_000, 1e3)))
+    assert before < odd.wealth.log_evidence <= before + math.log(1.0 / baseline.MIN_LIMIT)
+    assert odd.crossing is None
+
+
+@pytest.mark.parametrize(("scale", "within"), [(4.0, 8), (2.0, 25), (0.4, 25)])
 def test_a_change_is_found_soon_in_both_directions(scale, within):
     delays, begun = [], []
     for run in range(15):
         rng = np.random.default_rng(run)
-        bets = fit_bets(requests(rng, 300), 0.0025)
-        test = ChangeTest.begin(bets, 0.01)
+        usual = fit_baseline(np.array([request_spread(r).row() for r in requests(rng, 150)]), 0.0025)
+        test = ChangeTest(0.0025, 1.25)
         for now, request in enumerate(requests(rng, 30)):
-            test = test.update(request, now)
+            test = test.update(usual, request_spread(request), now)
         assert test.crossing is None
-        for now, request in enumerate(requests(rng, 60, scale=scale), 30):
-            test = test.update(request, now)
+        for now, request in enumerate(requests(rng, 80, scale=scale), 30):
+            test = test.update(usual, request_spread(request), now)
         assert test.crossing is not None
         assert test.crossing.since <= test.crossing.at
+        assert test.crossing.log_wealth >= math.log(400)
+        assert test.crossing.tokens >= test.crossing.requests
         begun.append(test.crossing.since)
-        assert test.crossing.log_wealth >= math.log(200)
-        delays.append(test.crossing.tokens)
+        delays.append(test.crossing.at - 29)
     assert np.median(delays) <= within
-    assert 28 <= np.median(begun) <= 33
-
-
-def test_the_evidence_is_told_to_the_token():
-    rng = np.random.default_rng(0)
-    test = ChangeTest.begin(fit_bets(requests(rng, 200), 0.0025), 0.01)
-    found = test.update(np.full(500, 1.0), now=7.0).crossing
-    again = test.update(np.full(found.tokens - 1, 1.0)).crossing
-    assert (found.since, found.at, found.requests) == (7.0, 7.0, 1)
-    assert found.tokens < 20
-    assert again is None
+    assert 26 <= np.median(begun) <= 40
 
 
 def test_the_budget_test_keeps_its_error_at_the_budget_itself():
@@ -106,7 +98,7 @@ def test_the_budget_test_keeps_its_error_at_the_budget_itself():
     runs, wrong = 300, 0
     for run in range(runs):
         rng = np.random.default_rng(run)
-        test = BudgetTest(budget=0.2, cap=5.0, max_tokens=64, alpha=ALPHA)
+        test = BudgetTest(budget=0.2, cap=5.0, max_tokens=64, alpha=ALPHA / 2)
         for _ in range(150):
             level = rng.choice([0.1, 0.4])
             n = 48 if level == 0.1 else 24
@@ -144,60 +136,113 @@ def test_the_spread_ignores_what_is_constant():
     assert np.isnan(spread(alone)).all()
 
 
-SETTINGS = Settings(alpha=0.06, budget=0.5, baseline_tokens=4000, clear_after=10)
+# --- the alarm of all kinds ------------------------------------------------------------------------------------------
+
+SETTINGS = Settings(alpha=0.06, budget=0.5, baseline_requests=60, clear_after=10)
 
 
-def play(alarm, route, stream, *, now=0.0, divergence=0.1, floor=0.01):
+def play(alarm, kind, stream, *, now=0.0, divergence=0.1, floor=0.01, pooled=False):
     for request in stream:
         now += 1.0
-        alarm = update(alarm, route, Observation(now, np.full(len(request), divergence), request), floor)
+        alarm = update(alarm, kind, Observation(now, np.full(len(request), divergence), request, pooled), floor)
     return alarm
 
 
-def reading(alarm, kind, route="chat"):
-    return next(r for r in readings(alarm) if (r.route, r.kind) == (route, kind))
+def reading(alarm, test, kind=""):
+    return next(r for r in readings(alarm) if (r.test, r.kind) == (test, kind))
+
+
+def of_kind(alarm, kind):
+    return next(r for r in kind_readings(alarm) if r.kind == kind)
 
 
 def test_an_alarm_learns_raises_clears_and_spends():
     rng = np.random.default_rng(0)
     alarm = play(init(SETTINGS), "chat", requests(rng, 30))
-    assert 0.2 < reading(alarm, Kind.CHANGE).learning < 0.8
-    alarm = play(alarm, "chat", requests(rng, 100), now=30)
-    first = reading(alarm, Kind.CHANGE)
-    assert (first.test, first.alpha, first.learning, first.raised) == (2, pytest.approx(0.01), 1.0, None)
-    assert first.requests > 10
-    alarm = play(alarm, "chat", requests(rng, 35, scale=4.0), now=130)
-    raised = reading(alarm, Kind.CHANGE).raised
-    assert raised.since in {130.0, 131.0}
-    assert raised.at <= 133
-    assert reading(alarm, Kind.BUDGET).raised is None
-    alarm = play(alarm, "chat", requests(rng, 15), now=165)
-    assert reading(alarm, Kind.CHANGE).raised is not None
-    alarm = play(alarm, "chat", requests(rng, 20), now=180)
-    again = reading(alarm, Kind.CHANGE)
-    assert (again.raised, again.test, again.alpha) == (None, 3, pytest.approx(0.06 / 12))
+    assert (of_kind(alarm, "chat").baseline_requests, of_kind(alarm, "chat").watched) == (30, False)
+    assert reading(alarm, AlarmTest.CHANGE).number == 0
+    alarm = play(alarm, "chat", requests(rng, 50), now=30)
+    first = reading(alarm, AlarmTest.CHANGE)
+    assert (first.number, first.alpha, first.raised) == (1, pytest.approx(0.015 / 2), None)
+    assert first.requests == 20
+    alarm = play(alarm, "chat", requests(rng, 35, scale=6.0), now=80)
+    raised = reading(alarm, AlarmTest.CHANGE).raised
+    assert raised.since in {80.0, 81.0, 82.0}
+    assert raised.at <= 92
+    assert of_kind(alarm, "chat").spread_ratio > 3.0
+    assert reading(alarm, AlarmTest.BUDGET, "chat").raised is None
+    alarm = play(alarm, "chat", requests(rng, 9), now=115)
+    assert reading(alarm, AlarmTest.CHANGE).raised is not None
+    alarm = play(alarm, "chat", requests(rng, 30), now=124)
+    again = reading(alarm, AlarmTest.CHANGE)
+    assert (again.raised, again.number, again.alpha) == (None, 2, pytest.approx(0.015 / 6))
 
 
 def test_the_budget_alarm_clears_too():
     rng = np.random.default_rng(0)
-    alarm = play(init(SETTINGS), "chat", requests(rng, 40), divergence=2.0)
-    assert reading(alarm, Kind.BUDGET).raised is not None
+    alarm = play(init(SETTINGS), "chat", requests(rng, 60), divergence=2.0)
+    assert reading(alarm, AlarmTest.BUDGET, "chat").raised is not None
     alarm = play(alarm, "chat", requests(rng, 25), divergence=0.1)
-    assert reading(alarm, Kind.BUDGET).raised is None
+    assert reading(alarm, AlarmTest.BUDGET, "chat").raised is None
 
 
-def test_routes_share_the_error_and_rebase_learns_anew():
+def test_all_kinds_with_a_baseline_feed_one_test():
     rng = np.random.default_rng(0)
     alarm = init(replace(SETTINGS, budget=None))
-    for route in "abc":
-        alarm = play(alarm, route, requests(rng, 110))
-    spent = [reading(alarm, Kind.CHANGE, route).alpha for route in "abc"]
-    assert spent == pytest.approx([0.03, 0.01, 0.005])
-    alarm = rebase(play(alarm, "b", requests(rng, 5, scale=4.0)), "b")
-    assert reading(alarm, Kind.CHANGE, "b").learning == 0.0
-    alarm = play(alarm, "b", requests(rng, 120, scale=4.0))
-    learned = reading(alarm, Kind.CHANGE, "b")
-    assert (learned.raised, learned.test) == (None, 4)
+    for kind in "abc":
+        alarm = play(alarm, kind, requests(rng, 70))
+    assert reading(alarm, AlarmTest.CHANGE).requests == 30
+    assert alarm.baselines == 3
+    for _ in range(6):
+        for kind in "abc":
+            alarm = play(alarm, kind, requests(rng, 1, scale=6.0), now=300)
+    alarm = play(alarm, "new", requests(rng, 5, scale=6.0))
+    raised = reading(alarm, AlarmTest.CHANGE).raised
+    assert raised.requests <= 12, "no kind needs evidence of its own"
+    assert of_kind(alarm, "new").baseline_requests == 5, "without a baseline it takes no part"
+
+
+def test_rare_kinds_together_take_no_part_in_the_change_test():
+    rng = np.random.default_rng(0)
+    alarm = play(init(SETTINGS), "rest", requests(rng, 70), pooled=True)
+    alarm = play(alarm, "rest", requests(rng, 40, scale=8.0), divergence=3.0, pooled=True)
+    assert reading(alarm, AlarmTest.CHANGE).number == 0
+    assert reading(alarm, AlarmTest.BUDGET, "rest").raised is not None
+
+
+def test_rebase_learns_anew():
+    rng = np.random.default_rng(0)
+    alarm = init(replace(SETTINGS, budget=None))
+    for kind in "ab":
+        alarm = play(alarm, kind, requests(rng, 70))
+    alarm = play(alarm, "b", requests(rng, 20, scale=6.0))
+    assert reading(alarm, AlarmTest.CHANGE).raised is not None
+    one = rebase(alarm, "b")
+    assert (of_kind(one, "a").watched, of_kind(one, "b").baseline_requests) == (True, 0)
+    assert reading(one, AlarmTest.CHANGE).raised is None
+    one = play(one, "b", requests(rng, 80, scale=6.0))
+    again = reading(one, AlarmTest.CHANGE)
+    assert (again.raised, again.number, one.baselines) == (None, 2, 3)
+    everything = rebase(alarm)
+    assert not any(found.watched for found in kind_readings(everything))
+
+
+def test_the_mix_of_kinds_is_compared_and_weighted_back():
+    rng = np.random.default_rng(0)
+    alarm = init(replace(SETTINGS, budget=None))
+    for _ in range(70):
+        alarm = play(alarm, "a", requests(rng, 3, effect=0.02))
+        alarm = play(alarm, "b", requests(rng, 1, effect=0.02))
+    assert not alarm.workload.changed(0.01)
+    assert of_kind(alarm, "a").baseline_share == pytest.approx(0.75)
+    for _ in range(60):
+        alarm = play(alarm, "b", requests(rng, 3, effect=0.02, scale=1.5))
+        alarm = play(alarm, "a", requests(rng, 1, effect=0.02))
+    assert alarm.workload.changed(0.01)
+    assert alarm.workload.distance == pytest.approx(0.5, abs=0.1)
+    assert weighted_spread_ratio(alarm) == pytest.approx(1.5**0.25, rel=0.05)
+    assert weighted_spread_ratio(init(SETTINGS)) is None
+    assert Workload(10).distance is None
 
 
 def test_what_is_saved_goes_on_as_it_was():
@@ -208,31 +253,30 @@ def test_what_is_saved_goes_on_as_it_was():
     kept = play(alarm, "chat", stream)
     loaded = play(load(save(alarm), SETTINGS), "chat", stream)
     assert repr(readings(loaded)) == repr(readings(kept))
-    for data in (b"", b"{}", b"[1]", b'{"is": "Alarm", "fields": {"x": 1}}', b'{"is": "nothing", "fields": {}}', b"1"):
+    assert save(loaded) == save(kept)
+    for data in (
+        b"",
+        b"{}",
+        b"[1]",
+        b'{"schema": 2, "alarm": {"is": "nothing", "fields": {}}}',
+        b"1",
+        b'{"schema": 9}',
+    ):
         with pytest.raises(InvalidArgumentError, match="begin anew"):
             load(data, SETTINGS)
 
 
-STORED = (
-    '{"is": "Alarm", "fields": {"settings": {"is": "Settings", "fields": {"alpha": 0.01, "budget": 0.5, "'
-    'cap": 5.0, "most_tokens": 256, "baseline_tokens": 0, "clear_after": 30}}, "tests": 1, "routes": {"is'
-    '": "mapping", "items": [["chat", {"is": "_Route", "fields": {"budget": {"is": "_Watch", "fields": {"'
-    'test": {"is": "BudgetTest", "fields": {"budget": 0.5, "cap": 5.0, "most_tokens": 256, "alpha": 0.005'
-    ', "purse": {"is": "_Purse", "fields": {"log_capital": {"is": "array", "dtype": "<f8", "shape": [5], '
-    '"data": "!ewYK41EH?Vui{rKX(Ga-AL$Oc5wp0m;Km#ooxcZE%m@PMQj4V"}, "since": {"is": "array", "dtype": "<f'
-    '8", "shape": [5], "data": "00000001070000000107000000010700000001070000000107"}, "first_request": {"'
-    'is": "array", "dtype": "<i8", "shape": [5], "data": "00000000000000000000000000000000000000000000000'
-    '000"}, "first_token": {"is": "array", "dtype": "<i8", "shape": [5], "data": "00000000000000000000000'
-    '000000000000000000000000000"}, "requests": 1, "tokens": 3}}, "crossing": null}}, "number": 1, "calm"'
-    ': null, "calm_requests": 0}}, "change": null, "baseline": [], "bets": null}}]]}}}'
-)
+OLD = json.dumps({"is": "Alarm", "fields": {"settings": {"is": "Settings", "fields": {}}, "tests": 7, "routes": {}}})
 
 
-def test_the_stored_format_stays_as_it_was():
-    """Written before the classes were renamed."""
-    alarm = load(STORED.encode(), Settings(budget=0.5, baseline_tokens=0))
-    assert save(alarm).decode() == STORED
-    assert (reading(alarm, Kind.BUDGET).requests, reading(alarm, Kind.BUDGET).tokens) == (1, 3)
+def test_an_alarm_of_an_older_version_is_refused_by_name_and_its_alpha_stays_spent():
+    with pytest.raises(InvalidArgumentError, match=r"schema 1, which counted tokens by route.*begin anew"):
+        load(OLD.encode(), SETTINGS)
+    assert begun_tests(OLD.encode()) == 7
+    rng = np.random.default_rng(0)
+    alarm = play(init(SETTINGS, begun_tests(OLD.encode())), "chat", requests(rng, 70))
+    assert reading(alarm, AlarmTest.CHANGE).alpha == pytest.approx(0.015 / (8 * 9))
+    assert begun_tests(save(alarm)) == 8
 
 
 def test_memory_and_work_are_bounded():
@@ -244,32 +288,29 @@ def test_memory_and_work_are_bounded():
     later = play(alarm, "chat", requests(rng, 2000))
     assert len(save(later)) < before + 500
     assert instructions(lambda: play(later, "chat", one)) <= 1.1 * work < 10_000
-
-
-def test_a_baseline_that_says_nothing_gives_no_bets():
-    """Requests that are each all one value: their tokens say nothing that the first did not."""
-    rng = np.random.default_rng(0)
-    bets = fit_bets([np.full(200, rng.lognormal()) for _ in range(100)], 0.01)
-    alarm = ChangeTest.begin(bets, 0.01)
-    for _ in range(30):
-        alarm = alarm.update(np.full(200, rng.lognormal()))
-    assert alarm.crossing is None
+    many = init(SETTINGS)
+    for number in range(300):
+        many = play(many, str(number), one, now=float(number))
+    assert len(kind_readings(many)) == 128
+    assert of_kind(many, "299").baseline_requests == 1
 
 
 def test_a_baseline_without_any_noise_bets_on_noise():
-    test = ChangeTest.begin(fit_bets([np.zeros(20)] * 100, 0.0025), 0.01)
+    usual = fit_baseline(np.array([request_spread(np.zeros(20)).row()] * 100), 0.0025)
+    test = ChangeTest(0.005, 1.25)
     for _ in range(50):
-        test = test.update(np.zeros(20))
+        test = test.update(usual, request_spread(np.zeros(20)))
     assert test.crossing is None
-    found = test.update(np.full(20, 0.01)).crossing
-    assert found.tokens <= 8
+    for _ in range(12):
+        test = test.update(usual, request_spread(np.full(20, 0.01)))
+    assert test.crossing.requests <= 12
+    assert request_spread(np.full(3, math.nan)) is None
+    assert request_spread(np.ones(1)).contrast == 0.0
 
 
 def test_arguments():
-    with pytest.raises(InvalidArgumentError, match="at least two"):
-        fit_bets([], 0.01)
-    with pytest.raises(InvalidArgumentError, match="at least two"):
-        fit_bets([np.ones(5)], 0.01)
+    with pytest.raises(InvalidArgumentError, match="at least 30"):
+        fit_baseline(np.ones((5, 3)), 0.01)
     for wrong, name in (
         ({"alpha": 1.0}, "alpha"),
         ({"budget": 0.0}, "budget"),
@@ -277,7 +318,8 @@ def test_arguments():
         ({"cap": math.inf}, "cap"),
         ({"clear_after": 0}, "clear_after"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"baseline_tokens": -1}, "baseline_tokens"),
+        ({"baseline_requests": 29}, "baseline_requests"),
+        ({"tolerance": 0.9}, "tolerance"),
     ):
         with pytest.raises(InvalidArgumentError, match=name):
             Settings(**wrong)

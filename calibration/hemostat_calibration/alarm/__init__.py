@@ -1,50 +1,64 @@
-"""The hemorrhage alarm: two tests on every route, with one false-alarm probability over all of them and the whole run.
+"""The hemorrhage alarm: two tests over all kinds of traffic, with one false-alarm probability over the whole run.
 
-`budget`  the divergence per token exceeds the noise floor by more than the operator allows (`budget`).
-`change`  the stream is no longer what a frozen baseline of it was: another checkpoint, a driver, a KV-cache type
-          (`change`).
+`budget`  the divergence per token of a kind exceeds the noise floor by more than the operator allows (`budget`).
+`change`  the requests of the kinds are no longer what the frozen baselines of these kinds were: another checkpoint, a
+          driver, a KV-cache type (`change`, `baseline`).
 
-Both bet against "nothing is wrong" (`betting`); `routes` holds the tests of all routes and shares out the probability;
+Both bet against "nothing is wrong" (`betting`), one bounded bet for each request; `kinds` holds the tests and shares
+out the probability; `workload` compares the mix of kinds with what it was, which is information and no alarm;
 `serialization` keeps the state across restarts.
 
-Use: `state = init(Settings(...))` once; for each scored record `state = update(state, route, Observation(now, kl_rc,
-spread(record)), noise_floor)`, with `noise_floor` the upper end, in nats, of the noise floor's interval
-(`confidence.ClippedMean.get(settings.alpha / 4).high` over the noise-floor records of the same figure; infinite while
-unknown: the budget test waits); `readings(state)` for metrics and console; `save` and `load` around restarts.
+Use: `state = init(Settings(...))` once; for each scored request that is independent of the others (a conversation's
+first in its kind) `state = update(state, kind, Observation(now, kl_rc, spread(record)), noise_floor)`, with
+`noise_floor` the upper end, in nats, of the interval of what the noise adds (infinite while unknown: the budget test
+waits); `readings(state)` and `kind_readings(state)` for metrics and console; `save` and `load` around restarts.
 """
 
+from hemostat_calibration.alarm.baseline import Baseline, RequestSpread, fit_baseline, request_spread
 from hemostat_calibration.alarm.betting import Crossing
 from hemostat_calibration.alarm.budget import BudgetTest
-from hemostat_calibration.alarm.change import ChangeTest, fit_bets
-from hemostat_calibration.alarm.logit_spread import spread
-from hemostat_calibration.alarm.routes import (
+from hemostat_calibration.alarm.change import ChangeTest
+from hemostat_calibration.alarm.kinds import (
     Alarm,
-    Kind,
+    AlarmTest,
+    KindReading,
     Observation,
     Reading,
     Settings,
     init,
+    kind_readings,
     readings,
     rebase,
     update,
+    weighted_spread_ratio,
 )
-from hemostat_calibration.alarm.serialization import load, save
+from hemostat_calibration.alarm.logit_spread import spread
+from hemostat_calibration.alarm.serialization import begun_tests, load, save
+from hemostat_calibration.alarm.workload import Workload
 
 __all__ = [
     "Alarm",
+    "AlarmTest",
+    "Baseline",
     "BudgetTest",
     "ChangeTest",
     "Crossing",
-    "Kind",
+    "KindReading",
     "Observation",
     "Reading",
+    "RequestSpread",
     "Settings",
-    "fit_bets",
+    "Workload",
+    "begun_tests",
+    "fit_baseline",
     "init",
+    "kind_readings",
     "load",
     "readings",
     "rebase",
+    "request_spread",
     "save",
     "spread",
     "update",
+    "weighted_spread_ratio",
 ]

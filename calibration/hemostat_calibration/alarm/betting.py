@@ -19,7 +19,7 @@ import numpy.typing as npt
 from hemostat_calibration.arrays import Floats
 
 BET_FRACTIONS = (0.9, 0.6, 0.3, 0.1, 0.03)
-"""Parts of the wealth that strategies stake."""
+"""Parts of the wealth that strategies of the budget test stake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Crossing:
     """The evidence of an alarm: the wealth reached its threshold.
 
     since: time of the request with which the evidence began. at: time of the request that completed it.
-    requests, tokens: from then until it was complete. log_wealth: natural logarithm; the threshold is ln(2/alpha).
+    requests, tokens: from then until it was complete. log_wealth: natural logarithm; the threshold is ln(1/alpha).
     """
 
     since: float
@@ -63,6 +63,15 @@ class WealthState:
         return float(np.logaddexp(log_sum_exp(self.log_wealth[:, None])[0], held_back))
 
 
+def equal_weights(strategies: int) -> Floats:
+    """ln of 1/S for each of S strategies.
+
+    >>> equal_weights(1).tolist()
+    [0.0]
+    """
+    return np.full(strategies, -math.log(strategies)) + 0.0
+
+
 def initial_wealth(strategies: int) -> WealthState:
     """Of S strategies, before the first request.
 
@@ -74,38 +83,39 @@ def initial_wealth(strategies: int) -> WealthState:
 
 
 def bet(
-    wealth: WealthState, log_factors: Floats, tokens: int, now: float, log_target: float
+    wealth: WealthState, log_factors: Floats, log_weights: Floats, tokens: int, now: float, log_target: float
 ) -> tuple[WealthState, Crossing | None]:
     """The wealth after one request, and a `Crossing` if the wealth reached the threshold, else None.
 
-    log_factors: float64 [S, steps], ln of each strategy's factors: one step for the whole request, or one for each of
-        its tokens. tokens: of the request. now: its time, seconds. log_target: ln of the threshold.
+    log_factors: float64 [S], ln of each strategy's factor. log_weights: float64 [S], ln of the part that each gets of
+    what is funded; the parts sum to 1. tokens: of the request. now: its time, seconds. log_target: ln of the threshold.
 
-    >>> wealth, crossing = bet(initial_wealth(1), np.log([[2.0] * 10]), tokens=10, now=0.0, log_target=math.log(100.0))
-    >>> crossing.tokens, wealth.requests
-    (8, 1)
+    >>> wealth = initial_wealth(1)
+    >>> for now in range(8):
+    ...     wealth, crossing = bet(wealth, np.log([2.0]), np.zeros(1), tokens=10, now=now, log_target=4.0)
+    >>> crossing.since, crossing.requests, crossing.tokens
+    (0.0, 8, 80)
     """
     k = wealth.requests + 1
-    funded = -math.log(k * (k + 1.0) * len(wealth.log_wealth))
+    funded = log_weights - math.log(k * (k + 1.0))
     anew = funded > wealth.log_wealth
-    since = np.where(anew, now, wealth.since)
-    first_request = np.where(anew, wealth.requests, wealth.first_request)
-    first_token = np.where(anew, wealth.tokens, wealth.first_token)
-    path = np.logaddexp(wealth.log_wealth, funded)[:, None] + log_factors.cumsum(axis=1)
-    whole = np.logaddexp(log_sum_exp(path), -math.log(k + 1.0))
-    moved = WealthState(path[:, -1], since, first_request, first_token, k, wealth.tokens + tokens)
-    over = np.flatnonzero(whole >= log_target)
-    if not len(over):
+    moved = WealthState(
+        log_wealth=np.logaddexp(wealth.log_wealth, funded) + log_factors,
+        since=np.where(anew, now, wealth.since),
+        first_request=np.where(anew, wealth.requests, wealth.first_request),
+        first_token=np.where(anew, wealth.tokens, wealth.first_token),
+        requests=k,
+        tokens=wealth.tokens + tokens,
+    )
+    if moved.log_evidence < log_target:
         return moved, None
-    step = int(over[0])
-    best = int(path[:, step].argmax())
-    counted = step + 1 if log_factors.shape[1] == tokens else tokens
+    best = int(moved.log_wealth.argmax())
     return moved, Crossing(
-        since=float(since[best]),
+        since=float(moved.since[best]),
         at=now,
-        requests=k - int(first_request[best]),
-        tokens=wealth.tokens - int(first_token[best]) + counted,
-        log_wealth=float(whole[step]),
+        requests=k - int(moved.first_request[best]),
+        tokens=moved.tokens - int(moved.first_token[best]),
+        log_wealth=moved.log_evidence,
     )
 
 

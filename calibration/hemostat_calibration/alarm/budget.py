@@ -12,13 +12,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hemostat_calibration.alarm.betting import BET_FRACTIONS, Crossing, WealthState, bet, initial_wealth
+from hemostat_calibration.alarm.betting import (
+    BET_FRACTIONS,
+    Crossing,
+    WealthState,
+    bet,
+    equal_weights,
+    initial_wealth,
+)
 from hemostat_calibration.arrays import Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BudgetTest:
-    """One budget test at `alpha`, half of which is for the bets. crossing: set once the wealth has crossed.
+    """One budget test at `alpha`. crossing: set once the wealth has crossed 1/alpha.
 
     budget: nats per token, allowed above the noise floor. cap: nats, where values are clipped.
     max_tokens: N, the weight of a request is that of its tokens up to so many.
@@ -38,11 +45,11 @@ class BudgetTest:
     crossing: Crossing | None = None
 
     def log_factors(self, divergences: Floats, noise_floor: float) -> Floats:
-        """ln of the factors of one request, [S, 1]."""
+        """ln of the factors of one request, [S]."""
         values = divergences[~np.isnan(divergences)]
         weight = min(len(values), self.max_tokens) / self.max_tokens
         ratio = float(np.clip(values, 0.0, self.cap).mean()) / (self.budget + max(noise_floor, 0.0))
-        factors: Floats = np.log1p(weight * np.array(BET_FRACTIONS)[:, None] * (ratio - 1.0))
+        factors: Floats = np.log1p(weight * np.array(BET_FRACTIONS) * (ratio - 1.0))
         return factors
 
     def update(self, divergences: Floats, noise_floor: float, now: float = 0.0) -> BudgetTest:
@@ -55,5 +62,5 @@ class BudgetTest:
         if self.crossing is not None or not tokens or not math.isfinite(noise_floor):
             return self
         factors = self.log_factors(divergences, noise_floor)
-        wealth, crossing = bet(self.wealth, factors, tokens, now, math.log(2.0 / self.alpha))
+        wealth, crossing = bet(self.wealth, factors, equal_weights(len(factors)), tokens, now, -math.log(self.alpha))
         return replace(self, wealth=wealth, crossing=crossing)

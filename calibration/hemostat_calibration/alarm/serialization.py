@@ -1,6 +1,6 @@
 """The alarm's state as JSON, for restarts.
 
-The stored format names classes and fields of its own (`_STORED`), so that renaming in the code does not change it.
+Classes and fields are stored by their names: renaming one changes the format, and with it `SCHEMA`.
 """
 
 from __future__ import annotations
@@ -8,78 +8,97 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from hemostat_calibration.alarm.baseline import Baseline
 from hemostat_calibration.alarm.betting import Crossing, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
-from hemostat_calibration.alarm.change import Bets, ChangeTest
-from hemostat_calibration.alarm.routes import Alarm, RouteState, RouteTest, Settings
+from hemostat_calibration.alarm.change import ChangeTest
+from hemostat_calibration.alarm.kinds import Alarm, KindState, RunningTest, Settings
+from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
 
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """How a class is stored. fields: attribute -> stored name, where they differ."""
-
-    name: str
-    kind: type[Any]
-    fields: Mapping[str, str] = field(default_factory=dict)
-
-    def attribute(self, stored: str) -> str:
-        return next((attribute for attribute, name in self.fields.items() if name == stored), stored)
+SCHEMA = 2
+"""Of what `save` writes. 1 counted tokens by route."""
 
 
-_STORED = (
-    _Stored("Alarm", Alarm),
-    _Stored("Settings", Settings, {"max_tokens": "most_tokens"}),
-    _Stored("_Route", RouteState),
-    _Stored("_Watch", RouteTest, {"recovery_log_wealth": "calm", "recovery_requests": "calm_requests"}),
-    _Stored("BudgetTest", BudgetTest, {"max_tokens": "most_tokens", "wealth": "purse"}),
-    _Stored("ChangeTest", ChangeTest, {"wealth": "purse"}),
-    _Stored("Bets", Bets),
-    _Stored("_Purse", WealthState, {"log_wealth": "log_capital"}),
-    _Stored("Crossing", Crossing, {"log_wealth": "log_capital"}),
-)
-_BY_KIND = {stored.kind: stored for stored in _STORED}
-_BY_NAME = {stored.name: stored for stored in _STORED}
+_STORED: Mapping[str, type[Any]] = {
+    "Alarm": Alarm,
+    "Settings": Settings,
+    "KindState": KindState,
+    "RunningTest": RunningTest,
+    "BudgetTest": BudgetTest,
+    "ChangeTest": ChangeTest,
+    "Baseline": Baseline,
+    "WealthState": WealthState,
+    "Crossing": Crossing,
+    "Workload": Workload,
+}
+_NAMES = {kind: name for name, kind in _STORED.items()}
 
 
 def save(alarm: Alarm) -> bytes:
-    """The whole state as JSON; `load` reads it.
+    """The whole state as JSON; `load` reads it. A few kilobytes for each kind.
 
     >>> from hemostat_calibration.alarm import Settings, init
-    >>> load(save(init(Settings(alpha=0.05), tests=3)), Settings(alpha=0.05)).tests
+    >>> load(save(init(Settings(alpha=0.05), tests=3)), Settings(alpha=0.05)).change_tests
     3
     """
-    return json.dumps(_to_json(alarm)).encode()
+    return json.dumps({"schema": SCHEMA, "alarm": _to_json(alarm)}).encode()
 
 
 def load(data: bytes, settings: Settings) -> Alarm:
     """What `save` wrote, continued with `settings`; tests already begun keep the settings that they began with.
 
-    InvalidArgumentError where it cannot be read.
+    InvalidArgumentError where it cannot be read, or was written by a version that tested something else: begin anew
+    with `init(settings, begun_tests(data))`.
 
-    >>> from hemostat_calibration.alarm.routes import init
+    >>> from hemostat_calibration.alarm.kinds import init
     >>> load(save(init(Settings())), Settings(alpha=0.05)).settings.alpha
     0.05
     """
     try:
-        alarm = _from_json(json.loads(data))
+        stored = json.loads(data)
+        if isinstance(stored, dict) and stored.get("is") == "Alarm":
+            raise InvalidArgumentError(
+                "the saved alarm is of schema 1, which counted tokens by route: it cannot be continued; begin anew"
+            )
+        if stored["schema"] != SCHEMA:
+            raise InvalidArgumentError(
+                f"the saved alarm is of schema {str(stored['schema'])[:20]}, this version reads {SCHEMA}; begin anew"
+            )
+        alarm = _from_json(stored["alarm"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidArgumentError(f"not a saved alarm: {error}; begin anew") from None
     if not isinstance(alarm, Alarm):
         raise InvalidArgumentError("not a saved alarm: it holds something else; begin anew")
+    if alarm.workload.size != settings.baseline_requests:
+        alarm = replace(alarm, workload=Workload(settings.baseline_requests))
     return replace(alarm, settings=settings)
+
+
+def begun_tests(data: bytes) -> int:
+    """The largest number of tests of any sort that a saved alarm had begun, of whatever schema; 0 where it is damaged.
+
+    >>> begun_tests(b'{"is": "Alarm", "fields": {"tests": 4}}'), begun_tests(b"damaged")
+    (4, 0)
+    """
+    try:
+        stored = json.loads(data)
+        fields_ = stored.get("alarm", stored)["fields"]
+        counts = [fields_.get(name, 0) for name in ("tests", "budget_tests", "change_tests", "baselines")]
+        return max(count for count in counts if isinstance(count, int))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 def _to_json(value: Any) -> Any:
     if is_dataclass(value):
-        stored = _BY_KIND[type(value)]
-        items = {stored.fields.get(f.name, f.name): _to_json(getattr(value, f.name)) for f in fields(value)}
-        return {"is": stored.name, "fields": items}
+        items = {f.name: _to_json(getattr(value, f.name)) for f in fields(value)}
+        return {"is": _NAMES[type(value)], "fields": items}
     if isinstance(value, np.ndarray):
         data = base64.b85encode(value.tobytes()).decode()
         return {"is": "array", "dtype": value.dtype.str, "shape": value.shape, "data": data}
@@ -100,5 +119,4 @@ def _from_json(value: Any) -> Any:
         return data.reshape(value["shape"])
     if value["is"] == "mapping":
         return {key: _from_json(item) for key, item in value["items"]}
-    stored = _BY_NAME[value["is"]]
-    return stored.kind(**{stored.attribute(name): _from_json(item) for name, item in value["fields"].items()})
+    return _STORED[value["is"]](**{name: _from_json(item) for name, item in value["fields"].items()})

@@ -75,7 +75,7 @@ class Actions(Protocol):
 
     async def set_mode(self, mode: str) -> None: ...
 
-    async def rebase(self, route: str) -> dict[str, Any]: ...
+    async def rebase(self, kind: str | None) -> dict[str, Any]: ...
 
 
 class AdminBackend(Protocol):
@@ -130,9 +130,9 @@ class RollbackRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RebaseRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/alarm/rebase: the route learns a new baseline."""
+    """Body of POST /api/v1/alarm/rebase, if any: the kind learns a new baseline; without a kind all do."""
 
-    route: Annotated[str, msgspec.Meta(max_length=256)]
+    kind: Annotated[str, msgspec.Meta(max_length=256)] | None = None
 
 
 T = TypeVar("T")
@@ -278,8 +278,8 @@ def create_app(
 
     @app.post("/api/v1/alarm/rebase", dependencies=guarded)
     async def rebase(request: Request) -> dict[str, Any]:
-        wanted = await _read(request, RebaseRequest, '{"route": "/v1/chat/completions"}')
-        return await backend.actions.rebase(wanted.route)
+        wanted = await _read(request, RebaseRequest, '{"kind": "chat text sampled"}', RebaseRequest())
+        return await backend.actions.rebase(wanted.kind)
 
     app.include_router(engine_router(backend.engines, backend.profiles.profile_bytes, now, require_token))
     return app

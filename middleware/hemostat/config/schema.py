@@ -30,7 +30,8 @@ from hemostat.config.text import short_repr
 
 MAX_LABELS = 32
 REMOVED = {
-    "shadow.seed": "removed: which requests are sampled is drawn at random, so that no client can choose it; delete it"
+    "shadow.seed": "removed: which requests are sampled is drawn at random, so that no client can choose it; delete it",
+    "alarm.baseline_tokens": "removed: a baseline counts requests of a kind now; use alarm.baseline_requests (150)",
 }
 """Keys of earlier versions -> what to do about them."""
 MAX_MODELS = 16
@@ -350,9 +351,11 @@ class Alarm(Section):
     budget_nats: float | None = Field(default=None, gt=0, lt=5)
     """Allowed KL(reference‖compressed) above the noise floor, nats per token; none: no budget test."""
     alpha: Fraction = 0.01
-    """Probability of any false alarm, over all routes, both tests and the whole run."""
-    baseline_tokens: int = Field(default=20_000, ge=0, le=1_000_000)
-    """Tokens of each route that are the baseline of the change test; 0: no change test."""
+    """Probability of any false alarm, over all kinds of traffic, both tests and the whole run."""
+    baseline_requests: int | None = Field(default=150, ge=30, le=10_000)
+    """Requests of each kind of traffic that are its baseline for the change test; none: no change test."""
+    tolerance: float = Field(default=1.25, ge=1, le=10)
+    """Factor by which the differences of the logits of a kind may grow or shrink without being a change."""
     clear_after: int = Field(default=30, ge=1)
     """Consecutive requests without evidence of the change after which an alarm clears."""
 

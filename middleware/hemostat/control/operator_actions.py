@@ -172,9 +172,9 @@ class OperatorActions:
         """scope: None for all."""
         await self._execute_at_once("rollback", reason, scope)
 
-    async def rebase(self, route: str) -> dict[str, Any]:
-        """The route learns a new baseline for its alarm, at this replica: each has alarms of its own. Their report."""
-        self._alarms.rebase(route)
+    async def rebase(self, kind: str | None) -> dict[str, Any]:
+        """The kind (None: each) learns a new baseline, at this replica: each has alarms of its own. Their report."""
+        self._alarms.rebase(kind)
         return self._alarms.report()
 
     async def set_mode(self, mode: str) -> None:

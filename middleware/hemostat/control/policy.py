@@ -82,7 +82,9 @@ class PolicyPublisher:
             calibrated_models=None if served.calibrated is None else served.calibrated.scorable,
             default_model=served.pairs[0].name if served.pairs else "",
             replica=self._engines.replica,
-            serving_by_kind={} if version is None else dict.fromkeys((*profiles.kinds.followed, REST_KIND), version),
+            serving_by_kind={}
+            if version is None
+            else dict.fromkeys((*sorted(profiles.kinds.followed), REST_KIND), version),
             salt=self._salt(),
             client_header=self._settings.evidence.client_header,
             treat_unjudged=calibration.treat_unjudged,

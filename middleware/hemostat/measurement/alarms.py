@@ -1,8 +1,9 @@
 """The hemorrhage alarm while serving: feeds its tests, reports them, and logs and stores every change.
 
-Two tests on every route (see `hemostat_calibration.alarm`): *budget*, the divergence beyond the noise floor exceeds
-`alarm.budget_nats`; *change*, the stream differs from its first `alarm.baseline_tokens`. `alarm.alpha` is the
-false-alarm probability of all of them together, over the whole run.
+Two tests (see `hemostat_calibration.alarm`): *budget*, in each kind of traffic, the divergence beyond the noise floor
+exceeds `alarm.budget_nats`; *change*, over all kinds, requests differ from the first `alarm.baseline_requests` of their
+kinds. `alarm.alpha` is the false-alarm probability of all of them together, over the whole run. Beside them the mix of
+kinds is compared with what it was: information about the traffic, and no alarm.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hemostat.config import schema as config
+from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.figures import finite
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -27,6 +29,8 @@ from hemostat_calibration.statistics.confidence import ClippedMean
 log = logging.getLogger("hemostat.alarm")
 
 MAX_EVENTS = 100
+ALL_KINDS = "all"
+"""Names the change test, which is of all kinds together."""
 STATE_KEY = "alarm"
 """Of the state in the store."""
 SAVE_SECONDS = 60.0
@@ -52,7 +56,8 @@ class Alarms:
         self._settings = alarm.Settings(
             alpha=settings.alpha,
             budget=settings.budget_nats,
-            baseline_tokens=settings.baseline_tokens,
+            baseline_requests=settings.baseline_requests or 0,
+            tolerance=settings.tolerance,
             clear_after=settings.clear_after,
         )
         self._state = alarm.init(self._settings)
@@ -65,10 +70,10 @@ class Alarms:
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
-        """One scored request, its raw figures."""
-        now = self._wall()
-        observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record))
-        self._state = alarm.update(self._state, record.route, observation, self._noise_floor())
+        """One scored request that is a unit of its own, its raw figures."""
+        now, kind = self._wall(), record.kind or REST_KIND
+        observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record), pooled=kind == REST_KIND)
+        self._state = alarm.update(self._state, kind, observation, self._noise_floor())
         for reading in alarm.readings(self._state):
             self._note(reading)
         if now - self._saved_at >= SAVE_SECONDS:
@@ -83,15 +88,17 @@ class Alarms:
         """Upper end of what noise adds to the divergence, half of the sum of the noise floors (two noisy computations
         are compared in each), nats; infinite while one is unknown: the budget test then waits."""
         # Each has its part of what the budget test spends on limits; see `alarm`.
-        part = self._settings.alpha / (4.0 * max(len(self._noise_floors), 1))
+        part = self._settings.half_share / max(len(self._noise_floors), 1)
         highs = [floor.get(part).high if floor.requests else math.inf for floor in self._noise_floors.values()]
         unknown = any(high >= floor.cap for high, floor in zip(highs, self._noise_floors.values(), strict=False))
         return math.inf if unknown else 0.5 * sum(highs)
 
     def _note(self, reading: alarm.Reading) -> None:
-        key, raised = (reading.route, str(reading.kind)), reading.raised is not None
+        key, raised = (str(reading.test), reading.kind), reading.raised is not None
         if self._raised.get(key, False) != raised:
-            why = f"{reading.kind} alarm {'raised' if raised else 'cleared'} on {reading.route}"
+            why = f"{reading.test} alarm {'raised' if raised else 'cleared'}"
+            if reading.kind:
+                why += f" on {reading.kind}"
             event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": to_json(reading)}
             self.events.append(event)
             log.warning("%s", why)
@@ -100,15 +107,24 @@ class Alarms:
 
     # --- what operators do -----------------------------------------------------------------------------------------
 
-    def rebase(self, route: str) -> None:
-        """The route learns a new baseline. HemostatError for a route without a scored request."""
-        if route not in self._state.routes:
-            known = ", ".join(sorted(self._state.routes)) or "none yet"
-            raise HemostatError(f"route {route[:100]!r} is not watched; watched: {known}")
-        self._state = alarm.rebase(self._state, route)
+    def rebase(self, kind: str | None = None) -> None:
+        """The kind, or each kind, learns a new baseline. HemostatError for a kind without a scored request."""
+        if kind is not None and kind not in self._state.kinds:
+            known = ", ".join(sorted(self._state.kinds)) or "none yet"
+            raise HemostatError(f"kind {kind[:100]!r} is not watched; watched: {known}")
+        self._state = alarm.rebase(self._state, kind)
         for reading in alarm.readings(self._state):
             self._note(reading)
         self.save()
+
+    def forget(self) -> None:
+        """Other models are served or compared: nothing that was learned holds. Spent alpha stays spent."""
+        self._begin_anew(alarm.begun_tests(alarm.save(self._state)))
+        self.save()
+
+    def _begin_anew(self, tests: int) -> None:
+        self._state = alarm.init(self._settings, tests)
+        self._raised = {}
 
     # --- restarts --------------------------------------------------------------------------------------------------
 
@@ -122,63 +138,103 @@ class Alarms:
         them: the alpha that they spent is not spent again."""
         self.events.extend(reversed(events))
         if stored is None:
-            self._state = alarm.init(self._settings, tests)
+            self._begin_anew(tests)
             return
         try:
             self._state = alarm.load(stored.encode(), self._settings)
         except InvalidArgumentError as error:
             log.error("stored alarm: %s", error)
+            self._begin_anew(max(tests, alarm.begun_tests(stored.encode())))
             return
-        self._raised = {(r.route, str(r.kind)): r.raised is not None for r in alarm.readings(self._state)}
-
-    def forget(self) -> None:
-        """The models are others: every baseline is learned anew. Alpha that was spent stays spent."""
-        self._state = alarm.init(self._settings, self._state.tests)
-        self._raised.clear()
-        self.save()
+        self._raised = {(str(r.test), r.kind): r.raised is not None for r in alarm.readings(self._state)}
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """JSON-ready."""
-        floor = self._noise_floor()
         return {
             "raised": any(self._raised.values()),
             "alpha": self._settings.alpha,
             "budget_nats": self._settings.budget,
-            "floor_upper_nats": finite(floor),
+            "floor_upper_nats": finite(self._noise_floor()),
+            "tolerance": self._settings.tolerance,
             "clears_after_requests": self._settings.clear_after,
+            "waits_for": self._waits_for(),
             "tests": [to_json(reading) for reading in alarm.readings(self._state)],
+            "kinds": [
+                {
+                    "kind": reading.kind,
+                    "baseline_requests": reading.baseline_requests,
+                    "watched": reading.watched,
+                    "spread_ratio": reading.spread_ratio,
+                    "baseline_share": reading.baseline_share,
+                }
+                for reading in alarm.kind_readings(self._state)
+            ],
+            "workload": self._workload(),
             "events": list(reversed(self.events)),
+        }
+
+    def _waits_for(self) -> list[str]:
+        """What tests still need before they can raise an alarm, in words."""
+        needed = self._settings.baseline_requests
+        waits = [
+            f"baseline of {reading.kind!r}: {reading.baseline_requests} of {needed} requests"
+            for reading in alarm.kind_readings(self._state)
+            if not reading.watched and reading.kind != REST_KIND
+        ]
+        if self._settings.budget is not None and not math.isfinite(self._noise_floor()):
+            waits.append("noise floor, for the budget test")
+        return waits
+
+    def _workload(self) -> dict[str, Any]:
+        """The mix of kinds against that of the baseline: information, no alarm. spread_ratio: over all kinds, weighted
+        back to the mix of the baseline."""
+        mix = self._state.workload
+        return {
+            "baseline_requests": sum(mix.baseline.values()),
+            "baseline_needed": mix.size,
+            "changed": mix.changed(self._settings.alpha),
+            "distance": mix.distance,
+            "spread_ratio": alarm.weighted_spread_ratio(self._state),
         }
 
     def samples(self) -> Iterator[Sample]:
         for reading in alarm.readings(self._state):
-            labels = str(reading.kind), reading.route
+            labels = str(reading.test), reading.kind or ALL_KINDS
             yield Sample(names.HEMORRHAGE_ALARM, labels, float(reading.raised is not None))
             yield Sample(names.HEMORRHAGE_EVIDENCE_RATIO, labels, _part(reading))
-            if reading.kind is alarm.Kind.CHANGE:
-                yield Sample(names.ALARM_BASELINE_RATIO, (reading.route,), reading.learning)
+        for kind in alarm.kind_readings(self._state):
+            if kind.kind != REST_KIND:
+                learned = kind.baseline_requests / self._settings.baseline_requests
+                yield Sample(names.ALARM_BASELINE_RATIO, (kind.kind,), min(learned, 1.0))
+            if kind.spread_ratio is not None:
+                yield Sample(names.ALARM_SPREAD_RATIO, (kind.kind,), kind.spread_ratio)
+        if (ratio := alarm.weighted_spread_ratio(self._state)) is not None:
+            yield Sample(names.ALARM_SPREAD_RATIO, (ALL_KINDS,), ratio)
+        if (distance := self._state.workload.distance) is not None:
+            yield Sample(names.WORKLOAD_CHANGED, (), float(self._state.workload.changed(self._settings.alpha)))
+            yield Sample(names.WORKLOAD_DISTANCE_RATIO, (), distance)
 
 
 def _part(reading: alarm.Reading) -> float:
     if not math.isfinite(reading.alpha):
         return 0.0
-    return max(reading.log_evidence, 0.0) / math.log(2.0 / reading.alpha)
+    return max(reading.log_evidence, 0.0) / -math.log(reading.alpha)
 
 
 def to_json(reading: alarm.Reading) -> dict[str, Any]:
     """JSON-ready: `since`, `at` are Unix times of the request with which the evidence began, and completed it."""
     crossing = reading.raised
     return {
-        "route": reading.route,
-        "test": str(reading.kind),
+        "test": str(reading.test),
+        "kind": reading.kind or ALL_KINDS,
+        "begun": reading.number > 0,
         "raised": crossing is not None,
         "since": crossing.since if crossing else None,
         "at": crossing.at if crossing else None,
         "on_requests": crossing.requests if crossing else None,
         "on_tokens": crossing.tokens if crossing else None,
-        "learning": reading.learning,
         "evidence": _part(reading),
         "alpha": finite(reading.alpha),
         "requests": reading.requests,

@@ -42,6 +42,9 @@ NOISE_FLOOR_REQUESTS = "hemostat_noise_floor_requests_total"
 HEMORRHAGE_ALARM = "hemostat_hemorrhage_alarm"
 HEMORRHAGE_EVIDENCE_RATIO = "hemostat_hemorrhage_evidence_ratio"
 ALARM_BASELINE_RATIO = "hemostat_alarm_baseline_ratio"
+ALARM_SPREAD_RATIO = "hemostat_alarm_spread_ratio"
+WORKLOAD_CHANGED = "hemostat_workload_changed"
+WORKLOAD_DISTANCE_RATIO = "hemostat_workload_distance_ratio"
 
 # Calibration
 CALIBRATION_REQUESTS = "hemostat_calibration_requests_total"

@@ -41,20 +41,31 @@ BATCHES = (128, 24, 72)
 """Requests at once, in turn. With the batch, the shapes of the products and their rounding change, and a batch shrinks
 while its requests end."""
 LENGTHS = (32, 64, 96, 128)
-TEMPLATES = (
-    "Explain {} to a ten-year-old.",
-    "Write a short story about {}.",
-    "List five facts about {}.",
-    "What are the main arguments for and against {}?",
-    "Write an email to a colleague about {}.",
-    "Give me a step-by-step introduction to {}.",
-    "Summarize the history of {} in a few sentences.",
-    "Write a poem about {}.",
-    "What mistakes do beginners make with {}?",
-    "Compare {} with its nearest alternative.",
-    "Invent a dialogue between two friends about {}.",
-    "How would you teach {} in one hour?",
-)
+TEMPLATES = {
+    "prose": (
+        "Explain {} to a ten-year-old.",
+        "Write a short story about {}.",
+        "List five facts about {}.",
+        "What are the main arguments for and against {}?",
+        "Write an email to a colleague about {}.",
+        "Summarize the history of {} in a few sentences.",
+        "Write a poem about {}.",
+        "What mistakes do beginners make with {}?",
+    ),
+    "code": (
+        "Write a Python class that models {}, with type hints.",
+        "Write SQL that creates a table of facts about {} and inserts three rows.",
+        "Write a JavaScript function that prints a quiz about {}.",
+        "Write a C program that stores a list of words about {} and sorts it.",
+    ),
+    "json": (
+        'Answer only in JSON, with the keys "name", "summary" and "keywords": {}.',
+        "Return a JSON array of three objects about {}, each with a title and a year. No other text.",
+        "Describe {} as one JSON object with nested lists. Print only the JSON.",
+        'Give four questions about {} as JSON: [{{"question": ..., "answer": ...}}].',
+    ),
+}
+"""By the form of the answer that is asked for."""
 TOPICS = (
     *("photosynthesis", "bicycle repair", "the French Revolution", "sourdough bread", "black holes", "chess openings"),
     *("electric cars", "house cats", "compound interest", "the Roman Empire", "gardening", "jazz music", "volcanoes"),
@@ -65,11 +76,10 @@ TOPICS = (
 )
 
 
-def prompts() -> list[str]:
-    """Every template with every topic, in an order that mixes both."""
-    pairs = list(itertools.product(TEMPLATES, TOPICS))
-    order = np.random.default_rng(0).permutation(len(pairs))
-    return [pairs[n][0].format(pairs[n][1]) for n in order]
+def prompts() -> list[tuple[str, str]]:
+    """(form, prompt): every template with every topic, in an order that mixes all."""
+    pairs = [(form, text.format(topic)) for form, texts in TEMPLATES.items() for text in texts for topic in TOPICS]
+    return [pairs[n] for n in np.random.default_rng(0).permutation(len(pairs))]
 
 
 def decode(checkpoint: Path, folder: Path, first: int, requests: int, kv_cache: str) -> None:
@@ -105,7 +115,7 @@ def decode(checkpoint: Path, folder: Path, first: int, requests: int, kv_cache: 
     for numbers in batches:
         asked, sampling = [], []
         for n in numbers:
-            messages = [{"role": "user", "content": texts[n % len(texts)]}]
+            messages = [{"role": "user", "content": texts[n % len(texts)][1]}]
             asked.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
             most = int(np.random.default_rng(n).choice(LENGTHS))
             sampling.append(SamplingParams(temperature=1.0, seed=n, max_tokens=most, logprobs=TOP_K, detokenize=False))
@@ -122,6 +132,7 @@ def decode(checkpoint: Path, folder: Path, first: int, requests: int, kv_cache: 
         _write(
             folder / f"{numbers[0]}.npz",
             number=np.array(numbers),
+            form=np.array([texts[n % len(texts)][0] for n in numbers]),
             prompt_lengths=np.array([len(ids) for ids in asked]),
             lengths=np.array([len(ids) for ids in outputs]),
             prompt=np.concatenate(asked).astype(np.int32),

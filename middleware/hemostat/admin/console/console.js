@@ -164,39 +164,48 @@ $("explain").onclick = () => {
 
 function verdict(s) {
   const tests = s.alarm.tests, raised = tests.filter((t) => t.raised);
-  const watching = tests.filter((t) => t.test === "budget" ? s.alarm.floor_upper_nats !== null : t.learning >= 1);
+  const watching = tests.filter((t) => t.begun), waits = s.alarm.waits_for;
   document.title = raised.length ? "ALARM – Hemostat" : "Hemostat";  // visible in a background tab
   $("todo").hidden = !raised.length;
   $("todo").href = raised.some((t) => t.test === "budget") ? "runbook#hemostathemorrhage" : "runbook#hemostatmodelchanged";
   const kind = (k) => { if ($("verdict").className !== `verdict ${k}`) $("verdict").className = `verdict ${k}`; };
   if (raised.length) {
     kind("bad");
-    say("alarm", raised.map((t) => `ALARM on ${t.route} (${t.test}) since ${when(t.since)}`).join("; "));
+    say("alarm", raised.map((t) => `ALARM ${t.kind === "all" ? "" : `on ${t.kind} `}(${t.test}) since ${when(t.since)}`).join("; "));
     const first = Math.min(...raised.map((t) => t.since));
     say("alarm-sub", `for ${lasted(s.at - first)}; clears after ${plural(s.alarm.clears_after_requests, "consecutive normal request")}`);
   } else if (watching.length) {
     kind("good");
     say("alarm", "No alarm");
-    say("alarm-sub", `${plural(watching.length, "test")} active; probability of any false alarm at most ${percent(s.alarm.alpha)}`);
+    say("alarm-sub", `${plural(watching.length, "test")} active; probability of any false alarm at most ${percent(s.alarm.alpha)}${waiting(waits)}`);
   } else {
     kind("wait");
-    say("alarm", tests.length ? "No alarm yet: learning the baseline" : "No data yet");
-    say("alarm-sub", tests.length ? "" : "no request has been scored");
+    say("alarm", s.alarm.kinds.length || waits.length ? "No alarm yet: learning the baseline" : "No data yet");
+    say("alarm-sub", s.alarm.kinds.length || waits.length ? waiting(waits).slice(2) : "no request has been scored");
   }
-  table("tests", "Tests", ["route", "state", "test", "evidence", "relative to the alarm level", "since", "data", "action"], tests.map((t) => {
-    const learning = t.test === "change" && t.learning < 1;
+  table("tests", "Tests", ["test", "kind", "state", "evidence", "relative to the alarm level", "since", "data"], tests.map((t) => {
     const state = document.createElement("span");
-    state.textContent = t.raised ? "raised" : learning ? `learning ${percent(t.learning, 0)}` : t.test === "budget" && s.alarm.floor_upper_nats === null ? "waits for the noise floor" : "active";
-    state.className = t.raised ? "bad-text" : state.textContent === "active" ? "good-text" : "wait-text";
-    return [t.route, state, t.test === "budget" ? `budget ${nats(s.alarm.budget_nats)} nats` : t.test, percent(t.evidence, 0), part(t.evidence, t.raised), when(t.since),
-      t.raised ? `${whole(t.on_tokens)} tokens of ${plural(t.on_requests, "request")}` : plural(t.requests, "request"),
-      t.test === "change" ? button("Accept as baseline", `Accept ${t.route} as baseline`, "Accept as the new baseline?",
-        `The next tokens of ${t.route} become its baseline; a raised alarm ends.`, "api/v1/alarm/rebase", { route: t.route }) : ""];
-  }), "none yet: a test begins with the first scored request of a route");
+    state.textContent = t.raised ? "raised" : t.begun ? "active" : "learning the baseline";
+    state.className = t.raised ? "bad-text" : t.begun ? "good-text" : "wait-text";
+    return [t.test === "budget" ? `budget ${nats(s.alarm.budget_nats)} nats` : t.test, t.kind, state, percent(t.evidence, 0), part(t.evidence, t.raised), when(t.since),
+      t.raised ? `${whole(t.on_tokens)} tokens of ${plural(t.on_requests, "request")}` : plural(t.requests, "request")];
+  }), "none yet: a test begins with the first complete baseline");
+  const mix = s.alarm.workload, needed = mix.baseline_needed;
+  table("baselines", "Baselines", ["kind", "baseline", "spread, of the baseline's", "part of the baseline's mix", "action"], [
+    ...s.alarm.kinds.map((k) => [k.kind, k.watched ? "complete" : k.kind === "rest" ? "not tested: several kinds" : `${whole(k.baseline_requests)} of ${plural(needed, "request")}`,
+      k.spread_ratio === null ? NONE : `×${k.spread_ratio.toFixed(2)}`, percent(k.baseline_share, 0),
+      button("Accept as baseline", `Accept ${k.kind} as baseline`, "Accept as the new baseline?",
+        `The next ${plural(needed, "request")} of this kind become its baseline; a raised change alarm ends.`, "api/v1/alarm/rebase", { kind: k.kind })]),
+    ...(s.alarm.kinds.length > 1 ? [["all, in the baseline's mix", mix.changed ? "the mix of kinds has changed (no alarm)" : NONE, mix.spread_ratio === null ? NONE : `×${mix.spread_ratio.toFixed(2)}`, "",
+      button("Accept all as baseline", "Accept all kinds as baseline", "Accept all as the new baseline?",
+        `The next ${plural(needed, "request")} of each kind become its baseline; a raised change alarm ends.`, "api/v1/alarm/rebase", {})]] : []),
+  ], "none yet: no request has been scored");
 }
 
 /** A finite-sample interval: it holds for any number of requests; null is "wider than half of the figure's range". */
 const certain = (ends) => ends ? range(ends) : "not enough requests";
+
+const waiting = (waits) => waits.length ? `; waits for: ${waits.slice(0, 3).join(", ")}${waits.length > 3 ? ` and ${waits.length - 3} more` : ""}` : "";
 
 function divergence(s) {
   verdict(s);

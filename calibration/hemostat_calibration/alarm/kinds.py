@@ -1,0 +1,355 @@
+"""The alarm over all kinds of traffic: one false-alarm probability for all tests and the whole run.
+
+`alpha` is shared out equally between the tests that are in use. Of its share the budget test gives half to the limit of
+the noise floor and half to the bets: the k-th budget test that was ever begun (one for each kind, begun anew after an
+alarm) has the part 1/(k(k+1)) of that. The change test gives half to the limits of baselines, of which the i-th ever
+completed has the part 1/(i(i+1)), and half to the bets: its k-th test has the part 1/(k(k+1)).
+
+An alarm *clears* after `clear_after` requests on which freshly funded bets lost wealth; then a new test begins. A
+change that is meant to stay is made the new baseline by `rebase`.
+
+Kinds are the caller's, who bounds their number. Each takes 24 bytes for a request of its baseline until that is
+complete, and a kilobyte afterwards; beyond `MAX_KINDS`, the one whose last request is longest ago is forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+
+from hemostat_calibration.alarm.baseline import (
+    MIN_BASELINE_REQUESTS,
+    Baseline,
+    RequestSpread,
+    fit_baseline,
+    request_spread,
+)
+from hemostat_calibration.alarm.betting import Crossing, log_sum_exp
+from hemostat_calibration.alarm.budget import BudgetTest
+from hemostat_calibration.alarm.change import ChangeTest
+from hemostat_calibration.alarm.workload import Workload
+from hemostat_calibration.arrays import Floats
+from hemostat_calibration.errors import InvalidArgumentError
+
+MAX_KINDS = 128
+
+RECENT_REQUESTS = 30
+"""About so many requests make up the recent level of a kind."""
+
+
+class AlarmTest(StrEnum):
+    """Of the two tests."""
+
+    BUDGET = "budget"
+    CHANGE = "change"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Raises InvalidArgumentError on a bad value.
+
+    alpha: probability of any false alarm, over all kinds, both tests and the whole run.
+    budget: allowed divergence above the noise floor, nats per token; None: no budget tests.
+    cap: nats, where divergences are clipped. max_tokens: weight of a request in the budget test is that of at most so
+        many tokens. baseline_requests: of each kind that the change test learns from before it tests; 0: no change
+        test. tolerance: factor by which all spreads of a kind may grow or shrink without being evidence, 1 or more.
+        clear_after: requests after which an alarm may clear.
+    """
+
+    alpha: float = 0.01
+    budget: float | None = None
+    cap: float = 5.0
+    max_tokens: int = 256
+    baseline_requests: int = 150
+    tolerance: float = 1.25
+    clear_after: int = 30
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.alpha < 1.0:
+            raise InvalidArgumentError(f"alpha is {self.alpha}: it must be between 0 and 1")
+        if self.budget is not None and not 0.0 < self.budget < self.cap:
+            raise InvalidArgumentError(f"budget is {self.budget}: it must be between 0 and the cap of {self.cap}")
+        if not math.isfinite(self.cap):
+            raise InvalidArgumentError(f"cap is {self.cap}: it must be finite")
+        if self.max_tokens < 1 or self.clear_after < 1:
+            raise InvalidArgumentError("max_tokens and clear_after must be 1 or more")
+        if self.baseline_requests and self.baseline_requests < MIN_BASELINE_REQUESTS:
+            raise InvalidArgumentError(
+                f"baseline_requests is {self.baseline_requests}: it must be 0 or at least {MIN_BASELINE_REQUESTS}"
+            )
+        if not (1.0 <= self.tolerance < math.inf):
+            raise InvalidArgumentError(f"tolerance is {self.tolerance}: it must be a factor of 1 or more")
+
+    @property
+    def half_share(self) -> float:
+        """Half of the alpha that each test in use has: for its bets, and as much for its limits."""
+        return self.alpha / (4.0 if self.budget is not None and self.baseline_requests else 2.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observation:
+    """One scored request of a kind: one of the units that are independent of each other, like conversations.
+
+    now: seconds, of any clock that does not go back. divergences: float64 [T], nats, the figure of the budget.
+    spreads: float64 [T], nats (`spread`). NaN where not available. pooled: of a kind that stands for several rare ones;
+    their mix may change without being seen, so it takes no part in the change test.
+    """
+
+    now: float
+    divergences: Floats
+    spreads: Floats
+    pooled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The state of one test.
+
+    kind: of a budget test; "" for the change test, which is of all kinds. raised: the evidence of the alarm; None when
+        there is none. log_evidence: ln of the wealth; it alarms at ln(1/alpha). alpha: that the bets of this test
+        spend; NaN before it begins. number: among all tests of its sort that were begun, 0 before. requests, tokens:
+        that it has seen.
+    """
+
+    test: AlarmTest
+    kind: str
+    raised: Crossing | None
+    log_evidence: float
+    alpha: float
+    number: int
+    requests: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class KindReading:
+    """What is known of one kind.
+
+    baseline_requests: of its baseline so far. watched: whether that is complete, and the kind is part of the change
+        test. spread_ratio: its recent spread (geometric mean over requests, about `RECENT_REQUESTS` of them), as a
+        factor of its baseline's; None before it is watched. baseline_share: its part of the baseline's mix.
+    """
+
+    kind: str
+    baseline_requests: int
+    watched: bool
+    spread_ratio: float | None
+    baseline_share: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunningTest:
+    """number: among all of its sort that were begun.
+
+    recovery_log_wealth: float64 [S]; after a crossing, ln of what each strategy made of 1 in the current window.
+    recovery_requests: of that window so far.
+    """
+
+    test: BudgetTest | ChangeTest
+    number: int
+    recovery_log_wealth: Floats | None = None
+    recovery_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KindState:
+    """Of one kind.
+
+    learning: float64 [R, 3], requests of the baseline so far (`RequestSpread.row`), until there are enough.
+    recent_level: moving average of the levels since, relative to the baseline's. last: time of its last request.
+    """
+
+    budget: RunningTest | None = None
+    learning: Floats = field(default_factory=lambda: np.zeros((0, 3)))
+    baseline: Baseline | None = None
+    recent_level: float = 0.0
+    recent_requests: int = 0
+    last: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alarm:
+    """The alarm of all kinds. budget_tests, change_tests, baselines: how many were ever begun, or completed."""
+
+    settings: Settings
+    budget_tests: int = 0
+    change_tests: int = 0
+    baselines: int = 0
+    change: RunningTest | None = None
+    kinds: Mapping[str, KindState] = field(default_factory=dict)
+    workload: Workload = field(default_factory=lambda: Workload(0))
+
+
+def init(settings: Settings, tests: int = 0) -> Alarm:
+    """Before the first request. tests: how many an earlier part of the same run may have begun of any sort; the alpha
+    that they spent is not spent again.
+
+    >>> kind_readings(init(Settings(budget=0.1)))
+    []
+    """
+    return Alarm(settings, tests, tests, tests, workload=Workload(settings.baseline_requests))
+
+
+def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float = 0.0) -> Alarm:
+    """Add one scored request of a kind. noise_floor: nats per token, see `BudgetTest.update`.
+
+    >>> alarm = init(Settings(budget=0.1, baseline_requests=0))
+    >>> for now in range(40):
+    ...     alarm = update(alarm, "chat", Observation(float(now), np.full(256, 0.5), np.full(256, np.nan)))
+    >>> [(reading.test.value, reading.raised is not None) for reading in readings(alarm)]
+    [('budget', True)]
+    """
+    kinds = dict(alarm.kinds)
+    state = kinds.pop(kind, KindState())
+    while len(kinds) >= MAX_KINDS:
+        del kinds[min(kinds, key=lambda name: kinds[name].last)]
+    state = replace(state, last=observation.now)
+    alarm, state = _update_budget(alarm, state, observation, noise_floor)
+    request = request_spread(observation.spreads) if alarm.settings.baseline_requests else None
+    if request is not None:
+        alarm = replace(alarm, workload=alarm.workload.update(kind))
+        if not observation.pooled:
+            alarm, state = _update_change(alarm, state, request, observation.now)
+    return replace(alarm, kinds={**kinds, kind: state})
+
+
+def _update_budget(
+    alarm: Alarm, state: KindState, observation: Observation, noise_floor: float
+) -> tuple[Alarm, KindState]:
+    settings, running = alarm.settings, state.budget
+    if settings.budget is None or not math.isfinite(noise_floor) or np.isnan(observation.divergences).all():
+        return alarm, state
+    if running is None or _cleared(running, settings):
+        number = alarm.budget_tests + 1
+        alarm = replace(alarm, budget_tests=number)
+        alpha = settings.half_share / (number * (number + 1))
+        running = RunningTest(BudgetTest(settings.budget, settings.cap, settings.max_tokens, alpha), number)
+    test = running.test
+    assert isinstance(test, BudgetTest)
+    if test.crossing is None:
+        running = replace(running, test=test.update(observation.divergences, noise_floor, observation.now))
+    else:
+        factors = test.log_factors(observation.divergences, noise_floor)
+        running = _observe_recovery(running, factors, settings.clear_after)
+    return alarm, replace(state, budget=running)
+
+
+def _update_change(alarm: Alarm, state: KindState, request: RequestSpread, now: float) -> tuple[Alarm, KindState]:
+    settings, baseline = alarm.settings, state.baseline
+    if baseline is None:
+        learning = np.concatenate([state.learning, [request.row()]])
+        if len(learning) < settings.baseline_requests:
+            return alarm, replace(state, learning=learning)
+        number = alarm.baselines + 1
+        fitted = fit_baseline(learning, settings.half_share / (number * (number + 1)))
+        return replace(alarm, baselines=number), replace(state, learning=KindState().learning, baseline=fitted)
+    count = state.recent_requests + 1
+    moved = (request.level - baseline.level - state.recent_level) / min(count, RECENT_REQUESTS)
+    state = replace(state, recent_level=state.recent_level + moved, recent_requests=count)
+    running = alarm.change
+    if running is None or _cleared(running, settings):
+        alarm, running = _begin_change(alarm)
+    test = running.test
+    assert isinstance(test, ChangeTest)
+    if test.crossing is None:
+        running = replace(running, test=test.update(baseline, request, now))
+    else:
+        running = _observe_recovery(running, test.log_factors(baseline, request), settings.clear_after)
+    return replace(alarm, change=running), state
+
+
+def _begin_change(alarm: Alarm) -> tuple[Alarm, RunningTest]:
+    settings, number = alarm.settings, alarm.change_tests + 1
+    alpha = settings.half_share / (number * (number + 1))
+    return replace(alarm, change_tests=number), RunningTest(ChangeTest(alpha, settings.tolerance), number)
+
+
+def _observe_recovery(running: RunningTest, log_factors: Floats, window: int) -> RunningTest:
+    """Add one request after a crossing. A window that did not lose wealth is followed by the next."""
+    begun = running.recovery_log_wealth is None or running.recovery_requests >= window
+    before = np.zeros(len(log_factors)) if begun or running.recovery_log_wealth is None else running.recovery_log_wealth
+    return replace(
+        running,
+        recovery_log_wealth=before + log_factors,
+        recovery_requests=1 if begun else running.recovery_requests + 1,
+    )
+
+
+def _cleared(running: RunningTest, settings: Settings) -> bool:
+    if running.recovery_log_wealth is None or running.recovery_requests < settings.clear_after:
+        return False
+    return float(log_sum_exp(running.recovery_log_wealth[:, None])[0]) <= math.log(len(running.recovery_log_wealth))
+
+
+def rebase(alarm: Alarm, kind: str | None = None) -> Alarm:
+    """Begin a new baseline of `kind`, or of all kinds and of their mix, learned from the next requests. An alarm of the
+    change test is dropped, and its next test begins.
+
+    >>> alarm = update(init(Settings()), "chat", Observation(0.0, np.full(8, 0.1), np.full(8, 0.1)))
+    >>> kind_readings(alarm)[0].baseline_requests, kind_readings(rebase(alarm, "chat"))[0].baseline_requests
+    (1, 0)
+    """
+    kinds = {
+        name: KindState(budget=state.budget, last=state.last) if kind in {None, name} else state
+        for name, state in alarm.kinds.items()
+    }
+    raised = alarm.change is not None and alarm.change.test.crossing is not None
+    workload = Workload(alarm.settings.baseline_requests) if kind is None else alarm.workload
+    return replace(alarm, kinds=kinds, change=None if raised else alarm.change, workload=workload)
+
+
+def readings(alarm: Alarm) -> list[Reading]:
+    """The state of every test: the change test, also before it begins, then the budget tests in the order of kinds.
+
+    >>> alarm = update(init(Settings(budget=0.1)), "chat", Observation(0.0, np.full(8, 0.1), np.full(8, 0.1)))
+    >>> [(reading.test.value, reading.kind, reading.number) for reading in readings(alarm)]
+    [('change', '', 0), ('budget', 'chat', 1)]
+    """
+    found = [_reading(AlarmTest.CHANGE, "", alarm.change)] if alarm.settings.baseline_requests else []
+    budgets = [(kind, alarm.kinds[kind].budget) for kind in sorted(alarm.kinds)]
+    return found + [_reading(AlarmTest.BUDGET, kind, running) for kind, running in budgets if running is not None]
+
+
+def _reading(test: AlarmTest, kind: str, running: RunningTest | None) -> Reading:
+    if running is None:
+        return Reading(test, kind, None, 0.0, math.nan, 0, 0, 0)
+    wealth = running.test.wealth
+    return Reading(
+        test=test,
+        kind=kind,
+        raised=running.test.crossing,
+        log_evidence=wealth.log_evidence,
+        alpha=running.test.alpha,
+        number=running.number,
+        requests=wealth.requests,
+        tokens=wealth.tokens,
+    )
+
+
+def kind_readings(alarm: Alarm) -> list[KindReading]:
+    """Of every kind, by name; nothing without a change test."""
+    needed = alarm.settings.baseline_requests
+    return [
+        KindReading(
+            kind=kind,
+            baseline_requests=len(state.learning) if state.baseline is None else state.baseline.requests,
+            watched=state.baseline is not None,
+            spread_ratio=math.exp(state.recent_level) if state.recent_requests else None,
+            baseline_share=alarm.workload.share(kind),
+        )
+        for kind, state in sorted(alarm.kinds.items())
+        if needed
+    ]
+
+
+def weighted_spread_ratio(alarm: Alarm) -> float | None:
+    """The recent spread as a factor of the baseline's (geometric mean), over all kinds that are watched, each weighted
+    by its part of the *baseline's* mix: what it would be had only the model changed, and not the traffic. None while
+    the mix of the baseline is not known."""
+    known = [(r.baseline_share, math.log(r.spread_ratio)) for r in kind_readings(alarm) if r.spread_ratio is not None]
+    total = sum(share for share, _ in known)
+    return math.exp(sum(share * level for share, level in known) / total) if total else None

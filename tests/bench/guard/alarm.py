@@ -1,0 +1,264 @@
+"""The alarm's false-alarm probability, workload shifts, and how soon a change is found.
+
+Each life has a baseline of `Settings.baseline_requests` of each kind, then `REQUESTS` requests that are tested; it
+counts when an alarm is raised in them. Simulated requests: the logarithm of a token's spread has a standard deviation
+of 0.3, neighbouring tokens are correlated, and the whole request is off by a normal effect (log-sd of its *spread*; a
+divergence is about the square of a spread, so its log-sd is twice as large). Real requests: `alarm_levels.csv`, what
+`make bench-alarm` collected from a real vLLM, drawn with replacement.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat_calibration.alarm import BudgetTest, Settings, Workload, fit_baseline
+from hemostat_calibration.alarm.baseline import LOG_WEIGHTS, STRATEGIES
+from hemostat_calibration.alarm.betting import log_sum_exp
+
+from . import Row, count_row
+
+NAME = "alarm"
+TAKES = "about 3 minutes"
+
+SETTINGS = Settings()
+REQUESTS = 500
+EFFECTS = (0.05, 0.1, 0.15, 0.2, 0.3)
+SHORT, LONG = (40, 200), (300, 900)
+SHIFTS = (1.03, 1.1, 1.2)
+CHANGES = {"w4a16": 6, "w8a8": 15, "prune10": None, "kv_fp8": None}
+"""Served instead of the reference -> requests until the alarm, median, that are allowed."""
+LEVELS = Path(__file__).parent / "alarm_levels.csv"
+
+Array = npt.NDArray[np.float64]
+
+
+# --- requests as rows: level, tokens, contrast ---------------------------------------------------------------------
+
+
+def simulated(
+    rng: np.random.Generator, count: int, effects: Array, lengths: tuple[int, int], factor: float = 1.0
+) -> Array:
+    """float64 [count, 3] of requests with these effects; lengths: fewest and most tokens. factor: of the spread."""
+    tokens = rng.integers(lengths[0], lengths[1] + 1, count)
+    ends = tokens.cumsum()
+    noise = rng.standard_normal(int(ends[-1]) + 1)
+    logs = 0.3 * (0.95 * noise[1:] + 0.3 * noise[:-1])
+    starts = ends - tokens
+    halves = tokens // 2
+    sums = np.add.reduceat(logs, np.stack([starts, starts + halves], axis=1).ravel()).reshape(-1, 2)
+    levels = sums.sum(axis=1) / tokens + math.log(0.07 * factor) + effects
+    contrasts = sums[:, 0] / halves - sums[:, 1] / (tokens - halves)
+    return np.stack([levels, tokens.astype(np.float64), contrasts], axis=1)
+
+
+def normal_effects(rng: np.random.Generator, count: int, size: float) -> Array:
+    return size * rng.standard_normal(count)
+
+
+def heavy_effects(rng: np.random.Generator, count: int, size: float) -> Array:
+    """Student's t with two degrees of freedom: of 500 requests about ten are off by more than seven times `size`."""
+    return size * rng.standard_t(2, count)
+
+
+def real(path: Path = LEVELS) -> dict[str, dict[str, Array]]:
+    """Change -> form of the answer -> float64 [R, 3]."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            values = [float(row["level"]), float(row["tokens"]), float(row["contrast"])]
+            found.setdefault(row["change"], {}).setdefault(row["form"], []).append(values)
+    return {
+        change: {form: np.array(values) for form, values in sorted(forms.items())} for change, forms in found.items()
+    }
+
+
+# --- a life of the change test -------------------------------------------------------------------------------------
+
+
+def log_evidence(factors: Array) -> Array:
+    """What `ChangeTest` has after each request: factors [R, S], ln -> [R]. The same as one `bet` after the other."""
+    before = np.concatenate([np.zeros((1, factors.shape[1])), factors.cumsum(axis=0)])
+    k = np.arange(1.0, len(factors) + 1.0)
+    funded = LOG_WEIGHTS - np.log(k * (k + 1.0))[:, None]
+    wealth = np.logaddexp.accumulate(funded - before[:-1], axis=0) + before[1:]
+    return np.logaddexp(log_sum_exp(wealth.T), -np.log(k + 1.0))
+
+
+def crossing(kinds: npt.NDArray[np.int64], rows: Array, settings: Settings = SETTINGS) -> int | None:
+    """Position of the request with which the first change test alarms; kinds [R], rows [R, 3] in order of arrival."""
+    factors = np.full((len(rows), STRATEGIES), np.nan)
+    number = settings.baseline_requests
+    of_kind = [np.flatnonzero(kinds == kind) for kind in range(int(kinds.max()) + 1)]
+    complete = sorted((at for at in of_kind if len(at) > number), key=lambda at: at[number - 1])
+    for count, at in enumerate(complete, 1):
+        baseline = fit_baseline(rows[at[:number]], settings.half_share / (count * (count + 1)))
+        later = at[number:]
+        factors[later] = baseline.log_factors(rows[later, 0], rows[later, 1], settings.tolerance)
+    bets = np.flatnonzero(~np.isnan(factors[:, 0]))
+    if not len(bets):
+        return None
+    over = np.flatnonzero(log_evidence(factors[bets]) >= math.log(2.0 / settings.half_share))
+    return int(bets[over[0]]) if len(over) else None
+
+
+def alarms(
+    lives: int,
+    seed: int,
+    life: Callable[[np.random.Generator], tuple[npt.NDArray[np.int64], Array]],
+    settings: Settings = SETTINGS,
+) -> int:
+    """How many lives raise an alarm."""
+    drawn = (life(np.random.default_rng((seed, number))) for number in range(lives))
+    return sum(crossing(kinds, requests, settings) is not None for kinds, requests in drawn)
+
+
+def one_kind(*parts: Array) -> tuple[npt.NDArray[np.int64], Array]:
+    rows = np.concatenate(parts)
+    return np.zeros(len(rows), np.int64), rows
+
+
+def false_alarms(case: str, lives: int, found: int) -> Row:
+    return count_row(case, found, lives, SETTINGS.alpha)
+
+
+def rows(lives: int, seed: int) -> Iterator[Row]:
+    baseline = SETTINGS.baseline_requests
+    for lengths in (SHORT, LONG):
+        for effect in EFFECTS:
+
+            def null(
+                rng: np.random.Generator, effect: float = effect, lengths: tuple[int, int] = lengths
+            ) -> tuple[npt.NDArray[np.int64], Array]:
+                count = baseline + REQUESTS
+                return one_kind(simulated(rng, count, normal_effects(rng, count, effect), lengths))
+
+            name = f"no change, request effects {effect}, {lengths[0]} to {lengths[1]} tokens"
+            yield false_alarms(name, lives, alarms(lives, seed, null))
+    for factor in SHIFTS:
+
+        def shifted(rng: np.random.Generator, factor: float = factor) -> tuple[npt.NDArray[np.int64], Array]:
+            effects = normal_effects(rng, baseline + REQUESTS, 0.15)
+            return one_kind(
+                simulated(rng, baseline, effects[:baseline], SHORT),
+                simulated(rng, REQUESTS, effects[baseline:], SHORT, factor),
+            )
+
+        yield false_alarms(f"workload shift, spread ×{factor}", lives, alarms(lives, seed, shifted))
+
+    def heavy(rng: np.random.Generator) -> tuple[npt.NDArray[np.int64], Array]:
+        count = baseline + REQUESTS
+        return one_kind(simulated(rng, count, heavy_effects(rng, count, 0.1), SHORT))
+
+    yield false_alarms("no change, heavy-tailed requests", lives, alarms(lives, seed, heavy))
+    for before, after in ((SHORT, (8, 40)), (SHORT, LONG)):
+
+        def longer(
+            rng: np.random.Generator, before: tuple[int, int] = before, after: tuple[int, int] = after
+        ) -> tuple[npt.NDArray[np.int64], Array]:
+            effects = normal_effects(rng, baseline + REQUESTS, 0.1)
+            return one_kind(
+                simulated(rng, baseline, effects[:baseline], before),
+                simulated(rng, REQUESTS, effects[baseline:], after),
+            )
+
+        name = f"workload shift, answers of {before[0]} to {before[1]} tokens become {after[0]} to {after[1]}"
+        yield false_alarms(name, lives, alarms(lives, seed, longer))
+    yield from real_shifts(lives, seed)
+    yield from delays(lives, seed)
+    yield mix_row(lives, seed)
+    yield budget_row(lives, seed)
+
+
+def real_shifts(lives: int, seed: int) -> Iterator[Row]:
+    """W4A16 is served all the time; from request to request the traffic turns from one form of answers into another."""
+    pools = real()["w4a16"]
+    for one, other in (("prose", "code"), ("code", "json"), ("json", "prose")):
+        for apart in (True, False):
+
+            def turning(
+                rng: np.random.Generator, one: str = one, other: str = other, apart: bool = apart
+            ) -> tuple[npt.NDArray[np.int64], Array]:
+                # Kinds that the relay knows apart have baselines of their own; then the mix turns.
+                begin = SETTINGS.baseline_requests
+                later = rng.random(REQUESTS) < np.linspace(0.0, 1.0, REQUESTS)
+                forms = np.concatenate([np.repeat([0, 1], [begin, begin if apart else 0]), later.astype(np.int64)])
+                values = mixed(rng, [pools[one], pools[other]], forms)
+                return (forms if apart else np.zeros(len(forms), np.int64)), values
+
+            found = alarms(lives, seed, turning)
+            name = f"real W4A16, {one} turns into {other}" + ("" if apart else ", both in one kind")
+            yield false_alarms(name, lives, found)
+
+
+def delays(lives: int, seed: int) -> Iterator[Row]:
+    """The reference is served, then something else in its place; 150 requests of each form, 20 or 500 more, then the
+    change."""
+    pools = real()
+    forms = list(pools["null"])
+    begin = len(forms) * SETTINGS.baseline_requests
+    for change, most in CHANGES.items():
+        for before in (20, 500):
+            found: list[tuple[float, float]] = []
+            for number in range(max(lives // 2, 20)):
+                rng = np.random.default_rng((seed, number))
+                kinds = np.concatenate([np.arange(begin) % len(forms), rng.integers(len(forms), size=before + 150)])
+                requests = mixed(rng, [pools["null"][form] for form in forms], kinds)
+                later = begin + before
+                requests[later:] = mixed(rng, [pools[change][form] for form in forms], kinds[later:])
+                at = crossing(kinds, requests)
+                if at is None:
+                    found.append((math.inf, math.inf))
+                elif at >= later:
+                    found.append((at + 1 - later, requests[later : at + 1, 1].sum()))
+            middle, tokens = np.quantile(found, 0.5, axis=0, method="higher")
+            late, _ = np.quantile(found, 0.95, axis=0, method="higher")
+            limited = most is not None and before == 20
+            yield Row(
+                f"{change} instead of the reference, after {before} tested requests",
+                f"median {middle:.0f} requests (95 %: {late:.0f}), {tokens:.0f} tokens",
+                f"median <= {most} requests" if limited else "reported",
+                most is None or not limited or bool(middle <= most),
+            )
+
+
+def mixed(rng: np.random.Generator, pools: list[Array], kinds: npt.NDArray[np.int64]) -> Array:
+    """A request of the pool of each kind, drawn with replacement."""
+    sizes = np.array([len(pool) for pool in pools])
+    starts = np.concatenate([[0], sizes.cumsum()[:-1]])
+    at = (rng.random(len(kinds)) * sizes[kinds]).astype(np.int64)
+    rows: Array = np.concatenate(pools)[starts[kinds] + at]
+    return rows
+
+
+def mix_row(lives: int, seed: int) -> Row:
+    """Whether a mix of five kinds that stays is called another one."""
+    found = 0
+    for number in range(lives):
+        rng = np.random.default_rng((seed, number))
+        mix = Workload(SETTINGS.baseline_requests)
+        wrong = False
+        for kind in rng.choice(5, p=[0.5, 0.3, 0.15, 0.04, 0.01], size=SETTINGS.baseline_requests + REQUESTS):
+            mix = mix.update(str(kind))
+            wrong = wrong or mix.changed(SETTINGS.alpha)
+        found += wrong
+    return false_alarms("workload: the mix of kinds stays", lives, found)
+
+
+def budget_row(lives: int, seed: int) -> Row:
+    """The mean is exactly what is allowed; long requests are the good ones; a heavy tail."""
+    found = 0
+    for number in range(lives):
+        rng = np.random.default_rng((seed, number))
+        test = BudgetTest(budget=0.2, cap=5.0, max_tokens=64, alpha=SETTINGS.alpha / 2)
+        for _ in range(REQUESTS // 2):
+            level = rng.choice([0.1, 0.4])
+            size = 48 if level == 0.1 else 24
+            test = test.update(level * rng.lognormal(-0.5, 1.0) * rng.exponential(1.0, size), noise_floor=0.0)
+        found += test.crossing is not None
+    return false_alarms("budget: the divergence is exactly what is allowed", lives, found)
