@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hemostat.config.schema import Settings
 from hemostat.learner.embedding import load as load_embedding
+from hemostat.reference import make_references
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
@@ -73,6 +75,30 @@ def direct(folder: Path, prompt: Any, output: Any) -> Any:
         logits = model(input_ids=sequence).logits[0]
     start = len(prompt) - 1
     return torch.log_softmax(logits[start : start + len(output)].double(), -1).numpy()
+
+
+async def test_models_have_processes_of_their_own_which_start_when_they_are_needed(tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.from_pretrained(tiny)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(other)
+    models = {"a": str(tiny), "b": str(other), "a-int8": str(tiny)}
+    reference = {"backend": "transformers", "models": models, "threads": 1}
+    references = make_references(Settings.model_validate({"upstream": {"url": "http://a"}, "reference": reference}))
+    assert references is not None
+    try:
+        found = {name: references.of(name, is_first=name == "a") for name in (*models, "c")}
+        assert found["c"] is None
+        assert found["a"] is found["a-int8"]
+        assert [one._worker for one in references if isinstance(one, TransformersReference)] == [None, None]
+        asked = request_of(3, 6, 4, 3)
+        for name, folder in (("a", tiny), ("b", other)):
+            one = found[name]
+            assert isinstance(one, TransformersReference)
+            await one.start()
+            check(await one.score(*asked), direct(folder, *asked[:2]), asked[1], asked[2], 0.05)
+    finally:
+        await references.close()
 
 
 def check(scores: ReferenceScores, logprobs: Any, output: Any, ids: Any, atol: float) -> None:
