@@ -326,6 +326,16 @@ def test_what_no_longer_helps_is_rolled_back_at_the_windows_end():
     assert guard.evidence(WATCH, "a").test == 2
 
 
+def test_a_window_ends_where_only_one_client_is_left():
+    """Nearly all that it sends is refused; that does not keep what serves for ever."""
+    guard = serving(window=100)
+    count(guard, WATCH, "a", gains(0, 0.06, n=40), clients=4)
+    decision, n = count(guard, WATCH, "a", [0.0] * 400, first=1000, clients=1)
+    assert (decision.reason, n) == (Reason.UNSUPPORTED, 2)
+    found = guard.evidence(WATCH, "a")
+    assert (found.units, found.units + found.refused) == (42, 400)
+
+
 def test_support_within_a_window_lasts_to_its_end():
     guard = serving()
     decision, n = count(guard, WATCH, "a", [*gains(0, 0.1, n=120), *gains(1, -0.005, n=80)])

@@ -93,11 +93,7 @@ class KindTest:
 
     @property
     def window_is_over(self) -> bool:
-        return self.role is Role.SERVING and (
-            self.units >= self.window
-            or self.units + self.refused >= MAX_MET * self.window
-            or len(self.counted) >= MAX_UNITS
-        )
+        return self.role is Role.SERVING and (self.units >= self.window or self._ends_window(more=0))
 
     @property
     def may_decide(self) -> bool:
@@ -115,6 +111,8 @@ class KindTest:
             return Admission.COUNTED
         if self.units >= MAX_UNITS or len(self.counted) >= MAX_UNITS:
             return Admission.FULL
+        if self._ends_window():
+            return Admission.ADMITTED
         place = self._place(client)
         if len(self.counts) >= MIN_CLIENTS and place is not None and self.counts[place] > share * self.units:
             self.refused += 1
@@ -199,6 +197,12 @@ class KindTest:
         tokens = without_any(sums[:, TOKENS])
         known = tokens > 0.0
         return float((without_any(sums[:, SQUARED_TOKENS])[known] / tokens[known]).min())
+
+    def _ends_window(self, more: int = 1) -> bool:
+        """Whether so many more units end the window of a serving profile since so many were refused: such a unit is
+        admitted whoever sends it, so that the end is noticed."""
+        met, remembered = self.units + self.refused + more, len(self.counted) + more
+        return self.role is Role.SERVING and (met >= MAX_MET * self.window or remembered >= MAX_UNITS)
 
     def _bet(self, bet: int, place: int, x: float) -> None:
         """x: an observation divided by the width."""

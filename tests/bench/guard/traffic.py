@@ -62,12 +62,11 @@ def units(
 
 
 def show(guard: Guard, name: str, unit: Unit) -> tuple[Admission, Decision | None]:
-    """Show one unit to a test. The decision is None where that changes nothing."""
+    """Show one unit to a test. The decision is None where it does not count."""
     admission = guard.admit(name, unit.kind, unit.key, unit.client)
-    if admission is Admission.ADMITTED:
-        guard.update(name, unit.kind, unit.key, unit.client, unit.gain, unit.gain, unit.tokens)
-    elif admission is not Admission.CLIENT_SHARE:
+    if admission is not Admission.ADMITTED:
         return admission, None
+    guard.update(name, unit.kind, unit.key, unit.client, unit.gain, unit.gain, unit.tokens)
     return admission, guard.decide(name, unit.kind)
 
 
