@@ -37,6 +37,23 @@ class Rewrite:
     """Lower-case names of fields that must not go upstream (`accept-encoding`, where the response has to be read)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a request is a unit of: the comparison of a profile's arms in one kind of traffic."""
+
+    kind: str
+    version: str
+    """The profile's: what the treated arm gets."""
+    treated: bool
+    """False: it is in the control arm."""
+    conversation: bytes
+    """Digest; b"" where none is recognized."""
+    client: bytes
+    """Digest; b"" where none is named."""
+    json_in_words: bool
+    """The prompt asks for JSON."""
+
+
 class ExchangeHook(Protocol):
     """A hook's view of one request and its response."""
 
@@ -46,6 +63,10 @@ class ExchangeHook(Protocol):
     @property
     def arm(self) -> str:
         """The randomised group of the request, as far as it is known; read when the exchange has ended."""
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """None for a request in no arm. Read after `request`, and again when the exchange has ended."""
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         """Called with the whole body, or None if it is longer than `body_limit`. Returns None to send it unchanged."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from hemostat.ipc.messages import Capture, Hello, MessageReader, Policy, Stats, encode
+from hemostat.ipc.messages import Capture, Hello, MessageReader, OutcomeReport, OutcomeReports, Policy, Stats, encode
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 
@@ -31,9 +31,15 @@ class RelayLink:
     the same process reconnects.
     """
 
-    def __init__(self, path: Path, on_capture: Callable[[Capture], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        on_capture: Callable[[Capture], None],
+        on_outcome: Callable[[OutcomeReport], None] = lambda report: None,
+    ) -> None:
         self._path = path
         self._on_capture = on_capture
+        self._on_outcome = on_outcome
         self._policy: Policy | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._live: dict[asyncio.StreamWriter, Stats] = {}
@@ -92,6 +98,9 @@ class RelayLink:
                     match message:
                         case Capture():
                             self._on_capture(message)
+                        case OutcomeReports():
+                            for report in message.reports:
+                                self._on_outcome(report)
                         case Stats():
                             self._live[writer] = message
                             if identity is not None:

@@ -64,6 +64,25 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     """8-byte salted digest of the header that names the client; empty without the header."""
 
 
+class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
+    """What a client got in one arm of a comparison; see `hooks.Comparison`. Its size does not depend on the outcome."""
+
+    kind: str
+    version: str
+    treated: bool
+    conversation: bytes
+    client: bytes
+    bad: dict[str, bool]
+    """By outcome that applies to the request (`hemostat_calibration.outcomes.Outcome`)."""
+    output_tokens: int | None
+
+
+class OutcomeReports(msgspec.Struct, tag="outcomes", frozen=True):
+    """Of the answers since the last such message."""
+
+    reports: list[OutcomeReport]
+
+
 class Stats(msgspec.Struct, tag="stats", frozen=True):
     """Cumulative figures of one relay process since it started.
 
@@ -136,7 +155,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
 OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 """Seconds: what the relay itself adds to a request."""
 
-Message = Hello | Capture | Stats | Policy
+Message = Hello | Capture | OutcomeReports | Stats | Policy
 
 CODEC: MessageCodec[Message] = MessageCodec(Message)
 

@@ -11,12 +11,16 @@ from typing import cast
 import msgspec
 
 from hemostat.ipc.backoff import Backoff
-from hemostat.ipc.messages import Capture, Hello, MessageReader, Policy, Stats, encode
+from hemostat.ipc.messages import Capture, Hello, MessageReader, OutcomeReport, OutcomeReports, Policy, Stats, encode
 
 log = logging.getLogger("hemostat.relay")
 
 MAX_QUEUED_BYTES = 16 * 1024 * 1024
 """Bytes that may be queued for the control process; beyond that captures are dropped."""
+MAX_QUEUED_REPORTS = 1024
+"""Reports of outcomes that wait for the next message."""
+REPORTS_PER_MESSAGE = 64
+"""So many are sent at once; fewer with the next figures."""
 STATS_SECONDS = 1.0
 RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Longest pauses between attempts to connect."""
@@ -37,6 +41,7 @@ class ControlLink:
         self._on_policy = on_policy
         self._stats = stats
         self._transport: asyncio.WriteTransport | None = None
+        self._reports: list[OutcomeReport] = []
         self._lost: asyncio.Future[None] | None = None
 
     def emit(self, capture: Capture) -> bool:
@@ -47,11 +52,27 @@ class ControlLink:
         transport.write(encode(capture))
         return True
 
+    def report_outcome(self, report: OutcomeReport) -> bool:
+        """Queue a report; False when it is dropped, which does not depend on what it says."""
+        if self._transport is None or len(self._reports) >= MAX_QUEUED_REPORTS:
+            return False
+        self._reports.append(report)
+        if len(self._reports) >= REPORTS_PER_MESSAGE:
+            self._send_reports()
+        return True
+
+    def _send_reports(self) -> None:
+        transport = self._transport
+        if self._reports and transport is not None and transport.get_write_buffer_size() <= MAX_QUEUED_BYTES:
+            transport.write(encode(OutcomeReports(self._reports)))
+            self._reports = []
+
     def report(self) -> None:
-        """Send the figures now."""
+        """Send the figures now, and the reports of outcomes that wait."""
         transport = self._transport
         if transport is not None and transport.get_write_buffer_size() <= MAX_QUEUED_BYTES:
             transport.write(encode(self._stats()))
+        self._send_reports()
 
     async def run(self) -> None:
         """Until cancelled."""

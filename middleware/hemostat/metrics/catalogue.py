@@ -322,6 +322,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(names.STORE_ERRORS, "counter", "operations", "Reads and writes that the store refused."),
         Metric(
+            names.OUTCOME_REPORTS,
+            "counter",
+            "responses",
+            "Outcomes of requests in an arm that relays reported to the control process, or dropped while it was away.",
+            ("result",),
+        ),
+        Metric(
             names.OUTCOME_ERRORS,
             "counter",
             "responses",

@@ -73,5 +73,6 @@ STRUCTURED_OUTPUTS = "hemostat_structured_outputs_total"
 # Failures of Hemostat itself; all of these should stay 0
 CALIBRATION_ERRORS = "hemostat_calibration_errors_total"
 STORE_ERRORS = "hemostat_store_errors_total"
+OUTCOME_REPORTS = "hemostat_outcome_reports_total"
 OUTCOME_ERRORS = "hemostat_outcome_errors_total"
 TRACING_ERRORS = "hemostat_tracing_errors_total"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hemostat.hooks import Hook
+from hemostat.ipc.messages import OutcomeReport
 from hemostat.relay.counters import Counters
 from hemostat.relay.http.origin import Origin
 from hemostat.relay.limits import Limits
@@ -31,5 +33,7 @@ class RelayContext:
     log_requests: bool
     hook: Hook | None
     """May be replaced at any time; a request keeps the one that it began with."""
+    report_outcome: Callable[[OutcomeReport], bool] | None = None
+    """Takes what the client of a treated or a control request got; False where it is dropped."""
     draining: bool = False
     """No further requests: connections are closed as soon as they have no request in progress."""

@@ -78,6 +78,7 @@ INITIAL_SERIES: dict[str, list[tuple[str, ...]]] = {
         (ShadowOutcome.SCORED.value, ""),
         (ShadowOutcome.DROPPED.value, ScoringDropReason.QUEUE_FULL.value),
     ],
+    names.OUTCOME_REPORTS: [("sent",), ("dropped",)],
     names.RESPONSES_FINISHED: [(*arm, reason) for arm in _ARMS for reason in ("stop", "length")],
     names.OUTPUT_TOKENS: _ARMS,
     names.REPETITION_LOOPS: _ARMS,

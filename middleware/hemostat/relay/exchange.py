@@ -263,6 +263,8 @@ class Exchange:
         if isinstance(verdict, Refusal):
             self._respond(verdict.status, verdict.body, counters.REFUSED)
             return
+        if self._report is not None:
+            self._report.begin_comparison(hook.comparison, body)
         if isinstance(verdict, Rewrite):
             self._original = (list(request.lines), request.framing, body)
             body = verdict.body
@@ -576,8 +578,8 @@ class Exchange:
         self._context.counters.request(self._route, outcome)
         hook = self._hook
         if self._report is not None:
-            arm = "none" if hook is None else hook.arm
+            arm, comparison = ("none", None) if hook is None else (hook.arm, hook.comparison)
             status = 0 if self._response is None else self._response.status
-            self._report.finish(arm, status, outcome, complete=complete)
+            self._report.finish(arm, comparison, status, outcome, complete=complete)
         if hook is not None:
             hook.closed(complete=complete)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hemostat.hooks import ExchangeHook, Refusal, Rewrite
+from hemostat.hooks import Comparison, ExchangeHook, Refusal, Rewrite
 from hemostat.relay.http.fields import split_fields
 from hemostat.relay.http.response import ResponseHead
 from hemostat_calibration.records import Arm

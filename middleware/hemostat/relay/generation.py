@@ -10,6 +10,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from hemostat import logs
+from hemostat.hooks import Comparison
+from hemostat.ipc.messages import OutcomeReport
 from hemostat.metrics import names
 from hemostat.relay import counters
 from hemostat.relay.context import RelayContext
@@ -59,6 +61,15 @@ class GenerationReport:
         if pairs is not None:
             pairs[:] = [pair for pair in pairs if pair[0].lower() not in _TRACE_FIELDS] + added
 
+    def begin_comparison(self, comparison: Comparison | None, body: bytes) -> None:
+        """What the hook has found about the request. body: the whole, as the client sent it."""
+        if comparison is None or self._context.report_outcome is None:
+            return
+        try:
+            self.observer.compare(body, json_in_words=comparison.json_in_words)
+        except Exception:  # noqa: BLE001  an error in the evaluation must not affect the connection
+            self._context.counters.add(names.OUTCOME_ERRORS, ())
+
     def begin_response(self, head: ResponseHead) -> None:
         """The response can be evaluated only if it is not an error and not compressed.
 
@@ -76,7 +87,7 @@ class GenerationReport:
         if not self.observer.disabled:
             self.observer.begin_response(stream=content_type.startswith(b"text/event-stream"))
 
-    def finish(self, arm: str, status: int, outcome: str, *, complete: bool) -> None:
+    def finish(self, arm: str, comparison: Comparison | None, status: int, outcome: str, *, complete: bool) -> None:
         """The exchange has ended.
 
         status: of the response, 0 without one. outcome: of `counters`. complete: the whole response was sent.
@@ -86,6 +97,8 @@ class GenerationReport:
         try:
             if complete and outcome is counters.OK:
                 ended = self.observer.finish(arm, context.counters.add)
+                if comparison is not None and ended.bad is not None:
+                    self._report_outcome(comparison, ended)
         except Exception:  # noqa: BLE001  an error in the evaluation must not affect the connection
             context.counters.add(names.OUTCOME_ERRORS, ())
         try:
@@ -105,6 +118,22 @@ class GenerationReport:
                 )
         except Exception:  # noqa: BLE001  an error in tracing or logging must not affect the connection
             context.counters.add(names.TRACING_ERRORS, ())
+
+    def _report_outcome(self, comparison: Comparison, ended: ResponseOutcome) -> None:
+        context = self._context
+        if context.report_outcome is None or ended.bad is None:
+            return
+        report = OutcomeReport(
+            kind=comparison.kind,
+            version=comparison.version,
+            treated=comparison.treated,
+            conversation=comparison.conversation,
+            client=comparison.client,
+            bad=ended.bad,
+            output_tokens=ended.output_tokens,
+        )
+        sent = context.report_outcome(report)
+        context.counters.add(names.OUTCOME_REPORTS, ("sent" if sent else "dropped",))
 
     def _log(self, ended: ResponseOutcome, arm: str, status: int, outcome: str) -> None:
         request_log.info(

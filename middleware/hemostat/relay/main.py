@@ -27,7 +27,7 @@ from typing import Any
 import uvloop
 
 from hemostat import logs
-from hemostat.ipc.messages import Policy
+from hemostat.ipc.messages import OutcomeReport, Policy
 from hemostat.ipc.process import die_with_parent, make_tracing
 from hemostat.ipc.relay_end import ControlLink
 from hemostat.relay.counters import Counters
@@ -57,6 +57,10 @@ async def run(config: dict[str, Any]) -> None:
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, stop.set)
+
+    def report_outcome(report: OutcomeReport) -> bool:
+        return link.report_outcome(report)
+
     ca = config.get("upstream_ca")
     relay = Relay(
         config["upstream_url"],
@@ -67,6 +71,7 @@ async def run(config: dict[str, Any]) -> None:
         upstream_max_connections=config.get("upstream_max_connections", 512),
         tracing=make_tracing(config.get("tracing")),
         log_requests=config.get("log_requests", False),
+        report_outcome=report_outcome,
     )
     interceptor: Interceptor | None = None
 

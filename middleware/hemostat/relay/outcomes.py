@@ -3,6 +3,9 @@
 Observed for every generation, sampled or not, and counted by arm. A divergence between two models does not say which
 text is better (arXiv 2606.19558); these counters are a cheap indication of quality.
 
+Of a request in an arm of a comparison more is judged (`ResponseOutcome.bad`): whether JSON that was asked for in words,
+or by a schema, and tool calls are what was asked for.
+
 Memory is bounded: while a response passes, only its last bytes are kept (the whole of it, up to MAX_WHOLE_BYTES, where
 structured output was requested). They are evaluated when the response ends, and then discarded.
 """
@@ -18,6 +21,8 @@ from typing import Any
 import msgspec
 
 from hemostat.metrics import names
+from hemostat.relay.answer_format import AnswerFormat
+from hemostat_calibration.outcomes import Outcome
 
 FINISH_REASONS = frozenset(
     {"stop", "length", "tool_calls", "function_call", "content_filter", "abort", "error", "repetition"}
@@ -41,6 +46,7 @@ _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)":\s*"((?:[^"
 # Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
 _JSON_REQUESTED = re.compile(rb'"(?:json_object|json_schema|guided_json)"|"json":')
 _TOOLS_REQUESTED = re.compile(rb'"tools":\s*\[')
+_CALLS = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]')
 _MODEL = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
 
 Count = Callable[[str, tuple[str, ...], float], None]
@@ -54,9 +60,12 @@ class ResponseOutcome:
     finish_reasons: tuple[str, ...] = ()
     output_tokens: int | None = None
     """None: unknown."""
+    bad: dict[str, bool] | None = None
+    """Of a request in an arm, by outcome that applies to it (`hemostat_calibration.outcomes.Outcome`) and is known."""
 
 
 class _Function(msgspec.Struct):
+    name: str | None = None
     arguments: str | None = None
 
 
@@ -98,7 +107,7 @@ class OutcomeObserver:
     client gets it (HTTP chunk sizes may stand between the bytes), then `finish` once.
     """
 
-    __slots__ = ("_pieces", "_size", "_whole", "body", "disabled", "events", "json", "stream", "tools")
+    __slots__ = ("_format", "_pieces", "_size", "_whole", "body", "disabled", "events", "json", "stream", "tools")
 
     def __init__(self) -> None:
         self.json = False
@@ -112,6 +121,8 @@ class OutcomeObserver:
         self.stream = False
         self.disabled = False
         """The response is an error, or is compressed: there is nothing to evaluate."""
+        self._format: AnswerFormat | None = None
+        """Of a request in an arm."""
         self._pieces: deque[bytes] = deque()
         self._size = 0
         """Bytes in `_pieces`, while `_whole`."""
@@ -123,6 +134,13 @@ class OutcomeObserver:
         self.json = self.json or _JSON_REQUESTED.search(body) is not None
         self.tools = self.tools or _TOOLS_REQUESTED.search(body) is not None
 
+    def compare(self, body: bytes, *, json_in_words: bool) -> None:
+        """The request is in an arm. body: the whole of it."""
+        if self.json or self.tools or json_in_words:
+            self._format = AnswerFormat.read(body, in_words=json_in_words)
+        else:
+            self._format = AnswerFormat()
+
     @property
     def model(self) -> str | None:
         """The request's model, if the first piece of the body names it."""
@@ -132,7 +150,7 @@ class OutcomeObserver:
     def begin_response(self, *, stream: bool) -> None:
         """stream: the response consists of server-sent events."""
         self.stream = stream
-        if stream and not (self.json or self.tools):
+        if stream and not (self.json or self.tools or (self._format is not None and self._format.json)):
             self._keep_tail_only()
 
     def feed_response(self, data: bytes) -> None:
@@ -173,15 +191,37 @@ class OutcomeObserver:
             count(names.RESPONSES_FINISHED, (arm, reason if reason in FINISH_REASONS else "other"), 1.0)
         if tokens:
             count(names.OUTPUT_TOKENS, (arm,), float(tokens))
-        if any(ends_in_loop(text) for text in texts):
+        loop = any(ends_in_loop(text) for text in texts)
+        if loop:
             count(names.REPETITION_LOOPS, (arm,), 1.0)
-        return ResponseOutcome(tuple(reasons), tokens or None)
+        bad = None if self._format is None else self._bad(self._format, response, data, reasons, loop=loop)
+        return ResponseOutcome(tuple(reasons), tokens or None, bad)
+
+    def _bad(
+        self, asked: AnswerFormat, response: _Response | None, data: bytes, reasons: list[str], *, loop: bool
+    ) -> dict[str, bool]:
+        """Of several choices the first one is judged. response: None where only the tail `data` of it is known."""
+        bad = {Outcome.LOOP.value: loop, Outcome.CUT.value: "length" in reasons}
+        if response is None:
+            text = b"".join(_TEXT.findall(data)).replace(b"\\n", b"")
+            bad[Outcome.EMPTY.value] = not text.strip() and _CALLS.search(data) is None
+            if asked.json and (loop or "length" in reasons):
+                bad[Outcome.JSON.value] = True  # too long to be parsed here, and not ended
+            return bad
+        choice = response.choices[0] if response.choices else _Choice()
+        calls = _tool_calls(choice)
+        bad[Outcome.EMPTY.value] = not calls and not _text(choice).strip()
+        if asked.json:
+            bad[Outcome.JSON.value] = not calls and not asked.is_json(_text(choice))
+        if asked.tools:
+            named = ((call.function.name or "", call.function.arguments or "") for call in calls if call.function)
+            bad[Outcome.TOOL_CALL.value] = not asked.calls_fit(named)
+        return bad
 
     def _count_structured(self, response: _Response, arm: str, count: Count) -> None:
         for choice in response.choices:
-            message = choice.message
             truncated = choice.finish_reason == "length"
-            calls = message.tool_calls if message is not None and message.tool_calls else []
+            calls = _tool_calls(choice)
             for call in calls:
                 arguments = (call.function.arguments if call.function else None) or ""
                 count(names.STRUCTURED_OUTPUTS, (arm, "tool_call", _json_outcome(arguments, truncated)), 1.0)
@@ -222,10 +262,16 @@ def _append_tool_call(message: _Message, part: _ToolCall) -> None:
     assert calls is not None
     call = next((c for c in calls if c.index == part.index), None)
     if call is None:
-        call = _ToolCall(part.index, _Function(""))
+        call = _ToolCall(part.index, _Function())
         calls.append(call)
     assert call.function is not None
-    call.function.arguments = (call.function.arguments or "") + ((part.function and part.function.arguments) or "")
+    if part.function is not None:
+        call.function.name = call.function.name or part.function.name
+        call.function.arguments = (call.function.arguments or "") + (part.function.arguments or "")
+
+
+def _tool_calls(choice: _Choice) -> list[_ToolCall]:
+    return (choice.message.tool_calls if choice.message is not None else None) or []
 
 
 def _text(choice: _Choice) -> str:

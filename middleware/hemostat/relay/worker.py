@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hemostat.hooks import Hook
+from hemostat.ipc.messages import OutcomeReport
 from hemostat.relay.client_connection import ClientConnection
 from hemostat.relay.context import RelayContext
 from hemostat.relay.counters import Counters
@@ -30,7 +32,8 @@ class Relay:
     upstream_api_key: sent as a bearer token where the client sends no Authorization of its own.
     upstream_ca: PEM file of the authority that signed the upstream's certificate, for https.
     upstream_max_connections: requests beyond it wait in order of arrival.
-    tracing: creates a span for every generation. log_requests: write a log record for each.
+    tracing: creates a span for every generation. log_requests: write a log record for each. report_outcome: takes what
+    the client of a treated or a control request got, see `RelayContext`.
     Raises ValueError if upstream_url is not http(s)://host[:port], OSError if upstream_ca cannot be read.
     """
 
@@ -46,6 +49,7 @@ class Relay:
         upstream_max_connections: int = 512,
         tracing: Tracing | None = None,
         log_requests: bool = False,
+        report_outcome: Callable[[OutcomeReport], bool] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         origin = parse_origin(upstream_url)
@@ -64,6 +68,7 @@ class Relay:
             tracing=tracing,
             log_requests=log_requests,
             hook=hook,
+            report_outcome=report_outcome,
         )
         self._server: asyncio.Server | None = None
         self._no_clients = asyncio.Event()
