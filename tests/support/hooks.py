@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hemostat.hooks import Headers, Refusal, Rewrite
+from hemostat.hooks import Comparison, Headers, Refusal, Rewrite
 
 
 def upper(data: bytes) -> bytes:
@@ -24,6 +24,7 @@ class SpyHook:
     fails: str = ""
     body_limit: int = 1000
     arm: str = "none"
+    comparison: Comparison | None = None
     calls: list[object] = field(default_factory=list)
     seen: bytes = b""
 

@@ -15,6 +15,7 @@ from hemostat.ipc.messages import Stats
 from hemostat.learner.client import Learner
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.measurements import Measurements
+from hemostat.measurement.outcomes import Outcomes
 from hemostat.metrics import names
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
@@ -129,6 +130,8 @@ class Status(msgspec.Struct, frozen=True):
     """By kind of traffic: raw figures, what its arms were served, and what a profile gained."""
     arms: Report
     alarm: Report
+    outcomes: Report
+    """By kind of traffic and arm: `measurement.outcomes`."""
     decoding: list[Report]
     trajectory: Report
     noise_floor: Report
@@ -170,6 +173,7 @@ class StatusSource:
         pipeline: ScoringPipeline,
         measurements: Measurements,
         alarms: Alarms,
+        outcomes: Outcomes,
         profiles: ProfileManager,
         learner: Learner,
         records: RecordsFile | None,
@@ -186,6 +190,7 @@ class StatusSource:
         self._pipeline = pipeline
         self._measurements = measurements
         self._alarms = alarms
+        self._outcomes = outcomes
         self._profiles = profiles
         self._learner = learner
         self._records = records
@@ -215,6 +220,7 @@ class StatusSource:
             kinds=measurements.by_kind.report(),
             arms=measurements.arms(),
             alarm=self._alarms.report(),
+            outcomes=self._outcomes.report(),
             decoding=measurements.by_decoding.report(),
             trajectory=measurements.survival.report(),
             noise_floor=measurements.noise_floor(),

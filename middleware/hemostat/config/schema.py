@@ -291,6 +291,17 @@ class Evidence(Section):
     """Largest part of a test's units that one client may contribute, where at least four clients do."""
 
 
+class Outcomes(Section):
+    """What people notice of answers (JSON, tool calls, loops, …), compared between the arms of a profile."""
+
+    alpha: Fraction = 0.05
+    """False-alarm probability in one kind of traffic, over all outcomes and all versions that ever serve there."""
+    margin: float = Field(default=0.05, ge=0, lt=1)
+    """Difference of the share of bad answers, treated minus control, up to which a profile counts as harmless."""
+    length_margin: float = Field(default=0.5, gt=0, le=100)
+    """The same for the relative change of the mean length of answers, in either direction."""
+
+
 class StoreSettings(Section):
     """Where profiles and decisions are kept."""
 
@@ -387,6 +398,7 @@ class Settings(Section):
     shadow: Shadow = Shadow()
     calibration: Calibration = Calibration()
     evidence: Evidence = Evidence()
+    outcomes: Outcomes = Outcomes()
     labels: list[str] = Field(default=[], max_length=MAX_LABELS)
     store: StoreSettings = StoreSettings()
     records: Records = Records()

@@ -20,6 +20,7 @@ from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
 from hemostat.control.operations import make_operations
 from hemostat.control.policy import PolicyPublisher
+from hemostat.control.served_kinds import ServedKinds
 from hemostat.control.stored_state import model_identity
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
@@ -29,6 +30,7 @@ from hemostat.learner.stored import StoredLearning
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import Measurements
+from hemostat.measurement.outcomes import Outcomes
 from hemostat.metrics import names
 from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.samples import AnySample
@@ -96,6 +98,14 @@ class Control:
             evidence=settings.evidence,
         )
         self.profiles = self.profile_manager.report
+        self.outcomes = Outcomes(
+            settings.outcomes,
+            settings.evidence.client_share,
+            calibration.control_fraction,
+            ServedKinds(self.profile_manager, self.lease),
+            self.writer.as_leader,
+            wall,
+        )
         self.engines = EngineRegistry()
         # Also without other replicas: where two middlewares share one engine, it tells their taps apart by this.
         self.engines.replica = self.store.replica if isinstance(self.store, ValkeyStore) else secrets.token_hex(8)
@@ -133,7 +143,7 @@ class Control:
             draw=draw,
             on_change=changes.notify,
         )
-        self.link = RelayLink(socket_path, self.pipeline.receive)
+        self.link = RelayLink(socket_path, self.pipeline.receive, self.outcomes.receive)
         self.policy = PolicyPublisher(
             settings,
             self.link,
@@ -150,6 +160,7 @@ class Control:
             calibration.mode,
             self.profile_manager,
             self.alarms,
+            self.outcomes,
             self.subject,
             store=self.store,
             errors=self.store_errors,
@@ -170,6 +181,7 @@ class Control:
             pipeline=self.pipeline,
             measurements=self.measurements,
             alarms=self.alarms,
+            outcomes=self.outcomes,
             profiles=self.profile_manager,
             learner=self.learner,
             records=self.records,
@@ -196,6 +208,7 @@ class Control:
             self.monitor.samples,
             self.measurements.samples,
             self.alarms.samples,
+            self.outcomes.samples,
             self.profile_manager.samples,
             self.learner.samples,
             self.lease.samples,
@@ -223,6 +236,7 @@ class Control:
 
     def do_periodic(self) -> None:
         """What is due because time has passed."""
+        self.outcomes.check()
         self.policy.publish()
         if self.history.due(self._clock()):
             self.history.add(self._clock(), self._wall(), self.status.current())
@@ -240,6 +254,7 @@ class Control:
                 await scorer.close()
         self.alarms.save()
         await self.learned.save()
+        self.outcomes.save()
         with contextlib.suppress(StoreUnreachable):
             await self.writer.drain()
             if self.replica is not None:

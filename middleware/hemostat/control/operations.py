@@ -9,6 +9,7 @@ from hemostat.control.learning import LearningSubject
 from hemostat.control.operator_actions import LocalActions, ModeOverride, OperatorActions
 from hemostat.control.stored_state import STATE_KEYS, StoredState
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.outcomes import Outcomes
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.store.errors import StoreErrorLog
@@ -32,6 +33,7 @@ def make_operations(
     mode: str,
     profiles: ProfileManager,
     alarms: Alarms,
+    outcomes: Outcomes,
     subject: LearningSubject,
     *,
     store: Store,
@@ -46,7 +48,7 @@ def make_operations(
     override = ModeOverride(mode)
     local = LocalActions(profiles, subject, store, writer, on_change)
     stored_state = StoredState(
-        store, errors, writer.as_leader, lease, profiles, alarms, subject, override, clock, on_change
+        store, errors, writer.as_leader, lease, profiles, alarms, outcomes, subject, override, clock, on_change
     )
     replica = None
     if isinstance(store, ValkeyStore):

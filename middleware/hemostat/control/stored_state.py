@@ -13,6 +13,8 @@ from hemostat.control.learning import LearningSubject
 from hemostat.control.operator_actions import ModeOverride
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.outcomes import STATE_KEY as OUTCOMES_STATE
+from hemostat.measurement.outcomes import Outcomes
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS as PROFILE_STATE_KEYS
@@ -38,12 +40,12 @@ log = logging.getLogger("hemostat.store")
 
 MODELS_KEY = "models"
 """`model_identity` of the models that the stored evidence is about."""
-STATE_KEYS = (*PROFILE_STATE_KEYS, ALARM_STATE, schema.ALARM_TESTS_KEY, schema.OFFERED_KEY, MODELS_KEY)
+STATE_KEYS = (*PROFILE_STATE_KEYS, ALARM_STATE, OUTCOMES_STATE, schema.ALARM_TESTS_KEY, schema.OFFERED_KEY, MODELS_KEY)
 """Of the store, all that this process reads, but for the salt and the schema."""
 
 
 class StoredState:
-    """Hands what the store holds to the profiles and the alarms, where it is of the models that are compared now.
+    """Hands what the store holds to the profiles, the alarms and the outcomes, where it is of the models compared now.
 
     writes: of the leader. clock: monotonic seconds. on_change: called after another replica's changes were read.
     """
@@ -56,6 +58,7 @@ class StoredState:
         lease: Lease,
         profiles: ProfileManager,
         alarms: Alarms,
+        outcomes: Outcomes,
         subject: LearningSubject,
         override: ModeOverride,
         clock: Callable[[], float],
@@ -67,6 +70,7 @@ class StoredState:
         self._lease = lease
         self._profiles = profiles
         self._alarms = alarms
+        self._outcomes = outcomes
         self._subject = subject
         self._override = override
         self._clock = clock
@@ -106,6 +110,7 @@ class StoredState:
             self._started = True
         self._profiles.restoring.restore(profiles, states, _events(events, alarm=False))
         self._restore_alarms(states, events)
+        self._outcomes.restore(states[OUTCOMES_STATE])
         self._read(states)
 
     def reload(
@@ -117,6 +122,7 @@ class StoredState:
         if not self._started:
             # Afterwards this replica's own alarms have seen more than what was stored.
             self._restore_alarms(states, events)
+            self._outcomes.restore(states[OUTCOMES_STATE])
         self._read(states)
         self._subject.update()
         self._on_change()
@@ -127,6 +133,7 @@ class StoredState:
         self._settle()
         self._profiles.restoring.write_all(stored)
         self._alarms.save()
+        self._outcomes.save()
         if self._models is not None:
             self._writes.set_state(MODELS_KEY, self._models)
 
@@ -152,6 +159,7 @@ class StoredState:
             log.warning("%s (%s) than those served now (%s): it is not used", why, self._stored_models, self._models)
             self._profiles.forget_evidence(why)
             self._alarms.forget()
+            self._outcomes.forget()
         if self._stored_models != self._models:
             self._stored_models = self._models
             self._writes.set_state(MODELS_KEY, self._models)

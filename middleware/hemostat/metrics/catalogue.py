@@ -306,6 +306,28 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("arm",),
         ),
         Metric(
+            names.OUTCOME_UNITS,
+            "counter",
+            "conversations",
+            "Conversations that count in the comparison of arms, by whether their first answer of this kind was good.",
+            ("kind", "arm", "outcome", "result"),
+        ),
+        Metric(
+            names.OUTCOME_DIFFERENCE,
+            "gauge",
+            "ratio",
+            "Share of bad answers, treated minus control, with its interval; of `length`: mean tokens, relative to the "
+            "control arm.",
+            ("kind", "outcome", "bound"),
+        ),
+        Metric(
+            names.OUTCOME_HARM,
+            "gauge",
+            "0 or 1",
+            "1 from the proof that a profile harms an outcome of this kind until an operator releases the kind.",
+            ("kind",),
+        ),
+        Metric(
             names.STRUCTURED_OUTPUTS,
             "counter",
             "outputs",

@@ -44,6 +44,8 @@ MIN_SCRIPT_SHARE = 0.25
 
 _MAX_BYTES_PER_CHARACTER = 12
 """A JSON string's longest character: an escaped pair of surrogates."""
+_NAMED = frozenset({"model", "label"})
+"""Parts that a name follows."""
 _STRUCTURED = frozenset({Unscorable.STRUCTURED_OUTPUT, Unscorable.FORCED_TOOL})
 _CODE_SIGNS = (b"```", b"def ", b"#include", b"public static", b"std::", b"console.log", b"import numpy", b"</div>")
 """Any of these is enough."""
@@ -89,6 +91,20 @@ def kind_name(request: Request, label: str, *, several_models: bool) -> str:
     if _is_brief(request):
         parts.append("brief")
     return " ".join(parts)
+
+
+def asks_json_in_words(name: str) -> bool:
+    """Whether requests of the kind ask for JSON in their prompts.
+
+    >>> asks_json_in_words("chat label text json greedy"), asks_json_in_words("chat label json text greedy")
+    (True, False)
+    """
+    parts = iter(name.split(" ")[1:])
+    for part in parts:
+        if part not in _NAMED:
+            return part == "json"
+        next(parts, "")  # the name of the model or label
+    return False
 
 
 def _edges(raw: memoryview) -> bytes:

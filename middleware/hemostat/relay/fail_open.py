@@ -33,6 +33,14 @@ class FailOpenHook:
         return Arm.NONE.value if self._unchanged else self._hook.arm
 
     @property
+    def comparison(self) -> Comparison | None:
+        try:
+            return None if self._unchanged else self._hook.comparison
+        except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
+            self._fail()
+            return None
+
+    @property
     def body_limit(self) -> int:
         return self._hook.body_limit
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from hemostat.hooks import Headers, Refusal, Rewrite
+from hemostat.hooks import Comparison, Headers, Refusal, Rewrite
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests
 from hemostat.openai.errors import leading_error_code
 from hemostat.openai.json_splice import MALFORMED, encode
-from hemostat.openai.kinds import kind_name
+from hemostat.openai.kinds import asks_json_in_words, kind_name
 from hemostat.openai.requests import Request
 from hemostat.openai.responses import ResponseFailure, ResponseTokens, Stripper, error_reason, little_endian
 from hemostat.openai.routes import CHAT
 from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
-from hemostat.shadow.profile_choice import ArmReason, Reason, Unjudged, choose_profile
+from hemostat.shadow.profile_choice import ArmReason, Reason, Unjudged, choose_profile, served_kind
 from hemostat.shadow.reports import Reports
 from hemostat_calibration.records import Arm, Sampling
 
@@ -94,6 +94,8 @@ class InterceptedExchange:
         self._kind = ""
         self._conversation = b""
         self._arm = Arm.NONE
+        self._compared: str | None = None
+        """The version that the treated arm gets."""
         self._counted_as: tuple[Arm, Reason] | None = None
         """The arm and the reason that are counted at the end; None for a request that is not calibrated."""
         self._profile_added = False
@@ -114,6 +116,19 @@ class InterceptedExchange:
     @property
     def arm(self) -> str:
         return self._arm.value
+
+    @property
+    def comparison(self) -> Comparison | None:
+        if self._compared is None or self._arm is Arm.NONE:
+            return None
+        return Comparison(
+            kind=served_kind(self._policy, self._kind),
+            version=self._compared,
+            treated=self._arm is Arm.TREATED,
+            conversation=self._conversation,
+            client=self._client,
+            json_in_words=asks_json_in_words(self._kind),
+        )
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         policy = self._policy
@@ -157,7 +172,7 @@ class InterceptedExchange:
         policy = self._policy
         choice = choose_profile(policy, request, self._options, self._unjudged, self._kind, self._conversation)
         self._counted_as = choice.arm, choice.reason
-        self._arm = choice.arm
+        self._arm, self._compared = choice.arm, choice.compared
         if choice.version is None:
             return
         self._version = choice.version

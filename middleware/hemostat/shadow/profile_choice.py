@@ -58,6 +58,13 @@ class Choice:
     version: str | None
     arm: Arm
     reason: Reason
+    compared: str | None = None
+    """The version that the treated arm gets; None for a request in no arm."""
+
+
+def served_kind(policy: Policy, kind: str) -> str:
+    """The name under which a kind is served and compared: `REST_KIND` for one that is not followed by itself."""
+    return kind if kind in policy.kinds else REST_KIND
 
 
 def calibrates(policy: Policy) -> bool:
@@ -99,16 +106,18 @@ def choose_profile(
         return Choice(None, Arm.NONE, unjudged)
     if request.model and policy.calibrated_models is not None and request.model not in policy.calibrated_models:
         return Choice(None, Arm.NONE, ArmReason.OTHER_MODEL)
-    version = policy.serving_by_kind.get(kind if kind in policy.kinds else REST_KIND)
+    version = policy.serving_by_kind.get(served_kind(policy, kind))
     if version is None:
         return Choice(None, Arm.NONE, ArmReason.NO_PROFILE)
     choice = _if_available(policy, version, Arm.TREATED, ArmReason.ASSIGNED)
     if choice.version is not None and in_control_arm(conversation, policy.control_fraction, policy.salt):
-        return Choice(None, Arm.CONTROL, ArmReason.ASSIGNED)
+        return Choice(None, Arm.CONTROL, ArmReason.ASSIGNED, choice.version)
     return choice
 
 
 def _if_available(policy: Policy, version: str, arm: Arm, reason: ArmReason) -> Choice:
     """Only versions that the engine has acknowledged are requested: for any other it would silently apply identity."""
     available = policy.acknowledged if policy.apply == "engine" else {*policy.serving_by_kind.values(), policy.forced}
-    return Choice(version, arm, reason) if version in available else Choice(None, Arm.NONE, ArmReason.UNKNOWN)
+    if version not in available:
+        return Choice(None, Arm.NONE, ArmReason.UNKNOWN)
+    return Choice(version, arm, reason, version if arm is Arm.TREATED else None)

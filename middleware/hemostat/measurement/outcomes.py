@@ -1,0 +1,288 @@
+"""Outcomes of answers by kind of traffic and arm: what relays report, what it proves, and what follows.
+
+In each kind one trial runs (`hemostat_calibration.outcomes`): of the version that serves there now. A conversation
+counts once in each kind, with its first complete answer. Proven harm takes the profile from that kind, whatever the
+divergence says, and the kind stays at identity until an operator releases it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import logging
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from hemostat.config import schema as config
+from hemostat.ipc.messages import OutcomeReport
+from hemostat.measurement.figures import finite
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat.store.protocol import StoreWrites
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.outcomes import LENGTH, Outcome, Reading, Settings, Trial, Unit
+from hemostat_calibration.records import Arm
+
+log = logging.getLogger("hemostat.outcomes")
+
+STATE_KEY = "outcomes"
+"""Of the state in the store."""
+SAVE_SECONDS = 60.0
+"""Pause between writes of the state. After a restart, units since the last one are lost."""
+MAX_SEEN = 20_000
+"""Conversations, by kind, that are remembered as counted; the oldest is forgotten."""
+_SEEN_BYTES = 6
+_FORMAT = 1
+_OUTCOMES = frozenset(outcome.value for outcome in Outcome)
+
+
+class ServedKinds(Protocol):
+    """What outcomes need to know of the profiles, and do to them."""
+
+    def kinds(self) -> Collection[str]:
+        """Names of the kinds that are served and compared by themselves, the one for all others included."""
+
+    def version(self, kind: str) -> str | None:
+        """The version that serves the kind now; None for identity."""
+
+    def is_held(self, kind: str) -> bool:
+        """Whether the kind is at identity until an operator releases it."""
+
+    def leave(self, kind: str, why: str, evidence: dict[str, Any]) -> None:
+        """Take the profile from the kind, and hold the kind at identity. evidence: JSON-ready."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    """number: of trials that have begun in this kind. trial: the one that runs. harmed: what was proven, JSON-ready,
+    while the kind is held for it."""
+
+    number: int = 0
+    trial: Trial | None = None
+    harmed: dict[str, Any] | None = None
+    changed: bool = False
+    """Units were counted since the last check."""
+    readings: tuple[int, list[Reading]] = (-1, [])
+    """Units of the trial, and its readings at that moment."""
+
+
+class Outcomes:
+    """Lives in the control process's event loop.
+
+    control_fraction: of conversations; a stored state with another one is not used, because a comparison whose arms
+    change their share is distorted where the traffic changes too. wall: Unix time.
+    """
+
+    def __init__(
+        self,
+        settings: config.Outcomes,
+        client_share: float,
+        control_fraction: float,
+        served: ServedKinds,
+        writes: StoreWrites,
+        wall: Callable[[], float],
+    ) -> None:
+        self._settings = Settings(settings.alpha, settings.margin, settings.length_margin, client_share)
+        self._control_fraction = control_fraction
+        self._served = served
+        self._writes = writes
+        self._wall = wall
+        self._saved_at = wall()
+        self._kinds: dict[str, _Kind] = {}
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._counts: Counter[tuple[str, str, str, str]] = Counter()
+        """Units since this process started, by kind, arm, outcome and result."""
+
+    # --- evidence --------------------------------------------------------------------------------------------------
+
+    def receive(self, report: OutcomeReport) -> None:
+        """One answer, as a relay has judged it. Reports of a version that does not serve the kind now are ignored."""
+        kind = report.kind
+        if kind not in self._served.kinds() or self._served.version(kind) != report.version:
+            return
+        if not self._is_first(kind, report.conversation):
+            return
+        state = self._kinds.setdefault(kind, _Kind())
+        if state.trial is None or state.trial.version != report.version:
+            state.number += 1
+            state.trial = Trial(self._settings, report.version, state.number)
+        bad = {Outcome(name): value for name, value in report.bad.items() if name in _OUTCOMES}
+        unit = Unit(report.client, report.treated, bad, report.output_tokens)
+        if not state.trial.add(unit):
+            return
+        state.changed = True
+        arm = (Arm.TREATED if report.treated else Arm.CONTROL).value
+        for outcome, value in bad.items():
+            self._counts[kind, arm, outcome.value, "bad" if value else "good"] += 1
+
+    def _is_first(self, kind: str, conversation: bytes) -> bool:
+        """Whether the conversation has not been counted in this kind; one that is not recognized never has."""
+        if not conversation:
+            return True
+        key = blake2b(conversation + kind.encode(), digest_size=_SEEN_BYTES).digest()
+        if key in self._seen:
+            return False
+        self._seen[key] = None
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return True
+
+    def check(self) -> None:
+        """What is due because of new units, or because time has passed. Call it regularly."""
+        followed = set(self._served.kinds())
+        for kind in [kind for kind in self._kinds if kind not in followed]:
+            del self._kinds[kind]
+            self._counts = Counter({labels: n for labels, n in self._counts.items() if labels[0] != kind})
+        for kind, state in self._kinds.items():
+            if state.harmed is not None and not self._served.is_held(kind):
+                state.harmed = None  # an operator has released the kind
+            if state.changed:
+                state.changed = False
+                self._judge(kind, state)
+        if self._wall() - self._saved_at >= SAVE_SECONDS:
+            self.save()
+
+    def _judge(self, kind: str, state: _Kind) -> None:
+        trial = state.trial
+        if trial is None or self._served.version(kind) != trial.version:
+            return
+        harm = trial.harm()
+        if harm is None:
+            return
+        # The trial is over: the version may serve here again only by an operator's decision, and in a new trial.
+        state.trial = None
+        state.harmed = {"at": self._wall(), "version": trial.version, **to_json(harm)}
+        why = _sentence(harm)
+        log.warning("%s: profile %s leaves this kind: %s", kind, trial.version, why)
+        self._served.leave(kind, why, {**to_json(harm), "trial": trial.number, "alpha": trial.alpha})
+        self.save()
+
+    # --- restarts --------------------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """The models are others: all that was counted is about something else."""
+        self._kinds.clear()
+        self._seen.clear()
+
+    def save(self) -> None:
+        """Queue a write of the state: at most 15 kB for each kind, and 160 kB for the conversations."""
+        self._saved_at = self._wall()
+        kinds = {
+            kind: {
+                "number": state.number,
+                "trial": None if state.trial is None else state.trial.save(),
+                "harmed": state.harmed,
+            }
+            for kind, state in self._kinds.items()
+        }
+        state = {
+            "format": _FORMAT,
+            "control_fraction": self._control_fraction,
+            "kinds": kinds,
+            "seen": base64.b64encode(b"".join(self._seen)).decode(),
+        }
+        self._writes.set_state(STATE_KEY, json.dumps(state))
+
+    def restore(self, stored: str | None) -> None:
+        """Go on from what an earlier run stored."""
+        if stored is None:
+            return
+        try:
+            state = json.loads(stored)
+            if state["format"] != _FORMAT:
+                raise ValueError(f"format {state['format']}")
+            same = state["control_fraction"] == self._control_fraction
+            kinds = {kind: self._load_kind(saved, same) for kind, saved in state["kinds"].items()}
+            seen = base64.b64decode(state["seen"], validate=True)
+        except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, InvalidArgumentError) as error:
+            log.error("stored outcomes: %s", error)
+            return
+        if not same:
+            log.warning("stored outcomes are of another calibration.control_fraction: their units do not count")
+        self._kinds = kinds
+        self._seen = OrderedDict.fromkeys(seen[i : i + _SEEN_BYTES] for i in range(0, len(seen), _SEEN_BYTES))
+
+    def _load_kind(self, saved: Mapping[str, Any], same_arms: bool) -> _Kind:
+        trial = saved["trial"]
+        return _Kind(
+            number=int(saved["number"]),
+            trial=Trial.load(trial, self._settings) if same_arms and trial is not None else None,
+            harmed=saved["harmed"],
+            changed=True,
+        )
+
+    # --- what is shown ---------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "alpha": self._settings.alpha,
+            "margin": self._settings.margin,
+            "length_margin": self._settings.length_margin,
+            "client_share": self._settings.client_share,
+            "kinds": [self._kind_json(kind, state) for kind, state in sorted(self._kinds.items())],
+        }
+
+    def _kind_json(self, kind: str, state: _Kind) -> dict[str, Any]:
+        trial = state.trial
+        shown: dict[str, Any] = {"kind": kind, "trial": state.number, "harmed": state.harmed}
+        if trial is None:
+            return {**shown, "version": None, "units": 0, "outcomes": []}
+        return {
+            **shown,
+            "version": trial.version,
+            "units": trial.units,
+            "refused": trial.refused,
+            "client_share_active": trial.limits_clients,
+            "alpha": trial.alpha,
+            "length_cap": trial.cap,
+            "outcomes": [to_json(reading) for reading in self._readings(state, trial)],
+        }
+
+    @staticmethod
+    def _readings(state: _Kind, trial: Trial) -> list[Reading]:
+        if state.readings[0] != trial.units:
+            state.readings = trial.units, trial.readings()
+        return state.readings[1]
+
+    def samples(self) -> Iterator[Sample]:
+        for labels, units in self._counts.items():
+            yield Sample(names.OUTCOME_UNITS, labels, units)
+        for kind, state in self._kinds.items():
+            yield Sample(names.OUTCOME_HARM, (kind,), float(state.harmed is not None))
+            if state.trial is None:
+                continue
+            for reading in self._readings(state, state.trial):
+                found = reading.difference
+                for bound, value in (("mean", found.mean), ("low", found.low), ("high", found.high)):
+                    if math.isfinite(value):
+                        yield Sample(names.OUTCOME_DIFFERENCE, (kind, reading.outcome, bound), value)
+
+
+def to_json(reading: Reading) -> dict[str, Any]:
+    """JSON-ready: what is infinite or unknown is None."""
+    found = reading.difference
+    return {
+        "outcome": reading.outcome,
+        "control": {"units": reading.control_units, "value": finite(reading.control)},
+        "treated": {"units": reading.treated_units, "value": finite(reading.treated)},
+        "difference": finite(found.mean),
+        "interval": [finite(found.low), finite(found.high)],
+        "evidence": reading.evidence,
+    }
+
+
+def _sentence(harm: Reading) -> str:
+    """For people."""
+    arms = f"{harm.treated_units} treated and {harm.control_units} control conversations"
+    if harm.outcome == LENGTH:
+        return (
+            f"answers have a mean length of {harm.treated:.1f} tokens with the profile and {harm.control:.1f} without, "
+            f"of {arms}"
+        )
+    return f"{harm.outcome} is bad in {harm.treated:.1%} with the profile and {harm.control:.1%} without, of {arms}"
