@@ -20,6 +20,7 @@ from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import counters, outcomes
 from hemostat_calibration.alarm import AlarmTest
+from hemostat_calibration.outcomes import LENGTH, Outcome
 from hemostat_calibration.records import Arm
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
@@ -131,6 +132,13 @@ HEADLINES: Values = {
 """Figures of hemostat_divergence. The kind (a bound, an estimate, exact) is added; all are exact where both sides gave
 the whole vocabulary."""
 KINDS = {"lower": "a lower bound", "upper": "an upper bound", "estimate": "an estimate", "exact": "exact"}
+OUTCOME_MEANINGS: Values = {
+    Outcome.JSON: "JSON was asked for in words or by a schema, and the answer has none, or does not fit the schema",
+    Outcome.TOOL_CALL: "tools were offered, and a call does not parse or fits none of them",
+    Outcome.LOOP: "the answer ends in a repetition",
+    Outcome.CUT: "the answer ended at the length limit",
+    Outcome.EMPTY: "the answer has no text and no tool call",
+}
 EDGES: Values = {"mean": "the estimate", "low": "lower end of the 95 % interval", "high": "upper end"}
 ROUTE_VALUES = f"{', '.join(f'`{route}`' for route in routes.LABELS.values())}, else `{routes.OTHER}`"
 
@@ -164,7 +172,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "direction": {
         "": dict(zip(DIRECTIONS, ("KL(reference‖compressed)", "KL(compressed‖reference)"), strict=True)),
     },
-    "edge": {"": EDGES},
+    "edge": {"": EDGES, names.OUTCOME_DIFFERENCE: {"mean": "the estimate", "low": "lower end", "high": "upper end"}},
     "family": {"": "family of the profile: `temperature_bias`, `contextual`, or `identity`"},
     "figure": {
         "": {
@@ -210,6 +218,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "invalid": "the answer does not parse",
             "cut": "the answer ended at the length limit",
         },
+        names.OUTCOME_UNITS: OUTCOME_MEANINGS,
+        names.OUTCOME_DIFFERENCE: {**OUTCOME_MEANINGS, LENGTH: "the mean number of output tokens"},
     },
     "reason": {
         names.CALIBRATION_REQUESTS: CALIBRATION_REASONS,
@@ -240,6 +250,13 @@ LABELS: dict[str, dict[str, Values | str]] = {
         names.RESPONSES_FINISHED: (
             f"vLLM's finish_reason: {', '.join(f'`{name}`' for name in sorted(outcomes.FINISH_REASONS))}, else `other`"
         ),
+    },
+    "result": {
+        names.OUTCOME_UNITS: {"good": "the first answer is good", "bad": "the first answer is bad"},
+        names.OUTCOME_REPORTS: {
+            "sent": "to the control process",
+            "dropped": "the control process does not keep up, or is away",
+        },
     },
     "reference": {"": "name of the reference model"},
     "route": {"": ROUTE_VALUES},

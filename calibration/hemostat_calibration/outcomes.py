@@ -118,6 +118,24 @@ class Reading:
         return self.evidence >= 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Sums of one group in one arm. squares: as in `RunningMean`, about the arm's mean before each unit."""
+
+    units: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def update(self, tokens: float, centre: float, cap: float) -> _Lengths:
+        return _Lengths(self.units + 1, self.total + tokens, self.squares + ((tokens - centre) / cap) ** 2)
+
+
+def _running_mean(groups: list[_Lengths], cap: float, leave_out: int = -1) -> RunningMean:
+    kept = [lengths for group, lengths in enumerate(groups) if group != leave_out]
+    units, squares = sum(part.units for part in kept), sum(part.squares for part in kept)
+    return RunningMean(0.0, cap, units, sum(part.total for part in kept), squares)
+
+
 class Trial:
     """Counts of one version in one kind. number: 1 for the kind's first version, and so on."""
 
@@ -135,8 +153,9 @@ class Trial:
         """By outcome, of each group."""
         self._first: list[float] = []
         """Lengths while the cap is not known."""
-        self._lengths: dict[bool, list[RunningMean]] = {}
-        """By arm, treated or not: of all units, then of the units without each group."""
+        self._cap: float | None = None
+        self._lengths: dict[bool, list[_Lengths]] = {arm: [_Lengths()] * GROUPS for arm in (False, True)}
+        """By arm, treated or not, of each group."""
 
     @property
     def alpha(self) -> float:
@@ -160,7 +179,7 @@ class Trial:
     @property
     def cap(self) -> float | None:
         """Tokens at which lengths are clipped; None before it is known."""
-        return next(iter(self._lengths.values()))[0].hi if self._lengths else None
+        return self._cap
 
     def add(self, unit: Unit) -> bool:
         """Count one unit. False, and nothing is counted, where its client has too many already."""
@@ -181,33 +200,38 @@ class Trial:
         return True
 
     def _add_length(self, treated: bool, group: int, tokens: float) -> None:
-        if not self._lengths:
+        if self._cap is None:
             self._first.append(tokens)
             if len(self._first) == CAP_UNITS:
-                cap = max(CAP_FACTOR * sum(self._first) / CAP_UNITS, MIN_CAP)
-                self._lengths = {arm: [RunningMean(0.0, cap)] * (GROUPS + 1) for arm in (False, True)}
+                self._cap = max(CAP_FACTOR * sum(self._first) / CAP_UNITS, MIN_CAP)
             return
-        means = self._lengths[treated]
-        clipped = min(tokens, means[0].hi)
-        self._lengths[treated] = [
-            mean if number == group + 1 else mean.update(clipped) for number, mean in enumerate(means)
-        ]
+        groups = self._lengths[treated]
+        units = sum(lengths.units for lengths in groups)
+        # Any value that is known before may be the centre: the same one for all groups makes their squares add up.
+        centre = sum(lengths.total for lengths in groups) / units if units else 0.0
+        groups[group] = groups[group].update(min(tokens, self._cap), centre, self._cap)
 
     def readings(self) -> list[Reading]:
         """Of the outcomes that applied to any unit, and of the length once it is compared."""
         found = [self._binary(outcome, counts) for outcome, counts in sorted(self._counts.items())]
-        if self._lengths:
-            found.append(self._length())
+        if self._cap is not None:
+            found.append(self._length(self._cap))
         return found
 
     def harm(self) -> Reading | None:
         """The first reading that proves harm. Much cheaper than `readings` where there is none."""
+        margin = self.settings.margin
         for outcome, counts in sorted(self._counts.items()):
-            if self._evidence(counts) >= 1.0:
+            # Only a difference beyond the margin can refute that it is within.
+            total = _total(counts)
+            suspect = total.treated and total.control and _difference(total) > margin
+            if suspect and self._evidence(counts) >= 1.0:
                 return self._binary(outcome, counts)
-        if self._lengths:
-            length = self._length()
-            return length if length.harm else None
+        if self._cap is not None:
+            treated, control = (_running_mean(self._lengths[arm], self._cap).mean for arm in (True, False))
+            if abs(treated - control) > self.settings.length_margin * control:
+                length = self._length(self._cap)
+                return length if length.harm else None
         return None
 
     def _evidence(self, counts: list[TwoArms]) -> float:
@@ -231,19 +255,20 @@ class Trial:
             evidence=self._evidence(counts),
         )
 
-    def _length(self) -> Reading:
-        treated, control = (self._lengths[arm] for arm in (True, False))
-        change = self._change(treated[0], control[0])
+    def _length(self, cap: float) -> Reading:
+        treated, control = (_running_mean(self._lengths[arm], cap) for arm in (True, False))
+        change = self._change(treated, control)
         harm = self._is_harm(change)
         if harm and self.limits_clients:
-            pairs = zip(treated[1:], control[1:], strict=True)
-            harm = all(self._is_harm(self._change(*pair)) for pair in pairs)
+            for group in range(GROUPS):
+                without = (_running_mean(self._lengths[arm], cap, leave_out=group) for arm in (True, False))
+                harm = harm and self._is_harm(self._change(*without))
         return Reading(
             outcome=LENGTH,
-            treated_units=treated[0].observations,
-            control_units=control[0].observations,
-            treated=treated[0].mean,
-            control=control[0].mean,
+            treated_units=treated.observations,
+            control_units=control.observations,
+            treated=treated.mean,
+            control=control.mean,
             difference=change,
             evidence=float(harm),
         )
@@ -273,9 +298,10 @@ class Trial:
                 for outcome, counts in self._counts.items()
             },
             "first": self._first,
-            "cap": self.cap,
+            "cap": self._cap,
             "lengths": {
-                str(arm): [[m.observations, m.total, m.squares] for m in means] for arm, means in self._lengths.items()
+                str(arm): [[part.units, part.total, part.squares] for part in groups]
+                for arm, groups in self._lengths.items()
             },
         }
 
@@ -291,15 +317,15 @@ class Trial:
                 for outcome, groups in saved["counts"].items()
             }
             trial._first = [float(tokens) for tokens in saved["first"]]
-            if saved["cap"] is not None:
-                cap = float(saved["cap"])
-                trial._lengths = {
-                    arm: [RunningMean(0.0, cap, int(n), float(x), float(v)) for n, x, v in saved["lengths"][str(arm)]]
-                    for arm in (False, True)
-                }
-            sizes = [(len(groups), GROUPS) for groups in trial._counts.values()]
-            sizes += [(len(means), GROUPS + 1) for means in trial._lengths.values()]
-            if len(trial._clients) > MAX_CLIENTS or any(size != expected for size, expected in sizes):
+            trial._cap = None if saved["cap"] is None else float(saved["cap"])
+            trial._lengths = {
+                arm: [
+                    _Lengths(int(n), float(total), float(squares)) for n, total, squares in saved["lengths"][str(arm)]
+                ]
+                for arm in (False, True)
+            }
+            sizes = {len(parts) for parts in trial._counts.values()} | {len(parts) for parts in trial._lengths.values()}
+            if len(trial._clients) > MAX_CLIENTS or sizes != {GROUPS}:
                 raise ValueError("a list has the wrong length")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidArgumentError(f"not a saved trial: {error}") from error
@@ -317,6 +343,10 @@ def _total(counts: list[TwoArms]) -> TwoArms:
         sum(c.control_bad for c in counts),
         sum(c.control for c in counts),
     )
+
+
+def _difference(total: TwoArms) -> float:
+    return total.treated_bad / total.treated - total.control_bad / total.control
 
 
 def _share(bad: int, units: int) -> float:

@@ -139,7 +139,7 @@ def test_a_restart_changes_nothing(units, at):
         {"counts": {"json": [[0, 0, 0, 0]]}},
         {"counts": {"json": [[1, 0, 0, 0]] * 16}},
         {"clients": {"x": 1}},
-        {"cap": 9},
+        {"lengths": {}},
     ],
 )
 def test_a_damaged_state_is_refused(change):

@@ -14,7 +14,16 @@ from tests.support.waiting import until
 from tests.support.wire import policy
 
 from hemostat.ipc.control_end import RelayLink, add
-from hemostat.ipc.messages import MAX_MESSAGE_BYTES, Capture, Hello, MessageReader, Stats, encode
+from hemostat.ipc.messages import (
+    MAX_MESSAGE_BYTES,
+    Capture,
+    Hello,
+    MessageReader,
+    OutcomeReport,
+    Stats,
+    encode,
+)
+from hemostat.ipc.relay_end import MAX_QUEUED_BYTES, MAX_QUEUED_REPORTS, REPORTS_PER_MESSAGE, ControlLink
 
 POLICY = policy()
 
@@ -32,7 +41,8 @@ class Link:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.captures: list[Capture] = []
-        self.link = RelayLink(path, self.captures.append)
+        self.outcomes: list[OutcomeReport] = []
+        self.link = RelayLink(path, self.captures.append, self.outcomes.append)
 
     async def relay(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_unix_connection(str(self.path))
@@ -44,6 +54,45 @@ async def link(tmp_path: Path) -> AsyncIterator[Link]:
     await made.link.start()
     yield made
     await made.link.close()
+
+
+def outcome(number: int = 0) -> OutcomeReport:
+    return OutcomeReport("chat text greedy", "v", True, b"%d" % number, b"", {"loop": False}, 7)
+
+
+async def test_reports_of_outcomes_are_sent_together(link: Link) -> None:
+    sender = ControlLink(str(link.path), 0, lambda _: None, lambda: stats(1))
+    assert not sender.report_outcome(outcome()), "not connected"
+    running = asyncio.create_task(sender.run())
+    await until(lambda: link.link.relays == 1)
+    for number in range(REPORTS_PER_MESSAGE + 3):
+        assert sender.report_outcome(outcome(number))
+    await until(lambda: len(link.outcomes) == REPORTS_PER_MESSAGE)
+    sender.report()
+    await until(lambda: len(link.outcomes) == REPORTS_PER_MESSAGE + 3)
+    assert link.outcomes == [outcome(number) for number in range(REPORTS_PER_MESSAGE + 3)]
+    running.cancel()
+    await sender.close()
+
+
+async def test_reports_of_outcomes_are_dropped_while_the_link_is_full(tmp_path: Path) -> None:
+    hold = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await hold.wait()
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, str(tmp_path / "s"))
+    sender = ControlLink(str(tmp_path / "s"), 0, lambda _: None, lambda: stats(1))
+    running = asyncio.create_task(sender.run())
+    await until(lambda: sender.emit(sized_capture(size=MAX_QUEUED_BYTES)))
+    await until(lambda: not sender.emit(sized_capture(size=MAX_QUEUED_BYTES)))
+    accepted = sum(sender.report_outcome(outcome(number)) for number in range(2 * MAX_QUEUED_REPORTS))
+    assert accepted == MAX_QUEUED_REPORTS
+    hold.set()
+    running.cancel()
+    await sender.close()
+    server.close()
 
 
 async def test_captures_arrive_and_figures_add_up_over_relays_and_restarts(link: Link) -> None:

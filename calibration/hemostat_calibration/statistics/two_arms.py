@@ -32,10 +32,10 @@ from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.statistics.confidence import ConfidenceInterval
 
-_POINTS = 33
-"""Margins of one round of the search for the ends of the interval."""
-_ROUNDS = 5
-"""After them an end is known to 2 / (_POINTS − 1)^_ROUNDS = 6e-8."""
+_POINTS = 65
+"""Differences of one round of the search for the ends of the interval."""
+_ROUNDS = 3
+"""After them an end is known to 2 / (_POINTS − 1)^_ROUNDS = 8e-6."""
 
 _lgamma = np.frompyfunc(math.lgamma, 1, 1)
 
@@ -106,24 +106,18 @@ class TwoArms:
             raise InvalidArgumentError(f"alpha is {alpha}: it must be between 0 and 1")
         if not (self.treated and self.control):
             return ConfidenceInterval(math.nan, -1.0, 1.0)
+        counts = self.treated_bad, self.treated, self.control_bad, self.control
+        numerator = float(_log_mixture(*counts[:2]) + _log_mixture(*counts[2:]))
         difference = self.treated_bad / self.treated - self.control_bad / self.control
-        return ConfidenceInterval(difference, self._end(-1.0, difference, alpha), self._end(1.0, difference, alpha))
-
-    def _end(self, outside: float, inside: float, alpha: float) -> float:
-        """The refuted difference nearest to `inside`, which is not refuted; `outside`, -1 or 1, where none is."""
-        numerator = float(_log_mixture(self.treated_bad, self.treated) + _log_mixture(self.control_bad, self.control))
-        refuted, accepted = outside, inside
+        # Of the lower and the upper end. -1 and 1 themselves are left out: nothing lies beyond them.
+        accepted, refuted = np.full(2, difference), np.array([-1.0, 1.0])
         for _ in range(_ROUNDS):
-            # -1 and 1 themselves are excluded: nothing lies beyond them.
-            margins = np.clip(np.linspace(accepted, refuted, _POINTS), -1.0 + 1e-12, 1.0 - 1e-12)
-            line = _log_likelihood_on_line(self.treated_bad, self.treated, self.control_bad, self.control, margins)
-            # The likelihood falls with the distance, so the refuted differences are those from some point on.
-            found = np.flatnonzero(numerator - line >= -math.log(alpha))
-            if not len(found):
-                return refuted
-            first = max(int(found[0]), 1)
-            accepted, refuted = float(margins[first - 1]), float(margins[first])
-        return refuted
+            points = np.clip(np.linspace(accepted, refuted, _POINTS, axis=1), -1.0 + 1e-12, 1.0 - 1e-12)
+            found = numerator - _log_likelihood_on_line(*counts, points) >= -math.log(alpha)
+            # The likelihood falls with the distance from the estimate, so what is refuted lies beyond some point.
+            first = np.where(found.any(axis=1), np.maximum(found.argmax(axis=1), 1), _POINTS - 1)
+            accepted, refuted = points[[0, 1], first - 1], np.where(found.any(axis=1), points[[0, 1], first], refuted)
+        return ConfidenceInterval(difference, float(refuted[0]), float(refuted[1]))
 
 
 def log_e_value(

@@ -259,9 +259,9 @@ class Outcomes:
                 continue
             for reading in self._readings(state, state.trial):
                 found = reading.difference
-                for bound, value in (("mean", found.mean), ("low", found.low), ("high", found.high)):
+                for edge, value in (("mean", found.mean), ("low", found.low), ("high", found.high)):
                     if math.isfinite(value):
-                        yield Sample(names.OUTCOME_DIFFERENCE, (kind, reading.outcome, bound), value)
+                        yield Sample(names.OUTCOME_DIFFERENCE, (kind, reading.outcome, edge), value)
 
 
 def to_json(reading: Reading) -> dict[str, Any]:

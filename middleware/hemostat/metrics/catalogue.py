@@ -318,7 +318,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "ratio",
             "Share of bad answers, treated minus control, with its interval; of `length`: mean tokens, relative to the "
             "control arm.",
-            ("kind", "outcome", "bound"),
+            ("kind", "outcome", "edge"),
         ),
         Metric(
             names.OUTCOME_HARM,

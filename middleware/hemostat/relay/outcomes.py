@@ -194,17 +194,24 @@ class OutcomeObserver:
         loop = any(ends_in_loop(text) for text in texts)
         if loop:
             count(names.REPETITION_LOOPS, (arm,), 1.0)
-        bad = None if self._format is None else self._bad(self._format, response, data, reasons, loop=loop)
+        bad = None if self._format is None else self._bad(self._format, response, data, texts, reasons, loop=loop)
         return ResponseOutcome(tuple(reasons), tokens or None, bad)
 
     def _bad(
-        self, asked: AnswerFormat, response: _Response | None, data: bytes, reasons: list[str], *, loop: bool
+        self,
+        asked: AnswerFormat,
+        response: _Response | None,
+        data: bytes,
+        texts: list[str],
+        reasons: list[str],
+        *,
+        loop: bool,
     ) -> dict[str, bool]:
         """Of several choices the first one is judged. response: None where only the tail `data` of it is known."""
         bad = {Outcome.LOOP.value: loop, Outcome.CUT.value: "length" in reasons}
         if response is None:
-            text = b"".join(_TEXT.findall(data)).replace(b"\\n", b"")
-            bad[Outcome.EMPTY.value] = not text.strip() and _CALLS.search(data) is None
+            blank = all(text.isspace() or not text.replace("\\n", "").strip() for text in texts)
+            bad[Outcome.EMPTY.value] = blank and _CALLS.search(data) is None
             if asked.json and (loop or "length" in reasons):
                 bad[Outcome.JSON.value] = True  # too long to be parsed here, and not ended
             return bad

@@ -1,0 +1,232 @@
+"""Outcomes by kind and arm in the control process: what counts, what follows from harm, restarts, and what is shown."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from hemostat.config import schema as config
+from hemostat.ipc.messages import REST_KIND, OutcomeReport
+from hemostat.measurement import outcomes
+from hemostat.measurement.outcomes import STATE_KEY, Outcomes
+from hemostat.metrics import names
+
+KIND = "chat json greedy"
+
+
+@dataclass
+class Served:
+    """The profiles, as `Outcomes` knows them."""
+
+    by_kind: dict[str, str] = field(default_factory=lambda: {KIND: "v1", REST_KIND: "v1"})
+    followed: set[str] = field(default_factory=lambda: {KIND, REST_KIND})
+    held: set[str] = field(default_factory=set)
+    left: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+
+    def kinds(self) -> set[str]:
+        return self.followed
+
+    def version(self, kind: str) -> str | None:
+        return self.by_kind.get(kind)
+
+    def is_held(self, kind: str) -> bool:
+        return kind in self.held
+
+    def leave(self, kind: str, why: str, evidence: dict[str, Any]) -> None:
+        self.by_kind.pop(kind)
+        self.held.add(kind)
+        self.left.append((kind, why, evidence))
+
+
+class Writes:
+    def __init__(self) -> None:
+        self.states: dict[str, str | None] = {}
+
+    def set_state(self, key: str, value: str | None) -> None:
+        self.states[key] = value
+
+
+@dataclass
+class World:
+    served: Served = field(default_factory=Served)
+    writes: Writes = field(default_factory=Writes)
+    now: float = 1000.0
+    control_fraction: float = 0.5
+    outcomes: Outcomes = field(init=False)
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        settings = config.Outcomes()
+        self.outcomes = Outcomes(settings, 0.25, self.control_fraction, self.served, self.writes, lambda: self.now)  # type: ignore[arg-type]
+        self.outcomes.restore(self.writes.states.get(STATE_KEY))
+
+    def report(self, treated: bool, bad: bool, **changes: Any) -> None:
+        given: dict[str, Any] = {
+            "kind": KIND,
+            "version": "v1",
+            "conversation": self.rng.randbytes(16),
+            "client": b"",
+            "output_tokens": 9,
+        }
+        self.outcomes.receive(OutcomeReport(treated=treated, bad={"json": bad}, **(given | changes)))
+
+    def traffic(self, units: int, treated_rate: float, control_rate: float, **changes: Any) -> None:
+        for _ in range(units):
+            treated = self.rng.random() < 0.5
+            self.report(treated, self.rng.random() < (treated_rate if treated else control_rate), **changes)
+            self.outcomes.check()
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        return {kind["kind"]: kind for kind in self.outcomes.report()["kinds"]}
+
+    def gauges(self) -> dict[tuple[str, ...], float]:
+        return {(sample.name, *sample.labels): sample.value for sample in self.outcomes.samples()}
+
+
+def test_harm_takes_the_profile_from_the_kind_alone() -> None:
+    world = World()
+    world.traffic(700, 0.9, 0.6)
+    ((kind, why, evidence),) = world.served.left
+    assert kind == KIND
+    assert "json is bad in" in why
+    assert evidence["interval"][0] > 0.05
+    assert world.served.by_kind == {REST_KIND: "v1"}
+    assert world.shown[KIND]["harmed"]["version"] == "v1"
+    assert world.gauges()[names.OUTCOME_HARM, KIND] == 1.0
+    json.dumps(world.outcomes.report(), allow_nan=False)
+
+
+def test_a_harmless_profile_stays() -> None:
+    world = World()
+    world.traffic(400, 0.4, 0.4)
+    assert not world.served.left
+    (found,) = (o for o in world.shown[KIND]["outcomes"] if o["outcome"] == "json")
+    assert found["control"]["units"] + found["treated"]["units"] == 400
+    assert found["interval"][0] < 0.0 < found["interval"][1]
+    gauges = world.gauges()
+    assert (
+        gauges[names.OUTCOME_DIFFERENCE, KIND, "json", "low"]
+        < 0
+        < gauges[names.OUTCOME_DIFFERENCE, KIND, "json", "high"]
+    )
+    counted = sum(n for labels, n in gauges.items() if labels[0] == names.OUTCOME_UNITS)
+    assert counted == 400
+
+
+def test_a_conversation_counts_once_in_a_kind() -> None:
+    world = World()
+    for _ in range(5):
+        world.report(True, True, conversation=b"one")
+        world.report(True, True, conversation=b"one", kind=REST_KIND)
+    assert {kind: shown["units"] for kind, shown in world.shown.items()} == {KIND: 1, REST_KIND: 1}
+    world.report(True, True, conversation=b"")
+    world.report(True, True, conversation=b"")
+    assert world.shown[KIND]["units"] == 3
+
+
+def test_what_is_not_of_the_served_version_is_ignored() -> None:
+    world = World()
+    world.report(True, True, version="older")
+    world.report(True, True, kind="chat text greedy")
+    world.served.by_kind.pop(REST_KIND)
+    world.report(True, True, kind=REST_KIND)
+    assert world.shown == {}
+
+
+def test_another_version_begins_a_trial_that_spends_less() -> None:
+    world = World()
+    world.report(True, True)
+    first = world.shown[KIND]["alpha"]
+    world.served.by_kind[KIND] = "v2"
+    world.report(True, False, version="v2")
+    shown = world.shown[KIND]
+    assert (shown["version"], shown["trial"], shown["units"]) == ("v2", 2, 1)
+    assert shown["alpha"] == pytest.approx(first / 3)
+
+
+def test_an_operator_releases_the_kind() -> None:
+    world = World()
+    world.traffic(700, 1.0, 0.5)
+    world.outcomes.check()
+    assert world.gauges()[names.OUTCOME_HARM, KIND] == 1.0
+    world.served.held.clear()
+    world.outcomes.check()
+    assert world.gauges()[names.OUTCOME_HARM, KIND] == 0.0
+    world.served.by_kind[KIND] = "v1"
+    world.report(True, False)
+    assert (world.shown[KIND]["trial"], world.shown[KIND]["units"]) == (2, 1), "in a trial of its own"
+
+
+def test_a_restart_goes_on() -> None:
+    world = World()
+    world.traffic(200, 0.8, 0.6)
+    world.report(True, True, conversation=b"one")
+    world.outcomes.save()
+    before = world.outcomes.report()
+    world.restart()
+    world.report(True, True, conversation=b"one")
+    assert world.outcomes.report() == before
+    world.traffic(3000, 0.8, 0.6)
+    world.outcomes.save()
+    world.restart()
+    world.outcomes.check()
+    assert world.shown[KIND]["harmed"] is not None
+
+
+def test_the_state_is_saved_every_minute_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcomes, "MAX_SEEN", 100)
+    world = World()
+    world.traffic(300, 0.5, 0.5)
+    assert not world.writes.states
+    world.now += 61.0
+    world.outcomes.check()
+    stored = world.writes.states[STATE_KEY]
+    assert stored is not None
+    assert len(json.loads(stored)["seen"]) == 800
+    assert len(stored) < 15_000
+
+
+def test_arms_of_another_size_begin_anew() -> None:
+    world = World()
+    world.traffic(50, 0.5, 0.5)
+    world.outcomes.save()
+    world.control_fraction = 0.1
+    world.restart()
+    world.report(True, True)
+    assert (world.shown[KIND]["trial"], world.shown[KIND]["units"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "stored", ["", "{}", "[]", '{"format": 2}', '{"format": 1, "control_fraction": 0.5, "kinds": 3}']
+)
+def test_a_damaged_state_is_not_used(stored: str) -> None:
+    world = World()
+    world.writes.states[STATE_KEY] = stored
+    world.restart()
+    world.report(True, True)
+    assert world.shown[KIND]["trial"] == 1
+
+
+def test_a_kind_that_is_no_longer_followed_is_forgotten() -> None:
+    world = World()
+    world.report(True, True)
+    world.served.followed = {REST_KIND}
+    world.outcomes.check()
+    assert world.shown == {}
+    assert not world.gauges()
+
+
+def test_other_models_begin_anew() -> None:
+    world = World()
+    world.report(True, True, conversation=b"one")
+    world.outcomes.forget()
+    world.report(True, True, conversation=b"one")
+    assert (world.shown[KIND]["trial"], world.shown[KIND]["units"]) == (1, 1)

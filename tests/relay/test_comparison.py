@@ -1,0 +1,162 @@
+"""What a relay reports of an answer to a request in an arm of a comparison."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tests.support.hooks import HookSequence, SpyHook
+from tests.support.relay import Request, answering, chat_json, post, relaying
+
+from hemostat.hooks import Comparison
+from hemostat.ipc.messages import OutcomeReport
+from hemostat.metrics.names import OUTCOME_ERRORS, OUTCOME_REPORTS
+from hemostat.relay.outcomes import OutcomeObserver
+
+PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+FIND = {"type": "function", "function": {"name": "find", "parameters": PERSON}}
+COMPARISON = Comparison("chat json greedy", "v", True, b"c" * 16, b"k" * 8, json_in_words=True)
+
+
+def stream(*deltas: dict[str, Any], reason: str = "stop") -> bytes:
+    said = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    said.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+    return b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in said) + b"data: [DONE]\n\n"
+
+
+def bad(answer: bytes, *, streamed: bool = False, in_words: bool = False, **request: Any) -> dict[str, bool] | None:
+    body = json.dumps({"messages": [], **request}).encode()
+    observer = OutcomeObserver()
+    observer.feed_request(body)
+    observer.compare(body, json_in_words=in_words)
+    observer.begin_response(stream=streamed)
+    observer.feed_response(answer)
+    return observer.finish("treated", lambda *_: None).bad
+
+
+GOOD = {"loop": False, "cut": False, "empty": False}
+
+
+def test_what_is_judged_of_any_answer() -> None:
+    assert bad(chat_json("Paris.")) == GOOD
+    assert bad(chat_json("Paris and", "length")) == GOOD | {"cut": True}
+    assert bad(chat_json("So. " + "and then again " * 12)) == GOOD | {"loop": True}
+    assert bad(chat_json(" \n")) == GOOD | {"empty": True}
+    assert bad(chat_json(None)) == GOOD | {"empty": True}
+
+
+def test_what_is_judged_of_a_stream() -> None:
+    assert bad(stream({"content": "Paris"}, {"content": "."}), streamed=True) == GOOD
+    assert bad(stream({"content": "\n"}), streamed=True) == GOOD | {"empty": True}
+    assert bad(stream({"role": "assistant", "content": ""}, reason="length"), streamed=True) == GOOD | {
+        "cut": True,
+        "empty": True,
+    }
+    call = {"tool_calls": [{"index": 0, "function": {"name": "find", "arguments": "{}"}}]}
+    assert bad(stream(call), streamed=True) == GOOD
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("text", "request_", "expected"),
+    [
+        ('Here: {"age": 3}', {"in_words": True}, False),
+        ("It is 3.", {"in_words": True}, True),
+        ('{"age": 3}', {"guided_json": PERSON}, False),
+        ('{"age": "3"}', {"guided_json": PERSON}, True),
+        ("", {"in_words": True}, True),
+    ],
+)
+def test_json(streamed: bool, text: str, request_: dict[str, Any], expected: bool) -> None:
+    answer = stream({"content": text[:3]}, {"content": text[3:]}) if streamed else chat_json(text)
+    found = bad(answer, streamed=streamed, **request_)
+    assert found is not None
+    assert found["json"] is expected
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [("find", '{"age": 3}', False), ("find", '{"age": "3"}', True), ("lose", '{"age": 3}', True), ("find", "{", True)],
+)
+def test_tool_calls(streamed: bool, name: str, arguments: str, expected: bool) -> None:
+    first = {"index": 0, "function": {"name": name, "arguments": arguments[:4]}}
+    rest = {"index": 0, "function": {"arguments": arguments[4:]}}
+    if streamed:
+        answer = stream({"tool_calls": [first]}, {"tool_calls": [rest]}, reason="tool_calls")
+    else:
+        first["function"]["arguments"] = arguments  # type: ignore[index]
+        answer = chat_json(None, "tool_calls", tool_calls=[first])
+    assert bad(answer, streamed=streamed, tools=[FIND]) == GOOD | {"tool_call": expected}
+
+
+def test_an_answer_without_a_call_is_a_good_one_of_a_request_with_tools() -> None:
+    assert bad(chat_json("Paris."), tools=[FIND]) == GOOD | {"tool_call": False}
+
+
+def test_an_answer_that_is_too_long_to_be_parsed() -> None:
+    pieces = [{"content": f"word{n} "} for n in range(6000)]
+    found = bad(stream(*pieces, reason="length"), streamed=True, in_words=True)
+    assert found == GOOD | {"cut": True, "json": True}
+    assert bad(stream(*pieces), streamed=True, in_words=True) == GOOD, "it may be JSON"
+
+
+def test_nothing_is_judged_without_a_comparison() -> None:
+    observer = OutcomeObserver()
+    observer.feed_response(chat_json("Paris."))
+    assert observer.finish("none", lambda *_: None).bad is None
+
+
+def answer(body: bytes, status: bytes = b"200 OK") -> bytes:
+    return b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
+
+
+async def relayed(hook: SpyHook, reply: bytes, room: bool = True) -> tuple[list[OutcomeReport], dict[Any, Any], bytes]:
+    """The reports, the counters and what the client got."""
+    reports: list[OutcomeReport] = []
+
+    def take(report: OutcomeReport) -> bool:
+        reports.append(report)
+        return room
+
+    seen: list[Request] = []
+    async with relaying(answering(seen, reply), hook=HookSequence([hook]), report_outcome=take) as (relay, _, connect):
+        client = await connect()
+        await client.send(post(b'{"messages": []}', path=b"/v1/chat/completions"))
+        got = (await client.response("POST")).body
+        return reports, relay.counters.other, got
+
+
+@pytest.mark.parametrize("room", [True, False])
+async def test_a_report_through_the_relay(room: bool) -> None:
+    body = chat_json('{"age": 3}')
+    reports, counted, got = await relayed(SpyHook(arm="treated", comparison=COMPARISON), answer(body), room)
+    assert got == body
+    assert reports == [
+        OutcomeReport("chat json greedy", "v", True, b"c" * 16, b"k" * 8, GOOD | {"json": False}, output_tokens=7)
+    ]
+    assert counted[OUTCOME_REPORTS] == {("sent" if room else "dropped",): 1}
+
+
+async def test_an_error_is_no_outcome() -> None:
+    hook = SpyHook(arm="treated", comparison=COMPARISON)
+    reports, counted, _ = await relayed(hook, answer(b"{}", b"500 Internal Server Error"))
+    assert reports == []
+    assert OUTCOME_REPORTS not in counted
+
+
+async def test_no_report_without_a_comparison() -> None:
+    reports, _, _ = await relayed(SpyHook(), answer(chat_json("Paris.")))
+    assert reports == []
+
+
+async def test_an_error_in_the_evaluation_does_not_reach_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **more: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(OutcomeObserver, "compare", fail)
+    body = chat_json("Paris.")
+    reports, counted, got = await relayed(SpyHook(arm="treated", comparison=COMPARISON), answer(body))
+    assert (reports, got) == ([], body)
+    assert counted[OUTCOME_ERRORS] == {(): 1}
