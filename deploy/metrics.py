@@ -218,7 +218,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "invalid": "the answer does not parse",
             "cut": "the answer ended at the length limit",
         },
-        names.OUTCOME_UNITS: OUTCOME_MEANINGS,
+        names.OUTCOME_CONVERSATIONS: OUTCOME_MEANINGS,
         names.OUTCOME_DIFFERENCE: {**OUTCOME_MEANINGS, LENGTH: "the mean number of output tokens"},
     },
     "reason": {
@@ -252,7 +252,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
         ),
     },
     "result": {
-        names.OUTCOME_UNITS: {"good": "the first answer is good", "bad": "the first answer is bad"},
+        names.OUTCOME_CONVERSATIONS: {"good": "the first answer is good", "bad": "the first answer is bad"},
         names.OUTCOME_REPORTS: {
             "sent": "to the control process",
             "dropped": "the control process does not keep up, or is away",

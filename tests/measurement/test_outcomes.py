@@ -117,7 +117,7 @@ def test_a_harmless_profile_stays() -> None:
         < 0
         < gauges[names.OUTCOME_DIFFERENCE, KIND, "json", "high"]
     )
-    counted = sum(n for labels, n in gauges.items() if labels[0] == names.OUTCOME_UNITS)
+    counted = sum(n for labels, n in gauges.items() if labels[0] == names.OUTCOME_CONVERSATIONS)
     assert counted == 400
 
 

@@ -252,7 +252,7 @@ class Outcomes:
 
     def samples(self) -> Iterator[Sample]:
         for labels, units in self._counts.items():
-            yield Sample(names.OUTCOME_UNITS, labels, units)
+            yield Sample(names.OUTCOME_CONVERSATIONS, labels, units)
         for kind, state in self._kinds.items():
             yield Sample(names.OUTCOME_HARM, (kind,), float(state.harmed is not None))
             if state.trial is None:

@@ -306,7 +306,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("arm",),
         ),
         Metric(
-            names.OUTCOME_UNITS,
+            names.OUTCOME_CONVERSATIONS,
             "counter",
             "conversations",
             "Conversations that count in the comparison of arms, by whether their first answer of this kind was good.",

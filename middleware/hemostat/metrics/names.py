@@ -73,7 +73,7 @@ STRUCTURED_OUTPUTS = "hemostat_structured_outputs_total"
 # Failures of Hemostat itself; all of these should stay 0
 CALIBRATION_ERRORS = "hemostat_calibration_errors_total"
 STORE_ERRORS = "hemostat_store_errors_total"
-OUTCOME_UNITS = "hemostat_outcome_conversations_total"
+OUTCOME_CONVERSATIONS = "hemostat_outcome_conversations_total"
 OUTCOME_DIFFERENCE = "hemostat_outcome_difference"
 OUTCOME_HARM = "hemostat_outcome_harm"
 OUTCOME_REPORTS = "hemostat_outcome_reports_total"
