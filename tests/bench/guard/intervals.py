@@ -1,0 +1,125 @@
+"""Coverage of the intervals over all looks at once, finite-sample and asymptotic, and of conversations as units.
+
+The streams are in `tests/support/interval_worlds.py`: 1,000 requests of a figure between 0 and 20 nats, with up to
+4,096 tokens. What has to be covered is the running conditional mean: by token Σ E[x]/Σ E[n], by request the mean of
+E[x/n]. A life is one stream; it is covered where the interval contains that value at every look: after each of the
+first 30 requests, then at 70 more.
+
+The conversations: ten turns each, of one kind and alike (each has its effect, log-normal with a deviation of 0.5), each
+turn scored with the sampling rate. What counts goes through `SeenUnits` into the sequence of the status. What has to be
+covered is the mean per token over conversations, at a nominal 95 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+from tests.bench.guard import Row, most
+from tests.support.interval_worlds import MAX_TOKENS, RANGE, WORLDS, World, running, truth
+
+from hemostat.shadow.seen_units import SeenUnits
+from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.statistics import confidence
+from hemostat_calibration.statistics.confidence import MeanSequence
+from hemostat_calibration.statistics.running_mean import RunningMean, ratio_ends
+
+NAME = "intervals"
+TAKES = "10 minutes"
+REQUESTS = 1000
+LOOKS = np.unique(np.concatenate([np.arange(1, 31), np.geomspace(31, REQUESTS, 70).astype(int)]))
+CHUNK = 25
+"""Streams at a time: the intervals of all their looks take 200 MB."""
+CONVERSATIONS, TURNS = 300, 10
+RATES = (0.05, 0.25, 1.0)
+
+
+def rows(lives: int, seed: int) -> Iterator[Row]:
+    for name, world in WORLDS.items():
+        yield from _coverage(name, world, lives, seed)
+    for rate in RATES:
+        yield _conversations(rate, lives, seed)
+
+
+def _least(lives: int, share: float) -> int:
+    """Covered lives that are compatible with a probability of 95 %: `share` of 1,000 and more."""
+    return int(np.ceil(share * lives)) if lives >= 1000 else lives - most(lives, 0.05)
+
+
+def _coverage(name: str, world: World, lives: int, seed: int) -> Iterator[Row]:
+    found: dict[str, list[Any]] = {"ratio": [], "mean": [], "asymptotic": []}
+    covered = dict.fromkeys(found, 0)
+    rng = np.random.default_rng([seed, *name.encode()])
+    for first in range(0, lives, CHUNK):
+        x, n, mean_x, mean_n, mean = world(rng, min(CHUNK, lives - first), REQUESTS)
+        true = truth(mean_x, mean_n)[:, LOOKS - 1]
+        sums = [part.cumsum(-1)[:, LOOKS - 1] for part in (x, n, x * x, x * n, n * n)]
+        low, high = ratio_ends(*sums, lo=0.0, hi=RANGE, max_n=MAX_TOKENS, alpha=0.05)
+        covered["ratio"] += int(((low <= true) & (true <= high)).all(-1).sum())
+        found["ratio"].extend(high[:, -1] - low[:, -1])
+        below, above = confidence.reach(*running(x, n, LOOKS), 0.05)
+        ratio = sums[0] / sums[1]
+        low, high = np.maximum(ratio - below, 0.0), np.minimum(ratio + above, RANGE)
+        covered["asymptotic"] += int(((low <= true) & (true <= high)).all(-1).sum())
+        found["asymptotic"].extend(high[:, -1] - low[:, -1])
+        wanted = mean.cumsum(-1) / np.arange(1, REQUESTS + 1)
+        for values, line in zip(x / n, wanted, strict=True):
+            hit, width = _covers(values, line)
+            covered["mean"] += hit
+            found["mean"].append(width)
+    least = _least(lives, 0.937)
+    asymptotic = f"asymptotic {covered['asymptotic']}, width {np.median(found['asymptotic']):.2f}"
+    for weighting in ("ratio", "mean"):
+        by = "token" if weighting == "ratio" else "request"
+        beside = f"; {asymptotic}" if weighting == "ratio" else ""
+        yield Row(
+            f"{name}, by {by}",
+            f"{covered[weighting]} of {lives}, width {np.median(found[weighting]):.2f} nats{beside}",
+            f">= {least} of {lives}",
+            covered[weighting] >= least,
+        )
+
+
+def _covers(values: Any, line: Any) -> tuple[bool, float]:
+    sequence, good, at = RunningMean(0.0, RANGE), True, set(LOOKS[::2].tolist()) | {REQUESTS}
+    for t, (value, true) in enumerate(zip(values.tolist(), line.tolist(), strict=True), 1):
+        sequence = sequence.update(value)
+        if t in at:
+            found = sequence.get()
+            good = good and found.low <= true <= found.high
+    return good, found.high - found.low
+
+
+def _conversations(rate: float, lives: int, seed: int) -> Row:
+    rng = np.random.default_rng([seed, round(100 * rate)])
+    true, spread = 0.1 * np.exp(0.5 * 0.5**2), 0.5
+    covered = {"fresh": 0, "all": 0}
+    for _ in range(lives):
+        effect = 0.1 * np.exp(spread * rng.standard_normal((CONVERSATIONS, 1)))
+        n = rng.integers(40, 201, (CONVERSATIONS, TURNS))
+        x = effect * rng.gamma(20.0, 1 / 20.0, (CONVERSATIONS, TURNS)) * n
+        scored = rng.random((CONVERSATIONS, TURNS)) < rate
+        good = dict.fromkeys(covered, True)
+        seen, sequences = SeenUnits(), {"fresh": MeanSequence(), "all": MeanSequence()}
+        for conversation in range(CONVERSATIONS):
+            record = SimpleNamespace(conversation=conversation.to_bytes(8, "big"), kind="chat text sampled reply")
+            for turn in np.flatnonzero(scored[conversation]):
+                one = float(x[conversation, turn]), float(n[conversation, turn])
+                sequences["all"] = sequences["all"].update(*one)
+                if seen.add(cast(TokenRecord, record)):
+                    sequences["fresh"] = sequences["fresh"].update(*one)
+            if conversation % 10 == 9:
+                for name, sequence in sequences.items():
+                    found = sequence.get(0.0, RANGE)
+                    good[name] = good[name] and found.low <= true <= found.high
+        for name, hit in good.items():
+            covered[name] += hit
+    least = _least(lives, 0.94)
+    return Row(
+        f"ten alike turns, rate {rate}: asymptotic interval, conversations as units",
+        f"{covered['fresh']} of {lives}; were every turn a unit {covered['all']}",
+        f">= {least} of {lives}",
+        covered["fresh"] >= least,
+    )
