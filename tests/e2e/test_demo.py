@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.recompute import recompute
+from tests.support.recompute import observations, recompute
 
 from hemostat.demo.generated_prompts import generated_prompts
 from hemostat.models.reference_checkpoint import Checkpoints
@@ -72,9 +72,12 @@ def test_figures_are_those_of_the_weights(tmp_path: Path, checkpoints: Checkpoin
 
     found = recompute(tmp_path / "kept", TOP_K)
     assert len(found) == REQUESTS
+    assert report["tokens_scored"] == sum(len(f.exact) for f in found)
+    # Prompts come again: a conversation is one observation in each kind.
+    found = observations(found)
+    assert raw["requests"] == len(found) < REQUESTS
     exact, reported = (np.concatenate([getattr(f, name) for f in found]) for name in ("exact", "reported"))
     top, covered = (np.concatenate([getattr(f, name) for f in found]) for name in ("compressed_top", "covered"))
-    assert report["tokens_scored"] == len(exact)
     # The report is the mean of the records.
     assert raw["kl_nats"]["estimate"] == pytest.approx(reported.mean(), rel=1e-9)
     assert raw["covered_mass"] == pytest.approx(covered.mean(), rel=1e-9)

@@ -103,6 +103,11 @@ def test_finite_intervals_say_when_there_is_not_enough() -> None:
         )
         low, high = told["ci95_finite"]
         assert low <= told["estimate"] <= high, name
+    by_request = raw["kl_nats"]["by_request"]
+    assert by_request["estimate"] == pytest.approx(raw["kl_nats"]["estimate"]), "all requests have as many tokens"
+    low, high = by_request["ci95_finite"]
+    assert low < by_request["estimate"] < high
+    assert high - low < np.ptp(raw["kl_nats"]["ci95_finite"]), "no request weighs more than another"
     low, high = raw["kl_nats"]["ci95_finite"]
     assert high - low > raw["kl_nats"]["ci95"][1] - raw["kl_nats"]["ci95"][0], "what no limit theorem is needed for"
     for told in (gain, gain["by_request"]):

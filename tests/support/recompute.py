@@ -28,6 +28,16 @@ class Recomputed:
     covered: np.ndarray
     """The same as reported."""
     temperature: float
+    unit: tuple[str, str]
+    """Conversation and kind: the first record of each counts in figures with intervals."""
+
+
+def observations(found: list[Recomputed]) -> list[Recomputed]:
+    """The first record of each unit, in order."""
+    first: dict[tuple[str, str], Recomputed] = {}
+    for one in found:
+        first.setdefault(one.unit, one)
+    return list(first.values())
 
 
 def logprobs(model: torch.nn.Module, prompt: list[int], output: list[int]) -> torch.Tensor:
@@ -54,6 +64,7 @@ def recompute(folder: Path, top_k: int) -> list[Recomputed]:
                 compressed_top=c.exp().topk(top_k).values.sum(-1).numpy(),
                 covered=np.array(record["covered_mass"]),
                 temperature=record["temperature"],
+                unit=(record["conversation"], record["kind"]),
             )
         )
     return found

@@ -6,7 +6,8 @@ request: tokens of one request are correlated.
 
 `ci95`         asymptotic: its coverage is right for many requests that have one distribution, with a tail that the
                requests so far show; see `hemostat_calibration.statistics.confidence`.
-`ci95_finite`  of headline figures: holds for any number of requests, whatever their distribution and drift; wide.
+`ci95_finite`  of headline figures, by token and by request (`by_request`, the mean of the requests' means: much
+               narrower): holds for any number of requests, whatever their distribution and drift; wide.
                None is "not enough requests": wider than half of the figure's range. See
                `hemostat_calibration.statistics.running_mean`.
 """
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.statistics.confidence import ClippedMean, ConfidenceInterval, MeanSequence
-from hemostat_calibration.statistics.running_mean import RunningRatio, enough
+from hemostat_calibration.statistics.running_mean import RunningMean, RunningRatio, enough
 
 Floats = npt.NDArray[np.float64]
 Kind = Literal["lower", "upper", "estimate", "exact"]
@@ -100,6 +101,7 @@ class StageFigures:
         self._ratios = {
             name: RunningRatio(one.lo, one.cap, max_tokens) for name, one in self._means.items() if name in HEADLINE
         }
+        self._by_request = {name: RunningMean(ratio.lo, ratio.hi) for name, ratio in self._ratios.items()}
         self._below = dict.fromkeys(names, 0)
         self._infinite = {name: 0 for name in INFINITE if name in self._figures}
         self._exact = True
@@ -122,6 +124,8 @@ class StageFigures:
             if name in self._ratios:
                 given = np.clip(values[~np.isnan(values)], figure.lo, figure.cap)
                 self._ratios[name] = self._ratios[name].update(float(given.sum()), len(given))
+                if len(given):
+                    self._by_request[name] = self._by_request[name].update(float(given.mean()))
         for name in self._infinite:
             self._infinite[name] += int(np.isinf(FIGURES[name].values(figures)).sum())
 
@@ -143,7 +147,7 @@ class StageFigures:
 
     def figure(self, name: str) -> dict[str, Any]:
         """One figure, JSON-ready: `estimate` (the mean), `ci95`, `bound` (its kind), `cap`, `clipped_share`; headline
-        figures also have `ci95_finite`."""
+        figures also have `ci95_finite`, and `by_request`: the mean of the requests' means with its `ci95_finite`."""
         mean, interval = self._means[name], self._means[name].get()
         clipped = (mean.clipped + self._below[name]) / mean.tokens if mean.tokens else 0.0
         told: dict[str, Any] = {
@@ -151,7 +155,12 @@ class StageFigures:
             "ci95": [finite(interval.low), finite(interval.high)] if mean.requests else [None, None],
         }
         if name in self._ratios:
-            told["ci95_finite"] = ends_or_none(self._ratios[name].get(), FIGURES[name].lo, FIGURES[name].cap)
+            lo, cap, by_request = FIGURES[name].lo, FIGURES[name].cap, self._by_request[name]
+            told["ci95_finite"] = ends_or_none(self._ratios[name].get(), lo, cap)
+            told["by_request"] = {
+                "estimate": finite(by_request.mean),
+                "ci95_finite": ends_or_none(by_request.get(), lo, cap),
+            }
         return {
             **told,
             "bound": "exact" if self._exact else FIGURES[name].kind,
@@ -167,13 +176,15 @@ class StageFigures:
         return dict(self._cached)
 
     def _to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens, "ci95": {}, "ci95_finite": {}}
+        found: dict[str, Any] = {"requests": self.requests, "tokens": self.tokens}
+        found |= {"ci95": {}, "ci95_finite": {}, "by_request": {}}
         for name, figure in self._figures.items():
             one = self.figure(name)
             if figure.plain:
                 found[name], found["ci95"][name] = one["estimate"], one["ci95"]
                 if "ci95_finite" in one:
                     found["ci95_finite"][name] = one["ci95_finite"]
+                    found["by_request"][name] = one["by_request"]
             else:
                 found[name] = one
         for name, tokens in self._infinite.items():

@@ -217,7 +217,7 @@ function divergence(s) {
   say("excess-sub", excess ? `95 % ${range(ends)}; noise floor ${nats(excess.floor)}${open ? ", too few requests to bound it" : ""}` : "the noise floor is not known yet");
   bar("excess-bar", ends, excess && excess.estimate, 0, excess ? Math.max(excess.ci95[1] || 0, s.alarm.budget_nats || 0, excess.estimate) * 1.1 : 1);
   say("kl", `≥ ${nats(kl.estimate)}`);
-  say("kl-sub", `95 % ${range(kl.ci95)}, finite-sample ${certain(kl.ci95_finite)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(raw.kl_nats_estimate.ci95) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
+  say("kl-sub", `95 % ${range(kl.ci95)}, finite-sample ${certain(kl.ci95_finite)}; by request ${nats(kl.by_request.estimate)}, finite-sample ${certain(kl.by_request.ci95_finite)}; estimate ${nats(raw.kl_nats_estimate.estimate)} ${known(raw.kl_nats_estimate.estimate) ? range(raw.kl_nats_estimate.ci95) : ""}; ≤ ${nats(raw.kl_nats_upper.estimate)}`);
   say("tv", `≥ ${nats(raw.total_variation)}`);
   say("tv-sub", `95 % ${range(raw.ci95.total_variation)}; ≤ ${nats(raw.total_variation_upper.estimate)}`);
   say("top1", percent(raw.top1_agreement));
