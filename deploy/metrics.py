@@ -180,7 +180,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
         }
     },
     "kind": {
-        "": f"the kind of traffic: one of the `evidence.kinds` that are followed, `{REST_KIND}` for all others, `all` for all together",
+        "": f"the kind of traffic: one of the `evidence.kinds` that are followed, `{REST_KIND}` for all others, "
+        "`all` for all together",
         names.STRUCTURED_OUTPUTS: {
             "json": "a JSON answer was requested",
             "tool_call": "tools were offered, and called",
