@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat_calibration import guard
-from hemostat_calibration.guard import Action, Role
+from hemostat_calibration.guard.decisions import Action
+from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.learning.contextual.learner import ContextualLearner, ContextualState
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
@@ -188,22 +188,25 @@ class GrowingRun:
 def judged(
     profile: CalibrationProfile, figures: Figures, identity: Figures, prompts: npt.NDArray[np.integer]
 ) -> dict[str, Any]:
-    """What the guard says when the held-out prompts come by one after the other, gains exact."""
+    """What the guard says when the held-out prompts come by one after the other, of one kind and one client, gains
+    exact."""
     low, high = shift_range(profile)
-    state = guard.begin_test(guard.init(ALPHA), "it", Role.CANDIDATE, float(high - low))
+    guard = Guard(ALPHA)
+    guard.begin_candidate("it", {"all": (float(high - low), 1.0)})
     gains = identity.kl - figures.kl
     tokens = np.bincount(prompts)
+    promoted = False
     means = np.bincount(prompts, gains) / np.maximum(tokens, 1)
     for prompt in np.flatnonzero(tokens):
         gain = float(means[prompt])
-        state = guard.update(state, "it", gain, gain, int(tokens[prompt]))
-        decision = guard.decide(state, "it")
-        if decision.action is Action.PROMOTE:
+        guard.update("it", "all", b"", b"", gain, gain, int(tokens[prompt]))
+        promoted = guard.decide("it", "all").action is Action.PROMOTE
+        if promoted:
             break
-    evidence = decision.evidence
+    evidence = guard.evidence("it", "all")
     return {
-        "promoted": decision.action is Action.PROMOTE,
-        "guard_requests": evidence.requests,
-        "guard_lower": evidence.lower,
+        "promoted": promoted,
+        "guard_requests": evidence.units,
+        "guard_progress": evidence.progress,
         "guard_alpha": evidence.alpha,
     }

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration import guard
-from hemostat_calibration.guard import Action, Role
+from hemostat_calibration.guard.decisions import Action
+from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.learning.contextual.anchors import choose_anchors
 from hemostat_calibration.learning.contextual.hidden_states import softmax
 from hemostat_calibration.learning.contextual.learner import ContextualLearner
@@ -110,13 +110,14 @@ def run(w: World, seed: int) -> Run:
     totals = np.bincount(w.prompt[rest], _gains(w, profile, rest), prompts)
     present = np.bincount(w.prompt[rest], minlength=prompts) > 0
     gains[present] = totals[present] / sizes[present]
-    state = guard.begin_test(guard.init(ALPHA), "it", Role.CANDIDATE, 2.0 * w.clamp_nats)
+    guard = Guard(ALPHA)
+    guard.begin_candidate("it", {"all": (2.0 * w.clamp_nats, 1.0)})
     promoted, shown = False, 0
     for prompt in judges[:JUDGED_AT_MOST]:
         gain = float(gains[prompt])
-        state = guard.update(state, "it", gain, gain, int(sizes[prompt]))
+        guard.update("it", "all", b"", b"", gain, gain, int(sizes[prompt]))
         shown += 1
-        promoted = guard.decide(state, "it").action is Action.PROMOTE
+        promoted = guard.decide("it", "all").action is Action.PROMOTE
         if promoted:
             break
     return Run(tokens, True, promoted, float(np.nanmean(gains)), shown)

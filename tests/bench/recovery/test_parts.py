@@ -120,7 +120,7 @@ def test_the_guard_promotes_what_helps_every_prompt_and_says_after_how_many() ->
     verdict = judged(profile, after, before, np.repeat(np.arange(200), 10))
     assert verdict["promoted"]
     assert 3 < verdict["guard_requests"] < 60
-    assert verdict["guard_lower"] > 0.0
+    assert verdict["guard_progress"] == 1.0
 
 
 def test_records_are_valid_and_say_what_the_texts_say() -> None:
