@@ -139,7 +139,7 @@ OUTCOME_MEANINGS: Values = {
     Outcome.CUT: "the answer ended at the length limit",
     Outcome.EMPTY: "the answer has no text and no tool call",
 }
-EDGES: Values = {"mean": "the estimate", "low": "lower end of the 95 % interval", "high": "upper end"}
+EDGES: Values = {"mean": "the estimate", "low": "lower end of the asymptotic 95 % interval", "high": "upper end"}
 ROUTE_VALUES = f"{', '.join(f'`{route}`' for route in routes.LABELS.values())}, else `{routes.OTHER}`"
 
 LABELS: dict[str, dict[str, Values | str]] = {

@@ -3,7 +3,7 @@
 The noise floor as Hemostat itself measures it while serving: vLLM with the W4A16 checkpoint, the reference in process,
 a few requests at once, every one of them scored and, as fast as the floor's queue takes them, scored again.
 "compressed": what vLLM decoded against its own prefill of the same tokens. "reference": its answer against its answer
-in another batch. Nats per token from the top 64 ids, with intervals over requests that hold at every look.
+in another batch. Nats per token from the top 64 ids, with asymptotic intervals over requests for all looks together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Confidence sequences: intervals that are valid simultaneously at all times, for any schedule of evaluations.
+"""Confidence sequences: intervals for all times together, whenever one looks. Those of means are asymptotic.
 
 Means per token. A request adds (x, n): the sum of a figure over its tokens, and their number; tokens of a request are
 correlated in an unknown way, so the request is the unit, and the mean is the ratio E[x]/E[n]. That m is this ratio
@@ -14,8 +14,10 @@ For skewed figures (a few bad requests) the interval would miss the mean too oft
 on: bets against an m that is too high in truth earn Σ log(1 − λ(x − m n)), whose third-order term the mixture leaves
 out. At the end of the interval, λ = √(κ/ΣE²) with E the residual, that term is κ^1.5 γ/3 with γ = ΣE³/(ΣE²)^1.5: κ
 would have to be raised by the factor 1 + ⅔ √κ γ. Samples have less of the tail than the truth, so it is 1 + √κ γ, on
-that side only. The guarantee is asymptotic, and for requests from one distribution; `tests/core/test_confidence.py`
-simulates what it covers.
+that side only. The guarantee is asymptotic, and for requests from one distribution: where most of the tail has not been
+seen yet, or a few long requests have most of the tokens, the interval covers far less often than its level says.
+`tests/core/test_confidence.py` simulates where it holds, `tests/bench/guard/intervals.py` where it does not;
+`running_mean` has intervals that need no such assumption, and are wide.
 
 Differences between two randomised arms: both arms' requests are one stream of t, each adding its linearised residual
 to one side or the other, with the same κ_t.
@@ -56,7 +58,7 @@ class ConfidenceInterval:
 
 @dataclass(frozen=True, slots=True)
 class MeanSequence:
-    """A mean per token, Σx/Σn over requests, with an interval that is valid at every look.
+    """A mean per token, Σx/Σn over requests, with an asymptotic interval for all looks together.
 
     moments: the second ones, about the means. cubes: Σ of x³, x²n, xn², n³.
 
@@ -101,8 +103,7 @@ class MeanSequence:
 
 @dataclass(frozen=True, slots=True)
 class ClippedMean:
-    """Mean per token of a figure that is at least `lo`, its values clipped at `cap`, with an interval valid at every
-    look.
+    """Mean per token of a figure that is at least `lo`, its values clipped at `cap`, with an asymptotic interval.
 
     clipped: tokens above the cap. InvalidArgumentError unless lo < cap, both finite.
 
@@ -154,7 +155,7 @@ class ClippedMean:
         return self.clipped / self.tokens if self.tokens else math.nan
 
     def get(self, alpha: float = 0.05) -> ConfidenceInterval:
-        """The mean of the clipped values, valid at every look with a probability of at least 1 − alpha."""
+        """The mean of the clipped values with its asymptotic interval of 1 − alpha for all looks together."""
         return self.sequence.get(self.lo, self.cap, alpha)
 
 
@@ -210,7 +211,7 @@ class Proportion:
 
 
 def difference(a: MeanSequence, b: MeanSequence, alpha: float = 0.05) -> ConfidenceInterval:
-    """Mean of a minus mean of b, two arms to which requests are assigned at random, valid at every look.
+    """Mean of a minus mean of b, two arms to which requests are assigned at random: asymptotic, for all looks.
 
     NaN and the whole range while either arm has fewer than `MIN_REQUESTS` requests. InvalidArgumentError unless 0 <
     alpha < 1.
