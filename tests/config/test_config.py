@@ -214,6 +214,7 @@ def test_variables_of_other_programs_are_ignored(written: Any) -> None:
         (("shadow.rat", "1"), "--set shadow.rat: unknown; did you mean shadow.rate?"),
         (("shadow", "1"), "a section, not a key; did you mean shadow.rate?"),
         (("shadow.rate", "7"), "--set: shadow.rate: '7' does not fit: should be less than or equal to 1"),
+        (("shadow.top_k", "1"), "shadow.top_k: '1' does not fit: should be greater than or equal to 2"),
         (("", ""), "unknown"),
     ],
 )

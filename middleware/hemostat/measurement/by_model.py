@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+from hemostat.measurement.figures import MAX_TOKENS
 from hemostat.measurement.measurements import Measurements
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.records import TokenRecord
@@ -17,9 +18,10 @@ MAX_MODELS = 16
 
 
 class OtherModels:
-    """Owns the measurements of each model, in bounded memory."""
+    """Owns the measurements of each model, in bounded memory. max_tokens: of a request."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._max_tokens = max_tokens
         self._of: OrderedDict[str, Measurements] = OrderedDict()
 
     def observe(self, model: str, record: TokenRecord, *, fresh: bool) -> TokenDivergence:
@@ -32,11 +34,11 @@ class OtherModels:
 
     def report(self, model: str) -> dict[str, Any]:
         """JSON-ready: the raw figures, the noise floor, and the excess over it."""
-        found = self._of.get(model) or Measurements()
+        found = self._of.get(model) or Measurements(self._max_tokens)
         return {"raw": found.summary(None), "noise_floor": found.noise_floor(), "excess": found.excess()}
 
     def _measurements(self, model: str) -> Measurements:
-        found = self._of.pop(model, None) or Measurements()
+        found = self._of.pop(model, None) or Measurements(self._max_tokens)
         self._of[model] = found
         while len(self._of) > MAX_MODELS:
             self._of.popitem(last=False)

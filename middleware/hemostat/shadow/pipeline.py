@@ -107,7 +107,7 @@ class ScoringPipeline:
         self.calibration_errors = 0
         """Records that calibration could neither learn from nor judge by: a bug."""
         self._seen = SeenUnits()
-        self.other_models = OtherModels()
+        self.other_models = OtherModels(settings.shadow.max_tokens)
         self.queue = ShadowQueue(settings.shadow.max_queue)
         self.scorer: Scorer | None = None
         self.noise_floor: NoiseFloorMeter | None = None

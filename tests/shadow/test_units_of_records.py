@@ -1,0 +1,70 @@
+"""What uses a scored record, in the pipeline: a conversation is one observation in each kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.support.captures import sized_capture
+from tests.support.control import settings
+from tests.support.records import Truth, make_record
+from tests.support.world import World
+
+from hemostat.measurement.measurements import Measurements
+from hemostat.shadow.pipeline import ScoringPipeline
+
+CONVERSATIONS, TURNS = 12, 10
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_alike_turns_count_once(named: bool) -> None:
+    """Without a conversation, every record is an observation."""
+    learned: list[Any] = []
+    alarmed: list[Any] = []
+    fresh_seen: list[bool] = []
+    profiles = SimpleNamespace(
+        kinds=SimpleNamespace(see=lambda kind: kind),
+        calibrated_profile=lambda _: None,
+        catalogue=SimpleNamespace(get=lambda _: None),
+        is_held_out=lambda _: False,
+        observe=lambda record, gains, *, fresh: fresh_seen.append(fresh),
+        may_learn=lambda _: True,
+        scope_of=lambda _: "",
+    )
+    measured = Measurements()
+    consumers: Any = SimpleNamespace(
+        measurements=measured,
+        alarms=SimpleNamespace(observe=lambda record, figures: alarmed.append(record)),
+        profiles=profiles,
+        learner=SimpleNamespace(offer=lambda record, scope: learned.append(record)),
+        records=None,
+        tracing=None,
+    )
+    monitor: Any = SimpleNamespace(served=SimpleNamespace(of=lambda _: None, calibrated=None))
+    nothing: Any = None
+    pipeline = ScoringPipeline(
+        settings(),
+        monitor,
+        nothing,
+        nothing,
+        consumers,
+        scores=False,
+        compressed_scorer=None,
+        breakers=nothing,
+        clock=lambda: 0.0,
+        draw=lambda: 0.0,
+        on_change=lambda: None,
+    )
+    for conversation in range(CONVERSATIONS):
+        truth = World().truth(conversation)
+        record = make_record(Truth(truth.reference[:5], truth.compressed[:5], truth.emitted[:5]), 20)
+        name = conversation.to_bytes(8, "big") if named else b""
+        for _ in range(TURNS):
+            pipeline.use_record(replace(record, conversation=name, kind="chat text sampled"), sized_capture())
+    assert pipeline.calibration_errors == 0
+    units = CONVERSATIONS if named else CONVERSATIONS * TURNS
+    assert measured.summary(None)["requests"] == len(alarmed) == len(learned) == sum(fresh_seen) == units
+    assert len(fresh_seen) == CONVERSATIONS * TURNS
+    assert measured.tokens == 5 * CONVERSATIONS * TURNS, "tokens are counted of all"
