@@ -147,11 +147,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "decision": {
         "": {
             Decision.PROPOSE: "the calibrator proposed a candidate",
-            Decision.PROMOTE: "it serves, or in `observe` would serve",
+            Decision.PROMOTE: "it serves a kind of traffic, or in `observe` would serve it",
             Decision.DROP: "a candidate was dropped",
-            Decision.ROLL_BACK: "a serving profile was rolled back",
+            Decision.ROLL_BACK: "a serving profile was rolled back from a kind of traffic",
+            Decision.RELEASE: "an operator ended the hold of a kind at identity",
             Decision.IMPORT: "an operator imported a profile",
-            Decision.PIN: "an operator pinned a profile for all requests",
+            Decision.PIN: "an operator pinned a profile for a kind of traffic",
             Decision.UNPIN: "an operator unpinned it",
             Decision.MODE: "an operator changed `calibration.mode`",
         }
@@ -242,6 +243,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
             Reason.EVIDENCE: "held-out requests prove that it helps",
             Reason.HARM: "held-out requests prove that it harms",
             Reason.UNSUPPORTED: "its gain was not proven again within a window",
+            Reason.OUTCOMES: "an outcome that people notice became worse by more than the margin; the kind is held",
+            Reason.EVICTED: "another kind of traffic is more frequent, and took the place of this one",
             Reason.LEARNED: "proposed by the calibrator",
             Reason.OPERATOR: "an operator's decision",
             Reason.OTHER_MODEL: "the served model has changed",
@@ -261,7 +264,6 @@ LABELS: dict[str, dict[str, Values | str]] = {
     },
     "reference": {"": "name of the reference model"},
     "route": {"": ROUTE_VALUES},
-    "scope": {"": "the label, route or model that the profile is for"},
     "source": {"": "what the token was learned from: the reference's hidden state (`hidden…`) or only its list of ids"},
     "stage": {
         "": dict(

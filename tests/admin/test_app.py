@@ -25,6 +25,7 @@ GUARDED = [
     ("POST", "/api/v1/profiles/rollback"),
     ("POST", "/api/v1/profiles/promote"),
     ("POST", "/api/v1/profiles/pin"),
+    ("POST", "/api/v1/profiles/release"),
     ("POST", "/api/v1/alarm/rebase"),
     ("POST", "/api/v1/engine/report"),
     ("POST", "/api/v1/engine/tap"),
@@ -188,14 +189,16 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
         ({"version": "0" * 33}, 422),
         ({}, 422),
         ({"version": "0" * 32}, 400),
-        ({"version": version, "scope": "batch"}, 400),
+        ({"version": version, "kind": "batch"}, 400),
         ({"version": version, "why": "x"}, 422),
     ):
         refused = await post("promote", **body)
         assert refused.status_code == code, body
         assert detail(refused)
-    refused = await post("rollback", scope="batch")
-    assert (refused.status_code, "calibration.scope is pooled" in detail(refused)) == (400, True)
+    refused = await post("rollback", kind="batch")
+    assert (refused.status_code, "no kind 'batch' is followed" in detail(refused)) == (400, True)
+    refused = await post("release")
+    assert (refused.status_code, "nothing is held" in detail(refused)) == (400, True)
     assert (await post("rollback")).json()["serving"] == "identity"
     assert told[-1].serving is None
 
@@ -214,11 +217,16 @@ async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:
         told: list[Policy] = []
         one.link.set_policy = told.append  # type: ignore[method-assign]
         one.profile_manager.operator.set_mode("auto")
-        one.profile_manager.operator.promote(version, "batch")
+        one.pipeline.use_record(*scored(label="batch", kind="chat label batch"))
+        one.profile_manager.operator.promote(version, "chat label batch")
         one.policy.publish()
-        assert (told[-1].serving, told[-1].scope, told[-1].scoped) == (None, "label", {"batch": version})
-        labels = f'scope="batch",version="{version}"'
-        assert f"hemostat_profile_scope_info{{{labels}}} 1.0" in (await client.get("/metrics")).text
+        assert told[-1].serving_by_kind == {"chat label batch": version}
+        metrics = (await client.get("/metrics")).text
+        labels = f'kind="chat label batch",version="{version}"'
+        assert f"hemostat_profile_kind_info{{{labels}}} 1.0" in metrics
+        assert 'hemostat_profile_kind_info{kind="rest",version="identity"} 1.0' in metrics
+        [kind] = [k for k in (await client.get("/api/v1/status")).json()["calibration"]["kinds"] if k["version"]]
+        assert (kind["kind"], kind["chosen"], kind["requests"]) == ("chat label batch", True, 1)
 
 
 async def test_profiles_that_are_none(one: Control, client: httpx.AsyncClient) -> None:

@@ -12,7 +12,7 @@ import random
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -152,8 +152,23 @@ def written(method: str, *args: Any) -> dict[str, Any]:
         case "append_event", [event]:
             return {"write": method, "event": event}
         case "set_state" | "raise_state", [key, value]:
-            return {"write": method, "key": key, "value": value}
+            return {"write": method, "key": key, "value": stored_state(key, value)}
     raise AssertionError(f"a write that this adapter does not know: {method}{args}")
+
+
+def stored_state(key: str, value: Any) -> Any:
+    """A state of the store; those of tests and kinds, which are long, as their most important parts."""
+    if key == "tests":
+        tests = json.loads(value)
+        return {name: {kind: test["units"] for kind, test in kinds.items()} for name, kinds in tests["tests"].items()}
+    if key == "kinds":
+        found = json.loads(value)
+        return {
+            "scope": found["scope"],
+            "serving": {name: [kind["version"], kind["window"]] for name, kind in found["kinds"].items()},
+            "queue": found["queue"],
+        }
+    return value
 
 
 def every_decision() -> list[tuple[str, str]]:
@@ -273,6 +288,7 @@ class Life:
                 break
             self.now += 1.0
             record = self._record(world.truth(n, TOKENS), key, exact, more)
+            record = replace(record, kind=self._profiles.kinds.see(record.kind))
             self._profiles.observe(record, RecordGains(record))
             fed += 1
         return fed
@@ -303,8 +319,8 @@ class Life:
     def import_profile(self, profile: CalibrationProfile, scope: str = "") -> str:
         return self._asked(lambda: self._profiles.operator.import_profile(profile, scope))
 
-    def promote(self, version: str, scope: str = "") -> str:
-        return self._asked(lambda: self._profiles.operator.promote(version, scope))
+    def promote(self, version: str, kind: str | None = None) -> str:
+        return self._asked(lambda: self._profiles.operator.promote(version, kind))
 
     def pin(self, version: str) -> str:
         return self._asked(lambda: self._profiles.operator.pin(version))
@@ -312,8 +328,12 @@ class Life:
     def unpin(self) -> str:
         return self._asked(self._profiles.operator.unpin)
 
-    def roll_back(self, scope: str | None = None) -> str:
-        return self._asked(lambda: self._profiles.operator.roll_back("asked for by the operator", scope))
+    def roll_back(self, kind: str | None = None) -> str:
+        return self._asked(lambda: self._profiles.operator.roll_back("asked for by the operator", kind))
+
+    def end(self) -> None:
+        """The process ends, and writes what it knows."""
+        self._profiles.writer.save()
 
     def set_mode(self, mode: str) -> str:
         return self._asked(lambda: self._profiles.operator.set_mode(mode))
@@ -341,8 +361,8 @@ class Life:
         return self._profiles.serving.selected
 
     @property
-    def scoped(self) -> dict[str, str]:
-        return dict(self._profiles.serving.version_by_scope)
+    def by_kind(self) -> dict[str, str]:
+        return dict(self._profiles.serving.version_by_kind)
 
     @property
     def candidates(self) -> list[str]:
@@ -364,7 +384,7 @@ class Life:
             "forced": one.serving.forced,
             "serving": one.serving.version,
             "shown": one.serving.reported,
-            "scoped": one.serving.version_by_scope,
+            "by_kind": one.serving.version_by_kind,
             "wanted": one.engine_versions(),
             "evaluated": "as wanted" if evaluated == one.engine_versions() else evaluated,
             "candidates": candidates,
@@ -776,8 +796,10 @@ def stored(path: Path) -> dict[str, Any]:
     connection.close()
     return {
         "profiles": [[version, _sha256(data), created] for version, data, created in rows],
-        "events": [[event.get(key) for key in ("decision", "reason", "scope", "why")] for event in map(_json, events)],
-        "state": dict(state),
+        "events": [
+            [event.get(key) for key in ("decision", "reason", "scope", "kind", "why")] for event in map(_json, events)
+        ],
+        "state": {key: stored_state(key, value) for key, value in state},
     }
 
 

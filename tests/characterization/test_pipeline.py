@@ -120,10 +120,13 @@ async def promoted_by_evidence(one: Pipeline, relay: Relay) -> None:
     # The engine applied something else than was asked for: of neither arm.
     made = usual(one, 90, arm="treated", requested=one.selected)
     await one.captures(relay, await one.tap(90, made, None))
+    await one.captures(relay, usual(one, 98, label="gold", kind="chat label gold"))
     own = await one.import_profile(driver.reading(), "gold")
-    await one.post("/api/v1/profiles/promote", {"version": own, "scope": "gold"})
+    await one.post("/api/v1/profiles/promote", {"version": own, "kind": "chat label gold"})
     for n, features in ((91, "given"), (92, "other"), (93, "masked"), (94, ""), (95, "given"), (96, "given")):
-        await one.captures(relay, await one.tap(n, usual(one, n, label="gold"), None, features=features))
+        await one.captures(
+            relay, await one.tap(n, usual(one, n, label="gold", kind="chat label gold"), None, features=features)
+        )
     await one.captures(relay, usual(one, 97))
 
 
@@ -140,8 +143,8 @@ async def operators(one: Pipeline) -> list[Any]:
         ("/api/v1/profiles/pin", {"version": one.selected}),
         ("/api/v1/profiles/promote", {"version": one.selected}),
         ("/api/v1/profiles/pin", {"version": None}),
-        ("/api/v1/profiles/rollback", {"scope": "gold"}),
-        ("/api/v1/profiles/rollback", {"scope": "nobody"}),
+        ("/api/v1/profiles/rollback", {"kind": "chat label gold"}),
+        ("/api/v1/profiles/rollback", {"kind": "nobody"}),
         ("/api/v1/profiles/promote", {"version": "short"}),
         ("/api/v1/calibration", {"mode": "observe"}),
         ("/api/v1/calibration", {"mode": "auto"}),

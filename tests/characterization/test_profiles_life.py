@@ -176,22 +176,25 @@ def operator(log: Log) -> None:
     log.step("another vocabulary ends it", forced)
 
 
-def scopes(log: Log) -> None:
-    """Labels with profiles of their own, learned, imported and by the operator; the pooled one against them."""
+def kinds(log: Log) -> None:
+    """Two kinds of traffic, which are labels' too: learned apart, imported, and by the operator."""
     life = Life(scope="label", alpha=0.3)
+    a = {"label": "a", "kind": "chat label a"}
+    b = {"label": "b", "kind": "chat label b"}
     for n in range(60):
-        life.feed(BIASED, LEARNED[2 * n : 2 * n + 1], label="a")
-        life.feed(OPPOSITE, LEARNED[2 * n + 1 : 2 * n + 2], label="b")
+        life.feed(BIASED, LEARNED[2 * n : 2 * n + 1], **a)
+        life.feed(OPPOSITE, LEARNED[2 * n + 1 : 2 * n + 2], **b)
     log.step("two labels whose models err in opposite directions", life)
     fed = 0
     for n, key in enumerate(JUDGED):
-        if "a" in life.scoped:
+        if "chat label a" in life.by_kind:
             break
-        life.feed(BIASED if n % 2 else OPPOSITE, [key], label="a" if n % 2 else "b")
+        life.feed(BIASED if n % 2 else OPPOSITE, [key], **(a if n % 2 else b))
         fed += 1
-    log.step("judge both until one label has a profile of its own", life, fed)
+    log.step("judge both until a profile serves the one", life, fed)
     answers = [life.import_profile(helpful(1), "x"), life.import_profile(helpful(1), "a")]
     log.step("import for a label that nothing is known of, and for one", life, answers)
+    life.end()
     again = Life(life.store, known=False, scope="label", at=life.now)
     again.restore()
     again.know()
@@ -203,21 +206,21 @@ def scopes(log: Log) -> None:
     for_all.roll_back()
     strong = life.import_profile(contextual())
     life.promote(strong)
-    log.step("promote one for all: it is tested against the label's own", life)
-    fed = life.feed(BIASED, JUDGED[:50], lambda: "a" not in life.scoped, label="a")
-    log.step("judge on the label until the pooled one takes over, or 50", life, fed)
+    log.step("promote one for all kinds", life)
     weak = life.import_profile(driver.partial(0.5))
-    log.step("promote one for the label", life, [life.promote(weak, "a"), life.roll_back("b"), life.roll_back("x")])
+    answers = [life.promote(weak, "chat label a"), life.roll_back("chat label b"), life.roll_back("x")]
+    log.step("promote one for one kind, and let identity serve the other", life, answers)
     life.pin(weak)
     log.step("pin it for all", life)
     life.unpin()
     log.step("unpin", life)
-    fed = life.feed(OPPOSITE, JUDGED[400:900], lambda: "a" not in life.scoped, label="a")
-    log.step("the label's model changes: judge until its own is rolled back", life, fed)
-    for n in range(20):
-        life.feed(EVEN, LEARNED[:1], label=f"l{n}")
-    answers = [life.promote(life.import_profile(contextual(0.2 + 0.1 * n)), f"l{n}") for n in range(5)]
-    log.step("more labels than are followed, more profiles than engines hold", life, answers)
+    fed = life.feed(OPPOSITE, JUDGED[400:900], lambda: "chat label a" not in life.by_kind, **a)
+    log.step("the model changes for one kind: judge until its own is rolled back", life, fed)
+    for n in range(30):
+        life.feed(EVEN, LEARNED[:1], label=f"l{n}", kind=f"chat label l{n}")
+    answers = [life.promote(life.import_profile(contextual(0.2 + 0.1 * n)), f"chat label l{n}") for n in range(5)]
+    life.saves = [save for save in life.saves if save["write"] != "set_state"]
+    log.step("more kinds than are followed, more profiles than may serve; without the states", life, answers)
     log.step("roll back everything", life, life.roll_back())
     for kind in ("route", "model"):
         other = Life(scope=kind)
@@ -280,7 +283,7 @@ SCENARIOS: tuple[Callable[[Log], None], ...] = (
     unproven,
     contextual_learner,
     operator,
-    scopes,
+    kinds,
     by_request,
     bounds,
     replicas,

@@ -306,11 +306,12 @@ def test_profile_commands(
     assert cli.main(["profile", "import", str(file)]) == 0
     assert cli.main(["profile", "import", str(file), "--scope", "batch"]) == 0
     assert cli.main(["profile", "promote", version, "--yes"]) == 0
-    assert cli.main(["profile", "promote", version, "--yes", "--scope", "batch"]) == 0
+    assert cli.main(["profile", "promote", version, "--yes", "--kind", "chat text"]) == 0
     assert cli.main(["profile", "pin", version, "--yes"]) == 0
     assert cli.main(["profile", "pin", "--off"]) == 0
     assert cli.main(["profile", "rollback", "--token", "t"]) == 0
-    assert cli.main(["profile", "rollback", "--scope", "batch"]) == 0
+    assert cli.main(["profile", "rollback", "--kind", "chat text"]) == 0
+    assert cli.main(["profile", "release"]) == 0
     assert cli.main(["profile", "mode", "off"]) == 0
     assert [(call, body) for call, _, body in admin.calls[1:]] == [
         ("GET /api/v1/profiles", b""),
@@ -318,12 +319,13 @@ def test_profile_commands(
         (f"GET /api/v1/engine/profiles/{version}", b""),
         ("POST /api/v1/profiles", admin.stored),
         ("POST /api/v1/profiles?scope=batch", admin.stored),
-        ("POST /api/v1/profiles/promote", f'{{"version":"{version}","scope":""}}'.encode()),
-        ("POST /api/v1/profiles/promote", f'{{"version":"{version}","scope":"batch"}}'.encode()),
-        ("POST /api/v1/profiles/pin", f'{{"version":"{version}"}}'.encode()),
-        ("POST /api/v1/profiles/pin", b'{"version":null}'),
-        ("POST /api/v1/profiles/rollback", b'{"scope":null}'),
-        ("POST /api/v1/profiles/rollback", b'{"scope":"batch"}'),
+        ("POST /api/v1/profiles/promote", f'{{"version":"{version}","kind":null}}'.encode()),
+        ("POST /api/v1/profiles/promote", f'{{"version":"{version}","kind":"chat text"}}'.encode()),
+        ("POST /api/v1/profiles/pin", f'{{"version":"{version}","kind":null}}'.encode()),
+        ("POST /api/v1/profiles/pin", b'{"version":null,"kind":null}'),
+        ("POST /api/v1/profiles/rollback", b'{"kind":null}'),
+        ("POST /api/v1/profiles/rollback", b'{"kind":"chat text"}'),
+        ("POST /api/v1/profiles/release", b'{"kind":null}'),
         ("POST /api/v1/calibration", b'{"mode":"off"}'),
     ]
     assert {token for _, token, _ in admin.calls[1:]} == {"Bearer t"}

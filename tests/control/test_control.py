@@ -166,9 +166,10 @@ async def test_an_adapter_that_the_reference_serves_too_is_scored_with_it_and_ma
         assert one.pipeline.noise_floor is not None
         assert one.pipeline.noise_floor.queued == 1, "the noise floor is of the model itself"
         own = temperature_bias("fake", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
-        one.profile_manager.operator.promote(one.profile_manager.operator.import_profile(own, "sql"), "sql")
+        version = one.profile_manager.operator.import_profile(own, "sql")
+        one.profile_manager.operator.promote(version, "rest")
         one.policy.publish()
-        assert (told[-1].serving, told[-1].scoped) == (None, {"sql": own.version})
+        assert told[-1].serving_by_kind == {"rest": version}
         other.adapters = ()
         await until(lambda: told[-1].unscorable_models == {"sql", "chat"})
         assert one.monitor.state == "ready"
@@ -251,14 +252,17 @@ async def test_a_store_that_refuses_is_counted_and_nothing_else(tmp_path: Path) 
     async with control(tmp_path, made, loops=True) as one:
         one.profile_manager.set_model_pair("m", 30)
         one.profile_manager.operator.import_profile(profile())
-        await until(lambda: len(one.store.events(9)) == len(one.store.profiles()) == 1)
+        await one.writer.wait_until_written(10.0)
+        assert len(one.store.events(9)) == len(one.store.profiles()) == 1
         path.write_bytes(b"no database " * 1000)
         one.profile_manager.operator.import_profile(profile(1))
-        await until(lambda: one.store_errors.count == 3)
+        await one.writer.wait_until_written(10.0)
+        refused = one.store_errors.count
+        assert refused == 3, "the event, the profile, the queue of candidates"
         path.unlink()
         one.profile_manager.operator.set_mode("auto")
         await until(lambda: one.store.get_state("mode") == "observe auto")
-        assert one.store_errors.count == 3
+        assert one.store_errors.count == refused
         assert len(one.profile_manager.report.listing()["profiles"]) == 2
 
 

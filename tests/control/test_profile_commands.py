@@ -66,7 +66,9 @@ def test_from_a_file_to_serving_and_back_with_the_evidence(one: Served, command:
     listed = command("list")
     (promoted,) = [event for event in listed["events"] if event["decision"] == "promote"]
     assert (promoted["version"], promoted["reason"]) == (good.version, "evidence")
-    assert 0.0 < promoted["evidence"]["lower"] < promoted["evidence"]["mean_gain"]
+    assert promoted["evidence"]["log_e_adjusted"] >= promoted["evidence"]["needed"]
+    assert promoted["evidence"]["mean_gain"] > 0.0
+    assert promoted["kind"] == "rest"
     assert listed["serving"] == "identity", "observe lets nothing serve"
     assert command("mode", "auto") == {"mode": "auto"}
     assert command("list")["serving"] == good.version
@@ -79,7 +81,7 @@ def test_from_a_file_to_serving_and_back_with_the_evidence(one: Served, command:
     assert command("pin", other.version, "--yes")["pinned"] is True
     assert "unpin it first" in command("promote", good.version, "--yes", fails=True)
     assert command("pin", "--off")["pinned"] is False
-    assert command("promote", good.version, "--yes")["serving"] == good.version
+    assert command("promote", good.version, "--yes", "--kind", "rest")["by_kind"] == {"rest": good.version}
     copy = tmp_path / "copy.safetensors"
     command("export", good.version, copy)
     assert copy.read_bytes() == good.to_bytes()
@@ -115,6 +117,8 @@ def test_failures_are_one_line_with_the_reason(
         assert "--yes" in command(action, nobody, fails=True), "nobody is there to be asked"
     assert "nothing is pinned" in command("pin", "--off", fails=True)
     assert "identity serves" in command("rollback", fails=True)
+    assert "no kind 'x' is followed; followed are: rest" in command("rollback", "--kind", "x", fails=True)
+    assert "nothing is held" in command("release", fails=True)
     listed = command("list")
     assert (listed["profiles"], listed["events"]) == ([], []), "nothing was changed"
     monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", "wrong")

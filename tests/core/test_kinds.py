@@ -34,6 +34,16 @@ def test_a_few_requests_take_no_place() -> None:
     assert table(["a", "b"] + ["c"] * MIN_SEEN).followed == ("b", "c")
 
 
+def test_a_name_that_must_be_kept_does_not_lose_its_place() -> None:
+    made = table(["a", "b", "b"])
+    for _ in range(100):
+        made = made.see("c", keep={"a"})
+    assert made.followed == ("a", "c")
+    for _ in range(500):
+        made = made.see("d", keep={"a", "c"})
+    assert made.followed == ("a", "c")
+
+
 def test_names_that_are_seen_once_each_take_no_place() -> None:
     """With Space-Saving their counts grow with the least one; only what is certainly theirs counts."""
     made = table(["a", "b"] * 30 + [f"n{n}" for n in range(40 * MAX_COUNTED)])

@@ -31,8 +31,9 @@ def status() -> dict[str, Any]:
         "reference": {"state": "ready", "detail": "smollm2 [bfloat16]"},
         "calibration": {
             "learned_tokens": 900,
-            "candidates": [
-                {"version": "cd" * 16, "source": "contextual", "requests": 71, "mean_gain": 0.1114, "lower": -0.02}
+            "kinds": [
+                {"kind": "chat text", "held_out_units": 71, "summary": "identity; cdcdcdcd: it needs 34 more"},
+                {"kind": "rest", "held_out_units": 0, "summary": "identity"},
             ],
         },
         "learner": {"state": "training", "detail": "network 42%", "tokens": 1234567},
@@ -112,10 +113,10 @@ def promoted(scene: view.Scene) -> view.Scene:
             },
         },
     }
-    evidence = {"requests": 103, "tokens": 6000, "mean_gain": 0.1127, "lower": 0.0012, "upper": None}
+    evidence = {"units": 103, "tokens": 6000, "mean_gain": 0.1127, "mean_gain_by_token": 0.0912}
     scene.decisions = [
         {
-            **{"at": 2.0, "decision": "promote", "reason": "evidence", "version": "ab" * 16, "scope": ""},
+            **{"at": 2.0, "decision": "promote", "reason": "evidence", "version": "ab" * 16, "kind": "chat"},
             **{"why": "better on held-out requests", "evidence": evidence},
         },
         {
@@ -132,8 +133,8 @@ def promoted(scene: view.Scene) -> view.Scene:
 def test_serving_profile_is_shown_with_its_gain_and_the_reason(scene: view.Scene) -> None:
     text = rendered(promoted(scene))
     for expected in (
-        "promote abababab (evidence): better on held-out requests; gain 0.113 nats on 103",
-        "held-out prompts, proven above 0.0012",
+        "promote abababab for chat (evidence): better on held-out requests; gain 0.113 nats by",
+        "request, 0.091 by token, on 103 held-out prompts",
         "reference against compressed, 321 requests",
         "0.471 [0.460, 0.480]",
         "0.399 [0.380, 0.420]",
@@ -163,7 +164,8 @@ def test_serving_profile_is_shown_with_its_gain_and_the_reason(scene: view.Scene
 def test_arms_are_compared_after_the_first_treated_request(scene: view.Scene) -> None:
     text = rendered(scene)
     assert "control" not in text
-    assert "cdcdcdcd (contextual): gain 0.111 nats on 71 held-out prompts, proven above -0.0200" in text
+    assert "chat text" in text
+    assert "cdcdcdcd: it needs 34 more" in text
 
 
 def test_view_without_a_status(scene: view.Scene) -> None:

@@ -256,7 +256,7 @@ async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
         await b.until(lambda: profiles.serving.selected == proposed, 800)
         (promoted,) = [e for e in b.one.profiles.listing()["events"] if e["decision"] == "promote"]
         assert promoted["version"] == proposed
-        assert promoted["evidence"]["lower"] > 0
+        assert promoted["evidence"]["log_e_adjusted"] >= promoted["evidence"]["needed"]
         assert b.told[-1].serving == proposed
         assert b.told[-1].acknowledged >= {proposed}
         await b.requests(40)

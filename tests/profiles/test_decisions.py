@@ -8,25 +8,32 @@ import logging
 import pytest
 
 from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, REASONS, Decision, EventLog, Reason, evidence_json
-from hemostat.profiles.persistence import StoredServing, stored_mode, stored_test_counts
+from hemostat.profiles.persistence import StoredServing, stored_mode, whole_number
 from hemostat.store.memory import MemoryStore
-from hemostat_calibration import guard
-from hemostat_calibration.guard import Role
+from hemostat_calibration.guard import decisions as guard_decisions
+from hemostat_calibration.guard.guard import Guard
 
 
 def test_every_decision_has_reasons_and_every_reason_is_used() -> None:
     assert REASONS.keys() == set(Decision)
     assert {reason for _, reason in DECISIONS} == set(Reason)
-    assert {str(reason) for reason in guard.Reason} <= {str(r) for r in REASONS[Decision.ROLL_BACK]}
+    assert {str(reason) for reason in guard_decisions.Reason} <= {str(r) for r in REASONS[Decision.ROLL_BACK]}
 
 
 def test_an_event_is_counted_logged_held_and_stored(caplog: pytest.LogCaptureFixture) -> None:
     store = MemoryStore()
     log = EventLog(store, lambda: 12.5)
     with caplog.at_level(logging.INFO, "hemostat.calibration"):
-        log.record(Decision.PROMOTE, Reason.EVIDENCE, "v1", "chat", "better", {"requests": 3})
+        log.record(Decision.PROMOTE, Reason.EVIDENCE, "v1", "chat", "better", {"requests": 3}, "chat text")
     event = {
-        **{"at": 12.5, "decision": "promote", "reason": "evidence", "version": "v1", "scope": "chat"},
+        **{
+            "at": 12.5,
+            "decision": "promote",
+            "reason": "evidence",
+            "version": "v1",
+            "scope": "chat",
+            "kind": "chat text",
+        },
         **{"why": "better", "evidence": {"requests": 3}},
     }
     assert store.events(5) == log.newest_first() == log.newest_first("v1") == [event]
@@ -34,7 +41,7 @@ def test_an_event_is_counted_logged_held_and_stored(caplog: pytest.LogCaptureFix
     assert log.newest_first("v2") == []
     assert log.counts["promote", "evidence"] == 1
     assert sum(log.counts.values()) == 1
-    assert "promote v1 for chat: better" in caplog.text
+    assert "promote v1 for chat text: better" in caplog.text
 
 
 def test_events_are_bounded() -> None:
@@ -46,16 +53,18 @@ def test_events_are_bounded() -> None:
 
 
 def test_evidence_without_requests_is_json_ready() -> None:
-    state = guard.begin_test(guard.init(), "a", Role.CANDIDATE, 1.0)
-    evidence = evidence_json(guard.decide(state, "a"))
-    assert evidence["upper"] is None
-    assert evidence["requests"] == 0
+    guard = Guard()
+    guard.begin_candidate("a", {"rest": (1.0, 1.0)})
+    evidence = evidence_json(guard.evidence("a", "rest"))
+    assert evidence["mean_gain"] is None
+    assert evidence["units"] == 0
     json.dumps(evidence, allow_nan=False)
+    assert evidence_json(None) == {}
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"scope": 1}'])
 def test_where_the_stored_serving_state_is_missing_or_damaged_nothing_serves(text: str | None) -> None:
-    assert StoredServing.decode(text) == StoredServing("pooled", False, {})
+    assert StoredServing.decode(text) == StoredServing()
 
 
 @pytest.mark.parametrize(
@@ -67,5 +76,8 @@ def test_a_stored_mode_holds_while_the_configured_one_is_the_same(stored: str | 
 
 
 def test_a_damaged_count_of_tests_is_zero() -> None:
-    states = {"tests.candidate": "many", "tests.serving": "3"}
-    assert stored_test_counts(states) == {Role.CANDIDATE: 0, Role.SERVING: 3}
+    assert [whole_number(text) for text in ("many", None, "3")] == [0, 0, 3]
+
+
+def test_a_damaged_table_of_kinds_is_empty() -> None:
+    assert StoredServing(table="junk").kind_table(3).followed == ()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.support.profile_bench import ANCHORS, BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual, harmful
 from tests.support.records import make_record, profiles, truths
 
+from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.measurements import Measurements
 from hemostat.profiles import judging
 from hemostat.profiles.judging import gain_interval
@@ -91,7 +92,7 @@ def test_a_prompt_counts_once_in_a_test() -> None:
 
 
 def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "MAX_UNPROVEN_REQUESTS", 30)
+    monkeypatch.setattr(judging, "MAX_UNPROVEN_UNITS", 30)
     bench = Bench()
     first, second, third = (bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(3))
     bench.feed(EVEN, JUDGED[:29])
@@ -99,12 +100,12 @@ def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.
     bench.feed(EVEN, JUDGED[29:31])
     assert bench.profiles.trials.tested_versions == [second, third]
     event = bench.last("drop")
-    assert (event["version"], event["reason"], event["evidence"]["requests"]) == (first, "unproven", 30)
+    assert (event["version"], event["reason"], event["evidence"]["units"]) == (first, "unproven", 30)
     bench.feed(EVEN, JUDGED[31:80])
     assert bench.profiles.trials.tested_versions == [second, third], "no candidate waits any more"
     bench.feed(EVEN, LEARNED[:40])
     bias = bench.status()["waiting"][0]["version"]
-    monkeypatch.setattr(judging, "MAX_UNPROVEN_REQUESTS_BEFORE_LOWER", 110)
+    monkeypatch.setattr(judging, "MAX_UNPROVEN_UNITS_BEFORE_LOWER", 110)
     bench.feed(EVEN, JUDGED[80:109])
     assert bench.profiles.trials.tested_versions == [second, third], "temperature and bias wait longer"
     bench.feed(EVEN, JUDGED[109:112])
@@ -165,7 +166,7 @@ def test_a_gain_is_computed_once_for_measurement_and_judging(monkeypatch: pytest
         return gain(record, profile)
 
     monkeypatch.setattr(record_gains, "gain", counted)
-    record = bench.record(EVEN.truth(0), JUDGED[0])
+    record = bench.record(EVEN.truth(0), JUDGED[0], kind=REST_KIND)
     gains = RecordGains(record)
     profile = bench.profiles.calibrated_profile(record)
     Measurements().observe(record, profile, None, held_out=bench.profiles.is_held_out(record), gains=gains)

@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.kinds import Kinds
 from hemostat.store.lease import Lease
 
 
+def made(
+    limit: int,
+    lease: Lease | None = None,
+    on_followed: Callable[[str], None] = lambda _: None,
+    on_evicted: Callable[[str], None] = lambda _: None,
+    keep: Callable[[], set[str]] = set,
+) -> Kinds:
+    lease = lease or Lease(shared=False)
+    return Kinds(limit, lease, on_followed=on_followed, on_evicted=on_evicted, keep=keep)
+
+
 def test_kinds_beyond_the_limit_and_requests_without_one_are_pooled() -> None:
-    kinds = Kinds(2, Lease(shared=False), lambda _: None)
+    kinds = made(2)
     found = [kinds.see(kind) for kind in ("chat", "", "code", "json", "chat", REST_KIND)]
     assert found == ["chat", REST_KIND, "code", REST_KIND, "chat", REST_KIND]
     assert kinds.followed == {"chat", "code"}
 
 
 def test_a_kind_that_loses_its_place_is_reported() -> None:
+    followed: list[str] = []
     evicted: list[str] = []
-    kinds = Kinds(1, Lease(shared=False), evicted.append)
+    kinds = made(1, on_followed=followed.append, on_evicted=evicted.append)
     for kind in ["chat", *["code"] * 60]:
         kinds.see(kind)
-    assert evicted == ["chat"]
+    assert (followed, evicted) == (["chat", "code"], ["chat"])
     assert kinds.followed == {"code"}
+
+
+def test_a_kind_that_must_be_kept_does_not_lose_its_place() -> None:
+    kinds = made(1, keep=lambda: {"chat"})
+    for kind in ["chat", *["code"] * 60]:
+        kinds.see(kind)
+    assert kinds.followed == {"chat"}
 
 
 def test_a_replica_that_does_not_lead_follows_no_kind_by_itself() -> None:
     lease = Lease(shared=True)
-    kinds = Kinds(2, lease, lambda _: None)
+    kinds = made(2, lease)
     assert kinds.see("chat") == REST_KIND
     lease.grant(float("inf"))
     assert kinds.see("chat") == "chat"

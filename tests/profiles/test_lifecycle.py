@@ -8,6 +8,7 @@ import pytest
 from tests.support.profile_bench import BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual, harmful
 from tests.support.world import V, World
 
+from hemostat.ipc.messages import REST_KIND
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
@@ -43,10 +44,13 @@ def test_a_helpful_candidate_is_promoted_with_its_evidence_and_stored() -> None:
     assert event["version"] == version
     assert event["at"] == bench.time
     evidence = event["evidence"]
-    assert 0 < evidence["lower"] < evidence["mean_gain"]
-    assert evidence["requests"] >= 5
+    assert evidence["log_e_adjusted"] >= evidence["needed"] > 0.0
+    assert evidence["mean_gain"] > 0.0
+    assert evidence["mean_gain_by_token"] > 0.0
+    assert evidence["units"] >= 5
+    assert event["kind"] == REST_KIND
     assert json.loads(json.dumps(event, allow_nan=False)) == event
-    assert version in (bench.store.get_state("serving") or "")
+    assert version in (bench.store.get_state("kinds") or "")
     kept = bench.store.get_profile(version)
     assert kept is not None
     assert CalibrationProfile.from_bytes(kept.data, version).version == version
@@ -85,7 +89,8 @@ def test_a_profile_that_becomes_harmful_is_rolled_back() -> None:
     assert bench.profiles.serving.version is None
     event = bench.last("roll_back")
     assert event["version"] == version
-    assert event["evidence"]["upper"] < 0
+    assert event["evidence"]["mean_gain"] < 0
+    assert event["evidence"]["log_e"] >= event["evidence"]["needed"]
     assert bench.profiles.lifecycle.rollbacks == 1
     assert bench.restart().profiles.serving.selected is None
 
@@ -101,8 +106,8 @@ def test_a_profile_that_no_longer_helps_is_rolled_back_as_unsupported() -> None:
     assert fed == window
     event = bench.last("roll_back")
     assert event["reason"] == "unsupported"
-    assert event["evidence"]["requests"] == window
-    assert event["evidence"]["upper"] > 0
+    assert event["evidence"]["units"] == window
+    assert event["evidence"]["log_e"] < event["evidence"]["needed"], "no proof of harm"
     assert bench.profiles.events.counts["roll_back", "unsupported"] == 1
 
 

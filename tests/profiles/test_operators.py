@@ -74,7 +74,7 @@ def test_a_promotion_by_the_operator_is_recorded_and_watched() -> None:
     bench.profiles.operator.promote(bad)
     assert bench.profiles.serving.version == bad
     event = bench.last("promote")
-    assert (event["reason"], event["evidence"]["requests"]) == ("operator", 5)
+    assert (event["reason"], event["evidence"]["units"]) == ("operator", 5)
     assert bench.profiles.events.counts["promote", "operator"] == bench.profiles.lifecycle.promotions == 1
     with pytest.raises(HemostatError, match="serves there already"):
         bench.profiles.operator.promote(bad)
@@ -90,8 +90,11 @@ def test_a_pinned_profile_serves_until_it_is_unpinned() -> None:
     assert bench.profiles.serving.version == bad
     status = bench.status()
     assert status["pinned"]
-    assert status["selected"]["upper"] < 0
-    assert status["candidates"][0]["lower"] > 0
+    [kind] = status["kinds"]
+    assert kind["watch"]["log_e"] > kind["watch"]["needed"]
+    [candidate] = kind["candidates"]
+    assert candidate["log_e_adjusted"] > candidate["needed"]
+    assert candidate["summary"] == "proven better than the pinned profile"
     with pytest.raises(HemostatError, match="unpin"):
         bench.profiles.operator.promote(good)
     again = bench.restart()

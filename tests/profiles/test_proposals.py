@@ -12,6 +12,7 @@ from tests.support.profile_bench import ANCHORS, BIASED, JUDGED, LEARNED, MODEL,
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import V, World
 
+from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.proposals import (
     CONTEXTUAL_FIRST_FACTOR,
     MAX_TOKENS_BETWEEN_PROPOSALS,
@@ -75,7 +76,7 @@ def test_a_contextual_proposal_is_tested_and_promoted() -> None:
     assert bench.profiles.serving.version == profile.version
     shown = bench.profiles.report.describe(profile.version)
     assert shown is not None
-    assert (shown["family"], shown["state"], shown["scopes"]) == ("contextual", "selected", [""])
+    assert (shown["family"], shown["state"], shown["kinds"]) == ("contextual", "selected", [REST_KIND])
     again = bench.restart()
     again.profiles.set_model_pair(MODEL, V)
     assert again.profiles.serving.version == profile.version
@@ -92,7 +93,7 @@ def test_a_proposal_must_be_learned_from_more_tokens_and_still_more_while_one_is
     assert bench.profiles.proposals.propose(second, "", {"tokens": MIN_TOKEN_GROWTH_UNDER_TEST * 10_000})
     assert bench.profiles.trials.tested_versions == [second.version]
     dropped = bench.last("drop")
-    assert (dropped["version"], dropped["reason"], dropped["evidence"]["requests"]) == (first.version, "newer", 3)
+    assert (dropped["version"], dropped["reason"], dropped["evidence"]["units"]) == (first.version, "newer", 3)
     bench.feed(BIASED, JUDGED, bench.serves)
     learned = MIN_TOKEN_GROWTH_UNDER_TEST * 10_000
     assert not bench.profiles.proposals.accepts(MIN_TOKEN_GROWTH * learned - 1)
@@ -147,7 +148,9 @@ def test_temperature_and_bias_wait_for_the_first_contextual_proposal() -> None:
     assert bench.profiles.proposals.propose(profile, "", {"tokens": 1000})
     bench.feed(BIASED, LEARNED, lambda: len(bench.profiles.trials.tested_versions) > 1)
     assert bench.profiles.trials.tested_versions[0] == profile.version
-    assert [c["test"] for c in bench.status()["candidates"]] == [1, 2]
+    bench.feed(BIASED, JUDGED[:1])
+    [kind] = bench.status()["kinds"]
+    assert [candidate["test"] for candidate in kind["candidates"]] == [1, 2]
 
 
 def test_temperature_and_bias_wait_for_a_bounded_number_of_tokens() -> None:

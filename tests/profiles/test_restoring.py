@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import msgspec
+import numpy as np
 import pytest
-from tests.support.profile_bench import BIASED, JUDGED, MODEL, Bench, harmful
+from tests.support.profile_bench import BIASED, EVEN, JUDGED, MODEL, Bench, harmful
 from tests.support.world import V
 
+from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.catalogue import MAX_PROFILES
-from hemostat.profiles.persistence import STATE_KEYS
-from hemostat.store.memory import MemoryStore
+from hemostat.profiles.persistence import SERVING_KEY, STATE_KEYS, StoredKind, StoredServing
 from hemostat.store.protocol import StoredProfile
+from hemostat_calibration.profiles.profile import temperature_bias
 
 
 def test_the_operators_mode_is_kept_over_restarts_until_the_configuration_changes() -> None:
@@ -29,7 +32,7 @@ def test_after_a_restart_the_same_profile_serves_and_is_judged() -> None:
     again.profiles.set_model_pair(MODEL, V)
     assert again.profiles.serving.version == version
     assert [e["decision"] for e in again.profiles.events.newest_first()] == ["promote", "propose", "propose"]
-    again.feed(BIASED, JUDGED[:3])
+    again.feed(BIASED, JUDGED[-3:])
     assert again.status()["selected"]["requests"] == 3
     again.profiles.operator.roll_back("asked for")
     assert bench.restart().profiles.serving.selected is None
@@ -50,7 +53,9 @@ def test_a_restart_deletes_the_oldest_profiles_of_a_store_that_grew_too_large() 
         profile = harmful(seed=seed)
         bench.store.put_profile(StoredProfile(profile.version, profile.to_bytes(), float(seed)))
     oldest = bench.store.profiles()[-1].version
-    bench.store.set_state("serving", f'{{"scope": "pooled", "pinned": false, "selected": {{"": ["{oldest}", 300]}}}}')
+    kind = StoredKind(oldest, "", 300, False, False, "", 5, "", [], 0)
+    served = StoredServing("pooled", "", {REST_KIND: kind}, [])
+    bench.store.set_state(SERVING_KEY, msgspec.json.encode(served).decode())
     again = bench.restart()
     again.profiles.set_model_pair(MODEL, V)
     assert again.profiles.serving.version == oldest
@@ -58,24 +63,65 @@ def test_a_restart_deletes_the_oldest_profiles_of_a_store_that_grew_too_large() 
     assert len(bench.store.profiles()) == MAX_PROFILES + 1
 
 
-def test_spent_alpha_stays_spent_after_a_restart() -> None:
+def test_tests_and_windows_go_on_after_a_restart() -> None:
     bench = Bench()
     bench.profiles.operator.import_profile(harmful())
     bench.promote()
-    before = bench.status()["tests_begun"]
-    assert before["candidate"] >= 3
-    assert before["serving"] == 1
+    bench.feed(BIASED, JUDGED[:40])
+    before = bench.status()
+    assert before["tests_begun"]["candidate"] >= 3
+    [kind] = before["kinds"]
+    assert kind["candidates"][0]["units"] > 0
+    assert kind["watch"]["units"] > 0
     again = bench.restart()
     again.profiles.set_model_pair(MODEL, V)
-    assert again.status()["tests_begun"] == {"candidate": before["candidate"], "serving": 2}
-    again.profiles.operator.import_profile(harmful(seed=9))
-    found = again.status()["candidates"][0]
-    assert found["test"] == before["candidate"] + 1
-    assert found["alpha"] == pytest.approx(0.05 / (found["test"] * (found["test"] + 1)))
-    damaged = MemoryStore()
-    damaged.set_state("tests.candidate", "many")
-    damaged.set_state("serving", "{")
-    Bench(damaged).restart().profiles.set_model_pair(MODEL, V)
+    assert again.status()["kinds"] == before["kinds"]
+    assert again.status()["tests_begun"] == before["tests_begun"]
+    again.feed(BIASED, JUDGED[:40])
+    units = again.status()["kinds"][0]["watch"]["units"]
+    assert units == kind["watch"]["units"], "units that counted are remembered"
+
+
+def test_spent_alpha_stays_spent_after_a_crash() -> None:
+    """Where the process ended before it had written its tests, they begin anew, with the alpha that is left."""
+    bench = Bench()
+    bench.promote()
+    bench.profiles.operator.import_profile(harmful())
+    before = bench.status()["tests_begun"]["candidate"]
+    again = bench.restart(crash=True)
+    again.profiles.set_model_pair(MODEL, V)
+    [candidate] = again.status()["kinds"][0]["candidates"]
+    assert candidate["test"] == before + 1
+    assert candidate["alpha"] == pytest.approx(0.05 / (candidate["test"] * (candidate["test"] + 1)))
+
+
+def test_a_useless_profile_does_not_outlast_its_window_by_restarts() -> None:
+    """Restarted every 90 held-out requests, a window of 200 ends all the same."""
+    bench = Bench()
+    bench.feed(BIASED, JUDGED[:1])
+    useless = temperature_bias(MODEL, V, 1.0, np.zeros(V), 1.0)
+    bench.profiles.operator.promote(bench.profiles.operator.import_profile(useless))
+    bench.profiles.serving.kinds[REST_KIND].window = 200
+    bench.profiles.trials.watch(REST_KIND)
+    fed = 0
+    while bench.serves() and fed < 1000:
+        fed += bench.feed(EVEN, JUDGED[fed : fed + 90], lambda bench=bench: not bench.serves())  # type: ignore[misc]
+        bench = bench.restart()
+        bench.profiles.set_model_pair(MODEL, V)
+    assert fed == 200
+    assert bench.last("roll_back")["reason"] == "unsupported"
+
+
+@pytest.mark.parametrize("key", STATE_KEYS)
+def test_a_damaged_state_ends_nothing(key: str) -> None:
+    bench = Bench()
+    bench.promote()
+    bench.profiles.writer.save()
+    bench.store.set_state(key, "{")
+    again = bench.restart(crash=True)
+    again.profiles.set_model_pair(MODEL, V)
+    again.feed(BIASED, JUDGED[:5])
+    assert again.serves() is (key != SERVING_KEY)
 
 
 def test_a_reload_never_lowers_the_count_of_tests_begun() -> None:

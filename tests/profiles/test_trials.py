@@ -1,17 +1,21 @@
-"""When tests of candidates begin, and in which order."""
+"""When tests of candidates begin and end, and in which order."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-from tests.support.profile_bench import BIASED, JUDGED, LEARNED, MODEL, Bench, contextual, harmful, helpful
+import pytest
+from tests.support.profile_bench import BIASED, JUDGED, LEARNED, Bench, contextual, harmful
+from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import V
 
-from hemostat.profiles.catalogue import gain_width
-from hemostat.profiles.trials import IMPORT, MAX_TESTED, POOLED, Candidate, Trials
-from hemostat_calibration import guard
-from hemostat_calibration.guard import Role
+from hemostat.ipc.messages import REST_KIND
+from hemostat.profiles.scopes import Scopes
+from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingState
+from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials
+from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
-from hemostat_calibration.profiles.profile import temperature_bias
 
 
 def test_a_test_begins_anew_when_its_baseline_changes() -> None:
@@ -21,22 +25,6 @@ def test_a_test_begins_anew_when_its_baseline_changes() -> None:
     bench.promote()
     assert bench.profiles.trials.tested_versions == [other.version]
     assert bench.status()["candidates"][0]["requests"] == 0
-
-
-def test_a_test_without_observations_is_not_begun_again() -> None:
-    bench = Bench()
-    tested, next_ = [bench.profiles.operator.import_profile(helpful(seed)) for seed in range(3)][1:]
-    bench.feed(BIASED, JUDGED[:3])
-    bench.profiles.operator.promote(bench.profiles.trials.tested_versions[0])
-    found = {c["version"]: (c["test"], c["requests"]) for c in bench.status()["candidates"]}
-    # The one that moved up has its first test, the other one, which is compared with another now, its second.
-    assert found == {tested: (4, 0), next_: (3, 0)}
-    assert bench.status()["tests_begun"]["candidate"] == 4
-
-
-def test_the_gain_width_of_identity_is_above_zero() -> None:
-    nothing = temperature_bias(MODEL, V, 1.0, np.zeros(V), 1.0)
-    guard.begin_test(guard.init(), nothing.version, guard.Role.CANDIDATE, gain_width(nothing))
 
 
 def test_a_contextual_candidate_is_tested_before_temperature_and_bias() -> None:
@@ -52,60 +40,133 @@ def test_a_contextual_candidate_is_tested_before_temperature_and_bias() -> None:
     assert bench.profiles.trials.tested_versions == []
 
 
-class Begun:
-    """Counts of tests begun, as they are reported."""
+class Made:
+    """Trials of profiles of width 1, and how often a test began."""
 
-    def __init__(self) -> None:
-        self.reported: list[tuple[Role, int]] = []
+    def __init__(self, kinds: tuple[str, ...] = (REST_KIND,)) -> None:
+        self.begun = 0
+        self.serving = ServingState(Scopes("label"), "auto")
+        for kind in kinds:
+            self.serving.kinds[kind] = KindState(units=10, scope="")
+        self.trials = Trials(0.05, 0.25, lambda _: 1.0, self.serving, self._count)
 
-    def __call__(self, role: Role, number: int) -> None:
-        self.reported.append((role, number))
+    def _count(self) -> None:
+        self.begun += 1
+
+    def feed(self, candidate: Candidate, kind: str, units: range, gain: float = 0.2) -> int:
+        """Units that counted."""
+        counted = 0
+        for n in units:
+            record = replace(RECORD, kind=kind, conversation=b"%d" % n)
+            if self.trials.admit(candidate.test, record):
+                self.trials.update(candidate.test, record, (gain, gain))
+                counted += 1
+        return counted
 
 
-def made(begun: Begun | None = None) -> Trials:
-    return Trials(0.05, gain_width=lambda _: 1.0, baseline=lambda _: None, on_test_begun=begun or Begun())
+RECORD = make_record(Truth(*(log_softmax(np.zeros((3, V))),) * 2, np.zeros(3, int)), 4)
 
 
 def test_the_queue_is_ordered_by_priority_and_then_by_age() -> None:
-    trials = made()
-    for version, source in (("a", TEMPERATURE_BIAS), ("b", IMPORT), ("c", CONTEXTUAL), ("d", POOLED)):
+    trials = Made().trials
+    for version, source in (("a", TEMPERATURE_BIAS), ("b", IMPORT), ("c", CONTEXTUAL), ("d", SERVING)):
         trials.add(Candidate(version, "", source))
     assert [candidate.version for candidate in trials.queue] == ["b", "c", "d", "a"]
     assert trials.tested_versions == ["b", "c"]
-    assert trials.running_tests == MAX_TESTED
     assert trials.has_waiting_equal(trials.tested[0])
     trials.remove(lambda candidate: candidate.version == "d")
     assert not trials.has_waiting_equal(trials.tested[0]), "only one of a lower priority waits"
 
 
 def test_only_candidates_that_are_tested_spend_alpha() -> None:
-    begun = Begun()
-    trials = made(begun)
+    made = Made()
     for version in "abc":
-        trials.add(Candidate(version, "", IMPORT))
-    assert begun.reported == [(Role.CANDIDATE, 1), (Role.CANDIDATE, 2)]
-    trials.remove(lambda candidate: candidate.version == "a")
-    assert begun.reported[-1] == (Role.CANDIDATE, 3), "the one that waited is tested now"
-    trials.watch_serving("a", "", 200)
-    assert begun.reported[-1] == (Role.SERVING, 1)
-    assert trials.tests_begun == {Role.CANDIDATE: 3, Role.SERVING: 1}
+        made.trials.add(Candidate(version, "", IMPORT))
+    assert made.begun == made.trials.tests_begun == MAX_TESTED
+    made.trials.remove(lambda candidate: candidate.version == "a")
+    assert made.trials.tests_begun == 3, "the one that waited is tested now"
 
 
-def test_a_unit_counts_once_in_each_test() -> None:
-    trials = made()
+def test_a_unit_counts_once_in_each_test_and_kind() -> None:
+    made = Made((REST_KIND, "chat"))
     candidate = Candidate("a", "", IMPORT)
-    trials.add(candidate)
-    assert trials.observe_candidate(candidate, b"prompt", (0.1, 0.1), 5) is not None
-    assert trials.observe_candidate(candidate, b"prompt", (0.1, 0.1), 5) is None
-    assert trials.decide_candidate(candidate).evidence.requests == 1
-    trials.restart(lambda _: True)
-    assert trials.observe_candidate(candidate, b"prompt", (0.1, 0.1), 5) is not None, "another test"
+    made.trials.add(candidate)
+    assert made.feed(candidate, "chat", range(3)) == 3
+    assert made.feed(candidate, "chat", range(4)) == 1
+    assert made.feed(candidate, REST_KIND, range(4)) == 4
+    made.trials.restart()
+    assert made.feed(candidate, "chat", range(4)) == 4, "another test"
+
+
+def test_a_candidate_is_tested_in_the_kinds_of_its_scope_that_were_seen() -> None:
+    made = Made((REST_KIND, "a", "b"))
+    made.serving.kinds["a"].scope = "label"
+    made.serving.kinds["b"].held = "why"
+    made.serving.kinds["new"] = KindState()
+    pooled, own = Candidate("v", "", IMPORT), Candidate("w", "label", IMPORT)
+    made.trials.add(pooled)
+    made.trials.add(own)
+    assert made.trials.running_kinds(pooled) == [REST_KIND, "a"]
+    assert made.trials.running_kinds(own) == ["a"]
+    made.serving.kinds["new"].units = 1
+    made.trials.begin_in("new")
+    assert made.trials.running_kinds(pooled) == [REST_KIND, "a", "new"]
+    numbers = {kind: e.test for kind, e in made.trials.evidence_by_kind(pooled).items()}
+    assert numbers == {REST_KIND: 1, "a": 1, "new": 3}, "all at once; the one that came later has a test of its own"
+
+
+def test_a_candidate_waits_for_the_first_kind_of_its_scope() -> None:
+    made = Made()
+    candidate = Candidate("v", "label", IMPORT)
+    made.trials.add(candidate)
+    assert (made.trials.tests_begun, made.trials.tested_versions) == (0, ["v"])
+    made.serving.kinds["a"] = KindState(scope="label", units=1)
+    made.trials.begin_in("a")
+    assert made.trials.running_kinds(candidate) == ["a"]
+
+
+def test_a_candidate_leaves_the_queue_when_its_last_test_ends() -> None:
+    made = Made((REST_KIND, "a"))
+    for version in "vw":
+        made.trials.add(Candidate(version, "", CONTEXTUAL))
+    made.trials.end_in("a", lambda c: c.version == "v")
+    assert made.trials.tested_versions == ["v", "w"]
+    made.trials.end_in(REST_KIND, lambda c: c.version == "v")
+    assert made.trials.tested_versions == ["w"]
+    assert made.serving.kinds["a"].tried == ["v"]
+    made.trials.add(Candidate("v", "", SERVING))
+    assert made.trials.tested_versions == ["w"], "it is not tested again where it was"
+
+
+def test_the_versions_that_a_kind_remembers_are_bounded() -> None:
+    state = KindState()
+    for n in range(2 * MAX_TRIED_VERSIONS):
+        state.add_tried(f"v{n}")
+    state.add_tried("v20")
+    assert len(state.tried) == MAX_TRIED_VERSIONS
+    assert state.tried[-1] == "v20"
 
 
 def test_a_larger_count_of_tests_begun_stays() -> None:
-    trials = made()
+    trials = Made().trials
     trials.add(Candidate("a", "", IMPORT))
-    trials.resume({Role.CANDIDATE: 7, Role.SERVING: 0})
-    assert trials.tests_begun[Role.CANDIDATE] == 7
-    trials.resume({Role.CANDIDATE: 2, Role.SERVING: 0})
-    assert trials.tests_begun[Role.CANDIDATE] == 7
+    trials.resume(None, 7, [])
+    assert trials.tests_begun == 7
+    trials.resume(None, 2, [])
+    assert trials.tests_begun == 7
+
+
+def test_stored_tests_go_on_and_those_of_unknown_candidates_do_not() -> None:
+    made = Made()
+    kept, gone = Candidate("a", "", IMPORT), Candidate("b", "", IMPORT)
+    for candidate in (kept, gone):
+        made.trials.add(candidate)
+        made.feed(candidate, REST_KIND, range(5))
+    other = Made()
+    other.trials.resume(made.trials.guard.save(), 0, [kept])
+    assert other.trials.evidence(kept, REST_KIND) == made.trials.evidence(kept, REST_KIND)
+    assert other.trials.guard.names == (kept.test,)
+    assert other.feed(kept, REST_KIND, range(6)) == 1
+    with pytest.raises(InvalidArgumentError):
+        other.trials.resume(b"junk", 0, [])
+    assert other.trials.tested == [kept]

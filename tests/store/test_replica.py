@@ -21,7 +21,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 from tests.support import valkey
-from tests.support.control import TOKEN, control, profile, settings, status_json
+from tests.support.control import TOKEN, control, profile, scored, settings, status_json
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.samples import values
 from tests.support.served import AUTHORIZED, Served, hemostat
@@ -117,7 +117,7 @@ async def test_what_one_promotes_all_serve(shared_server: Valkey, tmp_path: Path
         told: list[Policy] = []
         ones[2].link.set_policy = told.append  # type: ignore[method-assign]
         mine = profile()
-        await ones[0].actions.promote(await ones[0].actions.import_profile(mine.to_bytes(), ""), "")
+        await ones[0].actions.promote(await ones[0].actions.import_profile(mine.to_bytes(), ""), None)
         await until(lambda: agree(ones, mine.version))
         await until(lambda: told[-1].serving == mine.version)
         assert [one.profiles.profile_bytes(mine.version) for one in ones] == [mine.to_bytes()] * 3
@@ -145,7 +145,7 @@ async def test_profiles_of_others_are_read_off_the_event_loop(
 
     async with replicas(shared_server, tmp_path) as ones:
         monkeypatch.setattr(CalibrationProfile, "from_bytes", classmethod(note))
-        await ones[0].actions.promote(ones[0].profile_manager.operator.import_profile(profile()), "")
+        await ones[0].actions.promote(ones[0].profile_manager.operator.import_profile(profile()), None)
         await until(lambda: agree(ones, profile().version))
     assert threads
     assert threading.get_ident() not in threads
@@ -158,16 +158,16 @@ async def test_operators_may_talk_to_any_replica(shared_server: Valkey, tmp_path
         version = await follower.actions.import_profile(mine.to_bytes(), "")
         assert version == mine.version
         assert leader.profile_manager.trials.tested_versions == [version]
-        await follower.actions.promote(version, "")
+        await follower.actions.promote(version, None)
         await until(lambda: agree(ones, version))
         with pytest.raises(HemostatError, match="serves there already"):
-            await follower.actions.promote(version, "")
+            await follower.actions.promote(version, None)
         with pytest.raises(HemostatError, match="no profile"):
-            await follower.actions.promote("0" * 32, "")
-        await follower.actions.pin(version)
+            await follower.actions.promote("0" * 32, None)
+        await follower.actions.pin(version, None)
         await until(lambda: follower.profile_manager.serving.pinned)
         assert leader.profile_manager.serving.pinned
-        await follower.actions.pin(None)
+        await follower.actions.pin(None, None)
         assert not leader.profile_manager.serving.pinned
         await follower.actions.set_mode("off")
         assert (leader.profile_manager.serving.mode, follower.profile_manager.serving.mode) == ("off", "off")
@@ -185,9 +185,11 @@ async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spe
 ) -> None:
     async with replicas(shared_server, tmp_path) as ones:
         leader, follower = ones
+        held_out = next(n for n in range(99) if leader.profile_manager.is_held_out(scored(str(n), prompt=n)[0]))
+        leader.pipeline.use_record(*scored("r", prompt=held_out))
         for n in range(2):
             await leader.actions.import_profile(profile(n).to_bytes(), "")
-        await leader.actions.promote(profile(0).version, "")
+        await leader.actions.promote(profile(0).version, None)
         await until(lambda: agree(ones, profile(0).version))
         begun = leader.profile_manager.report.status()["tests_begun"]
         assert begun["candidate"] >= 3, "two, and the other one anew after the promotion"
@@ -200,17 +202,17 @@ async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spe
         assert follower.profile_manager.report.status()["tests_begun"]["candidate"] == begun["candidate"]
         other = profile(2)
         await follower.actions.import_profile(other.to_bytes(), "")
-        assert follower.profile_manager.report.status()["candidates"][0]["test"] == begun["candidate"] + 1
-        await follower.actions.promote(other.version, "")
-        await until(lambda: other.version in (follower.store.get_state("serving") or ""))
+        assert follower.profile_manager.report.status()["tests_begun"]["candidate"] == begun["candidate"] + 1
+        await follower.actions.promote(other.version, None)
+        await until(lambda: other.version in (follower.store.get_state("kinds") or ""))
         # What the one that was thought dead still writes is refused, and it follows when it is back.
-        leader.writer.as_leader.set_state("serving", "{}")
+        leader.writer.as_leader.set_state("kinds", "{}")
         await until(lambda: "another replica leads" in leader.store_errors.last_message)
-        assert other.version in (follower.store.get_state("serving") or "")
+        assert other.version in (follower.store.get_state("kinds") or "")
         del leader.replica.heartbeat  # type: ignore[union-attr]
         await leader.replica.heartbeat()  # type: ignore[union-attr]
         assert leader.profile_manager.serving.version == other.version
-        assert leader.profile_manager.trials.tested_versions == []
+        assert other.version not in leader.profile_manager.trials.tested_versions
 
 
 async def test_an_orderly_end_hands_over_at_once(
@@ -226,7 +228,7 @@ async def test_an_orderly_end_hands_over_at_once(
         leader.profile_manager.set_model_pair(MODEL, V)
         follower.profile_manager.set_model_pair(MODEL, V)
         await until(lambda: leader.lease.leads)
-        await leader.actions.promote(await leader.actions.import_profile(profile().to_bytes(), ""), "")
+        await leader.actions.promote(await leader.actions.import_profile(profile().to_bytes(), ""), None)
         await first.aclose()
         await until(lambda: follower.lease.leads)
         assert follower.profile_manager.serving.version == profile().version, "written before it ended"
@@ -238,17 +240,17 @@ async def test_a_store_that_crashes_changes_nothing_and_comes_back(
     async with replicas(server, tmp_path) as ones:
         leader, follower = ones
         mine = profile()
-        await leader.actions.promote(await leader.actions.import_profile(mine.to_bytes(), ""), "")
+        await leader.actions.promote(await leader.actions.import_profile(mine.to_bytes(), ""), None)
         await until(lambda: agree(ones, mine.version))
         server.kill()
         # Decided while it still leads by its own clock, written when the store is back.
         other = await leader.actions.import_profile(profile(1).to_bytes(), "")
-        await leader.actions.promote(other, "")
+        await leader.actions.promote(other, None)
         await until(lambda: not leader.lease.leads)
         assert leader.lease.is_last_leader
         assert follower.profile_manager.serving.version == mine.version
         with pytest.raises(HemostatError, match="cannot be reached"):
-            await leader.actions.promote(mine.version, "")
+            await leader.actions.promote(mine.version, None)
         with pytest.raises(HemostatError, match="cannot be reached"):
             await follower.actions.import_profile(profile(2).to_bytes(), "")
         assert all(one.store_errors.count > 0 for one in ones)
@@ -266,7 +268,7 @@ async def test_a_store_that_lost_its_data_gets_it_again(tmp_path: Path) -> None:
     with valkey.running(tmp_path / "valkey", keeps=False) as server:
         async with replicas(server, tmp_path) as ones:
             mine = profile()
-            await ones[0].actions.promote(await ones[0].actions.import_profile(mine.to_bytes(), ""), "")
+            await ones[0].actions.promote(await ones[0].actions.import_profile(mine.to_bytes(), ""), None)
             await until(lambda: agree(ones, mine.version))
             begun = ones[0].profile_manager.report.status()["tests_begun"]["serving"]
             server.kill()
@@ -274,8 +276,8 @@ async def test_a_store_that_lost_its_data_gets_it_again(tmp_path: Path) -> None:
             await until(lambda: any(one.lease.leads for one in ones))
             store = ones[0].store
             await until(lambda: store.get_profile(mine.version) is not None)
-            await until(lambda: mine.version in (store.get_state("serving") or ""))
-            await until(lambda: int(store.get_state("tests.serving") or 0) >= begun)
+            await until(lambda: mine.version in (store.get_state("kinds") or ""))
+            await until(lambda: json.loads(store.get_state("tests") or "{}").get("windows") == {"rest": begun})
             assert agree(ones, mine.version)
 
 
@@ -284,7 +286,7 @@ async def test_off_holds_at_once_without_the_store_and_everywhere_with_it(
     which: int, server: Valkey, tmp_path: Path
 ) -> None:
     async with replicas(server, tmp_path) as ones:
-        await ones[0].actions.promote(await ones[0].actions.import_profile(profile().to_bytes(), ""), "")
+        await ones[0].actions.promote(await ones[0].actions.import_profile(profile().to_bytes(), ""), None)
         await until(lambda: agree(ones, profile().version))
         server.kill()
         await until(lambda: not ones[0].lease.leads)
@@ -307,8 +309,8 @@ async def test_a_store_that_is_not_there_at_the_start_is_waited_for(server: Valk
         one.policy.publish()
         server.start()
         await until(lambda: one.lease.leads)
-        await one.actions.promote(await one.actions.import_profile(profile().to_bytes(), ""), "")
-        await until(lambda: profile().version in (one.store.get_state("serving") or ""))
+        await one.actions.promote(await one.actions.import_profile(profile().to_bytes(), ""), None)
+        await until(lambda: profile().version in (one.store.get_state("kinds") or ""))
 
 
 async def test_a_store_that_hangs_does_not_hold_up_the_event_loop(
@@ -348,7 +350,7 @@ async def test_a_follower_of_another_model_does_not_serve_what_does_not_fit(
     async with replicas(shared_server, tmp_path) as ones:
         leader, follower = ones
         follower.profile_manager.set_model_pair("another", V + 1)
-        await leader.actions.promote(await leader.actions.import_profile(profile().to_bytes(), ""), "")
+        await leader.actions.promote(await leader.actions.import_profile(profile().to_bytes(), ""), None)
         await until(lambda: bool(follower.profiles.listing()["events"]))
         assert follower.profile_manager.serving.version is None
         assert leader.profile_manager.serving.version == profile().version
@@ -357,7 +359,7 @@ async def test_a_follower_of_another_model_does_not_serve_what_does_not_fit(
 async def test_damage_in_the_store_ends_no_loop(shared_server: Valkey, tmp_path: Path) -> None:
     async with replicas(shared_server, tmp_path) as ones:
         leader = ones[0]
-        await leader.actions.promote(await leader.actions.import_profile(profile().to_bytes(), ""), "")
+        await leader.actions.promote(await leader.actions.import_profile(profile().to_bytes(), ""), None)
         await until(lambda: agree(ones, profile().version))
         store = leader.store
         assert isinstance(store, ValkeyStore)

@@ -11,7 +11,7 @@ from tests.support.oracle import shift
 from tests.support.records import Truth, make_record
 from tests.support.world import V, World
 
-from hemostat.config.schema import Calibration
+from hemostat.config.schema import Calibration, Evidence
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
@@ -42,6 +42,7 @@ class Bench:
         known: bool = True,
         default_temperature_is_one: bool = False,
         lease: Lease | None = None,
+        evidence: Evidence | None = None,
         **calibration: Any,
     ) -> None:
         """known: both models are. calibration: settings."""
@@ -49,18 +50,22 @@ class Bench:
         given: dict[str, Any] = {"mode": "auto", "min_tokens": 500, "clamp_nats": 1.0, "held_out_fraction": FRACTION}
         self.settings = Calibration.model_validate(given | calibration)
         self.time = 0.0
+        self.lease = lease or Lease(shared=False)
         self.profiles = ProfileManager(
             self.settings,
             self.store,
             lambda: self.time,
             default_temperature_is_one=default_temperature_is_one,
-            lease=lease,
+            lease=self.lease,
+            evidence=evidence,
         )
         if known:
             self.profiles.set_model_pair(MODEL, V)
 
-    def restart(self, **calibration: Any) -> Bench:
-        """Another process with the same store; the models are not known yet."""
+    def restart(self, *, crash: bool = False, **calibration: Any) -> Bench:
+        """Another process with the same store; the models are not known yet. crash: this one writes nothing more."""
+        if not crash:
+            self.profiles.writer.save()
         bench = Bench(self.store, known=False, **calibration)
         states = {name: self.store.get_state(name) for name in STATE_KEYS}
         bench.profiles.restoring.restore(self.store.profiles(), states, self.store.events(MAX_EVENTS))
@@ -76,6 +81,7 @@ class Bench:
         return replace(make_record(truth, 20, key=key), shifts=shifts, **more)
 
     def observe(self, record: TokenRecord) -> None:
+        record = replace(record, kind=self.profiles.kinds.see(record.kind))
         self.profiles.observe(record, RecordGains(record))
 
     def feed(self, world: World, keys: list[bytes], until: Callable[[], bool] = lambda: False, **more: Any) -> int:

@@ -12,7 +12,7 @@ a kind is lost with its place, so places must not change hands by chance.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,10 +61,10 @@ class KindTable:
         most, excess = self.counts.get(name, (0, 0))
         return most - excess
 
-    def see(self, name: str) -> KindTable:
+    def see(self, name: str, keep: Collection[str] = ()) -> KindTable:
         """A request of this kind. The result follows at most one name that this table did not, and lost at most one.
 
-        "" and names that are too long are not counted.
+        "" and names that are too long are not counted. keep: followed names that must not lose their place.
         """
         if not 0 < len(name) <= MAX_NAME_LENGTH:
             return self
@@ -74,15 +74,16 @@ class KindTable:
             least = min((other for other in counts if other not in self.followed), key=lambda other: counts[other][0])
             most = excess = counts.pop(least)[0]
         counts[name] = (most + 1, excess)
-        return KindTable(self.limit, counts, self._followed_after(name, most + 1 - excess))
+        return KindTable(self.limit, counts, self._followed_after(name, most + 1 - excess, keep))
 
-    def _followed_after(self, name: str, seen: int) -> tuple[str, ...]:
+    def _followed_after(self, name: str, seen: int, keep: Collection[str]) -> tuple[str, ...]:
         if name in self.followed:
             return self.followed
         if len(self.followed) < self.limit:
             return (*self.followed, name)
-        rarest = min(self.followed, key=self.seen)
-        if seen < MIN_SEEN or seen <= TAKES_OVER * self.seen(rarest):
+        free = [other for other in self.followed if other not in keep]
+        rarest = min(free, key=self.seen, default=None)
+        if rarest is None or seen < MIN_SEEN or seen <= TAKES_OVER * self.seen(rarest):
             return self.followed
         return (*(other for other in self.followed if other != rarest), name)
 

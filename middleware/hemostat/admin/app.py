@@ -67,11 +67,13 @@ class Actions(Protocol):
 
     async def import_profile(self, data: bytes, scope: str) -> str: ...
 
-    async def promote(self, version: str, scope: str) -> None: ...
+    async def promote(self, version: str, kind: str | None) -> None: ...
 
-    async def pin(self, version: str | None) -> None: ...
+    async def pin(self, version: str | None, kind: str | None) -> None: ...
 
-    async def rollback(self, reason: str, scope: str | None) -> None: ...
+    async def rollback(self, reason: str, kind: str | None) -> None: ...
+
+    async def release(self, kind: str | None) -> None: ...
 
     async def set_mode(self, mode: str) -> None: ...
 
@@ -107,26 +109,27 @@ class CalibrationRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 Version = Annotated[str, msgspec.Meta(pattern=f"^{VERSION_PATTERN.pattern}$")]
-Scope = Annotated[str, msgspec.Meta(max_length=256)]
+Kind = Annotated[str, msgspec.Meta(max_length=256)]
 
 
 class PromoteRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/profiles/promote; scope "" is all requests."""
+    """Body of POST /api/v1/profiles/promote. kind: of traffic; null or left out: all, here and below."""
 
     version: Version
-    scope: Scope = ""
+    kind: Kind | None = None
 
 
 class PinRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/profiles/pin; null unpins."""
+    """Body of POST /api/v1/profiles/pin; a null version unpins."""
 
     version: Version | None
+    kind: Kind | None = None
 
 
-class RollbackRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /api/v1/profiles/rollback, if any; without a scope every scope is rolled back."""
+class KindRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /api/v1/profiles/rollback and /release, if any."""
 
-    scope: Scope | None = None
+    kind: Kind | None = None
 
 
 class RebaseRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -254,20 +257,27 @@ def create_app(
 
     @app.post("/api/v1/profiles/promote", dependencies=guarded)
     async def promote(request: Request) -> dict[str, Any]:
-        wanted = await _read(request, PromoteRequest, '{"version": "<32 hex digits>"}, and "scope" if meant')
-        await backend.actions.promote(wanted.version, wanted.scope)
+        wanted = await _read(request, PromoteRequest, '{"version": "<32 hex digits>"}, and "kind" if meant')
+        await backend.actions.promote(wanted.version, wanted.kind)
         return backend.profiles.listing()
 
     @app.post("/api/v1/profiles/pin", dependencies=guarded)
     async def pin(request: Request) -> dict[str, Any]:
-        wanted = await _read(request, PinRequest, '{"version": "<32 hex digits>"}, or null to unpin')
-        await backend.actions.pin(wanted.version)
+        expected = '{"version": "<32 hex digits>"}, or null to unpin, and "kind" if meant'
+        wanted = await _read(request, PinRequest, expected)
+        await backend.actions.pin(wanted.version, wanted.kind)
         return backend.profiles.listing()
 
     @app.post("/api/v1/profiles/rollback", dependencies=guarded)
     async def rollback(request: Request) -> dict[str, Any]:
-        wanted = await _read(request, RollbackRequest, 'nothing, or {"scope": "..."}', RollbackRequest())
-        await backend.actions.rollback("asked for by the operator", wanted.scope)
+        wanted = await _read(request, KindRequest, 'nothing, or {"kind": "..."}', KindRequest())
+        await backend.actions.rollback("asked for by the operator", wanted.kind)
+        return backend.profiles.listing()
+
+    @app.post("/api/v1/profiles/release", dependencies=guarded)
+    async def release(request: Request) -> dict[str, Any]:
+        wanted = await _read(request, KindRequest, 'nothing, or {"kind": "..."}', KindRequest())
+        await backend.actions.release(wanted.kind)
         return backend.profiles.listing()
 
     @app.post("/api/v1/calibration", dependencies=guarded)

@@ -42,23 +42,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export = action("export", "write a profile to a file", _profile_export)
     export.add_argument("version", metavar="VERSION")
     export.add_argument("file", type=Path, metavar="FILE")
-    scope_of = "label, route or model that the profile is for (calibration.scope)"
     imported = action("import", "import a profile from a file as a candidate", _profile_import)
     imported.add_argument("file", type=Path, metavar="FILE")
-    imported.add_argument("--scope", metavar="NAME", default="", help=scope_of)
+    imported.add_argument(
+        "--scope",
+        metavar="NAME",
+        default="",
+        help="test it only in the kinds of this label, route or model (calibration.scope)",
+    )
     promote = action(
         "promote", "serve a profile without statistical proof; it is monitored like any other", _profile_promote
     )
     promote.add_argument("version", metavar="VERSION")
-    promote.add_argument("--scope", metavar="NAME", default="", help=scope_of)
     promote.add_argument("--yes", action="store_true", help="do not ask for confirmation")
-    pin = action("pin", "serve a profile to all requests, whatever the evidence, until --off", _profile_pin)
+    pin = action("pin", "serve a profile, whatever the evidence, until --off", _profile_pin)
     which = pin.add_mutually_exclusive_group(required=True)
     which.add_argument("version", metavar="VERSION", nargs="?")
     which.add_argument("--off", action="store_true", help="unpin: the profile continues to serve, and is judged again")
     pin.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     rollback = action("rollback", "serve no profile until another one is promoted", _profile_rollback)
-    rollback.add_argument("--scope", metavar="NAME", help="only for this label, route or model")
+    release = action(
+        "release", "let profiles serve again where an outcome was harmed and identity is held", _profile_release
+    )
+    for child in (promote, pin, rollback, release):
+        child.add_argument("--kind", metavar="KIND", help="only this kind of traffic (default: all); list shows them")
     action("mode", "set calibration.mode", _profile_mode).add_argument("mode", choices=MODES)
 
 
@@ -102,22 +109,31 @@ def _profile_import(options: argparse.Namespace) -> int:
 
 def _profile_promote(options: argparse.Namespace) -> int:
     version = _version(options.version)
-    _confirm(options, f"Serve {version} without statistical proof?")
-    body = {"version": version, "scope": options.scope}
-    _print_json(_admin(options, "POST", "/api/v1/profiles/promote", json=body).json())
-    return 0
+    _confirm(options, f"Serve {version} {_to_kind(options)} without statistical proof?")
+    return _post(options, "promote", {"version": version, "kind": options.kind})
 
 
 def _profile_pin(options: argparse.Namespace) -> int:
     version = None if options.off else _version(options.version)
     if version is not None:
-        _confirm(options, f"Serve {version} to all requests, whatever the evidence, until it is unpinned?")
-    _print_json(_admin(options, "POST", "/api/v1/profiles/pin", json={"version": version}).json())
-    return 0
+        _confirm(options, f"Serve {version} {_to_kind(options)}, whatever the evidence, until it is unpinned?")
+    return _post(options, "pin", {"version": version, "kind": options.kind})
 
 
 def _profile_rollback(options: argparse.Namespace) -> int:
-    _print_json(_admin(options, "POST", "/api/v1/profiles/rollback", json={"scope": options.scope}).json())
+    return _post(options, "rollback", {"kind": options.kind})
+
+
+def _profile_release(options: argparse.Namespace) -> int:
+    return _post(options, "release", {"kind": options.kind})
+
+
+def _to_kind(options: argparse.Namespace) -> str:
+    return f"to {options.kind!r}" if options.kind else "to all requests"
+
+
+def _post(options: argparse.Namespace, action: str, body: dict[str, Any]) -> int:
+    _print_json(_admin(options, "POST", f"/api/v1/profiles/{action}", json=body).json())
     return 0
 
 

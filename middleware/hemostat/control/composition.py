@@ -196,7 +196,7 @@ class Control:
     def _models_changed(self) -> None:
         pair = self.monitor.served.calibrated
         if pair is not None and pair.reference is not None:
-            self.profile_manager.set_model_pair(pair.name, pair.reference.vocab_size)
+            self.profile_manager.set_model_pair(pair.name, pair.reference.vocab_size, pair.scorable)
             self.stored_state.set_models(pair)
             self.learned.set_models(model_identity(pair))
             self.subject.update()
@@ -238,6 +238,7 @@ class Control:
         """What is due because time has passed."""
         self.outcomes.check()
         self.policy.publish()
+        self.profile_manager.writer.save_if_due()
         if self.history.due(self._clock()):
             self.history.add(self._clock(), self._wall(), self.status.current())
 
@@ -255,6 +256,7 @@ class Control:
         self.alarms.save()
         await self.learned.save()
         self.outcomes.save()
+        self.profile_manager.writer.save()
         with contextlib.suppress(StoreUnreachable):
             await self.writer.drain()
             if self.replica is not None:

@@ -52,14 +52,16 @@ class LocalActions:
         match action, arguments:
             case "import", [version, scope]:
                 result = self._profiles.operator.import_profile(await self._stored_profile(version), scope)
-            case "promote", [version, scope]:
-                self._profiles.operator.promote(version, scope)
-            case "pin", [None]:
-                self._profiles.operator.unpin()
-            case "pin", [version]:
-                self._profiles.operator.pin(version)
-            case "rollback", [reason, scope]:
-                self._profiles.operator.roll_back(reason, scope)
+            case "promote", [version, kind]:
+                self._profiles.operator.promote(version, kind)
+            case "pin", [None, kind]:
+                self._profiles.operator.unpin(kind)
+            case "pin", [version, kind]:
+                self._profiles.operator.pin(version, kind)
+            case "rollback", [reason, kind]:
+                self._profiles.operator.roll_back(reason, kind)
+            case "release", [kind]:
+                self._profiles.operator.release(kind)
             case "mode", ["off" | "observe" | "auto" as mode]:
                 self._profiles.operator.set_mode(mode)
                 self._subject.update()
@@ -161,16 +163,20 @@ class OperatorActions:
             raise HemostatError(f"the leading replica cannot be reached: {failure}") from None
         return await self._execute("import", profile.version, scope)
 
-    async def promote(self, version: str, scope: str) -> None:
-        await self._execute("promote", version, scope)
+    async def promote(self, version: str, kind: str | None) -> None:
+        """kind: of traffic; None for all, here and below."""
+        await self._execute("promote", version, kind)
 
-    async def pin(self, version: str | None) -> None:
-        """None unpins."""
-        await self._execute("pin", version)
+    async def pin(self, version: str | None, kind: str | None) -> None:
+        """version: None unpins."""
+        await self._execute("pin", version, kind)
 
-    async def rollback(self, reason: str, scope: str | None) -> None:
-        """scope: None for all."""
-        await self._execute_at_once("rollback", reason, scope)
+    async def rollback(self, reason: str, kind: str | None) -> None:
+        await self._execute_at_once("rollback", reason, kind)
+
+    async def release(self, kind: str | None) -> None:
+        """End the hold of kinds at identity."""
+        await self._execute("release", kind)
 
     async def rebase(self, kind: str | None) -> dict[str, Any]:
         """The kind (None: each) learns a new baseline, at this replica: each has alarms of its own. Their report."""

@@ -9,7 +9,7 @@ import msgspec
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
-from hemostat.ipc.messages import REST_KIND, Policy
+from hemostat.ipc.messages import Policy
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.shadow.limits import Breakers
@@ -57,7 +57,7 @@ class PolicyPublisher:
     def _policy(self, now: float) -> Policy:
         """Without its generation. now: monotonic seconds."""
         shadow, calibration, profiles = self._settings.shadow, self._settings.calibration, self._profiles
-        version, served = profiles.serving.version, self._monitor.served
+        served = self._monitor.served
         return Policy(
             generation=0,
             mode=profiles.serving.mode,
@@ -68,10 +68,9 @@ class PolicyPublisher:
             scoring=self._monitor.ready
             and any(pair.reference is not None and not self._breakers.open(pair.name, now) for pair in served.pairs),
             tap=bool(self._engines.live(now)),
-            serving=version,
+            serving=profiles.serving.version,
             forced=profiles.serving.forced,
-            scope=calibration.scope,
-            scoped=profiles.serving.version_by_scope,
+            serving_by_kind=profiles.serving.version_by_kind,
             control_fraction=calibration.control_fraction,
             acknowledged=self._engines.acknowledged(now),
             labels=frozenset(self._settings.labels),
@@ -82,9 +81,6 @@ class PolicyPublisher:
             calibrated_models=None if served.calibrated is None else served.calibrated.scorable,
             default_model=served.pairs[0].name if served.pairs else "",
             replica=self._engines.replica,
-            serving_by_kind={}
-            if version is None
-            else dict.fromkeys((*sorted(profiles.kinds.followed), REST_KIND), version),
             salt=self._salt(),
             client_header=self._settings.evidence.client_header,
             treat_unjudged=calibration.treat_unjudged,

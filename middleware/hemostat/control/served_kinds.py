@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.decisions import Reason
 from hemostat.profiles.manager import ProfileManager
-from hemostat.profiles.scopes import ALL
 from hemostat.store.lease import Lease
 
 
@@ -20,14 +18,14 @@ class ServedKinds:
         self._lease = lease
 
     def kinds(self) -> Collection[str]:
-        return {*self._profiles.kinds.followed, REST_KIND}
+        return self._profiles.serving.kinds.keys()
 
     def version(self, kind: str) -> str | None:
-        return self._profiles.serving.selected
+        return self._profiles.serving.version_by_kind.get(kind)
 
     def is_held(self, kind: str) -> bool:
-        return self._profiles.serving.selected is None
+        return kind in self._profiles.serving.held
 
     def leave(self, kind: str, why: str, evidence: dict[str, Any]) -> None:
         if self._lease.is_last_leader:
-            self._profiles.lifecycle.roll_back(ALL, Reason.HARM, f"{kind}: {why}", evidence)
+            self._profiles.lifecycle.roll_back(kind, Reason.OUTCOMES, why, evidence)

@@ -93,17 +93,18 @@ def status_line(scene: Scene) -> str:
 
 
 def decision_line(event: Mapping[str, Any]) -> str:
-    """One line: `promote 3f2a0c91 (evidence): better on held-out requests; gain 0.112 nats on 103 prompts, ...`"""
+    """One line: `promote 3f2a0c91 for chat text greedy (evidence): better ...; gain 0.112 nats by request, ...`"""
     evidence = event.get("evidence") or {}
-    found = f"{event['decision']} {event['version'][:8]} ({event['reason']}): {event['why']}"
+    kind = f" for {event['kind']}" if event.get("kind") else ""
+    found = f"{event['decision']} {event['version'][:8]}{kind} ({event['reason']}): {event['why']}"
     # The evidence of a proposal is the learner's own estimate, not that of the test; it is not shown.
-    return f"{found}; {_evidence(evidence)}" if "mean_gain" in evidence else found
+    return f"{found}; {_evidence(evidence)}" if "mean_gain_by_token" in evidence else found
 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
-    """The current state of the promotion test."""
-    mean, lower = number(evidence.get("mean_gain")), number(evidence.get("lower"), 4)
-    return f"gain {mean} nats on {evidence['requests']} held-out prompts, proven above {lower}"
+    """What a test in one kind has shown."""
+    mean, by_token = number(evidence.get("mean_gain")), number(evidence.get("mean_gain_by_token"))
+    return f"gain {mean} nats by request, {by_token} by token, on {evidence['units']} held-out prompts"
 
 
 def _recovered(status: Mapping[str, Any]) -> str:
@@ -132,8 +133,9 @@ def render(scene: Scene) -> RenderableType:
     flow.add_row("serving profile", _profile(profile))
     if learner := status.get("learner"):
         flow.add_row("learner", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
-    for candidate in status.get("calibration", {}).get("candidates", []):
-        flow.add_row("under test", f"{candidate['version'][:8]} ({candidate['source']}): {_evidence(candidate)}")
+    for kind in status.get("calibration", {}).get("kinds", []):
+        if kind["held_out_units"]:
+            flow.add_row(kind["kind"], kind["summary"])
     for event in [e for e in scene.decisions if e["decision"] != "propose"][:MAX_DECISIONS_SHOWN]:
         flow.add_row("decided", decision_line(event))
 

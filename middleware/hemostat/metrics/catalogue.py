@@ -227,15 +227,31 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.PROFILE_INFO,
             "gauge",
             "1",
-            "1 for the profile that serves, or in mode observe would serve (identity if there is none).",
+            "1 for the profile that serves most, or in mode observe would serve (identity if there is none).",
             ("version", "family"),
         ),
         Metric(
-            names.PROFILE_SCOPE_INFO,
+            names.PROFILE_KIND_INFO,
             "gauge",
             "1",
-            "1 for the separate profile that serves a label, route or model (calibration.scope).",
-            ("scope", "version"),
+            "1 for the profile that serves a kind of traffic, identity where none does.",
+            ("kind", "version"),
+        ),
+        Metric(
+            names.PROFILE_KIND_GAIN_NATS,
+            "gauge",
+            "nats",
+            "Mean gain per token of the profile that serves a kind (or in mode observe would) over identity, on the "
+            "held-out requests of its window; averaged by request and by token.",
+            ("kind", "weighting"),
+        ),
+        Metric(
+            names.PROFILE_KIND_EVIDENCE_RATIO,
+            "gauge",
+            "ratio",
+            "Evidence for the candidate that is nearest to its promotion in a kind, as a part of what is needed (log "
+            "scale; 1: proven).",
+            ("kind",),
         ),
         Metric(
             names.PROFILE_PROMOTIONS,

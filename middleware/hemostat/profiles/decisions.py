@@ -16,7 +16,7 @@ from typing import Any
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
-from hemostat_calibration import guard
+from hemostat_calibration.guard.decisions import Evidence
 
 log = logging.getLogger("hemostat.calibration")
 
@@ -32,9 +32,11 @@ class Decision(StrEnum):
     DROP = "drop"
     """A candidate is no longer tested."""
     PROMOTE = "promote"
-    """A profile serves from now on."""
+    """A profile serves a kind of traffic from now on."""
     ROLL_BACK = "roll_back"
-    """The profile that served does not serve any more."""
+    """The profile that served a kind of traffic does not serve it any more."""
+    RELEASE = "release"
+    """A kind that was held at identity may be served by profiles again."""
     PIN = "pin"
     UNPIN = "unpin"
     MODE = "mode"
@@ -47,11 +49,15 @@ class Reason(StrEnum):
     NEWER = "newer"
     """A newer candidate takes its place."""
     UNPROVEN = "unproven"
-    """Not proven better within `judging.MAX_UNPROVEN_REQUESTS`, and others wait."""
+    """Not proven better within `judging.MAX_UNPROVEN_UNITS`, and others wait."""
     EVIDENCE = "evidence"
     """Proven better on held-out requests."""
     HARM = "harm"
     UNSUPPORTED = "unsupported"
+    OUTCOMES = "outcomes"
+    """It harms what people notice of the answers, by more than the margin."""
+    EVICTED = "evicted"
+    """Another kind of traffic is more frequent and is followed instead."""
     OTHER_MODEL = "other_model"
     """The profile was learned for another model than the one that is served now."""
 
@@ -61,7 +67,15 @@ REASONS: Mapping[Decision, tuple[Reason, ...]] = {
     Decision.IMPORT: (Reason.OPERATOR,),
     Decision.DROP: (Reason.NEWER, Reason.UNPROVEN),
     Decision.PROMOTE: (Reason.EVIDENCE, Reason.OPERATOR),
-    Decision.ROLL_BACK: (Reason.HARM, Reason.UNSUPPORTED, Reason.OPERATOR, Reason.OTHER_MODEL),
+    Decision.ROLL_BACK: (
+        Reason.HARM,
+        Reason.UNSUPPORTED,
+        Reason.OUTCOMES,
+        Reason.OPERATOR,
+        Reason.EVICTED,
+        Reason.OTHER_MODEL,
+    ),
+    Decision.RELEASE: (Reason.OPERATOR,),
     Decision.PIN: (Reason.OPERATOR,),
     Decision.UNPIN: (Reason.OPERATOR,),
     Decision.MODE: (Reason.OPERATOR,),
@@ -85,9 +99,17 @@ class EventLog:
         """By decision and reason, since this process started."""
 
     def record(
-        self, decision: Decision, reason: Reason, version: str, scope: str, why: str, evidence: dict[str, Any]
+        self,
+        decision: Decision,
+        reason: Reason,
+        version: str,
+        scope: str,
+        why: str,
+        evidence: dict[str, Any],
+        kind: str = "",
     ) -> None:
-        """Count, log, hold and store one decision. why: for people. evidence: JSON-ready."""
+        """Count, log, hold and store one decision. why: for people. evidence: JSON-ready. kind: "" where the decision
+        is not about one kind of traffic."""
         self.counts[decision, reason] += 1
         event = {
             "at": self._wall(),
@@ -95,10 +117,12 @@ class EventLog:
             "reason": reason.value,
             "version": version,
             "scope": scope,
+            "kind": kind,
             "why": why,
             "evidence": evidence,
         }
-        log.info("%s %s%s: %s %s", decision, version, f" for {scope}" if scope else "", why, evidence or "")
+        place = kind or scope
+        log.info("%s %s%s: %s %s", decision, version, f" for {place}" if place else "", why, evidence or "")
         self._events.append(event)
         self._writes.append_event(event)
 
@@ -118,9 +142,11 @@ class EventLog:
         return [event for event in reversed(self._events) if version in (None, event["version"])]
 
 
-def evidence_json(decision: guard.Decision) -> dict[str, Any]:
-    """The evidence of a test, JSON-ready: what is infinite or unknown is None."""
+def evidence_json(evidence: Evidence | None) -> dict[str, Any]:
+    """The evidence of a test in one kind, JSON-ready: what is infinite or unknown is None."""
+    if evidence is None:
+        return {}
     return {
         name: value if not isinstance(value, float) or math.isfinite(value) else None
-        for name, value in asdict(decision.evidence).items()
+        for name, value in asdict(evidence).items()
     }

@@ -1,7 +1,8 @@
-"""Held-out evidence: candidates against what serves, and what serves against identity.
+"""Held-out evidence, by kind of traffic: candidates against what serves there, and what serves there against identity.
 
 The gain is of the models' own distributions on the tokens at hand, whatever arm they came from: both alternatives are
-computed on the same tokens, so that nothing depends on which requests were assigned to which arm.
+computed on the same tokens, so that nothing depends on which requests were assigned to which arm. Whether a record
+counts is decided before its gain is looked at.
 """
 
 from __future__ import annotations
@@ -13,37 +14,30 @@ from hemostat.profiles.decisions import Reason, evidence_json
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.serving import ServingState
-from hemostat.profiles.trials import Candidate, Trials
+from hemostat.profiles.trials import WATCH, Candidate, Interval, Trials
 from hemostat.store.lease import Lease
-from hemostat_calibration import guard
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.record_gains import RecordGains
+from hemostat_calibration.guard import decisions as guard_decisions
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.split import held_out
 
-MAX_UNPROVEN_REQUESTS = 500
-"""Held-out requests after which an unproven candidate is dropped where one of its priority or a better one waits."""
-MAX_UNPROVEN_REQUESTS_BEFORE_LOWER = 4 * MAX_UNPROVEN_REQUESTS
+MAX_UNPROVEN_UNITS = 500
+"""Held-out units of its most frequent kind after which an unproven candidate is dropped where one of its priority or a
+better one waits."""
+MAX_UNPROVEN_UNITS_BEFORE_LOWER = 4 * MAX_UNPROVEN_UNITS
 """The same where only candidates of a lower priority wait."""
 
 ROLL_BACK_TEXTS = {
-    guard.Reason.HARM: "its gain on held-out requests is below zero",
-    guard.Reason.UNSUPPORTED: "its gain was not proven again within the window",
+    guard_decisions.Reason.HARM: "its gain on held-out requests of this kind is below zero",
+    guard_decisions.Reason.UNSUPPORTED: "its gain was not proven again within the window",
 }
-
-Interval = tuple[float, float]
-"""Lower and upper end of a request's mean gain per token, nats."""
-
-
-def evidence_unit(record: TokenRecord) -> bytes:
-    """What counts once in a test, and is either learned from or judged by."""
-    return record.unit
 
 
 def is_held_out(record: TokenRecord, fraction: float) -> bool:
-    """Whether the record's unit is judged by; nothing is ever learned from it then."""
-    return held_out(evidence_unit(record), fraction)
+    """Whether the record's unit (its conversation) is judged by; nothing is ever learned from it then."""
+    return held_out(record.unit, fraction)
 
 
 def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) -> Interval | None:
@@ -62,7 +56,7 @@ def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) 
 
 
 class Judge:
-    """Turns held-out records into promotions, drops and rollbacks.
+    """Turns held-out records into promotions, drops and rollbacks, each in the record's own kind.
 
     Of several replicas only the leader tests candidates; the last leader goes on watching what serves.
     """
@@ -76,50 +70,74 @@ class Judge:
         self._lifecycle = lifecycle
         self._lease = lease
 
-    def observe(self, record: TokenRecord, scope: str, gains: RecordGains) -> None:
-        """One held-out record of a scope that is followed."""
+    def observe(self, record: TokenRecord, gains: RecordGains, *, fresh: bool = True) -> None:
+        """One held-out record, whose kind is followed or is the rest. fresh: its unit is new in this kind."""
         if not self._lease.is_last_leader:
             return
-        serving_scope = self._serving.serving_scope(scope)
-        selected = self._serving.scopes[serving_scope].selected
+        if fresh:
+            self._lifecycle.count_unit(record.kind)
+        watched = self._trials.admit(WATCH, record)
+        tested = self._trials.tested if self._lease.leads else []
+        admitted = [candidate for candidate in tested if self._trials.admit(candidate.test, record)]
+        if not watched and not admitted:
+            return
+        selected = self._serving.kinds[record.kind].version
         over_identity = self._interval(record, selected, gains) if selected is not None else (0.0, 0.0)
         if over_identity is None:
             return
-        for candidate in self._trials.tested if self._lease.leads else ():
-            if candidate.scope not in (scope, serving_scope):
-                continue
-            if self._judge_candidate(candidate, record, over_identity, gains):
-                return
-        if selected is not None:
-            self._judge_serving(serving_scope, record, over_identity)
+        # All of them count the record before anything is decided: a decision ends other tests of this kind.
+        if watched:
+            self._trials.update(WATCH, record, over_identity)
+        counted = [c for c in admitted if self._count(c, record, over_identity, gains)]
+        if watched and self._judge_serving(record.kind):
+            return
+        if not self._promote_best(counted, record.kind):
+            for candidate in counted:
+                self._give_way(candidate)
 
-    def _judge_candidate(
-        self, candidate: Candidate, record: TokenRecord, serving_gain: Interval, gains: RecordGains
-    ) -> bool:
-        """Whether it was promoted."""
+    def _count(self, candidate: Candidate, record: TokenRecord, serving_gain: Interval, gains: RecordGains) -> bool:
+        """Whether anything is known of the candidate's gain over what serves."""
         interval = self._interval(record, candidate.version, gains)
         if interval is None:
             return False
         over_serving = (interval[0] - serving_gain[1], interval[1] - serving_gain[0])
-        decision = self._trials.observe_candidate(candidate, evidence_unit(record), over_serving, record.tokens)
-        if decision is None or self._serving.pinned:
-            return False
-        if decision.action is guard.Action.PROMOTE:
-            self._lifecycle.promote(candidate, decision)
-            return True
-        requests = decision.evidence.requests
-        equal_waits = self._trials.has_waiting_equal(candidate)
-        limit = MAX_UNPROVEN_REQUESTS if equal_waits else MAX_UNPROVEN_REQUESTS_BEFORE_LOWER
-        if requests >= limit and self._trials.waiting:
-            why = f"not proven by {requests} held-out requests, and others wait"
-            self._lifecycle.drop(candidate, Reason.UNPROVEN, why)
-        return False
+        self._trials.update(candidate.test, record, over_serving)
+        return True
 
-    def _judge_serving(self, scope: str, record: TokenRecord, over_identity: Interval) -> None:
-        decision = self._trials.observe_serving(scope, evidence_unit(record), over_identity, record.tokens)
-        if decision is not None and decision.reason is not None and not self._serving.pinned:
-            why = ROLL_BACK_TEXTS[decision.reason]
-            self._lifecycle.roll_back(scope, Reason(decision.reason), why, evidence_json(decision))
+    def _judge_serving(self, kind: str) -> bool:
+        """Whether it was rolled back."""
+        decision = self._trials.decide_serving(kind)
+        if decision.reason is None or self._serving.kinds[kind].pinned:
+            return False
+        evidence = evidence_json(self._trials.serving_evidence(kind))
+        self._lifecycle.roll_back(kind, Reason(decision.reason), ROLL_BACK_TEXTS[decision.reason], evidence)
+        return True
+
+    def _promote_best(self, candidates: list[Candidate], kind: str) -> bool:
+        """Of those that are proven here, and may serve, promote the one with the largest gain; whether one was."""
+        if self._serving.kinds[kind].pinned:
+            return False
+        proven = [
+            candidate
+            for candidate in candidates
+            if self._trials.promotes(candidate, kind) and self._serving.has_room(candidate.version, {kind})
+        ]
+        if not proven:
+            return False
+        best = max(proven, key=lambda candidate: self._trials.evidence(candidate, kind).mean_gain)
+        self._lifecycle.promote(best, kind)
+        return True
+
+    def _give_way(self, candidate: Candidate) -> None:
+        """Drop a candidate that is not proven anywhere after many units, where others wait."""
+        if not self._trials.waiting:
+            return
+        running = self._trials.running_kinds(candidate)
+        units = max((self._trials.evidence(candidate, kind).units for kind in running), default=0)
+        equal_waits = self._trials.has_waiting_equal(candidate)
+        if units >= (MAX_UNPROVEN_UNITS if equal_waits else MAX_UNPROVEN_UNITS_BEFORE_LOWER):
+            why = f"not proven by {units} held-out requests of its most frequent kind, and others wait"
+            self._lifecycle.drop(candidate, Reason.UNPROVEN, why)
 
     def _interval(self, record: TokenRecord, version: str, gains: RecordGains) -> Interval | None:
         profile = self._catalogue[version]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.store.lease import Lease
@@ -10,15 +10,28 @@ from hemostat_calibration.statistics.kinds import KindTable
 
 
 class Kinds:
-    """Owns the table of kinds. on_evicted: called with a kind that is no longer followed.
+    """Owns the table of kinds. limit: kinds followed at a time.
 
-    Of several replicas the one that leads decides which kinds are followed; the others take over its table.
+    on_followed, on_evicted: called with a kind that is followed from now on, and with one that is not any more.
+    keep: kinds that must not lose their place. Of several replicas the one that leads decides which kinds are followed;
+    the others take over its table.
     """
 
-    def __init__(self, limit: int, lease: Lease, on_evicted: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        lease: Lease,
+        *,
+        on_followed: Callable[[str], None],
+        on_evicted: Callable[[str], None],
+        keep: Callable[[], Collection[str]],
+    ) -> None:
+        self.limit = limit
         self.table = KindTable(limit)
         self._lease = lease
+        self._on_followed = on_followed
         self._on_evicted = on_evicted
+        self._keep = keep
 
     @property
     def followed(self) -> frozenset[str]:
@@ -28,8 +41,9 @@ class Kinds:
     def see(self, kind: str) -> str:
         """Count one request, and return what its kind is called from here on: its own name, or `REST_KIND`."""
         if self._lease.is_last_leader and kind != REST_KIND:
-            before, self.table = self.table, self.table.see(kind)
+            before, self.table = self.table, self.table.see(kind, self._keep())
             if self.table.followed != before.followed:
                 for evicted in set(before.followed).difference(self.table.followed):
                     self._on_evicted(evicted)
+                self._on_followed(kind)
         return kind if kind in self.table else REST_KIND

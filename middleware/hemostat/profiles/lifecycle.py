@@ -1,6 +1,7 @@
 """The steps in the life of a profile: candidate, promoted, rolled back, dropped. Each is an event with its evidence.
 
-What serves changes only here. `judging` (evidence), `proposals` (learning) and `operators` decide.
+What serves changes only here, in one kind of traffic at a time. `judging` (evidence), `proposals` (learning) and
+`operators` decide.
 """
 
 from __future__ import annotations
@@ -9,23 +10,24 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Decision, EventLog, Reason, evidence_json
 from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.request_parameters import RequestParameters
-from hemostat.profiles.scopes import ALL
-from hemostat.profiles.serving import ServedModel, ServingState
-from hemostat.profiles.trials import IMPORT, MAX_QUEUED_CANDIDATES, POOLED, Candidate, Trials
-from hemostat_calibration import guard
+from hemostat.profiles.serving import KindState, ServedModel, ServingState
+from hemostat.profiles.trials import IMPORT, MAX_QUEUED_CANDIDATES, SERVING, Candidate, Trials
+from hemostat_calibration.errors import InvalidProfileError
+from hemostat_calibration.guard.guard import DEFAULT_WINDOW, window_after_promotion
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.calibration")
 
 
 class Lifecycle:
-    """Counts of promotions and rollbacks are since this process started."""
+    """Counts of promotions and rollbacks, each in one kind, are since this process started."""
 
     def __init__(
         self,
@@ -39,7 +41,6 @@ class Lifecycle:
     ) -> None:
         self._catalogue = catalogue
         self._serving = serving
-        self._scopes = serving.scopes
         self._trials = trials
         self._events = events
         self._writer = writer
@@ -55,15 +56,20 @@ class Lifecycle:
 
     def in_use(self) -> set[str]:
         """Versions that serve, are tested or wait for a test, are forced, or are the probe."""
-        versions = {candidate.version for candidate in self._trials.queue} | self._scopes.selected()
+        versions = {candidate.version for candidate in self._trials.queue} | set(self._serving.versions)
         return versions | {v for v in (self._serving.forced, self._catalogue.probe) if v is not None}
 
     def engine_versions(self) -> list[str]:
-        """Versions that engines should hold, most important first: engines evaluate those that come first, and report
-        the logits of the anchors of the first one that reads any."""
+        """Versions that engines should hold, most important first.
+
+        Engines evaluate, beside the profile that they apply, those that come first: the candidates, so that they are
+        tested in every kind whatever serves there. In `observe` nothing is applied, so what would serve comes first.
+        Engines report the logits of the anchors of the first one that reads any.
+        """
         serving = self._serving
-        held = [serving.forced, serving.selected, *self._trials.tested_versions, *serving.scope_profiles().values()]
-        versions = list(dict.fromkeys(version for version in held if version is not None))
+        tested, selected = self._trials.tested_versions, serving.versions
+        ordered = [*tested, *selected] if serving.mode == "auto" else [*selected[:1], *tested, *selected[1:]]
+        versions = list(dict.fromkeys(version for version in [serving.forced, *ordered] if version is not None))
         probe = self._catalogue.probe
         if probe is not None and serving.mode != "off" and serving.forced is None:
             anchors = self._catalogue.anchor_set(probe)
@@ -89,11 +95,16 @@ class Lifecycle:
     # --- candidates ------------------------------------------------------------------------------------------------
 
     def test(self, profile: CalibrationProfile, scope: str, source: str) -> None:
-        """Make it a candidate. Where the queue is full, the first of those that wait is dropped."""
+        """Make it a candidate. Where the queue is full, the first of those that wait is dropped.
+
+        It is stored, so that its test goes on after a restart.
+        """
         if len(self._trials.queue) >= MAX_QUEUED_CANDIDATES:
             self.drop(self._trials.waiting[0], Reason.NEWER, "the queue is full")
         self.hold(profile)
         self._trials.add(Candidate(profile.version, scope, source))
+        self._writer.put_profile(self._catalogue.stored(profile.version))
+        self._writer.write_serving()
 
     def replace_proposals(
         self, scope: str, profiles: Iterable[CalibrationProfile], why: str, evidence: dict[str, Any]
@@ -110,6 +121,7 @@ class Lifecycle:
             self.drop(old, Reason.NEWER, "replaced by a proposal that was learned from more tokens")
             if old.version not in self.in_use():
                 self.forget(old.version)
+                self._writer.delete_profile(old.version)
         for profile in fresh:
             self._events.record(Decision.PROPOSE, Reason.LEARNED, profile.version, scope, why, evidence)
             self.test(profile, scope, family)
@@ -119,78 +131,148 @@ class Lifecycle:
         evidence = self.evidence(candidate)
         self._trials.remove(lambda c: c == candidate)
         self._events.record(Decision.DROP, reason, candidate.version, candidate.scope, why, evidence)
+        self._writer.write_serving()
 
     def evidence(self, candidate: Candidate) -> dict[str, Any]:
-        """JSON-ready; {} where it is not under test."""
-        return evidence_json(self._trials.decide_candidate(candidate)) if candidate in self._trials.tested else {}
+        """JSON-ready, of all kinds together; {} where it is not under test."""
+        found = self._trials.evidence_by_kind(candidate)
+        units = sum(each.units for each in found.values())
+        if not found:
+            return {}
+        mean_gain = sum(each.units * each.mean_gain for each in found.values() if each.units) / units if units else None
+        return {
+            "units": units,
+            "tokens": sum(each.tokens for each in found.values()),
+            "mean_gain": mean_gain,
+            "kinds": {kind: evidence_json(each) for kind, each in found.items()},
+        }
 
     # --- what serves -----------------------------------------------------------------------------------------------
 
-    def promote(self, candidate: Candidate, proof: guard.Decision) -> None:
-        """On evidence."""
-        why = "better on held-out requests"
-        evidence = evidence_json(proof)
-        self._events.record(Decision.PROMOTE, Reason.EVIDENCE, candidate.version, candidate.scope, why, evidence)
-        self.serve(candidate.version, candidate.scope, guard.window_after_promotion(proof.evidence))
+    def promote(self, candidate: Candidate, kind: str) -> None:
+        """On the evidence of its test in this kind."""
+        proof = self._trials.evidence(candidate, kind)
+        self._events.record(
+            Decision.PROMOTE,
+            Reason.EVIDENCE,
+            candidate.version,
+            candidate.scope,
+            "better on held-out requests of this kind",
+            evidence_json(proof),
+            kind,
+        )
+        self.serve(candidate.version, candidate.scope, kind, window_after_promotion(proof), chosen=False)
 
-    def serve(self, version: str, scope: str, window: int) -> None:
-        """Let a profile serve a scope from now on, watched in windows of `window` held-out requests.
+    def serve(self, version: str, scope: str, kind: str, window: int = DEFAULT_WINDOW, *, chosen: bool) -> None:
+        """Let a profile serve a kind from now on, watched in windows of `window` held-out units.
 
-        The scope's other proposals leave the queue; tests against what served before begin anew.
+        scope: that it was learned of. chosen: by an operator. The tests of other proposals in this kind end; those of
+        imports, which were compared with what served before, begin anew.
         """
-        state = self._scopes[scope]
+        state = self._serving.kinds[kind]
         self.promotions += 1
-        self._trials.unwatch_serving(scope)
-        # Where the pooled profile has proven better than the scope's own, the scope has none of its own any more.
-        own = scope == ALL or version != self._serving.selected
-        state.selected, state.window, state.rolled_back = (version if own else None), window, False
-        self._trials.remove(lambda c: c.scope == scope and (c.source != IMPORT or c.version == version))
-        if own:
-            self._trials.watch_serving(version, scope, window)
-            self._writer.put_profile(self._catalogue.stored(version))
-        self.serving_changed(scope)
+        if state.version is not None and state.version != version:
+            state.add_tried(state.version)
+        state.version, state.learned_of, state.window, state.chosen, state.held = version, scope, window, chosen, ""
+        self._serving.scopes.rolled_back.discard(scope)
+        self._trials.watch(kind, like=version)
+        self._trials.freeze(version, kind)
+        self._trials.end_in(kind, lambda c: c.version != version and c.source != IMPORT)
+        self._trials.begin_in(kind)
+        self._writer.put_profile(self._catalogue.stored(version))
+        self._serving_changed()
 
-    def roll_back(self, scope: str, reason: Reason, why: str, evidence: dict[str, Any]) -> None:
-        """Let identity, or in a scope the pooled profile, serve again; nothing happens where the scope has none."""
-        state = self._scopes[scope]
-        version, state.selected = state.selected, None
-        if version is None:
-            return
-        state.rolled_back = True
-        self.rollbacks += 1
-        unpinned = self._serving.pinned and scope == ALL
-        self._serving.pinned = self._serving.pinned and not unpinned
-        self._trials.unwatch_serving(scope)
-        self._events.record(Decision.ROLL_BACK, reason, version, scope, why, evidence)
-        self.serving_changed(scope, unpinned=unpinned)
+    def roll_back(self, kind: str, reason: Reason, why: str, evidence: dict[str, Any]) -> None:
+        """Let identity serve a kind again; nothing happens where it does. Other kinds keep what serves them.
 
-    def serving_changed(self, scope: str, *, unpinned: bool = False) -> None:
-        """Write what serves, and begin the tests anew that are compared with it.
-
-        unpinned: what serves has also changed in scopes with a profile of their own, which the pinned one replaced.
+        With `Reason.OUTCOMES` the kind is held at identity until an operator releases it. evidence: JSON-ready.
         """
+        state = self._serving.kinds.get(kind)
+        if state is None or state.version is None:
+            return
+        version, scope = state.version, state.learned_of
+        self._end_serving(kind, state)
+        state.add_tried(version)
+        self._serving.scopes.rolled_back.add(scope)
+        if reason is Reason.OUTCOMES:
+            state.held = why
+            self._trials.end_in(kind)
+        self._events.record(Decision.ROLL_BACK, reason, version, scope, why, evidence, kind)
+        self._trials.begin_in(kind)
+        self._serving_changed()
+
+    def release(self, kind: str) -> None:
+        """Let profiles be tested again, and serve, in a kind that was held at identity."""
+        self._serving.kinds[kind].held = ""
+        self._test_in(kind)
+        self._serving_changed()
+
+    def _end_serving(self, kind: str, state: KindState) -> None:
+        state.version, state.pinned, state.chosen = None, False, False
+        self.rollbacks += 1
+        self._trials.unwatch(kind)
+
+    def _serving_changed(self) -> None:
         self._writer.write_serving()
-        self._trials.remove(lambda c: c.source == POOLED and scope in (ALL, c.scope))
-        own = self._serving.scope_profiles()
-        self._trials.restart(lambda c: unpinned or c.scope in (scope, ALL) or (scope == ALL and c.scope not in own))
-        if scope == ALL and self._serving.selected is not None:
-            for other in own:
-                self._trials.add(Candidate(self._serving.selected, other, POOLED))
+        self._writer.write_tests()
+
+    # --- kinds -----------------------------------------------------------------------------------------------------
+
+    def kind_followed(self, kind: str) -> None:
+        """A kind has a place of its own from now on: identity serves it until a profile is proven there.
+
+        Its requests belonged to the rest until now: what an operator has chosen for the rest goes on serving them.
+        """
+        rest = self._serving.kinds[REST_KIND]
+        state = self._serving.kinds[kind] = KindState()
+        if rest.chosen and rest.version is not None:
+            state.version, state.learned_of, state.window = rest.version, rest.learned_of, rest.window
+            state.chosen, state.pinned = True, rest.pinned
+            self._trials.watch(kind)
+        self._writer.write_serving()
+
+    def count_unit(self, kind: str) -> None:
+        """A held-out unit of this kind; with the first one, tests begin there."""
+        state = self._serving.kinds[kind]
+        state.units += 1
+        if state.units == 1:
+            self._test_in(kind)
+
+    def kind_evicted(self, kind: str) -> None:
+        """Another kind has taken its place: its requests belong to the rest from now on, and what served it is lost."""
+        state = self._serving.kinds[kind]
+        self._trials.forget_kind(kind)
+        if state.version is not None:
+            version, scope = state.version, state.learned_of
+            self._end_serving(kind, state)
+            why = "another kind of traffic is more frequent, and took its place"
+            self._events.record(Decision.ROLL_BACK, Reason.EVICTED, version, scope, why, {}, kind)
+        del self._serving.kinds[kind]
+        self._serving_changed()
+
+    def _test_in(self, kind: str) -> None:
+        """Begin tests there: of the candidates, and of what serves other kinds already."""
+        self._trials.begin_in(kind)
+        for other in list(self._serving.kinds.values()):
+            if other.version is None or any(c.version == other.version for c in self._trials.queue):
+                continue
+            candidate = Candidate(other.version, other.learned_of, SERVING)
+            if self._trials.is_wanted(candidate, kind) and len(self._trials.queue) < MAX_QUEUED_CANDIDATES:
+                self._trials.add(candidate)
 
     # --- the model -------------------------------------------------------------------------------------------------
 
     def set_model(self, model: ServedModel) -> None:
         """Both models are known. What was learned or promoted for another model is dropped or rolled back."""
         self._serving.model = model
+        unfit = {version for version in self._catalogue if not self._fits(version)}
         proposals = {c.version for c in self._trials.queue if c.source != IMPORT}
-        self._trials.remove(lambda c: c.source != IMPORT)
-        for scope, state in self._scopes.items():
-            selected = self._catalogue.get(state.selected)
-            if selected is not None and (
-                selected.vocab_size != model.vocab_size or selected.model not in {"", model.name}
-            ):
-                made_for = f"{selected.model or 'a model'} of {selected.vocab_size} ids"
-                self.roll_back(scope, Reason.OTHER_MODEL, f"it was made for {made_for}", {})
+        self._trials.remove(lambda c: c.version in unfit)
+        for kind, state in list(self._serving.kinds.items()):
+            if state.version in unfit:
+                profile = self._catalogue[state.version]
+                made_for = f"{profile.model or 'a model'} of {profile.vocab_size} ids"
+                self.roll_back(kind, Reason.OTHER_MODEL, f"it was made for {made_for}", {})
         for version in list(self._catalogue):
             vocab_size = self._catalogue[version].vocab_size
             if vocab_size != model.vocab_size:
@@ -200,5 +282,12 @@ class Lifecycle:
                 if version == self._serving.forced:
                     self._serving.forced = None
                 self.forget(version)
-            elif version in proposals and version not in self.engine_versions():
+            elif version in unfit & proposals:
                 self.forget(version)
+
+    def _fits(self, version: str) -> bool:
+        try:
+            self._serving.require_model(self._catalogue[version])
+        except InvalidProfileError:
+            return False
+        return True

@@ -2,8 +2,8 @@
 
 Invariants (those of what serves are in `serving`, those of tests in `trials`):
 - A record is learned from or judged by, never both: decided by its evidence unit.
-- With `calibration.scope` other than `pooled`, a scope (a label, a route, a model) may have a profile of its own, which
-  was better there than what serves all; every other request gets the pooled one.
+- Learning may pool all traffic, or what belongs to one scope (`calibration.scope`). Serving may not: a profile serves a
+  kind of traffic (`kinds`) only on evidence of this kind, and leaves it by itself.
 - Of several replicas, only the one that leads (`store.lease`) proposes, tests and promotes; the others learn, so that
   any can go on, and reload what it has decided.
 """
@@ -11,10 +11,11 @@ Invariants (those of what serves are in `serving`, those of tests in `trials`):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from hemostat.config.schema import Calibration, Evidence
-from hemostat.metrics import names
+from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import EventLog, Reason
@@ -28,12 +29,12 @@ from hemostat.profiles.report import Report
 from hemostat.profiles.request_parameters import RequestParameters
 from hemostat.profiles.restoring import Restoring
 from hemostat.profiles.scopes import Scopes
-from hemostat.profiles.serving import ServedModel, ServingState
+from hemostat.profiles.serving import MAX_SERVING_VERSIONS, ServedModel, ServingState
 from hemostat.profiles.trials import IMPORT, Trials
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.divergence.record_gains import RecordGains
-from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
 
@@ -55,22 +56,32 @@ class ProfileManager:
     ) -> None:
         lease = lease or Lease(shared=False)
         evidence = evidence or Evidence()
-        self.kinds = Kinds(evidence.kinds, lease, self._kind_evicted)
+        by_request = settings.apply == "request"
         self._held_out_fraction = settings.held_out_fraction
-        self.serving = ServingState(Scopes(settings.scope), settings.mode)
+        # A request carries one profile's parameters: with them, only one profile serves at a time.
+        self.serving = ServingState(Scopes(settings.scope), settings.mode, 1 if by_request else MAX_SERVING_VERSIONS)
         self.catalogue = Catalogue(wall)
         self.events = EventLog(writes, wall)
-        self.requests = RequestParameters(
-            enabled=settings.apply == "request", default_temperature_is_one=default_temperature_is_one
+        self.requests = RequestParameters(enabled=by_request, default_temperature_is_one=default_temperature_is_one)
+        self.trials = Trials(
+            settings.alpha, evidence.client_share, self.catalogue.gain_width, self.serving, self._test_begun
         )
-        writer = StateWriter(writes, self.serving, settings.mode)
-        self.trials = Trials(settings.alpha, self.catalogue.gain_width, self.serving.baseline, writer.write_tests_begun)
+        self.kinds = Kinds(
+            evidence.kinds,
+            lease,
+            on_followed=self._kind_followed,
+            on_evicted=self._kind_evicted,
+            keep=lambda: self.serving.held,
+        )
+        self.writer = StateWriter(
+            writes, settings.mode, wall, serving=self.serving, kinds=self.kinds, trials=self.trials
+        )
         self.lifecycle = Lifecycle(
             catalogue=self.catalogue,
             serving=self.serving,
             trials=self.trials,
             events=self.events,
-            writer=writer,
+            writer=self.writer,
             requests=self.requests,
         )
         self.judge = Judge(
@@ -96,45 +107,59 @@ class ProfileManager:
             lifecycle=self.lifecycle,
             proposals=self.proposals,
             events=self.events,
-            writer=writer,
+            writer=self.writer,
         )
         self.restoring = Restoring(
             settings.mode,
             catalogue=self.catalogue,
             serving=self.serving,
+            kinds=self.kinds,
             trials=self.trials,
             events=self.events,
             lifecycle=self.lifecycle,
             proposals=self.proposals,
-            writer=writer,
+            writer=self.writer,
         )
         self.report = Report(
             catalogue=self.catalogue,
             serving=self.serving,
+            kinds=self.kinds,
             trials=self.trials,
             events=self.events,
             proposals=self.proposals,
         )
 
-    def set_model_pair(self, model: str, vocab_size: int) -> None:
+    # The parts refer to each other in a circle here: these are looked up when they are called.
+
+    def _test_begun(self) -> None:
+        self.writer.note_begun()
+
+    def _kind_followed(self, kind: str) -> None:
+        self.lifecycle.kind_followed(kind)
+
+    def _kind_evicted(self, kind: str) -> None:
+        self.lifecycle.kind_evicted(kind)
+
+    def set_model_pair(self, model: str, vocab_size: int, names: frozenset[str] | None = None) -> None:
         """Both models are known and have the same token ids: learning can begin, anew when they are others than before.
 
-        model: the served name of the compressed one.
+        model: the served name of the compressed one. names: all of its names, and those of its adapters that the
+        reference can score.
         """
+        self.serving.names = names
         served = ServedModel(model, vocab_size)
         if served != self.serving.model:
             self.lifecycle.set_model(served)
             self.proposals.restart()
 
-    def _kind_evicted(self, kind: str) -> None:
-        """Nothing is kept by kind yet."""
-
     def forget_evidence(self, why: str) -> None:
         """The models are others than those that the evidence is about: identity serves, and all tests begin anew."""
-        for scope in list(self.serving.scopes):
-            self.lifecycle.roll_back(scope, Reason.OTHER_MODEL, why, {})
+        for kind in list(self.serving.kinds):
+            self.lifecycle.roll_back(kind, Reason.OTHER_MODEL, why, {})
         self.trials.remove(lambda candidate: candidate.source != IMPORT)
-        self.trials.restart(lambda _: True)
+        for state in self.serving.kinds.values():
+            state.tried, state.held = [], ""
+        self.trials.restart()
         self.proposals.restart()
 
     # --- a scored record -------------------------------------------------------------------------------------------
@@ -157,27 +182,33 @@ class ProfileManager:
         return self.catalogue.get(version)
 
     def observe(self, record: TokenRecord, gains: RecordGains, *, fresh: bool = True) -> None:
-        """Learn from a record, or judge by it. gains: the record's own. fresh: see `hemostat.shadow.seen_units`; only
-        then is the record learned from."""
+        """Learn from a record, or judge by it; where its kind is not followed, as one of the rest. gains: its own.
+
+        fresh: see `hemostat.shadow.seen_units`; only then is the record learned from. Tests know by themselves which
+        units they have counted.
+        """
         if not self.serving.uses(record):
             return
+        self.writer.note_record()
+        if record.kind not in self.serving.kinds:
+            record = replace(record, kind=REST_KIND)
         scope = self.scope_of(record)
-        if self.is_held_out(record):
-            self.judge.observe(record, scope, gains)
-        elif fresh:
-            self.proposals.learn(record, scope)
+        state = self.serving.kinds[record.kind]
+        if state.scope is None:
+            state.scope = scope
+        if not self.is_held_out(record):
+            if fresh:
+                self.proposals.learn(record, scope)
+            return
+        self.judge.observe(record, gains, fresh=fresh)
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 
     def samples(self) -> Iterator[Sample]:
-        """Decisions, and the profiles that serve or would."""
+        """Decisions, and the profiles that serve or would, by kind."""
         yield from self.lifecycle.samples()
         yield from self.events.samples()
-        profile = self.catalogue.get(self.serving.reported)
-        labels = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
-        yield Sample(names.PROFILE_INFO, labels, 1.0)
-        for scope, version in self.serving.version_by_scope.items():
-            yield Sample(names.PROFILE_SCOPE_INFO, (scope, version), 1.0)
+        yield from self.report.samples()
 
     # --- what engines, the reference and relays are told -----------------------------------------------------------
 
@@ -193,5 +224,5 @@ class ProfileManager:
         return tuple(self.catalogue[version] for version in versions)
 
     def request_parameters(self) -> dict[str, Any]:
-        """Fields of the relays' policy for `calibration.apply: request`."""
+        """Fields of the relays' policy for `calibration.apply: request`: of the one profile that serves."""
         return self.requests.of(self.catalogue.get(self.serving.forced or self.serving.version))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Decision, EventLog, Reason
 from hemostat.profiles.families import anchor_set
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.proposals import Proposals
-from hemostat.profiles.scopes import ALL, MAX_SCOPE_PROFILES
+from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import IMPORT, Trials
-from hemostat_calibration import guard
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
 
 class Operator:
-    """Every method raises HemostatError, and changes nothing, where the action is not possible."""
+    """Every method raises HemostatError, and changes nothing, where the action is not possible.
+
+    kind: of traffic, followed or `REST_KIND`; None: all of them.
+    """
 
     def __init__(
         self,
@@ -32,7 +36,6 @@ class Operator:
     ) -> None:
         self._catalogue = catalogue
         self._serving = serving
-        self._scopes = serving.scopes
         self._trials = trials
         self._lifecycle = lifecycle
         self._proposals = proposals
@@ -49,8 +52,7 @@ class Operator:
         self._serving.mode = mode
         self._proposals.discard_batches()
         self._writer.write_mode()
-        version = self._serving.selected or IDENTITY
-        self._record(Decision.MODE, version, ALL, f"set to {mode} by the operator")
+        self._record(Decision.MODE, self._serving.selected or IDENTITY, f"set to {mode} by the operator")
 
     def import_profile(
         self, profile: CalibrationProfile, scope: str = ALL, why: str = "imported by the operator"
@@ -60,79 +62,99 @@ class Operator:
         Nothing happens where it is known there already.
         """
         self._lifecycle.require_fit(profile)
-        state = self._scopes.named(scope)
+        self._serving.scopes.require(scope)
         version = profile.version
-        known = (self._catalogue.probe, self._serving.forced, state.selected)
-        if version in known or self._trials.holds(version, scope):
+        serves_all = all(state.version == version for state in self._serving.kinds.values())
+        if version in (self._catalogue.probe, self._serving.forced) or serves_all or self._trials.holds(version, scope):
             return version
         probe = self._catalogue.get(self._catalogue.probe)
         if probe is not None and anchor_set(profile) not in {"", anchor_set(probe)}:
             # Engines report one set of anchors.
             why += "; it reads other anchors than the learner: the learner gets no engine features while it is tested"
-        self._record(Decision.IMPORT, version, scope, why)
+        self._events.record(Decision.IMPORT, Reason.OPERATOR, version, scope, why, {})
+        for state in self._serving.kinds.values():
+            state.tried = [other for other in state.tried if other != version]
         self._lifecycle.test(profile, scope, IMPORT)
-        self._writer.put_profile(self._catalogue.stored(version))
         return version
 
-    def promote(self, version: str, scope: str = ALL) -> None:
+    def promote(self, version: str, kind: str | None = None) -> None:
         """Let a profile serve without statistical proof; it is watched like any other."""
-        state = self._scopes.named(scope)
-        if self._serving.pinned:
-            raise HemostatError("a profile is pinned: unpin it first (hemostat profile pin --off)")
-        if version == state.selected:
+        kinds = self._serving.named(kind)
+        if any(self._serving.kinds[each].pinned for each in kinds):
+            raise HemostatError("a profile is pinned there: unpin it first (hemostat profile pin --off)")
+        others = [each for each in kinds if self._serving.kinds[each].version != version]
+        if not others:
             raise HemostatError(f"{version} serves there already")
-        if not self._serving.has_room(scope):
-            raise HemostatError(f"{MAX_SCOPE_PROFILES} scopes have profiles of their own, as many as engines hold")
-        self._require_servable(version)
-        self._serve(Decision.PROMOTE, version, scope, "promoted by the operator")
+        self._require_servable(version, kinds)
+        for each in others:
+            self._serve(Decision.PROMOTE, version, each, "promoted by the operator")
 
-    def pin(self, version: str) -> None:
-        """Let a profile serve all requests, whatever the evidence says, until it is unpinned."""
-        self._require_servable(version)
-        self._serving.pinned = True
-        if version == self._serving.selected:
-            self._record(Decision.PIN, version, ALL, "pinned by the operator")
-            self._lifecycle.serving_changed(ALL)
-        else:
-            self._serve(Decision.PIN, version, ALL, "pinned by the operator")
+    def pin(self, version: str, kind: str | None = None) -> None:
+        """Let a profile serve, whatever the evidence says, until it is unpinned."""
+        kinds = self._serving.named(kind)
+        self._require_servable(version, kinds)
+        for each in kinds:
+            state = self._serving.kinds[each]
+            if version == state.version:
+                self._record(Decision.PIN, version, "pinned by the operator", each)
+            else:
+                self._serve(Decision.PIN, version, each, "pinned by the operator")
+            state.pinned = True
+        self._writer.write_serving()
 
-    def unpin(self) -> None:
-        """The pinned profile goes on serving, and is judged again."""
-        selected = self._serving.selected
-        if not self._serving.pinned or selected is None:
+    def unpin(self, kind: str | None = None) -> None:
+        """The pinned profile goes on serving, and is judged again, in a window that begins now."""
+        pinned = [each for each in self._serving.named(kind) if self._serving.kinds[each].pinned]
+        if not pinned:
             raise HemostatError("nothing is pinned")
-        self._serving.pinned = False
-        self._trials.watch_serving(selected, ALL, self._scopes[ALL].window)
-        self._record(Decision.UNPIN, selected, ALL, "unpinned by the operator")
-        self._lifecycle.serving_changed(ALL, unpinned=True)
+        for each in pinned:
+            state = self._serving.kinds[each]
+            state.pinned = False
+            self._trials.watch(each)
+            self._record(Decision.UNPIN, state.version or IDENTITY, "unpinned by the operator", each)
+        self._writer.write_serving()
+        self._writer.write_tests()
 
-    def roll_back(self, why: str, scope: str | None = None) -> None:
-        """Let identity serve until another profile is promoted, in one scope (the pooled profile may take its place)
-        or, with None, in all."""
-        scopes = [scope] if scope is not None else list(self._scopes)
-        if scope is not None:
-            self._scopes.named(scope)
-        if not any(self._scopes[each].selected for each in scopes):
+    def roll_back(self, why: str, kind: str | None = None) -> None:
+        """Let identity serve until another profile is promoted."""
+        kinds = [each for each in self._serving.named(kind) if self._serving.kinds[each].version is not None]
+        if not kinds:
             raise HemostatError("nothing to roll back: identity serves")
-        for each in scopes:
+        for each in kinds:
             self._lifecycle.roll_back(each, Reason.OPERATOR, why, {})
+
+    def release(self, kind: str | None = None) -> None:
+        """Let profiles be tested and serve again in kinds that are held at identity."""
+        held = [each for each in self._serving.named(kind) if self._serving.kinds[each].held]
+        if not held:
+            raise HemostatError("nothing is held at identity there")
+        for each in held:
+            why = f"released by the operator; it was held: {self._serving.kinds[each].held}"
+            self._record(Decision.RELEASE, IDENTITY, why, each)
+            self._lifecycle.release(each)
 
     def force(self, profile: CalibrationProfile) -> None:
         """Put this profile on every request (`calibration.force`)."""
         self._lifecycle.hold(profile)
         self._serving.forced = profile.version
 
-    def _serve(self, decision: Decision, version: str, scope: str, why: str) -> None:
-        candidate = next((c for c in self._trials.tested if (c.version, c.scope) == (version, scope)), None)
+    def _serve(self, decision: Decision, version: str, kind: str, why: str) -> None:
+        candidate = next((c for c in self._trials.tested if c.version == version), None)
         evidence = self._lifecycle.evidence(candidate) if candidate is not None else {}
-        self._events.record(decision, Reason.OPERATOR, version, scope, why, evidence)
-        self._lifecycle.serve(version, scope, guard.DEFAULT_WINDOW)
+        scope = self._serving.learned_of(version) if candidate is None else candidate.scope
+        shown = evidence.get("kinds", {}).get(kind, {})
+        self._events.record(decision, Reason.OPERATOR, version, scope, why, shown, kind)
+        self._lifecycle.serve(version, scope, kind, chosen=True)
 
-    def _record(self, decision: Decision, version: str, scope: str, why: str) -> None:
-        self._events.record(decision, Reason.OPERATOR, version, scope, why, {})
+    def _record(self, decision: Decision, version: str, why: str, kind: str = "") -> None:
+        self._events.record(decision, Reason.OPERATOR, version, ALL, why, {}, kind)
 
-    def _require_servable(self, version: str) -> None:
+    def _require_servable(self, version: str, kinds: Iterable[str]) -> None:
         profile = self._catalogue.get(version)
         if profile is None or version == self._catalogue.probe:
             raise HemostatError(f"there is no profile {version}; hemostat profile list shows them")
         self._lifecycle.require_fit(profile)
+        if not self._serving.has_room(version, set(kinds)):
+            raise HemostatError(
+                f"{self._serving.max_versions} other profiles serve, as many as may at a time: roll one back first"
+            )

@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
-from hemostat.profiles.serving import ServingState
+from hemostat.profiles.kinds import Kinds
+from hemostat.profiles.serving import KindState, ServingState
+from hemostat.profiles.trials import Candidate, Trials
 from hemostat.store.protocol import StoredProfile, StoreWrites
-from hemostat_calibration.guard import Role
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.statistics.kinds import KindTable
 
 log = logging.getLogger("hemostat.calibration")
 
 MODES = frozenset({"off", "observe", "auto"})
 
-SERVING_KEY = "serving"
-"""`StoredServing` as JSON."""
+SERVING_KEY = "kinds"
+"""`StoredServing` as JSON: at most about 100 kB."""
+TESTS_KEY = "tests"
+"""The guard's tests and windows, `Guard.save`: usually some 100 kB, at most 2.5 MB."""
+TESTS_BEGUN_KEY = "tests.candidate"
+"""How many tests of candidates were begun, a number that only grows: alpha that was spent stays spent."""
 MODE_KEY = "mode"
 """The configured mode and the one in force, with a space between."""
-STATE_KEYS = (SERVING_KEY, MODE_KEY, *(f"tests.{role}" for role in Role))
-"""What the store's state holds of profiles; `tests.ROLE`: how many tests of this role were begun."""
+STATE_KEYS = (SERVING_KEY, TESTS_KEY, TESTS_BEGUN_KEY, MODE_KEY)
+"""What the store's state holds of profiles."""
+SAVE_SECONDS = 60.0
+"""Between two writes of tests that go on; what decides is written at once."""
+
+
+class StoredKind(msgspec.Struct, frozen=True):
+    """`KindState`, and the number of the window in which its version was watched."""
+
+    version: str | None
+    learned_of: str
+    window: int
+    chosen: bool
+    pinned: bool
+    held: str
+    units: int
+    scope: str | None
+    tried: list[str]
+    watch: int
 
 
 class StoredServing(msgspec.Struct, frozen=True):
-    """scope: `calibration.scope`. selected: scope -> version and window of what serves."""
+    """scope: `calibration.scope`. table: `KindTable.save`. kinds: by name. queue: version, scope and source of each."""
 
-    scope: str
-    pinned: bool
-    selected: dict[str, tuple[str, int]]
+    scope: str = "pooled"
+    table: str = ""
+    kinds: dict[str, StoredKind] = {}
+    queue: list[tuple[str, str, str]] = []
 
     @classmethod
     def decode(cls, text: str | None) -> StoredServing:
@@ -38,10 +63,21 @@ class StoredServing(msgspec.Struct, frozen=True):
         except msgspec.DecodeError as error:
             if text:
                 log.error("the stored serving profiles cannot be read, identity serves: %s", error)
-            return cls("pooled", False, {})
+            return cls()
 
     def versions(self) -> set[str]:
-        return {version for version, _ in self.selected.values()}
+        """Profiles that serve, and those in the queue."""
+        return {kind.version for kind in self.kinds.values() if kind.version is not None} | {
+            v for v, _, _ in self.queue
+        }
+
+    def kind_table(self, limit: int) -> KindTable:
+        """An empty one where it is damaged."""
+        try:
+            return KindTable.load(self.table.encode(), limit) if self.table else KindTable(limit)
+        except InvalidArgumentError as error:
+            log.error("the stored table of kinds cannot be read: %s", error)
+            return KindTable(limit)
 
 
 def stored_mode(states: Mapping[str, str | None], configured: str) -> str | None:
@@ -50,37 +86,101 @@ def stored_mode(states: Mapping[str, str | None], configured: str) -> str | None
     return mode if before == configured and mode in MODES else None
 
 
-def stored_test_counts(states: Mapping[str, str | None]) -> dict[Role, int]:
-    return {role: whole_number(states.get(f"tests.{role}")) for role in Role}
-
-
 def whole_number(text: str | None) -> int:
     """0 where it is none."""
     return int(text) if text and text.isdecimal() else 0
 
 
 class StateWriter:
-    """Writes to the store what `restoring` reads. configured_mode: `calibration.mode`."""
+    """Writes to the store what `restoring` reads. configured_mode: `calibration.mode`. wall: Unix time, seconds."""
 
-    def __init__(self, writes: StoreWrites, serving: ServingState, configured_mode: str) -> None:
+    def __init__(
+        self,
+        writes: StoreWrites,
+        configured_mode: str,
+        wall: Callable[[], float],
+        *,
+        serving: ServingState,
+        kinds: Kinds,
+        trials: Trials,
+    ) -> None:
         self._writes = writes
-        self._serving = serving
         self._configured_mode = configured_mode
+        self._wall = wall
+        self._serving = serving
+        self._kinds = kinds
+        self._trials = trials
+        self._saved_at = wall()
+        self._tests_begun = 0
+        """The number that was written last."""
+        self._changed = False
+        """Records have changed something since the last `save`."""
+        self._begun = False
+        """A test or a window has begun since the tests were written."""
 
     def write_serving(self) -> None:
-        scopes = self._serving.scopes
-        selected = {name: (s.selected, s.window) for name, s in scopes.items() if s.selected is not None}
-        stored = StoredServing(scopes.kind, self._serving.pinned, selected)
+        """What serves by kind, the kinds that are followed, and the queue."""
+        kinds = {name: self._stored_kind(name, state) for name, state in self._serving.kinds.items()}
+        queue = [(c.version, c.scope, c.source) for c in self._trials.queue]
+        stored = StoredServing(self._serving.scopes.kind, self._kinds.table.save().decode(), kinds, queue)
         self._writes.set_state(SERVING_KEY, msgspec.json.encode(stored).decode())
+
+    def _stored_kind(self, name: str, state: KindState) -> StoredKind:
+        watch = self._trials.serving_evidence(name)
+        return StoredKind(
+            version=state.version,
+            learned_of=state.learned_of,
+            window=state.window,
+            chosen=state.chosen,
+            pinned=state.pinned,
+            held=state.held,
+            units=state.units,
+            scope=state.scope,
+            tried=state.tried,
+            watch=watch.test if watch is not None else 0,
+        )
+
+    def write_tests(self) -> None:
+        """All tests and windows, as they are now."""
+        self._saved_at, self._begun = self._wall(), False
+        self._writes.set_state(TESTS_KEY, self._trials.guard.save().decode())
+
+    def note_begun(self) -> None:
+        """A test or a window has begun: what it spends of alpha is written at once, the rest soon."""
+        self._begun = True
+        if self._trials.tests_begun > self._tests_begun:
+            self.write_tests_begun()
+
+    def write_tests_begun(self) -> None:
+        self._tests_begun = self._trials.tests_begun
+        self._writes.raise_state(TESTS_BEGUN_KEY, self._tests_begun)
+
+    def note_record(self) -> None:
+        """A record was learned from or judged by."""
+        self._changed = True
+
+    def save(self) -> None:
+        """Write all that has changed with the records, if anything."""
+        if self._changed or self._begun:
+            self._changed = False
+            self.write_serving()
+            self.write_tests()
+
+    def save_if_due(self) -> None:
+        """The same, where a test has begun, or `SAVE_SECONDS` have passed since the last time."""
+        if self._begun or self._wall() - self._saved_at >= SAVE_SECONDS:
+            self.save()
 
     def write_mode(self) -> None:
         self._writes.set_state(MODE_KEY, f"{self._configured_mode} {self._serving.mode}")
-
-    def write_tests_begun(self, role: Role, number: int) -> None:
-        self._writes.raise_state(f"tests.{role}", number)
 
     def put_profile(self, profile: StoredProfile) -> None:
         self._writes.put_profile(profile)
 
     def delete_profile(self, version: str) -> None:
         self._writes.delete_profile(version)
+
+
+def candidates(stored: StoredServing) -> list[Candidate]:
+    """Of the queue, in its order."""
+    return [Candidate(version, scope, source) for version, scope, source in stored.queue]

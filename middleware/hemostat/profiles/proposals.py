@@ -127,11 +127,12 @@ class Proposals:
 
     def count_serving(self) -> None:
         """Count what serves as the last proposal of its family, learned from the tokens that its metadata says."""
-        for scope, state in self._serving.scopes.items():
-            selected = self._catalogue.get(state.selected)
+        for state in self._serving.kinds.values():
+            selected = self._catalogue.get(state.version)
             if selected is not None:
+                proposed_at = self._scope(state.learned_of).proposed_at
                 tokens = whole_number(selected.metadata.get("tokens"))
-                self._scope(scope).proposed_at[selected.family] = tokens
+                proposed_at[selected.family] = max(tokens, proposed_at.get(selected.family, 0))
 
     def discard_batches(self) -> None:
         """Forget records that wait for an update: the mode has changed."""
@@ -203,20 +204,20 @@ class Proposals:
         if before is not None and before != profile.version:
             self._lifecycle.forget(before)
         self._lifecycle.hold(profile)
-        for scope, state in self._serving.scopes.items():
-            selected = self._catalogue.get(state.selected)
-            if self._trials.has_proposal(scope, CONTEXTUAL):
-                continue
-            if selected is None or selected.family != CONTEXTUAL:
-                if not restored:
-                    self._scope(scope).proposed_at.pop(CONTEXTUAL, None)
-            elif anchor_set(selected) != anchor_set(profile):
-                log.warning(
-                    "profile %s, which serves %s, reads other anchors than the learner: engines report the logits of "
-                    "the profile's anchors, and the learner uses only the top ids until the profile is rolled back",
-                    selected.version,
-                    scope or "all",
-                )
+        for scope in self._serving.scopes:
+            kinds = self._serving.kinds.values()
+            versions = {state.version: None for state in kinds if state.version and state.learned_of == scope}
+            selected = [self._catalogue[version] for version in versions]
+            contextual = [serving for serving in selected if serving.family == CONTEXTUAL]
+            if not restored and not contextual and not self._trials.has_proposal(scope, CONTEXTUAL):
+                self._scope(scope).proposed_at.pop(CONTEXTUAL, None)
+            for serving in contextual:
+                if anchor_set(serving) != anchor_set(profile):
+                    log.warning(
+                        "profile %s, which serves, reads other anchors than the learner: engines report the logits of "
+                        "the profile's anchors, and the learner uses only the top ids until it is rolled back",
+                        serving.version,
+                    )
 
     # --- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -224,13 +225,12 @@ class Proposals:
         """Whether enough was learned since the last proposal for another test to be worth its alpha."""
         if not self._lease.leads:
             return False
-        state = self._serving.scopes.follow(scope)
-        if state is None or (state.selected is None and not self._serving.has_room(scope)):
+        if not self._serving.scopes.follow(scope) or not self._serving.has_room_for_new(scope):
             return False
         last = self._scope(scope).proposed_at.get(family, 0)
         if self._trials.has_proposal(scope, family):
             enough = MIN_TOKEN_GROWTH_UNDER_TEST * last
-        elif state.rolled_back:
+        elif scope in self._serving.scopes.rolled_back:
             enough = last + self._settings.min_tokens
         else:
             enough = MIN_TOKEN_GROWTH * last

@@ -1,18 +1,26 @@
-"""What is shown of profiles: status, list and description, JSON-ready."""
+"""What is shown of profiles: status, list and description, JSON-ready; and their metrics by kind."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
 from hemostat.profiles.decisions import EventLog, evidence_json
 from hemostat.profiles.families import FAMILY_RULES
+from hemostat.profiles.kinds import Kinds
 from hemostat.profiles.proposals import Proposals
-from hemostat.profiles.scopes import ALL
-from hemostat.profiles.serving import ServingState
-from hemostat.profiles.trials import Trials
+from hemostat.profiles.serving import KindState, ServingState
+from hemostat.profiles.trials import Candidate, Trials
+from hemostat_calibration.guard.decisions import Evidence
 from hemostat_calibration.profiles.profile import IDENTITY
+
+MIN_UNITS_FOR_ESTIMATE = 10
+"""Below this many units nothing is said of how many more are needed."""
 
 
 class Report:
@@ -21,12 +29,14 @@ class Report:
         *,
         catalogue: Catalogue,
         serving: ServingState,
+        kinds: Kinds,
         trials: Trials,
         events: EventLog,
         proposals: Proposals,
     ) -> None:
         self._catalogue = catalogue
         self._serving = serving
+        self._kinds = kinds
         self._trials = trials
         self._events = events
         self._proposals = proposals
@@ -39,19 +49,120 @@ class Report:
             "pinned": self._serving.pinned,
             "learned_requests": requests,
             "learned_tokens": tokens,
-            "candidates": [{**asdict(c), **evidence_json(trials.decide_candidate(c))} for c in trials.tested],
-            "waiting": [asdict(c) for c in trials.waiting],
-            "selected": self._selected(ALL),
+            "candidates": [self._candidate(candidate) for candidate in trials.tested],
+            "waiting": [asdict(candidate) for candidate in trials.waiting],
+            "selected": self._selected(),
             "scope": scopes.kind,
-            "scopes": {scope: self._selected(scope) for scope in scopes if scope != ALL},
+            "scopes": [scope for scope in scopes if scope],
+            "kinds": [self._kind(kind) for kind in self._order()],
             "forced": self._serving.forced,
-            "tests_begun": {str(role): number for role, number in trials.tests_begun.items()},
+            "tests_begun": {"candidate": trials.tests_begun, "serving": sum(trials.guard.windows.values())},
         }
 
-    def _selected(self, scope: str) -> dict[str, Any] | None:
-        """What serves a scope, with the evidence of its watch."""
-        version = self._serving.scopes[scope].selected
-        return {"version": version, **evidence_json(self._trials.decide_serving(scope))} if version else None
+    def _order(self) -> list[str]:
+        """The most frequent kinds first."""
+        kinds = self._serving.kinds
+        return sorted(kinds, key=lambda kind: (-kinds[kind].units, -self._kinds.table.seen(kind), kind))
+
+    def _candidate(self, candidate: Candidate) -> dict[str, Any]:
+        """With what its tests in all kinds have shown together."""
+        found = self._trials.evidence_by_kind(candidate).values()
+        units = sum(evidence.units for evidence in found)
+        gain = sum(evidence.units * evidence.mean_gain for evidence in found if evidence.units)
+        return {
+            **asdict(candidate),
+            "requests": units,
+            "tokens": sum(evidence.tokens for evidence in found),
+            "mean_gain": gain / units if units else None,
+        }
+
+    def _selected(self) -> dict[str, Any] | None:
+        """The version that serves the largest part of what any serves, with the evidence of its watch there."""
+        version = self._serving.selected
+        if version is None:
+            return None
+        kind = next(kind for kind in self._order() if self._serving.kinds[kind].version == version)
+        evidence = self._trials.serving_evidence(kind)
+        return {"version": version, "requests": evidence.units if evidence else 0, **evidence_json(evidence)}
+
+    def _kind(self, kind: str) -> dict[str, Any]:
+        state = self._serving.kinds[kind]
+        watch = self._trials.serving_evidence(kind)
+        tests = self._tests(kind)
+        return {
+            "kind": kind,
+            "requests": self._kinds.table.seen(kind),
+            "held_out_units": state.units,
+            "version": state.version,
+            "chosen": state.chosen,
+            "pinned": state.pinned,
+            "held": state.held or None,
+            "watch": _shown(watch) if watch is not None else None,
+            "candidates": [
+                {"version": c.version, "source": c.source, "summary": self._summary(c, kind, e), **_shown(e)}
+                for c, e in tests
+            ],
+            "summary": self._kind_summary(state, watch, kind, tests),
+        }
+
+    def _tests(self, kind: str) -> list[tuple[Candidate, Evidence]]:
+        """Tests of candidates that go on in this kind."""
+        running = (c for c in self._trials.tested if kind in self._trials.running_kinds(c))
+        return [(candidate, self._trials.evidence(candidate, kind)) for candidate in running]
+
+    # --- in words --------------------------------------------------------------------------------------------------
+
+    def _kind_summary(
+        self, state: KindState, watch: Evidence | None, kind: str, tests: list[tuple[Candidate, Evidence]]
+    ) -> str:
+        if state.held:
+            return f"held at identity until an operator releases it: {state.held}"
+        if state.version is not None and watch is not None:
+            how = "pinned by an operator" if state.pinned else _watch_words(watch)
+            return f"{state.version[:8]} {'serves' if self._serving.mode == 'auto' else 'would serve'}; {how}"
+        if tests:
+            candidate, evidence = max(tests, key=lambda test: test[1].progress)
+            return f"identity; {candidate.version[:8]}: {self._summary(candidate, kind, evidence)}"
+        return "identity; no profile is under test here" if state.units else "identity; no held-out request yet"
+
+    def _summary(self, candidate: Candidate, kind: str, evidence: Evidence) -> str:
+        """What a candidate's test in one kind lacks."""
+        if not evidence.units:
+            return "no held-out request like these yet"
+        if evidence.log_e_adjusted >= evidence.needed:
+            if not evidence.mean_gain_by_token > 0.0:
+                return "better by request, but not by token: long answers lose what short ones gain"
+            if self._serving.kinds[kind].pinned:
+                return "proven better than the pinned profile"
+            if not self._serving.has_room(candidate.version, {kind}):
+                return f"proven, but {self._serving.max_versions} other profiles serve, as many as may at a time"
+            return "proven"
+        done = f"{evidence.progress:.0%} of the evidence from {evidence.units} held-out requests"
+        more = units_needed(evidence)
+        if more is not None:
+            return f"{done}; at this rate it needs {more} more like these"
+        return f"{done}; its gain is {'not above 0' if evidence.mean_gain <= 0.0 else 'too small or too spread'} so far"
+
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
+    def samples(self) -> Iterator[Sample]:
+        """What serves, and by kind the gain and the evidence; the kinds are bounded by `evidence.kinds`."""
+        profile = self._catalogue.get(self._serving.reported)
+        labels = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
+        yield Sample(names.PROFILE_INFO, labels, 1.0)
+        serving = self._serving.version_by_kind
+        for kind in self._order():
+            yield Sample(names.PROFILE_KIND_INFO, (kind, serving.get(kind, IDENTITY)), 1.0)
+            watch = self._trials.serving_evidence(kind)
+            if watch is not None and watch.units:
+                yield Sample(names.PROFILE_KIND_GAIN_NATS, (kind, "request"), watch.mean_gain)
+                yield Sample(names.PROFILE_KIND_GAIN_NATS, (kind, "token"), watch.mean_gain_by_token)
+            tests = self._tests(kind)
+            if tests:
+                progress = max(evidence.progress for _, evidence in tests)
+                yield Sample(names.PROFILE_KIND_EVIDENCE_RATIO, (kind,), progress)
+
+    # --- profiles --------------------------------------------------------------------------------------------------
 
     def profile_bytes(self, version: str) -> bytes | None:
         """safetensors; None where the profile is not held."""
@@ -62,8 +173,9 @@ class Report:
         """All profiles and events, newest first."""
         return {
             "serving": self._serving.version or IDENTITY,
-            "scoped": self._serving.version_by_scope,
+            "by_kind": self._serving.version_by_kind,
             "pinned": self._serving.pinned,
+            "held": sorted(self._serving.held),
             "profiles": [self.describe(version) for version in reversed(self._catalogue)],
             "events": self._events.newest_first(),
         }
@@ -77,7 +189,7 @@ class Report:
             "version": version,
             "family": profile.family,
             "state": self._state(version),
-            "scopes": [scope for scope, state in self._serving.scopes.items() if state.selected == version],
+            "kinds": [kind for kind, state in self._serving.kinds.items() if state.version == version],
             "created": self._catalogue.created(version),
             "clamp_nats": profile.clamp_nats,
             "clamp_kl_nats": FAMILY_RULES[profile.family].kl_limit(profile),
@@ -90,10 +202,33 @@ class Report:
     def _state(self, version: str) -> str:
         if version == self._serving.forced:
             return "forced"
-        if version in self._serving.scopes.selected():
+        if version in self._serving.versions:
             return "selected"
         if version in self._trials.tested_versions:
             return "candidate"
         if any(candidate.version == version for candidate in self._trials.waiting):
             return "waiting"
         return "probe" if version == self._catalogue.probe else "retired"
+
+
+def units_needed(evidence: Evidence) -> int | None:
+    """How many more units a candidate needs where they are like those so far; None where that cannot be said."""
+    if evidence.units < MIN_UNITS_FOR_ESTIMATE or evidence.log_e_adjusted <= 0.0:
+        return None
+    return max(1, math.ceil((evidence.needed / evidence.log_e_adjusted - 1.0) * evidence.units))
+
+
+def _shown(evidence: Evidence) -> dict[str, Any]:
+    """JSON-ready. progress: evidence as a part of what is needed. units_needed: more like these, about."""
+    candidate = not evidence.window
+    more = units_needed(evidence) if candidate else None
+    return {**evidence_json(evidence), "progress": evidence.progress, "units_needed": more}
+
+
+def _watch_words(watch: Evidence) -> str:
+    so_far = f"{watch.units} of the {watch.window} held-out requests of its window"
+    if not watch.units:
+        return f"no held-out request in its window of {watch.window} yet"
+    if watch.supported:
+        return f"its gain was proven again, {so_far}"
+    return f"its gain is to be proven again, {so_far}"

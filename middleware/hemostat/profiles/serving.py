@@ -1,21 +1,30 @@
-"""What serves: the mode, the pair of models, a forced or pinned profile, and from them the version for a request.
+"""What serves: the mode, the pair of models, a forced profile, and for each kind of traffic the version that serves it.
 
 Invariants:
-- A version serves only in mode `auto`, only after it was promoted (by the guard or the operator), and only once both
-  models are known, so that a profile kept from an earlier run is not applied to another model.
-- In `observe` everything happens as in `auto` except serving: `selected` is what would serve.
+- A version serves a kind only in mode `auto`, only after it was promoted in that kind (by the guard or the operator),
+  and only once both models are known, so that a profile kept from an earlier run is not applied to another model.
+- In `observe` everything happens as in `auto` except serving: a kind's `version` is what would serve it.
 - A forced profile (`calibration.force`, for tests) goes on every request; nothing is learned or judged meanwhile.
-- A pinned profile serves all requests, also those of scopes with a profile of their own.
+- At most `max_versions` different profiles serve at a time: engines hold a limited number.
+- A kind that is held (an outcome was harmed) stays at identity until an operator releases it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
-from hemostat.profiles.scopes import ALL, MAX_SCOPE_PROFILES, Scopes
-from hemostat_calibration.errors import InvalidProfileError
+from hemostat.ipc.messages import REST_KIND
+from hemostat.profiles.scopes import ALL, Scopes
+from hemostat_calibration.errors import HemostatError, InvalidProfileError
+from hemostat_calibration.guard.guard import DEFAULT_WINDOW
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
+
+MAX_SERVING_VERSIONS = 4
+"""Different profiles that serve at a time. With two candidates and the probe these are fewer than an engine holds."""
+MAX_TRIED_VERSIONS = 16
+"""Versions that a kind remembers as tested; the oldest is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,37 +38,101 @@ class ServedModel:
     vocab_size: int
 
 
-class ServingState:
-    """mode: off, observe or auto."""
+@dataclass(slots=True)
+class KindState:
+    """What serves the requests of one kind."""
 
-    def __init__(self, scopes: Scopes, mode: str) -> None:
+    version: str | None = None
+    """None: identity."""
+    learned_of: str = ALL
+    """The scope that `version` was learned of."""
+    window: int = DEFAULT_WINDOW
+    """Length of the windows in which `version` is watched, in units."""
+    chosen: bool = False
+    """`version` was promoted by an operator, not on evidence."""
+    pinned: bool = False
+    """`version` is neither replaced nor rolled back automatically."""
+    held: str = ""
+    """Why identity has to serve until an operator releases the kind; "" where it need not."""
+    units: int = 0
+    """Held-out units of this kind so far; no test begins before the first."""
+    scope: str | None = None
+    """The scope that the kind's requests belong to; None before its first record. Of `REST_KIND`: `ALL`."""
+    tried: list[str] = field(default_factory=list)
+    """Versions that are not tested here again by themselves: rolled back, replaced or given up."""
+
+    def add_tried(self, version: str) -> None:
+        self.tried = [*(other for other in self.tried if other != version), version][-MAX_TRIED_VERSIONS:]
+
+
+class ServingState:
+    """mode: off, observe or auto. max_versions: different profiles that may serve at a time."""
+
+    def __init__(self, scopes: Scopes, mode: str, max_versions: int = MAX_SERVING_VERSIONS) -> None:
         self.scopes = scopes
         self.mode = mode
+        self.max_versions = max_versions
         self.model: ServedModel | None = None
         """None until both models are known."""
+        self.names: frozenset[str] | None = None
+        """Served names of this model and of its adapters: only their records are used. None: not known, all are."""
         self.forced: str | None = None
-        self.pinned = False
-        """The pooled profile is the operator's choice; it is neither replaced nor rolled back automatically."""
+        self.kinds: dict[str, KindState] = {REST_KIND: KindState(scope=ALL)}
+        """Of every kind that is followed, and of `REST_KIND`."""
+
+    def named(self, name: str | None) -> list[str]:
+        """The kinds that an operator means: the one that is named, or with None all. HemostatError."""
+        if name is None:
+            return list(self.kinds)
+        if name not in self.kinds:
+            followed = "; ".join(sorted(self.kinds))
+            raise HemostatError(f"no kind {name[:80]!r} is followed; followed are: {followed}")
+        return [name]
+
+    # --- what serves -----------------------------------------------------------------------------------------------
+
+    @property
+    def version_by_kind(self) -> dict[str, str]:
+        """The versions that treated requests ask for; kinds that identity serves are absent."""
+        return self.selected_by_kind if self._serves else {}
+
+    @property
+    def selected_by_kind(self) -> dict[str, str]:
+        """What serves, or in `observe` would serve."""
+        return {kind: state.version for kind, state in self.kinds.items() if state.version is not None}
+
+    @property
+    def versions(self) -> list[str]:
+        """Different versions that serve, or would; the one with the most held-out units first."""
+        units: dict[str, int] = {}
+        for state in self.kinds.values():
+            if state.version is not None:
+                units[state.version] = units.get(state.version, 0) + state.units
+        return sorted(units, key=lambda version: -units[version])
 
     @property
     def selected(self) -> str | None:
-        """What serves, or in `observe` would serve, requests whose scope has no profile of its own."""
-        return self.scopes[ALL].selected
+        """The version that serves, or would serve, the largest part of the traffic that any profile serves."""
+        return next(iter(self.versions), None)
 
     @property
     def version(self) -> str | None:
-        """The version that treated requests ask for; None for identity."""
+        """The same, where it serves."""
         return self.selected if self._serves else None
 
     @property
-    def version_by_scope(self) -> dict[str, str]:
-        """The same for scopes that have a profile of their own."""
-        return self.scope_profiles() if self._serves else {}
+    def reported(self) -> str | None:
+        """The version that the figures over all kinds are about: what serves, or would."""
+        return (self.forced or self.selected) if self.mode != "off" else None
 
     @property
-    def reported(self) -> str | None:
-        """The version that report, metrics and console are about: what serves, or would."""
-        return (self.forced or self.selected) if self.mode != "off" else None
+    def pinned(self) -> bool:
+        """In any kind."""
+        return any(state.pinned for state in self.kinds.values())
+
+    @property
+    def held(self) -> set[str]:
+        return {kind for kind, state in self.kinds.items() if state.held}
 
     @property
     def _serves(self) -> bool:
@@ -70,31 +143,36 @@ class ServingState:
         """Profiles are learned and judged."""
         return self.model is not None and self.mode != "off" and self.forced is None
 
-    def uses(self, record: TokenRecord) -> bool:
-        """Whether the record may be learned from or judged by."""
-        return self.active and self.model is not None and record.vocab_size == self.model.vocab_size
-
-    def scope_profiles(self) -> dict[str, str]:
-        """Version by scope that has one of its own; none while a profile is pinned or forced on all."""
-        return {} if self.pinned or self.forced is not None else self.scopes.own_profiles()
-
-    def serving_scope(self, scope: str) -> str:
-        """The scope whose profile serves the requests of `scope`: itself, or `ALL`."""
-        return scope if scope in self.scope_profiles() else ALL
-
-    def baseline(self, scope: str) -> str | None:
-        """The version that a candidate for `scope` has to be better than; None for identity."""
-        return self.scopes[self.serving_scope(scope)].selected
-
     def would_serve(self, record: TokenRecord) -> str | None:
         """The version for a request like this one, in `observe` also."""
-        scope = self.serving_scope(self.scopes.of(record))
-        return self.reported if scope == ALL or self.mode == "off" else self.scopes[scope].selected
+        if self.mode == "off":
+            return None
+        return self.forced or self.state_of(record).version
 
-    def has_room(self, scope: str) -> bool:
-        """Whether the scope may get a profile of its own, or has one."""
-        own = self.scope_profiles()
-        return scope == ALL or scope in own or len(own) < MAX_SCOPE_PROFILES
+    def state_of(self, record: TokenRecord) -> KindState:
+        return self.kinds.get(record.kind, self.kinds[REST_KIND])
+
+    def has_room(self, version: str, kinds: Collection[str]) -> bool:
+        """Whether the version may serve these kinds, without too many different ones serving then."""
+        others = {state.version for name, state in self.kinds.items() if name not in kinds} - {None, version}
+        return len(others) < self.max_versions
+
+    def learned_of(self, version: str) -> str:
+        """The scope that a version was learned of, as far as it is known: `ALL` where it serves nowhere."""
+        return next((state.learned_of for state in self.kinds.values() if state.version == version), ALL)
+
+    def has_room_for_new(self, scope: str) -> bool:
+        """Whether a profile that is learned of this scope may come to serve: a place is free, or is the scope's."""
+        own = any(state.version is not None and state.learned_of == scope for state in self.kinds.values())
+        return own or len(self.versions) < self.max_versions
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    def uses(self, record: TokenRecord) -> bool:
+        """Whether the record may be learned from or judged by: not where it is of another base model."""
+        if not self.active or self.model is None or record.vocab_size != self.model.vocab_size:
+            return False
+        return self.names is None or record.model in self.names
 
     def require_model(self, profile: CalibrationProfile) -> None:
         """InvalidProfileError where the profile is for another model; nothing while the model is not known."""

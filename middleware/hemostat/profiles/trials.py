@@ -1,40 +1,46 @@
-"""Candidates under test, in a queue, and what the tests of them and of the serving profiles have shown.
+"""Candidates under test, in a queue, and the tests of them and of the serving profiles, by kind of traffic.
 
 Invariants:
 - Engines evaluate two profiles beside the applied one, so two candidates are tested at a time and the rest wait: no
   candidate is judged without the engine's numbers, and no alpha is spent on waiting.
-- A test is of one profile in one scope, against what serves there. When that changes, the test begins anew.
-- An evidence unit (`judging.evidence_unit`) counts once in a test. The guard's observations must be new draws of what
-  is asked: retries and health checks are not, and would let chance properties of a few prompts look like evidence.
+- A candidate is tested in all kinds of its scope at once, in each against what serves there. When that changes, the
+  test of this kind begins anew (an import) or ends (a proposal: the learner makes another one).
+- A kind that appears later gets a test of its own. So does a profile that serves elsewhere already.
+- An evidence unit (a conversation) counts once in a test and kind; the guard remembers which have.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from hemostat.profiles.families import FAMILY_RULES
-from hemostat_calibration import guard
-from hemostat_calibration.guard import Role
+from hemostat.profiles.scopes import ALL
+from hemostat.profiles.serving import KindState, ServingState
+from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence
+from hemostat_calibration.guard.guard import Guard
+from hemostat_calibration.records import TokenRecord
 
 MAX_TESTED = 2
 """Candidates tested at a time: as many as engines evaluate beside the applied profile (the plugin's
-CANDIDATES_TAPPED)."""
+MAX_TAPPED_CANDIDATES)."""
 MAX_QUEUED_CANDIDATES = 8
 """Candidates tested and waiting; see `lifecycle.Lifecycle.test`."""
-MAX_COUNTED_UNITS = 50_000
-"""Evidence units remembered as counted, over all tests."""
 
 IMPORT = "import"
-POOLED = "pooled"
+SERVING = "serving"
+WATCH = "serving"
+"""The guard's name for the tests of what serves."""
+
+Interval = tuple[float, float]
+"""Lower and upper end of a unit's mean gain per token, nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A profile that is to be tested on the requests of one scope.
+    """A profile that is to be tested in the kinds of one scope.
 
-    source: the family that proposed it, `IMPORT`, or `POOLED`: the pooled profile, tested against a scope's own.
+    source: the family that proposed it, `IMPORT`, or `SERVING`: it serves other kinds already.
     """
 
     version: str
@@ -47,28 +53,33 @@ class Candidate:
         rules = FAMILY_RULES.get(self.source)
         return rules.queue_priority if rules is not None else 0
 
+    @property
+    def test(self) -> str:
+        """The guard's name for its tests."""
+        return f"candidate {self.version} {self.scope}"
+
 
 class Trials:
-    """The queue of candidates and the guard's state.
+    """The queue of candidates, and the guard.
 
     gain_width: (version) -> high minus low of its Δz, nats: no gain over identity is below minus that.
-    baseline: (scope) -> the version that serves there, None for identity.
-    on_test_begun: called with a role and how many of its tests were begun, when that number grows.
+    on_begun: called after a test or a window began, which spent some of alpha.
     """
 
     def __init__(
         self,
         alpha: float,
+        client_share: float,
         gain_width: Callable[[str], float],
-        baseline: Callable[[str], str | None],
-        on_test_begun: Callable[[Role, int], None],
+        serving: ServingState,
+        on_begun: Callable[[], None],
     ) -> None:
         self._alpha = alpha
+        self._client_share = client_share
         self._gain_width = gain_width
-        self._baseline = baseline
-        self._on_test_begun = on_test_begun
-        self._guard = guard.init(alpha)
-        self._counted: OrderedDict[tuple[str, int, bytes], None] = OrderedDict()
+        self._serving = serving
+        self._on_begun = on_begun
+        self.guard = Guard(alpha, client_share)
         self._queue: list[Candidate] = []
 
     @property
@@ -89,28 +100,36 @@ class Trials:
         return self._queue[MAX_TESTED:]
 
     @property
-    def tests_begun(self) -> Mapping[Role, int]:
-        """By role, over the store's life."""
-        return self._guard.tests
-
-    @property
-    def running_tests(self) -> int:
-        """Of candidates and of serving profiles."""
-        return len(self._guard.running)
+    def tests_begun(self) -> int:
+        """Tests of candidates, over the store's life."""
+        return self.guard.candidate_tests
 
     def holds(self, version: str, scope: str) -> bool:
         """Whether this profile is under test in this scope, or waits for it."""
         return any((c.version, c.scope) == (version, scope) for c in self._queue)
 
     def has_proposal(self, scope: str, source: str) -> bool:
-        """Whether a candidate of this source is under test in this scope, or waits for it."""
-        return any((c.scope, c.source) == (scope, source) for c in self._queue)
+        """Whether a candidate of this source that serves nowhere yet is under test in this scope, or waits for it."""
+        serving = self._serving.versions
+        return any((c.scope, c.source) == (scope, source) and c.version not in serving for c in self._queue)
 
-    def resume(self, tests_begun: Mapping[Role, int]) -> None:
-        """Go on from the counts that the store holds, or from this process's own where those are larger: alpha that was
-        spent stays spent. All tests are dropped."""
-        spent = {role: max(number, self._guard.tests[role]) for role, number in tests_begun.items()}
-        self._guard = guard.init(self._alpha, spent)
+    def resume(self, data: bytes | None, candidate_tests: int, queue: Iterable[Candidate]) -> None:
+        """Go on from stored tests. What this process itself or the store has counted as begun stays spent.
+
+        data: of `Guard.save`; None: all tests begin anew. InvalidArgumentError where it is damaged; then nothing
+        changes.
+        """
+        spent, windows = self.guard.candidate_tests, dict(self.guard.windows)
+        if data is None:
+            self.guard = Guard(self._alpha, self._client_share)
+        else:
+            self.guard = Guard.load(data, self._alpha, self._client_share)
+        self.guard.raise_counts(max(spent, candidate_tests), windows)
+        self._queue = list(queue)
+        named = {WATCH, *(candidate.test for candidate in self._queue)}
+        for name in set(self.guard.names) - named:
+            self.guard.end(name)
+        self._arrange()
 
     # --- the queue -------------------------------------------------------------------------------------------------
 
@@ -124,83 +143,151 @@ class Trials:
         return any(other.priority <= candidate.priority for other in self.waiting)
 
     def remove(self, matches: Callable[[Candidate], bool]) -> None:
+        """End the tests of these candidates."""
         for candidate in [c for c in self._queue if matches(c)]:
             self._queue.remove(candidate)
-            self._guard = guard.end_test(self._guard, _candidate_test(candidate))
+            self._give_up(candidate)
         self._arrange()
 
-    def restart(self, matches: Callable[[Candidate], bool]) -> None:
-        """Begin the tests of these candidates anew: what they are compared with has changed."""
-        for candidate in self.tested:
-            if matches(candidate):
-                self._begin(candidate)
+    def restart(self) -> None:
+        """Begin all tests of candidates anew."""
+        for candidate in self._queue:
+            self.guard.end(candidate.test)
+        self._arrange()
 
     def _arrange(self) -> None:
-        self._queue.sort(key=lambda candidate: candidate.priority)
-        for candidate in self.waiting:
-            self._guard = guard.end_test(self._guard, _candidate_test(candidate))
-        for candidate in self.tested:
-            if _candidate_test(candidate) not in self._guard.running:
+        while True:
+            self._queue.sort(key=lambda candidate: candidate.priority)
+            for candidate in self.waiting:
+                self.guard.end(candidate.test)
+            for candidate in self.tested:
                 self._begin(candidate)
+            over = [candidate for candidate in self.tested if self._is_over(candidate)]
+            for candidate in over:
+                self._queue.remove(candidate)
+                self._give_up(candidate)
+            if not over:
+                return
+
+    def _is_over(self, candidate: Candidate) -> bool:
+        """It is under test in no kind any more, or serves them all. It waits for the first kind that it can be tested
+        in."""
+        states = [state for state in self._serving.kinds.values() if candidate.scope in (ALL, state.scope)]
+        tested = any(_is_testable(candidate, state) for state in states)
+        serves_all = bool(states) and all(state.version == candidate.version for state in states)
+        return (tested or serves_all) and not self.running_kinds(candidate)
+
+    def _give_up(self, candidate: Candidate) -> None:
+        for kind in self.running_kinds(candidate):
+            self._serving.kinds[kind].add_tried(candidate.version)
+        self.guard.end(candidate.test)
+
+    # --- tests of candidates ---------------------------------------------------------------------------------------
+
+    def running_kinds(self, candidate: Candidate) -> list[str]:
+        """The kinds in which it is under test now."""
+        kinds = self.guard.kinds(candidate.test)
+        return [kind for kind in kinds if kind in self._serving.kinds and self.guard.is_running(candidate.test, kind)]
+
+    def is_wanted(self, candidate: Candidate, kind: str) -> bool:
+        """Whether a test of this candidate would make sense in this kind."""
+        state = self._serving.kinds[kind]
+        new = candidate.version != state.version and candidate.version not in state.tried
+        return new and _is_testable(candidate, state)
+
+    def begin_in(self, kind: str) -> None:
+        """Begin tests in a kind that appeared, changed what serves it, or may be served by a profile again."""
+        for candidate in self.tested:
+            if candidate.test in self.guard.names and self.is_wanted(candidate, kind):
+                self.guard.add_kind(candidate.test, kind, self._width(candidate, self._serving.kinds[kind]))
+                self._on_begun()
+        self._arrange()
+
+    def end_in(self, kind: str, matches: Callable[[Candidate], bool] = lambda _: True) -> None:
+        """End the tests of these candidates in one kind, and do not begin them there again; those that wait neither."""
+        for candidate in self._queue:
+            if matches(candidate) and self.is_wanted(candidate, kind):
+                self.guard.end_kind(candidate.test, kind)
+                self._serving.kinds[kind].add_tried(candidate.version)
+        self._arrange()
+
+    def freeze(self, version: str, kind: str) -> None:
+        """The profile serves this kind now: nothing more is counted for it there."""
+        for candidate in self._queue:
+            if candidate.version == version and kind in self.running_kinds(candidate):
+                self.guard.freeze(candidate.test, kind)
+
+    def forget_kind(self, kind: str) -> None:
+        """End all tests in a kind that is not followed any more."""
+        self.guard.end_kind(WATCH, kind)
+        for candidate in self._queue:
+            self.guard.end_kind(candidate.test, kind)
 
     def _begin(self, candidate: Candidate) -> None:
-        name = _candidate_test(candidate)
-        serving = self._baseline(candidate.scope)
-        width = self._gain_width(candidate.version) + (self._gain_width(serving) if serving is not None else 0.0)
-        begun = self._guard.running.get(name)
-        if begun is not None and not begun.merit.observations and begun.width == width:
-            return  # it has no observations: beginning anew would only spend alpha
-        self._set_guard(guard.begin_test(self._guard, name, Role.CANDIDATE, width))
+        """Where it has not begun: in all kinds that were seen, weighted by their share so far."""
+        kinds = {
+            kind: (self._width(candidate, state), float(state.units))
+            for kind, state in self._serving.kinds.items()
+            if self.is_wanted(candidate, kind)
+        }
+        if candidate.test not in self.guard.names and kinds:
+            self.guard.begin_candidate(candidate.test, kinds)
+            self._on_begun()
 
-    # --- tests -----------------------------------------------------------------------------------------------------
+    def _width(self, candidate: Candidate, state: KindState) -> float:
+        baseline = self._gain_width(state.version) if state.version is not None else 0.0
+        return self._gain_width(candidate.version) + baseline
 
-    def watch_serving(self, version: str, scope: str, window: int) -> None:
-        """Watch what serves a scope from now on, in windows of `window` held-out requests."""
-        width = self._gain_width(version)
-        self._set_guard(guard.begin_test(self._guard, _serving_test(scope), Role.SERVING, width, window))
+    # --- the watch of what serves ----------------------------------------------------------------------------------
 
-    def unwatch_serving(self, scope: str) -> None:
-        self._guard = guard.end_test(self._guard, _serving_test(scope))
+    def watch(self, kind: str, like: str | None = None) -> None:
+        """Watch what serves a kind from now on. like: the version whose test proved it, where there is one."""
+        state = self._serving.kinds[kind]
+        if state.version is None:
+            return
+        proof = next((c.test for c in self.tested if c.version == like and kind in self.guard.kinds(c.test)), None)
+        self.guard.begin_watch(WATCH, kind, self._gain_width(state.version), state.window, proof)
+        self._on_begun()
 
-    def observe_candidate(
-        self, candidate: Candidate, unit: bytes, gain: tuple[float, float], tokens: int
-    ) -> guard.Decision | None:
-        """Add one held-out request with its mean gain per token over what serves (lower and upper end, nats).
+    def unwatch(self, kind: str) -> None:
+        self.guard.end_kind(WATCH, kind)
 
-        None when its unit has counted before.
-        """
-        return self._observe(_candidate_test(candidate), unit, gain, tokens)
+    def is_watched(self, kind: str) -> bool:
+        return self.guard.is_running(WATCH, kind)
 
-    def observe_serving(self, scope: str, unit: bytes, gain: tuple[float, float], tokens: int) -> guard.Decision | None:
-        """The same for what serves there, over identity."""
-        return self._observe(_serving_test(scope), unit, gain, tokens)
+    # --- evidence --------------------------------------------------------------------------------------------------
 
-    def decide_candidate(self, candidate: Candidate) -> guard.Decision:
-        return guard.decide(self._guard, _candidate_test(candidate))
+    def admit(self, name: str, record: TokenRecord) -> bool:
+        """Whether the record may count in this test; asked before anything is known of its gain."""
+        windows = self.guard.windows if name == WATCH else {}
+        admitted = self.guard.admit(name, record.kind, record.unit, record.client) is Admission.ADMITTED
+        if name == WATCH and self.guard.windows != windows:
+            self._on_begun()  # the next window
+        return admitted
 
-    def decide_serving(self, scope: str) -> guard.Decision:
-        return guard.decide(self._guard, _serving_test(scope))
+    def update(self, name: str, record: TokenRecord, gain: Interval) -> None:
+        """An admitted record with its mean gain per token (lower and upper end, nats)."""
+        self.guard.update(name, record.kind, record.unit, record.client, *gain, record.tokens)
 
-    def _observe(self, name: str, unit: bytes, gain: tuple[float, float], tokens: int) -> guard.Decision | None:
-        counted = (name, guard.decide(self._guard, name).evidence.test, unit)
-        if counted in self._counted:
-            return None
-        self._counted[counted] = None
-        if len(self._counted) > MAX_COUNTED_UNITS:
-            self._counted.popitem(last=False)
-        self._set_guard(guard.update(self._guard, name, *gain, tokens))
-        return guard.decide(self._guard, name)
+    def promotes(self, candidate: Candidate, kind: str) -> bool:
+        return self.guard.decide(candidate.test, kind).action is Action.PROMOTE
 
-    def _set_guard(self, state: guard.GuardState) -> None:
-        before, self._guard = self._guard.tests, state
-        for role, number in state.tests.items():
-            if number > before[role]:
-                self._on_test_begun(role, number)
+    def decide_serving(self, kind: str) -> Decision:
+        return self.guard.decide(WATCH, kind)
 
+    def evidence(self, candidate: Candidate, kind: str) -> Evidence:
+        return self.guard.evidence(candidate.test, kind)
 
-def _candidate_test(candidate: Candidate) -> str:
-    return f"candidate {candidate.version} {candidate.scope}"
+    def serving_evidence(self, kind: str) -> Evidence | None:
+        """None where no profile serves the kind."""
+        return self.guard.evidence(WATCH, kind) if self.is_watched(kind) else None
+
+    def evidence_by_kind(self, candidate: Candidate) -> Mapping[str, Evidence]:
+        """Of the kinds in which it is or was under test; {} while it waits."""
+        kinds = self.guard.kinds(candidate.test)
+        return {kind: self.evidence(candidate, kind) for kind in kinds if kind in self._serving.kinds}
 
 
-def _serving_test(scope: str) -> str:
-    return f"serving {scope}"
+def _is_testable(candidate: Candidate, state: KindState) -> bool:
+    """Whether the kind belongs to the candidate's scope, was seen, and is not held at identity."""
+    return candidate.scope in (ALL, state.scope) and state.units > 0 and not state.held

@@ -289,9 +289,8 @@ function calibration(s) {
 }
 
 function proof(e) {
-  if (!e || !e.requests || !known(e.mean_gain)) return NONE;
-  const ends = [known(e.lower) ? `above ${nats(e.lower)}` : "", known(e.upper) ? `below ${nats(e.upper)}` : ""].filter(Boolean);
-  return `${plural(e.requests, "held-out request")}, mean gain ${nats(e.mean_gain)}${ends.length ? `, proven ${ends.join(" and ")}` : ""}`;
+  if (!e || !e.units || !known(e.mean_gain)) return NONE;
+  return `${plural(e.units, "held-out request")}, mean gain ${nats(e.mean_gain)} by request, ${nats(e.mean_gain_by_token)} by token`;
 }
 
 function serves(s, p) {
@@ -300,9 +299,9 @@ function serves(s, p) {
   $("unpin").hidden = !p.pinned;
   const chosen = s.calibration.selected, forced = s.calibration.forced;
   const would = chosen && s.profile.mode === "observe" ? `; ${brief(chosen.version)} would serve in mode auto` : "";
-  const scoped = Object.entries(p.scoped).map(([scope, version]) => `${scope} gets ${brief(version)}`).join(", ");
-  say("serving", forced ? `${forced} is forced on every request.` : `${p.serving} serves${p.pinned ? ", pinned" : ""}${would}${scoped ? `; ${scoped}` : ""}.`);
-  const evidence = new Map([chosen, ...Object.values(s.calibration.scopes), ...s.calibration.candidates].filter(Boolean).map((e) => [e.version, e]));
+  const kinds = Object.entries(p.by_kind).map(([kind, version]) => `${kind} gets ${brief(version)}`).join(", ");
+  say("serving", forced ? `${forced} is forced on every request.` : `${p.serving} serves${p.pinned ? ", pinned" : ""}${would}${kinds ? `; ${kinds}` : ""}.`);
+  const evidence = new Map(s.calibration.kinds.flatMap((k) => [...k.candidates, { version: k.version, ...k.watch }]).filter((e) => e.units).map((e) => [e.version, e]));
   table("profiles", "Profiles", ["version", "family", "state", "made", "evidence, nats per token", "actions"],
     p.profiles.filter((f) => f.state !== "probe").map((f) => {
       const code = document.createElement("code");
@@ -318,7 +317,7 @@ function serves(s, p) {
         actions.append(button("Pin", `Pin ${f.version}`, "Pin this profile?",
           `${f.version} serves all requests, whatever is measured, until it is unpinned.`, "api/v1/profiles/pin", { version: f.version }));
       }
-      const state = f.scopes.some(Boolean) ? `${f.state} for ${f.scopes.map((x) => x || "all").join(", ")}` : f.state;
+      const state = f.kinds.length ? `${f.state} for ${f.kinds.join(", ")}` : f.state;
       return [code, f.family, state, when(f.created), proof(evidence.get(f.version)), actions];
     }), "none yet: identity serves");
   const events = [...p.events, ...s.alarm.events].sort((a, b) => b.at - a.at).slice(0, 50);
