@@ -17,7 +17,7 @@ from hemostat.admin import app as admin
 from hemostat.admin.app import create_app
 from hemostat.admin.hardening import HEADERS
 from hemostat.control.composition import Control
-from hemostat.ipc.messages import Policy
+from hemostat.ipc.messages import REST_KIND, Policy
 
 GUARDED = [
     ("POST", "/api/v1/calibration"),
@@ -122,7 +122,7 @@ async def test_the_mode_is_switched_at_once_and_relays_are_told(one: Control, cl
     for mode, serving in (("auto", version), ("off", None), ("observe", None)):
         response = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": mode})
         assert response.json() == {"mode": mode}
-        assert (told[-1].mode, told[-1].serving) == (mode, serving)
+        assert (told[-1].mode, told[-1].serving_by_kind.get(REST_KIND)) == (mode, serving)
         assert (await client.get("/api/v1/status")).json()["profile"]["mode"] == mode
     assert [policy.generation for policy in told] == [1, 2, 3]
 
@@ -176,10 +176,10 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
 
     listing = (await post("promote", version=version)).json()
     assert (listing["serving"], listing["events"][0]["reason"]) == (version, "operator")
-    assert told[-1].serving == version
+    assert told[-1].serving_by_kind.get(REST_KIND) == version
     listing = (await post("pin", version=other)).json()
     assert (listing["serving"], listing["pinned"], listing["events"][0]["decision"]) == (other, True, "pin")
-    assert told[-1].serving == other
+    assert told[-1].serving_by_kind.get(REST_KIND) == other
     refused = await post("promote", version=version)
     assert (refused.status_code, "unpin" in detail(refused)) == (400, True)
     listing = (await post("pin", version=None)).json()
@@ -200,7 +200,7 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
     refused = await post("release")
     assert (refused.status_code, "nothing is held" in detail(refused)) == (400, True)
     assert (await post("rollback")).json()["serving"] == "identity"
-    assert told[-1].serving is None
+    assert told[-1].serving_by_kind.get(REST_KIND) is None
 
 
 async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:

@@ -386,7 +386,6 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
         shadow_max_tokens=8192,
         scoring=True,
         tap=False,
-        serving=None,
         forced=None,
         control_fraction=0.1,
         acknowledged=frozenset(),

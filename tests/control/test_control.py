@@ -22,7 +22,7 @@ from hemostat.config.schema import Settings
 from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport
-from hemostat.ipc.messages import Policy, Stats
+from hemostat.ipc.messages import REST_KIND, Policy, Stats
 from hemostat.profiles.serving import ServedModel
 from hemostat.reference import monitor
 from hemostat.store.protocol import StoreFailure
@@ -307,7 +307,7 @@ async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(t
             report = EngineReport("boot", 0, 1, [mine.version], 30, {}, "v1", "0")
             one.engines.report(report, time.monotonic())
             one.policy.publish()
-        assert [policy.serving for policy in told.values()] == [mine.version, profile(1).version]
+        assert [policy.serving_by_kind.get(REST_KIND) for policy in told.values()] == [mine.version, profile(1).version]
         assert [set(policy.acknowledged) for policy in told.values()] == [{mine.version}, {mine.version}]
         names = {policy.replica for policy in told.values()}
         assert len(names) == 2, "the engine tells each of them what was tapped of its own requests"

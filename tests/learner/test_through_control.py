@@ -25,7 +25,7 @@ from tests.support.waiting import until
 from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport, TapMessage, TapRun
-from hemostat.ipc.messages import Capture, Policy
+from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.reference import monitor
 from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
 from hemostat.reference.references import References
@@ -124,7 +124,8 @@ class WorldEngine:
         """A request's capture, after its tap. damage: fields of the tap's run."""
         h = self.world.hidden(seed, TOKENS)[1]
         z = (h @ self.world.weight.T).astype(np.float64)
-        requested = policy.serving if policy.serving in policy.acknowledged else None
+        wanted = policy.serving_by_kind.get(REST_KIND)
+        requested = wanted if wanted in policy.acknowledged else None
         profiles = [p for v in self.held if (p := self.one.profile_manager.catalogue.get(v)) is not None]
         log_c = logprobs(z)
         shifts = {p.version: oracle.shift(p, z) for p in profiles}
@@ -257,7 +258,7 @@ async def test_a_contextual_profile_is_learned_evaluated_judged_and_serves(
         (promoted,) = [e for e in b.one.profiles.listing()["events"] if e["decision"] == "promote"]
         assert promoted["version"] == proposed
         assert promoted["evidence"]["log_e_adjusted"] >= promoted["evidence"]["needed"]
-        assert b.told[-1].serving == proposed
+        assert b.told[-1].serving_by_kind.get(REST_KIND) == proposed
         assert b.told[-1].acknowledged >= {proposed}
         await b.requests(40)
         assert b.one.measurements.recovered(proposed)["estimate"] > 0.1  # type: ignore[index]
@@ -283,7 +284,7 @@ async def test_when_the_error_changes_the_profile_is_rolled_back_and_a_new_one_i
         turned = replace(b.reference.world, bend=-b.reference.world.bend)
         b.reference.world = b.engine.world = turned
         await b.until(lambda: profiles.events.counts["roll_back", "harm"] == 1, 400)
-        assert b.told[-1].serving is None
+        assert b.told[-1].serving_by_kind.get(REST_KIND) is None
         await b.until(lambda: profiles.serving.selected is not None, 2000)
         assert profiles.serving.selected != before
         await b.requests(40)

@@ -30,7 +30,7 @@ from tests.support.valkey import Valkey
 from hemostat.config.schema import Settings
 from hemostat.control import composition
 from hemostat.control.composition import Control
-from hemostat.ipc.messages import Policy
+from hemostat.ipc.messages import REST_KIND, Policy
 from hemostat.store import replica as replica_module
 from hemostat.store import writer as writer_module
 from hemostat.store.protocol import StoreAccessDenied, StoredProfile
@@ -119,7 +119,7 @@ async def test_what_one_promotes_all_serve(shared_server: Valkey, tmp_path: Path
         mine = profile()
         await ones[0].actions.promote(await ones[0].actions.import_profile(mine.to_bytes(), ""), None)
         await until(lambda: agree(ones, mine.version))
-        await until(lambda: told[-1].serving == mine.version)
+        await until(lambda: told[-1].serving_by_kind.get(REST_KIND) == mine.version)
         assert [one.profiles.profile_bytes(mine.version) for one in ones] == [mine.to_bytes()] * 3
         assert [one.engines._wanted for one in ones] == [(mine.version,)] * 3
         await until(lambda: [e["decision"] for e in ones[1].profiles.listing()["events"]] == ["promote", "import"])

@@ -30,7 +30,6 @@ POLICY = Policy(
     shadow_max_tokens=1024,
     scoring=True,
     tap=False,
-    serving=None,
     forced=None,
     control_fraction=0.5,
     acknowledged=frozenset({VERSION}),

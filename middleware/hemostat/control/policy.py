@@ -68,7 +68,6 @@ class PolicyPublisher:
             scoring=self._monitor.ready
             and any(pair.reference is not None and not self._breakers.open(pair.name, now) for pair in served.pairs),
             tap=bool(self._engines.live(now)),
-            serving=profiles.serving.version,
             forced=profiles.serving.forced,
             serving_by_kind=profiles.serving.version_by_kind,
             control_fraction=calibration.control_fraction,

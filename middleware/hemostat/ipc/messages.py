@@ -111,10 +111,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """False: nothing is sampled (no reference, vocabulary mismatch)."""
     tap: bool
     """True: shadowed requests carry `hemostat_tap` (an engine plugin has reported)."""
-    serving: str | None
-    """Profile version that treated requests ask for; None is identity."""
     forced: str | None
-    """Profile version put on every request (tests, `--force-profile`); wins over `serving`."""
+    """Profile version put on every request (tests, `--force-profile`); wins over `serving_by_kind`."""
     control_fraction: float
     acknowledged: frozenset[str]
     """Versions that every rank of every engine holds."""
@@ -123,10 +121,6 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """engine: by `vllm_xargs`; request: by temperature and logit_bias, where the client set neither."""
     request_temperature: float | None = None
     request_logit_bias: dict[str, float] = {}
-    scope: str = "pooled"
-    """pooled | label | route | model: what of a request is looked up in `scoped`."""
-    scoped: dict[str, str] = {}
-    """Scope -> the version that its treated requests ask for in place of `serving`."""
     body_limit: int = 4 * 1024 * 1024
     unscorable_models: frozenset[str] = frozenset()
     """Served names (LoRA adapters) that the reference cannot score with: neither scored nor calibrated."""
