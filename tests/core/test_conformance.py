@@ -26,10 +26,9 @@ import hemostat_calibration
 from hemostat_calibration.divergence.trajectory import POSITIONS, Survival
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
-from hemostat_calibration.statistics import confidence, sequential
+from hemostat_calibration.statistics import confidence
 from hemostat_calibration.statistics.confidence import ClippedMean, MeanSequence, Proportion
 from hemostat_calibration.statistics.estimator import Estimator
-from hemostat_calibration.statistics.sequential import LowerSequence
 from hemostat_calibration.statistics.streaming import Histogram, RatioEstimate, student_975
 
 EDGES = (0.0, 0.1, 0.5, 2.0)
@@ -66,16 +65,6 @@ def histogram_batch(observations):
     limits = [-np.inf, *EDGES, np.inf]
     counts = [((values > a) & (values <= b)).sum() for a, b in itertools.pairwise(limits[:-1])]
     return [*counts, (values > EDGES[-1]).sum(), values[np.isfinite(values)].sum()]
-
-
-def capital_batch(observations):
-    """The mixture's capital, from its definition."""
-    state = LowerSequence.begin(-1.0, 1.0)
-    x = np.array(observations)
-    factors = 1 - sequential._FRACTIONS + sequential._FRACTIONS * ((x[:, None, None] + 1) / (state.grid[:, None] + 1))
-    capital = (factors.prod(0) * sequential._WEIGHTS).sum(-1)
-    refuted = capital >= 20.0
-    return [state.grid[refuted].max() if refuted.any() else -1.0, x.mean()]
 
 
 def clipped_batch(observations):
@@ -204,14 +193,6 @@ CASES = {
         lambda a, b: a.merge(b),
         lambda state: [*state.get(), state.total],
         histogram_batch,
-    ),
-    "lower sequence": Case(
-        lambda: LowerSequence.begin(-1.0, 1.0),
-        lambda rng: float(np.clip(rng.normal(0.3, 0.1), -1, 1)),
-        lambda state, x: state.update(x),
-        lambda a, b: a.merge(b),
-        lambda state: [state.get(0.05), state.mean],
-        capital_batch,
     ),
 }
 

@@ -80,6 +80,8 @@ class Judge:
         tested = self._trials.tested if self._lease.leads else []
         admitted = [candidate for candidate in tested if self._trials.admit(candidate.test, record)]
         if not watched and not admitted:
+            for candidate in tested:
+                self._give_way(candidate)
             return
         selected = self._serving.kinds[record.kind].version
         over_identity = self._interval(record, selected, gains) if selected is not None else (0.0, 0.0)
@@ -129,11 +131,13 @@ class Judge:
         return True
 
     def _give_way(self, candidate: Candidate) -> None:
-        """Drop a candidate that is not proven anywhere after many units, where others wait."""
+        """Drop a candidate that is not proven anywhere after many units, where others wait. Units that were refused for
+        their client's share count, too: a test whose other clients are gone would else never end."""
         if not self._trials.waiting:
             return
         running = self._trials.running_kinds(candidate)
-        units = max((self._trials.evidence(candidate, kind).units for kind in running), default=0)
+        shown = [self._trials.evidence(candidate, kind) for kind in running]
+        units = max((evidence.units + evidence.refused for evidence in shown), default=0)
         equal_waits = self._trials.has_waiting_equal(candidate)
         if units >= (MAX_UNPROVEN_UNITS if equal_waits else MAX_UNPROVEN_UNITS_BEFORE_LOWER):
             why = f"not proven by {units} held-out requests of its most frequent kind, and others wait"
