@@ -16,6 +16,7 @@ had been larger. So whatever multiplies the spreads of a kind by something betwe
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -161,6 +162,7 @@ def _half_tokens(requests: Floats, centre: float) -> float:
     return min(within / between, MAX_HALF_TOKENS) if between > 0.0 else MAX_HALF_TOKENS
 
 
+@functools.lru_cache(maxsize=1024)
 def upper_limit(hits: int, trials: int, alpha: float) -> float:
     """Upper limit of a probability, at least 1 − alpha certain: the g with P(Binomial(trials, g) ≤ hits) = alpha.
 
