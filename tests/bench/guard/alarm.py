@@ -172,6 +172,7 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
         yield false_alarms(name, lives, alarms(lives, seed, longer))
     yield from real_shifts(lives, seed)
     yield from delays(lives, seed)
+    yield from simulated_delays(lives, seed)
     yield mix_row(lives, seed)
     yield budget_row(lives, seed)
 
@@ -226,6 +227,26 @@ def delays(lives: int, seed: int) -> Iterator[Row]:
                 f"median <= {most} requests" if limited else "reported",
                 most is None or not limited or bool(middle <= most),
             )
+
+
+def simulated_delays(lives: int, seed: int) -> Iterator[Row]:
+    """Changes of the spread above the tolerance, after 20 tested requests."""
+    begin = SETTINGS.baseline_requests + 20
+    for factor in (1.5, 2.0, 4.0):
+        found = []
+        for number in range(max(lives // 2, 20)):
+            rng = np.random.default_rng((seed, number))
+            effects = normal_effects(rng, begin + REQUESTS, 0.15)
+            kinds, requests = one_kind(
+                simulated(rng, begin, effects[:begin], SHORT),
+                simulated(rng, REQUESTS, effects[begin:], SHORT, factor),
+            )
+            at = crossing(kinds, requests)
+            if at is None or at >= begin:
+                found.append(math.inf if at is None else at + 1.0 - begin)
+        middle, late = np.quantile(found, [0.5, 0.95], method="higher")
+        told = f"median {middle:.0f} requests (95 %: {late:.0f})"
+        yield Row(f"a change of the spread ×{factor}, request effects 0.15", told, "reported", True)
 
 
 def mixed(rng: np.random.Generator, pools: list[Array], kinds: npt.NDArray[np.int64]) -> Array:
