@@ -4,10 +4,10 @@ Invariants:
 - The replica that holds the store's lease is the leader: it alone proposes, tests, promotes and rolls back, and so
   spends alpha. By its own clock it holds the lease for less time than by the store's, and the store refuses its writes
   once another replica has led: two leaders at once cannot write an event or a state.
-- A new leader continues from what the store says, the numbers of tests included, as after a restart: the evidence of
-  tests in progress is lost with their leader, and the alpha that they spent stays spent. (Where a leader died before it
-  had written that a test began, that test has decided nothing: decisions are written after it.) Where no other replica
-  led in between, or the store has lost its data, the replica's own state is kept and written again.
+- A new leader continues from what the store says, as after a restart: tests and windows go on from what their leader
+  wrote last, and the alpha that was spent since stays spent. (Where a leader died before it had written that a test
+  began, that test has decided nothing: decisions are written after it.) Where no other replica led in between, or the
+  store has lost its data, the replica's own state is kept and written again.
 - While the store does not answer, serving continues unchanged. The lease expires, and nobody promotes or begins a test;
   the last leader goes on watching what serves, and rolls back what harms. A switch to `off` and a rollback take effect
   at once at the replica where the operator asks for them, and at all others once the store answers.
