@@ -32,7 +32,7 @@ from hemostat.config.schema import Calibration, Settings
 from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
-from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS
+from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, Reason
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
 from hemostat.reference.monitor import ReferenceState
@@ -330,6 +330,13 @@ class Life:
 
     def roll_back(self, kind: str | None = None) -> str:
         return self._asked(lambda: self._profiles.operator.roll_back("asked for by the operator", kind))
+
+    def harm(self, kind: str) -> None:
+        """An outcome of the treated requests of this kind is proven to be worse."""
+        self._profiles.lifecycle.roll_back(kind, Reason.OUTCOMES, "valid JSON fell by more than the margin", {})
+
+    def release(self, kind: str | None = None) -> str:
+        return self._asked(lambda: self._profiles.operator.release(kind))
 
     def end(self) -> None:
         """The process ends, and writes what it knows."""

@@ -221,7 +221,16 @@ def kinds(log: Log) -> None:
     answers = [life.promote(life.import_profile(contextual(0.2 + 0.1 * n)), f"chat label l{n}") for n in range(5)]
     life.saves = [save for save in life.saves if save["write"] != "set_state"]
     log.step("more kinds than are followed, more profiles than may serve; without the states", life, answers)
-    log.step("roll back everything", life, life.roll_back())
+    life.harm("chat label l0")
+    answers = [life.release("chat label l1"), life.release()]
+    life.saves = []
+    log.step("an outcome of one kind is harmed; without what is saved", life, answers)
+    life.feed(EVEN, LEARNED[:60], kind="chat")
+    life.saves = []
+    log.step("another kind takes the place of the rarest; without what is saved", life)
+    answers = [life.roll_back()]
+    life.saves = []
+    log.step("roll back everything; without what is saved", life, answers)
     for kind in ("route", "model"):
         other = Life(scope=kind)
         other.feed(BIASED, LEARNED[:2], route="/v1/completions", model="m", label="chat")

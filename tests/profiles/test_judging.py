@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.profile_bench import ANCHORS, BIASED, EVEN, JUDGED, LEARNED, MODEL, Bench, contextual, harmful
+from tests.support.profile_bench import (
+    ANCHORS,
+    BIASED,
+    EVEN,
+    JUDGED,
+    LEARNED,
+    MODEL,
+    Bench,
+    contextual,
+    harmful,
+    helpful,
+)
 from tests.support.records import make_record, profiles, truths
 
 from hemostat.ipc.messages import REST_KIND
@@ -110,6 +121,23 @@ def test_an_unproven_candidate_is_dropped_where_others_wait(monkeypatch: pytest.
     assert bench.profiles.trials.tested_versions == [second, third], "temperature and bias wait longer"
     bench.feed(EVEN, JUDGED[109:112])
     assert bench.profiles.trials.tested_versions == [third, bias]
+
+
+def test_a_candidate_that_is_tested_in_rare_kinds_only_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "MAX_SEEN_UNITS", 50)
+    bench = Bench()
+    for kind in ("often", "rare"):
+        bench.feed(BIASED, JUDGED[:1], kind=kind)
+    first = bench.profiles.operator.import_profile(helpful())
+    bench.feed(BIASED, JUDGED[1:], bench.serves, kind="often")
+    assert bench.profiles.trials.tested_versions == [first], "it goes on being tested in the rare kind"
+    bench.feed(BIASED, JUDGED[400:500], kind="often")
+    assert bench.profiles.trials.tested_versions == [first], "nobody waits"
+    others = [bench.profiles.operator.import_profile(harmful(seed=seed)) for seed in range(2)]
+    bench.feed(BIASED, JUDGED[500:501], kind="often")
+    assert bench.profiles.trials.tested_versions == others
+    assert bench.profiles.serving.kinds["often"].version == first
+    assert bench.last("drop")["why"].startswith("not proven in another kind during")
 
 
 def test_a_record_is_no_evidence_for_a_profile_that_the_engine_did_not_report() -> None:

@@ -29,6 +29,10 @@ better one waits."""
 MAX_UNPROVEN_UNITS_BEFORE_LOWER = 4 * MAX_UNPROVEN_UNITS
 """The same where only candidates of a lower priority wait."""
 
+MAX_SEEN_UNITS = 4 * MAX_UNPROVEN_UNITS
+"""Held-out units of any kind since its test began, or since it was promoted last, after which a candidate is dropped
+where others wait: the kinds in which it is still tested are rare."""
+
 ROLL_BACK_TEXTS = {
     guard_decisions.Reason.HARM: "its gain on held-out requests of this kind is below zero",
     guard_decisions.Reason.UNSUPPORTED: "its gain was not proven again within the window",
@@ -76,6 +80,13 @@ class Judge:
             return
         if fresh:
             self._lifecycle.count_unit(record.kind)
+        self._judge(record, gains)
+        if self._lease.leads:
+            self._trials.count_seen(record.kind)
+            for candidate in self._trials.tested:
+                self._give_way(candidate)
+
+    def _judge(self, record: TokenRecord, gains: RecordGains) -> None:
         watched = self._trials.admit(WATCH, record)
         tested = self._trials.tested if self._lease.leads else []
         admitted = [candidate for candidate in tested if self._trials.admit(candidate.test, record)]
@@ -93,9 +104,7 @@ class Judge:
         counted = [c for c in admitted if self._count(c, record, over_identity, gains)]
         if watched and self._judge_serving(record.kind):
             return
-        if not self._promote_best(counted, record.kind):
-            for candidate in counted:
-                self._give_way(candidate)
+        self._promote_best(counted, record.kind)
 
     def _count(self, candidate: Candidate, record: TokenRecord, serving_gain: Interval, gains: RecordGains) -> bool:
         """Whether anything is known of the candidate's gain over what serves."""
@@ -115,20 +124,18 @@ class Judge:
         self._lifecycle.roll_back(kind, Reason(decision.reason), ROLL_BACK_TEXTS[decision.reason], evidence)
         return True
 
-    def _promote_best(self, candidates: list[Candidate], kind: str) -> bool:
-        """Of those that are proven here, and may serve, promote the one with the largest gain; whether one was."""
+    def _promote_best(self, candidates: list[Candidate], kind: str) -> None:
+        """Of those that are proven here, and may serve, promote the one with the largest gain."""
         if self._serving.kinds[kind].pinned:
-            return False
+            return
         proven = [
             candidate
             for candidate in candidates
             if self._trials.promotes(candidate, kind) and self._serving.has_room(candidate.version, {kind})
         ]
-        if not proven:
-            return False
-        best = max(proven, key=lambda candidate: self._trials.evidence(candidate, kind).mean_gain)
-        self._lifecycle.promote(best, kind)
-        return True
+        if proven:
+            best = max(proven, key=lambda candidate: self._trials.evidence(candidate, kind).mean_gain)
+            self._lifecycle.promote(best, kind)
 
     def _give_way(self, candidate: Candidate) -> None:
         """Drop a candidate that is not proven anywhere after many units, where others wait. Units that were refused for
@@ -141,6 +148,9 @@ class Judge:
         equal_waits = self._trials.has_waiting_equal(candidate)
         if units >= (MAX_UNPROVEN_UNITS if equal_waits else MAX_UNPROVEN_UNITS_BEFORE_LOWER):
             why = f"not proven by {units} held-out requests of its most frequent kind, and others wait"
+            self._lifecycle.drop(candidate, Reason.UNPROVEN, why)
+        elif (seen := self._trials.seen(candidate)) >= MAX_SEEN_UNITS:
+            why = f"not proven in another kind during {seen} held-out requests, and others wait"
             self._lifecycle.drop(candidate, Reason.UNPROVEN, why)
 
     def _interval(self, record: TokenRecord, version: str, gains: RecordGains) -> Interval | None:

@@ -81,6 +81,8 @@ class Trials:
         self._on_begun = on_begun
         self.guard = Guard(alpha, client_share)
         self._queue: list[Candidate] = []
+        self._seen: dict[Candidate, int] = {}
+        """Of candidates under test: held-out requests of their scope since the test began or they were promoted."""
 
     @property
     def queue(self) -> tuple[Candidate, ...]:
@@ -211,11 +213,22 @@ class Trials:
                 self._serving.kinds[kind].add_tried(candidate.version)
         self._arrange()
 
+    def count_seen(self, kind: str) -> None:
+        """A held-out request of this kind, whether it counted in a test or not."""
+        scope = self._serving.kinds[kind].scope
+        tested = [candidate for candidate in self.tested if candidate.scope in (ALL, scope)]
+        self._seen = {c: n for c, n in self._seen.items() if c in self._queue}
+        self._seen.update({candidate: self.seen(candidate) + 1 for candidate in tested})
+
+    def seen(self, candidate: Candidate) -> int:
+        return self._seen.get(candidate, 0)
+
     def freeze(self, version: str, kind: str) -> None:
         """The profile serves this kind now: nothing more is counted for it there."""
         for candidate in self._queue:
             if candidate.version == version and kind in self.running_kinds(candidate):
                 self.guard.freeze(candidate.test, kind)
+                self._seen.pop(candidate, None)
 
     def forget_kind(self, kind: str) -> None:
         """End all tests in a kind that is not followed any more."""
