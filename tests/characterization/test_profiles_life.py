@@ -223,14 +223,15 @@ def kinds(log: Log) -> None:
     log.step("more kinds than are followed, more profiles than may serve; without the states", life, answers)
     life.harm("chat label l0")
     answers = [life.release("chat label l1"), life.release()]
-    life.saves = []
-    log.step("an outcome of one kind is harmed; without what is saved", life, answers)
-    life.feed(EVEN, LEARNED[:60], kind="chat")
-    life.saves = []
-    log.step("another kind takes the place of the rarest; without what is saved", life)
+    life.saves = [save for save in life.saves if save["write"] != "set_state"]
+    log.step("an outcome of one kind is harmed; without the states", life, answers)
+    for kind in ("chat", "code"):
+        life.feed(EVEN, LEARNED[:60], kind=kind)
+    life.saves = [save for save in life.saves if save["write"] != "set_state"]
+    log.step("others take the places of the rarest; without the states", life)
     answers = [life.roll_back()]
-    life.saves = []
-    log.step("roll back everything; without what is saved", life, answers)
+    life.saves = [save for save in life.saves if save["write"] != "set_state"]
+    log.step("roll back everything; without the states", life, answers)
     for kind in ("route", "model"):
         other = Life(scope=kind)
         other.feed(BIASED, LEARNED[:2], route="/v1/completions", model="m", label="chat")
