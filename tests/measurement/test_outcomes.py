@@ -229,4 +229,28 @@ def test_other_models_begin_anew() -> None:
     world.report(True, True, conversation=b"one")
     world.outcomes.forget()
     world.report(True, True, conversation=b"one")
-    assert (world.shown[KIND]["trial"], world.shown[KIND]["units"]) == (1, 1)
+    assert (world.shown[KIND]["trial"], world.shown[KIND]["units"]) == (2, 1), "alpha stays spent"
+
+
+def test_alpha_that_was_spent_in_a_kind_stays_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the kind is not followed for a while, where the models change, and over restarts."""
+    monkeypatch.setattr(outcomes, "MAX_COUNTED_KINDS", 2)
+    world = World()
+    for expected in (1, 2, 3):
+        world.traffic(5, 0.5, 0.5)
+        assert world.shown[KIND]["trial"] == expected
+        world.served.followed.remove(KIND)
+        world.outcomes.check()
+        world.served.followed.add(KIND)
+        if expected == 2:
+            world.outcomes.forget()
+        world.outcomes.save()
+        world.restart()
+    for other in ("a", "b", "c"):
+        world.served.by_kind[other] = "v1"
+        world.served.followed.add(other)
+        world.traffic(2, 0.5, 0.5, kind=other)
+        world.served.followed.remove(other)
+        world.outcomes.check()
+    world.traffic(5, 0.5, 0.5)
+    assert world.shown[KIND]["trial"] == 4, "among those that share a count"

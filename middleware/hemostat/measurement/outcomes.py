@@ -36,6 +36,8 @@ SAVE_SECONDS = 60.0
 """Pause between writes of the state. After a restart, units since the last one are lost."""
 MAX_SEEN = 20_000
 """Conversations, by kind, that are remembered as counted; the oldest is forgotten."""
+MAX_COUNTED_KINDS = 256
+"""Kinds that are not followed now and whose trials are counted each by itself; further ones share one count."""
 _SEEN_BYTES = 6
 _FORMAT = 1
 _OUTCOMES = frozenset(outcome.value for outcome in Outcome)
@@ -94,6 +96,9 @@ class Outcomes:
         self._wall = wall
         self._saved_at = wall()
         self._kinds: dict[str, _Kind] = {}
+        self._begun: dict[str, int] = {}
+        """Trials begun in kinds that are not in `_kinds` now: what they spent of alpha is not spent again. "": in any
+        other."""
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._counts: Counter[tuple[str, str, str, str]] = Counter()
         """Units since this process started, by kind, arm, outcome and result."""
@@ -107,7 +112,10 @@ class Outcomes:
             return
         if not self._is_first(kind, report.conversation):
             return
-        state = self._kinds.setdefault(kind, _Kind())
+        state = self._kinds.get(kind)
+        if state is None:
+            number = self._begun.pop(kind, self._begun.get("", 0))
+            state = self._kinds[kind] = _Kind(number)
         if state.trial is None or state.trial.version != report.version:
             state.number += 1
             state.trial = Trial(self._settings, report.version, state.number)
@@ -136,7 +144,7 @@ class Outcomes:
         """What is due because of new units, or because time has passed. Call it regularly."""
         followed = set(self._served.kinds())
         for kind in [kind for kind in self._kinds if kind not in followed]:
-            del self._kinds[kind]
+            self._drop(kind)
             self._counts = Counter({labels: n for labels, n in self._counts.items() if labels[0] != kind})
         for kind, state in self._kinds.items():
             if state.harmed is not None and not self._served.is_held(kind):
@@ -146,6 +154,13 @@ class Outcomes:
                 self._judge(kind, state)
         if self._wall() - self._saved_at >= SAVE_SECONDS:
             self.save()
+
+    def _drop(self, kind: str) -> None:
+        """Forget what was counted in a kind; the trials that have begun there stay counted."""
+        self._begun[kind] = self._kinds.pop(kind).number
+        if len(self._begun) > MAX_COUNTED_KINDS:
+            oldest = next(name for name in self._begun if name)
+            self._begun[""] = max(self._begun.pop(oldest), self._begun.get("", 0))
 
     def _judge(self, kind: str, state: _Kind) -> None:
         trial = state.trial
@@ -165,8 +180,9 @@ class Outcomes:
     # --- restarts --------------------------------------------------------------------------------------------------
 
     def forget(self) -> None:
-        """The models are others: all that was counted is about something else."""
-        self._kinds.clear()
+        """The models are others: all that was counted is about something else. Alpha that was spent stays spent."""
+        for kind in list(self._kinds):
+            self._drop(kind)
         self._seen.clear()
 
     def save(self) -> None:
@@ -184,6 +200,7 @@ class Outcomes:
             "format": _FORMAT,
             "control_fraction": self._control_fraction,
             "kinds": kinds,
+            "begun": self._begun,
             "seen": base64.b64encode(b"".join(self._seen)).decode(),
         }
         self._writes.set_state(STATE_KEY, json.dumps(state))
@@ -198,13 +215,14 @@ class Outcomes:
                 raise ValueError(f"format {state['format']}")
             same = state["control_fraction"] == self._control_fraction
             kinds = {kind: self._load_kind(saved, same) for kind, saved in state["kinds"].items()}
+            begun = {str(kind): int(number) for kind, number in state["begun"].items()}
             seen = base64.b64decode(state["seen"], validate=True)
         except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, InvalidArgumentError) as error:
             log.error("stored outcomes: %s", error)
             return
         if not same:
             log.warning("stored outcomes are of another calibration.control_fraction: their units do not count")
-        self._kinds = kinds
+        self._kinds, self._begun = kinds, begun
         self._seen = OrderedDict.fromkeys(seen[i : i + _SEEN_BYTES] for i in range(0, len(seen), _SEEN_BYTES))
 
     def _load_kind(self, saved: Mapping[str, Any], same_arms: bool) -> _Kind:
