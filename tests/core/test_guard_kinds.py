@@ -9,8 +9,8 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.closing import adjusted
 from hemostat_calibration.guard.decisions import Action, Admission, Reason, Role
 from hemostat_calibration.guard.guard import MAX_COUNTED_KINDS, MAX_WINDOW, Guard, window_after_promotion
-from hemostat_calibration.guard.kind_test import MAX_UNITS, KindTest
-from hemostat_calibration.guard.wealth import FRACTIONS, MAX_CLIENTS, PRIOR, SLOTS, log_evidence, log_factors
+from hemostat_calibration.guard.kind_test import MAX_UNITS, MERIT, KindTest
+from hemostat_calibration.guard.wealth import FRACTIONS, MAX_CLIENTS, PRIOR, SLOTS, log_evidence, log_factors, log_proof
 
 CLIENTS = 10
 TEST, WATCH = "candidate", "serving"
@@ -240,6 +240,9 @@ def test_the_evidence_is_as_defined(clients):
     rng = np.random.default_rng(clients)
     by_client = np.array([log_factors(x) * 3 for x in rng.uniform(-0.6, 0.8, clients)])
     assert log_evidence(by_client, clients) == pytest.approx(math.log(brute_force(by_client)))
+    kept = [by_client] + [np.delete(by_client, a, axis=0) for a in range(clients if clients >= 4 else 0)]
+    proofs = [float(np.exp(rows.sum(axis=0)) @ PRIOR) for rows in kept]
+    assert log_proof(by_client, clients) == pytest.approx(math.log(min(proofs)))
 
 
 def test_no_client_decides():
@@ -251,6 +254,14 @@ def test_no_client_decides():
     alone = np.vstack([np.zeros((9, len(FRACTIONS))), [log_factors(1.0) * 500]])
     assert log_evidence(alone, 10) < 1e-9
     assert math.isfinite(log_evidence(np.array([log_factors(-1.0) * 4000] * 64), 64))
+
+
+def test_others_gains_do_not_hide_what_one_client_loses():
+    """The mean over all is below 0: that all but one client gain is no proof. What serves is not taken back for it."""
+    mixed = np.vstack([np.array([log_factors(0.1)] * 9) * 30, [log_factors(-0.9) * 60]])
+    assert log_proof(mixed[:9], 9) > 10.0
+    assert log_proof(mixed, 10) < 0.0
+    assert log_evidence(mixed, 10) > 10.0
 
 
 @pytest.mark.parametrize("mean", [-0.3, 0.0, 0.3])
@@ -267,6 +278,19 @@ def test_what_is_not_evaluated_would_not_be_enough(mean):
             if rng.random() < 0.1:
                 assert test.log_e(bet) == exact == test.ceiling[bet]
         assert test.harm_reaches(1.0) == (test.log_harm >= 1.0)
+
+
+@pytest.mark.parametrize("mean", [-0.3, 0.0, 0.3])
+def test_the_same_of_a_candidate(mean):
+    rng = np.random.default_rng(0)
+    test = KindTest(Role.CANDIDATE, 1.0, 1)
+    for n in range(300):
+        gain = float(np.clip(rng.normal(mean, 0.5), -1.0, 1.0))
+        test.update(key(n), b"client %d" % rng.integers(12), gain, gain, int(rng.integers(1, 2000)))
+        exact = log_proof(test.wealth[MERIT, : test.clients], test.clients)
+        assert test.ceiling[MERIT] >= exact
+        if rng.random() < 0.1:
+            assert test.log_e(MERIT) == exact == test.ceiling[MERIT]
 
 
 def test_further_clients_share_places():

@@ -17,6 +17,7 @@ from hemostat_calibration.guard.wealth import (
     Floats,
     log_evidence,
     log_factors,
+    log_proof,
     without_any,
 )
 from hemostat_calibration.statistics.running_mean import RunningMean
@@ -158,10 +159,11 @@ class KindTest:
         self.evidence.clear()
 
     def log_e(self, bet: int) -> float:
-        """Logarithm of the evidence that needs no single client."""
+        """Logarithm of the evidence that needs no single client: to begin, or for what serves (see `wealth`)."""
         found = self.evidence.get(bet)
         if found is None:
-            found = self.evidence[bet] = log_evidence(self.wealth[bet, : self.clients], self.clients)
+            evidence = log_proof if self.role is Role.CANDIDATE else log_evidence
+            found = self.evidence[bet] = evidence(self.wealth[bet, : self.clients], self.clients)
             self.ceiling[bet] = found
         return found
 

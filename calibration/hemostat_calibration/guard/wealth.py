@@ -1,4 +1,4 @@
-"""An e-process of the hypothesis "the mean is at most 0", of which no single client's observations decide.
+"""E-processes of the hypothesis "the mean is at most 0", of which no single client's observations decide.
 
 By betting (Waudby-Smith & Ramdas, JRSS-B 2024). Every observation X is at least −width. If its mean given the past is
 at most 0, then for a fraction f in [0, 1)
@@ -12,22 +12,30 @@ the spread (the regime here: gains of some hundredths of a nat, of a similar spr
 the mixture is put there.
 
 The product does not depend on the order, and whose an observation is, is known before its value. So K without the
-factors of any fixed set of clients is an e-process, too: the one of the other clients' observations. With C clients
-seen and K^-a, K^-ab without those of a, of a and b, the evidence is
+factors of any fixed set of clients is an e-process, too: the one of the other clients' observations. With K^-a, K^-ab
+without those of a, of a and b, there are two kinds of evidence.
+
+**To begin** (`log_proof`): the least of K and all K^-a. It is valid for all traffic, and for that without any one
+client: what a client sends cannot prove a gain that the others do not have, and the others' gain does not hide what one
+client loses, as long as the mean over all is at most 0. A client that sends losses can prevent the proof.
+
+**To stay, and to be taken back** (`log_evidence`): what serves must neither be taken back nor be kept because one
+client sends losses, or gains, on purpose. With C clients seen it is
 
     min over a of  1/2 K^-a + 1/2 mean over b of K^-ab
 
 with `MAX_CLIENTS` values of b, numbered in order of appearance and weighted by `SLOTS` (K^-ab = K^-a for b = a and for
 those not seen yet).
 
-- It is valid for all traffic: each term of the minimum is a mixture of e-processes.
-- It is valid for the others' traffic, whatever client a sends: the minimum is at most the term without a.
-- One client that sends losses on purpose cannot hide the others' evidence, up to a factor of half its `SLOTS` (1/30 to
-  1/350): every term holds one without it.
+- It is valid where the mean is at most 0 for all clients that are left when any two are left out: then each term of the
+  minimum is a mixture of e-processes, also the one without the client a that sends what it likes. Where the mean is at
+  most 0 only because of one client, that client's observations are what is left out.
+- One client that sends the opposite on purpose cannot hide the others' evidence, up to a factor of half its `SLOTS`
+  (1/30 to 1/350): every term holds one without it.
 
-With fewer than `MIN_CLIENTS` clients nothing can be left out: the evidence is 1/2 K + 1/2 mean over b of K^-b. The
-guarantee for all traffic holds over that change, too: the term of the client that appears as number `MIN_CLIENTS` is a
-single e-process which the evidence never exceeds, before or after. The guarantee against one client does not: stated in
+With fewer than `MIN_CLIENTS` clients nothing can be left out: the evidence is K, or 1/2 K + 1/2 mean over b of K^-b. It
+stays valid over that change: the term of the client that appears as number `MIN_CLIENTS` is a single e-process which
+the evidence never exceeds, before or after. The guarantee against one client does not hold below it: stated in
 `Evidence.client_share_active`.
 
 Not covered: clients who act together, or one client under several names.
@@ -71,8 +79,24 @@ def log_factors(x: float) -> Floats:
     return factors
 
 
+def log_proof(by_client: Floats, clients: int) -> float:
+    """Logarithm of the evidence that is needed to begin, of all observations and of those without any one client.
+
+    by_client, clients: as for `log_evidence`.
+
+    >>> one = np.tile(log_factors(0.25), (8, 1)) * 5
+    >>> one[0] = log_factors(-0.5) * 20
+    >>> log_proof(one[1:], 7) > 3.0 > 0.0 > log_proof(one, 8)
+    True
+    """
+    total = by_client.sum(axis=0, keepdims=True)
+    log_k = np.vstack([total, total - by_client]) if clients >= MIN_CLIENTS else total
+    top = log_k.max(axis=1)
+    return float((top + np.log(np.exp(log_k - top[:, None]) @ PRIOR)).min())
+
+
 def log_evidence(by_client: Floats, clients: int) -> float:
-    """Logarithm of the evidence that the module describes.
+    """Logarithm of the evidence for what serves: to stay, and to be taken back.
 
     by_client: float64 [C, F], the sum of `log_factors` of each place. clients: C.
 
