@@ -16,15 +16,16 @@ The evidence is described, with its sources, in `wealth`; the closed test in `cl
 gains' distribution and however often one looks, as long as no gain is below −width:
 
 - Promotion: over the whole run, however many candidates and kinds, the chance of ever promoting a profile in a kind in
-  which its mean gain is at most 0 is at most alpha. (Mean gain: of a unit of this kind given all units before it, at
-  most 0 at each of them.)
+  which its mean gain is at most 0 is at most alpha. (Mean gain: of a unit of this kind that counts, given all
+  units before it, at most 0 at each of them.)
 - Roll back for harm: for each kind, the chance of ever rolling back for harm a profile whose mean gain there is at
   least 0, by unit and by token (tokens of a unit above `KindTest.token_cap` not counted), is at most alpha. Kinds do
   not share this alpha: to miss a harm is worse than to lose a gain.
 - Staying: a profile whose mean gain in a kind is at most 0 throughout a window outlasts it there with a chance of at
   most alpha, each window anew.
-- One client: none of these depends on what any one client sends, from `wealth.MIN_CLIENTS` clients on. (Its share of a
-  test's units is at most `client_share`, too, so that it does not use up a window.)
+- One client: none of these errors becomes likelier by what any one client sends, from `wealth.MIN_CLIENTS` clients on.
+  (Its share of a test's units is at most `client_share`, too, so that it does not use up a window.) For what serves the
+  price is that "at most 0" and "at least 0" have to hold for what remains without any two clients; see `wealth`.
 
 What is not: that the gain by token is above 0 at promotion is an estimate without an error rate (a long answer weighs
 as much as hundreds of short ones, so that no bound of it would be short). A profile that helps is rolled back as
