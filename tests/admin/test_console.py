@@ -5,6 +5,7 @@ On a real run: tests/e2e/test_console.py.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import time
@@ -17,7 +18,7 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from tests.support.admin_server import Served, everything, served
+from tests.support.admin_server import KINDS, Served, everything, served
 from tests.support.console_text import interval, nats, percent
 from tests.support.control import TOKEN
 from tests.support.served_models import pair, served_models
@@ -25,6 +26,7 @@ from tests.support.served_models import pair, served_models
 from hemostat.admin import history as overview
 from hemostat.admin.app import ASSETS
 from hemostat.admin.history import MAX_POINTS, RECENT_POINTS, History
+from hemostat.ipc.messages import REST_KIND
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
@@ -76,7 +78,7 @@ def test_an_alarm_is_seen_first_and_since_when(page: Page, one: Served) -> None:
     assert page.locator("#verdict").get_attribute("class") == "verdict bad"
     assert page.title() == "ALARM – Hemostat"
     [row] = [row for row in rows(page, "tests") if "raised" in row]
-    assert raised["kind"] in row
+    assert row.startswith(f"change | {raised['kind']} | raised")
     assert percent(raised["evidence"], 0) in row
     assert f"{raised['on_tokens']} tokens of {raised['on_requests']} requests" in row
     assert len(rows(page, "tests")) == len(get(one, "status")["alarm"]["tests"])
@@ -87,6 +89,68 @@ def test_an_alarm_is_seen_first_and_since_when(page: Page, one: Served) -> None:
     expect(page.get_by_role("heading", name="HemostatModelChanged")).to_be_in_viewport()
     page.get_by_role("link", name="Back to the console").click()
     expect(page.locator("#alarm")).to_contain_text("ALARM")
+
+
+@needs_chromium
+def test_the_alarm_says_by_kind_what_it_waits_for_and_what_is_only_the_workload(page: Page, one: Served) -> None:
+    alarm = get(one, "status")["alarm"]
+    baselines = {row.partition(" | ")[0]: row for row in rows(page, "baselines")}
+    for kind in alarm["kinds"]:
+        state = "complete" if kind["watched"] else f"{kind['baseline_requests']} of 30 requests"
+        assert state in baselines[kind["kind"]]
+    assert any(kind["watched"] for kind in alarm["kinds"])
+    assert not all(kind["watched"] for kind in alarm["kinds"])
+    mix = alarm["workload"]
+    assert page.locator("#workload").inner_text() == (
+        "Workload: no change of the mix of kinds is proven; distance from the baseline's mix "
+        f"{percent(mix['distance'], 0)}; spread of the divergence in the baseline's mix ×{mix['spread_ratio']:.2f}"
+    )
+
+
+@needs_chromium
+def test_what_serves_each_kind_and_on_what_evidence(page: Page, one: Served) -> None:
+    status = get(one, "status")
+    shown = {row.partition(" | ")[0]: row for row in rows(page, "kinds")}
+    kinds = {kind["kind"]: kind for kind in status["calibration"]["kinds"]}
+    assert shown.keys() == kinds.keys() == {*KINDS, REST_KIND}
+    assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1.0)
+    for name, kind in kinds.items():
+        assert f"{name} | {percent(kind['share'])} | " in shown[name]
+        assert kind["summary"] in shown[name]
+        assert kind["client_share"] in shown[name]
+    serves, harmed, lacks = (shown[name] for name in KINDS)
+    version = kinds[KINDS[0]]["version"]
+    assert f"{version[:8]}, by an operator" in serves
+    assert "held-out conversations of its window" in serves
+    assert "no harm proven in 120 conversations" in serves
+    assert "active: 5 clients, at most 25% each" in serves
+    assert serves.endswith("Roll back")
+    assert "identity, held" in harmed
+    assert "harmed: cut" in harmed
+    assert harmed.endswith("Release")
+    assert "| identity |" in lacks
+    assert "not enough requests" in lacks
+    assert "inactive: 1 client seen, needs 4" in lacks
+    assert page.locator("#kinds-sub").inner_text() == (
+        "3 kinds followed, all others are “rest”. One client contributes at most 25 % of a test's conversations; "
+        "this limit is inactive below 4 clients."
+    )
+    gains = {row.partition(" | ")[0]: row for row in rows(page, "gains")}
+    for kind in status["kinds"]:
+        assert nats(kind["raw"]["kl_nats"]["estimate"]) in gains[kind["kind"]]
+        gain = kind["gain_nats"]
+        if gain is not None and gain["requests"]:
+            assert f" | {nats(gain['estimate'])} " in gains[kind["kind"]]
+            assert f" | {nats(gain['by_request']['estimate'])} " in gains[kind["kind"]]
+            assert "not enough requests" in gains[kind["kind"]]
+    outcomes = rows(page, "outcomes")
+    assert any(
+        row.startswith(f"{KINDS[0]} | cut | {version[:8]} | 0.0 % of 60 | 0.0 % of 60 | 0.0 % | [") for row in outcomes
+    )
+    models = rows(page, "by-model")
+    assert models[0].startswith("m | ")
+    assert "for this model" in models[0]
+    assert models[1].startswith("unmatched | none: not scored, not treated")
 
 
 @needs_chromium
@@ -155,11 +219,16 @@ def test_whether_calibration_helps_and_what_serves(page: Page, one: Served) -> N
         [row] = [row for row in rows(page, "by-arm") if row.startswith(arm)]
         assert nats(status["arms"][arm]["kl_nats"]["estimate"]) in row
     version = profiles["serving"]
-    assert page.locator("#serving").inner_text() == f"{version} serves."
+    [share] = [kind["share"] for kind in status["calibration"]["kinds"] if kind["version"] == version]
+    part = f"1 of 4 kinds, {math.floor(100 * share + 0.5)} % of the traffic"
+    assert page.locator("#serving").inner_text() == f"{version} serves {part}."
+    assert f"in {part}" in page.locator("#won-sub").inner_text()
     selected = status["calibration"]["selected"]
     [row] = [row for row in rows(page, "profiles") if row.startswith(version[:8])]
-    assert f"{selected['requests']} held-out requests, mean gain {nats(selected['mean_gain'])}" in row
-    assert f"above {nats(selected['lower'])}" in row
+    assert (
+        f"{KINDS[0]}: {selected['requests']} held-out conversations, mean gain {nats(selected['mean_gain'])} by request"
+        in row
+    )
     decisions = rows(page, "events")
     assert len(decisions) == len(profiles["events"]) + len(status["alarm"]["events"])
     assert any("promote" in row and version[:8] in row for row in decisions)
@@ -202,19 +271,26 @@ def test_the_operators_actions(page: Page, one: Served) -> None:
     page.get_by_role("button", name=f"Pin {other}").click()
     page.keyboard.press("Escape")
     assert get(one, "profiles")["pinned"] is False, "nothing without a confirmation"
+    page.get_by_role("button", name=f"Roll back {KINDS[0]}").click()
+    confirm("Roll back this kind?")
+    expect(page.locator("#serving")).to_have_text("identity serves all kinds.")
+    page.get_by_role("button", name=f"Release {KINDS[1]}").click()
+    confirm("Release this kind?")
+    expect(page.get_by_role("button", name=f"Release {KINDS[1]}")).to_be_hidden()
+    assert get(one, "profiles")["held"] == []
     page.get_by_role("button", name=f"Pin {other}").click()
     confirm("Pin this profile?")
-    expect(page.locator("#serving")).to_have_text(f"{other} serves, pinned.")
+    expect(page.locator("#serving")).to_have_text(f"{other} serves 4 of 4 kinds, 100 % of the traffic; pinned.")
     page.get_by_role("button", name="Unpin").click()
     confirm("Unpin?")
     expect(page.get_by_role("button", name="Unpin")).to_be_hidden()
     page.get_by_role("button", name=f"Promote {version}").click()
     confirm("Promote this profile?")
-    expect(page.locator("#serving")).to_have_text(f"{version} serves.")
-    page.get_by_role("button", name="Roll back to identity").click()
+    expect(page.locator("#serving")).to_have_text(f"{version} serves 4 of 4 kinds, 100 % of the traffic.")
+    page.get_by_role("button", name="Roll back all kinds to identity").click()
     confirm("Roll back?")
-    expect(page.locator("#serving")).to_have_text("identity serves.")
-    page.get_by_role("button", name="Accept /v1/chat/completions as baseline").click()
+    expect(page.locator("#serving")).to_have_text("identity serves all kinds.")
+    page.get_by_role("button", name=f"Accept {KINDS[0]} as baseline").click()
     confirm("Accept as the new baseline?")
     expect(page.locator("#verdict")).not_to_have_class("verdict bad")
     expect(page.get_by_role("link", name="What to do")).to_be_hidden()

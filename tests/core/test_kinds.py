@@ -102,3 +102,10 @@ def test_a_limit_out_of_range_is_refused(limit: int) -> None:
 def test_a_shift_of_the_traffic_changes_what_is_followed() -> None:
     names = list(itertools.chain(*(["a", "b", "c"] * 50, ["d"] * 120)))
     assert table(names, limit=3).followed == ("b", "c", "d")
+
+
+def test_every_request_is_counted_once_in_the_total() -> None:
+    table = KindTable(limit=2)
+    for n in range(3 * MAX_COUNTED):
+        table = table.see(f"kind {n}")
+    assert table.total == 3 * MAX_COUNTED

@@ -118,6 +118,15 @@ def test_what_is_shown_is_what_the_api_says(page: Page, stack: Stack) -> None:
     kinds = [kind["kind"] for kind in status["alarm"]["kinds"]]
     assert any(kind.startswith("chat") for kind in kinds)
     assert all(kind in shown("baselines") for kind in kinds)
+    by_kind = shown("kinds")
+    assert {kind["kind"] for kind in status["calibration"]["kinds"]} >= {*kinds, "rest"}
+    for kind in status["calibration"]["kinds"]:
+        assert kind["kind"] in by_kind
+        assert kind["summary"] in by_kind
+    for kind in status["kinds"]:
+        assert nats(kind["raw"]["kl_nats"]["estimate"]) in shown("gains")
+    assert "nothing to compare" in shown("outcomes")
+    assert shown("workload").startswith("Workload: ")
     assert shown("mode") == "observe"
     assert status["compressed"]["models"][0] in shown("models")
     assert f"{status['requests']['scored']} scored" in shown("rate-sub")
@@ -177,11 +186,16 @@ def test_every_action_is_reached_by_the_keyboard(page: Page) -> None:
     reached = []
     for _ in range(80):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.textContent.trim().slice(0, 30)"))
+        reached.append(page.evaluate("document.activeElement.textContent.trim().slice(0, 40)"))
     assert reached[0] == "Skip to the figures"
-    assert {"off", "observe", "auto", "Roll back to identity", "Explain all", "When is an alarm raised?"} <= set(
-        reached
-    )
+    assert {
+        "off",
+        "observe",
+        "auto",
+        "Roll back all kinds to identity",
+        "Explain all",
+        "When is an alarm raised?",
+    } <= set(reached)
     page.get_by_role("button", name="observe").focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog")).to_be_visible()

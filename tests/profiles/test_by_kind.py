@@ -224,11 +224,11 @@ def test_a_candidate_that_is_proven_waits_where_too_many_profiles_serve() -> Non
 def test_the_status_says_in_words_what_a_kind_lacks() -> None:
     bench = Bench()
     bench.feed(EVEN, LEARNED[:1], kind="A")
-    assert kind(bench, "A")["summary"] == "identity; no held-out request yet"
+    assert kind(bench, "A")["summary"] == "identity; no held-out conversation yet"
     bench.feed(BIASED, JUDGED[:1], kind="A")
     assert kind(bench, "A")["summary"] == "identity; no profile is under test here"
     version = bench.profiles.operator.import_profile(contextual(0.3))
-    assert str(kind(bench, "A")["summary"]).endswith("no held-out request like these yet")
+    assert str(kind(bench, "A")["summary"]).endswith("no held-out conversation of this kind yet")
     while True:
         bench.feed(BIASED, JUDGED[int(bench.time) : int(bench.time) + 1], kind="A")
         found = kind(bench, "A")["candidates"]
@@ -237,7 +237,7 @@ def test_the_status_says_in_words_what_a_kind_lacks() -> None:
             break
     assert found, "it is not yet proven"
     needed = found[0]["units_needed"]
-    assert f"at this rate it needs {needed} more like these" in found[0]["summary"]
+    assert f"needs about {needed} more with gains like these" in found[0]["summary"]
     more = bench.feed(BIASED, JUDGED[500:], lambda: bench.profiles.serving.kinds["A"].version == version, kind="A")
     assert 0.2 * needed < more < 5 * needed
     assert json.loads(json.dumps(bench.status(), allow_nan=False)) == bench.status()
@@ -253,5 +253,6 @@ def test_a_client_contributes_a_limited_part_of_a_test() -> None:
     assert isinstance(found, list)
     [candidate] = found
     assert candidate["client_share_active"]
+    assert kind(bench, "A")["client_share"] == f"active: 6 clients, at most 25% each, {candidate['refused']} refused"
     assert candidate["refused"] > 10
     assert candidate["units"] < 70

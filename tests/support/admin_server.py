@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 import uvicorn
+from tests.support.captures import INFO
 from tests.support.control import TOKEN, connect_relay, control, scored, settings
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.served_models import pair, served_models
@@ -23,7 +24,7 @@ from tests.support.world import World
 from hemostat.admin.app import create_app
 from hemostat.admin.hardening import server_settings
 from hemostat.control.composition import Control
-from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, Stats
 from hemostat.reference.monitor import ReferenceState
 from hemostat.shadow.endings import Outcome
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
@@ -32,6 +33,10 @@ from hemostat_calibration.records import Arm, Sampling, TokenRecord
 WORLD = World(bias=0.6, noise=0.3)
 VOCABULARY = 60
 SCORED_ROUTES = ("/v1/chat/completions", "/v1/completions")
+KINDS = ("chat text sampled", "completions text sampled", "chat json sampled")
+"""Of most requests of the first route, of those of the second, and of a few of the first."""
+WARM_UP = 6
+"""Requests before a profile serves the kinds that were met by then: the first two."""
 SAMPLINGS = (Sampling(temperature=1.0), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9))
 ALARM_FROM = 80
 """Request with which the first route's model changes."""
@@ -144,6 +149,13 @@ def record(n: int, serving: CalibrationProfile | None) -> TokenRecord:
     )
 
 
+def with_kind(made: TokenRecord, n: int) -> TokenRecord:
+    """The n-th request, as a conversation of its own, of one of `KINDS` and of a client."""
+    kind = KINDS[2] if n % 8 == 6 else KINDS[made.route == SCORED_ROUTES[1]]
+    client = b"client %d" % (n % 5) if kind == KINDS[0] else b"one"
+    return replace(made, kind=kind, conversation=made.prompt_key, client=client)
+
+
 def stats(requests: int) -> Stats:
     return Stats(
         counters={
@@ -174,18 +186,22 @@ def stats(requests: int) -> Stats:
 
 
 async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
-    """Two routes, three ways of decoding, a profile that serves, one that is tested, an alarm, drops."""
+    """Two routes, three kinds, three ways of decoding, two models, an alarm, drops. One profile serves the first kind,
+    is taken from the second for harm to an outcome and is tested in the third; another one is tested."""
     writer = await connect_relay(one, folder, 1, stats(120))
-    one.monitor.served = served_models(pair("m"))
+    one.monitor.served = served_models(pair("m", info=INFO), pair("unmatched"))
     one.monitor.state, one.monitor.detail = ReferenceState.READY, "made-up/reference (float32)"
     one.profile_manager.set_model_pair("m", VOCABULARY)
     one.profile_manager.operator.set_mode("auto")
     serving = one.profile_manager.operator.import_profile(profile())
-    one.profile_manager.operator.promote(serving)
-    one.profile_manager.operator.import_profile(profile(1))
-    held = one.profile_manager.catalogue.get(serving)
+    held = None
     for n in range(160):
-        made = record(n, held)
+        if n == WARM_UP:
+            one.profile_manager.operator.promote(serving, KINDS[0])
+            one.profile_manager.operator.promote(serving, KINDS[1])
+            one.profile_manager.operator.import_profile(profile(1))
+            held = one.profile_manager.catalogue.get(serving)
+        made = with_kind(record(n, held), n)
         one.pipeline.use_record(made, scored(str(n))[1])
         one.pipeline.received += 1
         one.pipeline.endings.count(Outcome.SCORED)
@@ -201,4 +217,24 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
             shadow = msgspec.structs.replace(status.shadow, reference_tokens=300 * n)
             status = msgspec.structs.replace(status, proxy=proxy, shadow=shadow)
             one.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
+    for kind, harmful in zip(KINDS[:2], (False, True), strict=True):
+        for report in outcome_reports(kind, serving, harmful):
+            one.outcomes.receive(report)
+        one.outcomes.check()
     return writer
+
+
+def outcome_reports(kind: str, version: str, harmful: bool) -> list[OutcomeReport]:
+    """Answers of a kind by arm, of which those with the profile are cut, if it is harmful."""
+    return [
+        OutcomeReport(
+            kind=kind,
+            version=version,
+            treated=n % 2 == 1,
+            conversation=n.to_bytes(4, "big"),
+            client=bytes([n % 7]),
+            bad={"cut": harmful and n % 2 == 1, "empty": False},
+            output_tokens=20,
+        )
+        for n in range(120)
+    ]

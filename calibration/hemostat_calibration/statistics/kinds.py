@@ -61,6 +61,11 @@ class KindTable:
         most, excess = self.counts.get(name, (0, 0))
         return most - excess
 
+    @property
+    def total(self) -> int:
+        """Requests of all kinds so far."""
+        return sum(most for most, _ in self.counts.values())
+
     def see(self, name: str, keep: Collection[str] = ()) -> KindTable:
         """A request of this kind. The result follows at most one name that this table did not, and lost at most one.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
@@ -17,6 +18,7 @@ from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
 from hemostat_calibration.guard.decisions import Evidence
+from hemostat_calibration.guard.wealth import MIN_CLIENTS
 from hemostat_calibration.profiles.profile import IDENTITY
 
 MIN_UNITS_FOR_ESTIMATE = 10
@@ -56,6 +58,7 @@ class Report:
             "scopes": [scope for scope in scopes if scope],
             "kinds": [self._kind(kind) for kind in self._order()],
             "forced": self._serving.forced,
+            "client_share": {"limit": trials.client_share, "needs_clients": MIN_CLIENTS},
             "tests_begun": {"candidate": trials.tests_begun, "serving": sum(trials.guard.windows.values())},
         }
 
@@ -91,7 +94,8 @@ class Report:
         tests = self._tests(kind)
         return {
             "kind": kind,
-            "requests": self._kinds.table.seen(kind),
+            "requests": self._requests(kind),
+            "share": self._requests(kind) / self._kinds.table.total if self._kinds.table.total else None,
             "held_out_units": state.units,
             "version": state.version,
             "chosen": state.chosen,
@@ -103,7 +107,14 @@ class Report:
                 for c, e in tests
             ],
             "summary": self._kind_summary(state, watch, kind, tests),
+            "client_share": self._client_share(watch or (_nearest(tests)[1] if tests else None)),
         }
+
+    def _requests(self, kind: str) -> int:
+        """How many were scored; of `REST_KIND` all that are of no followed kind."""
+        table = self._kinds.table
+        followed = sum(table.seen(name) for name in table.followed)
+        return table.total - followed if kind == REST_KIND else table.seen(kind)
 
     def _tests(self, kind: str) -> list[tuple[Candidate, Evidence]]:
         """Tests of candidates that go on in this kind."""
@@ -121,14 +132,14 @@ class Report:
             how = "pinned by an operator" if state.pinned else _watch_words(watch)
             return f"{state.version[:8]} {'serves' if self._serving.mode == 'auto' else 'would serve'}; {how}"
         if tests:
-            candidate, evidence = max(tests, key=lambda test: test[1].progress)
+            candidate, evidence = _nearest(tests)
             return f"identity; {candidate.version[:8]}: {self._summary(candidate, kind, evidence)}"
-        return "identity; no profile is under test here" if state.units else "identity; no held-out request yet"
+        return "identity; no profile is under test here" if state.units else "identity; no held-out conversation yet"
 
     def _summary(self, candidate: Candidate, kind: str, evidence: Evidence) -> str:
         """What a candidate's test in one kind lacks."""
         if not evidence.units:
-            return "no held-out request like these yet"
+            return "no held-out conversation of this kind yet"
         if evidence.log_e_adjusted >= evidence.needed:
             if not evidence.mean_gain_by_token > 0.0:
                 return "better by request, but not by token: long answers lose what short ones gain"
@@ -137,11 +148,22 @@ class Report:
             if not self._serving.has_room(candidate.version, {kind}):
                 return f"proven, but {self._serving.max_versions} other profiles serve, as many as may at a time"
             return "proven"
-        done = f"{evidence.progress:.0%} of the evidence from {evidence.units} held-out requests"
+        if evidence.units < MIN_UNITS_FOR_ESTIMATE:
+            return f"not enough requests: {evidence.units} held-out conversations of this kind so far"
+        done = f"{evidence.progress:.0%} of the evidence from {evidence.units} held-out conversations of this kind"
         more = units_needed(evidence)
         if more is not None:
-            return f"{done}; at this rate it needs {more} more like these"
+            return f"{done}; needs about {more} more with gains like these"
         return f"{done}; its gain is {'not above 0' if evidence.mean_gain <= 0.0 else 'too small or too spread'} so far"
+
+    def _client_share(self, evidence: Evidence | None) -> str:
+        """Whether a limit holds for what one client contributes to the test that matters most in a kind, and why."""
+        if evidence is None:
+            return "no test"
+        clients = f"{evidence.clients} client{'' if evidence.clients == 1 else 's'}"
+        if not evidence.client_share_active:
+            return f"inactive: {clients} seen, needs {MIN_CLIENTS}"
+        return f"active: {clients}, at most {self._trials.client_share:.0%} each, {evidence.refused} refused"
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 
@@ -174,6 +196,10 @@ class Report:
         return {
             "serving": self._serving.version or IDENTITY,
             "by_kind": self._serving.version_by_kind,
+            "kinds": [
+                {name: kind[name] for name in ("kind", "share", "version", "summary")}
+                for kind in map(self._kind, self._order())
+            ],
             "pinned": self._serving.pinned,
             "held": sorted(self._serving.held),
             "profiles": [self.describe(version) for version in reversed(self._catalogue)],
@@ -211,6 +237,11 @@ class Report:
         return "probe" if version == self._catalogue.probe else "retired"
 
 
+def _nearest(tests: list[tuple[Candidate, Evidence]]) -> tuple[Candidate, Evidence]:
+    """The candidate with the largest part of the evidence that it needs."""
+    return max(tests, key=lambda test: test[1].progress)
+
+
 def units_needed(evidence: Evidence) -> int | None:
     """How many more units a candidate needs where they are like those so far; None where that cannot be said."""
     if evidence.units < MIN_UNITS_FOR_ESTIMATE or evidence.log_e_adjusted <= 0.0:
@@ -226,9 +257,9 @@ def _shown(evidence: Evidence) -> dict[str, Any]:
 
 
 def _watch_words(watch: Evidence) -> str:
-    so_far = f"{watch.units} of the {watch.window} held-out requests of its window"
+    so_far = f"{watch.units} of the {watch.window} held-out conversations of its window"
     if not watch.units:
-        return f"no held-out request in its window of {watch.window} yet"
+        return f"no held-out conversation in its window of {watch.window} yet"
     if watch.supported:
         return f"its gain was proven again, {so_far}"
     return f"its gain is to be proven again, {so_far}"

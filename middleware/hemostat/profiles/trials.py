@@ -75,7 +75,8 @@ class Trials:
         on_begun: Callable[[], None],
     ) -> None:
         self._alpha = alpha
-        self._client_share = client_share
+        self.client_share = client_share
+        """Part of a test's units that one client may contribute."""
         self._gain_width = gain_width
         self._serving = serving
         self._on_begun = on_begun
@@ -123,9 +124,9 @@ class Trials:
         """
         spent, windows = self.guard.candidate_tests, dict(self.guard.windows)
         if data is None:
-            self.guard = Guard(self._alpha, self._client_share)
+            self.guard = Guard(self._alpha, self.client_share)
         else:
-            self.guard = Guard.load(data, self._alpha, self._client_share)
+            self.guard = Guard.load(data, self._alpha, self.client_share)
         self.guard.raise_counts(max(spent, candidate_tests), windows)
         self._queue = list(queue)
         named = {WATCH, *(candidate.test for candidate in self._queue)}

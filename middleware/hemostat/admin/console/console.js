@@ -151,7 +151,7 @@ const MODES = {
 document.querySelectorAll("[data-mode]").forEach((b) => {
   b.onclick = () => ask(`Set calibration to ${b.dataset.mode}?`, MODES[b.dataset.mode], "api/v1/calibration", { mode: b.dataset.mode });
 });
-$("rollback").onclick = () => ask("Roll back?", "No profile (identity) serves until another one is promoted.", "api/v1/profiles/rollback", {});
+$("rollback").onclick = () => ask("Roll back?", "No profile (identity) serves any kind until one is promoted there.", "api/v1/profiles/rollback", {});
 $("unpin").onclick = () => ask("Unpin?", "The profile continues to serve, and is judged again.", "api/v1/profiles/pin", { version: null });
 $("confirm-no").onclick = () => $("confirm").close();
 $("explain").onclick = () => {
@@ -191,6 +191,7 @@ function verdict(s) {
       t.raised ? `${whole(t.on_tokens)} tokens of ${plural(t.on_requests, "request")}` : plural(t.requests, "request")];
   }), "none yet: a test begins with the first complete baseline");
   const mix = s.alarm.workload, needed = mix.baseline_needed;
+  workload(mix);
   table("baselines", "Baselines", ["kind", "baseline", "spread, of the baseline's", "part of the baseline's mix", "action"], [
     ...s.alarm.kinds.map((k) => [k.kind, k.watched ? "complete" : k.kind === "rest" ? "not tested: several kinds" : `${whole(k.baseline_requests)} of ${plural(needed, "request")}`,
       k.spread_ratio === null ? NONE : `×${k.spread_ratio.toFixed(2)}`, percent(k.baseline_share, 0),
@@ -204,6 +205,17 @@ function verdict(s) {
 
 /** A finite-sample interval: it holds for any number of requests; null is "wider than half of the figure's range". */
 const certain = (ends) => ends ? range(ends) : "not enough requests";
+
+/** The mix of kinds: information about the traffic, no alarm. */
+function workload(mix) {
+  const spread = mix.spread_ratio === null ? "" : `; spread of the divergence in the baseline's mix ×${mix.spread_ratio.toFixed(2)}`;
+  if (mix.distance === null) {
+    say("workload", `Workload: learning the mix of kinds, ${whole(mix.baseline_requests)} of ${plural(mix.baseline_needed, "request")}`);
+  } else {
+    say("workload", `Workload: ${mix.changed ? "the mix of kinds has changed, which is no alarm" : "no change of the mix of kinds is proven"}; `
+      + `distance from the baseline's mix ${percent(mix.distance, 0)}${spread}`, mix.changed ? "sub wait-text" : "sub");
+  }
+}
 
 const waiting = (waits) => waits.length ? `; waits for: ${waits.slice(0, 3).join(", ")}${waits.length > 3 ? ` and ${waits.length - 3} more` : ""}` : "";
 
@@ -237,15 +249,6 @@ const figures = (f, most) => [whole(f.requests), nats(f.kl_nats.estimate), range
 /** A common scale: up to the highest upper end, but at most four times its estimate. */
 const scale = (rows) => 1.1 * Math.max(...rows.map((f) => Math.min(f.kl_nats.ci95[1] ?? 0, 4 * (f.kl_nats.estimate || 0))), 1e-4);
 
-function kinds(s) {
-  table("kinds", "By kind of traffic", ["kind", "requests", "KL ≥", "95 %", "profile", "gain by token", "95 %", "gain by request", "recovered"], s.kinds.map((k) => {
-    const kl = k.raw.kl_nats, gain = k.gain_nats, measured = gain && gain.requests > 0;
-    return [k.kind, whole(k.requests), nats(kl.estimate), range(kl.ci95), k.profile ? brief(k.profile) : NONE,
-      measured ? nats(gain.estimate) : NONE, measured ? range(gain.ci95) : NONE, measured ? nats(gain.by_request.estimate) : NONE,
-      k.recovered ? percent(k.recovered.estimate) : NONE];
-  }), "no request scored yet");
-}
-
 function places(s) {
   const most = scale([...s.where, ...s.decoding]);
   table("where", "By route and label", ["route", "label", ...HEADER], s.where.map((w) => [w.route, w.label || NONE, ...figures(w, most)]));
@@ -255,13 +258,81 @@ function places(s) {
   }));
 }
 
+function servedModels(s) {
+  $("by-model-room").hidden = s.models.length < 2;
+  table("by-model", "By served model", ["model", "reference", "profiles", "requests", "KL ≥", "95 %", "excess KL ≥"], s.models.map((m) => {
+    const raw = m.calibrated ? s.raw : m.figures.raw, excess = m.calibrated ? s.excess : m.figures.excess;
+    return [m.names.join(", "), m.reference || `none: not scored, not treated${m.detail ? ` (${m.detail})` : ""}`, m.calibrated ? "for this model" : "never",
+      raw ? whole(raw.requests) : NONE, raw ? nats(raw.kl_nats.estimate) : NONE, raw ? range(raw.kl_nats.ci95) : NONE,
+      excess && excess.kl_nats ? nats(excess.kl_nats.estimate) : NONE];
+  }));
+}
+
+// --- kinds of traffic ---------------------------------------------------------------------------------------------
+
+function coloured(text, className) {
+  const made = document.createElement("span");
+  made.textContent = text;
+  made.className = className;
+  return made;
+}
+
+/** What serves a kind, and why if not on evidence. */
+function served(k, p) {
+  if (k.held) return coloured("identity, held", "bad-text");
+  if (!k.version) return "identity";
+  const how = k.pinned ? ", pinned" : k.chosen ? ", by an operator" : "";
+  return p.by_kind[k.kind] ? coloured(`${brief(k.version)}${how}`, "good-text") : `identity; in mode auto ${brief(k.version)}${how}`;
+}
+
+function harm(outcome) {
+  if (!outcome) return NONE;
+  if (outcome.harmed) return coloured(`harmed: ${outcome.harmed.outcome}`, "bad-text");
+  return outcome.units ? `no harm proven in ${plural(outcome.units, "conversation")}` : NONE;
+}
+
+function actionOn(k) {
+  if (k.held) {
+    return button("Release", `Release ${k.kind}`, "Release this kind?", "Profiles may be tested and promoted in this kind again.", "api/v1/profiles/release", { kind: k.kind });
+  }
+  return k.version ? button("Roll back", `Roll back ${k.kind}`, "Roll back this kind?",
+    "No profile (identity) serves this kind until one is promoted in it; the other kinds keep theirs.", "api/v1/profiles/rollback", { kind: k.kind }) : "";
+}
+
+function kinds(s, p) {
+  const c = s.calibration, outcomes = new Map(s.outcomes.kinds.map((o) => [o.kind, o]));
+  say("kinds-sub", `${plural(c.kinds.filter((k) => k.kind !== "rest").length, "kind")} followed, all others are “rest”. One client contributes at most `
+    + `${percent(c.client_share.limit, 0)} of a test's conversations; this limit is inactive below ${c.client_share.needs_clients} clients.`);
+  table("kinds", "Kinds of traffic", ["kind", "part of the traffic", "served by", "evidence", "outcomes", "limit of a client's share", "action"],
+    c.kinds.map((k) => [k.kind, percent(k.share), served(k, p), k.summary, harm(outcomes.get(k.kind)), k.client_share, actionOn(k)]));
+  table("gains", "Divergence, and the gain of the profile that serves or would serve, by kind", ["kind", "requests", "KL ≥ [95 %]", "profile", "held out",
+    "gain by request [95 %]", "finite-sample", "gain by token [95 %]", "finite-sample", "recovered"], s.kinds.map((k) => {
+    const kl = k.raw.kl_nats, gain = k.gain_nats, measured = gain && gain.requests > 0;
+    const both = (figure) => measured ? [`${nats(figure.estimate)} ${range(figure.ci95)}`, certain(figure.ci95_finite)] : [NONE, NONE];
+    return [k.kind, whole(k.requests), `${nats(kl.estimate)} ${range(kl.ci95)}`, k.profile ? brief(k.profile) : NONE, measured ? whole(gain.requests) : NONE,
+      ...both(gain && gain.by_request), ...both(gain), k.recovered ? percent(k.recovered.estimate) : NONE];
+  }), "no request scored yet");
+  table("outcomes", "Outcomes of answers, treated minus control, by kind", ["kind", "outcome", "profile", "control", "treated", "difference", "95 %", "evidence of harm"],
+    s.outcomes.kinds.flatMap((o) => o.outcomes.map((r) => {
+      const show = r.outcome === "length" ? (x) => fixed(x, 1) : percent;
+      return [o.kind, r.outcome, brief(o.version), `${show(r.control.value)} of ${whole(r.control.units)}`, `${show(r.treated.value)} of ${whole(r.treated.units)}`,
+        show(r.difference), known(r.interval[0]) && known(r.interval[1]) ? range(r.interval, show) : "not enough requests", percent(Math.max(r.evidence, 0), 0)];
+    })), "nothing to compare: no profile serves, or no answer in both arms yet");
+}
+
 // --- calibration and the serving profile --------------------------------------------------------------------------
+
+/** In which part of the traffic a version serves, or in mode observe would. */
+function partOf(s, version) {
+  const all = s.calibration.kinds, own = all.filter((k) => k.version === version);
+  return `${own.length} of ${plural(all.length, "kind")}, ${percent(own.reduce((sum, k) => sum + (k.share || 0), 0), 0)} of the traffic`;
+}
 
 function calibration(s) {
   const won = s.recovered, gain = won.gain_nats, less = s.arms.treated_minus_control;
   const name = known(less.kl_nats_estimate.estimate) ? "kl_nats_estimate" : "total_variation", change = less[name];
   say("won", percent(won.ratio));
-  say("won-sub", known(won.ratio) ? `of the KL, 95 % ${range(won.ci95, percent)}, by ${brief(s.profile.version)}` : "no profile has been measured on held-out prompts");
+  say("won-sub", known(won.ratio) ? `of the KL, 95 % ${range(won.ci95, percent)}, by ${brief(s.profile.version)} in ${partOf(s, s.profile.version)}` : "no profile has been measured on held-out conversations");
   bar("won-bar", won.ci95, won.ratio, Math.min(0, Math.max(-1, won.ci95[0] ?? -1)), 1);
   say("gain", gain && known(gain.estimate) ? nats(gain.estimate) : NONE);
   say("gain-sub", gain && gain.requests ? `by token, 95 % ${range(gain.ci95)}, finite-sample ${certain(gain.ci95_finite)}; by request ${nats(gain.by_request.estimate)} ${range(gain.by_request.ci95)}; ${plural(gain.requests, "request")}` : "");
@@ -288,20 +359,21 @@ function calibration(s) {
     }));
 }
 
-function proof(e) {
+function proof(e, named) {
   if (!e || !e.units || !known(e.mean_gain)) return NONE;
-  return `${plural(e.units, "held-out request")}, mean gain ${nats(e.mean_gain)} by request, ${nats(e.mean_gain_by_token)} by token`;
+  return `${named ? `${e.kind}: ` : ""}${plural(e.units, "held-out conversation")}, mean gain ${nats(e.mean_gain)} by request, ${nats(e.mean_gain_by_token)} by token`;
 }
 
 function serves(s, p) {
   say("mode", s.profile.mode);
   document.querySelectorAll("[data-mode]").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.mode === s.profile.mode)));
   $("unpin").hidden = !p.pinned;
-  const chosen = s.calibration.selected, forced = s.calibration.forced;
-  const would = chosen && s.profile.mode === "observe" ? `; ${brief(chosen.version)} would serve in mode auto` : "";
-  const kinds = Object.entries(p.by_kind).map(([kind, version]) => `${kind} gets ${brief(version)}`).join(", ");
-  say("serving", forced ? `${forced} is forced on every request.` : `${p.serving} serves${p.pinned ? ", pinned" : ""}${would}${kinds ? `; ${kinds}` : ""}.`);
-  const evidence = new Map(s.calibration.kinds.flatMap((k) => [...k.candidates, { version: k.version, ...k.watch }]).filter((e) => e.units).map((e) => [e.version, e]));
+  const versions = [...new Set(s.calibration.kinds.map((k) => k.version).filter(Boolean))], verb = Object.keys(p.by_kind).length ? "serves" : "would serve in mode auto";
+  const shown = versions.map((v) => `${v} ${verb} ${partOf(s, v)}`).join("; ");
+  say("serving", s.calibration.forced ? `${s.calibration.forced} is forced on every request.` : `${shown || "identity serves all kinds"}${p.pinned ? "; pinned" : ""}.`);
+  // Of each version, the test with the most conversations.
+  const tests = s.calibration.kinds.flatMap((k) => [...k.candidates, { version: k.version, ...k.watch }]).filter((e) => e.units);
+  const evidence = new Map(tests.sort((a, b) => a.units - b.units).map((e) => [e.version, e]));
   table("profiles", "Profiles", ["version", "family", "state", "made", "evidence, nats per token", "actions"],
     p.profiles.filter((f) => f.state !== "probe").map((f) => {
       const code = document.createElement("code");
@@ -309,20 +381,20 @@ function serves(s, p) {
       code.title = f.version;
       const actions = document.createElement("span");
       actions.className = "controls";
-      if (f.state !== "selected" && f.state !== "forced") {
+      if (f.kinds.length < s.calibration.kinds.length && f.state !== "forced") {
         actions.append(button("Promote", `Promote ${f.version}`, "Promote this profile?",
-          `${f.version} serves without statistical proof, and is watched like any other profile.`, "api/v1/profiles/promote", { version: f.version }));
+          `${f.version} serves all kinds without statistical proof, and is watched in each like any other profile.`, "api/v1/profiles/promote", { version: f.version }));
       }
       if (!(p.pinned && f.state === "selected")) {
         actions.append(button("Pin", `Pin ${f.version}`, "Pin this profile?",
           `${f.version} serves all requests, whatever is measured, until it is unpinned.`, "api/v1/profiles/pin", { version: f.version }));
       }
-      const state = f.kinds.length ? `${f.state} for ${f.kinds.join(", ")}` : f.state;
-      return [code, f.family, state, when(f.created), proof(evidence.get(f.version)), actions];
+      const state = f.kinds.length ? `${f.state} for ${plural(f.kinds.length, "kind")}` : f.state;
+      return [code, f.family, state, when(f.created), proof(evidence.get(f.version), true), actions];
     }), "none yet: identity serves");
   const events = [...p.events, ...s.alarm.events].sort((a, b) => b.at - a.at).slice(0, 50);
-  table("events", "Decisions, newest first", ["when", "decision", "profile", "why", "evidence, nats per token"],
-    events.map((e) => [when(e.at), e.decision, brief(e.version), e.why, e.decision === "alarm" ? (e.evidence.raised ? `${whole(e.evidence.on_tokens)} tokens of ${plural(e.evidence.on_requests, "request")}` : NONE) : proof(e.evidence)]));
+  table("events", "Decisions, newest first", ["when", "decision", "kind", "profile", "why", "evidence, nats per token"],
+    events.map((e) => [when(e.at), e.decision, e.kind || NONE, brief(e.version), e.why, e.decision === "alarm" ? (e.evidence.raised ? `${whole(e.evidence.on_tokens)} tokens of ${plural(e.evidence.on_requests, "request")}` : NONE) : proof(e.evidence)]));
 }
 
 // --- cost and proxy -------------------------------------------------------------------------------------
@@ -452,7 +524,8 @@ function show(s, p) {
   say("connection", `reference ${s.reference.state}; calibration ${s.profile.mode}; ${plural(s.relays, "relay")}`, ready && s.relays ? "pill good" : "pill bad");
   divergence(s);
   places(s);
-  kinds(s);
+  servedModels(s);
+  kinds(s, p);
   calibration(s);
   serves(s, p);
   costs(s);
