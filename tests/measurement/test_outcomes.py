@@ -27,16 +27,21 @@ class Served:
     held: set[str] = field(default_factory=set)
     left: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
+    decides: bool = True
+    pinned: set[str] = field(default_factory=set)
+
     def kinds(self) -> set[str]:
         return self.followed
 
     def version(self, kind: str) -> str | None:
         return self.by_kind.get(kind)
 
-    def is_held(self, kind: str) -> bool:
-        return kind in self.held
+    def is_operators(self, kind: str) -> bool:
+        return kind in self.held | self.pinned
 
     def leave(self, kind: str, why: str, evidence: dict[str, Any]) -> None:
+        if kind in self.pinned:
+            return
         self.by_kind.pop(kind)
         self.held.add(kind)
         self.left.append((kind, why, evidence))
@@ -222,6 +227,27 @@ def test_a_kind_that_is_no_longer_followed_is_forgotten() -> None:
     world.outcomes.check()
     assert world.shown == {}
     assert not world.gauges()
+
+
+def test_a_pinned_profile_stays_and_its_harm_is_shown_until_it_is_unpinned() -> None:
+    world = World()
+    world.served.pinned.add(KIND)
+    world.traffic(700, 0.9, 0.6)
+    assert world.served.by_kind[KIND] == "v1"
+    assert world.gauges()[names.OUTCOME_HARM, KIND] == 1.0
+    world.served.pinned.clear()
+    world.traffic(700, 0.9, 0.6)
+    assert world.served.left, "it is judged again"
+
+
+def test_a_replica_that_follows_decides_nothing_until_it_leads() -> None:
+    world = World()
+    world.served.decides = False
+    world.traffic(700, 0.9, 0.6)
+    assert world.shown[KIND]["harmed"] is None
+    world.served.decides = True
+    world.outcomes.check()
+    assert [kind for kind, _, _ in world.served.left] == [KIND]
 
 
 def test_other_models_begin_anew() -> None:

@@ -17,15 +17,20 @@ class ServedKinds:
         self._profiles = profiles
         self._lease = lease
 
+    @property
+    def decides(self) -> bool:
+        return self._lease.is_last_leader
+
     def kinds(self) -> Collection[str]:
         return self._profiles.serving.kinds.keys()
 
     def version(self, kind: str) -> str | None:
         return self._profiles.serving.version_by_kind.get(kind)
 
-    def is_held(self, kind: str) -> bool:
-        return kind in self._profiles.serving.held
+    def is_operators(self, kind: str) -> bool:
+        state = self._profiles.serving.kinds.get(kind)
+        return state is not None and (bool(state.held) or state.pinned)
 
     def leave(self, kind: str, why: str, evidence: dict[str, Any]) -> None:
-        if self._lease.is_last_leader:
+        if not self._profiles.serving.kinds[kind].pinned:
             self._profiles.lifecycle.roll_back(kind, Reason.OUTCOMES, why, evidence)

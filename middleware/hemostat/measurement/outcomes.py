@@ -46,17 +46,21 @@ _OUTCOMES = frozenset(outcome.value for outcome in Outcome)
 class ServedKinds(Protocol):
     """What outcomes need to know of the profiles, and do to them."""
 
+    @property
+    def decides(self) -> bool:
+        """Whether this process decides what serves; of several replicas, one does."""
+
     def kinds(self) -> Collection[str]:
         """Names of the kinds that are served and compared by themselves, the one for all others included."""
 
     def version(self, kind: str) -> str | None:
         """The version that serves the kind now; None for identity."""
 
-    def is_held(self, kind: str) -> bool:
-        """Whether the kind is at identity until an operator releases it."""
+    def is_operators(self, kind: str) -> bool:
+        """Whether only an operator changes what serves the kind: it is held at identity, or its profile is pinned."""
 
     def leave(self, kind: str, why: str, evidence: dict[str, Any]) -> None:
-        """Take the profile from the kind, and hold the kind at identity. evidence: JSON-ready."""
+        """Take the profile from the kind, and hold the kind at identity, unless it is pinned. evidence: JSON-ready."""
 
 
 @dataclass(slots=True)
@@ -116,6 +120,8 @@ class Outcomes:
         if state is None:
             number = self._begun.pop(kind, self._begun.get("", 0))
             state = self._kinds[kind] = _Kind(number)
+        if state.harmed is not None:
+            return
         if state.trial is None or state.trial.version != report.version:
             state.number += 1
             state.trial = Trial(self._settings, report.version, state.number)
@@ -147,9 +153,9 @@ class Outcomes:
             self._drop(kind)
             self._counts = Counter({labels: n for labels, n in self._counts.items() if labels[0] != kind})
         for kind, state in self._kinds.items():
-            if state.harmed is not None and not self._served.is_held(kind):
-                state.harmed = None  # an operator has released the kind
-            if state.changed:
+            if state.harmed is not None and not self._served.is_operators(kind):
+                state.harmed = None  # an operator has released or unpinned the kind
+            if state.changed and self._served.decides:
                 state.changed = False
                 self._judge(kind, state)
         if self._wall() - self._saved_at >= SAVE_SECONDS:
