@@ -89,8 +89,7 @@ class TokenRecord:
 
     vocab_size: int
     prompt_key: bytes
-    """Digest of the prompt's token ids: learning and held-out requests are split by it, so that retries stay on one
-    side."""
+    """Digest of the prompt's token ids: the `unit` of a request whose conversation is not known."""
     output_ids: Ids
     """int32 [T]: the tokens that the compressed model emitted."""
     compressed: Candidates

@@ -244,7 +244,7 @@ class Calibration(Section):
     control_fraction: Fraction = 0.1
     held_out_fraction: Fraction = 0.3
     scope: Literal["pooled", "label", "route", "model"] = "pooled"
-    """What may get a profile of its own, where that is proven better than the pooled one."""
+    """What is also learned separately: profiles for a label, a route or a model, tested in its kinds of traffic."""
     clamp_nats: float = Field(default=1.0, gt=0, le=20)
     """Largest change of a logit. A smaller one needs fewer held-out requests to prove a profile's gain."""
     clamp_kl_nats: float = Field(default=2.0, gt=0, le=1000)

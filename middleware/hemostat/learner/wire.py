@@ -56,7 +56,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     """The parts of a record to learn from: T tokens, K candidates, J of the reference's, N anchors, d hidden."""
 
     scope: str
-    prompt_key: bytes
+    unit: bytes
+    """`TokenRecord.unit`."""
     output: bytes
     """int32 [T]"""
     candidates: bytes
@@ -160,7 +161,7 @@ def to_row(record: TokenRecord, scope: str) -> Row:
     features, hidden = record.features, record.reference_hidden
     return Row(
         scope=scope,
-        prompt_key=record.prompt_key,
+        unit=record.unit,
         output=_bytes(record.output_ids, "<i4"),
         candidates=_bytes(record.compressed.ids, "<i4"),
         candidate_logprobs=_bytes(record.compressed.logprobs, "<f4"),
@@ -191,7 +192,7 @@ def from_row(row: Row, vocab_size: int) -> TokenRecord:
 
     return TokenRecord(
         vocab_size=vocab_size,
-        prompt_key=row.prompt_key,
+        prompt_key=row.unit,
         output_ids=output,
         compressed=Candidates(ids(row.candidates), floats(row.candidate_logprobs).reshape(tokens, -1)),
         reference_at=floats(row.reference_at).reshape(tokens, -1),

@@ -71,7 +71,7 @@ class ProfileManager:
             lease,
             on_followed=self._kind_followed,
             on_evicted=self._kind_evicted,
-            keep=lambda: self.serving.held,
+            keep=lambda: self.serving.fixed,
         )
         self.writer = StateWriter(
             writes, settings.mode, wall, serving=self.serving, kinds=self.kinds, trials=self.trials
@@ -169,7 +169,7 @@ class ProfileManager:
         return self.serving.scopes.of(record)
 
     def is_held_out(self, record: TokenRecord) -> bool:
-        """The record's prompt is for judging: nothing is ever learned from it."""
+        """The record's unit is for judging: nothing is ever learned from it."""
         return is_held_out(record, self._held_out_fraction)
 
     def may_learn(self, record: TokenRecord) -> bool:

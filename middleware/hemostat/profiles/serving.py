@@ -135,6 +135,11 @@ class ServingState:
         return {kind for kind, state in self.kinds.items() if state.held}
 
     @property
+    def fixed(self) -> set[str]:
+        """Kinds in which an operator's decision, or the lack of one, is in force: held or pinned."""
+        return {kind for kind, state in self.kinds.items() if state.held or state.pinned}
+
+    @property
     def _serves(self) -> bool:
         return self.model is not None and self.mode == "auto" and self.forced is None
 

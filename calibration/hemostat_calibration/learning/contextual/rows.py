@@ -68,13 +68,14 @@ class TokenRows:
     listed: ListedTokens | None = None
 
 
-def fold_of(prompt_key: bytes) -> int:
-    """The fold of a prompt, 0 to `FOLDS` − 1: a function of its key alone.
+def fold_of(unit: bytes) -> int:
+    """The fold of an evidence unit, 0 to `FOLDS` − 1: a function of its digest alone, so that a conversation's turns
+    are in one fold.
 
-    >>> fold_of(b"a prompt") == fold_of(b"a prompt")
+    >>> fold_of(b"a conversation") == fold_of(b"a conversation")
     True
     """
-    return hashlib.blake2b(prompt_key, digest_size=8, person=b"hemostat.folds").digest()[0] % FOLDS
+    return hashlib.blake2b(unit, digest_size=8, person=b"hemostat.folds").digest()[0] % FOLDS
 
 
 def rows_of(record: TokenRecord, anchors: str, clock: int) -> tuple[TokenSource, TokenRows | None]:
@@ -97,7 +98,7 @@ def rows_of(record: TokenRecord, anchors: str, clock: int) -> tuple[TokenSource,
         source = TokenSource.LIST if record.reference_hidden is None else TokenSource.HIDDEN
     tokens = int(kept.sum())
     return source, TokenRows(
-        fold=fold_of(record.prompt_key),
+        fold=fold_of(record.unit),
         clock=clock + tokens,
         tokens=tokens,
         features=None if features is None else _halves(features.values[kept]),
