@@ -32,8 +32,19 @@ def status() -> dict[str, Any]:
         "calibration": {
             "learned_tokens": 900,
             "kinds": [
-                {"kind": "chat text", "held_out_units": 71, "summary": "identity; cdcdcdcd: it needs 34 more"},
-                {"kind": "rest", "held_out_units": 0, "summary": "identity"},
+                {
+                    "kind": "chat text",
+                    "requests": 90,
+                    "share": 0.9,
+                    "summary": "identity; cdcdcdcd: needs about 34 more",
+                },
+                {
+                    "kind": "chat json",
+                    "requests": 10,
+                    "share": 0.1,
+                    "summary": "identity; no held-out conversation yet",
+                },
+                {"kind": "rest", "requests": 0, "share": 0.0, "summary": "identity"},
             ],
         },
         "learner": {"state": "training", "detail": "network 42%", "tokens": 1234567},
@@ -134,7 +145,7 @@ def test_serving_profile_is_shown_with_its_gain_and_the_reason(scene: view.Scene
     text = rendered(promoted(scene))
     for expected in (
         "promote abababab for chat (evidence): better on held-out requests; gain 0.113 nats by",
-        "request, 0.091 by token, on 103 held-out prompts",
+        "request, 0.091 by token, on 103 held-out conversations",
         "reference against compressed, 321 requests",
         "0.471 [0.460, 0.480]",
         "0.399 [0.380, 0.420]",
@@ -164,8 +175,23 @@ def test_serving_profile_is_shown_with_its_gain_and_the_reason(scene: view.Scene
 def test_arms_are_compared_after_the_first_treated_request(scene: view.Scene) -> None:
     text = rendered(scene)
     assert "control" not in text
-    assert "chat text" in text
-    assert "cdcdcdcd: it needs 34 more" in text
+
+
+def test_every_kind_that_was_met_is_shown_with_what_serves_it_or_is_missing(scene: view.Scene) -> None:
+    text = rendered(scene)
+    assert "chat text         90.0 % of the traffic; identity; cdcdcdcd: needs about 34 more" in text
+    assert "rest" not in text
+    assert view.kind_lines(scene) == [
+        "chat text (90.0 % of the traffic): identity; cdcdcdcd: needs about 34 more",
+        "chat json (10.0 % of the traffic): identity; no held-out conversation yet",
+    ]
+    kinds = scene.status["calibration"]["kinds"]
+    kinds.extend({**kinds[0], "kind": f"chat label {n}"} for n in range(view.MAX_KINDS_SHOWN))
+    assert f"chat label {view.MAX_KINDS_SHOWN - 3}" in rendered(scene)
+    assert f"chat label {view.MAX_KINDS_SHOWN - 2}" not in rendered(scene)
+    assert len(view.kind_lines(scene)) == 2 + view.MAX_KINDS_SHOWN
+    scene.status = {}
+    assert view.kind_lines(scene) == []
 
 
 def test_view_without_a_status(scene: view.Scene) -> None:

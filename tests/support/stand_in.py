@@ -51,6 +51,16 @@ def status(answered: int, settings: dict[str, Any]) -> dict[str, Any]:
         "raw": FIGURES,
         "calibrated": FIGURES,
         "profile": {"version": "identity", "family": "identity", "mode": settings["calibration"]["mode"]},
+        "calibration": {
+            "kinds": [
+                {
+                    "kind": "chat text sampled",
+                    "requests": scored,
+                    "share": 1.0,
+                    "summary": "identity; needs about 34 more",
+                },
+            ]
+        },
         "queue": {"depth": answered - scored, "lag_seconds": 0.0},
         "reference": {"state": "mismatch" if TROUBLE == "mismatch" else "ready", "detail": "64 ids against 65"},
         "learner": {"state": "learning", "detail": "", "tokens": 10 * scored},

@@ -183,6 +183,8 @@ class _Demo:
         if not scene.status:
             return
         self._say(view.status_line(scene))
+        for line in view.kind_lines(scene):
+            self._say(line)
         if scene.traffic.last_failure:
             self._say(f"last failure: {scene.traffic.last_failure}")
         if self._options.report is not None:

@@ -15,6 +15,8 @@ from hemostat.demo.traffic import Traffic
 
 UNKNOWN = "–"
 MAX_DECISIONS_SHOWN = 3
+MAX_KINDS_SHOWN = 6
+"""In the live view, the most frequent ones; the last lines have all."""
 
 
 @dataclass(slots=True)
@@ -101,10 +103,22 @@ def decision_line(event: Mapping[str, Any]) -> str:
     return f"{found}; {_evidence(evidence)}" if "mean_gain_by_token" in evidence else found
 
 
+def kind_lines(scene: Scene) -> list[str]:
+    """A line for each kind of traffic that was met: what serves it, or what evidence is missing."""
+    return [
+        f"{kind['kind']} ({percent(kind['share'])} of the traffic): {kind['summary']}"
+        for kind in _met_kinds(scene.status)
+    ]
+
+
+def _met_kinds(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [kind for kind in status.get("calibration", {}).get("kinds", []) if kind["requests"]]
+
+
 def _evidence(evidence: Mapping[str, Any]) -> str:
     """What a test in one kind has shown."""
     mean, by_token = number(evidence.get("mean_gain")), number(evidence.get("mean_gain_by_token"))
-    return f"gain {mean} nats by request, {by_token} by token, on {evidence['units']} held-out prompts"
+    return f"gain {mean} nats by request, {by_token} by token, on {evidence['units']} held-out conversations"
 
 
 def _recovered(status: Mapping[str, Any]) -> str:
@@ -133,9 +147,8 @@ def render(scene: Scene) -> RenderableType:
     flow.add_row("serving profile", _profile(profile))
     if learner := status.get("learner"):
         flow.add_row("learner", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
-    for kind in status.get("calibration", {}).get("kinds", []):
-        if kind["held_out_units"]:
-            flow.add_row(kind["kind"], kind["summary"])
+    for kind in _met_kinds(status)[:MAX_KINDS_SHOWN]:
+        flow.add_row(kind["kind"], f"{percent(kind['share'])} of the traffic; {kind['summary']}")
     for event in [e for e in scene.decisions if e["decision"] != "propose"][:MAX_DECISIONS_SHOWN]:
         flow.add_row("decided", decision_line(event))
 
@@ -181,7 +194,7 @@ def _figures(status: Mapping[str, Any]) -> Table:
     recovered = status.get("recovered") or {}
     if recovered.get("ratio") is not None:
         ratio = {"estimate": recovered["ratio"], "ci95": recovered["ci95"]}
-        figures.add_row("  recovered, exact, held-out prompts", interval(recovered["gain_nats"]), share(ratio))
+        figures.add_row("  recovered, exact, held-out", interval(recovered["gain_nats"]), share(ratio))
     figures.add_row("total variation", number(raw.get("total_variation")), number(calibrated.get("total_variation")))
     figures.add_row("same top-1", percent(raw.get("top1_agreement")), percent(calibrated.get("top1_agreement")))
     for decoding, top1 in calibrated.get("top1_by_decoding", {}).items():
@@ -226,7 +239,9 @@ def _profile(profile: Mapping[str, Any]) -> str:
     if not profile:
         return UNKNOWN
     version, family, mode = profile["version"], profile["family"], profile["mode"]
-    name = "identity: no profile is proven yet" if version == family == "identity" else f"{version} ({family})"
+    name = (
+        "identity: no profile is proven in any kind yet" if version == family == "identity" else f"{version} ({family})"
+    )
     return f"{name}; mode {mode}"
 
 

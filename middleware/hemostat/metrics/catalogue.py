@@ -234,7 +234,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.PROFILE_KIND_INFO,
             "gauge",
             "1",
-            "1 for the profile that serves a kind of traffic, identity where none does.",
+            "1 for the profile that serves a kind of traffic, or in `observe` would; identity where none does.",
             ("kind", "version"),
         ),
         Metric(

@@ -172,7 +172,8 @@ class Report:
         profile = self._catalogue.get(self._serving.reported)
         labels = (profile.version, profile.family) if profile else (IDENTITY, IDENTITY)
         yield Sample(names.PROFILE_INFO, labels, 1.0)
-        serving = self._serving.version_by_kind
+        active = self._serving.mode != "off" and self._serving.forced is None
+        serving = self._serving.selected_by_kind if active else {}
         for kind in self._order():
             yield Sample(names.PROFILE_KIND_INFO, (kind, serving.get(kind, IDENTITY)), 1.0)
             watch = self._trials.serving_evidence(kind)
