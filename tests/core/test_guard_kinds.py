@@ -264,6 +264,35 @@ def test_others_gains_do_not_hide_what_one_client_loses():
     assert log_evidence(mixed, 10) > 10.0
 
 
+def test_what_is_refused_for_its_share_can_prevent_a_promotion():
+    """The busy client has most of the traffic, and loses there; of what counts it has a quarter."""
+    guard, blind = candidate(), candidate()
+    rng = np.random.default_rng(0)
+    for n in range(900):
+        busy = n % 10 < 6
+        client = b"busy" if busy else b"client %d" % (n % 14)
+        gain = float(np.clip(rng.normal(-0.1 if busy else 0.1, 0.1), -1.0, 1.0))
+        for one in (guard, blind):
+            admission = one.admit(TEST, "a", key(n), client)
+            if admission is Admission.ADMITTED:
+                one.update(TEST, "a", key(n), client, gain, gain, 5)
+            elif one is guard:
+                one.oppose(TEST, "a", gain)
+    assert blind.decide(TEST, "a").action is Action.PROMOTE
+    assert guard.decide(TEST, "a").action is Action.WAIT
+    assert guard.evidence(TEST, "a").units == blind.evidence(TEST, "a").units
+    loaded = Guard.load(guard.save(), 0.05, 0.25)
+    assert loaded.evidence(TEST, "a") == guard.evidence(TEST, "a")
+
+
+def test_what_opposes_is_of_a_candidate_and_in_range():
+    with pytest.raises(InvalidArgumentError, match="only a candidate"):
+        serving().oppose(WATCH, "a", 0.0)
+    for wrong in (-9.0, math.nan):
+        with pytest.raises(InvalidArgumentError, match="at least"):
+            candidate().oppose(TEST, "a", wrong)
+
+
 @pytest.mark.parametrize("mean", [-0.3, 0.0, 0.3])
 def test_what_is_not_evaluated_would_not_be_enough(mean):
     """The evidence is evaluated only where its ceiling allows a decision: the ceiling is never below it."""
@@ -287,7 +316,9 @@ def test_the_same_of_a_candidate(mean):
     for n in range(300):
         gain = float(np.clip(rng.normal(mean, 0.5), -1.0, 1.0))
         test.update(key(n), b"client %d" % rng.integers(12), gain, gain, int(rng.integers(1, 2000)))
-        exact = log_proof(test.wealth[MERIT, : test.clients], test.clients)
+        if n % 3 == 0:
+            test.oppose(float(np.clip(rng.normal(mean, 0.5), -1.0, 1.0)))
+        exact = log_proof(test.wealth[MERIT, : test.clients], test.clients, test.opposing)
         assert test.ceiling[MERIT] >= exact
         if rng.random() < 0.1:
             assert test.log_e(MERIT) == exact == test.ceiling[MERIT]

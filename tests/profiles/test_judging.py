@@ -63,6 +63,20 @@ def test_bounds_alone_promote_nothing() -> None:
     assert [c["requests"] for c in bench.status()["candidates"]] == [60, 60]
 
 
+def test_what_a_client_sends_beyond_its_share_is_noted_against_a_promotion(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    trials = bench.profiles.trials
+    bench.profiles.operator.import_profile(harmful())
+    noted: list[float] = []
+    monkeypatch.setattr(trials, "oppose", lambda name, record, gain: noted.append(gain[0]))
+    for n, key in enumerate(JUDGED[:60]):
+        client = b"most" if n % 10 < 6 else b"%d" % (n % 14)
+        bench.observe(bench.record(BIASED.truth(n), key, client=client))
+    (found,) = trials.evidence_by_kind(trials.tested[0]).values()
+    assert len(noted) == found.refused == 60 - found.units > 10
+    assert np.mean(noted) < 0.0
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_gain_is_within_the_width_given_to_the_guard(data: st.DataObject) -> None:

@@ -15,6 +15,7 @@ from hemostat.profiles.scopes import Scopes
 from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingState
 from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.guard.decisions import Admission
 from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
 
 
@@ -58,7 +59,7 @@ class Made:
         counted = 0
         for n in units:
             record = replace(RECORD, kind=kind, conversation=b"%d" % n)
-            if self.trials.admit(candidate.test, record):
+            if self.trials.admit(candidate.test, record) is Admission.ADMITTED:
                 self.trials.update(candidate.test, record, (gain, gain))
                 counted += 1
         return counted

@@ -16,8 +16,8 @@ The evidence is described, with its sources, in `wealth`; the closed test in `cl
 gains' distribution and however often one looks, as long as no gain is below −width:
 
 - Promotion: over the whole run, however many candidates and kinds, the chance of ever promoting a profile in a kind in
-  which its mean gain is at most 0 is at most alpha. (Mean gain: of a unit of this kind that counts, given all
-  units before it, at most 0 at each of them.)
+  which its mean gain is at most 0 is at most alpha. (Mean gain: of a unit of this kind, given all units before it,
+  at most 0 at each of them.)
 - Roll back for harm: for each kind, the chance of ever rolling back for harm a profile whose mean gain there is at
   least 0, by unit and by token (tokens of a unit above `KindTest.token_cap` not counted), is at most alpha. Kinds do
   not share this alpha: to miss a harm is worse than to lose a gain.
@@ -187,6 +187,14 @@ class Guard:
         test.update(unit, client, lower, upper, tokens)
         if test.role is Role.SERVING and not test.supported:
             test.supported = test.reaches(MERIT, -math.log(self._alpha))
+
+    def oppose(self, name: str, kind: str, lower: float) -> None:
+        """Note the gain (lower end, nats) of a unit that a candidate's test has refused for its client's share. It does
+        not count, and can prevent a promotion: else a client with most of the traffic could be harmed unseen.
+
+        InvalidArgumentError for what is not under test as a candidate, or a gain below −width.
+        """
+        self._test(name, kind).oppose(lower)
 
     def decide(self, name: str, kind: str) -> Decision:
         """What the evidence allows now. It changes nothing: the caller acts on it (`begin_watch`, `freeze`,

@@ -50,6 +50,7 @@ class KindTest:
     token_cap: harm by token weighs a unit by min(tokens, token_cap)/token_cap. Fixed before the first unit.
     wealth: float64 [B, MAX_CLIENTS, F], sums of log factors, by what is bet on (`bets`: a candidate only on merit) and
         by client.
+    opposing: float64 [F], sum of log factors of the units that were refused for their client's share; of a candidate.
     sums: float64 [MAX_CLIENTS, 3]. counts: units by client. places: client -> row.
     supported: latched, for a serving profile. gain: by unit, of the end that counts against the action; it is shown,
         and decides nothing. evidence: log evidence by what is bet on, where it is known since the last unit.
@@ -73,6 +74,7 @@ class KindTest:
     counts: list[int] = field(default_factory=list)
     counted: dict[bytes, None] = field(default_factory=dict)
     wealth: Floats = field(init=False)
+    opposing: Floats = field(default_factory=lambda: np.zeros(len(FRACTIONS)))
     sums: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, 3)))
     evidence: dict[int, float] = field(default_factory=dict)
     ceiling: list[float] = field(init=False)
@@ -158,12 +160,27 @@ class KindTest:
         self.gain = self.gain.update(min(max(shown, -width), width))
         self.evidence.clear()
 
+    def oppose(self, lower: float) -> None:
+        """Note a unit that was refused for its client's share. InvalidArgumentError for a gain below −width."""
+        if self.role is not Role.CANDIDATE:
+            raise InvalidArgumentError("only a candidate's test notes what it refused")
+        if not lower >= -self.width * (1.0 + 1e-9):
+            raise InvalidArgumentError(f"gain is {lower}: it must be at least −{self.width}")
+        x = min(max(lower / self.width, -1.0), 1.0)
+        self.opposing += log_factors(x)
+        self._raise_ceiling(MERIT, x)
+        self.evidence.clear()
+
     def log_e(self, bet: int) -> float:
         """Logarithm of the evidence that needs no single client: to begin, or for what serves (see `wealth`)."""
         found = self.evidence.get(bet)
         if found is None:
-            evidence = log_proof if self.role is Role.CANDIDATE else log_evidence
-            found = self.evidence[bet] = evidence(self.wealth[bet, : self.clients], self.clients)
+            by_client = self.wealth[bet, : self.clients]
+            if self.role is Role.CANDIDATE:
+                found = log_proof(by_client, self.clients, self.opposing)
+            else:
+                found = log_evidence(by_client, self.clients)
+            self.evidence[bet] = found
             self.ceiling[bet] = found
         return found
 
@@ -210,6 +227,9 @@ class KindTest:
         """x: an observation divided by the width."""
         x = min(max(x, -1.0), 1.0)
         self.wealth[bet, place] += log_factors(x)
+        self._raise_ceiling(bet, x)
+
+    def _raise_ceiling(self, bet: int, x: float) -> None:
         self.ceiling[bet] += math.log1p(max(x, 0.0)) + 1e-9
 
     def _place(self, client: bytes) -> int | None:

@@ -104,6 +104,7 @@ def _test_json(test: KindTest) -> dict[str, Any]:
         "counts": test.counts,
         "counted": base64.b64encode(b"".join(test.counted)).decode(),
         "wealth": _array_text(test.wealth[:, : test.clients]),
+        "opposing": _array_text(test.opposing),
         "sums": _array_text(test.sums[: test.clients]),
     }
 
@@ -133,6 +134,7 @@ def _read_test(stored: dict[str, Any]) -> KindTest:
     if clients > MAX_CLIENTS or len(test.places) != clients or len(digests) > MAX_UNITS:
         raise ValueError("its counts do not belong together")
     test.wealth[:, :clients] = _read_array(stored["wealth"], (test.bets, clients, len(FRACTIONS)))
+    test.opposing += _read_array(stored["opposing"], test.opposing.shape)
     test.sums[:clients] = _read_array(stored["sums"], (clients, test.sums.shape[1]))
     return test
 

@@ -15,9 +15,10 @@ The product does not depend on the order, and whose an observation is, is known 
 factors of any fixed set of clients is an e-process, too: the one of the other clients' observations. With K^-a, K^-ab
 without those of a, of a and b, there are two kinds of evidence.
 
-**To begin** (`log_proof`): the least of K and all K^-a. It is valid for all traffic, and for that without any one
-client: what a client sends cannot prove a gain that the others do not have, and the others' gain does not hide what one
-client loses, as long as the mean over all is at most 0. A client that sends losses can prevent the proof.
+**To begin** (`log_proof`): the least of K, all K^-a, and K with all observations that were refused for their client's
+share. It is valid for all traffic, and for that without any one client: what a client sends cannot prove a gain that
+the others do not have, and the others' gain does not hide what one client loses, as long as the mean over all is at
+most 0. A client that sends losses can prevent the proof.
 
 **To stay, and to be taken back** (`log_evidence`): what serves must neither be taken back nor be kept because one
 client sends losses, or gains, on purpose. With C clients seen it is
@@ -79,10 +80,10 @@ def log_factors(x: float) -> Floats:
     return factors
 
 
-def log_proof(by_client: Floats, clients: int) -> float:
+def log_proof(by_client: Floats, clients: int, refused: Floats | float = 0.0) -> float:
     """Logarithm of the evidence that is needed to begin, of all observations and of those without any one client.
 
-    by_client, clients: as for `log_evidence`.
+    by_client, clients: as for `log_evidence`. refused: float64 [F], the sum of `log_factors` of what was refused.
 
     >>> one = np.tile(log_factors(0.25), (8, 1)) * 5
     >>> one[0] = log_factors(-0.5) * 20
@@ -90,7 +91,7 @@ def log_proof(by_client: Floats, clients: int) -> float:
     True
     """
     total = by_client.sum(axis=0, keepdims=True)
-    log_k = np.vstack([total, total - by_client]) if clients >= MIN_CLIENTS else total
+    log_k = np.vstack([total, total + refused, total - by_client]) if clients >= MIN_CLIENTS else total
     top = log_k.max(axis=1)
     return float((top + np.log(np.exp(log_k - top[:, None]) @ PRIOR)).min())
 

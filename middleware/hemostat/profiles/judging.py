@@ -19,6 +19,7 @@ from hemostat.store.lease import Lease
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.guard import decisions as guard_decisions
+from hemostat_calibration.guard.decisions import Admission
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 from hemostat_calibration.statistics.split import held_out
@@ -87,12 +88,11 @@ class Judge:
                 self._give_way(candidate)
 
     def _judge(self, record: TokenRecord, gains: RecordGains) -> None:
-        watched = self._trials.admit(WATCH, record)
+        watched = self._trials.admit(WATCH, record) is Admission.ADMITTED
         tested = self._trials.tested if self._lease.leads else []
-        admitted = [candidate for candidate in tested if self._trials.admit(candidate.test, record)]
-        if not watched and not admitted:
-            for candidate in tested:
-                self._give_way(candidate)
+        admissions = {candidate: self._trials.admit(candidate.test, record) for candidate in tested}
+        met = [c for c, found in admissions.items() if found in (Admission.ADMITTED, Admission.CLIENT_SHARE)]
+        if not watched and not met:
             return
         selected = self._serving.kinds[record.kind].version
         over_identity = self._interval(record, selected, gains) if selected is not None else (0.0, 0.0)
@@ -101,17 +101,27 @@ class Judge:
         # All of them count the record before anything is decided: a decision ends other tests of this kind.
         if watched:
             self._trials.update(WATCH, record, over_identity)
-        counted = [c for c in admitted if self._count(c, record, over_identity, gains)]
+        counted = [c for c in met if self._count(c, record, over_identity, gains, admissions[c])]
         if watched and self._judge_serving(record.kind):
             return
         self._promote_best(counted, record.kind)
 
-    def _count(self, candidate: Candidate, record: TokenRecord, serving_gain: Interval, gains: RecordGains) -> bool:
-        """Whether anything is known of the candidate's gain over what serves."""
+    def _count(
+        self,
+        candidate: Candidate,
+        record: TokenRecord,
+        serving_gain: Interval,
+        gains: RecordGains,
+        admission: Admission,
+    ) -> bool:
+        """Whether it counts: it is admitted, and something is known of the candidate's gain over what serves."""
         interval = self._interval(record, candidate.version, gains)
         if interval is None:
             return False
         over_serving = (interval[0] - serving_gain[1], interval[1] - serving_gain[0])
+        if admission is not Admission.ADMITTED:
+            self._trials.oppose(candidate.test, record, over_serving)
+            return False
         self._trials.update(candidate.test, record, over_serving)
         return True
 

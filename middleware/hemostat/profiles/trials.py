@@ -271,17 +271,21 @@ class Trials:
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
-    def admit(self, name: str, record: TokenRecord) -> bool:
+    def admit(self, name: str, record: TokenRecord) -> Admission:
         """Whether the record may count in this test; asked before anything is known of its gain."""
         windows = self.guard.windows if name == WATCH else {}
-        admitted = self.guard.admit(name, record.kind, record.unit, record.client) is Admission.ADMITTED
+        admission = self.guard.admit(name, record.kind, record.unit, record.client)
         if name == WATCH and self.guard.windows != windows:
             self._on_begun()  # the next window
-        return admitted
+        return admission
 
     def update(self, name: str, record: TokenRecord, gain: Interval) -> None:
         """An admitted record with its mean gain per token (lower and upper end, nats)."""
         self.guard.update(name, record.kind, record.unit, record.client, *gain, record.tokens)
+
+    def oppose(self, name: str, record: TokenRecord, gain: Interval) -> None:
+        """A record that a candidate's test has refused for its client's share: it can only prevent a promotion."""
+        self.guard.oppose(name, record.kind, gain[0])
 
     def promotes(self, candidate: Candidate, kind: str) -> bool:
         return self.guard.decide(candidate.test, kind).action is Action.PROMOTE

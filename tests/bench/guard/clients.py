@@ -36,6 +36,7 @@ def rows(lives: int, seed: int) -> Iterator[Row]:
     yield from serving(lives, np.random.default_rng([seed, 12]))
     yield blocked(lives, np.random.default_rng([seed, 13]))
     yield lost_by_one(lives, np.random.default_rng([seed, 14]))
+    yield lost_by_most(lives, np.random.default_rng([seed, 15]))
 
 
 def attacked(rng: np.random.Generator, mean: float, sign: float, n: int, way: int) -> list[Unit]:
@@ -138,6 +139,21 @@ def lost_by_one(lives: int, rng: np.random.Generator) -> Row:
         ]
         promoted += bool(promotions(guard, TEST, stream))
     return count_row("one client of 12 % loses more than all others gain: promoted", promoted, lives, 0.05)
+
+
+def lost_by_most(lives: int, rng: np.random.Generator) -> Row:
+    """One client with 60 % of the traffic loses 0.1, all others gain 0.08: the mean over all is -0.028, and over what
+    counts, where its share is limited, above 0."""
+    promoted = 0
+    for _ in range(lives):
+        guard = Guard(client_share=CAP)
+        guard.begin_candidate(TEST, {"A": (WIDTH, 1.0)})
+        stream = [
+            replace(unit, client=b"most", gain=max(unit.gain - 0.18, -WIDTH)) if most else unit
+            for unit, most in zip(units(rng, ["A"] * 600, normal(rng, 0.08, 600)), rng.random(600) < 0.6, strict=True)
+        ]
+        promoted += bool(promotions(guard, TEST, stream))
+    return count_row("one client of 60 % loses 0.1, all others gain 0.08: promoted", promoted, lives, 0.05)
 
 
 def blocked(lives: int, rng: np.random.Generator) -> Row:

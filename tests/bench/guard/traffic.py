@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.guard.decisions import Action, Admission, Decision
+from hemostat_calibration.guard.decisions import Action, Admission, Decision, Role
 from hemostat_calibration.guard.guard import Guard
 
 Floats = npt.NDArray[np.float64]
@@ -64,6 +64,8 @@ def units(
 def show(guard: Guard, name: str, unit: Unit) -> tuple[Admission, Decision | None]:
     """Show one unit to a test. The decision is None where it does not count."""
     admission = guard.admit(name, unit.kind, unit.key, unit.client)
+    if admission is Admission.CLIENT_SHARE and guard.evidence(name, unit.kind).role is Role.CANDIDATE:
+        guard.oppose(name, unit.kind, unit.gain)
     if admission is not Admission.ADMITTED:
         return admission, None
     guard.update(name, unit.kind, unit.key, unit.client, unit.gain, unit.gain, unit.tokens)
