@@ -58,6 +58,7 @@ async def test_everything_works() -> None:
     found = await findings_of({}, {}, calibration={"mode": "auto"})
     assert states(found) == {
         "store": "note",
+        "evidence": "ok",
         "upstream": "ok",
         "max_logprobs": "ok",
         "return_token_ids": "ok",
@@ -148,6 +149,15 @@ async def test_a_problem_is_reported_with_its_fix(
     found = (await findings_of(upstream, reference, **sections))[what]
     assert found.state.value == state
     assert fix in found.fix
+
+
+async def test_how_evidence_is_divided_is_reported() -> None:
+    sections = {"evidence": {"kinds": 5, "client_header": "x-team", "client_share": 0.1}}
+    found = (await findings_of({}, {}, **sections))["evidence"]
+    assert found.state is State.OK
+    assert "up to 5 kinds" in found.detail
+    assert "header 'x-team', and one contributes at most 10% of a test (not limited below 4 clients)" in found.detail
+    assert "evidence" not in await findings_of({}, {}, calibration={"mode": "off"})
 
 
 async def test_unreachable_servers_are_reported() -> None:

@@ -23,6 +23,7 @@ from hemostat.store import schema
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
 from hemostat.store.valkey import ValkeyStore
+from hemostat_calibration.guard.wealth import MIN_CLIENTS
 
 SAME_TOKENS = "same tokens"
 PLUGIN_FLAG = "--logits-processors hemostat_engine:LogitsProcessor"
@@ -32,6 +33,8 @@ ANY_XARG = "not-a-profile-version"
 async def check(settings: Settings) -> list[Finding]:
     """All findings; raises nothing that a server or a model can cause."""
     findings = [await _store(settings)]
+    if settings.calibration.mode != "off":
+        findings.append(_evidence(settings))
     upstream = settings.upstream
     server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
     references = make_references(settings)
@@ -106,6 +109,17 @@ async def _store(settings: Settings) -> Finding:
         text = f"{shown} may evict profiles when its memory is full (maxmemory-policy {eviction})"
         return Finding("store", State.NOTE, text, "set its maxmemory-policy to noeviction")
     return Finding("store", State.OK, shown)
+
+
+def _evidence(settings: Settings) -> Finding:
+    """How traffic is divided into kinds and clients, which decides what can be proven."""
+    evidence = settings.evidence
+    text = (
+        f"a profile serves each of up to {evidence.kinds} kinds of traffic only on evidence in that kind; clients are "
+        f"named by the header {evidence.client_header!r}, and one contributes at most {evidence.client_share:.0%} of a "
+        f"test (not limited below {MIN_CLIENTS} clients)"
+    )
+    return Finding("evidence", State.OK, text)
 
 
 async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
