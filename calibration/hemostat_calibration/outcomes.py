@@ -15,7 +15,8 @@ rates are constant, or change alike in both arms (`two_arms`); whether a unit is
 its group). Harm must be proven by all units and by the units without any one group: for a client that sends requests in
 order to take a good profile back, the test without its group is a test of everybody else's units, and keeps its level.
 Also, before its outcome is looked at, a unit is admitted only while its client has at most `Settings.client_share` of
-the trial's units. Both hold from MIN_CLIENTS on.
+the trial's units. Both hold from MIN_CLIENTS on; with fewer clients, nothing is decided before MIN_UNITS_OF_FEW_CLIENTS
+units, so that a burst of one client at the beginning of a trial decides nothing where others send requests, too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from enum import StrEnum
 from typing import Any
 
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.guard.kind_test import MIN_UNITS_OF_FEW_CLIENTS
 from hemostat_calibration.statistics.confidence import ConfidenceInterval
 from hemostat_calibration.statistics.running_mean import RunningMean
 from hemostat_calibration.statistics.two_arms import TwoArms
@@ -177,6 +179,11 @@ class Trial:
         return len(self._clients) >= MIN_CLIENTS
 
     @property
+    def decides(self) -> bool:
+        """Whether harm can be proven yet."""
+        return self.limits_clients or self._units >= MIN_UNITS_OF_FEW_CLIENTS
+
+    @property
     def cap(self) -> float | None:
         """Tokens at which lengths are clipped; None before it is known."""
         return self._cap
@@ -212,7 +219,8 @@ class Trial:
         groups[group] = groups[group].update(min(tokens, self._cap), centre, self._cap)
 
     def readings(self) -> list[Reading]:
-        """Of the outcomes that applied to any unit, and of the length once it is compared."""
+        """Of the outcomes that applied to any unit, and of the length once it is compared. Evidence is 0 while the
+        trial does not decide."""
         found = [self._binary(outcome, counts) for outcome, counts in sorted(self._counts.items())]
         if self._cap is not None:
             found.append(self._length(self._cap))
@@ -220,6 +228,8 @@ class Trial:
 
     def harm(self) -> Reading | None:
         """The first reading that proves harm. Much cheaper than `readings` where there is none."""
+        if not self.decides:
+            return None
         margin = self.settings.margin
         for outcome, counts in sorted(self._counts.items()):
             # Only a difference beyond the margin can refute that it is within.
@@ -236,6 +246,8 @@ class Trial:
 
     def _evidence(self, counts: list[TwoArms]) -> float:
         """log e over log 1/alpha, of the strictest one of all units and all units without a group."""
+        if not self.decides:
+            return 0.0
         margin, needed = self.settings.margin, -math.log(self.alpha)
         total = _total(counts)
         evidence = total.log_e(margin) / needed
@@ -258,7 +270,7 @@ class Trial:
     def _length(self, cap: float) -> Reading:
         treated, control = (_running_mean(self._lengths[arm], cap) for arm in (True, False))
         change = self._change(treated, control)
-        harm = self._is_harm(change)
+        harm = self.decides and self._is_harm(change)
         if harm and self.limits_clients:
             for group in range(GROUPS):
                 without = (_running_mean(self._lengths[arm], cap, leave_out=group) for arm in (True, False))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.guard.kind_test import MIN_UNITS_OF_FEW_CLIENTS
 from hemostat_calibration.outcomes import CAP_UNITS, LENGTH, MAX_CLIENTS, TESTS, Outcome, Settings, Trial, Unit
 from hemostat_calibration.statistics.two_arms import TwoArms
 
@@ -104,6 +105,17 @@ def test_few_clients_are_not_limited():
     trial = Trial(Settings(), "v", 1)
     assert all(trial.add(Unit(client, True, {})) for client in clients(3) * 50)
     assert not trial.limits_clients
+
+
+def test_a_burst_of_one_client_decides_nothing_at_the_beginning():
+    """It knows its arm by the answers, so that all treated ones can be bad and all control ones good."""
+    trial = Trial(Settings(), "v", 1)
+    for n in range(MIN_UNITS_OF_FEW_CLIENTS - 1):
+        trial.add(Unit(b"one client", n % 2 == 0, {Outcome.JSON: n % 2 == 0}))
+        assert trial.harm() is None
+        assert trial.readings()[0].evidence == 0.0
+    trial.add(Unit(b"one client", True, {Outcome.JSON: True}))
+    assert trial.harm() is not None, "the evidence was there before"
 
 
 def test_memory_is_bounded():
