@@ -30,6 +30,7 @@ from hemostat_calibration.statistics import confidence
 from hemostat_calibration.statistics.confidence import ClippedMean, MeanSequence, Proportion
 from hemostat_calibration.statistics.estimator import Estimator
 from hemostat_calibration.statistics.streaming import Histogram, RatioEstimate, student_975
+from hemostat_calibration.statistics.two_arms import TwoArms
 
 EDGES = (0.0, 0.1, 0.5, 2.0)
 
@@ -145,6 +146,19 @@ def survival_read(state):
     return [*curve.survival, *curve.low, *curve.at_risk, curve.prefix, curve.requests]
 
 
+def two_arms_batch(observations):
+    """`tests/core/test_two_arms.py` compares e-values and intervals with their definition."""
+    treated, bad = np.array(observations).T
+    counts = [(treated & bad).sum(), treated.sum(), (~treated & bad).sum(), (~treated).sum()]
+    return [*counts, counts[0] / max(counts[1], 1) - counts[2] / max(counts[3], 1)]
+
+
+def two_arms_read(state):
+    counts = [state.treated_bad, state.treated, state.control_bad, state.control]
+    known = state.treated and state.control
+    return [*counts, state.get().mean if known else counts[0] / max(counts[1], 1) - counts[2] / max(counts[3], 1)]
+
+
 CASES = {
     "mean sequence": Case(
         MeanSequence,
@@ -177,6 +191,14 @@ CASES = {
         lambda a, b: a.merge(b),
         interval_read,
         proportion_batch,
+    ),
+    "two arms": Case(
+        TwoArms,
+        lambda rng: (bool(rng.random() < 0.6), bool(rng.random() < 0.3)),
+        lambda state, x: state.update(treated=x[0], bad=x[1]),
+        lambda a, b: a.merge(b),
+        two_arms_read,
+        two_arms_batch,
     ),
     "ratio": Case(
         RatioEstimate,
@@ -240,8 +262,8 @@ def test_an_update_leaves_what_others_hold(name):
     np.testing.assert_array_equal(case.read(state), before)
 
 
-UPDATES = {"ratio": 10**6, "proportion": 10**6}
-"""A million where that takes seconds (it was run for all); else a tenth of it."""
+UPDATES = {"ratio": 10**5, "proportion": 10**5, "two arms": 10**5}
+"""Where that takes a second (a million were run for all, once); else a fifth of it."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -254,7 +276,7 @@ def test_updates_take_no_more_memory(name):
     for x in observations:
         state = case.update(state, x)
     early = len(pickle.dumps(state))
-    for x in itertools.islice(itertools.cycle(observations), UPDATES.get(name, 10**5)):
+    for x in itertools.islice(itertools.cycle(observations), UPDATES.get(name, 2 * 10**4)):
         state = case.update(state, x)
     assert len(pickle.dumps(state)) <= early + 64
     # Many times the same observations: the same mean, however long the stream.

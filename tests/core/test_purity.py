@@ -17,6 +17,7 @@ ALLOWED = {
     "collections",
     "dataclasses",
     "enum",
+    "functools",
     "hashlib",
     "hemostat_calibration",
     "json",

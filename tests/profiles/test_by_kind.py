@@ -43,7 +43,7 @@ def test_a_profile_that_helps_one_kind_and_harms_another_serves_only_the_first()
     mix = Mix(bench)
     mix.feed(20)
     version = bench.profiles.operator.import_profile(helpful())
-    mix.feed(2000)
+    mix.feed(1000)
     assert bench.profiles.serving.version_by_kind == {"A": version}
     event = bench.last("promote")
     assert (event["kind"], event["evidence"]["kind"]) == ("A", "A")
@@ -64,7 +64,7 @@ def test_a_kind_that_is_harmed_returns_to_identity_while_the_others_keep_their_p
     assert bench.profiles.serving.kinds["B"].units - began <= 60
     event = bench.last("roll_back")
     assert (event["kind"], event["reason"], event["version"]) == ("B", "harm", version)
-    mix.feed(500)
+    mix.feed(200)
     assert bench.profiles.serving.version_by_kind == {"A": version, REST_KIND: version}
     assert [c for c in bench.profiles.trials.tested if "B" in bench.profiles.trials.running_kinds(c)] == []
     bench.profiles.operator.roll_back("asked for", "A")

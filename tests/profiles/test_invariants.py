@@ -25,7 +25,7 @@ ACTIONS = (
 EVIDENCE = Evidence(kinds=2)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_after_any_sequence_of_actions_the_invariants_hold(data: st.DataObject) -> None:
     bench = Bench(scope="label", min_tokens=100, evidence=EVIDENCE)

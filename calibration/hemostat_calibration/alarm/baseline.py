@@ -130,6 +130,9 @@ def fit_baseline(requests: Floats, alpha: float) -> Baseline:
 
     With a probability of at least 1 − alpha no limit is below the true probability of its range, if the requests are
     independent and of one distribution, whatever it is. InvalidArgumentError for fewer than `MIN_BASELINE_REQUESTS`.
+
+    >>> fit_baseline(np.array([[math.sin(n), 50, 0.0] for n in range(150)]), alpha=0.0025).requests
+    150
     """
     if len(requests) < MIN_BASELINE_REQUESTS:
         raise InvalidArgumentError(

@@ -331,7 +331,11 @@ def _reading(test: AlarmTest, kind: str, running: RunningTest | None) -> Reading
 
 
 def kind_readings(alarm: Alarm) -> list[KindReading]:
-    """Of every kind, by name; nothing without a change test."""
+    """Of every kind, by name; nothing without a change test.
+
+    >>> kind_readings(init(Settings()))
+    []
+    """
     needed = alarm.settings.baseline_requests
     return [
         KindReading(
@@ -349,7 +353,11 @@ def kind_readings(alarm: Alarm) -> list[KindReading]:
 def weighted_spread_ratio(alarm: Alarm) -> float | None:
     """The recent spread as a factor of the baseline's (geometric mean), over all kinds that are watched, each weighted
     by its part of the *baseline's* mix: what it would be had only the model changed, and not the traffic. None while
-    the mix of the baseline is not known."""
+    the mix of the baseline is not known.
+
+    >>> weighted_spread_ratio(init(Settings())) is None
+    True
+    """
     known = [(r.baseline_share, math.log(r.spread_ratio)) for r in kind_readings(alarm) if r.spread_ratio is not None]
     total = sum(share for share, _ in known)
     return math.exp(sum(share * level for share, level in known) / total) if total else None
