@@ -382,7 +382,7 @@ async def test_check_on_real_models(vllm_server: Any, checkpoints: Any) -> None:
     found = {f.what: f for f in await check(settings)}
     assert {what for what, f in found.items() if f.state is State.OK} == {
         *("upstream", "max_logprobs", "return_token_ids", "logprobs_mode", "engine plugin"),
-        *("reference", "reference score", "same tokens"),
+        *("reference", "reference score", "same tokens", "evidence"),
     }
     found = {
         f.what: f

@@ -160,9 +160,9 @@ OPENAI: dict[str, Case] = {
     ),
     "n": Case(with_openai("chat", messages=CAPITAL, n=2, temperature=1, seed=7), "n", "'index': 1"),
     "n, stream": Case(with_openai("chat", messages=CAPITAL, n=2, temperature=1, seed=7, **STREAM), "n", "'index': 1"),
-    "unknown model": Case(with_openai("chat", messages=CAPITAL, model="nope"), "upstream_error", "404"),
+    "unknown model": Case(with_openai("chat", messages=CAPITAL, model="nope"), "no_reference", "404"),
     "unknown model, stream": Case(
-        with_openai("chat", messages=CAPITAL, model="nope", **STREAM), "upstream_error", "NotFoundError"
+        with_openai("chat", messages=CAPITAL, model="nope", **STREAM), "no_reference", "NotFoundError"
     ),
     "bad parameter": Case(with_openai("chat", messages=CAPITAL, top_p=7), "upstream_error", "400"),
     "too long": Case(with_openai("chat", messages=TOO_LONG), "upstream_error", "maximum context length"),
@@ -182,7 +182,7 @@ LITELLM: dict[str, Case] = {
     "own logprobs": Case(
         with_litellm("hosted_vllm", messages=CAPITAL, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
     ),
-    "unknown model": Case(with_litellm("openai", messages=CAPITAL, model="nope"), "upstream_error", "404"),
+    "unknown model": Case(with_litellm("openai", messages=CAPITAL, model="nope"), "no_reference", "404"),
     "too long, stream": Case(
         with_litellm("openai", messages=TOO_LONG, **STREAM), "upstream_error", "maximum context length"
     ),
@@ -202,7 +202,7 @@ LANGCHAIN: dict[str, Case] = {
     "stop": Case(
         with_langchain([user("Count from 1 to 10.")], {"stop": ["3", "three"]}, max_tokens=24), shows="'stop'"
     ),
-    "unknown model": Case(with_langchain(CAPITAL, model="nope"), "upstream_error", "404"),
+    "unknown model": Case(with_langchain(CAPITAL, model="nope"), "no_reference", "404"),
     "bad parameter, stream": Case(with_langchain(CAPITAL, stream=True, top_p=7), "upstream_error", "400"),
 }
 CASES = {

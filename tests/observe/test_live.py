@@ -26,8 +26,8 @@ from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 from hemostat.shadow import noise_floor
 from hemostat_calibration.profiles.profile import temperature_bias
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500), needs("prometheus", "prometheus")]
-"""Minutes of patience here and below are for machines that do other work, too."""
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500), needs("prometheus", "prometheus")]
+"""The limits of minutes here and below are for machines that do other work, too."""
 
 MODEL = "smollm2"
 CHAT = "/v1/chat/completions"
