@@ -113,9 +113,10 @@ def test_forced_profile_changes_what_comes_out_of_vllm(tmp_path: Path, checkpoin
 
 
 @pytest.mark.slow
-def test_a_contextual_profile_is_promoted_live(tmp_path: Path) -> None:
-    """Learned from a real vLLM's features and the real reference, proven on held-out prompts, served to half of the
-    clients: as in `make demo`, but from a model that lost more, so that it takes a minute."""
+def test_a_profile_is_promoted_live(tmp_path: Path) -> None:
+    """Learned from a real vLLM's features and the real reference, proven on held-out conversations of one kind, served
+    to half of that kind's: as in `make demo`, but from a model that lost more, so that it takes some minutes. Which
+    family is proven first depends on the run."""
     report = demo(
         tmp_path,
         *("--seed", "3", "--compression", "prune50", "--set", "calibration.min_tokens=600"),
@@ -123,25 +124,23 @@ def test_a_contextual_profile_is_promoted_live(tmp_path: Path) -> None:
         texts=[prompt.messages[0].content for prompt in generated_prompts()[::2]],
         max_tokens=32,
     )
+    promotions = [event for event in report["decisions"] if event["decision"] == "promote"]
+    assert promotions, [(event["decision"], event["why"]) for event in report["decisions"]]
+    assert {event["reason"] for event in promotions} == {"evidence"}
+    for evidence in (event["evidence"] for event in promotions):
+        assert evidence["log_e_adjusted"] >= evidence["needed"]
+        assert evidence["mean_gain"] > 0.0
+        assert evidence["mean_gain_by_token"] > 0.0
+        assert evidence["alpha"] < 0.05
     version = report["profile"]["version"]
-    assert report["profile"] == {"version": version, "family": "contextual", "mode": "auto"}
-    promotion, *_ = [event for event in report["decisions"] if event["decision"] == "promote"]
-    assert (promotion["version"], promotion["reason"]) == (version, "evidence")
-    evidence = promotion["evidence"]
-    assert evidence["log_e_adjusted"] >= evidence["needed"]
-    assert evidence["mean_gain"] > 0.0
-    assert evidence["alpha"] < 0.05
-    # What serves was applied by the engine, to the treated and to nobody else.
+    promoted = {event["version"] for event in promotions}
+    assert version in promoted
+    # What serves was applied by the engine, to the treated of the kinds that it was proven in and to nobody else.
     records = [json.loads(line) for line in (tmp_path / "kept" / "records.jsonl").read_text().splitlines()]
     treated, control = ([r for r in records if r["arm"] == arm] for arm in ("treated", "control"))
-    assert {r["profile"] for r in treated} == {version}
-    assert {r["profile"] for r in control} == {"identity"}
-    assert report["arms"]["treated"]["requests"] == len(treated) > 0
-    assert report["arms"]["control"]["requests"] == len(control) > 0
-    # And it goes on helping where it was not learned, on the very same tokens.
-    recovered = report["recovered"]
-    assert recovered["gain_nats"]["requests"] > 5
-    assert recovered["gain_nats"]["estimate"] > 0.1, "0.4 nats of 3.0 where it was tried"
-    assert 0.0 < recovered["ratio"] < 1.0
-    calibrated = report["calibrated"]
-    assert calibrated["kl_nats"]["estimate"] < calibrated["raw_same_requests"]["kl_nats"]["estimate"]
+    assert treated
+    assert control
+    assert {r["profile"] for r in treated} <= promoted
+    assert {r["profile"] for r in records if r["arm"] != "treated"} == {"identity"}
+    kinds = {(event["version"], event["kind"]) for event in promotions}
+    assert {(r["profile"], r["kind"]) for r in treated} <= kinds
