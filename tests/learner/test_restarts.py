@@ -6,17 +6,15 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pytest
-from tests.support import oracle, valkey
+from tests.support import oracle
 from tests.support.learner_world import D, V, World, children, kl, logprobs, make, save
-from tests.support.valkey import Valkey
 from tests.support.waiting import until
 
 from hemostat.config.schema import Calibration
@@ -33,19 +31,6 @@ from hemostat_calibration.profiles import transform
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 SETTINGS: dict[str, Any] = {"anchors": 32, "rank": 8, "min_tokens": 600, "clamp_nats": 5.0, "clamp_kl_nats": 20.0}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with valkey.running(tmp_path_factory.mktemp("valkey")) as one:
-        yield one
-
-
-@pytest.fixture(params=["sqlite", "valkey"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/h.db"
-    return f"{request.getfixturevalue('server').url}?prefix={quote(f'{tmp_path}:')}"
 
 
 @pytest.fixture(autouse=True)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import quote
 
 import msgspec
 import pytest
-from tests.support import control, valkey
-from tests.support.valkey import Valkey
+from tests.support import control
 
 from hemostat.config.schema import Settings
 from hemostat.ipc.framing import read_frame
@@ -21,19 +18,6 @@ from hemostat.store.factory import open_store
 from hemostat.store.memory import MemoryStore
 from hemostat.store.protocol import Store, StoreUnreachable
 from hemostat.store.salt import SALT_BYTES, SALT_KEY, Salt
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with valkey.running(tmp_path_factory.mktemp("valkey")) as one:
-        yield one
-
-
-@pytest.fixture(params=["sqlite", "valkey"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/h.db"
-    return f"{request.getfixturevalue('server').url}?prefix={quote(f'{tmp_path}:')}"
 
 
 def salt(store: Store, changes: list[int] | None = None) -> Salt:

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import quote
-
 import numpy as np
-import pytest
-from tests.support import valkey
-from tests.support.valkey import Valkey
 
 from hemostat.store.factory import open_store
 from hemostat_calibration.guard.decisions import Action, Admission
 from hemostat_calibration.guard.guard import Guard
 
 RESTART_EVERY, WINDOW = 900, 1000
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with valkey.running(tmp_path_factory.mktemp("valkey")) as one:
-        yield one
-
-
-@pytest.fixture(params=["sqlite", "valkey"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/h.db"
-    return f"{request.getfixturevalue('server').url}?prefix={quote(f'{tmp_path}:')}"
 
 
 def taken_back_after(url: str, *, kept: bool) -> int | None:
