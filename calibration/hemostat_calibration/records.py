@@ -84,6 +84,20 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
+class ExactDistances:
+    """Distances of one model from the reference over the full vocabulary, by output position, computed on copies of
+    both models.
+
+    kl: float64 [T], KL(reference‖model), nats. tv: float64 [T], total variation, 0 to 1. top1: bool [T], both models'
+    most likely id is the same.
+    """
+
+    kl: Floats
+    tv: Floats
+    top1: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRecord:
     """One scored request."""
 
@@ -121,6 +135,11 @@ class TokenRecord:
     reference_hidden: npt.NDArray[np.float32] | None = None
     """float32 [T, d]: the reference's last hidden state h after the final norm, so that its logits are W h; None when
     it does not give it."""
+    adapter: str | None = None
+    """Version of the adapter that the engine added to the weights: then `compressed`, `compressed_emitted` and
+    `features` are those of the compressed model with the adapter. None: of the compressed model itself."""
+    distances: Mapping[str, ExactDistances] = field(default_factory=dict)
+    """By profile version (`IDENTITY`: the compressed model itself); empty where no copy has scored the record."""
     request_id: str = ""
     route: str = ""
     model: str = ""

@@ -130,6 +130,7 @@ def _contextual_check(parameters: Parameters) -> str:
 
 TEMPERATURE_BIAS = "temperature_bias"
 CONTEXTUAL = "contextual"
+ADAPTER = "adapter"
 
 FAMILIES: Mapping[str, FamilySpec] = {
     TEMPERATURE_BIAS: FamilySpec(

@@ -302,6 +302,39 @@ class Outcomes(Section):
     """The same for the relative change of the mean length of answers, in either direction."""
 
 
+class Adapter(Section):
+    """Adapters that compensate the weights' error (family `adapter`): learned live, served by vLLM as LoRA."""
+
+    enabled: bool = False
+    reference: Path | None = None
+    """Checkpoint folder of the uncompressed model; default: `reference.model`, where that is a folder."""
+    compressed: Path | None = None
+    """Checkpoint folder of the compressed model; default: the path that the upstream names, where it exists here."""
+    rank: int = Field(default=16, ge=1, le=512)
+    """Of every layer; with `shared_out`, on average by bytes."""
+    max_rank: int | None = Field(default=None, ge=1, le=512)
+    """Largest rank of a layer with `shared_out`: vLLM's --max-lora-rank; default: 4 times `rank`."""
+    shared_out: bool = False
+    """Give the bytes to the layers where they gain most, in place of the same rank to each."""
+    metric: Literal["auto", "kfac", "full", "diagonal"] = "auto"
+    """What the error is weighed by: statistics of inputs and output gradients, of inputs, or their diagonal; `auto`:
+    the first that fits into `memory_mib`."""
+    min_tokens: int = Field(default=2_000, ge=100)
+    """Tokens of text, prompts included, from which the first adapter is made."""
+    max_tokens: int = Field(default=16_000, ge=100, le=1_000_000)
+    """Newest tokens that are kept, in memory, for the next adapter."""
+    memory_mib: int = Field(default=4_096, ge=64)
+    """Of the process that makes an adapter."""
+    distil: bool = False
+    """Train the adapter further on the reference's distributions; kept only where held-out texts improve."""
+    device: str = Field(default="cpu", min_length=1)
+    """Of the copies and of the process that makes an adapter: a torch device."""
+    folder: Path | None = None
+    """Shared folder for engines without Hemostat's general plugin; adapters are loaded from it by their path."""
+    engine_folder: Path | None = None
+    """The same folder as vLLM sees it; default: `folder`."""
+
+
 class StoreSettings(Section):
     """Where profiles and decisions are kept."""
 
@@ -399,6 +432,7 @@ class Settings(Section):
     calibration: Calibration = Calibration()
     evidence: Evidence = Evidence()
     outcomes: Outcomes = Outcomes()
+    adapter: Adapter = Adapter()
     labels: list[str] = Field(default=[], max_length=MAX_LABELS)
     store: StoreSettings = StoreSettings()
     records: Records = Records()

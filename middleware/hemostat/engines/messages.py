@@ -20,6 +20,21 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 T = TypeVar("T")
 
 
+class LoraState(msgspec.Struct, frozen=True):
+    """What a rank's engine can do with adapters.
+
+    slots: --max-loras. max_rank: --max-lora-rank. grouped: the CPU's operations are Hemostat's, which leave rows
+    without an adapter untouched. loaded: all adapters in slots, the clients' own included. was_full: all slots were in
+    use at some time since the engine's start.
+    """
+
+    slots: Annotated[int, msgspec.Meta(ge=1)]
+    max_rank: Annotated[int, msgspec.Meta(ge=1)]
+    grouped: bool
+    loaded: Count
+    was_full: bool
+
+
 class EngineReport(msgspec.Struct, frozen=True):
     """One rank's report; the plugin sends one about every second."""
 
@@ -32,6 +47,10 @@ class EngineReport(msgspec.Struct, frozen=True):
     runner: Text
     """v1 | v2: the model runner of vLLM."""
     vllm: Text
+    adapters: Annotated[list[Version], msgspec.Meta(max_length=64)] = []
+    """Adapters of Hemostat's that this rank's engine has loaded."""
+    lora: LoraState | None = None
+    """None: the engine was started without --enable-lora, or the general plugin is not enabled."""
 
 
 class TapRun(msgspec.Struct, frozen=True):

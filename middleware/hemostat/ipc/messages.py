@@ -62,6 +62,9 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     """16-byte salted digest: equal for every turn of one conversation; of the prompt where there is none."""
     client: bytes = b""
     """8-byte salted digest of the header that names the client; empty without the header."""
+    adapter: str | None = None
+    """Version of the adapter that the response says answered it: the log-probabilities are the adapted
+    model's."""
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
@@ -140,6 +143,12 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Served names whose records are compared with a matched reference; None: not known yet, nothing is excluded."""
     calibrated_models: frozenset[str] | None = None
     """Served names of the model that profiles are for, and of its adapters; None: not known yet, none is excluded."""
+    adapters: dict[str, bool] = {}
+    """Versions of the family `adapter`, asked for as the request's `model` -> whether the version has a map of the
+    logits, too, and is also asked for as a profile of the engine's plugin."""
+    base_models: frozenset[str] | None = None
+    """Served names of the model that profiles are for, without its adapters; None: not known yet. A request for any
+    other model, such as a client's own adapter, never gets an adapter of Hemostat's."""
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
     openai_sampling_defaults: bool = False
