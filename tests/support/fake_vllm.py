@@ -18,7 +18,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import uvicorn
+from tests.support.fake_lora import LOAD, UNLOAD, FakeLora
 
 VOCAB = 512
 IM_START, EOS = 256, 257
@@ -96,6 +97,8 @@ class FakeVllm:
     noise: float = 0.0
     model: str = "fake"
     adapters: tuple[str, ...] = ()
+    lora: FakeLora | None = None
+    """Adapters that are loaded at run time, in addition to `adapters`, which change nothing but the name."""
     aliases: tuple[str, ...] = ()
     """Further names of the model."""
     others: tuple[FakeVllm, ...] = ()
@@ -151,8 +154,8 @@ class FakeVllm:
 
     # The model -------------------------------------------------------------------------------------------------------
 
-    def logprobs(self, context: list[int]) -> npt.NDArray[np.float64]:
-        """float64 [VOCAB], nats: what comes after these tokens."""
+    def logprobs(self, context: list[int], adapter: str | None = None) -> npt.NDArray[np.float64]:
+        """float64 [VOCAB], nats: what comes after these tokens. adapter: one of `lora`."""
         key = np.asarray(context[-4:], "<i4").tobytes()
 
         def normal(purpose: bytes) -> npt.NDArray[np.float64]:
@@ -165,8 +168,15 @@ class FakeVllm:
         logits[:IM_START] -= 4.0
         if self.noise:
             logits += self.noise * normal(b"noise")
+        if adapter is not None and self.lora is not None:
+            logits += self.lora.effect(adapter, context, self.vocab_size)
         # float32 as in the engine, so that JSON carries what was computed.
         return (logits - np.log(np.exp(logits).sum())).astype(np.float32).astype(np.float64)
+
+    def _row_logprobs(self, context: list[int], body: dict[str, Any]) -> npt.NDArray[np.float64]:
+        """The same for a request: with the adapter that it names."""
+        adapter = None if self.lora is None else self.lora.applied(body.get("model", self.model))
+        return self.logprobs(context, adapter)
 
     def encode(self, text: str) -> list[int]:
         return encode(text)
@@ -203,7 +213,7 @@ class FakeVllm:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         context, text, sent = list(prompt), "", 0
         for position in range(1, limit + 1):
-            logprobs = self.logprobs(context)
+            logprobs = self._row_logprobs(context, body)
             token = next(script) if script is not None else self._sample(logprobs, body, position)
             context.append(token)
             finish: str | None = None
@@ -266,10 +276,11 @@ class FakeVllm:
             "top_logprobs": [{name(token): value for token, value in row.items()} for row in rows],
         }
 
-    def _prompt_logprobs(self, prompt: list[int], top_k: int) -> list[dict[str, Any] | None]:
+    def _prompt_logprobs(self, prompt: list[int], body: dict[str, Any]) -> list[dict[str, Any] | None]:
         rows: list[dict[str, Any] | None] = [None]
+        top_k = body["prompt_logprobs"]
         for position in range(1, len(prompt)):
-            logprobs = self.logprobs(prompt[:position])
+            logprobs = self._row_logprobs(prompt[:position], body)
             order = np.argsort(-logprobs, kind="stable")
             ranks = {int(token): rank for rank, token in enumerate(order, 1)}
             chosen = dict.fromkeys([prompt[position], *(int(token) for token in order[:top_k])])
@@ -328,7 +339,9 @@ class FakeVllm:
         """Name, root and parent."""
         root = self.root or self.model
         base: list[tuple[str, str, str | None]] = [(name, root, None) for name in (self.model, *self.aliases)]
-        return [*base, *((adapter, adapter, self.model) for adapter in self.adapters)]
+        loaded = {} if self.lora is None else self.lora.names
+        adapters = [*((name, name) for name in self.adapters), *loaded.items()]
+        return [*base, *((name, path, self.model) for name, path in adapters)]
 
     def _named(self, body: bytes) -> FakeVllm:
         """The model that the body names."""
@@ -361,6 +374,15 @@ class FakeVllm:
             return 200, {"version": "0.32.0"}
         if route[1] in ("/health", "/ping"):
             return 200, None
+        if self.lora is not None and route[0] == "POST":
+            answer = self.lora.route(route[1], json.loads(body))
+            if answer is not None and answer[0] == 200:
+                return 200, answer[1]
+            if answer is not None:
+                raise RefusedError(answer[1], None, "InvalidUserInput", answer[0])
+        if route == ("GET", "/openapi.json"):
+            updating = self.lora is not None and self.lora.updating
+            return 200, {"openapi": "3.1.0", "paths": {key: {} for key in ((LOAD, UNLOAD) if updating else ())}}
         if route == ("POST", "/tokenize"):
             asked = json.loads(body)
             ids = self.render(asked["messages"]) if "messages" in asked else self.encode(asked["prompt"])
@@ -387,10 +409,13 @@ class FakeVllm:
             )
             raise RefusedError(text, "body.messages", "Bad Request")
         name = body.get("model", self.model)
-        if name not in (self.model, *self.aliases, *self.adapters):
-            raise RefusedError(
-                f"The model `{name}` does not exist. Valid aliases: {self.model}.", "model", "NotFoundError", 404
-            )
+        status, refusal = 404, f"The model `{name}` does not exist. Valid aliases: {self.model}."
+        known = name in (self.model, *self.aliases, *self.adapters)
+        if not known and self.lora is not None:
+            status, text = self.lora.resolve(name)
+            known, refusal = not status, text if status == 400 else refusal
+        if not known:
+            raise RefusedError(refusal, "model", "NotFoundError" if status == 404 else "BadRequestError", status)
         if chat:
             prompt = self.render(body["messages"])
             limit = body.get("max_completion_tokens") or body.get("max_tokens")
@@ -493,10 +518,21 @@ class _Generation:
         self.tool_id = f"chatcmpl-tool-{blake2b(request_id.encode(), digest_size=8).hexdigest()}"
 
     async def _steps(self) -> AsyncIterator[Step]:
+        with self._in_batches():
+            async for step in self._own_steps():
+                yield step
+
+    def _in_batches(self) -> AbstractContextManager[None]:
+        lora = self.fake.lora
+        return nullcontext() if lora is None else lora.generation(self.body.get("model", self.fake.model))
+
+    async def _own_steps(self) -> AsyncIterator[Step]:
         for position, step in enumerate(self.fake._steps(self.prompt, self.body, self.limit)):
             await asyncio.sleep(self.fake.token_delay)
             while position == self.fake.hold_after:
                 await asyncio.sleep(0.01)
+            if self.fake.lora is not None and self.body.get("model") in self.fake.lora.broken:
+                raise RefusedError("Internal server error", None, "InternalServerError", 500)
             if position == self.fake.die_after:
                 raise ConnectionError("the fake engine dies here, as it was told to")
             yield step
@@ -547,7 +583,7 @@ class _Generation:
                 "finish_reason": last.finish,
                 "stop_reason": last.stop_reason,
                 "token_ids": ids,
-                "prompt_logprobs": None if prompt_k is None else self.fake._prompt_logprobs(self.prompt, prompt_k),
+                "prompt_logprobs": None if prompt_k is None else self.fake._prompt_logprobs(self.prompt, self.body),
                 "prompt_token_ids": prompt_ids,
                 "routed_experts": None,
             }
@@ -702,7 +738,7 @@ async def _start(send: Send, status: int, headers: list[tuple[bytes, bytes]]) ->
 
 async def _answer(send: Send, status: int, value: Any, replaced: bytes | None = None) -> None:
     """replaced: the body, instead of `value`."""
-    data = b"" if value is None else _dumps(value)
+    data = b"" if value is None else value.encode() if isinstance(value, str) else _dumps(value)
     data = data if replaced is None else replaced
     headers = [(b"content-length", str(len(data)).encode())]
     if value is not None:

@@ -79,6 +79,10 @@ class VllmServer:
     async def post(self, path: str, body: Any, answer: type[T]) -> T:
         return self._decoded(await self._send("POST", path, body), answer)
 
+    async def text(self, method: str, path: str, body: Any = None) -> str:
+        """The body of an answer that is not JSON."""
+        return (await self._send(method, path, body)).decode(errors="replace")
+
     async def model(self, wanted: str | None) -> ModelCard:
         """The card of `wanted`, or of the first base model; NO_MODEL where it is not served."""
         cards = await self.models()
