@@ -106,7 +106,7 @@ class Library:
             return tuple(self._held)
 
     def candidates(self) -> tuple[HeldProfile, ...]:
-        """Held profiles that `hold` names, in its order."""
+        """Held profiles that `hold` names, in its order, to be evaluated on any row: no adapters."""
         with self._lock:
             profiles = (self._held.get(version) for version in self._hold)
-            return tuple(held for held in profiles if held is not None)
+            return tuple(held for held in profiles if held is not None and not held.is_adapter)

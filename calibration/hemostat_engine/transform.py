@@ -21,7 +21,7 @@ import torch
 
 from hemostat_calibration.errors import InvalidProfileError
 from hemostat_calibration.profiles import transform as numpy_transform
-from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
+from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS, map_parameters
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.product import Matrix, Product
 
@@ -90,9 +90,16 @@ class Family:
     products: frozenset[str] = frozenset()
 
 
+def _nothing(parameters: Parameters, logits: torch.Tensor, rows: torch.Tensor | None) -> Shift:
+    count = len(logits) if rows is None else len(rows)
+    return Shift(torch.zeros((count, logits.shape[1]), dtype=torch.float32, device=logits.device))
+
+
 FAMILIES: Mapping[str, Family] = {
     TEMPERATURE_BIAS: Family(_temperature_bias),
     CONTEXTUAL: Family(_contextual, frozenset({"linear", "hidden", "middle", "out"}), frozenset({"up"})),
+    # Of an adapter without a map; one with a map is contextual here.
+    ADAPTER: Family(_nothing),
 }
 
 
@@ -104,7 +111,8 @@ class HeldProfile:
     fifth slower (`make bench-engine`).
 
     anchors: digest of its `anchor_count` anchor ids; None for a family without anchors. is_probe: it changes no row
-    (`up` is zero); it is held only so that its features are sent.
+    (`up` is zero, or it is an adapter without a map). is_adapter: its Δz is of the logits that the model has with the
+    adapter, and means nothing on other rows.
     """
 
     def __init__(self, profile: CalibrationProfile) -> None:
@@ -118,14 +126,16 @@ class HeldProfile:
         anchors = numpy_transform.anchors(profile)
         self.anchors = None if anchors is None else numpy_transform.anchors_digest(anchors)
         self.anchor_count = 0 if anchors is None else len(anchors)
-        self.is_probe = anchors is not None and not profile.parameters["up"].any()
-        self._family = FAMILIES[profile.family]
+        self.is_adapter = profile.family == ADAPTER
+        parameters = map_parameters(profile.parameters) if self.is_adapter else profile.parameters
+        self._family = FAMILIES[CONTEXTUAL if self.is_adapter and parameters else profile.family]
+        self.is_probe = not parameters["up"].any() if "up" in parameters else self.is_adapter
         self._host = {
             name: _tensor(value, name in self._family.transposed)
-            for name, value in profile.parameters.items()
+            for name, value in parameters.items()
             if name not in self._family.products
         }
-        self._products = {name: Product(profile.parameters[name]) for name in self._family.products}
+        self._products = {name: Product(parameters[name]) for name in self._family.products}
         self._on: dict[torch.device, Parameters] = {}
 
     def on(self, device: torch.device) -> Parameters:

@@ -137,7 +137,7 @@ def test_oversize_is_refused_before_it_is_read(monkeypatch):
         (lambda e: e["__metadata__"].update(clamp_nats="inf"), "clamp_nats"),
         (lambda e: e["__metadata__"].update(clamp_nats="0.0"), "clamp_nats"),
         (lambda e: e["__metadata__"].update(clamp_nats="1.00"), "canonical"),
-        (lambda e: e["__metadata__"].update(format="3"), "format is 3"),
+        (lambda e: e["__metadata__"].update(format="4"), "format is 4"),
         (lambda e: e["__metadata__"].update(format="2"), "canonical"),
         (lambda e: e["__metadata__"].update(stray="2"), "canonical"),
         (lambda e: e["__metadata__"].pop("model"), "no 'model'"),

@@ -19,6 +19,7 @@ ALLOWED = {
     "enum",
     "functools",
     "hashlib",
+    "heapq",
     "hemostat_calibration",
     "json",
     "math",

@@ -5,7 +5,8 @@ A new family is one entry in `FAMILIES`; profiles, files and the numpy transform
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +15,23 @@ import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats, Indices
 
+TEMPERATURE_BIAS = "temperature_bias"
+CONTEXTUAL = "contextual"
+ADAPTER = "adapter"
+
 Parameters = Mapping[str, npt.NDArray[Any]]
 VOCABULARY = "V"
 """The dimension that must equal the profile's `vocab_size`."""
 ANCHORS = "anchors"
 """The parameter that holds the ids whose logits a family reads, int32 [N]."""
 
-DTYPES: Mapping[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
+DTYPES: Mapping[str, npt.DTypeLike] = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8}
 """Element types of parameters, by their safetensors names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """An array of a family. shape: a letter is a free dimension, the same in all parameters; `VOCABULARY` is V."""
+    """An array of a family. shape: names of dimensions, one name is one size in all parameters; `VOCABULARY` is V."""
 
     shape: tuple[str, ...]
     dtype: str = "F32"
@@ -36,7 +41,9 @@ class Parameter:
 class FamilySpec:
     """One family.
 
-    parameters: by name.
+    parameters: by name; those that every profile of the family has.
+    named: (names of a profile's parameters) -> all parameters that a profile with these names must have; None for a
+        family whose names are fixed.
     shift: (parameters, relative float64 [..., N], ids int [..., N] or None, code float64 [..., r] or None) -> unclamped
         Δz, float64 [..., N] nats. `relative` is z − max z, finite; `ids` are the columns, None when they are the whole
         vocabulary in order; `code` is the result of the function of that name.
@@ -52,6 +59,11 @@ class FamilySpec:
     range: Callable[[Parameters, Floats], tuple[Floats, Floats]]
     check: Callable[[Parameters], str]
     code: Callable[[Parameters, Floats], Floats] | None = None
+    named: Callable[[Iterable[str]], Mapping[str, Parameter]] | None = None
+
+    def parameters_of(self, names: Iterable[str]) -> Mapping[str, Parameter]:
+        """The parameters that a profile must have some of whose parameters are `names`."""
+        return self.parameters if self.named is None else self.named(names)
 
 
 def _temperature_bias_shift(parameters: Parameters, relative: Floats, ids: Indices | None, _: Floats | None) -> Floats:
@@ -128,9 +140,93 @@ def _contextual_check(parameters: Parameters) -> str:
     return "" if limit > 0.0 else f"kl_limit is {limit}: it must be above 0"
 
 
-TEMPERATURE_BIAS = "temperature_bias"
-CONTEXTUAL = "contextual"
-ADAPTER = "adapter"
+_CONTEXTUAL_PARAMETERS: Mapping[str, Parameter] = {
+    ANCHORS: Parameter(("N",), "I32"),
+    "linear": Parameter(("r", "A")),
+    "offset": Parameter(("r",)),
+    "hidden": Parameter(("H", "A")),
+    "hidden_offset": Parameter(("H",)),
+    "middle": Parameter(("G", "H")),
+    "middle_offset": Parameter(("G",)),
+    "out": Parameter(("r", "G")),
+    "fisher": Parameter(("r", "r")),
+    "kl_limit": Parameter(()),
+    "up": Parameter((VOCABULARY, "r"), "F16"),
+}
+
+MAP_PREFIX = "map."
+"""Names of an adapter's parameters that are those of a contextual profile."""
+FACTOR_PARAMETERS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "a": (("rank", "inputs"), "I8"),
+    "a_scale": (("rank",), "F32"),
+    "b": (("outputs", "rank"), "I8"),
+    "b_scale": (("outputs",), "F32"),
+}
+"""An adapter's parameters for each layer, `<module>.<name>`: dimensions and type. The layer's factors are
+a × a_scale (by row) and b × b_scale (by row)."""
+MODULE_PATTERN = re.compile(r"(?!map\.)\w{1,64}(?:\.\w{1,64}){0,31}", re.ASCII)
+"""Names of layers that an adapter may change: names of modules in Python. `map.` is taken."""
+
+MAX_SCALE = 1e15
+"""Of an adapter's factors: the product of two factors is within float32 and bfloat16."""
+
+
+def layer_names(names: Iterable[str]) -> list[str]:
+    """The layers, sorted, some parameter of which is among the names of an adapter's parameters.
+
+    >>> layer_names(["model.layers.0.mlp.up_proj.a", "model.layers.0.mlp.up_proj.b", "map.up", "stray"])
+    ['model.layers.0.mlp.up_proj']
+    """
+    parts = (name.rpartition(".") for name in names)
+    return sorted({m for m, _, last in parts if last in FACTOR_PARAMETERS and MODULE_PATTERN.fullmatch(m)})
+
+
+def map_parameters(parameters: Parameters) -> Parameters:
+    """Parameters of an adapter's map by their names in the contextual family; empty where it has none.
+
+    >>> map_parameters({"map.kl_limit": np.array(1.0)})
+    {'kl_limit': array(1.)}
+    """
+    return {n.removeprefix(MAP_PREFIX): value for n, value in parameters.items() if n.startswith(MAP_PREFIX)}
+
+
+def _adapter_parameters(names: Iterable[str]) -> Mapping[str, Parameter]:
+    names = list(names)
+    found = {
+        f"{module}.{name}": Parameter(tuple(f"{letter} of {module}" for letter in shape), dtype)
+        for module in layer_names(names)
+        for name, (shape, dtype) in FACTOR_PARAMETERS.items()
+    }
+    if any(name.startswith(MAP_PREFIX) for name in names):
+        for name, parameter in _CONTEXTUAL_PARAMETERS.items():
+            shape = tuple(d if d == VOCABULARY else MAP_PREFIX + d for d in parameter.shape)
+            found[MAP_PREFIX + name] = Parameter(shape, parameter.dtype)
+    return found
+
+
+def _adapter_check(parameters: Parameters) -> str:
+    layers = layer_names(parameters)
+    if not layers:
+        return "names have no layer: an adapter needs one or more, <module>.a, .a_scale, .b and .b_scale of each"
+    for layer in layers:
+        a, b = parameters[f"{layer}.a"], parameters[f"{layer}.b"]
+        if not (a.size and b.size):
+            return f"{layer}.a has shape {a.shape}, {layer}.b {b.shape}: leave out a layer whose rank is 0"
+        for name in (f"{layer}.a_scale", f"{layer}.b_scale"):
+            if not 0.0 <= parameters[name].min() <= parameters[name].max() <= MAX_SCALE:
+                return f"{name} has a value below 0 or above {MAX_SCALE:g}"
+    found = map_parameters(parameters)
+    problem = _contextual_check(found) if found else ""
+    return problem and MAP_PREFIX + problem
+
+
+def _no_shift(parameters: Parameters, relative: Floats, ids: Indices | None, code: Floats | None) -> Floats:
+    return np.zeros_like(relative)
+
+
+def _no_range(parameters: Parameters, most: Floats) -> tuple[Floats, Floats]:
+    return np.zeros_like(most), np.zeros_like(most)
+
 
 FAMILIES: Mapping[str, FamilySpec] = {
     TEMPERATURE_BIAS: FamilySpec(
@@ -140,22 +236,36 @@ FAMILIES: Mapping[str, FamilySpec] = {
         check=_temperature_bias_check,
     ),
     CONTEXTUAL: FamilySpec(
-        parameters={
-            ANCHORS: Parameter(("N",), "I32"),
-            "linear": Parameter(("r", "A")),
-            "offset": Parameter(("r",)),
-            "hidden": Parameter(("H", "A")),
-            "hidden_offset": Parameter(("H",)),
-            "middle": Parameter(("G", "H")),
-            "middle_offset": Parameter(("G",)),
-            "out": Parameter(("r", "G")),
-            "fisher": Parameter(("r", "r")),
-            "kl_limit": Parameter(()),
-            "up": Parameter((VOCABULARY, "r"), "F16"),
-        },
+        parameters=_CONTEXTUAL_PARAMETERS,
         shift=_contextual_shift,
         range=_contextual_range,
         check=_contextual_check,
         code=_contextual_code,
     ),
+    # An adapter changes weights. What it does to the logits beyond that is its map, see `logit_family`.
+    ADAPTER: FamilySpec(
+        parameters={},
+        shift=_no_shift,
+        range=_no_range,
+        check=_adapter_check,
+        named=_adapter_parameters,
+    ),
 }
+
+_NO_MAP = FamilySpec(parameters={}, shift=_no_shift, range=_no_range, check=lambda parameters: "")
+
+
+def logit_family(family: str, parameters: Parameters) -> tuple[FamilySpec, Parameters]:
+    """The family that says what a profile adds to logits, with the parameters of it.
+
+    For an adapter it is the contextual family with the parameters of its map, or a family that adds 0 where it has no
+    map. For others it is their own.
+
+    >>> spec, parameters = logit_family(ADAPTER, {"model.layers.0.mlp.up_proj.a": np.zeros((1, 2), np.int8)})
+    >>> spec.code is None, dict(parameters)
+    (True, {})
+    """
+    if family != ADAPTER:
+        return FAMILIES[family], parameters
+    found = map_parameters(parameters)
+    return (FAMILIES[CONTEXTUAL], found) if found else (_NO_MAP, found)

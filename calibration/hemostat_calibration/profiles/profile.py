@@ -7,7 +7,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -29,12 +29,15 @@ IDENTITY = "identity"
 MAX_BYTES = 512 * 1024 * 1024
 """Longer input is refused before it is parsed."""
 MAX_HEADER_BYTES = 64 * 1024
+MAX_ADAPTER_HEADER_BYTES = 1024 * 1024
+"""In format 3. An adapter has about 450 bytes for each layer, and a model of 70B parameters has 560 layers."""
 MAX_VOCABULARY = 1 << 24
 MAX_CLAMP_NATS = 20.0
 
-_FORMATS = ("1", "2")
-"""In format 1 every parameter is float32, in format 2 each has its family's type. A profile is written in the first
-format that can hold it, so that versions made before format 2 are still valid."""
+_FORMATS = ("1", "2", "3")
+"""In format 1 every parameter is float32, in format 2 each has its family's type, in format 3 the type may be int8 and
+the header longer. A profile is written in the first format that can hold it, so that versions made before a format was
+added are still valid."""
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
 _METADATA_PREFIX = "metadata."
@@ -48,7 +51,8 @@ class CalibrationProfile:
     model: name or digest of the compressed model that it was learned for ("" fits any with that vocabulary).
     vocab_size: V.
     parameters: named arrays of the family's shapes and types, read-only; for "temperature_bias": `inverse_temperature`
-        [], `bias` [V] in nats, for "contextual": see `contextual.contextual_profile`.
+        [], `bias` [V] in nats; for "contextual" see `contextual.contextual_profile`, for "adapter"
+        `adapter.adapter_profile`.
     clamp_nats: every |Δz| is at most this; above 0 and at most `MAX_CLAMP_NATS`.
     metadata: strings for readers (when, on how many tokens); they change no figure, but are part of the version.
 
@@ -74,7 +78,10 @@ class CalibrationProfile:
         object.__setattr__(self, "parameters", MappingProxyType(frozen))
         object.__setattr__(self, "clamp_nats", float(self.clamp_nats))
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
-        object.__setattr__(self, "version", _digest(self.to_bytes()))
+        data = self.to_bytes()
+        if len(data) > MAX_BYTES:
+            raise InvalidProfileError(f"profile of {len(data)} bytes: at most {MAX_BYTES} are allowed")
+        object.__setattr__(self, "version", _digest(data))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CalibrationProfile) and self.version == other.version
@@ -90,12 +97,12 @@ class CalibrationProfile:
 
         The header is written here because the safetensors library keeps no order among metadata keys.
         """
-        dtypes = {name: spec.dtype for name, spec in FAMILIES[self.family].parameters.items()}
+        dtypes = {name: p.dtype for name, p in FAMILIES[self.family].parameters_of(self.parameters).items()}
         entries: dict[str, Any] = {
             "__metadata__": {
                 "clamp_nats": repr(self.clamp_nats),
                 "family": self.family,
-                "format": _FORMATS[0] if set(dtypes.values()) == {"F32"} else _FORMATS[1],
+                "format": _format(set(dtypes.values())),
                 "model": self.model,
                 "vocab_size": str(self.vocab_size),
                 **{_METADATA_PREFIX + key: value for key, value in self.metadata.items()},
@@ -185,6 +192,12 @@ def temperature_bias(
     )
 
 
+def _format(dtypes: set[str]) -> str:
+    if dtypes == {"F32"}:
+        return _FORMATS[0]
+    return _FORMATS[2] if "I8" in dtypes else _FORMATS[1]
+
+
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
@@ -198,7 +211,7 @@ def _read_header(data: bytes) -> dict[str, str]:
     if len(data) < _LENGTH.size:
         raise InvalidProfileError(f"profile of {len(data)} bytes is truncated")
     (length,) = _LENGTH.unpack_from(data)
-    if length > MAX_HEADER_BYTES or _LENGTH.size + length > len(data):
+    if length > MAX_ADAPTER_HEADER_BYTES or _LENGTH.size + length > len(data):
         raise InvalidProfileError(f"profile's header claims {length} bytes: truncated, or not a safetensors file")
     try:
         entries = json.loads(data[_LENGTH.size : _LENGTH.size + length])
@@ -210,6 +223,8 @@ def _read_header(data: bytes) -> dict[str, str]:
     if fields.get("format") not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise InvalidProfileError(f"profile's format is {_short(fields.get('format'))}: this version reads {known}")
+    if length > MAX_HEADER_BYTES and fields["format"] != _FORMATS[2]:
+        raise InvalidProfileError(f"profile's header has {length} bytes: at most {MAX_HEADER_BYTES} are allowed")
     for name, entry in entries.items():
         if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
             raise InvalidProfileError(f"parameter {_short(name)} has a type other than {', '.join(DTYPES)}")
@@ -224,21 +239,22 @@ def _check_fields(profile: CalibrationProfile) -> None:
         raise InvalidProfileError(f"vocab_size is {profile.vocab_size}: it must be 1 to {MAX_VOCABULARY}")
     if not 0.0 < profile.clamp_nats <= MAX_CLAMP_NATS:
         raise InvalidProfileError(f"clamp_nats is {profile.clamp_nats}: it must be above 0, at most {MAX_CLAMP_NATS}")
-    if set(profile.parameters) != set(spec.parameters):
+    parameters = spec.parameters_of(profile.parameters)
+    if set(profile.parameters) != set(parameters):
         raise InvalidProfileError(
-            f"parameters are {_short(', '.join(sorted(profile.parameters)))}: "
-            f"{profile.family} needs {', '.join(sorted(spec.parameters))}. If another version of hemostat made it, "
-            "learn it again, and install the same version in the engine"
+            f"{_name_difference(profile.parameters, parameters)} in a profile of the family {profile.family}. "
+            "If another version of hemostat made it, learn it again, and install the same version in the engine"
         )
     sizes = {VOCABULARY: profile.vocab_size}
-    for name, parameter in spec.parameters.items():
+    for name, parameter in parameters.items():
         array, dimensions = profile.parameters[name], parameter.shape
         if array.dtype != DTYPES[parameter.dtype]:
             wanted_type = np.dtype(DTYPES[parameter.dtype])
             raise InvalidProfileError(f"parameter {name} is {array.dtype}: it must be {wanted_type}")
         wanted = tuple(sizes.setdefault(letter, size) for letter, size in zip(dimensions, array.shape, strict=False))
         if array.ndim != len(dimensions) or array.shape != wanted:
-            raise InvalidProfileError(f"parameter {name} has shape {array.shape}: it must be {dimensions} with {sizes}")
+            known = {letter: sizes[letter] for letter in dimensions if letter in sizes}
+            raise InvalidProfileError(f"parameter {name} has shape {array.shape}: it must be {dimensions} with {known}")
         if not np.isfinite(array).all():
             raise InvalidProfileError(f"parameter {name} holds NaN or an infinity")
     problem = spec.check(profile.parameters)
@@ -247,3 +263,14 @@ def _check_fields(profile: CalibrationProfile) -> None:
     strings = [profile.model, *profile.metadata.keys(), *profile.metadata.values()]
     if not all(isinstance(value, str) for value in strings) or sum(map(len, strings)) > MAX_HEADER_BYTES // 16:
         raise InvalidProfileError(f"model and metadata must be strings, {MAX_HEADER_BYTES // 16} characters in all")
+
+
+def _name_difference(found: Iterable[str], needed: Iterable[str]) -> str:
+    """ "parameters are missing (a, b) and unknown (c)": at most two names of each."""
+    missing, unknown = sorted(set(needed) - set(found)), sorted(set(found) - set(needed))
+    parts = [
+        f"{what} ({_short(', '.join(names[:2]))}{', …' if len(names) > 2 else ''})"
+        for what, names in (("missing", missing), ("unknown", unknown))
+        if names
+    ]
+    return f"parameters are {' and '.join(parts)}"
