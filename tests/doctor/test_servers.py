@@ -131,12 +131,12 @@ def test_failures_are_one_line(
     # The fake does not refuse too many prompt_logprobs by itself.
     real = FakeVllm._prompt_logprobs
 
-    def limited(self: FakeVllm, prompt: list[int], body: dict[str, Any]) -> Any:
+    def limited(self: FakeVllm, prompt: list[int], top_k: int) -> Any:
         from tests.support.fake_vllm import RefusedError
 
-        if (top_k := body["prompt_logprobs"]) > self.max_logprobs:
+        if top_k > self.max_logprobs:
             raise RefusedError(f"Requested prompt logprobs of {top_k}, which is greater than max allowed", "x")
-        return real(self, prompt, body)
+        return real(self, prompt, top_k)
 
     monkeypatch.setattr(FakeVllm, "_prompt_logprobs", limited)
     break_it(*fakes)

@@ -406,7 +406,7 @@ async def test_a_hub_name_is_read_from_the_cache_and_its_folder_told(
 
 
 def test_the_digest_follows_the_weights(tiny: Path, tmp_path: Path) -> None:
-    from hemostat.reference.worker import checkpoint_digest
+    from hemostat.models.checkpoint_digest import checkpoint_digest
 
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, Side, one_line
 from hemostat.doctor.prompts import Prompt
+from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.quiet import quiet_transformers as quiet
 from hemostat.reference.match import PROBE_CHAT, PROBE_TEXT
-from hemostat.reference.worker import checkpoint_digest
 
 MAX_PIECE_ELEMENTS = 1 << 26
 """Logits of one forward pass (128 MiB in bfloat16, per model): longer sequences are processed in pieces."""

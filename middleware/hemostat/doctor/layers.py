@@ -19,7 +19,7 @@ import torch
 from hemostat.doctor.checkpoints import CheckpointPair, chunks, kl, pieces
 from hemostat.doctor.pair import Ids, json_number
 from hemostat.doctor.statistics import Estimate, Sample
-from hemostat.doctor.work import WorkFolder
+from hemostat.models.work_folder import WorkFolder
 
 MIN_PROMPTS = 16
 """The token budget is spread over at least this many prompts, or over all."""

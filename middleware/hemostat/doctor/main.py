@@ -20,8 +20,8 @@ from hemostat.doctor.pair import Job, Pair, Scored, Side, decoding_of, encode, j
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.doctor.report import SCHEMA, tables
-from hemostat.doctor.work import WorkFolder
 from hemostat.models.checkpoint_folders import cache_folder
+from hemostat.models.work_folder import WorkFolder
 
 EXIT_INTERRUPTED = 130
 PLAIN_WIDTH = 120
@@ -79,7 +79,7 @@ def _make_report(
     jobs = encode(pair, prompts, options)
     key = _key(pair, jobs, options)
     folder = options.work or cache_folder() / "doctor" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    with WorkFolder(folder, key) as work:
+    with WorkFolder(folder, key, "doctor") as work:
         try:
             scored = _score(pair, jobs, options, work, reporter)
             layers = _layers(pair, jobs, scored, options, work, reporter)

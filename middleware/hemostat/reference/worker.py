@@ -6,25 +6,20 @@ It answers the frames of `wire.py` one after another, and ends with its standard
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from hemostat.ipc import child_process as child
+from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.reference import wire
 from hemostat.reference.protocol import FailureReason
 
 NICENESS = 10
 """Scoring yields the processor to whatever serves clients on this machine."""
-MAX_HASHED_BYTES = 64 * 1024 * 1024
-"""Of larger files, only evenly spaced samples enter the digest: hashing 100 GB would delay the start."""
-SAMPLES = 64
-SAMPLE_BYTES = 1024 * 1024
 
 
 class RequestFailed(Exception):
@@ -152,32 +147,6 @@ def _folder(model: str) -> str:
     from transformers.utils import cached_file  # noqa: PLC0415
 
     return str(Path(cached_file(model, "config.json")).parent)
-
-
-def checkpoint_digest(model: str, commit: str | None) -> str:
-    """Identifies the weights: the hub's commit, or a hash over the folder's files (large ones by samples)."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return hashlib.sha256(f"{model}@{commit}".encode()).hexdigest()[:32]
-    whole = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            size = path.stat().st_size
-            whole.update(f"{path.name}\0{size}\0".encode())
-            with path.open("rb") as file:
-                for block in _blocks(file, size):
-                    whole.update(block)
-    return whole.hexdigest()[:32]
-
-
-def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    if size <= MAX_HASHED_BYTES:
-        while block := file.read(SAMPLE_BYTES):
-            yield block
-        return
-    for n in range(SAMPLES):
-        file.seek((size - SAMPLE_BYTES) * n // (SAMPLES - 1))
-        yield file.read(SAMPLE_BYTES)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,53 @@
+"""Finished parts of a build: tensors under names, on disk or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from hemostat.models.work_folder import WorkFolder
+
+
+class Parts:
+    """Tensors by part and name. In a work folder, where they survive the process; without one, in memory."""
+
+    def __init__(self, folder: WorkFolder | None) -> None:
+        self._folder = folder
+        self._memory: dict[str, dict[str, torch.Tensor]] = {}
+
+    def get(self, part: str) -> dict[str, torch.Tensor] | None:
+        """None if it is missing or damaged."""
+        if self._folder is None:
+            return self._memory.get(part)
+        data = self._folder.get(part)
+        if data is None:
+            return None
+        try:
+            found: dict[str, torch.Tensor] = load(data)
+        except SafetensorError:
+            return None
+        return found
+
+    def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replaces the part. Raises WorkFolderError where it cannot be written."""
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if self._folder is None:
+            self._memory[part] = kept
+        else:
+            self._folder.put(part, save(kept))
+
+    def drop(self, part: str) -> None:
+        self._memory.pop(part, None)
+        if self._folder is not None:
+            self._folder.drop(part)
+
+    def get_list(self, part: str) -> list[torch.Tensor] | None:
+        """What `put_list` stored."""
+        found = self.get(part)
+        return None if found is None else [found[str(n)] for n in range(len(found))]
+
+    def put_list(self, part: str, tensors: list[torch.Tensor]) -> None:
+        self.put(part, {str(n): tensor for n, tensor in enumerate(tensors)})
