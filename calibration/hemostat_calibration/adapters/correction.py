@@ -70,8 +70,8 @@ def low_rank(
             raise InvalidArgumentError(f"{name} are statistics of {gram.width} entries: the layer has {width}")
     exact = delta.astype(np.float64)
     if delta.shape[0] > delta.shape[1]:
-        b, a, errors = _solve(exact.T, rank, outputs, inputs)
-        a, b = b.T, a.T
+        transposed_a, transposed_b, errors = _solve(exact.T, rank, outputs, inputs)
+        a, b = transposed_b.T, transposed_a.T
     else:
         a, b, errors = _solve(exact, rank, inputs, outputs)
     return _balanced(a, b), errors
