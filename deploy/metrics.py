@@ -19,6 +19,7 @@ from hemostat.metrics.catalogue import GROUPS, METRICS, Metric
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import counters, outcomes
+from hemostat.shadow.distances import Outcome as DistanceOutcome
 from hemostat_calibration.alarm import AlarmTest
 from hemostat_calibration.outcomes import LENGTH, Outcome
 from hemostat_calibration.records import Arm
@@ -174,7 +175,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
         "": dict(zip(DIRECTIONS, ("KL(reference‖compressed)", "KL(compressed‖reference)"), strict=True)),
     },
     "edge": {"": EDGES, names.OUTCOME_DIFFERENCE: {"mean": "the estimate", "low": "lower end", "high": "upper end"}},
-    "family": {"": "family of the profile: `temperature_bias`, `contextual`, or `identity`"},
+    "family": {"": "family of the profile: `temperature_bias`, `contextual`, `adapter`, or `identity`"},
     "figure": {
         "": {
             **{name: f"{text}; {KINDS[figures.FIGURES[name].kind]}" for name, text in HEADLINES.items()},
@@ -214,6 +215,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "scored": "scored",
             "busy": "the queue was full",
             ELSE: "why it failed",
+        },
+        names.DISTANCE_REQUESTS: {
+            DistanceOutcome.COMPUTED: "computed, and used",
+            DistanceOutcome.FAILED: "none were computed: the process that computes them is busy, or has ended",
+            DistanceOutcome.INVALID: "they do not fit the request's tokens",
+            DistanceOutcome.REFUSED: "there is nobody to compute them, or its queue is full",
         },
         names.STRUCTURED_OUTPUTS: {
             "valid": "the answer parses",

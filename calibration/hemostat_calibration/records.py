@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -88,8 +88,9 @@ class ExactDistances:
     """Distances of one model from the reference over the full vocabulary, by output position, computed on copies of
     both models.
 
-    kl: float64 [T], KL(reference‖model), nats. tv: float64 [T], total variation, 0 to 1. top1: bool [T], both models'
-    most likely id is the same.
+    kl: float64 [T], KL(reference‖model), nats; infinite where the model gives no distribution at all (its logits are
+        not finite). tv: float64 [T], total variation, 0 to 1; 1 there. top1: bool [T], both models' most likely id is
+        the same.
     """
 
     kl: Floats
@@ -292,6 +293,8 @@ def validate(record: TokenRecord) -> TokenRecord:
             _same_shape(field_name, shift.code[:, :1], (tokens, 1))
             if not np.isfinite(shift.code).all():
                 raise InvalidRecordError(InvalidReason.RANGE, f"{field_name} is not finite")
+    for version, found in record.distances.items():
+        _check_distances(f"distances[{version[:32]}]", found, tokens)
     if record.features is not None:
         _check_features(record.features, tokens)
     if record.reference_hidden is not None:
@@ -299,6 +302,37 @@ def validate(record: TokenRecord) -> TokenRecord:
         if np.isnan(record.reference_hidden).any():
             raise InvalidRecordError(InvalidReason.NAN, "reference_hidden holds NaN")
     return record
+
+
+def with_distances(record: TokenRecord, distances: Mapping[str, ExactDistances]) -> TokenRecord:
+    """A validated record with these distances in place of its own; InvalidRecordError where they do not fit it.
+
+    >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
+    >>> record = TokenRecord(
+    ...     3, b"", ids[0, :1], Candidates(ids, log_c), log_r, Candidates(ids, log_r), log_c[:, 0], log_r[:, 0]
+    ... )
+    >>> found = ExactDistances(kl=np.array([0.11]), tv=np.array([0.2]), top1=np.array([True]))
+    >>> with_distances(record, {"identity": found}).distances["identity"].tv.tolist()
+    [0.2]
+    """
+    for version, found in distances.items():
+        _check_distances(f"distances[{version[:32]}]", found, record.tokens)
+    return replace(record, distances=dict(distances))
+
+
+def _check_distances(name: str, found: ExactDistances, tokens: int) -> None:
+    """Rounding may carry a KL a little below 0; a total variation is clipped by whoever computes it."""
+    for part, values in (("kl", found.kl), ("tv", found.tv)):
+        _array(f"{name}.{part}", values, np.float64, 1)
+        _same_shape(f"{name}.{part}", values, (tokens,))
+        if np.isnan(values).any():
+            raise InvalidRecordError(InvalidReason.NAN, f"{name}.{part} holds NaN")
+    _array(f"{name}.top1", found.top1, np.bool_, 1)
+    _same_shape(f"{name}.top1", found.top1, (tokens,))
+    if found.kl.min() < -LOGPROB_TOLERANCE:
+        raise InvalidRecordError(InvalidReason.RANGE, f"{name}.kl holds a divergence below 0")
+    if found.tv.min() < 0.0 or found.tv.max() > 1.0:
+        raise InvalidRecordError(InvalidReason.RANGE, f"{name}.tv holds a value outside of 0 to 1")
 
 
 def _check_features(features: Features, tokens: int) -> None:

@@ -108,6 +108,7 @@ class Bench:
         self.sinks_fail = False
         self.profiles: tuple[CalibrationProfile, ...] = ()
         self.learning = b""
+        self.maps: dict[str, bool] = {}
         self.scorer = Scorer(
             self,
             self.engines.taps,
@@ -127,6 +128,9 @@ class Bench:
 
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
         return self.profiles
+
+    def adapter_maps(self) -> dict[str, bool]:
+        return self.maps
 
     def anchor_sets(self) -> dict[str, int]:
         return {anchors_digest(i): len(i) for p in self.profiles if (i := anchors(p)) is not None}

@@ -217,6 +217,16 @@ def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float
     return replace(alarm, kinds={**kinds, kind: state})
 
 
+def count(alarm: Alarm, kind: str) -> Alarm:
+    """Add a scored request of another model, such as an adapter: to the mix of kinds, and to no test.
+
+    >>> alarm = count(init(Settings(baseline_requests=2)), "chat")
+    >>> dict(alarm.workload.baseline), alarm.kinds
+    ({'chat': 1}, {})
+    """
+    return replace(alarm, workload=alarm.workload.update(kind)) if alarm.settings.baseline_requests else alarm
+
+
 def _update_budget(
     alarm: Alarm, state: KindState, observation: Observation, noise_floor: float
 ) -> tuple[Alarm, KindState]:

@@ -27,6 +27,22 @@ class Role(StrEnum):
     SERVING = "serving"
 
 
+class Figure(StrEnum):
+    """What a test's gains are of; one test never adds up gains of both.
+
+    Total variation is used as soon as one side of the comparison is an adapter, which changes the weights. A change of
+    the logits moves each by at most its clamp, so that its gain in KL has a lower bound, which the e-values need. The
+    gain of an adapter in KL has none: it may put any token's probability anywhere near 0. The total variation of two
+    distributions is between 0 and 1, so that a gain in it is between −1 and 1, without clipping anything, and so is the
+    mean of a unit's tokens.
+    """
+
+    NATS = "nats"
+    """KL(reference‖served without it) − KL(reference‖served with it)."""
+    TOTAL_VARIATION = "total_variation"
+    """The same of the total variation; its width is 1."""
+
+
 class Admission(StrEnum):
     """Whether a unit may count in a test; decided before its gain is looked at."""
 
@@ -53,7 +69,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The evidence of one test: one profile in one kind. Gains in nats per token; of each unit, its mean over tokens.
+    """The evidence of one test: one profile in one kind. Gains per token, in nats or of the total variation (`figure`);
+    of each unit, its mean over tokens.
 
     units, tokens: held-out ones that counted (for a serving profile: in this window).
     mean_gain, mean_gain_by_token: by unit, and by token. Of the end that counts against the action (lower for a
@@ -70,6 +87,9 @@ class Evidence:
         among the windows of this kind.
     window: length in units; 0 for a candidate. supported: in this window the evidence that the gain is above 0 has
         reached 1/(the whole alpha). frozen: promoted in this kind, nothing more is counted.
+    mean_kl_gain, mean_kl_gain_by_token: where `figure` is the total variation, the gain in KL of the same units, nats:
+        estimates without an interval, since such a gain has no lower bound; -inf where the profile gives no
+        distribution at a token. None where gains are in nats.
     """
 
     kind: str
@@ -91,6 +111,9 @@ class Evidence:
     window: int = 0
     supported: bool = False
     frozen: bool = False
+    figure: Figure = Figure.NATS
+    mean_kl_gain: float | None = None
+    mean_kl_gain_by_token: float | None = None
 
     @property
     def progress(self) -> float:

@@ -1,8 +1,9 @@
 """Decides from held-out evidence which profile may serve which kind of request: promote, hold or roll back.
 
-Evidence is one number for each unit (a conversation, once in each kind): the mean over its tokens of the gain (nats) of
-the profile over what serves without it, known as an interval. As evidence for the profile its lower end counts, as
-evidence against it the upper end. Units must be of the held-out side of the split.
+Evidence is one number for each unit (a conversation, once in each kind): the mean over its tokens of the gain of the
+profile over what serves without it, known as an interval, in nats or of the total variation (`decisions.Figure`; where
+an adapter is on either side). As evidence for the profile its lower end counts, as evidence against it the upper end.
+Units must be of the held-out side of the split.
 
 - A candidate's test number c is of one profile in some kinds. It is promoted in a kind when the closed test over these
   kinds rejects "its mean gain in this kind is at most 0" at alpha/(c(c+1)), and the gain by token is above 0, too.
@@ -28,11 +29,13 @@ gains' distribution and however often one looks, as long as no gain is below −
   price is that "at most 0" and "at least 0" have to hold for what remains without any two clients; see `wealth`.
 
 What is not: that the gain by token is above 0 at promotion is an estimate without an error rate (a long answer weighs
-as much as hundreds of short ones, so that no bound of it would be short). A profile that helps is rolled back as
-unsupported with a chance that depends on the window's length. To show a mean gain of g takes about
-(width/g)(log(1/alpha) + 0.5) units, more where gains spread, where kinds differ, and where one client has a large part
-of them; a window of `WINDOWS_PER_PROOF` times what the promotion took leaves room for chance. Units that are copies of
-each other, sent by several clients, count as different ones where the unit's key does not tell.
+as much as hundreds of short ones, so that no bound of it would be short). Where gains are of the total variation, the
+same is demanded of the gain in KL, by unit and by token, and is an estimate, too: it has no lower bound, and no test of
+the mean of such a variable is valid and ever rejects (Bahadur & Savage, Annals of Mathematical Statistics 1956). A
+profile that helps is rolled back as unsupported with a chance that depends on the window's length. To show a mean gain
+of g takes about (width/g)(log(1/alpha) + 0.5) units, more where gains spread, where kinds differ, and where one client
+has a large part of them; a window of `WINDOWS_PER_PROOF` times what the promotion took leaves room for chance. Units
+that are copies of each other, sent by several clients, count as different ones where the unit's key does not tell.
 
 A wide range has a cost that no method avoids: a loss of `width` once in n units cannot be excluded by fewer than n of
 them, so every valid bound needs in the order of width/gain units. A smaller clamp makes proofs shorter.
@@ -42,11 +45,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard import saving
 from hemostat_calibration.guard.closing import adjusted
-from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Reason, Role
+from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Figure, Reason, Role
 from hemostat_calibration.guard.kind_test import MERIT, KindTest
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 
@@ -64,6 +68,7 @@ MAX_COUNTED_KINDS = 256
 """Kinds whose windows are counted each by itself; further ones share one count, so that no alpha is spent twice."""
 
 _UNKNOWN = "is not under test: begin one first"
+_NO_FIGURES: Mapping[str, Figure] = MappingProxyType({})
 
 
 class Guard:
@@ -93,52 +98,62 @@ class Guard:
 
     # --- begin and end -----------------------------------------------------------------------------------------------
 
-    def begin_candidate(self, name: str, kinds: Mapping[str, tuple[float, float]]) -> int:
+    def begin_candidate(
+        self, name: str, kinds: Mapping[str, tuple[float, float]], figures: Mapping[str, Figure] = _NO_FIGURES
+    ) -> int:
         """Begin a candidate's test, dropping an older one of that name. Returns its number. (Without kinds, which may
         be
         added later, it has none: the last number given is returned.)
 
         kinds: kind -> (width, weight). width: no gain is below −width, nats. For a profile against identity that is the
             width of its Δz (`transform.shift_range`: high − low, at most 2 clamp); for one profile against another,
-            the sum of theirs. weight: above 0, the share of the kind in the traffic so far; the larger, the less its
-        proof takes. InvalidArgumentError unless widths and weights are above 0.
+            the sum of theirs; of the total variation 1. weight: above 0, the share of the kind in the traffic so far;
+            the larger, the less its proof takes.
+        figures: by kind, what the gains are of; nats where a kind is absent.
+        InvalidArgumentError unless widths and weights are above 0.
         """
         number = self._state.candidate_tests + bool(kinds)
         tests = {}
         for kind, (width, weight) in kinds.items():
             if not (math.isfinite(weight) and weight > 0.0):
                 raise InvalidArgumentError(f"weight is {weight}: it must be a number above 0")
-            tests[kind] = KindTest(Role.CANDIDATE, width, number, weight)
+            tests[kind] = KindTest(Role.CANDIDATE, width, number, weight, figure=figures.get(kind, Figure.NATS))
         self.end(name)
         self._state.candidate_tests = number
         self._state.tests[name] = tests
         return number
 
-    def add_kind(self, name: str, kind: str, width: float) -> int:
+    def add_kind(self, name: str, kind: str, width: float, figure: Figure = Figure.NATS) -> int:
         """Add a kind that appeared later, or begin it anew since what serves there has changed. Returns its number: it
         is a test of its own. InvalidArgumentError where there is no test of that name, or width is not above 0."""
         if name not in self._state.tests:
             raise InvalidArgumentError(f"{name[:80]} {_UNKNOWN}")
         number = self._state.candidate_tests + 1
-        test = KindTest(Role.CANDIDATE, width, number)
+        test = KindTest(Role.CANDIDATE, width, number, figure=figure)
         self.end_kind(name, kind)
         self._state.candidate_tests = number
         self._state.tests.setdefault(name, {})[kind] = test
         return number
 
     def begin_watch(
-        self, name: str, kind: str, width: float, window: int = DEFAULT_WINDOW, like: str | None = None
+        self,
+        name: str,
+        kind: str,
+        width: float,
+        window: int = DEFAULT_WINDOW,
+        like: str | None = None,
+        figure: Figure = Figure.NATS,
     ) -> None:
         """Watch what serves in a kind from now on, dropping an older watch of that name and kind.
 
-        width: as for a candidate, over identity. window: units, at most `MAX_WINDOW` are used.
+        width, figure: as for a candidate, over identity. window: units, at most `MAX_WINDOW` are used.
         like: name of the candidate's test that was promoted here: the lengths of its answers fix the weights by token.
         InvalidArgumentError unless width and window are above 0.
         """
         if window < 1:
             raise InvalidArgumentError(f"window is {window}: it must be 1 or more")
         number = self._window(kind)
-        test = KindTest(Role.SERVING, width, number, window=min(window, MAX_WINDOW))
+        test = KindTest(Role.SERVING, width, number, window=min(window, MAX_WINDOW), figure=figure)
         proof = self._state.tests.get(like, {}).get(kind) if like is not None else None
         if proof is not None:
             test.token_cap = proof.typical_tokens
@@ -175,26 +190,50 @@ class Guard:
             return Admission.UNKNOWN
         return self._current(name, kind, test).admit(unit, client, self._client_share)
 
-    def update(self, name: str, kind: str, unit: bytes, client: bytes, lower: float, upper: float, tokens: int) -> None:
-        """Count one unit of `tokens` tokens, its mean gain between `lower` and `upper` nats (equal where exact).
+    def has_counted(self, name: str, kind: str, unit: bytes) -> bool:
+        """Whether the unit can add nothing to this test, which is not there, or has counted or refused it. It changes
+        nothing."""
+        test = self._state.tests.get(name, {}).get(kind)
+        return test is None or test.frozen or test.has_counted(unit)
 
+    def figure(self, name: str, kind: str) -> Figure | None:
+        """What a test's gains are of; None where there is no such test."""
+        test = self._state.tests.get(name, {}).get(kind)
+        return None if test is None else test.figure
+
+    def update(
+        self,
+        name: str,
+        kind: str,
+        unit: bytes,
+        client: bytes,
+        lower: float,
+        upper: float,
+        tokens: int,
+        kl_gain: float | None = None,
+    ) -> None:
+        """Count one unit of `tokens` tokens, its mean gain between `lower` and `upper` (equal where exact).
+
+        kl_gain: given where, and only where, the test's figure is the total variation: the unit's mean gain in KL,
+            nats; minus infinity where the profile gives no distribution at a token.
         For a serving profile whose window is over, and which was not rolled back, this is the first of the next window.
-        InvalidArgumentError for what is not under test, a unit that has counted, or a gain outside of ±width.
+        InvalidArgumentError for what is not under test, a unit that has counted, or a gain outside of ±width or of
+        another figure.
         """
         test = self._current(name, kind, self._test(name, kind))
         if test.frozen:
             raise InvalidArgumentError(f"{name[:80]} is frozen in {kind[:80]}: ask `admit` first")
-        test.update(unit, client, lower, upper, tokens)
+        test.update(unit, client, lower, upper, tokens, kl_gain)
         if test.role is Role.SERVING and not test.supported:
             test.supported = test.reaches(MERIT, -math.log(self._alpha))
 
-    def oppose(self, name: str, kind: str, lower: float) -> None:
-        """Note the gain (lower end, nats) of a unit that a candidate's test has refused for its client's share. It does
+    def oppose(self, name: str, kind: str, lower: float, figure: Figure = Figure.NATS) -> None:
+        """Note the gain (lower end) of a unit that a candidate's test has refused for its client's share. It does
         not count, and can prevent a promotion: else a client with most of the traffic could be harmed unseen.
 
-        InvalidArgumentError for what is not under test as a candidate, or a gain below −width.
+        InvalidArgumentError for what is not under test as a candidate, or a gain below −width or of another figure.
         """
-        self._test(name, kind).oppose(lower)
+        self._test(name, kind).oppose(lower, figure)
 
     def decide(self, name: str, kind: str) -> Decision:
         """What the evidence allows now. It changes nothing: the caller acts on it (`begin_watch`, `freeze`,
@@ -209,6 +248,7 @@ class Guard:
                 not test.frozen
                 and test.reaches(MERIT, needed)
                 and test.gains_by_token
+                and test.gains_in_kl
                 and self._adjusted(name, test) >= needed
             )
             return Decision(Action.PROMOTE if proven else Action.WAIT)
@@ -244,6 +284,9 @@ class Guard:
             window=test.window,
             supported=test.supported,
             frozen=test.frozen,
+            figure=test.figure,
+            mean_kl_gain=test.mean_kl_gain,
+            mean_kl_gain_by_token=test.mean_kl_gain_by_token,
         )
 
     # --- what runs ---------------------------------------------------------------------------------------------------
@@ -304,7 +347,9 @@ class Guard:
         if not test.window_is_over:
             return test
         number = self._window(kind)
-        following = KindTest(Role.SERVING, test.width, number, window=test.window, token_cap=test.typical_tokens)
+        following = KindTest(
+            Role.SERVING, test.width, number, window=test.window, token_cap=test.typical_tokens, figure=test.figure
+        )
         self._state.tests[name][kind] = following
         self._count_window(kind, number)
         return following

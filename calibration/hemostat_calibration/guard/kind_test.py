@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.guard.decisions import Admission, Role
+from hemostat_calibration.guard.decisions import Admission, Figure, Role
 from hemostat_calibration.guard.wealth import (
     FRACTIONS,
     MAX_CLIENTS,
@@ -39,6 +39,10 @@ MERIT, HARM, HARM_BY_TOKEN = range(3)
 """What is bet on: that the gain's lower end is above 0; that its upper end is below 0, by unit and by token."""
 GAIN_TOKENS, TOKENS, SQUARED_TOKENS = range(3)
 """Sums of each client's units: gain times tokens, tokens, tokens squared."""
+KL_GAIN, KL_GAIN_TOKENS = range(2)
+"""Sums of each client's units: gain in KL, the same times tokens."""
+MAX_KL_GAIN = 1e9
+"""Nats: what an infinite loss counts as in `KindTest.kl_sums`, so that no number of gains outweighs it."""
 
 
 @dataclass(slots=True)
@@ -46,12 +50,14 @@ class KindTest:
     """Counts units once each, bets on them, and limits the clients' shares.
 
     role, width, number, weight: see `Guard`; weight is of a candidate's kind, in the closed test.
+    figure: what the gains are of. Fixed: gains of another figure are refused.
     window: units; 0 for a candidate.
     token_cap: harm by token weighs a unit by min(tokens, token_cap)/token_cap. Fixed before the first unit.
     wealth: float64 [B, MAX_CLIENTS, F], sums of log factors, by what is bet on (`bets`: a candidate only on merit) and
         by client.
     opposing: float64 [F], sum of log factors of the units that were refused for their client's share; of a candidate.
     sums: float64 [MAX_CLIENTS, 3]. counts: units by client. places: client -> row.
+    kl_sums: float64 [MAX_CLIENTS, 2], nats; of a test whose figure is the total variation.
     supported: latched, for a serving profile. gain: by unit, of the end that counts against the action; it is shown,
         and decides nothing. evidence: log evidence by what is bet on, where it is known since the last unit.
     ceiling: by what is bet on, never below the log evidence. One unit multiplies no part of it by more than its own
@@ -64,6 +70,7 @@ class KindTest:
     weight: float = 1.0
     window: int = 0
     token_cap: float = DEFAULT_TOKEN_CAP
+    figure: Figure = Figure.NATS
     frozen: bool = False
     supported: bool = False
     refused: int = 0
@@ -76,12 +83,15 @@ class KindTest:
     wealth: Floats = field(init=False)
     opposing: Floats = field(default_factory=lambda: np.zeros(len(FRACTIONS)))
     sums: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, 3)))
+    kl_sums: Floats = field(default_factory=lambda: np.zeros((MAX_CLIENTS, 2)))
     evidence: dict[int, float] = field(default_factory=dict)
     ceiling: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.width) and self.width > 0.0):
             raise InvalidArgumentError(f"width is {self.width}: it must be a number above 0")
+        if self.figure is Figure.TOTAL_VARIATION and self.width != 1.0:
+            raise InvalidArgumentError(f"width is {self.width}: that of the total variation is 1")
         self.gain = RunningMean(-self.width, self.width)
         self.ceiling = [math.inf] * self.bets
         self.wealth = np.zeros((self.bets, MAX_CLIENTS, len(FRACTIONS)))
@@ -110,7 +120,7 @@ class KindTest:
         """
         if self.frozen:
             return Admission.FROZEN
-        if unit and _digest(unit) in self.counted:
+        if self.has_counted(unit):
             return Admission.COUNTED
         if self.units >= MAX_UNITS or len(self.counted) >= MAX_UNITS:
             return Admission.FULL
@@ -124,9 +134,19 @@ class KindTest:
             return Admission.CLIENT_SHARE
         return Admission.ADMITTED
 
-    def update(self, unit: bytes, client: bytes, lower: float, upper: float, tokens: int) -> None:
-        """Count one unit. InvalidArgumentError for a gain outside of ±width, or a unit that has counted."""
+    def has_counted(self, unit: bytes) -> bool:
+        """Whether the unit has counted, or was refused."""
+        return bool(unit) and _digest(unit) in self.counted
+
+    def update(
+        self, unit: bytes, client: bytes, lower: float, upper: float, tokens: int, kl_gain: float | None = None
+    ) -> None:
+        """Count one unit. kl_gain: see `Guard.update`. InvalidArgumentError for a gain outside of ±width or of another
+        figure, or a unit that has counted."""
         width = self.width
+        self._require(Figure.NATS if kl_gain is None else Figure.TOTAL_VARIATION)
+        if kl_gain is not None and math.isnan(kl_gain):
+            raise InvalidArgumentError("kl_gain is NaN: it must be a number, or minus infinity")
         slack = 1e-9 * width
         if not lower <= upper + 1e-9:
             raise InvalidArgumentError(f"gain is between {lower} and {upper}: lower must not be above upper")
@@ -155,13 +175,19 @@ class KindTest:
         sums[GAIN_TOKENS] += shown * tokens
         sums[TOKENS] += tokens
         sums[SQUARED_TOKENS] += tokens * tokens
+        if kl_gain is not None:
+            bounded = min(max(kl_gain, -MAX_KL_GAIN), MAX_KL_GAIN)
+            self.kl_sums[place, KL_GAIN] += bounded
+            self.kl_sums[place, KL_GAIN_TOKENS] += bounded * tokens
         self.units += 1
         self.tokens += tokens
         self.gain = self.gain.update(min(max(shown, -width), width))
         self.evidence.clear()
 
-    def oppose(self, lower: float) -> None:
-        """Note a unit that was refused for its client's share. InvalidArgumentError for a gain below −width."""
+    def oppose(self, lower: float, figure: Figure = Figure.NATS) -> None:
+        """Note a unit that was refused for its client's share. InvalidArgumentError for a gain below −width, or of
+        another figure."""
+        self._require(figure)
         if self.role is not Role.CANDIDATE:
             raise InvalidArgumentError("only a candidate's test notes what it refused")
         if not lower >= -self.width * (1.0 + 1e-9):
@@ -208,6 +234,30 @@ class KindTest:
         return bool((without_any(self.sums[: self.clients, GAIN_TOKENS]) > 0.0).all()) if self.units else False
 
     @property
+    def gains_in_kl(self) -> bool:
+        """Whether the gain in KL is above 0, too, by unit and by token, without any one client: always where gains are
+        in nats. No error is controlled here."""
+        if self.figure is Figure.NATS:
+            return True
+        sums = self.kl_sums[: self.clients]
+        return bool(self.units) and all((without_any(sums[:, which]) > 0.0).all() for which in range(sums.shape[1]))
+
+    @property
+    def mean_kl_gain(self) -> float | None:
+        """By unit, nats; None where gains are in nats themselves. -inf where a unit's is."""
+        return self._mean_kl(KL_GAIN, self.units)
+
+    @property
+    def mean_kl_gain_by_token(self) -> float | None:
+        return self._mean_kl(KL_GAIN_TOKENS, self.tokens)
+
+    def _mean_kl(self, which: int, count: int) -> float | None:
+        if self.figure is Figure.NATS or not count:
+            return None
+        total = float(self.kl_sums[:, which].sum())
+        return total / count if total > -0.5 * MAX_KL_GAIN else -math.inf
+
+    @property
     def typical_tokens(self) -> float:
         """Length of the answer in which a token stands, on average over tokens; no one client can make it large."""
         sums = self.sums[: self.clients]
@@ -216,6 +266,10 @@ class KindTest:
         tokens = without_any(sums[:, TOKENS])
         known = tokens > 0.0
         return float((without_any(sums[:, SQUARED_TOKENS])[known] / tokens[known]).min())
+
+    def _require(self, figure: Figure) -> None:
+        if figure is not self.figure:
+            raise InvalidArgumentError(f"the gain is of {figure}, the test's are of {self.figure}: they do not add up")
 
     def _ends_window(self, more: int = 1) -> bool:
         """Whether so many more units end the window of a serving profile since so many were refused: such a unit is

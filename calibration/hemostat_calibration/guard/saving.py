@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.guard.decisions import Role
+from hemostat_calibration.guard.decisions import Figure, Role
 from hemostat_calibration.guard.kind_test import DIGEST_BYTES, MAX_UNITS, KindTest
 from hemostat_calibration.guard.wealth import FRACTIONS, MAX_CLIENTS, Floats
 
@@ -87,6 +87,12 @@ def decode(data: bytes) -> State:
 
 
 def _test_json(test: KindTest) -> dict[str, Any]:
+    """Without `figure` and `kl_sums` where gains are in nats, as before there was another figure."""
+    other = (
+        {}
+        if test.figure is Figure.NATS
+        else {"figure": test.figure.value, "kl_sums": _array_text(test.kl_sums[: test.clients])}
+    )
     return {
         "role": test.role.value,
         "width": test.width,
@@ -106,6 +112,7 @@ def _test_json(test: KindTest) -> dict[str, Any]:
         "wealth": _array_text(test.wealth[:, : test.clients]),
         "opposing": _array_text(test.opposing),
         "sums": _array_text(test.sums[: test.clients]),
+        **other,
     }
 
 
@@ -117,6 +124,7 @@ def _read_test(stored: dict[str, Any]) -> KindTest:
         weight=_positive(stored["weight"]),
         window=_count(stored["window"]),
         token_cap=_positive(stored["token_cap"]),
+        figure=Figure(stored.get("figure", Figure.NATS)),
         frozen=bool(stored["frozen"]),
         supported=bool(stored["supported"]),
         refused=_count(stored["refused"]),
@@ -136,6 +144,8 @@ def _read_test(stored: dict[str, Any]) -> KindTest:
     test.wealth[:, :clients] = _read_array(stored["wealth"], (test.bets, clients, len(FRACTIONS)))
     test.opposing += _read_array(stored["opposing"], test.opposing.shape)
     test.sums[:clients] = _read_array(stored["sums"], (clients, test.sums.shape[1]))
+    if test.figure is not Figure.NATS:
+        test.kl_sums[:clients] = _read_array(stored["kl_sums"], (clients, test.kl_sums.shape[1]))
     return test
 
 

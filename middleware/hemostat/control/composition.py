@@ -96,6 +96,7 @@ class Control:
             default_temperature_is_one=settings.upstream.openai_sampling_defaults,
             lease=self.lease,
             evidence=settings.evidence,
+            adapter=settings.adapter,
         )
         self.profiles = self.profile_manager.report
         self.outcomes = Outcomes(

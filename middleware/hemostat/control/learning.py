@@ -59,8 +59,14 @@ class CalibrationNeeds:
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
         return self._profiles.evaluated_profiles()
 
+    def adapter_maps(self) -> Mapping[str, bool]:
+        return self._profiles.catalogue.adapter_maps
+
     def anchor_sets(self) -> Mapping[str, int]:
-        evaluated = (anchors(profile) for profile in self._profiles.evaluated_profiles())
+        """Of an adapter's map, too: what it changed in an answer follows from the features."""
+        catalogue, serving = self._profiles.catalogue, self._profiles.serving
+        maps = [catalogue[version] for version in serving.versions if catalogue.has_map(version)]
+        evaluated = (anchors(profile) for profile in (*self._profiles.evaluated_profiles(), *maps))
         return {anchors_digest(ids): len(ids) for ids in evaluated if ids is not None} | self._learner.anchor_counts
 
     def needs_hidden_states(self, unit: bytes) -> bool:

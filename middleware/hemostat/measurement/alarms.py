@@ -70,8 +70,14 @@ class Alarms:
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     def observe(self, record: TokenRecord, figures: TokenDivergence) -> None:
-        """One scored request that is a unit of its own, its raw figures."""
+        """One scored request that is a unit of its own, its raw figures.
+
+        One of an adapter counts in the mix of kinds only: it says nothing of the compressed model.
+        """
         now, kind = self._wall(), record.kind or REST_KIND
+        if record.adapter is not None:
+            self._state = alarm.count(self._state, kind)
+            return
         observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record), pooled=kind == REST_KIND)
         self._state = alarm.update(self._state, kind, observation, self._noise_floor())
         for reading in alarm.readings(self._state):

@@ -1,4 +1,5 @@
-"""The figures of each kind of traffic: raw, what its arms were served, and what a profile gained in it.
+"""The figures of each kind of traffic: raw (of the compressed model itself, so without the records of an adapter), what
+its arms were served, and what a profile gained in it.
 
 Kinds are bounded by the caller, which follows some and names the others `REST_KIND`; those that are followed no more
 are dropped here after `MAX_KINDS`.
@@ -15,13 +16,13 @@ import numpy as np
 
 from hemostat.ipc.messages import REST_KIND
 from hemostat.measurement.figures import MAX_TOKENS, StageFigures
-from hemostat.measurement.gains import GainFigures, interval_json
+from hemostat.measurement.gains import DistanceGains, GainFigures, interval_json
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Arm, TokenRecord
+from hemostat_calibration.records import Arm, ExactDistances, TokenRecord
 from hemostat_calibration.statistics import confidence
 
 MAX_KINDS = 64
@@ -37,7 +38,7 @@ class _Kind:
     max_tokens: int
     raw: StageFigures = field(init=False)
     served: dict[Arm, StageFigures] = field(init=False)
-    gains: OrderedDict[str, GainFigures] = field(default_factory=OrderedDict)
+    gains: OrderedDict[str, GainFigures | DistanceGains] = field(default_factory=OrderedDict)
     """By version, the one that was seen last at the end."""
     totals: dict[str, tuple[int, float]] = field(default_factory=lambda: {str(arm): (0, 0.0) for arm in Arm})
     """By arm: tokens with a finite KL, and their KL, of what was served. Of all records."""
@@ -46,9 +47,16 @@ class _Kind:
         self.raw = StageFigures(self.max_tokens, FIGURES_BY_KIND)
         self.served = {arm: StageFigures(self.max_tokens, FIGURES_BY_KIND) for arm in ASSIGNED}
 
-    def latest(self) -> tuple[str | None, GainFigures | None]:
+    def latest(self) -> tuple[str | None, GainFigures | DistanceGains | None]:
         version = next(reversed(self.gains), None)
         return version, None if version is None else self.gains[version]
+
+    def put(self, version: str, figures: GainFigures | DistanceGains) -> None:
+        """As the one that was seen last."""
+        self.gains.pop(version, None)
+        self.gains[version] = figures
+        if len(self.gains) > MAX_VERSIONS:
+            self.gains.popitem(last=False)
 
 
 class ByKind:
@@ -72,23 +80,36 @@ class ByKind:
     def add(
         self,
         record: TokenRecord,
-        raw: TokenDivergence,
+        raw: TokenDivergence | None,
         served: TokenDivergence,
         profile: CalibrationProfile | None,
         gain: Gain | None,
     ) -> None:
-        """A record that is an observation of its own, after `count`. profile, gain: of the calibrated stage."""
+        """A record that is an observation of its own, after `count`. raw: None where it is of an adapter. profile,
+        gain: of the calibrated stage."""
         kind = self._kinds[record.kind or REST_KIND]
-        kind.raw.add(raw)
+        if raw is not None:
+            kind.raw.add(raw)
         if record.arm in kind.served:
             kind.served[record.arm].add(served)
-        if profile is None or gain is None:
+        if raw is None or profile is None or gain is None:
             return
-        figures = kind.gains.pop(profile.version, None) or GainFigures(2.0 * profile.clamp_nats, self._max_tokens)
+        figures = kind.gains.get(profile.version)
+        if not isinstance(figures, GainFigures):
+            figures = GainFigures(2.0 * profile.clamp_nats, self._max_tokens)
         figures.add(gain, raw)
-        kind.gains[profile.version] = figures
-        if len(kind.gains) > MAX_VERSIONS:
-            kind.gains.popitem(last=False)
+        kind.put(profile.version, figures)
+
+    def add_distances(self, record: TokenRecord, version: str, before: ExactDistances, after: ExactDistances) -> None:
+        """The same of an adapter, from the exact distances without and with it."""
+        kind = self._kinds.get(record.kind or REST_KIND)
+        if kind is None:
+            return
+        figures = kind.gains.get(version)
+        if not isinstance(figures, DistanceGains):
+            figures = DistanceGains(self._max_tokens)
+        figures.add(before, after)
+        kind.put(version, figures)
 
     def report(self) -> list[dict[str, Any]]:
         """By kind, most requests first; JSON-ready. `profile`: the version that `gain_nats` and `recovered` are of, the

@@ -11,6 +11,7 @@ import numpy as np
 from hemostat.measurement.figures import MAX_TOKENS, ends_or_none, finite
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.records import ExactDistances
 from hemostat_calibration.statistics.confidence import ConfidenceInterval, MeanSequence
 from hemostat_calibration.statistics.running_mean import RunningMean, RunningRatio
 
@@ -78,5 +79,72 @@ class GainFigures:
             "by_request": {
                 **interval(self.by_request),
                 "ci95_finite": ends_or_none(self.finite_by_request.get(), -self.limit, self.limit),
+            },
+        }
+
+
+@dataclass(slots=True)
+class DistanceGains:
+    """The same of an adapter, from exact distances of held-out requests.
+
+    Its gain in KL has no bound, so no finite-sample interval; that of the total variation is between −1 and 1.
+    max_tokens: of a request.
+    """
+
+    max_tokens: int = MAX_TOKENS
+    by_token: MeanSequence = field(default_factory=MeanSequence)
+    by_request: MeanSequence = field(default_factory=MeanSequence)
+    share: MeanSequence = field(default_factory=MeanSequence)
+    tv_by_token: MeanSequence = field(default_factory=MeanSequence)
+    tv_by_request: MeanSequence = field(default_factory=MeanSequence)
+    finite_tv_by_token: RunningRatio = field(init=False)
+    finite_tv_by_request: RunningMean = field(init=False)
+    infinite_tokens: int = 0
+    """At which one of the KL is infinite: they are in no mean of the KL."""
+
+    def __post_init__(self) -> None:
+        self.finite_tv_by_token = RunningRatio(-1.0, 1.0, self.max_tokens)
+        self.finite_tv_by_request = RunningMean(-1.0, 1.0)
+
+    @property
+    def requests(self) -> int:
+        return self.tv_by_token.moments.requests
+
+    def add(self, before: ExactDistances, after: ExactDistances) -> None:
+        """One request."""
+        tokens, less = len(before.tv), before.tv - after.tv
+        self.tv_by_token = self.tv_by_token.update(float(less.sum()), tokens)
+        self.tv_by_request = self.tv_by_request.update(float(less.mean()), 1.0)
+        self.finite_tv_by_token = self.finite_tv_by_token.update(float(less.sum()), tokens)
+        self.finite_tv_by_request = self.finite_tv_by_request.update(float(less.mean()))
+        known = np.isfinite(before.kl) & np.isfinite(after.kl)
+        self.infinite_tokens += int((~known).sum())
+        if not known.any():
+            return
+        won, of = float((before.kl - after.kl)[known].sum()), float(before.kl[known].sum())
+        self.by_token = self.by_token.update(won, int(known.sum()))
+        self.by_request = self.by_request.update(won / int(known.sum()), 1.0)
+        self.share = self.share.update(won, max(of, 0.0))
+
+    def recovered(self) -> dict[str, Any] | None:
+        """As `GainFigures.recovered`."""
+        return interval(self.share, hi=1.0) if self.share.moments.mean_n > 0.0 else None
+
+    def gained(self) -> dict[str, Any]:
+        """As `GainFigures.gained`, and the same of the total variation."""
+        return {
+            **interval(self.by_token),
+            "ci95_finite": None,
+            "requests": self.requests,
+            "bound": "exact",
+            "by_request": {**interval(self.by_request), "ci95_finite": None},
+            "infinite_tokens": self.infinite_tokens,
+            "total_variation": {
+                **interval(self.tv_by_token, -1.0, 1.0),
+                "ci95_finite": ends_or_none(self.finite_tv_by_token.get(), -1.0, 1.0),
+                "by_request": {
+                    **interval(self.tv_by_request, -1.0, 1.0),
+                    "ci95_finite": ends_or_none(self.finite_tv_by_request.get(), -1.0, 1.0),
+                },
             },
         }

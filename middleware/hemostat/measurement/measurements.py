@@ -16,14 +16,17 @@ import numpy as np
 from hemostat.measurement.by_decoding import UNKNOWN, ByDecoding, strategy
 from hemostat.measurement.by_kind import ByKind
 from hemostat.measurement.figures import FIGURES, HEADLINE, MAX_TOKENS, MODELS, StageFigures, ends_or_none
-from hemostat.measurement.gains import GainFigures, interval, interval_json
+from hemostat.measurement.gains import DistanceGains, GainFigures, interval, interval_json
 from hemostat.measurement.survival import SurvivalFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat_calibration.divergence.decoding import decoded_divergence
+from hemostat_calibration.divergence.exact import of_distances
 from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
 from hemostat_calibration.divergence.record_gains import RecordGains
-from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.families import ADAPTER
+from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.profiles.transform import anchors
 from hemostat_calibration.records import Arm, TokenRecord
 from hemostat_calibration.statistics import confidence
 from hemostat_calibration.statistics.confidence import MeanSequence
@@ -77,11 +80,13 @@ class _Top1:
 
 @dataclass(slots=True)
 class _After:
-    """One profile: the figures after it, the raw ones of the same requests, and, on held-out units, its gain."""
+    """One profile: the figures after it, the raw ones of the same requests, and, on held-out units, its gain.
+
+    Of an adapter all of them are from exact distances of held-out units."""
 
     after: StageFigures
     before: StageFigures
-    gain: GainFigures
+    gain: GainFigures | DistanceGains
     top1: dict[str, _Top1] = field(default_factory=lambda: {decoding: _Top1() for decoding in DECODING_KINDS})
 
 
@@ -124,8 +129,16 @@ class Measurements:
             learned from, it looks better than it is.
         gains: the record's, where others need them too.
         fresh: the record is an observation of its own: the first of its conversation and kind. Others count in tokens
-            and histograms, not in figures with intervals. Returns the raw figures.
+            and histograms, not in figures with intervals.
+        Returns the raw figures; of a record of an adapter, those of what was served.
         """
+        if record.adapter is not None:
+            return self._observe_adapted(record, served, fresh=fresh)
+        if profile is not None and profile.family == ADAPTER:
+            # What it would have been with the adapter does not follow from the record; see `observe_distances`.
+            profile, adapted = None, True
+        else:
+            adapted = False
         raw = divergence(record, served)
         after = raw if profile is None else calibrated(record, profile, served)
         gain = None if profile is None or not held_out else (gains or RecordGains(record)).of(profile)
@@ -140,7 +153,8 @@ class Measurements:
         finite = raw.kl_rc[np.isfinite(raw.kl_rc)]
         self._places[place] = (tokens + len(finite), nats + float(finite.sum()))
         self._expose("raw", arm, decoding, raw)
-        self._expose("calibrated", arm, decoding, after)
+        if not adapted:
+            self._expose("calibrated", arm, decoding, after)
         # What the client was served: for a treated request, the calibrated distribution.
         served_figures = raw if record.applied is None else after
         self.by_kind.count(record, served_figures)
@@ -157,15 +171,57 @@ class Measurements:
             stage.after.add(after)
             stage.before.add(raw)
             stage.top1[decoding].add(raw, after)
-            if gain is not None:
+            if gain is not None and isinstance(stage.gain, GainFigures):
                 stage.gain.add(gain, raw)
-            self._after[profile.version] = stage
-            while len(self._after) > MAX_VERSIONS:
-                self._after.popitem(last=False)
+            self._keep(profile.version, stage)
         return raw
+
+    def _observe_adapted(
+        self, record: TokenRecord, served: CalibrationProfile | None, *, fresh: bool
+    ) -> TokenDivergence:
+        """A record of an adapter: what was served, and nothing of the compressed model itself.
+
+        served: the adapter; None where it is not known, or its map was not applied.
+        """
+        has_map = served is not None and anchors(served) is not None
+        figures = calibrated(record, served, served) if served is not None and has_map else divergence(record, served)
+        arm, decoding = str(record.arm), "greedy" if record.sampling.greedy else "sampled"
+        self.tokens += record.tokens
+        self._scored[arm, decoding] += record.tokens
+        self._expose("calibrated", arm, decoding, figures)
+        self.by_kind.count(record, figures)
+        if fresh:
+            self._served[arm].add(figures)
+            self.by_kind.add(record, None, figures, None, None)
+        return figures
+
+    def observe_distances(self, record: TokenRecord, profile: CalibrationProfile | None, *, fresh: bool) -> None:
+        """A held-out record whose exact distances are there. profile: what serves its kind, or would; only what an
+        adapter does is measured by them. fresh: as in `observe`."""
+        if profile is None or profile.family != ADAPTER or not fresh:
+            return
+        before, after = record.distances.get(IDENTITY), record.distances.get(profile.version)
+        if before is None or after is None:
+            return
+        stage = self._after.pop(profile.version, None) or self._begin(profile)
+        raw, adapted = of_distances(before), of_distances(after)
+        stage.before.add(raw)
+        stage.after.add(adapted)
+        stage.top1["greedy" if record.sampling.greedy else "sampled"].add(raw, adapted)
+        if isinstance(stage.gain, DistanceGains):
+            stage.gain.add(before, after)
+        self._keep(profile.version, stage)
+        self.by_kind.add_distances(record, profile.version, before, after)
+
+    def _keep(self, version: str, stage: _After) -> None:
+        self._after[version] = stage
+        while len(self._after) > MAX_VERSIONS:
+            self._after.popitem(last=False)
 
     def _begin(self, profile: CalibrationProfile) -> _After:
         before, after = StageFigures(self._max_tokens), StageFigures(self._max_tokens)
+        if profile.family == ADAPTER:
+            return _After(after, before, DistanceGains(self._max_tokens))
         return _After(after, before, GainFigures(2.0 * profile.clamp_nats, self._max_tokens))
 
     def observe_noise_floor(self, model: str, record: TokenRecord) -> TokenDivergence:

@@ -32,7 +32,7 @@ class SurvivalFigures:
         self._lower = Survival()
 
     def add(self, record: TokenRecord, figures: TokenDivergence) -> None:
-        if record.applied is not None:
+        if record.applied is not None or record.adapter is not None:
             return
         sampling = record.sampling
         if sampling.greedy:

@@ -166,6 +166,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "Requests that a model was to score against itself, by outcome.",
             ("model", "outcome"),
         ),
+        Metric(
+            names.DISTANCE_REQUESTS,
+            "counter",
+            "requests",
+            "Held-out requests whose exact distances were needed to judge an adapter, by outcome.",
+            ("outcome",),
+        ),
     ),
     "The alarm": (
         Metric(
@@ -243,6 +250,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "nats",
             "Mean gain per token of the profile that serves a kind (or in mode observe would) over identity, on the "
             "held-out requests of its window; averaged by request and by token.",
+            ("kind", "weighting"),
+        ),
+        Metric(
+            names.PROFILE_KIND_TOTAL_VARIATION_GAIN,
+            "gauge",
+            "ratio",
+            "The same of the total variation, where an adapter serves the kind: by this it is judged.",
             ("kind", "weighting"),
         ),
         Metric(

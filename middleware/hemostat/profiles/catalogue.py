@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from hemostat.profiles.families import anchor_set
 from hemostat.store.protocol import StoredProfile
+from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import shift_range
 
@@ -28,6 +29,8 @@ class Catalogue:
         self._wall = wall
         self._profiles: OrderedDict[str, CalibrationProfile] = OrderedDict()
         self._created: dict[str, float] = {}
+        self.adapter_maps: dict[str, bool] = {}
+        """Versions of the family `adapter` -> whether the version has a map of the logits, too."""
         self.probe: str | None = None
         """The contextual learner's probe: a profile that does nothing, held by engines so that they report the logits
         of its anchors. Never tested, never serves."""
@@ -54,7 +57,7 @@ class Catalogue:
 
     def add(self, profile: CalibrationProfile, in_use: Collection[str]) -> list[str]:
         """Hold a profile as the newest. Returns the versions that were evicted for it; none that is in use."""
-        self._profiles[profile.version] = profile
+        self._put(profile)
         self._created.setdefault(profile.version, self._wall())
         self._profiles.move_to_end(profile.version)
         evicted: list[str] = []
@@ -70,7 +73,7 @@ class Catalogue:
 
     def restore(self, profile: CalibrationProfile, created: float) -> None:
         """Hold a stored profile as the oldest."""
-        self._profiles[profile.version] = profile
+        self._put(profile)
         self._profiles.move_to_end(profile.version, last=False)
         self._created[profile.version] = created
 
@@ -78,7 +81,21 @@ class Catalogue:
         if version == self.probe:
             self.probe = None
         self._profiles.pop(version, None)
+        self.adapter_maps.pop(version, None)
         self._created.pop(version, None)
+
+    def _put(self, profile: CalibrationProfile) -> None:
+        self._profiles[profile.version] = profile
+        if profile.family == ADAPTER:
+            # An adapter alone reads no logits.
+            self.adapter_maps[profile.version] = anchor_set(profile) != ""
+
+    def is_adapter(self, version: str | None) -> bool:
+        return version in self.adapter_maps
+
+    def has_map(self, version: str | None) -> bool:
+        """Whether it is an adapter that changes logits, too."""
+        return version is not None and self.adapter_maps.get(version, False)
 
     def stored(self, version: str) -> StoredProfile:
         """The profile as the store holds it."""

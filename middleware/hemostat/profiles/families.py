@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.divergence.gain import Gain
-from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
+from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
 from hemostat_calibration.records import TokenRecord
@@ -29,7 +29,10 @@ class FamilyRules:
     fits_request: its parameters can be sent as a request's `temperature` and `logit_bias`.
     kl_limit: (profile) -> largest KL from identity that it enforces, nats; None where it enforces none.
     token_gains: (record, profile, gain, normalizer float64 [T], NaN where the engine gave none) -> lower and upper ends
-        of the gain at the tokens that are evidence, [S] each with S ≤ T; None where no token is.
+        of the gain at the tokens that are evidence, [S] each with S ≤ T; None where no token is. Of an adapter always
+        None: what it does to the weights does not follow from a record of the compressed model. Its evidence, and that
+        of whatever is compared with it, is the total variation in `TokenRecord.distances`
+        (`hemostat_calibration.guard.decisions.Figure`).
     """
 
     queue_priority: int
@@ -65,11 +68,22 @@ def _contextual_tokens(
     return np.where(not_applied, 0.0, gain.lower)[known], np.where(not_applied, 0.0, gain.upper)[known]
 
 
+def _no_tokens(record: TokenRecord, profile: CalibrationProfile, gain: Gain, normalizer: Floats) -> None:
+    return None
+
+
 def _contextual_kl_limit(profile: CalibrationProfile) -> float:
     return float(profile.parameters["kl_limit"])
 
 
 FAMILY_RULES: Mapping[str, FamilyRules] = {
+    # It gains most: it is tested first.
+    ADAPTER: FamilyRules(
+        queue_priority=-1,
+        fits_request=False,
+        kl_limit=lambda profile: None,
+        token_gains=_no_tokens,
+    ),
     CONTEXTUAL: FamilyRules(
         queue_priority=0,
         fits_request=False,

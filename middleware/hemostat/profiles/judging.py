@@ -3,6 +3,11 @@
 The gain is of the models' own distributions on the tokens at hand, whatever arm they came from: both alternatives are
 computed on the same tokens, so that nothing depends on which requests were assigned to which arm. Whether a record
 counts is decided before its gain is looked at.
+
+Where an adapter is on either side, the gain is that of the total variation, from exact distances that copies of the
+models have computed on the record's tokens (`TokenRecord.distances`); a record without them does not count there. Why
+not KL: see `hemostat_calibration.guard.decisions.Figure`. Elsewhere a record of an adapter does not count: its lists
+are of another model than the one that the others change.
 """
 
 from __future__ import annotations
@@ -14,14 +19,14 @@ from hemostat.profiles.decisions import Reason, evidence_json
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.serving import ServingState
-from hemostat.profiles.trials import WATCH, Candidate, Interval, Trials
+from hemostat.profiles.trials import WATCH, Candidate, Trials, UnitGain
 from hemostat.store.lease import Lease
 from hemostat_calibration.divergence.gain import Gain
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.guard import decisions as guard_decisions
-from hemostat_calibration.guard.decisions import Admission
-from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.guard.decisions import Admission, Figure
+from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.records import ExactDistances, TokenRecord
 from hemostat_calibration.statistics.split import held_out
 
 MAX_UNPROVEN_UNITS = 500
@@ -45,8 +50,9 @@ def is_held_out(record: TokenRecord, fraction: float) -> bool:
     return held_out(record.unit, fraction)
 
 
-def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) -> Interval | None:
-    """Mean gain of a profile over identity on one request's tokens, as an interval; None where nothing is known of it.
+def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) -> tuple[float, float] | None:
+    """Mean gain of a profile over identity on one request's tokens, nats, as an interval; None where nothing is known
+    of it.
 
     Left out are requests for which the engine reported other profiles but not this one (it evaluates some at a time,
     and may not hold it yet), and tokens that the profile's family has to leave out. Neither depends on what the gain
@@ -58,6 +64,24 @@ def gain_interval(record: TokenRecord, profile: CalibrationProfile, gain: Gain) 
         return None
     ends = FAMILY_RULES[profile.family].token_gains(record, profile, gain, normalizer)
     return None if ends is None else (float(ends[0].mean()), float(ends[1].mean()))
+
+
+def distance_gain(before: ExactDistances, after: ExactDistances) -> UnitGain:
+    """What one request's tokens gain, on average, from the second model over the first, exactly.
+
+    Where the second gives no distribution, its total variation is 1 and the loss in KL infinite; where only the first
+    gives none, nothing is gained in KL.
+
+    >>> base = ExactDistances(np.array([0.6, 0.4]), np.array([0.3, 0.2]), np.array([False, True]))
+    >>> adapted = ExactDistances(np.array([0.2, 0.2]), np.array([0.1, 0.1]), np.array([True, True]))
+    >>> found = distance_gain(base, adapted)
+    >>> round(found.lower, 6), round(found.kl, 6)
+    (0.15, 0.3)
+    """
+    gain = float((before.tv - after.tv).mean())
+    with np.errstate(invalid="ignore"):
+        of_kl = np.where(np.isinf(after.kl), -np.inf, np.where(np.isinf(before.kl), 0.0, before.kl - after.kl))
+    return UnitGain(gain, gain, float(of_kl.mean()))
 
 
 class Judge:
@@ -92,16 +116,14 @@ class Judge:
         tested = self._trials.tested if self._lease.leads else []
         admissions = {candidate: self._trials.admit(candidate.test, record) for candidate in tested}
         met = [c for c, found in admissions.items() if found in (Admission.ADMITTED, Admission.CLIENT_SHARE)]
-        if not watched and not met:
-            return
         selected = self._serving.kinds[record.kind].version
-        over_identity = self._interval(record, selected, gains) if selected is not None else (0.0, 0.0)
-        if over_identity is None:
-            return
         # All of them count the record before anything is decided: a decision ends other tests of this kind.
-        if watched:
-            self._trials.update(WATCH, record, over_identity)
-        counted = [c for c in met if self._count(c, record, over_identity, gains, admissions[c])]
+        if watched and selected is not None:
+            over_identity = self._gain(record, selected, None, gains)
+            watched = over_identity is not None
+            if over_identity is not None:
+                self._trials.update(WATCH, record, over_identity)
+        counted = [c for c in met if self._count(c, record, selected, gains, admissions[c])]
         if watched and self._judge_serving(record.kind):
             return
         self._promote_best(counted, record.kind)
@@ -110,20 +132,31 @@ class Judge:
         self,
         candidate: Candidate,
         record: TokenRecord,
-        serving_gain: Interval,
+        selected: str | None,
         gains: RecordGains,
         admission: Admission,
     ) -> bool:
         """Whether it counts: it is admitted, and something is known of the candidate's gain over what serves."""
-        interval = self._interval(record, candidate.version, gains)
-        if interval is None:
+        gain = self._gain(record, candidate.version, selected, gains)
+        if gain is None:
             return False
-        over_serving = (interval[0] - serving_gain[1], interval[1] - serving_gain[0])
         if admission is not Admission.ADMITTED:
-            self._trials.oppose(candidate.test, record, over_serving)
+            self._trials.oppose(candidate.test, record, gain)
             return False
-        self._trials.update(candidate.test, record, over_serving)
+        self._trials.update(candidate.test, record, gain)
         return True
+
+    def _gain(self, record: TokenRecord, version: str, baseline: str | None, gains: RecordGains) -> UnitGain | None:
+        """Of a version over another (None: identity); None where nothing is known of it. Whether it is depends on what
+        engines and copies have computed, not on the gain."""
+        if self._trials.figure(version, baseline) is Figure.TOTAL_VARIATION:
+            before, after = record.distances.get(baseline or IDENTITY), record.distances.get(version)
+            return None if before is None or after is None else distance_gain(before, after)
+        if record.adapter is not None:
+            return None
+        own = self._interval(record, version, gains)
+        other = self._interval(record, baseline, gains) if baseline is not None else (0.0, 0.0)
+        return None if own is None or other is None else UnitGain(own[0] - other[1], own[1] - other[0])
 
     def _judge_serving(self, kind: str) -> bool:
         """Whether it was rolled back."""
@@ -163,6 +196,6 @@ class Judge:
             why = f"not proven in another kind during {seen} held-out requests, and others wait"
             self._lifecycle.drop(candidate, Reason.UNPROVEN, why)
 
-    def _interval(self, record: TokenRecord, version: str, gains: RecordGains) -> Interval | None:
+    def _interval(self, record: TokenRecord, version: str, gains: RecordGains) -> tuple[float, float] | None:
         profile = self._catalogue[version]
         return gain_interval(record, profile, gains.of(profile))

@@ -60,7 +60,7 @@ class Lifecycle:
         return versions | {v for v in (self._serving.forced, self._catalogue.probe) if v is not None}
 
     def engine_versions(self) -> list[str]:
-        """Versions that engines should hold, most important first.
+        """Versions that engines should hold, most important first; adapters last, in the order of `adapter_versions`.
 
         Engines evaluate, beside the profile that they apply, those that come first: the candidates, so that they are
         tested in every kind whatever serves there. In `observe` nothing is applied, so what would serve comes first.
@@ -69,13 +69,25 @@ class Lifecycle:
         serving = self._serving
         tested, selected = self._trials.tested_versions, serving.versions
         ordered = [*tested, *selected] if serving.mode == "auto" else [*selected[:1], *tested, *selected[1:]]
-        versions = list(dict.fromkeys(version for version in [serving.forced, *ordered] if version is not None))
+        adapters = self.adapter_versions()
+        versions = [version for version in self._distinct([serving.forced, *ordered]) if version not in adapters]
         probe = self._catalogue.probe
         if probe is not None and serving.mode != "off" and serving.forced is None:
             anchors = self._catalogue.anchor_set(probe)
             if all(self._catalogue.anchor_set(version) != anchors for version in versions):
                 versions.append(probe)
-        return versions
+        return [*versions, *adapters]
+
+    def adapter_versions(self) -> list[str]:
+        """Versions of the family `adapter` that engines should have loaded, most important first: what is forced, what
+        serves (or in `observe` would), and what is tested, so that it can serve as soon as it is proven."""
+        serving = self._serving
+        ordered = self._distinct([serving.forced, *serving.versions, *self._trials.tested_versions])
+        return [version for version in ordered if self._catalogue.is_adapter(version)]
+
+    @staticmethod
+    def _distinct(versions: Iterable[str | None]) -> list[str]:
+        return list(dict.fromkeys(version for version in versions if version is not None))
 
     def require_fit(self, profile: CalibrationProfile) -> None:
         """InvalidProfileError where the profile does not fit the model, or cannot be applied."""

@@ -2,6 +2,7 @@
 
 Invariants (those of what serves are in `serving`, those of tests in `trials`):
 - A record is learned from or judged by, never both: decided by its evidence unit.
+- A record of an adapter is of another model: what the others change is not learned from it.
 - Learning may pool all traffic, or what belongs to one scope (`calibration.scope`). Serving may not: a profile serves a
   kind of traffic (`kinds`) only on evidence of this kind, and leaves it by itself.
 - Of several replicas, only the one that leads (`store.lease`) proposes, tests and promotes; the others learn, so that
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from hemostat.config.schema import Calibration, Evidence
+from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue
@@ -36,6 +37,7 @@ from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.statistics.split import held_out
 
 
 class ProfileManager:
@@ -53,18 +55,30 @@ class ProfileManager:
         default_temperature_is_one: bool = False,
         lease: Lease | None = None,
         evidence: Evidence | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         lease = lease or Lease(shared=False)
-        evidence = evidence or Evidence()
+        evidence, adapter = evidence or Evidence(), adapter or Adapter()
+        self._lease = lease
         by_request = settings.apply == "request"
         self._held_out_fraction = settings.held_out_fraction
         # A request carries one profile's parameters: with them, only one profile serves at a time.
-        self.serving = ServingState(Scopes(settings.scope), settings.mode, 1 if by_request else MAX_SERVING_VERSIONS)
         self.catalogue = Catalogue(wall)
+        self.serving = ServingState(
+            Scopes(settings.scope),
+            settings.mode,
+            1 if by_request else MAX_SERVING_VERSIONS,
+            is_adapter=self.catalogue.is_adapter,
+        )
         self.events = EventLog(writes, wall)
         self.requests = RequestParameters(enabled=by_request, default_temperature_is_one=default_temperature_is_one)
         self.trials = Trials(
-            settings.alpha, evidence.client_share, self.catalogue.gain_width, self.serving, self._test_begun
+            settings.alpha,
+            evidence.client_share,
+            self.catalogue.gain_width,
+            self.serving,
+            self._test_begun,
+            self.catalogue.is_adapter,
         )
         self.kinds = Kinds(
             evidence.kinds,
@@ -99,6 +113,7 @@ class ProfileManager:
             lifecycle=self.lifecycle,
             requests=self.requests,
             lease=lease,
+            adapter_min_tokens=adapter.min_tokens,
         )
         self.operator = Operator(
             catalogue=self.catalogue,
@@ -173,8 +188,19 @@ class ProfileManager:
         return is_held_out(record, self._held_out_fraction)
 
     def may_learn(self, record: TokenRecord) -> bool:
-        """Whether the record may be learned from now."""
-        return self.serving.uses(record) and not self.is_held_out(record)
+        """Whether profiles that change the compressed model's logits may be learned from the record now."""
+        return record.adapter is None and self.serving.uses(record) and not self.is_held_out(record)
+
+    def distance_versions(self, record: TokenRecord) -> tuple[str, ...]:
+        """The versions whose exact distances judging this record takes, `IDENTITY` first; none where it takes none."""
+        if not (self._lease.is_last_leader and self.serving.uses(record) and self.is_held_out(record)):
+            return ()
+        kind = record.kind if record.kind in self.serving.kinds else REST_KIND
+        return self.trials.distance_versions(replace(record, kind=kind))
+
+    def may_need_distances(self, unit: bytes) -> bool:
+        """Whether a record of this unit may take distances: it is held out, and an adapter serves or is tested."""
+        return bool(self.lifecycle.adapter_versions()) and held_out(unit, self._held_out_fraction)
 
     def calibrated_profile(self, record: TokenRecord) -> CalibrationProfile | None:
         """What the record's `calibrated` figures are about: the profile that was served, or that would have been."""
@@ -197,7 +223,7 @@ class ProfileManager:
         if state.scope is None:
             state.scope = scope
         if not self.is_held_out(record):
-            if fresh:
+            if fresh and record.adapter is None:
                 self.proposals.learn(record, scope)
             return
         self.judge.observe(record, gains, fresh=fresh)
@@ -217,10 +243,11 @@ class ProfileManager:
         return self.lifecycle.engine_versions()
 
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
-        """Profiles whose effect the reference computes for every scored request."""
+        """Profiles whose effect the reference computes for every scored request: those that change logits alone."""
         if self.serving.mode == "off":
             return ()
-        versions = (version for version in self.engine_versions() if version != self.catalogue.probe)
+        not_evaluated = {self.catalogue.probe, *self.catalogue.adapter_maps}
+        versions = (version for version in self.engine_versions() if version not in not_evaluated)
         return tuple(self.catalogue[version] for version in versions)
 
     def request_parameters(self) -> dict[str, Any]:

@@ -154,7 +154,5 @@ class Operator:
         if profile is None or version == self._catalogue.probe:
             raise HemostatError(f"there is no profile {version}; hemostat profile list shows them")
         self._lifecycle.require_fit(profile)
-        if not self._serving.has_room(version, set(kinds)):
-            raise HemostatError(
-                f"{self._serving.max_versions} other profiles serve, as many as may at a time: roll one back first"
-            )
+        if (full := self._serving.why_no_room(version, set(kinds))) is not None:
+            raise HemostatError(f"{full}: roll one back first")

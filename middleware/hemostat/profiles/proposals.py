@@ -1,7 +1,8 @@
-"""Which profiles are proposed, and when: temperature and bias learned here, by scope; contextual ones by the learner.
+"""Which profiles are proposed, and when: temperature and bias learned here, by scope; contextual ones by the learner;
+adapters by whoever makes them.
 
 A new family that is learned in this process goes beside `TemperatureBiasLearner` here; one that is learned elsewhere
-uses `accepts` and `propose`, as the contextual learner does.
+uses `accepts` and `propose`, as the contextual learner does, or `accepts_adapter` and `propose_adapter`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import Trials
 from hemostat.store.lease import Lease
-from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.errors import InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.learning import temperature_bias_storage as storage
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner, TemperatureBiasState
-from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
+from hemostat_calibration.profiles.families import ADAPTER, CONTEXTUAL, TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import TokenRecord
 
@@ -69,8 +70,11 @@ class Proposals:
         lifecycle: Lifecycle,
         requests: RequestParameters,
         lease: Lease,
+        adapter_min_tokens: int = 0,
     ) -> None:
+        """adapter_min_tokens: `adapter.min_tokens`."""
         self._settings = settings
+        self._min_tokens = {ADAPTER: adapter_min_tokens}
         self._catalogue = catalogue
         self._serving = serving
         self._trials = trials
@@ -194,6 +198,30 @@ class Proposals:
         self._scope(scope).proposed_at[profile.family] = tokens
         return self._lifecycle.replace_proposals(scope, [profile], why, dict(report))
 
+    # --- adapters --------------------------------------------------------------------------------------------------
+
+    def accepts_adapter(self, tokens: int) -> bool:
+        """Whether an adapter that was learned from `tokens` tokens in all would be tested now: the first one from
+        `adapter.min_tokens`, further ones when twice as much is known (four times, while the last one is tested)."""
+        enough = tokens >= self._min_tokens[ADAPTER]
+        return enough and self._serving.active and not self._requests.enabled and self._due(ALL, ADAPTER, tokens)
+
+    def propose_adapter(self, profile: CalibrationProfile, why: str, report: Mapping[str, Any]) -> bool:
+        """Test an adapter in place of the last one that serves nowhere; False when it is not accepted now.
+
+        report: as for `propose`. InvalidProfileError for another model's profile, or one of another family.
+        """
+        if profile.family != ADAPTER:
+            raise InvalidProfileError(f"profile is of the family {profile.family}, not an adapter")
+        tokens = int(report["tokens"])
+        if not self.accepts_adapter(tokens):
+            return False
+        self._lifecycle.require_fit(profile)
+        self._scope(ALL).proposed_at[ADAPTER] = tokens
+        return self._lifecycle.replace_proposals(ALL, [profile], why, dict(report))
+
+    # --- the probe -------------------------------------------------------------------------------------------------
+
     def set_probe(self, profile: CalibrationProfile, *, restored: bool = False) -> None:
         """A contextual learner begins: engines are to hold this profile, and report the logits of its anchors.
 
@@ -231,7 +259,7 @@ class Proposals:
         if self._trials.has_proposal(scope, family):
             enough = MIN_TOKEN_GROWTH_UNDER_TEST * last
         elif scope in self._serving.scopes.rolled_back:
-            enough = last + self._settings.min_tokens
+            enough = last + self._min_tokens.get(family, self._settings.min_tokens)
         else:
             enough = MIN_TOKEN_GROWTH * last
         return tokens >= min(enough, last + MAX_TOKENS_BETWEEN_PROPOSALS)

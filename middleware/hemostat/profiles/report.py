@@ -17,7 +17,7 @@ from hemostat.profiles.kinds import Kinds
 from hemostat.profiles.proposals import Proposals
 from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
-from hemostat_calibration.guard.decisions import Evidence
+from hemostat_calibration.guard.decisions import Evidence, Figure
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 from hemostat_calibration.profiles.profile import IDENTITY
 
@@ -143,10 +143,12 @@ class Report:
         if evidence.log_e_adjusted >= evidence.needed:
             if not evidence.mean_gain_by_token > 0.0:
                 return "better by request, but not by token: long answers lose what short ones gain"
+            if evidence.figure is Figure.TOTAL_VARIATION and not min(_kl_gains(evidence)) > 0.0:
+                return "better in total variation, but not in KL"
             if self._serving.kinds[kind].pinned:
                 return "proven better than the pinned profile"
-            if not self._serving.has_room(candidate.version, {kind}):
-                return f"proven, but {self._serving.max_versions} other profiles serve, as many as may at a time"
+            if (full := self._serving.why_no_room(candidate.version, {kind})) is not None:
+                return f"proven, but {full}"
             return "proven"
         if evidence.units < MIN_UNITS_FOR_ESTIMATE:
             return f"not enough requests: {evidence.units} held-out conversations of this kind so far"
@@ -178,8 +180,7 @@ class Report:
             yield Sample(names.PROFILE_KIND_INFO, (kind, serving.get(kind, IDENTITY)), 1.0)
             watch = self._trials.serving_evidence(kind)
             if watch is not None and watch.units:
-                yield Sample(names.PROFILE_KIND_GAIN_NATS, (kind, "request"), watch.mean_gain)
-                yield Sample(names.PROFILE_KIND_GAIN_NATS, (kind, "token"), watch.mean_gain_by_token)
+                yield from _gain_samples(kind, watch)
             tests = self._tests(kind)
             if tests:
                 progress = max(evidence.progress for _, evidence in tests)
@@ -236,6 +237,24 @@ class Report:
         if any(candidate.version == version for candidate in self._trials.waiting):
             return "waiting"
         return "probe" if version == self._catalogue.probe else "retired"
+
+
+def _gain_samples(kind: str, watch: Evidence) -> Iterator[Sample]:
+    gains = {"request": watch.mean_gain, "token": watch.mean_gain_by_token}
+    if watch.figure is Figure.TOTAL_VARIATION:
+        for weighting, gain in gains.items():
+            yield Sample(names.PROFILE_KIND_TOTAL_VARIATION_GAIN, (kind, weighting), gain)
+        gains = dict(zip(gains, _kl_gains(watch), strict=True))
+    for weighting, gain in gains.items():
+        if math.isfinite(gain):
+            yield Sample(names.PROFILE_KIND_GAIN_NATS, (kind, weighting), gain)
+
+
+def _kl_gains(evidence: Evidence) -> tuple[float, float]:
+    """By unit and by token, nats, of a test whose gains are of the total variation; -inf where unknown."""
+    found = evidence.mean_kl_gain, evidence.mean_kl_gain_by_token
+    by_unit, by_token = (-math.inf if value is None else value for value in found)
+    return by_unit, by_token
 
 
 def _nearest(tests: list[tuple[Candidate, Evidence]]) -> tuple[Candidate, Evidence]:

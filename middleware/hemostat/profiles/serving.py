@@ -5,13 +5,14 @@ Invariants:
   and only once both models are known, so that a profile kept from an earlier run is not applied to another model.
 - In `observe` everything happens as in `auto` except serving: a kind's `version` is what would serve it.
 - A forced profile (`calibration.force`, for tests) goes on every request; nothing is learned or judged meanwhile.
-- At most `max_versions` different profiles serve at a time: engines hold a limited number.
+- At most `max_versions` different profiles serve at a time: engines hold a limited number. Of adapters, at most
+  `max_adapters`: each takes a slot of the engine.
 - A kind that is held (an outcome was harmed) stays at identity until an operator releases it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from hemostat.ipc.messages import REST_KIND
@@ -66,12 +67,23 @@ class KindState:
 
 
 class ServingState:
-    """mode: off, observe or auto. max_versions: different profiles that may serve at a time."""
+    """mode: off, observe or auto. max_versions: different profiles that may serve at a time. is_adapter: of a version
+    that is held."""
 
-    def __init__(self, scopes: Scopes, mode: str, max_versions: int = MAX_SERVING_VERSIONS) -> None:
+    def __init__(
+        self,
+        scopes: Scopes,
+        mode: str,
+        max_versions: int = MAX_SERVING_VERSIONS,
+        is_adapter: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.scopes = scopes
         self.mode = mode
         self.max_versions = max_versions
+        self.is_adapter = is_adapter
+        self.max_adapters: int | None = None
+        """Different adapters that may serve at a time: as many as engines have slots for. None: `max_versions` alone
+        limits them. In `observe` nothing is loaded, and it limits nothing."""
         self.model: ServedModel | None = None
         """None until both models are known."""
         self.names: frozenset[str] | None = None
@@ -159,8 +171,23 @@ class ServingState:
 
     def has_room(self, version: str, kinds: Collection[str]) -> bool:
         """Whether the version may serve these kinds, without too many different ones serving then."""
+        return self.why_no_room(version, kinds) is None
+
+    def why_no_room(self, version: str, kinds: Collection[str]) -> str | None:
+        """In words; None where there is room."""
         others = {state.version for name, state in self.kinds.items() if name not in kinds} - {None, version}
-        return len(others) < self.max_versions
+        if len(others) >= self.max_versions:
+            return f"{self.max_versions} other profiles serve, as many as may at a time"
+        if self.max_adapters is None or self.mode != "auto" or not self.is_adapter(version):
+            return None
+        if not self.max_adapters:
+            return "no engine can load an adapter now"
+        adapters = sum(other is not None and self.is_adapter(other) for other in others)
+        return (
+            f"{adapters} other adapters serve, as many as engines have slots for"
+            if (adapters >= self.max_adapters)
+            else None
+        )
 
     def learned_of(self, version: str) -> str:
         """The scope that a version was learned of, as far as it is known: `ALL` where it serves nowhere."""

@@ -7,6 +7,9 @@ Invariants:
   test of this kind begins anew (an import) or ends (a proposal: the learner makes another one).
 - A kind that appears later gets a test of its own. So does a profile that serves elsewhere already.
 - An evidence unit (a conversation) counts once in a test and kind; the guard remembers which have.
+- The gains of a test are of one figure: of the total variation where the candidate, or what serves the kind, is an
+  adapter, else nats (`Figure`). What serves a kind does not change within a test, so the figure does not either; the
+  guard refuses gains of another one.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from dataclasses import dataclass
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import KindState, ServingState
-from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence
+from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Figure
 from hemostat_calibration.guard.guard import Guard
+from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import TokenRecord
 
 MAX_TESTED = 2
@@ -27,13 +31,30 @@ MAX_TAPPED_CANDIDATES)."""
 MAX_QUEUED_CANDIDATES = 8
 """Candidates tested and waiting; see `lifecycle.Lifecycle.test`."""
 
+TOTAL_VARIATION_WIDTH = 1.0
+"""Of gains of the total variation: that of two distributions is between 0 and 1."""
+
 IMPORT = "import"
 SERVING = "serving"
 WATCH = "serving"
 """The guard's name for the tests of what serves."""
 
-Interval = tuple[float, float]
-"""Lower and upper end of a unit's mean gain per token, nats."""
+
+@dataclass(frozen=True, slots=True)
+class UnitGain:
+    """A unit's mean gain per token of one version over another, between lower and upper.
+
+    kl: where the ends are of the total variation, the gain in KL, nats; -inf where the version gives no distribution at
+        a token. None where the ends are in nats.
+    """
+
+    lower: float
+    upper: float
+    kl: float | None = None
+
+    @property
+    def figure(self) -> Figure:
+        return Figure.NATS if self.kl is None else Figure.TOTAL_VARIATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +84,7 @@ class Trials:
     """The queue of candidates, and the guard.
 
     gain_width: (version) -> high minus low of its Δz, nats: no gain over identity is below minus that.
+    is_adapter: of a version that is held.
     on_begun: called after a test or a window began, which spent some of alpha.
     """
 
@@ -73,8 +95,10 @@ class Trials:
         gain_width: Callable[[str], float],
         serving: ServingState,
         on_begun: Callable[[], None],
+        is_adapter: Callable[[str | None], bool] = lambda _: False,
     ) -> None:
         self._alpha = alpha
+        self._is_adapter = is_adapter
         self.client_share = client_share
         """Part of a test's units that one client may contribute."""
         self._gain_width = gain_width
@@ -132,7 +156,25 @@ class Trials:
         named = {WATCH, *(candidate.test for candidate in self._queue)}
         for name in set(self.guard.names) - named:
             self.guard.end(name)
+        self._end_other_figures()
         self._arrange()
+
+    def _end_other_figures(self) -> None:
+        """What serves a kind may be another than when its test was stored: then its evidence is of another figure."""
+        for candidate in self._queue:
+            kinds = [kind for kind in self.guard.kinds(candidate.test) if kind in self._serving.kinds]
+            expected = {kind: self.figure(candidate.version, self._serving.kinds[kind].version) for kind in kinds}
+            running = [kind for kind in kinds if self.guard.is_running(candidate.test, kind)]
+            if any(self.guard.figure(candidate.test, kind) is not expected[kind] for kind in running):
+                self.guard.end(candidate.test)
+        for kind, state in self._serving.kinds.items():
+            if self.guard.figure(WATCH, kind) not in (None, self.figure(state.version, None)):
+                self.guard.end_kind(WATCH, kind)
+
+    def figure(self, version: str | None, baseline: str | None) -> Figure:
+        """What gains of a version over another are measured in. None: identity."""
+        adapted = self._is_adapter(version) or self._is_adapter(baseline)
+        return Figure.TOTAL_VARIATION if adapted else Figure.NATS
 
     # --- the queue -------------------------------------------------------------------------------------------------
 
@@ -202,7 +244,9 @@ class Trials:
         """Begin tests in a kind that appeared, changed what serves it, or may be served by a profile again."""
         for candidate in self.tested:
             if candidate.test in self.guard.names and self.is_wanted(candidate, kind):
-                self.guard.add_kind(candidate.test, kind, self._width(candidate, self._serving.kinds[kind]))
+                state = self._serving.kinds[kind]
+                figure = self.figure(candidate.version, state.version)
+                self.guard.add_kind(candidate.test, kind, self._width(candidate.version, state.version), figure)
                 self._on_begun()
         self._arrange()
 
@@ -239,18 +283,21 @@ class Trials:
 
     def _begin(self, candidate: Candidate) -> None:
         """Where it has not begun: in all kinds that were seen, weighted by their share so far."""
-        kinds = {
-            kind: (self._width(candidate, state), float(state.units))
-            for kind, state in self._serving.kinds.items()
-            if self.is_wanted(candidate, kind)
-        }
-        if candidate.test not in self.guard.names and kinds:
-            self.guard.begin_candidate(candidate.test, kinds)
+        states = {kind: state for kind, state in self._serving.kinds.items() if self.is_wanted(candidate, kind)}
+        if candidate.test not in self.guard.names and states:
+            version = candidate.version
+            self.guard.begin_candidate(
+                candidate.test,
+                {kind: (self._width(version, state.version), float(state.units)) for kind, state in states.items()},
+                {kind: self.figure(version, state.version) for kind, state in states.items()},
+            )
             self._on_begun()
 
-    def _width(self, candidate: Candidate, state: KindState) -> float:
-        baseline = self._gain_width(state.version) if state.version is not None else 0.0
-        return self._gain_width(candidate.version) + baseline
+    def _width(self, version: str, baseline: str | None) -> float:
+        """No gain of the version over the other (None: identity) is below minus this."""
+        if self.figure(version, baseline) is Figure.TOTAL_VARIATION:
+            return TOTAL_VARIATION_WIDTH
+        return self._gain_width(version) + (self._gain_width(baseline) if baseline is not None else 0.0)
 
     # --- the watch of what serves ----------------------------------------------------------------------------------
 
@@ -260,7 +307,8 @@ class Trials:
         if state.version is None:
             return
         proof = next((c.test for c in self.tested if c.version == like and kind in self.guard.kinds(c.test)), None)
-        self.guard.begin_watch(WATCH, kind, self._gain_width(state.version), state.window, proof)
+        figure = self.figure(state.version, None)
+        self.guard.begin_watch(WATCH, kind, self._width(state.version, None), state.window, proof, figure)
         self._on_begun()
 
     def unwatch(self, kind: str) -> None:
@@ -279,13 +327,27 @@ class Trials:
             self._on_begun()  # the next window
         return admission
 
-    def update(self, name: str, record: TokenRecord, gain: Interval) -> None:
-        """An admitted record with its mean gain per token (lower and upper end, nats)."""
-        self.guard.update(name, record.kind, record.unit, record.client, *gain, record.tokens)
+    def update(self, name: str, record: TokenRecord, gain: UnitGain) -> None:
+        """An admitted record with its gain."""
+        self.guard.update(name, record.kind, record.unit, record.client, gain.lower, gain.upper, record.tokens, gain.kl)
 
-    def oppose(self, name: str, record: TokenRecord, gain: Interval) -> None:
+    def oppose(self, name: str, record: TokenRecord, gain: UnitGain) -> None:
         """A record that a candidate's test has refused for its client's share: it can only prevent a promotion."""
-        self.guard.oppose(name, record.kind, gain[0])
+        self.guard.oppose(name, record.kind, gain.lower, gain.figure)
+
+    def distance_versions(self, record: TokenRecord) -> tuple[str, ...]:
+        """The versions (`IDENTITY` first) whose exact distances the tests need of a held-out record of a followed kind;
+        none where no test that needs any can count its unit."""
+        serving = self._serving.kinds[record.kind].version
+        pairs: list[tuple[str, str, str | None]] = [(WATCH, serving, None)] if serving is not None else []
+        pairs += [(c.test, c.version, serving) for c in self.tested]
+        needed: dict[str, None] = {}
+        for name, version, baseline in pairs:
+            figure = self.guard.figure(name, record.kind)
+            if figure is Figure.TOTAL_VARIATION and not self.guard.has_counted(name, record.kind, record.unit):
+                needed |= dict.fromkeys((baseline or IDENTITY, version))
+        # Identity is wanted in any case: what an adapter gains is shown against it.
+        return (IDENTITY, *(version for version in needed if version != IDENTITY)) if needed else ()
 
     def promotes(self, candidate: Candidate, kind: str) -> bool:
         return self.guard.decide(candidate.test, kind).action is Action.PROMOTE

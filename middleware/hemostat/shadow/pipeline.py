@@ -1,7 +1,13 @@
 """From a capture to a scored record, and from there to everything that uses records.
 
-    relays -> ScoringPipeline.receive -> queue -> Scorer -> use_record -> measurements, alarms, records file,
-                                                                           noise floor, tracing, profiles, learner
+    relays -> ScoringPipeline.receive -> queue -> Scorer -> use_record -> measurements, alarms, noise floor, tracing
+                                                                  |
+                                                                  +-> distances (held-out records that need them)
+                                                                         -> measurements, records file, profiles,
+                                                                            learner
+
+A record of an adapter (`TokenRecord.adapter`) is of another model than the compressed one. It counts as what was
+served, and in nothing that is about the compressed model itself: raw figures, alarm, noise floor, learning.
 
 Fail open: whatever a user of records does wrong is counted or logged, and the capture before and the one after it are
 scored all the same.
@@ -28,6 +34,7 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import Reference
+from hemostat.shadow.distances import DistanceSource, DistanceWaits
 from hemostat.shadow.endings import EndingCounts, Outcome, ScoringDropReason
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
@@ -76,6 +83,7 @@ class ScoringPipeline:
 
     scores: False with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
+    distances: who computes exact distances; None: nobody, and no adapter is judged.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
     on_change: called after every record, which may have changed what the relays' policy depends on.
     """
@@ -94,8 +102,10 @@ class ScoringPipeline:
         clock: Callable[[], float],
         draw: Callable[[], float],
         on_change: Callable[[], None],
+        distances: DistanceSource | None = None,
     ) -> None:
         self._monitor = monitor
+        self.distances = DistanceWaits(distances)
         self._consumers = consumers
         self._clock = clock
         self._on_change = on_change
@@ -168,6 +178,7 @@ class ScoringPipeline:
             yield Sample(names.REFERENCE_TOKENS, (), 0.0)
         if self.noise_floor is not None:
             yield from self.noise_floor.samples()
+        yield from self.distances.samples()
         yield Sample(names.CALIBRATION_ERRORS, (), self.calibration_errors)
         recovered = self._consumers.measurements.recovered(self._consumers.profiles.serving.reported) or {}
         if recovered.get("estimate") is not None:
@@ -198,13 +209,32 @@ class ScoringPipeline:
             gains=gains,
             fresh=fresh,
         )
-        if consumers.records is not None:
-            consumers.records.write(capture, record, figures)
         if fresh:
             consumers.alarms.observe(record, figures)
         self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
+
+        def judge(back: TokenRecord) -> None:
+            self._judge(back, capture, figures, gains, fresh=fresh)
+
+        versions = profiles.distance_versions(record)
+        if versions:
+            prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
+            self.distances.use(record, prompt, versions, judge)
+        else:
+            judge(record)
+
+    def _judge(
+        self, record: TokenRecord, capture: Capture, figures: TokenDivergence, gains: RecordGains, *, fresh: bool
+    ) -> None:
+        """A record that is complete: its distances are there, or will not be."""
+        consumers, profiles = self._consumers, self._consumers.profiles
+        if record.distances:
+            would_serve = profiles.catalogue.get(profiles.serving.would_serve(record))
+            consumers.measurements.observe_distances(record, would_serve, fresh=fresh)
+        if consumers.records is not None:
+            consumers.records.write(capture, record, figures)
         try:
             profiles.observe(record, gains, fresh=fresh)
             if fresh and profiles.may_learn(record):
@@ -229,8 +259,10 @@ class ScoringPipeline:
     def _offer_for_noise_floor(
         self, pair: ModelPair | None, record: TokenRecord, capture: Capture, *, fresh: bool
     ) -> None:
-        """The noise floor is of the model itself, without its adapters."""
-        if self.noise_floor is not None and fresh and pair is not None and record.model in pair.names and pair.scorer:
+        """The noise floor is of the model itself, without its adapters and without ours."""
+        if self.noise_floor is None or record.adapter is not None:
+            return
+        if fresh and pair is not None and record.model in pair.names and pair.scorer:
             self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record, pair.scorer)
 
     def use_self_record(self, model: str, record: TokenRecord) -> None:
@@ -254,6 +286,7 @@ class ScoringPipeline:
                     "tokens": record.tokens,
                     "reference.model": record.reference_model,
                     "profile": record.applied or IDENTITY,
+                    "adapter": record.adapter or IDENTITY,
                     "bound": figures.bound,
                 },
             )

@@ -73,6 +73,7 @@ def build_record(
     codes: Mapping[str, Floats] = MappingProxyType({}),
     *,
     profile_in_request: bool = False,
+    adapter_maps: Mapping[str, bool] = MappingProxyType({}),
 ) -> TokenRecord:
     """Join what the relay captured, the engine tapped and the reference scored; InvalidRecordError where they do not
     fit each other.
@@ -81,11 +82,18 @@ def build_record(
     features: the tap's, aligned to the output (`align_features`). codes: by version, float64 [T, r], `profile_codes`.
     profile_in_request: a requested profile was applied through the request's own sampling parameters
         (`calibration.apply: request`), of which the engine's plugin knows nothing.
+    adapter_maps: the known adapters -> whether each has a map of the logits, too.
     """
     tokens = len(arrays.output)
     unknown = np.full(tokens, np.nan)
-    applied = capture.requested if profile_in_request else tap.applied if tap else None
+    applied = capture.requested if profile_in_request else applied_version(capture, tap, adapter_maps)
     names = set(versions) | (set(tap.log_normalizer) if tap else set()) | set(scores.expected_shift)
+    if capture.adapter is None:
+        # The map of an adapter says nothing of the model without the adapter.
+        names -= adapter_maps.keys()
+    else:
+        # Neither do other profiles' numbers, computed from the adapted model's logits, of the compressed model.
+        names &= {capture.adapter}
     shifts = {
         version: Shift(
             expected=scores.expected_shift.get(version, unknown),
@@ -113,6 +121,7 @@ def build_record(
             shifts=shifts,
             features=features,
             reference_hidden=scores.hidden,
+            adapter=capture.adapter,
             request_id=capture.request_id,
             route=capture.route,
             model=capture.model,
@@ -126,6 +135,19 @@ def build_record(
             engine_boot=tap.boot_id if tap else "",
         )
     )
+
+
+def applied_version(capture: Capture, tap: TapResult | None, adapter_maps: Mapping[str, bool]) -> str | None:
+    """The profile that the answer was generated with, as a whole; None is identity, or only a part of one.
+
+    An adapter is applied where the answer names it. One with a map only where the engine's plugin reports that it
+    applied the map, too.
+    """
+    by_plugin = tap.applied if tap else None
+    if capture.adapter is None or by_plugin not in (None, capture.adapter):
+        return by_plugin
+    has_map = adapter_maps.get(capture.adapter, False)
+    return capture.adapter if by_plugin == capture.adapter or not has_map else None
 
 
 def _align(values: Floats | None, tokens: int) -> Floats:

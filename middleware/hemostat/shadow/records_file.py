@@ -15,7 +15,7 @@ from hemostat.ipc.messages import Capture
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import IDENTITY
-from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.records import ExactDistances, TokenRecord
 
 log = logging.getLogger("hemostat.records")
 
@@ -50,6 +50,9 @@ class RecordsFile:
             "conversation": capture.conversation.hex(),
             "arm": str(record.arm),
             "profile": record.applied or IDENTITY,
+            # With an adapter, kl_nats and covered_mass are of the adapted model.
+            "adapter": record.adapter,
+            "distances": {version: _means(found) for version, found in record.distances.items()},
         }
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -62,3 +65,13 @@ class RecordsFile:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # an error of writing was logged before
             self._file.close()
+
+
+def _means(found: ExactDistances) -> dict[str, float | None]:
+    """Over the tokens; KL is None where it is infinite at one."""
+    kl = float(found.kl.mean())
+    return {
+        "kl_nats": kl if math.isfinite(kl) else None,
+        "total_variation": float(found.tv.mean()),
+        "top1_agreement": float(found.top1.mean()),
+    }

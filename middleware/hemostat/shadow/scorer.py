@@ -69,6 +69,9 @@ class ScoringNeeds(Protocol):
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
         """Profiles whose effect on the distributions the reference computes."""
 
+    def adapter_maps(self) -> Mapping[str, bool]:
+        """The known versions of the family `adapter` -> whether the version has a map of the logits, too."""
+
     def anchor_sets(self) -> Mapping[str, int]:
         """The sets of anchors whose features are of use: digest -> number of anchors. Empty: no features."""
 
@@ -232,6 +235,7 @@ class Scorer:
             features,
             codes,
             profile_in_request=self._profile_in_request,
+            adapter_maps=self._needs.adapter_maps(),
         )
         self._emit(record, capture)
         self._endings.count(Outcome.SCORED)
@@ -246,9 +250,15 @@ class Scorer:
             return ScoringSkipReason.UNKNOWN_MODEL if known else ScoringSkipReason.NO_REFERENCE
         if tap is not None and tap.mixed:
             return ScoringSkipReason.MIXED_PROFILE
-        if tap is None and capture.requested is not None and not self._profile_in_request:
+        if tap is None and self._plugin_applies(capture):
             return ScoringSkipReason.APPLIED_UNKNOWN
         return None
+
+    def _plugin_applies(self, capture: Capture) -> bool:
+        """Whether only the engine's plugin knows if what was requested was applied. Of an adapter the answer tells."""
+        if capture.requested is None or self._profile_in_request:
+            return False
+        return self._needs.adapter_maps().get(capture.requested, True)
 
     def _features(self, tap: TapResult | None, tokens: int) -> Features | None:
         anchor_sets = self._needs.anchor_sets()

@@ -1,0 +1,109 @@
+"""Who computes the distances of models from the reference exactly, on copies of its own, and what waits for them.
+
+A record whose test or watch needs distances is judged when they are back. Records come back in the order in which they
+were offered, so that which counts first does not depend on what is found. A refused record is used at once, without.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from typing import Protocol
+
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.errors import InvalidRecordError
+from hemostat_calibration.records import ExactDistances, TokenRecord, with_distances
+
+log = logging.getLogger("hemostat.distances")
+
+MAX_WAITING = 256
+"""Records that wait for their distances; more are used without."""
+
+
+class DistanceSource(Protocol):
+    """Of `hemostat.learner.adapters.judge.AdapterJudge`."""
+
+    def offer(
+        self,
+        record: TokenRecord,
+        prompt_ids: Ids,
+        versions: tuple[str, ...],
+        done: Callable[[Mapping[str, ExactDistances]], None],
+    ) -> bool:
+        """Compute the distances of these versions (`IDENTITY`: the compressed model itself) on the record's tokens.
+
+        False: refused, and `done` is never called. Otherwise it is called once, later, in the event loop, in the order
+        of the offers: with the distances, empty where they could not be computed. Of a model whose logits are not
+        finite at a position, the KL is infinite there, the total variation 1: to leave the record out would be a
+        selection by its outcome.
+        """
+
+
+class Outcome(StrEnum):
+    """What became of the records that need distances: values of `hemostat_distance_requests_total`."""
+
+    COMPUTED = "computed"
+    FAILED = "failed"
+    """None were computed."""
+    INVALID = "invalid"
+    """They do not fit the record."""
+    REFUSED = "refused"
+    """There is nobody to compute them, or the queue is full."""
+
+
+class DistanceWaits:
+    """Owns the records between the offer and the answer. source: None, nobody computes distances."""
+
+    def __init__(self, source: DistanceSource | None = None) -> None:
+        self.source = source
+        self._waiting: dict[int, Callable[[Mapping[str, ExactDistances]], None]] = {}
+        self._offered = 0
+        self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(Outcome, 0))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def samples(self) -> Iterator[Sample]:
+        for outcome, records in self.outcomes.items():
+            yield Sample(names.DISTANCE_REQUESTS, (outcome,), records)
+
+    def use(
+        self, record: TokenRecord, prompt_ids: Ids, versions: tuple[str, ...], then: Callable[[TokenRecord], None]
+    ) -> None:
+        """Hand the record to `then`, with its distances where they can be had; at once where they are refused."""
+        number = self._offered = self._offered + 1
+
+        def done(found: Mapping[str, ExactDistances]) -> None:
+            if self._waiting.pop(number, None) is not None:
+                then(self._with(record, found))
+
+        if self.source is not None and len(self._waiting) < MAX_WAITING:
+            self._waiting[number] = done
+            if self.source.offer(record, prompt_ids, versions, done):
+                return
+            del self._waiting[number]
+        self.outcomes[Outcome.REFUSED] += 1
+        then(record)
+
+    def _with(self, record: TokenRecord, found: Mapping[str, ExactDistances]) -> TokenRecord:
+        if not found:
+            self.outcomes[Outcome.FAILED] += 1
+            return record
+        try:
+            checked = with_distances(record, found)
+        except InvalidRecordError as error:
+            self.outcomes[Outcome.INVALID] += 1
+            log.warning("distances of %s refused: %s", record.request_id, error)
+            return record
+        self.outcomes[Outcome.COMPUTED] += 1
+        return checked
+
+    def flush(self) -> None:
+        """At the end: all that wait are used without distances, oldest first."""
+        for done in list(self._waiting.values()):
+            done({})
