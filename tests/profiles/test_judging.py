@@ -68,7 +68,7 @@ def test_what_a_client_sends_beyond_its_share_is_noted_against_a_promotion(monke
     trials = bench.profiles.trials
     bench.profiles.operator.import_profile(harmful())
     noted: list[float] = []
-    monkeypatch.setattr(trials, "oppose", lambda name, record, gain: noted.append(gain[0]))
+    monkeypatch.setattr(trials, "oppose", lambda name, record, gain: noted.append(gain.lower))
     for n, key in enumerate(JUDGED[:60]):
         client = b"most" if n % 10 < 6 else b"%d" % (n % 14)
         bench.observe(bench.record(BIASED.truth(n), key, client=client))

@@ -13,7 +13,7 @@ from tests.support.world import V
 from hemostat.ipc.messages import REST_KIND
 from hemostat.profiles.scopes import Scopes
 from hemostat.profiles.serving import MAX_TRIED_VERSIONS, KindState, ServingState
-from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials
+from hemostat.profiles.trials import IMPORT, MAX_TESTED, SERVING, Candidate, Trials, UnitGain
 from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.guard.decisions import Admission
 from hemostat_calibration.profiles.families import CONTEXTUAL, TEMPERATURE_BIAS
@@ -60,7 +60,7 @@ class Made:
         for n in units:
             record = replace(RECORD, kind=kind, conversation=b"%d" % n)
             if self.trials.admit(candidate.test, record) is Admission.ADMITTED:
-                self.trials.update(candidate.test, record, (gain, gain))
+                self.trials.update(candidate.test, record, UnitGain(gain, gain))
                 counted += 1
         return counted
 

@@ -220,7 +220,7 @@ def update(alarm: Alarm, kind: str, observation: Observation, noise_floor: float
 def count(alarm: Alarm, kind: str) -> Alarm:
     """Add a scored request of another model, such as an adapter: to the mix of kinds, and to no test.
 
-    >>> alarm = count(init(Settings(baseline_requests=2)), "chat")
+    >>> alarm = count(init(Settings(baseline_requests=30)), "chat")
     >>> dict(alarm.workload.baseline), alarm.kinds
     ({'chat': 1}, {})
     """

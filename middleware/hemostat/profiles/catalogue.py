@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from hemostat.profiles.families import anchor_set
 from hemostat.store.protocol import StoredProfile
+from hemostat_calibration.profiles.adapter import has_map
 from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import shift_range
@@ -87,8 +88,7 @@ class Catalogue:
     def _put(self, profile: CalibrationProfile) -> None:
         self._profiles[profile.version] = profile
         if profile.family == ADAPTER:
-            # An adapter alone reads no logits.
-            self.adapter_maps[profile.version] = anchor_set(profile) != ""
+            self.adapter_maps[profile.version] = has_map(profile)
 
     def is_adapter(self, version: str | None) -> bool:
         return version in self.adapter_maps
