@@ -26,7 +26,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """Send this body upstream instead of the client's.
+    """Send this body upstream instead of the client's (an empty one for a request without a body).
 
     While `response_data` returns nothing, the relay holds back the response's head too (for
     `relay.exchange.MAX_HEAD_HOLD_SECONDS` at most), so that `replay` can still return True.

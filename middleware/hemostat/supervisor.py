@@ -165,6 +165,7 @@ def relay_config(settings: Settings, worker: int, port: int, control_socket: Pat
         "upstream_api_key": upstream.api_key.get_secret_value() if upstream.api_key else None,
         "upstream_ca": str(upstream.ca) if upstream.ca else None,
         "upstream_max_connections": upstream.max_connections,
+        "allow_adapter_routes": upstream.allow_adapter_routes,
         "control_socket": str(control_socket),
         "shutdown_seconds": settings.shutdown_seconds,
         "limits": settings.limits.model_dump(),

@@ -185,6 +185,9 @@ class Upstream(Section):
     """True when vLLM was started with `--generation-config vllm`, or the model's generation_config sets no sampling
     parameter. Otherwise what a request is sampled with is known only where it says so itself (or is greedy), and the
     rest is not used where the tokens' distribution has to be known."""
+    allow_adapter_routes: bool = False
+    """Relay requests that load and unload LoRA adapters at the server (/v1/load_lora_adapter, /v1/unload_lora_adapter,
+    /adapters); otherwise they are answered with 403. Adapters that Hemostat serves need these routes to exist."""
 
 
 class ModelReference(Section):

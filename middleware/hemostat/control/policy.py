@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -14,6 +14,7 @@ from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.shadow.limits import Breakers
 from hemostat.store.lease import Lease
+from hemostat_calibration.profiles.families import ADAPTER
 
 
 class PolicyPublisher:
@@ -30,7 +31,10 @@ class PolicyPublisher:
         lease: Lease,
         clock: Callable[[], float],
         salt: Callable[[], bytes],
+        adapters: Callable[[], Mapping[str, bool]] = dict,
     ) -> None:
+        """adapters: versions of the family `adapter` that may be asked for at every engine -> whether they have a map of
+        the logits."""
         self._settings = settings
         self._link = link
         self._engines = engines
@@ -40,6 +44,7 @@ class PolicyPublisher:
         self._lease = lease
         self._clock = clock
         self._salt = salt
+        self._adapters = adapters
         self._last: Policy | None = None
         self.generation = 0
         """Number of policies that were sent."""
@@ -58,6 +63,10 @@ class PolicyPublisher:
         """Without its generation. now: monotonic seconds."""
         shadow, calibration, profiles = self._settings.shadow, self._settings.calibration, self._profiles
         served = self._monitor.served
+        base = served.calibrated
+        held = self._engines.acknowledged(now)
+        # A map of the logits is applied by the engine's logits processor, which has to hold it, too.
+        adapters = {v: has_map for v, has_map in self._adapters().items() if not has_map or v in held}
         return Policy(
             generation=0,
             mode=profiles.serving.mode,
@@ -71,13 +80,17 @@ class PolicyPublisher:
             forced=profiles.serving.forced,
             serving_by_kind=profiles.serving.version_by_kind,
             control_fraction=calibration.control_fraction,
-            acknowledged=self._engines.acknowledged(now),
+            acknowledged=frozenset(v for v in held if not self._is_adapter(v)) | adapters.keys(),
             labels=frozenset(self._settings.labels),
             apply=calibration.apply,
             kinds=profiles.kinds.followed,
             unscorable_models=served.unscorable_adapters,
             scorable_models=served.scorable,
-            calibrated_models=None if served.calibrated is None else served.calibrated.scorable,
+            calibrated_models=None if base is None else base.scorable,
+            adapters=adapters,
+            base_models=None if base is None else base.names,
+            answered_name="" if base is None else base.name,
+            adapter_names=self._settings.adapter.enabled,
             default_model=served.pairs[0].name if served.pairs else "",
             replica=self._engines.replica,
             salt=self._salt(),
@@ -86,3 +99,8 @@ class PolicyPublisher:
             openai_sampling_defaults=self._settings.upstream.openai_sampling_defaults,
             **profiles.request_parameters(),
         )
+
+    def _is_adapter(self, version: str) -> bool:
+        """By its map alone an adapter must not be asked for."""
+        profile = self._profiles.catalogue.get(version)
+        return profile is not None and profile.family == ADAPTER

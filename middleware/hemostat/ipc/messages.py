@@ -149,6 +149,11 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     base_models: frozenset[str] | None = None
     """Served names of the model that profiles are for, without its adapters; None: not known yet. A request for any
     other model, such as a client's own adapter, never gets an adapter of Hemostat's."""
+    answered_name: str = ""
+    """The name that the server answers as `model` whichever of `base_models` is asked for."""
+    adapter_names: bool = False
+    """Adapters that are named by a profile's version are Hemostat's own: hidden from the list of models, and a request
+    that names one is in no arm."""
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
     openai_sampling_defaults: bool = False

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject, encode
+from hemostat.openai.model_name import is_version
 from hemostat_calibration.records import Sampling
 
 _elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
@@ -138,19 +139,26 @@ def read_request(
     unscorable_models: frozenset[str] = frozenset(),
     scorable_models: frozenset[str] | None = None,
     default_model: str = "",
+    adapter_names: bool = False,
 ) -> Request:
     """Parse a client's body; raises one of MALFORMED where it is not an object with distinct keys.
 
     unscorable_models: adapters for which the reference has no counterpart.
     scorable_models: names that are compared with a matched reference; None: not known, no name is excluded.
     default_model: the name of the model that answers a request without one.
+    adapter_names: a name that is a profile's version is an adapter of Hemostat's.
     """
     body = JsonObject(data)
     model = body.value("model")
     name = model if isinstance(model, str) and model else default_model
     stream_options = _decode_or_none(_stream_options, body.raw("stream_options"))
     messages: list[Message] | None = _decode_or_none(_messages, body.raw("messages")) if chat else None
-    unscorable = _unscorable_model(name, unscorable_models, scorable_models) or _unscorable(chat, body, messages)
+    if model is not None and not isinstance(model, str):
+        unscorable: Unscorable | None = Unscorable.INVALID
+    elif adapter_names and is_version(name) and name not in (scorable_models or ()):
+        unscorable = Unscorable.LORA
+    else:
+        unscorable = _unscorable_model(name, unscorable_models, scorable_models) or _unscorable(chat, body, messages)
     xargs = body.value("vllm_xargs") or {}
     if (body.has("stream_options") and stream_options is None) or not isinstance(xargs, dict):
         unscorable, xargs = Unscorable.INVALID, {}

@@ -35,6 +35,8 @@ class ResponseFailure(StrEnum):
     """The response is an error."""
     LOGPROBS_REFUSED = "logprobs_refused"
     """vLLM refused the injected members, and would not have refused the client's own request."""
+    ADAPTER_REFUSED = "adapter_refused"
+    """vLLM does not have the adapter that Hemostat asked for, or cannot load it."""
     ENCODED = "encoded"
     """The body is compressed."""
     UNREADABLE = "unreadable"

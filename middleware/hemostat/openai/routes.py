@@ -7,6 +7,7 @@ from enum import Enum
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+MODELS = "/v1/models"
 
 OTHER = "other"
 """The label of every route that has none of its own, so that the number of label values is bounded."""
@@ -41,7 +42,7 @@ ROUTES = (
     Route("/v1/responses", Support.NOT_SCORED),
     Route("/v1/messages", Support.NOT_SCORED),
     Route("/v1/embeddings", Support.NOT_SCORED),
-    Route("/v1/models", Support.RELAYED),
+    Route(MODELS, Support.RELAYED),
     Route("/tokenize", Support.RELAYED),
     Route("/detokenize", Support.RELAYED),
     Route("/inference/v1/generate", Support.NOT_SCORED),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from hemostat.openai.model_name import is_version
 from hemostat.reference.match import same_model
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.references import References
@@ -12,6 +13,11 @@ from hemostat.reference.server import ModelCard, VllmServer
 
 MAX_MODELS = 64
 """Base models that are followed: the first in the server's list."""
+
+
+def without_own(cards: Iterable[ModelCard]) -> list[ModelCard]:
+    """The list without Hemostat's own adapters, which are named by a profile's version."""
+    return [card for card in cards if card.parent is None or not is_version(card.id)]
 
 
 async def served_pairs(

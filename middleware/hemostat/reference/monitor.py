@@ -13,13 +13,13 @@ from pathlib import Path
 from hemostat.config.schema import Settings
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.reference.listing import served_pairs, with_adapters
+from hemostat.reference.listing import served_pairs, with_adapters, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair, ReferenceState, ServedModels
 from hemostat.reference.probes import State, probe_shadowing
 from hemostat.reference.protocol import Reference, ReferenceFailure
 from hemostat.reference.references import References
-from hemostat.reference.server import VllmServer
+from hemostat.reference.server import ModelCard, VllmServer
 
 log = logging.getLogger("hemostat.control")
 
@@ -58,6 +58,7 @@ class ReferenceMonitor:
         self._upstream = settings.upstream
         self._top_k = settings.shadow.top_k
         self._calibrated = settings.calibration.model
+        self._adapter_names = settings.adapter.enabled
         self._compressed_scorer = compressed_scorer
         self._scores_fail = scores_fail
         self._refused = refused
@@ -97,6 +98,11 @@ class ReferenceMonitor:
         finally:
             await server.close()
 
+    async def _cards(self, server: VllmServer) -> list[ModelCard]:
+        """The models that clients see."""
+        cards = await server.models()
+        return without_own(cards) if self._adapter_names else cards
+
     async def _match(self, references: References, server: VllmServer) -> None:
         """Compare every served base model that is not ready with its reference."""
         if references.first is not None:
@@ -107,7 +113,7 @@ class ReferenceMonitor:
                 self._set_state(ReferenceState.DOWN, str(failure))
                 return
         try:
-            self._set_served(await served_pairs(references, server, await server.models(), self.served.pairs))
+            self._set_served(await served_pairs(references, server, await self._cards(server), self.served.pairs))
             for pair in self.served.pairs:
                 if pair.state is not ReferenceState.READY:
                     self._update(await self._compared(pair, server))
@@ -197,7 +203,7 @@ class ReferenceMonitor:
                     pair = replace(pair, reference_adapters=await pair.scorer.adapters())  # noqa: PLW2901
             pairs.append(pair)
         try:
-            cards = await server.models()
+            cards = await self._cards(server)
         except ReferenceFailure:
             cards = []
         self._set_served(with_adapters(pairs, cards) if cards else pairs)

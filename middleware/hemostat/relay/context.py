@@ -35,5 +35,7 @@ class RelayContext:
     """May be replaced at any time; a request keeps the one that it began with."""
     report_outcome: Callable[[OutcomeReport], bool] | None = None
     """Takes what the client of a treated or a control request got; False where it is dropped."""
+    allow_adapter_routes: bool = False
+    """Clients may load and unload adapters at the upstream."""
     draining: bool = False
     """No further requests: connections are closed as soon as they have no request in progress."""

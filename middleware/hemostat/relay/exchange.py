@@ -12,6 +12,7 @@ from typing import Protocol
 
 from hemostat.hooks import Headers, Refusal, Rewrite
 from hemostat.openai import routes
+from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED, loads_adapters
 from hemostat.relay import counters
 from hemostat.relay.context import RelayContext
 from hemostat.relay.exchange_state import (
@@ -175,6 +176,9 @@ class Exchange:
         """
         request = self._request
         self.request_complete = complete
+        if self._route is routes.OTHER and not self._context.allow_adapter_routes and loads_adapters(request.target):
+            self._respond(403, error_body(403, ADAPTER_ROUTE_REFUSED, "adapter_routes"), counters.REFUSED)
+            return
         if self._route in routes.SCORED and request.method == b"POST":
             self._report = report = GenerationReport(self._context, self._route, self._request_id, self._started)
             self._observer = report.observer
@@ -270,7 +274,8 @@ class Exchange:
             body = verdict.body
             if verdict.drop_headers:
                 request.drop(verdict.drop_headers)
-            request.framing = set_length(request.lines, request.framing, len(body))
+            if body or request.framing >= 0:
+                request.framing = set_length(request.lines, request.framing, len(body))
         elif request.length == CHUNKED:
             body = chunk(body) + (LAST_CHUNK if self.request_complete else b"")
         payload = upstream_head(request, self._context.origin, self._context.authorization) + body

@@ -2,9 +2,10 @@
 
     {"worker": 0, "host": "127.0.0.1", "port": 8000, "reuse_port": true, "fd": null,
      "upstream_url": "http://127.0.0.1:8001", "upstream_api_key": null, "upstream_ca": null,
-     "upstream_max_connections": 512, "control_socket": "/run/…/control.sock", "shutdown_seconds": 30.0,
-     "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456}, "log_level": "info",
-     "log_format": "text", "log_requests": false, "tracing": {"endpoint": "http://collector:4318", "ratio": 0.01}}
+     "upstream_max_connections": 512, "allow_adapter_routes": false, "control_socket": "/run/…/control.sock",
+     "shutdown_seconds": 30.0, "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456},
+     "log_level": "info", "log_format": "text", "log_requests": false,
+     "tracing": {"endpoint": "http://collector:4318", "ratio": 0.01}}
 
 Prints `{"listening": port}` when it accepts connections. With `fd` it listens on that inherited socket. On SIGTERM it
 accepts no more connections, lets the requests in progress end, and exits with 0.
@@ -72,6 +73,7 @@ async def run(config: dict[str, Any]) -> None:
         tracing=make_tracing(config.get("tracing")),
         log_requests=config.get("log_requests", False),
         report_outcome=report_outcome,
+        allow_adapter_routes=config.get("allow_adapter_routes", False),
     )
     interceptor: Interceptor | None = None
 

@@ -34,6 +34,7 @@ class Relay:
     upstream_max_connections: requests beyond it wait in order of arrival.
     tracing: creates a span for every generation. log_requests: write a log record for each. report_outcome: takes what
     the client of a treated or a control request got, see `RelayContext`.
+    allow_adapter_routes: clients may load and unload adapters at the upstream.
     Raises ValueError if upstream_url is not http(s)://host[:port], OSError if upstream_ca cannot be read.
     """
 
@@ -50,6 +51,7 @@ class Relay:
         tracing: Tracing | None = None,
         log_requests: bool = False,
         report_outcome: Callable[[OutcomeReport], bool] | None = None,
+        allow_adapter_routes: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         origin = parse_origin(upstream_url)
@@ -69,6 +71,7 @@ class Relay:
             log_requests=log_requests,
             hook=hook,
             report_outcome=report_outcome,
+            allow_adapter_routes=allow_adapter_routes,
         )
         self._server: asyncio.Server | None = None
         self._no_clients = asyncio.Event()

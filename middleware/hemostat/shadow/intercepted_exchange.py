@@ -8,6 +8,7 @@ from hemostat.openai import requests
 from hemostat.openai.errors import leading_error_code
 from hemostat.openai.json_splice import MALFORMED, encode
 from hemostat.openai.kinds import asks_json_in_words, kind_name
+from hemostat.openai.model_name import ModelName
 from hemostat.openai.requests import Request
 from hemostat.openai.responses import ResponseFailure, ResponseTokens, Stripper, error_reason, little_endian
 from hemostat.openai.routes import CHAT
@@ -28,17 +29,21 @@ _DROPPED_HEADERS = frozenset({b"accept-encoding"})
 """Not sent upstream where the response has to be read."""
 _REFUSAL_CODES = (400, 422)
 """vLLM's codes for a request that does not pass its validation: nothing was computed."""
+_ADAPTER_REFUSAL_CODES = (*_REFUSAL_CODES, 404)
+"""The same for a request for an adapter, which vLLM may not know (any more): its code is 404."""
 
 
 class _ResponseStart:
     """The first bytes of a response, kept until they show whether the response is a refusal by vLLM's validation.
 
-    error_code: the code of the error that the response is, 0 for none, None while that is not known.
+    codes: those of a refusal. error_code: the code of the error that the response is, 0 for none, None while that is
+    not known.
     """
 
-    __slots__ = ("data", "error_code")
+    __slots__ = ("_codes", "data", "error_code")
 
-    def __init__(self, error_code: int | None = None) -> None:
+    def __init__(self, codes: tuple[int, ...], error_code: int | None = None) -> None:
+        self._codes = codes
         self.data = bytearray()
         self.error_code = error_code
 
@@ -49,7 +54,7 @@ class _ResponseStart:
 
     @property
     def is_refusal(self) -> bool:
-        return self.error_code in _REFUSAL_CODES
+        return self.error_code in self._codes
 
     @property
     def undecided(self) -> bool:
@@ -102,6 +107,10 @@ class InterceptedExchange:
         """Hemostat asks the engine for a profile, or has set the profile's parameters."""
         self._version: str | None = None
         """The version that is asked for, by Hemostat or by the client itself."""
+        self._adapter: str | None = None
+        """The version that Hemostat asks for as the request's model."""
+        self._name: ModelName | None = None
+        """Restores the base model's name in the response."""
         self._nonce = ""
         self._sampling = Sampling()
         self._request: Request | None = None
@@ -111,6 +120,8 @@ class InterceptedExchange:
         self._start: _ResponseStart | None = None
         """The response's first bytes, while they are read for a refusal."""
         self._replayed = False
+        self._adapter_refused = False
+        """The engine refused the rewritten request because of the adapter."""
         self._ended = False
 
     @property
@@ -142,6 +153,7 @@ class InterceptedExchange:
                 unscorable_models=policy.unscorable_models,
                 scorable_models=policy.scorable_models,
                 default_model=policy.default_model,
+                adapter_names=policy.adapter_names,
             )
         except MALFORMED:
             self._pass_unread(SkipReason.BAD_JSON)
@@ -165,7 +177,8 @@ class InterceptedExchange:
         if not changes:
             return None
         self._rewritten = True
-        return Rewrite(request.body.edit(changes), _DROPPED_HEADERS if self._tokens is not None else frozenset())
+        is_read = self._tokens is not None or self._adapter is not None
+        return Rewrite(request.body.edit(changes), _DROPPED_HEADERS if is_read else frozenset())
 
     def _add_profile(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Choose the arm and the profile, and add what requests the profile."""
@@ -177,7 +190,13 @@ class InterceptedExchange:
             return
         self._version = choice.version
         self._profile_added = True
-        if policy.apply == "engine":
+        has_map = policy.adapters.get(choice.version)
+        if has_map is not None:
+            self._adapter = choice.version
+            changes["model"] = encode(choice.version)
+            if not has_map:
+                return
+        if has_map or policy.apply == "engine":
             xargs["hemostat"] = choice.version
             return
         if policy.request_temperature is not None:
@@ -215,17 +234,20 @@ class InterceptedExchange:
         content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
         plain = fields.get(b"content-encoding", b"identity").lower() == b"identity"
         stream = plain and status == 200 and content_type == b"text/event-stream"
+        codes = _REFUSAL_CODES if self._adapter is None else _ADAPTER_REFUSAL_CODES
         if self._replayed:
             if stream:
-                self._start = _ResponseStart()
+                self._start = _ResponseStart(codes)
             else:
                 self._fail_after_replay(replay_accepted=status < 400)
             return stream
-        if status in _REFUSAL_CODES:
-            self._start = _ResponseStart(error_code=status)
+        if self._adapter is not None and plain:
+            self._name = ModelName(self._adapter, self._policy.answered_name, stream=stream, error=status != 200)
+        if status in codes:
+            self._start = _ResponseStart(codes, status)
             return True
         if stream:
-            self._start = _ResponseStart()
+            self._start = _ResponseStart(codes)
         if self._request is not None and self._tokens is not None:
             if status != 200:
                 self._tokens.fail(ResponseFailure.UPSTREAM_ERROR)
@@ -235,12 +257,12 @@ class InterceptedExchange:
                 self._tokens.fail(ResponseFailure.UNREADABLE)
             else:
                 self._stripper = Stripper(self._request, self._tokens, stream=stream)
-        return stream or self._stripper is not None
+        return stream or self._stripper is not None or self._name is not None
 
     def response_data(self, data: bytes) -> bytes:
         start = self._start
         if start is None:
-            return data if self._stripper is None else self._stripper.feed(data)
+            return self._for_client(data)
         start.feed(data)
         if self._replayed:
             # The second response is read, but not held back.
@@ -257,13 +279,23 @@ class InterceptedExchange:
         """What the client gets of the bytes that were held back."""
         held = b"" if self._start is None else bytes(self._start.data)
         self._start = None
-        return held if self._stripper is None else self._stripper.feed(held)
+        return self._for_client(held)
+
+    def _for_client(self, data: bytes) -> bytes:
+        """What the client gets now of these bytes of the body."""
+        if self._stripper is not None:
+            data = self._stripper.feed(data)
+        return data if self._name is None else self._name.feed(data)
 
     def replay(self) -> bool:
         if self._start is None or not self._start.is_refusal:
             return False
         self._replayed = True
-        self._start = self._stripper = None
+        adapter = self._adapter
+        self._adapter_refused = adapter is not None and (
+            self._start.error_code == 404 or adapter.encode() in self._start.data
+        )
+        self._start = self._stripper = self._name = self._adapter = None
         if self._profile_added or self._arm is not Arm.NONE:
             # The control arm leaves out what the treated one does.
             self._arm = Arm.NONE
@@ -273,7 +305,8 @@ class InterceptedExchange:
     def _fail_after_replay(self, *, replay_accepted: bool) -> None:
         """The engine refused the rewritten request. If it accepts the client's own, the rewriting was the cause."""
         if self._tokens is not None:
-            self._tokens.fail(ResponseFailure.LOGPROBS_REFUSED if replay_accepted else ResponseFailure.UPSTREAM_ERROR)
+            accepted = ResponseFailure.ADAPTER_REFUSED if self._adapter_refused else ResponseFailure.LOGPROBS_REFUSED
+            self._tokens.fail(accepted if replay_accepted else ResponseFailure.UPSTREAM_ERROR)
             self._stop_sampling_if_refused()
 
     def _stop_sampling_if_refused(self) -> None:
@@ -287,10 +320,18 @@ class InterceptedExchange:
             return b""
         rest = b"" if self._start is None else self._release_start()
         if self._stripper is not None:
-            rest += self._stripper.finish()
+            last = self._stripper.finish()
+            rest += last if self._name is None else self._name.feed(last)
         elif self._tokens is not None:
             self._tokens.fail(error_reason(rest))
         self._stop_sampling_if_refused()
+        if self._name is None:
+            return rest
+        rest += self._name.finish()
+        if self._name.other_answered:
+            # The client did not get what its arm is compared by.
+            self._arm = Arm.NONE
+            self._counted_as = Arm.NONE, ArmReason.NOT_APPLIED
         return rest
 
     def closed(self, *, complete: bool) -> None:
@@ -310,10 +351,11 @@ class InterceptedExchange:
             self._reports.captured(self._capture(request, tokens))
 
     def _capture(self, request: Request, tokens: ResponseTokens) -> Capture:
+        adapter = self._adapter if tokens.model == self._adapter else None
         return Capture(
             request_id=self._request_id[:MAX_REQUEST_ID],
             route=self._route,
-            model=tokens.model,
+            model=tokens.model if adapter is None else self._policy.answered_name,
             label=self._options.label,
             arm=self._arm.value,
             requested=self._version,
@@ -335,4 +377,5 @@ class InterceptedExchange:
             kind=self._kind,
             conversation=self._conversation,
             client=self._client,
+            adapter=adapter,
         )

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from hemostat.hooks import ExchangeHook, Headers, Refusal
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai.responses import ResponseFailure
-from hemostat.openai.routes import SUPPORT, Support
+from hemostat.openai.routes import MODELS, SUPPORT, Support
 from hemostat.shadow import assignment
 from hemostat.shadow.client_headers import ClientOptions, first_value, hemostat_headers, read_options
 from hemostat.shadow.endings import SkipReason
 from hemostat.shadow.intercepted_exchange import InterceptedExchange
+from hemostat.shadow.model_list import ModelList
 from hemostat.shadow.profile_choice import calibrates
 from hemostat.shadow.reports import Reports
 from hemostat_calibration.records import Arm
@@ -60,7 +61,7 @@ class Interceptor:
         elif support is Support.SCORED and not policy.scoring and not calibrates(policy):
             return None
         if support is Support.RELAYED:
-            return None
+            return ModelList() if policy.adapter_names and method == "GET" and path == MODELS.encode() else None
         shadow = policy.scoring and self._draw() < policy.shadow_rate
         if support is Support.NOT_SCORED:
             if shadow:

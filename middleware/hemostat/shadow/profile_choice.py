@@ -35,8 +35,13 @@ class ArmReason(StrEnum):
     """`calibration.apply: request`, and the client set temperature or logit_bias."""
     OTHER_MODEL = "other_model"
     """Profiles are for another of the served models."""
+    OWN_ADAPTER = "own_adapter"
+    """The profile is an adapter, and the request is for another model than the one that it is for: a client's own
+    adapter is never replaced."""
     REFUSED = "refused"
     """vLLM refused the request as Hemostat had changed it, and it was sent again unchanged."""
+    NOT_APPLIED = "not_applied"
+    """The profile is an adapter, and the response says that another model answered."""
 
 
 Unjudged = SkipReason | Unscorable | ResponseFailure
@@ -97,11 +102,11 @@ def choose_profile(
     if policy.apply == "request" and (request.body.has("temperature") or request.body.has("logit_bias")):
         return Choice(None, Arm.NONE, ArmReason.OWN_PARAMETERS)
     if policy.forced is not None:
-        return _if_available(policy, policy.forced, Arm.NONE, ArmReason.FORCED)
+        return _if_available(policy, request, policy.forced, Arm.NONE, ArmReason.FORCED)
     if options.calibration == "off":
         return Choice(None, Arm.NONE, ArmReason.OPTED_OUT)
     if options.calibration is not None:
-        return _if_available(policy, options.calibration, Arm.NONE, ArmReason.PINNED)
+        return _if_available(policy, request, options.calibration, Arm.NONE, ArmReason.PINNED)
     if unjudged is not None and not policy.treat_unjudged:
         return Choice(None, Arm.NONE, unjudged)
     if request.model and policy.calibrated_models is not None and request.model not in policy.calibrated_models:
@@ -109,15 +114,19 @@ def choose_profile(
     version = policy.serving_by_kind.get(served_kind(policy, kind))
     if version is None:
         return Choice(None, Arm.NONE, ArmReason.NO_PROFILE)
-    choice = _if_available(policy, version, Arm.TREATED, ArmReason.ASSIGNED)
+    choice = _if_available(policy, request, version, Arm.TREATED, ArmReason.ASSIGNED)
     if choice.version is not None and in_control_arm(conversation, policy.control_fraction, policy.salt):
         return Choice(None, Arm.CONTROL, ArmReason.ASSIGNED, choice.version)
     return choice
 
 
-def _if_available(policy: Policy, version: str, arm: Arm, reason: ArmReason) -> Choice:
+def _if_available(policy: Policy, request: Request, version: str, arm: Arm, reason: ArmReason) -> Choice:
     """Only versions that the engine has acknowledged are requested: for any other it would silently apply identity."""
-    available = policy.acknowledged if policy.apply == "engine" else {*policy.serving_by_kind.values(), policy.forced}
+    is_adapter = version in policy.adapters
+    if is_adapter and (policy.base_models is None or request.model not in policy.base_models):
+        return Choice(None, Arm.NONE, ArmReason.OWN_ADAPTER)
+    by_engine = is_adapter or policy.apply == "engine"
+    available = policy.acknowledged if by_engine else {*policy.serving_by_kind.values(), policy.forced}
     if version not in available:
         return Choice(None, Arm.NONE, ArmReason.UNKNOWN)
     return Choice(version, arm, reason, version if arm is Arm.TREATED else None)

@@ -25,6 +25,7 @@ class BadResponse(Exception):
 
 _REASONS = {
     400: b"Bad Request",
+    403: b"Forbidden",
     408: b"Request Timeout",
     413: b"Content Too Large",
     431: b"Request Header Fields Too Large",
