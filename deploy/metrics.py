@@ -59,6 +59,7 @@ SHADOW_REASONS: dict[str, Values] = {
         "multimodal": "images, audio or embeddings in the prompt",
         "too_long": "longer than `shadow.max_tokens`",
         "logprobs_refused": "vLLM refused the additional parameters; raise its `--max-logprobs` to `shadow.top_k`",
+        "adapter_refused": "vLLM does not have the adapter that was asked for, or cannot load it",
         "upstream_error": "the answer is an error",
         "incomplete": "the answer broke off, or the client disconnected",
         "empty": "no token in the answer",
@@ -116,6 +117,8 @@ CALIBRATION_REASONS: Values = {
     "own_parameters": "`apply: request`, and the client set temperature or logit_bias",
     "other_model": "profiles are for another of the served models",
     "refused": "vLLM refused the request as Hemostat had changed it, and it was sent again unchanged",
+    "own_adapter": "the profile is an adapter and the client asked for another model, such as an adapter of its own",
+    "not_applied": "the profile is an adapter, and the answer says that another model answered",
     "on_not_allowed, encoded, body_too_large, bad_json, invalid, lora, no_reference, n, beam_search, "
     "structured_output, forced_tool, echo, prompt_logprobs, client_logprobs, hidden_reasoning, multimodal, "
     "too_long": "as for `hemostat_shadow_requests_total`: it cannot be scored, and only what can be judged is treated",

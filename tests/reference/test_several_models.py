@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tests.support.captures import capture
 from tests.support.control import control, settings, status_json
+from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import VOCAB, FakeVllm, running
 from tests.support.waiting import until
 
@@ -199,3 +200,16 @@ async def test_profiles_are_for_the_named_model_else_the_first_that_is_matched(t
             first.api_key = None
             await until(lambda: made.one.profile_manager.serving.model == ServedModel("a", VOCAB))
             await asyncio.sleep(0)
+
+
+async def test_adapters_of_hemostat_s_own_are_no_models(tmp_path: Path) -> None:
+    own = FakeLora(names={"0123456789abcdef" * 2: "/folder", "sql": "/sql"})
+    upstream = FakeVllm(model="a", aliases=("also-a",), root="/models", lora=own)
+    for enabled, unscorable in ((True, {"sql"}), (False, {"sql", *own.names})):
+        adapter = {"adapter": {"enabled": True}} if enabled else {}
+        async with running(FakeVllm()) as first, bench(tmp_path, upstream, {"url": first.url}, **adapter) as made:
+            await until(lambda: made.one.monitor.ready)
+            await until(lambda: made.told[-1].base_models == {"a", "also-a"})
+            told = made.told[-1]
+            assert told.unscorable_models == unscorable
+            assert (told.answered_name, told.adapter_names, told.adapters) == ("a", enabled, {})

@@ -175,7 +175,7 @@ class FakeVllm:
 
     def _row_logprobs(self, context: list[int], body: dict[str, Any]) -> npt.NDArray[np.float64]:
         """The same for a request: with the adapter that it names."""
-        adapter = None if self.lora is None else self.lora.applied(body.get("model", self.model))
+        adapter = None if self.lora is None else self.lora.applied(self.answers_as(body))
         return self.logprobs(context, adapter)
 
     def encode(self, text: str) -> list[int]:
@@ -343,6 +343,11 @@ class FakeVllm:
         adapters = [*((name, name) for name in self.adapters), *loaded.items()]
         return [*base, *((name, path, self.model) for name, path in adapters)]
 
+    def answers_as(self, body: dict[str, Any]) -> str:
+        """What the answer names as its model: whichever name of the base model was asked for, its first."""
+        name = body.get("model") or self.model
+        return self.model if name in self.aliases else str(name)
+
     def _named(self, body: bytes) -> FakeVllm:
         """The model that the body names."""
         try:
@@ -408,7 +413,7 @@ class FakeVllm:
                 f"'input': '<dict of {len(body)} items>'}}"
             )
             raise RefusedError(text, "body.messages", "Bad Request")
-        name = body.get("model", self.model)
+        name = body.get("model") or self.model
         status, refusal = 404, f"The model `{name}` does not exist. Valid aliases: {self.model}."
         known = name in (self.model, *self.aliases, *self.adapters)
         if not known and self.lora is not None:
@@ -524,7 +529,7 @@ class _Generation:
 
     def _in_batches(self) -> AbstractContextManager[None]:
         lora = self.fake.lora
-        return nullcontext() if lora is None else lora.generation(self.body.get("model", self.fake.model))
+        return nullcontext() if lora is None else lora.generation(self.fake.answers_as(self.body))
 
     async def _own_steps(self) -> AsyncIterator[Step]:
         for position, step in enumerate(self.fake._steps(self.prompt, self.body, self.limit)):
@@ -592,7 +597,7 @@ class _Generation:
             "id": self.id,
             "object": "chat.completion" if self.chat else "text_completion",
             "created": self.fake.created,
-            "model": self.body.get("model", self.fake.model),
+            "model": self.fake.answers_as(self.body),
             "choices": [choice],
             "service_tier": None,
             "system_fingerprint": self.fake.fingerprint,
@@ -608,7 +613,7 @@ class _Generation:
             "id": self.id,
             "object": "chat.completion.chunk" if self.chat else "text_completion",
             "created": self.fake.created,
-            "model": self.body.get("model", self.fake.model),
+            "model": self.fake.answers_as(self.body),
             "choices": [] if choice is None else [choice],
         }
         if choice is None:

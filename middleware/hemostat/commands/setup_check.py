@@ -12,7 +12,7 @@ import numpy as np
 from hemostat.config.schema import Settings
 from hemostat.config.store_url import without_password
 from hemostat.reference import make_references
-from hemostat.reference.listing import served_pairs
+from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
@@ -173,7 +173,8 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
 async def _models(references: References, server: VllmServer, settings: Settings) -> list[Finding]:
     """Of each served base model: which reference it is matched with, or why with none, and what to do."""
     try:
-        pairs = await served_pairs(references, server, await server.models())
+        cards = await server.models()
+        pairs = await served_pairs(references, server, without_own(cards) if settings.adapter.enabled else cards)
     except ReferenceFailure as failure:
         return [Finding("models", State.NO, str(failure), "see vLLM's log")]
     findings: list[Finding] = []

@@ -33,8 +33,8 @@ class PolicyPublisher:
         salt: Callable[[], bytes],
         adapters: Callable[[], Mapping[str, bool]] = dict,
     ) -> None:
-        """adapters: versions of the family `adapter` that may be asked for at every engine -> whether they have a map of
-        the logits."""
+        """adapters: versions of the family `adapter` that every engine can serve now -> whether they have a map of the
+        logits."""
         self._settings = settings
         self._link = link
         self._engines = engines

@@ -8,6 +8,7 @@ SageMaker's names for the two, POST /adapters and DELETE /adapters/NAME.
 
 from __future__ import annotations
 
+import re
 from urllib.parse import unquote_to_bytes
 
 ADAPTER_ROUTE_REFUSED = (
@@ -15,6 +16,7 @@ ADAPTER_ROUTE_REFUSED = (
     "upstream.allow_adapter_routes: true."
 )
 _SEGMENTS = frozenset((b"load_lora_adapter", b"unload_lora_adapter", b"adapters"))
+_separator = re.compile(rb"[/\\?#]")
 _MAX_DECODED = 4
 """Times that a target is decoded: every proxy between Hemostat and vLLM may do so once."""
 
@@ -25,11 +27,9 @@ def loads_adapters(target: bytes) -> bool:
     The path is compared by its segments, in any place (vLLM's --root-path), any case, with percent-encoding, doubled
     slashes, dots or a fragment: what a server or a proxy may normalize must not get around this.
     """
-    path = target
+    path = target.partition(b"?")[0].partition(b"#")[0]
     for _ in range(_MAX_DECODED):
-        before = path.partition(b"?")[0].partition(b"#")[0]
-        path = unquote_to_bytes(before)
-        if path == before:
+        if b"%" not in path:
             break
-    segments = path.partition(b"?")[0].lower().replace(b"\\", b"/").split(b"/")
-    return not _SEGMENTS.isdisjoint(segments)
+        path = unquote_to_bytes(path)
+    return not _SEGMENTS.isdisjoint(_separator.split(path.lower()))

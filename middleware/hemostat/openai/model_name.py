@@ -65,7 +65,7 @@ class ModelName:
         at = data.find(self._version)
         if at >= 0:
             data = self._replace(data, at)
-        elif not self.replaced and not self._named:
+        if not self.replaced and not self._named:
             self._named = _member(data) is not None
         if self._stream and data.endswith(b"\n\n"):
             # The usual case: whole events.
@@ -191,12 +191,12 @@ def without_versions(data: bytes) -> bytes:
     if not any(hidden):
         return data
     position = raw.index(b"[") + 1
+    before_first = raw[position : raw.index(cards[0], position)]
     kept: list[bytes] = []
     for card, hide in zip(cards, hidden, strict=True):
         start = raw.index(card, position)
         if not hide:
-            # With the comma before it, unless it is now the first.
-            kept += (raw[position:start] if kept else raw[position:start].replace(b",", b""), card)
+            kept += (raw[position:start] if kept else before_first, card)
         position = start + len(card)
     return listed.edit({"data": b"[" + b"".join(kept) + raw[position:]})
 
