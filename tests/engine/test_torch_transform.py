@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from tests.support import oracle
 from tests.support.engine_profiles import make_contextual, make_profile
 
+from hemostat_calibration.adapters.factors import LowRank
+from hemostat_calibration.profiles.adapter import adapter_profile
 from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
 from hemostat_calibration.profiles.families import FAMILIES
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -18,6 +20,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 torch = pytest.importorskip("torch")
 
 from hemostat_engine import product, transform  # noqa: E402
+from hemostat_engine.library import Library  # noqa: E402
 
 Make = Callable[..., CalibrationProfile]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
@@ -213,3 +216,47 @@ def test_log_normalizer_is_log_of_the_mean_of_the_exponential(
         np.testing.assert_allclose(got[k], np.log((c * np.exp(delta)).sum(-1)), atol=5e-6)
         if not masked:
             assert clamped[k].tolist() == (np.abs(delta).max(-1) >= profile.clamp_nats).tolist()
+
+
+def make_adapter(map_: CalibrationProfile | None) -> CalibrationProfile:
+    layers = {"model.layers.0.mlp.up_proj": LowRank(np.ones((1, 3), np.float32), np.ones((2, 1), np.float32))}
+    size = make_contextual().vocab_size if map_ is None else map_.vocab_size
+    return adapter_profile(model="m", vocab_size=size, layers=layers, map=map_)
+
+
+def test_an_adapter_without_a_map_changes_no_row() -> None:
+    profile = make_adapter(None)
+    held = transform.HeldProfile(profile)
+    assert (held.is_adapter, held.is_probe, held.anchors, held.version) == (True, True, None, profile.version)
+    z = torch.from_numpy(logits(3, profile.vocab_size, 1))
+    got = z.clone()
+    assert transform.apply_to_rows(held, got, torch.tensor([2, 0])).tolist() == [0, 0]
+    transform.apply_where(held, got, torch.tensor([True, False, True]))
+    assert torch.equal(got, z)
+    values, clamped = transform.evaluate((held,), z, torch.tensor([1]))
+    assert (values.tolist(), clamped.tolist()) == ([[0.0]], [[False]])
+
+
+def test_an_adapter_with_a_map_changes_rows_as_the_map_does() -> None:
+    contextual = make_contextual()
+    profile = make_adapter(contextual)
+    held, map_alone = transform.HeldProfile(profile), transform.HeldProfile(contextual)
+    assert (held.is_adapter, held.is_probe, held.version) == (True, False, profile.version)
+    assert (held.anchors, held.clamp_nats) == (map_alone.anchors, map_alone.clamp_nats)
+    z = torch.from_numpy(logits(3, profile.vocab_size, 1))
+    got, expected = z.clone(), z.clone()
+    transform.apply_to_rows(held, got, None)
+    transform.apply_to_rows(map_alone, expected, None)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, z)
+
+
+def test_adapters_are_no_candidates_for_other_rows() -> None:
+    contextual = make_contextual()
+    library = Library(contextual.vocab_size)
+    profiles = [make_adapter(contextual), make_adapter(None), contextual]
+    for profile in profiles:
+        assert library.put(profile)
+    library.hold([profile.version for profile in profiles])
+    assert [held.version for held in library.candidates()] == [contextual.version]
+    assert library.get(profiles[0].version) is not None
