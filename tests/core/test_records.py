@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from tests.support.records import Truth, log_softmax, make_record, truths
 
 from hemostat_calibration.errors import InvalidRecordError
-from hemostat_calibration.records import Candidates, Features, InvalidReason, Shift, validate
+from hemostat_calibration.records import (
+    Candidates,
+    ExactDistances,
+    Features,
+    InvalidReason,
+    Shift,
+    validate,
+    with_distances,
+)
 
 
 def good():
@@ -28,6 +36,19 @@ def candidates(record, **changes):
 
 def listed(record, **changes):
     return replace(record, reference=replace(record.reference, **changes))
+
+
+def far(record, **changes):
+    found = ExactDistances(np.zeros(5), np.zeros(5), np.ones(5, np.bool_))
+    return replace(record, distances={"identity": replace(found, **changes)})
+
+
+def test_distances_are_checked_where_they_are_added():
+    """A model that gives no distribution at a token is infinitely far from the reference."""
+    record, found = good(), ExactDistances(np.array([0.1, np.inf, 0, 0, -1e-4]), np.ones(5), np.zeros(5, np.bool_))
+    assert validate(with_distances(record, {"v": found})).distances == {"v": found}
+    with pytest.raises(InvalidRecordError, match=r"distances\[v\].tv"):
+        with_distances(record, {"v": replace(found, tv=np.full(5, 2.0))})
 
 
 @given(truths(), st.integers(2, 30), st.sampled_from([None, 1, 3]))
@@ -96,6 +117,15 @@ BREAKS = {
     "reference unordered": lambda r: listed(r, logprobs=r.reference.logprobs[:, ::-1].copy()),
     "reference twice": lambda r: listed(r, ids=put(r.reference.ids, (0, 1), r.reference.ids[0, 0])),
     "reference outside": lambda r: listed(r, ids=put(r.reference.ids, (0, 0), 12)),
+    "distances of NaN": lambda r: far(r, kl=np.full(5, np.nan)),
+    "total variation of NaN": lambda r: far(r, tv=np.full(5, np.nan)),
+    "negative distance": lambda r: far(r, kl=np.full(5, -0.1)),
+    "total variation above 1": lambda r: far(r, tv=np.full(5, 1.1)),
+    "total variation below 0": lambda r: far(r, tv=np.full(5, -1e-9)),
+    "short distances": lambda r: far(r, kl=np.zeros(4)),
+    "short top 1": lambda r: far(r, top1=np.zeros(4, np.bool_)),
+    "distances of float32": lambda r: far(r, tv=np.zeros(5, np.float32)),
+    "top 1 as numbers": lambda r: far(r, top1=np.zeros(5)),
     "infinite shift": lambda r: replace(r, shifts={"v": Shift(np.full(5, np.inf), np.zeros(5))}),
     "features' name": lambda r: replace(r, features=Features("anchors", np.zeros((5, 3), np.float32))),
     "features' dtype": lambda r: replace(r, features=Features("0" * 32, np.zeros((5, 3)))),

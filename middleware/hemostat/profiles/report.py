@@ -19,7 +19,9 @@ from hemostat.profiles.serving import KindState, ServingState
 from hemostat.profiles.trials import Candidate, Trials
 from hemostat_calibration.guard.decisions import Evidence, Figure
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
-from hemostat_calibration.profiles.profile import IDENTITY
+from hemostat_calibration.profiles.adapter import adapter_bytes, has_map, max_rank
+from hemostat_calibration.profiles.families import ADAPTER, layer_names
+from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
 
 MIN_UNITS_FOR_ESTIMATE = 10
 """Below this many units nothing is said of how many more are needed."""
@@ -213,17 +215,19 @@ class Report:
         profile = self._catalogue.get(version)
         if profile is None:
             return None
+        adapter = _adapter_json(profile) if profile.family == ADAPTER else None
         return {
             "version": version,
             "family": profile.family,
             "state": self._state(version),
             "kinds": [kind for kind, state in self._serving.kinds.items() if state.version == version],
             "created": self._catalogue.created(version),
-            "clamp_nats": profile.clamp_nats,
+            "clamp_nats": profile.clamp_nats if not adapter or adapter["map"] else None,
             "clamp_kl_nats": FAMILY_RULES[profile.family].kl_limit(profile),
             "vocab_size": profile.vocab_size,
             "bytes": parameter_bytes(profile),
             "metadata": dict(profile.metadata),
+            "adapter": adapter,
             "evidence": self._events.newest_first(version),
         }
 
@@ -237,6 +241,16 @@ class Report:
         if any(candidate.version == version for candidate in self._trials.waiting):
             return "waiting"
         return "probe" if version == self._catalogue.probe else "retired"
+
+
+def _adapter_json(profile: CalibrationProfile) -> dict[str, Any]:
+    """rank: the largest of a layer. bytes: of the factors, without the map."""
+    return {
+        "rank": max_rank(profile),
+        "layers": len(layer_names(profile.parameters)),
+        "bytes": adapter_bytes(profile),
+        "map": has_map(profile),
+    }
 
 
 def _gain_samples(kind: str, watch: Evidence) -> Iterator[Sample]:

@@ -87,6 +87,7 @@ def build_record(
     tokens = len(arrays.output)
     unknown = np.full(tokens, np.nan)
     applied = capture.requested if profile_in_request else applied_version(capture, tap, adapter_maps)
+    whole = capture.requested not in adapter_maps or capture.adapter == capture.requested
     names = set(versions) | (set(tap.log_normalizer) if tap else set()) | set(scores.expected_shift)
     if capture.adapter is None:
         # The map of an adapter says nothing of the model without the adapter.
@@ -114,8 +115,9 @@ def build_record(
             reference_emitted=scores.emitted,
             reference_entropy=scores.entropy,
             sampling=Sampling(capture.temperature, capture.top_p, capture.sampling_top_k, capture.min_p),
-            # A request whose profile the engine did not apply (it may just have lost it) belongs to neither arm.
-            arm=Arm(capture.arm) if applied == capture.requested else Arm.NONE,
+            # A request whose profile the engine did not apply (it may just have lost it) belongs to neither arm; nor
+            # does one to which it applied an adapter's map without the adapter.
+            arm=Arm(capture.arm) if applied == capture.requested and whole else Arm.NONE,
             requested=capture.requested,
             applied=applied,
             shifts=shifts,

@@ -1,0 +1,282 @@
+"""What an adapter answered: how its record is built, and to whom it is handed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support.adapters import FakeDistances, adapted_record, adapter, distances_of
+from tests.support.captures import INFO, capture, sized_capture
+from tests.support.control import settings
+from tests.support.records import Truth, make_record
+from tests.support.samples import values
+from tests.support.served_models import pair, served_models
+from tests.support.world import World
+
+from hemostat.engines.taps import TapResult
+from hemostat.measurement.measurements import Measurements
+from hemostat.metrics import names
+from hemostat.reference.protocol import ReferenceScores
+from hemostat.shadow import distances as distances_module
+from hemostat.shadow.pipeline import ScoringPipeline
+from hemostat.shadow.record_builder import applied_version, build_record, decode_capture
+from hemostat.shadow.records_file import RecordsFile
+from hemostat_calibration.profiles.profile import IDENTITY
+from hemostat_calibration.records import Arm, Candidates, ExactDistances, Features, TokenRecord
+
+A, B = "a" * 32, "b" * 32
+MAPS = {A: False, B: True}
+KIND = "chat text sampled"
+
+
+def tap(applied: str | None) -> TapResult:
+    numbers = {A: np.full(3, 0.1), B: np.full(3, 0.2), "c" * 32: np.full(3, 0.3)}
+    return TapResult("boot", applied, mixed=False, log_normalizer=numbers, features=None)
+
+
+@pytest.mark.parametrize(
+    ("requested", "answered", "tapped", "applied"),
+    [
+        (A, A, tap(None), A),
+        (A, A, None, A),
+        (A, None, tap(None), None),
+        (A, None, None, None),
+        (A, B, tap(None), None),
+        (A, A, tap("c" * 32), "c" * 32),
+        (B, B, tap(B), B),
+        (B, B, tap(None), None),
+        (B, B, None, None),
+        (B, None, tap(B), B),
+        ("c" * 32, None, tap("c" * 32), "c" * 32),
+        (None, None, tap(None), None),
+        (None, A, tap(None), A),
+    ],
+    ids=[
+        "named",
+        "named, no plugin",
+        "not named",
+        "not named, no plugin",
+        "another one answered, without its map",
+        "beside another profile",
+        "with its map",
+        "its map was not applied",
+        "a map without a plugin",
+        "the map without the adapter",
+        "another family",
+        "identity",
+        "not requested",
+    ],
+)
+def test_what_was_applied_follows_from_the_answer_and_the_tap(
+    requested: str | None, answered: str | None, tapped: TapResult | None, applied: str | None
+) -> None:
+    one = capture(requested=requested, adapter=answered, arm="treated")
+    assert applied_version(one, tapped, MAPS) == applied
+    record = build(one, tapped)
+    # The map alone, on the compressed model, is not what was requested.
+    whole = applied == requested and (requested not in MAPS or answered == requested)
+    assert (record.applied, record.adapter) == (applied, answered)
+    assert record.arm == (Arm.TREATED if whole else Arm.NONE)
+
+
+def build(one: Any, tapped: TapResult | None) -> TokenRecord:
+    arrays = decode_capture(one)
+    flat = -np.log(30)
+    at = np.where(arrays.candidates.ids >= 0, flat, np.nan)
+    top = Candidates(np.tile(np.arange(3, dtype=np.int32), (3, 1)), np.full((3, 3), flat))
+    scores = ReferenceScores(at=at, top=top, emitted=np.full(3, flat), entropy=np.full(3, -flat))
+    return build_record(one, arrays, scores, INFO, tapped, (), adapter_maps=MAPS)
+
+
+def test_numbers_of_the_adapted_model_are_not_taken_for_the_compressed_models() -> None:
+    """The engine evaluates candidates on every tapped request, also on one that an adapter answers."""
+    assert build(capture(), tap(None)).shifts.keys() == {"c" * 32}
+    assert build(capture(requested=A, adapter=A), tap(None)).shifts.keys() == {A}
+    assert build(capture(requested=B, adapter=B), tap(B)).shifts.keys() == {B}
+
+
+# --- the pipeline ----------------------------------------------------------------------------------------------------
+
+WORLD = World(bias=1.5)
+ADAPTER = adapter()
+
+
+def truth(seed: int) -> Truth:
+    whole = WORLD.truth(seed)
+    return Truth(whole.reference[:5], whole.compressed[:5], whole.emitted[:5])
+
+
+class Pipeline:
+    """With parts that note what they are handed. versions: what distances are asked for."""
+
+    def __init__(self, source: FakeDistances | None, folder: Path | None = None, **found: Any) -> None:
+        self.observed: list[TokenRecord] = []
+        self.learned: list[TokenRecord] = []
+        self.floor: list[TokenRecord] = []
+        self.traced: list[dict[str, Any]] = []
+        self.versions: tuple[str, ...] = (IDENTITY, ADAPTER.version)
+        self.changes = 0
+        self.measured = Measurements()
+        self.records = RecordsFile(folder / "records.jsonl") if folder else None
+        profiles = SimpleNamespace(
+            kinds=SimpleNamespace(see=lambda kind: kind),
+            calibrated_profile=lambda _: ADAPTER,
+            catalogue=SimpleNamespace(get=lambda version: ADAPTER if version == ADAPTER.version else None),
+            serving=SimpleNamespace(would_serve=lambda _: ADAPTER.version, reported=ADAPTER.version),
+            is_held_out=lambda _: True,
+            distance_versions=lambda _: self.versions,
+            observe=lambda record, gains, *, fresh: self.observed.append(record),
+            may_learn=lambda record: record.adapter is None,
+            scope_of=lambda _: "",
+        )
+        consumers: Any = SimpleNamespace(
+            measurements=self.measured,
+            alarms=SimpleNamespace(observe=lambda record, figures: None),
+            profiles=profiles,
+            learner=SimpleNamespace(offer=lambda record, scope: self.learned.append(record)),
+            records=self.records,
+            tracing=SimpleNamespace(record_score=lambda *_, **given: self.traced.append(given["attributes"])),
+        )
+        served = served_models(pair("m", object(), INFO, set(), set()))  # type: ignore[arg-type]
+        nothing: Any = None
+        self.pipeline = ScoringPipeline(
+            settings(),
+            SimpleNamespace(served=served),  # type: ignore[arg-type]
+            nothing,
+            nothing,
+            consumers,
+            scores=False,
+            compressed_scorer=None,
+            breakers=nothing,
+            clock=lambda: 0.0,
+            draw=lambda: 0.0,
+            on_change=self._changed,
+            distances=source,
+        )
+        floor: Any = SimpleNamespace(samples=list, offer=lambda prompt, record, reference: self.floor.append(record))
+        self.pipeline.noise_floor = floor
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def use(self, record: TokenRecord, **more: Any) -> None:
+        given = {"prompt_token_ids": np.arange(3, dtype="<i4").tobytes()} | more
+        self.pipeline.use_record(
+            replace(record, model="m", kind=KIND), sized_capture(record.request_id).__class__(**_fields(record, given))
+        )
+
+    def outcomes(self) -> dict[str, float]:
+        found = values(self.pipeline.distances.samples())
+        return {labels[1]: value for labels, value in found.items() if labels[0] == names.DISTANCE_REQUESTS and value}
+
+
+def _fields(record: TokenRecord, given: dict[str, Any]) -> dict[str, Any]:
+    one = sized_capture(record.request_id)
+    return {name: getattr(one, name) for name in one.__struct_fields__} | given
+
+
+def found(record: TokenRecord) -> dict[str, ExactDistances]:
+    return distances_of(truth(int(record.request_id)), {ADAPTER.version: 0.6})
+
+
+def base(number: int) -> TokenRecord:
+    return replace(make_record(truth(number), 20), request_id=str(number))
+
+
+def treated(number: int) -> TokenRecord:
+    return replace(adapted_record(truth(number), ADAPTER.version), request_id=str(number))
+
+
+def test_a_record_of_an_adapter_is_no_noise_floor_and_nothing_is_learned_from_it() -> None:
+    one = Pipeline(None)
+    one.versions = ()
+    one.use(treated(1), traceparent="00-1-2-01")
+    assert (one.floor, one.learned) == ([], [])
+    assert one.traced[0]["adapter"] == one.traced[0]["profile"] == ADAPTER.version
+    one.use(base(2))
+    assert len(one.floor) == len(one.learned) == 1
+    assert len(one.observed) == one.changes == 2
+    assert one.pipeline.calibration_errors == 0
+
+
+def test_records_wait_for_their_distances_and_are_judged_in_their_order(tmp_path: Path) -> None:
+    source = FakeDistances(found)
+    one = Pipeline(source, tmp_path)
+    for number in range(4):
+        one.use(treated(number) if number % 2 else base(number))
+    assert (one.observed, one.changes) == ([], 0)
+    assert one.pipeline.distances.waiting == 4
+    assert source.offers[0][1:] == ([0, 1, 2], (IDENTITY, ADAPTER.version))
+    assert one.measured.tokens == 20, "measured at once"
+    source.answer()
+    assert [record.request_id for record in one.observed] == ["0", "1", "2", "3"]
+    assert all(record.distances.keys() == {IDENTITY, ADAPTER.version} for record in one.observed)
+    assert one.outcomes() == {"computed": 4}
+    gained = one.measured.gained(ADAPTER.version)
+    assert gained is not None
+    assert gained["requests"] == 4
+    assert values(one.pipeline.samples())[names.RECOVERED_DIVERGENCE_RATIO,] > 0.5
+    assert one.records is not None
+    one.records.close()
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [line["adapter"] for line in lines] == [None, ADAPTER.version] * 2
+    means = lines[1]["distances"][ADAPTER.version]
+    assert means.keys() == {"kl_nats", "total_variation", "top1_agreement"}
+    assert means["kl_nats"] < lines[1]["distances"][IDENTITY]["kl_nats"]
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_refused_record_is_judged_at_once_without(refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FakeDistances(found)
+    source.takes = not refuses
+    monkeypatch.setattr(distances_module, "MAX_WAITING", 1)
+    one = Pipeline(source)
+    one.use(base(0))
+    one.use(base(1))
+    assert [record.request_id for record in one.observed] == (["0", "1"] if refuses else ["1"])
+    source.answer()
+    assert [bool(record.distances) for record in one.observed] == ([False] * 2 if refuses else [False, True])
+    assert one.outcomes() == ({"refused": 2} if refuses else {"refused": 1, "computed": 1})
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (lambda _: {}, "failed"),
+        (lambda _: {IDENTITY: ExactDistances(np.zeros(4), np.zeros(4), np.ones(4, np.bool_))}, "invalid"),
+        (lambda _: {IDENTITY: ExactDistances(np.full(5, np.nan), np.zeros(5), np.ones(5, np.bool_))}, "invalid"),
+    ],
+    ids=["none", "other tokens", "NaN"],
+)
+def test_what_cannot_be_used_is_counted(answer: Callable[[TokenRecord], Any], outcome: str) -> None:
+    source = FakeDistances(answer)
+    one = Pipeline(source)
+    one.use(base(0))
+    source.answer()
+    assert [dict(record.distances) for record in one.observed] == [{}]
+    assert one.outcomes() == {outcome: 1}
+
+
+def test_at_the_end_what_waits_is_used_without_and_a_late_answer_is_ignored() -> None:
+    source = FakeDistances(found)
+    one = Pipeline(source)
+    one.use(base(0))
+    one.use(base(1))
+    one.pipeline.distances.flush()
+    assert [record.request_id for record in one.observed] == ["0", "1"]
+    source.answer()
+    assert len(one.observed) == 2
+
+
+def test_features_of_an_adapted_model_reach_no_learner() -> None:
+    one = Pipeline(None)
+    one.versions = ()
+    features = Features("0" * 32, np.zeros((5, 3), np.float32))
+    one.use(replace(treated(1), features=features))
+    assert one.learned == []
