@@ -203,7 +203,8 @@ async def test_profiles_are_for_the_named_model_else_the_first_that_is_matched(t
 
 
 async def test_adapters_of_hemostat_s_own_are_no_models(tmp_path: Path) -> None:
-    own = FakeLora(names={"0123456789abcdef" * 2: "/folder", "sql": "/sql"})
+    own = FakeLora()
+    own.names = {"0123456789abcdef" * 2: "/folder", "sql": "/sql"}
     upstream = FakeVllm(model="a", aliases=("also-a",), root="/models", lora=own)
     for enabled, unscorable in ((True, {"sql"}), (False, {"sql", *own.names})):
         adapter = {"adapter": {"enabled": True}} if enabled else {}
