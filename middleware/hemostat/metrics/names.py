@@ -68,6 +68,11 @@ ENGINE_EVENTS = "hemostat_engine_events_total"
 ENGINE_TAPS_DROPPED = "hemostat_engine_taps_dropped_total"
 ENGINE_FEATURES_DROPPED = "hemostat_engine_features_dropped_total"
 
+# Adapters at the engine
+ADAPTERS = "hemostat_adapters"
+ADAPTER_LOADS = "hemostat_adapter_loads_total"
+ADAPTER_PROBES = "hemostat_adapter_probes_total"
+
 # What clients got, of all generations
 RESPONSES_FINISHED = "hemostat_responses_finished_total"
 OUTPUT_TOKENS = "hemostat_output_tokens_total"
