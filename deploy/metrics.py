@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hemostat.engines.lora.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_KIND
 from hemostat.learner.record_queue import DropReason
 from hemostat.measurement import figures
@@ -258,6 +259,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             Reason.LEARNED: "proposed by the calibrator",
             Reason.OPERATOR: "an operator's decision",
             Reason.OTHER_MODEL: "the served model has changed",
+            Reason.PROBE: "the engine does not apply it as a copy of the model does",
             Reason.NEWER: "a newer candidate takes its place",
             Reason.UNPROVEN: "not proven within the number of requests after which it makes room for others",
         },
@@ -267,10 +269,27 @@ LABELS: dict[str, dict[str, Values | str]] = {
     },
     "result": {
         names.OUTCOME_CONVERSATIONS: {"good": "the first answer is good", "bad": "the first answer is bad"},
+        names.ADAPTER_LOADS: {
+            "loaded": "it is loaded; several engines behind one address take several attempts",
+            "refused": "the upstream refused it; the status says why",
+            "failed": "the upstream did not answer, or `adapter.folder` could not be written",
+        },
+        names.ADAPTER_PROBES: {
+            PASSED: "as it should be",
+            FAILED: "not as it should be: nothing asks for the adapter, or for any",
+            ERROR: "the upstream did not answer, or with an error",
+            WAITING: "the copy of the model did not answer",
+        },
         names.OUTCOME_REPORTS: {
             "sent": "to the control process",
             "dropped": "the control process does not keep up, or is away",
         },
+    },
+    "probe": {
+        "": {
+            ISOLATION: "requests without an adapter are left alone in a batch with adapters",
+            AGREEMENT: "the engine's log-probabilities, with an adapter and without, are those of our copy",
+        }
     },
     "reference": {"": "name of the reference model"},
     "route": {"": ROUTE_VALUES},
@@ -291,6 +310,13 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "excess": "raw minus what noise adds to it (half of how far each model is from itself), for KL and JS; "
             "present once both are known",
         },
+    },
+    "state": {
+        "": {
+            "wanted": "they serve, or are tested",
+            "loaded": "the upstream lists them",
+            "ready": "every engine has them, and the probes have passed: requests ask for them",
+        }
     },
     "strategy": {
         "": f"the request's decoding: {', '.join(f'`{name}`' for name in STRATEGIES)}; cut is top-p, top-k, min-p"

@@ -168,3 +168,23 @@ def test_another_model_ends_a_pin() -> None:
     bench.profiles.set_model_pair("another", V)
     assert (bench.profiles.serving.selected, bench.profiles.serving.pinned) == (None, False)
     assert bench.restart().profiles.serving.pinned is False
+
+
+def test_what_the_engine_does_not_apply_as_it_should_is_neither_tested_nor_serves_unless_it_is_pinned() -> None:
+    bench = Bench()
+    version = bench.promote()
+    bench.profiles.lifecycle.reject(version, "another model")
+    assert bench.profiles.serving.version is None
+    assert (bench.last("roll_back")["reason"], bench.last("roll_back")["why"]) == ("probe", "another model")
+    bench = Bench()
+    bench.feed(BIASED, LEARNED[:40])
+    tested = [candidate.version for candidate in bench.profiles.trials.queue]
+    bench.profiles.lifecycle.reject(tested[0], "another model")
+    assert [candidate.version for candidate in bench.profiles.trials.queue] == tested[1:]
+    assert bench.last("drop")["reason"] == "probe"
+    bench = Bench()
+    version = bench.promote()
+    for state in bench.profiles.serving.kinds.values():
+        state.pinned = True
+    bench.profiles.lifecycle.reject(version, "another model")
+    assert bench.profiles.serving.version == version

@@ -297,6 +297,23 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("reason",),
         ),
     ),
+    "Adapters at the engine": (
+        Metric(
+            names.ADAPTERS,
+            "gauge",
+            "adapters",
+            "Adapters that should be loaded at the engines, are loaded, and may be asked for.",
+            ("state",),
+        ),
+        Metric(names.ADAPTER_LOADS, "counter", "attempts", "Attempts to load an adapter at the upstream.", ("result",)),
+        Metric(
+            names.ADAPTER_PROBES,
+            "counter",
+            "probes",
+            "Probes of the upstream with adapters, by result.",
+            ("probe", "result"),
+        ),
+    ),
     "The engine's plugin": (
         Metric(names.ENGINES, "gauge", "engines", "Engines whose plugin reports."),
         Metric(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),

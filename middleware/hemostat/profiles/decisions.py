@@ -58,6 +58,8 @@ class Reason(StrEnum):
     """It harms what people notice of the answers, by more than the margin."""
     EVICTED = "evicted"
     """Another kind of traffic is more frequent and is followed instead."""
+    PROBE = "probe"
+    """The engine does not apply the adapter as a copy of the model does."""
     OTHER_MODEL = "other_model"
     """The profile was learned for another model than the one that is served now."""
 
@@ -65,12 +67,13 @@ class Reason(StrEnum):
 REASONS: Mapping[Decision, tuple[Reason, ...]] = {
     Decision.PROPOSE: (Reason.LEARNED,),
     Decision.IMPORT: (Reason.OPERATOR,),
-    Decision.DROP: (Reason.NEWER, Reason.UNPROVEN),
+    Decision.DROP: (Reason.NEWER, Reason.UNPROVEN, Reason.PROBE),
     Decision.PROMOTE: (Reason.EVIDENCE, Reason.OPERATOR),
     Decision.ROLL_BACK: (
         Reason.HARM,
         Reason.UNSUPPORTED,
         Reason.OUTCOMES,
+        Reason.PROBE,
         Reason.OPERATOR,
         Reason.EVICTED,
         Reason.OTHER_MODEL,

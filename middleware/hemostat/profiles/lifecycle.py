@@ -145,6 +145,14 @@ class Lifecycle:
         self._events.record(Decision.DROP, reason, candidate.version, candidate.scope, why, evidence)
         self._writer.write_serving()
 
+    def reject(self, version: str, why: str) -> None:
+        """The engine does not apply it as it should: it is not tested, and serves only where it is pinned."""
+        for candidate in [c for c in self._trials.queue if c.version == version]:
+            self.drop(candidate, Reason.PROBE, why)
+        for kind, state in list(self._serving.kinds.items()):
+            if state.version == version and not state.pinned:
+                self.roll_back(kind, Reason.PROBE, why, {})
+
     def evidence(self, candidate: Candidate) -> dict[str, Any]:
         """JSON-ready, of all kinds together; {} where it is not under test."""
         found = self._trials.evidence_by_kind(candidate)
