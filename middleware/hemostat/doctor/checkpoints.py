@@ -120,7 +120,7 @@ class CheckpointPair:
         if to_generate:
             # One random stream for each prompt: its text does not depend on other prompts.
             uniforms = [np.random.default_rng([seed, job.index]).random(job.tokens) for job in to_generate]
-            texts = _generate(
+            texts = generate(
                 self.compressed_model,
                 [job.prompt for job in to_generate],
                 [job.tokens for job in to_generate],
@@ -229,7 +229,7 @@ def _numpy(tensor: torch.Tensor) -> Floats:
     return values
 
 
-def _generate(
+def generate(
     model: Any, prompts: Sequence[Ids], limits: Sequence[int], uniforms: Sequence[Floats] | None, ends: frozenset[int]
 ) -> list[Ids]:
     """Continuations of at most `limits` tokens each, up to and including an id of `ends`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from hemostat.models.quiet import quiet_transformers
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 """Of compressed-tensors. A checkpoint of `mixed-precision` names one for each group of layers."""
 INDEX = "model.safetensors.index.json"
+_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
+"""Of safetensors' types; of the others 8."""
 _QUANTIZED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -31,6 +34,7 @@ class Checkpoint:
         """Raises AdaptError unless `folder` is a checkpoint of a known format."""
         self.folder = folder
         self.label = label
+        self._digest = ""
         self.config = _read_config(folder, label)
         quantization = self.config.__dict__.pop("quantization_config", None)
         self._schemes = _schemes(quantization, folder, label)
@@ -47,8 +51,10 @@ class Checkpoint:
         return frozenset(self._files)
 
     def digest(self) -> str:
-        """32 hex digits that identify the folder's content; reads the folder."""
-        return checkpoint_digest(str(self.folder), None)
+        """32 hex digits that identify the folder's content; reads the folder, once."""
+        if not self._digest:
+            self._digest = checkpoint_digest(str(self.folder), None)
+        return self._digest
 
     def tensor(self, name: str) -> torch.Tensor:
         """A stored tensor as it is; AdaptError if there is none of this name, or the file is damaged."""
@@ -67,9 +73,13 @@ class Checkpoint:
 
     def stored_bytes(self, module: str) -> int:
         """Of the weight of a module, scales included."""
-        parts = self._parts.get(module, {})
-        tensors = [self.tensor(name) for part, name in parts.items() if part == "weight" or part in _QUANTIZED]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        total = 0
+        for part, name in self._parts.get(module, {}).items():
+            if part == "weight" or part in _QUANTIZED:
+                with safe_open(self._files[name], "pt") as file:
+                    found = file.get_slice(name)
+                    total += math.prod(found.get_shape()) * _BITS.get(found.get_dtype(), 8) // 8
+        return total
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight of a module: [outputs, inputs] for a linear layer. Float32 where it was quantized: the exact

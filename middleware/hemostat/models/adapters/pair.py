@@ -56,7 +56,8 @@ class LayerScales:
 class CheckpointPair:
     """Two checkpoints of one architecture. No weights are kept.
 
-    skeleton: the model, for the weights of either. notes: differences that an adapter does not correct, one line each.
+    skeleton: the model, for the weights of either. same_ends: embeddings, final norm and head are equal. notes:
+    differences that an adapter does not correct, one line each.
     """
 
     def __init__(self, reference: Checkpoint, compressed: Checkpoint, skeleton: Skeleton) -> None:
@@ -64,6 +65,7 @@ class CheckpointPair:
         self.compressed = compressed
         self.skeleton = skeleton
         self.notes: list[str] = []
+        self.same_ends = True
         self._scales: dict[str, LayerScales] = {}
 
     @classmethod
@@ -207,6 +209,7 @@ class CheckpointPair:
                 )
             if not _equal(ours.float(), theirs.float()):
                 self._note(f"{name} differs between the checkpoints: not corrected")
+            self.same_ends &= torch.equal(ours, theirs)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

@@ -139,7 +139,7 @@ class Solver:
         _, calls = self._embeddings()
         for batch, states, call in zip(self._batches, hidden, calls, strict=True):
             on_device = states.to(self._skeleton.device)
-            with torch.inference_mode():
+            with torch.no_grad():
                 if moments is None:
                     output = run_layer(self._skeleton, n, on_device, call)
                 else:
@@ -215,7 +215,7 @@ class Solver:
             # Which linear layers share their inputs is seen in a forward pass.
             moments = Moments()
             _, calls = self._embeddings()
-            with torch.inference_mode(), measured(self._skeleton, layer, self._batches[0].valid, moments, {}, False):
+            with torch.no_grad(), measured(self._skeleton, layer, self._batches[0].valid, moments, {}, False):
                 run_layer(self._skeleton, n, hidden[0].to(self._skeleton.device), calls[0])
             self._groups[same_kind] = {
                 name.removeprefix(layer): group.removeprefix(layer) for name, group in moments.groups.items()
