@@ -8,6 +8,8 @@ requests/s  wrk, 64 kept-alive connections, a chat completion as vLLM answers it
 cpu/chunk   CPU time of the proxy (all of its threads, /proc/PID/task/*/schedstat) for each SSE chunk of streams that
             bring one every 10 ms, 50 at a time.
 
+"hemostat N" samples the fraction N of the requests. "adapter" samples none, and asks for an adapter on every one: its
+name is replaced in each chunk; its ratio to "hemostat 0", which treats none, is taken in the same rounds.
 "direct" is the upstream without a proxy: no proxy can be measured beyond it. `--beside FOLDER` measures the relay of
 another checkout in the same rounds (`git worktree add FOLDER REVISION`), and the ratio of this one to it.
 """
@@ -36,7 +38,7 @@ from typing import Any, cast
 import httpx
 import uvloop
 
-from hemostat.ipc.messages import MessageReader, Policy, Stats, encode
+from hemostat.ipc.messages import REST_KIND, MessageReader, Policy, Stats, encode
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -52,6 +54,7 @@ CHUNK_SECONDS = 0.01
 TOP_K = 20
 INSTALL = "apt-get install -y --no-install-recommends nginx wrk"
 ASK = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": True, "top_logprobs": TOP_K}
+ADAPTER = "0123456789abcdef" * 2
 SAID = "The capital of France is Paris, and has been for a long while; it lies on the river Seine."
 
 
@@ -73,6 +76,14 @@ class Answers:
     stream_plain: list[bytes]
     stream_asked: list[bytes]
 
+    @property
+    def json_adapter(self) -> bytes:
+        return _of_adapter(self.json_plain)
+
+    @property
+    def stream_adapter(self) -> list[bytes]:
+        return [_of_adapter(event) for event in self.stream_plain]
+
     @classmethod
     async def make(cls) -> Answers:
         transport = httpx.ASGITransport(FakeVllm(model="fake"))
@@ -87,6 +98,10 @@ class Answers:
             plain = await ask(True, {})
             asked = await ask(True, ASK | usage)
             return cls(await ask(False, {}), await ask(False, ASK), events(plain), events(asked))
+
+
+def _of_adapter(answer: bytes) -> bytes:
+    return answer.replace(b'"model":"fake"', b'"model":"%b"' % ADAPTER.encode())
 
 
 def events(stream: bytes) -> list[bytes]:
@@ -107,6 +122,7 @@ class StreamUpstream(asyncio.Protocol):
 
     def __init__(self, answers: Answers) -> None:
         self.answers = answers
+        self.adapter = answers.stream_adapter
         self.buffer = b""
         self.transport: Any = None
 
@@ -130,8 +146,11 @@ class StreamUpstream(asyncio.Protocol):
         if head.startswith(b"GET"):
             self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
             return
-        asked = b'"return_token_ids"' in body
-        chunks = self.answers.stream_asked if asked else self.answers.stream_plain
+        chunks = self.answers.stream_plain
+        if b'"return_token_ids"' in body:
+            chunks = self.answers.stream_asked
+        elif ADAPTER.encode() in body:
+            chunks = self.adapter
         self.transport.write(
             b"HTTP/1.1 200 OK\r\ndate: today\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
             b"transfer-encoding: chunked\r\n\r\n"
@@ -258,11 +277,14 @@ def upstream_config(folder: Path, port: int, answers: Answers, length: int) -> P
     root.mkdir(parents=True)
     (root / "plain.json").write_bytes(answers.json_plain)
     (root / "asked.json").write_bytes(answers.json_asked)
+    (root / "adapter.json").write_bytes(answers.json_adapter)
     server = f"""listen 127.0.0.1:{port} backlog=4096; root {root};
     location = {PATH} {{ error_page 405 =200 $answer; try_files /plain.json =404; }}
-    location = /plain.json {{ }} location = /asked.json {{ }}
+    location = /plain.json {{ }} location = /asked.json {{ }} location = /adapter.json {{ }}
     location / {{ return 200 '{{}}'; }}"""
-    return nginx_config(folder, server, f"map $content_length $answer {{ {length} /plain.json; default /asked.json; }}")
+    treated = length - len("fake") + len(ADAPTER)
+    by_length = f"{length} /plain.json; {treated} /adapter.json; default /asked.json;"
+    return nginx_config(folder, server, f"map $content_length $answer {{ {by_length} }}")
 
 
 # Proxies -------------------------------------------------------------------------------------------------------------
@@ -347,14 +369,22 @@ class Bench:
             )
         return proxy
 
-    async def hemostat(self, rate: float, stack: contextlib.AsyncExitStack, checkout: Path | None = None) -> Proxy:
-        """checkout: of another revision, whose relay is run instead of this one's."""
-        proxy = Proxy(f"{'hemostat' if checkout is None else 'beside'} {rate:g}", {}, {})
+    async def hemostat(
+        self,
+        rate: float,
+        stack: contextlib.AsyncExitStack,
+        checkout: Path | None = None,
+        *,
+        adapter: bool = False,
+    ) -> Proxy:
+        """checkout: of another revision, whose relay is run instead of this one's. adapter: every request gets one."""
+        name = "adapter" if adapter else f"{'hemostat' if checkout is None else 'beside'} {rate:g}"
+        proxy = Proxy(name, {}, {})
         paths = [str(checkout / folder) for folder in ("middleware", "calibration")] if checkout is not None else []
         for kind, upstream in self.upstreams.items():
             port = proxy.ports[kind] = free_port()
             path = self.folder / f"{proxy.name.replace(' ', '-')}-{kind}.sock"
-            await stack.enter_async_context(control(path, rate, proxy))
+            await stack.enter_async_context(control(path, rate, proxy, adapter=adapter))
             config = {
                 "worker": 0,
                 "host": "127.0.0.1",
@@ -375,11 +405,11 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
+async def control(path: Path, rate: float, proxy: Proxy, *, adapter: bool) -> AsyncIterator[None]:
     """Stands in for the control process: gives the policy, takes captures and figures."""
     policy = Policy(
         generation=1,
-        mode="observe",
+        mode="auto" if adapter else "observe",
         shadow_rate=rate,
         shadow_allow_on=False,
         shadow_top_k=TOP_K,
@@ -387,9 +417,13 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
         scoring=True,
         tap=False,
         forced=None,
-        control_fraction=0.1,
-        acknowledged=frozenset(),
+        control_fraction=0.0,
+        acknowledged=frozenset({ADAPTER}),
         labels=frozenset(),
+        serving_by_kind={REST_KIND: ADAPTER} if adapter else {},
+        adapters={ADAPTER: False},
+        base_models=frozenset({"fake"}),
+        answered_name="fake",
     )
     writers: set[asyncio.StreamWriter] = set()
 
@@ -496,6 +530,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         proxies = [
             await bench.hemostat(0.0, stack),
             await bench.hemostat(0.05, stack),
+            await bench.hemostat(0.0, stack, adapter=True),
             await bench.nginx(),
             await bench.vllm_router(install_vllm_router()),
         ]
@@ -554,6 +589,14 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             "cpu_per_chunk": {name: ratios(chunk_cpu[name], chunk_cpu["vllm-router"]) for name in names},
         },
         "to_beside": to_beside,
+        "adapter_to_untreated": {
+            "requests_per_second": ratios(rate["adapter"], rate["hemostat 0"]),
+            "cpu_per_request": ratios(request_cpu["adapter"], request_cpu["hemostat 0"]),
+            "cpu_per_chunk": ratios(chunk_cpu["adapter"], chunk_cpu["hemostat 0"]),
+            "cpu_us_per_chunk_more": spread(
+                [a - b for a, b in zip(chunk_cpu["adapter"], chunk_cpu["hemostat 0"], strict=True)]
+            ),
+        },
         "shadow_counters_at_0.05": {
             name: {"/".join(labels): value for labels, value in series.items()}
             for name, series in (sampled.counters if sampled else {}).items()
@@ -586,6 +629,8 @@ def table(result: dict[str, Any]) -> str:
     for name, found in result["to_beside"].items():
         shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in found.items())
         lines.append(f"{name} / the same of the other checkout: {shown}")
+    shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in result["adapter_to_untreated"].items())
+    lines.append(f"adapter / hemostat 0: {shown}")
     return "\n".join(lines)
 
 

@@ -34,8 +34,8 @@ class ModelName:
     """
 
     __slots__ = (
-        *("_everywhere", "_held", "_in_error", "_last", "_name", "_name_in_event", "_named", "_stream", "_version"),
-        "replaced",
+        *("_between_events", "_everywhere", "_held", "_in_error", "_last", "_member", "_name", "_name_in_event"),
+        *("_named", "_restored", "_stream", "_version", "replaced"),
     )
 
     def __init__(self, version: str, name: str, *, stream: bool, error: bool) -> None:
@@ -56,9 +56,17 @@ class ModelName:
         """The end of what was fed, while it may be the beginning of what is replaced."""
         self._last = b""
         """The byte before `_held`."""
+        self._between_events = False
+        """The present place is between two events of an answer that names the version, as vLLM writes them."""
+        self._member = b',"model":"%b"' % self._version
+        self._restored = b',"model":"%b"' % self._name
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes of the body; returns what the client gets now."""
+        if self._between_events and data.endswith(b"\n\n"):
+            quick = data.replace(self._member, self._restored)
+            if self._version not in quick:
+                return quick
         if self._held:
             data = self._held + data
             self._held = b""
@@ -71,6 +79,7 @@ class ModelName:
             # The usual case: whole events.
             self._in_error = False
             self._last = b"\n"
+            self._between_events = self.replaced and not self._everywhere
             return data
         return self._hold_end(data)
 
@@ -132,6 +141,7 @@ class ModelName:
 
     def _hold_end(self, data: bytes) -> bytes:
         """Hold back the end of `data` that may be the beginning of something to replace; returns the rest."""
+        self._between_events = False
         keep = len(data)
         if self._everywhere:
             keep -= _partial(data, self._version)
