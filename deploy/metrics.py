@@ -10,6 +10,9 @@ from pathlib import Path
 
 from hemostat.engines.lora.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_KIND
+from hemostat.learner.adapters.builder import BuildFailure
+from hemostat.learner.adapters.client import BuildOutcome
+from hemostat.learner.adapters.judge import JudgeDropReason
 from hemostat.learner.record_queue import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
@@ -231,6 +234,16 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "invalid": "the answer does not parse",
             "cut": "the answer ended at the length limit",
         },
+        names.ADAPTER_BUILDS: {
+            BuildOutcome.PROPOSED: "the adapter is tested",
+            BuildOutcome.NOT_ACCEPTED: "the adapter is not tested now",
+            BuildFailure.ENDED: "the process was killed, or crashed, several times",
+            BuildFailure.STALLED: "the process made no progress",
+            BuildFailure.MEMORY: "the process took more than `adapter.memory_mib`",
+            BuildFailure.DISK: "its private folder could not be written",
+            BuildFailure.REFUSED: "no adapter can be made of these checkpoints or texts; the status says why",
+            BuildFailure.INVALID: "the result is damaged, or is not about the checkpoints that serve",
+        },
         names.OUTCOME_CONVERSATIONS: OUTCOME_MEANINGS,
         names.OUTCOME_DIFFERENCE: {**OUTCOME_MEANINGS, LENGTH: "the mean number of output tokens"},
     },
@@ -249,6 +262,13 @@ LABELS: dict[str, dict[str, Values | str]] = {
             DropReason.NOT_READY: "the learner is starting, or there is none",
             DropReason.NOTHING_TO_LEARN: "the record brings no features",
             DropReason.BUSY: "the learner's queue is full",
+        },
+        names.ADAPTER_JUDGE_DROPPED: {
+            JudgeDropReason.NOT_READY: "the copies are being loaded, or their process has ended",
+            JudgeDropReason.BUSY: "too many requests wait",
+            JudgeDropReason.ENDED: "the process of the copies ended while the request waited",
+            JudgeDropReason.NO_HIDDEN_STATES: "the reference's hidden states are missing",
+            JudgeDropReason.FAILED: "the copies could not compute them",
         },
         names.PROFILE_DECISIONS: {
             Reason.EVIDENCE: "held-out requests prove that it helps",

@@ -314,6 +314,43 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("probe", "result"),
         ),
     ),
+    "Adapters": (
+        Metric(
+            names.ADAPTER_TEXT_TOKENS,
+            "counter",
+            "tokens",
+            "Tokens of prompts and answers that were collected for adapters, in memory.",
+        ),
+        Metric(
+            names.ADAPTER_BUILDS,
+            "counter",
+            "builds",
+            "Attempts to make an adapter, by what came of them.",
+            ("outcome",),
+        ),
+        Metric(
+            names.ADAPTER_BUILDER_RESTARTS,
+            "counter",
+            "restarts",
+            "Starts of the process that makes an adapter, after it had ended early.",
+        ),
+        Metric(
+            names.ADAPTER_JUDGED,
+            "counter",
+            "requests",
+            "Held-out requests whose exact distances were computed on copies of both models.",
+        ),
+        Metric(
+            names.ADAPTER_JUDGE_DROPPED,
+            "counter",
+            "requests",
+            "Held-out requests that went on without exact distances, by reason.",
+            ("reason",),
+        ),
+        Metric(
+            names.ADAPTER_COPIES_BYTES, "gauge", "bytes", "Memory of the copies that judge adapters; 0: none is loaded."
+        ),
+    ),
     "The engine's plugin": (
         Metric(names.ENGINES, "gauge", "engines", "Engines whose plugin reports."),
         Metric(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),

@@ -62,6 +62,14 @@ LEARNED_TOKENS = "hemostat_learned_tokens_total"
 LEARNER_DROPPED = "hemostat_learner_dropped_total"
 FEATURES_DROPPED = "hemostat_features_dropped_total"
 
+# Adapters
+ADAPTER_TEXT_TOKENS = "hemostat_adapter_text_tokens_total"
+ADAPTER_BUILDS = "hemostat_adapter_builds_total"
+ADAPTER_BUILDER_RESTARTS = "hemostat_adapter_builder_restarts_total"
+ADAPTER_JUDGED = "hemostat_adapter_judged_total"
+ADAPTER_JUDGE_DROPPED = "hemostat_adapter_judge_dropped_total"
+ADAPTER_COPIES_BYTES = "hemostat_adapter_copies_bytes"
+
 # The engine's plugin
 ENGINES = "hemostat_engines"
 ENGINE_EVENTS = "hemostat_engine_events_total"

@@ -1,0 +1,90 @@
+"""The live parts of adapters, made and connected: what they learn about and judge, or why nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+from hemostat.config.schema import Settings
+from hemostat.learner.adapters.client import AdapterLearner, AdapterTarget
+from hemostat.learner.adapters.folders import CheckpointFolders, FolderError, find_folders
+from hemostat.learner.adapters.judge import AdapterJudge, JudgeTarget
+from hemostat.metrics.samples import Sample
+from hemostat.profiles.manager import ProfileManager
+from hemostat.reference.monitor import ReferenceMonitor
+from hemostat.reference.pair import ModelPair
+from hemostat.reference.protocol import ReferenceInfo
+
+
+class Adapters:
+    """Owns the process that makes adapters and the copies that judge them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        profiles: ProfileManager,
+        monitor: ReferenceMonitor,
+        on_change: Callable[[], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._profiles = profiles
+        self._monitor = monitor
+        self.learner = AdapterLearner(settings.adapter, profiles.proposals, on_change, clock=clock)
+        self.judge = AdapterJudge(profiles.catalogue.get, on_change)
+
+    def update(self) -> None:
+        """Call after any change of the mode, the models, or what is forced."""
+        settings, pair, serving = self._settings, self._monitor.served.calibrated, self._profiles.serving
+        info = pair.reference if pair is not None else None
+        if not settings.adapter.enabled:
+            self._stop("adapter.enabled is false")
+        elif serving.mode == "off":
+            self._stop("calibration is off")
+        elif settings.calibration.apply == "request":
+            self._stop("calibration.apply: request cannot apply adapters")
+        elif pair is None or info is None or serving.model is None:
+            self._stop("the reference is not ready")
+        else:
+            try:
+                folders = self._folders(pair, info)
+            except FolderError as error:
+                self._stop(str(error), unavailable=True)
+                return
+            digest = info.digest if info.folder is not None and Path(info.model).is_dir() else ""
+            model, vocab_size = serving.model.name, serving.model.vocab_size
+            self.judge.judge_about(
+                JudgeTarget(folders, vocab_size, info.hidden_size, digest, settings.adapter.device)
+            )
+            if serving.forced is not None:
+                self.learner.stop("calibration.force: nothing is learned meanwhile")
+            else:
+                self.learner.learn_about(AdapterTarget(model, vocab_size, folders, digest))
+
+    def _folders(self, pair: ModelPair, info: ReferenceInfo) -> CheckpointFolders:
+        return find_folders(self._settings.adapter, info.model, info.folder, pair.root)
+
+    def _stop(self, why: str, *, unavailable: bool = False) -> None:
+        self.learner.stop(why, unavailable=unavailable)
+        self.judge.stop(why, unavailable=unavailable)
+
+    def needs_hidden_states(self, unit: bytes) -> bool:
+        """Whether the reference's hidden states of this unit's answer are what its distances are computed from."""
+        return self.judge.wants_hidden_states and self._profiles.may_need_distances(unit)
+
+    def status(self) -> dict[str, Any]:
+        """The status block `adapter`."""
+        return self.learner.status() | {"judge": self.judge.status()}
+
+    def samples(self) -> Iterator[Sample]:
+        """Nothing where adapters are not enabled."""
+        if self._settings.adapter.enabled:
+            yield from self.learner.samples()
+            yield from self.judge.samples()
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        """What has to run, until cancelled."""
+        return [self.learner.run(), self.judge.run()] if self._settings.adapter.enabled else []

@@ -1,0 +1,406 @@
+"""The control process's end of the judge: records wait here for their exact distances, computed on copies of the models.
+
+The judge is started when it is first asked, and kept. Whatever it does wrong costs the distances of records, which are
+counted by reason; the records themselves go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat.ipc.backoff import Backoff
+from hemostat.ipc.child_process import ChildExited, FramedChild
+from hemostat.learner.adapters import wire
+from hemostat.learner.adapters.folders import CheckpointFolders
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
+from hemostat_calibration.records import ExactDistances, TokenRecord
+
+log = logging.getLogger("hemostat.adapters")
+
+MODULE = "hemostat.learner.adapters.process"
+BACKOFF = (0.5, 2.0, 10.0, 60.0)
+"""Seconds before a judge that ended is started again, by how often in a row it failed before it was ready."""
+MAX_WAITING = 16
+"""Records that wait; further ones are refused."""
+MAX_WAITING_BYTES = 256 * 1024 * 1024
+"""Of their hidden states."""
+MAX_HELD = 8
+"""Profiles that the judge holds; the ones that were used last stay."""
+MAX_ANSWER_SECONDS = 120.0
+"""A judge that does not answer for so long is ended, and started again."""
+CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""One core, however many there are: serving comes first."""
+
+Done = Callable[[Mapping[str, ExactDistances]], None]
+
+
+class JudgeUnavailable(Exception):  # noqa: N818  it is a state
+    """It cannot be asked now; the text says why."""
+
+
+class JudgeState(StrEnum):
+    OFF = "off"
+    UNAVAILABLE = "unavailable"
+    """It cannot start."""
+    IDLE = "idle"
+    """Nothing was asked yet: no copy is loaded."""
+    STARTING = "starting"
+    READY = "ready"
+    DOWN = "down"
+    """The process has ended, and is started again after a pause."""
+
+
+class JudgeDropReason(StrEnum):
+    """Why a record got no distances: values of `hemostat_adapter_judge_dropped_total`."""
+
+    NOT_READY = "not_ready"
+    """It is starting, or has ended."""
+    BUSY = "busy"
+    """The queue is full."""
+    ENDED = "ended"
+    """It ended while the record waited."""
+    NO_HIDDEN_STATES = "no_hidden_states"
+    """The reference's hidden states are missing."""
+    FAILED = "failed"
+    """It could not compute them."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeTarget:
+    """What is judged: both checkpoints, and the vocabulary that they share.
+
+    hidden_size: of the hidden states that come with the records; 0: there are none, and the reference is loaded, too.
+    reference_digest: of the weights that the reference serves; "" where that is not known.
+    """
+
+    folders: CheckpointFolders
+    vocab_size: int
+    hidden_size: int
+    reference_digest: str = ""
+    device: str = "cpu"
+
+
+@dataclass(slots=True)
+class _Waiting:
+    versions: tuple[str, ...]
+    request: Callable[[int], wire.Request]
+    answered: Callable[[wire.Answer | None], None]
+    """None: the judge ended first."""
+    bytes: int = 0
+
+
+class AdapterJudge:
+    """Implements `hemostat.shadow.distances.DistanceSource`. Lives in the control process's event loop.
+
+    profile: a version's profile; None where it is not known any more. on_change: called when it gets ready.
+    """
+
+    def __init__(
+        self, profile: Callable[[str], CalibrationProfile | None], on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        self._profile = profile
+        self._on_change = on_change
+        self._target: JudgeTarget | None = None
+        self._needed = False
+        self._wake = asyncio.Event()
+        self._waiting: deque[_Waiting] = deque()
+        self._waiting_bytes = 0
+        self._held: OrderedDict[str, None] = OrderedDict()
+        """Versions that the process holds, the one used last at the end."""
+        self._ready: asyncio.Future[wire.Ready] | None = None
+        self._answer: asyncio.Future[wire.Answer] | None = None
+        self._asked = -1
+        """Id of the request that is being answered."""
+        self._numbers = itertools.count()
+        self._backoff = Backoff(BACKOFF)
+        self.loaded: wire.Ready | None = None
+        """Of the running process."""
+        self.state, self.detail = JudgeState.OFF, ""
+        self.judged = 0
+        """Records that got distances."""
+        self.dropped: Counter[JudgeDropReason] = Counter()
+
+    # --- called by the control process -----------------------------------------------------------------------------
+
+    def judge_about(self, target: JudgeTarget) -> None:
+        """From now on; nothing changes where it is the target already."""
+        if target != self._target:
+            self._needed = False
+            self._set_state(JudgeState.IDLE, "")
+            self._set_target(target)
+
+    def stop(self, why: str, *, unavailable: bool = False) -> None:
+        """Judge nothing. why: shown as the state's detail."""
+        self._set_state(JudgeState.UNAVAILABLE if unavailable else JudgeState.OFF, why)
+        self._set_target(None)
+
+    def _set_target(self, target: JudgeTarget | None) -> None:
+        if target != self._target:
+            self._target = target
+            self._backoff.reset()
+            self._wake.set()
+
+    @property
+    def wants_hidden_states(self) -> bool:
+        """They are what the reference's distribution is computed from."""
+        return self._target is not None and self._target.hidden_size > 0
+
+    def offer(self, record: TokenRecord, prompt_ids: Ids, versions: tuple[str, ...], done: Done) -> bool:
+        """See `DistanceSource.offer`."""
+        reason = self._refusal(record)
+        if reason is not None:
+            self.dropped[reason] += 1
+            return False
+        hidden = record.reference_hidden if self.wants_hidden_states else None
+        known = tuple(v for v in versions if v == IDENTITY or self._profile(v) is not None)
+        data = b"" if hidden is None else hidden.astype("<f4").tobytes()
+
+        def request(number: int) -> wire.Judge:
+            prompt, output = prompt_ids.astype("<i4").tobytes(), record.output_ids.astype("<i4").tobytes()
+            return wire.Judge(number, prompt, output, list(known), data)
+
+        def answered(answer: wire.Answer | None) -> None:
+            done(self._distances(answer, record.tokens))
+
+        self._queue(_Waiting(known, request, answered, len(data)))
+        return True
+
+    def _refusal(self, record: TokenRecord) -> JudgeDropReason | None:
+        self._need()
+        if self.state is not JudgeState.READY:
+            return JudgeDropReason.NOT_READY
+        if self.wants_hidden_states and record.reference_hidden is None:
+            return JudgeDropReason.NO_HIDDEN_STATES
+        if len(self._waiting) >= MAX_WAITING or self._waiting_bytes > MAX_WAITING_BYTES:
+            return JudgeDropReason.BUSY
+        return None
+
+    def _distances(self, answer: wire.Answer | None, tokens: int) -> dict[str, ExactDistances]:
+        if answer is None:
+            self.dropped[JudgeDropReason.ENDED] += 1
+            return {}
+        found = decode_distances(answer, tokens) if isinstance(answer, wire.Judged) else {}
+        if not found:
+            self.dropped[JudgeDropReason.FAILED] += 1
+            log.warning("no distances of a record: %s", getattr(answer, "message", "its answer does not fit"))
+            return {}
+        self.judged += 1
+        return found
+
+    async def logprobs(self, ids: Ids, version: str | None) -> npt.NDArray[np.float32]:
+        """Of each token of `ids` [n] after the first, by a version (None: the compressed model itself): float32 [n - 1].
+
+        JudgeUnavailable.
+        """
+        self._need()
+        if self.state is not JudgeState.READY:
+            raise JudgeUnavailable(f"the copies are {self.state}: {self.detail}" if self.detail else f"{self.state}")
+        if version is not None and self._profile(version) is None:
+            raise JudgeUnavailable(f"profile {version} is not known")
+        answer: asyncio.Future[wire.Answer | None] = asyncio.get_running_loop().create_future()
+        name = version or IDENTITY
+        data = ids.astype("<i4").tobytes()
+
+        def answered(found: wire.Answer | None) -> None:
+            if not answer.done():
+                answer.set_result(found)
+
+        self._queue(_Waiting((name,), lambda number: wire.Logprobs(number, data, name), answered))
+        found = await answer
+        if not isinstance(found, wire.Scored):
+            raise JudgeUnavailable(getattr(found, "message", "") or "the copies' process ended")
+        return np.frombuffer(found.logprobs, "<f4").astype(np.float32)
+
+    def _need(self) -> None:
+        if self._target is not None and not self._needed:
+            self._needed = True
+            self._wake.set()
+
+    def _queue(self, waiting: _Waiting) -> None:
+        self._waiting.append(waiting)
+        self._waiting_bytes += waiting.bytes
+        self._wake.set()
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.ADAPTER_JUDGED, (), self.judged)
+        yield Sample(names.ADAPTER_COPIES_BYTES, (), self.loaded.bytes if self.loaded is not None else 0)
+        for reason, records in self.dropped.items():
+            yield Sample(names.ADAPTER_JUDGE_DROPPED, (reason,), records)
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "state": str(self.state),
+            "detail": self.detail,
+            "judged": self.judged,
+            "dropped": {str(reason): count for reason, count in self.dropped.items()},
+            "waiting": len(self._waiting),
+            "bytes": self.loaded.bytes if self.loaded is not None else 0,
+        }
+
+    # --- the process -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep a judge running for the target once it is needed, until cancelled."""
+        while True:
+            target = self._target
+            self._wake.clear()
+            if target is None or not self._needed:
+                await self._wake.wait()
+                continue
+            try:
+                await self._run_process(target)
+                continue
+            except ChildExited as gone:
+                self._set_state(JudgeState.DOWN, f"the process of the copies ended ({gone})")
+            except JudgeUnavailable as error:
+                self._set_state(JudgeState.UNAVAILABLE, str(error))
+            finally:
+                self._reset()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._target_changes(target), self._backoff.pause())
+
+    async def _target_changes(self, target: JudgeTarget) -> None:
+        while self._target == target:
+            await self._wake.wait()
+            self._wake.clear()
+
+    async def _run_process(self, target: JudgeTarget) -> None:
+        """Returns when the target changes; raises ChildExited, JudgeUnavailable."""
+        self._set_state(JudgeState.STARTING, f"loading {target.folders.compressed}")
+        self._ready = asyncio.get_running_loop().create_future()
+        child = await FramedChild.start(MODULE, self._receive, CHILD_ENVIRONMENT)
+        watching = asyncio.create_task(self._watch(child), name="judge's end")
+        try:
+            start = wire.Start(
+                compressed=str(target.folders.compressed),
+                reference=str(target.folders.reference),
+                vocab_size=target.vocab_size,
+                hidden_size=target.hidden_size,
+                device=target.device,
+            )
+            child.send(wire.REQUESTS.encode(start))
+            self.loaded = await self._ready
+            if target.reference_digest not in {"", self.loaded.reference_digest}:
+                raise JudgeUnavailable(f"adapter.reference: {target.folders.reference} is not what the reference serves")
+            self._backoff.reset()
+            if self._target == target:
+                self._set_state(JudgeState.READY, "")
+                self._on_change()
+            while self._target == target:
+                self._wake.clear()
+                if child.exited.is_set():
+                    raise ChildExited(child.exit_summary())
+                if self._waiting:
+                    await self._ask(child, self._waiting[0])
+                else:
+                    await self._wake.wait()
+        finally:
+            watching.cancel()
+            await child.close()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _ask(self, child: FramedChild, waiting: _Waiting) -> None:
+        """The first of those that wait stays there until it is answered, so that `_reset` ends it, too."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._asked = next(self._numbers)
+        try:
+            async with asyncio.timeout(MAX_ANSWER_SECONDS):
+                await self._hold(child, waiting.versions)
+                child.send(wire.REQUESTS.encode(waiting.request(self._asked)))
+                await child.drain()
+                answer = await self._answer
+        except TimeoutError:
+            raise ChildExited(f"it did not answer within {MAX_ANSWER_SECONDS:.0f} s") from None
+        self._waiting.popleft()
+        self._waiting_bytes -= waiting.bytes
+        _call(waiting, answer)
+
+    async def _hold(self, child: FramedChild, versions: tuple[str, ...]) -> None:
+        """Send what the process does not hold yet. A version that is not known any more fails at the process."""
+        for version in versions:
+            if version in self._held:
+                self._held.move_to_end(version)
+                continue
+            profile = self._profile(version) if version != IDENTITY else None
+            if profile is None:
+                continue
+            for part, last in wire.parts(await asyncio.to_thread(profile.to_bytes)):
+                child.send(wire.REQUESTS.encode(wire.Hold(version, part, last)))
+                await child.drain()
+            self._held[version] = None
+        old = [v for v in self._held if v not in versions][: max(0, len(self._held) - MAX_HELD)]
+        if old:
+            child.send(wire.REQUESTS.encode(wire.Evict(old)))
+            for version in old:
+                del self._held[version]
+
+    async def _watch(self, child: FramedChild) -> None:
+        await child.exited.wait()
+        for future in (self._ready, self._answer):
+            if future is not None and not future.done():
+                future.set_exception(ChildExited(child.exit_summary()))
+                future.exception()  # the one that nobody waits for is not reported
+        self._wake.set()
+
+    def _receive(self, body: bytes) -> None:
+        answer = wire.ANSWERS.decode(body)
+        match answer:
+            case wire.Ready():
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(answer)
+            case wire.Refused():
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_exception(JudgeUnavailable(answer.message))
+            case wire.Judged() | wire.Scored() | wire.Failed():
+                if self._answer is not None and not self._answer.done() and answer.id == self._asked:
+                    self._answer.set_result(answer)
+
+    # --- bookkeeping -----------------------------------------------------------------------------------------------
+
+    def _set_state(self, state: JudgeState, detail: str) -> None:
+        if (state, detail) != (self.state, self.detail):
+            failed = state in {JudgeState.DOWN, JudgeState.UNAVAILABLE}
+            log.log(logging.ERROR if failed else logging.INFO, "copies that judge adapters: %s %s", state, detail)
+        self.state, self.detail = state, detail
+
+    def _reset(self) -> None:
+        """The process has ended: whatever waits goes on without it, in its order."""
+        self.loaded, self._ready, self._answer = None, None, None
+        self._held.clear()
+        self._waiting_bytes = 0
+        ended, self._waiting = self._waiting, deque()
+        for waiting in ended:
+            _call(waiting, None)
+
+
+def _call(waiting: _Waiting, answer: wire.Answer | None) -> None:
+    try:
+        waiting.answered(answer)
+    except Exception:
+        log.exception("a record's distances could not be used")
+
+
+def decode_distances(answer: wire.Judged, tokens: int) -> dict[str, ExactDistances]:
+    """{} where an array does not have a value for each of the tokens."""
+    found = {}
+    for version, arrays in answer.distances.items():
+        kl, tv = (np.frombuffer(data, "<f8").astype(np.float64) for data in (arrays.kl, arrays.tv))
+        top1 = np.frombuffer(arrays.top1, np.uint8).astype(bool)
+        if not len(kl) == len(tv) == len(top1) == tokens:
+            return {}
+        found[version] = ExactDistances(kl, tv, top1)
+    return found

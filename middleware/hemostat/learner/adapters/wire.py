@@ -1,0 +1,118 @@
+"""Messages between the control process and the judge, the process that holds copies of both models.
+
+Each frame (`hemostat.ipc.framing`) holds one msgpack-encoded message. Arrays are little-endian bytes. The judge answers
+every `Judge` and `Logprobs` with one message of the same id, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from hemostat.ipc.codec import MessageCodec
+
+
+class Start(msgspec.Struct, tag="start", frozen=True):
+    """The first message; answered with `Ready` or `Refused`."""
+
+    compressed: str
+    """Checkpoint folder."""
+    reference: str
+    """Checkpoint folder; only its output embedding is read where there are hidden states."""
+    vocab_size: int
+    hidden_size: int
+    """Of the reference's hidden states that every `Judge` brings; 0: none, the reference is loaded, too."""
+    device: str
+
+
+class Hold(msgspec.Struct, tag="hold", frozen=True):
+    """Part of a profile's file, at most `PART_BYTES`."""
+
+    version: str
+    part: bytes
+    last: bool
+
+
+class Evict(msgspec.Struct, tag="evict", frozen=True):
+    versions: list[str]
+
+
+class Judge(msgspec.Struct, tag="judge", frozen=True):
+    """Distances from the reference at the T output positions; P prompt ids."""
+
+    id: int
+    prompt: bytes
+    """int32 [P]"""
+    output: bytes
+    """int32 [T]"""
+    versions: list[str]
+    """That it holds; `IDENTITY`: the compressed model itself."""
+    hidden: bytes
+    """float32 [T, d]; empty: none"""
+
+
+class Logprobs(msgspec.Struct, tag="logprobs", frozen=True):
+    id: int
+    ids: bytes
+    """int32 [n]"""
+    version: str
+    """`IDENTITY`: the compressed model itself."""
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    compressed_digest: str
+    reference_digest: str
+    bytes: int
+    """Memory of the copies."""
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True):
+    """The judge cannot start, and ends."""
+
+    message: str
+
+
+class Distances(msgspec.Struct, frozen=True, array_like=True):
+    """The arrays of `records.ExactDistances`."""
+
+    kl: bytes
+    """float64 [T]"""
+    tv: bytes
+    """float64 [T]"""
+    top1: bytes
+    """uint8 [T]"""
+
+
+class Judged(msgspec.Struct, tag="judged", frozen=True):
+    id: int
+    distances: dict[str, Distances]
+    """By version."""
+
+
+class Scored(msgspec.Struct, tag="scored", frozen=True):
+    id: int
+    logprobs: bytes
+    """float32 [n - 1], of each token after the first."""
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """The request cannot be answered; the judge goes on."""
+
+    id: int
+    message: str
+
+
+PART_BYTES = 1 << 20
+
+Request = Start | Hold | Evict | Judge | Logprobs
+Answer = Ready | Refused | Judged | Scored | Failed
+
+REQUESTS: MessageCodec[Request] = MessageCodec(Request)
+ANSWERS: MessageCodec[Answer] = MessageCodec(Answer)
+
+
+def parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
+    """Pieces of at most `PART_BYTES`, each with whether it is the last one."""
+    for first in range(0, max(len(data), 1), PART_BYTES):
+        yield data[first : first + PART_BYTES], first + PART_BYTES >= len(data)
