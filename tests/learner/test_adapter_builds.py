@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import stat
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hemostat.models.checkpoint_digest import checkpoint_digest
 from tests.support import fake_builder, tiny_checkpoints
 from tests.support.samples import values
 from tests.support.waiting import until
@@ -34,7 +34,6 @@ from hemostat.learner.adapters.job import (
 )
 from hemostat.learner.adapters.texts import MAX_TEXT_TOKENS, Texts
 from hemostat.metrics import names
-from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -394,9 +393,7 @@ async def test_stopped_the_process_ends_and_the_texts_are_deleted(
     assert job_folders() == []
 
 
-async def test_a_process_without_progress_is_ended(
-    folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_process_without_progress_is_ended(folders: CheckpointFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fake_builder.ENVIRONMENT, "hangs")
     monkeypatch.setattr(builder, "STALLED_SECONDS", 2.0)
     monkeypatch.setattr(client, "MAX_ATTEMPTS", 1)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hemostat.models.checkpoint_digest import checkpoint_digest
 
 from hemostat.learner.adapters.job import linear_shapes
-from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.profiles.adapter import adapter_profile
 
@@ -74,7 +74,9 @@ def main(folder: Path) -> int:
         layers = {name: LowRank(f.a[:, 1:], f.b) for name, f in layers.items()}
     vocab_size = json.loads((Path(job["reference"]) / "config.json").read_text())["vocab_size"]
     model = "another" if fault == "other_model" else job["model"]
-    profile = adapter_profile(model=model, vocab_size=vocab_size, layers=layers, metadata={"tokens": str(len(tokens["ids"]))})
+    profile = adapter_profile(
+        model=model, vocab_size=vocab_size, layers=layers, metadata={"tokens": str(len(tokens["ids"]))}
+    )
     data = bytearray(profile.to_bytes())
     if fault == "half":
         del data[len(data) // 2 :]

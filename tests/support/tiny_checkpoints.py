@@ -1,5 +1,6 @@
-"""A pair of tiny checkpoints: a random Llama with sharp distributions, and the same with an error in its weights, most of
-which has a low rank."""
+"""A pair of tiny checkpoints: a random Llama with sharp distributions, and the same with an error in its weights.
+
+Most of the error has a low rank."""
 
 from __future__ import annotations
 

@@ -56,9 +56,7 @@ class Adapters:
                 return
             digest = info.digest if info.folder is not None and Path(info.model).is_dir() else ""
             model, vocab_size = serving.model.name, serving.model.vocab_size
-            self.judge.judge_about(
-                JudgeTarget(folders, vocab_size, info.hidden_size, digest, settings.adapter.device)
-            )
+            self.judge.judge_about(JudgeTarget(folders, vocab_size, info.hidden_size, digest, settings.adapter.device))
             if serving.forced is not None:
                 self.learner.stop("calibration.force: nothing is learned meanwhile")
             else:

@@ -51,7 +51,7 @@ class BuildFailure(StrEnum):
         return self in {BuildFailure.ENDED, BuildFailure.STALLED, BuildFailure.DISK}
 
 
-class BuildFailed(Exception):  # noqa: N818
+class BuildFailed(Exception):
     """The text is one line."""
 
     def __init__(self, reason: BuildFailure, message: str) -> None:
@@ -72,7 +72,9 @@ class Build:
     progress: called with one short line. memory_mib: of the process.
     """
 
-    def __init__(self, job: Job, memory_mib: int, progress: Callable[[str], None], command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self, job: Job, memory_mib: int, progress: Callable[[str], None], command: Sequence[str] = COMMAND
+    ) -> None:
         self._job = job
         self._memory_bytes = memory_mib << 20
         self._progress = progress

@@ -242,7 +242,9 @@ class AdapterLearner:
         reference = await asyncio.to_thread(checkpoint_digest, str(folders.reference), None)
         compressed = await asyncio.to_thread(checkpoint_digest, str(folders.compressed), None)
         if target.reference_digest and reference != target.reference_digest:
-            raise HemostatError(f"adapter.reference: {folders.reference} is not the checkpoint that the reference serves")
+            raise HemostatError(
+                f"adapter.reference: {folders.reference} is not the checkpoint that the reference serves"
+            )
         options = {
             "rank": settings.rank,
             "max_rank": settings.max_rank,

@@ -20,7 +20,9 @@ class CheckpointFolders:
     compressed: Path
 
 
-def find_folders(settings: Adapter, reference_model: str | None, reference_folder: Path | None, root: str) -> CheckpointFolders:
+def find_folders(
+    settings: Adapter, reference_model: str | None, reference_folder: Path | None, root: str
+) -> CheckpointFolders:
     """The settings' folders, else where the models that serve were loaded from. FolderError.
 
     reference_model: `reference.model`. reference_folder: where a reference in process was loaded from. root: the

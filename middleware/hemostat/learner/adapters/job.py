@@ -33,7 +33,7 @@ MAX_PROFILE_BYTES = 2 << 30
 MAX_REPORT_BYTES = 16 << 20
 
 
-class InvalidResult(HemostatError):  # noqa: N818
+class InvalidResult(HemostatError):
     """What the build wrote cannot be used; the text is one line."""
 
 

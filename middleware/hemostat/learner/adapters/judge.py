@@ -1,4 +1,4 @@
-"""The control process's end of the judge: records wait here for their exact distances, computed on copies of the models.
+"""The control process's end of the judge: records wait here for exact distances, computed on copies of the models.
 
 The judge is started when it is first asked, and kept. Whatever it does wrong costs the distances of records, which are
 counted by reason; the records themselves go on.
@@ -48,7 +48,7 @@ CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "M
 Done = Callable[[Mapping[str, ExactDistances]], None]
 
 
-class JudgeUnavailable(Exception):  # noqa: N818  it is a state
+class JudgeUnavailable(Exception):
     """It cannot be asked now; the text says why."""
 
 
@@ -202,7 +202,7 @@ class AdapterJudge:
         return found
 
     async def logprobs(self, ids: Ids, version: str | None) -> npt.NDArray[np.float32]:
-        """Of each token of `ids` [n] after the first, by a version (None: the compressed model itself): float32 [n - 1].
+        """Of each token of `ids` [n] after the first, by a version (None: the compressed model): float32 [n - 1], nats.
 
         JudgeUnavailable.
         """
@@ -295,7 +295,9 @@ class AdapterJudge:
             child.send(wire.REQUESTS.encode(start))
             self.loaded = await self._ready
             if target.reference_digest not in {"", self.loaded.reference_digest}:
-                raise JudgeUnavailable(f"adapter.reference: {target.folders.reference} is not what the reference serves")
+                raise JudgeUnavailable(
+                    f"adapter.reference: {target.folders.reference} is not what the reference serves"
+                )
             self._backoff.reset()
             if self._target == target:
                 self._set_state(JudgeState.READY, "")

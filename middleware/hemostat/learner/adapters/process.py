@@ -1,5 +1,6 @@
-"""The judge: `python -m hemostat.learner.adapters.process PARENT_PID`. It holds a copy of the compressed checkpoint, and
-computes what the engine serves, with and without adapters, over the full vocabulary.
+"""The judge: `python -m hemostat.learner.adapters.process PARENT_PID`. It holds a copy of the compressed checkpoint.
+
+With it, it computes what the engine serves, with and without adapters, over the full vocabulary.
 
 The reference's distribution is computed from its hidden states, where the records bring them, with its output
 embedding; else a copy of the reference is loaded, too.
@@ -84,8 +85,6 @@ class Copies:
                 f"adapter.compressed: {start.compressed} has {self._compressed.vocab_size} token ids, the model that "
                 f"serves has {start.vocab_size}"
             )
-        # Only then are logits the output embedding's product with the hidden states, of any positions at a time.
-        self._linear = not nonlinearity(self._compressed.model)
         self._reference: Any = None
         self._embedding: Any = None
         size = model_bytes(self._compressed.model)
@@ -101,6 +100,9 @@ class Copies:
         else:
             self._reference = Copy.load(Path(start.reference), start.device)
             size += model_bytes(self._reference.model)
+        # Only of these are logits the output embedding's product with the hidden states, of any positions at a time.
+        loaded = [copy for copy in (self._compressed, self._reference) if copy is not None]
+        self._linear = {id(copy): not nonlinearity(copy.model) for copy in loaded}
         self._torch = torch
         self._profiles: OrderedDict[str, Held] = OrderedDict()
         self._parts: dict[str, list[bytes]] = {}
@@ -144,7 +146,7 @@ class Copies:
             hidden = np.frombuffer(request.hidden, "<f4").reshape(tokens, -1)
             reference = self._reference_rows(hidden)
         else:
-            reference = self._rows(self._reference, ids, None, tokens, linear=False)
+            reference = self._rows(self._reference, ids, None, tokens)
         found: dict[str, list[Any]] = {}
         ways = {v: way for v in request.versions if (way := self._held(v)) is not None}
         # One forward pass for all versions that leave the weights alone.
@@ -152,15 +154,21 @@ class Copies:
         for version, way in ways.items():
             by_layers.setdefault(id(way.layers) if way.layers is not None else 0, []).append(version)
         for versions in by_layers.values():
-            rows = self._rows(self._compressed, ids, ways[versions[0]].layers, tokens, linear=self._linear)
+            rows = self._rows(self._compressed, ids, ways[versions[0]].layers, tokens)
             for part in self._chunks(tokens):
                 theirs, ours = reference(part), rows(part)
                 if not np.isfinite(theirs).all():
                     return wire.Failed(request.id, "the reference's logits are not finite")
+                broken = ~np.isfinite(ours).all(axis=1)
+                ours[broken] = 0.0
                 for version in versions:
                     given = ways[version].map
                     logits = ours if given is None else (ours + shift(given, ours)).astype(np.float32)
-                    found.setdefault(version, []).append(exact_distances(theirs, logits))
+                    distances = exact_distances(theirs, logits)
+                    # A distribution that does not exist is as far away as can be: leaving the record out would be a
+                    # selection by the outcome.
+                    distances.kl[broken], distances.tv[broken], distances.top1[broken] = np.inf, 1.0, False
+                    found.setdefault(version, []).append(distances)
         return wire.Judged(
             request.id,
             {
@@ -178,7 +186,7 @@ class Copies:
         if way is None:
             return wire.Failed(request.id, f"profile {request.version} is not held")
         ids = _ids(request.ids)
-        rows = self._rows(self._compressed, ids[:-1], way.layers, len(ids) - 1, linear=self._linear)
+        rows = self._rows(self._compressed, ids[:-1], way.layers, len(ids) - 1)
         found = np.empty(len(ids) - 1, np.float32)
         for part in self._chunks(len(found)):
             logits = rows(part).astype(np.float64)
@@ -194,9 +202,9 @@ class Copies:
         for start in range(0, tokens, step):
             yield slice(start, min(start + step, tokens))
 
-    def _rows(self, copy: Any, ids: Ids, layers: Any, tokens: int, *, linear: bool) -> Rows:
+    def _rows(self, copy: Any, ids: Ids, layers: Any, tokens: int) -> Rows:
         """Logits of the last `tokens` positions of `ids`."""
-        if not linear:
+        if not self._linear[id(copy)]:
             logits: Logits = copy.logits(ids, layers)[-tokens:]
             return lambda part: logits[part]
         hidden = copy.hidden(ids, layers)[-tokens:]
