@@ -140,6 +140,8 @@ class Status(msgspec.Struct, frozen=True):
     profile: ProfileStatus
     calibration: Report
     learner: Report
+    adapter: Report
+    """What is made and judged: `control.adapters`; docs/calibration.md#adapters."""
     replica: ReplicaStatus
     recovered: RecoveredStatus
     proxy: ProxyStatus
@@ -176,6 +178,7 @@ class StatusSource:
         outcomes: Outcomes,
         profiles: ProfileManager,
         learner: Learner,
+        adapters: Callable[[], Report],
         records: RecordsFile | None,
         lease: Lease,
         replica: Replica | None,
@@ -193,6 +196,7 @@ class StatusSource:
         self._outcomes = outcomes
         self._profiles = profiles
         self._learner = learner
+        self._adapters = adapters
         self._records = records
         self._lease = lease
         self._replica = replica
@@ -229,6 +233,7 @@ class StatusSource:
             profile=self._profile(version),
             calibration=self._profiles.report.status(),
             learner=self._learner.status(),
+            adapter=self._adapters(),
             replica=ReplicaStatus(
                 leads=self._lease.leads,
                 shared=self._replica is not None,

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from hemostat.admin.history import History
 from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
+from hemostat.control.adapters import Adapters
 from hemostat.control.changes import Changes
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
@@ -128,14 +129,21 @@ class Control:
         self.learned = LearnedState(
             self.profile_manager.proposals, self.store, self.writer.as_leader, self.store_errors, self.lease
         )
-        self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner)
+        self.adapters = Adapters(settings, self.profile_manager, self.monitor, changes.notify, clock=clock)
+        self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner, self.adapters)
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
             self.engines,
-            CalibrationNeeds(calibration, self.profile_manager, self.learner),
+            CalibrationNeeds(calibration, self.profile_manager, self.learner, self.adapters),
             RecordConsumers(
-                self.measurements, self.alarms, self.profile_manager, self.learner, self.records, self.tracing
+                self.measurements,
+                self.alarms,
+                self.profile_manager,
+                self.learner,
+                self.records,
+                self.tracing,
+                self.adapters.learner if settings.adapter.enabled else None,
             ),
             scores=self.references is not None,
             compressed_scorer=self.compressed_scorer,
@@ -143,6 +151,7 @@ class Control:
             clock=clock,
             draw=draw,
             on_change=changes.notify,
+            distances=self.adapters.judge if settings.adapter.enabled else None,
         )
         self.link = RelayLink(socket_path, self.pipeline.receive, self.outcomes.receive)
         self.policy = PolicyPublisher(
@@ -185,6 +194,7 @@ class Control:
             outcomes=self.outcomes,
             profiles=self.profile_manager,
             learner=self.learner,
+            adapters=self.adapters.status,
             records=self.records,
             lease=self.lease,
             replica=self.replica,
@@ -212,6 +222,7 @@ class Control:
             self.outcomes.samples,
             self.profile_manager.samples,
             self.learner.samples,
+            self.adapters.samples,
             self.lease.samples,
             self.store_errors.samples,
             self.link.samples,
@@ -232,7 +243,7 @@ class Control:
         if self.replica is not None:
             loops.append(self.replica.run())
         if self.references is not None:
-            loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops()]
+            loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops(), *self.adapters.loops()]
         return loops
 
     def do_periodic(self) -> None:
@@ -251,6 +262,7 @@ class Control:
     async def close(self) -> None:
         """Write what is queued for the store, and release all resources."""
         await self.link.close()
+        self.pipeline.distances.flush()
         for scorer in (self.references, self.compressed_scorer):
             if scorer is not None:
                 await scorer.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hemostat.config.schema import Calibration
+from hemostat.control.adapters import Adapters
 from hemostat.learner.client import Learner, LearningTarget
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
@@ -14,11 +15,17 @@ from hemostat_calibration.statistics.split import held_out
 
 
 class LearningSubject:
-    """Decides what the learner learns about, or why about nothing."""
+    """Decides what the learner learns about, or why about nothing; what is learned for adapters follows it."""
 
     def __init__(
-        self, settings: Calibration, profiles: ProfileManager, monitor: ReferenceMonitor, learner: Learner
+        self,
+        settings: Calibration,
+        profiles: ProfileManager,
+        monitor: ReferenceMonitor,
+        learner: Learner,
+        adapters: Adapters,
     ) -> None:
+        self._adapters = adapters
         self._settings = settings
         self._profiles = profiles
         self._monitor = monitor
@@ -26,6 +33,7 @@ class LearningSubject:
 
     def update(self) -> None:
         """Call after any change of the mode, the models, or what is forced."""
+        self._adapters.update()
         settings, pair, serving = self._settings, self._monitor.served.calibrated, self._profiles.serving
         info = pair.reference if pair is not None else None
         if serving.mode == "off":
@@ -49,9 +57,10 @@ class LearningSubject:
 
 
 class CalibrationNeeds:
-    """Implements `hemostat.shadow.scorer.ScoringNeeds` for the profiles under test and the learner."""
+    """Implements `hemostat.shadow.scorer.ScoringNeeds` for the profiles under test and the learners."""
 
-    def __init__(self, settings: Calibration, profiles: ProfileManager, learner: Learner) -> None:
+    def __init__(self, settings: Calibration, profiles: ProfileManager, learner: Learner, adapters: Adapters) -> None:
+        self._adapters = adapters
         self._held_out_fraction = settings.held_out_fraction
         self._profiles = profiles
         self._learner = learner
@@ -70,5 +79,7 @@ class CalibrationNeeds:
         return {anchors_digest(ids): len(ids) for ids in evaluated if ids is not None} | self._learner.anchor_counts
 
     def needs_hidden_states(self, unit: bytes) -> bool:
-        """Held-out units are never learned from."""
-        return self._learner.wants_hidden_states and not held_out(unit, self._held_out_fraction)
+        """Held-out units are never learned from; adapters are judged by them."""
+        if held_out(unit, self._held_out_fraction):
+            return self._adapters.needs_hidden_states(unit)
+        return self._learner.wants_hidden_states

@@ -41,6 +41,7 @@ from hemostat.shadow.noise_floor import NoiseFloorMeter
 from hemostat.shadow.records_file import RecordsFile
 from hemostat.shadow.scorer import Scorer, ScoringNeeds
 from hemostat.shadow.seen_units import SeenUnits
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -66,9 +67,17 @@ class RecordLearner(Protocol):
     def offer(self, record: TokenRecord, scope: str) -> None: ...
 
 
+class TextLearner(Protocol):
+    """Of `hemostat.learner.adapters.client.AdapterLearner`."""
+
+    def offer(self, unit: bytes, prompt: Ids, output: Ids) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RecordConsumers:
-    """Who is handed every scored record. records: None without `records.path`. tracing: None without an endpoint."""
+    """Who is handed every scored record. records: None without `records.path`. tracing: None without an endpoint.
+    texts: None where no adapter is learned.
+    """
 
     measurements: Measurements
     alarms: Alarms
@@ -76,6 +85,7 @@ class RecordConsumers:
     learner: RecordLearner
     records: RecordsFile | None
     tracing: Tracing | None
+    texts: TextLearner | None = None
 
 
 class ScoringPipeline:
@@ -219,8 +229,10 @@ class ScoringPipeline:
             self._judge(back, capture, figures, gains, fresh=fresh)
 
         versions = profiles.distance_versions(record)
+        prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
+        if consumers.texts is not None and profiles.serving.uses(record) and not profiles.is_held_out(record):
+            consumers.texts.offer(record.unit, prompt, record.output_ids)
         if versions:
-            prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
             self.distances.use(record, prompt, versions, judge)
         else:
             judge(record)

@@ -123,9 +123,9 @@ class Build:
         self.pid = process.pid
         too_large = asyncio.create_task(self._watch_memory(process), name="builder's memory")
         stderr = asyncio.create_task(_tail(process), name="builder's stderr")
-        error, stalled = "", False
+        refusal, stalled = "", False
         try:
-            error = await self._read(process)
+            refusal = await self._read(process)
             await process.wait()
         except TimeoutError:
             stalled = True
@@ -140,9 +140,9 @@ class Build:
             raise BuildFailed(BuildFailure.MEMORY, f"it needs more than adapter.memory_mib, {limit} MiB: raise it")
         if stalled:
             raise BuildFailed(BuildFailure.STALLED, f"no progress for {STALLED_SECONDS:.0f} s")
-        if error:
-            full = any(os.strerror(code) in error for code in DISK_ERRORS)
-            raise BuildFailed(BuildFailure.DISK if full else BuildFailure.REFUSED, error)
+        if refusal:
+            full = any(os.strerror(code) in refusal for code in DISK_ERRORS)
+            raise BuildFailed(BuildFailure.DISK if full else BuildFailure.REFUSED, refusal)
         if process.returncode != 0:
             detail = f"code {process.returncode}" + (f"; last output: {last}" if last else "")
             raise BuildFailed(BuildFailure.ENDED, f"its process ended ({detail})")

@@ -208,7 +208,7 @@ class Copies:
             logits: Logits = copy.logits(ids, layers)[-tokens:]
             return lambda part: logits[part]
         hidden = copy.hidden(ids, layers)[-tokens:]
-        return lambda part: copy.head_logits(hidden[part])  # type: ignore[no-any-return]
+        return lambda part: copy.head_logits(hidden[part])
 
     def _reference_rows(self, hidden: npt.NDArray[np.float32]) -> Rows:
         given = self._torch.tensor(hidden).to(self._embedding.device)
