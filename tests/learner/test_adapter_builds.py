@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hemostat.models.checkpoint_digest import checkpoint_digest
 from tests.support import fake_builder, tiny_checkpoints
 from tests.support.samples import values
 from tests.support.waiting import until
@@ -34,6 +33,7 @@ from hemostat.learner.adapters.job import (
 )
 from hemostat.learner.adapters.texts import MAX_TEXT_TOKENS, Texts
 from hemostat.metrics import names
+from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
 

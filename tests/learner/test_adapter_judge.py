@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hemostat.models.checkpoint_digest import checkpoint_digest
 from tests.support import oracle, tiny_checkpoints
 from tests.support.exact import exact
 from tests.support.learner_world import logprobs
@@ -28,6 +27,7 @@ from hemostat.learner.adapters.folders import CheckpointFolders
 from hemostat.learner.adapters.job import linear_shapes
 from hemostat.learner.adapters.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
 from hemostat.metrics import names
+from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile, map_of

@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hemostat.config.schema import Settings
+from hemostat.engines.lora.host import AdapterHost
+from hemostat.engines.registry import EngineRegistry
 from hemostat.learner.adapters.client import AdapterLearner, AdapterTarget
 from hemostat.learner.adapters.folders import CheckpointFolders, FolderError, find_folders
-from hemostat.learner.adapters.judge import AdapterJudge, JudgeTarget
+from hemostat.learner.adapters.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import ReferenceInfo
+from hemostat.store.lease import Lease
+from hemostat_calibration.arrays import Ids, Singles
+from hemostat_calibration.profiles.profile import CalibrationProfile
+
+
+class _HostedProfiles:
+    """Implements `hemostat.engines.lora.host.AdapterProfiles`."""
+
+    def __init__(self, profiles: ProfileManager) -> None:
+        self._profiles = profiles
+
+    def wanted(self) -> Sequence[str]:
+        return self._profiles.lifecycle.adapter_versions()
+
+    def get(self, version: str) -> CalibrationProfile | None:
+        return self._profiles.catalogue.get(version)
+
+    def reject(self, version: str, why: str) -> None:
+        self._profiles.lifecycle.reject(version, why)
+
+
+class _Copy:
+    """Implements `hemostat.engines.lora.probing.ModelCopy`."""
+
+    def __init__(self, judge: AdapterJudge) -> None:
+        self._judge = judge
+
+    async def logprobs(self, ids: Ids, version: str | None) -> Singles | None:
+        try:
+            return await self._judge.logprobs(ids, version)
+        except JudgeUnavailable:
+            return None
 
 
 class Adapters:
-    """Owns the process that makes adapters and the copies that judge them."""
+    """Owns the process that makes adapters, the copies that judge them, and what is loaded at the engines."""
 
     def __init__(
         self,
         settings: Settings,
         profiles: ProfileManager,
         monitor: ReferenceMonitor,
+        engines: EngineRegistry,
+        lease: Lease,
         on_change: Callable[[], None],
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -33,8 +69,25 @@ class Adapters:
         self._settings = settings
         self._profiles = profiles
         self._monitor = monitor
+        self._on_change = on_change
         self.learner = AdapterLearner(settings.adapter, profiles.proposals, on_change, clock=clock)
         self.judge = AdapterJudge(profiles.catalogue.get, on_change)
+        self.host = AdapterHost(
+            settings,
+            engines,
+            _HostedProfiles(profiles),
+            copy=_Copy(self.judge),
+            base=lambda: monitor.served.calibrated_name,
+            leads=lambda: lease.leads,
+            clock=clock,
+            on_change=self._host_changed,
+        )
+        if settings.adapter.enabled:
+            profiles.serving.max_adapters = 0  # until the engines' slots are known
+
+    def _host_changed(self) -> None:
+        self._profiles.serving.max_adapters = self.host.capacity or 0
+        self._on_change()
 
     def update(self) -> None:
         """Call after any change of the mode, the models, or what is forced."""
@@ -75,14 +128,17 @@ class Adapters:
 
     def status(self) -> dict[str, Any]:
         """The status block `adapter`."""
-        return self.learner.status() | {"judge": self.judge.status()}
+        return self.learner.status() | {"judge": self.judge.status(), "engine": self.host.status()}
 
     def samples(self) -> Iterator[Sample]:
         """Nothing where adapters are not enabled."""
         if self._settings.adapter.enabled:
             yield from self.learner.samples()
             yield from self.judge.samples()
+            yield from self.host.samples()
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
-        return [self.learner.run(), self.judge.run()] if self._settings.adapter.enabled else []
+        if not self._settings.adapter.enabled:
+            return []
+        return [self.learner.run(), self.judge.run(), self.host.run()]

@@ -129,7 +129,9 @@ class Control:
         self.learned = LearnedState(
             self.profile_manager.proposals, self.store, self.writer.as_leader, self.store_errors, self.lease
         )
-        self.adapters = Adapters(settings, self.profile_manager, self.monitor, changes.notify, clock=clock)
+        self.adapters = Adapters(
+            settings, self.profile_manager, self.monitor, self.engines, self.lease, changes.notify, clock=clock
+        )
         self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner, self.adapters)
         self.pipeline = ScoringPipeline(
             settings,
@@ -164,6 +166,7 @@ class Control:
             self.lease,
             clock,
             salt=lambda: self.salt.value,
+            adapters=self.adapters.host,
         )
         changes.subscribe(self.policy.publish)
         operations = make_operations(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -15,6 +16,20 @@ from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.shadow.limits import Breakers
 from hemostat.store.lease import Lease
 from hemostat_calibration.profiles.families import ADAPTER
+
+
+class LoadedAdapters(Protocol):
+    """Of `hemostat.engines.lora.host.AdapterHost`."""
+
+    @property
+    def ready(self) -> Mapping[str, bool]:
+        """Versions of the family `adapter` that every engine can serve now -> whether they have a map of the logits."""
+        ...
+
+    @property
+    def hold(self) -> Sequence[str]:
+        """Those that engines should keep loaded."""
+        ...
 
 
 class PolicyPublisher:
@@ -31,10 +46,8 @@ class PolicyPublisher:
         lease: Lease,
         clock: Callable[[], float],
         salt: Callable[[], bytes],
-        adapters: Callable[[], Mapping[str, bool]] = dict,
+        adapters: LoadedAdapters,
     ) -> None:
-        """adapters: versions of the family `adapter` that every engine can serve now -> whether they have a map of the
-        logits."""
         self._settings = settings
         self._link = link
         self._engines = engines
@@ -51,7 +64,7 @@ class PolicyPublisher:
 
     def publish(self) -> None:
         """Send relays the policy if it is not the last one that was sent; have engines hold what it names."""
-        self._engines.set_wanted(self._profiles.engine_versions())
+        self._engines.set_wanted([*self._adapters.hold, *self._profiles.engine_versions()])
         self._engines.leads = self._lease.leads
         policy = self._policy(self._clock())
         if policy != self._last:
@@ -66,7 +79,7 @@ class PolicyPublisher:
         base = served.calibrated
         held = self._engines.acknowledged(now)
         # A map of the logits is applied by the engine's logits processor, which has to hold it, too.
-        adapters = {v: has_map for v, has_map in self._adapters().items() if not has_map or v in held}
+        adapters = {v: has_map for v, has_map in self._adapters.ready.items() if not has_map or v in held}
         return Policy(
             generation=0,
             mode=profiles.serving.mode,
