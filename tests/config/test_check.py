@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import valkey
+from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
 
 from hemostat import cli
@@ -149,6 +150,46 @@ async def test_a_problem_is_reported_with_its_fix(
     found = (await findings_of(upstream, reference, **sections))[what]
     assert found.state.value == state
     assert fix in found.fix
+
+
+@pytest.mark.parametrize(
+    ("lora", "adapter", "states_of", "detail", "fix"),
+    [
+        ({"resolves": {"a" * 32: 16}}, {}, "ok", "1 of Hemostat's at a time (--max-loras 2)", ""),
+        ({"resolves": {"a" * 32: 16}, "slots": 1}, {}, "NO", "--max-loras is 1", "--max-loras 2"),
+        (
+            {},
+            {},
+            "NO",
+            "missing HEMOSTAT_ADAPTERS=1",
+            "--max-loras 2 --max-lora-rank 16, the environment",
+        ),
+        ({}, {"folder": "/shared"}, "ok", "--max-loras 2", ""),
+        ({"updating": False}, {}, "NO", "missing VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, HEMOSTAT_ADAPTERS=1", ""),
+        ({"enabled": False, "resolves": {"a" * 32: 16}}, {}, "NO", "missing --enable-lora", "one API server"),
+        (None, {"rank": 20, "shared_out": True}, "NO", "missing VLLM_ALLOW_RUNTIME", "--max-lora-rank 128"),
+    ],
+)
+async def test_what_adapters_need_is_reported_with_the_exact_flags(
+    lora: dict[str, Any] | None, adapter: dict[str, Any], states_of: str, detail: str, fix: str
+) -> None:
+    upstream = {"lora": None if lora is None else FakeLora(**lora)}
+    found = await findings_of(upstream, None, adapter={"enabled": True, **adapter})
+    assert found["adapters"].state.value == states_of, found["adapters"]
+    assert detail in found["adapters"].detail
+    assert fix in found["adapters"].fix
+    if states_of == "ok":
+        assert "--max-lora-rank 16 or more" in found["adapter rank"].detail
+        assert "refuses these routes with 403" in found["adapter routes"].detail
+    assert "adapters" not in await findings_of(upstream, None)
+
+
+async def test_clients_adapters_take_slots_and_routes_that_are_allowed_are_said() -> None:
+    async with running(FakeVllm(lora=FakeLora(resolves={"a" * 32: 16}), adapters=("theirs",))) as ours:
+        given = {"upstream": {"url": ours.url, "allow_adapter_routes": True}, "adapter": {"enabled": True}}
+        found = {f.what: f for f in await check(Settings.model_validate(given))}
+    assert found["adapters"].fix == "start vLLM with --max-loras 3"
+    assert found["adapter routes"].fix == "set upstream.allow_adapter_routes: false"
 
 
 async def test_how_evidence_is_divided_is_reported() -> None:

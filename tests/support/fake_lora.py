@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+NO_VERSION = "0" * 32
+"""For this name the plugin's resolver gives a folder that does not exist."""
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
@@ -93,6 +95,8 @@ class FakeLora:
             if self.enabled:
                 self._activate(name)
             return 0, ""
+        if self.updating and self.resolves and name == NO_VERSION:
+            return 400, f"LoRA adapter '{name}' was found but could not be loaded."
         if not self.updating or name not in self.resolves:
             return 404, f"The model `{name}` does not exist."
         if self._add(name, self.resolves[name]):
@@ -122,6 +126,13 @@ class FakeLora:
             return 500, error
         self.names[name] = str(folder)
         return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def metrics(self) -> str:
+        """vLLM's own, of a server with --enable-lora that has answered requests."""
+        labels = f'max_lora="{self.slots}",running_lora_adapters="",waiting_lora_adapters=""'
+        return (
+            f"# TYPE vllm:lora_requests_info gauge\nvllm:lora_requests_info{{{labels}}} 1.0\n" if self.enabled else ""
+        )
 
     @contextmanager
     def generation(self, name: str) -> Iterator[None]:

@@ -385,6 +385,8 @@ class FakeVllm:
                 return 200, answer[1]
             if answer is not None:
                 raise RefusedError(answer[1], None, "InvalidUserInput", answer[0])
+        if route == ("GET", "/metrics"):
+            return 200, "" if self.lora is None else self.lora.metrics()
         if route == ("GET", "/openapi.json"):
             updating = self.lora is not None and self.lora.updating
             return 200, {"openapi": "3.1.0", "paths": {key: {} for key in ((LOAD, UNLOAD) if updating else ())}}

@@ -15,6 +15,7 @@ from tests.support.fake_vllm import VOCAB, FakeVllm, running
 
 from hemostat.config.schema import Settings
 from hemostat.engines.lora.host import AdapterHost
+from hemostat.engines.lora.probing import CopyUnavailable
 from hemostat.engines.messages import EngineReport, LoraState
 from hemostat.engines.registry import EngineRegistry
 from hemostat_calibration.adapters.factors import LowRank
@@ -41,10 +42,10 @@ class FakeCopy:
     asked: list[str | None] = field(default_factory=list)
     answers: bool = True
 
-    async def logprobs(self, ids: Ids, version: str | None) -> Singles | None:
+    async def logprobs(self, ids: Ids, version: str | None) -> Singles:
         self.asked.append(version)
         if not self.answers:
-            return None
+            raise CopyUnavailable("the copy is being loaded")
         found = [self.model.logprobs(ids[:t].tolist(), version)[ids[t]] for t in range(1, len(ids))]
         return np.array(found, np.float32)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from hemostat.config.schema import Settings
 from hemostat.config.store_url import without_password
+from hemostat.engines.lora.check import probe_adapters
 from hemostat.reference import make_references
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
@@ -138,6 +139,8 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
     measured = settings.reference.backend != "none"
     findings += await probe_shadowing(server, card.id, settings.shadow.top_k, State.NO if measured else State.NOTE)
     findings.append(await _plugin(server, card.id, settings))
+    if settings.adapter.enabled:
+        findings += await probe_adapters(server, card.id, settings)
     return findings
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hemostat.engines.lora.probing import ModelCopy, Prober
+from hemostat.engines.lora.probing import CopyUnavailable, ModelCopy, Prober
 from hemostat.engines.lora.verdicts import Verdict
 from hemostat.ipc.backoff import Backoff
 from hemostat.metrics import names
@@ -115,9 +115,10 @@ class Probes:
             self._agreed.add(version)
             self._details[AGREEMENT] = "not probed: there is no copy of the model here"
             return {}
-        verdict = await prober.agreement(base, version, self._copy)
-        if verdict is None:
-            self._note(AGREEMENT, WAITING, "the copy of the model does not answer yet")
+        try:
+            verdict = await prober.agreement(base, version, self._copy)
+        except CopyUnavailable as why:
+            self._note(AGREEMENT, WAITING, str(why))
             self._wait()
             return {}
         self._note(AGREEMENT, PASSED if verdict.passed else FAILED, f"{version}: {verdict.detail}")
