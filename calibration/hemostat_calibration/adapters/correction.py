@@ -53,9 +53,8 @@ def low_rank(
 
     inputs, outputs: second moments of the layer's inputs x and of the gradients at its outputs; None: all directions
         count alike. Their number of vectors is divided by: the error is a mean by token.
-    The correction has fewer than R components where more would not reduce the error. In b every component has the same
-    length, so that b loses least by rounding with one scale for each row; a has rows of different lengths, each with
-    a scale of its own. ‖a‖ = ‖b‖.
+    The correction has fewer than R components where more would not reduce the error. Its lengths are those of
+    `LowRank.for_rounding`.
     InvalidArgumentError on shapes that do not fit, a negative rank, or values that are not finite.
 
     >>> delta = np.array([[3.0, 0.0], [0.0, 4.0]])
@@ -74,7 +73,7 @@ def low_rank(
         a, b = transposed_b.T, transposed_a.T
     else:
         a, b, errors = _solve(exact, rank, inputs, outputs)
-    return _balanced(a, b), errors
+    return LowRank(a.astype(np.float32), b.astype(np.float32)).for_rounding(), errors
 
 
 def weighted_error(
@@ -140,10 +139,3 @@ def _scaled(matrix: Floats, root: Floats) -> Floats:
 def _unprojected(root: Floats, vectors: Floats) -> Floats:
     """L vectors."""
     return root @ vectors if root.ndim == 2 else root[:, None] * vectors
-
-
-def _balanced(a: Floats, b: Floats) -> LowRank:
-    lengths = np.linalg.norm(b, axis=0)
-    length = np.sqrt(np.linalg.norm(a * lengths[:, None]) / max(np.sqrt(len(lengths)), 1.0))
-    factors = lengths / length if length > 0.0 else np.ones_like(lengths)
-    return LowRank((a * factors[:, None]).astype(np.float32), (b / factors).astype(np.float32))

@@ -42,3 +42,27 @@ class LowRank:
     def product(self) -> Singles:
         """b @ a, float32 [outputs, inputs]."""
         return self.b @ self.a
+
+    def for_rounding(self) -> LowRank:
+        """The same product, with components of equal length in b and ‖a‖ = ‖b‖.
+
+        With one scale for each row, b then loses least by rounding: a row of b has an entry of every component. The
+        rows of a may have any lengths, as each has a scale of its own.
+        """
+        return self._with_lengths(even=True)
+
+    def for_training(self) -> LowRank:
+        """The same product, with components that have the same length in a and in b, as optimisers need it that move
+        every entry by similar steps."""
+        return self._with_lengths(even=False)
+
+    def _with_lengths(self, even: bool) -> LowRank:
+        if self.rank == 0:
+            return self
+        a, b = self.a.astype(np.float64), self.b.astype(np.float64)
+        of_a, of_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0)
+        products = of_a * of_b
+        wanted = np.full_like(products, np.sqrt(np.sqrt(np.mean(products**2)))) if even else np.sqrt(products)
+        # A component without effect stays as it is.
+        factors = np.divide(of_b, wanted, out=np.ones_like(of_b), where=(products > 0.0) & (wanted > 0.0))
+        return LowRank((a * factors[:, None]).astype(np.float32), (b / factors).astype(np.float32))
