@@ -50,13 +50,13 @@ class Calls:
     named: tuple[Mapping[str, Any], ...]
 
 
-def make_batches(texts: Sequence[Ids], device: torch.device) -> list[Batch]:
+def make_batches(texts: Sequence[Ids], device: torch.device, max_positions: int = MAX_BATCH_POSITIONS) -> list[Batch]:
     """Texts of similar length together; every text once. Deterministic."""
     order = sorted(range(len(texts)), key=lambda n: (len(texts[n]), n))
     groups: list[list[int]] = []
     for n in order:
         # Sorted by length: the newest text is the longest of its batch.
-        if groups and (len(groups[-1]) + 1) * len(texts[n]) <= MAX_BATCH_POSITIONS:
+        if groups and (len(groups[-1]) + 1) * len(texts[n]) <= max_positions:
             groups[-1].append(n)
         else:
             groups.append([n])

@@ -35,7 +35,9 @@ class CopyLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is not analyze
             # As in vLLM: integers times integers, scaled afterwards.
             exact = inputs.float()
             scale = exact.abs().amax(-1, keepdim=True).clamp_min(_MIN_SCALE) / INT8_MAX
-            steps = (exact / scale).round().to(inputs.dtype)
+            exact = exact / scale
+            # In value the rounded steps; their gradient is that of the exact ones (straight through).
+            steps = (exact + (exact.round() - exact).detach()).to(inputs.dtype)
             outputs = (torch.nn.functional.linear(steps, self.weight).float() * scale).to(inputs.dtype)
             if self.bias is not None:
                 outputs = outputs + self.bias
