@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 from tests.bench import bench_guard
-from tests.bench.guard import Row, clients, count_row, median, modules, most, watch
+from tests.bench.guard import Row, adapters, clients, count_row, median, modules, most, watch
 from tests.bench.guard.traffic import normal
 
 from hemostat_calibration.guard import wealth
 from hemostat_calibration.guard.decisions import Reason
+from hemostat_calibration.guard.guard import Guard
+from hemostat_calibration.guard.kind_test import KindTest
 
 MODULES = {module.NAME: module for module in modules() if getattr(module, "TEST_LIVES", 50)}
 """Those that are fast enough for a test; `make bench-guard` runs the others, too."""
@@ -36,6 +38,20 @@ def test_a_useless_profile_would_serve_on_if_restarts_began_its_window_anew():
     gains = normal(rng, 0.0, 3000)
     assert watch.serve(rng, gains, keep=False) == (3000, 300, None)
     assert watch.serve(rng, gains)[1:] == (1000, Reason.UNSUPPORTED)
+
+
+def test_an_adapter_would_be_replaced_on_gains_over_identity_if_tests_went_on(monkeypatch):
+    """A test that goes on when what serves changes, and adds up nats and total variation."""
+
+    def add_kind(guard, name, kind, width, figure):
+        if kind not in guard.kinds(name):
+            return begin(guard, name, kind, width, figure)
+        return guard.candidate_tests
+
+    begin = Guard.add_kind
+    monkeypatch.setattr(Guard, "add_kind", add_kind)
+    monkeypatch.setattr(KindTest, "_require", lambda test, figure: None)
+    assert not adapters.switching(20, np.random.default_rng(0)).holds
 
 
 def test_limits_of_counts():
