@@ -115,6 +115,20 @@ def test_flags_from_the_environment_file(tmp_path: Path) -> None:
     assert "8192" not in made["compressed-gpu"]["command"]
 
 
+@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+def test_one_variable_lets_the_compressed_side_serve_adapters(profile: str, tmp_path: Path) -> None:
+    variables = ("HEMOSTAT_ADAPTERS", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+    plain = resolved(profile)["services"][f"compressed-{profile}"]
+    assert "--enable-lora" not in plain["command"]
+    assert [plain["environment"][name] for name in variables] == ["", ""]
+    (tmp_path / ".env").write_text(EXAMPLE.read_text().replace("HEMOSTAT_ADAPTERS=\n", "HEMOSTAT_ADAPTERS=1\n", 1))
+    made = resolved(profile, tmp_path / ".env")["services"]
+    command = made[f"compressed-{profile}"]["command"]
+    assert command[-5:] == ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "16"]
+    assert [made[f"compressed-{profile}"]["environment"][name] for name in variables] == ["1", "1"]
+    assert "HEMOSTAT_ADAPTERS" not in made[f"reference-{profile}"]["environment"]
+
+
 def test_middleware_service_matches_its_image() -> None:
     service = resolved("gpu")["services"]["hemostat"]
     assert service["read_only"]

@@ -516,6 +516,17 @@ def test_the_engine_is_a_sidecar_that_outlives_the_drain(helm: Helm, tmp_path: P
     assert engine["resources"] == {"limits": {"nvidia.com/gpu": 1}}
     assert {"name": "models", "mountPath": "/models"} in engine["volumeMounts"]
     assert "initContainers" not in helm.set().pod["spec"]
+    assert "--enable-lora" not in command
+    assert "HEMOSTAT_ADAPTERS" not in variables
+
+
+def test_the_engine_can_serve_adapters(helm: Helm) -> None:
+    given = ("engine.enabled=true", "engine.model=m", "engine.adapters.enabled=true", "engine.adapters.maxLoraRank=64")
+    engine = container(helm.render(*(part for value in given for part in ("--set", value))).pod, "engine")
+    at = engine["args"].index("--enable-lora")
+    assert engine["args"][at : at + 5] == ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "64"]
+    variables = {v["name"]: v.get("value") for v in engine["env"]}
+    assert (variables["HEMOSTAT_ADAPTERS"], variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"]) == ("1", "True")
 
 
 def test_an_ipv6_cluster(helm: Helm, tmp_path: Path) -> None:

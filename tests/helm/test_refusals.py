@@ -189,6 +189,13 @@ def test_fewer_logprobs_than_are_asked_for(helm: Helm) -> None:
     helm.render(*ENGINE, "--set", "config.shadow.top_k=64")
 
 
+def test_flags_that_the_chart_gives_the_engine_for_adapters(helm: Helm) -> None:
+    flags = ("--set", "engine.args={--enable-lora}")
+    said = helm.refusal(*ENGINE, *flags, "--set", "engine.adapters.enabled=true")
+    assert "engine.args: the chart sets --enable-lora (from engine.adapters)" in said
+    helm.render(*ENGINE, *flags)
+
+
 @pytest.mark.parametrize("flag", ["--port", "--max_logprobs=5", "--logits-processors", "--host"])
 def test_flags_that_the_chart_gives_the_engine(helm: Helm, flag: str) -> None:
     said = helm.refusal(*ENGINE, "--set", f"engine.args={{--enforce-eager,{flag}}}")

@@ -293,6 +293,9 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- if has $flag (list "--host" "--port" "--max-logprobs" "--logits-processors") -}}
 {{- fail (printf "engine.args: the chart sets %s (from bindAddress, engine.maxLogprobs and Hemostat's plugin)" $flag) -}}
 {{- end -}}
+{{- if and $.Values.engine.adapters.enabled (has $flag (list "--enable-lora" "--max-loras" "--max-lora-rank")) -}}
+{{- fail (printf "engine.args: the chart sets %s (from engine.adapters)" $flag) -}}
+{{- end -}}
 {{- end -}}
 {{- $topK := (default dict $split.config.shadow).top_k | default 20 -}}
 {{- if gt (int $topK) (int .Values.engine.maxLogprobs) -}}

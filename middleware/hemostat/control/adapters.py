@@ -9,6 +9,7 @@ from typing import Any
 
 from hemostat.config.schema import Settings
 from hemostat.engines.lora.host import AdapterHost
+from hemostat.engines.lora.probing import CopyUnavailable
 from hemostat.engines.registry import EngineRegistry
 from hemostat.learner.adapters.client import AdapterLearner, AdapterTarget
 from hemostat.learner.adapters.folders import CheckpointFolders, FolderError, find_folders
@@ -26,17 +27,23 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 class _HostedProfiles:
     """Implements `hemostat.engines.lora.host.AdapterProfiles`."""
 
-    def __init__(self, profiles: ProfileManager) -> None:
+    def __init__(self, settings: Settings, profiles: ProfileManager, lease: Lease) -> None:
+        self._by_engine = settings.calibration.apply == "engine"
         self._profiles = profiles
+        self._lease = lease
 
     def wanted(self) -> Sequence[str]:
-        return self._profiles.lifecycle.adapter_versions()
+        """In `observe` nothing is asked for, so nothing is loaded; nor before both models are known."""
+        serving = self._profiles.serving
+        serves = serving.mode == "auto" and (serving.model is not None or serving.forced is not None)
+        return self._profiles.lifecycle.adapter_versions() if serves and self._by_engine else ()
 
     def get(self, version: str) -> CalibrationProfile | None:
         return self._profiles.catalogue.get(version)
 
     def reject(self, version: str, why: str) -> None:
-        self._profiles.lifecycle.reject(version, why)
+        if self._lease.leads:
+            self._profiles.lifecycle.reject(version, why)
 
 
 class _Copy:
@@ -45,11 +52,11 @@ class _Copy:
     def __init__(self, judge: AdapterJudge) -> None:
         self._judge = judge
 
-    async def logprobs(self, ids: Ids, version: str | None) -> Singles | None:
+    async def logprobs(self, ids: Ids, version: str | None) -> Singles:
         try:
             return await self._judge.logprobs(ids, version)
-        except JudgeUnavailable:
-            return None
+        except JudgeUnavailable as why:
+            raise CopyUnavailable(str(why)) from None
 
 
 class Adapters:
@@ -75,7 +82,7 @@ class Adapters:
         self.host = AdapterHost(
             settings,
             engines,
-            _HostedProfiles(profiles),
+            _HostedProfiles(settings, profiles, lease),
             copy=_Copy(self.judge),
             base=lambda: monitor.served.calibrated_name,
             leads=lambda: lease.leads,

@@ -40,8 +40,8 @@ class CopyUnavailable(Exception):
 class ModelCopy(Protocol):
     """Our own copy of the compressed model; implemented by whoever holds it."""
 
-    async def logprobs(self, ids: Ids, version: str | None) -> Singles | None:
-        """Of each id after the first, given those before it, nats, [n - 1]; with an adapter, or None without. None
+    async def logprobs(self, ids: Ids, version: str | None) -> Singles:
+        """Of each id after the first, given those before it, nats, [n - 1]; version: with this adapter. CopyUnavailable
         while it cannot answer."""
         ...
 
@@ -85,8 +85,10 @@ class Prober:
         return verdicts.isolation(moves(alone * repeats, noise), moves(alone * repeats, beside))
 
     async def agreement(self, base: str, version: str, copy: ModelCopy) -> Verdict:
-        """Compare the engine's log-probabilities, without and with an adapter, with those of our copy; None while the
-        copy cannot answer."""
+        """Compare the engine's log-probabilities, without and with an adapter, with those of our copy.
+
+        CopyUnavailable, too.
+        """
         if base not in self._texts:
             prompts = await self.prompts(base)
             self._texts = {base: [await self._row(base, ids, SEQUENCE - len(ids)) for ids in prompts]}
@@ -95,9 +97,9 @@ class Prober:
         ours = []
         for name in (None, version):
             found = [await copy.logprobs(np.array(each, np.int32), name) for each in ids]
-            if any(one is None or len(one) != len(each) - 1 for one, each in zip(found, ids, strict=True)):
-                raise CopyUnavailable("the copy of the model does not answer yet")
-            ours.append(np.concatenate([one for one in found if one is not None]).astype(np.float64))
+            if any(len(one) != len(each) - 1 for one, each in zip(found, ids, strict=True)):
+                raise CopyUnavailable("the copy of the model sent log-probabilities of too few tokens")
+            ours.append(np.concatenate(found).astype(np.float64))
         engine = [await self._scored(name, ids) for name in (base, version)]
         again = np.concatenate([one[-len(text.logprobs) :] for one, text in zip(engine[0], texts, strict=True)])
         noise = np.abs(again - np.concatenate([text.logprobs for text in texts])).mean()
