@@ -37,10 +37,11 @@ RATES = (1e-3, 3e-4, 1e-4)
 """Of Adam; the next one is tried where the fold is worse than with the start after `TRIAL` of the pass, or has not
 improved at its end."""
 TRIAL = 0.25
-STEP_POSITIONS = 512
+STEP_POSITIONS = 256
 """Of one step, padding included; a longer text is a step of its own."""
-WARM_UP_STEPS = 5
-"""In which the rate rises from 0."""
+WARM_UP = 0.1
+"""Part of the steps in which the rate rises from 0: Adam's first steps move every entry by the whole rate, whatever
+its gradient. After them it falls, to 0 at the end of the pass."""
 FOLD_FRACTION = 0.1
 MIN_FOLD_TEXTS = 4
 MAX_FOLD_TOKENS = 4096
@@ -208,7 +209,8 @@ class _Training:
         parameters = [tensor for pair in factors.values() for tensor in pair]
         optimiser = torch.optim.Adam(parameters, lr=rate)
         for step, batch in enumerate(self._batches, 1):
-            optimiser.param_groups[0]["lr"] = rate * min(1.0, step / WARM_UP_STEPS)
+            part = (step - 0.5) / len(self._batches)
+            optimiser.param_groups[0]["lr"] = rate * min(part / WARM_UP, (1.0 - part) / (1.0 - WARM_UP))
             optimiser.zero_grad(set_to_none=True)
             tokens = self._gradients(batch, factors)
             optimiser.step()
