@@ -1,10 +1,11 @@
-"""What several test folders share: the two checkpoints, and one real vLLM server for the whole run."""
+"""What several test folders share: the two checkpoints, and the real vLLM servers for the whole run."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ VLLM_ARGUMENTS = [
     *("--logits-processors", vllm_process.LOGITS_PROCESSOR),
 ]
 
+LORA_ARGUMENTS = [*VLLM_ARGUMENTS, "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2"]
+
 _missed: list[str] = []
 """Tests that were skipped for want of something that could be installed: their reason says how."""
 
@@ -40,7 +43,22 @@ def checkpoints() -> Checkpoints:
 
 @pytest.fixture(scope="session")
 def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningVllm]:
-    folder = tmp_path_factory.mktemp("vllm")
+    with _running(checkpoints, tmp_path_factory.mktemp("vllm"), VLLM_ARGUMENTS) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def lora_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningVllm]:
+    """The same with adapters: two slots, rank 16. A test unloads the adapters that it has loaded."""
+    enabled = {"HEMOSTAT_ADAPTERS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    with _running(checkpoints, tmp_path_factory.mktemp("lora"), LORA_ARGUMENTS, enabled) as server:
+        yield server
+
+
+@contextmanager
+def _running(
+    checkpoints: Checkpoints, folder: Path, arguments: list[str], more: Mapping[str, str] | None = None
+) -> Iterator[RunningVllm]:
     profile_dir = folder / "profiles"
     profile_dir.mkdir()
     admin = EngineAdmin()
@@ -48,10 +66,9 @@ def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
         "HEMOSTAT_PROFILE_DIR": str(profile_dir),
         "HEMOSTAT_ADMIN_URL": admin.url,
         "HEMOSTAT_ADMIN_TOKEN": TOKEN,
+        **(more or {}),
     }
-    server = vllm_process.VllmServer(
-        checkpoints.compressed, "smollm2", folder / "vllm.log", VLLM_ARGUMENTS, environment
-    )
+    server = vllm_process.VllmServer(checkpoints.compressed, "smollm2", folder / "vllm.log", arguments, environment)
     try:
         server.start()
         server.wait_ready(600.0, progress=print)
@@ -78,13 +95,14 @@ class _Together(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "vllm_server" if _shares_server(self.config.rootpath / file) else file
+        return _shared_server(self.config.rootpath / file) or file
 
 
 @cache
-def _shares_server(file: Path) -> bool:
-    """A test or fixture of the file has the fixture `vllm_server` as parameter (the module of that name is another)."""
-    return re.search(r"\bvllm_server\s*[:,)]", file.read_text(encoding="utf-8")) is not None
+def _shared_server(file: Path) -> str | None:
+    """The server that a test or fixture of the file has as parameter (the module `vllm_server` is another)."""
+    found = re.search(r"\b(vllm_server|lora_server)\s*[:,)]", file.read_text(encoding="utf-8"))
+    return found and found[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

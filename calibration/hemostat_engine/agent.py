@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hemostat_engine.adapters.state import state as adapters
 from hemostat_engine.admin_client import FetchError
 from hemostat_engine.fetching import Fetcher
 from hemostat_engine.library import Counters, Library
@@ -112,9 +113,10 @@ class Agent:
             "world_size": identity.world_size,
             "versions": self._library.versions(),
             "vocab_size": identity.vocab_size,
-            "counters": self._counters.read(),
+            "counters": self._counters.read() | adapters.counters(),
             "runner": identity.runner,
             "vllm": identity.vllm,
+            **adapters.report(),
         }
         operation = self._peers.label("report", peer)
         try:
@@ -125,7 +127,9 @@ class Agent:
             self._retries.failed(operation, error, now)
             return
         self._retries.succeeded(operation)
-        self._library.hold(self._peers.versions_to_hold())
+        hold = self._peers.versions_to_hold()
+        self._library.hold(hold)
+        adapters.want(hold)
 
     def _send_taps(self, now: float) -> None:
         peers = [peer for peer in self._peers.all if self._retries.may_try(self._peers.label("tap", peer), now)]

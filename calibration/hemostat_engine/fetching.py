@@ -57,7 +57,7 @@ class Fetcher:
     def _fetch(self, version: str, now: float) -> None:
         """Read one profile, check its digest, and put it into the library."""
         try:
-            profile = CalibrationProfile.from_bytes(self._read(version), version)
+            profile = CalibrationProfile.from_bytes(read_profile(version, self._folder, self._peers), version)
             if not self._library.put(profile):
                 full = InvalidProfileError(f"no room for profile {version}: {MAX_PROFILES} are held")
                 self._retries.failed(version, full, now)
@@ -79,23 +79,24 @@ class Fetcher:
         for peer in self._peers.all:
             peer.next_report = 0.0
 
-    def _read(self, version: str) -> bytes:
-        """The file of a profile: from the folder, else from a replica. FetchError with status 404: not found."""
-        if not VERSION_PATTERN.fullmatch(version):  # it becomes part of a path and of a URL
-            raise InvalidProfileError(f"{version!r} is not a profile version")
-        if self._folder is not None:
-            try:
-                with (self._folder / f"{version}.safetensors").open("rb") as file:
-                    return file.read(MAX_BYTES + 1)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise FetchError(f"profile {version}: {error.strerror}") from None
-        failure = FetchError(f"profile {version} is not in HEMOSTAT_PROFILE_DIR", 404)
-        # The replicas that asked for it come first; if one fails, the next is tried.
-        for peer in sorted(self._peers.all, key=lambda p: not p.wants(version)):
-            try:
-                return peer.client.profile(version)
-            except FetchError as error:
-                failure = error if error.status != 404 or failure.status == 404 else failure
-        raise failure
+
+def read_profile(version: str, folder: Path | None, peers: Peers) -> bytes:
+    """The file of a profile: from the folder, else from a replica. FetchError with status 404: not found."""
+    if not VERSION_PATTERN.fullmatch(version):  # it becomes part of a path and of a URL
+        raise InvalidProfileError(f"{version!r} is not a profile version")
+    if folder is not None:
+        try:
+            with (folder / f"{version}.safetensors").open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise FetchError(f"profile {version}: {error.strerror}") from None
+    failure = FetchError(f"profile {version} is not in HEMOSTAT_PROFILE_DIR", 404)
+    # The replicas that asked for it come first; if one fails, the next is tried.
+    for peer in sorted(peers.all, key=lambda p: not p.wants(version)):
+        try:
+            return peer.client.profile(version)
+        except FetchError as error:
+            failure = error if error.status != 404 or failure.status == 404 else failure
+    raise failure

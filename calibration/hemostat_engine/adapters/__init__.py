@@ -1,14 +1,37 @@
-"""The general plugin: adapters of Hemostat's in vLLM. It does nothing unless HEMOSTAT_ADAPTERS is 1."""
+"""The general plugin: adapters of Hemostat's in vLLM. It does nothing unless HEMOSTAT_ADAPTERS is 1.
+
+An adapter is a profile that vLLM serves as a LoRA adapter under the profile's version.
+
+    install.py     what is changed in vLLM, after a check that it is there
+    environment.py the environment variables
+    resolver.py    in the API server: finds an adapter by its version
+    source.py      fetches it from the admin port, and refuses what does not fit this engine
+    folder.py      the private folder with the files that vLLM loads
+    serving.py     in the API server: unloading also frees the engine's slot
+    slots.py       in the worker: what is loaded, and the slot that is kept free
+    state.py       what the agent reports of it
+    punica.py      on a CPU: the operations that vLLM calls
+    grouped.py     on a CPU: one matrix product for each adapter instead of a copy of its weights for each token
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 
 ENABLED = "HEMOSTAT_ADAPTERS"
 """Environment variable: 1 enables the plugin."""
 
+log = logging.getLogger("hemostat.engine")
+
 
 def register() -> None:
-    """The entry point; vLLM calls it in every process, possibly several times."""
+    """The entry point; vLLM calls it in every process, possibly several times. It never raises."""
     if os.environ.get(ENABLED) != "1":
         return
+    try:
+        from hemostat_engine.adapters.install import install  # noqa: PLC0415 - torch and vLLM only when enabled
+
+        install()
+    except Exception as error:  # noqa: BLE001 - vLLM must start whatever happens here
+        log.warning("adapters are off, vLLM is unchanged: %s: %s", type(error).__name__, error)

@@ -1,0 +1,105 @@
+"""What the plugin changes in vLLM. All names are looked up first: if one is missing, nothing is changed."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+from hemostat_calibration.errors import HemostatError
+from hemostat_engine.adapters import punica
+from hemostat_engine.adapters.environment import AdapterSettings
+from hemostat_engine.adapters.folder import AdapterFolder
+from hemostat_engine.adapters.resolver import NAME, Resolver
+from hemostat_engine.adapters.serving import Serving
+from hemostat_engine.adapters.slots import SlotKeeper
+from hemostat_engine.adapters.source import AdapterSource
+from hemostat_engine.adapters.state import state
+from hemostat_engine.peers import Peers
+from hemostat_engine.settings import Settings
+
+log = logging.getLogger("hemostat.engine")
+
+SERVING_MODULE = "vllm.entrypoints.openai.models.serving"
+_MANAGER_METHODS = (
+    "create_lora_manager",
+    "add_adapter",
+    "remove_adapter",
+    "remove_all_adapters",
+    "_apply_adapters",
+)
+
+_installed = False
+
+
+def install() -> None:
+    """Change vLLM in this process; idempotent. Raises HemostatError before anything is changed."""
+    global _installed  # noqa: PLW0603 - vLLM calls the entry point several times in a process
+    if _installed:
+        return
+    settings, sources = AdapterSettings.from_environment(), Settings.from_environment()
+    resolvers = _module("vllm.lora.resolver", ("LoRAResolver", "LoRAResolverRegistry"))
+    requests = _module("vllm.lora.request", ("LoRARequest",))
+    managers = _module("vllm.lora.worker_manager", ("LRUCacheWorkerLoRAManager",))
+    manager_class = managers.LRUCacheWorkerLoRAManager
+    _check(manager_class, _MANAGER_METHODS)
+    _check(resolvers.LoRAResolverRegistry, ("register_resolver",))
+    serving = Serving()
+    models_class = _models_class()
+    if models_class is not None:
+        _check(models_class, ("unload_lora_adapter",))
+        serving.install(models_class)
+    source = AdapterSource(Peers(sources), AdapterFolder(settings.folder), sources.profile_dir)
+    resolver = Resolver(source, requests.LoRARequest, serving.engine)
+    resolvers.LoRAResolverRegistry.register_resolver(NAME, _resolver_of(resolvers.LoRAResolver, resolver))
+    SlotKeeper(state).install(manager_class)
+    state.grouped = settings.cpu_product and _install_product()
+    _installed = True
+
+
+def _install_product() -> bool:
+    """Replace the CPU's operations; False on other devices, and where this vLLM's are not the known ones."""
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if not platform.is_cpu():
+        return False
+    try:
+        wrappers = _module("vllm.lora.punica_wrapper.punica_cpu", ("PunicaWrapperCPU",))
+        _check(wrappers.PunicaWrapperCPU, punica.METHODS)
+    except HemostatError as error:
+        log.warning("the CPU's LoRA operations stay vLLM's own: %s", error)
+        return False
+    punica.install(wrappers.PunicaWrapperCPU)
+    return True
+
+
+def _models_class() -> Any:
+    """OpenAIServingModels in a process that has imported it, the API server; None in others."""
+    module = sys.modules.get(SERVING_MODULE)
+    return getattr(module, "OpenAIServingModels", None)
+
+
+def _resolver_of(base: Any, resolver: Resolver) -> Any:
+    """An instance of vLLM's abstract class."""
+
+    class HemostatResolver(base):  # type: ignore[misc] # the base is vLLM's
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+            return await resolver.resolve_lora(base_model_name, lora_name)
+
+    return HemostatResolver()
+
+
+def _module(name: str, attributes: tuple[str, ...]) -> Any:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise HemostatError(f"this vLLM has no {name} that can be imported ({error})") from None
+    _check(module, attributes)
+    return module
+
+
+def _check(owner: Any, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        name = getattr(owner, "__name__", type(owner).__name__)
+        raise HemostatError(f"this vLLM's {name} has no {', '.join(missing)}")

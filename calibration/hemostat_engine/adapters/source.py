@@ -1,0 +1,117 @@
+"""Finds an adapter by its version: in the folder, else at the admin port; refuses what does not fit this engine."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hemostat_calibration.errors import HemostatError, InvalidProfileError
+from hemostat_calibration.profiles.adapter import max_rank
+from hemostat_calibration.profiles.families import ADAPTER
+from hemostat_calibration.profiles.peft import peft_files
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_engine.adapters.folder import AdapterFolder
+from hemostat_engine.admin_client import FetchError
+from hemostat_engine.fetching import read_profile
+from hemostat_engine.peers import Peers
+
+log = logging.getLogger("hemostat.engine")
+
+MISSING_SECONDS = 10.0
+"""A version that does not exist or does not fit is not looked for again for this long."""
+RETRY_SECONDS = 1.0
+"""The same after a failure of the admin port or of the disk."""
+MAX_REMEMBERED = 1024
+LOOKUPS_PER_SECOND, MAX_LOOKUPS = 2.0, 16.0
+"""Clients choose the names: on average at most so many fetches a second, at most so many at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What is known of the engine that adapters are for; None: not known, and vLLM itself refuses what does not fit.
+
+    listed: the adapters that the server lists by name.
+    """
+
+    vocab_size: int | None = None
+    max_rank: int | None = None
+    listed: Callable[[], Collection[str]] = field(default=frozenset)
+
+
+class AdapterSource:
+    """`may_look_up` runs on the server's event loop, `find` on one other thread."""
+
+    def __init__(
+        self,
+        peers: Peers,
+        folder: AdapterFolder,
+        profile_dir: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._peers = peers
+        self._folder = folder
+        self._profile_dir = profile_dir
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._not_before: OrderedDict[str, float] = OrderedDict()
+        self._lookups, self._counted_at = MAX_LOOKUPS, clock()
+
+    def may_look_up(self, version: str) -> bool:
+        """False if the version was missing a moment ago, or if too many have been asked for."""
+        now = self._clock()
+        with self._lock:
+            if self._not_before.get(version, now) > now:
+                return False
+            self._lookups = min(MAX_LOOKUPS, self._lookups + (now - self._counted_at) * LOOKUPS_PER_SECOND)
+            self._counted_at = now
+            if self._lookups < 1.0:
+                return False
+            self._lookups -= 1.0
+            return True
+
+    def find(self, version: str, base_model: str, engine: Engine) -> Path | None:
+        """The folder with the adapter's files; None, with one line in the log, if there is none that fits."""
+        path = self._folder.find(version, self._clock())
+        if path is not None:
+            return path
+        self._peers.refresh(self._clock())
+        try:
+            profile = CalibrationProfile.from_bytes(read_profile(version, self._profile_dir, self._peers), version)
+            self._check(profile, engine)
+            files = peft_files(profile, base_model)
+        except FetchError as error:
+            return self._refuse(version, error, MISSING_SECONDS if error.status == 404 else RETRY_SECONDS)
+        except HemostatError as error:
+            return self._refuse(version, error, MISSING_SECONDS)
+        try:
+            return self._folder.write(version, files, engine.listed(), self._clock())
+        except OSError as error:
+            return self._refuse(version, error, RETRY_SECONDS)
+
+    def missing_path(self, name: str) -> Path:
+        """A path at which there is no adapter."""
+        return self._folder.missing(name)
+
+    @staticmethod
+    def _check(profile: CalibrationProfile, engine: Engine) -> None:
+        if profile.family != ADAPTER:
+            raise InvalidProfileError(f"it is of the family {profile.family}, not an adapter")
+        if engine.vocab_size is not None and profile.vocab_size != engine.vocab_size:
+            raise InvalidProfileError(
+                f"it is for a vocabulary of {profile.vocab_size}, this engine's is {engine.vocab_size}"
+            )
+        if engine.max_rank is not None and max_rank(profile) > engine.max_rank:
+            raise InvalidProfileError(f"its rank is {max_rank(profile)}: start vLLM with a higher --max-lora-rank")
+
+    def _refuse(self, version: str, error: Exception, seconds: float) -> None:
+        log.warning("adapter %s is not loaded: %s", version, error)
+        with self._lock:
+            self._not_before[version] = self._clock() + seconds
+            self._not_before.move_to_end(version)
+            while len(self._not_before) > MAX_REMEMBERED:
+                self._not_before.popitem(last=False)
