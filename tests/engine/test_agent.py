@@ -15,11 +15,14 @@ from tests.support.engine_admin import TOKEN, EngineAdmin
 from tests.support.engine_profiles import VOCAB_SIZE, make_contextual, make_profile
 
 from hemostat.engines.api import MAX_TAP_BYTES
+from hemostat.engines.messages import LoraState
 from hemostat_calibration.errors import InvalidArgumentError
 
 torch = pytest.importorskip("torch")
 
+from hemostat_engine import agent as agents  # noqa: E402
 from hemostat_engine import transform  # noqa: E402
+from hemostat_engine.adapters.state import AdapterState  # noqa: E402
 from hemostat_engine.admin_client import AdminClient, FetchError  # noqa: E402
 from hemostat_engine.agent import Agent, Identity  # noqa: E402
 from hemostat_engine.library import Counters, Library  # noqa: E402
@@ -439,3 +442,24 @@ def test_remembered_failures_are_bounded() -> None:
     for i in range(1000):
         retries.failed(str(i), FetchError("down"), 0.0)
     assert len(retries._paused) == len(retries._logged) == 256
+
+
+def test_report_says_which_adapters_are_loaded_and_the_answer_which_are_wanted(
+    admin: EngineAdmin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    state = AdapterState()
+    monkeypatch.setattr(agents, "adapters", state)
+    admin.registry.set_wanted([PROFILE.version])
+    rank = Rank(at(admin))
+    rank.agent.tick(0.0)
+    (report,) = admin.registry.live(0.0)
+    assert (report.adapters, report.lora) == ([], None)
+    assert state.wanted == {PROFILE.version}
+    state.count("adapters_loaded")
+    state.set_loaded(["a" * 32, "own", None], slots=4, max_rank=16)
+    rank.agent.tick(2.0)
+    (report,) = admin.registry.live(0.0)
+    assert report.adapters == ["a" * 32]
+    assert report.lora == LoraState(slots=4, max_rank=16, grouped=False, loaded=3, was_full=False)
+    assert report.counters["adapters_loaded"] == 1

@@ -71,10 +71,6 @@ class AdapterFolder:
         self._held.move_to_end(version)
         return own / version
 
-    def missing(self, name: str) -> Path:
-        """A path in this folder at which there is nothing."""
-        return self._make() / f"missing-{name}"
-
     def close(self) -> None:
         """Remove the folder."""
         if self._own is not None:

@@ -14,6 +14,7 @@ the float32 form rounds once, after the addition.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +76,7 @@ def plan(slots: Sequence[int]) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One slice of a layer with its padding cut off. a: [r, inputs]; b: [outputs, r]; columns `start` to `stop` of y."""
+    """One slice of a layer without its padding. a: [r, inputs]; b: [outputs, r]; columns `start` to `stop` of y."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -85,7 +86,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Float32:
-    """The slices of a layer side by side. a: [inputs, Σ r]; b: [r, outputs] of each slice; columns `start` to `stop`."""
+    """A layer's slices side by side. a: [inputs, Σ r]; b: [r, outputs] of each slice; columns `start` to `stop`."""
 
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
@@ -152,7 +153,7 @@ def read_factors(a: Any, b: Any, slot: int, output_slices: Sequence[int]) -> Fac
         return Factors()
     elements = sum(s.a.numel() + s.b.numel() for s in slices)
     # Side by side only where the slices with factors are neighbours, so that one addition does for all.
-    adjacent = all(left.stop == right.start for left, right in zip(slices, slices[1:], strict=False))
+    adjacent = all(left.stop == right.start for left, right in itertools.pairwise(slices))
     small = None
     if elements <= MAX_FLOAT32_ELEMENTS and adjacent:
         small = Float32(

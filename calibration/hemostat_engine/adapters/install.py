@@ -22,7 +22,7 @@ from hemostat_engine.settings import Settings
 log = logging.getLogger("hemostat.engine")
 
 SERVING_MODULE = "vllm.entrypoints.openai.models.serving"
-_MANAGER_METHODS = (
+MANAGER_METHODS = (
     "create_lora_manager",
     "add_adapter",
     "remove_adapter",
@@ -43,7 +43,7 @@ def install() -> None:
     requests = _module("vllm.lora.request", ("LoRARequest",))
     managers = _module("vllm.lora.worker_manager", ("LRUCacheWorkerLoRAManager",))
     manager_class = managers.LRUCacheWorkerLoRAManager
-    _check(manager_class, _MANAGER_METHODS)
+    _check(manager_class, MANAGER_METHODS)
     _check(resolvers.LoRAResolverRegistry, ("register_resolver",))
     serving = Serving()
     models_class = _models_class()
@@ -55,7 +55,17 @@ def install() -> None:
     resolvers.LoRAResolverRegistry.register_resolver(NAME, _resolver_of(resolvers.LoRAResolver, resolver))
     SlotKeeper(state).install(manager_class)
     state.grouped = settings.cpu_product and _install_product()
+    _log_as_vllm_does()
     _installed = True
+
+
+def _log_as_vllm_does() -> None:
+    """vLLM configures a handler for its own loggers only; warnings of others do not reach the API server's log."""
+    ours = logging.getLogger("hemostat")
+    if not ours.handlers and (handlers := logging.getLogger("vllm").handlers):
+        for handler in handlers:
+            ours.addHandler(handler)
+        ours.propagate = False
 
 
 def _install_product() -> bool:

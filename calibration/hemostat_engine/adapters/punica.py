@@ -25,8 +25,8 @@ def install(wrapper_class: Any) -> None:
     vllm = {name: getattr(wrapper_class, name) for name in METHODS}
 
     def replace(function: Any) -> Any:
-        functools.update_wrapper(function, vllm[function.__name__])
-        setattr(wrapper_class, function.__name__, function)
+        name = function.__name__
+        setattr(wrapper_class, name, functools.update_wrapper(function, vllm[name]))
         return function
 
     @replace
@@ -52,9 +52,7 @@ def install(wrapper_class: Any) -> None:
         if not tokens.groups and tokens.rows == x.shape[0] and named.get("add_inputs", True):
             return
         if tokens.rows != x.shape[0] or not named.get("add_inputs", True):
-            vllm["add_lora_linear"](
-                self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **named
-            )
+            vllm["add_lora_linear"](self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **named)
             return
         if y.ndim != 2:
             y = y.view(-1, y.shape[-1])

@@ -11,13 +11,11 @@ from typing import Any
 
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 from hemostat_engine.adapters.source import AdapterSource, Engine
+from hemostat_engine.adapters.state import PROBE
 
 log = logging.getLogger("hemostat.engine")
 
 NAME = "hemostat"
-PROBE = "0" * 32
-"""Answered without a fetch by an adapter that does not exist: vLLM then says "found but could not be loaded" instead of
-"does not exist", by which `hemostat check` recognizes the plugin."""
 RESOLVE_SECONDS = 30.0
 MAX_WAITING = 8
 """Look-ups at a time; further names are answered as unknown."""
@@ -41,7 +39,7 @@ class Resolver:
         if VERSION_PATTERN.fullmatch(lora_name) is None:
             return None
         if lora_name == PROBE:
-            return self._request(lora_name, str(self._source.missing_path(lora_name)))
+            return self._request(lora_name, f"/hemostat/{lora_name}")
         if not self._source.may_look_up(lora_name) or not self._room.acquire(blocking=False):
             return None
         try:

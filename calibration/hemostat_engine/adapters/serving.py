@@ -38,8 +38,10 @@ class Serving:
         async def unload_and_free(models: Any, request: Any) -> Any:
             lora = models.lora_requests.get(request.lora_name)
             answer = await unload(models, request)
-            if lora is not None and VERSION_PATTERN.fullmatch(lora.lora_name) and (
-                models.lora_requests.get(lora.lora_name) is not lora
+            if (
+                lora is not None
+                and VERSION_PATTERN.fullmatch(lora.lora_name)
+                and (models.lora_requests.get(lora.lora_name) is not lora)
             ):
                 await free(models, lora)
             return answer

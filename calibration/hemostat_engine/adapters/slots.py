@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
-from hemostat_engine.adapters.state import AdapterState
+from hemostat_engine.adapters.state import PROBE, AdapterState
 
 log = logging.getLogger("hemostat.engine")
 
@@ -111,6 +111,8 @@ class SlotKeeper:
             return add(manager, request)
         if request.lora_path == WARM_UP_PATH:
             return add(manager, request)
+        if name == PROBE:
+            raise ValueError("this name belongs to no adapter: hemostat check asks for it")
         self._make_room(manager, ident, name)
         try:
             added = add(manager, request)
@@ -118,9 +120,7 @@ class SlotKeeper:
             self._state.count("adapters_failed")
             if not (self._in_step and is_ours(name)):
                 raise
-            log.warning(
-                "adapter %s: its requests get the model without it: %s: %s", name, type(error).__name__, error
-            )
+            log.warning("adapter %s: its requests get the model without it: %s: %s", name, type(error).__name__, error)
             added = self._stand_in(manager, ident)
             self._failed.add(ident)
         else:

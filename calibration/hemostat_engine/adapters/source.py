@@ -85,17 +85,16 @@ class AdapterSource:
             self._check(profile, engine)
             files = peft_files(profile, base_model)
         except FetchError as error:
-            return self._refuse(version, error, MISSING_SECONDS if error.status == 404 else RETRY_SECONDS)
+            self._refuse(version, error, MISSING_SECONDS if error.status == 404 else RETRY_SECONDS)
+            return None
         except HemostatError as error:
-            return self._refuse(version, error, MISSING_SECONDS)
+            self._refuse(version, error, MISSING_SECONDS)
+            return None
         try:
             return self._folder.write(version, files, engine.listed(), self._clock())
         except OSError as error:
-            return self._refuse(version, error, RETRY_SECONDS)
-
-    def missing_path(self, name: str) -> Path:
-        """A path at which there is no adapter."""
-        return self._folder.missing(name)
+            self._refuse(version, error, RETRY_SECONDS)
+            return None
 
     @staticmethod
     def _check(profile: CalibrationProfile, engine: Engine) -> None:
