@@ -1,4 +1,4 @@
-"""The worker's slots: one stays free, what nobody wants gives way, what is unloaded is gone, nothing ends the engine."""
+"""The slots of a worker: one stays free, what nobody wants gives way, nothing ends the engine."""
 
 from __future__ import annotations
 
