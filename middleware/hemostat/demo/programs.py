@@ -39,6 +39,9 @@ CALIBRATION = {
 """For a run of minutes: propose early and hold out half of the prompts. A small clamp, because the number of requests
 that a proof needs grows with the range of possible gains. Arms of equal size detect a difference soonest. More anchors
 than the model's hidden size (576), so that the features determine the hidden state."""
+ADAPTER = {"enabled": True, "rank": 16, "min_tokens": 2000}
+ADAPTER_SLOTS = 2
+"""One more than the adapters that are loaded at a time: vLLM's operations on a CPU need a free one."""
 POLL_SECONDS = 0.5
 
 
@@ -47,7 +50,18 @@ def vllm_arguments() -> list[str]:
     arguments = ["--dtype", dtype(), "--max-model-len", "4096", "--max-logprobs", str(TOP_K)]
     if on_cpu():
         arguments.append("--enforce-eager")
+    arguments += ["--enable-lora", "--max-loras", str(ADAPTER_SLOTS), "--max-lora-rank", str(ADAPTER["rank"])]
     return [*arguments, "--logits-processors", LOGITS_PROCESSOR]
+
+
+def vllm_environment(admin_url: str, token: str) -> dict[str, str]:
+    """What the plugins in vLLM need."""
+    return {
+        "HEMOSTAT_ADMIN_URL": admin_url,
+        "HEMOSTAT_ADMIN_TOKEN": token,
+        "HEMOSTAT_ADAPTERS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    }
 
 
 def serve_settings(
@@ -61,6 +75,7 @@ def serve_settings(
         "reference": {"backend": "transformers", "model": str(checkpoints.reference.absolute()), "dtype": dtype()},
         "shadow": {"rate": 1.0, "top_k": TOP_K},
         "calibration": dict(CALIBRATION),
+        "adapter": dict(ADAPTER),
         "shutdown_seconds": 5.0,
     }
     if options.force_profile is not None:

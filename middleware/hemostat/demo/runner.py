@@ -33,6 +33,7 @@ from hemostat.demo.programs import (
     serving,
     stopping,
     vllm_arguments,
+    vllm_environment,
     warm_up,
     watch_programs,
 )
@@ -131,7 +132,7 @@ class _Demo:
             SERVED_NAME,
             logs / "vllm.log",
             vllm_arguments(),
-            {"HEMOSTAT_ADMIN_URL": scene.admin_url, "HEMOSTAT_ADMIN_TOKEN": token},
+            vllm_environment(scene.admin_url, token),
         )
         config = scratch / "hemostat.yaml"
         settings = serve_settings(options, checkpoints, vllm.url, data_port, admin_port, token)
@@ -183,8 +184,9 @@ class _Demo:
         if not scene.status:
             return
         self._say(view.status_line(scene))
-        for line in view.kind_lines(scene):
-            self._say(line)
+        for line in [*view.kind_lines(scene), view.adapter_line(scene.status), view.arms_line(scene.status)]:
+            if line:
+                self._say(line)
         if scene.traffic.last_failure:
             self._say(f"last failure: {scene.traffic.last_failure}")
         if self._options.report is not None:

@@ -42,7 +42,7 @@ def report(scene: Scene) -> dict[str, Any]:
     return {
         "requests": requests,
         **{name: status[name] for name in ("tokens_scored", "top_k", "raw", "calibrated", "profile")},
-        **{name: status[name] for name in ("recovered", "arms", "calibration", "learner") if name in status},
+        **{name: status[name] for name in ("recovered", "arms", "calibration", "learner", "adapter") if name in status},
         "decisions": list(scene.decisions),
     }
 
@@ -111,6 +111,45 @@ def kind_lines(scene: Scene) -> list[str]:
     ]
 
 
+def adapter_line(status: Mapping[str, Any]) -> str:
+    """What was made for the engine to add to the model's weights, and whether it may be asked for; "" without it."""
+    adapter = status.get("adapter") or {}
+    if not adapter or adapter["state"] == "off":
+        return ""
+    state = " ".join(filter(None, [f"adapter: {adapter['state']}", adapter["detail"]]))
+    parts = [f"{state}, {adapter['tokens']:,} tokens known"]
+    if built := adapter["last_build"]:
+        parts.append(_built(built))
+    engine, judge = adapter["engine"], adapter["judge"]
+    detail = f" ({engine['detail']})" if engine["detail"] else ""
+    parts.append(f"at the engine {engine['state']}{detail}, {len(engine['ready'])} may be asked for")
+    parts.append(f"{judge['judged']} requests judged exactly")
+    return "; ".join(parts)
+
+
+def _built(built: Mapping[str, Any]) -> str:
+    """Of the last attempt to make one."""
+    if not built.get("version"):
+        return f"the last one failed ({built['outcome']})"
+    held_out = built.get("held_out") or {}
+    share_won = f", {percent(held_out['share'])} of KL won on its own held-out texts" if "share" in held_out else ""
+    size = f"rank {built['rank']}, {built['bytes'] / 1e6:.1f} MB"
+    return f"{built['version'][:8]} from {built['tokens']:,} tokens, {size}, {built['wall_seconds']:.0f} s{share_won}"
+
+
+def arms_line(status: Mapping[str, Any]) -> str:
+    """What clients received, by arm; "" before the first treated request."""
+    arms = status.get("arms", {})
+    kl = {name: (arms.get(name, {}).get("kl_nats_estimate") or {}).get("estimate") for name in ("control", "treated")}
+    if not kl["control"] or kl["treated"] is None:
+        return ""
+    requests = {name: arms[name]["requests"] for name in kl}
+    return (
+        f"what clients received: KL {number(kl['control'])} nats in the control arm ({requests['control']:,} requests), "
+        f"{number(kl['treated'])} in the treated one ({requests['treated']:,}): {kl['treated'] / kl['control']:.2f} times"
+    )
+
+
 def _met_kinds(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [kind for kind in status.get("calibration", {}).get("kinds", []) if kind["requests"]]
 
@@ -147,6 +186,8 @@ def render(scene: Scene) -> RenderableType:
     flow.add_row("serving profile", _profile(profile))
     if learner := status.get("learner"):
         flow.add_row("learner", f"{learner['state']}  {learner['detail']}  {learner['tokens']:,} tokens")
+    if line := adapter_line(status):
+        flow.add_row("adapter", line.removeprefix("adapter: "))
     for kind in _met_kinds(status)[:MAX_KINDS_SHOWN]:
         flow.add_row(kind["kind"], f"{percent(kind['share'])} of the traffic; {kind['summary']}")
     for event in [e for e in scene.decisions if e["decision"] != "propose"][:MAX_DECISIONS_SHOWN]:
