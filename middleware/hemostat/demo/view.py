@@ -143,11 +143,9 @@ def arms_line(status: Mapping[str, Any]) -> str:
     kl = {name: (arms.get(name, {}).get("kl_nats_estimate") or {}).get("estimate") for name in ("control", "treated")}
     if not kl["control"] or kl["treated"] is None:
         return ""
-    requests = {name: arms[name]["requests"] for name in kl}
-    return (
-        f"what clients received: KL {number(kl['control'])} nats in the control arm ({requests['control']:,} requests), "
-        f"{number(kl['treated'])} in the treated one ({requests['treated']:,}): {kl['treated'] / kl['control']:.2f} times"
-    )
+    control, treated = (f"{number(kl[name])} nats ({arms[name]['requests']:,} requests)" for name in kl)
+    times = kl["treated"] / kl["control"]
+    return f"what clients received: KL {control} in the control arm, {treated} in the treated one: {times:.2f} times it"
 
 
 def _met_kinds(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:

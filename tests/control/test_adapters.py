@@ -1,0 +1,270 @@
+"""From captures to treated requests: the real control process's parts, the real process that makes adapters and the real
+copies, between a reference and an engine that compute tiny checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from tests.support import tiny_checkpoints
+from tests.support.captures import capture
+from tests.support.control import control, settings, status_json
+from tests.support.fake_lora import FakeLora
+from tests.support.fake_vllm import FakeVllm, encode, render, running
+from tests.support.learner_world import kl, logprobs
+from tests.support.waiting import until
+
+from hemostat.control import composition
+from hemostat.control.composition import Control
+from hemostat.engines.messages import EngineReport, LoraState
+from hemostat.ipc.messages import REST_KIND, Capture, Policy
+from hemostat.learner.adapters.folders import CheckpointFolders
+from hemostat.models.adapters.copies import Copy
+from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
+from hemostat.reference.references import References
+from hemostat_calibration.adapters.factors import LowRank
+from hemostat_calibration.arrays import Floats, Ids
+from hemostat_calibration.profiles.adapter import adapter_layers, max_rank
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.records import Candidates
+from hemostat_calibration.statistics.split import held_out, prompt_key
+
+V, D = tiny_checkpoints.VOCAB, tiny_checkpoints.HIDDEN
+PROMPT, TOKENS, K = 4, 16, 8
+HELD_OUT = 0.5
+
+
+class CopyReference:
+    """The uncompressed checkpoint, as a reference in process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.copy = Copy.load(folder)
+        self.hidden_for: list[bytes] = []
+
+    async def start(self) -> ReferenceInfo:
+        digest = checkpoint_digest(str(self.folder), None)
+        return ReferenceInfo(str(self.folder), digest, "float32", V, True, D, "", self.folder)
+
+    async def score(
+        self,
+        prompt: Ids,
+        output: Ids,
+        ids: Ids,
+        profiles: tuple[CalibrationProfile, ...] = (),
+        codes: Mapping[str, Any] = NO_CODES,
+        hidden: bool = False,
+        *,
+        reshaped: bool = False,
+        adapter: str = "",
+    ) -> ReferenceScores:
+        states = self.copy.hidden(np.concatenate([prompt, output[:-1]]))[-len(output) :]
+        log_r = logprobs(self.copy.head_logits(states))
+        rows = np.arange(len(output))[:, None]
+        best = np.argsort(-log_r, 1)[:, :K].astype(np.int32)
+        if hidden:
+            self.hidden_for.append(prompt_key(prompt))
+        return ReferenceScores(
+            at=np.where(ids >= 0, log_r[rows, np.maximum(ids, 0)], np.nan),
+            top=Candidates(best, log_r[rows, best]),
+            emitted=log_r[rows[:, 0], output],
+            entropy=-(np.exp(log_r) * log_r).sum(1),
+            expected_shift={p.version: np.full(len(output), np.nan) for p in profiles},
+            hidden=states if hidden else None,
+        )
+
+    async def adapters(self) -> frozenset[str]:
+        return frozenset()
+
+    async def tokenize(self, text: str) -> list[int]:
+        return encode(text)
+
+    async def render(self, messages: list[dict[str, str]]) -> list[int]:
+        return render(messages)
+
+    async def close(self) -> None:
+        return
+
+
+@dataclass
+class CopyVllm(FakeVllm):
+    """An engine that serves the compressed checkpoint."""
+
+    copy: Copy | None = None
+    layers: dict[str, dict[str, LowRank]] = field(default_factory=dict)
+    """Of the adapters that its resolver finds."""
+
+    def logprobs(self, context: list[int], adapter: str | None = None) -> Floats:
+        assert self.copy is not None
+        return logprobs(self.copy.logits(context, None if adapter is None else self.layers[adapter])[-1:])[0]
+
+
+class World:
+    def __init__(self, one: Control, engine: CopyVllm, reference: CopyReference) -> None:
+        self.one = one
+        self.engine = engine
+        self.reference = reference
+        self.told: list[Policy] = []
+        self.boot = "boot"
+        self._seed = 0
+        one.link.set_policy = self.told.append  # type: ignore[method-assign]
+
+    async def reports(self) -> None:
+        """As the engine's agent does; its resolver finds every adapter that is known."""
+        assert self.engine.lora is not None
+        lora, known = self.engine.lora, self.one.profile_manager
+        while True:
+            for version in known.lifecycle.adapter_versions():
+                if version not in self.engine.layers:
+                    profile = known.catalogue[version]
+                    self.engine.layers[version] = adapter_layers(profile)
+                    lora.resolves[version] = max_rank(profile)
+            state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
+            report = EngineReport(self.boot, 0, 1, [], V, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
+            self.one.engines.report(report, time.monotonic())
+            await asyncio.sleep(0.02)
+
+    def serve(self) -> Capture:
+        """One request, answered by what the last policy says for its arm. Its tokens are random ones."""
+        self._seed += 1
+        drawn = np.random.default_rng(self._seed)
+        ids = drawn.integers(0, V, PROMPT + TOKENS).astype(np.int32)
+        policy = self.told[-1]
+        wanted = policy.serving_by_kind.get(REST_KIND)
+        available = wanted is not None and wanted in policy.acknowledged
+        treated = available and drawn.random() >= policy.control_fraction
+        adapter = wanted if treated and wanted in policy.adapters else None
+        assert self.engine.copy is not None
+        layers = None if adapter is None else self.engine.layers[adapter]
+        log_c = logprobs(self.engine.copy.logits(ids[:-1], layers)[-TOKENS:])
+        output, rows = ids[PROMPT:], np.arange(TOKENS)
+        best = np.full((TOKENS, K + 1), -1, "<i4")
+        best[:, :K] = np.argsort(-log_c, 1)[:, :K]
+        values = np.take_along_axis(log_c, np.maximum(best, 0).astype(int), 1)
+        absent = ~(best == output[:, None]).any(1)
+        best[absent, K], values[absent, K] = output[absent], log_c[rows, output][absent]
+        values[best < 0] = -np.inf
+        return msgspec.structs.replace(
+            capture(f"r{self._seed}"),
+            model="fake",
+            requested=adapter,
+            adapter=adapter,
+            arm="treated" if treated else "control" if available else "none",
+            prompt_token_ids=ids[:PROMPT].astype("<i4").tobytes(),
+            output_token_ids=output.astype("<i4").tobytes(),
+            top_k=K,
+            candidate_ids=best.tobytes(),
+            candidate_logprobs=values.astype("<f4").tobytes(),
+            emitted_logprobs=log_c[rows, output].astype("<f4").tobytes(),
+            captured_at=time.monotonic(),
+        )
+
+    async def requests(self, count: int) -> None:
+        """That many more, all of them to their end."""
+        pipeline = self.one.pipeline
+        for _ in range(count):
+            self.one.pipeline.receive(self.serve())
+        await until(lambda: pipeline.pending == 0 and not pipeline.distances.waiting, 60)
+        self.one.policy.publish()
+
+    async def until(self, condition: Any, requests: int) -> None:
+        """Requests until it is so, at most that many."""
+        for _ in range(0, requests, 10):
+            if condition():
+                return
+            await self.requests(10)
+        assert condition(), status_json(self.one)["adapter"]
+
+
+@asynccontextmanager
+async def world(folder: Path, monkeypatch: pytest.MonkeyPatch, **adapter: Any) -> AsyncIterator[World]:
+    monkeypatch.setattr(composition, "PERIODIC_SECONDS", 0.05)
+    folders: CheckpointFolders = tiny_checkpoints.make_pair(folder)
+    reference = CopyReference(folders.reference)
+    monkeypatch.setattr(composition, "make_references", lambda _: References(reference))
+    fake = CopyVllm(lora=FakeLora(), root=str(folders.compressed), copy=Copy.load(folders.compressed))
+    async with running(fake) as server:
+        made = settings(
+            server.url,
+            reference={"backend": "transformers", "model": str(folders.reference)},
+            calibration={
+                "mode": "auto",
+                "min_tokens": 10**6,
+                "held_out_fraction": HELD_OUT,
+                "control_fraction": 0.5,
+            },
+            adapter={"enabled": True, "rank": 4, "min_tokens": 600, "max_tokens": 600, **adapter},
+        )
+        async with control(folder, made, loops=True) as one:
+            made_world = World(one, fake, reference)
+            tasks = [asyncio.create_task(loop) for loop in (*one.adapters.loops(), made_world.reports())]
+            try:
+                await until(lambda: one.monitor.state == "ready", 20)
+                one.policy.publish()
+                yield made_world
+                assert not any(task.done() for task in tasks), tasks
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, monkeypatch) as w:
+        one, adapters, profiles = w.one, w.one.adapters, w.one.profile_manager
+        assert status_json(one)["adapter"]["state"] == "collecting"
+        await w.until(lambda: adapters.learner.tokens >= 600, 200)
+        await until(lambda: bool(profiles.lifecycle.adapter_versions()), 60)
+        (version,) = profiles.lifecycle.adapter_versions()
+        await until(lambda: adapters.judge.state == "ready" and version in adapters.host.ready, 60)
+        built = status_json(one)["adapter"]["last_build"]
+        assert built["outcome"] == "proposed"
+        assert built["version"] == version
+        assert built["held_out"]["share"] > 0.3
+        await w.until(lambda: profiles.serving.version_by_kind.get(REST_KIND) == version, 400)
+        (promoted,) = [e for e in profiles.report.listing()["events"] if e["decision"] == "promote"]
+        assert promoted["version"] == version
+        assert promoted["evidence"]["figure"] == "total_variation"
+        assert w.told[-1].adapters == {version: False}
+        assert version in w.told[-1].acknowledged
+        # Clients of the treated arm get what is closer to the reference.
+        await w.requests(40)
+        arms = status_json(one)["arms"]
+        assert arms["treated"]["requests"] >= 10
+        assert arms["treated"]["total_variation"] < 0.8 * arms["control"]["total_variation"]
+        # Only held-out units were judged, and asked hidden states for.
+        assert w.reference.hidden_for
+        assert all(held_out(key, HELD_OUT) for key in w.reference.hidden_for)
+        assert adapters.judge.judged == len(w.reference.hidden_for)
+        # The engine starts again: nothing is asked for before it is loaded and probed again.
+        assert w.engine.lora is not None
+        w.boot = "again"
+        w.engine.lora.restart()
+        await until(lambda: version not in adapters.host.ready, 20)
+        one.policy.publish()
+        assert version not in w.told[-1].acknowledged
+        await until(lambda: version in adapters.host.ready, 60)
+        # Turned off, both processes end, and nothing is asked for.
+        await one.actions.set_mode("off")
+        await until(lambda: adapters.judge.loaded is None and adapters.learner.builder_pid is None, 30)
+        assert status_json(one)["adapter"]["state"] == "off"
+        assert status_json(one)["adapter"]["judge"]["state"] == "off"
+        assert REST_KIND not in w.told[-1].serving_by_kind
+
+
+def test_the_pair_is_worth_correcting(tmp_path: Path) -> None:
+    folders = tiny_checkpoints.make_pair(tmp_path)
+    ids = np.random.default_rng(0).integers(0, V, 50)
+    log_r, log_c = (logprobs(Copy.load(f).logits(ids)) for f in (folders.reference, folders.compressed))
+    assert kl(log_r, log_c) > 0.3
