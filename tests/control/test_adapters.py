@@ -1,5 +1,5 @@
-"""From captures to treated requests: the real control process's parts, the real process that makes adapters and the real
-copies, between a reference and an engine that compute tiny checkpoints."""
+"""From captures to treated requests: the real control process's parts and the real processes of adapters, between a
+reference and an engine that compute tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -227,7 +227,11 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         await w.until(lambda: adapters.learner.tokens >= 600, 200)
         await until(lambda: bool(profiles.lifecycle.adapter_versions()), 60)
         (version,) = profiles.lifecycle.adapter_versions()
-        await until(lambda: adapters.judge.state == "ready" and version in adapters.host.ready, 60)
+        try:
+            await until(lambda: adapters.judge.state == "ready" and version in adapters.host.ready, 60)
+        except TimeoutError:
+            print(status_json(one)["adapter"]["judge"], status_json(one)["adapter"]["engine"])
+            raise
         built = status_json(one)["adapter"]["last_build"]
         assert built["outcome"] == "proposed"
         assert built["version"] == version

@@ -77,7 +77,7 @@ class Adapters:
         self._profiles = profiles
         self._monitor = monitor
         self._on_change = on_change
-        self.learner = AdapterLearner(settings.adapter, profiles.proposals, on_change, clock=clock)
+        self.learner = AdapterLearner(settings.adapter, profiles.proposals, self._built, clock=clock)
         self.judge = AdapterJudge(profiles.catalogue.get, on_change)
         self.host = AdapterHost(
             settings,
@@ -91,6 +91,12 @@ class Adapters:
         )
         if settings.adapter.enabled:
             profiles.serving.max_adapters = 0  # until the engines' slots are known
+
+    def _built(self) -> None:
+        """It is tested: the copies are needed, and take a while to load."""
+        if self._profiles.lifecycle.adapter_versions():
+            self.judge.need()
+        self._on_change()
 
     def _host_changed(self) -> None:
         self._profiles.serving.max_adapters = self.host.capacity or 0

@@ -180,7 +180,7 @@ class AdapterJudge:
         return True
 
     def _refusal(self, record: TokenRecord) -> JudgeDropReason | None:
-        self._need()
+        self.need()
         if self.state is not JudgeState.READY:
             return JudgeDropReason.NOT_READY
         if self.wants_hidden_states and record.reference_hidden is None:
@@ -206,7 +206,7 @@ class AdapterJudge:
 
         JudgeUnavailable.
         """
-        self._need()
+        self.need()
         if self.state is not JudgeState.READY:
             raise JudgeUnavailable(f"the copies are {self.state}: {self.detail}" if self.detail else f"{self.state}")
         if version is not None and self._profile(version) is None:
@@ -225,7 +225,8 @@ class AdapterJudge:
             raise JudgeUnavailable(getattr(found, "message", "") or "the copies' process ended")
         return np.frombuffer(found.logprobs, "<f4").astype(np.float32)
 
-    def _need(self) -> None:
+    def need(self) -> None:
+        """It will be asked soon: load the copies."""
         if self._target is not None and not self._needed:
             self._needed = True
             self._wake.set()
