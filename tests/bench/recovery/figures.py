@@ -18,6 +18,7 @@ from hemostat_engine.transform import HeldProfile, apply_to_rows
 
 from .engine import Written, one_thread_each
 from .log import say
+from .prompts import open_ended
 
 IDENTITY = "identity"
 RESAMPLES = 2000
@@ -159,3 +160,12 @@ def row(
         "top1_up": top1,
         "top1_up_ci95": [top1_low, top1_high],
     }
+
+
+def groups(texts: Sequence[Written]) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+    """Number of the prompt and of its topic, for every token, int [T]."""
+    topic_of = {p.text: p.topic for p in open_ended()}
+    topics = sorted({topic_of[text.ask.text] for text in texts})
+    sizes = [len(text.output) for text in texts]
+    number = [topics.index(topic_of[text.ask.text]) for text in texts]
+    return np.repeat(np.arange(len(texts)), sizes), np.repeat(number, sizes)
