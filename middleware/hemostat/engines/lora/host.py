@@ -388,7 +388,7 @@ class AdapterHost:
         if ready:
             self._set(HostState.READY, ready, capacity)
         elif present:
-            self._set(HostState.WAITING, {}, self.capacity, "a probe has not passed yet")
+            self._set(HostState.WAITING, {}, self.capacity, f"a probe has not passed yet: {self._probes.last}")
         else:
             why = next(iter((self._failures | self._rejected).values()), "")
             self._set(HostState.UNUSABLE if why else HostState.LOADING, {}, 0 if why else self.capacity, why)

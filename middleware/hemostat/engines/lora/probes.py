@@ -36,6 +36,8 @@ class Probes:
         self._clock = clock
         self._counts: Counter[tuple[str, str]] = Counter()
         self._details: dict[str, str] = {}
+        self.last = ""
+        """The last verdict, or why there was none."""
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -142,7 +144,7 @@ class Probes:
         level = logging.ERROR if result == FAILED else logging.INFO if result == PASSED else logging.WARNING
         if result != WAITING or self._details.get(probe) != detail:
             log.log(level, "adapters: %s probe %s: %s", probe, result, detail)
-        self._details[probe] = detail
+        self._details[probe] = self.last = detail
 
     def report(self) -> dict[str, Any]:
         """JSON-ready: the last verdict of each probe, and how many there were of each result."""
