@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ transformers = pytest.importorskip("transformers")
 
 from hemostat.models.adapters import distil as module  # noqa: E402
 from hemostat.models.adapters.activations import make_batches  # noqa: E402
+from hemostat.models.adapters.build import BuildOptions, build  # noqa: E402
 from hemostat.models.adapters.copies import Copy  # noqa: E402
 from hemostat.models.adapters.errors import AdaptError  # noqa: E402
+from hemostat.models.adapters.pair import CheckpointPair  # noqa: E402
+from hemostat.models.adapters.parts import Parts  # noqa: E402
 from hemostat.models.adapters.skeleton import CopyLinear  # noqa: E402
 from hemostat.models.adapters.texts import Text  # noqa: E402
 from hemostat_calibration.adapters.correction import low_rank  # noqa: E402
@@ -25,7 +29,7 @@ Pair = tuple[Copy, Copy]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A random model, and the same with an error in its weights."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -40,13 +44,18 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         tie_word_embeddings=True,
     )
     model = transformers.LlamaForCausalLM(config)
-    folders = [tmp_path_factory.mktemp(name) for name in ("reference", "compressed")]
-    model.save_pretrained(folders[0])
+    found = [tmp_path_factory.mktemp(name) for name in ("reference", "compressed")]
+    model.save_pretrained(found[0])
     with torch.no_grad():
         for linear in model.modules():
             if isinstance(linear, torch.nn.Linear) and linear is not model.lm_head:
                 linear.weight += 0.15 * torch.randn_like(linear.weight)
-    model.save_pretrained(folders[1])
+    model.save_pretrained(found[1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(folders: list[Path]) -> Pair:
     reference, compressed = (Copy.load(folder, dtype="float32") for folder in folders)
     return reference, compressed
 
@@ -150,7 +159,15 @@ def test_a_rate_that_is_too_high_leaves_the_start(pair: Pair) -> None:
     assert found.layers is start
     assert found.kl == found.kl_start
     assert [trial.complete for trial in found.trials] == [False, False]
-    assert all(trial.kl > found.kl_start for trial in found.trials)
+    assert all(trial.kl is None or trial.kl > found.kl_start for trial in found.trials)
+
+
+def test_factors_that_are_no_longer_finite_leave_the_start(pair: Pair) -> None:
+    start = plain_start(pair)
+    found = distilled(pair, start, texts(20), rates=(1e30,))
+    assert found.layers is start
+    assert [trial.kl for trial in found.trials] == [None]
+    json.dumps(found.report(), allow_nan=False)
 
 
 def test_the_next_rate_is_tried_after_a_part_of_the_pass(pair: Pair) -> None:
@@ -172,6 +189,36 @@ def test_twice_the_same_is_the_same(pair: Pair) -> None:
     assert [layer.a.tobytes() for layer in one.layers.values()] == [layer.a.tobytes() for layer in two.layers.values()]
     other = distilled(pair, plain_start(pair), texts(20), rates=(1e-2,), seed=1)
     assert one.kl != other.kl
+
+
+def test_the_profile_of_the_distilled_adapter(pair: Pair, folders: list[Path]) -> None:
+    """Another version with the same ranks; from kept parts the same again, without training."""
+    checkpoints = CheckpointPair.open(*folders, dtype="float32")
+    given, parts = texts(300, length=20), Parts(None)
+    built = build(checkpoints, given, BuildOptions(rank=1, metric="diagonal"))
+    found = module.distilled(checkpoints, built, given, parts, rates=(3e-2,))
+    report = found.report["distilled"]
+    assert report["improved"]
+    assert found.report["version"] == found.profile.version != built.profile.version
+    assert found.report["method"].startswith(f"distilled on {report['tokens']} tokens; start: training-free")
+    assert found.profile.metadata["method"] == found.report["method"]
+    assert {n: layer.rank for n, layer in found.layers.items()} == {n: layer.rank for n, layer in built.layers.items()}
+    assert found.report["seconds"] > built.report["seconds"]
+    seen: list[int] = []
+    again = module.distilled(checkpoints, built, given, parts, progress=lambda stage, done, total: seen.append(done))
+    assert again.profile == found.profile
+    assert seen == []
+    assert "CPU-seconds" in module.summary_line(report)
+
+
+def test_too_few_texts_are_a_note(pair: Pair, folders: list[Path]) -> None:
+    checkpoints = CheckpointPair.open(*folders, dtype="float32")
+    given = texts(7, length=30)
+    built = build(checkpoints, given, BuildOptions(rank=1, metric="diagonal"))
+    found = module.distilled(checkpoints, built, given, Parts(None))
+    assert found.profile == built.profile
+    assert found.report["distilled"] is None
+    assert found.report["notes"][-1].startswith("not distilled: 7 different prompts")
 
 
 def test_the_fold_is_of_other_prompts() -> None:

@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_integer, default=128, metavar="N", help="generated per prompt (128)"
     )
+    parser.add_argument(
+        "--distil",
+        action="store_true",
+        help="train it further on REFERENCE's predictions of the same texts, with both models whole in memory; kept "
+        "only where some of the texts, which it is not trained on, improve",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device (cpu)")
     parser.add_argument("--model", default="", metavar="NAME", help="served name that the profile is for (any)")

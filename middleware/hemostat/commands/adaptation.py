@@ -58,6 +58,7 @@ class AdaptOptions:
     tokens: int = 16_000
     held_out: float = 0.25
     max_new_tokens: int = 128
+    distil: bool = False
     seed: int = 0
     device: str = "cpu"
     model: str = ""
@@ -143,6 +144,12 @@ def _build(
     reporter.log(f"learning from {tokens} tokens of {len(parted.learn)} texts")
     parts = Parts(work)
     built = build(pair, parted.learn, build_options, parts, reporter.step)
+    if options.distil:
+        from hemostat.models.adapters.distil import distilled, summary_line  # noqa: PLC0415
+
+        built = distilled(pair, built, parted.learn, parts, seed=options.seed, progress=reporter.step)
+        if built.report["distilled"] is not None:
+            reporter.log(summary_line(built.report["distilled"]))
     if parted.held_out:
         built, _ = judged(pair, built, parted.held_out, parts, reporter.step)
     return built

@@ -13,22 +13,27 @@ activations of one batch. Unlike the training-free adapter it does not run layer
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from hemostat.models.adapters.activations import Batch, logits, make_batches
+from hemostat.models.adapters.build import Built, peak_mib
 from hemostat.models.adapters.copies import Adapter, Copy
 from hemostat.models.adapters.errors import AdaptError
+from hemostat.models.adapters.pair import CheckpointPair
+from hemostat.models.adapters.parts import Parts
 from hemostat.models.adapters.skeleton import set_factors
 from hemostat.models.adapters.solve import Progress
 from hemostat.models.adapters.texts import Text
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.adapters.int8 import dequantize_rows, quantize_rows
+from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
 
 DISTILLATION = "distillation"
 """Stage of `Progress`: tokens that were trained on, of all rates."""
@@ -48,17 +53,24 @@ MAX_FOLD_TOKENS = 4096
 _FLOAT32_BYTES = 4
 _COPIES_OF_FACTORS = 5
 
+_PART = "distilled"
+
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class TooFewTextsError(AdaptError):
+    """No fold can be left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one rate reached. kl: mean of the fold's tokens after the last step, nats. complete: all of the pass."""
+    """What one rate reached. kl: mean of the fold's tokens after the last step, nats; None where factors are no longer
+    finite. complete: all of the pass."""
 
     rate: float
     tokens: int
     steps: int
-    kl: float
+    kl: float | None
     complete: bool
 
 
@@ -104,7 +116,7 @@ def distil(
     The fold is about `FOLD_FRACTION` of the texts by their unit, always the same ones. It improves where the mean gain
     of its texts is above one standard error. seed: of the order of the texts. step_positions: of one step of
     the optimiser. Deterministic on one machine.
-    AdaptError where there are too few texts, or the models have other vocabularies.
+    TooFewTextsError; AdaptError where the models have other vocabularies.
     """
     if reference.vocab_size != compressed.vocab_size:
         raise AdaptError(
@@ -124,7 +136,7 @@ def distil(
             factors, more_steps, more_tokens = run.resume()
             steps, tokens = steps + more_steps, tokens + more_tokens
             found = _fold_kl(reference, compressed, fold, judged, factors)
-        trials.append(Trial(rate, tokens, steps, _mean(found), complete))
+        trials.append(Trial(rate, tokens, steps, _mean(found) if np.isfinite(found).all() else None, complete))
         if complete and _improves(before, found):
             best, after = factors, found
             break
@@ -141,6 +153,69 @@ def distil(
         seconds=time.monotonic() - clock,
         cpu_seconds=time.process_time() - processor,
         memory_mib=memory_bytes(reference, compressed, start) / (1 << 20),
+    )
+
+
+def distilled(
+    pair: CheckpointPair,
+    built: Built,
+    texts: Sequence[Text],
+    parts: Parts,
+    seed: int = 0,
+    rates: Sequence[float] = RATES,
+    progress: Progress = lambda stage, done, total: None,
+) -> Built:
+    """`built` after `distil` on the same `texts`, with `distilled` in the report: `Distilled.report()`, or None with a
+    note where there are too few texts. The profile is unchanged where the fold did not improve.
+
+    Both models are loaded whole. The result is kept in `parts`. Raises AdaptError, WorkFolderError.
+    """
+    kept = parts.get(_PART)
+    if kept is None:
+        device = str(pair.skeleton.device)
+        reference, compressed = (Copy.load(c.folder, device, label=c.label) for c in (pair.reference, pair.compressed))
+        try:
+            found = distil(reference, compressed, built.layers, texts, seed=seed, rates=rates, progress=progress)
+        except TooFewTextsError as error:
+            notes = [*built.report["notes"], f"not distilled: {error}"]
+            return replace(built, report=built.report | {"distilled": None, "notes": notes})
+        layers, report = found.layers, found.report()
+        kept = {"report": torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)}
+        for name, layer in layers.items():
+            kept |= {f"{name}|a": torch.from_numpy(layer.a), f"{name}|b": torch.from_numpy(layer.b)}
+        parts.put(_PART, kept)
+    else:
+        report = json.loads(kept["report"].numpy().tobytes())
+        names = [name.removesuffix("|a") for name in kept if name.endswith("|a")]
+        layers = {name: LowRank(kept[f"{name}|a"].numpy(), kept[f"{name}|b"].numpy()) for name in names}
+    profile = built.profile
+    if report["improved"]:
+        method = f"distilled on {report['tokens']} tokens; start: {profile.metadata['method']}"
+        profile = adapter_profile(
+            model=profile.model,
+            vocab_size=profile.vocab_size,
+            layers=layers,
+            metadata=dict(profile.metadata) | {"method": method},
+        )
+    changes = {
+        "version": profile.version,
+        "method": profile.metadata["method"],
+        "distilled": report,
+        "seconds": built.report["seconds"] + report["seconds"],
+        "cpu_seconds": built.report["cpu_seconds"] + report["cpu_seconds"],
+        "peak_mib": peak_mib(),
+    }
+    return Built(profile, built.report | changes, adapter_layers(profile))
+
+
+def summary_line(report: Mapping[str, Any]) -> str:
+    """For people, from `Distilled.report()`."""
+    outcome = "improved the fold" if report["improved"] else "the start is kept"
+    return (
+        f"distillation: {outcome}: KL {report['kl_start']:.4f} -> {report['kl']:.4f} nats on "
+        f"{report['fold_tokens']} tokens of {report['fold_texts']} texts; trained on {report['tokens']} tokens, "
+        f"{report['seconds']:.0f} s, {report['cpu_seconds']:.0f} CPU-seconds, "
+        f"{report['memory_mib']:.0f} MiB of models and factors"
     )
 
 
@@ -247,7 +322,7 @@ def _split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
     keys = sorted({text.key for text in texts}, key=lambda key: hashlib.sha256(b"fold" + key).digest())
     count = max(MIN_FOLD_TEXTS, round(FOLD_FRACTION * len(keys)))
     if len(keys) < 2 * MIN_FOLD_TEXTS:
-        raise AdaptError(
+        raise TooFewTextsError(
             f"{len(keys)} different prompts: distillation needs {2 * MIN_FOLD_TEXTS} or more, some of which decide "
             "whether it helped"
         )
@@ -310,7 +385,10 @@ def _divergences(
 def _fold_kl(
     reference: Copy, compressed: Copy, texts: Sequence[Text], batches: Sequence[Batch], layers: Adapter
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """By text, float64 [texts, 2]: sum of the KL of its tokens, nats, and their number; with the factors from int8."""
+    """By text, float64 [texts, 2]: sum of the KL of its tokens, nats, and their number; with the factors from int8. NaN
+    where the factors are not finite."""
+    if not all(np.isfinite(layer.a).all() and np.isfinite(layer.b).all() for layer in layers.values()):
+        return np.full((len(texts), 2), np.nan)
     found = np.zeros((len(texts), 2))
     served = {name: _rounded(layer) for name, layer in layers.items()}
     with torch.no_grad(), compressed.adapted(served):

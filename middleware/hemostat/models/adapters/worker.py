@@ -140,6 +140,10 @@ def _run(folder: Path) -> str:
     with WorkFolder(folder / "work", key, "adapt", "job") as work:
         parts = Parts(work)
         built = build(pair, learn, options, parts, progress)
+        if asked.distil:
+            from hemostat.models.adapters.distil import distilled  # noqa: PLC0415  torch
+
+            built = distilled(pair, built, learn, parts, seed=asked.seed, progress=progress)
         if held:
             built, _ = judged(pair, built, held, parts, progress)
         _replace(folder / PROFILE_FILE, built.profile.to_bytes())
