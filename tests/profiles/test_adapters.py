@@ -298,6 +298,54 @@ def test_no_more_adapters_serve_than_engines_have_slots_for() -> None:
     assert observing.profiles.serving.selected == would, "in observe nothing is loaded"
 
 
+def two_kinds(shares: Mapping[str, float]) -> tuple[Judging, str, str]:
+    """An adapter serves two kinds, the first of which has this share of the traffic, and the engine has one slot."""
+    judging = Judging({})
+    judging.profiles.serving.max_adapters = 1
+    first = judging.propose(1, TOKENS, 0.3)
+    for _ in range(400):
+        kind = min(shares, key=lambda name: judging.profiles.kinds.table.seen(name) / shares[name])
+        judging.feed(1, kind=kind)
+        if set(judging.profiles.serving.selected_by_kind) >= set(shares):
+            break
+    assert set(judging.profiles.serving.versions) == {first}
+    return judging, first, judging.propose(2, 4 * TOKENS, 0.9)
+
+
+@pytest.mark.parametrize(("share", "taken"), [(0.7, True), (0.2, False)])
+def test_a_better_adapter_takes_the_slot_where_it_is_proven_in_most_of_the_others_traffic(
+    share: float, taken: bool
+) -> None:
+    one, two = "chat text greedy", "chat text sampled"
+    judging, first, second = two_kinds({one: share, two: 1.0 - share})
+    if not taken:
+        summary = ""
+        for _ in range(60):
+            judging.feed(1, kind=one)
+            kinds = {kind["kind"]: kind for kind in judging.bench.status()["kinds"]}
+            summary = kinds[one]["candidates"][0]["summary"]
+            if summary.startswith("proven"):
+                break
+        assert summary == "proven, but 1 other adapters serve, as many as engines have slots for"
+        assert judging.profiles.serving.selected_by_kind == {one: first, two: first}
+        return
+    judging.feed(150, kind=one)
+    assert judging.profiles.serving.selected_by_kind == {one: second}
+    lost = judging.bench.last("roll_back")
+    assert (lost["reason"], lost["kind"], lost["version"]) == ("slot", two, first)
+    assert judging.evidence(second, two).units == 0
+    judging.feed(150, kind=two)
+    assert judging.profiles.serving.selected_by_kind == {one: second, two: second}
+
+
+def test_no_slot_is_taken_from_an_adapter_that_an_operator_chose() -> None:
+    one, two = "chat text greedy", "chat text sampled"
+    judging, first, _ = two_kinds({one: 0.7, two: 0.3})
+    judging.profiles.operator.pin(first, two)
+    judging.feed(150, kind=one)
+    assert judging.profiles.serving.selected_by_kind == {one: first, two: first}
+
+
 # --- operators, restarts, what is shown ------------------------------------------------------------------------------
 
 

@@ -56,6 +56,8 @@ class Reason(StrEnum):
     UNSUPPORTED = "unsupported"
     OUTCOMES = "outcomes"
     """It harms what people notice of the answers, by more than the margin."""
+    SLOT = "slot"
+    """An adapter that is better in most of its traffic takes its slot in the engine."""
     EVICTED = "evicted"
     """Another kind of traffic is more frequent and is followed instead."""
     PROBE = "probe"
@@ -75,6 +77,7 @@ REASONS: Mapping[Decision, tuple[Reason, ...]] = {
         Reason.OUTCOMES,
         Reason.PROBE,
         Reason.OPERATOR,
+        Reason.SLOT,
         Reason.EVICTED,
         Reason.OTHER_MODEL,
     ),

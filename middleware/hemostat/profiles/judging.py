@@ -171,14 +171,31 @@ class Judge:
         """Of those that are proven here, and may serve, promote the one with the largest gain."""
         if self._serving.kinds[kind].pinned:
             return
-        proven = [
-            candidate
-            for candidate in candidates
-            if self._trials.promotes(candidate, kind) and self._serving.has_room(candidate.version, {kind})
-        ]
-        if proven:
-            best = max(proven, key=lambda candidate: self._trials.evidence(candidate, kind).mean_gain)
+        proven = [candidate for candidate in candidates if self._trials.promotes(candidate, kind)]
+        fitting = [candidate for candidate in proven if self._serving.has_room(candidate.version, {kind})]
+        if fitting:
+            best = max(fitting, key=lambda candidate: self._trials.evidence(candidate, kind).mean_gain)
             self._lifecycle.promote(best, kind)
+            return
+        for candidate in proven:
+            if self._take_slot(candidate):
+                return
+
+    def _take_slot(self, candidate: Candidate) -> bool:
+        """Whether an adapter that no slot is free for took that of another one: of one most of whose traffic it is
+        proven better in. The kinds in which it is not go back to identity, and it is tested there against that."""
+        running = self._trials.running_kinds(candidate)
+        proven = {kind for kind in running if self._trials.promotes(candidate, kind)}
+        lost = self._serving.slot_for(candidate.version, proven)
+        if lost is None:
+            return False
+        for kind in sorted(lost - proven):
+            why = f"{candidate.version[:8]}, which is better in most of its traffic, takes its slot in the engine"
+            self._lifecycle.roll_back(kind, Reason.SLOT, why, {})
+        for kind in sorted(proven):
+            if not self._serving.kinds[kind].pinned:
+                self._lifecycle.promote(candidate, kind)
+        return True
 
     def _give_way(self, candidate: Candidate) -> None:
         """Drop a candidate that is not proven anywhere after many units, where others wait. Units that were refused for

@@ -189,6 +189,23 @@ class ServingState:
             else None
         )
 
+    def slot_for(self, version: str, proven: Collection[str]) -> set[str] | None:
+        """The kinds served by the adapter whose slot another one may take that is proven better in `proven`: more than
+        half of its held-out units are of these. None where there is no such adapter, or an operator chose it."""
+        if not self.is_adapter(version) or not self.max_adapters:
+            return None
+        others = {other for other in self.versions if other != version and self.is_adapter(other)}
+        if len(others) != self.max_adapters:
+            return None
+        for other in sorted(others, key=self.versions.index, reverse=True):
+            kinds = {kind: state for kind, state in self.kinds.items() if state.version == other}
+            better = sum(state.units for kind, state in kinds.items() if kind in proven)
+            chosen = any(state.chosen or state.pinned for state in kinds.values())
+            room = len({*self.versions, version} - {other}) <= self.max_versions
+            if room and not chosen and 2 * better > sum(state.units for state in kinds.values()):
+                return set(kinds)
+        return None
+
     def learned_of(self, version: str) -> str:
         """The scope that a version was learned of, as far as it is known: `ALL` where it serves nowhere."""
         return next((state.learned_of for state in self.kinds.values() if state.version == version), ALL)
