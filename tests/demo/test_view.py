@@ -163,6 +163,15 @@ def test_serving_profile_is_shown_with_its_gain_and_the_reason(scene: view.Scene
     assert (
         view.decision_line(scene.decisions[1]) == "propose abababab (learned): learned from 3001 tokens: linear, rank 8"
     )
+    variation = {
+        "figure": "total_variation",
+        "mean_gain": 0.2,
+        "mean_gain_by_token": 0.19,
+        "mean_kl_gain": 0.4,
+        "units": 9,
+    }
+    line = view.decision_line({**scene.decisions[1], "evidence": variation})
+    assert "gain 0.200 of the total variation (0.400 nats) by request, 0.190 by token, on 9 held-out" in line
     assert "0.412" not in text, "what is compared is of the same requests"
     assert "of sampled requests" not in text, "there was none"
     assert "recovered 24.1 % [20.0, 28.0] of KL, 0.123 [0.103, 0.143] nats" in view.status_line(scene)

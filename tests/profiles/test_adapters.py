@@ -15,6 +15,7 @@ from tests.support.world import V, World
 from hemostat.config.schema import Adapter
 from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
+from hemostat.profiles import lifecycle
 from hemostat.profiles.judging import distance_gain
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.trials import WATCH
@@ -296,6 +297,16 @@ def test_no_more_adapters_serve_than_engines_have_slots_for() -> None:
     would = observing.propose(1, TOKENS, 0.7)
     observing.feed(200)
     assert observing.profiles.serving.selected == would, "in observe nothing is loaded"
+
+
+def test_a_profile_that_is_too_large_to_be_kept_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "MAX_ONE_PROFILE_BYTES", 10)
+    bench = Bench()
+    with pytest.raises(InvalidProfileError, match="above 0: choose a smaller rank"):
+        bench.profiles.operator.import_profile(adapter(1))
+    with pytest.raises(InvalidProfileError, match="choose a smaller rank"):
+        bench.profiles.proposals.propose_adapter(adapter(1), "", {"tokens": TOKENS})
+    assert list(bench.profiles.catalogue) == []
 
 
 def two_kinds(shares: Mapping[str, float]) -> tuple[Judging, str, str]:

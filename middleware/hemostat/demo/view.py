@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hemostat.demo.traffic import Traffic
+from hemostat_calibration.guard.decisions import Figure
 
 UNKNOWN = "–"
 MAX_DECISIONS_SHOWN = 3
@@ -155,7 +156,9 @@ def _met_kinds(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _evidence(evidence: Mapping[str, Any]) -> str:
     """What a test in one kind has shown."""
     mean, by_token = number(evidence.get("mean_gain")), number(evidence.get("mean_gain_by_token"))
-    return f"gain {mean} nats by request, {by_token} by token, on {evidence['units']} held-out conversations"
+    adapter = evidence.get("figure") == Figure.TOTAL_VARIATION
+    unit = f"of the total variation ({number(evidence.get('mean_kl_gain'))} nats)" if adapter else "nats"
+    return f"gain {mean} {unit} by request, {by_token} by token, on {evidence['units']} held-out conversations"
 
 
 def _recovered(status: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.profiles.catalogue import Catalogue
+from hemostat.profiles.catalogue import MAX_ONE_PROFILE_BYTES, Catalogue, parameter_bytes
 from hemostat.profiles.decisions import Decision, EventLog, Reason, evidence_json
 from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.request_parameters import RequestParameters
@@ -90,7 +90,14 @@ class Lifecycle:
         return list(dict.fromkeys(version for version in versions if version is not None))
 
     def require_fit(self, profile: CalibrationProfile) -> None:
-        """InvalidProfileError where the profile does not fit the model, or cannot be applied."""
+        """InvalidProfileError where the profile does not fit the model, is too large to be kept, or cannot be
+        applied."""
+        size = parameter_bytes(profile)
+        if size > MAX_ONE_PROFILE_BYTES:
+            raise InvalidProfileError(
+                f"profile has {size >> 20} MiB of parameters, above {MAX_ONE_PROFILE_BYTES >> 20}: "
+                "choose a smaller rank"
+            )
         self._serving.require_model(profile)
         self._requests.require_fit(profile)
 

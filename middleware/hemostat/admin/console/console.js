@@ -308,7 +308,7 @@ function kinds(s, p) {
   table("gains", "Divergence, and the gain of the profile that serves or would serve, by kind", ["kind", "requests", "KL ≥ [95 %]", "profile", "held out",
     "gain by request [95 %]", "finite-sample", "gain by token [95 %]", "finite-sample", "recovered"], s.kinds.map((k) => {
     const kl = k.raw.kl_nats, gain = k.gain_nats, measured = gain && gain.requests > 0;
-    const both = (figure) => measured ? [`${nats(figure.estimate)} ${range(figure.ci95)}`, certain(figure.ci95_finite)] : [NONE, NONE];
+    const both = (figure) => measured ? [`${nats(figure.estimate)} ${range(figure.ci95)}`, gain.total_variation ? NONE : certain(figure.ci95_finite)] : [NONE, NONE];
     return [k.kind, whole(k.requests), `${nats(kl.estimate)} ${range(kl.ci95)}`, k.profile ? brief(k.profile) : NONE, measured ? whole(gain.requests) : NONE,
       ...both(gain && gain.by_request), ...both(gain), k.recovered ? percent(k.recovered.estimate) : NONE];
   }), "no request scored yet");
@@ -335,7 +335,7 @@ function calibration(s) {
   say("won-sub", known(won.ratio) ? `of the KL, 95 % ${range(won.ci95, percent)}, by ${brief(s.profile.version)} in ${partOf(s, s.profile.version)}` : "no profile has been measured on held-out conversations");
   bar("won-bar", won.ci95, won.ratio, Math.min(0, Math.max(-1, won.ci95[0] ?? -1)), 1);
   say("gain", gain && known(gain.estimate) ? nats(gain.estimate) : NONE);
-  say("gain-sub", gain && gain.requests ? `by token, 95 % ${range(gain.ci95)}, finite-sample ${certain(gain.ci95_finite)}; by request ${nats(gain.by_request.estimate)} ${range(gain.by_request.ci95)}; ${plural(gain.requests, "request")}` : "");
+  say("gain-sub", gain && gain.requests ? `by token, 95 % ${range(gain.ci95)}, finite-sample ${gain.total_variation ? "none: an adapter's gain in KL has no bound" : certain(gain.ci95_finite)}; by request ${nats(gain.by_request.estimate)} ${range(gain.by_request.ci95)}; ${plural(gain.requests, "request")}` : "");
   say("arms", nats(change.estimate));
   say("arms-unit", name === "total_variation" ? "total variation" : "KL, nats per token");
   const far = known(change.estimate) ? 1.1 * Math.max(Math.abs(change.ci95[0] ?? 0), Math.abs(change.ci95[1] ?? 0), Math.abs(change.estimate)) : 1;
@@ -361,7 +361,8 @@ function calibration(s) {
 
 function proof(e, named) {
   if (!e || !e.units || !known(e.mean_gain)) return NONE;
-  return `${named ? `${e.kind}: ` : ""}${plural(e.units, "held-out conversation")}, mean gain ${nats(e.mean_gain)} by request, ${nats(e.mean_gain_by_token)} by token`;
+  const unit = e.figure === "total_variation" ? (x) => `${fixed(x, 4)} of the total variation` : nats;
+  return `${named ? `${e.kind}: ` : ""}${plural(e.units, "held-out conversation")}, mean gain ${unit(e.mean_gain)} by request, ${unit(e.mean_gain_by_token)} by token`;
 }
 
 function serves(s, p) {
