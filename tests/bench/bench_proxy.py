@@ -8,8 +8,9 @@ requests/s  wrk, 64 kept-alive connections, a chat completion as vLLM answers it
 cpu/chunk   CPU time of the proxy (all of its threads, /proc/PID/task/*/schedstat) for each SSE chunk of streams that
             bring one every 10 ms, 50 at a time.
 
-"hemostat N" samples the fraction N of the requests. "adapter" samples none, and asks for an adapter on every one: its
-name is replaced in each chunk; its ratio to "hemostat 0", which treats none, is taken in the same rounds.
+"hemostat N" samples the fraction N of the requests and treats none. "profile" and "adapter" sample none and treat all:
+with a profile of the logits, whose answers are read for their first event, and with an adapter, whose name is replaced
+in every chunk. Their ratios to "hemostat 0" and to each other are taken in the same rounds.
 "direct" is the upstream without a proxy: no proxy can be measured beyond it. `--beside FOLDER` measures the relay of
 another checkout in the same rounds (`git worktree add FOLDER REVISION`), and the ratio of this one to it.
 """
@@ -149,7 +150,7 @@ class StreamUpstream(asyncio.Protocol):
         chunks = self.answers.stream_plain
         if b'"return_token_ids"' in body:
             chunks = self.answers.stream_asked
-        elif ADAPTER.encode() in body:
+        elif b'"model": "%b"' % ADAPTER.encode() in body:
             chunks = self.adapter
         self.transport.write(
             b"HTTP/1.1 200 OK\r\ndate: today\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
@@ -282,8 +283,9 @@ def upstream_config(folder: Path, port: int, answers: Answers, length: int) -> P
     location = {PATH} {{ error_page 405 =200 $answer; try_files /plain.json =404; }}
     location = /plain.json {{ }} location = /asked.json {{ }} location = /adapter.json {{ }}
     location / {{ return 200 '{{}}'; }}"""
-    treated = length - len("fake") + len(ADAPTER)
-    by_length = f"{length} /plain.json; {treated} /adapter.json; default /asked.json;"
+    profile = length + len(f',"vllm_xargs":{{"hemostat":"{ADAPTER}"}}')
+    adapter = length - len("fake") + len(ADAPTER)
+    by_length = f"{length} /plain.json; {profile} /plain.json; {adapter} /adapter.json; default /asked.json;"
     return nginx_config(folder, server, f"map $content_length $answer {{ {by_length} }}")
 
 
@@ -375,16 +377,16 @@ class Bench:
         stack: contextlib.AsyncExitStack,
         checkout: Path | None = None,
         *,
-        adapter: bool = False,
+        treated: str = "",
     ) -> Proxy:
-        """checkout: of another revision, whose relay is run instead of this one's. adapter: every request gets one."""
-        name = "adapter" if adapter else f"{'hemostat' if checkout is None else 'beside'} {rate:g}"
-        proxy = Proxy(name, {}, {})
+        """checkout: of another revision, whose relay is run instead of this one's. treated: what every request gets,
+        `profile` or `adapter`."""
+        proxy = Proxy(treated or f"{'hemostat' if checkout is None else 'beside'} {rate:g}", {}, {})
         paths = [str(checkout / folder) for folder in ("middleware", "calibration")] if checkout is not None else []
         for kind, upstream in self.upstreams.items():
             port = proxy.ports[kind] = free_port()
             path = self.folder / f"{proxy.name.replace(' ', '-')}-{kind}.sock"
-            await stack.enter_async_context(control(path, rate, proxy, adapter=adapter))
+            await stack.enter_async_context(control(path, rate, proxy))
             config = {
                 "worker": 0,
                 "host": "127.0.0.1",
@@ -405,11 +407,12 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def control(path: Path, rate: float, proxy: Proxy, *, adapter: bool) -> AsyncIterator[None]:
+async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
     """Stands in for the control process: gives the policy, takes captures and figures."""
+    treats = proxy.name in {"profile", "adapter"}
     policy = Policy(
         generation=1,
-        mode="auto" if adapter else "observe",
+        mode="auto" if treats else "observe",
         shadow_rate=rate,
         shadow_allow_on=False,
         shadow_top_k=TOP_K,
@@ -420,8 +423,8 @@ async def control(path: Path, rate: float, proxy: Proxy, *, adapter: bool) -> As
         control_fraction=0.0,
         acknowledged=frozenset({ADAPTER}),
         labels=frozenset(),
-        serving_by_kind={REST_KIND: ADAPTER} if adapter else {},
-        adapters={ADAPTER: False},
+        serving_by_kind={REST_KIND: ADAPTER} if treats else {},
+        adapters={ADAPTER: False} if proxy.name == "adapter" else {},
         base_models=frozenset({"fake"}),
         answered_name="fake",
     )
@@ -530,7 +533,8 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         proxies = [
             await bench.hemostat(0.0, stack),
             await bench.hemostat(0.05, stack),
-            await bench.hemostat(0.0, stack, adapter=True),
+            await bench.hemostat(0.0, stack, treated="profile"),
+            await bench.hemostat(0.0, stack, treated="adapter"),
             await bench.nginx(),
             await bench.vllm_router(install_vllm_router()),
         ]
@@ -546,7 +550,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         chunk_cpu: dict[str, list[float]] = {name: [] for name in names}
         order = random.Random(1)
         for proxy in proxies:  # warm up
-            await run_wrk(proxy.ports["json"], 1, script)
+            await run_wrk(proxy.ports["json"], arguments.seconds, script)
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", flush=True)
             rate["direct"].append(await run_wrk(bench.upstreams["json"], arguments.seconds, script))
@@ -589,13 +593,14 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             "cpu_per_chunk": {name: ratios(chunk_cpu[name], chunk_cpu["vllm-router"]) for name in names},
         },
         "to_beside": to_beside,
-        "adapter_to_untreated": {
-            "requests_per_second": ratios(rate["adapter"], rate["hemostat 0"]),
-            "cpu_per_request": ratios(request_cpu["adapter"], request_cpu["hemostat 0"]),
-            "cpu_per_chunk": ratios(chunk_cpu["adapter"], chunk_cpu["hemostat 0"]),
-            "cpu_us_per_chunk_more": spread(
-                [a - b for a, b in zip(chunk_cpu["adapter"], chunk_cpu["hemostat 0"], strict=True)]
-            ),
+        "treated": {
+            f"{name} / {base}": {
+                "requests_per_second": ratios(rate[name], rate[base]),
+                "cpu_per_request": ratios(request_cpu[name], request_cpu[base]),
+                "cpu_per_chunk": ratios(chunk_cpu[name], chunk_cpu[base]),
+                "cpu_us_per_chunk_more": spread([a - b for a, b in zip(chunk_cpu[name], chunk_cpu[base], strict=True)]),
+            }
+            for name, base in (("profile", "hemostat 0"), ("adapter", "hemostat 0"), ("adapter", "profile"))
         },
         "shadow_counters_at_0.05": {
             name: {"/".join(labels): value for labels, value in series.items()}
@@ -629,8 +634,8 @@ def table(result: dict[str, Any]) -> str:
     for name, found in result["to_beside"].items():
         shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in found.items())
         lines.append(f"{name} / the same of the other checkout: {shown}")
-    shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in result["adapter_to_untreated"].items())
-    lines.append(f"adapter / hemostat 0: {shown}")
+    for name, found in result["treated"].items():
+        lines.append(f"{name}: " + ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in found.items()))
     return "\n".join(lines)
 
 

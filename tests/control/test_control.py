@@ -13,8 +13,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from tests.support.adapters import adapter
 from tests.support.captures import capture
 from tests.support.control import control, profile, scored, settings, status_json
+from tests.support.engine_profiles import make_contextual
 from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.waiting import until
 
@@ -411,3 +413,31 @@ async def test_relays_are_told_whether_the_server_has_openais_sampling_defaults(
         async with watched(tmp_path, made) as (_, told):
             await until(lambda told=told: bool(told))  # type: ignore[misc]
             assert told[-1].openai_sampling_defaults is given
+
+
+@pytest.mark.parametrize("has_map", [False, True])
+async def test_relays_ask_for_adapters_only_once_every_engine_can_serve_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_map: bool
+) -> None:
+    async with control(tmp_path, settings(calibration={"mode": "auto"})) as one:
+        told: list[Policy] = []
+        one.link.set_policy = told.append  # type: ignore[method-assign]
+        one.profile_manager.set_model_pair("m", 30)
+        logit_map = make_contextual(0, 30) if has_map else None
+        version = one.profile_manager.operator.import_profile(adapter(vocabulary=30, logit_map=logit_map))
+        one.profile_manager.operator.promote(version)
+        report = EngineReport("boot", 0, 1, [version], 30, {}, "v1", "0")
+        one.engines.report(report, time.monotonic())
+        one.policy.publish()
+        # The logits processor holds it, which alone would apply its map without its weights.
+        assert told[-1].acknowledged == frozenset()
+        assert told[-1].adapters == {}
+        assert set(told[-1].serving_by_kind.values()) == {version}
+        monkeypatch.setattr(type(one.adapters.host), "ready", {version: has_map})
+        one.policy.publish()
+        assert told[-1].adapters == {version: has_map}
+        assert told[-1].acknowledged == {version}
+        assert set(told[-1].serving_by_kind.values()) == {version}
+        one.engines.report(EngineReport("anew", 0, 1, [], 30, {}, "v1", "0"), time.monotonic())
+        one.policy.publish()
+        assert told[-1].adapters == ({} if has_map else {version: False})

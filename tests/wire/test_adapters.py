@@ -131,12 +131,6 @@ def test_an_adapter_with_a_map_is_also_asked_for_as_a_profile(wire: Wire) -> Non
     assert json.loads(answer.body)["model"] == "fake"
 
 
-def test_an_adapter_is_asked_for_without_the_plugin_too(wire: Wire) -> None:
-    wire.interceptor.policy = served(apply="request", request_temperature=0.9)
-    answer = wire.send(CHAT, ask(temperature=None))
-    assert (sent(answer)["model"], sent(answer)["temperature"]) == (VERSION, None)
-
-
 @pytest.mark.parametrize("how", ["serving", "forced", "pinned"])
 def test_a_client_s_own_adapter_is_never_replaced(wire: Wire, how: str) -> None:
     names = NAMES | {"sql"}

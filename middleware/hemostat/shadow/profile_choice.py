@@ -122,11 +122,9 @@ def choose_profile(
 
 def _if_available(policy: Policy, request: Request, version: str, arm: Arm, reason: ArmReason) -> Choice:
     """Only versions that the engine has acknowledged are requested: for any other it would silently apply identity."""
-    is_adapter = version in policy.adapters
-    if is_adapter and (policy.base_models is None or request.model not in policy.base_models):
+    if version in policy.adapters and request.model not in (policy.base_models or ()):
         return Choice(None, Arm.NONE, ArmReason.OWN_ADAPTER)
-    by_engine = is_adapter or policy.apply == "engine"
-    available = policy.acknowledged if by_engine else {*policy.serving_by_kind.values(), policy.forced}
+    available = policy.acknowledged if policy.apply == "engine" else {*policy.serving_by_kind.values(), policy.forced}
     if version not in available:
         return Choice(None, Arm.NONE, ArmReason.UNKNOWN)
     return Choice(version, arm, reason, version if arm is Arm.TREATED else None)
