@@ -131,6 +131,18 @@ async def test_a_rank_that_lost_it_from_its_slots_ends_it_at_once() -> None:
         await ready(world, ONE)
 
 
+async def test_loading_is_repeated_until_every_engine_behind_the_address_has_it() -> None:
+    async with lora_world(server()) as world:
+        world.second_after = 3
+        world.profiles.want(ONE)
+        await ready(world, ONE)
+        assert world.loads() == 3
+        assert "0 of 16 texts" in world.host.status()["probes"]["isolation"]["detail"], "twice as many rows"
+        world.second_after = 1_000_000
+        world.report()
+        assert world.host.ready == {}
+
+
 async def test_an_engine_without_lora_is_said_with_its_flags() -> None:
     async with lora_world(server(enabled=False)) as world:
         world.profiles.want(ONE)

@@ -81,6 +81,7 @@ def test_rows_are_compared_up_to_their_first_different_token() -> None:
         (Moves(0.0, 0.0, 0, 8), Moves(0.0009, 0.02, 1, 8), False),
         (Moves(0.02, 0.1, 1, 8), Moves(0.03, 0.1, 2, 8), True),
         (Moves(0.02, 0.1, 1, 8), Moves(0.2, 1.0, 3, 8), False),
+        (Moves(0.2, 1.0, 3, 8), Moves(0.2, 1.0, 3, 8), False),
     ],
 )
 def test_isolation_allows_what_requests_without_adapters_do_to_each_other(

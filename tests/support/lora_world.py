@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import VOCAB, FakeVllm, running
@@ -83,6 +84,8 @@ class LoraWorld:
     boot: str | None = "boot"
     """None: no agent reports."""
     changes: int = 0
+    second_after: int | None = None
+    """A second engine shares the address: the request with this number is the first one that reaches it."""
 
     def report(self) -> None:
         """As the agent of the engine does about every second."""
@@ -95,6 +98,10 @@ class LoraWorld:
             self.boot, 0, 1, [], VOCAB, {}, "v1", "0.32.0", adapters=adapters, lora=state if lora.enabled else None
         )
         self.registry.report(report, time.monotonic())
+        if self.second_after is not None:
+            there = adapters if self.loads() >= self.second_after else []
+            other = msgspec.structs.replace(report, boot_id="second", adapters=there)
+            self.registry.report(other, time.monotonic())
 
     def restart(self, boot: str | None = "again") -> None:
         """The server, with nothing loaded. boot: of its agent's reports; the old agent's last report expires at

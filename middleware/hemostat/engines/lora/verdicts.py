@@ -18,6 +18,8 @@ NOISE_FACTOR = 3.0
 """Of the noise that the same requests show without an adapter in the batch, by which isolated rows may differ."""
 ISOLATION_NATS = 1e-3
 """Added to that, for engines whose rows do not differ at all."""
+MAX_NOISE_NATS = 0.1
+"""More noise than this among rows without an adapter, and the probe cannot say anything: it fails."""
 MAX_BASE_NATS = 0.15
 """Mean difference of the engine without an adapter from our copy of the model, up to which the copy counts as the same
 model: two implementations in bfloat16 differ by about 0.06, other weights by more than 0.3."""
@@ -94,7 +96,7 @@ def isolation(noise: Moves, beside: Moves) -> Verdict:
         f"{beside.texts} of {beside.rows} texts without an adapter differ beside adapters, mean |Δ| {beside.mean:.4f} "
         f"nats (beside rows without one: {noise.texts} of {noise.rows}, {noise.mean:.4f})"
     )
-    return Verdict(beside.mean <= allowed and not flips, detail)
+    return Verdict(beside.mean <= allowed and not flips and noise.mean <= MAX_NOISE_NATS, detail)
 
 
 def agreement(engine: tuple[Floats, Floats], copy: tuple[Floats, Floats], noise: float = 0.0) -> Verdict:
