@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-adapters bench-recovery bench-guard chart docs screenshot clean
+.PHONY: help setup demo test test-slow lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-guard chart docs screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -50,10 +50,8 @@ bench-bounds: setup ## bounds from top-K lists compared with the full vocabulary
 bench-recovery: setup ## divergence recovered by calibration, in the real engine (hours); writes build/bench/recovery.json
 	@exec $(BIN)/python tests/bench/bench_recovery.py $(ARGS)
 
-bench-engine: setup ## cost of a contextual profile in vLLM's decoding; writes build/bench/engine.json
-	@exec $(BIN)/python tests/bench/bench_engine.py $(ARGS)
-
-bench-adapters: setup ## cost of adapters in vLLM's decoding on a CPU; writes build/bench/adapters.json
+bench-engine: setup ## cost of profiles and adapters in vLLM's decoding; writes build/bench/engine.json and adapters.json
+	@$(BIN)/python tests/bench/bench_engine.py $(ARGS)
 	@exec $(BIN)/python tests/bench/bench_adapters.py $(ARGS)
 
 bench-guard: setup ## simulations of what the guard, alarm, intervals and outcomes guarantee; writes build/bench/guard.json

@@ -255,7 +255,10 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=2, help="times that the engines are started")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", default="", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
+    if others:
+        # `make bench-engine ARGS=…` gives both of its parts the same ones.
+        print(f"not of this part: {' '.join(others)}", file=sys.stderr)
     if arguments.child:
         # vLLM writes to stdout what it likes: answers get a descriptor of their own.
         answers = os.fdopen(os.dup(1), "w")

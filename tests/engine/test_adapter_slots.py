@@ -71,6 +71,7 @@ def manager_class(state: AdapterState) -> Any:
             self.embedding_modules: dict[str, str] = {}
             self.lora_config = SimpleNamespace(max_lora_rank=16)
             self.broken: set[int] = set()
+            self.misfits: set[int] = set()
 
         def create_lora_manager(self) -> str:
             self._adapter_manager = Inner(self.slots)
@@ -85,6 +86,8 @@ def manager_class(state: AdapterState) -> Any:
                     inner.remove_oldest_adapter()
                 inner.add_adapter(SimpleNamespace(id=request.lora_int_id, zeros=False))
             inner.activate_adapter(request.lora_int_id)
+            if request.lora_int_id in self.misfits:
+                raise RuntimeError("The size of tensor a must match the size of tensor b")
             return True
 
         def remove_adapter(self, ident: int) -> bool:
@@ -223,6 +226,18 @@ def test_load_that_fails_in_a_step_gives_the_model_as_it_is(caplog: pytest.LogCa
     manager.broken.add(2)
     with pytest.raises(FileNotFoundError):
         manager._apply_adapters({Request("own", 2)})
+
+
+def test_adapter_of_other_shapes_leaves_no_slot_in_use() -> None:
+    manager, state = started(3)
+    manager.misfits = {1, 2}
+    for i in (1, 2):
+        with pytest.raises(RuntimeError):
+            manager.add_adapter(Request(version(i), i))
+    assert loaded(manager) == set()
+    assert state.report()["lora"]["loaded"] == 0
+    manager.add_adapter(Request(version(3), 3))
+    assert loaded(manager) == {3}
 
 
 def test_warm_up_and_probe_change_nothing() -> None:

@@ -118,6 +118,9 @@ class SlotKeeper:
             added = add(manager, request)
         except Exception as error:
             self._state.count("adapters_failed")
+            # vLLM leaves an adapter whose shapes do not fit half written in its slot.
+            manager._adapter_manager.remove_adapter(ident)
+            self._report(manager)
             if not (self._in_step and is_ours(name)):
                 raise
             log.warning("adapter %s: its requests get the model without it: %s: %s", name, type(error).__name__, error)
