@@ -68,7 +68,6 @@ def test_enabled_it_changes_vllm_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install.importlib, "import_module", modules.__getitem__)
     monkeypatch.setitem(sys.modules, install.SERVING_MODULE, SimpleNamespace(OpenAIServingModels=models))
     monkeypatch.setattr(install, "state", state)
-    monkeypatch.setattr(install, "_log_as_vllm_does", lambda: None)
     monkeypatch.setattr(install, "_installed", False)
     monkeypatch.setenv("HEMOSTAT_ADAPTERS", "1")
     before = [dict(vars(c)) for c in (manager, models, wrapper)]

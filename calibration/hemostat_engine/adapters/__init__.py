@@ -22,7 +22,8 @@ import os
 ENABLED = "HEMOSTAT_ADAPTERS"
 """Environment variable: 1 enables the plugin."""
 
-log = logging.getLogger("hemostat.engine")
+log = logging.getLogger("vllm.hemostat")
+"""Below vLLM's logger, which alone has a handler in all of its processes."""
 
 
 def register() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import fcntl
-import logging
 import os
 import shutil
 import tempfile
@@ -16,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-log = logging.getLogger("hemostat.engine")
 
 PREFIX = "hemostat-adapters-"
 LOCK = ".lock"

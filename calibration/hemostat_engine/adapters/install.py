@@ -19,7 +19,7 @@ from hemostat_engine.adapters.state import state
 from hemostat_engine.peers import Peers
 from hemostat_engine.settings import Settings
 
-log = logging.getLogger("hemostat.engine")
+log = logging.getLogger("vllm.hemostat")
 
 SERVING_MODULE = "vllm.entrypoints.openai.models.serving"
 MANAGER_METHODS = (
@@ -55,17 +55,7 @@ def install() -> None:
     resolvers.LoRAResolverRegistry.register_resolver(NAME, _resolver_of(resolvers.LoRAResolver, resolver))
     SlotKeeper(state).install(manager_class)
     state.grouped = settings.cpu_product and _install_product()
-    _log_as_vllm_does()
     _installed = True
-
-
-def _log_as_vllm_does() -> None:
-    """vLLM configures a handler for its own loggers only; warnings of others do not reach the API server's log."""
-    ours = logging.getLogger("hemostat")
-    if not ours.handlers and (handlers := logging.getLogger("vllm").handlers):
-        for handler in handlers:
-            ours.addHandler(handler)
-        ours.propagate = False
 
 
 def _install_product() -> bool:

@@ -13,7 +13,7 @@ from hemostat_calibration.profiles.profile import VERSION_PATTERN
 from hemostat_engine.adapters.source import AdapterSource, Engine
 from hemostat_engine.adapters.state import PROBE
 
-log = logging.getLogger("hemostat.engine")
+log = logging.getLogger("vllm.hemostat")
 
 NAME = "hemostat"
 RESOLVE_SECONDS = 30.0

@@ -11,7 +11,7 @@ from typing import Any
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 from hemostat_engine.adapters.source import Engine
 
-log = logging.getLogger("hemostat.engine")
+log = logging.getLogger("vllm.hemostat")
 
 _WRAPPED = "_hemostat_wrapped"
 

@@ -19,7 +19,7 @@ from typing import Any
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 from hemostat_engine.adapters.state import PROBE, AdapterState
 
-log = logging.getLogger("hemostat.engine")
+log = logging.getLogger("vllm.hemostat")
 
 _WRAPPED = "_hemostat_wrapped"
 MAX_REMEMBERED = 1024

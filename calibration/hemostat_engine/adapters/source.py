@@ -20,7 +20,7 @@ from hemostat_engine.admin_client import FetchError
 from hemostat_engine.fetching import read_profile
 from hemostat_engine.peers import Peers
 
-log = logging.getLogger("hemostat.engine")
+log = logging.getLogger("vllm.hemostat")
 
 MISSING_SECONDS = 10.0
 """A version that does not exist or does not fit is not looked for again for this long."""
