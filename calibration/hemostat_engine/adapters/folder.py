@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-
 PREFIX = "hemostat-adapters-"
 LOCK = ".lock"
 MAX_ADAPTERS = 32
