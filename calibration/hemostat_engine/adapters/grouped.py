@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-MAX_FLOAT32_ROWS = 16
+MAX_FLOAT32_ROWS = 24
 MAX_FLOAT32_ELEMENTS = 1 << 19
 """Of a layer's factors: above it reading them takes longer than the calls."""
 
