@@ -46,11 +46,12 @@ _MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")
 class LayerScales:
     """Scales that were moved inside of one decoder layer, by linear layer; a layer that is missing has none.
 
-    inputs: float32 [inputs]. outputs: float32 [outputs].
+    inputs: float32 [inputs]. outputs: float32 [outputs]. norms: parameters that were divided by such scales.
     """
 
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    norms: frozenset[str] = frozenset()
 
 
 class CheckpointPair:
@@ -124,6 +125,7 @@ class CheckpointPair:
         names = [f"{layer}.{name}" for name, _ in self.skeleton.layers[layer].named_modules() if name]
         linears = set(self.skeleton.linears_of(layer))
         inputs: dict[str, torch.Tensor] = {}
+        norms = set()
         for parameter in self.skeleton.parameters_of(layer):
             module = parameter.rpartition(".")[0]
             if module in linears:
@@ -139,6 +141,7 @@ class CheckpointPair:
                 )
                 continue
             inputs |= dict.fromkeys(consumers, ratio)
+            norms.add(parameter)
         outputs: dict[str, torch.Tensor] = {}
         for before, after in (("v_proj", "o_proj"), ("up_proj", "down_proj")):
             for name in sorted(linears):
@@ -150,7 +153,7 @@ class CheckpointPair:
                 fitted = self._fitted(name, other, inputs.get(name))
                 if fitted is not None:
                     outputs[name] = inputs[other] = fitted
-        scales = LayerScales(inputs, outputs)
+        scales = LayerScales(inputs, outputs, frozenset(norms))
         for name in sorted(linears):
             self._compare_bias(name, scales)
         return scales
@@ -227,8 +230,7 @@ def moved_reference(pair: CheckpointPair) -> Callable[[str], torch.Tensor]:
         module, _, part = name.rpartition(".")
         tensor = pair.reference.tensor(name).float()
         if module not in pair.skeleton.linears:
-            consumers = [n for n in _consumers(module, list(pair.skeleton.linears_of(layer))) if n in scales.inputs]
-            return pair.compressed.tensor(name).float() if consumers else tensor
+            return pair.compressed.tensor(name).float() if name in scales.norms else tensor
         if part == "bias":
             return tensor / scales.outputs[module] if module in scales.outputs else tensor
         return _moved(tensor, module, scales)

@@ -98,7 +98,8 @@ class Solver:
         for n in range(count + 1):
             self._parts.drop(_hidden(n))
             self._parts.drop(_gradient(n))
-        return {name: correction for n in range(count) for name, correction in found[n].items()}
+        together = {name: correction for corrections in found.values() for name, correction in corrections.items()}
+        return {name: together[name] for name in self._skeleton.linears}
 
     def _solve_layer(self, n: int) -> None:
         """Stores the corrections of decoder layer `n`, and what the next layer to be solved needs."""

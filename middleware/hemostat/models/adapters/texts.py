@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -54,12 +55,13 @@ class Split:
 def split(texts: Iterable[Text], fraction: float, learn_tokens: int | None, held_out_tokens: int) -> Split:
     """By the unit: about `fraction` of them are held out, always the same ones.
 
-    learn_tokens: of the texts to learn from, prompts included; the first ones are used, the last one up to there; None:
-    all. held_out_tokens: the same for the outputs of held-out texts. AdaptError where a side is empty or too small.
+    learn_tokens: of the texts to learn from, prompts included; None: all. held_out_tokens: of the outputs of held-out
+    texts. Where there are more, those whose keys come first in the order of a hash are taken, the last one in part: a
+    sample of all texts, whatever their order. AdaptError where a side is empty or too small.
     """
     learn: list[Text] = []
     held: list[Text] = []
-    for text in texts:
+    for text in sorted(texts, key=lambda text: hashlib.blake2b(text.key, person=b"hemostat.adapt").digest()):
         if len(text) >= 2:
             (held if held_out(text.key, fraction) else learn).append(text)
     everything = len(learn) + len(held)
