@@ -192,7 +192,7 @@ def test_what_is_killed_at_any_write_goes_on(
                 found = run(Parts(work))
         except Killed:
             kills += 1
-    assert kills > LAYERS
+    assert kills >= LAYERS
     assert found.profile.version == expected.profile.version
     assert found.report["held_out"] == expected.report["held_out"]
     if after:

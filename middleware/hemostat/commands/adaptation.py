@@ -19,6 +19,7 @@ from hemostat import __version__
 from hemostat.commands.arguments import UsageError
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
+from hemostat.engines.lora.slots import rank_setting
 from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.checkpoint_folders import cache_folder
 from hemostat.models.work_folder import WorkFolder
@@ -304,8 +305,8 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
         won = "no error" if row["won"] is None else f"{row['won']:.1%}"
         lines.append(f"  {kind:<16} rank {row['rank']:.1f}  {won}")
     lines += [
-        f"rank {report['rank']}{' shared out' if report['shared_out'] else ''}, at most {report['max_rank']} "
-        f"(--max-lora-rank), from {report['tokens']} tokens",
+        f"rank {report['rank']}{' shared out' if report['shared_out'] else ''}, at most {report['max_rank']}, "
+        f"from {report['tokens']} tokens",
         f"bytes: {_mib(report['bytes'])} stored (int8), {_mib(report['engine_bytes'])} in the engine (bfloat16"
         f"{', padded to the largest rank' if report['shared_out'] else ''}): "
         f"{report['engine_bytes_share']:.1%} of the {_mib(report['quantized_bytes'])} of the layers that it corrects",
@@ -320,7 +321,7 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
     lines += [f"note: {note}" for note in report["notes"]]
     lines += [
         f"{out}: profile {report['version']}",
-        f"  vLLM: --enable-lora --max-loras 2 --max-lora-rank {report['max_rank']} "
+        f"  vLLM: --enable-lora --max-loras 2 --max-lora-rank {rank_setting(report['max_rank'])} "
         f"--lora-modules NAME={out}; Hemostat: hemostat profile import {out / PROFILE_FILE}",
     ]
     return lines

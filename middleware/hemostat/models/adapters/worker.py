@@ -40,7 +40,7 @@ REPORT_FILE = "report.json"
 
 
 class JobOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """device: of torch. The others: `build.BuildOptions`."""
+    """device: of torch. distil: train the adapter further. The others: `build.BuildOptions`."""
 
     rank: int = 16
     max_rank: int | None = None
