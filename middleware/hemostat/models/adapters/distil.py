@@ -38,9 +38,9 @@ from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profil
 DISTILLATION = "distillation"
 """Stage of `Progress`: tokens that were trained on, of all rates."""
 
-RATES = (1e-3, 3e-4, 1e-4)
-"""Of Adam; the next one is tried where the fold is worse than with the start after `TRIAL` of the pass, or has not
-improved at its end."""
+RATES = (3e-4, 1e-4)
+"""Of Adam; entries of factors are about 0.05. The next one is tried where the fold is worse than with the start after
+`TRIAL` of the pass, or has not improved at its end."""
 TRIAL = 0.25
 STEP_POSITIONS = 256
 """Of one step, padding included; a longer text is a step of its own."""
