@@ -231,3 +231,15 @@ def test_plan_covers_each_row_with_an_adapter_once(slots: list[int]) -> None:
         assert group.rows == len(rows)
         covered |= dict.fromkeys(rows, group.slot)
     assert covered == {row: slot for row, slot in enumerate(slots) if slot >= 0}
+
+
+def test_logits_of_prompts_of_which_there_is_another_number_stay_as_they_are() -> None:
+    """`prompt_logprobs`: vLLM's own operation takes them for the sampled rows, and its engine ends."""
+    y, x = torch.randn(96, VOCAB_SIZE), torch.randn(96, 16)
+    nothing = torch.zeros(SLOTS, 1, 8, 16), torch.zeros(SLOTS, 1, VOCAB_SIZE, 8)
+    theirs, ours = both([7, 0, 8], samples=[7, 0, 8])
+    with pytest.raises(RuntimeError, match="einsum"):
+        theirs.add_lora_logits(y.clone(), x, *nothing, 1.0)
+    before = y.clone()
+    ours.add_lora_logits(y, x, *nothing, 1.0)
+    assert torch.equal(y, before)

@@ -129,7 +129,10 @@ def install(wrapper_class: Any) -> None:
         flat, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         samples = getattr(self, "_hemostat_samples", _NO_ROWS)
         if samples.rows != flat.shape[0]:
-            vllm["add_lora_logits"](self, y, x, lora_a_stacked, lora_b_stacked, scale, **named)
+            # Logits of prompts (`prompt_logprobs`): vLLM takes them for the sampled rows, and its engine ends where the
+            # numbers differ. Adapters of Hemostat's leave the output embedding alone: then there is nothing to add.
+            if lora_a_stacked.any():
+                vllm["add_lora_logits"](self, y, x, lora_a_stacked, lora_b_stacked, scale, **named)
             return
         for group in samples.groups:
             a, b = matrix(lora_a_stacked, group.slot), matrix(lora_b_stacked, group.slot)
