@@ -4,6 +4,8 @@ reference and an engine that compute tiny checkpoints."""
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -24,8 +26,10 @@ from tests.support.waiting import until
 
 from hemostat.control import composition
 from hemostat.control.composition import Control
+from hemostat.engines.lora import host
 from hemostat.engines.messages import EngineReport, LoraState
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
+from hemostat.learner.adapters import client
 from hemostat.learner.adapters.folders import CheckpointFolders
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.checkpoint_digest import checkpoint_digest
@@ -188,6 +192,9 @@ class World:
 @asynccontextmanager
 async def world(folder: Path, monkeypatch: pytest.MonkeyPatch, **adapter: Any) -> AsyncIterator[World]:
     monkeypatch.setattr(composition, "PERIODIC_SECONDS", 0.05)
+    monkeypatch.setattr(host, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(host, "SOON_SECONDS", 0.05)
+    monkeypatch.setattr(client, "BACKOFF", (0.05,))
     folders: CheckpointFolders = tiny_checkpoints.make_pair(folder)
     reference = CopyReference(folders.reference)
     monkeypatch.setattr(composition, "make_references", lambda _: References(reference))
@@ -225,13 +232,14 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         one, adapters, profiles = w.one, w.one.adapters, w.one.profile_manager
         assert status_json(one)["adapter"]["state"] == "collecting"
         await w.until(lambda: adapters.learner.tokens >= 600, 200)
+        # The process that makes it is killed once, in the middle.
+        await until(lambda: adapters.learner.builder_pid is not None and "/" in adapters.learner.detail, 60)
+        assert adapters.learner.builder_pid is not None
+        os.kill(adapters.learner.builder_pid, signal.SIGKILL)
         await until(lambda: bool(profiles.lifecycle.adapter_versions()), 60)
         (version,) = profiles.lifecycle.adapter_versions()
-        try:
-            await until(lambda: adapters.judge.state == "ready" and version in adapters.host.ready, 60)
-        except TimeoutError:
-            print(status_json(one)["adapter"]["judge"], status_json(one)["adapter"]["engine"])
-            raise
+        await until(lambda: adapters.judge.state == "ready" and version in adapters.host.ready, 90)
+        assert adapters.learner.restarts == 1
         built = status_json(one)["adapter"]["last_build"]
         assert built["outcome"] == "proposed"
         assert built["version"] == version
