@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -430,3 +431,23 @@ async def test_check_on_real_models(vllm_server: Any, checkpoints: Any) -> None:
         for f in await check(settings.model_copy(update={"shadow": settings.shadow.model_copy(update={"top_k": 65})}))
     }
     assert found["max_logprobs"].state is State.NO
+
+
+async def test_both_checkpoints_of_adapters_must_be_on_this_machine(tmp_path: Path) -> None:
+    folders = [tmp_path / "reference", tmp_path / "compressed"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"")
+    reference, compressed = map(str, folders)
+    both = {"enabled": True, "reference": reference, "compressed": compressed}
+    for upstream, adapter, state, detail in (
+        ({}, both, "ok", f"{reference} and {compressed}"),
+        ({"root": compressed}, {"enabled": True, "reference": reference}, "ok", f"{reference} and {compressed}"),
+        ({}, {"enabled": True, "reference": reference}, "NO", "adapter.compressed: name the folder"),
+        ({"root": compressed}, {"enabled": True}, "NO", "adapter.reference: name the folder"),
+        ({}, both | {"compressed": str(tmp_path)}, "NO", "adapter.compressed: .*"),
+    ):
+        found = (await findings_of(upstream, None, adapter=adapter))["adapter checkpoints"]
+        assert found.state.value == state, found
+        assert re.search(detail, found.detail), found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from hemostat.config.schema import Settings
 from hemostat.config.store_url import without_password
 from hemostat.engines.lora.check import probe_adapters
+from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
 from hemostat.reference import make_references
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
@@ -141,7 +143,22 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
     findings.append(await _plugin(server, card.id, settings))
     if settings.adapter.enabled:
         findings += await probe_adapters(server, card.id, settings)
+        findings.append(_adapter_folders(settings, card.root or ""))
     return findings
+
+
+def _adapter_folders(settings: Settings, root: str) -> Finding:
+    """Whether both checkpoints are on this machine. root: where the upstream has loaded its model from."""
+    what, given, reference = "adapter checkpoints", settings.adapter, settings.reference
+    in_process = reference.backend == "transformers"
+    try:
+        compressed = find_compressed(given, root)
+        if in_process and given.reference is None and not Path(reference.model or "").is_dir():
+            return Finding(what, State.OK, f"{compressed}; the reference's is where {reference.model} is loaded from")
+        found = find_folders(given, reference.model if in_process else None, None, root)
+    except FolderError as error:
+        return Finding(what, State.NO, str(error), "adapters are made from both folders, on this machine")
+    return Finding(what, State.OK, f"{found.reference} and {found.compressed}")
 
 
 async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding:

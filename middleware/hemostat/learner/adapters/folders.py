@@ -28,21 +28,33 @@ def find_folders(
     reference_model: `reference.model`. reference_folder: where a reference in process was loaded from. root: the
     path that the upstream names for the compressed model; "" where it names none.
     """
-    named = Path(reference_model) if reference_model and Path(reference_model).is_dir() else None
-    reference = settings.reference or reference_folder or named
+    reference = find_reference(settings, reference_model, reference_folder)
+    compressed = find_compressed(settings, root)
+    if reference.resolve() == compressed.resolve():
+        raise FolderError(f"adapter.compressed: {compressed} is also the reference's checkpoint")
+    return CheckpointFolders(reference.absolute(), compressed.absolute())
+
+
+def find_reference(settings: Adapter, model: str | None, folder: Path | None) -> Path:
+    """See `find_folders`."""
+    named = Path(model) if model and Path(model).is_dir() else None
+    reference = settings.reference or folder or named
     if reference is None:
         raise FolderError("adapter.reference: name the folder of the uncompressed model's checkpoint on this machine")
+    _check("adapter.reference", reference)
+    return reference
+
+
+def find_compressed(settings: Adapter, root: str) -> Path:
+    """See `find_folders`."""
     compressed = settings.compressed
     if compressed is None:
         if not root or not Path(root).is_dir():
             said = f"the upstream loaded it from {root}, which is no folder here" if root else "the upstream names none"
             raise FolderError(f"adapter.compressed: name the folder of the compressed model's checkpoint; {said}")
         compressed = Path(root)
-    _check("adapter.reference", reference)
     _check("adapter.compressed", compressed)
-    if reference.resolve() == compressed.resolve():
-        raise FolderError(f"adapter.compressed: {compressed} is also the reference's checkpoint")
-    return CheckpointFolders(reference.absolute(), compressed.absolute())
+    return compressed
 
 
 def _check(setting: str, folder: Path) -> None:
