@@ -269,6 +269,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
             JudgeDropReason.ENDED: "the process of the copies ended while the request waited",
             JudgeDropReason.NO_HIDDEN_STATES: "the reference's hidden states are missing",
             JudgeDropReason.FAILED: "the copies could not compute them",
+            JudgeDropReason.OTHER_REFERENCE: "the copies' reference gives the tokens other log-probabilities than the "
+            "reference that scored them: see `adapter.reference`",
         },
         names.PROFILE_DECISIONS: {
             Reason.EVIDENCE: "held-out requests prove that it helps",

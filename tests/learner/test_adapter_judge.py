@@ -26,7 +26,9 @@ from hemostat.learner.adapters import process, wire
 from hemostat.learner.adapters.folders import CheckpointFolders
 from hemostat.learner.adapters.job import linear_shapes
 from hemostat.learner.adapters.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
+from hemostat.learner.embedding import load as load_embedding
 from hemostat.metrics import names
+from hemostat.models.adapters.copies import Copy
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.errors import HemostatError
@@ -103,9 +105,19 @@ class Models:
         return exact(*(logprobs(z[-record.tokens :]) for z in (theirs, ours)))
 
 
-def record_of(seed: int, hidden: Any = None) -> TokenRecord:
-    """Only its output and hidden states matter here."""
+def record_of(
+    seed: int, hidden: Any = None, folders: CheckpointFolders | None = None, apart: float = 0.0
+) -> TokenRecord:
+    """Only its output, its hidden states and the reference's log-probabilities matter here. folders: of the reference
+    that gave those; else they are of no model. apart: how far they are from those."""
     output = np.random.default_rng(seed).integers(0, V, TOKENS).astype(np.int32)
+    emitted = np.full(TOKENS, -np.log(V))
+    if folders is not None and hidden is not None:
+        weight = load_embedding(folders.reference, V)
+        emitted = logprobs(np.nan_to_num(hidden) @ weight.T)[np.arange(TOKENS), output] + apart
+    elif folders is not None:
+        scored = Copy.load(folders.reference).logprobs(np.concatenate([prompt_of(seed), output]))
+        emitted = scored[-TOKENS:].astype(float) + apart
     flat = np.full(TOKENS, -np.log(V))
     lists = Candidates(np.tile(np.arange(2, dtype=np.int32), (TOKENS, 1)), np.tile(flat[:, None], (1, 2)))
     return TokenRecord(
@@ -116,7 +128,7 @@ def record_of(seed: int, hidden: Any = None) -> TokenRecord:
         reference_at=lists.logprobs,
         reference=lists,
         compressed_emitted=flat,
-        reference_emitted=flat,
+        reference_emitted=emitted,
         reference_hidden=hidden,
     )
 
@@ -198,6 +210,10 @@ def test_distances_are_those_of_transformers_with_the_corrections_in_the_weights
         np.testing.assert_allclose(found[version].tv, expected["tv"], rtol=2e-3, atol=2e-4)
         assert found[version].top1.dtype == bool
     assert found[IDENTITY].kl.mean() > 0.1
+    with torch.no_grad():
+        theirs = models.reference(torch.tensor(np.concatenate([prompt, record.output_ids[:-1]]))[None]).logits[0]
+    expected_z = logprobs(theirs[-TOKENS:].numpy())[np.arange(TOKENS), record.output_ids]
+    np.testing.assert_allclose(np.frombuffer(answer.emitted, "<f4"), expected_z, rtol=2e-3, atol=2e-3)
     ids = np.concatenate([prompt, record.output_ids])
     for version in (IDENTITY, *known):
         scored = process.answer(copies, wire.Logprobs(8, ids.tobytes(), version))
@@ -283,7 +299,14 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         assert found[names.ADAPTER_JUDGE_DROPPED, "busy"] == 1
         await until(lambda: one.state == "ready", 60)
         assert pid() != running
-        assert set(await distances(one, record_of(1), prompt_of(1), (IDENTITY,))) == {IDENTITY}
+        scored = record_of(1, folders=folders)
+        assert set(await distances(one, scored, prompt_of(1), (IDENTITY,))) == {IDENTITY}
+        assert one.detail == ""
+        # Scored by another reference than the copy.
+        assert await distances(one, record_of(1, folders=folders, apart=0.5), prompt_of(1), (IDENTITY,)) == {}
+        assert one.dropped["other_reference"] == 1
+        assert "adapter.reference is not the model that the reference serves" in one.status()["detail"]
+        assert "judged" in one.status()
         # One that does not answer is ended.
         monkeypatch.setattr(judging, "MAX_ANSWER_SECONDS", 0.3)
         monkeypatch.setattr(judging, "BACKOFF", (60.0,))
@@ -309,7 +332,7 @@ async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keep
         for n in range(6):
             broken = np.where(n == 3, np.nan, hidden).astype(np.float32)
             assert one.offer(
-                record_of(n, broken),
+                record_of(n, broken, folders),
                 prompt_of(n),
                 (IDENTITY, adapters[0].version, "f" * 32)[: 1 + n % 3],
                 lambda found, n=n: order.append((n, len(found))),

@@ -42,6 +42,10 @@ MAX_HELD = 8
 """Profiles that the judge holds; the ones that were used last stay."""
 MAX_ANSWER_SECONDS = 120.0
 """A judge that does not answer for so long is ended, and started again."""
+MAX_REFERENCE_NATS = 0.25
+"""Mean difference of the log-probabilities of a record's tokens between the reference that scored it and the judge's,
+up to which they are one model: repeated computations in bfloat16 differ by about 0.01, two sizes of one family by more
+than 0.5."""
 CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """One core, however many there are: serving comes first."""
 
@@ -77,6 +81,8 @@ class JudgeDropReason(StrEnum):
     """The reference's hidden states are missing."""
     FAILED = "failed"
     """It could not compute them."""
+    OTHER_REFERENCE = "other_reference"
+    """Its reference gives the record's tokens other log-probabilities than the reference that scored it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +180,7 @@ class AdapterJudge:
             return wire.Judge(number, prompt, output, list(known), data)
 
         def answered(answer: wire.Answer | None) -> None:
-            done(self._distances(answer, record.tokens))
+            done(self._distances(answer, record))
 
         self._queue(_Waiting(known, request, answered, len(data)))
         return True
@@ -189,14 +195,22 @@ class AdapterJudge:
             return JudgeDropReason.BUSY
         return None
 
-    def _distances(self, answer: wire.Answer | None, tokens: int) -> dict[str, ExactDistances]:
+    def _distances(self, answer: wire.Answer | None, record: TokenRecord) -> dict[str, ExactDistances]:
         if answer is None:
             self.dropped[JudgeDropReason.ENDED] += 1
             return {}
-        found = decode_distances(answer, tokens) if isinstance(answer, wire.Judged) else {}
-        if not found:
+        found = decode_distances(answer, record.tokens) if isinstance(answer, wire.Judged) else {}
+        if not found or not isinstance(answer, wire.Judged):
             self.dropped[JudgeDropReason.FAILED] += 1
             log.warning("no distances of a record: %s", getattr(answer, "message", "its answer does not fit"))
+            return {}
+        emitted = np.frombuffer(answer.emitted, "<f4")
+        apart = float(np.abs(emitted - record.reference_emitted).mean()) if len(emitted) == record.tokens else np.inf
+        if not apart <= MAX_REFERENCE_NATS:
+            self.dropped[JudgeDropReason.OTHER_REFERENCE] += 1
+            if self.state is JudgeState.READY:
+                why = f"adapter.reference is not the model that the reference serves: {apart:.2f} nats apart"
+                self._set_state(JudgeState.READY, why)
             return {}
         self.judged += 1
         return found

@@ -148,6 +148,7 @@ class Copies:
         else:
             reference = self._rows(self._reference, ids, None, tokens)
         found: dict[str, list[Any]] = {}
+        emitted = np.empty(tokens, np.float32)
         ways = {v: way for v in request.versions if (way := self._held(v)) is not None}
         # One forward pass for all versions that leave the weights alone.
         by_layers: dict[int, list[str]] = {}
@@ -159,6 +160,7 @@ class Copies:
                 theirs, ours = reference(part), rows(part)
                 if not np.isfinite(theirs).all():
                     return wire.Failed(request.id, "the reference's logits are not finite")
+                emitted[part] = log_probability(theirs, output[part])
                 broken = ~np.isfinite(ours).all(axis=1)
                 ours[broken] = 0.0
                 for version in versions:
@@ -179,6 +181,7 @@ class Copies:
                 )
                 for version, parts in found.items()
             },
+            emitted.astype("<f4").tobytes(),
         )
 
     def logprobs(self, request: wire.Logprobs) -> wire.Scored | wire.Failed:
@@ -189,12 +192,10 @@ class Copies:
         rows = self._rows(self._compressed, ids[:-1], way.layers, len(ids) - 1)
         found = np.empty(len(ids) - 1, np.float32)
         for part in self._chunks(len(found)):
-            logits = rows(part).astype(np.float64)
+            logits = rows(part)
             if way.map is not None:
-                logits = logits + shift(way.map, logits.astype(np.float32))
-            logits -= logits.max(axis=1, keepdims=True)
-            at = logits[np.arange(len(logits)), ids[1:][part]]
-            found[part] = at - np.log(np.exp(logits).sum(axis=1))
+                logits = (logits + shift(way.map, logits)).astype(np.float32)
+            found[part] = log_probability(logits, ids[1:][part])
         return wire.Scored(request.id, found.astype("<f4").tobytes())
 
     def _chunks(self, tokens: int) -> Iterator[slice]:
@@ -218,6 +219,14 @@ class Copies:
             return logits
 
         return rows
+
+
+def log_probability(logits: Logits, ids: Ids) -> Floats:
+    """Of one id in each row, float64 [rows], from logits [rows, V]."""
+    z = logits.astype(np.float64)
+    z -= z.max(axis=1, keepdims=True)
+    found: Floats = z[np.arange(len(z)), ids] - np.log(np.exp(z).sum(axis=1))
+    return found
 
 
 def model_bytes(model: Any) -> int:

@@ -88,6 +88,8 @@ class Judged(msgspec.Struct, tag="judged", frozen=True):
     id: int
     distances: dict[str, Distances]
     """By version."""
+    emitted: bytes
+    """float32 [T], the log-probability of each output token by the reference that the distances are from."""
 
 
 class Scored(msgspec.Struct, tag="scored", frozen=True):
