@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tests.support.adapter_profiles import smollm_adapter  # noqa: E402  the root is no package
+from tests.support.adapter_profiles import LAYERS, SHAPES, smollm_adapter  # noqa: E402  the root is no package
 
 BUILD = ROOT / "build" / "bench"
 PLAIN, VLLM, GROUPED = "without --enable-lora", "vLLM's operations", "grouped product"
@@ -225,6 +226,49 @@ def compare(seconds: npt.NDArray[np.float64], rank: int, batch: int, steps: int)
     ]
 
 
+def operations_alone(ranks: list[int], batch: int) -> list[dict[str, Any]]:
+    """Milliseconds of processor time of the LoRA operations of one decoding step, all layers, on one thread; the lower
+    quartile. Processor time, so that other programs on the machine count less."""
+    import torch
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from hemostat_engine.adapters import punica
+
+    class Grouped(PunicaWrapperCPU):  # type: ignore[misc]
+        pass
+
+    punica.install(Grouped)
+    torch.set_num_threads(1)
+    fused = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
+    fused += [("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
+    found = []
+    for rank in ranks:
+        layers = []
+        for names_of in fused * LAYERS:
+            inputs, outputs = SHAPES[names_of[0]][0], tuple(SHAPES[name][1] for name in names_of)
+            a = tuple(torch.randn(2, 1, rank, inputs).bfloat16() for _ in outputs)
+            b = tuple(torch.randn(2, 1, size, rank).bfloat16() for size in outputs)
+            x, y = torch.randn(batch, inputs).bfloat16(), torch.zeros(batch, sum(outputs)).bfloat16()
+            layers.append((y, x, a, b, 1.0, outputs))
+        for rows, every in (("none", 0), ("some", 2), ("all", 1)):
+            ids = tuple(int(every > 0 and i % every == 0) for i in range(batch))
+            mapping = SimpleNamespace(index_mapping=ids, prompt_mapping=ids, is_prefill=True)
+            for which, wrapper_class in ((VLLM, PunicaWrapperCPU), (GROUPED, Grouped)):
+                wrapper = wrapper_class(64, 64, "cpu")
+                wrapper.update_metadata(mapping, [1, None], 3, 100)
+                spent = []
+                with torch.inference_mode():
+                    for _ in range(7 if which == VLLM else 25):
+                        started = time.process_time()
+                        for layer in layers:
+                            wrapper.add_lora_linear(*layer)
+                        spent.append(time.process_time() - started)
+                ms = 1e3 * sorted(spent)[len(spent) // 4]
+                found.append({"rank": rank, "rows": rows, "operations": which, "cpu_ms": ms})
+                print(f"{rank:4}  {which:18}{rows:6}{ms:9.2f} ms", flush=True)
+    return found
+
+
 def progress(text: str) -> None:
     print(f"\r{text}   ", end="", file=sys.stderr, flush=True)
 
@@ -253,6 +297,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8, help="of each start and rank")
     parser.add_argument("--warmups", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--starts", type=int, default=2, help="times that the engines are started")
+    parser.add_argument("--alone", action="store_true", help="only the operations, without an engine: a minute")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", default="", help=argparse.SUPPRESS)
     arguments, others = parser.parse_known_args()
@@ -264,6 +309,9 @@ def main() -> int:
         answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         serve_bursts(arguments.child, arguments.batch, arguments.ranks[0], arguments.adapter, answers)
+        return 0
+    if arguments.alone:
+        operations_alone(arguments.ranks, arguments.batch)
         return 0
     checkpoint = cached_checkpoints("w4a16", lambda text: print(text, file=sys.stderr)).compressed
     load_before = os.getloadavg()[0]
