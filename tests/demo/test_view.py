@@ -226,3 +226,42 @@ def test_report_has_the_documented_fields(scene: view.Scene, status: dict[str, A
     assert report["raw"]["kl_nats"] == {"estimate": 0.41234, "ci95": [0.39, 0.43], "bound": "lower"}
     assert report["calibrated"]["kl_nats"]["estimate"] == 0.399
     assert report["profile"] == {"version": "ab" * 16, "family": "temperature_bias", "mode": "auto"}
+
+
+def test_what_is_made_of_adapters_and_what_the_arms_received_are_one_line_each() -> None:
+    assert view.adapter_line({}) == ""
+    adapter = {
+        "state": "collecting",
+        "detail": "",
+        "tokens": 2345,
+        "last_build": None,
+        "judge": {"judged": 7},
+        "engine": {"state": "ready", "detail": "", "ready": ["a" * 32]},
+    }
+    assert view.adapter_line({"adapter": adapter | {"state": "off"}}) == ""
+    line = "adapter: collecting, 2,345 tokens known; at the engine ready, 1 may be asked for; 7 requests judged exactly"
+    assert view.adapter_line({"adapter": adapter}) == line
+    built = {
+        "version": "b" * 32,
+        "tokens": 2045,
+        "rank": 16,
+        "bytes": 5_520_000,
+        "wall_seconds": 32.1,
+        "held_out": None,
+    }
+    assert "bbbbbbbb from 2,045 tokens, rank 16, 5.5 MB, 32 s;" in view.adapter_line(
+        {"adapter": adapter | {"last_build": built}}
+    )
+    won = built | {"held_out": {"share": 0.69}}
+    assert "69.0 % of KL won" in view.adapter_line({"adapter": adapter | {"last_build": won}})
+    failed = {"outcome": "memory", "detail": "", "tokens": 2045}
+    assert "the last one failed (memory)" in view.adapter_line({"adapter": adapter | {"last_build": failed}})
+
+    def arm(kl: float | None) -> dict[str, object]:
+        return {"requests": 30, "kl_nats_estimate": {"estimate": kl}}
+
+    assert view.arms_line({"arms": {"control": arm(0.6), "treated": arm(None)}}) == ""
+    assert view.arms_line({"arms": {"control": arm(0.6), "treated": arm(0.15)}}) == (
+        "what clients received: KL 0.600 nats (30 requests) in the control arm, 0.150 nats (30 requests) in the "
+        "treated one: 0.25 times it"
+    )
