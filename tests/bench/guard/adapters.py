@@ -27,7 +27,7 @@ from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import ExactDistances, Shift, TokenRecord
 
 NAME = "adapters"
-TAKES = "3 minutes on one core"
+TAKES = "5 minutes on one core"
 
 TEST = "candidate"
 GAIN, LOSS = 0.12, -0.15
