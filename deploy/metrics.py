@@ -196,6 +196,13 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "tool_call": "tools were offered, and called",
         },
     },
+    "form": {
+        "": {
+            "stored": "as it is stored and sent: int8",
+            "engine": "as vLLM holds it: bfloat16, every layer at the largest rank",
+            "quantized_layers": "the layers that it corrects, as the compressed checkpoint stores them",
+        }
+    },
     "label": {"": "the client's `X-Hemostat-Label`, if it is one of the configured `labels`; else empty"},
     "model": {
         "": "the served name",

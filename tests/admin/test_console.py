@@ -226,8 +226,8 @@ def test_whether_calibration_helps_and_what_serves(page: Page, one: Served) -> N
     selected = status["calibration"]["selected"]
     [row] = [row for row in rows(page, "profiles") if row.startswith(version[:8])]
     assert (
-        f"{KINDS[0]}: {selected['requests']} held-out conversations, mean gain {nats(selected['mean_gain'])} by request"
-        in row
+        f"{KINDS[0]}: {selected['requests']} held-out conversations, mean gain {nats(selected['mean_gain'])} nats "
+        "by request" in row
     )
     decisions = rows(page, "events")
     assert len(decisions) == len(profiles["events"]) + len(status["alarm"]["events"])
@@ -367,7 +367,9 @@ def test_plots_have_ink(page: Page, one: Served) -> None:
 
 def test_the_page_needs_no_network_and_little_room() -> None:
     folder = resources.files("hemostat.admin.console")
-    text = "".join(folder.joinpath(name).read_text() for name in ("index.html", "console.css", "console.js"))
+    text = "".join(
+        folder.joinpath(name).read_text() for name in ("index.html", "console.css", "adapters.js", "console.js")
+    )
     addresses = set(re.findall(r"https?://[^\s\"'`]+", text))
     assert addresses == {"http://www.w3.org/2000/svg"}, "a name, not an address"
     assert "style=" not in text, "the policy would refuse it"

@@ -171,7 +171,7 @@ def test_serving_profile_is_shown_with_its_gain_and_the_reason(scene: view.Scene
         "units": 9,
     }
     line = view.decision_line({**scene.decisions[1], "evidence": variation})
-    assert "gain 0.200 of the total variation (0.400 nats) by request, 0.190 by token, on 9 held-out" in line
+    assert "gain of the total variation 0.200 by request, 0.190 by token, of the KL 0.400 nats, on 9 held-out" in line
     assert "0.412" not in text, "what is compared is of the same requests"
     assert "of sampled requests" not in text, "there was none"
     assert "recovered 24.1 % [20.0, 28.0] of KL, 0.123 [0.103, 0.143] nats" in view.status_line(scene)

@@ -156,9 +156,11 @@ def _met_kinds(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _evidence(evidence: Mapping[str, Any]) -> str:
     """What a test in one kind has shown."""
     mean, by_token = number(evidence.get("mean_gain")), number(evidence.get("mean_gain_by_token"))
-    adapter = evidence.get("figure") == Figure.TOTAL_VARIATION
-    unit = f"of the total variation ({number(evidence.get('mean_kl_gain'))} nats)" if adapter else "nats"
-    return f"gain {mean} {unit} by request, {by_token} by token, on {evidence['units']} held-out conversations"
+    on = f"on {evidence['units']} held-out conversations"
+    if evidence.get("figure") == Figure.TOTAL_VARIATION:
+        kl = number(evidence.get("mean_kl_gain"))
+        return f"gain of the total variation {mean} by request, {by_token} by token, of the KL {kl} nats, {on}"
+    return f"gain {mean} nats by request, {by_token} by token, {on}"
 
 
 def _recovered(status: Mapping[str, Any]) -> str:

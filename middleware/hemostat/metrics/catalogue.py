@@ -329,6 +329,26 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("outcome",),
         ),
         Metric(
+            names.ADAPTER_BUILD_SECONDS,
+            "gauge",
+            "seconds",
+            "Time that the last adapter took to be made; absent before the first one.",
+        ),
+        Metric(names.ADAPTER_RANK, "gauge", "ranks", "Largest rank of a layer of the last adapter that was made."),
+        Metric(
+            names.ADAPTER_BYTES,
+            "gauge",
+            "bytes",
+            "Size of the last adapter that was made, and of the compressed layers that it corrects.",
+            ("form",),
+        ),
+        Metric(
+            names.ADAPTER_HELD_OUT_RECOVERED_RATIO,
+            "gauge",
+            "ratio",
+            "Part of KL(reference‖compressed) that the last adapter recovers on texts which its build held out.",
+        ),
+        Metric(
             names.ADAPTER_BUILDER_RESTARTS,
             "counter",
             "restarts",

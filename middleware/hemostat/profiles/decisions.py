@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Any
@@ -156,3 +156,14 @@ def evidence_json(evidence: Evidence | None) -> dict[str, Any]:
         name: value if not isinstance(value, float) or math.isfinite(value) else None
         for name, value in asdict(evidence).items()
     }
+
+
+def pooled_gain(found: Collection[Evidence]) -> dict[str, Any]:
+    """Of the tests of one profile in several kinds together, JSON-ready: the mean gain by unit, and the figure that it
+    is of. Gains of different figures have no mean: then both are None."""
+    counted = [evidence for evidence in found if evidence.units]
+    if len({evidence.figure for evidence in counted}) != 1:
+        return {"mean_gain": None, "figure": None}
+    units = sum(evidence.units for evidence in counted)
+    gain = sum(evidence.units * evidence.mean_gain for evidence in counted) / units
+    return {"mean_gain": gain, "figure": str(counted[0].figure)}

@@ -14,7 +14,7 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import MAX_ONE_PROFILE_BYTES, Catalogue, parameter_bytes
-from hemostat.profiles.decisions import Decision, EventLog, Reason, evidence_json
+from hemostat.profiles.decisions import Decision, EventLog, Reason, evidence_json, pooled_gain
 from hemostat.profiles.persistence import StateWriter
 from hemostat.profiles.request_parameters import RequestParameters
 from hemostat.profiles.serving import KindState, ServedModel, ServingState
@@ -163,14 +163,12 @@ class Lifecycle:
     def evidence(self, candidate: Candidate) -> dict[str, Any]:
         """JSON-ready, of all kinds together; {} where it is not under test."""
         found = self._trials.evidence_by_kind(candidate)
-        units = sum(each.units for each in found.values())
         if not found:
             return {}
-        mean_gain = sum(each.units * each.mean_gain for each in found.values() if each.units) / units if units else None
         return {
-            "units": units,
+            "units": sum(each.units for each in found.values()),
             "tokens": sum(each.tokens for each in found.values()),
-            "mean_gain": mean_gain,
+            **pooled_gain(found.values()),
             "kinds": {kind: evidence_json(each) for kind, each in found.items()},
         }
 

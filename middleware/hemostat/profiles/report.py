@@ -11,7 +11,7 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue, parameter_bytes
-from hemostat.profiles.decisions import EventLog, evidence_json
+from hemostat.profiles.decisions import EventLog, evidence_json, pooled_gain
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.kinds import Kinds
 from hemostat.profiles.proposals import Proposals
@@ -72,13 +72,11 @@ class Report:
     def _candidate(self, candidate: Candidate) -> dict[str, Any]:
         """With what its tests in all kinds have shown together."""
         found = self._trials.evidence_by_kind(candidate).values()
-        units = sum(evidence.units for evidence in found)
-        gain = sum(evidence.units * evidence.mean_gain for evidence in found if evidence.units)
         return {
             **asdict(candidate),
-            "requests": units,
+            "requests": sum(evidence.units for evidence in found),
             "tokens": sum(evidence.tokens for evidence in found),
-            "mean_gain": gain / units if units else None,
+            **pooled_gain(found),
         }
 
     def _selected(self) -> dict[str, Any] | None:

@@ -305,7 +305,7 @@ function kinds(s, p) {
     + `${percent(c.client_share.limit, 0)} of a test's conversations; this limit is inactive below ${c.client_share.needs_clients} clients.`);
   table("kinds", "Kinds of traffic", ["kind", "part of the traffic", "served by", "evidence", "outcomes", "limit of a client's share", "action"],
     c.kinds.map((k) => [k.kind, percent(k.share), served(k, p), k.summary, harm(outcomes.get(k.kind)), k.client_share, actionOn(k)]));
-  table("gains", "Divergence, and the gain of the profile that serves or would serve, by kind", ["kind", "requests", "KL ≥ [95 %]", "profile", "held out",
+  table("gains", "KL divergence, and the gain in KL of the profile that serves or would serve, by kind", ["kind", "requests", "KL ≥ [95 %]", "profile", "held out",
     "gain by request [95 %]", "finite-sample", "gain by token [95 %]", "finite-sample", "recovered"], s.kinds.map((k) => {
     const kl = k.raw.kl_nats, gain = k.gain_nats, measured = gain && gain.requests > 0;
     const both = (figure) => measured ? [`${nats(figure.estimate)} ${range(figure.ci95)}`, gain.total_variation ? NONE : certain(figure.ci95_finite)] : [NONE, NONE];
@@ -359,10 +359,12 @@ function calibration(s) {
     }));
 }
 
+/** A mean gain of a test. Adapters are judged by total variation, whose gain has no unit; the gain in KL stands beside it. */
 function proof(e, named) {
   if (!e || !e.units || !known(e.mean_gain)) return NONE;
-  const unit = e.figure === "total_variation" ? (x) => `${fixed(x, 4)} of the total variation` : nats;
-  return `${named ? `${e.kind}: ` : ""}${plural(e.units, "held-out conversation")}, mean gain ${unit(e.mean_gain)} by request, ${unit(e.mean_gain_by_token)} by token`;
+  const tv = e.figure === "total_variation", byToken = known(e.mean_gain_by_token) ? `, ${nats(e.mean_gain_by_token)} by token` : "";
+  const kl = known(e.mean_kl_gain) ? `; of the KL ${nats(e.mean_kl_gain)} nats by request` : "";
+  return `${named ? `${e.kind}: ` : ""}${plural(e.units, "held-out conversation")}, mean gain ${tv ? "of the total variation " : ""}${nats(e.mean_gain)}${tv ? "" : " nats"} by request${byToken}${kl}`;
 }
 
 function serves(s, p) {
@@ -375,7 +377,7 @@ function serves(s, p) {
   // Of each version, the test with the most conversations.
   const tests = s.calibration.kinds.flatMap((k) => [...k.candidates, { version: k.version, ...k.watch }]).filter((e) => e.units);
   const evidence = new Map(tests.sort((a, b) => a.units - b.units).map((e) => [e.version, e]));
-  table("profiles", "Profiles", ["version", "family", "state", "made", "evidence, nats per token", "actions"],
+  table("profiles", "Profiles", ["version", "family", "state", "rank and size", "made", "evidence", "actions"],
     p.profiles.filter((f) => f.state !== "probe").map((f) => {
       const code = document.createElement("code");
       code.textContent = brief(f.version);
@@ -391,10 +393,10 @@ function serves(s, p) {
           `${f.version} serves all requests, whatever is measured, until it is unpinned.`, "api/v1/profiles/pin", { version: f.version }));
       }
       const state = f.kinds.length ? `${f.state} for ${plural(f.kinds.length, "kind")}` : f.state;
-      return [code, f.family, state, when(f.created), proof(evidence.get(f.version), true), actions];
+      return [code, f.family, state, sizeOf(f), when(f.created), proof(evidence.get(f.version), true), actions];
     }), "none yet: identity serves");
   const events = [...p.events, ...s.alarm.events].sort((a, b) => b.at - a.at).slice(0, 50);
-  table("events", "Decisions, newest first", ["when", "decision", "kind", "profile", "why", "evidence, nats per token"],
+  table("events", "Decisions, newest first", ["when", "decision", "kind", "profile", "why", "evidence"],
     events.map((e) => [when(e.at), e.decision, e.kind || NONE, brief(e.version), e.why, e.decision === "alarm" ? (e.evidence.raised ? `${whole(e.evidence.on_tokens)} tokens of ${plural(e.evidence.on_requests, "request")}` : NONE) : proof(e.evidence)]));
 }
 
@@ -529,6 +531,7 @@ function show(s, p) {
   kinds(s, p);
   calibration(s);
   serves(s, p);
+  adapters(s);
   costs(s);
   proxy(s);
   recent.push(s);

@@ -118,6 +118,8 @@ class AdapterLearner:
         self.restarts = 0
         """Of the process that makes an adapter, after it had ended."""
         self.last_build: dict[str, Any] | None = None
+        self._last_made: dict[str, Any] = {}
+        """What `last_build` said of the last build of which an adapter came."""
         self.state, self.detail = AdapterState.OFF, ""
 
     # --- called by the control process -----------------------------------------------------------------------------
@@ -160,6 +162,21 @@ class AdapterLearner:
         yield Sample(names.ADAPTER_BUILDER_RESTARTS, (), self.restarts)
         for outcome, builds in self.outcomes.items():
             yield Sample(names.ADAPTER_BUILDS, (outcome,), builds)
+        yield from self._samples_of_adapter()
+
+    def _samples_of_adapter(self) -> Iterator[Sample]:
+        """Of the last one that was made; what its report does not say is left out."""
+        made = self._last_made
+        rank = made.get("rank") if made.get("max_rank") is None else made["max_rank"]
+        found = [
+            (names.ADAPTER_BUILD_SECONDS, (), made.get("wall_seconds")),
+            (names.ADAPTER_RANK, (), rank),
+            (names.ADAPTER_HELD_OUT_RECOVERED_RATIO, (), (made.get("held_out") or {}).get("share")),
+            *((names.ADAPTER_BYTES, (form,), made.get(member)) for form, member in ADAPTER_FORMS.items()),
+        ]
+        for name, labels, value in found:
+            if isinstance(value, int | float):
+                yield Sample(name, labels, value)
 
     def status(self) -> dict[str, Any]:
         return {
@@ -300,6 +317,7 @@ class AdapterLearner:
         self._ended(outcome, tokens, int(tokens * growth))
         layers = {"layers": report.get("layers")}
         self.last_build = {"outcome": str(outcome), "detail": detail, "version": profile.version, **shown, **layers}
+        self._last_made = self.last_build
         self._show(AdapterState.COLLECTING, "")
         self._on_change()
 
@@ -322,6 +340,8 @@ class AdapterLearner:
         self.state, self.detail = state, detail
 
 
+ADAPTER_FORMS = {"stored": "bytes", "engine": "engine_bytes", "quantized_layers": "quantized_bytes"}
+"""Value of the label `form` of `hemostat_adapter_bytes` -> member of the build's report."""
 SHOWN = (
     "rank",
     "max_rank",
@@ -329,6 +349,9 @@ SHOWN = (
     "metric",
     "method",
     "bytes",
+    "bytes_share",
+    "engine_bytes",
+    "engine_bytes_share",
     "quantized_bytes",
     "kinds",
     "seconds",
