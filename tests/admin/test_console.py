@@ -15,10 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from tests.support.admin_server import KINDS, Served, everything, served
+from tests.support import adapter_status
+from tests.support.admin_server import KINDS, VOCABULARY, Served, everything, served
 from tests.support.console_text import interval, nats, percent
 from tests.support.control import TOKEN
 from tests.support.served_models import pair, served_models
@@ -27,6 +29,8 @@ from hemostat.admin import history as overview
 from hemostat.admin.app import ASSETS
 from hemostat.admin.history import MAX_POINTS, RECENT_POINTS, History
 from hemostat.ipc.messages import REST_KIND
+from hemostat_calibration.adapters.factors import LowRank
+from hemostat_calibration.profiles.adapter import adapter_profile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (CI does)")
@@ -310,6 +314,83 @@ def test_it_is_accessible_with_everything_open(page: Page, scheme: Any) -> None:
     page.get_by_role("button", name="auto").click()
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
+
+
+@needs_chromium
+def test_what_adapters_correct_and_why_none_serves(page: Page, one: Served) -> None:
+    expect(page.locator("#adapter-lead")).to_have_text(re.compile("^Adapters are off"))
+    expect(page.locator("#adapter-room")).to_be_hidden()
+    say = adapter_status
+    before = [(part, part.status) for part in say.parts(one.control)]
+    try:
+        one.do(lambda control: say.report(control, say.learner(), say.judge(), say.engine()))
+        expect(page.locator("#adapter-lead")).to_have_text("1 adapter may be asked for: 943966cb.", timeout=10_000)
+        assert page.locator("#adapter-won").inner_text() == "67.0 %"
+        assert (
+            "95 % [65.0 %, 69.0 %], KL 0.605 to 0.200 nats on 2,032 tokens"
+            in page.locator("#adapter-won-sub").inner_text()
+        )
+        assert page.locator("#adapter-rank").inner_text() == "rank 64"
+        assert page.locator("#adapter-size").inner_text() == (
+            "5.5 MB stored (9.8 % of the compressed layers), 39.1 MB in the engine (69.3 % of the compressed layers); "
+            "ranks shared out, 16 on average by bytes"
+        )
+        assert page.locator("#adapter-tokens").inner_text() == "3,100"
+        assert page.locator("#adapter-engine").inner_text() == "1 of 1 ready"
+        arms = get(one, "status")["arms"]
+        kl = [arms[arm]["kl_nats_estimate"]["estimate"] for arm in ("treated", "control")]
+        treated, control = kl if None not in kl else [arms[arm]["total_variation"] for arm in ("treated", "control")]
+        assert page.locator("#adapter-arms").inner_text() == f"×{treated / control:.2f}"
+        types = rows(page, "adapter-types")
+        assert [row.partition(" | ")[0] for row in types] == [name.split(".")[1] for name in say.TYPES]
+        assert types[0].startswith("q_proj | 30 | 16.0 | ")
+        assert types[0].endswith("83.0 %")
+        assert len(rows(page, "adapter-depths")) == say.DEPTH
+        isolation, agreement = rows(page, "adapter-probes")
+        assert isolation.startswith("isolation | 1 | 0 | 0 | 0 | 0 of 8 texts without an adapter differ")
+        assert agreement.startswith("agreement | 1 | 1 | 0 | 3 | ")
+        detail = " ".join(rows(page, "adapter-detail"))
+        for text in ("from 2,000 tokens in 49 s", "2 restarts", "0f0f0f0f: the engine", "57 requests judged", "busy 2"):
+            assert text in detail
+        page.get_by_role("button", name="Explain all").click()
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        failed = {"outcome": "memory", "detail": "more than adapter.memory_mib", "tokens": 2000}
+        out = say.engine(state="unusable", detail="vLLM runs without --enable-lora", ready=[], loaded=[], capacity=0)
+        building = say.learner(state="building", detail="layer 4 of 30", last_build=failed)
+        one.do(lambda control: say.report(control, building, say.judge(), out))
+        expect(page.locator("#adapter-lead")).to_have_text(
+            "No request asks for an adapter: vLLM runs without --enable-lora.", timeout=10_000
+        )
+        assert page.locator("#adapter-tokens-sub").inner_text() == "building: layer 4 of 30"
+        assert page.locator("#adapter-won-sub").inner_text() == (
+            "the last build failed (memory): more than adapter.memory_mib"
+        )
+        assert page.locator("#adapter-engine").inner_text() == "0 of 1 ready"
+    finally:
+        one.do(lambda _: [setattr(part, "status", status) for part, status in before])
+
+
+@needs_chromium
+def test_a_gain_names_its_figure_and_an_adapter_its_size(page: Page, one: Served) -> None:
+    nats_of = {"kind": "k", "units": 9, "mean_gain": 0.164, "mean_gain_by_token": 0.15, "figure": "nats"}
+    tv = nats_of | {"figure": "total_variation", "mean_kl_gain": 0.41}
+    shown = [page.evaluate("(evidence) => proof(evidence, true)", evidence) for evidence in (nats_of, tv)]
+    assert shown == [
+        "k: 9 held-out conversations, mean gain 0.164 nats by request, 0.150 by token",
+        "k: 9 held-out conversations, mean gain of the total variation 0.164 by request, 0.150 by token; of the KL "
+        "0.410 nats by request",
+    ]
+    layers = {"model.layers.0.mlp.up_proj": LowRank(np.ones((2, 8), np.float32), np.ones((4, 2), np.float32))}
+    made = adapter_profile(model="m", vocab_size=VOCABULARY, layers=layers)
+    one.do(lambda control: control.profile_manager.operator.import_profile(made))
+    [entry] = [p for p in get(one, "profiles")["profiles"] if p["version"] == made.version]
+    row = page.locator("#profiles tbody tr").filter(has_text=made.version[:8])
+    size = f"rank 2, {entry['adapter']['bytes'] / 1000:.1f} kB"
+    expect(row).to_contain_text(size, timeout=10_000)
+    expect(row).to_contain_text("adapter")
 
 
 @needs_chromium

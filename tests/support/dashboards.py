@@ -52,6 +52,12 @@ def queries() -> list[Query]:
     return [query for name, dashboard in load().items() for query in _of(name, dashboard)]
 
 
+def about_adapters(query: Query) -> bool:
+    """It reads what is exported only where adapters are made or serve."""
+    metrics = (selected.metric for selected in used(query.with_values(ALL)))
+    return any(re.match(r"hemostat_(adapter|profile_kind_total_variation)", metric) for metric in metrics)
+
+
 def _of(name: str, dashboard: Mapping[str, Any]) -> Iterator[Query]:
     for panel in panels(dashboard):
         for target in panel["targets"]:

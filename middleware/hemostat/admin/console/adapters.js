@@ -20,7 +20,7 @@ function barCell(share) {
 /** One line: why no adapter serves, or how many may be asked for. */
 function lead(a) {
   const engine = a.engine;
-  if (a.state === "off") return [`Adapters are off: ${a.detail}.`, "lead"];
+  if (a.state === "off") return [`Adapters are off${a.detail ? `: ${a.detail}` : ""}.`, "lead"];
   if (engine.state === "unusable") return [`No request asks for an adapter: ${engine.detail}.`, "lead bad-text"];
   if (a.state === "unavailable") return [`No adapter can be made: ${a.detail}.`, "lead bad-text"];
   if (engine.ready.length) return [`${plural(engine.ready.length, "adapter")} may be asked for: ${engine.ready.map(brief).join(", ")}.`, "lead good-text"];
@@ -54,6 +54,16 @@ function won(built) {
     [...depths].sort(([a], [b]) => a - b).map(([depth, all]) => [depth, barCell(all.reduce((sum, x) => sum + x, 0) / all.length)]), "no adapter was made yet");
 }
 
+function treatedToControl(s) {
+  const read = (figure) => ["treated", "control"].map((arm) => s.arms[arm] && figure(s.arms[arm])), kl = read((f) => f.kl_nats_estimate.estimate);
+  // The estimate exists for texts that were sampled at temperature 1 only.
+  const inKl = kl.every(known), [treated, control] = inKl ? kl : read((f) => f.total_variation), both = known(treated) && control > 0;
+  const one = (arm, x) => `${arm} ${nats(x)} (${plural(s.arms[arm].requests, "request")})`;
+  say("adapter-arms", both ? `×${fixed(treated / control, 2)}` : NONE);
+  say("adapter-arms-unit", inKl ? "KL, nats, estimate" : "total variation, lower bounds");
+  say("adapter-arms-sub", both ? `${one("treated", treated)}, ${one("control", control)}` : "not in both arms yet");
+}
+
 function adapters(s) {
   const a = s.adapter, engine = a.engine, judge = a.judge, built = a.last_build;
   say("adapter-lead", ...lead(a));
@@ -66,10 +76,7 @@ function adapters(s) {
   say("adapter-tokens-sub", building ? `${a.state}: ${a.detail || "starting"}` : `of ${whole(a.next_tokens)} for the next adapter; ${plural(a.texts, "text")}`);
   say("adapter-engine", `${whole(engine.ready.length)} of ${whole(engine.wanted.length)} ready`, engine.state === "unusable" ? "big bad-text" : "big");
   say("adapter-engine-sub", `${engine.state}; ${whole(engine.loaded.length)} loaded${known(engine.capacity) ? `, room for ${whole(engine.capacity)}` : ""}${engine.way ? `; by ${engine.way}` : ""}`);
-  const kl = ["control", "treated"].map((arm) => s.arms[arm] && s.arms[arm].kl_nats_estimate.estimate);
-  const both = kl.every(known) && kl[0] > 0;
-  say("adapter-arms", both ? `×${fixed(kl[1] / kl[0], 2)}` : NONE);
-  say("adapter-arms-sub", both ? `treated ${nats(kl[1])} nats (${plural(s.arms.treated.requests, "request")}), control ${nats(kl[0])} nats (${plural(s.arms.control.requests, "request")})` : "not in both arms yet");
+  treatedToControl(s);
   table("adapter-probes", "Probes of the engine", ["probe", "passed", "failed", "no answer", "waits for the copy", "last result"], Object.entries(engine.probes).map(([name, p]) => [
     name, whole(p.passed), p.failed ? coloured(whole(p.failed), "bad-text") : "0", whole(p.error), whole(p.waiting), p.detail || "not probed yet"]));
   table("adapter-detail", "In detail", null, [

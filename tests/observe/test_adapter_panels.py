@@ -1,0 +1,77 @@
+"""The dashboards' panels about adapters: a real Prometheus scrapes what the metrics' catalogue exports."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry, start_http_server
+from tests.support.dashboards import ALL, Query, about_adapters, queries
+from tests.support.prometheus import Prometheus, config, needs, prometheus
+from tests.support.stack import wait_for
+
+from hemostat.metrics import names
+from hemostat.metrics.collector import HemostatCollector
+from hemostat.metrics.samples import Sample
+from hemostat.models.vllm_server import free_port
+
+QUERIES = [query for query in queries() if about_adapters(query)]
+VALUES = {"namespace": "compose", "model": "m", "route": "/v1/chat/completions"}
+
+
+def samples() -> Iterator[Sample]:
+    """Counters grow by 1 at each scrape."""
+    count = next(SCRAPES)
+    yield Sample(names.MODEL_INFO, ("m", "r"), 1.0)
+    yield Sample(names.ADAPTER_HELD_OUT_RECOVERED_RATIO, (), 0.67)
+    yield Sample(names.ADAPTER_BUILD_SECONDS, (), 48.7)
+    yield Sample(names.ADAPTER_RANK, (), 16)
+    for form, size in (("stored", 5.5e6), ("engine", 9.8e6), ("quantized_layers", 56.4e6)):
+        yield Sample(names.ADAPTER_BYTES, (form,), size)
+    for weighting in ("request", "token"):
+        yield Sample(names.PROFILE_KIND_TOTAL_VARIATION_GAIN, ("chat text sampled", weighting), 0.16)
+    for state in ("wanted", "loaded", "ready"):
+        yield Sample(names.ADAPTERS, (state,), 1)
+    yield Sample(names.ADAPTER_PROBES, ("isolation", "failed"), count)
+    yield Sample(names.ADAPTER_LOADS, ("refused",), count)
+    yield Sample(names.ADAPTER_JUDGED, (), count)
+    yield Sample(names.ADAPTER_JUDGE_DROPPED, ("busy",), count)
+    yield Sample(names.ADAPTER_BUILDS, ("proposed",), count)
+
+
+SCRAPES = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    registry = CollectorRegistry()
+    registry.register(HemostatCollector([samples]))
+    port = free_port()
+    server, thread = start_http_server(port, "127.0.0.1", registry)
+    try:
+        targets = {"hemostat:8081": f"127.0.0.1:{port}"}
+        with prometheus(config(targets), tmp_path_factory.mktemp("panels") / "prometheus") as one:
+            rate = f"rate({names.ADAPTER_JUDGED}[1m])"  # known from two scrapes
+            wait_for("two scrapes", lambda: bool(one.query(rate)), 60)
+            yield one
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+def test_every_panel_about_adapters_is_here() -> None:
+    assert len({query.where.rpartition(" (")[0] for query in QUERIES}) == 8
+
+
+@needs("prometheus", "prometheus")
+@pytest.mark.parametrize("query", QUERIES, ids=str)
+def test_every_query_about_adapters_returns_data(scraped: Prometheus, query: Query) -> None:
+    """With all variables at All, and with one value chosen of each; the other values' data stay out."""
+    for expression in (query.with_values(ALL), query.with_values(VALUES)):
+        series = scraped.query(expression)
+        assert series, f"no data: {expression}"
+        assert any(query.legend <= set(one["metric"]) for one in series)
+    for variable in ("namespace", "model"):
+        assert scraped.query(query.with_values(VALUES | {variable: "other"})) == [], variable
