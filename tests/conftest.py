@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 from tests.support.engine_admin import TOKEN, EngineAdmin
-from tests.support.running_vllm import RunningVllm
+from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, VLLM_ARGUMENTS, RunningVllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from hemostat.models import vllm_server as vllm_process
@@ -22,14 +22,6 @@ from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("hemostat", deadline=None)
 hypothesis.settings.load_profile("hemostat")
-
-VLLM_ARGUMENTS = [
-    *("--enforce-eager", "--dtype", vllm_process.dtype(), "--max-model-len", "2048", "--max-logprobs", "64"),
-    *("--no-enable-prefix-caching", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-    *("--logits-processors", vllm_process.LOGITS_PROCESSOR),
-]
-
-LORA_ARGUMENTS = [*VLLM_ARGUMENTS, "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2"]
 
 _missed: list[str] = []
 """Tests that were skipped for want of something that could be installed: their reason says how."""
@@ -50,8 +42,7 @@ def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def lora_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningVllm]:
     """The same with adapters: two slots, rank 16. A test unloads the adapters that it has loaded."""
-    enabled = {"HEMOSTAT_ADAPTERS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    with _running(checkpoints, tmp_path_factory.mktemp("lora"), LORA_ARGUMENTS, enabled) as server:
+    with _running(checkpoints, tmp_path_factory.mktemp("lora"), LORA_ARGUMENTS, LORA_ENVIRONMENT) as server:
         yield server
 
 

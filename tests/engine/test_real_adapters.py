@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -165,3 +167,22 @@ def test_bytes_of_another_version_are_refused(client: Client) -> None:
     assert "--max-lora-rank" in log
     assert "digest" in log
     assert client.complete(PROMPTS[0])[0] == 200
+
+
+def test_weights_that_are_not_finite_are_refused(client: Client) -> None:
+    """A file whose digest is its version, but whose factors are NaN: an error of the client's name, and one line."""
+    data = bytearray(smollm_adapter(RANK, 6).to_bytes())
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    begin, end = header["model.layers.29.mlp.down_proj.b_scale"]["data_offsets"]
+    data[8 + length + begin : 8 + length + end] = struct.pack("<f", float("nan")) * ((end - begin) // 4)
+    version = hashlib.sha256(data).hexdigest()[:32]
+    client.server.admin.files[version] = bytes(data)
+    plain = client.answer(PROMPTS[0])
+    for _ in range(2):
+        assert client.complete(PROMPTS[0], version)[0] == 404
+    client.server.admin.files.pop(version)
+    assert version not in client.models()
+    assert client.answer(PROMPTS[0]) == plain
+    (line,) = [line for line in client.server.log.read_text().splitlines() if version in line and "not loaded" in line]
+    assert "down_proj" in line
