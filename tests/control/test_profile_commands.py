@@ -8,13 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.support.admin_server import Served, profile, record, served
 from tests.support.control import TOKEN
 
 from hemostat import cli
 from hemostat.control.composition import Control
+from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.divergence.record_gains import RecordGains
+from hemostat_calibration.profiles.adapter import adapter_bytes, adapter_profile
+from hemostat_calibration.profiles.peft import peft_files
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 Command = Callable[..., Any]
@@ -88,6 +92,48 @@ def test_from_a_file_to_serving_and_back_with_the_evidence(one: Served, command:
     assert command("rollback")["serving"] == "identity"
     decided = [event["decision"] for event in reversed(command("list")["events"])]
     assert decided == ["import", "promote", "mode", "import", "pin", "unpin", "promote", "roll_back"]
+
+
+def test_an_adapter_from_a_file_and_back(one: Served, command: Command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"model.layers.{n}.mlp.{kind}_proj" for n in range(2) for kind in ("up", "down")]
+    layers = {
+        name: LowRank(rng.normal(size=(2, 8)).astype(np.float32), rng.normal(size=(8, 2)).astype(np.float32))
+        for name in names
+    }
+    made = adapter_profile(model="m", vocab_size=60, layers=layers, metadata={"method": "training-free"})
+    file, copy = tmp_path / "profile.safetensors", tmp_path / "copy.safetensors"
+    file.write_bytes(made.to_bytes())
+    assert command("import", file) == made.version
+    [listed] = command("list")["profiles"]
+    assert (listed["version"], listed["family"]) == (made.version, "adapter")
+    assert listed["adapter"] == {"rank": 2, "layers": 4, "bytes": adapter_bytes(made), "map": False}
+    shown = command("show", made.version)
+    assert shown["metadata"] == {"method": "training-free"}
+    assert [event["decision"] for event in shown["evidence"]] == ["import"]
+    command("export", made.version, copy)
+    assert copy.read_bytes() == made.to_bytes()
+    assert CalibrationProfile.from_bytes(copy.read_bytes(), made.version).version == made.version
+
+
+def test_a_peft_folder_is_refused_with_the_file_that_is_meant(one: Served, command: Command, tmp_path: Path) -> None:
+    layers = {"model.layers.0.mlp.up_proj": LowRank(np.ones((2, 8), np.float32), np.ones((8, 2), np.float32))}
+    made = adapter_profile(model="m", vocab_size=60, layers=layers)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name, data in peft_files(made, "base").items():
+        (folder / name).write_bytes(data)
+    renamed = tmp_path / "renamed.safetensors"
+    renamed.write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    meant = f"({folder / 'profile.safetensors'})"
+    assert "is a PEFT folder; a profile is one file: give the profile.safetensors" in command(
+        "import", folder, fails=True
+    )
+    for given in (folder, folder / "adapter_model.safetensors", folder / "adapter_config.json"):
+        assert meant in command("import", given, fails=True)
+    assert "is a part of a PEFT adapter" in command("import", renamed, fails=True)
+    assert "is a folder; " in command("import", tmp_path, fails=True)
+    assert command("list")["profiles"] == []
 
 
 def test_failures_are_one_line_with_the_reason(
