@@ -19,7 +19,6 @@ DEFAULT_ADMIN = "http://127.0.0.1:8081"
 ADMIN_SECONDS = 30.0
 """Timeout of a request to the admin port."""
 MODES = ("off", "observe", "auto")
-PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PEFT_TENSOR = b".lora_A.weight"
 """Part of the names of a PEFT adapter's tensors."""
 
@@ -109,16 +108,19 @@ def _profile_import(options: argparse.Namespace) -> int:
 
 def _read_profile(file: Path) -> bytes:
     """UsageError where it cannot be read, or is an adapter in PEFT's format, which is no profile."""
+    from hemostat_calibration.profiles.peft import CONFIG_FILE, WEIGHTS_FILE  # noqa: PLC0415
+
+    names = (CONFIG_FILE, WEIGHTS_FILE)
     where = "a profile is one file: give the profile.safetensors of the folder that hemostat adapt wrote ({})"
     if file.is_dir():
-        what = "is a PEFT folder" if any((file / name).exists() for name in PEFT_FILES) else "is a folder"
+        what = "is a PEFT folder" if any((file / name).exists() for name in names) else "is a folder"
         raise UsageError(f"{file}: {what}; {where.format(file / 'profile.safetensors')}")
     try:
         data = file.read_bytes()
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
     length = int.from_bytes(data[:8], "little")  # of a safetensors file's header
-    if file.name in PEFT_FILES or PEFT_TENSOR in data[8 : 8 + length]:
+    if file.name in names or PEFT_TENSOR in data[8 : 8 + length]:
         raise UsageError(f"{file}: is a part of a PEFT adapter; {where.format(file.with_name('profile.safetensors'))}")
     return data
 
