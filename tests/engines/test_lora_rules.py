@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,21 +68,22 @@ def row(tokens: list[int], shift: float = 0.0) -> Completed:
 
 def test_rows_are_compared_up_to_their_first_different_token() -> None:
     alone = row([1, 2, 3, 4])
-    assert moves([alone], [row([1, 2])]) == Moves(0.0, 0.0, 0, 1)
-    assert moves([alone], [row([1, 2], 0.25)]) == Moves(0.25, 0.25, 0, 1)
-    assert moves([alone], [row([1, 9, 9])]) == Moves(1.0, 2.0, 1, 1), "to the least of those that are listed"
+    assert moves([alone], [row([1, 2])]) == Moves(0.0, 0.0, 0.0, 0, 1)
+    assert moves([alone], [row([1, 2], 0.25)]) == Moves(0.25, 0.25, 0.125, 0, 1)
+    assert moves([alone], [row([1, 9, 9])]) == Moves(1.0, 2.0, 0.5, 1, 1), "to the least of those that are listed"
     assert moves([alone], [row([1, 2], float("nan"))]).mean == float("inf")
 
 
 @pytest.mark.parametrize(
     ("noise", "beside", "passed"),
     [
-        (Moves(0.0, 0.0, 0, 8), Moves(0.0, 0.0, 0, 8), True),
-        (Moves(0.0, 0.0, 0, 8), Moves(0.01, 0.3, 1, 8), False),
-        (Moves(0.0, 0.0, 0, 8), Moves(0.0009, 0.02, 1, 8), False),
-        (Moves(0.02, 0.1, 1, 8), Moves(0.03, 0.1, 2, 8), True),
-        (Moves(0.02, 0.1, 1, 8), Moves(0.2, 1.0, 3, 8), False),
-        (Moves(0.2, 1.0, 3, 8), Moves(0.2, 1.0, 3, 8), False),
+        (Moves(0.0, 0.0, 0.0, 0, 8), Moves(0.0, 0.0, 0.0, 0, 8), True),
+        (Moves(0.0, 0.0, 0.0, 0, 8), Moves(0.01, 0.3, 0.08, 1, 8), False),
+        (Moves(0.0, 0.0, 0.0, 0, 8), Moves(0.0009, 0.02, 0.007, 1, 8), False),
+        (Moves(0.02, 0.1, 0.03, 1, 8), Moves(0.03, 0.1, 0.05, 2, 8), True),
+        (Moves(0.02, 0.1, 0.03, 1, 8), Moves(0.2, 1.0, 0.3, 3, 8), False),
+        (Moves(0.02, 0.1, 0.03, 1, 8), Moves(0.04, 0.1, 0.09, 1, 8), False),
+        (Moves(0.06, 0.3, 0.09, 1, 8), Moves(0.06, 0.3, 0.09, 1, 8), False),
     ],
 )
 def test_isolation_allows_what_requests_without_adapters_do_to_each_other(
@@ -90,12 +92,30 @@ def test_isolation_allows_what_requests_without_adapters_do_to_each_other(
     assert verdicts.isolation(noise, beside).passed == passed
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.02])
+def test_isolation_finds_one_row_of_four_that_gets_an_adapter(noise: float) -> None:
+    """noise: mean of |Δ|. 200 draws of 8 rows of 16 tokens; an adapter moves a row's log-probabilities by 0.2."""
+    drawn = np.random.default_rng(3)
+    alone = [row([1] * 16) for _ in range(8)]
+    passed = {"left alone": 0, "one of four moved": 0}
+    for _ in range(200):
+        for name, rows in (("left alone", 0), ("one of four moved", 2)):
+            found = []
+            for moved in range(-8, 8):
+                shift = drawn.laplace(0.0, noise, 16) if noise else np.zeros(16)
+                shift += drawn.laplace(0.0, 0.2, 16) * (0 <= moved < rows)
+                found.append(replace(alone[0], logprobs=(-1.0 + shift).tolist()))
+            passed[name] += verdicts.isolation(moves(alone, found[:8]), moves(alone, found[8:])).passed
+    assert passed["left alone"] >= 199
+    assert passed["one of four moved"] <= 1
+
+
 @pytest.mark.parametrize("effect", [0.1, 0.3, 1.0])
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.1])
 def test_agreement_passes_noise_and_finds_wrong_factors(effect: float, noise: float) -> None:
     """noise: standard deviation of what each log-probability at the engine is off by. 200 draws of 250 tokens."""
     drawn = np.random.default_rng(7)
-    passed = {1.0: 0, 2.0: 0, 0.0: 0, -1.0: 0}
+    passed = {1.0: 0, 1.3: 0, 2.0: 0, 0.0: 0, -1.0: 0}
     for _ in range(200):
         base, change = drawn.normal(-2, 1, 250), effect * drawn.standard_normal(250)
         for factor in passed:
@@ -105,6 +125,8 @@ def test_agreement_passes_noise_and_finds_wrong_factors(effect: float, noise: fl
             )
             passed[factor] += verdicts.agreement(engine, (base, base + change)).passed
     assert passed[1.0] >= 198
+    if effect >= 10.0 * noise:
+        assert passed[1.3] <= 2
     if effect > noise:
         assert passed[2.0] + passed[0.0] + passed[-1.0] <= 6
 
