@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -242,6 +243,17 @@ def test_folder_of_a_killed_process_is_removed_and_that_of_a_live_one_kept(tmp_p
     other.write("a", FILES, (), 0.0)
     assert (tmp_path / f"{folders.PREFIX}x").is_dir()
     other.close()
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    """As by a program that cleans the folder for temporary files."""
+    folder = AdapterFolder(tmp_path)
+    shutil.rmtree(folder.write("a", FILES, (), 0.0).parent)
+    assert folder.find("a", 1.0) is None
+    written = folder.write("a", FILES, (), 2.0)
+    assert folder.find("a", 3.0) == written
+    folder.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 class Request(SimpleNamespace):

@@ -121,6 +121,17 @@ async def test_a_name_that_has_vanished_is_noticed_without_reports() -> None:
         await ready(world, ONE)
 
 
+async def test_a_restart_is_noticed_without_reports_where_a_request_has_loaded_the_version_again() -> None:
+    async with lora_world(server(), reports=False) as world:
+        world.profiles.want(ONE)
+        await ready(world, ONE)
+        names, loaded = dict(world.lora.names), list(world.lora.in_slots)
+        world.restart(None)
+        world.lora.names, world.lora.in_slots = names, loaded
+        await until(lambda: world.host.status()["probes"]["agreement"]["passed"] == 2, 20.0)
+        await ready(world, ONE)
+
+
 async def test_a_rank_that_lost_it_from_its_slots_ends_it_at_once() -> None:
     async with lora_world(server()) as world:
         world.profiles.want(ONE)

@@ -202,16 +202,20 @@ async def test_an_adapter_is_made_of_enough_tokens_and_again_of_twice_as_many(fo
         texts(one, 40, 9)
         await until(lambda: len(receiver.proposed) == 2, 20)
         assert one.tokens == 400, "bounded"
-        assert receiver.proposed[1][1]["tokens"] == 400
+        assert receiver.proposed[1][1] | {"tokens": 980, "made_from_tokens": 400} == receiver.proposed[1][1]
         await asyncio.sleep(0.1)
         texts(one, 40, 50)
         assert one.state == "collecting"
+        assert one.status()["next_tokens"] == 1960
         found = values(one.samples())
         assert found[names.ADAPTER_BUILDS, "proposed"] == 2
         assert found[names.ADAPTER_TEXT_TOKENS,] == 20 * 89
         assert found[names.ADAPTER_RANK,] == 2
         assert found[names.ADAPTER_BUILD_SECONDS,] > 0.0
         assert (names.ADAPTER_HELD_OUT_RECOVERED_RATIO,) not in found, "nothing was held out"
+        texts(one, 20, 90)
+        await until(lambda: len(receiver.proposed) == 3, 20)
+        assert receiver.proposed[2][1]["made_from_tokens"] == 400, "of newer texts: as many as are kept"
     assert job_folders() == []
 
 

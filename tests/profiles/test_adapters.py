@@ -103,6 +103,22 @@ def test_an_adapter_that_helps_is_promoted_on_total_variation() -> None:
     assert watch.figure is Figure.TOTAL_VARIATION
 
 
+def test_of_two_that_are_proven_at_once_the_one_with_the_larger_gain_in_kl_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One is judged in nats, the other by total variation: 0.2 of the one is not more than 0.1 of the other."""
+    judging = Judging({})
+    version, other = judging.propose(1, TOKENS, 0.9), helpful()
+    judging.profiles.operator.import_profile(other)
+    judging.feed(5)
+    found = {candidate.version: judging.evidence(candidate.version) for candidate in judging.profiles.trials.tested}
+    assert found[other.version].mean_gain > found[version].mean_gain
+    assert found[other.version].gain_nats < found[version].gain_nats
+    monkeypatch.setattr(judging.profiles.trials, "promotes", lambda candidate, kind: True)
+    judging.feed(1)
+    assert judging.profiles.serving.version == version
+
+
 @pytest.mark.parametrize("share", [-0.3, 0.0])
 def test_one_that_harms_or_does_nothing_is_not(share: float) -> None:
     judging = Judging({})

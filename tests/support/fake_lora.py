@@ -54,6 +54,8 @@ class FakeLora:
     was_full: bool = False
     running: Counter[str] = field(default_factory=Counter)
     """Generations by adapter."""
+    starts: int = 0
+    """Of the server."""
     _used: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -64,6 +66,7 @@ class FakeLora:
         self.names.clear()
         self.in_slots = [None] * self.slots
         self.was_full = False
+        self.starts += 1
         self._used.clear()
 
     @property
@@ -130,9 +133,10 @@ class FakeLora:
     def metrics(self) -> str:
         """vLLM's own, of a server with --enable-lora that has answered requests."""
         labels = f'max_lora="{self.slots}",running_lora_adapters="",waiting_lora_adapters=""'
-        return (
-            f"# TYPE vllm:lora_requests_info gauge\nvllm:lora_requests_info{{{labels}}} 1.0\n" if self.enabled else ""
-        )
+        text = f"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds 1.79570{self.starts}e+09\n"
+        if self.enabled:
+            text += f"# TYPE vllm:lora_requests_info gauge\nvllm:lora_requests_info{{{labels}}} 1.0\n"
+        return text
 
     @contextmanager
     def generation(self, name: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -114,6 +115,13 @@ class Evidence:
     figure: Figure = Figure.NATS
     mean_kl_gain: float | None = None
     mean_kl_gain_by_token: float | None = None
+
+    @property
+    def gain_nats(self) -> float:
+        """By unit, whatever the figure; -inf where nothing is known of the gain in KL."""
+        if self.figure is Figure.NATS:
+            return self.mean_gain
+        return -math.inf if self.mean_kl_gain is None else self.mean_kl_gain
 
     @property
     def progress(self) -> float:

@@ -36,6 +36,8 @@ class AdapterFolder:
         self._max_adapters, self._max_bytes = max_adapters, max_bytes
         self._own: Path | None = None
         self._lock: int | None = None
+        self._registered = False
+        """`close` is called at the end of the process."""
         self._held: OrderedDict[str, tuple[int, float]] = OrderedDict()
         """Version: (bytes, when it was last asked for), the least recently used first."""
 
@@ -78,13 +80,17 @@ class AdapterFolder:
         self._held.clear()
 
     def _make(self) -> Path:
+        if self._own is not None and not (self._own / LOCK).exists():
+            self.close()  # somebody cleaned the folder for temporary files
         if self._own is None:
             self._parent.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
             self._own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._parent))  # mode 0700
             self._lock = os.open(self._own / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            atexit.register(self.close)
+            if not self._registered:
+                atexit.register(self.close)
+                self._registered = True
         return self._own
 
     def _remove_stale(self) -> None:

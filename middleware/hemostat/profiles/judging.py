@@ -168,13 +168,14 @@ class Judge:
         return True
 
     def _promote_best(self, candidates: list[Candidate], kind: str) -> None:
-        """Of those that are proven here, and may serve, promote the one with the largest gain."""
+        """Of those that are proven here, and may serve, promote the one with the largest gain in KL: that is known of
+        all of them, whatever figure they were proven by."""
         if self._serving.kinds[kind].pinned:
             return
         proven = [candidate for candidate in candidates if self._trials.promotes(candidate, kind)]
         fitting = [candidate for candidate in proven if self._serving.has_room(candidate.version, {kind})]
         if fitting:
-            best = max(fitting, key=lambda candidate: self._trials.evidence(candidate, kind).mean_gain)
+            best = max(fitting, key=lambda candidate: self._trials.evidence(candidate, kind).gain_nats)
             self._lifecycle.promote(best, kind)
             return
         for candidate in proven:

@@ -183,11 +183,9 @@ class ServingState:
         if not self.max_adapters:
             return "no engine can load an adapter now"
         adapters = sum(other is not None and self.is_adapter(other) for other in others)
-        return (
-            f"{adapters} other adapters serve, as many as engines have slots for"
-            if (adapters >= self.max_adapters)
-            else None
-        )
+        if adapters < self.max_adapters:
+            return None
+        return f"{adapters} other adapters serve, as many as engines have slots for"
 
     def slot_for(self, version: str, proven: Collection[str]) -> set[str] | None:
         """The kinds served by the adapter whose slot another one may take that is proven better in `proven`: more than

@@ -23,7 +23,7 @@ from hemostat.engines.lora import folder as shared_folder
 from hemostat.engines.lora import slots
 from hemostat.engines.lora.probes import Probes
 from hemostat.engines.lora.probing import ModelCopy, Prober
-from hemostat.engines.lora.server import Listed, listed, load, max_loras, touch, unload
+from hemostat.engines.lora.server import Listed, listed, load, max_loras, started, touch, unload
 from hemostat.engines.lora.setting import Way, explain
 from hemostat.engines.messages import EngineReport
 from hemostat.engines.registry import EngineRegistry
@@ -115,6 +115,8 @@ class AdapterHost:
         """Engines that have reported since the last start that was noticed."""
         self._loaded: frozenset[str] = frozenset()
         """Our versions that the server listed at the last look."""
+        self._started: str | None = None
+        """When the server began, where no engine reports."""
         self._slots: int | None = None
         """--max-loras, where no engine reports it."""
         self._way: Way | None = None
@@ -205,7 +207,7 @@ class AdapterHost:
             return POLL_SECONDS
         self._timeouts = 0
         reports = self._engines.live(self._clock())
-        self._notice_restart(found, reports)
+        self._notice_restart(found, reports, None if reports else await started(server))
         if self._ready and not self._probes.passed(list(self._ready), found.ours | found.others):
             self._set(HostState.PROBING, {}, self.capacity)  # somebody has loaded or unloaded an adapter
         base = self._base() or next(iter(found.base), "")
@@ -249,10 +251,15 @@ class AdapterHost:
         elif failure.reason is not FailureReason.TIMEOUT or self._timeouts >= MAX_TIMEOUTS:
             self._set(HostState.WAITING, {}, self.capacity, str(failure))
 
-    def _notice_restart(self, found: Listed, reports: Sequence[EngineReport]) -> None:
-        """Forget what was found about an earlier start of the server."""
+    def _notice_restart(self, found: Listed, reports: Sequence[EngineReport], began: str | None) -> None:
+        """Forget what was found about an earlier start of the server.
+
+        began: where no engine reports. By the names alone a restart may go unnoticed: the first request for a version
+        has the server's resolver load it again.
+        """
         boots = slots.boots(reports)
-        if self._loaded - found.ours or (self._boots and boots - self._boots):
+        again = None not in (began, self._started) and began != self._started
+        if again or self._loaded - found.ours or (self._boots and boots - self._boots):
             if self._loaded:
                 log.warning("adapters: the upstream was restarted or has lost one; they are loaded and probed again")
             self._set(HostState.LOADING, {}, self.capacity)
@@ -260,6 +267,7 @@ class AdapterHost:
             for forgotten in (self._backoffs, self._not_before, self._failures, self._rejected):
                 forgotten.clear()
             self._probes.begin_anew()
+        self._started = began or self._started
         self._boots |= boots
         self._loaded = self._own(found.ours)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -17,6 +16,7 @@ LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 TOP = 5
 """Most likely ids whose log-probabilities are asked for at each token."""
 _MAX_LORAS = re.compile(r'^vllm:lora_requests_info\{[^}]*max_lora="(\d+)"', re.MULTILINE)
+_STARTED = re.compile(r"^process_start_time_seconds (\S+)", re.MULTILINE)
 _TOKEN_ID = "token_id:"  # noqa: S105  no secret
 
 
@@ -99,16 +99,6 @@ async def unload(server: VllmServer, name: str) -> None:
     await server.text("POST", UNLOAD, {"lora_name": name})
 
 
-async def may_update(server: VllmServer) -> bool | None:
-    """Whether the server has the routes that load adapters at run time; None where it does not describe its routes."""
-    try:
-        described = await server.get("/openapi.json", dict[str, Any])
-    except ReferenceFailure:
-        return None
-    paths = described.get("paths")
-    return LOAD in paths if isinstance(paths, dict) and paths else None
-
-
 async def max_loras(server: VllmServer) -> int | None:
     """--max-loras as the server's own metrics say, once it has answered a request; None where they do not."""
     try:
@@ -116,6 +106,15 @@ async def max_loras(server: VllmServer) -> int | None:
     except ReferenceFailure:
         return None
     return int(found[1]) if found else None
+
+
+async def started(server: VllmServer) -> str | None:
+    """When the server's process began, by its own metrics, as it writes it; None where they do not say."""
+    try:
+        found = _STARTED.search(await server.text("GET", "/metrics"))
+    except ReferenceFailure:
+        return None
+    return found[1] if found else None
 
 
 async def complete(server: VllmServer, name: str, ids: Sequence[int], tokens: int, salt: str) -> Completed:

@@ -32,7 +32,7 @@ BACKOFF = (0.5, 2.0, 10.0, 60.0)
 MAX_ATTEMPTS = 6
 """Of a build; then more texts are waited for."""
 RETRY_TOKEN_GROWTH = 1.25
-"""After a build of which nothing came, the next one is made from this many times more tokens."""
+"""After a build of which nothing came, the next one is made when this many times more tokens are known."""
 RETRY_SECONDS = 900.0
 """After a build whose failure may pass (a killed process, a full disk), the next one is tried so much later."""
 RECHECK_SECONDS = 5.0
@@ -104,10 +104,8 @@ class AdapterLearner:
         self._target: AdapterTarget | None = None
         self._texts = Texts(settings.max_tokens)
         self._wake = asyncio.Event()
-        self._attempted = 0
-        """Tokens that the last build was made of."""
         self._next = 0
-        """Fewest tokens that the next one is made of."""
+        """Fewest tokens that are known for the next one."""
         self._not_before = -float("inf")
         """By the clock: when the next one may begin."""
         self._build: Build | None = None
@@ -130,7 +128,7 @@ class AdapterLearner:
             return
         before = self._target
         self._target = target
-        self._attempted, self._next, self._not_before = 0, 0, -float("inf")
+        self._next, self._not_before = 0, -float("inf")
         if before is None or (before.model, before.vocab_size) != (target.model, target.vocab_size):
             self._texts.clear()
         self._set_state(AdapterState.COLLECTING, "")
@@ -156,6 +154,11 @@ class AdapterLearner:
     def tokens(self) -> int:
         """That are kept."""
         return self._texts.tokens
+
+    @property
+    def known(self) -> int:
+        """Tokens of all texts so far, also of those that are not kept any more: what is known grows by newer texts."""
+        return self._texts.known
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.ADAPTER_TEXT_TOKENS, (), self.seen)
@@ -183,6 +186,7 @@ class AdapterLearner:
             "state": str(self.state),
             "detail": self.detail,
             "tokens": self.tokens,
+            "known_tokens": self.known,
             "texts": len(self._texts),
             "next_tokens": self._needed(),
             "builds": dict(self.outcomes),
@@ -205,9 +209,9 @@ class AdapterLearner:
         while True:
             target = self._target
             self._wake.clear()
-            if target is None or self.tokens < self._needed():
+            if target is None or self.known < self._needed():
                 await self._wake.wait()
-            elif self._clock() < self._not_before or not self._receiver.accepts_adapter(self.tokens):
+            elif self._clock() < self._not_before or not self._receiver.accepts_adapter(self.known):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), RECHECK_SECONDS)
             else:
@@ -236,19 +240,19 @@ class AdapterLearner:
 
     async def _make_for(self, target: AdapterTarget) -> None:
         self._show(AdapterState.BUILDING, "reading the checkpoints")
-        tokens, began = self.tokens, self._clock()
+        tokens, known, began = self.tokens, self.known, self._clock()
         try:
             job = await self._job(target)
         except (OSError, HemostatError) as error:
-            self._failed(BuildFailure.REFUSED, " ".join(str(error).split()), tokens)
+            self._failed(BuildFailure.REFUSED, " ".join(str(error).split()), tokens, known)
             return
         self._build = build = Build(job, self._settings.memory_mib, self._progressed, self._command)
         try:
             result = await self._attempts(build)
         except BuildFailed as failure:
-            self._failed(failure.reason, str(failure), tokens)
+            self._failed(failure.reason, str(failure), tokens, known)
         else:
-            self._propose(result, tokens, self._clock() - began)
+            self._propose(result, tokens, known, self._clock() - began)
         finally:
             self._build = None
             await build.close()
@@ -290,40 +294,42 @@ class AdapterLearner:
     def _progressed(self, line: str) -> None:
         self._show(AdapterState.BUILDING, line)
 
-    def _failed(self, reason: BuildFailure, why: str, tokens: int) -> None:
+    def _failed(self, reason: BuildFailure, why: str, tokens: int, known: int) -> None:
         if reason.may_pass:
-            self._ended(reason, tokens, tokens)
+            self._ended(reason, known)
             self._not_before = self._clock() + RETRY_SECONDS
         else:
-            self._ended(reason, tokens, int(tokens * RETRY_TOKEN_GROWTH) + 1)
+            self._ended(reason, int(known * RETRY_TOKEN_GROWTH) + 1)
         log.error("no adapter was made from %d tokens (%s): %s", tokens, reason, why)
         self.last_build = {"outcome": str(reason), "detail": why, "tokens": tokens}
         unavailable = reason in {BuildFailure.REFUSED, BuildFailure.MEMORY}
         self._show(AdapterState.UNAVAILABLE if unavailable else AdapterState.COLLECTING, why)
 
-    def _propose(self, result: Result, tokens: int, seconds: float) -> None:
+    def _propose(self, result: Result, tokens: int, known: int, seconds: float) -> None:
+        """tokens: that it was made from. known: that were known then."""
         profile, report = result.profile, result.report
         rank = report.get("rank")
         shared = f", shared out up to {report.get('max_rank')}" if report.get("shared_out") else ""
-        shown = {name: report.get(name) for name in SHOWN} | {"tokens": tokens, "wall_seconds": round(seconds, 1)}
+        shown = {name: report.get(name) for name in SHOWN} | {"wall_seconds": round(seconds, 1)}
         outcome, detail = BuildOutcome.NOT_ACCEPTED, ""
         try:
-            if self._receiver.propose_adapter(profile, f"made from {tokens} tokens: rank {rank}{shared}", shown):
+            why = f"made from {tokens} tokens: rank {rank}{shared}"
+            if self._receiver.propose_adapter(profile, why, shown | {"tokens": known, "made_from_tokens": tokens}):
                 outcome = BuildOutcome.PROPOSED
         except HemostatError as error:
             detail = str(error)
             log.error("an adapter was refused: %s", error)
         growth = 2.0 if outcome is BuildOutcome.PROPOSED else RETRY_TOKEN_GROWTH
-        self._ended(outcome, tokens, int(tokens * growth))
-        layers = {"layers": report.get("layers")}
-        self.last_build = {"outcome": str(outcome), "detail": detail, "version": profile.version, **shown, **layers}
+        self._ended(outcome, int(known * growth))
+        more = {"tokens": tokens, "layers": report.get("layers")}
+        self.last_build = {"outcome": str(outcome), "detail": detail, "version": profile.version, **shown, **more}
         self._last_made = self.last_build
         self._show(AdapterState.COLLECTING, "")
         self._on_change()
 
-    def _ended(self, outcome: BuildOutcome | BuildFailure, tokens: int, next_tokens: int) -> None:
+    def _ended(self, outcome: BuildOutcome | BuildFailure, next_tokens: int) -> None:
         self.outcomes[str(outcome)] += 1
-        self._attempted, self._next = tokens, next_tokens
+        self._next = next_tokens
 
     # --- bookkeeping -----------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ MAX_ANSWER_SECONDS = 120.0
 MAX_REFERENCE_NATS = 0.25
 """Mean difference of the log-probabilities of a record's tokens between the reference that scored it and the judge's,
 up to which they are one model: repeated computations in bfloat16 differ by about 0.01, two sizes of one family by more
-than 0.5."""
+than 0.5. Both are of the reference alone, so that which records are left out does not depend on any profile's gain."""
 CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """One core, however many there are: serving comes first."""
 
@@ -213,6 +213,8 @@ class AdapterJudge:
                 self._set_state(JudgeState.READY, why)
             return {}
         self.judged += 1
+        if self.state is JudgeState.READY:
+            self._set_state(JudgeState.READY, "")
         return found
 
     async def logprobs(self, ids: Ids, version: str | None) -> npt.NDArray[np.float32]:

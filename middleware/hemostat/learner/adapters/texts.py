@@ -32,8 +32,8 @@ class Texts:
     >>> texts = Texts(3)
     >>> texts.add(b"a", np.array([1, 2], np.int32), np.array([3], np.int32))
     >>> texts.add(b"b", np.array([4, 5], np.int32), np.array([6], np.int32))
-    >>> [text.output.tolist() for text in texts.all()], texts.tokens
-    ([[6]], 3)
+    >>> [text.output.tolist() for text in texts.all()], texts.tokens, texts.known
+    ([[6]], 3, 6)
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -41,6 +41,8 @@ class Texts:
         self._texts: OrderedDict[bytes, LearnedText] = OrderedDict()
         self.tokens = 0
         """Of all texts that are kept."""
+        self.known = 0
+        """The same, with those that went for newer ones."""
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -52,9 +54,10 @@ class Texts:
             np.array(prompt[max(0, len(prompt) + len(output) - MAX_TEXT_TOKENS) :], np.int32),
             np.array(output, np.int32),
         )
-        self._remove(unit)
+        self.known -= self._remove(unit)
         self._texts[unit] = text
         self.tokens += text.tokens
+        self.known += text.tokens
         while self.tokens - self._oldest().tokens >= self._max_tokens:
             self._remove(next(iter(self._texts)))
 
@@ -64,12 +67,14 @@ class Texts:
 
     def clear(self) -> None:
         self._texts.clear()
-        self.tokens = 0
+        self.tokens = self.known = 0
 
     def _oldest(self) -> LearnedText:
         return next(iter(self._texts.values()))
 
-    def _remove(self, unit: bytes) -> None:
+    def _remove(self, unit: bytes) -> int:
+        """How many tokens the text had."""
         text = self._texts.pop(unit, None)
-        if text is not None:
-            self.tokens -= text.tokens
+        tokens = 0 if text is None else text.tokens
+        self.tokens -= tokens
+        return tokens
