@@ -83,7 +83,7 @@ class WorkFolder:
         """Store atomically. Raises WorkFolderError when the file cannot be written."""
         path = self.folder / f"{name}{_SUFFIX}"
         try:
-            self._write(path, hashlib.sha256(data).digest() + data)
+            write_atomically(path, hashlib.sha256(data).digest() + data)
         except OSError as error:
             raise WorkFolderError(
                 f"{self._option}: {path} cannot be written ({error.strerror}); free some space"
@@ -117,14 +117,15 @@ class WorkFolder:
         for name in ours:
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).unlink()
-        self._write(path, json.dumps(key, indent=2).encode())
+        write_atomically(path, json.dumps(key, indent=2).encode())
 
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        new = path.with_name(path.name + ".new")
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is complete or as it was; only the owner may read it. OSError."""
+    new = path.with_name(path.name + ".new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)

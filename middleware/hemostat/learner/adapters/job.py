@@ -17,7 +17,8 @@ import numpy as np
 import safetensors
 
 from hemostat.learner.adapters.folders import CheckpointFolders
-from hemostat.learner.adapters.texts import LearnedText
+from hemostat.models.adapters import worker
+from hemostat.models.adapters.texts import Text
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.families import ADAPTER
@@ -45,13 +46,13 @@ class Job:
     digests: tuple[str, str]
     model: str
     vocab_size: int
-    texts: Sequence[LearnedText] = field(repr=False)
+    texts: Sequence[Text] = field(repr=False)
     options: dict[str, Any]
-    """`models.adapters.build.BuildOptions`, without `model`."""
+    """`models.adapters.worker.JobOptions`."""
 
     @property
     def tokens(self) -> int:
-        return sum(text.tokens for text in self.texts)
+        return sum(map(len, self.texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +80,12 @@ class JobFolder:
 
 
 def _write(folder: Path, job: Job) -> None:
-    """The worker starts from job.json: it comes last, and complete."""
-    texts = job.texts
-    held_out = np.arange(len(texts)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    np.savez(
-        folder / "tokens.npz",
-        ids=np.concatenate([part for text in texts for part in (text.prompt, text.output)]).astype(np.int32),
-        prompt_lengths=np.array([len(text.prompt) for text in texts], np.int32),
-        lengths=np.array([text.tokens for text in texts], np.int32),
-        held_out=held_out if len(texts) >= MIN_TEXTS_TO_HOLD_OUT else np.zeros(len(texts), bool),
-    )
-    given = {
-        "reference": str(job.folders.reference),
-        "compressed": str(job.folders.compressed),
-        "model": job.model,
-        "options": job.options,
-    }
-    partial = folder / "job.json.partial"
-    partial.write_text(json.dumps(given))
-    partial.rename(folder / "job.json")
+    held_out = [n % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for n in range(len(job.texts))]
+    if len(job.texts) < MIN_TEXTS_TO_HOLD_OUT:
+        held_out = [False] * len(job.texts)
+    folders, options = job.folders, worker.JobOptions(**job.options)
+    given = worker.Job(str(folders.reference), str(folders.compressed), job.model, options)
+    worker.write_job(folder, given, job.texts, held_out)
 
 
 def delete_left_behind() -> int:
@@ -120,8 +108,8 @@ def delete_left_behind() -> int:
 def read_result(folder: Path, job: Job) -> Result:
     """What the worker wrote, checked against the job and both checkpoints. InvalidResult."""
     try:
-        report = json.loads(_bytes(folder / "report.json", MAX_REPORT_BYTES))
-        profile = CalibrationProfile.from_bytes(_bytes(folder / "profile.safetensors", MAX_PROFILE_BYTES))
+        report = json.loads(_bytes(folder / worker.REPORT_FILE, MAX_REPORT_BYTES))
+        profile = CalibrationProfile.from_bytes(_bytes(folder / worker.PROFILE_FILE, MAX_PROFILE_BYTES))
         if not isinstance(report, dict):
             raise InvalidResult("report.json is not an object")
         _check(profile, report, job)

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 
 import numpy as np
 
+from hemostat.models.adapters.texts import Text
 from hemostat_calibration.arrays import Ids
 
 MAX_TEXT_TOKENS = 2048
 """Of a longer text, the newest ones are kept: the memory that a text needs grows with its length."""
-
-
-@dataclass(frozen=True, slots=True)
-class LearnedText:
-    """prompt: int32 [P]. output: int32 [T], T ≥ 1."""
-
-    prompt: Ids
-    output: Ids
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + len(self.output)
 
 
 class Texts:
@@ -38,7 +26,7 @@ class Texts:
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._texts: OrderedDict[bytes, LearnedText] = OrderedDict()
+        self._texts: OrderedDict[bytes, Text] = OrderedDict()
         self.tokens = 0
         """Of all texts that are kept."""
         self.known = 0
@@ -50,18 +38,18 @@ class Texts:
     def add(self, unit: bytes, prompt: Ids, output: Ids) -> None:
         """unit: of the conversation, whose newest turn repeats the earlier ones: it takes their place."""
         output = output[-(MAX_TEXT_TOKENS - 1) :]
-        text = LearnedText(
+        text = Text(
             np.array(prompt[max(0, len(prompt) + len(output) - MAX_TEXT_TOKENS) :], np.int32),
             np.array(output, np.int32),
         )
         self.known -= self._remove(unit)
         self._texts[unit] = text
-        self.tokens += text.tokens
-        self.known += text.tokens
-        while self.tokens - self._oldest().tokens >= self._max_tokens:
+        self.tokens += len(text)
+        self.known += len(text)
+        while self.tokens - len(self._oldest()) >= self._max_tokens:
             self._remove(next(iter(self._texts)))
 
-    def all(self) -> list[LearnedText]:
+    def all(self) -> list[Text]:
         """The oldest first."""
         return list(self._texts.values())
 
@@ -69,12 +57,12 @@ class Texts:
         self._texts.clear()
         self.tokens = self.known = 0
 
-    def _oldest(self) -> LearnedText:
+    def _oldest(self) -> Text:
         return next(iter(self._texts.values()))
 
     def _remove(self, unit: bytes) -> int:
         """How many tokens the text had."""
         text = self._texts.pop(unit, None)
-        tokens = 0 if text is None else text.tokens
+        tokens = 0 if text is None else len(text)
         self.tokens -= tokens
         return tokens

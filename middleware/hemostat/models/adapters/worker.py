@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ import numpy.typing as npt
 from hemostat.ipc.process import die_with_parent
 from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.adapters.texts import Text
-from hemostat.models.work_folder import WorkFolder
+from hemostat.models.work_folder import WorkFolder, write_atomically
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -66,17 +67,16 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def write_job(folder: Path, job: Job, texts: Sequence[Text], held_out: Sequence[bool]) -> None:
     """Make a job of `texts`; those of `held_out` are judged on, not learned from. Raises OSError."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = folder / f"{TOKENS_FILE}.new"
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        np.savez(
-            file,
-            ids=np.concatenate([text.ids for text in texts]).astype(np.int32),
-            prompt_lengths=np.array([len(text.prompt) for text in texts], np.int32),
-            lengths=np.array([len(text) for text in texts], np.int32),
-            held_out=np.array(held_out, np.bool_),
-        )
-    new.replace(folder / TOKENS_FILE)
-    _replace(folder / JOB_FILE, msgspec.json.encode(job))
+    tokens = io.BytesIO()
+    np.savez(
+        tokens,
+        ids=np.concatenate([text.ids for text in texts]).astype(np.int32),
+        prompt_lengths=np.array([len(text.prompt) for text in texts], np.int32),
+        lengths=np.array([len(text) for text in texts], np.int32),
+        held_out=np.array(held_out, np.bool_),
+    )
+    write_atomically(folder / TOKENS_FILE, tokens.getvalue())
+    write_atomically(folder / JOB_FILE, msgspec.json.encode(job))
 
 
 def read_results(folder: Path) -> tuple[CalibrationProfile, dict[str, Any]] | None:
@@ -148,8 +148,8 @@ def _run(folder: Path) -> str:
             built = distilled(pair, built, learn, parts, seed=asked.seed, progress=progress)
         if held:
             built, _ = judged(pair, built, held, parts, progress)
-        _replace(folder / PROFILE_FILE, built.profile.to_bytes())
-        _replace(folder / REPORT_FILE, json.dumps(built.report, allow_nan=False).encode())
+        write_atomically(folder / PROFILE_FILE, built.profile.to_bytes())
+        write_atomically(folder / REPORT_FILE, json.dumps(built.report, allow_nan=False).encode())
         work.remove()
     return built.profile.version
 
@@ -174,16 +174,6 @@ def _cut(ids: npt.NDArray[np.int32], prompts: npt.NDArray[np.int32], lengths: np
     for prompt, length in zip(prompts.tolist(), lengths.tolist(), strict=True):
         yield Text(ids[start : start + prompt], ids[start + prompt : start + length])
         start += length
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Atomically, for the owner only."""
-    new = path.with_name(f"{path.name}.new")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def _say(line: dict[str, Any]) -> None:
