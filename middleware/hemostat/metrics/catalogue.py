@@ -121,7 +121,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.KIND_GAIN_NATS,
             "gauge",
             "nats",
-            "Mean gain by kind on held-out units, of the profile that serves there or in `observe` would.",
+            "Mean gain in KL by kind on held-out units, of the profile that serves there or in `observe` would.",
             ("kind", "weighting"),
         ),
         Metric(
@@ -248,8 +248,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.PROFILE_KIND_GAIN_NATS,
             "gauge",
             "nats",
-            "Mean gain per token of the profile that serves a kind (or in mode observe would) over identity, on the "
-            "held-out requests of its window; averaged by request and by token.",
+            "Mean gain in KL per token of the profile that serves a kind (or in mode observe would) over identity, on "
+            "the held-out requests of its window; averaged by request and by token.",
             ("kind", "weighting"),
         ),
         Metric(
