@@ -66,6 +66,7 @@ def learner(**changes: Any) -> dict[str, Any]:
         "state": "collecting",
         "detail": "",
         "tokens": 3100,
+        "known_tokens": 3100,
         "texts": 41,
         "next_tokens": 4000,
         "builds": {"proposed": 1, "ended": 1},

@@ -71,9 +71,9 @@ function adapters(s) {
   lastBuild(built);
   won(built);
   const building = a.state === "building" || a.state === "down";
-  say("adapter-tokens", whole(a.tokens));
-  $("adapter-tokens-bar").replaceChildren(part(a.next_tokens ? a.tokens / a.next_tokens : 0, false));
-  say("adapter-tokens-sub", building ? `${a.state}: ${a.detail || "starting"}` : `of ${whole(a.next_tokens)} for the next adapter; ${plural(a.texts, "text")}`);
+  say("adapter-tokens", whole(a.known_tokens));
+  $("adapter-tokens-bar").replaceChildren(part(a.next_tokens ? a.known_tokens / a.next_tokens : 0, false));
+  say("adapter-tokens-sub", building ? `${a.state}: ${a.detail || "starting"}` : `of ${whole(a.next_tokens)} for the next adapter; the newest ${whole(a.tokens)} are kept, of ${plural(a.texts, "text")}`);
   say("adapter-engine", `${whole(engine.ready.length)} of ${whole(engine.wanted.length)} ready`, engine.state === "unusable" ? "big bad-text" : "big");
   say("adapter-engine-sub", `${engine.state}; ${whole(engine.loaded.length)} loaded${known(engine.capacity) ? `, room for ${whole(engine.capacity)}` : ""}${engine.way ? `; by ${engine.way}` : ""}`);
   treatedToControl(s);
