@@ -59,30 +59,29 @@ _VARIANTS: Mapping[str, tuple[Variant, ...]] = {
             (1, SOME, "full", False),
             (16, SOME, "full", False),
             (64, SOME, "full", False),
-            (16, SOME, "kfac", True),
-            (16, SOME, "kfac", False),
-            (64, SOME, "kfac", True),
-            # Beside what is asked of the adapters:
+            (16, FEW, "kfac", True),
+            (16, FEW, "kfac", False),
+            (64, FEW, "kfac", True),
+        ),
+        Variant(16, FEW, "kfac", distilled=80_000),
+        # Beside what is asked of the adapters:
+        *_variants(
+            (1, FEW, "kfac", True),
+            (4, FEW, "kfac", True),
             (4, SOME, "full", False),
             (8, SOME, "full", False),
             (32, SOME, "full", False),
-            (1, SOME, "kfac", True),
-            (4, SOME, "kfac", True),
-            (16, SOME, "diagonal", False),
-            (16, FEW, "kfac", True),
+            (16, FEW, "diagonal", False),
         ),
-        Variant(16, SOME, "kfac", distilled=80_000),
     ),
-    **{
-        scheme: _variants((16, SOME, "kfac", True), (64, SOME, "kfac", True), (16, SOME, "full", False))
-        for scheme in ("gptq", "awq")
-    },
+    "gptq": _variants((16, FEW, "kfac", True), (64, FEW, "kfac", True), (16, FEW, "full", False)),
+    "awq": _variants((16, FEW, "full", False), (64, FEW, "full", False), (16, FEW, "kfac", True)),
     **{scheme: _variants((16, FEW, "full", False), (16, FEW, "kfac", True)) for scheme in ("int3", "prune50", "w8a8")},
 }
 
-SERVED = Variant(16, SOME, "kfac", shared_out=True)
+SERVED = Variant(16, FEW, "kfac", shared_out=True)
 """The adapter that the engine serves."""
-BEST = Variant(64, SOME, "kfac", shared_out=True)
+BEST = Variant(64, FEW, "kfac", shared_out=True)
 """The one that a map is learned on top of."""
 
 
