@@ -29,10 +29,11 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 from .checkpoints import Pair
 from .kinds import by_kind
 from .scores import Scorer, Tokens, hidden_states
-from .texts import MAX_TOKENS, checkpoint_digest
+from .texts import MAX_TOKENS, checkpoint_digest, open_asks
 
 GREEDY_TOKENS = 64
-OWN_TEXTS = 240
+OWN_TEXTS = 210
+"""Of all held-out topics."""
 AGREEMENT_TOKENS = 3_000
 
 Floats = npt.NDArray[np.float64]
@@ -115,7 +116,7 @@ def served(
 ) -> dict[str, Any]:
     """All that is said of one adapter at the engine."""
     scored = _first(heldout, AGREEMENT_TOKENS)
-    own = [Ask(text.ask.text, MAX_TOKENS, 1.0, 2_000_000 + n, tap=False) for n, text in enumerate(heldout[:OWN_TEXTS])]
+    own = open_asks(heldout=True, number=2_000_000)[:OWN_TEXTS]
     plain = plain_answers(stages, pair, heldout)
     treated = answers(stages, pair.compressed, adapter, own, scored, f"{pair.scheme}-treated")
     reference = answers(stages, pair.reference, None, [], scored[:1], "reference")
