@@ -42,6 +42,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         learner=SimpleNamespace(offer=lambda record, scope: learned.append(record)),
         records=None,
         tracing=None,
+        texts=None,
     )
     monitor: Any = SimpleNamespace(served=SimpleNamespace(of=lambda _: None, calibrated=None))
     nothing: Any = None
