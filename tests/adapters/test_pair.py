@@ -35,8 +35,8 @@ def opened(reference: Path, compressed: Path) -> Any:
     return CheckpointPair.open(reference, compressed)
 
 
-def scaled(model: Any, seed: int = 0) -> Any:
-    """The same function, with scales moved as AWQ moves them."""
+def scaled(model: Any, seed: int = 0, mean: float = 1.0) -> Any:
+    """The same function, with scales moved as AWQ moves them. mean: about which they are spread."""
     other = type(model)(model.config)
     other.load_state_dict(model.state_dict())
     other.tie_weights()
@@ -48,13 +48,13 @@ def scaled(model: Any, seed: int = 0) -> Any:
                 (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
                 (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
             ):
-                scale = torch.exp(0.4 * torch.randn(len(norm.weight), generator=generator))
+                scale = mean * torch.exp(0.4 * torch.randn(len(norm.weight), generator=generator))
                 norm.weight /= scale
                 for reader in readers:
                     reader.weight *= scale
             for before, after in ((attention.v_proj, attention.o_proj), (mlp.up_proj, mlp.down_proj)):
                 if before.out_features == after.in_features:
-                    scale = torch.exp(0.4 * torch.randn(after.in_features, generator=generator))
+                    scale = mean * torch.exp(0.4 * torch.randn(after.in_features, generator=generator))
                     before.weight /= scale[:, None]
                     after.weight *= scale
     return other.eval()
@@ -68,14 +68,17 @@ def logits_of(model: Any) -> Any:
         return model(torch.from_numpy(IDS)[None]).logits[0]
 
 
-@pytest.mark.parametrize("heads", [4, 2])
-def test_moved_scales_are_found_and_the_moved_reference_is_the_same_function(heads: int, tmp_path: Path) -> None:
-    """Also with grouped heads, where o_proj's inputs cannot be scaled."""
+@pytest.mark.parametrize(("heads", "mean"), [(4, 1.0), (2, 1.0), (2, 0.4)])
+def test_moved_scales_are_found_and_the_moved_reference_is_the_same_function(
+    heads: int, mean: float, tmp_path: Path
+) -> None:
+    """Also with grouped heads, where o_proj's inputs cannot be scaled; and where the scales of up_proj's inputs and of
+    its outputs nearly cancel, as in two layers of a real checkpoint."""
     from hemostat.models.adapters.pair import moved_reference
 
     model = tiny_model(1, num_key_value_heads=heads)
     reference = save(model, tmp_path / "reference")
-    quantized = packed(scaled(model), tmp_path / "awq", bits=4)
+    quantized = packed(scaled(model, mean=mean), tmp_path / "awq", bits=4)
     pair = opened(reference, quantized)
     state = {name: moved_reference(pair)(name) for name in pair.skeleton.places}
     assert pair.notes == []

@@ -250,7 +250,7 @@ def _moved(weight: torch.Tensor, name: str, scales: LayerScales) -> torch.Tensor
 
 
 def _error_by_row(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The squared error that is left where every row of `ours` is multiplied by its best number, relative to its size."""
+    """Squared error, relative by row, that is left where every row of `ours` is multiplied by its best number."""
     factors = (ours * theirs).sum(1) / ours.square().sum(1).clamp_min(1e-30)
     left = (ours * factors[:, None] - theirs).square().sum(1)
     return float((left / theirs.square().sum(1).clamp_min(1e-30)).sum())
