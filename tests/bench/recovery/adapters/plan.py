@@ -75,7 +75,9 @@ _VARIANTS: Mapping[str, tuple[Variant, ...]] = {
         ),
     ),
     "gptq": _variants((16, FEW, "kfac", True), (64, FEW, "kfac", True), (16, FEW, "full", False)),
-    "awq": _variants((16, FEW, "full", False), (64, FEW, "full", False), (16, FEW, "kfac", True)),
+    "awq": _variants(
+        (16, FEW, "full", False), (64, FEW, "full", False), (16, FEW, "kfac", True), (64, FEW, "kfac", True)
+    ),
     **{scheme: _variants((16, FEW, "full", False), (16, FEW, "kfac", True)) for scheme in ("int3", "prune50", "w8a8")},
 }
 
