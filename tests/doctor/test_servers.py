@@ -131,12 +131,13 @@ def test_failures_are_one_line(
     # The fake does not refuse too many prompt_logprobs by itself.
     real = FakeVllm._prompt_logprobs
 
-    def limited(self: FakeVllm, prompt: list[int], top_k: int) -> Any:
+    def limited(self: FakeVllm, prompt: list[int], body: dict[str, Any]) -> Any:
         from tests.support.fake_vllm import RefusedError
 
+        top_k = body["prompt_logprobs"]
         if top_k > self.max_logprobs:
             raise RefusedError(f"Requested prompt logprobs of {top_k}, which is greater than max allowed", "x")
-        return real(self, prompt, top_k)
+        return real(self, prompt, body)
 
     monkeypatch.setattr(FakeVllm, "_prompt_logprobs", limited)
     break_it(*fakes)
