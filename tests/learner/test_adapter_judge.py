@@ -27,6 +27,7 @@ from hemostat.learner.adapters.folders import CheckpointFolders
 from hemostat.learner.adapters.job import linear_shapes
 from hemostat.learner.adapters.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
 from hemostat.learner.embedding import load as load_embedding
+from hemostat.learner.wire import parts as pieces
 from hemostat.metrics import names
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.checkpoint_digest import checkpoint_digest
@@ -194,7 +195,7 @@ def test_distances_are_those_of_transformers_with_the_corrections_in_the_weights
     start = wire.Start(str(folders.compressed), str(folders.reference), V, D if from_hidden else 0, "cpu")
     copies = process.Copies(start)
     for version, profile in known.items():
-        parts = list(wire.parts(profile.to_bytes()))
+        parts = list(pieces(profile.to_bytes()))
         assert [process.answer(copies, wire.Hold(version, part, last)) for part, last in parts] == [None] * len(parts)
     record, prompt = record_of(1), prompt_of(1)
     hidden = models.hidden(record, prompt).astype("<f4").tobytes() if from_hidden else b""

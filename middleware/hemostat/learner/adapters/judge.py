@@ -23,6 +23,7 @@ from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.learner.adapters import wire
 from hemostat.learner.adapters.folders import CheckpointFolders
+from hemostat.learner.wire import parts
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.arrays import Ids
@@ -357,7 +358,7 @@ class AdapterJudge:
             profile = self._profile(version) if version != IDENTITY else None
             if profile is None:
                 continue
-            for part, last in wire.parts(await asyncio.to_thread(profile.to_bytes)):
+            for part, last in parts(await asyncio.to_thread(profile.to_bytes)):
                 child.send(wire.REQUESTS.encode(wire.Hold(version, part, last)))
                 await child.drain()
             self._held[version] = None

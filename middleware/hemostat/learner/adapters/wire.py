@@ -6,8 +6,6 @@ every `Judge` and `Logprobs` with one message of the same id, in their order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 
 from hemostat.ipc.codec import MessageCodec
@@ -27,7 +25,7 @@ class Start(msgspec.Struct, tag="start", frozen=True):
 
 
 class Hold(msgspec.Struct, tag="hold", frozen=True):
-    """Part of a profile's file, at most `PART_BYTES`."""
+    """Part of a profile's file, at most `learner.wire.PART_BYTES`."""
 
     version: str
     part: bytes
@@ -105,16 +103,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     message: str
 
 
-PART_BYTES = 1 << 20
-
 Request = Start | Hold | Evict | Judge | Logprobs
 Answer = Ready | Refused | Judged | Scored | Failed
 
 REQUESTS: MessageCodec[Request] = MessageCodec(Request)
 ANSWERS: MessageCodec[Answer] = MessageCodec(Answer)
-
-
-def parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Pieces of at most `PART_BYTES`, each with whether it is the last one."""
-    for first in range(0, max(len(data), 1), PART_BYTES):
-        yield data[first : first + PART_BYTES], first + PART_BYTES >= len(data)
