@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,13 +30,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hemostat.models.reference_checkpoint import cached_checkpoints
-from hemostat.models.vllm_server import dtype, quiet_environment, runnable, with_parent
+from hemostat.models.vllm_server import dtype, runnable
 from hemostat_calibration.profiles.peft import peft_files
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from tests.bench.engine_child import EngineChild  # noqa: E402  the root is no package
 from tests.support.adapter_profiles import LAYERS, SHAPES, smollm_adapter  # noqa: E402  the root is no package
 
 BUILD = ROOT / "build" / "bench"
@@ -46,53 +46,24 @@ ROWS = ("none", "some", "all")
 BOOTSTRAP = 10_000
 
 
-class Engine:
-    """A child process with one vLLM engine; it works only while a burst runs."""
+class Engine(EngineChild):
+    """Bursts of decoding steps."""
 
     def __init__(self, model: Path, log: Path, batch: int, rank: int = 0, adapter: str = "", grouped: bool = False):
-        environment = os.environ | quiet_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment: dict[str, str] = {}
         if rank:
             environment |= {"HEMOSTAT_ADAPTERS": "1", "HEMOSTAT_ADAPTERS_CPU_PRODUCT": "1" if grouped else "0"}
-        self._log = log
         arguments = ["--child", str(model), "--batch", str(batch), "--ranks", str(rank), "--adapter", adapter]
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                with_parent([sys.executable, str(Path(__file__).resolve()), *arguments]),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                env=environment,
-            )
+        super().__init__(Path(__file__).resolve(), arguments, environment, log)
 
     def ready(self) -> None:
         """Wait until it has started, and check that it runs with the operations that it is measured for."""
-        self._ask({})
+        self.ask({})
 
     def burst(self, steps: int, adapted: int) -> list[float]:
         """Seconds of every decoding step, with the adapter in the first `adapted` rows."""
-        seconds: list[float] = self._ask({"steps": steps, "adapted": adapted})["seconds"]
+        seconds: list[float] = self.ask({"steps": steps, "adapted": adapted})["seconds"]
         return seconds
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question).encode() + b"\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"an engine ended: see {self._log}\n{self._log.read_text(errors='replace')[-2000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def stop(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def serve_bursts(model: str, batch: int, rank: int, adapter: str, answers: IO[str]) -> None:

@@ -27,7 +27,6 @@ import gc
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ import numpy.typing as npt
 
 from hemostat.engines.registry import SILENCE_SECONDS
 from hemostat.models.reference_checkpoint import cached_checkpoints
-from hemostat.models.vllm_server import LOGITS_PROCESSOR, dtype, quiet_environment, runnable, with_parent
+from hemostat.models.vllm_server import LOGITS_PROCESSOR, dtype, runnable
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_engine.product import Product, multiplies_bfloat16, packs
@@ -49,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from tests.bench.engine_child import EngineChild  # noqa: E402  the root is no package
 from tests.support.engine_admin import TOKEN, EngineAdmin  # noqa: E402  the root is no package
 
 BUILD = ROOT / "build" / "bench"
@@ -128,55 +128,26 @@ def per_row(
     }
 
 
-class Engine:
-    """A child process with one vLLM engine; it works only while a burst runs."""
+class Engine(EngineChild):
+    """Bursts of decoding steps."""
 
     def __init__(self, model: Path, admin: EngineAdmin | None, batch: int, log: Path) -> None:
-        environment = os.environ | quiet_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment: dict[str, str] = {}
         arguments = ["--child", str(model), "--batch", str(batch)]
         if admin is not None:
             environment |= {"HEMOSTAT_ADMIN_URL": admin.url, "HEMOSTAT_ADMIN_TOKEN": TOKEN}
             arguments.append("--plugin")
-        self._log = log
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                with_parent([sys.executable, str(Path(__file__).resolve()), *arguments]),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                env=environment,
-            )
-        self._ask({})
+        super().__init__(Path(__file__).resolve(), arguments, environment, log)
+        self.ask({})
 
     def burst(self, steps: int, version: str | None, tap: bool) -> list[float]:
         """Seconds of every decoding step."""
-        answer = self._ask({"steps": steps, "version": version, "tap": tap})
+        answer = self.ask({"steps": steps, "version": version, "tap": tap})
         applied, wanted = answer["applied"], answer["rows"] if version else 0
         if applied != wanted:
-            raise SystemExit(f"the engine applied the profile to {applied} rows instead of {wanted}: see {self._log}")
+            raise SystemExit(f"the engine applied the profile to {applied} rows instead of {wanted}: see {self.log}")
         seconds: list[float] = answer["seconds"]
         return seconds
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question).encode() + b"\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"an engine ended: see {self._log}\n{self._log.read_text(errors='replace')[-2000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def stop(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def serve_bursts(model: str, batch: int, plugin: bool, answers: IO[str]) -> None:
