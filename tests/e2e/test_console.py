@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,18 +26,13 @@ pytestmark = [
 REQUESTS = 30
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def stack(vllm_server: Any, checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     reference = {"backend": "transformers", "model": str(checkpoints.reference), "dtype": vllm_process.dtype()}
     settings = sampling_settings(
         vllm_server.url,
         reference,
-        admin={"host": "127.0.0.1", "port": free_port(), "token": ADMIN_TOKEN},
+        admin={"host": "127.0.0.1", "port": vllm_process.free_port(), "token": ADMIN_TOKEN},
         calibration={"mode": "observe"},
         alarm={"baseline_requests": 30},
     )

@@ -196,9 +196,15 @@ class FakeEngine:
         self._process = subprocess.Popen(
             with_parent(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        wait_for("the fake engine's start", self._healthy, STARTS_WITHIN)
+        try:
+            wait_for("the fake engine's start", self._healthy, STARTS_WITHIN)
+        except BaseException:
+            self.kill()
+            raise
 
     def _healthy(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"the fake engine ended with code {self._process.returncode}"
         try:
             return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
         except httpx.TransportError:

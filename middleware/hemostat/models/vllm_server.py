@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import random
 import signal
 import socket
 import subprocess
@@ -30,6 +31,8 @@ READY_SECONDS = 300.0
 """Starting takes about 40 seconds on a CPU, and more where a GPU build compiles."""
 STOP_SECONDS = 15.0
 LOG_TAIL_LINES = 25
+MIN_FREE_PORT = 10_240
+MAX_PORT_TRIES = 100
 
 _PROGRESS_SECONDS = 5.0
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback: no proxy of the environment
@@ -78,11 +81,26 @@ def _avx512(cpuinfo: str) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on loopback that was free a moment ago.
+
+    It is outside the range from which the kernel takes the ports of outgoing connections: in that range, any
+    connection could take the port before the caller listens on it.
+    """
+    for port in random.sample(range(MIN_FREE_PORT, _first_ephemeral_port()), MAX_PORT_TRIES):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise HemostatError(f"no free TCP port found in {MAX_PORT_TRIES} tries")
+
+
+def _first_ephemeral_port() -> int:
+    """The kernel's default where it cannot be read."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except OSError:
+        first = 32_768
+    # Where an administrator has set a range without room below it, its ports are the only ones.
+    return first if first >= MIN_FREE_PORT + MAX_PORT_TRIES else 65_536
 
 
 def with_parent(command: Sequence[str]) -> list[str]:
