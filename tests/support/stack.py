@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hemostat.models.vllm_server import free_port, with_parent
 
-FAKE_VLLM = Path(__file__).with_name("fake_vllm.py")
+FAKE_VLLM = Path(__file__).with_name("fake_vllm")
 ADMIN_TOKEN = "a-token-for-tests"
 STARTS_WITHIN = 30.0
 SCORES_WITHIN = 90.0

@@ -1,0 +1,155 @@
+"""The model of the fake vLLM: tokens, the chat template, a distribution after every context, and what is sampled."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tests.support.fake_lora import FakeLora
+from tests.support.fake_vllm.answers import RefusedError
+
+VOCAB = 512
+IM_START, EOS = 256, 257
+"""Ids below 256 are bytes, those above 257 are words."""
+
+
+def token_bytes(token: int) -> bytes:
+    if token < 256:
+        return bytes([token])
+    return {IM_START: b"<|im_start|>", EOS: b"<|im_end|>"}.get(token, b" w%d" % token)
+
+
+def encode(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def render(messages: list[dict[str, Any]]) -> list[int]:
+    """The chat template: a marker, the role and the text of every message."""
+    ids: list[int] = []
+    for message in messages:
+        content = message.get("content") or ""
+        if isinstance(content, list):
+            content = "\n".join(part.get("text", "") for part in content)
+        ids += [IM_START, *encode(f"{message['role']}\n{content}"), EOS]
+    return [*ids, IM_START, *encode("assistant\n")]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine step: one token."""
+
+    token: int
+    logprobs: npt.NDArray[np.float64]
+    text: str
+    """What is new in the text; held back while a stop string or a character is incomplete."""
+    finish: str | None
+    stop_reason: str | None
+
+
+@dataclass
+class FakeModel:
+    """seed: the model. noise: how far this model's logits stand off those of the same seed without noise."""
+
+    seed: int = 0
+    noise: float = 0.0
+    model: str = "fake"
+    lora: FakeLora | None = None
+    """Adapters that are loaded at run time, in addition to `adapters`, which change nothing but the name."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the model."""
+    vocab_size: int = VOCAB
+    raw_logprobs: bool = True
+    """Off: logprobs are reported after logit_bias, as another --logprobs-mode does."""
+    chat_template: str | None = ""
+    """Text in front of every rendered chat; None: the model has no chat template."""
+
+    def answers_as(self, body: dict[str, Any]) -> str:
+        """What the answer names as its model: whichever name of the base model was asked for, its first."""
+        name = body.get("model") or self.model
+        return self.model if name in self.aliases else str(name)
+
+    def logprobs(self, context: list[int], adapter: str | None = None) -> npt.NDArray[np.float64]:
+        """float64 [VOCAB], nats: what comes after these tokens. adapter: one of `lora`."""
+        key = np.asarray(context[-4:], "<i4").tobytes()
+
+        def normal(purpose: bytes) -> npt.NDArray[np.float64]:
+            digest = blake2b(key, digest_size=16, key=self.seed.to_bytes(8, "little"), person=purpose).digest()
+            return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little"))).standard_normal(
+                self.vocab_size
+            )
+
+        logits = 3.0 * normal(b"model")
+        logits[:IM_START] -= 4.0
+        if self.noise:
+            logits += self.noise * normal(b"noise")
+        if adapter is not None and self.lora is not None:
+            logits += self.lora.effect(adapter, context, self.vocab_size)
+        # float32 as in the engine, so that JSON carries what was computed.
+        return (logits - np.log(np.exp(logits).sum())).astype(np.float32).astype(np.float64)
+
+    def row_logprobs(self, context: list[int], body: dict[str, Any]) -> npt.NDArray[np.float64]:
+        """The same for a request: with the adapter that it names."""
+        adapter = None if self.lora is None else self.lora.applied(self.answers_as(body))
+        return self.logprobs(context, adapter)
+
+    def encode(self, text: str) -> list[int]:
+        return encode(text)
+
+    def render(self, messages: list[dict[str, Any]]) -> list[int]:
+        if self.chat_template is None:
+            raise RefusedError("default chat template is no longer allowed, so you must provide a chat template", None)
+        return [*encode(self.chat_template), *render(messages)]
+
+    @staticmethod
+    def biased(logprobs: npt.NDArray[np.float64], body: dict[str, Any]) -> npt.NDArray[np.float64]:
+        biased = logprobs.copy()
+        for token, bias in (body.get("logit_bias") or {}).items():
+            biased[int(token)] += bias
+        return biased
+
+    def _sample(self, logprobs: npt.NDArray[np.float64], body: dict[str, Any], position: int) -> int:
+        temperature = 1.0 if body.get("temperature") is None else body["temperature"]
+        biased = self.biased(logprobs, body)
+        if temperature:
+            seed = (self.seed, body.get("seed") or 0, position)
+            biased = biased / temperature + np.random.default_rng(seed).gumbel(size=self.vocab_size)
+        return int(biased.argmax())
+
+    def steps(self, prompt: list[int], body: dict[str, Any], limit: int) -> Iterator[Step]:
+        text_of_prompt = bytes(token for token in prompt if token < 256).decode(errors="replace")
+        script: Iterator[int] | None = None
+        if "say: " in text_of_prompt:
+            said = text_of_prompt.rpartition("say: ")[2].removesuffix("assistant\n")
+            script = iter([*encode(said), EOS])
+        stops = body.get("stop") or []
+        stops = [stops] if isinstance(stops, str) else stops
+        hold = max((len(stop) for stop in stops), default=1) - 1
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        context, text, sent = list(prompt), "", 0
+        for position in range(1, limit + 1):
+            logprobs = self.row_logprobs(context, body)
+            token = next(script) if script is not None else self._sample(logprobs, body, position)
+            context.append(token)
+            finish: str | None = None
+            stop_reason: str | None = None
+            if token == EOS and not body.get("ignore_eos"):
+                finish = "stop"
+            else:
+                text += decoder.decode(token_bytes(token))
+                found = [(text.find(stop), stop) for stop in stops if stop in text]
+                if found:
+                    end, stop_reason = min(found)
+                    text, finish = text[:end], "stop"
+                elif position == limit:
+                    finish = "length"
+            end = len(text) if finish else max(sent, len(text) - hold)
+            reported = logprobs if self.raw_logprobs else self.biased(logprobs, body)
+            yield Step(token, reported, text[sent:end], finish, stop_reason)
+            sent = end
+            if finish:
+                return
