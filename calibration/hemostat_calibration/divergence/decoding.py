@@ -212,7 +212,8 @@ def _kept(candidates: Candidates, record: TokenRecord) -> _Kept:
         log_w = np.where(listed, power * (logprobs - top), -np.inf)
     w = np.exp(log_w)
     log_cap = cap(candidates, record.output_ids)
-    w_cap = np.where(by_rank < vocabulary, np.exp(np.minimum(power * (log_cap - top[:, 0]), 0.0)), 0.0)
+    log_w_cap = np.where(by_rank < vocabulary, np.minimum(power * (log_cap - top[:, 0]), 0.0), -np.inf)
+    w_cap = np.exp(log_w_cap)
     mass = np.maximum(1.0 - np.where(listed, np.exp(logprobs), 0.0).sum(axis=1), 0.0)
     least, most = _unlisted(power, top[:, 0], mass, vocabulary - by_rank, log_cap)
     known = by_rank > 0
@@ -226,9 +227,10 @@ def _kept(candidates: Candidates, record: TokenRecord) -> _Kept:
         least, most = np.zeros_like(least), np.where(outside, most, 0.0)
     if 0 < sampling.top_k < vocabulary:
         kth = np.minimum(sampling.top_k, by_rank) - 1
-        w_k = w[rows, np.maximum(kth, 0)]
-        inside = (sampling.top_k <= by_rank) & ((w_cap < w_k) | ~outside)
-        keep &= np.where(inside[:, None], w >= w_k[:, None], True)
+        # By their logarithms: at a low temperature several w are 0 and would seem to tie.
+        log_w_k = log_w[rows, np.maximum(kth, 0)]
+        inside = (sampling.top_k <= by_rank) & ((log_w_cap < log_w_k) | ~outside)
+        keep &= np.where(inside[:, None], log_w >= log_w_k[:, None], True)
         outside &= ~inside
         least, most = np.zeros_like(least), np.where(inside, 0.0, most)
     if sampling.top_p < 1.0:
