@@ -77,6 +77,7 @@ SHADOW_REASONS: dict[str, Values] = {
         "applied_unknown": "the engine has not reported which profile it applied",
         "reference_too_long": "longer than the reference's context",
         "reference_no_adapter": "the reference no longer serves the adapter",
+        "grammar_needs_full_vocabulary": "a grammar restricted the tokens, and the reference gives only its top ids",
         "invalid_…": "the record failed validation (`ids`, `mass`, …): a bug here or in vLLM, see the log",
     },
     "dropped": {

@@ -20,6 +20,10 @@ from hemostat_calibration.errors import InvalidRecordError
 
 SCHEMA_VERSION = 1
 
+GRAMMAR = "grammar"
+"""A constraint: a grammar that the engine enforces (structured output, a forced tool)."""
+CONSTRAINTS = frozenset({GRAMMAR})
+
 
 class Arm(StrEnum):
     """The randomised group of a request; NONE enters no comparison."""
@@ -120,6 +124,13 @@ class TokenRecord:
     """float64 [T]: the same under the reference."""
     reference_entropy: Floats | None = None
     """float64 [T], nats, exact; None when the reference gave only its top ids."""
+    support: Ids | None = None
+    """int32 [T]: number of ids that the request's constraint allows at each position, the emitted one among them. Then
+    all log-probabilities, of both models, are conditional on the allowed ids, and no other id is in any row. None:
+    every id is allowed."""
+    constraint: str = ""
+    """What restricts the ids: one of `CONSTRAINTS`; "" where `support` is None. Figures of constrained records are
+    conditional, and are not pooled with others."""
     sampling: Sampling = field(default_factory=Sampling)
     arm: Arm = Arm.NONE
     requested: str | None = None
@@ -172,6 +183,13 @@ class TokenRecord:
     def top_k(self) -> int:
         return int(self.compressed.ids.shape[1])
 
+    @property
+    def domain(self) -> npt.NDArray[np.int64]:
+        """int64 [T]: number of ids that can have a probability above 0 at each position."""
+        if self.support is None:
+            return np.full(self.tokens, self.vocab_size, np.int64)
+        return self.support.astype(np.int64)
+
 
 class InvalidReason(StrEnum):
     """Why `validate` refuses a record, for counting."""
@@ -188,6 +206,7 @@ class InvalidReason(StrEnum):
     ORDER = "order"
     MASS = "mass"
     EMITTED = "emitted"
+    SUPPORT = "support"
 
 
 LOGPROB_TOLERANCE = 1e-3
@@ -227,17 +246,20 @@ def validate(record: TokenRecord) -> TokenRecord:
         )
     if record.output_ids.min() < 0 or record.output_ids.max() >= vocabulary:
         raise InvalidRecordError(InvalidReason.IDS, f"output_ids holds an id outside the vocabulary of {vocabulary}")
+    _check_support(record)
     for name, candidates in (("compressed", record.compressed), ("reference", record.reference)):
         _check_candidates(name, candidates, tokens, vocabulary)
-    given = record.compressed.ids >= 0
-    if (given.sum(axis=1) < min(2, vocabulary)).any():
+    domain, given = record.domain, record.compressed.ids >= 0
+    if (given.sum(axis=1) > domain).any() or ((record.reference.ids >= 0).sum(axis=1) > domain).any():
+        raise InvalidRecordError(InvalidReason.SUPPORT, "a row holds more ids than its support")
+    if (given.sum(axis=1) < np.minimum(2, domain)).any():
         raise InvalidRecordError(
             InvalidReason.SHORT,
             "compressed.ids has a row of one id: at least 2 are needed, or which one it is depends on what was sampled",
         )
     _array("reference_at", record.reference_at, np.float64, 2)
     _same_shape("reference_at", record.reference_at, record.compressed.ids.shape)
-    if (given.sum(axis=1) < min(record.top_k - 1, vocabulary)).any():
+    if (given.sum(axis=1) < np.minimum(record.top_k - 1, domain)).any():
         raise InvalidRecordError(
             InvalidReason.SHORT, f"compressed.ids has a row of fewer than the {record.top_k - 1} ids asked for"
         )
@@ -277,9 +299,11 @@ def validate(record: TokenRecord) -> TokenRecord:
     _check_emitted("reference_at", record.reference_at, record.reference_emitted, emitted & known)
     if record.reference_entropy is not None and not (
         record.reference_entropy.min() >= -LOGPROB_TOLERANCE
-        and record.reference_entropy.max() <= np.log(vocabulary) + LOGPROB_TOLERANCE
+        and (record.reference_entropy <= np.log(domain) + LOGPROB_TOLERANCE).all()
     ):
-        raise InvalidRecordError(InvalidReason.RANGE, "reference_entropy is below 0 or above log(vocab_size)")
+        raise InvalidRecordError(
+            InvalidReason.RANGE, "reference_entropy is below 0 or above log(vocab_size), or log(support)"
+        )
     for version, shift in record.shifts.items():
         for name, values in (("expected", shift.expected), ("log_normalizer", shift.log_normalizer)):
             field_name = f"shifts[{version[:32]}].{name}"
@@ -318,6 +342,21 @@ def with_distances(record: TokenRecord, distances: Mapping[str, ExactDistances])
     for version, found in distances.items():
         _check_distances(f"distances[{version[:32]}]", found, record.tokens)
     return replace(record, distances=dict(distances))
+
+
+def _check_support(record: TokenRecord) -> None:
+    if record.constraint and record.constraint not in CONSTRAINTS:
+        raise InvalidRecordError(InvalidReason.SUPPORT, f"constraint is {record.constraint[:32]!r}: it must be known")
+    if (record.support is None) != (not record.constraint):
+        raise InvalidRecordError(InvalidReason.SUPPORT, "support and constraint must be given together")
+    if record.support is None:
+        return
+    _array("support", record.support, np.int32, 1)
+    _same_shape("support", record.support, (record.tokens,))
+    if record.support.min() < 1 or record.support.max() > record.vocab_size:
+        raise InvalidRecordError(
+            InvalidReason.SUPPORT, f"support must be at least 1 and at most the vocabulary of {record.vocab_size}"
+        )
 
 
 def _check_distances(name: str, found: ExactDistances, tokens: int) -> None:

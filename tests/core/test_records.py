@@ -43,6 +43,10 @@ def far(record, **changes):
     return replace(record, distances={"identity": replace(found, **changes)})
 
 
+def constrained(record, support, **changes):
+    return replace(record, **{"support": np.full(5, support, np.int32), "constraint": "grammar"} | changes)
+
+
 def test_distances_are_checked_where_they_are_added():
     """A model that gives no distribution at a token is infinitely far from the reference."""
     record, found = good(), ExactDistances(np.array([0.1, np.inf, 0, 0, -1e-4]), np.ones(5), np.zeros(5, np.bool_))
@@ -141,6 +145,15 @@ BREAKS = {
     "short code": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(5), np.zeros((4, 2)))}),
     "single code": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(5), np.zeros((5, 2), np.float32))}),  # type: ignore[arg-type]
     "infinite code": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(5), np.full((5, 2), np.nan))}),
+    "support without a constraint": lambda r: replace(r, support=np.full(5, 12, np.int32)),
+    "a constraint without support": lambda r: replace(r, constraint="grammar"),
+    "unknown constraint": lambda r: constrained(r, 12, constraint="mood"),
+    "support of the wrong type": lambda r: replace(constrained(r, 12), support=np.full(5, 12)),
+    "short support": lambda r: replace(constrained(r, 12), support=np.full(4, 12, np.int32)),
+    "support of nothing": lambda r: constrained(r, 0),
+    "support beyond the vocabulary": lambda r: constrained(r, 13),
+    "more ids than the support": lambda r: constrained(r, 3),
+    "entropy above the support's": lambda r: replace(constrained(r, 12), reference_entropy=np.full(5, np.log(12) + 1)),
     "short shift": lambda r: replace(r, shifts={"v": Shift(np.zeros(5), np.zeros(4))}),
 }
 

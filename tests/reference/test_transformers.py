@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.records import condition
 
 from hemostat.config.schema import Settings
 from hemostat.learner.embedding import load as load_embedding
 from hemostat.reference import make_references
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.reference.transformers import TransformersReference
+from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 
 torch = pytest.importorskip("torch")
@@ -121,6 +123,55 @@ async def test_scores_are_those_of_the_model(
     ids[0, -1] = -1
     scores = await reference.score(tokens, emitted, ids)
     check(scores, direct(tiny, tokens, emitted), emitted, ids, 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 7 * VOCAB])
+async def test_given_a_set_of_ids_everything_is_conditional_on_it(
+    tiny: Path, reference: TransformersReference, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the worker, and in pieces of the positions."""
+    from hemostat.reference import exact
+
+    tokens, emitted, ids = request_of(8, 12, 40, 21)
+    rng = np.random.default_rng(8)
+    masks = rng.random((40, VOCAB)) < 0.1
+    masks[0] = np.arange(VOCAB) == emitted[0]
+    masks[1] = True
+    masks[np.arange(40), emitted] = True
+    allowed = AllowedSets(
+        VOCAB, np.packbits(masks, axis=1, bitorder="little").view(np.uint32), np.arange(40, dtype=np.int32)
+    )
+    profile = temperature_bias("tiny", VOCAB, 1.0, rng.normal(size=VOCAB), clamp_nats=1.0)
+    bias = np.clip(profile.parameters["bias"], -1.0, 1.0).astype(np.float64)
+    logprobs = condition(direct(tiny, tokens, emitted), masks)
+    if chunk < 1 << 24:
+        monkeypatch.setattr(exact, "CHUNK_ELEMENTS", chunk)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
+        inside = exact.score(model, tokens, emitted, ids, {"b": torch.tensor(bias).float()}, allowed=allowed)
+        at, top_ids, top, entropy, expected = (
+            inside.at,
+            inside.top_ids,
+            inside.top_logprobs,
+            inside.entropy,
+            inside.expected["b"],
+        )
+    else:
+        scores = await reference.score(tokens, emitted, ids, (profile,), allowed=allowed)
+        at, top_ids, top = scores.at, scores.top.ids, scores.top.logprobs
+        assert scores.entropy is not None
+        entropy, expected = scores.entropy, scores.expected_shift[profile.version]
+        np.testing.assert_allclose(scores.emitted, logprobs[np.arange(40), emitted], atol=1e-5)
+    p = np.exp(logprobs)
+    np.testing.assert_allclose(at, np.take_along_axis(logprobs, ids.astype(int), 1), atol=1e-5)
+    np.testing.assert_allclose(entropy, -np.where(p > 0, p * np.where(p > 0, logprobs, 0.0), 0.0).sum(1), atol=1e-5)
+    np.testing.assert_allclose(expected, (p * bias).sum(1), atol=1e-5)
+    assert ((top_ids >= 0).sum(1) == np.minimum(21, masks.sum(1))).all()
+    np.testing.assert_allclose(top, -np.sort(-logprobs, 1)[:, :21], atol=1e-5)
+    # The next request has no set.
+    check(await reference.score(tokens, emitted, ids), direct(tiny, tokens, emitted), emitted, ids, 1e-5)
+    with pytest.raises(ReferenceFailure) as refused:
+        await reference.score(tokens, emitted[:9], ids[:9], allowed=allowed)
+    assert refused.value.reason == "vocabulary"
 
 
 async def test_chunks_join_without_a_seam(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import strategies as st
 from tests.support.oracle import shift
 
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates, Sampling, Shift, TokenRecord, validate
+from hemostat_calibration.records import GRAMMAR, Candidates, Sampling, Shift, TokenRecord, validate
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,16 @@ def top(logprobs: np.ndarray, k: int, emitted: np.ndarray | None = None, *, chat
     return Candidates(ids, found)
 
 
+def condition(logprobs: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Log-probabilities given that the id is one of `mask` [T, V]; -inf at the others."""
+    return log_softmax(np.where(mask, logprobs, -np.inf))
+
+
+def without_impossible(candidates: Candidates) -> Candidates:
+    """Padding in place of the ids whose probability is 0, which are the last of their rows."""
+    return Candidates(np.where(np.isneginf(candidates.logprobs), -1, candidates.ids), candidates.logprobs)
+
+
 def make_record(
     truth: Truth,
     k: int,
@@ -60,13 +70,19 @@ def make_record(
     sampling: Sampling | None = None,
     applied: str | None = None,
     key: bytes = b"key",
+    mask: np.ndarray | None = None,
 ) -> TokenRecord:
-    """The top-k view. `reference_k`: the reference gave only that many (a vLLM server), None: it gave all."""
+    """The top-k view. `reference_k`: the reference gave only that many (a vLLM server), None: it gave all. `mask`
+    [T, V]: the ids that a grammar allows, the emitted ones among them."""
+    if mask is not None:
+        truth = replace(truth, reference=condition(truth.reference, mask), compressed=condition(truth.compressed, mask))
     rows, vocabulary = truth.compressed.shape
     at = np.arange(rows)
     candidates = top(truth.compressed, k, truth.emitted, chat=chat)
     reference_at = np.take_along_axis(truth.reference, np.maximum(candidates.ids, 0), -1)
     reference = top(truth.reference, 8 if reference_k is None else reference_k, truth.emitted)
+    if mask is not None:
+        candidates, reference = without_impossible(candidates), without_impossible(reference)
     if reference_k is not None:
         given = (candidates.ids[:, :, None] == reference.ids[:, None, :]).any(-1)
         reference_at = np.where(given, reference_at, np.nan)
@@ -92,6 +108,8 @@ def make_record(
             sampling=sampling or Sampling(),
             applied=applied,
             shifts=shifts,
+            support=None if mask is None else mask.sum(1).astype(np.int32),
+            constraint="" if mask is None else GRAMMAR,
         )
     )
 

@@ -192,7 +192,7 @@ def bounds_of(
 
     q_ids = row_counts(on_q)
     p_ids = row_counts(on_p)
-    unnamed = record.vocab_size - row_counts(view.inside) - p_ids - q_ids
+    unnamed = record.domain - row_counts(view.inside) - p_ids - q_ids
     r_rest = _Rest.of(np.maximum(r_out - row_sums(r_p), 0.0), unnamed + q_ids, cap_r)
     p_rest = _Rest.of(np.maximum(p_out - row_sums(p_q), 0.0), unnamed + p_ids, cap_p)
     most = math.inf if min_ratio == 0.0 else -math.log(min_ratio)

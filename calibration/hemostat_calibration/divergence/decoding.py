@@ -198,7 +198,7 @@ class _Kept:
 
 
 def _kept(candidates: Candidates, record: TokenRecord) -> _Kept:
-    sampling, vocabulary = record.sampling, record.vocab_size
+    sampling, vocabulary = record.sampling, record.domain
     ids, logprobs = candidates.ids, candidates.logprobs
     rows = np.arange(record.tokens)
     # Only ids listed for their rank count: an emitted token behind the others gives no bound for the ids between.
@@ -225,14 +225,15 @@ def _kept(candidates: Candidates, record: TokenRecord) -> _Kept:
         keep &= w >= sampling.min_p
         outside &= w_cap >= sampling.min_p
         least, most = np.zeros_like(least), np.where(outside, most, 0.0)
-    if 0 < sampling.top_k < vocabulary:
+    if sampling.top_k > 0:
+        cuts = sampling.top_k < vocabulary
         kth = np.minimum(sampling.top_k, by_rank) - 1
         # By their logarithms: at a low temperature several w are 0 and would seem to tie.
         log_w_k = log_w[rows, np.maximum(kth, 0)]
-        inside = (sampling.top_k <= by_rank) & ((log_w_cap < log_w_k) | ~outside)
+        inside = cuts & (sampling.top_k <= by_rank) & ((log_w_cap < log_w_k) | ~outside)
         keep &= np.where(inside[:, None], log_w >= log_w_k[:, None], True)
         outside &= ~inside
-        least, most = np.zeros_like(least), np.where(inside, 0.0, most)
+        least, most = np.where(cuts, 0.0, least), np.where(inside, 0.0, most)
     if sampling.top_p < 1.0:
         w = np.where(keep, w, 0.0)
         total = w.sum(axis=1)
@@ -264,14 +265,14 @@ def _tempered(record: TokenRecord) -> DecodedDivergence:
         power,
         view.log_r,
         np.concatenate([view.log_r, log_p], axis=1),
-        record.vocab_size - view.inside.sum(axis=1) - on_p.sum(axis=1),
+        record.domain - view.inside.sum(axis=1) - on_p.sum(axis=1),
         cap(reference, record.output_ids),
     )
     c_least, c_most = _ends(
         power,
         view.log_c,
         np.where(given, view.log_candidates, -np.inf),
-        record.vocab_size - given.sum(axis=1),
+        record.domain - given.sum(axis=1),
         cap(record.compressed, record.output_ids),
     )
     lower = np.maximum(_excess(r_least, c_most, r_most, c_least), _excess(c_least, r_most, c_most, r_least))

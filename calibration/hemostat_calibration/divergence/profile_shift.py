@@ -108,7 +108,7 @@ def log_normalizer_range(
     """
     low, high = unlisted_shift_range(record, profile, max_unlisted_relative(record))
     candidates = np.exp(view.log_candidates)
-    complete = row_counts(view.ids >= 0) == record.vocab_size
+    complete = row_counts(view.ids >= 0) == record.domain
     behind = np.where(complete, 0.0, np.maximum(1.0 - row_sums(candidates), 0.0))
     total = row_sums(candidates * np.exp(delta))
     z_low, z_high = np.log(total + behind * np.exp(low)), np.log(total + behind * np.exp(high))

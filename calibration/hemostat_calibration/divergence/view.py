@@ -3,7 +3,9 @@ bucket.
 
 S are the ids for which both values are known. Merging everything outside S into one bucket is a map applied to both
 distributions, and a map cannot increase an f-divergence (data processing inequality; Cover & Thomas, 2006, ch. 2.8), so
-what is computed here are lower bounds, exact when S is the whole vocabulary (see `bounds`).
+what is computed here are lower bounds, exact when S is the whole vocabulary (see `bounds`). In a constrained record
+both distributions are conditional on the allowed ids (`TokenRecord.support`), and "the whole vocabulary" is all of
+these.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class View:
     log_r: Floats
     r: Floats
     exact: bool
-    """S is the whole vocabulary in every row."""
+    """S is the whole vocabulary, or every allowed id, in every row."""
 
 
 def view_of(record: TokenRecord) -> View:
@@ -69,7 +71,7 @@ def view_of(record: TokenRecord) -> View:
         c=np.exp(log_s),
         log_r=log_r,
         r=np.exp(log_r),
-        exact=bool((row_counts(inside) == record.vocab_size).all()),
+        exact=bool((row_counts(inside) == record.domain).all()),
     )
 
 

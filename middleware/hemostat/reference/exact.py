@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hemostat_calibration.allowed_sets import AllowedSets
+
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int32]
 
@@ -93,16 +95,19 @@ def score(
     *,
     hidden: bool = False,
     reshaped: bool = False,
+    allowed: AllowedSets | None = None,
 ) -> ExactScores:
     """Score `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
 
     functionals: name -> float32 [V] on the model's device, or a basis; `expected` is E_r of each at every position.
     codes: of every basis, [T, r].
     reshaped: as a server might compute it: in a batch of two, in two chunks, the second on the first one's KV cache.
-    ValueError when an id is not in the vocabulary, or a functional does not fit it or its code.
+    allowed: everything is conditional on these ids: -inf at all others, which are not in `top_ids` (-1 pads).
+    ValueError when an id is not in the vocabulary, or a functional does not fit it or its code, or `allowed` fits
+    neither the vocabulary nor T.
     """
     with torch.inference_mode():
-        return _score(model, prompt, output, ids, functionals, codes, hidden=hidden, reshaped=reshaped)
+        return _score(model, prompt, output, ids, functionals, codes, hidden=hidden, reshaped=reshaped, allowed=allowed)
 
 
 def _score(
@@ -115,6 +120,7 @@ def _score(
     *,
     hidden: bool,
     reshaped: bool,
+    allowed: AllowedSets | None,
 ) -> ExactScores:
     tokens = len(output)
     # The logits after the last output token predict a token that is not scored.
@@ -132,6 +138,10 @@ def _score(
     if largest >= vocab_size or int(output.min()) < 0:
         raise ValueError(f"token id {largest} is not in the reference's vocabulary of {vocab_size}")
 
+    if allowed is not None and (allowed.vocab_size, allowed.tokens) != (vocab_size, tokens):
+        raise ValueError(
+            f"the allowed ids are of a vocabulary of {allowed.vocab_size}, the reference's is {vocab_size}"
+        )
     for name, functional in functionals.items():
         _check(name, functional, codes.get(name), tokens, vocab_size)
     width = ids.shape[1]
@@ -150,14 +160,17 @@ def _score(
     chunk = max(1, CHUNK_ELEMENTS // vocab_size)
     for start in range(0, tokens, chunk):
         rows = slice(start, min(start + chunk, tokens))
-        logprobs = torch.log_softmax(logits[rows].float(), dim=-1)
+        scored = logits[rows].float()
+        if allowed is not None:
+            scored = scored.masked_fill(~torch.from_numpy(allowed.mask(rows)).to(scored.device), -torch.inf)
+        logprobs = torch.log_softmax(scored, dim=-1)
         asked = torch.from_numpy(ids[rows].astype(np.int64)).to(logprobs.device)
         given = logprobs.gather(1, asked.clamp_min(0)).masked_fill(asked < 0, torch.nan)
         scores.at[rows] = _numpy(given)
         emitted = torch.from_numpy(output[rows].astype(np.int64)).to(logprobs.device)
         scores.emitted[rows] = _numpy(logprobs.gather(1, emitted[:, None])[:, 0])
         best = logprobs.topk(top, dim=-1)
-        scores.top_ids[rows, :top] = best.indices.cpu().numpy()
+        scores.top_ids[rows, :top] = best.indices.masked_fill(best.values == -torch.inf, -1).cpu().numpy()
         scores.top_logprobs[rows, :top] = _numpy(best.values)
         probabilities = logprobs.exp()
         for name, functional in functionals.items():

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates
@@ -92,6 +93,8 @@ class FailureReason(StrEnum):
     """No prompt token or no output token."""
     TOO_LONG = "too_long"
     """Longer than the context of the reference."""
+    GRAMMAR_NEEDS_FULL_VOCABULARY = "grammar_needs_full_vocabulary"
+    """It gives only its top ids, which do not determine its distribution over the ids that a grammar allows."""
     CODE = "code"
     """A profile's code has the wrong shape."""
     NOT_INSTALLED = "not_installed"
@@ -126,13 +129,16 @@ class Reference(Protocol):
         *,
         reshaped: bool = False,
         adapter: str = "",
+        allowed: AllowedSets | None = None,
     ) -> ReferenceScores:
         """Score `output` [T] after `prompt` [P], also at `ids`, int32 [T, K] (-1 pads).
 
         profiles: those whose E_r[Δz] is wanted. codes: of the contextual ones, by version: float32 [T, r], y with
         Δz = clip(up · y). hidden: return hidden states, where available. reshaped: compute it in another shape (of
         batch and prefill) than usual, for the noise floor. adapter: one of `adapters`, to score with (on a server,
-        any served name); NO_ADAPTER where it is no longer served.
+        any served name); NO_ADAPTER where it is no longer served. allowed: score conditionally on these ids, of T
+            positions and this vocabulary: all others have the log-probability -inf, and are not in `top`;
+            GRAMMAR_NEEDS_FULL_VOCABULARY of a reference that gives only its top ids.
         """
 
     async def adapters(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.reference import wire
 from hemostat.reference.protocol import NO_CODES, FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -93,6 +94,7 @@ class TransformersReference:
         *,
         reshaped: bool = False,
         adapter: str = "",
+        allowed: AllowedSets | None = None,
     ) -> ReferenceScores:
         """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (a bias without a temperature),
         or on the token and a given code; else NaN: all others need the compressed model's logits at every id, which
@@ -119,7 +121,15 @@ class TransformersReference:
                 raise ReferenceFailure(
                     FailureReason.CODE, f"the code of profile {version} has shape {got}, not {shape}"
                 )
-        answer = await worker.score(prompt, output, ids, functionals, bases, codes, hidden=hidden, reshaped=reshaped)
+        if allowed is not None and (allowed.tokens, allowed.vocab_size) != (len(output), self._info.vocab_size):
+            raise ReferenceFailure(
+                FailureReason.VOCABULARY,
+                f"the allowed ids are of {allowed.tokens} positions and {allowed.vocab_size} ids: they must be of "
+                f"{len(output)} and {self._info.vocab_size}",
+            )
+        answer = await worker.score(
+            prompt, output, ids, functionals, bases, codes, hidden=hidden, reshaped=reshaped, allowed=allowed
+        )
         tokens, width = ids.shape
 
         def floats(data: bytes) -> Floats:
@@ -230,6 +240,7 @@ class _Worker:
         *,
         hidden: bool,
         reshaped: bool,
+        allowed: AllowedSets | None,
     ) -> wire.Scored:
         async with self._turn:  # a request whose caller is cancelled while waiting never reaches the worker
             number = next(self._numbers)
@@ -252,6 +263,7 @@ class _Worker:
                     codes={name: codes[name].astype("<f4").tobytes() for name in bases},
                     hidden=hidden,
                     reshaped=reshaped,
+                    allowed=None if allowed is None else wire.Allowed.of(allowed),
                 ),
             )
         if not isinstance(answer, wire.Scored):

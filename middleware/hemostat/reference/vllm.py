@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from hemostat.reference.protocol import NO_CODES, FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.reference.server import ModelCard, Refused, VllmServer
+from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates
@@ -80,10 +81,15 @@ class VllmReference:
         *,
         reshaped: bool = False,
         adapter: str = "",
+        allowed: AllowedSets | None = None,
     ) -> ReferenceScores:
         """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top. `reshaped` has
         no effect: the server chooses which requests share a batch, and chooses differently each time."""
         card = self._started()
+        if allowed is not None:
+            raise ReferenceFailure(
+                FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY, "a list of top ids cannot be conditioned on a grammar"
+            )
         length = len(prompt) + len(output)
         if not len(prompt) or not len(output):
             raise ReferenceFailure(FailureReason.EMPTY, "a prompt and an output of at least one token are needed")

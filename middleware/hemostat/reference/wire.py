@@ -6,9 +6,11 @@ Each frame (`hemostat.ipc.framing`) holds one msgpack-encoded message. Arrays ar
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 from hemostat.ipc.codec import MessageCodec
 from hemostat.reference.protocol import FailureReason
+from hemostat_calibration.allowed_sets import AllowedSets, words
 
 
 class Load(msgspec.Struct, tag="load", frozen=True):
@@ -27,6 +29,28 @@ class Basis(msgspec.Struct, frozen=True):
     """float16 [V, rank]"""
     rank: int
     clamp: float
+
+
+class Allowed(msgspec.Struct, frozen=True):
+    """`AllowedSets`."""
+
+    vocab_size: int
+    table: bytes
+    """uint32 [sets, words]"""
+    rows: bytes
+    """int32 [T]"""
+
+    @classmethod
+    def of(cls, sets: AllowedSets) -> Allowed:
+        return cls(sets.vocab_size, sets.table.astype("<u4").tobytes(), sets.rows.astype("<i4").tobytes())
+
+    def sets(self) -> AllowedSets:
+        """InvalidArgumentError, ValueError where the message does not hold such sets."""
+        return AllowedSets(
+            self.vocab_size,
+            np.frombuffer(self.table, "<u4").astype(np.uint32).reshape(-1, words(self.vocab_size)),
+            np.frombuffer(self.rows, "<i4").astype(np.int32),
+        )
 
 
 class Score(msgspec.Struct, tag="score", frozen=True):
@@ -53,6 +77,8 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     """Return hidden states."""
     reshaped: bool = False
     """Compute only the scores, in another shape (see `exact.score`); what the worker holds does not change."""
+    allowed: Allowed | None = None
+    """Score conditionally on these ids."""
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):

@@ -17,6 +17,7 @@ from hemostat.ipc import child_process as child
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.reference import wire
 from hemostat.reference.protocol import FailureReason
+from hemostat_calibration.errors import InvalidArgumentError
 
 NICENESS = 10
 """Scoring yields the processor to whatever serves clients on this machine."""
@@ -113,8 +114,9 @@ class Model:
                 codes,
                 hidden=request.hidden and self.loaded.hidden_size > 0,
                 reshaped=request.reshaped,
+                allowed=None if request.allowed is None else request.allowed.sets(),
             )
-        except ValueError as error:
+        except (ValueError, InvalidArgumentError) as error:
             raise RequestFailed(FailureReason.VOCABULARY, str(error)) from error
         return wire.Scored(
             id=request.id,

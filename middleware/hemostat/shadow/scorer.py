@@ -59,6 +59,7 @@ MAX_SCORE_SECONDS = 120.0
 _NEVER_SCORABLE = {
     FailureReason.TOO_LONG: ScoringSkipReason.REFERENCE_TOO_LONG,
     FailureReason.NO_ADAPTER: ScoringSkipReason.REFERENCE_NO_ADAPTER,
+    FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY: ScoringSkipReason.GRAMMAR_NEEDS_FULL_VOCABULARY,
 }
 """Failures that are a property of the request: they say nothing of the reference's health."""
 
