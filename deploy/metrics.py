@@ -16,6 +16,7 @@ from hemostat.learner.adapters.judge import JudgeDropReason
 from hemostat.learner.record_queue import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
+from hemostat.measurement.coverage import UNREAD_KIND
 from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import DECODING_KINDS, DIRECTIONS, STAGES
 from hemostat.metrics import names
@@ -151,6 +152,13 @@ OUTCOME_MEANINGS: Values = {
 EDGES: Values = {"mean": "the estimate", "low": "lower end of the asymptotic 95 % interval", "high": "upper end"}
 ROUTE_VALUES = f"{', '.join(f'`{route}`' for route in routes.LABELS.values())}, else `{routes.OTHER}`"
 
+SAMPLED = (names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS, names.KIND_SAMPLED_REQUESTS, names.KIND_SAMPLED_TOKENS)
+SAMPLED_OUTCOMES: Values = {
+    "scored": "both models have scored its tokens",
+    "skipped": "cannot be scored",
+    "dropped": "could have been scored, but there was no room, or something failed",
+}
+
 LABELS: dict[str, dict[str, Values | str]] = {
     "arm": {"": ARMS},
     "decision": {
@@ -196,6 +204,11 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "json": "a JSON answer was requested",
             "tool_call": "tools were offered, and called",
         },
+        **dict.fromkeys(
+            (names.KIND_SAMPLED_REQUESTS, names.KIND_SAMPLED_TOKENS),
+            f"the kind of traffic: one of the `evidence.kinds` most frequent ones of sampled requests, scored or not; "
+            f"`{REST_KIND}` for all others; `{UNREAD_KIND}` where the request's body was not read",
+        ),
     },
     "form": {
         "": {
@@ -226,6 +239,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "skipped": "cannot be scored",
             "dropped": "could have been scored, but there was no room, or something failed",
         },
+        **dict.fromkeys(SAMPLED, SAMPLED_OUTCOMES),
         names.NOISE_FLOOR_REQUESTS: {
             "scored": "scored",
             "busy": "the queue was full",
@@ -280,6 +294,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             JudgeDropReason.OTHER_REFERENCE: "the copies' reference gives the tokens other log-probabilities than the "
             "reference that scored them: see `adapter.reference`",
         },
+        **{name: f"as of `{names.SHADOW_REQUESTS}`, below" for name in (names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS)},
         names.PROFILE_DECISIONS: {
             Reason.EVIDENCE: "held-out requests prove that it helps",
             Reason.HARM: "held-out requests prove that it harms",
@@ -358,6 +373,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             AlarmTest.CHANGE: "requests no longer match their kinds' baselines, the first `alarm.baseline_requests`",
         }
     },
+    "tokens": {"": {"known": "by their ids, or by the response's usage", "unknown": "neither says how many"}},
     "version": {"": "digest of the profile; `identity` for none"},
     "weighting": {"": {"token": "every token counts the same", "request": "every request counts the same"}},
 }
@@ -412,7 +428,7 @@ def shown(value: str) -> str:
 
 def meaning(metric: str, label: str) -> Values | str | None:
     """What docs/metrics.md says about a label of this metric."""
-    if (metric, label) == (names.SHADOW_REQUESTS, "reason"):
+    if label == "reason" and metric in (names.SHADOW_REQUESTS, names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS):
         return {reason: text for reasons in SHADOW_REASONS.values() for reason, text in reasons.items()}
     by_metric = LABELS[label]
     return by_metric.get(metric, by_metric.get(""))

@@ -15,6 +15,7 @@ import numpy as np
 
 from hemostat.hooks import Refusal
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
+from hemostat.ipc.sampled import SampledTally
 from hemostat.metrics.names import CALIBRATION_REQUESTS, SHADOW_REQUESTS
 from hemostat.shadow.interceptor import Interceptor
 
@@ -62,6 +63,8 @@ class Wire:
     interceptor: Interceptor = field(init=False)
     captures: list[Capture] = field(default_factory=list)
     counts: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    tally: SampledTally = field(default_factory=SampledTally)
+    """Sampled requests that never became a capture."""
     room: bool = True
     replays: bool = True
     """False: as when the relay cannot, the head being out."""
@@ -71,7 +74,13 @@ class Wire:
 
     def __post_init__(self) -> None:
         self.interceptor = Interceptor(
-            POLICY, self._emit, self._count, draw=self.draw, clock=lambda: 1.5, nonce=lambda: "nonce"
+            POLICY,
+            self._emit,
+            self._count,
+            sampled=self.tally.add,
+            draw=self.draw,
+            clock=lambda: 1.5,
+            nonce=lambda: "nonce",
         )
 
     def _emit(self, capture: Capture) -> bool:

@@ -14,7 +14,8 @@ import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.wire import VERSION, policy
 
-from hemostat.ipc.messages import Capture
+from hemostat.ipc.messages import Capture, SampledCount
+from hemostat.ipc.sampled import SampledTally
 from hemostat.metrics.names import CALIBRATION_REQUESTS, RESPONSES_FINISHED, SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
 from hemostat.relay.worker import Relay
@@ -29,7 +30,8 @@ class Bench:
         self.fake, self.relay, self.url = fake, relay, url
         self.captures: list[Capture] = []
         self.counts: Counter[tuple[str, ...]] = Counter()
-        self.interceptor = Interceptor(policy(), self._emit, self._count)
+        self.tally = SampledTally()
+        self.interceptor = Interceptor(policy(), self._emit, self._count, sampled=self.tally.add)
         relay.hook = self.interceptor
 
     def _emit(self, capture: Capture) -> bool:
@@ -156,3 +158,44 @@ async def test_a_refusal_of_injected_members_never_reaches_the_client(bench: Ben
     assert direct == replayed != refused
     assert bench.fake.headers[0].keys() == bench.fake.headers[2].keys()
     assert bench.relay.pool.size == 1 or stream
+
+
+async def sampled(bench: Bench) -> SampledCount:
+    """What the only sampled request so far counts as, at its end."""
+    for _ in range(100):
+        if (counts := bench.tally.take()) is not None:
+            [count] = counts.counts
+            return count
+        await asyncio.sleep(0.02)
+    pytest.fail("nothing was counted")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_tokens_of_a_skipped_request_are_counted_at_its_end_where_they_are_known(
+    bench: Bench, stream: bool
+) -> None:
+    async with httpx.AsyncClient(base_url=bench.url) as client:
+        await client.post(CHAT, json=body(prompt_logprobs=1, stream=stream))
+        kind = "chat text greedy brief"
+        expected = SampledCount(kind, "skipped", "prompt_logprobs", 1.0, float(stream), 0 if stream else 20)
+        assert await sampled(bench) == expected
+        if stream:
+            usage = {"stream_options": {"include_usage": True}}
+            await client.post(CHAT, json=body(prompt_logprobs=1, stream=True, **usage))
+            assert await sampled(bench) == SampledCount(kind, "skipped", "prompt_logprobs", 1.0, 0.0, 20)
+        # Too long to be scored: the usage that Hemostat asked for is known, though the client does not get it.
+        bench.interceptor.policy = policy(shadow_max_tokens=8)
+        await client.post(CHAT, json=body(stream=stream))
+        assert await sampled(bench) == SampledCount(kind, "skipped", "too_long", 1.0, 0.0, 20)
+
+
+async def test_what_is_not_read_or_ends_early_has_unknown_tokens(bench: Bench) -> None:
+    async with httpx.AsyncClient(base_url=bench.url) as client:
+        await client.post("/v1/embeddings", json={"model": "fake", "input": "x"})
+        assert await sampled(bench) == SampledCount("", "skipped", "route", 1.0, 1.0, 0)
+        await client.post(CHAT, content=b"[]")
+        assert await sampled(bench) == SampledCount("", "skipped", "bad_json", 1.0, 1.0, 0)
+        bench.fake.die_after = 5
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.post(CHAT, json=body(stream=True))
+        assert await sampled(bench) == SampledCount("chat text greedy brief", "skipped", "incomplete", 1.0, 1.0, 0)

@@ -120,6 +120,9 @@ class Status(msgspec.Struct, frozen=True):
     at: float
     """Unix time, seconds."""
     requests: RequestsStatus
+    coverage: Report
+    """Which part of what sampled requests generated is scored, by kind, and why the rest is not:
+    `measurement.coverage`."""
     tokens_scored: int
     top_k: int
     raw: Report
@@ -217,6 +220,7 @@ class StatusSource:
         return Status(
             at=self._wall(),
             requests=self._requests(totals),
+            coverage=self._pipeline.coverage.report(),
             tokens_scored=measurements.tokens,
             top_k=shadow.top_k,
             raw=measurements.summary(None),

@@ -155,7 +155,7 @@ class Control:
             on_change=changes.notify,
             distances=self.adapters.judge if settings.adapter.enabled else None,
         )
-        self.link = RelayLink(socket_path, self.pipeline.receive, self.outcomes.receive)
+        self.link = RelayLink(socket_path, self.pipeline.receive, self.outcomes.receive, self.pipeline.coverage.relayed)
         self.policy = PolicyPublisher(
             settings,
             self.link,

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import msgspec
 
-from hemostat.ipc.messages import Capture, Hello, MessageReader, OutcomeReport, OutcomeReports, Policy, Stats, encode
+from hemostat.ipc.messages import (
+    Capture,
+    Hello,
+    MessageReader,
+    OutcomeReport,
+    OutcomeReports,
+    Policy,
+    SampledCount,
+    SampledCounts,
+    Stats,
+    encode,
+)
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 
@@ -36,10 +47,12 @@ class RelayLink:
         path: Path,
         on_capture: Callable[[Capture], None],
         on_outcome: Callable[[OutcomeReport], None] = lambda report: None,
+        on_sampled: Callable[[SampledCount], None] = lambda count: None,
     ) -> None:
         self._path = path
         self._on_capture = on_capture
         self._on_outcome = on_outcome
+        self._on_sampled = on_sampled
         self._policy: Policy | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._live: dict[asyncio.StreamWriter, Stats] = {}
@@ -101,6 +114,9 @@ class RelayLink:
                         case OutcomeReports():
                             for report in message.reports:
                                 self._on_outcome(report)
+                        case SampledCounts():
+                            for count in message.counts:
+                                self._on_sampled(count)
                         case Stats():
                             self._live[writer] = message
                             if identity is not None:

@@ -65,6 +65,8 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     adapter: str | None = None
     """Version of the adapter that the response says answered it: the log-probabilities are the adapted
     model's."""
+    choices: int = 1
+    """Of the request; each is a capture of its own."""
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
@@ -84,6 +86,28 @@ class OutcomeReports(msgspec.Struct, tag="outcomes", frozen=True):
     """Of the answers since the last such message."""
 
     reports: list[OutcomeReport]
+
+
+class SampledCount(msgspec.Struct, frozen=True, array_like=True):
+    """Sampled requests of one kind that ended in a relay, in one way."""
+
+    kind: str
+    """Full name; "" where the request's body was not read."""
+    outcome: str
+    """skipped | dropped"""
+    reason: str
+    requests: float
+    """A request of n choices of which one ended in this way counts 1/n."""
+    unknown: float
+    """Of them, those whose generated tokens are not known."""
+    tokens: int
+    """Generated tokens of the others."""
+
+
+class SampledCounts(msgspec.Struct, tag="sampled", frozen=True):
+    """Since the last such message. Captures are not in it: the control process counts how they end."""
+
+    counts: list[SampledCount]
 
 
 class Stats(msgspec.Struct, tag="stats", frozen=True):
@@ -163,7 +187,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
 OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 """Seconds: what the relay itself adds to a request."""
 
-Message = Hello | Capture | OutcomeReports | Stats | Policy
+Message = Hello | Capture | OutcomeReports | SampledCounts | Stats | Policy
 
 CODEC: MessageCodec[Message] = MessageCodec(Message)
 

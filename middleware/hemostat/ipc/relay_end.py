@@ -12,6 +12,7 @@ import msgspec
 
 from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.messages import Capture, Hello, MessageReader, OutcomeReport, OutcomeReports, Policy, Stats, encode
+from hemostat.ipc.sampled import SampledTally
 
 log = logging.getLogger("hemostat.relay")
 
@@ -42,6 +43,8 @@ class ControlLink:
         self._stats = stats
         self._transport: asyncio.WriteTransport | None = None
         self._reports: list[OutcomeReport] = []
+        self.sampled = SampledTally()
+        """Of this relay's sampled requests; sent with the figures."""
         self._lost: asyncio.Future[None] | None = None
 
     def emit(self, capture: Capture) -> bool:
@@ -72,6 +75,8 @@ class ControlLink:
         transport = self._transport
         if transport is not None and transport.get_write_buffer_size() <= MAX_QUEUED_BYTES:
             transport.write(encode(self._stats()))
+            if (sampled := self.sampled.take()) is not None:
+                transport.write(encode(sampled))
         self._send_reports()
 
     async def run(self) -> None:

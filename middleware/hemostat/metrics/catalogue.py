@@ -67,6 +67,36 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric(names.REFERENCE_TOKENS, "counter", "tokens", "Prompt and output tokens that the reference has scored."),
         Metric(names.SCORED_TOKENS, "counter", "tokens", "Output tokens scored by both models.", ("arm", "decoding")),
     ),
+    "Coverage": (
+        Metric(
+            names.SAMPLED_REQUESTS,
+            "counter",
+            "requests",
+            "Sampled requests that have ended: scored or not, and whether their generated tokens are known.",
+            ("outcome", "reason", "tokens"),
+        ),
+        Metric(
+            names.SAMPLED_TOKENS,
+            "counter",
+            "tokens",
+            "Generated tokens of sampled requests that have ended, as far as known; scored over all is the coverage.",
+            ("outcome", "reason"),
+        ),
+        Metric(
+            names.KIND_SAMPLED_REQUESTS,
+            "counter",
+            "requests",
+            "Sampled requests that have ended, by kind; one of n choices counts 1/n.",
+            ("kind", "outcome"),
+        ),
+        Metric(
+            names.KIND_SAMPLED_TOKENS,
+            "counter",
+            "tokens",
+            "Generated tokens of sampled requests that have ended, by kind, as far as known.",
+            ("kind", "outcome"),
+        ),
+    ),
     "Divergence": (
         Metric(
             names.DIVERGENCE,

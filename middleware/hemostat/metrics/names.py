@@ -22,6 +22,12 @@ REFERENCE_UP = "hemostat_reference_up"
 REFERENCE_TOKENS = "hemostat_reference_tokens_total"
 SCORED_TOKENS = "hemostat_scored_tokens_total"
 
+# Coverage
+SAMPLED_REQUESTS = "hemostat_sampled_requests_total"
+SAMPLED_TOKENS = "hemostat_sampled_tokens_total"
+KIND_SAMPLED_REQUESTS = "hemostat_kind_sampled_requests_total"
+KIND_SAMPLED_TOKENS = "hemostat_kind_sampled_tokens_total"
+
 # Divergence
 DIVERGENCE = "hemostat_divergence"
 TOKEN_KL_NATS = "hemostat_token_kl_nats"  # noqa: S105  no secret

@@ -319,11 +319,11 @@ class Stripper:
 
     def _record(self, response: _Response) -> None:
         tokens = self._tokens
-        if tokens.failure is not None:
-            return
         try:
             if response.body.has("usage"):
                 tokens.usage = _usage.decode(response.body.raw("usage"))
+            if tokens.failure is not None:
+                return
             if not tokens.model:
                 tokens.model = str(response.body.value("model") or "")
             choice = response.choice

@@ -581,10 +581,10 @@ class Exchange:
         """Count and report the exchange. complete: the whole response has been sent."""
         self._enter(DONE)
         self._context.counters.request(self._route, outcome)
-        hook = self._hook
+        hook, generated = self._hook, None
         if self._report is not None:
             arm, comparison = ("none", None) if hook is None else (hook.arm, hook.comparison)
             status = 0 if self._response is None else self._response.status
-            self._report.finish(arm, comparison, status, outcome, complete=complete)
+            generated = self._report.finish(arm, comparison, status, outcome, complete=complete)
         if hook is not None:
-            hook.closed(complete=complete)
+            hook.closed(complete=complete, output_tokens=generated)

@@ -87,8 +87,10 @@ class GenerationReport:
         if not self.observer.disabled:
             self.observer.begin_response(stream=content_type.startswith(b"text/event-stream"))
 
-    def finish(self, arm: str, comparison: Comparison | None, status: int, outcome: str, *, complete: bool) -> None:
-        """The exchange has ended.
+    def finish(
+        self, arm: str, comparison: Comparison | None, status: int, outcome: str, *, complete: bool
+    ) -> int | None:
+        """The exchange has ended. Returns the generated tokens by the response's usage, None where it gave none.
 
         status: of the response, 0 without one. outcome: of `counters`. complete: the whole response was sent.
         """
@@ -118,6 +120,7 @@ class GenerationReport:
                 )
         except Exception:  # noqa: BLE001  an error in tracing or logging must not affect the connection
             context.counters.add(names.TRACING_ERRORS, ())
+        return ended.usage_tokens
 
     def _report_outcome(self, comparison: Comparison, ended: ResponseOutcome) -> None:
         context = self._context

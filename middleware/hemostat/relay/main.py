@@ -83,7 +83,7 @@ async def run(config: dict[str, Any]) -> None:
             relay.hook = None
             return
         if interceptor is None:
-            interceptor = Interceptor(policy, link.emit, relay.counters.add)
+            interceptor = Interceptor(policy, link.emit, relay.counters.add, sampled=link.sampled.add)
         interceptor.policy = policy
         relay.hook = interceptor
 

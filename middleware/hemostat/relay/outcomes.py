@@ -41,7 +41,7 @@ MIN_LOOP_CHARACTERS = 48
 (the ruler `-----`) is not a loop."""
 
 _FINISH = re.compile(rb'"finish_reason":\s*"([a-z_]{1,32})"')
-_TOKENS = re.compile(rb'"completion_tokens":\s*(\d{1,9})')
+_TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)":\s*"((?:[^"\\]|\\.)*)"')
 # Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
 _JSON_REQUESTED = re.compile(rb'"(?:json_object|json_schema|guided_json)"|"json":')
@@ -59,7 +59,9 @@ class ResponseOutcome:
 
     finish_reasons: tuple[str, ...] = ()
     output_tokens: int | None = None
-    """None: unknown."""
+    """By usage, or else by the stream's events; None: unknown."""
+    usage_tokens: int | None = None
+    """By usage alone; None: the response gives none."""
     bad: dict[str, bool] | None = None
     """Of a request in an arm, by outcome that applies to it (`hemostat_calibration.outcomes.Outcome`) and is known."""
 
@@ -180,13 +182,14 @@ class OutcomeObserver:
         if response is None:
             reasons = [found.decode() for found in _FINISH.findall(data)]
             counted = _TOKENS.findall(data)
-            tokens = int(counted[-1]) if counted else self.events
+            used = int(counted[-1]) if counted else None
             texts = [b"".join(_TEXT.findall(data)).decode("utf-8", "replace")]
         else:
             reasons = [c.finish_reason for c in response.choices if c.finish_reason]
-            tokens = response.usage.completion_tokens if response.usage else self.events
+            used = response.usage.completion_tokens if response.usage else None
             texts = [_text(choice) for choice in response.choices]
             self._count_structured(response, arm, count)
+        tokens = self.events if used is None else used
         for reason in reasons:
             count(names.RESPONSES_FINISHED, (arm, reason if reason in FINISH_REASONS else "other"), 1.0)
         if tokens:
@@ -195,7 +198,7 @@ class OutcomeObserver:
         if loop:
             count(names.REPETITION_LOOPS, (arm,), 1.0)
         bad = None if self._format is None else self._bad(self._format, response, data, texts, reasons, loop=loop)
-        return ResponseOutcome(tuple(reasons), tokens or None, bad)
+        return ResponseOutcome(tuple(reasons), tokens or None, used, bad)
 
     def _bad(
         self,

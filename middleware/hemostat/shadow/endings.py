@@ -7,9 +7,10 @@ The reasons for which a sampled request never becomes a capture are given in the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 
+from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure
@@ -88,13 +89,16 @@ def reference_failed(failure: ReferenceFailure) -> str:
 
 
 class EndingCounts:
-    """Counts by outcome and reason, since the start."""
+    """Counts by outcome and reason, since the start. on_ending: is told of every capture that ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_ending: Callable[[Capture, Outcome, str], None] | None = None) -> None:
         self._counts: Counter[tuple[Outcome, str]] = Counter()
+        self._on_ending = on_ending
 
-    def count(self, outcome: Outcome, reason: str = "") -> None:
+    def count(self, outcome: Outcome, reason: str = "", capture: Capture | None = None) -> None:
         self._counts[outcome, str(reason)] += 1
+        if capture is not None and self._on_ending is not None:
+            self._on_ending(capture, outcome, str(reason))
 
     @property
     def scored(self) -> int:

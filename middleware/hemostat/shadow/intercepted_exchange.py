@@ -90,7 +90,9 @@ class InterceptedExchange:
         self._request_id = request_id
         self._options = options
         self._shadow = shadow
-        """Sampled, and not yet counted as skipped."""
+        """Sampled, and not yet known to be skipped."""
+        self._skipped: Unjudged | None = None
+        """Why a sampled request is skipped; counted at its end, when its tokens are known."""
         self._unjudged: Unjudged | None = unjudged
         """Why the request is never scored, as far as that is known before it goes upstream."""
         self._calibrated = calibrated
@@ -225,7 +227,7 @@ class InterceptedExchange:
     def _skip(self, reason: Unjudged) -> None:
         if self._shadow:
             self._shadow = False
-            self._reports.skipped(reason)
+            self._skipped = reason
 
     def response_head(self, status: int, headers: Headers) -> bool:
         if not self._rewritten:
@@ -334,11 +336,9 @@ class InterceptedExchange:
             self._counted_as = Arm.NONE, ArmReason.NOT_APPLIED
         return rest
 
-    def closed(self, *, complete: bool) -> None:
+    def closed(self, *, complete: bool, output_tokens: int | None = None) -> None:
         if self._counted_as is not None:
             self._reports.calibrated(*self._counted_as)
-        if not self._shadow:
-            return
         request, tokens = self._request, self._tokens
         if request is None or tokens is None:
             self._skip(ResponseFailure.INCOMPLETE)
@@ -346,9 +346,14 @@ class InterceptedExchange:
             self._skip(tokens.failure)
         elif self._replayed or not (complete and self._ended):
             self._skip(ResponseFailure.INCOMPLETE)
-        else:
+        elif self._shadow:
             self._shadow = False
             self._reports.captured(self._capture(request, tokens))
+        if self._skipped is not None:
+            if output_tokens is None and complete and tokens is not None and tokens.usage is not None:
+                # The client did not ask for the usage, and does not get it.
+                output_tokens = tokens.usage.completion_tokens
+            self._reports.skipped(self._skipped, self._kind, output_tokens)
 
     def _capture(self, request: Request, tokens: ResponseTokens) -> Capture:
         adapter = self._adapter if tokens.model == self._adapter else None

@@ -16,7 +16,7 @@ from hemostat.shadow.endings import SkipReason
 from hemostat.shadow.intercepted_exchange import InterceptedExchange
 from hemostat.shadow.model_list import ModelList
 from hemostat.shadow.profile_choice import calibrates
-from hemostat.shadow.reports import Reports
+from hemostat.shadow.reports import Reports, SampledCounter, uncounted
 from hemostat_calibration.records import Arm
 
 
@@ -30,7 +30,7 @@ class Interceptor:
     A request that was rewritten here and refused by the engine's validation is sent again as the client wrote it
     (`replay`). If that is accepted, the rewriting caused the refusal, which counts as `logprobs_refused`.
 
-    draw: decides what is sampled, see `assignment.draw`. emit, count, clock, nonce: see `Reports`.
+    draw: decides what is sampled, see `assignment.draw`. emit, count, sampled, clock, nonce: see `Reports`.
     """
 
     def __init__(
@@ -39,13 +39,14 @@ class Interceptor:
         emit: Callable[[Capture], bool],
         count: Callable[[str, tuple[str, ...]], None],
         *,
+        sampled: SampledCounter = uncounted,
         draw: Callable[[], float] = assignment.draw,
         clock: Callable[[], float] = time.monotonic,
         nonce: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self.policy = policy
         self._draw = draw
-        self._reports = Reports(emit, count, clock, nonce)
+        self._reports = Reports(emit, count, sampled, clock, nonce)
 
     def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> ExchangeHook | Refusal | None:
         policy = self.policy
@@ -68,8 +69,10 @@ class Interceptor:
                 self._reports.skipped(SkipReason.ROUTE)
             return None
         unjudged = _own_wish(options, policy)
-        if unjudged is SkipReason.ON_NOT_ALLOWED or (unjudged is not None and shadow):
+        if unjudged is not None and shadow:
             self._reports.skipped(unjudged)
+        elif unjudged is SkipReason.ON_NOT_ALLOWED:
+            self._reports.not_sampled(unjudged)
         shadow = (shadow or bool(options.shadow and policy.scoring)) and unjudged is None
         if shadow and self._reports.refuses_logprobs(policy):
             self._reports.skipped(ResponseFailure.LOGPROBS_REFUSED)

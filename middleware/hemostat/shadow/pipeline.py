@@ -27,6 +27,7 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_model import OtherModels
+from hemostat.measurement.coverage import Coverage
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -89,7 +90,8 @@ class RecordConsumers:
 
 
 class ScoringPipeline:
-    """Owns the shadow queue, the token budget, the scorer and the noise floor's meter, and counts how captures end.
+    """Owns the shadow queue, the token budget, the scorer, the noise floor's meter, and the counts of how captures end
+    and of how much of what was sampled is scored.
 
     scores: False with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
@@ -121,7 +123,8 @@ class ScoringPipeline:
         self._on_change = on_change
         self._rate = settings.shadow.rate if scores else None
         self._workers = WORKERS.get(settings.reference.backend, 1)
-        self.endings = EndingCounts()
+        self.coverage = Coverage(settings.evidence.kinds)
+        self.endings = EndingCounts(self.coverage.ended)
         self.received = 0
         """Captures from relays."""
         self.calibration_errors = 0
@@ -179,6 +182,7 @@ class ScoringPipeline:
 
     def samples(self) -> Iterator[Sample]:
         yield from self.endings.samples()
+        yield from self.coverage.samples()
         yield from self.queue.samples(self._clock())
         if self._rate is not None:
             yield Sample(names.SHADOW_RATE_RATIO, (), self._rate)
@@ -198,7 +202,7 @@ class ScoringPipeline:
         """A capture from a relay."""
         self.received += 1
         if self.scorer is None or not self._monitor.ready:
-            self.endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY)
+            self.endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY, capture)
         else:
             self.scorer.offer(capture)
 

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Protocol
 
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.metrics import names
@@ -14,6 +15,8 @@ from hemostat.openai.responses import ResponseFailure
 from hemostat.shadow.endings import Outcome, SkipReason
 from hemostat.shadow.profile_choice import Reason
 from hemostat_calibration.records import Arm
+
+ID_BYTES = 4
 
 
 class RelayDropReason(StrEnum):
@@ -25,11 +28,22 @@ class RelayDropReason(StrEnum):
     """The interceptor raised an exception."""
 
 
+class SampledCounter(Protocol):
+    """Of `hemostat.ipc.sampled.SampledTally.add`."""
+
+    def __call__(self, kind: str, outcome: str, reason: str, tokens: int | None, requests: float = 1.0) -> None: ...
+
+
+def uncounted(kind: str, outcome: str, reason: str, tokens: int | None, requests: float = 1.0) -> None:
+    """A `SampledCounter` for where nobody asks for the coverage."""
+
+
 class Reports:
     """Passes on the captures and counts of one relay's exchanges, and remembers that the engine refuses logprobs.
 
     emit: hands a capture on; returns False when there is no room for it.
     count: adds one to a metric, by its name and label values.
+    sampled: counts a sampled request that never becomes a capture, with its generated tokens.
     clock: monotonic seconds.
     nonce: returns an unguessable name for a request among the engine's taps.
     """
@@ -38,25 +52,44 @@ class Reports:
         self,
         emit: Callable[[Capture], bool],
         count: Callable[[str, tuple[str, ...]], None],
+        sampled: SampledCounter,
         clock: Callable[[], float] = time.monotonic,
         nonce: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self.clock = clock
         self._emit = emit
         self._count = count
+        self._sampled = sampled
         self._nonce = nonce
         self._refused_generation: int | None = None
 
-    def skipped(self, reason: SkipReason | Unscorable | ResponseFailure) -> None:
-        """Count a sampled request as skipped."""
+    def not_sampled(self, reason: SkipReason) -> None:
+        """Count a request as skipped that was not drawn either."""
         self._count(names.SHADOW_REQUESTS, (Outcome.SKIPPED.value, reason.value))
+
+    def skipped(
+        self,
+        reason: SkipReason | Unscorable | ResponseFailure,
+        kind: str = "",
+        tokens: int | None = None,
+        requests: float = 1.0,
+    ) -> None:
+        """Count a sampled request that has ended as skipped.
+
+        kind: full name, "" where its body was not read. tokens: what was generated; None: not known. requests: 1/n for
+        one of n choices.
+        """
+        self._count(names.SHADOW_REQUESTS, (Outcome.SKIPPED.value, reason.value))
+        self._sampled(kind, Outcome.SKIPPED.value, reason.value, tokens, requests)
 
     def captured(self, capture: Capture) -> None:
         """Hand a capture on, and count its request."""
         if self._emit(capture):
             self._count(names.SHADOW_REQUESTS, (Outcome.SHADOWED.value, ""))
         else:
-            self._count(names.SHADOW_REQUESTS, (Outcome.DROPPED.value, RelayDropReason.LINK_FULL.value))
+            dropped = Outcome.DROPPED.value, RelayDropReason.LINK_FULL.value
+            self._count(names.SHADOW_REQUESTS, dropped)
+            self._sampled(capture.kind, *dropped, len(capture.output_token_ids) // ID_BYTES, 1.0 / capture.choices)
 
     def calibrated(self, arm: Arm, reason: Reason) -> None:
         """Count a request that could get a profile."""

@@ -128,7 +128,7 @@ class Scorer:
     def offer(self, capture: Capture) -> None:
         """Queue a capture, or count it as dropped."""
         if not self._queue.offer(capture):
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.QUEUE_FULL)
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.QUEUE_FULL, capture)
         self._wake.set()
 
     @property
@@ -157,13 +157,13 @@ class Scorer:
             try:
                 await self._score(capture)
             except InvalidRecordError as error:
-                self._endings.count(Outcome.SKIPPED, invalid_record(error))
+                self._endings.count(Outcome.SKIPPED, invalid_record(error), capture)
                 log.warning("record of %s refused: %s", capture.request_id, error)
             except ReferenceFailure as failure:
-                self._endings.count(Outcome.DROPPED, reference_failed(failure))
+                self._endings.count(Outcome.DROPPED, reference_failed(failure), capture)
                 log.warning("score of %s failed: %s", capture.request_id, failure)
             except Exception:
-                self._endings.count(Outcome.DROPPED, ScoringDropReason.INTERNAL_ERROR)
+                self._endings.count(Outcome.DROPPED, ScoringDropReason.INTERNAL_ERROR, capture)
                 log.exception("score of %s failed", capture.request_id)
             finally:
                 self._in_progress -= 1
@@ -189,14 +189,14 @@ class Scorer:
         tap = self._taps.take(capture.nonce) if capture.nonce else None
         pair = self._models.served.of(capture.model)
         if (unusable := self._unusable(capture, pair, tap)) is not None:
-            self._endings.count(Outcome.SKIPPED, unusable)
+            self._endings.count(Outcome.SKIPPED, unusable, capture)
             return
         if pair is None or pair.scorer is None or (info := pair.reference) is None:
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY)
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.REFERENCE_NOT_READY, capture)
             return
         breaker = self._breakers.of(pair.name)
         if breaker.state(self._clock()) is BreakerState.OPEN:
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN)
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN, capture)
             return
         arrays = decode_capture(capture)
         check_vocabulary(arrays, info.vocab_size)
@@ -212,12 +212,12 @@ class Scorer:
         if features is not None:
             codes = await asyncio.to_thread(profile_codes, profiles, features)
         if not breaker.allow(self._clock()):
-            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN)
+            self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN, capture)
             return
         adapter = capture.model if capture.model in pair.scorable_adapters else ""
         unit = capture.conversation or prompt_key(arrays.prompt)
         hidden = calibrated and self._needs.needs_hidden_states(unit)
-        scores = await self._ask(pair.scorer, breaker, arrays, profiles, codes, adapter, hidden=hidden)
+        scores = await self._ask(pair.scorer, breaker, arrays, profiles, codes, adapter, capture, hidden=hidden)
         if scores is None:
             return
         self.reference_tokens += tokens
@@ -239,7 +239,7 @@ class Scorer:
             adapter_maps=self._needs.adapter_maps(),
         )
         self._emit(record, capture)
-        self._endings.count(Outcome.SCORED)
+        self._endings.count(Outcome.SCORED, capture=capture)
 
     def _unusable(self, capture: Capture, pair: ModelPair | None, tap: TapResult | None) -> ScoringSkipReason | None:
         """Why no reference could score this capture, or it cannot be known what its tokens were sampled from."""
@@ -281,6 +281,7 @@ class Scorer:
         profiles: tuple[CalibrationProfile, ...],
         codes: Mapping[str, Floats],
         adapter: str,
+        capture: Capture,
         *,
         hidden: bool,
     ) -> ReferenceScores | None:
@@ -300,7 +301,7 @@ class Scorer:
         except (ReferenceFailure, TimeoutError) as failure:
             if isinstance(failure, ReferenceFailure) and (skip := _NEVER_SCORABLE.get(failure.reason)) is not None:
                 breaker.released()
-                self._endings.count(Outcome.SKIPPED, skip)
+                self._endings.count(Outcome.SKIPPED, skip, capture)
                 return None
             breaker.failed(self._clock())
             if isinstance(failure, TimeoutError):

@@ -1,0 +1,32 @@
+"""What a relay counts of the sampled requests that never became a capture, until the control process is told."""
+
+from __future__ import annotations
+
+from hemostat.ipc.messages import REST_KIND, SampledCount, SampledCounts
+
+MAX_COUNTS = 1024
+"""Combinations of kind and ending that are counted at a time; the kinds of all further ones are counted as
+`REST_KIND`. Reasons are an enumeration, so that these are bounded, too."""
+
+
+class SampledTally:
+    """Counts by kind, outcome and reason. Nothing is lost while the control process is not there: it is told later."""
+
+    def __init__(self, limit: int = MAX_COUNTS) -> None:
+        self._limit = limit
+        self._counts: dict[tuple[str, str, str], tuple[float, float, int]] = {}
+
+    def add(self, kind: str, outcome: str, reason: str, tokens: int | None, requests: float = 1.0) -> None:
+        """A sampled request has ended. tokens: what was generated; None: not known. requests: see `SampledCount`."""
+        key = kind, outcome, reason
+        if key not in self._counts and len(self._counts) >= self._limit:
+            key = REST_KIND, outcome, reason
+        ended, unknown, known = self._counts.get(key, (0.0, 0.0, 0))
+        self._counts[key] = ended + requests, unknown + (requests if tokens is None else 0.0), known + (tokens or 0)
+
+    def take(self) -> SampledCounts | None:
+        """What was counted since the last call; None: nothing."""
+        if not self._counts:
+            return None
+        counts, self._counts = self._counts, {}
+        return SampledCounts([SampledCount(*key, *values) for key, values in counts.items()])
