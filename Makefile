@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-guard chart docs screenshot clean
+.PHONY: help setup demo test test-slow lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-guard bench-coverage chart docs screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -56,6 +56,9 @@ bench-engine: setup ## cost of profiles and adapters in vLLM's decoding; writes 
 
 bench-guard: setup ## simulations of what the guard, alarm, intervals and outcomes guarantee; writes build/bench/guard.json
 	@exec $(BIN)/python tests/bench/bench_guard.py $(ARGS)
+
+bench-coverage: setup ## share of a mixed agent workload that is scored, and why the rest is not; writes build/bench/coverage.json
+	@exec $(BIN)/python tests/bench/bench_coverage.py $(ARGS)
 
 chart: setup ## generate the README and the values schema of helm/hemostat
 	@$(BIN)/python deploy/chart.py

@@ -294,7 +294,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             JudgeDropReason.OTHER_REFERENCE: "the copies' reference gives the tokens other log-probabilities than the "
             "reference that scored them: see `adapter.reference`",
         },
-        **{name: f"as of `{names.SHADOW_REQUESTS}`, below" for name in (names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS)},
+        **dict.fromkeys((names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS), f"as of `{names.SHADOW_REQUESTS}`, below"),
         names.PROFILE_DECISIONS: {
             Reason.EVIDENCE: "held-out requests prove that it helps",
             Reason.HARM: "held-out requests prove that it harms",

@@ -1,0 +1,64 @@
+"""The short version of `make bench-coverage`, on the fake engine: every request of the mix is counted once, and what is
+not scored has a reason with an explanation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+from tests.bench.coverage.figures import combine, explained, reasons, table
+from tests.bench.coverage.workload import Mix, filled, first, send
+from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.served import hemostat
+
+PLAIN = ("chat", "chat-greedy", "chat-system", "completions")
+REQUESTS = 40
+
+
+async def test_every_request_of_the_mix_is_counted_once_and_explained(tmp_path: Path) -> None:
+    mix, upstream = Mix.load(), FakeVllm(seed=3)
+    planned = first(mix, "fake", REQUESTS)
+    with serving(upstream) as url, serving(FakeVllm(seed=3, noise=0.1)) as reference:
+        more = {"labels": mix.names, "evidence": {"kinds": 100}}
+        with hemostat(tmp_path, upstream, url, reference={"backend": "vllm", "url": reference}, **more) as served:
+            await served.until(lambda status: status["reference"]["state"] == "ready" and status["relays"] > 0)
+            await asyncio.to_thread(send, served.data, planned, 4)
+            status = await served.until(lambda s: round(s["coverage"]["requests"], 3) >= REQUESTS)
+    found = combine([status["coverage"]])
+    assert found["requests"] == REQUESTS
+    by_entry = {one["entry"]: one for one in found["by_entry"]}
+    assert sum(one["requests"] for one in by_entry.values()) == REQUESTS
+    assert sum(one["requests"] for one in found["by_kind"]) == REQUESTS
+    sent = Counter(one.name for one in planned)
+    for name in PLAIN:
+        one = by_entry[name]
+        assert (one["requests"], one["scored_share"], one["scored_share_tokens"]) == (sent[name], 1.0, 1.0)
+    assert sum(one["requests"] for one in found["not_scored"]) == REQUESTS - found["scored_requests"]
+    for one in found["not_scored"]:
+        assert one["explanation"] != "not explained", one
+        assert one["reason"] in table(found)
+
+
+def test_the_plan_has_every_entry_by_its_weight_and_spread_evenly() -> None:
+    mix = Mix.load()
+    weights = {entry["name"]: entry["weight"] for entry in mix.entries}
+    assert len(set(mix.names)) == len(mix.entries)
+    total = sum(weights.values())
+    assert Counter(one.name for one in islice(mix.plan("m"), 2 * total)) == {name: 2 * n for name, n in weights.items()}
+    assert len({one.name for one in islice(mix.plan("m"), 20)}) > 12
+    streams = [one.body.get("stream") for one in islice(mix.plan("m"), 2 * total) if one.name == "chat"]
+    assert streams.count(True) == streams.count(False) == weights["chat"]
+
+
+def test_each_request_is_a_conversation_of_its_own() -> None:
+    planned = list(islice(Mix.load().plan("m"), 200))
+    assert len({str(one.body.get("messages") or one.body.get("prompt") or one.body["input"]) for one in planned}) == 200
+    assert filled({"a": ["{prompt}!", {"b": 3}]}, "Hi") == {"a": ["Hi!", {"b": 3}]}
+
+
+def test_an_unknown_reason_is_reported_as_such() -> None:
+    texts = reasons()
+    assert explained("invalid_mass", texts) == texts["invalid_…"]
+    assert explained("made_up", texts) == "not explained"
