@@ -31,7 +31,7 @@ from hemostat.learner.record_queue import DropReason
 from hemostat.measurement.figures import HEADLINE
 from hemostat.metrics.catalogue import METRICS
 from hemostat.openai.requests import Uncalibrated, Unscorable
-from hemostat.openai.responses import ResponseFailure
+from hemostat.openai.tokens import ResponseFailure
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay.counters import OUTCOMES
 from hemostat.shadow.endings import ScoringDropReason, ScoringSkipReason, SkipReason

@@ -20,7 +20,9 @@ from hemostat.hooks import ExchangeHook, Refusal
 from hemostat.ipc.messages import Policy
 from hemostat.openai import json_splice
 from hemostat.openai.errors import leading_error_code
-from hemostat.openai.requests import LOGIT_EDITING_KEYS, Unscorable, read_request, sampling_parameters
+from hemostat.openai.form import Form
+from hemostat.openai.reading import read_request
+from hemostat.openai.requests import LOGIT_EDITING_KEYS, Unscorable, sampling_parameters
 from hemostat.openai.routes import CHAT, COMPLETIONS
 from hemostat.shadow.profile_choice import UNJUDGED
 from hemostat_engine.xargs import edits_logits
@@ -173,14 +175,11 @@ SKIPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
         CHAT,
         {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
     ),
-    "two choices": ("n", CHAT, {"n": 2}),
-    "two prompts": ("n", COMPLETIONS, {"prompt": ["a", "b"]}),
-    "the best of two": ("n", COMPLETIONS, {"best_of": 2}),
+    "many choices": ("n", CHAT, {"n": 17}),
+    "many prompts": ("n", COMPLETIONS, {"prompt": ["a"] * 9, "n": 2}),
     "beams": ("beam_search", CHAT, {"use_beam_search": True}),
     "own logprobs of a chat": ("client_logprobs", CHAT, {"logprobs": True, "top_logprobs": 2}),
     "own logprobs": ("client_logprobs", COMPLETIONS, {"logprobs": 2}),
-    "own token ids": ("client_logprobs", CHAT, {"return_token_ids": True}),
-    "logprobs of the prompt": ("prompt_logprobs", COMPLETIONS, {"prompt_logprobs": 1}),
     "an echo": ("echo", COMPLETIONS, {"echo": True}),
     "hidden reasoning": ("hidden_reasoning", CHAT, {"include_reasoning": False}),
     "an adapter": ("lora", CHAT, {"model": "adapter"}),
@@ -267,7 +266,7 @@ def test_every_reason_known_from_the_request_is_tested_with_a_profile() -> None:
     assert {str(reason) for reason in UNJUDGED} == {reason for reason, *_ in SKIPPED.values()} | form
 
 
-@pytest.mark.parametrize("case", ["a JSON object", "two choices", "own logprobs of a chat"])
+@pytest.mark.parametrize("case", ["a JSON object", "many choices", "own logprobs of a chat"])
 @pytest.mark.parametrize(
     ("changes", "headers", "reason"),
     [({}, {"X-Hemostat-Calibration": VERSION}, "pinned"), ({"forced": VERSION}, {}, "forced")],
@@ -480,7 +479,7 @@ ALL_GIVEN = {"temperature": 0.7, "top_p": 1, "top_k": 0, "min_p": 0, "repetition
 def test_the_temperature_is_nan_unless_all_sampling_parameters_are_known(
     defaults: bool, more: dict[str, Any], temperature: float
 ) -> None:
-    request = read_request(json_splice.encode(chat() | more), chat=True)
+    request = read_request(json_splice.encode(chat() | more), form=Form.CHAT)
     assert sampling_parameters(request, {}, defaults).temperature == pytest.approx(temperature, nan_ok=True)
 
 

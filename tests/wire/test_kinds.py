@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.kinds import EDGE_BYTES, MAX_NAME_CHARACTERS, kind_name
-from hemostat.openai.requests import read_request
+from hemostat.openai.reading import read_request
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 OUTPUTS = {"text", "json", "tools", "structured"}
@@ -29,7 +30,7 @@ NAMES = {
 
 def named(body: dict[str, Any], *, chat: bool = True, label: str = "", several: bool = False) -> str:
     data = msgspec.json.encode({"model": "m"} | body)
-    return kind_name(read_request(data, chat=chat), label, several_models=several)
+    return kind_name(read_request(data, form=Form.CHAT if chat else Form.COMPLETIONS), label, several_models=several)
 
 
 def asking(*texts: str, **more: Any) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def asking(*texts: str, **more: Any) -> dict[str, Any]:
 def test_kinds_of_chats(body: dict[str, Any], kind: str) -> None:
     assert named(body) == kind
     escaped = json.dumps({"model": "m"} | body, ensure_ascii=True).encode()
-    assert kind_name(read_request(escaped, chat=True), "", several_models=False) == kind, "also with escapes"
+    assert kind_name(read_request(escaped, form=Form.CHAT), "", several_models=False) == kind, "also with escapes"
     assert kind in NAMES
 
 
@@ -150,7 +151,7 @@ BODIES = st.dictionaries(st.sampled_from(MEMBERS), VALUES, max_size=8) | st.fixe
 def test_whatever_a_client_sends_has_one_of_the_known_names(body: dict[str, Any], chat: bool, ascii_only: bool) -> None:
     data = json.dumps(body, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     try:
-        request = read_request(data, chat=chat)
+        request = read_request(data, form=Form.CHAT if chat else Form.COMPLETIONS)
     except MALFORMED:
         return
     assert kind_name(request, "", several_models=False) in NAMES
@@ -160,7 +161,9 @@ def test_whatever_a_client_sends_has_one_of_the_known_names(body: dict[str, Any]
 def test_damaged_bytes_have_a_name_too(damage: bytes, member: str, chat: bool) -> None:
     content = b'[{"role":"user","content":"' + damage + b'"}]' if member == "messages" else b'"' + damage + b'"'
     try:
-        request = read_request(b'{"model":"m","' + member.encode() + b'":' + content + b"}", chat=chat)
+        request = read_request(
+            b'{"model":"m","' + member.encode() + b'":' + content + b"}", form=Form.CHAT if chat else Form.COMPLETIONS
+        )
     except MALFORMED:
         return
     assert kind_name(request, "", several_models=False) in NAMES
@@ -171,4 +174,4 @@ def test_texts_of_escapes_are_cut_anywhere(text: str) -> None:
     for length in (1, 749, 750, 751, 1499, 1500, 1501, 3000):
         for escape in (True, False):
             data = json.dumps({"model": "m"} | asking(text[:length]), ensure_ascii=escape).encode()
-            assert kind_name(read_request(data, chat=True), "", several_models=False) in NAMES
+            assert kind_name(read_request(data, form=Form.CHAT), "", several_models=False) in NAMES

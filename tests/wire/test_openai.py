@@ -9,9 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hemostat.openai.form import Form
+from hemostat.openai.forms.completions import Completions
+from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
-from hemostat.openai.requests import merged_xargs, read_request
-from hemostat.openai.responses import ResponseTokens, Stripper
+from hemostat.openai.reading import read_request
+from hemostat.openai.requests import merged_xargs
+from hemostat.openai.tokens import ResponseTokens
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=6),
@@ -76,7 +80,7 @@ def test_ambiguous_or_invalid_objects_are_refused(body: bytes) -> None:
 def test_reading_arbitrary_bytes_raises_only_malformed(data: bytes) -> None:
     for chat in (True, False):
         try:
-            read_request(data, chat=chat)
+            read_request(data, form=Form.CHAT if chat else Form.COMPLETIONS)
         except MALFORMED:
             continue
 
@@ -98,16 +102,33 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ({"tools": TOOLS, "tool_choice": "auto"}, None),
         ({"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": False}}, None),
         ({"messages": [USER, IMAGE]}, "multimodal"),
-        ({"n": 2}, "n"),
+        ({"n": 2}, None),
+        ({"n": 16}, None),
+        ({"n": 17}, "n"),
+        ({"n": 0}, "invalid"),
+        ({"n": True}, "invalid"),
+        ({"n": 2, "stream": True, "tools": TOOLS}, "n"),
+        ({"n": 2, "stream": True, "tools": TOOLS, "stream_options": {"include_usage": True}}, None),
+        ({"n": 2, "tools": TOOLS}, None),
         ({"use_beam_search": True}, "beam_search"),
         ({"response_format": {"type": "json_object"}}, "structured_output"),
         ({"structured_outputs": {"regex": "a"}}, "structured_output"),
         ({"guided_json": {}}, "structured_output"),
         ({"tools": TOOLS, "tool_choice": "required"}, "forced_tool"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "forced_tool"),
-        ({"logprobs": True}, "client_logprobs"),
-        ({"return_token_ids": True}, "client_logprobs"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"logprobs": True}, None),
+        ({"logprobs": True, "top_logprobs": 1}, None),
+        ({"logprobs": True, "top_logprobs": 2}, "client_logprobs"),
+        ({"logprobs": True, "top_logprobs": 2, "return_tokens_as_token_ids": True}, None),
+        ({"logprobs": True, "top_logprobs": -1, "return_tokens_as_token_ids": True}, "client_logprobs"),
+        ({"logprobs": True, "top_logprobs": None}, "client_logprobs"),
+        ({"logprobs": True, "logprob_token_ids": [1]}, "client_logprobs"),
+        ({"logprobs": 1.5}, "client_logprobs"),
+        ({"top_logprobs": 2}, "client_logprobs"),
+        ({"return_token_ids": True}, None),
+        ({"return_tokens_as_token_ids": True}, None),
+        ({"return_token_ids": "x"}, "client_logprobs"),
+        ({"prompt_logprobs": 0}, None),
         ({"echo": True}, "echo"),
         ({"include_reasoning": False}, "hidden_reasoning"),
         ({"model": "adapter"}, "lora"),
@@ -122,7 +143,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 def test_why_a_chat_request_cannot_be_scored(more: dict[str, Any], reason: str | None) -> None:
     body = {"model": "m", "messages": [USER]} | more
     assert (
-        read_request(json.dumps(body).encode(), chat=True, unscorable_models=frozenset({"adapter"})).unscorable
+        read_request(json.dumps(body).encode(), form=Form.CHAT, unscorable_models=frozenset({"adapter"})).unscorable
         == reason
     )
 
@@ -132,23 +153,32 @@ def test_why_a_chat_request_cannot_be_scored(more: dict[str, Any], reason: str |
     [
         ({}, None),
         ({"prompt": [1, 2]}, None),
-        ({"prompt": ["a", "b"]}, "n"),
-        ({"prompt": [[1], [2]]}, "n"),
+        ({"prompt": ["a", "b"]}, None),
+        ({"prompt": [[1], [2]]}, None),
+        ({"prompt": [[1], [2]], "n": 9}, "n"),
+        ({"prompt": []}, "invalid"),
+        ({"prompt": [1, "a"]}, "invalid"),
         ({"prompt": None}, "invalid"),
         ({"prompt_embeds": "x"}, "multimodal"),
-        ({"best_of": 2}, "n"),
+        ({"best_of": 2}, None),
         ({"logprobs": 0}, "client_logprobs"),
+        ({"logprobs": 0, "return_tokens_as_token_ids": True}, None),
+        ({"logprobs": -1, "return_tokens_as_token_ids": True}, "client_logprobs"),
+        ({"logprobs": True, "return_tokens_as_token_ids": True}, "client_logprobs"),
+        ({"logprobs": 2, "logprob_token_ids": [1], "return_tokens_as_token_ids": True}, "client_logprobs"),
         ({"echo": True}, "echo"),
     ],
 )
 def test_why_a_completions_request_cannot_be_scored(more: dict[str, Any], reason: str | None) -> None:
     body = {"model": "m", "prompt": "hi"} | more
-    assert read_request(json.dumps(body).encode(), chat=False).unscorable == reason
+    assert read_request(json.dumps(body).encode(), form=Form.COMPLETIONS).unscorable == reason
 
 
 def test_every_turn_of_a_conversation_has_the_same_key_and_another_conversation_another() -> None:
     def key(*messages: dict[str, str], model: str = "m") -> bytes | None:
-        return read_request(json.dumps({"model": model, "messages": messages}).encode(), chat=True).conversation_key
+        return read_request(
+            json.dumps({"model": model, "messages": messages}).encode(), form=Form.CHAT
+        ).conversation_key
 
     system, first = {"role": "system", "content": "s"}, {"role": "user", "content": "hi"}
     answer, second = {"role": "assistant", "content": "hello"}, {"role": "user", "content": "more"}
@@ -161,7 +191,7 @@ def test_every_turn_of_a_conversation_has_the_same_key_and_another_conversation_
 
 def test_the_clients_own_xargs_are_kept() -> None:
     def xargs(own: Any) -> Any:
-        request = read_request(json.dumps({"messages": [USER], "vllm_xargs": own}).encode(), chat=True)
+        request = read_request(json.dumps({"messages": [USER], "vllm_xargs": own}).encode(), form=Form.CHAT)
         return json.loads(merged_xargs(request, {"hemostat": "v", "hemostat_tap": "n"}))
 
     assert xargs(None) == {"hemostat": "v", "hemostat_tap": "n"}
@@ -193,16 +223,16 @@ def test_a_damaged_response_never_raises_and_is_never_captured(data: st.DataObje
     damaged = bytearray(body)
     for place in data.draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=4)):
         damaged[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    request = read_request(b'{"messages":[{"role":"user","content":"x"}],"stream":true}', chat=True)
+    request = read_request(b'{"messages":[{"role":"user","content":"x"}],"stream":true}', form=Form.CHAT)
     tokens = ResponseTokens(2, 100)
-    stripper = Stripper(request, tokens, stream=stream)
+    stripper = FORMATS[Form.CHAT].stripper(request, tokens, stream=stream)
     cut = data.draw(st.integers(0, len(damaged)))
     for piece in (damaged[:cut], damaged[cut:]):
         stripper.feed(bytes(piece))
     stripper.finish()
     # Neither form says how it finished, so nothing here is whole, whatever was damaged.
     assert tokens.failure is not None
-    assert not tokens.output_ids
+    assert not tokens.choices
 
 
 def test_a_row_is_sorted_and_unique_and_contains_the_emitted_token() -> None:
@@ -215,11 +245,13 @@ def test_a_row_is_sorted_and_unique_and_contains_the_emitted_token() -> None:
             {"token_id:5": -1.0, "token_id:1": -1.0},
         ],
     }
-    tokens.add(b"[7,5]", json.dumps(rows).encode(), chat=False)
-    assert tokens.candidate_ids.tolist() == [1, 2, 7, 5, 1, -1]
-    assert tokens.candidate_logprobs.tolist() == [-0.5, -1.5, -3.0, -1.0, -1.0, float("-inf")]
-    assert tokens.emitted_logprobs.tolist() == [-3.0, -1.0]
+    form, given = Completions(), json.dumps(rows).encode()
+    tokens.add(0, form.rows([7, 5], given))
+    [choice] = tokens.choices
+    assert choice.candidate_ids.tolist() == [1, 2, 7, 5, 1, -1]
+    assert choice.candidate_logprobs.tolist() == [-0.5, -1.5, -3.0, -1.0, -1.0, float("-inf")]
+    assert choice.emitted_logprobs.tolist() == [-3.0, -1.0]
     with pytest.raises(MALFORMED):
-        tokens.add(b"[8,5]", json.dumps(rows).encode(), chat=False)
+        form.rows([8, 5], given)
     with pytest.raises(MALFORMED):
-        tokens.add(b"[7]", json.dumps(rows).encode(), chat=False)
+        form.rows([7], given)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.wire import policy
 
-from hemostat.openai.requests import read_request
+from hemostat.openai.form import Form
+from hemostat.openai.reading import read_request
 from hemostat.openai.routes import CHAT
 from hemostat.shadow.assignment import ARM, CONVERSATION, client_digest, conversation_digest, in_control_arm, uniform
 from hemostat.shadow.interceptor import Interceptor
@@ -26,7 +27,9 @@ def chat(*texts: str, **more: Any) -> bytes:
 
 
 def digest(body: bytes, salt: bytes = SALT, *, is_chat: bool = True) -> bytes:
-    return conversation_digest(read_request(body, chat=is_chat).conversation_key, salt)
+    return conversation_digest(
+        read_request(body, form=Form.CHAT if is_chat else Form.COMPLETIONS).conversation_key, salt
+    )
 
 
 def sampled(interceptor: Interceptor, request_ids: list[str]) -> list[bool]:

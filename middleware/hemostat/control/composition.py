@@ -35,7 +35,7 @@ from hemostat.measurement.outcomes import Outcomes
 from hemostat.metrics import names
 from hemostat.metrics.collector import HemostatCollector
 from hemostat.metrics.samples import AnySample
-from hemostat.openai.responses import ResponseFailure
+from hemostat.openai.tokens import ResponseFailure
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference import make_compressed_scorer, make_references
 from hemostat.reference.monitor import ReferenceMonitor

@@ -23,7 +23,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 
 class Capture(msgspec.Struct, tag="capture", frozen=True):
-    """A sampled request with its complete response, to be scored. Arrays are little-endian bytes."""
+    """One choice of the complete response to a sampled request, to be scored. Arrays are little-endian bytes."""
 
     request_id: str
     route: str
@@ -65,8 +65,19 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     adapter: str | None = None
     """Version of the adapter that the response says answered it: the log-probabilities are the adapted
     model's."""
+    choice: int = 0
+    """Which of the request's choices this is."""
     choices: int = 1
-    """Of the request; each is a capture of its own."""
+    """Captures of the request, one a choice; they share request_id, nonce and conversation."""
+    tools: bool = False
+    """Tools were offered."""
+    reasoning: bool = False
+    """vLLM's parser found reasoning in the answer."""
+    from_tap: bool = False
+    """The response has no token ids: the tokens of all choices are what the engine's plugin reported under `nonce`.
+    Only the first choice's capture is sent."""
+    generated: int = -1
+    """Tokens of all choices together, by the response's usage; -1: it does not say."""
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):
@@ -178,6 +189,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     adapter_names: bool = False
     """Adapters that are named by a profile's version are Hemostat's own: hidden from the list of models, and a request
     that names one is in no arm."""
+    tap_tokens: bool = False
+    """Every engine's plugin reports token ids and the most likely tokens, by choice, where `hemostat_tap_top` asks."""
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
     openai_sampling_defaults: bool = False

@@ -50,6 +50,9 @@ class JsonObject:
         self._values = values
         self._end = end
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._spans
+
     def raw(self, key: str) -> bytes:
         """The value's bytes; `null` where the key is absent."""
         span = self._spans.get(key)

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from hemostat.openai.form import Form
 from hemostat.openai.json_splice import MALFORMED
 from hemostat.openai.requests import Request, Unscorable
 
@@ -63,7 +64,7 @@ def kind_name(request: Request, label: str, *, several_models: bool) -> str:
 
     label: of X-Hemostat-Label, "" without it. several_models: the server has more than one that can be scored.
     """
-    parts = ["chat" if request.chat else "completions"]
+    parts = [request.form.value]
     if several_models and request.model:
         parts.append("model " + "_".join(request.model.split())[:MAX_NAME_CHARACTERS])
     if label:
@@ -76,7 +77,7 @@ def kind_name(request: Request, label: str, *, several_models: bool) -> str:
         first = [_edges(memoryview(m.content)) for m in messages[:2] if m is not last]
         prompt: Iterable[memoryview] = (memoryview(m.content) for m in messages)
     else:
-        raw = b"" if request.chat else request.body.raw("prompt")
+        raw = b"" if request.form is not Form.COMPLETIONS else request.body.raw("prompt")
         text = memoryview(raw if raw.startswith(b'"') else b"")
         asked, first, prompt = _edges(text), [], (text,)
     words = set(asked.translate(_BLANKED).split())
@@ -197,7 +198,7 @@ def _is_long(texts: Iterable[memoryview]) -> bool:
 
 
 def _is_brief(request: Request) -> bool:
-    limit = _given(request, "max_completion_tokens") if request.chat else None
+    limit = _given(request, "max_completion_tokens") if request.form is Form.CHAT else None
     if limit is None:
         limit = _given(request, "max_tokens")
     return isinstance(limit, int) and limit <= BRIEF_TOKENS

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from hemostat.openai.form import Form
+
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 MODELS = "/v1/models"
@@ -32,13 +34,15 @@ class Route:
     support: Support
     labelled: bool = True
     """The path is a value of the metrics' label `route`; otherwise that is OTHER."""
+    form: Form | None = None
+    """Of its requests, where they are scored."""
     operation: str = ""
     """The value of OpenTelemetry's attribute `gen_ai.operation.name`; "" where the route is not traced."""
 
 
 ROUTES = (
-    Route(CHAT, Support.SCORED, operation="chat"),
-    Route(COMPLETIONS, Support.SCORED, operation="text_completion"),
+    Route(CHAT, Support.SCORED, form=Form.CHAT, operation="chat"),
+    Route(COMPLETIONS, Support.SCORED, form=Form.COMPLETIONS, operation="text_completion"),
     Route("/v1/responses", Support.NOT_SCORED),
     Route("/v1/messages", Support.NOT_SCORED),
     Route("/v1/embeddings", Support.NOT_SCORED),
@@ -57,6 +61,9 @@ ROUTES = (
 
 SCORED = tuple(route.path for route in ROUTES if route.support is Support.SCORED)
 """Paths whose requests can be sampled, scored and calibrated."""
+
+FORMS = {route.path: route.form for route in ROUTES if route.form is not None}
+"""The path of a scored route -> the form of its requests."""
 
 LABELS = {route.path.encode(): route.path for route in ROUTES if route.labelled}
 """A request's path, as bytes -> its label in metrics; use OTHER for every other path."""

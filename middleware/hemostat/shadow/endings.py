@@ -1,7 +1,7 @@
 """What becomes of sampled requests: how their captures end, and why.
 
 The reasons for which a sampled request never becomes a capture are given in the relays (`hemostat.shadow.reports`,
-`hemostat.openai.requests`, `hemostat.openai.responses`); they are values of the same metric's label.
+`hemostat.openai.requests`, `hemostat.openai.tokens`); they are values of the same metric's label.
 """
 
 from __future__ import annotations

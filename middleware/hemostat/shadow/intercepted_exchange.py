@@ -1,4 +1,4 @@
-"""One chat or completions request that the relay intercepts: how it is rewritten, and how its tokens are captured."""
+"""One request that the relay intercepts: how it is rewritten, and how its tokens are captured."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from hemostat.hooks import Comparison, Headers, Refusal, Rewrite
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests
 from hemostat.openai.errors import leading_error_code
+from hemostat.openai.forms.protocol import Stripper
+from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, encode
 from hemostat.openai.kinds import asks_json_in_words, kind_name
 from hemostat.openai.model_name import ModelName
+from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
-from hemostat.openai.responses import ResponseFailure, ResponseTokens, Stripper, error_reason, little_endian
-from hemostat.openai.routes import CHAT
+from hemostat.openai.routes import FORMS
+from hemostat.openai.tokens import ChoiceTokens, ResponseFailure, ResponseTokens, error_reason, little_endian
 from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
@@ -115,6 +118,8 @@ class InterceptedExchange:
         """Restores the base model's name in the response."""
         self._nonce = ""
         self._sampling = Sampling()
+        self._from_tap = False
+        """The response stays as it is: the tokens are what the engine's plugin reports."""
         self._request: Request | None = None
         self._tokens: ResponseTokens | None = None
         self._stripper: Stripper | None = None
@@ -149,9 +154,9 @@ class InterceptedExchange:
             self._pass_unread(SkipReason.BODY_TOO_LARGE)
             return None
         try:
-            request = requests.read_request(
+            request = read_request(
                 body,
-                chat=self._route == CHAT,
+                form=FORMS[self._route],
                 unscorable_models=policy.unscorable_models,
                 scorable_models=policy.scorable_models,
                 default_model=policy.default_model,
@@ -163,7 +168,8 @@ class InterceptedExchange:
         several = policy.scorable_models is not None and len(policy.scorable_models) > 1
         self._kind = kind_name(request, self._options.label, several_models=several)
         self._conversation = conversation_digest(request.conversation_key, policy.salt)
-        self._unjudged = self._unjudged or request.unscorable
+        self._from_tap = request.from_tap and policy.tap and policy.tap_tokens and not request.client_tap
+        self._unjudged = self._unjudged or (None if self._from_tap else request.unscorable)
         if self._unjudged is None and request.min_prompt_tokens > policy.shadow_max_tokens:
             self._unjudged = ResponseFailure.TOO_LONG
         changes: dict[str, bytes] = {}
@@ -213,10 +219,14 @@ class InterceptedExchange:
             self._skip(self._unjudged)
             return
         self._request = request
-        self._tokens = ResponseTokens(policy.shadow_top_k, policy.shadow_max_tokens)
-        changes |= requests.token_detail_members(request, policy.shadow_top_k)
-        if policy.tap and not request.client_tap:
+        self._tokens = ResponseTokens(policy.shadow_top_k, policy.shadow_max_tokens, request.choices, request.prompts)
+        if not self._from_tap:
+            changes |= FORMATS[request.form].injected_members(request, policy.shadow_top_k)
+        # A plugin that reports no ids cannot tell apart the choices of one request.
+        if policy.tap and not request.client_tap and (request.choices == 1 or policy.tap_tokens):
             self._nonce = xargs["hemostat_tap"] = self._reports.tap_name(policy)
+            if self._from_tap:
+                xargs["hemostat_tap_top"] = str(policy.shadow_top_k)
 
     def _pass_unread(self, reason: SkipReason) -> None:
         """The body cannot be read and is passed on unchanged."""
@@ -258,7 +268,9 @@ class InterceptedExchange:
             elif not stream and content_type != b"application/json":
                 self._tokens.fail(ResponseFailure.UNREADABLE)
             else:
-                self._stripper = Stripper(self._request, self._tokens, stream=stream)
+                form = FORMATS[self._request.form]
+                make = form.observer if self._from_tap else form.stripper
+                self._stripper = make(self._request, self._tokens, stream=stream)
         return stream or self._stripper is not None or self._name is not None
 
     def response_data(self, data: bytes) -> bytes:
@@ -348,14 +360,17 @@ class InterceptedExchange:
             self._skip(ResponseFailure.INCOMPLETE)
         elif self._shadow:
             self._shadow = False
-            self._reports.captured(self._capture(request, tokens))
+            # Of an answer that the plugin reports, one capture stands for all choices.
+            choices = tokens.choices[:1] if self._from_tap else tokens.choices
+            for number, choice in enumerate(choices):
+                self._reports.captured(self._capture(request, tokens, number, choice))
         if self._skipped is not None:
             if output_tokens is None and complete and tokens is not None and tokens.usage is not None:
                 # The client did not ask for the usage, and does not get it.
                 output_tokens = tokens.usage.completion_tokens
             self._reports.skipped(self._skipped, self._kind, output_tokens)
 
-    def _capture(self, request: Request, tokens: ResponseTokens) -> Capture:
+    def _capture(self, request: Request, tokens: ResponseTokens, number: int, choice: ChoiceTokens) -> Capture:
         adapter = self._adapter if tokens.model == self._adapter else None
         return Capture(
             request_id=self._request_id[:MAX_REQUEST_ID],
@@ -366,21 +381,27 @@ class InterceptedExchange:
             requested=self._version,
             nonce=self._nonce,
             stream=request.stream,
-            prompt_token_ids=little_endian(tokens.prompt_ids),
-            output_token_ids=little_endian(tokens.output_ids),
+            prompt_token_ids=little_endian(choice.prompt_ids),
+            output_token_ids=little_endian(choice.output_ids),
             top_k=tokens.top_k,
-            candidate_ids=little_endian(tokens.candidate_ids),
-            candidate_logprobs=little_endian(tokens.candidate_logprobs),
-            emitted_logprobs=little_endian(tokens.emitted_logprobs),
+            candidate_ids=little_endian(choice.candidate_ids),
+            candidate_logprobs=little_endian(choice.candidate_logprobs),
+            emitted_logprobs=little_endian(choice.emitted_logprobs),
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
             sampling_top_k=self._sampling.top_k,
             min_p=self._sampling.min_p,
-            finish_reason=tokens.finish_reason,
+            finish_reason=choice.finish_reason,
             captured_at=self._reports.clock(),
             traceparent=self._traceparent,
             kind=self._kind,
             conversation=self._conversation,
             client=self._client,
             adapter=adapter,
+            choice=number,
+            choices=request.choices,
+            tools=request.tools,
+            reasoning=choice.reasoning,
+            from_tap=self._from_tap,
+            generated=-1 if tokens.usage is None else tokens.usage.completion_tokens,
         )

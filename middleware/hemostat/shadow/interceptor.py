@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from hemostat.hooks import ExchangeHook, Headers, Refusal
 from hemostat.ipc.messages import Capture, Policy
-from hemostat.openai.responses import ResponseFailure
 from hemostat.openai.routes import MODELS, SUPPORT, Support
+from hemostat.openai.tokens import ResponseFailure
 from hemostat.shadow import assignment
 from hemostat.shadow.client_headers import ClientOptions, first_value, hemostat_headers, read_options
 from hemostat.shadow.endings import SkipReason

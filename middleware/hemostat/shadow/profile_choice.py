@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from hemostat.ipc.messages import REST_KIND, Policy
 from hemostat.openai.requests import Request, Uncalibrated, Unscorable
-from hemostat.openai.responses import ResponseFailure
+from hemostat.openai.tokens import ResponseFailure
 from hemostat.shadow.assignment import in_control_arm
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason

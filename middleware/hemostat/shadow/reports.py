@@ -11,7 +11,7 @@ from typing import Protocol
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.metrics import names
 from hemostat.openai.requests import Unscorable
-from hemostat.openai.responses import ResponseFailure
+from hemostat.openai.tokens import ResponseFailure
 from hemostat.shadow.endings import Outcome, SkipReason
 from hemostat.shadow.profile_choice import Reason
 from hemostat_calibration.records import Arm

@@ -1,9 +1,9 @@
-"""One request's output, in the form of chat or completions that was asked for."""
+"""One request's output, in the form of chat or completions that was asked for: one choice or several."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -17,111 +17,154 @@ if TYPE_CHECKING:
     from tests.support.fake_vllm.server import FakeVllm
 
 
+class _Choice:
+    """One of the outputs: its tokens so far."""
+
+    def __init__(self, index: int, prompt: list[int], steps: Iterator[Step], tool_id: str | None) -> None:
+        """tool_id: of the tool call; None: no tools are parsed."""
+        self.index, self.prompt, self.tool_id = index, prompt, tool_id
+        self._steps = enumerate(steps)
+        self.parser = None if tool_id is None else ToolStream(tool_id)
+        self.completed = self.offset = 0
+
+    def next(self) -> tuple[int, Step] | None:
+        return next(self._steps, None)
+
+
 class Generation:
     """One request's output, in the form that was asked for."""
 
     def __init__(
-        self, fake: FakeVllm, chat: bool, body: dict[str, Any], prompt: list[int], limit: int, request_id: str
+        self, fake: FakeVllm, chat: bool, body: dict[str, Any], prompts: list[list[int]], limit: int, request_id: str
     ) -> None:
-        self.fake, self.chat, self.body, self.prompt, self.limit, self.id = fake, chat, body, prompt, limit, request_id
+        self.fake, self.chat, self.body, self.prompts, self.id = fake, chat, body, prompts, request_id
         options = body.get("stream_options") or {}
         self.usage = fake.force_usage or bool(options.get("include_usage"))
         self.continuous = fake.force_usage or (self.usage and bool(options.get("continuous_usage_stats")))
         self.return_ids = bool(body.get("return_token_ids")) and fake.returns_token_ids
-        self.tools = bool(body.get("tools")) and body.get("tool_choice", "auto") == "auto" and fake.tool_parser
-        self.tool_id = f"chatcmpl-tool-{blake2b(request_id.encode(), digest_size=8).hexdigest()}"
+        tools = bool(body.get("tools")) and body.get("tool_choice", "auto") == "auto" and fake.tool_parser
+        each = body.get("n") or 1
+        self.choices = [
+            _Choice(
+                index := each * number + child,
+                prompt,
+                fake.steps(prompt, body if not child else body | {"seed": (body.get("seed") or 0) + child}, limit),
+                self._tool_id(index) if tools else None,
+            )
+            for number, prompt in enumerate(prompts)
+            for child in range(each)
+        ]
 
-    async def _steps(self) -> AsyncIterator[Step]:
+    def _tool_id(self, index: int) -> str:
+        name = f"{self.id}-{index}" if index else self.id
+        return f"chatcmpl-tool-{blake2b(name.encode(), digest_size=8).hexdigest()}"
+
+    async def _steps(self) -> AsyncIterator[tuple[_Choice, Step]]:
+        """The steps of all choices, as they come: one of each choice in turn."""
         with self._in_batches():
-            async for step in self._own_steps():
-                yield step
+            running = list(self.choices)
+            while running:
+                for choice in list(running):
+                    step = choice.next()
+                    if step is None:
+                        running.remove(choice)
+                        continue
+                    await self._wait(step[0])
+                    yield choice, step[1]
 
     def _in_batches(self) -> AbstractContextManager[None]:
         lora = self.fake.lora
         return nullcontext() if lora is None else lora.generation(self.fake.answers_as(self.body))
 
-    async def _own_steps(self) -> AsyncIterator[Step]:
-        for position, step in enumerate(self.fake.steps(self.prompt, self.body, self.limit)):
-            await asyncio.sleep(self.fake.token_delay)
-            while position == self.fake.hold_after:
-                await asyncio.sleep(0.01)
-            if self.fake.lora is not None and self.body.get("model") in self.fake.lora.broken:
-                raise RefusedError("Internal server error", None, "InternalServerError", 500)
-            if position == self.fake.die_after:
-                raise ConnectionError("the fake engine dies here, as it was told to")
-            yield step
+    async def _wait(self, position: int) -> None:
+        await asyncio.sleep(self.fake.token_delay)
+        while position == self.fake.hold_after:
+            await asyncio.sleep(0.01)
+        if self.fake.lora is not None and self.body.get("model") in self.fake.lora.broken:
+            raise RefusedError("Internal server error", None, "InternalServerError", 500)
+        if position == self.fake.die_after:
+            raise ConnectionError("the fake engine dies here, as it was told to")
 
-    def _prompt_logprobs(self) -> list[dict[str, Any] | None]:
-        rows = prompt_logprobs(self.fake, self.prompt, self.body)
+    def _prompt_logprobs(self, prompt: list[int]) -> list[dict[str, Any] | None]:
+        rows = prompt_logprobs(self.fake, prompt, self.body)
         return rows[: len(rows) - self.fake.short_prompt_logprobs]
 
-    def _usage(self, completed: int) -> dict[str, Any]:
-        prompt = len(self.prompt)
+    def _usage(self, prompts: list[list[int]], completed: int) -> dict[str, Any]:
+        prompt = sum(map(len, prompts))
         return {"prompt_tokens": prompt, "total_tokens": prompt + completed, "completion_tokens": completed}
 
     async def whole(self) -> dict[str, Any]:
-        steps = [step async for step in self._steps()]
-        text = "".join(step.text for step in steps)
-        last = steps[-1]
-        ids = [step.token for step in steps] if self.return_ids else None
-        prompt_ids = self.prompt if self.return_ids else None
-        if self.chat:
-            message: dict[str, Any] = {
-                "role": "assistant",
-                "content": text,
-                "refusal": None,
-                "annotations": None,
-                "audio": None,
-                "function_call": None,
-            }
-            finish = last.finish
-            if self.tools and (call := tool_call(text)) is not None:
-                before, name, arguments = call
-                message["content"] = before or None
-                message["tool_calls"] = [
-                    {"id": self.tool_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-                ]
-                finish = "tool_calls"
-            choice: dict[str, Any] = {
-                "index": 0,
-                "message": message | {"reasoning": None},
-                "logprobs": chat_logprobs(steps, self.body) if self.body.get("logprobs") else None,
-                "finish_reason": finish,
-                "stop_reason": last.stop_reason,
-                "token_ids": ids,
-                "routed_experts": None,
-            }
-            extra = {"prompt_logprobs": None, "prompt_token_ids": prompt_ids, "prompt_text": None}
-        else:
-            wanted, prompt_k = self.body.get("logprobs"), self.body.get("prompt_logprobs")
-            choice = {
-                "index": 0,
-                "text": text,
-                "logprobs": None if wanted is None else completion_logprobs(steps, self.body, 0),
-                "finish_reason": last.finish,
-                "stop_reason": last.stop_reason,
-                "token_ids": ids,
-                "prompt_logprobs": None if prompt_k is None else self._prompt_logprobs(),
-                "prompt_token_ids": prompt_ids,
-                "routed_experts": None,
-            }
-            extra = {}
+        steps: list[list[Step]] = [[] for _ in self.choices]
+        async for choice, step in self._steps():
+            steps[choice.index].append(step)
+        make = self._whole_chat if self.chat else self._whole_completion
+        first = self.prompts[0]
+        prompt_k = self.body.get("prompt_logprobs")
+        extra = {
+            "prompt_logprobs": None if prompt_k is None else self._prompt_logprobs(first),
+            "prompt_token_ids": first if self.return_ids else None,
+            "prompt_text": None,
+        }
+        usage = self._usage(self.prompts, sum(map(len, steps)))
         return {
             "id": self.id,
             "object": "chat.completion" if self.chat else "text_completion",
             "created": self.fake.created,
             "model": self.fake.answers_as(self.body),
-            "choices": [choice],
+            "choices": [make(choice, steps[choice.index]) for choice in self.choices],
             "service_tier": None,
             "system_fingerprint": self.fake.fingerprint,
-            "usage": self._usage(len(steps)) | {"prompt_tokens_details": None, "completion_tokens_details": None},
-            **extra,
+            "usage": usage | {"prompt_tokens_details": None, "completion_tokens_details": None},
+            **(extra if self.chat else {}),
             "kv_transfer_params": None,
             "ec_transfer_params": None,
             "metrics": None,
         }
 
-    def _event(self, choice: dict[str, Any] | None, completed: int, **more: Any) -> bytes:
+    def _whole_chat(self, choice: _Choice, steps: list[Step]) -> dict[str, Any]:
+        text = "".join(step.text for step in steps)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": text,
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+        }
+        finish = steps[-1].finish
+        if choice.tool_id is not None and (call := tool_call(text)) is not None:
+            before, name, arguments = call
+            message["content"] = before or None
+            message["tool_calls"] = [
+                {"id": choice.tool_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            ]
+            finish = "tool_calls"
+        return {
+            "index": choice.index,
+            "message": message | {"reasoning": None},
+            "logprobs": chat_logprobs(steps, self.body) if self.body.get("logprobs") else None,
+            "finish_reason": finish,
+            "stop_reason": steps[-1].stop_reason,
+            "token_ids": [step.token for step in steps] if self.return_ids else None,
+            "routed_experts": None,
+        }
+
+    def _whole_completion(self, choice: _Choice, steps: list[Step]) -> dict[str, Any]:
+        wanted, prompt_k = self.body.get("logprobs"), self.body.get("prompt_logprobs")
+        return {
+            "index": choice.index,
+            "text": "".join(step.text for step in steps),
+            "logprobs": None if wanted is None else completion_logprobs(steps, self.body, 0),
+            "finish_reason": steps[-1].finish,
+            "stop_reason": steps[-1].stop_reason,
+            "token_ids": [step.token for step in steps] if self.return_ids else None,
+            "prompt_logprobs": None if prompt_k is None else self._prompt_logprobs(choice.prompt),
+            "prompt_token_ids": choice.prompt if self.return_ids else None,
+            "routed_experts": None,
+        }
+
+    def _event(self, of: _Choice | None, choice: dict[str, Any] | None, **more: Any) -> bytes:
+        """of: None for the event with the usage of all choices."""
         event: dict[str, Any] = {
             "id": self.id,
             "object": "chat.completion.chunk" if self.chat else "text_completion",
@@ -129,68 +172,77 @@ class Generation:
             "model": self.fake.answers_as(self.body),
             "choices": [] if choice is None else [choice],
         }
-        if choice is None:
-            event["usage"] = self._usage(completed)
+        if of is None:
+            event["usage"] = self._usage(self.prompts, sum(choice.completed for choice in self.choices))
         elif self.continuous:
             details = {"completion_tokens_details": None} if self.chat else {}
-            event["usage"] = self._usage(completed) | details
+            event["usage"] = self._usage([of.prompt], of.completed) | details
         finished = choice is None or (choice["finish_reason"] is not None and not self.usage)
         if finished and self.fake.fingerprint is not None:
             event["system_fingerprint"] = self.fake.fingerprint
         return b"data: " + dumps(event | more) + b"\n\n"
 
     async def events(self) -> AsyncIterator[bytes]:
-        parser = ToolStream(self.tool_id) if self.tools else None
-        completed = offset = 0
-        async for step in self._steps():
-            if completed == self.fake.error_after:
+        begun = False
+        async for choice, step in self._steps():
+            if choice.completed == self.fake.error_after:
                 yield error_event(RefusedError("Internal server error", None, "InternalServerError", 500).body)
                 break
-            if completed == 0 and self.chat:
-                role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
-                prompt_ids = self.prompt if self.return_ids else None
-                yield self._event(role | {"finish_reason": None}, 0, prompt_token_ids=prompt_ids, prompt_text=None)
-            completed += 1
-            ids = [step.token] if self.return_ids else None
-            if self.chat:
-                event = self._chat_event(step, ids, completed, parser)
-                if event is not None:
-                    yield event
-                continue
-            logprobs = None
-            if self.body.get("logprobs") is not None:
-                logprobs = completion_logprobs([step], self.body, offset)
-                offset += len(logprobs["tokens"][0])
-            yield self._event(
-                {
-                    "index": 0,
-                    "text": step.text,
-                    "logprobs": logprobs,
-                    "finish_reason": step.finish,
-                    "stop_reason": step.stop_reason,
-                    "prompt_token_ids": self.prompt if self.return_ids and completed == 1 else None,
-                    "token_ids": ids,
-                },
-                completed,
-            )
+            if not begun and self.chat:
+                for each in self.choices:
+                    yield self._role_event(each)
+            begun = True
+            choice.completed += 1
+            event = self._chat_event(choice, step) if self.chat else self._completion_event(choice, step)
+            if event is not None:
+                yield event
         else:
             if self.usage:
-                yield self._event(None, completed)
+                yield self._event(None, None)
         yield DONE
 
-    def _chat_event(self, step: Step, ids: list[int] | None, completed: int, parser: ToolStream | None) -> bytes | None:
+    def _role_event(self, choice: _Choice) -> bytes:
+        role = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        prompt_ids = choice.prompt if self.return_ids else None
+        return self._event(choice, role | {"finish_reason": None}, prompt_token_ids=prompt_ids, prompt_text=None)
+
+    def _completion_event(self, choice: _Choice, step: Step) -> bytes:
+        logprobs = None
+        if self.body.get("logprobs") is not None:
+            logprobs = completion_logprobs([step], self.body, choice.offset)
+            choice.offset += len(logprobs["tokens"][0])
+        return self._event(
+            choice,
+            {
+                "index": choice.index,
+                "text": step.text,
+                "logprobs": logprobs,
+                "finish_reason": step.finish,
+                "stop_reason": step.stop_reason,
+                "prompt_token_ids": choice.prompt if self.return_ids and choice.completed == 1 else None,
+                "token_ids": [step.token] if self.return_ids else None,
+            },
+        )
+
+    def _chat_event(self, of: _Choice, step: Step) -> bytes | None:
         delta: dict[str, Any] | None = {"content": step.text}
         finish = step.finish
-        if parser is not None:
-            delta = parser.feed(step.text, step.finish is not None)
-            if parser.called and finish == "stop":
+        if of.parser is not None:
+            delta = of.parser.feed(step.text, step.finish is not None)
+            if of.parser.called and finish == "stop":
                 finish = "tool_calls"
         elif self.fake.tool_parser and not step.text:
             delta = None
+        ids = [step.token] if self.return_ids else None
         logprobs = chat_logprobs([step], self.body) if self.body.get("logprobs") else None
         if delta is None and finish is None and (self.fake.lose_tool_tokens or (logprobs is None and ids is None)):
             return None
-        choice: dict[str, Any] = {"index": 0, "delta": delta or {}, "logprobs": logprobs, "finish_reason": finish}
+        choice: dict[str, Any] = {
+            "index": of.index,
+            "delta": delta or {},
+            "logprobs": logprobs,
+            "finish_reason": finish,
+        }
         if finish is not None:
             choice["stop_reason"] = step.stop_reason
-        return self._event(choice | {"token_ids": ids}, completed)
+        return self._event(of, choice | {"token_ids": ids})

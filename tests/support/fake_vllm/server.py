@@ -174,8 +174,8 @@ class FakeVllm(FakeModel):
             return 200, {"prompt": b"".join(map(token_bytes, ids)).decode(errors="replace")}
         return 404, {"detail": "Not Found"}
 
-    def _check(self, chat: bool, data: bytes) -> tuple[dict[str, Any], list[int], int]:
-        """Body, prompt and the most tokens to generate; or RefusedError as vLLM words it."""
+    def _check(self, chat: bool, data: bytes) -> tuple[dict[str, Any], list[list[int]], int]:
+        """Body, prompts and the most tokens to generate; or RefusedError as vLLM words it."""
         try:
             body = json.loads(data)
         except json.JSONDecodeError as error:
@@ -199,13 +199,15 @@ class FakeVllm(FakeModel):
         if not known:
             raise RefusedError(refusal, "model", "NotFoundError" if status == 404 else "BadRequestError", status)
         if chat:
-            prompt = self.render(body["messages"])
+            prompts = [self.render(body["messages"])]
             limit = body.get("max_completion_tokens") or body.get("max_tokens")
         else:
             given = body.get("prompt") or ""
-            prompt = self.encode(given) if isinstance(given, str) else list(given)
+            several = isinstance(given, list) and given and not isinstance(given[0], int)
+            prompts = [self.encode(p) if isinstance(p, str) else list(p) for p in (given if several else [given])]
             limit = 16 if body.get("max_tokens") is None else body["max_tokens"]
-        if len(prompt) >= self.max_model_len:
+        longest = max(map(len, prompts))
+        if longest >= self.max_model_len:
             raise RefusedError(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains at "
                 f"least {self.max_model_len + 1} input tokens, which exceeds this limit even without any output tokens."
@@ -234,8 +236,8 @@ class FakeVllm(FakeModel):
                 f"(parameter=prompt_logprobs, value={asked})",
                 "prompt_logprobs",
             )
-        room = self.max_model_len - len(prompt)
-        return body, prompt, min(room, limit or room)
+        room = self.max_model_len - longest
+        return body, prompts, min(room, limit or room)
 
     async def _generate(
         self, chat: bool, headers: dict[bytes, bytes], data: bytes, receive: Receive, send: Send
@@ -246,7 +248,7 @@ class FakeVllm(FakeModel):
         if self.hang:
             await disconnected(receive)
             return
-        body, prompt, limit = self._check(chat, data)
+        body, prompts, limit = self._check(chat, data)
         self.requests.append(body)
         asked = (body.get("top_logprobs") if chat else body.get("logprobs")) or 0
         if asked > self.max_logprobs:
@@ -262,7 +264,7 @@ class FakeVllm(FakeModel):
             await send({"type": "http.response.body", "body": error_event(refused.body) + DONE})
             return
         name = headers.get(b"x-request-id", str(next(self._ids)).encode()).decode()
-        generation = Generation(self, chat, body, prompt, limit, ("chatcmpl-" if chat else "cmpl-") + name)
+        generation = Generation(self, chat, body, prompts, limit, ("chatcmpl-" if chat else "cmpl-") + name)
         gone = asyncio.ensure_future(disconnected(receive))
         try:
             if body.get("stream"):

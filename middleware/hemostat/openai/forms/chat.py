@@ -1,0 +1,160 @@
+"""`/v1/chat/completions`. Checked against vLLM 0.32 (`entrypoints/openai/chat_completion`).
+
+vLLM names the emitted token first among a position's `top_logprobs`, whatever its rank, and cuts them to the number
+that was asked for. With `return_tokens_as_token_ids` every `token` is an id, and so is the text in the `bytes` of an
+alternative; the `bytes` of the emitted token stay those of its text. So the client's own logprobs can be given back
+where it asks for ids itself, or for texts with at most one alternative, which is the emitted token.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hemostat.openai.forms.protocol import Details, Stripper
+from hemostat.openai.forms.shared import (
+    choices_per_prompt,
+    decode_or_none,
+    injected_members,
+    largest_top_k,
+    unscorable_parameters,
+    usage_requested,
+)
+from hemostat.openai.json_splice import JsonObject, encode
+from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request, Unscorable
+from hemostat.openai.stripping import ChoiceObserver, ChoiceStripper
+from hemostat.openai.tokens import ResponseTokens, Row, row_of_names
+
+MAX_TEXT_ALTERNATIVES = 1
+"""Alternatives, named by their texts, that a response with ids can be turned back into."""
+
+
+class _Part(msgspec.Struct):
+    type: str = ""
+
+
+class _Top(msgspec.Struct, gc=False):
+    token: str
+    logprob: float
+
+
+class _Entry(msgspec.Struct, gc=False):
+    token: str
+    logprob: float
+    top_logprobs: list[_Top]
+
+
+class _Logprobs(msgspec.Struct, gc=False):
+    content: list[_Entry]
+
+
+_elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
+_byte_values: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
+_messages: msgspec.json.Decoder[list[Message]] = msgspec.json.Decoder(list[Message])
+_parts: msgspec.json.Decoder[list[_Part]] = msgspec.json.Decoder(list[_Part])
+_logprobs: msgspec.json.Decoder[_Logprobs] = msgspec.json.Decoder(_Logprobs)
+
+
+class Chat:
+    """A `protocol.Format`, and the `stripping.LogprobForm` of its responses."""
+
+    prompt_in_choice = False
+
+    def read(self, body: JsonObject) -> Details:
+        messages: list[Message] | None = decode_or_none(_messages, body.raw("messages"))
+        usage, choices = usage_requested(body), choices_per_prompt(body)
+        wish = _wish(body)
+        return Details(
+            unscorable=unscorable_parameters(body, choices=choices, usage=usage)
+            or (Unscorable.CLIENT_LOGPROBS if wish is None else None)
+            or (Unscorable.HIDDEN_REASONING if body.value("include_reasoning") is False else None)
+            or _unscorable_messages(messages),
+            messages=messages,
+            conversation=_conversation(body, messages),
+            usage_requested=bool(usage),
+            choices=choices or 1,
+            wish=wish or NO_WISH,
+        )
+
+    def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
+        return injected_members(request) | {"logprobs": b"true", "top_logprobs": largest_top_k(request, top_k)}
+
+    def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return ChoiceStripper(self, request, tokens, stream=stream)
+
+    def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return ChoiceObserver(request, tokens, stream=stream)
+
+    def is_held_back(self, choice: JsonObject) -> bool:
+        return choice.raw("delta") == b"{}"
+
+    def rows(self, output: list[int], logprobs: bytes) -> list[Row]:
+        entries = _logprobs.decode(logprobs).content
+        return [
+            row_of_names(
+                emitted,
+                entry.token,
+                entry.logprob,
+                [top.token for top in entry.top_logprobs],
+                [top.logprob for top in entry.top_logprobs],
+            )
+            for emitted, entry in zip(output, entries, strict=True)
+        ]
+
+    def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
+        body = JsonObject(logprobs)
+        entries = [_restore_entry(JsonObject(bytes(entry)), wish) for entry in _elements.decode(body.raw("content"))]
+        return body.edit({"content": b"[" + b",".join(entries) + b"]"})
+
+
+def _wish(body: JsonObject) -> LogprobWish | None:
+    """What the client asks for; None where it could not be given that."""
+    logprobs, top = body.value("logprobs"), body.value("top_logprobs")
+    as_ids, token_ids = body.value("return_tokens_as_token_ids"), body.value("return_token_ids")
+    if not all(value in (None, True, False) for value in (logprobs, as_ids, token_ids)) or body.value(
+        "logprob_token_ids"
+    ):
+        return None
+    if not logprobs:
+        return None if top else LogprobWish(token_ids=bool(token_ids))
+    if top is None and "top_logprobs" in body:
+        return None
+    top = 0 if top is None else top
+    if not isinstance(top, int) or isinstance(top, bool) or top < 0 or (top > MAX_TEXT_ALTERNATIVES and not as_ids):
+        return None
+    return LogprobWish(bool(token_ids), logprobs=True, top=top, as_ids=bool(as_ids))
+
+
+def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | None:
+    """The messages up to the first one of the user, or else all of them."""
+    if not body.has("messages"):
+        return None
+    for position, message in enumerate(messages or ()):
+        if message.role == "user":
+            return b"\x00".join(map(bytes, _elements.decode(body.raw("messages"))[: position + 1]))
+    return body.raw("messages")
+
+
+def _unscorable_messages(messages: list[Message] | None) -> Unscorable | None:
+    if not messages:
+        return Unscorable.INVALID
+    for message in messages:
+        content = bytes(message.content)
+        if content.startswith(b"["):
+            parts = decode_or_none(_parts, content) or [_Part()]
+            if any(part.type != "text" for part in parts):
+                return Unscorable.MULTIMODAL
+    return None
+
+
+def _restore_entry(entry: JsonObject, wish: LogprobWish) -> bytes:
+    """One position as the client asked for it."""
+    top = [bytes(item) for item in _elements.decode(entry.raw("top_logprobs"))][: wish.top]
+    changes = {}
+    if not wish.as_ids:
+        text = bytes(_byte_values.decode(entry.raw("bytes"))).decode()
+        changes["token"] = encode(text)
+        for item in map(JsonObject, top):
+            if item.raw("token") != entry.raw("token"):
+                raise ValueError("the first alternative is not the emitted token")
+            top = [item.edit({"token": changes["token"], "bytes": entry.raw("bytes")})]
+    return entry.edit(changes | {"top_logprobs": b"[" + b",".join(top) + b"]"})

@@ -1,0 +1,128 @@
+"""`/v1/completions`. Checked against vLLM 0.32 (`entrypoints/openai/completion`).
+
+The choices of the first prompt come first, then those of the second, and so on. A position's `top_logprobs` name the
+emitted token first and have one member more than was asked for where that token is not among the most likely ones. With
+`return_tokens_as_token_ids` no text is left in `logprobs`, so the client's own logprobs can be given back only where it
+asks for ids itself.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hemostat.openai.forms.protocol import Details, Stripper
+from hemostat.openai.forms.shared import (
+    choices_per_prompt,
+    decode_or_none,
+    injected_members,
+    largest_top_k,
+    unscorable_parameters,
+    usage_requested,
+)
+from hemostat.openai.json_splice import NULL, JsonObject, encode
+from hemostat.openai.requests import NO_WISH, LogprobWish, Request, Unscorable
+from hemostat.openai.stripping import ChoiceObserver, ChoiceStripper
+from hemostat.openai.tokens import ResponseTokens, Row, row_of_names
+
+
+class _Logprobs(msgspec.Struct, gc=False):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+
+
+_text: msgspec.json.Decoder[str] = msgspec.json.Decoder(str)
+_texts: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(list[str])
+_lists: msgspec.json.Decoder[list[list[int]]] = msgspec.json.Decoder(list[list[int]])
+_number: msgspec.json.Decoder[float] = msgspec.json.Decoder(float)
+_ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
+_logprobs: msgspec.json.Decoder[_Logprobs] = msgspec.json.Decoder(_Logprobs)
+_rows: msgspec.json.Decoder[list[dict[str, msgspec.Raw] | None]] = msgspec.json.Decoder(
+    list[dict[str, msgspec.Raw] | None]
+)
+
+
+class Completions:
+    """A `protocol.Format`, and the `stripping.LogprobForm` of its responses."""
+
+    prompt_in_choice = True
+
+    def read(self, body: JsonObject) -> Details:
+        prompts = _prompts(body)
+        usage, each = usage_requested(body), choices_per_prompt(body)
+        choices = None if each is None else each * max(1, len(prompts or ()))
+        wish = _wish(body)
+        raw = body.raw("prompt")
+        return Details(
+            unscorable=unscorable_parameters(body, choices=choices, usage=usage)
+            or (Unscorable.CLIENT_LOGPROBS if wish is None else None)
+            or (Unscorable.MULTIMODAL if body.has("prompt_embeds") else None)
+            or (Unscorable.INVALID if not prompts else None),
+            messages=None,
+            conversation=None if raw == NULL else raw,
+            usage_requested=bool(usage),
+            choices=choices or 1,
+            prompts=max(1, len(prompts or ())),
+            min_prompt_tokens=max((len(prompt) for prompt in prompts or () if isinstance(prompt, list)), default=0),
+            wish=wish or NO_WISH,
+        )
+
+    def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
+        return injected_members(request) | {"logprobs": largest_top_k(request, top_k)}
+
+    def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return ChoiceStripper(self, request, tokens, stream=stream)
+
+    def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return ChoiceObserver(request, tokens, stream=stream)
+
+    def is_held_back(self, choice: JsonObject) -> bool:
+        return False
+
+    def rows(self, output: list[int], logprobs: bytes) -> list[Row]:
+        given = _logprobs.decode(logprobs)
+        columns = (output, given.tokens, given.token_logprobs, given.top_logprobs)
+        return [
+            row_of_names(emitted, token, logprob, list(row), list(row.values()))
+            for emitted, token, logprob, row in zip(*columns, strict=True)
+        ]
+
+    def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
+        body = JsonObject(logprobs)
+        rows = [_restore_row(row, wish.top) for row in _rows.decode(body.raw("top_logprobs"))]
+        return body.edit({"top_logprobs": b"[" + b",".join(rows) + b"]"})
+
+
+def _prompts(body: JsonObject) -> list[str | list[int]] | None:
+    """None where they have the wrong type, or there is none."""
+    raw = body.raw("prompt")
+    if (text := decode_or_none(_text, raw)) is not None:
+        return [text]
+    if ids := decode_or_none(_ids, raw):
+        return [ids]
+    return decode_or_none(_texts, raw) or decode_or_none(_lists, raw) or None
+
+
+def _wish(body: JsonObject) -> LogprobWish | None:
+    """What the client asks for; None where it could not be given that."""
+    top = body.value("logprobs")
+    as_ids, token_ids = body.value("return_tokens_as_token_ids"), body.value("return_token_ids")
+    if not all(value in (None, True, False) for value in (as_ids, token_ids)) or body.value("logprob_token_ids"):
+        return None
+    if top is None:
+        return LogprobWish(token_ids=bool(token_ids))
+    if not as_ids or not isinstance(top, int) or isinstance(top, bool) or top < 0:
+        return None
+    return LogprobWish(bool(token_ids), logprobs=True, top=top, as_ids=True)
+
+
+def _restore_row(row: dict[str, msgspec.Raw] | None, top: int) -> bytes:
+    """One position as the client asked for it.
+
+    Where the emitted token is as likely as the last of the `top` alternatives, it counts as one of them.
+    """
+    if row is None:
+        return NULL
+    emitted, *others = (_number.decode(value) for value in row.values())
+    kept = top if sum(value > emitted for value in others) < top else top + 1
+    return b"{" + b",".join(encode(name) + b":" + bytes(value) for name, value in list(row.items())[:kept]) + b"}"

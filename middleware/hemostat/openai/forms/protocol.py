@@ -1,0 +1,58 @@
+"""What each form implements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from hemostat.openai.json_splice import JsonObject
+from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request, Unscorable
+from hemostat.openai.tokens import ResponseTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What a form's reader finds in a request's body; see `Request` for the fields of the same names."""
+
+    unscorable: Unscorable | None
+    messages: list[Message] | None
+    """Of a conversation; None: the request has a prompt instead."""
+    conversation: bytes | None
+    """JSON that is equal for every turn of one conversation; without the model. None without a prompt."""
+    usage_requested: bool = False
+    choices: int = 1
+    prompts: int = 1
+    min_prompt_tokens: int = 0
+    wish: LogprobWish = NO_WISH
+
+
+class Stripper(Protocol):
+    """Takes one response's bytes, records its tokens, and gives back what the client gets.
+
+    Never raises: what it cannot parse is passed on unchanged, and the tokens fail with a reason.
+    """
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes of the body; returns what the client gets now."""
+
+    def finish(self) -> bytes:
+        """The response is complete: returns the rest of what the client gets, and checks the tokens."""
+
+
+class Format(Protocol):
+    """One form of request and response."""
+
+    def read(self, body: JsonObject) -> Details:
+        """May raise one of MALFORMED."""
+
+    def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
+        """The members (JSON) that make the engine return token ids, the `top_k` most likely ids with logprobs, and the
+        usage."""
+
+    def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        """Of the response to a request with the injected members. stream: it is an event stream by its content type,
+        whatever was asked for."""
+
+    def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        """Of the response to a request without them: every byte is passed on; the model, the finish reasons and the
+        usage are read."""

@@ -1,0 +1,79 @@
+"""What the requests of chat and completions have in common, and the members that are injected into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
+from hemostat.openai.requests import MAX_CHOICES, Request, Unscorable
+
+_STRUCTURED_OUTPUT_KEYS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+_stream_options: msgspec.json.Decoder[_StreamOptions | None] = msgspec.json.Decoder(_StreamOptions | None)
+
+
+def decode_or_none(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+    """None where the value has the wrong type: the request goes on, and vLLM explains the error to the client."""
+    try:
+        return decoder.decode(raw)
+    except MALFORMED:
+        return None
+
+
+def usage_requested(body: JsonObject) -> bool | None:
+    """Whether the client asks for usage in a stream; None: `stream_options` has the wrong type."""
+    options: _StreamOptions | None = decode_or_none(_stream_options, body.raw("stream_options"))
+    if options is None:
+        return None if body.has("stream_options") else False
+    return bool(options.include_usage)
+
+
+def choices_per_prompt(body: JsonObject) -> int | None:
+    """`n`; None where vLLM refuses it. vLLM 0.32 ignores `best_of`."""
+    n = body.value("n")
+    if n is None:
+        return 1
+    return n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else None
+
+
+def unscorable_parameters(body: JsonObject, *, choices: int | None, usage: bool | None) -> Unscorable | None:
+    """choices: of all prompts together; None: invalid. usage: `usage_requested`."""
+    value = body.value
+    if value("stream") not in (None, True, False) or choices is None or usage is None:
+        return Unscorable.INVALID
+    if value("use_beam_search"):
+        return Unscorable.BEAM_SEARCH
+    if choices > MAX_CHOICES or (choices > 1 and value("stream") and body.has("tools") and not usage):
+        return Unscorable.N
+    response_format = value("response_format")
+    if response_format is not None and not (
+        isinstance(response_format, dict) and response_format.get("type") == "text"
+    ):
+        return Unscorable.STRUCTURED_OUTPUT
+    if any(body.has(key) for key in _STRUCTURED_OUTPUT_KEYS):
+        return Unscorable.STRUCTURED_OUTPUT
+    if value("tool_choice") not in (None, "none", "auto"):
+        return Unscorable.FORCED_TOOL
+    return Unscorable.ECHO if value("echo") else None
+
+
+def injected_members(request: Request) -> dict[str, bytes]:
+    """Those that are the same in both forms."""
+    changes = {"return_token_ids": b"true", "return_tokens_as_token_ids": b"true"}
+    if request.stream and not request.usage_requested and request.choices == 1:
+        # Not merged with the client's: its other options have no effect without `include_usage`, but would with it.
+        # Of several choices, each finishing event would lose its fingerprint until the last one has finished.
+        changes["stream_options"] = b'{"include_usage":true}'
+    return changes
+
+
+def largest_top_k(request: Request, top_k: int) -> bytes:
+    """JSON of the number of alternatives that are asked for: enough for the client too."""
+    return encode(max(top_k, request.wish.top))

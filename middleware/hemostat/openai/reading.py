@@ -1,0 +1,68 @@
+"""From a client's body to a `Request`: what all forms have in common; the rest is read by the form."""
+
+from __future__ import annotations
+
+from hemostat.openai.form import Form
+from hemostat.openai.forms.table import FORMATS
+from hemostat.openai.json_splice import JsonObject
+from hemostat.openai.model_name import is_version
+from hemostat.openai.requests import Request, Uncalibrated, Unscorable, uncalibrated
+
+
+def read_request(
+    data: bytes,
+    *,
+    form: Form,
+    unscorable_models: frozenset[str] = frozenset(),
+    scorable_models: frozenset[str] | None = None,
+    default_model: str = "",
+    adapter_names: bool = False,
+) -> Request:
+    """Parse a client's body; raises one of MALFORMED where it is not an object with distinct keys.
+
+    unscorable_models: adapters for which the reference has no counterpart.
+    scorable_models: names that are compared with a matched reference; None: not known, no name is excluded.
+    default_model: the name of the model that answers a request without one.
+    adapter_names: a name that is a profile's version is an adapter of Hemostat's.
+    """
+    body = JsonObject(data)
+    model = body.value("model")
+    name = model if isinstance(model, str) and model else default_model
+    details = FORMATS[form].read(body)
+    if model is not None and not isinstance(model, str):
+        unscorable: Unscorable | None = Unscorable.INVALID
+    elif adapter_names and is_version(name) and name not in (scorable_models or ()):
+        unscorable = Unscorable.LORA
+    else:
+        unscorable = _unscorable_model(name, unscorable_models, scorable_models) or details.unscorable
+    xargs = body.value("vllm_xargs") or {}
+    if not isinstance(xargs, dict):
+        unscorable, xargs = Unscorable.INVALID, {}
+    client_profile = xargs.get("hemostat")
+    key = details.conversation
+    return Request(
+        form=form,
+        body=body,
+        model=name,
+        stream=body.value("stream") is True,
+        usage_requested=details.usage_requested,
+        tools=body.has("tools"),
+        unscorable=unscorable,
+        uncalibrated=Uncalibrated.OWN_XARGS if client_profile is not None else uncalibrated(body, unscorable),
+        client_profile=client_profile if isinstance(client_profile, str) else None,
+        client_tap="hemostat_tap" in xargs,
+        conversation_key=None if key is None else b"\x00".join([body.raw("model"), key]),
+        messages=details.messages,
+        min_prompt_tokens=details.min_prompt_tokens,
+        choices=details.choices,
+        prompts=details.prompts,
+        wish=details.wish,
+    )
+
+
+def _unscorable_model(model: str, adapters: frozenset[str], scorable: frozenset[str] | None) -> Unscorable | None:
+    if not model:
+        return None
+    if model in adapters:
+        return Unscorable.LORA
+    return None if scorable is None or model in scorable else Unscorable.NO_REFERENCE

@@ -1,0 +1,261 @@
+"""Responses with `choices` on their way to the client: what was injected into them is recorded and taken out.
+
+Checked against vLLM 0.32 (`entrypoints/openai/{chat_completion,completion}`):
+- the members that the injection fills (`logprobs`, `token_ids`, `prompt_token_ids`) are null without it, not absent;
+- only because of the injection, a chat stream gets an event with an empty delta for each step that vLLM's parser holds
+  back;
+- with `include_usage`, `system_fingerprint` moves from the finishing event to the usage event. So usage is not injected
+  where there are several choices: their finishing events could not go out before the last one;
+- an event has one choice.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+import msgspec
+
+from hemostat.openai import sse
+from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject
+from hemostat.openai.requests import LogprobWish, Request
+from hemostat.openai.tokens import ResponseFailure, ResponseTokens, Row, error_reason, usage_decoder
+
+MAX_BODY = 128 * 1024 * 1024
+"""Bytes of one response (not a stream) that are buffered until it is complete."""
+
+_REASONING = re.compile(rb'"reasoning(?:_content)?":"')
+"""Matches no text: quotes are escaped there."""
+
+_ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
+_elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+class LogprobForm(Protocol):
+    """How a form with `choices` writes the details of tokens."""
+
+    prompt_in_choice: bool
+    """A choice has the ids of its prompt; else the response has those of the one prompt."""
+
+    def is_held_back(self, choice: JsonObject) -> bool:
+        """The stream's event has nothing for the client."""
+
+    def rows(self, output: list[int], logprobs: bytes) -> list[Row]:
+        """The positions of these emitted ids, by the JSON of `logprobs`. One of MALFORMED where they do not fit."""
+
+    def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
+        """The JSON of `logprobs` as the client asked for it. One of MALFORMED where that is not possible."""
+
+
+class _Parsed:
+    """The JSON of a response or of a stream's event: its body and its choices."""
+
+    __slots__ = ("body", "choices")
+
+    def __init__(self, data: bytes) -> None:
+        self.body = JsonObject(data)
+        raw = self.body.raw("choices") if self.body.has("choices") else b"[]"
+        self.choices = [JsonObject(bytes(choice)) for choice in _elements.decode(raw)]
+
+
+class _Body:
+    """One response, its events or its whole body; what is done with them is decided by the subclass."""
+
+    def __init__(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> None:
+        self._tokens = tokens
+        self._tools = request.tools
+        self._events = sse.Parser() if stream else None
+        self._buffer = bytearray()
+        self._pass_through = False
+        """The body is larger than MAX_BODY and is passed on as it arrives."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes of the body; returns what the client gets now."""
+        if self._events is not None:
+            return b"".join([self._on_event(event) for event in self._events.feed(data)])
+        if self._pass_through:
+            return data
+        self._buffer += data
+        if len(self._buffer) <= MAX_BODY:
+            return b""
+        self._pass_through = True
+        self._tokens.fail(ResponseFailure.RESPONSE_TOO_LARGE)
+        buffered = bytes(self._buffer)
+        self._buffer.clear()
+        return buffered
+
+    def finish(self) -> bytes:
+        """The response is complete: returns the rest of what the client gets."""
+        if self._events is not None:
+            remainder = self._events.flush()
+            rest = (self._on_event(sse.parse(remainder)) if remainder else b"") + self._on_end()
+        elif self._pass_through:
+            rest = b""
+        else:
+            rest = self._on_body(bytes(self._buffer))
+        self._check()
+        return rest
+
+    def _on_event(self, event: sse.Event) -> bytes:
+        raise NotImplementedError
+
+    def _on_body(self, data: bytes) -> bytes:
+        raise NotImplementedError
+
+    def _on_end(self) -> bytes:
+        return b""
+
+    def _check(self) -> None:
+        self._tokens.check_complete(self._tools)
+
+
+class ChoiceStripper(_Body):
+    """A `forms.protocol.Stripper` of a response to a request with the injected members."""
+
+    def __init__(self, form: LogprobForm, request: Request, tokens: ResponseTokens, *, stream: bool) -> None:
+        super().__init__(request, tokens, stream=stream)
+        self._form = form
+        self._wish = request.wish
+        self._all_events = request.wish.logprobs or request.wish.token_ids
+        """The client itself asked for what makes vLLM send an event for each step."""
+        self._keep_usage = request.usage_requested or request.choices > 1
+        tokens.usage_expected = not stream or request.usage_requested or request.choices == 1
+        self._finishing: tuple[sse.Event, bytes] | None = None
+        """The finishing event and its stripped data, held until the usage event brings the fingerprint."""
+
+    def _on_body(self, data: bytes) -> bytes:
+        try:
+            parsed = _Parsed(data)
+            stripped = self._strip(parsed)
+        except MALFORMED:
+            self._tokens.fail(ResponseFailure.UNREADABLE)
+            return data
+        self._record(parsed)
+        return stripped
+
+    def _on_event(self, event: sse.Event) -> bytes:
+        if event.data is None:
+            return event.raw
+        if event.data == b"[DONE]":
+            return self._take_finishing() + event.raw
+        try:
+            parsed = _Parsed(event.data)
+            stripped = self._strip(parsed)
+        except MALFORMED:
+            self._tokens.fail(ResponseFailure.UNREADABLE)
+            return self._take_finishing() + event.raw
+        self._record(parsed)
+        usage = parsed.body.has("usage")
+        if not parsed.choices:
+            if parsed.body.has("error"):
+                self._tokens.fail(error_reason(event.data))
+            elif usage and not self._keep_usage:
+                return self._take_finishing(parsed.body.raw("system_fingerprint"))
+            return self._take_finishing() + event.raw
+        choice = parsed.choices[0]
+        if usage:
+            # This server sends usage with every event, so it would have sent the usage event without the injection too.
+            self._keep_usage = True
+        finishing = choice.has("finish_reason")
+        if not finishing and not self._all_events and self._form.is_held_back(choice):
+            # A step that vLLM's parser held back: without the injection vLLM sends no event for it.
+            return self._take_finishing()
+        before = self._take_finishing()
+        if finishing and not self._keep_usage:
+            self._finishing = (event, stripped)
+            return before
+        return before + (event.raw if stripped is event.data else event.replace(stripped))
+
+    def _on_end(self) -> bytes:
+        return self._take_finishing()
+
+    def _take_finishing(self, fingerprint: bytes = NULL) -> bytes:
+        """The bytes of the held finishing event, with the fingerprint that it has where no usage event follows."""
+        if self._finishing is None:
+            return b""
+        event, data = self._finishing
+        self._finishing = None
+        if fingerprint != NULL:
+            data = JsonObject(data).edit({"system_fingerprint": fingerprint})
+        return event.replace(data)
+
+    def _strip(self, parsed: _Parsed) -> bytes:
+        """The bytes of a response or an event as the client gets them; the same object where nothing changes."""
+        changes: dict[str, bytes] = {}
+        edits = [self._changes(choice) for choice in parsed.choices]
+        if any(edits):
+            stripped = [choice.edit(edit) for choice, edit in zip(parsed.choices, edits, strict=True)]
+            changes["choices"] = b"[" + b",".join(stripped) + b"]"
+        if not self._wish.token_ids and parsed.body.has("prompt_token_ids"):
+            changes["prompt_token_ids"] = NULL
+        return parsed.body.edit(changes) if changes else parsed.body.data
+
+    def _changes(self, choice: JsonObject) -> dict[str, bytes]:
+        changes = {}
+        if choice.has("logprobs"):
+            wish = self._wish
+            changes["logprobs"] = self._form.restore(choice.raw("logprobs"), wish) if wish.logprobs else NULL
+        if not self._wish.token_ids:
+            changes |= {key: NULL for key in ("token_ids", "prompt_token_ids") if choice.has(key)}
+        return changes
+
+    def _record(self, parsed: _Parsed) -> None:
+        tokens = self._tokens
+        try:
+            _record_ending(tokens, parsed)
+            if tokens.failure is not None:
+                return
+            if parsed.body.has("prompt_token_ids") and not self._form.prompt_in_choice:
+                tokens.add_prompt(0, parsed.body.raw("prompt_token_ids"))
+            for choice in parsed.choices:
+                index = choice.value("index")
+                if choice.has("prompt_token_ids"):
+                    tokens.add_prompt(index, choice.raw("prompt_token_ids"))
+                output = _ids.decode(choice.raw("token_ids")) if choice.has("token_ids") else []
+                if output:
+                    tokens.add(index, self._form.rows(output, choice.raw("logprobs")))
+        except MALFORMED:
+            tokens.fail(ResponseFailure.NO_LOGPROBS)
+
+
+class ChoiceObserver(_Body):
+    """A `forms.protocol.Stripper` that changes nothing, and reads the model, the finish reasons and the usage."""
+
+    def _on_body(self, data: bytes) -> bytes:
+        self._read(data)
+        return data
+
+    def _on_event(self, event: sse.Event) -> bytes:
+        if event.data is not None and event.data != b"[DONE]":
+            self._read(event.data)
+        return event.raw
+
+    def _read(self, data: bytes) -> None:
+        tokens = self._tokens
+        try:
+            parsed = _Parsed(data)
+            if parsed.body.has("error"):
+                tokens.fail(error_reason(data))
+            _record_ending(tokens, parsed)
+        except MALFORMED:
+            tokens.fail(ResponseFailure.UNREADABLE)
+
+    def _check(self) -> None:
+        self._tokens.check_finished()
+
+
+def _record_ending(tokens: ResponseTokens, parsed: _Parsed) -> None:
+    """Record the model, and what says that the response is complete. May raise one of MALFORMED."""
+    body = parsed.body
+    if body.has("usage"):
+        tokens.usage = usage_decoder.decode(body.raw("usage"))
+    if tokens.failure is not None:
+        return
+    if not tokens.model:
+        tokens.model = str(body.value("model") or "")
+    for choice in parsed.choices:
+        recorded = tokens.choice(choice.value("index"))
+        if choice.has("finish_reason"):
+            recorded.finish_reason = str(choice.value("finish_reason"))
+        if not recorded.reasoning and _REASONING.search(choice.data):
+            recorded.reasoning = True

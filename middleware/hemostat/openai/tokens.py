@@ -1,0 +1,215 @@
+"""The tokens of one response, choice by choice, and why they could not be recorded."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import msgspec
+
+_ID_PREFIX = len("token_id:")
+
+
+class ResponseFailure(StrEnum):
+    """Why the tokens of a response were not captured: values of the label `reason` of skipped shadow requests."""
+
+    UPSTREAM_ERROR = "upstream_error"
+    """The response is an error."""
+    LOGPROBS_REFUSED = "logprobs_refused"
+    """vLLM refused the injected members, and would not have refused the client's own request."""
+    ADAPTER_REFUSED = "adapter_refused"
+    """vLLM does not have the adapter that Hemostat asked for, or cannot load it."""
+    ENCODED = "encoded"
+    """The body is compressed."""
+    UNREADABLE = "unreadable"
+    """The body is not what vLLM sends."""
+    NO_LOGPROBS = "no_logprobs"
+    """The response lacks what was asked for, or it is malformed."""
+    TOO_LONG = "too_long"
+    """More tokens than `shadow.max_tokens`."""
+    RESPONSE_TOO_LARGE = "response_too_large"
+    """More than `stripping.MAX_BODY` bytes."""
+    INCOMPLETE = "incomplete"
+    """The response ended early."""
+    TOOL_TOKENS_LOST = "tool_tokens_lost"
+    """vLLM's tool parser left out token ids."""
+    TOKEN_COUNT_MISMATCH = "token_count_mismatch"  # noqa: S105 - not a password
+    """There are fewer or more ids than tokens that vLLM counted."""
+    EMPTY = "empty"
+    """The response has no token."""
+
+
+def error_reason(data: bytes) -> ResponseFailure:
+    """The reason that an error counts as, by its text in a body or in a stream's event."""
+    return ResponseFailure.LOGPROBS_REFUSED if b"sample logprobs" in data else ResponseFailure.UPSTREAM_ERROR
+
+
+class Usage(msgspec.Struct):
+    """Of all choices together; `prompt_tokens` counts each prompt once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+usage_decoder: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)
+_ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
+
+
+class Row(NamedTuple):
+    """One output position: the candidates, in the engine's order and without duplicates, and the emitted token."""
+
+    emitted: int
+    logprob: float
+    ids: list[int]
+    logprobs: list[float]
+
+
+def row_of_names(emitted: int, token: str, logprob: float, names: list[str], logprobs: list[float]) -> Row:
+    """names: such as `token_id:5`. ValueError where `token` is not the emitted one."""
+    if token != f"token_id:{emitted}":
+        raise ValueError(f"the logprobs name the token {emitted} as {token!r}")
+    return Row(emitted, logprob, [int(name[_ID_PREFIX:]) for name in names], logprobs)
+
+
+def little_endian(values: array[Any]) -> bytes:
+    """The values' bytes as `messages.Capture` carries them."""
+    if sys.byteorder == "big":
+        values = values[:]
+        values.byteswap()
+    return values.tobytes()
+
+
+@dataclass(slots=True)
+class ChoiceTokens:
+    """The tokens of one choice, with T output positions."""
+
+    prompt_ids: array[int] = field(default_factory=lambda: array("i"))
+    output_ids: array[int] = field(default_factory=lambda: array("i"))
+    """[T]."""
+    candidate_ids: array[int] = field(default_factory=lambda: array("i"))
+    """[T, top_k + 1], most likely first, padded with -1; the emitted token is among them."""
+    candidate_logprobs: array[float] = field(default_factory=lambda: array("f"))
+    """[T, top_k + 1], natural logarithms, padded with -inf."""
+    emitted_logprobs: array[float] = field(default_factory=lambda: array("f"))
+    """[T], natural logarithms."""
+    finish_reason: str = ""
+    reasoning: bool = False
+    """vLLM's parser found reasoning in it."""
+
+    def add(self, row: Row, top_k: int) -> None:
+        """Append a position. ValueError where a candidate is there twice."""
+        ids, values = row.ids, row.logprobs
+        if row.emitted not in ids:
+            ids = [*ids, row.emitted]
+            values = [*values, row.logprob]
+        # vLLM lists the emitted token first, whatever its rank.
+        if values != sorted(values, reverse=True):
+            order = sorted(range(len(ids)), key=values.__getitem__, reverse=True)
+            ids = [ids[i] for i in order]
+            values = [values[i] for i in order]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"duplicates among the candidates: {ids}")
+        pad = top_k + 1 - len(ids)
+        if pad < 0:
+            # The client asked for more. The emitted token stays, whatever its rank.
+            place = ids.index(row.emitted)
+            kept = [*range(top_k), place] if place >= top_k else range(top_k + 1)
+            ids = [ids[i] for i in kept]
+            values = [values[i] for i in kept]
+        self.candidate_ids.extend(ids)
+        self.candidate_logprobs.extend(values)
+        if pad > 0:
+            self.candidate_ids.extend(pad * (-1,))
+            self.candidate_logprobs.extend(pad * (float("-inf"),))
+        self.output_ids.append(row.emitted)
+        self.emitted_logprobs.append(row.logprob)
+
+
+@dataclass(slots=True)
+class ResponseTokens:
+    """The tokens of one response. No choice is left after a failure: one that is incomplete fails them all."""
+
+    top_k: int
+    limit: int
+    """The largest number of prompt and output tokens together, of one choice."""
+    expected: int = 1
+    """Choices, of all prompts together."""
+    prompts: int = 1
+    failure: ResponseFailure | None = None
+    """The first failure, if any."""
+    choices: list[ChoiceTokens] = field(init=False)
+    model: str = ""
+    usage: Usage | None = None
+    usage_expected: bool = True
+    """False: the response says nothing of it, since nobody asked."""
+
+    def __post_init__(self) -> None:
+        self.choices = [ChoiceTokens() for _ in range(self.expected)]
+
+    def fail(self, reason: ResponseFailure) -> None:
+        """Drop the tokens and keep the reason, unless an earlier failure did so."""
+        if self.failure is None:
+            self.failure = reason
+            self.choices = []
+
+    def choice(self, index: Any) -> ChoiceTokens:
+        """The choice of this index in the response. ValueError where there is none."""
+        if not isinstance(index, int) or not 0 <= index < len(self.choices):
+            raise ValueError(f"no choice {index!r} among {len(self.choices)}")
+        return self.choices[index]
+
+    def add_prompt(self, index: int, raw: bytes) -> None:
+        """The ids (JSON) of the prompt of this choice."""
+        choice = self.choice(index)
+        choice.prompt_ids = array("i", _ids.decode(raw))
+        if self._is_too_long(choice):
+            self.fail(ResponseFailure.TOO_LONG)
+
+    def add(self, index: int, rows: list[Row]) -> None:
+        """Append the positions of one event or response. ValueError, OverflowError where they are malformed."""
+        choice = self.choice(index)
+        for row in rows:
+            choice.add(row, self.top_k)
+        if self._is_too_long(choice):
+            self.fail(ResponseFailure.TOO_LONG)
+
+    def _is_too_long(self, choice: ChoiceTokens) -> bool:
+        return len(choice.prompt_ids) + len(choice.output_ids) > self.limit
+
+    def _share_prompts(self) -> int:
+        """Give every choice its prompt, which not every one has to repeat; returns the number of prompt tokens."""
+        each = self.expected // self.prompts
+        total = 0
+        for first in range(0, self.expected, each):
+            group = self.choices[first : first + each]
+            prompt = next((choice.prompt_ids for choice in group if choice.prompt_ids), group[0].prompt_ids)
+            total += len(prompt)
+            for choice in group:
+                choice.prompt_ids = choice.prompt_ids or prompt
+        return total
+
+    def check_finished(self) -> None:
+        """The same where no ids are expected: every choice has to say how it finished."""
+        if self.failure is None and not all(choice.finish_reason for choice in self.choices):
+            self.fail(ResponseFailure.INCOMPLETE)
+
+    def check_complete(self, tools: bool) -> None:
+        """Compare the counts with the engine's own; `failure` is final then. `tools`: the request offered tools."""
+        if self.failure is not None:
+            return
+        prompt_tokens = self._share_prompts()
+        if any(self._is_too_long(choice) for choice in self.choices):
+            self.fail(ResponseFailure.TOO_LONG)
+            return
+        usage, generated = self.usage, sum(len(choice.output_ids) for choice in self.choices)
+        if not all(choice.finish_reason for choice in self.choices) or (usage is None and self.usage_expected):
+            self.fail(ResponseFailure.INCOMPLETE)
+        elif usage is not None and usage.completion_tokens != generated:
+            self.fail(ResponseFailure.TOOL_TOKENS_LOST if tools else ResponseFailure.TOKEN_COUNT_MISMATCH)
+        elif usage is not None and usage.prompt_tokens != prompt_tokens:
+            self.fail(ResponseFailure.TOKEN_COUNT_MISMATCH)
+        elif not all(choice.output_ids for choice in self.choices):
+            self.fail(ResponseFailure.EMPTY)
