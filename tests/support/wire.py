@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ from hemostat.shadow.interceptor import Interceptor
 
 VERSION = "0123456789abcdef" * 2
 OTHER_VERSION = "fedcba9876543210" * 2
+
+TOOL_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
 
 POLICY = Policy(
     generation=1,
@@ -175,3 +180,21 @@ def rows(capture: Capture) -> tuple[list[int], list[int], np.ndarray, np.ndarray
         np.frombuffer(capture.candidate_logprobs, "<f4").reshape(-1, width),
         np.frombuffer(capture.emitted_logprobs, "<f4"),
     )
+
+
+def normal(body: bytes) -> bytes:
+    """A real server's body without the time and the random ids."""
+    body = re.sub(rb'"created":\d+', b'"created":0', body)
+    return re.sub(rb"chatcmpl-tool-[0-9a-f]+", b"chatcmpl-tool-0", body)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def chat(text: str = "Hello", **more: Any) -> dict[str, Any]:
+    return {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0} | more
+
+
+def completion(prompt: Any = "Hello", **more: Any) -> dict[str, Any]:
+    return {"model": "fake", "prompt": prompt, "max_tokens": 12, "temperature": 0} | more

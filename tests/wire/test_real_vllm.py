@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
-from tests.support.wire import VERSION, Wire, policy, rows
+from tests.support.wire import VERSION, Wire, normal, policy, rows, user
 
 from hemostat.openai.routes import CHAT, COMPLETIONS
 
@@ -37,16 +36,6 @@ def client(vllm_server: Server) -> Iterator[httpx.Client]:
 @pytest.fixture
 def wire(client: httpx.Client) -> Wire:
     return Wire(client)
-
-
-def normal(body: bytes) -> bytes:
-    """The body without the time and the random ids."""
-    body = re.sub(rb'"created":\d+', b'"created":0', body)
-    return re.sub(rb"chatcmpl-tool-[0-9a-f]+", b"chatcmpl-tool-0", body)
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
 
 
 def call(city: str) -> str:
@@ -146,10 +135,10 @@ UNJUDGED: dict[str, tuple[str, str, dict[str, Any]]] = {
         CHAT,
         {"messages": [user("Weather in Paris?")], "tools": TOOLS, "tool_choice": NAMED_TOOL, "max_tokens": 40},
     ),
-    "two choices": (
+    "many choices": (
         "n",
         CHAT,
-        {"messages": [user("Say hello.")], "n": 2, "max_tokens": 8, "temperature": 1, "seed": 3},
+        {"messages": [user("Say hello.")], "n": 17, "max_tokens": 2, "temperature": 1, "seed": 3},
     ),
     "own logprobs of a chat": (
         "client_logprobs",

@@ -1,0 +1,162 @@
+"""Real vLLM: several choices, and the client's own logprobs, come back byte for byte while every choice is captured."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import httpx
+import numpy as np
+import pytest
+from tests.support.wire import Answer, Wire, normal, policy, rows, user
+
+from hemostat.openai.routes import CHAT, COMPLETIONS
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+ATTEMPTS = 6
+"""On a busy machine vLLM's front end now and then puts two steps into one event, or the choices in another order."""
+AS_IDS = {"return_tokens_as_token_ids": True}
+UNICODE = user("Repeat: 🎉🌍 日本語 été ☃")
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
+
+
+class Server(Protocol):
+    url: str
+    model: str
+
+
+@pytest.fixture
+def wire(vllm_server: Server) -> Iterator[Wire]:
+    with httpx.Client(base_url=vllm_server.url, timeout=300) as client:
+        yield Wire(client)
+
+
+def compared(wire: Wire, path: str, body: dict[str, Any]) -> Answer:
+    """The answer without Hemostat, which the sampled one has to equal."""
+    for _ in range(ATTEMPTS):
+        wire.interceptor.policy = policy(scoring=False)
+        plain = wire.send(path, body)
+        wire.captures.clear()
+        wire.counts.clear()
+        wire.interceptor.policy = policy(shadow_top_k=20)
+        sampled = wire.send(path, body, splits=random.Random(1))
+        if normal(sampled.body) == normal(plain.body):
+            break
+    assert plain.status == sampled.status == 200, plain.body
+    assert sampled.sent != plain.sent, "it is sampled"
+    assert normal(sampled.body) == normal(plain.body)
+    assert not [labels for labels in wire.counts if labels[1] != "shadowed"]
+    return plain
+
+
+CHOICES: dict[str, tuple[str, dict[str, Any], int]] = {
+    # Path, body, number of choices.
+    "chat": (CHAT, {"messages": [user("Say hello.")], "n": 2, "seed": 3, "max_tokens": 12}, 2),
+    "chat, greedy": (CHAT, {"messages": [user("Say hello.")], "n": 2, "temperature": 0, "max_tokens": 6}, 2),
+    "chat, to the end": (CHAT, {"messages": [user("Say hello.")], "n": 3, "seed": 4, "max_tokens": 60}, 3),
+    "chat, own ids": (CHAT, {"messages": [UNICODE], "n": 2, "seed": 3, "max_tokens": 12, "return_token_ids": True}, 2),
+    "chat, own logprobs": (CHAT, {"messages": [UNICODE], "n": 2, "seed": 3, "max_tokens": 12, "logprobs": True}, 2),
+    "completions": (COMPLETIONS, {"prompt": "1, 2, 3,", "n": 2, "seed": 3, "max_tokens": 8}, 2),
+    "best_of, which is ignored": (COMPLETIONS, {"prompt": "1, 2,", "best_of": 3, "seed": 3, "max_tokens": 8}, 1),
+    "prompts": (COMPLETIONS, {"prompt": ["1, 2, 3,", "The capital of France"], "temperature": 0, "max_tokens": 6}, 2),
+    "prompts of ids": (COMPLETIONS, {"prompt": [[504, 3575, 282], [504]], "temperature": 0, "max_tokens": 4}, 2),
+    "prompts and choices": (COMPLETIONS, {"prompt": ["1, 2, 3,", "Hi"], "n": 2, "seed": 5, "max_tokens": 5}, 4),
+}
+STREAMS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "stream": {"stream": True},
+    "stream with usage": {"stream": True, "stream_options": {"include_usage": True}},
+}
+
+
+@pytest.mark.parametrize("option", STREAMS)
+@pytest.mark.parametrize("case", CHOICES)
+def test_every_choice_is_captured(wire: Wire, vllm_server: Server, case: str, option: str) -> None:
+    path, body, choices = CHOICES[case]
+    body = {"model": vllm_server.model} | body | STREAMS[option]
+    answer = compared(wire, path, body)
+    assert [capture.choice for capture in wire.captures] == list(range(choices))
+    assert {capture.choices for capture in wire.captures} == {choices}
+    assert len({(capture.request_id, capture.conversation) for capture in wire.captures}) == 1
+    texts = texts_of(answer, choices)
+    for capture in wire.captures:
+        prompt, output, ids, values, emitted = rows(capture)
+        assert prompt
+        assert len(output) == len(ids) == len(emitted)
+        for token, row, row_values, own in zip(output, ids, values, emitted, strict=True):
+            assert row_values[row == token] == own
+        text = detokenized(wire, vllm_server, output)
+        assert text.replace("\ufffd", "").startswith(texts[capture.choice].replace("\ufffd", ""))
+
+
+def detokenized(wire: Wire, server: Server, ids: list[int]) -> str:
+    answer = wire.client.post("/detokenize", json={"model": server.model, "tokens": ids})
+    return str(answer.json()["prompt"])
+
+
+def texts_of(answer: Answer, choices: int) -> list[str]:
+    texts = [""] * choices
+    if not answer.body.startswith(b"data:"):
+        events = [json.loads(answer.body)]
+    else:
+        lines = [event.removeprefix(b"data: ") for event in answer.body.split(b"\n\n") if event]
+        events = [json.loads(line) for line in lines if line != b"[DONE]"]
+    for event in events:
+        for choice in event["choices"]:
+            part = choice.get("message") or choice.get("delta") or {}
+            texts[choice["index"]] += choice.get("text") or part.get("content") or ""
+    return texts
+
+
+WISHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (CHAT, {"logprobs": True}),
+    "chat, none": (CHAT, {"logprobs": True, "top_logprobs": 0}),
+    "chat, one": (CHAT, {"logprobs": True, "top_logprobs": 1}),
+    "chat, ids": (CHAT, {"logprobs": True, "top_logprobs": 3} | AS_IDS),
+    "chat, all ids": (CHAT, {"logprobs": True, "top_logprobs": 20, "return_token_ids": True} | AS_IDS),
+    "chat, ids without logprobs": (CHAT, {"return_token_ids": True}),
+    "chat, the form alone": (CHAT, dict(AS_IDS)),
+    "chat with tools": (CHAT, {"logprobs": True, "top_logprobs": 1, "tools": TOOLS}),
+    "chat with tools, ids": (CHAT, {"return_token_ids": True, "tools": TOOLS}),
+    "chat, stop string": (CHAT, {"logprobs": True, "top_logprobs": 1, "stop": ["e", "日"]}),
+    "chat, sampled": (CHAT, {"logprobs": True, "top_logprobs": 1, "temperature": 1.5, "seed": 5}),
+    "chat, sampled, ids": (CHAT, {"logprobs": True, "top_logprobs": 5, "temperature": 1.5, "seed": 5} | AS_IDS),
+    "completions, emitted only": (COMPLETIONS, {"logprobs": 0} | AS_IDS),
+    "completions": (COMPLETIONS, {"logprobs": 2} | AS_IDS),
+    "completions, all": (COMPLETIONS, {"logprobs": 20, "return_token_ids": True} | AS_IDS),
+    "completions, ids without logprobs": (COMPLETIONS, {"return_token_ids": True}),
+    "completions, sampled": (COMPLETIONS, {"logprobs": 3, "temperature": 1.5, "seed": 5} | AS_IDS),
+}
+ASKED: dict[str, dict[str, Any]] = {
+    "unicode": {"messages": [UNICODE], "prompt": "🎉🌍 日本語 été ☃ 🎉🌍 日本"},
+    "control characters": {"messages": [user("Write a C program that prints a \\ and a tab.")], "prompt": '\t"\\n'},
+}
+
+
+@pytest.mark.parametrize("option", STREAMS)
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("case", WISHES)
+def test_the_clients_own_logprobs_come_back_as_asked(
+    wire: Wire, vllm_server: Server, case: str, asked: str, option: str
+) -> None:
+    path, wish = WISHES[case]
+    key = "messages" if path == CHAT else "prompt"
+    common = {"model": vllm_server.model, "temperature": 0, "max_tokens": 24, key: ASKED[asked][key]}
+    compared(wire, path, common | wish | STREAMS[option])
+    [capture] = wire.captures
+    _, output, ids, _, _ = rows(capture)
+    assert ids.shape == (len(output), 21)
+    assert np.sum(ids >= 0) >= 20 * len(output)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_logprobs_of_the_prompt_are_left_as_they_are(wire: Wire, vllm_server: Server, path: str) -> None:
+    body = {"messages": [user("Hi")]} if path == CHAT else {"prompt": "1, 2, 3,"}
+    common = {"model": vllm_server.model, "temperature": 0, "max_tokens": 3, "prompt_logprobs": 2}
+    answer = compared(wire, path, common | body)
+    assert b'"decoded_token"' in answer.body
+    assert len(wire.captures) == 1
