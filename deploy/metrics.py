@@ -16,9 +16,11 @@ from hemostat.learner.adapters.judge import JudgeDropReason
 from hemostat.learner.record_queue import DropReason
 from hemostat.measurement import figures
 from hemostat.measurement.by_decoding import STRATEGIES
+from hemostat.measurement.by_place import CONTEXTS, POSITIONS
 from hemostat.measurement.coverage import UNREAD_KIND
 from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import DECODING_KINDS, DIRECTIONS, STAGES
+from hemostat.measurement.thinking import CUT, ENDED, NONE, STOPPED
 from hemostat.metrics import names
 from hemostat.metrics.catalogue import GROUPS, METRICS, Metric
 from hemostat.openai import routes
@@ -26,6 +28,7 @@ from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import counters, outcomes
 from hemostat.shadow.distances import Outcome as DistanceOutcome
 from hemostat_calibration.alarm import AlarmTest
+from hemostat_calibration.divergence.places import ANSWER, THINKING
 from hemostat_calibration.outcomes import LENGTH, Outcome
 from hemostat_calibration.records import Arm
 
@@ -77,6 +80,7 @@ SHADOW_REASONS: dict[str, Values] = {
         "mixed_profile": "the profile changed in the middle of the answer",
         "applied_unknown": "the engine has not reported which profile it applied",
         "reference_too_long": "longer than the reference's context",
+        "outside_suffix": "tokens of a scored request that are before its last `shadow.max_scored_tokens`",
         "reference_no_adapter": "the reference no longer serves the adapter",
         "grammar_needs_full_vocabulary": "a grammar restricted the tokens, and the reference gives only its top ids",
         "invalid_…": "the record failed validation (`ids`, `mass`, …): a bug here or in vLLM, see the log",
@@ -191,6 +195,22 @@ LABELS: dict[str, dict[str, Values | str]] = {
         "": dict(zip(DIRECTIONS, ("KL(reference‖compressed)", "KL(compressed‖reference)"), strict=True)),
     },
     "edge": {"": EDGES, names.OUTCOME_DIFFERENCE: {"mean": "the estimate", "low": "lower end", "high": "upper end"}},
+    "context": {"": f"tokens before the scored one, of prompt and output: {', '.join(f'`{one}`' for one in CONTEXTS)}"},
+    "position": {"": f"of the token in the output, from 0: {', '.join(f'`{one}`' for one in POSITIONS)}"},
+    "phase": {
+        "": {
+            THINKING: "what the model writes before its answer, with the markers that enclose it",
+            ANSWER: "what follows the thinking",
+        }
+    },
+    "end": {
+        "": {
+            ENDED: "by the end marker",
+            CUT: "not: the length limit cut the output",
+            STOPPED: "not: the model ended the output inside its thinking",
+            NONE: "there was no thinking",
+        }
+    },
     "family": {"": "family of the profile: `temperature_bias`, `contextual`, `adapter`, or `identity`"},
     "figure": {
         "": {

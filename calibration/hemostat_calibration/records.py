@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
+from hemostat_calibration.reasoning import Thinking
 
 SCHEMA_VERSION = 1
 
@@ -147,6 +148,12 @@ class TokenRecord:
     reference_hidden: npt.NDArray[np.float32] | None = None
     """float32 [T, d]: the reference's last hidden state h after the final norm, so that its logits are W h; None when
     it does not give it."""
+    position: int = 0
+    """Output tokens before the first one of `output_ids`: above 0 where only the last ones of an output are scored."""
+    context_tokens: int = 0
+    """Tokens before the first one of `output_ids`, of the prompt and of the output; 0: not known."""
+    thinking: Thinking | None = None
+    """In positions of the whole output; None where there is none, or the markers are not known."""
     adapter: str | None = None
     """Version of the adapter that the engine added to the weights: then `compressed`, `compressed_emitted` and
     `features` are those of the compressed model with the adapter. None: of the compressed model itself."""
@@ -178,6 +185,11 @@ class TokenRecord:
     @property
     def tokens(self) -> int:
         return int(self.output_ids.shape[0])
+
+    @property
+    def partial(self) -> bool:
+        """Only the last tokens of the output are here. They are no sample of all its tokens."""
+        return self.position > 0
 
     @property
     def top_k(self) -> int:
@@ -317,6 +329,12 @@ def validate(record: TokenRecord) -> TokenRecord:
             _same_shape(field_name, shift.code[:, :1], (tokens, 1))
             if not np.isfinite(shift.code).all():
                 raise InvalidRecordError(InvalidReason.RANGE, f"{field_name} is not finite")
+    if record.position < 0 or record.context_tokens < 0:
+        raise InvalidRecordError(InvalidReason.RANGE, "position or context_tokens is below 0")
+    if record.thinking is not None and not (
+        0 <= record.thinking.begin <= record.thinking.answer_start <= record.position + tokens
+    ):
+        raise InvalidRecordError(InvalidReason.RANGE, "thinking lies outside of the output")
     for version, found in record.distances.items():
         _check_distances(f"distances[{version[:32]}]", found, tokens)
     if record.features is not None:

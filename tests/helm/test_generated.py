@@ -16,7 +16,8 @@ import yaml
 from pydantic import ValidationError
 from tests.support.helm_chart import CHART, ROOT
 
-from hemostat.config.schema import Section, Settings
+from hemostat.config.fields import Section
+from hemostat.config.schema import Settings
 
 Key = tuple[str, ...]
 

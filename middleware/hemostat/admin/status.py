@@ -136,6 +136,10 @@ class Status(msgspec.Struct, frozen=True):
     outcomes: Report
     """By kind of traffic and arm: `measurement.outcomes`."""
     decoding: list[Report]
+    places: Report
+    """By position in the output, length of the context, and phase of a reasoning model: `measurement.by_place`."""
+    thinking: Report
+    """Length of the thinking and how often it does not end, by arm: `measurement.thinking`."""
     trajectory: Report
     noise_floor: Report
     excess: Report
@@ -230,6 +234,8 @@ class StatusSource:
             alarm=self._alarms.report(),
             outcomes=self._outcomes.report(),
             decoding=measurements.by_decoding.report(),
+            places=measurements.by_place.report(),
+            thinking=measurements.thinking.report(),
             trajectory=measurements.survival.report(),
             noise_floor=measurements.noise_floor(),
             excess=measurements.excess(),

@@ -22,6 +22,7 @@ from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
 from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure
 from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
+from hemostat.reference.thinking_markers import find_markers
 from hemostat.store import schema
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
@@ -140,6 +141,9 @@ async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:
     findings = [Finding("upstream", State.OK, f"{server.url} serves {card.id}{length} (vLLM {version})")]
     measured = settings.reference.backend != "none"
     findings += await probe_shadowing(server, card.id, settings.shadow.top_k, State.NO if measured else State.NOTE)
+    if measured:
+        found = await find_markers(server, card.id, settings.reasoning)
+        findings.append(Finding("reasoning", State.OK if found.markers else State.NOTE, found.detail))
     findings.append(await _plugin(server, card.id, settings))
     if settings.adapter.enabled:
         findings += await probe_adapters(server, card.id, settings)

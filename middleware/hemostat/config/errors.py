@@ -9,7 +9,8 @@ from typing import get_args
 
 from pydantic import SecretStr, ValidationError
 
-from hemostat.config.schema import LEAVES, REMOVED, section_at, without_optional
+from hemostat.config.fields import without_optional
+from hemostat.config.schema import LEAVES, REMOVED, section_at
 from hemostat.config.text import Key, dotted_key, one_line, short_repr
 from hemostat_calibration.errors import HemostatError
 

@@ -5,26 +5,40 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import ipaddress
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
-    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
 )
 
+from hemostat.config.fields import (
+    Backend,
+    Device,
+    ExistingFile,
+    ExistingFolder,
+    Fraction,
+    Host,
+    Mode,
+    ModelName,
+    Port,
+    Secret,
+    Section,
+    ServerUrl,
+    TokenId,
+    header_name,
+    text_is_model,
+)
+from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.store_url import MISSING_EXTRA, SERVER_SCHEMES, check_server_url, without_password
 from hemostat.config.text import short_repr
 
@@ -42,108 +56,6 @@ EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 """The distribution that sends traces; it brings the rest of `hemostat[tracing]`."""
 
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_HOST = re.compile(r"[A-Za-z0-9_.:%-]{1,255}")
-_DEVICE = re.compile(r"cpu|cuda(:\d+)?|xpu(:\d+)?|mps")
-_HEADER = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SECRET = re.compile(r"[!-~]{1,4096}")
-
-
-def _server_url(value: str) -> str:
-    try:
-        parts = urlsplit(value)
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"not an address ({error}); write it like http://127.0.0.1:8000") from error
-    if parts.scheme not in {"http", "https"} or not parts.hostname or not _HOST.fullmatch(parts.hostname) or port == 0:
-        shown = "the value" if "@" in value else short_repr(value)
-        raise ValueError(f"{shown} is not an http address; write it like http://127.0.0.1:8000")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("must not hold a user or a password; use api_key")
-    if parts.path not in {"", "/"} or parts.query or parts.fragment:
-        root = f"{parts.scheme}://{parts.netloc}"
-        raise ValueError(f"{short_repr(value)} has a path; give the server's root, {root}")
-    return value.rstrip("/")
-
-
-def _host(value: str) -> str:
-    if not _HOST.fullmatch(value):
-        raise ValueError(f"{short_repr(value)} is not a host name or address")
-    return value
-
-
-def _header_name(value: str) -> str:
-    if not _HEADER.fullmatch(value):
-        raise ValueError(f"{short_repr(value)} is not the name of a header")
-    return value.lower()
-
-
-def _secret(value: SecretStr) -> SecretStr:
-    if not _SECRET.fullmatch(value.get_secret_value()):
-        raise ValueError("must be printable ASCII without spaces, as it travels in a header")
-    return value
-
-
-def _existing_file(value: Path) -> Path:
-    if not os.path.isfile(value):  # Path.is_file raises on names that are too long
-        raise ValueError(f"there is no file {short_repr(str(value))}")
-    return value
-
-
-def _existing_folder(value: Path) -> Path:
-    if not os.path.isdir(value):
-        raise ValueError(f"there is no folder {short_repr(str(value))}")
-    return value
-
-
-def _device(value: str) -> str:
-    if not _DEVICE.fullmatch(value):
-        raise ValueError(f"{short_repr(value)} is not a device; use cpu, cuda, cuda:0 or mps")
-    return value
-
-
-def _text_is_model(value: object) -> object:
-    return {"model": value} if isinstance(value, str) else value
-
-
-def _null_is_none(value: object) -> object:
-    return "none" if value is None else value
-
-
-def _yaml_off(value: object) -> object:
-    """YAML 1.1 reads an unquoted `off` as false."""
-    return "off" if value is False else value
-
-
-ServerUrl = Annotated[str, AfterValidator(_server_url)]
-Host = Annotated[str, AfterValidator(_host)]
-Secret = Annotated[SecretStr, AfterValidator(_secret)]
-ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
-ExistingFolder = Annotated[Path, AfterValidator(_existing_folder)]
-Device = Annotated[str, AfterValidator(_device)]
-ModelName = Annotated[str, Field(min_length=1, max_length=256)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Backend = Annotated[Literal["transformers", "vllm", "none"], BeforeValidator(_null_is_none)]
-Mode = Annotated[Literal["off", "observe", "auto"], BeforeValidator(_yaml_off)]
-
-
-class Section(BaseModel):
-    """A mapping that has only known keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _reject_booleans(cls, value: object, info: ValidationInfo) -> object:
-        """pydantic would read `rate: yes` as 1.0."""
-        if isinstance(value, bool) and info.field_name is not None:
-            kind = without_optional(cls.model_fields[info.field_name].annotation)
-            if kind in {int, float}:
-                raise ValueError("a number is expected, not an unquoted yes, no, on or off")
-            if get_origin(kind) is Literal and not (value is False and "off" in get_args(kind)):
-                shown = "on/yes/true" if value else "off/no/false"
-                raise ValueError(f"an unquoted {shown} is not one of {', '.join(get_args(kind))}")
-        return value
 
 
 class Listen(Section):
@@ -208,7 +120,7 @@ class Reference(Section):
     model: str | None = Field(default=None, min_length=1)
     """The reference of the upstream's first base model. transformers: a folder or a hub name. vllm: the served name
     (default: the server's first)."""
-    models: dict[ModelName, Annotated[ModelReference, BeforeValidator(_text_is_model)]] = Field(
+    models: dict[ModelName, Annotated[ModelReference, BeforeValidator(text_is_model)]] = Field(
         default={}, max_length=MAX_MODELS
     )
     """In place of `model`: served name -> reference. A served base model that is not named is neither scored nor
@@ -221,6 +133,31 @@ class Reference(Section):
     """CPU threads of each in-process reference (default: half of the cores)."""
 
 
+class Reasoning(Section):
+    """How the thinking of a reasoning model is recognized: by the ids of the markers around it."""
+
+    parser: str = "auto"
+    """vLLM's `--reasoning-parser`, whose markers the server's tokenizer turns into ids. auto: markers that are single
+    tokens of the vocabulary. none: thinking is not distinguished."""
+    start: list[TokenId] = Field(default=[], max_length=32)
+    """Ids of the start marker, in place of those that are found."""
+    end: list[TokenId] = Field(default=[], max_length=32)
+
+    @field_validator("parser")
+    @classmethod
+    def _known_parser(cls, value: str) -> str:
+        if value not in {"auto", "none", *PARSERS}:
+            known = f"auto, none, {', '.join(PARSERS)}"
+            raise ValueError(f"{short_repr(value)} is none of {known}; for another one set reasoning.start and end")
+        return value
+
+    @model_validator(mode="after")
+    def _both(self) -> Reasoning:
+        if self.start and not self.end:
+            raise ValueError("end: required with reasoning.start; the ids of the end marker")
+        return self
+
+
 class Shadow(Section):
     """Which requests are measured, and the limits of what that may cost."""
 
@@ -230,6 +167,9 @@ class Shadow(Section):
     max_queue: int = Field(default=256, ge=1, le=100_000)
     max_tokens: int = Field(default=4096, ge=2, le=1_000_000)
     """Longest prompt + output that is scored."""
+    max_scored_tokens: int | None = Field(default=None, ge=16, le=1_000_000)
+    """Of a longer output only the last so many tokens are scored, and count only by position, context and phase; the
+    tokens before them are read by the reference all the same. none: whole outputs."""
     reference_tokens_per_second: float = Field(default=0.0, ge=0)
     """0: as fast as the reference can."""
     top_k: int = Field(default=20, ge=2, le=1000)
@@ -286,7 +226,7 @@ class Calibration(Section):
 class Evidence(Section):
     """What counts as evidence for and against a profile."""
 
-    client_header: Annotated[str, AfterValidator(_header_name)] = "authorization"
+    client_header: Annotated[str, AfterValidator(header_name)] = "authorization"
     """The header that names a client. It must be one that clients cannot choose freely."""
     kinds: int = Field(default=24, ge=1, le=100)
     """Kinds of traffic that are followed by themselves; all others are pooled as `rest`."""
@@ -431,6 +371,7 @@ class Settings(Section):
     admin: Admin = Admin()
     upstream: Upstream
     reference: Reference = Reference()
+    reasoning: Reasoning = Reasoning()
     shadow: Shadow = Shadow()
     calibration: Calibration = Calibration()
     evidence: Evidence = Evidence()
@@ -552,16 +493,6 @@ def _leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, obj
             yield from _leaves(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field.annotation
-
-
-def without_optional(annotation: object) -> object:
-    """The type inside Optional and Annotated."""
-    if get_origin(annotation) is Annotated:
-        return without_optional(get_args(annotation)[0])
-    arguments = get_args(annotation)
-    if type(None) in arguments:
-        return without_optional(next(a for a in arguments if a is not type(None)))
-    return annotation
 
 
 LEAVES: dict[str, object] = dict(_leaves(Settings))

@@ -15,9 +15,11 @@ import numpy as np
 
 from hemostat.measurement.by_decoding import UNKNOWN, ByDecoding, strategy
 from hemostat.measurement.by_kind import ByKind
+from hemostat.measurement.by_place import ByPlace
 from hemostat.measurement.figures import FIGURES, HEADLINE, MAX_TOKENS, MODELS, StageFigures, ends_or_none
 from hemostat.measurement.gains import DistanceGains, GainFigures, interval, interval_json
 from hemostat.measurement.survival import SurvivalFigures
+from hemostat.measurement.thinking import ThinkingFigures
 from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat_calibration.divergence.decoding import decoded_divergence
@@ -108,6 +110,8 @@ class Measurements:
         self._places: dict[tuple[str, str, str], tuple[int, float]] = {}
         self.by_decoding = ByDecoding(max_tokens)
         self.by_kind = ByKind(max_tokens)
+        self.by_place = ByPlace(max_tokens)
+        self.thinking = ThinkingFigures(max_tokens)
         self._where: dict[tuple[str, str], StageFigures] = {}
         self._served = {arm: StageFigures(max_tokens) for arm in arms}
         self._noise_floor = {model: StageFigures(max_tokens) for model in MODELS}
@@ -158,6 +162,7 @@ class Measurements:
         # What the client was served: for a treated request, the calibrated distribution.
         served_figures = raw if record.applied is None else after
         self.by_kind.count(record, served_figures)
+        self.by_place.add(record, raw, fresh=fresh)
         if not fresh:
             return raw
         self._raw.add(raw)
@@ -175,6 +180,14 @@ class Measurements:
                 stage.gain.add(gain, raw)
             self._keep(profile.version, stage)
         return raw
+
+    def observe_part(self, record: TokenRecord, served: CalibrationProfile | None, *, fresh: bool) -> TokenDivergence:
+        """A record of the last tokens of an output: it counts by place alone, see `by_place`. served, fresh: as in
+        `observe`. Returns the raw figures; of a record of an adapter, those of what was served."""
+        figures = divergence(record, served)
+        if record.adapter is None:
+            self.by_place.add(record, figures, fresh=fresh)
+        return figures
 
     def _observe_adapted(
         self, record: TokenRecord, served: CalibrationProfile | None, *, fresh: bool
@@ -327,6 +340,8 @@ class Measurements:
                     if value is not None:
                         yield Sample(names.DIVERGENCE, (name, stage, edge), value)
         yield from self.by_kind.samples()
+        yield from self.by_place.samples()
+        yield from self.thinking.samples()
         half_life = self.survival.half_life()
         if half_life is not None:
             for edge, value in zip(("mean", "low", "high"), half_life, strict=True):

@@ -162,6 +162,65 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("kind",),
         ),
         Metric(
+            names.POSITION_KL_NATS,
+            "counter",
+            "nats",
+            f"Sum of KL(reference||compressed) over {names.POSITION_KL_TOKENS},"
+            " by position in the output: a lower bound.",
+            ("position",),
+        ),
+        Metric(
+            names.POSITION_KL_TOKENS,
+            "counter",
+            "tokens",
+            "Scored tokens with a finite KL(reference||compressed), by position in the output.",
+            ("position",),
+        ),
+        Metric(
+            names.CONTEXT_KL_NATS,
+            "counter",
+            "nats",
+            f"Sum of KL(reference||compressed) over {names.CONTEXT_KL_TOKENS},"
+            " by number of tokens before them: a lower bound.",
+            ("context",),
+        ),
+        Metric(
+            names.CONTEXT_KL_TOKENS,
+            "counter",
+            "tokens",
+            "Scored tokens with a finite KL(reference||compressed), by number of tokens before them.",
+            ("context",),
+        ),
+        Metric(
+            names.PHASE_KL_NATS,
+            "counter",
+            "nats",
+            f"Sum of KL(reference||compressed) over {names.PHASE_KL_TOKENS},"
+            " by phase of a reasoning model: a lower bound.",
+            ("phase",),
+        ),
+        Metric(
+            names.PHASE_KL_TOKENS,
+            "counter",
+            "tokens",
+            "Scored tokens with a finite KL(reference||compressed), by phase of a reasoning model.",
+            ("phase",),
+        ),
+        Metric(
+            names.THINKING_REQUESTS,
+            "counter",
+            "requests",
+            "Scored requests of a reasoning model by how their thinking ended; absent where its markers are not known.",
+            ("arm", "end"),
+        ),
+        Metric(
+            names.THINKING_TOKENS,
+            "counter",
+            "tokens",
+            "Tokens of thinking in scored requests, markers included.",
+            ("arm",),
+        ),
+        Metric(
             names.TOP1_AGREEMENT_TOKENS,
             "counter",
             "tokens",

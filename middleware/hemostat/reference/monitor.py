@@ -20,6 +20,7 @@ from hemostat.reference.probes import State, probe_shadowing
 from hemostat.reference.protocol import Reference, ReferenceFailure
 from hemostat.reference.references import References
 from hemostat.reference.server import ModelCard, VllmServer
+from hemostat.reference.thinking_markers import find_markers
 
 log = logging.getLogger("hemostat.control")
 
@@ -57,6 +58,7 @@ class ReferenceMonitor:
         self._references = references
         self._upstream = settings.upstream
         self._top_k = settings.shadow.top_k
+        self._reasoning = settings.reasoning
         self._calibrated = settings.calibration.model
         self._adapter_names = settings.adapter.enabled
         self._compressed_scorer = compressed_scorer
@@ -152,7 +154,10 @@ class ReferenceMonitor:
             return replace(pair, state=ReferenceState.DOWN, detail=str(failure))
         if not match.ok:
             return _unmatched(pair, match.detail, for_now=not match.compared)
-        return replace(pair, reference=info, state=ReferenceState.READY, detail=f"{info.model} ({info.dtype})")
+        found = await find_markers(server, pair.name, self._reasoning)
+        log.info("model %s: reasoning: %s", pair.name, found.detail)
+        detail = f"{info.model} ({info.dtype})"
+        return replace(pair, reference=info, state=ReferenceState.READY, detail=detail, markers=found.markers)
 
     async def _wait_for_change(self, server: VllmServer) -> None:
         """Returns when models have to be compared (again): one is not ready, its scores failed, the upstream serves

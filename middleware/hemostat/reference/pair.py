@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hemostat.reference.protocol import Reference, ReferenceInfo
+from hemostat_calibration.reasoning import Markers
 
 
 class ReferenceState(StrEnum):
@@ -43,6 +44,8 @@ class ModelPair:
     reference_adapters: frozenset[str] = frozenset()
     state: ReferenceState = ReferenceState.STARTING
     detail: str = ""
+    markers: Markers | None = None
+    """Of the model's thinking."""
 
     @property
     def scorable_adapters(self) -> frozenset[str]:

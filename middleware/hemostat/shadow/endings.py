@@ -91,14 +91,15 @@ def reference_failed(failure: ReferenceFailure) -> str:
 class EndingCounts:
     """Counts by outcome and reason, since the start. on_ending: is told of every capture that ends."""
 
-    def __init__(self, on_ending: Callable[[Capture, Outcome, str], None] | None = None) -> None:
+    def __init__(self, on_ending: Callable[[Capture, str, str, int], None] | None = None) -> None:
         self._counts: Counter[tuple[Outcome, str]] = Counter()
         self._on_ending = on_ending
 
-    def count(self, outcome: Outcome, reason: str = "", capture: Capture | None = None) -> None:
+    def count(self, outcome: Outcome, reason: str = "", capture: Capture | None = None, left_out: int = 0) -> None:
+        """left_out: of a scored capture, output tokens that were not scored."""
         self._counts[outcome, str(reason)] += 1
         if capture is not None and self._on_ending is not None:
-            self._on_ending(capture, outcome, str(reason))
+            self._on_ending(capture, outcome.value, str(reason), left_out)
 
     @property
     def scored(self) -> int:

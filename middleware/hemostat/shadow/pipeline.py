@@ -159,6 +159,7 @@ class ScoringPipeline:
             emit=self.use_record,
             clock=clock,
             profile_in_request=settings.calibration.apply == "request",
+            max_scored=shadow.max_scored_tokens,
         )
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
@@ -214,7 +215,13 @@ class ScoringPipeline:
             self._use_of_other_model(pair, record, capture)
             return
         record = replace(record, kind=profiles.kinds.see(record.kind))
-        gains, fresh = RecordGains(record), self._seen.add(record)
+        fresh = self._seen.add(record)
+        if calibrated is not None and calibrated.markers is not None:
+            consumers.measurements.thinking.add(record.arm, record.thinking, capture.finish_reason, fresh=fresh)
+        if record.partial:
+            self._use_part(record, capture, fresh=fresh)
+            return
+        gains = RecordGains(record)
         figures = consumers.measurements.observe(
             record,
             profiles.calibrated_profile(record),
@@ -268,6 +275,18 @@ class ScoringPipeline:
         if consumers.records is not None:
             consumers.records.write(capture, record, figures)
         self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
+        if consumers.tracing is not None and capture.traceparent:
+            self._trace(consumers.tracing, record, capture, figures)
+        self._on_change()
+
+    def _use_part(self, record: TokenRecord, capture: Capture, *, fresh: bool) -> None:
+        """The last tokens of an output: no sample of its tokens, so nothing is judged by or learned from them."""
+        consumers = self._consumers
+        figures = consumers.measurements.observe_part(
+            record, consumers.profiles.catalogue.get(record.applied), fresh=fresh
+        )
+        if consumers.records is not None:
+            consumers.records.write(capture, record, figures)
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
         self._on_change()

@@ -16,26 +16,37 @@ from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, code
+from hemostat_calibration.reasoning import Markers, find_thinking
 from hemostat_calibration.records import Arm, Candidates, Features, Sampling, Shift, TokenRecord, validate
 from hemostat_calibration.statistics.split import prompt_key
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureArrays:
-    """A capture's bytes as arrays.
+    """A capture's bytes as arrays. Of a long output only the last T tokens are scored: those before them are context.
 
-    prompt: int32 [P]. output: int32 [T]. candidates: [T, top_k + 1], log-probabilities in nats.
-    emitted: float64 [T], log-probability of each output token, nats.
+    prompt: int32 [P]. context: int32 [P + position], the prompt and the output tokens that are not scored.
+    output: int32 [T], those that are. candidates: [T, top_k + 1], log-probabilities in nats.
+    emitted: float64 [T], log-probability of each of these tokens, nats.
     """
 
     prompt: Ids
+    context: Ids
     output: Ids
     candidates: Candidates
     emitted: Floats
 
+    @property
+    def position(self) -> int:
+        """Of the first scored token in the output."""
+        return len(self.context) - len(self.prompt)
 
-def decode_capture(capture: Capture) -> CaptureArrays:
-    """InvalidRecordError ("shape", "empty") where the lengths do not fit each other, or there is no token."""
+
+def decode_capture(capture: Capture, max_scored: int | None = None) -> CaptureArrays:
+    """InvalidRecordError ("shape", "empty") where the lengths do not fit each other, or there is no token.
+
+    max_scored: the largest T; None: the whole output.
+    """
     try:
         prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
         output = np.frombuffer(capture.output_token_ids, "<i4").astype(np.int32)
@@ -47,14 +58,16 @@ def decode_capture(capture: Capture) -> CaptureArrays:
         raise InvalidRecordError("shape", f"capture {capture.request_id}: {error}") from error
     if not len(prompt) or not len(output):
         raise InvalidRecordError("empty", f"capture {capture.request_id}: no prompt or no output")
-    return CaptureArrays(prompt, output, Candidates(ids, logprobs), emitted)
+    first = 0 if max_scored is None else max(0, len(output) - max_scored)
+    context = np.concatenate([prompt, output[:first]]) if first else prompt
+    return CaptureArrays(prompt, context, output[first:], Candidates(ids[first:], logprobs[first:]), emitted[first:])
 
 
 def check_vocabulary(arrays: CaptureArrays, vocab_size: int) -> None:
     """InvalidRecordError ("ids") for an id outside the reference's vocabulary: on some devices looking it up would end
     the reference's process."""
     for name, ids, smallest in (
-        ("prompt", arrays.prompt, 0),
+        ("prompt", arrays.context, 0),
         ("output", arrays.output, 0),
         ("candidate", arrays.candidates.ids, -1),  # -1 pads
     ):
@@ -74,6 +87,7 @@ def build_record(
     *,
     profile_in_request: bool = False,
     adapter_maps: Mapping[str, bool] = MappingProxyType({}),
+    markers: Markers | None = None,
 ) -> TokenRecord:
     """Join what the relay captured, the engine tapped and the reference scored; InvalidRecordError where they do not
     fit each other.
@@ -83,7 +97,9 @@ def build_record(
     profile_in_request: a requested profile was applied through the request's own sampling parameters
         (`calibration.apply: request`), of which the engine's plugin knows nothing.
     adapter_maps: the known adapters -> whether each has a map of the logits, too.
+    markers: of the model's thinking; None where it has none, or they are not known.
     """
+    whole_output = np.concatenate([arrays.context[len(arrays.prompt) :], arrays.output])
     tokens = len(arrays.output)
     unknown = np.full(tokens, np.nan)
     applied = capture.requested if profile_in_request else applied_version(capture, tap, adapter_maps)
@@ -98,7 +114,7 @@ def build_record(
     shifts = {
         version: Shift(
             expected=scores.expected_shift.get(version, unknown),
-            log_normalizer=_align(tap.log_normalizer.get(version), tokens) if tap else unknown,
+            log_normalizer=_align(tap.log_normalizer.get(version), arrays.position, tokens) if tap else unknown,
             code=codes.get(version),
         )
         for version in names
@@ -123,6 +139,9 @@ def build_record(
             shifts=shifts,
             features=features,
             reference_hidden=scores.hidden,
+            position=arrays.position,
+            context_tokens=len(arrays.context),
+            thinking=None if markers is None else find_thinking(arrays.prompt, whole_output, markers),
             adapter=capture.adapter,
             request_id=capture.request_id,
             route=capture.route,
@@ -152,12 +171,13 @@ def applied_version(capture: Capture, tap: TapResult | None, adapter_maps: Mappi
     return capture.adapter if by_plugin == capture.adapter or not has_map else None
 
 
-def _align(values: Floats | None, tokens: int) -> Floats:
-    """The engine's numbers by output position, NaN where it gave none: it may be a token ahead, or have lost some."""
+def _align(values: Floats | None, first: int, tokens: int) -> Floats:
+    """The engine's numbers of the output's positions from `first` on, NaN where it gave none: it may be a token ahead,
+    or have lost some."""
     aligned = np.full(tokens, np.nan)
     if values is not None:
-        n = min(tokens, len(values))
-        aligned[:n] = values[:n]
+        given = values[first : first + tokens]
+        aligned[: len(given)] = given
     return aligned
 
 
@@ -183,8 +203,9 @@ class FeatureError(Exception):
         self.reason = reason
 
 
-def align_features(features: Features | None, tokens: int, anchor_sets: Mapping[str, int]) -> Features:
-    """The engine's features by output position, float32 [T, N]; a row of NaN where it gave none. FeatureError.
+def align_features(features: Features | None, first: int, tokens: int, anchor_sets: Mapping[str, int]) -> Features:
+    """The engine's features of the output's positions from `first` on, float32 [T, N]; a row of NaN where it gave none.
+    FeatureError.
 
     anchor_sets: the sets of anchors that are of use: digest -> number of anchors, N.
     """
@@ -192,7 +213,7 @@ def align_features(features: Features | None, tokens: int, anchor_sets: Mapping[
         raise FeatureError(FeatureReason.NOT_SENT)
     if features.anchors not in anchor_sets:
         raise FeatureError(FeatureReason.OTHER_ANCHORS)
-    given = features.values[:tokens]
+    given = features.values[first : first + tokens]
     if given.ndim != 2 or given.shape[1] != anchor_sets[features.anchors]:
         raise FeatureError(FeatureReason.SHAPE)
     unknown = np.isnan(given)

@@ -91,7 +91,7 @@ class Scorer:
     """Owns the captures between the queue and their ending. Each is scored on the reference of its own model.
 
     emit: is handed every record with its capture. clock: monotonic seconds.
-    profile_in_request: see `build_record`.
+    profile_in_request: see `build_record`. max_scored: see `decode_capture`.
     """
 
     def __init__(
@@ -107,7 +107,9 @@ class Scorer:
         emit: Callable[[TokenRecord, Capture], None],
         clock: Callable[[], float],
         profile_in_request: bool = False,
+        max_scored: int | None = None,
     ) -> None:
+        self._max_scored = max_scored
         self._models = models
         self._taps = taps
         self._needs = needs
@@ -198,16 +200,16 @@ class Scorer:
         if breaker.state(self._clock()) is BreakerState.OPEN:
             self._endings.count(Outcome.DROPPED, ScoringDropReason.BREAKER_OPEN, capture)
             return
-        arrays = decode_capture(capture)
+        arrays = decode_capture(capture, self._max_scored)
         check_vocabulary(arrays, info.vocab_size)
-        tokens = len(arrays.prompt) + len(arrays.output)
+        tokens = len(arrays.context) + len(arrays.output)
         while delay := self._budget.delay(tokens, self._clock()):  # noqa: ASYNC110  waits for time, not an event
             await asyncio.sleep(delay)
         self._budget.spend(tokens, self._clock())
         # Profiles are for one model. Of the others, the distributions alone are of use.
         calibrated = pair.name == self._models.served.calibrated_name
         profiles = self._needs.evaluated_profiles() if calibrated else ()
-        features = self._features(tap, len(arrays.output)) if calibrated else None
+        features = self._features(tap, arrays) if calibrated else None
         codes: dict[str, Floats] = {}
         if features is not None:
             codes = await asyncio.to_thread(profile_codes, profiles, features)
@@ -237,9 +239,10 @@ class Scorer:
             codes,
             profile_in_request=self._profile_in_request,
             adapter_maps=self._needs.adapter_maps(),
+            markers=pair.markers,
         )
         self._emit(record, capture)
-        self._endings.count(Outcome.SCORED, capture=capture)
+        self._endings.count(Outcome.SCORED, capture=capture, left_out=record.position)
 
     def _unusable(self, capture: Capture, pair: ModelPair | None, tap: TapResult | None) -> ScoringSkipReason | None:
         """Why no reference could score this capture, or it cannot be known what its tokens were sampled from."""
@@ -261,14 +264,14 @@ class Scorer:
             return False
         return self._needs.adapter_maps().get(capture.requested, True)
 
-    def _features(self, tap: TapResult | None, tokens: int) -> Features | None:
+    def _features(self, tap: TapResult | None, arrays: CaptureArrays) -> Features | None:
         anchor_sets = self._needs.anchor_sets()
         if not anchor_sets:
             return None
         try:
             if tap is None:
                 raise FeatureError(FeatureReason.NO_TAP)
-            return align_features(tap.features, tokens, anchor_sets)
+            return align_features(tap.features, arrays.position, len(arrays.output), anchor_sets)
         except FeatureError as error:
             self.features_dropped[error.reason] += 1
             return None
@@ -288,7 +291,7 @@ class Scorer:
         """The scores; None, and counted, when the reference can never score this. The
         outcome is reported to the breaker."""
         asking = reference.score(
-            arrays.prompt,
+            arrays.context,
             arrays.output,
             arrays.candidates.ids,
             profiles,

@@ -28,7 +28,7 @@ def explained(reason: str, texts: dict[str, str]) -> str:
 
 
 def combine(coverages: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """`scored_share` of requests and tokens, `by_kind`, `by_entry` (of the mix), and `not_scored` with the explanation of each reason."""
+    """`scored_share` of requests and tokens, `by_kind`, `by_entry` (of the mix), and `not_scored`, explained."""
     kinds: dict[str, dict[str, float]] = {}
     entries: dict[str, dict[str, float]] = {}
     unscored: dict[tuple[str, str], dict[str, float]] = {}

@@ -1,0 +1,129 @@
+"""A request's figures by where its tokens stand: position in the output, length of the context, thinking or answer.
+
+Errors of a compressed model may grow with the length of what it has read: rounding of a quantized KV cache adds up over
+the context. Buckets have fixed edges, so that their number is bounded and those of several replicas can be summed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hemostat_calibration.arrays import Bools, Ids
+from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.reasoning import thinking_mask
+from hemostat_calibration.records import TokenRecord
+
+POSITION_EDGES = (16, 64, 256, 1024, 4096)
+"""Of positions in the output, counted from 0."""
+CONTEXT_EDGES = (512, 2048, 8192, 32768, 131072)
+"""Of the number of tokens before a position."""
+THINKING, ANSWER = PHASES = ("thinking", "answer")
+
+_T = TypeVar("_T")
+
+
+def bucket_labels(edges: tuple[int, ...]) -> tuple[str, ...]:
+    """The names of the buckets that the edges make, one more than there are edges.
+
+    >>> bucket_labels((16, 64))
+    ('0-15', '16-63', '64+')
+    """
+    lows = (0, *edges)
+    return (*(f"{low}-{high - 1}" for low, high in zip(lows, edges, strict=False)), f"{edges[-1]}+")
+
+
+def buckets(first: int, tokens: int, edges: tuple[int, ...]) -> Ids:
+    """The bucket of each of the values first, first + 1, … (`tokens` of them): int64 [tokens], 0 to len(edges).
+
+    InvalidArgumentError where first or tokens is below 0.
+
+    >>> buckets(14, 4, (16, 64)).tolist()
+    [0, 0, 1, 1]
+    """
+    if first < 0 or tokens < 0:
+        raise InvalidArgumentError(f"first is {first}, tokens is {tokens}: neither may be below 0")
+    return np.searchsorted(np.asarray(edges), np.arange(first, first + tokens), side="right")
+
+
+def by_position(record: TokenRecord) -> dict[str, Bools]:
+    """Bucket of the position in the output -> its tokens in the record, bool [T]; buckets without a token are absent.
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, logs = np.array([[0, 1]] * 3, np.int32), np.log([[0.7, 0.3]] * 3)
+    >>> record = TokenRecord(
+    ...     2, b"", ids[:, 0], Candidates(ids, logs), logs, Candidates(ids, logs), logs[:, 0], logs[:, 0], position=15
+    ... )
+    >>> {name: at.tolist() for name, at in by_position(record).items()}
+    {'0-15': [True, False, False], '16-63': [False, True, True]}
+    """
+    return _masks(record.position, record.tokens, POSITION_EDGES)
+
+
+def by_context(record: TokenRecord) -> dict[str, Bools]:
+    """The same by the number of tokens before each; empty where that is not known.
+
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, logs = np.array([[0, 1]] * 2, np.int32), np.log([[0.7, 0.3]] * 2)
+    >>> record = TokenRecord(
+    ...     2, b"", ids[:, 0], Candidates(ids, logs), logs, Candidates(ids, logs), logs[:, 0], logs[:, 0]
+    ... )
+    >>> by_context(record), list(by_context(replace(record, context_tokens=40_000)))
+    ({}, ['32768-131071'])
+    """
+    return _masks(record.context_tokens, record.tokens, CONTEXT_EDGES) if record.context_tokens else {}
+
+
+def by_phase(record: TokenRecord) -> dict[str, Bools]:
+    """The same by phase; empty where no thinking was found.
+
+    >>> from hemostat_calibration.reasoning import Thinking
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, logs = np.array([[0, 1]] * 2, np.int32), np.log([[0.7, 0.3]] * 2)
+    >>> record = TokenRecord(
+    ...     2, b"", ids[:, 0], Candidates(ids, logs), logs, Candidates(ids, logs), logs[:, 0], logs[:, 0]
+    ... )
+    >>> found = by_phase(replace(record, thinking=Thinking(0, 1, ended=True)))
+    >>> {name: at.tolist() for name, at in found.items()}
+    {'thinking': [True, False], 'answer': [False, True]}
+    """
+    if record.thinking is None:
+        return {}
+    thinking = thinking_mask(record.thinking, record.position, record.tokens)
+    return {name: at for name, at in ((THINKING, thinking), (ANSWER, ~thinking)) if at.any()}
+
+
+def _masks(first: int, tokens: int, edges: tuple[int, ...]) -> dict[str, Bools]:
+    found, names = buckets(first, tokens, edges), bucket_labels(edges)
+    return {names[n]: found == n for n in np.unique(found).tolist()}
+
+
+def select(figures: TokenDivergence, at: Bools) -> TokenDivergence:
+    """The figures of the chosen tokens alone. at: bool [T].
+
+    >>> from hemostat_calibration.divergence.per_token import divergence
+    >>> from hemostat_calibration.records import Candidates
+    >>> ids, logs = np.array([[0, 1]] * 2, np.int32), np.log([[0.7, 0.3], [0.5, 0.5]])
+    >>> other = np.log([[0.6, 0.4], [0.5, 0.5]])
+    >>> record = TokenRecord(
+    ...     2, b"", ids[:, 0], Candidates(ids, logs), other, Candidates(ids, other), logs[:, 0], other[:, 0]
+    ... )
+    >>> select(divergence(record), np.array([False, True])).kl_rc.tolist()
+    [0.0]
+    """
+    return _select(figures, at)
+
+
+def _select(value: _T, at: Bools) -> _T:
+    """Every array, also in what is nested, has one row for each token."""
+    changes: dict[str, Any] = {}
+    for field in fields(value):  # type: ignore[arg-type]
+        part = getattr(value, field.name)
+        if isinstance(part, np.ndarray):
+            changes[field.name] = part[at]
+        elif is_dataclass(part) and not isinstance(part, type):
+            changes[field.name] = _select(part, at)
+    return replace(value, **changes)  # type: ignore[type-var]

@@ -1,0 +1,136 @@
+"""Types of the configuration's values, with their checks, and the base of its sections."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+)
+
+from hemostat.config.text import short_repr
+
+_HOST = re.compile(r"[A-Za-z0-9_.:%-]{1,255}")
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?|xpu(:\d+)?|mps")
+_HEADER = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SECRET = re.compile(r"[!-~]{1,4096}")
+
+
+def _server_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"not an address ({error}); write it like http://127.0.0.1:8000") from error
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not _HOST.fullmatch(parts.hostname) or port == 0:
+        shown = "the value" if "@" in value else short_repr(value)
+        raise ValueError(f"{shown} is not an http address; write it like http://127.0.0.1:8000")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("must not hold a user or a password; use api_key")
+    if parts.path not in {"", "/"} or parts.query or parts.fragment:
+        root = f"{parts.scheme}://{parts.netloc}"
+        raise ValueError(f"{short_repr(value)} has a path; give the server's root, {root}")
+    return value.rstrip("/")
+
+
+def _host(value: str) -> str:
+    if not _HOST.fullmatch(value):
+        raise ValueError(f"{short_repr(value)} is not a host name or address")
+    return value
+
+
+def header_name(value: str) -> str:
+    if not _HEADER.fullmatch(value):
+        raise ValueError(f"{short_repr(value)} is not the name of a header")
+    return value.lower()
+
+
+def _secret(value: SecretStr) -> SecretStr:
+    if not _SECRET.fullmatch(value.get_secret_value()):
+        raise ValueError("must be printable ASCII without spaces, as it travels in a header")
+    return value
+
+
+def _existing_file(value: Path) -> Path:
+    if not os.path.isfile(value):  # Path.is_file raises on names that are too long
+        raise ValueError(f"there is no file {short_repr(str(value))}")
+    return value
+
+
+def _existing_folder(value: Path) -> Path:
+    if not os.path.isdir(value):
+        raise ValueError(f"there is no folder {short_repr(str(value))}")
+    return value
+
+
+def _device(value: str) -> str:
+    if not _DEVICE.fullmatch(value):
+        raise ValueError(f"{short_repr(value)} is not a device; use cpu, cuda, cuda:0 or mps")
+    return value
+
+
+def text_is_model(value: object) -> object:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _null_is_none(value: object) -> object:
+    return "none" if value is None else value
+
+
+def _yaml_off(value: object) -> object:
+    """YAML 1.1 reads an unquoted `off` as false."""
+    return "off" if value is False else value
+
+
+ServerUrl = Annotated[str, AfterValidator(_server_url)]
+Host = Annotated[str, AfterValidator(_host)]
+Secret = Annotated[SecretStr, AfterValidator(_secret)]
+ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+ExistingFolder = Annotated[Path, AfterValidator(_existing_folder)]
+Device = Annotated[str, AfterValidator(_device)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Backend = Annotated[Literal["transformers", "vllm", "none"], BeforeValidator(_null_is_none)]
+Mode = Annotated[Literal["off", "observe", "auto"], BeforeValidator(_yaml_off)]
+
+
+class Section(BaseModel):
+    """A mapping that has only known keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _reject_booleans(cls, value: object, info: ValidationInfo) -> object:
+        """pydantic would read `rate: yes` as 1.0."""
+        if isinstance(value, bool) and info.field_name is not None:
+            kind = without_optional(cls.model_fields[info.field_name].annotation)
+            if kind in {int, float}:
+                raise ValueError("a number is expected, not an unquoted yes, no, on or off")
+            if get_origin(kind) is Literal and not (value is False and "off" in get_args(kind)):
+                shown = "on/yes/true" if value else "off/no/false"
+                raise ValueError(f"an unquoted {shown} is not one of {', '.join(get_args(kind))}")
+        return value
+
+
+def without_optional(annotation: object) -> object:
+    """The type inside Optional and Annotated."""
+    if get_origin(annotation) is Annotated:
+        return without_optional(get_args(annotation)[0])
+    arguments = get_args(annotation)
+    if type(None) in arguments:
+        return without_optional(next(a for a in arguments if a is not type(None)))
+    return annotation

@@ -1,0 +1,88 @@
+"""The figures by position in the output, by length of the context, and by phase (thinking, answer).
+
+Of the compressed model itself: without records of an adapter, and without those under a grammar, whose distances are
+conditional. Records of which only the last tokens are scored count here too, and in no other figure: they are no
+sample of all their tokens, but they are of the tokens of a bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from hemostat.measurement.figures import MAX_TOKENS, StageFigures
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat_calibration.arrays import Bools
+from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.divergence.places import (
+    CONTEXT_EDGES,
+    PHASES,
+    POSITION_EDGES,
+    bucket_labels,
+    by_context,
+    by_phase,
+    by_position,
+    select,
+)
+from hemostat_calibration.records import TokenRecord
+
+FIGURES_BY_PLACE = ("kl_nats", "kl_nats_estimate", "total_variation", "top1_agreement")
+POSITIONS, CONTEXTS = bucket_labels(POSITION_EDGES), bucket_labels(CONTEXT_EDGES)
+
+
+class _Group:
+    """Figures of each bucket of one division."""
+
+    def __init__(self, labels: tuple[str, ...], divide: Callable[[TokenRecord], Mapping[str, Bools]], max_tokens: int):
+        self._divide = divide
+        self._figures = {label: StageFigures(max_tokens, FIGURES_BY_PLACE) for label in labels}
+        self._totals: dict[str, tuple[int, float]] = dict.fromkeys(labels, (0, 0.0))
+        """Tokens with a finite KL, and their KL; of all records."""
+
+    def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
+        for label, at in self._divide(record).items():
+            part = raw if at.all() else select(raw, at)
+            finite = part.kl_rc[np.isfinite(part.kl_rc)]
+            tokens, nats = self._totals[label]
+            self._totals[label] = tokens + len(finite), nats + float(finite.sum())
+            if fresh:
+                self._figures[label].add(part)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Those with a request, in their order."""
+        return [{"place": label, **one.summary()} for label, one in self._figures.items() if one.requests]
+
+    def samples(self, kl: str, tokens: str) -> Iterator[Sample]:
+        for label, (count, nats) in self._totals.items():
+            yield Sample(kl, (label,), nats)
+            yield Sample(tokens, (label,), count)
+
+
+class ByPlace:
+    """max_tokens: of a request."""
+
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._position = _Group(POSITIONS, by_position, max_tokens)
+        self._context = _Group(CONTEXTS, by_context, max_tokens)
+        self._phase = _Group(PHASES, by_phase, max_tokens)
+
+    def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
+        """A record of the compressed model itself. fresh: it is an observation of its own."""
+        for group in (self._position, self._context, self._phase):
+            group.add(record, raw, fresh=fresh)
+
+    def report(self) -> dict[str, Any]:
+        """JSON-ready: by `position`, `context` and `phase`, each with a request, in their order."""
+        return {
+            "position": self._position.report(),
+            "context": self._context.report(),
+            "phase": self._phase.report(),
+        }
+
+    def samples(self) -> Iterator[Sample]:
+        yield from self._position.samples(names.POSITION_KL_NATS, names.POSITION_KL_TOKENS)
+        yield from self._context.samples(names.CONTEXT_KL_NATS, names.CONTEXT_KL_TOKENS)
+        yield from self._phase.samples(names.PHASE_KL_NATS, names.PHASE_KL_TOKENS)

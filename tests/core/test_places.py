@@ -1,0 +1,85 @@
+"""Figures by position, length of the context and phase: each token is in one bucket of each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.records import Truth, make_record
+from tests.support.world import World
+
+from hemostat_calibration.divergence.per_token import divergence
+from hemostat_calibration.divergence.places import (
+    ANSWER,
+    CONTEXT_EDGES,
+    POSITION_EDGES,
+    THINKING,
+    bucket_labels,
+    buckets,
+    by_context,
+    by_phase,
+    by_position,
+    select,
+)
+from hemostat_calibration.errors import InvalidArgumentError
+from hemostat_calibration.reasoning import Thinking
+
+RECORD = make_record(World(noise=0.3).truth(1), 8)
+"""Forty tokens."""
+
+
+@given(st.integers(0, 200_000), st.integers(0, 300), st.sampled_from([POSITION_EDGES, CONTEXT_EDGES, (1,)]))
+def test_every_value_is_in_the_bucket_whose_name_says_so(first: int, tokens: int, edges: tuple[int, ...]) -> None:
+    names = bucket_labels(edges)
+    found = buckets(first, tokens, edges)
+    assert len(found) == tokens
+    for value, bucket in zip(range(first, first + tokens), found.tolist(), strict=True):
+        low, _, high = names[bucket].partition("-")
+        assert int(low.rstrip("+")) <= value
+        assert not high or value <= int(high)
+
+
+def test_values_below_zero_have_no_bucket() -> None:
+    with pytest.raises(InvalidArgumentError):
+        buckets(-1, 3, POSITION_EDGES)
+
+
+@given(st.integers(0, 5_000), st.integers(0, 200_000), st.data())
+def test_a_records_tokens_are_in_one_bucket_each(position: int, context: int, data: st.DataObject) -> None:
+    last = position + RECORD.tokens
+    begin = data.draw(st.integers(0, last))
+    thinking = Thinking(begin, data.draw(st.integers(begin, last)), ended=True)
+    record = replace(RECORD, position=position, context_tokens=context, thinking=thinking)
+    for masks in (by_position(record), by_context(record), by_phase(record)):
+        if masks:
+            assert (np.sum(list(masks.values()), axis=0) == 1).all()
+        assert all(mask.any() for mask in masks.values())
+    assert bool(by_context(record)) == (context > 0)
+    found = by_phase(record).get(THINKING, np.zeros(RECORD.tokens, bool))
+    assert found.sum() == max(0, thinking.answer_start - max(begin, position))
+
+
+def test_without_thinking_there_are_no_phases() -> None:
+    assert by_phase(RECORD) == {}
+    only = by_phase(replace(RECORD, thinking=Thinking(0, RECORD.tokens, ended=False)))
+    assert list(only) == [THINKING]
+    none = by_phase(replace(RECORD, position=9, thinking=Thinking(0, 5, ended=True)))
+    assert list(none) == [ANSWER]
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_selected_figures_are_those_of_the_selected_tokens(seed: int) -> None:
+    """As if the record had no other tokens."""
+    at = np.random.default_rng(seed).random(RECORD.tokens) < 0.4
+    if not at.any():
+        return
+    truth = World(noise=0.3).truth(1)
+    part = make_record(Truth(truth.reference[at], truth.compressed[at], truth.emitted[at]), 8)
+    chosen, direct = select(divergence(RECORD), at), divergence(part)
+    for name in ("kl_rc", "tv", "estimate_rc", "top1_agreement", "entropy_reference"):
+        np.testing.assert_array_equal(getattr(chosen, name), getattr(direct, name))
+    np.testing.assert_array_equal(chosen.bounds.tv.upper, direct.bounds.tv.upper)
+    assert chosen.bound == direct.bound
