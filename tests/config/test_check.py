@@ -65,6 +65,7 @@ async def test_everything_works() -> None:
         "max_logprobs": "ok",
         "return_token_ids": "ok",
         "logprobs_mode": "ok",
+        "reasoning": "note",
         "engine plugin": "ok",
         "reference": "ok",
         "reference score": "ok",

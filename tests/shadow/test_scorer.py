@@ -17,6 +17,7 @@ from tests.support.waiting import until
 from hemostat.engines.messages import TapMessage, TapRun
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
+from hemostat.measurement.coverage import Coverage
 from hemostat.reference.pair import ServedModels
 from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.shadow import record_builder
@@ -28,6 +29,7 @@ from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
+from hemostat_calibration.reasoning import Markers
 from hemostat_calibration.records import Arm, Candidates, Features, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key
 
@@ -95,9 +97,13 @@ class FakeReference:
 class Bench:
     """A scorer whose surroundings a test sets: it implements `ScoringNeeds` and `ServedModelsSource`."""
 
-    def __init__(self, *, max_queue: int = 100, rate: float = 0.0, by_request: bool = False) -> None:
+    def __init__(
+        self, *, max_queue: int = 100, rate: float = 0.0, by_request: bool = False, max_scored: int | None = None
+    ) -> None:
         self.now = 0.0
-        self.endings = EndingCounts()
+        self.coverage = Coverage(kinds=4)
+        self.endings = EndingCounts(self.coverage.ended)
+        self.markers: Markers | None = None
         self.records: list[TokenRecord] = []
         self.reference = FakeReference()
         self.engines = EngineRegistry()
@@ -120,11 +126,12 @@ class Bench:
             emit=self._sink,
             clock=lambda: self.now,
             profile_in_request=by_request,
+            max_scored=max_scored,
         )
 
     @property
     def served(self) -> ServedModels:
-        return served_models(pair("m", self.reference, self.info, {"sql"}, {"sql"}))
+        return served_models(replace(pair("m", self.reference, self.info, {"sql"}, {"sql"}), markers=self.markers))
 
     def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
         return self.profiles
@@ -566,3 +573,41 @@ def test_a_reference_that_leaves_its_answer_short_is_an_invalid_record() -> None
     with pytest.raises(record_builder.InvalidRecordError) as caught:
         record_builder.build_record(capture(), arrays, scores, replace(INFO, vocab_size=V), None, ())
     assert caught.value.reason == "shape"
+
+
+async def test_only_the_last_tokens_of_a_long_output_are_scored_and_the_rest_is_stated() -> None:
+    made = Bench(max_scored=4)
+    async with running(made):
+        assert await made.ends(capture(tokens=10, kind="chat"), capture("s", tokens=3, kind="chat")) == {
+            ("scored", ""): 2
+        }
+    assert made.reference.asked == [15, 8], "the reference reads all of it"
+    assert [(record.tokens, record.position) for record in made.records] == [(4, 6), (3, 0)]
+    found = made.coverage.report()
+    assert found["scored_share"] == {"tokens": 7 / 13, "requests": 1.0}
+    assert [(one["reason"], one["tokens"], one["requests"]) for one in found["not_scored"]] == [
+        ("outside_suffix", 6, 0.0)
+    ]
+
+
+async def test_a_long_request_may_take_longer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its length counts in the time that it may take: a slow reference has not failed."""
+    monkeypatch.setattr(scorer_module, "MAX_SCORE_SECONDS", 0.0)
+    monkeypatch.setattr(scorer_module, "MIN_TOKENS_PER_SECOND", 1e-3)
+    assert await bench.ends(capture(tokens=3)) == {("scored", ""): 1}
+    monkeypatch.setattr(scorer_module, "MIN_TOKENS_PER_SECOND", 1e6)
+    bench.reference.hang = True
+    assert await bench.ends(capture(tokens=3)) == {("dropped", "reference_timeout"): 1}
+
+
+async def test_every_ending_is_in_the_coverage(bench: Bench) -> None:
+    bench.info = None
+    await bench.ends(capture(tokens=3, kind="chat"))
+    bench.info = INFO
+    await bench.ends(capture(tokens=5, kind="chat"), capture(model="unknown", tokens=7, kind="chat"))
+    found = bench.coverage.report()
+    assert found["by_outcome"]["scored"]["tokens"] == 5
+    assert {(one["outcome"], one["reason"], one["tokens"]) for one in found["not_scored"]} == {
+        ("dropped", "reference_not_ready", 3),
+        ("skipped", "unknown_model", 7),
+    }

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from hemostat.ipc.messages import REST_KIND, SampledCount, SampledCounts
+from hemostat.ipc.messages import REST_KIND, Capture, SampledCount, SampledCounts
+
+ID_BYTES = 4
 
 MAX_COUNTS = 1024
 """Combinations of kind and ending that are counted at a time; the kinds of all further ones are counted as
 `REST_KIND`. Reasons are an enumeration, so that these are bounded, too."""
+
+
+def counted(capture: Capture) -> tuple[float, int | None]:
+    """What a capture counts as: requests (1/n for one of n choices) and generated tokens, None where not known."""
+    if capture.from_tap and not capture.output_token_ids:
+        # It stands for all choices until the plugin's report is there.
+        return 1.0, capture.generated if capture.generated >= 0 else None
+    return 1.0 / capture.choices, len(capture.output_token_ids) // ID_BYTES
 
 
 class SampledTally:

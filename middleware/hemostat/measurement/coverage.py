@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hemostat.ipc.messages import REST_KIND, Capture, SampledCount
+from hemostat.ipc.sampled import counted
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat_calibration.statistics.kinds import KindTable
@@ -30,7 +31,6 @@ counts until others need the place."""
 MAX_REASONS = 256
 OUTSIDE_SUFFIX = "outside_suffix"
 """Reason of tokens, of scored requests, that are before the part that is scored; see `shadow.max_scored_tokens`."""
-ID_BYTES = 4
 
 
 @dataclass(slots=True)
@@ -78,8 +78,9 @@ class Coverage:
 
     def ended(self, capture: Capture, outcome: str, reason: str, left_out: int = 0) -> None:
         """A capture has ended. left_out: of a scored one, output tokens that were not scored."""
-        tokens = len(capture.output_token_ids) // ID_BYTES
-        self.count(capture.kind, outcome, reason, 1.0 / capture.choices, 0.0, tokens - left_out)
+        requests, tokens = counted(capture)
+        unknown = requests if tokens is None else 0.0
+        self.count(capture.kind, outcome, reason, requests, unknown, (tokens or 0) - left_out)
         if left_out:
             self.count(capture.kind, SKIPPED, OUTSIDE_SUFFIX, 0.0, 0.0, left_out)
 

@@ -9,11 +9,11 @@ tokens depend on what stands around them; they are tokenized in several contexts
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from hemostat.config.reasoning_parsers import PARSERS, SINGLE, Texts
 from hemostat.config.schema import Reasoning
 from hemostat.reference.protocol import ReferenceFailure
-from hemostat.reference.server import VllmServer
 from hemostat_calibration.reasoning import MAX_IDS, MAX_SEQUENCES, Markers, Sequences
 
 CONTEXTS = (
@@ -21,6 +21,12 @@ CONTEXTS = (
     *((f"a{sign}", "\n") for sign in ".!?:)\"'`*>"),
 )
 """Before and after a marker of several tokens: the characters beside it may share a token with it."""
+
+
+class Tokenizer(Protocol):
+    """Of `hemostat.reference.server.VllmServer`."""
+
+    async def tokenize(self, model: str, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class FoundMarkers:
     detail: str
 
 
-async def find_markers(server: VllmServer, model: str, settings: Reasoning) -> FoundMarkers:
+async def find_markers(server: Tokenizer, model: str, settings: Reasoning) -> FoundMarkers:
     """The markers of a served model. Fails open: a tokenizer that cannot be asked is as one without markers."""
     if settings.start or settings.end:
         markers = Markers((tuple(settings.start),) if settings.start else (), (tuple(settings.end),))
@@ -51,7 +57,7 @@ async def find_markers(server: VllmServer, model: str, settings: Reasoning) -> F
     return FoundMarkers(None, "no markers among the vocabulary's single tokens: not taken to be a reasoning model")
 
 
-async def _of_texts(server: VllmServer, model: str, texts: Texts, parser: str) -> FoundMarkers:
+async def _of_texts(server: Tokenizer, model: str, texts: Texts, parser: str) -> FoundMarkers:
     start, end = [await _sequences(server, model, text) for text in texts]
     if not start or not end:
         return FoundMarkers(
@@ -61,7 +67,7 @@ async def _of_texts(server: VllmServer, model: str, texts: Texts, parser: str) -
     return FoundMarkers(Markers(start, end), f"parser {parser}: {texts[0]} and {texts[1]} are {ways}")
 
 
-async def _sequences(server: VllmServer, model: str, text: str) -> Sequences:
+async def _sequences(server: Tokenizer, model: str, text: str) -> Sequences:
     """Every way in which the tokenizer cuts the text, alone or beside others; the shortest sequences come first."""
     alone = tuple(await server.tokenize(model, text))
     if len(alone) == 1:

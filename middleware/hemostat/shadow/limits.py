@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -68,16 +69,25 @@ class TokenBudget:
     """A token bucket: `rate` tokens a second (0: no limit), at most `burst` saved up.
 
     A request larger than the burst may be spent once the bucket is full; the level is then negative until it has
-    refilled, and the next request waits for that.
+    refilled, and the next request waits for that. Requests are served in the order in which they come (`take`): else
+    small ones would keep the bucket from filling up, and a large one would wait without end.
     """
 
     rate: float
     burst: float
     _level: float = field(init=False)
     _at: float | None = field(init=False, default=None)
+    _turn: asyncio.Lock = field(init=False, default_factory=asyncio.Lock, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._level = self.burst
+
+    async def take(self, tokens: int, clock: Callable[[], float]) -> None:
+        """Wait until `tokens` may be spent, behind those who came before, and spend them. clock: monotonic seconds."""
+        async with self._turn:
+            while delay := self.delay(tokens, clock()):  # noqa: ASYNC110  waits for time, not an event
+                await asyncio.sleep(delay)
+            self.spend(tokens, clock())
 
     def delay(self, tokens: int, now: float) -> float:
         """Seconds to wait before `tokens` may be spent; 0 when they may be now."""

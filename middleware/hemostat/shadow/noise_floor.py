@@ -121,9 +121,7 @@ class NoiseFloorMeter:
         self, model: str, prompt: npt.NDArray[np.int32], record: TokenRecord, reference: SelfScorer
     ) -> TokenRecord:
         tokens = len(prompt) + record.tokens
-        while delay := self._budget.delay(tokens, self._clock()):  # noqa: ASYNC110  waits for time, not an event
-            await asyncio.sleep(delay)
-        self._budget.spend(tokens, self._clock())
+        await self._budget.take(tokens, self._clock)
         first = self_record(record, model)
         ids = first.compressed.ids
         if model == COMPRESSED:

@@ -9,14 +9,13 @@ from enum import StrEnum
 from typing import Protocol
 
 from hemostat.ipc.messages import Capture, Policy
+from hemostat.ipc.sampled import counted
 from hemostat.metrics import names
 from hemostat.openai.requests import Unscorable
 from hemostat.openai.tokens import ResponseFailure
 from hemostat.shadow.endings import Outcome, SkipReason
 from hemostat.shadow.profile_choice import Reason
 from hemostat_calibration.records import Arm
-
-ID_BYTES = 4
 
 
 class RelayDropReason(StrEnum):
@@ -89,7 +88,8 @@ class Reports:
         else:
             dropped = Outcome.DROPPED.value, RelayDropReason.LINK_FULL.value
             self._count(names.SHADOW_REQUESTS, dropped)
-            self._sampled(capture.kind, *dropped, len(capture.output_token_ids) // ID_BYTES, 1.0 / capture.choices)
+            requests, tokens = counted(capture)
+            self._sampled(capture.kind, *dropped, tokens, requests)
 
     def calibrated(self, arm: Arm, reason: Reason) -> None:
         """Count a request that could get a profile."""

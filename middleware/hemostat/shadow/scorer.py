@@ -54,7 +54,9 @@ MAX_TAP_SECONDS = 4.0
 TAP_POLL_SECONDS = 0.1
 ID_BYTES = 4
 MAX_SCORE_SECONDS = 120.0
-"""How long one score may take before the reference counts as failing."""
+"""How long one score may take before the reference counts as failing, and so many seconds more for its length."""
+MIN_TOKENS_PER_SECOND = 100.0
+"""Of a reference that works: a slow one needs minutes for a long prompt, and has not failed then."""
 
 _NEVER_SCORABLE = {
     FailureReason.TOO_LONG: ScoringSkipReason.REFERENCE_TOO_LONG,
@@ -203,9 +205,7 @@ class Scorer:
         arrays = decode_capture(capture, self._max_scored)
         check_vocabulary(arrays, info.vocab_size)
         tokens = len(arrays.context) + len(arrays.output)
-        while delay := self._budget.delay(tokens, self._clock()):  # noqa: ASYNC110  waits for time, not an event
-            await asyncio.sleep(delay)
-        self._budget.spend(tokens, self._clock())
+        await self._budget.take(tokens, self._clock)
         # Profiles are for one model. Of the others, the distributions alone are of use.
         calibrated = pair.name == self._models.served.calibrated_name
         profiles = self._needs.evaluated_profiles() if calibrated else ()
@@ -299,8 +299,9 @@ class Scorer:
             hidden=hidden,
             adapter=adapter,
         )
+        seconds = MAX_SCORE_SECONDS + (len(arrays.context) + len(arrays.output)) / MIN_TOKENS_PER_SECOND
         try:
-            scores = await asyncio.wait_for(asking, MAX_SCORE_SECONDS)
+            scores = await asyncio.wait_for(asking, seconds)
         except (ReferenceFailure, TimeoutError) as failure:
             if isinstance(failure, ReferenceFailure) and (skip := _NEVER_SCORABLE.get(failure.reason)) is not None:
                 breaker.released()
@@ -308,9 +309,7 @@ class Scorer:
                 return None
             breaker.failed(self._clock())
             if isinstance(failure, TimeoutError):
-                raise ReferenceFailure(
-                    FailureReason.TIMEOUT, f"no answer within {MAX_SCORE_SECONDS:.0f} s"
-                ) from failure
+                raise ReferenceFailure(FailureReason.TIMEOUT, f"no answer within {seconds:.0f} s") from failure
             raise
         except BaseException:
             breaker.released()  # else a half-open breaker would wait for ever for this call
