@@ -107,11 +107,11 @@ def _starts(ids: Ids, sequence: tuple[int, ...]) -> Ids:
     """Where the sequence begins, in ascending order."""
     width = len(ids) - len(sequence) + 1
     if width < 1:
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.int32)
     at = np.flatnonzero(ids[:width] == sequence[0])
     for offset, wanted in enumerate(sequence[1:], 1):
         at = at[ids[at + offset] == wanted]
-    return at
+    return at.astype(np.int32)
 
 
 def _first(ids: Ids, sequences: Collection[tuple[int, ...]], start: int) -> tuple[int, int] | None:

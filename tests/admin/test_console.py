@@ -443,13 +443,42 @@ def test_plots_have_ink(page: Page, one: Served) -> None:
     expect(page.locator("#plot-kl .u-legend")).to_contain_text(f"since the start{nats(last)}")
 
 
+@needs_chromium
+def test_what_is_scored_by_kind_and_why_the_rest_is_not(page: Page, one: Served) -> None:
+    found = get(one, "status")["coverage"]
+    assert 0.0 < found["scored_share"]["tokens"] < 1.0
+    expect(page.locator("#coverage")).to_have_text(percent(found["scored_share"]["tokens"]))
+    expect(page.locator("#coverage-sub")).to_contain_text("the tokens of 5 are not known")
+    shown = {row.partition(" | ")[0]: row for row in rows(page, "coverage-kinds")}
+    assert shown.keys() == {kind["kind"] for kind in found["by_kind"]}
+    assert shown["chat structured"] == "chat structured | 12 | 0.0 % | 700 | 0.0 % | 5"
+    assert rows(page, "not-scored")[0] == "structured_output | skipped | 12 | 700 | 5"
+
+
+@needs_chromium
+def test_where_in_a_text_the_models_diverge_and_how_thinking_ends(page: Page, one: Served) -> None:
+    status = get(one, "status")
+    for table, division in (("by-position", "position"), ("by-context", "context"), ("by-phase", "phase")):
+        expected = status["places"][division]
+        assert expected, division
+        for row, place in zip(rows(page, table), expected, strict=True):
+            assert row.startswith(f"{place['place']} | {place['requests']} | {nats(place['kl_nats']['estimate'])}")
+    thinking = status["thinking"]
+    shown = {row.partition(" | ")[0]: row for row in rows(page, "thinking")}
+    assert shown.keys() == {*thinking["arms"], "treated minus control"}
+    for arm, figures in thinking["arms"].items():
+        assert f"{percent(figures['never_ended']['estimate'])} [" in shown[arm]
+        assert f"ended {figures['endings']['ended']}" in shown[arm]
+
+
 # --- what is not in a browser -----------------------------------------------------------------------------------------
 
 
 def test_the_page_needs_no_network_and_little_room() -> None:
     folder = resources.files("hemostat.admin.console")
     text = "".join(
-        folder.joinpath(name).read_text() for name in ("index.html", "console.css", "adapters.js", "console.js")
+        folder.joinpath(name).read_text()
+        for name in ("index.html", "console.css", "adapters.js", "coverage.js", "console.js")
     )
     addresses = set(re.findall(r"https?://[^\s\"'`]+", text))
     assert addresses == {"http://www.w3.org/2000/svg"}, "a name, not an address"

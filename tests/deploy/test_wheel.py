@@ -132,7 +132,7 @@ def test_serve_like_the_image(environment: dict[str, str], tmp_path: Path) -> No
             page = admin.get("/")
             assert page.status_code == 200
             assert "<html" in page.text
-            for asset in ("console.css", "adapters.js", "console.js", "vendor/uPlot.iife.min.js"):
+            for asset in ("console.css", "adapters.js", "coverage.js", "console.js", "vendor/uPlot.iife.min.js"):
                 assert admin.get(f"/console/{asset}").status_code == 200
             while admin.get("/readyz").status_code != 200 or _reference(admin) != "ready":
                 assert time.monotonic() < deadline, log.read_text()

@@ -96,3 +96,9 @@ def test_a_part_of_an_output_counts_by_place_alone() -> None:
     assert measured.tokens == 0
     measured.observe_part(replace(part, adapter="a" * 32), None, fresh=True)
     assert measured.by_place.report()["position"][0]["requests"] == 1, "one of an adapter is of another model"
+
+
+def test_conditional_figures_are_not_mixed_with_others() -> None:
+    measured = ByPlace()
+    measured.add(replace(RECORDS[0], constraint="grammar"), divergence(RECORDS[0]), fresh=True)
+    assert set(values(measured.samples()).values()) == {0.0}

@@ -24,10 +24,11 @@ from tests.support.world import World
 from hemostat.admin.app import create_app
 from hemostat.admin.hardening import server_settings
 from hemostat.control.composition import Control
-from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, Stats
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount, Stats
 from hemostat.reference.monitor import ReferenceState
 from hemostat.shadow.endings import Outcome
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.reasoning import Thinking
 from hemostat_calibration.records import Arm, Sampling, TokenRecord
 
 WORLD = World(bias=0.6, noise=0.3)
@@ -201,10 +202,12 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
             one.profile_manager.operator.promote(serving, KINDS[1])
             one.profile_manager.operator.import_profile(profile(1))
             held = one.profile_manager.catalogue.get(serving)
-        made = with_kind(record(n, held), n)
+        made = replace(with_kind(record(n, held), n), context_tokens=300 * (1 + n % 4), thinking=thinking(n))
         one.pipeline.use_record(made, scored(str(n))[1])
         one.pipeline.received += 1
-        one.pipeline.endings.count(Outcome.SCORED)
+        one.pipeline.endings.count(Outcome.SCORED, capture=scored(str(n))[1])
+        arm = ("control", "treated", "none")[n % 3]
+        one.measurements.thinking.add(arm, made.thinking, "stop" if n % 10 else "length", fresh=True)
         if n % 4 == 0:
             truth = WORLD.truth(n)
             for model in ("compressed", "reference"):
@@ -217,11 +220,17 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
             shadow = msgspec.structs.replace(status.shadow, reference_tokens=300 * n)
             status = msgspec.structs.replace(status, proxy=proxy, shadow=shadow)
             one.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
+    one.pipeline.coverage.relayed(SampledCount("chat structured", "skipped", "structured_output", 12.0, 5.0, 700))
     for kind, harmful in zip(KINDS[:2], (False, True), strict=True):
         for report in outcome_reports(kind, serving, harmful):
             one.outcomes.receive(report)
         one.outcomes.check()
     return writer
+
+
+def thinking(n: int) -> Thinking | None:
+    """Every fourth answer has none, and every tenth does not end it."""
+    return None if n % 4 == 0 else Thinking(0, 3 + n % 5, ended=n % 10 != 0)
 
 
 def outcome_reports(kind: str, version: str, harmful: bool) -> list[OutcomeReport]:

@@ -37,7 +37,7 @@ def bucket_labels(edges: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def buckets(first: int, tokens: int, edges: tuple[int, ...]) -> Ids:
-    """The bucket of each of the values first, first + 1, … (`tokens` of them): int64 [tokens], 0 to len(edges).
+    """The bucket of each of the values first, first + 1, … (`tokens` of them): int32 [tokens], 0 to len(edges).
 
     InvalidArgumentError where first or tokens is below 0.
 
@@ -46,7 +46,7 @@ def buckets(first: int, tokens: int, edges: tuple[int, ...]) -> Ids:
     """
     if first < 0 or tokens < 0:
         raise InvalidArgumentError(f"first is {first}, tokens is {tokens}: neither may be below 0")
-    return np.searchsorted(np.asarray(edges), np.arange(first, first + tokens), side="right")
+    return np.searchsorted(np.asarray(edges), np.arange(first, first + tokens), side="right").astype(np.int32)
 
 
 def by_position(record: TokenRecord) -> dict[str, Bools]:

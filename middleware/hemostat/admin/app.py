@@ -33,6 +33,7 @@ ASSETS = {
     "index.html": "text/html; charset=utf-8",
     "console.css": "text/css; charset=utf-8",
     "adapters.js": "text/javascript; charset=utf-8",
+    "coverage.js": "text/javascript; charset=utf-8",
     "console.js": "text/javascript; charset=utf-8",
     "runbook.html": "text/html; charset=utf-8",
     "vendor/uPlot.iife.min.js": "text/javascript; charset=utf-8",

@@ -26,6 +26,8 @@ class OtherModels:
 
     def observe(self, model: str, record: TokenRecord, *, fresh: bool) -> TokenDivergence:
         """Add a record of the model; returns its raw figures. fresh: see `Measurements.observe`."""
+        if record.partial:
+            return self._measurements(model).observe_part(record, None, fresh=fresh)
         return self._measurements(model).observe(record, None, None, fresh=fresh)
 
     def observe_noise_floor(self, model: str, side: str, record: TokenRecord) -> None:

@@ -70,7 +70,10 @@ class ByPlace:
         self._phase = _Group(PHASES, by_phase, max_tokens)
 
     def add(self, record: TokenRecord, raw: TokenDivergence, *, fresh: bool) -> None:
-        """A record of the compressed model itself. fresh: it is an observation of its own."""
+        """A record of the compressed model itself; one under a grammar is left out. fresh: it is an observation of its
+        own."""
+        if record.constraint:
+            return
         for group in (self._position, self._context, self._phase):
             group.add(record, raw, fresh=fresh)
 

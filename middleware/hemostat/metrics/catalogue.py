@@ -210,7 +210,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.THINKING_REQUESTS,
             "counter",
             "requests",
-            "Scored requests of a reasoning model by how their thinking ended; absent where its markers are not known.",
+            "Scored requests of a reasoning model (its markers are known), by how their thinking ended.",
             ("arm", "end"),
         ),
         Metric(

@@ -72,7 +72,7 @@ async def _sequences(server: Tokenizer, model: str, text: str) -> Sequences:
     alone = tuple(await server.tokenize(model, text))
     if len(alone) == 1:
         return (alone,)
-    found = {}
+    found: dict[tuple[int, ...], int] = {}
     for before, after in CONTEXTS:
         first = await server.tokenize(model, before) if before else []
         last = await server.tokenize(model, after) if after else []

@@ -294,8 +294,8 @@ class ScoringPipeline:
     def _offer_for_noise_floor(
         self, pair: ModelPair | None, record: TokenRecord, capture: Capture, *, fresh: bool
     ) -> None:
-        """The noise floor is of the model itself, without its adapters and without ours."""
-        if self.noise_floor is None or record.adapter is not None:
+        """The noise floor is of the model itself, without its adapters and without ours, and of whole outputs."""
+        if self.noise_floor is None or record.adapter is not None or record.partial:
             return
         if fresh and pair is not None and record.model in pair.names and pair.scorer:
             self.noise_floor.offer(np.frombuffer(capture.prompt_token_ids, "<i4"), record, pair.scorer)

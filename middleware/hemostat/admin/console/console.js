@@ -527,12 +527,14 @@ function show(s, p) {
   say("connection", `reference ${s.reference.state}; calibration ${s.profile.mode}; ${plural(s.relays, "relay")}`, ready && s.relays ? "pill good" : "pill bad");
   divergence(s);
   places(s);
+  inTexts(s);
   servedModels(s);
   kinds(s, p);
   calibration(s);
   serves(s, p);
   adapters(s);
   costs(s);
+  coverage(s);
   proxy(s);
   recent.push(s);
   while (recent.length > 6) recent.shift();

@@ -1,0 +1,32 @@
+// The parts of the page about coverage, positions and thinking; it uses the functions of console.js.
+"use strict";
+
+/** Which part of what sampled requests generated is scored, by kind, and why the rest is not. */
+function coverage(s) {
+  const c = s.coverage, share = (of) => percent(of.scored_share.tokens), shareOfRequests = (of) => percent(of.scored_share.requests);
+  say("coverage", share(c));
+  say("coverage-sub", c.requests ? `of ${plural(c.tokens, "known token")}; ${shareOfRequests(c)} of ${plural(c.requests, "sampled request")}`
+    + (c.requests_of_unknown_tokens ? `; the tokens of ${whole(c.requests_of_unknown_tokens)} are not known` : "") : "no sampled request has ended");
+  table("coverage-kinds", "Coverage by kind", ["kind", "sampled requests", "scored", "known tokens", "scored", "requests of unknown tokens"],
+    c.by_kind.map((k) => [k.kind, whole(k.requests), shareOfRequests(k), whole(k.tokens), share(k), whole(k.requests_of_unknown_tokens)]));
+  table("not-scored", "What is not scored, by reason", ["reason", "outcome", "requests", "known tokens", "requests of unknown tokens"],
+    c.not_scored.map((r) => [r.reason, r.outcome, whole(r.requests), whole(r.tokens), whole(r.requests_of_unknown_tokens)]), "everything is scored");
+}
+
+/** By position in the output, length of the context, and phase; and how thinking ends. */
+function inTexts(s) {
+  const most = scale([...s.places.position, ...s.places.context, ...s.places.phase]);
+  const by = (id, caption, first, rows, empty) => table(id, caption, [first, ...HEADER], rows.map((r) => [r.place, ...figures(r, most)]), empty);
+  by("by-position", "By position in the output", "position", s.places.position);
+  by("by-context", "By length of the context", "tokens before", s.places.context);
+  by("by-phase", "By phase of a reasoning model", "phase", s.places.phase, "no thinking seen");
+  const t = s.thinking, tokens = (x) => fixed(x, 1), less = t.treated_minus_control;
+  const row = (name, requests, length, certainty, never, endings) => [name, requests, `${tokens(length.estimate)} ${range(length.ci95, tokens)}`, certainty,
+    `${percent(never.estimate)} ${range(never.ci95, percent)}`, endings];
+  const arms = Object.entries(t.arms).map(([arm, a]) => row(arm, whole(a.requests), a.tokens, certainLength(a.tokens.ci95_finite), a.never_ended, counts(a.endings)));
+  if (known(less.never_ended.estimate)) arms.push(row("treated minus control", "", less.tokens, NONE, less.never_ended, ""));
+  table("thinking", "Thinking, by arm", ["arm", "requests that think", "tokens of thinking, mean [95 %]", "finite-sample", "never ended [95 %]", "how it ended, all requests"],
+    arms, "no reasoning model, or its markers are not known (hemostat check says what was found)");
+}
+
+const certainLength = (ends) => ends ? range(ends, (x) => fixed(x, 1)) : "not enough requests";
