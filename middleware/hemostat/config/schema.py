@@ -38,6 +38,7 @@ from hemostat.config.fields import (
     header_name,
     text_is_model,
 )
+from hemostat.config.grammar import Grammar
 from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.store_url import MISSING_EXTRA, SERVER_SCHEMES, check_server_url, without_password
 from hemostat.config.text import short_repr
@@ -372,6 +373,7 @@ class Settings(Section):
     upstream: Upstream
     reference: Reference = Reference()
     reasoning: Reasoning = Reasoning()
+    grammar: Grammar = Grammar()
     shadow: Shadow = Shadow()
     calibration: Calibration = Calibration()
     evidence: Evidence = Evidence()

@@ -1,0 +1,94 @@
+"""What restricts the tokens of a request: the members of its body that vLLM makes a grammar of, as they are.
+
+vLLM 0.32 takes `response_format` and `structured_outputs`, and makes a grammar of `tools` where a call is forced, or
+where a tool is strict or calls are limited to one (`hemostat.openai.tool_parsers`). It ignores the older members
+`guided_…`, which earlier versions enforced.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from hemostat.openai.json_splice import JsonObject
+
+MAX_GRAMMAR_BYTES = 64 * 1024
+"""Of all members together; a request with more is not scored."""
+
+_OUTPUT = ("response_format", "structured_outputs")
+_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+_OTHER = ("stop_token_ids", "include_reasoning")
+
+
+class GrammarOrigin(StrEnum):
+    """Why vLLM enforces a grammar."""
+
+    STRUCTURED_OUTPUT = "structured_output"
+    FORCED_TOOL = "forced_tool"
+    STRICT_TOOLS = "strict_tools"
+    """The model may call tools, and a strict tool, or a limit of one call, restricts how."""
+
+
+class GrammarSpec(msgspec.Struct, frozen=True):
+    """The members of one request that determine its grammar."""
+
+    origin: GrammarOrigin
+    members: dict[str, bytes]
+    """Name -> JSON, of those that are given and not null; at most MAX_GRAMMAR_BYTES."""
+
+
+class GrammarTooLarge(Exception):
+    """The members have more than MAX_GRAMMAR_BYTES bytes."""
+
+
+def read_grammar(body: JsonObject, *, free_calls: str = "strict") -> GrammarSpec | None:
+    """What a chat's or completion's body enforces; None where every token is allowed. GrammarTooLarge, and one of
+    MALFORMED.
+
+    free_calls: which calls that the model is free to make are restricted: "never", "always", or "strict", where a tool
+        is strict or at most one call is allowed.
+
+    >>> read_grammar(JsonObject(b'{"response_format": {"type": "json_object"}}')).origin.value
+    'structured_output'
+    """
+    format_type = _member(body, "response_format", "type")
+    origin = None
+    if (format_type is not None and format_type != "text") or body.has("structured_outputs"):
+        origin = GrammarOrigin.STRUCTURED_OUTPUT
+    limited = False
+    if body.has("tools"):
+        choice = body.value("tool_choice") if "tool_choice" in body else "auto"
+        if choice == "auto":
+            limited = free_calls == "always" or (free_calls == "strict" and _limits_calls(body))
+        elif choice not in (None, "none"):
+            origin = GrammarOrigin.FORCED_TOOL
+    if origin is None and not limited:
+        return None
+    names = (*_OUTPUT, *_TOOLS, *_OTHER) if limited or origin is GrammarOrigin.FORCED_TOOL else (*_OUTPUT, *_OTHER)
+    members = {name: body.raw(name) for name in names if body.has(name)}
+    if sum(map(len, members.values())) > MAX_GRAMMAR_BYTES:
+        raise GrammarTooLarge
+    return GrammarSpec(origin or GrammarOrigin.STRICT_TOOLS, members)
+
+
+def _member(body: JsonObject, name: str, key: str) -> object:
+    """`body[name][key]`; None where it is absent, the object itself where that is no object."""
+    if not body.has(name):
+        return None
+    value = body.value(name)
+    return value.get(key) if isinstance(value, dict) else value
+
+
+def _limits_calls(body: JsonObject) -> bool:
+    """Whether a tool is strict, or at most one call is allowed."""
+    if body.value("parallel_tool_calls") is False:
+        return True
+    raw = body.raw("tools")
+    if b'"strict"' not in raw:
+        return False
+    if len(raw) > MAX_GRAMMAR_BYTES:
+        raise GrammarTooLarge
+    tools = body.value("tools")
+    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    return any(isinstance(function, dict) and function.get("strict") is True for function in functions)
