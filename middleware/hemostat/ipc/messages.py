@@ -9,10 +9,23 @@ import msgspec
 
 from hemostat.ipc.codec import MessageCodec
 from hemostat.ipc.framing import FrameReader, frame
+from hemostat.openai.grammar_spec import GrammarSpec
+from hemostat.openai.kinds import is_conditional
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 REST_KIND = "rest"
-"""The kind of all requests whose own kind is too rare to be followed by itself."""
+"""The kind of all requests whose own kind is too rare to be followed by itself, and that no grammar restricts."""
+REST_GRAMMAR_KIND = "rest grammar"
+"""The same of requests that a grammar restricts: their figures are conditional. No profile serves them."""
+
+
+def rest_of(kind: str) -> str:
+    """The kind that a request belongs to whose own is not followed.
+
+    >>> rest_of("chat text greedy"), rest_of("chat grammar greedy")
+    ('rest', 'rest grammar')
+    """
+    return REST_GRAMMAR_KIND if is_conditional(kind) else REST_KIND
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
@@ -78,6 +91,9 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     Only the first choice's capture is sent."""
     generated: int = -1
     """Tokens of all choices together, by the response's usage; -1: it does not say."""
+    """Of the request; each is a capture of its own."""
+    grammar: GrammarSpec | None = None
+    """What restricted the tokens: then the log-probabilities are conditional on what it allows."""
 
 
 class OutcomeReport(msgspec.Struct, frozen=True, array_like=True):

@@ -6,8 +6,8 @@ alike. The name's parts, in this order and joined by spaces; those after the thi
     chat | completions
     model NAME      where the server has several models that can be scored
     label NAME      X-Hemostat-Label
-    text | json | tools | structured
-                    json: the prompt asks for it in words; tools: tools are offered; structured: a grammar is enforced
+    text | json | tools | grammar
+                    json: the prompt asks for it in words; tools: tools are offered; grammar: a grammar is enforced
     greedy | sampled | cut
                     cut: top_p, top_k or min_p leave out tokens
     code | a script the last message of the user is about code, or is written in another script than Latin
@@ -43,6 +43,7 @@ SCRIPT_CHARACTERS = 200
 MIN_SCRIPT_SHARE = 0.25
 """Of a text's characters, for the text to count as written in a script."""
 
+GRAMMAR_PART = "grammar"
 _MAX_BYTES_PER_CHARACTER = 12
 """A JSON string's longest character: an escaped pair of surrogates."""
 _NAMED = frozenset({"model", "label"})
@@ -100,12 +101,25 @@ def asks_json_in_words(name: str) -> bool:
     >>> asks_json_in_words("chat label text json greedy"), asks_json_in_words("chat label json text greedy")
     (True, False)
     """
+    return _output_part(name) == "json"
+
+
+def is_conditional(name: str) -> bool:
+    """Whether a grammar restricts the tokens of the kind, so that its figures are conditional on what is allowed.
+
+    >>> is_conditional("chat grammar greedy"), is_conditional("chat label grammar text greedy")
+    (True, False)
+    """
+    return _output_part(name) == GRAMMAR_PART
+
+
+def _output_part(name: str) -> str:
     parts = iter(name.split(" ")[1:])
     for part in parts:
         if part not in _NAMED:
-            return part == "json"
+            return part
         next(parts, "")  # the name of the model or label
-    return False
+    return ""
 
 
 def _edges(raw: memoryview) -> bytes:
@@ -117,7 +131,7 @@ def _edges(raw: memoryview) -> bytes:
 
 def _output(request: Request, words: set[bytes], first: list[bytes]) -> str:
     if request.unscorable in _STRUCTURED:
-        return "structured"
+        return GRAMMAR_PART
     if request.tools and request.body.raw("tools") != b"[]" and _given(request, "tool_choice") != "none":
         return "tools"
     in_first = any(b"json" in text and b"json" in text.translate(_BLANKED).split() for text in first)

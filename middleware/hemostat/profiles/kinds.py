@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from hemostat.ipc.messages import REST_KIND
+from hemostat.ipc.messages import REST_GRAMMAR_KIND, REST_KIND, rest_of
 from hemostat.store.lease import Lease
 from hemostat_calibration.statistics.kinds import KindTable
 
@@ -39,11 +39,11 @@ class Kinds:
         return frozenset(self.table.followed)
 
     def see(self, kind: str) -> str:
-        """Count one request, and return what its kind is called from here on: its own name, or `REST_KIND`."""
-        if self._lease.is_last_leader and kind != REST_KIND:
+        """Count one request, and return what its kind is called from here on: its own name, or the rest's."""
+        if self._lease.is_last_leader and kind not in (REST_KIND, REST_GRAMMAR_KIND):
             before, self.table = self.table, self.table.see(kind, self._keep())
             if self.table.followed != before.followed:
                 for evicted in set(before.followed).difference(self.table.followed):
                     self._on_evicted(evicted)
                 self._on_followed(kind)
-        return kind if kind in self.table else REST_KIND
+        return kind if kind in self.table else rest_of(kind)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from hemostat.ipc.messages import REST_KIND
+from hemostat.ipc.messages import rest_of
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import MAX_ONE_PROFILE_BYTES, Catalogue, parameter_bytes
@@ -246,11 +246,12 @@ class Lifecycle:
     def kind_followed(self, kind: str) -> None:
         """A kind has a place of its own from now on: identity serves it until a profile is proven there.
 
-        Its requests belonged to the rest until now: what an operator has chosen for the rest goes on serving them.
+        Its requests belonged to the rest until now: what an operator has chosen for the rest goes on serving them. What
+        a grammar restricts did not.
         """
-        rest = self._serving.kinds[REST_KIND]
+        rest = self._serving.kinds.get(rest_of(kind))
         state = self._serving.kinds[kind] = KindState()
-        if rest.chosen and rest.version is not None:
+        if rest is not None and rest.chosen and rest.version is not None:
             state.version, state.learned_of, state.window = rest.version, rest.learned_of, rest.window
             state.chosen, state.pinned = True, rest.pinned
             self._trials.watch(kind)

@@ -3,6 +3,9 @@
 Invariants (those of what serves are in `serving`, those of tests in `trials`):
 - A record is learned from or judged by, never both: decided by its evidence unit.
 - A record of an adapter is of another model: what the others change is not learned from it.
+- A constrained record is conditional on what a grammar allows: nothing is learned from it, and it is judged by in its
+  own kind alone, whose profiles were proven on such records. Adapters are not judged there: their exact distances are
+  not conditional.
 - Learning may pool all traffic, or what belongs to one scope (`calibration.scope`). Serving may not: a profile serves a
   kind of traffic (`kinds`) only on evidence of this kind, and leaves it by itself.
 - Of several replicas, only the one that leads (`store.lease`) proposes, tests and promotes; the others learn, so that
@@ -189,10 +192,13 @@ class ProfileManager:
 
     def may_learn(self, record: TokenRecord) -> bool:
         """Whether profiles that change the compressed model's logits may be learned from the record now."""
-        return record.adapter is None and self.serving.uses(record) and not self.is_held_out(record)
+        own = record.adapter is None and not record.constraint
+        return own and self.serving.uses(record) and not self.is_held_out(record)
 
     def distance_versions(self, record: TokenRecord) -> tuple[str, ...]:
         """The versions whose exact distances judging this record takes, `IDENTITY` first; none where it takes none."""
+        if record.constraint:
+            return ()
         if not (self._lease.is_last_leader and self.serving.uses(record) and self.is_held_out(record)):
             return ()
         kind = record.kind if record.kind in self.serving.kinds else REST_KIND
@@ -217,13 +223,15 @@ class ProfileManager:
             return
         self.writer.note_record()
         if record.kind not in self.serving.kinds:
+            if record.constraint:
+                return  # nothing serves the rest of what a grammar restricts
             record = replace(record, kind=REST_KIND)
         scope = self.scope_of(record)
         state = self.serving.kinds[record.kind]
         if state.scope is None:
             state.scope = scope
         if not self.is_held_out(record):
-            if fresh and record.adapter is None:
+            if fresh and record.adapter is None and not record.constraint:
                 self.proposals.learn(record, scope)
             return
         self.judge.observe(record, gains, fresh=fresh)

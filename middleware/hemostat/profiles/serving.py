@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from hemostat.ipc.messages import REST_KIND
+from hemostat.ipc.messages import REST_KIND, rest_of
 from hemostat.profiles.scopes import ALL, Scopes
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.guard.guard import DEFAULT_WINDOW
@@ -167,7 +167,8 @@ class ServingState:
         return self.forced or self.state_of(record).version
 
     def state_of(self, record: TokenRecord) -> KindState:
-        return self.kinds.get(record.kind, self.kinds[REST_KIND])
+        """Of the record's kind, or of the rest; nothing serves the rest of what a grammar restricts."""
+        return self.kinds.get(record.kind) or self.kinds.get(rest_of(record.kind)) or KindState()
 
     def has_room(self, version: str, kinds: Collection[str]) -> bool:
         """Whether the version may serve these kinds, without too many different ones serving then."""

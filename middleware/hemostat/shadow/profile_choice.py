@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hemostat.ipc.messages import REST_KIND, Policy
+from hemostat.ipc.messages import Policy, rest_of
 from hemostat.openai.requests import Request, Uncalibrated, Unscorable
 from hemostat.openai.tokens import ResponseFailure
 from hemostat.shadow.assignment import in_control_arm
@@ -68,8 +68,8 @@ class Choice:
 
 
 def served_kind(policy: Policy, kind: str) -> str:
-    """The name under which a kind is served and compared: `REST_KIND` for one that is not followed by itself."""
-    return kind if kind in policy.kinds else REST_KIND
+    """The name under which a kind is served and compared: that of the rest for one that is not followed by itself."""
+    return kind if kind in policy.kinds else rest_of(kind)
 
 
 def calibrates(policy: Policy) -> bool:
