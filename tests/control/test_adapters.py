@@ -70,6 +70,7 @@ class CopyReference:
         *,
         reshaped: bool = False,
         adapter: str = "",
+        allowed: Any = None,
     ) -> ReferenceScores:
         states = self.copy.hidden(np.concatenate([prompt, output[:-1]]))[-len(output) :]
         log_r = logprobs(self.copy.head_logits(states))

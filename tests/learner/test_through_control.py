@@ -68,6 +68,7 @@ class WorldReference:
         *,
         reshaped: bool = False,
         adapter: str = "",
+        allowed: Any = None,
     ) -> ReferenceScores:
         if len(output) != TOKENS or len(prompt) != 2:  # what others ask
             await asyncio.sleep(0)

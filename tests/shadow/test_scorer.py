@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.captures import INFO, K, V, capture
+from tests.support.grammars import no_conditioning
 from tests.support.served_models import pair, served_models
 from tests.support.waiting import until
 
@@ -25,6 +26,7 @@ from hemostat.shadow import scorer as scorer_module
 from hemostat.shadow.endings import EndingCounts
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.scorer import Scorer
+from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
@@ -61,6 +63,7 @@ class FakeReference:
         codes: Mapping[str, Any] = NO_CODES,
         hidden: bool = False,
         adapter: str = "",
+        allowed: AllowedSets | None = None,
     ) -> ReferenceScores:
         self.asked.append(len(prompt) + len(output))
         self.adapters_asked.append(adapter)
@@ -115,6 +118,7 @@ class Bench:
         self.profiles: tuple[CalibrationProfile, ...] = ()
         self.learning = b""
         self.maps: dict[str, bool] = {}
+        self.conditioning = no_conditioning()
         self.scorer = Scorer(
             self,
             self.engines.taps,
@@ -125,6 +129,7 @@ class Bench:
             endings=self.endings,
             emit=self._sink,
             clock=lambda: self.now,
+            conditioning=self.conditioning,
             profile_in_request=by_request,
             max_scored=max_scored,
         )

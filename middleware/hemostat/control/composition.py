@@ -42,6 +42,8 @@ from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.relay import counters as relay_counters
 from hemostat.shadow import assignment
 from hemostat.shadow.endings import Outcome
+from hemostat.shadow.grammar.conditioning import Conditioning
+from hemostat.shadow.grammar.masks import GrammarMasks, unavailable
 from hemostat.shadow.limits import Breakers
 from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
 from hemostat.shadow.records_file import RecordsFile
@@ -133,6 +135,7 @@ class Control:
             settings, self.profile_manager, self.monitor, self.engines, self.lease, changes.notify, clock=clock
         )
         self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner, self.adapters)
+        self.grammars = GrammarMasks(settings.grammar, clock)
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
@@ -153,6 +156,7 @@ class Control:
             clock=clock,
             draw=draw,
             on_change=changes.notify,
+            conditioning=Conditioning(settings.grammar, self.grammars),
             distances=self.adapters.judge if settings.adapter.enabled else None,
         )
         self.link = RelayLink(socket_path, self.pipeline.receive, self.outcomes.receive, self.pipeline.coverage.relayed)
@@ -167,6 +171,7 @@ class Control:
             clock,
             salt=lambda: self.salt.value,
             adapters=self.adapters.host,
+            grammars=unavailable(settings.grammar),
         )
         changes.subscribe(self.policy.publish)
         operations = make_operations(
@@ -266,6 +271,7 @@ class Control:
         """Write what is queued for the store, and release all resources."""
         await self.link.close()
         self.pipeline.distances.flush()
+        await self.grammars.close()
         for scorer in (self.references, self.compressed_scorer):
             if scorer is not None:
                 await scorer.close()

@@ -11,6 +11,7 @@ from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Policy
+from hemostat.openai.tool_parsers import TOOL_FORMATS, restricted_free_calls
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
 from hemostat.shadow.limits import Breakers
@@ -47,7 +48,9 @@ class PolicyPublisher:
         clock: Callable[[], float],
         salt: Callable[[], bytes],
         adapters: LoadedAdapters,
+        grammars: str,
     ) -> None:
+        """grammars: why no grammar can be rebuilt here; "" where it can."""
         self._settings = settings
         self._link = link
         self._engines = engines
@@ -58,6 +61,7 @@ class PolicyPublisher:
         self._clock = clock
         self._salt = salt
         self._adapters = adapters
+        self._grammars = not grammars
         self._last: Policy | None = None
         self.generation = 0
         """Number of policies that were sent."""
@@ -80,6 +84,10 @@ class PolicyPublisher:
         held = self._engines.acknowledged(now)
         # A map of the logits is applied by the engine's logits processor, which has to hold it, too.
         adapters = {v: has_map for v, has_map in self._adapters.ready.items() if not has_map or v in held}
+        grammar = self._settings.grammar
+        grammars = self._grammars and any(
+            pair.reference is not None and pair.reference.full_vocabulary for pair in served.pairs
+        )
         return Policy(
             generation=0,
             mode=profiles.serving.mode,
@@ -108,6 +116,9 @@ class PolicyPublisher:
             replica=self._engines.replica,
             salt=self._salt(),
             client_header=self._settings.evidence.client_header,
+            grammars=grammars,
+            tool_grammars=grammars and grammar.tool_call_parser in TOOL_FORMATS,
+            free_calls=restricted_free_calls(grammar.tool_call_parser, grammar.tool_strict_level),
             treat_unjudged=calibration.treat_unjudged,
             openai_sampling_defaults=self._settings.upstream.openai_sampling_defaults,
             **profiles.request_parameters(),

@@ -209,6 +209,12 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Every engine's plugin reports token ids and the most likely tokens, by choice, where `hemostat_tap_top` asks."""
     default_model: str = ""
     """The served name that answers a request without one; "" while it is not known."""
+    grammars: bool = False
+    """Requests whose tokens a grammar restricts can be scored."""
+    tool_grammars: bool = False
+    """The same where the grammar is made of tools."""
+    free_calls: str = "strict"
+    """Which tool calls that the model is free to make vLLM restricts; see `grammar_spec.read_grammar`."""
     openai_sampling_defaults: bool = False
     """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty is OpenAI's default."""
 

@@ -59,11 +59,33 @@ class _Kind:
             self.gains.popitem(last=False)
 
 
-class ByKind:
-    """max_tokens: of a request."""
+@dataclass(frozen=True, slots=True)
+class KindMetrics:
+    """Names of the metrics that the figures are exported as."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+    kl_nats: str
+    kl_tokens: str
+    gain_nats: str
+    recovered_ratio: str
+
+
+KIND_METRICS = KindMetrics(
+    names.KIND_KL_NATS, names.KIND_KL_TOKENS, names.KIND_GAIN_NATS, names.KIND_RECOVERED_DIVERGENCE_RATIO
+)
+CONDITIONAL_METRICS = KindMetrics(
+    names.CONDITIONAL_KIND_KL_NATS,
+    names.CONDITIONAL_KIND_KL_TOKENS,
+    names.CONDITIONAL_KIND_GAIN_NATS,
+    names.CONDITIONAL_KIND_RECOVERED_DIVERGENCE_RATIO,
+)
+
+
+class ByKind:
+    """max_tokens: of a request. metrics: what its figures are exported as."""
+
+    def __init__(self, max_tokens: int = MAX_TOKENS, metrics: KindMetrics = KIND_METRICS) -> None:
         self._max_tokens = max_tokens
+        self._metrics = metrics
         self._kinds: OrderedDict[str, _Kind] = OrderedDict()
 
     def count(self, record: TokenRecord, served: TokenDivergence) -> None:
@@ -142,13 +164,13 @@ class ByKind:
     def samples(self) -> Iterator[Sample]:
         for name, kind in self._kinds.items():
             for arm, (tokens, nats) in kind.totals.items():
-                yield Sample(names.KIND_KL_NATS, (name, arm), nats)
-                yield Sample(names.KIND_KL_TOKENS, (name, arm), tokens)
+                yield Sample(self._metrics.kl_nats, (name, arm), nats)
+                yield Sample(self._metrics.kl_tokens, (name, arm), tokens)
             _, gain = kind.latest()
             if gain is None or not gain.requests:
                 continue
             for weighting, sequence in (("token", gain.by_token), ("request", gain.by_request)):
-                yield Sample(names.KIND_GAIN_NATS, (name, weighting), sequence.get().mean)
+                yield Sample(self._metrics.gain_nats, (name, weighting), sequence.get().mean)
             recovered = gain.recovered()
             if recovered is not None and recovered["estimate"] is not None:
-                yield Sample(names.KIND_RECOVERED_DIVERGENCE_RATIO, (name,), recovered["estimate"])
+                yield Sample(self._metrics.recovered_ratio, (name,), recovered["estimate"])

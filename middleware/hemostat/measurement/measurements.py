@@ -16,6 +16,7 @@ import numpy as np
 from hemostat.measurement.by_decoding import UNKNOWN, ByDecoding, strategy
 from hemostat.measurement.by_kind import ByKind
 from hemostat.measurement.by_place import ByPlace
+from hemostat.measurement.conditional import ConditionalFigures
 from hemostat.measurement.figures import FIGURES, HEADLINE, MAX_TOKENS, MODELS, StageFigures, ends_or_none
 from hemostat.measurement.gains import DistanceGains, GainFigures, interval, interval_json
 from hemostat.measurement.survival import SurvivalFigures
@@ -112,6 +113,8 @@ class Measurements:
         self.by_kind = ByKind(max_tokens)
         self.by_place = ByPlace(max_tokens)
         self.thinking = ThinkingFigures(max_tokens)
+        self.conditional = ConditionalFigures(max_tokens)
+        """Of constrained records, which `observe` does not take."""
         self._where: dict[tuple[str, str], StageFigures] = {}
         self._served = {arm: StageFigures(max_tokens) for arm in arms}
         self._noise_floor = {model: StageFigures(max_tokens) for model in MODELS}
@@ -342,6 +345,7 @@ class Measurements:
         yield from self.by_kind.samples()
         yield from self.by_place.samples()
         yield from self.thinking.samples()
+        yield from self.conditional.samples()
         half_life = self.survival.half_life()
         if half_life is not None:
             for edge, value in zip(("mean", "low", "high"), half_life, strict=True):

@@ -42,10 +42,11 @@ class GrammarTooLarge(Exception):
     """The members have more than MAX_GRAMMAR_BYTES bytes."""
 
 
-def read_grammar(body: JsonObject, *, free_calls: str = "strict") -> GrammarSpec | None:
+def read_grammar(body: JsonObject, *, tools: bool = True, free_calls: str = "strict") -> GrammarSpec | None:
     """What a chat's or completion's body enforces; None where every token is allowed. GrammarTooLarge, and one of
     MALFORMED.
 
+    tools: whether requests of this form can have tools.
     free_calls: which calls that the model is free to make are restricted: "never", "always", or "strict", where a tool
         is strict or at most one call is allowed.
 
@@ -57,7 +58,7 @@ def read_grammar(body: JsonObject, *, free_calls: str = "strict") -> GrammarSpec
     if (format_type is not None and format_type != "text") or body.has("structured_outputs"):
         origin = GrammarOrigin.STRUCTURED_OUTPUT
     limited = False
-    if body.has("tools"):
+    if tools and body.has("tools"):
         choice = body.value("tool_choice") if "tool_choice" in body else "auto"
         if choice == "auto":
             limited = free_calls == "always" or (free_calls == "strict" and _limits_calls(body))

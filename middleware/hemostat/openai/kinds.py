@@ -48,7 +48,7 @@ _MAX_BYTES_PER_CHARACTER = 12
 """A JSON string's longest character: an escaped pair of surrogates."""
 _NAMED = frozenset({"model", "label"})
 """Parts that a name follows."""
-_STRUCTURED = frozenset({Unscorable.STRUCTURED_OUTPUT, Unscorable.FORCED_TOOL})
+_STRUCTURED = frozenset({Unscorable.STRUCTURED_OUTPUT, Unscorable.FORCED_TOOL, Unscorable.GRAMMAR_TOO_LARGE})
 _CODE_SIGNS = (b"```", b"def ", b"#include", b"public static", b"std::", b"console.log", b"import numpy", b"</div>")
 """Any of these is enough."""
 _LANGUAGES = frozenset(
@@ -130,7 +130,7 @@ def _edges(raw: memoryview) -> bytes:
 
 
 def _output(request: Request, words: set[bytes], first: list[bytes]) -> str:
-    if request.unscorable in _STRUCTURED:
+    if request.grammar is not None or request.unscorable in _STRUCTURED:
         return GRAMMAR_PART
     if request.tools and request.body.raw("tools") != b"[]" and _given(request, "tool_choice") != "none":
         return "tools"

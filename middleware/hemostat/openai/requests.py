@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from hemostat.openai.form import Form
+from hemostat.openai.grammar_spec import GrammarSpec
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 from hemostat_calibration.records import Sampling
 
@@ -32,9 +33,12 @@ class Unscorable(StrEnum):
     """More choices than MAX_CHOICES; or several in a stream without usage, with tools, where lost ids would not be
     noticed."""
     STRUCTURED_OUTPUT = "structured_output"
-    """vLLM takes logprobs after the mask of the grammar."""
+    """A grammar restricts the tokens, and requests under a grammar cannot be scored here (section `grammar` of the
+    configuration); or the request has parameters (`guided_…`) that vLLM 0.32 ignores and older ones enforce."""
     FORCED_TOOL = "forced_tool"
-    """The same, for a forced tool call."""
+    """A tool call is forced, or restricted by a strict tool, and these cannot be scored here."""
+    GRAMMAR_TOO_LARGE = "grammar_too_large"
+    """A grammar restricts the tokens, and it is too large."""
     ECHO = "echo"
     """The response would contain the prompt."""
     CLIENT_LOGPROBS = "client_logprobs"
@@ -128,6 +132,8 @@ class Request:
     """Of all prompts together."""
     prompts: int = 1
     wish: LogprobWish = NO_WISH
+    grammar: GrammarSpec | None = None
+    """What restricts the tokens; None where nothing does."""
 
     @property
     def from_tap(self) -> bool:

@@ -42,10 +42,13 @@ TOOL_FORMATS: Mapping[str, str] = MappingProxyType(
 """Parser -> the structural tag's model in xgrammar or vLLM, or `JSON_SCHEMA`."""
 
 
-def limits_free_calls(parser: str | None) -> bool:
-    """Whether vLLM may enforce a grammar on calls that the model is free to make; also where that is not known.
+def restricted_free_calls(parser: str | None, strict_level: str) -> str:
+    """Which calls that the model is free to make vLLM restricts: "never", "always" or "strict" (where a tool is strict
+    or at most one call is allowed); where the parser is not known, as if it had a structural tag.
 
-    >>> [limits_free_calls(parser) for parser in ("hermes", "pythonic", None)]
-    [True, False, True]
+    >>> [restricted_free_calls(*one) for one in (("hermes", "auto"), ("pythonic", "auto"), (None, "function"))]
+    ['strict', 'never', 'always']
     """
-    return TOOL_FORMATS.get(parser or "") != JSON_SCHEMA
+    if TOOL_FORMATS.get(parser or "") == JSON_SCHEMA:
+        return "never"
+    return "strict" if strict_level == "auto" else "always"

@@ -64,10 +64,6 @@ class ScoringSkipReason(StrEnum):
     REFERENCE_NO_ADAPTER = "reference_no_adapter"
     """The reference does not serve the LoRA adapter any more."""
 
-    GRAMMAR_NEEDS_FULL_VOCABULARY = "grammar_needs_full_vocabulary"
-    """A grammar restricted the tokens, and the reference gives only its top ids: its distribution over the allowed ids
-    does not follow from them."""
-
 
 class ScoringDropReason(StrEnum):
     """Why a capture was not scored, though it could have been at another time."""

@@ -18,6 +18,7 @@ from hemostat.openai.tokens import ChoiceTokens, ResponseFailure, ResponseTokens
 from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
+from hemostat.shadow.grammar.enforced import with_grammar
 from hemostat.shadow.profile_choice import ArmReason, Reason, Unjudged, choose_profile, served_kind
 from hemostat.shadow.reports import Reports
 from hemostat_calibration.records import Arm, Sampling
@@ -165,6 +166,7 @@ class InterceptedExchange:
         except MALFORMED:
             self._pass_unread(SkipReason.BAD_JSON)
             return None
+        request = with_grammar(request, policy)
         several = policy.scorable_models is not None and len(policy.scorable_models) > 1
         self._kind = kind_name(request, self._options.label, several_models=several)
         self._conversation = conversation_digest(request.conversation_key, policy.salt)
@@ -403,5 +405,6 @@ class InterceptedExchange:
             tools=request.tools,
             reasoning=choice.reasoning,
             from_tap=self._from_tap,
+            grammar=request.grammar,
             generated=-1 if tokens.usage is None else tokens.usage.completion_tokens,
         )

@@ -9,6 +9,9 @@
 A record of an adapter (`TokenRecord.adapter`) is of another model than the compressed one. It counts as what was
 served, and in nothing that is about the compressed model itself: raw figures, alarm, noise floor, learning.
 
+A record that a grammar restricts (`TokenRecord.constraint`) is conditional: it is measured apart from all others, and
+judged in its own kind.
+
 Fail open: whatever a user of records does wrong is counted or logged, and the capture before and the one after it are
 scored all the same.
 """
@@ -24,7 +27,7 @@ import numpy as np
 
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
-from hemostat.ipc.messages import Capture
+from hemostat.ipc.messages import Capture, rest_of
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
@@ -37,6 +40,7 @@ from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import Reference
 from hemostat.shadow.distances import DistanceSource, DistanceWaits
 from hemostat.shadow.endings import EndingCounts, Outcome, ScoringDropReason
+from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
 from hemostat.shadow.records_file import RecordsFile
@@ -95,6 +99,7 @@ class ScoringPipeline:
 
     scores: False with `reference.backend: none`; then every capture is dropped.
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
+    conditioning: of captures whose tokens a grammar restricted.
     distances: who computes exact distances; None: nobody, and no adapter is judged.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
     on_change: called after every record, which may have changed what the relays' policy depends on.
@@ -114,6 +119,7 @@ class ScoringPipeline:
         clock: Callable[[], float],
         draw: Callable[[], float],
         on_change: Callable[[], None],
+        conditioning: Conditioning,
         distances: DistanceSource | None = None,
     ) -> None:
         self._monitor = monitor
@@ -157,6 +163,7 @@ class ScoringPipeline:
             breakers=breakers,
             endings=self.endings,
             emit=self.use_record,
+            conditioning=conditioning,
             clock=clock,
             profile_in_request=settings.calibration.apply == "request",
             max_scored=shadow.max_scored_tokens,
@@ -211,6 +218,9 @@ class ScoringPipeline:
         """A scored record, from the scorer. Its consumers know only the kinds that are followed, and `REST_KIND`."""
         consumers, profiles = self._consumers, self._consumers.profiles
         pair, calibrated = self._monitor.served.of(record.model), self._monitor.served.calibrated
+        if record.constraint:
+            self._use_constrained(record, capture, judged=pair is None or pair is calibrated)
+            return
         if pair is not None and pair is not calibrated:
             self._use_of_other_model(pair, record, capture)
             return
@@ -266,6 +276,32 @@ class ScoringPipeline:
             # The record is already measured: a bug in calibration must not prevent the rest.
             self.calibration_errors += 1
             log.exception("calibration could not use the record of %s", capture.request_id)
+        self._on_change()
+
+    def _use_constrained(self, record: TokenRecord, capture: Capture, *, judged: bool) -> None:
+        """A record that is conditional on what a grammar allows: it is measured apart, and judged in its own kind.
+
+        The alarm, the noise floor and learning are about whole distributions. judged: profiles are for its model.
+        """
+        consumers, profiles = self._consumers, self._consumers.profiles
+        kind = profiles.kinds.see(record.kind) if judged else rest_of(record.kind)
+        record = replace(record, kind=kind)
+        gains, fresh = RecordGains(record), self._seen.add(record)
+        figures = consumers.measurements.conditional.observe(
+            record,
+            profiles.calibrated_profile(record) if judged else None,
+            profiles.catalogue.get(record.applied),
+            held_out=profiles.is_held_out(record),
+            gains=gains,
+            fresh=fresh,
+        )
+        if consumers.tracing is not None and capture.traceparent:
+            self._trace(consumers.tracing, record, capture, figures)
+        if judged:
+            self._judge(record, capture, figures, gains, fresh=fresh)
+            return
+        if consumers.records is not None:
+            consumers.records.write(capture, record, figures)
         self._on_change()
 
     def _use_of_other_model(self, pair: ModelPair, record: TokenRecord, capture: Capture) -> None:

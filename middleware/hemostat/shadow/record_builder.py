@@ -12,12 +12,13 @@ import numpy as np
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import ReferenceInfo, ReferenceScores
+from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest, code
 from hemostat_calibration.reasoning import Markers, find_thinking
-from hemostat_calibration.records import Arm, Candidates, Features, Sampling, Shift, TokenRecord, validate
+from hemostat_calibration.records import GRAMMAR, Arm, Candidates, Features, Sampling, Shift, TokenRecord, validate
 from hemostat_calibration.statistics.split import prompt_key
 
 
@@ -40,6 +41,11 @@ class CaptureArrays:
     def position(self) -> int:
         """Of the first scored token in the output."""
         return len(self.context) - len(self.prompt)
+
+    @property
+    def whole_output(self) -> Ids:
+        """int32 [position + T]."""
+        return np.concatenate([self.context[len(self.prompt) :], self.output])
 
 
 def decode_capture(capture: Capture, max_scored: int | None = None) -> CaptureArrays:
@@ -85,6 +91,7 @@ def build_record(
     features: Features | None = None,
     codes: Mapping[str, Floats] = MappingProxyType({}),
     *,
+    allowed: AllowedSets | None = None,
     profile_in_request: bool = False,
     adapter_maps: Mapping[str, bool] = MappingProxyType({}),
     markers: Markers | None = None,
@@ -96,10 +103,10 @@ def build_record(
     features: the tap's, aligned to the output (`align_features`). codes: by version, float64 [T, r], `profile_codes`.
     profile_in_request: a requested profile was applied through the request's own sampling parameters
         (`calibration.apply: request`), of which the engine's plugin knows nothing.
+    allowed: the ids that the request's grammar allows, which both models' log-probabilities are conditional on.
     adapter_maps: the known adapters -> whether each has a map of the logits, too.
     markers: of the model's thinking; None where it has none, or they are not known.
     """
-    whole_output = np.concatenate([arrays.context[len(arrays.prompt) :], arrays.output])
     tokens = len(arrays.output)
     unknown = np.full(tokens, np.nan)
     applied = capture.requested if profile_in_request else applied_version(capture, tap, adapter_maps)
@@ -134,6 +141,8 @@ def build_record(
             # A request whose profile the engine did not apply (it may just have lost it) belongs to neither arm; nor
             # does one to which it applied an adapter's map without the adapter.
             arm=Arm(capture.arm) if applied == capture.requested and whole else Arm.NONE,
+            support=None if allowed is None else allowed.support,
+            constraint="" if allowed is None else GRAMMAR,
             requested=capture.requested,
             applied=applied,
             shifts=shifts,
@@ -141,7 +150,7 @@ def build_record(
             reference_hidden=scores.hidden,
             position=arrays.position,
             context_tokens=len(arrays.context),
-            thinking=None if markers is None else find_thinking(arrays.prompt, whole_output, markers),
+            thinking=None if markers is None else find_thinking(arrays.prompt, arrays.whole_output, markers),
             adapter=capture.adapter,
             request_id=capture.request_id,
             route=capture.route,

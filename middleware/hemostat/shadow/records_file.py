@@ -52,6 +52,8 @@ class RecordsFile:
             "profile": record.applied or IDENTITY,
             # With an adapter, kl_nats and covered_mass are of the adapted model.
             "adapter": record.adapter,
+            # With one, kl_nats and covered_mass are conditional on what it allows.
+            "constraint": record.constraint,
             "distances": {version: _means(found) for version, found in record.distances.items()},
         }
         try:

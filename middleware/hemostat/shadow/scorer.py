@@ -30,6 +30,8 @@ from hemostat.shadow.endings import (
     invalid_record,
     reference_failed,
 )
+from hemostat.shadow.grammar.conditioning import Conditioning
+from hemostat.shadow.grammar.reasons import GrammarFailure, GrammarReason
 from hemostat.shadow.limits import Breaker, Breakers, BreakerState, ShadowQueue, TokenBudget
 from hemostat.shadow.record_builder import (
     CaptureArrays,
@@ -41,6 +43,7 @@ from hemostat.shadow.record_builder import (
     decode_capture,
     profile_codes,
 )
+from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -58,10 +61,10 @@ MAX_SCORE_SECONDS = 120.0
 MIN_TOKENS_PER_SECOND = 100.0
 """Of a reference that works: a slow one needs minutes for a long prompt, and has not failed then."""
 
-_NEVER_SCORABLE = {
+_NEVER_SCORABLE: Mapping[FailureReason, ScoringSkipReason | GrammarReason] = {
     FailureReason.TOO_LONG: ScoringSkipReason.REFERENCE_TOO_LONG,
     FailureReason.NO_ADAPTER: ScoringSkipReason.REFERENCE_NO_ADAPTER,
-    FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY: ScoringSkipReason.GRAMMAR_NEEDS_FULL_VOCABULARY,
+    FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY: GrammarReason.NEEDS_FULL_VOCABULARY,
 }
 """Failures that are a property of the request: they say nothing of the reference's health."""
 
@@ -108,6 +111,7 @@ class Scorer:
         endings: EndingCounts,
         emit: Callable[[TokenRecord, Capture], None],
         clock: Callable[[], float],
+        conditioning: Conditioning,
         profile_in_request: bool = False,
         max_scored: int | None = None,
     ) -> None:
@@ -121,6 +125,7 @@ class Scorer:
         self._endings = endings
         self._emit = emit
         self._clock = clock
+        self._conditioning = conditioning
         self._profile_in_request = profile_in_request
         self._wake = asyncio.Event()
         self._in_progress = 0
@@ -153,13 +158,16 @@ class Scorer:
 
     async def _run_worker(self) -> None:
         while True:
-            capture = self._queue.take(self._tap_is_complete)
+            capture = self._queue.take(self._is_ready)
             if capture is None:
                 await self._wait_for_work()
                 continue
             self._in_progress += 1
             try:
                 await self._score(capture)
+            except GrammarFailure as failure:
+                self._endings.count(Outcome.SKIPPED, failure.reason, capture)
+                log.info("the grammar of %s: %s: %s", capture.request_id, failure.reason, failure)
             except InvalidRecordError as error:
                 self._endings.count(Outcome.SKIPPED, invalid_record(error), capture)
                 log.warning("record of %s refused: %s", capture.request_id, error)
@@ -173,13 +181,19 @@ class Scorer:
                 self._in_progress -= 1
 
     async def _wait_for_work(self) -> None:
-        """Until a capture comes; while others wait for their taps, at most TAP_POLL_SECONDS."""
+        """Until a capture comes; while others wait for their taps or grammars, at most TAP_POLL_SECONDS."""
         self._wake.clear()
         if not len(self._queue):
             await self._wake.wait()
             return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), TAP_POLL_SECONDS)
+
+    def _is_ready(self, capture: Capture) -> bool:
+        """Nothing has to be waited for any more, neither the engine's tap nor what rebuilds grammars."""
+        pair = self._models.served.of(capture.model) if capture.grammar is not None else None
+        grammar = self._conditioning.ready(capture, None if pair is None else pair.reference)
+        return grammar and self._tap_is_complete(capture)
 
     def _tap_is_complete(self, capture: Capture) -> bool:
         """The engine has reported every position of the output, or the time to wait for that is up."""
@@ -204,6 +218,7 @@ class Scorer:
             return
         arrays = decode_capture(capture, self._max_scored)
         check_vocabulary(arrays, info.vocab_size)
+        arrays, allowed = await self._conditioning.condition(capture, arrays, info, pair.markers)
         tokens = len(arrays.context) + len(arrays.output)
         await self._budget.take(tokens, self._clock)
         # Profiles are for one model. Of the others, the distributions alone are of use.
@@ -218,8 +233,10 @@ class Scorer:
             return
         adapter = capture.model if capture.model in pair.scorable_adapters else ""
         unit = capture.conversation or prompt_key(arrays.prompt)
-        hidden = calibrated and self._needs.needs_hidden_states(unit)
-        scores = await self._ask(pair.scorer, breaker, arrays, profiles, codes, adapter, capture, hidden=hidden)
+        hidden = calibrated and allowed is None and self._needs.needs_hidden_states(unit)
+        scores = await self._ask(
+            pair.scorer, breaker, arrays, profiles, codes, adapter, capture, hidden=hidden, allowed=allowed
+        )
         if scores is None:
             return
         self.reference_tokens += tokens
@@ -237,6 +254,7 @@ class Scorer:
             versions,
             features,
             codes,
+            allowed=allowed,
             profile_in_request=self._profile_in_request,
             adapter_maps=self._needs.adapter_maps(),
             markers=pair.markers,
@@ -287,6 +305,7 @@ class Scorer:
         capture: Capture,
         *,
         hidden: bool,
+        allowed: AllowedSets | None,
     ) -> ReferenceScores | None:
         """The scores; None, and counted, when the reference can never score this. The
         outcome is reported to the breaker."""
@@ -298,6 +317,7 @@ class Scorer:
             {version: values.astype(np.float32) for version, values in codes.items()},
             hidden=hidden,
             adapter=adapter,
+            allowed=allowed,
         )
         seconds = MAX_SCORE_SECONDS + (len(arrays.context) + len(arrays.output)) / MIN_TOKENS_PER_SECOND
         try:

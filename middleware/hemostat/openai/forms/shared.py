@@ -9,7 +9,7 @@ import msgspec
 from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
 from hemostat.openai.requests import MAX_CHOICES, Request, Unscorable
 
-_STRUCTURED_OUTPUT_KEYS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_GUIDED_KEYS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class _StreamOptions(msgspec.Struct):
@@ -52,15 +52,8 @@ def unscorable_parameters(body: JsonObject, *, choices: int | None, usage: bool 
         return Unscorable.BEAM_SEARCH
     if choices > MAX_CHOICES or (choices > 1 and value("stream") and body.has("tools") and not usage):
         return Unscorable.N
-    response_format = value("response_format")
-    if response_format is not None and not (
-        isinstance(response_format, dict) and response_format.get("type") == "text"
-    ):
+    if any(body.has(key) for key in _GUIDED_KEYS):
         return Unscorable.STRUCTURED_OUTPUT
-    if any(body.has(key) for key in _STRUCTURED_OUTPUT_KEYS):
-        return Unscorable.STRUCTURED_OUTPUT
-    if value("tool_choice") not in (None, "none", "auto"):
-        return Unscorable.FORCED_TOOL
     return Unscorable.ECHO if value("echo") else None
 
 

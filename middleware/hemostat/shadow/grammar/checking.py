@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from hemostat.shadow.grammar.reasons import GrammarFailure, GrammarReason
@@ -29,7 +31,7 @@ def shows_mask(candidates: Candidates) -> bool:
     >>> shows_mask(Candidates(np.array([[4, -1]], np.int32), np.array([[-0.1, -np.inf]])))
     False
     """
-    return bool(((candidates.ids >= 0) & ~possible(candidates)).any())
+    return bool(((candidates.ids >= 0) & (candidates.logprobs <= IMPOSSIBLE_LOGPROB)).any())
 
 
 def restricted(candidates: Candidates, output: Ids, top_k: int, sets: AllowedSets) -> Candidates:
@@ -52,39 +54,7 @@ def restricted(candidates: Candidates, output: Ids, top_k: int, sets: AllowedSet
     return Candidates(np.where(can_be, candidates.ids, -1), np.where(can_be, candidates.logprobs, -np.inf))
 
 
-def _agree(rows: Bools, what: str) -> None:
+def _agree(rows: Any, what: str) -> None:
+    """rows: bool [T]; `Any`, since numpy's stubs take a sum along an axis for a scalar, too."""
     if not rows.all():
         raise GrammarFailure(GrammarReason.MISMATCH, f"{what} at position {int(np.argmin(rows))}")
-
-
-def first_restricted(prompt: Ids, output: Ids, start: Ids, end: Ids) -> int:
-    """Index of the first output position that vLLM restricts where a reasoning parser is set: the one after the end
-    marker, T where there is none; 0 where the prompt has ended the reasoning already.
-
-    start, end: the markers, each one or more ids; an empty `end` stands for no parser. As vLLM's parsers decide it
-    (`reasoning/basic_parsers.py`).
-
-    >>> ids = [np.array(a, np.int32) for a in ([1, 2], [5, 8, 6], [7], [8])]
-    >>> first_restricted(*ids), first_restricted(ids[3], *ids[1:])
-    (2, 0)
-    """
-    if not len(end):
-        return 0
-    last_end = _last(prompt, end)
-    if last_end >= 0 and last_end > _last(prompt, start):
-        return 0
-    first = _positions(output, end)
-    return int(first[0]) + len(end) if len(first) else len(output)
-
-
-def _last(ids: Ids, marker: Ids) -> int:
-    found = _positions(ids, marker)
-    return int(found[-1]) if len(found) else -1
-
-
-def _positions(ids: Ids, marker: Ids) -> Ids:
-    if not len(marker) or len(ids) < len(marker):
-        return np.zeros(0, np.int32)
-    windows = np.lib.stride_tricks.sliding_window_view(ids, len(marker))
-    found: Ids = np.nonzero((windows == marker).all(axis=1))[0].astype(np.int32)
-    return found

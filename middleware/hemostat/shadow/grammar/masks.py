@@ -11,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from hemostat.config.schema import Grammar
+from hemostat.config.grammar import Grammar
 from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.openai.grammar_spec import GrammarSpec
@@ -206,7 +207,8 @@ class _Worker:
         exited = asyncio.create_task(self._child.exited.wait())
         try:
             self._child.send(wire.REQUESTS.encode(msgspec.structs.replace(request, id=self._number)))
-            done, _ = await asyncio.wait({self._answer, exited}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            pending: set[asyncio.Future[Any]] = {self._answer, exited}
+            done, _ = await asyncio.wait(pending, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         except ChildExited as gone:
             raise GrammarFailure(GrammarReason.FAILED, str(gone)) from gone
         finally:

@@ -34,8 +34,10 @@ class GrammarReason(StrEnum):
     """The process ended, or answered something unexpected."""
     MISMATCH = "grammar_mismatch"
     """An emitted id, or a listed one with a probability, is not allowed; or a listed one without is."""
-    UNFINISHED_REASONING = "grammar_reasoning"
-    """Where the reasoning ends, and the grammar begins, is not known."""
+    UNKNOWN = "grammar_unknown"
+    """Listed ids have no probability, though nothing in the request restricts its tokens."""
+    NEEDS_FULL_VOCABULARY = "grammar_needs_full_vocabulary"
+    """The reference gives only its top ids: its distribution over the allowed ids does not follow from them."""
 
 
 class GrammarFailure(Exception):

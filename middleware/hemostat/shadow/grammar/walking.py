@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class TokenizerGrammars:
         ]
         return self._compiler.compile_structural_tag(items, tag["triggers"])
 
-    def walk(self, compiled: Any, output: Ids, start: int, stop_token_ids: set[int]) -> AllowedSets:
+    def walk(self, compiled: Any, output: Ids, start: int, stop_token_ids: Set[int]) -> AllowedSets:
         """The allowed ids at each position of `output` [T]: all of them before `start`, and after the grammar has
         ended. GrammarFailure where the output is not of the grammar, or its sets are too large."""
         matcher = xgr.GrammarMatcher(compiled, override_stop_tokens=sorted(stop_token_ids) or None)

@@ -1,0 +1,86 @@
+"""Figures of requests whose tokens a grammar restricts: conditional on the allowed ids, and apart from all others.
+
+Where a grammar leaves few ids, both models agree for that reason alone, so that these figures say nothing of the
+others' and are never added to them. They are exact wherever every allowed id is listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hemostat.measurement.by_kind import CONDITIONAL_METRICS, ByKind
+from hemostat.measurement.figures import HEADLINE, MAX_TOKENS, StageFigures
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat_calibration.divergence.per_token import TokenDivergence, calibrated, divergence
+from hemostat_calibration.divergence.record_gains import RecordGains
+from hemostat_calibration.profiles.families import ADAPTER
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.records import Arm, TokenRecord
+
+
+class ConditionalFigures:
+    """max_tokens: of a request."""
+
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._raw = StageFigures(max_tokens)
+        self.by_kind = ByKind(max_tokens, CONDITIONAL_METRICS)
+        self._tokens = {(str(arm), share): 0 for arm in Arm for share in ("exact", "bounds")}
+
+    @property
+    def tokens(self) -> int:
+        """Scored ones."""
+        return sum(self._tokens.values())
+
+    def observe(
+        self,
+        record: TokenRecord,
+        profile: CalibrationProfile | None,
+        served: CalibrationProfile | None,
+        *,
+        held_out: bool,
+        gains: RecordGains,
+        fresh: bool,
+    ) -> TokenDivergence:
+        """Add one constrained record; as `Measurements.observe`. Returns the raw figures; of a record of an adapter,
+        those of what was served."""
+        if profile is not None and profile.family == ADAPTER:
+            profile = None
+        figures = divergence(record, served)
+        own = record.adapter is None
+        after = figures if profile is None or not own else calibrated(record, profile, served)
+        gain = gains.of(profile) if profile is not None and own and held_out else None
+        served_figures = figures if record.applied is None else after
+        interval = figures.bounds.kl_rc
+        exact = int((interval.lower == interval.upper).sum())
+        self._tokens[str(record.arm), "exact"] += exact
+        self._tokens[str(record.arm), "bounds"] += record.tokens - exact
+        self.by_kind.count(record, served_figures)
+        if fresh:
+            if own:
+                self._raw.add(figures)
+            self.by_kind.add(record, figures if own else None, served_figures, profile, gain)
+        return figures
+
+    def report(self) -> dict[str, Any]:
+        """JSON-ready. `exact_tokens_share`: of the tokens whose divergence is known exactly, None without any."""
+        exact = sum(tokens for (_, share), tokens in self._tokens.items() if share == "exact")
+        return {
+            "conditional_on": "grammar",
+            "exact_tokens_share": exact / self.tokens if self.tokens else None,
+            "raw": self._raw.summary(),
+            "kinds": self.by_kind.report(),
+        }
+
+    def samples(self) -> Iterator[Sample]:
+        for labels, tokens in self._tokens.items():
+            yield Sample(names.CONDITIONAL_TOKENS, labels, tokens)
+        for name in HEADLINE:
+            figure = self._raw.figure(name)
+            for edge, value in zip(("mean", "low", "high"), (figure["estimate"], *figure["ci95"]), strict=True):
+                if value is not None and np.isfinite(value):
+                    yield Sample(names.CONDITIONAL_DIVERGENCE, (name, edge), value)
+        yield from self.by_kind.samples()

@@ -1,0 +1,361 @@
+"""From captures under a grammar to conditional figures, in a world whose distributions are known whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from tests.support.captures import INFO, K, V, capture
+from tests.support.control import settings
+from tests.support.grammars import GivenSets, NoSets
+from tests.support.records import condition, log_softmax, top
+from tests.support.samples import values
+from tests.support.served_models import pair, served_models
+
+from hemostat.config.grammar import Grammar
+from hemostat.engines.registry import EngineRegistry
+from hemostat.ipc.messages import REST_GRAMMAR_KIND, Capture
+from hemostat.measurement.measurements import Measurements
+from hemostat.metrics import names
+from hemostat.openai.grammar_spec import GrammarOrigin, GrammarSpec
+from hemostat.reference.protocol import NO_CODES, FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.shadow.endings import EndingCounts, Outcome
+from hemostat.shadow.grammar.conditioning import Conditioning
+from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
+from hemostat.shadow.pipeline import ScoringPipeline
+from hemostat.shadow.scorer import Scorer
+from hemostat_calibration.allowed_sets import AllowedSets, words
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.reasoning import Markers
+from hemostat_calibration.records import TokenRecord
+
+SPEC = GrammarSpec(GrammarOrigin.STRUCTURED_OUTPUT, {"structured_outputs": b'{"regex": "a"}'})
+MASKED = -9999.0
+"""What vLLM writes for the log-probability of a masked id."""
+KIND = "chat grammar greedy"
+
+
+def sets_of(mask: np.ndarray) -> AllowedSets:
+    padded = np.zeros((len(mask), words(V) * 32), np.uint8)
+    padded[:, :V] = mask
+    table = np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
+    return AllowedSets(V, table, np.arange(len(mask), dtype=np.int32))
+
+
+class Request:
+    """T tokens that the compressed model drew under a grammar."""
+
+    def __init__(self, seed: int, tokens: int = 12, allowed: float = 0.3) -> None:
+        rng = np.random.default_rng(seed)
+        z = 2.0 * rng.normal(size=(tokens, V))
+        self.reference, self.compressed = log_softmax(z), log_softmax(z + 0.5 * rng.normal(size=z.shape))
+        self.mask = rng.random(z.shape) < allowed
+        self.mask[:, :2] = True
+        self.mask[0] = True  # before the grammar begins
+        self.mask[1] = np.arange(V) == 7  # only one way on
+        drawn = np.exp(condition(self.compressed, self.mask))
+        self.output = np.array([rng.choice(V, p=row / row.sum()) for row in drawn], np.int32)
+
+    def capture(self, **more: Any) -> Capture:
+        """As vLLM answers: the likeliest K after the mask, and the emitted one behind them."""
+        masked = condition(self.compressed, self.mask)
+        found = top(masked, K, self.output)
+        logprobs = np.where((found.ids >= 0) & np.isneginf(found.logprobs), MASKED, found.logprobs)
+        made = capture(
+            tokens=len(self.output),
+            output_token_ids=self.output.astype("<i4").tobytes(),
+            candidate_ids=found.ids.astype("<i4").tobytes(),
+            candidate_logprobs=logprobs.astype("<f4").tobytes(),
+            emitted_logprobs=masked[np.arange(len(self.output)), self.output].astype("<f4").tobytes(),
+            kind=KIND,
+            grammar=SPEC,
+        )
+        return msgspec.structs.replace(made, **more)
+
+    @property
+    def kl(self) -> np.ndarray:
+        """KL(r‖c) given the set, by the definition."""
+        log_r, log_c = condition(self.reference, self.mask), condition(self.compressed, self.mask)
+        with np.errstate(invalid="ignore"):
+            return np.where(self.mask, np.exp(log_r) * (log_r - log_c), 0.0).sum(1)
+
+
+class WorldReference:
+    """Knows the reference's distribution. whole: False, it gives only its top ids, and cannot condition them."""
+
+    def __init__(self, request: Request, *, whole: bool = True) -> None:
+        self.request = request
+        self.whole = whole
+        self.asked: list[AllowedSets | None] = []
+
+    async def score(
+        self,
+        prompt: Ids,
+        output: Ids,
+        ids: Ids,
+        profiles: tuple[CalibrationProfile, ...] = (),
+        codes: Mapping[str, Any] = NO_CODES,
+        hidden: bool = False,
+        *,
+        reshaped: bool = False,
+        adapter: str = "",
+        allowed: AllowedSets | None = None,
+    ) -> ReferenceScores:
+        self.asked.append(allowed)
+        if allowed is not None and not self.whole:
+            raise ReferenceFailure(FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY, "lists")
+        mask = np.ones((len(output), V), np.bool_) if allowed is None else allowed.mask(slice(0, len(output)))
+        log_r = condition(self.request.reference, mask)
+        r = np.exp(log_r)
+        found = top(log_r, K + 1)
+        return ReferenceScores(
+            at=np.where(ids >= 0, np.take_along_axis(log_r, np.maximum(ids, 0), 1), np.nan),
+            top=replace(found, ids=np.where(np.isneginf(found.logprobs), -1, found.ids)),
+            emitted=log_r[np.arange(len(output)), output],
+            entropy=-np.where(r > 0, r * np.where(r > 0, log_r, 0.0), 0.0).sum(1),
+        )
+
+
+class Bench:
+    """A scorer and a pipeline around it, whose other parts note what they are handed."""
+
+    def __init__(self, request: Request, source: Any = None, info: ReferenceInfo = INFO, **how: Any) -> None:
+        self.request = request
+        self.reference = WorldReference(request, whole=info.full_vocabulary)
+        self.measured = Measurements()
+        self.noted: dict[str, list[TokenRecord]] = {"alarms": [], "judged": [], "learned": [], "floor": []}
+        self.endings = EndingCounts()
+        info = replace(info, folder="/nowhere") if how.get("folder", True) else info  # type: ignore[arg-type]
+        self.served = served_models(replace(pair("m", self.reference, info), markers=how.get("markers")))
+        source = source or GivenSets(lambda spec, output: sets_of(request.mask[: len(output)]))
+        self.conditioning = Conditioning(Grammar(**how.get("grammar", {})), source)
+        nothing: Any = None
+        profiles = SimpleNamespace(
+            kinds=SimpleNamespace(see=lambda kind: kind),
+            calibrated_profile=lambda _: None,
+            catalogue=SimpleNamespace(get=lambda _: None),
+            is_held_out=lambda _: True,
+            distance_versions=lambda _: (),
+            observe=lambda record, gains, *, fresh: self.noted["judged"].append(record),
+            may_learn=lambda record: not record.constraint,
+            serving=SimpleNamespace(uses=lambda _: True, reported=None),
+            scope_of=lambda _: "",
+        )
+        consumers: Any = SimpleNamespace(
+            measurements=self.measured,
+            alarms=SimpleNamespace(observe=lambda record, figures: self.noted["alarms"].append(record)),
+            profiles=profiles,
+            learner=SimpleNamespace(offer=lambda record, scope: self.noted["learned"].append(record)),
+            records=None,
+            texts=None,
+            tracing=None,
+        )
+        monitor: Any = SimpleNamespace(served=self.served)
+        self.pipeline = ScoringPipeline(
+            settings(),
+            monitor,
+            nothing,
+            nothing,
+            consumers,
+            scores=False,
+            compressed_scorer=None,
+            breakers=nothing,
+            clock=lambda: 0.0,
+            draw=lambda: 0.0,
+            on_change=lambda: None,
+            conditioning=self.conditioning,
+        )
+        floor: Any = SimpleNamespace(
+            samples=list, offer=lambda prompt, record, reference: self.noted["floor"].append(record)
+        )
+        self.pipeline.noise_floor = floor
+        self.records: list[TokenRecord] = []
+        needs: Any = SimpleNamespace(
+            evaluated_profiles=tuple,
+            adapter_maps=dict,
+            anchor_sets=dict,
+            needs_hidden_states=lambda unit: True,
+        )
+        self.scorer = Scorer(
+            monitor,
+            EngineRegistry().taps,
+            needs,
+            queue=ShadowQueue(10),
+            budget=TokenBudget(0.0, 1.0),
+            breakers=Breakers(),
+            endings=self.endings,
+            emit=self._use,
+            clock=lambda: 0.0,
+            conditioning=self.conditioning,
+        )
+
+    def _use(self, record: TokenRecord, capture: Capture) -> None:
+        self.records.append(record)
+        self.pipeline.use_record(record, capture)
+
+    async def score(self, *captures: Capture) -> None:
+        task = asyncio.create_task(self.scorer.run(1))
+        for one in captures:
+            self.scorer.offer(one)
+        while self.scorer.pending:
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return self.endings.by_reason(Outcome.SKIPPED)
+
+
+async def test_the_figures_are_the_conditional_ones_and_apart_from_all_others() -> None:
+    request = Request(1, tokens=40, allowed=0.06)
+    bench = Bench(request)
+    await bench.score(request.capture())
+    [record] = bench.records
+    np.testing.assert_array_equal(record.support, request.mask.sum(1))
+    assert record.constraint == "grammar"
+    found = bench.measured.conditional.report()
+    raw = found["raw"]
+    assert raw["kl_nats"]["bound"] == "lower", "one position allows everything"
+    # What the lists prove contains the truth; where the whole set is listed both ends are the truth.
+    from hemostat_calibration.divergence.per_token import divergence
+
+    bounds = divergence(record, min_ratio=0.0).bounds.kl_rc
+    whole = request.mask.sum(1) <= K
+    assert (bounds.lower <= request.kl + 1e-5).all()
+    assert whole.sum() > 1
+    np.testing.assert_allclose(bounds.lower[whole], request.kl[whole], atol=1e-5)
+    np.testing.assert_allclose(bounds.upper[whole], request.kl[whole], atol=1e-5)
+    assert found["exact_tokens_share"] == pytest.approx(whole.mean())
+    [kind] = found["kinds"]
+    assert kind["kind"] == KIND
+    # Nothing else has seen it but the judge.
+    assert {name: len(records) for name, records in bench.noted.items()} == {
+        "alarms": 0,
+        "judged": 1,
+        "learned": 0,
+        "floor": 0,
+    }
+    assert bench.measured.tokens == 0
+    assert bench.measured.summary(None)["requests"] == 0
+    assert bench.measured.by_kind.report() == []
+    series = values(bench.measured.samples())
+    assert sum(value for (name, *_), value in series.items() if name == names.KL_TOKENS) == 0
+    assert sum(value for (name, *_), value in series.items() if name == names.CONDITIONAL_TOKENS) == 40
+
+
+async def test_where_every_allowed_id_is_listed_the_figure_is_the_conditional_kl() -> None:
+    """And what ignores the grammar on the reference's side gives another one, by far."""
+    request = Request(2, tokens=60, allowed=0.0)
+    request.mask[0] = request.mask[2]
+    request.output[0] = request.output[2]
+    bench = Bench(request)
+    await bench.score(request.capture())
+    raw = bench.measured.conditional.report()["raw"]["kl_nats"]
+    assert raw["bound"] == "exact"
+    assert raw["estimate"] == pytest.approx(request.kl.mean(), abs=1e-5)
+    ignoring = Bench(request, GivenSets(lambda spec, output: sets_of(np.ones_like(request.mask))))
+    await ignoring.score(request.capture())
+    assert ignoring.records == []
+    assert ignoring.skipped == {"grammar_mismatch": 1}
+
+
+def without(request: Request, t: int, token: int) -> AllowedSets:
+    mask = request.mask.copy()
+    mask[t, token] = False
+    return sets_of(mask)
+
+
+def also(request: Request, t: int, token: int) -> AllowedSets:
+    mask = request.mask.copy()
+    mask[t, token] = True
+    return sets_of(mask)
+
+
+async def test_a_set_that_the_answer_contradicts_is_a_mismatch() -> None:
+    request = Request(3)
+    found = request.capture()
+    ids = np.frombuffer(found.candidate_ids, "<i4").reshape(-1, K + 1)
+    logprobs = np.frombuffer(found.candidate_logprobs, "<f4").reshape(-1, K + 1)
+    listed = next(
+        (t, ids[t, j])
+        for t in range(2, 12)
+        for j in range(K)
+        if ids[t, j] != request.output[t] and logprobs[t, j] > MASKED
+    )
+    impossible = (1, next(int(i) for i, value in zip(ids[1], logprobs[1], strict=True) if i >= 0 and value == MASKED))
+    wrong = {
+        "an emitted id": without(request, 4, int(request.output[4])),
+        "a listed id": without(request, *map(int, listed)),
+        "a listed id without a probability": also(request, *impossible),
+        # Not even in the list: but then the list would have named it, as it names fewer than K possible ones.
+        "an id that is not listed": also(request, 1, next(i for i in range(V) if i not in ids[1])),
+    }
+    for what, sets in wrong.items():
+        bench = Bench(request, GivenSets(lambda spec, output, sets=sets: sets))
+        await bench.score(found)
+        assert bench.skipped == {"grammar_mismatch": 1}, what
+        assert bench.reference.asked == [], what
+
+
+async def test_what_shows_a_mask_that_nothing_asked_for_is_not_scored() -> None:
+    request = Request(4)
+    bench = Bench(request)
+    await bench.score(request.capture(grammar=None, kind="chat text greedy"))
+    assert bench.skipped == {"grammar_unknown": 1}
+
+
+async def test_a_reference_that_knows_lists_only_or_no_tokenizer_skips_with_the_reason() -> None:
+    request = Request(5)
+    lists = Bench(request, info=replace(INFO, full_vocabulary=False))
+    await lists.score(request.capture())
+    assert lists.skipped == {"grammar_needs_full_vocabulary": 1}
+    none = Bench(request, folder=False)
+    await none.score(request.capture())
+    assert none.skipped == {"grammar_no_tokenizer": 1}
+    missing = Bench(request, NoSets())
+    await missing.score(request.capture())
+    assert missing.skipped == {"grammar_not_installed": 1}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "more", "start"),
+    [
+        ([1, 2], [3, 9, 4], {}, 2),
+        ([1, 2], [3, 3, 4], {}, 3),  # it never ends
+        ([1, 8, 2, 9], [3, 9, 4], {}, 0),  # the prompt has ended it
+        ([1, 9, 8], [3, 9, 4], {}, 2),  # and begun it again
+        ([1, 2], [3, 9, 4], {"grammar": {"enable_in_reasoning": True}}, 0),
+        ([1, 2], [3, 9, 4], {"members": {"include_reasoning": b"false"}}, 0),
+    ],
+)
+async def test_reasoning_is_free_up_to_its_end(
+    prompt: list[int], output: list[int], more: dict[str, Any], start: int
+) -> None:
+    request = Request(6, tokens=3)
+    request.mask[:], request.output[:] = True, output
+    source = GivenSets(lambda spec, output: sets_of(request.mask))
+    bench = Bench(request, source, markers=Markers(((8,),), ((9,),)), grammar=more.get("grammar", {}))
+    spec = GrammarSpec(SPEC.origin, SPEC.members | more.get("members", {}))
+    await bench.score(request.capture(grammar=spec, prompt_token_ids=np.array(prompt, "<i4").tobytes()))
+    assert source.starts == [start]
+    assert len(bench.records) == 1
+
+
+async def test_one_of_another_model_is_measured_and_not_judged() -> None:
+    request = Request(7)
+    bench = Bench(request)
+    [first] = bench.served.pairs
+    monitor: Any = bench.pipeline._monitor
+    monitor.served = served_models(pair("other", bench.reference, INFO), first)
+    await bench.score(request.capture())
+    assert bench.noted["judged"] == []
+    [kind] = bench.measured.conditional.report()["kinds"]
+    assert kind["kind"] == REST_GRAMMAR_KIND
