@@ -17,7 +17,8 @@ on the bucket, so that no term is negative (centring about halves the plain esti
 truncation bias where x was sampled from c itself, or from a profile's c' whose normalizer is known (then weighted by
 c/c'). Greedy decoding, another temperature and a cut support (top-p, top-k, min-p) have no such weight (its normalizer
 needs the whole vocabulary): NaN, "not available". The caller must handle penalties, logit_bias and grammars, which are
-not in a record.
+not in a record. Where the compressed model's distribution was recovered well enough (`record.recovered`), the
+divergence from it is the estimate instead, however the token was drawn.
 
 Figures are infinite only where that is true: r(i) > 0 = c(i) makes KL(r‖c) infinite, r(i) = 0 < c(i) KL(c‖r).
 """
@@ -33,6 +34,7 @@ import numpy as np
 from hemostat_calibration.arrays import Bools, Floats
 from hemostat_calibration.divergence.bounds import MIN_RATIO, Bounds, bounds_of, cap
 from hemostat_calibration.divergence.convex import convex_lower_bound
+from hemostat_calibration.divergence.gain import gain
 from hemostat_calibration.divergence.profile_shift import (
     at_emitted,
     known_rows,
@@ -87,9 +89,12 @@ class TokenDivergence:
     entropy_compressed: Floats
     """H(c) over c's candidates plus one bucket: a lower bound, since merging outcomes cannot increase entropy."""
     estimate_rc: Floats
-    """KL(r‖c) without truncation bias; NaN where not available. Equal to `kl_rc` when exact."""
+    """KL(r‖c) without truncation bias; NaN where not available. Equal to `kl_rc` when exact. From the recovered
+    distribution where `recovered`."""
     estimate_cr: Floats
-    """KL(c‖r) likewise."""
+    """KL(c‖r) likewise; after a profile, never from a recovered distribution."""
+    recovered: Bools
+    """`estimate_rc` is from the compressed model's recovered distribution."""
     bounds: Bounds
     """Proven intervals of the four divergences. After a profile whose normalizer is unknown: NaN."""
     known: Bools
@@ -120,6 +125,10 @@ def divergence(
     if not view.exact:
         weight = importance_weight(record, view, served)
         estimate_rc, estimate_cr = sampled_estimates(record, view, view.log_c, record.compressed_emitted, weight)
+    recovered = _recovered(record, view)
+    if record.recovered is not None:
+        estimate_rc = np.where(recovered, np.maximum(record.recovered.kl_rc, 0.0), estimate_rc)
+        estimate_cr = np.where(recovered, np.maximum(record.recovered.kl_cr, 0.0), estimate_cr)
     log_cap = cap(record.compressed, record.output_ids)
     return TokenDivergence(
         bound="exact" if view.exact else "lower",
@@ -136,6 +145,7 @@ def divergence(
         entropy_compressed=_entropy(view.log_candidates),
         estimate_rc=estimate_rc,
         estimate_cr=estimate_cr,
+        recovered=recovered,
         bounds=bounds_of(record, view, lower, view.log_candidates, log_cap, min_ratio),
         known=np.ones(record.tokens, dtype=np.bool_),
     )
@@ -161,6 +171,9 @@ def calibrated(
       B + A log w − A log((1 − A w)/R), is zero at w = κ/(1 + A κ), κ = e^{−B/A}/R: least there, clipped. For JS and TV
       see `convex`.
     - Entropy is concave in w: least at an end.
+
+    From a recovered distribution, KL(r‖c') is estimated as KL(r‖ĉ) less what the profile gains, where that is exact
+    (`gain`).
 
     >>> from hemostat_calibration.profiles.profile import temperature_bias
     >>> from hemostat_calibration.records import Candidates
@@ -216,6 +229,11 @@ def calibrated(
     if not view.exact:
         weight = importance_weight(record, view, served) * np.exp(emitted_shift)
         estimate_rc, estimate_cr = sampled_estimates(record, view, log_a - low[:, None], emitted, weight)
+    recovered = _recovered(record, view)
+    if record.recovered is not None and recovered.any():
+        gained = gain(record, profile)
+        recovered &= gained.exact
+        estimate_rc = np.where(recovered, np.maximum(record.recovered.kl_rc - gained.lower, 0.0), estimate_rc)
     most = (
         cap(record.compressed, record.output_ids)
         + unlisted_shift_range(record, profile, max_unlisted_relative(record))[1]
@@ -244,9 +262,17 @@ def calibrated(
         entropy_compressed=where_shifted(entropy),
         estimate_rc=where_shifted(estimate_rc),
         estimate_cr=where_shifted(estimate_cr),
+        recovered=recovered & shifted,
         bounds=certain.where(known & shifted),
         known=shifted,
     )
+
+
+def _recovered(record: TokenRecord, view: View) -> Bools:
+    """Where the record's recovered distribution is used, [T]. Nothing is better than all of the vocabulary itself."""
+    if record.recovered is None or record.support is not None or view.exact:
+        return np.zeros(record.tokens, dtype=np.bool_)
+    return record.recovered.usable
 
 
 def _entropy(logprobs: Floats) -> Floats:
