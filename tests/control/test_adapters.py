@@ -33,7 +33,7 @@ from hemostat.learner.adapters import client
 from hemostat.learner.adapters.folders import CheckpointFolders
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import NO_CODES, CompressedLogits, ReferenceInfo, ReferenceScores
 from hemostat.reference.references import References
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Floats, Ids
@@ -71,6 +71,7 @@ class CopyReference:
         reshaped: bool = False,
         adapter: str = "",
         allowed: Any = None,
+        compressed: CompressedLogits | None = None,
     ) -> ReferenceScores:
         states = self.copy.hidden(np.concatenate([prompt, output[:-1]]))[-len(output) :]
         log_r = logprobs(self.copy.head_logits(states))

@@ -27,7 +27,7 @@ from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport, TapMessage, TapRun
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.reference import monitor
-from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import NO_CODES, CompressedLogits, ReferenceInfo, ReferenceScores
 from hemostat.reference.references import References
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles import transform
@@ -69,6 +69,7 @@ class WorldReference:
         reshaped: bool = False,
         adapter: str = "",
         allowed: Any = None,
+        compressed: CompressedLogits | None = None,
     ) -> ReferenceScores:
         if len(output) != TOKENS or len(prompt) != 2:  # what others ask
             await asyncio.sleep(0)

@@ -20,7 +20,7 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.coverage import Coverage
 from hemostat.reference.pair import ServedModels
-from hemostat.reference.protocol import NO_CODES, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import NO_CODES, CompressedLogits, ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.shadow import record_builder
 from hemostat.shadow import scorer as scorer_module
 from hemostat.shadow.endings import EndingCounts
@@ -64,6 +64,7 @@ class FakeReference:
         hidden: bool = False,
         adapter: str = "",
         allowed: AllowedSets | None = None,
+        compressed: CompressedLogits | None = None,
     ) -> ReferenceScores:
         self.asked.append(len(prompt) + len(output))
         self.adapters_asked.append(adapter)
@@ -144,8 +145,8 @@ class Bench:
     def adapter_maps(self) -> dict[str, bool]:
         return self.maps
 
-    def anchor_sets(self) -> dict[str, int]:
-        return {anchors_digest(i): len(i) for p in self.profiles if (i := anchors(p)) is not None}
+    def anchor_sets(self) -> dict[str, Ids]:
+        return {anchors_digest(i): i for p in self.profiles if (i := anchors(p)) is not None}
 
     def needs_hidden_states(self, unit: bytes) -> bool:
         return unit == self.learning

@@ -9,6 +9,7 @@ from hemostat.control.adapters import Adapters
 from hemostat.learner.client import Learner, LearningTarget
 from hemostat.profiles.manager import ProfileManager
 from hemostat.reference.monitor import ReferenceMonitor
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
 from hemostat_calibration.statistics.split import held_out
@@ -71,12 +72,12 @@ class CalibrationNeeds:
     def adapter_maps(self) -> Mapping[str, bool]:
         return self._profiles.catalogue.adapter_maps
 
-    def anchor_sets(self) -> Mapping[str, int]:
+    def anchor_sets(self) -> Mapping[str, Ids]:
         """Of an adapter's map, too: what it changed in an answer follows from the features."""
         catalogue, serving = self._profiles.catalogue, self._profiles.serving
         maps = [catalogue[version] for version in serving.versions if catalogue.has_map(version)]
         evaluated = (anchors(profile) for profile in (*self._profiles.evaluated_profiles(), *maps))
-        return {anchors_digest(ids): len(ids) for ids in evaluated if ids is not None} | self._learner.anchor_counts
+        return {anchors_digest(ids): ids for ids in evaluated if ids is not None} | self._learner.anchor_sets
 
     def needs_hidden_states(self, unit: bytes) -> bool:
         """Held-out units are never learned from; adapters are judged by them."""

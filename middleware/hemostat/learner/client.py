@@ -27,6 +27,7 @@ from hemostat.learner.record_queue import DropReason, RecordQueue
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.scopes import ALL
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.contextual import probe_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -146,8 +147,8 @@ class Learner:
         self._last_proposal: dict[str, Any] | None = None
         self._backoff = Backoff(BACKOFF)
         self._hidden_size = 0
-        self.anchor_counts: dict[str, int] = {}
-        """Digest of the set of anchors that it reads -> how many; empty while it reads none."""
+        self.anchor_sets: dict[str, Ids] = {}
+        """Digest of the set of anchors that it reads -> their ids; empty while it reads none."""
         self.state, self.detail = LearnerState.OFF, ""
         self.dropped: Counter[DropReason] = Counter()
         """Records that were not sent to the learner, by reason."""
@@ -213,7 +214,7 @@ class Learner:
             "sources": self.tokens_by_source(),
             "dropped": {str(reason): count for reason, count in self.dropped.items()},
             "failed": dict(self._learned.failed),
-            "anchors": sum(self.anchor_counts.values()),
+            "anchors": sum(map(len, self.anchor_sets.values())),
             "d": self._hidden_size,
             "last_proposal": self._last_proposal,
         }
@@ -297,7 +298,7 @@ class Learner:
     def _begin(self, ready: wire.Ready, target: LearningTarget) -> None:
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
         self._hidden_size = target.hidden_size
-        self.anchor_counts = {anchors_digest(anchors): len(anchors)}
+        self.anchor_sets = {anchors_digest(anchors): anchors}
         self._learned = self._restored = ready.learned
         self._exported_tokens, self._exported_at = ready.learned.tokens.get(ALL, 0), self._clock()
         if ready.detail:
@@ -439,4 +440,4 @@ class Learner:
         self._last_attempt.clear()
         self._records.clear()
         self._hidden_size = 0
-        self.anchor_counts = {}
+        self.anchor_sets = {}

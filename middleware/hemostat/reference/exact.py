@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -96,6 +96,7 @@ def score(
     hidden: bool = False,
     reshaped: bool = False,
     allowed: AllowedSets | None = None,
+    see: Callable[[slice, torch.Tensor], None] | None = None,
 ) -> ExactScores:
     """Score `output` [T] after `prompt` [P], P and T ≥ 1, also at `ids` [T, K] (-1 pads: NaN there).
 
@@ -103,11 +104,23 @@ def score(
     codes: of every basis, [T, r].
     reshaped: as a server might compute it: in a batch of two, in two chunks, the second on the first one's KV cache.
     allowed: everything is conditional on these ids: -inf at all others, which are not in `top_ids` (-1 pads).
+    see: called for some positions after the other with their log-probabilities, float32 [n, V].
     ValueError when an id is not in the vocabulary, or a functional does not fit it or its code, or `allowed` fits
     neither the vocabulary nor T.
     """
     with torch.inference_mode():
-        return _score(model, prompt, output, ids, functionals, codes, hidden=hidden, reshaped=reshaped, allowed=allowed)
+        return _score(
+            model,
+            prompt,
+            output,
+            ids,
+            functionals,
+            codes,
+            hidden=hidden,
+            reshaped=reshaped,
+            allowed=allowed,
+            see=see,
+        )
 
 
 def _score(
@@ -121,6 +134,7 @@ def _score(
     hidden: bool,
     reshaped: bool,
     allowed: AllowedSets | None,
+    see: Callable[[slice, torch.Tensor], None] | None,
 ) -> ExactScores:
     tokens = len(output)
     # The logits after the last output token predict a token that is not scored.
@@ -164,6 +178,8 @@ def _score(
         if allowed is not None:
             scored = scored.masked_fill(~torch.from_numpy(allowed.mask(rows)).to(scored.device), -torch.inf)
         logprobs = torch.log_softmax(scored, dim=-1)
+        if see is not None:
+            see(rows, logprobs)
         asked = torch.from_numpy(ids[rows].astype(np.int64)).to(logprobs.device)
         given = logprobs.gather(1, asked.clamp_min(0)).masked_fill(asked < 0, torch.nan)
         scores.at[rows] = _numpy(given)

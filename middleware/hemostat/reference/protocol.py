@@ -15,7 +15,7 @@ import numpy.typing as npt
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates
+from hemostat_calibration.records import Candidates, RecoveredDivergence
 
 NO_CODES: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({})
 
@@ -40,6 +40,20 @@ class ReferenceInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class CompressedLogits:
+    """What the engine reported of the compressed model. With more anchors than hidden states have numbers, its whole
+    distribution follows (see `state_recovery`).
+
+    anchors: int32 [N]. features: float32 [T, N], its logits there, centred; a row of NaN where unknown.
+    logprobs: float64 [T, K], its candidates' log-probabilities, at the `ids` that are scored.
+    """
+
+    anchors: Ids
+    features: npt.NDArray[np.float32]
+    logprobs: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class ReferenceScores:
     """The reference's scores of T output positions; log-probabilities and entropies in nats.
 
@@ -50,6 +64,7 @@ class ReferenceScores:
     expected_shift: profile version -> float64 [T], E_r[Δz]; empty when the reference gives only its top ids.
     hidden: float32 [T, d], the last hidden state after the final norm: the logits are W h, W the output embedding. None
         unless requested and available (`ReferenceInfo.hidden_size`).
+    recovered: distances from the compressed model's recovered distribution; None unless requested and available.
     """
 
     at: Floats
@@ -58,6 +73,7 @@ class ReferenceScores:
     entropy: Floats | None = None
     expected_shift: dict[str, Floats] = field(default_factory=dict)
     hidden: npt.NDArray[np.float32] | None = None
+    recovered: RecoveredDivergence | None = None
 
 
 class FailureReason(StrEnum):
@@ -130,6 +146,7 @@ class Reference(Protocol):
         reshaped: bool = False,
         adapter: str = "",
         allowed: AllowedSets | None = None,
+        compressed: CompressedLogits | None = None,
     ) -> ReferenceScores:
         """Score `output` [T] after `prompt` [P], also at `ids`, int32 [T, K] (-1 pads).
 
@@ -138,7 +155,8 @@ class Reference(Protocol):
         batch and prefill) than usual, for the noise floor. adapter: one of `adapters`, to score with (on a server,
         any served name); NO_ADAPTER where it is no longer served. allowed: score conditionally on these ids, of T
             positions and this vocabulary: all others have the log-probability -inf, and are not in `top`;
-            GRAMMAR_NEEDS_FULL_VOCABULARY of a reference that gives only its top ids.
+            GRAMMAR_NEEDS_FULL_VOCABULARY of a reference that gives only its top ids. compressed: return `recovered`,
+            where hidden states are available; not together with `allowed`.
         """
 
     async def adapters(self) -> frozenset[str]:

@@ -19,12 +19,19 @@ import numpy.typing as npt
 from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.reference import wire
-from hemostat.reference.protocol import NO_CODES, FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import (
+    NO_CODES,
+    CompressedLogits,
+    FailureReason,
+    ReferenceFailure,
+    ReferenceInfo,
+    ReferenceScores,
+)
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates
+from hemostat_calibration.records import Candidates, RecoveredDivergence
 
 log = logging.getLogger("hemostat.reference")
 
@@ -95,6 +102,7 @@ class TransformersReference:
         reshaped: bool = False,
         adapter: str = "",
         allowed: AllowedSets | None = None,
+        compressed: CompressedLogits | None = None,
     ) -> ReferenceScores:
         """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (a bias without a temperature),
         or on the token and a given code; else NaN: all others need the compressed model's logits at every id, which
@@ -128,7 +136,16 @@ class TransformersReference:
                 f"{len(output)} and {self._info.vocab_size}",
             )
         answer = await worker.score(
-            prompt, output, ids, functionals, bases, codes, hidden=hidden, reshaped=reshaped, allowed=allowed
+            prompt,
+            output,
+            ids,
+            functionals,
+            bases,
+            codes,
+            hidden=hidden,
+            reshaped=reshaped,
+            allowed=allowed,
+            compressed=compressed if self._info.hidden_size and allowed is None else None,
         )
         tokens, width = ids.shape
 
@@ -151,6 +168,7 @@ class TransformersReference:
             hidden=np.frombuffer(answer.hidden, "<f4").astype(np.float32).reshape(tokens, -1)
             if answer.hidden
             else None,
+            recovered=RecoveredDivergence(*floats(answer.recovered).reshape(7, tokens)) if answer.recovered else None,
         )
 
     async def adapters(self) -> frozenset[str]:
@@ -241,6 +259,7 @@ class _Worker:
         hidden: bool,
         reshaped: bool,
         allowed: AllowedSets | None,
+        compressed: CompressedLogits | None,
     ) -> wire.Scored:
         async with self._turn:  # a request whose caller is cancelled while waiting never reaches the worker
             number = next(self._numbers)
@@ -264,6 +283,7 @@ class _Worker:
                     hidden=hidden,
                     reshaped=reshaped,
                     allowed=None if allowed is None else wire.Allowed.of(allowed),
+                    compressed=None if compressed is None else wire.Compressed.of(compressed),
                 ),
             )
         if not isinstance(answer, wire.Scored):

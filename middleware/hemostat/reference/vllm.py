@@ -11,7 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import SecretStr
 
-from hemostat.reference.protocol import NO_CODES, FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import (
+    NO_CODES,
+    CompressedLogits,
+    FailureReason,
+    ReferenceFailure,
+    ReferenceInfo,
+    ReferenceScores,
+)
 from hemostat.reference.server import ModelCard, Refused, VllmServer
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Ids
@@ -82,6 +89,7 @@ class VllmReference:
         reshaped: bool = False,
         adapter: str = "",
         allowed: AllowedSets | None = None,
+        compressed: CompressedLogits | None = None,
     ) -> ReferenceScores:
         """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top. `reshaped` has
         no effect: the server chooses which requests share a batch, and chooses differently each time."""

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from hemostat.ipc.codec import MessageCodec
-from hemostat.reference.protocol import FailureReason
+from hemostat.reference.protocol import CompressedLogits, FailureReason
 from hemostat_calibration.allowed_sets import AllowedSets, words
 
 
@@ -53,6 +53,25 @@ class Allowed(msgspec.Struct, frozen=True):
         )
 
 
+class Compressed(msgspec.Struct, frozen=True):
+    """`CompressedLogits`."""
+
+    anchors: bytes
+    """int32 [N]"""
+    features: bytes
+    """float32 [T, N]"""
+    logprobs: bytes
+    """float64 [T, width]"""
+
+    @classmethod
+    def of(cls, given: CompressedLogits) -> Compressed:
+        return cls(
+            given.anchors.astype("<i4").tobytes(),
+            given.features.astype("<f4").tobytes(),
+            given.logprobs.astype("<f8").tobytes(),
+        )
+
+
 class Score(msgspec.Struct, tag="score", frozen=True):
     """Score T output tokens after P prompt tokens."""
 
@@ -78,6 +97,8 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     reshaped: bool = False
     """Compute only the scores, in another shape (see `exact.score`); what the worker holds does not change."""
     allowed: Allowed | None = None
+    compressed: Compressed | None = None
+    """Compare with the compressed model's recovered distribution; only where `hidden_size` is not 0."""
     """Score conditionally on these ids."""
 
 
@@ -122,6 +143,8 @@ class Scored(msgspec.Struct, tag="scored", frozen=True):
     """name -> [T]"""
     hidden: bytes
     """float32 [T, hidden_size]; empty where not requested, or hidden_size is 0."""
+    recovered: bytes = b""
+    """float64 [7, T], the arrays of `RecoveredDivergence` in their order; empty where not requested."""
 
 
 class TokenIds(msgspec.Struct, tag="token_ids", frozen=True):

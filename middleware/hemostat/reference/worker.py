@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Model:
         self._model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=dtype).to(load.device).eval()
         self._tokenizer: Any = None
         self._functionals: dict[str, Any] = {}
+        self._compressed: tuple[bytes, Any] | None = None
+        """The last set of anchors, and the `CompressedSide` made from it."""
         config = self._model.config.get_text_config()
         problem = _nonlinearity(self._model)
         self.loaded = wire.Loaded(
@@ -104,17 +107,20 @@ class Model:
         from hemostat.reference.exact import score  # noqa: PLC0415
 
         output = np.frombuffer(request.output, "<i4")
+        ids = np.frombuffer(request.ids, "<i4").reshape(len(output), request.width)
         try:
+            comparison = None if request.compressed is None else self._comparison(request.compressed, ids)
             scores = score(
                 self._model,
                 np.frombuffer(request.prompt, "<i4"),
                 output,
-                np.frombuffer(request.ids, "<i4").reshape(len(output), request.width),
+                ids,
                 functionals,
                 codes,
                 hidden=request.hidden and self.loaded.hidden_size > 0,
                 reshaped=request.reshaped,
                 allowed=None if request.allowed is None else request.allowed.sets(),
+                see=None if comparison is None else comparison.see,
             )
         except (ValueError, InvalidArgumentError) as error:
             raise RequestFailed(FailureReason.VOCABULARY, str(error)) from error
@@ -127,7 +133,17 @@ class Model:
             entropy=scores.entropy.astype("<f8").tobytes(),
             expected={name: values.astype("<f8").tobytes() for name, values in scores.expected.items()},
             hidden=b"" if scores.hidden is None else scores.hidden.astype("<f4").tobytes(),
+            recovered=b"" if comparison is None else np.stack(astuple(comparison.result())).astype("<f8").tobytes(),
         )
+
+    def _comparison(self, given: wire.Compressed, ids: np.ndarray[Any, Any]) -> Any:
+        from hemostat.reference.recovered import CompressedSide  # noqa: PLC0415
+
+        if self._compressed is None or self._compressed[0] != given.anchors:
+            weight = self._model.get_output_embeddings().weight.detach()
+            self._compressed = (given.anchors, CompressedSide(weight, np.frombuffer(given.anchors, "<i4")))
+        features = np.frombuffer(given.features, "<f4").reshape(len(ids), -1)
+        return self._compressed[1].of(features, ids, np.frombuffer(given.logprobs, "<f8").reshape(ids.shape))
 
     def _on_device(self, values: np.ndarray[Any, Any]) -> Any:
         return self._torch.tensor(values).to(self._model.device)

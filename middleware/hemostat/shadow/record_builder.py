@@ -151,6 +151,7 @@ def build_record(
             position=arrays.position,
             context_tokens=len(arrays.context),
             thinking=None if markers is None else find_thinking(arrays.prompt, arrays.whole_output, markers),
+            recovered=scores.recovered,
             adapter=capture.adapter,
             request_id=capture.request_id,
             route=capture.route,
@@ -212,18 +213,18 @@ class FeatureError(Exception):
         self.reason = reason
 
 
-def align_features(features: Features | None, first: int, tokens: int, anchor_sets: Mapping[str, int]) -> Features:
+def align_features(features: Features | None, first: int, tokens: int, anchor_sets: Mapping[str, Ids]) -> Features:
     """The engine's features of the output's positions from `first` on, float32 [T, N]; a row of NaN where it gave none.
     FeatureError.
 
-    anchor_sets: the sets of anchors that are of use: digest -> number of anchors, N.
+    anchor_sets: the sets of anchors that are of use: digest -> the N ids.
     """
     if features is None:
         raise FeatureError(FeatureReason.NOT_SENT)
     if features.anchors not in anchor_sets:
         raise FeatureError(FeatureReason.OTHER_ANCHORS)
     given = features.values[first : first + tokens]
-    if given.ndim != 2 or given.shape[1] != anchor_sets[features.anchors]:
+    if given.ndim != 2 or given.shape[1] != len(anchor_sets[features.anchors]):
         raise FeatureError(FeatureReason.SHAPE)
     unknown = np.isnan(given)
     if np.isinf(given).any() or (unknown.any(axis=1) != unknown.all(axis=1)).any():

@@ -21,7 +21,14 @@ from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.pair import ModelPair, ServedModels
-from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ReferenceScores
+from hemostat.reference.protocol import (
+    CompressedLogits,
+    FailureReason,
+    Reference,
+    ReferenceFailure,
+    ReferenceInfo,
+    ReferenceScores,
+)
 from hemostat.shadow.endings import (
     EndingCounts,
     Outcome,
@@ -44,7 +51,7 @@ from hemostat.shadow.record_builder import (
     profile_codes,
 )
 from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.arrays import Floats
+from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Features, TokenRecord
@@ -78,8 +85,8 @@ class ScoringNeeds(Protocol):
     def adapter_maps(self) -> Mapping[str, bool]:
         """The known versions of the family `adapter` -> whether the version has a map of the logits, too."""
 
-    def anchor_sets(self) -> Mapping[str, int]:
-        """The sets of anchors whose features are of use: digest -> number of anchors. Empty: no features."""
+    def anchor_sets(self) -> Mapping[str, Ids]:
+        """The sets of anchors whose features are of use: digest -> the ids. Empty: no features."""
 
     def needs_hidden_states(self, unit: bytes) -> bool:
         """Whether the reference's hidden states of this prompt's answer are of use."""
@@ -234,8 +241,19 @@ class Scorer:
         adapter = capture.model if capture.model in pair.scorable_adapters else ""
         unit = capture.conversation or prompt_key(arrays.prompt)
         hidden = calibrated and allowed is None and self._needs.needs_hidden_states(unit)
+        # Features of a restricted request are of the allowed ids only.
+        compressed = self._compressed_logits(features, arrays, info) if allowed is None else None
         scores = await self._ask(
-            pair.scorer, breaker, arrays, profiles, codes, adapter, capture, hidden=hidden, allowed=allowed
+            pair.scorer,
+            breaker,
+            arrays,
+            profiles,
+            codes,
+            adapter,
+            capture,
+            hidden=hidden,
+            compressed=compressed,
+            allowed=allowed,
         )
         if scores is None:
             return
@@ -261,6 +279,15 @@ class Scorer:
         )
         self._emit(record, capture)
         self._endings.count(Outcome.SCORED, capture=capture, left_out=record.position)
+
+    def _compressed_logits(
+        self, features: Features | None, arrays: CaptureArrays, info: ReferenceInfo
+    ) -> CompressedLogits | None:
+        """None where they do not determine the compressed model's distribution."""
+        ids = None if features is None else self._needs.anchor_sets().get(features.anchors)
+        if features is None or ids is None or not 0 < info.hidden_size < len(ids):
+            return None
+        return CompressedLogits(ids, features.values, arrays.candidates.logprobs)
 
     def _unusable(self, capture: Capture, pair: ModelPair | None, tap: TapResult | None) -> ScoringSkipReason | None:
         """Why no reference could score this capture, or it cannot be known what its tokens were sampled from."""
@@ -305,6 +332,7 @@ class Scorer:
         capture: Capture,
         *,
         hidden: bool,
+        compressed: CompressedLogits | None,
         allowed: AllowedSets | None,
     ) -> ReferenceScores | None:
         """The scores; None, and counted, when the reference can never score this. The
@@ -317,6 +345,7 @@ class Scorer:
             {version: values.astype(np.float32) for version, values in codes.items()},
             hidden=hidden,
             adapter=adapter,
+            compressed=compressed,
             allowed=allowed,
         )
         seconds = MAX_SCORE_SECONDS + (len(arrays.context) + len(arrays.output)) / MIN_TOKENS_PER_SECOND
