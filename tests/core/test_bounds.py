@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tests.support.admissible import far, nearest, tail
 from tests.support.exact import exact, largest_ratio
 from tests.support.oracle import apply
 from tests.support.records import Truth, log_softmax, make_record, profiles
@@ -15,6 +16,8 @@ from hemostat_calibration.divergence.bounds import MIN_RATIO, bounds, cap
 from hemostat_calibration.divergence.per_token import calibrated, divergence
 
 ROUNDING = 1e-5
+ENOUGH = 1e-3
+"""Mass that rounding does not matter for."""
 FIGURES = ("kl_rc", "kl_cr", "js", "tv")
 
 
@@ -171,6 +174,43 @@ def test_the_sharper_bound_is_the_least_that_the_caps_allow():
             assert getattr(found, name).lower[0] <= least + 1e-6
             gained += least - getattr(found, name).lower[0] < 0.02
     assert gained > 500
+
+
+@settings(max_examples=300)
+@given(pairs(), st.sampled_from([2, 5, 10, 50]), st.booleans(), st.sampled_from([1e-12, 1e-6, 1e-3]))
+def test_with_the_whole_reference_the_ends_are_the_best_possible(truth, k, chat, floor):
+    """What all of r could add to them: nothing below unless an id behind its list is at the cap, and above no more than
+    the mass that r gives to the ids which c prefers. Where both have mass left, so that it is no matter of rounding."""
+    record = make_record(truth, k, chat=chat)
+    found, free = bounds(record, floor), bounds(record, 0.0)
+    for row in range(record.tokens):
+        log_r = truth.reference[row]
+        known = tail(record, log_r, row)
+        if known.mass < ENOUGH or known.r[known.open].sum() < ENOUGH:
+            continue
+        log_c, capped = nearest(known)
+        c = np.exp(log_c)
+        assert c.sum() == pytest.approx(1.0, abs=1e-9)
+        assert c[known.open].max() <= known.cap * (1.0 + 1e-9)
+        rest = known.r[known.open].sum() - known.r[capped].sum()
+        whole = np.isin(capped, record.reference.ids[row]).all() and (rest > ENOUGH or rest == 0.0)
+        for name, best in exact(log_r[None], log_c[None]).items():
+            end = getattr(found, name).lower[row]
+            assert end <= best[0] + ROUNDING * (1.0 + best[0]), name
+            assert not whole or end >= best[0] - 10 * ROUNDING * (1.0 + best[0]), name
+
+        log_c, at = far(known, floor)
+        if abs(np.exp(log_c).sum() - 1.0) < 1e-9:
+            worst, most = exact(log_r[None], log_c[None])["kl_rc"][0], -np.log(floor)
+            slack = ROUNDING * (1.0 + most)
+            assert worst - slack <= found.kl_rc.upper[row] <= worst + 2.0 * most * at + slack
+        log_c, at = far(known, 0.0)
+        if abs(np.exp(log_c).sum() - 1.0) < 1e-9:
+            worst = exact(log_r[None], log_c[None])
+            less = {"tv": at, "js": 0.5 * at * (1.0 + np.log1p(known.mass / at))}
+            for name, most in less.items():
+                end, value = getattr(free, name).upper[row], worst[name][0]
+                assert value - ROUNDING <= end <= value + most + ROUNDING, name
 
 
 @pytest.mark.parametrize("reference_k", [None, 6])
