@@ -66,7 +66,8 @@ class StateRecovery:
         >>> recovery.variances(np.array([[2.0]], np.float32), np.zeros(1, np.float32)).round(2)
         array([1.96], dtype=float32)
         """
-        return np.square((rows - origin) @ self.factor).sum(axis=1)
+        variances: Singles = np.square((rows - origin) @ self.factor).sum(axis=1)
+        return variances
 
 
 def recover_states(weight: Singles, noise: float = LOGIT_NOISE) -> StateRecovery:
@@ -141,4 +142,5 @@ def observed_error(ids: Ids, logprobs: Floats, recovered: Floats) -> Floats:
         c, log_ratio = np.where(checked, np.exp(logprobs), 0.0), np.where(checked, logprobs - recovered, 0.0)
     out = np.maximum(1.0 - c.sum(axis=1), _MIN_MASS)
     recovered_out = np.maximum(1.0 - np.where(checked, np.exp(recovered), 0.0).sum(axis=1), _MIN_MASS)
-    return np.maximum((c * log_ratio).sum(axis=1) + out * np.log(out / recovered_out), 0.0)
+    error: Floats = np.maximum((c * log_ratio).sum(axis=1) + out * np.log(out / recovered_out), 0.0)
+    return error
