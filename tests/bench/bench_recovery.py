@@ -1,6 +1,7 @@
 """How much of the divergence calibration recovers: `make bench-recovery`, a table and build/bench/recovery.json.
 
-The family `adapter` has a part of its own, `tests/bench/recovery/adapters/`: `ARGS="--only adapters"`.
+The family `adapter` has a part of its own, `tests/bench/recovery/adapters/`: `ARGS="--only adapters"`; pieces of it by
+`--part` and `--adapter`, such as `ARGS="--only adapters --part served --adapter 'rank 64'"`.
 
 Everything goes through the real engine: vLLM with the plugin writes the text, at temperature 1, and taps the features;
 Hemostat's reference process gives the reference's hidden states; the families learn from both, the guard judges on
@@ -51,7 +52,7 @@ if str(ROOT) not in sys.path:
 from tests.bench.recovery import never_worse, outcomes, prompts, tried  # noqa: E402  the root is no package
 from tests.bench.recovery.adapters.plan import FULL as FULL_PLAN  # noqa: E402
 from tests.bench.recovery.adapters.plan import QUICK as QUICK_PLAN  # noqa: E402
-from tests.bench.recovery.adapters.run import AdapterBench  # noqa: E402
+from tests.bench.recovery.adapters.run import AdapterBench, Part  # noqa: E402
 from tests.bench.recovery.engine import Ask, Written, engine, with_hidden  # noqa: E402
 from tests.bench.recovery.figures import IDENTITY, Figures, Recovery, groups, measure, row, stacked  # noqa: E402
 from tests.bench.recovery.learning import (  # noqa: E402
@@ -463,6 +464,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=(*FULL.plans, ADAPTERS),
         help="one compression with the families that change logits, or all adapters; may be repeated",
     )
+    parser.add_argument("--part", action="append", choices=list(Part), help="of the adapters; may be repeated")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        help="adapters whose label has these words, such as 'rank 16, kfac'; may be repeated",
+    )
     chosen = parser.parse_args(arguments)
     options = QUICK if chosen.quick else FULL
     began = time.monotonic()
@@ -470,7 +478,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {scheme: bench.run(scheme) for scheme in options.plans if not chosen.only or scheme in chosen.only}
     adapters: dict[str, Any] = {}
     if ADAPTERS in (chosen.only or [ADAPTERS]):
-        adapters = AdapterBench(bench.stages, bench.weight, QUICK_PLAN if chosen.quick else FULL_PLAN).run()
+        adapter_bench = AdapterBench(bench.stages, bench.weight, QUICK_PLAN if chosen.quick else FULL_PLAN)
+        adapters = adapter_bench.run([Part(part) for part in chosen.part or Part], chosen.adapter)
     rows = [r for result in found.values() for r in result["rows"]] + adapters.pop("rows", [])
     report = {
         "rows": rows,

@@ -28,18 +28,21 @@ _TEXTS: Mapping[str, Texts] = {
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One adapter. metric: of `hemostat adapt`. shared_out: rank's bytes are shared out between layers by what each
-    byte wins. tokens: learned from, prompts included. distilled: trained on so many tokens afterwards; 0: not."""
+    byte wins. tokens: learned from, prompts included. distilled: trained on so many tokens afterwards; 0: not. mixed:
+    learned from texts of all kinds, not from open questions alone."""
 
     rank: int
     tokens: int
     metric: str
     shared_out: bool = False
     distilled: int = 0
+    mixed: bool = False
 
     @property
     def method(self) -> str:
         sharing = "shared out" if self.shared_out else "uniform"
-        return f"{self.metric}, {sharing}{f', distilled on {self.distilled}' if self.distilled else ''}"
+        distilled = f", distilled on {self.distilled}" if self.distilled else ""
+        return f"{self.metric}, {sharing}{distilled}{', from all kinds' if self.mixed else ''}"
 
     @property
     def label(self) -> str:
@@ -81,27 +84,34 @@ _VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     **{scheme: _variants((16, FEW, "full", False), (16, FEW, "kfac", True)) for scheme in ("int3", "prune50", "w8a8")},
 }
 
-SERVED = Variant(16, FEW, "kfac", shared_out=True)
-"""The adapter that the engine serves."""
+SERVED = (
+    Variant(16, FEW, "kfac", shared_out=True),
+    Variant(64, FEW, "kfac", shared_out=True),
+    Variant(16, FEW, "kfac", distilled=80_000),
+    Variant(16, FEW, "kfac", shared_out=True, mixed=True),
+)
+"""The adapters that the engine serves, one after the other; all is said of the first."""
 BEST = Variant(64, FEW, "kfac", shared_out=True)
 """The one that a map is learned on top of."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """heldout_tokens: of topics that nothing is learned from. served: by the engine. best: that a contextual map is
-    learned on top of, from `map_tokens` tokens. pareto: also measure the same bytes spent on more bits."""
+    """heldout_tokens: of topics that nothing is learned from. served: by the engine. mixed: texts of all kinds to learn
+    from. best: that a contextual map is learned on top of, from `map_tokens` tokens. pareto: also measure the same
+    bytes spent on more bits."""
 
     texts: Mapping[str, Texts]
     variants: Mapping[str, tuple[Variant, ...]]
     heldout_tokens: int
-    served: Variant | None
+    served: tuple[Variant, ...]
+    mixed: int
     best: Variant | None
     map_tokens: int
     pareto: bool
 
 
-FULL = Plan(_TEXTS, _VARIANTS, 10_000, SERVED, BEST, 40_000, pareto=True)
+FULL = Plan(_TEXTS, _VARIANTS, 10_000, SERVED, 60, BEST, 40_000, pareto=True)
 QUICK = Plan(
-    {"w4a16": Texts(30, 60)}, {"w4a16": _variants((16, FEW, "full", False))}, 1_000, None, None, 0, pareto=False
+    {"w4a16": Texts(30, 60)}, {"w4a16": _variants((16, FEW, "full", False))}, 1_000, (), 0, None, 0, pareto=False
 )

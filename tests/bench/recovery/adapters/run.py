@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from enum import StrEnum
 from itertools import groupby
 from typing import Any
 
-from tests.bench.recovery.engine import Written
+from tests.bench.recovery.engine import Ask, Written
 from tests.bench.recovery.figures import IDENTITY, Figures, groups, row
 from tests.bench.recovery.learning import first_tokens
 from tests.bench.recovery.log import say
@@ -16,17 +17,35 @@ from hemostat_calibration.profiles.adapter import adapter_bytes, adapter_layers,
 
 from . import shrink
 from .checkpoints import Pair, pair
+from .kinds import to_learn_from
 from .made import LoadedCopies, Made, made
 from .map_on_top import figures_with_map, learn_map
 from .pareto import BASE, OTHERS, more_bytes, rounded_checkpoint
 from .plan import Plan, Variant
 from .scores import Scorer, Singles, Tokens
 from .served import plain_answers, served
-from .texts import open_asks, token_count, write_texts
+from .texts import MAX_TOKENS, PART, open_asks, token_count, write_texts
 
 REFERENCE = "SmolLM2-135M-Instruct, bfloat16"
 FIRST = "w4a16"
 """The compression of which everything is shown."""
+FEWEST_TOKENS = 90
+"""Of a learning text on average, prompt included: how many are written follows from it."""
+
+
+class Part(StrEnum):
+    """What can be measured by itself."""
+
+    ROWS = "rows"
+    """Every adapter on held-out texts."""
+    BITS = "bits"
+    """The same bytes spent on more bits."""
+    MAP = "map"
+    """A contextual map on top of an adapter."""
+    SHRUNK = "shrunk"
+    """A contextual map alone, shrunk where texts are far from what was learned."""
+    SERVED = "served"
+    """Adapters at the engine."""
 
 
 class AdapterBench:
@@ -37,20 +56,30 @@ class AdapterBench:
         self.weight = weight
         self.plan = plan
 
-    def run(self) -> dict[str, Any]:
-        """rows: of the benchmark's JSON; the other parts are explained in docs/results.md."""
-        found: dict[str, Any] = {"rows": [r for scheme in self.plan.variants for r in self.compression(scheme)]}
-        found["rank_16_at_width_4096"] = {
-            "bfloat16": bytes_at_width_4096(16, 2.0),
-            "int8": bytes_at_width_4096(16, 1.0),
-        }
-        if self.plan.pareto:
+    def run(self, parts: Collection[Part] = tuple(Part), labels: Collection[str] = ()) -> dict[str, Any]:
+        """rows: of the benchmark's JSON; the other parts are explained in docs/results.md.
+
+        labels: only the adapters whose label contains one of these, for the rows and at the engine; empty: all.
+        """
+        rows: list[dict[str, Any]] = []
+        found: dict[str, Any] = {"rows": rows}
+        if Part.ROWS in parts:
+            for scheme, variants in self.plan.variants.items():
+                if chosen := labelled(variants, labels):
+                    rows += self.compression(scheme, chosen)
+            found["rank_16_at_width_4096"] = {
+                "bfloat16": bytes_at_width_4096(16, 2.0),
+                "int8": bytes_at_width_4096(16, 1.0),
+            }
+        if Part.BITS in parts and self.plan.pareto:
             found["more_bits"] = self.more_bits()
         if self.plan.best is not None:
-            found["rows"].append(self.map_on_top(self.plan.best))
-            found["shrunk_map"] = self.shrunk_map()
-        if self.plan.served is not None:
-            found["served"] = self.at_the_engine(self.plan.served)
+            if Part.MAP in parts:
+                rows.append(self.map_on_top(self.plan.best))
+            if Part.SHRUNK in parts:
+                found["shrunk_map"] = self.shrunk_map()
+        if Part.SERVED in parts:
+            found["served"] = {v.label: self.at_the_engine(v) for v in labelled(self.plan.served, labels)}
         return found
 
     # --- what is measured ---------------------------------------------------------------------------------------
@@ -60,12 +89,28 @@ class AdapterBench:
         calibration = [] if scheme == FIRST else self.texts(FIRST)[1]
         return pair(scheme, self.stages.folder, calibration)
 
-    def texts(self, scheme: str) -> tuple[list[Written], list[Written]]:
-        """To judge by, and to learn from, by the compressed model itself."""
+    def texts(self, scheme: str, tokens: int | None = None) -> tuple[list[Written], list[Written]]:
+        """To judge by, and to learn from, by the compressed model itself. tokens: that are learned from, prompts
+        included, so that no more texts are written than that takes; None: all."""
         count = self.plan.texts[scheme]
+        learning = count.learning if tokens is None else min(count.learning, -(-tokens // FEWEST_TOKENS))
+        # Whole parts, as they are kept.
+        total = min(count.heldout + count.learning, -(-(count.heldout + learning) // PART) * PART)
         asks = open_asks(heldout=True)[: count.heldout] + open_asks(heldout=False)[: count.learning]
-        written = write_texts(self.stages, self.pair(scheme).compressed, asks, scheme)
+        written = write_texts(self.stages, self.pair(scheme).compressed, asks[:total], scheme)
         return first_tokens(written[: count.heldout], self.plan.heldout_tokens), written[count.heldout :]
+
+    def learning(self, scheme: str, variant: Variant) -> list[Written]:
+        """What a variant is learned from. Of texts to judge by none is written that is not kept yet."""
+        if not variant.mixed:
+            count, wanted = self.plan.texts[scheme], max(variant.tokens, variant.distilled)
+            asks = open_asks(heldout=False)[: min(count.learning, -(-wanted // FEWEST_TOKENS // PART) * PART)]
+            if count.heldout % PART:  # a part holds texts of both sides
+                return self.texts(scheme, wanted)[1]
+            return write_texts(self.stages, self.pair(scheme).compressed, asks, scheme)
+        texts = to_learn_from([ask.text for ask in open_asks(heldout=False)], self.plan.mixed)
+        asks = [Ask(text, MAX_TOKENS, 1.0, 4_000_000 + n, tap=False) for n, text in enumerate(texts)]
+        return write_texts(self.stages, self.pair(scheme).compressed, asks, f"{scheme}-mixed")
 
     def scorer(self, it: Pair) -> Scorer:
         return Scorer(self.stages, it.digests(), LoadedCopies(it), self.weight, it.scheme)
@@ -75,18 +120,16 @@ class AdapterBench:
 
     # --- figures ------------------------------------------------------------------------------------------------
 
-    def compression(self, scheme: str) -> list[dict[str, Any]]:
+    def compression(self, scheme: str, variants: Sequence[Variant]) -> list[dict[str, Any]]:
         """Rows of the compressed model as it is, and with every adapter."""
-        heldout, learning = self.texts(scheme)
+        heldout, learning = self.texts(scheme, max(max(v.tokens, v.distilled) for v in variants))
         it = self.pair(scheme)
         scorer, tokens = self.scorer(it), Tokens.of(heldout)
         figures: dict[str, Figures] = scorer.figures(tokens, {IDENTITY: None})
         identity = {"family": IDENTITY, "variant": "", "rank": 0, "tokens": 0}
         rows = [self._row(scheme, heldout, figures, IDENTITY, identity)]
         # Those of the same statistics together: the reference's distributions are computed once for all of them.
-        for _, alike in groupby(
-            self.plan.variants[scheme], lambda variant: (variant.tokens, variant.metric, variant.distilled)
-        ):
+        for _, alike in groupby(variants, lambda variant: (variant.tokens, variant.metric, variant.distilled)):
             ones = {variant: self.made(it, learning, variant) for variant in alike}
             figures |= scorer.figures(tokens, {v.label: adapter_layers(one.profile) for v, one in ones.items()})
             for variant, one in ones.items():
@@ -97,7 +140,7 @@ class AdapterBench:
 
     def more_bits(self) -> list[dict[str, Any]]:
         """The bytes of adapters spent on more bits or smaller groups, on the same tokens as the adapters' rows."""
-        heldout, _ = self.texts(FIRST)
+        heldout, _ = self.texts(FIRST, 0)
         base, tokens = self.pair(FIRST), Tokens.of(heldout)
         before = self.scorer(base).figures(tokens, {IDENTITY: None})[IDENTITY]
         found = []
@@ -113,7 +156,7 @@ class AdapterBench:
 
     def map_on_top(self, variant: Variant) -> dict[str, Any]:
         """The row of an adapter with a contextual map that was learned on its distribution."""
-        heldout, learning = self.texts(FIRST)
+        heldout, learning = self.texts(FIRST, 2 * self.plan.map_tokens)
         it, some = self.pair(FIRST), first_tokens(learning, self.plan.map_tokens)
         one = self.made(it, learning, variant)
         layers, scorer, tokens = adapter_layers(one.profile), self.scorer(it), Tokens.of(heldout)
@@ -134,7 +177,7 @@ class AdapterBench:
 
     def shrunk_map(self) -> dict[str, Any]:
         """A contextual profile without any adapter, shrunk where its features are far from what was learned."""
-        heldout, learning = self.texts(FIRST)
+        heldout, learning = self.texts(FIRST, 2 * self.plan.map_tokens)
         it, some = self.pair(FIRST), first_tokens(learning, self.plan.map_tokens)
         scorer = self.scorer(it)
         learned = learn_map(self.stages, it, scorer, self.weight, some, None, "contextual, no adapter")
@@ -144,10 +187,10 @@ class AdapterBench:
         return shrink.compare(self.weight, scorer, learned.profile, some, {"open": heldout, **kinds})
 
     def at_the_engine(self, variant: Variant) -> dict[str, Any]:
-        """The adapter served by vLLM."""
-        heldout, learning = self.texts(FIRST)
+        """The adapter served by vLLM; of all but the first, only what people see."""
         it = self.pair(FIRST)
-        one = self.made(it, learning, variant)
+        one = self.made(it, self.learning(FIRST, variant), variant)
+        heldout = self.texts(FIRST, 0)[0] if variant == self.plan.served[0] else []
         return served(self.stages, it, self.scorer(it), one.profile, heldout, variant.label)
 
     def _fields(self, variant: Variant, one: Made) -> dict[str, Any]:
@@ -173,6 +216,11 @@ class AdapterBench:
     ) -> dict[str, Any]:
         said = {"compression": scheme, "promoted": False, "proposed": False, "chosen": False, "learner": {}}
         return said | fields | row(figures, label, *groups(texts))
+
+
+def labelled(variants: Sequence[Variant], labels: Collection[str]) -> list[Variant]:
+    """Those whose label contains one of the labels; all where there are none."""
+    return [v for v in variants if not labels or any(label in v.label for label in labels)]
 
 
 def bytes_at_width_4096(rank: int, bytes_a_number: float) -> float:

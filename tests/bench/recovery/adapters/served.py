@@ -78,7 +78,7 @@ def answers(
         rank = 0 if adapter is None else max_rank(adapter)
         model = "bench" if adapter is None else adapter.version
         async with engine(
-            checkpoint, [], stages.folder / f"vllm-{name}.log".replace(" ", "-"), adapters, rank
+            checkpoint, [], stages.folder / f"vllm-{name}.log".replace(" ", "-").replace(",", ""), adapters, rank
         ) as running:
             logprobs = await running.logprobs(scored, model)
             texts = {kind: await running.write(asks, f"{name}, greedy, {kind}", model) for kind, asks in greedy.items()}
@@ -114,21 +114,26 @@ def served(
     heldout: Sequence[Written],
     name: str,
 ) -> dict[str, Any]:
-    """All that is said of one adapter at the engine."""
-    scored = _first(heldout, AGREEMENT_TOKENS)
-    own = open_asks(heldout=True, number=2_000_000)[:OWN_TEXTS]
-    plain = plain_answers(stages, pair, heldout)
-    treated = answers(stages, pair.compressed, adapter, own, scored, f"{pair.scheme}-treated")
+    """What is said of one adapter at the engine. heldout: empty, only what people see of greedy answers."""
+    scored = _first(heldout, AGREEMENT_TOKENS) if heldout else []
+    own = open_asks(heldout=True, number=2_000_000)[:OWN_TEXTS] if heldout else []
     reference = answers(stages, pair.reference, None, [], scored[:1], "reference")
+    if heldout:
+        plain = plain_answers(stages, pair, heldout)
+    else:
+        plain = answers(stages, pair.compressed, None, [], [], f"{pair.scheme}-greedy")
+    treated = answers(stages, pair.compressed, adapter, own, scored, f"{pair.scheme}-treated-{name}")
+    found = {"outcomes": compare(reference.greedy, plain.greedy, treated.greedy)}
+    if not heldout:
+        return found
     layers = adapter_layers(adapter)
     on_heldout = scorer.figures(Tokens.of(heldout), {"without": None})["without"]
     on_own = scorer.figures(Tokens.of(treated.own), {name: layers})[name]
     ours = [_copied(scorer, scored, one, name) for one in (None, layers)]
-    return {
+    return found | {
+        "other_kinds": other_kinds(scorer, plain.sampled, layers, name),
         "agreement": agreement(plain.logprobs, treated.logprobs, *ours),
         "own_texts": on_policy(on_heldout.kl, groups(heldout)[1], on_own.kl, groups(treated.own)[1]),
-        "outcomes": compare(reference.greedy, plain.greedy, treated.greedy),
-        "other_kinds": other_kinds(scorer, plain.sampled, layers, name),
     }
 
 

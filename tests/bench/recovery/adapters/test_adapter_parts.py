@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.bench.recovery.adapters import kinds, pareto, plan, texts
+from tests.bench.recovery.adapters.run import labelled
 from tests.bench.recovery.adapters.scores import Scorer, Tokens, distances, hidden_states
 from tests.bench.recovery.adapters.served import agreement, compare
 from tests.bench.recovery.adapters.shrink import Region, shrunk_figures
@@ -73,6 +74,27 @@ def test_prompts_of_other_kinds_are_distinct_and_enough() -> None:
     assert len(found["json"]) == kinds.EXTRACTIONS >= 200
     for asked in found.values():
         assert len(set(asked)) == len(asked)
+
+
+def test_prompts_of_all_kinds_to_learn_from_are_none_of_those_that_are_answered() -> None:
+    open_questions = [ask.text for ask in texts.open_asks(heldout=False)]
+    found = kinds.to_learn_from(open_questions, plan.FULL.mixed)
+    answered = {text for asked in kinds.by_kind().values() for text in asked}
+    assert len(set(found)) == len(found) == plan.FULL.mixed >= 40
+    assert not answered & set(found)
+    first = found[:20]
+    for start in ("Extract", "What is", "Write a Python function that"):
+        assert sum(text.startswith(start) for text in first) >= 4
+    assert sum(text in open_questions for text in first) == 5
+    assert not any(f"{name} is" in text for name in texts.prompts.PEOPLE for text in found)
+
+
+def test_adapters_are_chosen_by_words_of_their_labels() -> None:
+    served = plan.FULL.served
+    assert labelled(served, []) == list(served)
+    assert [v.rank for v in labelled(served, ["rank 64"])] == [64]
+    assert [v.mixed for v in labelled(served, ["all kinds", "distilled"])] == [False, True]
+    assert len({v.label for v in served}) == len(served)
 
 
 def test_held_out_topics_are_all_asked_about_and_not_learned_from() -> None:
