@@ -21,6 +21,8 @@ from .texts import checkpoint_digest
 LLMCOMPRESSOR = "llmcompressor==0.14.0.1"
 CALIBRATION_TEXTS = {"gptq": 240, "awq": 64}
 """AWQ runs every text once for each point of its grid."""
+GROUP_SIZE = 64
+"""The width of SmolLM2, 576, is not a multiple of 128."""
 SCRIPT = Path(__file__).with_name("llmcompressor_script.py")
 
 
@@ -43,27 +45,28 @@ def pair(scheme: str, build: Path, calibration: Sequence[Written]) -> Pair:
         return Pair(scheme, reference, cached_checkpoints(scheme, say).compressed)
     folder = build / f"checkpoint-{scheme}"
     if not folder.exists():
-        _quantize(scheme, reference, folder, calibration[: CALIBRATION_TEXTS[scheme]])
+        texts = [[int(i) for i in (*text.prompt, *text.output)] for text in calibration[: CALIBRATION_TEXTS[scheme]]]
+        quantize(scheme, reference, folder, texts, GROUP_SIZE, environment(build / "llmcompressor"))
     return Pair(scheme, reference, folder)
 
 
-def _quantize(method: str, reference: Path, folder: Path, texts: Sequence[Written]) -> None:
+def quantize(
+    method: str, reference: Path, folder: Path, texts: Sequence[Sequence[int]], group_size: int, python: Path
+) -> None:
+    """By `method`, "gptq" or "awq", calibrated on `texts`; its log is beside the folder. python: of `environment`."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    ids = [[int(i) for i in (*text.prompt, *text.output)] for text in texts]
-    (partial / "texts.json").write_text(json.dumps(ids), encoding="utf-8")
-    say(f"{method}: quantizing with llmcompressor, {len(ids)} texts")
-    python = _environment(folder.parent / "llmcompressor")
+    (partial / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    say(f"{method}: quantizing with llmcompressor, {len(texts)} texts")
+    command = [python, SCRIPT, method, reference, partial, partial / "texts.json", str(group_size)]
     with (folder.parent / f"{method}.log").open("wb") as log:
-        subprocess.run(
-            [python, SCRIPT, method, reference, partial, partial / "texts.json"], check=True, stdout=log, stderr=log
-        )
+        subprocess.run(command, check=True, stdout=log, stderr=log)
     (partial / "texts.json").unlink()
     partial.rename(folder)
 
 
-def _environment(folder: Path) -> Path:
+def environment(folder: Path) -> Path:
     """The interpreter of an environment that has llmcompressor; made on first use."""
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():

@@ -1,7 +1,7 @@
 """Quantizes a checkpoint by GPTQ or AWQ with llmcompressor. Runs in an environment of its own, which has no Hemostat:
 llmcompressor wants other versions of transformers and compressed-tensors than vLLM.
 
-usage: llmcompressor_script.py METHOD REFERENCE OUT TEXTS.json  (token ids, a list of lists)
+usage: llmcompressor_script.py METHOD REFERENCE OUT TEXTS.json GROUP_SIZE  (texts: token ids, a list of lists)
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-GROUP_SIZE = 64
-"""The width of SmolLM2, 576, is not a multiple of 128."""
 AWQ_GRID = 10
 
 
@@ -30,12 +28,12 @@ if not torch.cuda.is_available():
     IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
 
 
-def main(method: str, reference: str, out: str, texts: str) -> None:
+def main(method: str, reference: str, out: str, texts: str, group_size: str) -> None:
     ids = json.loads(Path(texts).read_text(encoding="utf-8"))
     longest = max(map(len, ids))
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]})
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)
-    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE)
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=int(group_size))
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
     recipe = {
         "gptq": [GPTQModifier(config_groups=groups, ignore=["lm_head"])],
@@ -50,7 +48,8 @@ def main(method: str, reference: str, out: str, texts: str) -> None:
         shuffle_calibration_samples=False,
     )
     model.save_pretrained(out, save_compressed=True)
-    AutoTokenizer.from_pretrained(reference).save_pretrained(out)
+    if (Path(reference) / "tokenizer.json").exists():
+        AutoTokenizer.from_pretrained(reference).save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""Adapters for checkpoints that llmcompressor itself has made by GPTQ and AWQ, in groups of 128."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.bench.recovery.adapters.checkpoints import environment, quantize
+from tests.support.adapter_models import random_texts, save, tiny_model
+
+from hemostat.models.adapters.build import BuildOptions, build, judged
+from hemostat.models.adapters.pair import CheckpointPair
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first one installs llmcompressor
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUP_SIZE = 128
+"""It divides the tiny model's widths, 256 and 384."""
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    return environment(ROOT / "build" / "bench" / "recovery" / "llmcompressor")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_its_groups_of_128_are_read_and_corrected(method: str, python: Path, tmp_path: Path) -> None:
+    reference = save(tiny_model(), tmp_path / "reference")
+    calibration = [text.ids.tolist() for text in random_texts(8, seed=1)]
+    compressed = tmp_path / method
+    quantize(method, reference, compressed, calibration, GROUP_SIZE, python)
+    pair = CheckpointPair.open(reference, compressed)
+    assert all(pair.compressed.is_quantized(name) for name in pair.skeleton.linears)
+    for name in pair.skeleton.linears:
+        scales = pair.scales(name.rpartition(".")[0].rpartition(".")[0])
+        error = float((pair.delta(name, scales) ** 2).sum() ** 0.5)
+        assert 0.0 < error < 0.2 * float(pair.compressed.weight(name).float().norm()), name
+    built = build(pair, random_texts(16), BuildOptions(rank=32, metric="kfac", shared_out=True))
+    summary = judged(pair, built, random_texts(4, seed=9))[0].report["held_out"]
+    assert summary["kl_before"] > 0.0
+    assert summary["kl_after"] < 0.8 * summary["kl_before"]
+    assert built.report["notes"] == []
