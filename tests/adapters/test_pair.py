@@ -132,6 +132,22 @@ def test_other_norms_are_noted_and_not_taken_for_scales(tiny: TinyCheckpoints, t
     assert not pair.same_ends
 
 
+def test_what_was_noted_of_a_layer_is_kept_with_its_finished_part(tiny: TinyCheckpoints, tmp_path: Path) -> None:
+    from tests.support.adapter_models import random_texts
+
+    from hemostat.models.adapters.build import BuildOptions, build
+    from hemostat.models.adapters.parts import Parts
+
+    state = rounded(tiny.model)
+    state["model.layers.1.input_layernorm.weight"] = state["model.layers.1.input_layernorm.weight"] * 1.3
+    other, parts = save(tiny.model, tmp_path / "other", state), Parts(None)
+    options, texts = BuildOptions(rank=2), random_texts(4)
+    notes = [build(opened(tiny.reference, other), texts, options, parts).report["notes"] for _ in range(2)]
+    assert len(notes[0]) == 1
+    assert "model.layers.1.input_layernorm.weight differs" in notes[0][0]
+    assert notes[1] == notes[0], "of a build whose layers were all finished before"
+
+
 def test_gemma_norms_multiply_by_one_plus_their_weight(tmp_path: Path) -> None:
     from hemostat.models.adapters.pair import moved_reference
 

@@ -68,6 +68,8 @@ class CheckpointPair:
         self.notes: list[str] = []
         self.same_ends = True
         self._scales: dict[str, LayerScales] = {}
+        self._notes_of: dict[str, list[str]] = {}
+        """By decoder layer, what its scales do not explain."""
 
     @classmethod
     def open(cls, reference: Path, compressed: Path, device: str = "cpu", dtype: str = "auto") -> CheckpointPair:
@@ -118,8 +120,20 @@ class CheckpointPair:
     def scales(self, layer: str) -> LayerScales:
         """The scales that were moved inside of the decoder layer `layer`; notes what they do not explain."""
         if layer not in self._scales:
+            known = len(self.notes)
             self._scales[layer] = self._find_scales(layer)
+            self._notes_of.setdefault(layer, self.notes[known:])
         return self._scales[layer]
+
+    def notes_of(self, layer: str) -> list[str]:
+        """What was noted of a decoder layer: nothing, as long as its scales are not known."""
+        return self._notes_of.get(layer, [])
+
+    def restore_notes(self, layer: str, notes: list[str]) -> None:
+        """What an earlier process has noted of a decoder layer that need not be looked at again."""
+        self._notes_of[layer] = notes
+        for text in notes:
+            self._note(text)
 
     def _find_scales(self, layer: str) -> LayerScales:
         names = [f"{layer}.{name}" for name, _ in self.skeleton.layers[layer].named_modules() if name]

@@ -36,6 +36,7 @@ Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float64]
 
 STATISTICS = "statistics"
+_NOTES = "|notes"
 BASE_BYTES = 700 << 20
 """Of a process with torch and transformers, before any weights."""
 
@@ -92,6 +93,7 @@ class Solver:
                 self._solve_layer(n)
                 kept = self._parts.get(_layer(n))
                 assert kept is not None, n
+            self._pair.restore_notes(self._names[n], _notes(kept))
             found[n] = _unpack(kept)
             done = count - n if self._gradients else n + 1
             self._progress(STATISTICS, done + count * self._gradients, count * (1 + self._gradients))
@@ -119,7 +121,7 @@ class Solver:
         corrections = {
             name: self._correct(name, moments, self._pair.scales(layer)) for name in self._skeleton.linears_of(layer)
         }
-        self._parts.put(_layer(n), _pack(corrections))
+        self._parts.put(_layer(n), _pack(corrections, self._pair.notes_of(layer)))
         self._parts.drop(_hidden(n + 1 if self._gradients else n))
         self._parts.drop(_gradient(n + 1))
 
@@ -266,14 +268,22 @@ def _layer(n: int) -> str:
     return f"layer-{n:04d}"
 
 
-def _pack(corrections: Mapping[str, Correction]) -> dict[str, torch.Tensor]:
-    tensors = {}
+def _pack(corrections: Mapping[str, Correction], notes: Sequence[str]) -> dict[str, torch.Tensor]:
+    tensors = {_NOTES: _characters("\n".join(notes))} if notes else {}
     for name, correction in corrections.items():
         tensors[f"{name}|a"] = torch.from_numpy(correction.factors.a)
         tensors[f"{name}|b"] = torch.from_numpy(np.ascontiguousarray(correction.factors.b))
         tensors[f"{name}|errors"] = torch.from_numpy(correction.errors)
-        tensors[f"{name}|metric"] = torch.frombuffer(bytearray(correction.metric.encode()), dtype=torch.uint8)
+        tensors[f"{name}|metric"] = _characters(correction.metric)
     return tensors
+
+
+def _characters(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _notes(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    return bytes(tensors[_NOTES].tolist()).decode().split("\n") if _NOTES in tensors else []
 
 
 def _unpack(tensors: Mapping[str, torch.Tensor]) -> dict[str, Correction]:
