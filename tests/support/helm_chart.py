@@ -19,7 +19,8 @@ from hemostat.config.schema import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "hemostat"
-VALUE_SETS = sorted((ROOT / "tests" / "helm" / "values").glob("*.yaml"))
+VALUES = ROOT / "tests" / "helm" / "values"
+VALUE_SETS = sorted(VALUES.glob("*.yaml"))
 assert VALUE_SETS, "no sets of values: tests would be skipped"
 UPSTREAM = "upstream.url=http://vllm:8000"
 EXISTING = {
@@ -31,6 +32,11 @@ EXISTING = {
 """What the Secret that `existingSecret` names holds, in these tests."""
 
 Manifest = dict[str, Any]
+
+
+def set_of(name: str) -> Path:
+    """The set of values of that name."""
+    return VALUES / f"{name}.yaml"
 
 
 class UniqueKeys(yaml.SafeLoader):

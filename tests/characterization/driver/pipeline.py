@@ -1,20 +1,15 @@
-"""The only file of these tests that imports the product or constructs any of its objects.
-
-When modules move or constructors change, this file is edited, and the tests and the golden files stay as they are.
-"""
+"""The control process between relays, a reference and an engine that are made up."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import random
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,406 +18,28 @@ import httpx
 import msgspec
 import numpy as np
 from tests.characterization.golden import dumps
-from tests.characterization.worlds import Array, Truth, V, World, entropy, log_softmax, top
-from tests.support.oracle import shift
+from tests.characterization.worlds import Truth, V, World, entropy, log_softmax, top
 from tests.support.served_models import pair, served_models
 
 from hemostat.admin.app import create_app
-from hemostat.config.schema import Calibration, Settings
+from hemostat.config.schema import Settings
 from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
-from hemostat.profiles.decisions import DECISIONS, MAX_EVENTS, Reason
-from hemostat.profiles.manager import ProfileManager
-from hemostat.profiles.persistence import STATE_KEYS
 from hemostat.reference.monitor import ReferenceState
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
 from hemostat.reference.references import References
-from hemostat.store.lease import Lease
-from hemostat.store.memory import MemoryStore
-from hemostat.store.protocol import StoredProfile
-from hemostat_calibration.divergence.record_gains import RecordGains
-from hemostat_calibration.errors import HemostatError
-from hemostat_calibration.profiles.contextual import contextual_profile, probe_profile
-from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
+from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
-from hemostat_calibration.records import Candidates, Shift, TokenRecord, validate
-from hemostat_calibration.statistics.split import held_out
-
-MODEL = "m"
-HELD_OUT = 0.3
-"""`calibration.held_out_fraction`."""
-TOP_K = 20
-"""Candidates of a record that is fed to `Life`."""
-ANCHORS = np.arange(6, dtype=np.int32)
-CLAMP = 2.0
-BIASED = World(bias=1.2)
-"""A large error: proofs are short."""
-TOKENS = 24
-"""Of a record that is fed to `Life`."""
-
-
-@cache
-def keys(*, judged: bool) -> tuple[bytes, ...]:
-    """Prompt keys of the held-out side, or of the side that is learned from."""
-    return tuple(key for key in (b"%d" % n for n in range(10_000)) if held_out(key, HELD_OUT) is judged)
-
-
-# --- profiles ---------------------------------------------------------------------------------------------------------
-
-
-def helpful(seed: int = 0) -> CalibrationProfile:
-    """Takes back what the biased world adds, but for a little noise."""
-    noise = 0.1 * np.random.default_rng(seed).normal(size=V)
-    return temperature_bias(MODEL, V, 1.0, noise - BIASED.bias, CLAMP)
-
-
-def partial(part: float) -> CalibrationProfile:
-    """Takes back that part of what the biased world adds."""
-    return temperature_bias(MODEL, V, 1.0, -part * BIASED.bias, CLAMP)
-
-
-def harmful(seed: int = 5, vocabulary: int = V) -> CalibrationProfile:
-    return temperature_bias(MODEL, vocabulary, 1.0, np.random.default_rng(seed).normal(0, 0.8, vocabulary), CLAMP)
-
-
-def tempered(temperature: float) -> CalibrationProfile:
-    return temperature_bias(MODEL, V, temperature, -BIASED.bias, CLAMP)
-
-
-def contextual(part: float = 1.0, first_anchor: int = 0) -> CalibrationProfile:
-    """Takes back `part` of what the biased world adds, in any context."""
-    return contextual_profile(
-        model=MODEL,
-        anchors=ANCHORS + first_anchor,
-        linear=np.zeros((1, 2)),
-        offset=np.ones(1),
-        up=-part * BIASED.bias[:, None],
-        clamp_nats=CLAMP,
-    )
-
-
-def reading(seed: int = 0) -> CalibrationProfile:
-    """A contextual profile that does read its anchors: a small network over them, with a trust region."""
-    rng = np.random.default_rng(seed)
-    return contextual_profile(
-        model=MODEL,
-        anchors=ANCHORS,
-        linear=0.05 * rng.normal(size=(2, 4)),
-        offset=np.array([1.0, 0.1]),
-        up=np.column_stack([-BIASED.bias, 0.1 * rng.normal(size=V)]),
-        clamp_nats=CLAMP,
-        hidden=0.1 * rng.normal(size=(3, 4)),
-        hidden_offset=np.zeros(3),
-        middle=0.1 * rng.normal(size=(2, 3)),
-        middle_offset=np.zeros(2),
-        out=0.1 * rng.normal(size=(2, 2)),
-        fisher=np.eye(2),
-        kl_limit=1.0,
-    )
-
-
-def learners_probe(count: int = len(ANCHORS)) -> CalibrationProfile:
-    """What a contextual learner asks engines to hold."""
-    return probe_profile(MODEL, V, ANCHORS[:count], 1.0)
-
-
-def effect(profile: CalibrationProfile, truth: Truth) -> tuple[Array, Array]:
-    """E_r[Δz], as the reference gives it, and log E_c[e^Δz], as the engine does; [T], nats."""
-    delta = shift(profile, truth.compressed)
-    return (np.exp(truth.reference) * delta).sum(-1), np.log(np.exp(truth.compressed + delta).sum(-1))
-
-
-def _sha256(data: bytes) -> str:
-    """Its first 24 digits: golden files are read by people."""
-    return hashlib.sha256(data).hexdigest()[:24]
-
-
-# --- the life of profiles ---------------------------------------------------------------------------------------------
-
-
-def written(method: str, *args: Any) -> dict[str, Any]:
-    """One write of the store in its golden form; the one place that knows how the product hands writes over."""
-    match method, args:
-        case "put_profile", [StoredProfile() as profile]:
-            found = {"write": method, "version": profile.version, "created": profile.created}
-            return found | {"sha256": _sha256(profile.data)}
-        case "delete_profile", [version]:
-            return {"write": method, "version": version}
-        case "append_event", [event]:
-            return {"write": method, "event": event}
-        case "set_state" | "raise_state", [key, value]:
-            return {"write": method, "key": key, "value": stored_state(key, value)}
-    raise AssertionError(f"a write that this adapter does not know: {method}{args}")
-
-
-def stored_state(key: str, value: Any) -> Any:
-    """A state of the store; those of tests and kinds, which are long, as their most important parts."""
-    if key == "tests":
-        tests = json.loads(value)
-        return {name: {kind: test["units"] for kind, test in kinds.items()} for name, kinds in tests["tests"].items()}
-    if key == "kinds":
-        found = json.loads(value)
-        return {
-            "scope": found["scope"],
-            "serving": {name: [kind["version"], kind["window"]] for name, kind in found["kinds"].items()},
-            "queue": found["queue"],
-        }
-    return value
-
-
-OF_ADAPTERS = frozenset({Reason.PROBE, Reason.SLOT})
-
-
-def every_decision() -> list[tuple[str, str]]:
-    """Each decision about a profile with its reason; those about adapters alone have tests of their own."""
-    return [(decision, reason) for decision, reason in DECISIONS if reason not in OF_ADAPTERS]
-
-
-class _NotingWrites:
-    """`StoreWrites` of a `Life`."""
-
-    def __init__(self, life: Life) -> None:
-        self._life = life
-
-    def put_profile(self, profile: StoredProfile) -> None:
-        self._life.save("put_profile", profile)
-
-    def delete_profile(self, version: str) -> None:
-        self._life.save("delete_profile", version)
-
-    def append_event(self, event: dict[str, Any]) -> None:
-        self._life.save("append_event", event)
-
-    def set_state(self, key: str, value: str | None) -> None:
-        self._life.save("set_state", key, value)
-
-    def raise_state(self, key: str, value: int) -> None:
-        self._life.save("raise_state", key, value)
-
-    def put_blob(self, key: str, data: bytes) -> None:
-        raise AssertionError("profiles keep no blobs")
-
-
-class Life:
-    """A `ProfileManager` whose writes go to a store at once and to `saves`, and which is fed whole records.
-
-    store: the one of another `Life`, for a restart or another replica. leads: None without a shared store.
-    """
-
-    def __init__(
-        self,
-        store: Any = None,
-        *,
-        known: bool = True,
-        tempered: bool = False,
-        leads: bool | None = None,
-        at: float = 0.0,
-        **calibration: Any,
-    ) -> None:
-        self.store: Any = store or MemoryStore()
-        self.now = at
-        self.saves: list[dict[str, Any]] = []
-        given = {"mode": "auto", "min_tokens": 300, "clamp_nats": CLAMP, "held_out_fraction": HELD_OUT} | calibration
-        self._lease = Lease(shared=leads is not None, clock=lambda: self.now)
-        if leads:
-            self.lead()
-        self._profiles = ProfileManager(
-            Calibration.model_validate(given),
-            _NotingWrites(self),
-            lambda: self.now,
-            default_temperature_is_one=tempered,
-            lease=self._lease,
-        )
-        if known:
-            self.know()
-
-    def save(self, method: str, *args: Any) -> None:
-        self.saves.append(written(method, *args))
-        getattr(self.store, method)(*args)
-
-    def lead(self) -> None:
-        """This replica has the lease from now on."""
-        self._lease.grant(float("inf"))
-
-    def lose_lead(self) -> None:
-        self._lease.lose()
-
-    def know(self, model: str = MODEL, vocabulary: int = V) -> None:
-        self._profiles.set_model_pair(model, vocabulary)
-
-    def restore(self) -> None:
-        """What a new process does with the store of an earlier one."""
-        self._profiles.restoring.restore(*self._stored())
-
-    def take_up(self) -> None:
-        """What a replica does with what another one has written."""
-        self._profiles.restoring.reload(*self._stored())
-
-    def _stored(self) -> tuple[list[StoredProfile], dict[str, str | None], list[dict[str, Any]]]:
-        states = {name: self.store.get_state(name) for name in STATE_KEYS}
-        return self.store.profiles(), states, self.store.events(MAX_EVENTS)
-
-    def lose_store(self) -> None:
-        """The store has lost its data; all that a restart needs is written again."""
-        self.store = MemoryStore()
-        self._profiles.restoring.write_all({})
-
-    def damage(self, version: str) -> None:
-        """Put bytes into the store that are no profile."""
-        self.store.put_profile(StoredProfile(version, b"junk", self.now))
-
-    def feed(
-        self,
-        world: World,
-        prompts: Iterable[bytes],
-        until: Callable[[], bool] = lambda: False,
-        *,
-        exact: bool = True,
-        **more: Any,
-    ) -> int:
-        """One record a prompt, a second apart, until `until` is true; returns how many.
-
-        exact: the reference and the engine say what each profile in question does.
-        """
-        fed = 0
-        for n, key in enumerate(prompts):
-            if until():
-                break
-            self.now += 1.0
-            record = self._record(world.truth(n, TOKENS), key, exact, more)
-            record = replace(record, kind=self._profiles.kinds.see(record.kind))
-            self._profiles.observe(record, RecordGains(record))
-            fed += 1
-        return fed
-
-    def _record(self, truth: Truth, key: bytes, exact: bool, more: dict[str, Any]) -> TokenRecord:
-        rows = np.arange(len(truth.emitted))
-        ids, values = top(truth.compressed, TOP_K, truth.emitted)
-        at = np.take_along_axis(truth.reference, np.maximum(ids, 0), -1)
-        shifts = {p.version: Shift(*effect(p, truth)) for p in self._profiles.evaluated_profiles()} if exact else {}
-        return validate(
-            TokenRecord(
-                vocab_size=V,
-                prompt_key=key,
-                output_ids=truth.emitted.astype(np.int32),
-                compressed=Candidates(ids, values),
-                reference_at=np.where(ids >= 0, at, np.nan),
-                reference=Candidates(*top(truth.reference, 8)),
-                compressed_emitted=truth.compressed[rows, truth.emitted],
-                reference_emitted=truth.reference[rows, truth.emitted],
-                reference_entropy=entropy(truth.reference),
-                shifts=shifts,
-                **more,
-            )
-        )
-
-    # What the operator and the learner do; the answer of the product, or its refusal.
-
-    def import_profile(self, profile: CalibrationProfile, scope: str = "") -> str:
-        return self._asked(lambda: self._profiles.operator.import_profile(profile, scope))
-
-    def promote(self, version: str, kind: str | None = None) -> str:
-        return self._asked(lambda: self._profiles.operator.promote(version, kind))
-
-    def pin(self, version: str) -> str:
-        return self._asked(lambda: self._profiles.operator.pin(version))
-
-    def unpin(self) -> str:
-        return self._asked(self._profiles.operator.unpin)
-
-    def roll_back(self, kind: str | None = None) -> str:
-        return self._asked(lambda: self._profiles.operator.roll_back("asked for by the operator", kind))
-
-    def harm(self, kind: str) -> None:
-        """An outcome of the treated requests of this kind is proven to be worse."""
-        self._profiles.lifecycle.roll_back(kind, Reason.OUTCOMES, "valid JSON fell by more than the margin", {})
-
-    def release(self, kind: str | None = None) -> str:
-        return self._asked(lambda: self._profiles.operator.release(kind))
-
-    def end(self) -> None:
-        """The process ends, and writes what it knows."""
-        self._profiles.writer.save()
-
-    def set_mode(self, mode: str) -> str:
-        return self._asked(lambda: self._profiles.operator.set_mode(mode))
-
-    def force(self, profile: CalibrationProfile) -> str:
-        return self._asked(lambda: self._profiles.operator.force(profile))
-
-    def probe(self, profile: CalibrationProfile) -> str:
-        return self._asked(lambda: self._profiles.proposals.set_probe(profile))
-
-    def propose(self, profile: CalibrationProfile, tokens: int, scope: str = "") -> str:
-        """By the contextual learner."""
-        why, report = f"learned in context from {tokens} tokens", {"tokens": tokens, "won_back": 0.25}
-        return self._asked(lambda: self._profiles.proposals.propose(profile, why, report, scope))
-
-    def _asked(self, act: Callable[[], object]) -> str:
-        try:
-            answer = act()
-        except HemostatError as error:
-            return f"refused: {error}"
-        return "done" if answer is None else str(answer)
-
-    @property
-    def selected(self) -> str | None:
-        return self._profiles.serving.selected
-
-    @property
-    def by_kind(self) -> dict[str, str]:
-        return dict(self._profiles.serving.version_by_kind)
-
-    @property
-    def candidates(self) -> list[str]:
-        return list(self._profiles.trials.tested_versions)
-
-    @property
-    def window(self) -> int:
-        """Of what serves all: the held-out requests in which it is watched."""
-        return int(self._profiles.report.status()["selected"]["window"])
-
-    def state(self) -> dict[str, Any]:
-        """What relays, engines and the console are told."""
-        one, told = self._profiles, self._profiles.report.status()
-        candidates = [f"{c['version']} {c['scope']!r} {c['source']} {c['requests']}" for c in told["candidates"]]
-        evaluated = [profile.version for profile in one.evaluated_profiles()]
-        found = {
-            "mode": told["mode"],
-            "pinned": told["pinned"],
-            "forced": one.serving.forced,
-            "serving": one.serving.version,
-            "shown": one.serving.reported,
-            "by_kind": one.serving.version_by_kind,
-            "wanted": one.engine_versions(),
-            "evaluated": "as wanted" if evaluated == one.engine_versions() else evaluated,
-            "candidates": candidates,
-            "waiting": [f"{c['version']} {c['scope']!r} {c['source']}" for c in told["waiting"]],
-            "learned": [told["learned_requests"], told["learned_tokens"]],
-            "tests_begun": told["tests_begun"],
-            "scopes": sorted(told["scopes"]),
-            "promotions": one.lifecycle.promotions,
-            "rollbacks": one.lifecycle.rollbacks,
-        }
-        return {name: value for name, value in found.items() if value not in (None, [], {}, False, 0)}
-
-    def decisions(self) -> dict[str, int]:
-        """Counted by decision and reason, those that happened."""
-        return {" ".join(pair): count for pair, count in sorted(self._profiles.events.counts.items()) if count}
-
-    def status(self) -> dict[str, Any]:
-        return self._profiles.report.status()
-
-    def listing(self) -> dict[str, Any]:
-        return self._profiles.report.listing()
-
-    def request_parameters(self) -> dict[str, Any]:
-        """What `calibration.apply: request` puts into a request."""
-        return self._profiles.request_parameters()
-
-
-# --- the pipeline -----------------------------------------------------------------------------------------------------
+from hemostat_calibration.records import Candidates, TokenRecord
+
+from .life import stored_state
+from .profiles import (
+    ANCHORS,
+    MODEL,
+    effect,
+    sha256,
+)
 
 TOKEN = "secret"
 K = 5
@@ -805,7 +422,7 @@ def stored(path: Path) -> dict[str, Any]:
         state = connection.execute("SELECT key, value FROM state ORDER BY key").fetchall()
     connection.close()
     return {
-        "profiles": [[version, _sha256(data), created] for version, data, created in rows],
+        "profiles": [[version, sha256(data), created] for version, data, created in rows],
         "events": [
             [event.get(key) for key in ("decision", "reason", "scope", "kind", "why")] for event in map(_json, events)
         ],
@@ -827,7 +444,7 @@ def alarm_shape(kept: str) -> dict[str, Any]:
         return type(value).__name__
 
     state = json.loads(kept)
-    return {"keys": sorted(state), "sha256": _sha256(dumps(shape(state)).encode())}
+    return {"keys": sorted(state), "sha256": sha256(dumps(shape(state)).encode())}
 
 
 def _json(row: tuple[str]) -> dict[str, Any]:

@@ -1,0 +1,195 @@
+"""The proxies that are compared, each pinned to one core."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hemostat.ipc.messages import REST_KIND, MessageReader, Policy, Stats, encode
+
+from .load import (
+    ADAPTER,
+    BUILD,
+    PROXY_CORE,
+    ROOT,
+    TOP_K,
+    free_port,
+    nginx_config,
+)
+
+
+@dataclass
+class Proxy:
+    name: str
+    ports: dict[str, int]
+    """By upstream: `json` and `stream`."""
+    pids: dict[str, int]
+    stats: Stats | None = None
+
+
+@dataclass
+class Bench:
+    folder: Path
+    upstreams: dict[str, int]
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        pinned: bool = True,
+        stdin: bytes | None = None,
+        log: str,
+        environment: dict[str, str] | None = None,
+    ) -> int:
+        prefix = ["taskset", "-c", str(PROXY_CORE)] if pinned else []
+        with (self.folder / f"{log}.log").open("wb") as out:
+            process = subprocess.Popen(
+                [*prefix, *command],
+                stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=os.environ | (environment or {}),
+            )
+        if stdin is not None:
+            assert process.stdin is not None
+            process.stdin.write(stdin)
+            process.stdin.close()
+        self.processes.append(process)
+        return process.pid
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    async def nginx(self) -> Proxy:
+        proxy = Proxy("nginx", {}, {})
+        for kind, upstream in self.upstreams.items():
+            port = proxy.ports[kind] = free_port()
+            server = f"""listen 127.0.0.1:{port} backlog=4096;
+            location / {{ proxy_pass http://up; proxy_http_version 1.1; proxy_set_header Connection "";
+              proxy_buffering off; proxy_set_header Host $http_host; }}"""
+            extra = f"upstream up {{ server 127.0.0.1:{upstream}; keepalive 128; keepalive_requests 1000000000; }}"
+            config = nginx_config(self.folder / f"nginx-{kind}", server, extra)
+            proxy.pids[kind] = self.start(
+                ["nginx", "-e", "stderr", "-p", str(config.parent), "-c", str(config)], log=f"nginx-{kind}"
+            )
+        return proxy
+
+    async def vllm_router(self, program: Path) -> Proxy:
+        proxy = Proxy("vllm-router", {}, {})
+        for kind, upstream in self.upstreams.items():
+            port = proxy.ports[kind] = free_port()
+            proxy.pids[kind] = self.start(
+                [
+                    *(str(program), "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"),
+                    *("--worker-urls", f"http://127.0.0.1:{upstream}", "--log-level", "error"),
+                    *("--prometheus-port", str(free_port()), "--max-concurrent-requests", "1024"),
+                ],
+                log=f"vllm-router-{kind}",
+            )
+        return proxy
+
+    async def hemostat(
+        self,
+        rate: float,
+        stack: contextlib.AsyncExitStack,
+        checkout: Path | None = None,
+        *,
+        treated: str = "",
+    ) -> Proxy:
+        """checkout: of another revision, whose relay is run instead of this one's. treated: what every request gets,
+        `profile` or `adapter`."""
+        proxy = Proxy(treated or f"{'hemostat' if checkout is None else 'beside'} {rate:g}", {}, {})
+        paths = [str(checkout / folder) for folder in ("middleware", "calibration")] if checkout is not None else []
+        for kind, upstream in self.upstreams.items():
+            port = proxy.ports[kind] = free_port()
+            path = self.folder / f"{proxy.name.replace(' ', '-')}-{kind}.sock"
+            await stack.enter_async_context(control(path, rate, proxy))
+            config = {
+                "worker": 0,
+                "host": "127.0.0.1",
+                "port": port,
+                "reuse_port": True,
+                "upstream_url": f"http://127.0.0.1:{upstream}",
+                "upstream_api_key": None,
+                "control_socket": str(path),
+                "shutdown_seconds": 1.0,
+            }
+            proxy.pids[kind] = self.start(
+                [sys.executable, "-m", "hemostat.relay.main"],
+                stdin=json.dumps(config).encode(),
+                log=f"{proxy.name.replace(' ', '-')}-{kind}",
+                environment={"PYTHONPATH": os.pathsep.join(paths)} if paths else None,
+            )
+        return proxy
+
+
+@contextlib.asynccontextmanager
+async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
+    """Stands in for the control process: gives the policy, takes captures and figures."""
+    treats = proxy.name in {"profile", "adapter"}
+    policy = Policy(
+        generation=1,
+        mode="auto" if treats else "observe",
+        shadow_rate=rate,
+        shadow_allow_on=False,
+        shadow_top_k=TOP_K,
+        shadow_max_tokens=8192,
+        scoring=True,
+        tap=False,
+        forced=None,
+        control_fraction=0.0,
+        acknowledged=frozenset({ADAPTER}),
+        labels=frozenset(),
+        serving_by_kind={REST_KIND: ADAPTER} if treats else {},
+        adapters={ADAPTER: False} if proxy.name == "adapter" else {},
+        base_models=frozenset({"fake"}),
+        answered_name="fake",
+    )
+    writers: set[asyncio.StreamWriter] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.add(writer)
+        writer.write(encode(policy))
+        frames = MessageReader()
+        while data := await reader.read(1 << 20):
+            # What another revision reports may have another form.
+            for message in frames.feed(data) if proxy.name.startswith("hemostat") else ():
+                if isinstance(message, Stats):
+                    proxy.stats = message
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, str(path))
+    try:
+        yield
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+
+
+def install_vllm_router() -> Path:
+    """Its own environment under build/, made once."""
+    folder = BUILD / "vllm-router"
+    program = folder / "bin" / "vllm-router"
+    if not program.exists():
+        print("installing vllm-router into", folder.relative_to(ROOT), flush=True)
+        venv.create(folder, with_pip=True)
+        subprocess.run([folder / "bin" / "pip", "install", "--quiet", "vllm-router"], check=True)
+    return program
