@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
-from tests.support.engine_admin import TOKEN, EngineAdmin
-from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, VLLM_ARGUMENTS, RunningVllm
+from tests.support.running_vllm import LORA_ARGUMENTS, LORA_ENVIRONMENT, VLLM_ARGUMENTS, RunningVllm, running_vllm
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from hemostat.models import vllm_server as vllm_process
@@ -35,38 +33,15 @@ def checkpoints() -> Checkpoints:
 
 @pytest.fixture(scope="session")
 def vllm_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningVllm]:
-    with _running(checkpoints, tmp_path_factory.mktemp("vllm"), VLLM_ARGUMENTS) as server:
+    with running_vllm(checkpoints, tmp_path_factory.mktemp("vllm"), VLLM_ARGUMENTS) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def lora_server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningVllm]:
     """The same with adapters: two slots, rank 16. A test unloads the adapters that it has loaded."""
-    with _running(checkpoints, tmp_path_factory.mktemp("lora"), LORA_ARGUMENTS, LORA_ENVIRONMENT) as server:
+    with running_vllm(checkpoints, tmp_path_factory.mktemp("lora"), LORA_ARGUMENTS, LORA_ENVIRONMENT) as server:
         yield server
-
-
-@contextmanager
-def _running(
-    checkpoints: Checkpoints, folder: Path, arguments: list[str], more: Mapping[str, str] | None = None
-) -> Iterator[RunningVllm]:
-    profile_dir = folder / "profiles"
-    profile_dir.mkdir()
-    admin = EngineAdmin()
-    environment = {
-        "HEMOSTAT_PROFILE_DIR": str(profile_dir),
-        "HEMOSTAT_ADMIN_URL": admin.url,
-        "HEMOSTAT_ADMIN_TOKEN": TOKEN,
-        **(more or {}),
-    }
-    server = vllm_process.VllmServer(checkpoints.compressed, "smollm2", folder / "vllm.log", arguments, environment)
-    try:
-        server.start()
-        server.wait_ready(600.0, progress=print)
-        yield RunningVllm(server.url, server.model, profile_dir, server.log, admin)
-    finally:
-        server.stop()
-        admin.close()
 
 
 def pytest_configure() -> None:

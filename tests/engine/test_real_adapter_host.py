@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import cast
-
 import pytest
+from tests.support.real_adapter_host import SECONDS, CopyInProcess, Engines, Profiles, corrections_of, hosting
 from tests.support.running_vllm import RunningVllm
 from tests.support.waiting import until
 
-from hemostat.config.schema import Settings
-from hemostat.engines.lora.host import AdapterHost, HostState
-from hemostat.engines.messages import EngineReport
-from hemostat.engines.registry import EngineRegistry
-from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.reference_checkpoint import Checkpoints
-from hemostat_calibration.adapters.correction import low_rank
-from hemostat_calibration.adapters.factors import LowRank
-from hemostat_calibration.arrays import Ids, Singles
-from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile
+from hemostat_calibration.profiles.adapter import adapter_layers
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 pytestmark = [
@@ -31,98 +18,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
 ]
 
-RANK, LAYERS = 16, 6
-MODULES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-SECONDS = 300.0
-
-
-class Engines:
-    """The registry of the server's admin port, which another thread writes to."""
-
-    def __init__(self, server: RunningVllm) -> None:
-        self._admin = server.admin
-
-    def live(self, _now: float) -> list[EngineReport]:
-        with self._admin.lock:
-            return self._admin.registry.live(self._admin.now)
-
-    def set_wanted(self, versions: Sequence[str]) -> None:
-        with self._admin.lock:
-            self._admin.registry.set_wanted(versions)
-
-
-class Profiles:
-    def __init__(self, profiles: Sequence[CalibrationProfile]) -> None:
-        self.known = {profile.version: profile for profile in profiles}
-        self.versions: list[str] = []
-        self.rejected: dict[str, str] = {}
-
-    def wanted(self) -> Sequence[str]:
-        return [version for version in self.versions if version not in self.rejected]
-
-    def get(self, version: str) -> CalibrationProfile | None:
-        return self.known.get(version)
-
-    def reject(self, version: str, why: str) -> None:
-        self.rejected[version] = why
-
-
-class CopyInProcess:
-    """layers: by version, what the copy has; another than the engine's, where a test says so."""
-
-    def __init__(self, copy: Copy, layers: dict[str, dict[str, LowRank]]) -> None:
-        self._copy = copy
-        self.layers = layers
-
-    async def logprobs(self, ids: Ids, version: str | None) -> Singles:
-        adapter = None if version is None else self.layers[version]
-        return (await asyncio.to_thread(self._copy.logprobs, ids, adapter)).astype("float32")
-
 
 @pytest.fixture(scope="module")
 def corrections(checkpoints: Checkpoints) -> list[CalibrationProfile]:
-    """Two adapters: a part of what the weights lost, and half of it."""
-    reference, compressed = (
-        Checkpoint(checkpoints.reference, "REFERENCE"),
-        Checkpoint(checkpoints.compressed, "COMPRESSED"),
-    )
-    layers = {}
-    for name in (f"model.layers.{n}.{module}" for n in range(LAYERS) for module in MODULES):
-        delta = (reference.weight(name) - compressed.weight(name)).numpy()
-        layers[name] = low_rank(delta, RANK, None, None)[0]
-    half = {name: LowRank(factors.a, 0.5 * factors.b) for name, factors in layers.items()}
-    return [
-        adapter_profile(model="smollm2", vocab_size=compressed.config.vocab_size, layers=found)
-        for found in (layers, half)
-    ]
-
-
-@asynccontextmanager
-async def hosting(server: RunningVllm, profiles: Profiles, copy: CopyInProcess) -> AsyncIterator[AdapterHost]:
-    engines = Engines(server)
-    for version, profile in profiles.known.items():
-        server.admin.files[version] = profile.to_bytes()
-    host = AdapterHost(
-        Settings.model_validate({"upstream": {"url": server.url}}),
-        cast(EngineRegistry, engines),
-        profiles,
-        copy=copy,
-        base=lambda: server.model,
-        leads=lambda: True,
-        clock=time.monotonic,
-        on_change=lambda: engines.set_wanted(host.hold),
-    )
-    task = asyncio.create_task(host.run())
-    try:
-        yield host
-        profiles.versions = []
-        await until(lambda: host.state is HostState.IDLE, SECONDS)
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        engines.set_wanted([])
-        for version in profiles.known:
-            server.admin.files.pop(version)
+    return corrections_of(checkpoints)
 
 
 async def test_loaded_isolated_in_agreement_replaced_and_a_wrong_one_rejected(

@@ -1,13 +1,16 @@
-"""The real vLLM server that tests share."""
+"""Real vLLM servers: the ones that tests share, and ones that a test starts for itself."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.engine_admin import EngineAdmin
+from tests.support.engine_admin import TOKEN, EngineAdmin
 
 from hemostat.models import vllm_server as vllm_process
+from hemostat.models.reference_checkpoint import Checkpoints
 
 VLLM_ARGUMENTS = [
     *("--enforce-eager", "--dtype", vllm_process.dtype(), "--max-model-len", "2048", "--max-logprobs", "64"),
@@ -31,3 +34,35 @@ class RunningVllm:
     profile_dir: Path
     log: Path
     admin: EngineAdmin
+
+
+@contextmanager
+def running_vllm(
+    checkpoints: Checkpoints,
+    folder: Path,
+    arguments: Sequence[str],
+    more: Mapping[str, str] | None = None,
+    *,
+    port: int | None = None,
+    given: EngineAdmin | None = None,
+) -> Iterator[RunningVllm]:
+    """more: environment. port: default a free one. given: the admin port, if it is to outlive the server."""
+    profile_dir = folder / "profiles"
+    profile_dir.mkdir(exist_ok=True)
+    admin = given or EngineAdmin()
+    environment = {
+        "HEMOSTAT_PROFILE_DIR": str(profile_dir),
+        "HEMOSTAT_ADMIN_URL": admin.url,
+        "HEMOSTAT_ADMIN_TOKEN": TOKEN,
+        **(more or {}),
+    }
+    log = folder / "vllm.log"
+    server = vllm_process.VllmServer(checkpoints.compressed, "smollm2", log, arguments, environment, port)
+    try:
+        server.start()
+        server.wait_ready(600.0, progress=print)
+        yield RunningVllm(server.url, server.model, profile_dir, server.log, admin)
+    finally:
+        server.stop()
+        if given is None:
+            admin.close()
