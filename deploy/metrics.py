@@ -313,6 +313,8 @@ LABELS: dict[str, dict[str, Values | str]] = {
             JudgeDropReason.FAILED: "the copies could not compute them",
             JudgeDropReason.OTHER_REFERENCE: "the copies' reference gives the tokens other log-probabilities than the "
             "reference that scored them: see `adapter.reference`",
+            JudgeDropReason.TOO_LONG: "by how fast the copies have answered so far, the answer would take too long: "
+            "`max_tokens` of the judge's status",
         },
         **dict.fromkeys((names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS), f"as of `{names.SHADOW_REQUESTS}`, below"),
         names.PROFILE_DECISIONS: {

@@ -23,6 +23,7 @@ from tests.support.waiting import until
 
 from hemostat.learner.adapters import judge as judging
 from hemostat.learner.adapters import process, wire
+from hemostat.learner.adapters.answer_limit import BACK_OFF, TARGET_SECONDS, AnswerLimit
 from hemostat.learner.adapters.folders import CheckpointFolders
 from hemostat.learner.adapters.job import linear_shapes
 from hemostat.learner.adapters.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
@@ -317,6 +318,48 @@ async def test_records_that_wait_go_on_without_distances_where_the_process_is_ki
         assert await distances(one, record_of(1), prompt_of(1), (IDENTITY,)) == {}
         await until(lambda: one.state == "down" and pid() is None, 20)
         assert "did not answer" in one.detail
+        # The next one has to be shorter.
+        assert one.status()["max_tokens"] is not None
+
+
+async def test_a_record_whose_answer_would_take_too_long_is_counted_and_not_asked_for(
+    folders: CheckpointFolders,
+) -> None:
+    async with judge(JudgeTarget(folders, V, 0), {}) as one:
+        await ready(one)
+        assert one.status()["max_tokens"] is None
+        scored = record_of(1, folders=folders)
+        tokens = 2 * (len(prompt_of(1)) + TOKENS)  # both models are run
+        one._limit.late(tokens, TARGET_SECONDS / 2)
+        assert one.status()["max_tokens"] == tokens // 2
+        assert not one.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None)
+        assert one.dropped["too_long"] == 1
+        assert values(one.samples())[names.ADAPTER_JUDGE_DROPPED, "too_long"] == 1
+        # A machine that was busy for a while is tried again.
+        for _ in range(100):
+            if one.offer(scored, prompt_of(1), (IDENTITY,), lambda _: None):
+                break
+        assert one.dropped["too_long"] > 50
+        await until(lambda: one.judged == 1, 20)
+
+
+def test_the_limit_follows_the_speed_of_answers_and_recovers() -> None:
+    limit = AnswerLimit()
+    limit.answered(8, 0.01)
+    assert limit.max_tokens is None, "so quick an answer says little of the speed of long ones"
+    limit.late(1000, 100.0)
+    assert limit.max_tokens == 1000 / 100.0 / BACK_OFF * TARGET_SECONDS
+    limit.late(50, 100.0)
+    assert limit.max_tokens == 50 / 100.0 / BACK_OFF * TARGET_SECONDS
+    refused = 0
+    while not limit.allows(50):
+        refused += 1
+    assert 200 < refused < 300
+    for _ in range(40):
+        limit.answered(50, 2.0)
+    assert limit.max_tokens == pytest.approx(25 * TARGET_SECONDS, rel=0.01)
+    limit.answered(100, 0.5)
+    assert limit.max_tokens == 200 * TARGET_SECONDS
 
 
 async def test_they_come_back_in_the_order_of_the_offers_and_one_that_fails_keeps_its_place(

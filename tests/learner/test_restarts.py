@@ -90,7 +90,7 @@ class Life:
 
     async def propose(self) -> CalibrationProfile:
         self.receiver.open = True
-        self.learner._wake.set()
+        self.learner._process.wake()
         await until(lambda: bool(self.receiver.proposed), 60)
         return self.receiver.proposed[0]
 

@@ -7,7 +7,6 @@ Calls go one way: the control process hands over records and what to learn about
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter, deque
@@ -20,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from hemostat.config.schema import Calibration
-from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
+from hemostat.ipc.supervisor import ChildRefused, Supervisor
 from hemostat.learner import wire
 from hemostat.learner.record_queue import DropReason, RecordQueue
 from hemostat.metrics import names
@@ -42,8 +41,6 @@ RETRY_TOKEN_GROWTH = 1.25
 """After a rejected or empty proposal, the next one is requested from this many times more tokens."""
 EXPORT_SECONDS = 300.0
 """Between two exports of what was learned, while records come."""
-CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""One core, however many there are: serving comes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +91,8 @@ class LearnerState(StrEnum):
     """The process has ended, and is started again after a pause."""
 
 
-class LearnerStartError(Exception):
-    """The learner cannot start; the text says how to fix it."""
-
-
 class Learner:
-    """Lives in the control process's event loop; only `run` waits.
+    """Lives in the control process's event loop; only `run` waits. Implements `hemostat.ipc.supervisor.ChildOwner`.
 
     What was learned is stored about every `EXPORT_SECONDS` while records come, and at an orderly end; a new process
     goes on from there. What a process learned since then is lost with it, all where nothing is stored.
@@ -118,11 +111,8 @@ class Learner:
         self._settings = settings
         self._receiver = receiver
         self._on_change = on_change
-        self._target: LearningTarget | None = None
-        self._wake = asyncio.Event()
+        self._process: Supervisor[LearningTarget, wire.Ready] = Supervisor("hemostat.learner.process", self, BACKOFF)
         self._records = RecordQueue()
-        self._ready: asyncio.Future[wire.Ready] | None = None
-        """The answer to the first message."""
         self._learned = self._restored = wire.Learned({}, {}, {})
         """In all, and of that before this process."""
         self._storage = storage if settings.stored_learner_mib > 0 else None
@@ -145,7 +135,6 @@ class Learner:
         self._tokens_of_ended: Counter[str] = Counter()
         """Tokens by source that processes which have ended had learned from."""
         self._last_proposal: dict[str, Any] | None = None
-        self._backoff = Backoff(BACKOFF)
         self._hidden_size = 0
         self.anchor_sets: dict[str, Ids] = {}
         """Digest of the set of anchors that it reads -> their ids; empty while it reads none."""
@@ -157,18 +146,12 @@ class Learner:
 
     def learn_about(self, target: LearningTarget) -> None:
         """From now on; nothing changes where it is the target already."""
-        self._set_target(target)
+        self._process.set_target(target)
 
     def stop(self, why: str, *, unavailable: bool = False) -> None:
         """Learn about nothing. why: shown as the state's detail. unavailable: learning is wanted, but impossible."""
         self._set_state(LearnerState.UNAVAILABLE if unavailable else LearnerState.OFF, why)
-        self._set_target(None)
-
-    def _set_target(self, target: LearningTarget | None) -> None:
-        if target != self._target:
-            self._target = target
-            self._backoff.reset()
-            self._wake.set()
+        self._process.set_target(None)
 
     @property
     def wants_hidden_states(self) -> bool:
@@ -180,13 +163,13 @@ class Learner:
 
         The record's hidden states must not be changed afterwards.
         """
-        if self._target is None:
+        if self._process.target is None:
             return
         reason = self._records.add(record, scope) if self._learning else DropReason.NOT_READY
         if reason is not None:
             self.dropped[reason] += 1
         else:
-            self._wake.set()
+            self._process.wake()
 
     def tokens_by_source(self) -> dict[str, int]:
         """Tokens learned from, by what they brought, over all processes since the start: never decreases."""
@@ -223,58 +206,34 @@ class Learner:
 
     async def run(self) -> None:
         """Keep a learner process running for the target, until cancelled."""
-        while True:
-            target = self._target
-            self._wake.clear()
-            if target is None:
-                await self._wake.wait()
-                continue
-            try:
-                await self._run_process(target)
-                continue
-            except ChildExited as gone:
-                lost = "; what it had learned since it was stored is lost" if self._has_unsaved else ""
-                self._set_state(LearnerState.DOWN, f"the learner ended ({gone}){lost}")
-            except LearnerStartError as error:
-                self._set_state(LearnerState.UNAVAILABLE, str(error))
-            finally:
-                self._reset()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._target_changes(target), self._backoff.pause())
+        await self._process.run()
 
-    async def _target_changes(self, target: LearningTarget) -> None:
-        while self._target == target:
-            await self._wake.wait()
-            self._wake.clear()
+    def wants_child(self) -> bool:
+        return True
 
-    async def _run_process(self, target: LearningTarget) -> None:
-        """Returns when the target changes; raises ChildExited, LearnerStartError."""
+    def starting(self, target: LearningTarget) -> None:
         self._set_state(LearnerState.STARTING, f"reading the output embedding of {target.folder}")
-        self._ready = asyncio.get_running_loop().create_future()
-        child = await FramedChild.start("hemostat.learner.process", self._receive, CHILD_ENVIRONMENT)
-        watching = asyncio.create_task(self._watch(child), name="learner's end")
-        try:
-            stored = await self._storage.load() if self._storage is not None else b""
-            child.send(wire.REQUESTS.encode(self._start_message(target, restores=bool(stored))))
-            if stored:
-                for part, last in wire.parts(stored):
-                    child.send(wire.REQUESTS.encode(wire.Restore(part, last)))
-                    await child.drain()
-            del stored
-            ready = await self._ready
-            self._backoff.reset()
-            self._begin(ready, target)
-            while self._target == target:
-                self._wake.clear()
-                if child.exited.is_set():
-                    raise ChildExited(child.exit_summary())
-                await self._exchange(child)
-                await self._wake.wait()
-        finally:
-            watching.cancel()
-            await child.close()
-            await asyncio.gather(watching, return_exceptions=True)
-            await self._store_exports()
+
+    async def begin(self, child: FramedChild, target: LearningTarget) -> None:
+        stored = await self._storage.load() if self._storage is not None else b""
+        child.send(wire.REQUESTS.encode(self._start_message(target, restores=bool(stored))))
+        if stored:
+            for part, last in wire.parts(stored):
+                child.send(wire.REQUESTS.encode(wire.Restore(part, last)))
+                await child.drain()
+
+    def exited(self, why: ChildExited) -> None:
+        return
+
+    async def closed(self) -> None:
+        await self._store_exports()
+
+    def failed(self, why: ChildExited | ChildRefused) -> None:
+        if isinstance(why, ChildRefused):
+            self._set_state(LearnerState.UNAVAILABLE, str(why))
+            return
+        lost = "; what it had learned since it was stored is lost" if self._has_unsaved else ""
+        self._set_state(LearnerState.DOWN, f"the learner ended ({why}){lost}")
 
     def _start_message(self, target: LearningTarget, *, restores: bool) -> wire.Start:
         settings = self._settings
@@ -295,7 +254,7 @@ class Learner:
             restores=restores,
         )
 
-    def _begin(self, ready: wire.Ready, target: LearningTarget) -> None:
+    def began(self, ready: wire.Ready, target: LearningTarget) -> None:
         anchors = np.frombuffer(ready.anchors, "<i4").astype(np.int32)
         self._hidden_size = target.hidden_size
         self.anchor_sets = {anchors_digest(anchors): anchors}
@@ -310,13 +269,7 @@ class Learner:
         self._set_state(LearnerState.LEARNING, "")
         self._on_change()
 
-    async def _watch(self, child: FramedChild) -> None:
-        await child.exited.wait()
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(ChildExited(child.exit_summary()))
-        self._wake.set()
-
-    async def _exchange(self, child: FramedChild) -> None:
+    async def exchange(self, child: FramedChild) -> bool:
         """Pass on proposals that have come; send the next batch and request the next proposal, where one may be."""
         while self._proposals:
             await self._pass_on(self._proposals.popleft())
@@ -330,6 +283,7 @@ class Learner:
         if self._requested_scope is None and (scope := self._due_scope()) is not None:
             self._requested_scope = scope
             child.send(wire.REQUESTS.encode(wire.Propose(scope)))
+        return False
 
     @property
     def _has_unsaved(self) -> bool:
@@ -365,15 +319,13 @@ class Learner:
                 return scope
         return None
 
-    def _receive(self, body: bytes) -> None:
+    def receive(self, body: bytes) -> None:
         answer = wire.ANSWERS.decode(body)
         match answer:
             case wire.Ready():
-                if self._ready is not None and not self._ready.done():
-                    self._ready.set_result(answer)
+                self._process.ready(answer)
             case wire.Refused():
-                if self._ready is not None and not self._ready.done():
-                    self._ready.set_exception(LearnerStartError(answer.message))
+                self._process.refused(answer.message)
             case wire.Learned():
                 self._learned = answer
                 self._batch_pending = False
@@ -387,7 +339,7 @@ class Learner:
                     self._exports.append(self._parts)
                     self._parts, self._export_pending = [], False
                     self._exported_at, self._exported_tokens = self._clock(), self._learned.tokens.get(ALL, 0)
-        self._wake.set()
+        self._process.wake()
 
     async def _pass_on(self, proposed: wire.Proposed) -> None:
         scope, tokens = proposed.scope, proposed.tokens
@@ -428,7 +380,7 @@ class Learner:
             log.log(logging.ERROR if failed else logging.INFO, "learner %s %s", state, detail)
         self.state, self.detail = state, detail
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
         """The process has ended."""
         self._tokens_of_ended += self._tokens_of_process()
         self._learned = self._restored = wire.Learned({}, {}, {})

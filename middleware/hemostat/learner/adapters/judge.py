@@ -7,9 +7,9 @@ counted by reason; the records themselves go on.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
+from hemostat.ipc.supervisor import ChildRefused, Supervisor
 from hemostat.learner.adapters import wire
+from hemostat.learner.adapters.answer_limit import AnswerLimit
 from hemostat.learner.adapters.folders import CheckpointFolders
 from hemostat.learner.wire import parts
 from hemostat.metrics import names
@@ -42,13 +43,11 @@ MAX_WAITING_BYTES = 256 * 1024 * 1024
 MAX_HELD = 8
 """Profiles that the judge holds; the ones that were used last stay."""
 MAX_ANSWER_SECONDS = 120.0
-"""A judge that does not answer for so long is ended, and started again."""
+"""A judge that does not answer for so long is ended, and started again; longer answers are not asked for then."""
 MAX_REFERENCE_NATS = 0.25
 """Mean difference of the log-probabilities of a record's tokens between the reference that scored it and the judge's,
 up to which they are one model: repeated computations in bfloat16 differ by about 0.01, two sizes of one family by more
 than 0.5. Both are of the reference alone, so that which records are left out does not depend on any profile's gain."""
-CHILD_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""One core, however many there are: serving comes first."""
 
 Done = Callable[[Mapping[str, ExactDistances]], None]
 
@@ -84,6 +83,8 @@ class JudgeDropReason(StrEnum):
     """It could not compute them."""
     OTHER_REFERENCE = "other_reference"
     """Its reference gives the record's tokens other log-probabilities than the reference that scored it."""
+    TOO_LONG = "too_long"
+    """By how fast it has answered so far, the answer would take too long (`answer_limit`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,32 +109,38 @@ class _Waiting:
     answered: Callable[[wire.Answer | None], None]
     """None: the judge ended first."""
     bytes: int = 0
+    tokens: int = 0
+    """That models are run on, each counted for every pass over it."""
 
 
 class AdapterJudge:
-    """Implements `hemostat.shadow.distances.DistanceSource`. Lives in the control process's event loop.
+    """Implements `hemostat.shadow.distances.DistanceSource` and `hemostat.ipc.supervisor.ChildOwner`. Lives in the
+    control process's event loop.
 
-    profile: a version's profile; None where it is not known any more. on_change: called when it gets ready.
+    profile: a version's profile; None where it is not known any more. on_change: called when it gets ready. clock:
+    monotonic seconds.
     """
 
     def __init__(
-        self, profile: Callable[[str], CalibrationProfile | None], on_change: Callable[[], None] = lambda: None
+        self,
+        profile: Callable[[str], CalibrationProfile | None],
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._profile = profile
         self._on_change = on_change
-        self._target: JudgeTarget | None = None
+        self._clock = clock
+        self._limit = AnswerLimit()
+        self._process: Supervisor[JudgeTarget, wire.Ready] = Supervisor(MODULE, self, BACKOFF)
         self._needed = False
-        self._wake = asyncio.Event()
         self._waiting: deque[_Waiting] = deque()
         self._waiting_bytes = 0
         self._held: OrderedDict[str, None] = OrderedDict()
         """Versions that the process holds, the one used last at the end."""
-        self._ready: asyncio.Future[wire.Ready] | None = None
         self._answer: asyncio.Future[wire.Answer] | None = None
         self._asked = -1
         """Id of the request that is being answered."""
         self._numbers = itertools.count()
-        self._backoff = Backoff(BACKOFF)
         self.loaded: wire.Ready | None = None
         """Of the running process."""
         self.state, self.detail = JudgeState.OFF, ""
@@ -145,35 +152,32 @@ class AdapterJudge:
 
     def judge_about(self, target: JudgeTarget) -> None:
         """From now on; nothing changes where it is the target already."""
-        if target != self._target:
+        if target != self._process.target:
             self._needed = False
             self._set_state(JudgeState.IDLE, "")
-            self._set_target(target)
+            self._process.set_target(target)
 
     def stop(self, why: str, *, unavailable: bool = False) -> None:
         """Judge nothing. why: shown as the state's detail."""
         self._set_state(JudgeState.UNAVAILABLE if unavailable else JudgeState.OFF, why)
-        self._set_target(None)
-
-    def _set_target(self, target: JudgeTarget | None) -> None:
-        if target != self._target:
-            self._target = target
-            self._backoff.reset()
-            self._wake.set()
+        self._process.set_target(None)
 
     @property
     def wants_hidden_states(self) -> bool:
         """They are what the reference's distribution is computed from."""
-        return self._target is not None and self._target.hidden_size > 0
+        target = self._process.target
+        return target is not None and target.hidden_size > 0
 
     def offer(self, record: TokenRecord, prompt_ids: Ids, versions: tuple[str, ...], done: Done) -> bool:
         """See `DistanceSource.offer`."""
-        reason = self._refusal(record)
+        known = tuple(v for v in versions if v == IDENTITY or self._profile(v) is not None)
+        passes = len(known) + (0 if self.wants_hidden_states else 1)
+        tokens = passes * (len(prompt_ids) + record.tokens)
+        reason = self._refusal(record, tokens)
         if reason is not None:
             self.dropped[reason] += 1
             return False
         hidden = record.reference_hidden if self.wants_hidden_states else None
-        known = tuple(v for v in versions if v == IDENTITY or self._profile(v) is not None)
         data = b"" if hidden is None else hidden.astype("<f4").tobytes()
 
         def request(number: int) -> wire.Judge:
@@ -183,10 +187,10 @@ class AdapterJudge:
         def answered(answer: wire.Answer | None) -> None:
             done(self._distances(answer, record))
 
-        self._queue(_Waiting(known, request, answered, len(data)))
+        self._queue(_Waiting(known, request, answered, len(data), tokens))
         return True
 
-    def _refusal(self, record: TokenRecord) -> JudgeDropReason | None:
+    def _refusal(self, record: TokenRecord, tokens: int) -> JudgeDropReason | None:
         self.need()
         if self.state is not JudgeState.READY:
             return JudgeDropReason.NOT_READY
@@ -194,7 +198,7 @@ class AdapterJudge:
             return JudgeDropReason.NO_HIDDEN_STATES
         if len(self._waiting) >= MAX_WAITING or self._waiting_bytes > MAX_WAITING_BYTES:
             return JudgeDropReason.BUSY
-        return None
+        return None if self._limit.allows(tokens) else JudgeDropReason.TOO_LONG
 
     def _distances(self, answer: wire.Answer | None, record: TokenRecord) -> dict[str, ExactDistances]:
         if answer is None:
@@ -236,7 +240,7 @@ class AdapterJudge:
             if not answer.done():
                 answer.set_result(found)
 
-        self._queue(_Waiting((name,), lambda number: wire.Logprobs(number, data, name), answered))
+        self._queue(_Waiting((name,), lambda number: wire.Logprobs(number, data, name), answered, tokens=len(ids)))
         found = await answer
         if not isinstance(found, wire.Scored):
             raise JudgeUnavailable(getattr(found, "message", "") or "the copies' process ended")
@@ -244,14 +248,14 @@ class AdapterJudge:
 
     def need(self) -> None:
         """It will be asked soon: load the copies."""
-        if self._target is not None and not self._needed:
+        if self._process.target is not None and not self._needed:
             self._needed = True
-            self._wake.set()
+            self._process.wake()
 
     def _queue(self, waiting: _Waiting) -> None:
         self._waiting.append(waiting)
         self._waiting_bytes += waiting.bytes
-        self._wake.set()
+        self._process.wake()
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.ADAPTER_JUDGED, (), self.judged)
@@ -266,6 +270,7 @@ class AdapterJudge:
             "judged": self.judged,
             "dropped": {str(reason): count for reason, count in self.dropped.items()},
             "waiting": len(self._waiting),
+            "max_tokens": self._limit.max_tokens,
             "bytes": self.loaded.bytes if self.loaded is not None else 0,
         }
 
@@ -273,78 +278,68 @@ class AdapterJudge:
 
     async def run(self) -> None:
         """Keep a judge running for the target once it is needed, until cancelled."""
-        while True:
-            target = self._target
-            self._wake.clear()
-            if target is None or not self._needed:
-                await self._wake.wait()
-                continue
-            try:
-                await self._run_process(target)
-                continue
-            except ChildExited as gone:
-                self._set_state(JudgeState.DOWN, f"the process of the copies ended ({gone})")
-            except JudgeUnavailable as error:
-                self._set_state(JudgeState.UNAVAILABLE, str(error))
-            finally:
-                self._reset()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._target_changes(target), self._backoff.pause())
+        await self._process.run()
 
-    async def _target_changes(self, target: JudgeTarget) -> None:
-        while self._target == target:
-            await self._wake.wait()
-            self._wake.clear()
+    def wants_child(self) -> bool:
+        return self._needed
 
-    async def _run_process(self, target: JudgeTarget) -> None:
-        """Returns when the target changes; raises ChildExited, JudgeUnavailable."""
+    def starting(self, target: JudgeTarget) -> None:
         self._set_state(JudgeState.STARTING, f"loading {target.folders.compressed}")
-        self._ready = asyncio.get_running_loop().create_future()
-        child = await FramedChild.start(MODULE, self._receive, CHILD_ENVIRONMENT)
-        watching = asyncio.create_task(self._watch(child), name="judge's end")
-        try:
-            start = wire.Start(
-                compressed=str(target.folders.compressed),
-                reference=str(target.folders.reference),
-                vocab_size=target.vocab_size,
-                hidden_size=target.hidden_size,
-                device=target.device,
-            )
-            child.send(wire.REQUESTS.encode(start))
-            self.loaded = await self._ready
-            if target.reference_digest not in {"", self.loaded.reference_digest}:
-                raise JudgeUnavailable(
-                    f"adapter.reference: {target.folders.reference} is not what the reference serves"
-                )
-            self._backoff.reset()
-            if self._target == target:
-                self._set_state(JudgeState.READY, "")
-                self._on_change()
-            while self._target == target:
-                self._wake.clear()
-                if child.exited.is_set():
-                    raise ChildExited(child.exit_summary())
-                if self._waiting:
-                    await self._ask(child, self._waiting[0])
-                else:
-                    await self._wake.wait()
-        finally:
-            watching.cancel()
-            await child.close()
-            await asyncio.gather(watching, return_exceptions=True)
+
+    async def begin(self, child: FramedChild, target: JudgeTarget) -> None:
+        start = wire.Start(
+            compressed=str(target.folders.compressed),
+            reference=str(target.folders.reference),
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            device=target.device,
+        )
+        child.send(wire.REQUESTS.encode(start))
+
+    def began(self, ready: wire.Ready, target: JudgeTarget) -> None:
+        self.loaded = ready
+        if target.reference_digest not in {"", ready.reference_digest}:
+            raise ChildRefused(f"adapter.reference: {target.folders.reference} is not what the reference serves")
+        if self._process.target == target:
+            self._set_state(JudgeState.READY, "")
+            self._on_change()
+
+    async def exchange(self, child: FramedChild) -> bool:
+        if self._waiting:
+            await self._ask(child, self._waiting[0])
+            return True
+        return False
+
+    def exited(self, why: ChildExited) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(why)
+            self._answer.exception()  # nobody may be waiting for it
+
+    async def closed(self) -> None:
+        return
+
+    def failed(self, why: ChildExited | ChildRefused) -> None:
+        if isinstance(why, ChildRefused):
+            self._set_state(JudgeState.UNAVAILABLE, str(why))
+        else:
+            self._set_state(JudgeState.DOWN, f"the process of the copies ended ({why})")
 
     async def _ask(self, child: FramedChild, waiting: _Waiting) -> None:
-        """The first of those that wait stays there until it is answered, so that `_reset` ends it, too."""
+        """The first of those that wait stays there until it is answered, so that `reset` ends it, too."""
         self._answer = asyncio.get_running_loop().create_future()
         self._asked = next(self._numbers)
+        began = self._clock()
         try:
             async with asyncio.timeout(MAX_ANSWER_SECONDS):
                 await self._hold(child, waiting.versions)
+                began = self._clock()
                 child.send(wire.REQUESTS.encode(waiting.request(self._asked)))
                 await child.drain()
                 answer = await self._answer
         except TimeoutError:
+            self._limit.late(waiting.tokens, self._clock() - began)
             raise ChildExited(f"it did not answer within {MAX_ANSWER_SECONDS:.0f} s") from None
+        self._limit.answered(waiting.tokens, self._clock() - began)
         self._waiting.popleft()
         self._waiting_bytes -= waiting.bytes
         _call(waiting, answer)
@@ -368,23 +363,13 @@ class AdapterJudge:
             for version in old:
                 del self._held[version]
 
-    async def _watch(self, child: FramedChild) -> None:
-        await child.exited.wait()
-        for future in (self._ready, self._answer):
-            if future is not None and not future.done():
-                future.set_exception(ChildExited(child.exit_summary()))
-                future.exception()  # the one that nobody waits for is not reported
-        self._wake.set()
-
-    def _receive(self, body: bytes) -> None:
+    def receive(self, body: bytes) -> None:
         answer = wire.ANSWERS.decode(body)
         match answer:
             case wire.Ready():
-                if self._ready is not None and not self._ready.done():
-                    self._ready.set_result(answer)
+                self._process.ready(answer)
             case wire.Refused():
-                if self._ready is not None and not self._ready.done():
-                    self._ready.set_exception(JudgeUnavailable(answer.message))
+                self._process.refused(answer.message)
             case wire.Judged() | wire.Scored() | wire.Failed():
                 if self._answer is not None and not self._answer.done() and answer.id == self._asked:
                     self._answer.set_result(answer)
@@ -397,9 +382,9 @@ class AdapterJudge:
             log.log(logging.ERROR if failed else logging.INFO, "copies that judge adapters: %s %s", state, detail)
         self.state, self.detail = state, detail
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
         """The process has ended: whatever waits goes on without it, in its order."""
-        self.loaded, self._ready, self._answer = None, None, None
+        self.loaded, self._answer = None, None
         self._held.clear()
         self._waiting_bytes = 0
         ended, self._waiting = self._waiting, deque()

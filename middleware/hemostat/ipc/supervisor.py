@@ -1,0 +1,171 @@
+"""Keeps a child process running for what its owner works on: started when it is wanted, and again after it ended.
+
+The owner queues work, says what is sent, and reads the answers; it never waits for the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from hemostat.ipc.backoff import Backoff
+from hemostat.ipc.child_process import ChildExited, FramedChild
+
+ONE_CORE: Mapping[str, str] = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Environment of a child that takes one core, however many there are: serving comes first."""
+
+Target = TypeVar("Target")
+Ready = TypeVar("Ready")
+Target_contra = TypeVar("Target_contra", contravariant=True)
+Ready_contra = TypeVar("Ready_contra", contravariant=True)
+
+
+class ChildRefused(Exception):
+    """The process cannot do its work; the text says how to fix it."""
+
+
+class ChildOwner(Protocol[Target_contra, Ready_contra]):
+    """What a supervisor asks of its owner. All but `begin`, `exchange` and `closed` return at once."""
+
+    def wants_child(self) -> bool:
+        """Whether there is work for a process, or soon will be."""
+        ...
+
+    def receive(self, body: bytes) -> None:
+        """One frame from the process. The first answer is handed to `Supervisor.ready` or `refused`."""
+        ...
+
+    def starting(self, target: Target_contra) -> None: ...
+
+    async def begin(self, child: FramedChild, target: Target_contra) -> None:
+        """Send what comes before the first answer."""
+        ...
+
+    def began(self, ready: Ready_contra, target: Target_contra) -> None:
+        """The first answer has come. ChildRefused where the process is of no use."""
+        ...
+
+    async def exchange(self, child: FramedChild) -> bool:
+        """Send what is due. Whether there may be more to do at once; else it is called after the next `wake`."""
+        ...
+
+    def exited(self, why: ChildExited) -> None:
+        """The process has just ended: answers that are waited for will not come."""
+        ...
+
+    async def closed(self) -> None:
+        """All that the process has sent was received."""
+        ...
+
+    def failed(self, why: ChildExited | ChildRefused) -> None:
+        """It ended by itself, or refused. It is started again after a pause."""
+        ...
+
+    def reset(self) -> None:
+        """There is no process any more."""
+        ...
+
+
+class Supervisor(Generic[Target, Ready]):
+    """Owns the target and the process. backoff: seconds before a process that failed is started again, by how often in
+    a row it failed before its first answer. environment: beside that of this process."""
+
+    def __init__(
+        self,
+        module: str,
+        owner: ChildOwner[Target, Ready],
+        backoff: Sequence[float],
+        environment: Mapping[str, str] = ONE_CORE,
+    ) -> None:
+        self._module = module
+        self._owner = owner
+        self._backoff = Backoff(backoff)
+        self._environment = environment
+        self._target: Target | None = None
+        self._wake = asyncio.Event()
+        self._first: asyncio.Future[Ready] | None = None
+        """The first answer of the process."""
+
+    @property
+    def target(self) -> Target | None:
+        return self._target
+
+    def set_target(self, target: Target | None) -> None:
+        """What to work on from now on; None: nothing. Where it changes, the process ends, and the next one begins."""
+        if target != self._target:
+            self._target = target
+            self._backoff.reset()
+            self.wake()
+
+    def wake(self) -> None:
+        """There is something to send, or the process is wanted now."""
+        self._wake.set()
+
+    def ready(self, answer: Ready) -> None:
+        """The process can do its work."""
+        if self._first is not None and not self._first.done():
+            self._first.set_result(answer)
+
+    def refused(self, why: str) -> None:
+        """The process said that it cannot."""
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(ChildRefused(why))
+            self._first.exception()  # nobody may be waiting for it
+
+    async def run(self) -> None:
+        """Keep a process running for the target while it is wanted, until cancelled."""
+        while True:
+            target = self._target
+            self._wake.clear()
+            if target is None or not self._owner.wants_child():
+                await self._wake.wait()
+                continue
+            try:
+                await self._run_process(target)
+                continue
+            except (ChildExited, ChildRefused) as why:
+                self._owner.failed(why)
+            finally:
+                self._first = None
+                self._owner.reset()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._target_changes(target), self._backoff.pause())
+
+    async def _target_changes(self, target: Target) -> None:
+        while self._target == target:
+            await self._wake.wait()
+            self._wake.clear()
+
+    async def _run_process(self, target: Target) -> None:
+        """Returns when the target changes; raises ChildExited, ChildRefused."""
+        self._owner.starting(target)
+        self._first = asyncio.get_running_loop().create_future()
+        child = await FramedChild.start(self._module, self._owner.receive, self._environment)
+        watching = asyncio.create_task(self._watch(child), name=f"end of {self._module}")
+        try:
+            await self._owner.begin(child, target)
+            answer = await self._first
+            self._owner.began(answer, target)
+            self._backoff.reset()
+            while self._target == target:
+                self._wake.clear()
+                if child.exited.is_set():
+                    raise ChildExited(child.exit_summary())
+                if not await self._owner.exchange(child):
+                    await self._wake.wait()
+        finally:
+            watching.cancel()
+            await child.close()
+            await asyncio.gather(watching, return_exceptions=True)
+            await self._owner.closed()
+
+    async def _watch(self, child: FramedChild) -> None:
+        await child.exited.wait()
+        why = ChildExited(child.exit_summary())
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(why)
+            self._first.exception()  # nobody may be waiting for it
+        self._owner.exited(why)
+        self.wake()
