@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -20,85 +21,46 @@ from tests.support import tiny_checkpoints
 from tests.support.captures import capture
 from tests.support.control import control, settings, status_json
 from tests.support.fake_lora import FakeLora
-from tests.support.fake_vllm import FakeVllm, encode, render, running
+from tests.support.fake_vllm import FakeVllm, running
 from tests.support.learner_world import kl, logprobs
+from tests.support.state_reference import Singles, StateReference, in_process
 from tests.support.waiting import until
 
 from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.engines.lora import host
-from hemostat.engines.messages import EngineReport, LoraState
+from hemostat.engines.messages import EngineReport, LoraState, TapMessage, TapRun
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.learner.adapters import client
 from hemostat.learner.adapters.folders import CheckpointFolders
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.checkpoint_digest import checkpoint_digest
-from hemostat.reference.protocol import NO_CODES, CompressedLogits, ReferenceInfo, ReferenceScores
+from hemostat.profiles.scopes import map_scope
 from hemostat.reference.references import References
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Floats, Ids
-from hemostat_calibration.profiles.adapter import adapter_layers, max_rank
+from hemostat_calibration.profiles import transform
+from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile, layers_digest, max_rank
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates
-from hemostat_calibration.statistics.split import held_out, prompt_key
+from hemostat_calibration.statistics.split import held_out
 
 V, D = tiny_checkpoints.VOCAB, tiny_checkpoints.HIDDEN
 PROMPT, TOKENS, K = 4, 16, 8
 HELD_OUT = 0.5
 
 
-class CopyReference:
+class CopyReference(StateReference):
     """The uncompressed checkpoint, as a reference in process."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(in_process(str(folder), checkpoint_digest(str(folder), None), V, D, folder))
         self.copy = Copy.load(folder)
-        self.hidden_for: list[bytes] = []
 
-    async def start(self) -> ReferenceInfo:
-        digest = checkpoint_digest(str(self.folder), None)
-        return ReferenceInfo(str(self.folder), digest, "float32", V, True, D, "", self.folder)
+    def states(self, prompt: Ids, output: Ids) -> Singles:
+        return self.copy.hidden(np.concatenate([prompt, output[:-1]]))[-len(output) :]
 
-    async def score(
-        self,
-        prompt: Ids,
-        output: Ids,
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, Any] = NO_CODES,
-        hidden: bool = False,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-        allowed: Any = None,
-        compressed: CompressedLogits | None = None,
-    ) -> ReferenceScores:
-        states = self.copy.hidden(np.concatenate([prompt, output[:-1]]))[-len(output) :]
-        log_r = logprobs(self.copy.head_logits(states))
-        rows = np.arange(len(output))[:, None]
-        best = np.argsort(-log_r, 1)[:, :K].astype(np.int32)
-        if hidden:
-            self.hidden_for.append(prompt_key(prompt))
-        return ReferenceScores(
-            at=np.where(ids >= 0, log_r[rows, np.maximum(ids, 0)], np.nan),
-            top=Candidates(best, log_r[rows, best]),
-            emitted=log_r[rows[:, 0], output],
-            entropy=-(np.exp(log_r) * log_r).sum(1),
-            expected_shift={p.version: np.full(len(output), np.nan) for p in profiles},
-            hidden=states if hidden else None,
-        )
-
-    async def adapters(self) -> frozenset[str]:
-        return frozenset()
-
-    async def tokenize(self, text: str) -> list[int]:
-        return encode(text)
-
-    async def render(self, messages: list[dict[str, str]]) -> list[int]:
-        return render(messages)
-
-    async def close(self) -> None:
-        return
+    def logits(self, states: Singles) -> Singles:
+        return self.copy.head_logits(states)
 
 
 @dataclass
@@ -128,6 +90,7 @@ class World:
         """As the engine's agent does; its resolver finds every adapter that is known."""
         assert self.engine.lora is not None
         lora, known = self.engine.lora, self.one.profile_manager
+        held: list[str] = []
         while True:
             for version in known.lifecycle.adapter_versions():
                 if version not in self.engine.layers:
@@ -135,8 +98,8 @@ class World:
                     self.engine.layers[version] = adapter_layers(profile)
                     lora.resolves[version] = max_rank(profile)
             state = LoraState(lora.slots, lora.max_rank, lora.grouped, len(lora.loaded), lora.was_full)
-            report = EngineReport(self.boot, 0, 1, [], V, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
-            self.one.engines.report(report, time.monotonic())
+            report = EngineReport(self.boot, 0, 1, held, V, {}, "v1", "0.32.0", adapters=lora.loaded, lora=state)
+            held = self.one.engines.report(report, time.monotonic())
             await asyncio.sleep(0.02)
 
     def serve(self) -> Capture:
@@ -151,7 +114,9 @@ class World:
         adapter = wanted if treated and wanted in policy.adapters else None
         assert self.engine.copy is not None
         layers = None if adapter is None else self.engine.layers[adapter]
-        log_c = logprobs(self.engine.copy.logits(ids[:-1], layers)[-TOKENS:])
+        z = self.engine.copy.logits(ids[:-1], layers)[-TOKENS:]
+        self._tap(z, adapter if adapter is not None and policy.adapters[adapter] else None)
+        log_c = logprobs(z)
         output, rows = ids[PROMPT:], np.arange(TOKENS)
         best = np.full((TOKENS, K + 1), -1, "<i4")
         best[:, :K] = np.argsort(-log_c, 1)[:, :K]
@@ -165,6 +130,7 @@ class World:
             requested=adapter,
             adapter=adapter,
             arm="treated" if treated else "control" if available else "none",
+            nonce=f"n{self._seed}",
             prompt_token_ids=ids[:PROMPT].astype("<i4").tobytes(),
             output_token_ids=output.astype("<i4").tobytes(),
             top_k=K,
@@ -173,6 +139,17 @@ class World:
             emitted_logprobs=log_c[rows, output].astype("<f4").tobytes(),
             captured_at=time.monotonic(),
         )
+
+    def _tap(self, z: Floats, applied: str | None) -> None:
+        """What the plugin reports of the request: the logits at the anchors, before any map."""
+        known = self.one.profile_manager
+        reading = transform.anchors(known.catalogue[known.catalogue.probe]) if known.catalogue.probe else None
+        run: dict[str, Any] = {"versions": {}, "applied": applied}
+        if reading is not None:
+            features = z[:, reading] - z[:, reading].mean(1, keepdims=True)
+            run |= {"anchors": transform.anchors_digest(reading), "features": features.astype("<f2").tobytes()}
+        tapped = TapRun(nonce=f"n{self._seed}", start=0, tokens=TOKENS, **run)
+        self.one.engines.taps.add(TapMessage(self.boot, [tapped]), time.monotonic())
 
     async def requests(self, count: int) -> None:
         """That many more, all of them to their end."""
@@ -192,7 +169,9 @@ class World:
 
 
 @asynccontextmanager
-async def world(folder: Path, monkeypatch: pytest.MonkeyPatch, **adapter: Any) -> AsyncIterator[World]:
+async def world(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, calibration: Mapping[str, Any] = MappingProxyType({}), **adapter: Any
+) -> AsyncIterator[World]:
     monkeypatch.setattr(composition, "PERIODIC_SECONDS", 0.05)
     monkeypatch.setattr(host, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(host, "SOON_SECONDS", 0.05)
@@ -210,12 +189,14 @@ async def world(folder: Path, monkeypatch: pytest.MonkeyPatch, **adapter: Any) -
                 "min_tokens": 10**6,
                 "held_out_fraction": HELD_OUT,
                 "control_fraction": 0.5,
+                **calibration,
             },
             adapter={"enabled": True, "rank": 4, "min_tokens": 600, "max_tokens": 600, **adapter},
         )
         async with control(folder, made, loops=True) as one:
             made_world = World(one, fake, reference)
-            tasks = [asyncio.create_task(loop) for loop in (*one.adapters.loops(), made_world.reports())]
+            loops = (*one.adapters.loops(), one.learner.run(), made_world.reports())
+            tasks = [asyncio.create_task(loop) for loop in loops]
             try:
                 await until(lambda: one.monitor.state == "ready", 20)
                 one.policy.publish()
@@ -275,6 +256,56 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         assert status_json(one)["adapter"]["state"] == "off"
         assert status_json(one)["adapter"]["judge"]["state"] == "off"
         assert REST_KIND not in w.told[-1].serving_by_kind
+
+
+def low_rank(folders: CheckpointFolders, rank: int) -> CalibrationProfile:
+    """The largest part of every layer's error: an adapter that leaves a rest."""
+    reference, compressed = (Copy.load(f).model.state_dict() for f in (folders.reference, folders.compressed))
+    layers = {}
+    for name, weight in reference.items():
+        if name.endswith("_proj.weight"):
+            u, s, vt = np.linalg.svd((weight - compressed[name]).float().numpy(), full_matrices=False)
+            layers[name.removesuffix(".weight")] = LowRank(vt[:rank], u[:, :rank] * s[:rank])
+    return adapter_profile(model="fake", vocab_size=V, layers=layers)
+
+
+async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_together_are_promoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned = {"min_tokens": 1500, "anchors": 48, "rank": 16, "clamp_nats": 5.0, "clamp_kl_nats": 20.0}
+    async with world(tmp_path, monkeypatch, learned, min_tokens=10**6, max_tokens=10**6) as w:
+        one, profiles = w.one, w.one.profile_manager
+        adapter = low_rank(CheckpointFolders(tmp_path / "reference", tmp_path / "compressed"), 1)
+        profiles.operator.import_profile(adapter)
+        await until(lambda: bool(one.adapters.host.capacity), 120)
+        profiles.operator.promote(adapter.version)
+        await until(lambda: adapter.version in one.adapters.host.ready, 60)
+        await until(lambda: one.learner.state == "learning", 30)
+        one.policy.publish()
+
+        def proposed() -> list[str]:
+            return [c.version for c in profiles.trials.queue if c.source == "adapter_map"]
+
+        await w.until(lambda: bool(proposed()), 600)
+        (both,) = proposed()
+        assert catalogued(one, both) == (layers_digest(adapter), True)
+        await w.until(lambda: profiles.serving.version_by_kind.get(REST_KIND) == both, 1500)
+        promoted = [e for e in profiles.report.listing()["events"] if e["decision"] == "promote"]
+        assert promoted[0]["version"] == both
+        assert promoted[0]["evidence"]["figure"] == "total_variation"
+        # The engine holds the map and has loaded the adapter: treated requests ask for both.
+        await until(lambda: both in one.adapters.host.ready, 60)
+        one.policy.publish()
+        assert w.told[-1].adapters[both]
+        assert both in w.told[-1].acknowledged
+        await w.requests(20)
+        status = status_json(one)
+        assert status["learner"]["scopes"][map_scope(layers_digest(adapter))] > 1500
+
+
+def catalogued(one: Control, version: str) -> tuple[str, bool]:
+    catalogue = one.profile_manager.catalogue
+    return catalogue.layers(version), catalogue.has_map(version)
 
 
 def test_the_pair_is_worth_correcting(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ class Bench:
             is_held_out=lambda _: True,
             distance_versions=lambda _: (),
             observe=lambda record, gains, *, fresh: self.noted["judged"].append(record),
-            may_learn=lambda record: not record.constraint,
+            learning_scope=lambda record: None if record.constraint else "",
             serving=SimpleNamespace(uses=lambda _: True, reported=None),
             scope_of=lambda _: "",
         )

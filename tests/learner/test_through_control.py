@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,10 @@ import pytest
 from tests.support import oracle
 from tests.support.captures import capture
 from tests.support.control import control, settings, status_json
-from tests.support.fake_vllm import VOCAB, FakeVllm, encode, render, serving
+from tests.support.fake_vllm import VOCAB, FakeVllm, serving
 from tests.support.learner_world import D, K, World, children, logprobs, make, save
 from tests.support.samples import values
+from tests.support.state_reference import Singles, StateReference, in_process
 from tests.support.waiting import until
 
 from hemostat.control import composition
@@ -27,13 +28,11 @@ from hemostat.control.composition import Control
 from hemostat.engines.messages import EngineReport, TapMessage, TapRun
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.reference import monitor
-from hemostat.reference.protocol import NO_CODES, CompressedLogits, ReferenceInfo, ReferenceScores
 from hemostat.reference.references import References
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles import transform
-from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates, TokenRecord
-from hemostat_calibration.statistics.split import held_out, prompt_key
+from hemostat_calibration.records import TokenRecord
+from hemostat_calibration.statistics.split import held_out
 
 TOKENS = 16
 
@@ -46,68 +45,20 @@ def seed_of(prompt: Ids) -> int:
     return int(prompt[0]) + VOCAB * int(prompt[1])
 
 
-class WorldReference:
+class WorldReference(StateReference):
     """Says of a prompt's every continuation what the world's reference says."""
 
     def __init__(self, world: World, folder: Path) -> None:
+        super().__init__(in_process("ref", "digest", VOCAB, D, folder))
         self.world = world
-        self.folder = folder
-        self.hidden_for: list[bytes] = []
 
-    async def start(self) -> ReferenceInfo:
-        return ReferenceInfo("ref", "digest", "float32", VOCAB, True, D, "", self.folder)
+    def states(self, prompt: Ids, output: Ids) -> Singles:
+        # What others than this test ask is answered, too.
+        seed = seed_of(prompt) if (len(prompt), len(output)) == (2, TOKENS) else 0
+        return self.world.hidden(seed, len(output))[0]
 
-    async def score(
-        self,
-        prompt: Ids,
-        output: Ids,
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, Any] = NO_CODES,
-        hidden: bool = False,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-        allowed: Any = None,
-        compressed: CompressedLogits | None = None,
-    ) -> ReferenceScores:
-        if len(output) != TOKENS or len(prompt) != 2:  # what others ask
-            await asyncio.sleep(0)
-            prompt = prompt_of(0)
-        h = self.world.hidden(seed_of(prompt), len(output))[0]
-        log_r = logprobs(h @ self.world.weight.T)
-        r = np.exp(log_r)
-        rows = np.arange(len(output))[:, None]
-        best = np.argsort(-log_r, 1)[:, :K].astype(np.int32)
-        expected = {p.version: np.full(len(output), np.nan) for p in profiles}
-        for p in profiles:
-            if p.version in codes:
-                shift = np.clip(codes[p.version] @ p.parameters["up"].T.astype(float), -p.clamp_nats, p.clamp_nats)
-                expected[p.version] = (r * shift).sum(1)
-            elif p.family == "temperature_bias" and float(p.parameters["inverse_temperature"]) == 1.0:
-                expected[p.version] = r @ np.clip(p.parameters["bias"], -p.clamp_nats, p.clamp_nats).astype(float)
-        if hidden:
-            self.hidden_for.append(prompt_key(prompt))
-        return ReferenceScores(
-            at=np.where(ids >= 0, log_r[rows, np.maximum(ids, 0)], np.nan),
-            top=Candidates(best, log_r[rows, best]),
-            emitted=log_r[rows[:, 0], output],
-            entropy=-(r * log_r).sum(1),
-            expected_shift=expected,
-            hidden=h if hidden else None,
-        )
-
-    async def adapters(self) -> frozenset[str]:
-        return frozenset()
-
-    async def tokenize(self, text: str) -> list[int]:
-        return encode(text)
-
-    async def render(self, messages: list[dict[str, str]]) -> list[int]:
-        return render(messages)
-
-    async def close(self) -> None:
-        return
+    def logits(self, states: Singles) -> Singles:
+        return states @ self.world.weight.T
 
 
 class WorldEngine:

@@ -18,15 +18,18 @@ from hemostat.metrics import names
 from hemostat.profiles import lifecycle
 from hemostat.profiles.judging import distance_gain
 from hemostat.profiles.manager import ProfileManager
-from hemostat.profiles.trials import WATCH
+from hemostat.profiles.scopes import map_scope
+from hemostat.profiles.trials import ADAPTER_MAP, WATCH
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError, InvalidProfileError
 from hemostat_calibration.guard.decisions import Figure
+from hemostat_calibration.profiles.adapter import has_map, map_of, with_map
 from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import IDENTITY
-from hemostat_calibration.records import ExactDistances, TokenRecord
+from hemostat_calibration.records import ExactDistances, Features, TokenRecord
 
 WORLD = World(bias=1.0)
+FEATURES = Features("anchors", np.zeros((1, 2), np.float32))
 TOKENS = Adapter().min_tokens
 
 
@@ -231,7 +234,7 @@ def test_nothing_is_learned_from_the_answers_of_an_adapter() -> None:
             other = LEARNED[100 + 9 * number + turn]
             record = adapted_record(BIASED.truth(number), version, 0.95, prompt_key=other)
             mixed.observe(record)
-            assert not mixed.profiles.may_learn(record)
+            assert mixed.profiles.learning_scope(record) is None
     assert mixed.profiles.proposals.learned() == alone.profiles.proposals.learned()
     assert [c.version for c in mixed.profiles.trials.queue] == [c.version for c in alone.profiles.trials.queue]
     assert alone.profiles.trials.queue
@@ -264,6 +267,100 @@ def test_an_adapter_is_tested_before_all_others() -> None:
     made = adapter(1)
     assert bench.profiles.proposals.propose_adapter(made, "", {"tokens": TOKENS})
     assert bench.profiles.trials.tested_versions[0] == made.version
+
+
+# --- a map on top ----------------------------------------------------------------------------------------------------
+
+
+def scope_of_map(judging: Judging, version: str) -> str:
+    return map_scope(judging.profiles.catalogue.layers(version))
+
+
+def mapped(judging: Judging, known: int, share: float, bias: float = 1.0, **more: Any) -> str | None:
+    """The map that the contextual learner proposes for the adapter that serves: the version of both, None where it is
+    not accepted. share: that both together have."""
+    serves = judging.profiles.serving.selected
+    assert serves is not None
+    scope = scope_of_map(judging, serves)
+    judging.shares["next"] = share
+    accepted = judging.profiles.proposals.propose(contextual(bias, **more), "learned", {"tokens": known}, scope)
+    if not accepted:
+        return None
+    version = next(c.version for c in judging.profiles.trials.queue if c.source == ADAPTER_MAP)
+    judging.shares[version] = share
+    return version
+
+
+def test_a_map_on_top_of_the_adapter_that_serves_is_tested_over_it_and_serves_with_it() -> None:
+    judging, version = serving(0.6)
+    both = mapped(judging, 3 * TOKENS, 0.9)
+    assert both is not None
+    profile = judging.profiles.catalogue[both]
+    assert (profile.family, has_map(profile)) == (ADAPTER, True)
+    assert map_of(profile) == map_of(with_map(profile, contextual()))
+    event = judging.bench.last("propose")
+    assert event["version"] == both
+    assert event["why"].startswith(f"a map on top of the adapter {version[:8]}, learned")
+    judging.feed(400)
+    assert judging.profiles.serving.version == both
+    proof = judging.bench.last("promote")["evidence"]
+    assert proof["figure"] == "total_variation"
+    assert proof["mean_gain"] == pytest.approx(0.1, abs=0.08), "over the adapter, not over identity"
+    assert judging.profiles.engine_versions()[-1] == both
+    # What is learned of the adapter goes on, under the same name.
+    record = adapted_record(WORLD.truth(0), both, prompt_key=LEARNED[0], features=FEATURES)
+    assert judging.profiles.learning_scope(record) == scope_of_map(judging, version)
+
+
+def test_a_map_that_does_not_help_over_the_adapter_is_not_promoted() -> None:
+    judging, version = serving(0.6)
+    assert mapped(judging, 3 * TOKENS, 0.55) is not None
+    judging.feed(200)
+    assert judging.profiles.serving.version == version
+
+
+def test_what_is_learned_for_a_map_are_records_of_the_adapter_that_serves_with_features() -> None:
+    judging, version = serving()
+    profiles, scope = judging.profiles, scope_of_map(judging, version)
+    truth = WORLD.truth(0)
+    record = adapted_record(truth, version, prompt_key=LEARNED[0], features=FEATURES)
+    assert profiles.learning_scope(record) == scope
+    assert profiles.learning_scope(replace(record, features=None)) is None, "no plugin: no map could be applied"
+    assert profiles.learning_scope(replace(record, prompt_key=JUDGED[0])) is None
+    assert profiles.learning_scope(replace(record, adapter="f" * 32)) is None
+    assert profiles.learning_scope(judging.bench.record(truth, LEARNED[0])) == ""
+    profiles.operator.roll_back("a test")
+    assert profiles.learning_scope(record) is None
+    off = Judging({}, Bench(adapter=Adapter(learn_map=False)))
+    version = off.propose(1, TOKENS, 0.7)
+    off.feed(200)
+    assert off.profiles.serving.version == version
+    assert off.profiles.learning_scope(record) is None
+    assert mapped(off, 9 * TOKENS, 0.9) is None
+
+
+def test_the_next_map_is_learned_from_twice_as_much_and_none_without_its_adapter() -> None:
+    judging, version = serving(0.6)
+    proposals, scope = judging.profiles.proposals, scope_of_map(judging, version)
+    assert proposals.accepts(1, scope), "when enough was learned is the learner's to say"
+    first = mapped(judging, 1000, 0.65)
+    assert first is not None
+    assert not proposals.accepts(3999, scope)
+    assert proposals.accepts(4000, scope), "four times, while the last one is tested"
+    second = mapped(judging, 4000, 0.9, 1.1, tokens=4000)
+    assert second not in (None, first)
+    assert judging.bench.last("drop")["version"] == first
+    assert first not in judging.profiles.catalogue
+    judging.feed(400)
+    assert judging.profiles.serving.version == second
+    assert not proposals.accepts(7999, scope)
+    assert proposals.accepts(8000, scope)
+    # A restart does not make it test the same again.
+    proposals.restart()
+    assert not proposals.accepts(7999, scope)
+    judging.profiles.operator.roll_back("a test")
+    assert not proposals.accepts(10**9, scope)
+    assert not proposals.propose(contextual(), "learned", {"tokens": 10**9}, scope)
 
 
 # --- what engines, the reference and relays are told -----------------------------------------------------------------

@@ -133,8 +133,7 @@ class Pipeline:
             is_held_out=lambda _: True,
             distance_versions=lambda _: self.versions,
             observe=lambda record, gains, *, fresh: self.observed.append(record),
-            may_learn=lambda record: record.adapter is None,
-            scope_of=lambda _: "",
+            learning_scope=lambda record: "" if record.adapter is None else None,
         )
         consumers: Any = SimpleNamespace(
             measurements=self.measured,

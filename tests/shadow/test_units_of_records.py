@@ -32,8 +32,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         is_held_out=lambda _: False,
         distance_versions=lambda _: (),
         observe=lambda record, gains, *, fresh: fresh_seen.append(fresh),
-        may_learn=lambda _: True,
-        scope_of=lambda _: "",
+        learning_scope=lambda _: "",
     )
     measured = Measurements()
     consumers: Any = SimpleNamespace(

@@ -11,7 +11,7 @@ from tests.support.oracle import shift
 from tests.support.records import Truth, make_record
 from tests.support.world import V, World
 
-from hemostat.config.schema import Calibration, Evidence
+from hemostat.config.schema import Adapter, Calibration, Evidence
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import STATE_KEYS
@@ -43,6 +43,7 @@ class Bench:
         default_temperature_is_one: bool = False,
         lease: Lease | None = None,
         evidence: Evidence | None = None,
+        adapter: Adapter | None = None,
         **calibration: Any,
     ) -> None:
         """known: both models are. calibration: settings."""
@@ -58,6 +59,7 @@ class Bench:
             default_temperature_is_one=default_temperature_is_one,
             lease=self.lease,
             evidence=evidence,
+            adapter=adapter,
         )
         if known:
             self.profiles.set_model_pair(MODEL, V)
@@ -134,8 +136,10 @@ def helpful(seed: int = 0) -> CalibrationProfile:
 ANCHORS = np.arange(6, dtype=np.int32)
 
 
-def contextual(bias: float = 1.0, anchors: np.ndarray[Any, np.dtype[np.int32]] = ANCHORS) -> CalibrationProfile:
-    """Removes `bias` times the bias of the biased world, in any context."""
+def contextual(
+    bias: float = 1.0, anchors: np.ndarray[Any, np.dtype[np.int32]] = ANCHORS, tokens: int | None = None
+) -> CalibrationProfile:
+    """Removes `bias` times the bias of the biased world, in any context. tokens: that it says it was learned from."""
     return contextual_profile(
         model=MODEL,
         anchors=anchors,
@@ -143,4 +147,5 @@ def contextual(bias: float = 1.0, anchors: np.ndarray[Any, np.dtype[np.int32]] =
         offset=np.ones(1),
         up=-bias * BIASED.bias[:, None],
         clamp_nats=1.5,
+        metadata={} if tokens is None else {"tokens": str(tokens)},
     )

@@ -6,9 +6,11 @@ contextual profile that was learned on the logits that the model has with the co
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from hemostat_calibration.adapters.factors import LowRank
@@ -63,11 +65,7 @@ def adapter_profile(
             except InvalidArgumentError:
                 raise InvalidProfileError(f"layer {name}: {factor} holds NaN or an infinity") from None
     if map is not None:
-        if map.family != CONTEXTUAL or map.vocab_size != vocab_size:
-            raise InvalidProfileError(
-                f"map is of the family {map.family} for a vocabulary of {map.vocab_size}: it must be {CONTEXTUAL}, "
-                f"for {vocab_size}"
-            )
+        _require_map(map, vocab_size)
         parameters |= {MAP_PREFIX + name: value for name, value in map.parameters.items()}
     return CalibrationProfile(
         family=ADAPTER,
@@ -127,6 +125,56 @@ def map_of(profile: CalibrationProfile) -> CalibrationProfile | None:
     )
 
 
+def with_map(
+    profile: CalibrationProfile, map: CalibrationProfile, metadata: Mapping[str, str] | None = None
+) -> CalibrationProfile:
+    """The adapter with a map that was learned on top of it, in place of the one that it may have.
+
+    Its layers are kept to the bit. map: see `adapter_profile`. metadata: beside the adapter's own. Raises
+    InvalidProfileError for a profile of another family, or a map for another vocabulary.
+
+    >>> from hemostat_calibration.profiles.contextual import probe_profile
+    >>> import numpy as np
+    >>> layers = {"mlp": LowRank(np.ones((1, 3), np.float32), np.ones((2, 1), np.float32))}
+    >>> adapter = adapter_profile(model="m", vocab_size=4, layers=layers)
+    >>> both = with_map(adapter, probe_profile("m", 4, np.array([1]), clamp_nats=0.5), {"map_tokens": "9"})
+    >>> both.clamp_nats, dict(both.metadata), has_map(both), layers_digest(both) == layers_digest(adapter)
+    (0.5, {'map_tokens': '9'}, True, True)
+    """
+    if profile.family != ADAPTER:
+        raise InvalidProfileError(f"profile is of the family {profile.family}, not an adapter")
+    _require_map(map, profile.vocab_size)
+    layers = {name: value for name, value in profile.parameters.items() if not name.startswith(MAP_PREFIX)}
+    return CalibrationProfile(
+        family=ADAPTER,
+        model=profile.model,
+        vocab_size=profile.vocab_size,
+        parameters=layers | {MAP_PREFIX + name: value for name, value in map.parameters.items()},
+        clamp_nats=map.clamp_nats,
+        metadata={**profile.metadata, **(metadata or {})},
+    )
+
+
+def layers_digest(profile: CalibrationProfile) -> str:
+    """First 32 hex digits of the SHA-256 of an adapter's layers: adapters that differ in their map alone have the same.
+    "" for another family.
+
+    >>> import numpy as np
+    >>> layers = {"mlp": LowRank(np.ones((1, 3), np.float32), np.ones((2, 1), np.float32))}
+    >>> one, other = (adapter_profile(model=name, vocab_size=4, layers=layers) for name in "mn")
+    >>> one == other, layers_digest(one) == layers_digest(other)
+    (False, True)
+    """
+    found = hashlib.sha256()
+    names = _layer_names(profile)
+    for name in names:
+        for key in FACTOR_PARAMETERS:
+            array = profile.parameters[f"{name}.{key}"]
+            found.update(f"{name}.{key} {array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()[:32] if names else ""
+
+
 def max_rank(profile: CalibrationProfile) -> int:
     """The largest rank of a layer: vLLM's `--max-lora-rank` must be this or more. 0 for another family.
 
@@ -148,6 +196,14 @@ def adapter_bytes(profile: CalibrationProfile) -> int:
     """
     names = _layer_names(profile)
     return sum(profile.parameters[f"{name}.{key}"].nbytes for name in names for key in FACTOR_PARAMETERS)
+
+
+def _require_map(map: CalibrationProfile, vocab_size: int) -> None:
+    if map.family != CONTEXTUAL or map.vocab_size != vocab_size:
+        raise InvalidProfileError(
+            f"map is of the family {map.family} for a vocabulary of {map.vocab_size}: it must be {CONTEXTUAL}, "
+            f"for {vocab_size}"
+        )
 
 
 def _layer_names(profile: CalibrationProfile) -> list[str]:

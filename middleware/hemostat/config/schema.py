@@ -271,6 +271,8 @@ class Adapter(Section):
     """Of the process that makes an adapter."""
     distil: bool = False
     """Train the adapter further on the reference's distributions; kept only where held-out texts improve."""
+    learn_map: bool = True
+    """Also learn a map of the logits on top of an adapter that serves, and test both together."""
     device: str = Field(default="cpu", min_length=1)
     """Of the copies and of the process that makes an adapter: a torch device."""
     folder: Path | None = None

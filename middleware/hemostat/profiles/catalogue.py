@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from hemostat.profiles.families import anchor_set
 from hemostat.store.protocol import StoredProfile
-from hemostat_calibration.profiles.adapter import has_map
+from hemostat_calibration.profiles.adapter import has_map, layers_digest
 from hemostat_calibration.profiles.families import ADAPTER
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import shift_range
@@ -35,6 +35,8 @@ class Catalogue:
         self._created: dict[str, float] = {}
         self.adapter_maps: dict[str, bool] = {}
         """Versions of the family `adapter` -> whether the version has a map of the logits, too."""
+        self._layers: dict[str, str] = {}
+        """Of the same versions -> digest of the layers."""
         self.probe: str | None = None
         """The contextual learner's probe: a profile that does nothing, held by engines so that they report the logits
         of its anchors. Never tested, never serves."""
@@ -86,12 +88,14 @@ class Catalogue:
             self.probe = None
         self._profiles.pop(version, None)
         self.adapter_maps.pop(version, None)
+        self._layers.pop(version, None)
         self._created.pop(version, None)
 
     def _put(self, profile: CalibrationProfile) -> None:
         self._profiles[profile.version] = profile
         if profile.family == ADAPTER:
             self.adapter_maps[profile.version] = has_map(profile)
+            self._layers[profile.version] = layers_digest(profile)
 
     def is_adapter(self, version: str | None) -> bool:
         return version in self.adapter_maps
@@ -99,6 +103,10 @@ class Catalogue:
     def has_map(self, version: str | None) -> bool:
         """Whether it is an adapter that changes logits, too."""
         return version is not None and self.adapter_maps.get(version, False)
+
+    def layers(self, version: str | None) -> str:
+        """Digest of an adapter's layers, which it shares with those that differ in their map alone; "" for others."""
+        return self._layers.get(version, "") if version is not None else ""
 
     def stored(self, version: str) -> StoredProfile:
         """The profile as the store holds it."""

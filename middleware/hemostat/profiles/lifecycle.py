@@ -126,24 +126,29 @@ class Lifecycle:
         self._writer.write_serving()
 
     def replace_proposals(
-        self, scope: str, profiles: Iterable[CalibrationProfile], why: str, evidence: dict[str, Any]
+        self,
+        scope: str,
+        profiles: Iterable[CalibrationProfile],
+        why: str,
+        evidence: dict[str, Any],
+        source: str | None = None,
     ) -> bool:
-        """Test learned profiles of one family in place of that family's earlier candidates in this scope.
+        """Test learned profiles of one source in place of its earlier candidates in this scope.
 
-        False where all of them are in use already: then nothing changes.
+        source: None is the profiles' family. False where all of them are in use already: then nothing changes.
         """
         fresh = [profile for profile in profiles if profile.version not in self.in_use()]
         if not fresh:
             return False
-        family = fresh[0].family
-        for old in [c for c in self._trials.queue if c.scope == scope and c.source == family]:
+        source = source or fresh[0].family
+        for old in [c for c in self._trials.queue if c.scope == scope and c.source == source]:
             self.drop(old, Reason.NEWER, "replaced by a proposal that was learned from more tokens")
             if old.version not in self.in_use():
                 self.forget(old.version)
                 self._writer.delete_profile(old.version)
         for profile in fresh:
             self._events.record(Decision.PROPOSE, Reason.LEARNED, profile.version, scope, why, evidence)
-            self.test(profile, scope, family)
+            self.test(profile, scope, source)
         return True
 
     def drop(self, candidate: Candidate, reason: Reason, why: str) -> None:

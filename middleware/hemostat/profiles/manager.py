@@ -117,6 +117,7 @@ class ProfileManager:
             requests=self.requests,
             lease=lease,
             adapter_min_tokens=adapter.min_tokens,
+            learn_map=adapter.learn_map,
         )
         self.operator = Operator(
             catalogue=self.catalogue,
@@ -190,10 +191,17 @@ class ProfileManager:
         """The record's unit is for judging: nothing is ever learned from it."""
         return is_held_out(record, self._held_out_fraction)
 
-    def may_learn(self, record: TokenRecord) -> bool:
-        """Whether profiles that change the compressed model's logits may be learned from the record now."""
-        own = record.adapter is None and not record.constraint
-        return own and self.serving.uses(record) and not self.is_held_out(record)
+    def learning_scope(self, record: TokenRecord) -> str | None:
+        """The scope in which profiles that change logits are learned from the record now; None: in none.
+
+        A record of an adapter that serves is learned from for the map on top of it, where the engine has reported
+        features: without the plugin no map could be applied.
+        """
+        if record.constraint or not self.serving.uses(record) or self.is_held_out(record):
+            return None
+        if record.adapter is None:
+            return self.scope_of(record)
+        return self.proposals.map_scope(record.adapter) if record.features is not None else None
 
     def distance_versions(self, record: TokenRecord) -> tuple[str, ...]:
         """The versions whose exact distances judging this record takes, `IDENTITY` first; none where it takes none."""

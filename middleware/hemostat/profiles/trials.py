@@ -35,6 +35,8 @@ TOTAL_VARIATION_WIDTH = 1.0
 """Of gains of the total variation: that of two distributions is between 0 and 1."""
 
 IMPORT = "import"
+ADAPTER_MAP = "adapter_map"
+"""An adapter that serves, with a map on top of it."""
 SERVING = "serving"
 WATCH = "serving"
 """The guard's name for the tests of what serves."""
@@ -61,7 +63,7 @@ class UnitGain:
 class Candidate:
     """A profile that is to be tested in the kinds of one scope.
 
-    source: the family that proposed it, `IMPORT`, or `SERVING`: it serves other kinds already.
+    source: the family that proposed it, `ADAPTER_MAP`, `IMPORT`, or `SERVING`: it serves other kinds already.
     """
 
     version: str

@@ -7,7 +7,8 @@
                                                                             learner
 
 A record of an adapter (`TokenRecord.adapter`) is of another model than the compressed one. It counts as what was
-served, and in nothing that is about the compressed model itself: raw figures, alarm, noise floor, learning.
+served, and in nothing that is about the compressed model itself: raw figures, alarm, noise floor, learning (but for the
+map on top of that adapter).
 
 A record that a grammar restricts (`TokenRecord.constraint`) is conditional: it is measured apart from all others, and
 judged in its own kind.
@@ -47,7 +48,7 @@ from hemostat.shadow.records_file import RecordsFile
 from hemostat.shadow.scorer import Scorer, ScoringNeeds
 from hemostat.shadow.seen_units import SeenUnits
 from hemostat_calibration.arrays import Ids
-from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.divergence.per_token import TokenDivergence, divergence
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import IDENTITY
 from hemostat_calibration.records import TokenRecord
@@ -218,11 +219,18 @@ class ScoringPipeline:
         """A scored record, from the scorer. Its consumers know only the kinds that are followed, and `REST_KIND`."""
         consumers, profiles = self._consumers, self._consumers.profiles
         pair, calibrated = self._monitor.served.of(record.model), self._monitor.served.calibrated
-        if record.constraint:
-            self._use_constrained(record, capture, judged=pair is None or pair is calibrated)
+        other = pair is not None and pair is not calibrated
+        if record.constraint and not record.partial:
+            self._use_constrained(record, capture, judged=not other)
             return
-        if pair is not None and pair is not calibrated:
+        if pair is not None and other and not record.partial:
             self._use_of_other_model(pair, record, capture)
+            return
+        if other:
+            # The last tokens of another model's output are in no figure: the tables by place are of one model.
+            if consumers.records is not None:
+                consumers.records.write(capture, record, divergence(record))
+            self._on_change()
             return
         record = replace(record, kind=profiles.kinds.see(record.kind))
         fresh = self._seen.add(record)
@@ -270,8 +278,8 @@ class ScoringPipeline:
             consumers.records.write(capture, record, figures)
         try:
             profiles.observe(record, gains, fresh=fresh)
-            if fresh and profiles.may_learn(record):
-                consumers.learner.offer(record, profiles.scope_of(record))
+            if fresh and (scope := profiles.learning_scope(record)) is not None:
+                consumers.learner.offer(record, scope)
         except Exception:
             # The record is already measured: a bug in calibration must not prevent the rest.
             self.calibration_errors += 1

@@ -18,8 +18,10 @@ from hemostat_calibration.profiles.adapter import (
     adapter_layers,
     adapter_profile,
     has_map,
+    layers_digest,
     map_of,
     max_rank,
+    with_map,
 )
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
@@ -221,7 +223,27 @@ def test_malformed_maps(changes: dict[str, Any], message: str) -> None:
         with_parameters(make(make_map()), **changes)
 
 
+def test_a_map_that_is_put_on_top_leaves_the_layers_to_the_bit() -> None:
+    plain, contextual = make(), make_map()
+    both = with_map(plain, contextual, {"map_tokens": "7"})
+    assert map_of(both) == map_of(make(contextual))
+    assert {k: v for k, v in both.metadata.items() if k != "map_tokens"} == dict(plain.metadata)
+    for name, value in plain.parameters.items():
+        np.testing.assert_array_equal(both.parameters[name], value)
+    other = with_map(both, make_map())
+    assert len(other.parameters) == len(both.parameters), "the map is replaced"
+    digests = {layers_digest(one) for one in (plain, both, other)}
+    assert len(digests) == 1
+    changed = layers() | {UP: LowRank(2.0 * layers()[UP].a, layers()[UP].b)}
+    assert layers_digest(adapter_profile(model="w4a16", vocab_size=V, layers=changed)) not in digests
+    assert layers_digest(contextual) == ""
+    with pytest.raises(InvalidProfileError, match="of the family contextual, not an adapter"):
+        with_map(contextual, contextual)
+
+
 def test_a_map_of_another_family_or_vocabulary() -> None:
+    with pytest.raises(InvalidProfileError, match="map is of the family adapter"):
+        with_map(make(), make())
     with pytest.raises(InvalidProfileError, match="map is of the family temperature_bias"):
         make(temperature_bias("m", V, 1.0, np.zeros(V), 1.0))
     with pytest.raises(InvalidProfileError, match="for a vocabulary of 9"):
