@@ -193,9 +193,12 @@ async def test_an_adapter_is_learned_about_apart_and_the_newest_two_are_kept(ben
     bench.teach(range(3), other)
     bench.teach(range(60, 62), one)
     bench.teach(range(4), third)
+    unfit = replace(bench.world.record(9, bench.receiver.anchors, bench.digest), reference_hidden=np.zeros((16, D + 1)))
+    bench.learner.offer(unfit, third)
     bench.teach(range(5))
     await bench.taught(80)
     assert bench.learner.status()["scopes"] == {one: 62 * 16, third: 64}
+    assert bench.learner.failed_records() == 1
 
 
 async def test_without_a_store_a_killed_learner_begins_anew(bench: Bench) -> None:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from tests.support.fake_vllm import encode, render
 from tests.support.learner_world import logprobs
 
-from hemostat.reference.protocol import NO_CODES, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import NO_CODES, CompressedLogits, ReferenceInfo, ReferenceScores
+from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates
@@ -53,9 +54,10 @@ class StateReference:
         *,
         reshaped: bool = False,
         adapter: str = "",
-        allowed: Any = None,
-        compressed: Any = None,
+        allowed: AllowedSets | None = None,
+        compressed: CompressedLogits | None = None,
     ) -> ReferenceScores:
+        assert allowed is None, "it scores unconstrained tokens only"
         h = self.states(prompt, output)
         log_r = logprobs(self.logits(h))
         r, rows = np.exp(log_r), np.arange(len(output))[:, None]

@@ -139,8 +139,10 @@ class ScopedLearner:
 
     def _learn_of_adapter(self, scope: str, record: TokenRecord) -> None:
         """Another model than that of all other scopes: what is learned of it is kept apart."""
-        state = self._states.pop(scope) if scope in self._states else self._new()
-        self._states[scope] = self._family.update(state, [record])
+        updated = self._family.update(self._states.get(scope) or self._new(), [record])
+        if scope in self._states:  # to its end
+            del self._states[scope]
+        self._states[scope] = updated
         for old in self._adapters[:-MAX_ADAPTERS]:
             del self._states[old]
 
