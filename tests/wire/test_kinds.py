@@ -17,7 +17,7 @@ from hemostat.openai.kinds import EDGE_BYTES, MAX_NAME_CHARACTERS, kind_name
 from hemostat.openai.reading import read_request
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
-OUTPUTS = {"text", "json", "tools", "structured"}
+OUTPUTS = {"text", "json", "tools", "grammar"}
 DECODINGS = {"greedy", "sampled", "cut"}
 SUBJECTS = {"", "code", "cyrillic", "cjk", "korean", "arabic", "hebrew", "greek", "devanagari", "thai"}
 FLAGS = [" ".join(chosen) for n in range(4) for chosen in itertools.combinations(("reply", "long", "brief"), n)]
@@ -64,8 +64,10 @@ def asking(*texts: str, **more: Any) -> dict[str, Any]:
         (asking("What is the weather? As JSON", tools=TOOLS), "chat tools sampled"),
         (asking("What is the weather?", tools=TOOLS, tool_choice="none"), "chat text sampled"),
         (asking("What is the weather?", tools=[]), "chat text sampled"),
-        (asking("What?", tools=TOOLS, tool_choice="required"), "chat structured sampled"),
-        (asking("What?", response_format={"type": "json_object"}), "chat structured sampled"),
+        (asking("What?", tools=TOOLS, tool_choice="required"), "chat grammar sampled"),
+        (asking("What?", response_format={"type": "json_object"}), "chat grammar sampled"),
+        (asking("What?", tools=TOOLS, parallel_tool_calls=False), "chat grammar sampled"),
+        (asking("What?", guided_json={}), "chat grammar sampled"),
         (asking("Write a function in Python that adds."), "chat text sampled code"),
         (asking("Fix this:\n```\nx = 1\n```"), "chat text sampled code"),
         (asking("A python is a snake."), "chat text sampled"),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
+from hemostat.openai.grammar_spec import GrammarTooLarge, read_grammar
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.model_name import is_version
 from hemostat.openai.requests import Request, Uncalibrated, Unscorable, uncalibrated
+
+_WITH_GRAMMAR = frozenset({Form.CHAT, Form.COMPLETIONS})
+"""Forms whose requests' grammars are known."""
 
 
 def read_request(
@@ -17,6 +21,7 @@ def read_request(
     scorable_models: frozenset[str] | None = None,
     default_model: str = "",
     adapter_names: bool = False,
+    free_calls: str = "strict",
 ) -> Request:
     """Parse a client's body; raises one of MALFORMED where it is not an object with distinct keys.
 
@@ -24,6 +29,7 @@ def read_request(
     scorable_models: names that are compared with a matched reference; None: not known, no name is excluded.
     default_model: the name of the model that answers a request without one.
     adapter_names: a name that is a profile's version is an adapter of Hemostat's.
+    free_calls: see `grammar_spec.read_grammar`.
     """
     body = JsonObject(data)
     model = body.value("model")
@@ -38,6 +44,12 @@ def read_request(
     xargs = body.value("vllm_xargs") or {}
     if not isinstance(xargs, dict):
         unscorable, xargs = Unscorable.INVALID, {}
+    grammar = None
+    if form in _WITH_GRAMMAR:
+        try:
+            grammar = read_grammar(body, tools=form is Form.CHAT, free_calls=free_calls)
+        except GrammarTooLarge:
+            unscorable = unscorable or Unscorable.GRAMMAR_TOO_LARGE
     client_profile = xargs.get("hemostat")
     key = details.conversation
     return Request(
@@ -57,6 +69,7 @@ def read_request(
         choices=details.choices,
         prompts=details.prompts,
         wish=details.wish,
+        grammar=grammar,
     )
 
 

@@ -18,7 +18,7 @@ from hemostat.openai.tokens import ChoiceTokens, ResponseFailure, ResponseTokens
 from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
-from hemostat.shadow.grammar.enforced import with_grammar
+from hemostat.shadow.grammar.enforced import with_scorable_grammar
 from hemostat.shadow.profile_choice import ArmReason, Reason, Unjudged, choose_profile, served_kind
 from hemostat.shadow.reports import Reports
 from hemostat_calibration.records import Arm, Sampling
@@ -162,11 +162,12 @@ class InterceptedExchange:
                 scorable_models=policy.scorable_models,
                 default_model=policy.default_model,
                 adapter_names=policy.adapter_names,
+                free_calls=policy.free_calls,
             )
         except MALFORMED:
             self._pass_unread(SkipReason.BAD_JSON)
             return None
-        request = with_grammar(request, policy)
+        request = with_scorable_grammar(request, policy)
         several = policy.scorable_models is not None and len(policy.scorable_models) > 1
         self._kind = kind_name(request, self._options.label, several_models=several)
         self._conversation = conversation_digest(request.conversation_key, policy.salt)

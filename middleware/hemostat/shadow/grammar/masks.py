@@ -106,6 +106,8 @@ class GrammarMasks:
         """The allowed ids along `output` [T]: all of them before `start`. GrammarFailure. Call it where `ready`."""
         settings = self._settings
         worker = self._worker
+        if self._closed:
+            raise GrammarFailure(GrammarReason.NOT_READY)
         if worker is None or tokenizer not in self._prepared:
             raise self._failure or GrammarFailure(GrammarReason.NOT_READY)
         key = hashlib.blake2b(msgspec.msgpack.encode(spec), digest_size=16).digest()
