@@ -132,12 +132,8 @@ OPENAI: dict[str, Case] = {
         with_openai("chat", messages=[*SHOWN, user("Weather in Tokyo?")], max_tokens=48, tools=TOOLS, **STREAM),
         shows="'name': 'weather'",
     ),
-    "JSON mode": Case(
-        with_openai("chat", messages=[user("A city, as JSON.")], max_tokens=12, **JSON), "structured_output", "{"
-    ),
-    "JSON mode, stream": Case(
-        with_openai("chat", messages=[user("A city, as JSON.")], **JSON, **STREAM), "structured_output", "{"
-    ),
+    "JSON mode": Case(with_openai("chat", messages=[user("A city, as JSON.")], max_tokens=12, **JSON), SCORED, "{"),
+    "JSON mode, stream": Case(with_openai("chat", messages=[user("A city, as JSON.")], **JSON, **STREAM), SCORED, "{"),
     "own logprobs": Case(
         with_openai("chat", messages=CAPITAL, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
     ),
@@ -178,7 +174,7 @@ LITELLM: dict[str, Case] = {
         with_litellm("hosted_vllm", messages=[*SHOWN, user("Weather in Tokyo?")], max_tokens=48, tools=TOOLS, **STREAM),
         shows="'name': 'weather'",
     ),
-    "JSON mode": Case(with_litellm("openai", messages=[user("A city, as JSON.")], **JSON), "structured_output", "{"),
+    "JSON mode": Case(with_litellm("openai", messages=[user("A city, as JSON.")], **JSON), SCORED, "{"),
     "own logprobs": Case(
         with_litellm("hosted_vllm", messages=CAPITAL, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
     ),
@@ -195,7 +191,7 @@ LANGCHAIN: dict[str, Case] = {
         with_langchain([*SHOWN, user("Weather in Tokyo?")], {"tools": TOOLS, "tool_choice": "auto"}, max_tokens=48),
         shows="'name': 'weather'",
     ),
-    "JSON mode, stream": Case(with_langchain([user("A city, as JSON.")], JSON, stream=True), "structured_output", "{"),
+    "JSON mode, stream": Case(with_langchain([user("A city, as JSON.")], JSON, stream=True), SCORED, "{"),
     "own logprobs, stream": Case(
         with_langchain(CAPITAL, stream=True, logprobs=True, top_logprobs=5), "client_logprobs", "top_logprobs"
     ),
