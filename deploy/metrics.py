@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hemostat.engines.lora.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
-from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_KIND
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.learner.adapters.builder import BuildFailure
 from hemostat.learner.adapters.client import BuildOutcome
 from hemostat.learner.adapters.judge import JudgeDropReason
@@ -58,8 +58,10 @@ SHADOW_REASONS: dict[str, Values] = {
         "no_reference": "no reference was matched with the model: see `reference.models`",
         "n": "several choices or prompts in one request",
         "beam_search": "beam search",
-        "structured_output": "vLLM takes logprobs after the grammar's mask",
-        "forced_tool": "the same, where a tool call is forced",
+        "structured_output": "a grammar restricts the tokens, and grammars cannot be rebuilt here (see `hemostat "
+        "check`), or the request has `guided_…` parameters, which vLLM 0.32 ignores and older ones enforce",
+        "forced_tool": "a tool call is forced or restricted, and such grammars cannot be rebuilt here: see "
+        "`grammar.tool_call_parser`",
         "echo": "the prompt would be in the answer",
         "prompt_logprobs": "the client asks for the prompt's logprobs itself",
         "client_logprobs": "the client asks for logprobs or token ids itself",
@@ -82,7 +84,23 @@ SHADOW_REASONS: dict[str, Values] = {
         "reference_too_long": "longer than the reference's context",
         "outside_suffix": "tokens of a scored request that are before its last `shadow.max_scored_tokens`",
         "reference_no_adapter": "the reference no longer serves the adapter",
-        "grammar_needs_full_vocabulary": "a grammar restricted the tokens, and the reference gives only its top ids",
+        "grammar_too_large": "the request's grammar, or its sets of allowed ids, are too large",
+        "grammar_not_ready": "the process that rebuilds grammars is being started again",
+        "grammar_not_installed": "a package that rebuilds grammars is missing: `pip install 'hemostat[grammar]'`",
+        "grammar_no_tokenizer": "there is no tokenizer that xgrammar can use: see `grammar.tokenizer`",
+        "grammar_refused": "xgrammar refuses the grammar: vLLM enforces it by another backend",
+        "grammar_other_backend": "the schema has a feature for which vLLM takes another backend than xgrammar",
+        "grammar_tool_parser": "the grammar that this tool parser makes of tools cannot be rebuilt",
+        "grammar_combined": "structured output together with restricted tools",
+        "grammar_invalid": "the parameters of the grammar are not what vLLM takes",
+        "grammar_timeout": "rebuilding the grammar took longer than `grammar.seconds`, or did so before",
+        "grammar_memory": "rebuilding the grammar took more memory than `grammar.memory_mib`, or did so before",
+        "grammar_failed": "the process that rebuilds grammars ended, or answered something unexpected; see the log",
+        "grammar_mismatch": "vLLM masked by another set of ids than the rebuilt one: check the section `grammar`",
+        "grammar_unknown": "vLLM masked ids, though nothing in the request restricts its tokens: check "
+        "`grammar.tool_call_parser` and `grammar.tool_strict_level`",
+        "grammar_needs_full_vocabulary": "the reference gives only its top ids, which say nothing of its distribution "
+        "over the ids that the grammar allows",
         "invalid_…": "the record failed validation (`ids`, `mass`, …): a bug here or in vLLM, see the log",
     },
     "dropped": {
@@ -130,7 +148,8 @@ CALIBRATION_REASONS: Values = {
     "own_adapter": "the profile is an adapter and the client asked for another model, such as an adapter of its own",
     "not_applied": "the profile is an adapter, and the answer says that another model answered",
     "on_not_allowed, encoded, body_too_large, bad_json, invalid, lora, no_reference, n, beam_search, "
-    "structured_output, forced_tool, echo, prompt_logprobs, client_logprobs, hidden_reasoning, multimodal, "
+    "structured_output, forced_tool, grammar_too_large, echo, prompt_logprobs, client_logprobs, hidden_reasoning, "
+    "multimodal, "
     "too_long": "as for `hemostat_shadow_requests_total`: it cannot be scored, and only what can be judged is treated",
 }
 HEADLINES: Values = {
@@ -156,6 +175,10 @@ OUTCOME_MEANINGS: Values = {
 EDGES: Values = {"mean": "the estimate", "low": "lower end of the asymptotic 95 % interval", "high": "upper end"}
 ROUTE_VALUES = f"{', '.join(f'`{route}`' for route in routes.LABELS.values())}, else `{routes.OTHER}`"
 
+CONDITIONAL = (
+    *(names.CONDITIONAL_KIND_KL_NATS, names.CONDITIONAL_KIND_KL_TOKENS),
+    *(names.CONDITIONAL_KIND_GAIN_NATS, names.CONDITIONAL_KIND_RECOVERED_DIVERGENCE_RATIO),
+)
 SAMPLED = (names.SAMPLED_REQUESTS, names.SAMPLED_TOKENS, names.KIND_SAMPLED_REQUESTS, names.KIND_SAMPLED_TOKENS)
 SAMPLED_OUTCOMES: Values = {
     "scored": "both models have scored its tokens",
@@ -211,6 +234,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
             NONE: "there was no thinking",
         }
     },
+    "bound": {
+        "": {
+            "exact": "every allowed id is known of both models: the conditional divergence is exact",
+            "bounds": "more ids are allowed than are listed: its bounds are proven",
+        }
+    },
     "family": {"": "family of the profile: `temperature_bias`, `contextual`, `adapter`, or `identity`"},
     "figure": {
         "": {
@@ -220,6 +249,11 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "kind": {
         "": f"the kind of traffic: one of the `evidence.kinds` that are followed, `{REST_KIND}` for all others, "
         "`all` for all together",
+        **dict.fromkeys(
+            CONDITIONAL,
+            f"the kind of traffic: one that is followed and that a grammar restricts; `{REST_GRAMMAR_KIND}` for all "
+            "others that a grammar restricts",
+        ),
         names.STRUCTURED_OUTPUTS: {
             "json": "a JSON answer was requested",
             "tool_call": "tools were offered, and called",

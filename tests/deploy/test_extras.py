@@ -9,7 +9,7 @@ import sys
 import pytest
 from tests.support.paths import ROOT
 
-EXTRAS = ("jinja2", "opentelemetry", "redis", "torch", "transformers", "vllm")
+EXTRAS = ("jinja2", "opentelemetry", "redis", "torch", "transformers", "vllm", "xgrammar")
 PROGRAM = """
 import importlib, sys
 for name in sys.argv[2:]:

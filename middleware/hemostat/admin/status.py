@@ -130,6 +130,8 @@ class Status(msgspec.Struct, frozen=True):
     where: list[Report]
     """The same by route and label."""
     kinds: list[Report]
+    conditional: Report
+    """Of requests that a grammar restricts; in no other figure."""
     """By kind of traffic: raw figures, what its arms were served, and what a profile gained."""
     arms: Report
     alarm: Report
@@ -230,6 +232,7 @@ class StatusSource:
             raw=measurements.summary(None),
             where=measurements.where(),
             kinds=measurements.by_kind.report(),
+            conditional=measurements.conditional.report(),
             arms=measurements.arms(),
             alarm=self._alarms.report(),
             outcomes=self._outcomes.report(),

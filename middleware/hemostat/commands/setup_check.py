@@ -14,6 +14,7 @@ from hemostat.config.schema import Settings
 from hemostat.config.store_url import without_password
 from hemostat.engines.lora.check import probe_adapters
 from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
+from hemostat.openai.tool_parsers import TOOL_FORMATS
 from hemostat.reference import make_references
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
@@ -23,6 +24,7 @@ from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailu
 from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.thinking_markers import find_markers
+from hemostat.shadow.grammar.masks import unavailable
 from hemostat.store import schema
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
@@ -44,6 +46,8 @@ async def check(settings: Settings) -> list[Finding]:
     references = make_references(settings)
     try:
         findings += await _upstream(server, settings)
+        if references is not None:
+            findings.append(_grammars(settings))
         if references is None:
             findings.append(
                 Finding(
@@ -124,6 +128,24 @@ def _evidence(settings: Settings) -> Finding:
         f"test (not limited below {MIN_CLIENTS} clients)"
     )
     return Finding("evidence", State.OK, text)
+
+
+def _grammars(settings: Settings) -> Finding:
+    """Whether requests under a grammar are scored."""
+    problem, grammar = unavailable(settings.grammar), settings.grammar
+    if problem:
+        return Finding("grammars", State.NOTE, f"structured output and forced tools are not scored: {problem}")
+    if grammar.tool_call_parser in TOOL_FORMATS:
+        text = (
+            f"structured output and forced tools ({grammar.tool_call_parser}) are scored where the reference is exact"
+        )
+        return Finding("grammars", State.OK, text)
+    text = "structured output is scored where the reference is exact; forced and strict tools are not"
+    fix = "set grammar.tool_call_parser to the server's --tool-call-parser"
+    if grammar.tool_call_parser is not None:
+        text += f": what {grammar.tool_call_parser} makes of them cannot be rebuilt"
+        fix = ""
+    return Finding("grammars", State.NOTE, text, fix)
 
 
 async def _upstream(server: VllmServer, settings: Settings) -> list[Finding]:

@@ -294,7 +294,8 @@ class ScoringPipeline:
         consumers, profiles = self._consumers, self._consumers.profiles
         kind = profiles.kinds.see(record.kind) if judged else rest_of(record.kind)
         record = replace(record, kind=kind)
-        gains, fresh = RecordGains(record), self._seen.add(record)
+        # Of a part of an output only the counters take notice.
+        gains, fresh = RecordGains(record), self._seen.add(record) and not record.partial
         figures = consumers.measurements.conditional.observe(
             record,
             profiles.calibrated_profile(record) if judged else None,
@@ -305,7 +306,7 @@ class ScoringPipeline:
         )
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
-        if judged:
+        if judged and not record.partial:
             self._judge(record, capture, figures, gains, fresh=fresh)
             return
         if consumers.records is not None:
