@@ -130,9 +130,9 @@ class Status(msgspec.Struct, frozen=True):
     where: list[Report]
     """The same by route and label."""
     kinds: list[Report]
-    conditional: Report
-    """Of requests that a grammar restricts; in no other figure."""
     """By kind of traffic: raw figures, what its arms were served, and what a profile gained."""
+    conditional: Report
+    """Of requests that a grammar restricts, in no other figure: `measurement.conditional`."""
     arms: Report
     alarm: Report
     outcomes: Report
