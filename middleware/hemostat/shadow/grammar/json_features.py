@@ -39,7 +39,8 @@ def _has_one(schema: dict[str, Any]) -> bool:
         return True
     if "array" in types and any(key in schema for key in _ARRAY_KEYS):
         return True
-    if "string" in types and (("format" in schema and schema["format"] not in _FORMATS) or _bounded_pattern(schema)):
+    form = schema.get("format", "email")
+    if "string" in types and (not isinstance(form, str) or form not in _FORMATS or _bounded_pattern(schema)):
         return True
     if "object" in types:
         names, patterns = schema.get("propertyNames"), schema.get("patternProperties")
