@@ -22,7 +22,8 @@ from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import DECODING_KINDS, DIRECTIONS, STAGES
 from hemostat.measurement.thinking import CUT, ENDED, NONE, STOPPED
 from hemostat.metrics import names
-from hemostat.metrics.catalogue import GROUPS, METRICS, Metric
+from hemostat.metrics.catalogue import GROUPS, METRICS
+from hemostat.metrics.metric import Metric
 from hemostat.openai import routes
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay import counters, outcomes

@@ -35,6 +35,7 @@ from hemostat.openai.tokens import ResponseFailure
 from hemostat.profiles.decisions import Decision, Reason
 from hemostat.relay.counters import OUTCOMES
 from hemostat.shadow.endings import ScoringDropReason, ScoringSkipReason, SkipReason
+from hemostat.shadow.grammar.reasons import GrammarReason
 from hemostat.shadow.profile_choice import UNJUDGED, ArmReason
 from hemostat.shadow.reports import RelayDropReason
 
@@ -121,7 +122,7 @@ def texts(node: ast.AST) -> Iterator[str]:
 def shadow_reasons() -> dict[str, set[str]]:
     """By outcome, every reason that the code can give."""
     return {
-        "skipped": {*SkipReason, *Unscorable, *ResponseFailure, *ScoringSkipReason, "invalid_…"},
+        "skipped": {*SkipReason, *Unscorable, *ResponseFailure, *ScoringSkipReason, *GrammarReason, "invalid_…"},
         "dropped": {*RelayDropReason, *ScoringDropReason, "reference_…"},
     }
 

@@ -119,7 +119,7 @@ def test_the_schema_knows_the_keys_that_serve_knows() -> None:
     assert set(schema_leaves(schema["definitions"]["config"])) == set(leaves(Settings)) - charts_own
 
 
-FILES = {("upstream", "ca"), ("calibration", "output_embedding"), ("calibration", "force")}
+FILES = {("upstream", "ca"), ("calibration", "output_embedding"), ("calibration", "force"), ("grammar", "tokenizer")}
 """They have to exist in the pod."""
 # fmt: off
 TRIED: list[object] = [

@@ -4,24 +4,8 @@ by `make docs`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from hemostat.metrics import names
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric with all of its series."""
-
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    unit: str
-    """Of the value; of a counter also what is counted."""
-    help: str
-    labels: tuple[str, ...] = ()
-    """In the order in which a sample gives their values."""
-
+from hemostat.metrics import conditional, names
+from hemostat.metrics.metric import Metric
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
     "The proxy": (
@@ -221,51 +205,6 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("arm",),
         ),
         Metric(
-            names.CONDITIONAL_DIVERGENCE,
-            "gauge",
-            "the figure's",
-            "Divergence per token of requests that a grammar restricts, conditional on the ids that it allows, with "
-            "the 95% interval (edge low and high); these requests are in no other figure of divergence.",
-            ("figure", "edge"),
-        ),
-        Metric(
-            names.CONDITIONAL_TOKENS,
-            "counter",
-            "tokens",
-            "Scored tokens of requests that a grammar restricts; bound: exact where every allowed id is known on both "
-            "sides.",
-            ("arm", "bound"),
-        ),
-        Metric(
-            names.CONDITIONAL_KIND_KL_NATS,
-            "counter",
-            "nats",
-            f"As {names.KIND_KL_NATS}, of kinds that a grammar restricts, conditional on the ids that it allows.",
-            ("kind", "arm"),
-        ),
-        Metric(
-            names.CONDITIONAL_KIND_KL_TOKENS,
-            "counter",
-            "tokens",
-            f"As {names.KIND_KL_TOKENS}, of kinds that a grammar restricts.",
-            ("kind", "arm"),
-        ),
-        Metric(
-            names.CONDITIONAL_KIND_GAIN_NATS,
-            "gauge",
-            "nats",
-            f"As {names.KIND_GAIN_NATS}, of kinds that a grammar restricts, conditional on the ids that it allows.",
-            ("kind", "weighting"),
-        ),
-        Metric(
-            names.CONDITIONAL_KIND_RECOVERED_DIVERGENCE_RATIO,
-            "gauge",
-            "ratio",
-            f"As {names.KIND_RECOVERED_DIVERGENCE_RATIO}, of kinds that a grammar restricts, conditional on the ids "
-            "that it allows.",
-            ("kind",),
-        ),
-        Metric(
             names.TOP1_AGREEMENT_TOKENS,
             "counter",
             "tokens",
@@ -308,6 +247,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("outcome",),
         ),
     ),
+    "Divergence under a grammar": conditional.METRICS,
     "The alarm": (
         Metric(
             names.HEMORRHAGE_ALARM,
