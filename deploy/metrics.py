@@ -57,15 +57,14 @@ SHADOW_REASONS: dict[str, Values] = {
         "invalid": "a parameter is invalid; vLLM reports it to the client",
         "lora": "the model is an adapter that the reference does not serve under the same name",
         "no_reference": "no reference was matched with the model: see `reference.models`",
-        "n": "several choices or prompts in one request",
+        "n": "more than 16 choices; or several with tools, in a stream without usage, where nothing shows lost ids",
         "beam_search": "beam search",
         "structured_output": "a grammar restricts the tokens, and grammars cannot be rebuilt here (see `hemostat "
         "check`), or the request has `guided_…` parameters, which vLLM 0.32 ignores and older ones enforce",
         "forced_tool": "a tool call is forced or restricted, and such grammars cannot be rebuilt here: see "
         "`grammar.tool_call_parser`",
         "echo": "the prompt would be in the answer",
-        "prompt_logprobs": "the client asks for the prompt's logprobs itself",
-        "client_logprobs": "the client asks for logprobs or token ids itself",
+        "client_logprobs": "the client asks for logprobs as texts, which ids cannot be turned back into",
         "hidden_reasoning": "vLLM hides the reasoning's token ids",
         "multimodal": "images, audio or embeddings in the prompt",
         "too_long": "longer than `shadow.max_tokens`",
@@ -76,7 +75,7 @@ SHADOW_REASONS: dict[str, Values] = {
         "empty": "no token in the answer",
         "no_logprobs": "the answer lacks the requested logprobs",
         "token_count_mismatch": "the number of ids differs from vLLM's token count",
-        "tool_tokens_lost": "vLLM's tool parser removed tokens",
+        "tool_tokens_lost": "the tool parser leaves out ids of streamed calls (vllm-project/vllm#27482; 0.32: none)",
         "response_too_large": "more bytes than may be buffered to remove the logprobs",
         "unreadable": "the answer does not have vLLM's format",
         "unknown_model": "the answer names a model that the server does not list",
@@ -149,7 +148,7 @@ CALIBRATION_REASONS: Values = {
     "own_adapter": "the profile is an adapter and the client asked for another model, such as an adapter of its own",
     "not_applied": "the profile is an adapter, and the answer says that another model answered",
     "on_not_allowed, encoded, body_too_large, bad_json, invalid, lora, no_reference, n, beam_search, "
-    "structured_output, forced_tool, grammar_too_large, echo, prompt_logprobs, client_logprobs, hidden_reasoning, "
+    "structured_output, forced_tool, grammar_too_large, echo, client_logprobs, hidden_reasoning, "
     "multimodal, "
     "too_long": "as for `hemostat_shadow_requests_total`: it cannot be scored, and only what can be judged is treated",
 }

@@ -249,6 +249,24 @@ def test_what_the_response_cannot_tell_is_asked_of_the_plugin(
     assert wire.shadow("skipped", reason) == 2
 
 
+def test_once_tool_tokens_were_lost_the_plugin_is_asked(wire: Wire, fake: FakeVllm) -> None:
+    fake.lose_tool_tokens = True
+    wire.interceptor.policy = policy(tap=True, tap_tokens=True)
+    body = chat("say: " + TOOL_CALL, tools=TOOLS, max_tokens=150, stream=True)
+    first = wire.send(CHAT, body)
+    assert wire.shadow("skipped", "tool_tokens_lost") == wire.counts.total() == 1
+    assert wire.send(CHAT, body).body == first.body
+    assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce", "hemostat_tap_top": "8"}
+    assert "return_token_ids" not in fake.requests[-1]
+    assert [capture.from_tap for capture in wire.captures] == [True]
+    # Other requests are read as before, and so are these from the next policy on.
+    wire.send(CHAT, chat(stream=True))
+    wire.interceptor.policy = policy(tap=True, tap_tokens=True, generation=2)
+    wire.send(CHAT, body)
+    assert [capture.from_tap for capture in wire.captures] == [True, False]
+    assert wire.shadow("skipped", "tool_tokens_lost") == 2
+
+
 def test_an_error_is_no_answer_of_the_tap(wire: Wire, fake: FakeVllm) -> None:
     wire.interceptor.policy = policy(tap=True, tap_tokens=True)
     fake.error_after = 2

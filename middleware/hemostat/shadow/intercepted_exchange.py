@@ -171,7 +171,9 @@ class InterceptedExchange:
         several = policy.scorable_models is not None and len(policy.scorable_models) > 1
         self._kind = kind_name(request, self._options.label, several_models=several)
         self._conversation = conversation_digest(request.conversation_key, policy.salt)
-        self._from_tap = request.from_tap and policy.tap and policy.tap_tokens and not request.client_tap
+        by_plugin = policy.tap and policy.tap_tokens and not request.client_tap
+        lossy = request.unscorable is None and request.tools and request.stream
+        self._from_tap = by_plugin and (request.from_tap or (lossy and self._reports.loses_tool_tokens(policy)))
         self._unjudged = self._unjudged or (None if self._from_tap else request.unscorable)
         if self._unjudged is None and request.min_prompt_tokens > policy.shadow_max_tokens:
             self._unjudged = ResponseFailure.TOO_LONG
@@ -359,6 +361,8 @@ class InterceptedExchange:
             self._skip(ResponseFailure.INCOMPLETE)
         elif tokens.failure is not None:
             self._skip(tokens.failure)
+            if tokens.failure is ResponseFailure.TOOL_TOKENS_LOST:
+                self._reports.tool_tokens_lost(self._policy)
         elif self._replayed or not (complete and self._ended):
             self._skip(ResponseFailure.INCOMPLETE)
         elif self._shadow:

@@ -38,7 +38,7 @@ def uncounted(kind: str, outcome: str, reason: str, tokens: int | None, requests
 
 
 class Reports:
-    """Passes on the captures and counts of one relay's exchanges, and remembers that the engine refuses logprobs.
+    """Passes on the captures and counts of one relay's exchanges, and remembers what the engine does not return.
 
     emit: hands a capture on; returns False when there is no room for it.
     count: adds one to a metric, by its name and label values.
@@ -61,6 +61,7 @@ class Reports:
         self._sampled = sampled
         self._nonce = nonce
         self._refused_generation: int | None = None
+        self._lost_generation: int | None = None
 
     def not_sampled(self, reason: SkipReason) -> None:
         """Count a request as skipped that was not drawn either."""
@@ -102,6 +103,14 @@ class Reports:
     def refuses_logprobs(self, policy: Policy) -> bool:
         """Whether that happened under this generation of the policy: nothing more is sampled until the next one."""
         return self._refused_generation == policy.generation
+
+    def tool_tokens_lost(self, policy: Policy) -> None:
+        """The engine left out ids of a streamed tool call."""
+        self._lost_generation = policy.generation
+
+    def loses_tool_tokens(self, policy: Policy) -> bool:
+        """Whether that happened under this generation of the policy: such ids are then asked of the plugin."""
+        return self._lost_generation == policy.generation
 
     def tap_name(self, policy: Policy) -> str:
         """A new name for one request among the engine's taps."""
