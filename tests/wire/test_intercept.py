@@ -307,4 +307,16 @@ def test_the_openai_client_reads_sampled_responses(wire: Wire) -> None:
         assert len(own.choices[0].logprobs.content or []) == 3
         with pytest.raises(openai_sdk.NotFoundError):
             client.completions.create(model="nope", prompt="x")
-    assert wire.shadow("shadowed") == 3
+        assert wire.shadow("shadowed") == 3
+        both = client.chat.completions.create(
+            model="fake", messages=messages, n=2, logprobs=True, top_logprobs=1, max_tokens=3
+        )
+        for choice in both.choices:
+            entries = choice.logprobs and choice.logprobs.content
+            assert entries
+            assert "".join(entry.token for entry in entries) == choice.message.content
+            assert [top.token for entry in entries for top in entry.top_logprobs] == [entry.token for entry in entries]
+        assert len(both.choices) == 2
+        assert both.usage is not None
+        assert both.usage.completion_tokens == 6
+    assert wire.shadow("shadowed") == 5

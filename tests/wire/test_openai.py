@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pydantic_core
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -173,6 +174,13 @@ def test_why_a_chat_request_cannot_be_scored(more: dict[str, Any], reason: str |
 def test_why_a_completions_request_cannot_be_scored(more: dict[str, Any], reason: str | None) -> None:
     body = {"model": "m", "prompt": "hi"} | more
     assert read_request(json.dumps(body).encode(), form=Form.COMPLETIONS).unscorable == reason
+
+
+def test_texts_are_escaped_as_vllm_escapes_them() -> None:
+    """A client's own logprobs name tokens by texts, which are written anew."""
+    for start in range(0, 0x110000, 0x800):
+        text = "".join(chr(code) for code in range(start, start + 0x800) if not 0xD800 <= code < 0xE000)
+        assert encode(text) == pydantic_core.to_json(text)
 
 
 def test_every_turn_of_a_conversation_has_the_same_key_and_another_conversation_another() -> None:

@@ -272,6 +272,13 @@ FAKE_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
         {"prompt": "Hello there", "max_tokens": 4, "logprobs": 3, **INJECTED},
         None,
     ),
+    "chat, two choices": (CHAT, {"messages": [user("Hi")], "max_tokens": 4, "n": 2, **INJECTED}, None),
+    "chat, own logprobs": (
+        CHAT,
+        {"messages": [user("Hi")], "max_tokens": 4, "logprobs": True, "top_logprobs": 2},
+        None,
+    ),
+    "completions, two prompts": (COMPLETIONS, {"prompt": ["Hello there", "Hi"], "max_tokens": 4, **INJECTED}, None),
     "a tool call": (
         CHAT,
         {"messages": [*EXAMPLES, user("Weather in Tokyo?")], "max_tokens": 64, "tools": TOOLS},
