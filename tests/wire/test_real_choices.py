@@ -20,6 +20,7 @@ ATTEMPTS = 6
 """On a busy machine vLLM's front end now and then puts two steps into one event, or the choices in another order."""
 AS_IDS = {"return_tokens_as_token_ids": True}
 UNICODE = user("Repeat: 🎉🌍 日本語 été ☃")
+CODE = [user("Write a C program that prints a \\ and a tab.")]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
 
@@ -73,8 +74,11 @@ STREAMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("option", STREAMS)
-@pytest.mark.parametrize("case", CHOICES)
+@pytest.mark.parametrize(
+    ("case", "option"),
+    [(case, option) for case in CHOICES for option in ("whole", "stream")]
+    + [(case, "stream with usage") for case in ("chat", "completions", "prompts and choices")],
+)
 def test_every_choice_is_captured(wire: Wire, vllm_server: Server, case: str, option: str) -> None:
     path, body, choices = CHOICES[case]
     body = {"model": vllm_server.model} | body | STREAMS[option]
@@ -116,6 +120,7 @@ WISHES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHAT, {"logprobs": True}),
     "chat, none": (CHAT, {"logprobs": True, "top_logprobs": 0}),
     "chat, one": (CHAT, {"logprobs": True, "top_logprobs": 1}),
+    "chat, one, of code": (CHAT, {"logprobs": True, "top_logprobs": 1, "messages": CODE}),
     "chat, ids": (CHAT, {"logprobs": True, "top_logprobs": 3} | AS_IDS),
     "chat, all ids": (CHAT, {"logprobs": True, "top_logprobs": 20, "return_token_ids": True} | AS_IDS),
     "chat, ids without logprobs": (CHAT, {"return_token_ids": True}),
@@ -131,22 +136,15 @@ WISHES: dict[str, tuple[str, dict[str, Any]]] = {
     "completions, ids without logprobs": (COMPLETIONS, {"return_token_ids": True}),
     "completions, sampled": (COMPLETIONS, {"logprobs": 3, "temperature": 1.5, "seed": 5} | AS_IDS),
 }
-ASKED: dict[str, dict[str, Any]] = {
-    "unicode": {"messages": [UNICODE], "prompt": "🎉🌍 日本語 été ☃ 🎉🌍 日本"},
-    "control characters": {"messages": [user("Write a C program that prints a \\ and a tab.")], "prompt": '\t"\\n'},
-}
 
 
-@pytest.mark.parametrize("option", STREAMS)
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("option", ["whole", "stream"])
 @pytest.mark.parametrize("case", WISHES)
-def test_the_clients_own_logprobs_come_back_as_asked(
-    wire: Wire, vllm_server: Server, case: str, asked: str, option: str
-) -> None:
+def test_the_clients_own_logprobs_come_back_as_asked(wire: Wire, vllm_server: Server, case: str, option: str) -> None:
     path, wish = WISHES[case]
-    key = "messages" if path == CHAT else "prompt"
-    common = {"model": vllm_server.model, "temperature": 0, "max_tokens": 24, key: ASKED[asked][key]}
-    compared(wire, path, common | wish | STREAMS[option])
+    common = {"model": vllm_server.model, "temperature": 0, "max_tokens": 24}
+    asked = {"messages": [UNICODE]} if path == CHAT else {"prompt": "🎉🌍 日本語 été ☃ 🎉🌍 日本"}
+    compared(wire, path, common | asked | wish | STREAMS[option])
     [capture] = wire.captures
     _, output, ids, _, _ = rows(capture)
     assert ids.shape == (len(output), 21)
