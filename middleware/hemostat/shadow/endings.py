@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 
 from hemostat.ipc.messages import Capture
+from hemostat.measurement import coverage
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.reference.protocol import ReferenceFailure
@@ -61,6 +62,8 @@ class ScoringSkipReason(StrEnum):
     """The engine has not reported which profile it applied."""
     REFERENCE_TOO_LONG = "reference_too_long"
     """Longer than the reference's context."""
+    OUTSIDE_SUFFIX = coverage.OUTSIDE_SUFFIX
+    """Of tokens only: the others of this output were scored."""
     REFERENCE_NO_ADAPTER = "reference_no_adapter"
     """The reference does not serve the LoRA adapter any more."""
 
