@@ -20,6 +20,7 @@ from hemostat.ipc.messages import (
     Hello,
     MessageReader,
     OutcomeReport,
+    SampledCount,
     Stats,
     encode,
 )
@@ -42,7 +43,8 @@ class Link:
         self.path = path
         self.captures: list[Capture] = []
         self.outcomes: list[OutcomeReport] = []
-        self.link = RelayLink(path, self.captures.append, self.outcomes.append)
+        self.sampled: list[SampledCount] = []
+        self.link = RelayLink(path, self.captures.append, self.outcomes.append, self.sampled.append)
 
     async def relay(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_unix_connection(str(self.path))
@@ -71,6 +73,20 @@ async def test_reports_of_outcomes_are_sent_together(link: Link) -> None:
     sender.report()
     await until(lambda: len(link.outcomes) == REPORTS_PER_MESSAGE + 3)
     assert link.outcomes == [outcome(number) for number in range(REPORTS_PER_MESSAGE + 3)]
+    running.cancel()
+    await sender.close()
+
+
+async def test_counts_of_sampled_requests_are_not_lost_while_there_is_no_control_process(link: Link) -> None:
+    sender = ControlLink(str(link.path), 0, lambda _: None, lambda: stats(1))
+    sender.sampled.add("chat", "skipped", "n", 20)
+    sender.sampled.add("chat", "skipped", "n", None)
+    sender.report()  # not connected
+    running = asyncio.create_task(sender.run())
+    await until(lambda: link.sampled == [SampledCount("chat", "skipped", "n", 2.0, 1.0, 20)])
+    sender.sampled.add("chat", "dropped", "link_full", 3, 0.5)
+    sender.report()
+    await until(lambda: link.sampled[1:] == [SampledCount("chat", "dropped", "link_full", 0.5, 0.0, 3)])
     running.cancel()
     await sender.close()
 

@@ -1,0 +1,67 @@
+"""Coverage, parts of outputs and thinking, through a real `Control`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tests.support.captures import INFO
+from tests.support.control import connect_relay, control, relay_stats, scored, settings, status_json
+from tests.support.samples import values
+from tests.support.served_models import pair, served_models
+from tests.support.waiting import until
+
+from hemostat.ipc.messages import SampledCount, SampledCounts, encode
+from hemostat.metrics import names
+from hemostat.shadow.endings import Outcome
+from hemostat_calibration.reasoning import Markers, Thinking
+
+
+async def test_what_relays_and_the_scorer_count_is_one_figure(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        writer = await connect_relay(one, tmp_path, 1, relay_stats())
+        writer.write(
+            encode(SampledCounts([SampledCount("chat structured greedy", "skipped", "invalid", 1.0, 0.0, 40)]))
+        )
+        await until(lambda: one.pipeline.coverage.report()["requests"] == 1.0)
+        record, capture = scored(tokens=60, kind="chat text greedy")
+        one.pipeline.use_record(record, capture)
+        one.pipeline.endings.count(Outcome.SCORED, capture=capture)
+        found = status_json(one)["coverage"]
+        assert found["scored_share"] == {"tokens": 0.6, "requests": 0.5}
+        samples = values(one.pipeline.samples())
+        assert samples[names.SAMPLED_TOKENS, "scored", ""] == 60
+        assert samples[names.SAMPLED_TOKENS, "skipped", "invalid"] == 40
+        assert samples[names.KIND_SAMPLED_REQUESTS, "chat structured greedy", "skipped"] == 1.0
+        writer.close()
+
+
+async def test_a_part_of_an_output_is_in_no_figure_but_those_by_place(tmp_path: Path) -> None:
+    """Not by kind, not in the alarm, and nothing is learned from or judged by it: it is a biased sample."""
+    async with control(tmp_path, settings(records={"path": str(tmp_path / "records")})) as one:
+        one.monitor.served = served_models(pair("m", info=INFO))
+        before = status_json(one)
+        record, capture = scored(tokens=8, kind="chat text greedy")
+        one.pipeline.use_record(replace(record, position=100, context_tokens=105), capture)
+        after = status_json(one)
+        assert [place["place"] for place in after["places"]["position"]] == ["64-255"]
+        changed = {key for key, value in after.items() if before[key] != value} - {"at", "shadow", "queue"}
+        assert changed == {"places", "records_written", "calibration"}
+        # The kind is followed from now on, with nothing known of it.
+        [kind] = [kind for kind in after["calibration"]["kinds"] if kind["kind"] == "chat text greedy"]
+        assert not kind["candidates"]
+        one.pipeline.use_record(*scored("whole", prompt=1, tokens=8, kind="chat text greedy"))
+        assert status_json(one)["raw"]["requests"] == 1
+
+
+async def test_thinking_is_counted_where_the_markers_of_the_model_are_known(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        record, capture = scored(tokens=8, finish_reason="length")
+        record = replace(record, thinking=Thinking(0, 8, ended=False))
+        one.monitor.served = served_models(pair("m", info=INFO))
+        one.pipeline.use_record(record, capture)
+        assert status_json(one)["thinking"]["arms"] == {}
+        one.monitor.served = served_models(replace(pair("m", info=INFO), markers=Markers((), ((1,),))))
+        one.pipeline.use_record(replace(record, conversation=b"another"), capture)
+        [arm] = status_json(one)["thinking"]["arms"].values()
+        assert (arm["requests"], arm["endings"]["cut"], arm["never_ended"]["estimate"]) == (1, 1, 1.0)
