@@ -28,6 +28,7 @@ from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.scorer import Scorer
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Ids
+from hemostat_calibration.divergence.places import by_context
 from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
@@ -102,7 +103,13 @@ class Bench:
     """A scorer whose surroundings a test sets: it implements `ScoringNeeds` and `ServedModelsSource`."""
 
     def __init__(
-        self, *, max_queue: int = 100, rate: float = 0.0, by_request: bool = False, max_scored: int | None = None
+        self,
+        *,
+        max_queue: int = 100,
+        rate: float = 0.0,
+        burst: float | None = None,
+        by_request: bool = False,
+        max_scored: int | None = None,
     ) -> None:
         self.now = 0.0
         self.coverage = Coverage(kinds=4)
@@ -125,7 +132,7 @@ class Bench:
             self.engines.taps,
             self,
             queue=ShadowQueue(max_queue),
-            budget=TokenBudget(rate, max(rate, 1.0)),
+            budget=TokenBudget(rate, max(rate, 1.0) if burst is None else burst),
             breakers=self.breakers,
             endings=self.endings,
             emit=self._sink,
@@ -617,3 +624,25 @@ async def test_every_ending_is_in_the_coverage(bench: Bench) -> None:
         ("dropped", "reference_not_ready", 3),
         ("skipped", "unknown_model", 7),
     }
+
+
+async def test_a_prompt_of_40_000_tokens_is_scored_within_a_budget_of_a_tenth_of_it() -> None:
+    made = Bench(rate=400_000.0, burst=4_000.0, max_scored=64)
+    prompt = np.zeros(40_000, "<i4")
+    async with running(made):
+        endings = asyncio.create_task(
+            made.ends(
+                capture("long", tokens=300, prompt_token_ids=prompt.tobytes(), kind="chat"),
+                *(capture(f"short {n}", tokens=3, kind="chat") for n in range(20)),
+            )
+        )
+        # The debt of the long one is paid before the others go on: time has to pass for them.
+        while not endings.done():
+            await asyncio.sleep(0.002)
+            made.now += 0.01
+        assert await endings == {("scored", ""): 21}
+    assert made.reference.asked[0] == 40_300
+    [long] = [record for record in made.records if record.context_tokens > 1_000]
+    assert (long.tokens, long.position, long.context_tokens) == (64, 236, 40_236)
+    assert list(by_context(long)) == ["32768-131071"]
+    assert made.now >= (40_300 - 4_000) / 400_000
