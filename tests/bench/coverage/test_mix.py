@@ -13,7 +13,17 @@ from tests.bench.coverage.workload import Mix, filled, first, send
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import hemostat
 
-PLAIN = ("chat", "chat-greedy", "chat-system", "completions")
+SCORED = (
+    "chat",
+    "chat-greedy",
+    "chat-system",
+    "completions",
+    "tools-auto",
+    "two-choices",
+    "completions-two",
+    "reasoning",
+)
+"""Entries of the mix that need no plugin in the engine."""
 REQUESTS = 40
 
 
@@ -32,7 +42,7 @@ async def test_every_request_of_the_mix_is_counted_once_and_explained(tmp_path: 
     assert sum(one["requests"] for one in by_entry.values()) == REQUESTS
     assert sum(one["requests"] for one in found["by_kind"]) == REQUESTS
     sent = Counter(one.name for one in planned)
-    for name in PLAIN:
+    for name in SCORED:
         one = by_entry[name]
         assert (one["requests"], one["scored_share"], one["scored_share_tokens"]) == (sent[name], 1.0, 1.0)
     assert sum(one["requests"] for one in found["not_scored"]) == REQUESTS - found["scored_requests"]
