@@ -7,6 +7,7 @@ bound that the lists' ids and one bucket give, "lower" what the caps add (see `h
 
 floor   how often KL's assumption holds: positions at which no id at all is less likely under one model than `MIN_RATIO`
         times what the other gives it.
+known   at K = 20, what more knowledge of one side gives: see `tests.bench.bounds_by_knowledge`.
 speed   positions/s of CPU time of `bounds`, and of `divergence`, which holds them, at K = 20 on one core; the median of
         rounds.
 """
@@ -28,6 +29,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy's; torch is told how many below
 
 import numpy as np
+from tests.bench.bounds_by_knowledge import Knowledge
+from tests.bench.bounds_by_knowledge import table as knowledge_table
 
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.reference_checkpoint import cached_checkpoints
@@ -40,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "bench"
 PROMPTS = ROOT / "middleware" / "hemostat" / "demo" / "prompts.jsonl"
 LISTS = (5, 10, 20, 50, 100, 1000)
+K_BY_KNOWLEDGE = 20
 FIGURES = ("kl_rc", "kl_cr", "js", "tv")
 NAMES = {"kl_rc": "KL(r‖c)", "kl_cr": "KL(c‖r)", "js": "JS", "tv": "TV"}
 TOKENS = 64
@@ -67,6 +71,15 @@ class Request:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def output_embedding(scheme: str) -> np.ndarray:
+    """float32 [V, d], the reference's, which the engine's logits are recovered with."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(cached_checkpoints(scheme, say).reference)
+    weight: np.ndarray = model.get_output_embeddings().weight.detach().float().numpy()
+    return weight
 
 
 def requests(scheme: str, count: int, seed: int) -> Iterator[Request]:
@@ -166,8 +179,7 @@ class Sweep:
     def add(self, key: tuple[Any, ...], values: np.ndarray) -> None:
         self.means[key] = self.means.get(key, RatioEstimate()).update(float(values.sum()), len(values))
 
-    def see(self, request: Request) -> None:
-        truth = exact(request)
+    def see(self, request: Request, truth: dict[str, np.ndarray]) -> None:
         self.positions += len(request.emitted)
         self.requests += 1
         apart = np.abs(request.reference - request.compressed).max(1)
@@ -358,9 +370,11 @@ def main() -> int:
         return 0
     reports = {}
     for scheme in options.schemes:
-        sweep = Sweep()
+        sweep, knowledge = Sweep(), Knowledge(output_embedding(scheme), options.seed)
         for request in requests(scheme, options.requests, options.seed):
-            sweep.see(request)
+            truth = exact(request)
+            sweep.see(request, truth)
+            knowledge.see(record(request, K_BY_KNOWLEDGE), request.reference, request.compressed, truth)
             say(f"{scheme}: {sweep.requests}/{options.requests} requests, {sweep.positions} positions")
         holds = sweep.means["floor holds",].get()
         reports[scheme] = {
@@ -369,8 +383,10 @@ def main() -> int:
             "outside": sweep.outside,
             "floor_holds": {"mean": holds.mean, "low": holds.low, "high": holds.high},
             "rows": sweep.rows(),
+            "by_knowledge": {"k": K_BY_KNOWLEDGE, **knowledge.report()},
         }
         print(table(scheme, reports[scheme]))
+        print(knowledge_table(scheme, K_BY_KNOWLEDGE, reports[scheme]["by_knowledge"]))
     (BUILD / "bounds.json").write_text(
         json.dumps({"floor": MIN_RATIO, "speed": rates, "seed": options.seed, "pairs": reports}, indent=1) + "\n"
     )
