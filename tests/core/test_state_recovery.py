@@ -136,6 +136,11 @@ def test_estimates_take_it_where_it_is_usable_and_stay_unbiased(world):
     mixed = replace(found, observed=np.where(unusable, 1.0, found.observed))
     figures, plain = divergence(world.record(mixed)), divergence(world.record(None))
     np.testing.assert_array_equal(figures.recovered, ~unusable)
+    truth = exact(world.reference, world.compressed)
+    for name, estimate in (("js", figures.estimate_js), ("tv", figures.estimate_tv)):
+        np.testing.assert_array_equal(np.isnan(estimate), unusable)
+        np.testing.assert_allclose(estimate[~unusable], truth[name][~unusable], atol=0.01)
+    assert np.isnan(plain.estimate_tv).all()
     for name in ("estimate_rc", "estimate_cr"):
         estimate, sampled = getattr(figures, name), getattr(plain, name)
         np.testing.assert_array_equal(estimate[unusable], sampled[unusable])

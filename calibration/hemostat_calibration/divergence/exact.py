@@ -35,6 +35,8 @@ def of_distances(found: ExactDistances) -> TokenDivergence:
         entropy_compressed=unknown,
         estimate_rc=kl,
         estimate_cr=unknown,
+        estimate_js=unknown,
+        estimate_tv=found.tv,
         recovered=np.zeros(len(kl), dtype=np.bool_),
         bounds=Bounds(Interval(kl, kl), nothing, nothing, Interval(found.tv, found.tv), 0.0),
         known=np.ones(len(kl), dtype=np.bool_),

@@ -93,6 +93,11 @@ class TokenDivergence:
     distribution where `recovered`."""
     estimate_cr: Floats
     """KL(c‖r) likewise; after a profile, never from a recovered distribution."""
+    estimate_js: Floats
+    """Jensen–Shannon from the compressed model's recovered distribution; NaN where it is not used, and after a profile.
+    Equal to `js` when exact."""
+    estimate_tv: Floats
+    """Total variation likewise."""
     recovered: Bools
     """`estimate_rc` is from the compressed model's recovered distribution."""
     bounds: Bounds
@@ -126,7 +131,11 @@ def divergence(
         weight = importance_weight(record, view, served)
         estimate_rc, estimate_cr = sampled_estimates(record, view, view.log_c, record.compressed_emitted, weight)
     recovered = _recovered(record, view)
+    unknown = np.full(record.tokens, np.nan)
+    estimate_js, estimate_tv = (lower.js, lower.tv) if view.exact else (unknown, unknown)
     if record.recovered is not None:
+        estimate_js = np.where(recovered, record.recovered.js, estimate_js)
+        estimate_tv = np.where(recovered, record.recovered.tv, estimate_tv)
         estimate_rc = np.where(recovered, np.maximum(record.recovered.kl_rc, 0.0), estimate_rc)
         estimate_cr = np.where(recovered, np.maximum(record.recovered.kl_cr, 0.0), estimate_cr)
     log_cap = cap(record.compressed, record.output_ids)
@@ -145,6 +154,8 @@ def divergence(
         entropy_compressed=_entropy(view.log_candidates),
         estimate_rc=estimate_rc,
         estimate_cr=estimate_cr,
+        estimate_js=estimate_js,
+        estimate_tv=estimate_tv,
         recovered=recovered,
         bounds=bounds_of(record, view, lower, view.log_candidates, log_cap, min_ratio),
         known=np.ones(record.tokens, dtype=np.bool_),
@@ -262,6 +273,8 @@ def calibrated(
         entropy_compressed=where_shifted(entropy),
         estimate_rc=where_shifted(estimate_rc),
         estimate_cr=where_shifted(estimate_cr),
+        estimate_js=where_shifted(js) if view.exact else np.full(record.tokens, np.nan),
+        estimate_tv=where_shifted(tv) if view.exact else np.full(record.tokens, np.nan),
         recovered=recovered & shifted,
         bounds=certain.where(known & shifted),
         known=shifted,
