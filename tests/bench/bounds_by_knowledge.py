@@ -40,12 +40,14 @@ class Knowledge:
             recovery = recover_states(weight[ids])
             self._sets[extra] = (ids, recovery, recovery.variances(weight, self._origin))
         self._means: dict[tuple[Any, ...], RatioEstimate] = {}
+        self.requests = self.positions = 0
 
     def _add(self, key: tuple[Any, ...], values: np.ndarray) -> None:
         self._means[key] = self._means.get(key, RatioEstimate()).update(float(values.sum()), len(values))
 
     def see(self, record: TokenRecord, log_r: np.ndarray, log_c: np.ndarray, truth: dict[str, np.ndarray]) -> None:
         """record: with the reference known whole. log_r, log_c: [T, V]."""
+        self.requests, self.positions = self.requests + 1, self.positions + record.tokens
         given = (record.compressed.ids[:, :, None] == record.reference.ids[:, None, :]).any(-1)
         lists = replace(record, reference_at=np.where(given, record.reference_at, np.nan), reference_entropy=None)
         for name, one in (("lists", lists), ("whole r", record)):
@@ -88,6 +90,8 @@ class Knowledge:
             return {"mean": one.mean, "low": one.low, "high": one.high}
 
         return {
+            "requests": self.requests,
+            "positions": self.positions,
             "exact": told("exact"),
             "bounds": {
                 name: {end: told(name, end) for end in ("lower", "upper")} for name in ("lists", "whole r", "best")
@@ -100,7 +104,10 @@ class Knowledge:
 
 
 def table(scheme: str, k: int, report: dict[str, Any]) -> str:
-    lines = [f"{scheme}, K = {k}: KL(r‖c) {report['exact']['mean']:.4f}"]
+    lines = [
+        f"{scheme}, K = {k}, {report['positions']} positions of {report['requests']} requests: "
+        f"KL(r‖c) {report['exact']['mean']:.4f}"
+    ]
     for name, ends in report["bounds"].items():
         lines.append(f"  {name:>8}: {ends['lower']['mean']:.4f} to {ends['upper']['mean']:.3f}")
     for number, figures in report["anchors"].items():
