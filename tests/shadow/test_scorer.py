@@ -33,7 +33,7 @@ from hemostat_calibration.profiles.contextual import contextual_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
 from hemostat_calibration.reasoning import Markers
-from hemostat_calibration.records import Arm, Candidates, Features, TokenRecord
+from hemostat_calibration.records import Arm, Candidates, Features, RecoveredDivergence, TokenRecord
 from hemostat_calibration.statistics.split import prompt_key
 
 D = 6
@@ -49,6 +49,8 @@ class FakeReference:
     asked: list[int] = field(default_factory=list)
     adapters_asked: list[str] = field(default_factory=list)
     codes: list[Mapping[str, Any]] = field(default_factory=list)
+    compressed: list[CompressedLogits | None] = field(default_factory=list)
+    recovered: RecoveredDivergence | None = None
     going_on: int = 0
     most: int = 0
 
@@ -70,6 +72,7 @@ class FakeReference:
         self.asked.append(len(prompt) + len(output))
         self.adapters_asked.append(adapter)
         self.codes.append(codes)
+        self.compressed.append(compressed)
         self.going_on += 1
         self.most = max(self.most, self.going_on)
         try:
@@ -87,6 +90,7 @@ class FakeReference:
             entropy=np.full(tokens, -flat),
             expected_shift={p.version: np.full(tokens, 0.125) for p in profiles},
             hidden=np.ones((tokens, D), np.float32) if hidden else None,
+            recovered=None if compressed is None else self.recovered,
         )
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
@@ -549,6 +553,26 @@ async def test_features_that_are_of_no_use_are_counted_and_the_rest_is_scored(
     assert record.features is None
     assert bench.reference.codes == [{}]
     np.testing.assert_allclose(record.shifts[VERSION].log_normalizer, 0.25)
+
+
+@pytest.mark.parametrize("width", [0, 2, 3])
+async def test_more_anchors_than_a_hidden_state_has_numbers_go_to_the_reference(bench: Bench, width: int) -> None:
+    bench.profiles = (contextual(),)
+    bench.info = replace(bench.info, hidden_size=width)
+    bench.reference.recovered = RecoveredDivergence(*np.full((7, 3), 0.001))
+    values = np.array([[1, -1, 0], [np.nan] * 3, [2, 0, -2]], np.float32)
+    bench.handed("n", Features(DIGEST, values))
+    assert await bench.ends(capture(nonce="n")) == SCORED
+    (given,), (record,) = bench.reference.compressed, bench.records
+    if width != 2:
+        assert given is None
+        assert record.recovered is None
+        return
+    assert given is not None
+    np.testing.assert_array_equal(given.anchors, ANCHORS)
+    np.testing.assert_array_equal(given.features, values)
+    np.testing.assert_array_equal(given.logprobs, record.compressed.logprobs)
+    assert record.recovered is bench.reference.recovered
 
 
 async def test_without_a_tap_there_are_no_features_and_nobody_misses_them_who_reads_none(bench: Bench) -> None:
