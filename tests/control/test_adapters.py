@@ -44,9 +44,13 @@ from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profil
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.statistics.split import held_out
 
+pytestmark = pytest.mark.timeout(900)
+
 V, D = tiny_checkpoints.VOCAB, tiny_checkpoints.HIDDEN
 PROMPT, TOKENS, K = 4, 16, 8
 HELD_OUT = 0.5
+LONG = 300.0
+"""Seconds that only a hang takes: the processes of copies and builds have a low priority."""
 
 
 class CopyReference(StateReference):
@@ -156,7 +160,7 @@ class World:
         pipeline = self.one.pipeline
         for _ in range(count):
             self.one.pipeline.receive(self.serve())
-        await until(lambda: pipeline.pending == 0 and not pipeline.distances.waiting, 60)
+        await until(lambda: pipeline.pending == 0 and not pipeline.distances.waiting, LONG)
         self.one.policy.publish()
 
     async def until(self, condition: Any, requests: int) -> None:
@@ -198,7 +202,7 @@ async def world(
             loops = (*one.adapters.loops(), one.learner.run(), made_world.reports())
             tasks = [asyncio.create_task(loop) for loop in loops]
             try:
-                await until(lambda: one.monitor.state == "ready", 20)
+                await until(lambda: one.monitor.state == "ready", LONG)
                 one.policy.publish()
                 yield made_world
                 assert not any(task.done() for task in tasks), tasks
@@ -216,12 +220,12 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         assert status_json(one)["adapter"]["state"] == "collecting"
         await w.until(lambda: adapters.learner.tokens >= 600, 200)
         # The process that makes it is killed once, in the middle.
-        await until(lambda: adapters.learner.builder_pid is not None and "/" in adapters.learner.detail, 60)
+        await until(lambda: adapters.learner.builder_pid is not None and "/" in adapters.learner.detail, LONG)
         assert adapters.learner.builder_pid is not None
         os.kill(adapters.learner.builder_pid, signal.SIGKILL)
-        await until(lambda: bool(profiles.lifecycle.adapter_versions()), 60)
+        await until(lambda: bool(profiles.lifecycle.adapter_versions()), LONG)
         (version,) = profiles.lifecycle.adapter_versions()
-        await until(lambda: adapters.judge.state == "ready" and version in adapters.host.ready, 90)
+        await until(lambda: adapters.judge.state == "ready" and version in adapters.host.ready, LONG)
         assert adapters.learner.restarts == 1
         built = status_json(one)["adapter"]["last_build"]
         assert built["outcome"] == "proposed"
@@ -246,13 +250,13 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         assert w.engine.lora is not None
         w.boot = "again"
         w.engine.lora.restart()
-        await until(lambda: version not in adapters.host.ready, 20)
+        await until(lambda: version not in adapters.host.ready, LONG)
         one.policy.publish()
         assert version not in w.told[-1].acknowledged
-        await until(lambda: version in adapters.host.ready, 60)
+        await until(lambda: version in adapters.host.ready, LONG)
         # Turned off, both processes end, and nothing is asked for.
         await one.actions.set_mode("off")
-        await until(lambda: adapters.judge.loaded is None and adapters.learner.builder_pid is None, 30)
+        await until(lambda: adapters.judge.loaded is None and adapters.learner.builder_pid is None, LONG)
         assert status_json(one)["adapter"]["state"] == "off"
         assert status_json(one)["adapter"]["judge"]["state"] == "off"
         assert REST_KIND not in w.told[-1].serving_by_kind
@@ -277,10 +281,10 @@ async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_toget
         one, profiles = w.one, w.one.profile_manager
         adapter = low_rank(CheckpointFolders(tmp_path / "reference", tmp_path / "compressed"), 1)
         profiles.operator.import_profile(adapter)
-        await until(lambda: bool(one.adapters.host.capacity), 120)
+        await until(lambda: bool(one.adapters.host.capacity), LONG)
         profiles.operator.promote(adapter.version)
-        await until(lambda: adapter.version in one.adapters.host.ready, 60)
-        await until(lambda: one.learner.state == "learning", 30)
+        await until(lambda: adapter.version in one.adapters.host.ready, LONG)
+        await until(lambda: one.learner.state == "learning", LONG)
         one.policy.publish()
 
         def proposed() -> list[str]:
@@ -294,7 +298,7 @@ async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_toget
         assert promoted[0]["version"] == both
         assert promoted[0]["evidence"]["figure"] == "total_variation"
         # The engine holds the map and has loaded the adapter: treated requests ask for both.
-        await until(lambda: both in one.adapters.host.ready, 60)
+        await until(lambda: both in one.adapters.host.ready, LONG)
         one.policy.publish()
         assert w.told[-1].adapters[both]
         assert both in w.told[-1].acknowledged

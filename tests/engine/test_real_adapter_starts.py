@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.support.engine_admin import EngineAdmin
-from tests.support.real_adapter_host import SECONDS, CopyInProcess, Engines, Profiles, corrections_of, hosting
+from tests.support.real_adapter_host import SECONDS, CopyInProcess, Engines, Profiles, corrections_of, hosting, settled
 from tests.support.running_vllm import (
     LORA_ARGUMENTS,
     LORA_ENVIRONMENT,
@@ -34,7 +34,7 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,  # each starts one or two servers of its own
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
 ]
 
@@ -75,7 +75,7 @@ async def test_a_server_that_comes_back_without_enable_lora_is_asked_for_no_adap
         )
         async with hosting(server, profiles, copy) as host:
             profiles.versions = [adapter.version]
-            await until(lambda: bool(host.ready) or bool(host.unusable), SECONDS)
+            await settled(host, profiles)
             assert host.ready == {adapter.version: False}, host.status()
             first.close()
             admin.now += 3600.0  # what the first one reported is too old to count
@@ -110,7 +110,7 @@ async def test_without_the_plugin_adapters_are_loaded_from_the_shared_folder(
         profiles, copy = Profiles([adapter]), copy_of(checkpoints, adapter)
         async with hosting(server, profiles, copy, folder=str(shared)) as host:
             profiles.versions = [adapter.version]
-            await until(lambda: bool(host.ready) or bool(host.unusable) or bool(profiles.rejected), SECONDS)
+            await settled(host, profiles)
             status = host.status()
             assert host.ready == {adapter.version: False}, status
             assert (status["way"], status["capacity"]) == ("folder", 1)

@@ -26,7 +26,8 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 RANK, LAYERS = 16, 6
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-SECONDS = 300.0
+SECONDS = 900.0
+"""That only a hang takes, also on a machine in use."""
 
 
 class Engines:
@@ -118,3 +119,11 @@ async def hosting(
         engines.set_wanted([])
         for version in profiles.known:
             server.admin.files.pop(version)
+
+
+async def settled(host: AdapterHost, profiles: Profiles) -> None:
+    """Returns once an adapter may be asked for, or it is known why none may; else an error with the host's status."""
+    try:
+        await until(lambda: bool(host.ready) or bool(host.unusable) or bool(profiles.rejected), SECONDS)
+    except TimeoutError:
+        raise AssertionError(host.status()) from None

@@ -48,8 +48,7 @@ def main(method: str, reference: str, out: str, texts: str, group_size: str) -> 
         shuffle_calibration_samples=False,
     )
     model.save_pretrained(out, save_compressed=True)
-    if (Path(reference) / "tokenizer.json").exists():
-        AutoTokenizer.from_pretrained(reference).save_pretrained(out)
+    AutoTokenizer.from_pretrained(reference).save_pretrained(out)
 
 
 if __name__ == "__main__":
