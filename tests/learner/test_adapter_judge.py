@@ -411,6 +411,16 @@ async def test_another_checkpoint_than_the_one_that_serves_is_refused(folders: C
         assert not one.offer(record_of(1), prompt_of(1), (IDENTITY,), lambda _: None)
 
 
+async def test_how_fast_one_model_was_says_nothing_of_another(folders: CheckpointFolders) -> None:
+    one = AdapterJudge({}.get)
+    one.judge_about(JudgeTarget(folders, V, 0))
+    one._limit.late(100, 50.0)
+    one.judge_about(JudgeTarget(folders, V, 0))
+    assert one.status()["max_tokens"] is not None, "the same target"
+    one.judge_about(JudgeTarget(folders, V, D))
+    assert one.status()["max_tokens"] is None
+
+
 async def test_without_a_target_nothing_is_started() -> None:
     async with judge(None, {}) as one:
         assert one.state == "off"

@@ -154,6 +154,7 @@ class AdapterJudge:
         """From now on; nothing changes where it is the target already."""
         if target != self._process.target:
             self._needed = False
+            self._limit = AnswerLimit()  # another model has another speed
             self._set_state(JudgeState.IDLE, "")
             self._process.set_target(target)
 
