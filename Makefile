@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-guard bench-coverage chart docs screenshot clean
+.PHONY: help setup demo test test-slow test-versions lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-guard bench-coverage chart docs screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -34,6 +34,9 @@ test: lint ## lint, then all tests but the slow ones, also on a real vLLM; ARGS=
 
 test-slow: setup ## only the tests that take minutes each (a promotion on a real vLLM, ...); run them before a release
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 --slow $(ARGS)
+
+test-versions: setup ## the tests on a real vLLM with other versions of it (20 minutes each); writes build/versions.json; ARGS="0.31.0 --keep"
+	@exec $(BIN)/python deploy/setup/versions.py $(ARGS)
 
 bench-proxy: setup ## requests/s and CPU compared with nginx and vllm-router; writes build/bench/proxy.json
 	@exec $(BIN)/python tests/bench/bench_proxy.py $(ARGS)

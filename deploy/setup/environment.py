@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,8 +155,18 @@ def check(environment: Path) -> None:
         )
 
 
-def run(command: Sequence[str], folder: Path, log: Path, report: Callable[[str], None]) -> bool:
-    """Run a command with its output in `log`; `report` gets progress, or the elapsed time. True if it succeeded."""
+def run(
+    command: Sequence[str],
+    folder: Path,
+    log: Path,
+    report: Callable[[str], None],
+    progress_lines: re.Pattern[str] = _PROGRESS,
+    variables: Mapping[str, str] | None = None,
+) -> bool:
+    """Run a command with its output in `log`; `report` gets progress, or the elapsed time. True if it succeeded.
+
+    progress_lines: which lines of the output are progress. variables: the environment; by default this process's.
+    """
     started = last = time.monotonic()
     ended = threading.Event()
 
@@ -171,7 +181,13 @@ def run(command: Sequence[str], folder: Path, log: Path, report: Callable[[str],
     with (
         log.open("a", encoding="utf-8") as file,
         subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            cwd=folder,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         ) as process,
     ):
         beating.start()
@@ -180,7 +196,7 @@ def run(command: Sequence[str], folder: Path, log: Path, report: Callable[[str],
             for line in process.stdout:
                 file.write(line)
                 file.flush()
-                if (progress := _PROGRESS.match(line.strip())) and time.monotonic() - last >= 1.0:
+                if (progress := progress_lines.match(line.strip())) and time.monotonic() - last >= 1.0:
                     last = time.monotonic()
                     report(f"      {progress[0][:100]}")
         except BaseException:

