@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-guard bench-coverage chart docs screenshot clean
+.PHONY: help setup demo test test-slow test-versions lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage chart docs screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -52,6 +52,9 @@ bench-bounds: setup ## bounds from top-K lists compared with the full vocabulary
 
 bench-recovery: setup ## divergence recovered by calibration, in the real engine (hours); writes build/bench/recovery.json
 	@exec $(BIN)/python tests/bench/bench_recovery.py $(ARGS)
+
+bench-reference: setup ## a reference on vLLM compared with the one in process; writes build/bench/reference.json
+	@exec $(BIN)/python tests/bench/bench_reference.py $(ARGS)
 
 bench-engine: setup ## cost of profiles and adapters in vLLM's decoding; writes build/bench/engine.json and adapters.json
 	@$(BIN)/python tests/bench/bench_engine.py $(ARGS)

@@ -27,11 +27,11 @@ from hemostat.learner.adapters.answer_limit import BACK_OFF, TARGET_SECONDS, Ans
 from hemostat.learner.adapters.folders import CheckpointFolders
 from hemostat.learner.adapters.job import linear_shapes
 from hemostat.learner.adapters.judge import AdapterJudge, JudgeTarget, JudgeUnavailable
-from hemostat.learner.embedding import load as load_embedding
 from hemostat.learner.wire import parts as pieces
 from hemostat.metrics import names
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.models.output_embedding import load as load_embedding
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.adapter import adapter_layers, adapter_profile, map_of

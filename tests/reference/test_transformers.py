@@ -18,7 +18,7 @@ import pytest
 from tests.support.records import condition
 
 from hemostat.config.schema import Settings
-from hemostat.learner.embedding import load as load_embedding
+from hemostat.models.output_embedding import load as load_embedding
 from hemostat.reference import make_references
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.reference.transformers import TransformersReference
@@ -92,7 +92,7 @@ async def test_models_have_processes_of_their_own_which_start_when_they_are_need
         found = {name: references.of(name, is_first=name == "a") for name in (*models, "c")}
         assert found["c"] is None
         assert found["a"] is found["a-int8"]
-        assert [one._worker for one in references if isinstance(one, TransformersReference)] == [None, None]
+        assert [one._worker._process for one in references if isinstance(one, TransformersReference)] == [None, None]
         asked = request_of(3, 6, 4, 3)
         for name, folder in (("a", tiny), ("b", other)):
             one = found[name]
@@ -130,7 +130,7 @@ async def test_given_a_set_of_ids_everything_is_conditional_on_it(
     tiny: Path, reference: TransformersReference, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the worker, and in pieces of the positions."""
-    from hemostat.reference import exact
+    from hemostat.reference import exact, full_scores
 
     tokens, emitted, ids = request_of(8, 12, 40, 21)
     rng = np.random.default_rng(8)
@@ -145,7 +145,7 @@ async def test_given_a_set_of_ids_everything_is_conditional_on_it(
     bias = np.clip(profile.parameters["bias"], -1.0, 1.0).astype(np.float64)
     logprobs = condition(direct(tiny, tokens, emitted), masks)
     if chunk < 1 << 24:
-        monkeypatch.setattr(exact, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(full_scores, "CHUNK_ELEMENTS", chunk)
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
         inside = exact.score(model, tokens, emitted, ids, {"b": torch.tensor(bias).float()}, allowed=allowed)
         at, top_ids, top, entropy, expected = (
@@ -175,13 +175,13 @@ async def test_given_a_set_of_ids_everything_is_conditional_on_it(
 
 
 async def test_chunks_join_without_a_seam(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hemostat.reference import exact
+    from hemostat.reference import exact, full_scores
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
     tokens, emitted, ids = request_of(3, 10, 50, 4)
     bias = torch.linspace(-1, 1, VOCAB)
     whole = exact.score(model, tokens, emitted, ids, {"b": bias})
-    monkeypatch.setattr(exact, "CHUNK_ELEMENTS", 7 * VOCAB)
+    monkeypatch.setattr(full_scores, "CHUNK_ELEMENTS", 7 * VOCAB)
     parts = exact.score(model, tokens, emitted, ids, {"b": bias})
     for name in ("at", "top_logprobs", "emitted", "entropy"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), atol=1e-6)

@@ -174,12 +174,18 @@ def _admin(options: argparse.Namespace, method: str, path: str, **body: Any) -> 
     """A request to the admin port; UsageError where it cannot be reached or refuses."""
     import httpx  # noqa: PLC0415
 
+    from hemostat.ipc.answers import IDENTITY, AnswerRefused, read_answer_now  # noqa: PLC0415
+    from hemostat_calibration.profiles.profile import MAX_BYTES  # noqa: PLC0415
+
     token = options.token or os.environ.get("HEMOSTAT_ADMIN_TOKEN")
     headers = {"authorization": f"Bearer {token}"} if token else {}
     try:
-        with httpx.Client(base_url=options.admin, timeout=ADMIN_SECONDS, trust_env=False) as client:
-            response = client.request(method, path, headers=headers, **body)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        with (
+            httpx.Client(base_url=options.admin, timeout=ADMIN_SECONDS, trust_env=False, headers=IDENTITY) as client,
+            client.stream(method, path, headers=headers, **body) as answer,
+        ):
+            response = httpx.Response(answer.status_code, content=read_answer_now(answer, MAX_BYTES))
+    except (httpx.HTTPError, httpx.InvalidURL, AnswerRefused) as error:
         raise UsageError(
             f"{options.admin}: {error} (is hemostat serve running? --admin names its admin port)"
         ) from None

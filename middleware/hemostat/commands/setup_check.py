@@ -16,11 +16,12 @@ from hemostat.engines.lora.check import probe_adapters
 from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
 from hemostat.openai.tool_parsers import TOOL_FORMATS
 from hemostat.reference import make_references
+from hemostat.reference.hidden.pooling import POOLING_FLAGS
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
-from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure
+from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure
 from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.thinking_markers import find_markers
@@ -270,9 +271,10 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
         info = await reference.start()
     except ReferenceFailure as failure:
         return [Finding(f"reference{of}", State.NO, str(failure), f"see reference.* for backend {backend}")]
-    exact = "exact, full vocabulary" if info.full_vocabulary else "top ids only: divergence is a lower bound"
-    detail = f"{backend}: {info.model} ({info.dtype}, {info.vocab_size} tokens), {exact}"
-    findings = [Finding(f"reference{of}", State.OK, detail)]
+    detail = f"{backend}: {info.model} ({info.dtype}, {info.vocab_size} tokens), {info.figures_follow}"
+    # A list of top ids is enough for what is asked for, and hidden states would give more.
+    better = f"for exact figures, start the reference with {POOLING_FLAGS}" if info.offer is Offer.LISTS else ""
+    findings = [Finding(f"reference{of}", State.OK, detail, better)]
     tokens = np.zeros(2, np.int32)
     try:
         await reference.score(tokens[:1], tokens[1:], np.zeros((1, settings.shadow.top_k), np.int32))

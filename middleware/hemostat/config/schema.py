@@ -111,7 +111,9 @@ class ModelReference(Section):
     url: ServerUrl | None = None
     """vllm: another server than `reference.url`. `reference.api_key` is sent to it too."""
     device: Device | None = None
-    """transformers: another device than `reference.device`."""
+    """Another device than `reference.device`."""
+    folder: Path | None = None
+    """vllm: another folder than `reference.folder`."""
 
 
 class Reference(Section):
@@ -128,10 +130,15 @@ class Reference(Section):
     treated."""
     url: ServerUrl | None = None
     api_key: Secret | None = None
+    folder: Path | None = None
+    """vllm: folder of the reference's checkpoint (config.json and safetensors), of which only the output embedding is
+    read, or a hub cache that has it. A pooling server's hidden states need it (default: the path that the server names,
+    where it exists here). It may be written after the start: the server may still be loading it."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: Device = "cpu"
+    """transformers: of the model. vllm: of the products of hidden states with the output embedding."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads of each in-process reference (default: half of the cores)."""
+    """CPU threads of each process that computes for a reference (default: half of the cores)."""
 
 
 class Reasoning(Section):
@@ -425,6 +432,8 @@ class Settings(Section):
         if reference.backend == "vllm" and reference.url is None and (not models or _lacks_url(models)):
             of = f"reference.models.{_lacks_url(models)}.url or " if models else ""
             raise ValueError(f"{of}reference.url: required with reference.backend: vllm, like http://127.0.0.1:8001")
+        if reference.folder is not None and reference.backend != "vllm":
+            raise ValueError("reference.folder: only with reference.backend: vllm; leave it out")
         wanted = self.calibration.model
         if not models:
             return
@@ -435,8 +444,8 @@ class Settings(Section):
         for name, one in models.items():
             if one.url is not None and reference.backend != "vllm":
                 raise ValueError(f"reference.models.{name}.url: only with reference.backend: vllm; leave it out")
-            if one.device is not None and reference.backend != "transformers":
-                raise ValueError(f"reference.models.{name}.device: only with reference.backend: transformers")
+            if one.folder is not None and reference.backend != "vllm":
+                raise ValueError(f"reference.models.{name}.folder: only with reference.backend: vllm; leave it out")
         if wanted is not None and wanted not in models:
             raise ValueError(
                 f"calibration.model: {short_repr(wanted)} has no reference; add it to reference.models, or name one of "

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from hemostat.ipc import child_process as child
 from hemostat.learner import wire
-from hemostat.learner.embedding import load
+from hemostat.models.output_embedding import load
 from hemostat.profiles.scopes import ALL, layers_of_map_scope
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.learning.contextual import storage

@@ -26,17 +26,26 @@ def _make(settings: Settings, one: ModelReference | None) -> Reference:
     """one: None for `reference.model`."""
     wanted = settings.reference
     model = one.model if one is not None else wanted.model
+    device = (one.device if one is not None else None) or wanted.device
     if wanted.backend == "transformers":
         from hemostat.reference.transformers import TransformersReference  # noqa: PLC0415  only what is used
 
         assert model is not None
-        device = (one.device if one is not None else None) or wanted.device
         return TransformersReference(model, wanted.dtype, device, wanted.threads)
-    from hemostat.reference.vllm import VllmReference  # noqa: PLC0415
+    from hemostat.reference.on_server import ServerReference  # noqa: PLC0415
 
     url = (one.url if one is not None else None) or wanted.url
+    folder = (one.folder if one is not None else None) or wanted.folder
     assert url is not None
-    return VllmReference(url, wanted.api_key, model, settings.shadow.top_k)
+    return ServerReference(
+        url,
+        wanted.api_key,
+        model,
+        settings.shadow.top_k,
+        folder=folder,
+        device=device,
+        threads=wanted.threads,
+    )
 
 
 def make_compressed_scorer(settings: Settings) -> Reference | None:

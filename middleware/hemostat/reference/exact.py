@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,44 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hemostat.reference.full_scores import Basis, ExactScores, Floats, Ids, check_request, chunks
 from hemostat_calibration.allowed_sets import AllowedSets
-
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int32]
-
-CHUNK_ELEMENTS = 1 << 24
-"""Entries of one float32 log-softmax (64 MiB): positions are taken in chunks of this size."""
-
 
 PROBE_TOKENS = 8
 PROBE_IDS = 4096
 MAX_NONLINEARITY = 0.01
 """Difference from W h, relative to the largest logit, that still counts as rounding (bfloat16 has 8 bits). A softcap
 that changes logits by less than that does not matter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Basis:
-    """The function clip(up[v] · code, ±clamp) of the token v. up: float16 [V, r] on the model's device."""
-
-    up: torch.Tensor
-    clamp: float
-
-
-@dataclass(frozen=True, slots=True)
-class ExactScores:
-    """at, top_logprobs: float64 [T, K]; top_ids: int32 [T, K]; emitted, entropy, expected[name]: float64 [T]; nats.
-
-    hidden: float32 [T, d], the input of the output embedding; None where not requested.
-    """
-
-    at: Floats
-    top_ids: Ids
-    top_logprobs: Floats
-    emitted: Floats
-    entropy: Floats
-    expected: dict[str, Floats]
-    hidden: npt.NDArray[np.float32] | None = None
 
 
 def nonlinearity(model: Any) -> str:
@@ -147,34 +117,43 @@ def _score(
             logits = _in_two_pieces(model, sequence)[-tokens:]
         else:
             logits = model(input_ids=sequence[None], use_cache=False, **keep).logits[0, -tokens:]
-    vocab_size = logits.shape[-1]
-    largest = max(int(ids.max(initial=-1)), int(output.max()))
-    if largest >= vocab_size or int(output.min()) < 0:
-        raise ValueError(f"token id {largest} is not in the reference's vocabulary of {vocab_size}")
-
-    if allowed is not None and (allowed.vocab_size, allowed.tokens) != (vocab_size, tokens):
-        raise ValueError(
-            f"the allowed ids are of a vocabulary of {allowed.vocab_size}, the reference's is {vocab_size}"
-        )
-    for name, functional in functionals.items():
-        _check(name, functional, codes.get(name), tokens, vocab_size)
-    width = ids.shape[1]
-    top = min(width, vocab_size)
-    scores = ExactScores(
-        at=np.full((tokens, width), np.nan),
-        top_ids=np.full((tokens, width), -1, np.int32),
-        top_logprobs=np.full((tokens, width), -np.inf),
-        emitted=np.empty(tokens),
-        entropy=np.empty(tokens),
-        expected={name: np.empty(tokens) for name in functionals},
-        hidden=caught[0][0, -tokens:].float().cpu().numpy() if caught else None,
+    scores = scores_of(
+        lambda rows: logits[rows].float(),
+        logits.shape[-1],
+        output,
+        ids,
+        functionals,
+        codes,
+        allowed=allowed,
+        see=see,
     )
+    return replace(scores, hidden=caught[0][0, -tokens:].float().cpu().numpy()) if caught else scores
+
+
+def scores_of(
+    logits: Callable[[slice], torch.Tensor],
+    vocab_size: int,
+    output: Ids,
+    ids: Ids,
+    functionals: Mapping[str, torch.Tensor | Basis],
+    codes: Mapping[str, npt.NDArray[np.float32]],
+    *,
+    allowed: AllowedSets | None = None,
+    see: Callable[[slice, torch.Tensor], None] | None = None,
+) -> ExactScores:
+    """The scores of `score` from the logits that predict `output`.
+
+    logits: float32 [n, V] of these positions, on any device; called once for each chunk of them.
+    """
+    tokens, width = ids.shape
+    shapes = {n: tuple((f.up if isinstance(f, Basis) else f).shape) for n, f in functionals.items()}
+    check_request(vocab_size, output, ids, shapes, codes, allowed)
+    top = min(width, vocab_size)
+    scores = ExactScores.empty(tokens, width, functionals)
     # float32 only during this call: eight of them would take too much memory.
     ups = {name: f.up.float().T for name, f in functionals.items() if isinstance(f, Basis)}
-    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
-    for start in range(0, tokens, chunk):
-        rows = slice(start, min(start + chunk, tokens))
-        scored = logits[rows].float()
+    for rows in chunks(tokens, vocab_size):
+        scored = logits(rows)
         if allowed is not None:
             scored = scored.masked_fill(~torch.from_numpy(allowed.mask(rows)).to(scored.device), -torch.inf)
         logprobs = torch.log_softmax(scored, dim=-1)
@@ -208,21 +187,6 @@ def _in_two_pieces(model: Any, sequence: torch.Tensor) -> torch.Tensor:
     first = model(input_ids=batch[:, :cut], use_cache=True)
     second = model(input_ids=batch[:, cut:], past_key_values=first.past_key_values, use_cache=True)
     return torch.cat([first.logits[0], second.logits[0]])
-
-
-def _check(
-    name: str,
-    functional: torch.Tensor | Basis,
-    code: npt.NDArray[np.float32] | None,
-    tokens: int,
-    vocab_size: int,
-) -> None:
-    values = functional.up if isinstance(functional, Basis) else functional
-    if values.shape[0] != vocab_size:
-        raise ValueError(f"{name} is for {values.shape[0]} ids: the reference has a vocabulary of {vocab_size}")
-    if isinstance(functional, Basis) and (code is None or code.shape != (tokens, values.shape[1])):
-        got = "none" if code is None else code.shape
-        raise ValueError(f"the code of {name} has shape {got}: it must be {(tokens, values.shape[1])}")
 
 
 def _numpy(tensor: torch.Tensor) -> Floats:

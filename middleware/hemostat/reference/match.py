@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from hemostat.config.schema import Upstream
-from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure
-from hemostat.reference.server import VllmServer
+from hemostat.reference.hidden.probe import TEXT
+from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure, ReferenceInfo
+from hemostat.reference.server import Refused, VllmServer
 
+MAX_LESS_LIKELY_NATS = 0.5
+"""How much less likely per token, on average, a plain text may be under a reference than under its compressed copy."""
 MAX_SAME_NATS = 0.05
 """Mean difference of the log-probabilities of one text's tokens, up to which two served names are one model. Repeated
 computations of one model in bfloat16 differ by about 0.01; two sizes of one family by more than 0.5."""
@@ -66,17 +70,43 @@ async def compare(upstream: Upstream, reference: Reference, model: str | None = 
             if failure.reason is not FailureReason.NO_CHAT_TEMPLATE:
                 raise
             rendered = None
+        if (rendered is None or chat is None) and (less := await _less_likely(server, name, reference, info)):
+            return Match(False, True, less)
         if rendered is None or chat is None:
             # No template to compare: the reference scores the ids that the compressed model was given.
             missing = name if rendered is None else f"the reference {info.model}"
             return Match(True, True, f"{size} tokens, same ids of a probe text; {missing} has no chat template")
         if differs := _difference(rendered, chat):
             return Match(False, True, f"token ids of a rendered chat: {name} and the reference {info.model} {differs}")
+        if less := await _less_likely(server, name, reference, info):
+            return Match(False, True, less)
         return Match(True, True, f"{size} tokens, same ids of a probe text and of a rendered chat")
     except ReferenceFailure as failure:
         return Match(False, False, str(failure))
     finally:
         await server.close()
+
+
+async def _less_likely(server: VllmServer, name: str, reference: Reference, info: ReferenceInfo) -> str:
+    """Where two parts make up the reference, the server's hidden states and an output embedding read here: whether a
+    plain text is less likely under it than under its compressed copy, as if the two were not of one model; "" if not.
+    """
+    if info.offer is not Offer.STATES:
+        return ""
+    ids = await server.tokenize(name, TEXT)
+    try:
+        compressed = await _logprobs(server, name, ids)
+    except Refused:
+        return ""  # a server without prompt_logprobs
+    tokens = np.array(ids, np.int32)
+    scores = await reference.score(tokens[:1], tokens[1:], np.full((len(ids) - 1, 1), -1, np.int32))
+    ours, theirs = float(scores.emitted.mean()), sum(compressed) / len(compressed)
+    if ours >= theirs - MAX_LESS_LIKELY_NATS:
+        return ""
+    return (
+        f"a plain text costs {-ours:.2f} nats per token under the reference {info.model}, {-theirs:.2f} under {name}: "
+        f"the output embedding in {info.folder} is not that of the server's model; correct reference.folder"
+    )
 
 
 class _Logprob(msgspec.Struct, frozen=True):

@@ -156,7 +156,7 @@ class ReferenceMonitor:
             return _unmatched(pair, match.detail, for_now=not match.compared)
         found = await find_markers(server, pair.name, self._reasoning)
         log.info("model %s: reasoning: %s", pair.name, found.detail)
-        detail = f"{info.model} ({info.dtype})"
+        detail = f"{info.model} ({info.dtype}), {info.figures_follow}"
         return replace(pair, reference=info, state=ReferenceState.READY, detail=detail, markers=found.markers)
 
     async def _wait_for_change(self, server: VllmServer) -> None:

@@ -20,6 +20,17 @@ from hemostat_calibration.records import Candidates, RecoveredDivergence
 NO_CODES: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({})
 
 
+class Offer(StrEnum):
+    """How a reference scores."""
+
+    MODEL = "model"
+    """A model in process: the full vocabulary."""
+    STATES = "states"
+    """Final hidden states of a pooling server: with the output embedding, the full vocabulary."""
+    LISTS = "lists"
+    """The top ids of a generating server (`prompt_logprobs`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReferenceInfo:
     """Identity and abilities of a reference."""
@@ -37,6 +48,17 @@ class ReferenceInfo:
     """Why it returns none."""
     folder: Path | None = None
     """The checkpoint's folder on this machine."""
+    offer: Offer = Offer.MODEL
+    figures: str = ""
+    """Which figures follow, in a few words; "" for those of `full_vocabulary`."""
+
+    @property
+    def figures_follow(self) -> str:
+        """Which figures follow from this reference, in one line."""
+        if self.full_vocabulary:
+            how = {Offer.STATES: "hidden states of a pooling server", Offer.MODEL: "in process"}[self.offer]
+            return f"exact: full vocabulary ({how})"
+        return f"bounds: top ids only{self.figures and f' ({self.figures})'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +116,12 @@ class FailureReason(StrEnum):
     """The answer cannot be decoded."""
     SHORT_ANSWER = "short_answer"
     """The answer lacks positions or ids."""
+    TOO_LARGE = "too_large"
+    """The answer is longer than any answer to the request; it was not read to its end."""
+    HEAD = "head"
+    """The output head of a pooling server's model cannot be read from `reference.folder`, or is another model's."""
+    REVISION = "revision"
+    """The server's hidden states are no longer those of the model that was checked."""
     LOGPROBS_MODE = "logprobs_mode"
     """The server does not return log-probabilities of the model itself."""
     PROTOCOL = "protocol"

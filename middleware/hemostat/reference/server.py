@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import ssl
 from pathlib import Path
@@ -11,11 +12,15 @@ import httpx
 import msgspec
 from pydantic import SecretStr
 
+from hemostat.ipc.answers import IDENTITY, AnswerRefused, AnswerTooLarge, read_answer
 from hemostat.reference.protocol import FailureReason, ReferenceFailure
 
 T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
+"""Of answers whose length does not depend on a request's."""
+MAX_ERROR_BYTES = 64 * 1024
 OUT_OF_VOCABULARY = 2**31 - 1
 _REASONS = {
     400: FailureReason.REFUSED,
@@ -57,7 +62,8 @@ class _Tokens(msgspec.Struct, frozen=True):
 
 
 class VllmServer:
-    """Every method raises ReferenceFailure: DOWN, TIMEOUT, UNAUTHORIZED, BUSY, REFUSED, HTTP_ERROR, BAD_ANSWER."""
+    """Every method raises ReferenceFailure: DOWN, TIMEOUT, UNAUTHORIZED, BUSY, REFUSED, HTTP_ERROR, BAD_ANSWER,
+    TOO_LARGE (an answer of more than `limit` bytes, of which no more are read)."""
 
     def __init__(
         self, url: str, api_key: SecretStr | None = None, *, timeout: float = 60.0, ca: Path | None = None
@@ -65,23 +71,29 @@ class VllmServer:
         """url: the root, without /v1. timeout: seconds for one answer. ca: PEM file to trust instead of the system's
         authorities."""
         self.url = url
+        self._seconds = timeout + CONNECT_SECONDS
+        authorization = {"authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
         self._client = httpx.AsyncClient(
             base_url=url,
-            headers={"authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {},
+            headers={**IDENTITY, **authorization},
             timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS),
             verify=ssl.create_default_context(cafile=ca) if url.startswith("https:") else False,
             trust_env=False,  # prompts must not go through a proxy that the environment names for the internet
         )
 
-    async def get(self, path: str, answer: type[T]) -> T:
-        return self._decoded(await self._send("GET", path, None), answer)
+    async def get(self, path: str, answer: type[T], *, limit: int = MAX_ANSWER_BYTES) -> T:
+        return self._decoded(await self._send("GET", path, None, limit), answer)
 
-    async def post(self, path: str, body: Any, answer: type[T]) -> T:
-        return self._decoded(await self._send("POST", path, body), answer)
+    async def post(self, path: str, body: Any, answer: type[T], *, limit: int = MAX_ANSWER_BYTES) -> T:
+        return self._decoded(await self._send("POST", path, body, limit), answer)
+
+    async def post_for_bytes(self, path: str, body: Any, *, limit: int, skip: int = 0) -> bytes:
+        """The body of an answer that is not JSON, without its first `skip` bytes."""
+        return await self._send("POST", path, body, limit, skip)
 
     async def text(self, method: str, path: str, body: Any = None) -> str:
         """The body of an answer that is not JSON."""
-        return (await self._send(method, path, body)).decode(errors="replace")
+        return (await self._send(method, path, body, MAX_ANSWER_BYTES)).decode(errors="replace")
 
     async def model(self, wanted: str | None) -> ModelCard:
         """The card of `wanted`, or of the first base model; NO_MODEL where it is not served."""
@@ -140,22 +152,30 @@ class VllmServer:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _send(self, method: str, path: str, body: Any) -> bytes:
+    async def _send(self, method: str, path: str, body: Any, limit: int, skip: int = 0) -> bytes:
         content = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"content-type": "application/json"}
         try:
-            response = await self._client.request(method, path, content=content, headers=headers)
-        except httpx.TimeoutException as error:
+            # httpx's own time-outs are for one read: a server that sends a byte now and then would never end.
+            async with (
+                asyncio.timeout(self._seconds),
+                self._client.stream(method, path, content=content, headers=headers) as response,
+            ):
+                if response.is_success:
+                    return await read_answer(response, limit, skip)
+                status, answer = response.status_code, await _error_body(response)
+        except (httpx.TimeoutException, TimeoutError) as error:
             reason = FailureReason.DOWN if isinstance(error, httpx.ConnectTimeout) else FailureReason.TIMEOUT
             raise ReferenceFailure(reason, f"{self.url}{path}: no answer in time") from error
         except httpx.HTTPError as error:
             raise ReferenceFailure(
                 FailureReason.DOWN, f"{self.url}{path}: {str(error) or type(error).__name__}"
             ) from error
-        if response.is_success:
-            return response.content
-        status = response.status_code
-        detail = _detail(response.content)
+        except AnswerRefused as error:
+            too_large = isinstance(error, AnswerTooLarge)
+            reason = FailureReason.TOO_LARGE if too_large else FailureReason.BAD_ANSWER
+            raise ReferenceFailure(reason, f"{self.url}{path} sent {error}") from error
+        detail = _detail(answer)
         raise Refused(
             _REASONS.get(status, FailureReason.HTTP_ERROR),
             f"{self.url}{path} answered {status}: {detail[:300]}",
@@ -168,6 +188,14 @@ class VllmServer:
             return msgspec.json.decode(content, type=answer)
         except msgspec.DecodeError as error:
             raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{self.url} sent an invalid answer: {error}") from error
+
+
+async def _error_body(response: httpx.Response) -> bytes:
+    """b"" where it is too long to be an error's message."""
+    try:
+        return await read_answer(response, MAX_ERROR_BYTES)
+    except AnswerRefused:
+        return b""
 
 
 def _detail(content: bytes) -> str:

@@ -6,18 +6,12 @@ vocabulary, so entropies and expected shifts are exact.
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from hemostat.ipc.backoff import Backoff
-from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.reference import wire
 from hemostat.reference.protocol import (
     NO_CODES,
@@ -27,68 +21,33 @@ from hemostat.reference.protocol import (
     ReferenceInfo,
     ReferenceScores,
 )
+from hemostat.reference.worker_client import ReferenceWorker, threads_or_default
 from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.arrays import Floats, Ids
-from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
+from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
-from hemostat_calibration.records import Candidates, RecoveredDivergence
-
-log = logging.getLogger("hemostat.reference")
-
-RESTART_SECONDS = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
-"""Longest pause before a worker that ended is started again, by the number of failures in a row."""
-
-_TokenRequest = Callable[[int], wire.Request]
 
 
 class TransformersReference:
     """Implements `Reference`. When a worker ends, the pending request fails (DOWN), and a new worker is started."""
 
     def __init__(self, model: str, dtype: str = "auto", device: str = "cpu", threads: int | None = None) -> None:
-        """threads: CPU threads of torch; None is half of the cores that this process may use, at least one."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._load = wire.Load(model, dtype, device, threads or max(1, cores // 2))
-        self._worker: _Worker | None = None
-        self._info: ReferenceInfo | None = None
-        self._starting = asyncio.Lock()
-        self._keeper: asyncio.Task[None] | None = None
-        self._closed = False
+        """threads: CPU threads of torch; None: see `threads_or_default`."""
+        self._model = model
+        self._worker = ReferenceWorker(wire.Load(model, dtype, device, threads_or_default(threads)))
 
     async def start(self) -> ReferenceInfo:
         """Load the model; returns at once when it is loaded. ReferenceFailure; may be called again after one."""
-        async with self._starting:
-            if self._closed:
-                raise ReferenceFailure(FailureReason.DOWN, "the reference is closed")
-            if self._worker is None or self._worker.exited.is_set():
-                self._worker = None
-                self._worker, loaded = await _Worker.start(self._load)
-                self._info = ReferenceInfo(
-                    model=self._load.model,
-                    digest=loaded.digest,
-                    dtype=loaded.dtype,
-                    vocab_size=loaded.vocab_size,
-                    full_vocabulary=True,
-                    hidden_size=loaded.hidden_size,
-                    hidden_detail=loaded.hidden_detail,
-                    folder=Path(loaded.folder),
-                )
-            if self._keeper is None:
-                self._keeper = asyncio.create_task(self._keep(), name="reference worker")
-            assert self._info is not None
-            return self._info
-
-    async def _keep(self) -> None:
-        backoff = Backoff(RESTART_SECONDS)
-        while True:
-            if self._worker is not None and not self._worker.exited.is_set():
-                await self._worker.exited.wait()
-                log.error("the reference worker ended: %s", self._worker.exit_summary())
-            await asyncio.sleep(backoff.pause())
-            try:
-                await self.start()
-                backoff.reset()
-            except ReferenceFailure as failure:
-                log.error("the reference did not start again: %s", failure)
+        loaded = await self._worker.start()
+        return ReferenceInfo(
+            model=self._model,
+            digest=loaded.digest,
+            dtype=loaded.dtype,
+            vocab_size=loaded.vocab_size,
+            full_vocabulary=True,
+            hidden_size=loaded.hidden_size,
+            hidden_detail=loaded.hidden_detail,
+            folder=Path(loaded.folder),
+        )
 
     async def score(
         self,
@@ -104,244 +63,39 @@ class TransformersReference:
         allowed: AllowedSets | None = None,
         compressed: CompressedLogits | None = None,
     ) -> ReferenceScores:
-        """See `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (a bias without a temperature),
-        or on the token and a given code; else NaN: all others need the compressed model's logits at every id, which
-        the reference does not have."""
-        worker = self._alive()
-        assert self._info is not None
+        """See `Reference.score`, and `ReferenceWorker.score` for E_r[Δz]."""
+        _, loaded = self._worker.running()
         if adapter:
             raise ReferenceFailure(FailureReason.NO_ADAPTER, f"a reference in process has no adapter {adapter}")
         if not len(prompt) or not len(output):
             raise ReferenceFailure(FailureReason.EMPTY, "a prompt and an output of at least one token are needed")
         # The last output token is scored, but is no input.
         read = len(prompt) + len(output) - 1
-        if worker.max_positions and read > worker.max_positions:
+        if loaded.max_positions and read > loaded.max_positions:
             raise ReferenceFailure(
-                FailureReason.TOO_LONG, f"{read} tokens: the reference reads at most {worker.max_positions}"
+                FailureReason.TOO_LONG, f"{read} tokens: the reference reads at most {loaded.max_positions}"
             )
-        functionals = {
-            p.version: values for p in profiles if (values := _token_shift(p, self._info.vocab_size)) is not None
-        }
-        bases = {p.version: p for p in profiles if p.version in codes and p.vocab_size == self._info.vocab_size}
-        for version, profile in bases.items():
-            if codes[version].shape != (shape := (len(output), profile.parameters["up"].shape[1])):
-                got = codes[version].shape
-                raise ReferenceFailure(
-                    FailureReason.CODE, f"the code of profile {version} has shape {got}, not {shape}"
-                )
-        if allowed is not None and (allowed.tokens, allowed.vocab_size) != (len(output), self._info.vocab_size):
-            raise ReferenceFailure(
-                FailureReason.VOCABULARY,
-                f"the allowed ids are of {allowed.tokens} positions and {allowed.vocab_size} ids: they must be of "
-                f"{len(output)} and {self._info.vocab_size}",
-            )
-        answer = await worker.score(
+        return await self._worker.score(
             prompt,
             output,
             ids,
-            functionals,
-            bases,
+            profiles,
             codes,
             hidden=hidden,
             reshaped=reshaped,
             allowed=allowed,
-            compressed=compressed if self._info.hidden_size and allowed is None else None,
-        )
-        tokens, width = ids.shape
-
-        def floats(data: bytes) -> Floats:
-            return np.frombuffer(data, "<f8").astype(np.float64)
-
-        unknown = np.full(tokens, np.nan)
-        return ReferenceScores(
-            at=floats(answer.at).reshape(tokens, width),
-            top=Candidates(
-                np.frombuffer(answer.top_ids, "<i4").astype(np.int32).reshape(tokens, width),
-                floats(answer.top_logprobs).reshape(tokens, width),
-            ),
-            emitted=floats(answer.emitted),
-            entropy=floats(answer.entropy),
-            expected_shift={
-                p.version: floats(answer.expected[p.version]) if p.version in answer.expected else unknown.copy()
-                for p in profiles
-            },
-            hidden=np.frombuffer(answer.hidden, "<f4").astype(np.float32).reshape(tokens, -1)
-            if answer.hidden
-            else None,
-            recovered=RecoveredDivergence(*floats(answer.recovered).reshape(7, tokens)) if answer.recovered else None,
+            compressed=compressed,
         )
 
     async def adapters(self) -> frozenset[str]:
         return frozenset()
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:
-        return await self._alive().token_ids(lambda number: wire.Render(number, messages))
+        return await self._worker.token_ids(lambda number: wire.Render(number, messages))
 
     async def tokenize(self, text: str) -> list[int]:
-        return await self._alive().token_ids(lambda number: wire.Tokenize(number, text))
+        return await self._worker.token_ids(lambda number: wire.Tokenize(number, text))
 
     async def close(self) -> None:
         """End the worker; the request under way fails."""
-        self._closed = True
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-        async with self._starting:
-            if self._worker is not None:
-                await self._worker.close()
-
-    def _alive(self) -> _Worker:
-        if self._worker is None or self._worker.exited.is_set():
-            raise ReferenceFailure(FailureReason.DOWN, "the reference worker is not running")
-        return self._worker
-
-
-def _token_shift(profile: CalibrationProfile, vocab_size: int) -> npt.NDArray[np.float32] | None:
-    """Δz as a function of the token alone, float32 [V] nats; None where it is not, or the vocabulary differs."""
-    if profile.family != TEMPERATURE_BIAS or profile.vocab_size != vocab_size:
-        return None
-    if float(profile.parameters["inverse_temperature"]) != 1.0:
-        return None
-    return np.clip(profile.parameters["bias"], -profile.clamp_nats, profile.clamp_nats)
-
-
-def _basis(profile: CalibrationProfile) -> wire.Basis:
-    up = profile.parameters["up"]
-    return wire.Basis(up.astype("<f2").tobytes(), up.shape[1], profile.clamp_nats)
-
-
-class _Worker:
-    """One worker process and its pending requests."""
-
-    def __init__(self) -> None:
-        self._child: FramedChild | None = None
-        self._numbers = itertools.count()
-        self._pending: dict[int, asyncio.Future[wire.Answer]] = {}
-        self._held: set[str] = set()
-        self._turn = asyncio.Lock()
-        self._first: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
-        self._ending: asyncio.Task[None] | None = None
-        self.exited = asyncio.Event()
-        self.max_positions = 0
-
-    @classmethod
-    async def start(cls, load: wire.Load) -> tuple[_Worker, wire.Loaded]:
-        """ReferenceFailure when the process does not start or the model does not load."""
-        worker = cls()
-        try:
-            worker._child = await FramedChild.start("hemostat.reference.worker", worker._receive)
-        except ChildExited as gone:
-            raise ReferenceFailure(FailureReason.DOWN, f"the reference worker: {gone}") from gone
-        worker._ending = asyncio.create_task(worker._end(worker._child), name="reference worker's end")
-        try:
-            worker._send(load)
-            answer = await worker._first
-        except BaseException:
-            await worker.close()
-            raise
-        if isinstance(answer, wire.Loaded):
-            worker.max_positions = answer.max_positions
-            return worker, answer
-        await worker.close()
-        if isinstance(answer, wire.Failed):
-            raise ReferenceFailure(answer.reason, f"{load.model} does not load: {answer.message}")
-        raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker began with {type(answer).__name__}")
-
-    async def score(
-        self,
-        prompt: Ids,
-        output: Ids,
-        ids: Ids,
-        functionals: Mapping[str, npt.NDArray[np.float32]],
-        bases: Mapping[str, CalibrationProfile],
-        codes: Mapping[str, npt.NDArray[np.float32]],
-        *,
-        hidden: bool,
-        reshaped: bool,
-        allowed: AllowedSets | None,
-        compressed: CompressedLogits | None,
-    ) -> wire.Scored:
-        async with self._turn:  # a request whose caller is cancelled while waiting never reaches the worker
-            number = next(self._numbers)
-            # `_held` mirrors what the worker holds, in the order of the requests: no await between it and the send.
-            new = {name: v.astype("<f4").tobytes() for name, v in functionals.items() if name not in self._held}
-            new_bases = {name: _basis(profile) for name, profile in bases.items() if name not in self._held}
-            if not reshaped:
-                self._held = {*functionals, *bases}
-            answer = await self._ask(
-                number,
-                wire.Score(
-                    id=number,
-                    prompt=prompt.astype("<i4").tobytes(),
-                    output=output.astype("<i4").tobytes(),
-                    ids=ids.astype("<i4").tobytes(),
-                    width=ids.shape[1],
-                    functionals=new,
-                    bases=new_bases,
-                    wanted=[*functionals, *bases],
-                    codes={name: codes[name].astype("<f4").tobytes() for name in bases},
-                    hidden=hidden,
-                    reshaped=reshaped,
-                    allowed=None if allowed is None else wire.Allowed.of(allowed),
-                    compressed=None if compressed is None else wire.Compressed.of(compressed),
-                ),
-            )
-        if not isinstance(answer, wire.Scored):
-            raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker answered {type(answer).__name__}")
-        return answer
-
-    async def token_ids(self, request: _TokenRequest) -> list[int]:
-        async with self._turn:
-            number = next(self._numbers)
-            answer = await self._ask(number, request(number))
-        if not isinstance(answer, wire.TokenIds):
-            raise ReferenceFailure(FailureReason.PROTOCOL, f"the reference worker answered {type(answer).__name__}")
-        return answer.ids
-
-    async def _ask(self, number: int, request: wire.Request) -> wire.Answer:
-        future: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
-        self._pending[number] = future
-        try:
-            self._send(request)
-            answer = await future
-        finally:
-            self._pending.pop(number, None)
-        if isinstance(answer, wire.Failed):
-            self._held = set()  # it may have failed before it stored the functionals of this request
-            raise ReferenceFailure(answer.reason, answer.message)
-        return answer
-
-    def _send(self, request: wire.Request) -> None:
-        assert self._child is not None
-        try:
-            self._child.send(wire.REQUESTS.encode(request))
-        except ChildExited as gone:
-            raise ReferenceFailure(FailureReason.DOWN, f"the reference worker is not running: {gone}") from gone
-
-    def _receive(self, body: bytes) -> None:
-        answer = wire.ANSWERS.decode(body)
-        number = getattr(answer, "id", -1)
-        future = self._first if number < 0 else self._pending.get(number)
-        if future is not None and not future.done():
-            future.set_result(answer)
-
-    async def _end(self, child: FramedChild) -> None:
-        """When the process ends, fail all pending requests."""
-        await child.exited.wait()
-        self.exited.set()
-        for future in (self._first, *self._pending.values()):
-            if not future.done():
-                future.set_exception(
-                    ReferenceFailure(FailureReason.DOWN, f"the reference worker ended: {self.exit_summary()}")
-                )
-
-    def exit_summary(self) -> str:
-        """Exit code and last line of standard error."""
-        assert self._child is not None
-        return self._child.exit_summary()
-
-    async def close(self) -> None:
-        assert self._child is not None
-        await self._child.close()
-        if self._ending is not None:
-            await self._ending
+        await self._worker.close()

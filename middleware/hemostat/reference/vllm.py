@@ -19,12 +19,14 @@ from hemostat.reference.protocol import (
     ReferenceInfo,
     ReferenceScores,
 )
-from hemostat.reference.server import ModelCard, Refused, VllmServer
+from hemostat.reference.server import MAX_ANSWER_BYTES, ModelCard, Refused, VllmServer
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates
 
+MAX_ENTRY_BYTES = 512
+"""Of one id of a list, with its text."""
 MAX_LOGPROB = 1e-3
 """0 and a margin for rounding; a larger value is no log-probability: the server runs with another --logprobs-mode."""
 
@@ -113,7 +115,8 @@ class VllmReference:
             "prompt_logprobs": self._top_k,
         }
         try:
-            completion = await self._server.post("/v1/completions", body, _Completion)
+            limit = MAX_ANSWER_BYTES + length * (self._top_k + 1) * MAX_ENTRY_BYTES
+            completion = await self._server.post("/v1/completions", body, _Completion, limit=limit)
         except Refused as refused:
             if adapter and refused.status == 404:
                 raise ReferenceFailure(FailureReason.NO_ADAPTER, str(refused)) from None

@@ -22,6 +22,14 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     threads: int
 
 
+class LoadHead(msgspec.Struct, tag="load_head", frozen=True):
+    """The first request, for the output head alone: later requests bring the hidden states."""
+
+    folder: str
+    device: str
+    threads: int
+
+
 class Basis(msgspec.Struct, frozen=True):
     """The function clip(up[v] · code, ±clamp) of the token v."""
 
@@ -97,9 +105,11 @@ class Score(msgspec.Struct, tag="score", frozen=True):
     reshaped: bool = False
     """Compute only the scores, in another shape (see `exact.score`); what the worker holds does not change."""
     allowed: Allowed | None = None
-    compressed: Compressed | None = None
-    """Compare with the compressed model's recovered distribution; only where `hidden_size` is not 0."""
     """Score conditionally on these ids."""
+    compressed: Compressed | None = None
+    """Compare with the compressed model's recovered distribution; only where it `compares`."""
+    states: bytes = b""
+    """For an output head: the final hidden states that predict `output`, bfloat16 [T, d]; `prompt` is not used."""
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
@@ -123,6 +133,10 @@ class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     hidden_size: int
     """0: its logits are not a linear map of a hidden state; `hidden_detail` names the reason."""
     hidden_detail: str
+    compares: bool
+    """It compares with the compressed model's recovered distribution."""
+    width: int = 0
+    """Of an output head: d, also where `hidden_size` is 0."""
 
 
 class Scored(msgspec.Struct, tag="scored", frozen=True):
@@ -159,7 +173,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     message: str
 
 
-Request = Load | Score | Tokenize | Render
+Request = Load | LoadHead | Score | Tokenize | Render
 Answer = Loaded | Scored | TokenIds | Failed
 
 REQUESTS: MessageCodec[Request] = MessageCodec(Request)

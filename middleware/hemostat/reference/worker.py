@@ -1,4 +1,5 @@
-"""The reference worker, `python -m hemostat.reference.worker PARENT_PID`: Hemostat's only process that imports torch.
+"""The reference worker, `python -m hemostat.reference.worker PARENT_PID`: a whole model, or only the output head of one
+whose hidden states a server computes. Hemostat imports torch only in such processes.
 
 It answers the frames of `wire.py` one after another, and ends with its standard input or its parent.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,13 @@ import numpy as np
 from hemostat.ipc import child_process as child
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.reference import wire
+from hemostat.reference.hidden.products import Head
 from hemostat.reference.protocol import FailureReason
+from hemostat.reference.scoring import Comparisons, HeldFunctionals, RequestFailed, output_and_ids, scored
 from hemostat_calibration.errors import InvalidArgumentError
 
 NICENESS = 10
 """Scoring yields the processor to whatever serves clients on this machine."""
-
-
-class RequestFailed(Exception):
-    """Becomes a `Failed` answer; the worker takes the next request."""
-
-    def __init__(self, reason: FailureReason, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class Model:
@@ -51,9 +45,8 @@ class Model:
         self._torch = torch
         self._model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=dtype).to(load.device).eval()
         self._tokenizer: Any = None
-        self._functionals: dict[str, Any] = {}
-        self._compressed: tuple[bytes, Any] | None = None
-        """The last set of anchors, and the `CompressedSide` made from it."""
+        self._functionals = HeldFunctionals(self._on_device)
+        self._comparisons = Comparisons(lambda: self._model.get_output_embeddings().weight.detach())
         config = self._model.config.get_text_config()
         problem = _nonlinearity(self._model)
         self.loaded = wire.Loaded(
@@ -64,6 +57,7 @@ class Model:
             folder=_folder(load.model),
             hidden_size=0 if problem else int(self._model.get_output_embeddings().weight.shape[1]),
             hidden_detail=problem,
+            compares=not problem,
         )
 
     def answer(self, request: wire.Request) -> wire.Answer:
@@ -89,27 +83,12 @@ class Model:
         return self._tokenizer
 
     def _score(self, request: wire.Score) -> wire.Scored:
-        from hemostat.reference.exact import Basis  # noqa: PLC0415
-
-        if request.reshaped:
-            return self._scored(request, {}, {})
-        for name, values in request.functionals.items():
-            self._functionals[name] = self._on_device(np.frombuffer(values, "<f4"))
-        for name, basis in request.bases.items():
-            up = np.frombuffer(basis.up, "<f2").reshape(-1, basis.rank)
-            self._functionals[name] = Basis(self._on_device(up), basis.clamp)
-        self._functionals = {name: self._functionals[name] for name in request.wanted}
-        tokens = len(request.output) // 4
-        codes = {name: np.frombuffer(c, "<f4").reshape(tokens, -1) for name, c in request.codes.items()}
-        return self._scored(request, self._functionals, codes)
-
-    def _scored(self, request: wire.Score, functionals: dict[str, Any], codes: dict[str, Any]) -> wire.Scored:
         from hemostat.reference.exact import score  # noqa: PLC0415
 
-        output = np.frombuffer(request.output, "<i4")
-        ids = np.frombuffer(request.ids, "<i4").reshape(len(output), request.width)
+        functionals, codes = self._functionals.of(request)
+        output, ids = output_and_ids(request)
         try:
-            comparison = None if request.compressed is None else self._comparison(request.compressed, ids)
+            comparison = self._comparisons.of(request)
             scores = score(
                 self._model,
                 np.frombuffer(request.prompt, "<i4"),
@@ -124,26 +103,7 @@ class Model:
             )
         except (ValueError, InvalidArgumentError) as error:
             raise RequestFailed(FailureReason.VOCABULARY, str(error)) from error
-        return wire.Scored(
-            id=request.id,
-            at=scores.at.astype("<f8").tobytes(),
-            top_ids=scores.top_ids.astype("<i4").tobytes(),
-            top_logprobs=scores.top_logprobs.astype("<f8").tobytes(),
-            emitted=scores.emitted.astype("<f8").tobytes(),
-            entropy=scores.entropy.astype("<f8").tobytes(),
-            expected={name: values.astype("<f8").tobytes() for name, values in scores.expected.items()},
-            hidden=b"" if scores.hidden is None else scores.hidden.astype("<f4").tobytes(),
-            recovered=b"" if comparison is None else np.stack(astuple(comparison.result())).astype("<f8").tobytes(),
-        )
-
-    def _comparison(self, given: wire.Compressed, ids: np.ndarray[Any, Any]) -> Any:
-        from hemostat.reference.recovered import CompressedSide  # noqa: PLC0415
-
-        if self._compressed is None or self._compressed[0] != given.anchors:
-            weight = self._model.get_output_embeddings().weight.detach()
-            self._compressed = (given.anchors, CompressedSide(weight, np.frombuffer(given.anchors, "<i4")))
-        features = np.frombuffer(given.features, "<f4").reshape(len(ids), -1)
-        return self._compressed[1].of(features, ids, np.frombuffer(given.logprobs, "<f8").reshape(ids.shape))
+        return scored(request.id, scores, comparison)
 
     def _on_device(self, values: np.ndarray[Any, Any]) -> Any:
         return self._torch.tensor(values).to(self._model.device)
@@ -179,13 +139,13 @@ def main(parent: int) -> int:
     def reply(answer: wire.Answer) -> None:
         send(wire.ANSWERS.encode(answer))
 
-    model: Model | None = None
+    model: Model | Head | None = None
     for body in bodies:
         request = wire.REQUESTS.decode(body)
         number = getattr(request, "id", -1)
         try:
-            if isinstance(request, wire.Load):
-                model = Model(request)
+            if isinstance(request, wire.Load | wire.LoadHead):
+                model = Model(request) if isinstance(request, wire.Load) else Head(request)
                 reply(model.loaded)
             elif model is None:
                 raise RequestFailed(FailureReason.PROTOCOL, "the first request must be load")

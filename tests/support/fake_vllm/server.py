@@ -25,6 +25,7 @@ from tests.support.fake_vllm.answers import (
 )
 from tests.support.fake_vllm.generation import Generation
 from tests.support.fake_vllm.model import FakeModel, token_bytes
+from tests.support.fake_vllm.pooling import FakePooling
 
 
 @dataclass
@@ -67,6 +68,8 @@ class FakeVllm(FakeModel):
     """Leave out the last position of `prompt_logprobs`."""
     replace_body: str | None = None
     """The body of every answer with status 200."""
+    pooling: FakePooling | None = None
+    """A pooling server, which does not generate."""
     url: str = ""
     """Set by `running`."""
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -93,7 +96,9 @@ class FakeVllm(FakeModel):
             self._note(route[1], body)
             if route[1] != "/version" and not self._authorized(headers):
                 await answer(send, 401, {"error": "Unauthorized"})
-            elif route in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
+            elif self.pooling is not None and route == ("POST", "/pooling"):
+                await self.pooling.answer(body, (self.model, *self.adapters), self.max_model_len, send)
+            elif self.pooling is None and route in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
                 await self._named(body)._generate(route[1] == "/v1/chat/completions", headers, body, receive, send)
             else:
                 status, value = (self if route[0] == "GET" else self._named(body))._other(route, body)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from hemostat.ipc import child_process as child
 from hemostat.learner.adapters import wire
-from hemostat.learner.embedding import load as load_embedding
+from hemostat.models.output_embedding import load as load_embedding
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles import adapter as adapters

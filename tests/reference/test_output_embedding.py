@@ -12,8 +12,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hemostat.learner.embedding import EmbeddingError, load
 from hemostat.learner.process import special_ids
+from hemostat.models.output_embedding import EmbeddingError, load
 
 W = np.random.default_rng(0).normal(0, 1, (10, 4)).astype(np.float32)
 

@@ -1,0 +1,121 @@
+"""The output head of a checkpoint: the logits of hidden states, in float32.
+
+The embedding stays as it is stored (a memory map; on a GPU a copy): V · d · 2 bytes for bfloat16. Blocks of it are
+converted to float32 for every product, so that sums are float32's. bfloat16 times bfloat16 is exact in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat.models.output_embedding import EmbeddingError, find, floats, read_config, vocabulary
+from hemostat.reference.hidden.final_map import FinalMap, NotModelled, read_final_map
+
+if TYPE_CHECKING:
+    import torch
+
+Rows = npt.NDArray[np.float32]
+
+BLOCK_BYTES = 4 * 1024 * 1024
+"""Of one float32 block of the embedding, on a CPU: it stays in the cache between its conversion and its product."""
+GPU_BLOCK_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class OutputHead:
+    """weight: [V, d] as stored, see `StoredTensor.memory_map`. bias: float32 [V]; None without one."""
+
+    folder: Path
+    weight: npt.NDArray[Any]
+    bias: npt.NDArray[np.float32] | None
+    final: FinalMap
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return int(self.weight.shape[1])
+
+    @property
+    def nonlinearity(self) -> str:
+        """Why the logits are not linear in the hidden state; "" where they are."""
+        if self.bias is not None:
+            return "its output embedding has a bias"
+        return "" if self.final.is_linear else f"its logits are capped (soft cap {self.final.soft_cap:g})"
+
+    def __str__(self) -> str:
+        parts = [f"{self.vocab_size} ids of {self.width}", *(["bias"] if self.bias is not None else [])]
+        return ", ".join([*parts, *([str(self.final)] if str(self.final) else [])])
+
+    def logits(self, states: Rows) -> Rows:
+        """float32 [n, V] of `states`, float32 [n, d]."""
+        z = np.empty((len(states), self.vocab_size), np.float32)
+        block = max(1, BLOCK_BYTES // (4 * self.width))
+        for start in range(0, self.vocab_size, block):
+            np.matmul(states, floats(self.weight[start : start + block]).T, out=z[:, start : start + block])
+        if self.bias is not None:
+            z += self.bias
+        if self.final.soft_cap is not None:
+            z = np.tanh(z / np.float32(self.final.soft_cap)) * np.float32(self.final.soft_cap)
+        return z if self.final.scale == 1.0 else z * np.float32(self.final.scale)
+
+
+class TorchHead:
+    """The same on a torch device."""
+
+    def __init__(self, head: OutputHead, device: str) -> None:
+        import torch  # noqa: PLC0415  slow to import, and an extra
+
+        self.head = head
+        self.device = torch.device(device)
+        weight = torch.from_numpy(head.weight)
+        self.weight = (weight.view(torch.bfloat16) if weight.dtype == torch.uint16 else weight).to(self.device)
+        self._bias = None if head.bias is None else torch.from_numpy(head.bias).to(self.device)
+        block = BLOCK_BYTES if self.device.type == "cpu" else GPU_BLOCK_BYTES
+        self._block = max(1, block // (4 * head.width))
+        self._torch = torch
+
+    def states(self, states: Rows) -> torch.Tensor:
+        return self._torch.from_numpy(states).to(self.device)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """float32 [n, V] of `states`, float32 [n, d]."""
+        z = self._torch.empty((len(states), self.head.vocab_size), dtype=self._torch.float32, device=self.device)
+        for start in range(0, self.head.vocab_size, self._block):
+            rows = slice(start, start + self._block)
+            z[:, rows] = states @ self.weight[rows].float().T
+        if self._bias is not None:
+            z += self._bias
+        final = self.head.final
+        if final.soft_cap is not None:
+            z.div_(final.soft_cap).tanh_().mul_(final.soft_cap)
+        return z if final.scale == 1.0 else z.mul_(final.scale)
+
+
+def open_head(folder: Path) -> OutputHead:
+    """The output head of the checkpoint in `folder`: only the bias is read. EmbeddingError, one line."""
+    try:
+        config = read_config(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise EmbeddingError(f"{folder}/config.json: cannot be read ({error})") from None
+    size = vocabulary(config)
+    if size is None:
+        raise EmbeddingError(f"{folder}/config.json: does not say vocab_size; name the folder of the checkpoint")
+    try:
+        final = read_final_map(config)
+    except NotModelled as error:
+        raise EmbeddingError(f"{folder}/config.json: {error}, so the server's hidden states cannot be used") from None
+    stored = find(folder, size)
+    try:
+        bias = None if stored.bias is None else floats(stored.bias.memory_map(size))
+        return OutputHead(folder, stored.weight.memory_map(size), bias, final)
+    except OSError as error:
+        raise EmbeddingError(f"{stored.weight.file}: cannot be read ({error.strerror})") from None

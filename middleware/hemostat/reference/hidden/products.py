@@ -1,0 +1,147 @@
+"""The worker's part of scoring hidden states: products with the output embedding, and scores of the logits.
+
+With torch where it is installed (and on its devices), else with numpy. Memory, beside the embedding (see `head`): some
+arrays of CHUNK_ELEMENTS float32 (64 MiB each), less than 0.5 GiB, whatever the length of a request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hemostat.models.output_embedding import EmbeddingError, floats
+from hemostat.reference import wire
+from hemostat.reference.full_scores import ExactScores
+from hemostat.reference.hidden import numpy_scores
+from hemostat.reference.hidden.head import OutputHead, TorchHead, open_head
+from hemostat.reference.protocol import FailureReason
+from hemostat.reference.scoring import Codes, Comparisons, HeldFunctionals, RequestFailed, output_and_ids, scored
+from hemostat_calibration.allowed_sets import AllowedSets
+from hemostat_calibration.errors import InvalidArgumentError
+
+See = Callable[[slice, Any], None]
+
+
+class Head:
+    """The loaded output head; the counterpart of `hemostat.reference.worker.Model`. RequestFailed."""
+
+    def __init__(self, load: wire.LoadHead) -> None:
+        try:
+            self._head = open_head(Path(load.folder))
+        except EmbeddingError as error:
+            raise RequestFailed(FailureReason.HEAD, str(error)) from error
+        self._torch = importlib.util.find_spec("torch") is not None
+        self._products: NumpyProducts | TorchProducts
+        if self._torch:
+            self._products = TorchProducts(self._head, load)
+        elif load.device == "cpu":
+            self._products = NumpyProducts(self._head)
+        else:
+            raise RequestFailed(FailureReason.NOT_INSTALLED, f"reference.device: {load.device} needs torch")
+        self._functionals = HeldFunctionals(self._products.on_device)
+        # Of the compressed model's hidden states, with the same scale: its logits are W h, too.
+        self._comparisons = Comparisons(lambda: self._products.weight)
+        problem = self._head.nonlinearity
+        self.loaded = wire.Loaded(
+            digest="",
+            dtype="torch" if self._torch else "numpy",
+            vocab_size=self._head.vocab_size,
+            max_positions=0,
+            folder=load.folder,
+            hidden_size=0 if problem else self._head.width,
+            hidden_detail=problem,
+            compares=self._torch and not problem,
+            width=self._head.width,
+        )
+
+    def answer(self, request: wire.Request) -> wire.Answer:
+        if not isinstance(request, wire.Score):
+            raise RequestFailed(FailureReason.PROTOCOL, "an output head only scores")
+        functionals, codes = self._functionals.of(request)
+        output, ids = output_and_ids(request)
+        try:
+            states = np.frombuffer(request.states, "<u2").reshape(len(output), self._head.width)
+            allowed = None if request.allowed is None else request.allowed.sets()
+            comparison = self._comparisons.of(request)
+            see = None if comparison is None else comparison.see
+            scores = self._products.scores(states, output, ids, functionals, codes, allowed, see)
+        except (ValueError, InvalidArgumentError) as error:
+            raise RequestFailed(FailureReason.VOCABULARY, str(error)) from error
+        if request.hidden and self.loaded.hidden_size:
+            # With the scale, so that the logits are W h.
+            scores = dataclasses.replace(scores, hidden=floats(states) * np.float32(self._head.final.scale))
+        return scored(request.id, scores, comparison)
+
+
+class NumpyProducts:
+    def __init__(self, head: OutputHead) -> None:
+        self._head = head
+        self.weight: Any = None
+
+    def on_device(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return values
+
+    def scores(
+        self,
+        states: npt.NDArray[np.uint16],
+        output: npt.NDArray[np.int32],
+        ids: npt.NDArray[np.int32],
+        functionals: dict[str, Any],
+        codes: Codes,
+        allowed: AllowedSets | None,
+        see: See | None = None,
+    ) -> ExactScores:
+        """see: never given, see `wire.Loaded.compares`."""
+        return numpy_scores.scores_of(
+            lambda rows: self._head.logits(floats(states[rows])),
+            self._head.vocab_size,
+            output,
+            ids,
+            functionals,
+            codes,
+            allowed=allowed,
+        )
+
+
+class TorchProducts:
+    def __init__(self, head: OutputHead, load: wire.LoadHead) -> None:
+        import torch  # noqa: PLC0415  slow to import, and an extra
+
+        torch.set_num_threads(load.threads)
+        self._torch = torch
+        self._head = TorchHead(head, load.device)
+        self.weight = self._head.weight
+
+    def on_device(self, values: npt.NDArray[Any]) -> Any:
+        return self._torch.tensor(values).to(self._head.device)
+
+    def scores(
+        self,
+        states: npt.NDArray[np.uint16],
+        output: npt.NDArray[np.int32],
+        ids: npt.NDArray[np.int32],
+        functionals: dict[str, Any],
+        codes: Codes,
+        allowed: AllowedSets | None,
+        see: See | None = None,
+    ) -> ExactScores:
+        """see: see `exact.score`."""
+        from hemostat.reference import exact  # noqa: PLC0415
+
+        with self._torch.inference_mode():
+            return exact.scores_of(
+                lambda rows: self._head.logits(self._head.states(floats(states[rows]))),
+                self._head.head.vocab_size,
+                output,
+                ids,
+                functionals,
+                codes,
+                allowed=allowed,
+                see=see,
+            )

@@ -1,0 +1,128 @@
+"""A reference on a vLLM server, by whatever it offers: hidden states (exact), or lists of top ids (bounds)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import SecretStr
+
+from hemostat.models.output_embedding import EmbeddingError
+from hemostat.reference.hidden.folders import find_checkpoint
+from hemostat.reference.hidden.pooling import find_offer
+from hemostat.reference.hidden.probe import TEXT
+from hemostat.reference.hidden.reference import HiddenStatesReference
+from hemostat.reference.protocol import (
+    NO_CODES,
+    CompressedLogits,
+    FailureReason,
+    Offer,
+    ReferenceFailure,
+    ReferenceInfo,
+    ReferenceScores,
+)
+from hemostat.reference.server import VllmServer
+from hemostat.reference.vllm import VllmReference
+from hemostat_calibration.allowed_sets import AllowedSets
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.profiles.profile import CalibrationProfile
+
+MIN_PROBE_TOKENS = 8
+
+
+class ServerReference:
+    """Implements `Reference`. What the server offers is found out at every start: it may have restarted otherwise."""
+
+    def __init__(
+        self,
+        url: str,
+        api_key: SecretStr | None = None,
+        model: str | None = None,
+        top_k: int = 20,
+        *,
+        folder: Path | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        """url, api_key, model, top_k: as `VllmReference`. folder: of the checkpoint, see `find_checkpoint`. device,
+        threads: of the products with its output embedding."""
+        self._server = VllmServer(url, api_key)
+        self._wanted = model
+        self._folder = folder
+        self._by_lists = VllmReference(url, api_key, model, top_k)
+        self._by_states = HiddenStatesReference(self._server, device, threads)
+        self._current: VllmReference | HiddenStatesReference | None = None
+        self._name = ""
+
+    async def start(self) -> ReferenceInfo:
+        """Asks the server every time: it may have restarted with another model, or in another way."""
+        card = await self._server.model(self._wanted)
+        ids = await self._server.tokenize(card.id, TEXT)
+        if len(ids) < MIN_PROBE_TOKENS:
+            raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{self._server.url} makes {len(ids)} tokens of a text")
+        found = await find_offer(self._server, card.id, ids)
+        self._current, self._name = None, card.id
+        if found.states is not None:
+            info = await self._by_states.start(card, self._folder, ids, found.states)
+            self._current = self._by_states
+            return info
+        await self._by_states.close()
+        info = replace(await self._by_lists.start(), offer=Offer.LISTS, figures=found.detail)
+        if self._folder is not None:
+            with contextlib.suppress(EmbeddingError):
+                info = replace(info, folder=find_checkpoint(self._folder, card.root or ""))
+        self._current = self._by_lists
+        return info
+
+    async def score(
+        self,
+        prompt: npt.NDArray[np.int32],
+        output: npt.NDArray[np.int32],
+        ids: Ids,
+        profiles: tuple[CalibrationProfile, ...] = (),
+        codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
+        hidden: bool = False,
+        *,
+        reshaped: bool = False,
+        adapter: str = "",
+        allowed: AllowedSets | None = None,
+        compressed: CompressedLogits | None = None,
+    ) -> ReferenceScores:
+        """See `Reference.score`, and `VllmReference.score` where the server gives lists."""
+        if self._current is None:
+            raise ReferenceFailure(FailureReason.DOWN, "the reference has not been started")
+        return await self._current.score(
+            prompt,
+            output,
+            ids,
+            profiles,
+            codes,
+            hidden,
+            reshaped=reshaped,
+            adapter=adapter,
+            allowed=allowed,
+            compressed=compressed,
+        )
+
+    async def adapters(self) -> frozenset[str]:
+        return frozenset(card.id for card in await self._server.models() if card.parent is not None)
+
+    async def render(self, messages: list[dict[str, str]]) -> list[int]:
+        return await self._server.render(self._started(), messages)
+
+    async def tokenize(self, text: str) -> list[int]:
+        return await self._server.tokenize(self._started(), text)
+
+    async def close(self) -> None:
+        await self._by_states.close()
+        await self._by_lists.close()
+        await self._server.close()
+
+    def _started(self) -> str:
+        if self._current is None:
+            raise ReferenceFailure(FailureReason.DOWN, "the reference has not been started")
+        return self._name
