@@ -110,9 +110,9 @@ SHADOW_REASONS: dict[str, Values] = {
         "reference_not_ready": "the reference was not ready when the capture arrived or was to be scored",
         "breaker_open": "the reference failed five times in a row; the circuit breaker is open for ten seconds",
         "internal_error": "a bug, see the log",
-        "reference_…": "the reference failed: `down`, `timeout`, `busy`, `refused`, `out_of_memory`, `too_large` (an answer "
-        "longer than any to the request, not read to its end), `head` (the output embedding is not that of the server's "
-        "model), `revision` (the server runs another model than the one that was checked), …, see the log",
+        "reference_…": "the reference failed: `down`, `timeout`, `busy`, `refused`, `out_of_memory`, `too_large` (an "
+        "answer longer than any to the request, not read to its end), `head` (the output embedding is not that of the "
+        "server's model), `revision` (the server runs another model than the one that was checked), …, see the log",
     },
 }
 ENGINE_EVENTS: Values = {
