@@ -65,6 +65,7 @@ from tests.bench.recovery.learning import (  # noqa: E402
     learn_temperature,
 )
 from tests.bench.recovery.log import say  # noqa: E402
+from tests.bench.recovery.served_reference import with_states_of_server  # noqa: E402
 from tests.bench.recovery.stages import Stages  # noqa: E402
 from tests.bench.recovery.update_cost import update_cost  # noqa: E402
 
@@ -86,6 +87,8 @@ class Plan:
     """Of linear maps, beside `Options.rank`, at `baselines` tokens."""
     outcomes: bool = False
     variants: bool = False
+    references: bool = False
+    """Also learn from a reference on vLLM: hidden states of a pooling server, lists of a generating one."""
     baselines: int = 15_000
     """Tokens that temperature, bias and the variants learn from."""
     tokens_a_text: int = 72
@@ -106,7 +109,9 @@ class Options:
 
 FULL = Options(
     plans={
-        "w4a16": Plan((2_000, 5_000, 15_000, 40_000, 140_000), 20_000, (8, 64), outcomes=True, variants=True),
+        "w4a16": Plan(
+            (2_000, 5_000, 15_000, 40_000, 140_000), 20_000, (8, 64), outcomes=True, variants=True, references=True
+        ),
         # Three bits leave of this model one that soon has nothing more to say.
         "int3": Plan((5_000, 15_000), 9_000, (8,), tokens_a_text=20),
         "w8a8": Plan((5_000, 15_000), 9_000, (8,)),
@@ -127,14 +132,18 @@ QUICK = replace(
 )
 
 
+REFERENCES = replace(FULL, plans={"w4a16": Plan((15_000,), 9_000, (), references=True)}, runs=0)
+"""`--only references`: an hour in place of a night."""
+
+
 def source_digest() -> str:
     """Of the code that learns: a change of it makes its results anew."""
     import hemostat_calibration
 
     (folder,) = hemostat_calibration.__path__
     digest = hashlib.sha256()
-    for name in ("contextual", "regression", "hidden", "mlp", "objective", "calibrator", "families", "narrow"):
-        digest.update((Path(folder) / f"{name}.py").read_bytes())
+    for file in sorted([*Path(folder).glob("learning/**/*.py"), *Path(folder).glob("profiles/*.py")]):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -207,11 +216,19 @@ class Bench:
         key = [made_from, source_digest(), asdict(self.options) | {"plans": None, "runs": None}]
         found: dict[str, tuple[dict[str, Any], Learned]] = {}
 
-        def add(family: str, variant: str, rank: int, tokens: int, make: Callable[[], Learned], chosen: bool) -> None:
+        def add(
+            family: str,
+            variant: str,
+            rank: int,
+            tokens: int,
+            make: Callable[[], Learned],
+            chosen: bool,
+            reference: str = "transformers",
+        ) -> None:
             label = f"{family} {variant} r{rank} {tokens}"
             learned = self.stages.kept(f"profile-{scheme}", [key, label], make)
             fields = {"family": family, "variant": variant, "rank": rank, "tokens": tokens, "chosen": chosen}
-            found[label] = fields, learned
+            found[label] = fields | {"reference": reference}, learned
 
         few_tokens = first_tokens(learning, plan.baselines)
         add(
@@ -246,9 +263,28 @@ class Bench:
                     return taker.learn(part, f"{scheme}, rank {rank}, {sum(len(t.output) for t in part)} tokens")
 
                 add("contextual", variant, rank, tokens, make, network)
+        if plan.references:
+            self.references(few_tokens, recovery, made_from, add)
         if plan.variants:
             self.variants(few_tokens, recovery, found[label_of_last(found)], add)
         return found
+
+    def references(self, few: list[Written], recovery: Recovery, made_from: Any, add: Callable[..., None]) -> None:
+        """The same texts and learner with a reference on vLLM."""
+        rank, tokens = self.options.rank, sum(len(t.output) for t in few)
+        name = "states of a vLLM"
+        served = self.stages.kept(
+            "served-reference",
+            [made_from, tokens],
+            lambda: with_states_of_server(self.reference, few, self.stages.folder / "reference.log"),
+        )
+        one = partial(GrowingRun(self.family(rank, True)).learn, served, name)
+        add("contextual", name, rank, tokens, one, False, "vllm")
+        name = "reference's top 20"
+        one = partial(
+            learn_from_lists, self.family(rank, False, 512), self.weight, recovery, few, tapped=True, name=name
+        )
+        add("contextual", name, rank, tokens, one, False, "vllm_lists")
 
     def variants(
         self,
@@ -264,17 +300,11 @@ class Bench:
             name = f"linear, {features} anchors"
             one = partial(GrowingRun(self.family(rank, False, features)).learn, few, name)
             add("contextual", name, rank, tokens, one, False)
-        for tapped, name in ((True, "reference's top 20"), (False, "no tap: top 20")):
-            one = partial(
-                learn_from_lists,
-                self.family(rank, False, 512),
-                self.weight,
-                recovery,
-                few,
-                tapped=tapped,
-                name=name,
-            )
-            add("contextual", name, rank, tokens, one, False)
+        name = "no tap: top 20"
+        one = partial(
+            learn_from_lists, self.family(rank, False, 512), self.weight, recovery, few, tapped=False, name=name
+        )
+        add("contextual", name, rank, tokens, one, False)
         fields, learned = last
         if learned.profile is not None:
             for clamp in (1.0, 8.0):
@@ -430,7 +460,10 @@ def label_of_last(learned: Mapping[str, tuple[dict[str, Any], Learned]]) -> str:
     return [label for label, (fields, _) in learned.items() if fields["chosen"]][-1]
 
 
-IDENTITY_FIELDS: dict[str, Any] = {"family": IDENTITY, "variant": "", "rank": 0, "tokens": 0, "chosen": False}
+IDENTITY_FIELDS: dict[str, Any] = {
+    **{"family": IDENTITY, "variant": "", "rank": 0, "tokens": 0, "chosen": False},
+    "reference": "transformers",
+}
 NEVER_WORSE = {"w4a16": 4.0, "prune50": 1.0}
 """Compressions whose records are drawn from, and the clamp, nats: little to win and a clamp with which nothing is soon
 proven, much to win and the clamp that is the default."""
@@ -461,8 +494,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         action="append",
-        choices=(*FULL.plans, ADAPTERS),
-        help="one compression with the families that change logits, or all adapters; may be repeated",
+        choices=(*FULL.plans, ADAPTERS, "references"),
+        help="one compression with the families that change logits, all adapters, or (alone) what is learned from each "
+        "kind of reference, 15,000 tokens; may be repeated",
     )
     parser.add_argument("--part", action="append", choices=list(Part), help="of the adapters; may be repeated")
     parser.add_argument(
@@ -473,6 +507,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     options = QUICK if chosen.quick else FULL
+    if chosen.only == ["references"]:
+        options = REFERENCES
+        chosen.only = list(REFERENCES.plans)
     began = time.monotonic()
     bench = Bench(options, Stages(BUILD / "recovery"))
     found = {scheme: bench.run(scheme) for scheme in options.plans if not chosen.only or scheme in chosen.only}
@@ -487,8 +524,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             part: {scheme: result[part] for scheme, result in found.items() if part in result}
             for part in ("tried", "on_policy", "outcomes", "engine_check")
         },
-        "never_worse": {scheme: bench.never_worse(scheme) for scheme in found if scheme in NEVER_WORSE},
-        "update": update_cost() if found else {},
+        "never_worse": {
+            scheme: bench.never_worse(scheme) for scheme in found if scheme in NEVER_WORSE and options.runs
+        },
+        "update": update_cost() if found and options.runs else {},
         "adapters": adapters,
         "model": "SmolLM2-135M-Instruct",
         "dtype": vllm_process.dtype(),
