@@ -26,7 +26,7 @@ INPUT_NAMES = (
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct("<Q")
-_DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
 
 class EmbeddingError(HemostatError):
@@ -46,7 +46,8 @@ class StoredTensor:
     def memory_map(self, rows: int) -> npt.NDArray[Any]:
         """The first `rows` rows as stored: float32, float16, or for bfloat16 its bits as uint16. It takes no memory but
         the page cache's. Nothing is written to the file (torch takes writable arrays only)."""
-        return np.memmap(self.file, _DTYPES[self.dtype], "c", self.start, (rows, *self.shape[1:]))
+        mapped: npt.NDArray[Any] = np.memmap(self.file, _DTYPES[self.dtype], "c", self.start, (rows, *self.shape[1:]))
+        return mapped
 
 
 @dataclass(frozen=True, slots=True)
