@@ -46,7 +46,7 @@ class Model:
         self._model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=dtype).to(load.device).eval()
         self._tokenizer: Any = None
         self._functionals = HeldFunctionals(self._on_device)
-        self._comparisons = Comparisons(lambda: self._model.get_output_embeddings().weight.detach())
+        self._comparisons = Comparisons(self._output_embedding)
         config = self._model.config.get_text_config()
         problem = _nonlinearity(self._model)
         self.loaded = wire.Loaded(
@@ -104,6 +104,9 @@ class Model:
         except (ValueError, InvalidArgumentError) as error:
             raise RequestFailed(FailureReason.VOCABULARY, str(error)) from error
         return scored(request.id, scores, comparison)
+
+    def _output_embedding(self) -> Any:
+        return self._model.get_output_embeddings().weight.detach()
 
     def _on_device(self, values: np.ndarray[Any, Any]) -> Any:
         return self._torch.tensor(values).to(self._model.device)

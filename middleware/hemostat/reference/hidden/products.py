@@ -38,15 +38,16 @@ class Head:
             raise RequestFailed(FailureReason.HEAD, str(error)) from error
         self._torch = importlib.util.find_spec("torch") is not None
         self._products: NumpyProducts | TorchProducts
+        self._comparisons: Comparisons | None = None
         if self._torch:
             self._products = TorchProducts(self._head, load)
+            # Of the compressed model's hidden states, with the same scale: its logits are W h, too.
+            self._comparisons = Comparisons(self._products.output_embedding)
         elif load.device == "cpu":
             self._products = NumpyProducts(self._head)
         else:
             raise RequestFailed(FailureReason.NOT_INSTALLED, f"reference.device: {load.device} needs torch")
         self._functionals = HeldFunctionals(self._products.on_device)
-        # Of the compressed model's hidden states, with the same scale: its logits are W h, too.
-        self._comparisons = Comparisons(lambda: self._products.weight)
         problem = self._head.nonlinearity
         self.loaded = wire.Loaded(
             digest="",
@@ -68,7 +69,7 @@ class Head:
         try:
             states = np.frombuffer(request.states, "<u2").reshape(len(output), self._head.width)
             allowed = None if request.allowed is None else request.allowed.sets()
-            comparison = self._comparisons.of(request)
+            comparison = None if self._comparisons is None else self._comparisons.of(request)
             see = None if comparison is None else comparison.see
             scores = self._products.scores(states, output, ids, functionals, codes, allowed, see)
         except (ValueError, InvalidArgumentError) as error:
@@ -82,7 +83,6 @@ class Head:
 class NumpyProducts:
     def __init__(self, head: OutputHead) -> None:
         self._head = head
-        self.weight: Any = None
 
     def on_device(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return values
@@ -116,7 +116,9 @@ class TorchProducts:
         torch.set_num_threads(load.threads)
         self._torch = torch
         self._head = TorchHead(head, load.device)
-        self.weight = self._head.weight
+
+    def output_embedding(self) -> Any:
+        return self._head.weight
 
     def on_device(self, values: npt.NDArray[Any]) -> Any:
         return self._torch.tensor(values).to(self._head.device)
