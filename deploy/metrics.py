@@ -328,6 +328,11 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "reason": {
         names.CALIBRATION_REQUESTS: CALIBRATION_REASONS,
         names.ENGINE_EVENTS: ENGINE_EVENTS,
+        names.ENGINE_ANSWERS: {
+            "received": "answers that reached the control process",
+            "dropped": "answers that nobody took in time, or that exceeded the control process's buffer",
+            "dropped_at_engine": "answers that vLLM's API server could not record or send, or had no room for",
+        },
         names.FEATURES_DROPPED: {
             "no_tap": "the engine reported nothing about the request",
             "not_sent": "the engine sent no features",

@@ -47,7 +47,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class AdminClient:
-    """The three calls to the admin port. Every failure is a FetchError."""
+    """The calls to the admin port. Every failure is a FetchError."""
 
     def __init__(self, url: str, token: str | None) -> None:
         self._url = url
@@ -67,6 +67,14 @@ class AdminClient:
 
     def send_taps(self, body: dict[str, Any]) -> None:
         self._call("/api/v1/engine/tap", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
+
+    def send_answers(self, body: dict[str, Any]) -> str:
+        """Returns the prefix of the nonces of the requests that came through this replica, "" where it has none."""
+        data = self._call("/api/v1/engine/answers", MAX_RESPONSE_BYTES, msgspec.msgpack.encode(body), "msgpack")
+        try:
+            return str(json.loads(data)["replica"] or "")
+        except (ValueError, TypeError, KeyError):
+            raise FetchError("the admin port's answer to answers has no 'replica'") from None
 
     def profile(self, version: str) -> bytes:
         """The file of a profile. FetchError with status 404 when the replica does not have it."""

@@ -44,6 +44,8 @@ class Identity:
     vocab_size: int
     runner: str
     vllm: str
+    answers: bool = False
+    """The API server of this vLLM hands out answers (`answers`)."""
 
 
 class Agent:
@@ -116,6 +118,7 @@ class Agent:
             "counters": self._counters.read() | adapters.counters(),
             "runner": identity.runner,
             "vllm": identity.vllm,
+            "answers": identity.answers,
             **adapters.report(),
         }
         operation = self._peers.label("report", peer)

@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,15 +33,20 @@ log = logging.getLogger("hemostat.engine")
 MAX_TAPPED_CANDIDATES = 2
 """Held profiles that are evaluated for a tapped row besides the applied one."""
 
+MAX_NONCES = 4096
+"""Nonces whose requests are numbered; the oldest is forgotten."""
+
 _BINDING_ATTRIBUTE = "_hemostat_binding"
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What one request is bound to. `profile` None: identity. `nonce` None: not tapped."""
+    """What one request is bound to. `profile` None: identity. `nonce` None: not tapped. child: number of the tapped
+    request among those with the same nonce: vLLM makes n requests of one with n > 1."""
 
     profile: HeldProfile | None
     nonce: str | None
+    child: int = 0
 
     @property
     def applied(self) -> str | None:
@@ -107,8 +113,10 @@ class Core:
         ranks: Ranks,
         settings: Settings,
         tap_on_every_rank: bool = False,
+        answers: bool = False,
     ) -> None:
-        """tap_on_every_rank: every rank samples other requests, so every rank taps; else only rank 0 does."""
+        """tap_on_every_rank: every rank samples other requests, so every rank taps; else only rank 0 does. answers: see
+        `Identity`."""
         self.device = device
         self.counters = Counters()
         self.library = Library(vocab_size)
@@ -117,8 +125,10 @@ class Core:
         self._vocab_size = vocab_size
         self._after_penalties = runner == "v2"
         self._ranks = ranks
+        self._children: OrderedDict[str, int] = OrderedDict()
+        """Number of requests admitted with each nonce."""
         self._tapping = settings.admin_url is not None and (ranks.rank == 0 or tap_on_every_rank)
-        identity = Identity(ranks.broadcast(boot_id), ranks.rank, ranks.size, vocab_size, runner, vllm_version)
+        identity = Identity(ranks.broadcast(boot_id), ranks.rank, ranks.size, vocab_size, runner, vllm_version, answers)
         self.agent = Agent(identity, settings, self.library, self.counters, self.taps)
         self.agent.start()
 
@@ -140,10 +150,20 @@ class Core:
             if binding is None and (
                 i in profiles or parameters[i].nonce is not None or parameters[i].version is not None
             ):
-                binding = Binding(profiles.get(i), parameters[i].nonce if self._tapping else None)
+                nonce = parameters[i].nonce if self._tapping else None
+                binding = Binding(profiles.get(i), nonce, self._next_child(nonce))
                 setattr(params, _BINDING_ATTRIBUTE, binding)
             bindings.append(binding if binding and (binding.profile or binding.nonce) else None)
         return bindings
+
+    def _next_child(self, nonce: str | None) -> int:
+        if nonce is None:
+            return 0
+        child = self._children.pop(nonce, 0)
+        self._children[nonce] = child + 1
+        if len(self._children) > MAX_NONCES:
+            self._children.popitem(last=False)
+        return child
 
     def _bound(self, params: Any) -> Binding | None:
         return getattr(params, _BINDING_ATTRIBUTE, None)
@@ -194,11 +214,16 @@ class Core:
         host = torch.tensor(indices, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
 
-    def tap_rows(self, logits: torch.Tensor, rows: Sequence[tuple[int, Binding]], positions: Sequence[int]) -> None:
-        """Measure the unmodified logits at `rows`; rows and positions are known on the host."""
+    def tap_rows(
+        self, logits: torch.Tensor, rows: Sequence[tuple[int, Binding]], places: Sequence[tuple[int, int]]
+    ) -> None:
+        """Measure the unmodified logits at `rows`. Rows and places are known on the host.
+
+        places: the position of each row's token in the output, and the id at the position before (-1: not known).
+        """
         tapped = [
-            TappedRow(i, binding.nonce or "", binding.applied, position)
-            for i, ((_, binding), position) in enumerate(zip(rows, positions, strict=True))
+            TappedRow(i, binding.nonce or "", binding.applied, position, binding.child, previous)
+            for i, ((_, binding), (position, previous)) in enumerate(zip(rows, places, strict=True))
         ]
         reading = self._read((binding for _, binding in rows), logits, self.on_device([row for row, _ in rows]))
         self.taps.push(Step(reading, rows=tapped))
@@ -210,20 +235,21 @@ class Core:
         rows: torch.Tensor,
         slot_of_row: torch.Tensor,
         pos: torch.Tensor,
+        fed: torch.Tensor,
     ) -> None:
         """The same for `rows` (int64, on the device) whose slots and positions are only known on the device.
 
-        slots: binding and prompt length of each tapped slot.
+        slots: binding and prompt length of each tapped slot. fed: the ids that the model was fed; -1: not known.
         """
         bindings = (binding for binding, _ in slots.values())
-        reading = self._read(bindings, logits, rows, slot_of_row, pos)
-        taps = {slot: SlotTap(b.nonce or "", b.applied, prompt_len) for slot, (b, prompt_len) in slots.items()}
+        reading = self._read(bindings, logits, rows, slot_of_row, pos, fed)
+        taps = {slot: SlotTap(b.nonce or "", b.applied, prompt_len, b.child) for slot, (b, prompt_len) in slots.items()}
         self.taps.push(Step(reading, slots=taps))
 
     def _read(
         self, bindings: Iterable[Binding], logits: torch.Tensor, rows: torch.Tensor, *where: torch.Tensor
     ) -> Reading:
-        """The values of these rows. where: slots and positions, if they are only known on the device."""
+        """The values of these rows. where: slots, positions and ids fed, if they are only known on the device."""
         held = self.library.candidates()
         profiles = self._evaluated(bindings, held)
         if profiles:
@@ -245,7 +271,7 @@ class Core:
             clamped=clamped,
             anchors=anchored.anchors if anchored else None,
             features=features,
-            places=(places[0], places[1]) if places else None,
+            places=(places[0], places[1], places[2]) if places else None,
             copied=copied,
         )
 

@@ -9,15 +9,15 @@ from the arguments of its constructor.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import uuid
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from hemostat_calibration.errors import HemostatError
-from hemostat_engine import xargs
+from hemostat_engine import answers, xargs
 from hemostat_engine.core import Binding, Core, Ranks
 from hemostat_engine.settings import Settings
 
@@ -59,6 +59,13 @@ def _vllm_version() -> str:
     return str(vllm.__version__)
 
 
+def _hands_out_answers() -> bool:
+    """Whether this vLLM's API server has what `answers` wraps. It is not imported here: that is slow in a worker."""
+    import vllm  # noqa: PLC0415
+
+    return vllm.__file__ is not None and Path(vllm.__file__).with_name("v1").joinpath("engine", "async_llm.py").exists()
+
+
 def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) -> Core:
     return Core(
         device=torch.device(device),
@@ -69,6 +76,7 @@ def _core(vllm_config: Any, device: torch.device, vocab_size: int, runner: str) 
         ranks=_ranks(),
         settings=Settings.from_environment(),
         tap_on_every_rank=bool(getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False)),
+        answers=_hands_out_answers(),
     )
 
 
@@ -101,10 +109,11 @@ class BatchV1:
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._rows or not self._core.fits(logits):
             return logits
-        tapped = [(row, binding, len(ids)) for row, (binding, ids) in self._rows.items() if binding.nonce is not None]
+        tapped = [(row, binding, ids) for row, (binding, ids) in self._rows.items() if binding.nonce is not None]
         if tapped:
             rows = [(row, binding) for row, binding, _ in tapped]
-            self._core.tap_rows(logits, rows, [position for _, _, position in tapped])
+            # The id at this position is sampled after this call. Of the last position it is never seen here.
+            self._core.tap_rows(logits, rows, [(len(ids), ids[-1] if ids else -1) for _, _, ids in tapped])
         self._core.apply_rows(logits, [(row, binding) for row, (binding, _) in self._rows.items()])
         return logits
 
@@ -159,14 +168,17 @@ class SlotsV2:
         """One row for each request, in the batch's order."""
         tapped = [(row, slot) for row, slot in bound if self._slots[slot].nonce is not None]
         if tapped:
-            self._tap(logits, [slot for _, slot in tapped], self._core.on_device([row for row, _ in tapped]), ctx)
+            rows = self._core.on_device([row for row, _ in tapped])
+            self._tap(logits, [slot for _, slot in tapped], rows, ctx, ctx.input_ids.index_select(0, rows))
         self._core.apply_rows(logits, [(row, self._slots[slot]) for row, slot in bound])
 
     def _apply_expanded(self, logits: torch.Tensor, slots: list[int], ctx: Any) -> None:
         """Speculative decoding: several rows a request. Only the device knows which, so rows are selected there."""
         tapped = [slot for slot in slots if self._slots[slot].nonce is not None]
         if tapped:
-            self._tap(logits, tapped, torch.arange(logits.shape[0], device=logits.device), ctx)
+            rows = torch.arange(logits.shape[0], device=logits.device)
+            # Draft tokens are fed that may be rejected.
+            self._tap(logits, tapped, rows, ctx, torch.full_like(rows, -1))
         by_version: dict[str, list[int]] = {}
         for slot in slots:
             version = self._slots[slot].applied
@@ -178,13 +190,14 @@ class SlotsV2:
             mask = torch.isin(ctx.expanded_idx_mapping, self._core.on_device(chosen).to(ctx.expanded_idx_mapping.dtype))
             self._core.apply_where(logits, profile, mask, len(chosen))
 
-    def _tap(self, logits: torch.Tensor, slots: list[int], rows: torch.Tensor, ctx: Any) -> None:
+    def _tap(self, logits: torch.Tensor, slots: list[int], rows: torch.Tensor, ctx: Any, fed: torch.Tensor) -> None:
         self._core.tap_slots(
             logits,
             {slot: (self._slots[slot], self._prompt_lens[slot]) for slot in slots},
             rows,
             ctx.expanded_idx_mapping.index_select(0, rows),
             ctx.pos.index_select(0, rows),
+            fed,
         )
 
 
@@ -226,3 +239,7 @@ class LogitsProcessor(*_interfaces()):  # type: ignore[misc] # the bases depend 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """V1: (logits); V2: (logits, ctx). In place."""
         return self._batch.apply(logits) if ctx is None else self._slots.apply(logits, ctx)
+
+
+# vLLM's API server imports this module when it starts, to check requests' parameters.
+answers.install()

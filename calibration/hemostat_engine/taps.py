@@ -5,6 +5,8 @@ The queue is bounded; when it is full, steps are dropped and counted.
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +25,15 @@ MAX_FEATURE_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class TappedRow:
-    """row: index in the step's reading. position: of the token in the output; None when only the device knows it."""
+    """row: index in the step's reading. position: of the token in the output; None when only the device knows it.
+    child: of the requests with the same nonce. previous: the id at the position before; -1: not known."""
 
     row: int
     nonce: str
     applied: str | None
     position: int | None = None
+    child: int = 0
+    previous: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class SlotTap:
     nonce: str
     applied: str | None
     prompt_len: int
+    child: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +53,8 @@ class Reading:
     versions: the P profiles that were evaluated. values: log E_c[e^Δz], float32 [P, R] in nats. clamped: whether the
     clamp binds somewhere in the row, bool [P, R].
     anchors: digest of the ids of `features`, float16 [R, N], centred logits; None without features (N is 0).
-    places: slots, and positions in the whole sequence of the token that the model was fed, int [R] each; None when the
-    host knows whose rows these are.
+    places: slots, positions in the whole sequence of the token that the model was fed, and its id (-1: not known), int
+    [R] each; None when the host knows whose rows these are.
     copied: the device's event after the copies, None when they are complete.
     """
 
@@ -57,7 +63,7 @@ class Reading:
     clamped: torch.Tensor
     anchors: str | None
     features: torch.Tensor
-    places: tuple[torch.Tensor, torch.Tensor] | None = None
+    places: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     copied: Any = None
 
 
@@ -76,11 +82,12 @@ class Step:
         if self.reading.places is None:
             return [(row, row.position) for row in self.rows if row.position is not None]
         found = []
-        slots, positions = self.reading.places
-        for row, (slot, pos) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        places = zip(*(values.tolist() for values in self.reading.places), strict=True)
+        for row, (slot, pos, fed) in enumerate(places):
             tap = self.slots.get(slot)
-            if tap is not None and pos + 1 >= tap.prompt_len:
-                found.append((TappedRow(row, tap.nonce, tap.applied), pos + 1 - tap.prompt_len))
+            if tap is not None and (position := pos + 1 - tap.prompt_len) >= 0:
+                previous = fed if position else -1
+                found.append((TappedRow(row, tap.nonce, tap.applied, None, tap.child, previous), position))
         return found
 
 
@@ -89,6 +96,7 @@ class _Run:
     """Consecutive positions of one request with the same versions, applied profile and anchors."""
 
     nonce: str
+    child: int
     start: int
     versions: tuple[str, ...]
     applied: str | None
@@ -96,6 +104,7 @@ class _Run:
     values: list[list[float | None]] = field(default_factory=list)
     """[token][version]."""
     features: list[bytes] = field(default_factory=list)
+    previous: array[int] = field(default_factory=lambda: array("i"))
 
     def continued_by(self, row: TappedRow, position: int, reading: Reading) -> bool:
         return (position, row.applied, reading.versions, reading.anchors) == (
@@ -112,8 +121,17 @@ class _Run:
             "tokens": len(self.values),
             "versions": {version: [row[i] for row in self.values] for i, version in enumerate(self.versions)},
             "applied": self.applied,
+            "child": self.child,
+            "previous_ids": _little_endian(self.previous),
         }
         return body if self.anchors is None else body | {"anchors": self.anchors, "features": b"".join(self.features)}
+
+
+def _little_endian(values: array[int]) -> bytes:
+    if sys.byteorder == "big":
+        values = values[:]
+        values.byteswap()
+    return values.tobytes()
 
 
 class Taps:
@@ -144,10 +162,11 @@ class Taps:
 
     def drain(self, max_steps: int, max_bytes: int) -> list[dict[str, Any]]:
         """The oldest steps, up to `max_steps` of them or `max_bytes` of features, as runs of consecutive positions:
-        `{"nonce", "start", "tokens", "versions": {version: [nats or null]}, "applied"}`, and with features
-        `{"anchors", "features"}`: little-endian float16 [tokens, N], a row of NaN where something is not finite."""
+        `{"nonce", "start", "tokens", "versions": {version: [nats or null]}, "applied", "child", "previous_ids"}`
+        (little-endian int32, the id before each position, -1: not known), and with features `{"anchors", "features"}`:
+        little-endian float16 [tokens, N], a row of NaN where something is not finite."""
         runs: list[_Run] = []
-        open_runs: dict[str, _Run] = {}
+        open_runs: dict[tuple[str, int], _Run] = {}
         clamped = drained = 0
         for _ in range(min(max_steps, len(self._steps))):
             if drained >= max_bytes:
@@ -161,13 +180,14 @@ class Taps:
             features = reading.features.numpy()
             features[~np.isfinite(features).all(axis=-1)] = np.nan
             for row, position in resolved:
-                run = open_runs.get(row.nonce)
+                run = open_runs.get((row.nonce, row.child))
                 if run is None or not run.continued_by(row, position, reading):
-                    run = _Run(row.nonce, position, reading.versions, row.applied, reading.anchors)
-                    open_runs[row.nonce] = run
+                    run = _Run(row.nonce, row.child, position, reading.versions, row.applied, reading.anchors)
+                    open_runs[row.nonce, row.child] = run
                     runs.append(run)
                 # NaN and infinity become null.
                 run.values.append([round(value, 9) if -1e6 < value < 1e6 else None for value in values[row.row]])
+                run.previous.append(row.previous)
                 run.features.append(features[row.row].astype("<f2", copy=False).tobytes())
                 if row.applied in reading.versions:
                     clamped += binds[row.row][reading.versions.index(row.applied)]

@@ -11,16 +11,22 @@ from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
 VERSION_KEY = "hemostat"
 NONCE_KEY = "hemostat_tap"
+TOP_KEY = "hemostat_tap_top"
 NONCE_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_DIGITS = re.compile(r"[0-9]{1,3}")
+MAX_TOP = 128
+"""Ids at each position of an answer that is handed out."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestParameters:
     """version: the profile to apply, None for identity. nonce: the name under which values of the request's rows are
-    sent to the admin port; None: it is not tapped."""
+    sent to the admin port; None: it is not tapped. top: the number of most likely ids at each position of the answer
+    that is sent there too (`answers`); None: no answer is."""
 
     version: str | None
     nonce: str | None
+    top: int | None = None
 
 
 NO_PARAMETERS = RequestParameters(None, None)
@@ -40,7 +46,16 @@ def parse(extra_args: Mapping[str, Any] | None) -> RequestParameters:
         )
     if nonce is not None and not (isinstance(nonce, str) and NONCE_PATTERN.fullmatch(nonce)):
         raise ValueError(f"vllm_xargs.{NONCE_KEY} must be 1 to 64 letters, digits, '_' or '-', not {_shorten(nonce)}")
-    return RequestParameters(version, nonce)
+    return RequestParameters(version, nonce, None if nonce is None else _top(extra_args.get(TOP_KEY)))
+
+
+def _top(value: object) -> int | None:
+    if value is None:
+        return None
+    number = int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_TOP:
+        raise ValueError(f"vllm_xargs.{TOP_KEY} must be an integer from 1 to {MAX_TOP}, not {_shorten(value)}")
+    return number
 
 
 def has_parameters(extra_args: Mapping[str, Any] | None) -> bool:

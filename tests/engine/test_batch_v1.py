@@ -335,3 +335,38 @@ def test_class_under_v1() -> None:
     z = np.random.default_rng(0).normal(0, 3, (1, VOCAB_SIZE)).astype(np.float32)
     got = processor.apply(torch.from_numpy(z.copy())).numpy()
     np.testing.assert_allclose(got, expected(z, {0: version}), rtol=1e-5, atol=1e-5)
+
+
+def test_requests_with_one_nonce_are_numbered_and_tell_the_ids_before_each_position(
+    make_core: Callable[..., Any],
+) -> None:
+    core = make_core(tapping=True)
+    batch = BatchV1(core)
+    outputs: list[list[int]] = [[], []]
+    shared = params(None, "n")
+    batch.update(update(3, added=[(0, shared, [1], outputs[0]), (2, params(None, "other"), [1], [])]))
+    batch.update(update(3, added=[(1, params(None, "n"), [1], outputs[1])]))
+    for step in range(3):
+        batch.apply(torch.zeros(3, VOCAB_SIZE))
+        outputs[0].append(step)
+        # vLLM's place of a token that is not on the host yet.
+        outputs[1].append(-1 if step == 1 else 10 + step)
+    # Preempted and resumed: the same number.
+    batch.update(update(0, removed=[0]))
+    batch.update(update(3, added=[(0, shared, [1], outputs[0])]))
+    batch.apply(torch.zeros(3, VOCAB_SIZE))
+    runs = {(run["nonce"], run["child"]): run for run in core.taps.drain(9, 1 << 20)}
+    assert runs.keys() == {("n", 0), ("n", 1), ("other", 0)}
+    before = {key: np.frombuffer(run["previous_ids"], "<i4").tolist() for key, run in runs.items()}
+    assert before == {("n", 0): [-1, 0, 1, 2], ("n", 1): [-1, 10, -1, 12], ("other", 0): [-1]}
+
+
+def test_numbers_of_nonces_are_bounded(make_core: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hemostat_engine import core as core_module
+
+    monkeypatch.setattr(core_module, "MAX_NONCES", 2)
+    core = make_core(tapping=True)
+    names = ["a", "b", "a", "c", "a", "b"]
+    bound = core.bind([params(None, name) for name in names])
+    assert [binding.child for binding in bound] == [0, 0, 1, 0, 2, 0]
+    assert len(core._children) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -215,3 +216,26 @@ def test_library_is_bounded_and_keeps_requested_versions() -> None:
     for i in range(100):
         library.get(f"{i:032x}")
     assert len(library.missing()) <= 32
+
+
+def test_requests_with_one_nonce_are_numbered_and_tell_the_ids_before_each_position(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tapping(monkeypatch)
+    processor, req_states = load(FIRST, SECOND)
+    processor.core.agent.stop()
+    req_states.prompt_len.np[[1, 4]] = 3
+    processor.add_request(1, params(None, "n"))
+    processor.add_request(4, params(None, "n"))
+    processor.apply_staged_writes()
+    for step, fed in enumerate(([7, 7], [20, 30], [21, 31])):
+        ctx = replace(context([4, 1], [1, 1], [2 + step] * 2), input_ids=torch.tensor(fed, dtype=torch.int32))
+        processor.apply(torch.zeros(2, VOCAB_SIZE), ctx)
+    runs = {run["child"]: run for run in processor.core.taps.drain(9, 1 << 20)}
+    before = {child: np.frombuffer(run["previous_ids"], "<i4").tolist() for child, run in runs.items()}
+    assert before == {1: [-1, 20, 21], 0: [-1, 30, 31]}
+    # Under speculative decoding what is fed may be rejected.
+    ctx = replace(context([4, 1], [2, 1], [5, 5]), input_ids=torch.tensor([22, 23, 32], dtype=torch.int32))
+    processor.apply(torch.zeros(3, VOCAB_SIZE), ctx)
+    for run in processor.core.taps.drain(9, 1 << 20):
+        assert np.frombuffer(run["previous_ids"], "<i4").tolist() == [-1] * run["tokens"]

@@ -36,6 +36,14 @@ def test_both_keys_are_read_beside_other_keys() -> None:
     assert parse({"hemostat": VERSION, "hemostat_tap": "a-B_9", "theirs": [1]}) == RequestParameters(VERSION, "a-B_9")
 
 
+def test_number_of_candidates_of_an_answer() -> None:
+    found = [parse({"hemostat_tap": "n", "hemostat_tap_top": value}) for value in (20, "20", "1", 128)]
+    assert [request.top for request in found] == [20, 20, 1, 128]
+    assert parse({"hemostat_tap": "n"}).top is None
+    # Without a nonce there is nobody to send the answer to.
+    assert parse({"hemostat_tap_top": "20"}) is NO_PARAMETERS
+
+
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
@@ -50,6 +58,10 @@ def test_both_keys_are_read_beside_other_keys() -> None:
         ({"hemostat_tap": "a" * 65}, "vllm_xargs.hemostat_tap must"),
         ({"hemostat_tap": "a/b"}, "vllm_xargs.hemostat_tap must"),
         ({"hemostat_tap": 1.5}, "vllm_xargs.hemostat_tap must"),
+        *(
+            ({"hemostat_tap": "n", "hemostat_tap_top": value}, "vllm_xargs.hemostat_tap_top must be an integer from 1")
+            for value in (0, 129, -1, 1.5, "0", "1.5", "", "9" * 100, [3], "2\n")
+        ),
     ],
 )
 def test_invalid_value_is_rejected_by_name(extra: dict[str, Any], named: str) -> None:

@@ -12,15 +12,20 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hemostat.engines import answers as answers_module
 from hemostat.engines import registry as registry_module
 from hemostat.engines import taps as taps_module
+from hemostat.engines.answers import AnswerBuffer
 from hemostat.engines.api import MAX_REPORT_BYTES, engine_router
 from hemostat.engines.messages import (
     MAX_POSITIONS,
+    AnswerMessage,
     EngineReport,
     InvalidEngineMessage,
+    TapAnswer,
     TapMessage,
     TapRun,
+    decode_answers,
     decode_report,
     decode_tap,
 )
@@ -292,3 +297,136 @@ def test_the_routes_refuse(client: TestClient) -> None:
     for method, path in (("POST", "report"), ("POST", "tap"), ("GET", f"profiles/{A}")):
         answer = client.request(method, f"/api/v1/engine/{path}", headers={"authorization": "Bearer x"})
         assert answer.status_code == 401
+
+
+def ids(*values: int) -> bytes:
+    return np.array(values, "<i4").tobytes()
+
+
+def child_run(child: int, output: list[int], nonce: str = "n", start: int = 0) -> TapRun:
+    """Positions from `start` on of a child whose engine knows all ids of its output but the last."""
+    before = [-1, *output[:-1]][start:]
+    return TapRun(
+        nonce, start, len(before), {A: [float(child)] * len(before)}, None, child=child, previous_ids=ids(*before)
+    )
+
+
+def test_each_choice_is_found_by_its_ids() -> None:
+    registry = EngineRegistry()
+    outputs = [[5, 6, 7], [5, 6, 8], [5, 6], [9]]
+    runs = [child_run(child, output) for child, output in enumerate(outputs)]
+    registry.taps.add(TapMessage("boot", [*runs[:1], *runs[2:]]), 0.0)
+    assert registry.taps.covered("n", ids(5, 6, 8, 1)) == 3  # the best of those that fit so far
+    registry.taps.add(TapMessage("boot", runs[1:2]), 0.0)
+    assert registry.taps.covered("n", ids(9, 9)) == 1
+    found = {}
+    for output in ([9], [5, 6], [5, 6, 8], [5, 6, 7]):
+        taken = registry.taps.take("n", ids(*output))
+        assert taken is not None
+        found[tuple(output)] = taken.log_normalizer[A].tolist()
+    # Two answers that differ in the last id only have the same numbers: either may be taken for the other.
+    assert found[9,] == [3.0]
+    assert found[5, 6] == [2.0, 2.0]
+    assert sorted((found[5, 6, 8][0], found[5, 6, 7][0])) == [0.0, 1.0]
+    assert registry.taps.take("n", ids(9)) is None
+    assert registry.taps.runs_dropped == 0
+
+
+def test_a_choice_whose_ids_no_child_has_gets_no_numbers() -> None:
+    registry = EngineRegistry()
+    registry.taps.add(TapMessage("boot", [child_run(0, [5, 6, 7]), child_run(1, [5, 1, 2])]), 0.0)
+    assert registry.taps.covered("n", ids(4, 6, 7)) == 0
+    assert registry.taps.take("n", ids(4, 6, 7)) is None
+    # An answer that is shorter than what is known of a child is not this child's.
+    assert registry.taps.take("n", ids(5)) is None
+    taken = registry.taps.take("n", ids(5, 1, 9))
+    assert taken is not None
+    assert taken.log_normalizer[A].tolist() == [1.0] * 3
+
+
+def test_an_older_plugins_runs_belong_to_the_one_choice() -> None:
+    registry = EngineRegistry()
+    registry.taps.add(TapMessage("boot", [run(0, [1.0, 2.0])]), 0.0)
+    assert registry.taps.covered("n") == registry.taps.covered("n", ids(1, 2)) == 2
+    taken = registry.taps.take("n", ids(1, 2))
+    assert taken is not None
+    assert taken.log_normalizer[A].tolist() == [1.0, 2.0]
+
+
+def test_choices_that_are_not_taken_expire_and_their_features_are_freed() -> None:
+    registry = EngineRegistry()
+    features = np.zeros((2, 3), "<f2").tobytes()
+    runs = [msgspec.structs.replace(child_run(child, [child, 5]), anchors=D, features=features) for child in range(2)]
+    registry.taps.add(TapMessage("boot", runs), 0.0)
+    assert registry.taps._feature_bytes == 24
+    assert registry.taps.take("n", ids(1, 5)) is not None
+    assert registry.taps._feature_bytes == 12
+    registry.taps.expire(1000.0)
+    assert (registry.taps._feature_bytes, registry.taps.runs_dropped) == (0, 0)
+    assert registry.taps.covered("n", ids(0, 5)) == 0
+
+
+def answer(nonce: str = "n", choice: int = 0, choices: int = 1, tokens: int = 2, call: int = 0) -> TapAnswer:
+    output = np.arange(tokens, dtype="<i4")
+    candidates = np.stack([output, output + 1], axis=1)
+    logprobs = np.full((tokens, 2), -1.0, "<f4")
+    return TapAnswer(
+        *(nonce, call, choice, choices, ids(1, 2, 3), output.tobytes(), 1, candidates.tobytes(), logprobs.tobytes()),
+        *(np.full(tokens, -1.0, "<f4").tobytes(), "stop"),
+    )
+
+
+def test_answers_wait_until_they_are_taken_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = AnswerBuffer()
+    buffer.add(AnswerMessage("boot", [answer(choice=1, choices=2)], 3), 0.0)
+    assert not buffer.complete("n", 2)
+    buffer.add(AnswerMessage("boot", [answer(choice=0, choices=2)], 3), 0.0)
+    assert buffer.complete("n", 2)
+    assert [taken.choice for taken in buffer.take("n")] == [0, 1]
+    assert buffer.take("n") == []
+    assert buffer._bytes == 0
+    buffer.add(AnswerMessage("boot", [answer("old")], 4), 0.0)
+    buffer.add(AnswerMessage("other", [answer("young")], 1), 100.0)
+    buffer.expire(121.0)
+    assert (buffer.complete("old", 1), buffer.complete("young", 1)) == (False, True)
+    monkeypatch.setattr(answers_module, "MAX_WAITING_REQUESTS", 3)
+    buffer.add(AnswerMessage("boot", [answer(f"n{i}") for i in range(5)], 4), 121.0)
+    assert [buffer.complete(f"n{i}", 1) for i in range(5)] == [False, False, True, True, True]
+    monkeypatch.setattr(answers_module, "MAX_WAITING_BYTES", buffer._bytes)
+    buffer.add(AnswerMessage("boot", [answer("more")], 4), 121.0)
+    assert not buffer.complete("more", 1)
+    counts = {sample.labels[0]: sample.value for sample in buffer.samples()}
+    assert counts == {"received": 10, "dropped": 5, "dropped_at_engine": 5}
+    for i in range(5):
+        buffer.take(f"n{i}")
+    assert buffer._bytes == 0
+
+
+def test_answers_are_handed_out_only_where_every_engine_does() -> None:
+    registry = EngineRegistry()
+    assert not registry.hands_out_answers(0.0)
+    registry.report(msgspec.structs.replace(report("x"), answers=True), 0.0)
+    assert registry.hands_out_answers(0.0)
+    registry.report(report("old"), 0.0)
+    assert not registry.hands_out_answers(0.0)
+    assert registry.hands_out_answers(15.1) is False  # both are silent
+
+
+def test_an_answer_whose_lengths_do_not_agree_is_refused() -> None:
+    def encoded(**change: Any) -> bytes:
+        return msgspec.msgpack.encode(AnswerMessage("boot", [msgspec.structs.replace(answer(), **change)], 0))
+
+    assert decode_answers(encoded()).answers[0].tokens == 2
+    for change, named in (
+        ({"candidate_ids": b"1234"}, "candidate_ids"),
+        ({"candidate_logprobs": b""}, "candidate_logprobs"),
+        ({"emitted_logprobs": b"1234"}, "emitted_logprobs"),
+        ({"token_ids": b"123"}, "token_ids"),
+        ({"prompt_ids": b"123"}, "prompt_ids"),
+        ({"choice": 1}, "choice 1 of 1"),
+        ({"top_k": 2}, "candidate_ids"),
+        ({"top_k": 129}, r"\$\.answers\[0\]\.top_k"),
+        ({"nonce": "a/b"}, r"\$\.answers\[0\]\.nonce"),
+    ):
+        with pytest.raises(InvalidEngineMessage, match=named):
+            decode_answers(encoded(**change))

@@ -7,7 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from hemostat.engines.messages import decode_report, decode_tap
+from hemostat.engines.messages import decode_answers, decode_report, decode_tap
 from hemostat.engines.registry import EngineRegistry
 
 TOKEN = "s3cret"
@@ -54,6 +54,10 @@ class EngineAdmin:
                         hold = admin.registry.report(decode_report(body), admin.now)
                     said = {"hold": hold, "leads": admin.registry.leads, "replica": admin.registry.replica}
                     return self.answer(200, admin.answer or json.dumps(said).encode())
+                if self.path == "/api/v1/engine/answers":
+                    with admin.lock:
+                        admin.registry.add_answers(decode_answers(body), admin.now)
+                    return self.answer(200, json.dumps({"replica": admin.registry.replica}).encode())
                 if self.path == "/api/v1/engine/tap":
                     with admin.lock:
                         admin.registry.taps.add(decode_tap(body), admin.now)

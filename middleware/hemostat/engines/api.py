@@ -1,6 +1,6 @@
-"""The three routes that the engine plugin calls on the admin port; all of them need the admin token.
+"""The routes that the engine plugin calls on the admin port; all of them need the admin token.
 
-Reports are JSON, taps msgpack (they carry float16 arrays), profiles safetensors.
+Reports are JSON, taps and answers msgpack (they carry arrays), profiles safetensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 
-from hemostat.engines.messages import InvalidEngineMessage, decode_report, decode_tap
+from hemostat.engines.messages import InvalidEngineMessage, decode_answers, decode_report, decode_tap
 from hemostat.engines.registry import EngineRegistry
 from hemostat_calibration.profiles.profile import VERSION_PATTERN
 
@@ -54,6 +54,15 @@ def engine_router(
             registry.taps.add(decode_tap(body), now())
         except InvalidEngineMessage as error:
             raise HTTPException(400, str(error)) from None
+
+    @router.post("/answers")
+    async def answers(request: Request) -> dict[str, str]:
+        body = await read_body(request, MAX_TAP_BYTES)
+        try:
+            registry.add_answers(decode_answers(body), now())
+        except InvalidEngineMessage as error:
+            raise HTTPException(400, str(error)) from None
+        return {"replica": registry.replica}
 
     return router
 

@@ -1,4 +1,4 @@
-"""What the engines' plugins send: reports (JSON) and taps (msgpack), checked when they are decoded."""
+"""What the engines' plugins send: reports (JSON), taps and answers (msgpack), checked when they are decoded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import numpy.typing as npt
 MAX_VERSIONS_PER_TAP = 16
 MAX_POSITIONS = 1 << 18
 """Output positions of one tapped request."""
+
+MAX_CHILDREN = 1 << 14
+"""Choices of one tapped request; vLLM's own limit."""
+MAX_TOP = 128
+"""Candidates at each position of an answer, beside the emitted one."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
@@ -51,6 +56,8 @@ class EngineReport(msgspec.Struct, frozen=True):
     """Adapters of Hemostat's that this rank's engine has loaded."""
     lora: LoraState | None = None
     """None: the engine was started without --enable-lora, or the general plugin is not enabled."""
+    answers: bool = False
+    """The plugin hands out answers (`TapAnswer`)."""
 
 
 class TapRun(msgspec.Struct, frozen=True):
@@ -60,6 +67,10 @@ class TapRun(msgspec.Struct, frozen=True):
     engine has no value.
     features: little-endian float16 [tokens, N], the centred logits at the N ids whose digest is `anchors`, a row of NaN
     where the engine has none. Either both fields are set or neither.
+    child: of the requests with the same nonce, which vLLM makes of one with several choices; in the order in which the
+    engine admitted them.
+    previous_ids: little-endian int32 [tokens], the id at the position before each, -1 where it is not known; None: of
+    an older plugin.
     """
 
     nonce: Name
@@ -69,6 +80,8 @@ class TapRun(msgspec.Struct, frozen=True):
     applied: Version | None
     anchors: Version | None = None
     features: bytes | None = None
+    child: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHILDREN)] = 0
+    previous_ids: bytes | None = None
 
     def matrix(self) -> npt.NDArray[np.float16] | None:
         """The features, [tokens, N]."""
@@ -82,11 +95,56 @@ class TapMessage(msgspec.Struct, frozen=True):
     taps: list[TapRun]
 
 
+class TapAnswer(msgspec.Struct, frozen=True):
+    """One whole choice of a request that asked for it (`hemostat_tap_top`), with T output positions.
+
+    Arrays are little-endian bytes in the layout of `hemostat.ipc.messages.Capture`: candidates [T, top_k + 1], most
+    likely first, padded with -1 and -inf, the emitted id among them; log-probabilities in nats, as vLLM takes them
+    (`--logprobs-mode`, by default of the unmodified logits after a grammar's mask).
+    call: number of this generation among those for the same nonce. choices: of this generation.
+    """
+
+    nonce: Name
+    call: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHILDREN)]
+    choice: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHILDREN)]
+    choices: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHILDREN)]
+    prompt_ids: bytes
+    """int32 [P]"""
+    token_ids: bytes
+    """int32 [T]"""
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOP)]
+    candidate_ids: bytes
+    """int32 [T, top_k + 1]"""
+    candidate_logprobs: bytes
+    """float32 [T, top_k + 1]"""
+    emitted_logprobs: bytes
+    """float32 [T]"""
+    finish_reason: Text
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids) // 4
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.prompt_ids) + (4 + 2 * self.top_k) * len(self.token_ids)
+
+
+class AnswerMessage(msgspec.Struct, frozen=True):
+    """dropped: answers that the API server's process had no room for, or could not send, since its start."""
+
+    boot_id: Name
+    answers: Annotated[list[TapAnswer], msgspec.Meta(max_length=4096)]
+    dropped: Count
+
+
 class InvalidEngineMessage(ValueError):
     """A message that the engine plugin does not send; the text names the field."""
 
 
 _report_decoder = msgspec.json.Decoder(EngineReport)
+_answer_decoder = msgspec.msgpack.Decoder(AnswerMessage)
 _tap_decoder = msgspec.msgpack.Decoder(TapMessage)
 
 
@@ -115,6 +173,32 @@ def decode_tap(body: bytes) -> TapMessage:
             raise InvalidEngineMessage(
                 f"tap of {run.nonce} has {len(run.features)} bytes of features: not {run.tokens} rows of float16"
             )
+        if run.previous_ids is not None and len(run.previous_ids) != 4 * run.tokens:
+            raise InvalidEngineMessage(
+                f"tap of {run.nonce} has {len(run.previous_ids)} bytes of previous_ids: not {run.tokens} of int32"
+            )
+    return message
+
+
+def decode_answers(body: bytes) -> AnswerMessage:
+    """msgpack to a message of answers; InvalidEngineMessage names the invalid field."""
+    message = _decode(_answer_decoder, body)
+    for answer in message.answers:
+        size = len(answer.token_ids)
+        expected = {
+            "prompt_ids": len(answer.prompt_ids) // 4 * 4,
+            "token_ids": size // 4 * 4,
+            "candidate_ids": size * (answer.top_k + 1),
+            "candidate_logprobs": size * (answer.top_k + 1),
+            "emitted_logprobs": size,
+        }
+        for name, length in expected.items():
+            if len(getattr(answer, name)) != length:
+                raise InvalidEngineMessage(
+                    f"answer of {answer.nonce} has {len(getattr(answer, name))} bytes of {name}: not {length}"
+                )
+        if answer.choice >= answer.choices:
+            raise InvalidEngineMessage(f"answer of {answer.nonce}: choice {answer.choice} of {answer.choices}")
     return message
 
 

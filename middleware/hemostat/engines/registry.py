@@ -13,7 +13,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from hemostat.engines.messages import EngineReport, InvalidEngineMessage
+import msgspec
+
+from hemostat.engines.answers import AnswerBuffer
+from hemostat.engines.messages import AnswerMessage, EngineReport, InvalidEngineMessage
 from hemostat.engines.taps import TapBuffer
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -32,7 +35,7 @@ class _Rank:
 
 
 class EngineRegistry:
-    """Owns the last report of every rank; `taps` owns the numbers of tapped requests.
+    """Owns the last report of every rank; `taps` owns the numbers of tapped requests, `answers` their answers.
 
     Not thread-safe: it lives in the control process's event loop.
     """
@@ -43,6 +46,7 @@ class EngineRegistry:
         self._former: Counter[str] = Counter()
         """Counters of engines that are gone."""
         self.taps = TapBuffer()
+        self.answers = AnswerBuffer()
         self.leads = True
         """This replica is the leader; engines prefer the anchors that the leader wants."""
         self.replica = ""
@@ -62,6 +66,19 @@ class EngineRegistry:
         while len(self._engines) > MAX_ENGINES:
             self._forget(next(iter(self._engines)))
         return list(self._wanted)
+
+    def add_answers(self, message: AnswerMessage, now: float) -> None:
+        """Keep the answers of this replica's requests; an API server that does not know the replicas yet sends every
+        one of them all answers."""
+        if self.replica:
+            own = [answer for answer in message.answers if answer.nonce.startswith(f"{self.replica}-")]
+            message = msgspec.structs.replace(message, answers=own)
+        self.answers.add(message, now)
+
+    def hands_out_answers(self, now: float) -> bool:
+        """Whether every live engine does."""
+        live = self.live(now)
+        return bool(live) and all(report.answers for report in live)
 
     def acknowledged(self, now: float) -> frozenset[str]:
         """Versions that every rank of every live engine holds; empty while any rank is missing or silent."""
@@ -99,6 +116,7 @@ class EngineRegistry:
     def samples(self, now: float) -> Iterator[Sample]:
         yield Sample(names.ENGINES, (), self.live_engines(now))
         yield from self.taps.samples()
+        yield from self.answers.samples()
         for event, count in self.counters(now).items():
             yield Sample(names.ENGINE_EVENTS, (event,), count)
 
@@ -108,6 +126,7 @@ class EngineRegistry:
             if all(now - rank.reported_at > SILENCE_SECONDS for rank in ranks.values()):
                 self._forget(boot_id)
         self.taps.expire(now)
+        self.answers.expire(now)
 
     def _forget(self, boot_id: str) -> None:
         self._former.update(_highest_counts(self._engines.pop(boot_id)))

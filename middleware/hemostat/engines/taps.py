@@ -47,15 +47,51 @@ class TapResult:
 
 
 @dataclass(slots=True)
-class _Tap:
-    boot_id: str
-    received_at: float
+class _Child:
+    """The runs of one request of the engine's."""
+
     runs: list[TapRun] = field(default_factory=list)
     covered: int = 0
     """One more than the last position, while there is no gap before it."""
+    tokens: int = 0
+
+    def add(self, run: TapRun) -> None:
+        self.runs.append(run)
+        self.tokens += run.tokens
+        if run.start <= self.covered:
+            self.covered = max(self.covered, run.start + run.tokens)
+
+    def fits(self, output: npt.NDArray[np.int32]) -> bool:
+        """Whether its ids, as far as they are known, are those of the output, int32 [T].
+
+        The numbers at a position depend on the ids before it only, so those are compared; the engine's plugin never
+        knows the last id of an output.
+        """
+        for run in self.runs:
+            if run.previous_ids is None:
+                continue
+            known = np.frombuffer(run.previous_ids, "<i4")
+            places = np.arange(run.start, run.start + run.tokens) - 1
+            given = (known >= 0) & (places >= 0)
+            known, places = known[given], places[given]
+            if (places >= len(output)).any() or (output[places] != known).any():
+                return False
+        return True
+
+
+@dataclass(slots=True)
+class _Tap:
+    boot_id: str
+    received_at: float
+    children: dict[int, _Child] = field(default_factory=dict)
+    taken: bool = False
 
     def feature_bytes(self) -> int:
-        return sum(len(run.features or b"") for run in self.runs)
+        return sum(_feature_bytes(child) for child in self.children.values())
+
+
+def _feature_bytes(child: _Child) -> int:
+    return sum(len(run.features or b"") for run in child.runs)
 
 
 class TapBuffer:
@@ -76,7 +112,7 @@ class TapBuffer:
             tap = self._taps.get(run.nonce)
             if tap is None:
                 tap = self._taps[run.nonce] = _Tap(message.boot_id, now)
-            if sum(kept.tokens for kept in tap.runs) + run.tokens > MAX_POSITIONS:
+            if sum(child.tokens for child in tap.children.values()) + run.tokens > MAX_POSITIONS:
                 self.runs_dropped += 1
                 continue
             tap.received_at = now
@@ -85,35 +121,49 @@ class TapBuffer:
                 self.features_dropped += 1
                 run, size = msgspec.structs.replace(run, anchors=None, features=None), 0  # noqa: PLW2901
             self._feature_bytes += size
-            tap.runs.append(run)
-            if run.start <= tap.covered:
-                tap.covered = max(tap.covered, run.start + run.tokens)
+            tap.children.setdefault(run.child, _Child()).add(run)
             self._taps.move_to_end(run.nonce)
         while len(self._taps) > MAX_TAPPED_REQUESTS:
             self._pop(next(iter(self._taps)))
             self.runs_dropped += 1
 
-    def covered(self, nonce: str) -> int:
-        """How many output positions have numbers, counted from the first without a gap."""
-        tap = self._taps.get(nonce)
-        return tap.covered if tap else 0
+    def covered(self, nonce: str, output_ids: bytes | None = None) -> int:
+        """How many output positions have numbers, counted from the first without a gap.
 
-    def take(self, nonce: str) -> TapResult | None:
-        """All numbers of the request, which are removed; None when there are none."""
-        tap = self._pop(nonce)
-        if tap is None or not tap.runs:
+        output_ids: see `take`.
+        """
+        tap = self._taps.get(nonce)
+        found = None if tap is None else _find(tap, output_ids)
+        return 0 if tap is None or found is None else tap.children[found].covered
+
+    def take(self, nonce: str, output_ids: bytes | None = None) -> TapResult | None:
+        """All numbers of one choice, which are removed; None when there are none.
+
+        output_ids: the choice's ids, little-endian int32 [T], by which it is found among those of a request with
+        several; of two with the same ids it is the first that was not taken, since their numbers are the same. None:
+        the request has one choice.
+        """
+        tap = self._taps.get(nonce)
+        found = None if tap is None else _find(tap, output_ids)
+        if tap is None or found is None:
             return None
-        length = max(run.start + run.tokens for run in tap.runs)
-        found: dict[str, npt.NDArray[np.float64]] = {}
-        for run in tap.runs:
+        child = tap.children.pop(found)
+        self._feature_bytes -= _feature_bytes(child)
+        tap.taken = True
+        if not tap.children or output_ids is None:
+            self._pop(nonce)
+        length = max(run.start + run.tokens for run in child.runs)
+        by_version: dict[str, npt.NDArray[np.float64]] = {}
+        for run in child.runs:
             # A later run replaces an earlier one: a position is sent again after a rejected draft token, or in chunks.
             for version, values in run.versions.items():
-                if version not in found:
-                    found[version] = np.full(length, np.nan)
+                if version not in by_version:
+                    by_version[version] = np.full(length, np.nan)
                 numbers = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-                found[version][run.start : run.start + run.tokens] = numbers
-        applied = {run.applied for run in tap.runs}
-        return TapResult(tap.boot_id, tap.runs[-1].applied, len(applied) > 1, found, _features(tap.runs, length))
+                by_version[version][run.start : run.start + run.tokens] = numbers
+        applied = {run.applied for run in child.runs}
+        features = _features(child.runs, length)
+        return TapResult(tap.boot_id, child.runs[-1].applied, len(applied) > 1, by_version, features)
 
     def expire(self, now: float) -> None:
         """Drop what was not taken within TAP_SECONDS."""
@@ -122,7 +172,8 @@ class TapBuffer:
             if now - tap.received_at <= TAP_SECONDS:
                 break
             self._pop(nonce)
-            self.runs_dropped += 1
+            if not tap.taken:  # else what remains is of choices that are not scored
+                self.runs_dropped += 1
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.ENGINE_TAPS_DROPPED, (), self.runs_dropped)
@@ -133,6 +184,21 @@ class TapBuffer:
         if tap is not None:
             self._feature_bytes -= tap.feature_bytes()
         return tap
+
+
+def _find(tap: _Tap, output_ids: bytes | None) -> int | None:
+    """The child that an output belongs to; see `TapBuffer.take`."""
+    if output_ids is None:
+        return min(tap.children, default=None)
+    output = np.frombuffer(output_ids, "<i4")
+    fitting = [number for number, child in tap.children.items() if child.fits(output)]
+
+    def rank(number: int) -> tuple[bool, int, int]:
+        # Of an answer that this output begins with too few positions are covered, of a longer one more than needed.
+        covered = tap.children[number].covered
+        return covered < len(output), abs(covered - len(output)), number
+
+    return min(fitting, key=rank, default=None)
 
 
 def _features(runs: list[TapRun], length: int) -> Features | None:

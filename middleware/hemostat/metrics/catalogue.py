@@ -460,6 +460,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "runs",
             "Runs of a request's positions whose features exceeded the control process's buffer.",
         ),
+        Metric(
+            names.ENGINE_ANSWERS,
+            "counter",
+            "answers",
+            "Whole answers (ids and log-probabilities) of tapped requests from vLLM's API servers, by reason.",
+            ("reason",),
+        ),
     ),
     "What clients got, of all generations": (
         Metric(

@@ -99,6 +99,7 @@ ENGINES = "hemostat_engines"
 ENGINE_EVENTS = "hemostat_engine_events_total"
 ENGINE_TAPS_DROPPED = "hemostat_engine_taps_dropped_total"
 ENGINE_FEATURES_DROPPED = "hemostat_engine_features_dropped_total"
+ENGINE_ANSWERS = "hemostat_engine_answers_total"
 
 # Adapters at the engine
 ADAPTERS = "hemostat_adapters"

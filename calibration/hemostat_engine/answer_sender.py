@@ -1,0 +1,107 @@
+"""The thread that sends recorded answers from the API server's process to the admin ports."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from hemostat_engine.admin_client import FetchError
+from hemostat_engine.peers import Peer, Peers
+
+log = logging.getLogger("vllm.hemostat")
+
+MAX_MESSAGE_BYTES = 8 << 20
+ATTEMPTS = 2
+PAUSE_SECONDS = 0.5
+"""Between two attempts. Hemostat waits some seconds for an answer, so one that is late is of no use."""
+
+
+class Queue(Protocol):
+    """Of `hemostat_engine.answers.AnswerQueue`."""
+
+    filled: threading.Event
+    dropped: int
+
+    def take(self, max_bytes: int) -> list[dict[str, Any]]: ...
+
+    def drop(self, answers: int = 1) -> None: ...
+
+
+class AnswerSender:
+    """`start()` once; the thread then sends what is in the queue. boot_id: of this process."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        peers: Peers,
+        boot_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._queue = queue
+        self._peers = peers
+        self._boot_id = boot_id
+        self._clock = clock
+        self._pause = pause
+        self._replicas: dict[str, str] = {}
+        """Address of a replica's admin port -> the prefix of the nonces of its requests."""
+        self._failing = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="hemostat-answers", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self._queue.filled.wait()
+            try:
+                self.send()
+            except Exception:
+                # An unexpected error must not end the thread: no answer would be sent any more.
+                log.exception("hemostat answers")
+                self._pause(PAUSE_SECONDS)
+
+    def send(self) -> None:
+        """Send one message's worth of answers, or drop and count them."""
+        unsent = self._queue.take(MAX_MESSAGE_BYTES)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                self._pause(PAUSE_SECONDS)
+            unsent = self._send_once(unsent)
+            if not unsent:
+                return
+        self._queue.drop(len(unsent))
+
+    def _send_once(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the answers that no replica has accepted."""
+        self._peers.refresh(self._clock())
+        unsent = answers
+        for peer in self._peers.all:
+            own = [answer for answer in unsent if self._may_own(peer, answer["nonce"])]
+            if not own:
+                continue
+            body = {"boot_id": self._boot_id, "answers": own, "dropped": self._queue.dropped}
+            try:
+                replica = peer.client.send_answers(body)
+            except FetchError as error:
+                self._log_failure(error)
+                continue
+            self._failing = False
+            self._replicas[peer.url] = replica
+            # A replica ignores answers that are not of its own requests.
+            unsent = [answer for answer in unsent if not self._may_own(peer, answer["nonce"])]
+        return unsent
+
+    def _may_own(self, peer: Peer, nonce: str) -> bool:
+        """Whether the request came through `peer`, or may have, while its prefix is not known."""
+        if len(self._peers.all) == 1:
+            return True
+        replica = self._replicas.get(peer.url)
+        return not replica or nonce.startswith(f"{replica}-")
+
+    def _log_failure(self, error: FetchError) -> None:
+        if not self._failing:
+            log.warning("answers cannot be sent: %s", error)
+        self._failing = True

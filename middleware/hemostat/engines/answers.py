@@ -1,0 +1,103 @@
+"""Whole answers of tapped requests, from when vLLM's API server sends them until the scorer takes them.
+
+Not thread-safe: it lives in the control process's event loop. Time is passed in, monotonic seconds. Requests and bytes
+are bounded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from hemostat.engines.messages import AnswerMessage, TapAnswer
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+
+MAX_WAITING_REQUESTS = 4096
+MAX_WAITING_BYTES = 256 << 20
+"""Of all answers that wait to be taken; further ones are dropped."""
+ANSWER_SECONDS = 120.0
+"""After the last answer of a request, its answers are dropped when nobody has taken them."""
+MAX_SENDERS = 256
+"""API servers whose counts of dropped answers are kept."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    received_at: float
+    answers: dict[tuple[int, int], TapAnswer] = field(default_factory=dict)
+    """By call and choice."""
+
+    def bytes(self) -> int:
+        return sum(answer.size for answer in self.answers.values())
+
+
+class AnswerBuffer:
+    """Owns the answers of tapped requests."""
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
+        self._bytes = 0
+        self.received = 0
+        self.dropped = 0
+        """Answers that nobody took in time, or that there was no room for here."""
+        self._dropped_by_sender: OrderedDict[str, int] = OrderedDict()
+        self._dropped_at_senders = 0
+
+    def add(self, message: AnswerMessage, now: float) -> None:
+        """Keep the answers of a message until they are taken."""
+        self.expire(now)
+        # A sender that was forgotten would count again from zero on.
+        before = self._dropped_by_sender.pop(message.boot_id, 0)
+        self._dropped_at_senders += max(0, message.dropped - before)
+        self._dropped_by_sender[message.boot_id] = max(before, message.dropped)
+        while len(self._dropped_by_sender) > MAX_SENDERS:
+            self._dropped_by_sender.popitem(last=False)
+        for answer in message.answers:
+            self.received += 1
+            if self._bytes + answer.size > MAX_WAITING_BYTES:
+                self.dropped += 1
+                continue
+            waiting = self._waiting.setdefault(answer.nonce, _Waiting(now))
+            waiting.received_at = now
+            key = answer.call, answer.choice
+            replaced = waiting.answers.get(key)
+            self._bytes += answer.size - (replaced.size if replaced else 0)
+            waiting.answers[key] = answer
+            self._waiting.move_to_end(answer.nonce)
+        while len(self._waiting) > MAX_WAITING_REQUESTS:
+            self._drop(next(iter(self._waiting)))
+
+    def complete(self, nonce: str, choices: int) -> bool:
+        """Whether as many answers have come as the request has choices."""
+        waiting = self._waiting.get(nonce)
+        return waiting is not None and len(waiting.answers) >= choices
+
+    def take(self, nonce: str) -> list[TapAnswer]:
+        """The request's answers, by call and choice, which are removed."""
+        waiting = self._pop(nonce)
+        return [] if waiting is None else [waiting.answers[key] for key in sorted(waiting.answers)]
+
+    def expire(self, now: float) -> None:
+        """Drop what was not taken within ANSWER_SECONDS."""
+        while self._waiting:
+            nonce, waiting = next(iter(self._waiting.items()))
+            if now - waiting.received_at <= ANSWER_SECONDS:
+                break
+            self._drop(nonce)
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.ENGINE_ANSWERS, ("received",), self.received)
+        yield Sample(names.ENGINE_ANSWERS, ("dropped",), self.dropped)
+        yield Sample(names.ENGINE_ANSWERS, ("dropped_at_engine",), self._dropped_at_senders)
+
+    def _pop(self, nonce: str) -> _Waiting | None:
+        waiting = self._waiting.pop(nonce, None)
+        if waiting is not None:
+            self._bytes -= waiting.bytes()
+        return waiting
+
+    def _drop(self, nonce: str) -> None:
+        waiting = self._pop(nonce)
+        self.dropped += 0 if waiting is None else len(waiting.answers)
