@@ -134,6 +134,22 @@ def _candidates(logprobs: Any, position: int) -> tuple[list[int], list[float]]:
     return list(row), [entry.logprob for entry in row.values()]
 
 
+def _shortened(logprobs: Any, ids: Any, top_k: int) -> Any:
+    """vLLM's list of dicts as it is where `top_k` candidates are asked for, beside the emitted id."""
+    if hasattr(logprobs, "start_indices"):
+        # The emitted id stands first, then the most likely ones.
+        shorter = type(logprobs)()
+        for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
+            span = slice(start, min(end, start + 1 + top_k))
+            fields = (logprobs.token_ids, logprobs.logprobs, logprobs.ranks, logprobs.decoded_tokens)
+            shorter.append_fast(*(values[span] for values in fields))
+        return shorter
+    return [
+        {i: entry for i, entry in row.items() if i == emitted or entry.rank <= top_k}
+        for row, emitted in zip(logprobs, ids, strict=True)
+    ]
+
+
 class Recording:
     """One generation. `params` are what the engine is asked for, `note` takes what it yields."""
 
@@ -145,14 +161,12 @@ class Recording:
         self._number = int(params.n or 1)
         self._choices: dict[int, _Choice] = {}
         self._failed = False
-        self._hidden = params.logprobs is None
-        """The server did not ask for logprobs, and must not see any."""
-        self.params = params
-        self.top_k = params.logprobs
-        if self._hidden:
-            self.top_k = top if max_logprobs < 0 else min(top, max_logprobs)
-            self.params = copy.copy(params)
-            self.params.logprobs = self.top_k
+        self._own: int | None = params.logprobs
+        """What the server itself asked for, and gets."""
+        self.top_k = max(self._own or 0, top if max_logprobs < 0 else min(top, max_logprobs))
+        self.params = copy.copy(params)
+        self.params.logprobs = self.top_k
+        if self._own is None:
             self.params.flat_logprobs = True
 
     def note(self, output: Any) -> None:
@@ -163,9 +177,11 @@ class Recording:
         except Exception as error:  # noqa: BLE001 - the client's response must not depend on it
             self._fail()
             log.warning("an answer was not recorded: %s: %s", type(error).__name__, error)
-        if self._hidden:
-            for completion in output.outputs:
+        for completion in output.outputs:
+            if self._own is None:
                 completion.logprobs = completion.cumulative_logprob = None
+            elif self._own < self.top_k and completion.logprobs is not None:
+                completion.logprobs = _shortened(completion.logprobs, completion.token_ids, self._own)
 
     def _record(self, output: Any) -> None:
         for completion in output.outputs:

@@ -153,14 +153,16 @@ def test_every_choice_is_an_answer_and_a_second_generation_of_the_request_a_call
     assert server.starts == 1
 
 
-@pytest.mark.parametrize("own", [0, 1])
-def test_the_clients_own_logprobs_stay_as_it_asked_for_them(own: int) -> None:
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("own", [0, 1, 2, 3])
+def test_the_clients_own_logprobs_stay_as_it_asked_for_them(own: int, flat: bool) -> None:
     server = Server(Engine([[[3, 8]]]))
-    seen = server.serve(params(ASKS, logprobs=own))
-    assert seen[0].outputs[0].logprobs == logprobs_of([3, 8], own, flat=False)
-    assert (server.engine.given[0].logprobs, server.engine.given[0].flat_logprobs) == (own, False)
+    seen = server.serve(params(ASKS, logprobs=own, flat_logprobs=flat))
+    assert seen[0].outputs[0].logprobs == logprobs_of([3, 8], own, flat)
+    assert (server.engine.given[0].logprobs, server.engine.given[0].flat_logprobs) == (max(own, 2), flat)
     (answer,) = server.recorded()
-    assert answer["top_k"] == own
+    assert answer["top_k"] == max(own, 2)
+    assert arrays(answer)[1].tolist() == [[3, 4, *[9] * (own == 3), -1], [3, 4, *[9] * (own == 3), 8]]
     assert arrays(answer)[3] == [-0.5, -7.0]
 
 

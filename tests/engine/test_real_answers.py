@@ -114,7 +114,7 @@ def test_the_clients_own_logprobs_are_what_it_asked_for(vllm_server: Any) -> Non
     tapped = post(vllm_server, "/v1/chat/completions", body | xargs("own"))
     assert without_varying(tapped) == without_varying(plain)
     (answer,) = answers_of(vllm_server, "own", 1)
-    assert answer.top_k == 2
+    assert answer.top_k == 5
 
 
 def test_a_number_of_candidates_above_the_servers_limit_is_no_error(vllm_server: Any) -> None:
