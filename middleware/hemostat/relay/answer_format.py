@@ -31,7 +31,19 @@ class _Function(msgspec.Struct):
 
 
 class _Tool(msgspec.Struct):
+    """With `function` in a chat; in `/v1/responses` and `/v1/messages` without."""
+
     function: _Function | None = None
+    name: str = ""
+    parameters: msgspec.Raw = msgspec.Raw(b"")
+    input_schema: msgspec.Raw = msgspec.Raw(b"")
+
+    @property
+    def offered(self) -> tuple[str, bytes] | None:
+        """Its name, and the JSON schema of its parameters (empty: any)."""
+        if self.function is not None:
+            return self.function.name, _given(self.function.parameters)
+        return (self.name, _given(self.parameters) or _given(self.input_schema)) if self.name else None
 
 
 class _JsonSchema(msgspec.Struct):
@@ -39,8 +51,15 @@ class _JsonSchema(msgspec.Struct):
 
 
 class _ResponseFormat(msgspec.Struct):
+    """`schema`: in `/v1/responses` and `/v1/messages`, instead of `json_schema`."""
+
     type: str = ""
     json_schema: _JsonSchema | None = None
+    schema: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Output(msgspec.Struct):
+    format: _ResponseFormat | None = None
 
 
 class _StructuredOutputs(msgspec.Struct):
@@ -53,6 +72,10 @@ class _Body(msgspec.Struct):
     structured_outputs: _StructuredOutputs | None = None
     guided_json: msgspec.Raw = msgspec.Raw(b"")
     tools: msgspec.Raw = msgspec.Raw(b"")
+    text: _Output | None = None
+    """Of `/v1/responses`."""
+    output_config: _Output | None = None
+    """Of `/v1/messages`."""
 
 
 _body: msgspec.json.Decoder[_Body] = msgspec.json.Decoder(_Body)
@@ -93,10 +116,12 @@ class AnswerFormat:
             return cls(in_words=in_words)
         schema: bytes | None = None
         asked, outputs = read.response_format, read.structured_outputs
+        for other in (read.text, read.output_config):
+            asked = asked or (None if other is None else other.format)
         if asked is not None and asked.type == "json_object":
             schema = b""
         elif asked is not None and asked.type == "json_schema":
-            schema = b"" if asked.json_schema is None else bytes(asked.json_schema.schema)
+            schema = bytes(asked.schema) if asked.json_schema is None else bytes(asked.json_schema.schema)
         elif outputs is not None and (outputs.json_object or _given(outputs.json)):
             schema = _given(outputs.json)
         elif _given(read.guided_json):
@@ -142,7 +167,7 @@ class AnswerFormat:
             tools = _tools.decode(self._offered)
         except _ERRORS:
             return {}
-        return {tool.function.name: _given(tool.function.parameters) or b"true" for tool in tools if tool.function}
+        return {name: schema or b"true" for name, schema in filter(None, (tool.offered for tool in tools))}
 
 
 _NOTHING = object()

@@ -13,6 +13,7 @@ from hemostat import logs
 from hemostat.hooks import Comparison
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.metrics import names
+from hemostat.openai.routes import FORMS
 from hemostat.relay import counters
 from hemostat.relay.context import RelayContext
 from hemostat.relay.http.fields import split_fields
@@ -35,7 +36,7 @@ class GenerationReport:
 
     def __init__(self, context: RelayContext, route: str, request_id: str, started: float) -> None:
         """started: when the request's head was complete (perf_counter)."""
-        self.observer = OutcomeObserver()
+        self.observer = OutcomeObserver(FORMS[route])
         self._context = context
         self._route = route
         self._request_id = request_id

@@ -21,7 +21,9 @@ from typing import Any
 import msgspec
 
 from hemostat.metrics import names
+from hemostat.openai.forms.form import Form
 from hemostat.relay.answer_format import AnswerFormat
+from hemostat.relay.answers import Choice, Response, parse, tail_of
 from hemostat_calibration.outcomes import Outcome
 
 FINISH_REASONS = frozenset(
@@ -40,13 +42,11 @@ MIN_LOOP_CHARACTERS = 48
 """A loop: the text ends in LOOP_COPIES copies of one block, MIN_LOOP_CHARACTERS or more in all. A run of one character
 (the ruler `-----`) is not a loop."""
 
-_FINISH = re.compile(rb'"finish_reason":\s*"([a-z_]{1,32})"')
 _TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
-_TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)":\s*"((?:[^"\\]|\\.)*)"')
 # Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
 _JSON_REQUESTED = re.compile(rb'"(?:json_object|json_schema|guided_json)"|"json":')
 _TOOLS_REQUESTED = re.compile(rb'"tools":\s*\[')
-_CALLS = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]')
+_CALLS = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]|"type":\s*"(?:tool_use|function_call)"')
 _MODEL = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
 
 Count = Callable[[str, tuple[str, ...], float], None]
@@ -66,39 +66,6 @@ class ResponseOutcome:
     """Of a request in an arm, by outcome that applies to it (`hemostat_calibration.outcomes.Outcome`) and is known."""
 
 
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _ToolCall(msgspec.Struct):
-    index: int = 0
-    function: _Function | None = None
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-    tool_calls: list[_ToolCall] | None = None
-
-
-class _Choice(msgspec.Struct):
-    index: int = 0
-    message: _Message | None = None
-    delta: _Message | None = None
-    text: str | None = None
-    finish_reason: str | None = None
-
-
-class _Usage(msgspec.Struct):
-    completion_tokens: int = 0
-
-
-class _Response(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-
-
-_response = msgspec.json.Decoder(_Response)
 _any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
@@ -109,9 +76,11 @@ class OutcomeObserver:
     client gets it (HTTP chunk sizes may stand between the bytes), then `finish` once.
     """
 
-    __slots__ = ("_format", "_pieces", "_size", "_whole", "body", "disabled", "events", "json", "stream", "tools")
+    __slots__ = ("_form", "_format", "_pieces", "_size", "_whole", "body", "disabled", "events", "json", "stream", "tools")
 
-    def __init__(self) -> None:
+    def __init__(self, form: Form) -> None:
+        """form: of the request and the response."""
+        self._form = form
         self.json = False
         """JSON output was requested."""
         self.tools = False
@@ -178,16 +147,16 @@ class OutcomeObserver:
             return ResponseOutcome()
         data = b"".join(self._pieces)
         self._pieces.clear()
-        response = self._parse(data) if self._whole else None
+        response = parse(data, self._form, stream=self.stream) if self._whole else None
         if response is None:
-            reasons = [found.decode() for found in _FINISH.findall(data)]
+            reasons, text = tail_of(data, self._form)
             counted = _TOKENS.findall(data)
             used = int(counted[-1]) if counted else None
-            texts = [b"".join(_TEXT.findall(data)).decode("utf-8", "replace")]
+            texts = [text]
         else:
             reasons = [c.finish_reason for c in response.choices if c.finish_reason]
             used = response.usage.completion_tokens if response.usage else None
-            texts = [_text(choice) for choice in response.choices]
+            texts = [choice.whole_text for choice in response.choices]
             self._count_structured(response, arm, count)
         tokens = self.events if used is None else used
         for reason in reasons:
@@ -203,7 +172,7 @@ class OutcomeObserver:
     def _bad(
         self,
         asked: AnswerFormat,
-        response: _Response | None,
+        response: Response | None,
         data: bytes,
         texts: list[str],
         reasons: list[str],
@@ -218,74 +187,25 @@ class OutcomeObserver:
             if asked.json and (loop or "length" in reasons):
                 bad[Outcome.JSON.value] = True  # too long to be parsed here, and not ended
             return bad
-        choice = response.choices[0] if response.choices else _Choice()
-        calls = _tool_calls(choice)
-        bad[Outcome.EMPTY.value] = not calls and not _text(choice).strip()
+        choice = response.choices[0] if response.choices else Choice()
+        calls = choice.calls
+        bad[Outcome.EMPTY.value] = not calls and not choice.whole_text.strip()
         if asked.json:
-            bad[Outcome.JSON.value] = not calls and not asked.is_json(_text(choice))
+            bad[Outcome.JSON.value] = not calls and not asked.is_json(choice.whole_text)
         if asked.tools:
             named = ((call.function.name or "", call.function.arguments or "") for call in calls if call.function)
             bad[Outcome.TOOL_CALL.value] = not asked.calls_fit(named)
         return bad
 
-    def _count_structured(self, response: _Response, arm: str, count: Count) -> None:
+    def _count_structured(self, response: Response, arm: str, count: Count) -> None:
         for choice in response.choices:
             truncated = choice.finish_reason == "length"
-            calls = _tool_calls(choice)
+            calls = choice.calls
             for call in calls:
                 arguments = (call.function.arguments if call.function else None) or ""
                 count(names.STRUCTURED_OUTPUTS, (arm, "tool_call", _json_outcome(arguments, truncated)), 1.0)
             if self.json and not calls:
-                count(names.STRUCTURED_OUTPUTS, (arm, "json", _json_outcome(_text(choice), truncated)), 1.0)
-
-    def _parse(self, data: bytes) -> _Response | None:
-        """The response; None where it is malformed, so that only the regular expressions are applied."""
-        try:
-            return _merge_events(data) if self.stream else _response.decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return None
-
-
-def _merge_events(data: bytes) -> _Response:
-    """The events of a stream, merged into one response."""
-    choices: dict[int, _Choice] = {}
-    usage: _Usage | None = None
-    for line in data.split(b"\n"):
-        if not line.startswith(b"data: {"):
-            continue
-        event = _response.decode(line[6:])
-        usage = event.usage or usage
-        for part in event.choices:
-            whole = choices.setdefault(part.index, _Choice(index=part.index, message=_Message("", [])))
-            whole.finish_reason = part.finish_reason or whole.finish_reason
-            message, delta = whole.message, part.delta
-            assert message is not None
-            message.content = (message.content or "") + ((delta.content if delta else part.text) or "")
-            for call in (delta.tool_calls if delta else None) or []:
-                _append_tool_call(message, call)
-    return _Response(list(choices.values()), usage)
-
-
-def _append_tool_call(message: _Message, part: _ToolCall) -> None:
-    """Append a part's arguments to the tool call with the same index."""
-    calls = message.tool_calls
-    assert calls is not None
-    call = next((c for c in calls if c.index == part.index), None)
-    if call is None:
-        call = _ToolCall(part.index, _Function())
-        calls.append(call)
-    assert call.function is not None
-    if part.function is not None:
-        call.function.name = call.function.name or part.function.name
-        call.function.arguments = (call.function.arguments or "") + (part.function.arguments or "")
-
-
-def _tool_calls(choice: _Choice) -> list[_ToolCall]:
-    return (choice.message.tool_calls if choice.message is not None else None) or []
-
-
-def _text(choice: _Choice) -> str:
-    return (choice.message.content if choice.message else choice.text) or ""
+                count(names.STRUCTURED_OUTPUTS, (arm, "json", _json_outcome(choice.whole_text, truncated)), 1.0)
 
 
 def _json_outcome(text: str, truncated: bool) -> str:

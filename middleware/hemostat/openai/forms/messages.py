@@ -1,0 +1,121 @@
+"""`/v1/messages`, Anthropic's form. Checked against vLLM 0.32 (`entrypoints/anthropic`).
+
+Such a response names neither ids nor log-probabilities. So it is scored from what the engine's plugin hands out, and is
+passed on as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from hemostat.openai.forms.protocol import Details, Stripper
+from hemostat.openai.forms.shared import decode_or_none
+from hemostat.openai.json_splice import NULL, JsonObject
+from hemostat.openai.observing import EndingObserver
+from hemostat.openai.requests import Message, Request, Unscorable
+from hemostat.openai.tokens import ResponseTokens, Usage
+
+
+class _Block(msgspec.Struct):
+    type: str = ""
+    content: msgspec.Raw = msgspec.Raw(NULL)
+    """Of a tool's result."""
+
+
+class _Usage(msgspec.Struct):
+    output_tokens: int
+    input_tokens: int = 0
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+
+
+_elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
+_messages: msgspec.json.Decoder[list[Message]] = msgspec.json.Decoder(list[Message])
+_blocks: msgspec.json.Decoder[list[_Block]] = msgspec.json.Decoder(list[_Block])
+_usage: msgspec.json.Decoder[_Usage] = msgspec.json.Decoder(_Usage)
+_MEDIA = frozenset({"image", "document"})
+FINISH_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
+"""Anthropic's `stop_reason` -> what chat calls it."""
+
+
+class Messages:
+    """A `protocol.Format`."""
+
+    def read(self, body: JsonObject) -> Details:
+        messages: list[Message] | None = decode_or_none(_messages, body.raw("messages"))
+        conversation = _conversation(body, messages)
+        if messages and body.has("system"):
+            messages.insert(0, Message("system", msgspec.Raw(body.raw("system"))))
+        return Details(
+            unscorable=_unscorable(body, messages),
+            messages=messages or [],
+            conversation=conversation,
+        )
+
+    def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
+        """None: see `Unscorable.NO_TOKEN_IDS`."""
+        return {}
+
+    def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return self.observer(request, tokens, stream=stream)
+
+    def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return EndingObserver(self, request, tokens, stream=stream)
+
+    def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
+        """Of an event (`message_start`, `message_delta`, …) or a whole response."""
+        message = JsonObject(data.raw("message")) if data.has("message") else data
+        if message.has("model") and not tokens.model:
+            tokens.model = str(message.value("model"))
+        # A stream's event has the reason in its delta.
+        holder = JsonObject(data.raw("delta")) if data.has("delta") else message
+        if holder.has("stop_reason"):
+            reason = str(holder.value("stop_reason"))
+            tokens.choice(0).finish_reason = FINISH_REASONS.get(reason, reason)
+            if data.has("usage"):
+                usage = _usage.decode(data.raw("usage"))
+                cached = (usage.cache_read_input_tokens or 0) + (usage.cache_creation_input_tokens or 0)
+                tokens.usage = Usage(usage.input_tokens + cached, usage.output_tokens)
+        if data.has("content_block"):
+            tokens.choice(0).reasoning |= JsonObject(data.raw("content_block")).value("type") == "thinking"
+        elif data.has("content") and data.raw("content").startswith(b"["):
+            blocks = _blocks.decode(data.raw("content"))
+            tokens.choice(0).reasoning = any(block.type == "thinking" for block in blocks)
+
+
+def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | None:
+    """The system prompt and the messages up to the first one of the user, or else all of them."""
+    raw = body.raw("messages")
+    if raw == NULL:
+        return None
+    system = body.raw("system")
+    for position, message in enumerate(messages or ()):
+        if message.role == "user":
+            return b"\x00".join([system, *map(bytes, _elements.decode(raw)[: position + 1])])
+    return b"\x00".join([system, raw])
+
+
+def _unscorable(body: JsonObject, messages: list[Message] | None) -> Unscorable:
+    value = body.value
+    if value("stream") not in (None, True, False) or not messages:
+        return Unscorable.INVALID
+    if any(_has_media(message.content) for message in messages):
+        return Unscorable.MULTIMODAL
+    output = value("output_config")
+    if isinstance(output, dict) and output.get("format") is not None:
+        return Unscorable.STRUCTURED_OUTPUT
+    choice: Any = value("tool_choice")
+    if choice is not None and not (isinstance(choice, dict) and choice.get("type") in ("auto", "none")):
+        return Unscorable.FORCED_TOOL
+    return Unscorable.NO_TOKEN_IDS
+
+
+def _has_media(content: msgspec.Raw, *, nested: bool = False) -> bool:
+    """nested: within a tool's result, which has no further results."""
+    raw = bytes(content)
+    if not raw.startswith(b"["):
+        return False
+    blocks = decode_or_none(_blocks, raw) or [_Block("image")]
+    return any(block.type in _MEDIA or (not nested and _has_media(block.content, nested=True)) for block in blocks)

@@ -1,0 +1,147 @@
+"""`/v1/responses`. Checked against vLLM 0.32 (`entrypoints/openai/responses`).
+
+Such a response can name the ids that were emitted (`enable_response_messages`), but other candidates only by their
+texts, which do not tell ids apart. So it is scored from what the engine's plugin hands out, and is passed on as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from hemostat.openai.forms.protocol import Details, Stripper
+from hemostat.openai.forms.shared import decode_or_none
+from hemostat.openai.json_splice import NULL, JsonObject
+from hemostat.openai.observing import EndingObserver
+from hemostat.openai.requests import Message, Request, Unscorable
+from hemostat.openai.tokens import ResponseFailure, ResponseTokens, Usage
+
+
+class _Item(msgspec.Struct):
+    """One item of the input; a message needs no type."""
+
+    type: str = "message"
+    role: str = ""
+    content: msgspec.Raw = msgspec.Raw(NULL)
+    output: msgspec.Raw = msgspec.Raw(NULL)
+
+
+class _Part(msgspec.Struct):
+    type: str = ""
+
+
+class _Usage(msgspec.Struct):
+    input_tokens: int
+    output_tokens: int
+
+
+class _OutputItem(msgspec.Struct):
+    type: str = ""
+
+
+_elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
+_items: msgspec.json.Decoder[list[_Item]] = msgspec.json.Decoder(list[_Item])
+_parts: msgspec.json.Decoder[list[_Part]] = msgspec.json.Decoder(list[_Part])
+_usage: msgspec.json.Decoder[_Usage] = msgspec.json.Decoder(_Usage)
+_output: msgspec.json.Decoder[list[_OutputItem]] = msgspec.json.Decoder(list[_OutputItem])
+
+_TEXT_PARTS = frozenset({"input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"})
+_OF_THE_MODEL = frozenset({"function_call", "reasoning", "custom_tool_call"})
+_FINISH_REASONS = {"completed": "stop", "incomplete": "length"}
+"""A response's status -> what chat calls it."""
+
+
+class Responses:
+    """A `protocol.Format`."""
+
+    def read(self, body: JsonObject) -> Details:
+        raw = body.raw("input")
+        items: list[_Item] | None = None
+        if raw.startswith(b'"'):
+            messages: list[Message] | None = [Message("user", msgspec.Raw(raw))]
+        else:
+            items = decode_or_none(_items, raw)
+            messages = None if items is None else [_message(item) for item in items]
+        if messages is not None and body.has("instructions"):
+            messages.insert(0, Message("system", msgspec.Raw(body.raw("instructions"))))
+        return Details(
+            unscorable=_unscorable(body, items, messages),
+            messages=messages or [],
+            conversation=_conversation(body, raw, items),
+        )
+
+    def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
+        """None: see `Unscorable.NO_TOKEN_IDS`."""
+        return {}
+
+    def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return self.observer(request, tokens, stream=stream)
+
+    def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
+        return EndingObserver(self, request, tokens, stream=stream)
+
+    def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
+        """Of an event (`response.created`, `response.completed`, …) or a whole response."""
+        inner = data.raw("response")
+        response = data if inner == NULL else JsonObject(inner)
+        if not response.has("status") or not response.has("model"):
+            return
+        if not tokens.model:
+            tokens.model = str(response.value("model"))
+        status = response.value("status")
+        if status in ("failed", "cancelled"):
+            tokens.fail(ResponseFailure.UPSTREAM_ERROR)
+        elif status in _FINISH_REASONS:
+            choice = tokens.choice(0)
+            choice.finish_reason = _FINISH_REASONS[status]
+            choice.reasoning = any(item.type == "reasoning" for item in _output.decode(response.raw("output")))
+            if response.has("usage"):
+                usage = _usage.decode(response.raw("usage"))
+                tokens.usage = Usage(usage.input_tokens, usage.output_tokens)
+
+
+def _message(item: _Item) -> Message:
+    role = item.role or ("assistant" if item.type in _OF_THE_MODEL else "tool")
+    return Message(role, item.content if item.content != NULL else item.output)
+
+
+def _conversation(body: JsonObject, raw: bytes, items: list[_Item] | None) -> bytes | None:
+    """The instructions and the items up to the user's first message, or else all of them."""
+    if raw == NULL:
+        return None
+    instructions = body.raw("instructions")
+    for position, item in enumerate(items or ()):
+        if item.role == "user":
+            return b"\x00".join([instructions, *map(bytes, _elements.decode(raw)[: position + 1])])
+    return b"\x00".join([instructions, raw])
+
+
+def _unscorable(body: JsonObject, items: list[_Item] | None, messages: list[Message] | None) -> Unscorable:
+    value = body.value
+    if value("stream") not in (None, True, False) or not messages:
+        return Unscorable.INVALID
+    if value("background"):
+        return Unscorable.BACKGROUND
+    if body.has("previous_response_id") or body.has("previous_input_messages"):
+        return Unscorable.SERVER_STATE
+    if any(_has_media(part) for item in items or () for part in (item.content, item.output)):
+        return Unscorable.MULTIMODAL
+    if body.has("structured_outputs") or _text_format(value("text")) not in (None, "text"):
+        return Unscorable.STRUCTURED_OUTPUT
+    if value("tool_choice") not in (None, "none", "auto"):
+        return Unscorable.FORCED_TOOL
+    return Unscorable.NO_TOKEN_IDS
+
+
+def _has_media(content: msgspec.Raw) -> bool:
+    raw = bytes(content)
+    if not raw.startswith(b"["):
+        return False
+    parts = decode_or_none(_parts, raw) or [_Part()]
+    return any(part.type not in _TEXT_PARTS for part in parts)
+
+
+def _text_format(text: Any) -> Any:
+    chosen = text.get("format") if isinstance(text, dict) else None
+    return chosen.get("type") if isinstance(chosen, dict) else None

@@ -1,0 +1,52 @@
+"""Responses that are passed on as they are: what they say of themselves is read, and the tokens come from elsewhere."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hemostat.openai import sse
+from hemostat.openai.json_splice import MALFORMED, JsonObject
+from hemostat.openai.requests import Request
+from hemostat.openai.stripping import ResponseBody
+from hemostat.openai.tokens import ResponseFailure, ResponseTokens, error_reason
+
+
+class EndingForm(Protocol):
+    """How a form says how its response ended."""
+
+    def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
+        """Record the model, the finish reason and the usage, where this event or response has them.
+
+        May raise one of MALFORMED.
+        """
+
+
+class EndingObserver(ResponseBody):
+    """A `forms.protocol.Stripper` that changes nothing."""
+
+    def __init__(self, form: EndingForm, request: Request, tokens: ResponseTokens, *, stream: bool) -> None:
+        super().__init__(request, tokens, stream=stream)
+        self._form = form
+
+    def _on_body(self, data: bytes) -> bytes:
+        self._read(data)
+        return data
+
+    def _on_event(self, event: sse.Event) -> bytes:
+        if event.data is not None and event.data != b"[DONE]":
+            self._read(event.data)
+        return event.raw
+
+    def _read(self, data: bytes) -> None:
+        tokens = self._tokens
+        try:
+            body = JsonObject(data)
+            if body.has("error"):
+                tokens.fail(error_reason(data))
+            elif tokens.failure is None:
+                self._form.record_ending(body, tokens)
+        except MALFORMED:
+            tokens.fail(ResponseFailure.UNREADABLE)
+
+    def _check(self) -> None:
+        self._tokens.check_finished()
