@@ -50,7 +50,7 @@ SHADOW_REASONS: dict[str, Values] = {
     "skipped": {
         "opted_out": "the client sent `X-Hemostat-Shadow: off`",
         "on_not_allowed": "the client sent `on`, and `shadow.allow_on` is not set",
-        "route": "neither `/v1/chat/completions` nor `/v1/completions`",
+        "route": "neither of `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/messages`",
         "encoded": "the request's or the answer's body is compressed",
         "body_too_large": "longer than the limit up to which a request is parsed; it was forwarded unparsed",
         "bad_json": "the request is not a JSON object",
@@ -67,6 +67,13 @@ SHADOW_REASONS: dict[str, Values] = {
         "client_logprobs": "the client asks for logprobs as texts, which ids cannot be turned back into",
         "hidden_reasoning": "vLLM hides the reasoning's token ids",
         "multimodal": "images, audio or embeddings in the prompt",
+        "no_token_ids": "a response of `/v1/responses` or `/v1/messages` does not tell the ids of tokens, and the "
+        "engine's plugin does not hand them out",
+        "background": "the answer of `/v1/responses` is computed in the background and fetched later",
+        "server_state": "the conversation's beginning is in vLLM's memory (`previous_response_id`)",
+        "no_answer": "the engine's plugin did not hand out the answer in time; see `hemostat_engine_answers_total`",
+        "answer_mismatch": "what the engine's plugin handed out is not the whole answer: other choices, or another "
+        "number of tokens than vLLM counted; so are all requests for which the server calls its own tools",
         "too_long": "longer than `shadow.max_tokens`",
         "logprobs_refused": "vLLM refused the additional parameters; raise its `--max-logprobs` to `shadow.top_k`",
         "adapter_refused": "vLLM does not have the adapter that was asked for, or cannot load it",

@@ -12,6 +12,7 @@ from tests.support.relay import Request, answering, chat_json, post, relaying
 from hemostat.hooks import Comparison
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.metrics.names import OUTCOME_ERRORS, OUTCOME_REPORTS
+from hemostat.openai.form import Form
 from hemostat.relay.outcomes import OutcomeObserver
 
 PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
@@ -27,7 +28,7 @@ def stream(*deltas: dict[str, Any], reason: str = "stop") -> bytes:
 
 def bad(answer: bytes, *, streamed: bool = False, in_words: bool = False, **request: Any) -> dict[str, bool] | None:
     body = json.dumps({"messages": [], **request}).encode()
-    observer = OutcomeObserver()
+    observer = OutcomeObserver(Form.CHAT)
     observer.feed_request(body)
     observer.compare(body, json_in_words=in_words)
     observer.begin_response(stream=streamed)
@@ -103,7 +104,7 @@ def test_an_answer_that_is_too_long_to_be_parsed() -> None:
 
 
 def test_nothing_is_judged_without_a_comparison() -> None:
-    observer = OutcomeObserver()
+    observer = OutcomeObserver(Form.CHAT)
     observer.feed_response(chat_json("Paris."))
     assert observer.finish("none", lambda *_: None).bad is None
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.support.relay import Request, answering, chat_json, relaying
 
 from hemostat.metrics.names import OUTPUT_TOKENS, REPETITION_LOOPS, RESPONSES_FINISHED, STRUCTURED_OUTPUTS
+from hemostat.openai.form import Form
 from hemostat.relay import outcomes
 from hemostat.relay.outcomes import OutcomeObserver, ends_in_loop
 
@@ -20,7 +21,7 @@ TOOLS = b'{"messages": [], "tools": [{"type": "function"}]}'
 
 
 def observed(pieces: list[bytes], *, request: bytes = b"{}", stream: bool = False, arm: str = "none") -> Counter[Any]:
-    observer = OutcomeObserver()
+    observer = OutcomeObserver(Form.CHAT)
     observer.feed_request(request)
     observer.begin_response(stream=stream)
     for piece in pieces:
@@ -89,7 +90,7 @@ def test_requested_json_is_parsed(stream: bool, text: str, reason: str, outcome:
 
 def test_a_request_for_json_is_a_member_not_text_of_a_message() -> None:
     said = json.dumps({"messages": [{"role": "user", "content": 'write {"type": "json_object"} and "tools": []'}]})
-    observer = OutcomeObserver()
+    observer = OutcomeObserver(Form.CHAT)
     observer.feed_request(said.encode())
     assert not observer.json
     assert not observer.tools
@@ -112,7 +113,7 @@ def test_parts_of_tool_calls_are_joined_by_index(stream: bool) -> None:
 
 
 def test_kept_bytes_are_bounded() -> None:
-    observer = OutcomeObserver()
+    observer = OutcomeObserver(Form.CHAT)
     observer.feed_request(SCHEMA)
     observer.begin_response(stream=True)
     for _ in range(3000):

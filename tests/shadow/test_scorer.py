@@ -133,7 +133,7 @@ class Bench:
         self.conditioning = no_conditioning()
         self.scorer = Scorer(
             self,
-            self.engines.taps,
+            self.engines,
             self,
             queue=ShadowQueue(max_queue),
             budget=TokenBudget(rate, max(rate, 1.0) if burst is None else burst),
@@ -144,6 +144,7 @@ class Bench:
             conditioning=self.conditioning,
             profile_in_request=by_request,
             max_scored=max_scored,
+            max_tokens=40,
         )
 
     @property
@@ -175,7 +176,7 @@ class Bench:
         """As though the engine had handed out these features, and all else of the 3 positions."""
         self.tap(nonce, 0, 3, None)
         take = self.engines.taps.take
-        self.engines.taps.take = lambda n: replace(take(n), features=features)  # type: ignore[method-assign, type-var]
+        self.engines.taps.take = lambda *n: replace(take(*n), features=features)  # type: ignore[method-assign, type-var]
 
     def tap(self, nonce: str, start: int, tokens: int, applied: str | None, value: float | None = 0.25) -> None:
         run = TapRun(nonce, start, tokens, {VERSION: [value] * tokens}, applied)

@@ -163,6 +163,19 @@ class Wire:
         return answer
 
 
+class ThroughWire(httpx.BaseTransport):
+    """An httpx transport whose every request goes through the interceptor."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._ids = itertools.count()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = self._wire.send(request.url.path, request.read(), request_id=f"sdk-{next(self._ids)}")
+        kind = "text/event-stream" if answer.body.startswith((b"data:", b"event:")) else "application/json"
+        return httpx.Response(answer.status, headers={"content-type": kind}, content=answer.body)
+
+
 def cut(data: bytes, splits: random.Random | None) -> list[bytes]:
     if splits is None or len(data) < 2:
         return [data]

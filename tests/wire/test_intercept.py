@@ -12,7 +12,7 @@ import numpy as np
 import openai as openai_sdk
 import pytest
 from tests.support.fake_vllm import FakeVllm, encode, render
-from tests.support.wire import (
+from tests.support.wire import (, ThroughWire
     TOOL_CALL,
     TOOLS,
     VERSION,
@@ -270,19 +270,6 @@ def test_a_stream_of_another_format_is_passed_on_and_counted(event: bytes) -> No
 
 
 # --- a client that reads it ------------------------------------------------------------------------------------------
-
-
-class ThroughWire(httpx.BaseTransport):
-    """An httpx transport whose every request goes through the interceptor."""
-
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
-        self._ids = itertools.count()
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        answer = self._wire.send(request.url.path, request.read(), request_id=f"sdk-{next(self._ids)}")
-        kind = "text/event-stream" if answer.body.startswith(b"data:") else "application/json"
-        return httpx.Response(answer.status, headers={"content-type": kind}, content=answer.body)
 
 
 def test_the_openai_client_reads_sampled_responses(wire: Wire) -> None:

@@ -98,6 +98,7 @@ class PolicyPublisher:
             scoring=self._monitor.ready
             and any(pair.reference is not None and not self._breakers.open(pair.name, now) for pair in served.pairs),
             tap=bool(self._engines.live(now)),
+            tap_tokens=self._engines.hands_out_answers(now),
             forced=profiles.serving.forced,
             serving_by_kind=profiles.serving.version_by_kind,
             control_fraction=calibration.control_fraction,

@@ -3,7 +3,7 @@
 A profile serves a kind only on evidence in that kind, so a kind should hold requests that the compressed model answers
 alike. The name's parts, in this order and joined by spaces; those after the third only where they apply:
 
-    chat | completions
+    chat | completions | responses | messages
     model NAME      where the server has several models that can be scored
     label NAME      X-Hemostat-Label
     text | json | tools | grammar
@@ -49,6 +49,8 @@ _MAX_BYTES_PER_CHARACTER = 12
 _NAMED = frozenset({"model", "label"})
 """Parts that a name follows."""
 _STRUCTURED = frozenset({Unscorable.STRUCTURED_OUTPUT, Unscorable.FORCED_TOOL, Unscorable.GRAMMAR_TOO_LARGE})
+_NO_TOOLS = ("none", {"type": "none"})
+"""The latter in `/v1/messages`."""
 _CODE_SIGNS = (b"```", b"def ", b"#include", b"public static", b"std::", b"console.log", b"import numpy", b"</div>")
 """Any of these is enough."""
 _LANGUAGES = frozenset(
@@ -132,7 +134,7 @@ def _edges(raw: memoryview) -> bytes:
 def _output(request: Request, words: set[bytes], first: list[bytes]) -> str:
     if request.grammar is not None or request.unscorable in _STRUCTURED:
         return GRAMMAR_PART
-    if request.tools and request.body.raw("tools") != b"[]" and _given(request, "tool_choice") != "none":
+    if request.tools and request.body.raw("tools") != b"[]" and _given(request, "tool_choice") not in _NO_TOOLS:
         return "tools"
     in_first = any(b"json" in text and b"json" in text.translate(_BLANKED).split() for text in first)
     return "json" if b"json" in words or in_first else "text"
@@ -212,7 +214,8 @@ def _is_long(texts: Iterable[memoryview]) -> bool:
 
 
 def _is_brief(request: Request) -> bool:
-    limit = _given(request, "max_completion_tokens") if request.form is Form.CHAT else None
+    other_name = {Form.CHAT: "max_completion_tokens", Form.RESPONSES: "max_output_tokens"}.get(request.form)
+    limit = None if other_name is None else _given(request, other_name)
     if limit is None:
         limit = _given(request, "max_tokens")
     return isinstance(limit, int) and limit <= BRIEF_TOKENS

@@ -47,6 +47,12 @@ class Unscorable(StrEnum):
     """vLLM leaves out the token ids of the reasoning."""
     MULTIMODAL = "multimodal"
     """The prompt has images, audio or embeddings."""
+    NO_TOKEN_IDS = "no_token_ids"  # noqa: S105 - not a password
+    """The route's response does not tell ids, and the engine's plugin does not hand them out."""
+    BACKGROUND = "background"
+    """The response does not have the answer, which the client fetches later."""
+    SERVER_STATE = "server_state"
+    """The conversation's beginning is in the server's memory, so that its turns cannot be recognized as one."""
 
 
 class Uncalibrated(StrEnum):
@@ -65,7 +71,15 @@ class Uncalibrated(StrEnum):
 
 
 _NEVER_CALIBRATED = frozenset(reason.value for reason in Uncalibrated)
-FROM_TAP = frozenset({Unscorable.N, Unscorable.ECHO, Unscorable.CLIENT_LOGPROBS, Unscorable.HIDDEN_REASONING})
+FROM_TAP = frozenset(
+    {
+        Unscorable.N,
+        Unscorable.ECHO,
+        Unscorable.CLIENT_LOGPROBS,
+        Unscorable.HIDDEN_REASONING,
+        Unscorable.NO_TOKEN_IDS,
+    }
+)
 """Requests whose response has to stay as it is, and that can be scored from what the engine's plugin reports."""
 MAX_CHOICES = 16
 """Choices of one request that are recorded."""
@@ -172,11 +186,12 @@ def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_d
     changed = changes.get("temperature")
     given = body.value("temperature") if changed is None else float(changed)
     temperature = _number(given, 1.0)
-    xargs = body.value("vllm_xargs")
+    xargs, thinking = body.value("vllm_xargs"), body.value("thinking")
     altered = (
         _edits_logits(body)
         or any(body.has(key) for key in ("logits_processors", "thinking_token_budget"))
         or body.value("watermarking")
+        or (isinstance(thinking, dict) and thinking.get("type") == "enabled")  # of /v1/messages, with a budget
         or (isinstance(xargs, dict) and not xargs.keys() <= _HEMOSTAT_XARGS)
     )
     complete = given is not None and all(body.has(key) for key in ("top_p", "top_k", "min_p", "repetition_penalty"))

@@ -9,6 +9,8 @@ from hemostat.openai.form import Form
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
 MODELS = "/v1/models"
 
 OTHER = "other"
@@ -43,8 +45,8 @@ class Route:
 ROUTES = (
     Route(CHAT, Support.SCORED, form=Form.CHAT, operation="chat"),
     Route(COMPLETIONS, Support.SCORED, form=Form.COMPLETIONS, operation="text_completion"),
-    Route("/v1/responses", Support.NOT_SCORED),
-    Route("/v1/messages", Support.NOT_SCORED),
+    Route(RESPONSES, Support.SCORED, form=Form.RESPONSES, operation="chat"),
+    Route(MESSAGES, Support.SCORED, form=Form.MESSAGES, operation="chat"),
     Route("/v1/embeddings", Support.NOT_SCORED),
     Route(MODELS, Support.RELAYED),
     Route("/tokenize", Support.RELAYED),

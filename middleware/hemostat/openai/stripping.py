@@ -52,13 +52,13 @@ class _Parsed:
 
     __slots__ = ("body", "choices")
 
-    def __init__(self, data: bytes) -> None:
-        self.body = JsonObject(data)
+    def __init__(self, body: JsonObject) -> None:
+        self.body = body
         raw = self.body.raw("choices") if self.body.has("choices") else b"[]"
         self.choices = [JsonObject(bytes(choice)) for choice in _elements.decode(raw)]
 
 
-class _Body:
+class ResponseBody:
     """One response, its events or its whole body; what is done with them is decided by the subclass."""
 
     def __init__(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> None:
@@ -109,7 +109,7 @@ class _Body:
         self._tokens.check_complete(self._tools)
 
 
-class ChoiceStripper(_Body):
+class ChoiceStripper(ResponseBody):
     """A `forms.protocol.Stripper` of a response to a request with the injected members."""
 
     def __init__(self, form: LogprobForm, request: Request, tokens: ResponseTokens, *, stream: bool) -> None:
@@ -125,7 +125,7 @@ class ChoiceStripper(_Body):
 
     def _on_body(self, data: bytes) -> bytes:
         try:
-            parsed = _Parsed(data)
+            parsed = _Parsed(JsonObject(data))
             stripped = self._strip(parsed)
         except MALFORMED:
             self._tokens.fail(ResponseFailure.UNREADABLE)
@@ -139,7 +139,7 @@ class ChoiceStripper(_Body):
         if event.data == b"[DONE]":
             return self._take_finishing() + event.raw
         try:
-            parsed = _Parsed(event.data)
+            parsed = _Parsed(JsonObject(event.data))
             stripped = self._strip(parsed)
         except MALFORMED:
             self._tokens.fail(ResponseFailure.UNREADABLE)
@@ -218,30 +218,9 @@ class ChoiceStripper(_Body):
             tokens.fail(ResponseFailure.NO_LOGPROBS)
 
 
-class ChoiceObserver(_Body):
-    """A `forms.protocol.Stripper` that changes nothing, and reads the model, the finish reasons and the usage."""
-
-    def _on_body(self, data: bytes) -> bytes:
-        self._read(data)
-        return data
-
-    def _on_event(self, event: sse.Event) -> bytes:
-        if event.data is not None and event.data != b"[DONE]":
-            self._read(event.data)
-        return event.raw
-
-    def _read(self, data: bytes) -> None:
-        tokens = self._tokens
-        try:
-            parsed = _Parsed(data)
-            if parsed.body.has("error"):
-                tokens.fail(error_reason(data))
-            _record_ending(tokens, parsed)
-        except MALFORMED:
-            tokens.fail(ResponseFailure.UNREADABLE)
-
-    def _check(self) -> None:
-        self._tokens.check_finished()
+def record_ending(body: JsonObject, tokens: ResponseTokens) -> None:
+    """See `observing.EndingForm`."""
+    _record_ending(tokens, _Parsed(body))
 
 
 def _record_ending(tokens: ResponseTokens, parsed: _Parsed) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from hemostat.openai.forms.form import Form
+from hemostat.openai.form import Form
 
 _ANTHROPIC_FINISH = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 _STATUS_FINISH = {"completed": "stop", "incomplete": "length"}
@@ -228,9 +228,7 @@ def _last_response(data: bytes) -> _ItemResponse:
 def _items(response: _ItemResponse) -> Response:
     parts = [part for item in response.output if item.type == "message" for part in item.content or []]
     calls = [Function(item.name, item.arguments) for item in response.output if item.type == "function_call"]
-    return _one_choice(
-        "".join(part.text for part in parts), calls, _STATUS_FINISH.get(response.status), response.usage
-    )
+    return _one_choice("".join(part.text for part in parts), calls, _STATUS_FINISH.get(response.status), response.usage)
 
 
 def _one_choice(text: str, calls: list[Function], finish: str | None, usage: _OutputUsage | None) -> Response:

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from hemostat.metrics import names
-from hemostat.openai.forms.form import Form
+from hemostat.openai.form import Form
 from hemostat.relay.answer_format import AnswerFormat
 from hemostat.relay.answers import Choice, Response, parse, tail_of
 from hemostat_calibration.outcomes import Outcome
@@ -76,7 +76,19 @@ class OutcomeObserver:
     client gets it (HTTP chunk sizes may stand between the bytes), then `finish` once.
     """
 
-    __slots__ = ("_form", "_format", "_pieces", "_size", "_whole", "body", "disabled", "events", "json", "stream", "tools")
+    __slots__ = (
+        "_form",
+        "_format",
+        "_pieces",
+        "_size",
+        "_whole",
+        "body",
+        "disabled",
+        "events",
+        "json",
+        "stream",
+        "tools",
+    )
 
     def __init__(self, form: Form) -> None:
         """form: of the request and the response."""

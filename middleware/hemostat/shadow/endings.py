@@ -67,6 +67,15 @@ class ScoringSkipReason(StrEnum):
     REFERENCE_NO_ADAPTER = "reference_no_adapter"
     """The reference does not serve the LoRA adapter any more."""
 
+    NO_ANSWER = "no_answer"
+    """vLLM's API server has not handed out the answer in time, where the response has no token ids."""
+    ANSWER_MISMATCH = "answer_mismatch"
+    """What it handed out is not the whole answer: other choices, or another number of tokens."""
+    ANSWER_TOO_LONG = "too_long"
+    """More tokens than `shadow.max_tokens`, of a response without token ids."""
+    EMPTY_ANSWER = "empty"
+    """The answer has no token, or its prompt has none."""
+
 
 class ScoringDropReason(StrEnum):
     """Why a capture was not scored, though it could have been at another time."""

@@ -157,7 +157,7 @@ class ScoringPipeline:
             )
         self.scorer = Scorer(
             monitor,
-            engines.taps,
+            engines,
             needs,
             queue=self.queue,
             budget=budget,
@@ -168,6 +168,7 @@ class ScoringPipeline:
             clock=clock,
             profile_in_request=settings.calibration.apply == "request",
             max_scored=shadow.max_scored_tokens,
+            max_tokens=settings.shadow.max_tokens,
         )
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:

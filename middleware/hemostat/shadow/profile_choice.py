@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from hemostat.ipc.messages import Policy, rest_of
+from hemostat.openai.form import Form
 from hemostat.openai.requests import Request, Uncalibrated, Unscorable
 from hemostat.openai.tokens import ResponseFailure
 from hemostat.shadow.assignment import in_control_arm
@@ -33,6 +34,8 @@ class ArmReason(StrEnum):
     """`calibration.force` is set."""
     OWN_PARAMETERS = "own_parameters"
     """`calibration.apply: request`, and the client set temperature or logit_bias."""
+    REQUEST_FORM = "request_form"
+    """`calibration.apply: request`, and the route has no logit_bias, or repeats the temperature in its response."""
     OTHER_MODEL = "other_model"
     """Profiles are for another of the served models."""
     OWN_ADAPTER = "own_adapter"
@@ -99,6 +102,8 @@ def choose_profile(
         return Choice(None, Arm.NONE, ArmReason.OFF)
     if request.uncalibrated is not None:
         return Choice(None, Arm.NONE, request.uncalibrated)
+    if policy.apply == "request" and request.form not in (Form.CHAT, Form.COMPLETIONS):
+        return Choice(None, Arm.NONE, ArmReason.REQUEST_FORM)
     if policy.apply == "request" and (request.body.has("temperature") or request.body.has("logit_bias")):
         return Choice(None, Arm.NONE, ArmReason.OWN_PARAMETERS)
     if policy.forced is not None:

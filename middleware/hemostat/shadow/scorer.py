@@ -16,7 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from hemostat.engines.taps import TapBuffer, TapResult
+from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -50,6 +51,7 @@ from hemostat.shadow.record_builder import (
     decode_capture,
     profile_codes,
 )
+from hemostat.shadow.tapped_answers import UnusableAnswer, captures_from_tap
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
@@ -104,12 +106,13 @@ class Scorer:
 
     emit: is handed every record with its capture. clock: monotonic seconds.
     profile_in_request: see `build_record`. max_scored: see `decode_capture`.
+    max_tokens: of prompt and output, where only the engine's plugin tells them.
     """
 
     def __init__(
         self,
         models: ServedModelsSource,
-        taps: TapBuffer,
+        engines: EngineRegistry,
         needs: ScoringNeeds,
         *,
         queue: ShadowQueue,
@@ -121,10 +124,13 @@ class Scorer:
         conditioning: Conditioning,
         profile_in_request: bool = False,
         max_scored: int | None = None,
+        max_tokens: int = 0,
     ) -> None:
         self._max_scored = max_scored
         self._models = models
-        self._taps = taps
+        self._taps = engines.taps
+        self._answers = engines.answers
+        self._max_tokens = max_tokens
         self._needs = needs
         self._queue = queue
         self._budget = budget
@@ -204,14 +210,19 @@ class Scorer:
 
     def _tap_is_complete(self, capture: Capture) -> bool:
         """The engine has reported every position of the output, or the time to wait for that is up."""
-        if not capture.nonce:
+        if not capture.nonce or self._clock() - capture.captured_at > MAX_TAP_SECONDS:
             return True
+        if capture.from_tap:
+            return self._answers.complete(capture.nonce, capture.choices)
         tokens = len(capture.output_token_ids) // ID_BYTES
-        return self._taps.covered(capture.nonce) >= tokens or self._clock() - capture.captured_at > MAX_TAP_SECONDS
+        return self._taps.covered(capture.nonce, _ids_among_choices(capture)) >= tokens
 
     async def _score(self, capture: Capture) -> None:
         """Emit one record and count it, or count why there is none."""
-        tap = self._taps.take(capture.nonce) if capture.nonce else None
+        if capture.from_tap:
+            self._offer_choices(capture)
+            return
+        tap = self._taps.take(capture.nonce, _ids_among_choices(capture)) if capture.nonce else None
         pair = self._models.served.of(capture.model)
         if (unusable := self._unusable(capture, pair, tap)) is not None:
             self._endings.count(Outcome.SKIPPED, unusable, capture)
@@ -289,6 +300,16 @@ class Scorer:
             return None
         return CompressedLogits(ids, features.values, arrays.candidates.logprobs)
 
+    def _offer_choices(self, capture: Capture) -> None:
+        """Queue the captures of a request whose response has no token ids, or count why there are none."""
+        try:
+            choices = captures_from_tap(capture, self._answers.take(capture.nonce), self._max_tokens)
+        except UnusableAnswer as unusable:
+            self._endings.count(Outcome.SKIPPED, unusable.reason, capture)
+            return
+        for choice in choices:
+            self.offer(choice)
+
     def _unusable(self, capture: Capture, pair: ModelPair | None, tap: TapResult | None) -> ScoringSkipReason | None:
         """Why no reference could score this capture, or it cannot be known what its tokens were sampled from."""
         if pair is None:
@@ -365,3 +386,8 @@ class Scorer:
             raise
         breaker.succeeded()
         return scores
+
+
+def _ids_among_choices(capture: Capture) -> bytes | None:
+    """What tells the choice's numbers from those of the request's other choices; None: it is the only one."""
+    return capture.output_token_ids if capture.choices > 1 else None

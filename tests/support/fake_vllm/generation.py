@@ -54,6 +54,8 @@ class Generation:
             for number, prompt in enumerate(prompts)
             for child in range(each)
         ]
+        self.steps: list[list[Step]] = [[] for _ in self.choices]
+        """Of each choice so far."""
 
     def _tool_id(self, index: int) -> str:
         name = f"{self.id}-{index}" if index else self.id
@@ -70,6 +72,7 @@ class Generation:
                         running.remove(choice)
                         continue
                     await self._wait(step[0])
+                    self.steps[choice.index].append(step[1])
                     yield choice, step[1]
 
     def _in_batches(self) -> AbstractContextManager[None]:

@@ -20,12 +20,17 @@ from tests.support.fake_vllm.answers import (
     Send,
     answer,
     disconnected,
+    dumps,
     error_event,
     start,
 )
 from tests.support.fake_vllm.generation import Generation
 from tests.support.fake_vllm.model import FakeModel, token_bytes
+from tests.support.fake_vllm.other_forms import MESSAGES, RESPONSES, OtherForm, anthropic_error, as_chat
 from tests.support.fake_vllm.pooling import FakePooling
+from tests.support.fake_vllm.tapping import answers_of
+
+from hemostat.engines.messages import TapAnswer
 
 
 @dataclass
@@ -77,6 +82,8 @@ class FakeVllm(FakeModel):
     requests: list[dict[str, Any]] = field(default_factory=list)
     """Bodies of the generations, as they came."""
     headers: list[dict[bytes, bytes]] = field(default_factory=list)
+    handed_out: list[TapAnswer] = field(default_factory=list)
+    """Answers, of generations that asked the plugin for them."""
     aborted: int = 0
     """Generations whose client went away."""
     _ids: Iterator[int] = field(default_factory=itertools.count)
@@ -99,7 +106,13 @@ class FakeVllm(FakeModel):
             elif self.pooling is not None and route == ("POST", "/pooling"):
                 await self.pooling.answer(body, (self.model, *self.adapters), self.max_model_len, send)
             elif self.pooling is None and route in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
-                await self._named(body)._generate(route[1] == "/v1/chat/completions", headers, body, receive, send)
+                await self._named(body)._generate(route[1], headers, body, receive, send)
+            elif route in (("POST", RESPONSES), ("POST", MESSAGES)):
+                try:
+                    await self._named(body)._generate(route[1], headers, body, receive, send)
+                except RefusedError as refused:
+                    value = anthropic_error(refused) if route[1] == MESSAGES else refused.body
+                    await answer(send, refused.status, value)
             else:
                 status, value = (self if route[0] == "GET" else self._named(body))._other(route, body)
                 await self._answer(send, status, value)
@@ -245,16 +258,17 @@ class FakeVllm(FakeModel):
         return body, prompts, min(room, limit or room)
 
     async def _generate(
-        self, chat: bool, headers: dict[bytes, bytes], data: bytes, receive: Receive, send: Send
+        self, path: str, headers: dict[bytes, bytes], data: bytes, receive: Receive, send: Send
     ) -> None:
+        own, chat = json.loads(data or b"{}") if path in (RESPONSES, MESSAGES) else None, path != "/v1/completions"
         self.headers.append(headers)
         if self.status is not None:
             raise RefusedError("Internal server error", None, "InternalServerError", self.status)
         if self.hang:
             await disconnected(receive)
             return
-        body, prompts, limit = self._check(chat, data)
-        self.requests.append(body)
+        body, prompts, limit = self._check(chat, data if own is None else dumps(as_chat(path, own)))
+        self.requests.append(body if own is None else own)
         asked = (body.get("top_logprobs") if chat else body.get("logprobs")) or 0
         if asked > self.max_logprobs:
             refused = RefusedError(
@@ -269,7 +283,8 @@ class FakeVllm(FakeModel):
             await send({"type": "http.response.body", "body": error_event(refused.body) + DONE})
             return
         name = headers.get(b"x-request-id", str(next(self._ids)).encode()).decode()
-        generation = Generation(self, chat, body, prompts, limit, ("chatcmpl-" if chat else "cmpl-") + name)
+        chosen = Generation(self, chat, body, prompts, limit, ("chatcmpl-" if chat else "cmpl-") + name)
+        generation = chosen if own is None else OtherForm(chosen, path, own)
         gone = asyncio.ensure_future(disconnected(receive))
         try:
             if body.get("stream"):
@@ -279,6 +294,7 @@ class FakeVllm(FakeModel):
                         self.aborted += 1
                         return
                     await send({"type": "http.response.body", "body": event, "more_body": True})
+                self._hand_out(chosen)
                 await send({"type": "http.response.body", "body": b""})
             else:
                 work = asyncio.ensure_future(generation.whole())
@@ -287,6 +303,12 @@ class FakeVllm(FakeModel):
                     self.aborted += 1
                     work.cancel()
                     return
+                self._hand_out(chosen)
                 await self._answer(send, 200, work.result())
         finally:
             gone.cancel()
+
+    def _hand_out(self, generation: Generation) -> None:
+        top = (generation.body.get("vllm_xargs") or {}).get("hemostat_tap_top")
+        if self.plugin and top is not None:
+            self.handed_out += answers_of(generation, min(int(top), self.max_logprobs))

@@ -20,8 +20,9 @@ from hemostat.openai.forms.shared import (
     usage_requested,
 )
 from hemostat.openai.json_splice import NULL, JsonObject, encode
+from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import NO_WISH, LogprobWish, Request, Unscorable
-from hemostat.openai.stripping import ChoiceObserver, ChoiceStripper
+from hemostat.openai.stripping import ChoiceStripper, record_ending
 from hemostat.openai.tokens import ResponseTokens, Row, row_of_names
 
 
@@ -74,7 +75,10 @@ class Completions:
         return ChoiceStripper(self, request, tokens, stream=stream)
 
     def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
-        return ChoiceObserver(request, tokens, stream=stream)
+        return EndingObserver(self, request, tokens, stream=stream)
+
+    def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
+        record_ending(data, tokens)
 
     def is_held_back(self, choice: JsonObject) -> bool:
         return False

@@ -7,6 +7,13 @@ from collections.abc import Mapping
 from hemostat.openai.form import Form
 from hemostat.openai.forms.chat import Chat
 from hemostat.openai.forms.completions import Completions
+from hemostat.openai.forms.messages import Messages
 from hemostat.openai.forms.protocol import Format
+from hemostat.openai.forms.responses import Responses
 
-FORMATS: Mapping[Form, Format] = {Form.CHAT: Chat(), Form.COMPLETIONS: Completions()}
+FORMATS: Mapping[Form, Format] = {
+    Form.CHAT: Chat(),
+    Form.COMPLETIONS: Completions(),
+    Form.RESPONSES: Responses(),
+    Form.MESSAGES: Messages(),
+}

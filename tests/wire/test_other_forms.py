@@ -1,0 +1,382 @@
+"""`/v1/responses` and `/v1/messages`: the response is never changed, and the tokens are what the plugin hands out."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx
+import httpx2
+import msgspec
+import numpy as np
+import openai as openai_sdk
+import pytest
+from tests.support.fake_lora import FakeLora
+from tests.support.fake_vllm import FakeVllm, render, serving
+from tests.support.wire import VERSION, ThroughWire, Wire, policy, rows
+
+from hemostat.openai import json_splice
+from hemostat.openai.form import Form
+from hemostat.openai.kinds import kind_name
+from hemostat.openai.reading import read_request
+from hemostat.openai.requests import Unscorable
+from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES
+from hemostat.shadow.endings import ScoringSkipReason
+from hemostat.shadow.tapped_answers import UnusableAnswer, captures_from_tap
+
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = {
+    RESPONSES: [{"type": "function", "name": "get_weather", "parameters": PARAMETERS}],
+    MESSAGES: [{"name": "get_weather", "input_schema": PARAMETERS}],
+}
+LIMIT = {RESPONSES: "max_output_tokens", MESSAGES: "max_tokens"}
+FORM = {RESPONSES: Form.RESPONSES, MESSAGES: Form.MESSAGES}
+BOTH = pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+
+
+@pytest.fixture
+def fake() -> FakeVllm:
+    return FakeVllm(seed=5, plugin=True)
+
+
+@pytest.fixture
+def wire(fake: FakeVllm) -> Iterator[Wire]:
+    with serving(fake) as url, httpx.Client(base_url=url, timeout=20) as client:
+        yield Wire(client)
+
+
+def ask(path: str, text: str = "Hello", *, limit: int = 12, **more: Any) -> dict[str, Any]:
+    given = [{"role": "user", "content": text}]
+    return {
+        "model": "fake",
+        ("input" if path == RESPONSES else "messages"): given,
+        LIMIT[path]: limit,
+        "temperature": 0,
+    } | more
+
+
+def tapping(**more: Any) -> Any:
+    return policy(tap=True, tap_tokens=True, **more)
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"limit": 1},
+    "unicode": {"text": "say: Zażółć 日本語 🎉☃!", "limit": 60},
+    "ends": {"text": "say: short", "limit": 30},
+    "sampled": {"temperature": 0.9},
+    "a tool call": {"text": "say: Let me see. " + CALL, "limit": 150, "tools": TOOLS},
+    "an error's words": {"text": 'say: {"error": {"code": 400}} data: {"error"', "limit": 60},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("stream", [False, True])
+@BOTH
+def test_the_response_is_byte_for_byte_the_same_and_the_tokens_are_those_of_the_same_chat(
+    wire: Wire, fake: FakeVllm, path: str, stream: bool, feature: str
+) -> None:
+    asked = dict(FEATURES[feature])
+    if "tools" in asked:
+        asked["tools"] = TOOLS[path]
+    body = ask(path, **asked) | ({"stream": True} if stream else {})
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(path, body)
+    wire.interceptor.policy = tapping()
+    for seed in range(3):
+        sampled = wire.send(path, body, splits=random.Random(seed) if seed else None)
+        assert (sampled.status, sampled.body) == (plain.status, plain.body) == (200, plain.body)
+    xargs = {"hemostat_tap": "nonce", "hemostat_tap_top": "8"}
+    assert json.loads(sampled.sent) == body | {"vllm_xargs": xargs}
+    assert wire.shadow("shadowed") == 3
+    capture, answer = wire.captures[-1], fake.handed_out[-1]
+    assert (capture.from_tap, capture.choices, capture.nonce, capture.model) == (True, 1, "nonce", "fake")
+    assert capture.generated == answer.tokens
+    (found,) = captures_from_tap(capture, [answer], 1024)
+    chat = {"model": "fake", "messages": body.get("messages") or body["input"], "max_tokens": body[LIMIT[path]]}
+    wire.interceptor.policy = policy()
+    wire.send(CHAT, chat | {"temperature": body["temperature"]})
+    prompt, output, ids, logprobs, emitted = rows(found)
+    expected = rows(wire.captures[-1])
+    assert (prompt, output) == expected[:2] == (render(chat["messages"]), expected[1])
+    np.testing.assert_array_equal(emitted, expected[4])
+    for position, token in enumerate(output):
+        truth = fake.logprobs(prompt + output[:position]).astype(np.float32)
+        most_likely = np.argsort(-truth, kind="stable")[:8].tolist()
+        assert ids[position].tolist() == [*most_likely, -1 if token in most_likely else token]
+        np.testing.assert_array_equal(logprobs[position][:8], truth[most_likely])
+    assert (found.from_tap, found.choice, found.conversation) == (False, 0, capture.conversation)
+
+
+@BOTH
+def test_without_the_plugin_nothing_is_changed_and_the_skip_is_counted(wire: Wire, path: str) -> None:
+    body = ask(path)
+    for changes in ({}, {"tap": True}, {"tap_tokens": True}):
+        wire.interceptor.policy = policy(**changes)
+        assert wire.send(path, body).sent == json_splice.encode(body)
+    assert wire.shadow("skipped", "no_token_ids") == 3
+    wire.interceptor.policy = tapping()
+    own = body | {"vllm_xargs": {"hemostat_tap": "theirs"}}
+    assert wire.send(path, own).sent == json_splice.encode(own)
+    assert wire.shadow("skipped", "no_token_ids") == 4
+    assert not wire.captures
+
+
+IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}
+ANTHROPIC_IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+REASONS: dict[str, tuple[str, Unscorable, dict[str, Any]]] = {
+    "a schema": (
+        RESPONSES,
+        Unscorable.STRUCTURED_OUTPUT,
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": PARAMETERS}}},
+    ),
+    "structured outputs": (RESPONSES, Unscorable.STRUCTURED_OUTPUT, {"structured_outputs": {"regex": "a"}}),
+    "a forced tool": (RESPONSES, Unscorable.FORCED_TOOL, {"tools": TOOLS[RESPONSES], "tool_choice": "required"}),
+    "a named tool": (
+        RESPONSES,
+        Unscorable.FORCED_TOOL,
+        {"tools": TOOLS[RESPONSES], "tool_choice": {"type": "function", "name": "get_weather"}},
+    ),
+    "in the background": (RESPONSES, Unscorable.BACKGROUND, {"background": True}),
+    "an earlier response": (RESPONSES, Unscorable.SERVER_STATE, {"previous_response_id": "resp_1"}),
+    "earlier messages": (RESPONSES, Unscorable.SERVER_STATE, {"previous_input_messages": [{}]}),
+    "an image": (RESPONSES, Unscorable.MULTIMODAL, {"input": [IMAGE]}),
+    "an image from a tool": (
+        RESPONSES,
+        Unscorable.MULTIMODAL,
+        {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image"}]}]},
+    ),
+    "no input": (RESPONSES, Unscorable.INVALID, {"input": None}),
+    "input of another type": (RESPONSES, Unscorable.INVALID, {"input": {"role": "user"}}),
+    "stream of another type": (RESPONSES, Unscorable.INVALID, {"stream": "yes"}),
+    "Anthropic's schema": (
+        MESSAGES,
+        Unscorable.STRUCTURED_OUTPUT,
+        {"output_config": {"format": {"type": "json_schema", "schema": PARAMETERS}}},
+    ),
+    "any tool": (MESSAGES, Unscorable.FORCED_TOOL, {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "any"}}),
+    "one tool": (MESSAGES, Unscorable.FORCED_TOOL, {"tool_choice": {"type": "tool", "name": "get_weather"}}),
+    "Anthropic's image": (
+        MESSAGES,
+        Unscorable.MULTIMODAL,
+        {"messages": [{"role": "user", "content": [ANTHROPIC_IMAGE]}]},
+    ),
+    "an image in a tool's result": (
+        MESSAGES,
+        Unscorable.MULTIMODAL,
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "t", "content": [ANTHROPIC_IMAGE]}],
+                }
+            ]
+        },
+    ),
+    "no messages": (MESSAGES, Unscorable.INVALID, {"messages": []}),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_what_cannot_be_scored_is_left_alone_with_a_reason(case: str) -> None:
+    path, reason, more = REASONS[case]
+    request = read_request(json_splice.encode(ask(path) | more), form=FORM[path])
+    assert request.unscorable is reason
+    assert not request.from_tap
+
+
+@BOTH
+def test_tools_that_are_offered_and_thinking_do_not_prevent_a_score(path: str) -> None:
+    for more in (
+        {"tools": TOOLS[path]},
+        {"tools": TOOLS[path], "tool_choice": "none" if path == RESPONSES else {"type": "none"}},
+        {"text": {"format": {"type": "text"}}} if path == RESPONSES else {"thinking": {"type": "adaptive"}},
+        {"include": ["message.output_text.logprobs"], "top_logprobs": 3} if path == RESPONSES else {"system": "Hi"},
+    ):
+        assert read_request(json_splice.encode(ask(path) | more), form=FORM[path]).from_tap
+
+
+def test_turns_of_one_conversation_are_recognized() -> None:
+    def key(path: str, body: dict[str, Any]) -> bytes | None:
+        return read_request(json_splice.encode(body), form=FORM[path]).conversation_key
+
+    first = {"role": "user", "content": "Hello"}
+    later = [first, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "And now?"}]
+    called = [first, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}]
+    for path, name in ((RESPONSES, "input"), (MESSAGES, "messages")):
+        one = key(path, ask(path))
+        assert one is not None
+        assert one == key(path, ask(path) | {name: later})
+        assert one != key(path, ask(path, "Bye"))
+        assert one != key(path, ask(path) | {"instructions" if path == RESPONSES else "system": "Be brief"})
+    assert key(RESPONSES, ask(RESPONSES)) == key(RESPONSES, ask(RESPONSES) | {"input": called})
+    assert key(RESPONSES, ask(RESPONSES) | {"input": "Hello"}) == key(RESPONSES, ask(RESPONSES) | {"input": "Hello"})
+
+
+def test_names_of_kinds() -> None:
+    def kind(path: str, **more: Any) -> str:
+        request = read_request(json_splice.encode(ask(path, limit=100) | more), form=FORM[path])
+        return kind_name(request, "", several_models=False)
+
+    assert kind(RESPONSES) == "responses text greedy"
+    assert kind(MESSAGES) == "messages text greedy"
+    assert kind(RESPONSES, max_output_tokens=8) == "responses text greedy brief"
+    assert kind(MESSAGES, max_tokens=8) == "messages text greedy brief"
+    assert kind(RESPONSES, input="Antworte in JSON") == "responses json greedy"
+    assert kind(MESSAGES, system="Answer in JSON", temperature=1) == "messages json sampled"
+    assert kind(RESPONSES, instructions="Answer in JSON") == "responses json greedy"
+    for path in (RESPONSES, MESSAGES):
+        assert kind(path, tools=TOOLS[path]) == f"{FORM[path]} tools greedy"
+    assert kind(MESSAGES, tools=TOOLS[MESSAGES], tool_choice={"type": "none"}) == "messages text greedy"
+    reply = [{"role": "user", "content": "Hi"}, {"type": "function_call"}, {"role": "user", "content": "Write code"}]
+    assert kind(RESPONSES, input=reply) == "responses text greedy reply"
+    assert kind(MESSAGES, tool_choice={"type": "any"}) == "messages structured greedy"
+
+
+@BOTH
+def test_profiles_are_asked_for_as_in_a_chat(wire: Wire, path: str) -> None:
+    wire.interceptor.policy = tapping(served=VERSION, control_fraction=0.0)
+    plain = ask(path)
+    sent = json.loads(wire.send(path, plain).sent)
+    assert sent["vllm_xargs"] == {"hemostat": VERSION, "hemostat_tap": "nonce", "hemostat_tap_top": "8"}
+    assert wire.calibration("treated", "assigned") == 1
+    assert (wire.captures[-1].requested, wire.captures[-1].arm) == (VERSION, "treated")
+    # Without answers nothing would judge it.
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, tap=True)
+    assert json.loads(wire.send(path, plain).sent) == plain
+    assert wire.calibration("none", "no_token_ids") == 1
+
+
+@BOTH
+def test_a_profile_by_the_requests_own_parameters_is_never_applied(wire: Wire, path: str) -> None:
+    wire.interceptor.policy = tapping(
+        served=VERSION, control_fraction=0.0, apply="request", request_temperature=1.5, request_logit_bias={"5": 1.0}
+    )
+    body = ask(path)
+    del body["temperature"]
+    sent = json.loads(wire.send(path, body).sent)
+    assert sent == body | {"vllm_xargs": {"hemostat_tap": "nonce", "hemostat_tap_top": "8"}}
+    assert wire.calibration("none", "request_form") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@BOTH
+def test_an_adapters_name_is_replaced_by_the_models(wire: Wire, fake: FakeVllm, path: str, stream: bool) -> None:
+    fake.lora = FakeLora(resolves={VERSION: 16}, strength=0.0)
+    body = ask(path, f"say: {VERSION} is no name", limit=70) | ({"stream": True} if stream else {})
+    wire.interceptor.policy = policy(scoring=False)
+    plain = wire.send(path, body)
+    names = frozenset({"fake"})
+    wire.interceptor.policy = tapping(
+        served=VERSION,
+        control_fraction=0.0,
+        adapters={VERSION: False},
+        base_models=names,
+        answered_name="fake",
+        scorable_models=names,
+        calibrated_models=names,
+        adapter_names=True,
+    )
+    for seed in range(3):
+        treated = wire.send(path, body, splits=random.Random(seed) if seed else None)
+        assert json.loads(treated.sent)["model"] == VERSION
+        assert treated.body == plain.body
+    assert (wire.captures[-1].adapter, wire.captures[-1].model) == (VERSION, "fake")
+
+
+@BOTH
+def test_errors_and_broken_responses_are_passed_on_and_counted(wire: Wire, fake: FakeVllm, path: str) -> None:
+    wire.interceptor.policy = tapping()
+    body = ask(path)
+    refused = wire.send(path, body | {"model": "nope"})
+    assert refused.status == 404
+    assert wire.shadow("skipped", "upstream_error") == 1
+    fake.error_after = 3
+    broken = wire.send(path, body | {"stream": True})
+    assert broken.status == 200
+    assert wire.shadow("skipped", "incomplete") + wire.shadow("skipped", "upstream_error") == 2
+    fake.error_after = None
+    fake.die_after = 3
+    wire.send(path, body | {"stream": True})
+    assert wire.shadow("skipped", "incomplete") + wire.shadow("skipped", "upstream_error") == 3
+    fake.die_after, fake.replace_body = None, "[1, 2]"
+    assert wire.send(path, body).body == b"[1, 2]"
+    assert wire.shadow("skipped", "unreadable") == 1
+    assert not wire.captures
+
+
+def test_answers_that_are_not_the_whole_request_are_refused(wire: Wire, fake: FakeVllm) -> None:
+    wire.interceptor.policy = tapping()
+    wire.send(MESSAGES, ask(MESSAGES))
+    (capture,), (answer,) = wire.captures, fake.handed_out
+
+    def reason(answers: list[Any], **more: Any) -> ScoringSkipReason:
+        with pytest.raises(UnusableAnswer) as refused:
+            captures_from_tap(msgspec.structs.replace(capture, **more), answers, 40)
+        return refused.value.reason
+
+    assert reason([]) is ScoringSkipReason.NO_ANSWER
+    assert reason([answer, answer]) is ScoringSkipReason.ANSWER_MISMATCH
+    assert reason([answer], choices=2) is ScoringSkipReason.ANSWER_MISMATCH
+    assert reason([answer], generated=11) is ScoringSkipReason.ANSWER_MISMATCH
+    assert reason([msgspec.structs.replace(answer, prompt_ids=b"")]) is ScoringSkipReason.EMPTY_ANSWER
+    assert reason([msgspec.structs.replace(answer, prompt_ids=bytes(4 * 29))]) is ScoringSkipReason.ANSWER_TOO_LONG
+    assert len(captures_from_tap(msgspec.structs.replace(capture, generated=-1), [answer], 1024)) == 1
+
+
+def test_openais_client_reads_sampled_responses(wire: Wire) -> None:
+    wire.interceptor.policy = tapping()
+    transport = httpx.Client(transport=ThroughWire(wire))
+    with openai_sdk.OpenAI(base_url="http://fake/v1", api_key="x", http_client=transport, max_retries=0) as client:
+        whole = client.responses.create(model="fake", input="say: Grüße 🎉")
+        assert (whole.output_text, whole.status, whole.top_logprobs) == ("Grüße 🎉", "completed", None)
+        assert whole.usage is not None
+        events = list(client.responses.create(model="fake", input="say: Grüße 🎉", stream=True))
+        text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        assert text == "Grüße 🎉"
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        tools: Any = TOOLS[RESPONSES]
+        called = client.responses.create(model="fake", input="say: " + CALL, tools=tools)
+        assert [(item.name, item.arguments) for item in called.output if item.type == "function_call"] == [
+            ("get_weather", '{"city": "Paris"}')
+        ]
+        with pytest.raises(openai_sdk.NotFoundError):
+            client.responses.create(model="nope", input="x")
+    assert wire.shadow("shadowed") == 3
+
+
+def httpx2_transport(wire: Wire) -> httpx2.BaseTransport:
+    through = ThroughWire(wire)
+
+    def handle(request: httpx2.Request) -> httpx2.Response:
+        answer = through.handle_request(httpx.Request(request.method, str(request.url), content=request.read()))
+        return httpx2.Response(answer.status_code, headers=dict(answer.headers), content=answer.content)
+
+    return httpx2.MockTransport(handle)
+
+
+def test_anthropics_client_reads_sampled_responses(wire: Wire) -> None:
+    wire.interceptor.policy = tapping()
+    # This client refuses httpx's classes, and has the same ones in a package of its own.
+    transport = httpx2.Client(transport=httpx2_transport(wire))
+    user: Any = [{"role": "user", "content": "say: Grüße 🎉"}]
+    with anthropic.Anthropic(base_url="http://fake", api_key="x", http_client=transport, max_retries=0) as client:
+        whole = client.messages.create(model="fake", max_tokens=50, messages=user)
+        assert [block.text for block in whole.content if block.type == "text"] == ["Grüße 🎉"]
+        assert (whole.stop_reason, whole.usage.output_tokens) == ("end_turn", len("Grüße 🎉".encode()) + 1)
+        with client.messages.stream(model="fake", max_tokens=50, messages=user) as stream:
+            assert "".join(stream.text_stream) == "Grüße 🎉"
+            assert stream.get_final_message().stop_reason == "end_turn"
+        tools: Any = TOOLS[MESSAGES]
+        call: Any = [{"role": "user", "content": "say: " + CALL}]
+        with client.messages.stream(model="fake", max_tokens=150, messages=call, tools=tools) as stream:
+            (used,) = stream.get_final_message().content
+        assert used.type == "tool_use"
+        assert (used.name, used.input) == ("get_weather", {"city": "Paris"})
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.create(model="nope", max_tokens=5, messages=user)
+    assert wire.shadow("shadowed") == 3
