@@ -15,7 +15,7 @@ from tests.support.grammars import no_conditioning
 from tests.support.served_models import pair, served_models
 from tests.support.waiting import until
 
-from hemostat.engines.messages import TapMessage, TapRun
+from hemostat.engines.messages import AnswerMessage, TapAnswer, TapMessage, TapRun
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.coverage import Coverage
@@ -375,6 +375,65 @@ async def test_a_reference_not_known_yet_is_not_asked(bench: Bench) -> None:
     bench.info = None
     assert await bench.ends(capture()) == Counter({("dropped", "reference_not_ready"): 1})
     assert bench.reference.asked == []
+
+
+# --- responses without token ids -------------------------------------------------------------------------------------
+
+
+def answer_of(nonce: str, choice: int, choices: int, tokens: int) -> TapAnswer:
+    """The tokens of `capture()`, as the engine's plugin hands them out."""
+    made = capture(tokens=tokens)
+    return TapAnswer(
+        nonce,
+        0,
+        choice,
+        choices,
+        made.prompt_token_ids,
+        made.output_token_ids,
+        made.top_k,
+        made.candidate_ids,
+        made.candidate_logprobs,
+        made.emitted_logprobs,
+        "stop",
+    )
+
+
+def without_ids(nonce: str = "n", **more: Any) -> Capture:
+    empty = {"prompt_token_ids": b"", "output_token_ids": b"", "candidate_ids": b"", "candidate_logprobs": b""}
+    return capture(nonce=nonce, from_tap=True, emitted_logprobs=b"", **empty, **more)
+
+
+async def test_every_choice_of_a_response_without_ids_is_scored_when_its_answers_come(bench: Bench) -> None:
+    bench.scorer.offer(without_ids(choices=2, generated=5))
+    await asyncio.sleep(0.02)
+    assert not bench.records
+    for choice, tokens in ((0, 3), (1, 2)):
+        message = AnswerMessage("boot", [answer_of("n", choice, 2, tokens)], 0)
+        bench.engines.add_answers(message, bench.now)
+        # The engine's numbers are found by the ids of the choice.
+        before = np.array([-1, *[0] * (tokens - 1)], "<i4").tobytes()
+        run = TapRun("n", 0, tokens, {VERSION: [float(tokens)] * tokens}, None, child=choice, previous_ids=before)
+        bench.engines.taps.add(TapMessage("boot", [run]), bench.now)
+    await until(lambda: bench.counts.total() == 2)
+    assert bench.counts == Counter({("scored", ""): 2})
+    shifts = {len(record.output_ids): record.shifts[VERSION].log_normalizer.tolist() for record in bench.records}
+    assert shifts == {3: [3.0] * 3, 2: [2.0] * 2}
+
+
+async def test_a_response_without_ids_whose_answer_does_not_come_is_skipped(bench: Bench) -> None:
+    bench.scorer.offer(without_ids())
+    await asyncio.sleep(0.02)
+    assert not bench.counts
+    bench.now += scorer_module.MAX_TAP_SECONDS + 1
+    assert await bench.ends() == Counter()
+    await until(lambda: bench.counts.total() == 1)
+    assert bench.counts == Counter({("skipped", "no_answer"): 1})
+    # One that is not whole, and one that is too long.
+    bench.now = 0.0
+    bench.engines.add_answers(AnswerMessage("boot", [answer_of("m", 0, 1, 3), answer_of("l", 0, 1, 60)], 0), bench.now)
+    found = await bench.ends(without_ids("m", generated=4), without_ids("l"))
+    assert found == Counter({("skipped", "answer_mismatch"): 1, ("skipped", "too_long"): 1})
+    await alive(bench)
 
 
 # --- the engine's tap -------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from typing import Any, ClassVar
@@ -12,10 +11,11 @@ import numpy as np
 import openai as openai_sdk
 import pytest
 from tests.support.fake_vllm import FakeVllm, encode, render
-from tests.support.wire import (, ThroughWire
+from tests.support.wire import (
     TOOL_CALL,
     TOOLS,
     VERSION,
+    ThroughWire,
     Wire,
     chat,
     completion,
