@@ -234,7 +234,7 @@ def test_names_of_kinds() -> None:
     assert kind(MESSAGES, tools=TOOLS[MESSAGES], tool_choice={"type": "none"}) == "messages text greedy"
     reply = [{"role": "user", "content": "Hi"}, {"type": "function_call"}, {"role": "user", "content": "Write code"}]
     assert kind(RESPONSES, input=reply) == "responses text greedy reply"
-    assert kind(MESSAGES, tool_choice={"type": "any"}) == "messages structured greedy"
+    assert kind(MESSAGES, tool_choice={"type": "any"}) == "messages grammar greedy"
 
 
 @BOTH
