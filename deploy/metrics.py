@@ -152,13 +152,14 @@ CALIBRATION_REASONS: Values = {
     "own_logits": "the client changes logits itself (logit_bias, penalties)",
     "own_xargs": "the client named a profile itself, in `vllm_xargs.hemostat`",
     "own_parameters": "`apply: request`, and the client set temperature or logit_bias",
+    "request_form": "`apply: request`, and the request is one of `/v1/responses` or `/v1/messages`",
     "other_model": "profiles are for another of the served models",
     "refused": "vLLM refused the request as Hemostat had changed it, and it was sent again unchanged",
     "own_adapter": "the profile is an adapter and the client asked for another model, such as an adapter of its own",
     "not_applied": "the profile is an adapter, and the answer says that another model answered",
     "on_not_allowed, encoded, body_too_large, bad_json, invalid, lora, no_reference, n, beam_search, "
     "structured_output, forced_tool, grammar_too_large, echo, client_logprobs, hidden_reasoning, "
-    "multimodal, "
+    "multimodal, no_token_ids, background, server_state, "
     "too_long": "as for `hemostat_shadow_requests_total`: it cannot be scored, and only what can be judged is treated",
 }
 HEADLINES: Values = {

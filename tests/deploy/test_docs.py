@@ -41,7 +41,7 @@ from hemostat.shadow.reports import RelayDropReason
 
 DEPLOY = ROOT / "deploy"
 DOCS = ROOT / "docs"
-NOT_METRICS = {"hemostat_calibration", "hemostat_engine", "hemostat_tap"}
+NOT_METRICS = {"hemostat_calibration", "hemostat_engine", "hemostat_tap", "hemostat_tap_top"}
 """Names with the prefix of metrics that are not metrics: two packages, and a key of `vllm_xargs`."""
 
 

@@ -31,7 +31,7 @@ def test_other_requests_are_not_intercepted(wire: Wire, method: str, path: str) 
 
 
 def test_other_generating_routes_are_counted(wire: Wire) -> None:
-    assert wire.interceptor.begin("POST", b"/v1/responses", [], "r") is None
+    assert wire.interceptor.begin("POST", b"/v1/embeddings", [], "r") is None
     assert wire.shadow("skipped", "route") == 1
 
 
