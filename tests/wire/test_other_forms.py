@@ -141,6 +141,22 @@ REASONS: dict[str, tuple[str, Unscorable, dict[str, Any]]] = {
         Unscorable.FORCED_TOOL,
         {"tools": TOOLS[RESPONSES], "tool_choice": {"type": "function", "name": "get_weather"}},
     ),
+    "a strict tool": (RESPONSES, Unscorable.STRUCTURED_OUTPUT, {"tools": [TOOLS[RESPONSES][0] | {"strict": True}]}),
+    "one call": (
+        RESPONSES,
+        Unscorable.STRUCTURED_OUTPUT,
+        {"tools": TOOLS[RESPONSES], "parallel_tool_calls": False},
+    ),
+    "Anthropic's strict tool": (
+        MESSAGES,
+        Unscorable.STRUCTURED_OUTPUT,
+        {"tools": [TOOLS[MESSAGES][0] | {"strict": True}]},
+    ),
+    "Anthropic's one call": (
+        MESSAGES,
+        Unscorable.STRUCTURED_OUTPUT,
+        {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+    ),
     "in the background": (RESPONSES, Unscorable.BACKGROUND, {"background": True}),
     "an earlier response": (RESPONSES, Unscorable.SERVER_STATE, {"previous_response_id": "resp_1"}),
     "earlier messages": (RESPONSES, Unscorable.SERVER_STATE, {"previous_input_messages": [{}]}),

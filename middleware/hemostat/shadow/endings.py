@@ -66,7 +66,6 @@ class ScoringSkipReason(StrEnum):
     """Of tokens only: the others of this output were scored."""
     REFERENCE_NO_ADAPTER = "reference_no_adapter"
     """The reference does not serve the LoRA adapter any more."""
-
     NO_ANSWER = "no_answer"
     """vLLM's API server has not handed out the answer in time, where the response has no token ids."""
     ANSWER_MISMATCH = "answer_mismatch"

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from hemostat.openai.forms.protocol import Details, Stripper
-from hemostat.openai.forms.shared import decode_or_none
+from hemostat.openai.forms.shared import decode_or_none, has_strict_tool
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import Message, Request, Unscorable
@@ -109,6 +109,8 @@ def _unscorable(body: JsonObject, messages: list[Message] | None) -> Unscorable:
     choice: Any = value("tool_choice")
     if choice is not None and not (isinstance(choice, dict) and choice.get("type") in ("auto", "none")):
         return Unscorable.FORCED_TOOL
+    if has_strict_tool(body) or (isinstance(choice, dict) and choice.get("disable_parallel_tool_use")):
+        return Unscorable.STRUCTURED_OUTPUT
     return Unscorable.NO_TOKEN_IDS
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from hemostat.openai.forms.protocol import Details, Stripper
-from hemostat.openai.forms.shared import decode_or_none
+from hemostat.openai.forms.shared import decode_or_none, has_strict_tool
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import Message, Request, Unscorable
@@ -131,6 +131,8 @@ def _unscorable(body: JsonObject, items: list[_Item] | None, messages: list[Mess
         return Unscorable.STRUCTURED_OUTPUT
     if value("tool_choice") not in (None, "none", "auto"):
         return Unscorable.FORCED_TOOL
+    if has_strict_tool(body) or (body.has("tools") and value("parallel_tool_calls") is False):
+        return Unscorable.STRUCTURED_OUTPUT
     return Unscorable.NO_TOKEN_IDS
 
 

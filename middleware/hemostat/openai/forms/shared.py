@@ -27,6 +27,12 @@ def decode_or_none(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
         return None
 
 
+def has_strict_tool(body: JsonObject) -> bool:
+    """Whether vLLM may restrict by a grammar how a tool is called, where the model is free to call it."""
+    tools = body.value("tools")
+    return isinstance(tools, list) and any(isinstance(tool, dict) and tool.get("strict") is True for tool in tools)
+
+
 def usage_requested(body: JsonObject) -> bool | None:
     """Whether the client asks for usage in a stream; None: `stream_options` has the wrong type."""
     options: _StreamOptions | None = decode_or_none(_stream_options, body.raw("stream_options"))
