@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import httpx2
 import msgspec
 import numpy as np
 
@@ -174,6 +175,17 @@ class ThroughWire(httpx.BaseTransport):
         answer = self._wire.send(request.url.path, request.read(), request_id=f"sdk-{next(self._ids)}")
         kind = "text/event-stream" if answer.body.startswith((b"data:", b"event:")) else "application/json"
         return httpx.Response(answer.status, headers={"content-type": kind}, content=answer.body)
+
+
+def httpx2_transport(wire: Wire) -> httpx2.BaseTransport:
+    """The same for clients that have httpx's classes in a package of their own, and refuse httpx's."""
+    through = ThroughWire(wire)
+
+    def handle(request: httpx2.Request) -> httpx2.Response:
+        answer = through.handle_request(httpx.Request(request.method, str(request.url), content=request.read()))
+        return httpx2.Response(answer.status_code, headers=dict(answer.headers), content=answer.content)
+
+    return httpx2.MockTransport(handle)
 
 
 def cut(data: bytes, splits: random.Random | None) -> list[bytes]:

@@ -16,7 +16,7 @@ import openai as openai_sdk
 import pytest
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, render, serving
-from tests.support.wire import VERSION, ThroughWire, Wire, policy, rows
+from tests.support.wire import VERSION, ThroughWire, Wire, httpx2_transport, policy, rows
 
 from hemostat.openai import json_splice
 from hemostat.openai.form import Form
@@ -363,16 +363,6 @@ def test_openais_client_reads_sampled_responses(wire: Wire) -> None:
         with pytest.raises(openai_sdk.NotFoundError):
             client.responses.create(model="nope", input="x")
     assert wire.shadow("shadowed") == 3
-
-
-def httpx2_transport(wire: Wire) -> httpx2.BaseTransport:
-    through = ThroughWire(wire)
-
-    def handle(request: httpx2.Request) -> httpx2.Response:
-        answer = through.handle_request(httpx.Request(request.method, str(request.url), content=request.read()))
-        return httpx2.Response(answer.status_code, headers=dict(answer.headers), content=answer.content)
-
-    return httpx2.MockTransport(handle)
 
 
 def test_anthropics_client_reads_sampled_responses(wire: Wire) -> None:
