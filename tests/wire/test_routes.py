@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hemostat.openai import routes
-from hemostat.openai.routes import CHAT, COMPLETIONS, OTHER, ROUTES, Support
+from hemostat.openai.routes import CHAT, COMPLETIONS, MESSAGES, OTHER, RESPONSES, ROUTES, Support
 
 
 def test_paths_are_unique() -> None:
@@ -13,9 +13,9 @@ def test_paths_are_unique() -> None:
 
 
 def test_scored_routes_have_a_label_and_an_operation() -> None:
-    assert routes.SCORED == (CHAT, COMPLETIONS)
+    scored = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
+    assert routes.SCORED == scored == tuple(routes.FORMS)
     assert set(routes.OPERATIONS) == set(routes.SCORED) <= set(routes.LABELS.values())
     assert {path for path, support in routes.SUPPORT.items() if support is Support.SCORED} == {
-        CHAT.encode(),
-        COMPLETIONS.encode(),
+        path.encode() for path in scored
     }
