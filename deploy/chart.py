@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from hemostat.config.reasoning_parsers import PARSERS
 from hemostat.config.schema import Settings
 from hemostat.config.store_url import SERVER_SCHEMES
 
@@ -42,6 +43,7 @@ CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {
     ("store", "url"): {"pattern": STORE},
     ("calibration", "mode"): {"enum": ["off", "observe", "auto", False]},  # YAML 1.1 reads an unquoted off as false
     ("reference", "backend"): {"enum": ["none", "vllm", "transformers", None]},
+    ("reasoning", "parser"): {"enum": ["auto", "none", *PARSERS]},
 }
 """Constraints that validators check and pydantic's schema does not contain."""
 

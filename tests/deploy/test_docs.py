@@ -399,9 +399,10 @@ def test_the_pages_values_are_valid() -> None:
     """Of the chart: as shown, with an upstream where the page leaves that to the reader."""
     schema = json.loads((ROOT / "helm" / "hemostat" / "values.schema.json").read_text())
     defaults = yaml.safe_load((ROOT / "helm" / "hemostat" / "values.yaml").read_text())
-    blocks = [yaml.safe_load(block) for block in (*shown("docs/operations.md"), *shown("helm/hemostat/README.md"))]
+    pages = (*shown("docs/operations.md"), *shown("helm/hemostat/README.md"))
+    blocks = [block for text in pages for block in yaml.safe_load_all(text)]
     values = [block for block in blocks if block.keys() <= defaults.keys()]
-    assert len(values) == 5
+    assert len(values) == 6
     for block in values:
         engine = {"engine": {"enabled": True, "model": "m"}}
         given = engine if "engine" in block else {"upstream": {"url": "http://vllm:8000"}}

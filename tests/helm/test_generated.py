@@ -119,7 +119,10 @@ def test_the_schema_knows_the_keys_that_serve_knows() -> None:
     assert set(schema_leaves(schema["definitions"]["config"])) == set(leaves(Settings)) - charts_own
 
 
-FILES = {("upstream", "ca"), ("calibration", "output_embedding"), ("calibration", "force"), ("grammar", "tokenizer")}
+FILES = {
+    *(("upstream", "ca"), ("calibration", "output_embedding"), ("calibration", "force")),
+    *(("grammar", "tokenizer"), ("reference", "folder")),
+}
 """They have to exist in the pod."""
 # fmt: off
 TRIED: list[object] = [
@@ -143,6 +146,8 @@ def both(key: Key, value: object) -> tuple[bool, bool]:
         rest[name] = rest[name] | part if isinstance(part, dict) and isinstance(rest.get(name), dict) else part
     if key == ("reference", "backend"):  # what the other keys have to be then is a rule of its own, in both
         rest["reference"] |= {"url": "http://a", "model": "m"}
+    if key == ("reasoning", "start"):
+        rest["reasoning"] |= {"end": [1]}
     try:
         Settings.model_validate(rest)
     except ValidationError:
