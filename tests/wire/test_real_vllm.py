@@ -178,6 +178,9 @@ def test_what_cannot_be_scored_is_not_changed_while_a_profile_serves(
     ("path", "body"),
     [
         (CHAT, {"messages": [user("Hi")], "temperature": -1}),
+        (CHAT, {"messages": [user("Hi")], "temperature": 0, "n": 2}),
+        (CHAT, {"messages": [user("Hi")], "n": 0}),
+        (CHAT, {"messages": [user("Hi")], "logprobs": True, "top_logprobs": 21, "return_tokens_as_token_ids": True}),
         (CHAT, {"messages": [user("Hi")], "max_tokens": "x"}),
         (CHAT, {"messages": [user("Hi " * 3000)]}),
         (CHAT, {"messages": [user("Hi")], "tools": []}),
