@@ -28,7 +28,7 @@ SAYS = 'say: Zażółć 日本語\t"quoted" \\ 🎉'
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     # Path, body, number of choices.
     "two choices": (CHAT, chat(n=2, temperature=1.0, seed=3), 2),
-    "two choices, tools": (CHAT, chat("say: " + TOOL_CALL, n=2, tools=TOOLS, max_tokens=150), 2),
+    "two choices, tools": (CHAT, chat("say: " + TOOL_CALL, n=2, temperature=1.0, tools=TOOLS, max_tokens=150), 2),
     "two choices, own ids": (CHAT, chat(n=2, temperature=1.0, return_token_ids=True), 2),
     "two choices, own logprobs": (CHAT, chat(SAYS, n=2, temperature=1.0, logprobs=True, max_tokens=60), 2),
     "two choices of a completion": (COMPLETIONS, completion(n=2, temperature=1.0, seed=3), 2),
@@ -190,7 +190,13 @@ def test_every_choice_is_a_capture_of_one_conversation(wire: Wire, fake: FakeVll
 def test_usage_counts_over_all_choices(wire: Wire, fake: FakeVllm) -> None:
     fake.lose_tool_tokens = True
     body = chat(
-        "say: " + TOOL_CALL, n=2, tools=TOOLS, max_tokens=150, stream=True, stream_options={"include_usage": True}
+        "say: " + TOOL_CALL,
+        n=2,
+        temperature=1.0,
+        tools=TOOLS,
+        max_tokens=150,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     wire.send(CHAT, body)
     assert wire.shadow("skipped", "tool_tokens_lost") == wire.counts.total() == 1
@@ -218,7 +224,7 @@ BY_TAP: dict[str, tuple[str, str, dict[str, Any]]] = {
     "logprobs of a completion as texts": ("client_logprobs", COMPLETIONS, completion(logprobs=3)),
     "an echo": ("echo", COMPLETIONS, completion(echo=True)),
     "hidden reasoning": ("hidden_reasoning", CHAT, chat(include_reasoning=False)),
-    "two choices with tools": ("n", CHAT, chat(n=2, tools=TOOLS, stream=True)),
+    "two choices with tools": ("n", CHAT, chat(n=2, temperature=1.0, tools=TOOLS, stream=True)),
 }
 
 
@@ -279,9 +285,9 @@ def test_an_error_is_no_answer_of_the_tap(wire: Wire, fake: FakeVllm) -> None:
 
 def test_choices_are_tapped_only_by_a_plugin_that_knows_them(wire: Wire, fake: FakeVllm) -> None:
     wire.interceptor.policy = policy(tap=True)
-    wire.send(CHAT, chat(n=2))
+    wire.send(CHAT, chat(n=2, temperature=1.0))
     assert "vllm_xargs" not in fake.requests[-1]
     wire.interceptor.policy = policy(tap=True, tap_tokens=True)
-    wire.send(CHAT, chat(n=2))
+    wire.send(CHAT, chat(n=2, temperature=1.0))
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
     assert [capture.nonce for capture in wire.captures] == ["", "", "nonce", "nonce"]

@@ -64,7 +64,7 @@ def compared(wire: Wire, path: str, body: dict[str, Any]) -> Answer:
         if by_choice(sampled.body) == by_choice(plain.body):
             break
     assert plain.status == sampled.status == 200, plain.body
-    assert sampled.sent != plain.sent, "it is sampled"
+    assert wire.captures, "it is sampled"
     assert by_choice(sampled.body) == by_choice(plain.body)
     assert not [labels for labels in wire.counts if labels[1] != "shadowed"]
     return plain

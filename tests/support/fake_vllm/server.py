@@ -238,6 +238,8 @@ class FakeVllm(FakeModel):
             raise RefusedError(
                 f"temperature must be non-negative, got {value}. (parameter=temperature, value={value})", "temperature"
             )
+        if (choices := body.get("n") or 1) > 1 and body.get("temperature") == 0:
+            raise RefusedError(f"n must be 1 when using greedy sampling, got {choices}.", None)
         if strange := [int(i) for i in body.get("logit_bias") or {} if not 0 <= int(i) < self.vocab_size]:
             size = f" Vocabulary size: {self.vocab_size}" if self.names_vocab_size else ""
             raise RefusedError(
