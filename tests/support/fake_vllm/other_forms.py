@@ -150,7 +150,7 @@ class OtherForm:
         return events
 
     def _block(self, block: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "content_block_start", "index": 0, "content_block": block}
+        return {"type": "content_block_start", "content_block": block, "index": 0}
 
     # /v1/responses
 
@@ -170,7 +170,7 @@ class OtherForm:
             "object": "response",
             "output": [self._item("completed")] if ended else [],
             "parallel_tool_calls": True,
-            "temperature": 1.0 if body.get("temperature") is None else body["temperature"],
+            "temperature": 1.0 if body.get("temperature") is None else float(body["temperature"]),
             "tool_choice": body.get("tool_choice", "auto" if body.get("tools") else "none"),
             "tools": body.get("tools") or [],
             "top_p": body.get("top_p") or 1.0,
@@ -265,11 +265,12 @@ class OtherForm:
         return events
 
     def _numbered(self, **event: Any) -> dict[str, Any]:
-        return event | {"sequence_number": next(self._numbers)}
+        """The members of such an event are in alphabetical order."""
+        return dict(sorted((event | {"sequence_number": next(self._numbers)}).items()))
 
 
 def _delta(delta: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "content_block_delta", "index": 0, "delta": delta}
+    return {"type": "content_block_delta", "delta": delta, "index": 0}
 
 
 def _event(event: dict[str, Any]) -> bytes:
