@@ -28,6 +28,7 @@ GUARDED = [
     ("POST", "/api/v1/profiles/release"),
     ("POST", "/api/v1/alarm/rebase"),
     ("POST", "/api/v1/engine/report"),
+    ("POST", "/api/v1/engine/answers"),
     ("POST", "/api/v1/engine/tap"),
     ("GET", "/api/v1/engine/profiles/" + "a" * 32),
 ]

@@ -278,12 +278,16 @@ def client() -> Iterator[TestClient]:
 
 
 def test_the_routes(client: TestClient) -> None:
-    answer = client.post("/api/v1/engine/report", json=GOOD)
-    assert (answer.status_code, answer.json()) == (200, {"hold": [B], "leads": True, "replica": ""})
+    reported = client.post("/api/v1/engine/report", json=GOOD)
+    assert (reported.status_code, reported.json()) == (200, {"hold": [B], "leads": True, "replica": ""})
     tap = {"nonce": "n", "start": 0, "tokens": 1, "versions": {A: [1.5]}, "applied": A}
     body = msgspec.msgpack.encode({"boot_id": "b", "taps": [tap]})
     assert client.post("/api/v1/engine/tap", content=body).status_code == 204
     assert client.app.state.registry.taps.covered("n") == 1  # type: ignore[attr-defined]
+    body = msgspec.msgpack.encode(AnswerMessage("b", [answer()], 0))
+    handed = client.post("/api/v1/engine/answers", content=body)
+    assert (handed.status_code, handed.json()) == (200, {"replica": ""})
+    assert client.app.state.registry.answers.complete("n", 1)  # type: ignore[attr-defined]
     assert client.get(f"/api/v1/engine/profiles/{A}").content == b"bytes"
     assert client.get(f"/api/v1/engine/profiles/{B}").status_code == 404
     assert client.get("/api/v1/engine/profiles/..%2F..%2Fetc").status_code == 404
@@ -294,9 +298,9 @@ def test_the_routes_refuse(client: TestClient) -> None:
     assert (bad.status_code, bad.json()["detail"]) == (400, "rank is 7: it must be below world_size, 1")
     assert client.post("/api/v1/engine/tap", content=b"{").status_code == 400
     assert client.post("/api/v1/engine/report", content=b" " * (MAX_REPORT_BYTES + 1)).status_code == 413
-    for method, path in (("POST", "report"), ("POST", "tap"), ("GET", f"profiles/{A}")):
-        answer = client.request(method, f"/api/v1/engine/{path}", headers={"authorization": "Bearer x"})
-        assert answer.status_code == 401
+    for method, path in (("POST", "report"), ("POST", "tap"), ("POST", "answers"), ("GET", f"profiles/{A}")):
+        refused = client.request(method, f"/api/v1/engine/{path}", headers={"authorization": "Bearer x"})
+        assert refused.status_code == 401
 
 
 def ids(*values: int) -> bytes:
