@@ -175,14 +175,14 @@ async def test_the_tokens_of_a_skipped_request_are_counted_at_its_end_where_they
     bench: Bench, stream: bool
 ) -> None:
     async with httpx.AsyncClient(base_url=bench.url) as client:
-        await client.post(CHAT, json=body(prompt_logprobs=1, stream=stream))
+        await client.post(CHAT, json=body(use_beam_search=True, stream=stream))
         kind = "chat text greedy brief"
-        expected = SampledCount(kind, "skipped", "prompt_logprobs", 1.0, float(stream), 0 if stream else 20)
+        expected = SampledCount(kind, "skipped", "beam_search", 1.0, float(stream), 0 if stream else 20)
         assert await sampled(bench) == expected
         if stream:
             usage = {"stream_options": {"include_usage": True}}
-            await client.post(CHAT, json=body(prompt_logprobs=1, stream=True, **usage))
-            assert await sampled(bench) == SampledCount(kind, "skipped", "prompt_logprobs", 1.0, 0.0, 20)
+            await client.post(CHAT, json=body(use_beam_search=True, stream=True, **usage))
+            assert await sampled(bench) == SampledCount(kind, "skipped", "beam_search", 1.0, 0.0, 20)
         # Too long to be scored: the usage that Hemostat asked for is known, though the client does not get it.
         bench.interceptor.policy = policy(shadow_max_tokens=8)
         await client.post(CHAT, json=body(stream=stream))
