@@ -296,7 +296,6 @@ reference:
         ("{backend: vllm, url: http://r, model: m, models: {a: x}}", "reference.model: does not go with"),
         ("{backend: transformers, models: {a: {model: x, url: http://r}}}", "reference.models.a.url: only with"),
         ("{backend: transformers, models: {a: {model: x, folder: /x}}}", "models.a.folder: only with"),
-        ("{backend: transformers, model: x, folder: /x}", "reference.folder: only with"),
         ("{backend: transformers, models: {a: {modl: x}}}", "did you mean reference.models.a.model?"),
         ("{backend: transformers, models: {a: 3}}", "models.a: 3 is not a mapping; its keys are model, url, device"),
         ("{backend: transformers, models: [a]}", "reference.models: ['a'] is not a mapping; write name: reference"),

@@ -17,6 +17,7 @@ from tests.support.paths import ROOT
 
 from hemostat.config.loading import load
 from hemostat.config.schema import Admin, Listen
+from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"
@@ -94,9 +95,13 @@ def test_profile_starts_one_of_each_service(profile: str) -> None:
         assert service["entrypoint"] == ["vllm", "serve"]
         assert service["command"][0] == model
         flags = dict(zip(service["command"][1::2], service["command"][2::2], strict=True))
-        # Both servers must allow as many logprobs as Hemostat requests.
         settings = yaml.safe_load((DEPLOY / "hemostat.yaml").read_text())
-        assert int(flags["--max-logprobs"]) >= settings["shadow"]["top_k"]
+        if service is compressed:
+            # It must allow as many logprobs as Hemostat requests.
+            assert int(flags["--max-logprobs"]) >= settings["shadow"]["top_k"]
+        else:
+            assert service["command"][1:] == list(POOLING_ARGUMENTS)
+            assert settings["reference"]["folder"] == "/models/hub", "of the hub's cache, in the volume that both mount"
         assert flags.get("--logits-processors") == (PLUGIN if service is compressed else None)
         devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices")
         assert bool(devices) == (profile == "gpu")
@@ -139,7 +144,8 @@ def test_middleware_service_matches_its_image() -> None:
     assert not service.get("depends_on"), "a reference that is not there holds no client up"
     targets = {volume["target"] for volume in service["volumes"]}
     command = json.loads(DockerfileParser(path=str(DEPLOY / "Dockerfile")).cmd)
-    assert targets == {command[-1], "/data"}
+    assert targets == {command[-1], "/data", "/models"}
+    assert [volume.get("read_only") for volume in service["volumes"] if volume["target"] == "/models"] == [True]
 
 
 def test_drain_is_shorter_than_the_grace_period() -> None:

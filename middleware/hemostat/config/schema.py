@@ -432,8 +432,6 @@ class Settings(Section):
         if reference.backend == "vllm" and reference.url is None and (not models or _lacks_url(models)):
             of = f"reference.models.{_lacks_url(models)}.url or " if models else ""
             raise ValueError(f"{of}reference.url: required with reference.backend: vllm, like http://127.0.0.1:8001")
-        if reference.folder is not None and reference.backend != "vllm":
-            raise ValueError("reference.folder: only with reference.backend: vllm; leave it out")
         wanted = self.calibration.model
         if not models:
             return
