@@ -107,6 +107,7 @@ class WorldReference:
         reshaped: bool = False,
         adapter: str = "",
         allowed: AllowedSets | None = None,
+        compressed: Any = None,
     ) -> ReferenceScores:
         self.asked.append(allowed)
         if allowed is not None and not self.whole:
@@ -185,7 +186,7 @@ class Bench:
         )
         self.scorer = Scorer(
             monitor,
-            EngineRegistry().taps,
+            EngineRegistry(),
             needs,
             queue=ShadowQueue(10),
             budget=TokenBudget(0.0, 1.0),
