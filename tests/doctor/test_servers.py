@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.doctor import report_of
-from tests.support.fake_vllm import FakeVllm, render, serving
+from tests.support.fake_vllm import FakeVllm, RefusedError, render, serving
+from tests.support.fake_vllm.generation import Generation
 from tests.support.running_vllm import RunningVllm
 
 from hemostat.doctor import DoctorOptions, run
@@ -129,17 +130,15 @@ def test_failures_are_one_line(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # The fake does not refuse too many prompt_logprobs by itself.
-    real = FakeVllm._prompt_logprobs
+    real = Generation._prompt_logprobs
 
-    def limited(self: FakeVllm, prompt: list[int], body: dict[str, Any]) -> Any:
-        from tests.support.fake_vllm import RefusedError
-
-        top_k = body["prompt_logprobs"]
-        if top_k > self.max_logprobs:
+    def limited(self: Generation, prompt: list[int]) -> Any:
+        top_k = self.body["prompt_logprobs"]
+        if top_k > self.fake.max_logprobs:
             raise RefusedError(f"Requested prompt logprobs of {top_k}, which is greater than max allowed", "x")
-        return real(self, prompt, body)
+        return real(self, prompt)
 
-    monkeypatch.setattr(FakeVllm, "_prompt_logprobs", limited)
+    monkeypatch.setattr(Generation, "_prompt_logprobs", limited)
     break_it(*fakes)
     with pytest.raises(DoctorError) as raised:
         run(options)
