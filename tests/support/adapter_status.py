@@ -77,7 +77,8 @@ def learner(**changes: Any) -> dict[str, Any]:
 
 
 def judge(**changes: Any) -> dict[str, Any]:
-    found = {"state": "ready", "detail": "", "judged": 57, "dropped": {"busy": 2}, "waiting": 1, "bytes": 325_000_000}
+    counts = {"judged": 57, "dropped": {"busy": 2}, "waiting": 1}
+    found = {"state": "ready", "detail": "", **counts, "max_tokens": 4096, "bytes": 325_000_000}
     return found | changes
 
 

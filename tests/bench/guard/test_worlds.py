@@ -14,13 +14,13 @@ from hemostat_calibration.guard.decisions import Reason
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.guard.kind_test import KindTest
 
-MODULES = {module.NAME: module for module in modules() if getattr(module, "TEST_LIVES", 50)}
+MODULES = {module.NAME: module for module in modules() if getattr(module, "TEST_LIVES", 20)}
 """Those that are fast enough for a test; `make bench-guard` runs the others, too."""
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_row_holds(name):
-    lives = getattr(MODULES[name], "TEST_LIVES", 50)
+    lives = getattr(MODULES[name], "TEST_LIVES", 20)
     rows = list(MODULES[name].rows(lives, 0))
     assert rows
     assert [row for row in rows if not row.holds] == []
