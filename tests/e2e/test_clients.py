@@ -81,6 +81,8 @@ class Case:
     becomes: str = SCORED
     shows: str | None = None
     """Stands in the answer: the case is what it is called."""
+    choices: int = 1
+    """Of the answer: each is scored by itself."""
 
 
 def with_openai(create: str, **arguments: Any) -> Send:
@@ -154,8 +156,10 @@ OPENAI: dict[str, Case] = {
         with_openai("chat", messages=[user("Count from 1 to 10.")], max_tokens=24, stop=["3", "three"], **STREAM),
         shows="'stop'",
     ),
-    "n": Case(with_openai("chat", messages=CAPITAL, n=2, temperature=1, seed=7), "n", "'index': 1"),
-    "n, stream": Case(with_openai("chat", messages=CAPITAL, n=2, temperature=1, seed=7, **STREAM), "n", "'index': 1"),
+    "n": Case(with_openai("chat", messages=CAPITAL, n=2, temperature=1, seed=7), SCORED, "'index': 1", 2),
+    "n, stream": Case(
+        with_openai("chat", messages=CAPITAL, n=2, temperature=1, seed=7, **STREAM), SCORED, "'index': 1", 2
+    ),
     "unknown model": Case(with_openai("chat", messages=CAPITAL, model="nope"), "no_reference", "404"),
     "unknown model, stream": Case(
         with_openai("chat", messages=CAPITAL, model="nope", **STREAM), "no_reference", "NotFoundError"
@@ -329,7 +333,7 @@ def test_the_answer_is_vllms(
     assert shows is None or shows in str(expected)
     for rate, stack in proxies.by_rate.items():
         answer = CASES[case].send(stack.url, vllm_server.model)
-        proxies.sent[CASES[case].becomes] += rate
+        proxies.sent[CASES[case].becomes] += rate * CASES[case].choices
         assert answer == expected, f"at rate {rate}"
 
 
