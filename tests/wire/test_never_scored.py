@@ -36,6 +36,21 @@ BODIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         *("multimodal", CHAT),
         {**chat(IMAGE), "messages": [*chat(IMAGE)["messages"], {"role": "assistant", "content": "A cat."}, *ASKED]},
     ),
+    "an image with own logprobs": ("multimodal", CHAT, {**chat(IMAGE), "logprobs": True, "top_logprobs": 5}),
+    "an image with hidden reasoning": ("multimodal", CHAT, {**chat(IMAGE), "include_reasoning": False}),
+    "an image with many choices": ("multimodal", CHAT, {**chat(IMAGE), "n": 17}),
+    "an image with choices and tools": (
+        *("multimodal", CHAT),
+        {**chat(IMAGE), "n": 2, "tools": [{"type": "function", "function": {"name": "f"}}]},
+    ),
+    "embeddings of a prompt with its echo": (
+        *("multimodal", COMPLETIONS),
+        {**PROMPT, "prompt": None, "prompt_embeds": "AAAA", "echo": True, "logprobs": 5},
+    ),
+    "no messages, with own logprobs": (
+        *("invalid", CHAT),
+        {"model": "fake", "max_tokens": 4, "messages": [], "logprobs": True, "top_logprobs": 5},
+    ),
     "embeddings of a prompt": ("multimodal", COMPLETIONS, {**PROMPT, "prompt": None, "prompt_embeds": "AAAA"}),
     "beam search in a chat": (
         *("beam_search", CHAT),
@@ -49,7 +64,8 @@ BODIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_never_scored_is_relayed_as_it_is(wire: Wire, case: str, stream: bool) -> None:
     reason, path, body = BODIES[case]
-    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0)
+    # Not by the engine's plugin, either.
+    wire.interceptor.policy = policy(served=VERSION, control_fraction=0.0, tap=True, tap_tokens=True)
     data = msgspec.json.encode({**body, "stream": stream})
     assert wire.send(path, data).sent == data
     assert not wire.captures

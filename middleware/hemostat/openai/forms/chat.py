@@ -65,10 +65,9 @@ class Chat:
         usage, choices = usage_requested(body), choices_per_prompt(body)
         wish = _wish(body)
         return Details(
-            unscorable=unscorable_parameters(body, choices=choices, usage=usage)
+            unscorable=unscorable_parameters(body, choices=choices, usage=usage, prompt=_unscorable_messages(messages))
             or (Unscorable.CLIENT_LOGPROBS if wish is None else None)
-            or (Unscorable.HIDDEN_REASONING if body.value("include_reasoning") is False else None)
-            or _unscorable_messages(messages),
+            or (Unscorable.HIDDEN_REASONING if body.value("include_reasoning") is False else None),
             messages=messages,
             conversation=_conversation(body, messages),
             usage_requested=bool(usage),

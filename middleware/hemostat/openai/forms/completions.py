@@ -55,10 +55,10 @@ class Completions:
         wish = _wish(body)
         raw = body.raw("prompt")
         return Details(
-            unscorable=unscorable_parameters(body, choices=choices, usage=usage)
-            or (Unscorable.CLIENT_LOGPROBS if wish is None else None)
-            or (Unscorable.MULTIMODAL if body.has("prompt_embeds") else None)
-            or (Unscorable.INVALID if not prompts else None),
+            unscorable=unscorable_parameters(
+                body, choices=choices, usage=usage, prompt=_unscorable_prompts(body, prompts)
+            )
+            or (Unscorable.CLIENT_LOGPROBS if wish is None else None),
             messages=None,
             conversation=None if raw == NULL else raw,
             usage_requested=bool(usage),
@@ -105,6 +105,12 @@ def _prompts(body: JsonObject) -> list[str | list[int]] | None:
     if ids := decode_or_none(_ids, raw):
         return [ids]
     return decode_or_none(_texts, raw) or decode_or_none(_lists, raw) or None
+
+
+def _unscorable_prompts(body: JsonObject, prompts: list[str | list[int]] | None) -> Unscorable | None:
+    if body.has("prompt_embeds"):
+        return Unscorable.MULTIMODAL
+    return None if prompts else Unscorable.INVALID
 
 
 def _wish(body: JsonObject) -> LogprobWish | None:

@@ -49,17 +49,24 @@ def choices_per_prompt(body: JsonObject) -> int | None:
     return n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else None
 
 
-def unscorable_parameters(body: JsonObject, *, choices: int | None, usage: bool | None) -> Unscorable | None:
-    """choices: of all prompts together; None: invalid. usage: `usage_requested`."""
+def unscorable_parameters(
+    body: JsonObject, *, choices: int | None, usage: bool | None, prompt: Unscorable | None
+) -> Unscorable | None:
+    """The reasons that not even the engine's plugin helps against come before those of FROM_TAP.
+
+    choices: of all prompts together; None: invalid. usage: `usage_requested`. prompt: why the prompt cannot be scored.
+    """
     value = body.value
     if value("stream") not in (None, True, False) or choices is None or usage is None:
         return Unscorable.INVALID
     if value("use_beam_search"):
         return Unscorable.BEAM_SEARCH
-    if choices > MAX_CHOICES or (choices > 1 and value("stream") and body.has("tools") and not usage):
-        return Unscorable.N
+    if prompt is not None:
+        return prompt
     if any(body.has(key) for key in _GUIDED_KEYS):
         return Unscorable.STRUCTURED_OUTPUT
+    if choices > MAX_CHOICES or (choices > 1 and value("stream") and body.has("tools") and not usage):
+        return Unscorable.N
     return Unscorable.ECHO if value("echo") else None
 
 
