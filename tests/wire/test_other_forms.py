@@ -216,6 +216,34 @@ def test_tools_that_are_offered_and_thinking_do_not_prevent_a_score(path: str) -
         assert read_request(json_splice.encode(ask(path) | more), form=FORM[path]).from_tap
 
 
+@BOTH
+def test_calls_that_the_server_restricts_by_its_own_setting_are_not_scored(path: str) -> None:
+    none: Any = "none" if path == RESPONSES else {"type": "none"}
+    auto: Any = "auto" if path == RESPONSES else {"type": "auto"}
+    cases: list[tuple[dict[str, Any], bool]] = [
+        ({}, False),
+        ({"tools": []}, False),
+        ({"tools": TOOLS[path]}, True),
+        ({"tools": TOOLS[path], "tool_choice": auto}, True),
+        ({"tools": TOOLS[path], "tool_choice": none}, False),
+    ]
+    for more, restricted in cases:
+        body = json_splice.encode(ask(path) | more)
+        found = read_request(body, form=FORM[path], free_calls="always")
+        assert found.unscorable is (Unscorable.STRUCTURED_OUTPUT if restricted else Unscorable.NO_TOKEN_IDS)
+        for level in ("never", "strict"):
+            assert read_request(body, form=FORM[path], free_calls=level).from_tap
+
+
+@BOTH
+def test_and_the_policy_says_whether_it_does(wire: Wire, path: str) -> None:
+    wire.interceptor.policy = tapping(free_calls="always")
+    body = ask(path, tools=TOOLS[path])
+    assert wire.send(path, body).sent == json_splice.encode(body)
+    assert wire.shadow("skipped", "structured_output") == 1
+    assert not wire.captures
+
+
 def test_turns_of_one_conversation_are_recognized() -> None:
     def key(path: str, body: dict[str, Any]) -> bytes | None:
         return read_request(json_splice.encode(body), form=FORM[path]).conversation_key

@@ -7,7 +7,7 @@ from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.grammar_spec import GrammarTooLarge, read_grammar
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.model_name import is_version
-from hemostat.openai.requests import Request, Uncalibrated, Unscorable, uncalibrated
+from hemostat.openai.requests import FROM_TAP, Request, Uncalibrated, Unscorable, uncalibrated
 
 _WITH_GRAMMAR = frozenset({Form.CHAT, Form.COMPLETIONS})
 """Forms whose requests' grammars are known."""
@@ -49,7 +49,10 @@ def read_request(
         try:
             grammar = read_grammar(body, tools=form is Form.CHAT, free_calls=free_calls)
         except GrammarTooLarge:
-            unscorable = unscorable or Unscorable.GRAMMAR_TOO_LARGE
+            if unscorable is None or unscorable in FROM_TAP:
+                unscorable = Unscorable.GRAMMAR_TOO_LARGE
+    elif unscorable is Unscorable.NO_TOKEN_IDS and free_calls == "always" and _may_call_tools(body):
+        unscorable = Unscorable.STRUCTURED_OUTPUT
     client_profile = xargs.get("hemostat")
     key = details.conversation
     return Request(
@@ -71,6 +74,13 @@ def read_request(
         wish=details.wish,
         grammar=grammar,
     )
+
+
+def _may_call_tools(body: JsonObject) -> bool:
+    """In the forms without a grammar of their own."""
+    choice = body.value("tool_choice")
+    name = choice.get("type") if isinstance(choice, dict) else choice
+    return body.has("tools") and body.raw("tools") != b"[]" and name != "none"
 
 
 def _unscorable_model(model: str, adapters: frozenset[str], scorable: frozenset[str] | None) -> Unscorable | None:
