@@ -81,7 +81,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     choice: int = 0
     """Which of the request's choices this is."""
     choices: int = 1
-    """Captures of the request, one a choice; they share request_id, nonce and conversation."""
+    """Of the request; each is a capture of its own, and they share request_id, nonce and conversation."""
     tools: bool = False
     """Tools were offered."""
     reasoning: bool = False
@@ -91,7 +91,6 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     Only the first choice's capture is sent."""
     generated: int = -1
     """Tokens of all choices together, by the response's usage; -1: it does not say."""
-    """Of the request; each is a capture of its own."""
     grammar: GrammarSpec | None = None
     """What restricted the tokens: then the log-probabilities are conditional on what it allows."""
 

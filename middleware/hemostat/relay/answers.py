@@ -12,9 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from hemostat.openai.form import Form
-
-_ANTHROPIC_FINISH = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
-_STATUS_FINISH = {"completed": "stop", "incomplete": "length"}
+from hemostat.openai.forms import messages, responses
 
 _CHAT_FINISH = re.compile(rb'"finish_reason":\s*"([a-z_]{1,32})"')
 _MESSAGE_FINISH = re.compile(rb'"stop_reason":\s*"([a-z_]{1,32})"')
@@ -145,10 +143,10 @@ def tail_of(data: bytes, form: Form) -> tuple[list[str], str]:
     """The finish reasons and the text in the last bytes of a stream."""
     if form is Form.MESSAGES:
         found = _MESSAGE_FINISH.findall(data)[-1:]
-        reasons = [_ANTHROPIC_FINISH.get(reason.decode(), reason.decode()) for reason in found]
+        reasons = [messages.FINISH_REASONS.get(reason.decode(), reason.decode()) for reason in found]
         pattern = _MESSAGE_TEXT
     elif form is Form.RESPONSES:
-        reasons = [_STATUS_FINISH[reason.decode()] for reason in _RESPONSE_FINISH.findall(data)[-1:]]
+        reasons = [responses.FINISH_REASONS[reason.decode()] for reason in _RESPONSE_FINISH.findall(data)[-1:]]
         pattern = _RESPONSE_TEXT
     else:
         reasons = [reason.decode() for reason in _CHAT_FINISH.findall(data)]
@@ -213,7 +211,7 @@ def _message(events: list[_MessageEvent]) -> Response:
             reason = event.delta.stop_reason or reason
         reason = event.stop_reason or reason
         usage = event.usage or usage
-    return _one_choice("".join(texts), list(calls.values()), _ANTHROPIC_FINISH.get(reason or "", reason), usage)
+    return _one_choice("".join(texts), list(calls.values()), messages.FINISH_REASONS.get(reason or "", reason), usage)
 
 
 def _last_response(data: bytes) -> _ItemResponse:
@@ -228,7 +226,9 @@ def _last_response(data: bytes) -> _ItemResponse:
 def _items(response: _ItemResponse) -> Response:
     parts = [part for item in response.output if item.type == "message" for part in item.content or []]
     calls = [Function(item.name, item.arguments) for item in response.output if item.type == "function_call"]
-    return _one_choice("".join(part.text for part in parts), calls, _STATUS_FINISH.get(response.status), response.usage)
+    return _one_choice(
+        "".join(part.text for part in parts), calls, responses.FINISH_REASONS.get(response.status), response.usage
+    )
 
 
 def _one_choice(text: str, calls: list[Function], finish: str | None, usage: _OutputUsage | None) -> Response:

@@ -48,7 +48,7 @@ _output: msgspec.json.Decoder[list[_OutputItem]] = msgspec.json.Decoder(list[_Ou
 
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"})
 _OF_THE_MODEL = frozenset({"function_call", "reasoning", "custom_tool_call"})
-_FINISH_REASONS = {"completed": "stop", "incomplete": "length"}
+FINISH_REASONS = {"completed": "stop", "incomplete": "length"}
 """A response's status -> what chat calls it."""
 
 
@@ -92,9 +92,9 @@ class Responses:
         status = response.value("status")
         if status in ("failed", "cancelled"):
             tokens.fail(ResponseFailure.UPSTREAM_ERROR)
-        elif status in _FINISH_REASONS:
+        elif status in FINISH_REASONS:
             choice = tokens.choice(0)
-            choice.finish_reason = _FINISH_REASONS[status]
+            choice.finish_reason = FINISH_REASONS[status]
             choice.reasoning = any(item.type == "reasoning" for item in _output.decode(response.raw("output")))
             if response.has("usage"):
                 usage = _usage.decode(response.raw("usage"))
