@@ -15,7 +15,7 @@ from tests.support.tiny_tokenizer import write_tokenizer
 from hemostat.models import vllm_server
 from hemostat.openai.grammar_spec import read_grammar
 from hemostat.openai.json_splice import JsonObject
-from hemostat.openai.tool_parsers import JSON_SCHEMA, TOOL_FORMATS, restricted_free_calls
+from hemostat.openai.tool_parsers import JSON_SCHEMA, RESTRICTING_PARSERS, TOOL_FORMATS, restricted_free_calls
 from hemostat.shadow.grammar.constraints import Constraint, ConstraintType, ServerRules, constraint_of
 from hemostat.shadow.grammar.json_features import needs_other_backend
 from hemostat.shadow.grammar.reasons import GrammarFailure, GrammarReason
@@ -153,6 +153,22 @@ def test_the_table_of_parsers_is_vllms(parser: str) -> None:
     assert (made.structural_tag_model or JSON_SCHEMA) == TOOL_FORMATS[parser]
     # Those by a schema are forced by it; those with a tag never are.
     assert made.supports_required_and_named is (made.structural_tag_model is None)
+
+
+def test_the_parsers_that_restrict_every_call_are_vllms() -> None:
+    from vllm.tool_parsers import ToolParserManager
+    from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
+
+    found: dict[str, str] = {}
+    for parser in ToolParserManager.list_registered():
+        made = ToolParserManager.get_tool_parser(parser)
+        level = made.default_tool_strict_level or ToolStrictLevel.AUTO
+        if TOOL_FORMATS.get(parser) == JSON_SCHEMA:
+            assert level is ToolStrictLevel.AUTO
+            continue
+        found[parser] = "strict" if level is ToolStrictLevel.AUTO else "always"
+    assert {parser: restricted_free_calls(parser, "auto") for parser in found} == found
+    assert {parser for parser, calls in found.items() if calls == "always"} == RESTRICTING_PARSERS
 
 
 _KEYS = st.sampled_from(

@@ -41,14 +41,17 @@ TOOL_FORMATS: Mapping[str, str] = MappingProxyType(
 )
 """Parser -> the structural tag's model in xgrammar or vLLM, or `JSON_SCHEMA`."""
 
+RESTRICTING_PARSERS = frozenset({"glm45", "glm47"})
+"""Parsers that restrict every call at the server's level `auto`, as other parsers do at `function`."""
+
 
 def restricted_free_calls(parser: str | None, strict_level: str) -> str:
     """Which calls that the model is free to make vLLM restricts: "never", "always" or "strict" (where a tool is strict
     or at most one call is allowed); where the parser is not known, as if it had a structural tag.
 
-    >>> [restricted_free_calls(*one) for one in (("hermes", "auto"), ("pythonic", "auto"), (None, "function"))]
+    >>> [restricted_free_calls(*one) for one in (("hermes", "auto"), ("pythonic", "auto"), ("glm47", "auto"))]
     ['strict', 'never', 'always']
     """
     if TOOL_FORMATS.get(parser or "") == JSON_SCHEMA:
         return "never"
-    return "strict" if strict_level == "auto" else "always"
+    return "strict" if strict_level == "auto" and parser not in RESTRICTING_PARSERS else "always"
