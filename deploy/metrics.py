@@ -57,7 +57,8 @@ SHADOW_REASONS: dict[str, Values] = {
         "invalid": "a parameter is invalid; vLLM reports it to the client",
         "lora": "the model is an adapter that the reference does not serve under the same name",
         "no_reference": "no reference was matched with the model: see `reference.models`",
-        "n": "more than 16 choices; or several with tools, in a stream without usage, where nothing shows lost ids",
+        "n": "more than 16 choices; or several with tools, in a stream without usage, where nothing shows lost ids; or "
+        "several in an arm, where the engine's plugin does not tell by choice which profile it applied",
         "beam_search": "beam search",
         "structured_output": "a grammar restricts the tokens, and grammars cannot be rebuilt here (see `hemostat "
         "check`), or the request has `guided_…` parameters, which vLLM 0.32 ignores and older ones enforce",

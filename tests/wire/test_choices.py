@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.fake_vllm import FakeVllm, encode, serving
-from tests.support.wire import TOOL_CALL, TOOLS, Wire, chat, completion, cut, policy, rows
+from tests.support.wire import TOOL_CALL, TOOLS, VERSION, Wire, chat, completion, cut, policy, rows
 
 from hemostat.openai import json_splice
 from hemostat.openai.form import Form
@@ -291,3 +291,33 @@ def test_choices_are_tapped_only_by_a_plugin_that_knows_them(wire: Wire, fake: F
     wire.send(CHAT, chat(n=2, temperature=1.0))
     assert fake.requests[-1]["vllm_xargs"] == {"hemostat_tap": "nonce"}
     assert [capture.nonce for capture in wire.captures] == ["", "", "nonce", "nonce"]
+
+
+@pytest.mark.parametrize("treat_unjudged", [False, True])
+@pytest.mark.parametrize("control", [0.0, 1.0])
+def test_choices_are_judged_in_both_arms_or_in_none(
+    wire: Wire, fake: FakeVllm, control: float, treat_unjudged: bool
+) -> None:
+    """A plugin that reports no ids does not tell which profile the choices got, so the treated arm has no scores."""
+    arms: dict[str, Any] = {"served": VERSION, "control_fraction": control, "treat_unjudged": treat_unjudged}
+    fake.adapters = (VERSION,)
+    body = chat(n=2, temperature=1.0)
+    wire.interceptor.policy = policy(tap=True, **arms)
+    wire.send(CHAT, body)
+    assert not wire.captures
+    assert wire.shadow("skipped", "n") == 1
+    assert ("vllm_xargs" in fake.requests[-1]) == (treat_unjudged and control == 0.0)
+    # One choice, and whatever the plugin's report is not needed for, is scored as before.
+    for sent, more in (
+        (body | {"n": 1}, {"tap": True}),
+        (body, {"tap": True, "tap_tokens": True}),
+        ({key: body[key] for key in body if key != "temperature"}, {"tap": True, "apply": "request"}),
+        (
+            body,
+            {"tap": True, "adapters": {VERSION: False}, "base_models": frozenset({"fake"}), "answered_name": "fake"},
+        ),
+    ):
+        wire.captures.clear()
+        wire.interceptor.policy = policy(**arms | more)
+        wire.send(CHAT, sent)
+        assert [capture.arm for capture in wire.captures] == ["control" if control else "treated"] * sent["n"]

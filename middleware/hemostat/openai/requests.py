@@ -31,7 +31,7 @@ class Unscorable(StrEnum):
     BEAM_SEARCH = "beam_search"
     N = "n"
     """More choices than MAX_CHOICES; or several in a stream without usage, with tools, where lost ids would not be
-    noticed."""
+    noticed; or several in an arm, where the engine's plugin does not tell by choice which profile it applied."""
     STRUCTURED_OUTPUT = "structured_output"
     """A grammar restricts the tokens, and requests under a grammar cannot be scored here (section `grammar` of the
     configuration); or the request has parameters (`guided_…`) that vLLM 0.32 ignores and older ones enforce."""

@@ -12,14 +12,14 @@ from hemostat.openai.json_splice import MALFORMED, encode
 from hemostat.openai.kinds import asks_json_in_words, kind_name
 from hemostat.openai.model_name import ModelName
 from hemostat.openai.reading import read_request
-from hemostat.openai.requests import Request
+from hemostat.openai.requests import Request, Unscorable
 from hemostat.openai.routes import FORMS
 from hemostat.openai.tokens import ChoiceTokens, ResponseFailure, ResponseTokens, error_reason, little_endian
 from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
 from hemostat.shadow.grammar.enforced import with_scorable_grammar
-from hemostat.shadow.profile_choice import ArmReason, Reason, Unjudged, choose_profile, served_kind
+from hemostat.shadow.profile_choice import ArmReason, Choice, Reason, Unjudged, choose_profile, served_kind
 from hemostat.shadow.reports import Reports
 from hemostat_calibration.records import Arm, Sampling
 
@@ -196,7 +196,11 @@ class InterceptedExchange:
     def _add_profile(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Choose the arm and the profile, and add what requests the profile."""
         policy = self._policy
-        choice = choose_profile(policy, request, self._options, self._unjudged, self._kind, self._conversation)
+        choice = self._choose_profile(request)
+        if choice.compared is not None and self._unjudged is None and self._unreported(request, choice.compared):
+            # Of the two arms, only the control one could be scored.
+            self._unjudged = Unscorable.N
+            choice = self._choose_profile(request)
         self._counted_as = choice.arm, choice.reason
         self._arm, self._compared = choice.arm, choice.compared
         if choice.version is None:
@@ -217,6 +221,16 @@ class InterceptedExchange:
         if policy.request_logit_bias:
             changes["logit_bias"] = encode(policy.request_logit_bias)
 
+    def _choose_profile(self, request: Request) -> Choice:
+        return choose_profile(self._policy, request, self._options, self._unjudged, self._kind, self._conversation)
+
+    def _unreported(self, request: Request, version: str) -> bool:
+        """Whether only the engine's plugin could tell that the version was applied, and will not: one that reports no
+        ids cannot tell apart the choices of one request. Of an adapter without a map the answer tells."""
+        policy = self._policy
+        by_plugin = policy.apply == "engine" and policy.adapters.get(version, True)
+        return by_plugin and policy.tap and not policy.tap_tokens and request.choices > 1
+
     def _add_token_details(self, request: Request, changes: dict[str, bytes], xargs: dict[str, str]) -> None:
         """Add what makes vLLM return the tokens' details, or skip a request that cannot be scored."""
         policy = self._policy
@@ -227,7 +241,7 @@ class InterceptedExchange:
         self._tokens = ResponseTokens(policy.shadow_top_k, policy.shadow_max_tokens, request.choices, request.prompts)
         if not self._from_tap:
             changes |= FORMATS[request.form].injected_members(request, policy.shadow_top_k)
-        # A plugin that reports no ids cannot tell apart the choices of one request.
+        # For several choices see `_unreported`.
         if policy.tap and not request.client_tap and (request.choices == 1 or policy.tap_tokens):
             self._nonce = xargs["hemostat_tap"] = self._reports.tap_name(policy)
             if self._from_tap:
