@@ -398,12 +398,31 @@ def test_answers_wait_until_they_are_taken_and_are_bounded(monkeypatch: pytest.M
     assert [buffer.complete(f"n{i}", 1) for i in range(5)] == [False, False, True, True, True]
     monkeypatch.setattr(answers_module, "MAX_WAITING_BYTES", buffer._bytes)
     buffer.add(AnswerMessage("boot", [answer("more")], 4), 121.0)
-    assert not buffer.complete("more", 1)
+    # The one that has waited longest makes room.
+    assert [buffer.complete(name, 1) for name in ("n2", "n3", "n4", "more")] == [False, True, True, True]
     counts = {sample.labels[0]: sample.value for sample in buffer.samples()}
     assert counts == {"received": 10, "dropped": 5, "dropped_at_engine": 5}
-    for i in range(5):
-        buffer.take(f"n{i}")
+    for name in ("n3", "n4", "more"):
+        buffer.take(name)
     assert buffer._bytes == 0
+
+
+def test_a_nonce_that_a_client_uses_for_all_its_requests_takes_bounded_room_and_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(answers_module, "MAX_ANSWERS_PER_REQUEST", 2)
+    buffer = AnswerBuffer()
+    for second in (0, 50, 100, 119):
+        buffer.add(AnswerMessage("boot", [answer(call=second)], 0), float(second))
+        buffer.add(AnswerMessage("boot", [answer(call=0, tokens=3)], 0), float(second))
+    assert buffer._bytes == answer().size + answer(tokens=3).size
+    assert buffer.complete("n", 2)
+    assert not buffer.complete("n", 3)
+    buffer.expire(170.0)
+    assert buffer.complete("n", 2)
+    # 120 s after the last answer that was kept and not only replaced.
+    buffer.expire(170.1)
+    assert (buffer._bytes, buffer.take("n"), buffer.dropped) == (0, [], 4)
 
 
 def test_answers_are_handed_out_only_where_every_engine_does() -> None:

@@ -16,9 +16,11 @@ from hemostat.metrics.samples import Sample
 
 MAX_WAITING_REQUESTS = 4096
 MAX_WAITING_BYTES = 256 << 20
-"""Of all answers that wait to be taken; further ones are dropped."""
+"""Of all answers that wait to be taken; above it the requests that have waited longest are dropped."""
+MAX_ANSWERS_PER_REQUEST = 64
+"""Further ones of the same nonce are dropped: a client may have set one of its own for all of its requests."""
 ANSWER_SECONDS = 120.0
-"""After the last answer of a request, its answers are dropped when nobody has taken them."""
+"""After the last new answer of a request, its answers are dropped when nobody has taken them."""
 MAX_SENDERS = 256
 """API servers whose counts of dropped answers are kept."""
 
@@ -56,17 +58,19 @@ class AnswerBuffer:
             self._dropped_by_sender.popitem(last=False)
         for answer in message.answers:
             self.received += 1
-            if self._bytes + answer.size > MAX_WAITING_BYTES:
-                self.dropped += 1
-                continue
             waiting = self._waiting.setdefault(answer.nonce, _Waiting(now))
-            waiting.received_at = now
             key = answer.call, answer.choice
             replaced = waiting.answers.get(key)
+            if replaced is None:
+                if len(waiting.answers) >= MAX_ANSWERS_PER_REQUEST:
+                    self.dropped += 1
+                    continue
+                # Only here, so that a nonce that is used again and again expires, too.
+                waiting.received_at = now
+                self._waiting.move_to_end(answer.nonce)
             self._bytes += answer.size - (replaced.size if replaced else 0)
             waiting.answers[key] = answer
-            self._waiting.move_to_end(answer.nonce)
-        while len(self._waiting) > MAX_WAITING_REQUESTS:
+        while len(self._waiting) > MAX_WAITING_REQUESTS or self._bytes > MAX_WAITING_BYTES:
             self._drop(next(iter(self._waiting)))
 
     def complete(self, nonce: str, choices: int) -> bool:
