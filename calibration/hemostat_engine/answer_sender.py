@@ -14,6 +14,8 @@ from hemostat_engine.peers import Peer, Peers
 log = logging.getLogger("vllm.hemostat")
 
 MAX_MESSAGE_BYTES = 8 << 20
+MAX_MESSAGE_ANSWERS = 4096
+"""The admin port refuses a message with more."""
 ATTEMPTS = 2
 PAUSE_SECONDS = 0.5
 """Between two attempts. Hemostat waits some seconds for an answer, so one that is late is of no use."""
@@ -25,7 +27,7 @@ class Queue(Protocol):
     filled: threading.Event
     dropped: int
 
-    def take(self, max_bytes: int) -> list[dict[str, Any]]: ...
+    def take(self, max_bytes: int, max_answers: int) -> list[dict[str, Any]]: ...
 
     def drop(self, answers: int = 1) -> None: ...
 
@@ -65,7 +67,7 @@ class AnswerSender:
 
     def send(self) -> None:
         """Send one message's worth of answers, or drop and count them."""
-        unsent = self._queue.take(MAX_MESSAGE_BYTES)
+        unsent = self._queue.take(MAX_MESSAGE_BYTES, MAX_MESSAGE_ANSWERS)
         for attempt in range(ATTEMPTS):
             if attempt:
                 self._pause(PAUSE_SECONDS)

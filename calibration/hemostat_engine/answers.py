@@ -20,12 +20,14 @@ import sys
 import threading
 import uuid
 from array import array
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from hemostat_engine import xargs
 from hemostat_engine.answer_sender import AnswerSender
+from hemostat_engine.byte_order import little_endian
+from hemostat_engine.numbering import Numbering
 from hemostat_engine.peers import Peers
 from hemostat_engine.settings import Settings
 
@@ -35,9 +37,9 @@ ENGINE_MODULE = "vllm.v1.engine.async_llm"
 MAX_QUEUE_BYTES = 64 << 20
 MAX_ANSWER_BYTES = 12 << 20
 """Of one choice; a longer one is dropped. The admin port accepts messages of 16 MiB."""
-MAX_CHOICES = 1 << 14
-MAX_NONCES = 4096
-"""Nonces whose generations are numbered; the oldest is forgotten."""
+MAX_QUEUED_ANSWERS = 1 << 14
+MAX_ACTIVE = 128
+"""Generations that are recorded at the same time; further ones are served without being recorded."""
 
 _PARAMETERS = ("self", "prompt", "sampling_params", "request_id")
 _WRAPPED = "_hemostat_wrapped"
@@ -50,35 +52,46 @@ class AnswerQueue:
     """
 
     def __init__(self, max_bytes: int = MAX_QUEUE_BYTES) -> None:
-        self._answers: deque[dict[str, Any]] = deque()
+        self._answers: deque[RecordedAnswer] = deque()
         self._max_bytes = max_bytes
         self._bytes = 0
         self._lock = threading.Lock()
         self.dropped = 0
         self.filled = threading.Event()
 
-    def push(self, answer: dict[str, Any]) -> None:
-        size = answer_bytes(answer)
+    def push(self, answer: RecordedAnswer) -> None:
         with self._lock:
-            if self._bytes + size > self._max_bytes:
+            if self._bytes + answer.bytes > self._max_bytes or len(self._answers) >= MAX_QUEUED_ANSWERS:
                 self.dropped += 1
                 return
-            self._bytes += size
+            self._bytes += answer.bytes
             self._answers.append(answer)
         self.filled.set()
 
-    def take(self, max_bytes: int) -> list[dict[str, Any]]:
-        """The oldest answers: one, and as many more as stay within `max_bytes`."""
-        taken: list[dict[str, Any]] = []
+    def take(self, max_bytes: int, max_answers: int) -> list[dict[str, Any]]:
+        """Messages of the oldest answers: of one, and of as many more as stay within both bounds.
+
+        One that cannot be made is dropped and counted.
+        """
+        taken: list[RecordedAnswer] = []
         size = 0
         with self._lock:
-            while self._answers and (not taken or size + answer_bytes(self._answers[0]) <= max_bytes):
+            while (
+                self._answers and len(taken) < max_answers and (not taken or size + self._answers[0].bytes <= max_bytes)
+            ):
                 taken.append(self._answers.popleft())
-                size += answer_bytes(taken[-1])
+                size += taken[-1].bytes
             self._bytes -= size
             if not self._answers:
                 self.filled.clear()
-        return taken
+        messages = []
+        for answer in taken:
+            try:
+                messages.append(answer.message())
+            except ValueError as error:
+                self.drop()
+                log.warning("an answer was not recorded: %s", error)
+        return messages
 
     def drop(self, answers: int = 1) -> None:
         """Count answers that are lost."""
@@ -86,43 +99,93 @@ class AnswerQueue:
             self.dropped += answers
 
 
-def answer_bytes(answer: dict[str, Any]) -> int:
-    """The bytes of an answer's arrays."""
-    return sum(len(value) for value in answer.values() if isinstance(value, bytes))
+class RecordedAnswer:
+    """A choice that has ended. It is recorded in the server's event loop; `message` is for another thread."""
+
+    __slots__ = ("_finish_reason", "_names", "_prompt_ids", "_rows", "bytes", "nonce", "top_k")
+
+    def __init__(
+        self, nonce: str, names: dict[str, int], top_k: int, rows: _Rows, prompt_ids: list[int], finish_reason: str
+    ) -> None:
+        """names: the message's `call`, `choice` and `choices`."""
+        self.nonce = nonce
+        self.top_k = top_k
+        self._names = names
+        self._rows = rows
+        self._prompt_ids = array("i", prompt_ids)
+        self._finish_reason = finish_reason
+        self.bytes = _bytes(rows.tokens, top_k, len(prompt_ids))
+        """Of the message's arrays."""
+
+    def message(self) -> dict[str, Any]:
+        """Little-endian arrays: int32 ids, float32 nats; candidates [T, top_k + 1], most likely first, padded with -1
+        and -inf, the emitted id among them. A listed id that a grammar's mask excludes has -inf, too.
+
+        ValueError where the logprobs of a position do not have the emitted id.
+        """
+        candidate_ids, candidate_logprobs, emitted_logprobs = self._rows.sorted(self.top_k)
+        return {
+            "nonce": self.nonce,
+            **self._names,
+            "prompt_ids": little_endian(self._prompt_ids),
+            "token_ids": little_endian(self._rows.token_ids),
+            "top_k": self.top_k,
+            "candidate_ids": little_endian(candidate_ids),
+            "candidate_logprobs": little_endian(candidate_logprobs),
+            "emitted_logprobs": little_endian(emitted_logprobs),
+            "finish_reason": self._finish_reason,
+        }
 
 
-class _Choice:
-    """What is recorded of one choice. Arrays as in the message: see `Recording.message`."""
+def _bytes(tokens: int, top_k: int, prompt_tokens: int) -> int:
+    """Of a message's arrays; those of `_Rows` have at most 4 bytes more per token."""
+    return (8 * top_k + 16) * tokens + 4 * prompt_tokens
 
-    __slots__ = ("candidate_ids", "candidate_logprobs", "emitted_logprobs", "token_ids")
+
+class _Rows:
+    """What vLLM yielded of one choice, as it came: T emitted ids, and the ids and log-probabilities of T positions."""
+
+    __slots__ = ("_ends", "_ids", "_logprobs", "token_ids")
 
     def __init__(self) -> None:
         self.token_ids: array[int] = array("i")
-        self.candidate_ids: array[int] = array("i")
-        self.candidate_logprobs: array[float] = array("f")
-        self.emitted_logprobs: array[float] = array("f")
+        self._ids: array[int] = array("i")
+        self._logprobs: array[float] = array("f")
+        self._ends: array[int] = array("i")
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
 
     def add(self, ids: list[int], logprobs: Any, top_k: int) -> None:
-        """Append positions. ValueError where ids and logprobs do not fit each other."""
+        """Append positions. ValueError where ids and logprobs do not fit each other, or there are too many."""
         if logprobs is None or len(logprobs) != len(ids):
             raise ValueError("ids without their logprobs")
-        for position, emitted in enumerate(ids):
-            self._add_row(emitted, *_candidates(logprobs, position), top_k)
+        for position in range(len(ids)):
+            row_ids, row_logprobs = _candidates(logprobs, position)
+            if len(row_ids) > top_k + 1:
+                raise ValueError("more candidates than were asked for")
+            self._ids.extend(row_ids)
+            self._logprobs.extend(row_logprobs)
+            self._ends.append(len(self._ids))
         self.token_ids.extend(ids)
 
-    def _add_row(self, emitted: int, ids: list[int], logprobs: list[float], top_k: int) -> None:
-        # vLLM lists the emitted id first, and again among the most likely ones.
-        by_id = dict(zip(ids, logprobs, strict=True))
-        if emitted not in by_id:
-            raise ValueError("the logprobs do not have the emitted id")
-        kept = [(value, i) for i, value in by_id.items() if i == emitted or value > -float("inf")]
-        kept.sort(key=lambda pair: -pair[0])
-        pad = top_k + 1 - len(kept)
-        if pad < 0:
-            raise ValueError("more candidates than were asked for")
-        self.candidate_ids.extend([i for _, i in kept] + pad * [-1])
-        self.candidate_logprobs.extend([value for value, _ in kept] + pad * [-float("inf")])
-        self.emitted_logprobs.append(by_id[emitted])
+    def sorted(self, top_k: int) -> tuple[array[int], array[float], array[float]]:
+        """Candidate ids, their log-probabilities and those of the emitted ids; see `RecordedAnswer.message`."""
+        candidate_ids, candidate_logprobs, emitted_logprobs = array("i"), array("f"), array("f")
+        start = 0
+        for emitted, end in zip(self.token_ids, self._ends, strict=True):
+            # vLLM lists the emitted id first, and again among the most likely ones.
+            by_id = dict(zip(self._ids[start:end], self._logprobs[start:end], strict=True))
+            if emitted not in by_id:
+                raise ValueError("the logprobs do not have the emitted id")
+            row = sorted(by_id.items(), key=lambda pair: -pair[1])
+            pad = top_k + 1 - len(row)
+            candidate_ids.extend([i for i, _ in row] + pad * [-1])
+            candidate_logprobs.extend([value for _, value in row] + pad * [-float("inf")])
+            emitted_logprobs.append(by_id[emitted])
+            start = end
+        return candidate_ids, candidate_logprobs, emitted_logprobs
 
 
 def _candidates(logprobs: Any, position: int) -> tuple[list[int], list[float]]:
@@ -159,7 +222,7 @@ class Recording:
         self._nonce = nonce
         self._call = call
         self._number = int(params.n or 1)
-        self._choices: dict[int, _Choice] = {}
+        self._choices: dict[int, _Rows] = {}
         self._failed = False
         self._own: int | None = params.logprobs
         """What the server itself asked for, and gets."""
@@ -170,58 +233,46 @@ class Recording:
             self.params.flat_logprobs = True
 
     def note(self, output: Any) -> None:
-        """Record one RequestOutput, and remove from it what the server did not ask for. Never raises."""
+        """Record one RequestOutput, and remove from it what the server did not ask for. Never raises.
+
+        Where that cannot be removed the server gets more logprobs than it asked for, and a dropped answer is counted.
+        """
         try:
             if not self._failed:
                 self._record(output)
         except Exception as error:  # noqa: BLE001 - the client's response must not depend on it
-            self._fail()
-            log.warning("an answer was not recorded: %s: %s", type(error).__name__, error)
+            self._fail(error)
         for completion in output.outputs:
-            if self._own is None:
-                completion.logprobs = completion.cumulative_logprob = None
-            elif self._own < self.top_k and completion.logprobs is not None:
-                completion.logprobs = _shortened(completion.logprobs, completion.token_ids, self._own)
+            try:
+                self._restore(completion)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._fail(error)
+
+    def _restore(self, completion: Any) -> None:
+        if self._own is None:
+            completion.logprobs = completion.cumulative_logprob = None
+        elif self._own < self.top_k and completion.logprobs is not None:
+            completion.logprobs = _shortened(completion.logprobs, completion.token_ids, self._own)
 
     def _record(self, output: Any) -> None:
         for completion in output.outputs:
-            choice = self._choices.setdefault(completion.index, _Choice())
-            choice.add(list(completion.token_ids), completion.logprobs, self.top_k)
-            if (8 * self.top_k + 20) * len(choice.token_ids) + 4 * len(output.prompt_token_ids) > MAX_ANSWER_BYTES:
-                self._fail()
-                return
+            rows = self._choices.setdefault(completion.index, _Rows())
+            rows.add(list(completion.token_ids), completion.logprobs, self.top_k)
+            if _bytes(rows.tokens, self.top_k, len(output.prompt_token_ids)) > MAX_ANSWER_BYTES:
+                raise ValueError("it is too long")
             if completion.finish_reason is not None:
                 del self._choices[completion.index]
-                self._queue.push(self._message(completion, choice, output.prompt_token_ids))
+                names = {"call": self._call, "choice": completion.index, "choices": self._number}
+                reason = str(completion.finish_reason)[:64]
+                self._queue.push(RecordedAnswer(self._nonce, names, self.top_k, rows, output.prompt_token_ids, reason))
 
-    def _fail(self) -> None:
+    def _fail(self, error: Exception) -> None:
+        if self._failed:
+            return
         self._failed = True
         self._choices.clear()
         self._queue.drop()
-
-    def _message(self, completion: Any, choice: _Choice, prompt_ids: list[int]) -> dict[str, Any]:
-        """Little-endian arrays: int32 ids, float32 nats; candidates [T, top_k + 1], most likely first, padded with -1
-        and -inf, the emitted id among them."""
-        return {
-            "nonce": self._nonce,
-            "call": self._call,
-            "choice": completion.index,
-            "choices": self._number,
-            "prompt_ids": _little_endian(array("i", prompt_ids)),
-            "token_ids": _little_endian(choice.token_ids),
-            "top_k": self.top_k,
-            "candidate_ids": _little_endian(choice.candidate_ids),
-            "candidate_logprobs": _little_endian(choice.candidate_logprobs),
-            "emitted_logprobs": _little_endian(choice.emitted_logprobs),
-            "finish_reason": str(completion.finish_reason)[:64],
-        }
-
-
-def _little_endian(values: array[Any]) -> bytes:
-    if sys.byteorder == "big":
-        values = values[:]
-        values.byteswap()
-    return values.tobytes()
+        log.warning("an answer was not recorded: %s: %s", type(error).__name__, error)
 
 
 class AnswerTap:
@@ -231,7 +282,8 @@ class AnswerTap:
         self._queue = queue
         self._start_sender = start_sender
         self._started = False
-        self._calls: OrderedDict[str, int] = OrderedDict()
+        self._calls = Numbering()
+        self._active = 0
 
     def begin(self, engine: Any, prompt: Any, params: Any) -> Recording | None:
         """A recording, if the request asks for one. Never raises."""
@@ -261,11 +313,20 @@ class AnswerTap:
         if not self._started:
             self._started = True
             self._start_sender()
-        call = self._calls.pop(asked.nonce, 0)
-        self._calls[asked.nonce] = call + 1
-        if len(self._calls) > MAX_NONCES:
-            self._calls.popitem(last=False)
+        call = self._calls.next(asked.nonce)
         return Recording(self._queue, asked.nonce, call, params, engine.model_config.max_logprobs, asked.top)
+
+    def enter(self) -> bool:
+        """Whether one more generation may be recorded now; then `leave` must be called when it ends. If not, that is
+        counted."""
+        if self._active >= MAX_ACTIVE:
+            self._queue.drop()
+            return False
+        self._active += 1
+        return True
+
+    def leave(self) -> None:
+        self._active -= 1
 
 
 def install() -> None:
@@ -301,14 +362,27 @@ def wrapped(generate: Callable[..., AsyncGenerator[Any, None]], tap: AnswerTap) 
         recording = tap.begin(engine, prompt, sampling_params)
         if recording is None:
             return generate(engine, prompt, sampling_params, *arguments, **named)
-        return _recorded(generate(engine, prompt, recording.params, *arguments, **named), recording)
+
+        def start(params: Any) -> AsyncGenerator[Any, None]:
+            return generate(engine, prompt, params, *arguments, **named)
+
+        return _recorded(start, sampling_params, recording, tap)
 
     return tapped
 
 
-async def _recorded(outputs: AsyncGenerator[Any, None], recording: Recording) -> AsyncGenerator[Any, None]:
-    # The engine aborts a request when its generator is closed.
-    async with contextlib.aclosing(outputs):
-        async for output in outputs:
-            recording.note(output)
-            yield output
+async def _recorded(
+    start: Callable[[Any], AsyncGenerator[Any, None]], params: Any, recording: Recording, tap: AnswerTap
+) -> AsyncGenerator[Any, None]:
+    # Here and not in `begin`: a generator that is never started never ends.
+    entered = tap.enter()
+    try:
+        # The engine aborts a request when its generator is closed.
+        async with contextlib.aclosing(start(recording.params if entered else params)) as outputs:
+            async for output in outputs:
+                if entered:
+                    recording.note(output)
+                yield output
+    finally:
+        if entered:
+            tap.leave()

@@ -13,7 +13,6 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ import torch.distributed
 from hemostat_engine import transform, xargs
 from hemostat_engine.agent import Agent, Identity
 from hemostat_engine.library import Counters, Library
+from hemostat_engine.numbering import Numbering
 from hemostat_engine.settings import Settings
 from hemostat_engine.taps import Reading, SlotTap, Step, TappedRow, Taps
 from hemostat_engine.transform import HeldProfile
@@ -32,9 +32,6 @@ log = logging.getLogger("hemostat.engine")
 
 MAX_TAPPED_CANDIDATES = 2
 """Held profiles that are evaluated for a tapped row besides the applied one."""
-
-MAX_NONCES = 4096
-"""Nonces whose requests are numbered; the oldest is forgotten."""
 
 _BINDING_ATTRIBUTE = "_hemostat_binding"
 
@@ -125,8 +122,7 @@ class Core:
         self._vocab_size = vocab_size
         self._after_penalties = runner == "v2"
         self._ranks = ranks
-        self._children: OrderedDict[str, int] = OrderedDict()
-        """Number of requests admitted with each nonce."""
+        self._children = Numbering()
         self._tapping = settings.admin_url is not None and (ranks.rank == 0 or tap_on_every_rank)
         identity = Identity(ranks.broadcast(boot_id), ranks.rank, ranks.size, vocab_size, runner, vllm_version, answers)
         self.agent = Agent(identity, settings, self.library, self.counters, self.taps)
@@ -151,19 +147,10 @@ class Core:
                 i in profiles or parameters[i].nonce is not None or parameters[i].version is not None
             ):
                 nonce = parameters[i].nonce if self._tapping else None
-                binding = Binding(profiles.get(i), nonce, self._next_child(nonce))
+                binding = Binding(profiles.get(i), nonce, 0 if nonce is None else self._children.next(nonce))
                 setattr(params, _BINDING_ATTRIBUTE, binding)
             bindings.append(binding if binding and (binding.profile or binding.nonce) else None)
         return bindings
-
-    def _next_child(self, nonce: str | None) -> int:
-        if nonce is None:
-            return 0
-        child = self._children.pop(nonce, 0)
-        self._children[nonce] = child + 1
-        if len(self._children) > MAX_NONCES:
-            self._children.popitem(last=False)
-        return child
 
     def _bound(self, params: Any) -> Binding | None:
         return getattr(params, _BINDING_ATTRIBUTE, None)

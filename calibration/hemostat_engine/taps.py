@@ -5,7 +5,6 @@ The queue is bounded; when it is full, steps are dropped and counted.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hemostat_engine.byte_order import little_endian
 from hemostat_engine.library import Counters
 
 MAX_STEPS = 2048
@@ -122,16 +122,9 @@ class _Run:
             "versions": {version: [row[i] for row in self.values] for i, version in enumerate(self.versions)},
             "applied": self.applied,
             "child": self.child,
-            "previous_ids": _little_endian(self.previous),
+            "previous_ids": little_endian(self.previous),
         }
         return body if self.anchors is None else body | {"anchors": self.anchors, "features": b"".join(self.features)}
-
-
-def _little_endian(values: array[int]) -> bytes:
-    if sys.byteorder == "big":
-        values = values[:]
-        values.byteswap()
-    return values.tobytes()
 
 
 class Taps:

@@ -6,11 +6,18 @@ import asyncio
 import warnings
 from collections.abc import AsyncGenerator, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
+from tests.support.captures import INFO, capture
 from tests.support.engine_admin import TOKEN, EngineAdmin
+from tests.support.grammars import no_conditioning
+
+from hemostat.engines.messages import MAX_CHILDREN, AnswerMessage
+from hemostat.shadow.grammar.reasons import GrammarFailure, GrammarReason
+from hemostat.shadow.record_builder import decode_capture
+from hemostat.shadow.tapped_answers import captures_from_tap
 
 pytest.importorskip("vllm")
 from vllm import SamplingParams
@@ -21,7 +28,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch, in what this imports
     from vllm.outputs import CompletionOutput, RequestOutput
 
-from hemostat_engine import answers
+from hemostat_engine import answer_sender, answers, numbering
 from hemostat_engine.answer_sender import AnswerSender
 from hemostat_engine.answers import AnswerQueue, AnswerTap, wrapped
 from hemostat_engine.peers import Peers
@@ -108,7 +115,7 @@ class Server:
         return asyncio.run(run())
 
     def recorded(self) -> list[dict[str, Any]]:
-        return self.queue.take(1 << 30)
+        return self.queue.take(1 << 30, 1 << 30)
 
 
 def arrays(answer: dict[str, Any]) -> tuple[list[int], np.ndarray, np.ndarray, list[float]]:
@@ -166,16 +173,35 @@ def test_the_clients_own_logprobs_stay_as_it_asked_for_them(own: int, flat: bool
     assert arrays(answer)[3] == [-0.5, -7.0]
 
 
-def test_masked_candidates_are_left_out() -> None:
-    server = Server(Engine([[[3]]]))
+def recorded_masked(server: Server) -> None:
+    """Record one token of which a grammar's mask left no other."""
     container = create_sample_logprobs(False)
     append_logprobs_for_next_position(container, [3, 3, 9], [-0.1, -0.1, -np.inf], [None] * 3, 1, 2)
     recording = AnswerTap(server.queue, lambda: None).begin(server.engine, PROMPT, params(ASKS))
     assert recording is not None
     output = CompletionOutput(0, "", [3], None, container, finish_reason="length")
     recording.note(RequestOutput("id", None, PROMPT, None, [output], True))
+
+
+def test_masked_candidates_are_listed_without_a_probability() -> None:
+    server = Server(Engine([[[3]]]))
+    recorded_masked(server)
     (answer,) = server.recorded()
-    assert arrays(answer)[1].tolist() == [[3, -1, -1]]
+    assert arrays(answer)[1].tolist() == [[3, 9, -1]]
+    np.testing.assert_array_equal(arrays(answer)[2], np.float32([[-0.1, -np.inf, -np.inf]]))
+
+
+async def test_a_masked_answer_whose_grammar_is_not_known_is_not_pooled_with_the_others(
+    admins: list[EngineAdmin],
+) -> None:
+    server = Server(Engine([[[3]]]))
+    recorded_masked(server)
+    await asyncio.to_thread(sender_to(admins[:1], server.queue).send)
+    given = admins[0].registry.answers.take("nonce")
+    (tapped,) = captures_from_tap(capture(from_tap=True, nonce="nonce"), given, 100)
+    with pytest.raises(GrammarFailure) as failure:
+        await no_conditioning().condition(tapped, decode_capture(tapped), INFO)
+    assert failure.value.reason is GrammarReason.UNKNOWN
 
 
 def test_more_than_the_server_allows_is_never_asked_for() -> None:
@@ -221,6 +247,71 @@ def test_what_cannot_be_recorded_is_dropped_counted_and_still_served(caplog: pyt
     assert (server.recorded(), server.queue.dropped) == ([], 1)
 
 
+@pytest.mark.parametrize("damage", ["emitted", "more"])
+def test_logprobs_that_cannot_be_are_dropped_and_counted(damage: str) -> None:
+    class Damaged(Engine):
+        async def generate(self, *arguments: Any) -> AsyncGenerator[RequestOutput, None]:
+            async for output in super().generate(*arguments):
+                logprobs = output.outputs[0].logprobs
+                if damage == "emitted":
+                    logprobs.token_ids[:] = [11, 12, 13]
+                else:
+                    append = logprobs_of([3], 3, True)
+                    output.outputs[0].logprobs = append
+                yield output
+
+    server = Server(Damaged([[[8]]]))
+    server._generate = wrapped(Damaged.generate, AnswerTap(server.queue, lambda: None))
+    assert [output.outputs[0].token_ids for output in server.serve(params(ASKS))] == [[8]]
+    assert (server.recorded(), server.queue.dropped) == ([], 1)
+
+
+def test_the_clients_own_logprobs_that_do_not_fit_its_ids_reach_it_as_they_are() -> None:
+    class Longer(Engine):
+        async def generate(self, *arguments: Any) -> AsyncGenerator[RequestOutput, None]:
+            async for output in super().generate(*arguments):
+                output.outputs[0].logprobs = logprobs_of([3, 8], 2, False)
+                yield output
+
+    server = Server(Longer([[[3], [4]]]))
+    server._generate = wrapped(Longer.generate, AnswerTap(server.queue, lambda: None))
+    seen = server.serve(params(ASKS, logprobs=1))
+    assert [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in seen] == [
+        (ids, logprobs_of([3, 8], 2, False)) for ids in ([3], [4])
+    ]
+    assert (server.recorded(), server.queue.dropped) == ([], 1)
+
+
+def test_generations_that_are_recorded_at_the_same_time_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_ACTIVE", 2)
+    server = Server(Engine([[[3], [4]]]))
+
+    async def run() -> None:
+        begun = [server._generate(server.engine, PROMPT, params(ASKS), "id") for _ in range(4)]
+        del begun[0]  # never started
+        for generator in begun:
+            await anext(generator)
+        assert [given.logprobs for given in server.engine.given] == [2, 2, None]
+        await begun[0].aclose()
+        for generator in begun[1:]:
+            assert [output.outputs[0].token_ids async for output in generator] == [[4]]
+
+    asyncio.run(run())
+    assert ([answer["call"] for answer in server.recorded()], server.queue.dropped) == ([2], 1)
+    for _ in range(3):
+        server.serve(params(ASKS))
+    assert (len(server.recorded()), server.queue.dropped) == (3, 1)
+
+
+def test_a_nonce_of_the_clients_own_has_numbers_that_the_admin_port_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numbering.NUMBERS == MAX_CHILDREN
+    monkeypatch.setattr(numbering, "NUMBERS", 2)
+    server = Server(Engine([[[3]]]))
+    for _ in range(3):
+        server.serve(params(ASKS))
+    assert [answer["call"] for answer in server.recorded()] == [0, 1, 0]
+
+
 def test_a_client_that_disconnects_ends_the_generation() -> None:
     server = Server(Engine([[[3], [4], [8]]]))
     assert len(server.serve(params(ASKS), limit=1)) == 1
@@ -234,7 +325,7 @@ def test_answers_and_the_queue_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         server.serve(params(ASKS))
     taken = server.recorded()
     assert (len(taken), server.queue.dropped) == (2, 1)
-    server.queue.push(taken[0])
+    server.serve(params(ASKS))
     assert len(server.recorded()) == 1
     monkeypatch.setattr(answers, "MAX_ANSWER_BYTES", 100)
     long = Server(Engine([[[3]] * 5]))
@@ -310,6 +401,23 @@ def test_answers_go_to_the_replica_of_the_request(admins: list[EngineAdmin]) -> 
     ]
     assert found == [["aa-1"], ["bb-1", "bb-2"]]
     assert server.queue.dropped == 0
+
+
+def test_a_message_has_no_more_answers_than_the_admin_port_accepts(
+    admins: list[EngineAdmin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = get_type_hints(AnswerMessage, include_extras=True)["answers"].__metadata__
+    assert [limit.max_length for limit in limits] == [answer_sender.MAX_MESSAGE_ANSWERS]
+    monkeypatch.setattr(answer_sender, "MAX_MESSAGE_ANSWERS", 2)
+    server = Server(Engine([[[3]]]))
+    for _ in range(3):
+        server.serve(params(ASKS))
+    sender = sender_to(admins[:1], server.queue)
+    buffer = admins[0].registry.answers
+    sender.send()
+    assert (buffer.complete("nonce", 2), buffer.complete("nonce", 3)) == (True, False)
+    sender.send()
+    assert buffer.complete("nonce", 3)
 
 
 def test_what_cannot_be_sent_is_dropped_and_counted_at_the_admin_port(admins: list[EngineAdmin]) -> None:

@@ -21,7 +21,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors, MoveDirectionality
 
-from hemostat_engine import LogitsProcessor
+from hemostat_engine import LogitsProcessor, numbering
 from hemostat_engine.processor import BatchV1
 
 PROFILES = {p.version: p for p in (make_profile(1), make_contextual(2))}
@@ -362,11 +362,10 @@ def test_requests_with_one_nonce_are_numbered_and_tell_the_ids_before_each_posit
 
 
 def test_numbers_of_nonces_are_bounded(make_core: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from hemostat_engine import core as core_module
-
-    monkeypatch.setattr(core_module, "MAX_NONCES", 2)
+    monkeypatch.setattr(numbering, "MAX_NONCES", 2)
+    monkeypatch.setattr(numbering, "NUMBERS", 3)
     core = make_core(tapping=True)
-    names = ["a", "b", "a", "c", "a", "b"]
+    names = ["a", "b", "a", "c", "a", "b", "a", "a"]
     bound = core.bind([params(None, name) for name in names])
-    assert [binding.child for binding in bound] == [0, 0, 1, 0, 2, 0]
+    assert [binding.child for binding in bound] == [0, 0, 1, 0, 2, 0, 0, 1]
     assert len(core._children) == 2
