@@ -102,14 +102,14 @@ class AnswerQueue:
 class RecordedAnswer:
     """A choice that has ended. It is recorded in the server's event loop; `message` is for another thread."""
 
-    __slots__ = ("_finish_reason", "_names", "_prompt_ids", "_rows", "bytes", "nonce", "top_k")
+    __slots__ = ("_finish_reason", "_names", "_nonce", "_prompt_ids", "_rows", "_top_k", "bytes")
 
     def __init__(
         self, nonce: str, names: dict[str, int], top_k: int, rows: _Rows, prompt_ids: list[int], finish_reason: str
     ) -> None:
         """names: the message's `call`, `choice` and `choices`."""
-        self.nonce = nonce
-        self.top_k = top_k
+        self._nonce = nonce
+        self._top_k = top_k
         self._names = names
         self._rows = rows
         self._prompt_ids = array("i", prompt_ids)
@@ -123,13 +123,13 @@ class RecordedAnswer:
 
         ValueError where the logprobs of a position do not have the emitted id.
         """
-        candidate_ids, candidate_logprobs, emitted_logprobs = self._rows.sorted(self.top_k)
+        candidate_ids, candidate_logprobs, emitted_logprobs = self._rows.sorted(self._top_k)
         return {
-            "nonce": self.nonce,
+            "nonce": self._nonce,
             **self._names,
             "prompt_ids": little_endian(self._prompt_ids),
             "token_ids": little_endian(self._rows.token_ids),
-            "top_k": self.top_k,
+            "top_k": self._top_k,
             "candidate_ids": little_endian(candidate_ids),
             "candidate_logprobs": little_endian(candidate_logprobs),
             "emitted_logprobs": little_endian(emitted_logprobs),
