@@ -82,6 +82,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a stop id": chat("Is 7 prime?", structured_outputs={"regex": "[a-z ]{4,}"}, stop_token_ids=[28]),
 }
 
+LARGE_SETS = {"a structural tag", "a strict tool that may be called", "a stop id"}
+"""More ids are allowed at each position than vLLM lists: only that none of the listed ones contradicts the sets is
+compared."""
+
 
 class Rebuilt:
     def __init__(self, folder: str, vocab_size: int) -> None:
@@ -139,7 +143,7 @@ def test_the_rebuilt_sets_are_those_that_vllm_masked_by(
     support = sets.support
     _, _, ids, logprobs, _ = rows(capture)
     small = np.nonzero(support <= TOP_K)[0]
-    if case != "a structural tag":
+    if case not in LARGE_SETS:
         assert len(small), "at no position all allowed ids are listed: the test shows nothing"
     mask = sets.mask(slice(0, sets.tokens))
     for t in small:
