@@ -35,7 +35,7 @@ test: lint ## lint, then all tests but the slow ones, also on a real vLLM; ARGS=
 test-slow: setup ## only the tests that take minutes each (a promotion on a real vLLM, ...); run them before a release
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 0 --slow $(ARGS)
 
-test-versions: setup ## the tests that use vLLM, with other versions of it (10 minutes or more each); writes build/versions.json
+test-versions: setup ## the tests that use vLLM, with other versions of it (up to an hour each); writes build/versions.json
 	@exec $(BIN)/python deploy/setup/versions.py $(ARGS)
 
 bench-proxy: setup ## requests/s and CPU compared with nginx and vllm-router; writes build/bench/proxy.json

@@ -38,7 +38,7 @@ def _interfaces() -> tuple[type, ...]:
             found.append(module.LogitsProcessor)
     if not found:
         raise HemostatError(
-            "this vLLM has no logits processor interface that Hemostat supports; use vLLM 0.27.1 or newer"
+            "this vLLM has no logits processor interface that Hemostat supports; use vLLM 0.32 or newer"
         )
     return tuple(found)
 

@@ -125,7 +125,7 @@ async def test_a_store_server_is_probed(tmp_path: Path) -> None:
         ({"max_logprobs": 5}, {}, {}, "max_logprobs", "NO", "--max-logprobs 20"),
         ({"max_logprobs": 5}, None, {}, "max_logprobs", "note", "--max-logprobs 20"),
         ({"max_logprobs": 5}, {}, {"shadow": {"top_k": 5}}, "max_logprobs", "ok", ""),
-        ({"returns_token_ids": False}, {}, {}, "return_token_ids", "NO", "vLLM 0.27.1"),
+        ({"returns_token_ids": False}, {}, {}, "return_token_ids", "NO", "vLLM 0.32"),
         ({"raw_logprobs": False}, {}, {}, "logprobs_mode", "NO", "--logprobs-mode raw_logprobs"),
         ({"status": 500}, {}, {}, "completion", "NO", "vLLM's log"),
         ({"replace_body": "no"}, {}, {}, "upstream", "NO", ""),

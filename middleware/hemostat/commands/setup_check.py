@@ -206,7 +206,7 @@ async def _plugin(server: VllmServer, model: str, settings: Settings) -> Finding
     except Refused as refused:
         if refused.status == 400 and "vllm_xargs.hemostat" in refused.detail:
             return Finding("engine plugin", State.OK, "loaded")
-        return Finding("engine plugin", State.NO if needed else State.NOTE, str(refused), "use vLLM 0.27.1 or newer")
+        return Finding("engine plugin", State.NO if needed else State.NOTE, str(refused), "use vLLM 0.32 or newer")
     except ReferenceFailure as failure:
         return Finding("engine plugin", State.NO if needed else State.NOTE, str(failure), "see vLLM's log")
     return Finding(

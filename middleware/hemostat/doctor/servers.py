@@ -182,7 +182,7 @@ class ServerPair:
         choices = (await self._server.post("/v1/completions", body, _Completion)).choices
         ids = choices[0].token_ids if choices else None
         if not ids:
-            raise DoctorError(f"{self._url} returns no token ids; use vLLM 0.27.1 or newer")
+            raise DoctorError(f"{self._url} returns no token ids; use vLLM 0.32 or newer")
         return np.array(ids, np.int32)
 
     def close(self) -> None:

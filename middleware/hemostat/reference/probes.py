@@ -94,7 +94,7 @@ async def probe_shadowing(server: VllmServer, model: str, top_k: int, severity: 
         findings.append(Finding("return_token_ids", State.OK, "the server returns token ids"))
     else:
         lacks = "the server returns no token ids, so nothing can be scored"
-        findings.append(Finding("return_token_ids", severity, lacks, "use vLLM 0.27.1 or newer"))
+        findings.append(Finding("return_token_ids", severity, lacks, "use vLLM 0.32 or newer"))
     if top and choice.token_ids:
         findings.append(await _probe_logprobs_mode(server, body, choice.token_ids[0], top, severity))
     return findings

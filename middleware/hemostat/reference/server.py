@@ -130,7 +130,7 @@ class VllmServer:
             if refused.status not in {400, 422}:
                 raise
         raise ReferenceFailure(
-            FailureReason.VOCABULARY, f"{self.url} does not name its vocabulary's size; vLLM 0.27.1 or newer does"
+            FailureReason.VOCABULARY, f"{self.url} does not name its vocabulary's size; vLLM 0.32 or newer does"
         )
 
     async def tokenize(self, model: str, text: str) -> list[int]:
