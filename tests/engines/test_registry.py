@@ -341,11 +341,19 @@ def test_a_choice_whose_ids_no_child_has_gets_no_numbers() -> None:
     registry.taps.add(TapMessage("boot", [child_run(0, [5, 6, 7]), child_run(1, [5, 1, 2])]), 0.0)
     assert registry.taps.covered("n", ids(4, 6, 7)) == 0
     assert registry.taps.take("n", ids(4, 6, 7)) is None
-    # An answer that is shorter than what is known of a child is not this child's.
-    assert registry.taps.take("n", ids(5)) is None
     taken = registry.taps.take("n", ids(5, 1, 9))
     assert taken is not None
     assert taken.log_normalizer[A].tolist() == [1.0] * 3
+
+
+def test_a_choice_that_a_stop_string_ended_is_found_though_the_engine_went_on() -> None:
+    registry = EngineRegistry()
+    outputs = [[5, 6, 7, 8, 9, 1], [5, 6, 7, 8], [4, 6, 7]]
+    registry.taps.add(TapMessage("boot", [child_run(child, output) for child, output in enumerate(outputs)]), 0.0)
+    assert registry.taps.covered("n", ids(5, 6)) == 4, "the nearest length"
+    taken = registry.taps.take("n", ids(5, 6))
+    assert taken is not None
+    assert taken.log_normalizer[A].tolist() == [1.0] * 4
 
 
 def test_an_older_plugins_runs_belong_to_the_one_choice() -> None:

@@ -65,16 +65,16 @@ class _Child:
         """Whether its ids, as far as they are known, are those of the output, int32 [T].
 
         The numbers at a position depend on the ids before it only, so those are compared; the engine's plugin never
-        knows the last id of an output.
+        knows the last id of an output. It may have gone on behind the output, whose end the API server found by a stop
+        string.
         """
         for run in self.runs:
             if run.previous_ids is None:
                 continue
             known = np.frombuffer(run.previous_ids, "<i4")
             places = np.arange(run.start, run.start + run.tokens) - 1
-            given = (known >= 0) & (places >= 0)
-            known, places = known[given], places[given]
-            if (places >= len(output)).any() or (output[places] != known).any():
+            given = (known >= 0) & (places >= 0) & (places < len(output))
+            if (output[places[given]] != known[given]).any():
                 return False
         return True
 
