@@ -22,16 +22,14 @@ BLOCK_ELEMENTS = 1 << 24
 class CompressedSide:
     """Owns what is computed once for a set of anchors: how hidden states follow from their logits, and how exactly."""
 
-    def __init__(
-        self, weight: torch.Tensor, anchors: Ids, logits: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> None:
-        """weight: W, [V, d]. anchors: [N]. logits: float32 [n, V] of hidden states [n, d]; None: W h.
+    def __init__(self, weight: torch.Tensor, anchors: Ids) -> None:
+        """weight: W, [V, d]; logits are W h. anchors: [N].
 
         The first use costs V d² multiplications. ValueError where an anchor is not in the vocabulary.
         """
         if not len(anchors) or int(anchors.min()) < 0 or int(anchors.max()) >= weight.shape[0]:
             raise ValueError(f"the anchors are not all in the reference's vocabulary of {weight.shape[0]}")
-        self._weight, self._logits = weight, logits or self._product
+        self._weight = weight
         ids = torch.from_numpy(anchors.astype(np.int64)).to(weight.device)
         self._recovery = recover_states(weight[ids].float().cpu().numpy())
         self._variances = _variances(weight, self._recovery)
@@ -44,7 +42,7 @@ class CompressedSide:
     def of(self, features: npt.NDArray[np.float32], ids: Ids, logprobs: Floats) -> Comparison:
         """features: [T, N]. ids, logprobs: [T, K], the compressed side's candidates."""
         states = torch.from_numpy(self._recovery.states(features)).to(self._weight.device)
-        return Comparison(states, self._logits, self._variances, ids, logprobs)
+        return Comparison(states, self._product, self._variances, ids, logprobs)
 
 
 class Comparison:
