@@ -71,16 +71,16 @@ class HiddenStatesReference:
         self._probing = asyncio.Lock()
 
     async def start(self, card: ModelCard, folder: Path | None, ids: Sequence[int], states: States) -> ReferenceInfo:
-        """Check that the head in `folder` is that of the server's model, and the model that of the last check.
+        """Check that the head in `folder` is that of the server's model, and, while the folder and the ids of the probe
+        stay the same, the model that of the last check.
 
         folder: see `find_checkpoint`. ids, states: the text of the probe, and the hidden states that the server has
         just given for it. HEAD, REVISION, and what the worker raises; may be called again after a failure.
         """
         place, files = await asyncio.to_thread(_find, folder, card.root or "")
         before = self._checked
-        if before is not None and (before.folder, before.files) == (place, files):
-            if before.ids == tuple(ids):
-                self._require_same(before, states)
+        if before is not None and (before.folder, before.files, before.ids) == (place, files, tuple(ids)):
+            self._require_same(before, states)
             loaded = await before.worker.start()
             self._checked = dataclasses.replace(before, card=card, loaded=loaded)
         else:
