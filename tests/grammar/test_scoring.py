@@ -20,7 +20,7 @@ from tests.support.served_models import pair, served_models
 
 from hemostat.config.grammar import Grammar
 from hemostat.engines.registry import EngineRegistry
-from hemostat.ipc.messages import REST_GRAMMAR_KIND, Capture
+from hemostat.ipc.messages import Capture
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.openai.grammar_spec import GrammarOrigin, GrammarSpec
@@ -350,13 +350,41 @@ async def test_reasoning_is_free_up_to_its_end(
     assert len(bench.records) == 1
 
 
-async def test_one_of_another_model_is_measured_and_not_judged() -> None:
+async def test_one_of_another_model_is_measured_by_itself_and_not_judged() -> None:
     request = Request(7)
     bench = Bench(request)
     [first] = bench.served.pairs
     monitor: Any = bench.pipeline._monitor
     monitor.served = served_models(pair("other", bench.reference, INFO), first)
     await bench.score(request.capture())
-    assert bench.noted["judged"] == []
-    [kind] = bench.measured.conditional.report()["kinds"]
-    assert kind["kind"] == REST_GRAMMAR_KIND
+    assert bench.noted == {"alarms": [], "judged": [], "learned": [], "floor": []}
+    assert bench.measured.conditional.tokens == 0, "the figures are of the calibrated model"
+    found = bench.pipeline.other_models.report("m")
+    assert found["raw"]["requests"] == 0
+    assert found["conditional"]["raw"]["requests"] == 1
+    assert [kind["kind"] for kind in found["conditional"]["kinds"]] == [KIND]
+    assert bench.pipeline.other_models.report("other")["conditional"]["raw"]["requests"] == 0
+
+
+@pytest.mark.parametrize("of_another", [False, True])
+async def test_a_part_of_an_output_counts_in_no_conditional_mean(of_another: bool) -> None:
+    request = Request(8)
+    bench = Bench(request)
+    await bench.score(request.capture())
+    [record] = bench.records
+    part = replace(record, position=100, context_tokens=105, conversation=b"part")
+    if of_another:
+        [first] = bench.served.pairs
+        monitor: Any = bench.pipeline._monitor
+        monitor.served = served_models(pair("other", bench.reference, INFO), first)
+    bench.pipeline.use_record(part, request.capture())
+    found = bench.measured.conditional
+    assert found.report()["raw"]["requests"] == 1
+    assert found.tokens == record.tokens * (1 if of_another else 2)
+    assert len(bench.noted["judged"]) == 1
+    assert bench.measured.by_place.report() == Measurements().by_place.report()
+    assert bench.pipeline.other_models.report("m")["conditional"]["raw"]["requests"] == 0
+    # Its conversation has no observation yet.
+    bench.pipeline.use_record(replace(part, position=0), request.capture())
+    now = bench.pipeline.other_models.report("m")["conditional"] if of_another else found.report()
+    assert now["raw"]["requests"] == (1 if of_another else 2)

@@ -11,6 +11,7 @@ from typing import Any
 from hemostat.measurement.figures import MAX_TOKENS
 from hemostat.measurement.measurements import Measurements
 from hemostat_calibration.divergence.per_token import TokenDivergence
+from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.records import TokenRecord
 
 MAX_MODELS = 16
@@ -25,19 +26,27 @@ class OtherModels:
         self._of: OrderedDict[str, Measurements] = OrderedDict()
 
     def observe(self, model: str, record: TokenRecord, *, fresh: bool) -> TokenDivergence:
-        """Add a record of the model; returns its raw figures. fresh: see `Measurements.observe`."""
-        if record.partial:
-            return self._measurements(model).observe_part(record, None, fresh=fresh)
-        return self._measurements(model).observe(record, None, None, fresh=fresh)
+        """Add a record of a whole output of the model; returns its raw figures. fresh: see `Measurements.observe`."""
+        found = self._measurements(model)
+        if not record.constraint:
+            return found.observe(record, None, None, fresh=fresh)
+        # Its kind may be one that is not followed; see the bound of `ByKind`.
+        gains = RecordGains(record)
+        return found.conditional.observe(record, None, None, held_out=False, gains=gains, fresh=fresh)
 
     def observe_noise_floor(self, model: str, side: str, record: TokenRecord) -> None:
         """Add a record of the model with `side`, of `figures.MODELS`, on both sides."""
         self._measurements(model).observe_noise_floor(side, record)
 
     def report(self, model: str) -> dict[str, Any]:
-        """JSON-ready: the raw figures, the noise floor, and the excess over it."""
+        """JSON-ready: the raw figures, the noise floor, the excess over it, and what is conditional on a grammar."""
         found = self._of.get(model) or Measurements(self._max_tokens)
-        return {"raw": found.summary(None), "noise_floor": found.noise_floor(), "excess": found.excess()}
+        return {
+            "raw": found.summary(None),
+            "noise_floor": found.noise_floor(),
+            "excess": found.excess(),
+            "conditional": found.conditional.report(),
+        }
 
     def _measurements(self, model: str) -> Measurements:
         found = self._of.pop(model, None) or Measurements(self._max_tokens)

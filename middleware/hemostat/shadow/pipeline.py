@@ -28,7 +28,7 @@ import numpy as np
 
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
-from hemostat.ipc.messages import Capture, rest_of
+from hemostat.ipc.messages import Capture
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
@@ -220,18 +220,11 @@ class ScoringPipeline:
         """A scored record, from the scorer. Its consumers know only the kinds that are followed, and `REST_KIND`."""
         consumers, profiles = self._consumers, self._consumers.profiles
         pair, calibrated = self._monitor.served.of(record.model), self._monitor.served.calibrated
-        other = pair is not None and pair is not calibrated
-        if record.constraint and not record.partial:
-            self._use_constrained(record, capture, judged=not other)
-            return
-        if pair is not None and other and not record.partial:
+        if pair is not None and pair is not calibrated:
             self._use_of_other_model(pair, record, capture)
             return
-        if other:
-            # The last tokens of another model's output are in no figure: the tables by place are of one model.
-            if consumers.records is not None:
-                consumers.records.write(capture, record, divergence(record))
-            self._on_change()
+        if record.constraint:
+            self._use_constrained(record, capture)
             return
         record = replace(record, kind=profiles.kinds.see(record.kind))
         fresh = self._seen.add(record)
@@ -287,50 +280,53 @@ class ScoringPipeline:
             log.exception("calibration could not use the record of %s", capture.request_id)
         self._on_change()
 
-    def _use_constrained(self, record: TokenRecord, capture: Capture, *, judged: bool) -> None:
+    def _use_constrained(self, record: TokenRecord, capture: Capture) -> None:
         """A record that is conditional on what a grammar allows: it is measured apart, and judged in its own kind.
 
-        The alarm, the noise floor and learning are about whole distributions. judged: profiles are for its model.
+        The alarm, the noise floor and learning are about whole distributions. A part of an output counts in the
+        counters of tokens, and in no conditional mean.
         """
         consumers, profiles = self._consumers, self._consumers.profiles
-        kind = profiles.kinds.see(record.kind) if judged else rest_of(record.kind)
-        record = replace(record, kind=kind)
-        # Of a part of an output only the counters take notice.
-        gains, fresh = RecordGains(record), self._seen.add(record) and not record.partial
+        record = replace(record, kind=profiles.kinds.see(record.kind))
+        gains, fresh = RecordGains(record), not record.partial and self._seen.add(record)
         figures = consumers.measurements.conditional.observe(
             record,
-            profiles.calibrated_profile(record) if judged else None,
+            profiles.calibrated_profile(record),
             profiles.catalogue.get(record.applied),
             held_out=profiles.is_held_out(record),
             gains=gains,
             fresh=fresh,
         )
+        if record.partial:
+            self._write(record, capture, figures)
+            return
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
-        if judged and not record.partial:
-            self._judge(record, capture, figures, gains, fresh=fresh)
-            return
-        if consumers.records is not None:
-            consumers.records.write(capture, record, figures)
-        self._on_change()
+        self._judge(record, capture, figures, gains, fresh=fresh)
 
     def _use_of_other_model(self, pair: ModelPair, record: TokenRecord, capture: Capture) -> None:
-        """A record of a model that profiles are not for: it is measured by itself, and nothing else."""
-        consumers, fresh = self._consumers, self._seen.add(record)
+        """A record of a model that profiles are not for: it is measured by itself, and nothing else.
+
+        A part of an output is in no figure: the tables by place are of the calibrated model.
+        """
+        if record.partial:
+            self._write(record, capture, divergence(record))
+            return
+        fresh = self._seen.add(record)
         figures = self.other_models.observe(pair.name, record, fresh=fresh)
-        if consumers.records is not None:
-            consumers.records.write(capture, record, figures)
-        self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
-        if consumers.tracing is not None and capture.traceparent:
-            self._trace(consumers.tracing, record, capture, figures)
-        self._on_change()
+        if not record.constraint:
+            self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
+        self._write(record, capture, figures)
 
     def _use_part(self, record: TokenRecord, capture: Capture, *, fresh: bool) -> None:
         """The last tokens of an output: no sample of its tokens, so nothing is judged by or learned from them."""
         consumers = self._consumers
-        figures = consumers.measurements.observe_part(
-            record, consumers.profiles.catalogue.get(record.applied), fresh=fresh
-        )
+        served = consumers.profiles.catalogue.get(record.applied)
+        self._write(record, capture, consumers.measurements.observe_part(record, served, fresh=fresh))
+
+    def _write(self, record: TokenRecord, capture: Capture, figures: TokenDivergence) -> None:
+        """A record that is only measured."""
+        consumers = self._consumers
         if consumers.records is not None:
             consumers.records.write(capture, record, figures)
         if consumers.tracing is not None and capture.traceparent:
