@@ -16,6 +16,7 @@ import pytest
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.waiting import until
 
+from hemostat.config import schema
 from hemostat.config.grammar import Grammar
 from hemostat.openai.grammar_spec import GrammarOrigin, GrammarSpec
 from hemostat.shadow.grammar import masks as masks_module
@@ -106,6 +107,12 @@ async def test_a_grammar_that_ends_the_process_is_not_tried_again(
     worker = masks._worker
     assert await reason(masks, what) is expected
     assert masks._worker is worker, "it was not asked"
+    clock.now += 600.0
+    assert (await masks.sets(doing("sets"), OUTPUT, 0, HERE)).tokens == 2
+    if what == "hang":
+        monkeypatch.setattr(masks, "_settings", Grammar(seconds=0.05))
+    assert await reason(masks, what) is expected
+    assert masks._worker is None, "it was tried again"
 
 
 async def test_a_tokenizer_that_is_missing_is_tried_again_later(masks: GrammarMasks, clock: Clock) -> None:
@@ -114,6 +121,45 @@ async def test_a_tokenizer_that_is_missing_is_tried_again_later(masks: GrammarMa
     assert await reason(masks, "sets", missing) is GrammarReason.NO_TOKENIZER
     clock.now += 60.0
     assert not masks.ready(missing)
+
+
+async def test_a_tokenizer_that_is_missing_is_no_other_models_concern(masks: GrammarMasks) -> None:
+    missing = Tokenizer(Path("/missing"), 9)
+    await until(lambda: masks.ready(HERE))
+    worker = masks._worker
+    await until(lambda: masks.ready(missing))
+    for _ in range(3):
+        assert masks.ready(missing)
+        assert await reason(masks, "sets", missing) is GrammarReason.NO_TOKENIZER
+        assert (await masks.sets(doing("sets"), OUTPUT, 0, HERE)).tokens == 2
+    assert masks._worker is worker
+
+
+async def test_tokenizers_are_as_many_as_models_and_none_is_given_up_for_another(
+    masks: GrammarMasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert masks_module.MAX_TOKENIZERS == schema.MAX_MODELS
+    monkeypatch.setattr(masks_module, "MAX_TOKENIZERS", 2)
+    all_of_them = [Tokenizer(Path(f"/{n}"), 9) for n in range(3)]
+    for one in all_of_them:
+        await until(lambda one=one: masks.ready(one))  # type: ignore[misc]
+    assert await reason(masks, "sets", all_of_them[2]) is GrammarReason.NO_TOKENIZER
+    for one in all_of_them[:2]:
+        assert masks.ready(one)
+        assert (await masks.sets(doing("sets"), OUTPUT, 0, one)).tokens == 2
+
+
+async def test_who_waits_behind_a_grammar_that_hangs_is_not_taken_for_hopeless(
+    masks: GrammarMasks, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await until(lambda: masks.ready(HERE))
+    monkeypatch.setattr(masks, "_settings", Grammar(seconds=0.05))
+    found = await asyncio.gather(reason(masks, "hang"), reason(masks, "sets"), reason(masks, "refuse"))
+    assert found == [GrammarReason.TIMEOUT, GrammarReason.NOT_READY, GrammarReason.NOT_READY]
+    monkeypatch.setattr(masks, "_settings", Grammar(seconds=30.0))
+    clock.now += 60.0
+    await until(lambda: masks.ready(HERE))
+    assert (await masks.sets(doing("sets"), OUTPUT, 0, HERE)).tokens == 2
 
 
 async def test_a_killed_process_is_started_again(masks: GrammarMasks, clock: Clock) -> None:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from hemostat.config.grammar import Grammar
+from hemostat.config.schema import MAX_MODELS
 from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.openai.grammar_spec import GrammarSpec
@@ -34,7 +35,11 @@ PREPARE_SECONDS = 180.0
 RESTART_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 """Longest pause before it is started again, by the number of failures in a row."""
 MAX_REMEMBERED = 256
-"""Grammars that took too long or too much memory, which are not tried again."""
+"""Grammars that took too long or too much memory; the oldest is forgotten first."""
+REMEMBERED_SECONDS = 600.0
+"""For this long such a grammar is not tried again."""
+MAX_TOKENIZERS = MAX_MODELS
+"""That the process holds at a time, one a model; further ones are refused."""
 _PACKAGES = ("xgrammar", "torch", "transformers")
 _REMEMBERED = frozenset({GrammarReason.TIMEOUT, GrammarReason.MEMORY, GrammarReason.FAILED})
 
@@ -67,11 +72,14 @@ class GrammarMasks:
         self._prepared: set[Tokenizer] = set()
         self._preparing: asyncio.Task[None] | None = None
         self._failure: GrammarFailure | None = None
-        """The last one of a preparation, until the next is due."""
+        """Why there is no process, until `_due`."""
         self._due = 0.0
+        self._without: dict[Tokenizer, tuple[GrammarFailure, float]] = {}
+        """Those that the process could not use, which others have nothing to do with: why, and when to try again."""
         self._backoff = Backoff(RESTART_SECONDS)
         self._turn = asyncio.Lock()
-        self._hopeless: OrderedDict[bytes, GrammarReason] = OrderedDict()
+        self._hopeless: OrderedDict[bytes, tuple[GrammarReason, float]] = OrderedDict()
+        """By grammar, and until when."""
         self._ending: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -85,12 +93,19 @@ class GrammarMasks:
             return False
         if self._failure is not None and self._clock() < self._due:
             return True
+        if tokenizer in self._without and self._clock() < self._without[tokenizer][1]:
+            return True
         self._failure = None
+        self._without.pop(tokenizer, None)
         self._preparing = asyncio.create_task(self._prepare(tokenizer), name="grammar worker's start")
         return False
 
     async def _prepare(self, tokenizer: Tokenizer) -> None:
         message = wire.Prepare(0, str(tokenizer.folder), tokenizer.vocab_size, self._settings.memory_mib)
+        if len(self._prepared) >= MAX_TOKENIZERS:
+            shown = f"{MAX_TOKENIZERS} others are loaded; restart Hemostat where their models are gone"
+            self._refuse(tokenizer, GrammarFailure(GrammarReason.NO_TOKENIZER, shown))
+            return
         try:
             async with self._turn:
                 if self._worker is None:
@@ -98,7 +113,10 @@ class GrammarMasks:
                 await self._worker.ask(message, PREPARE_SECONDS)
             self._prepared.add(tokenizer)
         except GrammarFailure as failure:
-            self._give_up(failure)
+            if failure.reason is GrammarReason.NO_TOKENIZER:
+                self._refuse(tokenizer, failure)
+            else:
+                self._give_up(failure)
         except TimeoutError:
             self._give_up(GrammarFailure(GrammarReason.NOT_READY, f"no answer within {PREPARE_SECONDS:.0f} s"))
 
@@ -108,10 +126,13 @@ class GrammarMasks:
         worker = self._worker
         if self._closed:
             raise GrammarFailure(GrammarReason.NOT_READY)
+        if tokenizer in self._without:
+            raise self._without[tokenizer][0]
         if worker is None or tokenizer not in self._prepared:
             raise self._failure or GrammarFailure(GrammarReason.NOT_READY)
         key = hashlib.blake2b(msgspec.msgpack.encode(spec), digest_size=16).digest()
-        if (reason := self._hopeless.get(key)) is not None:
+        reason, until = self._hopeless.get(key, (None, 0.0))
+        if reason is not None and self._clock() < until:
             raise GrammarFailure(reason, "this grammar failed before")
         message = wire.Walk(
             id=0,
@@ -126,6 +147,9 @@ class GrammarMasks:
             stop_token_ids=settings.stop_token_ids,
         )
         async with self._turn:
+            if worker is not self._worker:
+                # It was ended, by another grammar, while this one waited for its turn.
+                raise GrammarFailure(GrammarReason.NOT_READY)
             try:
                 answer = await worker.ask(message, settings.seconds)
             except TimeoutError:
@@ -148,9 +172,17 @@ class GrammarMasks:
             raise GrammarFailure(GrammarReason.FAILED, str(error)) from error
 
     def _remember(self, key: bytes, reason: GrammarReason) -> None:
-        self._hopeless[key] = reason
+        self._hopeless.pop(key, None)
+        self._hopeless[key] = reason, self._clock() + REMEMBERED_SECONDS
         while len(self._hopeless) > MAX_REMEMBERED:
             self._hopeless.popitem(last=False)
+
+    def _refuse(self, tokenizer: Tokenizer, failure: GrammarFailure) -> None:
+        """Of one model; the process goes on for the others."""
+        log.warning("grammar worker: %s: %s: %s", tokenizer.folder, failure.reason, failure)
+        self._without[tokenizer] = failure, self._clock() + RESTART_SECONDS[-1]
+        while len(self._without) > MAX_TOKENIZERS:
+            self._without.pop(next(iter(self._without)))
 
     def _give_up(self, failure: GrammarFailure, worker: _Worker | None = None) -> None:
         """End the process; it is started again, after a pause, by the next capture that needs it."""

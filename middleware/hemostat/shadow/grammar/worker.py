@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,16 +26,15 @@ if TYPE_CHECKING:
 
 NICENESS = 10
 """Yields the processor to whatever serves clients on this machine."""
-MAX_TOKENIZERS = 4
 CACHE_SHARE = 4
 """One part in so many of the allowed memory is for compiled grammars that are kept."""
 
 
 class Worker:
-    """Owns the tokenizers."""
+    """Owns the tokenizers, whose number the parent bounds."""
 
     def __init__(self) -> None:
-        self._loaded: OrderedDict[tuple[str, int], TokenizerGrammars] = OrderedDict()
+        self._loaded: dict[tuple[str, int], TokenizerGrammars] = {}
 
     def answer(self, request: wire.Request) -> wire.Answer:
         """GrammarFailure."""
@@ -59,8 +57,6 @@ class Worker:
         finally:
             _limit_memory(request.memory_mib)
         self._loaded[request.folder, request.vocab_size] = grammars
-        while len(self._loaded) > MAX_TOKENIZERS:
-            self._loaded.popitem(last=False)
 
     def _walk(self, request: wire.Walk) -> wire.Walked:
         from hemostat.shadow.grammar.tool_tags import make_tag  # noqa: PLC0415
@@ -68,7 +64,6 @@ class Worker:
         grammars = self._loaded.get((request.folder, request.vocab_size))
         if grammars is None:
             raise GrammarFailure(GrammarReason.FAILED, f"{request.folder} is not prepared")
-        self._loaded.move_to_end((request.folder, request.vocab_size))
         constraint = constraint_of(request.spec, ServerRules(request.parser, request.strict_level), make_tag)
         compiled = grammars.compile(constraint, any_whitespace=request.any_whitespace)
         stops = grammars.stop_token_ids.union(request.stop_token_ids, _own_stops(request))
