@@ -251,6 +251,26 @@ async def test_another_revision_behind_the_same_name_is_noticed(folder: Path, mo
         await reference.score(*asked)
 
 
+async def test_a_model_whose_tokenizer_gives_other_ids_is_checked_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(folder, pooling_server()) as (fake, reference):
+        await reference.start()
+        before = reference._server.tokenize
+
+        async def fewer(model: str, text: str) -> list[int]:
+            return (await before(model, text))[:-1]
+
+        monkeypatch.setattr(reference._server, "tokenize", fewer)
+        assert (await reference.start()).offer is Offer.STATES
+        monkeypatch.setattr(reference._server, "tokenize", before)
+        states = fake.pooling.states
+        monkeypatch.setattr(fake.pooling, "states", lambda ids: np.ascontiguousarray(states(ids)[:, ::-1]))
+        with pytest.raises(ReferenceFailure, match="another model") as failure:
+            await reference.start()
+        assert failure.value.reason == "head"
+
+
 async def test_a_checkpoint_that_was_replaced_together_with_the_model_is_read_again(tmp_path: Path) -> None:
     fake = pooling_server()
     async with started(fake.pooling.save(tmp_path), fake) as (_, reference):
