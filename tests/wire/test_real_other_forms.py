@@ -163,8 +163,12 @@ def test_the_clients_read_sampled_responses(wire: Wire, vllm_server: Any) -> Non
     other = httpx2.Client(transport=httpx2_transport(wire))
     user: Any = [{"role": "user", "content": "Hi"}]
     with anthropic.Anthropic(base_url="http://real", api_key="x", http_client=other, max_retries=0) as claude:
-        message = claude.messages.create(model=vllm_server.model, max_tokens=8, messages=user, temperature=0)
-        with claude.messages.stream(model=vllm_server.model, max_tokens=8, messages=user, temperature=0) as stream:
+        message = claude.messages.create(
+            model=vllm_server.model, max_tokens=8, messages=user, extra_body={"temperature": 0}
+        )
+        with claude.messages.stream(
+            model=vllm_server.model, max_tokens=8, messages=user, extra_body={"temperature": 0}
+        ) as stream:
             streamed = "".join(stream.text_stream)
         assert streamed == "".join(block.text for block in message.content if block.type == "text") != ""
     assert len(wire.captures) == 4
