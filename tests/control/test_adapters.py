@@ -273,6 +273,7 @@ def low_rank(folders: CheckpointFolders, rank: int) -> CalibrationProfile:
     return adapter_profile(model="fake", vocab_size=V, layers=layers)
 
 
+@pytest.mark.slow
 async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_together_are_promoted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

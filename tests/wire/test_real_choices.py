@@ -153,7 +153,7 @@ WISHES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("option", ["whole", "stream"])
+@pytest.mark.parametrize("option", [pytest.param("whole", marks=pytest.mark.slow), "stream"])
 @pytest.mark.parametrize("case", WISHES)
 def test_the_clients_own_logprobs_come_back_as_asked(wire: Wire, vllm_server: Server, case: str, option: str) -> None:
     path, wish = WISHES[case]
