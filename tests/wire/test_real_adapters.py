@@ -109,7 +109,7 @@ def test_a_treated_answer_is_byte_for_byte_the_base_model_s(
     assert set(wire.arms) == {"treated"}
     for capture in wire.captures:
         assert (capture.adapter, capture.model) == (version, lora_server.model)
-    assert bool(wire.captures) == (rate == 1.0 and "two" not in case)
+    assert bool(wire.captures) == (rate == 1.0)
 
 
 @pytest.mark.parametrize(
