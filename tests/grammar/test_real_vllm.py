@@ -126,7 +126,7 @@ def wire(client: httpx.Client) -> Wire:
     return wire
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("case", CASES)
 def test_the_rebuilt_sets_are_those_that_vllm_masked_by(
     wire: Wire, vllm_server: Server, rebuilt: Rebuilt, case: str, stream: bool

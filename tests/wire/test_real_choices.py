@@ -91,7 +91,8 @@ STREAMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("case", "option"),
-    [(case, option) for case in CHOICES for option in ("whole", "stream")]
+    [pytest.param(case, "whole", marks=pytest.mark.slow) for case in CHOICES]
+    + [(case, "stream") for case in CHOICES]
     + [(case, "stream with usage") for case in ("chat", "completions", "prompts and choices")],
 )
 def test_every_choice_is_captured(wire: Wire, vllm_server: Server, case: str, option: str) -> None:

@@ -74,7 +74,9 @@ def without_varying(body: bytes) -> bytes:
 FEATURES: dict[str, dict[str, Any]] = {"plain": {}, "sampled": {"temperature": 0.8}, "tools": {"tools": TOOLS}}
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(
+    "feature", ["plain", *(pytest.param(one, marks=pytest.mark.slow) for one in FEATURES if one != "plain")]
+)
 @STREAMS
 @BOTH
 def test_the_response_is_the_same_and_the_tokens_are_those_of_the_chat(
