@@ -112,7 +112,7 @@ class LogprobWish:
 
 
 NO_WISH = LogprobWish()
-"""The client asks for nothing."""
+"""The client asks for no logprobs and no ids."""
 
 
 @dataclass(frozen=True, slots=True)

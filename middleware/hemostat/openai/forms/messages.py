@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from hemostat.openai.forms.protocol import Details, Stripper
+from hemostat.openai.forms.protocol import Details
 from hemostat.openai.forms.shared import decode_or_none, has_strict_tool
+from hemostat.openai.forms.tapped import TappedForm
 from hemostat.openai.json_splice import NULL, JsonObject
-from hemostat.openai.observing import EndingObserver
-from hemostat.openai.requests import Message, Request, Unscorable
+from hemostat.openai.requests import Message, Unscorable
 from hemostat.openai.tokens import ResponseTokens, Usage
 
 
@@ -40,7 +40,7 @@ FINISH_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "le
 """Anthropic's `stop_reason` -> what chat calls it."""
 
 
-class Messages:
+class Messages(TappedForm):
     """A `protocol.Format`."""
 
     def read(self, body: JsonObject) -> Details:
@@ -53,16 +53,6 @@ class Messages:
             messages=messages or [],
             conversation=conversation,
         )
-
-    def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
-        """None: see `Unscorable.NO_TOKEN_IDS`."""
-        return {}
-
-    def stripper(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
-        return self.observer(request, tokens, stream=stream)
-
-    def observer(self, request: Request, tokens: ResponseTokens, *, stream: bool) -> Stripper:
-        return EndingObserver(self, request, tokens, stream=stream)
 
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
         """Of an event (`message_start`, `message_delta`, …) or a whole response."""

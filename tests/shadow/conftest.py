@@ -1,0 +1,23 @@
+"""The scorer's bench, for the tests of the scorer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.support.scorer_bench import Bench, running
+
+from hemostat.shadow import scorer as scorer_module
+
+
+@pytest.fixture
+def quick_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_module, "TAP_POLL_SECONDS", 0.002)
+    monkeypatch.setattr(scorer_module, "MAX_SCORE_SECONDS", 0.4)
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    made = Bench()
+    async with running(made):
+        yield made

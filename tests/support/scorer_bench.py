@@ -1,0 +1,207 @@
+"""A scorer whose surroundings a test sets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from tests.support.captures import INFO, V, capture
+from tests.support.grammars import no_conditioning
+from tests.support.served_models import pair, served_models
+from tests.support.waiting import until
+
+from hemostat.engines.messages import TapMessage, TapRun
+from hemostat.engines.registry import EngineRegistry
+from hemostat.ipc.messages import Capture
+from hemostat.measurement.coverage import Coverage
+from hemostat.reference.pair import ServedModels
+from hemostat.reference.protocol import NO_CODES, CompressedLogits, ReferenceInfo, ReferenceScores
+from hemostat.shadow.endings import EndingCounts
+from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
+from hemostat.shadow.scorer import Scorer
+from hemostat_calibration.allowed_sets import AllowedSets
+from hemostat_calibration.arrays import Ids
+from hemostat_calibration.profiles.profile import CalibrationProfile
+from hemostat_calibration.profiles.transform import anchors, anchors_digest
+from hemostat_calibration.reasoning import Markers
+from hemostat_calibration.records import Candidates, Features, RecoveredDivergence, TokenRecord
+
+D = 6
+VERSION = "a" * 32
+
+
+@dataclass
+class FakeReference:
+    """Says that every id is equally likely; does first what `before` says."""
+
+    before: Callable[[], object] = lambda: None
+    hang: bool = False
+    asked: list[int] = field(default_factory=list)
+    adapters_asked: list[str] = field(default_factory=list)
+    codes: list[Mapping[str, Any]] = field(default_factory=list)
+    compressed: list[CompressedLogits | None] = field(default_factory=list)
+    recovered: RecoveredDivergence | None = None
+    going_on: int = 0
+    most: int = 0
+
+    async def start(self) -> ReferenceInfo:
+        return INFO
+
+    async def score(
+        self,
+        prompt: Ids,
+        output: Ids,
+        ids: Ids,
+        profiles: tuple[CalibrationProfile, ...] = (),
+        codes: Mapping[str, Any] = NO_CODES,
+        hidden: bool = False,
+        adapter: str = "",
+        allowed: AllowedSets | None = None,
+        compressed: CompressedLogits | None = None,
+    ) -> ReferenceScores:
+        self.asked.append(len(prompt) + len(output))
+        self.adapters_asked.append(adapter)
+        self.codes.append(codes)
+        self.compressed.append(compressed)
+        self.going_on += 1
+        self.most = max(self.most, self.going_on)
+        try:
+            self.before()
+            await asyncio.sleep(3600 if self.hang else 0)
+        finally:
+            self.going_on -= 1
+        tokens = len(output)
+        flat = -np.log(V)
+        top = Candidates(np.tile(np.arange(3, dtype=np.int32), (tokens, 1)), np.full((tokens, 3), flat))
+        return ReferenceScores(
+            at=np.where(ids >= 0, flat, np.nan),
+            top=top,
+            emitted=np.full(tokens, flat),
+            entropy=np.full(tokens, -flat),
+            expected_shift={p.version: np.full(tokens, 0.125) for p in profiles},
+            hidden=np.ones((tokens, D), np.float32) if hidden else None,
+            recovered=None if compressed is None else self.recovered,
+        )
+
+    async def render(self, messages: list[dict[str, str]]) -> list[int]:
+        return []
+
+    async def tokenize(self, text: str) -> list[int]:
+        return []
+
+    async def close(self) -> None:
+        return
+
+
+class Bench:
+    """A scorer whose surroundings a test sets: it implements `ScoringNeeds` and `ServedModelsSource`."""
+
+    def __init__(
+        self,
+        *,
+        max_queue: int = 100,
+        rate: float = 0.0,
+        burst: float | None = None,
+        by_request: bool = False,
+        max_scored: int | None = None,
+    ) -> None:
+        self.now = 0.0
+        self.coverage = Coverage(kinds=4)
+        self.endings = EndingCounts(self.coverage.ended)
+        self.markers: Markers | None = None
+        self.records: list[TokenRecord] = []
+        self.reference = FakeReference()
+        self.engines = EngineRegistry()
+        self.breakers = Breakers()
+        self.breaker = self.breakers.of("m")
+        self.breaker.threshold, self.breaker.cooldown = 2, 10.0
+        self.info: ReferenceInfo | None = INFO
+        self.sinks_fail = False
+        self.profiles: tuple[CalibrationProfile, ...] = ()
+        self.learning = b""
+        self.maps: dict[str, bool] = {}
+        self.conditioning = no_conditioning()
+        self.scorer = Scorer(
+            self,
+            self.engines,
+            self,
+            queue=ShadowQueue(max_queue),
+            budget=TokenBudget(rate, max(rate, 1.0) if burst is None else burst),
+            breakers=self.breakers,
+            endings=self.endings,
+            emit=self._sink,
+            clock=lambda: self.now,
+            conditioning=self.conditioning,
+            profile_in_request=by_request,
+            max_scored=max_scored,
+            max_tokens=40,
+        )
+
+    @property
+    def served(self) -> ServedModels:
+        return served_models(replace(pair("m", self.reference, self.info, {"sql"}, {"sql"}), markers=self.markers))
+
+    def evaluated_profiles(self) -> tuple[CalibrationProfile, ...]:
+        return self.profiles
+
+    def adapter_maps(self) -> dict[str, bool]:
+        return self.maps
+
+    def anchor_sets(self) -> dict[str, Ids]:
+        return {anchors_digest(i): i for p in self.profiles if (i := anchors(p)) is not None}
+
+    def needs_hidden_states(self, unit: bytes) -> bool:
+        return unit == self.learning
+
+    @property
+    def counts(self) -> Counter[tuple[str, str]]:
+        return Counter({s.labels: int(s.value) for s in self.endings.samples()})  # type: ignore[misc]
+
+    def _sink(self, record: TokenRecord, _: Capture) -> None:
+        if self.sinks_fail:
+            raise RuntimeError("a bug")
+        self.records.append(record)
+
+    def handed(self, nonce: str, features: Features) -> None:
+        """As though the engine had handed out these features, and all else of the 3 positions."""
+        self.tap(nonce, 0, 3, None)
+        take = self.engines.taps.take
+        self.engines.taps.take = lambda *n: replace(take(*n), features=features)  # type: ignore[method-assign, type-var]
+
+    def tap(self, nonce: str, start: int, tokens: int, applied: str | None, value: float | None = 0.25) -> None:
+        run = TapRun(nonce, start, tokens, {VERSION: [value] * tokens}, applied)
+        self.engines.taps.add(TapMessage("boot", [run]), self.now)
+
+    async def ends(self, *captures: Capture) -> Counter[tuple[str, str]]:
+        """What these captures came to; every one comes to something."""
+        before = self.counts
+        for one in captures:
+            self.scorer.offer(one)
+        await until(lambda: self.counts.total() - before.total() >= len(captures) and self.scorer.pending == 0)
+        return self.counts - before
+
+
+class running:
+    def __init__(self, bench: Bench, workers: int = 2) -> None:
+        self.bench, self.workers = bench, workers
+
+    async def __aenter__(self) -> Bench:
+        self.task = asyncio.create_task(self.bench.scorer.run(self.workers))
+        return self.bench
+
+    async def __aexit__(self, *_: object) -> None:
+        assert not self.task.done(), "the loops are alive to the end"
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+SCORED = Counter({("scored", ""): 1})
+
+
+async def alive(bench: Bench) -> None:
+    bench.reference.before, bench.reference.hang, bench.sinks_fail, bench.info = lambda: None, False, False, INFO
+    assert await bench.ends(capture()) == SCORED
