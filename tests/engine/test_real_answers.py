@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.merged_stream import merged
-
-from hemostat.engines.messages import TapAnswer
+from tests.support.running_vllm import answers_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -36,16 +35,6 @@ def post(server: Any, route: str, body: dict[str, Any]) -> bytes:
 
 def without_varying(body: bytes) -> bytes:
     return _VARYING.sub(b'"varies"', body)
-
-
-def answers_of(server: Any, nonce: str, choices: int) -> list[TapAnswer]:
-    give_up = time.monotonic() + 60
-    while time.monotonic() < give_up:
-        with server.admin.lock:
-            if server.admin.registry.answers.complete(nonce, choices):
-                return list(server.admin.registry.answers.take(nonce))
-        time.sleep(0.05)
-    raise AssertionError(f"no answer of {nonce} came: {server.log.read_text()[-2000:]}")
 
 
 def xargs(nonce: str, top: int = 5) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from tests.support.engine_admin import TOKEN, EngineAdmin
 
+from hemostat.engines.messages import TapAnswer
 from hemostat.models import vllm_server as vllm_process
 from hemostat.models.reference_checkpoint import Checkpoints
 
@@ -66,3 +68,14 @@ def running_vllm(
         server.stop()
         if given is None:
             admin.close()
+
+
+def answers_of(server: RunningVllm, nonce: str, choices: int = 1) -> list[TapAnswer]:
+    """What the plugin has handed out of a request, once all its choices are there."""
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        with server.admin.lock:
+            if server.admin.registry.answers.complete(nonce, choices):
+                return list(server.admin.registry.answers.take(nonce))
+        time.sleep(0.05)
+    raise AssertionError(f"no answer of {nonce} came: {server.log.read_text()[-2000:]}")

@@ -16,9 +16,9 @@ import openai as openai_sdk
 import pytest
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.merged_stream import merged
+from tests.support.running_vllm import answers_of
 from tests.support.wire import ThroughWire, Wire, httpx2_transport, policy, rows
 
-from hemostat.engines.messages import TapAnswer
 from hemostat.openai.routes import CHAT, MESSAGES, RESPONSES
 from hemostat.shadow.tapped_answers import captures_from_tap
 
@@ -55,16 +55,6 @@ def ask(server: Any, path: str, **more: Any) -> dict[str, Any]:
     given = [{"role": "user", "content": "Name three colours."}]
     name, limit = ("input", "max_output_tokens") if path == RESPONSES else ("messages", "max_tokens")
     return {"model": server.model, name: given, limit: 9, "temperature": 0} | more
-
-
-def answers_of(server: Any, nonce: str) -> list[TapAnswer]:
-    give_up = time.monotonic() + 60
-    while time.monotonic() < give_up:
-        with server.admin.lock:
-            if server.admin.registry.answers.complete(nonce, 1):
-                return list(server.admin.registry.answers.take(nonce))
-        time.sleep(0.05)
-    raise AssertionError(f"no answer came: {server.log.read_text()[-2000:]}")
 
 
 def without_varying(body: bytes) -> bytes:
