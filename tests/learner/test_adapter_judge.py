@@ -86,12 +86,12 @@ class Models:
                 model.get_submodule(name).weight += torch.from_numpy(factors.product())
         return model
 
-    def logits(self, profile: CalibrationProfile | None, ids: Any) -> Any:
+    def logits(self, profile: CalibrationProfile | None, ids: Any, *, mapped: bool = True) -> Any:
         corrections = {} if profile is None or profile.family != "adapter" else adapter_layers(profile)
         with torch.no_grad():
             z = self.compressed(corrections)(torch.tensor(ids)[None]).logits[0].double().numpy()
         given = None if profile is None else map_of(profile) if profile.family == "adapter" else profile
-        return z if given is None else oracle.apply(given, z)
+        return oracle.apply(given, z) if mapped and given is not None else z
 
     def hidden(self, record: TokenRecord, prompt: Any) -> Any:
         ids = torch.tensor(np.concatenate([prompt, record.output_ids[:-1]]))[None]
@@ -220,7 +220,8 @@ def test_distances_are_those_of_transformers_with_the_corrections_in_the_weights
     for version in (IDENTITY, *known):
         scored = process.answer(copies, wire.Logprobs(8, ids.tobytes(), version))
         assert isinstance(scored, wire.Scored)
-        expected_z = logprobs(models.logits(known.get(version), ids[:-1]))
+        # As vLLM's prompt_logprobs, before what a map adds to the logits.
+        expected_z = logprobs(models.logits(known.get(version), ids[:-1], mapped=False))
         values_found = np.frombuffer(scored.logprobs, "<f4")
         np.testing.assert_allclose(values_found, expected_z[np.arange(len(ids) - 1), ids[1:]], rtol=2e-3, atol=2e-3)
     process.answer(copies, wire.Evict(list(known)))

@@ -185,6 +185,8 @@ class Copies:
         )
 
     def logprobs(self, request: wire.Logprobs) -> wire.Scored | wire.Failed:
+        """Without the profile's map: vLLM's `prompt_logprobs`, which these are compared with, are computed before any
+        logits processor."""
         way = self._held(request.version)
         if way is None:
             return wire.Failed(request.id, f"profile {request.version} is not held")
@@ -192,10 +194,7 @@ class Copies:
         rows = self._rows(self._compressed, ids[:-1], way.layers, len(ids) - 1)
         found = np.empty(len(ids) - 1, np.float32)
         for part in self._chunks(len(found)):
-            logits = rows(part)
-            if way.map is not None:
-                logits = (logits + shift(way.map, logits)).astype(np.float32)
-            found[part] = log_probability(logits, ids[1:][part])
+            found[part] = log_probability(rows(part), ids[1:][part])
         return wire.Scored(request.id, found.astype("<f4").tobytes())
 
     def _chunks(self, tokens: int) -> Iterator[slice]:
