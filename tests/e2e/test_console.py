@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -82,6 +83,12 @@ def page(browser: Any, stack: Stack) -> Iterator[Page]:
 
 def test_what_is_shown_is_what_the_api_says(page: Page, stack: Stack) -> None:
     status = stack.status()
+    # The noise floor is still measured, so the page is told this one status and nothing after it.
+    told = json.dumps({"status": status | {"at": 7}, "profiles": stack.admin.get("/api/v1/profiles").json()})
+    stream = {"content_type": "text/event-stream", "body": f"retry: 600000\nevent: state\ndata: {told}\n\n"}
+    page.route("**/api/v1/stream", lambda route: route.fulfill(**stream))
+    page.reload()
+    expect(page.locator("html")).to_have_attribute("data-at", "7", timeout=30_000)
     raw = status["raw"]
 
     def shown(name: str) -> str:

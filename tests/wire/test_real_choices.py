@@ -17,8 +17,8 @@ from hemostat.openai.routes import CHAT, COMPLETIONS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-ATTEMPTS = 6
-"""On a busy machine vLLM's front end now and then puts two steps into one event."""
+ATTEMPTS = 3
+"""On a busy machine vLLM's front end puts two steps into one event; where it always does, see `joined`."""
 AS_IDS = {"return_tokens_as_token_ids": True}
 UNICODE = user("Repeat: 🎉🌍 日本語 été ☃")
 CODE = [user("Write a C program that prints a \\ and a tab.")]
@@ -52,6 +52,32 @@ def by_choice(body: bytes) -> list[bytes]:
     return sorted(normal(body).split(b"\n\n"), key=choice)
 
 
+def joined(body: bytes) -> dict[int, Any]:
+    """By choice (-1: events without one), a stream's events added up: how many tokens share an event is chance."""
+    found: dict[int, Any] = {}
+    for event in normal(body).split(b"\n\n"):
+        data = event.removeprefix(b"data: ")
+        if not data or data == b"[DONE]":
+            continue
+        parsed = json.loads(data)
+        number = parsed["choices"][0]["index"] if parsed["choices"] else -1
+        found[number] = added(found[number], parsed) if number in found else parsed
+    return found
+
+
+def added(one: Any, other: Any, name: str = "") -> Any:
+    """Lists of tokens and pieces of text one after the other; of anything else, what came last."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: added(one.get(key), other.get(key), key) for key in one | other}
+    if name == "choices":
+        return [added(one[0], other[0])]
+    if isinstance(one, list) and isinstance(other, list):
+        return one + other
+    if isinstance(one, str) and isinstance(other, str) and name in {"content", "text"}:
+        return one + other
+    return one if other is None else other
+
+
 def compared(wire: Wire, path: str, body: dict[str, Any]) -> Answer:
     """The answer without Hemostat, which the sampled one has to equal."""
     for _ in range(ATTEMPTS):
@@ -65,7 +91,9 @@ def compared(wire: Wire, path: str, body: dict[str, Any]) -> Answer:
             break
     assert plain.status == sampled.status == 200, plain.body
     assert wire.captures, "it is sampled"
-    assert by_choice(sampled.body) == by_choice(plain.body)
+    if by_choice(sampled.body) != by_choice(plain.body):
+        assert plain.body.startswith(b"data:"), (plain.body, sampled.body)
+        assert joined(sampled.body) == joined(plain.body)
     assert not [labels for labels in wire.counts if labels[1] != "shadowed"]
     return plain
 

@@ -245,23 +245,32 @@ def test_captured_logprobs_belong_to_their_tokens(wire: Wire, vllm_server: Serve
 # --- the fake engine -------------------------------------------------------------------------------------------------
 
 
-def shape(value: Any) -> Any:
-    """Keys in order and types, not values; a list is the set of its items' shapes."""
-    if isinstance(value, dict):
-        if value and all(key.isdigit() or key.startswith("token_id:") for key in value):
-            return {"N": shape(next(iter(value.values())))}
-        return {key: shape(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return sorted({json.dumps(shape(item)) for item in value})
-    return type(value).__name__
+def shape(values: list[Any]) -> Any:
+    """The types of values that stand in one place; of objects, their keys in the order of their first coming and what
+    is in each; of lists, what is in their items."""
+    found: dict[str, Any] = {"types": sorted({type(value).__name__ for value in values})}
+    keys: dict[str, list[Any]] = {}
+    for value in values:
+        if isinstance(value, dict):
+            as_ids = value and all(key.isdigit() or key.startswith("token_id:") for key in value)
+            for key, inner in value.items():
+                keys.setdefault("N" if as_ids else key, []).append(inner)
+    if keys:
+        found["keys"] = {key: shape(inner) for key, inner in keys.items()}
+    items = [item for value in values if isinstance(value, list) for item in value]
+    if items:
+        found["items"] = shape(items)
+    return found
 
 
-def shapes(body: bytes) -> list[str]:
-    """The shapes of a response, or of the events of a stream, each once, in the order of their first coming."""
+def shapes(body: bytes) -> str:
+    """The shape of a response, or of all events of a stream together: how many tokens share an event, and which choice
+    comes first, is chance."""
     if not body.startswith(b"data:"):
-        return [json.dumps(shape(json.loads(body)))]
+        return json.dumps(shape([json.loads(body)]))
     events = [event.removeprefix(b"data: ") for event in body.split(b"\n\n") if event]
-    return list(dict.fromkeys(e.decode() if e == b"[DONE]" else json.dumps(shape(json.loads(e))) for e in events))
+    last = events.pop() if events[-1] == b"[DONE]" else b""
+    return json.dumps(shape([json.loads(event) for event in events])) + last.decode()
 
 
 INJECTED = {"return_token_ids": True, "return_tokens_as_token_ids": True}
