@@ -218,6 +218,7 @@ print(os.getuid(), sorted(os.listdir("/data")))
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_middleware_image_serves(buildah: Buildah, middleware: str) -> None:
     made = json.loads(buildah("inspect", "--type", "image", middleware))["Docker"]["config"]
     assert made["User"] == "65532:65532"
@@ -245,6 +246,7 @@ def test_middleware_image_serves(buildah: Buildah, middleware: str) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_engine_image_adds_only_the_plugin(buildah: Buildah) -> None:
     buildah.build(ENGINE, "localhost/engine", BASE="localhost/base", VLLM="localhost/base")
     site = next(buildah.folder.glob("tree/usr/local/lib/python*/site-packages"))

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
 ]
 
-REQUESTS = 16
+REQUESTS = 10
 LIVE_REQUESTS = 280
 """Of which 135 were enough where it was tried."""
 TOP_K = 64
@@ -34,8 +34,6 @@ PROMPTS = [
     "Write a Python function that adds two numbers.",
     'Answer in JSON: {"city": ...}. Text: "Anna moved to Lisbon in May."',
     "Why is the sky blue? Answer briefly.",
-    "Summarize: The meeting was moved from Monday to Thursday since two people were ill.",
-    "Tell a story about a fox, in four sentences.",
 ]
 
 
@@ -94,6 +92,7 @@ def test_figures_are_those_of_the_weights(tmp_path: Path, checkpoints: Checkpoin
     assert low - 0.5 * width < sampled.mean() < high + 0.5 * width
 
 
+@pytest.mark.slow
 def test_forced_profile_changes_what_comes_out_of_vllm(tmp_path: Path, checkpoints: Checkpoints) -> None:
     vocabulary = json.loads((checkpoints.compressed / "config.json").read_text())["vocab_size"]
     favoured = 1234

@@ -99,6 +99,7 @@ def test_the_reference_killed_in_the_middle_of_a_stream(stack: Stack, vllm_serve
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_what_the_reference_was_scoring_when_it_was_killed_is_dropped_by_reason(stack: Stack) -> None:
     before = stack.wait_settled()
     worker = stack.process("hemostat.reference.worker")

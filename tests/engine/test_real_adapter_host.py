@@ -24,6 +24,7 @@ def corrections(checkpoints: Checkpoints) -> list[CalibrationProfile]:
     return corrections_of(checkpoints)
 
 
+@pytest.mark.slow
 async def test_loaded_isolated_in_agreement_replaced_and_a_wrong_one_rejected(
     lora_server: RunningVllm, checkpoints: Checkpoints, corrections: list[CalibrationProfile]
 ) -> None:

@@ -199,7 +199,7 @@ def test_why_grammars_cannot_be_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_the_real_process_compiles_within_its_limits(tmp_path: Path, clock: Clock) -> None:
     pytest.importorskip("xgrammar")
     tokenizer = Tokenizer(tmp_path, write_tokenizer(tmp_path))
-    masks = GrammarMasks(Grammar(seconds=15.0, memory_mib=64), clock)
+    masks = GrammarMasks(Grammar(seconds=6.0, memory_mib=64), clock)
     try:
         await until(lambda: masks.ready(tokenizer), 240.0)
         yes = GrammarSpec(GrammarOrigin.STRUCTURED_OUTPUT, {"structured_outputs": b'{"choice": ["yes"]}'})

@@ -68,6 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "completions, stop string": (COMPLETIONS, {"prompt": "1, 2, 3, 4,", "max_tokens": 24, "stop": "7"}),
     "completions, default length": (COMPLETIONS, {"prompt": "Once upon a time"}),
 }
+EACH_OPTION = ("chat, one token", "completions")
 OPTIONS: dict[str, dict[str, Any]] = {
     "whole": {},
     "stream": {"stream": True},
@@ -80,8 +81,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "option"),
+    [
+        pytest.param(case, option, marks=() if option == "stream" or case in EACH_OPTION else pytest.mark.slow)
+        for case in CASES
+        for option in OPTIONS
+    ],
+)
 def test_a_sampled_response_is_byte_for_byte_the_unsampled_one(
     wire: Wire, vllm_server: Server, case: str, option: str
 ) -> None:
@@ -150,7 +157,7 @@ UNJUDGED: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("case", UNJUDGED)
 def test_what_cannot_be_scored_is_not_changed_while_a_profile_serves(
     wire: Wire, vllm_server: Server, case: str, stream: bool
@@ -313,8 +320,14 @@ FAKE_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("case", FAKE_CASES)
+@pytest.mark.parametrize(
+    ("case", "option"),
+    [
+        pytest.param(case, option, marks=() if option in {"whole", "stream"} else pytest.mark.slow)
+        for case in FAKE_CASES
+        for option in OPTIONS
+    ],
+)
 def test_the_fake_engines_responses_have_the_real_shape(
     client: httpx.Client, vllm_server: Server, case: str, option: str
 ) -> None:
