@@ -201,7 +201,8 @@ class Client:
             return self._left + await self.reader.read()
 
     async def close(self) -> None:
-        self.writer.close()
+        """At once: a graceful close would wait until all that was written is read."""
+        self.writer.transport.abort()
         with contextlib.suppress(ConnectionError):
             await self.writer.wait_closed()
 
