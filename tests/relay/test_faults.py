@@ -413,7 +413,7 @@ async def test_body_that_is_read_before_there_is_a_connection_is_bounded() -> No
         await until(lambda: any(inside.reading_paused for inside in relay.clients))
         exchanges = [client.exchange for client in relay.clients if client.exchange is not None]
         (inside,) = [exchange for exchange in exchanges if exchange.state is ExchangeState.QUEUED]
-        assert inside.unsent_bytes <= 512 * 1024
+        assert inside.outgoing.unsent_bytes <= 512 * 1024
         first.writer.transport.abort()
         await until(lambda: inside.state is not ExchangeState.QUEUED)
 

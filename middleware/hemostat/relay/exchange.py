@@ -28,13 +28,13 @@ from hemostat.relay.exchange_state import (
     ExchangeState,
 )
 from hemostat.relay.fail_open import FailOpenHook
-from hemostat.relay.forwarding import upstream_head
 from hemostat.relay.generation import GenerationReport
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
-from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
+from hemostat.relay.http.framing import LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import CONTINUE, SAFE_METHODS, RequestHead
 from hemostat.relay.http.response import ResponseHead
 from hemostat.relay.outcomes import OutcomeObserver
+from hemostat.relay.outgoing_request import OutgoingRequest
 from hemostat.relay.response_framing import BodyMode, frame_response
 from hemostat.relay.tunnel import Tunnel
 from hemostat.relay.upstream import UpstreamConnection
@@ -82,7 +82,7 @@ class ClientSide(Protocol):
 
 
 class Exchange:
-    """One request and its response. Owns their state, the request until it is sent, and the held-back response."""
+    """One request and its response. Owns their state and the held-back response."""
 
     __slots__ = (
         "_client",
@@ -94,7 +94,6 @@ class Exchange:
         "_keep_alive",
         "_mode",
         "_observer",
-        "_original",
         "_overhead",
         "_probed",
         "_received",
@@ -103,13 +102,11 @@ class Exchange:
         "_request_id",
         "_response",
         "_route",
-        "_sent",
         "_started",
         "_transport",
-        "_unsent",
+        "outgoing",
         "request_complete",
         "state",
-        "unsent_bytes",
         "upstream",
     )
 
@@ -121,8 +118,7 @@ class Exchange:
         self.request_complete = False
         """The client has sent the whole request."""
         self.upstream: UpstreamConnection | None = None
-        self.unsent_bytes = 0
-        """Bytes in `_unsent`."""
+        self.outgoing = OutgoingRequest(context, request)
         self._context = context
         self._client = client
         self._transport = client.transport
@@ -137,14 +133,6 @@ class Exchange:
         self._observer: OutcomeObserver | None = None
         """The report's, held here because it is used for every piece of a response."""
         self._hook: FailOpenHook | None = None
-        # The request.
-        self._unsent: list[bytes] = []
-        """COLLECTING: pieces of the body. QUEUED: what is sent first when there is a connection."""
-        self._sent: bytes | None = None
-        """The whole request as it went upstream, if it was sent at once and can still be retried."""
-        self._original: tuple[list[bytes], int, bytes] | None = None
-        """Header lines, framing index and body as the client sent them, if a hook has rewritten the request and no byte
-        of the response has gone to the client."""
         self._keep_alive = request.keep_alive
         """The client's connection stays open after the response."""
         # The response.
@@ -197,16 +185,12 @@ class Exchange:
             if complete:
                 if self._observer is not None:
                     self._observer.feed_request(body)
-                self._unsent.append(body)
+                self.outgoing.hold(body)
                 self._ask_hook_about_body()
             return
-        payload = upstream_head(request, self._context.origin, self._context.authorization)
-        if complete:
-            payload += body
-            if self._observer is not None:
-                self._observer.feed_request(body)
-            self._sent = payload
-        self._dispatch(payload, self._started)
+        if complete and self._observer is not None:
+            self._observer.feed_request(body)
+        self._dispatch(self.outgoing.encode(body, complete=complete), self._started)
 
     def request_data(self, pieces: list[bytes], *, complete: bool, started: float) -> None:
         """More of the request's body, without its framing.
@@ -218,16 +202,12 @@ class Exchange:
             self._observer.feed_request(b"".join(pieces))
         if self.state is COLLECTING:
             assert self._hook is not None
-            self._unsent += pieces
-            self.unsent_bytes += sum(map(len, pieces))
-            if complete or self.unsent_bytes > self._hook.body_limit:
+            for piece in pieces:
+                self.outgoing.hold(piece)
+            if complete or self.outgoing.unsent_bytes > self._hook.body_limit:
                 self._ask_hook_about_body()
             return
-        if self._request.length == CHUNKED:
-            pieces = [chunk(piece) for piece in pieces]
-            if complete:
-                pieces.append(LAST_CHUNK)
-        self._forward(b"".join(pieces), started)
+        self._forward(self.outgoing.encode_more(pieces, complete=complete), started)
 
     def fail_request(self, error: BadRequest) -> None:
         """The rest of the request is malformed, too long or overdue."""
@@ -258,11 +238,9 @@ class Exchange:
     def _ask_hook_about_body(self) -> None:
         """The body is complete, or longer than the hook's limit: ask the hook what goes upstream."""
         started = perf_counter()
-        request, hook = self._request, self._hook
+        hook = self._hook
         assert hook is not None
-        body = b"".join(self._unsent)
-        self._unsent = []
-        self.unsent_bytes = 0
+        body = self.outgoing.take()
         verdict = hook.request(body if self.request_complete and len(body) <= hook.body_limit else None)
         if isinstance(verdict, Refusal):
             self._respond(verdict.status, verdict.body, counters.REFUSED)
@@ -270,17 +248,9 @@ class Exchange:
         if self._report is not None:
             self._report.begin_comparison(hook.comparison, body)
         if isinstance(verdict, Rewrite):
-            self._original = (list(request.lines), request.framing, body)
-            body = verdict.body
-            if verdict.drop_headers:
-                request.drop(verdict.drop_headers)
-            if body or request.framing >= 0:
-                request.framing = set_length(request.lines, request.framing, len(body))
-        elif request.length == CHUNKED:
-            body = chunk(body) + (LAST_CHUNK if self.request_complete else b"")
-        payload = upstream_head(request, self._context.origin, self._context.authorization) + body
-        if self.request_complete:
-            self._sent = payload
+            payload = self.outgoing.rewrite(body, verdict)
+        else:
+            payload = self.outgoing.encode(body, complete=self.request_complete)
         self._dispatch(payload, started)
 
     def _dispatch(self, payload: bytes, started: float) -> None:
@@ -288,8 +258,7 @@ class Exchange:
         connection = self._context.pool.acquire(self)
         if connection is None:
             self._enter(QUEUED)
-            self._unsent.append(payload)
-            self.unsent_bytes = len(payload)
+            self.outgoing.hold(payload)
             self._overhead = -started
             return
         self._send_on(connection, payload)
@@ -314,20 +283,16 @@ class Exchange:
             if self.request_complete:
                 self._overhead = perf_counter() - started
         elif self.state is QUEUED:
-            self._unsent.append(data)
-            self.unsent_bytes += len(data)
+            self.outgoing.hold(data)
             if self.request_complete:
                 self._overhead = -started
-            elif self.unsent_bytes > MAX_READ_AHEAD_BYTES:
+            elif self.outgoing.unsent_bytes > MAX_READ_AHEAD_BYTES:
                 self._client.pause_reading()
 
     # From the pool.
 
     def connection_ready(self, connection: UpstreamConnection) -> None:
-        payload = b"".join(self._unsent)
-        self._unsent = []
-        self.unsent_bytes = 0
-        self._send_on(connection, payload)
+        self._send_on(connection, self.outgoing.take())
         self._overhead += perf_counter()
         if not self.request_complete:
             self._client.resume_reading()
@@ -340,14 +305,12 @@ class Exchange:
     def retry(self) -> bool:
         """Send the request once more on a new connection, if that has no side effect: the method is safe, and the whole
         request is still here."""
-        payload = self._sent
-        if payload is None or self._request.method not in SAFE_METHODS:
+        payload = self.outgoing.repeat() if self._request.method in SAFE_METHODS else None
+        if payload is None:
             return False
-        self._sent = None
         self.upstream = None
         self._enter(QUEUED)
-        self._unsent = [payload]
-        self.unsent_bytes = len(payload)
+        self.outgoing.hold(payload)
         self._overhead = -perf_counter()
         self._context.pool.retry(self)
         return True
@@ -406,7 +369,7 @@ class Exchange:
         if hook is not None and hook.transforming:
             if data:
                 data = hook.response_data(data)
-            if not data and self._original is not None:
+            if not data and self.outgoing.rewritten:
                 self._received = perf_counter()
                 return  # the hook may still want to replay
         if self._observer is not None:
@@ -494,26 +457,22 @@ class Exchange:
         self._enter(STREAMING)
         self._transport.write(self._held_head + data)
         self._held_head = b""
-        self._original = None
+        self.outgoing.keep_rewritten()
         self._overhead += perf_counter() - self._received
 
     def _replay(self) -> bool:
         """Ask the hook whether to discard the response that is now complete, and to send the client's own request."""
-        original, self._original = self._original, None
-        hook, request = self._hook, self._request
-        if original is None or hook is None or not hook.transforming or not hook.replay():
+        hook, outgoing = self._hook, self.outgoing
+        if not outgoing.rewritten or hook is None or not hook.transforming or not hook.replay():
+            outgoing.keep_rewritten()
             return False
         started = perf_counter()
-        request.lines, request.framing, body = original
-        self._keep_alive = request.keep_alive
+        self._keep_alive = self._request.keep_alive
         self._response = None
         self._held_head = b""
         self._mode = _RAW
         hook.transforming = False
-        if request.length == CHUNKED:
-            body = chunk(body) + LAST_CHUNK
-        self._sent = payload = upstream_head(request, self._context.origin, self._context.authorization) + body
-        self._dispatch(payload, started)
+        self._dispatch(outgoing.restore(), started)
         return True
 
     # The client, and the end.
