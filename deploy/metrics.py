@@ -295,6 +295,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
             counters.CLIENT_ERROR: "complete, the upstream's status is 4xx",
             counters.SERVER_ERROR: "complete, the upstream's status is 5xx",
             counters.REFUSED: "an invalid request, refused by the proxy itself",
+            counters.OVERLOADED: "answered with 503 and `Retry-After`, since a limit of the relay was reached",
             counters.UPSTREAM_FAILED: "the upstream could not be reached, broke off or sent an invalid answer",
             counters.CLIENT_GONE: "the client disconnected",
         },

@@ -22,11 +22,13 @@ SERVER_ERROR = "server_error"
 """Complete, the upstream's status 5xx."""
 REFUSED = "refused"
 """Answered with an error of our own that is the client's fault, or with the hook's refusal."""
+OVERLOADED = "overloaded"
+"""Answered with 503, since a limit of the relay was reached."""
 UPSTREAM_FAILED = "upstream_failed"
 """The upstream could not be reached, closed the connection early or sent an invalid response."""
 CLIENT_GONE = "client_gone"
 """The client closed the connection before its response was complete."""
-OUTCOMES = (OK, CLIENT_ERROR, SERVER_ERROR, REFUSED, UPSTREAM_FAILED, CLIENT_GONE)
+OUTCOMES = (OK, CLIENT_ERROR, SERVER_ERROR, REFUSED, OVERLOADED, UPSTREAM_FAILED, CLIENT_GONE)
 
 
 class Counters:

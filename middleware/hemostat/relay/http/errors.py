@@ -23,6 +23,10 @@ class BadResponse(Exception):
     """The upstream's fault."""
 
 
+RETRY_AFTER_SECONDS = 1
+"""What a client is told that was refused because a limit of the relay is reached."""
+
+
 _REASONS = {
     400: b"Bad Request",
     403: b"Forbidden",
@@ -46,8 +50,11 @@ def error_body(status: int, message: str, code: str | None = None) -> bytes:
 def error_response(status: int, body: bytes, *, connection: bytes = b"", bodyless: bool = False) -> bytes:
     """A response of the relay's own.
 
-    connection: a whole field line with its CRLF, or b"". bodyless: it answers a HEAD request.
+    connection: a whole field line with its CRLF, or b"". bodyless: it answers a HEAD request. A 503 says when to try
+    again.
     """
+    if status == 503:
+        connection += b"Retry-After: %d\r\n" % RETRY_AFTER_SECONDS
     head = b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n" % (
         status,
         _REASONS.get(status, b"Error"),
