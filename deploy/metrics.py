@@ -283,6 +283,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
         }
     },
     "label": {"": "the client's `X-Hemostat-Label`, if it is one of the configured `labels`; else empty"},
+    "limit": {
+        "": {
+            "connections": "`limits.connections`, or what the limit of open files allows",
+            "connections_per_client": "`limits.connections_per_client`",
+        }
+    },
     "model": {
         "": "the served name",
         names.COVERED_MASS_RATIO: {name: f"the {name} model" for name in MODELS},

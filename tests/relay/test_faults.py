@@ -31,6 +31,7 @@ from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.relay.disconnect import DisconnectWatcher
 from hemostat.relay.exchange_state import ExchangeState
+from hemostat.relay.limits import Limits
 from hemostat.relay.worker import Relay
 
 CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -324,7 +325,7 @@ async def test_half_close_is_not_a_disconnect(count: int) -> None:
 
 async def test_half_close_in_the_middle_of_a_request_ends_it() -> None:
     waiting = Waiting()
-    async with relaying(waiting.script) as (_, upstream, connect):
+    async with relaying(waiting.script, limits=Limits(buffered_body_bytes=4)) as (_, upstream, connect):
         client = await connect()
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhalf")
         await until(lambda: upstream.connections == 1)

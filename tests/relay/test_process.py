@@ -53,9 +53,12 @@ class Process:
         return status
 
 
-async def start(config: dict[str, Any]) -> asyncio.subprocess.Process:
+async def start(config: dict[str, Any], open_files: int | None = None) -> asyncio.subprocess.Process:
+    limit = f"ulimit -n {open_files}; " if open_files else ""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "hemostat.relay.main"), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        *("sh", "-c", f'{limit}exec "$0" -m hemostat.relay.main', sys.executable),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdin is not None
     process.stdin.write(json.dumps(config).encode())
@@ -64,7 +67,7 @@ async def start(config: dict[str, Any]) -> asyncio.subprocess.Process:
 
 
 @contextlib.asynccontextmanager
-async def running(script: Script, control_socket: Path) -> AsyncIterator[Process]:
+async def running(script: Script, control_socket: Path, open_files: int | None = None) -> AsyncIterator[Process]:
     upstream = Upstream(script)
     await upstream.start()
     process = await start(
@@ -79,7 +82,8 @@ async def running(script: Script, control_socket: Path) -> AsyncIterator[Process
             "control_socket": str(control_socket),
             "shutdown_seconds": 5.0,
             "limits": {"head_bytes": 65536},
-        }
+        },
+        open_files,
     )
     assert process.stdout is not None
     try:
@@ -113,6 +117,14 @@ async def test_a_relay_follows_its_control_process_and_continues_without_one(tmp
             else:
                 pytest.fail("the policy outlived the control process")
     assert all(request.get(b"x-hemostat-calibration") == [] for request in seen)
+
+
+async def test_idle_clients_leave_descriptors_for_the_upstream(tmp_path: Path) -> None:
+    async with running(answering([]), tmp_path / "control.sock", open_files=160) as relay:
+        idle = [await relay.connect() for _ in range(300)]
+        assert await relay.ask(GET) == 200
+        for client in idle:
+            await client.close()
 
 
 async def test_counters_are_reported(tmp_path: Path) -> None:

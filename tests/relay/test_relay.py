@@ -297,7 +297,7 @@ async def test_expect_100_continue_is_answered_by_the_upstream() -> None:
         assert await connection.reader.readexactly(5) == b"hello"
         await connection.send(OK)
 
-    async with relaying(script) as (_, _, connect):
+    async with relaying(script, limits=Limits(buffered_body_bytes=4)) as (_, _, connect):
         client = await connect()
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
         assert (
@@ -308,13 +308,29 @@ async def test_expect_100_continue_is_answered_by_the_upstream() -> None:
         assert (await client.response("POST")).body == b"ok"
 
 
+async def test_expect_100_continue_is_answered_by_the_relay_before_a_short_body() -> None:
+    asked: list[Request] = []
+    async with relaying(answering(asked)) as (_, upstream, connect):
+        client = await connect()
+        await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+        assert (
+            await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), HANG_SECONDS)
+            == b"HTTP/1.1 100 Continue\r\n\r\n"
+        )
+        assert upstream.connections == 0
+        await client.send(b"hello")
+        assert (await client.response("POST")).body == b"ok"
+        assert asked[0].body == b"hello"
+        assert asked[0].get(b"expect") == []
+
+
 async def test_early_refusal_of_an_expected_body_closes() -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.reader.readuntil(b"\r\n\r\n")
         await connection.send(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno")
         assert await connection.reader.read() == b""
 
-    async with relaying(script) as (_, upstream, connect):
+    async with relaying(script, limits=Limits(buffered_body_bytes=4)) as (_, upstream, connect):
         client = await connect()
         await client.send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
         response = await client.response("POST")

@@ -321,11 +321,27 @@ class Records(Section):
 
 
 class Limits(Section):
-    """Limits of a client's request; beyond them it gets status 431 or 413."""
+    """What clients may send, and how much of a relay process they may use."""
 
     head_bytes: int = Field(default=64 * 1024, ge=1024, le=16 * 1024 * 1024)
+    """A request with a longer head gets status 431."""
     header_count: int = Field(default=128, ge=8, le=10_000)
+    """A request with more fields gets status 431."""
     body_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
+    """A request with a longer body gets status 413."""
+    buffered_body_bytes: int = Field(default=1024 * 1024, ge=0, le=256 * 1024 * 1024)
+    """A body up to this size is read to its end before an upstream connection is used for it; a longer one is streamed,
+    on at most a quarter of `upstream.max_connections`."""
+    buffered_bytes: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024)
+    """Of all bodies and waiting requests of a relay process. Beyond it the bodies that have been read for longest are
+    answered with 503."""
+    body_bytes_per_second: int = Field(default=1024, ge=0)
+    """Least rate of a body, on average over 20 seconds; a slower one gets status 408. 0: no limit."""
+    connections: int = Field(default=16_384, ge=1, le=65_536)
+    """Of all clients of a relay process, as far as its limit of open files allows. Beyond it the connections that have
+    been idle for longest are closed, or else a new one is answered with 503."""
+    connections_per_client: int = Field(default=8_192, ge=1, le=65_536)
+    """The same, of one address (IPv6: of one /64 network). Clients behind a proxy share its address."""
 
 
 class Log(Section):

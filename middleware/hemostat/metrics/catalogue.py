@@ -16,6 +16,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "seconds",
             "Time that the relay itself adds to a request, on its way up and on the first bytes' way back.",
         ),
+        Metric(
+            names.CLOSED_CONNECTIONS,
+            "counter",
+            "connections",
+            "Connections of clients that were refused, or closed while they waited for a request, because of a limit.",
+            ("limit",),
+        ),
         Metric(names.RELAYS, "gauge", "processes", "Relay processes connected."),
         Metric(
             names.REPLICA_LEADS,

@@ -13,16 +13,17 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Callable
 from enum import Enum, auto
 from time import perf_counter
 from typing import cast
 
 from hemostat.openai import routes
 from hemostat.relay import counters
+from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
 from hemostat.relay.disconnect import DisconnectWatcher
 from hemostat.relay.exchange import MAX_READ_AHEAD_BYTES, Exchange
+from hemostat.relay.exchange_state import COLLECTING
 from hemostat.relay.forwarding import ensure_request_id
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
 from hemostat.relay.http.framing import RequestBodyReader
@@ -65,27 +66,22 @@ class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_advancing",
         "_body",
+        "_body_bytes",
         "_buffer",
+        "_clients",
         "_context",
-        "_last_activity",
-        "_on_closed",
-        "_on_opened",
         "_tunnel",
         "_watcher",
         "eof",
         "exchange",
         "reading_paused",
+        "since",
         "state",
         "transport",
         "write_paused",
     )
 
-    def __init__(
-        self,
-        context: RelayContext,
-        on_opened: Callable[[ClientConnection], None],
-        on_closed: Callable[[ClientConnection], None],
-    ) -> None:
+    def __init__(self, context: RelayContext, clients: Clients) -> None:
         self.state: ConnectionState = _READING_HEAD
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
         self.exchange: Exchange | None = None
@@ -95,32 +91,37 @@ class ClientConnection(asyncio.Protocol):
         """The client does not read."""
         self.eof = False
         """The client has shut down its sending side, or is gone."""
+        self.since = 0.0
+        """Event-loop time from which the client's time limits count."""
         self._context = context
-        self._on_opened = on_opened
-        self._on_closed = on_closed
+        self._clients = clients
         self._buffer = b""
         self._body: RequestBodyReader | None = None
         """In READING_BODY."""
+        self._body_bytes = 0
+        """In READING_BODY: what has been read of the body, its framing included, since `since`."""
         self._tunnel: Tunnel | None = None
         """In TUNNEL."""
         self._advancing = False
         """`_advance` is running: it must not be entered again from an exchange that ends at once."""
-        self._last_activity = 0.0
-        """Event-loop time from which the client's time limits count."""
         self._watcher: DisconnectWatcher | None = None
 
     # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self._last_activity = self._context.loop.time()
-        self._on_opened(self)
+        self.since = self._context.loop.time()
+        if not self._clients.opened(self):
+            self.state = _CLOSING
+            body = error_body(503, "too many connections", "overloaded")
+            self.transport.write(error_response(503, body, connection=b"Connection: close\r\n"))
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         state = self.state
         if state is _READING_HEAD:
             if not self._buffer:
-                self._last_activity = self._context.loop.time()
+                self.since = self._context.loop.time()
                 self._buffer = data
             else:
                 self._buffer += data
@@ -128,7 +129,7 @@ class ClientConnection(asyncio.Protocol):
                 self.pause_reading()
             self._advance()
         elif state is _READING_BODY:
-            self._last_activity = self._context.loop.time()
+            self._body_bytes += len(data)
             self._read_body(data)
         elif state is _AWAITING_RESPONSE:
             self._buffer += data
@@ -162,7 +163,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.state = _CLOSING
-        self._on_closed(self)
+        self._clients.closed(self)
         if self._watcher is not None:
             self._watcher.stop()
             self._watcher = None
@@ -225,6 +226,7 @@ class ClientConnection(asyncio.Protocol):
             self._body = RequestBodyReader(length, limits.body_bytes)
             self.state = _READING_BODY
             self.resume_reading()
+            self._measure_rate()
             exchange.start(pairs, b"", complete=False, more_read=bool(rest))
             if rest and self.state is _READING_BODY:
                 self._read_body(rest)
@@ -259,7 +261,7 @@ class ClientConnection(asyncio.Protocol):
             self._linger()
             return
         self.state = _READING_HEAD
-        self._last_activity = self._context.loop.time()
+        self.since = self._context.loop.time()
         if self._context.draining and not self._buffer:
             self.transport.close()
         elif self._buffer or self.reading_paused or self.eof:
@@ -293,10 +295,25 @@ class ClientConnection(asyncio.Protocol):
     def resume_reading(self) -> None:
         if self.reading_paused:
             self.reading_paused = False
+            self._measure_rate()
             if not self.eof and not self.transport.is_closing():
                 self.transport.resume_reading()
 
+    def _measure_rate(self) -> None:
+        """In READING_BODY: begin to measure how fast the client sends."""
+        if self.state is _READING_BODY:
+            self.since = self._context.loop.time()
+            self._body_bytes = 0
+
     # The end of the connection.
+
+    @property
+    def evictable(self) -> bool:
+        """Nothing is lost but an incomplete request, or what follows the last response."""
+        state = self.state
+        if state is _READING_BODY:
+            return self.exchange is not None and self.exchange.state is COLLECTING
+        return state is _READING_HEAD or state is _CLOSING
 
     def _refuse(self, error: BadRequest) -> None:
         """The request cannot be parsed, so what follows it cannot be either."""
@@ -334,7 +351,7 @@ class ClientConnection(asyncio.Protocol):
     def sweep(self, now: float) -> None:
         """Enforce the time limits. Called about once a second; now: event-loop time."""
         limits = self._context.limits
-        waited = now - self._last_activity
+        waited = now - self.since
         if self.exchange is not None:
             self.exchange.release_held_head(now)
         if self.state is _READING_HEAD:
@@ -343,8 +360,12 @@ class ClientConnection(asyncio.Protocol):
             elif not self._buffer and waited > limits.idle_seconds:
                 self.transport.close()
         elif self.state is _READING_BODY and not self.reading_paused and waited > limits.body_seconds:
-            assert self.exchange is not None
-            self.exchange.fail_request(BadRequest(408, f"no byte of the body for {limits.body_seconds:g} s"))
+            if self._body_bytes < limits.body_bytes_per_second * waited:
+                assert self.exchange is not None
+                rate = limits.body_bytes_per_second
+                self.exchange.fail_request(BadRequest(408, f"the body arrives at less than {rate} bytes/s"))
+            else:
+                self._measure_rate()
 
     def drain(self) -> None:
         """Close as soon as no request is in progress."""

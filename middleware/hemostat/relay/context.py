@@ -13,6 +13,7 @@ from hemostat.relay.counters import Counters
 from hemostat.relay.http.origin import Origin
 from hemostat.relay.limits import Limits
 from hemostat.relay.pool import Pool
+from hemostat.relay.request_budget import RequestBudget
 
 if TYPE_CHECKING:
     from hemostat.tracing import Tracing  # an extra; imported only where it is used
@@ -26,6 +27,7 @@ class RelayContext:
     origin: Origin
     pool: Pool
     limits: Limits
+    budget: RequestBudget
     counters: Counters
     authorization: bytes | None
     """Field line that is sent upstream where the client sends no Authorization of its own."""

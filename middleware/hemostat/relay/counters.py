@@ -81,6 +81,7 @@ INITIAL_SERIES: dict[str, list[tuple[str, ...]]] = {
         (ShadowOutcome.DROPPED.value, ScoringDropReason.QUEUE_FULL.value),
     ],
     names.OUTCOME_REPORTS: [("sent",), ("dropped",)],
+    names.CLOSED_CONNECTIONS: [("connections",), ("connections_per_client",)],
     names.RESPONSES_FINISHED: [(*arm, reason) for arm in _ARMS for reason in ("stop", "length")],
     names.OUTPUT_TOKENS: _ARMS,
     names.REPETITION_LOOPS: _ARMS,

@@ -10,7 +10,7 @@ import asyncio
 from time import perf_counter
 from typing import Protocol
 
-from hemostat.hooks import Headers, Refusal, Rewrite
+from hemostat.hooks import Headers, Hook, Refusal, Rewrite
 from hemostat.openai import routes
 from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED, loads_adapters
 from hemostat.relay import counters
@@ -104,6 +104,7 @@ class Exchange:
         "_route",
         "_started",
         "_transport",
+        "_uploading",
         "outgoing",
         "request_complete",
         "state",
@@ -146,6 +147,8 @@ class Exchange:
         """When the bytes were read that release the head (perf_counter)."""
         self._collected: list[bytes] | None = None
         """The response's body so far, with BodyMode.COLLECTED."""
+        self._uploading = False
+        """The request was begun upstream before it was complete, and it is still not."""
         self._overhead = 0.0
         """Seconds in the relay so far, see `Counters.observe_overhead`; while QUEUED, minus the time it began."""
         self._probed = False
@@ -162,35 +165,33 @@ class Exchange:
         pairs: all fields as the client sent them; None without a hook. body: the whole body, if `complete`; otherwise
         it follows by `request_data`. more_read: the client has sent some of it already.
         """
-        request = self._request
+        context, request = self._context, self._request
         self.request_complete = complete
-        if self._route is routes.OTHER and not self._context.allow_adapter_routes and loads_adapters(request.target):
+        if self._route is routes.OTHER and not context.allow_adapter_routes and loads_adapters(request.target):
             self._respond(403, error_body(403, ADAPTER_ROUTE_REFUSED, "adapter_routes"), counters.REFUSED)
             return
         if self._route in routes.SCORED and request.method == b"POST":
-            self._report = report = GenerationReport(self._context, self._route, self._request_id, self._started)
+            self._report = report = GenerationReport(context, self._route, self._request_id, self._started)
             self._observer = report.observer
-            if self._context.tracing is not None:
-                report.start_span(self._context.tracing, request, pairs)
-        if pairs is not None and self._ask_hook(pairs):
-            if self._hook is None:
-                return  # refused
+            if context.tracing is not None:
+                report.start_span(context.tracing, request, pairs)
+        if pairs is not None and context.hook is not None and self._ask_hook(context.hook, pairs):
+            return  # refused
+        if complete:
+            if self._observer is not None:
+                self._observer.feed_request(body)
+            self._send(body, self._started)
+        elif request.length > self._collected_bytes:
+            self._send(b"", self._started)
+        else:
             self._enter(COLLECTING)
+            context.budget.begin_collecting(self)
             if request.expect:
                 # The upstream cannot ask for the body, because it gets nothing before the body is whole.
                 request.expect = False
                 request.drop(_EXPECT)
-                if not complete and not more_read:
+                if not more_read:
                     self._transport.write(CONTINUE)
-            if complete:
-                if self._observer is not None:
-                    self._observer.feed_request(body)
-                self.outgoing.hold(body)
-                self._ask_hook_about_body()
-            return
-        if complete and self._observer is not None:
-            self._observer.feed_request(body)
-        self._dispatch(self.outgoing.encode(body, complete=complete), self._started)
 
     def request_data(self, pieces: list[bytes], *, complete: bool, started: float) -> None:
         """More of the request's body, without its framing.
@@ -198,16 +199,25 @@ class Exchange:
         complete: it is the last. started: when it was received (perf_counter).
         """
         self.request_complete = complete
+        data = b"".join(pieces)
         if self._observer is not None:
-            self._observer.feed_request(b"".join(pieces))
-        if self.state is COLLECTING:
-            assert self._hook is not None
-            for piece in pieces:
-                self.outgoing.hold(piece)
-            if complete or self.outgoing.unsent_bytes > self._hook.body_limit:
-                self._ask_hook_about_body()
+            self._observer.feed_request(data)
+        if self.state is not COLLECTING:
+            self._send_more(self.outgoing.encode_more(pieces, complete=complete), started)
             return
-        self._forward(self.outgoing.encode_more(pieces, complete=complete), started)
+        budget, outgoing = self._context.budget, self.outgoing
+        outgoing.hold(data)
+        if complete or outgoing.unsent_bytes > self._collected_bytes:
+            budget.end_collecting(self)
+            self._send(outgoing.take(), perf_counter())
+        else:
+            budget.enforce()
+
+    @property
+    def _collected_bytes(self) -> int:
+        """Up to so many bytes of a body are collected before any is sent upstream."""
+        limit = self._context.limits.buffered_body_bytes
+        return limit if self._hook is None else max(limit, self._hook.body_limit)
 
     def fail_request(self, error: BadRequest) -> None:
         """The rest of the request is malformed, too long or overdue."""
@@ -218,48 +228,61 @@ class Exchange:
         else:
             self._respond(error.status, error_body(error.status, error.message, error.code), counters.REFUSED)
 
-    def _ask_hook(self, pairs: Headers) -> bool:
-        """True if the hook wants to see the request (`_hook` is set), or has refused it (the exchange is over)."""
+    def give_way(self) -> None:
+        """From the budget: the bytes that are kept of the request are needed for others."""
+        self._overloaded("the proxy's memory for requests is exhausted")
+
+    def _overloaded(self, reason: str) -> None:
+        self._respond(503, error_body(503, reason, "overloaded"), counters.OVERLOADED)
+
+    def _ask_hook(self, hook: Hook, pairs: Headers) -> bool:
+        """Ask whether the hook wants to see the request (then `_hook` is set). True: it refuses it; the exchange is
+        over."""
         context, request = self._context, self._request
-        assert context.hook is not None
         try:
-            answer = context.hook.begin(request.method.decode("ascii"), request.target, pairs, self._request_id)
+            answer = hook.begin(request.method.decode("ascii"), request.target, pairs, self._request_id)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             context.counters.hook_raised()
             return False
-        if answer is None:
-            return False
         if isinstance(answer, Refusal):
             self._respond(answer.status, answer.body, counters.REFUSED)
-        else:
+            return True
+        if answer is not None:
             self._hook = FailOpenHook(answer, context.counters.hook_raised)
-        return True
+        return False
 
-    def _ask_hook_about_body(self) -> None:
-        """The body is complete, or longer than the hook's limit: ask the hook what goes upstream."""
-        started = perf_counter()
-        hook = self._hook
-        assert hook is not None
-        body = self.outgoing.take()
-        verdict = hook.request(body if self.request_complete and len(body) <= hook.body_limit else None)
-        if isinstance(verdict, Refusal):
-            self._respond(verdict.status, verdict.body, counters.REFUSED)
-            return
-        if self._report is not None:
-            self._report.begin_comparison(hook.comparison, body)
+    def _send(self, body: bytes, started: float) -> None:
+        """Send the request upstream, as the hook wants it: whole, or as much as is here of a long one."""
+        hook, outgoing = self._hook, self.outgoing
+        verdict = None
+        if hook is not None:
+            readable = self.request_complete and len(body) <= hook.body_limit and not self._context.budget.scarce
+            verdict = hook.request(body if readable else None)
+            if isinstance(verdict, Refusal):
+                self._respond(verdict.status, verdict.body, counters.REFUSED)
+                return
+            if self._report is not None:
+                self._report.begin_comparison(hook.comparison, body)
         if isinstance(verdict, Rewrite):
-            payload = self.outgoing.rewrite(body, verdict)
+            payload = outgoing.rewrite(body, verdict)
         else:
-            payload = self.outgoing.encode(body, complete=self.request_complete)
+            payload = outgoing.encode(body, complete=self.request_complete)
         self._dispatch(payload, started)
 
     def _dispatch(self, payload: bytes, started: float) -> None:
-        """Send the beginning of a request upstream: now, or when there is a connection."""
-        connection = self._context.pool.acquire(self)
+        """Send a request, or its beginning, upstream: now, or when there is a connection."""
+        context = self._context
+        if not self.request_complete:
+            if not context.budget.begin_upload():
+                self._overloaded("too many requests with long bodies at a time")
+                return
+            self._uploading = True
+        connection = context.pool.acquire(self)
         if connection is None:
             self._enter(QUEUED)
             self.outgoing.hold(payload)
             self._overhead = -started
+            context.budget.enforce()
             return
         self._send_on(connection, payload)
         self._overhead = perf_counter() - started
@@ -275,9 +298,13 @@ class Exchange:
             paused=self._client.write_paused,
         )
         connection.transport.write(payload)
+        if self.request_complete:
+            self.outgoing.sent(payload)
 
-    def _forward(self, data: bytes, started: float) -> None:
+    def _send_more(self, data: bytes, started: float) -> None:
         """Send more of a body upstream."""
+        if self.request_complete:
+            self._end_upload()
         if self.upstream is not None:
             self.upstream.transport.write(data)
             if self.request_complete:
@@ -288,6 +315,11 @@ class Exchange:
                 self._overhead = -started
             elif self.outgoing.unsent_bytes > MAX_READ_AHEAD_BYTES:
                 self._client.pause_reading()
+
+    def _end_upload(self) -> None:
+        if self._uploading:
+            self._uploading = False
+            self._context.budget.end_upload()
 
     # From the pool.
 
@@ -457,14 +489,14 @@ class Exchange:
         self._enter(STREAMING)
         self._transport.write(self._held_head + data)
         self._held_head = b""
-        self.outgoing.keep_rewritten()
+        self.outgoing.forget()
         self._overhead += perf_counter() - self._received
 
     def _replay(self) -> bool:
         """Ask the hook whether to discard the response that is now complete, and to send the client's own request."""
         hook, outgoing = self._hook, self.outgoing
         if not outgoing.rewritten or hook is None or not hook.transforming or not hook.replay():
-            outgoing.keep_rewritten()
+            outgoing.forget()
             return False
         started = perf_counter()
         self._keep_alive = self._request.keep_alive
@@ -538,7 +570,11 @@ class Exchange:
 
     def _finish(self, outcome: str, *, complete: bool = False) -> None:
         """Count and report the exchange. complete: the whole response has been sent."""
+        if self.state is COLLECTING:
+            self._context.budget.end_collecting(self)
         self._enter(DONE)
+        self.outgoing.forget()
+        self._end_upload()
         self._context.counters.request(self._route, outcome)
         hook, generated = self._hook, None
         if self._report is not None:

@@ -14,6 +14,7 @@ accepts no more connections, lets the requests in progress end, and exits with 0
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import logging
@@ -32,7 +33,7 @@ from hemostat.ipc.messages import OutcomeReport, Policy
 from hemostat.ipc.process import die_with_parent, make_tracing
 from hemostat.ipc.relay_end import ControlLink
 from hemostat.relay.counters import Counters
-from hemostat.relay.limits import Limits
+from hemostat.relay.limits import Limits, share_descriptors
 from hemostat.relay.worker import Relay
 from hemostat.shadow.interceptor import Interceptor
 
@@ -52,6 +53,26 @@ def listening_socket(config: dict[str, Any]) -> socket.socket:
     return sock
 
 
+def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, int]:
+    """The clients' limits and the most upstream connections, as far as this process may open files."""
+    limits = Limits(**config.get("limits", {}))
+    upstream = config.get("upstream_max_connections", 512)
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:
+        return limits, upstream
+    clients, shared = share_descriptors(descriptors, limits.connections, upstream)
+    if (clients, shared) != (limits.connections, upstream):
+        log.warning(
+            "relay %d: at most %d connections of clients and %d to the upstream, because it may open %d files only; "
+            "raise the limit (ulimit -n)",
+            config["worker"],
+            clients,
+            shared,
+            descriptors,
+        )
+    return dataclasses.replace(limits, connections=clients), shared
+
+
 async def run(config: dict[str, Any]) -> None:
     """Serve until SIGTERM or SIGINT, then let the requests in progress end."""
     loop = asyncio.get_running_loop()
@@ -62,14 +83,15 @@ async def run(config: dict[str, Any]) -> None:
     def report_outcome(report: OutcomeReport) -> bool:
         return link.report_outcome(report)
 
+    limits, max_connections = _within_descriptors(config)
     ca = config.get("upstream_ca")
     relay = Relay(
         config["upstream_url"],
-        limits=Limits(**config.get("limits", {})),
+        limits=limits,
         counters=Counters(),
         upstream_api_key=config.get("upstream_api_key"),
         upstream_ca=Path(ca) if ca else None,
-        upstream_max_connections=config.get("upstream_max_connections", 512),
+        upstream_max_connections=max_connections,
         tracing=make_tracing(config.get("tracing")),
         log_requests=config.get("log_requests", False),
         report_outcome=report_outcome,

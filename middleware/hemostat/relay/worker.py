@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from hemostat.hooks import Hook
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.relay.client_connection import ClientConnection
+from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
 from hemostat.relay.counters import Counters
 from hemostat.relay.http.origin import parse_origin
 from hemostat.relay.limits import Limits
 from hemostat.relay.pool import Pool
+from hemostat.relay.request_budget import RequestBudget
 
 if TYPE_CHECKING:
     from hemostat.tracing import Tracing  # an extra; imported only where it is used
@@ -58,13 +60,15 @@ class Relay:
         context = ssl.create_default_context(cafile=upstream_ca) if origin.tls else None
         self.pool = Pool(self._loop, origin, upstream_max_connections, context)
         self.counters = counters or Counters()
+        limits = limits or Limits()
         self.tracing = tracing
-        self.clients: set[ClientConnection] = set()
+        self.clients = Clients(limits, self.counters)
         self._context = RelayContext(
             loop=self._loop,
             origin=origin,
             pool=self.pool,
-            limits=limits or Limits(),
+            limits=limits,
+            budget=RequestBudget(limits.buffered_bytes, upstream_max_connections),
             counters=self.counters,
             authorization=f"Authorization: Bearer {upstream_api_key}".encode() if upstream_api_key else None,
             tracing=tracing,
@@ -74,7 +78,6 @@ class Relay:
             allow_adapter_routes=allow_adapter_routes,
         )
         self._server: asyncio.Server | None = None
-        self._no_clients = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
 
     @property
@@ -103,14 +106,13 @@ class Relay:
         self._context.draining = True
         if self._server is not None:
             self._server.close()
-        for client in tuple(self.clients):
+        for client in self.clients:
             client.drain()
-        self._no_clients.clear()
-        if self.clients:
-            try:
-                await asyncio.wait_for(self._no_clients.wait(), timeout)
-            except TimeoutError:
-                return False
+        try:
+            async with asyncio.timeout(timeout):
+                await self.clients.gone()
+        except TimeoutError:
+            return False
         return True
 
     async def close(self) -> None:
@@ -120,22 +122,17 @@ class Relay:
             self._server.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for client in tuple(self.clients):
+        for client in self.clients:
             client.transport.abort()
         self.pool.close()
         await asyncio.sleep(0)
 
     def _new_client(self) -> ClientConnection:
-        return ClientConnection(self._context, self.clients.add, self._client_closed)
-
-    def _client_closed(self, client: ClientConnection) -> None:
-        self.clients.discard(client)
-        if not self.clients:
-            self._no_clients.set()
+        return ClientConnection(self._context, self.clients)
 
     def _sweep(self) -> None:
         now = self._loop.time()
-        for client in tuple(self.clients):
+        for client in self.clients:
             client.sweep(now)
         self.pool.sweep(now)
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)

@@ -1,0 +1,90 @@
+"""The connections of a relay's clients, and their limits."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import socket
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from hemostat.metrics import names
+from hemostat.relay.counters import Counters
+from hemostat.relay.limits import Limits
+
+if TYPE_CHECKING:
+    from hemostat.relay.client_connection import ClientConnection
+
+EVICTED_SHARE = 16
+"""One of so many connections is closed at a time, since looking for them takes a pass over all."""
+
+
+class Clients:
+    """Owns which connections are open, and how many each address has.
+
+    Where a limit is reached, the connections that have waited longest for a complete request (idle ones among them) are
+    closed; a new connection is refused only where there are none.
+    """
+
+    def __init__(self, limits: Limits, counters: Counters) -> None:
+        self._limits = limits
+        self._counters = counters
+        self._addresses: dict[ClientConnection, str] = {}
+        self._numbers: dict[str, int] = {}
+        """Of connections, by address."""
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def __iter__(self) -> Iterator[ClientConnection]:
+        return iter(tuple(self._addresses))
+
+    def opened(self, connection: ClientConnection) -> bool:
+        """A client has connected; False: its connection exceeds a limit and is not taken."""
+        address = _network(connection.transport.get_extra_info("peername"))
+        number = self._numbers.get(address, 0)
+        if number >= self._limits.connections_per_client:
+            own = (one for one, its in self._addresses.items() if its == address)
+            if not self._evict(own, number, "connections_per_client"):
+                return False
+        elif len(self) >= self._limits.connections and not self._evict(self._addresses, len(self), "connections"):
+            return False
+        self._none.clear()
+        self._addresses[connection] = address
+        self._numbers[address] = self._numbers.get(address, 0) + 1
+        return True
+
+    def closed(self, connection: ClientConnection) -> None:
+        """The connection is closed, or about to be."""
+        address = self._addresses.pop(connection, None)
+        if address is None:
+            return
+        self._numbers[address] -= 1
+        if not self._numbers[address]:
+            del self._numbers[address]
+        if not self._addresses:
+            self._none.set()
+
+    async def gone(self) -> None:
+        """Returns when no connection is open."""
+        await self._none.wait()
+
+    def _evict(self, candidates: Iterable[ClientConnection], number: int, limit: str) -> bool:
+        """Close the oldest of the candidates that wait; False, and a connection is refused, where none does."""
+        waiting = [one for one in candidates if one.evictable]
+        oldest = heapq.nsmallest(number // EVICTED_SHARE + 1, waiting, key=lambda one: one.since)
+        self._counters.add(names.CLOSED_CONNECTIONS, (limit,), float(len(oldest) or 1))
+        for one in oldest:
+            self.closed(one)
+            one.transport.abort()
+        return bool(oldest)
+
+
+def _network(peer: tuple[str, ...] | str | None) -> str:
+    """The address that connections are counted by: of IPv6 the /64, which one client commonly has."""
+    if not isinstance(peer, tuple):
+        return ""
+    host = peer[0].partition("%")[0]
+    return socket.inet_pton(socket.AF_INET6, host)[:8].hex() if ":" in host else host

@@ -1,0 +1,252 @@
+"""Clients that take more than their share: slow and large bodies, many connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+import pytest
+from tests.support.hooks import HookSequence, SpyHook
+from tests.support.relay import GET, OK, Client, Request, UpstreamConnection, answering, post, relaying
+from tests.support.waiting import until
+
+from hemostat.hooks import Rewrite
+from hemostat.metrics import names
+from hemostat.relay.client_connection import ConnectionState
+from hemostat.relay.clients import EVICTED_SHARE
+from hemostat.relay.exchange_state import ExchangeState
+from hemostat.relay.limits import Limits
+from hemostat.relay.worker import Relay
+
+Connect = Callable[[], Awaitable[Client]]
+
+
+def long(length: int, sent: bytes = b"x") -> bytes:
+    """The beginning of a request with a body of `length` bytes."""
+    return b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (length, sent)
+
+
+async def begin(relay: Relay, connect: Connect, data: bytes) -> Client:
+    """A client that has sent the beginning of a request, which the relay has read."""
+    known = set(relay.clients)
+    client = await connect()
+    await client.send(data)
+    await until(lambda: any(one.state is ConnectionState.READING_BODY for one in set(relay.clients) - known))
+    return client
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+async def test_incomplete_bodies_take_no_upstream_connection(hooked: bool) -> None:
+    hook = HookSequence([*(SpyHook() for _ in range(3)), None]) if hooked else None
+    async with relaying(answering([]), upstream_max_connections=2, hook=hook) as (relay, upstream, connect):
+        slow = [await begin(relay, connect, long(1000)) for _ in range(3)]
+        assert upstream.connections == 0
+        client = await connect()
+        await client.send(GET)
+        assert (await client.response()).status == 200
+        await slow[0].send(b"x" * 999)
+        assert (await slow[0].response("POST")).status == 200
+
+
+async def test_a_chunked_body_is_collected_until_it_is_too_long() -> None:
+    seen: list[Request] = []
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with relaying(answering(seen), limits=Limits(buffered_body_bytes=8)) as (relay, upstream, connect):
+        client = await begin(relay, connect, head + b"5\r\nhello\r\n")
+        assert upstream.connections == 0
+        await client.send(b"0\r\n\r\n")
+        assert (await client.response("POST")).status == 200
+        client = await begin(relay, connect, head + b"9\r\nhello you\r\n")
+        await until(lambda: any(one.exchange and one.exchange.upstream for one in relay.clients))
+        await client.send(b"1\r\n!\r\n0\r\n\r\n")
+        assert (await client.response("POST")).status == 200
+    assert [request.body for request in seen] == [b"hello", b"hello you!"]
+
+
+async def test_a_body_that_arrives_too_slowly_is_refused() -> None:
+    limits = Limits(body_bytes_per_second=100, body_seconds=20.0)
+    async with relaying(answering([]), limits=limits) as (relay, _, connect):
+        slow, fast = [await begin(relay, connect, long(1_000_000)) for _ in range(2)]
+        await slow.send(b"x" * 1000)
+        await fast.send(b"x" * 100_000)
+
+        def received() -> list[int]:
+            return sorted(one.exchange.outgoing.unsent_bytes for one in relay.clients if one.exchange is not None)
+
+        await until(lambda: received() == [1001, 100_001])
+        for inside in relay.clients:
+            inside.sweep(inside.since + 21.0)
+        response = await slow.response("POST")
+        assert response.status == 408
+        assert b"less than 100 bytes/s" in response.body
+        (inside,) = [one for one in relay.clients if one.state is ConnectionState.READING_BODY]
+        # What was sent at once does not count again.
+        inside.sweep(inside.since + 21.0)
+        assert (await fast.response("POST")).status == 408
+
+
+async def test_time_in_which_the_upstream_does_not_read_is_not_the_clients() -> None:
+    go = asyncio.Event()
+
+    async def script(connection: UpstreamConnection) -> None:
+        await go.wait()
+        await connection.request()
+        await connection.send(OK)
+
+    async with relaying(script) as (relay, _, connect):
+        client = await connect()
+        client.writer.write(post(b"x" * 20_000_000))
+        await until(lambda: any(inside.reading_paused for inside in relay.clients))
+        (inside,) = relay.clients
+        inside.sweep(inside.since + 1000.0)
+        go.set()
+        assert (await client.response("POST")).status == 200
+
+
+async def test_long_bodies_take_a_quarter_of_the_connections() -> None:
+    limits = Limits(buffered_body_bytes=100)
+    async with relaying(answering([]), upstream_max_connections=4, limits=limits) as (relay, _, connect):
+        first = await begin(relay, connect, long(1000))
+        second = await connect()
+        await second.send(long(1000))
+        refused = await second.response("POST")
+        assert refused.status == 503
+        assert refused.get(b"retry-after") == [b"1"]
+        assert relay.counters.requests["/v1/completions", "overloaded"] == 1
+        await first.send(b"x" * 999)
+        assert (await first.response("POST")).status == 200
+        third = await begin(relay, connect, long(1000))
+        await third.close()
+        await until(lambda: len(relay.clients) == 1)
+        fourth = await begin(relay, connect, long(1000))
+        await fourth.send(b"x" * 999)
+        assert (await fourth.response("POST")).status == 200
+
+
+async def test_the_oldest_incomplete_body_gives_way_where_memory_ends() -> None:
+    limits = Limits(buffered_body_bytes=1000, buffered_bytes=2000)
+    async with relaying(answering([]), limits=limits) as (relay, upstream, connect):
+        first, second, third = [await begin(relay, connect, long(1000, b"x" * 700)) for _ in range(3)]
+        refused = await first.response("POST")
+        assert (refused.status, refused.get(b"retry-after")) == (503, [b"1"])
+        assert upstream.connections == 0
+        for client in second, third:
+            await client.send(b"x" * 300)
+            assert (await client.response("POST")).status == 200
+        assert relay._context.budget.held_bytes == 0
+
+
+async def test_requests_that_wait_for_a_connection_count_too() -> None:
+    asked, go = asyncio.Event(), asyncio.Event()
+
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            asked.set()
+            await go.wait()
+            await connection.send(OK)
+
+    limits = Limits(buffered_body_bytes=1000, buffered_bytes=2000)
+    async with relaying(script, limits=limits, upstream_max_connections=1) as (relay, _, connect):
+        first, second = await connect(), await connect()
+        await first.send(GET)
+        await asked.wait()
+        slow = await begin(relay, connect, long(1000, b"x" * 900))
+        await second.send(post(b"x" * 1500))
+        assert (await slow.response("POST")).status == 503
+        go.set()
+        assert (await first.response()).status == 200
+        assert (await second.response("POST")).status == 200
+        assert relay._context.budget.held_bytes == 0
+
+
+async def test_what_is_kept_to_be_sent_again_is_counted_and_given_up_first() -> None:
+    go = asyncio.Event()
+    hooks = [SpyHook(lambda body: Rewrite(body or b"")) for _ in range(2)]
+
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            await go.wait()
+            await connection.send(OK)
+
+    async with relaying(script, limits=Limits(buffered_bytes=2000), hook=HookSequence([*hooks])) as (relay, _, connect):
+        first, second = await connect(), await connect()
+        await first.send(post(b"x" * 900))
+        await until(lambda: [one.exchange.state for one in relay.clients if one.exchange] == [ExchangeState.FORWARDED])
+        budget = relay._context.budget
+        assert 900 < budget.held_bytes < 2000
+        await second.send(post(b"y" * 900))
+        await until(lambda: hooks[1].calls)
+        # The second request cannot be kept, so that it is not rewritten either.
+        assert hooks[1].calls == [("request", None)]
+        go.set()
+        for client in first, second:
+            assert (await client.response("POST")).status == 200
+        assert budget.held_bytes == 0
+
+
+async def test_the_oldest_idle_connection_is_closed_for_a_new_one() -> None:
+    limits = Limits(connections=3)
+    async with relaying(answering([]), limits=limits) as (relay, _, connect):
+        clients = []
+        for number in range(3):
+            clients.append(await connect())
+            await until(lambda number=number: len(relay.clients) == number + 1)  # type: ignore[misc]
+        for inside, since in zip(relay.clients, (3.0, 1.0, 2.0), strict=True):
+            inside.since = since
+        last = await connect()
+        assert await clients[1].rest() == b"", "it was idle for longest"
+        for client in clients[0], clients[2], last:
+            await client.send(GET)
+            assert (await client.response()).status == 200
+        assert relay.counters.other[names.CLOSED_CONNECTIONS]["connections",] == 1
+
+
+async def test_slow_heads_and_bodies_give_way_to_new_connections() -> None:
+    async with relaying(answering([]), limits=Limits(connections=2)) as (relay, _, connect):
+        body = await begin(relay, connect, long(1000))
+        head = await connect()
+        await head.send(b"GET / HT")
+        await until(lambda: len(relay.clients) == 2)
+        for slow in body, head:
+            client = await connect()
+            with contextlib.suppress(ConnectionResetError):
+                assert await slow.rest() == b""
+            await client.send(GET)
+            assert (await client.response()).status == 200
+
+
+async def test_a_connection_that_is_answered_is_not_closed_for_a_new_one() -> None:
+    go = asyncio.Event()
+
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            await go.wait()
+            await connection.send(OK)
+
+    async with relaying(script, limits=Limits(connections=1)) as (relay, _, connect):
+        busy = await connect()
+        await busy.send(GET)
+        await until(lambda: any(one.exchange is not None for one in relay.clients))
+        refused = await (await connect()).response()
+        assert (refused.status, refused.get(b"retry-after"), refused.get(b"connection")) == (503, [b"1"], [b"close"])
+        go.set()
+        assert (await busy.response()).status == 200
+        assert len(relay.clients) == 1
+
+
+async def test_one_address_has_a_limit_of_its_own() -> None:
+    async with relaying(answering([]), limits=Limits(connections_per_client=2)) as (relay, _, connect):
+        clients = [await connect() for _ in range(2)]
+        await until(lambda: len(relay.clients) == 2)
+        await connect()
+        assert await clients[0].rest() == b""
+        assert relay.counters.other[names.CLOSED_CONNECTIONS]["connections_per_client",] == 1
+
+
+async def test_many_are_closed_at_a_time() -> None:
+    number = 3 * EVICTED_SHARE
+    async with relaying(answering([]), limits=Limits(connections=number)) as (relay, _, connect):
+        for _ in range(number + 1):
+            await connect()
+        await until(lambda: len(relay.clients) == number - 3)
