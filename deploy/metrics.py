@@ -52,7 +52,9 @@ SHADOW_REASONS: dict[str, Values] = {
         "on_not_allowed": "the client sent `on`, and `shadow.allow_on` is not set",
         "route": "neither of `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/messages`",
         "encoded": "the request's or the answer's body is compressed",
-        "body_too_large": "longer than the limit up to which a request is parsed; it was forwarded unparsed",
+        "body_too_large": "longer than 512 KiB, up to which a request is parsed, or the relay's memory for requests is "
+        "nearly exhausted; it was forwarded unparsed",
+        "too_complex": "has so many values that to parse it would delay other clients; it was forwarded unparsed",
         "bad_json": "the request is not a JSON object",
         "invalid": "a parameter is invalid; vLLM reports it to the client",
         "lora": "the model is an adapter that the reference does not serve under the same name",
@@ -158,7 +160,7 @@ CALIBRATION_REASONS: Values = {
     "refused": "vLLM refused the request as Hemostat had changed it, and it was sent again unchanged",
     "own_adapter": "the profile is an adapter and the client asked for another model, such as an adapter of its own",
     "not_applied": "the profile is an adapter, and the answer says that another model answered",
-    "on_not_allowed, encoded, body_too_large, bad_json, invalid, lora, no_reference, n, beam_search, "
+    "on_not_allowed, encoded, body_too_large, too_complex, bad_json, invalid, lora, no_reference, n, beam_search, "
     "structured_output, forced_tool, grammar_too_large, echo, client_logprobs, hidden_reasoning, "
     "multimodal, no_token_ids, background, server_state, "
     "too_long": "as for `hemostat_shadow_requests_total`: it cannot be scored, and only what can be judged is treated",

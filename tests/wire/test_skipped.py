@@ -113,6 +113,7 @@ def test_every_reason_that_the_body_shows_is_among_these_cases() -> None:
         ("on_not_allowed", {"X-Hemostat-Shadow": "on"}, {"shadow_allow_on": False}, None),
         ("encoded", {"content-encoding": "gzip"}, {}, b"\x1f\x8b\x08"),
         ("body_too_large", {}, {"body_limit": 10}, None),
+        ("too_complex", {}, {}, b'{"model":"fake","temperature":[' + b"1," * 999 + b'1],"messages":[]}'),
         ("bad_json", {}, {}, b'{"model":"fake","n":1,"n":2,"messages":[{"role":"user","content":"hi"}]}'),
     ],
 )
@@ -132,7 +133,7 @@ def test_what_head_or_form_exclude_from_scoring_is_neither_changed_nor_treated(
 
 
 def test_every_reason_known_from_the_request_is_tested_with_a_profile() -> None:
-    form = {"opted_out", "on_not_allowed", "encoded", "body_too_large", "bad_json"}
+    form = {"opted_out", "on_not_allowed", "encoded", "body_too_large", "too_complex", "bad_json"}
     assert {str(reason) for reason in UNJUDGED} == {reason for reason, *_ in SKIPPED.values()} | form | OF_OTHER_FORMS
 
 

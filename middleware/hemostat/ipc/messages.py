@@ -174,7 +174,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """engine: by `vllm_xargs`; request: by temperature and logit_bias, where the client set neither."""
     request_temperature: float | None = None
     request_logit_bias: dict[str, float] = {}
-    body_limit: int = 4 * 1024 * 1024
+    body_limit: int = 512 * 1024
     unscorable_models: frozenset[str] = frozenset()
     """Served names (LoRA adapters) that the reference cannot score with: neither scored nor calibrated."""
     replica: str = ""

@@ -27,7 +27,7 @@ def leading_error_code(data: bytes) -> int | None:
         body = JsonObject(first)
         if not body.has("error"):
             return 0
-        code = body.value("error")["code"]
-    except (*MALFORMED, LookupError, TypeError):
+        code = JsonObject(body.raw("error")).value("code")
+    except MALFORMED:
         return 500
     return code if isinstance(code, int) and code > 0 else 500

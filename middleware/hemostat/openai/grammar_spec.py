@@ -11,7 +11,7 @@ from enum import StrEnum
 
 import msgspec
 
-from hemostat.openai.json_splice import JsonObject
+from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject
 
 MAX_GRAMMAR_BYTES = 64 * 1024
 """Of all members together; a request with more is not scored."""
@@ -38,6 +38,20 @@ class GrammarSpec(msgspec.Struct, frozen=True):
     """Name -> JSON, of those that are given and not null; at most MAX_GRAMMAR_BYTES."""
 
 
+class _Function(msgspec.Struct, frozen=True):
+    strict: msgspec.Raw = msgspec.Raw(NULL)
+
+
+_NO_FUNCTION = _Function()
+
+
+class _Tool(msgspec.Struct):
+    function: _Function = _NO_FUNCTION
+
+
+_tools: msgspec.json.Decoder[list[_Tool]] = msgspec.json.Decoder(list[_Tool])
+
+
 class GrammarTooLarge(Exception):
     """The members have more than MAX_GRAMMAR_BYTES bytes."""
 
@@ -53,7 +67,7 @@ def read_grammar(body: JsonObject, *, tools: bool = True, free_calls: str = "str
     >>> read_grammar(JsonObject(b'{"response_format": {"type": "json_object"}}')).origin.value
     'structured_output'
     """
-    format_type = _member(body, "response_format", "type")
+    format_type = body.type_of("response_format")
     origin = None
     if (format_type is not None and format_type != "text") or body.has("structured_outputs"):
         origin = GrammarOrigin.STRUCTURED_OUTPUT
@@ -73,14 +87,6 @@ def read_grammar(body: JsonObject, *, tools: bool = True, free_calls: str = "str
     return GrammarSpec(origin or GrammarOrigin.STRICT_TOOLS, members)
 
 
-def _member(body: JsonObject, name: str, key: str) -> object:
-    """`body[name][key]`; None where it is absent, the object itself where that is no object."""
-    if not body.has(name):
-        return None
-    value = body.value(name)
-    return value.get(key) if isinstance(value, dict) else value
-
-
 def _limits_calls(body: JsonObject) -> bool:
     """Whether a tool is strict, or at most one call is allowed."""
     if body.value("parallel_tool_calls") is False:
@@ -90,6 +96,7 @@ def _limits_calls(body: JsonObject) -> bool:
         return False
     if len(raw) > MAX_GRAMMAR_BYTES:
         raise GrammarTooLarge
-    tools = body.value("tools")
-    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
-    return any(isinstance(function, dict) and function.get("strict") is True for function in functions)
+    try:
+        return any(bytes(tool.function.strict) == b"true" for tool in _tools.decode(raw))
+    except MALFORMED:
+        return False

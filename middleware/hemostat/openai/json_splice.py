@@ -12,14 +12,30 @@ from typing import Any
 
 import msgspec
 
+from hemostat.openai.complexity import TooComplex
+
 NULL = b"null"
 
 MALFORMED = (ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
 """The exceptions that parsing bytes of unknown origin can raise."""
 
+MAX_MEMBERS = 256
+MAX_KEY_CHARACTERS = 256
+MAX_VALUE_BYTES = 1024
+"""Of a value that is decoded whole."""
+
 _members: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
+
+class _Typed(msgspec.Struct):
+    type: msgspec.Raw = msgspec.Raw(NULL)
+
+
+_typed: msgspec.json.Decoder[_Typed] = msgspec.json.Decoder(_Typed)
+
+_SLOW_NUMBER = re.compile(rb"[\[,:\s][-0-9.]+[eE][+-]?[0-9]{3}")
+"""A number within a list or an object that msgspec may need 13 microseconds for."""
 _KEY_AND_COLON = re.compile(rb'[{,\s]*"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
 
 
@@ -27,13 +43,16 @@ class JsonObject:
     """A JSON object's bytes, with the byte ranges of its members' values.
 
     Raises one of MALFORMED where the bytes are not an object, or where it has a duplicate key: parsers differ in which
-    of the values they use, so vLLM could read another value than Hemostat does.
+    of the values they use, so vLLM could read another value than Hemostat does. TooComplex, which is one of them, where
+    it has more than MAX_MEMBERS members, or a key of more than MAX_KEY_CHARACTERS.
     """
 
     __slots__ = ("_end", "_spans", "_values", "data")
 
     def __init__(self, data: bytes) -> None:
         values = _members.decode(data)
+        if len(values) > MAX_MEMBERS or any(len(key) > MAX_KEY_CHARACTERS for key in values):
+            raise TooComplex(f"more than {MAX_MEMBERS} members, or a key of more than {MAX_KEY_CHARACTERS} characters")
         position = data.index(b"{")
         spans: dict[str, tuple[int, int]] = {}
         for key, value in values.items():
@@ -59,9 +78,23 @@ class JsonObject:
         return NULL if span is None else self.data[span[0] : span[1]]
 
     def value(self, key: str) -> Any:
-        """The decoded value; None where the key is absent."""
+        """The decoded value; None where the key is absent. TooComplex where to decode it would take too long."""
         raw = self._values.get(key)
-        return None if raw is None else _any.decode(raw)
+        return None if raw is None else _decode(raw)
+
+    def given(self, key: str) -> bool:
+        """Whether the value is true in Python's sense, or would take too long to be decoded."""
+        try:
+            return bool(self.value(key))
+        except TooComplex:
+            return True
+
+    def type_of(self, key: str) -> Any:
+        """The member `type` of the value, the value itself where it is no object; None where either is absent."""
+        raw = self._values.get(key)
+        if raw is None:
+            return None
+        return _decode(_typed.decode(raw).type if bytes(raw).startswith(b"{") else raw)
 
     def has(self, key: str) -> bool:
         """True where the key is present and its value is not null."""
@@ -83,6 +116,13 @@ class JsonObject:
             position = last
         parts.append(self.data[position:])
         return b"".join(parts)
+
+
+def _decode(raw: msgspec.Raw) -> Any:
+    data = bytes(raw)
+    if len(data) > MAX_VALUE_BYTES or (len(data) > 32 and _SLOW_NUMBER.search(data)):
+        raise TooComplex("a value takes too long to be decoded")
+    return _any.decode(data)
 
 
 def encode(value: Any) -> bytes:

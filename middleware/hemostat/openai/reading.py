@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from hemostat.openai.complexity import check_complexity
 from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.grammar_spec import GrammarTooLarge, read_grammar
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.model_name import is_version
-from hemostat.openai.requests import FROM_TAP, Request, Uncalibrated, Unscorable, uncalibrated
+from hemostat.openai.requests import FROM_TAP, Request, Uncalibrated, Unscorable, check_sampling, uncalibrated
 
 _WITH_GRAMMAR = frozenset({Form.CHAT, Form.COMPLETIONS})
 """Forms whose requests' grammars are known."""
@@ -23,7 +24,8 @@ def read_request(
     adapter_names: bool = False,
     free_calls: str = "strict",
 ) -> Request:
-    """Parse a client's body; raises one of MALFORMED where it is not an object with distinct keys.
+    """Parse a client's body; raises one of MALFORMED where it is not an object with distinct keys, and of these
+    TooComplex where that would take too long.
 
     unscorable_models: adapters for which the reference has no counterpart.
     scorable_models: names that are compared with a matched reference; None: not known, no name is excluded.
@@ -31,6 +33,7 @@ def read_request(
     adapter_names: a name that is a profile's version is an adapter of Hemostat's.
     free_calls: see `grammar_spec.read_grammar`.
     """
+    check_complexity(data)
     body = JsonObject(data)
     model = body.value("model")
     name = model if isinstance(model, str) and model else default_model
@@ -41,6 +44,7 @@ def read_request(
         unscorable = Unscorable.LORA
     else:
         unscorable = _unscorable_model(name, unscorable_models, scorable_models) or details.unscorable
+    check_sampling(body)
     xargs = body.value("vllm_xargs") or {}
     if not isinstance(xargs, dict):
         unscorable, xargs = Unscorable.INVALID, {}

@@ -89,6 +89,7 @@ LOGIT_EDITING_KEYS = (
 )
 """With `repetition_penalty`, the parameters for which the engine plugin declines a profile (`xargs.edits_logits`):
 neither arm may contain such a request."""
+_SAMPLING_KEYS = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "thinking")
 _HEMOSTAT_XARGS = {"hemostat", "hemostat_tap", "hemostat_tap_top"}
 
 
@@ -162,7 +163,7 @@ def uncalibrated(body: JsonObject, unscorable: Unscorable | None) -> Uncalibrate
 
 
 def _edits_logits(body: JsonObject) -> bool:
-    return any(body.value(key) for key in LOGIT_EDITING_KEYS) or body.value("repetition_penalty") not in (None, 1)
+    return any(body.given(key) for key in LOGIT_EDITING_KEYS) or body.value("repetition_penalty") not in (None, 1)
 
 
 def merged_xargs(request: Request, xargs: Mapping[str, str]) -> bytes:
@@ -172,6 +173,12 @@ def merged_xargs(request: Request, xargs: Mapping[str, str]) -> bytes:
         return encode(dict(xargs))
     members = JsonObject(own)
     return members.edit({key: encode(value) for key, value in xargs.items() if not members.has(key)})
+
+
+def check_sampling(body: JsonObject) -> None:
+    """One of MALFORMED where `sampling_parameters` could not read a value."""
+    for key in _SAMPLING_KEYS:
+        body.value(key)
 
 
 def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_defaults: bool) -> Sampling:
@@ -190,7 +197,7 @@ def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_d
     altered = (
         _edits_logits(body)
         or any(body.has(key) for key in ("logits_processors", "thinking_token_budget"))
-        or body.value("watermarking")
+        or body.given("watermarking")
         or (isinstance(thinking, dict) and thinking.get("type") == "enabled")  # of /v1/messages, with a budget
         or (isinstance(xargs, dict) and not xargs.keys() <= _HEMOSTAT_XARGS)
     )

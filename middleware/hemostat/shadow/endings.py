@@ -45,6 +45,8 @@ class SkipReason(StrEnum):
     """Requests of this route cannot be scored."""
     BODY_TOO_LARGE = "body_too_large"
     """The request's body is too large to be read; it was passed on unread."""
+    TOO_COMPLEX = "too_complex"
+    """The request's body has too many values to be read; it was passed on unread."""
     BAD_JSON = "bad_json"
     """The request's body is not a JSON object."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hemostat.hooks import Comparison, Headers, Refusal, Rewrite
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests
+from hemostat.openai.complexity import TooComplex
 from hemostat.openai.errors import leading_error_code
 from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.forms.table import FORMATS
@@ -164,6 +165,9 @@ class InterceptedExchange:
                 adapter_names=policy.adapter_names,
                 free_calls=policy.free_calls,
             )
+        except TooComplex:
+            self._pass_unread(SkipReason.TOO_COMPLEX)
+            return None
         except MALFORMED:
             self._pass_unread(SkipReason.BAD_JSON)
             return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from hemostat.openai.complexity import check_messages
 from hemostat.openai.forms.protocol import Details, Stripper
 from hemostat.openai.forms.shared import (
     choices_per_prompt,
@@ -62,6 +63,7 @@ class Chat:
 
     def read(self, body: JsonObject) -> Details:
         messages: list[Message] | None = decode_or_none(_messages, body.raw("messages"))
+        check_messages(len(messages or ()))
         usage, choices = usage_requested(body), choices_per_prompt(body)
         wish = _wish(body)
         return Details(
@@ -140,13 +142,13 @@ def _conversation(body: JsonObject, messages: list[Message] | None) -> bytes | N
 def _unscorable_messages(messages: list[Message] | None) -> Unscorable | None:
     if not messages:
         return Unscorable.INVALID
+    parts: list[_Part] = []
     for message in messages:
         content = bytes(message.content)
         if content.startswith(b"["):
-            parts = decode_or_none(_parts, content) or [_Part()]
-            if any(part.type != "text" for part in parts):
-                return Unscorable.MULTIMODAL
-    return None
+            parts += decode_or_none(_parts, content) or [_Part()]
+            check_messages(len(parts))
+    return Unscorable.MULTIMODAL if any(part.type != "text" for part in parts) else None
 
 
 def _restore_entry(entry: JsonObject, wish: LogprobWish) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from hemostat.openai.complexity import check_messages
 from hemostat.openai.forms.protocol import Details
 from hemostat.openai.forms.shared import decode_or_none, has_strict_tool
 from hemostat.openai.forms.tapped import TappedForm
@@ -45,6 +46,7 @@ class Messages(TappedForm):
 
     def read(self, body: JsonObject) -> Details:
         messages: list[Message] | None = decode_or_none(_messages, body.raw("messages"))
+        check_messages(len(messages or ()))
         conversation = _conversation(body, messages)
         if messages and body.has("system"):
             messages.insert(0, Message("system", msgspec.Raw(body.raw("system"))))
@@ -91,10 +93,10 @@ def _unscorable(body: JsonObject, messages: list[Message] | None) -> Unscorable:
     value = body.value
     if value("stream") not in (None, True, False) or not messages:
         return Unscorable.INVALID
-    if any(_has_media(message.content) for message in messages):
+    if _has_media(messages):
         return Unscorable.MULTIMODAL
-    output = value("output_config")
-    if isinstance(output, dict) and output.get("format") is not None:
+    output = body.raw("output_config")
+    if output.startswith(b"{") and JsonObject(output).has("format"):
         return Unscorable.STRUCTURED_OUTPUT
     choice: Any = value("tool_choice")
     if choice is not None and not (isinstance(choice, dict) and choice.get("type") in ("auto", "none")):
@@ -104,10 +106,15 @@ def _unscorable(body: JsonObject, messages: list[Message] | None) -> Unscorable:
     return Unscorable.NO_TOKEN_IDS
 
 
-def _has_media(content: msgspec.Raw, *, nested: bool = False) -> bool:
-    """nested: within a tool's result, which has no further results."""
-    raw = bytes(content)
-    if not raw.startswith(b"["):
-        return False
-    blocks = decode_or_none(_blocks, raw) or [_Block("image")]
-    return any(block.type in _MEDIA or (not nested and _has_media(block.content, nested=True)) for block in blocks)
+def _has_media(messages: list[Message]) -> bool:
+    contents = [message.content for message in messages]
+    for _ in range(2):  # what is in messages, then what is in the tools' results among that, which have no others
+        blocks: list[_Block] = []
+        for content in map(bytes, contents):
+            if content.startswith(b"["):
+                blocks += decode_or_none(_blocks, content) or [_Block("image")]
+                check_messages(len(blocks))
+        if any(block.type in _MEDIA for block in blocks):
+            return True
+        contents = [block.content for block in blocks]
+    return False

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from hemostat.openai.complexity import check_messages
 from hemostat.openai.forms.protocol import Details
 from hemostat.openai.forms.shared import decode_or_none, has_strict_tool
 from hemostat.openai.forms.tapped import TappedForm
@@ -62,6 +63,7 @@ class Responses(TappedForm):
             messages: list[Message] | None = [Message("user", msgspec.Raw(raw))]
         else:
             items = decode_or_none(_items, raw)
+            check_messages(len(items or ()))
             messages = None if items is None else [_message(item) for item in items]
         if messages is not None and body.has("instructions"):
             messages.insert(0, Message("system", msgspec.Raw(body.raw("instructions"))))
@@ -115,9 +117,9 @@ def _unscorable(body: JsonObject, items: list[_Item] | None, messages: list[Mess
         return Unscorable.BACKGROUND
     if body.has("previous_response_id") or body.has("previous_input_messages"):
         return Unscorable.SERVER_STATE
-    if any(_has_media(part) for item in items or () for part in (item.content, item.output)):
+    if _has_media(items or []):
         return Unscorable.MULTIMODAL
-    if body.has("structured_outputs") or _text_format(value("text")) not in (None, "text"):
+    if body.has("structured_outputs") or _text_format(body) not in (None, "text"):
         return Unscorable.STRUCTURED_OUTPUT
     if value("tool_choice") not in (None, "none", "auto"):
         return Unscorable.FORCED_TOOL
@@ -126,14 +128,16 @@ def _unscorable(body: JsonObject, items: list[_Item] | None, messages: list[Mess
     return Unscorable.NO_TOKEN_IDS
 
 
-def _has_media(content: msgspec.Raw) -> bool:
-    raw = bytes(content)
-    if not raw.startswith(b"["):
-        return False
-    parts = decode_or_none(_parts, raw) or [_Part()]
+def _has_media(items: list[_Item]) -> bool:
+    parts: list[_Part] = []
+    for item in items:
+        for content in (bytes(item.content), bytes(item.output)):
+            if content.startswith(b"["):
+                parts += decode_or_none(_parts, content) or [_Part()]
+                check_messages(len(parts))
     return any(part.type not in _TEXT_PARTS for part in parts)
 
 
-def _text_format(text: Any) -> Any:
-    chosen = text.get("format") if isinstance(text, dict) else None
-    return chosen.get("type") if isinstance(chosen, dict) else None
+def _text_format(body: JsonObject) -> Any:
+    text = body.raw("text")
+    return JsonObject(text).type_of("format") if text.startswith(b"{") else None

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
+from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject, encode
 from hemostat.openai.requests import MAX_CHOICES, Request, Unscorable
 
 _GUIDED_KEYS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -16,6 +16,11 @@ class _StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
+class _Tool(msgspec.Struct):
+    strict: msgspec.Raw = msgspec.Raw(NULL)
+
+
+_tools: msgspec.json.Decoder[list[_Tool]] = msgspec.json.Decoder(list[_Tool])
 _stream_options: msgspec.json.Decoder[_StreamOptions | None] = msgspec.json.Decoder(_StreamOptions | None)
 
 
@@ -29,8 +34,8 @@ def decode_or_none(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
 
 def has_strict_tool(body: JsonObject) -> bool:
     """Whether vLLM may restrict by a grammar how a tool is called, where the model is free to call it."""
-    tools = body.value("tools")
-    return isinstance(tools, list) and any(isinstance(tool, dict) and tool.get("strict") is True for tool in tools)
+    tools: list[_Tool] | None = decode_or_none(_tools, body.raw("tools"))
+    return any(bytes(tool.strict) == b"true" for tool in tools or ())
 
 
 def usage_requested(body: JsonObject) -> bool | None:

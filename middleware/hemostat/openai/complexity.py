@@ -1,0 +1,48 @@
+"""Whether a body can be read in a few milliseconds, found out in one pass over its bytes, before any of it is parsed.
+
+The event loop's thread reads the bodies of all clients of a relay. What a body costs there depends less on its size
+than on how many values it has: 400,000 members take longer than half a second. What exceeds these limits is relayed
+as it is, and counted; the limits are several times what large requests of agents have.
+"""
+
+from __future__ import annotations
+
+MAX_CONTAINERS = 20_000
+"""Opening brackets and braces, those in texts among them."""
+MAX_STRINGS = 16_000
+MAX_COMMAS = 100_000
+"""Those in texts among them."""
+MAX_MESSAGES = 2_000
+"""Of a conversation; and as many parts of all its messages together."""
+
+_COUNTED = b'{[,"\\'
+_OTHERS = bytes(set(range(256)) - set(_COUNTED))
+
+
+class TooComplex(ValueError):
+    """To read the body would take too long."""
+
+
+def check_complexity(body: bytes) -> None:
+    """Raise TooComplex for a body that has too many values. It need not be valid JSON.
+
+    >>> check_complexity(b'{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}')
+    >>> check_complexity(b'{"messages": [' + b"{}," * 30_000 + b"{}]}")
+    Traceback (most recent call last):
+        ...
+    hemostat.openai.complexity.TooComplex: more than 20000 objects and lists
+    """
+    signs = body.translate(None, _OTHERS)
+    if signs.count(b"{") + signs.count(b"[") > MAX_CONTAINERS:
+        raise TooComplex(f"more than {MAX_CONTAINERS} objects and lists")
+    # A quote after a backslash may be the end of a string (after an escaped backslash), but never its beginning.
+    if signs.count(b'"') - signs.count(b'\\"') > 2 * MAX_STRINGS:
+        raise TooComplex(f"more than {MAX_STRINGS} strings")
+    if signs.count(b",") > MAX_COMMAS:
+        raise TooComplex(f"more than {MAX_COMMAS} commas")
+
+
+def check_messages(number: int) -> None:
+    """Raise TooComplex for a conversation of too many messages, or parts of them."""
+    if number > MAX_MESSAGES:
+        raise TooComplex(f"more than {MAX_MESSAGES} messages or parts")
