@@ -37,7 +37,7 @@ from hemostat.models import vllm_server as vllm_process  # noqa: E402
 from hemostat.models.reference_checkpoint import cached_checkpoints  # noqa: E402
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS  # noqa: E402
 from hemostat.reference.on_server import ServerReference  # noqa: E402
-from hemostat.reference.protocol import Reference, ReferenceScores  # noqa: E402
+from hemostat.reference.protocol import Reference, ReferenceScores, ScoreRequest  # noqa: E402
 from hemostat.reference.transformers import TransformersReference  # noqa: E402
 from hemostat.reference.vllm import VllmReference  # noqa: E402
 from hemostat.shadow.noise_floor import self_record  # noqa: E402
@@ -152,7 +152,7 @@ async def write(url: str, requests: int, tokens: int) -> list[Text]:
                 }
                 answer = (await client.post("/v1/completions", json=body)).json()
                 ids, output = np.array(prompt, np.int32), np.array(answer["choices"][0]["token_ids"], np.int32)
-                scores = await own.score(ids, output, output[:, None])
+                scores = await own.score(ScoreRequest(ids, output, output[:, None]))
                 return Text(ids, output, scores)
 
         texts = await asyncio.gather(*(one(number) for number in range(requests)))
@@ -207,7 +207,7 @@ async def scored(reference: Reference, texts: Sequence[Text], *, again: bool) ->
     pair, itself, first, tokens = [], [], [], 0
     began = time.monotonic()
     for n, text in enumerate(texts):
-        first.append(await reference.score(text.prompt, text.output, text.compressed.top.ids))
+        first.append(await reference.score(ScoreRequest(text.prompt, text.output, text.compressed.top.ids)))
         tokens += len(text.prompt) + len(text.output)
         if n % 50 == 49:
             say(f"{n + 1} of {len(texts)} scored")
@@ -216,7 +216,7 @@ async def scored(reference: Reference, texts: Sequence[Text], *, again: bool) ->
         pair.append(figures(record_of(text.compressed, scores, text.output)))
         if again:
             own = self_record(record_of(text.compressed, scores, text.output), REFERENCE)
-            asked = await reference.score(text.prompt, text.output, own.compressed.ids, reshaped=True)
+            asked = await reference.score(ScoreRequest(text.prompt, text.output, own.compressed.ids, reshaped=True))
             itself.append(figures(with_reference(own, asked)))
     await reference.close()
     return {

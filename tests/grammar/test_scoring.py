@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -24,15 +23,13 @@ from hemostat.ipc.messages import Capture
 from hemostat.measurement.measurements import Measurements
 from hemostat.metrics import names
 from hemostat.openai.grammar_spec import GrammarOrigin, GrammarSpec
-from hemostat.reference.protocol import NO_CODES, FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.shadow.endings import EndingCounts, Outcome
 from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.pipeline import ScoringPipeline
 from hemostat.shadow.scorer import Scorer
 from hemostat_calibration.allowed_sets import AllowedSets, words
-from hemostat_calibration.arrays import Ids
-from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.reasoning import Markers
 from hemostat_calibration.records import TokenRecord
 
@@ -95,20 +92,8 @@ class WorldReference:
         self.whole = whole
         self.asked: list[AllowedSets | None] = []
 
-    async def score(
-        self,
-        prompt: Ids,
-        output: Ids,
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, Any] = NO_CODES,
-        hidden: bool = False,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-        allowed: AllowedSets | None = None,
-        compressed: Any = None,
-    ) -> ReferenceScores:
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
+        output, ids, allowed = request.output, request.ids, request.allowed
         self.asked.append(allowed)
         if allowed is not None and not self.whole:
             raise ReferenceFailure(FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY, "lists")

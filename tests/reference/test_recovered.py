@@ -11,7 +11,7 @@ import pytest
 from tests.support.exact import exact
 from tests.support.records import log_softmax, top
 
-from hemostat.reference.protocol import CompressedLogits, ReferenceFailure
+from hemostat.reference.protocol import CompressedLogits, ReferenceFailure, ScoreRequest
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.state_recovery import compare, recover_states
@@ -75,18 +75,20 @@ def compressed(tiny: Path) -> Compressed:
 async def test_the_worker_compares_with_the_whole_distribution(tiny: Path, compressed: Compressed) -> None:
     reference = TransformersReference(str(tiny), threads=1)
     await reference.start()
-    request = (compressed.prompt, compressed.output, compressed.listed.ids)
+    plain = ScoreRequest(compressed.prompt, compressed.output, compressed.listed.ids)
+    request = replace(plain, compressed=compressed.given)
+    unknown = replace(compressed.given, anchors=compressed.anchors + VOCAB)
     try:
         features = compressed.features.copy()
         features[5] = np.nan
-        scores = await reference.score(*request, compressed=replace(compressed.given, features=features))
-        again = await reference.score(*request, compressed=compressed.given)
-        without = await reference.score(*request)
+        scores = await reference.score(replace(plain, compressed=replace(compressed.given, features=features)))
+        again = await reference.score(request)
+        without = await reference.score(plain)
         sets = AllowedSets(VOCAB, np.full((1, VOCAB // 32), 0xFFFFFFFF, np.uint32), np.zeros(TOKENS, np.int32))
-        conditional = await reference.score(*request, compressed=compressed.given, allowed=sets)
+        conditional = await reference.score(replace(request, allowed=sets))
         with pytest.raises(ReferenceFailure, match="not all in the reference's vocabulary"):
-            await reference.score(*request, compressed=replace(compressed.given, anchors=compressed.anchors + VOCAB))
-        assert (await reference.score(*request, compressed=compressed.given)).recovered is not None
+            await reference.score(replace(plain, compressed=unknown))
+        assert (await reference.score(request)).recovered is not None
     finally:
         await reference.close()
     found, known = scores.recovered, np.arange(TOKENS) != 5

@@ -20,7 +20,7 @@ from tests.support.records import condition
 from hemostat.config.schema import Settings
 from hemostat.models.output_embedding import load as load_embedding
 from hemostat.reference import make_references
-from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
+from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
@@ -98,7 +98,7 @@ async def test_models_have_processes_of_their_own_which_start_when_they_are_need
             one = found[name]
             assert isinstance(one, TransformersReference)
             await one.start()
-            check(await one.score(*asked), direct(folder, *asked[:2]), asked[1], asked[2], 0.05)
+            check(await one.score(ScoreRequest(*asked)), direct(folder, *asked[:2]), asked[1], asked[2], 0.05)
     finally:
         await references.close()
 
@@ -121,7 +121,7 @@ async def test_scores_are_those_of_the_model(
 ) -> None:
     tokens, emitted, ids = request_of(prompt, prompt, output, width)
     ids[0, -1] = -1
-    scores = await reference.score(tokens, emitted, ids)
+    scores = await reference.score(ScoreRequest(tokens, emitted, ids))
     check(scores, direct(tiny, tokens, emitted), emitted, ids, 1e-5)
 
 
@@ -156,7 +156,7 @@ async def test_given_a_set_of_ids_everything_is_conditional_on_it(
             inside.expected["b"],
         )
     else:
-        scores = await reference.score(tokens, emitted, ids, (profile,), allowed=allowed)
+        scores = await reference.score(ScoreRequest(tokens, emitted, ids, (profile,), allowed=allowed))
         at, top_ids, top = scores.at, scores.top.ids, scores.top.logprobs
         assert scores.entropy is not None
         entropy, expected = scores.entropy, scores.expected_shift[profile.version]
@@ -168,9 +168,9 @@ async def test_given_a_set_of_ids_everything_is_conditional_on_it(
     assert ((top_ids >= 0).sum(1) == np.minimum(21, masks.sum(1))).all()
     np.testing.assert_allclose(top, -np.sort(-logprobs, 1)[:, :21], atol=1e-5)
     # The next request has no set.
-    check(await reference.score(tokens, emitted, ids), direct(tiny, tokens, emitted), emitted, ids, 1e-5)
+    check(await reference.score(ScoreRequest(tokens, emitted, ids)), direct(tiny, tokens, emitted), emitted, ids, 1e-5)
     with pytest.raises(ReferenceFailure) as refused:
-        await reference.score(tokens, emitted[:9], ids[:9], allowed=allowed)
+        await reference.score(ScoreRequest(tokens, emitted[:9], ids[:9], allowed=allowed))
     assert refused.value.reason == "vocabulary"
 
 
@@ -217,7 +217,7 @@ async def test_expected_shift_is_exact_for_a_bias_and_unknown_otherwise(
     first, second, warm, foreign = profile(1), profile(2), profile(3, 0.9), profile(4, vocab_size=VOCAB + 1)
     # The worker holds what the last call named: the order makes it keep, forget and take in again.
     for asked in ((first,), (first, second, warm, foreign), (), (second,), (first,)):
-        scores = await reference.score(tokens, emitted, ids, asked)
+        scores = await reference.score(ScoreRequest(tokens, emitted, ids, asked))
         assert set(scores.expected_shift) == {p.version for p in asked}
         for p in asked:
             got = scores.expected_shift[p.version]
@@ -263,20 +263,21 @@ async def test_expected_shift_of_a_contextual_profile_is_exact_where_its_code_is
         for n, p in enumerate((first, second))
     }
     for asked in ((first, biased), (second, first), (), (second,), (first,)):
-        scores = await reference.score(tokens, emitted, ids, asked, codes)
+        scores = await reference.score(ScoreRequest(tokens, emitted, ids, asked, codes))
         for p in set(asked) - {biased}:
             shift = codes[p.version].astype(float) @ p.parameters["up"].T.astype(float)
             assert (np.abs(shift) > p.clamp_nats).any(), "the clamp binds somewhere"
             wanted = (probabilities * np.clip(shift, -p.clamp_nats, p.clamp_nats)).sum(1)
             np.testing.assert_allclose(scores.expected_shift[p.version], wanted, atol=1e-5)
-    unknown = await reference.score(tokens, emitted, ids, (first,))
+    unknown = await reference.score(ScoreRequest(tokens, emitted, ids, (first,)))
     assert np.isnan(unknown.expected_shift[first.version]).all(), "no features, no code"
     foreign = contextual(3, 3, 1.0, VOCAB + 1)
-    unknown = await reference.score(tokens, emitted, ids, (foreign,), {foreign.version: codes[first.version]})
+    foreign_codes = {foreign.version: codes[first.version]}
+    unknown = await reference.score(ScoreRequest(tokens, emitted, ids, (foreign,), foreign_codes))
     assert np.isnan(unknown.expected_shift[foreign.version]).all()
     for bad in (codes[first.version][:-1], codes[first.version][:, :2]):
         with pytest.raises(ReferenceFailure, match=r"\(20, 3\)") as failure:
-            await reference.score(tokens, emitted, ids, (first,), {first.version: bad})
+            await reference.score(ScoreRequest(tokens, emitted, ids, (first,), {first.version: bad}))
         assert failure.value.reason == "code"
 
 
@@ -284,8 +285,8 @@ async def test_hidden_states_are_what_the_logits_are_made_of(tiny: Path, referen
     info = await reference.start()
     assert (info.hidden_size, info.hidden_detail, info.folder) == (32, "", tiny)
     tokens, emitted, ids = request_of(5, 9, 12, 3)
-    assert (await reference.score(tokens, emitted, ids)).hidden is None
-    scores = await reference.score(tokens, emitted, ids, hidden=True)
+    assert (await reference.score(ScoreRequest(tokens, emitted, ids))).hidden is None
+    scores = await reference.score(ScoreRequest(tokens, emitted, ids, hidden=True))
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype="auto").eval()
     with torch.inference_mode():
         states = model.model(input_ids=torch.tensor([[*tokens, *emitted]])).last_hidden_state[0].float().numpy()
@@ -303,15 +304,15 @@ async def test_another_shape_gives_nearly_the_same_and_forgets_nothing(
 ) -> None:
     prompt, output, ids = request_of(3, prompt=7, output=12, width=6)
     bias = temperature_bias("m", VOCAB, 1.0, np.linspace(-0.5, 0.5, VOCAB), 1.0)
-    before = await reference.score(prompt, output, ids, (bias,))
-    again = await reference.score(prompt, output, ids, reshaped=True)
+    before = await reference.score(ScoreRequest(prompt, output, ids, (bias,)))
+    again = await reference.score(ScoreRequest(prompt, output, ids, reshaped=True))
     check(again, direct(tiny, prompt, output), output, ids, atol=0.05)
     assert np.abs(again.at - before.at).max() < 0.05
     assert again.expected_shift == {}
-    after = await reference.score(prompt, output, ids, (bias,))
+    after = await reference.score(ScoreRequest(prompt, output, ids, (bias,)))
     np.testing.assert_array_equal(after.expected_shift[bias.version], before.expected_shift[bias.version])
     # One token after one: there is nothing to cut in two.
-    one = await reference.score(prompt[:1], output[:1], ids[:1], reshaped=True)
+    one = await reference.score(ScoreRequest(prompt[:1], output[:1], ids[:1], reshaped=True))
     check(one, direct(tiny, prompt[:1], output[:1]), output[:1], ids[:1], atol=0.05)
 
 
@@ -342,31 +343,31 @@ async def test_what_cannot_be_scored_is_refused_by_name_and_the_worker_goes_on(
         (tokens, nothing, "empty"),
     ]:
         with pytest.raises(ReferenceFailure) as failure:
-            await reference.score(prompt, output, ids[: len(output)])
+            await reference.score(ScoreRequest(prompt, output, ids[: len(output)]))
         assert failure.value.reason == reason
     assert await reference.adapters() == frozenset()
     tokens, emitted, ids = request_of(0, POSITIONS, 1, 2)
     with pytest.raises(ReferenceFailure) as failure:
-        await reference.score(tokens, emitted, ids, adapter="sql")
+        await reference.score(ScoreRequest(tokens, emitted, ids, adapter="sql"))
     assert failure.value.reason == "no_adapter"
-    assert (await reference.score(tokens, emitted, ids)).emitted.shape == (1,)
+    assert (await reference.score(ScoreRequest(tokens, emitted, ids))).emitted.shape == (1,)
     ids[0, 0] = VOCAB
     with pytest.raises(ReferenceFailure, match="vocabulary of 512") as failure:
-        await reference.score(tokens, emitted, ids)
+        await reference.score(ScoreRequest(tokens, emitted, ids))
     assert failure.value.reason == "vocabulary"
     with pytest.raises(ReferenceFailure):  # the tiny checkpoint has no tokenizer
         await reference.tokenize("x")
     ids[0, 0] = 0
-    await reference.score(tokens, emitted, ids)
+    await reference.score(ScoreRequest(tokens, emitted, ids))
 
 
 async def test_a_prompt_id_outside_of_the_vocabulary_is_a_failure_not_a_crash(reference: TransformersReference) -> None:
     tokens, emitted, ids = request_of(0, 4, 2, 2)
     tokens[1] = VOCAB + 5
     with pytest.raises(ReferenceFailure):
-        await reference.score(tokens, emitted, ids)
+        await reference.score(ScoreRequest(tokens, emitted, ids))
     tokens[1] = 0
-    await reference.score(tokens, emitted, ids)
+    await reference.score(ScoreRequest(tokens, emitted, ids))
 
 
 def children(parent: int | None = None) -> list[int]:
@@ -380,7 +381,7 @@ async def test_a_killed_worker_fails_what_is_under_way_and_comes_back(reference:
     tokens, emitted, ids = request_of(0, 5, 5, 2)
     (pid,) = children()
     os.kill(pid, signal.SIGSTOP)  # so that the requests are certainly under way
-    scoring = [asyncio.create_task(reference.score(tokens, emitted, ids)) for _ in range(3)]
+    scoring = [asyncio.create_task(reference.score(ScoreRequest(tokens, emitted, ids))) for _ in range(3)]
     await asyncio.sleep(0.1)
     assert not any(task.done() for task in scoring)
     os.kill(pid, signal.SIGKILL)
@@ -388,11 +389,11 @@ async def test_a_killed_worker_fails_what_is_under_way_and_comes_back(reference:
         assert isinstance(outcome, ReferenceFailure)
         assert outcome.reason == "down"
     with pytest.raises(ReferenceFailure):
-        await reference.score(tokens, emitted, ids)
+        await reference.score(ScoreRequest(tokens, emitted, ids))
     async with asyncio.timeout(60):
         while True:
             try:
-                assert (await reference.score(tokens, emitted, ids)).emitted.shape == (5,)
+                assert (await reference.score(ScoreRequest(tokens, emitted, ids))).emitted.shape == (5,)
                 break
             except ReferenceFailure:
                 await asyncio.sleep(0.1)
@@ -403,9 +404,9 @@ async def test_a_caller_that_gives_up_disturbs_nobody(tiny: Path, reference: Tra
     tokens, emitted, ids = request_of(0, 50, 50, 2)
     for _ in range(3):
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(reference.score(tokens, emitted, ids), 0.0001)
+            await asyncio.wait_for(reference.score(ScoreRequest(tokens, emitted, ids)), 0.0001)
     tokens, emitted, ids = request_of(9, 6, 7, 2)
-    check(await reference.score(tokens, emitted, ids), direct(tiny, tokens, emitted), emitted, ids, 1e-5)
+    check(await reference.score(ScoreRequest(tokens, emitted, ids)), direct(tiny, tokens, emitted), emitted, ids, 1e-5)
 
 
 async def test_closing_leaves_no_process_and_no_hope(tiny: Path) -> None:
@@ -419,7 +420,7 @@ async def test_closing_leaves_no_process_and_no_hope(tiny: Path) -> None:
     assert children() == []
     tokens, emitted, ids = request_of(0, 5, 5, 2)
     with pytest.raises(ReferenceFailure):
-        await reference.score(tokens, emitted, ids)
+        await reference.score(ScoreRequest(tokens, emitted, ids))
     with pytest.raises(ReferenceFailure):
         await reference.start()
 
@@ -504,7 +505,7 @@ async def test_a_real_model(checkpoints: Any) -> None:
         )
         output = np.array(await reference.tokenize("The capital of France is Paris."), np.int32)
         ids = np.random.default_rng(0).integers(0, info.vocab_size, (len(output), 5)).astype(np.int32)
-        scores = await reference.score(prompt, output, ids, hidden=True)
+        scores = await reference.score(ScoreRequest(prompt, output, ids, hidden=True))
         exact = direct(checkpoints.reference, prompt, output)
         check(scores, exact, output, ids, 1e-4)
         assert scores.hidden is not None

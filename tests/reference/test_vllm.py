@@ -14,7 +14,7 @@ from hemostat.config.schema import Upstream
 from hemostat.models import vllm_server as vllm_process
 from hemostat.reference import server as server_module
 from hemostat.reference.match import compare
-from hemostat.reference.protocol import ReferenceFailure
+from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.reference.transformers import TransformersReference
 from hemostat.reference.vllm import VllmReference
@@ -35,7 +35,7 @@ async def test_scores_are_those_of_the_servers_model(top_k: int) -> None:
         assert (info.model, info.vocab_size, info.full_vocabulary) == ("fake", 512, False)
         prompt, output, ids = request_of(top_k, fake, 7, 12, 30)
         ids[0, 0], ids[1, 0] = -1, output[1]
-        scores = await reference.score(prompt, output, ids)
+        scores = await reference.score(ScoreRequest(prompt, output, ids))
         tokens = [*prompt.tolist(), *output.tolist()]
         rows = np.stack([fake.logprobs(tokens[:end]) for end in range(len(prompt), len(tokens))])
         np.testing.assert_allclose(scores.emitted, rows[np.arange(12), output])
@@ -82,7 +82,7 @@ async def test_failures_have_names(change: dict[str, Any], reason: str, monkeypa
             setattr(fake, name, value)
         prompt, output, ids = request_of(0, fake, 2, 3, 2)
         with pytest.raises(ReferenceFailure) as failure:
-            await reference.score(prompt, output, ids)
+            await reference.score(ScoreRequest(prompt, output, ids))
         assert failure.value.reason == reason
         assert "\n" not in str(failure.value)
         await reference.close()
@@ -94,17 +94,17 @@ async def test_adapters_are_scored_with_while_they_are_there() -> None:
         assert (await reference.start()).model == "fake"
         assert await reference.adapters() == {"sql", "chat"}
         asked = request_of(0, fake, 2, 3, 2)
-        await reference.score(*asked, adapter="sql")
-        await reference.score(*asked)
+        await reference.score(ScoreRequest(*asked, adapter="sql"))
+        await reference.score(ScoreRequest(*asked))
         assert [body["model"] for path, body in fake.seen[-2:]] == ["sql", "fake"]
         fake.adapters = ("chat",)
         with pytest.raises(ReferenceFailure, match="sql") as failure:
-            await reference.score(*asked, adapter="sql")
+            await reference.score(ScoreRequest(*asked, adapter="sql"))
         assert failure.value.reason == "no_adapter"
         assert await reference.adapters() == {"chat"}
         fake.status = 404
         with pytest.raises(ReferenceFailure) as failure:
-            await reference.score(*asked)
+            await reference.score(ScoreRequest(*asked))
         assert failure.value.reason == "http_error", "that the model itself has gone says something of its health"
         await reference.close()
 
@@ -114,8 +114,9 @@ async def test_logits_in_place_of_logprobs_are_refused() -> None:
         reference = VllmReference(fake.url, top_k=1)
         await reference.start()
         fake.replace_body = '{"choices": [{"prompt_logprobs": [null, {"3": {"logprob": 12.5, "rank": 1}}]}]}'
+        one = np.array([3], np.int32)
         with pytest.raises(ReferenceFailure, match="raw_logprobs"):
-            await reference.score(np.array([1], np.int32), np.array([3], np.int32), np.array([[3]], np.int32))
+            await reference.score(ScoreRequest(one, one, one[:, None]))
         await reference.close()
 
 
@@ -125,10 +126,10 @@ async def test_too_long_never_reaches_the_server() -> None:
         await reference.start()
         asked = len(fake.seen)
         with pytest.raises(ReferenceFailure) as failure:
-            await reference.score(*request_of(0, fake, 5, 5, 2))
+            await reference.score(ScoreRequest(*request_of(0, fake, 5, 5, 2)))
         assert failure.value.reason == "too_long"
         assert len(fake.seen) == asked
-        await reference.score(*request_of(0, fake, 5, 4, 2))
+        await reference.score(ScoreRequest(*request_of(0, fake, 5, 4, 2)))
         await reference.close()
 
 
@@ -217,8 +218,9 @@ async def test_a_real_server_against_the_same_checkpoint_in_transformers(vllm_se
             await served.tokenize("Three rivers of Europe are the Danube, the Rhine and the Volga."), np.int32
         )
         width = np.zeros((len(output), 10), np.int32)
-        ids = (await local.score(prompt, output, width)).top.ids  # what the model itself finds likely
-        theirs, ours = await served.score(prompt, output, ids), await local.score(prompt, output, ids)
+        ids = (await local.score(ScoreRequest(prompt, output, width))).top.ids  # what the model itself finds likely
+        asked = ScoreRequest(prompt, output, ids)
+        theirs, ours = await served.score(asked), await local.score(asked)
         assert np.abs(theirs.emitted - ours.emitted).mean() < 0.5
         known = ~np.isnan(theirs.at)
         assert known.mean() > 0.9

@@ -6,14 +6,13 @@ import asyncio
 import itertools
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from tests.support.records import Truth, log_softmax, make_record
 from tests.support.world import World
 
 from hemostat.measurement.figures import MODELS
-from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
+from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.shadow.limits import TokenBudget
 from hemostat.shadow.noise_floor import MAX_QUEUED_RECORDS, NoiseFloorMeter, self_record
 from hemostat_calibration.divergence.per_token import divergence
@@ -32,10 +31,8 @@ class Again:
         self.noise = noise
         self.asked: list[bool] = []
 
-    async def score(
-        self, prompt: Any, output: Any, ids: Any, *, reshaped: bool = False, adapter: str = ""
-    ) -> ReferenceScores:
-        self.asked.append(reshaped)
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
+        self.asked.append(request.reshaped)
         if self.fails is not None:
             raise self.fails
         r = self.record

@@ -19,11 +19,10 @@ from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.coverage import Coverage
 from hemostat.reference.pair import ServedModels
-from hemostat.reference.protocol import NO_CODES, CompressedLogits, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import CompressedLogits, ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.shadow.endings import EndingCounts
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.scorer import Scorer
-from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors, anchors_digest
@@ -51,22 +50,12 @@ class FakeReference:
     async def start(self) -> ReferenceInfo:
         return INFO
 
-    async def score(
-        self,
-        prompt: Ids,
-        output: Ids,
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, Any] = NO_CODES,
-        hidden: bool = False,
-        adapter: str = "",
-        allowed: AllowedSets | None = None,
-        compressed: CompressedLogits | None = None,
-    ) -> ReferenceScores:
-        self.asked.append(len(prompt) + len(output))
-        self.adapters_asked.append(adapter)
-        self.codes.append(codes)
-        self.compressed.append(compressed)
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
+        output, ids = request.output, request.ids
+        self.asked.append(request.tokens)
+        self.adapters_asked.append(request.adapter)
+        self.codes.append(request.codes)
+        self.compressed.append(request.compressed)
         self.going_on += 1
         self.most = max(self.most, self.going_on)
         try:
@@ -82,9 +71,9 @@ class FakeReference:
             top=top,
             emitted=np.full(tokens, flat),
             entropy=np.full(tokens, -flat),
-            expected_shift={p.version: np.full(tokens, 0.125) for p in profiles},
-            hidden=np.ones((tokens, D), np.float32) if hidden else None,
-            recovered=None if compressed is None else self.recovered,
+            expected_shift={p.version: np.full(tokens, 0.125) for p in request.profiles},
+            hidden=np.ones((tokens, D), np.float32) if request.hidden else None,
+            recovered=None if request.compressed is None else self.recovered,
         )
 
     async def render(self, messages: list[dict[str, str]]) -> list[int]:

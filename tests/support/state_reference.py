@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tests.support.fake_vllm import encode, render
 from tests.support.learner_world import logprobs
 
-from hemostat.reference.protocol import NO_CODES, CompressedLogits, ReferenceInfo, ReferenceScores
-from hemostat_calibration.allowed_sets import AllowedSets
+from hemostat.reference.protocol import ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat_calibration.arrays import Ids
-from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates
 from hemostat_calibration.statistics.split import prompt_key
 
@@ -43,33 +39,21 @@ class StateReference:
     async def start(self) -> ReferenceInfo:
         return self.info
 
-    async def score(
-        self,
-        prompt: Ids,
-        output: Ids,
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, Any] = NO_CODES,
-        hidden: bool = False,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-        allowed: AllowedSets | None = None,
-        compressed: CompressedLogits | None = None,
-    ) -> ReferenceScores:
-        assert allowed is None, "it scores unconstrained tokens only"
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
+        assert request.allowed is None, "it scores unconstrained tokens only"
+        prompt, output, ids, codes = request.prompt, request.output, request.ids, request.codes
         h = self.states(prompt, output)
         log_r = logprobs(self.logits(h))
         r, rows = np.exp(log_r), np.arange(len(output))[:, None]
         best = np.argsort(-log_r, 1)[:, :TOP].astype(np.int32)
-        expected = {p.version: np.full(len(output), np.nan) for p in profiles}
-        for p in profiles:
+        expected = {p.version: np.full(len(output), np.nan) for p in request.profiles}
+        for p in request.profiles:
             if p.version in codes:
                 shift = np.clip(codes[p.version] @ p.parameters["up"].T.astype(float), -p.clamp_nats, p.clamp_nats)
                 expected[p.version] = (r * shift).sum(1)
             elif p.family == "temperature_bias" and float(p.parameters["inverse_temperature"]) == 1.0:
                 expected[p.version] = r @ np.clip(p.parameters["bias"], -p.clamp_nats, p.clamp_nats).astype(float)
-        if hidden:
+        if request.hidden:
             self.hidden_for.append(prompt_key(prompt))
         return ReferenceScores(
             at=np.where(ids >= 0, log_r[rows, np.maximum(ids, 0)], np.nan),
@@ -77,7 +61,7 @@ class StateReference:
             emitted=log_r[rows[:, 0], output],
             entropy=-(r * log_r).sum(1),
             expected_shift=expected,
-            hidden=h if hidden else None,
+            hidden=h if request.hidden else None,
         )
 
     async def adapters(self) -> frozenset[str]:

@@ -21,7 +21,7 @@ from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
-from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure
+from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure, ScoreRequest
 from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.thinking_markers import find_markers
@@ -277,7 +277,7 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
     findings = [Finding(f"reference{of}", State.OK, detail, better)]
     tokens = np.zeros(2, np.int32)
     try:
-        await reference.score(tokens[:1], tokens[1:], np.zeros((1, settings.shadow.top_k), np.int32))
+        await reference.score(ScoreRequest(tokens[:1], tokens[1:], np.zeros((1, settings.shadow.top_k), np.int32)))
         findings.append(Finding(f"reference score{of}", State.OK, f"shadow.top_k {settings.shadow.top_k}"))
     except ReferenceFailure as failure:
         top_k = settings.shadow.top_k

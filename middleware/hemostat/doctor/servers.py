@@ -18,7 +18,7 @@ from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import Ids, Job, Scored, Side
 from hemostat.doctor.prompts import Prompt
 from hemostat.reference.match import compare
-from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo
+from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import VllmReference
 from hemostat_calibration.divergence.bounds import MIN_RATIO
@@ -149,8 +149,10 @@ class ServerPair:
         output, sampled = job.output, False
         if output is None:
             output, sampled = await self._generate(job, seed, greedy), not greedy
-        compressed = await self._compressed.score(job.prompt, output, np.full((len(output), 1), -1, np.int32))
-        reference = await self._reference.score(job.prompt, output, compressed.top.ids)
+        compressed = await self._compressed.score(
+            ScoreRequest(job.prompt, output, np.full((len(output), 1), -1, np.int32))
+        )
+        reference = await self._reference.score(ScoreRequest(job.prompt, output, compressed.top.ids))
         record = TokenRecord(
             vocab_size=self.vocab_size,
             prompt_key=b"",

@@ -9,7 +9,7 @@ import numpy as np
 
 from hemostat.config.schema import Upstream
 from hemostat.reference.hidden.probe import TEXT
-from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure, ReferenceInfo
+from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.server import Refused, VllmServer
 
 MAX_LESS_LIKELY_NATS = 0.5
@@ -99,7 +99,8 @@ async def _less_likely(server: VllmServer, name: str, reference: Reference, info
     except Refused:
         return ""  # a server without prompt_logprobs
     tokens = np.array(ids, np.int32)
-    scores = await reference.score(tokens[:1], tokens[1:], np.full((len(ids) - 1, 1), -1, np.int32))
+    nothing = np.full((len(ids) - 1, 1), -1, np.int32)
+    scores = await reference.score(ScoreRequest(tokens[:1], tokens[1:], nothing))
     ours, theirs = float(scores.emitted.mean()), sum(compressed) / len(compressed)
     if ours >= theirs - MAX_LESS_LIKELY_NATS:
         return ""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import SecretStr
 
 from hemostat.models.output_embedding import EmbeddingError
@@ -17,19 +14,15 @@ from hemostat.reference.hidden.pooling import find_offer
 from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.hidden.reference import HiddenStatesReference
 from hemostat.reference.protocol import (
-    NO_CODES,
-    CompressedLogits,
     FailureReason,
     Offer,
     ReferenceFailure,
     ReferenceInfo,
     ReferenceScores,
+    ScoreRequest,
 )
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import VllmReference
-from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.arrays import Ids
-from hemostat_calibration.profiles.profile import CalibrationProfile
 
 MIN_PROBE_TOKENS = 8
 
@@ -78,35 +71,11 @@ class ServerReference:
         self._current = self._by_lists
         return info
 
-    async def score(
-        self,
-        prompt: npt.NDArray[np.int32],
-        output: npt.NDArray[np.int32],
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
-        hidden: bool = False,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-        allowed: AllowedSets | None = None,
-        compressed: CompressedLogits | None = None,
-    ) -> ReferenceScores:
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
         """See `Reference.score`, and `VllmReference.score` where the server gives lists."""
         if self._current is None:
             raise ReferenceFailure(FailureReason.DOWN, "the reference has not been started")
-        return await self._current.score(
-            prompt,
-            output,
-            ids,
-            profiles,
-            codes,
-            hidden,
-            reshaped=reshaped,
-            adapter=adapter,
-            allowed=allowed,
-            compressed=compressed,
-        )
+        return await self._current.score(request)
 
     async def adapters(self) -> frozenset[str]:
         return frozenset(card.id for card in await self._server.models() if card.parent is not None)

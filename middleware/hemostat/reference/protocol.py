@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +15,6 @@ from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, RecoveredDivergence
-
-NO_CODES: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({})
 
 
 class Offer(StrEnum):
@@ -73,6 +70,39 @@ class CompressedLogits:
     anchors: Ids
     features: npt.NDArray[np.float32]
     logprobs: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """T output tokens after P prompt tokens, and what is wanted of them."""
+
+    prompt: Ids
+    """int32 [P], P ≥ 1"""
+    output: Ids
+    """int32 [T], T ≥ 1"""
+    ids: Ids
+    """int32 [T, K], -1 pads: where log-probabilities are wanted, besides those of the output."""
+    profiles: tuple[CalibrationProfile, ...] = ()
+    """Those whose E_r[Δz] is wanted."""
+    codes: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    """Of the contextual profiles, by version: float32 [T, r], y with Δz = clip(up · y)."""
+    hidden: bool = False
+    """Return hidden states, where available."""
+    reshaped: bool = False
+    """Compute it in another shape (of batch and prefill) than usual, for the noise floor."""
+    adapter: str = ""
+    """One of `Reference.adapters`, to score with (on a server, any served name); NO_ADAPTER where it is no longer
+    served."""
+    allowed: AllowedSets | None = None
+    """Score conditionally on these ids, of T positions and this vocabulary: all others have the log-probability -inf,
+    and are not in `top`. GRAMMAR_NEEDS_FULL_VOCABULARY of a reference that gives only its top ids."""
+    compressed: CompressedLogits | None = None
+    """Return `recovered`, where hidden states are available; not together with `allowed`."""
+
+    @property
+    def tokens(self) -> int:
+        """P + T."""
+        return len(self.prompt) + len(self.output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,30 +192,8 @@ class Reference(Protocol):
     async def start(self) -> ReferenceInfo:
         """Load or connect; returns when it can score."""
 
-    async def score(
-        self,
-        prompt: npt.NDArray[np.int32],
-        output: npt.NDArray[np.int32],
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
-        hidden: bool = False,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-        allowed: AllowedSets | None = None,
-        compressed: CompressedLogits | None = None,
-    ) -> ReferenceScores:
-        """Score `output` [T] after `prompt` [P], also at `ids`, int32 [T, K] (-1 pads).
-
-        profiles: those whose E_r[Δz] is wanted. codes: of the contextual ones, by version: float32 [T, r], y with
-        Δz = clip(up · y). hidden: return hidden states, where available. reshaped: compute it in another shape (of
-        batch and prefill) than usual, for the noise floor. adapter: one of `adapters`, to score with (on a server,
-        any served name); NO_ADAPTER where it is no longer served. allowed: score conditionally on these ids, of T
-            positions and this vocabulary: all others have the log-probability -inf, and are not in `top`;
-            GRAMMAR_NEEDS_FULL_VOCABULARY of a reference that gives only its top ids. compressed: return `recovered`,
-            where hidden states are available; not together with `allowed`.
-        """
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
+        """The scores of the request's output."""
 
     async def adapters(self) -> frozenset[str]:
         """Names of the LoRA adapters that it can score with now."""

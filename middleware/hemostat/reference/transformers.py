@@ -6,25 +6,17 @@ vocabulary, so entropies and expected shifts are exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from hemostat.reference import wire
 from hemostat.reference.protocol import (
-    NO_CODES,
-    CompressedLogits,
     FailureReason,
     ReferenceFailure,
     ReferenceInfo,
     ReferenceScores,
+    ScoreRequest,
 )
 from hemostat.reference.worker_client import ReferenceWorker, threads_or_default
-from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.arrays import Ids
-from hemostat_calibration.profiles.profile import CalibrationProfile
 
 
 class TransformersReference:
@@ -49,43 +41,20 @@ class TransformersReference:
             folder=Path(loaded.folder),
         )
 
-    async def score(
-        self,
-        prompt: npt.NDArray[np.int32],
-        output: npt.NDArray[np.int32],
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
-        hidden: bool = False,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-        allowed: AllowedSets | None = None,
-        compressed: CompressedLogits | None = None,
-    ) -> ReferenceScores:
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
         """See `Reference.score`, and `ReferenceWorker.score` for E_r[Δz]."""
         _, loaded = self._worker.running()
-        if adapter:
-            raise ReferenceFailure(FailureReason.NO_ADAPTER, f"a reference in process has no adapter {adapter}")
-        if not len(prompt) or not len(output):
+        if request.adapter:
+            raise ReferenceFailure(FailureReason.NO_ADAPTER, f"a reference in process has no adapter {request.adapter}")
+        if not len(request.prompt) or not len(request.output):
             raise ReferenceFailure(FailureReason.EMPTY, "a prompt and an output of at least one token are needed")
         # The last output token is scored, but is no input.
-        read = len(prompt) + len(output) - 1
+        read = request.tokens - 1
         if loaded.max_positions and read > loaded.max_positions:
             raise ReferenceFailure(
                 FailureReason.TOO_LONG, f"{read} tokens: the reference reads at most {loaded.max_positions}"
             )
-        return await self._worker.score(
-            prompt,
-            output,
-            ids,
-            profiles,
-            codes,
-            hidden=hidden,
-            reshaped=reshaped,
-            allowed=allowed,
-            compressed=compressed,
-        )
+        return await self._worker.score(request)
 
     async def adapters(self) -> frozenset[str]:
         return frozenset()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -12,17 +11,14 @@ import numpy.typing as npt
 from pydantic import SecretStr
 
 from hemostat.reference.protocol import (
-    NO_CODES,
-    CompressedLogits,
     FailureReason,
     ReferenceFailure,
     ReferenceInfo,
     ReferenceScores,
+    ScoreRequest,
 )
 from hemostat.reference.server import MAX_ANSWER_BYTES, ModelCard, Refused, VllmServer
-from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Ids
-from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates
 
 MAX_ENTRY_BYTES = 512
@@ -79,28 +75,15 @@ class VllmReference:
             card.id, digest, "server", vocab_size, False, hidden_detail="a vLLM server returns no hidden states"
         )
 
-    async def score(
-        self,
-        prompt: npt.NDArray[np.int32],
-        output: npt.NDArray[np.int32],
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
-        hidden: bool = False,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-        allowed: AllowedSets | None = None,
-        compressed: CompressedLogits | None = None,
-    ) -> ReferenceScores:
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
         """See `Reference.score`; `at` is NaN at ids that are neither emitted nor among the server's top. `reshaped` has
         no effect: the server chooses which requests share a batch, and chooses differently each time."""
         card = self._started()
-        if allowed is not None:
+        if request.allowed is not None:
             raise ReferenceFailure(
                 FailureReason.GRAMMAR_NEEDS_FULL_VOCABULARY, "a list of top ids cannot be conditioned on a grammar"
             )
-        length = len(prompt) + len(output)
+        adapter, prompt, output, length = request.adapter, request.prompt, request.output, request.tokens
         if not len(prompt) or not len(output):
             raise ReferenceFailure(FailureReason.EMPTY, "a prompt and an output of at least one token are needed")
         if card.max_model_len is not None and length + 1 > card.max_model_len:
@@ -125,7 +108,7 @@ class VllmReference:
         if rows is None or len(rows) != length:
             got = "none" if rows is None else str(len(rows))
             raise ReferenceFailure(FailureReason.SHORT_ANSWER, f"prompt_logprobs for {got} of {length} positions")
-        return self._scores(rows[len(prompt) :], output, ids)
+        return self._scores(rows[len(prompt) :], output, request.ids)
 
     def _scores(self, rows: list[msgspec.Raw], output: npt.NDArray[np.int32], ids: Ids) -> ReferenceScores:
         tokens = len(output)

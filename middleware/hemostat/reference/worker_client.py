@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,8 @@ import numpy.typing as npt
 from hemostat.ipc.backoff import Backoff
 from hemostat.ipc.child_process import ChildExited, FramedChild
 from hemostat.reference import wire
-from hemostat.reference.protocol import CompressedLogits, FailureReason, ReferenceFailure, ReferenceScores
-from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.arrays import Floats, Ids
+from hemostat.reference.protocol import FailureReason, ReferenceFailure, ReferenceScores, ScoreRequest
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.profiles.families import TEMPERATURE_BIAS
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.records import Candidates, RecoveredDivergence
@@ -69,53 +69,34 @@ class ReferenceWorker:
             except ReferenceFailure as failure:
                 log.error("the reference did not start again: %s", failure)
 
-    async def score(
-        self,
-        prompt: Ids,
-        output: Ids,
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...],
-        codes: Mapping[str, npt.NDArray[np.float32]],
-        *,
-        hidden: bool,
-        reshaped: bool,
-        allowed: AllowedSets | None,
-        compressed: CompressedLogits | None = None,
-        states: bytes = b"",
-    ) -> ReferenceScores:
+    async def score(self, request: ScoreRequest, states: npt.NDArray[np.uint16] | None = None) -> ReferenceScores:
         """As `Reference.score`. E_r[Δz] is exact where Δz depends on the token alone (a bias without a temperature),
         or on the token and a given code; else NaN: all others need the compressed model's logits at every id, which
-        the reference does not have. states: see `wire.Score`."""
+        the reference does not have.
+
+        states: for an output head, which does not read the prompt: see `wire.Score`.
+        """
         process, loaded = self.running()
         size = loaded.vocab_size
-        functionals = {p.version: values for p in profiles if (values := _token_shift(p, size)) is not None}
-        bases = {p.version: p for p in profiles if p.version in codes and p.vocab_size == size}
+        functionals = {p.version: values for p in request.profiles if (values := _token_shift(p, size)) is not None}
+        bases = {p.version: p for p in request.profiles if p.version in request.codes and p.vocab_size == size}
         for version, profile in bases.items():
-            if codes[version].shape != (shape := (len(output), profile.parameters["up"].shape[1])):
-                got = codes[version].shape
+            shape = (len(request.output), profile.parameters["up"].shape[1])
+            if (got := request.codes[version].shape) != shape:
                 raise ReferenceFailure(
                     FailureReason.CODE, f"the code of profile {version} has shape {got}, not {shape}"
                 )
-        if allowed is not None and (allowed.tokens, allowed.vocab_size) != (len(output), size):
+        allowed = request.allowed
+        if allowed is not None and (allowed.tokens, allowed.vocab_size) != (len(request.output), size):
             raise ReferenceFailure(
                 FailureReason.VOCABULARY,
                 f"the allowed ids are of {allowed.tokens} positions and {allowed.vocab_size} ids: they must be of "
-                f"{len(output)} and {size}",
+                f"{len(request.output)} and {size}",
             )
-        answer = await process.score(
-            prompt,
-            output,
-            ids,
-            functionals,
-            bases,
-            codes,
-            hidden=hidden,
-            reshaped=reshaped,
-            allowed=allowed,
-            compressed=compressed if loaded.compares and allowed is None else None,
-            states=states,
-        )
-        tokens, width = ids.shape
+        if allowed is not None or not loaded.compares:
+            request = replace(request, compressed=None)
+        answer = await process.score(request, functionals, bases, states)
+        tokens, width = request.ids.shape
 
         def floats(data: bytes) -> Floats:
             return np.frombuffer(data, "<f8").astype(np.float64)
@@ -131,7 +112,7 @@ class ReferenceWorker:
             entropy=floats(answer.entropy),
             expected_shift={
                 p.version: floats(answer.expected[p.version]) if p.version in answer.expected else unknown.copy()
-                for p in profiles
+                for p in request.profiles
             },
             hidden=np.frombuffer(answer.hidden, "<f4").astype(np.float32).reshape(tokens, -1)
             if answer.hidden
@@ -217,43 +198,36 @@ class _Process:
 
     async def score(
         self,
-        prompt: Ids,
-        output: Ids,
-        ids: Ids,
+        request: ScoreRequest,
         functionals: Mapping[str, npt.NDArray[np.float32]],
         bases: Mapping[str, CalibrationProfile],
-        codes: Mapping[str, npt.NDArray[np.float32]],
-        *,
-        hidden: bool,
-        reshaped: bool,
-        allowed: AllowedSets | None,
-        compressed: CompressedLogits | None,
-        states: bytes,
+        states: npt.NDArray[np.uint16] | None,
     ) -> wire.Scored:
+        prompt = request.prompt if states is None else request.prompt[:0]
         async with self._turn:  # a request whose caller is cancelled while waiting never reaches the worker
             number = next(self._numbers)
             # `_held` mirrors what the worker holds, in the order of the requests: no await between it and the send.
             new = {name: v.astype("<f4").tobytes() for name, v in functionals.items() if name not in self._held}
             new_bases = {name: _basis(profile) for name, profile in bases.items() if name not in self._held}
-            if not reshaped:
+            if not request.reshaped:
                 self._held = {*functionals, *bases}
             answer = await self._ask(
                 number,
                 wire.Score(
                     id=number,
                     prompt=prompt.astype("<i4").tobytes(),
-                    output=output.astype("<i4").tobytes(),
-                    ids=ids.astype("<i4").tobytes(),
-                    width=ids.shape[1],
+                    output=request.output.astype("<i4").tobytes(),
+                    ids=request.ids.astype("<i4").tobytes(),
+                    width=request.ids.shape[1],
                     functionals=new,
                     bases=new_bases,
                     wanted=[*functionals, *bases],
-                    codes={name: codes[name].astype("<f4").tobytes() for name in bases},
-                    hidden=hidden,
-                    reshaped=reshaped,
-                    allowed=None if allowed is None else wire.Allowed.of(allowed),
-                    compressed=None if compressed is None else wire.Compressed.of(compressed),
-                    states=states,
+                    codes={name: request.codes[name].astype("<f4").tobytes() for name in bases},
+                    hidden=request.hidden,
+                    reshaped=request.reshaped,
+                    allowed=None if request.allowed is None else wire.Allowed.of(request.allowed),
+                    compressed=None if request.compressed is None else wire.Compressed.of(request.compressed),
+                    states=b"" if states is None else states.astype("<u2").tobytes(),
                 ),
             )
         if not isinstance(answer, wire.Scored):

@@ -23,9 +23,8 @@ import numpy.typing as npt
 from hemostat.measurement.figures import COMPRESSED, MODELS
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
+from hemostat.reference.protocol import ReferenceFailure, ReferenceScores, ScoreRequest
 from hemostat.shadow.limits import TokenBudget
-from hemostat_calibration.arrays import Ids
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.records import Arm, Candidates, Sampling, TokenRecord, validate
 
@@ -42,15 +41,7 @@ SCORED, BUSY, INTERNAL_ERROR = "scored", "busy", "internal_error"
 class SelfScorer(Protocol):
     """Of `hemostat.reference.protocol.Reference`, what is needed here."""
 
-    async def score(
-        self,
-        prompt: npt.NDArray[np.int32],
-        output: npt.NDArray[np.int32],
-        ids: Ids,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-    ) -> ReferenceScores: ...
+    async def score(self, request: ScoreRequest) -> ReferenceScores: ...
 
 
 class NoiseFloorMeter:
@@ -123,12 +114,12 @@ class NoiseFloorMeter:
         tokens = len(prompt) + record.tokens
         await self._budget.take(tokens, self._clock)
         first = self_record(record, model)
-        ids = first.compressed.ids
+        request = ScoreRequest(prompt, record.output_ids, first.compressed.ids)
         if model == COMPRESSED:
             # The server may serve several models.
-            scores = await self._compressed.score(prompt, record.output_ids, ids, adapter=record.model)
+            scores = await self._compressed.score(replace(request, adapter=record.model))
         else:
-            scores = await reference.score(prompt, record.output_ids, ids, reshaped=True)
+            scores = await reference.score(replace(request, reshaped=True))
         return validate(
             replace(
                 first,

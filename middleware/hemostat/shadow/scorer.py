@@ -29,6 +29,7 @@ from hemostat.reference.protocol import (
     ReferenceFailure,
     ReferenceInfo,
     ReferenceScores,
+    ScoreRequest,
 )
 from hemostat.shadow.endings import (
     EndingCounts,
@@ -52,7 +53,6 @@ from hemostat.shadow.record_builder import (
     profile_codes,
 )
 from hemostat.shadow.tapped_answers import UnusableAnswer, captures_from_tap
-from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids
 from hemostat_calibration.errors import InvalidRecordError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -254,18 +254,18 @@ class Scorer:
         hidden = calibrated and allowed is None and self._needs.needs_hidden_states(unit)
         # Features of a restricted request are of the allowed ids only.
         compressed = self._compressed_logits(features, arrays, info) if allowed is None else None
-        scores = await self._ask(
-            pair.scorer,
-            breaker,
-            arrays,
+        request = ScoreRequest(
+            arrays.context,
+            arrays.output,
+            arrays.candidates.ids,
             profiles,
-            codes,
-            adapter,
-            capture,
+            {version: values.astype(np.float32) for version, values in codes.items()},
             hidden=hidden,
-            compressed=compressed,
+            adapter=adapter,
             allowed=allowed,
+            compressed=compressed,
         )
+        scores = await self._ask(pair.scorer, breaker, request, capture)
         if scores is None:
             return
         self.reference_tokens += tokens
@@ -343,35 +343,13 @@ class Scorer:
             return None
 
     async def _ask(
-        self,
-        reference: Reference,
-        breaker: Breaker,
-        arrays: CaptureArrays,
-        profiles: tuple[CalibrationProfile, ...],
-        codes: Mapping[str, Floats],
-        adapter: str,
-        capture: Capture,
-        *,
-        hidden: bool,
-        compressed: CompressedLogits | None,
-        allowed: AllowedSets | None,
+        self, reference: Reference, breaker: Breaker, request: ScoreRequest, capture: Capture
     ) -> ReferenceScores | None:
-        """The scores; None, and counted, when the reference can never score this. The
-        outcome is reported to the breaker."""
-        asking = reference.score(
-            arrays.context,
-            arrays.output,
-            arrays.candidates.ids,
-            profiles,
-            {version: values.astype(np.float32) for version, values in codes.items()},
-            hidden=hidden,
-            adapter=adapter,
-            compressed=compressed,
-            allowed=allowed,
-        )
-        seconds = MAX_SCORE_SECONDS + (len(arrays.context) + len(arrays.output)) / MIN_TOKENS_PER_SECOND
+        """The scores; None, and counted, when the reference can never score this. The outcome is reported to the
+        breaker."""
+        seconds = MAX_SCORE_SECONDS + request.tokens / MIN_TOKENS_PER_SECOND
         try:
-            scores = await asyncio.wait_for(asking, seconds)
+            scores = await asyncio.wait_for(reference.score(request), seconds)
         except (ReferenceFailure, TimeoutError) as failure:
             if isinstance(failure, ReferenceFailure) and (skip := _NEVER_SCORABLE.get(failure.reason)) is not None:
                 breaker.released()

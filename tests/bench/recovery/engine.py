@@ -29,6 +29,7 @@ from hemostat.engines.api import engine_router
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.taps import TapResult
 from hemostat.models import vllm_server as vllm_process
+from hemostat.reference.protocol import ScoreRequest
 from hemostat.reference.transformers import TransformersReference
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -299,7 +300,7 @@ async def _compare(reference: Path, texts: Sequence[Written]) -> None:
     try:
         for text in texts:
             assert text.hidden is not None
-            scores = await scorer.score(text.prompt, text.output, text.output[:, None], hidden=True)
+            scores = await scorer.score(ScoreRequest(text.prompt, text.output, text.output[:, None], hidden=True))
             assert scores.hidden is not None
             off = float(np.linalg.norm(text.hidden - scores.hidden) / np.linalg.norm(scores.hidden))
             if not off < ROUNDING:

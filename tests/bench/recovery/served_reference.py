@@ -15,6 +15,7 @@ from tests.bench.recovery.log import say
 from hemostat.models import vllm_server as vllm_process
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS
 from hemostat.reference.on_server import ServerReference
+from hemostat.reference.protocol import ScoreRequest
 
 AT_ONCE = 4
 
@@ -40,7 +41,7 @@ async def _scored(url: str, folder: Path, texts: Sequence[Written]) -> list[Writ
 
         async def one(text: Written) -> Written:
             async with limit:
-                scores = await scorer.score(text.prompt, text.output, text.output[:, None], hidden=True)
+                scores = await scorer.score(ScoreRequest(text.prompt, text.output, text.output[:, None], hidden=True))
                 assert scores.hidden is not None
                 return replace(text, hidden=scores.hidden.astype(np.float16))
 

@@ -27,7 +27,7 @@ from hemostat.control import composition
 from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, Capture, Hello, Stats, encode
 from hemostat.reference.monitor import ReferenceState
-from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores
+from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ReferenceScores, ScoreRequest
 from hemostat.reference.references import References
 from hemostat_calibration.profiles.profile import CalibrationProfile
 from hemostat_calibration.profiles.transform import anchors_digest
@@ -74,14 +74,15 @@ class FakeReference:
     async def adapters(self) -> frozenset[str]:
         return frozenset({"sql"})
 
-    async def score(self, prompt: Any, output: Any, ids: Any, profiles: Any = (), *_: Any, **how: Any) -> Any:
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
         if self.fails == "bug":
             raise RuntimeError("a bug")
         if self.fails:
             raise ReferenceFailure(self.fails, "as told")
+        prompt, output, ids = request.prompt, request.output, request.ids
         truth = self._truths[np.asarray(prompt, "<i4").tobytes()]
         logprobs = truth.compressed if self._itself else truth.reference
-        if self._itself or how.get("reshaped"):
+        if self._itself or request.reshaped:
             rows = np.arange(len(output))[:, None]
             logprobs = log_softmax(logprobs + 0.02 * np.sin(rows + np.arange(V) + len(prompt)))
         rows = np.arange(len(output))
@@ -93,7 +94,7 @@ class FakeReference:
             top=Candidates(*top(logprobs, 12 if self._itself else 6)),
             emitted=logprobs[rows, output],
             entropy=None if self._itself else entropy(logprobs),
-            expected_shift={} if self._itself else {p.version: effect(p, truth)[0] for p in profiles},
+            expected_shift={} if self._itself else {p.version: effect(p, truth)[0] for p in request.profiles},
         )
 
     async def close(self) -> None:

@@ -17,7 +17,7 @@ from tests.support.fake_vllm.pooling import FakePooling, as_float
 from hemostat.reference.hidden import reference as hidden_reference
 from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.on_server import ServerReference
-from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure
+from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure, ScoreRequest
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.profiles.profile import temperature_bias
 
@@ -71,7 +71,7 @@ async def test_scores_are_the_full_distribution(folder: Path) -> None:
         assert info.figures_follow.startswith("exact")
         prompt, output, ids = request_of(1, 9, 14, 6)
         profile = temperature_bias("fake", 512, 1.0, np.linspace(-1, 1, 512).astype(np.float32), 1.0)
-        scores = await reference.score(prompt, output, ids, (profile,), hidden=True)
+        scores = await reference.score(ScoreRequest(prompt, output, ids, (profile,), hidden=True))
         tokens = [*prompt.tolist(), *output[:-1].tolist()]
         rows = fake.pooling.logprobs(tokens)[8:]
         np.testing.assert_allclose(scores.emitted, rows[np.arange(14), output], atol=1e-4)
@@ -84,7 +84,7 @@ async def test_scores_are_the_full_distribution(folder: Path) -> None:
         np.testing.assert_array_equal(scores.hidden, as_float(fake.pooling.states(tokens))[8:])
         body = fake.seen[-1][1]
         assert (body["input"], body["task"], body["embed_dtype"]) == (tokens, "token_embed", "bfloat16")
-        again = await reference.score(prompt, output, ids, reshaped=True)
+        again = await reference.score(ScoreRequest(prompt, output, ids, reshaped=True))
         np.testing.assert_allclose(again.emitted, scores.emitted, atol=1e-6)
         assert [len(part) for part in fake.seen[-1][1]["input"]] == [22, 11], "in another shape, for the noise floor"
         assert again.expected_shift == {}
@@ -98,7 +98,7 @@ async def test_a_grammars_ids_condition_everything(folder: Path) -> None:
         for token in (*output.tolist(), 7):
             table[0, token // 32] |= np.uint32(1) << np.uint32(token % 32)
         allowed = AllowedSets(512, table, np.zeros(3, np.int32))
-        scores = await reference.score(prompt, output, ids, allowed=allowed)
+        scores = await reference.score(ScoreRequest(prompt, output, ids, allowed=allowed))
         rows = np.exp(fake.pooling.logprobs([*prompt.tolist(), *output[:-1].tolist()])[3:])
         rows = np.where(allowed.mask(slice(None)), rows, 0)
         rows /= rows.sum(1, keepdims=True)
@@ -112,7 +112,7 @@ async def test_a_bias_or_a_soft_cap_leaves_no_hidden_states_to_learn_from(tmp_pa
         assert (info.full_vocabulary, info.hidden_size) == (True, 0)
         assert "soft cap 30" in info.hidden_detail
         prompt, output, ids = request_of(3, 3, 4, 2)
-        scores = await reference.score(prompt, output, ids, hidden=True)
+        scores = await reference.score(ScoreRequest(prompt, output, ids, hidden=True))
         assert scores.hidden is None
         rows = fake.pooling.logprobs([*prompt.tolist(), *output[:-1].tolist()])[2:]
         np.testing.assert_allclose(scores.emitted, rows[np.arange(4), output], atol=2e-4)
@@ -124,7 +124,7 @@ async def test_a_logit_scale_is_part_of_the_hidden_states(tmp_path: Path) -> Non
         info = await reference.start()
         assert info.hidden_size == 512
         prompt, output, ids = request_of(4, 3, 4, 2)
-        scores = await reference.score(prompt, output, ids, hidden=True)
+        scores = await reference.score(ScoreRequest(prompt, output, ids, hidden=True))
         assert scores.hidden is not None
         z = scores.hidden @ fake.pooling.weight.T
         z -= np.log(np.exp(z).sum(1, keepdims=True))
@@ -138,7 +138,7 @@ async def test_a_generating_server_gives_lists(folder: Path) -> None:
         assert info.figures_follow.startswith("bounds")
         assert "generates" in info.figures_follow
         assert info.folder == folder, "contextual profiles read the embedding there"
-        scores = await reference.score(*request_of(0, 3, 4, 2))
+        scores = await reference.score(ScoreRequest(*request_of(0, 3, 4, 2)))
         assert scores.entropy is None
 
 
@@ -147,10 +147,10 @@ async def test_what_a_server_offers_may_change_with_a_restart(folder: Path) -> N
         assert (await reference.start()).offer is Offer.STATES
         fake.pooling, kept = None, fake.pooling
         assert (await reference.start()).offer is Offer.LISTS
-        assert (await reference.score(*request_of(0, 3, 4, 2))).entropy is None
+        assert (await reference.score(ScoreRequest(*request_of(0, 3, 4, 2)))).entropy is None
         fake.pooling = kept
         assert (await reference.start()).offer is Offer.STATES
-        assert (await reference.score(*request_of(0, 3, 4, 2))).entropy is not None
+        assert (await reference.score(ScoreRequest(*request_of(0, 3, 4, 2)))).entropy is not None
 
 
 async def test_the_folder_that_the_server_names_is_used_where_it_is_here(folder: Path) -> None:
@@ -228,7 +228,7 @@ async def test_another_checkpoint_is_refused_at_the_start(tmp_path: Path, folder
             assert failure.value.reason == "head"
             assert "\n" not in str(failure.value)
             with pytest.raises(ReferenceFailure, match="not been started"):
-                await reference.score(*request_of(0, 3, 4, 2))
+                await reference.score(ScoreRequest(*request_of(0, 3, 4, 2)))
         reference._folder = folder
         assert (await reference.start()).offer is Offer.STATES
 
@@ -238,17 +238,18 @@ async def test_another_revision_behind_the_same_name_is_noticed(folder: Path, mo
         await reference.start()
         await reference.start()  # the same model, but for its noise
         asked = request_of(0, 3, 4, 2)
-        await reference.score(*asked)
+        await reference.score(ScoreRequest(*asked))
         fake.pooling.revision = 1
-        await reference.score(*asked)  # it is looked at now and then only
+        await reference.score(ScoreRequest(*asked))  # it is looked at now and then only
         monkeypatch.setattr(hidden_reference, "PROBE_SECONDS", 0.0)
-        for attempt in (reference.score(*asked), reference.score(*asked), reference.start()):
+        again = ScoreRequest(*asked)
+        for attempt in (reference.score(again), reference.score(again), reference.start()):
             with pytest.raises(ReferenceFailure, match="another model or revision") as failure:
                 await attempt
             assert failure.value.reason == "revision"
         fake.pooling.revision = 0
         await reference.start()
-        await reference.score(*asked)
+        await reference.score(ScoreRequest(*asked))
 
 
 async def test_a_model_whose_tokenizer_gives_other_ids_is_checked_anew(
@@ -280,7 +281,7 @@ async def test_a_checkpoint_that_was_replaced_together_with_the_model_is_read_ag
         second = await reference.start()
         assert first.digest != second.digest
         prompt, output, ids = request_of(5, 3, 4, 2)
-        scores = await reference.score(prompt, output, ids)
+        scores = await reference.score(ScoreRequest(prompt, output, ids))
         rows = fake.pooling.logprobs([*prompt.tolist(), *output[:-1].tolist()])[2:]
         np.testing.assert_allclose(scores.emitted, rows[np.arange(4), output], atol=2e-4)
 
@@ -307,13 +308,13 @@ async def test_failures_of_scores_have_names(change: dict[str, Any], reason: str
             setattr(fake.pooling, name, value)
         asked = request_of(0, 2, 3, 2)
         with pytest.raises(ReferenceFailure) as failure:
-            await reference.score(*asked)
+            await reference.score(ScoreRequest(*asked))
         assert failure.value.reason == reason
         assert "\n" not in str(failure.value)
         assert fake.pooling.sent < 32 * MIB, "it is not read to its end"
         for name in change:
             setattr(fake.pooling, name, getattr(FakePooling, name))
-        await reference.score(*asked)
+        await reference.score(ScoreRequest(*asked))
 
 
 async def test_what_no_server_could_score_is_refused_before_it_is_asked(folder: Path) -> None:
@@ -322,10 +323,10 @@ async def test_what_no_server_could_score_is_refused_before_it_is_asked(folder: 
         fake.pooling.answered = 0
         for prompt, output, reason in ((0, 3, "empty"), (3, 0, "empty"), (2000, 50, "too_long")):
             with pytest.raises(ReferenceFailure) as failure:
-                await reference.score(*request_of(0, prompt, output, 2))
+                await reference.score(ScoreRequest(*request_of(0, prompt, output, 2)))
             assert failure.value.reason == reason
         assert fake.pooling.answered == 0
-        await reference.score(*request_of(0, 2000, 49, 2))  # the last token is no input
+        await reference.score(ScoreRequest(*request_of(0, 2000, 49, 2)))  # the last token is no input
 
 
 async def test_adapters_are_scored_with_while_they_are_there(folder: Path) -> None:
@@ -334,11 +335,11 @@ async def test_adapters_are_scored_with_while_they_are_there(folder: Path) -> No
     async with started(folder, fake) as (_, reference):
         await reference.start()
         assert await reference.adapters() == {"sql"}
-        await reference.score(*request_of(0, 2, 3, 2), adapter="sql")
+        await reference.score(ScoreRequest(*request_of(0, 2, 3, 2), adapter="sql"))
         assert fake.seen[-1][1]["model"] == "sql"
         fake.adapters = ()
         with pytest.raises(ReferenceFailure) as failure:
-            await reference.score(*request_of(0, 2, 3, 2), adapter="sql")
+            await reference.score(ScoreRequest(*request_of(0, 2, 3, 2), adapter="sql"))
         assert failure.value.reason is FailureReason.NO_ADAPTER
 
 
@@ -353,17 +354,17 @@ async def test_a_worker_that_ends_is_started_again(folder: Path) -> None:
         process._child._process.kill()
         await process.exited.wait()
         with pytest.raises(ReferenceFailure) as failure:
-            await reference.score(*request_of(0, 2, 3, 2))
+            await reference.score(ScoreRequest(*request_of(0, 2, 3, 2)))
         assert failure.value.reason == "down"
         await reference.start()
-        await reference.score(*request_of(0, 2, 3, 2))
+        await reference.score(ScoreRequest(*request_of(0, 2, 3, 2)))
 
 
 async def test_requests_at_once_get_their_own_answers(folder: Path) -> None:
     async with started(folder, pooling_server()) as (fake, reference):
         await reference.start()
         asked = [request_of(n, 3 + n, 4 + n, 2) for n in range(6)]
-        found = await asyncio.gather(*(reference.score(*one) for one in asked))
+        found = await asyncio.gather(*(reference.score(ScoreRequest(*one)) for one in asked))
         for (prompt, output, _), scores in zip(asked, found, strict=True):
             rows = fake.pooling.logprobs([*prompt.tolist(), *output[:-1].tolist()])[len(prompt) - 1 :]
             np.testing.assert_allclose(scores.emitted, rows[np.arange(len(output)), output], atol=1e-4)

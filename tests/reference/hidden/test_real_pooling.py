@@ -15,7 +15,7 @@ from hemostat.models.vllm_server import VllmServer as VllmProcess
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS, find_offer, hidden_states
 from hemostat.reference.hidden.probe import MAX_SAME_DISTANCE, TEXT, distance
 from hemostat.reference.on_server import ServerReference
-from hemostat.reference.protocol import Offer, ReferenceFailure
+from hemostat.reference.protocol import Offer, ReferenceFailure, ScoreRequest
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.transformers import TransformersReference
 
@@ -62,9 +62,9 @@ async def test_figures_are_those_of_the_model_in_process(pooling_url: str, check
         assert text == await local.tokenize(TEXT)
         for prompt, output in (prompt_and_output(text, 12, 40), prompt_and_output(text, 500, 100)):
             width = np.zeros((len(output), 20), np.int32)
-            ids = (await local.score(prompt, output, width)).top.ids
-            ours = await served.score(prompt, output, ids, hidden=True)
-            theirs = await local.score(prompt, output, ids, hidden=True)
+            ids = (await local.score(ScoreRequest(prompt, output, width))).top.ids
+            ours = await served.score(ScoreRequest(prompt, output, ids, hidden=True))
+            theirs = await local.score(ScoreRequest(prompt, output, ids, hidden=True))
             assert ours.entropy is not None
             assert theirs.entropy is not None
             assert np.abs(ours.emitted - theirs.emitted).mean() < 0.15
@@ -76,16 +76,16 @@ async def test_figures_are_those_of_the_model_in_process(pooling_url: str, check
             assert theirs.hidden is not None
             far = np.linalg.norm(ours.hidden - theirs.hidden, axis=1) / np.linalg.norm(theirs.hidden, axis=1)
             assert far.mean() < 0.1
-            again = await served.score(prompt, output, ids, reshaped=True)
+            again = await served.score(ScoreRequest(prompt, output, ids, reshaped=True))
             assert np.abs(again.emitted - ours.emitted).mean() < 0.1
         chat = [{"role": "user", "content": "Hello"}]
         assert await served.render(chat) == await local.render(chat)
         assert await served.adapters() == frozenset()
         with pytest.raises(ReferenceFailure) as failure:
-            await served.score(*prompt_and_output(text, MAX_LENGTH, 2), np.zeros((2, 1), np.int32))
+            await served.score(ScoreRequest(*prompt_and_output(text, MAX_LENGTH, 2), np.zeros((2, 1), np.int32)))
         assert failure.value.reason == "too_long"
         longest = prompt_and_output(text, MAX_LENGTH - 3, 4)
-        assert len((await served.score(*longest, np.zeros((4, 1), np.int32))).emitted) == 4
+        assert len((await served.score(ScoreRequest(*longest, np.zeros((4, 1), np.int32)))).emitted) == 4
     finally:
         await served.close()
         await local.close()

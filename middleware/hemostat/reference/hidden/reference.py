@@ -6,11 +6,10 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.output_embedding import EmbeddingError
@@ -19,19 +18,15 @@ from hemostat.reference.hidden.folders import find_checkpoint, identity
 from hemostat.reference.hidden.pooling import States, hidden_states
 from hemostat.reference.hidden.probe import MAX_SAME_DISTANCE, distance, fit_of_head
 from hemostat.reference.protocol import (
-    NO_CODES,
-    CompressedLogits,
     FailureReason,
     Offer,
     ReferenceFailure,
     ReferenceInfo,
     ReferenceScores,
+    ScoreRequest,
 )
 from hemostat.reference.server import ModelCard, Refused, VllmServer
 from hemostat.reference.worker_client import ReferenceWorker, threads_or_default
-from hemostat_calibration.allowed_sets import AllowedSets
-from hemostat_calibration.arrays import Ids
-from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.reference")
 
@@ -110,17 +105,7 @@ class HiddenStatesReference:
                     f"{loaded.vocab_size} rows: reference.folder must be the checkpoint that {card.id} was loaded from",
                 )
             nothing = np.full((len(ids) - 1, 1), -1, np.int32)
-            scores = await worker.score(
-                tokens[:1],
-                tokens[1:],
-                nothing,
-                (),
-                NO_CODES,
-                hidden=False,
-                reshaped=False,
-                allowed=None,
-                states=states[:-1].astype("<u2").tobytes(),
-            )
+            scores = await worker.score(ScoreRequest(tokens[:1], tokens[1:], nothing), states[:-1])
             assert scores.entropy is not None
             if problem := fit_of_head(scores.emitted, scores.entropy, loaded.vocab_size):
                 raise ReferenceFailure(
@@ -136,28 +121,16 @@ class HiddenStatesReference:
         )
         return _Checked(card, folder, files, digest, ids, states, worker, loaded)
 
-    async def score(
-        self,
-        prompt: npt.NDArray[np.int32],
-        output: npt.NDArray[np.int32],
-        ids: Ids,
-        profiles: tuple[CalibrationProfile, ...] = (),
-        codes: Mapping[str, npt.NDArray[np.float32]] = NO_CODES,
-        hidden: bool = False,
-        *,
-        reshaped: bool = False,
-        adapter: str = "",
-        allowed: AllowedSets | None = None,
-        compressed: CompressedLogits | None = None,
-    ) -> ReferenceScores:
+    async def score(self, request: ScoreRequest) -> ReferenceScores:
         """See `Reference.score`, and `ReferenceWorker.score` for E_r[Δz]."""
         checked = self._checked
         if checked is None:
             raise ReferenceFailure(FailureReason.DOWN, "the reference has not been started")
+        prompt, output, adapter = request.prompt, request.output, request.adapter
         if not len(prompt) or not len(output):
             raise ReferenceFailure(FailureReason.EMPTY, "a prompt and an output of at least one token are needed")
         # The last output token is scored, but is no input.
-        read = len(prompt) + len(output) - 1
+        read = request.tokens - 1
         limit = checked.card.max_model_len
         if limit is not None and read > limit:
             raise ReferenceFailure(FailureReason.TOO_LONG, f"{read} tokens: the reference reads at most {limit}")
@@ -171,24 +144,13 @@ class HiddenStatesReference:
                 tokens,
                 width,
                 first=len(prompt) - 1,
-                reshaped=reshaped,
+                reshaped=request.reshaped,
             )
         except Refused as refused:
             if adapter and refused.status == 404:
                 raise ReferenceFailure(FailureReason.NO_ADAPTER, str(refused)) from None
             raise
-        return await checked.worker.score(
-            prompt[:0],
-            output,
-            ids,
-            profiles,
-            codes,
-            hidden=hidden,
-            reshaped=reshaped,
-            allowed=allowed,
-            compressed=compressed,
-            states=states.astype("<u2").tobytes(),
-        )
+        return await checked.worker.score(request, states)
 
     async def close(self) -> None:
         checked, self._checked = self._checked, None
