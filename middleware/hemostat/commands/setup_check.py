@@ -16,12 +16,11 @@ from hemostat.engines.lora.check import probe_adapters
 from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
 from hemostat.openai.tool_parsers import TOOL_FORMATS
 from hemostat.reference import make_references
-from hemostat.reference.hidden.pooling import POOLING_FLAGS
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair
 from hemostat.reference.probes import PROBE, Finding, State, probe_shadowing
-from hemostat.reference.protocol import FailureReason, Offer, Reference, ReferenceFailure, ScoreRequest
+from hemostat.reference.protocol import FailureReason, Reference, ReferenceFailure, ScoreRequest
 from hemostat.reference.references import References
 from hemostat.reference.server import Refused, VllmServer
 from hemostat.reference.thinking_markers import find_markers
@@ -273,7 +272,7 @@ async def _reference(reference: Reference, settings: Settings, served: str | Non
         return [Finding(f"reference{of}", State.NO, str(failure), f"see reference.* for backend {backend}")]
     detail = f"{backend}: {info.model} ({info.dtype}, {info.vocab_size} tokens), {info.figures_follow}"
     # A list of top ids is enough for what is asked for, and hidden states would give more.
-    better = f"for exact figures, start the reference with {POOLING_FLAGS}" if info.offer is Offer.LISTS else ""
+    better = f"for exact figures, {info.exact_with}" if info.exact_with else ""
     findings = [Finding(f"reference{of}", State.OK, detail, better)]
     tokens = np.zeros(2, np.int32)
     try:

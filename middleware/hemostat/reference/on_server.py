@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pydantic import SecretStr
 
 from hemostat.models.output_embedding import EmbeddingError
 from hemostat.reference.hidden.folders import find_checkpoint
-from hemostat.reference.hidden.pooling import find_offer
+from hemostat.reference.hidden.pooling import POOLING_FLAGS, find_offer, generates
 from hemostat.reference.hidden.probe import TEXT
 from hemostat.reference.hidden.reference import HiddenStatesReference
 from hemostat.reference.protocol import (
@@ -21,14 +22,20 @@ from hemostat.reference.protocol import (
     ReferenceScores,
     ScoreRequest,
 )
-from hemostat.reference.server import VllmServer
+from hemostat.reference.server import ModelCard, VllmServer
 from hemostat.reference.vllm import VllmReference
+
+log = logging.getLogger("hemostat.reference")
 
 MIN_PROBE_TOKENS = 8
 
 
 class ServerReference:
-    """Implements `Reference`. What the server offers is found out at every start: it may have restarted otherwise."""
+    """Implements `Reference`. What the server offers is found out at every start: it may have restarted otherwise.
+
+    Hidden states are preferred to lists. Where the output head in `reference.folder` is not that of the server's model,
+    lists are used if the address offers them, too; else there is no reference (HEAD).
+    """
 
     def __init__(
         self,
@@ -50,6 +57,8 @@ class ServerReference:
         self._by_states = HiddenStatesReference(self._server, device, threads)
         self._current: VllmReference | HiddenStatesReference | None = None
         self._name = ""
+        self._why_lists = ""
+        """Why there are lists in place of hidden states, as it was last logged."""
 
     async def start(self) -> ReferenceInfo:
         """Asks the server every time: it may have restarted with another model, or in another way."""
@@ -59,17 +68,41 @@ class ServerReference:
             raise ReferenceFailure(FailureReason.BAD_ANSWER, f"{self._server.url} makes {len(ids)} tokens of a text")
         found = await find_offer(self._server, card.id, ids)
         self._current, self._name = None, card.id
+        why_lists, exact_with = found.detail, f"start the reference with {POOLING_FLAGS}"
         if found.states is not None:
-            info = await self._by_states.start(card, self._folder, ids, found.states)
-            self._current = self._by_states
-            return info
+            try:
+                info = await self._by_states.start(card, self._folder, ids, found.states)
+            except ReferenceFailure as failure:
+                why_lists = await self._without_head(card, failure)
+                exact_with = "correct reference.folder"
+            else:
+                self._current = self._by_states
+                return info
         await self._by_states.close()
-        info = replace(await self._by_lists.start(), offer=Offer.LISTS, figures=found.detail)
+        info = await self._by_lists.start()
+        info = replace(info, offer=Offer.LISTS, figures=why_lists, exact_with=exact_with)
         if self._folder is not None:
             with contextlib.suppress(EmbeddingError):
                 info = replace(info, folder=find_checkpoint(self._folder, card.root or ""))
         self._current = self._by_lists
         return info
+
+    async def _without_head(self, card: ModelCard, failure: ReferenceFailure) -> str:
+        """Why lists are used though there are hidden states; raises `failure` where they cannot be.
+
+        A vLLM server that pools does not generate. A router in front of one of each kind offers both.
+        """
+        if failure.reason is not FailureReason.HEAD:
+            raise failure
+        if not await generates(self._server, card.id):
+            raise ReferenceFailure(
+                FailureReason.HEAD, f"{failure}; a server that only pools gives no lists of top ids to use instead"
+            ) from failure
+        why = f"its hidden states are not used: {failure}"
+        if why != self._why_lists:
+            log.warning("the reference %s: %s", card.id, why)
+            self._why_lists = why
+        return why
 
     async def score(self, request: ScoreRequest) -> ReferenceScores:
         """See `Reference.score`, and `VllmReference.score` where the server gives lists."""

@@ -48,6 +48,8 @@ class ReferenceInfo:
     offer: Offer = Offer.MODEL
     figures: str = ""
     """Which figures follow, in a few words; "" for those of `full_vocabulary`."""
+    exact_with: str = ""
+    """What the operator can do for exact figures, in the imperative; "" where they are."""
 
     @property
     def figures_follow(self) -> str:

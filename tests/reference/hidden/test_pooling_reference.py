@@ -233,6 +233,48 @@ async def test_another_checkpoint_is_refused_at_the_start(tmp_path: Path, folder
         assert (await reference.start()).offer is Offer.STATES
 
 
+async def test_without_the_head_lists_are_used_where_the_address_generates_too(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind a router, that is: a vLLM server that pools does not generate."""
+    other = FakePooling(TEXT)
+    other.weight = np.ascontiguousarray(other.weight[:, ::-1])
+    wrong = other.save(tmp_path / "other")
+    async with started(wrong, pooling_server()) as (fake, reference):
+        with pytest.raises(ReferenceFailure, match=r"another model.*only pools gives no lists") as failure:
+            await reference.start()
+        assert failure.value.reason == "head"
+        assert "\n" not in str(failure.value)
+        fake.routed = True
+        for _ in range(2):
+            info = await reference.start()
+            assert (info.offer, info.full_vocabulary, info.exact_with) == (
+                Offer.LISTS,
+                False,
+                "correct reference.folder",
+            )
+            assert info.figures_follow.startswith("bounds: top ids only (its hidden states are not used: the output")
+        assert [r.levelname for r in caplog.records if "hidden states are not used" in r.message] == ["WARNING"]
+        assert (await reference.score(ScoreRequest(*request_of(0, 3, 4, 2)))).entropy is None
+        fake.pooling.status = 503
+        with pytest.raises(ReferenceFailure) as failure:
+            await reference.start()
+        assert failure.value.reason == "busy", "a server that is busy has not lost its hidden states"
+        fake.pooling.status = None
+        reference._folder = folder
+        info = await reference.start()
+        assert (info.offer, info.exact_with) == (Offer.STATES, "")
+
+
+async def test_another_revision_is_no_reason_for_lists(folder: Path) -> None:
+    async with started(folder, pooling_server()) as (fake, reference):
+        await reference.start()
+        fake.routed, fake.pooling.revision = True, 1
+        with pytest.raises(ReferenceFailure) as failure:
+            await reference.start()
+        assert failure.value.reason == "revision"
+
+
 async def test_another_revision_behind_the_same_name_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with started(folder, pooling_server(noise=0.01)) as (fake, reference):
         await reference.start()

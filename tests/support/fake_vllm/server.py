@@ -32,6 +32,8 @@ from tests.support.fake_vllm.tapping import answers_of
 
 from hemostat.engines.messages import TapAnswer
 
+GENERATING = frozenset({("POST", "/v1/chat/completions"), ("POST", "/v1/completions")})
+
 
 @dataclass
 class FakeVllm(FakeModel):
@@ -75,6 +77,8 @@ class FakeVllm(FakeModel):
     """The body of every answer with status 200."""
     pooling: FakePooling | None = None
     """A pooling server, which does not generate."""
+    routed: bool = False
+    """It is a router, with a generating server of the same model behind it, too."""
     url: str = ""
     """Set by `running`."""
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -105,7 +109,7 @@ class FakeVllm(FakeModel):
                 await answer(send, 401, {"error": "Unauthorized"})
             elif self.pooling is not None and route == ("POST", "/pooling"):
                 await self.pooling.answer(body, (self.model, *self.adapters), self.max_model_len, send)
-            elif self.pooling is None and route in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
+            elif route in GENERATING and (self.pooling is None or self.routed):
                 await self._named(body)._generate(route[1], headers, body, receive, send)
             elif route in (("POST", RESPONSES), ("POST", MESSAGES)):
                 try:

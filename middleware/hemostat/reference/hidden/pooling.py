@@ -50,7 +50,7 @@ async def find_offer(server: VllmServer, model: str, ids: Sequence[int]) -> Foun
         data = await server.post_for_bytes("/pooling", _body(model, [ids]), limit=len(ids) * MAX_WIDTH * STATE_BYTES)
     except Refused as refused:
         if refused.status in NO_SUCH_ROUTE or refused.reason is FailureReason.REFUSED:
-            if await _generates(server, model):
+            if await generates(server, model):
                 return Found(Offer.LISTS, detail=f"{server.url} generates, so it returns no hidden states")
             raise ReferenceFailure(
                 FailureReason.REFUSED,
@@ -114,7 +114,9 @@ def _states(data: bytes, positions: int, width: int | None, url: str) -> States:
     return states
 
 
-async def _generates(server: VllmServer, model: str) -> bool:
+async def generates(server: VllmServer, model: str) -> bool:
+    """Whether the model answers completions, so that it gives lists of top ids. ReferenceFailure where the server
+    cannot be asked now."""
     body = {"model": model, "prompt": [1, 2], "max_tokens": 1, "temperature": 0.0}
     try:
         await server.post("/v1/completions", body, dict[str, Any])
