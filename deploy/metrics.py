@@ -64,8 +64,8 @@ SHADOW_REASONS: dict[str, Values] = {
         "beam_search": "beam search",
         "structured_output": "a grammar restricts the tokens, and grammars cannot be rebuilt here (see `hemostat "
         "check`), or the request has `guided_…` parameters, which vLLM 0.32 ignores and older ones enforce",
-        "forced_tool": "a tool call is forced or restricted, and such grammars cannot be rebuilt here: see "
-        "`grammar.tool_call_parser`",
+        "forced_tool": "a tool call is forced or restricted, and such grammars cannot be rebuilt here (see "
+        "`grammar.tool_call_parser`), or the messages of a request of `/v1/messages` change its tools",
         "echo": "the prompt would be in the answer",
         "client_logprobs": "the client asks for logprobs as texts, which ids cannot be turned back into",
         "hidden_reasoning": "vLLM hides the reasoning's token ids",

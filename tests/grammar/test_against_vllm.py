@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tests.support.tiny_tokenizer import write_tokenizer
 
 from hemostat.models import vllm_server
-from hemostat.openai.grammar_spec import read_grammar
+from hemostat.openai.form import Form
+from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.tool_parsers import JSON_SCHEMA, RESTRICTING_PARSERS, TOOL_FORMATS, restricted_free_calls
 from hemostat.shadow.grammar.constraints import Constraint, ConstraintType, ServerRules, constraint_of
@@ -86,16 +87,33 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-def of_vllm(body: dict[str, Any], parser: str, tokenizer: Any, level: str = "auto") -> Constraint | None:
-    """What vLLM enforces, as it hands it to xgrammar."""
+def request_of_vllm(body: dict[str, Any], form: Form) -> Any:
+    """What it makes the grammar of."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    body = json.loads(json.dumps({"model": "m", **body}))
+    if form is Form.RESPONSES:
+        return ResponsesRequest(**{"input": "x", **body})
+    if form is Form.MESSAGES:
+        given = AnthropicMessagesRequest(**{"messages": MESSAGES, "max_tokens": 9, **body})
+        return AnthropicServingMessages.to_chat_completion_request(given)
+    return ChatCompletionRequest(**{"messages": MESSAGES, **body})
+
+
+def of_vllm(
+    body: dict[str, Any], parser: str, tokenizer: Any, level: str = "auto", form: Form = Form.CHAT
+) -> Constraint | None:
+    """What vLLM enforces, as it hands it to xgrammar."""
     from vllm.parser import ParserManager
     from vllm.sampling_params import SamplingParams
     from vllm.v1.structured_output.backend_types import StructuredOutputOptions
     from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
     from vllm.v1.structured_output.request import get_structured_output_key
 
-    request = ChatCompletionRequest(**json.loads(json.dumps({"model": "m", "messages": MESSAGES, **body})))
+    request = request_of_vllm(body, form)
     made = ParserManager.get_parser(tool_parser_name=parser, enable_auto_tools=True, tool_strict_level=level)
     assert made is not None
     if request.tool_choice != "none":
@@ -117,11 +135,11 @@ def of_vllm(body: dict[str, Any], parser: str, tokenizer: Any, level: str = "aut
     }[kind]()
 
 
-def of_ours(body: dict[str, Any], parser: str, level: str = "auto") -> Constraint | None:
+def of_ours(body: dict[str, Any], parser: str, level: str = "auto", form: Form = Form.CHAT) -> Constraint | None:
     from hemostat.shadow.grammar.tool_tags import make_tag
 
     free = restricted_free_calls(parser, level)
-    spec = read_grammar(JsonObject(json.dumps(body).encode()), free_calls=free)
+    spec = FORMATS[form].grammar(JsonObject(json.dumps(body).encode()), free)
     return None if spec is None else constraint_of(spec, ServerRules(parser, level), make_tag)
 
 
@@ -135,6 +153,99 @@ def test_the_same_text_is_compiled(body: dict[str, Any], parser: str, tokenizer:
 @pytest.mark.parametrize("body", TOOL_CALLS, ids=lambda body: json.dumps(body)[:60])
 def test_and_at_the_servers_other_levels(body: dict[str, Any], level: str, tokenizer: Any) -> None:
     assert of_ours(body, "hermes", level) == of_vllm(body, "hermes", tokenizer, level)
+
+
+def flat(tool: dict[str, Any]) -> dict[str, Any]:
+    """As `/v1/responses` has it."""
+    return {"type": "function", **tool["function"]}
+
+
+def of_anthropic(tool: dict[str, Any]) -> dict[str, Any]:
+    function = dict(tool["function"])
+    return {"input_schema": function.pop("parameters", {}), **function}
+
+
+NAMESPACE = {
+    "type": "namespace",
+    "name": "city",
+    "description": "d",
+    "tools": [flat(TOOLS[0]) | {"name": name} for name in ("weather", "time")],
+}
+CUSTOM = {"type": "custom", "name": "script", "description": "d"}
+SEARCH = {"type": "web_search_preview"}
+OTHER_TOOLS = [[flat(TOOLS[1]), CUSTOM, SEARCH], [NAMESPACE, flat(STRICT[0])]]
+RESPONSES_BODIES: list[dict[str, Any]] = [
+    *({"text": {"format": form}} for form in (None, {"type": "text"}, {"type": "json_object"})),
+    {"text": {"format": {"type": "json_schema", "name": "x", "schema": CITY, "strict": True}}},
+    {"structured_outputs": {"regex": "[0-9]{3}é"}},
+    {"structured_outputs": {"choice": ["a", 'b "c"']}, "stop_token_ids": [3]},
+    *(
+        {"tools": tools, **more}
+        for tools in ([flat(one) for one in TOOLS], [flat(one) for one in STRICT], [flat(one) for one in DEFINED])
+        for more in (
+            {},
+            {"tool_choice": "auto"},
+            {"tool_choice": "none"},
+            {"tool_choice": "required"},
+            {"tool_choice": "required", "parallel_tool_calls": False},
+            {"parallel_tool_calls": False},
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "required",
+                    "tools": [{"type": "function", "name": "f"}],
+                }
+            },
+        )
+    ),
+    {"tools": [flat(one) for one in STRICT], "tool_choice": {"type": "function", "name": "time"}},
+    {"tools": [SEARCH], "parallel_tool_calls": False},
+    {"tools": [SEARCH], "tool_choice": SEARCH},
+    {"tools": []},
+    *({"tools": tools, "tool_choice": "required"} for tools in OTHER_TOOLS),
+    {"tools": OTHER_TOOLS[0], "tool_choice": {"type": "custom", "name": "script"}},
+    {"tools": OTHER_TOOLS[1], "tool_choice": {"type": "function", "name": "time"}},
+    {"tools": OTHER_TOOLS[1], "tool_choice": {"type": "function", "name": "city__time"}},
+    {"tools": OTHER_TOOLS[1]},
+]
+MESSAGES_BODIES: list[dict[str, Any]] = [
+    {"output_config": {"effort": "low"}},
+    {"output_config": {"format": None}},
+    {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+    {"output_config": {"format": {"type": "json_schema", "schema": CITY}}},
+    {"tools": [], "tool_choice": {"type": "any"}},
+    *(
+        {"tools": [of_anthropic(one) for one in tools], **more}
+        for tools in (TOOLS, STRICT, DEFINED)
+        for more in (
+            {},
+            {"tool_choice": None},
+            *({"tool_choice": {"type": kind}} for kind in ("auto", "any", "none")),
+            {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+            {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+            {"tool_choice": {"type": "tool", "name": tools[0]["function"]["name"]}},
+        )
+    ),
+]
+OTHER_FORMS = [(Form.RESPONSES, body) for body in RESPONSES_BODIES] + [(Form.MESSAGES, b) for b in MESSAGES_BODIES]
+
+
+@pytest.mark.parametrize(("parser", "level"), [("hermes", "auto"), ("pythonic", "auto")])
+@pytest.mark.parametrize(("form", "body"), OTHER_FORMS, ids=lambda value: json.dumps(value)[:70])
+def test_the_other_forms_are_read_as_chats(
+    form: Form, body: dict[str, Any], parser: str, level: str, tokenizer: Any
+) -> None:
+    assert of_ours(body, parser, level, form) == of_vllm(body, parser, tokenizer, level, form)
+
+
+def test_an_output_of_responses_beside_free_tools(tokenizer: Any) -> None:
+    body = {"tools": [flat(one) for one in TOOLS], "text": {"format": {"type": "json_object"}}}
+    found = of_ours(body, "hermes", form=Form.RESPONSES)
+    assert (
+        found
+        == of_vllm(body, "hermes", tokenizer, form=Form.RESPONSES)
+        == Constraint(ConstraintType.JSON, '{"type": "object"}')
+    )
 
 
 def test_a_structured_output_with_strict_tools_is_not_rebuilt(tokenizer: Any) -> None:

@@ -9,19 +9,22 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
+from tests.support.running_vllm import answers_of
 from tests.support.wire import Wire, policy, rows
 
 from hemostat.ipc.messages import Capture
 from hemostat.models.reference_checkpoint import Checkpoints
-from hemostat.openai.routes import CHAT, COMPLETIONS
+from hemostat.openai.routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from hemostat.openai.tool_parsers import restricted_free_calls
 from hemostat.shadow.grammar import wire as messages
 from hemostat.shadow.grammar.checking import IMPOSSIBLE_LOGPROB, restricted, shows_mask
 from hemostat.shadow.grammar.reasons import GrammarFailure, GrammarReason
 from hemostat.shadow.grammar.worker import Worker
 from hemostat.shadow.record_builder import decode_capture
+from hemostat.shadow.tapped_answers import captures_from_tap
 from hemostat_calibration.allowed_sets import AllowedSets, words
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -137,13 +140,21 @@ def test_the_rebuilt_sets_are_those_that_vllm_masked_by(
     assert answer.status == 200, answer.body
     [capture] = wire.captures
     assert " grammar " in capture.kind
+    sets = compared(capture, rebuilt, many=case in LARGE_SETS)
+    if case == "after the end":
+        assert sets.support[-1] == rebuilt.vocab_size
+
+
+def compared(capture: Capture, rebuilt: Rebuilt, *, many: bool = False) -> AllowedSets:
+    """The sets, which are those of the capture's lists, id for id. many: everywhere more ids are allowed than
+    listed."""
     arrays = decode_capture(capture)
     sets = rebuilt.sets(capture)
     found = restricted(arrays.candidates, arrays.output, capture.top_k, sets)
     support = sets.support
     _, _, ids, logprobs, _ = rows(capture)
     small = np.nonzero(support <= TOP_K)[0]
-    if case not in LARGE_SETS:
+    if not many:
         assert len(small), "at no position all allowed ids are listed: the test shows nothing"
     mask = sets.mask(slice(0, sets.tokens))
     for t in small:
@@ -151,8 +162,49 @@ def test_the_rebuilt_sets_are_those_that_vllm_masked_by(
         assert listed == set(np.nonzero(mask[t])[0].tolist())
         # Conditional on the set: it is all there is.
         assert np.exp(found.logprobs[t][found.ids[t] >= 0]).sum() == pytest.approx(1.0, abs=1e-3)
-    if case == "after the end":
-        assert support[-1] == rebuilt.vocab_size
+    return sets
+
+
+def response(prompt: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    return RESPONSES, {"input": prompt, "max_output_tokens": 40, **more}
+
+
+def message(text: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    return MESSAGES, {"messages": [{"role": "user", "content": text}], "max_tokens": 40, **more}
+
+
+FLAT = [{"type": "function", "name": "get_weather", "parameters": CITY}]
+ANTHROPIC = [{"name": "get_weather", "input_schema": {name: CITY[name] for name in ("properties", "required")}}]
+FORMAT = {"type": "json_schema", "name": "x", "schema": CITY}
+OTHER_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a response's schema": response("Weather in Paris?", text={"format": FORMAT}),
+    "a response's structured output": response("A phone number.", structured_outputs={"regex": r"\d{3}-\d{4}"}),
+    "a response's forced tool": response("Weather in Rome?", tools=FLAT, tool_choice="required"),
+    "a response's named tool": response(
+        "Weather in Rome?", tools=FLAT, tool_choice={"type": "function", "name": "get_weather"}
+    ),
+    "a message's schema": message("Weather in Paris?", output_config={"format": FORMAT | {"name": "json_schema"}}),
+    "a message's forced tool": message("Weather in Rome?", tools=ANTHROPIC, tool_choice={"type": "any"}),
+    "a message's named tool": message(
+        "Weather in Rome?", tools=ANTHROPIC, tool_choice={"type": "tool", "name": "get_weather"}
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("case", OTHER_FORMS)
+def test_and_those_of_the_other_forms_by_what_the_plugin_hands_out(
+    wire: Wire, vllm_server: Any, rebuilt: Rebuilt, case: str, stream: bool
+) -> None:
+    path, body = OTHER_FORMS[case]
+    wire.interceptor._reports._nonce = lambda: f"grammar-{case}-{stream}"
+    wire.interceptor.policy = msgspec.structs.replace(wire.interceptor.policy, tap=True, tap_tokens=True)
+    answer = wire.send(path, {"model": vllm_server.model, "temperature": 0, "stream": stream, **body})
+    assert answer.status == 200, answer.body
+    [capture] = wire.captures
+    assert " grammar " in capture.kind
+    [found] = captures_from_tap(capture, answers_of(vllm_server, capture.nonce), 1024)
+    compared(found, rebuilt)
 
 
 def test_another_setting_than_the_servers_is_a_mismatch(wire: Wire, vllm_server: Server, rebuilt: Rebuilt) -> None:

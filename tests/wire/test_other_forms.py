@@ -14,12 +14,15 @@ import msgspec
 import numpy as np
 import openai as openai_sdk
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, render, serving
 from tests.support.wire import VERSION, ThroughWire, Wire, httpx2_transport, policy, rows
 
 from hemostat.openai import json_splice
 from hemostat.openai.form import Form
+from hemostat.openai.grammar_spec import MAX_GRAMMAR_BYTES, GrammarOrigin
 from hemostat.openai.kinds import kind_name
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Unscorable
@@ -129,34 +132,6 @@ def test_without_the_plugin_nothing_is_changed_and_the_skip_is_counted(wire: Wir
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}
 ANTHROPIC_IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
 REASONS: dict[str, tuple[str, Unscorable, dict[str, Any]]] = {
-    "a schema": (
-        RESPONSES,
-        Unscorable.STRUCTURED_OUTPUT,
-        {"text": {"format": {"type": "json_schema", "name": "x", "schema": PARAMETERS}}},
-    ),
-    "structured outputs": (RESPONSES, Unscorable.STRUCTURED_OUTPUT, {"structured_outputs": {"regex": "a"}}),
-    "a forced tool": (RESPONSES, Unscorable.FORCED_TOOL, {"tools": TOOLS[RESPONSES], "tool_choice": "required"}),
-    "a named tool": (
-        RESPONSES,
-        Unscorable.FORCED_TOOL,
-        {"tools": TOOLS[RESPONSES], "tool_choice": {"type": "function", "name": "get_weather"}},
-    ),
-    "a strict tool": (RESPONSES, Unscorable.STRUCTURED_OUTPUT, {"tools": [TOOLS[RESPONSES][0] | {"strict": True}]}),
-    "one call": (
-        RESPONSES,
-        Unscorable.STRUCTURED_OUTPUT,
-        {"tools": TOOLS[RESPONSES], "parallel_tool_calls": False},
-    ),
-    "Anthropic's strict tool": (
-        MESSAGES,
-        Unscorable.STRUCTURED_OUTPUT,
-        {"tools": [TOOLS[MESSAGES][0] | {"strict": True}]},
-    ),
-    "Anthropic's one call": (
-        MESSAGES,
-        Unscorable.STRUCTURED_OUTPUT,
-        {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
-    ),
     "in the background": (RESPONSES, Unscorable.BACKGROUND, {"background": True}),
     "an earlier response": (RESPONSES, Unscorable.SERVER_STATE, {"previous_response_id": "resp_1"}),
     "earlier messages": (RESPONSES, Unscorable.SERVER_STATE, {"previous_input_messages": [{}]}),
@@ -169,13 +144,11 @@ REASONS: dict[str, tuple[str, Unscorable, dict[str, Any]]] = {
     "no input": (RESPONSES, Unscorable.INVALID, {"input": None}),
     "input of another type": (RESPONSES, Unscorable.INVALID, {"input": {"role": "user"}}),
     "stream of another type": (RESPONSES, Unscorable.INVALID, {"stream": "yes"}),
-    "Anthropic's schema": (
+    "tools that change": (
         MESSAGES,
-        Unscorable.STRUCTURED_OUTPUT,
-        {"output_config": {"format": {"type": "json_schema", "schema": PARAMETERS}}},
+        Unscorable.FORCED_TOOL,
+        {"messages": [{"role": "system", "content": [{"type": "tool_removal", "tool": {}}]}]},
     ),
-    "any tool": (MESSAGES, Unscorable.FORCED_TOOL, {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "any"}}),
-    "one tool": (MESSAGES, Unscorable.FORCED_TOOL, {"tool_choice": {"type": "tool", "name": "get_weather"}}),
     "Anthropic's image": (
         MESSAGES,
         Unscorable.MULTIMODAL,
@@ -216,8 +189,98 @@ def test_tools_that_are_offered_and_thinking_do_not_prevent_a_score(path: str) -
         assert read_request(json_splice.encode(ask(path) | more), form=FORM[path]).from_tap
 
 
+SCHEMA = {"type": "json_schema", "name": "x", "schema": PARAMETERS}
+RESTRICTED: dict[str, tuple[str, GrammarOrigin, dict[str, Any]]] = {
+    "a schema": (RESPONSES, GrammarOrigin.STRUCTURED_OUTPUT, {"text": {"format": SCHEMA}}),
+    "an object": (RESPONSES, GrammarOrigin.STRUCTURED_OUTPUT, {"text": {"format": {"type": "json_object"}}}),
+    "structured outputs": (RESPONSES, GrammarOrigin.STRUCTURED_OUTPUT, {"structured_outputs": {"regex": "a"}}),
+    "a forced tool": (
+        RESPONSES,
+        GrammarOrigin.FORCED_TOOL,
+        {"tools": TOOLS[RESPONSES], "tool_choice": "required"},
+    ),
+    "a named tool": (
+        RESPONSES,
+        GrammarOrigin.FORCED_TOOL,
+        {"tools": TOOLS[RESPONSES], "tool_choice": {"type": "function", "name": "get_weather"}},
+    ),
+    "a strict tool": (
+        RESPONSES,
+        GrammarOrigin.STRICT_TOOLS,
+        {"tools": [TOOLS[RESPONSES][0] | {"strict": True}]},
+    ),
+    "one call": (RESPONSES, GrammarOrigin.STRICT_TOOLS, {"tools": TOOLS[RESPONSES], "parallel_tool_calls": False}),
+    "Anthropic's schema": (MESSAGES, GrammarOrigin.STRUCTURED_OUTPUT, {"output_config": {"format": SCHEMA}}),
+    "any tool": (MESSAGES, GrammarOrigin.FORCED_TOOL, {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "any"}}),
+    "one tool": (
+        MESSAGES,
+        GrammarOrigin.FORCED_TOOL,
+        {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "tool", "name": "get_weather"}},
+    ),
+    "Anthropic's strict tool": (
+        MESSAGES,
+        GrammarOrigin.STRICT_TOOLS,
+        {"tools": [TOOLS[MESSAGES][0] | {"strict": True}]},
+    ),
+    "Anthropic's one call": (
+        MESSAGES,
+        GrammarOrigin.STRICT_TOOLS,
+        {"tools": TOOLS[MESSAGES], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESTRICTED)
+def test_what_restricts_the_tokens_is_read_and_scored_where_it_can_be_rebuilt(wire: Wire, case: str) -> None:
+    path, origin, more = RESTRICTED[case]
+    body = ask(path) | more
+    wire.interceptor.policy = tapping(grammars=True, tool_grammars=True)
+    wire.send(path, body)
+    (capture,) = wire.captures
+    assert capture.grammar is not None
+    assert (capture.grammar.origin, capture.from_tap) == (origin, True)
+    assert " grammar " in capture.kind
+    wire.interceptor.policy = tapping()
+    assert wire.send(path, body).sent == json_splice.encode(body)
+    reason = "structured_output" if origin is GrammarOrigin.STRUCTURED_OUTPUT else "forced_tool"
+    assert wire.shadow("skipped", reason) == 1
+    wire.interceptor.policy = policy(grammars=True, tool_grammars=True)
+    wire.send(path, body)
+    assert wire.shadow("skipped", "no_token_ids") == 1
+
+
 @BOTH
-def test_calls_that_the_server_restricts_by_its_own_setting_are_not_scored(path: str) -> None:
+def test_a_very_large_grammar_is_counted_as_one(path: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"description": "x" * MAX_GRAMMAR_BYTES}}}
+    more = {"text": {"format": SCHEMA | {"schema": schema}}, "output_config": {"format": SCHEMA | {"schema": schema}}}
+    found = read_request(json_splice.encode(ask(path) | more), form=FORM[path])
+    assert found.unscorable is Unscorable.GRAMMAR_TOO_LARGE
+    assert not found.from_tap
+
+
+_VALUES = st.recursive(
+    st.sampled_from([None, True, 1, "auto", "function", "json_schema", "namespace", "any", "f", {}, []]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["type", "name", "format", "schema", "strict", "tools", "parameters"]), inner)
+    ),
+    max_leaves=8,
+)
+_MEMBERS = st.sampled_from(
+    ["text", "tools", "tool_choice", "parallel_tool_calls", "structured_outputs", "output_config"]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([RESPONSES, MESSAGES]), st.dictionaries(_MEMBERS, _VALUES))
+def test_reading_a_grammar_never_fails(path: str, more: dict[str, Any]) -> None:
+    """Whatever vLLM refuses of it, it explains to the client."""
+    for free_calls in ("strict", "always"):
+        read_request(json_splice.encode(ask(path) | more), form=FORM[path], free_calls=free_calls)
+
+
+@BOTH
+def test_calls_that_the_server_restricts_by_its_own_setting_have_a_grammar(path: str) -> None:
     none: Any = "none" if path == RESPONSES else {"type": "none"}
     auto: Any = "auto" if path == RESPONSES else {"type": "auto"}
     cases: list[tuple[dict[str, Any], bool]] = [
@@ -229,10 +292,10 @@ def test_calls_that_the_server_restricts_by_its_own_setting_are_not_scored(path:
     ]
     for more, restricted in cases:
         body = json_splice.encode(ask(path) | more)
-        found = read_request(body, form=FORM[path], free_calls="always")
-        assert found.unscorable is (Unscorable.STRUCTURED_OUTPUT if restricted else Unscorable.NO_TOKEN_IDS)
-        for level in ("never", "strict"):
-            assert read_request(body, form=FORM[path], free_calls=level).from_tap
+        for level in ("never", "strict", "always"):
+            found = read_request(body, form=FORM[path], free_calls=level)
+            assert found.from_tap
+            assert (found.grammar is not None) == (restricted and level == "always")
 
 
 @BOTH
@@ -240,7 +303,7 @@ def test_and_the_policy_says_whether_it_does(wire: Wire, path: str) -> None:
     wire.interceptor.policy = tapping(free_calls="always")
     body = ask(path, tools=TOOLS[path])
     assert wire.send(path, body).sent == json_splice.encode(body)
-    assert wire.shadow("skipped", "structured_output") == 1
+    assert wire.shadow("skipped", "forced_tool") == 1
     assert not wire.captures
 
 
@@ -278,7 +341,8 @@ def test_names_of_kinds() -> None:
     assert kind(MESSAGES, tools=TOOLS[MESSAGES], tool_choice={"type": "none"}) == "messages text greedy"
     reply = [{"role": "user", "content": "Hi"}, {"type": "function_call"}, {"role": "user", "content": "Write code"}]
     assert kind(RESPONSES, input=reply) == "responses text greedy reply"
-    assert kind(MESSAGES, tool_choice={"type": "any"}) == "messages grammar greedy"
+    assert kind(MESSAGES, tools=TOOLS[MESSAGES], tool_choice={"type": "any"}) == "messages grammar greedy"
+    assert kind(MESSAGES, tool_choice={"type": "any"}) == "messages text greedy", "vLLM restricts nothing without tools"
 
 
 @BOTH

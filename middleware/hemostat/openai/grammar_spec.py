@@ -58,7 +58,7 @@ class GrammarTooLarge(Exception):
 
 def read_grammar(body: JsonObject, *, tools: bool = True, free_calls: str = "strict") -> GrammarSpec | None:
     """What a chat's or completion's body enforces; None where every token is allowed. GrammarTooLarge, and one of
-    MALFORMED.
+    MALFORMED. The other forms are read as chats: `forms.as_chat`.
 
     tools: whether requests of this form can have tools.
     free_calls: which calls that the model is free to make are restricted: "never", "always", or "strict", where a tool

@@ -5,13 +5,10 @@ from __future__ import annotations
 from hemostat.openai.complexity import check_complexity
 from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
-from hemostat.openai.grammar_spec import GrammarTooLarge, read_grammar
+from hemostat.openai.grammar_spec import GrammarTooLarge
 from hemostat.openai.json_splice import JsonObject
 from hemostat.openai.model_name import is_version
 from hemostat.openai.requests import FROM_TAP, Request, Uncalibrated, Unscorable, check_sampling, uncalibrated
-
-_WITH_GRAMMAR = frozenset({Form.CHAT, Form.COMPLETIONS})
-"""Forms whose requests' grammars are known."""
 
 
 def read_request(
@@ -49,14 +46,11 @@ def read_request(
     if not isinstance(xargs, dict):
         unscorable, xargs = Unscorable.INVALID, {}
     grammar = None
-    if form in _WITH_GRAMMAR:
-        try:
-            grammar = read_grammar(body, tools=form is Form.CHAT, free_calls=free_calls)
-        except GrammarTooLarge:
-            if unscorable is None or unscorable in FROM_TAP:
-                unscorable = Unscorable.GRAMMAR_TOO_LARGE
-    elif unscorable is Unscorable.NO_TOKEN_IDS and free_calls == "always" and _may_call_tools(body):
-        unscorable = Unscorable.STRUCTURED_OUTPUT
+    try:
+        grammar = FORMATS[form].grammar(body, free_calls)
+    except GrammarTooLarge:
+        if unscorable is None or unscorable in FROM_TAP:
+            unscorable = Unscorable.GRAMMAR_TOO_LARGE
     client_profile = xargs.get("hemostat")
     key = details.conversation
     return Request(
@@ -78,13 +72,6 @@ def read_request(
         wish=details.wish,
         grammar=grammar,
     )
-
-
-def _may_call_tools(body: JsonObject) -> bool:
-    """In the forms without a grammar of their own."""
-    choice = body.value("tool_choice")
-    name = choice.get("type") if isinstance(choice, dict) else choice
-    return body.has("tools") and body.raw("tools") != b"[]" and name != "none"
 
 
 def _unscorable_model(model: str, adapters: frozenset[str], scorable: frozenset[str] | None) -> Unscorable | None:

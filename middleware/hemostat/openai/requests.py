@@ -36,7 +36,8 @@ class Unscorable(StrEnum):
     """A grammar restricts the tokens, and requests under a grammar cannot be scored here (section `grammar` of the
     configuration); or the request has parameters (`guided_…`) that vLLM 0.32 ignores and older ones enforce."""
     FORCED_TOOL = "forced_tool"
-    """A tool call is forced, or restricted by a strict tool, and these cannot be scored here."""
+    """A tool call is forced, or restricted by a strict tool, and these cannot be scored here; or a conversation of
+    `/v1/messages` changes its tools on the way."""
     GRAMMAR_TOO_LARGE = "grammar_too_large"
     """A grammar restricts the tokens, and it is too large."""
     ECHO = "echo"

@@ -20,6 +20,7 @@ from hemostat.openai.forms.shared import (
     unscorable_parameters,
     usage_requested,
 )
+from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import JsonObject, encode
 from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request, Unscorable
@@ -76,6 +77,9 @@ class Chat:
             choices=choices or 1,
             wish=wish or NO_WISH,
         )
+
+    def grammar(self, body: JsonObject, free_calls: str) -> GrammarSpec | None:
+        return read_grammar(body, free_calls=free_calls)
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
         return injected_members(request) | {"logprobs": b"true", "top_logprobs": largest_top_k(request, top_k)}

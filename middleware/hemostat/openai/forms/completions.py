@@ -19,6 +19,7 @@ from hemostat.openai.forms.shared import (
     unscorable_parameters,
     usage_requested,
 )
+from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import NO_WISH, LogprobWish, Request, Unscorable
@@ -67,6 +68,9 @@ class Completions:
             min_prompt_tokens=max((len(prompt) for prompt in prompts or () if isinstance(prompt, list)), default=0),
             wish=wish or NO_WISH,
         )
+
+    def grammar(self, body: JsonObject, free_calls: str) -> GrammarSpec | None:
+        return read_grammar(body, tools=False)
 
     def injected_members(self, request: Request, top_k: int) -> dict[str, bytes]:
         return injected_members(request) | {"logprobs": largest_top_k(request, top_k)}

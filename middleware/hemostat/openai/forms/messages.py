@@ -6,14 +6,14 @@ passed on as it is.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from hemostat.openai.complexity import check_messages
+from hemostat.openai.forms.as_chat import chat_of_message
 from hemostat.openai.forms.protocol import Details
-from hemostat.openai.forms.shared import decode_or_none, has_strict_tool
+from hemostat.openai.forms.shared import decode_or_none
 from hemostat.openai.forms.tapped import TappedForm
+from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.requests import Message, Unscorable
 from hemostat.openai.tokens import ResponseTokens, Usage
@@ -56,6 +56,9 @@ class Messages(TappedForm):
             conversation=conversation,
         )
 
+    def grammar(self, body: JsonObject, free_calls: str) -> GrammarSpec | None:
+        return read_grammar(chat_of_message(body, free_calls), free_calls=free_calls)
+
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
         """Of an event (`message_start`, `message_delta`, …) or a whole response."""
         message = JsonObject(data.raw("message")) if data.has("message") else data
@@ -95,14 +98,8 @@ def _unscorable(body: JsonObject, messages: list[Message] | None) -> Unscorable:
         return Unscorable.INVALID
     if _has_media(messages):
         return Unscorable.MULTIMODAL
-    output = body.raw("output_config")
-    if output.startswith(b"{") and JsonObject(output).has("format"):
-        return Unscorable.STRUCTURED_OUTPUT
-    choice: Any = value("tool_choice")
-    if choice is not None and not (isinstance(choice, dict) and choice.get("type") in ("auto", "none")):
+    if any(message.role == "system" and _changes_tools(message.content) for message in messages):
         return Unscorable.FORCED_TOOL
-    if has_strict_tool(body) or (isinstance(choice, dict) and choice.get("disable_parallel_tool_use")):
-        return Unscorable.STRUCTURED_OUTPUT
     return Unscorable.NO_TOKEN_IDS
 
 
@@ -118,3 +115,9 @@ def _has_media(messages: list[Message]) -> bool:
             return True
         contents = [block.content for block in blocks]
     return False
+
+
+def _changes_tools(content: msgspec.Raw) -> bool:
+    """In such a conversation, `tools` are not those that calls are restricted to."""
+    raw = bytes(content)
+    return b'"tool_addition"' in raw or b'"tool_removal"' in raw

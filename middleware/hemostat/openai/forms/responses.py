@@ -6,14 +6,14 @@ texts, which do not tell ids apart. So it is scored from what the engine's plugi
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from hemostat.openai.complexity import check_messages
+from hemostat.openai.forms.as_chat import chat_of_response
 from hemostat.openai.forms.protocol import Details
-from hemostat.openai.forms.shared import decode_or_none, has_strict_tool
+from hemostat.openai.forms.shared import decode_or_none
 from hemostat.openai.forms.tapped import TappedForm
+from hemostat.openai.grammar_spec import GrammarSpec, read_grammar
 from hemostat.openai.json_splice import NULL, JsonObject
 from hemostat.openai.requests import Message, Unscorable
 from hemostat.openai.tokens import ResponseFailure, ResponseTokens, Usage
@@ -73,6 +73,9 @@ class Responses(TappedForm):
             conversation=_conversation(body, raw, items),
         )
 
+    def grammar(self, body: JsonObject, free_calls: str) -> GrammarSpec | None:
+        return read_grammar(chat_of_response(body, free_calls), free_calls=free_calls)
+
     def record_ending(self, data: JsonObject, tokens: ResponseTokens) -> None:
         """Of an event (`response.created`, `response.completed`, …) or a whole response."""
         inner = data.raw("response")
@@ -119,12 +122,6 @@ def _unscorable(body: JsonObject, items: list[_Item] | None, messages: list[Mess
         return Unscorable.SERVER_STATE
     if _has_media(items or []):
         return Unscorable.MULTIMODAL
-    if body.has("structured_outputs") or _text_format(body) not in (None, "text"):
-        return Unscorable.STRUCTURED_OUTPUT
-    if value("tool_choice") not in (None, "none", "auto"):
-        return Unscorable.FORCED_TOOL
-    if has_strict_tool(body) or (body.has("tools") and value("parallel_tool_calls") is False):
-        return Unscorable.STRUCTURED_OUTPUT
     return Unscorable.NO_TOKEN_IDS
 
 
@@ -136,8 +133,3 @@ def _has_media(items: list[_Item]) -> bool:
                 parts += decode_or_none(_parts, content) or [_Part()]
                 check_messages(len(parts))
     return any(part.type not in _TEXT_PARTS for part in parts)
-
-
-def _text_format(body: JsonObject) -> Any:
-    text = body.raw("text")
-    return JsonObject(text).type_of("format") if text.startswith(b"{") else None

@@ -32,12 +32,6 @@ def decode_or_none(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
         return None
 
 
-def has_strict_tool(body: JsonObject) -> bool:
-    """Whether vLLM may restrict by a grammar how a tool is called, where the model is free to call it."""
-    tools: list[_Tool] | None = decode_or_none(_tools, body.raw("tools"))
-    return any(bytes(tool.strict) == b"true" for tool in tools or ())
-
-
 def usage_requested(body: JsonObject) -> bool | None:
     """Whether the client asks for usage in a stream; None: `stream_options` has the wrong type."""
     options: _StreamOptions | None = decode_or_none(_stream_options, body.raw("stream_options"))
