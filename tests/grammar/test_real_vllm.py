@@ -201,6 +201,7 @@ def test_and_those_of_the_other_forms_by_what_the_plugin_hands_out(
     wire.interceptor.policy = msgspec.structs.replace(wire.interceptor.policy, tap=True, tap_tokens=True)
     answer = wire.send(path, {"model": vllm_server.model, "temperature": 0, "stream": stream, **body})
     assert answer.status == 200, answer.body
+    assert wire.captures, (wire.counts, answer.body)
     [capture] = wire.captures
     assert " grammar " in capture.kind
     [found] = captures_from_tap(capture, answers_of(vllm_server, capture.nonce), 1024)
