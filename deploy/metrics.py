@@ -153,7 +153,7 @@ CALIBRATION_REASONS: Values = {
     "pinned": "the client named a version",
     "forced": "`calibration.force`",
     "own_logits": "the client changes logits itself (logit_bias, penalties)",
-    "own_xargs": "the client named a profile itself, in `vllm_xargs.hemostat`",
+    "own_xargs": "the client named a profile or a tap itself, in `vllm_xargs.hemostat` or `vllm_xargs.hemostat_tap`",
     "own_parameters": "`apply: request`, and the client set temperature or logit_bias",
     "request_form": "`apply: request`, and the request is one of `/v1/responses` or `/v1/messages`",
     "other_model": "profiles are for another of the served models",

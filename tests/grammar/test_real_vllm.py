@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -197,7 +198,7 @@ def test_and_those_of_the_other_forms_by_what_the_plugin_hands_out(
     wire: Wire, vllm_server: Any, rebuilt: Rebuilt, case: str, stream: bool
 ) -> None:
     path, body = OTHER_FORMS[case]
-    wire.interceptor._reports._nonce = lambda: f"grammar-{case}-{stream}"
+    wire.interceptor._reports._nonce = lambda: f"grammar-{time.monotonic_ns()}"
     wire.interceptor.policy = msgspec.structs.replace(wire.interceptor.policy, tap=True, tap_tokens=True)
     answer = wire.send(path, {"model": vllm_server.model, "temperature": 0, "stream": stream, **body})
     assert answer.status == 200, answer.body

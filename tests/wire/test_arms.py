@@ -138,6 +138,20 @@ def test_arms_are_assigned_by_conversation_and_only_treated_requests_get_the_pro
         (policy(mode="off"), {}, {"vllm_xargs": {"hemostat": "mine"}}, "mine", "none", None),
         (ALL_TREATED, {}, {"repetition_penalty": 1.1}, None, "none", "own_logits"),
         (ALL_TREATED, {}, {"vllm_xargs": {"mine": 1}}, VERSION, "treated", "assigned"),
+        (ALL_TREATED, {}, {"vllm_xargs": {"hemostat_tap": "mine"}}, None, "none", "own_xargs"),
+        (
+            ALL_TREATED,
+            {},
+            {"vllm_xargs": {"hemostat_tap": "mine"}, "n": 2, "temperature": 1},
+            None,
+            "none",
+            "own_xargs",
+        ),
+        (policy(forced=VERSION), {}, {"vllm_xargs": {"hemostat_tap": "mine"}}, VERSION, "none", "forced"),
+        (
+            *(ALL_TREATED, {"X-Hemostat-Calibration": VERSION}, {"vllm_xargs": {"hemostat_tap": "mine"}}),
+            *(VERSION, "none", "pinned"),
+        ),
     ],
 )
 def test_choice_of_arm_and_profile(
@@ -155,8 +169,9 @@ def test_choice_of_arm_and_profile(
     )
     assert wire.send(CHAT, chat() | more, headers=headers).status == 200
     assert asked_of_engine(fake) == asked
-    [capture] = wire.captures
-    assert (capture.arm, capture.requested) == (arm, asked)
+    assert len(wire.captures) == more.get("n", 1)
+    for capture in wire.captures:
+        assert (capture.arm, capture.requested) == (arm, asked)
     assert sum(count for (name, *_), count in wire.counts.items() if "calibration" in name) == (reason is not None)
     if reason is not None:
         assert wire.calibration(arm, reason) == 1

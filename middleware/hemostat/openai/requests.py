@@ -68,7 +68,7 @@ class Uncalibrated(StrEnum):
     """The client changes logits itself (logit_bias, penalties). A profile was measured on unchanged logits, and engines
     differ in which change they apply first."""
     OWN_XARGS = "own_xargs"
-    """The client itself names a profile in `vllm_xargs.hemostat`."""
+    """The client itself names a profile in `vllm_xargs.hemostat`, or a tap in `vllm_xargs.hemostat_tap`."""
 
 
 _NEVER_CALIBRATED = frozenset(reason.value for reason in Uncalibrated)
