@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from tests.support.oracle import shift
-from tests.support.records import Truth, make_record
+from tests.support.records import Truth, condition, make_record
 from tests.support.world import V, World
 
 from hemostat.config.schema import Adapter, Calibration, Evidence
@@ -73,14 +73,20 @@ class Bench:
         bench.profiles.restoring.restore(self.store.profiles(), states, self.store.events(MAX_EVENTS))
         return bench
 
-    def record(self, truth: Truth, key: bytes, **more: Any) -> TokenRecord:
-        """With the exact effect of every evaluated profile, as reference and engine give it."""
+    def record(
+        self, truth: Truth, key: bytes, mask: np.ndarray[Any, np.dtype[np.bool_]] | None = None, **more: Any
+    ) -> TokenRecord:
+        """With the exact effect of every evaluated profile, as reference and engine give it. mask: see `make_record`;
+        then the effect is that on the allowed ids."""
+        if mask is not None:
+            compressed = condition(truth.compressed, mask)
+            truth = replace(truth, reference=condition(truth.reference, mask), compressed=compressed)
         shifts = {}
         for profile in self.profiles.evaluated_profiles():
             delta = shift(profile, truth.compressed)
             expected = (np.exp(truth.reference) * delta).sum(-1)
             shifts[profile.version] = Shift(expected, np.log((np.exp(truth.compressed + delta)).sum(-1)))
-        return replace(make_record(truth, 20, key=key), shifts=shifts, **more)
+        return replace(make_record(truth, 20, key=key, mask=mask), shifts=shifts, **more)
 
     def observe(self, record: TokenRecord) -> None:
         record = replace(record, kind=self.profiles.kinds.see(record.kind))
