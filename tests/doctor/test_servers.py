@@ -14,6 +14,7 @@ import pytest
 from tests.support.doctor import report_of
 from tests.support.fake_vllm import FakeVllm, RefusedError, render, serving
 from tests.support.fake_vllm.generation import Generation
+from tests.support.fake_vllm.pooling import FakePooling
 from tests.support.running_vllm import RunningVllm
 
 from hemostat.doctor import DoctorOptions, run
@@ -21,6 +22,7 @@ from hemostat.doctor.options import DoctorError
 from hemostat.doctor.pair import Job, encode
 from hemostat.doctor.prompts import load
 from hemostat.doctor.servers import ServerPair
+from hemostat.reference.hidden.probe import TEXT
 
 
 @pytest.fixture
@@ -75,6 +77,52 @@ def test_bounds_and_estimates(fakes: tuple[FakeVllm, FakeVllm], options: DoctorO
     error = np.std(np.array(estimated) - true) / np.sqrt(len(true))
     assert np.mean(estimated) == pytest.approx(np.mean(true), abs=4 * error)
     assert error < 0.1 * np.mean(true)
+
+
+class Copy(FakeVllm):
+    """A generating server that differs a little from a pooling one, or not at all."""
+
+    known = FakePooling(TEXT)
+
+    def logprobs(self, context: list[int], adapter: str | None = None) -> Any:
+        rng = np.random.default_rng(context[-3:])
+        found = self.known.logprobs(context[-4:])[-1] + self.noise * rng.normal(size=self.vocab_size)
+        return (found - np.log(np.exp(found).sum())).astype(np.float32).astype(np.float64)
+
+
+def test_a_pooling_server_as_the_reference_gives_narrower_bounds(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("".join(json.dumps({"prompt": TEXT[n : n + 40]}) + "\n" for n in range(0, 80, 10)))
+    checkpoint = FakePooling(TEXT).save(tmp_path / "checkpoint")
+    pooling = FakeVllm(model="original", pooling=FakePooling(TEXT))
+    compressed = Copy(model="small", noise=0.5)
+    with serving(pooling) as url, serving(Copy(model="original", noise=0.0)) as lists, serving(compressed) as small:
+        widths = {}
+        for name, reference in (("pooling", url), ("lists", lists)):
+            options = DoctorOptions(
+                reference, small, prompts=tmp_path / "p", tokens=8, top_k=20, reference_folder=checkpoint
+            )
+            pair = ServerPair(options)
+            try:
+                jobs = encode(pair, load(options.prompts, None), options)
+                scored = pair.score(jobs, 0, False)
+            finally:
+                pair.close()
+            for job, one in zip(jobs, scored, strict=True):
+                whole = [*job.prompt.tolist(), *one.output.tolist()]
+                contexts = [whole[: len(job.prompt) + t] for t in range(len(one.output))]
+                r = np.stack([Copy.known.logprobs(context[-4:])[-1] for context in contexts])
+                c = np.stack([compressed.logprobs(context) for context in contexts])
+                kl = (np.exp(r) * (r - c)).sum(1)
+                assert (one.figures["kl_rc"] <= kl + 2e-3).all()
+                assert (one.figures["kl_rc_upper"] >= kl - 2e-3).all()
+            width = [one.figures["kl_rc_upper"] - one.figures["kl_rc"] for one in scored]
+            widths[name] = float(np.concatenate(width).mean())
+        assert widths["pooling"] < 0.98 * widths["lists"]
+        with pytest.raises(DoctorError, match="is no folder on this machine") as error:
+            ServerPair(replace(options, reference=url, reference_folder=None))
+        assert "--reference-folder" in str(error.value)
+        with pytest.raises(DoctorError, match="does not generate: start vLLM there without --runner pooling"):
+            ServerPair(replace(options, reference=small, compressed=url))
 
 
 def test_report_marks_bounds_and_estimates(options: DoctorOptions, tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=positive_integer, default=20, metavar="K", help="for servers: ids requested per position (20)"
     )
     parser.add_argument(
+        "--reference-folder",
+        type=Path,
+        metavar="DIR",
+        help="for servers: the checkpoint of a REFERENCE that is a pooling server (default: where it loaded it from)",
+    )
+    parser.add_argument(
         "--layer-tokens",
         type=non_negative_integer,
         default=512,

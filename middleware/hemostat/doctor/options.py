@@ -36,6 +36,8 @@ class DoctorOptions:
     dtype: str = "auto"
     top_k: int = 20
     """vLLM servers only: log-probabilities requested per position."""
+    reference_folder: Path | None = None
+    """vLLM servers only: the reference's checkpoint, or a hub cache that has it, where that server pools."""
     layer_tokens: int = 512
     """Tokens for the layer report; 0: no layer report."""
     worst: int = 10

@@ -1,4 +1,5 @@
-"""Two vLLM servers: the compressed one generates, both score by `prompt_logprobs` (top K per position). No torch."""
+"""Two vLLM servers: the compressed one generates and scores by `prompt_logprobs` (top K per position), and so does the
+reference, or it is a pooling server, whose whole distribution follows from its hidden states. No torch."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import Ids, Job, Scored, Side
 from hemostat.doctor.prompts import Prompt
 from hemostat.reference.match import compare
+from hemostat.reference.on_server import ServerReference
 from hemostat.reference.protocol import ReferenceFailure, ReferenceInfo, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.reference.vllm import VllmReference
@@ -71,8 +73,12 @@ class ServerPair:
 
     async def _start(self) -> None:
         options = self._options
-        self._reference, reference_url, reference_name, _ = _side(options.reference, REFERENCE_KEY, options.top_k)
-        self._compressed, self._url, wanted, key = _side(options.compressed, COMPRESSED_KEY, options.top_k)
+        reference_url, reference_name = _address(options.reference)
+        self._reference = ServerReference(
+            reference_url, _key(REFERENCE_KEY), reference_name, options.top_k, folder=options.reference_folder
+        )
+        (self._url, wanted), key = _address(options.compressed), _key(COMPRESSED_KEY)
+        self._compressed = VllmReference(self._url, key, wanted, options.top_k)
         self._server = VllmServer(self._url, key, timeout=TIMEOUT_SECONDS)
         infos = [await self._reference.start(), await self._compressed.start()]
         self._name = infos[1].model
@@ -162,6 +168,7 @@ class ServerPair:
             reference=reference.top,
             compressed_emitted=compressed.emitted,
             reference_emitted=reference.emitted,
+            reference_entropy=reference.entropy,
             # If the text was not sampled from c, no weight makes the estimates unbiased.
             sampling=Sampling(temperature=1.0 if sampled else 0.0),
         )
@@ -208,6 +215,8 @@ class ServerPair:
         text = str(failure)
         if failure.reason == "refused" and "logprobs" in text:
             text += f"; start that server with --max-logprobs {self._options.top_k}, or lower --top-k"
+        if failure.reason == "head":
+            text = text.replace("reference.folder", "--reference-folder")
         if failure.reason == "unauthorized":
             text += f"; set {REFERENCE_KEY} and {COMPRESSED_KEY}"
         return DoctorError(text)
@@ -217,12 +226,10 @@ class _TokenIds(msgspec.Struct, frozen=True):
     tokens: list[int]
 
 
-def _side(model: str, variable: str, top_k: int) -> tuple[VllmReference, str, str | None, SecretStr | None]:
-    """`model` is `URL[#SERVED-NAME]`."""
+def _address(model: str) -> tuple[str, str | None]:
+    """The root and the served name of `URL[#SERVED-NAME]`."""
     url, _, name = model.partition("#")
-    url = url.rstrip("/").removesuffix("/v1")
-    key = _key(variable)
-    return VllmReference(url, key, name or None, top_k), url, name or None, key
+    return url.rstrip("/").removesuffix("/v1"), name or None
 
 
 def _key(variable: str, environment: Mapping[str, str] = os.environ) -> SecretStr | None:

@@ -22,6 +22,8 @@ MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """Of answers whose length does not depend on a request's."""
 MAX_ERROR_BYTES = 64 * 1024
 OUT_OF_VOCABULARY = 2**31 - 1
+NO_SUCH_ROUTE = {404, 405, 501}
+"""Statuses of a server without the route."""
 _REASONS = {
     400: FailureReason.REFUSED,
     401: FailureReason.UNAUTHORIZED,
@@ -127,6 +129,9 @@ class VllmServer:
         except Refused as refused:
             if found := _VOCABULARY_SIZE.search(refused.detail):
                 return int(found[1])
+            if refused.status in NO_SUCH_ROUTE:
+                text = f"{self.url} does not generate: start vLLM there without --runner pooling"
+                raise ReferenceFailure(refused.reason, text) from None
             if refused.status not in {400, 422}:
                 raise
         raise ReferenceFailure(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hemostat.models.output_embedding import floats
 from hemostat.reference.protocol import FailureReason, Offer, ReferenceFailure
-from hemostat.reference.server import Refused, VllmServer
+from hemostat.reference.server import NO_SUCH_ROUTE, Refused, VllmServer
 
 POOLING_ARGUMENTS = (
     *("--runner", "pooling", "--convert", "embed", "--pooler-config"),
@@ -26,7 +26,6 @@ STATE_BYTES = 2
 """Of one bfloat16."""
 UNIT_NORM = 0.02
 """Difference of a norm from 1, up to which all of them mean that the server normalizes."""
-NO_SUCH_ROUTE = {404, 405, 501}
 
 States = npt.NDArray[np.uint16]
 """[n, d], the bits of bfloat16."""
