@@ -2,7 +2,8 @@
 
 A logits processor does not see what is sampled from its logits, and some of vLLM's routes return neither token ids nor
 log-probabilities. `AsyncLLM.generate` yields both, for every route and both model runners. It is therefore wrapped, in
-the process that loads the logits processor's class to check parameters (vLLM does so when the API server starts). Only
+the process that loads the logits processor's class to check parameters: with model runner V2 when the API server
+starts, with V1 when the first request comes, whose answer is not recorded. Only
 a request with `hemostat_tap_top` is changed: a copy of its parameters asks for logprobs, which are recorded and removed
 before the server sees them, so that its response is the same.
 

@@ -20,7 +20,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.support import adapter_status
-from tests.support.admin_server import KINDS, VOCABULARY, Served, everything, served
+from tests.support.admin_server import GRAMMAR_REQUESTS, KINDS, VOCABULARY, Served, everything, served
 from tests.support.console_text import interval, nats, percent
 from tests.support.control import TOKEN
 from tests.support.served_models import pair, served_models
@@ -469,6 +469,20 @@ def test_where_in_a_text_the_models_diverge_and_how_thinking_ends(page: Page, on
     for arm, figures in thinking["arms"].items():
         assert f"{percent(figures['never_ended']['estimate'])} [" in shown[arm]
         assert f"ended {figures['endings']['ended']}" in shown[arm]
+
+
+@needs_chromium
+def test_figures_under_a_grammar_are_apart(page: Page, one: Served) -> None:
+    found = get(one, "status")["conditional"]
+    assert found["raw"]["requests"] == GRAMMAR_REQUESTS
+    assert 0.4 < found["exact_tokens_share"] < 0.9
+    (shown,) = rows(page, "grammar-figures")
+    kl = found["raw"]["kl_nats"]["estimate"]
+    assert shown.startswith(f"{GRAMMAR_REQUESTS} | {nats(kl)} | ")
+    assert shown.endswith(f" | {percent(found['exact_tokens_share'])}")
+    (shown,) = rows(page, "grammar-gains")
+    assert shown.startswith(f"chat grammar sampled | {GRAMMAR_REQUESTS} | {nats(kl)} ")
+    assert not any("grammar" in row for row in rows(page, "gains")), "of no other table"
 
 
 # --- what is not in a browser -----------------------------------------------------------------------------------------

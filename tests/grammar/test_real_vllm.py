@@ -119,6 +119,8 @@ def rebuilt(checkpoints: Checkpoints) -> Rebuilt:
 @pytest.fixture(scope="module")
 def client(vllm_server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=vllm_server.url, timeout=300) as client:
+        # vLLM loads the plugin into the API server's process with its first request, whose answer is not handed out.
+        client.post(COMPLETIONS, json={"model": vllm_server.model, "prompt": "Hi", "max_tokens": 1}).raise_for_status()
         yield client
 
 

@@ -34,6 +34,8 @@ CHAT = "/v1/chat/completions"
 LABEL = "sea"
 HEALTHY, COMPARED, DEGRADED = 50, 20, 24
 """Requests: while all is well, with a profile on half of them, after the swap so many at a time."""
+RESTRICTED = 16
+"""Requests under a grammar, with a profile on half of them."""
 TOKENS = 32
 BUDGET = 0.45
 """Nats: above what four bits cost this model, below what half of its weights cost it."""
@@ -141,6 +143,7 @@ def run(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> I
                 asked = {"type": "json_schema", "json_schema": {"name": "sea", "schema": {"enum": ["deep", "wide"]}}}
                 one.send(2, response_format=asked)
                 one.promote(json.loads((checkpoints.compressed / "config.json").read_text())["vocab_size"])
+                one.send(RESTRICTED, response_format=asked)
                 one.send(COMPARED)
                 one.stack.wait_settled(HEALTHY + COMPARED, 600)
                 scored = one.stack.requests()["scored"]

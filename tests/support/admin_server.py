@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import httpx
 import msgspec
+import numpy as np
 import uvicorn
 from tests.support.captures import INFO
 from tests.support.control import TOKEN, connect_relay, control, scored, settings
@@ -27,6 +28,7 @@ from hemostat.control.composition import Control
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, OutcomeReport, SampledCount, Stats
 from hemostat.reference.monitor import ReferenceState
 from hemostat.shadow.endings import Outcome
+from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.reasoning import Thinking
 from hemostat_calibration.records import Arm, Sampling, TokenRecord
@@ -39,6 +41,7 @@ KINDS = ("chat text sampled", "completions text sampled", "chat json sampled")
 WARM_UP = 6
 """Requests before a profile serves the kinds that were met by then: the first two."""
 SAMPLINGS = (Sampling(temperature=1.0), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9))
+GRAMMAR_REQUESTS = 8
 ALARM_FROM = 80
 """Request with which the first route's model changes."""
 T = TypeVar("T")
@@ -221,11 +224,24 @@ async def everything(one: Control, folder: Path) -> asyncio.StreamWriter:
             status = msgspec.structs.replace(status, proxy=proxy, shadow=shadow)
             one.history.add(time.monotonic() + 10 * at, time.time() + 10 * at, status)
     one.pipeline.coverage.relayed(SampledCount("chat structured", "skipped", "structured_output", 12.0, 5.0, 700))
+    for n in range(GRAMMAR_REQUESTS):
+        restricted = under_grammar(n)
+        gains = RecordGains(restricted)
+        one.measurements.conditional.observe(restricted, None, None, held_out=False, gains=gains, fresh=True)
     for kind, harmful in zip(KINDS[:2], (False, True), strict=True):
         for report in outcome_reports(kind, serving, harmful):
             one.outcomes.receive(report)
         one.outcomes.check()
     return writer
+
+
+def under_grammar(n: int) -> TokenRecord:
+    """The n-th request that a grammar restricts: at every other position to so few ids that all of them are listed."""
+    truth = WORLD.truth(n)
+    mask = np.random.default_rng(n).random(truth.compressed.shape) < 0.7
+    mask[::2, 12:] = False
+    mask[np.arange(len(mask)), truth.emitted] = True
+    return replace(make_record(truth, 20, mask=mask), kind="chat grammar sampled", conversation=b"grammar %d" % n)
 
 
 def thinking(n: int) -> Thinking | None:

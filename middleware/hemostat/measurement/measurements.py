@@ -359,3 +359,6 @@ class Measurements:
             mass = self._raw.mean(name)
             if mass is not None:
                 yield Sample(names.COVERED_MASS_RATIO, (model,), mass)
+        recovered = self._raw.mean("recovered_share")
+        if recovered is not None:
+            yield Sample(names.RECOVERED_DISTRIBUTION_RATIO, (), recovered)

@@ -226,6 +226,14 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             ("model",),
         ),
         Metric(
+            names.RECOVERED_DISTRIBUTION_RATIO,
+            "gauge",
+            "ratio",
+            "Share of the tokens at which the compressed model's whole distribution was recovered from its logits at "
+            "the anchors, so that figures are exact.",
+            (),
+        ),
+        Metric(
             names.SURVIVAL_HALF_LIFE_TOKENS,
             "gauge",
             "tokens",

@@ -299,19 +299,24 @@ function actionOn(k) {
     "No profile (identity) serves this kind until one is promoted in it; the other kinds keep theirs.", "api/v1/profiles/rollback", { kind: k.kind }) : "";
 }
 
+/** A table of the divergence of kinds, and of the gain there. */
+function gains(id, caption, kinds, empty) {
+  table(id, caption, ["kind", "requests", "KL ≥ [95 %]", "profile", "held out", "gain by request [95 %]", "finite-sample", "gain by token [95 %]", "finite-sample",
+    "recovered"], kinds.map((k) => {
+    const kl = k.raw.kl_nats, gain = k.gain_nats, measured = gain && gain.requests > 0;
+    const both = (figure) => measured ? [`${nats(figure.estimate)} ${range(figure.ci95)}`, gain.total_variation ? NONE : certain(figure.ci95_finite)] : [NONE, NONE];
+    return [k.kind, whole(k.requests), `${nats(kl.estimate)} ${range(kl.ci95)}`, k.profile ? brief(k.profile) : NONE, measured ? whole(gain.requests) : NONE,
+      ...both(gain && gain.by_request), ...both(gain), k.recovered ? percent(k.recovered.estimate) : NONE];
+  }), empty);
+}
+
 function kinds(s, p) {
   const c = s.calibration, outcomes = new Map(s.outcomes.kinds.map((o) => [o.kind, o]));
   say("kinds-sub", `${plural(c.kinds.filter((k) => k.kind !== "rest").length, "kind")} followed, all others are “rest”. One client contributes at most `
     + `${percent(c.client_share.limit, 0)} of a test's conversations; this limit is inactive below ${c.client_share.needs_clients} clients.`);
   table("kinds", "Kinds of traffic", ["kind", "part of the traffic", "served by", "evidence", "outcomes", "limit of a client's share", "action"],
     c.kinds.map((k) => [k.kind, percent(k.share), served(k, p), k.summary, harm(outcomes.get(k.kind)), k.client_share, actionOn(k)]));
-  table("gains", "KL divergence, and the gain in KL of the profile that serves or would serve, by kind", ["kind", "requests", "KL ≥ [95 %]", "profile", "held out",
-    "gain by request [95 %]", "finite-sample", "gain by token [95 %]", "finite-sample", "recovered"], s.kinds.map((k) => {
-    const kl = k.raw.kl_nats, gain = k.gain_nats, measured = gain && gain.requests > 0;
-    const both = (figure) => measured ? [`${nats(figure.estimate)} ${range(figure.ci95)}`, gain.total_variation ? NONE : certain(figure.ci95_finite)] : [NONE, NONE];
-    return [k.kind, whole(k.requests), `${nats(kl.estimate)} ${range(kl.ci95)}`, k.profile ? brief(k.profile) : NONE, measured ? whole(gain.requests) : NONE,
-      ...both(gain && gain.by_request), ...both(gain), k.recovered ? percent(k.recovered.estimate) : NONE];
-  }), "no request scored yet");
+  gains("gains", "KL divergence, and the gain in KL of the profile that serves or would serve, by kind", s.kinds, "no request scored yet");
   table("outcomes", "Outcomes of answers, treated minus control, by kind", ["kind", "outcome", "profile", "control", "treated", "difference", "95 %", "evidence of harm"],
     s.outcomes.kinds.flatMap((o) => o.outcomes.map((r) => {
       const show = r.outcome === "length" ? (x) => fixed(x, 1) : percent;
@@ -528,6 +533,7 @@ function show(s, p) {
   divergence(s);
   places(s);
   inTexts(s);
+  underGrammars(s);
   servedModels(s);
   kinds(s, p);
   calibration(s);

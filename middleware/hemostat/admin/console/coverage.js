@@ -1,4 +1,4 @@
-// The parts of the page about coverage, positions and thinking; it uses the functions of console.js.
+// The parts of the page about coverage, positions, thinking and grammars; it uses the functions of console.js.
 "use strict";
 
 /** Which part of what sampled requests generated is scored, by kind, and why the rest is not. */
@@ -27,6 +27,15 @@ function inTexts(s) {
   if (known(less.never_ended.estimate)) arms.push(row("treated minus control", "", less.tokens, NONE, less.never_ended, ""));
   table("thinking", "Thinking, by arm", ["arm", "requests that think", "tokens of thinking, mean [95 %]", "finite-sample", "never ended [95 %]", "how it ended, all requests"],
     arms, "no reasoning model, or its markers are not known (hemostat check says what was found)");
+}
+
+/** Requests whose tokens a grammar restricts: conditional on the allowed ids, and in no other table. */
+function underGrammars(s) {
+  const c = s.conditional, any = c.raw.requests > 0;
+  $("grammar-room").hidden = !any && c.exact_tokens_share === null;
+  table("grammar-figures", "Under a grammar, conditional on the allowed ids", [...HEADER, "tokens where the KL is exact"],
+    any ? [[...figures(c.raw, scale([c.raw])), percent(c.exact_tokens_share)]] : []);
+  gains("grammar-gains", "Under a grammar, by kind: KL divergence and gain in KL on the allowed ids", c.kinds, "no whole request scored yet");
 }
 
 const certainLength = (ends) => ends ? range(ends, (x) => fixed(x, 1)) : "not enough requests";
