@@ -161,10 +161,16 @@ def relay_config(settings: Settings, worker: int, port: int, control_socket: Pat
         "host": settings.listen.host,
         "port": port,
         "reuse_port": True,
-        "upstream_url": upstream.url,
-        "upstream_api_key": upstream.api_key.get_secret_value() if upstream.api_key else None,
-        "upstream_ca": str(upstream.ca) if upstream.ca else None,
-        "upstream_max_connections": upstream.max_connections,
+        "upstream": {
+            "urls": list(upstream.addresses),
+            "api_key": upstream.api_key.get_secret_value() if upstream.api_key else None,
+            "ca": str(upstream.ca) if upstream.ca else None,
+            "max_connections": upstream.max_connections,
+            "queue_seconds": upstream.queue_seconds,
+            "health_seconds": upstream.health_seconds,
+            "resolve_seconds": upstream.resolve_seconds,
+            "affinity": upstream.affinity,
+        },
         "allow_adapter_routes": upstream.allow_adapter_routes,
         "control_socket": str(control_socket),
         "shutdown_seconds": settings.shutdown_seconds,
@@ -217,7 +223,8 @@ async def _run(settings: Settings, announce: Callable[[str], None]) -> int:
                 return 0
             await starting
         admin_port = control.listening["admin_port"]
-        announce(f"hemostat: data port http://{_url_host(settings.listen.host)}:{port} -> {settings.upstream.url}")
+        engines = ", ".join(settings.upstream.addresses)
+        announce(f"hemostat: data port http://{_url_host(settings.listen.host)}:{port} -> {engines}")
         announce(f"hemostat: admin port http://{_url_host(settings.admin.host)}:{admin_port} (console, /metrics)")
         keepers = [asyncio.create_task(child.keep_running()) for child in (control, *relays)]
         await stop.wait()

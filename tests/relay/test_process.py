@@ -77,8 +77,7 @@ async def running(script: Script, control_socket: Path, open_files: int | None =
             "port": 0,
             "reuse_port": True,
             "fd": None,
-            "upstream_url": f"http://127.0.0.1:{upstream.port}",
-            "upstream_api_key": None,
+            "upstream": {"urls": [f"http://127.0.0.1:{upstream.port}"]},
             "control_socket": str(control_socket),
             "shutdown_seconds": 5.0,
             "limits": {"head_bytes": 65536},
@@ -174,7 +173,7 @@ async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
 
 
 async def test_a_relay_that_cannot_start_exits_with_1() -> None:
-    config = {"worker": 0, "host": "127.0.0.1", "port": 0, "upstream_url": "nonsense", "control_socket": "x"}
+    config = {"worker": 0, "host": "127.0.0.1", "port": 0, "upstream": {"urls": ["nonsense"]}, "control_socket": "x"}
     process = await start(config)
     assert await asyncio.wait_for(process.wait(), HANG_SECONDS) == 1
     assert process.stdout is not None

@@ -374,7 +374,7 @@ async def test_websocket_upgrade_is_tunnelled() -> None:
         client.writer.write_eof()
         assert await client.rest() == b"bye"
         await until(lambda: upstream.closed == 1 and not relay.clients)
-        assert relay.pool.size == 0
+        assert relay.upstreams.engines[0].pool.size == 0
 
 
 @pytest.mark.parametrize("sent", [b"Upgrade: h2c\r\nConnection: Upgrade", b"Upgrade: websocket"])
@@ -405,7 +405,7 @@ async def test_pool_is_bounded_and_clients_wait_in_order() -> None:
         for client in clients:
             assert (await client.response()).status == 200
         assert upstream.connections == 2
-        assert relay.pool.waiting == 0
+        assert relay.upstreams.engines[0].pool.waiting == 0
     assert order == sorted(order)
 
 

@@ -14,9 +14,9 @@ from tests.support.relay import Request, answering, relaying
 
 from hemostat.relay.http.errors import BadRequest, BadResponse, error_body
 from hemostat.relay.http.framing import CHUNKED, ChunkedReader, chunk
-from hemostat.relay.http.origin import parse_origin
 from hemostat.relay.http.request import parse_request
 from hemostat.relay.http.response import parse_response
+from hemostat.relay.upstreams.origin import parse_origin
 
 START = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
 SMUGGLED = b"GET /admin HTTP/1.1\r\nHost: a\r\n\r\n"

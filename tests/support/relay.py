@@ -15,6 +15,7 @@ from typing import Any
 import h11
 from tests.support.waiting import HANG_SECONDS
 
+from hemostat.relay.upstreams.settings import UpstreamSettings
 from hemostat.relay.worker import Relay
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -110,8 +111,8 @@ class Upstream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
-    async def start(self, context: ssl.SSLContext | None = None) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=context)
+    async def start(self, context: ssl.SSLContext | None = None, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=context)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -211,12 +212,16 @@ class Client:
 async def relaying(
     script: Script, *, context: ssl.SSLContext | None = None, **options: Any
 ) -> AsyncIterator[tuple[Relay, Upstream, Callable[[], Awaitable[Client]]]]:
-    """A relay before a scripted upstream, and a function that connects to it."""
+    """A relay before a scripted upstream, and a function that connects to it. options: of `UpstreamSettings` with the
+    prefix upstream_, and of `Relay`."""
     upstream = Upstream(script)
     await upstream.start(context)
     scheme = "https" if context else "http"
     host = "localhost" if context else "127.0.0.1"
-    relay = Relay(f"{scheme}://{host}:{upstream.port}", **options)
+    settings = {
+        name.removeprefix("upstream_"): options.pop(name) for name in [*options] if name.startswith("upstream_")
+    }
+    relay = Relay(UpstreamSettings((f"{scheme}://{host}:{upstream.port}",), **settings), **options)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     await relay.serve(sock)

@@ -42,7 +42,7 @@ async def check(settings: Settings) -> list[Finding]:
     if settings.calibration.mode != "off":
         findings.append(_evidence(settings))
     upstream = settings.upstream
-    server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
+    server = VllmServer(upstream.servers[0], upstream.api_key, ca=upstream.ca)
     references = make_references(settings)
     try:
         findings += await _upstream(server, settings)

@@ -44,6 +44,11 @@ def _server_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _engines_url(value: str) -> str:
+    scheme = "dns+" if value.startswith("dns+") else ""
+    return scheme + _server_url(value.removeprefix(scheme))
+
+
 def _host(value: str) -> str:
     if not _HOST.fullmatch(value):
         raise ValueError(f"{short_repr(value)} is not a host name or address")
@@ -93,6 +98,7 @@ def _yaml_off(value: object) -> object:
     return "off" if value is False else value
 
 
+EnginesUrl = Annotated[str, AfterValidator(_engines_url)]
 ServerUrl = Annotated[str, AfterValidator(_server_url)]
 Host = Annotated[str, AfterValidator(_host)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]

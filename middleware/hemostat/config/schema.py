@@ -24,6 +24,7 @@ from pydantic import (
 from hemostat.config.fields import (
     Backend,
     Device,
+    EnginesUrl,
     ExistingFile,
     ExistingFolder,
     Fraction,
@@ -44,6 +45,7 @@ from hemostat.config.store_url import MISSING_EXTRA, SERVER_SCHEMES, check_serve
 from hemostat.config.text import short_repr
 
 MAX_LABELS = 32
+MAX_ENGINES = 64
 REMOVED = {
     "shadow.seed": "removed: which requests are sampled is drawn at random, so that no client can choose it; delete it",
     "alarm.baseline_tokens": "removed: a baseline counts requests of a kind now; use alarm.baseline_requests (150)",
@@ -87,11 +89,22 @@ class Admin(Section):
 class Upstream(Section):
     """The vLLM server that runs the compressed model."""
 
-    url: ServerUrl
+    url: EnginesUrl | None = None
+    """http(s)://host:port, or dns+http(s)://name:port: an engine at each address of the name."""
+    urls: list[ServerUrl] = Field(default=[], max_length=MAX_ENGINES)
+    """In place of `url`: several engines that serve the same models, http or https all of them."""
     api_key: Secret | None = None
     """Sent where the client sends no Authorization of its own, and by Hemostat's own probes."""
     max_connections: int = Field(default=512, ge=1, le=65536)
-    """Of each relay process."""
+    """Of each relay process, to each engine."""
+    queue_seconds: float = Field(default=60.0, gt=0, le=3600)
+    """How long a request waits for a connection, before it is answered with 503."""
+    health_seconds: float = Field(default=2.0, ge=0, le=300)
+    """Pause between two requests for each engine's /health, where there are several; 0: none are sent."""
+    resolve_seconds: float = Field(default=5.0, ge=1, le=3600)
+    """Pause between two look-ups of a name (dns+http)."""
+    affinity: bool = True
+    """Requests of one conversation go to one engine, whose prefix cache has its beginning."""
     ca: ExistingFile | None = None
     """PEM file of the authority that signed the upstream's certificate."""
     openai_sampling_defaults: bool = False
@@ -101,6 +114,26 @@ class Upstream(Section):
     allow_adapter_routes: bool = False
     """Relay requests that load and unload LoRA adapters at the server (/v1/load_lora_adapter, /v1/unload_lora_adapter,
     /adapters); otherwise they are answered with 403. Adapters that Hemostat serves need these routes to exist."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of the engines, as configured."""
+        return (self.url,) if self.url is not None else tuple(self.urls)
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The same for requests of Hemostat's own; a name that stands for several engines reaches any of them."""
+        return tuple(address.removeprefix("dns+") for address in self.addresses)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Upstream:
+        if (self.url is None) == (not self.urls):
+            raise ValueError("url or urls: give exactly one of them, like url: http://127.0.0.1:8000")
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError("urls: an address is listed twice")
+        if len({url.partition(":")[0] for url in self.urls}) > 1:
+            raise ValueError("urls: http and https do not go together; use one of them for all")
+        return self
 
 
 class ModelReference(Section):
@@ -391,7 +424,7 @@ class Tracing(Section):
 
 
 class Settings(Section):
-    """The configuration of `hemostat serve`; only `upstream.url` has no default."""
+    """The configuration of `hemostat serve`; only `upstream.url` (or `urls`) has no default."""
 
     listen: Listen = Listen()
     admin: Admin = Admin()

@@ -89,6 +89,8 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     from_tap: bool = False
     """The response has no token ids: the tokens of all choices are what the engine's plugin reported under `nonce`.
     Only the first choice's capture is sent."""
+    engine: str = ""
+    """That answered (`EngineHealth.engine`)."""
     generated: int = -1
     """Tokens of all choices together, by the response's usage; -1: it does not say."""
     grammar: GrammarSpec | None = None
@@ -136,6 +138,22 @@ class SampledCounts(msgspec.Struct, tag="sampled", frozen=True):
     counts: list[SampledCount]
 
 
+class EngineHealth(msgspec.Struct, frozen=True, array_like=True):
+    """What one relay knows of one engine now, and what it has counted there since its start."""
+
+    engine: str
+    """Its address, host:port."""
+    state: str
+    """up | ejected"""
+    drained: bool
+    outstanding: int
+    """Requests in progress, those that wait for a connection included."""
+    requests: int
+    resent: int
+    """Of them, those that were sent again, to another engine or to this one."""
+    ejections: int
+
+
 class Stats(msgspec.Struct, tag="stats", frozen=True):
     """Cumulative figures of one relay process since it started.
 
@@ -147,6 +165,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
     overhead_buckets: list[int]
     overhead_sum: float
     ready: bool
+    engines: list[EngineHealth] = []
 
 
 class Policy(msgspec.Struct, tag="policy", frozen=True):
@@ -214,6 +233,8 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """The same where the grammar is made of tools."""
     free_calls: str = "strict"
     """Which tool calls that the model is free to make vLLM restricts; see `grammar_spec.read_grammar`."""
+    drained: frozenset[str] = frozenset()
+    """Engines (`EngineHealth.engine`) that get no new requests."""
     openai_sampling_defaults: bool = False
     """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty is OpenAI's default."""
 

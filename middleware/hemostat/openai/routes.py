@@ -70,6 +70,10 @@ FORMS = {route.path: route.form for route in ROUTES if route.form is not None}
 LABELS = {route.path.encode(): route.path for route in ROUTES if route.labelled}
 """A request's path, as bytes -> its label in metrics; use OTHER for every other path."""
 
+REPEATABLE = frozenset(LABELS.values()) - {RESPONSES}
+"""Labels of the routes whose requests may be sent again, POST too: vLLM computes an answer and keeps nothing. Of
+`/v1/responses` it may keep the response."""
+
 SUPPORT = {route.path.encode(): route.support for route in ROUTES}
 """A request's path, as bytes -> what Hemostat does with it."""
 

@@ -55,4 +55,4 @@ def make_compressed_scorer(settings: Settings) -> Reference | None:
     from hemostat.reference.vllm import VllmReference  # noqa: PLC0415
 
     upstream = settings.upstream
-    return VllmReference(upstream.url, upstream.api_key, top_k=settings.shadow.top_k, ca=upstream.ca)
+    return VllmReference(upstream.servers[0], upstream.api_key, top_k=settings.shadow.top_k, ca=upstream.ca)

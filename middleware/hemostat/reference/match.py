@@ -55,7 +55,7 @@ async def compare(upstream: Upstream, reference: Reference, model: str | None = 
         if failure.reason is not FailureReason.NO_CHAT_TEMPLATE:
             raise
         chat = None
-    server = VllmServer(upstream.url, upstream.api_key, ca=upstream.ca)
+    server = VllmServer(upstream.servers[0], upstream.api_key, ca=upstream.ca)
     try:
         name = (await server.model(model)).id
         size = await server.vocab_size(name)

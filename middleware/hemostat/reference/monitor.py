@@ -89,7 +89,7 @@ class ReferenceMonitor:
         """Until cancelled."""
         if self._references is None:
             return
-        server = VllmServer(self._upstream.url, self._upstream.api_key, ca=self._upstream.ca)
+        server = VllmServer(self._upstream.servers[0], self._upstream.api_key, ca=self._upstream.ca)
         try:
             while True:
                 await self._match(self._references, server)

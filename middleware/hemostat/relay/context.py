@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 from hemostat.hooks import Hook
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.relay.counters import Counters
-from hemostat.relay.http.origin import Origin
 from hemostat.relay.limits import Limits
-from hemostat.relay.pool import Pool
 from hemostat.relay.request_budget import RequestBudget
+from hemostat.relay.upstreams.group import Upstreams
 
 if TYPE_CHECKING:
     from hemostat.tracing import Tracing  # an extra; imported only where it is used
@@ -24,8 +23,7 @@ class RelayContext:
     """Composed by the relay; its connections and exchanges read it."""
 
     loop: asyncio.AbstractEventLoop
-    origin: Origin
-    pool: Pool
+    upstreams: Upstreams
     limits: Limits
     budget: RequestBudget
     counters: Counters

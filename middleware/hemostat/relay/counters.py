@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from hemostat.ipc.messages import OVERHEAD_BUCKETS, Stats
+from hemostat.ipc.messages import OVERHEAD_BUCKETS, EngineHealth, Stats
 from hemostat.metrics import names
 from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat.openai import routes
@@ -64,11 +64,15 @@ class Counters:
         self.overhead[bisect_left(OVERHEAD_BUCKETS, seconds)] += 1
         self.overhead_sum += seconds
 
-    def stats(self, *, ready: bool) -> Stats:
+    def stats(self, *, ready: bool, engines: list[EngineHealth] = []) -> Stats:  # noqa: B006  never changed
         counters = {name: dict(series) for name, series in self.other.items()}
         counters[names.REQUESTS] = {labels: float(count) for labels, count in self.requests.items()}
         return Stats(
-            counters=counters, overhead_buckets=list(self.overhead), overhead_sum=self.overhead_sum, ready=ready
+            counters=counters,
+            overhead_buckets=list(self.overhead),
+            overhead_sum=self.overhead_sum,
+            ready=ready,
+            engines=engines,
         )
 
 

@@ -31,13 +31,13 @@ from hemostat.relay.fail_open import FailOpenHook
 from hemostat.relay.generation import GenerationReport
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
 from hemostat.relay.http.framing import LAST_CHUNK, chunk, set_length
-from hemostat.relay.http.request import CONTINUE, SAFE_METHODS, RequestHead
+from hemostat.relay.http.request import CONTINUE, RequestHead
 from hemostat.relay.http.response import ResponseHead
 from hemostat.relay.outcomes import OutcomeObserver
-from hemostat.relay.outgoing_request import OutgoingRequest
+from hemostat.relay.outgoing_request import FAILED_STATUSES, RESENT_STATUSES, OutgoingRequest
 from hemostat.relay.response_framing import BodyMode, frame_response
 from hemostat.relay.tunnel import Tunnel
-from hemostat.relay.upstream import UpstreamConnection
+from hemostat.relay.upstreams.connection import UpstreamConnection
 
 MAX_READ_AHEAD_BYTES = 64 * 1024
 """Bytes taken from a client beyond the request in progress, or while that waits for an upstream connection."""
@@ -254,6 +254,9 @@ class Exchange:
     def _send(self, body: bytes, started: float) -> None:
         """Send the request upstream, as the hook wants it: whole, or as much as is here of a long one."""
         hook, outgoing = self._hook, self.outgoing
+        if not outgoing.choose_engine(body, self._route):
+            self.response_failed("the name in upstream.url has no address yet")
+            return
         verdict = None
         if hook is not None:
             readable = self.request_complete and len(body) <= hook.body_limit and not self._context.budget.scarce
@@ -277,7 +280,7 @@ class Exchange:
                 self._overloaded("too many requests with long bodies at a time")
                 return
             self._uploading = True
-        connection = context.pool.acquire(self)
+        connection = self.outgoing.engine.pool.acquire(self)
         if connection is None:
             self._enter(QUEUED)
             self.outgoing.hold(payload)
@@ -330,21 +333,51 @@ class Exchange:
             self._client.resume_reading()
 
     def connection_failed(self, error: OSError) -> None:
-        self.response_failed(f"the upstream cannot be reached ({error.strerror or type(error).__name__})")
+        """Nothing has been sent, so that every request can go to another engine."""
+        self.outgoing.engine_failed()
+        if self.outgoing.redirect():
+            self._acquire()
+        else:
+            self.response_failed(f"the upstream cannot be reached ({error.strerror or type(error).__name__})")
+
+    def wait_expired(self) -> None:
+        self._overloaded("all connections to the upstream are in use")
+
+    def _acquire(self) -> None:
+        """QUEUED: send what is held, now or when there is a connection."""
+        connection = self.outgoing.engine.pool.acquire(self)
+        if connection is not None:
+            self.connection_ready(connection)
 
     # From the upstream's connection.
 
     def retry(self) -> bool:
-        """Send the request once more on a new connection, if that has no side effect: the method is safe, and the whole
-        request is still here."""
-        payload = self.outgoing.repeat() if self._request.method in SAFE_METHODS else None
-        if payload is None:
+        """A connection that had been idle was closed, most likely for that: the engine itself has not failed."""
+        outgoing = self.outgoing
+        if not outgoing.repeatable(self._route):
             return False
+        outgoing.engine.pool.close_idle()  # they are as old
+        self._send_again()
+        return True
+
+    def _send_again(self) -> None:
+        self.outgoing.repeat()
         self.upstream = None
         self._enter(QUEUED)
-        self.outgoing.hold(payload)
         self._overhead = -perf_counter()
-        self._context.pool.retry(self)
+        self._acquire()
+
+    def _answered_elsewhere(self, status: int) -> bool:
+        """Note a status that tells that the engine failed. True: the request has been sent to another one."""
+        outgoing = self.outgoing
+        if status not in FAILED_STATUSES:
+            return False
+        outgoing.engine_failed()
+        if status not in RESENT_STATUSES or not (outgoing.repeatable(self._route) and outgoing.redirect()):
+            return False
+        assert self.upstream is not None
+        self.upstream.abort()
+        self._send_again()
         return True
 
     def pause_request(self) -> None:
@@ -370,6 +403,10 @@ class Exchange:
         return tunnel
 
     def response_started(self, head: ResponseHead, received: float) -> bool:
+        if head.status < 500:
+            self.outgoing.engine_answered()
+        elif self._answered_elsewhere(head.status):
+            return False
         self._enter(HEAD_HELD)
         request, hook = self._request, self._hook
         http11 = request.minor == 1
@@ -470,6 +507,7 @@ class Exchange:
 
     def response_failed(self, reason: str) -> None:
         """Answer with 502, or close the client's connection where the response's head has been sent already."""
+        self.outgoing.engine_failed()
         self.upstream = None
         if self.state is not STREAMING:
             self._respond(502, error_body(502, reason, "upstream_failed"), counters.UPSTREAM_FAILED)
@@ -553,7 +591,7 @@ class Exchange:
     def _leave_upstream(self) -> None:
         """Stop waiting for a connection, or close the one whose response is no longer wanted."""
         if self.state is QUEUED:
-            self._context.pool.cancel(self)
+            self.outgoing.engine.pool.cancel(self)
         upstream, self.upstream = self.upstream, None
         if upstream is not None:
             upstream.abort()

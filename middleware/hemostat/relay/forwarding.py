@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from hemostat.relay.http.origin import Origin
 from hemostat.relay.http.request import RequestHead
+from hemostat.relay.upstreams.origin import Origin
 
 _random = random.Random()  # noqa: S311  identifiers, not secrets
 
@@ -55,3 +55,11 @@ def upstream_head(request: RequestHead, origin: Origin, authorization: bytes | N
         lines.append(b"Connection: Upgrade")
         lines.append(b"Upgrade: websocket")
     return b"%b %b HTTP/1.1\r\n%b\r\n\r\n" % (request.method, request.target, b"\r\n".join(lines))
+
+
+def redirected(payload: bytes, old: Origin, new: Origin) -> bytes:
+    """A request that was written for one engine, as it goes to another one of the same scheme. See `upstream_head` for
+    why only TLS changes it."""
+    if not new.tls:
+        return payload
+    return payload.replace(b"\r\nHost: %b\r\n" % old.authority, b"\r\nHost: %b\r\n" % new.authority, 1)

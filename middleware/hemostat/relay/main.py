@@ -1,8 +1,9 @@
 """A relay process: `python -m hemostat.relay.main`, its configuration as JSON on standard input.
 
     {"worker": 0, "host": "127.0.0.1", "port": 8000, "reuse_port": true, "fd": null,
-     "upstream_url": "http://127.0.0.1:8001", "upstream_api_key": null, "upstream_ca": null,
-     "upstream_max_connections": 512, "allow_adapter_routes": false, "control_socket": "/run/…/control.sock",
+     "upstream": {"urls": ["http://127.0.0.1:8001"], "api_key": null, "ca": null, "max_connections": 512,
+                  "queue_seconds": 60.0, "health_seconds": 2.0, "resolve_seconds": 5.0, "affinity": true},
+     "allow_adapter_routes": false, "control_socket": "/run/…/control.sock",
      "shutdown_seconds": 30.0, "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456},
      "log_level": "info", "log_format": "text", "log_requests": false,
      "tracing": {"endpoint": "http://collector:4318", "ratio": 0.01}}
@@ -23,7 +24,6 @@ import resource
 import signal
 import socket
 import sys
-from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -34,6 +34,7 @@ from hemostat.ipc.process import die_with_parent, make_tracing
 from hemostat.ipc.relay_end import ControlLink
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits, share_descriptors
+from hemostat.relay.upstreams.settings import UpstreamSettings
 from hemostat.relay.worker import Relay
 from hemostat.shadow.interceptor import Interceptor
 
@@ -53,24 +54,26 @@ def listening_socket(config: dict[str, Any]) -> socket.socket:
     return sock
 
 
-def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, int]:
-    """The clients' limits and the most upstream connections, as far as this process may open files."""
+def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, UpstreamSettings]:
+    """The clients' limits and the engines with their connections, as far as this process may open files."""
     limits = Limits(**config.get("limits", {}))
-    upstream = config.get("upstream_max_connections", 512)
+    upstream = UpstreamSettings.from_json(config["upstream"])
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         return limits, upstream
-    clients, shared = share_descriptors(descriptors, limits.connections, upstream)
-    if (clients, shared) != (limits.connections, upstream):
+    engines = len(upstream.urls)
+    clients, shared = share_descriptors(descriptors, limits.connections, upstream.max_connections * engines)
+    connections = max(shared // engines, 1)
+    if (clients, connections) != (limits.connections, upstream.max_connections):
         log.warning(
-            "relay %d: at most %d connections of clients and %d to the upstream, because it may open %d files only; "
+            "relay %d: at most %d connections of clients and %d to each engine, because it may open %d files only; "
             "raise the limit (ulimit -n)",
             config["worker"],
             clients,
-            shared,
+            connections,
             descriptors,
         )
-    return dataclasses.replace(limits, connections=clients), shared
+    return dataclasses.replace(limits, connections=clients), dataclasses.replace(upstream, max_connections=connections)
 
 
 async def run(config: dict[str, Any]) -> None:
@@ -83,15 +86,11 @@ async def run(config: dict[str, Any]) -> None:
     def report_outcome(report: OutcomeReport) -> bool:
         return link.report_outcome(report)
 
-    limits, max_connections = _within_descriptors(config)
-    ca = config.get("upstream_ca")
+    limits, upstream = _within_descriptors(config)
     relay = Relay(
-        config["upstream_url"],
+        upstream,
         limits=limits,
         counters=Counters(),
-        upstream_api_key=config.get("upstream_api_key"),
-        upstream_ca=Path(ca) if ca else None,
-        upstream_max_connections=max_connections,
         tracing=make_tracing(config.get("tracing")),
         log_requests=config.get("log_requests", False),
         report_outcome=report_outcome,
@@ -107,11 +106,10 @@ async def run(config: dict[str, Any]) -> None:
         if interceptor is None:
             interceptor = Interceptor(policy, link.emit, relay.counters.add, sampled=link.sampled.add)
         interceptor.policy = policy
+        relay.upstreams.set_drained(policy.drained)
         relay.hook = interceptor
 
-    link = ControlLink(
-        config["control_socket"], config["worker"], on_policy, lambda: relay.counters.stats(ready=relay.ready)
-    )
+    link = ControlLink(config["control_socket"], config["worker"], on_policy, relay.stats)
     sock = listening_socket(config)
     await relay.serve(sock)
     linking = loop.create_task(link.run())

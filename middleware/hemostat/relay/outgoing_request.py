@@ -1,12 +1,28 @@
-"""One request on its way upstream: its head, what has been read of it and not been sent, and what is kept of it."""
+"""One request on its way upstream: which engine it goes to, what has been read of it and not been sent, what is kept.
+
+A request is sent again, to another engine, where an engine cannot be reached (nothing has been sent yet, so that this
+is safe for every request), and where one answers 502 or 503 and a second time has no other effect than a second
+computation (`repeatable`); at most MAX_RESENDS times, and never after a byte of a response has gone to the client.
+"""
 
 from __future__ import annotations
 
+from typing import cast
+
 from hemostat.hooks import Rewrite
+from hemostat.openai import routes
+from hemostat.openai.conversation_key import conversation_key
 from hemostat.relay.context import RelayContext
-from hemostat.relay.forwarding import upstream_head
+from hemostat.relay.forwarding import redirected, upstream_head
 from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
-from hemostat.relay.http.request import RequestHead
+from hemostat.relay.http.request import SAFE_METHODS, RequestHead
+from hemostat.relay.upstreams.engine import Engine
+from hemostat.relay.upstreams.origin import Origin
+
+MAX_RESENDS = 3
+FAILED_STATUSES = frozenset({502, 503, 504})
+"""Of a router before the engine, or of an engine that can answer nothing now. A 500 may be the request's own fault."""
+RESENT_STATUSES = frozenset({502, 503})
 
 
 class OutgoingRequest:
@@ -15,11 +31,30 @@ class OutgoingRequest:
     All of them count in the relay's budget until `forget`.
     """
 
-    __slots__ = ("_budget", "_context", "_counted", "_original", "_unsent", "_whole", "head")
+    __slots__ = (
+        "_budget",
+        "_context",
+        "_counted",
+        "_original",
+        "_resends",
+        "_tried",
+        "_unsent",
+        "_whole",
+        "_written_for",
+        "engine",
+        "head",
+    )
 
     def __init__(self, context: RelayContext, head: RequestHead) -> None:
         self.head = head
+        self.engine: Engine = cast("Engine", None)
+        """That it goes to; chosen before anything is encoded."""
         self._context = context
+        self._tried: tuple[Engine, ...] = ()
+        """Engines that failed to answer it."""
+        self._resends = 0
+        self._written_for: Origin | None = None
+        """Which engine's name is in the encoded head."""
         self._budget = context.budget
         self._counted = 0
         """Bytes in the budget."""
@@ -50,13 +85,13 @@ class OutgoingRequest:
         data = bytes(self._unsent)
         self._unsent = b""
         self._count(-len(data))
-        return data
+        return self._addressed(data)
 
     def encode(self, body: bytes, *, complete: bool) -> bytes:
         """The head and the body's beginning as they go upstream. complete: it is the whole body."""
         if self.head.length == CHUNKED:
             body = chunk(body) + (LAST_CHUNK if complete else b"")
-        return upstream_head(self.head, self._context.origin, self._context.authorization) + body
+        return self._encoded_head() + body
 
     def encode_more(self, pieces: list[bytes], *, complete: bool) -> bytes:
         """More of a body whose beginning was encoded. complete: its end is among it."""
@@ -75,7 +110,7 @@ class OutgoingRequest:
             head.drop(verdict.drop_headers)
         if verdict.body or head.framing >= 0:
             head.framing = set_length(head.lines, head.framing, len(verdict.body))
-        return upstream_head(head, self._context.origin, self._context.authorization) + verdict.body
+        return self._encoded_head() + verdict.body
 
     def restore(self) -> bytes:
         """The client's own request, of one that was rewritten."""
@@ -95,12 +130,19 @@ class OutgoingRequest:
             self._whole = payload
             self._count(len(payload))
 
-    def repeat(self) -> bytes | None:
-        """The whole request to be sent once more; None where it is not kept."""
+    def repeatable(self, route: str) -> bool:
+        """It may be sent a second time: the method is safe, or the route keeps nothing, and all of it is here."""
+        stateless = self.head.method in SAFE_METHODS or route in routes.REPEATABLE
+        return stateless and self._whole is not None and self._resends < MAX_RESENDS
+
+    def repeat(self) -> None:
+        """Hold the whole request once more, to be sent to `engine`."""
         payload, self._whole = self._whole, None
-        if payload is not None:
-            self._count(-len(payload))
-        return payload
+        assert payload is not None
+        self._count(-len(payload))
+        self._resends += 1
+        self.engine.resent += 1
+        self.hold(payload)
 
     def forget(self) -> None:
         """Nothing of the request is needed any more."""
@@ -110,3 +152,54 @@ class OutgoingRequest:
     def _count(self, size: int) -> None:
         self._counted += size
         self._budget.held_bytes += size
+
+    # The engine.
+
+    def choose_engine(self, body: bytes, route: str) -> bool:
+        """By what has been read of the body; False where there is none."""
+        upstreams = self._context.upstreams
+        engine = upstreams.only
+        if engine is None:
+            by_conversation = upstreams.affinity and route in routes.SCORED
+            engine = upstreams.choose(conversation_key(body) if by_conversation else None)
+            if engine is None:
+                return False
+        self.engine = engine
+        engine.requests += 1
+        return True
+
+    def engine_answered(self) -> None:
+        if self.engine.health.failures:
+            self.engine.health.request_succeeded()
+
+    def engine_failed(self) -> None:
+        """It did not answer as it should; see `Health.request_failed`."""
+        engine = self.engine
+        if engine is not None and engine not in self._tried:
+            self._tried += (engine,)
+            engine.health.request_failed(self._context.loop.time())
+
+    def redirect(self) -> bool:
+        """Choose an engine that has not failed to answer it; False where there is none."""
+        upstreams = self._context.upstreams
+        if upstreams.only is not None or len(self._tried) > MAX_RESENDS:
+            return False
+        engine = upstreams.choose(None, self._tried)
+        if engine is None:
+            return False
+        self.engine.resent += 1
+        self.engine = engine
+        engine.requests += 1
+        return True
+
+    def _encoded_head(self) -> bytes:
+        self._written_for = origin = self.engine.origin
+        return upstream_head(self.head, origin, self._context.authorization)
+
+    def _addressed(self, payload: bytes) -> bytes:
+        """What was encoded, perhaps for another engine, as it goes to `engine`."""
+        old, new = self._written_for, self.engine.origin if self.engine is not None else None
+        if old is None or new is None or old is new:
+            return payload
+        self._written_for = new
+        return redirected(payload, old, new)

@@ -1,4 +1,4 @@
-"""One relay: accepts clients on one socket, relays to one upstream, and drains."""
+"""One relay: accepts clients on one socket, relays to the engines, and drains."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hemostat.hooks import Hook
-from hemostat.ipc.messages import OutcomeReport
+from hemostat.ipc.messages import OutcomeReport, Stats
 from hemostat.relay.client_connection import ClientConnection
 from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
 from hemostat.relay.counters import Counters
-from hemostat.relay.http.origin import parse_origin
 from hemostat.relay.limits import Limits
-from hemostat.relay.pool import Pool
 from hemostat.relay.request_budget import RequestBudget
+from hemostat.relay.upstreams.checker import HealthChecker
+from hemostat.relay.upstreams.group import Upstreams
+from hemostat.relay.upstreams.origin import DNS, parse_origin
+from hemostat.relay.upstreams.resolver import Resolver
+from hemostat.relay.upstreams.settings import UpstreamSettings
 
 if TYPE_CHECKING:
     from hemostat.tracing import Tracing  # an extra; imported only where it is used
@@ -28,49 +30,61 @@ SWEEP_SECONDS = 1.0
 
 
 class Relay:
-    """Relays what clients send on a listening socket to `upstream_url`. Create it inside a running event loop.
+    """Relays what clients send on a listening socket to the engines. Create it inside a running event loop.
 
+    upstream: where the engines are; a text is the address of one.
     hook: may be replaced at any time; a request keeps the one that it began with.
-    upstream_api_key: sent as a bearer token where the client sends no Authorization of its own.
-    upstream_ca: PEM file of the authority that signed the upstream's certificate, for https.
-    upstream_max_connections: requests beyond it wait in order of arrival.
     tracing: creates a span for every generation. log_requests: write a log record for each. report_outcome: takes what
     the client of a treated or a control request got, see `RelayContext`.
     allow_adapter_routes: clients may load and unload adapters at the upstream.
-    Raises ValueError if upstream_url is not http(s)://host[:port], OSError if upstream_ca cannot be read.
+    Raises ValueError if an address is not http(s)://host[:port], OSError if `upstream.ca` cannot be read.
     """
 
     def __init__(
         self,
-        upstream_url: str,
+        upstream: UpstreamSettings | str,
         *,
         hook: Hook | None = None,
         limits: Limits | None = None,
         counters: Counters | None = None,
-        upstream_api_key: str | None = None,
-        upstream_ca: Path | None = None,
-        upstream_max_connections: int = 512,
         tracing: Tracing | None = None,
         log_requests: bool = False,
         report_outcome: Callable[[OutcomeReport], bool] | None = None,
         allow_adapter_routes: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        origin = parse_origin(upstream_url)
-        context = ssl.create_default_context(cafile=upstream_ca) if origin.tls else None
-        self.pool = Pool(self._loop, origin, upstream_max_connections, context)
+        if isinstance(upstream, str):
+            upstream = UpstreamSettings((upstream,))
+        by_name = len(upstream.urls) == 1 and upstream.urls[0].startswith(DNS)
+        origins = [parse_origin(url.removeprefix(DNS)) for url in upstream.urls]
+        context = ssl.create_default_context(cafile=upstream.ca) if origins[0].tls else None
+        authorization = f"Authorization: Bearer {upstream.api_key}".encode() if upstream.api_key else None
+        checked = upstream.health_seconds > 0.0 and (by_name or len(origins) > 1)
+        self.upstreams = Upstreams(
+            self._loop,
+            [] if by_name else origins,
+            limit=upstream.max_connections,
+            queue_seconds=upstream.queue_seconds,
+            context=context,
+            checked=checked,
+            affinity=upstream.affinity,
+        )
+        self._resolver = Resolver(self.upstreams, upstream.urls[0], upstream.resolve_seconds) if by_name else None
+        self._checker = None
+        if checked:
+            self._checker = HealthChecker(self.upstreams, upstream.health_seconds, authorization, context)
+        self._watching: list[asyncio.Task[None]] = []
         self.counters = counters or Counters()
         limits = limits or Limits()
         self.tracing = tracing
         self.clients = Clients(limits, self.counters)
         self._context = RelayContext(
             loop=self._loop,
-            origin=origin,
-            pool=self.pool,
+            upstreams=self.upstreams,
             limits=limits,
-            budget=RequestBudget(limits.buffered_bytes, upstream_max_connections),
+            budget=RequestBudget(limits.buffered_bytes, upstream.max_connections),
             counters=self.counters,
-            authorization=f"Authorization: Bearer {upstream_api_key}".encode() if upstream_api_key else None,
+            authorization=authorization,
             tracing=tracing,
             log_requests=log_requests,
             hook=hook,
@@ -89,7 +103,11 @@ class Relay:
         self._context.hook = hook
 
     async def serve(self, sock: socket.socket) -> None:
-        """Listen on a bound socket; returns at once."""
+        """Listen on a bound socket; returns at once, or after the first look-up of the engines' name."""
+        if self._resolver is not None:
+            await self._resolver.resolve()
+        watchers = [watcher for watcher in (self._resolver, self._checker) if watcher is not None]
+        self._watching = [self._loop.create_task(watcher.run()) for watcher in watchers]
         self._server = await self._loop.create_server(self._new_client, sock=sock, backlog=BACKLOG)
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
@@ -97,6 +115,10 @@ class Relay:
     def ready(self) -> bool:
         """New connections are accepted."""
         return self._server is not None and not self._context.draining
+
+    def stats(self) -> Stats:
+        """What the control process is told once a second."""
+        return self.counters.stats(ready=self.ready, engines=self.upstreams.report())
 
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109  the caller's limit, not a cancellation
         """Accept no more connections, and wait up to `timeout` seconds for the requests in progress to end.
@@ -124,7 +146,9 @@ class Relay:
             self._sweeper.cancel()
         for client in self.clients:
             client.transport.abort()
-        self.pool.close()
+        for task in self._watching:
+            task.cancel()
+        self.upstreams.close()
         await asyncio.sleep(0)
 
     def _new_client(self) -> ClientConnection:
@@ -134,5 +158,5 @@ class Relay:
         now = self._loop.time()
         for client in self.clients:
             client.sweep(now)
-        self.pool.sweep(now)
+        self.upstreams.sweep(now)
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)

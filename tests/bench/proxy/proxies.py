@@ -126,8 +126,7 @@ class Bench:
                 "host": "127.0.0.1",
                 "port": port,
                 "reuse_port": True,
-                "upstream_url": f"http://127.0.0.1:{upstream}",
-                "upstream_api_key": None,
+                "upstream": {"urls": [f"http://127.0.0.1:{upstream}"]},
                 "control_socket": str(path),
                 "shutdown_seconds": 1.0,
             }

@@ -184,7 +184,9 @@ class AdapterHost:
     async def run(self) -> None:
         """Until cancelled."""
         upstream = self._upstream
-        server = self._server = VllmServer(upstream.url, upstream.api_key, timeout=REQUEST_SECONDS, ca=upstream.ca)
+        server = self._server = VllmServer(
+            upstream.servers[0], upstream.api_key, timeout=REQUEST_SECONDS, ca=upstream.ca
+        )
         self._prober = Prober(server)
         try:
             while True:

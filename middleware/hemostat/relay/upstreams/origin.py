@@ -1,20 +1,33 @@
-"""The address of the upstream server."""
+"""The address of an engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
+
+DNS = "dns+"
+"""Prefix of an address whose name stands for several engines, one for each of its addresses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The upstream server."""
+    """One engine. `host` is what it is called in Host and in its certificate, `address` is where it is connected to."""
 
     host: str
     port: int
     tls: bool
     authority: bytes
     """The value of the field Host: the host, with the port unless it is the scheme's default."""
+    address: str
+
+    @property
+    def name(self) -> str:
+        """Address and port: what metrics and operators call the engine."""
+        return _joined(self.address, self.port)
+
+    def at(self, address: str) -> Origin:
+        """The same server at this address."""
+        return replace(self, address=address)
 
 
 def parse_origin(url: str) -> Origin:
@@ -26,4 +39,8 @@ def parse_origin(url: str) -> Origin:
     port = parts.port or (443 if tls else 80)
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     authority = host if port == (443 if tls else 80) else f"{host}:{port}"
-    return Origin(parts.hostname, port, tls, authority.encode("ascii"))
+    return Origin(parts.hostname, port, tls, authority.encode("ascii"), parts.hostname)
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,13 +1,14 @@
-"""A bounded pool of connections to the upstream server."""
+"""A bounded pool of connections to one engine."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
-from collections import deque
+from collections import OrderedDict, deque
 
-from hemostat.relay.http.origin import Origin
-from hemostat.relay.upstream import Receiver, UpstreamConnection
+from hemostat.relay.upstreams.connection import Receiver, UpstreamConnection
+from hemostat.relay.upstreams.origin import Origin
 
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 4.0
@@ -16,21 +17,28 @@ that is being closed."""
 
 
 class Pool:
-    """At most `limit` connections to one upstream; requests beyond that wait in order of arrival.
+    """At most `limit` connections to one engine; requests beyond that wait in order of arrival.
 
-    context: for TLS.
+    context: for TLS. queue_seconds: how long a request may wait.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, origin: Origin, limit: int, context: ssl.SSLContext | None = None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        origin: Origin,
+        limit: int,
+        context: ssl.SSLContext | None = None,
+        queue_seconds: float = math.inf,
     ) -> None:
         self._loop = loop
         self._origin = origin
         self._limit = limit
         self._context = context
+        self._queue_seconds = queue_seconds
         self._idle: deque[UpstreamConnection] = deque()
         """Oldest first. Connections are taken from the other end, so that those that are not needed expire."""
-        self._waiters: deque[Receiver] = deque()
+        self._waiters: OrderedDict[Receiver, float] = OrderedDict()
+        """In the order in which they are served -> when each began to wait (event-loop time)."""
         self._connecting: set[asyncio.Task[None]] = set()
         self._open: set[UpstreamConnection] = set()
 
@@ -44,36 +52,31 @@ class Pool:
         """Requests that wait for a connection."""
         return len(self._waiters)
 
+    @property
+    def outstanding(self) -> int:
+        """Requests in progress, those that wait for a connection included."""
+        return len(self._open) - len(self._idle) + len(self._waiters)
+
     def acquire(self, receiver: Receiver) -> UpstreamConnection | None:
         """A connection now; or None, and `connection_ready` or `connection_failed` is called later."""
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
                 return connection
-        self._waiters.append(receiver)
+        self._waiters[receiver] = self._loop.time()
         self._grow()
         return None
 
-    def retry(self, receiver: Receiver) -> None:
-        """Wait for a new connection, first in the queue.
-
-        Idle connections are as old as the one that has just failed, so they are closed.
-        """
-        while self._idle:
-            self._idle.pop().abort()
-        self._waiters.appendleft(receiver)
-        self._grow()
-
     def cancel(self, receiver: Receiver) -> None:
         """The receiver no longer waits."""
-        self._waiters.remove(receiver)
+        del self._waiters[receiver]
 
     def offer(self, connection: UpstreamConnection) -> None:
         """Give a connection that can take a request to the request that has waited longest, else keep it idle."""
         if not connection.usable:
             return
         if self._waiters:
-            self._waiters.popleft().connection_ready(connection)
+            self._waiters.popitem(last=False)[0].connection_ready(connection)
         else:
             connection.idle_since = self._loop.time()
             self._idle.append(connection)
@@ -86,9 +89,17 @@ class Pool:
         self._grow()
 
     def sweep(self, now: float) -> None:
-        """Close connections that have been idle for too long. now: event-loop time."""
+        """Close connections that have been idle for too long, and end waits that are. now: event-loop time."""
         while self._idle and now - self._idle[0].idle_since > IDLE_SECONDS:
             self._idle.popleft().close()
+        for receiver in [one for one, since in self._waiters.items() if now - since > self._queue_seconds]:
+            if self._waiters.pop(receiver, None) is not None:
+                receiver.wait_expired()
+
+    def close_idle(self) -> None:
+        """Close the connections that carry no request."""
+        while self._idle:
+            self._idle.pop().abort()
 
     def close(self) -> None:
         """Close all connections at once."""
@@ -112,7 +123,7 @@ class Pool:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._loop.create_connection(
                     lambda: connection,
-                    origin.host,
+                    origin.address,
                     origin.port,
                     ssl=self._context,
                     server_hostname=origin.host if self._context else None,
@@ -126,5 +137,5 @@ class Pool:
             self._open.add(connection)
             self.offer(connection)
         elif self._waiters:
-            self._waiters.popleft().connection_failed(failure)
+            self._waiters.popitem(last=False)[0].connection_failed(failure)
             self._grow()

@@ -1,4 +1,4 @@
-"""One connection to the upstream server: it carries one request and response at a time, and is then reused.
+"""One connection to an engine: it carries one request and response at a time, and is then reused.
 
     IDLE ─► AWAITING_HEAD ─┬─► READING_BODY ─► IDLE
                            └─► TUNNEL
@@ -56,8 +56,11 @@ class Receiver(Protocol):
     def connection_failed(self, error: OSError) -> None:
         """From the pool: the upstream cannot be reached."""
 
+    def wait_expired(self) -> None:
+        """From the pool: no connection became free in time."""
+
     def retry(self) -> bool:
-        """A reused connection closed without a byte of response. True: the request waits in the pool once more."""
+        """A reused connection closed without a byte of response. True: the request is sent once more."""
 
     def pause_request(self) -> None:
         """The upstream does not read fast enough: send nothing more for now."""
@@ -230,7 +233,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._missing = head.length
         self._state = _READING_BODY
         self._payload_only = receiver.response_started(head, received)
-        self._body(receiver, head, rest)
+        if self._receiver is receiver:  # otherwise it goes to another engine
+            self._body(receiver, head, rest)
 
     def _read_head(self, receiver: Receiver, data: bytes) -> tuple[ResponseHead | None, bytes]:
         """The final head and what follows it; None while it is incomplete. Interim responses are handed on."""

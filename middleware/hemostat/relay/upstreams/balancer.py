@@ -1,0 +1,76 @@
+"""Which engine gets a request. Pure.
+
+A request of a conversation goes to the engine that its key falls to on a ring, so that later turns find the beginning
+of the conversation in that engine's prefix cache: consistent hashing with bounded loads (Mirrokni, Thorup &
+Zadimoghaddam, "Consistent Hashing with Bounded Loads", arXiv 1608.01350). An engine takes no more than BOUND times the
+mean of the requests in progress; what is beyond that goes to the next one on the ring. When an engine leaves, only its
+own conversations move. A request without a key goes to the engine with the fewest requests in progress.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from hashlib import blake2b
+
+BOUND = 1.25
+"""1 + ε of the paper."""
+MIN_CAPACITY = 4
+"""An engine that computes requests in batches is not slowed by so few: below it, no conversation moves."""
+POINTS = 64
+"""Of each engine on the ring."""
+UNAVAILABLE = -1
+"""The load of an engine that gets no requests."""
+
+
+class Balancer:
+    """The ring of these engines. Owns whose turn it is among engines with the same load."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        points = sorted(
+            (int.from_bytes(blake2b(f"{name} {point}".encode(), digest_size=8).digest(), "little"), index)
+            for index, name in enumerate(names)
+            for point in range(POINTS)
+        )
+        self._hashes = [point for point, _ in points]
+        self._owners = [index for _, index in points]
+        self._turn = 0
+
+    def choose(self, loads: Sequence[int], key: int | None) -> int:
+        """The index of an engine; -1 where none is available.
+
+        loads: requests in progress at each engine, UNAVAILABLE for one that gets none. key: below 2**64, equal for all
+        requests of a conversation; None: none is known.
+
+        >>> balancer = Balancer(["a:8000", "b:8000"])
+        >>> balancer.choose([5, 2], None), balancer.choose([5, UNAVAILABLE], None), balancer.choose([-1, -1], 7)
+        (1, 0, -1)
+        """
+        return self._least(loads) if key is None else self._on_ring(loads, key)
+
+    def _least(self, loads: Sequence[int]) -> int:
+        self._turn = turn = (self._turn + 1) % len(loads) if loads else 0
+        best, least = -1, 0
+        for index in (*range(turn, len(loads)), *range(turn)):
+            load = loads[index]
+            if load != UNAVAILABLE and (best < 0 or load < least):
+                best, least = index, load
+        return best
+
+    def _on_ring(self, loads: Sequence[int], key: int) -> int:
+        available = total = 0
+        for load in loads:
+            if load != UNAVAILABLE:
+                available += 1
+                total += load
+        if not available:
+            return -1
+        # The request itself counts, so that an engine with the fewest is always below the capacity.
+        capacity = max(BOUND * (total + 1) / available, MIN_CAPACITY)
+        owners, size = self._owners, len(self._owners)
+        at = bisect_right(self._hashes, key)
+        while True:
+            owner = owners[at % size]
+            if UNAVAILABLE < loads[owner] < capacity:
+                return owner
+            at += 1

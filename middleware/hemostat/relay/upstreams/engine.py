@@ -1,0 +1,33 @@
+"""One engine: where it is, the connections to it, and whether it gets requests."""
+
+from __future__ import annotations
+
+from hemostat.relay.upstreams.balancer import UNAVAILABLE
+from hemostat.relay.upstreams.health import Health, HealthState
+from hemostat.relay.upstreams.origin import Origin
+from hemostat.relay.upstreams.pool import Pool
+
+
+class Engine:
+    """Composed by `Upstreams`; exchanges report to it how their requests ended."""
+
+    __slots__ = ("drained", "health", "name", "origin", "pool", "requests", "resent")
+
+    def __init__(self, origin: Origin, pool: Pool, health: Health) -> None:
+        self.name = origin.name
+        self.origin = origin
+        self.pool = pool
+        self.health = health
+        self.drained = False
+        """It gets no new requests, because an operator wants so."""
+        self.requests = 0
+        """That were sent to it since the start."""
+        self.resent = 0
+        """Of them, those that were then sent once more, or to another engine."""
+
+    @property
+    def load(self) -> int:
+        """Requests in progress; UNAVAILABLE for an engine that gets none."""
+        if self.drained or self.health.state is not HealthState.UP:
+            return UNAVAILABLE
+        return self.pool.outstanding

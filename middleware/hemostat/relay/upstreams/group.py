@@ -1,0 +1,119 @@
+"""All engines of one relay."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Collection, Sequence
+
+from hemostat.ipc.messages import EngineHealth
+from hemostat.relay.upstreams.balancer import UNAVAILABLE, Balancer
+from hemostat.relay.upstreams.engine import Engine
+from hemostat.relay.upstreams.health import Health
+from hemostat.relay.upstreams.origin import Origin
+from hemostat.relay.upstreams.pool import Pool
+
+MAX_ENGINES = 64
+
+
+class Upstreams:
+    """Owns the engines, and which of them are drained.
+
+    limit: connections to each engine. queue_seconds: longest wait for one. context: for TLS. checked: a
+    `HealthChecker` asks the engines. affinity: requests of a conversation go to one engine.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        origins: Sequence[Origin],
+        *,
+        limit: int,
+        queue_seconds: float,
+        context: ssl.SSLContext | None = None,
+        checked: bool = False,
+        affinity: bool = True,
+    ) -> None:
+        self._loop = loop
+        self._limit = limit
+        self._queue_seconds = queue_seconds
+        self._context = context
+        self._checked = checked
+        self.affinity = affinity
+        self._drained: frozenset[str] = frozenset()
+        self._retired: list[Engine] = []
+        """Not among the origins any more; their last responses are still read."""
+        self.engines: list[Engine] = []
+        self.only: Engine | None = None
+        """The engine, where there is one alone: it gets every request, whatever is known of its health."""
+        self._balancer = Balancer([])
+        self.set_origins(origins)
+
+    def set_origins(self, origins: Sequence[Origin]) -> None:
+        """The engines from now on, at most MAX_ENGINES; those that stay keep their connections and their health."""
+        known = {engine.name: engine for engine in self.engines}
+        engines = []
+        for origin in origins[:MAX_ENGINES]:
+            engine = known.pop(origin.name, None)
+            if engine is None:
+                pool = Pool(self._loop, origin, self._limit, self._context, self._queue_seconds)
+                engine = Engine(origin, pool, Health(checked=self._checked))
+                engine.drained = engine.name in self._drained
+            engines.append(engine)
+        self._retired += known.values()
+        self.engines = engines
+        self.only = engines[0] if len(engines) == 1 else None
+        self._balancer = Balancer([engine.name for engine in engines])
+
+    def set_drained(self, names: Collection[str]) -> None:
+        """These engines get no new requests; all others do."""
+        self._drained = frozenset(names)
+        for engine in self.engines:
+            engine.drained = engine.name in self._drained
+
+    def choose(self, key: int | None, tried: Collection[Engine] = ()) -> Engine | None:
+        """The engine for a request; None where there is none but those that were tried.
+
+        An ejection is a guess, a refusal of ours is certain: where no engine is available, requests go to all that are
+        not drained, and where all are drained, to all.
+        """
+        engines = self.engines
+        loads = [UNAVAILABLE if engine in tried else engine.load for engine in engines]
+        index = self._balancer.choose(loads, key)
+        if index < 0:
+            left = [engine for engine in engines if engine not in tried]
+            left = [engine for engine in left if not engine.drained] or left
+            loads = [engine.pool.outstanding if engine in left else UNAVAILABLE for engine in engines]
+            index = self._balancer.choose(loads, key)
+        return engines[index] if index >= 0 else None
+
+    def sweep(self, now: float) -> None:
+        """Once a second; now: event-loop time."""
+        for engine in self.engines:
+            engine.health.advance(now)
+            engine.pool.sweep(now)
+        for engine in tuple(self._retired):
+            engine.pool.close_idle()
+            engine.pool.sweep(now)
+            if not engine.pool.outstanding:
+                engine.pool.close()
+                self._retired.remove(engine)
+
+    def report(self) -> list[EngineHealth]:
+        return [
+            EngineHealth(
+                engine=one.name,
+                state=one.health.state.value,
+                drained=one.drained,
+                outstanding=one.pool.outstanding,
+                requests=one.requests,
+                resent=one.resent,
+                ejections=one.health.ejections,
+            )
+            for one in self.engines
+        ]
+
+    def close(self) -> None:
+        """Close all connections at once."""
+        for engine in (*self.engines, *self._retired):
+            engine.pool.close()

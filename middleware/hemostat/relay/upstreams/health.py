@@ -1,0 +1,93 @@
+"""When an engine gets no requests, and when again. Pure: the time is passed in (event-loop seconds).
+
+           FAILURES requests in a row fail, or FAILED_CHECKS checks
+    UP ───────────────────────────────────────────────────────────► EJECTED
+     ▲                                                                 │
+     └──── the hold is over and the last check passed; from then ──────┘
+           until a request succeeds, one failure ejects again
+
+This is the engine's circuit breaker: EJECTED is its open state, and the time after the return its half-open one. The
+hold doubles with every ejection that follows soon after a return, so that an engine that answers checks and fails
+requests gets fewer and fewer of them.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+FAILURES = 3
+"""Requests in a row without a usable answer (see `Health.request_failed`), after which an engine is ejected."""
+FAILED_CHECKS = 2
+HOLD_SECONDS = 1.0
+"""Of the first ejection."""
+MAX_HOLD_SECONDS = 60.0
+STABLE_SECONDS = 60.0
+"""An engine that was up for this long is ejected for HOLD_SECONDS again."""
+
+
+class HealthState(Enum):
+    """Values are what status and metrics call them."""
+
+    UP = "up"
+    EJECTED = "ejected"
+
+
+class Health:
+    """Of one engine. checked: its /health is asked for; otherwise it returns when its hold is over."""
+
+    __slots__ = (
+        "_checked",
+        "_failed_checks",
+        "_held_until",
+        "_in_a_row",
+        "_returned",
+        "ejections",
+        "failures",
+        "state",
+    )
+
+    def __init__(self, *, checked: bool) -> None:
+        self._checked = checked
+        self.state = HealthState.UP
+        self.failures = 0
+        """Failed requests in a row; 0 needs no `request_succeeded`."""
+        self.ejections = 0
+        """Since the start."""
+        self._in_a_row = 0
+        self._failed_checks = 0
+        self._held_until = 0.0
+        self._returned = float("-inf")
+
+    def request_failed(self, now: float) -> None:
+        """The engine could not be reached, closed the connection before its response was complete, sent an invalid
+        one, or answered 502, 503 or 504. (A 500 may be the request's own fault.)"""
+        self.failures += 1
+        if self.state is HealthState.UP and self.failures >= FAILURES:
+            self._eject(now)
+
+    def request_succeeded(self) -> None:
+        self.failures = 0
+
+    def check_failed(self, now: float) -> None:
+        self._failed_checks += 1
+        if self.state is HealthState.UP and self._failed_checks >= FAILED_CHECKS:
+            self._eject(now)
+
+    def check_passed(self, now: float) -> None:
+        self._failed_checks = 0
+        self.advance(now)
+
+    def advance(self, now: float) -> None:
+        """Return, where the hold is over. Called about once a second."""
+        if self.state is HealthState.EJECTED and now >= self._held_until and not self._failed_checks:
+            self.state = HealthState.UP
+            self.failures = FAILURES - 1
+            self._returned = now
+
+    def _eject(self, now: float) -> None:
+        self._in_a_row = 1 if now - self._returned > STABLE_SECONDS else self._in_a_row + 1
+        self.ejections += 1
+        self.state = HealthState.EJECTED
+        self._held_until = now + min(HOLD_SECONDS * 2.0 ** min(self._in_a_row - 1, 30), MAX_HOLD_SECONDS)
+        if self._checked and not self._failed_checks:
+            self._failed_checks = 1  # the last check is older than what has just failed

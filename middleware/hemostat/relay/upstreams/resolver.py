@@ -1,0 +1,53 @@
+"""The engines behind one name: each of its addresses is one (a headless Service of Kubernetes, for example)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+from hemostat.relay.upstreams.group import Upstreams
+from hemostat.relay.upstreams.origin import DNS, Origin, parse_origin
+
+log = logging.getLogger("hemostat.relay")
+
+
+class Resolver:
+    """Sets the engines of `upstreams` to the addresses of the name in `url`, and again whenever they have changed.
+
+    url: `dns+http(s)://name:port`; ValueError where it is not. seconds: pause between two look-ups.
+
+    A look-up that fails changes nothing: the engines of the last one go on.
+    """
+
+    def __init__(self, upstreams: Upstreams, url: str, seconds: float) -> None:
+        self._upstreams = upstreams
+        self._origin = parse_origin(url.removeprefix(DNS))
+        self._seconds = seconds
+        self._failed = False
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self.resolve()
+            await asyncio.sleep(self._seconds)
+
+    async def resolve(self) -> None:
+        """One look-up."""
+        try:
+            origins = await addresses(self._origin)
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s cannot be resolved: %s", self._origin.host, error.strerror or error)
+            self._failed = True
+            return
+        self._failed = False
+        if origins != [engine.origin for engine in self._upstreams.engines]:
+            log.info("%s: engines are %s", self._origin.host, ", ".join(origin.name for origin in origins))
+            self._upstreams.set_origins(origins)
+
+
+async def addresses(origin: Origin) -> list[Origin]:
+    """One origin for each address of the name, in the order of addresses; OSError where it has none."""
+    found = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    return [origin.at(address) for address in sorted({str(entry[4][0]) for entry in found})]

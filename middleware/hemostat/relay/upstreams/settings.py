@@ -1,0 +1,31 @@
+"""What a relay is told of the engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamSettings:
+    """Of `config.schema.Upstream`, which describes them. Times in seconds."""
+
+    urls: tuple[str, ...]
+    """Of the engines; or one with the prefix DNS."""
+    api_key: str | None = None
+    """Sent as a bearer token where the client sends no Authorization of its own."""
+    ca: Path | None = None
+    """PEM file of the authority that signed the engines' certificates, for https."""
+    max_connections: int = 512
+    """To each engine; requests beyond it wait in order of arrival."""
+    queue_seconds: float = 60.0
+    health_seconds: float = 2.0
+    resolve_seconds: float = 5.0
+    affinity: bool = True
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> UpstreamSettings:
+        """TypeError on a key that is not a field."""
+        ca = given.get("ca")
+        return cls(**{**given, "urls": tuple(given["urls"]), "ca": Path(ca) if ca else None})

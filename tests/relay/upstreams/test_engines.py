@@ -1,0 +1,206 @@
+"""A relay before several engines: which one is asked, what their failures do to clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from tests.support.engines import FakeEngine, balancing
+from tests.support.relay import OK, Client, Request, post
+from tests.support.waiting import until
+
+from hemostat.relay.upstreams.health import FAILURES, HealthState
+
+CHAT = b"/v1/chat/completions"
+
+
+def status(code: int) -> bytes:
+    return b"HTTP/1.1 %d Reason\r\nContent-Length: 2\r\n\r\nno" % code
+
+
+def chat(*turns: str, **members: Any) -> bytes:
+    """A request of a conversation whose user and assistant take turns."""
+    roles = ("user", "assistant")
+    messages = [{"role": "system", "content": 'Be brief. {"}'}]
+    messages += [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    return post(json.dumps({"messages": messages, **members}).encode(), path=CHAT)
+
+
+async def ask(client: Client, request: bytes) -> int:
+    await client.send(request)
+    return (await client.response("POST")).status
+
+
+async def test_all_turns_of_a_conversation_reach_one_engine_and_conversations_all_engines() -> None:
+    engines = [FakeEngine() for _ in range(4)]
+    async with balancing(engines) as (_, connect):
+        client = await connect()
+        for number in range(40):
+            before = [len(engine.asked) for engine in engines]
+            first = f"question {number}"
+            for turns in ([first], [first, "answer", "and then?"], [first, "answer", "and then?", "this", "why?"]):
+                assert await ask(client, chat(*turns, stream=False, seed=len(turns))) == 200
+            asked = [len(engine.asked) - count for engine, count in zip(engines, before, strict=True)]
+            assert sorted(asked) == [0, 0, 0, 3]
+        assert all(engine.asked for engine in engines)
+
+
+@pytest.mark.parametrize("code", [502, 503])
+async def test_a_generation_that_one_engine_refuses_is_answered_by_another(code: int) -> None:
+    failing = [FakeEngine(status(code)) for _ in range(3)]
+    async with balancing([*failing, FakeEngine()]) as (relay, connect):
+        client = await connect()
+        for number in range(40):
+            assert await ask(client, chat(f"question {number}")) == 200
+        assert [engine.health.state for engine in relay.upstreams.engines] == [HealthState.EJECTED] * 3 + [
+            HealthState.UP
+        ]
+
+
+@pytest.mark.parametrize(("code", "path"), [(500, CHAT), (504, CHAT), (429, CHAT), (503, b"/v1/responses")])
+async def test_what_may_not_be_sent_twice_is_not(code: int, path: bytes) -> None:
+    engines = [FakeEngine(status(code)), FakeEngine(status(code))]
+    async with balancing(engines) as (_, connect):
+        assert await ask(await connect(), post(b"{}", path=path)) == code
+        assert sum(len(engine.asked) for engine in engines) == 1
+
+
+async def test_a_request_is_not_sent_again_without_end() -> None:
+    engines = [FakeEngine(status(503)) for _ in range(8)]
+    async with balancing(engines) as (_, connect):
+        assert await ask(await connect(), chat("hello")) == 503
+        assert sum(len(engine.asked) for engine in engines) == 4
+
+
+@pytest.mark.parametrize("path", [CHAT, b"/v1/responses", b"/anything"])
+async def test_an_engine_that_cannot_be_reached_costs_no_client_an_error(path: bytes) -> None:
+    engines = [FakeEngine() for _ in range(4)]
+    async with balancing(engines) as (relay, connect):
+        for engine in engines[1:]:
+            await engine.stop()
+        client = await connect()
+        for _ in range(20):
+            assert await ask(client, post(b"{}", path=path)) == 200
+        assert sum(len(engine.asked) for engine in engines) == 20
+        assert relay.upstreams.engines[0].health.state is HealthState.UP
+
+
+async def test_where_all_engines_are_ejected_requests_still_reach_one_that_is_back() -> None:
+    engines = [FakeEngine(status(503)), FakeEngine(status(503))]
+    async with balancing(engines) as (relay, connect):
+        client = await connect()
+        for _ in range(FAILURES):
+            assert await ask(client, chat("hello")) == 503
+        assert {engine.health.state for engine in relay.upstreams.engines} == {HealthState.EJECTED}
+        engines[0].answer = engines[1].answer = OK
+        assert await ask(client, chat("hello")) == 200
+
+
+async def test_a_killed_engine_is_ejected_by_its_checks_and_returns_when_it_is_back() -> None:
+    engines = [FakeEngine(), FakeEngine()]
+    async with balancing(engines, upstream={"health_seconds": 0.05}) as (relay, connect):
+        first = relay.upstreams.engines[0]
+        await engines[0].stop()
+        await until(lambda: first.health.state is HealthState.EJECTED)
+        client = await connect()
+        for number in range(20):
+            assert await ask(client, chat(f"question {number}")) == 200
+        assert not engines[0].asked
+        await engines[0].start()
+        await until(lambda: first.health.state is HealthState.UP)
+        for number in range(20):
+            assert await ask(client, chat(f"question {number}")) == 200
+        assert engines[0].asked
+
+
+async def test_an_engine_whose_health_check_fails_gets_no_requests() -> None:
+    engines = [FakeEngine(), FakeEngine()]
+    async with balancing(engines, upstream={"health_seconds": 0.05}) as (relay, connect):
+        engines[1].healthy = False
+        await until(lambda: relay.upstreams.engines[1].health.state is HealthState.EJECTED)
+        client = await connect()
+        for number in range(20):
+            assert await ask(client, chat(f"question {number}")) == 200
+        assert not engines[1].asked
+
+
+async def test_a_drained_engine_finishes_what_it_has_and_gets_nothing_new() -> None:
+    release = asyncio.Event()
+
+    def held(_: Request) -> Awaitable[bytes]:
+        async def answer() -> bytes:
+            await release.wait()
+            return OK
+
+        return answer()
+
+    engines = [FakeEngine(held), FakeEngine(held)]
+    async with balancing(engines) as (relay, connect):
+        waiting = [await connect(), await connect()]
+        for client in waiting:
+            await client.send(post(b"{}", path=b"/anything"))
+        await until(lambda: [len(engine.asked) for engine in engines] == [1, 1])
+        relay.upstreams.set_drained({engines[0].name})
+        release.set()
+        for client in waiting:
+            assert (await client.response("POST")).status == 200
+        for number in range(10):
+            assert await ask(waiting[0], chat(f"question {number}")) == 200
+        assert len(engines[0].asked) == 1
+        report = relay.upstreams.report()[0]
+        assert (report.drained, report.outstanding) == (True, 0)
+        relay.upstreams.set_drained(())
+        for number in range(20):
+            assert await ask(waiting[0], chat(f"question {number}")) == 200
+        assert len(engines[0].asked) > 1
+
+
+async def test_a_wait_for_a_connection_ends_with_503_and_when_to_try_again() -> None:
+    release = asyncio.Event()
+
+    async def never() -> bytes:
+        await release.wait()
+        return OK
+
+    engine = FakeEngine(lambda _: never())
+    async with balancing([engine], upstream={"max_connections": 1, "queue_seconds": 0.2}) as (_, connect):
+        first, second = await connect(), await connect()
+        await first.send(chat("hello"))
+        await until(lambda: len(engine.asked) == 1)
+        await second.send(chat("hello"))
+        refused = await second.response("POST")
+        assert refused.status == 503
+        assert refused.get(b"retry-after") == [b"1"]
+        release.set()
+        assert (await first.response("POST")).status == 200
+        assert await ask(second, chat("hello")) == 200, "the connection to the client stays open"
+
+
+@pytest.mark.parametrize("kill", ["stop", "stop_and_start"])
+async def test_engines_rolled_under_load_cost_no_request_that_was_not_theirs(kill: str) -> None:
+    """One engine after the other ends and returns, while clients ask without a pause. An engine answers at once, so
+    that what it has begun is complete when it is stopped."""
+    engines = [FakeEngine() for _ in range(4)]
+    statuses: list[int] = []
+    done = asyncio.Event()
+
+    async def keep_asking(connect: Callable[[], Awaitable[Client]], name: str) -> None:
+        client, number = await connect(), 0
+        while not done.is_set():
+            number += 1
+            statuses.append(await ask(client, chat(f"{name} {number}")))
+
+    async with balancing(engines, upstream={"health_seconds": 0.05}) as (relay, connect):
+        asking = [asyncio.create_task(keep_asking(connect, str(number))) for number in range(4)]
+        for index, engine in enumerate(engines[:2]):
+            await engine.stop()
+            await until(lambda at=index: relay.upstreams.engines[at].health.state is HealthState.EJECTED)  # type: ignore[misc]
+            if kill == "stop_and_start":
+                await engine.start()
+                await until(lambda at=index: relay.upstreams.engines[at].health.state is HealthState.UP)  # type: ignore[misc]
+        done.set()
+        await asyncio.gather(*asking)
+    assert set(statuses) == {200}

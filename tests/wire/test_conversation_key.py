@@ -1,0 +1,74 @@
+"""Conversations by a few bytes of a body, compared with what parsing finds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hemostat.openai.conversation_key import MAX_SCANNED_BYTES, conversation_key
+from hemostat.openai.reading import read_request
+from hemostat.openai.routes import CHAT, FORMS
+
+texts = st.one_of(st.text(), st.sampled_from(['"role": "user"', '\\"', '"}]', '{"messages": [', "]", "\\"]))
+contents: st.SearchStrategy[Any] = st.one_of(
+    texts, st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": texts}), min_size=1, max_size=3)
+)
+first_turns = st.tuples(st.lists(texts, max_size=2), contents, st.booleans())
+
+
+def first(turns: tuple[list[str], Any, bool]) -> list[dict[str, Any]]:
+    system, content, role_last = turns
+    user = {"content": content, "role": "user"} if role_last else {"role": "user", "content": content}
+    return [*({"role": "system", "content": text} for text in system), user]
+
+
+def encoded(members: dict[str, Any], ascii_only: bool = True) -> bytes:
+    return json.dumps(members, ensure_ascii=ascii_only).encode()
+
+
+@given(first_turns, st.lists(texts, min_size=1, max_size=4), texts, st.booleans())
+def test_later_turns_have_the_key_of_the_first(
+    begin: tuple[list[str], Any, bool], later: list[str], model: str, ascii_only: bool
+) -> None:
+    messages = first(begin)
+    turns = [{"role": ("assistant", "user")[n % 2], "content": text} for n, text in enumerate(later)]
+    one = encoded({"messages": messages, "model": model, "stream": True}, ascii_only)
+    two = encoded({"messages": [*messages, *turns], "model": model}, ascii_only)
+    assert conversation_key(one) is not None
+    assert conversation_key(one) == conversation_key(two)
+
+
+@given(first_turns, first_turns)
+def test_other_conversations_have_other_keys(a: tuple[list[str], Any, bool], b: tuple[list[str], Any, bool]) -> None:
+    bodies = [encoded({"messages": first(turns), "model": "m"}) for turns in (a, b)]
+    keys = [read_request(body, form=FORMS[CHAT]).conversation_key for body in bodies]
+    assert (keys[0] == keys[1]) == (conversation_key(bodies[0]) == conversation_key(bodies[1]))
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_read(body: bytes) -> None:
+    conversation_key(body)
+    conversation_key(b'{"messages": [' + body)
+    conversation_key(b'{"messages": [{"role": "user", ' + body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"prompt": "' + b"a" * 2_000_000, b'{"messages": [{"role": "user", "content": "' + b"\\" * 2_000_000],
+    ids=["open string", "backslashes"],
+)
+def test_a_body_that_never_ends_has_no_key(body: bytes) -> None:
+    assert len(body) > MAX_SCANNED_BYTES
+    assert conversation_key(body) is None
+
+
+@pytest.mark.parametrize(("member", "value"), [("prompt", "Once"), ("prompt", [1, 2, 3]), ("input", "Once")])
+def test_prompts_have_keys(member: str, value: Any) -> None:
+    key = conversation_key(encoded({"model": "m", member: value}))
+    assert key is not None
+    assert key == conversation_key(encoded({member: value, "seed": 3}))
+    assert key != conversation_key(encoded({member: "another"}))
