@@ -206,6 +206,8 @@ class TokenRecord:
     reference_model: str = ""
     reference_dtype: str = ""
     engine_boot: str = ""
+    engine: str = ""
+    """Address of the engine that answered, host:port; "" where it is not known."""
     logprobs_mode: str = "raw_logprobs"
     schema: int = SCHEMA_VERSION
 

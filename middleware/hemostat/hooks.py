@@ -90,11 +90,11 @@ class ExchangeHook(Protocol):
     def response_end(self) -> bytes:
         """The upstream's body is complete; returns the rest of what the client gets."""
 
-    def closed(self, *, complete: bool, output_tokens: int | None = None) -> None:
+    def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:
         """Called exactly once, last, in every case.
 
         complete: the whole response was sent to the client. output_tokens: what was generated, of all choices, by the
-        response's usage; None: not known.
+        response's usage; None: not known. engine: address of the one that answered.
         """
 
 

@@ -18,6 +18,7 @@ from hemostat_calibration.alarm.betting import Crossing, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.kinds import Alarm, KindState, RunningTest, Settings
+from hemostat_calibration.alarm.odd_engine import Block, EngineTest, OddEngines, Unit
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
 
@@ -36,6 +37,10 @@ _STORED: Mapping[str, type[Any]] = {
     "WealthState": WealthState,
     "Crossing": Crossing,
     "Workload": Workload,
+    "OddEngines": OddEngines,
+    "EngineTest": EngineTest,
+    "Block": Block,
+    "Unit": Unit,
 }
 _NAMES = {kind: name for name, kind in _STORED.items()}
 
@@ -93,6 +98,36 @@ def begun_tests(data: bytes) -> int:
         return max(count for count in counts if isinstance(count, int))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return 0
+
+
+ENGINES_SCHEMA = 1
+"""Of what `save_engines` writes."""
+
+
+def save_engines(state: OddEngines) -> bytes:
+    """The whole state of the test of the engines as JSON.
+
+    >>> load_engines(save_engines(OddEngines(0.01, begun=4)), 0.05)
+    OddEngines(alpha=0.05, begun=4, tests={}, blocks={})
+    """
+    return json.dumps({"schema": ENGINES_SCHEMA, "engines": _to_json(state)}).encode()
+
+
+def load_engines(data: bytes, alpha: float) -> OddEngines:
+    """What `save_engines` wrote, continued with `alpha`; tests already begun keep their own. InvalidArgumentError where
+    it cannot be read."""
+    try:
+        stored = json.loads(data)
+        if stored["schema"] != ENGINES_SCHEMA:
+            raise InvalidArgumentError(
+                f"it is of schema {str(stored['schema'])[:20]}, this version reads {ENGINES_SCHEMA}"
+            )
+        state = _from_json(stored["engines"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidArgumentError(f"not a saved test of engines: {error}; begin anew") from None
+    if not isinstance(state, OddEngines):
+        raise InvalidArgumentError("not a saved test of engines: it holds something else; begin anew")
+    return replace(state, alpha=alpha)
 
 
 def _to_json(value: Any) -> Any:

@@ -79,6 +79,8 @@ class Actions(Protocol):
 
     async def set_mode(self, mode: str) -> None: ...
 
+    async def drain(self, engine: str, *, ends: bool) -> None: ...
+
     async def rebase(self, kind: str | None) -> dict[str, Any]: ...
 
 
@@ -132,6 +134,12 @@ class KindRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Body of POST /api/v1/profiles/rollback and /release, if any."""
 
     kind: Kind | None = None
+
+
+class DrainRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /api/v1/engines/drain and /undrain. engine: host:port, as the status names it."""
+
+    engine: Annotated[str, msgspec.Meta(max_length=300)]
 
 
 class RebaseRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -292,6 +300,18 @@ def create_app(
     async def rebase(request: Request) -> dict[str, Any]:
         wanted = await _read(request, RebaseRequest, '{"kind": "chat text sampled"}', RebaseRequest())
         return await backend.actions.rebase(wanted.kind)
+
+    @app.post("/api/v1/engines/drain", dependencies=guarded)
+    async def drain(request: Request) -> Response:
+        wanted = await _read(request, DrainRequest, '{"engine": "host:port"}')
+        await backend.actions.drain(wanted.engine, ends=False)
+        return await status()
+
+    @app.post("/api/v1/engines/undrain", dependencies=guarded)
+    async def undrain(request: Request) -> Response:
+        wanted = await _read(request, DrainRequest, '{"engine": "host:port"}')
+        await backend.actions.drain(wanted.engine, ends=True)
+        return await status()
 
     app.include_router(engine_router(backend.engines, backend.profiles.profile_bytes, now, require_token))
     return app

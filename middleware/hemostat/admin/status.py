@@ -10,10 +10,12 @@ import msgspec
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Stats
 from hemostat.learner.client import Learner
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.measurements import Measurements
 from hemostat.measurement.outcomes import Outcomes
 from hemostat.metrics import names
@@ -114,6 +116,23 @@ class EnginesStatus(msgspec.Struct, frozen=True):
     counters: dict[str, int]
 
 
+class UpstreamStatus(msgspec.Struct, frozen=True):
+    """One of the engines that requests go to."""
+
+    engine: str
+    """host:port"""
+    relays: int
+    up: int
+    """Relays that take it for healthy."""
+    drained: bool
+    outstanding: int
+    requests: int
+    resent: int
+    ejections: int
+    figures: Report
+    """What was scored of it, and whether it is like the others: `measurement.by_engine`. Empty before that."""
+
+
 class Status(msgspec.Struct, frozen=True):
     """`GET /api/v1/status`. Field names are the JSON's; the console and scripts rely on them."""
 
@@ -162,6 +181,8 @@ class Status(msgspec.Struct, frozen=True):
     models: list[ModelStatus]
     reference: ReferenceStatus
     engines: EnginesStatus
+    upstream: list[UpstreamStatus]
+    """The engines that requests go to."""
     records_written: int
     relays: int
     data_port: int
@@ -184,6 +205,8 @@ class StatusSource:
         pipeline: ScoringPipeline,
         measurements: Measurements,
         alarms: Alarms,
+        by_engine: ByEngine,
+        upstreams: UpstreamEngines,
         outcomes: Outcomes,
         profiles: ProfileManager,
         learner: Learner,
@@ -202,6 +225,8 @@ class StatusSource:
         self._pipeline = pipeline
         self._measurements = measurements
         self._alarms = alarms
+        self._by_engine = by_engine
+        self._upstreams = upstreams
         self._outcomes = outcomes
         self._profiles = profiles
         self._learner = learner
@@ -270,10 +295,28 @@ class StatusSource:
                 acknowledged=sorted(self._engines.acknowledged(now)),
                 counters=self._engines.counters(now),
             ),
+            upstream=self._upstream(),
             records_written=self._records.written if self._records is not None else 0,
             relays=self._link.relays,
             data_port=self._data_port,
         )
+
+    def _upstream(self) -> list[UpstreamStatus]:
+        figures = {row["engine"]: row for row in self._by_engine.report()}
+        return [
+            UpstreamStatus(
+                engine=name,
+                relays=engine.relays,
+                up=engine.up,
+                drained=name in self._upstreams.drained,
+                outstanding=engine.outstanding,
+                requests=engine.requests,
+                resent=engine.resent,
+                ejections=engine.ejections,
+                figures=figures.get(name, {}),
+            )
+            for name, engine in self._upstreams.current().items()
+        ]
 
     def _model(self, pair: ModelPair) -> ModelStatus:
         calibrated, matched = pair is self._monitor.served.calibrated, pair.reference is not None

@@ -404,6 +404,8 @@ class Alarm(Section):
     """Factor by which the differences of the logits of a kind may grow or shrink without being a change."""
     clear_after: int = Field(default=30, ge=1)
     """Consecutive requests without evidence of the change after which an alarm clears."""
+    engine_alpha: Fraction = 0.01
+    """Probability that any engine is ever named as not like the others though it is, beside `alpha`."""
 
 
 class Tracing(Section):

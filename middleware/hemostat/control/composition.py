@@ -24,11 +24,13 @@ from hemostat.control.policy import PolicyPublisher
 from hemostat.control.served_kinds import ServedKinds
 from hemostat.control.stored_state import model_identity
 from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.process import make_tracing
 from hemostat.learner.client import Learner
 from hemostat.learner.stored import StoredLearning
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.figures import MODELS
 from hemostat.measurement.measurements import Measurements
 from hemostat.measurement.outcomes import Outcomes
@@ -92,6 +94,7 @@ class Control:
             self.writer.as_replica,
             wall,
         )
+        self.by_engine = ByEngine(settings.alarm.engine_alpha, self.writer.as_leader, self.writer.as_replica, wall)
         self.profile_manager = ProfileManager(
             calibration,
             self.writer.as_leader,
@@ -144,6 +147,7 @@ class Control:
             RecordConsumers(
                 self.measurements,
                 self.alarms,
+                self.by_engine,
                 self.profile_manager,
                 self.learner,
                 self.records,
@@ -160,6 +164,7 @@ class Control:
             distances=self.adapters.judge if settings.adapter.enabled else None,
         )
         self.link = RelayLink(socket_path, self.pipeline.receive, self.outcomes.receive, self.pipeline.coverage.relayed)
+        self.upstreams = UpstreamEngines(self.link.engines, self.writer.as_leader)
         self.policy = PolicyPublisher(
             settings,
             self.link,
@@ -172,12 +177,15 @@ class Control:
             salt=lambda: self.salt.value,
             adapters=self.adapters.host,
             grammars=unavailable(settings.grammar),
+            upstreams=self.upstreams,
         )
         changes.subscribe(self.policy.publish)
         operations = make_operations(
             calibration.mode,
             self.profile_manager,
             self.alarms,
+            self.by_engine,
+            self.upstreams,
             self.outcomes,
             self.subject,
             store=self.store,
@@ -199,6 +207,8 @@ class Control:
             pipeline=self.pipeline,
             measurements=self.measurements,
             alarms=self.alarms,
+            by_engine=self.by_engine,
+            upstreams=self.upstreams,
             outcomes=self.outcomes,
             profiles=self.profile_manager,
             learner=self.learner,
@@ -227,6 +237,8 @@ class Control:
             self.monitor.samples,
             self.measurements.samples,
             self.alarms.samples,
+            self.by_engine.samples,
+            self.upstreams.samples,
             self.outcomes.samples,
             self.profile_manager.samples,
             self.learner.samples,
@@ -276,6 +288,7 @@ class Control:
             if scorer is not None:
                 await scorer.close()
         self.alarms.save()
+        self.by_engine.save()
         await self.learned.save()
         self.outcomes.save()
         self.profile_manager.writer.save()

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from hemostat.control.learning import LearningSubject
 from hemostat.control.operator_actions import LocalActions, ModeOverride, OperatorActions
 from hemostat.control.stored_state import STATE_KEYS, StoredState
+from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.outcomes import Outcomes
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
@@ -33,6 +35,8 @@ def make_operations(
     mode: str,
     profiles: ProfileManager,
     alarms: Alarms,
+    by_engine: ByEngine,
+    upstreams: UpstreamEngines,
     outcomes: Outcomes,
     subject: LearningSubject,
     *,
@@ -46,9 +50,21 @@ def make_operations(
 ) -> Operations:
     """mode: `calibration.mode`. clock: monotonic seconds. wall: Unix time."""
     override = ModeOverride(mode)
-    local = LocalActions(profiles, subject, store, writer, on_change)
+    local = LocalActions(profiles, subject, upstreams, store, writer, on_change)
     stored_state = StoredState(
-        store, errors, writer.as_leader, lease, profiles, alarms, outcomes, subject, override, clock, on_change
+        store,
+        errors,
+        writer.as_leader,
+        lease,
+        profiles,
+        alarms,
+        by_engine,
+        upstreams,
+        outcomes,
+        subject,
+        override,
+        clock,
+        on_change,
     )
     replica = None
     if isinstance(store, ValkeyStore):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hemostat.control.learning import LearningSubject
+from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.measurement.alarms import Alarms
 from hemostat.profiles.manager import ProfileManager
 from hemostat.store.errors import StoreErrorLog
@@ -36,12 +37,14 @@ class LocalActions:
         self,
         profiles: ProfileManager,
         subject: LearningSubject,
+        upstreams: UpstreamEngines,
         store: Store,
         writer: StoreWriter,
         on_change: Callable[[], None],
     ) -> None:
         self._profiles = profiles
         self._subject = subject
+        self._upstreams = upstreams
         self._store = store
         self._writer = writer
         self._on_change = on_change
@@ -62,6 +65,10 @@ class LocalActions:
                 self._profiles.operator.roll_back(reason, kind)
             case "release", [kind]:
                 self._profiles.operator.release(kind)
+            case "drain", [engine]:
+                self._upstreams.drain(engine)
+            case "undrain", [engine]:
+                self._upstreams.drain(engine, ends=True)
             case "mode", ["off" | "observe" | "auto" as mode]:
                 self._profiles.operator.set_mode(mode)
                 self._subject.update()
@@ -177,6 +184,10 @@ class OperatorActions:
     async def release(self, kind: str | None) -> None:
         """End the hold of kinds at identity."""
         await self._execute("release", kind)
+
+    async def drain(self, engine: str, *, ends: bool) -> None:
+        """The engine gets no new requests, or some again."""
+        await self._execute("undrain" if ends else "drain", engine)
 
     async def rebase(self, kind: str | None) -> dict[str, Any]:
         """The kind (None: each) learns a new baseline, at this replica: each has alarms of its own. Their report."""

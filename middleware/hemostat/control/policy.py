@@ -9,6 +9,7 @@ import msgspec
 
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
+from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
 from hemostat.ipc.messages import Policy
 from hemostat.openai.tool_parsers import TOOL_FORMATS, restricted_free_calls
@@ -49,6 +50,7 @@ class PolicyPublisher:
         salt: Callable[[], bytes],
         adapters: LoadedAdapters,
         grammars: str,
+        upstreams: UpstreamEngines,
     ) -> None:
         """grammars: why no grammar can be rebuilt here; "" where it can."""
         self._settings = settings
@@ -62,6 +64,7 @@ class PolicyPublisher:
         self._salt = salt
         self._adapters = adapters
         self._grammars = not grammars
+        self._upstreams = upstreams
         self._last: Policy | None = None
         self.generation = 0
         """Number of policies that were sent."""
@@ -121,6 +124,7 @@ class PolicyPublisher:
             tool_grammars=grammars and grammar.tool_call_parser in TOOL_FORMATS,
             free_calls=restricted_free_calls(grammar.tool_call_parser, grammar.tool_strict_level),
             treat_unjudged=calibration.treat_unjudged,
+            drained=self._upstreams.drained,
             openai_sampling_defaults=self._settings.upstream.openai_sampling_defaults,
             **profiles.request_parameters(),
         )

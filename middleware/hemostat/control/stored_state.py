@@ -11,8 +11,12 @@ from typing import Any
 
 from hemostat.control.learning import LearningSubject
 from hemostat.control.operator_actions import ModeOverride
+from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
+from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_engine import STATE_KEY as ENGINES_STATE
+from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.outcomes import STATE_KEY as OUTCOMES_STATE
 from hemostat.measurement.outcomes import Outcomes
 from hemostat.profiles.decisions import MAX_EVENTS
@@ -40,7 +44,16 @@ log = logging.getLogger("hemostat.store")
 
 MODELS_KEY = "models"
 """`model_identity` of the models that the stored evidence is about."""
-STATE_KEYS = (*PROFILE_STATE_KEYS, ALARM_STATE, OUTCOMES_STATE, schema.ALARM_TESTS_KEY, schema.OFFERED_KEY, MODELS_KEY)
+STATE_KEYS = (
+    *PROFILE_STATE_KEYS,
+    ALARM_STATE,
+    ENGINES_STATE,
+    UPSTREAMS_STATE,
+    OUTCOMES_STATE,
+    schema.ALARM_TESTS_KEY,
+    schema.OFFERED_KEY,
+    MODELS_KEY,
+)
 """Of the store, all that this process reads, but for the salt and the schema."""
 
 
@@ -58,6 +71,8 @@ class StoredState:
         lease: Lease,
         profiles: ProfileManager,
         alarms: Alarms,
+        by_engine: ByEngine,
+        upstreams: UpstreamEngines,
         outcomes: Outcomes,
         subject: LearningSubject,
         override: ModeOverride,
@@ -70,6 +85,8 @@ class StoredState:
         self._lease = lease
         self._profiles = profiles
         self._alarms = alarms
+        self._by_engine = by_engine
+        self._upstreams = upstreams
         self._outcomes = outcomes
         self._subject = subject
         self._override = override
@@ -111,6 +128,7 @@ class StoredState:
         self._profiles.restoring.restore(profiles, states, _events(events, alarm=False))
         self._restore_alarms(states, events)
         self._outcomes.restore(states[OUTCOMES_STATE])
+        self._upstreams.restore(states[UPSTREAMS_STATE])
         self._read(states)
 
     def reload(
@@ -123,6 +141,7 @@ class StoredState:
             # Afterwards this replica's own alarms have seen more than what was stored.
             self._restore_alarms(states, events)
             self._outcomes.restore(states[OUTCOMES_STATE])
+        self._upstreams.restore(states[UPSTREAMS_STATE])
         self._read(states)
         self._subject.update()
         self._on_change()
@@ -133,6 +152,7 @@ class StoredState:
         self._settle()
         self._profiles.restoring.write_all(stored)
         self._alarms.save()
+        self._by_engine.save()
         self._outcomes.save()
         if self._models is not None:
             self._writes.set_state(MODELS_KEY, self._models)
@@ -144,6 +164,7 @@ class StoredState:
 
     def _restore_alarms(self, states: dict[str, str | None], events: list[dict[str, Any]]) -> None:
         tests = whole_number(states[schema.ALARM_TESTS_KEY])
+        self._by_engine.restore(states[ENGINES_STATE])
         self._alarms.restore(states[ALARM_STATE], _events(events, alarm=True), tests)
 
     def _read(self, states: dict[str, str | None]) -> None:
@@ -159,6 +180,7 @@ class StoredState:
             log.warning("%s (%s) than those served now (%s): it is not used", why, self._stored_models, self._models)
             self._profiles.forget_evidence(why)
             self._alarms.forget()
+            self._by_engine.forget()
             self._outcomes.forget()
         if self._stored_models != self._models:
             self._stored_models = self._models

@@ -12,6 +12,7 @@ import msgspec
 
 from hemostat.ipc.messages import (
     Capture,
+    EngineHealth,
     Hello,
     MessageReader,
     OutcomeReport,
@@ -69,6 +70,10 @@ class RelayLink:
     def relays(self) -> int:
         """Relays connected now."""
         return len(self._writers)
+
+    def engines(self) -> Iterator[list[EngineHealth]]:
+        """What each connected relay knows of the engines."""
+        return (stats.engines for stats in self._live.values())
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.RELAYS, (), self.relays)

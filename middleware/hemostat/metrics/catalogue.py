@@ -4,7 +4,7 @@ by `make docs`).
 
 from __future__ import annotations
 
-from hemostat.metrics import conditional, names
+from hemostat.metrics import conditional, names, upstreams
 from hemostat.metrics.metric import Metric
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
@@ -460,6 +460,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.ADAPTER_COPIES_BYTES, "gauge", "bytes", "Memory of the copies that judge adapters; 0: none is loaded."
         ),
     ),
+    "The engines": upstreams.METRICS,
     "The engine's plugin": (
         Metric(names.ENGINES, "gauge", "engines", "Engines whose plugin reports."),
         Metric(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),

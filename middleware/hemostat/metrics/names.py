@@ -95,6 +95,18 @@ ADAPTER_JUDGED = "hemostat_adapter_judged_total"
 ADAPTER_JUDGE_DROPPED = "hemostat_adapter_judge_dropped_total"
 ADAPTER_COPIES_BYTES = "hemostat_adapter_copies_bytes"
 
+# The engines that requests go to
+UPSTREAM_UP_RATIO = "hemostat_upstream_up_ratio"
+UPSTREAM_DRAINED = "hemostat_upstream_drained"
+UPSTREAM_OUTSTANDING = "hemostat_upstream_outstanding"
+UPSTREAM_REQUESTS = "hemostat_upstream_requests_total"
+UPSTREAM_RESENT = "hemostat_upstream_resent_total"
+UPSTREAM_EJECTIONS = "hemostat_upstream_ejections_total"
+ENGINE_KL_NATS = "hemostat_engine_kl_nats_total"
+ENGINE_KL_TOKENS = "hemostat_engine_kl_tokens_total"
+ENGINE_ODD = "hemostat_engine_odd"
+ENGINE_ODD_EVIDENCE_RATIO = "hemostat_engine_odd_evidence_ratio"
+
 # The engine's plugin
 ENGINES = "hemostat_engines"
 ENGINE_EVENTS = "hemostat_engine_events_total"

@@ -620,4 +620,4 @@ class Exchange:
             status = 0 if self._response is None else self._response.status
             generated = self._report.finish(arm, comparison, status, outcome, complete=complete)
         if hook is not None:
-            hook.closed(complete=complete, output_tokens=generated)
+            hook.closed(complete=complete, output_tokens=generated, engine=self.outgoing.engine_name)

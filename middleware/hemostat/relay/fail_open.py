@@ -87,10 +87,10 @@ class FailOpenHook:
             self._fail()
             return b""
 
-    def closed(self, *, complete: bool, output_tokens: int | None) -> None:
+    def closed(self, *, complete: bool, output_tokens: int | None, engine: str) -> None:
         """Called in every case, also after a failure."""
         try:
-            self._hook.closed(complete=complete, output_tokens=output_tokens)
+            self._hook.closed(complete=complete, output_tokens=output_tokens, engine=engine)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             self._on_error()
 

@@ -168,6 +168,11 @@ class OutgoingRequest:
         engine.requests += 1
         return True
 
+    @property
+    def engine_name(self) -> str:
+        """ "" where none was chosen."""
+        return self.engine.name if self.engine is not None else ""
+
     def engine_answered(self) -> None:
         if self.engine.health.failures:
             self.engine.health.request_succeeded()

@@ -371,7 +371,7 @@ class InterceptedExchange:
             self._counted_as = Arm.NONE, ArmReason.NOT_APPLIED
         return rest
 
-    def closed(self, *, complete: bool, output_tokens: int | None = None) -> None:
+    def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:
         if self._counted_as is not None:
             self._reports.calibrated(*self._counted_as)
         request, tokens = self._request, self._tokens
@@ -388,14 +388,16 @@ class InterceptedExchange:
             # Of an answer that the plugin reports, one capture stands for all choices.
             choices = tokens.choices[:1] if self._from_tap else tokens.choices
             for number, choice in enumerate(choices):
-                self._reports.captured(self._capture(request, tokens, number, choice))
+                self._reports.captured(self._capture(request, tokens, number, choice, engine))
         if self._skipped is not None:
             if output_tokens is None and complete and tokens is not None and tokens.usage is not None:
                 # The client did not ask for the usage, and does not get it.
                 output_tokens = tokens.usage.completion_tokens
             self._reports.skipped(self._skipped, self._kind, output_tokens)
 
-    def _capture(self, request: Request, tokens: ResponseTokens, number: int, choice: ChoiceTokens) -> Capture:
+    def _capture(
+        self, request: Request, tokens: ResponseTokens, number: int, choice: ChoiceTokens, engine: str
+    ) -> Capture:
         adapter = self._adapter if tokens.model == self._adapter else None
         return Capture(
             request_id=self._request_id[:MAX_REQUEST_ID],
@@ -429,5 +431,6 @@ class InterceptedExchange:
             reasoning=choice.reasoning,
             from_tap=self._from_tap,
             grammar=request.grammar,
+            engine=engine,
             generated=-1 if tokens.usage is None else tokens.usage.completion_tokens,
         )

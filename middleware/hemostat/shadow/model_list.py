@@ -49,5 +49,5 @@ class ModelList:
     def response_end(self) -> bytes:
         return b"" if self._too_long else without_versions(bytes(self._data))
 
-    def closed(self, *, complete: bool, output_tokens: int | None = None) -> None:
+    def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:
         pass

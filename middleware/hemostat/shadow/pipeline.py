@@ -30,6 +30,7 @@ from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
 from hemostat.measurement.measurements import Measurements
@@ -87,6 +88,7 @@ class RecordConsumers:
 
     measurements: Measurements
     alarms: Alarms
+    engines: ByEngine
     profiles: ProfileManager
     learner: RecordLearner
     records: RecordsFile | None
@@ -244,6 +246,7 @@ class ScoringPipeline:
         )
         if fresh:
             consumers.alarms.observe(record, figures)
+        consumers.engines.observe(record, figures, fresh=fresh)
         self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)

@@ -164,6 +164,7 @@ def build_record(
             reference_model=info.digest,
             reference_dtype=info.dtype,
             engine_boot=tap.boot_id if tap else "",
+            engine=capture.engine,
         )
     )
 

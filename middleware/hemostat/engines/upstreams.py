@@ -1,0 +1,95 @@
+"""The engines that relays send requests to: what all relays report of them, and which of them are drained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from hemostat.ipc.messages import EngineHealth
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat.store.protocol import StoreWrites
+from hemostat_calibration.errors import HemostatError
+
+log = logging.getLogger("hemostat.engines")
+
+STATE_KEY = "drained_engines"
+"""Of the state in the store: a JSON list of names."""
+UP = "up"
+
+
+@dataclass(slots=True)
+class UpstreamEngine:
+    """Of all relays together, each of which finds out for itself whether an engine answers."""
+
+    relays: int = 0
+    up: int = 0
+    """Relays that send it requests, but for its being drained."""
+    outstanding: int = 0
+    """Requests in progress."""
+    requests: int = 0
+    resent: int = 0
+    """Of them, those that were then sent again, to another engine or to this one."""
+    ejections: int = 0
+
+
+class UpstreamEngines:
+    """Owns which engines are drained. reported: what each connected relay has last reported. writes: of the leader."""
+
+    def __init__(self, reported: Callable[[], Iterable[list[EngineHealth]]], writes: StoreWrites) -> None:
+        self._reported = reported
+        self._writes = writes
+        self.drained: frozenset[str] = frozenset()
+        """Names of the engines that get no new requests."""
+
+    def current(self) -> dict[str, UpstreamEngine]:
+        """By name, in the order in which they are configured."""
+        found: dict[str, UpstreamEngine] = {}
+        for report in self._reported():
+            for one in report:
+                engine = found.setdefault(one.engine, UpstreamEngine())
+                engine.relays += 1
+                engine.up += one.state == UP
+                engine.outstanding += one.outstanding
+                engine.requests += one.requests
+                engine.resent += one.resent
+                engine.ejections += one.ejections
+        return found
+
+    @property
+    def up(self) -> int:
+        """Engines that some relay sends requests to."""
+        return sum(engine.up > 0 and name not in self.drained for name, engine in self.current().items())
+
+    def drain(self, engine: str, *, ends: bool = False) -> None:
+        """The engine gets no new requests from now on (or again some, with `ends`). HemostatError for an unknown one.
+
+        One that is drained may be gone meanwhile, so that its drain can be ended whatever relays report.
+        """
+        known = self.current().keys() | self.drained
+        if engine not in known:
+            raise HemostatError(
+                f"engine {engine[:100]!r} is not known; the engines are {', '.join(sorted(known)) or 'not known yet'}"
+            )
+        self.drained = self.drained - {engine} if ends else self.drained | {engine}
+        log.warning("engine %s is %s", engine, "not drained any more" if ends else "drained")
+        self._writes.set_state(STATE_KEY, json.dumps(sorted(self.drained)))
+
+    def restore(self, stored: str | None) -> None:
+        """What an earlier run, or the leader, stored."""
+        try:
+            self.drained = frozenset(str(name) for name in json.loads(stored or "[]"))
+        except (ValueError, TypeError) as error:
+            log.error("stored drains of engines: %s; none is drained", error)
+
+    def samples(self) -> Iterator[Sample]:
+        for name, engine in self.current().items():
+            labels = (name,)
+            yield Sample(names.UPSTREAM_UP_RATIO, labels, engine.up / engine.relays)
+            yield Sample(names.UPSTREAM_DRAINED, labels, name in self.drained)
+            yield Sample(names.UPSTREAM_OUTSTANDING, labels, engine.outstanding)
+            yield Sample(names.UPSTREAM_REQUESTS, labels, engine.requests)
+            yield Sample(names.UPSTREAM_RESENT, labels, engine.resent)
+            yield Sample(names.UPSTREAM_EJECTIONS, labels, engine.ejections)

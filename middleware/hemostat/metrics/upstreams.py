@@ -1,0 +1,63 @@
+"""The metrics of the engines that requests go to."""
+
+from __future__ import annotations
+
+from hemostat.metrics import names
+from hemostat.metrics.metric import Metric
+
+_ENGINE = ("engine",)
+METRICS = (
+    Metric(
+        names.UPSTREAM_UP_RATIO,
+        "gauge",
+        "ratio",
+        "Part of the relay processes that take the engine for healthy: below 1 some have ejected it.",
+        _ENGINE,
+    ),
+    Metric(names.UPSTREAM_DRAINED, "gauge", "0 or 1", "1 while an operator drains the engine.", _ENGINE),
+    Metric(names.UPSTREAM_OUTSTANDING, "gauge", "requests", "Requests in progress at the engine.", _ENGINE),
+    Metric(
+        names.UPSTREAM_REQUESTS,
+        "counter",
+        "requests",
+        "Requests sent to the engine by the relay processes that run now.",
+        _ENGINE,
+    ),
+    Metric(
+        names.UPSTREAM_RESENT,
+        "counter",
+        "requests",
+        "Of them, those that were sent again after the engine failed, to another one or on a new connection.",
+        _ENGINE,
+    ),
+    Metric(
+        names.UPSTREAM_EJECTIONS,
+        "counter",
+        "ejections",
+        "How often a relay has stopped sending requests to the engine, because requests or health checks failed.",
+        _ENGINE,
+    ),
+    Metric(
+        names.ENGINE_KL_NATS,
+        "counter",
+        "nats",
+        "KL(reference‖compressed) of the scored tokens of the engine, summed; over its tokens, the mean.",
+        _ENGINE,
+    ),
+    Metric(names.ENGINE_KL_TOKENS, "counter", "tokens", "Scored tokens of the engine with a finite KL.", _ENGINE),
+    Metric(
+        names.ENGINE_ODD,
+        "gauge",
+        "0 or 1",
+        "1 while the engine is proven not to be like the others; false for any engine with a probability of at most "
+        "alarm.engine_alpha.",
+        _ENGINE,
+    ),
+    Metric(
+        names.ENGINE_ODD_EVIDENCE_RATIO,
+        "gauge",
+        "ratio",
+        "Evidence that the engine is not like the others, as a part of what is needed (logarithms).",
+        _ENGINE,
+    ),
+)
