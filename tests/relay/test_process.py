@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -59,10 +60,13 @@ async def start(config: dict[str, Any], open_files: int | None = None) -> asynci
         *("sh", "-c", f'{limit}exec "$0" -m hemostat.relay.main', sys.executable),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        pass_fds=config["fds"],
     )
     assert process.stdin is not None
+    assert process.stdout is not None
     process.stdin.write(json.dumps(config).encode())
     process.stdin.close()
+    assert await asyncio.wait_for(process.stdout.readline(), HANG_SECONDS) == b'{"loaded": true}\n'
     return process
 
 
@@ -70,20 +74,19 @@ async def start(config: dict[str, Any], open_files: int | None = None) -> asynci
 async def running(script: Script, control_socket: Path, open_files: int | None = None) -> AsyncIterator[Process]:
     upstream = Upstream(script)
     await upstream.start()
-    process = await start(
-        {
-            "worker": 3,
-            "host": "127.0.0.1",
-            "port": 0,
-            "reuse_port": True,
-            "fd": None,
-            "upstream": {"urls": [f"http://127.0.0.1:{upstream.port}"]},
-            "control_socket": str(control_socket),
-            "shutdown_seconds": 5.0,
-            "limits": {"head_bytes": 65536},
-        },
-        open_files,
-    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = await start(
+            {
+                "worker": 3,
+                "fds": [listener.fileno()],
+                "upstream": {"urls": [f"http://127.0.0.1:{upstream.port}"]},
+                "control_socket": str(control_socket),
+                "shutdown_seconds": 5.0,
+                "drain_seconds": HANG_SECONDS,
+                "limits": {"head_bytes": 65536},
+            },
+            open_files,
+        )
     assert process.stdout is not None
     try:
         port = json.loads(await asyncio.wait_for(process.stdout.readline(), HANG_SECONDS))["listening"]
@@ -94,6 +97,16 @@ async def running(script: Script, control_socket: Path, open_files: int | None =
         await process.wait()
         await upstream.stop()
         await asyncio.sleep(0.01)
+
+
+async def refused(relay: Process) -> None:
+    """Wait until it accepts no more connections."""
+    async with asyncio.timeout(HANG_SECONDS):
+        while True:
+            try:
+                await (await relay.connect()).close()
+            except ConnectionRefusedError:
+                return
 
 
 async def test_a_relay_follows_its_control_process_and_continues_without_one(tmp_path: Path) -> None:
@@ -172,8 +185,37 @@ async def test_sigterm_lets_a_stream_end(tmp_path: Path) -> None:
         await idle.close()
 
 
+async def test_a_replaced_relay_answers_one_more_request_of_each_connection(tmp_path: Path) -> None:
+    """A client that is about to send its next request must not find its connection closed."""
+    async with running(answering([]), tmp_path / "none.sock") as relay:
+        used, new = await relay.connect(), await relay.connect()
+        await used.send(GET)
+        assert (await used.response()).get(b"connection") == []
+        relay.process.send_signal(signal.SIGUSR1)
+        await refused(relay)
+        for client in (used, new):
+            await client.send(GET)
+            answer = await client.response()
+            assert (answer.status, answer.get(b"connection")) == (200, [b"close"])
+        assert await asyncio.wait_for(relay.process.wait(), HANG_SECONDS) == 0
+        await used.close()
+        await new.close()
+
+
+async def test_sigterm_shortens_the_drain_of_a_replaced_relay(tmp_path: Path) -> None:
+    async with running(answering([]), tmp_path / "none.sock") as relay:
+        idle = await relay.connect()
+        await idle.send(GET)
+        await idle.response()
+        relay.process.send_signal(signal.SIGUSR1)
+        relay.process.send_signal(signal.SIGTERM)
+        assert await idle.rest() == b""
+        assert await asyncio.wait_for(relay.process.wait(), HANG_SECONDS) == 0
+        await idle.close()
+
+
 async def test_a_relay_that_cannot_start_exits_with_1() -> None:
-    config = {"worker": 0, "host": "127.0.0.1", "port": 0, "upstream": {"urls": ["nonsense"]}, "control_socket": "x"}
+    config = {"worker": 0, "fds": [], "upstream": {"urls": ["no address"]}, "control_socket": "x"}
     process = await start(config)
     assert await asyncio.wait_for(process.wait(), HANG_SECONDS) == 1
     assert process.stdout is not None

@@ -162,7 +162,7 @@ def create_app(
     """token: None answers 403, and names the setting, to everything that would change state. now: monotonic seconds.
 
     names: host names that the port answers to, beside addresses and localhost; None: any.
-    Setting `app.state.closing` ends the streams.
+    Setting `app.state.closing` ends the streams; `app.state.token` may be replaced.
     """
     streams = 0
     state, state_at = b"", -math.inf
@@ -176,15 +176,17 @@ def create_app(
         return state
 
     async def require_token(request: Request) -> None:
-        if token is None:
+        expected = request.app.state.token
+        if expected is None:
             raise HTTPException(403, "set admin.token (HEMOSTAT_ADMIN__TOKEN) to use this; it is not set")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), expected.encode()):
             raise HTTPException(401, "send the admin token as `Authorization: Bearer <admin.token>`")
 
     closing = asyncio.Event()
     app = FastAPI(title="Hemostat", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.closing = closing
+    app.state.token = token
     guarded = [Depends(require_token)]
 
     @app.exception_handler(HemostatError)

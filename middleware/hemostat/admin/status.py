@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from hemostat.admin.configuration import Configuration, ConfigurationReport
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
@@ -186,6 +187,7 @@ class Status(msgspec.Struct, frozen=True):
     records_written: int
     relays: int
     data_port: int
+    configuration: ConfigurationReport
 
 
 class StatusSource:
@@ -214,11 +216,14 @@ class StatusSource:
         records: RecordsFile | None,
         lease: Lease,
         replica: Replica | None,
+        configuration: Configuration,
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
-        self._settings = settings
+        self.settings = settings
+        """May be replaced."""
         self._data_port = data_port
+        self._configuration = configuration
         self._link = link
         self._engines = engines
         self._monitor = monitor
@@ -245,7 +250,7 @@ class StatusSource:
 
     def current(self) -> Status:
         now = self._clock()
-        measurements, shadow, served = self._measurements, self._settings.shadow, self._monitor.served
+        measurements, shadow, served = self._measurements, self.settings.shadow, self._monitor.served
         version = self._profiles.serving.reported
         totals = self._link.total()
         return Status(
@@ -299,6 +304,7 @@ class StatusSource:
             records_written=self._records.written if self._records is not None else 0,
             relays=self._link.relays,
             data_port=self._data_port,
+            configuration=self._configuration.report,
         )
 
     def _upstream(self) -> list[UpstreamStatus]:

@@ -15,7 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    settings = load_settings(options)
-    from hemostat.supervisor import main  # noqa: PLC0415
+    from hemostat.supervisor.serve import main  # noqa: PLC0415
 
-    return main(settings)
+    return main(lambda: load_settings(options))

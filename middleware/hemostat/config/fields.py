@@ -93,7 +93,7 @@ def _null_is_none(value: object) -> object:
     return "none" if value is None else value
 
 
-def _yaml_off(value: object) -> object:
+def yaml_off(value: object) -> object:
     """YAML 1.1 reads an unquoted `off` as false."""
     return "off" if value is False else value
 
@@ -110,7 +110,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Backend = Annotated[Literal["transformers", "vllm", "none"], BeforeValidator(_null_is_none)]
-Mode = Annotated[Literal["off", "observe", "auto"], BeforeValidator(_yaml_off)]
+Mode = Annotated[Literal["off", "observe", "auto"], BeforeValidator(yaml_off)]
 
 
 class Section(BaseModel):

@@ -21,6 +21,9 @@ FOREIGN_VARIABLES = frozenset({"HEMOSTAT_ADMIN_URL", "HEMOSTAT_ADMIN_TOKEN", "HE
 _KUBERNETES_NAME = re.compile(r"_SERVICE_(HOST|PORT)(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _KUBERNETES_VALUE = re.compile(r"(tcp|udp|sctp)://")
 MAX_FILE_BYTES = 1024 * 1024
+SECRETS_IN_FILES = (("admin", "token"), ("upstream", "api_key"), ("reference", "api_key"))
+"""Settings that the file named by `…_file` can hold in their place."""
+MAX_SECRET_BYTES = 4096
 
 
 def load(
@@ -38,6 +41,8 @@ def load(
             _set_value(data, places, name.removeprefix(ENV_PREFIX).lower().split("__"), text, name)
     for key, text in overrides:
         _set_value(data, places, key.split("."), text, f"--set {key}")
+    for secret in SECRETS_IN_FILES:
+        _read_secret(data, places, secret)
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
@@ -127,6 +132,33 @@ def _set_value(data: dict[str, Any], places: dict[Key, str], parts: list[str], t
             )
     into[parts[-1]] = _from_text(text, LEAVES[dotted])
     places[tuple(parts)] = source.partition(" ")[0]
+
+
+def _read_secret(data: dict[str, Any], places: dict[Key, str], key: tuple[str, str]) -> None:
+    """Where `…_file` is set, read the secret from there; a missing file is left to the validation."""
+    section, name = key
+    values = data.get(section)
+    if not isinstance(values, dict):
+        return
+    path = values.get(f"{name}_file")
+    if not isinstance(path, str) or not os.path.isfile(path):
+        return
+    dotted = dotted_key((section, f"{name}_file"))
+    where = places.get((section, f"{name}_file"), "configuration")
+    if values.get(name) is not None:
+        raise ConfigError(one_line(f"{where}: {dotted}: does not go with {section}.{name}; leave one of them out"))
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_SECRET_BYTES + 1)
+        text = raw.decode("ascii").strip()
+    except OSError as error:
+        raise ConfigError(one_line(f"{where}: {dotted}: cannot be read ({error.strerror})")) from None
+    except UnicodeDecodeError:
+        text = ""
+    if not text or len(raw) > MAX_SECRET_BYTES:
+        raise ConfigError(one_line(f"{where}: {dotted}: {short_repr(path)} does not hold one line of printable ASCII"))
+    values[name] = text
+    places[key] = f"{where}: {dotted}"
 
 
 def _from_text(text: str, annotation: object) -> object:

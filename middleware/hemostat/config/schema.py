@@ -38,6 +38,7 @@ from hemostat.config.fields import (
     TokenId,
     header_name,
     text_is_model,
+    yaml_off,
 )
 from hemostat.config.grammar import Grammar
 from hemostat.config.reasoning_parsers import PARSERS
@@ -74,6 +75,8 @@ class Admin(Section):
     host: Host = "127.0.0.1"
     port: Port = 8081
     token: Secret | None = None
+    token_file: ExistingFile | None = None
+    """A file with the token alone, in place of `token`; read at the start and at SIGHUP."""
     metrics_need_token: bool = False
     """/metrics requires the token too."""
     allowed_hosts: list[Host] = Field(default=[], max_length=64)
@@ -95,6 +98,8 @@ class Upstream(Section):
     """In place of `url`: several engines that serve the same models, http or https all of them."""
     api_key: Secret | None = None
     """Sent where the client sends no Authorization of its own, and by Hemostat's own probes."""
+    api_key_file: ExistingFile | None = None
+    """A file with the key alone, in place of `api_key`; read at the start and at SIGHUP."""
     max_connections: int = Field(default=512, ge=1, le=65536)
     """Of each relay process, to each engine."""
     queue_seconds: float = Field(default=60.0, gt=0, le=3600)
@@ -163,6 +168,8 @@ class Reference(Section):
     treated."""
     url: ServerUrl | None = None
     api_key: Secret | None = None
+    api_key_file: ExistingFile | None = None
+    """A file with the key alone, in place of `api_key`; read at the start and at SIGHUP."""
     folder: Path | None = None
     """vllm: folder of the reference's checkpoint (config.json and safetensors), of which only the output embedding is
     read, or a hub cache that has it. A pooling server's hidden states need it (default: the path that the server names,
@@ -377,6 +384,19 @@ class Limits(Section):
     """The same, of one address (IPv6: of one /64 network). Clients behind a proxy share its address."""
 
 
+class ClientLimits(Section):
+    """What one client may ask of each relay process; beyond it requests get status 429. Off by default. They count
+    requests other than GET and HEAD."""
+
+    key: Literal["authorization", "address"] = "authorization"
+    """What a client is: the value of its Authorization header (requests without one: its address), or its address."""
+    requests_per_second: float | None = Field(default=None, gt=0, le=1_000_000)
+    burst: int = Field(default=10, ge=1, le=1_000_000)
+    """Requests that may come at once, where fewer came before."""
+    concurrent: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Requests in progress."""
+
+
 class Log(Section):
     """Standard error."""
 
@@ -384,6 +404,17 @@ class Log(Section):
     format: Literal["text", "json"] = "text"
     requests: bool = False
     """One line for each relayed generation: ids and outcomes, never prompts or texts."""
+    access: Annotated[str, BeforeValidator(yaml_off)] = "off"
+    """off, stdout or a path: one line for each request on the data port, refused ones too; in the form of `format`."""
+    access_clients: bool = False
+    """The access log has the clients' addresses."""
+
+    @field_validator("access")
+    @classmethod
+    def _off_or_path(cls, value: str) -> str:
+        if value not in {"off", "stdout"} and not value.startswith("/"):
+            raise ValueError(f"{short_repr(value)} is none of off, stdout and a path like /var/log/hemostat/access.log")
+        return value
 
     @field_validator("level", mode="before")
     @classmethod
@@ -444,7 +475,14 @@ class Settings(Section):
     records: Records = Records()
     workers: int = Field(default=1, ge=1, le=256)
     shutdown_seconds: float = Field(default=30.0, ge=0, le=3600)
+    """Longest drain after SIGTERM."""
+    drain_seconds: float = Field(default=600.0, ge=0, le=86400)
+    """Longest drain of relays that were replaced, by a reload or an upgrade."""
+    run_dir: ExistingFolder | None = None
+    """Folder for Unix sockets, of this user only. A `hemostat serve` that is started with the folder of a running one
+    takes its place. none: a temporary folder."""
     limits: Limits = Limits()
+    client_limits: ClientLimits = ClientLimits()
     alarm: Alarm = Alarm()
     log: Log = Log()
     tracing: Tracing = Tracing()

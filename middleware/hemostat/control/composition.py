@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from hemostat.admin.configuration import Configuration
 from hemostat.admin.history import History
 from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
@@ -77,6 +78,7 @@ class Control:
     ) -> None:
         calibration, changes = settings.calibration, Changes()
         self._clock, self._wall = clock, wall
+        self.configuration = Configuration()
         self.history = History()
         self.measurements = Measurements(settings.shadow.max_tokens)
         self.breakers = Breakers()
@@ -216,6 +218,7 @@ class Control:
             records=self.records,
             lease=self.lease,
             replica=self.replica,
+            configuration=self.configuration,
             clock=clock,
             wall=wall,
         )
@@ -244,6 +247,7 @@ class Control:
             self.learner.samples,
             self.adapters.samples,
             self.lease.samples,
+            self.configuration.samples,
             self.store_errors.samples,
             self.link.samples,
             lambda: self.engines.samples(self._clock()),
@@ -256,6 +260,12 @@ class Control:
         await self.salt.synchronize()
         await self.learned.read()
         await self.link.start()
+
+    def apply(self, settings: Settings) -> None:
+        """Take over those settings that can change while this process runs (`config.reloading.IN_PLACE`)."""
+        self.policy.settings = self.status.settings = settings
+        self.pipeline.rate = settings.shadow.rate if self.references is not None else None
+        self.changes.notify()
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""

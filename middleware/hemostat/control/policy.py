@@ -53,7 +53,8 @@ class PolicyPublisher:
         upstreams: UpstreamEngines,
     ) -> None:
         """grammars: why no grammar can be rebuilt here; "" where it can."""
-        self._settings = settings
+        self.settings = settings
+        """May be replaced; used at the next `publish`."""
         self._link = link
         self._engines = engines
         self._profiles = profiles
@@ -81,13 +82,13 @@ class PolicyPublisher:
 
     def _policy(self, now: float) -> Policy:
         """Without its generation. now: monotonic seconds."""
-        shadow, calibration, profiles = self._settings.shadow, self._settings.calibration, self._profiles
+        shadow, calibration, profiles = self.settings.shadow, self.settings.calibration, self._profiles
         served = self._monitor.served
         base = served.calibrated
         held = self._engines.acknowledged(now)
         # A map of the logits is applied by the engine's logits processor, which has to hold it, too.
         adapters = {v: has_map for v, has_map in self._adapters.ready.items() if not has_map or v in held}
-        grammar = self._settings.grammar
+        grammar = self.settings.grammar
         grammars = self._grammars and any(
             pair.reference is not None and pair.reference.full_vocabulary for pair in served.pairs
         )
@@ -106,7 +107,7 @@ class PolicyPublisher:
             serving_by_kind=profiles.serving.version_by_kind,
             control_fraction=calibration.control_fraction,
             acknowledged=frozenset(v for v in held if not self._is_adapter(v)) | adapters.keys(),
-            labels=frozenset(self._settings.labels),
+            labels=frozenset(self.settings.labels),
             apply=calibration.apply,
             kinds=profiles.kinds.followed,
             unscorable_models=served.unscorable_adapters,
@@ -115,17 +116,17 @@ class PolicyPublisher:
             adapters=adapters,
             base_models=None if base is None else base.names,
             answered_name="" if base is None else base.name,
-            adapter_names=self._settings.adapter.enabled,
+            adapter_names=self.settings.adapter.enabled,
             default_model=served.pairs[0].name if served.pairs else "",
             replica=self._engines.replica,
             salt=self._salt(),
-            client_header=self._settings.evidence.client_header,
+            client_header=self.settings.evidence.client_header,
             grammars=grammars,
             tool_grammars=grammars and grammar.tool_call_parser in TOOL_FORMATS,
             free_calls=restricted_free_calls(grammar.tool_call_parser, grammar.tool_strict_level),
             treat_unjudged=calibration.treat_unjudged,
             drained=self._upstreams.drained,
-            openai_sampling_defaults=self._settings.upstream.openai_sampling_defaults,
+            openai_sampling_defaults=self.settings.upstream.openai_sampling_defaults,
             **profiles.request_parameters(),
         )
 

@@ -1,62 +1,125 @@
 """The control process: owns the shadow queue, the reference, the statistics, the calibrator, the store, the admin port.
 
-`python -m hemostat.control.process` reads its settings as JSON from standard input and prints `{"admin_port": n}` on
-standard output once it listens. When it dies, the relays go on as a plain proxy and the supervisor starts it again.
+`python -m hemostat.control.process` prints `{"loaded": true}`, reads a line of JSON with its settings from standard
+input, and prints `{"listening": true}` once it listens. Further lines change what it was given while it runs, see
+`follow`. When it dies, the relays go on as a plain proxy and the supervisor starts it again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
 
 from hemostat import logs
 from hemostat.admin.app import create_app
-from hemostat.admin.server import AdminServer, bind
-from hemostat.config.schema import Settings
+from hemostat.admin.configuration import ConfigurationReport
+from hemostat.admin.server import AdminServer
+from hemostat.config.schema import Admin, Settings
 from hemostat.control.composition import Control
 from hemostat.ipc.process import die_with_parent
 from hemostat_calibration.errors import HemostatError
 
+MAX_LINE_BYTES = 16 * 1024 * 1024
+LOCK_SECONDS = 15.0
+"""How long a former control process may take to end."""
 
-async def run(settings: Settings, socket_path: Path, data_port: int) -> None:
-    """Until SIGTERM."""
+
+async def run(given: dict[str, Any], lines: asyncio.StreamReader) -> None:
+    """Until SIGTERM. given: the first line."""
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sig, stop.set)
-    admin = settings.admin
-    listener = bind(admin.host, admin.port)
-    control = Control(settings, socket_path, data_port)
+    settings = Settings.model_validate(given["settings"])
+    logs.set_up(settings.log.level, settings.log.format)
+    lock = await lock_alone(Path(given["lock"]))
+    admin, listener = settings.admin, socket.socket(fileno=given["admin_fd"])
+    control = Control(settings, Path(given["socket"]), given["data_port"])
+    control.configuration.report = msgspec.convert(given["configuration"], ConfigurationReport)
     await control.start(settings.calibration.force)
     control.policy.publish()
-    token = admin.token.get_secret_value() if admin.token else None
-    app = create_app(control, token, time.monotonic, metrics_need_token=admin.metrics_need_token, names=admin.names)
+    app = create_app(
+        control, _token(admin), time.monotonic, metrics_need_token=admin.metrics_need_token, names=admin.names
+    )
     server = AdminServer(app, listener)
     serving = asyncio.create_task(server.run())
-    loops = [asyncio.create_task(loop) for loop in control.loops()]
+    loops = [asyncio.create_task(loop) for loop in (*control.loops(), follow(lines, control, app))]
     stopping = asyncio.create_task(stop.wait())
-    print(json.dumps({"admin_port": listener.getsockname()[1]}), flush=True)  # noqa: T201  the supervisor reads it
+    _print({"listening": True})
     done, _ = await asyncio.wait({stopping, serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
     server.stop()
     for loop in loops:
         loop.cancel()
     await asyncio.gather(serving, *loops, return_exceptions=True)
     await control.close()
+    os.close(lock)
     for task in done - {stopping}:
         task.result()
         raise RuntimeError("a loop ended by itself: that is a bug, and the supervisor starts this process again")
 
 
+async def lock_alone(path: Path) -> int:
+    """Wait until no other control process of this folder lives, since one alone may use the store and the lease.
+
+    The file descriptor that holds the lock; it is released with the process. HemostatError after LOCK_SECONDS.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise HemostatError(f"control: another process still holds {path}; end it, or set run_dir") from None
+            await asyncio.sleep(0.02)
+        else:
+            return descriptor
+
+
+async def follow(lines: asyncio.StreamReader, control: Control, app: FastAPI) -> None:
+    """Apply what the supervisor sends, until cancelled."""
+    while line := await lines.readline():
+        message = json.loads(line)
+        if "settings" in message:
+            settings = Settings.model_validate(message["settings"])
+            logs.set_up(settings.log.level, settings.log.format)
+            app.state.token = _token(settings.admin)
+            control.apply(settings)
+        if "configuration" in message:
+            control.configuration.report = msgspec.convert(message["configuration"], ConfigurationReport)
+    await asyncio.Event().wait()  # the supervisor has ended; the kernel sends SIGTERM
+
+
+def _token(admin: Admin) -> str | None:
+    return admin.token.get_secret_value() if admin.token else None
+
+
+def _print(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)  # noqa: T201  the supervisor reads it
+
+
+async def _main() -> None:
+    lines = asyncio.StreamReader(limit=MAX_LINE_BYTES)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    if line := await lines.readline():
+        await run(json.loads(line), lines)
+
+
 def main() -> int:
-    given = json.load(sys.stdin)
-    die_with_parent(given["parent"])
-    settings = Settings.model_validate(given["settings"])
-    logs.set_up(settings.log.level, settings.log.format)
+    die_with_parent(os.getppid())
+    _print({"loaded": True})
     try:
-        asyncio.run(run(settings, Path(given["socket"]), given["data_port"]))
+        asyncio.run(_main())
     except HemostatError as error:
         print(f"hemostat: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -37,6 +37,32 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "1 for each name of the compressed model, with the reference that it is compared with.",
             ("model", "reference"),
         ),
+        Metric(
+            names.CONFIG_LAST_RELOAD_SUCCESSFUL,
+            "gauge",
+            "0 or 1",
+            "0 where the last SIGHUP found a configuration that is not valid, or not usable, and changed nothing.",
+        ),
+        Metric(names.CONFIG_LOADED_TIMESTAMP_SECONDS, "gauge", "seconds", "Unix time of the configuration in force."),
+        Metric(
+            names.CONFIG_NEEDS_RESTART,
+            "gauge",
+            "settings",
+            "Settings that the last SIGHUP found changed and that take effect after a restart only.",
+        ),
+        Metric(
+            names.CLIENT_LIMITED_REQUESTS,
+            "counter",
+            "requests",
+            "Requests refused with 429, by the limit of `client_limits` that they exceeded.",
+            ("limit",),
+        ),
+        Metric(
+            names.ACCESS_LOG_DROPPED_LINES,
+            "counter",
+            "lines",
+            "Lines of the access log that could not be written, or not fast enough.",
+        ),
     ),
     "The shadow": (
         Metric(

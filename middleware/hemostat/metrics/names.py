@@ -12,6 +12,11 @@ PROXY_OVERHEAD_SECONDS = "hemostat_proxy_overhead_seconds"
 RELAYS = "hemostat_relays"
 REPLICA_LEADS = "hemostat_replica_leads"
 MODEL_INFO = "hemostat_model_info"
+CONFIG_LAST_RELOAD_SUCCESSFUL = "hemostat_config_last_reload_successful"
+CONFIG_LOADED_TIMESTAMP_SECONDS = "hemostat_config_loaded_timestamp_seconds"
+CONFIG_NEEDS_RESTART = "hemostat_config_needs_restart"
+CLIENT_LIMITED_REQUESTS = "hemostat_client_limited_requests_total"
+ACCESS_LOG_DROPPED_LINES = "hemostat_access_log_dropped_lines_total"
 
 # The shadow
 SHADOW_REQUESTS = "hemostat_shadow_requests_total"

@@ -30,6 +30,8 @@ from hemostat.relay.http.framing import RequestBodyReader
 from hemostat.relay.http.request import parse_request
 from hemostat.relay.tunnel import Tunnel
 
+DRAIN_IDLE_SECONDS = 5.0
+"""Of a connection without a request, while the relay drains because another one has taken its place."""
 LINGER_SECONDS = 1.0
 """From the end of the last response to closing the connection, for the client to read it."""
 
@@ -262,7 +264,7 @@ class ClientConnection(asyncio.Protocol):
             return
         self.state = _READING_HEAD
         self.since = self._context.loop.time()
-        if self._context.draining and not self._buffer:
+        if self._context.draining and not self._buffer and not self._context.drains_idle:
             self.transport.close()
         elif self._buffer or self.reading_paused or self.eof:
             self._advance()
@@ -357,7 +359,7 @@ class ClientConnection(asyncio.Protocol):
         if self.state is _READING_HEAD:
             if self._buffer and waited > limits.head_seconds and not self.write_paused:
                 self._refuse(BadRequest(408, f"the request head took more than {limits.head_seconds:g} s"))
-            elif not self._buffer and waited > limits.idle_seconds:
+            elif not self._buffer and waited > (DRAIN_IDLE_SECONDS if self._context.draining else limits.idle_seconds):
                 self.transport.close()
         elif self.state is _READING_BODY and not self.reading_paused and waited > limits.body_seconds:
             if self._body_bytes < limits.body_bytes_per_second * waited:

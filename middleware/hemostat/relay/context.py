@@ -39,3 +39,5 @@ class RelayContext:
     """Clients may load and unload adapters at the upstream."""
     draining: bool = False
     """No further requests: connections are closed as soon as they have no request in progress."""
+    drains_idle: bool = False
+    """While draining: connections without a request may send one more, see `Relay.drain`."""

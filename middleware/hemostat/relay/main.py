@@ -1,15 +1,21 @@
-"""A relay process: `python -m hemostat.relay.main`, its configuration as JSON on standard input.
+"""A relay process: `python -m hemostat.relay.main`. It prints `{"loaded": true}` and reads its configuration, one line
+of JSON, from its standard input:
 
-    {"worker": 0, "host": "127.0.0.1", "port": 8000, "reuse_port": true, "fd": null,
+    {"worker": 0, "fds": [7],
      "upstream": {"urls": ["http://127.0.0.1:8001"], "api_key": null, "ca": null, "max_connections": 512,
                   "queue_seconds": 60.0, "health_seconds": 2.0, "resolve_seconds": 5.0, "affinity": true},
      "allow_adapter_routes": false, "control_socket": "/run/…/control.sock",
-     "shutdown_seconds": 30.0, "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456},
+     "shutdown_seconds": 30.0, "drain_seconds": 600.0,
+     "limits": {"head_bytes": 65536, "header_count": 128, "body_bytes": 268435456},
+     "client_limits": {"key": "authorization", "requests_per_second": null, "burst": 10, "concurrent": null},
      "log_level": "info", "log_format": "text", "log_requests": false,
+     "access_log_fd": null, "access_log_clients": false,
      "tracing": {"endpoint": "http://collector:4318", "ratio": 0.01}}
 
-Prints `{"listening": port}` when it accepts connections. With `fd` it listens on that inherited socket. On SIGTERM it
-accepts no more connections, lets the requests in progress end, and exits with 0.
+fds: the inherited listening sockets. It prints `{"listening": port}` when it accepts connections on them. On SIGTERM it
+accepts no more connections, closes idle ones, lets the requests in progress end for `shutdown_seconds`, and exits
+with 0. On SIGUSR1 another relay has taken its place: it does the same within `drain_seconds`, and idle connections
+may send one more request, whose response closes them.
 """
 
 from __future__ import annotations
@@ -41,17 +47,36 @@ from hemostat.shadow.interceptor import Interceptor
 log = logging.getLogger("hemostat.relay")
 
 
-def listening_socket(config: dict[str, Any]) -> socket.socket:
-    """The bound socket of the data port; OSError if it cannot be bound."""
-    if config.get("fd") is not None:
-        return socket.socket(fileno=config["fd"])
-    host = config["host"]
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if config.get("reuse_port"):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    sock.bind((host, config["port"]))
-    return sock
+class _End:
+    """Owns what signals have asked for: to stop, or to drain because another relay has taken over."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.asked = asyncio.Event()
+        self.stop = asyncio.Event()
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sig, self._stop)
+        loop.add_signal_handler(signal.SIGUSR1, self.asked.set)
+
+    def _stop(self) -> None:
+        self.stop.set()
+        self.asked.set()
+
+
+def _print(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)  # noqa: T201  the supervisor reads it
+
+
+async def drain(relay: Relay, end: _End, shutdown_seconds: float, drain_seconds: float) -> bool:
+    """Let the requests in progress end; False if some have not. A relay that was replaced may be stopped meanwhile."""
+    if not end.stop.is_set():
+        draining = asyncio.create_task(relay.drain(drain_seconds, idle=True))
+        stopping = asyncio.create_task(end.stop.wait())
+        await asyncio.wait({draining, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if draining.done():
+            return draining.result()
+        draining.cancel()
+    return await relay.drain(shutdown_seconds)
 
 
 def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, UpstreamSettings]:
@@ -77,11 +102,9 @@ def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, UpstreamSetting
 
 
 async def run(config: dict[str, Any]) -> None:
-    """Serve until SIGTERM or SIGINT, then let the requests in progress end."""
+    """Serve until SIGTERM, SIGINT or SIGUSR1, then let the requests in progress end."""
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sig, stop.set)
+    end = _End(loop)
 
     def report_outcome(report: OutcomeReport) -> bool:
         return link.report_outcome(report)
@@ -110,19 +133,18 @@ async def run(config: dict[str, Any]) -> None:
         relay.hook = interceptor
 
     link = ControlLink(config["control_socket"], config["worker"], on_policy, relay.stats)
-    sock = listening_socket(config)
-    await relay.serve(sock)
+    sockets = [socket.socket(fileno=fd) for fd in config["fds"]]
+    await relay.serve(*sockets)
     linking = loop.create_task(link.run())
     # Objects that exist now are kept until the end: the garbage collector need not traverse them again.
     gc.collect()
     gc.freeze()
-    print(json.dumps({"listening": sock.getsockname()[1]}), flush=True)  # noqa: T201  the supervisor reads it
-    await stop.wait()
-    draining = loop.create_task(relay.drain(config["shutdown_seconds"]))
+    _print({"listening": sockets[0].getsockname()[1]})
+    await end.asked.wait()
     link.report()
-    if not await draining:
+    if not await drain(relay, end, config["shutdown_seconds"], config.get("drain_seconds", 0.0)):
         log.warning(
-            "relay %d: %d connections still had a request in progress when the time to shut down was over",
+            "relay %d: %d connections still had a request in progress when the time to drain was over",
             config["worker"],
             len(relay.clients),
         )
@@ -135,9 +157,10 @@ async def run(config: dict[str, Any]) -> None:
 
 def main() -> int:
     """Exit code 0 after an orderly stop, 1 if it cannot start."""
-    config = json.load(sys.stdin)
-    logs.set_up(config.get("log_level", "info"), config.get("log_format", "text"))
     die_with_parent(os.getppid())
+    _print({"loaded": True})
+    config = json.loads(sys.stdin.readline())
+    logs.set_up(config.get("log_level", "info"), config.get("log_format", "text"))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:

@@ -91,7 +91,7 @@ class Relay:
             report_outcome=report_outcome,
             allow_adapter_routes=allow_adapter_routes,
         )
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.TimerHandle | None = None
 
     @property
@@ -102,34 +102,38 @@ class Relay:
     def hook(self, hook: Hook | None) -> None:
         self._context.hook = hook
 
-    async def serve(self, sock: socket.socket) -> None:
-        """Listen on a bound socket; returns at once, or after the first look-up of the engines' name."""
+    async def serve(self, *sockets: socket.socket) -> None:
+        """Listen on bound sockets; returns at once, or after the first look-up of the engines' name."""
         if self._resolver is not None:
             await self._resolver.resolve()
         watchers = [watcher for watcher in (self._resolver, self._checker) if watcher is not None]
         self._watching = [self._loop.create_task(watcher.run()) for watcher in watchers]
-        self._server = await self._loop.create_server(self._new_client, sock=sock, backlog=BACKLOG)
+        for sock in sockets:
+            self._servers.append(await self._loop.create_server(self._new_client, sock=sock, backlog=BACKLOG))
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
     @property
     def ready(self) -> bool:
         """New connections are accepted."""
-        return self._server is not None and not self._context.draining
+        return bool(self._servers) and not self._context.draining
 
     def stats(self) -> Stats:
         """What the control process is told once a second."""
         return self.counters.stats(ready=self.ready, engines=self.upstreams.report())
 
-    async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109  the caller's limit, not a cancellation
+    async def drain(self, timeout: float, *, idle: bool = False) -> bool:  # noqa: ASYNC109  not a cancellation
         """Accept no more connections, and wait up to `timeout` seconds for the requests in progress to end.
 
-        False if some have not ended.
+        idle: connections without a request stay open for DRAIN_IDLE_SECONDS more, as their clients may be about to send
+        one; its response closes the connection. False if some requests have not ended.
         """
         self._context.draining = True
-        if self._server is not None:
-            self._server.close()
-        for client in self.clients:
-            client.drain()
+        self._context.drains_idle = idle
+        for server in self._servers:
+            server.close()
+        if not idle:
+            for client in self.clients:
+                client.drain()
         try:
             async with asyncio.timeout(timeout):
                 await self.clients.gone()
@@ -140,8 +144,8 @@ class Relay:
     async def close(self) -> None:
         """Abort all connections."""
         self._context.draining = True
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
         for client in self.clients:

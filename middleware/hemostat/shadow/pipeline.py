@@ -130,7 +130,8 @@ class ScoringPipeline:
         self._consumers = consumers
         self._clock = clock
         self._on_change = on_change
-        self._rate = settings.shadow.rate if scores else None
+        self.rate = settings.shadow.rate if scores else None
+        """Fraction that is sampled; None without a reference."""
         self._workers = WORKERS.get(settings.reference.backend, 1)
         self.coverage = Coverage(settings.evidence.kinds)
         self.endings = EndingCounts(self.coverage.ended)
@@ -196,8 +197,8 @@ class ScoringPipeline:
         yield from self.endings.samples()
         yield from self.coverage.samples()
         yield from self.queue.samples(self._clock())
-        if self._rate is not None:
-            yield Sample(names.SHADOW_RATE_RATIO, (), self._rate)
+        if self.rate is not None:
+            yield Sample(names.SHADOW_RATE_RATIO, (), self.rate)
         if self.scorer is not None:
             yield from self.scorer.samples()
         else:

@@ -1,0 +1,32 @@
+"""Which configuration is in force, as the supervisor reports it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+
+
+class ConfigurationReport(msgspec.Struct, frozen=True):
+    """loaded_at: Unix time from which the present settings are in force. error: why the last SIGHUP changed nothing;
+    "" where it did. needs_restart: settings of the file that take effect after a restart only."""
+
+    loaded_at: float
+    error: str = ""
+    needs_restart: list[str] = []
+
+
+class Configuration:
+    """Owns the last report."""
+
+    def __init__(self) -> None:
+        self.report = ConfigurationReport(time.time())
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.CONFIG_LAST_RELOAD_SUCCESSFUL, (), float(not self.report.error))
+        yield Sample(names.CONFIG_LOADED_TIMESTAMP_SECONDS, (), self.report.loaded_at)
+        yield Sample(names.CONFIG_NEEDS_RESTART, (), float(len(self.report.needs_restart)))

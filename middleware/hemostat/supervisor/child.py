@@ -1,0 +1,145 @@
+"""A Python module that runs as a child process and is restarted when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from hemostat.ipc.backoff import Backoff
+
+log = logging.getLogger("hemostat.serve")
+
+START_SECONDS = 30.0
+"""Within this time a process must report that it is loaded, and again that it listens."""
+RESTART_SECONDS = (0.1, 1.0, 2.0, 5.0, 10.0)
+"""Longest delays before a restart, by the number of failures in a row."""
+STABLE_SECONDS = 30.0
+"""A process that ran this long is restarted without delay."""
+EXIT_CODE_EXPLAINED = 2
+"""Exit code of a process that has logged in one line why it cannot start."""
+
+
+class StartFailure(Exception):
+    """A process ended before it listened."""
+
+    def __init__(self, name: str, code: int | None) -> None:
+        super().__init__(f"{name} did not start")
+        self.explained = code == EXIT_CODE_EXPLAINED
+        """It has logged the reason itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a process is started with.
+
+    settings: JSON that it reads from the first line of its standard input. fds: inherited file descriptors, which
+    `settings` names by their numbers.
+    """
+
+    settings: dict[str, Any]
+    fds: tuple[int, ...] = field(default=())
+
+
+class Child:
+    """Owns one process: loaded (its modules are imported), started (it listens), restarted until `stop`.
+
+    A process writes a line when it is loaded and another, the JSON `listening`, when it listens.
+    """
+
+    def __init__(self, name: str, module: str, launch: Launch) -> None:
+        self.name = name
+        self.launch = launch
+        """Used at the next (re)start."""
+        self._module = module
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self.listening: dict[str, Any] = {}
+
+    async def load(self) -> None:
+        """Start the process; returns when it has imported its modules and waits for its settings. StartFailure."""
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", self._module),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor only, which stops the others in order
+            pass_fds=self.launch.fds,
+        )
+        await self._line()
+
+    async def begin(self) -> None:
+        """Send its settings to a loaded process; returns when it listens. StartFailure."""
+        self.send(self.launch.settings)
+        self.listening = await self._line()
+
+    async def start(self) -> None:
+        await self.load()
+        await self.begin()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """One more line for its standard input; dropped if it is not running."""
+        if self._process is not None and self._process.stdin is not None and self._process.returncode is None:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+
+    async def _line(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        try:
+            line = await asyncio.wait_for(self._process.stdout.readline(), START_SECONDS)
+            answer: dict[str, Any] = json.loads(line)
+        except (TimeoutError, ValueError) as error:
+            if isinstance(error, ValueError):  # it is about to end without a report: its exit code has the reason
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), 5.0)
+            await self._end(signal.SIGKILL, 5.0)
+            raise StartFailure(self.name, self._process.returncode) from error
+        return answer
+
+    def keep(self) -> None:
+        """Restart the process from now on whenever it ends, with increasing delays, until `stop`."""
+        self._keeping = asyncio.create_task(self._keep(), name=f"keeps {self.name}")
+
+    async def _keep(self) -> None:
+        backoff = Backoff(RESTART_SECONDS)
+        while True:
+            assert self._process is not None
+            started = time.monotonic()
+            code = await self._process.wait()
+            if time.monotonic() - started > STABLE_SECONDS:
+                backoff.reset()
+                delay = 0.0
+            else:
+                delay = backoff.pause()
+            log.error("%s ended with code %s; starting it again in %.1f s", self.name, code, delay)
+            await asyncio.sleep(delay)
+            try:
+                await self.start()
+            except StartFailure as failure:
+                log.error("%s", failure)
+
+    async def stop(self, sig: signal.Signals, within: float) -> None:
+        """Restart it no more; send `sig`, wait `within` seconds for its end, then kill. May be called again."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+        await self._end(sig, within)
+
+    async def _end(self, sig: signal.Signals, within: float) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(sig)
+        try:
+            await asyncio.wait_for(process.wait(), within)
+        except TimeoutError:
+            log.warning("%s did not end within %.0f s; killed", self.name, within)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()

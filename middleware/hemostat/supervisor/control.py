@@ -1,0 +1,88 @@
+"""The control process: one at a time, as it owns the store's file, the lease and the state that relays report to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from typing import Any
+
+from hemostat.config.schema import Settings
+from hemostat.supervisor.child import Child, Launch, StartFailure
+from hemostat.supervisor.run_folder import RunFolder
+from hemostat.supervisor.sockets import Sockets
+
+log = logging.getLogger("hemostat.serve")
+
+STOP_SECONDS = 10.0
+_MODULE = "hemostat.control.process"
+
+
+class ControlProcess:
+    """Owns the control process that serves. Relays go on without one; requests to the admin port wait in its queue."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._child = Child("control", _MODULE, launch)
+
+    async def load(self) -> None:
+        """Start it as far as it can be while another one still works: it has imported its modules. StartFailure."""
+        await self._child.load()
+
+    async def begin(self) -> None:
+        """It opens the store and listens; restarted from now on. StartFailure."""
+        await self._child.begin()
+        self._child.keep()
+
+    async def replace(self, launch: Launch) -> None:
+        """Stop the process in order, then begin its successor, which is loaded already.
+
+        StartFailure: the successor did not start; one with the former settings serves again.
+        """
+        former, successor = self._child, Child("control", _MODULE, launch)
+        try:
+            await successor.load()
+        except StartFailure:
+            await successor.stop(signal.SIGKILL, STOP_SECONDS)
+            raise
+        await former.stop(signal.SIGTERM, STOP_SECONDS)
+        self._child = successor
+        try:
+            await self.begin()
+        except StartFailure:
+            self._child = former
+            await self.resume()
+            raise
+
+    async def stop(self) -> None:
+        """In order: it writes what is queued, and closes the store."""
+        await self._child.stop(signal.SIGTERM, STOP_SECONDS)
+
+    async def resume(self) -> None:
+        """Start again after `stop`; keeps trying where that fails."""
+        try:
+            await self._child.start()
+        except StartFailure as failure:
+            log.error("%s", failure)
+        self._child.keep()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """A line for its standard input, see `hemostat.control.process`; also for its restarts."""
+        self._child.launch.settings.update(message)
+        self._child.send(message)
+
+
+def control_launch(settings: Settings, sockets: Sockets, folder: RunFolder, report: dict[str, Any]) -> Launch:
+    """report: of the configuration that is in force, see `control.configuration`."""
+    fd = sockets.admin.fileno()
+    return Launch(
+        {
+            "settings": settings.plain(),
+            "socket": str(folder.control_socket),
+            "lock": str(folder.control_lock),
+            "parent": os.getpid(),
+            "data_port": sockets.data_port,
+            "admin_fd": fd,
+            "configuration": report,
+        },
+        (fd,),
+    )

@@ -1,0 +1,122 @@
+"""The relay processes, and those that were replaced and let their requests end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hemostat.config.schema import Settings
+from hemostat.supervisor.child import Child, Launch
+from hemostat.supervisor.sockets import Sockets
+
+log = logging.getLogger("hemostat.serve")
+
+DRAIN = signal.SIGUSR1
+"""What tells a relay that another one has taken its place: it lets its requests end, and idle connections a moment for
+one more. SIGTERM closes idle connections at once."""
+KILL_AFTER_SECONDS = 5.0
+"""Between the end of a relay's own time to drain and the kill."""
+MAX_REPLACED = 4
+"""Times that relays may be replaced while earlier ones still drain; beyond it the oldest are stopped."""
+
+
+class Relays:
+    """Owns the relays that serve, and the replaced ones until they end."""
+
+    def __init__(self) -> None:
+        self._serving: list[Child] = []
+        self._replaced: list[tuple[list[Child], asyncio.Task[None]]] = []
+
+    async def start(self, launches: Sequence[Launch]) -> None:
+        """Start a relay for each; they are not kept running before `keep`. StartFailure: none is left running."""
+        relays = [Child(f"relay {n}", "hemostat.relay.main", launch) for n, launch in enumerate(launches)]
+        try:
+            for relay in relays:
+                await relay.start()
+        except BaseException:
+            await asyncio.gather(*(relay.stop(signal.SIGKILL, 5.0) for relay in relays))
+            raise
+        self._serving = relays
+
+    def keep(self) -> None:
+        """Restart those that end, from now on."""
+        for relay in self._serving:
+            relay.keep()
+
+    async def replace(self, launches: Sequence[Launch], settings: Settings) -> None:
+        """Start a relay for each, on the same sockets; only then the former ones accept no more connections.
+
+        settings: how long those may drain. StartFailure: the former ones go on as if nothing had been asked.
+        """
+        former = self._serving
+        await self.start(launches)
+        self.keep()
+        draining = asyncio.create_task(self._stop(former, DRAIN, settings.drain_seconds), name="drains replaced relays")
+        self._replaced = [(relays, task) for relays, task in self._replaced if not task.done()]
+        self._replaced.append((former, draining))
+        while len(self._replaced) > MAX_REPLACED:
+            oldest, task = self._replaced.pop(0)
+            log.warning("more than %d sets of replaced relays: the oldest is stopped", MAX_REPLACED)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await self._stop(oldest, signal.SIGTERM, settings.shutdown_seconds)
+
+    async def drain(self, within: float) -> None:
+        """A successor's relays have taken over: let the requests of all relays end."""
+        await asyncio.gather(self._stop(self._serving, DRAIN, within), *(task for _, task in self._replaced))
+
+    async def stop(self, within: float) -> None:
+        """Stop all relays; those that were being drained, too."""
+        relays = list(self._serving)
+        for former, task in self._replaced:
+            task.cancel()
+            relays += former
+        await asyncio.gather(*(task for _, task in self._replaced), return_exceptions=True)
+        await self._stop(relays, signal.SIGTERM, within)
+
+    async def _stop(self, relays: Sequence[Child], sig: signal.Signals, within: float) -> None:
+        await asyncio.gather(*(relay.stop(sig, within + KILL_AFTER_SECONDS) for relay in relays))
+
+
+def relay_launches(settings: Settings, sockets: Sockets, control_socket: Path, access_log: int | None) -> list[Launch]:
+    """One for each relay. access_log: the file descriptor that lines of the access log are written to."""
+    sockets.provide(settings.workers)
+    launches = []
+    for worker in range(settings.workers):
+        fds = [sock.fileno() for sock in sockets.of_worker(worker, settings.workers)]
+        config = relay_config(settings, worker, control_socket) | {"fds": fds, "access_log_fd": access_log}
+        launches.append(Launch(config, tuple(fds) if access_log is None else (*fds, access_log)))
+    return launches
+
+
+def relay_config(settings: Settings, worker: int, control_socket: Path) -> dict[str, Any]:
+    """What `hemostat.relay.main` reads on its standard input, without file descriptors."""
+    upstream = settings.upstream
+    return {
+        "worker": worker,
+        "upstream": {
+            "urls": list(upstream.addresses),
+            "api_key": upstream.api_key.get_secret_value() if upstream.api_key else None,
+            "ca": str(upstream.ca) if upstream.ca else None,
+            "max_connections": upstream.max_connections,
+            "queue_seconds": upstream.queue_seconds,
+            "health_seconds": upstream.health_seconds,
+            "resolve_seconds": upstream.resolve_seconds,
+            "affinity": upstream.affinity,
+        },
+        "allow_adapter_routes": upstream.allow_adapter_routes,
+        "control_socket": str(control_socket),
+        "shutdown_seconds": settings.shutdown_seconds,
+        "drain_seconds": settings.drain_seconds,
+        "limits": settings.limits.model_dump(),
+        "client_limits": settings.client_limits.model_dump(),
+        "log_level": settings.log.level,
+        "log_format": settings.log.format,
+        "log_requests": settings.log.requests,
+        "access_log_clients": settings.log.access_clients,
+        "tracing": settings.tracing.model_dump() if settings.tracing.endpoint else None,
+    }

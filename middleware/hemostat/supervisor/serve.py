@@ -1,0 +1,275 @@
+"""The supervisor's whole life: start, reload, hand over, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hemostat import logs
+from hemostat.config.errors import ConfigError
+from hemostat.config.reloading import plan_reload
+from hemostat.config.schema import Settings
+from hemostat.supervisor import service, takeover
+from hemostat.supervisor.child import StartFailure
+from hemostat.supervisor.commands import Command, Commands, Stopped
+from hemostat.supervisor.control import ControlProcess, control_launch
+from hemostat.supervisor.relays import Relays, relay_launches
+from hemostat.supervisor.run_folder import RunFolder
+from hemostat.supervisor.sockets import Sockets, open_sockets, serves
+from hemostat.supervisor.takeover import Channel, TakeoverFailed
+
+log = logging.getLogger("hemostat.serve")
+
+CONTAINER_INIT = 1
+"""The process id of a container's first process."""
+
+
+def _print_line(text: str) -> None:
+    # Flushed, since output to a pipe (a service manager, a container) would stay in a buffer until the end.
+    print(text, flush=True)  # noqa: T201
+
+
+def main(load: Callable[[], Settings], announce: Callable[[str], None] = _print_line) -> int:
+    """Run until SIGTERM or SIGINT, or until a successor has taken over; 0, or 2 when a process cannot start.
+
+    load: reads the configuration, now and at every SIGHUP. ConfigError.
+    """
+    settings = load()
+    logs.set_up(settings.log.level, settings.log.format)
+    return asyncio.run(_run(settings, load, announce))
+
+
+async def _run(settings: Settings, load: Callable[[], Settings], announce: Callable[[str], None]) -> int:
+    commands = Commands()
+    passed = service.passed_sockets(os.environ, os.getpid())
+    by_service = bool(passed)
+    predecessor = takeover.connect_to_predecessor(settings.run_dir)
+    inherited = None
+    if predecessor is not None:
+        message, received = await predecessor.receive()
+        by_service = by_service or message["by_service"]
+        _select(received, message["sockets"], settings, passed, any_address=message["by_service"])
+        inherited = message["folder"]
+    folder = RunFolder.make(settings.run_dir, inherited)
+    sockets = open_sockets(settings.listen, settings.admin, passed, by_service=by_service)
+    supervisor = Supervisor(settings, load, announce, commands, sockets, folder)
+    try:
+        await commands.unless_stopped(supervisor.start(predecessor))
+        await supervisor.obey()
+    except StartFailure as failure:
+        if not failure.explained:
+            log.error("%s", failure)
+        return 2
+    except Stopped:
+        pass
+    finally:
+        if predecessor is not None:
+            predecessor.close()
+        await supervisor.stop()
+        commands.close()
+    return 0
+
+
+def _select(
+    received: list[socket.socket],
+    counts: dict[str, int],
+    settings: Settings,
+    passed: dict[str, list[socket.socket]],
+    *,
+    any_address: bool,
+) -> None:
+    """Add a predecessor's sockets to `passed`: those that are bound to the configured address, or all of them."""
+    for name, section in ((service.DATA, settings.listen), (service.ADMIN, settings.admin)):
+        own, received = received[: counts[name]], received[counts[name] :]
+        if name not in passed and (any_address or serves(own[0], section.host, section.port)):
+            passed[name] = own
+        else:
+            for one in own:
+                one.close()
+
+
+class Supervisor:
+    """Owns the settings in force, the sockets and the two kinds of processes, until `stop` or a successor."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[], Settings],
+        announce: Callable[[str], None],
+        commands: Commands,
+        sockets: Sockets,
+        folder: RunFolder,
+    ) -> None:
+        self._settings = settings
+        self._load = load
+        self._announce = announce
+        self._commands = commands
+        self._sockets = sockets
+        self._folder = folder
+        self._access_log = open_access_log(settings)
+        self._relays = Relays()
+        self._report: dict[str, Any] = {"loaded_at": time.time(), "error": "", "needs_restart": []}
+        """What the status says of the configuration, see `control.configuration`."""
+        self._control = ControlProcess(control_launch(settings, sockets, folder, self._report))
+        self._successor: subprocess.Popen[bytes] | None = None
+        self._owns_folder = False
+        self._replaced = False
+        """A successor serves."""
+
+    async def start(self, predecessor: Channel | None) -> None:
+        """Serve, and take the predecessor's place. StartFailure, TakeoverFailed: it goes on."""
+        settings, sockets = self._settings, self._sockets
+        self._owns_folder = predecessor is None
+        launches = relay_launches(settings, sockets, self._folder.control_socket, self._access_log)
+        await self._control.load()
+        if predecessor is None:
+            await self._control.begin()
+            await self._relays.start(launches)
+        else:
+            await self._relays.start(launches)
+            predecessor.send({"step": takeover.RELEASE_CONTROL})
+            await predecessor.expect(takeover.RELEASED)
+            await self._control.begin()
+            predecessor.send({"step": takeover.SERVING, "pid": os.getpid()})
+            self._owns_folder = True
+        self._relays.keep()
+        if settings.run_dir is not None:
+            self._commands.listen(takeover.listen_for_successors(self._folder.path))
+        engines = ", ".join(settings.upstream.addresses)
+        host, admin = _url_host(settings.listen.host), _url_host(settings.admin.host)
+        self._announce(f"hemostat: data port http://{host}:{sockets.data_port} -> {engines}")
+        self._announce(f"hemostat: admin port http://{admin}:{sockets.admin_port} (console, /metrics)")
+        service.notify("READY=1")
+
+    async def obey(self) -> None:
+        """Do what signals and successors ask for, until a successor has taken over and all relays have drained.
+        Stopped."""
+        while not self._replaced:
+            command = await self._commands.next()
+            if command is Command.RELOAD:
+                await self._commands.unless_stopped(self._reload())
+            else:
+                channel = self._start_successor() if command is Command.UPGRADE else command
+                if channel is not None:
+                    await self._commands.unless_stopped(self._hand_over(channel))
+        await self._commands.unless_stopped(self._relays.drain(self._settings.drain_seconds))
+
+    async def _reload(self) -> None:
+        """Read the configuration; where it is valid, replace the relays, and the control process if that is needed."""
+        service.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            plan = plan_reload(self._settings, await asyncio.to_thread(self._load))
+            access_log = open_access_log(plan.settings)
+        except ConfigError as error:
+            log.error("SIGHUP: nothing was changed: %s", error)
+            self._report = self._report | {"error": str(error)}
+            self._control.send({"configuration": self._report})
+            service.notify("READY=1")
+            return
+        settings = plan.settings
+        report = {"loaded_at": time.time(), "error": "", "needs_restart": plan.needs_restart}
+        try:
+            await self._relays.replace(
+                relay_launches(settings, self._sockets, self._folder.control_socket, access_log), settings
+            )
+            self._access_log, access_log = access_log, self._access_log
+            if plan.replaces_control:
+                await self._control.replace(control_launch(settings, self._sockets, self._folder, report))
+        except StartFailure as failure:
+            log.error("SIGHUP: %s with the new configuration; the former one serves", failure)
+            report = self._report | {"error": str(failure)}
+        else:
+            self._settings = settings
+            logs.set_up(settings.log.level, settings.log.format)
+            log.info("SIGHUP: reloaded; changed: %s", ", ".join(plan.changed) or "nothing")
+            if plan.needs_restart:
+                log.warning("SIGHUP: these settings take effect after a restart: %s", ", ".join(plan.needs_restart))
+            self._control.send({"settings": settings.plain()})
+        finally:
+            if access_log is not None:
+                os.close(access_log)
+        self._report = report
+        self._control.send({"configuration": report})
+        service.notify("READY=1")
+
+    def _start_successor(self) -> Channel | None:
+        """Start the program anew, as this process was started."""
+        if os.getpid() == CONTAINER_INIT:
+            log.error(
+                "SIGUSR2: this is a container's first process, with which the container would end; replace the pod"
+            )
+            return None
+        ours, theirs = takeover.pair()
+        with theirs:
+            # Not by asyncio, which would kill it at the end of this process.
+            self._successor = subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:]],
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | {takeover.FD_VARIABLE: str(theirs.fileno())},
+            )
+        return ours
+
+    async def _hand_over(self, successor: Channel) -> None:
+        """Where the successor fails, serve on."""
+        sockets = self._sockets
+        released = False
+        log.info("another supervisor takes over")
+        try:
+            counts = {service.DATA: len(sockets.data), service.ADMIN: 1}
+            message = {"folder": self._folder.describe(), "sockets": counts, "by_service": sockets.by_service}
+            successor.send(message, sockets.all())
+            await successor.expect(takeover.RELEASE_CONTROL)
+            released = True
+            await self._control.stop()
+            successor.send({"step": takeover.RELEASED})
+            pid = (await successor.expect(takeover.SERVING))["pid"]
+        except TakeoverFailed as error:
+            log.error("it did not take over: %s; this one serves on", error)
+            if released:
+                await self._control.resume()
+            if self._successor is not None:
+                self._successor.poll()
+            return
+        finally:
+            successor.close()
+        self._replaced, self._owns_folder = True, False
+        service.notify(f"MAINPID={pid}")
+        self._sockets.close()
+        log.info("process %s serves; draining for up to %.0f s", pid, self._settings.drain_seconds)
+
+    async def stop(self) -> None:
+        """Let the requests in progress end, within `shutdown_seconds`; the successor's go on."""
+        if not self._replaced:
+            log.info("stopping: draining for up to %.0f s", self._settings.shutdown_seconds)
+            service.notify("STOPPING=1")
+        # Closed here first: once the relays have closed theirs, too, connections are refused, not kept waiting.
+        self._sockets.close()
+        # Relays first: while they drain, /readyz answers that they are not ready, and their captures are still scored.
+        await self._relays.stop(self._settings.shutdown_seconds)
+        await self._control.stop()
+        if self._owns_folder:
+            self._folder.remove()
+
+
+def open_access_log(settings: Settings) -> int | None:
+    """The file descriptor that relays write to, opened for appending; ConfigError."""
+    target = settings.log.access
+    if target == "off":
+        return None
+    try:
+        if target == "stdout":
+            return os.dup(1)
+        return os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise ConfigError(f"log.access: cannot open {target} ({error.strerror}); name a writable file") from None
+
+
+def _url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

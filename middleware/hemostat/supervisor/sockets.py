@@ -1,0 +1,119 @@
+"""The listening sockets. The supervisor binds them and never accepts on them; relays and the control process inherit
+them.
+
+Each relay has a socket of its own (SO_REUSEPORT): the kernel then spreads connections over the relays by a hash. With
+one socket for all, the process that wakes first takes every connection of a burst (16 of 16 in a measurement with two
+processes), and a few long-lived connections stay on one relay. A socket's queue of connections survives its relay,
+because the supervisor holds the socket, too; while a relay is started again, its share of the new connections waits
+there.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hemostat.config.errors import ConfigError
+from hemostat.config.schema import Admin, Listen
+
+BACKLOG = 2048
+"""Connections that may wait in the queue of one socket (the kernel's limit is net.core.somaxconn)."""
+MAX_DATA_SOCKETS = 128
+"""With more relays than this some share a socket: so many file descriptors can be passed on in one message."""
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """data: at least one, all of one address; admin: one. All of them listen. by_service: a service manager has chosen
+    their addresses, whatever the settings say."""
+
+    data: list[socket.socket]
+    admin: socket.socket
+    by_service: bool = False
+
+    @property
+    def data_port(self) -> int:
+        return int(self.data[0].getsockname()[1])
+
+    @property
+    def admin_port(self) -> int:
+        return int(self.admin.getsockname()[1])
+
+    def provide(self, workers: int) -> None:
+        """Bind more sockets to the data port, as far as it can be shared, until each relay has its own.
+
+        There are never fewer again: what waits in the queue of a closed socket would be lost.
+        """
+        first = self.data[0]
+        while len(self.data) < min(workers, MAX_DATA_SOCKETS) and first.getsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEPORT
+        ):
+            try:
+                self.data.append(_listen(first.family, first.getsockname()[:2], reuse_port=True))
+            except OSError:
+                return  # made by another user, such as systemd's: the relays share what there is
+
+    def of_worker(self, worker: int, workers: int) -> list[socket.socket]:
+        """Those that one relay accepts on: every socket belongs to a relay, and every relay has one."""
+        if len(self.data) >= workers:
+            return self.data[worker::workers]
+        return [self.data[worker % len(self.data)]]
+
+    def all(self) -> list[socket.socket]:
+        return [*self.data, self.admin]
+
+    def close(self) -> None:
+        for one in self.all():
+            one.close()
+
+
+def open_sockets(
+    listen: Listen, admin: Admin, passed: Mapping[str, list[socket.socket]], *, by_service: bool
+) -> Sockets:
+    """Bind what was not passed on. passed: by name, `data` and `admin`. ConfigError where a port is taken."""
+    data = passed.get("data") or [_bind("listen", listen.host, listen.port, reuse_port=True)]
+    console = passed.get("admin") or [_bind("admin", admin.host, admin.port, reuse_port=False)]
+    return Sockets(data, console[0], by_service)
+
+
+def serves(sock: socket.socket, host: str, port: int) -> bool:
+    """Whether a socket that was passed on is bound to this address. port: 0 is any."""
+    try:
+        own = sock.getsockname()[:2]
+        found = {info[4][:2] for info in socket.getaddrinfo(host, own[1], sock.family, socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    return own in found and port in {0, own[1]}
+
+
+def _bind(section: str, host: str, port: int, *, reuse_port: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        # With SO_REUSEPORT alone, a second Hemostat of the same user would silently get half of the connections; the
+        # first bind without it detects that.
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            address = probe.getsockname()[:2]
+        return _listen(family, address, reuse_port=reuse_port)
+    except OSError as error:
+        raise ConfigError(
+            f"{section}: cannot bind {host}:{port} ({error.strerror}); free it or set {section}.port"
+        ) from error
+
+
+def _listen(family: int, address: Address, *, reuse_port: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,111 @@
+"""Clients that stream answers without a pause, one connection each, and count what went wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from tests.support.waiting import HANG_SECONDS, until
+
+CONNECT_SECONDS = 60.0
+
+
+@dataclass
+class Load:
+    """Counts. complete: answers whose end was received. refused: connections. cut: requests whose answer ended early,
+    or did not begin. failed: answers with another status than 200."""
+
+    complete: int = 0
+    refused: int = 0
+    cut: int = 0
+    failed: int = 0
+    streaming: int = 0
+    """Answers that have begun and not ended."""
+    failures: list[str] = field(default_factory=list)
+
+    async def until_more(self, answers: int) -> None:
+        """Wait until so many more are complete."""
+        wanted = self.complete + answers
+        await until(lambda: self.complete >= wanted, 2 * HANG_SECONDS)
+
+
+class _Client:
+    def __init__(self, url: str, request: bytes, load: Load) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self._address = (parts.hostname, parts.port)
+        self._request = request
+        self._load = load
+
+    async def run(self, stop: asyncio.Event) -> None:
+        writer: asyncio.StreamWriter | None = None
+        while not stop.is_set():
+            if writer is None:
+                try:
+                    async with asyncio.timeout(CONNECT_SECONDS):
+                        reader, writer = await asyncio.open_connection(*self._address)
+                except (OSError, TimeoutError) as error:
+                    self._load.refused += 1
+                    self._load.failures.append(f"refused: {error!r}")
+                    await asyncio.sleep(0.05)
+                    continue
+            try:
+                keep = await self._ask(reader, writer)
+            except (OSError, asyncio.IncompleteReadError) as error:
+                self._load.cut += 1
+                self._load.failures.append(f"cut: {error!r}")
+                keep = False
+            if not keep:
+                writer.close()
+                writer = None
+        if writer is not None:
+            writer.close()
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Whether the connection stays open."""
+        writer.write(self._request)
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        load = self._load
+        load.streaming += 1
+        try:
+            if b"transfer-encoding: chunked" in head:
+                while size := int(await reader.readuntil(b"\r\n"), 16):
+                    await reader.readexactly(size + 2)
+                await reader.readexactly(2)
+            else:
+                (length,) = (line for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+                await reader.readexactly(int(length.partition(b":")[2]))
+        finally:
+            load.streaming -= 1
+        if head.startswith(b"http/1.1 200"):
+            load.complete += 1
+        else:
+            load.failed += 1
+            load.failures.append(head.split(b"\r\n")[0].decode())
+        return b"connection: close" not in head
+
+
+@asynccontextmanager
+async def streaming_load(url: str, clients: int, tokens: int = 10) -> AsyncIterator[Load]:
+    """Clients that stream from the chat route until the end of the block; all answers have ended then."""
+    body = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "max_tokens": tokens, "stream": True}
+    encoded = json.dumps(body | {"ignore_eos": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(encoded)}\r\n\r\n"
+    load, stop = Load(), asyncio.Event()
+    tasks = [asyncio.create_task(_Client(url, head.encode() + encoded, load).run(stop)) for _ in range(clients)]
+    try:
+        await until(lambda: load.complete + load.cut + load.refused >= clients, 2 * HANG_SECONDS)
+        yield load
+        stop.set()
+        async with asyncio.timeout(2 * HANG_SECONDS):
+            await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
