@@ -139,6 +139,10 @@ async def test_settings_apply_in_place_by_a_new_control_process_or_are_named(ser
     assert "take effect after a restart: listen.port" in served.log.read_text()
 
 
+def lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
 @asynccontextmanager
 async def successor_of(served: Served) -> AsyncIterator[None]:
     """Stop the supervisor that serves at the end, which is no child of the test."""
@@ -148,10 +152,10 @@ async def successor_of(served: Served) -> AsyncIterator[None]:
         served.process.kill()
         for line in served.log.read_text().splitlines():
             _, found, rest = line.partition("hemostat.serve: process ")
-            pid = rest.split()[0] if found else ""
-            if found and Path(f"/proc/{pid}").exists():
-                os.kill(int(pid), signal.SIGTERM)
-                await until(lambda folder=Path(f"/proc/{pid}"): not folder.exists())  # type: ignore[misc]
+            pid = int(rest.split()[0]) if found else 0
+            if found and lives(pid):
+                os.kill(pid, signal.SIGTERM)
+                await until(lambda pid=pid: not lives(pid))  # type: ignore[misc]
 
 
 async def test_sigusr2_hands_over_the_store_and_what_former_relays_still_capture(tmp_path: Path) -> None:
@@ -171,7 +175,7 @@ async def test_sigusr2_hands_over_the_store_and_what_former_relays_still_capture
                 (control,) = served.pids(CONTROL)
                 served.process.send_signal(signal.SIGUSR2)
                 await until(lambda: "serves; draining" in served.log.read_text())
-                assert not Path(f"/proc/{control}").exists(), "there is one control process at a time"
+                assert not lives(control), "there is one control process at a time"
                 status = await served.until(lambda s: s["relays"] >= 3 and s["reference"]["state"] == "ready")
                 assert status["profile"]["mode"] == "off", "of the store"
                 served.upstream.hold_after = None
@@ -188,19 +192,14 @@ async def test_a_second_serve_in_the_same_run_dir_takes_over_under_load(tmp_path
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     command = [sys.executable, "-m", "hemostat", "serve", "--config", str(tmp_path / "hemostat.yaml")]
-    with running(tmp_path, run_dir=str(run_dir)) as served, (tmp_path / "log2").open("w") as log:
-        async with streams(served):
-            second = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
-            try:
+    with running(tmp_path, run_dir=str(run_dir)) as served:
+        await served.until(lambda s: s["relays"] == 2)
+        with started(command, tmp_path / "log2") as second:
+            async with streams(served):
                 await until(lambda: f"process {second.pid} serves" in served.log.read_text(), 2 * HANG_SECONDS)
                 await served.until(lambda s: s["relays"] >= 2)
-            except BaseException:
-                second.kill()
-                raise
-        assert await asyncio.to_thread(served.process.wait, HANG_SECONDS) == 0
-        assert second.poll() is None
-        second.terminate()
-        assert await asyncio.to_thread(second.wait, HANG_SECONDS) == 0
+            assert await asyncio.to_thread(served.process.wait, HANG_SECONDS) == 0
+            assert second.poll() is None
 
 
 async def test_a_successor_that_fails_leaves_the_former_one_serving(tmp_path: Path) -> None:
@@ -231,47 +230,54 @@ async def test_a_successor_that_fails_leaves_the_former_one_serving(tmp_path: Pa
         assert served.process.poll() is None
 
 
+AS_SYSTEMD = """
+import os, sys
+for own, number in zip(sys.argv[1:3], (63, 64)):
+    os.dup2(int(own), number)
+os.dup2(63, 3)
+os.dup2(64, 4)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2", "LISTEN_FDNAMES": "admin:data"}
+os.execv(sys.executable, [sys.executable, "-m", "hemostat", "serve", *sys.argv[3:]])
+"""
+"""Arguments: the descriptors of the two sockets, then those of `serve`. systemd numbers sockets from 3 on."""
+
+
+@contextmanager
+def started(command: list[str], log: Path, *sockets: socket.socket) -> Iterator[subprocess.Popen[str]]:
+    """A process that inherits the sockets; it ends in order at the end of the block."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=file, text=True, pass_fds=[one.fileno() for one in sockets]
+        )
+    try:
+        yield process
+        process.terminate()
+        assert process.wait(HANG_SECONDS) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
 async def test_systemd_passes_on_sockets_with_connections_in_their_queues(tmp_path: Path) -> None:
-    """As systemd does it: numbers from 3 on, LISTEN_PID is the process. A client that connected before is answered."""
-    start = (
-        "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid());"
-        "os.execv(sys.executable, [sys.executable, '-m', 'hemostat', *sys.argv[1:]])"
-    )
+    """A client that connected before the start is answered; the addresses are the sockets', not the settings'."""
     with (
         socket.create_server(("127.0.0.1", 0)) as data,
         socket.create_server(("127.0.0.1", 0)) as admin,
+        socket.create_connection(data.getsockname()) as early,
         serving(FakeVllm()) as url,
-        (tmp_path / "log").open("w") as log,
     ):
-        early = socket.create_connection(data.getsockname())
         early.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
-
-        def move() -> None:
-            os.dup2(os.dup(data.fileno()), 63)
-            os.dup2(os.dup(admin.fileno()), 64)
-            os.dup2(64, 3)
-            os.dup2(63, 4)
-
-        process = subprocess.Popen(
-            [sys.executable, "-c", start, "serve", "--upstream", url, "--port", "1", "--admin-port", "2"],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            close_fds=False,
-            preexec_fn=move,
-            env=os.environ | {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "admin:data"},
-        )
-        try:
+        own = [str(admin.fileno()), str(data.fileno())]
+        flags = ["--upstream", url, "--port", "1", "--admin-port", "2"]
+        command = [sys.executable, "-c", AS_SYSTEMD, *own, *flags]
+        with started(command, tmp_path / "log", admin, data) as process:
             assert process.stdout is not None
             announced = [await asyncio.to_thread(process.stdout.readline) for _ in range(2)]
-            assert f":{data.getsockname()[1]} ->" in announced[0]
+            assert f":{data.getsockname()[1]} ->" in announced[0], (tmp_path / "log").read_text()
             assert f":{admin.getsockname()[1]} " in announced[1]
             early.settimeout(HANG_SECONDS)
             assert (await asyncio.to_thread(early.recv, 15)).startswith(b"HTTP/1.1 200 OK")
-            early.close()
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{admin.getsockname()[1]}") as client:
                 assert (await client.get("/livez")).status_code == 200
-        finally:
-            process.terminate()
-            assert await asyncio.to_thread(process.wait, HANG_SECONDS) == 0, (tmp_path / "log").read_text()
-            process.stdout.close()

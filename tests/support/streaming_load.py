@@ -61,10 +61,10 @@ class _Client:
                 self._load.failures.append(f"cut: {error!r}")
                 keep = False
             if not keep:
-                writer.close()
+                await _close(writer)
                 writer = None
         if writer is not None:
-            writer.close()
+            await _close(writer)
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Whether the connection stays open."""
@@ -88,6 +88,12 @@ class _Client:
             load.failed += 1
             load.failures.append(head.split(b"\r\n")[0].decode())
         return b"connection: close" not in head
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 @asynccontextmanager
