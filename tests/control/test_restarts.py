@@ -139,6 +139,31 @@ async def test_settings_apply_in_place_by_a_new_control_process_or_are_named(ser
     assert "take effect after a restart: listen.port" in served.log.read_text()
 
 
+async def test_sighup_opens_the_access_log_again_and_limits_clients(served: Served) -> None:
+    """As logrotate does it: the file is renamed, then SIGHUP is sent."""
+    before = await served.status()
+    file = served.log.parent / "access.log"
+    limits = {"requests_per_second": 0.001, "burst": 1}
+    change(served, log={"access": str(file), "format": "json"}, client_limits=limits)
+    before = await reloaded(served, before)
+    await until(lambda: len(served.pids(RELAY)) == 2)
+    statuses = {(await served.ask("one of many", max_tokens=1)).status_code for _ in range(6)}
+    assert statuses == {200, 429}
+    file.rename(served.log.parent / "access.log.1")
+    change(served)
+    before = await reloaded(served, before)
+    assert '"status":429' in (served.log.parent / "access.log.1").read_text()
+    await until(lambda: len(served.pids(RELAY)) == 2)
+    await served.ask("another one", max_tokens=1)
+    await until(lambda: '"route":"/v1/chat/completions"' in file.read_text())
+    change(served, log={"access": "/no/such/folder/access.log"}, client_limits={})
+    status = await served.until(lambda s: s["configuration"]["error"] != "")
+    assert "log.access: cannot open /no/such/folder/access.log" in status["configuration"]["error"]
+    change(served, log={"access": "off"})
+    await reloaded(served, before)
+    await until(lambda: len(served.pids(RELAY)) == 2)
+
+
 def lives(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 

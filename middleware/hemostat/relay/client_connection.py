@@ -115,6 +115,8 @@ class ClientConnection(asyncio.Protocol):
         self.since = self._context.loop.time()
         if not self._clients.opened(self):
             self.state = _CLOSING
+            if self._context.access_log is not None:
+                self._context.access_log.refused(503, self.transport)
             body = error_body(503, "too many connections", "overloaded")
             self.transport.write(error_response(503, body, connection=b"Connection: close\r\n"))
             self.transport.close()
@@ -320,6 +322,8 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, error: BadRequest) -> None:
         """The request cannot be parsed, so what follows it cannot be either."""
         self._context.counters.request(routes.OTHER, counters.REFUSED)
+        if self._context.access_log is not None:
+            self._context.access_log.refused(error.status, self.transport)
         body = error_body(error.status, error.message, error.code)
         self.transport.write(error_response(error.status, body, connection=b"Connection: close\r\n"))
         self._linger()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from hemostat.hooks import Hook
 from hemostat.ipc.messages import OutcomeReport
+from hemostat.relay.access_log import AccessLog
+from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits
 from hemostat.relay.request_budget import RequestBudget
@@ -41,3 +43,6 @@ class RelayContext:
     """No further requests: connections are closed as soon as they have no request in progress."""
     drains_idle: bool = False
     """While draining: connections without a request may send one more, see `Relay.drain`."""
+    access_log: AccessLog | None = None
+    client_limits: ClientLimits | None = None
+    """None where no limit is set."""

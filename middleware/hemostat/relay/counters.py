@@ -84,6 +84,8 @@ INITIAL_SERIES: dict[str, list[tuple[str, ...]]] = {
         (ShadowOutcome.SCORED.value, ""),
         (ShadowOutcome.DROPPED.value, ScoringDropReason.QUEUE_FULL.value),
     ],
+    names.CLIENT_LIMITED_REQUESTS: [("rate",), ("concurrent",)],
+    names.ACCESS_LOG_DROPPED_LINES: [()],
     names.OUTCOME_REPORTS: [("sent",), ("dropped",)],
     names.CLOSED_CONNECTIONS: [("connections",), ("connections_per_client",)],
     names.RESPONSES_FINISHED: [(*arm, reason) for arm in _ARMS for reason in ("stop", "length")],

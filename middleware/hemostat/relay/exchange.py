@@ -11,9 +11,12 @@ from time import perf_counter
 from typing import Protocol
 
 from hemostat.hooks import Headers, Hook, Refusal, Rewrite
+from hemostat.metrics import names
 from hemostat.openai import routes
 from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED, loads_adapters
 from hemostat.relay import counters
+from hemostat.relay.access_log import LoggedRequest
+from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.context import RelayContext
 from hemostat.relay.exchange_state import (
     COLLECTING,
@@ -86,12 +89,14 @@ class Exchange:
 
     __slots__ = (
         "_client",
+        "_client_key",
         "_collected",
         "_context",
         "_held_head",
         "_held_since",
         "_hook",
         "_keep_alive",
+        "_logged",
         "_mode",
         "_observer",
         "_overhead",
@@ -129,6 +134,12 @@ class Exchange:
         query = target.find(b"?")
         self._route = routes.LABELS.get(target if query < 0 else target[:query], routes.OTHER)
         self._started = started
+        self._client_key: bytes | None = None
+        """Of `ClientLimits`: the request is among the client's requests in progress."""
+        self._logged: LoggedRequest | None = None
+        if (log := context.access_log) is not None:
+            self._logged = LoggedRequest(log, request, self._route, request_id, client.transport, started)
+            self._transport = self._logged.transport
         self._report: GenerationReport | None = None
         """Only for a generation."""
         self._observer: OutcomeObserver | None = None
@@ -167,6 +178,8 @@ class Exchange:
         """
         context, request = self._context, self._request
         self.request_complete = complete
+        if context.client_limits is not None and self._exceeds(context.client_limits):
+            return
         if self._route is routes.OTHER and not context.allow_adapter_routes and loads_adapters(request.target):
             self._respond(403, error_body(403, ADAPTER_ROUTE_REFUSED, "adapter_routes"), counters.REFUSED)
             return
@@ -235,6 +248,18 @@ class Exchange:
     def _overloaded(self, reason: str) -> None:
         self._respond(503, error_body(503, reason, "overloaded"), counters.OVERLOADED)
 
+    def _exceeds(self, limits: ClientLimits) -> bool:
+        """Refuse the request, if its client asks for too much."""
+        key = limits.key(self._request, self._transport)
+        exceeded = limits.begin(key, self._started) if key is not None else None
+        if exceeded is None:
+            self._client_key = key
+            return False
+        self._context.counters.add(names.CLIENT_LIMITED_REQUESTS, (exceeded.limit,))
+        body = error_body(429, exceeded.message, "rate_limit_exceeded")
+        self._respond(429, body, counters.REFUSED, b"Retry-After: %d\r\n" % exceeded.retry_after)
+        return True
+
     def _ask_hook(self, hook: Hook, pairs: Headers) -> bool:
         """Ask whether the hook wants to see the request (then `_hook` is set). True: it refuses it; the exchange is
         over."""
@@ -301,6 +326,8 @@ class Exchange:
             paused=self._client.write_paused,
         )
         connection.transport.write(payload)
+        if self._logged is not None:
+            self._logged.sent()
         if self.request_complete:
             self.outgoing.sent(payload)
 
@@ -412,6 +439,8 @@ class Exchange:
         http11 = request.minor == 1
         self._response = head
         self._received = received
+        if self._logged is not None:
+            self._logged.answered(received)
         close = not self._keep_alive or not self.request_complete or self._client.last_request
         if self._report is not None:
             self._report.begin_response(head)
@@ -596,28 +625,32 @@ class Exchange:
         if upstream is not None:
             upstream.abort()
 
-    def _respond(self, status: int, body: bytes, outcome: str) -> None:
-        """Answer the request with a response of the relay's own."""
+    def _respond(self, status: int, body: bytes, outcome: str, fields: bytes = b"") -> None:
+        """Answer the request with a response of the relay's own. fields: more field lines, each with its CRLF."""
         request = self._request
         keep = self._keep_alive and self.request_complete and not self._client.last_request
         connection = b"" if keep and request.minor else b"Connection: %b\r\n" % (b"keep-alive" if keep else b"close")
         bodyless = request.method == b"HEAD"
-        self._transport.write(error_response(status, body, connection=connection, bodyless=bodyless))
-        self._finish(outcome)
+        self._transport.write(error_response(status, body, connection=connection + fields, bodyless=bodyless))
+        self._finish(outcome, own_status=status)
         self._client.exchange_ended(keep_alive=keep)
 
-    def _finish(self, outcome: str, *, complete: bool = False) -> None:
-        """Count and report the exchange. complete: the whole response has been sent."""
+    def _finish(self, outcome: str, *, complete: bool = False, own_status: int = 0) -> None:
+        """Count and report the exchange. complete: the whole response has been sent. own_status: of the relay's own."""
         if self.state is COLLECTING:
             self._context.budget.end_collecting(self)
         self._enter(DONE)
         self.outgoing.forget()
         self._end_upload()
         self._context.counters.request(self._route, outcome)
+        if self._client_key is not None and self._context.client_limits is not None:
+            self._context.client_limits.end(self._client_key)
         hook, generated = self._hook, None
+        arm, comparison = ("none", None) if hook is None else (hook.arm, hook.comparison)
+        status = 0 if self._response is None else self._response.status
         if self._report is not None:
-            arm, comparison = ("none", None) if hook is None else (hook.arm, hook.comparison)
-            status = 0 if self._response is None else self._response.status
             generated = self._report.finish(arm, comparison, status, outcome, complete=complete)
+        if self._logged is not None:
+            self._logged.finish(own_status or status, outcome, arm)
         if hook is not None:
             hook.closed(complete=complete, output_tokens=generated, engine=self.outgoing.engine_name)

@@ -38,6 +38,9 @@ from hemostat import logs
 from hemostat.ipc.messages import OutcomeReport, Policy
 from hemostat.ipc.process import die_with_parent, make_tracing
 from hemostat.ipc.relay_end import ControlLink
+from hemostat.metrics import names
+from hemostat.relay.access_log import AccessLog
+from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits, share_descriptors
 from hemostat.relay.upstreams.settings import UpstreamSettings
@@ -106,6 +109,16 @@ async def run(config: dict[str, Any]) -> None:
     loop = asyncio.get_running_loop()
     end = _End(loop)
 
+    counters, access_log = Counters(), None
+    if config.get("access_log_fd") is not None:
+        access_log = AccessLog(
+            config["access_log_fd"],
+            config["log_format"],
+            lambda lines: counters.add(names.ACCESS_LOG_DROPPED_LINES, (), lines),
+            clients=config["access_log_clients"],
+        )
+    client_limits = ClientLimits(**config.get("client_limits", {}))
+
     def report_outcome(report: OutcomeReport) -> bool:
         return link.report_outcome(report)
 
@@ -113,11 +126,13 @@ async def run(config: dict[str, Any]) -> None:
     relay = Relay(
         upstream,
         limits=limits,
-        counters=Counters(),
+        counters=counters,
         tracing=make_tracing(config.get("tracing")),
         log_requests=config.get("log_requests", False),
         report_outcome=report_outcome,
         allow_adapter_routes=config.get("allow_adapter_routes", False),
+        access_log=access_log,
+        client_limits=client_limits if client_limits.enabled else None,
     )
     interceptor: Interceptor | None = None
 

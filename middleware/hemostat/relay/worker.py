@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from hemostat.hooks import Hook
 from hemostat.ipc.messages import OutcomeReport, Stats
+from hemostat.relay.access_log import AccessLog
 from hemostat.relay.client_connection import ClientConnection
+from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.clients import Clients
 from hemostat.relay.context import RelayContext
 from hemostat.relay.counters import Counters
@@ -51,6 +53,8 @@ class Relay:
         log_requests: bool = False,
         report_outcome: Callable[[OutcomeReport], bool] | None = None,
         allow_adapter_routes: bool = False,
+        access_log: AccessLog | None = None,
+        client_limits: ClientLimits | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         if isinstance(upstream, str):
@@ -90,6 +94,8 @@ class Relay:
             hook=hook,
             report_outcome=report_outcome,
             allow_adapter_routes=allow_adapter_routes,
+            access_log=access_log,
+            client_limits=client_limits,
         )
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.TimerHandle | None = None
@@ -154,6 +160,8 @@ class Relay:
             task.cancel()
         self.upstreams.close()
         await asyncio.sleep(0)
+        if self._context.access_log is not None:
+            await self._context.access_log.close()
 
     def _new_client(self) -> ClientConnection:
         return ClientConnection(self._context, self.clients)
@@ -163,4 +171,6 @@ class Relay:
         for client in self.clients:
             client.sweep(now)
         self.upstreams.sweep(now)
+        if self._context.access_log is not None:
+            self._context.access_log.flush()
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)

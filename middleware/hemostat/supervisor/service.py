@@ -29,21 +29,33 @@ def passed_sockets(environment: MutableMapping[str, str], pid: int) -> dict[str,
     if count == 1 and names[0] not in {DATA, ADMIN}:
         names = [DATA]
     found: dict[str, list[socket.socket]] = {}
-    for fd, name in zip(range(FIRST_FD, FIRST_FD + count), names, strict=False):
-        if name not in {DATA, ADMIN}:
-            raise ConfigError(f"systemd: a socket is named {name!r}; set FileDescriptorName=data or admin in its unit")
-        if name in found:
-            raise ConfigError(f"systemd: two sockets are named {name}; list one address (ListenStream=) for each name")
-        os.set_inheritable(fd, False)
-        try:
-            sock = socket.socket(fileno=fd)
-            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError as error:
-            raise ConfigError(f"systemd: {name} is not a socket ({error.strerror}); use a .socket unit") from None
-        if not listens or sock.type != socket.SOCK_STREAM or sock.family not in {socket.AF_INET, socket.AF_INET6}:
-            raise ConfigError(f"systemd: {name} is not a listening TCP socket; use ListenStream= with a port")
-        found[name] = [sock]
+    try:
+        for fd, name in zip(range(FIRST_FD, FIRST_FD + count), names, strict=False):
+            if name not in {DATA, ADMIN}:
+                raise ConfigError(
+                    f"systemd: a socket is named {name!r}; set FileDescriptorName=data or admin in its unit"
+                )
+            if name in found:
+                raise ConfigError(f"systemd: two sockets are named {name}; list one ListenStream= for each name")
+            found[name] = [_listening(fd, name)]
+    except ConfigError:
+        for sockets in found.values():
+            sockets[0].close()
+        raise
     return found
+
+
+def _listening(fd: int, name: str) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise ConfigError(f"systemd: {name} is not a socket ({error.strerror}); use a .socket unit") from None
+    listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if not listens or sock.type != socket.SOCK_STREAM or sock.family not in {socket.AF_INET, socket.AF_INET6}:
+        sock.close()
+        raise ConfigError(f"systemd: {name} is not a listening TCP socket; use ListenStream= with a port")
+    sock.set_inheritable(False)
+    return sock
 
 
 def notify(state: str) -> None:

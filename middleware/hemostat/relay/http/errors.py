@@ -32,6 +32,7 @@ _REASONS = {
     403: b"Forbidden",
     408: b"Request Timeout",
     413: b"Content Too Large",
+    429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
     500: b"Internal Server Error",
     501: b"Not Implemented",
@@ -50,8 +51,8 @@ def error_body(status: int, message: str, code: str | None = None) -> bytes:
 def error_response(status: int, body: bytes, *, connection: bytes = b"", bodyless: bool = False) -> bytes:
     """A response of the relay's own.
 
-    connection: a whole field line with its CRLF, or b"". bodyless: it answers a HEAD request. A 503 says when to try
-    again.
+    connection: whole field lines, each with its CRLF, or b"". bodyless: it answers a HEAD request. A 503 says when to
+    try again.
     """
     if status == 503:
         connection += b"Retry-After: %d\r\n" % RETRY_AFTER_SECONDS

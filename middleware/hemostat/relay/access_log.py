@@ -1,0 +1,233 @@
+"""The access log: one line for each request on the data port, refused ones too. It has nothing that a client or a model
+has written but the request's id.
+
+Lines are buffered and written by a thread, so that a slow disk or a pipe that nobody reads delays no request; what does
+not fit into the buffer, or cannot be written, is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import Literal, cast
+
+import msgspec
+
+from hemostat.openai import routes
+from hemostat.relay.counters import REFUSED
+from hemostat.relay.http.request import RequestHead
+
+FLUSH_BYTES = 64 * 1024
+"""So much is written at once; less about once a second."""
+MAX_BUFFERED_BYTES = 4 * 1024 * 1024
+MAX_ID_CHARACTERS = 128
+"""Of a request's id, which the client may choose."""
+
+_plain = re.compile(r"[!#-~]+").fullmatch
+"""A value that needs no quotes in a text line."""
+
+
+class Line(msgspec.Struct, omit_defaults=True):
+    """One request, as JSON; a text line has the same fields as name=value, `-` where a value is not known."""
+
+    time: str
+    """When the response ended: UTC, ISO 8601."""
+    method: str
+    route: str
+    """Label of the route, as in the metrics: `other` for unknown ones."""
+    status: int
+    """That the client got; 0: none."""
+    outcome: str
+    """As in `hemostat_requests_total`."""
+    bytes: int
+    """Sent to the client, heads and framing included."""
+    seconds: float
+    """From the request's head to the end of its response."""
+    upstream_seconds: float | None
+    """From sending the request to the first bytes of the response; null where there was none."""
+    arm: str
+    request_id: str
+    client: str = ""
+    """Address, where `log.access_clients` is set."""
+
+
+class AccessLog:
+    """Owns the lines that wait. Create it inside a running event loop.
+
+    descriptor: a file that is open for appending, or a pipe. clients: lines have the clients' addresses.
+    dropped: called with the number of lines that were dropped.
+    """
+
+    def __init__(
+        self, descriptor: int, form: Literal["text", "json"], dropped: Callable[[int], None], *, clients: bool = False
+    ) -> None:
+        self.clients = clients
+        self._descriptor = descriptor
+        self._encode = _json_line if form == "json" else _text_line
+        self._dropped = dropped
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[bytes] = []
+        self._bytes = 0
+        """In `_waiting`."""
+        self._thread = ThreadPoolExecutor(1, "access-log")
+        self._writing: asyncio.Future[int] | None = None
+        self._torn = False
+        """The last line in the file lacks its end."""
+
+    def add(self, line: Line) -> None:
+        """Returns at once."""
+        if self._bytes > MAX_BUFFERED_BYTES:
+            self._dropped(1)
+            return
+        encoded = self._encode(line)
+        self._waiting.append(encoded)
+        self._bytes += len(encoded)
+        if self._bytes > FLUSH_BYTES:
+            self.flush()
+
+    def refused(self, status: int, transport: asyncio.BaseTransport) -> None:
+        """Of a request that could not be parsed, or of a connection that was not accepted."""
+        address = client_address(transport) if self.clients else ""
+        self.add(Line(_now(), "", routes.OTHER, status, REFUSED, 0, 0.0, None, "none", "", address))
+
+    def flush(self) -> None:
+        """Begin to write what waits, if nothing is being written."""
+        if self._waiting and self._writing is None:
+            data = b"".join(self._waiting)
+            self._waiting = []
+            self._bytes = 0
+            self._writing = self._loop.run_in_executor(self._thread, self._write, data)
+            self._writing.add_done_callback(self._written)
+
+    def _written(self, writing: asyncio.Future[int]) -> None:
+        self._writing = None
+        if not writing.cancelled() and (lost := writing.result()):
+            self._dropped(lost)
+
+    def _write(self, data: bytes) -> int:
+        """In the thread: the number of lines that could not be written."""
+        rest = memoryview(b"\n" + data if self._torn else data)
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+                self._torn = bool(rest)
+        except OSError:
+            return bytes(rest).count(b"\n")
+        return 0
+
+    async def close(self, timeout: float = 1.0) -> None:  # noqa: ASYNC109  a limit, not a cancellation
+        """Write what waits, as far as it is possible in this time."""
+        for _ in range(2):  # what is being written, then what has waited meanwhile
+            self.flush()
+            if self._writing is not None:
+                await asyncio.wait((self._writing,), timeout=timeout)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class LoggedRequest:
+    """The line of one request, as it comes about. It stands in for the transport that the response is written to."""
+
+    __slots__ = (
+        "_answered",
+        "_bytes",
+        "_log",
+        "_method",
+        "_request_id",
+        "_route",
+        "_sent",
+        "_started",
+        "_transport",
+    )
+
+    def __init__(
+        self,
+        log: AccessLog,
+        request: RequestHead,
+        route: str,
+        request_id: str,
+        transport: asyncio.Transport,
+        started: float,
+    ) -> None:
+        """started: when the request's head had been received (perf_counter)."""
+        self._log = log
+        self._method = request.method.decode("ascii")
+        self._route = route
+        self._request_id = request_id[:MAX_ID_CHARACTERS]
+        self._transport = transport
+        self._started = started
+        self._sent = 0.0
+        self._answered = 0.0
+        self._bytes = 0
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """Counts what is written to it."""
+        return cast("asyncio.Transport", self)
+
+    def write(self, data: bytes) -> None:
+        self._bytes += len(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> object:
+        """Everything else is the transport's own."""
+        return getattr(self._transport, name)
+
+    def sent(self) -> None:
+        """The request goes to the upstream."""
+        self._sent, self._answered = perf_counter(), 0.0
+
+    def answered(self, received: float) -> None:
+        """The response's head was received (perf_counter)."""
+        self._answered = received
+
+    def finish(self, status: int, outcome: str, arm: str) -> None:
+        log = self._log
+        log.add(
+            Line(
+                _now(),
+                self._method,
+                self._route,
+                status,
+                outcome,
+                self._bytes,
+                round(perf_counter() - self._started, 6),
+                round(self._answered - self._sent, 6) if self._answered else None,
+                arm,
+                self._request_id,
+                client_address(self._transport) if log.clients else "",
+            )
+        )
+
+
+def client_address(transport: asyncio.BaseTransport) -> str:
+    peer = transport.get_extra_info("peername")
+    return str(peer[0]) if peer else ""
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
+
+
+def _json_line(line: Line) -> bytes:
+    return msgspec.json.encode(line) + b"\n"
+
+
+def _text_line(line: Line) -> bytes:
+    shown = [f"{name}={_shown(value)}" for name, value in msgspec.structs.asdict(line).items() if name != "client"]
+    if line.client:
+        shown.append(f"client={line.client}")
+    return (" ".join(shown) + "\n").encode()
+
+
+def _shown(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    text = str(value)
+    return text if _plain(text) else json.dumps(text)

@@ -1,0 +1,116 @@
+"""What one client may ask of this relay process: requests per second, and requests in progress.
+
+A client is known by its Authorization header or by its address. Each relay process counts for itself: with N processes
+and R replicas, a client whose connections reach all of them may ask for N × R times as much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+from hemostat.relay.access_log import client_address
+from hemostat.relay.http.request import RequestHead
+
+MAX_CLIENTS = 65_536
+"""Clients that are remembered; beyond it those without a request for the longest time are forgotten."""
+UNLIMITED_METHODS = frozenset((b"GET", b"HEAD"))
+
+RATE, CONCURRENT = "rate", "concurrent"
+LIMITS = (RATE, CONCURRENT)
+
+
+@dataclass(slots=True)
+class _Client:
+    due: float = 0.0
+    """When a request would come that keeps exactly to the rate (GCRA's theoretical arrival time), monotonic seconds."""
+    in_progress: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Exceeded:
+    """limit: of LIMITS. retry_after: whole seconds."""
+
+    limit: str
+    retry_after: int
+
+    @property
+    def message(self) -> str:
+        what = "requests per second" if self.limit == RATE else "requests at a time"
+        return f"too many {what} from this client; retry after {self.retry_after} s"
+
+
+class ClientLimits:
+    """Owns what is known of the clients that have been here lately.
+
+    requests_per_second, burst: by the generic cell rate algorithm (ITU-T I.371, also known as a leaky bucket as a
+    meter): `burst` requests at once, then at the rate. concurrent: requests in progress. None: no limit.
+
+    >>> limits = ClientLimits(requests_per_second=2.0, burst=2)
+    >>> [limits.begin(b"a", now) for now in (10.0, 10.0, 10.0)]
+    [None, None, Exceeded(limit='rate', retry_after=1)]
+    >>> limits.begin(b"b", 10.0), limits.begin(b"a", 10.5)
+    (None, None)
+    """
+
+    def __init__(
+        self,
+        key: Literal["authorization", "address"] = "authorization",
+        requests_per_second: float | None = None,
+        burst: int = 10,
+        concurrent: int | None = None,
+    ) -> None:
+        self._by_address = key == "address"
+        self._interval = 0.0 if requests_per_second is None else 1.0 / requests_per_second
+        self._tolerance = self._interval * (burst - 1)
+        self._concurrent = math.inf if concurrent is None else concurrent
+        self._clients: OrderedDict[bytes, _Client] = OrderedDict()
+
+    @property
+    def enabled(self) -> bool:
+        return self._interval > 0.0 or self._concurrent < math.inf
+
+    def key(self, request: RequestHead, transport: asyncio.BaseTransport) -> bytes | None:
+        """Of the client; None where the request does not count."""
+        if request.method in UNLIMITED_METHODS:
+            return None
+        if request.authorization and not self._by_address:
+            for line in request.lines:
+                if line[:14].lower() == b"authorization:":
+                    return hashlib.blake2b(line[14:].strip(b" \t"), digest_size=16).digest()
+        return client_address(transport).encode()
+
+    def begin(self, key: bytes, now: float) -> Exceeded | None:
+        """Admit a request: None, and `end` is to be called when it has ended; or the limit that it exceeds."""
+        client = self._clients.get(key)
+        if client is None:
+            self._make_room()
+            client = self._clients[key] = _Client()
+        else:
+            self._clients.move_to_end(key)
+        if client.in_progress >= self._concurrent:
+            return Exceeded(CONCURRENT, 1)
+        wait = client.due - now - self._tolerance
+        if wait > 1e-9:
+            return Exceeded(RATE, max(1, math.ceil(wait)))
+        client.due = max(client.due, now) + self._interval
+        client.in_progress += 1
+        return None
+
+    def end(self, key: bytes) -> None:
+        client = self._clients.get(key)
+        if client is not None and client.in_progress > 0:
+            client.in_progress -= 1
+
+    def _make_room(self) -> None:
+        """Forget clients without a request in progress; those with one are fewer than the relay's connections."""
+        for _ in range(min(len(self._clients), 8)):
+            if len(self._clients) < MAX_CLIENTS:
+                return
+            key, client = self._clients.popitem(last=False)
+            if client.in_progress:
+                self._clients[key] = client
