@@ -54,7 +54,7 @@ class SpyHook:
         self._called("response_end", None)
         return self.tail
 
-    def closed(self, *, complete: bool, output_tokens: int | None = None) -> None:
+    def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:
         self._called("closed", complete)
 
     @property

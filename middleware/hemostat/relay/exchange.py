@@ -6,9 +6,7 @@ connection call the methods of `upstream.Receiver`. What the exchange needs of t
 
 from __future__ import annotations
 
-import asyncio
 from time import perf_counter
-from typing import Protocol
 
 from hemostat.hooks import Headers, Hook, Refusal, Rewrite
 from hemostat.metrics import names
@@ -17,6 +15,7 @@ from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED, loads_adapters
 from hemostat.relay import counters
 from hemostat.relay.access_log import LoggedRequest
 from hemostat.relay.client_limits import ClientLimits
+from hemostat.relay.client_side import ClientSide
 from hemostat.relay.context import RelayContext
 from hemostat.relay.exchange_state import (
     COLLECTING,
@@ -54,34 +53,6 @@ _EXPECT = frozenset((b"expect",))
 _RAW = BodyMode.RAW
 _CHUNKED = BodyMode.CHUNKED
 _COLLECTED = BodyMode.COLLECTED
-
-
-class ClientSide(Protocol):
-    """The client's connection, as the exchange sees it."""
-
-    transport: asyncio.Transport
-
-    @property
-    def write_paused(self) -> bool:
-        """The client does not read: take nothing more from the upstream."""
-
-    @property
-    def last_request(self) -> bool:
-        """No request can follow the present one."""
-
-    def pause_reading(self) -> None:
-        """Take nothing more from the client for now."""
-
-    def resume_reading(self) -> None: ...
-
-    def tunnel_opened(self, tunnel: Tunnel) -> None:
-        """The protocol has been switched: from here on, bytes pass through the tunnel."""
-
-    def exchange_ended(self, *, keep_alive: bool) -> None:
-        """The response has been written. keep_alive: the next request may follow."""
-
-    def exchange_broken(self, *, reset: bool) -> None:
-        """The response cannot be completed: close at once. reset: by a reset, since a close would look like its end."""
 
 
 class Exchange:

@@ -1,0 +1,36 @@
+"""A client's connection, as its exchanges see it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from hemostat.relay.tunnel import Tunnel
+
+
+class ClientSide(Protocol):
+    """Of `client_connection.ClientConnection`."""
+
+    transport: asyncio.Transport
+
+    @property
+    def write_paused(self) -> bool:
+        """The client does not read: take nothing more from the upstream."""
+
+    @property
+    def last_request(self) -> bool:
+        """No request can follow the present one."""
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the client for now."""
+
+    def resume_reading(self) -> None: ...
+
+    def tunnel_opened(self, tunnel: Tunnel) -> None:
+        """The protocol has been switched: from here on, bytes pass through the tunnel."""
+
+    def exchange_ended(self, *, keep_alive: bool) -> None:
+        """The response has been written. keep_alive: the next request may follow."""
+
+    def exchange_broken(self, *, reset: bool) -> None:
+        """The response cannot be completed: close at once. reset: by a reset, since a close would look like its end."""
