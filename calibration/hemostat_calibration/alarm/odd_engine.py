@@ -35,8 +35,9 @@ from hemostat_calibration.alarm.betting import Crossing, WealthState, bet, initi
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 
-UNITS_PER_ENGINE = 3
-"""Of a block, on average: more would delay the alarm, fewer say less (log C(N, k) / k grows with k)."""
+UNITS_PER_ENGINE = 2
+"""Of a block, on average. With more of them blocks take longer, in each stratum; with fewer a block says less, since
+log C(N, k) / k grows with k."""
 COHORT = 4
 CLEAR_BLOCKS = 10
 """After an alarm, so many blocks on which freshly funded bets lost wealth end it."""

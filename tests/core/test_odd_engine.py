@@ -1,0 +1,101 @@
+"""The test of which engine is not like the others. Many lives: tests/bench/faults/odd_engine.py."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.bench.faults.odd_engine import ALPHA, NULL_WORLDS, Draw, named, null_life, odd_life
+from tests.bench.guard import most
+
+from hemostat_calibration.alarm.odd_engine import (
+    COHORT,
+    MAX_ENGINES,
+    MAX_STRATA,
+    OddEngines,
+    Unit,
+    init,
+    log_e_values,
+    readings,
+    update,
+)
+from hemostat_calibration.alarm.serialization import load_engines, save_engines
+from hemostat_calibration.errors import InvalidArgumentError
+
+figures = st.lists(st.one_of(st.floats(0.0, 1e300), st.sampled_from([0.0, 0.5, 1.0])), min_size=2, max_size=7)
+
+
+@given(figures, st.data())
+def test_the_mean_over_all_placements_is_one(values: list[float], data: st.DataObject) -> None:
+    count = len(values)
+    chosen = data.draw(st.integers(1, count - 1))
+    placements = list(combinations(range(count), chosen))
+    total = sum(np.exp(log_e_values(np.array(values), np.isin(np.arange(count), own))) for own in placements)
+    assert np.allclose(total / len(placements), 1.0)
+
+
+@pytest.mark.parametrize("own", [[False] * 4, [True] * 4])
+def test_a_block_of_one_side_says_nothing(own: list[bool]) -> None:
+    assert not log_e_values(np.arange(4.0), np.array(own)).any()
+
+
+@pytest.mark.parametrize("world", NULL_WORLDS)
+def test_engines_that_do_not_differ_are_not_named(world: str) -> None:
+    draw: Draw = NULL_WORLDS[world]
+    assert sum(null_life(draw, seed) for seed in range(12)) <= most(12, ALPHA)
+
+
+def test_an_engine_that_differs_is_named_first_and_alone() -> None:
+    assert {odd_life("w8a8", "w4a16", 0, seed)[0] for seed in range(10)} == {"engine 3"}
+
+
+def lived(state: OddEngines, units: int, odd: int | None, seed: int = 0) -> OddEngines:
+    rng = np.random.default_rng(seed)
+    for n in range(units):
+        level = 0.03 if n % 4 == odd else 0.6
+        state = update(state, "chat", Unit(f"engine {n % 4}", level * rng.lognormal(0.0, 0.3), 50), float(n))
+    return state
+
+
+def test_the_alarm_says_in_which_direction_and_clears_when_the_engine_is_repaired() -> None:
+    state = lived(init(ALPHA), 200, odd=2)
+    (reading,) = [one for one in readings(state) if one.raised]
+    assert (reading.engine, reading.farther) == ("engine 2", False)
+    assert reading.raised is not None
+    assert reading.raised.tokens <= 1000
+    state = lived(state, 400, odd=None, seed=1)
+    assert not named(state)
+    assert state.begun == 5, "another test has begun, and its alpha is a part of its own"
+
+
+def test_the_state_survives_a_restart() -> None:
+    state = lived(init(ALPHA), 130, odd=2)
+    again = load_engines(save_engines(state), ALPHA)
+    assert readings(lived(again, 50, odd=2)) == readings(lived(state, 50, odd=2))
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"schema": 2}', b'{"schema": 1, "engines": 3}'])
+def test_damaged_state_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidArgumentError, match="begin anew"):
+        load_engines(data, ALPHA)
+
+
+def test_all_alpha_that_is_ever_spent_is_at_most_alpha() -> None:
+    state, spent = init(ALPHA), []
+    for n in range(40 * COHORT):
+        state = update(state, "chat", Unit(f"engine {n}", 1.0, 1), float(n))
+        spent.append(state.tests[f"engine {n}"].alpha)
+    assert ALPHA * 0.9 < sum(spent) <= ALPHA
+    assert len(state.tests) == MAX_ENGINES
+
+
+def test_strata_are_bounded_and_figures_that_are_none_are_left_out() -> None:
+    state = init(ALPHA)
+    for n in range(MAX_STRATA + 10):
+        state = update(state, f"kind {n}", Unit("engine 0", 1.0, 1), float(n))
+        state = update(state, f"kind {n}", Unit("engine 1", float("nan"), 1), float(n))
+    assert len(state.blocks) == MAX_STRATA
+    assert len(state.tests) == 1
