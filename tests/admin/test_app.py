@@ -27,6 +27,8 @@ GUARDED = [
     ("POST", "/api/v1/profiles/pin"),
     ("POST", "/api/v1/profiles/release"),
     ("POST", "/api/v1/alarm/rebase"),
+    ("POST", "/api/v1/engines/drain"),
+    ("POST", "/api/v1/engines/undrain"),
     ("POST", "/api/v1/engine/report"),
     ("POST", "/api/v1/engine/answers"),
     ("POST", "/api/v1/engine/tap"),

@@ -85,7 +85,7 @@ class PolicyPublisher:
         shadow, calibration, profiles = self.settings.shadow, self.settings.calibration, self._profiles
         served = self._monitor.served
         base = served.calibrated
-        held = self._engines.acknowledged(now)
+        held = self._held_by_all(now)
         # A map of the logits is applied by the engine's logits processor, which has to hold it, too.
         adapters = {v: has_map for v, has_map in self._adapters.ready.items() if not has_map or v in held}
         grammar = self.settings.grammar
@@ -129,6 +129,13 @@ class PolicyPublisher:
             openai_sampling_defaults=self.settings.upstream.openai_sampling_defaults,
             **profiles.request_parameters(),
         )
+
+    def _held_by_all(self, now: float) -> frozenset[str]:
+        """Versions that every engine holds to which a request may go. None while fewer engines report than are up: one
+        that does not report yet (or has no plugin) would apply identity to a treated request."""
+        if self._upstreams.several and self._engines.live_engines(now) < self._upstreams.up:
+            return frozenset()
+        return self._engines.acknowledged(now)
 
     def _is_adapter(self, version: str) -> bool:
         """By its map alone an adapter must not be asked for."""

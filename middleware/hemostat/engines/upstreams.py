@@ -59,6 +59,11 @@ class UpstreamEngines:
         return found
 
     @property
+    def several(self) -> bool:
+        """Relays balance between engines."""
+        return len(self.current()) > 1
+
+    @property
     def up(self) -> int:
         """Engines that some relay sends requests to."""
         return sum(engine.up > 0 and name not in self.drained for name, engine in self.current().items())

@@ -1,0 +1,136 @@
+"""What the control process knows of the engines: their health, their drain, and which one is not like the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from tests.support.admin_server import admin_client
+from tests.support.captures import K
+from tests.support.control import AUTHORIZED, connect_relay, control, relay_stats, scored, settings, status_json
+
+from hemostat.control.composition import Control
+from hemostat.ipc.messages import EngineHealth, Stats
+
+A, B, C, D = (f"10.0.0.{n}:8000" for n in range(4))
+
+
+def reporting(*states: str, requests: int = 5) -> Stats:
+    """A relay whose engines are in these states."""
+    engines = [
+        EngineHealth(name, state, drained=False, outstanding=2, requests=requests, resent=1, ejections=0)
+        for name, state in zip((A, B, C, D), states, strict=False)
+    ]
+    return msgspec.structs.replace(relay_stats(), engines=engines)
+
+
+def value(one: Control, metric: str, engine: str) -> float | None:
+    return one.registry.get_sample_value(metric, {"engine": engine})
+
+
+async def test_the_status_sums_what_all_relays_know(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        first = await connect_relay(one, tmp_path, 1, reporting("up", "up"))
+        second = await connect_relay(one, tmp_path, 2, reporting("up", "ejected", requests=7))
+        found = {row["engine"]: row for row in status_json(one)["upstream"]}
+        assert {
+            name: (row["up"], row["relays"], row["outstanding"], row["requests"]) for name, row in found.items()
+        } == {
+            A: (2, 2, 4, 12),
+            B: (1, 2, 4, 12),
+        }
+        assert value(one, "hemostat_upstream_up_ratio", B) == 0.5
+        assert value(one, "hemostat_upstream_requests_total", A) == 12
+        first.close()
+        second.close()
+
+
+async def test_a_drain_reaches_relays_and_survives_a_restart(tmp_path: Path) -> None:
+    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
+    async with control(tmp_path, made) as one:
+        relay = await connect_relay(one, tmp_path, 1, reporting("up", "up"))
+        async with admin_client(one) as client:
+            refused = await client.post("/api/v1/engines/drain", json={"engine": "other:1"}, headers=AUTHORIZED)
+            assert refused.status_code == 400
+            assert A in refused.json()["detail"], "it names the engines"
+            drained = await client.post("/api/v1/engines/drain", json={"engine": B}, headers=AUTHORIZED)
+        assert [row["drained"] for row in drained.json()["upstream"]] == [False, True]
+        assert policy_drains(one) == {B}
+        relay.close()
+    async with control(tmp_path, made) as one:
+        one.policy.publish()
+        assert policy_drains(one) == {B}
+        async with admin_client(one) as client:
+            ended = await client.post("/api/v1/engines/undrain", json={"engine": B}, headers=AUTHORIZED)
+        assert ended.status_code == 200
+        assert policy_drains(one) == set()
+
+
+def policy_drains(one: Control) -> frozenset[str]:
+    assert one.link._policy is not None
+    return one.link._policy.drained
+
+
+def observe(one: Control, count: int, odd: str | None, first: int = 0) -> None:
+    rng = np.random.default_rng(first)
+    for n in range(first, first + count):
+        engine = (A, B, C, D)[n % 4]
+        top = 0.35 if engine == odd else 0.75 + 0.1 * rng.random()
+        row = np.log([top, (1 - top) / 2, (1 - top) / 4, (1 - top) / 8, 1e-300]).astype("<f4")
+        row[K] = -np.inf
+        rows = np.tile(row, (3, 1))
+        one.pipeline.use_record(
+            *scored(f"r{n}", n, engine=engine, candidate_logprobs=rows.tobytes(), emitted_logprobs=rows[:, 0].tobytes())
+        )
+
+
+async def test_the_engine_that_differs_is_named_and_that_survives_a_restart(tmp_path: Path) -> None:
+    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"})
+    async with control(tmp_path, made) as one:
+        observe(one, 120, odd=C)
+        assert one.by_engine.odd == {C}
+        (row,) = [row for row in one.by_engine.report() if row["odd"]]
+        assert row["farther"] is False
+        assert row["on_tokens"] <= 90
+        assert value(one, "hemostat_engine_odd", C) == 1.0
+        assert value(one, "hemostat_engine_odd", A) == 0.0
+        per_token = {row["engine"]: row["kl_nats"] for row in one.by_engine.report()}
+        assert per_token[C] < min(per_token[A], per_token[B], per_token[D])
+        await one.writer.drain()
+        assert f"engine {C} is not like the others" in {event["why"] for event in one.store.events(10)}
+    async with control(tmp_path, made) as one:
+        assert one.by_engine.odd == {C}
+
+
+async def test_engines_of_one_model_are_not_named(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        observe(one, 200, odd=None)
+        assert not one.by_engine.odd
+
+
+async def test_records_without_an_engine_count_nowhere(tmp_path: Path) -> None:
+    async with control(tmp_path) as one:
+        one.pipeline.use_record(*scored())
+        assert one.by_engine.report() == []
+
+
+@pytest.mark.parametrize(("states", "held"), [(("up",), True), (("up", "ejected"), True), (("up", "up"), False)])
+async def test_profiles_are_assigned_only_where_every_engine_that_is_up_reports(
+    tmp_path: Path, states: tuple[str, ...], held: bool
+) -> None:
+    """One engine reports that it holds a version."""
+    version = "a" * 32
+    async with control(tmp_path) as one:
+        relay = await connect_relay(one, tmp_path, 1, reporting(*states))
+        report = {"boot_id": "b", "rank": 0, "world_size": 1, "versions": [version], "vocab_size": 30, "counters": {}}
+        async with admin_client(one) as client:
+            sent = await client.post(
+                "/api/v1/engine/report", json=report | {"runner": "v1", "vllm": "0"}, headers=AUTHORIZED
+            )
+            assert sent.status_code == 200
+        one.policy.publish()
+        assert one.link._policy is not None
+        assert (version in one.link._policy.acknowledged) == held
+        relay.close()
