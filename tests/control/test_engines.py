@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ from tests.support.captures import K
 from tests.support.control import AUTHORIZED, connect_relay, control, relay_stats, scored, settings, status_json
 
 from hemostat.control.composition import Control
+from hemostat.engines.messages import EngineReport
 from hemostat.ipc.messages import EngineHealth, Stats
 
 A, B, C, D = (f"10.0.0.{n}:8000" for n in range(4))
@@ -106,7 +108,7 @@ async def test_the_engine_that_differs_is_named_and_that_survives_a_restart(tmp_
 
 async def test_engines_of_one_model_are_not_named(tmp_path: Path) -> None:
     async with control(tmp_path) as one:
-        observe(one, 200, odd=None)
+        observe(one, 100, odd=None)
         assert not one.by_engine.odd
 
 
@@ -124,12 +126,8 @@ async def test_profiles_are_assigned_only_where_every_engine_that_is_up_reports(
     version = "a" * 32
     async with control(tmp_path) as one:
         relay = await connect_relay(one, tmp_path, 1, reporting(*states))
-        report = {"boot_id": "b", "rank": 0, "world_size": 1, "versions": [version], "vocab_size": 30, "counters": {}}
-        async with admin_client(one) as client:
-            sent = await client.post(
-                "/api/v1/engine/report", json=report | {"runner": "v1", "vllm": "0"}, headers=AUTHORIZED
-            )
-            assert sent.status_code == 200
+        report = EngineReport("boot", 0, 1, [version], vocab_size=30, counters={}, runner="v1", vllm="0.32.0")
+        one.engines.report(report, time.monotonic())
         one.policy.publish()
         assert one.link._policy is not None
         assert (version in one.link._policy.acknowledged) == held
