@@ -28,7 +28,6 @@ from hemostat.shadow.grammar.masks import unavailable
 from hemostat.store import schema
 from hemostat.store.factory import open_store
 from hemostat.store.protocol import StoreAccessDenied, StoreFailure, StoreIncompatible
-from hemostat.store.valkey import ValkeyStore
 from hemostat_calibration.guard.wealth import MIN_CLIENTS
 
 SAME_TOKENS = "same tokens"
@@ -97,9 +96,9 @@ async def _store(settings: Settings) -> Finding:
         store = open_store(url)
         try:
             schema.require_known(await asyncio.to_thread(store.get_state, schema.SCHEMA_KEY))
-            if not isinstance(store, ValkeyStore):
+            if store.shared is None:
                 return Finding("store", State.OK, url)
-            kind, eviction = await asyncio.to_thread(store.probe)
+            kind, eviction = await asyncio.to_thread(store.shared.probe)
         finally:
             store.close()
     except StoreIncompatible as newer:

@@ -18,7 +18,6 @@ from hemostat.store.errors import StoreErrorLog
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import Store
 from hemostat.store.replica import Replica
-from hemostat.store.valkey import ValkeyStore
 from hemostat.store.writer import StoreWriter
 
 
@@ -67,9 +66,9 @@ def make_operations(
         on_change,
     )
     replica = None
-    if isinstance(store, ValkeyStore):
+    if store.shared is not None:
         replica = Replica(
-            store,
+            store.shared,
             lease,
             is_held=lambda version: version in profiles.catalogue,
             states=STATE_KEYS,

@@ -4,6 +4,7 @@ What each module owns:
 
     manager             the parts, composed for the control process
     proposals           what was learned, and when a profile is proposed
+    units               what tests need of a held-out request
     judging             evidence of held-out requests: what counts, and what follows
     trials              the queue of candidates and the state of the tests
     lifecycle           the steps: test, promote, roll back, drop

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import Reason, evidence_json
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.serving import ServingState
 from hemostat.profiles.trials import WATCH, Candidate, Trials, UnitGain
+from hemostat.profiles.units import HeldOutUnit
 from hemostat.store.lease import Lease
 from hemostat_calibration.divergence.gain import Gain
-from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.guard import decisions as guard_decisions
 from hemostat_calibration.guard.decisions import Admission, Figure
 from hemostat_calibration.profiles.profile import IDENTITY, CalibrationProfile
@@ -85,77 +84,67 @@ def distance_gain(before: ExactDistances, after: ExactDistances) -> UnitGain:
 
 
 class Judge:
-    """Turns held-out records into promotions, drops and rollbacks, each in the record's own kind.
+    """Turns held-out units into promotions, drops and rollbacks, each in the record's own kind.
 
     Of several replicas only the leader tests candidates; the last leader goes on watching what serves.
     """
 
-    def __init__(
-        self, *, catalogue: Catalogue, serving: ServingState, trials: Trials, lifecycle: Lifecycle, lease: Lease
-    ) -> None:
-        self._catalogue = catalogue
+    def __init__(self, *, serving: ServingState, trials: Trials, lifecycle: Lifecycle, lease: Lease) -> None:
         self._serving = serving
         self._trials = trials
         self._lifecycle = lifecycle
         self._lease = lease
 
-    def observe(self, record: TokenRecord, gains: RecordGains, *, fresh: bool = True) -> None:
-        """One held-out record, whose kind is followed or is the rest. fresh: its unit is new in this kind."""
+    def observe(self, unit: HeldOutUnit) -> None:
+        """One held-out unit, whose kind is followed or is the rest."""
         if not self._lease.is_last_leader:
             return
-        if fresh:
-            self._lifecycle.count_unit(record.kind)
-        self._judge(record, gains)
+        if unit.fresh:
+            self._lifecycle.count_unit(unit.kind)
+        self._judge(unit)
         if self._lease.leads:
-            self._trials.count_seen(record.kind)
+            self._trials.count_seen(unit.kind)
             for candidate in self._trials.tested:
                 self._give_way(candidate)
 
-    def _judge(self, record: TokenRecord, gains: RecordGains) -> None:
-        watched = self._trials.admit(WATCH, record) is Admission.ADMITTED
+    def _judge(self, unit: HeldOutUnit) -> None:
+        watched = self._trials.admit(WATCH, unit) is Admission.ADMITTED
         tested = self._trials.tested if self._lease.leads else []
-        admissions = {candidate: self._trials.admit(candidate.test, record) for candidate in tested}
+        admissions = {candidate: self._trials.admit(candidate.test, unit) for candidate in tested}
         met = [c for c, found in admissions.items() if found in (Admission.ADMITTED, Admission.CLIENT_SHARE)]
-        selected = self._serving.kinds[record.kind].version
-        # All of them count the record before anything is decided: a decision ends other tests of this kind.
+        selected = self._serving.kinds[unit.kind].version
+        # All of them count the unit before anything is decided: a decision ends other tests of this kind.
         if watched and selected is not None:
-            over_identity = self._gain(record, selected, None, gains)
+            over_identity = self._gain(unit, selected, None)
             watched = over_identity is not None
             if over_identity is not None:
-                self._trials.update(WATCH, record, over_identity)
-        counted = [c for c in met if self._count(c, record, selected, gains, admissions[c])]
-        if watched and self._judge_serving(record.kind):
+                self._trials.update(WATCH, unit, over_identity)
+        counted = [c for c in met if self._count(c, unit, selected, admissions[c])]
+        if watched and self._judge_serving(unit.kind):
             return
-        self._promote_best(counted, record.kind)
+        self._promote_best(counted, unit.kind)
 
-    def _count(
-        self,
-        candidate: Candidate,
-        record: TokenRecord,
-        selected: str | None,
-        gains: RecordGains,
-        admission: Admission,
-    ) -> bool:
+    def _count(self, candidate: Candidate, unit: HeldOutUnit, selected: str | None, admission: Admission) -> bool:
         """Whether it counts: it is admitted, and something is known of the candidate's gain over what serves."""
-        gain = self._gain(record, candidate.version, selected, gains)
+        gain = self._gain(unit, candidate.version, selected)
         if gain is None:
             return False
         if admission is not Admission.ADMITTED:
-            self._trials.oppose(candidate.test, record, gain)
+            self._trials.oppose(candidate.test, unit, gain)
             return False
-        self._trials.update(candidate.test, record, gain)
+        self._trials.update(candidate.test, unit, gain)
         return True
 
-    def _gain(self, record: TokenRecord, version: str, baseline: str | None, gains: RecordGains) -> UnitGain | None:
+    def _gain(self, unit: HeldOutUnit, version: str, baseline: str | None) -> UnitGain | None:
         """Of a version over another (None: identity); None where nothing is known of it. Whether it is depends on what
         engines and copies have computed, not on the gain."""
         if self._trials.figure(version, baseline) is Figure.TOTAL_VARIATION:
-            before, after = record.distances.get(baseline or IDENTITY), record.distances.get(version)
+            before, after = unit.distances.get(baseline or IDENTITY), unit.distances.get(version)
             return None if before is None or after is None else distance_gain(before, after)
-        if record.adapter is not None:
+        if unit.adapted:
             return None
-        own = self._interval(record, version, gains)
-        other = self._interval(record, baseline, gains) if baseline is not None else (0.0, 0.0)
+        own = unit.gain(version)
+        other = unit.gain(baseline) if baseline is not None else (0.0, 0.0)
         return None if own is None or other is None else UnitGain(own[0] - other[1], own[1] - other[0])
 
     def _judge_serving(self, kind: str) -> bool:
@@ -213,7 +202,3 @@ class Judge:
         elif (seen := self._trials.seen(candidate)) >= MAX_SEEN_UNITS:
             why = f"not proven in another kind during {seen} held-out requests, and others wait"
             self._lifecycle.drop(candidate, Reason.UNPROVEN, why)
-
-    def _interval(self, record: TokenRecord, version: str, gains: RecordGains) -> tuple[float, float] | None:
-        profile = self._catalogue[version]
-        return gain_interval(record, profile, gains.of(profile))

@@ -23,7 +23,7 @@ from hemostat.ipc.messages import REST_KIND
 from hemostat.metrics.samples import Sample
 from hemostat.profiles.catalogue import Catalogue
 from hemostat.profiles.decisions import EventLog, Reason
-from hemostat.profiles.judging import Judge, is_held_out
+from hemostat.profiles.judging import Judge, gain_interval, is_held_out
 from hemostat.profiles.kinds import Kinds
 from hemostat.profiles.lifecycle import Lifecycle
 from hemostat.profiles.operators import Operator
@@ -35,6 +35,7 @@ from hemostat.profiles.restoring import Restoring
 from hemostat.profiles.scopes import Scopes
 from hemostat.profiles.serving import MAX_SERVING_VERSIONS, ServedModel, ServingState
 from hemostat.profiles.trials import IMPORT, Trials
+from hemostat.profiles.units import HeldOutUnit, Interval
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration.divergence.record_gains import RecordGains
@@ -102,7 +103,6 @@ class ProfileManager:
             requests=self.requests,
         )
         self.judge = Judge(
-            catalogue=self.catalogue,
             serving=self.serving,
             trials=self.trials,
             lifecycle=self.lifecycle,
@@ -205,12 +205,11 @@ class ProfileManager:
 
     def distance_versions(self, record: TokenRecord) -> tuple[str, ...]:
         """The versions whose exact distances judging this record takes, `IDENTITY` first; none where it takes none."""
-        if record.constraint:
+        if record.constraint or not self.serving.uses(record) or not self.is_held_out(record):
             return ()
-        if not (self._lease.is_last_leader and self.serving.uses(record) and self.is_held_out(record)):
-            return ()
-        kind = record.kind if record.kind in self.serving.kinds else REST_KIND
-        return self.trials.distance_versions(replace(record, kind=kind))
+        return self.trials.distance_versions(
+            record.kind if record.kind in self.serving.kinds else REST_KIND, record.unit
+        )
 
     def may_need_distances(self, unit: bytes) -> bool:
         """Whether a record of this unit may take distances: it is held out, and an adapter serves or is tested."""
@@ -229,20 +228,48 @@ class ProfileManager:
         """
         if not self.serving.uses(record):
             return
-        self.writer.note_record()
-        if record.kind not in self.serving.kinds:
-            if record.constraint:
-                return  # nothing serves the rest of what a grammar restricts
-            record = replace(record, kind=REST_KIND)
-        scope = self.scope_of(record)
-        state = self.serving.kinds[record.kind]
-        if state.scope is None:
-            state.scope = scope
-        if not self.is_held_out(record):
-            if fresh and record.adapter is None and not record.constraint:
-                self.proposals.learn(record, scope)
+        if self.is_held_out(record):
+            self.judge_unit(self.held_out_unit(record, gains, fresh=fresh), self.scope_name(record), record.constraint)
             return
-        self.judge.observe(record, gains, fresh=fresh)
+        if self._place(record.kind, self.scope_name(record), record.constraint) is None:
+            return
+        if fresh and record.adapter is None and not record.constraint:
+            self.proposals.learn(record, self.scope_of(record))
+
+    def held_out_unit(self, record: TokenRecord, gains: RecordGains, *, fresh: bool) -> HeldOutUnit:
+        """What tests need of a held-out record. Its gains are computed when they are asked for."""
+
+        def gain(version: str) -> Interval | None:
+            profile = self.catalogue.get(version)
+            return None if profile is None else gain_interval(record, profile, gains.of(profile))
+
+        adapted = record.adapter is not None
+        return HeldOutUnit(
+            record.kind, record.unit, record.client, record.tokens, fresh, adapted, gain, record.distances
+        )
+
+    def judge_unit(self, unit: HeldOutUnit, scope: str, constraint: str) -> None:
+        """Judge by a unit of any replica. scope: `scope_name` of its record. constraint: of its record."""
+        kind = self._place(unit.kind, scope, constraint)
+        if kind is not None:
+            self.judge.observe(unit if kind == unit.kind else replace(unit, kind=kind))
+
+    def scope_name(self, record: TokenRecord) -> str:
+        """What the record's scope is called, whether it is followed or not."""
+        return self.serving.scopes.name_of(record)
+
+    def _place(self, kind: str, scope: str, constraint: str) -> str | None:
+        """Count a record, and return the kind that it counts in; None where it counts in none."""
+        self.writer.note_record()
+        if kind not in self.serving.kinds:
+            if constraint:
+                return None  # nothing serves the rest of what a grammar restricts
+            kind = REST_KIND
+        followed = self.serving.scopes.followed(scope)
+        state = self.serving.kinds[kind]
+        if state.scope is None:
+            state.scope = followed
+        return kind
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from hemostat.profiles.families import FAMILY_RULES
 from hemostat.profiles.scopes import ALL
 from hemostat.profiles.serving import KindState, ServingState
+from hemostat.profiles.units import HeldOutUnit
 from hemostat_calibration.guard.decisions import Action, Admission, Decision, Evidence, Figure
 from hemostat_calibration.guard.guard import Guard
 from hemostat_calibration.profiles.profile import IDENTITY
-from hemostat_calibration.records import TokenRecord
 
 MAX_TESTED = 2
 """Candidates tested at a time: as many as engines evaluate beside the applied profile (the plugin's
@@ -321,35 +321,42 @@ class Trials:
 
     # --- evidence --------------------------------------------------------------------------------------------------
 
-    def admit(self, name: str, record: TokenRecord) -> Admission:
-        """Whether the record may count in this test; asked before anything is known of its gain."""
+    def admit(self, name: str, unit: HeldOutUnit) -> Admission:
+        """Whether the unit may count in this test; asked before anything is known of its gain."""
         windows = self.guard.windows if name == WATCH else {}
-        admission = self.guard.admit(name, record.kind, record.unit, record.client)
+        admission = self.guard.admit(name, unit.kind, unit.unit, unit.client)
         if name == WATCH and self.guard.windows != windows:
             self._on_begun()  # the next window
         return admission
 
-    def update(self, name: str, record: TokenRecord, gain: UnitGain) -> None:
-        """An admitted record with its gain."""
-        self.guard.update(name, record.kind, record.unit, record.client, gain.lower, gain.upper, record.tokens, gain.kl)
+    def update(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
+        """An admitted unit with its gain."""
+        self.guard.update(name, unit.kind, unit.unit, unit.client, gain.lower, gain.upper, unit.tokens, gain.kl)
 
-    def oppose(self, name: str, record: TokenRecord, gain: UnitGain) -> None:
-        """A record that a candidate's test has refused for its client's share: it can only prevent a promotion."""
-        self.guard.oppose(name, record.kind, gain.lower, gain.figure)
+    def oppose(self, name: str, unit: HeldOutUnit, gain: UnitGain) -> None:
+        """A unit that a candidate's test has refused for its client's share: it can only prevent a promotion."""
+        self.guard.oppose(name, unit.kind, gain.lower, gain.figure)
 
-    def distance_versions(self, record: TokenRecord) -> tuple[str, ...]:
-        """The versions (`IDENTITY` first) whose exact distances the tests need of a held-out record of a followed kind;
-        none where no test that needs any can count its unit."""
-        serving = self._serving.kinds[record.kind].version
+    def distance_versions(self, kind: str, unit: bytes) -> tuple[str, ...]:
+        """The versions (`IDENTITY` first) whose exact distances the tests need of a held-out unit of a followed kind;
+        none where no test that needs any can count it."""
+        serving = self._serving.kinds[kind].version
         pairs: list[tuple[str, str, str | None]] = [(WATCH, serving, None)] if serving is not None else []
         pairs += [(c.test, c.version, serving) for c in self.tested]
         needed: dict[str, None] = {}
         for name, version, baseline in pairs:
-            figure = self.guard.figure(name, record.kind)
-            if figure is Figure.TOTAL_VARIATION and not self.guard.has_counted(name, record.kind, record.unit):
+            figure = self.guard.figure(name, kind)
+            if figure is Figure.TOTAL_VARIATION and not self.guard.has_counted(name, kind, unit):
                 needed |= dict.fromkeys((baseline or IDENTITY, version))
         # Identity is wanted in any case: what an adapter gains is shown against it.
         return (IDENTITY, *(version for version in needed if version != IDENTITY)) if needed else ()
+
+    def compared(self, kind: str) -> list[str]:
+        """The versions whose gains over identity the tests need of a held-out unit of this kind: what serves it, and
+        what is tested, but for adapters."""
+        state = self._serving.kinds.get(kind)
+        versions = dict.fromkeys((*([state.version] if state and state.version else []), *self.tested_versions))
+        return [version for version in versions if not self._is_adapter(version)]
 
     def promotes(self, candidate: Candidate, kind: str) -> bool:
         return self.guard.decide(candidate.test, kind).action is Action.PROMOTE

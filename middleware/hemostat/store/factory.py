@@ -44,4 +44,4 @@ def open_store_or_memory(url: str) -> tuple[Store, StoreErrorLog]:
         log.error("%s; using a store in memory: nothing will survive a restart", failure)
         return MemoryStore(), errors
     # Attempts to reach a server are repeated for as long as it is away, each with the same message.
-    return store, StoreErrorLog(log_repeats=not isinstance(store, ValkeyStore))
+    return store, StoreErrorLog(log_repeats=store.shared is None)

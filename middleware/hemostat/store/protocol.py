@@ -17,6 +17,7 @@ Replicas that do coordinate share a Valkey server, see `replica`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,6 +75,9 @@ class StoreWrites(Protocol):
     def set_state(self, key: str, value: str | None) -> None:
         """None deletes it."""
 
+    def set_states(self, values: Mapping[str, str | None]) -> None:
+        """All of them in one step: after a failure, all or none are set."""
+
     def raise_state(self, key: str, value: int) -> None:
         """Set a number that only grows: a larger one that another process has stored stays."""
 
@@ -100,4 +104,99 @@ class Store(StoreWrites, Protocol):
     def add_state(self, key: str, value: str) -> str:
         """Set a state unless it has a value, in one step. Returns the value that it has now, whoever set it."""
 
+    @property
+    def shared(self) -> SharedStore | None:
+        """The store itself, where replicas can share it."""
+
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseAnswer:
+    """The server's answer to a replica that asks for the lease."""
+
+    leads: bool
+    """The replica holds the lease now."""
+    previous_leader: str
+    """The replica that led before this call; the asking replica itself when no other has led in between. "" where the
+    server knows of none: it is new, or has lost its data."""
+    revision: int
+    """Changes with every write."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEntry:
+    """One batch of a stream. Numbers are those of its items, counted by the sender from 1."""
+
+    sender: str
+    first: int
+    items: int
+    data: bytes
+    entry: str = ""
+    """The server's name of it, which begins with the time, Unix milliseconds; "" before it was appended."""
+
+    @property
+    def last(self) -> int:
+        return self.first + self.items - 1
+
+
+class Stream(Protocol):
+    """Batches from all replicas for the one that leads, in order. What is appended stays until it is removed, or newer
+    entries push it out. Synchronous, and may raise StoreFailure, like a store."""
+
+    def append(self, entry: StreamEntry) -> None: ...
+
+    def take(self, count: int) -> list[StreamEntry]:
+        """Entries that no leader has taken, oldest first; none where another replica has led since this one did."""
+
+    def take_again(self, count: int, cursor: str = "") -> tuple[list[StreamEntry], str]:
+        """Entries that a leader has taken and not removed, oldest first, and the cursor of the next ones, "" where
+        there are no more: what a new leader begins with, before `take`."""
+
+    def remove(self, entries: Sequence[str]) -> None: ...
+
+    def length(self) -> int:
+        """Entries that have not been removed."""
+
+
+class SharedStore(Store, Protocol):
+    """A store in a server, through which replicas also agree on a leader and talk to it.
+
+    replica: this replica's own name, random. as_leader: writes under the lease; LeaseLost when another replica has led
+    since.
+    """
+
+    replica: str
+    as_leader: StoreWrites
+
+    def versions(self) -> dict[str, float]:
+        """Version -> Unix seconds at which it was stored; newest first."""
+
+    def acquire_lease(self, seconds: float) -> LeaseAnswer:
+        """Take or prolong the lease for `seconds`, unless another replica holds it."""
+
+    def release_lease(self) -> None:
+        """Give the lease up, where this replica holds it, so that another replica can lead before it expires."""
+
+    def send_command(self, name: str, command: str) -> None:
+        """Add a command for whichever replica leads. name: identifies the reply."""
+
+    def take_commands(self) -> list[tuple[str, str]]:
+        """Remove and return the waiting commands: (name, command), oldest first."""
+
+    def send_reply(self, name: str, reply: str) -> None: ...
+
+    def take_reply(self, name: str) -> str | None:
+        """Remove and return the reply to a command; None while there is none."""
+
+    def stream(self, name: str) -> Stream: ...
+
+    def publish(self, report: str, seconds: float) -> None:
+        """What this replica says of itself, for all of them, until it says something else or `seconds` have passed."""
+
+    def published(self) -> dict[str, str]:
+        """The reports of all replicas, by replica."""
+
+    def probe(self) -> tuple[str, str]:
+        """Write, read and run a script as `hemostat serve` does. Returns the server's name with its version, and its
+        eviction policy; each "" where unknown."""

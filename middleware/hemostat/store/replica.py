@@ -29,8 +29,7 @@ from typing import Any
 from hemostat.ipc.backoff import Backoff
 from hemostat.store import schema
 from hemostat.store.lease import Lease
-from hemostat.store.protocol import StoredProfile, StoreFailure, StoreIncompatible
-from hemostat.store.valkey import ValkeyStore
+from hemostat.store.protocol import SharedStore, StoredProfile, StoreFailure, StoreIncompatible
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -63,7 +62,7 @@ class Replica:
 
     def __init__(
         self,
-        store: ValkeyStore,
+        store: SharedStore,
         lease: Lease,
         *,
         is_held: Callable[[str], bool],

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from hemostat.config.store_url import MISSING_EXTRA, server_address, without_password
 from hemostat.store import protocol
 from hemostat.store.protocol import (
+    LeaseAnswer,
     LeaseLost,
     StoreAccessDenied,
     StoredProfile,
@@ -24,6 +24,7 @@ from hemostat.store.protocol import (
     StoreUnreachable,
     StoreWrites,
 )
+from hemostat.store.valkey_stream import ValkeyStream
 
 CONNECT_SECONDS = 2.0
 RESPONSE_SECONDS = 5.0
@@ -36,19 +37,6 @@ UNFINISHED_BLOB_SECONDS = 600.0
 """After this time the server deletes the chunks of a blob whose write was interrupted."""
 REPLY_SECONDS = 60.0
 """How long commands and replies to them stay in the store."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseAnswer:
-    """The server's answer to a replica that asks for the lease."""
-
-    leads: bool
-    """The replica holds the lease now."""
-    previous_leader: str
-    """The replica that led before this call; the asking replica itself when no other has led in between. "" where the
-    server knows of none: it is new, or has lost its data."""
-    revision: int
-    """Changes with every write."""
 
 
 _WRITE = """
@@ -75,8 +63,13 @@ return 1""",
 redis.call('LPUSH', KEYS[3], ARGV[2])
 redis.call('LTRIM', KEYS[3], 0, ARGV[3] - 1)
 return 1""",
-    "set": _WRITE + "redis.call('HSET', KEYS[3], ARGV[2], ARGV[3]) return 1",
-    "unset": _WRITE + "redis.call('HDEL', KEYS[3], ARGV[2]) return 1",
+    # ARGV: replica, the number of states to set, their names and values, names of states to delete.
+    "set": _WRITE
+    + """
+local last = 2 + 2 * tonumber(ARGV[2])
+for i = 3, last, 2 do redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 1]) end
+for i = last + 1, #ARGV do redis.call('HDEL', KEYS[3], ARGV[i]) end
+return 1""",
     "raise": _WRITE
     + """
 local held = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or 0)
@@ -111,8 +104,7 @@ return {1, before, revision}""",
 
 
 class ValkeyStore:
-    """Implements `protocol.Store`, and what replicas need to coordinate. The server is not contacted before the first
-    call.
+    """Implements `protocol.SharedStore`. The server is not contacted before the first call.
 
     replica: this replica's own name, random.
     as_leader: writes under the lease; LeaseLost when another replica has led since.
@@ -150,7 +142,7 @@ class ValkeyStore:
         self._scripts = {name: self._client.register_script(text) for name, text in _SCRIPTS.items()}
 
     @contextmanager
-    def _translated(self) -> Iterator[Any]:
+    def translated(self) -> Iterator[Any]:
         """The client, its exceptions translated to StoreFailure."""
         try:
             yield self._client
@@ -168,7 +160,7 @@ class ValkeyStore:
         return self._prefix + name
 
     def _run(self, script: str, keys: tuple[str, ...], *args: str | int | bytes) -> Any:
-        with self._translated():
+        with self.translated():
             return self._scripts[script](keys=[self._key(key) for key in ("revision", "leader", *keys)], args=args)
 
     def _write(self, script: str, keys: tuple[str, ...], as_leader: bool, *args: str | int | bytes) -> None:
@@ -188,10 +180,12 @@ class ValkeyStore:
         self._write("event", ("events",), as_leader, json.dumps(event), protocol.MAX_EVENTS)
 
     def set_state(self, key: str, value: str | None, *, as_leader: bool = False) -> None:
-        if value is None:
-            self._write("unset", ("state",), as_leader, key)
-        else:
-            self._write("set", ("state",), as_leader, key, value)
+        self.set_states({key: value}, as_leader=as_leader)
+
+    def set_states(self, values: Mapping[str, str | None], *, as_leader: bool = False) -> None:
+        pairs = [part for key, value in values.items() if value is not None for part in (key, value)]
+        deleted = [key for key, value in values.items() if value is None]
+        self._write("set", ("state",), as_leader, len(pairs) // 2, *pairs, *deleted)
 
     def raise_state(self, key: str, value: int, *, as_leader: bool = False) -> None:
         self._write("raise", ("state",), as_leader, key, value)
@@ -204,7 +198,7 @@ class ValkeyStore:
         chunks = f"blob:{key}:{secrets.token_hex(8)}"
         count = 0
         for first in range(0, max(len(data), 1), CHUNK_BYTES):
-            with self._translated() as client, client.pipeline(transaction=True) as batch:
+            with self.translated() as client, client.pipeline(transaction=True) as batch:
                 batch.rpush(self._key(chunks), data[first : first + CHUNK_BYTES])
                 batch.pexpire(self._key(chunks), int(1000 * UNFINISHED_BLOB_SECONDS))
                 batch.execute()
@@ -219,12 +213,12 @@ class ValkeyStore:
     # --- reads -----------------------------------------------------------------------------------------------------
 
     def get_profile(self, version: str) -> StoredProfile | None:
-        with self._translated() as client:
+        with self.translated() as client:
             data, created = client.hmget(self._key(f"profile:{version}"), ["data", "created"])
             return None if data is None or created is None else StoredProfile(version, data, float(created))
 
     def get_blob(self, key: str) -> bytes | None:
-        with self._translated() as client:
+        with self.translated() as client:
             chunks, size = client.hmget(self._key(f"blob:{key}"), ["chunks", "bytes"])
             if chunks is None or size is None:
                 return None
@@ -238,7 +232,7 @@ class ValkeyStore:
 
     def versions(self) -> dict[str, float]:
         """Version -> Unix seconds at which it was stored; newest first."""
-        with self._translated() as client:
+        with self.translated() as client:
             rows = client.zrevrange(self._key("profiles"), 0, -1, withscores=True)
             return {version.decode(): created for version, created in rows}
 
@@ -247,16 +241,20 @@ class ValkeyStore:
         return [profile for profile in found if profile is not None]
 
     def events(self, limit: int) -> list[dict[str, Any]]:
-        with self._translated() as client:
+        with self.translated() as client:
             return [json.loads(body) for body in client.lrange(self._key("events"), 0, limit - 1)]
 
     def get_state(self, key: str) -> str | None:
-        with self._translated() as client:
+        with self.translated() as client:
             value = client.hget(self._key("state"), key)
             return None if value is None else value.decode()
 
     def add_state(self, key: str, value: str) -> str:
         return str(self._run("add", ("state",), key, value).decode())
+
+    @property
+    def shared(self) -> ValkeyStore:
+        return self
 
     def close(self) -> None:
         self._client.close()
@@ -274,7 +272,7 @@ class ValkeyStore:
 
     def send_command(self, name: str, command: str) -> None:
         """Add a command for whichever replica leads. name: identifies the reply."""
-        with self._translated() as client, client.pipeline(transaction=True) as batch:
+        with self.translated() as client, client.pipeline(transaction=True) as batch:
             batch.rpush(self._key("orders"), json.dumps([name, command]))
             batch.ltrim(self._key("orders"), -MAX_COMMANDS, -1)
             batch.pexpire(self._key("orders"), int(1000 * REPLY_SECONDS))
@@ -282,20 +280,39 @@ class ValkeyStore:
 
     def take_commands(self) -> list[tuple[str, str]]:
         """Remove and return the waiting commands: (name, command), oldest first."""
-        with self._translated() as client, client.pipeline(transaction=True) as batch:
+        with self.translated() as client, client.pipeline(transaction=True) as batch:
             batch.lrange(self._key("orders"), 0, -1)
             batch.delete(self._key("orders"))
             return [(name, command) for name, command in map(json.loads, batch.execute()[0])]
 
     def send_reply(self, name: str, reply: str) -> None:
-        with self._translated() as client:
+        with self.translated() as client:
             client.set(self._key(f"reply:{name}"), reply, px=int(1000 * REPLY_SECONDS))
 
     def take_reply(self, name: str) -> str | None:
         """Remove and return the reply to a command; None while there is none."""
-        with self._translated() as client:
+        with self.translated() as client:
             reply = client.getdel(self._key(f"reply:{name}"))
             return None if reply is None else reply.decode()
+
+    def stream(self, name: str) -> ValkeyStream:
+        return ValkeyStream(self.translated, self._key(f"stream:{name}"), self._key("leader"), self.replica)
+
+    def publish(self, report: str, seconds: float) -> None:
+        with self.translated() as client, client.pipeline(transaction=True) as batch:
+            name = self._key(f"replica:{self.replica}")
+            batch.set(name, report, px=int(1000 * seconds))
+            batch.sadd(self._key("replicas"), self.replica)
+            batch.execute()
+
+    def published(self) -> dict[str, str]:
+        with self.translated() as client:
+            names = sorted(client.smembers(self._key("replicas")))
+            found = client.mget([self._key(f"replica:{name.decode()}") for name in names]) if names else []
+            expired = [name for name, report in zip(names, found, strict=True) if report is None]
+            if expired:
+                client.srem(self._key("replicas"), *expired)
+            return {n.decode(): report.decode() for n, report in zip(names, found, strict=True) if report is not None}
 
     # --- hemostat check --------------------------------------------------------------------------------------------
 
@@ -303,12 +320,12 @@ class ValkeyStore:
         """Write, read and run a script as `hemostat serve` does. Returns the server's name with its version, and its
         eviction policy; each "" where unknown."""
         name = f"probe:{self.replica}"
-        with self._translated() as client:
+        with self.translated() as client:
             client.set(self._key(name), self.replica, px=10_000)
             if client.getdel(self._key(name)) != self.replica.encode():
                 raise StoreFailure(f"store {self._shown_url}: what was read differs from what was written")
         self.release_lease()
-        with self._translated() as client:
+        with self.translated() as client:
             try:
                 info = client.info("server") | client.info("memory")
             except self._redis.ResponseError:
@@ -335,6 +352,9 @@ class _LeaderWrites:
 
     def set_state(self, key: str, value: str | None) -> None:
         self._store.set_state(key, value, as_leader=True)
+
+    def set_states(self, values: Mapping[str, str | None]) -> None:
+        self._store.set_states(values, as_leader=True)
 
     def raise_state(self, key: str, value: int) -> None:
         self._store.raise_state(key, value, as_leader=True)

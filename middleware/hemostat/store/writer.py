@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,7 +19,6 @@ from hemostat.ipc.backoff import Backoff
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import Store, StoredProfile, StoreFailure, StoreUnreachable, StoreWrites
-from hemostat.store.valkey import ValkeyStore
 
 MAX_QUEUED_WRITES = 1000
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -52,6 +51,13 @@ class SetState:
 
 
 @dataclass(frozen=True, slots=True)
+class SetStates:
+    """The newest values of the states that wait to be written together: several such writes that wait become one."""
+
+    as_leader: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RaiseState:
     key: str
     value: int
@@ -74,17 +80,23 @@ class SendCommand:
     command: str
 
 
-Write: TypeAlias = PutProfile | DeleteProfile | AppendEvent | SetState | RaiseState | PutBlob | SendCommand
+Write: TypeAlias = PutProfile | DeleteProfile | AppendEvent | SetState | SetStates | RaiseState | PutBlob | SendCommand
 
 
 class QueuedWrites:
     """Implements `protocol.StoreWrites`: each call queues one write."""
 
     def __init__(
-        self, enqueue: Callable[[Write], None], enqueue_blob: Callable[[PutBlob, bytes], None], *, as_leader: bool
+        self,
+        enqueue: Callable[[Write], None],
+        enqueue_blob: Callable[[PutBlob, bytes], None],
+        enqueue_states: Callable[[SetStates, Mapping[str, str | None]], None],
+        *,
+        as_leader: bool,
     ) -> None:
         self._enqueue = enqueue
         self._enqueue_blob = enqueue_blob
+        self._enqueue_states = enqueue_states
         self._as_leader = as_leader
 
     def put_profile(self, profile: StoredProfile) -> None:
@@ -98,6 +110,9 @@ class QueuedWrites:
 
     def set_state(self, key: str, value: str | None) -> None:
         self._enqueue(SetState(key, value, self._as_leader))
+
+    def set_states(self, values: Mapping[str, str | None]) -> None:
+        self._enqueue_states(SetStates(self._as_leader), values)
 
     def raise_state(self, key: str, value: int) -> None:
         self._enqueue(RaiseState(key, value, self._as_leader))
@@ -120,8 +135,11 @@ class StoreWriter:
         self._queue: asyncio.Queue[Write] = asyncio.Queue(MAX_QUEUED_WRITES)
         self._blobs: dict[PutBlob, bytes] = {}
         """That wait to be written."""
-        self.as_leader: StoreWrites = QueuedWrites(self._enqueue_as_leader, self._enqueue_blob, as_leader=True)
-        self.as_replica: StoreWrites = QueuedWrites(self._enqueue, self._enqueue_blob, as_leader=False)
+        self._states: dict[SetStates, dict[str, str | None]] = {}
+        """The same."""
+        more = self._enqueue_blob, self._enqueue_states
+        self.as_leader: StoreWrites = QueuedWrites(self._enqueue_as_leader, *more, as_leader=True)
+        self.as_replica: StoreWrites = QueuedWrites(self._enqueue, *more, as_leader=False)
 
     def send_command(self, name: str, command: str) -> None:
         """Queue a command for whichever replica leads once the store answers again."""
@@ -138,12 +156,22 @@ class StoreWriter:
             self._errors.count += 1
             if isinstance(write, PutBlob):
                 self._blobs.pop(write, None)
+            elif isinstance(write, SetStates):
+                self._states.pop(write, None)
 
     def _enqueue_blob(self, write: PutBlob, data: bytes) -> None:
         if write.as_leader and not self._lease.is_last_leader:
             return
         waits = write in self._blobs
         self._blobs[write] = data
+        if not waits:
+            self._enqueue(write)
+
+    def _enqueue_states(self, write: SetStates, values: Mapping[str, str | None]) -> None:
+        if write.as_leader and not self._lease.is_last_leader:
+            return
+        waits = write in self._states
+        self._states.setdefault(write, {}).update(values)
         if not waits:
             self._enqueue(write)
 
@@ -191,6 +219,8 @@ class StoreWriter:
                 self._target(write.as_leader).append_event(event)
             case SetState(key, value):
                 self._target(write.as_leader).set_state(key, value)
+            case SetStates():
+                self._write_states(write)
             case RaiseState(key, number):
                 self._target(write.as_leader).raise_state(key, number)
             case PutBlob(key):
@@ -203,8 +233,19 @@ class StoreWriter:
                     self._blobs.setdefault(write, data)
                     raise
             case SendCommand(name, command):
-                if isinstance(self._store, ValkeyStore):
-                    self._store.send_command(name, command)
+                if self._store.shared is not None:
+                    self._store.shared.send_command(name, command)
+
+    def _write_states(self, write: SetStates) -> None:
+        values = self._states.pop(write, None)
+        if values is None:
+            return
+        try:
+            self._target(write.as_leader).set_states(values)
+        except StoreUnreachable:
+            # Newer values may wait by now: they win.
+            self._states[write] = values | self._states.get(write, {})
+            raise
 
     def _target(self, as_leader: bool) -> StoreWrites:
-        return self._store.as_leader if as_leader and isinstance(self._store, ValkeyStore) else self._store
+        return self._store.shared.as_leader if as_leader and self._store.shared is not None else self._store
