@@ -18,6 +18,7 @@ from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
 from hemostat.control.adapters import Adapters
 from hemostat.control.changes import Changes
+from hemostat.control.evidence import shared_evidence
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
 from hemostat.control.operations import make_operations
@@ -50,11 +51,11 @@ from hemostat.shadow.grammar.masks import GrammarMasks, unavailable
 from hemostat.shadow.limits import Breakers
 from hemostat.shadow.pipeline import RecordConsumers, ScoringPipeline
 from hemostat.shadow.records_file import RecordsFile
+from hemostat.shadow.seen_units import SeenUnits
 from hemostat.store.factory import open_store_or_memory
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreUnreachable
 from hemostat.store.salt import Salt
-from hemostat.store.valkey import ValkeyStore
 from hemostat.store.writer import StoreWriter
 
 LOGPROBS_REFUSED = (Outcome.SKIPPED.value, ResponseFailure.LOGPROBS_REFUSED.value)
@@ -85,21 +86,21 @@ class Control:
         self.records = RecordsFile(settings.records.path) if settings.records.path else None
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.store, self.store_errors = open_store_or_memory(settings.store.url)
-        self.lease = Lease(shared=isinstance(self.store, ValkeyStore))
+        shared = self.store.shared
+        self.lease = Lease(shared=shared is not None, clock=clock)
         self.writer = StoreWriter(self.store, self.lease, self.store_errors)
+        writes = self.writer.as_leader
+        evidence = shared_evidence(shared, self.lease, writes, clock) if shared is not None else None
+        self.checkpoint = evidence.checkpoint if evidence is not None else None
+        """Of the states that evidence goes into; None without other replicas, where each is written by itself."""
+        evidence_writes = self.checkpoint or writes
         self.salt = Salt(self.store, self.store_errors, changes.notify)
-        # Every replica has alarms of its own: each is an event; the state kept for a restart is the leader's.
-        self.alarms = Alarms(
-            settings.alarm,
-            MODELS if settings.shadow.floor_fraction > 0.0 else (),
-            self.writer.as_leader,
-            self.writer.as_replica,
-            wall,
-        )
+        floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
+        self.alarms = Alarms(settings.alarm, floors, evidence_writes, wall)
         self.by_engine = ByEngine(settings.alarm.engine_alpha, self.writer.as_leader, self.writer.as_replica, wall)
         self.profile_manager = ProfileManager(
             calibration,
-            self.writer.as_leader,
+            evidence_writes,
             wall,
             default_temperature_is_one=settings.upstream.openai_sampling_defaults,
             lease=self.lease,
@@ -112,12 +113,12 @@ class Control:
             settings.evidence.client_share,
             calibration.control_fraction,
             ServedKinds(self.profile_manager, self.lease),
-            self.writer.as_leader,
+            evidence_writes,
             wall,
         )
         self.engines = EngineRegistry()
         # Also without other replicas: where two middlewares share one engine, it tells their taps apart by this.
-        self.engines.replica = self.store.replica if isinstance(self.store, ValkeyStore) else secrets.token_hex(8)
+        self.engines.replica = shared.replica if shared is not None else secrets.token_hex(8)
         self.references = make_references(settings)
         self.compressed_scorer = make_compressed_scorer(settings)
         self.monitor = ReferenceMonitor(
@@ -141,6 +142,20 @@ class Control:
         )
         self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner, self.adapters)
         self.grammars = GrammarMasks(settings.grammar, clock)
+        seen = SeenUnits()
+        self.evidence = None
+        """Exchanged with other replicas; None without them."""
+        if evidence is not None:
+            self.evidence = evidence.exchange(
+                self.alarms,
+                self.profile_manager,
+                self.outcomes,
+                seen,
+                on_failure=self.store_errors.record,
+                on_change=changes.notify,
+                clock=clock,
+                wall=wall,
+            )
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
@@ -155,6 +170,7 @@ class Control:
                 self.records,
                 self.tracing,
                 self.adapters.learner if settings.adapter.enabled else None,
+                self.evidence,
             ),
             scores=self.references is not None,
             compressed_scorer=self.compressed_scorer,
@@ -164,8 +180,10 @@ class Control:
             on_change=changes.notify,
             conditioning=Conditioning(settings.grammar, self.grammars),
             distances=self.adapters.judge if settings.adapter.enabled else None,
+            seen=seen,
         )
-        self.link = RelayLink(socket_path, self.pipeline.receive, self.outcomes.receive, self.pipeline.coverage.relayed)
+        use_outcome = self.evidence.receive_outcome if self.evidence is not None else self.outcomes.receive
+        self.link = RelayLink(socket_path, self.pipeline.receive, use_outcome, self.pipeline.coverage.relayed)
         self.upstreams = UpstreamEngines(self.link.engines, self.writer.as_leader)
         self.policy = PolicyPublisher(
             settings,
@@ -194,6 +212,7 @@ class Control:
             errors=self.store_errors,
             writer=self.writer,
             lease=self.lease,
+            positions=evidence.positions if evidence is not None else None,
             clock=clock,
             wall=wall,
             on_change=changes.notify,
@@ -249,6 +268,7 @@ class Control:
             self.lease.samples,
             self.configuration.samples,
             self.store_errors.samples,
+            *([self.evidence.samples] if self.evidence is not None else []),
             self.link.samples,
             lambda: self.engines.samples(self._clock()),
             lambda: relay_counters.samples(self.link.total()),
@@ -272,6 +292,8 @@ class Control:
         loops = [self.run_periodic(), self.writer.run(), self.salt.run(), self.learned.run()]
         if self.replica is not None:
             loops.append(self.replica.run())
+        if self.evidence is not None:
+            loops += self.evidence.loops()
         if self.references is not None:
             loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops(), *self.adapters.loops()]
         return loops
@@ -281,6 +303,8 @@ class Control:
         self.outcomes.check()
         self.policy.publish()
         self.profile_manager.writer.save_if_due()
+        if self.checkpoint is not None:
+            self.checkpoint.save_if_due()
         if self.history.due(self._clock()):
             self.history.add(self._clock(), self._wall(), self.status.current())
 
@@ -304,6 +328,8 @@ class Control:
         self.profile_manager.writer.save()
         with contextlib.suppress(StoreUnreachable):
             await self.writer.drain()
+            if self.evidence is not None:
+                await self.evidence.outbox.send()
             if self.replica is not None:
                 await self.replica.release()
         if self.records is not None:

@@ -9,6 +9,7 @@ from hemostat.control.learning import LearningSubject
 from hemostat.control.operator_actions import LocalActions, ModeOverride, OperatorActions
 from hemostat.control.stored_state import STATE_KEYS, StoredState
 from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.evidence.positions import Positions
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.outcomes import Outcomes
@@ -43,13 +44,15 @@ def make_operations(
     errors: StoreErrorLog,
     writer: StoreWriter,
     lease: Lease,
+    positions: Positions | None,
     clock: Callable[[], float],
     wall: Callable[[], float],
     on_change: Callable[[], None],
 ) -> Operations:
-    """mode: `calibration.mode`. clock: monotonic seconds. wall: Unix time."""
+    """mode: `calibration.mode`. positions: of the evidence of several replicas. clock: monotonic seconds. wall: Unix
+    time."""
     override = ModeOverride(mode)
-    local = LocalActions(profiles, subject, upstreams, store, writer, on_change)
+    local = LocalActions(profiles, alarms, subject, upstreams, store, writer, on_change)
     stored_state = StoredState(
         store,
         errors,
@@ -60,6 +63,7 @@ def make_operations(
         by_engine,
         upstreams,
         outcomes,
+        positions,
         subject,
         override,
         clock,
@@ -77,6 +81,7 @@ def make_operations(
             write_all=stored_state.write_all,
             execute=local.execute_command,
             on_failure=errors.record,
+            clock=clock,
         )
-    actions = OperatorActions(local, profiles, alarms, store, writer, errors, lease, replica, override, wall, on_change)
+    actions = OperatorActions(local, profiles, store, writer, errors, lease, replica, override, wall, on_change)
     return Operations(stored_state, replica, actions)

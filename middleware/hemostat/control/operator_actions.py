@@ -36,6 +36,7 @@ class LocalActions:
     def __init__(
         self,
         profiles: ProfileManager,
+        alarms: Alarms,
         subject: LearningSubject,
         upstreams: UpstreamEngines,
         store: Store,
@@ -43,6 +44,7 @@ class LocalActions:
         on_change: Callable[[], None],
     ) -> None:
         self._profiles = profiles
+        self._alarms = alarms
         self._subject = subject
         self._upstreams = upstreams
         self._store = store
@@ -69,6 +71,9 @@ class LocalActions:
                 self._upstreams.drain(engine)
             case "undrain", [engine]:
                 self._upstreams.drain(engine, ends=True)
+            case "rebase", [kind]:
+                self._alarms.rebase(kind)
+                result = json.dumps(self._alarms.report())
             case "mode", ["off" | "observe" | "auto" as mode]:
                 self._profiles.operator.set_mode(mode)
                 self._subject.update()
@@ -133,7 +138,6 @@ class OperatorActions:
         self,
         local: LocalActions,
         profiles: ProfileManager,
-        alarms: Alarms,
         store: Store,
         writer: StoreWriter,
         errors: StoreErrorLog,
@@ -145,7 +149,6 @@ class OperatorActions:
     ) -> None:
         self._local = local
         self._profiles = profiles
-        self._alarms = alarms
         self._store = store
         self._writer = writer
         self._errors = errors
@@ -190,9 +193,9 @@ class OperatorActions:
         await self._execute("undrain" if ends else "drain", engine)
 
     async def rebase(self, kind: str | None) -> dict[str, Any]:
-        """The kind (None: each) learns a new baseline, at this replica: each has alarms of its own. Their report."""
-        self._alarms.rebase(kind)
-        return self._alarms.report()
+        """The kind (None: each) learns a new baseline. The alarms' report."""
+        report: dict[str, Any] = json.loads(await self._execute("rebase", kind))
+        return report
 
     async def set_mode(self, mode: str) -> None:
         if not self._lease.leads:

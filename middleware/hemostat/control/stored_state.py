@@ -13,6 +13,8 @@ from hemostat.control.learning import LearningSubject
 from hemostat.control.operator_actions import ModeOverride
 from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
 from hemostat.engines.upstreams import UpstreamEngines
+from hemostat.evidence.checkpoint import POSITIONS_KEY
+from hemostat.evidence.positions import Positions
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import STATE_KEY as ENGINES_STATE
@@ -21,8 +23,8 @@ from hemostat.measurement.outcomes import STATE_KEY as OUTCOMES_STATE
 from hemostat.measurement.outcomes import Outcomes
 from hemostat.profiles.decisions import MAX_EVENTS
 from hemostat.profiles.manager import ProfileManager
+from hemostat.profiles.persistence import SERVING_KEY, whole_number
 from hemostat.profiles.persistence import STATE_KEYS as PROFILE_STATE_KEYS
-from hemostat.profiles.persistence import whole_number
 from hemostat.profiles.scopes import ALL
 from hemostat.reference.pair import ModelPair
 from hemostat.store import schema
@@ -50,6 +52,7 @@ STATE_KEYS = (
     ENGINES_STATE,
     UPSTREAMS_STATE,
     OUTCOMES_STATE,
+    POSITIONS_KEY,
     schema.ALARM_TESTS_KEY,
     schema.OFFERED_KEY,
     MODELS_KEY,
@@ -74,6 +77,7 @@ class StoredState:
         by_engine: ByEngine,
         upstreams: UpstreamEngines,
         outcomes: Outcomes,
+        positions: Positions | None,
         subject: LearningSubject,
         override: ModeOverride,
         clock: Callable[[], float],
@@ -88,11 +92,11 @@ class StoredState:
         self._by_engine = by_engine
         self._upstreams = upstreams
         self._outcomes = outcomes
+        self._positions = positions
         self._subject = subject
         self._override = override
         self._clock = clock
         self._on_change = on_change
-        self._started = False
         self._models: str | None = None
         """Of this process; None until both are known."""
         self._stored_models: str | None = None
@@ -123,8 +127,6 @@ class StoredState:
         except StoreFailure as failure:
             self._errors.record(failure)
             return
-        finally:
-            self._started = True
         self._profiles.restoring.restore(profiles, states, _events(events, alarm=False))
         self._restore_alarms(states, events)
         self._outcomes.restore(states[OUTCOMES_STATE])
@@ -137,10 +139,11 @@ class StoredState:
         """Another replica has written to the store. profiles, events: newest first."""
         self._override.apply(states, self._clock())
         self._profiles.restoring.reload(profiles, states, _events(events, alarm=False))
-        if not self._started:
-            # Afterwards this replica's own alarms have seen more than what was stored.
+        if states[SERVING_KEY] is not None:  # else the store has lost its data, and these may be written again
             self._restore_alarms(states, events)
             self._outcomes.restore(states[OUTCOMES_STATE])
+            if self._positions is not None:
+                self._positions.restore(states[POSITIONS_KEY])
         self._upstreams.restore(states[UPSTREAMS_STATE])
         self._read(states)
         self._subject.update()

@@ -21,6 +21,7 @@ from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.protocol import StoreWrites
 from hemostat_calibration import alarm
+from hemostat_calibration.arrays import Floats
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import HemostatError, InvalidArgumentError
 from hemostat_calibration.records import TokenRecord
@@ -42,15 +43,14 @@ class Alarms:
 
     noise_floors: names of the models whose noise floors add up to the total; none: the floor is not measured, and the
         budget applies to the divergence itself.
-    state_writes: for the state of the tests. event_writes: for each alarm that is raised or cleared. wall: Unix time.
+    writes: of the leader. wall: Unix time.
     """
 
     def __init__(
         self,
         settings: config.Alarm,
         noise_floors: tuple[str, ...],
-        state_writes: StoreWrites,
-        event_writes: StoreWrites,
+        writes: StoreWrites,
         wall: Callable[[], float],
     ) -> None:
         self._settings = alarm.Settings(
@@ -62,8 +62,7 @@ class Alarms:
         )
         self._state = alarm.init(self._settings)
         self._noise_floors = {model: ClippedMean(0.0, self._settings.cap) for model in noise_floors}
-        self._state_writes = state_writes
-        self._event_writes = event_writes
+        self._writes = writes
         self._wall = wall
         self._saved_at = wall()
         self._raised: dict[tuple[str, str], bool] = {}
@@ -74,21 +73,29 @@ class Alarms:
 
         One of an adapter counts in the mix of kinds only: it says nothing of the compressed model.
         """
-        now, kind = self._wall(), record.kind or REST_KIND
         if record.adapter is not None:
-            self._state = alarm.count(self._state, kind)
-            return
-        observation = alarm.Observation(now, figures.kl_rc, alarm.spread(record), pooled=kind == REST_KIND)
+            self.count(record.kind)
+        else:
+            self.observe_unit(record.kind, figures.kl_rc, alarm.spread(record))
+
+    def count(self, kind: str) -> None:
+        """One scored request of an adapter, here or at another replica."""
+        self._state = alarm.count(self._state, kind or REST_KIND)
+
+    def observe_unit(self, kind: str, divergences: Floats, spreads: Floats) -> None:
+        """One scored request of the compressed model itself, here or at another replica: see `alarm.Observation`."""
+        now, kind = self._wall(), kind or REST_KIND
+        observation = alarm.Observation(now, divergences, spreads, pooled=kind == REST_KIND)
         self._state = alarm.update(self._state, kind, observation, self._noise_floor())
         for reading in alarm.readings(self._state):
             self._note(reading)
         if now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
-    def observe_noise_floor(self, model: str, figures: TokenDivergence) -> None:
-        """The figures of a record with `model` on both sides."""
+    def observe_noise_floor(self, model: str, divergences: Floats) -> None:
+        """KL by token, nats, of a record with `model` on both sides."""
         if model in self._noise_floors:
-            self._noise_floors[model] = self._noise_floors[model].update(figures.kl_rc)
+            self._noise_floors[model] = self._noise_floors[model].update(divergences)
 
     def _noise_floor(self) -> float:
         """Upper end of what noise adds to the divergence, half of the sum of the noise floors (two noisy computations
@@ -108,7 +115,7 @@ class Alarms:
             event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": to_json(reading)}
             self.events.append(event)
             log.warning("%s", why)
-            self._event_writes.append_event(event)
+            self._writes.append_event(event)
         self._raised[key] = raised
 
     # --- what operators do -----------------------------------------------------------------------------------------
@@ -137,11 +144,12 @@ class Alarms:
     def save(self) -> None:
         """Queue a write of the state."""
         self._saved_at = self._wall()
-        self._state_writes.set_state(STATE_KEY, alarm.save(self._state).decode())
+        self._writes.set_state(STATE_KEY, alarm.save(self._state).decode())
 
     def restore(self, stored: str | None, events: list[dict[str, Any]], tests: int = 0) -> None:
         """Go on from what an earlier run stored. events: newest first. tests: how many had begun, where `stored` lacks
         them: the alpha that they spent is not spent again."""
+        self.events.clear()
         self.events.extend(reversed(events))
         if stored is None:
             self._begin_anew(tests)

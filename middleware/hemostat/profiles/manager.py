@@ -63,7 +63,6 @@ class ProfileManager:
     ) -> None:
         lease = lease or Lease(shared=False)
         evidence, adapter = evidence or Evidence(), adapter or Adapter()
-        self._lease = lease
         by_request = settings.apply == "request"
         self._held_out_fraction = settings.held_out_fraction
         # A request carries one profile's parameters: with them, only one profile serves at a time.

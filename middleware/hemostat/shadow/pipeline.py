@@ -42,6 +42,7 @@ from hemostat.reference.pair import ModelPair
 from hemostat.reference.protocol import Reference
 from hemostat.shadow.distances import DistanceSource, DistanceWaits
 from hemostat.shadow.endings import EndingCounts, Outcome, ScoringDropReason
+from hemostat.shadow.evidence_receiver import EvidenceReceiver
 from hemostat.shadow.grammar.conditioning import Conditioning
 from hemostat.shadow.limits import Breakers, ShadowQueue, TokenBudget
 from hemostat.shadow.noise_floor import NoiseFloorMeter
@@ -94,6 +95,8 @@ class RecordConsumers:
     records: RecordsFile | None
     tracing: Tracing | None
     texts: TextLearner | None = None
+    evidence: EvidenceReceiver | None = None
+    """None without other replicas."""
 
 
 class ScoringPipeline:
@@ -104,6 +107,7 @@ class ScoringPipeline:
     compressed_scorer: the upstream, asked to score its own tokens; None without `shadow.floor_fraction`.
     conditioning: of captures whose tokens a grammar restricted.
     distances: who computes exact distances; None: nobody, and no adapter is judged.
+    seen: the conversations that were scored, where others add to them, too.
     clock: monotonic seconds. draw: uniform numbers in [0, 1), for the noise floor's own sampling.
     on_change: called after every record, which may have changed what the relays' policy depends on.
     """
@@ -124,6 +128,7 @@ class ScoringPipeline:
         on_change: Callable[[], None],
         conditioning: Conditioning,
         distances: DistanceSource | None = None,
+        seen: SeenUnits | None = None,
     ) -> None:
         self._monitor = monitor
         self.distances = DistanceWaits(distances)
@@ -139,7 +144,7 @@ class ScoringPipeline:
         """Captures from relays."""
         self.calibration_errors = 0
         """Records that calibration could neither learn from nor judge by: a bug."""
-        self._seen = SeenUnits()
+        self._seen = seen or SeenUnits()
         self.other_models = OtherModels(settings.shadow.max_tokens)
         self.queue = ShadowQueue(settings.shadow.max_queue)
         self.scorer: Scorer | None = None
@@ -245,7 +250,7 @@ class ScoringPipeline:
             gains=gains,
             fresh=fresh,
         )
-        if fresh:
+        if fresh and self._counts_here:
             consumers.alarms.observe(record, figures)
         consumers.engines.observe(record, figures, fresh=fresh)
         self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
@@ -254,6 +259,7 @@ class ScoringPipeline:
 
         def judge(back: TokenRecord) -> None:
             self._judge(back, capture, figures, gains, fresh=fresh)
+            self._send(back, capture, figures, gains, fresh=fresh)
 
         versions = profiles.distance_versions(record)
         prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
@@ -284,6 +290,32 @@ class ScoringPipeline:
             log.exception("calibration could not use the record of %s", capture.request_id)
         self._on_change()
 
+    @property
+    def _counts_here(self) -> bool:
+        return self._consumers.evidence is None or self._consumers.evidence.counts_here
+
+    def _send(
+        self,
+        record: TokenRecord,
+        capture: Capture,
+        figures: TokenDivergence | None,
+        gains: RecordGains,
+        *,
+        fresh: bool,
+    ) -> None:
+        """To the replica that leads, where that is another one. figures: None where the alarm does not count it."""
+        evidence = self._consumers.evidence
+        if evidence is None:
+            return
+        if evidence.counts_here:
+            evidence.note_own()
+            return
+        try:
+            evidence.send_scored(record, capture.kind, figures, gains, fresh=fresh)
+        except Exception:
+            self.calibration_errors += 1
+            log.exception("the evidence of %s could not be sent", capture.request_id)
+
     def _use_constrained(self, record: TokenRecord, capture: Capture) -> None:
         """A record that is conditional on what a grammar allows: it is measured apart, and judged in its own kind.
 
@@ -307,6 +339,7 @@ class ScoringPipeline:
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
         self._judge(record, capture, figures, gains, fresh=fresh)
+        self._send(record, capture, None, gains, fresh=fresh)
 
     def _use_of_other_model(self, pair: ModelPair, record: TokenRecord, capture: Capture) -> None:
         """A record of a model that profiles are not for: it is measured by itself, and nothing else.
@@ -352,7 +385,10 @@ class ScoringPipeline:
             self.other_models.observe_noise_floor(pair.name, model, record)
             return
         figures = self._consumers.measurements.observe_noise_floor(model, record)
-        self._consumers.alarms.observe_noise_floor(model, figures)
+        # Each replica also keeps its own: it knows the floor where it comes to lead.
+        self._consumers.alarms.observe_noise_floor(model, figures.kl_rc)
+        if not self._counts_here and self._consumers.evidence is not None:
+            self._consumers.evidence.send_noise_floor(model, figures.kl_rc)
 
     def _trace(self, tracing: Tracing, record: TokenRecord, capture: Capture, figures: TokenDivergence) -> None:
         try:

@@ -21,6 +21,8 @@ class Lease:
         self._clock = clock
         self._until = -math.inf if shared else math.inf
         self.is_last_leader = not shared
+        self.term = 0
+        """Grows whenever another replica is found to have led."""
 
     @property
     def leads(self) -> bool:
@@ -34,3 +36,4 @@ class Lease:
 
     def lose(self) -> None:
         self._until, self.is_last_leader = -math.inf, False
+        self.term += 1

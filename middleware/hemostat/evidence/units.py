@@ -1,0 +1,118 @@
+"""What a follower sends of a scored request, and of an answer's outcome.
+
+A unit of a request of 50 tokens takes about 0.6 kB: two numbers a token for the alarm, and the gains of the profiles
+that are compared. Arrays are little-endian float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+
+from hemostat.ipc.codec import MessageCodec
+from hemostat.ipc.messages import OutcomeReport
+from hemostat_calibration.arrays import Floats
+from hemostat_calibration.records import ExactDistances
+
+
+class AlarmPart(msgspec.Struct, frozen=True, array_like=True):
+    """What the alarm needs: see `alarm.Observation`."""
+
+    divergences: bytes
+    """[T], nats"""
+    spreads: bytes
+    """[T], nats"""
+
+
+class JudgedPart(msgspec.Struct, frozen=True, array_like=True):
+    """What tests of profiles need of a held-out request."""
+
+    scope: str
+    constraint: str
+    gains: dict[str, tuple[float, float]]
+    """By version: `judging.gain_interval`; a version of which nothing is known is absent."""
+    distances: dict[str, tuple[bytes, bytes]]
+    """By version: KL and total variation, [T] each."""
+
+
+class ScoredUnit(msgspec.Struct, tag="scored", frozen=True, array_like=True):
+    """One scored request."""
+
+    kind: str
+    """Its full name, whichever kinds are followed."""
+    unit: bytes
+    """`TokenRecord.unit`"""
+    recognized: bool
+    """The unit is a conversation, of which later turns may come."""
+    client: bytes
+    tokens: int
+    fresh: bool
+    """The first of its conversation and kind at the replica that scored it."""
+    adapted: bool
+    """Its lists are of an adapter, not of the compressed model itself."""
+    alarm: AlarmPart | None
+    """None where the alarm does not count it."""
+    judged: JudgedPart | None
+    """None where it is of the learning side, or of another model."""
+
+
+class NoiseFloorUnit(msgspec.Struct, tag="floor", frozen=True, array_like=True):
+    """A request with `model` on both sides. divergences: [T], nats."""
+
+    model: str
+    divergences: bytes
+
+
+class OutcomeUnit(msgspec.Struct, tag="outcome", frozen=True, array_like=True):
+    report: OutcomeReport
+
+
+class LearnedUnit(msgspec.Struct, tag="learned", frozen=True, array_like=True):
+    """What temperature and bias have learned from some requests: what each sum has grown by
+    (`learning.temperature_bias.TemperatureBiasState`).
+
+    ids: int32 [n], those whose masses have grown. reference_mass, compressed_mass: [n].
+    """
+
+    scope: str
+    model: str
+    vocab_size: int
+    ids: bytes
+    reference_mass: bytes
+    compressed_mass: bytes
+    sums: tuple[float, float, float, float, float]
+    """information, moment, depth, deep_tokens, weight"""
+    tokens: int
+    requests: int
+
+
+Unit = ScoredUnit | NoiseFloorUnit | OutcomeUnit | LearnedUnit
+UNITS: MessageCodec[Unit] = MessageCodec(Unit)
+BATCHES: MessageCodec[list[Unit]] = MessageCodec(list[Unit])
+
+
+def packed(values: Floats) -> bytes:
+    """
+    >>> unpacked(packed(np.array([0.5, np.nan]))).tolist()
+    [0.5, nan]
+    """
+    return values.astype("<f4").tobytes()
+
+
+def unpacked(data: bytes) -> Floats:
+    """ValueError where it is no array."""
+    return np.frombuffer(data, "<f4").astype(np.float64)
+
+
+def packed_distances(distances: Mapping[str, ExactDistances]) -> dict[str, tuple[bytes, bytes]]:
+    return {version: (packed(found.kl), packed(found.tv)) for version, found in distances.items()}
+
+
+def unpacked_distances(distances: Mapping[str, tuple[bytes, bytes]]) -> dict[str, ExactDistances]:
+    """Without the agreement of the most likely ids, by which nothing is judged."""
+    return {
+        version: ExactDistances(unpacked(kl), unpacked(tv), np.zeros(len(tv) // 4, np.bool_))
+        for version, (kl, tv) in distances.items()
+    }
