@@ -152,6 +152,25 @@ class TemperatureBiasLearner:
             requests=state.requests + other.requests,
         )
 
+    def growth(self, before: TemperatureBiasState, after: TemperatureBiasState) -> TemperatureBiasState:
+        """What `after`, which `before` has become, has learned since: for `grown`.
+
+        >>> learner = TemperatureBiasLearner()
+        >>> empty = learner.init("m", 4)
+        >>> one = replace(empty, weight=20.0, tokens=20, requests=1)
+        >>> learner.grown(one, learner.growth(empty, one)).tokens
+        40
+        """
+        return self.merge(after, _scaled(before, -self._kept(after.tokens - before.tokens), -1))
+
+    def grown(self, state: TemperatureBiasState, growth: TemperatureBiasState) -> TemperatureBiasState:
+        """A state that has also learned what another replica has. InvalidArgumentError where their models differ."""
+        return self.merge(_scaled(state, self._kept(growth.tokens), 1), growth)
+
+    def _kept(self, tokens: int) -> float:
+        """What is left of a weight after so many tokens."""
+        return 1.0 if self.half_life_tokens is None else 0.5 ** (tokens / self.half_life_tokens)
+
     def shrunk(self, state: TemperatureBiasState, pooled: TemperatureBiasState, tokens: int) -> TemperatureBiasState:
         """`state` as though it had also seen `tokens` tokens of what `pooled` saw: with little data it proposes nearly
         the pooled profile, with much its own. InvalidArgumentError where they learned of different models."""
@@ -197,6 +216,22 @@ def _relative(record: TokenRecord) -> tuple[Floats, Floats]:
     relative = logprobs - logprobs[:, :1]
     before_last = np.maximum((record.compressed.ids >= 0).sum(axis=1) - 2, 0)
     return relative, relative[np.arange(record.tokens), before_last]
+
+
+def _scaled(state: TemperatureBiasState, by: float, counts: int) -> TemperatureBiasState:
+    """All sums times `by`; tokens and requests times `counts`."""
+    return replace(
+        state,
+        reference_mass=frozen(by * state.reference_mass),
+        compressed_mass=frozen(by * state.compressed_mass),
+        information=by * state.information,
+        moment=by * state.moment,
+        depth=by * state.depth,
+        deep_tokens=by * state.deep_tokens,
+        weight=by * state.weight,
+        tokens=counts * state.tokens,
+        requests=counts * state.requests,
+    )
 
 
 def _depth(state: TemperatureBiasState) -> float:

@@ -18,7 +18,7 @@ from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
 from hemostat.control.adapters import Adapters
 from hemostat.control.changes import Changes
-from hemostat.control.evidence import shared_evidence
+from hemostat.control.evidence import SharedEvidence, Surroundings
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
 from hemostat.control.operations import make_operations
@@ -90,10 +90,12 @@ class Control:
         self.lease = Lease(shared=shared is not None, clock=clock)
         self.writer = StoreWriter(self.store, self.lease, self.store_errors)
         writes = self.writer.as_leader
-        evidence = shared_evidence(shared, self.lease, writes, clock) if shared is not None else None
-        self.checkpoint = evidence.checkpoint if evidence is not None else None
-        """Of the states that evidence goes into; None without other replicas, where each is written by itself."""
-        evidence_writes = self.checkpoint or writes
+        self.evidence = None
+        """Of all replicas; None where no store is shared."""
+        if shared is not None:
+            around = Surroundings(shared, self.lease, self.store_errors.record, changes.notify, clock, wall)
+            self.evidence = SharedEvidence(around, writes)
+        evidence_writes = self.evidence.checkpoint if self.evidence is not None else writes
         self.salt = Salt(self.store, self.store_errors, changes.notify)
         floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
         self.alarms = Alarms(settings.alarm, floors, evidence_writes, wall)
@@ -135,27 +137,16 @@ class Control:
             calibration, self.profile_manager.proposals, changes.notify, storage=stored_learning, clock=clock
         )
         self.learned = LearnedState(
-            self.profile_manager.proposals, self.store, self.writer.as_leader, self.store_errors, self.lease
+            self.profile_manager.proposals, self.store, self.writer.as_leader, self.store_errors, self.lease, clock
         )
         self.adapters = Adapters(
             settings, self.profile_manager, self.monitor, self.engines, self.lease, changes.notify, clock=clock
         )
         self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner, self.adapters)
         self.grammars = GrammarMasks(settings.grammar, clock)
-        seen = SeenUnits()
-        self.evidence = None
-        """Exchanged with other replicas; None without them."""
-        if evidence is not None:
-            self.evidence = evidence.exchange(
-                self.alarms,
-                self.profile_manager,
-                self.outcomes,
-                seen,
-                on_failure=self.store_errors.record,
-                on_change=changes.notify,
-                clock=clock,
-                wall=wall,
-            )
+        seen, exchange = SeenUnits(), None
+        if self.evidence is not None:
+            exchange = self.evidence.connect(self.alarms, self.profile_manager, self.outcomes, seen, self.learned)
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,
@@ -170,7 +161,7 @@ class Control:
                 self.records,
                 self.tracing,
                 self.adapters.learner if settings.adapter.enabled else None,
-                self.evidence,
+                exchange,
             ),
             scores=self.references is not None,
             compressed_scorer=self.compressed_scorer,
@@ -182,7 +173,7 @@ class Control:
             distances=self.adapters.judge if settings.adapter.enabled else None,
             seen=seen,
         )
-        use_outcome = self.evidence.receive_outcome if self.evidence is not None else self.outcomes.receive
+        use_outcome = self.outcomes.receive if exchange is None else exchange.receive_outcome
         self.link = RelayLink(socket_path, self.pipeline.receive, use_outcome, self.pipeline.coverage.relayed)
         self.upstreams = UpstreamEngines(self.link.engines, self.writer.as_leader)
         self.policy = PolicyPublisher(
@@ -212,7 +203,7 @@ class Control:
             errors=self.store_errors,
             writer=self.writer,
             lease=self.lease,
-            positions=evidence.positions if evidence is not None else None,
+            positions=self.evidence.positions if self.evidence is not None else None,
             clock=clock,
             wall=wall,
             on_change=changes.notify,
@@ -303,8 +294,8 @@ class Control:
         self.outcomes.check()
         self.policy.publish()
         self.profile_manager.writer.save_if_due()
-        if self.checkpoint is not None:
-            self.checkpoint.save_if_due()
+        if self.evidence is not None:
+            self.evidence.checkpoint.save_if_due()
         if self.history.due(self._clock()):
             self.history.add(self._clock(), self._wall(), self.status.current())
 
@@ -329,7 +320,7 @@ class Control:
         with contextlib.suppress(StoreUnreachable):
             await self.writer.drain()
             if self.evidence is not None:
-                await self.evidence.outbox.send()
+                await self.evidence.close()
             if self.replica is not None:
                 await self.replica.release()
         if self.records is not None:

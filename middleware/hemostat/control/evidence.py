@@ -2,68 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from hemostat.evidence.checkpoint import Checkpoint
+from hemostat.control.learned_state import POSITIONS_KEY as LEARNED_POSITIONS_KEY
+from hemostat.control.learned_state import LearnedState
+from hemostat.evidence import units
+from hemostat.evidence.checkpoint import POSITIONS_KEY, Checkpoint
 from hemostat.evidence.exchange import EvidenceExchange, UnitConsumers
+from hemostat.evidence.lane import Lane
 from hemostat.evidence.positions import Positions
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.outcomes import STATE_KEY as OUTCOMES_STATE
 from hemostat.measurement.outcomes import Outcomes
+from hemostat.metrics.samples import Sample
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.persistence import SERVING_KEY, TESTS_KEY
+from hemostat.profiles.proposals import Proposals
 from hemostat.shadow.seen_units import SeenUnits
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import SharedStore, StoreFailure, StoreWrites
 
 CHECKPOINT_KEYS = frozenset((SERVING_KEY, TESTS_KEY, ALARM_STATE, OUTCOMES_STATE))
 """Of the store's state, what evidence goes into."""
+EVIDENCE, LEARNING = "evidence", "learning"
+"""The streams: what is judged by, and what was learned. Their positions are kept with different states."""
 
 
 @dataclass(frozen=True, slots=True)
-class SharedEvidence:
-    """What exists before the owners of the states, which write through the checkpoint."""
+class Surroundings:
+    """What both lanes need. on_failure: called with every failure of the store. on_change: called after units of other
+    replicas were used. clock: monotonic seconds. wall: Unix time."""
 
     store: SharedStore
     lease: Lease
-    positions: Positions
-    checkpoint: Checkpoint
+    on_failure: Callable[[StoreFailure], None]
+    on_change: Callable[[], None]
+    clock: Callable[[], float]
+    wall: Callable[[], float]
 
-    def exchange(
-        self,
-        alarms: Alarms,
-        profiles: ProfileManager,
-        outcomes: Outcomes,
-        seen: SeenUnits,
-        *,
-        on_failure: Callable[[StoreFailure], None],
-        on_change: Callable[[], None],
-        clock: Callable[[], float],
-        wall: Callable[[], float],
-    ) -> EvidenceExchange:
-        self.checkpoint.set_owners(
-            profiles.writer.write_serving, profiles.writer.write_tests, alarms.save, outcomes.save
-        )
-        return EvidenceExchange(
+    def lane(
+        self, name: str, positions: Positions, positions_key: str, use: Callable[[units.Unit], None], **more: Any
+    ) -> Lane:
+        """more: `prepare` and `ready` of `Lane`."""
+        return Lane(
+            name,
             self.store,
             self.lease,
-            self.checkpoint,
-            self.positions,
-            UnitConsumers(alarms, profiles, outcomes, seen),
-            profiles,
-            outcomes,
-            on_failure=on_failure,
-            on_change=on_change,
-            clock=clock,
-            wall=wall,
+            positions,
+            positions_key,
+            use,
+            on_failure=self.on_failure,
+            on_change=self.on_change,
+            clock=self.clock,
+            wall=self.wall,
+            **more,
         )
 
 
-def shared_evidence(
-    store: SharedStore, lease: Lease, writes: StoreWrites, clock: Callable[[], float]
-) -> SharedEvidence:
-    """writes: of the leader."""
-    positions = Positions()
-    return SharedEvidence(store, lease, positions, Checkpoint(writes, positions, CHECKPOINT_KEYS, clock))
+class SharedEvidence:
+    """Owns the lanes, and the positions and the checkpoint of what is judged by.
+
+    The owners of states write through the checkpoint, so it exists before them: `connect` comes afterwards.
+    """
+
+    def __init__(self, around: Surroundings, writes: StoreWrites) -> None:
+        """writes: of the leader."""
+        self._around = around
+        self.positions = Positions()
+        self.checkpoint = Checkpoint(writes, self.positions, CHECKPOINT_KEYS, around.clock)
+        self.lanes: list[Lane] = []
+
+    def connect(
+        self, alarms: Alarms, profiles: ProfileManager, outcomes: Outcomes, seen: SeenUnits, learned: LearnedState
+    ) -> EvidenceExchange:
+        around, writer = self._around, profiles.writer
+        self.checkpoint.set_owners(writer.write_serving, writer.write_tests, alarms.save, outcomes.save)
+        consumers = UnitConsumers(alarms, profiles, outcomes, seen)
+        evidence = around.lane(EVIDENCE, self.positions, POSITIONS_KEY, consumers.use)
+        learning = around.lane(
+            LEARNING,
+            learned.positions,
+            LEARNED_POSITIONS_KEY,
+            lambda unit: _learn(profiles.proposals, unit),
+            prepare=learned.read_again,
+            ready=lambda: learned.models_known,
+        )
+        profiles.proposals.on_learned = lambda scope, growth: learning.send(units.learned_unit(scope, growth))
+        self.lanes = [evidence, learning]
+        return EvidenceExchange(evidence, around.lease, self.checkpoint, profiles, outcomes)
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        """What has to run, until cancelled."""
+        return [loop for lane in self.lanes for loop in lane.loops()]
+
+    async def close(self) -> None:
+        """Send what waits. StoreFailure."""
+        for lane in self.lanes:
+            await lane.outbox.send()
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """JSON-ready, by stream."""
+        return {lane.name: lane.status() for lane in self.lanes}
+
+    def samples(self) -> Iterator[Sample]:
+        for lane in self.lanes:
+            yield from lane.samples()
+
+
+def _learn(proposals: Proposals, unit: units.Unit) -> None:
+    if isinstance(unit, units.LearnedUnit):
+        proposals.add_learned(unit.scope, units.growth_of(unit))

@@ -1,10 +1,14 @@
-"""What temperature and bias have learned, over restarts: read at the start, written by the replica that leads."""
+"""What temperature and bias have learned, over restarts and of all replicas: written by the one that leads, read by the
+next one."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 
+from hemostat.evidence.positions import Positions
 from hemostat.profiles.proposals import Proposals
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.lease import Lease
@@ -14,25 +18,47 @@ from hemostat_calibration.errors import InvalidArgumentError
 log = logging.getLogger("hemostat.calibration")
 
 BLOB_KEY = "temperature_bias"
+POSITIONS_KEY = "temperature_bias"
+"""Of the state in the store: the positions up to which the blob has what other replicas learned. Written after it, and
+used only to remove what is no longer needed; those that count are in the blob itself."""
 SAVE_SECONDS = 300.0
 """Between two writes, while something is learned."""
+MAX_UNSAVED_REQUESTS = 1000
+"""Of the learning side, that are learned from before a write: what is lost of them if the leader dies."""
+LOOK_SECONDS = 1.0
+"""Between two looks whether a write is due."""
 
 
 class LearnedState:
-    """Lives in the control process's event loop. writes: of the leader."""
+    """Lives in the control process's event loop. writes: of the leader. clock: monotonic seconds."""
 
     def __init__(
-        self, proposals: Proposals, store: Store, writes: StoreWrites, errors: StoreErrorLog, lease: Lease
+        self,
+        proposals: Proposals,
+        store: Store,
+        writes: StoreWrites,
+        errors: StoreErrorLog,
+        lease: Lease,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._proposals = proposals
         self._store = store
         self._writes = writes
         self._errors = errors
         self._lease = lease
+        self._clock = clock
+        self.positions = Positions()
+        """Of what other replicas have learned."""
         self._stored: bytes | None = None
-        """Read at the start, and not used yet."""
+        """Read, and not used yet."""
         self._models: str | None = None
+        self._saved_at = clock()
         self._saved_requests = 0
+        self._saved_proposed = 0
+
+    @property
+    def models_known(self) -> bool:
+        return self._models is not None
 
     async def read(self) -> None:
         """At the start. A store that fails is counted."""
@@ -41,28 +67,54 @@ class LearnedState:
         except StoreFailure as failure:
             self._errors.record(failure)
 
+    async def read_again(self) -> None:
+        """This replica leads from now on: go on from what the last leader wrote. What this one has learned itself, it
+        has sent. StoreFailure."""
+        if self._lease.term == 0:
+            return  # no other replica has led
+        self._stored = await asyncio.to_thread(self._store.get_blob, BLOB_KEY)
+        self._proposals.forget_learned()
+        self.positions.restore(None)
+        self._use_stored()
+
     def set_models(self, models: str) -> None:
         """Both models are known (`stored_state.model_identity`): go on from what was learned of them."""
         self._models = models
-        stored, self._stored = self._stored, None
-        if stored is None:
+        self._use_stored()
+
+    def _use_stored(self) -> None:
+        stored, models = self._stored, self._models
+        if models is None:
             return
-        try:
-            self._proposals.restore(stored, models)
-        except InvalidArgumentError as error:
-            log.warning("temperature and bias are learned anew: %s", error)
-        self._saved_requests = self._proposals.learned()[0]
+        self._stored = None
+        if stored is not None:
+            try:
+                self.positions.restore(self._proposals.restore(stored, models) or None)
+            except InvalidArgumentError as error:
+                log.warning("temperature and bias are learned anew: %s", error)
+        self._saved_requests, self._saved_proposed = self._proposals.learned()[0], self._proposals.proposed
 
     async def save(self) -> None:
         """Queue a write, where something was learned since the last one."""
         requests = self._proposals.learned()[0]
         if self._models is None or requests == self._saved_requests or not self._lease.leads:
             return
-        self._saved_requests = requests
-        self._writes.put_blob(BLOB_KEY, await asyncio.to_thread(self._proposals.export(self._models)))
+        self._saved_requests, self._saved_proposed = requests, self._proposals.proposed
+        self._saved_at = self._clock()
+        positions = self.positions.save()
+        data = await asyncio.to_thread(self._proposals.export(self._models, positions))
+        self._writes.put_blob(BLOB_KEY, data)
+        self._writes.set_state(POSITIONS_KEY, positions)
+
+    async def save_if_due(self) -> None:
+        """Soon after a proposal, too: the next leader must not make it again."""
+        unsaved = self._proposals.learned()[0] - self._saved_requests
+        proposed = self._proposals.proposed != self._saved_proposed
+        if proposed or unsaved >= MAX_UNSAVED_REQUESTS or self._clock() - self._saved_at >= SAVE_SECONDS:
+            await self.save()
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await asyncio.sleep(SAVE_SECONDS)
-            await self.save()
+            await asyncio.sleep(LOOK_SECONDS)
+            await self.save_if_due()

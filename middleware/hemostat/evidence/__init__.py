@@ -4,12 +4,13 @@
     leader:    stream in the store -> Inbox -> UnitConsumers -> alarms, profiles, outcomes, what is learned
                its own scored requests, directly --^
 
-    units       what is sent of one scored request, and what becomes of it at the leader
+    units       what is sent
     outbox      units that wait to be sent: numbered, in batches, each sent again until the store has it
     inbox       batches as the leader takes them, and which of them it has counted already
     positions   the number of the last unit that was counted, by sender
+    lane        both of one stream, and the positions
     checkpoint  the states that evidence goes into and the positions, written in one step
-    exchange    the parts, connected
+    exchange    what is sent of a scored request, and what becomes of it at the leader
     deployment  what all replicas say of themselves
 
 Invariants:

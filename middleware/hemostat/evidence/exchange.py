@@ -1,36 +1,23 @@
-"""Evidence of this replica to the leader, and of all others to their users here where this replica leads."""
+"""What a scored request, or an answer's outcome, proves: sent by followers, and used by the leader."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
-
 from hemostat.evidence import units
-from hemostat.evidence.checkpoint import POSITIONS_KEY, Checkpoint
-from hemostat.evidence.inbox import Inbox
-from hemostat.evidence.outbox import Outbox
-from hemostat.evidence.positions import Positions
+from hemostat.evidence.checkpoint import Checkpoint
+from hemostat.evidence.lane import Lane
 from hemostat.evidence.units import AlarmPart, JudgedPart, NoiseFloorUnit, OutcomeUnit, ScoredUnit
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.outcomes import Outcomes
-from hemostat.metrics import names
-from hemostat.metrics.samples import Sample
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.units import HeldOutUnit
 from hemostat.shadow.seen_units import SeenUnits
 from hemostat.store.lease import Lease
-from hemostat.store.protocol import SharedStore, StoreFailure
 from hemostat_calibration import alarm
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.divergence.record_gains import RecordGains
 from hemostat_calibration.records import TokenRecord
-
-log = logging.getLogger("hemostat.evidence")
-
-STREAM = "evidence"
 
 
 class UnitConsumers:
@@ -75,52 +62,17 @@ class UnitConsumers:
 class EvidenceExchange:
     """Lives in the control process's event loop. Implements `hemostat.shadow.evidence_receiver.EvidenceReceiver`.
 
-    checkpoint, positions: of the states that evidence goes into. on_failure: called with every failure of the store.
-    on_change: called after evidence of other replicas was used.
+    checkpoint: of the states that evidence goes into. lane: how units reach the leader.
     """
 
     def __init__(
-        self,
-        store: SharedStore,
-        lease: Lease,
-        checkpoint: Checkpoint,
-        positions: Positions,
-        consumers: UnitConsumers,
-        profiles: ProfileManager,
-        outcomes: Outcomes,
-        *,
-        on_failure: Callable[[StoreFailure], None],
-        on_change: Callable[[], None],
-        clock: Callable[[], float],
-        wall: Callable[[], float],
+        self, lane: Lane, lease: Lease, checkpoint: Checkpoint, profiles: ProfileManager, outcomes: Outcomes
     ) -> None:
+        self.lane = lane
         self._lease = lease
         self._checkpoint = checkpoint
-        self._positions = positions
-        self._consumers = consumers
         self._profiles = profiles
         self._outcomes = outcomes
-        self._on_change = on_change
-        stream = store.stream(STREAM)
-        self.outbox = Outbox(stream, store.replica, on_failure)
-        self.inbox = Inbox(
-            stream,
-            lease,
-            positions,
-            use=self._use,
-            persisted=lambda: Positions.of(store.get_state(POSITIONS_KEY)),
-            on_failure=on_failure,
-            clock=clock,
-            wall=wall,
-        )
-        self.failed = 0
-        """Units that could not be used: a bug, or a batch of another version."""
-
-    def loops(self) -> list[Coroutine[Any, Any, None]]:
-        """What has to run, until cancelled."""
-        return [self.outbox.run(), self.inbox.run()]
-
-    # --- this replica's own ----------------------------------------------------------------------------------------
 
     @property
     def counts_here(self) -> bool:
@@ -136,10 +88,10 @@ class EvidenceExchange:
             self._outcomes.receive(report)
             self._checkpoint.note_own_outcome()
         else:
-            self._send(OutcomeUnit(report))
+            self.lane.send(OutcomeUnit(report))
 
     def send_noise_floor(self, model: str, divergences: Floats) -> None:
-        self._send(NoiseFloorUnit(model, units.packed(divergences)))
+        self.lane.send(NoiseFloorUnit(model, units.packed(divergences)))
 
     def send_scored(
         self, record: TokenRecord, kind: str, figures: TokenDivergence | None, gains: RecordGains, *, fresh: bool
@@ -158,7 +110,7 @@ class EvidenceExchange:
             alarm=counted,
             judged=self._judged(record, gains),
         )
-        self._send(unit)
+        self.lane.send(unit)
 
     def _judged(self, record: TokenRecord, gains: RecordGains) -> JudgedPart | None:
         profiles = self._profiles
@@ -173,48 +125,3 @@ class EvidenceExchange:
                     over_identity[version] = interval
         scope, distances = profiles.scope_name(record), units.packed_distances(record.distances)
         return JudgedPart(scope, record.constraint, over_identity, distances)
-
-    def _send(self, unit: units.Unit) -> None:
-        self.outbox.add(units.UNITS.encode(unit))
-
-    # --- of other replicas -----------------------------------------------------------------------------------------
-
-    def _use(self, data: bytes) -> None:
-        """One batch. What cannot be used is counted, and the rest is used all the same."""
-        try:
-            batch = units.BATCHES.decode(data)
-        except ValueError as error:
-            self.failed += 1
-            log.error("a batch of evidence of another replica cannot be read: %s", error)
-            return
-        for unit in batch:
-            try:
-                self._consumers.use(unit)
-            except Exception:
-                self.failed += 1
-                log.exception("evidence of another replica could not be used")
-        self._on_change()
-
-    # --- what is shown ---------------------------------------------------------------------------------------------
-
-    def status(self) -> dict[str, Any]:
-        """JSON-ready, since this process started. Units, but for bytes and seconds."""
-        return {
-            "waiting": self.outbox.waiting,
-            "sent": self.outbox.sent,
-            "sent_bytes": self.outbox.sent_bytes,
-            "dropped": self.outbox.dropped,
-            "applied": self.inbox.applied,
-            "repeated": self._positions.repeated,
-            "lost": self._positions.lost,
-            "failed": self.failed,
-            "lag_seconds": self.inbox.lag_seconds,
-        }
-
-    def samples(self) -> Iterator[Sample]:
-        counts = self.status()
-        for event in ("sent", "dropped", "applied", "repeated", "lost", "failed"):
-            yield Sample(names.EVIDENCE_UNITS, (event,), counts[event])
-        yield Sample(names.EVIDENCE_BYTES, (), self.outbox.sent_bytes)
-        yield Sample(names.EVIDENCE_WAITING, (), self.outbox.waiting)
-        yield Sample(names.EVIDENCE_LAG_SECONDS, (), self.inbox.lag_seconds)

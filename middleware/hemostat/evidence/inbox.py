@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from hemostat.evidence.positions import Positions
 from hemostat.ipc.backoff import Backoff
@@ -29,8 +29,9 @@ class Inbox:
     """Lives in the control process's event loop.
 
     positions: advanced with every entry. use: called with the data of each entry that was not counted before.
-    persisted: the positions as the store has them, read in a thread. on_failure: called with every failure of the
-    store. clock: monotonic seconds. wall: Unix time.
+    prepare: awaited before the first entry that is taken after another replica has led; StoreFailure. ready: nothing is
+    taken before. persisted: the positions as the store has them, read in a thread. on_failure: called with every
+    failure of the store. clock: monotonic seconds. wall: Unix time.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class Inbox:
         *,
         use: Callable[[bytes], None],
         persisted: Callable[[], Positions],
+        prepare: Callable[[], Awaitable[None]] | None = None,
+        ready: Callable[[], bool] = lambda: True,
         on_failure: Callable[[StoreFailure], None],
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -53,6 +56,10 @@ class Inbox:
         self._on_failure = on_failure
         self._clock = clock
         self._wall = wall
+        self._prepare = prepare
+        self._ready = ready
+        self._prepared_in: int | None = None
+        """The lease's term in which `prepare` was awaited."""
         self._begun_in: int | None = None
         """The lease's term in which everything that earlier leaders had taken was taken again; None: not yet."""
         self._counted: deque[StreamEntry] = deque()
@@ -69,7 +76,7 @@ class Inbox:
         while True:
             pause, found = TAKE_SECONDS, 0
             try:
-                if self._lease.leads:
+                if self._lease.leads and self._ready():
                     found = await self.take()
                     await self._remove_if_due()
                 else:
@@ -83,6 +90,9 @@ class Inbox:
     async def take(self) -> int:
         """As the leader: count what has come, and return how many entries that was. StoreFailure."""
         term = self._lease.term
+        if self._prepare is not None and self._prepared_in != term:
+            await self._prepare()
+            self._prepared_in = term
         if self._begun_in != term:
             await self._take_again(term)
         self._begun_in = None  # an answer that is lost leaves entries that only `take_again` finds

@@ -13,7 +13,8 @@ import numpy as np
 
 from hemostat.ipc.codec import MessageCodec
 from hemostat.ipc.messages import OutcomeReport
-from hemostat_calibration.arrays import Floats
+from hemostat_calibration.arrays import Floats, frozen
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasState
 from hemostat_calibration.records import ExactDistances
 
 
@@ -104,6 +105,46 @@ def packed(values: Floats) -> bytes:
 def unpacked(data: bytes) -> Floats:
     """ValueError where it is no array."""
     return np.frombuffer(data, "<f4").astype(np.float64)
+
+
+SUMS = ("information", "moment", "depth", "deep_tokens", "weight")
+"""Fields of `TemperatureBiasState`, in the order of `LearnedUnit.sums`."""
+
+
+def learned_unit(scope: str, growth: TemperatureBiasState) -> LearnedUnit:
+    ids = np.flatnonzero((growth.reference_mass != 0.0) | (growth.compressed_mass != 0.0))
+    return LearnedUnit(
+        scope=scope,
+        model=growth.model,
+        vocab_size=growth.vocab_size,
+        ids=ids.astype("<i4").tobytes(),
+        reference_mass=packed(growth.reference_mass[ids]),
+        compressed_mass=packed(growth.compressed_mass[ids]),
+        sums=tuple(getattr(growth, name) for name in SUMS),
+        tokens=growth.tokens,
+        requests=growth.requests,
+    )
+
+
+def growth_of(unit: LearnedUnit) -> TemperatureBiasState:
+    """ValueError, IndexError where the unit is damaged.
+
+    >>> grown = TemperatureBiasState("m", 3, np.array([0.0, 0.5, 0.0]), np.array([0.0, 0.25, 0.0]), tokens=7)
+    >>> growth_of(learned_unit("", grown)).reference_mass.tolist()
+    [0.0, 0.5, 0.0]
+    """
+    ids = np.frombuffer(unit.ids, "<i4")
+    reference, compressed = np.zeros(unit.vocab_size), np.zeros(unit.vocab_size)
+    reference[ids], compressed[ids] = unpacked(unit.reference_mass), unpacked(unit.compressed_mass)
+    return TemperatureBiasState(
+        unit.model,
+        unit.vocab_size,
+        frozen(reference),
+        frozen(compressed),
+        tokens=unit.tokens,
+        requests=unit.requests,
+        **dict(zip(SUMS, unit.sums, strict=True)),
+    )
 
 
 def packed_distances(distances: Mapping[str, ExactDistances]) -> dict[str, tuple[bytes, bytes]]:

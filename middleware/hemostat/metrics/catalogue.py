@@ -31,6 +31,29 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "1 where decisions are made: of the replicas that share a store, on one at a time.",
         ),
         Metric(
+            names.EVIDENCE_UNITS,
+            "counter",
+            "units",
+            "Evidence that replicas send to the one that leads, one unit for a scored request or an outcome, by what became of "
+            "it.",
+            ("stream", "event"),
+        ),
+        Metric(names.EVIDENCE_BYTES, "counter", "bytes", "Of the units that were sent.", ("stream",)),
+        Metric(
+            names.EVIDENCE_WAITING,
+            "gauge",
+            "units",
+            "Evidence of this replica that the store does not have yet: lost if this replica dies now.",
+            ("stream",),
+        ),
+        Metric(
+            names.EVIDENCE_LAG_SECONDS,
+            "gauge",
+            "seconds",
+            "At the replica that leads: age of the oldest evidence of other replicas when it was last taken.",
+            ("stream",),
+        ),
+        Metric(
             names.MODEL_INFO,
             "gauge",
             "1",

@@ -47,6 +47,10 @@ BATCH_RECORDS = 8
 """Records that are gathered before one update of temperature and bias."""
 
 
+_PROPOSED_AT, _POSITIONS = "proposed_at", "positions"
+"""Of an export's notes. Older ones are what is now under the first."""
+
+
 @dataclass(slots=True)
 class _ScopeLearning:
     """What was learned in one scope."""
@@ -93,6 +97,10 @@ class Proposals:
             half_life_tokens=settings.half_life_tokens,
         )
         self._scopes: dict[str, _ScopeLearning] = {}
+        self.on_learned: Callable[[str, TemperatureBiasState], None] | None = None
+        """Called with a scope and what temperature and bias have learned of it, for a replica that leads instead."""
+        self.proposed = 0
+        """Proposals of temperature and bias by this process."""
 
     # --- what was learned ------------------------------------------------------------------------------------------
 
@@ -101,29 +109,49 @@ class Proposals:
         state = self._scope(scope).temperature_bias
         return (state.requests, state.tokens) if state is not None else (0, 0)
 
-    def export(self, models: str) -> Callable[[], bytes]:
+    def export(self, models: str, positions: str = "") -> Callable[[], bytes]:
         """What was learned until now, as bytes; the function that makes them may be called in a thread.
 
-        models: a name of both models, for `restore`.
+        models: a name of both models, for `restore`. positions: of what other replicas have learned.
         """
         states = {scope: s.temperature_bias for scope, s in self._scopes.items() if s.temperature_bias is not None}
         proposed_at = {scope: dict(learning.proposed_at) for scope, learning in self._scopes.items()}
-        return lambda: storage.save(states, self._temperature_bias, models, json.dumps(proposed_at))
+        notes = json.dumps({_PROPOSED_AT: proposed_at, _POSITIONS: positions})
+        return lambda: storage.save(states, self._temperature_bias, models, notes)
 
-    def restore(self, data: bytes, models: str) -> None:
-        """Go on from an export. InvalidArgumentError where it is damaged, or about other models or settings."""
-        states, notes = storage.load(data, self._temperature_bias, models)
+    def restore(self, data: bytes, models: str) -> str:
+        """Go on from an export; its positions. InvalidArgumentError where it is damaged, or about other models or
+        settings."""
+        states, text = storage.load(data, self._temperature_bias, models)
         model = self._serving.model
         for scope, state in states.items():
             if model is not None and (state.model, state.vocab_size) == (model.name, model.vocab_size):
                 self._scope(scope).temperature_bias = state
         try:
-            for scope, families in json.loads(notes).items():
+            notes = json.loads(text)
+            for scope, families in notes.get(_PROPOSED_AT, {} if _POSITIONS in notes else notes).items():
                 learning = self._scope(scope)
                 for family, tokens in families.items():
                     learning.proposed_at[family] = max(int(tokens), learning.proposed_at.get(family, 0))
         except (ValueError, TypeError, AttributeError):
             raise InvalidArgumentError("what was proposed before cannot be read") from None
+        return str(notes.get(_POSITIONS) or "")
+
+    def forget_learned(self) -> None:
+        """Of temperature and bias: the leader knows it, and goes on from that."""
+        for learning in self._scopes.values():
+            learning.temperature_bias, learning.batch = None, []
+
+    def add_learned(self, scope: str, growth: TemperatureBiasState) -> None:
+        """As the leader: what another replica's temperature and bias have learned of a scope. InvalidArgumentError
+        where it is of another model."""
+        model = self._serving.model
+        if model is None or self._serving.scopes.followed(scope) != scope:
+            return
+        learning = self._scope(scope)
+        state = learning.temperature_bias or self._temperature_bias.init(model.name, model.vocab_size)
+        learning.temperature_bias = self._temperature_bias.grown(state, growth)
+        self._propose_if_due(scope)
 
     def restart(self) -> None:
         """The model is another: forget what was learned.
@@ -167,8 +195,17 @@ class Proposals:
             return
         # The batch is emptied first: records that raise here must not come back with the next one.
         batch, learning.batch = learning.batch, []
-        state = self._temperature_bias.update(learning.temperature_bias, batch)
+        before, state = learning.temperature_bias, self._temperature_bias.update(learning.temperature_bias, batch)
         learning.temperature_bias = state
+        if self.on_learned is not None and not self._lease.is_last_leader:
+            self.on_learned(scope, self._temperature_bias.growth(before, state))
+        self._propose_if_due(scope)
+
+    def _propose_if_due(self, scope: str) -> None:
+        learning = self._scope(scope)
+        state = learning.temperature_bias
+        if state is None:
+            return
         min_tokens = self._settings.min_tokens
         if self._catalogue.probe is not None and CONTEXTUAL not in learning.proposed_at:
             min_tokens *= CONTEXTUAL_FIRST_FACTOR
@@ -184,6 +221,7 @@ class Proposals:
         proposal = self._temperature_bias.propose(state)
         if proposal is not None:
             self._scope(scope).proposed_at[TEMPERATURE_BIAS] = state.tokens
+            self.proposed += 1
             why = f"learned from {state.tokens} tokens"
             self._lifecycle.replace_proposals(scope, self._requests.variants(proposal), why, {})
 

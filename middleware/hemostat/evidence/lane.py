@@ -1,0 +1,115 @@
+"""One stream of units: to the leader, and at the leader from all others to whoever uses them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any
+
+from hemostat.evidence.inbox import Inbox
+from hemostat.evidence.outbox import Outbox
+from hemostat.evidence.positions import Positions
+from hemostat.evidence.units import BATCHES, UNITS, Unit
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
+from hemostat.store.lease import Lease
+from hemostat.store.protocol import SharedStore, StoreFailure
+
+log = logging.getLogger("hemostat.evidence")
+
+EVENTS = ("sent", "dropped", "applied", "repeated", "lost", "failed")
+"""What may happen to a unit: values of `hemostat_evidence_units_total`."""
+
+
+class Lane:
+    """Lives in the control process's event loop.
+
+    name: of the stream. positions_key: of the store's state, where the positions are written with, or after, what the
+    units went into. use: called with each unit of another replica, once. on_change: called after some were used.
+    prepare, ready, on_failure, clock, wall: see `Inbox`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        store: SharedStore,
+        lease: Lease,
+        positions: Positions,
+        positions_key: str,
+        use: Callable[[Unit], None],
+        *,
+        on_failure: Callable[[StoreFailure], None],
+        on_change: Callable[[], None],
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        prepare: Callable[[], Awaitable[None]] | None = None,
+        ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.name = name
+        self._positions = positions
+        self._use_unit = use
+        self._on_change = on_change
+        stream = store.stream(name)
+        self.outbox = Outbox(stream, store.replica, on_failure)
+        self.inbox = Inbox(
+            stream,
+            lease,
+            positions,
+            use=self._use,
+            persisted=lambda: Positions.of(store.get_state(positions_key)),
+            on_failure=on_failure,
+            clock=clock,
+            wall=wall,
+            prepare=prepare,
+            ready=ready,
+        )
+        self.failed = 0
+        """Units that could not be used: a bug, or a batch of another version."""
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        """What has to run, until cancelled."""
+        return [self.outbox.run(), self.inbox.run()]
+
+    def send(self, unit: Unit) -> None:
+        """To the leader, soon."""
+        self.outbox.add(UNITS.encode(unit))
+
+    def _use(self, data: bytes) -> None:
+        """One batch. What cannot be used is counted, and the rest is used all the same."""
+        try:
+            batch = BATCHES.decode(data)
+        except ValueError as error:
+            self.failed += 1
+            log.error("a batch of another replica cannot be read: %s", error)
+            return
+        for unit in batch:
+            try:
+                self._use_unit(unit)
+            except Exception:
+                self.failed += 1
+                log.exception("a unit of another replica could not be used")
+        self._on_change()
+
+    # --- what is shown ---------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready, since this process started. Units, but for bytes and seconds."""
+        return {
+            "waiting": self.outbox.waiting,
+            "sent": self.outbox.sent,
+            "sent_bytes": self.outbox.sent_bytes,
+            "dropped": self.outbox.dropped,
+            "applied": self.inbox.applied,
+            "repeated": self._positions.repeated,
+            "lost": self._positions.lost,
+            "failed": self.failed,
+            "lag_seconds": self.inbox.lag_seconds,
+        }
+
+    def samples(self) -> Iterator[Sample]:
+        counts = self.status()
+        for event in EVENTS:
+            yield Sample(names.EVIDENCE_UNITS, (self.name, event), counts[event])
+        yield Sample(names.EVIDENCE_BYTES, (self.name,), self.outbox.sent_bytes)
+        yield Sample(names.EVIDENCE_WAITING, (self.name,), self.outbox.waiting)
+        yield Sample(names.EVIDENCE_LAG_SECONDS, (self.name,), self.inbox.lag_seconds)
