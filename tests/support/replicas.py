@@ -36,9 +36,13 @@ class Clock:
         return self.now
 
 
+def store_url(url: str, prefix: str) -> str:
+    return f"{url}?prefix={quote(prefix)}"
+
+
 def deployment(url: str, prefix: str, **more: Any) -> Settings:
     """url: of a Valkey; "" for a store in memory, which one replica has for itself."""
-    store = {"url": f"{url}?prefix={quote(prefix)}"} if url else {}
+    store = {"url": store_url(url, prefix)} if url else {}
     calibration = {"mode": "auto", "min_tokens": 500, "clamp_nats": 1.0, "held_out_fraction": 0.3}
     return settings(store=store, calibration=calibration, **more)
 
