@@ -83,9 +83,7 @@ class Deployment:
     def statuses(self) -> list[dict[str, Any]]:
         """Of the living replicas, as their own processes wrote them."""
         found = [read(self._folder / str(n) / "status") for n in range(REPLICAS)]
-        return [
-            said for said, process in zip(found, self._processes, strict=True) if said.get("pid") == process.pid
-        ]
+        return [said for said, process in zip(found, self._processes, strict=True) if said.get("pid") == process.pid]
 
     def until(self, condition: Callable[[list[dict[str, Any]]], bool], what: str) -> None:
         end = time.monotonic() + WAIT_SECONDS
@@ -137,7 +135,9 @@ class Deployment:
         """Whether those that live go on serving."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            alive = [said for said in self.statuses() if said["pid"] in {p.pid for p in self._processes if p.is_alive()}]
+            alive = [
+                said for said in self.statuses() if said["pid"] in {p.pid for p in self._processes if p.is_alive()}
+            ]
             self.outcome.not_serving += sum(not self._serves(said) for said in alive)
             time.sleep(0.05)
 

@@ -17,7 +17,7 @@ from tests.support.control import settings
 from tests.support.oracle import shift
 from tests.support.profile_bench import MODEL
 from tests.support.records import Truth, make_record
-from tests.support.world import V
+from tests.support.world import V, World
 
 from hemostat.config.schema import Settings
 from hemostat.control.composition import Control
@@ -25,6 +25,8 @@ from hemostat_calibration.records import Shift, TokenRecord
 
 STEP_SECONDS = 0.25
 """Between two scored requests of the deployment."""
+MAX_REQUESTS = 5000
+"""Within which a profile is promoted."""
 
 
 class Clock:
@@ -114,3 +116,15 @@ async def replicas(url: str, folder: Path, number: int, **more: Any) -> AsyncIte
     finally:
         for one in controls:
             await asyncio.wait_for(one.close(), 60)
+
+
+async def requests_until_promoted(url: str, folder: Path, number: int, world: World, seed: int) -> int:
+    """Scored requests of the whole deployment until a profile that it has learned serves."""
+    async with replicas(url, folder, number) as ones:
+        for n in range(MAX_REQUESTS):
+            ones.score(n, world.truth(MAX_REQUESTS * seed + n), b"%d" % (MAX_REQUESTS * seed + n))
+            if n % number == number - 1:
+                await ones.turn()
+            if ones.promoted:
+                break
+        return ones.scored

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from hemostat.admin.configuration import Configuration, ConfigurationReport
+from hemostat.admin.deployment import Deployment
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
 from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
@@ -57,7 +58,11 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     leads: bool
     shared: bool
     store_reachable: bool | None
-    """None where no store is shared."""
+    """None where no store is shared; so below."""
+    deployment: Report | None
+    """What all replicas have measured: `admin.deployment`."""
+    evidence: dict[str, Report] | None
+    """Of this replica on its way to the leader, and of others that it has counted, by stream: `evidence.lane`."""
 
 
 class RecoveredStatus(msgspec.Struct, frozen=True):
@@ -217,6 +222,8 @@ class StatusSource:
         lease: Lease,
         replica: Replica | None,
         configuration: Configuration,
+        deployment: Deployment | None,
+        evidence: Callable[[], dict[str, Report]] | None,
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
@@ -239,6 +246,8 @@ class StatusSource:
         self._records = records
         self._lease = lease
         self._replica = replica
+        self._deployment = deployment
+        self._evidence = evidence
         self._clock = clock
         self._wall = wall
         self._started = clock()
@@ -281,6 +290,8 @@ class StatusSource:
                 leads=self._lease.leads,
                 shared=self._replica is not None,
                 store_reachable=self._replica.reachable if self._replica is not None else None,
+                deployment=self._deployment.status() if self._deployment is not None else None,
+                evidence=self._evidence() if self._evidence is not None else None,
             ),
             recovered=self._recovered(version),
             proxy=proxy_status(totals),

@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from hemostat.admin.configuration import Configuration
+from hemostat.admin.deployment import Deployment, ReplicaReport
 from hemostat.admin.history import History
 from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
@@ -210,6 +211,9 @@ class Control:
         )
         self.stored_state, self.replica = operations.stored_state, operations.replica
         self.actions = operations.actions
+        self.deployment = None
+        if shared is not None:
+            self.deployment = Deployment(shared, self._own_report, self.store_errors.record, wall)
         self.status = StatusSource(
             settings,
             data_port,
@@ -229,6 +233,8 @@ class Control:
             lease=self.lease,
             replica=self.replica,
             configuration=self.configuration,
+            deployment=self.deployment,
+            evidence=self.evidence.status if self.evidence is not None else None,
             clock=clock,
             wall=wall,
         )
@@ -243,6 +249,15 @@ class Control:
             self.learned.set_models(model_identity(pair))
             self.subject.update()
         self.changes.notify()
+
+    def _own_report(self) -> ReplicaReport:
+        return ReplicaReport(
+            at=self._wall(),
+            leads=self.lease.leads,
+            scored=self.pipeline.endings.scored,
+            tokens=self.measurements.tokens,
+            kl=self.measurements.sequence("kl_nats_estimate"),
+        )
 
     def _sample_sources(self) -> list[Callable[[], Iterable[AnySample]]]:
         return [
@@ -285,6 +300,8 @@ class Control:
             loops.append(self.replica.run())
         if self.evidence is not None:
             loops += self.evidence.loops()
+        if self.deployment is not None:
+            loops.append(self.deployment.run())
         if self.references is not None:
             loops += [self.monitor.run(), self.learner.run(), *self.pipeline.loops(), *self.adapters.loops()]
         return loops

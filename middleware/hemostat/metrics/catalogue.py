@@ -34,8 +34,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             names.EVIDENCE_UNITS,
             "counter",
             "units",
-            "Evidence that replicas send to the one that leads, one unit for a scored request or an outcome, by what became of "
-            "it.",
+            "Evidence that replicas send to the one that leads, by what became of it: a unit for each scored request, "
+            "outcome, and batch of requests that were learned from.",
             ("stream", "event"),
         ),
         Metric(names.EVIDENCE_BYTES, "counter", "bytes", "Of the units that were sent.", ("stream",)),
