@@ -141,6 +141,7 @@ class Bench:
             learner=SimpleNamespace(offer=lambda record, scope: self.noted["learned"].append(record)),
             records=None,
             texts=None,
+            evidence=None,
             tracing=None,
         )
         monitor: Any = SimpleNamespace(served=self.served)

@@ -208,8 +208,8 @@ def test_an_adapter_with_a_map_is_measured_as_it_was_served(map_applied: bool) -
 def test_no_alarm_is_raised_by_an_adapter_and_none_is_missed_because_of_it() -> None:
     """From the 60th request on an adapter answers nine of ten."""
     store = MemoryStore()
-    alarms = Alarms(config.Alarm(baseline_requests=40, budget_nats=1.5), (), store, store, lambda: 0.0)
-    alone = Alarms(config.Alarm(baseline_requests=40, budget_nats=1.5), (), store, store, lambda: 0.0)
+    alarms = Alarms(config.Alarm(baseline_requests=40, budget_nats=1.5), (), store, lambda: 0.0)
+    alone = Alarms(config.Alarm(baseline_requests=40, budget_nats=1.5), (), store, lambda: 0.0)
     for seed in range(200):
         if seed < 60 or seed % 10 == 0:
             for one in (alarms, alone):

@@ -41,7 +41,7 @@ class Bench:
         self.store = MemoryStore()
         self.now = 1000.0
         floors = given.pop("floors", ())
-        self.alarms = Alarms(config.Alarm(**given), floors, self.store, self.store, lambda: self.now)
+        self.alarms = Alarms(config.Alarm(**given), floors, self.store, lambda: self.now)
 
     def feed(self, seeds: range, noise: float) -> None:
         for seed in seeds:
@@ -88,7 +88,7 @@ def test_the_budget_is_above_the_floor_and_waits_for_it() -> None:
     assert bench.alarms.report()["floor_upper_nats"] is None
     for seed in range(200):
         for model in MODELS:
-            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)))
+            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)).kl_rc)
     floor = bench.alarms.report()["floor_upper_nats"]
     assert 0.0 < floor < 0.02
     bench.feed(range(40, 120), 1.0)
@@ -193,7 +193,7 @@ def test_half_of_the_noise_floors_is_what_noise_adds() -> None:
     bench = Bench(budget_nats=0.05, floors=MODELS)
     for seed in range(200):
         for model in MODELS:
-            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)))
+            bench.alarms.observe_noise_floor(model, divergence(record(seed, 0.02)).kl_rc)
     limits = [floor.get(0.01 / 8).high for floor in bench.alarms._noise_floors.values()]
     assert bench.alarms.report()["floor_upper_nats"] == pytest.approx(sum(limits) / 2)
 

@@ -142,6 +142,7 @@ class Pipeline:
             learner=SimpleNamespace(offer=lambda record, scope: self.learned.append(record)),
             records=self.records,
             texts=None,
+            evidence=None,
             tracing=SimpleNamespace(record_score=lambda *_, **given: self.traced.append(given["attributes"])),
         )
         served = served_models(pair("m", object(), INFO, set(), set()))  # type: ignore[arg-type]

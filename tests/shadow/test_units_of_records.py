@@ -43,6 +43,7 @@ def test_alike_turns_count_once(named: bool) -> None:
         records=None,
         tracing=None,
         texts=None,
+        evidence=None,
     )
     monitor: Any = SimpleNamespace(served=SimpleNamespace(of=lambda _: None, calibrated=None))
     nothing: Any = None

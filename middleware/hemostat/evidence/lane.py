@@ -111,5 +111,5 @@ class Lane:
         for event in EVENTS:
             yield Sample(names.EVIDENCE_UNITS, (self.name, event), counts[event])
         yield Sample(names.EVIDENCE_BYTES, (self.name,), self.outbox.sent_bytes)
-        yield Sample(names.EVIDENCE_WAITING, (self.name,), self.outbox.waiting)
+        yield Sample(names.EVIDENCE_WAITING_UNITS, (self.name,), self.outbox.waiting)
         yield Sample(names.EVIDENCE_LAG_SECONDS, (self.name,), self.inbox.lag_seconds)

@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(names.EVIDENCE_BYTES, "counter", "bytes", "Of the units that were sent.", ("stream",)),
         Metric(
-            names.EVIDENCE_WAITING,
+            names.EVIDENCE_WAITING_UNITS,
             "gauge",
             "units",
             "Evidence of this replica that the store does not have yet: lost if this replica dies now.",
