@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tests.support import valkey
-from tests.support.replicas import requests_until_promoted
+from tests.support import replica_kills, valkey
+from tests.support.control import status_json
+from tests.support.profile_bench import BIASED, EVEN, JUDGED, LEARNED, harmful, helpful
+from tests.support.replicas import Replicas, replicas, requests_until_promoted
+from tests.support.samples import values
 from tests.support.valkey import Valkey
 from tests.support.world import World
+
+from hemostat.control.composition import Control
+from hemostat.evidence import checkpoint as checkpoint_module
+from hemostat.evidence.units import UNITS, ScoredUnit, packed_distances, unpacked_distances
+from hemostat.ipc.messages import REST_KIND, OutcomeReport
+from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
+from hemostat_calibration.records import ExactDistances
 
 STRONGLY_BIASED = World(bias=0.9)
 
@@ -26,6 +39,214 @@ async def test_four_replicas_prove_about_as_fast_as_one_with_all_the_traffic(
     """It took four times as many requests where the leader judged by its own part."""
     alone = await requests_until_promoted("", tmp_path / "one", 1, STRONGLY_BIASED, 0)
     together = await requests_until_promoted(shared_server.url, tmp_path / "four", 4, STRONGLY_BIASED, 0)
-    print(alone, together)
     assert alone > 100
     assert together <= 1.15 * alone
+
+
+def test_kills_at_random_count_nothing_twice_and_promote_no_harm(tmp_path: Path) -> None:
+    """A short form of `make bench-faults`: leader, follower and store are each killed at least once."""
+    found = replica_kills.run(replica_kills.context(), tmp_path / "run", 102, 5)
+    assert {"leader", "follower", "store"} == set(found.killed)
+    assert found.holds, found
+    assert found.counted > 100
+
+
+async def test_the_leader_learns_from_all(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server.url, tmp_path, 3) as ones:
+        for n, key in enumerate(LEARNED[:72]):
+            ones.score(n, EVEN.truth(n), key)
+        await ones.beat()
+        await ones.turn()
+        learned = [one.profile_manager.proposals.learned()[0] for one in ones.controls]
+        assert learned == [72, 24, 24]
+
+
+async def test_the_next_leader_goes_on_from_what_the_last_one_had_learned(
+    shared_server: Valkey, tmp_path: Path
+) -> None:
+    async with replicas(shared_server.url, tmp_path, 2) as ones:
+        leader, follower = ones.controls
+        for n, key in enumerate(LEARNED[:64]):
+            ones.score(n, EVEN.truth(n), key)
+        await ones.beat()
+        await ones.turn()
+        await leader.learned.save()
+        await leader.writer.drain()
+        for n, key in enumerate(LEARNED[64:96]):
+            ones.score(2 * n + 1, EVEN.truth(n), key)  # all of them at the follower
+        await ones.beat()
+        await ones.turn()
+        assert leader.profile_manager.proposals.learned()[0] == 96
+        await hand_over(ones)
+        await ones.turn()
+        assert follower.profile_manager.proposals.learned()[0] == 96, "the last 32 were not saved, and come again"
+
+
+async def hand_over(ones: Replicas) -> None:
+    """The leader dies: it writes nothing more, and the second one takes over."""
+    leader, other = ones.controls
+    assert leader.replica is not None
+    assert other.replica is not None
+    assert leader.store.shared is not None
+    leader.store.shared.release_lease()
+    leader.lease.lose()
+    await other.replica.heartbeat()
+    assert other.lease.leads
+    ones.controls = [other]
+
+
+async def test_alarms_are_of_all_replicas_and_shown_by_each(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server.url, tmp_path, 3, alarm={"baseline_requests": 30}) as ones:
+        for n, key in enumerate(JUDGED[:90]):
+            world = EVEN if n < 40 else BIASED
+            ones.score(3 * n + 1 + n % 2, world.truth(n), key)  # the leader itself scores nothing
+            if n % 10 == 9:
+                await ones.turn()
+        ones.leader.alarms.save()
+        await ones.turn()
+        assert [one.alarms.report()["raised"] for one in ones.controls] == [True, True, True]
+        events = [event["decision"] for event in ones.controls[0].store.events(100)]
+        assert events.count("alarm") == 1, "raised once, and not once by each replica"
+        assert [len(one.alarms.events) for one in ones.controls] == [1, 1, 1]
+        report = await ones.controls[0].actions.rebase(None)
+        assert all(kind["baseline_requests"] == 0 for kind in report["kinds"])
+
+
+async def test_a_conversation_counts_once_whichever_replicas_its_turns_go_to(
+    shared_server: Valkey, tmp_path: Path
+) -> None:
+    async with replicas(shared_server.url, tmp_path, 3, alarm={"baseline_requests": 1000}) as ones:
+        for n in range(30):
+            ones.score(n, EVEN.truth(n), JUDGED[n // 3], conversation=JUDGED[n // 3])
+        await ones.turn()
+        assert ones.leader.alarms.report()["workload"]["baseline_requests"] == 10
+        assert ones.leader.profile_manager.serving.kinds["chat"].units == 10
+
+
+async def test_outcomes_of_all_relays_are_compared_by_the_leader(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server.url, tmp_path, 2) as ones:
+        leader, follower = ones.controls
+        for key in JUDGED[:2]:
+            ones.score(0, EVEN.truth(0), key)
+        served = leader.profile_manager.operator.import_profile(helpful())
+        leader.profile_manager.operator.promote(served)
+        await ones.turn()
+        for n in range(40):
+            bad = {"truncated": False}
+            report = OutcomeReport(REST_KIND, served, n % 2 == 0, b"c%d" % (n // 2), b"", bad, 20)
+            (leader if n % 2 else follower).link._on_outcome(report)  # type: ignore[attr-defined]
+        await ones.turn()
+        [kind] = leader.outcomes.report()["kinds"]
+        assert kind["units"] == 20, "each conversation once"
+
+
+async def test_a_leader_writes_before_it_has_counted_more_than_it_may_lose(
+    shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_module, "MAX_UNSAVED", 10)
+    async with replicas(shared_server.url, tmp_path, 2, alarm={"baseline_requests": 1000}) as ones:
+        await ones.turn()
+        for n, key in enumerate(JUDGED[:25]):
+            ones.score(0, EVEN.truth(n), key)
+        await ones.leader.writer.drain()
+        saved = replica_kills.counted_requests(ones.leader.store.get_state("alarm") or "", 1000)
+        assert 25 - saved < 10
+
+
+async def test_states_and_positions_are_written_in_one_step(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server.url, tmp_path, 2) as ones:
+        await ones.turn()
+        written: list[set[str]] = []
+        store = ones.leader.store
+        assert store.shared is not None
+        set_states = store.shared.as_leader.set_states
+
+        def note(values: dict[str, str | None]) -> None:
+            written.append(set(values))
+            set_states(values)
+
+        store.shared.as_leader.set_states = note  # type: ignore[method-assign, assignment]
+        version = ones.leader.profile_manager.operator.import_profile(harmful())
+        ones.leader.profile_manager.operator.promote(version)
+        await ones.leader.writer.drain()
+        assert written == [{"kinds", "tests", "alarm", "outcomes", "evidence"}]
+
+
+async def test_what_cannot_be_used_is_counted_and_the_rest_is_used(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server.url, tmp_path, 2) as ones:
+        leader, follower = ones.controls
+        assert leader.evidence is not None
+        assert follower.evidence is not None
+        lane, judging = follower.evidence.lanes[0], leader.evidence.lanes[0]
+        damaged = ScoredUnit("chat", b"u", False, b"", 3, True, False, ("x", "y"), None)  # type: ignore[arg-type]
+        lane.outbox.add(UNITS.encode(damaged))
+        await lane.outbox.send()
+        await judging.inbox.take()
+        assert judging.failed == 1
+        ones.score(1, EVEN.truth(0), JUDGED[0])
+        await lane.outbox.send()
+        await judging.inbox.take()
+        assert leader.profile_manager.serving.kinds["chat"].units == 1
+        assert values(leader.evidence.samples())["hemostat_evidence_units_total", "evidence", "failed"] == 1.0
+
+
+async def test_every_replica_shows_what_all_have_measured(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server.url, tmp_path, 3) as ones:
+        for n, key in enumerate(JUDGED[:12]):
+            ones.score(n, BIASED.truth(n), key)
+        for _ in range(2):
+            for one in ones.controls:
+                assert one.deployment is not None
+                await one.deployment.exchange()
+        shown = [status_json(one)["replica"] for one in ones.controls]
+        assert [one["leads"] for one in shown] == [True, False, False]
+        for one in shown:
+            assert one["deployment"]["tokens_scored"] == 12 * 40
+            assert sum(each["leads"] for each in one["deployment"]["replicas"]) == 1
+            assert len(one["deployment"]["replicas"]) == 3
+        estimates = [one["deployment"]["kl_nats_estimate"]["estimate"] for one in shown]
+        alone = [divergence_of(one) for one in ones.controls]
+        np.testing.assert_allclose(estimates, np.mean(alone), rtol=1e-9)
+
+
+def divergence_of(one: Control) -> float:
+    found = one.measurements.sequence("kl_nats_estimate").get()
+    return found.mean
+
+
+def test_one_replica_has_nothing_of_it(tmp_path: Path) -> None:
+    async def alone() -> dict[str, Any]:
+        async with replicas("", tmp_path, 1) as ones:
+            assert ones.controls[0].evidence is None
+            return status_json(ones.controls[0])["replica"]  # type: ignore[no-any-return]
+
+    assert asyncio.run(alone()) == {
+        "leads": True,
+        "shared": False,
+        "store_reachable": None,
+        "deployment": None,
+        "evidence": None,
+    }
+
+
+def test_distances_arrive_as_they_were_but_for_rounding() -> None:
+    kl, tv = np.array([0.1, np.inf, 0.0]), np.array([0.2, 1.0, 0.0])
+    found = unpacked_distances(packed_distances({"identity": ExactDistances(kl, tv, np.array([True, False, True]))}))
+    np.testing.assert_allclose(found["identity"].kl, kl, rtol=1e-6)
+    np.testing.assert_allclose(found["identity"].tv, tv, rtol=1e-6)
+
+
+@pytest.mark.parametrize("half_life", [None, 500.0])
+def test_a_state_that_has_grown_by_what_others_learned_is_the_same_as_one_that_learned_it_all(
+    half_life: float | None,
+) -> None:
+    """As far as weights and counts go: sums are taken under the parameters of their time."""
+    world = World(bias=0.5)
+    learner = TemperatureBiasLearner(half_life_tokens=half_life)
+    _, whole = world.learn(32, learner=learner)
+    _, half = world.learn(16, learner=learner)
+    grown = learner.grown(half, learner.growth(half, whole))
+    assert (grown.tokens, grown.requests) == (whole.tokens, whole.requests)
+    np.testing.assert_allclose(grown.reference_mass, whole.reference_mass, rtol=1e-9, atol=1e-12)
+    assert grown.weight == pytest.approx(whole.weight)
+    assert grown.information == pytest.approx(whole.information)

@@ -168,9 +168,9 @@ class Deployment:
             process.kill()
 
 
-def counted_requests(alarm_state: str) -> int:
+def counted_requests(alarm_state: str, baseline: int = replica_child.BASELINE_REQUESTS) -> int:
     """Of all kinds: by the mix of kinds, which counts every request of its baseline."""
-    state = alarm.load(alarm_state.encode(), alarm.Settings(baseline_requests=replica_child.BASELINE_REQUESTS))
+    state = alarm.load(alarm_state.encode(), alarm.Settings(baseline_requests=baseline))
     return sum(state.workload.baseline.values())
 
 

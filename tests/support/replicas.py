@@ -73,19 +73,24 @@ class Replicas:
         record = replace(scored(one, truth, key), **more)
         one.pipeline.use_record(record, capture(kind=record.kind))
 
-    async def turn(self, *, beat: bool = True) -> None:
+    async def turn(self) -> None:
         """What the loops of all replicas do within about a second: send, count, write, follow."""
         for one in self.controls:
             if one.evidence is not None:
                 await one.evidence.close()
         for one in self.controls:
+            one.profile_manager.writer.save_if_due()
             if one.evidence is not None and one.lease.leads:
                 for lane in one.evidence.lanes:
                     await lane.inbox.take()
-            one.do_periodic()
+                one.evidence.checkpoint.save_if_due()
             await one.writer.drain()
+        await self.beat()
+
+    async def beat(self) -> None:
+        """All look at the store: the leader stays one, and the others read what it has written."""
         for one in self.controls:
-            if one.replica is not None and beat:
+            if one.replica is not None:
                 await one.replica.heartbeat()
 
 
