@@ -32,6 +32,7 @@ from tests.support.waiting import HANG_SECONDS, until
 from hemostat.relay.disconnect import DisconnectWatcher
 from hemostat.relay.exchange_state import ExchangeState
 from hemostat.relay.limits import Limits
+from hemostat.relay.upstreams.connection import UpstreamConnection as RelayConnection
 from hemostat.relay.worker import Relay
 
 CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -406,8 +407,10 @@ async def test_slow_upstream_costs_bounded_memory() -> None:
     async with relaying(script) as (relay, _, connect):
         client = await connect()
         client.writer.write(post(b"x" * size))
-        await until(lambda: any(inside.reading_paused for inside in relay.clients))
+        await until(lambda: bool(relay.clients))
         (inside,) = relay.clients
+        # It is paused before there is a connection, too.
+        await until(lambda: inside.exchange and inside.exchange.upstream and inside.reading_paused)
         assert inside.exchange is not None
         assert inside.exchange.upstream is not None
         assert inside.exchange.upstream.transport.get_write_buffer_size() <= 512 * 1024
@@ -429,6 +432,44 @@ async def test_body_that_is_read_before_there_is_a_connection_is_bounded() -> No
         assert inside.outgoing.unsent_bytes <= 512 * 1024
         first.writer.transport.abort()
         await until(lambda: inside.state is not ExchangeState.QUEUED)
+
+
+async def test_what_waited_for_a_connection_does_not_lift_the_limit_of_what_is_read_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel takes only a part of it, as on a network."""
+    waiting, end = Waiting(), asyncio.Event()
+    made = RelayConnection.connection_made
+
+    def with_small_buffer(self: RelayConnection, transport: asyncio.BaseTransport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
+
+    monkeypatch.setattr(RelayConnection, "connection_made", with_small_buffer)
+
+    async def script(connection: UpstreamConnection) -> None:
+        if not waiting.asked.is_set():
+            await waiting.script(connection)
+            return
+        connection.writer.transport.pause_reading()
+        await end.wait()
+
+    async with relaying(script, upstream_max_connections=1) as (relay, _, connect):
+        first, second = await connect(), await connect()
+        await first.send(GET)
+        await asyncio.wait_for(waiting.asked.wait(), HANG_SECONDS)
+        second.writer.write(post(b"x" * 40_000_000))
+        await until(lambda: any(inside.reading_paused for inside in relay.clients))
+        exchanges = [client.exchange for client in relay.clients if client.exchange is not None]
+        (inside,) = [exchange for exchange in exchanges if exchange.state is ExchangeState.QUEUED]
+        first.writer.transport.abort()
+        await until(lambda: inside.upstream is not None)
+        reader = next(client for client in relay.clients if client.exchange is inside)
+        await until(lambda: reader.reading_paused or inside.request_complete)
+        assert inside.upstream is not None
+        assert inside.upstream.transport.get_write_buffer_size() <= 1024 * 1024
+        assert not inside.request_complete
+        end.set()
 
 
 async def test_drain_lets_requests_in_progress_end_and_accepts_no_new_ones() -> None:

@@ -325,10 +325,11 @@ class Exchange:
     # From the pool.
 
     def connection_ready(self, connection: UpstreamConnection) -> None:
+        if not self.request_complete:
+            # Before anything is sent: where the upstream does not take it, sending it pauses the client again.
+            self._client.resume_reading()
         self._send_on(connection, self.outgoing.take())
         self._overhead += perf_counter()
-        if not self.request_complete:
-            self._client.resume_reading()
 
     def connection_failed(self, error: OSError) -> None:
         """Nothing has been sent, so that every request can go to another engine."""
