@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import msgspec
@@ -21,10 +20,10 @@ class ConfigurationReport(msgspec.Struct, frozen=True):
 
 
 class Configuration:
-    """Owns the last report."""
+    """Owns the last report. loaded_at: see there."""
 
-    def __init__(self) -> None:
-        self.report = ConfigurationReport(time.time())
+    def __init__(self, loaded_at: float) -> None:
+        self.report = ConfigurationReport(loaded_at)
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(names.CONFIG_LAST_RELOAD_SUCCESSFUL, (), float(not self.report.error))

@@ -80,7 +80,7 @@ class Control:
     ) -> None:
         calibration, changes = settings.calibration, Changes()
         self._clock, self._wall = clock, wall
-        self.configuration = Configuration()
+        self.configuration = Configuration(wall())
         self.history = History()
         self.measurements = Measurements(settings.shadow.max_tokens)
         self.breakers = Breakers()

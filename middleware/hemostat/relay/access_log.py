@@ -15,14 +15,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from time import perf_counter
-from typing import Literal, cast
+from typing import Literal
 
 import msgspec
 
 from hemostat.openai import routes
 from hemostat.relay.counters import REFUSED
-from hemostat.relay.http.request import RequestHead
 
 FLUSH_BYTES = 64 * 1024
 """So much is written at once; less about once a second."""
@@ -68,7 +66,7 @@ class AccessLog:
     def __init__(
         self, descriptor: int, form: Literal["text", "json"], dropped: Callable[[int], None], *, clients: bool = False
     ) -> None:
-        self.clients = clients
+        self._clients = clients
         self._descriptor = descriptor
         self._encode = _json_line if form == "json" else _text_line
         self._dropped = dropped
@@ -80,6 +78,25 @@ class AccessLog:
         self._writing: asyncio.Future[int] | None = None
         self._torn = False
         """The last line in the file lacks its end."""
+
+    def request(
+        self,
+        method: str,
+        route: str,
+        status: int,
+        outcome: str,
+        sent: int,
+        seconds: float,
+        upstream_seconds: float | None,
+        arm: str,
+        request_id: str,
+        transport: asyncio.BaseTransport,
+    ) -> None:
+        """A request has ended; see `Line`."""
+        waited = None if upstream_seconds is None else round(upstream_seconds, 6)
+        cut = request_id[:MAX_ID_CHARACTERS]
+        address = client_address(transport) if self._clients else ""
+        self.add(Line(_now(), method, route, status, outcome, sent, round(seconds, 6), waited, arm, cut, address))
 
     def add(self, line: Line) -> None:
         """Returns at once."""
@@ -94,8 +111,7 @@ class AccessLog:
 
     def refused(self, status: int, transport: asyncio.BaseTransport) -> None:
         """Of a request that could not be parsed, or of a connection that was not accepted."""
-        address = client_address(transport) if self.clients else ""
-        self.add(Line(_now(), "", routes.OTHER, status, REFUSED, 0, 0.0, None, "none", "", address))
+        self.request("", routes.OTHER, status, REFUSED, 0, 0.0, None, "none", "", transport)
 
     def flush(self) -> None:
         """Begin to write what waits, if nothing is being written."""
@@ -129,81 +145,6 @@ class AccessLog:
             if self._writing is not None:
                 await asyncio.wait((self._writing,), timeout=timeout)
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-class LoggedRequest:
-    """The line of one request, as it comes about. It stands in for the transport that the response is written to."""
-
-    __slots__ = (
-        "_answered",
-        "_bytes",
-        "_log",
-        "_method",
-        "_request_id",
-        "_route",
-        "_sent",
-        "_started",
-        "_transport",
-    )
-
-    def __init__(
-        self,
-        log: AccessLog,
-        request: RequestHead,
-        route: str,
-        request_id: str,
-        transport: asyncio.Transport,
-        started: float,
-    ) -> None:
-        """started: when the request's head had been received (perf_counter)."""
-        self._log = log
-        self._method = request.method.decode("ascii")
-        self._route = route
-        self._request_id = request_id[:MAX_ID_CHARACTERS]
-        self._transport = transport
-        self._started = started
-        self._sent = 0.0
-        self._answered = 0.0
-        self._bytes = 0
-
-    @property
-    def transport(self) -> asyncio.Transport:
-        """Counts what is written to it."""
-        return cast("asyncio.Transport", self)
-
-    def write(self, data: bytes) -> None:
-        self._bytes += len(data)
-        self._transport.write(data)
-
-    def __getattr__(self, name: str) -> object:
-        """Everything else is the transport's own."""
-        return getattr(self._transport, name)
-
-    def sent(self) -> None:
-        """The request goes to the upstream."""
-        self._sent, self._answered = perf_counter(), 0.0
-
-    def answered(self, received: float) -> None:
-        """The response's head was received (perf_counter)."""
-        self._answered = received
-
-    def finish(self, status: int, outcome: str, arm: str) -> None:
-        log = self._log
-        log.add(
-            Line(
-                _now(),
-                self._method,
-                self._route,
-                status,
-                outcome,
-                self._bytes,
-                round(perf_counter() - self._started, 6),
-                round(self._answered - self._sent, 6) if self._answered else None,
-                arm,
-                self._request_id,
-                client_address(self._transport) if log.clients else "",
-            )
-        )
 
 
 def client_address(transport: asyncio.BaseTransport) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hemostat.relay.access_log import client_address
+from hemostat.relay.http.errors import error_body
 from hemostat.relay.http.request import RequestHead
 
 MAX_CLIENTS = 65_536
@@ -38,10 +39,13 @@ class Exceeded:
     limit: str
     retry_after: int
 
-    @property
-    def message(self) -> str:
+    def body(self) -> bytes:
         what = "requests per second" if self.limit == RATE else "requests at a time"
-        return f"too many {what} from this client; retry after {self.retry_after} s"
+        message = f"too many {what} from this client; retry after {self.retry_after} s"
+        return error_body(429, message, "rate_limit_exceeded")
+
+    def field_line(self) -> bytes:
+        return b"Retry-After: %d\r\n" % self.retry_after
 
 
 class ClientLimits:

@@ -9,12 +9,9 @@ from __future__ import annotations
 from time import perf_counter
 
 from hemostat.hooks import Headers, Hook, Refusal, Rewrite
-from hemostat.metrics import names
 from hemostat.openai import routes
 from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED, loads_adapters
 from hemostat.relay import counters
-from hemostat.relay.access_log import LoggedRequest
-from hemostat.relay.client_limits import ClientLimits
 from hemostat.relay.client_side import ClientSide
 from hemostat.relay.context import RelayContext
 from hemostat.relay.exchange_state import (
@@ -37,6 +34,7 @@ from hemostat.relay.http.request import CONTINUE, RequestHead
 from hemostat.relay.http.response import ResponseHead
 from hemostat.relay.outcomes import OutcomeObserver
 from hemostat.relay.outgoing_request import FAILED_STATUSES, RESENT_STATUSES, OutgoingRequest
+from hemostat.relay.request_watch import RequestWatch
 from hemostat.relay.response_framing import BodyMode, frame_response
 from hemostat.relay.tunnel import Tunnel
 from hemostat.relay.upstreams.connection import UpstreamConnection
@@ -60,14 +58,12 @@ class Exchange:
 
     __slots__ = (
         "_client",
-        "_client_key",
         "_collected",
         "_context",
         "_held_head",
         "_held_since",
         "_hook",
         "_keep_alive",
-        "_logged",
         "_mode",
         "_observer",
         "_overhead",
@@ -81,6 +77,7 @@ class Exchange:
         "_started",
         "_transport",
         "_uploading",
+        "_watch",
         "outgoing",
         "request_complete",
         "state",
@@ -98,19 +95,14 @@ class Exchange:
         self.outgoing = OutgoingRequest(context, request)
         self._context = context
         self._client = client
-        self._transport = client.transport
         self._request = request
         self._request_id = request_id
         target = request.target
         query = target.find(b"?")
         self._route = routes.LABELS.get(target if query < 0 else target[:query], routes.OTHER)
         self._started = started
-        self._client_key: bytes | None = None
-        """Of `ClientLimits`: the request is among the client's requests in progress."""
-        self._logged: LoggedRequest | None = None
-        if (log := context.access_log) is not None:
-            self._logged = LoggedRequest(log, request, self._route, request_id, client.transport, started)
-            self._transport = self._logged.transport
+        self._watch = RequestWatch.of(context, request, self._route, request_id, client.transport, started)
+        self._transport = client.transport if self._watch is None else self._watch.transport
         self._report: GenerationReport | None = None
         """Only for a generation."""
         self._observer: OutcomeObserver | None = None
@@ -149,7 +141,8 @@ class Exchange:
         """
         context, request = self._context, self._request
         self.request_complete = complete
-        if context.client_limits is not None and self._exceeds(context.client_limits):
+        if self._watch is not None and (exceeded := self._watch.exceeded) is not None:
+            self._respond(429, exceeded.body(), counters.REFUSED, exceeded.field_line())
             return
         if self._route is routes.OTHER and not context.allow_adapter_routes and loads_adapters(request.target):
             self._respond(403, error_body(403, ADAPTER_ROUTE_REFUSED, "adapter_routes"), counters.REFUSED)
@@ -219,18 +212,6 @@ class Exchange:
     def _overloaded(self, reason: str) -> None:
         self._respond(503, error_body(503, reason, "overloaded"), counters.OVERLOADED)
 
-    def _exceeds(self, limits: ClientLimits) -> bool:
-        """Refuse the request, if its client asks for too much."""
-        key = limits.key(self._request, self._transport)
-        exceeded = limits.begin(key, self._started) if key is not None else None
-        if exceeded is None:
-            self._client_key = key
-            return False
-        self._context.counters.add(names.CLIENT_LIMITED_REQUESTS, (exceeded.limit,))
-        body = error_body(429, exceeded.message, "rate_limit_exceeded")
-        self._respond(429, body, counters.REFUSED, b"Retry-After: %d\r\n" % exceeded.retry_after)
-        return True
-
     def _ask_hook(self, hook: Hook, pairs: Headers) -> bool:
         """Ask whether the hook wants to see the request (then `_hook` is set). True: it refuses it; the exchange is
         over."""
@@ -290,15 +271,11 @@ class Exchange:
         self._enter(FORWARDED)
         request = self._request
         self.upstream = connection
-        connection.assign(
-            self,
-            to_head=request.method == b"HEAD",
-            may_upgrade=request.upgrade,
-            paused=self._client.write_paused,
-        )
+        to_head, paused = request.method == b"HEAD", self._client.write_paused
+        connection.assign(self, to_head=to_head, may_upgrade=request.upgrade, paused=paused)
         connection.transport.write(payload)
-        if self._logged is not None:
-            self._logged.sent()
+        if self._watch is not None:
+            self._watch.sent()
         if self.request_complete:
             self.outgoing.sent(payload)
 
@@ -411,8 +388,8 @@ class Exchange:
         http11 = request.minor == 1
         self._response = head
         self._received = received
-        if self._logged is not None:
-            self._logged.answered(received)
+        if self._watch is not None:
+            self._watch.answered(received)
         close = not self._keep_alive or not self.request_complete or self._client.last_request
         if self._report is not None:
             self._report.begin_response(head)
@@ -570,9 +547,7 @@ class Exchange:
             pass
         elif self.state is not STREAMING:
             data = CONTINUE
-        elif self._mode is BodyMode.CHUNKED or (
-            self._mode is _RAW and self.upstream is not None and self.upstream.between_chunks
-        ):
+        elif self._mode is _CHUNKED or (self._mode is _RAW and self.upstream and self.upstream.between_chunks):
             data = b"0"
         if data:
             self._probed = True
@@ -615,14 +590,12 @@ class Exchange:
         self.outgoing.forget()
         self._end_upload()
         self._context.counters.request(self._route, outcome)
-        if self._client_key is not None and self._context.client_limits is not None:
-            self._context.client_limits.end(self._client_key)
         hook, generated = self._hook, None
         arm, comparison = ("none", None) if hook is None else (hook.arm, hook.comparison)
         status = 0 if self._response is None else self._response.status
         if self._report is not None:
             generated = self._report.finish(arm, comparison, status, outcome, complete=complete)
-        if self._logged is not None:
-            self._logged.finish(own_status or status, outcome, arm)
+        if self._watch is not None:
+            self._watch.finish(own_status or status, outcome, arm)
         if hook is not None:
             hook.closed(complete=complete, output_tokens=generated, engine=self.outgoing.engine_name)

@@ -1,0 +1,117 @@
+"""What is checked of a request when it begins, its client's limits, and written when it ends, the access log."""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+from typing import cast
+
+from hemostat.metrics import names
+from hemostat.relay.client_limits import Exceeded
+from hemostat.relay.context import RelayContext
+from hemostat.relay.http.request import RequestHead
+
+
+class RequestWatch:
+    """Of one request, where there are limits or an access log. It stands in for the transport that the response is
+    written to, to count its bytes."""
+
+    __slots__ = (
+        "_answered",
+        "_context",
+        "_key",
+        "_request",
+        "_request_id",
+        "_route",
+        "_sent",
+        "_started",
+        "_transport",
+        "_written",
+        "exceeded",
+    )
+
+    def __init__(
+        self,
+        context: RelayContext,
+        request: RequestHead,
+        route: str,
+        request_id: str,
+        transport: asyncio.Transport,
+        started: float,
+    ) -> None:
+        """started: when the request's head had been received (perf_counter)."""
+        self._context = context
+        self._request = request
+        self._route = route
+        self._request_id = request_id
+        self._transport = transport
+        self._started = started
+        self._sent = 0.0
+        self._answered = 0.0
+        self._written = 0
+        self._key: bytes | None = None
+        """Of the client among whose requests in progress this one is."""
+        self.exceeded: Exceeded | None = None
+        """The limit that refuses the request."""
+        limits = context.client_limits
+        key = None if limits is None else limits.key(request, transport)
+        if limits is not None and key is not None:
+            self.exceeded = limits.begin(key, started)
+            if self.exceeded is None:
+                self._key = key
+            else:
+                context.counters.add(names.CLIENT_LIMITED_REQUESTS, (self.exceeded.limit,))
+
+    @classmethod
+    def of(
+        cls,
+        context: RelayContext,
+        request: RequestHead,
+        route: str,
+        request_id: str,
+        transport: asyncio.Transport,
+        started: float,
+    ) -> RequestWatch | None:
+        """None where there are neither limits nor an access log."""
+        if context.access_log is None and context.client_limits is None:
+            return None
+        return cls(context, request, route, request_id, transport, started)
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        return self._transport if self._context.access_log is None else cast("asyncio.Transport", self)
+
+    def write(self, data: bytes) -> None:
+        self._written += len(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> object:
+        """Everything else is the transport's own."""
+        return getattr(self._transport, name)
+
+    def sent(self) -> None:
+        """The request goes to an engine; it may be sent again."""
+        self._sent, self._answered = perf_counter(), 0.0
+
+    def answered(self, received: float) -> None:
+        """The response's head was received (perf_counter)."""
+        self._answered = received
+
+    def finish(self, status: int, outcome: str, arm: str) -> None:
+        """status: that the client got; 0: none."""
+        context = self._context
+        if self._key is not None and context.client_limits is not None:
+            context.client_limits.end(self._key)
+        if context.access_log is not None:
+            context.access_log.request(
+                self._request.method.decode("ascii"),
+                self._route,
+                status,
+                outcome,
+                self._written,
+                perf_counter() - self._started,
+                self._answered - self._sent if self._answered else None,
+                arm,
+                self._request_id,
+                self._transport,
+            )
