@@ -27,6 +27,8 @@ class Load:
     streaming: int = 0
     """Answers that have begun and not ended."""
     failures: list[str] = field(default_factory=list)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: no further requests."""
 
     async def until_more(self, answers: int) -> None:
         """Wait until so many more are complete."""
@@ -42,9 +44,9 @@ class _Client:
         self._request = request
         self._load = load
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self) -> None:
         writer: asyncio.StreamWriter | None = None
-        while not stop.is_set():
+        while not self._load.stop.is_set():
             if writer is None:
                 try:
                     async with asyncio.timeout(CONNECT_SECONDS):
@@ -102,12 +104,12 @@ async def streaming_load(url: str, clients: int, tokens: int = 10) -> AsyncItera
     body = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "max_tokens": tokens, "stream": True}
     encoded = json.dumps(body | {"ignore_eos": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(encoded)}\r\n\r\n"
-    load, stop = Load(), asyncio.Event()
-    tasks = [asyncio.create_task(_Client(url, head.encode() + encoded, load).run(stop)) for _ in range(clients)]
+    load = Load()
+    tasks = [asyncio.create_task(_Client(url, head.encode() + encoded, load).run()) for _ in range(clients)]
     try:
         await until(lambda: load.complete + load.cut + load.refused >= clients, 2 * HANG_SECONDS)
         yield load
-        stop.set()
+        load.stop.set()
         async with asyncio.timeout(2 * HANG_SECONDS):
             await asyncio.gather(*tasks)
     finally:

@@ -1,0 +1,197 @@
+"""Kills, reloads, upgrades and restarts of `hemostat serve` while clients stream: what is refused, what is cut."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tests.bench.faults import Row
+from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.served import Served, hemostat
+from tests.support.streaming_load import Load, streaming_load
+from tests.support.waiting import until
+
+NAME = "operations"
+TAKES = "2 minutes"
+
+CLIENTS = 24
+TOKENS = 40
+TOKEN_SECONDS = 0.02
+WORKERS = 2
+ROUNDS = 3
+"""Of reloads and of upgrades, one after the other under the same load."""
+MARKER = "hemostat.serve: process "
+"""In the log of a supervisor whose successor serves, before the successor's process id."""
+RELAY, CONTROL = "hemostat.relay.main", "hemostat.control.process"
+WAIT_SECONDS = 120.0
+
+Attack = Callable[[Served, Load], Awaitable[int]]
+"""Does harm under load; the number of answers that may be cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """before: of commit c8891da, by the same load."""
+
+    name: str
+    attack: Attack
+    before: str
+
+
+async def kill_relays(served: Served, load: Load) -> int:
+    await until(lambda: load.streaming == CLIENTS, WAIT_SECONDS)
+    for pid in served.pids(RELAY):
+        os.kill(pid, signal.SIGKILL)
+    await load.until_more(CLIENTS)
+    return CLIENTS
+
+
+async def kill_control(served: Served, load: Load) -> int:
+    for pid in served.pids(CONTROL):
+        os.kill(pid, signal.SIGKILL)
+    await load.until_more(2 * CLIENTS)
+    return 0
+
+
+async def roll(served: Served, load: Load) -> int:
+    """SIGHUP without a change replaces every relay."""
+    for _ in range(ROUNDS):
+        former = served.pids(RELAY)
+        served.process.send_signal(signal.SIGHUP)
+        await until(lambda former=former: len(served.pids(RELAY) - former) >= WORKERS, WAIT_SECONDS)  # type: ignore[misc]
+        await load.until_more(CLIENTS)
+    return 0
+
+
+async def reload(served: Served, load: Load) -> int:
+    """Settings of the relays and of the control process change; one file is not valid."""
+    config = served.log.parent / "hemostat.yaml"
+    settings: dict[str, Any] = yaml.safe_load(config.read_text())
+    (control,) = served.pids(CONTROL)
+    for change in ({"workers": "many"}, {"workers": 3}, {"labels": ["batch"]}):
+        config.write_text(yaml.safe_dump(settings | change))
+        served.process.send_signal(signal.SIGHUP)
+        await load.until_more(CLIENTS)
+    await until(lambda: served.pids(CONTROL) - {control}, WAIT_SECONDS)
+    return 0
+
+
+def successor(served: Served) -> int:
+    """The process id of the last supervisor that took over; 0: none did."""
+    _, found, rest = served.log.read_text().rpartition(MARKER)
+    return int(rest.split()[0]) if found else 0
+
+
+async def upgrade(served: Served, load: Load) -> int:
+    """SIGUSR2 to each supervisor in turn."""
+    for _ in range(ROUNDS):
+        former = successor(served)
+        os.kill(former or served.process.pid, signal.SIGUSR2)
+        await until(lambda former=former: successor(served) != former, WAIT_SECONDS)  # type: ignore[misc]
+        await load.until_more(CLIENTS)
+    return 0
+
+
+async def start_beside(served: Served, load: Load) -> int:
+    """`hemostat serve` anew with the same run_dir."""
+    command = [sys.executable, "-m", "hemostat", "serve", "--config", str(served.log.parent / "hemostat.yaml")]
+    with (served.log.parent / "second.log").open("w") as log:
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)  # noqa: ASYNC220  returns at once
+    await until(lambda: successor(served), WAIT_SECONDS)
+    await load.until_more(2 * CLIENTS)
+    return 0
+
+
+CASES = (
+    Case("kill -9 of every relay", kill_relays, ""),
+    Case("kill -9 of the control process", kill_control, ""),
+    Case(f"SIGHUP, {ROUNDS} times: every relay replaced", roll, ""),
+    Case("SIGHUP: a file that is not valid, then other settings of relays and control", reload, ""),
+    Case(f"SIGUSR2, {ROUNDS} upgrades in place", upgrade, ""),
+    Case("`hemostat serve` started beside a running one", start_beside, ""),
+)
+
+
+@contextmanager
+def _served() -> Iterator[Served]:
+    upstream = FakeVllm(token_delay=TOKEN_SECONDS)
+    with tempfile.TemporaryDirectory() as folder, serving(upstream) as url:
+        path = Path(folder)
+        (path / "run").mkdir()
+        settings = {"run_dir": str(path / "run"), "store": {"url": f"sqlite:///{path / 'store.db'}"}}
+        with hemostat(path, upstream, url, workers=WORKERS, shadow={"rate": 0.0}, **settings) as one:
+            try:
+                yield one
+            finally:
+                if pid := successor(one):
+                    os.kill(pid, signal.SIGTERM)
+                    while (
+                        Path(f"/proc/{pid}/task").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text()
+                    ):
+                        time.sleep(0.05)
+
+
+async def _under_load(attack: Attack) -> tuple[Load, int]:
+    with _served() as served:
+        await served.until(lambda s: s["relays"] == WORKERS, WAIT_SECONDS)
+        async with streaming_load(served.data, CLIENTS, TOKENS) as load:
+            await load.until_more(CLIENTS)
+            allowed = await attack(served, load)
+        return load, allowed
+
+
+async def _spread(connections: int) -> int:
+    """New connections that the busier one of two relays gets, of a burst."""
+    with _served() as served:
+        await served.until(lambda s: s["relays"] == WORKERS, WAIT_SECONDS)
+        port = int(served.data.rpartition(":")[2])
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(connections)]
+        held = Counter[int]()
+
+        def count() -> bool:
+            held.clear()
+            for pid in served.pids(RELAY):
+                held[pid] = _connections(pid, port)
+            return sum(held.values()) == connections
+
+        await until(count, WAIT_SECONDS)
+        for _, writer in opened:
+            writer.close()
+        return max(held.values())
+
+
+def _connections(pid: int, port: int) -> int:
+    """Established connections to this port among the files that a process has open."""
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1].endswith(f":{port:04X}") and fields[3] == "01":
+            inodes.add(f"socket:[{fields[9]}]")
+    found = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found += os.readlink(descriptor) in inodes
+    return found
+
+
+def rows() -> Iterator[Row]:
+    for case in CASES:
+        load, allowed = asyncio.run(_under_load(case.attack))
+        wrong = load.refused + load.failed + max(0, load.cut - allowed)
+        measured = f"{load.refused} refused, {load.cut} cut, {load.failed} failed, {load.complete} complete"
+        limit = "0 refused, " + (f"at most {allowed} cut: those of the killed processes" if allowed else "0 cut")
+        yield Row(f"{case.name} ({CLIENTS} streams)", case.before, measured, limit, wrong == 0)
+    most = asyncio.run(_spread(64))
+    yield Row("64 connections at once to 2 relays: those of the busier one", "", most, "at most 48", most <= 48)
