@@ -120,7 +120,7 @@ def test_the_schema_knows_the_keys_that_serve_knows() -> None:
 
 
 FILES = {
-    *(("upstream", "ca"), ("calibration", "output_embedding"), ("calibration", "force")),
+    *(("upstream", "ca"), ("calibration", "force")),
     *(("grammar", "tokenizer"), ("reference", "folder")),
 }
 """They have to exist in the pod."""

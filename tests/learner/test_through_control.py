@@ -4,6 +4,7 @@ an engine of a small world."""
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -278,25 +279,29 @@ async def test_off_ends_the_learner_and_observe_starts_it_again(
         await until(lambda: b.one.learner.state == "learning", 20)
 
 
-async def test_with_a_vllm_reference_the_output_embedding_must_be_configured(
+async def test_with_a_vllm_reference_the_folder_of_its_checkpoint_must_be_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(monitor, "POLL_SECONDS", 0.02)
     folder = save(make(vocab_size=VOCAB), tmp_path / "checkpoint")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": VOCAB}))
+    (tmp_path / "empty").mkdir()
     with serving(FakeVllm(noise=0.5)) as ours, serving(FakeVllm()) as theirs:
-        for named in (None, str(folder)):
+        for named in (None, str(tmp_path / "empty"), str(folder)):
             made = settings(
                 ours,
-                reference={"backend": "vllm", "url": theirs},
-                calibration={"mode": "observe", "output_embedding": named, "anchors": 48},
+                reference={"backend": "vllm", "url": theirs, "folder": named},
+                calibration={"mode": "observe", "anchors": 48},
             )
             async with control(tmp_path, made, loops=True) as one:
                 learning = asyncio.create_task(one.learner.run())
                 await until(lambda one=one: one.monitor.state == "ready", 20)  # type: ignore[misc]
-                if named is None:
+                if named != str(folder):
                     assert one.learner.state == "unavailable"
-                    assert "calibration.output_embedding" in status_json(one)["learner"]["detail"]
+                    said = status_json(one)["learner"]["detail"]
+                    assert "name the reference's checkpoint in reference.folder" in said
+                    assert named is None or "empty has no config.json" in said
                 else:
                     await until(lambda one=one: one.learner.state == "learning", 20)  # type: ignore[misc]
                     assert not one.learner.wants_hidden_states, "there are no hidden states to ask for"

@@ -26,7 +26,6 @@ from hemostat.config.fields import (
     Device,
     EnginesUrl,
     ExistingFile,
-    ExistingFolder,
     Fraction,
     Host,
     Mode,
@@ -245,9 +244,6 @@ class Calibration(Section):
     """Error probability of the promotion and rollback bounds."""
     min_tokens: int = Field(default=20_000, ge=1)
     """Scored tokens before a profile is proposed."""
-    output_embedding: ExistingFolder | None = None
-    """Folder of the reference's checkpoint (safetensors), for contextual profiles. A transformers reference has its
-    own; with a vLLM reference, contextual profiles need this."""
     anchors: int = Field(default=512, ge=8, le=4096)
     """Ids whose logits a contextual profile reads."""
     rank: int = Field(default=192, ge=1, le=512)

@@ -47,13 +47,13 @@ class LearningSubject:
             self._learner.stop("the reference is not ready")
         elif info.full_vocabulary and not info.hidden_size:
             self._learner.stop(f"of the reference {info.model}: {info.hidden_detail}", unavailable=True)
-        elif (folder := settings.output_embedding or info.folder) is None:
-            fix = "name the reference's checkpoint in calibration.output_embedding"
+        elif info.folder is None:
+            fix = "name the reference's checkpoint in reference.folder"
             self._learner.stop(f"{info.hidden_detail}; {fix}", unavailable=True)
         else:
             model = serving.model
             self._learner.learn_about(
-                LearningTarget(model.name, model.vocab_size, folder, info.hidden_size, info.digest)
+                LearningTarget(model.name, model.vocab_size, info.folder, info.hidden_size, info.digest)
             )
 
 

@@ -55,7 +55,7 @@ class ScopedLearner:
         if start.hidden_size and weight.shape[1] != start.hidden_size:
             raise HemostatError(
                 f"{start.folder}: its output embedding has {weight.shape[1]} columns, the reference's hidden states "
-                f"{start.hidden_size}; calibration.output_embedding must be the reference's own checkpoint"
+                f"{start.hidden_size}; reference.folder must be the reference's own checkpoint"
             )
         anchors = choose_anchors(weight, start.anchors, among=eligible(weight, special_ids(Path(start.folder))))
         self._family = ContextualLearner(

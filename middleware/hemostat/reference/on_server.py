@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -82,8 +81,10 @@ class ServerReference:
         info = await self._by_lists.start()
         info = replace(info, offer=Offer.LISTS, figures=why_lists, exact_with=exact_with)
         if self._folder is not None:
-            with contextlib.suppress(EmbeddingError):
+            try:
                 info = replace(info, folder=find_checkpoint(self._folder, card.root or ""))
+            except EmbeddingError as error:
+                info = replace(info, hidden_detail=f"{info.hidden_detail}, and {error}")
         self._current = self._by_lists
         return info
 
