@@ -108,7 +108,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=146, help="of the mix; twice the sum of its weights by default")
+    parser.add_argument("--requests", type=int, default=162, help="of the mix; twice the sum of its weights by default")
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--only-with-plugin", action="store_true")
     given = parser.parse_args()
