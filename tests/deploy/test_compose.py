@@ -112,6 +112,18 @@ def test_profile_starts_one_of_each_service(profile: str) -> None:
         assert compressed["environment"]["VLLM_CPU_INT4_W4A8"] == "0"
 
 
+def test_what_the_middlewares_image_contains_is_chosen_in_the_environment_file(tmp_path: Path) -> None:
+    dockerfile = DockerfileParser(str(DEPLOY / "Dockerfile"))
+    (default,) = [s["value"].partition("=")[2] for s in dockerfile.structure if s["value"].startswith("EXTRAS=")]
+    assert resolved("gpu")["services"]["hemostat"]["build"]["args"]["EXTRAS"] == default == example()["HEMOSTAT_EXTRAS"]
+    for chosen in ("tracing,valkey,grammar", ""):
+        environment = tmp_path / "env"
+        environment.write_text(
+            re.sub("^HEMOSTAT_EXTRAS=.*$", f"HEMOSTAT_EXTRAS={chosen}", EXAMPLE.read_text(), flags=re.MULTILINE)
+        )
+        assert resolved("gpu", environment)["services"]["hemostat"]["build"]["args"]["EXTRAS"] == chosen
+
+
 def test_flags_from_the_environment_file(tmp_path: Path) -> None:
     text = EXAMPLE.read_text()
     (tmp_path / ".env").write_text(text.replace("REFERENCE_ARGS=", "REFERENCE_ARGS=--max-model-len 8192", 1))

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,8 +81,11 @@ def test_middleware() -> None:
     assert [stage[0][1] for stage in (build, final)] == ["${BASE} AS build", "${BASE}"]
     # No torch by default.
     extras = dict(value.partition("=")[::2] for value in values(build, "ARG"))["EXTRAS"].strip('"').split(",")
-    assert "transformers" not in extras
-    assert "vllm" not in extras
+    assert not {"transformers", "grammar", "vllm"} & set(extras)
+    # What is documented to be added exists.
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"EXTRAS=([\w,]+)", MIDDLEWARE.read_text())
+    assert {"grammar", "transformers"} <= {extra for given in named for extra in given.split(",")} <= set(known)
     # No stage compiles anything, and the last one installs nothing.
     assert "--only-binary :all:" in " ".join(values(build, "RUN"))
     for stage in (build, final):
