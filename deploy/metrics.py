@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hemostat.control.evidence import EVIDENCE, LEARNING
 from hemostat.engines.lora.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
+from hemostat.evidence.lane import UnitOutcome
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.learner.adapters.builder import BuildFailure
 from hemostat.learner.adapters.client import BuildOutcome
@@ -319,6 +321,14 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "busy": "the queue was full",
             ELSE: "why it failed",
         },
+        names.EVIDENCE_UNITS: {
+            UnitOutcome.SENT: "the store has it",
+            UnitOutcome.DROPPED: "more than could wait while the store did not answer",
+            UnitOutcome.APPLIED: "counted by the replica that leads",
+            UnitOutcome.REPEATED: "came again, and was not counted again",
+            UnitOutcome.LOST: "pushed out of the stream before a replica that led had read it",
+            UnitOutcome.FAILED: "could not be used: a bug, or replicas of different versions",
+        },
         names.DISTANCE_REQUESTS: {
             DistanceOutcome.COMPUTED: "computed, and used",
             DistanceOutcome.FAILED: "none were computed: the process that computes them is busy, or has ended",
@@ -443,6 +453,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
             "wanted": "they serve, or are tested",
             "loaded": "the upstream lists them",
             "ready": "every engine has them, and the probes have passed: requests ask for them",
+        }
+    },
+    "stream": {
+        "": {
+            EVIDENCE: "what is judged by: scored requests and outcomes",
+            LEARNING: "what temperature and bias have learned",
         }
     },
     "strategy": {

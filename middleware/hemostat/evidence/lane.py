@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from enum import StrEnum
 from typing import Any
 
 from hemostat.evidence.inbox import Inbox
@@ -17,8 +18,16 @@ from hemostat.store.protocol import SharedStore, StoreFailure
 
 log = logging.getLogger("hemostat.evidence")
 
-EVENTS = ("sent", "dropped", "applied", "repeated", "lost", "failed")
-"""What may happen to a unit: values of `hemostat_evidence_units_total`."""
+
+class UnitOutcome(StrEnum):
+    """What became of units: values of `hemostat_evidence_units_total`."""
+
+    SENT = "sent"
+    DROPPED = "dropped"
+    APPLIED = "applied"
+    REPEATED = "repeated"
+    LOST = "lost"
+    FAILED = "failed"
 
 
 class Lane:
@@ -108,8 +117,8 @@ class Lane:
 
     def samples(self) -> Iterator[Sample]:
         counts = self.status()
-        for event in EVENTS:
-            yield Sample(names.EVIDENCE_UNITS, (self.name, event), counts[event])
+        for outcome in UnitOutcome:
+            yield Sample(names.EVIDENCE_UNITS, (self.name, outcome), counts[outcome])
         yield Sample(names.EVIDENCE_BYTES, (self.name,), self.outbox.sent_bytes)
         yield Sample(names.EVIDENCE_WAITING_UNITS, (self.name,), self.outbox.waiting)
         yield Sample(names.EVIDENCE_LAG_SECONDS, (self.name,), self.inbox.lag_seconds)

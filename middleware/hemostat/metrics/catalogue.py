@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "units",
             "Evidence that replicas send to the one that leads, by what became of it: a unit for each scored request, "
             "outcome, and batch of requests that were learned from.",
-            ("stream", "event"),
+            ("stream", "outcome"),
         ),
         Metric(names.EVIDENCE_BYTES, "counter", "bytes", "Of the units that were sent.", ("stream",)),
         Metric(
