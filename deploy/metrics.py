@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hemostat.control.evidence import EVIDENCE, LEARNING
+from hemostat.control.evidence.lane import UnitOutcome
+from hemostat.control.evidence.shared import EVIDENCE, LEARNING
 from hemostat.engines.lora.probes import AGREEMENT, ERROR, FAILED, ISOLATION, PASSED, WAITING
-from hemostat.evidence.lane import UnitOutcome
 from hemostat.ipc.messages import OVERHEAD_BUCKETS, REST_GRAMMAR_KIND, REST_KIND
 from hemostat.learner.adapters.builder import BuildFailure
 from hemostat.learner.adapters.client import BuildOutcome

@@ -18,8 +18,8 @@ from tests.support.valkey import Valkey
 from tests.support.world import World
 
 from hemostat.control.composition import Control
-from hemostat.evidence import checkpoint as checkpoint_module
-from hemostat.evidence.units import UNITS, ScoredUnit, packed_distances, unpacked_distances
+from hemostat.control.evidence import checkpoint as checkpoint_module
+from hemostat.control.evidence.units import UNITS, ScoredUnit, packed_distances, unpacked_distances
 from hemostat.ipc.messages import REST_KIND, OutcomeReport
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
 from hemostat_calibration.records import ExactDistances

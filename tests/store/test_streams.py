@@ -13,10 +13,10 @@ from tests.support import valkey
 from tests.support.replicas import store_url
 from tests.support.valkey import Valkey
 
-from hemostat.evidence import outbox as outbox_module
-from hemostat.evidence.inbox import Inbox
-from hemostat.evidence.outbox import Outbox
-from hemostat.evidence.positions import MAX_SENDERS, Positions
+from hemostat.control.evidence import outbox as outbox_module
+from hemostat.control.evidence.inbox import Inbox
+from hemostat.control.evidence.outbox import Outbox
+from hemostat.control.evidence.positions import MAX_SENDERS, Positions
 from hemostat.store import valkey_stream
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreFailure, StoreUnreachable, StreamEntry
@@ -260,7 +260,7 @@ async def test_a_store_that_lost_its_data_takes_units_again(tmp_path: Path) -> N
 
 async def test_the_loops_go_on_when_the_store_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox_module, "RETRY_SECONDS", (0.05,))
-    monkeypatch.setattr("hemostat.evidence.inbox.RETRY_SECONDS", (0.05,))
+    monkeypatch.setattr("hemostat.control.evidence.inbox.RETRY_SECONDS", (0.05,))
     with valkey.running(tmp_path / "valkey") as server:
         leader, follower = End(server, tmp_path), End(server, tmp_path)
         leader.lead()

@@ -21,7 +21,7 @@ from tests.support.world import V
 
 from hemostat.control import composition
 from hemostat.control.composition import Control
-from hemostat.evidence import checkpoint, inbox, outbox
+from hemostat.control.evidence import checkpoint, inbox, outbox
 from hemostat.store import replica as replica_module
 from hemostat.store import writer
 

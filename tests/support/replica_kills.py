@@ -21,7 +21,7 @@ from tests.support.replica_child import Child, read
 from tests.support.replicas import store_url
 from tests.support.valkey import Valkey
 
-from hemostat.evidence import checkpoint, outbox
+from hemostat.control.evidence import checkpoint, outbox
 from hemostat.ipc.messages import REST_KIND
 from hemostat.store.protocol import StoredProfile
 from hemostat.store.valkey import ValkeyStore

@@ -19,7 +19,7 @@ from hemostat.admin.status import StatusSource
 from hemostat.config.schema import Settings
 from hemostat.control.adapters import Adapters
 from hemostat.control.changes import Changes
-from hemostat.control.evidence import SharedEvidence, Surroundings
+from hemostat.control.evidence.shared import SharedEvidence, Surroundings
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
 from hemostat.control.operations import make_operations

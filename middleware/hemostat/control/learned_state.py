@@ -8,7 +8,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from hemostat.evidence.positions import Positions
+from hemostat.control.evidence.positions import Positions
+from hemostat.control.evidence.shared import LEARNED_POSITIONS_KEY
 from hemostat.profiles.proposals import Proposals
 from hemostat.store.errors import StoreErrorLog
 from hemostat.store.lease import Lease
@@ -18,9 +19,6 @@ from hemostat_calibration.errors import InvalidArgumentError
 log = logging.getLogger("hemostat.calibration")
 
 BLOB_KEY = "temperature_bias"
-POSITIONS_KEY = "temperature_bias"
-"""Of the state in the store: the positions up to which the blob has what other replicas learned. Written after it, and
-used only to remove what is no longer needed; those that count are in the blob itself."""
 SAVE_SECONDS = 300.0
 """Between two writes, while something is learned."""
 MAX_UNSAVED_REQUESTS = 1000
@@ -104,7 +102,7 @@ class LearnedState:
         positions = self.positions.save()
         data = await asyncio.to_thread(self._proposals.export(self._models, positions))
         self._writes.put_blob(BLOB_KEY, data)
-        self._writes.set_state(POSITIONS_KEY, positions)
+        self._writes.set_state(LEARNED_POSITIONS_KEY, positions)
 
     async def save_if_due(self) -> None:
         """Soon after a proposal, too: the next leader must not make it again."""

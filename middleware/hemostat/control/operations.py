@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hemostat.control.evidence.positions import Positions
 from hemostat.control.learning import LearningSubject
 from hemostat.control.operator_actions import LocalActions, ModeOverride, OperatorActions
 from hemostat.control.stored_state import STATE_KEYS, StoredState
 from hemostat.engines.upstreams import UpstreamEngines
-from hemostat.evidence.positions import Positions
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.outcomes import Outcomes

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from hemostat.control.evidence.checkpoint import POSITIONS_KEY
+from hemostat.control.evidence.positions import Positions
 from hemostat.control.learning import LearningSubject
 from hemostat.control.operator_actions import ModeOverride
 from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
 from hemostat.engines.upstreams import UpstreamEngines
-from hemostat.evidence.checkpoint import POSITIONS_KEY
-from hemostat.evidence.positions import Positions
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import STATE_KEY as ENGINES_STATE

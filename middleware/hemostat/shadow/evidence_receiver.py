@@ -11,7 +11,7 @@ from hemostat_calibration.records import TokenRecord
 
 
 class EvidenceReceiver(Protocol):
-    """Of `hemostat.evidence.exchange.EvidenceExchange`."""
+    """Of `hemostat.control.evidence.exchange.EvidenceExchange`."""
 
     @property
     def counts_here(self) -> bool:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from hemostat.evidence.positions import Positions
+from hemostat.control.evidence.positions import Positions
 from hemostat.ipc.backoff import Backoff
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import StoreFailure, Stream, StreamEntry

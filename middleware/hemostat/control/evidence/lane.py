@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from enum import StrEnum
 from typing import Any
 
-from hemostat.evidence.inbox import Inbox
-from hemostat.evidence.outbox import Outbox
-from hemostat.evidence.positions import Positions
-from hemostat.evidence.units import BATCHES, UNITS, Unit
+from hemostat.control.evidence.inbox import Inbox
+from hemostat.control.evidence.outbox import Outbox
+from hemostat.control.evidence.positions import Positions
+from hemostat.control.evidence.units import BATCHES, UNITS, Unit
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.lease import Lease

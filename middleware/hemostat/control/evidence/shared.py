@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from hemostat.control.learned_state import POSITIONS_KEY as LEARNED_POSITIONS_KEY
-from hemostat.control.learned_state import LearnedState
-from hemostat.evidence import units
-from hemostat.evidence.checkpoint import POSITIONS_KEY, Checkpoint
-from hemostat.evidence.exchange import EvidenceExchange, UnitConsumers
-from hemostat.evidence.lane import Lane
-from hemostat.evidence.positions import Positions
+from hemostat.control.evidence import units
+from hemostat.control.evidence.checkpoint import POSITIONS_KEY, Checkpoint
+from hemostat.control.evidence.exchange import EvidenceExchange, UnitConsumers
+from hemostat.control.evidence.lane import Lane
+from hemostat.control.evidence.positions import Positions
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.outcomes import STATE_KEY as OUTCOMES_STATE
@@ -29,6 +27,22 @@ CHECKPOINT_KEYS = frozenset((SERVING_KEY, TESTS_KEY, ALARM_STATE, OUTCOMES_STATE
 """Of the store's state, what evidence goes into."""
 EVIDENCE, LEARNING = "evidence", "learning"
 """The streams: what is judged by, and what was learned. Their positions are kept with different states."""
+
+
+LEARNED_POSITIONS_KEY = "temperature_bias"
+"""Of the store's state, the positions of the second stream. Written after what was learned, and used only to remove
+what is no longer needed: the positions that count are kept with what was learned itself."""
+
+
+class LearnedState(Protocol):
+    """Of `hemostat.control.learned_state.LearnedState`: what temperature and bias have learned, in the store."""
+
+    positions: Positions
+
+    @property
+    def models_known(self) -> bool: ...
+
+    async def read_again(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hemostat.evidence.positions import Positions
+from hemostat.control.evidence.positions import Positions
 from hemostat.store.protocol import StoredProfile, StoreWrites
 
 POSITIONS_KEY = "evidence"

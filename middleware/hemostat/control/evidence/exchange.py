@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hemostat.evidence import units
-from hemostat.evidence.checkpoint import Checkpoint
-from hemostat.evidence.lane import Lane
-from hemostat.evidence.units import AlarmPart, JudgedPart, NoiseFloorUnit, OutcomeUnit, ScoredUnit
+from hemostat.control.evidence import units
+from hemostat.control.evidence.checkpoint import Checkpoint
+from hemostat.control.evidence.lane import Lane
+from hemostat.control.evidence.units import AlarmPart, JudgedPart, NoiseFloorUnit, OutcomeUnit, ScoredUnit
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.outcomes import Outcomes
