@@ -102,7 +102,8 @@ class LearnedState:
         positions = self.positions.save()
         data = await asyncio.to_thread(self._proposals.export(self._models, positions))
         self._writes.put_blob(BLOB_KEY, data)
-        self._writes.set_state(LEARNED_POSITIONS_KEY, positions)
+        if self._store.shared is not None:
+            self._writes.set_state(LEARNED_POSITIONS_KEY, positions)
 
     async def save_if_due(self) -> None:
         """Soon after a proposal, too: the next leader must not make it again."""
