@@ -26,6 +26,7 @@ from hemostat.config.fields import (
     Device,
     EnginesUrl,
     ExistingFile,
+    ExistingFolder,
     Fraction,
     Host,
     Mode,
