@@ -16,6 +16,7 @@ from hemostat.engines.lora.check import probe_adapters
 from hemostat.learner.adapters.folders import FolderError, find_compressed, find_folders
 from hemostat.openai.tool_parsers import TOOL_FORMATS
 from hemostat.reference import make_references
+from hemostat.reference.engines import other_engines
 from hemostat.reference.listing import served_pairs, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair
@@ -45,6 +46,9 @@ async def check(settings: Settings) -> list[Finding]:
     references = make_references(settings)
     try:
         findings += await _upstream(server, settings)
+        answers = all(f.state is not State.NO for f in findings if f.what == "upstream")
+        if answers:
+            findings += await other_engines(server, settings)
         if references is not None:
             findings.append(_grammars(settings))
         if references is None:
@@ -53,7 +57,7 @@ async def check(settings: Settings) -> list[Finding]:
                     "reference", State.NOTE, "reference.backend is none: nothing is measured", "set reference.backend"
                 )
             )
-        elif all(f.state is not State.NO for f in findings if f.what == "upstream"):
+        elif answers:
             findings += await _models(references, server, settings)
         else:
             for n, reference in enumerate(references):

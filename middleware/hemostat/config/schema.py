@@ -130,6 +130,10 @@ class Upstream(Section):
         """The same for requests of Hemostat's own; a name that stands for several engines reaches any of them."""
         return tuple(address.removeprefix("dns+") for address in self.addresses)
 
+    def at(self, server: str) -> Upstream:
+        """The same with one of `servers` alone."""
+        return self.model_copy(update={"url": server, "urls": []})
+
     @model_validator(mode="after")
     def _one_form(self) -> Upstream:
         if (self.url is None) == (not self.urls):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,16 +89,19 @@ class ReferenceMonitor:
         """Until cancelled."""
         if self._references is None:
             return
-        server = VllmServer(self._upstream.servers[0], self._upstream.api_key, ca=self._upstream.ca)
+        upstream = self._upstream
+        servers = [VllmServer(url, upstream.api_key, ca=upstream.ca) for url in upstream.servers]
         try:
             while True:
+                server = await _first_that_answers(servers)
                 await self._match(self._references, server)
                 if self.ready:
                     await self._wait_for_change(server)
                 else:
                     await asyncio.sleep(RETRY_SECONDS)
         finally:
-            await server.close()
+            for server in servers:
+                await server.close()
 
     async def _cards(self, server: VllmServer) -> list[ModelCard]:
         """The models that clients see."""
@@ -149,7 +152,7 @@ class ReferenceMonitor:
                 # A failed completion is no property of the server's settings: it may succeed the next time.
                 return _unmatched(pair, detail, for_now=finding.transient)
         try:
-            match = await compare(self._upstream, scorer, pair.name)
+            match = await compare(self._upstream.at(server.url), scorer, pair.name)
         except ReferenceFailure as failure:
             return replace(pair, state=ReferenceState.DOWN, detail=str(failure))
         if not match.ok:
@@ -271,6 +274,15 @@ class ReferenceMonitor:
             log.log(logging.ERROR if failed else logging.INFO, "reference %s: %s", state, detail)
         self.state, self.detail = state, detail
         self._on_change()
+
+
+async def _first_that_answers(servers: Sequence[VllmServer]) -> VllmServer:
+    """Of several engines that serve the same models, one that can be asked; the first where none answers."""
+    for server in servers[: len(servers) if len(servers) > 1 else 0]:
+        with contextlib.suppress(ReferenceFailure):
+            await server.models()
+            return server
+    return servers[0]
 
 
 def _unmatched(pair: ModelPair, detail: str, *, for_now: bool) -> ModelPair:

@@ -21,8 +21,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--token-delay", type=float, default=0.0)
+    parser.add_argument("--created", type=int, help="the time that every answer claims to be of")
     arguments = parser.parse_args()
     fake = FakeVllm(seed=arguments.seed, noise=arguments.noise, token_delay=arguments.token_delay)
+    fake.created = arguments.created or fake.created
     uvicorn.run(fake, host="127.0.0.1", port=arguments.port, lifespan="off", ws="none", access_log=False)
 
 

@@ -1,0 +1,54 @@
+"""Whether all engines serve the same models, for `hemostat check`."""
+
+from __future__ import annotations
+
+from hemostat.config.schema import Settings
+from hemostat.reference.match import PROBE_TEXT
+from hemostat.reference.probes import Finding, State, probe_shadowing
+from hemostat.reference.protocol import ReferenceFailure
+from hemostat.reference.server import VllmServer
+
+
+async def other_engines(first: VllmServer, settings: Settings) -> list[Finding]:
+    """Of each engine after the first, which has been checked: that it serves the same base models with the same
+    vocabulary and token ids, and answers what sampled requests ask for.
+
+    That the weights are the same is not seen from here: the figures by engine show it.
+    """
+    upstream = settings.upstream
+    findings = []
+    for url in upstream.servers[1:]:
+        server = VllmServer(url, upstream.api_key, ca=upstream.ca)
+        try:
+            findings.append(await _compared(first, server, settings))
+        finally:
+            await server.close()
+    return findings
+
+
+async def _compared(first: VllmServer, server: VllmServer, settings: Settings) -> Finding:
+    what = f"engine {server.url}"
+    try:
+        expected, found = await _base_models(first), await _base_models(server)
+        if found != expected:
+            fix = "start all engines with one model and one --served-model-name"
+            text = f"serves {', '.join(found) or 'nothing'}; {first.url} serves {', '.join(expected)}"
+            return Finding(what, State.NO, text, fix)
+        for name in found:
+            sizes = await first.vocab_size(name), await server.vocab_size(name)
+            if sizes[0] != sizes[1]:
+                text = f"{name} has {sizes[1]} tokens there, {sizes[0]} at {first.url}"
+                return Finding(what, State.NO, text, "start all engines with one checkpoint")
+            if await first.tokenize(name, PROBE_TEXT) != await server.tokenize(name, PROBE_TEXT):
+                text = f"{name} has other token ids of a probe text than at {first.url}"
+                return Finding(what, State.NO, text, "start all engines with one tokenizer")
+            for probe in await probe_shadowing(server, name, settings.shadow.top_k):
+                if probe.state is State.NO and settings.reference.backend != "none":
+                    return Finding(what, State.NO, f"{probe.what}: {probe.detail}", probe.fix)
+    except ReferenceFailure as failure:
+        return Finding(what, State.NO, str(failure), "start it, or take it out of upstream.urls")
+    return Finding(what, State.OK, f"serves {', '.join(found)}, with the same vocabulary as {first.url}")
+
+
+async def _base_models(server: VllmServer) -> list[str]:
+    return sorted(card.id for card in await server.models() if card.parent is None)
