@@ -24,7 +24,7 @@ WIDTH = 118
 
 URL = r"^https?://[^/@?#\s]+/?$"
 STORE = r"^(memory://$|sqlite:///.+|(" + "|".join(sorted(SERVER_SCHEMES)) + ")://.+)"
-CHARTS_OWN = {("listen",), ("upstream", "url"), ("admin", "host"), ("admin", "port")}
+CHARTS_OWN = {("listen",), ("upstream", "url"), ("upstream", "urls"), ("admin", "host"), ("admin", "port")}
 """Keys that the chart sets itself."""
 SECRET = {"pattern": "^[!-~]+$", "maxLength": 4096}
 CHECKED_BY_CODE: dict[tuple[str, ...], dict[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +98,21 @@ def test_who_may_come_in(helm: Helm) -> None:
     # The engine's plugin fetches profiles from wherever the upstream is.
     assert ingress()[1]["from"] == [{"podSelector": {}}]
     assert ingress("upstream.url=http://vllm.gpu.svc:8000")[1]["from"] == [{"podSelector": {}}, *namespace("gpu")]
+
+
+def test_several_engines_may_be_reached_and_reach_the_admin_port(helm: Helm, tmp_path: Path) -> None:
+    rendered = helm.render(
+        "--set", "upstream.urls={http://a.models.svc:8000,http://b.other.svc:8001}", "--set", "upstream.url=",
+        "--set", "networkPolicy.enabled=true",
+    )  # fmt: skip
+    assert egress(rendered) == [DNS, (namespace("models"), {("TCP", 8000)}), (namespace("other"), {("TCP", 8001)})]
+    admin = rendered.one("NetworkPolicy")["spec"]["ingress"][1]["from"]
+    assert admin == [{"podSelector": {}}, *namespace("models"), *namespace("other")]
+    assert rendered.settings(tmp_path).upstream.addresses == ("http://a.models.svc:8000", "http://b.other.svc:8001")
+
+
+def test_the_addresses_of_a_name_may_be_reached(helm: Helm, tmp_path: Path) -> None:
+    url = "dns+http://vllm-headless.models.svc:8000"
+    rendered = helm.render("--set", f"upstream.url={url}", "--set", "networkPolicy.enabled=true")
+    assert egress(rendered)[1] == (namespace("models"), {("TCP", 8000)})
+    assert rendered.settings(tmp_path).upstream.url == url

@@ -18,6 +18,7 @@ WRONG = {
     "replicaCount=1.5": "replicaCount",
     "replicaCont=2": "replicaCont",
     "upstream.url=vllm:8000": "upstream.url",
+    "upstream.urls={vllm:8000}": "upstream.urls",
     "upstream.url=http://vllm:8000/v1": "upstream.url",
     "upstream.url=http://me:secret@vllm:8000": "upstream.url",
     "upstream.uri=http://vllm:8000": "uri",

@@ -65,7 +65,9 @@ annotations:
 {{- end -}}
 
 {{- define "hemostat.upstreamUrl" -}}
-{{- if .Values.upstream.url -}}
+{{- if .Values.upstream.urls -}}
+{{- join ", " .Values.upstream.urls -}}
+{{- else if .Values.upstream.url -}}
 {{- .Values.upstream.url -}}
 {{- else if .Values.engine.enabled -}}
 {{- printf "http://%s:8000" (include "hemostat.loopback" .) -}}
@@ -98,7 +100,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 {{- end -}}
 {{- $fixed := dict
-  "upstream" (dict "url" (include "hemostat.upstreamUrl" .))
+  "upstream" (ternary (dict "urls" .Values.upstream.urls) (dict "url" (include "hemostat.upstreamUrl" .)) (not (empty .Values.upstream.urls)))
   "listen" (dict "host" .Values.bindAddress "port" 8080)
   "admin" (dict "host" .Values.bindAddress "port" 8081)
 -}}
@@ -210,7 +212,7 @@ upstream-api-key: HEMOSTAT_UPSTREAM__API_KEY
 {{- end -}}
 {{- end -}}
 {{- /* Variables take precedence over the file, and the later of two over the first: the probes would use a wrong port. */ -}}
-{{- $own := dict "HEMOSTAT_UPSTREAM__URL" "upstream.url" "HEMOSTAT_LISTEN__HOST" "bindAddress" "HEMOSTAT_ADMIN__HOST" "bindAddress" -}}
+{{- $own := dict "HEMOSTAT_UPSTREAM__URL" "upstream.url" "HEMOSTAT_UPSTREAM__URLS" "upstream.urls" "HEMOSTAT_LISTEN__HOST" "bindAddress" "HEMOSTAT_ADMIN__HOST" "bindAddress" -}}
 {{- $own = merge $own (dict "HEMOSTAT_LISTEN__PORT" "service.port" "HEMOSTAT_ADMIN__PORT" "service.adminPort") -}}
 {{- range $key, $variable := include "hemostat.secretVariables" . | fromYaml -}}
 {{- if or $.Values.existingSecret (eq $key "admin-token") (hasKey $split.secrets $key) -}}

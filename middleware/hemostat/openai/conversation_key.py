@@ -21,6 +21,8 @@ MAX_TOKENS = 256
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _BEGIN = re.compile(rb'"(?:messages|input|prompt)"\s*+:\s*+(?:(\[)|(' + _STRING + rb"))", re.DOTALL)
 _USER = re.compile(rb'"role"\s*+:\s*+"user"')
+_CONTENT = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+' + _STRING + rb"\s*+}", re.DOTALL)
+"""The rest of most messages."""
 _TOKEN = re.compile(_STRING + rb"|[\[\]{}]", re.DOTALL)
 
 
@@ -39,7 +41,11 @@ def conversation_key(body: bytes) -> int | None:
     if start < 0:
         return _hash(body[begin.start(2) : begin.end(2)])
     user = _USER.search(body, start, MAX_SCANNED_BYTES)
-    end = _end_of_object(body, user.end()) if user is not None else body.find(b"]", start, MAX_SCANNED_BYTES)
+    if user is None:
+        end = body.find(b"]", start, MAX_SCANNED_BYTES)
+    else:
+        content = _CONTENT.match(body, user.end(), MAX_SCANNED_BYTES)
+        end = content.end() if content is not None else _end_of_object(body, user.end())
     return _hash(body[start:end]) if end > 0 else None
 
 

@@ -58,11 +58,10 @@ class Balancer:
         return best
 
     def _on_ring(self, loads: Sequence[int], key: int) -> int:
-        available = total = 0
-        for load in loads:
-            if load != UNAVAILABLE:
-                available += 1
-                total += load
+        available, total = len(loads), sum(loads)
+        if min(loads, default=0) == UNAVAILABLE:
+            missing = loads.count(UNAVAILABLE)
+            available, total = available - missing, total - missing * UNAVAILABLE
         if not available:
             return -1
         # The request itself counts, so that an engine with the fewest is always below the capacity.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hemostat.relay.upstreams.balancer import UNAVAILABLE
-from hemostat.relay.upstreams.health import Health, HealthState
+from hemostat.relay.upstreams.health import Health
 from hemostat.relay.upstreams.origin import Origin
 from hemostat.relay.upstreams.pool import Pool
 
@@ -24,10 +23,3 @@ class Engine:
         """That were sent to it since the start."""
         self.resent = 0
         """Of them, those that were then sent once more, or to another engine."""
-
-    @property
-    def load(self) -> int:
-        """Requests in progress; UNAVAILABLE for an engine that gets none."""
-        if self.drained or self.health.state is not HealthState.UP:
-            return UNAVAILABLE
-        return self.pool.outstanding

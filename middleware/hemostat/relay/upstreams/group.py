@@ -78,7 +78,9 @@ class Upstreams:
         not drained, and where all are drained, to all.
         """
         engines = self.engines
-        loads = [UNAVAILABLE if engine in tried else engine.load for engine in engines]
+        loads = [one.pool.outstanding if one.health.up and not one.drained else UNAVAILABLE for one in engines]
+        if tried:
+            loads = [UNAVAILABLE if one in tried else load for one, load in zip(engines, loads, strict=True)]
         index = self._balancer.choose(loads, key)
         if index < 0:
             left = [engine for engine in engines if engine not in tried]

@@ -43,12 +43,12 @@ class Health:
         "_returned",
         "ejections",
         "failures",
-        "state",
+        "up",
     )
 
     def __init__(self, *, checked: bool) -> None:
         self._checked = checked
-        self.state = HealthState.UP
+        self.up = True
         self.failures = 0
         """Failed requests in a row; 0 needs no `request_succeeded`."""
         self.ejections = 0
@@ -58,11 +58,15 @@ class Health:
         self._held_until = 0.0
         self._returned = float("-inf")
 
+    @property
+    def state(self) -> HealthState:
+        return HealthState.UP if self.up else HealthState.EJECTED
+
     def request_failed(self, now: float) -> None:
         """The engine could not be reached, closed the connection before its response was complete, sent an invalid
         one, or answered 502, 503 or 504. (A 500 may be the request's own fault.)"""
         self.failures += 1
-        if self.state is HealthState.UP and self.failures >= FAILURES:
+        if self.up and self.failures >= FAILURES:
             self._eject(now)
 
     def request_succeeded(self) -> None:
@@ -70,7 +74,7 @@ class Health:
 
     def check_failed(self, now: float) -> None:
         self._failed_checks += 1
-        if self.state is HealthState.UP and self._failed_checks >= FAILED_CHECKS:
+        if self.up and self._failed_checks >= FAILED_CHECKS:
             self._eject(now)
 
     def check_passed(self, now: float) -> None:
@@ -79,15 +83,15 @@ class Health:
 
     def advance(self, now: float) -> None:
         """Return, where the hold is over. Called about once a second."""
-        if self.state is HealthState.EJECTED and now >= self._held_until and not self._failed_checks:
-            self.state = HealthState.UP
+        if not self.up and now >= self._held_until and not self._failed_checks:
+            self.up = True
             self.failures = FAILURES - 1
             self._returned = now
 
     def _eject(self, now: float) -> None:
         self._in_a_row = 1 if now - self._returned > STABLE_SECONDS else self._in_a_row + 1
         self.ejections += 1
-        self.state = HealthState.EJECTED
+        self.up = False
         self._held_until = now + min(HOLD_SECONDS * 2.0 ** min(self._in_a_row - 1, 30), MAX_HOLD_SECONDS)
         if self._checked and not self._failed_checks:
             self._failed_checks = 1  # the last check is older than what has just failed
