@@ -246,6 +246,18 @@ async def test_one_line_of_json_per_request(caplog: pytest.LogCaptureFixture) ->
     assert "request_id=mine" in TextFormatter().format(record)
 
 
+async def test_a_long_request_id_is_cut_in_the_log_and_goes_upstream_whole(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hemostat.request")
+    seen: list[Request] = []
+    async with relaying(answering(seen, answer()), log_requests=True) as (_, _, connect):
+        client = await connect()
+        await client.send(asking(b"X-Request-Id: %b\r\n" % (b"i" * 5000)))
+        await client.response("POST")
+    (record,) = [r for r in caplog.records if r.name == "hemostat.request"]
+    assert json.loads(JsonFormatter().format(record))["request_id"] == "i" * 200
+    assert seen[0].get(b"x-request-id") == [b"i" * 5000]
+
+
 def test_an_exception_stays_one_line_of_json() -> None:
     try:
         raise ValueError("oh\nno")

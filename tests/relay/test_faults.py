@@ -133,6 +133,22 @@ async def test_bytes_after_the_end_of_a_response_never_reach_the_next_request() 
         assert upstream.connections == 3
 
 
+async def test_bytes_behind_a_response_never_reach_a_client_that_waits_for_a_connection() -> None:
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            await connection.send(OK)
+            await asyncio.sleep(0)  # by now the relay has read the response alone
+            await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+
+    async with relaying(script, upstream_max_connections=1) as (relay, upstream, connect):
+        clients = [await connect() for _ in range(20)]
+        for client in clients:
+            await client.send(GET)
+        assert {(await client.response()).body for client in clients} == {b"ok"}
+        assert upstream.connections == 20, "from the first time on no connection is reused"
+        assert not relay.pool.trusted
+
+
 async def test_bytes_on_an_idle_connection_are_discarded() -> None:
     async def script(connection: UpstreamConnection) -> None:
         await connection.request()

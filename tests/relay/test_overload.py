@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -16,6 +17,8 @@ from hemostat.metrics import names
 from hemostat.relay.client_connection import ConnectionState
 from hemostat.relay.clients import EVICTED_SHARE
 from hemostat.relay.exchange_state import ExchangeState
+from hemostat.relay.http.errors import BadRequest
+from hemostat.relay.http.framing import CHUNKED, RequestBodyReader
 from hemostat.relay.limits import Limits
 from hemostat.relay.worker import Relay
 
@@ -62,6 +65,26 @@ async def test_a_chunked_body_is_collected_until_it_is_too_long() -> None:
         await client.send(b"1\r\n!\r\n0\r\n\r\n")
         assert (await client.response("POST")).status == 200
     assert [request.body for request in seen] == [b"hello", b"hello you!"]
+
+
+@pytest.mark.parametrize("size", [1, 30])
+def test_many_short_chunks_are_refused_before_they_take_long(size: int) -> None:
+    data = b"%x\r\n%b\r\n" % (size, b"x" * size) * (200_000 // size)
+    reader = RequestBodyReader(CHUNKED, 1_000_000)
+    started = time.thread_time()
+    with pytest.raises(BadRequest, match="shorter than 64 bytes"):
+        reader.feed(data)
+    assert time.thread_time() - started < 0.05
+
+
+def test_short_chunks_are_read_one_at_a_time_and_beside_long_ones() -> None:
+    reader = RequestBodyReader(CHUNKED, 10_000_000)
+    for _ in range(2000):
+        assert reader.feed(b"1\r\nx\r\n") == ([b"x"], b"")
+    data = (b"1\r\nx\r\n" + b"100\r\n%b\r\n" % (b"y" * 256)) * 2000
+    pieces, rest = reader.feed(data + b"0\r\n\r\nnext")
+    assert b"".join(pieces) == (b"x" + b"y" * 256) * 2000
+    assert rest == b"next"
 
 
 async def test_a_body_that_arrives_too_slowly_is_refused() -> None:

@@ -7,6 +7,9 @@ import random
 from hemostat.relay.http.request import RequestHead
 from hemostat.relay.upstreams.origin import Origin
 
+MAX_REQUEST_ID = 200
+"""Bytes of a client's X-Request-Id that are kept in logs, traces and records; all of it goes upstream."""
+
 _random = random.Random()  # noqa: S311  identifiers, not secrets
 
 
@@ -23,9 +26,9 @@ def _new_trace() -> tuple[int, int]:
 
 
 def ensure_request_id(request: RequestHead) -> str:
-    """The request's id; one is added where the client sent none."""
+    """The request's id, as it is kept here; one is added where the client sent none."""
     if request.request_id is not None:
-        return request.request_id.decode("latin-1")
+        return request.request_id[:MAX_REQUEST_ID].decode("latin-1")
     request_id = new_request_id()
     request.lines.append(b"X-Request-Id: " + request_id.encode())
     return request_id

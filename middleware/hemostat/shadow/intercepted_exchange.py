@@ -24,8 +24,6 @@ from hemostat.shadow.profile_choice import ArmReason, Choice, Reason, Unjudged, 
 from hemostat.shadow.reports import Reports
 from hemostat_calibration.records import Arm, Sampling
 
-MAX_REQUEST_ID = 200
-"""Characters of a client's X-Request-Id that are kept in records and logs."""
 MAX_TRACEPARENT = 64
 """Characters of a client's traceparent that are kept."""
 MAX_UNDECIDED_BYTES = 64 * 1024
@@ -400,7 +398,7 @@ class InterceptedExchange:
     ) -> Capture:
         adapter = self._adapter if tokens.model == self._adapter else None
         return Capture(
-            request_id=self._request_id[:MAX_REQUEST_ID],
+            request_id=self._request_id,
             route=self._route,
             model=tokens.model if adapter is None else self._policy.answered_name,
             label=self._options.label,

@@ -17,6 +17,12 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 MAX_CHUNK_LINE_BYTES = 4096
 MAX_TRAILER_BYTES = 16 * 1024
+MIN_CHUNK_BYTES = 64
+"""Of a request's chunks with their framing, on average over what is read at a time: each takes almost a microsecond."""
+MAX_SMALL_CHUNKS = 1024
+"""So many in one read may be shorter."""
+_PART_BYTES = 8192
+"""After so many bytes of a request's chunks their number is checked."""
 
 _chunk_line = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n").fullmatch
 _trailer_line = re.compile(TOKEN + rb"+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n").fullmatch
@@ -157,12 +163,17 @@ class RequestBodyReader:
             self.complete = True
             return [data[: self._missing]], data[self._missing :]
         pieces: list[bytes] = []
-        try:
-            used = self._chunks.feed(data, pieces)
-        except ValueError as error:
-            raise BadRequest(400, f"the body is malformed: {error}") from error
+        used, start, end = -1, 0, 0
+        while used < 0 and end < len(data):
+            start, end = end, end + _PART_BYTES
+            try:
+                used = self._chunks.feed(data[start:end], pieces)
+            except ValueError as error:
+                raise BadRequest(400, f"the body is malformed: {error}") from error
+            if len(pieces) > max(MAX_SMALL_CHUNKS, end // MIN_CHUNK_BYTES):
+                raise BadRequest(400, f"the body's chunks are shorter than {MIN_CHUNK_BYTES} bytes")
         self._size += sum(map(len, pieces))
         if self._size > self._limit:
             raise BadRequest(413, f"the body is longer than {self._limit} bytes")
         self.complete = used >= 0
-        return pieces, data[used:] if self.complete else b""
+        return pieces, data[start + used :] if self.complete else b""

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 from enum import Enum, auto
+from fcntl import ioctl
+from termios import FIONREAD
 from time import perf_counter
 from typing import Protocol, cast
 
@@ -20,6 +22,8 @@ from hemostat.relay.http.response import ResponseHead, parse_response
 from hemostat.relay.tunnel import Tunnel
 
 MAX_HEAD_BYTES = 256 * 1024
+_NO_BYTES = bytes(4)
+"""An int of 0."""
 
 
 class UpstreamState(Enum):
@@ -90,8 +94,19 @@ class Receiver(Protocol):
 class ConnectionOwner(Protocol):
     """The pool, as a connection sees it."""
 
+    @property
+    def trusted(self) -> bool:
+        """Connections may carry more than one request."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a connection."""
+
     def offer(self, connection: UpstreamConnection) -> None:
         """The connection can take a request."""
+
+    def sent_stray_bytes(self) -> None:
+        """The upstream has sent bytes that belong to no response."""
 
     def lost(self, connection: UpstreamConnection) -> None:
         """The connection is closed."""
@@ -103,6 +118,7 @@ class UpstreamConnection(asyncio.Protocol):
     __slots__ = (
         "_buffer",
         "_chunks",
+        "_descriptor",
         "_eof",
         "_head",
         "_may_upgrade",
@@ -124,6 +140,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
         self.idle_since = 0.0
         """Event-loop time, set by the pool."""
+        self._descriptor = -1
         self._state: UpstreamState = _IDLE
         self._receiver: Receiver | None = None
         self._reused = False
@@ -149,8 +166,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """A request can be sent on it."""
-        return self._state is _IDLE and not self.transport.is_closing()
+        """A request can be sent on it, and nothing has arrived that would be taken for its response."""
+        return self._state is _IDLE and not self.transport.is_closing() and not self._unread()
 
     @property
     def closed(self) -> bool:
@@ -202,12 +219,13 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self._descriptor = transport.get_extra_info("socket").fileno()
 
     def data_received(self, data: bytes) -> None:
         receiver = self._receiver
         if receiver is None:
             # Not the response to any request; it must not be taken for the next one's.
-            self.abort()
+            self._stray()
             return
         head = self._head
         if head is not None:
@@ -274,7 +292,7 @@ class UpstreamConnection(asyncio.Protocol):
             else:
                 excess = size > self._missing
                 receiver.response_data(data[: self._missing] if excess else data)
-                self._complete(receiver, reusable=head.keep_alive and not excess)
+                self._complete(receiver, reusable=head.keep_alive, excess=excess)
         elif length == CHUNKED:
             out: list[bytes] | None = [] if self._payload_only else None
             try:
@@ -288,23 +306,45 @@ class UpstreamConnection(asyncio.Protocol):
             else:
                 receiver.response_data(data[:used] if excess else data)
             if used >= 0:
-                self._complete(receiver, reusable=head.keep_alive and not excess)
+                self._complete(receiver, reusable=head.keep_alive, excess=excess)
         else:
             receiver.response_data(data)
 
-    def _complete(self, receiver: Receiver, *, reusable: bool) -> None:
+    def _complete(self, receiver: Receiver, *, reusable: bool, excess: bool = False) -> None:
+        """excess: bytes have followed the response."""
         if self._receiver is not receiver:
             return  # the client's connection failed while this was written to it
-        if reusable and receiver.request_complete and not self._eof:
+        if excess:
+            self._stray()
+        elif reusable and receiver.request_complete and not self._eof and self._owner.trusted:
             self._receiver = None
             self._head = None
             self._state = _IDLE
             self.resume()
             self._reused = True
-            self._owner.offer(self)
+            if self._owner.waiting:
+                # Not at once: what the upstream sends behind the response may be on its way.
+                asyncio.get_running_loop().call_soon(self._offer)
+            else:
+                self._owner.offer(self)
         else:
             self.abort()
         receiver.response_end()
+
+    def _offer(self) -> None:
+        if self.usable:
+            self._owner.offer(self)
+        elif self._state is _IDLE and not self.transport.is_closing():
+            self._stray()
+
+    def _unread(self) -> bool:
+        """The upstream has sent bytes that have not been read. (Over TLS they need not be bytes of a response.)"""
+        return self._reused and ioctl(self._descriptor, FIONREAD, _NO_BYTES) != _NO_BYTES
+
+    def _stray(self) -> None:
+        """Bytes have arrived that belong to no response. Those behind them must not be taken for one either."""
+        self._owner.sent_stray_bytes()
+        self.abort()
 
     def _malformed(self, receiver: Receiver, reason: str) -> None:
         self.abort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import ssl
 from collections import OrderedDict, deque
@@ -14,6 +15,10 @@ CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 4.0
 """Idle connections are closed before uvicorn closes them (after 5 s in vLLM), so that a request is seldom sent on one
 that is being closed."""
+
+DISTRUST_SECONDS = 60.0
+
+log = logging.getLogger("hemostat.relay")
 
 
 class Pool:
@@ -40,6 +45,8 @@ class Pool:
         self._waiters: OrderedDict[Receiver, float] = OrderedDict()
         """In the order in which they are served -> when each began to wait (event-loop time)."""
         self._connecting: set[asyncio.Task[None]] = set()
+        self._distrusted_until = 0.0
+        """Event-loop time."""
         self._open: set[UpstreamConnection] = set()
 
     @property
@@ -80,6 +87,21 @@ class Pool:
         else:
             connection.idle_since = self._loop.time()
             self._idle.append(connection)
+
+    @property
+    def trusted(self) -> bool:
+        """See `upstream.ConnectionOwner`."""
+        return self._distrusted_until == 0.0 or self._loop.time() > self._distrusted_until
+
+    def sent_stray_bytes(self) -> None:
+        """For some time every request gets a connection of its own: responses could be taken for other requests'."""
+        if self.trusted:
+            log.warning(
+                "the upstream sends bytes behind its responses; for %.0f s no connection is reused", DISTRUST_SECONDS
+            )
+        self._distrusted_until = self._loop.time() + DISTRUST_SECONDS
+        while self._idle:
+            self._idle.pop().abort()
 
     def lost(self, connection: UpstreamConnection) -> None:
         """A connection is closed."""
