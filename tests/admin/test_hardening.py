@@ -82,6 +82,13 @@ def cut_off(connection: socket.socket, piece: bytes, *, pause: float = 0.0, with
     return False
 
 
+def closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(65536) == b""
+    except ConnectionResetError:
+        return True
+
+
 def mode(one: Served) -> str:
     found: str = httpx.get(f"{one.url}/api/v1/status").json()["profile"]["mode"]
     return found
@@ -108,18 +115,46 @@ def test_many_headers(one: Served, count: int) -> None:
         assert answer(connection).startswith(b"HTTP/1.1 200" if count == 50 else b"HTTP/1.1 400")
 
 
-def test_those_who_never_finish_a_head_do_not_stay(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardening, "HEAD_SECONDS", 0.5)
-    crowd = [connect(one) for _ in range(hardening.MAX_CONNECTIONS + 20)]
+@pytest.mark.parametrize(("per_address", "total"), [(32, 256), (64, 32)])
+def test_those_who_never_finish_a_head_do_not_stay(
+    one: Served, monkeypatch: pytest.MonkeyPatch, per_address: int, total: int
+) -> None:
+    monkeypatch.setattr(hardening, "HEAD_SECONDS", 2.0)
+    monkeypatch.setattr(hardening, "MAX_WAITING_PER_ADDRESS", per_address)
+    monkeypatch.setattr(hardening, "MAX_WAITING", total)
+    crowd = [connect(one) for _ in range(80)]
     try:
-        crowd[0].sendall(b"GET /livez HTTP/1.1\r\n")
-        while one.connections < hardening.MAX_CONNECTIONS:
-            time.sleep(0.01)
-        assert httpx.get(f"{one.url}/livez").status_code == 503, "no more at a time than that"
-        assert [answer(connection) for connection in crowd] == [b""] * len(crowd)
+        for connection in crowd:
+            connection.sendall(b"GET /livez HTTP/1.1\r\n")
+        assert httpx.get(f"{one.url}/livez").status_code == 200, "probes are answered whatever others do"
+        assert one.connections <= 32
+        assert [closed(connection) for connection in crowd] == [True] * len(crowd)
         assert httpx.get(f"{one.url}/livez").status_code == 200
     finally:
         for connection in crowd:
+            connection.close()
+
+
+def test_probes_are_answered_beyond_the_limit_of_requests(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardening, "MAX_REQUESTS", 0)
+    assert httpx.get(f"{one.url}/api/v1/status").status_code == 503
+    assert httpx.get(f"{one.url}/livez").status_code == 200
+    monkeypatch.undo()
+    assert httpx.get(f"{one.url}/api/v1/status").status_code == 200
+
+
+def test_idle_connections_give_way_to_new_ones(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardening, "MAX_WAITING", 2)
+    request = b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    connections = [connect(one) for _ in range(3)]
+    try:
+        for connection in connections:
+            connection.sendall(request)
+            while b"\r\n\r\n" not in connection.recv(65536, socket.MSG_PEEK):
+                pass
+        assert answer(connections[0]).startswith(b"HTTP/1.1 200"), "and then the connection was closed"
+    finally:
+        for connection in connections:
             connection.close()
 
 

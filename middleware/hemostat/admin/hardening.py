@@ -1,8 +1,10 @@
 """Protects the admin port from whoever can reach it: host names, response headers, limits of size, time and number.
 
 - DNS rebinding (a page whose own host name resolves to this address) is refused by the request's Host header.
-- Request heads are limited in bytes and in time, connections in number, so that a client without the token cannot fill
-  the memory of the control process. (uvicorn's other parser, httptools, accepts heads of any size.)
+- Request heads are limited in bytes and in time, connections and requests in number, so that a client without the token
+  cannot fill the memory of the control process. (uvicorn's other parser, httptools, accepts heads of any size.)
+- Kubernetes restarts a pod whose /livez does not answer. So probes are answered whatever others do: a new connection is
+  always taken, in place of the one that has waited longest for a request, and the limit of requests is not for probes.
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 MAX_HEAD_BYTES = 16 * 1024
 HEAD_SECONDS = 10.0
 """Limit from a connection's start, or a request's first byte, to the end of the request's head."""
-MAX_CONNECTIONS = 256
-"""More are answered with 503."""
+MAX_WAITING = 256
+"""Connections without a request; those that have waited longest are closed for others."""
+MAX_WAITING_PER_ADDRESS = 64
+MAX_REQUESTS = 256
+"""Requests at a time; more are answered with 503."""
+PROBES = frozenset({"/livez", "/readyz"})
 HEADERS = {
     "content-security-policy": "default-src 'none'; connect-src 'self'; style-src 'self'; script-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -38,11 +44,15 @@ _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::\d*)?")
 
 
 class Harden:
-    """ASGI middleware: adds HEADERS, answers 421 to a Host that is not allowed. names: None allows any."""
+    """ASGI middleware: adds HEADERS, answers 421 to a Host that is not allowed, and 503 to requests beyond
+    MAX_REQUESTS. names: None allows any.
+    """
 
     def __init__(self, app: ASGIApp, names: Collection[str] | None) -> None:
         self._app = app
         self._names = names
+        self._requests = 0
+        """At present."""
         self._headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,14 +66,24 @@ class Harden:
             await send(message)
 
         host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
-        if self._names is None or not host or is_allowed_host(host, self._names):
-            await self._app(scope, receive, hardened)
-        else:
+        if self._names is not None and host and not is_allowed_host(host, self._names):
             detail = "this host name is not allowed; list it in admin.allowed_hosts, or use the address"
-            body = json.dumps({"detail": detail}).encode()
-            kind = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-            await hardened({"type": "http.response.start", "status": 421, "headers": kind})
-            await hardened({"type": "http.response.body", "body": body})
+            await _refuse(hardened, 421, detail)
+        elif self._requests >= MAX_REQUESTS and scope["path"] not in PROBES:
+            await _refuse(hardened, 503, "too many requests at a time")
+        else:
+            self._requests += 1
+            try:
+                await self._app(scope, receive, hardened)
+            finally:
+                self._requests -= 1
+
+
+async def _refuse(send: Send, status: int, detail: str) -> None:
+    body = json.dumps({"detail": detail}).encode()
+    kind = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": kind})
+    await send({"type": "http.response.body", "body": body})
 
 
 def is_allowed_host(host: str, names: Collection[str]) -> bool:
@@ -84,25 +104,61 @@ def is_allowed_host(host: str, names: Collection[str]) -> bool:
     return True
 
 
+class Waiting:
+    """The connections of one server that wait for a request, or for the rest of its head. Owns their order."""
+
+    def __init__(self) -> None:
+        self._addresses: dict[HeadTimeoutProtocol, str] = {}
+        """Those that have waited longest first."""
+
+    def add(self, connection: HeadTimeoutProtocol, address: str) -> None:
+        """It begins to wait. May abort another one."""
+        self._addresses.setdefault(connection, address)
+        own = [one for one, its in self._addresses.items() if its == address]
+        if len(own) > MAX_WAITING_PER_ADDRESS:
+            own[0].transport.abort()
+            self.remove(own[0])
+        elif len(self._addresses) > MAX_WAITING:
+            oldest = next(iter(self._addresses))
+            oldest.transport.abort()
+            self.remove(oldest)
+
+    def remove(self, connection: HeadTimeoutProtocol) -> None:
+        self._addresses.pop(connection, None)
+
+
 class HeadTimeoutProtocol(H11Protocol):
     """uvicorn's protocol, which aborts a connection whose request head is not complete within HEAD_SECONDS."""
 
+    waiting: Waiting
+    """Shared by the connections of a server."""
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._start_timer()
+        self._wait()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self._idle:
             self._stop_timer()
+            self.waiting.remove(self)
         elif self._timer is None:
             self._start_timer()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._idle and not self.transport.is_closing():
+            self._wait()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self.waiting.remove(self)
         super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self.waiting.add(self, self.client[0] if self.client else "")
 
     @property
     def _idle(self) -> bool:
@@ -125,11 +181,11 @@ class HeadTimeoutProtocol(H11Protocol):
 
 def server_settings() -> dict[str, Any]:
     """For uvicorn.Config."""
+    protocol = type("Protocol", (HeadTimeoutProtocol,), {"waiting": Waiting()})
     return {
-        "http": HeadTimeoutProtocol,
+        "http": protocol,
         "ws": "none",
         "h11_max_incomplete_event_size": MAX_HEAD_BYTES,
-        "limit_concurrency": MAX_CONNECTIONS,
         "timeout_graceful_shutdown": 2,
         "server_header": False,
         "proxy_headers": False,
