@@ -287,6 +287,7 @@ LABELS: dict[str, dict[str, Values | str]] = {
         }
     },
     "label": {"": "the client's `X-Hemostat-Label`, if it is one of the configured `labels`; else empty"},
+    "engine": {"": "address of the engine that requests go to, `host:port`; at most 64"},
     "limit": {
         "": {
             "connections": "`limits.connections`, or what the limit of open files allows",

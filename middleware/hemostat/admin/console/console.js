@@ -555,6 +555,7 @@ function show(s, p) {
   adapters(s);
   costs(s);
   coverage(s);
+  engines(s);
   proxy(s);
   replicas(s);
   recent.push(s);

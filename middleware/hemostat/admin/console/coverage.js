@@ -1,4 +1,4 @@
-// The parts of the page about coverage, positions, thinking and grammars; it uses the functions of console.js.
+// The parts of the page about coverage, engines, positions, thinking and grammars; it uses the functions of console.js.
 "use strict";
 
 /** Which part of what sampled requests generated is scored, by kind, and why the rest is not. */
@@ -11,6 +11,15 @@ function coverage(s) {
     c.by_kind.map((k) => [k.kind, whole(k.requests), shareOfRequests(k), whole(k.tokens), share(k), whole(k.requests_of_unknown_tokens)]));
   table("not-scored", "What is not scored, by reason", ["reason", "outcome", "requests", "known tokens", "requests of unknown tokens"],
     c.not_scored.map((r) => [r.reason, r.outcome, whole(r.requests), whole(r.tokens), whole(r.requests_of_unknown_tokens)]), "everything is scored");
+}
+
+/** The engines that requests go to, and which one is not like the others. */
+function engines(s) {
+  const state = (e) => e.drained ? "drained" : e.up === e.relays ? "up" : e.up ? `up for ${e.up} of ${plural(e.relays, "relay")}` : "ejected";
+  const like = (f) => f.odd ? `no: ${f.farther ? "further from" : "closer to"} the reference, on ${plural(f.on_tokens, "token")}` : known(f.evidence) ? "yes" : NONE;
+  table("engines", "Engines", ["engine", "state", "in progress", "requests", "sent again", "ejections", "KL nats per token", "scored tokens", "like the others"],
+    s.upstream.map((e) => [e.engine, state(e), whole(e.outstanding), whole(e.requests), whole(e.resent), whole(e.ejections),
+      known(e.figures.kl_nats) ? fixed(e.figures.kl_nats, 4) : NONE, whole(e.figures.tokens ?? 0), like(e.figures)]), "no relay has reported yet");
 }
 
 /** By position in the output, length of the context, and phase; and how thinking ends. */
