@@ -42,7 +42,7 @@ from hemostat.reference.transformers import TransformersReference  # noqa: E402
 from hemostat.reference.vllm import VllmReference  # noqa: E402
 from hemostat.shadow.noise_floor import self_record  # noqa: E402
 from hemostat_calibration.divergence.per_token import divergence  # noqa: E402
-from hemostat_calibration.records import Candidates, Sampling, TokenRecord, validate  # noqa: E402
+from hemostat_calibration.records import Sampling, TokenRecord, validate  # noqa: E402
 
 VOCABULARY = 49_152
 TOP_K = 20
@@ -201,8 +201,11 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return {"mean": mean, "low": mean - width, "high": mean + width}
 
 
-async def scored(reference: Reference, texts: Sequence[Text], *, again: bool) -> dict[str, Any]:
-    """Figures by request, of the pair and of the reference against itself, and what it took."""
+async def scored(
+    reference: Reference, texts: Sequence[Text], *, again: bool, others: Sequence[TokenRecord] = ()
+) -> dict[str, Any]:
+    """Figures by request, of the pair and of the reference against itself, and what it took. others: records of another
+    reference against itself; `between` has the figures with this one in the reference's place."""
     await reference.start()
     pair, itself, first, tokens = [], [], [], 0
     began = time.monotonic()
@@ -218,10 +221,15 @@ async def scored(reference: Reference, texts: Sequence[Text], *, again: bool) ->
             own = self_record(record_of(text.compressed, scores, text.output), REFERENCE)
             asked = await reference.score(ScoreRequest(text.prompt, text.output, own.compressed.ids, reshaped=True))
             itself.append(figures(with_reference(own, asked)))
+    between = []
+    for text, other in zip(texts, others, strict=False):
+        asked = await reference.score(ScoreRequest(text.prompt, text.output, other.compressed.ids))
+        between.append(figures(with_reference(other, asked)))
     await reference.close()
     return {
         "figures": np.array(pair),
         "floor": np.array(itself),
+        "between": np.array(between),
         "scores": first,
         "seconds_per_token": seconds / tokens,
         "tokens": tokens,
@@ -257,7 +265,12 @@ def backends(requests: int, tokens: int) -> dict[str, Any]:
             found["vllm_lists"] = asyncio.run(scored(lists, texts, again=False))
             found["vllm_lists"]["bytes_per_token"] = asyncio.run(bytes_of_lists(url, texts))
     local = TransformersReference(str(checkpoints.reference), vllm_process.dtype())
-    found["transformers"] = asyncio.run(scored(local, texts, again=True)) | {"bytes_per_token": 0.0}
+    # One backend in the place of the compressed model, the other in that of the reference.
+    others = [
+        self_record(record_of(text.compressed, ours, text.output), REFERENCE)
+        for text, ours in zip(texts, found["vllm"]["scores"], strict=True)
+    ]
+    found["transformers"] = asyncio.run(scored(local, texts, again=True, others=others)) | {"bytes_per_token": 0.0}
 
     rows = []
     for backend, one in found.items():
@@ -274,18 +287,7 @@ def backends(requests: int, tokens: int) -> dict[str, Any]:
             row["floor"] = {FIGURES[i]: interval(one["floor"][:, i]) for i in columns}
         rows.append(row)
     difference = found["vllm"]["figures"] - found["transformers"]["figures"]
-    # One backend in the place of the compressed model, the other in that of the reference.
-    between = np.array(
-        [
-            figures(
-                with_reference(
-                    self_record(record_of(text.compressed, ours, text.output), REFERENCE),
-                    replace(theirs, at=at_of(theirs, ours.top)),
-                )
-            )
-            for text, ours, theirs in zip(texts, found["vllm"]["scores"], found["transformers"]["scores"], strict=True)
-        ]
-    )
+    between = found["transformers"]["between"]
     floors = {
         backend: float(found[backend]["floor"][:, FIGURES.index("kl_estimate")].mean())
         for backend in ("vllm", "transformers")
@@ -296,15 +298,6 @@ def backends(requests: int, tokens: int) -> dict[str, Any]:
         "vllm_against_transformers": {FIGURES[i]: interval(between[:, i]) for i in range(len(FIGURES))},
         "floors": floors,
     }
-
-
-def at_of(scores: ReferenceScores, wanted: Candidates) -> np.ndarray:
-    """The scores' log-probabilities at another list's ids, NaN where they are not among its top."""
-    found = np.full(wanted.ids.shape, np.nan)
-    for t, (ids, logprobs) in enumerate(zip(scores.top.ids, scores.top.logprobs, strict=True)):
-        known = dict(zip(ids.tolist(), logprobs.tolist(), strict=True))
-        found[t] = [known.get(i, np.nan) for i in wanted.ids[t].tolist()]
-    return found
 
 
 def table(report: dict[str, Any]) -> str:
