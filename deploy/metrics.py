@@ -292,7 +292,11 @@ LABELS: dict[str, dict[str, Values | str]] = {
         "": {
             "connections": "`limits.connections`, or what the limit of open files allows",
             "connections_per_client": "`limits.connections_per_client`",
-        }
+        },
+        names.CLIENT_LIMITED_REQUESTS: {
+            "rate": "`client_limits.requests_per_second` and `burst`",
+            "concurrent": "`client_limits.concurrent`",
+        },
     },
     "model": {
         "": "the served name",
