@@ -121,7 +121,8 @@ def test_the_schema_knows_the_keys_that_serve_knows() -> None:
 
 FILES = {
     *(("upstream", "ca"), ("calibration", "force")),
-    *(("grammar", "tokenizer"), ("reference", "folder")),
+    *(("grammar", "tokenizer"), ("reference", "folder"), ("run_dir",)),
+    *(("admin", "token_file"), ("upstream", "api_key_file"), ("reference", "api_key_file")),
 }
 """They have to exist in the pod."""
 # fmt: off
@@ -130,7 +131,7 @@ TRIED: list[object] = [
     "http://a:8000", "http://a/v1", "ftp://a", "http://u:p@a", "memory://", "memory:", "sqlite:///x", "sqlite://",
     "redis://a:6379/0", "redis://", "amqp://a", "cpu", "cuda:1", "cuda:x", "auto", "off", "none", "vllm", "bfloat16",
     "pooled", "route", "engine", "request", "INFO", "info", "json", [], ["a"], ["a", "a"], [""], ["a b"], [1],
-    {}, {"a": 1},
+    {}, {"a": 1}, "address", "stdout", "/var/log/access.log",
 ]
 # fmt: on
 
