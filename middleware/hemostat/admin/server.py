@@ -1,10 +1,9 @@
-"""The admin port's listening socket and its server."""
+"""The admin port's server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from collections.abc import Generator
 
@@ -12,17 +11,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from hemostat.admin.hardening import server_settings
-from hemostat_calibration.errors import HemostatError
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """HemostatError that names the setting where the port is taken."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise HemostatError(
-            f"admin: cannot bind {host}:{port} ({os.strerror(error.errno or 0)}); free it or set admin.port"
-        ) from error
 
 
 class _Server(uvicorn.Server):
