@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from hemostat.config.client_limits import ClientLimits
 from hemostat.config.fields import (
     Backend,
     Device,
@@ -383,19 +384,6 @@ class Limits(Section):
     been idle for longest are closed, or else a new one is answered with 503."""
     connections_per_client: int = Field(default=8_192, ge=1, le=65_536)
     """The same, of one address (IPv6: of one /64 network). Clients behind a proxy share its address."""
-
-
-class ClientLimits(Section):
-    """What one client may ask of each relay process; beyond it requests get status 429. Off by default. They count
-    requests other than GET and HEAD."""
-
-    key: Literal["authorization", "address"] = "authorization"
-    """What a client is: the value of its Authorization header (requests without one: its address), or its address."""
-    requests_per_second: float | None = Field(default=None, gt=0, le=1_000_000)
-    burst: int = Field(default=10, ge=1, le=1_000_000)
-    """Requests that may come at once, where fewer came before."""
-    concurrent: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Requests in progress."""
 
 
 class Log(Section):
