@@ -153,6 +153,22 @@ async def test_a_leader_writes_before_it_has_counted_more_than_it_may_lose(
         assert 25 - saved < 10
 
 
+async def test_nothing_is_written_while_nothing_is_counted(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server.url, tmp_path, 2) as ones:
+        await ones.turn()
+        store = ones.leader.store.shared
+        assert store is not None
+        revision = store.acquire_lease(10.0).revision
+        for counted in (False, True):
+            for _ in range(2):  # within the time of the lease
+                ones.clock.now += 0.5 * checkpoint_module.SAVE_SECONDS
+                await ones.beat()
+            if counted:
+                ones.score(1, EVEN.truth(0), JUDGED[0])
+            await ones.turn()
+            assert (store.acquire_lease(10.0).revision > revision) == counted
+
+
 async def test_states_and_positions_are_written_in_one_step(shared_server: Valkey, tmp_path: Path) -> None:
     async with replicas(shared_server.url, tmp_path, 2) as ones:
         await ones.turn()

@@ -38,6 +38,8 @@ class Checkpoint:
         self._saved_at = clock()
         self._unsaved = 0.0
         """Of `MAX_UNSAVED`, the part that has been counted since the last write."""
+        self._changed = False
+        """Something has been counted since then."""
 
     def set_owners(self, *owners: Callable[[], None]) -> None:
         """Each writes its states, as they are now."""
@@ -50,13 +52,18 @@ class Checkpoint:
     def note_own_outcome(self) -> None:
         self._note(1.0 / MAX_UNSAVED_OUTCOMES)
 
+    def note_others(self) -> None:
+        """The leader has counted units of another replica: if it dies, the next one finds them in the stream."""
+        self._changed = True
+
     def _note(self, part: float) -> None:
+        self._changed = True
         self._unsaved += part
         if self._unsaved >= 1.0:
             self.save()
 
     def save_if_due(self) -> None:
-        if self._clock() - self._saved_at >= SAVE_SECONDS:
+        if self._changed and self._clock() - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
@@ -67,7 +74,7 @@ class Checkpoint:
                 write()
         finally:
             self._collected = None
-        self._saved_at, self._unsaved = self._clock(), 0.0
+        self._saved_at, self._unsaved, self._changed = self._clock(), 0.0, False
         self._writes.set_states({**collected, POSITIONS_KEY: self._positions.save()})
 
     # --- protocol.StoreWrites --------------------------------------------------------------------------------------

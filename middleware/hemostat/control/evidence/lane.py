@@ -34,7 +34,7 @@ class Lane:
     """Lives in the control process's event loop.
 
     name: of the stream. positions_key: of the store's state, where the positions are written with, or after, what the
-    units went into. use: called with each unit of another replica, once. on_change: called after some were used.
+    units went into. use: called with each unit of another replica, once. on_change: called after a batch was used.
     prepare, ready, on_failure, clock, wall: see `Inbox`.
     """
 
@@ -85,19 +85,21 @@ class Lane:
 
     def _use(self, data: bytes) -> None:
         """One batch. What cannot be used is counted, and the rest is used all the same."""
-        try:
-            batch = BATCHES.decode(data)
-        except ValueError as error:
-            self.failed += 1
-            log.error("a batch of another replica cannot be read: %s", error)
-            return
-        for unit in batch:
+        for unit in self._decoded(data):
             try:
                 self._use_unit(unit)
             except Exception:
                 self.failed += 1
                 log.exception("a unit of another replica could not be used")
         self._on_change()
+
+    def _decoded(self, data: bytes) -> list[Unit]:
+        try:
+            return BATCHES.decode(data)
+        except ValueError as error:
+            self.failed += 1
+            log.error("a batch of another replica cannot be read: %s", error)
+            return []
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 

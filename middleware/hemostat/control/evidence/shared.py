@@ -60,20 +60,9 @@ class Surroundings:
     def lane(
         self, name: str, positions: Positions, positions_key: str, use: Callable[[units.Unit], None], **more: Any
     ) -> Lane:
-        """more: `prepare` and `ready` of `Lane`."""
-        return Lane(
-            name,
-            self.store,
-            self.lease,
-            positions,
-            positions_key,
-            use,
-            on_failure=self.on_failure,
-            on_change=self.on_change,
-            clock=self.clock,
-            wall=self.wall,
-            **more,
-        )
+        """more: `prepare`, `ready` and another `on_change` of `Lane`."""
+        given = {"on_failure": self.on_failure, "on_change": self.on_change, "clock": self.clock, "wall": self.wall}
+        return Lane(name, self.store, self.lease, positions, positions_key, use, **(given | more))
 
 
 class SharedEvidence:
@@ -95,7 +84,7 @@ class SharedEvidence:
         around, writer = self._around, profiles.writer
         self.checkpoint.set_owners(writer.write_serving, writer.write_tests, alarms.save, outcomes.save)
         consumers = UnitConsumers(alarms, profiles, outcomes, seen)
-        evidence = around.lane(EVIDENCE, self.positions, POSITIONS_KEY, consumers.use)
+        evidence = around.lane(EVIDENCE, self.positions, POSITIONS_KEY, consumers.use, on_change=self._evidence_used)
         learning = around.lane(
             LEARNING,
             learned.positions,
@@ -107,6 +96,10 @@ class SharedEvidence:
         profiles.proposals.on_learned = lambda scope, growth: learning.send(units.learned_unit(scope, growth))
         self.lanes = [evidence, learning]
         return EvidenceExchange(evidence, around.lease, self.checkpoint, profiles, outcomes)
+
+    def _evidence_used(self) -> None:
+        self.checkpoint.note_others()
+        self._around.on_change()
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
