@@ -153,6 +153,30 @@ async def test_a_leader_writes_before_it_has_counted_more_than_it_may_lose(
         assert 25 - saved < 10
 
 
+@pytest.mark.parametrize("saved", [False, True])
+async def test_what_a_leader_counted_while_it_lost_the_lease_is_counted_by_the_next(
+    saved: bool, shared_server: Valkey, tmp_path: Path
+) -> None:
+    """The store did not answer it for longer than the lease. saved: it had written some of it before."""
+    async with replicas(shared_server.url, tmp_path, 2, alarm={"baseline_requests": 1000}) as ones:
+        old, new = ones.controls
+        await ones.turn()
+        for n, key in enumerate(JUDGED[:20]):
+            ones.score(0, EVEN.truth(n), key)
+            if n == 12 and saved:
+                old.alarms.save()
+                await old.writer.drain()
+        assert old.store.shared is not None
+        old.store.shared.release_lease()
+        assert new.replica is not None
+        await new.replica.heartbeat()
+        await ones.turn()
+        await ones.turn()
+        assert [one.lease.leads for one in ones.controls] == [False, True]
+        assert new.alarms.report()["workload"]["baseline_requests"] == 20
+        assert new.profile_manager.serving.kinds["chat"].units == 20
+
+
 async def test_nothing_is_written_while_nothing_is_counted(shared_server: Valkey, tmp_path: Path) -> None:
     async with replicas(shared_server.url, tmp_path, 2) as ones:
         await ones.turn()

@@ -46,12 +46,15 @@ class End:
         self.inbox = Inbox(
             stream,
             self.lease,
-            self.positions,
-            use=lambda data: self.counted.extend(msgspec.msgpack.decode(data)),
+            use=self.use,
             persisted=lambda: Positions.of(self.store.get_state("positions")),
             on_failure=self.failures.append,
         )
         self.stream: Any = stream
+
+    def use(self, entry: StreamEntry) -> None:
+        units = enumerate(msgspec.msgpack.decode(entry.data), entry.first)
+        self.counted += [unit for number, unit in units if self.positions.advance(entry.sender, number)]
 
     def add(self, *numbers: int) -> None:
         for number in numbers:
@@ -83,7 +86,7 @@ async def test_units_of_all_are_counted_in_the_order_of_each(shared_server: Valk
     await follower.send(3)
     await leader.inbox.take()
     assert leader.counted == [1, 2, 10, 3]
-    assert leader.inbox.applied == follower.outbox.sent + third.outbox.sent == 4
+    assert follower.outbox.sent + third.outbox.sent == 4
     assert follower.outbox.waiting == 0
     assert await leader.inbox.take() == 0
 
@@ -203,6 +206,27 @@ async def test_an_entry_is_removed_once_the_store_has_what_it_went_into(shared_s
     assert leader.stream.length() == 1, "the second one is not saved yet"
 
 
+async def test_an_entry_whose_removal_failed_is_removed_later(
+    shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, follower = End(shared_server, tmp_path), End(shared_server, tmp_path)
+    leader.lead()
+    await follower.send(1)
+    await leader.inbox.take()
+    leader.save()
+    remove = leader.stream.remove
+
+    def fail(entries: list[str]) -> None:
+        raise StoreUnreachable("the server was killed")
+
+    monkeypatch.setattr(leader.stream, "remove", fail)
+    with pytest.raises(StoreUnreachable):
+        await leader.inbox.remove()
+    monkeypatch.setattr(leader.stream, "remove", remove)
+    await leader.inbox.remove()
+    assert leader.stream.length() == 0
+
+
 async def test_a_full_outbox_drops_the_oldest_and_says_so(
     shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +310,7 @@ async def test_the_loops_go_on_when_the_store_comes_back(tmp_path: Path, monkeyp
 def test_positions_are_bounded_and_survive_damage() -> None:
     positions = Positions()
     for n in range(MAX_SENDERS + 10):
-        positions.advance(StreamEntry(str(n), 1, 1, b""))
+        positions.advance(str(n), 1)
     assert len(msgspec.json.decode(positions.save())) == MAX_SENDERS
     for damaged in ("", "[]", '{"a": "b"}', "{"):
         positions.restore(damaged)

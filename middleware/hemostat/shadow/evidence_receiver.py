@@ -1,4 +1,4 @@
-"""Who is handed the evidence of scored requests where another replica judges by it."""
+"""Who is handed the evidence of scored requests where replicas share it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class EvidenceReceiver(Protocol):
     def counts_here(self) -> bool:
         """This replica judges by what it scores itself."""
 
-    def note_own(self) -> None:
-        """A scored request was judged by here."""
-
-    def send_scored(
+    def share_scored(
         self, record: TokenRecord, kind: str, figures: TokenDivergence | None, gains: RecordGains, *, fresh: bool
     ) -> None:
-        """kind: the full name of its kind. figures: None where the alarm does not count it."""
+        """A scored request: of a follower, for the leader to judge by; of the leader, before it judges by it, in case
+        that another replica comes to lead.
+
+        kind: the full name of its kind. figures: None where the alarm does not count it.
+        """
 
     def send_noise_floor(self, model: str, divergences: Floats) -> None: ...

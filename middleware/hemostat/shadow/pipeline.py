@@ -250,16 +250,17 @@ class ScoringPipeline:
             gains=gains,
             fresh=fresh,
         )
-        if fresh and self._counts_here:
-            consumers.alarms.observe(record, figures)
         consumers.engines.observe(record, figures, fresh=fresh)
         self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
 
         def judge(back: TokenRecord) -> None:
+            # First: from the alarm on, states that this record is in may be written.
+            self._share(back, capture, figures, gains, fresh=fresh)
+            if fresh and self._counts_here:
+                consumers.alarms.observe(back, figures)
             self._judge(back, capture, figures, gains, fresh=fresh)
-            self._send(back, capture, figures, gains, fresh=fresh)
 
         versions = profiles.distance_versions(record)
         prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
@@ -294,7 +295,7 @@ class ScoringPipeline:
     def _counts_here(self) -> bool:
         return self._consumers.evidence is None or self._consumers.evidence.counts_here
 
-    def _send(
+    def _share(
         self,
         record: TokenRecord,
         capture: Capture,
@@ -303,18 +304,15 @@ class ScoringPipeline:
         *,
         fresh: bool,
     ) -> None:
-        """To the replica that leads, where that is another one. figures: None where the alarm does not count it."""
+        """With other replicas. figures: None where the alarm does not count it."""
         evidence = self._consumers.evidence
         if evidence is None:
             return
-        if evidence.counts_here:
-            evidence.note_own()
-            return
         try:
-            evidence.send_scored(record, capture.kind, figures, gains, fresh=fresh)
+            evidence.share_scored(record, capture.kind, figures, gains, fresh=fresh)
         except Exception:
             self.calibration_errors += 1
-            log.exception("the evidence of %s could not be sent", capture.request_id)
+            log.exception("the evidence of %s could not be shared", capture.request_id)
 
     def _use_constrained(self, record: TokenRecord, capture: Capture) -> None:
         """A record that is conditional on what a grammar allows: it is measured apart, and judged in its own kind.
@@ -338,8 +336,8 @@ class ScoringPipeline:
             return
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
+        self._share(record, capture, None, gains, fresh=fresh)
         self._judge(record, capture, figures, gains, fresh=fresh)
-        self._send(record, capture, None, gains, fresh=fresh)
 
     def _use_of_other_model(self, pair: ModelPair, record: TokenRecord, capture: Capture) -> None:
         """A record of a model that profiles are not for: it is measured by itself, and nothing else.

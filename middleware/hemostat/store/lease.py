@@ -23,6 +23,8 @@ class Lease:
         self.is_last_leader = not shared
         self.term = 0
         """Grows whenever another replica is found to have led."""
+        self.on_lost: list[Callable[[], None]] = []
+        """Called when this replica, which led last, finds that another one has led since."""
 
     @property
     def leads(self) -> bool:
@@ -35,5 +37,9 @@ class Lease:
         self._until, self.is_last_leader = until, True
 
     def lose(self) -> None:
+        led_last = self.is_last_leader
         self._until, self.is_last_leader = -math.inf, False
         self.term += 1
+        if led_last:
+            for call in self.on_lost:
+                call()

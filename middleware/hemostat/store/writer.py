@@ -137,6 +137,7 @@ class StoreWriter:
         """That wait to be written."""
         self._states: dict[SetStates, dict[str, str | None]] = {}
         """The same."""
+        lease.on_lost.append(self._states.clear)  # another replica has written them since
         more = self._enqueue_blob, self._enqueue_states
         self.as_leader: StoreWrites = QueuedWrites(self._enqueue_as_leader, *more, as_leader=True)
         self.as_replica: StoreWrites = QueuedWrites(self._enqueue, *more, as_leader=False)

@@ -6,6 +6,7 @@
 
     units       what is sent
     outbox      units that wait to be sent: numbered, in batches, each sent again until the store has it
+    own_units   units that the leader has counted itself, in case that another replica comes to lead
     inbox       batches as the leader takes them, and which of them it has counted already
     positions   the number of the last unit that was counted, by sender
     lane        both of one stream, and the positions

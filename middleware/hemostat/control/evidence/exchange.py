@@ -79,21 +79,20 @@ class EvidenceExchange:
         """Also while the store does not answer the last leader: it goes on watching what serves."""
         return self._lease.is_last_leader
 
-    def note_own(self) -> None:
-        self._checkpoint.note_own()
-
     def receive_outcome(self, report: OutcomeReport) -> None:
         """From a relay of this replica."""
+        unit = OutcomeUnit(report)
         if self.counts_here:
+            self.lane.count_own(unit)
             self._outcomes.receive(report)
             self._checkpoint.note_own_outcome()
         else:
-            self.lane.send(OutcomeUnit(report))
+            self.lane.send(unit)
 
     def send_noise_floor(self, model: str, divergences: Floats) -> None:
         self.lane.send(NoiseFloorUnit(model, units.packed(divergences)))
 
-    def send_scored(
+    def share_scored(
         self, record: TokenRecord, kind: str, figures: TokenDivergence | None, gains: RecordGains, *, fresh: bool
     ) -> None:
         counted = None
@@ -110,7 +109,11 @@ class EvidenceExchange:
             alarm=counted,
             judged=self._judged(record, gains),
         )
-        self.lane.send(unit)
+        if self.counts_here:
+            self.lane.count_own(unit)
+            self._checkpoint.note_own()
+        else:
+            self.lane.send(unit)
 
     def _judged(self, record: TokenRecord, gains: RecordGains) -> JudgedPart | None:
         profiles = self._profiles

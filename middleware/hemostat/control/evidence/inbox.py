@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
@@ -28,9 +29,10 @@ RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
 class Inbox:
     """Lives in the control process's event loop.
 
-    positions: advanced with every entry. use: called with the data of each entry that was not counted before.
+    use: called with each entry, in order; one that was used before may come again.
     prepare: awaited before the first entry that is taken after another replica has led; StoreFailure. ready: nothing is
-    taken before. persisted: the positions as the store has them, read in a thread. on_failure: called with every
+    taken before. persisted: the positions as the store has them, read in a thread; `on_persisted` is
+    called with them now and then. on_failure: called with every
     failure of the store. clock: monotonic seconds. wall: Unix time.
     """
 
@@ -38,22 +40,22 @@ class Inbox:
         self,
         stream: Stream,
         lease: Lease,
-        positions: Positions,
         *,
-        use: Callable[[bytes], None],
+        use: Callable[[StreamEntry], None],
         persisted: Callable[[], Positions],
         prepare: Callable[[], Awaitable[None]] | None = None,
         ready: Callable[[], bool] = lambda: True,
         on_failure: Callable[[StoreFailure], None],
+        on_persisted: Callable[[Positions], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._stream = stream
         self._lease = lease
-        self._positions = positions
         self._use = use
         self._persisted = persisted
         self._on_failure = on_failure
+        self._on_persisted = on_persisted
         self._clock = clock
         self._wall = wall
         self._prepare = prepare
@@ -65,8 +67,6 @@ class Inbox:
         self._counted: deque[StreamEntry] = deque()
         """Counted and not removed, without their data."""
         self._removed_at = clock()
-        self.applied = 0
-        """Units that were counted."""
         self.lag_seconds = 0.0
         """Age of the oldest entry at the last look, by the server's clock; 0 where there was none."""
 
@@ -121,23 +121,23 @@ class Inbox:
         self._counted.append(StreamEntry(entry.sender, entry.first, entry.items, b"", entry.entry))
         if not entry.items:
             log.error("entry %s of the stream of evidence is not one of this version: it is left out", entry.entry)
-        elif self._positions.advance(entry):
-            self.applied += entry.items
-            self._use(entry.data)
+        else:
+            self._use(entry)
 
     async def _remove_if_due(self) -> None:
         """Remove from the stream what the store has also as part of the states."""
-        if not self._counted or self._clock() - self._removed_at < REMOVE_SECONDS:
+        if self._clock() - self._removed_at < REMOVE_SECONDS:
             return
         self._removed_at = self._clock()
         await self.remove()
 
     async def remove(self) -> None:
         persisted = await asyncio.to_thread(self._persisted)
-        done = []
-        while self._counted and persisted.covers(self._counted[0]):
-            done.append(self._counted.popleft().entry)
-        await asyncio.to_thread(self._stream.remove, done)
+        self._on_persisted(persisted)
+        done = list(itertools.takewhile(persisted.covers, self._counted))
+        await asyncio.to_thread(self._stream.remove, [entry.entry for entry in done])
+        for _ in done:
+            self._counted.popleft()
 
     def _age(self, entry: StreamEntry) -> float:
         milliseconds = entry.entry.partition("-")[0]

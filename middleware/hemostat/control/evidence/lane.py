@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from enum import StrEnum
 from typing import Any
 
 from hemostat.control.evidence.inbox import Inbox
 from hemostat.control.evidence.outbox import Outbox
+from hemostat.control.evidence.own_units import OwnUnits
 from hemostat.control.evidence.positions import Positions
 from hemostat.control.evidence.units import BATCHES, UNITS, Unit
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.lease import Lease
-from hemostat.store.protocol import SharedStore, StoreFailure
+from hemostat.store.protocol import SharedStore, StoreFailure, StreamEntry
 
 log = logging.getLogger("hemostat.evidence")
 
@@ -60,18 +61,22 @@ class Lane:
         self._on_change = on_change
         stream = store.stream(name)
         self.outbox = Outbox(stream, store.replica, on_failure)
+        self.own = OwnUnits(f"{store.replica} leading", positions)
+        lease.on_lost.append(lambda: self.outbox.add_again(self.own.take()))
         self.inbox = Inbox(
             stream,
             lease,
-            positions,
             use=self._use,
             persisted=lambda: Positions.of(store.get_state(positions_key)),
             on_failure=on_failure,
+            on_persisted=self.own.forget,
             clock=clock,
             wall=wall,
             prepare=prepare,
             ready=ready,
         )
+        self.applied = 0
+        """Units of other replicas that were counted."""
         self.failed = 0
         """Units that could not be used: a bug, or a batch of another version."""
 
@@ -83,9 +88,20 @@ class Lane:
         """To the leader, soon."""
         self.outbox.add(UNITS.encode(unit))
 
-    def _use(self, data: bytes) -> None:
-        """One batch. What cannot be used is counted, and the rest is used all the same."""
-        for unit in self._decoded(data):
+    def count_own(self, unit: Unit) -> None:
+        """This replica leads, and is about to count a unit of its own."""
+        self.own.count(UNITS.encode(unit))
+
+    def _use(self, entry: StreamEntry) -> None:
+        """What cannot be used is counted, and the rest is used all the same."""
+        for number, unit in enumerate(self._decoded(entry), entry.first):
+            # First: the states may be written at any moment from here on.
+            if not self._positions.advance(entry.sender, number):
+                continue
+            self.applied += 1
+            if unit is None:
+                self.failed += 1
+                continue
             try:
                 self._use_unit(unit)
             except Exception:
@@ -93,13 +109,13 @@ class Lane:
                 log.exception("a unit of another replica could not be used")
         self._on_change()
 
-    def _decoded(self, data: bytes) -> list[Unit]:
+    def _decoded(self, entry: StreamEntry) -> Sequence[Unit | None]:
+        """None for each unit of a batch that cannot be read."""
         try:
-            return BATCHES.decode(data)
+            return BATCHES.decode(entry.data)
         except ValueError as error:
-            self.failed += 1
             log.error("a batch of another replica cannot be read: %s", error)
-            return []
+            return [None] * entry.items
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 
@@ -110,7 +126,7 @@ class Lane:
             "sent": self.outbox.sent,
             "sent_bytes": self.outbox.sent_bytes,
             "dropped": self.outbox.dropped,
-            "applied": self.inbox.applied,
+            "applied": self.applied,
             "repeated": self._positions.repeated,
             "lost": self._positions.lost,
             "failed": self.failed,

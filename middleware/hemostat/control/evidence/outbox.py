@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -38,6 +38,8 @@ class Outbox:
         self._units: deque[bytes] = deque()
         self._bytes = 0
         self._next = 1
+        self._entries: deque[StreamEntry] = deque()
+        """That are sent first."""
         self._batch: StreamEntry | None = None
         """That is being sent, until the store has it."""
         self._wake = asyncio.Event()
@@ -50,7 +52,13 @@ class Outbox:
     @property
     def waiting(self) -> int:
         """Units that the store does not have yet: what is lost if this process dies now."""
-        return len(self._units) + (self._batch.items if self._batch is not None else 0)
+        batch = self._batch.items if self._batch is not None else 0
+        return len(self._units) + batch + sum(entry.items for entry in self._entries)
+
+    def add_again(self, entries: Iterable[StreamEntry]) -> None:
+        """Batches that were numbered before."""
+        self._entries.extend(entries)
+        self._wake.set()
 
     def add(self, unit: bytes) -> None:
         """unit: encoded."""
@@ -79,20 +87,26 @@ class Outbox:
 
     async def send(self) -> None:
         """Send all that waits. StoreFailure: the rest still waits."""
-        while self._batch is not None or self._units:
+        while self._batch is not None or self._entries or self._units:
             if self._batch is None:
-                self._batch = self._take_batch()
+                self._batch = self._entries.popleft() if self._entries else self._take_batch()
             await asyncio.to_thread(self._stream.append, self._batch)
             self.sent += self._batch.items
             self.sent_bytes += len(self._batch.data)
             self._batch = None
 
     def _take_batch(self) -> StreamEntry:
-        units = [msgspec.Raw(self._units.popleft())]
-        size = len(units[0])
-        while self._units and len(units) < MAX_BATCH_UNITS and size + len(self._units[0]) <= MAX_BATCH_BYTES:
-            units.append(msgspec.Raw(self._units.popleft()))
-            size += len(units[-1])
-        self._bytes -= size
-        first, self._next = self._next, self._next + len(units)
-        return StreamEntry(self._sender, first, len(units), msgspec.msgpack.encode(units))
+        batch = next_batch(self._sender, self._next, self._units)
+        self._next += batch.items
+        self._bytes = sum(map(len, self._units))
+        return batch
+
+
+def next_batch(sender: str, first: int, units: deque[bytes]) -> StreamEntry:
+    """Remove the oldest units from `units`, as many as one entry may hold; `first` is the number of the oldest."""
+    taken = [units.popleft()]
+    size = len(taken[0])
+    while units and len(taken) < MAX_BATCH_UNITS and size + len(units[0]) <= MAX_BATCH_BYTES:
+        taken.append(units.popleft())
+        size += len(taken[-1])
+    return StreamEntry(sender, first, len(taken), msgspec.msgpack.encode([msgspec.Raw(unit) for unit in taken]))

@@ -24,29 +24,33 @@ class Positions:
         self.repeated = 0
         """Units that were seen again."""
 
-    def advance(self, entry: StreamEntry) -> bool:
-        """Whether the entry's units are to be counted now; False where they were before.
+    def advance(self, sender: str, number: int) -> bool:
+        """Whether the unit is to be counted now; False where it was before.
 
-        >>> positions, entry = Positions(), StreamEntry("a", 1, 10, b"")
-        >>> positions.advance(entry), positions.advance(entry), positions.advance(StreamEntry("a", 15, 2, b""))
-        (True, False, True)
+        >>> positions = Positions()
+        >>> [positions.advance("a", number) for number in (1, 2, 2, 5)]
+        [True, True, False, True]
         >>> positions.lost, positions.repeated
-        (4, 10)
+        (2, 1)
         """
-        last = self._last.get(entry.sender, 0)
-        if entry.first <= last:
-            self.repeated += entry.items
+        last = self.last(sender)
+        if number <= last:
+            self.repeated += 1
             return False
-        self.lost += entry.first - last - 1
-        self._last[entry.sender] = entry.last
-        self._last.move_to_end(entry.sender)
+        self.lost += number - last - 1
+        self._last[sender] = number
+        self._last.move_to_end(sender)
         if len(self._last) > MAX_SENDERS:
             self._last.popitem(last=False)
         return True
 
+    def last(self, sender: str) -> int:
+        """Number of the sender's last counted unit; 0 where there is none."""
+        return self._last.get(sender, 0)
+
     def covers(self, entry: StreamEntry) -> bool:
         """Whether the entry's units were counted."""
-        return entry.last <= self._last.get(entry.sender, 0)
+        return entry.last <= self.last(entry.sender)
 
     def save(self) -> str:
         return json.dumps(self._last)
