@@ -7,6 +7,7 @@ grammar as of a chat (`entrypoints/openai/responses/protocol.py`, `tool_parsers/
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -40,6 +41,29 @@ class _Tool(msgspec.Struct):
 _tools: msgspec.json.Decoder[list[_Tool]] = msgspec.json.Decoder(list[_Tool])
 
 
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """Which calls of tools are allowed. mode: a chat's `tool_choice`. name: of the one tool that has to be called, in
+    place of it. single: at most one call."""
+
+    mode: str
+    name: str | None = None
+    single: bool = False
+
+    def are_free(self, body: JsonObject, free_calls: str) -> bool:
+        """Nothing restricts them, as far as that shows without reading the tools, which may be many."""
+        if not body.has("tools") or (self.name is None and self.mode == "none"):
+            return True
+        if self.name is not None or self.mode != "auto" or free_calls == "always":
+            return False
+        return free_calls == "never" or not (self.single or b'"strict"' in body.raw("tools"))
+
+    def members(self, tools: list[bytes]) -> dict[str, bytes]:
+        choice = self.mode if self.name is None else {"type": "function", "function": {"name": self.name}}
+        found = {"tools": b"[" + b",".join(tools) + b"]", "tool_choice": encode(choice)}
+        return found | ({"parallel_tool_calls": b"false"} if self.single else {})
+
+
 def chat_of_response(body: JsonObject, free_calls: str) -> JsonObject:
     """Of a body of `/v1/responses`. free_calls: see `read_grammar`. May raise one of MALFORMED."""
     members = {name: body.raw(name) for name in ("structured_outputs", "stop_token_ids") if body.has(name)}
@@ -50,19 +74,26 @@ def chat_of_response(body: JsonObject, free_calls: str) -> JsonObject:
             members["response_format"] = b'{"type":"json_object"}'
         elif kind == "json_schema" and form.has("schema"):
             members["response_format"] = _json_schema(form.raw("schema"))
-    choice = _object(body, "tool_choice")
-    named = choice is not None and choice.value("type") in ("function", "custom")
-    # A list of allowed tools, and a tool of the server's own, force no call by a grammar.
-    mode = "named" if named else "none" if choice is not None else _mode(body)
-    single = body.raw("parallel_tool_calls") == b"false"
-    if _all_are_free(body, mode, free_calls, single=single):
+    calls = _calls_of_response(body)
+    if calls.are_free(body, free_calls):
         return _joined(members)
-    functions = list(_functions(decode_or_none(_tools, body.raw("tools")) or ()))
+    functions = list(_functions(decode_or_none(_tools, body.raw("tools")) or []))
     if not functions:
         return _joined(members)
-    name = _full_name(str(choice.value("name")), functions) if named and choice is not None else None
-    shown = [_function(full, tool.parameters, tool.strict) for full, tool in functions]
-    return _joined(members | _calls(shown, mode, name, single=single))
+    if calls.name is not None:
+        calls = replace(calls, name=_full_name(calls.name, functions))
+    return _joined(members | calls.members([_function(name, one.parameters, one.strict) for name, one in functions]))
+
+
+def _calls_of_response(body: JsonObject) -> _Calls:
+    single = body.raw("parallel_tool_calls") == b"false"
+    choice = _object(body, "tool_choice")
+    if choice is None:
+        return _Calls(str(body.value("tool_choice")) if "tool_choice" in body else "auto", single=single)
+    if choice.value("type") in ("function", "custom"):
+        return _Calls("named", str(choice.value("name")), single)
+    # A list of allowed tools, and a tool of the server's own, force no call by a grammar.
+    return _Calls("none")
 
 
 def chat_of_message(body: JsonObject, free_calls: str) -> JsonObject:
@@ -71,38 +102,24 @@ def chat_of_message(body: JsonObject, free_calls: str) -> JsonObject:
     form = _object(_object(body, "output_config"), "format")
     if form is not None and form.has("schema") and form.value("schema"):
         members["response_format"] = _json_schema(form.raw("schema"))
-    choice = _object(body, "tool_choice")
-    kind = "auto" if choice is None else str(choice.value("type"))
-    mode = {"any": "required", "tool": "named"}.get(kind, kind)
-    single = choice is not None and choice.value("disable_parallel_tool_use") is True
-    if _all_are_free(body, mode, free_calls, single=single):
+    calls = _calls_of_message(body)
+    if calls.are_free(body, free_calls):
         return _joined(members)
-    tools = decode_or_none(_tools, body.raw("tools"))
+    tools: list[_Tool] | None = decode_or_none(_tools, body.raw("tools"))
     if not tools:
         return _joined(members)
-    name = str(choice.value("name")) if mode == "named" and choice is not None else None
     shown = [_function(tool.name, _of_an_object(tool.input_schema), tool.strict) for tool in tools]
-    return _joined(members | _calls(shown, mode, name, single=single))
+    return _joined(members | calls.members(shown))
 
 
-def _mode(body: JsonObject) -> str:
-    return str(body.value("tool_choice")) if "tool_choice" in body else "auto"
-
-
-def _all_are_free(body: JsonObject, mode: str, free_calls: str, *, single: bool) -> bool:
-    """Nothing restricts calls of tools, as far as that shows without reading the tools, which may be many."""
-    if not body.has("tools") or mode == "none":
-        return True
-    if mode != "auto" or free_calls == "always":
-        return False
-    return free_calls == "never" or not (single or b'"strict"' in body.raw("tools"))
-
-
-def _calls(tools: list[bytes], mode: str, name: str | None, *, single: bool) -> dict[str, bytes]:
-    """name: of the tool that has to be called; None: `mode` says which may be."""
-    choice = mode if name is None else {"type": "function", "function": {"name": name}}
-    members = {"tools": b"[" + b",".join(tools) + b"]", "tool_choice": encode(choice)}
-    return members | ({"parallel_tool_calls": b"false"} if single else {})
+def _calls_of_message(body: JsonObject) -> _Calls:
+    choice = _object(body, "tool_choice")
+    if choice is None:
+        return _Calls("auto")
+    kind, single = str(choice.value("type")), choice.value("disable_parallel_tool_use") is True
+    if kind == "tool":
+        return _Calls("named", str(choice.value("name")), single)
+    return _Calls("required" if kind == "any" else kind, single=single)
 
 
 def _object(body: JsonObject | None, name: str) -> JsonObject | None:
@@ -115,7 +132,7 @@ def _json_schema(schema: bytes) -> bytes:
     return b'{"type":"json_schema","json_schema":{"schema":' + schema + b"}}"
 
 
-def _functions(tools: list[_Tool] | tuple[()]) -> Iterator[tuple[str, _Tool]]:
+def _functions(tools: list[_Tool]) -> Iterator[tuple[str, _Tool]]:
     """The tools that a model is shown as functions, with the names that it is shown."""
     for tool in tools:
         match tool.type:
