@@ -13,8 +13,9 @@ from tests.support.fake_vllm import FakeVllm, running
 from hemostat.config.schema import Upstream
 from hemostat.models import vllm_server as vllm_process
 from hemostat.reference import server as server_module
+from hemostat.reference.hidden.pooling import find_offer
 from hemostat.reference.match import compare
-from hemostat.reference.protocol import ReferenceFailure, ScoreRequest
+from hemostat.reference.protocol import Offer, ReferenceFailure, ScoreRequest
 from hemostat.reference.server import VllmServer
 from hemostat.reference.transformers import TransformersReference
 from hemostat.reference.vllm import VllmReference
@@ -231,6 +232,16 @@ async def test_a_real_server_against_the_same_checkpoint_in_transformers(vllm_se
     finally:
         await served.close()
         await local.close()
+
+
+@pytest.mark.vllm
+async def test_a_real_server_that_generates_says_so(vllm_server: Any) -> None:
+    server = VllmServer(vllm_server.url)
+    try:
+        found = await find_offer(server, vllm_server.model, [1, 2, 3])
+        assert (found.offer, found.states) == (Offer.LISTS, None)
+    finally:
+        await server.close()
 
 
 @pytest.mark.vllm

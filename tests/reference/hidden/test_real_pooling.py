@@ -115,15 +115,6 @@ async def test_a_pooling_server_says_so_and_does_not_generate(pooling_url: str) 
         await server.close()
 
 
-async def test_a_generating_server_says_so(vllm_server: Any) -> None:
-    server = VllmServer(vllm_server.url)
-    try:
-        found = await find_offer(server, vllm_server.model, [1, 2, 3])
-        assert (found.offer, found.states) == (Offer.LISTS, None)
-    finally:
-        await server.close()
-
-
 async def test_another_model_than_the_checkpoint_is_found(pooling_url: str, checkpoints: Any, tmp_path: Path) -> None:
     """The same model's embedding with its columns in another order: the head of nothing."""
     served = ServerReference(pooling_url, folder=with_columns_reversed(checkpoints.reference, tmp_path))
