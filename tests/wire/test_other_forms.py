@@ -253,9 +253,14 @@ def test_what_restricts_the_tokens_is_read_and_scored_where_it_can_be_rebuilt(wi
 def test_a_very_large_grammar_is_counted_as_one(path: str) -> None:
     schema = {"type": "object", "properties": {"a": {"description": "x" * MAX_GRAMMAR_BYTES}}}
     more = {"text": {"format": SCHEMA | {"schema": schema}}, "output_config": {"format": SCHEMA | {"schema": schema}}}
-    found = read_request(json_splice.encode(ask(path) | more), form=FORM[path])
-    assert found.unscorable is Unscorable.GRAMMAR_TOO_LARGE
-    assert not found.from_tap
+    tools = [TOOLS[path][0] | {"description": "x" * 1_000_000}]
+    required: Any = "required" if path == RESPONSES else {"type": "any"}
+    for large in (more, {"tools": tools, "tool_choice": required}):
+        found = read_request(json_splice.encode(ask(path) | large), form=FORM[path])
+        assert found.unscorable is Unscorable.GRAMMAR_TOO_LARGE
+        assert not found.from_tap
+    found = read_request(json_splice.encode(ask(path) | {"tools": tools}), form=FORM[path])
+    assert found.from_tap, "nothing restricts how they are called"
 
 
 _VALUES = st.recursive(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from hemostat.openai.forms.shared import decode_or_none
+from hemostat.openai.grammar_spec import MAX_GRAMMAR_BYTES, GrammarTooLarge
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 
 _ABSENT = msgspec.Raw(NULL)
@@ -65,7 +66,7 @@ class _Calls:
 
 
 def chat_of_response(body: JsonObject, free_calls: str) -> JsonObject:
-    """Of a body of `/v1/responses`. free_calls: see `read_grammar`. May raise one of MALFORMED."""
+    """Of a body of `/v1/responses`. free_calls: see `read_grammar`. GrammarTooLarge, and one of MALFORMED."""
     members = {name: body.raw(name) for name in ("structured_outputs", "stop_token_ids") if body.has(name)}
     form = _object(_object(body, "text"), "format")
     if form is not None:
@@ -77,7 +78,7 @@ def chat_of_response(body: JsonObject, free_calls: str) -> JsonObject:
     calls = _calls_of_response(body)
     if calls.are_free(body, free_calls):
         return _joined(members)
-    functions = list(_functions(decode_or_none(_tools, body.raw("tools")) or []))
+    functions = list(_functions(_tools_of(body)))
     if not functions:
         return _joined(members)
     if calls.name is not None:
@@ -97,7 +98,7 @@ def _calls_of_response(body: JsonObject) -> _Calls:
 
 
 def chat_of_message(body: JsonObject, free_calls: str) -> JsonObject:
-    """Of a body of `/v1/messages`. free_calls: see `read_grammar`. May raise one of MALFORMED."""
+    """Of a body of `/v1/messages`. free_calls: see `read_grammar`. GrammarTooLarge, and one of MALFORMED."""
     members: dict[str, bytes] = {}
     form = _object(_object(body, "output_config"), "format")
     if form is not None and form.has("schema") and form.value("schema"):
@@ -105,7 +106,7 @@ def chat_of_message(body: JsonObject, free_calls: str) -> JsonObject:
     calls = _calls_of_message(body)
     if calls.are_free(body, free_calls):
         return _joined(members)
-    tools: list[_Tool] | None = decode_or_none(_tools, body.raw("tools"))
+    tools = _tools_of(body)
     if not tools:
         return _joined(members)
     shown = [_function(tool.name, _of_an_object(tool.input_schema), tool.strict) for tool in tools]
@@ -120,6 +121,14 @@ def _calls_of_message(body: JsonObject) -> _Calls:
     if kind == "tool":
         return _Calls("named", str(choice.value("name")), single)
     return _Calls("required" if kind == "any" else kind, single=single)
+
+
+def _tools_of(body: JsonObject) -> list[_Tool]:
+    """GrammarTooLarge as of a chat: in time that does not grow with them."""
+    raw = body.raw("tools")
+    if len(raw) > MAX_GRAMMAR_BYTES:
+        raise GrammarTooLarge
+    return decode_or_none(_tools, raw) or []
 
 
 def _object(body: JsonObject | None, name: str) -> JsonObject | None:
