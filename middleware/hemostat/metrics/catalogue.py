@@ -4,7 +4,7 @@ by `make docs`).
 
 from __future__ import annotations
 
-from hemostat.metrics import conditional, names, upstreams
+from hemostat.metrics import conditional, evidence, names, upstreams
 from hemostat.metrics.metric import Metric
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
@@ -30,29 +30,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "0 or 1",
             "1 where decisions are made: of the replicas that share a store, on one at a time.",
         ),
-        Metric(
-            names.EVIDENCE_UNITS,
-            "counter",
-            "units",
-            "Evidence that replicas send to the one that leads, by what became of it: a unit for each scored request, "
-            "outcome, and batch of requests that were learned from.",
-            ("stream", "outcome"),
-        ),
-        Metric(names.EVIDENCE_BYTES, "counter", "bytes", "Of the units that were sent.", ("stream",)),
-        Metric(
-            names.EVIDENCE_WAITING_UNITS,
-            "gauge",
-            "units",
-            "Evidence of this replica that the store does not have yet: lost if this replica dies now.",
-            ("stream",),
-        ),
-        Metric(
-            names.EVIDENCE_LAG_SECONDS,
-            "gauge",
-            "seconds",
-            "At the replica that leads: age of the oldest evidence of other replicas when it was last taken.",
-            ("stream",),
-        ),
+        *evidence.METRICS,
         Metric(
             names.MODEL_INFO,
             "gauge",
