@@ -146,11 +146,12 @@ def test_probes_are_answered_beyond_the_limit_of_requests(one: Served, monkeypat
 def test_idle_connections_give_way_to_new_ones(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardening, "MAX_WAITING", 2)
     request = b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
-    connections = [connect(one) for _ in range(3)]
+    connections = []
     try:
-        for connection in connections:
-            connection.sendall(request)
-            while b"\r\n\r\n" not in connection.recv(65536, socket.MSG_PEEK):
+        for _ in range(3):
+            connections.append(connect(one))
+            connections[-1].sendall(request)
+            while b"\r\n\r\n" not in connections[-1].recv(65536, socket.MSG_PEEK):
                 pass
         assert answer(connections[0]).startswith(b"HTTP/1.1 200"), "and then the connection was closed"
     finally:

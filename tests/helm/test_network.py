@@ -22,6 +22,10 @@ def namespace(name: str) -> list[Manifest]:
     return [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}]
 
 
+PROMETHEUS = {
+    "namespaceSelector": {},
+    "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+}
 DNS = (None, {("UDP", 53), ("TCP", 53)})
 
 
@@ -62,13 +66,13 @@ def test_the_operator_knows_better_who_is_behind_it(helm: Helm) -> None:
     app = [{"podSelector": {"matchLabels": {"app": "vllm"}}}]
     assert egress(rendered) == [(None, {("UDP", 5353), ("TCP", 5353)}), (app, {("TCP", "http")})]
     admin = rendered.one("NetworkPolicy")["spec"]["ingress"][1]
-    assert admin["from"] == namespace("openshift-monitoring")
+    assert admin["from"] == [*namespace("openshift-monitoring"), PROMETHEUS]
 
 
 def test_an_engine_in_the_pod_needs_no_rule_and_a_hidden_store_one(helm: Helm) -> None:
     assert egress(helm.values(set_of("restricted"))) == [DNS, ([{"podSelector": {}}], {("TCP", 8000)})]  # the reference
     admin = helm.values(set_of("restricted")).one("NetworkPolicy")["spec"]["ingress"][1]
-    assert admin["from"] == [{"podSelector": {}}]  # and not the loopback
+    assert admin["from"] == [{"podSelector": {}}, PROMETHEUS]  # and not the loopback
     hidden = helm.set(
         "networkPolicy.enabled=true", "existingSecret=s", "networkPolicy.store.to[0].ipBlock.cidr=10.0.0.9/32"
     )
@@ -96,8 +100,22 @@ def test_who_may_come_in(helm: Helm) -> None:
         {"podSelector": {"matchLabels": {"a": "b"}}}
     ]
     # The engine's plugin fetches profiles from wherever the upstream is.
-    assert ingress()[1]["from"] == [{"podSelector": {}}]
-    assert ingress("upstream.url=http://vllm.gpu.svc:8000")[1]["from"] == [{"podSelector": {}}, *namespace("gpu")]
+    assert ingress()[1]["from"] == [{"podSelector": {}}, PROMETHEUS]
+    gpu = ingress("upstream.url=http://vllm.gpu.svc:8000")
+    assert gpu[1]["from"] == [{"podSelector": {}}, *namespace("gpu"), PROMETHEUS]
+
+
+def test_the_admin_port_is_protected_by_default(helm: Helm) -> None:
+    policy = helm.set("upstream.url=http://vllm.gpu.svc:8000").one("NetworkPolicy")["spec"]
+    assert policy["policyTypes"] == ["Ingress"]
+    assert "egress" not in policy
+    data, admin = policy["ingress"]
+    assert "from" not in data
+    assert [port["port"] for port in admin["ports"]] == ["admin"]
+    assert admin["from"] == [{"podSelector": {}}, *namespace("gpu"), PROMETHEUS]
+    own = helm.set("networkPolicy.prometheus[0].podSelector.matchLabels.app=mine").one("NetworkPolicy")["spec"]
+    assert own["ingress"][1]["from"] == [{"podSelector": {}}, {"podSelector": {"matchLabels": {"app": "mine"}}}]
+    assert not helm.set("networkPolicy.adminIngress=false").all("NetworkPolicy")
 
 
 def test_several_engines_may_be_reached_and_reach_the_admin_port(helm: Helm, tmp_path: Path) -> None:
@@ -107,7 +125,7 @@ def test_several_engines_may_be_reached_and_reach_the_admin_port(helm: Helm, tmp
     )  # fmt: skip
     assert egress(rendered) == [DNS, (namespace("models"), {("TCP", 8000)}), (namespace("other"), {("TCP", 8001)})]
     admin = rendered.one("NetworkPolicy")["spec"]["ingress"][1]["from"]
-    assert admin == [{"podSelector": {}}, *namespace("models"), *namespace("other")]
+    assert admin == [{"podSelector": {}}, *namespace("models"), *namespace("other"), PROMETHEUS]
     assert rendered.settings(tmp_path).upstream.addresses == ("http://a.models.svc:8000", "http://b.other.svc:8001")
 
 

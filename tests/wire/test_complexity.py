@@ -3,134 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import pytest
-from tests.support.wire import policy
+from tests.support.costly_bodies import BEYOND, LIMIT, WITHIN, body, cpu_seconds, listed, members
 
-from hemostat.openai.complexity import MAX_CONTAINERS, MAX_MESSAGES, MAX_STRINGS, TooComplex, check_complexity
+from hemostat.openai.complexity import MAX_MESSAGES, MAX_STRINGS, TooComplex, check_complexity
 from hemostat.openai.form import Form
-from hemostat.openai.json_splice import (
-    MALFORMED,
-    MAX_KEY_CHARACTERS,
-    MAX_MEMBERS,
-    MAX_VALUE_BYTES,
-    JsonObject,
-)
-from hemostat.openai.kinds import kind_name
+from hemostat.openai.json_splice import MAX_KEY_CHARACTERS, MAX_MEMBERS, MAX_VALUE_BYTES, JsonObject
 from hemostat.openai.reading import read_request
-from hemostat.openai.requests import sampling_parameters
 
 SECONDS = 0.02
 """CPU time. The limit is 5 ms, which `make bench-faults` checks; here the machine is shared, and its caches are too."""
-
-LIMIT = policy().body_limit
-PARAMETERS = (
-    *("model", "n", "stream", "echo", "logprobs", "top_logprobs", "use_beam_search", "logit_bias", "bad_words"),
-    *("allowed_token_ids", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature"),
-    *("top_p", "top_k", "min_p", "vllm_xargs", "thinking", "tool_choice", "parallel_tool_calls", "watermarking"),
-    *("include_reasoning", "return_token_ids", "return_tokens_as_token_ids", "max_tokens", "max_completion_tokens"),
-    *("max_output_tokens", "background", "logprob_token_ids", "stream_options", "response_format"),
-    *("structured_outputs", "text", "output_config", "tools", "prompt", "input", "messages", "system"),
-)
-
-
-def body(**members: bytes) -> bytes:
-    members = {
-        "model": b'"m"',
-        "messages": b'[{"role":"user","content":"x"}]',
-        "prompt": b'"x"',
-        "input": b'"x"',
-    } | members
-    return b"{" + b",".join(b'"%b":%b' % (name.encode(), value) for name, value in members.items()) + b"}"
-
-
-def listed(element: bytes, number: int) -> bytes:
-    return b"[" + b",".join([element] * number) + b"]"
-
-
-def members(number: int, value: bytes = b"0") -> bytes:
-    return b",".join(b'"%x":%b' % (index, value) for index in range(number))
-
-
-def filling(element: bytes) -> int:
-    """How many of these elements fit into a body that is read."""
-    return (LIMIT - 200) // (len(element) + 1)
-
-
-SLOW = listed(b"1e308", (MAX_VALUE_BYTES - 10) // 6)
-TEXTS = (b"a", b'\\"', b"\\n", b"\\u00e9", "é".encode(), b" ")
-WITHIN = {
-    # As large as what is still read.
-    "messages": body(messages=listed(b'{"role":"assistant","content":[{"type":"text"}]}', MAX_MESSAGES)),
-    "results": body(messages=listed(b'{"role":"assistant","content":[{"content":[{}]}]}', MAX_MESSAGES)),
-    "long messages": body(messages=listed(b'{"role":"assistant","content":"%b"}' % (b"x" * 200), MAX_MESSAGES)),
-    "parts": body(messages=listed(b'{"role":"user","content":%b}' % listed(b'{"type":"text"}', MAX_MESSAGES), 1)),
-    "blocks": body(messages=listed(b'{"content":%b}' % listed(b'{"content":[{}]}', MAX_MESSAGES), 1)),
-    "items": body(input=listed(b'{"content":[{"type":"text"}],"output":""}', MAX_MESSAGES)),
-    "tools": body(tools=listed(b'{"type":"function","function":{"name":"a"}}', 2500)),
-    "strict tools": body(tools=listed(b'{"function":{"strict":1}}', 2500)),
-    "texts": body(prompt=listed(b'""', MAX_STRINGS - 50)),
-    "ids": body(prompt=listed(b"1", 99_000)),
-    "lists of ids": body(prompt=listed(listed(b"1", 4), MAX_CONTAINERS - 50)),
-    "members": b"{"
-    + b",".join(
-        b'"%b%03d":"%b"' % (b"k" * (MAX_KEY_CHARACTERS - 3), index, b'\\"' * 700) for index in range(MAX_MEMBERS)
-    )
-    + b"}",
-    "members of a format": body(response_format=b"{%b}" % members(7000), text=b"{%b}" % members(7000)),
-    "members of options": body(stream_options=b"{%b}" % members(MAX_STRINGS - 50, b"{}")),
-    "members of arguments": body(vllm_xargs=b"{%b}" % members(100)),
-    "white space": b"{" + b" " * (LIMIT - 100) + b'"a":1 }',
-    "slow numbers": body(**dict.fromkeys(PARAMETERS, b"[1e308,1e308,1e308,1e308]")),
-    "long numbers": body(**dict.fromkeys(PARAMETERS, b"1" * 800 + b"e-900")),
-    "deep lists": body(**dict.fromkeys(PARAMETERS, b"[" * 250 + b"]" * 250)),
-    **{
-        f"a text of {unit!r}": body(messages=b'[{"role":"user","content":"%b"}]' % (unit * filling(unit * 2)))
-        for unit in TEXTS
-    },
-    **{f"a prompt of {unit!r}": body(prompt=b'"%b"' % (unit * filling(unit * 2))) for unit in TEXTS},
-    **{f"a key of {unit!r}": body(**{unit.decode() * 99: b"1"}) for unit in TEXTS},
-}
-BEYOND = {
-    "400,000 members": b"{%b}" % members(400_000),
-    "1.3 million empty messages": body(messages=listed(b"{}", 1_300_000)),
-    "one escaped key of 4 MB": body(**{'\\"' * 2_000_000: b"1"}),
-    "members": b"{%b}" % members(filling(b'"00000":0')),
-    "empty messages": body(messages=listed(b"{}", filling(b"{}"))),
-    "empty parts": body(messages=listed(b'{"content":%b}' % listed(b"{}", filling(b"{}")), 1)),
-    "an escaped key": body(**{'\\"' * 200_000: b"1"}),
-    "a long key": body(**{"k" * 400_000: b"1"}),
-    "empty texts": body(prompt=listed(b'""', filling(b'""'))),
-    "ids": body(prompt=listed(b"1", filling(b"1"))),
-    "empty lists": body(prompt=listed(b"[1]", filling(b"[1]"))),
-    "escaped backslashes": b"{%b}" % members(50_000).replace(b'":', b'\\\\":'),
-    **{f"slow numbers in {name}": body(**{name: listed(b"1e308", 80_000)}) for name in PARAMETERS},
-    **{f"a list in {name}": body(**{name: listed(b"{}", 150_000)}) for name in PARAMETERS},
-    **{f"slow numbers in short {name}": body(**{name: SLOW}) for name in PARAMETERS},
-    "slow numbers everywhere": body(**dict.fromkeys(PARAMETERS, SLOW)),
-}
-
-
-def read(data: bytes, form: Form) -> None:
-    """What the relay does with a body, as far as its cost depends on what is in it."""
-    try:
-        request = read_request(data[:LIMIT] if len(data) > LIMIT else data, form=form)
-    except MALFORMED:
-        return
-    kind_name(request, "", several_models=True)
-    sampling_parameters(request, {}, openai_defaults=False)
-
-
-def cpu_seconds(data: bytes, form: Form) -> float:
-    """The least of three, since whatever else the machine does adds to it."""
-    found = []
-    for _ in range(3):
-        started = time.thread_time()
-        read(data, form)
-        found.append(time.thread_time() - started)
-    return min(found)
 
 
 @pytest.mark.parametrize("form", list(Form))
