@@ -588,6 +588,7 @@ class Exchange:
             self._context.budget.end_collecting(self)
         self._enter(DONE)
         self.outgoing.forget()
+        self.outgoing.leave_engine()
         self._end_upload()
         self._context.counters.request(self._route, outcome)
         hook, generated = self._hook, None

@@ -166,12 +166,18 @@ class OutgoingRequest:
                 return False
         self.engine = engine
         engine.requests += 1
+        engine.outstanding += 1
         return True
 
     @property
     def engine_name(self) -> str:
         """ "" where none was chosen."""
         return self.engine.name if self.engine is not None else ""
+
+    def leave_engine(self) -> None:
+        """The exchange is over."""
+        if self.engine is not None:
+            self.engine.outstanding -= 1
 
     def engine_answered(self) -> None:
         if self.engine.health.failures:
@@ -193,8 +199,10 @@ class OutgoingRequest:
         if engine is None:
             return False
         self.engine.resent += 1
+        self.engine.outstanding -= 1
         self.engine = engine
         engine.requests += 1
+        engine.outstanding += 1
         return True
 
     def _encoded_head(self) -> bytes:

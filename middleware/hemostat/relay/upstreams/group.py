@@ -78,14 +78,14 @@ class Upstreams:
         not drained, and where all are drained, to all.
         """
         engines = self.engines
-        loads = [one.pool.outstanding if one.health.up and not one.drained else UNAVAILABLE for one in engines]
+        loads = [one.outstanding if one.health.up and not one.drained else UNAVAILABLE for one in engines]
         if tried:
             loads = [UNAVAILABLE if one in tried else load for one, load in zip(engines, loads, strict=True)]
         index = self._balancer.choose(loads, key)
         if index < 0:
             left = [engine for engine in engines if engine not in tried]
             left = [engine for engine in left if not engine.drained] or left
-            loads = [engine.pool.outstanding if engine in left else UNAVAILABLE for engine in engines]
+            loads = [engine.outstanding if engine in left else UNAVAILABLE for engine in engines]
             index = self._balancer.choose(loads, key)
         return engines[index] if index >= 0 else None
 
@@ -97,7 +97,7 @@ class Upstreams:
         for engine in tuple(self._retired):
             engine.pool.close_idle()
             engine.pool.sweep(now)
-            if not engine.pool.outstanding:
+            if not engine.outstanding:
                 engine.pool.close()
                 self._retired.remove(engine)
 
@@ -107,7 +107,7 @@ class Upstreams:
                 engine=one.name,
                 state=one.health.state.value,
                 drained=one.drained,
-                outstanding=one.pool.outstanding,
+                outstanding=one.outstanding,
                 requests=one.requests,
                 resent=one.resent,
                 ejections=one.health.ejections,

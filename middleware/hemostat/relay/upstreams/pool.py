@@ -59,11 +59,6 @@ class Pool:
         """Requests that wait for a connection."""
         return len(self._waiters)
 
-    @property
-    def outstanding(self) -> int:
-        """Requests in progress, those that wait for a connection included."""
-        return len(self._open) - len(self._idle) + len(self._waiters)
-
     def acquire(self, receiver: Receiver) -> UpstreamConnection | None:
         """A connection now; or None, and `connection_ready` or `connection_failed` is called later."""
         while self._idle:
