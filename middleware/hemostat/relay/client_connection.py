@@ -83,7 +83,7 @@ class ClientConnection(asyncio.Protocol):
         "write_paused",
     )
 
-    def __init__(self, context: RelayContext, clients: Clients) -> None:
+    def __init__(self, context: RelayContext, clients: Clients[ClientConnection]) -> None:
         self.state: ConnectionState = _READING_HEAD
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
         self.exchange: Exchange | None = None

@@ -6,20 +6,35 @@ import asyncio
 import heapq
 import socket
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 from hemostat.metrics import names
 from hemostat.relay.counters import Counters
 from hemostat.relay.limits import Limits
 
-if TYPE_CHECKING:
-    from hemostat.relay.client_connection import ClientConnection
+
+class Evictable(Protocol):
+    """A client's connection, as far as it is counted and closed here."""
+
+    @property
+    def transport(self) -> asyncio.Transport: ...
+
+    @property
+    def evictable(self) -> bool:
+        """It waits for a complete request."""
+
+    @property
+    def since(self) -> float:
+        """Event-loop time from which it has waited."""
+
+
+Connection = TypeVar("Connection", bound=Evictable)
 
 EVICTED_SHARE = 16
 """One of so many connections is closed at a time, since looking for them takes a pass over all."""
 
 
-class Clients:
+class Clients(Generic[Connection]):
     """Owns which connections are open, and how many each address has.
 
     Where a limit is reached, the connections that have waited longest for a complete request (idle ones among them) are
@@ -29,7 +44,7 @@ class Clients:
     def __init__(self, limits: Limits, counters: Counters) -> None:
         self._limits = limits
         self._counters = counters
-        self._addresses: dict[ClientConnection, str] = {}
+        self._addresses: dict[Connection, str] = {}
         self._numbers: dict[str, int] = {}
         """Of connections, by address."""
         self._none = asyncio.Event()
@@ -38,10 +53,10 @@ class Clients:
     def __len__(self) -> int:
         return len(self._addresses)
 
-    def __iter__(self) -> Iterator[ClientConnection]:
+    def __iter__(self) -> Iterator[Connection]:
         return iter(tuple(self._addresses))
 
-    def opened(self, connection: ClientConnection) -> bool:
+    def opened(self, connection: Connection) -> bool:
         """A client has connected; False: its connection exceeds a limit and is not taken."""
         address = _network(connection.transport.get_extra_info("peername"))
         number = self._numbers.get(address, 0)
@@ -56,7 +71,7 @@ class Clients:
         self._numbers[address] = self._numbers.get(address, 0) + 1
         return True
 
-    def closed(self, connection: ClientConnection) -> None:
+    def closed(self, connection: Connection) -> None:
         """The connection is closed, or about to be."""
         address = self._addresses.pop(connection, None)
         if address is None:
@@ -71,7 +86,7 @@ class Clients:
         """Returns when no connection is open."""
         await self._none.wait()
 
-    def _evict(self, candidates: Iterable[ClientConnection], number: int, limit: str) -> bool:
+    def _evict(self, candidates: Iterable[Connection], number: int, limit: str) -> bool:
         """Close the oldest of the candidates that wait; False, and a connection is refused, where none does."""
         waiting = [one for one in candidates if one.evictable]
         oldest = heapq.nsmallest(number // EVICTED_SHARE + 1, waiting, key=lambda one: one.since)

@@ -81,7 +81,7 @@ class Relay:
         self.counters = counters or Counters()
         limits = limits or Limits()
         self.tracing = tracing
-        self.clients = Clients(limits, self.counters)
+        self.clients: Clients[ClientConnection] = Clients(limits, self.counters)
         self._context = RelayContext(
             loop=self._loop,
             upstreams=self.upstreams,
