@@ -14,9 +14,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import httpx
 from tests.bench.faults import Row
 from tests.support.costly_bodies import BEYOND, WITHIN, cpu_seconds
-from tests.support.stack import Stack, children
+from tests.support.fake_vllm import FakeVllm, serving
+from tests.support.stack import Stack, children, wait_for
 
 from hemostat.openai.form import Form
 
@@ -36,10 +38,11 @@ RELAY = "hemostat.relay.main"
 def rows() -> Iterator[Row]:
     with upstream(_answer) as url:
         yield from _slow_bodies(url)
-        yield from _memory(url)
         yield _descriptors(url)
         yield _slow_heads_of_the_admin_port(url)
         yield _request_id(url)
+    with serving(FakeVllm()) as url:
+        yield from _memory(url)
     with upstream(_answer_and_more) as url:
         yield _stray_bytes(url)
     yield from _costly_bodies()
@@ -80,6 +83,8 @@ def upstream(answer: Callable[[asyncio.StreamWriter, str], Any]) -> Iterator[str
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
+        for task in asyncio.all_tasks(loop):
+            loop.call_soon_threadsafe(task.cancel)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
 
@@ -112,7 +117,7 @@ async def get(url: str, path: str) -> tuple[int, str, float]:
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             reader, writer = await connect(url)
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             data = (await reader.read()).decode("latin-1")
             writer.close()
     except (TimeoutError, ConnectionError):
@@ -148,7 +153,7 @@ def stack(url: str, **settings: Any) -> Iterator[Stack]:
 
 
 def begun(length: int, sent: int) -> bytes:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % length
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % length
     return head + b"x" * sent
 
 
@@ -181,7 +186,9 @@ def _memory(url: str) -> Iterator[Row]:
         async def attack(proxy: str, number: int = number, length: int = length) -> None:
             leave(await crowd(proxy, number, begun(length, length - 1)))
 
-        with stack(url) as proxy:
+        # Every request is sampled, so that the hook wants to read every body.
+        with stack(url, reference={"backend": "vllm", "url": url}, shadow={"rate": 1.0}) as proxy:
+            wait_for("scoring", lambda: _sampled(proxy) > 0, ANSWER_SECONDS, every=0.5)
             pid = _relay(proxy)
             before = _memory_mib(pid)
             asyncio.run(attack(proxy.url))
@@ -193,6 +200,15 @@ def _memory(url: str) -> Iterator[Row]:
             "<= 256 MiB (limits.buffered_bytes is 128 MiB)",
             grown <= 256,
         )
+
+
+def _sampled(proxy: Stack) -> float:
+    body = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    httpx.post(f"{proxy.url}/v1/chat/completions", json=body, timeout=ANSWER_SECONDS)
+    metrics = proxy.admin.get("/metrics").text.splitlines()
+    return sum(
+        float(line.split()[-1]) for line in metrics if line.startswith('hemostat_shadow_requests_total{outcome="s')
+    )
 
 
 def _relay(proxy: Stack) -> int:
