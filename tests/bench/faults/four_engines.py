@@ -144,6 +144,8 @@ class Streams:
     url: str
     complete: int = 0
     broken: list[int] = field(default_factory=list)
+    engines: set[int] = field(default_factory=set)
+    """That answered."""
     ended: bool = False
 
     async def run(self) -> None:
@@ -165,6 +167,7 @@ class Streams:
                         text = line or text
                         if not engine and (said := CREATED.search(line)):
                             engine = int(said[1])
+                            self.engines.add(engine)
                     if response.status_code != 200 or text != "data: [DONE]":
                         raise httpx.ReadError("the stream is incomplete")
                 self.complete += 1
