@@ -146,7 +146,7 @@ async def test_bytes_behind_a_response_never_reach_a_client_that_waits_for_a_con
             await client.send(GET)
         assert {(await client.response()).body for client in clients} == {b"ok"}
         assert upstream.connections == 20, "from the first time on no connection is reused"
-        assert not relay.pool.trusted
+        assert not relay.upstreams.engines[0].pool.trusted
 
 
 async def test_bytes_on_an_idle_connection_are_discarded() -> None:

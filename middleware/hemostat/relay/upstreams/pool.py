@@ -85,18 +85,19 @@ class Pool:
 
     @property
     def trusted(self) -> bool:
-        """See `upstream.ConnectionOwner`."""
+        """See `connection.ConnectionOwner`."""
         return self._distrusted_until == 0.0 or self._loop.time() > self._distrusted_until
 
     def sent_stray_bytes(self) -> None:
         """For some time every request gets a connection of its own: responses could be taken for other requests'."""
         if self.trusted:
             log.warning(
-                "the upstream sends bytes behind its responses; for %.0f s no connection is reused", DISTRUST_SECONDS
+                "the engine %s sends bytes behind its responses; for %.0f s no connection to it is reused",
+                self._origin.name,
+                DISTRUST_SECONDS,
             )
         self._distrusted_until = self._loop.time() + DISTRUST_SECONDS
-        while self._idle:
-            self._idle.pop().abort()
+        self.close_idle()
 
     def lost(self, connection: UpstreamConnection) -> None:
         """A connection is closed."""
