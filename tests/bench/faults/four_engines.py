@@ -2,7 +2,7 @@
 
 Fast fakes are an nginx that has the answers ready; the relay has one core, rounds are interleaved with those of a relay
 with one upstream. Engines that are killed are processes of the tests' fake vLLM, which stream a token every 20 ms.
-Needs nginx and wrk. `four_real_engines.py` has real engines.
+Needs nginx and wrk.
 """
 
 from __future__ import annotations
