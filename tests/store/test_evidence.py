@@ -177,6 +177,31 @@ async def test_what_a_leader_counted_while_it_lost_the_lease_is_counted_by_the_n
         assert new.profile_manager.serving.kinds["chat"].units == 20
 
 
+async def test_a_replica_that_leads_again_counts_what_it_sent_in_between(shared_server: Valkey, tmp_path: Path) -> None:
+    """Its numbers begin anew: what it counts at once must not hide what it has sent and comes later."""
+    async with replicas(shared_server.url, tmp_path, 2, alarm={"baseline_requests": 1000}) as ones:
+        first, second = ones.controls
+        assert first.replica is not None
+        assert second.replica is not None
+        await ones.turn()
+        for n, key in enumerate(JUDGED[:5]):
+            ones.score(0, EVEN.truth(n), key)
+        for old, new in ((first, second), (second, first)):
+            assert old.store.shared is not None
+            assert new.replica is not None
+            old.store.shared.release_lease()
+            await new.replica.heartbeat()
+            assert old.replica is not None
+            await old.replica.heartbeat()
+        assert first.lease.leads
+        for n, key in enumerate(JUDGED[5:9]):
+            ones.score(0, EVEN.truth(n), key)
+        await ones.turn()
+        assert first.alarms.report()["workload"]["baseline_requests"] == 9
+        assert first.evidence is not None
+        assert first.evidence.positions.lost == 0
+
+
 async def test_nothing_is_written_while_nothing_is_counted(shared_server: Valkey, tmp_path: Path) -> None:
     async with replicas(shared_server.url, tmp_path, 2) as ones:
         await ones.turn()

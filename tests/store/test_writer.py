@@ -79,6 +79,36 @@ async def test_an_unreachable_server_is_retried_and_another_failure_is_dropped(m
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_what_a_leader_queued_is_not_written_after_another_has_led() -> None:
+    """Not even where it leads again: its write is of before what the other one decided."""
+    store = MemoryStore()
+    one, _, lease = writer(store, shared=True)
+    lease.grant(float("inf"))
+    for writes in (one.as_leader, one.as_replica):
+        writes.append_event({"of": "before"})
+        writes.set_states({"mode": "before"})
+        writes.put_blob("learned", b"before")
+    lease.lose()
+    lease.grant(float("inf"))
+    one.as_leader.set_states({"mode": "now", "serving": "now"})
+    await one.drain()
+    assert len(store.events(9)) == 1, "that of the replica"
+    assert (store.get_state("mode"), store.get_state("serving")) == ("now", "now")
+    assert not one._states
+    assert not one._blobs
+
+
+async def test_of_states_that_wait_together_the_newest_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    one, _, _ = writer(store)
+    written: list[dict[str, str | None]] = []
+    monkeypatch.setattr(store, "set_states", lambda values: written.append(dict(values)))
+    for n in range(5):
+        one.as_leader.set_states({"a": str(n), "b": str(n)})
+    await one.drain()
+    assert written == [{"a": "4", "b": "4"}]
+
+
 async def test_writes_beyond_the_queue_are_counted() -> None:
     one, errors, _ = writer(MemoryStore())
     for n in range(MAX_QUEUED_WRITES + 2):

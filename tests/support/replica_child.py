@@ -43,7 +43,7 @@ class Child:
 
 def hurry() -> None:
     """Shorter times than in production, so that a run takes seconds."""
-    replica_module.LEASE_SECONDS = 2.0
+    replica_module.LEASE_SECONDS = 3.0
     replica_module.HEARTBEAT_SECONDS = 0.05
     replica_module.RETRY_SECONDS = inbox.RETRY_SECONDS = outbox.RETRY_SECONDS = writer.RETRY_SECONDS = (0.05,)
     outbox.SEND_SECONDS = inbox.TAKE_SECONDS = composition.PERIODIC_SECONDS = 0.05

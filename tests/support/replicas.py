@@ -25,6 +25,8 @@ from hemostat_calibration.records import Shift, TokenRecord
 
 STEP_SECONDS = 0.25
 """Between two scored requests of the deployment."""
+MIN_TOKENS = 4000
+"""Before the first proposal: fewer than in production (20,000), where a proof takes longer."""
 MAX_REQUESTS = 5000
 """Within which a profile is promoted."""
 
@@ -45,7 +47,7 @@ def store_url(url: str, prefix: str) -> str:
 def deployment(url: str, prefix: str, **more: Any) -> Settings:
     """url: of a Valkey; "" for a store in memory, which one replica has for itself."""
     store = {"url": store_url(url, prefix)} if url else {}
-    calibration = {"mode": "auto", "min_tokens": 500, "clamp_nats": 1.0, "held_out_fraction": 0.3}
+    calibration = {"mode": "auto", "min_tokens": MIN_TOKENS, "clamp_nats": 1.0, "held_out_fraction": 0.3}
     return settings(store=store, calibration=calibration, **more)
 
 

@@ -3,8 +3,9 @@
 Writes are queued on the event loop and happen in a thread. A failed write is counted and dropped, unless the server
 cannot be reached: then the write is repeated until it answers.
 
-Replicas that share a store: a write `as_leader` is queued only while this replica is the last known leader, and the
-server refuses it once another replica has led since (`LeaseLost`). Other writes are made by every replica.
+Replicas that share a store: a write `as_leader` is queued only while this replica is the last known leader. Once
+another replica has led since, the server refuses it (`LeaseLost`), and it is not tried again, not even where this
+replica leads again: it is of before what the other one has decided. Other writes are made by every replica.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from hemostat.ipc.backoff import Backoff
@@ -55,6 +56,7 @@ class SetStates:
     """The newest values of the states that wait to be written together: several such writes that wait become one."""
 
     as_leader: bool
+    term: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class PutBlob:
 
     key: str
     as_leader: bool
+    term: int = 0
+    """Of the lease, when it was queued; so below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +136,12 @@ class StoreWriter:
         self._store = store
         self._lease = lease
         self._errors = errors
-        self._queue: asyncio.Queue[Write] = asyncio.Queue(MAX_QUEUED_WRITES)
+        self._queue: asyncio.Queue[tuple[int, Write]] = asyncio.Queue(MAX_QUEUED_WRITES)
+        """With the lease's term in which each was queued."""
         self._blobs: dict[PutBlob, bytes] = {}
         """That wait to be written."""
         self._states: dict[SetStates, dict[str, str | None]] = {}
         """The same."""
-        lease.on_lost.append(self._states.clear)  # another replica has written them since
         more = self._enqueue_blob, self._enqueue_states
         self.as_leader: StoreWrites = QueuedWrites(self._enqueue_as_leader, *more, as_leader=True)
         self.as_replica: StoreWrites = QueuedWrites(self._enqueue, *more, as_leader=False)
@@ -152,7 +156,7 @@ class StoreWriter:
 
     def _enqueue(self, write: Write) -> None:
         try:
-            self._queue.put_nowait(write)
+            self._queue.put_nowait((self._lease.term, write))
         except asyncio.QueueFull:
             self._errors.count += 1
             if isinstance(write, PutBlob):
@@ -163,6 +167,7 @@ class StoreWriter:
     def _enqueue_blob(self, write: PutBlob, data: bytes) -> None:
         if write.as_leader and not self._lease.is_last_leader:
             return
+        write = replace(write, term=self._lease.term)
         waits = write in self._blobs
         self._blobs[write] = data
         if not waits:
@@ -171,6 +176,7 @@ class StoreWriter:
     def _enqueue_states(self, write: SetStates, values: Mapping[str, str | None]) -> None:
         if write.as_leader and not self._lease.is_last_leader:
             return
+        write = replace(write, term=self._lease.term)
         waits = write in self._states
         self._states.setdefault(write, {}).update(values)
         if not waits:
@@ -179,9 +185,9 @@ class StoreWriter:
     async def run(self) -> None:
         """Write what is queued, one after the other, until cancelled."""
         while True:
-            write = await self._queue.get()
+            term, write = await self._queue.get()
             backoff = Backoff(RETRY_SECONDS)
-            while True:
+            while self._is_due(term, write):
                 try:
                     await asyncio.to_thread(self._write, write)
                     break
@@ -202,13 +208,25 @@ class StoreWriter:
         """At the end of the process, after `run` was cancelled: write what is still queued, each once.
         StoreUnreachable as soon as the server does not answer."""
         while not self._queue.empty():
-            write = self._queue.get_nowait()
+            term, write = self._queue.get_nowait()
+            if not self._is_due(term, write):
+                continue
             try:
                 await asyncio.to_thread(self._write, write)
             except StoreUnreachable:
                 raise
             except StoreFailure as failure:
                 self._errors.record(failure)
+
+    def _is_due(self, term: int, write: Write) -> bool:
+        """False for a write of the leader that this replica was, before another one led."""
+        due = isinstance(write, SendCommand) or not write.as_leader or term == self._lease.term
+        if not due:
+            if isinstance(write, PutBlob):
+                self._blobs.pop(write, None)
+            elif isinstance(write, SetStates):
+                self._states.pop(write, None)
+        return due
 
     def _write(self, write: Write) -> None:
         match write:

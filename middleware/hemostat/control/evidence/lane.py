@@ -61,7 +61,7 @@ class Lane:
         self._on_change = on_change
         stream = store.stream(name)
         self.outbox = Outbox(stream, store.replica, on_failure)
-        self.own = OwnUnits(f"{store.replica} leading", positions)
+        self.own = OwnUnits(store.replica, positions)
         lease.on_lost.append(lambda: self.outbox.add_again(self.own.take()))
         self.inbox = Inbox(
             stream,

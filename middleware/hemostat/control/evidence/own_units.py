@@ -14,15 +14,22 @@ from hemostat.store.protocol import StreamEntry
 
 
 class OwnUnits:
-    """sender: a name of their own, since numbers begin at 1 with it. positions: advanced with each unit."""
+    """name: of this process. positions: advanced with each unit."""
 
-    def __init__(self, sender: str, positions: Positions) -> None:
-        self._sender = sender
+    def __init__(self, name: str, positions: Positions) -> None:
+        self._name = name
+        self._taken = 0
+        """How often units were taken. Each time numbers begin at 1 again, under another name: those that were taken are
+        counted later than what this replica counts where it leads again."""
         self._positions = positions
         self._units: deque[bytes] = deque()
         self._bytes = 0
         self._last = 0
         """Number of the newest unit."""
+
+    @property
+    def _sender(self) -> str:
+        return f"{self._name} {self._taken}"
 
     def count(self, unit: bytes) -> None:
         """The leader is about to count a unit of its own, here encoded. Beyond what an outbox may hold the oldest is
@@ -44,7 +51,8 @@ class OwnUnits:
         batches = []
         while self._units:
             batches.append(next_batch(self._sender, self._last - len(self._units) + 1, self._units))
-        self._bytes = 0
+        self._bytes = self._last = 0
+        self._taken += 1
         return batches
 
     def _drop_oldest(self) -> None:
