@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from tests.support import valkey
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.served import AUTHORIZED, Served, hemostat
 from tests.support.streaming_load import Load, streaming_load
@@ -42,6 +43,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield one
 
 
+async def until_status(served: Served, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    return await served.until(condition, 2 * HANG_SECONDS)
+
+
 def change(served: Served, **sections: Any) -> None:
     """Change the configuration file, and send SIGHUP."""
     path = served.log.parent / "hemostat.yaml"
@@ -51,13 +56,13 @@ def change(served: Served, **sections: Any) -> None:
 
 async def reloaded(served: Served, before: dict[str, Any]) -> dict[str, Any]:
     loaded_at = before["configuration"]["loaded_at"]
-    return await served.until(lambda s: s["configuration"]["loaded_at"] > loaded_at and s["relays"] == 2, HANG_SECONDS)
+    return await until_status(served, lambda s: s["configuration"]["loaded_at"] > loaded_at and s["relays"] == 2)
 
 
 @asynccontextmanager
 async def streams(served: Served) -> AsyncIterator[Load]:
     """No connection is refused and no answer cut or failed while the block runs."""
-    await served.until(lambda s: s["relays"] == 2)
+    await until_status(served, lambda s: s["relays"] == 2)
     async with streaming_load(served.data, CLIENTS) as load:
         yield load
         await load.until_more(5 * CLIENTS)
@@ -72,12 +77,12 @@ async def test_sighup_replaces_the_relays_under_load(served: Served) -> None:
         await reloaded(served, before)
         assert not served.pids(RELAY) & relays or len(served.pids(RELAY)) > 2, "new ones; the former may still drain"
         assert served.pids(CONTROL) == controls, "nothing has changed for it"
-    await until(lambda: len(served.pids(RELAY)) == 2)
+    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
     assert not served.pids(RELAY) & relays
 
 
 async def test_kill_of_every_relay_refuses_no_connection(served: Served) -> None:
-    await served.until(lambda s: s["relays"] == 2)
+    await until_status(served, lambda s: s["relays"] == 2)
     async with streaming_load(served.data, CLIENTS) as load:
         await until(lambda: load.streaming == CLIENTS)
         for pid in served.pids(RELAY):
@@ -85,14 +90,14 @@ async def test_kill_of_every_relay_refuses_no_connection(served: Served) -> None
         await load.until_more(3 * CLIENTS)
     assert load.refused == load.failed == 0, load.failures
     assert load.cut <= CLIENTS, "one for each connection of the killed processes"
-    await served.until(lambda s: s["relays"] == 2)
+    await until_status(served, lambda s: s["relays"] == 2)
 
 
 async def test_a_bad_file_changes_nothing_and_says_why(served: Served) -> None:
     before = await served.status()
     relays = served.pids(RELAY)
     change(served, workers="many")
-    status = await served.until(lambda s: s["configuration"]["error"] != "")
+    status = await until_status(served, lambda s: s["configuration"]["error"] != "")
     assert "workers" in status["configuration"]["error"]
     assert status["configuration"]["loaded_at"] == before["configuration"]["loaded_at"]
     assert served.pids(RELAY) == relays
@@ -146,22 +151,29 @@ async def test_sighup_opens_the_access_log_again_and_limits_clients(served: Serv
     limits = {"requests_per_second": 0.001, "burst": 1}
     change(served, log={"access": str(file), "format": "json"}, client_limits=limits)
     before = await reloaded(served, before)
-    await until(lambda: len(served.pids(RELAY)) == 2)
+    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
     statuses = {(await served.ask("one of many", max_tokens=1)).status_code for _ in range(6)}
     assert statuses == {200, 429}
     file.rename(served.log.parent / "access.log.1")
     change(served)
     before = await reloaded(served, before)
     assert '"status":429' in (served.log.parent / "access.log.1").read_text()
-    await until(lambda: len(served.pids(RELAY)) == 2)
+    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
     await served.ask("another one", max_tokens=1)
     await until(lambda: '"route":"/v1/chat/completions"' in file.read_text())
     change(served, log={"access": "/no/such/folder/access.log"}, client_limits={})
-    status = await served.until(lambda s: s["configuration"]["error"] != "")
+    status = await until_status(served, lambda s: s["configuration"]["error"] != "")
     assert "log.access: cannot open /no/such/folder/access.log" in status["configuration"]["error"]
     change(served, log={"access": "off"})
     await reloaded(served, before)
-    await until(lambda: len(served.pids(RELAY)) == 2)
+    await until(lambda: len(served.pids(RELAY)) == 2, 2 * HANG_SECONDS)
+
+
+async def stream(served: Served, text: str) -> httpx.Response:
+    """However long it takes."""
+    body = {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 30, "stream": True}
+    async with httpx.AsyncClient(base_url=served.data, timeout=None) as client:
+        return await client.post("/v1/chat/completions", json=body)
 
 
 def lives(pid: int) -> bool:
@@ -189,41 +201,44 @@ async def test_sigusr2_hands_over_the_store_and_what_former_relays_still_capture
         settings = {"reference": {"backend": "vllm", "url": reference_url}, "shadow": {"rate": 1.0, "top_k": 8}}
         with running(tmp_path, **settings) as served:
             async with successor_of(served):
-                await served.until(lambda s: s["reference"]["state"] == "ready" and s["relays"] == 2)
+                await until_status(served, lambda s: s["reference"]["state"] == "ready" and s["relays"] == 2)
                 async with httpx.AsyncClient(base_url=served.admin, headers=AUTHORIZED) as admin:
                     await admin.post("/api/v1/calibration", json={"mode": "off"})
                 while (await served.status())["requests"]["shadowed"] == 0:
                     await served.ask("until the relays sample", max_tokens=1)
                 served.upstream.hold_after = 5
-                held = asyncio.create_task(served.ask("say: this answer takes a while", stream=True, max_tokens=30))
+                held = asyncio.create_task(stream(served, "say: this answer takes a while"))
                 await until(lambda: served.upstream.requests[-1].get("stream"))
                 (control,) = served.pids(CONTROL)
                 served.process.send_signal(signal.SIGUSR2)
-                await until(lambda: "serves; draining" in served.log.read_text())
+                await until(lambda: "serves; draining" in served.log.read_text(), 2 * HANG_SECONDS)
                 assert not lives(control), "there is one control process at a time"
-                status = await served.until(lambda s: s["relays"] >= 3 and s["reference"]["state"] == "ready")
+                status = await until_status(served, lambda s: s["relays"] >= 3 and s["reference"]["state"] == "ready")
                 assert status["profile"]["mode"] == "off", "of the store"
                 served.upstream.hold_after = None
                 answer = await held
                 assert answer.text.endswith("data: [DONE]\n\n")
-                await served.until(lambda s: s["requests"]["shadowed"] >= 1)
-                assert await asyncio.to_thread(served.process.wait, HANG_SECONDS) == 0
+                await until_status(served, lambda s: s["requests"]["shadowed"] >= 1)
+                assert await asyncio.to_thread(served.process.wait, 2 * HANG_SECONDS) == 0
                 async with streaming_load(served.data, CLIENTS) as load:
                     pass
                 assert (load.refused, load.cut, load.failed) == (0, 0, 0), load.failures
 
 
-async def test_a_second_serve_in_the_same_run_dir_takes_over_under_load(tmp_path: Path) -> None:
+async def test_a_second_serve_in_the_same_run_dir_takes_over_under_load_with_the_lease(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     command = [sys.executable, "-m", "hemostat", "serve", "--config", str(tmp_path / "hemostat.yaml")]
-    with running(tmp_path, run_dir=str(run_dir)) as served:
-        await served.until(lambda s: s["relays"] == 2)
+    with (
+        valkey.running(tmp_path / "valkey") as store,
+        running(tmp_path, run_dir=str(run_dir), store={"url": store.url}) as served,
+    ):
+        await until_status(served, lambda s: s["relays"] == 2 and s["replica"]["leads"])
         with started(command, tmp_path / "log2") as second:
             async with streams(served):
                 await until(lambda: f"process {second.pid} serves" in served.log.read_text(), 2 * HANG_SECONDS)
-                await served.until(lambda s: s["relays"] >= 2)
-            assert await asyncio.to_thread(served.process.wait, HANG_SECONDS) == 0
+                await until_status(served, lambda s: s["relays"] >= 2 and s["replica"]["leads"])
+            assert await asyncio.to_thread(served.process.wait, 2 * HANG_SECONDS) == 0
             assert second.poll() is None
 
 
@@ -237,7 +252,7 @@ async def test_a_successor_that_fails_leaves_the_former_one_serving(tmp_path: Pa
             good = config.read_text()
             config.write_text("workers: many\n")
             served.process.send_signal(signal.SIGUSR2)
-            await until(lambda: "it did not take over" in served.log.read_text())
+            await until(lambda: "it did not take over" in served.log.read_text(), 2 * HANG_SECONDS)
             config.write_text(good)
             (control,) = served.pids(CONTROL)
             channel = takeover.connect_to_predecessor(run_dir)
@@ -250,7 +265,7 @@ async def test_a_successor_that_fails_leaves_the_former_one_serving(tmp_path: Pa
             await channel.expect(takeover.RELEASED)
             assert served.pids(CONTROL) == set()
             channel.close()
-            await served.until(lambda s: s["relays"] == 2)
+            await until_status(served, lambda s: s["relays"] == 2)
             assert served.pids(CONTROL) not in (set(), {control})
         assert served.process.poll() is None
 
@@ -277,7 +292,7 @@ def started(command: list[str], log: Path, *sockets: socket.socket) -> Iterator[
     try:
         yield process
         process.terminate()
-        assert process.wait(HANG_SECONDS) == 0, log.read_text()
+        assert process.wait(2 * HANG_SECONDS) == 0, log.read_text()
     finally:
         process.kill()
         process.wait()

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.support.relay import GET, OK, Request, UpstreamConnection, answering, post, relaying
 from tests.support.waiting import until
 
-from hemostat.relay.access_log import MAX_BUFFERED_BYTES, AccessLog, Line
+from hemostat.relay.access_log import MAX_BUFFERED_BYTES, MAX_ID_CHARACTERS, AccessLog, Line, _text_line
 
 SECRET = b"a text that nobody may log"
 LINE = Line("2026-01-01T00:00:00.000+00:00", "GET", "other", 200, "ok", 1, 0.5, None, "none", "id")
@@ -110,6 +113,16 @@ async def test_streams_count_bytes_and_pipelined_requests_have_a_line_each(file:
     lines = [json.loads(line) for line in file.lines()]
     assert [line["bytes"] for line in lines] == [len(OK)] * 3
     assert "client" not in lines[0]
+
+
+@given(request_id=st.text(max_size=MAX_ID_CHARACTERS))
+def test_no_request_id_can_make_another_field_or_line(request_id: str) -> None:
+    line = _text_line(msgspec.structs.replace(LINE, request_id=request_id)).decode()
+    assert line.isascii()
+    assert line.count("\n") == 1
+    fields, _, shown = line.rstrip("\n").partition(" request_id=")
+    assert [field.partition("=")[0] for field in fields.split(" ")] == list(Line.__struct_fields__[:-2])
+    assert shown == request_id or request_id == ("" if shown == "-" else json.loads(shown))
 
 
 async def test_what_cannot_be_written_is_dropped_and_counted(file: File) -> None:

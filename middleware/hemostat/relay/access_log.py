@@ -161,14 +161,17 @@ def _json_line(line: Line) -> bytes:
 
 
 def _text_line(line: Line) -> bytes:
-    shown = [f"{name}={_shown(value)}" for name, value in msgspec.structs.asdict(line).items() if name != "client"]
-    if line.client:
-        shown.append(f"client={line.client}")
-    return (" ".join(shown) + "\n").encode()
+    waited = "-" if line.upstream_seconds is None else line.upstream_seconds
+    client = f" client={line.client}" if line.client else ""
+    return (
+        f"time={line.time} method={line.method or '-'} route={line.route} status={line.status} outcome={line.outcome} "
+        f"bytes={line.bytes} seconds={line.seconds} upstream_seconds={waited} arm={line.arm} "
+        f"request_id={_shown(line.request_id)}{client}\n"
+    ).encode()
 
 
-def _shown(value: object) -> str:
-    if value is None or value == "":
+def _shown(text: str) -> str:
+    """A value that the client may have chosen: quoted where it could be taken for more than one."""
+    if not text:
         return "-"
-    text = str(value)
-    return text if _plain(text) else json.dumps(text)
+    return text if _plain(text) and text != "-" else json.dumps(text)

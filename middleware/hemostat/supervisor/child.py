@@ -16,7 +16,7 @@ from hemostat.ipc.backoff import Backoff
 
 log = logging.getLogger("hemostat.serve")
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 """Within this time a process must report that it is loaded, and again that it listens."""
 RESTART_SECONDS = (0.1, 1.0, 2.0, 5.0, 10.0)
 """Longest delays before a restart, by the number of failures in a row."""
