@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from tests.support.captures import INFO, K, V, capture
@@ -18,6 +19,7 @@ from hemostat.ipc.messages import Capture
 from hemostat.reference.protocol import ReferenceFailure, ReferenceScores
 from hemostat.shadow import record_builder
 from hemostat.shadow import scorer as scorer_module
+from hemostat.shadow.record_builder import decode_capture
 from hemostat_calibration.records import Arm, Candidates
 
 pytestmark = pytest.mark.usefixtures("quick_scorer")
@@ -130,6 +132,33 @@ async def test_captures_that_make_no_record_are_skipped(bench: Bench, damage: di
     assert await bench.ends(capture(**damage)) == Counter({("skipped", reason): 1})
     if reason in {"invalid_ids", "unknown_model", "invalid_shape"}:
         assert bench.reference.asked == [], "an id of another vocabulary could end the reference"
+    await alive(bench)
+
+
+def unparsed(emitted: int = 0) -> dict[str, object]:
+    """The candidates of `capture()` as the JSON of a chat's logprobs."""
+    arrays = decode_capture(capture())
+    content = []
+    for ids, values in zip(arrays.candidates.ids.tolist(), arrays.candidates.logprobs.tolist(), strict=True):
+        tops = [
+            {"token": f"token_id:{i}", "logprob": v, "bytes": [48]} for i, v in zip(ids, values, strict=True) if i >= 0
+        ]
+        content.append(tops[0] | {"token": f"token_id:{emitted}", "top_logprobs": tops})
+    empty = {"candidate_ids": b"", "candidate_logprobs": b"", "emitted_logprobs": b""}
+    return empty | {"route": "/v1/chat/completions", "logprobs": [msgspec.json.encode({"content": content})]}
+
+
+async def test_logprobs_are_parsed_where_they_are_scored(bench: Bench) -> None:
+    assert await bench.ends(capture(), capture(**unparsed())) == Counter({("scored", ""): 2})
+    first, second = bench.records
+    assert (first.compressed.ids == second.compressed.ids).all()
+    assert (first.compressed.logprobs == second.compressed.logprobs).all()
+    assert (first.compressed_emitted == second.compressed_emitted).all()
+
+
+@pytest.mark.parametrize("damage", [unparsed(emitted=1), unparsed() | {"logprobs": [b"{"]}, {"logprobs": [b"null"]}])
+async def test_logprobs_that_are_not_of_the_answers_tokens_are_skipped(bench: Bench, damage: dict[str, object]) -> None:
+    assert await bench.ends(capture(**damage)) == Counter({("skipped", "no_logprobs"): 1})
     await alive(bench)
 
 

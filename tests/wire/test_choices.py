@@ -18,10 +18,11 @@ from tests.support.wire import TOOL_CALL, TOOLS, VERSION, Wire, chat, completion
 from hemostat.openai import json_splice
 from hemostat.openai.form import Form
 from hemostat.openai.forms.table import FORMATS
+from hemostat.openai.logprobs.rows import Row, ordered, read_rows
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import Request
 from hemostat.openai.routes import CHAT, COMPLETIONS
-from hemostat.openai.tokens import ChoiceTokens, ResponseTokens, Row
+from hemostat.openai.tokens import ResponseTokens
 
 AS_IDS = {"return_tokens_as_token_ids": True}
 SAYS = 'say: Zażółć 日本語\t"quoted" \\ 🎉'
@@ -120,7 +121,8 @@ def test_at_any_chunk_boundaries_the_client_gets_what_it_would_without_hemostat(
     assert len(tokens.choices) == one.request.choices
     for choice in tokens.choices:
         assert choice.prompt_ids
-        assert len(choice.candidate_ids) == 9 * len(choice.output_ids) == 9 * len(choice.emitted_logprobs)
+        rows = read_rows(one.request.form, choice.logprobs, choice.output_ids, 8)
+        assert len(rows.ids) == len(choice.output_ids) == len(rows.emitted)
 
 
 @given(st.integers(0, 2**20), st.integers(0, 2**32))
@@ -209,11 +211,9 @@ def test_a_choice_that_is_too_long_fails_them_all(wire: Wire) -> None:
 
 
 def test_the_emitted_token_stays_where_the_client_asked_for_more_than_is_recorded() -> None:
-    choice = ChoiceTokens()
-    choice.add(Row(9, -5.0, [9, 1, 2, 3, 4], [-5.0, -1.0, -2.0, -3.0, -4.0]), top_k=2)
-    choice.add(Row(1, -1.0, [1, 2, 3, 4], [-1.0, -2.0, -3.0, -4.0]), top_k=2)
-    assert choice.candidate_ids.tolist() == [1, 2, 9, 1, 2, 3]
-    assert choice.candidate_logprobs.tolist() == [-1.0, -2.0, -5.0, -1.0, -2.0, -3.0]
+    values = [-5.0, -1.0, -2.0, -3.0, -4.0]
+    assert ordered(Row(9, -5.0, [9, 1, 2, 3, 4], values), top_k=2) == {1: -1.0, 2: -2.0, 9: -5.0}
+    assert ordered(Row(1, -1.0, [1, 2, 3, 4], values[1:]), top_k=2) == {1: -1.0, 2: -2.0, 3: -3.0}
 
 
 # --- from the engine's tap --------------------------------------------------------------------------------------------

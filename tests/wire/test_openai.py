@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat.openai.form import Form
-from hemostat.openai.forms.completions import Completions
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, JsonObject, encode
+from hemostat.openai.logprobs.rows import read_rows
 from hemostat.openai.reading import read_request
 from hemostat.openai.requests import merged_xargs
 from hemostat.openai.tokens import ResponseTokens
@@ -250,7 +250,6 @@ def test_a_damaged_response_never_raises_and_is_never_captured(data: st.DataObje
 
 
 def test_a_row_is_sorted_and_unique_and_contains_the_emitted_token() -> None:
-    tokens = ResponseTokens(2, 100)
     rows = {
         "tokens": ["token_id:7", "token_id:5"],
         "token_logprobs": [-3.0, -1.0],
@@ -259,13 +258,11 @@ def test_a_row_is_sorted_and_unique_and_contains_the_emitted_token() -> None:
             {"token_id:5": -1.0, "token_id:1": -1.0},
         ],
     }
-    form, given = Completions(), json.dumps(rows).encode()
-    tokens.add(0, form.rows([7, 5], given))
-    [choice] = tokens.choices
-    assert choice.candidate_ids.tolist() == [1, 2, 7, 5, 1, -1]
-    assert choice.candidate_logprobs.tolist() == [-0.5, -1.5, -3.0, -1.0, -1.0, float("-inf")]
-    assert choice.emitted_logprobs.tolist() == [-3.0, -1.0]
-    with pytest.raises(MALFORMED):
-        form.rows([8, 5], given)
-    with pytest.raises(MALFORMED):
-        form.rows([7], given)
+    given = [json.dumps(rows).encode()]
+    ids, logprobs, emitted = read_rows(Form.COMPLETIONS, given, [7, 5], 2)
+    assert ids.tolist() == [[1, 2, 7], [5, 1, -1]]
+    assert logprobs.tolist() == [[-0.5, -1.5, -3.0], [-1.0, -1.0, float("-inf")]]
+    assert emitted.tolist() == [-3.0, -1.0]
+    for others in ([8, 5], [7]):
+        with pytest.raises(MALFORMED):
+            read_rows(Form.COMPLETIONS, given, others, 2)

@@ -46,18 +46,25 @@ class FrameReader:
 
     def feed(self, data: bytes) -> list[bytes]:
         """ValueError on a frame longer than `max_bytes`."""
-        self._buffer += data
+        # The usual case is whole frames, which are not copied into the buffer first.
+        source: bytes | bytearray = data
+        if self._buffer:
+            self._buffer += data
+            source = self._buffer
         bodies: list[bytes] = []
         start = 0
-        while len(self._buffer) - start >= _HEADER.size:
-            (length,) = _HEADER.unpack_from(self._buffer, start)
+        while len(source) - start >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(source, start)
             _check(length, self._max_bytes)
             end = start + _HEADER.size + length
-            if len(self._buffer) < end:
+            if len(source) < end:
                 break
-            bodies.append(memoryview(self._buffer)[start + _HEADER.size : end].tobytes())
+            bodies.append(bytes(memoryview(source)[start + _HEADER.size : end]))
             start = end
-        del self._buffer[:start]
+        if source is self._buffer:
+            del self._buffer[:start]
+        else:
+            self._buffer += memoryview(data)[start:]
         return bodies
 
 

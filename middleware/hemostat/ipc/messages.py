@@ -54,7 +54,7 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     """int32 [T]"""
     top_k: int
     candidate_ids: bytes
-    """int32 [T, top_k + 1], -1 pads; the emitted token is among them."""
+    """int32 [T, top_k + 1], -1 pads; the emitted token is among them. Empty, as the next two, with `logprobs`."""
     candidate_logprobs: bytes
     """float32 [T, top_k + 1], nats, -inf pads."""
     emitted_logprobs: bytes
@@ -93,6 +93,9 @@ class Capture(msgspec.Struct, tag="capture", frozen=True):
     """That answered (`EngineHealth.engine`)."""
     generated: int = -1
     """Tokens of all choices together, by the response's usage; -1: it does not say."""
+    logprobs: list[bytes] = []
+    """The JSON of the response's `logprobs`, in pieces, as it came: it is parsed where the capture is scored. Empty
+    where the candidates are here as arrays."""
     grammar: GrammarSpec | None = None
     """What restricted the tokens: then the log-probabilities are conditional on what it allows."""
 

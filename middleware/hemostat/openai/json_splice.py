@@ -7,7 +7,7 @@ and white space that the client or vLLM chose.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from typing import Any
 
 import msgspec
@@ -72,10 +72,19 @@ class JsonObject:
     def __contains__(self, key: str) -> bool:
         return key in self._spans
 
+    @property
+    def names(self) -> KeysView[str]:
+        """Of its members."""
+        return self._spans.keys()
+
     def raw(self, key: str) -> bytes:
         """The value's bytes; `null` where the key is absent."""
         span = self._spans.get(key)
         return NULL if span is None else self.data[span[0] : span[1]]
+
+    def start_of(self, key: str) -> int:
+        """Where the value's bytes begin. KeyError where the key is absent."""
+        return self._spans[key][0]
 
     def value(self, key: str) -> Any:
         """The decoded value; None where the key is absent. TooComplex where to decode it would take too long."""

@@ -90,6 +90,11 @@ class Parser:
         self._in_oversized = False
         """Inside an event whose beginning was already passed on."""
 
+    @property
+    def between_events(self) -> bool:
+        """Nothing of an event is buffered, or has been passed on."""
+        return not self._buffer and not self._in_oversized
+
     def feed(self, data: bytes) -> list[Event]:
         """Take the next bytes; returns the events that they complete."""
         # A blank line may lie across the chunk boundary: it is at most four bytes long.

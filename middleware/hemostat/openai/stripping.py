@@ -11,6 +11,7 @@ Checked against vLLM 0.32 (`entrypoints/openai/{chat_completion,completion}`):
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Protocol
 
@@ -18,8 +19,10 @@ import msgspec
 
 from hemostat.openai import sse
 from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject
-from hemostat.openai.requests import LogprobWish, Request
-from hemostat.openai.tokens import ResponseFailure, ResponseTokens, Row, error_reason, usage_decoder
+from hemostat.openai.logprobs.cutting import EventCutter, cut_logprobs
+from hemostat.openai.logprobs.scrubbing import Scrubber, scrub
+from hemostat.openai.requests import NO_WISH, LogprobWish, Request
+from hemostat.openai.tokens import ResponseFailure, ResponseTokens, error_reason, usage_decoder
 
 MAX_BODY = 128 * 1024 * 1024
 """Bytes of one response (not a stream) that are buffered until it is complete."""
@@ -39,9 +42,6 @@ class LogprobForm(Protocol):
 
     def is_held_back(self, choice: JsonObject) -> bool:
         """The stream's event has nothing for the client."""
-
-    def rows(self, output: list[int], logprobs: bytes) -> list[Row]:
-        """The positions of these emitted ids, by the JSON of `logprobs`. One of MALFORMED where they do not fit."""
 
     def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
         """The JSON of `logprobs` as the client asked for it. One of MALFORMED where that is not possible."""
@@ -65,7 +65,10 @@ class ResponseBody:
         self._tokens = tokens
         self._tools = request.tools
         self._events = sse.Parser() if stream else None
-        self._buffer = bytearray()
+        self._pieces: list[bytes] = []
+        """Of a body that is not a stream."""
+        self._size = 0
+        """Bytes of these."""
         self._pass_through = False
         """The body is larger than MAX_BODY and is passed on as it arrives."""
 
@@ -74,15 +77,19 @@ class ResponseBody:
         if self._events is not None:
             return b"".join([self._on_event(event) for event in self._events.feed(data)])
         if self._pass_through:
-            return data
-        self._buffer += data
-        if len(self._buffer) <= MAX_BODY:
+            return self._unparsed(data)
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size <= MAX_BODY:
             return b""
         self._pass_through = True
         self._tokens.fail(ResponseFailure.RESPONSE_TOO_LARGE)
-        buffered = bytes(self._buffer)
-        self._buffer.clear()
-        return buffered
+        return self._unparsed(self._take_body())
+
+    def _take_body(self) -> bytes:
+        body = b"".join(self._pieces)
+        self._pieces.clear()
+        return body
 
     def finish(self) -> bytes:
         """The response is complete: returns the rest of what the client gets."""
@@ -90,9 +97,9 @@ class ResponseBody:
             remainder = self._events.flush()
             rest = (self._on_event(sse.parse(remainder)) if remainder else b"") + self._on_end()
         elif self._pass_through:
-            rest = b""
+            rest = self._on_end()
         else:
-            rest = self._on_body(bytes(self._buffer))
+            rest = self._on_body(self._take_body())
         self._check()
         return rest
 
@@ -104,6 +111,10 @@ class ResponseBody:
 
     def _on_end(self) -> bytes:
         return b""
+
+    def _unparsed(self, data: bytes) -> bytes:
+        """What the client gets of a part of a body, or of an event, that is too large to be parsed."""
+        return data
 
     def _check(self) -> None:
         self._tokens.check_complete(self._tools)
@@ -122,20 +133,46 @@ class ChoiceStripper(ResponseBody):
         tokens.usage_expected = not stream or request.usage_requested or request.choices == 1
         self._finishing: tuple[sse.Event, bytes] | None = None
         """The finishing event and its stripped data, held until the usage event brings the fingerprint."""
+        self._cutter = EventCutter() if stream and request.wish == NO_WISH and request.choices == 1 else None
+        self._scrubber = Scrubber(stream=stream)
+        """For what cannot be parsed because it is too large."""
+
+    def feed(self, data: bytes) -> bytes:
+        if self._cutter is not None and self._events is not None and self._events.between_events:
+            # The usual case: one whole event.
+            cut = self._cutter.cut(data)
+            if cut is not None and self._finishing is None and self._tokens.failure is None:
+                self._tokens.add(0, cut.token_ids, cut.logprobs)
+                if cut.reasoning and self._tokens.choices:
+                    self._tokens.choices[0].reasoning = True
+                return cut.event
+        return super().feed(data)
 
     def _on_body(self, data: bytes) -> bytes:
+        cut = cut_logprobs(data) if self._wish == NO_WISH else None
+        if cut is not None:
+            rest, logprobs = cut
+            with contextlib.suppress(*MALFORMED):
+                return self._strip_body(rest, logprobs)
         try:
-            parsed = _Parsed(JsonObject(data))
-            stripped = self._strip(parsed)
+            return self._strip_body(data)
         except MALFORMED:
             self._tokens.fail(ResponseFailure.UNREADABLE)
-            return data
-        self._record(parsed)
+            return scrub(data, stream=False)
+
+    def _strip_body(self, data: bytes, cut: bytes | None = None) -> bytes:
+        """cut: the value of the one `logprobs`, of which there is only `null` in `data`. May raise one of MALFORMED."""
+        parsed = _Parsed(JsonObject(data))
+        stripped = self._strip(parsed)
+        self._record(parsed, cut)
         return stripped
+
+    def _unparsed(self, data: bytes) -> bytes:
+        return self._scrubber.feed(data)
 
     def _on_event(self, event: sse.Event) -> bytes:
         if event.data is None:
-            return event.raw
+            return self._unparsed(event.raw)
         if event.data == b"[DONE]":
             return self._take_finishing() + event.raw
         try:
@@ -143,8 +180,10 @@ class ChoiceStripper(ResponseBody):
             stripped = self._strip(parsed)
         except MALFORMED:
             self._tokens.fail(ResponseFailure.UNREADABLE)
-            return self._take_finishing() + event.raw
+            return self._take_finishing() + scrub(event.raw, stream=True)
         self._record(parsed)
+        if self._cutter is not None and parsed.choices:
+            self._cutter.learn(event.data, parsed.body.start_of("choices"))
         usage = parsed.body.has("usage")
         if not parsed.choices:
             if parsed.body.has("error"):
@@ -167,7 +206,7 @@ class ChoiceStripper(ResponseBody):
         return before + (event.raw if stripped is event.data else event.replace(stripped))
 
     def _on_end(self) -> bytes:
-        return self._take_finishing()
+        return self._take_finishing() + self._scrubber.finish()
 
     def _take_finishing(self, fingerprint: bytes = NULL) -> bytes:
         """The bytes of the held finishing event, with the fingerprint that it has where no usage event follows."""
@@ -199,7 +238,8 @@ class ChoiceStripper(ResponseBody):
             changes |= {key: NULL for key in ("token_ids", "prompt_token_ids") if choice.has(key)}
         return changes
 
-    def _record(self, parsed: _Parsed) -> None:
+    def _record(self, parsed: _Parsed, cut: bytes | None = None) -> None:
+        """cut: see `_strip_body`."""
         tokens = self._tokens
         try:
             _record_ending(tokens, parsed)
@@ -212,8 +252,10 @@ class ChoiceStripper(ResponseBody):
                 if choice.has("prompt_token_ids"):
                     tokens.add_prompt(index, choice.raw("prompt_token_ids"))
                 output = _ids.decode(choice.raw("token_ids")) if choice.has("token_ids") else []
+                if output and cut is None and not choice.has("logprobs"):
+                    raise ValueError("token ids without logprobs")
                 if output:
-                    tokens.add(index, self._form.rows(output, choice.raw("logprobs")))
+                    tokens.add(index, output, cut or choice.raw("logprobs"))
         except MALFORMED:
             tokens.fail(ResponseFailure.NO_LOGPROBS)
 

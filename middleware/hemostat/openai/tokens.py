@@ -6,11 +6,17 @@ import sys
 from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
-_ID_PREFIX = len("token_id:")
+from hemostat.openai.form import Form
+from hemostat.openai.json_splice import MALFORMED
+from hemostat.openai.logprobs.rows import Rows, read_rows
+
+MAX_UNPARSED_BYTES = 512 * 1024
+"""Of one choice's `logprobs`: about the JSON of 200 tokens with 20 alternatives. When more is held it is parsed, which
+makes it twelve times smaller; what is shorter is parsed where it is scored."""
 
 
 class ResponseFailure(StrEnum):
@@ -58,22 +64,6 @@ usage_decoder: msgspec.json.Decoder[Usage] = msgspec.json.Decoder(Usage)
 _ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
 
 
-class Row(NamedTuple):
-    """One output position: the candidates, in the engine's order and without duplicates, and the emitted token."""
-
-    emitted: int
-    logprob: float
-    ids: list[int]
-    logprobs: list[float]
-
-
-def row_of_names(emitted: int, token: str, logprob: float, names: list[str], logprobs: list[float]) -> Row:
-    """names: such as `token_id:5`. ValueError where `token` is not the emitted one."""
-    if token != f"token_id:{emitted}":
-        raise ValueError(f"the logprobs name the token {emitted} as {token!r}")
-    return Row(emitted, logprob, [int(name[_ID_PREFIX:]) for name in names], logprobs)
-
-
 def little_endian(values: array[Any]) -> bytes:
     """The values' bytes as `messages.Capture` carries them."""
     if sys.byteorder == "big":
@@ -89,43 +79,22 @@ class ChoiceTokens:
     prompt_ids: array[int] = field(default_factory=lambda: array("i"))
     output_ids: array[int] = field(default_factory=lambda: array("i"))
     """[T]."""
-    candidate_ids: array[int] = field(default_factory=lambda: array("i"))
-    """[T, top_k + 1], most likely first, padded with -1; the emitted token is among them."""
-    candidate_logprobs: array[float] = field(default_factory=lambda: array("f"))
-    """[T, top_k + 1], natural logarithms, padded with -inf."""
-    emitted_logprobs: array[float] = field(default_factory=lambda: array("f"))
-    """[T], natural logarithms."""
+    logprobs: list[bytes] = field(default_factory=list)
+    """The JSON of `logprobs`, in pieces, of the positions that are not in `parsed`."""
+    parsed: list[Rows] = field(default_factory=list)
+    """Of the first positions of a long output."""
+    unparsed_bytes: int = 0
+    """Of `logprobs`."""
     finish_reason: str = ""
     reasoning: bool = False
     """vLLM's parser found reasoning in it."""
 
-    def add(self, row: Row, top_k: int) -> None:
-        """Append a position. ValueError where a candidate is there twice."""
-        ids, values = row.ids, row.logprobs
-        if row.emitted not in ids:
-            ids = [*ids, row.emitted]
-            values = [*values, row.logprob]
-        # vLLM lists the emitted token first, whatever its rank.
-        if values != sorted(values, reverse=True):
-            order = sorted(range(len(ids)), key=values.__getitem__, reverse=True)
-            ids = [ids[i] for i in order]
-            values = [values[i] for i in order]
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"duplicates among the candidates: {ids}")
-        pad = top_k + 1 - len(ids)
-        if pad < 0:
-            # The client asked for more. The emitted token stays, whatever its rank.
-            place = ids.index(row.emitted)
-            kept = [*range(top_k), place] if place >= top_k else range(top_k + 1)
-            ids = [ids[i] for i in kept]
-            values = [values[i] for i in kept]
-        self.candidate_ids.extend(ids)
-        self.candidate_logprobs.extend(values)
-        if pad > 0:
-            self.candidate_ids.extend(pad * (-1,))
-            self.candidate_logprobs.extend(pad * (float("-inf"),))
-        self.output_ids.append(row.emitted)
-        self.emitted_logprobs.append(row.logprob)
+    def parse(self, form: Form, top_k: int) -> None:
+        """Parse what is not parsed yet. One of MALFORMED where it does not fit the ids."""
+        first = sum(len(rows.emitted) for rows in self.parsed)
+        self.parsed.append(read_rows(form, self.logprobs, self.output_ids[first:], top_k))
+        self.logprobs = []
+        self.unparsed_bytes = 0
 
 
 @dataclass(slots=True)
@@ -138,6 +107,7 @@ class ResponseTokens:
     expected: int = 1
     """Choices, of all prompts together."""
     prompts: int = 1
+    form: Form = Form.CHAT
     failure: ResponseFailure | None = None
     """The first failure, if any."""
     choices: list[ChoiceTokens] = field(init=False)
@@ -168,13 +138,23 @@ class ResponseTokens:
         if self._is_too_long(choice):
             self.fail(ResponseFailure.TOO_LONG)
 
-    def add(self, index: int, rows: list[Row]) -> None:
-        """Append the positions of one event or response. ValueError, OverflowError where they are malformed."""
+    def add(self, index: Any, ids: list[int], logprobs: bytes) -> None:
+        """Append the positions of one event or response: their ids, and the JSON of their `logprobs`. ValueError or
+        OverflowError where there is no such choice or id."""
         choice = self.choice(index)
-        for row in rows:
-            choice.add(row, self.top_k)
+        choice.output_ids.extend(ids)
+        choice.logprobs.append(logprobs)
+        choice.unparsed_bytes += len(logprobs)
+        if choice.unparsed_bytes > MAX_UNPARSED_BYTES:
+            self._parse(choice)
         if self._is_too_long(choice):
             self.fail(ResponseFailure.TOO_LONG)
+
+    def _parse(self, choice: ChoiceTokens) -> None:
+        try:
+            choice.parse(self.form, self.top_k)
+        except MALFORMED:
+            self.fail(ResponseFailure.NO_LOGPROBS)
 
     def _is_too_long(self, choice: ChoiceTokens) -> bool:
         return len(choice.prompt_ids) + len(choice.output_ids) > self.limit
@@ -213,3 +193,6 @@ class ResponseTokens:
             self.fail(ResponseFailure.TOKEN_COUNT_MISMATCH)
         elif not all(choice.output_ids for choice in self.choices):
             self.fail(ResponseFailure.EMPTY)
+        for choice in self.choices:
+            if choice.parsed and choice.logprobs:
+                self._parse(choice)

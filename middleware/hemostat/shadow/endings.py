@@ -58,6 +58,8 @@ class ScoringSkipReason(StrEnum):
     """The answer names a model that the server does not list."""
     NO_REFERENCE = "no_reference"
     """The served model, or the adapter's base model, has no matched reference."""
+    NO_LOGPROBS = "no_logprobs"
+    """The response's log-probabilities are malformed, or are not of its token ids."""
     MIXED_PROFILE = "mixed_profile"
     """The profile changed in the middle of the answer."""
     APPLIED_UNKNOWN = "applied_unknown"

@@ -11,6 +11,9 @@ import numpy as np
 
 from hemostat.engines.taps import TapResult
 from hemostat.ipc.messages import Capture
+from hemostat.openai.json_splice import MALFORMED
+from hemostat.openai.logprobs.rows import read_rows
+from hemostat.openai.routes import FORMS
 from hemostat.reference.protocol import ReferenceInfo, ReferenceScores
 from hemostat_calibration.allowed_sets import AllowedSets
 from hemostat_calibration.arrays import Floats, Ids
@@ -48,18 +51,27 @@ class CaptureArrays:
         return np.concatenate([self.context[len(self.prompt) :], self.output])
 
 
+class UnreadableLogprobsError(Exception):
+    """The JSON of the response's `logprobs` is malformed, or is not of the response's token ids."""
+
+
 def decode_capture(capture: Capture, max_scored: int | None = None) -> CaptureArrays:
-    """InvalidRecordError ("shape", "empty") where the lengths do not fit each other, or there is no token.
+    """InvalidRecordError ("shape", "empty") where the lengths do not fit each other, or there is no token;
+    UnreadableLogprobsError.
 
     max_scored: the largest T; None: the whole output.
     """
     try:
         prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
         output = np.frombuffer(capture.output_token_ids, "<i4").astype(np.int32)
-        shape = (len(output), capture.top_k + 1)
-        ids = np.frombuffer(capture.candidate_ids, "<i4").astype(np.int32).reshape(shape)
-        logprobs = np.frombuffer(capture.candidate_logprobs, "<f4").astype(np.float64).reshape(shape)
-        emitted = np.frombuffer(capture.emitted_logprobs, "<f4").astype(np.float64).reshape(len(output))
+        if capture.logprobs:
+            candidates, emitted = _parse(capture, output)
+            ids, logprobs = candidates.ids, candidates.logprobs
+        else:
+            shape = (len(output), capture.top_k + 1)
+            ids = np.frombuffer(capture.candidate_ids, "<i4").astype(np.int32).reshape(shape)
+            logprobs = np.frombuffer(capture.candidate_logprobs, "<f4").astype(np.float64).reshape(shape)
+            emitted = np.frombuffer(capture.emitted_logprobs, "<f4").astype(np.float64).reshape(len(output))
     except ValueError as error:
         raise InvalidRecordError("shape", f"capture {capture.request_id}: {error}") from error
     if not len(prompt) or not len(output):
@@ -67,6 +79,15 @@ def decode_capture(capture: Capture, max_scored: int | None = None) -> CaptureAr
     first = 0 if max_scored is None else max(0, len(output) - max_scored)
     context = np.concatenate([prompt, output[:first]]) if first else prompt
     return CaptureArrays(prompt, context, output[first:], Candidates(ids[first:], logprobs[first:]), emitted[first:])
+
+
+def _parse(capture: Capture, output: Ids) -> tuple[Candidates, Floats]:
+    """The candidates, and the emitted tokens' log-probabilities."""
+    try:
+        rows = read_rows(FORMS[capture.route], capture.logprobs, output.tolist(), capture.top_k)
+    except MALFORMED as error:
+        raise UnreadableLogprobsError(f"logprobs of {capture.request_id}: {error}") from error
+    return Candidates(rows.ids, rows.logprobs.astype(np.float64)), rows.emitted.astype(np.float64)
 
 
 def check_vocabulary(arrays: CaptureArrays, vocab_size: int) -> None:

@@ -46,6 +46,7 @@ from hemostat.shadow.record_builder import (
     CaptureArrays,
     FeatureError,
     FeatureReason,
+    UnreadableLogprobsError,
     align_features,
     build_record,
     check_vocabulary,
@@ -181,6 +182,9 @@ class Scorer:
             except GrammarFailure as failure:
                 self._endings.count(Outcome.SKIPPED, failure.reason, capture)
                 log.info("the grammar of %s: %s: %s", capture.request_id, failure.reason, failure)
+            except UnreadableLogprobsError as error:
+                self._endings.count(Outcome.SKIPPED, ScoringSkipReason.NO_LOGPROBS, capture)
+                log.warning("%s", error)
             except InvalidRecordError as error:
                 self._endings.count(Outcome.SKIPPED, invalid_record(error), capture)
                 log.warning("record of %s refused: %s", capture.request_id, error)

@@ -25,7 +25,7 @@ from hemostat.openai.json_splice import JsonObject, encode
 from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import NO_WISH, LogprobWish, Message, Request, Unscorable
 from hemostat.openai.stripping import ChoiceStripper, record_ending
-from hemostat.openai.tokens import ResponseTokens, Row, row_of_names
+from hemostat.openai.tokens import ResponseTokens
 
 MAX_TEXT_ALTERNATIVES = 1
 """Alternatives, named by their texts, that a response with ids can be turned back into."""
@@ -35,26 +35,10 @@ class _Part(msgspec.Struct):
     type: str = ""
 
 
-class _Top(msgspec.Struct, gc=False):
-    token: str
-    logprob: float
-
-
-class _Entry(msgspec.Struct, gc=False):
-    token: str
-    logprob: float
-    top_logprobs: list[_Top]
-
-
-class _Logprobs(msgspec.Struct, gc=False):
-    content: list[_Entry]
-
-
 _elements: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
 _byte_values: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
 _messages: msgspec.json.Decoder[list[Message]] = msgspec.json.Decoder(list[Message])
 _parts: msgspec.json.Decoder[list[_Part]] = msgspec.json.Decoder(list[_Part])
-_logprobs: msgspec.json.Decoder[_Logprobs] = msgspec.json.Decoder(_Logprobs)
 
 
 class Chat:
@@ -95,19 +79,6 @@ class Chat:
 
     def is_held_back(self, choice: JsonObject) -> bool:
         return choice.raw("delta") == b"{}"
-
-    def rows(self, output: list[int], logprobs: bytes) -> list[Row]:
-        entries = _logprobs.decode(logprobs).content
-        return [
-            row_of_names(
-                emitted,
-                entry.token,
-                entry.logprob,
-                [top.token for top in entry.top_logprobs],
-                [top.logprob for top in entry.top_logprobs],
-            )
-            for emitted, entry in zip(output, entries, strict=True)
-        ]
 
     def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
         body = JsonObject(logprobs)

@@ -24,21 +24,13 @@ from hemostat.openai.json_splice import NULL, JsonObject, encode
 from hemostat.openai.observing import EndingObserver
 from hemostat.openai.requests import NO_WISH, LogprobWish, Request, Unscorable
 from hemostat.openai.stripping import ChoiceStripper, record_ending
-from hemostat.openai.tokens import ResponseTokens, Row, row_of_names
-
-
-class _Logprobs(msgspec.Struct, gc=False):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-
+from hemostat.openai.tokens import ResponseTokens
 
 _text: msgspec.json.Decoder[str] = msgspec.json.Decoder(str)
 _texts: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(list[str])
 _lists: msgspec.json.Decoder[list[list[int]]] = msgspec.json.Decoder(list[list[int]])
 _number: msgspec.json.Decoder[float] = msgspec.json.Decoder(float)
 _ids: msgspec.json.Decoder[list[int]] = msgspec.json.Decoder(list[int])
-_logprobs: msgspec.json.Decoder[_Logprobs] = msgspec.json.Decoder(_Logprobs)
 _rows: msgspec.json.Decoder[list[dict[str, msgspec.Raw] | None]] = msgspec.json.Decoder(
     list[dict[str, msgspec.Raw] | None]
 )
@@ -86,14 +78,6 @@ class Completions:
 
     def is_held_back(self, choice: JsonObject) -> bool:
         return False
-
-    def rows(self, output: list[int], logprobs: bytes) -> list[Row]:
-        given = _logprobs.decode(logprobs)
-        columns = (output, given.tokens, given.token_logprobs, given.top_logprobs)
-        return [
-            row_of_names(emitted, token, logprob, list(row), list(row.values()))
-            for emitted, token, logprob, row in zip(*columns, strict=True)
-        ]
 
     def restore(self, logprobs: bytes, wish: LogprobWish) -> bytes:
         body = JsonObject(logprobs)
