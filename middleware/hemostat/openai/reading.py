@@ -42,9 +42,10 @@ def read_request(
     else:
         unscorable = _unscorable_model(name, unscorable_models, scorable_models) or details.unscorable
     check_sampling(body)
-    xargs = body.value("vllm_xargs") or {}
-    if not isinstance(xargs, dict):
-        unscorable, xargs = Unscorable.INVALID, {}
+    xargs = body.value("vllm_xargs")
+    if xargs is not None and not isinstance(xargs, dict):
+        unscorable = Unscorable.INVALID
+    xargs = xargs if isinstance(xargs, dict) else {}
     grammar = None
     try:
         grammar = FORMATS[form].grammar(body, free_calls)

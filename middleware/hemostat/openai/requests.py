@@ -90,7 +90,8 @@ LOGIT_EDITING_KEYS = (
 )
 """With `repetition_penalty`, the parameters for which the engine plugin declines a profile (`xargs.edits_logits`):
 neither arm may contain such a request."""
-_SAMPLING_KEYS = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "thinking")
+_LOGIT_KEYS = frozenset({*LOGIT_EDITING_KEYS, "repetition_penalty"})
+_SAMPLING_KEYS = _LOGIT_KEYS | {"temperature", "top_p", "top_k", "min_p", "thinking", "watermarking"}
 _HEMOSTAT_XARGS = {"hemostat", "hemostat_tap", "hemostat_tap_top"}
 
 
@@ -164,6 +165,8 @@ def uncalibrated(body: JsonObject, unscorable: Unscorable | None) -> Uncalibrate
 
 
 def _edits_logits(body: JsonObject) -> bool:
+    if _LOGIT_KEYS.isdisjoint(body.names):
+        return False
     return any(body.given(key) for key in LOGIT_EDITING_KEYS) or body.value("repetition_penalty") not in (None, 1)
 
 
@@ -177,8 +180,8 @@ def merged_xargs(request: Request, xargs: Mapping[str, str]) -> bytes:
 
 
 def check_sampling(body: JsonObject) -> None:
-    """One of MALFORMED where `sampling_parameters` could not read a value."""
-    for key in _SAMPLING_KEYS:
+    """One of MALFORMED where a number that `sampling_parameters` reads is JSON, but none that a computer can hold."""
+    for key in body.names & _SAMPLING_KEYS:
         body.value(key)
 
 
