@@ -74,6 +74,10 @@ class ExchangeHook(Protocol):
     def response_head(self, status: int, headers: Headers) -> bool:
         """True: the body passes through `response_data`, and is framed anew. Not called for 1xx responses."""
 
+    @property
+    def withholds(self) -> bool:
+        """Nothing of the present response may go to the client, however long it takes: `replay` will replace it."""
+
     def response_data(self, data: bytes) -> bytes:
         """Body bytes without their framing, as they arrive; returns what the client gets now (may be empty)."""
 
@@ -83,8 +87,8 @@ class ExchangeHook(Protocol):
         True: discard that response and send the client's own request upstream. `response_head` and what follows it are
         then called for the second response; `replay` is not called again. False: `response_end` is called next.
 
-        Return True only for a response that shows that the upstream did nothing (it failed validation), so that
-        sending a second request has no side effect.
+        Return True only where sending a second request has no side effect but its cost: the response shows that the
+        upstream did nothing (it failed validation), or the upstream keeps nothing of what it did.
         """
 
     def response_end(self) -> bytes:

@@ -10,8 +10,6 @@ from tests.support.relay import GET, OK, Request, UpstreamConnection, answering,
 from tests.support.waiting import HANG_SECONDS, until
 
 from hemostat.hooks import Refusal, Rewrite
-from hemostat.relay import exchange as relay_exchange
-from hemostat.relay import worker
 from hemostat.relay.exchange import Exchange
 from hemostat.relay.fail_open import FailOpenHook
 from hemostat.relay.http.response import ResponseHead
@@ -329,19 +327,19 @@ async def test_a_hook_that_raises_in_replay_changes_nothing(answer: bytes) -> No
     assert exchange.calls[-1] == ("closed", True)
 
 
+@pytest.mark.parametrize("withholds", [False, True])
 async def test_the_response_head_of_a_rewritten_request_is_held_back_for_a_limited_time(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, withholds: bool
 ) -> None:
-    monkeypatch.setattr(worker, "SWEEP_SECONDS", 0.02)
-    monkeypatch.setattr(relay_exchange, "MAX_HEAD_HOLD_SECONDS", 1000.0)
-    sweeps: list[float] = []
-    release = Exchange.release_held_head
+    """Until the hook releases some of the body, or wants to replace the response, whatever comes first."""
+    released = asyncio.Event()
+    release = Exchange._release_held_head
 
-    def counted(self: Exchange, now: float) -> None:
-        sweeps.append(now)
-        release(self, now)
+    def seen(self: Exchange) -> None:
+        release(self)
+        released.set()
 
-    monkeypatch.setattr(Exchange, "release_held_head", counted)
+    monkeypatch.setattr(Exchange, "_release_held_head", seen)
     go = asyncio.Event()
 
     async def script(connection: UpstreamConnection) -> None:
@@ -349,22 +347,30 @@ async def test_the_response_head_of_a_rewritten_request_is_held_back_for_a_limit
         await connection.send(CHUNKED)
         await go.wait()
         await connection.send(b"3\r\nend\r\n0\r\n\r\n")
+        if withholds:
+            await connection.request()
+            await connection.send(CHUNKED + b"3\r\nown\r\n0\r\n\r\n")
         await connection.reader.read()
 
-    exchange = SpyHook(lambda _: Rewrite(b"x"), wanted=True, replays=True, transform=lambda _: b"", tail=b"tail")
+    exchange = SpyHook(
+        lambda _: Rewrite(b"x"), wanted=True, replays=True, withholds=withholds, transform=lambda _: b"", tail=b"tail"
+    )
     async with relaying(script, hook=HookSequence([exchange])) as (_, _, connect):
         client = await connect()
         await client.send(post(b"hello"))
-        await until(lambda: "response_head" in exchange.names)
-        seen = len(sweeps)
         reading = asyncio.create_task(client.reader.readuntil(b"\r\n\r\n"))
-        await until(lambda: len(sweeps) >= seen + 3)
-        assert not reading.done()
-        monkeypatch.setattr(relay_exchange, "MAX_HEAD_HOLD_SECONDS", 0.0)
-        assert await asyncio.wait_for(reading, HANG_SECONDS) == CHUNKED
+        await asyncio.wait_for(released.wait(), HANG_SECONDS)
+        if withholds:
+            assert not reading.done()
+            exchange.withholds = exchange.wanted = False
+        else:
+            assert await asyncio.wait_for(reading, HANG_SECONDS) == CHUNKED
         go.set()
-        assert await client.reader.readuntil(b"0\r\n\r\n") == b"4\r\ntail\r\n0\r\n\r\n"
-    assert "replay" not in exchange.names
+        if withholds:
+            assert await asyncio.wait_for(reading, HANG_SECONDS) == CHUNKED
+        rest = await asyncio.wait_for(client.reader.readuntil(b"0\r\n\r\n"), HANG_SECONDS)
+        assert rest == (b"3\r\nown\r\n0\r\n\r\n" if withholds else b"4\r\ntail\r\n0\r\n\r\n")
+    assert ("replay" in exchange.names) == withholds
 
 
 async def test_client_disconnect_during_a_replay_closes_the_upstream_connection() -> None:

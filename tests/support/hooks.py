@@ -21,6 +21,7 @@ class SpyHook:
     transform: Callable[[bytes], bytes] = upper
     tail: bytes = b""
     replays: bool = False
+    withholds: bool = False
     fails: str = ""
     body_limit: int = 1000
     arm: str = "none"

@@ -18,8 +18,9 @@ import numpy as np
 from hemostat.hooks import Refusal
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.ipc.sampled import SampledTally
-from hemostat.metrics.names import CALIBRATION_REQUESTS, SHADOW_REQUESTS
+from hemostat.metrics.names import CALIBRATION_REQUESTS, REPEATED_REQUESTS, SHADOW_REQUESTS
 from hemostat.shadow.interceptor import Interceptor
+from hemostat.shadow.record_builder import decode_capture
 
 VERSION = "0123456789abcdef" * 2
 OTHER_VERSION = "fedcba9876543210" * 2
@@ -77,6 +78,7 @@ class Wire:
     arms: list[str] = field(default_factory=list)
     """Of the intercepted requests, as their outcomes are counted."""
     draw: Callable[[], float] = lambda: 0.5
+    now: float = 1.5
 
     def __post_init__(self) -> None:
         self.interceptor = Interceptor(
@@ -85,7 +87,7 @@ class Wire:
             self._count,
             sampled=self.tally.add,
             draw=self.draw,
-            clock=lambda: 1.5,
+            clock=lambda: self.now,
             nonce=lambda: "nonce",
         )
 
@@ -99,6 +101,9 @@ class Wire:
 
     def shadow(self, outcome: str, reason: str = "") -> int:
         return self.counts[(SHADOW_REQUESTS, outcome, reason)]
+
+    def repeated(self, reason: str) -> int:
+        return self.counts[(REPEATED_REQUESTS, reason)]
 
     def calibration(self, arm: str, reason: str) -> int:
         return self.counts[(CALIBRATION_REQUESTS, arm, reason)]
@@ -197,13 +202,13 @@ def cut(data: bytes, splits: random.Random | None) -> list[bytes]:
 
 def rows(capture: Capture) -> tuple[list[int], list[int], np.ndarray, np.ndarray, np.ndarray]:
     """Prompt ids, output ids, candidate ids and log-probabilities [T, K + 1], emitted log-probabilities [T]."""
-    width = capture.top_k + 1
+    arrays = decode_capture(capture)
     return (
-        np.frombuffer(capture.prompt_token_ids, "<i4").tolist(),
-        np.frombuffer(capture.output_token_ids, "<i4").tolist(),
-        np.frombuffer(capture.candidate_ids, "<i4").reshape(-1, width),
-        np.frombuffer(capture.candidate_logprobs, "<f4").reshape(-1, width),
-        np.frombuffer(capture.emitted_logprobs, "<f4"),
+        arrays.prompt.tolist(),
+        arrays.whole_output.tolist(),
+        arrays.candidates.ids,
+        arrays.candidates.logprobs.astype(np.float32),
+        arrays.emitted.astype(np.float32),
     )
 
 

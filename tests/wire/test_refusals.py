@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import random
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -19,6 +24,7 @@ from hemostat.hooks import ExchangeHook, Refusal
 from hemostat.openai import json_splice
 from hemostat.openai.errors import leading_error_code
 from hemostat.openai.routes import CHAT
+from hemostat.shadow.refusals import FIRST_PAUSE_SECONDS, MIN_REFUSALS, VAIN_REPEAT_PAUSE_SECONDS
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -53,25 +59,52 @@ def test_refused_logprobs_cause_no_error_for_the_client(wire: Wire, fake: FakeVl
     assert (first.status, first.body, first.replayed) == (200, plain.body, True)
     assert json_splice.encode(fake.requests[-1]) == plain.sent
     assert fake.headers[-1][b"accept-encoding"] == b"gzip"
-    assert wire.counts.total() == wire.shadow("skipped", "logprobs_refused") == 1
-    # Nothing more is asked for until the next policy.
+    assert wire.shadow("skipped", "logprobs_refused") == wire.repeated("refused") == 1
+    assert wire.counts.total() == 2
+    for _ in range(MIN_REFUSALS - 1):
+        assert wire.send(CHAT, chat(stream=stream)).replayed
+    # Nothing more is asked for, for a while.
     assert not wire.send(CHAT, chat(stream=stream)).replayed
-    assert wire.shadow("skipped", "logprobs_refused") == 2
+    assert wire.shadow("skipped", "logprobs_refused") == MIN_REFUSALS + 1
     wire.interceptor.policy = policy(generation=2, shadow_top_k=5)
     assert wire.send(CHAT, chat(stream=stream)).body == plain.body
     assert wire.shadow("shadowed") == len(wire.captures) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_refusal_after_the_head_was_sent_is_passed_on_and_stops_sampling(
+def test_sampling_pauses_only_after_several_refusals_in_a_row_and_comes_back(
     wire: Wire, fake: FakeVllm, stream: bool
 ) -> None:
+    def ask(limit: int) -> bool:
+        """Whether it was sampled, and refused."""
+        fake.max_logprobs = limit
+        return wire.send(CHAT, chat(stream=stream)).replayed
+
+    assert [ask(limit) for limit in (5, 64, 5, 5, 64, 5, 5)] == [True, False, True, True, False, True, True]
+    assert wire.shadow("shadowed") == 2, "a stray refusal changes nothing"
+    assert ask(5)
+    assert not ask(5)
+    wire.now += FIRST_PAUSE_SECONDS
+    assert ask(5)
+    assert not ask(64)
+    assert wire.shadow("shadowed") == 2
+    wire.now += FIRST_PAUSE_SECONDS
+    assert not ask(64)
+    assert wire.shadow("shadowed") == 2, "the second pause is longer"
+    wire.now += FIRST_PAUSE_SECONDS
+    assert not ask(64)
+    assert wire.shadow("shadowed") == 3
+    assert ask(5), "an answer ends the doubt"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_after_the_head_was_sent_is_passed_on(wire: Wire, fake: FakeVllm, stream: bool) -> None:
     fake.max_logprobs = 5
     wire.replays = False
-    assert b"greater than max allowed" in wire.send(CHAT, chat(stream=stream)).body
-    assert wire.shadow("skipped", "logprobs_refused") == 1
+    for _ in range(MIN_REFUSALS):
+        assert b"greater than max allowed" in wire.send(CHAT, chat(stream=stream)).body
     assert b"greater than max allowed" not in wire.send(CHAT, chat(stream=stream)).body
-    assert wire.shadow("skipped", "logprobs_refused") == 2
+    assert wire.shadow("skipped", "logprobs_refused") == MIN_REFUSALS + 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -81,7 +114,8 @@ def test_a_clients_invalid_request_does_not_stop_sampling(wire: Wire, stream: bo
     wire.interceptor.policy = policy()
     sampled = wire.send(CHAT, chat(stream=stream, temperature=-1))
     assert (sampled.status, sampled.body, sampled.replayed) == (400, plain.body, True)
-    assert wire.counts.total() == wire.shadow("skipped", "upstream_error") == 1
+    assert wire.counts.total() == 2
+    assert wire.shadow("skipped", "upstream_error") == wire.repeated("refused") == 1
     assert wire.send(CHAT, chat(stream=stream)).status == 200
     assert wire.shadow("shadowed") == 1
 
@@ -118,7 +152,7 @@ def test_a_request_whose_profile_is_refused_is_sent_again_without_it(shadow_rate
     assert not wire.captures
     assert wire.calibration("none", "refused") == 1
     assert wire.shadow("skipped", "logprobs_refused") == shadow_rate
-    assert wire.counts.total() == 1 + shadow_rate
+    assert wire.counts.total() == 2 + shadow_rate
 
 
 @pytest.mark.parametrize(
@@ -141,7 +175,7 @@ def test_leading_error_code(start: bytes, code: int | None) -> None:
     assert leading_error_code(start) == code
 
 
-@pytest.mark.parametrize("first", [b": keep-alive\n\n", b'data: {"error": {"code": 500}}\n\n', b"x" * 70_000])
+@pytest.mark.parametrize("first", [b": keep-alive\n\n", b'data: {"error": {"code": 503}}\n\n', b"x" * 70_000])
 def test_a_response_that_is_not_a_refusal_is_not_held_back(first: bytes) -> None:
     wire = Wire(httpx.Client())
     exchange = begun(wire)
@@ -171,4 +205,148 @@ def test_an_interrupted_replay_is_incomplete(wire: Wire) -> None:
     exchange.response_data(REFUSAL_EVENT)
     assert exchange.replay()
     exchange.closed(complete=False)
-    assert wire.counts.total() == wire.shadow("skipped", "incomplete") == 1
+    assert wire.counts.total() == 2
+    assert wire.shadow("skipped", "incomplete") == wire.repeated("refused") == 1
+
+
+# --- errors and answers that what was added has caused ---------------------------------------------------------------
+
+
+@dataclass
+class Scripted:
+    """Answers what was added to by `injected`, and every other request by `own`: status, fields, body."""
+
+    injected: tuple[int, list[tuple[bytes, bytes]], bytes]
+    own: tuple[int, list[tuple[bytes, bytes]], bytes]
+    asked: list[bool] = field(default_factory=list)
+    """Of each request, whether it had been added to."""
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(b"return_token_ids" in request.read())
+        status, fields, body = self.injected if self.asked[-1] else self.own
+        # As a stream, httpx does not decode it.
+        return httpx.Response(status, headers=fields, stream=httpx.ByteStream(body))
+
+
+JSON = [(b"content-type", b"application/json")]
+OWN = (200, JSON, b'{"choices":[{"index":0,"message":{"content":"own"},"finish_reason":"stop"}]}')
+
+
+def scripted(injected: tuple[int, list[tuple[bytes, bytes]], bytes], own: Any = OWN) -> tuple[Wire, Scripted]:
+    upstream = Scripted(injected, own)
+    return Wire(httpx.Client(transport=httpx.MockTransport(upstream.answer), base_url="http://upstream")), upstream
+
+
+@pytest.mark.parametrize(("status", "reason"), [(500, "server_error"), (413, "too_large")])
+def test_an_error_that_what_was_added_causes_does_not_reach_the_client(status: int, reason: str) -> None:
+    wire, upstream = scripted((status, JSON, b'{"error":{"code":500}}'))
+    answer = wire.send(CHAT, chat())
+    assert (answer.status, answer.body, upstream.asked) == (200, OWN[2], [True, False])
+    assert wire.repeated(reason) == wire.shadow("skipped", "logprobs_refused") == 1
+
+
+@pytest.mark.parametrize("body", [b'data: {"error": {"code": 500}}\n\n', b'data: {"error": "gone"}\n\n'])
+def test_a_stream_that_begins_with_a_server_error_is_asked_for_again(body: bytes) -> None:
+    own = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+    wire, upstream = scripted((200, EVENT_STREAM, body), (200, EVENT_STREAM, own))
+    answer = wire.send(CHAT, chat(stream=True))
+    assert (answer.status, answer.body, upstream.asked) == (200, own, [True, False])
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_an_upstream_that_is_overloaded_is_not_asked_again(status: int) -> None:
+    wire, upstream = scripted((status, JSON, b"busy"))
+    assert (wire.send(CHAT, chat()).status, upstream.asked) == (status, [True])
+    assert wire.shadow("skipped", "upstream_error") == 1
+
+
+def test_a_server_that_is_broken_is_not_asked_everything_twice() -> None:
+    broken = (500, JSON, b'{"error":{"code":500}}')
+    wire, upstream = scripted(broken, broken)
+    assert [wire.send(CHAT, chat()).status for _ in range(3)] == [500] * 3
+    assert upstream.asked == [True, False, True, True]
+    wire.now += VAIN_REPEAT_PAUSE_SECONDS
+    upstream.own = OWN
+    assert wire.send(CHAT, chat()).status == 200
+    assert wire.shadow("skipped", "upstream_error") == 3
+
+
+def test_an_answer_of_a_route_that_keeps_state_is_not_generated_twice() -> None:
+    wire, upstream = scripted((500, JSON, b"{}"), (500, JSON, b"{}"))
+    wire.interceptor.policy = policy(tap=True, tap_tokens=True)
+    assert wire.send("/v1/responses", {"model": "fake", "input": "x"}).status == 500
+    assert len(upstream.asked) == 1
+
+
+SAMPLED = (
+    b'{"id":"c","model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"x"},"logprobs":{"content":['
+    b'{"token":"token_id:5","logprob":-0.5,"bytes":[120],"top_logprobs":[{"token":"token_id:5","logprob":-0.5,"bytes":'
+    b'[53]}]}]},"finish_reason":"stop","token_ids":[5]}],"usage":{"prompt_tokens":1,"completion_tokens":1},'
+    b'"prompt_token_ids":[7]}'
+)
+PLAIN = re.sub(
+    rb'"logprobs":.*?,"finish|"(?:prompt_)?token_ids":\[.\]',
+    lambda m: b'"logprobs":null,"finish' if m[0].startswith(b'"logprobs') else m[0].partition(b":")[0] + b":null",
+    SAMPLED,
+)
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate"])
+@pytest.mark.parametrize("size", [1, 10_000])
+def test_an_answer_that_is_compressed_unasked_is_stripped_inside(coding: bytes, size: int) -> None:
+    bits = 31 if coding == b"gzip" else 15
+    packer = zlib.compressobj(wbits=bits)
+    packed = packer.compress(SAMPLED) + packer.flush()
+    fields = [*JSON, (b"content-encoding", coding)]
+    wire = Wire(httpx.Client())
+    exchange = begun(wire)
+    exchange.request(json_splice.encode(chat()))
+    assert exchange.response_head(200, fields)
+    out = b"".join(exchange.response_data(packed[at : at + size]) for at in range(0, len(packed), size))
+    out += exchange.response_end()
+    assert zlib.decompress(out, bits) == PLAIN
+    exchange.closed(complete=True)
+    assert wire.shadow("shadowed") == len(wire.captures) == 1
+
+
+def test_each_event_of_a_compressed_stream_goes_out_at_once() -> None:
+    wire = Wire(httpx.Client())
+    exchange = begun(wire)
+    exchange.request(json_splice.encode(chat(stream=True)))
+    exchange.response_head(200, [*EVENT_STREAM, (b"Content-Encoding", b"gzip")])
+    packer, unpacker = zlib.compressobj(wbits=31), zlib.decompressobj(31)
+    for text in (b"data: one\n\n", b": two\n\n"):
+        data = packer.compress(text) + packer.flush(zlib.Z_SYNC_FLUSH)
+        assert unpacker.decompress(exchange.response_data(data)) == text
+    assert unpacker.decompress(exchange.response_data(packer.flush()) + exchange.response_end()) == b""
+    assert unpacker.eof
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:20] + b"x" + data[21:]])
+def test_what_is_left_of_a_damaged_compressed_answer_holds_nothing_injected(damage: Callable[[bytes], bytes]) -> None:
+    wire, _ = scripted((200, [*JSON, (b"content-encoding", b"gzip")], damage(gzip.compress(SAMPLED))))
+    answer = wire.send(CHAT, chat())
+    assert b"token_id" not in zlib.decompressobj(31).decompress(answer.body).replace(b'token_ids":null', b"")
+    assert wire.shadow("skipped", "encoded") + wire.shadow("skipped", "unreadable") == 1
+
+
+def test_an_answer_in_a_coding_that_cannot_be_read_is_replaced() -> None:
+    wire, upstream = scripted((200, [*JSON, (b"content-encoding", b"br")], b"\x8b\x02\x80"))
+    exchange = begun(wire)
+    exchange.request(json_splice.encode(chat()))
+    assert exchange.response_head(200, [*JSON, (b"content-encoding", b"br")])
+    assert exchange.withholds
+    exchange.closed(complete=False)
+    for _ in range(MIN_REFUSALS):
+        answer = wire.send(CHAT, chat())
+        assert (answer.status, answer.body) == (200, OWN[2])
+    assert wire.repeated("encoded") == MIN_REFUSALS
+    upstream.asked.clear()
+    wire.send(CHAT, chat())
+    assert upstream.asked == [False], "it is not asked for what cannot be read"
+
+
+def test_an_answer_of_another_type_loses_what_was_injected() -> None:
+    wire, _ = scripted((200, [(b"content-type", b"text/plain")], SAMPLED))
+    assert wire.send(CHAT, chat()).body == PLAIN
+    assert wire.shadow("skipped", "unreadable") == 1

@@ -16,7 +16,7 @@ from tests.support.wire import VERSION, policy
 
 from hemostat.ipc.messages import Capture, SampledCount
 from hemostat.ipc.sampled import SampledTally
-from hemostat.metrics.names import CALIBRATION_REQUESTS, RESPONSES_FINISHED, SHADOW_REQUESTS
+from hemostat.metrics.names import CALIBRATION_REQUESTS, REPEATED_REQUESTS, RESPONSES_FINISHED, SHADOW_REQUESTS
 from hemostat.openai.routes import CHAT
 from hemostat.relay.worker import Relay
 from hemostat.shadow.assignment import client_digest
@@ -153,7 +153,7 @@ async def test_a_refusal_of_injected_members_never_reaches_the_client(bench: Ben
             answers.append((answer.status_code, head, answer.content))
     assert answers[0] == answers[1]
     assert answers[0][0] == 200
-    assert bench.counts == {(SHADOW_REQUESTS, "skipped", "logprobs_refused"): 1}
+    assert bench.counts == {(SHADOW_REQUESTS, "skipped", "logprobs_refused"): 1, (REPEATED_REQUESTS, "refused"): 1}
     direct, refused, replayed = bench.fake.requests
     assert direct == replayed != refused
     assert bench.fake.headers[0].keys() == bench.fake.headers[2].keys()

@@ -358,8 +358,6 @@ class ClientConnection(asyncio.Protocol):
         """Enforce the time limits. Called about once a second; now: event-loop time."""
         limits = self._context.limits
         waited = now - self.since
-        if self.exchange is not None:
-            self.exchange.release_held_head(now)
         if self.state is _READING_HEAD:
             if self._buffer and waited > limits.head_seconds and not self.write_paused:
                 self._refuse(BadRequest(408, f"the request head took more than {limits.head_seconds:g} s"))

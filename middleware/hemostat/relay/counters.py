@@ -11,7 +11,7 @@ from hemostat.metrics.samples import AnySample, HistogramSample, Sample
 from hemostat.openai import routes
 from hemostat.shadow.endings import Outcome as ShadowOutcome
 from hemostat.shadow.endings import ScoringDropReason
-from hemostat.shadow.reports import RelayDropReason
+from hemostat.shadow.reports import RelayDropReason, RepeatReason
 from hemostat_calibration.records import Arm
 
 OK = "ok"
@@ -86,6 +86,7 @@ INITIAL_SERIES: dict[str, list[tuple[str, ...]]] = {
     ],
     names.CLIENT_LIMITED_REQUESTS: [("rate",), ("concurrent",)],
     names.ACCESS_LOG_DROPPED_LINES: [()],
+    names.REPEATED_REQUESTS: [(reason.value,) for reason in RepeatReason],
     names.OUTCOME_REPORTS: [("sent",), ("dropped",)],
     names.CLOSED_CONNECTIONS: [("connections",), ("connections_per_client",)],
     names.RESPONSES_FINISHED: [(*arm, reason) for arm in _ARMS for reason in ("stop", "length")],

@@ -6,6 +6,7 @@ connection call the methods of `upstream.Receiver`. What the exchange needs of t
 
 from __future__ import annotations
 
+import asyncio
 from time import perf_counter
 
 from hemostat.hooks import Headers, Hook, Refusal, Rewrite
@@ -41,9 +42,10 @@ from hemostat.relay.upstreams.connection import UpstreamConnection
 
 MAX_READ_AHEAD_BYTES = 64 * 1024
 """Bytes taken from a client beyond the request in progress, or while that waits for an upstream connection."""
-MAX_HEAD_HOLD_SECONDS = 3.0
-"""How long a response's head is held back for the hook (checked once a second). vLLM reports in the first event of a
-stream that it refuses the request; until then the response can still be replaced."""
+MAX_HEAD_HOLD_SECONDS = 0.2
+"""How long a response's head is held back for the hook. vLLM reports in the first event of a stream that it refuses the
+request, until which the response can still be replaced. It does so before anything is computed, within milliseconds;
+the first token of an answer may take seconds, and the client is to see the head until then, as without the hook."""
 
 _EXPECT = frozenset((b"expect",))
 
@@ -61,7 +63,7 @@ class Exchange:
         "_collected",
         "_context",
         "_held_head",
-        "_held_since",
+        "_hold",
         "_hook",
         "_keep_alive",
         "_mode",
@@ -115,8 +117,8 @@ class Exchange:
         self._mode = _RAW
         self._held_head = b""
         """HEAD_HELD: the response's head as it goes to the client; empty with BodyMode.COLLECTED."""
-        self._held_since = 0.0
-        """Event-loop time at which it was held back."""
+        self._hold: asyncio.TimerHandle | None = None
+        """Releases the head, if the body is not there in time."""
         self._received = 0.0
         """When the bytes were read that release the head (perf_counter)."""
         self._collected: list[bytes] | None = None
@@ -403,7 +405,6 @@ class Exchange:
             self._collected = []
         else:
             self._held_head = b"\r\n".join((head.status_line, *head.lines, b"", b""))
-            self._held_since = self._context.loop.time()
         return mode is not _RAW
 
     def response_data(self, data: bytes) -> None:
@@ -418,6 +419,8 @@ class Exchange:
                 data = hook.response_data(data)
             if not data and self.outgoing.rewritten:
                 self._received = perf_counter()
+                if self._hold is None and self._held_head:
+                    self._hold = self._context.loop.call_later(MAX_HEAD_HOLD_SECONDS, self._release_held_head)
                 return  # the hook may still want to replay
         if self._observer is not None:
             self._observer.feed_response(data)
@@ -495,16 +498,23 @@ class Exchange:
 
     # The held-back head.
 
-    def release_held_head(self, now: float) -> None:
-        """Send the head, if it has been held back for too long. now: event-loop time."""
-        if self._held_head and now - self._held_since > MAX_HEAD_HOLD_SECONDS:
+    def _release_held_head(self) -> None:
+        """Send the head, which has been held back for too long."""
+        assert self._hook is not None
+        if self._held_head and self.state is HEAD_HELD and not self._hook.withholds:
             self._send_head(b"")
+
+    def _stop_holding(self) -> None:
+        if self._hold is not None:
+            self._hold.cancel()
+            self._hold = None
 
     def _send_head(self, data: bytes) -> None:
         """Send the head, with the first bytes of the body in their framing."""
         self._enter(STREAMING)
         self._transport.write(self._held_head + data)
         self._held_head = b""
+        self._stop_holding()
         self.outgoing.forget()
         self._overhead += perf_counter() - self._received
 
@@ -518,6 +528,7 @@ class Exchange:
         self._keep_alive = self._request.keep_alive
         self._response = None
         self._held_head = b""
+        self._stop_holding()
         self._mode = _RAW
         hook.transforming = False
         self._dispatch(outgoing.restore(), started)
@@ -590,6 +601,7 @@ class Exchange:
         self.outgoing.forget()
         self.outgoing.leave_engine()
         self._end_upload()
+        self._stop_holding()
         self._context.counters.request(self._route, outcome)
         hook, generated = self._hook, None
         arm, comparison = ("none", None) if hook is None else (hook.arm, hook.comparison)

@@ -66,6 +66,10 @@ class FailOpenHook:
             self._fail()
             return False
 
+    @property
+    def withholds(self) -> bool:
+        return not self._failed and self._hook.withholds
+
     def response_data(self, data: bytes) -> bytes:
         try:
             return self._hook.response_data(data)

@@ -10,6 +10,7 @@ The modules, in the order of a request:
         intercepted_exchange    one request and its response: rewritten, and its tokens captured
         profile_choice          which profile and arm a request gets
         reports                 captures and counts, on their way to the control process
+        refusals                what upstreams do not accept, and for how long it is not tried
 
     In the control process:
 

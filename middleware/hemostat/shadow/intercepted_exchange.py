@@ -11,29 +11,40 @@ from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.forms.table import FORMATS
 from hemostat.openai.json_splice import MALFORMED, encode
 from hemostat.openai.kinds import asks_json_in_words, kind_name
+from hemostat.openai.logprobs.scrubbing import Scrubber
 from hemostat.openai.model_name import ModelName
 from hemostat.openai.reading import read_request
+from hemostat.openai.recompressing import CODINGS, Recompressor
 from hemostat.openai.requests import Request, Unscorable
-from hemostat.openai.routes import FORMS
+from hemostat.openai.routes import CHAT, COMPLETIONS, FORMS
 from hemostat.openai.tokens import ChoiceTokens, ResponseFailure, ResponseTokens, error_reason, little_endian
 from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
 from hemostat.shadow.grammar.enforced import with_scorable_grammar
 from hemostat.shadow.profile_choice import ArmReason, Choice, Reason, Unjudged, choose_profile, served_kind
-from hemostat.shadow.reports import Reports
+from hemostat.shadow.reports import RepeatReason, Reports
 from hemostat_calibration.records import Arm, Sampling
 
 MAX_TRACEPARENT = 64
 """Characters of a client's traceparent that are kept."""
 MAX_UNDECIDED_BYTES = 64 * 1024
 """Of a response, while it may still turn out to be a refusal."""
+_REFUSALS = frozenset({ResponseFailure.LOGPROBS_REFUSED, ResponseFailure.ENCODED})
+"""Failures that asking for logprobs has caused, and would cause again."""
 _DROPPED_HEADERS = frozenset({b"accept-encoding"})
 """Not sent upstream where the response has to be read."""
 _REFUSAL_CODES = (400, 422)
 """vLLM's codes for a request that does not pass its validation: nothing was computed."""
-_ADAPTER_REFUSAL_CODES = (*_REFUSAL_CODES, 404)
-"""The same for a request for an adapter, which vLLM may not know (any more): its code is 404."""
+_ADAPTER_REFUSAL_CODE = 404
+"""vLLM's for a request for an adapter that it does not know (any more)."""
+_TOO_LARGE_CODE = 413
+"""Of a server that limits the size of bodies: what was added may have been too much."""
+_SERVER_ERROR_CODE = 500
+"""vLLM's for a response that it cannot write as JSON: one with NaN as a log-probability, which only sampling asks for.
+Every other code of a server error says that the upstream is overloaded or gone, whatever was asked for."""
+_REPEATABLE_ROUTES = frozenset({CHAT, COMPLETIONS})
+"""Of whose answers the engine keeps nothing, so that generating one twice has no effect but its cost."""
 
 
 class _ResponseStart:
@@ -126,7 +137,11 @@ class InterceptedExchange:
         self._rewritten = False
         self._start: _ResponseStart | None = None
         """The response's first bytes, while they are read for a refusal."""
+        self._withheld = False
+        """The response cannot be read: nothing of it goes to the client, and the request is sent again."""
         self._replayed = False
+        self._after_server_error = False
+        """It was sent again because of a server error."""
         self._adapter_refused = False
         """The engine refused the rewritten request because of the adapter."""
         self._ended = False
@@ -240,7 +255,9 @@ class InterceptedExchange:
             self._skip(self._unjudged)
             return
         self._request = request
-        self._tokens = ResponseTokens(policy.shadow_top_k, policy.shadow_max_tokens, request.choices, request.prompts)
+        self._tokens = ResponseTokens(
+            policy.shadow_top_k, policy.shadow_max_tokens, request.choices, request.prompts, request.form
+        )
         if not self._from_tap:
             changes |= FORMATS[request.form].injected_members(request, policy.shadow_top_k)
         # For several choices see `_unreported`.
@@ -260,19 +277,25 @@ class InterceptedExchange:
             self._shadow = False
             self._skipped = reason
 
+    @property
+    def withholds(self) -> bool:
+        return self._withheld
+
     def response_head(self, status: int, headers: Headers) -> bool:
         if not self._rewritten:
             return False
         fields = {name.lower(): value for name, value in headers}
         content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        plain = fields.get(b"content-encoding", b"identity").lower() == b"identity"
-        stream = plain and status == 200 and content_type == b"text/event-stream"
-        codes = _REFUSAL_CODES if self._adapter is None else _ADAPTER_REFUSAL_CODES
+        coding = fields.get(b"content-encoding", b"identity").strip().lower()
+        plain = coding == b"identity"
+        event_stream = status == 200 and content_type == b"text/event-stream"
+        stream = plain and event_stream
+        codes = self._refusal_codes()
         if self._replayed:
             if stream:
                 self._start = _ResponseStart(codes)
             else:
-                self._fail_after_replay(replay_accepted=status < 400)
+                self._fail_after_replay(status)
             return stream
         if self._adapter is not None and plain:
             self._name = ModelName(self._adapter, self._policy.answered_name, stream=stream, error=status != 200)
@@ -284,25 +307,54 @@ class InterceptedExchange:
         if self._request is not None and self._tokens is not None:
             if status != 200:
                 self._tokens.fail(ResponseFailure.UPSTREAM_ERROR)
-            elif not plain:
-                self._tokens.fail(ResponseFailure.ENCODED)
-            elif not stream and content_type != b"application/json":
-                self._tokens.fail(ResponseFailure.UNREADABLE)
             else:
-                form = FORMATS[self._request.form]
-                make = form.observer if self._from_tap else form.stripper
-                self._stripper = make(self._request, self._tokens, stream=stream)
-        return stream or self._stripper is not None or self._name is not None
+                self._read_response(self._request, self._tokens, content_type, coding, stream=event_stream)
+        return stream or self._withheld or self._stripper is not None or self._name is not None
+
+    def _refusal_codes(self) -> tuple[int, ...]:
+        """After which the client's own request is sent."""
+        codes = [*_REFUSAL_CODES, _TOO_LARGE_CODE]
+        if self._adapter is not None:
+            codes.append(_ADAPTER_REFUSAL_CODE)
+        if self._route in _REPEATABLE_ROUTES and self._reports.server_errors.allowed:
+            codes.append(_SERVER_ERROR_CODE)
+        return tuple(codes)
+
+    def _read_response(
+        self, request: Request, tokens: ResponseTokens, content_type: bytes, coding: bytes, *, stream: bool
+    ) -> None:
+        """Choose what takes out of the answer what was injected, or withhold the answer."""
+        form = FORMATS[request.form]
+        plain, known = coding == b"identity", stream or content_type == b"application/json"
+        if self._from_tap:
+            if plain and known:
+                self._stripper = form.observer(request, tokens, stream=stream)
+            else:
+                tokens.fail(ResponseFailure.UNREADABLE if plain else ResponseFailure.ENCODED)
+            return
+        if not plain and coding not in CODINGS:
+            tokens.fail(ResponseFailure.ENCODED)
+            self._withheld = True
+            return
+        if known:
+            self._stripper = form.stripper(request, tokens, stream=stream)
+        else:
+            tokens.fail(ResponseFailure.UNREADABLE)
+            self._stripper = Scrubber(stream=False)
+        if not plain:
+            self._stripper = Recompressor(self._stripper, coding, tokens)
 
     def response_data(self, data: bytes) -> bytes:
         start = self._start
+        if self._withheld:
+            return b""
         if start is None:
             return self._for_client(data)
         start.feed(data)
         if self._replayed:
             # The second response is read, but not held back.
             if start.error_code is not None:
-                self._fail_after_replay(replay_accepted=start.error_code == 0)
+                self._fail_after_replay(start.error_code)
             if start.error_code is not None or start.too_long:
                 self._start = None
             return data
@@ -323,31 +375,49 @@ class InterceptedExchange:
         return data if self._name is None else self._name.feed(data)
 
     def replay(self) -> bool:
-        if self._start is None or not self._start.is_refusal:
+        reason = self._repeat_reason()
+        if reason is None:
             return False
         self._replayed = True
-        adapter = self._adapter
-        self._adapter_refused = adapter is not None and (
-            self._start.error_code == 404 or adapter.encode() in self._start.data
-        )
+        self._withheld = False
+        self._after_server_error = reason is RepeatReason.SERVER_ERROR
+        adapter, start = self._adapter, self._start
+        if adapter is not None and start is not None:
+            self._adapter_refused = start.error_code == _ADAPTER_REFUSAL_CODE or adapter.encode() in start.data
         self._start = self._stripper = self._name = self._adapter = None
         if self._profile_added or self._arm is not Arm.NONE:
             # The control arm leaves out what the treated one does.
             self._arm = Arm.NONE
             self._counted_as = Arm.NONE, ArmReason.REFUSED
+        self._reports.repeated(reason)
         return True
 
-    def _fail_after_replay(self, *, replay_accepted: bool) -> None:
-        """The engine refused the rewritten request. If it accepts the client's own, the rewriting was the cause."""
-        if self._tokens is not None:
-            accepted = ResponseFailure.ADAPTER_REFUSED if self._adapter_refused else ResponseFailure.LOGPROBS_REFUSED
-            self._tokens.fail(accepted if replay_accepted else ResponseFailure.UPSTREAM_ERROR)
-            self._stop_sampling_if_refused()
+    def _repeat_reason(self) -> RepeatReason | None:
+        """Why the client's own request is sent now; None: it is not."""
+        if self._withheld:
+            return RepeatReason.ENCODED
+        if self._start is None or not self._start.is_refusal:
+            return None
+        special = {_TOO_LARGE_CODE: RepeatReason.TOO_LARGE, _SERVER_ERROR_CODE: RepeatReason.SERVER_ERROR}
+        return special.get(self._start.error_code or 0, RepeatReason.REFUSED)
 
-    def _stop_sampling_if_refused(self) -> None:
-        if self._tokens is not None and self._tokens.failure is ResponseFailure.LOGPROBS_REFUSED:
-            # For example, the engine's --max-logprobs is lower than `shadow.top_k`.
-            self._reports.logprobs_refused(self._policy)
+    def _fail_after_replay(self, code: int) -> None:
+        """The rewritten request was refused. If the client's own is accepted, the rewriting was the cause.
+
+        code: of the second response's status, or of the error that it begins with; 0: it is a stream of something else.
+        """
+        accepted = code < 400
+        if self._after_server_error and not accepted:
+            self._reports.server_errors.in_vain()
+        if self._tokens is not None:
+            cause = ResponseFailure.ADAPTER_REFUSED if self._adapter_refused else ResponseFailure.LOGPROBS_REFUSED
+            self._tokens.fail(cause if accepted else ResponseFailure.UPSTREAM_ERROR)
+            self._note_refusal()
+
+    def _note_refusal(self) -> None:
+        """For example, the engine's --max-logprobs is lower than `shadow.top_k`."""
+        if self._tokens is not None and self._tokens.failure in _REFUSALS:
+            self._reports.pause.refused(self._policy.shadow_top_k)
 
     def response_end(self) -> bytes:
         self._ended = True
@@ -359,7 +429,7 @@ class InterceptedExchange:
             rest += last if self._name is None else self._name.feed(last)
         elif self._tokens is not None:
             self._tokens.fail(error_reason(rest))
-        self._stop_sampling_if_refused()
+        self._note_refusal()
         if self._name is None:
             return rest
         rest += self._name.finish()
@@ -383,6 +453,7 @@ class InterceptedExchange:
             self._skip(ResponseFailure.INCOMPLETE)
         elif self._shadow:
             self._shadow = False
+            self._reports.pause.accepted(self._policy.shadow_top_k)
             # Of an answer that the plugin reports, one capture stands for all choices.
             choices = tokens.choices[:1] if self._from_tap else tokens.choices
             for number, choice in enumerate(choices):
@@ -409,9 +480,10 @@ class InterceptedExchange:
             prompt_token_ids=little_endian(choice.prompt_ids),
             output_token_ids=little_endian(choice.output_ids),
             top_k=tokens.top_k,
-            candidate_ids=little_endian(choice.candidate_ids),
-            candidate_logprobs=little_endian(choice.candidate_logprobs),
-            emitted_logprobs=little_endian(choice.emitted_logprobs),
+            candidate_ids=b"".join(rows.ids.astype("<i4").tobytes() for rows in choice.parsed),
+            candidate_logprobs=b"".join(rows.logprobs.astype("<f4").tobytes() for rows in choice.parsed),
+            emitted_logprobs=b"".join(rows.emitted.astype("<f4").tobytes() for rows in choice.parsed),
+            logprobs=choice.logprobs,
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
             sampling_top_k=self._sampling.top_k,

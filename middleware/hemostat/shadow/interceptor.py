@@ -27,8 +27,9 @@ class Interceptor:
     profile that the client itself names in `vllm_xargs.hemostat` is left as it is, also with `calibration.mode: off`,
     and such a request is in no arm.
 
-    A request that was rewritten here and refused by the engine's validation is sent again as the client wrote it
-    (`replay`). If that is accepted, the rewriting caused the refusal, which counts as `logprobs_refused`.
+    A request that was rewritten here and is refused by the engine's validation, or ends in an error that the rewriting
+    may have caused, is sent again as the client wrote it (`replay`). If that is accepted, the rewriting was the cause,
+    which counts as `logprobs_refused`; after several in a row, sampling pauses (`refusals.SamplingPause`).
 
     draw: decides what is sampled, see `assignment.draw`. emit, count, sampled, clock, nonce: see `Reports`.
     """
@@ -74,7 +75,7 @@ class Interceptor:
         elif unjudged is SkipReason.ON_NOT_ALLOWED:
             self._reports.not_sampled(unjudged)
         shadow = (shadow or bool(options.shadow and policy.scoring)) and unjudged is None
-        if shadow and self._reports.refuses_logprobs(policy):
+        if shadow and self._reports.pause.active(policy.shadow_top_k):
             self._reports.skipped(ResponseFailure.LOGPROBS_REFUSED)
             shadow = False
         calibrated = calibrates(policy) or options.calibration is not None

@@ -14,6 +14,7 @@ class ModelList:
     """A `hooks.ExchangeHook` for one request of the list of models."""
 
     body_limit = 0
+    withholds = False
 
     def __init__(self) -> None:
         self._data = bytearray()

@@ -15,6 +15,7 @@ from hemostat.openai.requests import Unscorable
 from hemostat.openai.tokens import ResponseFailure
 from hemostat.shadow.endings import Outcome, SkipReason
 from hemostat.shadow.profile_choice import Reason
+from hemostat.shadow.refusals import SamplingPause, ServerErrorRepeats
 from hemostat_calibration.records import Arm
 
 
@@ -25,6 +26,19 @@ class RelayDropReason(StrEnum):
     """The control process takes captures too slowly, or does not run."""
     HOOK_ERROR = "hook_error"
     """The interceptor raised an exception."""
+
+
+class RepeatReason(StrEnum):
+    """Why a request is sent again as the client wrote it: values of the label `reason` of repeated requests."""
+
+    REFUSED = "refused"
+    """The upstream's validation refused the request with what was added to it: nothing was computed."""
+    TOO_LARGE = "too_large"
+    """The upstream refused it as too large."""
+    SERVER_ERROR = "server_error"
+    """It ended in a server error; the answer may have been generated, and is generated twice."""
+    ENCODED = "encoded"
+    """The response is compressed in a way that cannot be read; it is generated twice."""
 
 
 class SampledCounter(Protocol):
@@ -39,6 +53,8 @@ def uncounted(kind: str, outcome: str, reason: str, tokens: int | None, requests
 
 class Reports:
     """Passes on the captures and counts of one relay's exchanges, and remembers what the engine does not return.
+
+    pause: of sampling. server_errors: whether a request that got one is repeated.
 
     emit: hands a capture on; returns False when there is no room for it.
     count: adds one to a metric, by its name and label values.
@@ -60,7 +76,8 @@ class Reports:
         self._count = count
         self._sampled = sampled
         self._nonce = nonce
-        self._refused_generation: int | None = None
+        self.pause = SamplingPause(clock)
+        self.server_errors = ServerErrorRepeats(clock)
         self._lost_generation: int | None = None
 
     def not_sampled(self, reason: SkipReason) -> None:
@@ -96,13 +113,9 @@ class Reports:
         """Count a request that could get a profile."""
         self._count(names.CALIBRATION_REQUESTS, (arm.value, reason.value))
 
-    def logprobs_refused(self, policy: Policy) -> None:
-        """The engine refused to return the logprobs that this policy asks for."""
-        self._refused_generation = policy.generation
-
-    def refuses_logprobs(self, policy: Policy) -> bool:
-        """Whether that happened under this generation of the policy: nothing more is sampled until the next one."""
-        return self._refused_generation == policy.generation
+    def repeated(self, reason: RepeatReason) -> None:
+        """Count a request that is sent again as the client wrote it."""
+        self._count(names.REPEATED_REQUESTS, (reason.value,))
 
     def tool_tokens_lost(self, policy: Policy) -> None:
         """The engine left out ids of a streamed tool call."""
