@@ -80,7 +80,9 @@ SHADOW_REASONS: dict[str, Values] = {
         "answer_mismatch": "what the engine's plugin handed out is not the whole answer: other choices, or another "
         "number of tokens than vLLM counted; so are all requests for which the server calls its own tools",
         "too_long": "longer than `shadow.max_tokens`",
-        "logprobs_refused": "vLLM refused the additional parameters; raise its `--max-logprobs` to `shadow.top_k`",
+        "logprobs_refused": "vLLM refused the additional parameters, or could not answer with them; raise its "
+        "`--max-logprobs` to `shadow.top_k`. After three in a row, sampling pauses for 30 s or longer; requests that "
+        "are drawn meanwhile are counted here, too",
         "adapter_refused": "vLLM does not have the adapter that was asked for, or cannot load it",
         "upstream_error": "the answer is an error",
         "incomplete": "the answer broke off, or the client disconnected",
@@ -359,6 +361,12 @@ LABELS: dict[str, dict[str, Values | str]] = {
         names.OUTCOME_DIFFERENCE: {**OUTCOME_MEANINGS, LENGTH: "the mean number of output tokens"},
     },
     "reason": {
+        names.REPEATED_REQUESTS: {
+            "refused": "the upstream's validation refused what was added; nothing was computed",
+            "too_large": "the upstream refused the body as too large",
+            "server_error": "a server error; the answer may have been generated, and is generated twice",
+            "encoded": "the answer is compressed in a way that cannot be read, and is generated twice",
+        },
         names.CALIBRATION_REQUESTS: CALIBRATION_REASONS,
         names.ENGINE_EVENTS: ENGINE_EVENTS,
         names.ENGINE_ANSWERS: {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -122,12 +123,14 @@ async def test_the_mode_is_switched_at_once_and_relays_are_told(one: Control, cl
     one.profile_manager.operator.promote(version)
     told: list[Policy] = []
     one.link.set_policy = told.append  # type: ignore[method-assign]
+    writing = asyncio.create_task(one.writer.run())
     for mode, serving in (("auto", version), ("off", None), ("observe", None)):
         response = await client.post("/api/v1/calibration", headers=AUTHORIZED, json={"mode": mode})
         assert response.json() == {"mode": mode}
         assert (told[-1].mode, told[-1].serving_by_kind.get(REST_KIND)) == (mode, serving)
         assert (await client.get("/api/v1/status")).json()["profile"]["mode"] == mode
     assert [policy.generation for policy in told] == [1, 2, 3]
+    writing.cancel()
 
 
 @pytest.mark.parametrize("body", [b"", b"off", b'{"mode": "on"}', b'{"mode": "off", "x": 1}', b"[]", b'{"mode": null}'])
@@ -204,6 +207,25 @@ async def test_the_operators_word_goes_before_the_guards(one: Control, client: h
     assert (refused.status_code, "nothing is held" in detail(refused)) == (400, True)
     assert (await post("rollback")).json()["serving"] == "identity"
     assert told[-1].serving_by_kind.get(REST_KIND) is None
+
+
+async def test_a_mode_that_was_not_kept_is_an_error_that_says_that_it_applies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with control(tmp_path, settings()) as one, admin_client(one) as client:
+        kept = True
+
+        async def set_mode(mode: str) -> bool:
+            return kept
+
+        monkeypatch.setattr(one.actions, "set_mode", set_mode)
+        off = {"headers": AUTHORIZED, "json": {"mode": "off"}}
+        found = await client.post("/api/v1/calibration", **off)
+        assert (found.status_code, found.json()) == (200, {"mode": "off"})
+        kept = False
+        found = await client.post("/api/v1/calibration", **off)
+        assert found.status_code == 507
+        assert detail(found).startswith("mode off applies now, but the store could not keep it")
 
 
 async def test_an_import_may_be_for_a_scope(tmp_path: Path) -> None:

@@ -293,6 +293,25 @@ async def test_what_was_decided_is_written_before_it_ends(tmp_path: Path) -> Non
         assert [event["decision"] for event in one.profiles.listing()["events"]] == ["mode"]
 
 
+async def test_a_mode_that_cannot_be_kept_applies_and_the_operator_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})
+    async with control(tmp_path, made) as one:
+        writing = asyncio.create_task(one.writer.run())
+        assert await one.actions.set_mode("observe")
+
+        def full(*_: object) -> None:
+            raise StoreFailure("database or disk is full")
+
+        monkeypatch.setattr(one.store, "set_state", full)
+        assert not await one.actions.set_mode("off")
+        assert one.profile_manager.serving.mode == "off"
+        monkeypatch.undo()
+        assert await one.actions.set_mode("off"), "sent again, it is kept"
+        writing.cancel()
+
+
 async def test_two_middlewares_with_other_versions_share_an_engine_and_a_store(tmp_path: Path) -> None:
     """Each asks only for what the engine says it holds, and what both decided is in the store."""
     made = settings(store={"url": f"sqlite:///{tmp_path / 'store.db'}"}, calibration={"mode": "auto"})

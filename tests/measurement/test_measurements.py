@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -397,15 +399,60 @@ def test_records_are_lines_that_any_json_reader_takes(tmp_path: Path) -> None:
     assert file.written == 2
 
 
-def test_a_full_disk_ends_the_writing_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_leaves_whole_lines_and_writing_goes_on_when_there_is_space(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("WARNING")
+    now, space = 0.0, 10**6
+    write = os.write
+
+    def limited(descriptor: int, data: memoryview) -> int:
+        nonlocal space
+        if not space:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(descriptor, data[:space])
+        space -= written
+        return written
+
+    monkeypatch.setattr(os, "write", limited)
+    path = tmp_path / "records.jsonl"
+    file = RecordsFile(path, lambda: now)
+    record = infinite("kl_nats")
+
+    def attempt() -> tuple[int, int]:
+        file.write(sized_capture(), record, divergence(record))
+        assert all(json.loads(line) for line in path.read_bytes().splitlines())
+        return file.written, file.lost
+
+    assert attempt() == (1, 0)
+    space = 20
+    assert attempt() == (1, 1)
+    space = 10**6
+    assert attempt() == (1, 2), "not tried again at once"
+    now = 1.0
+    space = 0
+    assert attempt() == (1, 3)
+    now = 2.0
+    assert attempt() == (1, 4), "the pause is longer each time"
+    now, space = 3.0, 10**6
+    assert attempt() == (2, 4)
+    space = 0
+    attempt()
+    assert [sample.value for sample in file.samples()] == [5]
+    file.close()
+    assert [r.message for r in caplog.records] == [
+        "records.path: cannot write (No space left on device); records are lost until it can be written again",
+        "records.path: written again; 4 records were lost so far",
+        "records.path: cannot write (No space left on device); records are lost until it can be written again",
+    ]
+
+
+def test_a_device_without_space_ends_nothing() -> None:
     file = RecordsFile(Path("/dev/full"))
     for _ in range(3):
         file.write(sized_capture(), infinite("kl_nats"), divergence(infinite("kl_nats")))
     file.close()
-    assert file.written == 0
-    assert [r.message for r in caplog.records] == [
-        "records.path: cannot write (No space left on device); no more records are kept"
-    ]
+    assert (file.written, file.lost) == (0, 3)
 
 
 def test_a_records_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class Control:
         self.history = History()
         self.measurements = Measurements(settings.shadow.max_tokens)
         self.breakers = Breakers()
-        self.records = RecordsFile(settings.records.path) if settings.records.path else None
+        self.records = RecordsFile(settings.records.path, clock) if settings.records.path else None
         self.tracing = make_tracing(settings.tracing.model_dump())
         self.store, self.store_errors = open_store_or_memory(settings.store.url)
         shared = self.store.shared
@@ -276,6 +276,7 @@ class Control:
             self.store_errors.samples,
             *([self.evidence.samples] if self.evidence is not None else []),
             self.link.samples,
+            *(() if self.records is None else (self.records.samples,)),
             lambda: self.engines.samples(self._clock()),
             lambda: relay_counters.samples(self.link.total()),
         ]

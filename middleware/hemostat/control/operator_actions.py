@@ -27,7 +27,7 @@ from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 MAX_WRITE_SECONDS = 2.0
-"""How long a command of another replica waits for the store before it is answered."""
+"""How long a command of another replica, and a change of the mode, wait for the store before they are answered."""
 
 
 class LocalActions:
@@ -197,13 +197,18 @@ class OperatorActions:
         report: dict[str, Any] = json.loads(await self._execute("rebase", kind))
         return report
 
-    async def set_mode(self, mode: str) -> None:
+    async def set_mode(self, mode: str) -> bool:
+        """The mode applies when this returns. False: the store has not kept it, so that a restart would undo it."""
+        failures = self._errors.count
         if not self._lease.leads:
             # Here first: the leader may be slow to answer, or gone.
             self._override.begin(mode)
             await self._local.execute("mode", [mode])
-        if await self._execute_at_once("mode", mode):
+        reached = await self._execute_at_once("mode", mode)
+        if reached:
             self._override.end()
+        written = await self._writer.wait_until_written(MAX_WRITE_SECONDS)
+        return reached and written and self._errors.count == failures
 
     async def _execute(self, action: str, *arguments: str | None) -> str:
         """Here where this replica leads, else by the leader."""

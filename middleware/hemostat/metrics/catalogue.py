@@ -11,6 +11,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "The proxy": (
         Metric(names.REQUESTS, "counter", "requests", "Requests answered by the proxy.", ("route", "outcome")),
         Metric(
+            names.REPEATED_REQUESTS,
+            "counter",
+            "requests",
+            "Requests that were sent upstream again as the client wrote them, because of what had been added to them.",
+            ("reason",),
+        ),
+        Metric(
             names.PROXY_OVERHEAD_SECONDS,
             "histogram",
             "seconds",
@@ -571,6 +578,12 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "Scored requests that calibration could neither learn from nor judge by: a bug, see the log.",
         ),
         Metric(names.STORE_ERRORS, "counter", "operations", "Reads and writes that the store refused."),
+        Metric(
+            names.RECORDS_LOST,
+            "counter",
+            "requests",
+            "Scored requests that could not be written to `records.path`, as to a full disk. Writing is tried again.",
+        ),
         Metric(
             names.OUTCOME_REPORTS,
             "counter",

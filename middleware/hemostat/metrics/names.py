@@ -8,6 +8,7 @@ from __future__ import annotations
 
 # The proxy
 REQUESTS = "hemostat_requests_total"
+REPEATED_REQUESTS = "hemostat_repeated_requests_total"
 PROXY_OVERHEAD_SECONDS = "hemostat_proxy_overhead_seconds"
 RELAYS = "hemostat_relays"
 REPLICA_LEADS = "hemostat_replica_leads"
@@ -137,6 +138,7 @@ STRUCTURED_OUTPUTS = "hemostat_structured_outputs_total"
 # Failures of Hemostat itself; all of these should stay 0
 CALIBRATION_ERRORS = "hemostat_calibration_errors_total"
 STORE_ERRORS = "hemostat_store_errors_total"
+RECORDS_LOST = "hemostat_records_lost_total"
 OUTCOME_CONVERSATIONS = "hemostat_outcome_conversations_total"
 OUTCOME_DIFFERENCE = "hemostat_outcome_difference"
 OUTCOME_HARM = "hemostat_outcome_harm"

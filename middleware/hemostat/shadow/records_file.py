@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from hemostat.ipc.messages import Capture
+from hemostat.metrics import names
+from hemostat.metrics.samples import Sample
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import IDENTITY
@@ -20,23 +23,40 @@ from hemostat_calibration.records import ExactDistances, TokenRecord
 log = logging.getLogger("hemostat.records")
 
 
-class RecordsFile:
-    """Appends records to a file. The first error is logged and ends the writing; scoring continues.
+RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+"""Pauses after the first, second, … attempt that failed; the last one repeats."""
 
-    Only the owner may read the file, since texts can be decoded from token ids. HemostatError when it cannot be opened.
+
+class RecordsFile:
+    """Appends records to a file. After an error, such as a full disk, writing is tried again after a pause.
+
+    The file holds whole lines only: the part of a line that was written before an error is cut off again. Only the
+    owner may read it, since texts can be decoded from token ids. HemostatError when it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: monotonic seconds."""
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:
             raise HemostatError(f"records.path: cannot write {path} ({error.strerror}); change it") from error
-        self._file = os.fdopen(descriptor, "a", encoding="utf-8")
-        self._failed = False
+        self._clock = clock
+        self._failures = 0
+        """In a row."""
+        self._retry_at = 0.0
+        self._part_left = False
+        """A part of a line could not be cut off again."""
         self.written = 0
+        self.lost = 0
+        """Records that could not be written."""
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(names.RECORDS_LOST, (), self.lost)
 
     def write(self, capture: Capture, record: TokenRecord, figures: TokenDivergence) -> None:
-        if self._failed:
+        """Append a record, or count it as lost."""
+        if self._failures and self._clock() < self._retry_at:
+            self.lost += 1
             return
         line = {
             "request_id": capture.request_id,
@@ -57,16 +77,45 @@ class RecordsFile:
             "distances": {version: _means(found) for version, found in record.distances.items()},
         }
         try:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
-            self.written += 1
+            self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
         except OSError as error:
-            self._failed = True
-            log.error("records.path: cannot write (%s); no more records are kept", error.strerror)
+            self._failed(error)
+            return
+        if self._failures:
+            log.warning("records.path: written again; %d records were lost so far", self.lost)
+        self._failures = 0
+        self.written += 1
+
+    def _append(self, line: bytes) -> None:
+        """The whole of it, or OSError and nothing of it."""
+        if self._part_left:
+            line = b"\n" + line
+        size = os.fstat(self._descriptor).st_size
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            if len(rest) < len(line):
+                self._cut_off(size)
+            raise
+        self._part_left = False
+
+    def _cut_off(self, size: int) -> None:
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError:  # no regular file, for example
+            self._part_left = True
+
+    def _failed(self, error: OSError) -> None:
+        if not self._failures:
+            log.error("records.path: cannot write (%s); records are lost until it can be written again", error.strerror)
+        self._retry_at = self._clock() + RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS) - 1)]
+        self._failures += 1
+        self.lost += 1
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # an error of writing was logged before
-            self._file.close()
+        os.close(self._descriptor)
 
 
 def _means(found: ExactDistances) -> dict[str, float | None]:

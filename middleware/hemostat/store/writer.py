@@ -11,7 +11,6 @@ replica leads again: it is of before what the other one has decided. Other write
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -199,10 +198,13 @@ class StoreWriter:
                 await asyncio.sleep(backoff.pause())
             self._queue.task_done()
 
-    async def wait_until_written(self, seconds: float) -> None:
-        """Returns once nothing is queued or being written, at the latest after `seconds`."""
-        with contextlib.suppress(TimeoutError):
+    async def wait_until_written(self, seconds: float) -> bool:
+        """Returns once nothing is queued or being written, at the latest after `seconds`; False in that case."""
+        try:
             await asyncio.wait_for(self._queue.join(), seconds)
+        except TimeoutError:
+            return False
+        return True
 
     async def drain(self) -> None:
         """At the end of the process, after `run` was cancelled: write what is still queued, each once.

@@ -156,6 +156,15 @@ class Pipeline:
             headers={"authorization": f"Bearer {TOKEN}"},
         )
 
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[None]:
+        """What is queued for the store is written at once."""
+        task = asyncio.create_task(self._control.writer.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+
     # Both models.
 
     def models_are_known(self) -> None:
