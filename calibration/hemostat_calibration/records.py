@@ -257,6 +257,9 @@ class InvalidReason(StrEnum):
 
 LOGPROB_TOLERANCE = 1e-3
 """How far a log-probability may be above 0, or the sum of a row above 1: models compute in float32 or less."""
+MIN_LOGPROB = -1e4
+"""The smallest log-probability that is a number, nats: a model's logits do not differ by more. A smaller one is a mask
+that was written as a number (or is made up), and would outweigh all others in a mean."""
 _ORDER_TOLERANCE = 1e-4
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -265,12 +268,13 @@ def validate(record: TokenRecord) -> TokenRecord:
     """Return `record`, or raise InvalidRecordError naming the field and an `InvalidReason`.
 
     Checked once, where records enter the core: shapes, ids within the vocabulary and not repeated in a row, no NaN (but
-    in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not above 0,
-    rows that sum to at most 1 within rounding, rows ordered from the most to the least likely with the padding last. No
-    row of `compressed` has a single id (a server that lists the emitted token in any case fills it by what was sampled,
-    and estimates would be biased), none is shorter than K − 1 (the last place is for an emitted token that is not one
-    of the most likely), a reference that gave its entropy gave all of `reference_at`, and the emitted token's
-    log-probability is the same in its row and in its own field.
+    in `reference_at`, `shifts` and whole rows of `features`, where it means unknown), log-probabilities not above 0 and
+    either -inf or not below MIN_LOGPROB, rows that sum to at most 1 within rounding (so does all that the reference
+    gave of a position, of which the most likely id is at least as likely as the mean of all), rows ordered from the
+    most to the least likely with the padding last. No row of `compressed` has a single id (a server that lists the
+    emitted token in any case fills it by what was sampled, and estimates would be biased), none is shorter than K − 1
+    (the last place is for an emitted token that is not one of the most likely), a reference that gave its entropy gave
+    all of `reference_at`, and the emitted token's log-probability is the same in its row and in its own field.
 
     >>> ids, log_c, log_r = np.array([[0, 1, 2]], np.int32), np.log([[0.7, 0.2, 0.1]]), np.log([[0.5, 0.4, 0.1]])
     >>> record = TokenRecord(
@@ -314,7 +318,9 @@ def validate(record: TokenRecord) -> TokenRecord:
         raise InvalidRecordError(
             InvalidReason.NAN, "reference_at holds NaN though the reference knows its whole vocabulary"
         )
-    _check_logprobs("reference_at", np.where(known, record.reference_at, -np.inf))
+    reference_at = np.where(known, record.reference_at, -np.inf)
+    _check_logprobs("reference_at", reference_at)
+    _check_reference_mass(record, reference_at)
     for name, values in (
         ("compressed_emitted", record.compressed_emitted),
         ("reference_emitted", record.reference_emitted),
@@ -340,6 +346,7 @@ def validate(record: TokenRecord) -> TokenRecord:
     ):
         if values.max() > LOGPROB_TOLERANCE:
             raise InvalidRecordError(InvalidReason.RANGE, f"{name} holds a log-probability above 0")
+        _check_least(name, values)
     emitted = given & (record.compressed.ids == record.output_ids[:, None])
     _check_emitted("compressed", record.compressed.logprobs, record.compressed_emitted, emitted)
     _check_emitted("reference_at", record.reference_at, record.reference_emitted, emitted & known)
@@ -479,6 +486,7 @@ def _same_shape(name: str, values: npt.NDArray[np.generic], shape: tuple[int, ..
 def _check_logprobs(name: str, logprobs: Floats) -> None:
     if logprobs.max() > LOGPROB_TOLERANCE:
         raise InvalidRecordError(InvalidReason.RANGE, f"{name} holds a log-probability above 0")
+    _check_least(name, logprobs)
     if np.exp(logprobs).sum(axis=1).max() > 1.0 + LOGPROB_TOLERANCE:
         raise InvalidRecordError(InvalidReason.MASS, f"{name} has a row that sums to more than 1")
 
@@ -487,6 +495,27 @@ def _check_emitted(name: str, logprobs: Floats, beside: Floats, at: npt.NDArray[
     rows = np.nonzero(at)[0]
     if not np.isclose(logprobs[at], beside[rows], rtol=LOGPROB_TOLERANCE, atol=LOGPROB_TOLERANCE).all():
         raise InvalidRecordError(InvalidReason.EMITTED, f"{name} and the emitted token's own log-probability differ")
+
+
+def _check_reference_mass(record: TokenRecord, reference_at: Floats) -> None:
+    """All that the reference gave of a position is one distribution: its own most likely ids, and the compressed
+    model's. Its most likely id has at least the mean probability of all."""
+    own, domain = record.reference, record.domain
+    both = (record.compressed.ids[:, :, None] == own.ids[:, None, :]).any(axis=2)
+    mass = np.exp(own.logprobs).sum(axis=1) + np.exp(np.where(both, -np.inf, reference_at)).sum(axis=1)
+    if mass.max() > 1.0 + LOGPROB_TOLERANCE:
+        raise InvalidRecordError(InvalidReason.MASS, "the reference's probabilities at a position sum to more than 1")
+    if (own.logprobs[:, 0] < -np.log(domain) - LOGPROB_TOLERANCE).any():
+        raise InvalidRecordError(
+            InvalidReason.MASS, "the reference's most likely id has less than the mean probability of all ids"
+        )
+
+
+def _check_least(name: str, logprobs: Floats) -> None:
+    if ((logprobs < MIN_LOGPROB) & (logprobs > -np.inf)).any():
+        raise InvalidRecordError(
+            InvalidReason.RANGE, f"{name} holds a log-probability below {MIN_LOGPROB:g} that is not -inf"
+        )
 
 
 def _check_candidates(name: str, candidates: Candidates, tokens: int, vocabulary: int) -> None:
