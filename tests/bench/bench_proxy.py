@@ -5,12 +5,15 @@ cores. Rounds are interleaved, so that whatever else the machine does hits all a
 
 requests/s  wrk, 64 kept-alive connections, a chat completion as vLLM answers it (JSON), the upstream an nginx that has
             the answers ready: one for what the client sent, one with logprobs for a request that has grown on its way.
+sampled     what one sampled answer costs, as CPU time of the threads that do the work, relay and control process
+            together: see proxy/sampled_cost.py. Independent of what else the machine does, but for its caches.
 cpu/chunk   CPU time of the proxy (all of its threads, /proc/PID/task/*/schedstat) for each SSE chunk of streams that
             bring one every 10 ms, 50 at a time.
 
 "hemostat N" samples the fraction N of the requests and treats none. "profile" and "adapter" sample none and treat all:
 with a profile of the logits, whose answers are read for their first event, and with an adapter, whose name is replaced
 in every chunk. Their ratios to "hemostat 0" and to each other are taken in the same rounds.
+LiteLLM's proxy forwards chat completions to the same upstreams. It is measured in the same rounds, and rates only.
 "direct" is the upstream without a proxy: no proxy can be measured beyond it. `--beside FOLDER` measures the relay of
 another checkout in the same rounds (`git worktree add FOLDER REVISION`), and the ratio of this one to it.
 """
@@ -21,6 +24,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -29,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from tests.bench.proxy import sampled_cost  # noqa: E402
 from tests.bench.proxy.load import (  # noqa: E402  the root is no package
     BUILD,
     INSTALL,
@@ -54,7 +60,10 @@ from tests.bench.proxy.load import (  # noqa: E402  the root is no package
     upstream_config,
     wrk_script,
 )
-from tests.bench.proxy.proxies import Bench, install_vllm_router  # noqa: E402
+from tests.bench.proxy.proxies import Bench, install_litellm, install_vllm_router  # noqa: E402
+
+START_SECONDS = 300.0
+"""LiteLLM's proxy imports for a minute on a busy machine."""
 
 
 def cpu_seconds(pid: int) -> float:
@@ -67,7 +76,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 async def until_answering(port: int, name: str, log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + START_SECONDS
     body = json.dumps(request_body(stream=False))
     async with httpx.AsyncClient(trust_env=False) as client:
         while True:
@@ -84,7 +93,31 @@ async def until_answering(port: int, name: str, log: Path) -> None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    low, high = median_interval(values)
+    return {
+        "min": min(values),
+        "median": statistics.median(values),
+        "max": max(values),
+        "low": low,
+        "high": high,
+    }
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Of the median of what the rounds were drawn from, whatever its distribution: two order statistics. With fewer
+    than six rounds the confidence is lower, and the interval is from the smallest value to the largest.
+
+    >>> median_interval([1, 2, 3, 4, 5, 6, 7])
+    (1, 7)
+    >>> median_interval(range(1, 10))
+    (2, 8)
+    """
+    ordered, number = sorted(values), len(values)
+    outside, dropped = 2.0 * 0.5**number, 0
+    while outside + 2 * math.comb(number, dropped + 1) * 0.5**number <= 1.0 - confidence:
+        dropped += 1
+        outside += 2 * math.comb(number, dropped) * 0.5**number
+    return ordered[dropped], ordered[-1 - dropped]
 
 
 def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
@@ -92,6 +125,7 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
 
 
 async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    costs = await sampled_cost.measure_both()
     answers = await Answers.make()
     script, length = wrk_script(folder)
     bench = Bench(folder, {"json": free_port(), "stream": free_port()})
@@ -131,6 +165,8 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
             await bench.nginx(),
             await bench.vllm_router(install_vllm_router()),
         ]
+        if not arguments.without_litellm:
+            proxies.append(await bench.litellm(install_litellm()))
         if arguments.beside is not None:
             proxies += [await bench.hemostat(rate, stack, arguments.beside) for rate in (0.0, 0.05)]
         for proxy in proxies:
@@ -180,6 +216,12 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         "requests_per_second": {name: spread(values) for name, values in rate.items()},
         "cpu_us_per_request": {name: spread(values) for name, values in request_cpu.items()},
         "cpu_us_per_chunk": {name: spread(values) for name, values in chunk_cpu.items()},
+        "sampled_answer": {
+            name: asdict(cost) | {"until_queued": cost.until_queued, "total": cost.total}
+            for name, cost in costs.items()
+        },
+        "sampled_rate_to_unsampled": ratios(rate["hemostat 0.05"], rate["hemostat 0"]),
+        "to_nginx": {"requests_per_second": ratios(rate["hemostat 0"], rate["nginx"])},
         "to_vllm_router": {
             "requests_per_second": {name: ratios(rate[name], rate["vllm-router"]) for name in names},
             "cpu_per_request": {name: ratios(request_cpu[name], request_cpu["vllm-router"]) for name in names},
@@ -224,6 +266,20 @@ def table(result: dict[str, Any]) -> str:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    lines += sampled_cost.lines(
+        {
+            name: sampled_cost.Cost(cost["relay"], cost["queued"], cost["parsed"])
+            for name, cost in result["sampled_answer"].items()
+        }
+    )
+    chunk = ratio["cpu_per_chunk"]["hemostat 0"]
+    for what, found in (
+        ("CPU per streamed chunk / vllm-router (aim: the interval reaches 1.0)", chunk),
+        ("requests/s / vllm-router (aim: 2.5)", ratio["requests_per_second"]["hemostat 0"]),
+        ("requests/s / nginx (aim: 0.45)", result["to_nginx"]["requests_per_second"]),
+        ("requests/s at rate 0.05 / at 0 (aim: 0.7)", result["sampled_rate_to_unsampled"]),
+    ):
+        lines.append(f"{what}: {found['median']:.2f}, 95 % interval [{found['low']:.2f}, {found['high']:.2f}]")
     for name, found in result["to_beside"].items():
         shown = ", ".join(f"{figure} {cell(values, '.3f')}" for figure, values in found.items())
         lines.append(f"{name} / the same of the other checkout: {shown}")
@@ -249,6 +305,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of wrk, each time")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="a checkout of another revision to measure, too")
+    parser.add_argument("--without-litellm", action="store_true", help="do not install and measure LiteLLM's proxy")
     parser.add_argument("--stream-upstream", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stream_upstream:

@@ -105,6 +105,21 @@ class Bench:
             )
         return proxy
 
+    async def litellm(self, program: Path) -> Proxy:
+        """One worker, without a database, callbacks or logs."""
+        proxy = Proxy("litellm", {}, {})
+        for kind, upstream in self.upstreams.items():
+            port = proxy.ports[kind] = free_port()
+            config = self.folder / f"litellm-{kind}.yaml"
+            parameters = {"model": "openai/fake", "api_base": f"http://127.0.0.1:{upstream}/v1", "api_key": "none"}
+            config.write_text(json.dumps({"model_list": [{"model_name": "fake", "litellm_params": parameters}]}))
+            proxy.pids[kind] = self.start(
+                [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)],
+                log=f"litellm-{kind}",
+                environment={"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+            )
+        return proxy
+
     async def hemostat(
         self,
         rate: float,
@@ -184,11 +199,19 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
 
 
 def install_vllm_router() -> Path:
-    """Its own environment under build/, made once."""
-    folder = BUILD / "vllm-router"
-    program = folder / "bin" / "vllm-router"
-    if not program.exists():
-        print("installing vllm-router into", folder.relative_to(ROOT), flush=True)
+    return _install("vllm-router", "vllm-router")
+
+
+def install_litellm() -> Path:
+    return _install("litellm", "litellm[proxy]")
+
+
+def _install(program: str, requirement: str) -> Path:
+    """In its own environment under build/, made once."""
+    folder = BUILD / program
+    path = folder / "bin" / program
+    if not path.exists():
+        print(f"installing {requirement} into {folder.relative_to(ROOT)}", flush=True)
         venv.create(folder, with_pip=True)
-        subprocess.run([folder / "bin" / "pip", "install", "--quiet", "vllm-router"], check=True)
-    return program
+        subprocess.run([folder / "bin" / "pip", "install", "--quiet", requirement], check=True)
+    return path

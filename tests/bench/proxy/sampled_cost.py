@@ -1,0 +1,167 @@
+"""What one sampled answer costs, in CPU time of the threads that do the work: 49 tokens with 20 alternatives each.
+
+Without an event loop, so that only the work for sampling is in it: the relay's hook from the request's head to the
+capture, the bytes on the Unix socket, and the control process from these bytes to the queue and to the arrays that the
+reference is asked with. What the same request costs the hook when it is not sampled is subtracted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hemostat.ipc.messages import Capture, MessageReader, Policy, encode
+from hemostat.openai.routes import CHAT
+from hemostat.shadow.interceptor import Interceptor
+from hemostat.shadow.limits import ShadowQueue
+from hemostat.shadow.record_builder import decode_capture
+
+from .load import TOP_K, Answers, request_body
+
+TOKENS = 49
+LIMIT_MS = 0.27
+ROUNDS = 300
+_HEAD = [
+    (b"Host", b"127.0.0.1:8000"),
+    (b"Content-Type", b"application/json"),
+    (b"Authorization", b"Bearer sk-none"),
+    (b"User-Agent", b"bench"),
+    (b"Content-Length", b"300"),
+]
+_SOCKET_BYTES = 1 << 20
+
+
+@dataclass
+class Cost:
+    """Milliseconds of CPU time of one sampled answer, medians over ROUNDS."""
+
+    relay: float
+    queued: float
+    """In the control process, until it waits to be scored."""
+    parsed: float
+    """There, of an answer that is scored: from the queue to arrays."""
+
+    @property
+    def until_queued(self) -> float:
+        return self.relay + self.queued
+
+    @property
+    def total(self) -> float:
+        return self.relay + self.queued + self.parsed
+
+
+@dataclass
+class _Stopwatch:
+    laps: dict[str, list[float]] = field(default_factory=dict)
+
+    def time(self, name: str, work: Callable[[], None]) -> None:
+        started = time.thread_time()
+        work()
+        self.laps.setdefault(name, []).append((time.thread_time() - started) * 1e3)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.laps[name])
+
+
+class _Answer:
+    """One request with its answer, as the hook gets them."""
+
+    def __init__(self, answers: Answers, *, stream: bool) -> None:
+        self.body = json.dumps(request_body(stream=stream)).encode()
+        kind = b"text/event-stream; charset=utf-8" if stream else b"application/json"
+        self.fields = [(b"content-type", kind)]
+        self.pieces = [answers.json_asked]
+        if stream:
+            role, *events = answers.stream_asked
+            usage = re.sub(rb'"completion_tokens":\d+', b'"completion_tokens":%d' % TOKENS, events[-2])
+            self.pieces = [role, *events[: TOKENS - 1], events[-3], usage, events[-1]]
+
+    def through(self, hook: Interceptor) -> None:
+        exchange = hook.begin("POST", CHAT.encode(), _HEAD, "r")
+        if exchange is None:
+            return
+        assert hasattr(exchange, "request")
+        exchange.request(self.body)
+        exchange.response_head(200, self.fields)
+        for piece in self.pieces:
+            exchange.response_data(piece)
+        exchange.response_end()
+        exchange.closed(complete=True)
+
+
+def _policy(rate: float) -> Policy:
+    return Policy(
+        generation=1,
+        mode="observe",
+        shadow_rate=rate,
+        shadow_allow_on=False,
+        shadow_top_k=TOP_K,
+        shadow_max_tokens=8192,
+        scoring=True,
+        tap=False,
+        forced=None,
+        control_fraction=0.0,
+        acknowledged=frozenset(),
+        labels=frozenset(),
+    )
+
+
+def measure(answers: Answers, *, stream: bool, rounds: int = ROUNDS) -> Cost:
+    """One answer, over and over."""
+    answer = _Answer(answers, stream=stream)
+    sending, receiving = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with sending, receiving:
+        sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+        sent = 0
+
+        def emit(capture: Capture) -> bool:
+            nonlocal sent
+            frame = encode(capture)
+            sent += len(frame)
+            sending.sendall(frame)
+            return True
+
+        sampled = Interceptor(_policy(1.0), emit, lambda name, labels: None)
+        plain = Interceptor(_policy(0.0), emit, lambda name, labels: None)
+        reader, queue, watch = MessageReader(), ShadowQueue(10), _Stopwatch()
+
+        def receive() -> None:
+            nonlocal sent
+            while sent:
+                data = receiving.recv(_SOCKET_BYTES)
+                sent -= len(data)
+                for message in reader.feed(data):
+                    assert isinstance(message, Capture)
+                    assert queue.offer(message)
+
+        def parse() -> None:
+            capture = queue.take()
+            assert capture is not None
+            assert decode_capture(capture).candidates.ids.shape == (TOKENS, TOP_K + 1)
+
+        for _ in range(rounds):
+            watch.time("plain", lambda: answer.through(plain))
+            watch.time("relay", lambda: answer.through(sampled))
+            watch.time("queued", receive)
+            watch.time("parsed", parse)
+    return Cost(watch.median("relay") - watch.median("plain"), watch.median("queued"), watch.median("parsed"))
+
+
+def lines(costs: dict[str, Cost]) -> list[str]:
+    """Of a table. costs: by the kind of answer."""
+    return [
+        f"CPU of one sampled answer, {name}, {TOKENS} tokens × {TOP_K} logprobs: relay {cost.relay:.3f} ms, control "
+        f"{cost.queued:.3f} ms until queued (together {cost.until_queued:.3f}) and {cost.parsed:.3f} ms if scored: "
+        f"{cost.total:.3f} ms in all (aim: {LIMIT_MS})"
+        for name, cost in costs.items()
+    ]
+
+
+async def measure_both(rounds: int = ROUNDS) -> dict[str, Cost]:
+    answers = await Answers.make()
+    return {name: measure(answers, stream=name == "stream", rounds=rounds) for name in ("JSON", "stream")}
