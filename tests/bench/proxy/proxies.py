@@ -116,7 +116,11 @@ class Bench:
             proxy.pids[kind] = self.start(
                 [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)],
                 log=f"litellm-{kind}",
-                environment={"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+                environment={
+                    "LITELLM_LOG": "ERROR",
+                    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+                    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+                },
             )
         return proxy
 
