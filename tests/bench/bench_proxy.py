@@ -13,7 +13,7 @@ cpu/chunk   CPU time of the proxy (all of its threads, /proc/PID/task/*/schedsta
 "hemostat N" samples the fraction N of the requests and treats none. "profile" and "adapter" sample none and treat all:
 with a profile of the logits, whose answers are read for their first event, and with an adapter, whose name is replaced
 in every chunk. Their ratios to "hemostat 0" and to each other are taken in the same rounds.
-LiteLLM's proxy forwards chat completions to the same upstreams. It is measured in the same rounds, and rates only.
+LiteLLM's proxy forwards the same chat completions, in the same rounds. It is not measured with streams.
 "direct" is the upstream without a proxy: no proxy can be measured beyond it. `--beside FOLDER` measures the relay of
 another checkout in the same rounds (`git worktree add FOLDER REVISION`), and the ratio of this one to it.
 """
@@ -189,6 +189,8 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
                 spent = cpu_seconds(proxy.pids["json"]) - before
                 rate[proxy.name].append(per_second)
                 request_cpu[proxy.name].append(spent / (per_second * arguments.seconds) * 1e6)
+                if "stream" not in proxy.pids:
+                    continue
                 before = cpu_seconds(proxy.pids["stream"])
                 await run_streams(proxy.ports["stream"])
                 chunk_cpu[proxy.name].append((cpu_seconds(proxy.pids["stream"]) - before) / chunks * 1e6)
@@ -215,7 +217,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         },
         "requests_per_second": {name: spread(values) for name, values in rate.items()},
         "cpu_us_per_request": {name: spread(values) for name, values in request_cpu.items()},
-        "cpu_us_per_chunk": {name: spread(values) for name, values in chunk_cpu.items()},
+        "cpu_us_per_chunk": {name: spread(values) for name, values in chunk_cpu.items() if values},
         "sampled_answer": {
             name: asdict(cost) | {"until_queued": cost.until_queued, "total": cost.total}
             for name, cost in costs.items()
@@ -225,7 +227,9 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         "to_vllm_router": {
             "requests_per_second": {name: ratios(rate[name], rate["vllm-router"]) for name in names},
             "cpu_per_request": {name: ratios(request_cpu[name], request_cpu["vllm-router"]) for name in names},
-            "cpu_per_chunk": {name: ratios(chunk_cpu[name], chunk_cpu["vllm-router"]) for name in names},
+            "cpu_per_chunk": {
+                name: ratios(values, chunk_cpu["vllm-router"]) for name, values in chunk_cpu.items() if values
+            },
         },
         "to_beside": to_beside,
         "treated": {

@@ -15,6 +15,8 @@ from tests.support.fake_vllm import FakeVllm
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "bench"
 PATH = "/v1/chat/completions"
+PLAIN_BASE = "/plain/v1"
+"""For a proxy that writes requests anew, so that their length does not tell what is asked for."""
 PROXY_CORE = 0
 STREAMS_AT_ONCE = 50
 CHUNK_SECONDS = 0.01
@@ -187,7 +189,8 @@ async def run_streams(port: int) -> None:
 async def run_wrk(port: int, seconds: float, script: Path) -> float:
     """Requests a second; RuntimeError when any of them failed."""
     process = await asyncio.create_subprocess_exec(
-        *("wrk", "-t1", "-c64", f"-d{seconds:g}s", "-s", str(script), f"http://127.0.0.1:{port}{PATH}"),
+        *("wrk", "-t1", "-c64", "--timeout", "30s", f"-d{seconds:g}s", "-s", str(script)),
+        f"http://127.0.0.1:{port}{PATH}",
         stdout=asyncio.subprocess.PIPE,
     )
     out = (await process.communicate())[0].decode()
@@ -247,6 +250,7 @@ def upstream_config(folder: Path, port: int, answers: Answers, length: int) -> P
     (root / "adapter.json").write_bytes(answers.json_adapter)
     server = f"""listen 127.0.0.1:{port} backlog=4096; root {root};
     location = {PATH} {{ error_page 405 =200 $answer; try_files /plain.json =404; }}
+    location = {PLAIN_BASE}/chat/completions {{ error_page 405 =200 /plain.json; try_files /plain.json =404; }}
     location = /plain.json {{ }} location = /asked.json {{ }} location = /adapter.json {{ }}
     location / {{ return 200 '{{}}'; }}"""
     profile = length + len(f',"vllm_xargs":{{"hemostat":"{ADAPTER}"}}')

@@ -18,6 +18,7 @@ from hemostat.ipc.messages import REST_KIND, MessageReader, Policy, Stats, encod
 from .load import (
     ADAPTER,
     BUILD,
+    PLAIN_BASE,
     PROXY_CORE,
     ROOT,
     TOP_K,
@@ -107,21 +108,20 @@ class Bench:
 
     async def litellm(self, program: Path) -> Proxy:
         """One worker, without a database, callbacks or logs."""
-        proxy = Proxy("litellm", {}, {})
-        for kind, upstream in self.upstreams.items():
-            port = proxy.ports[kind] = free_port()
-            config = self.folder / f"litellm-{kind}.yaml"
-            parameters = {"model": "openai/fake", "api_base": f"http://127.0.0.1:{upstream}/v1", "api_key": "none"}
-            config.write_text(json.dumps({"model_list": [{"model_name": "fake", "litellm_params": parameters}]}))
-            proxy.pids[kind] = self.start(
-                [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)],
-                log=f"litellm-{kind}",
-                environment={
-                    "LITELLM_LOG": "ERROR",
-                    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-                    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
-                },
-            )
+        proxy = Proxy("litellm", {"json": free_port()}, {})
+        config = self.folder / "litellm.yaml"
+        base = f"http://127.0.0.1:{self.upstreams['json']}{PLAIN_BASE}"
+        parameters = {"model": "openai/fake", "api_base": base, "api_key": "none"}
+        config.write_text(json.dumps({"model_list": [{"model_name": "fake", "litellm_params": parameters}]}))
+        proxy.pids["json"] = self.start(
+            [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(proxy.ports["json"])],
+            log="litellm-json",
+            environment={
+                "LITELLM_LOG": "ERROR",
+                "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+                "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+            },
+        )
         return proxy
 
     async def hemostat(
