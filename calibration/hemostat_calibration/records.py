@@ -258,8 +258,8 @@ class InvalidReason(StrEnum):
 LOGPROB_TOLERANCE = 1e-3
 """How far a log-probability may be above 0, or the sum of a row above 1: models compute in float32 or less."""
 MIN_LOGPROB = -1e4
-"""The smallest log-probability that is a number, nats: a model's logits do not differ by more. A smaller one is a mask
-that was written as a number (or is made up), and would outweigh all others in a mean."""
+"""The smallest log-probability that is a number, nats: a model's logits do not differ by more, and vLLM writes −9999
+for an id that is masked. A smaller one is made up, and would outweigh all others in a mean."""
 _ORDER_TOLERANCE = 1e-4
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
