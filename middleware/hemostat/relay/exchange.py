@@ -78,7 +78,6 @@ class Exchange:
         "_route",
         "_started",
         "_transport",
-        "_uploading",
         "_watch",
         "outgoing",
         "request_complete",
@@ -112,7 +111,6 @@ class Exchange:
         self._hook: FailOpenHook | None = None
         self._keep_alive = request.keep_alive
         """The client's connection stays open after the response."""
-        # The response.
         self._response: ResponseHead | None = None
         self._mode = _RAW
         self._held_head = b""
@@ -123,8 +121,6 @@ class Exchange:
         """When the bytes were read that release the head (perf_counter)."""
         self._collected: list[bytes] | None = None
         """The response's body so far, with BodyMode.COLLECTED."""
-        self._uploading = False
-        """The request was begun upstream before it was complete, and it is still not."""
         self._overhead = 0.0
         """Seconds in the relay so far, see `Counters.observe_overhead`; while QUEUED, minus the time it began."""
         self._probed = False
@@ -255,10 +251,9 @@ class Exchange:
         """Send a request, or its beginning, upstream: now, or when there is a connection."""
         context = self._context
         if not self.request_complete:
-            if not context.budget.begin_upload():
+            if not self.outgoing.begin_upload():
                 self._overloaded("too many requests with long bodies at a time")
                 return
-            self._uploading = True
         connection = self.outgoing.engine.pool.acquire(self)
         if connection is None:
             self._enter(QUEUED)
@@ -284,7 +279,7 @@ class Exchange:
     def _send_more(self, data: bytes, started: float) -> None:
         """Send more of a body upstream."""
         if self.request_complete:
-            self._end_upload()
+            self.outgoing.end_upload()
         if self.upstream is not None:
             self.upstream.transport.write(data)
             if self.request_complete:
@@ -295,11 +290,6 @@ class Exchange:
                 self._overhead = -started
             elif self.outgoing.unsent_bytes > MAX_READ_AHEAD_BYTES:
                 self._client.pause_reading()
-
-    def _end_upload(self) -> None:
-        if self._uploading:
-            self._uploading = False
-            self._context.budget.end_upload()
 
     # From the pool.
 
@@ -438,12 +428,9 @@ class Exchange:
         head = self._response
         assert head is not None
         self._context.counters.observe_overhead(self._overhead)
-        status = head.status
-        keep_alive = self._keep_alive and self.request_complete
-        self._finish(
-            counters.OK if status < 400 else counters.CLIENT_ERROR if status < 500 else counters.SERVER_ERROR,
-            complete=True,
-        )
+        status, keep_alive = head.status, self._keep_alive and self.request_complete
+        outcome = counters.OK if status < 400 else counters.CLIENT_ERROR if status < 500 else counters.SERVER_ERROR
+        self._finish(outcome, complete=True)
         self._client.exchange_ended(keep_alive=keep_alive)
 
     def _end_collected(self) -> bool:
@@ -598,9 +585,7 @@ class Exchange:
         if self.state is COLLECTING:
             self._context.budget.end_collecting(self)
         self._enter(DONE)
-        self.outgoing.forget()
-        self.outgoing.leave_engine()
-        self._end_upload()
+        self.outgoing.end()
         self._stop_holding()
         self._context.counters.request(self._route, outcome)
         hook, generated = self._hook, None

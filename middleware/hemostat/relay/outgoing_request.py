@@ -39,6 +39,7 @@ class OutgoingRequest:
         "_resends",
         "_tried",
         "_unsent",
+        "_uploading",
         "_whole",
         "_written_for",
         "engine",
@@ -58,6 +59,8 @@ class OutgoingRequest:
         self._budget = context.budget
         self._counted = 0
         """Bytes in the budget."""
+        self._uploading = False
+        """It was begun upstream before it was complete, and still is not."""
         self._unsent: bytes | bytearray = b""
         """While the body is collected: its beginning. While the exchange waits for a connection: what is sent first."""
         self._whole: bytes | None = None
@@ -148,6 +151,23 @@ class OutgoingRequest:
         """Nothing of the request is needed any more."""
         self._unsent, self._whole, self._original = b"", None, None
         self._count(-self._counted)
+
+    def begin_upload(self) -> bool:
+        """It is begun upstream before it is complete. False: too many are."""
+        self._uploading = self._budget.begin_upload()
+        return self._uploading
+
+    def end_upload(self) -> None:
+        """It is complete, or given up."""
+        if self._uploading:
+            self._uploading = False
+            self._budget.end_upload()
+
+    def end(self) -> None:
+        """Neither the request nor its engine is needed any more."""
+        self.forget()
+        self.leave_engine()
+        self.end_upload()
 
     def _count(self, size: int) -> None:
         self._counted += size
