@@ -118,7 +118,7 @@ class ClientConnection(asyncio.Protocol):
             if self._context.access_log is not None:
                 self._context.access_log.refused(503, self.transport)
             body = error_body(503, "too many connections", "overloaded")
-            self.transport.write(error_response(503, body, connection=b"Connection: close\r\n"))
+            self.transport.write(error_response(503, body, fields=b"Connection: close\r\n"))
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
@@ -325,7 +325,7 @@ class ClientConnection(asyncio.Protocol):
         if self._context.access_log is not None:
             self._context.access_log.refused(error.status, self.transport)
         body = error_body(error.status, error.message, error.code)
-        self.transport.write(error_response(error.status, body, connection=b"Connection: close\r\n"))
+        self.transport.write(error_response(error.status, body, fields=b"Connection: close\r\n"))
         self._linger()
 
     def _linger(self) -> None:

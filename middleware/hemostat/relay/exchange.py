@@ -104,8 +104,7 @@ class Exchange:
         self._started = started
         self._watch = RequestWatch.of(context, request, self._route, request_id, client.transport, started)
         self._transport = client.transport if self._watch is None else self._watch.transport
-        self._report: GenerationReport | None = None
-        """Only for a generation."""
+        self._report: GenerationReport | None = None  # only for a generation
         self._observer: OutcomeObserver | None = None
         """The report's, held here because it is used for every piece of a response."""
         self._hook: FailOpenHook | None = None
@@ -574,9 +573,9 @@ class Exchange:
         """Answer the request with a response of the relay's own. fields: more field lines, each with its CRLF."""
         request = self._request
         keep = self._keep_alive and self.request_complete and not self._client.last_request
-        connection = b"" if keep and request.minor else b"Connection: %b\r\n" % (b"keep-alive" if keep else b"close")
-        bodyless = request.method == b"HEAD"
-        self._transport.write(error_response(status, body, connection=connection + fields, bodyless=bodyless))
+        if not keep or not request.minor:
+            fields += b"Connection: %b\r\n" % (b"keep-alive" if keep else b"close")
+        self._transport.write(error_response(status, body, fields=fields, bodyless=request.method == b"HEAD"))
         self._finish(outcome, own_status=status)
         self._client.exchange_ended(keep_alive=keep)
 

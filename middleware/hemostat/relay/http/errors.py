@@ -48,18 +48,18 @@ def error_body(status: int, message: str, code: str | None = None) -> bytes:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
 
 
-def error_response(status: int, body: bytes, *, connection: bytes = b"", bodyless: bool = False) -> bytes:
+def error_response(status: int, body: bytes, *, fields: bytes = b"", bodyless: bool = False) -> bytes:
     """A response of the relay's own.
 
-    connection: whole field lines, each with its CRLF, or b"". bodyless: it answers a HEAD request. A 503 says when to
+    fields: whole field lines, each with its CRLF, or b"". bodyless: it answers a HEAD request. A 503 says when to
     try again.
     """
     if status == 503:
-        connection += b"Retry-After: %d\r\n" % RETRY_AFTER_SECONDS
+        fields += b"Retry-After: %d\r\n" % RETRY_AFTER_SECONDS
     head = b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n" % (
         status,
         _REASONS.get(status, b"Error"),
         len(body),
-        connection,
+        fields,
     )
     return head if bodyless else head + body
