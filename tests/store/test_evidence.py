@@ -37,7 +37,7 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 async def test_four_replicas_prove_about_as_fast_as_one_with_all_the_traffic(
     shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It took four times as many requests where the leader judged by its own part; more runs: `make bench-faults`."""
+    """It took four times as many requests where the leader judged by its own part; `make bench-faults` has more."""
     monkeypatch.setattr(replicas_module, "MIN_TOKENS", 2000)
     alone = await requests_until_promoted("", tmp_path / "one", 1, STRONGLY_BIASED, 0)
     together = await requests_until_promoted(shared_server.url, tmp_path / "four", 4, STRONGLY_BIASED, 0)
