@@ -248,17 +248,15 @@ class Exchange:
 
     def _dispatch(self, payload: bytes, started: float) -> None:
         """Send a request, or its beginning, upstream: now, or when there is a connection."""
-        context = self._context
-        if not self.request_complete:
-            if not self.outgoing.begin_upload():
-                self._overloaded("too many requests with long bodies at a time")
-                return
+        if not self.request_complete and not self.outgoing.begin_upload():
+            self._overloaded("too many requests with long bodies at a time")
+            return
         connection = self.outgoing.engine.pool.acquire(self)
         if connection is None:
             self._enter(QUEUED)
             self.outgoing.hold(payload)
             self._overhead = -started
-            context.budget.enforce()
+            self._context.budget.enforce()
             return
         self._send_on(connection, payload)
         self._overhead = perf_counter() - started
