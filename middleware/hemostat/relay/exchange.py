@@ -292,8 +292,7 @@ class Exchange:
 
     def connection_ready(self, connection: UpstreamConnection) -> None:
         if not self.request_complete:
-            # Before anything is sent: where the upstream does not take it, sending it pauses the client again.
-            self._client.resume_reading()
+            self._client.resume_reading()  # before sending, which may pause it again
         self._send_on(connection, self.outgoing.take())
         self._overhead += perf_counter()
 
