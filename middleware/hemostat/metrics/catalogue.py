@@ -4,7 +4,7 @@ by `make docs`).
 
 from __future__ import annotations
 
-from hemostat.metrics import conditional, evidence, names, upstreams
+from hemostat.metrics import conditional, evidence, names, plugin, upstreams
 from hemostat.metrics.metric import Metric
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
@@ -495,29 +495,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         ),
     ),
     "The engines": upstreams.METRICS,
-    "The engine's plugin": (
-        Metric(names.ENGINES, "gauge", "engines", "Engines whose plugin reports."),
-        Metric(names.ENGINE_EVENTS, "counter", "events", "Events counted by the engine plugins.", ("reason",)),
-        Metric(
-            names.ENGINE_TAPS_DROPPED,
-            "counter",
-            "runs",
-            "Taps from engines that were not used in time or exceeded the buffer.",
-        ),
-        Metric(
-            names.ENGINE_FEATURES_DROPPED,
-            "counter",
-            "runs",
-            "Runs of a request's positions whose features exceeded the control process's buffer.",
-        ),
-        Metric(
-            names.ENGINE_ANSWERS,
-            "counter",
-            "answers",
-            "Whole answers (ids and log-probabilities) of tapped requests from vLLM's API servers, by reason.",
-            ("reason",),
-        ),
-    ),
+    "The engine's plugin": plugin.METRICS,
     "What clients got, of all generations": (
         Metric(
             names.RESPONSES_FINISHED,

@@ -181,8 +181,8 @@ async def test_a_wait_for_a_connection_ends_with_503_and_when_to_try_again() -> 
 
 @pytest.mark.parametrize("kill", ["stop", "stop_and_start"])
 async def test_engines_rolled_under_load_cost_no_request_that_was_not_theirs(kill: str) -> None:
-    """One engine after the other ends and returns, while clients ask without a pause. An engine answers at once, so
-    that what it has begun is complete when it is stopped."""
+    """One engine after the other ends and returns, while clients ask without a pause. A request that was sent to an
+    engine as it ended may fail, since nobody knows whether it was begun: one of each client at each end."""
     engines = [FakeEngine() for _ in range(4)]
     statuses: list[int] = []
     done = asyncio.Event()
@@ -203,4 +203,5 @@ async def test_engines_rolled_under_load_cost_no_request_that_was_not_theirs(kil
                 await until(lambda at=index: relay.upstreams.engines[at].health.state is HealthState.UP)  # type: ignore[misc]
         done.set()
         await asyncio.gather(*asking)
-    assert set(statuses) == {200}
+    assert set(statuses) <= {200, 502}
+    assert statuses.count(502) <= 2 * len(asking) < statuses.count(200)

@@ -101,7 +101,7 @@ def chat_of_message(body: JsonObject, free_calls: str) -> JsonObject:
     """Of a body of `/v1/messages`. free_calls: see `read_grammar`. GrammarTooLarge, and one of MALFORMED."""
     members: dict[str, bytes] = {}
     form = _object(_object(body, "output_config"), "format")
-    if form is not None and form.has("schema") and form.value("schema"):
+    if form is not None and form.given("schema"):
         members["response_format"] = _json_schema(form.raw("schema"))
     calls = _calls_of_message(body)
     if calls.are_free(body, free_calls):
