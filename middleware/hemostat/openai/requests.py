@@ -91,7 +91,8 @@ LOGIT_EDITING_KEYS = (
 """With `repetition_penalty`, the parameters for which the engine plugin declines a profile (`xargs.edits_logits`):
 neither arm may contain such a request."""
 _LOGIT_KEYS = frozenset({*LOGIT_EDITING_KEYS, "repetition_penalty"})
-_SAMPLING_KEYS = _LOGIT_KEYS | {"temperature", "top_p", "top_k", "min_p", "thinking", "watermarking"}
+_SAMPLING_KEYS = frozenset({"repetition_penalty", "temperature", "top_p", "top_k", "min_p", "thinking"})
+"""Those that `sampling_parameters` decodes."""
 _HEMOSTAT_XARGS = {"hemostat", "hemostat_tap", "hemostat_tap_top"}
 
 
