@@ -7,6 +7,7 @@ The run ends after a number of scored requests or after a time limit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from PIL import Image
@@ -24,7 +25,7 @@ from playwright.sync_api import sync_playwright
 OUT = Path(__file__).resolve().parents[1] / "docs" / "console.png"
 WIDTH = 1280
 COLOURS = 64
-MAX_BYTES = 200_000
+MAX_BYTES = 400_000
 
 
 def main() -> int:
@@ -61,9 +62,16 @@ def announced(demo: subprocess.Popen[str]) -> str:
     for line in demo.stdout:
         print(line, end="", flush=True)
         if found := re.search(r"Console (http://\S+?)/\s", line):
-            threading.Thread(target=lambda: print(*demo.stdout or (), sep=""), daemon=True).start()
+            threading.Thread(target=copy_output, args=(demo.stdout,), daemon=True).start()
             return found[1]
     raise SystemExit("screenshot: the demo ended before it had a console")
+
+
+def copy_output(output: IO[str]) -> None:
+    """Line by line, so that the picture's run can be followed, until the demo ends or its output is closed here."""
+    with contextlib.suppress(ValueError):
+        for line in output:
+            print(line, end="", flush=True)
 
 
 def status(url: str) -> dict[str, Any]:
