@@ -96,6 +96,7 @@ def served(
         token = made.admin.token.get_secret_value() if made.admin.token else None
         async with control(folder, made) as one:
             kept = await fill(one, folder) if fill is not None else None
+            writing = asyncio.create_task(one.writer.run())
             app = create_app(
                 one, token, time.monotonic, metrics_need_token=made.admin.metrics_need_token, names=made.admin.names
             )
@@ -111,6 +112,8 @@ def served(
             app.state.closing.set()
             server.should_exit = True
             await serving
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
             if kept is not None:
                 kept.close()
 

@@ -42,13 +42,14 @@ def nearest(tail: Tail) -> tuple[np.ndarray, np.ndarray]:
     at = np.flatnonzero(tail.open)
     order = at[np.argsort(-tail.r[at], kind="stable")]
     r = tail.r[order]
-    left_r, left_c, capped = r.sum(), tail.mass, 0
-    while capped < len(r) and r[capped] * left_c > tail.cap * left_r:
-        left_r, left_c, capped = left_r - r[capped], left_c - tail.cap, capped + 1
+    left_r = np.cumsum(r[::-1])[::-1]  # not by subtraction, which leaves rounding where little is left
+    left_c, capped = tail.mass, 0
+    while capped < len(r) and r[capped] * left_c > tail.cap * left_r[capped]:
+        left_c, capped = left_c - tail.cap, capped + 1
     c = tail.c.copy()
     c[order[:capped]] = tail.cap
     if capped < len(r):
-        c[order[capped:]] = r[capped:] * max(left_c, 0.0) / r[capped:].sum()
+        c[order[capped:]] = r[capped:] * max(left_c, 0.0) / left_r[capped]
     with np.errstate(divide="ignore"):
         return np.log(c), order[:capped]
 

@@ -32,15 +32,15 @@ assumption, stated with the figure: *at an id that is not in both lists, neither
 "least c" on Q being c itself. min_ratio = 0 is no assumption, and gives infinity unless S is (almost) everything.
 
 What more of r would add: next to nothing. Where the reference is known whole, let the record hold all of r, not its
-list alone. (1) c = min(λ_c, μ r) is the nearest c over all ids; the lower ends are its figures, unless an id behind the
-reference's list is at its cap, that is unless λ_r μ > λ_c. (2) Let A be ids outside S with room for the mass C:
-Σ_A min(λ_c, r/min_ratio) ≥ C. The c that fills A and is as little as allowed elsewhere has log(r/c) = M outside A and
-≥ −M on it, so that the largest KL(r‖c) is at least the upper end less 2 M r(A). With min_ratio = 0 its overlap with r
-outside S is at most r(A), so that the largest TV is at least the upper end less r(A); and the largest JS at least the
-upper end less ½ r(A) (1 + log(1 + C/r(A))), since (log 2 / 2)(r + c) − j(r, c) is half the entropy of a coin times
-r + c, which is concave and homogeneous. The ids that r finds least likely are such an A, and r(A) is tiny. At K = 20
-the ends are within 0.1 % of these (`make bench-bounds`). What is open is c, and only more of c closes it: longer
-lists, or `state_recovery`.
+list alone. (1) c = min(λ_c, μ r) is the nearest c over all ids; the lower ends are its figures, unless an id behind
+the reference's list is at its cap, that is unless λ_r μ > λ_c. (2) Let min_ratio r ≤ λ_c outside S, else the list
+contradicts the assumption, and let A be ids outside S with room for the mass C: Σ_A min(λ_c, r/min_ratio) ≥ C. The c
+that fills A and is as little as allowed elsewhere has log(r/c) = M outside A and ≥ −M on it, so that the largest
+KL(r‖c) is at least the upper end less 2 M r(A). With min_ratio = 0 its overlap with r outside S is at most r(A), so
+that the largest TV is at least the upper end less r(A); and the largest JS at least the upper end less ½ r(A) (1 +
+log(1 + C/r(A))), since (log 2 / 2)(r + c) − j(r, c) is half the entropy of a coin times r + c, which is concave and
+homogeneous. The ids that r finds least likely are such an A, and r(A) is tiny. At K = 20 the ends are within 0.1 % of
+these (`make bench-bounds`). What is open is c, and only more of c closes it: longer lists, or `state_recovery`.
 
 Sums of float32 probabilities are off by up to `MASS_ROUNDING`: a mass in a denominator is floored there, which can only
 lower a lower bound, and masses are that much larger in an upper one.
