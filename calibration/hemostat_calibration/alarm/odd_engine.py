@@ -226,7 +226,11 @@ def _recovered(test: EngineTest) -> bool:
 
 
 def readings(state: OddEngines) -> list[EngineReading]:
-    """Of every engine that has been seen, by name."""
+    """Of every engine that has been seen, by name.
+
+    >>> readings(init(0.01))
+    []
+    """
     return [
         EngineReading(
             engine=name,

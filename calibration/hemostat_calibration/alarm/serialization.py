@@ -115,7 +115,11 @@ def save_engines(state: OddEngines) -> bytes:
 
 def load_engines(data: bytes, alpha: float) -> OddEngines:
     """What `save_engines` wrote, continued with `alpha`; tests already begun keep their own. InvalidArgumentError where
-    it cannot be read."""
+    it cannot be read.
+
+    >>> load_engines(save_engines(OddEngines(0.05)), 0.01).alpha
+    0.01
+    """
     try:
         stored = json.loads(data)
         if stored["schema"] != ENGINES_SCHEMA:
