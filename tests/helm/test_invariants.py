@@ -11,7 +11,7 @@ import pytest
 from tests.support.helm_api import Cluster
 from tests.support.helm_chart import CHART, UPSTREAM, VALUE_SETS, Helm, Manifest, container, containers, set_of
 
-from hemostat import supervisor as serve
+from hemostat.supervisor import control, relays
 
 each = pytest.mark.parametrize("values", VALUE_SETS, ids=lambda path: path.stem)
 HA = "config.store.url=redis://valkey.data.svc:6379/0"
@@ -175,7 +175,7 @@ def test_the_pod_may_drain_before_it_is_killed(helm: Helm, values: Path, tmp_pat
     rendered = helm.values(values)
     sleep = rendered.hemostat.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
     # serve: the relays drain and get 5 s more, then the control process stops.
-    needed = sleep + rendered.settings(tmp_path).shutdown_seconds + 5.0 + serve.CONTROL_STOP_SECONDS
+    needed = sleep + rendered.settings(tmp_path).shutdown_seconds + relays.KILL_AFTER_SECONDS + control.STOP_SECONDS
     assert rendered.pod["spec"]["terminationGracePeriodSeconds"] > needed
 
 
