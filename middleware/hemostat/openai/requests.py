@@ -93,6 +93,8 @@ neither arm may contain such a request."""
 _LOGIT_KEYS = frozenset({*LOGIT_EDITING_KEYS, "repetition_penalty"})
 _SAMPLING_KEYS = frozenset({"repetition_penalty", "temperature", "top_p", "top_k", "min_p", "thinking"})
 """Those that `sampling_parameters` decodes."""
+_GIVEN_KEYS = frozenset({*LOGIT_EDITING_KEYS, "watermarking"})
+"""Those of which it only asks whether they are given."""
 _HEMOSTAT_XARGS = {"hemostat", "hemostat_tap", "hemostat_tap_top"}
 
 
@@ -184,6 +186,8 @@ def check_sampling(body: JsonObject) -> None:
     """One of MALFORMED where a number that `sampling_parameters` reads is JSON, but none that a computer can hold."""
     for key in body.names & _SAMPLING_KEYS:
         body.value(key)
+    for key in body.names & _GIVEN_KEYS:
+        body.given(key)
 
 
 def sampling_parameters(request: Request, changes: Mapping[str, bytes], openai_defaults: bool) -> Sampling:
