@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -107,6 +109,55 @@ async def test_of_states_that_wait_together_the_newest_are_written(monkeypatch: 
         one.as_leader.set_states({"a": str(n), "b": str(n)})
     await one.drain()
     assert written == [{"a": "4", "b": "4"}]
+
+
+class LoopOnly(dict[Any, Any]):
+    """What callers look at and change in several steps: only the event loop's thread may take from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: set[int] = set()
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        self.threads.add(threading.get_ident())
+        return super().pop(key, *default)
+
+
+async def test_what_waits_is_taken_on_the_event_loop_only() -> None:
+    """In the thread it could be taken between two steps of a caller, and then nothing would ever be written again."""
+    store = MemoryStore()
+    one, _, _ = writer(store)
+    one._states, one._blobs = states, blobs = LoopOnly(), LoopOnly()
+    one.as_leader.set_states({"mode": "auto"})
+    one.as_leader.put_blob("learned", b"1")
+    await one.drain()
+    assert (store.get_state("mode"), store.get_blob("learned")) == ("auto", b"1")
+    assert states.threads | blobs.threads == {threading.get_ident()}
+
+
+class OrderedStore(MemoryStore):
+    """Notes the order of what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[Any] = []
+
+    def put_profile(self, profile: StoredProfile) -> None:
+        self.order.append(profile.version)
+
+    def set_states(self, values: Mapping[str, str | None]) -> None:
+        self.order.append(dict(values))
+
+
+async def test_states_are_not_written_before_the_profile_that_they_name() -> None:
+    store = OrderedStore()
+    one, _, _ = writer(store)
+    one.as_leader.set_states({"serving": "a", "alarm": "1"})
+    one.as_leader.set_states({"serving": "b"})
+    one.as_leader.put_profile(StoredProfile("c", b"", 1.0))
+    one.as_leader.set_states({"serving": "c"})
+    await one.drain()
+    assert store.order == [{"serving": "b", "alarm": "1"}, "c", {"serving": "c"}]
 
 
 async def test_writes_beyond_the_queue_are_counted() -> None:

@@ -11,6 +11,7 @@ replica leads again: it is of before what the other one has decided. Other write
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -52,10 +53,12 @@ class SetState:
 
 @dataclass(frozen=True, slots=True)
 class SetStates:
-    """The newest values of the states that wait to be written together: several such writes that wait become one."""
+    """The newest values of the states that wait to be written together: such writes that wait one after the other
+    become one. With another write between them they stay two: that one may be of what the later states name."""
 
     as_leader: bool
     term: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,9 @@ class StoreWriter:
         """With the lease's term in which each was queued."""
         self._blobs: dict[PutBlob, bytes] = {}
         """That wait to be written."""
+        self._newest: Write | None = None
+        """The write that was queued last."""
+        self._numbers = itertools.count(1)
         self._states: dict[SetStates, dict[str, str | None]] = {}
         """The same."""
         more = self._enqueue_blob, self._enqueue_states
@@ -156,6 +162,7 @@ class StoreWriter:
     def _enqueue(self, write: Write) -> None:
         try:
             self._queue.put_nowait((self._lease.term, write))
+            self._newest = write
         except asyncio.QueueFull:
             self._errors.count += 1
             if isinstance(write, PutBlob):
@@ -175,11 +182,15 @@ class StoreWriter:
     def _enqueue_states(self, write: SetStates, values: Mapping[str, str | None]) -> None:
         if write.as_leader and not self._lease.is_last_leader:
             return
-        write = replace(write, term=self._lease.term)
-        waits = write in self._states
-        self._states.setdefault(write, {}).update(values)
-        if not waits:
-            self._enqueue(write)
+        term, newest = self._lease.term, self._newest
+        if isinstance(newest, SetStates) and (newest.as_leader, newest.term) == (write.as_leader, term):
+            waiting = self._states.get(newest)
+            if waiting is not None:
+                waiting.update(values)
+                return
+        write = replace(write, term=term, number=next(self._numbers))
+        self._states[write] = dict(values)
+        self._enqueue(write)
 
     async def run(self) -> None:
         """Write what is queued, one after the other, until cancelled."""
@@ -188,7 +199,7 @@ class StoreWriter:
             backoff = Backoff(RETRY_SECONDS)
             while self._is_due(term, write):
                 try:
-                    await asyncio.to_thread(self._write, write)
+                    await self._write(write)
                     break
                 except StoreUnreachable as failure:
                     self._errors.record(failure)
@@ -214,7 +225,7 @@ class StoreWriter:
             if not self._is_due(term, write):
                 continue
             try:
-                await asyncio.to_thread(self._write, write)
+                await self._write(write)
             except StoreUnreachable:
                 raise
             except StoreFailure as failure:
@@ -230,7 +241,26 @@ class StoreWriter:
                 self._states.pop(write, None)
         return due
 
-    def _write(self, write: Write) -> None:
+    async def _write(self, write: Write) -> None:
+        """What waits is taken here, on the event loop: in the thread it could be taken between two steps of a caller.
+        StoreFailure; after StoreUnreachable it waits again."""
+        values: Any = None
+        if isinstance(write, PutBlob):
+            values = self._blobs.pop(write, None)
+        elif isinstance(write, SetStates):
+            values = self._states.pop(write, None)
+        if isinstance(write, PutBlob | SetStates) and values is None:
+            return  # written with an earlier one
+        try:
+            await asyncio.to_thread(self._write_now, write, values)
+        except StoreUnreachable:
+            if isinstance(write, PutBlob):
+                self._blobs.setdefault(write, values)
+            elif isinstance(write, SetStates):
+                self._states[write] = values
+            raise
+
+    def _write_now(self, write: Write, values: Any) -> None:
         match write:
             case PutProfile(profile):
                 self._target(write.as_leader).put_profile(profile)
@@ -241,32 +271,14 @@ class StoreWriter:
             case SetState(key, value):
                 self._target(write.as_leader).set_state(key, value)
             case SetStates():
-                self._write_states(write)
+                self._target(write.as_leader).set_states(values)
             case RaiseState(key, number):
                 self._target(write.as_leader).raise_state(key, number)
             case PutBlob(key):
-                data = self._blobs.pop(write, None)
-                if data is None:  # a newer one was written in its place
-                    return
-                try:
-                    self._target(write.as_leader).put_blob(key, data)
-                except StoreUnreachable:
-                    self._blobs.setdefault(write, data)
-                    raise
+                self._target(write.as_leader).put_blob(key, values)
             case SendCommand(name, command):
                 if self._store.shared is not None:
                     self._store.shared.send_command(name, command)
-
-    def _write_states(self, write: SetStates) -> None:
-        values = self._states.pop(write, None)
-        if values is None:
-            return
-        try:
-            self._target(write.as_leader).set_states(values)
-        except StoreUnreachable:
-            # Newer values may wait by now: they win.
-            self._states[write] = values | self._states.get(write, {})
-            raise
 
     def _target(self, as_leader: bool) -> StoreWrites:
         return self._store.shared.as_leader if as_leader and self._store.shared is not None else self._store
