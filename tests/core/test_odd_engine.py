@@ -92,3 +92,26 @@ def test_strata_are_bounded_and_figures_that_are_none_are_left_out() -> None:
         state = update(state, f"kind {n}", Unit("engine 1", float("nan"), 1), float(n))
     assert len(state.blocks) == MAX_STRATA
     assert len(state.tests) == 1
+
+
+def test_of_two_engines_both_are_named_until_the_one_that_differs_is_repaired() -> None:
+    rng, state, changes = np.random.default_rng(0), init(ALPHA), [[]]
+    for n in range(1200):
+        engine = int(rng.integers(2))
+        level = 0.6 if engine == 1 and n < 800 else 0.1
+        state = update(state, "chat", Unit(f"engine {engine}", level * rng.lognormal(0.0, 0.5), 50), float(n))
+        if named(state) != changes[-1]:
+            changes.append(named(state))
+        if n == 799:
+            assert named(state) == ["engine 0", "engine 1"]
+    assert len([found for found in changes if len(found) == 2]) == 1, "the alarm does not flap"
+    assert not named(state)
+    assert state.begun == 4
+
+
+def test_a_block_of_one_engine_alone_is_no_recovery() -> None:
+    """It has nothing to be compared with."""
+    state = lived(init(ALPHA), 200, odd=2)
+    for n in range(400):
+        state = update(state, "code", Unit("engine 2", 0.03, 50), 200.0 + n)
+    assert named(state) == ["engine 2"]

@@ -166,12 +166,17 @@ def _begin(alpha: float, begun: int) -> tuple[EngineTest, int]:
 
 
 def _use(state: OddEngines, block: Block, now: float) -> OddEngines:
-    """Test every engine on a complete block. An engine that is known to differ is not among "the others"."""
+    """Test every engine on a complete block. An engine that is known to differ is not among "the others", unless the
+    block has no others: of two engines both differ."""
     tests, begun = dict(state.tests), state.begun
     known = {name for name, test in state.tests.items() if test.crossing is not None}
-    for name in {unit.engine for unit in block.units} & tests.keys():
-        units = [unit for unit in block.units if unit.engine == name or unit.engine not in known]
+    present = {unit.engine for unit in block.units}
+    for name in sorted(present & tests.keys()):
+        left_out = known - {name} if present - known - {name} else frozenset()
+        units = [unit for unit in block.units if unit.engine not in left_out]
         own = np.array([unit.engine == name for unit in units])
+        if own.all():
+            continue  # nothing to compare with: neither evidence nor recovery
         factors = log_e_values(np.array([unit.figure for unit in units]), own)
         test = tests[name]
         if test.crossing is None:
