@@ -21,6 +21,7 @@ from hemostat.ipc.messages import Capture, Policy
 from hemostat.profiles.serving import ServedModel
 from hemostat.reference import monitor
 from hemostat.reference.pair import ReferenceState
+from hemostat.reference.protocol import ScoreRequest
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +120,22 @@ async def test_each_model_is_compared_with_itself_for_its_own_noise_floor(tmp_pa
             assert status["noise_floor"] == {}
             asked = [body["model"] for _, body in upstream.seen if body.get("prompt_logprobs") and "prompt" in body]
             assert asked[-1:] == ["b"]
+
+
+async def test_the_noise_floor_is_measured_where_the_first_engine_is_down(tmp_path: Path) -> None:
+    async with running(FakeVllm(model="a")) as engine, running(FakeVllm()) as first:
+        made = settings(
+            upstream={"urls": ["http://127.0.0.1:9", engine.url]},
+            reference={"backend": "vllm", "url": first.url},
+            shadow={"rate": 1.0, "top_k": 4, "floor_fraction": 1.0},
+        )
+        async with control(tmp_path, made, loops=True) as one:
+            await until(lambda: one.monitor.ready or "does not answer" in one.monitor.detail)
+            assert one.monitor.ready, one.monitor.detail
+            assert one.compressed_scorer is not None
+            tokens = np.arange(3, dtype=np.int32)
+            scores = await one.compressed_scorer.score(ScoreRequest(tokens, tokens, tokens[:, None]))
+            assert len(scores.emitted) == 3
 
 
 async def test_without_a_mapping_the_reference_belongs_to_the_first_model(tmp_path: Path) -> None:

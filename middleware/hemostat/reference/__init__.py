@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hemostat.config.schema import ModelReference, Settings
 from hemostat.reference.protocol import Reference
 from hemostat.reference.references import References
+
+if TYPE_CHECKING:
+    from hemostat.reference.vllm import VllmReference
 
 
 def make_references(settings: Settings) -> References | None:
@@ -48,7 +53,7 @@ def _make(settings: Settings, one: ModelReference | None) -> Reference:
     )
 
 
-def make_compressed_scorer(settings: Settings) -> Reference | None:
+def make_compressed_scorer(settings: Settings) -> VllmReference | None:
     """The upstream as a scorer of its own tokens, for the noise floor; None where that is not measured."""
     if settings.reference.backend == "none" or settings.shadow.floor_fraction <= 0.0:
         return None

@@ -17,10 +17,11 @@ from hemostat.reference.listing import served_pairs, with_adapters, without_own
 from hemostat.reference.match import compare
 from hemostat.reference.pair import ModelPair, ReferenceState, ServedModels
 from hemostat.reference.probes import State, probe_shadowing
-from hemostat.reference.protocol import Reference, ReferenceFailure
+from hemostat.reference.protocol import ReferenceFailure
 from hemostat.reference.references import References
 from hemostat.reference.server import ModelCard, VllmServer
 from hemostat.reference.thinking_markers import find_markers
+from hemostat.reference.vllm import VllmReference
 
 log = logging.getLogger("hemostat.control")
 
@@ -38,7 +39,8 @@ class ReferenceMonitor:
     """Owns what is known of all models (`served`), and whether any requests can be scored (`state`, `detail`).
 
     references: None with `reference.backend: none`; then `run` returns at once.
-    compressed_scorer: the upstream as a scorer of its own tokens, for the noise floor; it is started with the rest.
+    compressed_scorer: the upstream as a scorer of its own tokens, for the noise floor; it is started with the rest, at
+        the engine that was compared.
     scores_fail: True while the circuit breaker of this served base model is open.
     refused: how many sampled requests the upstream has refused so far, for what Hemostat asked on top. More of them
         mean that it may have been restarted with a lower --max-logprobs.
@@ -50,7 +52,7 @@ class ReferenceMonitor:
         references: References | None,
         settings: Settings,
         *,
-        compressed_scorer: Reference | None,
+        compressed_scorer: VllmReference | None,
         scores_fail: Callable[[str], bool],
         refused: Callable[[], float],
         on_change: Callable[[], None],
@@ -123,6 +125,7 @@ class ReferenceMonitor:
                 if pair.state is not ReferenceState.READY:
                     self._update(await self._compared(pair, server))
             if self._compressed_scorer is not None:
+                self._compressed_scorer.use(server)
                 await self._compressed_scorer.start()
         except ReferenceFailure as failure:
             self._set_state(ReferenceState.STARTING, f"the upstream does not answer: {failure}")

@@ -58,10 +58,14 @@ class VllmReference:
     ) -> None:
         """url: the server's root. model: the served name, None for the first. top_k: ids requested for each position,
         at most the server's --max-logprobs. ca: PEM file to trust instead of the system's authorities."""
-        self._server = VllmServer(url, api_key, ca=ca)
+        self._own_server = self._server = VllmServer(url, api_key, ca=ca)
         self._wanted = model
         self._top_k = top_k
         self._card: ModelCard | None = None
+
+    def use(self, server: VllmServer) -> None:
+        """Score at another server of the same model from the next start on; whoever made it closes it."""
+        self._server = server
 
     async def start(self) -> ReferenceInfo:
         """Asks the server every time: it may have restarted with another model."""
@@ -149,7 +153,7 @@ class VllmReference:
         return await self._server.tokenize(self._started().id, text)
 
     async def close(self) -> None:
-        await self._server.close()
+        await self._own_server.close()
 
     def _started(self) -> ModelCard:
         if self._card is None:
