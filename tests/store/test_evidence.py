@@ -86,7 +86,7 @@ async def test_the_next_leader_goes_on_from_what_the_last_one_had_learned(
 
 async def hand_over(ones: Replicas) -> None:
     """The leader dies: it writes nothing more, and the second one takes over."""
-    leader, other = ones.controls
+    leader, other, *_ = ones.controls
     assert leader.replica is not None
     assert other.replica is not None
     assert leader.store.shared is not None
@@ -112,6 +112,25 @@ async def test_alarms_are_of_all_replicas_and_shown_by_each(shared_server: Valke
         assert [len(one.alarms.events) for one in ones.controls] == [1, 1, 1]
         report = await ones.controls[0].actions.rebase(None)
         assert all(kind["baseline_requests"] == 0 for kind in report["kinds"])
+
+
+async def test_the_engine_that_differs_is_named_once_by_the_evidence_of_all(
+    shared_server: Valkey, tmp_path: Path
+) -> None:
+    async with replicas(shared_server.url, tmp_path, 3) as ones:
+        for n in range(200):
+            world = STRONGLY_BIASED if n % 4 == 2 else EVEN
+            ones.score(3 * n + 1 + n % 2, world.truth(n), b"%d" % n, engine=f"e{n // 2 % 2}{n % 2}")
+            assert not any(one.by_engine.odd for one in ones.controls[1:]) or ones.leader.by_engine.odd
+            if n % 10 == 9:
+                await ones.turn()
+        await ones.turn()
+        assert [one.by_engine.odd for one in ones.controls] == [{"e10"}] * 3
+        events = [event["why"] for event in ones.controls[0].store.events(100)]
+        assert events.count("engine e10 is not like the others") == 1, "not once by each replica"
+        assert sum(row["requests"] for row in ones.leader.by_engine.report()) == 200, "the leader itself scored none"
+        await hand_over(ones)
+        assert ones.leader.by_engine.odd == {"e10"}
 
 
 async def test_a_conversation_counts_once_whichever_replicas_its_turns_go_to(
@@ -245,7 +264,7 @@ async def test_what_cannot_be_used_is_counted_and_the_rest_is_used(shared_server
         assert leader.evidence is not None
         assert follower.evidence is not None
         lane, judging = follower.evidence.lanes[0], leader.evidence.lanes[0]
-        damaged = ScoredUnit("chat", b"u", False, b"", 3, True, False, ("x", "y"), None)  # type: ignore[arg-type]
+        damaged = ScoredUnit("chat", b"u", False, b"", 3, True, False, ("x", "y"), None, None)  # type: ignore[arg-type]
         lane.outbox.add(UNITS.encode(damaged))
         await lane.outbox.send()
         await judging.inbox.take()

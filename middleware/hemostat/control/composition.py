@@ -100,7 +100,7 @@ class Control:
         self.salt = Salt(self.store, self.store_errors, changes.notify)
         floors = MODELS if settings.shadow.floor_fraction > 0.0 else ()
         self.alarms = Alarms(settings.alarm, floors, evidence_writes, wall)
-        self.by_engine = ByEngine(settings.alarm.engine_alpha, self.writer.as_leader, self.writer.as_replica, wall)
+        self.by_engine = ByEngine(settings.alarm.engine_alpha, evidence_writes, wall)
         self.profile_manager = ProfileManager(
             calibration,
             evidence_writes,
@@ -147,7 +147,9 @@ class Control:
         self.grammars = GrammarMasks(settings.grammar, clock)
         seen, exchange = SeenUnits(), None
         if self.evidence is not None:
-            exchange = self.evidence.connect(self.alarms, self.profile_manager, self.outcomes, seen, self.learned)
+            exchange = self.evidence.connect(
+                self.alarms, self.by_engine, self.profile_manager, self.outcomes, seen, self.learned
+            )
         self.pipeline = ScoringPipeline(
             settings,
             self.monitor,

@@ -2,7 +2,8 @@
 
 The test is `hemostat_calibration.alarm.odd_engine`; a stratum is a kind of traffic with what was applied to it. A
 request counts in the test only if it is an observation of its own, in the sums always. Without the name of an engine (a
-record of an earlier version) it counts in neither.
+record of an earlier version) it counts in neither. Of several replicas each has its own sums; there is one test, the
+leader's, of the requests of all.
 """
 
 from __future__ import annotations
@@ -37,24 +38,20 @@ SAVE_SECONDS = 60.0
 class ByEngine:
     """Lives in the control process's event loop.
 
-    alpha: probability that any engine is ever named that does not differ. state_writes, event_writes, wall: as in
-    `alarms.Alarms`.
+    alpha: probability that any engine is ever named that does not differ. writes, wall: as in `alarms.Alarms`.
     """
 
-    def __init__(
-        self, alpha: float, state_writes: StoreWrites, event_writes: StoreWrites, wall: Callable[[], float]
-    ) -> None:
+    def __init__(self, alpha: float, writes: StoreWrites, wall: Callable[[], float]) -> None:
         self._test = odd_engine.init(alpha)
         self._totals: OrderedDict[str, tuple[int, float]] = OrderedDict()
         """By engine, the one that answered last at the end: tokens with a finite KL, and their KL."""
         self._raised: frozenset[str] = frozenset()
-        self._state_writes = state_writes
-        self._event_writes = event_writes
+        self._writes = writes
         self._wall = wall
         self._saved_at = wall()
 
-    def observe(self, record: TokenRecord, figures: TokenDivergence, *, fresh: bool) -> None:
-        """One scored request, its raw figures. fresh: it is an observation of its own."""
+    def count(self, record: TokenRecord, figures: TokenDivergence) -> None:
+        """One request that was scored here, its raw figures, in the sums."""
         if not record.engine:
             return
         kl = figures.kl_rc[np.isfinite(figures.kl_rc)]
@@ -62,13 +59,14 @@ class ByEngine:
         self._totals[record.engine] = (tokens + len(kl), nats + float(kl.sum()))
         if len(self._totals) > odd_engine.MAX_ENGINES:
             self._totals.popitem(last=False)
-        if not fresh or not len(kl):
-            return
-        stratum = f"{record.kind or REST_KIND} {record.applied or ''}"
+
+    def observe_unit(self, kind: str, applied: str, unit: odd_engine.Unit) -> None:
+        """One scored request that is an observation of its own, here or at another replica: see `engine_unit`.
+
+        applied: version of the profile, "" for identity.
+        """
         now = self._wall()
-        self._test = odd_engine.update(
-            self._test, stratum, odd_engine.Unit(record.engine, float(kl.mean()), len(kl)), now
-        )
+        self._test = odd_engine.update(self._test, f"{kind or REST_KIND} {applied}", unit, now)
         self._note()
         if now - self._saved_at >= SAVE_SECONDS:
             self.save()
@@ -86,15 +84,17 @@ class ByEngine:
             log.warning("%s", why)
             evidence = next((row for row in self.report() if row["engine"] == engine), {})
             event = {"at": self._wall(), "decision": "alarm", "version": "", "why": why, "evidence": evidence}
-            self._event_writes.append_event(event)
-        self._raised = raised
+            self._writes.append_event(event)
+        changed, self._raised = raised != self._raised, raised
+        if changed:
+            self.save()
 
     # --- restarts --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Queue a write of the test's state."""
         self._saved_at = self._wall()
-        self._state_writes.set_state(STATE_KEY, save_engines(self._test).decode())
+        self._writes.set_state(STATE_KEY, save_engines(self._test).decode())
 
     def restore(self, stored: str | None) -> None:
         """Go on from what an earlier run stored: alpha that it spent is not spent again."""
@@ -116,8 +116,9 @@ class ByEngine:
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def report(self) -> list[dict[str, Any]]:
-        """By engine; JSON-ready. farther: its divergence is higher than the others', where it is odd. evidence: in
-        parts of what raises the alarm. on_tokens: of its own, on which it was raised."""
+        """By engine; JSON-ready. tokens, kl_nats: of what was scored here; the rest is of all replicas. farther: its
+        divergence is higher than the others', where it is odd. evidence: in parts of what raises the alarm. on_tokens:
+        of its own, on which it was raised."""
         tests = {one.engine: one for one in odd_engine.readings(self._test)}
         found = []
         for engine in sorted(tests.keys() | self._totals.keys()):
@@ -146,6 +147,12 @@ class ByEngine:
         for test in odd_engine.readings(self._test):
             yield Sample(names.ENGINE_ODD, (test.engine,), float(test.raised is not None))
             yield Sample(names.ENGINE_ODD_EVIDENCE_RATIO, (test.engine,), _part(test))
+
+
+def engine_unit(record: TokenRecord, figures: TokenDivergence) -> odd_engine.Unit | None:
+    """What the test needs of a scored request, its raw figures; None where it says nothing of an engine."""
+    kl = figures.kl_rc[np.isfinite(figures.kl_rc)]
+    return odd_engine.Unit(record.engine, float(kl.mean()), len(kl)) if record.engine and len(kl) else None
 
 
 def _part(test: odd_engine.EngineReading) -> float:

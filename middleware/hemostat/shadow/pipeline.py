@@ -30,7 +30,7 @@ from hemostat.config.schema import Settings
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import Capture
 from hemostat.measurement.alarms import Alarms
-from hemostat.measurement.by_engine import ByEngine
+from hemostat.measurement.by_engine import ByEngine, engine_unit
 from hemostat.measurement.by_model import OtherModels
 from hemostat.measurement.coverage import Coverage
 from hemostat.measurement.measurements import Measurements
@@ -250,7 +250,7 @@ class ScoringPipeline:
             gains=gains,
             fresh=fresh,
         )
-        consumers.engines.observe(record, figures, fresh=fresh)
+        consumers.engines.count(record, figures)
         self._offer_for_noise_floor(pair, record, capture, fresh=fresh)
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
@@ -260,6 +260,8 @@ class ScoringPipeline:
             self._share(back, capture, figures, gains, fresh=fresh)
             if fresh and self._counts_here:
                 consumers.alarms.observe(back, figures)
+                if (unit := engine_unit(back, figures)) is not None:
+                    consumers.engines.observe_unit(back.kind, back.applied or "", unit)
             self._judge(back, capture, figures, gains, fresh=fresh)
 
         versions = profiles.distance_versions(record)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from hemostat.control.evidence import units
 from hemostat.control.evidence.checkpoint import Checkpoint
 from hemostat.control.evidence.lane import Lane
-from hemostat.control.evidence.units import AlarmPart, JudgedPart, NoiseFloorUnit, OutcomeUnit, ScoredUnit
+from hemostat.control.evidence.units import AlarmPart, EnginePart, JudgedPart, NoiseFloorUnit, OutcomeUnit, ScoredUnit
 from hemostat.ipc.messages import OutcomeReport
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_engine import ByEngine, engine_unit
 from hemostat.measurement.outcomes import Outcomes
 from hemostat.profiles.manager import ProfileManager
 from hemostat.profiles.units import HeldOutUnit
 from hemostat.shadow.seen_units import SeenUnits
 from hemostat.store.lease import Lease
 from hemostat_calibration import alarm
+from hemostat_calibration.alarm import odd_engine
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.divergence.per_token import TokenDivergence
 from hemostat_calibration.divergence.record_gains import RecordGains
@@ -26,8 +28,11 @@ class UnitConsumers:
     seen: of the leader's own requests, too.
     """
 
-    def __init__(self, alarms: Alarms, profiles: ProfileManager, outcomes: Outcomes, seen: SeenUnits) -> None:
+    def __init__(
+        self, alarms: Alarms, engines: ByEngine, profiles: ProfileManager, outcomes: Outcomes, seen: SeenUnits
+    ) -> None:
         self._alarms = alarms
+        self._engines = engines
         self._profiles = profiles
         self._outcomes = outcomes
         self._seen = seen
@@ -51,6 +56,9 @@ class UnitConsumers:
             else:
                 divergences, spreads = units.unpacked(unit.alarm.divergences), units.unpacked(unit.alarm.spreads)
                 self._alarms.observe_unit(kind, divergences, spreads)
+        if unit.engine is not None and fresh:
+            of = unit.engine
+            self._engines.observe_unit(kind, of.applied, odd_engine.Unit(of.engine, of.figure, of.tokens))
         if unit.judged is not None and profiles.serving.active:
             judged, distances = unit.judged, units.unpacked_distances(unit.judged.distances)
             of_tests = HeldOutUnit(
@@ -95,9 +103,11 @@ class EvidenceExchange:
     def share_scored(
         self, record: TokenRecord, kind: str, figures: TokenDivergence | None, gains: RecordGains, *, fresh: bool
     ) -> None:
-        counted = None
+        counted = answered = None
         if figures is not None and fresh:
             counted = AlarmPart(units.packed(figures.kl_rc), units.packed(alarm.spread(record)))
+            if (of := engine_unit(record, figures)) is not None:
+                answered = EnginePart(of.engine, record.applied or "", of.figure, of.tokens)
         unit = ScoredUnit(
             kind=kind,
             unit=record.unit,
@@ -107,6 +117,7 @@ class EvidenceExchange:
             fresh=fresh,
             adapted=record.adapter is not None,
             alarm=counted,
+            engine=answered,
             judged=self._judged(record, gains),
         )
         if self.counts_here:

@@ -13,6 +13,8 @@ from hemostat.control.evidence.lane import Lane
 from hemostat.control.evidence.positions import Positions
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
+from hemostat.measurement.by_engine import STATE_KEY as ENGINES_STATE
+from hemostat.measurement.by_engine import ByEngine
 from hemostat.measurement.outcomes import STATE_KEY as OUTCOMES_STATE
 from hemostat.measurement.outcomes import Outcomes
 from hemostat.metrics.samples import Sample
@@ -23,7 +25,7 @@ from hemostat.shadow.seen_units import SeenUnits
 from hemostat.store.lease import Lease
 from hemostat.store.protocol import SharedStore, StoreFailure, StoreWrites
 
-CHECKPOINT_KEYS = frozenset((SERVING_KEY, TESTS_KEY, ALARM_STATE, OUTCOMES_STATE))
+CHECKPOINT_KEYS = frozenset((SERVING_KEY, TESTS_KEY, ALARM_STATE, ENGINES_STATE, OUTCOMES_STATE))
 """Of the store's state, what evidence goes into."""
 EVIDENCE, LEARNING = "evidence", "learning"
 """The streams: what is judged by, and what was learned. Their positions are kept with different states."""
@@ -79,11 +81,17 @@ class SharedEvidence:
         self.lanes: list[Lane] = []
 
     def connect(
-        self, alarms: Alarms, profiles: ProfileManager, outcomes: Outcomes, seen: SeenUnits, learned: LearnedState
+        self,
+        alarms: Alarms,
+        engines: ByEngine,
+        profiles: ProfileManager,
+        outcomes: Outcomes,
+        seen: SeenUnits,
+        learned: LearnedState,
     ) -> EvidenceExchange:
         around, writer = self._around, profiles.writer
-        self.checkpoint.set_owners(writer.write_serving, writer.write_tests, alarms.save, outcomes.save)
-        consumers = UnitConsumers(alarms, profiles, outcomes, seen)
+        self.checkpoint.set_owners(writer.write_serving, writer.write_tests, alarms.save, engines.save, outcomes.save)
+        consumers = UnitConsumers(alarms, engines, profiles, outcomes, seen)
         evidence = around.lane(EVIDENCE, self.positions, POSITIONS_KEY, consumers.use, on_change=self._evidence_used)
         learning = around.lane(
             LEARNING,

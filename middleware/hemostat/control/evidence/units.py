@@ -27,6 +27,16 @@ class AlarmPart(msgspec.Struct, frozen=True, array_like=True):
     """[T], nats"""
 
 
+class EnginePart(msgspec.Struct, frozen=True, array_like=True):
+    """What the test of the engines needs: see `odd_engine.Unit`."""
+
+    engine: str
+    applied: str
+    """Version of the profile, "" for identity."""
+    figure: float
+    tokens: int
+
+
 class JudgedPart(msgspec.Struct, frozen=True, array_like=True):
     """What tests of profiles need of a held-out request."""
 
@@ -55,6 +65,8 @@ class ScoredUnit(msgspec.Struct, tag="scored", frozen=True, array_like=True):
     """Its lists are of an adapter, not of the compressed model itself."""
     alarm: AlarmPart | None
     """None where the alarm does not count it."""
+    engine: EnginePart | None
+    """None where the test of the engines does not count it."""
     judged: JudgedPart | None
     """None where it is of the learning side, or of another model."""
 
