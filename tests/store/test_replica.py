@@ -30,7 +30,7 @@ from tests.support.valkey import Valkey
 from hemostat.config.schema import Settings
 from hemostat.control import composition
 from hemostat.control.composition import Control
-from hemostat.ipc.messages import REST_KIND, Policy
+from hemostat.ipc.messages import REST_KIND, EngineHealth, Policy
 from hemostat.store import replica as replica_module
 from hemostat.store import writer as writer_module
 from hemostat.store.protocol import StoreAccessDenied, StoredProfile
@@ -270,7 +270,9 @@ async def test_a_store_that_lost_its_data_gets_it_again(tmp_path: Path) -> None:
         async with replicas(server, tmp_path) as ones:
             mine = profile()
             await ones[0].actions.promote(await ones[0].actions.import_profile(mine.to_bytes(), ""), None)
-            await until(lambda: agree(ones, mine.version))
+            ones[0].upstreams._reported = lambda: [[EngineHealth("a:1", "up", False, 0, 0, 0, 0)]]
+            ones[0].upstreams.drain("a:1")
+            await until(lambda: agree(ones, mine.version) and ones[1].upstreams.drained == {"a:1"})
             begun = ones[0].profile_manager.report.status()["tests_begun"]["serving"]
             server.kill()
             server.start()
@@ -279,7 +281,9 @@ async def test_a_store_that_lost_its_data_gets_it_again(tmp_path: Path) -> None:
             await until(lambda: store.get_profile(mine.version) is not None)
             await until(lambda: mine.version in (store.get_state("kinds") or ""))
             await until(lambda: json.loads(store.get_state("tests") or "{}").get("windows") == {"rest": begun})
+            await until(lambda: store.get_state("drained_engines") == '["a:1"]')
             assert agree(ones, mine.version)
+            assert [one.upstreams.drained for one in ones] == [{"a:1"}] * 2
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -144,7 +144,7 @@ class StoredState:
             self._outcomes.restore(states[OUTCOMES_STATE])
             if self._positions is not None:
                 self._positions.restore(states[POSITIONS_KEY])
-        self._upstreams.restore(states[UPSTREAMS_STATE])
+            self._upstreams.restore(states[UPSTREAMS_STATE])
         self._read(states)
         self._subject.update()
         self._on_change()
@@ -157,6 +157,7 @@ class StoredState:
         self._alarms.save()
         self._by_engine.save()
         self._outcomes.save()
+        self._upstreams.save()
         if self._models is not None:
             self._writes.set_state(MODELS_KEY, self._models)
 

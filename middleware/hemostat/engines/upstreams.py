@@ -80,6 +80,10 @@ class UpstreamEngines:
             )
         self.drained = self.drained - {engine} if ends else self.drained | {engine}
         log.warning("engine %s is %s", engine, "not drained any more" if ends else "drained")
+        self.save()
+
+    def save(self) -> None:
+        """Queue a write of which engines are drained."""
         self._writes.set_state(STATE_KEY, json.dumps(sorted(self.drained)))
 
     def restore(self, stored: str | None) -> None:
