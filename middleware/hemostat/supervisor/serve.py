@@ -175,16 +175,22 @@ class Supervisor:
             return
         settings = plan.settings
         report = {"loaded_at": time.time(), "error": "", "needs_restart": plan.needs_restart}
+        bound, control_replaced = len(self._sockets.data), False
         try:
+            # The control process first: where it does not start, no request has gone where new relays would send it.
+            if plan.replaces_control:
+                await self._control.replace(control_launch(settings, self._sockets, self._folder, report))
+                control_replaced = True
             await self._relays.replace(
                 relay_launches(settings, self._sockets, self._folder.control_socket, access_log), settings
             )
             self._access_log, access_log = access_log, self._access_log
-            if plan.replaces_control:
-                await self._control.replace(control_launch(settings, self._sockets, self._folder, report))
         except StartFailure as failure:
             log.error("SIGHUP: %s with the new configuration; the former one serves", failure)
             report = self._report | {"error": str(failure)}
+            self._sockets.withdraw(bound)
+            if control_replaced:
+                await self._restore_control()
         else:
             self._settings = settings
             logs.set_up(settings.log.level, settings.log.format)
@@ -198,6 +204,13 @@ class Supervisor:
         self._report = report
         self._control.send({"configuration": report})
         service.notify("READY=1")
+
+    async def _restore_control(self) -> None:
+        """Begin the control process with the former configuration again: the relays did not start with the new one."""
+        try:
+            await self._control.replace(control_launch(self._settings, self._sockets, self._folder, self._report))
+        except StartFailure as failure:
+            log.error("SIGHUP: %s with the former configuration; the control process has the new one", failure)
 
     def _start_successor(self) -> Channel | None:
         """Start the program anew, as this process was started."""

@@ -45,7 +45,7 @@ class Sockets:
     def provide(self, workers: int) -> None:
         """Bind more sockets to the data port, as far as it can be shared, until each relay has its own.
 
-        There are never fewer again: what waits in the queue of a closed socket would be lost.
+        Once relays accept on them there are never fewer: what waits in the queue of a closed socket would be lost.
         """
         first = self.data[0]
         while len(self.data) < min(workers, MAX_DATA_SOCKETS) and first.getsockopt(
@@ -55,6 +55,11 @@ class Sockets:
                 self.data.append(_listen(first.family, first.getsockname()[:2], reuse_port=True))
             except OSError:
                 return  # made by another user, such as systemd's: the relays share what there is
+
+    def withdraw(self, number: int) -> None:
+        """Close those beyond the first `number`, which no relay accepts on: what connects there would hang."""
+        while len(self.data) > number:
+            self.data.pop().close()
 
     def of_worker(self, worker: int, workers: int) -> list[socket.socket]:
         """Those that one relay accepts on: every socket belongs to a relay, and every relay has one."""

@@ -1,0 +1,97 @@
+"""A reload that fails half-way leaves the former processes, settings and sockets; see test_restarts for real ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
+
+import pytest
+
+from hemostat.config.schema import Settings
+from hemostat.supervisor.child import Launch, StartFailure
+from hemostat.supervisor.commands import Commands
+from hemostat.supervisor.run_folder import RunFolder
+from hemostat.supervisor.serve import Supervisor
+from hemostat.supervisor.sockets import Sockets, open_sockets
+
+
+def settings(url: str, workers: int = 1) -> Settings:
+    sections = {"listen": {"host": "127.0.0.1", "port": 0}, "admin": {"port": 0}, "workers": workers}
+    return Settings.model_validate({"upstream": {"url": url}, **sections})
+
+
+class FakeProcesses:
+    """Stands for both `Relays` and `ControlProcess`; remembers what they were replaced with, in order."""
+
+    def __init__(self) -> None:
+        self.replaced: list[tuple[str, str]] = []
+        """Which, and the upstream's address."""
+        self.failing = ""
+        self.reports: list[dict[str, Any]] = []
+
+    async def start(self, which: str, upstream: str) -> None:
+        self.replaced.append((which, upstream))
+        if which == self.failing and upstream == "http://new":
+            raise StartFailure(which, 1)
+
+    def send(self, message: dict[str, Any]) -> None:
+        if "configuration" in message:
+            self.reports.append(message["configuration"])
+
+
+class FakeControl(FakeProcesses):
+    async def replace(self, launch: Launch) -> None:
+        await self.start("control", launch.settings["settings"]["upstream"]["url"])
+
+
+class FakeRelays:
+    def __init__(self, processes: FakeProcesses) -> None:
+        self._processes = processes
+
+    async def replace(self, launches: Sequence[Launch], _: Settings) -> None:
+        await self._processes.start("relays", launches[0].settings["upstream"]["urls"][0])
+
+
+@pytest.fixture
+async def sockets() -> AsyncIterator[Sockets]:
+    former = settings("http://former")
+    opened = open_sockets(former.listen, former.admin, {}, by_service=False)
+    yield opened
+    opened.close()
+
+
+async def reload(sockets: Sockets, failing: str) -> FakeControl:
+    commands, folder = Commands(), RunFolder.make(None)
+    supervisor = Supervisor(
+        settings("http://former"), lambda: settings("http://new", 3), print, commands, sockets, folder
+    )
+    control = FakeControl()
+    control.failing = failing
+    supervisor._control, supervisor._relays = cast("Any", control), cast("Any", FakeRelays(control))
+    try:
+        await asyncio.wait_for(supervisor._reload(), 30.0)
+    finally:
+        commands.close()
+        folder.remove()
+    return control
+
+
+async def test_no_relay_is_replaced_where_the_control_process_does_not_start(sockets: Sockets) -> None:
+    control = await reload(sockets, "control")
+    assert control.replaced == [("control", "http://new")]
+    assert control.reports[-1]["error"] == "control did not start"
+
+
+async def test_relays_that_do_not_start_leave_neither_a_new_control_process_nor_sockets(sockets: Sockets) -> None:
+    control = await reload(sockets, "relays")
+    assert control.replaced == [("control", "http://new"), ("relays", "http://new"), ("control", "http://former")]
+    assert control.reports[-1]["error"] == "relays did not start"
+    assert len(sockets.data) == 1, "on others no relay accepts"
+
+
+async def test_what_starts_is_replaced_once(sockets: Sockets) -> None:
+    control = await reload(sockets, "")
+    assert control.replaced == [("control", "http://new"), ("relays", "http://new")]
+    assert control.reports[-1]["error"] == ""
+    assert len(sockets.data) == 3
