@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,3 +166,39 @@ async def test_a_torn_line_is_ended_before_the_next_one(file: File, monkeypatch:
     torn, whole = file.lines()
     assert len(torn) == 30
     assert json.loads(whole)["request_id"] == "id"
+
+
+async def test_a_write_to_a_pipe_ends_with_a_line_and_is_not_mixed_with_another_relays(
+    file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel keeps writes of up to PIPE_BUF bytes together."""
+    reading, writing = os.pipe()
+    log = AccessLog(writing, "json", file.drop)
+    write, written = os.write, list[bytes]()
+    monkeypatch.setattr(os, "write", lambda descriptor, data: written.append(bytes(data)) or write(descriptor, data))
+    for _ in range(100):
+        log.add(LINE)
+    await log.close(timeout=30.0)
+    assert b"".join(written).count(b"\n") == 100
+    assert all(len(data) <= select.PIPE_BUF and data.endswith(b"\n") for data in written)
+    assert len(written) < 10
+    os.close(reading)
+    os.close(writing)
+
+
+BLOCKED = """
+import asyncio, os
+from hemostat.relay.access_log import AccessLog, Line
+
+async def run() -> None:
+    log = AccessLog(os.pipe()[1], "json", lambda lines: None)
+    for _ in range(1000):
+        log.add(Line("", "GET", "other", 200, "ok", 1, 0.5, None, "none", "id" * 60))
+    await log.close(timeout=0.1)
+
+asyncio.run(run())
+"""
+
+
+def test_a_pipe_that_nobody_reads_does_not_keep_the_process_from_its_end() -> None:
+    assert subprocess.run([sys.executable, "-c", BLOCKED], timeout=60, check=False).returncode == 0

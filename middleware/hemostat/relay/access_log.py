@@ -8,13 +8,17 @@ not fit into the buffer, or cannot be written, is dropped and counted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import select
+import stat
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from queue import SimpleQueue
 from typing import Literal
 
 import msgspec
@@ -74,10 +78,15 @@ class AccessLog:
         self._waiting: list[bytes] = []
         self._bytes = 0
         """In `_waiting`."""
-        self._thread = ThreadPoolExecutor(1, "access-log")
-        self._writing: asyncio.Future[int] | None = None
+        self._handed_over: SimpleQueue[bytes | None] = SimpleQueue()
+        """To the thread; None: it ends."""
+        self._writing: asyncio.Future[None] | None = None
+        self._piece = MAX_BUFFERED_BYTES if stat.S_ISREG(os.fstat(descriptor).st_mode) else select.PIPE_BUF
+        """Bytes of one write. Relays share the descriptor: a longer write to a pipe may be mixed with another's."""
         self._torn = False
         """The last line in the file lacks its end."""
+        # A daemon, unlike the threads of an executor: a pipe that nobody reads must not keep the process from its end.
+        threading.Thread(target=self._run, name="access-log", daemon=True).start()
 
     def request(
         self,
@@ -119,21 +128,34 @@ class AccessLog:
             data = b"".join(self._waiting)
             self._waiting = []
             self._bytes = 0
-            self._writing = self._loop.run_in_executor(self._thread, self._write, data)
-            self._writing.add_done_callback(self._written)
+            self._writing = self._loop.create_future()
+            self._handed_over.put(data)
 
-    def _written(self, writing: asyncio.Future[int]) -> None:
+    def _written(self, lost: int) -> None:
+        assert self._writing is not None
+        self._writing.set_result(None)
         self._writing = None
-        if not writing.cancelled() and (lost := writing.result()):
+        if lost:
             self._dropped(lost)
+
+    def _run(self) -> None:
+        """The thread."""
+        while (data := self._handed_over.get()) is not None:
+            lost = self._write(data)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._written, lost)
 
     def _write(self, data: bytes) -> int:
         """In the thread: the number of lines that could not be written."""
         rest = memoryview(b"\n" + data if self._torn else data)
         try:
             while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
-                self._torn = bool(rest)
+                piece = rest[: self._piece]
+                if len(piece) < len(rest) and (end := bytes(piece).rfind(b"\n") + 1):
+                    piece = piece[:end]
+                written = os.write(self._descriptor, piece)
+                self._torn = rest[written - 1] != ord("\n")
+                rest = rest[written:]
         except OSError:
             return bytes(rest).count(b"\n")
         return 0
@@ -144,7 +166,7 @@ class AccessLog:
             self.flush()
             if self._writing is not None:
                 await asyncio.wait((self._writing,), timeout=timeout)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._handed_over.put(None)
 
 
 def client_address(transport: asyncio.BaseTransport) -> str:
