@@ -183,22 +183,50 @@ async def test_requests_that_wait_for_a_connection_count_too() -> None:
         assert relay._context.budget.held_bytes == 0
 
 
+async def test_a_request_that_would_wait_beyond_the_memory_is_refused() -> None:
+    asked, go = asyncio.Event(), asyncio.Event()
+
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            asked.set()
+            await go.wait()
+            await connection.send(OK)
+
+    limits = Limits(buffered_body_bytes=1000, buffered_bytes=2000)
+    async with relaying(script, limits=limits, upstream_max_connections=1) as (relay, _, connect):
+        first, second, third = [await connect() for _ in range(3)]
+        await first.send(GET)
+        await asked.wait()
+        await second.send(post(b"x" * 1500))
+        await until(lambda: relay.upstreams.engines[0].pool.waiting == 1)
+        await third.send(post(b"x" * 900))
+        refused = await third.response("POST")
+        assert (refused.status, refused.get(b"retry-after")) == (503, [b"1"])
+        assert relay._context.budget.held_bytes < 2000
+        go.set()
+        for client, method in ((first, "GET"), (second, "POST")):
+            assert (await client.response(method)).status == 200
+        await third.send(post(b"x" * 900))
+        assert (await third.response("POST")).status == 200, "its connection stays open"
+        assert relay._context.budget.held_bytes == 0
+
+
 async def test_what_is_kept_to_be_sent_again_is_counted_and_given_up_first() -> None:
     go = asyncio.Event()
-    hooks = [SpyHook(lambda body: Rewrite(body or b"")) for _ in range(2)]
+    hooks = [SpyHook(lambda _: Rewrite(b"rewritten")) for _ in range(2)]
 
     async def script(connection: UpstreamConnection) -> None:
         while await connection.request() is not None:
             await go.wait()
             await connection.send(OK)
 
-    async with relaying(script, limits=Limits(buffered_bytes=2000), hook=HookSequence([*hooks])) as (relay, _, connect):
+    async with relaying(script, limits=Limits(buffered_bytes=1700), hook=HookSequence([*hooks])) as (relay, _, connect):
         first, second = await connect(), await connect()
         await first.send(post(b"x" * 900))
         await until(lambda: [one.exchange.state for one in relay.clients if one.exchange] == [ExchangeState.FORWARDED])
         budget = relay._context.budget
-        assert 900 < budget.held_bytes < 2000
-        await second.send(post(b"y" * 900))
+        assert budget.held_bytes == 900, "the client's own body; no copy of what was sent"
+        await second.send(post(b"y" * 100))
         await until(lambda: hooks[1].calls)
         # The second request cannot be kept, so that it is not rewritten either.
         assert hooks[1].calls == [("request", None)]
@@ -206,6 +234,51 @@ async def test_what_is_kept_to_be_sent_again_is_counted_and_given_up_first() -> 
         for client in first, second:
             assert (await client.response("POST")).status == 200
         assert budget.held_bytes == 0
+
+
+async def test_copies_for_the_case_of_a_failure_do_not_switch_sampling_off() -> None:
+    hooks = [SpyHook() for _ in range(9)]
+
+    async def script(connection: UpstreamConnection) -> None:
+        await asyncio.Event().wait()
+
+    async with relaying(script, limits=Limits(buffered_bytes=2000), hook=HookSequence([*hooks])) as (relay, _, connect):
+        for _ in hooks:
+            await (await connect()).send(post(b"x" * 300))
+        await until(lambda: hooks[-1].calls)
+        assert [hook.calls for hook in hooks] == [[("request", b"x" * 300)]] * 9
+        budget = relay._context.budget
+        await until(lambda: all(one.exchange.state is ExchangeState.FORWARDED for one in relay.clients if one.exchange))
+        assert 300 < budget.held_bytes <= 500, "the first one's copy"
+
+
+async def test_a_client_that_does_not_read_frees_its_upstream_connection() -> None:
+    async def script(connection: UpstreamConnection) -> None:
+        while await connection.request() is not None:
+            await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 20000000\r\n\r\n" + bytes(20_000_000))
+
+    limits = Limits(send_seconds=60.0)
+    async with relaying(script, limits=limits, upstream_max_connections=1) as (relay, upstream, connect):
+        client = await connect()
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await client.send(GET)
+        await until(lambda: any(one.write_paused for one in relay.clients))
+        (inside,) = relay.clients
+        now = relay._context.loop.time()
+        inside._stalled = 1, now - 1000.0
+        inside.sweep(now)  # it has taken bytes since
+        inside.sweep(now + 59.0)
+        assert not inside.transport.is_closing()
+
+        def swept() -> bool:
+            nonlocal now
+            now += 61.0  # again and again: the kernel may still take bytes for the client
+            inside.sweep(now)
+            return len(relay.clients) == 0
+
+        await until(swept)
+        await until(lambda: upstream.closed == 1)
+        assert relay.counters.requests["/v1/models", "client_gone"] == 1
 
 
 async def test_the_oldest_idle_connection_is_closed_for_a_new_one() -> None:

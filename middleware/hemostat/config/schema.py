@@ -376,7 +376,7 @@ class Limits(Section):
     on at most a quarter of `upstream.max_connections`."""
     buffered_bytes: int = Field(default=128 * 1024 * 1024, ge=1024 * 1024)
     """Of all bodies and waiting requests of a relay process. Beyond it the bodies that have been read for longest are
-    answered with 503."""
+    answered with 503, then requests that would have to wait."""
     body_bytes_per_second: int = Field(default=1024, ge=0)
     """Least rate of a body, on average over 20 seconds; a slower one gets status 408. 0: no limit."""
     connections: int = Field(default=16_384, ge=1, le=65_536)

@@ -72,6 +72,7 @@ class ClientConnection(asyncio.Protocol):
         "_buffer",
         "_clients",
         "_context",
+        "_stalled",
         "_tunnel",
         "_watcher",
         "eof",
@@ -107,6 +108,8 @@ class ClientConnection(asyncio.Protocol):
         self._advancing = False
         """`_advance` is running: it must not be entered again from an exchange that ends at once."""
         self._watcher: DisconnectWatcher | None = None
+        self._stalled = (0, 0.0)
+        """While writing is paused: the bytes that the client has not taken, and since when they are as many."""
 
     # Called by the event loop.
 
@@ -155,6 +158,7 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.write_paused = True
+        self._stalled = self.transport.get_write_buffer_size(), self._context.loop.time()
         if self.exchange is not None:
             self.exchange.pause_response()
 
@@ -358,6 +362,13 @@ class ClientConnection(asyncio.Protocol):
         """Enforce the time limits. Called about once a second; now: event-loop time."""
         limits = self._context.limits
         waited = now - self.since
+        if self.write_paused:
+            left = self.transport.get_write_buffer_size()
+            if left != self._stalled[0]:
+                self._stalled = left, now
+            elif now - self._stalled[1] > limits.send_seconds:
+                self.transport.abort()
+                return
         if self.state is _READING_HEAD:
             if self._buffer and waited > limits.head_seconds and not self.write_paused:
                 self._refuse(BadRequest(408, f"the request head took more than {limits.head_seconds:g} s"))

@@ -256,7 +256,9 @@ class Exchange:
             self._enter(QUEUED)
             self.outgoing.hold(payload)
             self._overhead = -started
-            self._context.budget.enforce()
+            if not self._context.budget.enforce():
+                self._leave_upstream()
+                self.give_way()
             return
         self._send_on(connection, payload)
         self._overhead = perf_counter() - started

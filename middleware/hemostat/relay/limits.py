@@ -29,6 +29,8 @@ class Limits:
     """From the first byte of a head to its last."""
     body_seconds: float = 20.0
     """From one measurement of an incomplete body's rate to the next."""
+    send_seconds: float = 60.0
+    """In which a client that has a response to read takes no byte of it."""
     idle_seconds: float = 75.0
     """Between two requests of one connection."""
 

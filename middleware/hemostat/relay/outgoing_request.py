@@ -128,8 +128,8 @@ class OutgoingRequest:
         return self._original is not None
 
     def sent(self, payload: bytes) -> None:
-        """The whole request goes upstream at once: keep it, unless memory is scarce."""
-        if not self._budget.scarce:
+        """The whole request goes upstream at once: keep it, where memory is to spare."""
+        if self._budget.spares(len(payload)):
             self._whole = payload
             self._count(len(payload))
 

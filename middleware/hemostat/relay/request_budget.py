@@ -20,7 +20,8 @@ class RequestBudget:
 
     A body that is collected counts, and so does a request that waits for a connection or is kept to be sent once more.
     If they exceed the limit, the bodies that have been collected for longest give way: most bodies are complete within
-    milliseconds, and a client that sends slowly on purpose hurts only itself.
+    milliseconds, and a client that sends slowly on purpose hurts only itself. Where that is not enough, a request that
+    would have to wait is refused.
     """
 
     __slots__ = ("_collecting", "_limit", "_max_uploads", "_uploads", "held_bytes")
@@ -39,18 +40,24 @@ class RequestBudget:
         """Half of the bytes are in use: what is not needed is not kept."""
         return 2 * self.held_bytes > self._limit
 
+    def spares(self, size: int) -> bool:
+        """Three quarters are left free with `size` bytes more: a copy that is seldom needed makes nothing scarce."""
+        return 4 * (self.held_bytes + size) <= self._limit
+
     def begin_collecting(self, exchange: Collecting) -> None:
         self._collecting[exchange] = None
 
     def end_collecting(self, exchange: Collecting) -> None:
         self._collecting.pop(exchange, None)
 
-    def enforce(self) -> None:
-        """Keep to the limit; `give_way` of any exchange that collects may be called."""
+    def enforce(self) -> bool:
+        """Keep to the limit; `give_way` of any exchange that collects may be called. False: too much is in use still,
+        by requests that are complete."""
         while self.held_bytes > self._limit and self._collecting:
             exchange = next(iter(self._collecting))
             del self._collecting[exchange]
             exchange.give_way()
+        return self.held_bytes <= self._limit
 
     def begin_upload(self) -> bool:
         """True if one more exchange may send a body that is not complete; `end_upload` has to follow."""

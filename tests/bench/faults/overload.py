@@ -195,7 +195,7 @@ def _memory(url: str) -> Iterator[Row]:
             grown = _peak_mib(pid) - before
         yield Row(
             f"{number} stalled bodies of {length / 1e6:.1f} MB: memory of the relay",
-            "77 to 614 MB" if number == STALLED else "",
+            "77 to 614 MB" if number == STALLED else "grows by 840 MiB",
             f"grows by {grown:.0f} MiB",
             "<= 256 MiB (limits.buffered_bytes is 128 MiB)",
             grown <= 256,
