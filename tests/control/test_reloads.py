@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import subprocess
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
@@ -61,37 +64,49 @@ async def sockets() -> AsyncIterator[Sockets]:
     opened.close()
 
 
-async def reload(sockets: Sockets, failing: str) -> FakeControl:
+@pytest.fixture
+async def supervisor(sockets: Sockets) -> AsyncIterator[Supervisor]:
     commands, folder = Commands(), RunFolder.make(None)
-    supervisor = Supervisor(
-        settings("http://former"), lambda: settings("http://new", 3), print, commands, sockets, folder
-    )
+    yield Supervisor(settings("http://former"), lambda: settings("http://new", 3), print, commands, sockets, folder)
+    commands.close()
+    folder.remove()
+
+
+async def reload(supervisor: Supervisor, failing: str) -> FakeControl:
     control = FakeControl()
     control.failing = failing
     supervisor._control, supervisor._relays = cast("Any", control), cast("Any", FakeRelays(control))
-    try:
-        await asyncio.wait_for(supervisor._reload(), 30.0)
-    finally:
-        commands.close()
-        folder.remove()
+    await asyncio.wait_for(supervisor._reload(), 30.0)
     return control
 
 
-async def test_no_relay_is_replaced_where_the_control_process_does_not_start(sockets: Sockets) -> None:
-    control = await reload(sockets, "control")
+async def test_no_relay_is_replaced_where_the_control_process_does_not_start(supervisor: Supervisor) -> None:
+    control = await reload(supervisor, "control")
     assert control.replaced == [("control", "http://new")]
     assert control.reports[-1]["error"] == "control did not start"
 
 
-async def test_relays_that_do_not_start_leave_neither_a_new_control_process_nor_sockets(sockets: Sockets) -> None:
-    control = await reload(sockets, "relays")
+async def test_relays_that_do_not_start_leave_neither_a_new_control_process_nor_sockets(
+    supervisor: Supervisor, sockets: Sockets
+) -> None:
+    control = await reload(supervisor, "relays")
     assert control.replaced == [("control", "http://new"), ("relays", "http://new"), ("control", "http://former")]
     assert control.reports[-1]["error"] == "relays did not start"
     assert len(sockets.data) == 1, "on others no relay accepts"
 
 
-async def test_what_starts_is_replaced_once(sockets: Sockets) -> None:
-    control = await reload(sockets, "")
+async def test_what_starts_is_replaced_once(supervisor: Supervisor, sockets: Sockets) -> None:
+    control = await reload(supervisor, "")
     assert control.replaced == [("control", "http://new"), ("relays", "http://new")]
     assert control.reports[-1]["error"] == ""
     assert len(sockets.data) == 3
+
+
+async def test_a_successor_that_the_system_does_not_allow_changes_nothing(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scarce(*_: Any, **options: Any) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", scarce)
+    assert supervisor._start_successor() is None

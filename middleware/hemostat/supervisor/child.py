@@ -64,13 +64,17 @@ class Child:
 
     async def load(self) -> None:
         """Start the process; returns when it has imported its modules and waits for its settings. StartFailure."""
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", self._module),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor only, which stops the others in order
-            pass_fds=self.launch.fds,
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", self._module),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor only, which stops all in order
+                pass_fds=self.launch.fds,
+            )
+        except OSError as error:  # no memory, process or file descriptor is free
+            log.error("%s: cannot start a process (%s)", self.name, error.strerror or error)
+            raise StartFailure(self.name, None) from error
         await self._line()
 
     async def begin(self) -> None:

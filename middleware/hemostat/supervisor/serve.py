@@ -219,14 +219,21 @@ class Supervisor:
                 "SIGUSR2: this is a container's first process, with which the container would end; replace the pod"
             )
             return None
-        ours, theirs = takeover.pair()
-        with theirs:
-            # Not by asyncio, which would kill it at the end of this process.
-            self._successor = subprocess.Popen(
-                [sys.executable, *sys.orig_argv[1:]],
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | {takeover.FD_VARIABLE: str(theirs.fileno())},
-            )
+        ours: Channel | None = None
+        try:
+            ours, theirs = takeover.pair()
+            with theirs:
+                # Not by asyncio, which would kill it at the end of this process.
+                self._successor = subprocess.Popen(
+                    [sys.executable, *sys.orig_argv[1:]],
+                    pass_fds=(theirs.fileno(),),
+                    env=os.environ | {takeover.FD_VARIABLE: str(theirs.fileno())},
+                )
+        except OSError as error:
+            if ours is not None:
+                ours.close()
+            log.error("SIGUSR2: cannot start a successor (%s); this one serves on", error.strerror or error)
+            return None
         return ours
 
     async def _hand_over(self, successor: Channel) -> None:
