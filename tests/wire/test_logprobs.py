@@ -22,7 +22,7 @@ from hemostat.openai.logprobs.rows import Rows, parse_rows
 from hemostat.openai.logprobs.scanning import scan_chat
 from hemostat.openai.logprobs.scrubbing import Scrubber, scrub
 from hemostat.openai.reading import read_request
-from hemostat.openai.tokens import ResponseTokens
+from hemostat.openai.tokens import ResponseFailure, ResponseTokens
 
 TOP_K = 4
 VALUES = st.one_of(
@@ -243,6 +243,22 @@ def test_a_long_output_is_parsed_in_the_relay_and_held_as_arrays(monkeypatch: py
     found = [np.concatenate(arrays) for arrays in zip(*choice.parsed, strict=True)]
     expected: Rows = parse_rows(Form.CHAT, 61 * [encode({"content": rows})], 61 * [5], TOP_K)
     assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("ids", [b"5000000000", b"5,%b" % (b"9" * 40), b"9" * 5000], ids=["array", "list", "int"])
+def test_ids_out_of_range_do_not_let_logprobs_through(ids: bytes) -> None:
+    """In events of the usual form, whose tokens are cut out without parsing them."""
+    rows = [named(5, -0.5) | {"top_logprobs": [named(5, -0.5)]}]
+    usual = as_event(chat_event("x", rows))
+    tokens = ResponseTokens(TOP_K, 100)
+    stripper = FORMATS[Form.CHAT].stripper(REQUEST, tokens, stream=True)
+    expected = [stripper.feed(usual), stripper.feed(usual)][1]
+    assert tokens.failure is None
+    out = stripper.feed(usual.replace(b'"token_ids":[5]', b'"token_ids":[%b]' % ids))
+    assert out.count(b"data: ") == 1
+    assert b"token_id:" not in out
+    assert stripper.feed(usual) == expected
+    assert tokens.failure in {ResponseFailure.NO_LOGPROBS, ResponseFailure.UNREADABLE}
 
 
 # --- what cannot be parsed -------------------------------------------------------------------------------------------

@@ -140,9 +140,14 @@ class ChoiceStripper(ResponseBody):
     def feed(self, data: bytes) -> bytes:
         if self._cutter is not None and self._events is not None and self._events.between_events:
             # The usual case: one whole event.
-            cut = self._cutter.cut(data)
+            cut = None
+            with contextlib.suppress(*MALFORMED):  # then it is parsed, or scrubbed
+                cut = self._cutter.cut(data)
             if cut is not None and self._finishing is None and self._tokens.failure is None:
-                self._tokens.add(0, cut.token_ids, cut.logprobs)
+                try:
+                    self._tokens.add(0, cut.token_ids, cut.logprobs)
+                except MALFORMED:
+                    self._tokens.fail(ResponseFailure.NO_LOGPROBS)
                 if cut.reasoning and self._tokens.choices:
                     self._tokens.choices[0].reasoning = True
                 return cut.event
