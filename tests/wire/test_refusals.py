@@ -291,20 +291,21 @@ PLAIN = re.sub(
 )
 
 
-@pytest.mark.parametrize("coding", [b"gzip", b"deflate"])
+@pytest.mark.parametrize(
+    "packed",
+    [gzip.compress(SAMPLED), gzip.compress(SAMPLED[:99]) + gzip.compress(SAMPLED[99:]), gzip.compress(SAMPLED) + b"\0"],
+    ids=["one member", "two members", "padded"],
+)
 @pytest.mark.parametrize("size", [1, 10_000])
-def test_an_answer_that_is_compressed_unasked_is_stripped_inside(coding: bytes, size: int) -> None:
-    bits = 31 if coding == b"gzip" else 15
-    packer = zlib.compressobj(wbits=bits)
-    packed = packer.compress(SAMPLED) + packer.flush()
-    fields = [*JSON, (b"content-encoding", coding)]
+def test_an_answer_that_is_compressed_unasked_is_stripped_inside(packed: bytes, size: int) -> None:
+    fields = [*JSON, (b"content-encoding", b"gzip")]
     wire = Wire(httpx.Client())
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat()))
     assert exchange.response_head(200, fields)
     out = b"".join(exchange.response_data(packed[at : at + size]) for at in range(0, len(packed), size))
     out += exchange.response_end()
-    assert zlib.decompress(out, bits) == PLAIN
+    assert gzip.decompress(out) == PLAIN
     exchange.closed(complete=True)
     assert wire.shadow("shadowed") == len(wire.captures) == 1
 
@@ -330,11 +331,12 @@ def test_what_is_left_of_a_damaged_compressed_answer_holds_nothing_injected(dama
     assert wire.shadow("skipped", "encoded") + wire.shadow("skipped", "unreadable") == 1
 
 
-def test_an_answer_in_a_coding_that_cannot_be_read_is_replaced() -> None:
-    wire, upstream = scripted((200, [*JSON, (b"content-encoding", b"br")], b"\x8b\x02\x80"))
+@pytest.mark.parametrize("coding", [b"br", b"deflate"])
+def test_an_answer_in_a_coding_that_cannot_be_read_is_replaced(coding: bytes) -> None:
+    wire, upstream = scripted((200, [*JSON, (b"content-encoding", coding)], b"\x8b\x02\x80"))
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat()))
-    assert exchange.response_head(200, [*JSON, (b"content-encoding", b"br")])
+    assert exchange.response_head(200, [*JSON, (b"content-encoding", coding)])
     assert exchange.withholds
     exchange.closed(complete=False)
     for _ in range(MIN_REFUSALS):

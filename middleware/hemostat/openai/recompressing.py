@@ -7,27 +7,41 @@ import zlib
 from hemostat.openai.forms.protocol import Stripper
 from hemostat.openai.tokens import ResponseFailure, ResponseTokens
 
-_WINDOW_BITS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
-CODINGS = frozenset(_WINDOW_BITS)
-"""Values of Content-Encoding, lower case, that can be read. No other is known to the standard library."""
+CODINGS = frozenset((b"gzip", b"x-gzip"))
+"""Values of Content-Encoding, lower case, that can be read. Not `deflate`: some servers send it without its header, and
+clients differ in which of the two they read."""
+_WINDOW_BITS = 31
+"""Of zlib: a gzip header, and the largest window."""
 _MAX_PIECE = 1024 * 1024
 """Bytes that are decompressed at a time, so that a small response cannot fill the memory at once."""
 _LEVEL = 1
+_FIRST_BYTE = b"\x1f"
+"""Of every member."""
 
 
 class Recompressor:
-    """A `forms.protocol.Stripper` of a compressed body: what `stripper` makes of its content, in the same coding."""
+    """A `forms.protocol.Stripper` of a body in gzip: what `stripper` makes of its content, compressed again.
 
-    def __init__(self, stripper: Stripper, coding: bytes, tokens: ResponseTokens) -> None:
+    The body may be several members, one after the other (RFC 1952, 2.2); what goes out is one.
+    """
+
+    def __init__(self, stripper: Stripper, tokens: ResponseTokens) -> None:
         self._stripper = stripper
         self._tokens = tokens
-        self._read = zlib.decompressobj(_WINDOW_BITS[coding])
-        self._write = zlib.compressobj(_LEVEL, wbits=_WINDOW_BITS[coding])
+        self._read = zlib.decompressobj(_WINDOW_BITS)
+        self._write = zlib.compressobj(_LEVEL, wbits=_WINDOW_BITS)
         self._malformed = False
+        self._ended = False
+        """What follows the last member is not another one: it is ignored, as clients do."""
 
     def feed(self, data: bytes) -> bytes:
         parts: list[bytes] = []
-        while data and not self._malformed:
+        while data and not self._malformed and not self._ended:
+            if self._read.eof:
+                if not data.startswith(_FIRST_BYTE):
+                    self._ended = True
+                    break
+                self._read = zlib.decompressobj(_WINDOW_BITS)
             try:
                 content = self._read.decompress(data, _MAX_PIECE)
             except zlib.error:
@@ -35,7 +49,7 @@ class Recompressor:
                 self._malformed = True
                 self._tokens.fail(ResponseFailure.ENCODED)
                 break
-            data = self._read.unconsumed_tail
+            data = self._read.unused_data if self._read.eof else self._read.unconsumed_tail
             if stripped := self._stripper.feed(content):
                 parts.append(self._write.compress(stripped))
         if parts:

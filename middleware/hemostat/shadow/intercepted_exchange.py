@@ -342,7 +342,7 @@ class InterceptedExchange:
             tokens.fail(ResponseFailure.UNREADABLE)
             self._stripper = Scrubber(stream=False)
         if not plain:
-            self._stripper = Recompressor(self._stripper, coding, tokens)
+            self._stripper = Recompressor(self._stripper, tokens)
 
     def response_data(self, data: bytes) -> bytes:
         start = self._start
