@@ -91,8 +91,9 @@ def untied(value: Any) -> Any:
     found = {key: untied(item) for key, item in value.items()}
     top = found.get("top_logprobs")
     if isinstance(top, list) and top and "token" in found:  # of a chat: one position's list
-        least = min(item["logprob"] for item in top)
-        rest = [item for item in top if item["logprob"] > least]
+        emitted = found["token"]
+        least = least_but({item["token"]: item["logprob"] for item in top}, emitted)
+        rest = [item for item in top if item["token"] == emitted or item["logprob"] > least]
         found["top_logprobs"] = sorted(rest, key=lambda item: (-item["logprob"], item["token"]))
     elif isinstance(top, list):  # of a completion: one dictionary for each position, which has the emitted token, too
         found["top_logprobs"] = [
