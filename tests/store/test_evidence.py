@@ -16,6 +16,7 @@ from tests.support.profile_bench import BIASED, EVEN, JUDGED, LEARNED, harmful, 
 from tests.support.replicas import Replicas, replicas, requests_until_promoted
 from tests.support.samples import values
 from tests.support.valkey import Valkey
+from tests.support.waiting import until
 from tests.support.world import World
 
 from hemostat.control.composition import Control
@@ -256,6 +257,27 @@ async def test_states_and_positions_are_written_in_one_step(shared_server: Valke
         ones.leader.profile_manager.operator.promote(version)
         await ones.leader.writer.drain()
         assert written == {frozenset({"kinds", "tests", "alarm", "engines", "outcomes", "evidence"})}
+
+
+async def test_a_leader_takes_no_evidence_before_it_knows_its_models(shared_server: Valkey, tmp_path: Path) -> None:
+    """Else a new one drops what others send until its reference is there."""
+    async with replicas(shared_server.url, tmp_path, 2) as ones:
+        leader, follower = ones.controls
+        assert leader.evidence is not None
+        assert follower.evidence is not None
+        leader.learned._models = None
+        ones.score(1, EVEN.truth(0), JUDGED[0])
+        await follower.evidence.close()
+        lane = leader.evidence.lanes[0]
+        lane.inbox.lag_seconds = -1.0
+        running = asyncio.create_task(lane.inbox.run())
+        await until(lambda: lane.inbox.lag_seconds != -1.0)  # it has looked
+        assert lane.applied == 0
+        leader.learned.set_models("models")
+        await until(lambda: lane.applied == 1)
+        assert leader.profile_manager.serving.kinds["chat"].units == 1
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_what_cannot_be_used_is_counted_and_the_rest_is_used(shared_server: Valkey, tmp_path: Path) -> None:

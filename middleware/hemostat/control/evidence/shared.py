@@ -92,14 +92,18 @@ class SharedEvidence:
         around, writer = self._around, profiles.writer
         self.checkpoint.set_owners(writer.write_serving, writer.write_tests, alarms.save, engines.save, outcomes.save)
         consumers = UnitConsumers(alarms, engines, profiles, outcomes, seen)
-        evidence = around.lane(EVIDENCE, self.positions, POSITIONS_KEY, consumers.use, on_change=self._evidence_used)
+        known: dict[str, Callable[[], bool]] = {"ready": lambda: learned.models_known}
+        """Whatever comes before is used by no one: a profile may be for the models that are awaited."""
+        evidence = around.lane(
+            EVIDENCE, self.positions, POSITIONS_KEY, consumers.use, on_change=self._evidence_used, **known
+        )
         learning = around.lane(
             LEARNING,
             learned.positions,
             LEARNED_POSITIONS_KEY,
             lambda unit: _learn(profiles.proposals, unit),
             prepare=learned.read_again,
-            ready=lambda: learned.models_known,
+            **known,
         )
         profiles.proposals.on_learned = lambda scope, growth: learning.send(units.learned_unit(scope, growth))
         self.lanes = [evidence, learning]
