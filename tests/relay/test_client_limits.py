@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import resource
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.relay import GET, OK, Request, Response, UpstreamConnection, answering, post, relaying
@@ -12,7 +16,10 @@ from tests.support.waiting import until
 
 from hemostat.metrics import names
 from hemostat.relay import client_limits
+from hemostat.relay.access_log import AccessLog
 from hemostat.relay.client_limits import ClientLimits
+from hemostat.relay.http.request import RequestHead
+from hemostat.relay.main import _within_descriptors
 
 ANNA, BERT = b"Authorization: Bearer anna", b"Authorization: Bearer bert"
 
@@ -71,6 +78,62 @@ async def test_requests_in_progress_are_limited_and_end_with_their_client() -> N
         go.set()
         assert (await last.response("POST")).status == 200
         assert limited(relay) == {("concurrent",): 1.0}
+
+
+SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+WEBSOCKET = b"GET /v1/realtime HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+
+
+async def test_websockets_count_while_they_are_open_and_are_logged_with_their_status(tmp_path: Path) -> None:
+    async def script(connection: UpstreamConnection) -> None:
+        await connection.reader.readuntil(b"\r\n\r\n")
+        await connection.send(SWITCHED)
+        await connection.reader.read()
+
+    with (tmp_path / "access.log").open("wb", buffering=0) as file:
+        log = AccessLog(file.fileno(), "json", lambda _: None)
+        async with relaying(script, client_limits=ClientLimits(concurrent=1), access_log=log) as (relay, _, connect):
+            first, second = await connect(), await connect()
+            await first.send(WEBSOCKET)
+            assert (await first.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+            await second.send(WEBSOCKET)
+            assert (await second.response()).status == 429
+            await first.close()
+            await until(lambda: len(relay.clients) == 1)
+            await second.send(WEBSOCKET)
+            assert (await second.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+    lines = [json.loads(line) for line in (tmp_path / "access.log").read_text().splitlines()]
+    assert [(line["status"], line["outcome"]) for line in lines] == [(429, "refused"), (101, "ok"), (101, "ok")]
+
+
+class Peer(asyncio.Transport):
+    """Of a client with this address."""
+
+    def __init__(self, *address: str) -> None:
+        super().__init__({"peername": address})
+
+
+def test_an_ipv6_client_is_its_network_and_an_ipv4_one_its_address_however_the_socket_listens() -> None:
+    limits = ClientLimits("address", concurrent=1)
+    head = RequestHead(b"POST", b"/", 1)
+    keys = [
+        limits.key(head, Peer(address))
+        for address in ("2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:1::1", "::ffff:10.0.0.1", "::ffff:10.0.0.2")
+    ]
+    assert len(set(keys)) == 4
+    assert keys[0] == keys[1]
+    assert keys[3:] == [limits.key(head, Peer(address)) for address in ("10.0.0.1", "10.0.0.2")]
+
+
+@pytest.mark.parametrize(("asked", "allowed"), [((16_384, 8_192), (968, 484)), ((16_384, 16_384), (968, 968))])
+def test_the_limit_of_one_client_is_lowered_with_that_of_all(
+    asked: tuple[int, int], allowed: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2000, 2000))
+    config = {"connections": asked[0], "connections_per_client": asked[1]}
+    upstream = {"urls": ["http://127.0.0.1:1"], "max_connections": 2000}
+    limits, _ = _within_descriptors({"worker": 0, "limits": config, "upstream": upstream})
+    assert (limits.connections, limits.connections_per_client) == allowed
 
 
 @given(

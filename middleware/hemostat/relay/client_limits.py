@@ -13,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
-from hemostat.relay.access_log import client_address
+from hemostat.relay.clients import client_network
 from hemostat.relay.http.errors import error_body
 from hemostat.relay.http.request import RequestHead
 
@@ -79,14 +79,14 @@ class ClientLimits:
         return self._interval > 0.0 or self._concurrent < math.inf
 
     def key(self, request: RequestHead, transport: asyncio.BaseTransport) -> bytes | None:
-        """Of the client; None where the request does not count."""
-        if request.method in UNLIMITED_METHODS:
+        """Of the client; None where the request does not count: a GET or HEAD that does not open a WebSocket."""
+        if request.method in UNLIMITED_METHODS and not request.upgrade:
             return None
         if request.authorization and not self._by_address:
             for line in request.lines:
                 if line[:14].lower() == b"authorization:":
                     return hashlib.blake2b(line[14:].strip(b" \t"), digest_size=16).digest()
-        return client_address(transport).encode()
+        return client_network(transport.get_extra_info("peername")).encode()
 
     def begin(self, key: bytes, now: float) -> Exceeded | None:
         """Admit a request: None, and `end` is to be called when it has ended; or the limit that it exceeds."""

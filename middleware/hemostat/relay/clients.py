@@ -30,6 +30,8 @@ class Evictable(Protocol):
 
 Connection = TypeVar("Connection", bound=Evictable)
 
+_MAPPED = bytes(10) + b"\xff\xff"
+"""An IPv4 client of a socket that listens on `::`."""
 EVICTED_SHARE = 16
 """One of so many connections is closed at a time, since looking for them takes a pass over all."""
 
@@ -58,7 +60,7 @@ class Clients(Generic[Connection]):
 
     def opened(self, connection: Connection) -> bool:
         """A client has connected; False: its connection exceeds a limit and is not taken."""
-        address = _network(connection.transport.get_extra_info("peername"))
+        address = client_network(connection.transport.get_extra_info("peername"))
         number = self._numbers.get(address, 0)
         if number >= self._limits.connections_per_client:
             own = (one for one, its in self._addresses.items() if its == address)
@@ -97,9 +99,18 @@ class Clients(Generic[Connection]):
         return bool(oldest)
 
 
-def _network(peer: tuple[str, ...] | str | None) -> str:
-    """The address that connections are counted by: of IPv6 the /64, which one client commonly has."""
+def client_network(peer: tuple[str, ...] | str | None) -> str:
+    """The address that a client is known by: of IPv6 the /64, which one client commonly has.
+
+    peer: as `getpeername` returns it.
+
+    >>> client_network(("2001:db8::1:2", 1, 0, 0)), client_network(("::ffff:10.0.0.1", 1, 0, 0))
+    ('20010db800000000', '10.0.0.1')
+    """
     if not isinstance(peer, tuple):
         return ""
     host = peer[0].partition("%")[0]
-    return socket.inet_pton(socket.AF_INET6, host)[:8].hex() if ":" in host else host
+    if ":" not in host:
+        return host
+    packed = socket.inet_pton(socket.AF_INET6, host)
+    return socket.inet_ntop(socket.AF_INET, packed[12:]) if packed[:12] == _MAPPED else packed[:8].hex()

@@ -101,7 +101,10 @@ def _within_descriptors(config: dict[str, Any]) -> tuple[Limits, UpstreamSetting
             connections,
             descriptors,
         )
-    return dataclasses.replace(limits, connections=clients), dataclasses.replace(upstream, max_connections=connections)
+    # In proportion, so that one client still cannot use up all connections where it could not before.
+    per_client = max(limits.connections_per_client * clients // limits.connections, 1)
+    limits = dataclasses.replace(limits, connections=clients, connections_per_client=per_client)
+    return limits, dataclasses.replace(upstream, max_connections=connections)
 
 
 async def run(config: dict[str, Any]) -> None:
