@@ -323,6 +323,7 @@ class Exchange:
         if not outgoing.repeatable(self._route):
             return False
         outgoing.engine.pool.close_idle()  # they are as old
+        outgoing.engine.resent += 1
         self._send_again()
         return True
 

@@ -144,13 +144,14 @@ class OutgoingRequest:
         assert payload is not None
         self._count(-len(payload))
         self._resends += 1
-        self.engine.resent += 1
         self.hold(payload)
 
     def forget(self) -> None:
         """Nothing of the request is needed any more."""
-        self._unsent, self._whole, self._original = b"", None, None
-        self._count(-self._counted)
+        self._original = None
+        if self._counted:
+            self._unsent, self._whole = b"", None
+            self._count(-self._counted)
 
     def begin_upload(self) -> bool:
         """It is begun upstream before it is complete. False: too many are."""

@@ -70,9 +70,10 @@ async def test_what_may_not_be_sent_twice_is_not(code: int, path: bytes) -> None
 
 async def test_a_request_is_not_sent_again_without_end() -> None:
     engines = [FakeEngine(status(503)) for _ in range(8)]
-    async with balancing(engines) as (_, connect):
+    async with balancing(engines) as (relay, connect):
         assert await ask(await connect(), chat("hello")) == 503
         assert sum(len(engine.asked) for engine in engines) == 4
+        assert sum(engine.resent for engine in relay.upstreams.engines) == 3, "each is counted once"
 
 
 @pytest.mark.parametrize("path", [CHAT, b"/v1/responses", b"/anything"])
