@@ -12,6 +12,9 @@ from hemostat_calibration.errors import InvalidArgumentError
 from hemostat_calibration.profiles.profile import CalibrationProfile, temperature_bias
 from hemostat_calibration.records import TokenRecord
 
+ROUNDING = 1e-12
+"""Relative to a mass; some thousand times that of one operation on float64."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TemperatureBiasState:
@@ -161,7 +164,12 @@ class TemperatureBiasLearner:
         >>> learner.grown(one, learner.growth(empty, one)).tokens
         40
         """
-        return self.merge(after, _scaled(before, -self._kept(after.tokens - before.tokens), -1))
+        grown = self.merge(after, _scaled(before, -self._kept(after.tokens - before.tokens), -1))
+        return replace(
+            grown,
+            reference_mass=_without_rounding(grown.reference_mass, after.reference_mass),
+            compressed_mass=_without_rounding(grown.compressed_mass, after.compressed_mass),
+        )
 
     def grown(self, state: TemperatureBiasState, growth: TemperatureBiasState) -> TemperatureBiasState:
         """A state that has also learned what another replica has. InvalidArgumentError where their models differ."""
@@ -216,6 +224,12 @@ def _relative(record: TokenRecord) -> tuple[Floats, Floats]:
     relative = logprobs - logprobs[:, :1]
     before_last = np.maximum((record.compressed.ids >= 0).sum(axis=1) - 2, 0)
     return relative, relative[np.arange(record.tokens), before_last]
+
+
+def _without_rounding(growth: Floats, mass: Floats) -> Floats:
+    """Of an id that was in no record, the difference of two masses is rounding. It is taken for what it stands for, 0:
+    only ids that have grown are sent to other replicas."""
+    return frozen(np.where(np.abs(growth) > ROUNDING * mass, growth, 0.0))
 
 
 def _scaled(state: TemperatureBiasState, by: float, counts: int) -> TemperatureBiasState:
