@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemostat_calibration.alarm.odd_engine import (
+    ACTIVE_SECONDS,
     COHORT,
     MAX_ENGINES,
     MAX_STRATA,
+    UNITS_PER_ENGINE,
     OddEngines,
     Unit,
     init,
@@ -115,3 +117,12 @@ def test_a_block_of_one_engine_alone_is_no_recovery() -> None:
     for n in range(400):
         state = update(state, "code", Unit("engine 2", 0.03, 50), 200.0 + n)
     assert named(state) == ["engine 2"]
+
+
+def test_engines_that_are_gone_do_not_lengthen_blocks() -> None:
+    state = init(ALPHA)
+    for n in range(20):
+        state = update(state, "old", Unit(f"gone {n}", 1.0, 1), 0.0)
+    for n in range(2):
+        state = update(state, "chat", Unit(f"engine {n}", 1.0, 1), 2.0 * ACTIVE_SECONDS)
+    assert state.blocks["chat"].size == 2 * UNITS_PER_ENGINE

@@ -188,7 +188,7 @@ def test_what_does_not_belong_is_refused():
 
 
 def test_only_ids_of_the_new_records_have_grown() -> None:
-    """All others shrink with the half-life, which leaves rounding of them: they were all sent to the leader each time."""
+    """All others shrink with the half-life, which leaves rounding of them: all were sent to the leader each time."""
     learner = TemperatureBiasLearner(half_life_tokens=1000)
     state = learner.init("m", 40)
 

@@ -23,6 +23,7 @@ from hemostat.control.composition import Control
 from hemostat.control.evidence import checkpoint as checkpoint_module
 from hemostat.control.evidence.units import UNITS, ScoredUnit, packed_distances, unpacked_distances
 from hemostat.ipc.messages import REST_KIND, OutcomeReport
+from hemostat.store.protocol import StoreFailure
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
 from hemostat_calibration.records import ExactDistances
 
@@ -296,6 +297,22 @@ async def test_what_cannot_be_used_is_counted_and_the_rest_is_used(shared_server
         await judging.inbox.take()
         assert leader.profile_manager.serving.kinds["chat"].units == 1
         assert values(leader.evidence.samples())["hemostat_evidence_units_total", "evidence", "failed"] == 1.0
+
+
+async def test_a_leader_whose_evidence_is_refused_hands_over_all_the_same(
+    shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse() -> None:
+        raise StoreFailure("out of memory")
+
+    async with replicas(shared_server.url, tmp_path, 2) as ones:
+        leader = ones.controls[0]
+        assert leader.evidence is not None
+        assert leader.store.shared is not None
+        leader.evidence.close = refuse  # type: ignore[method-assign]
+        released: list[None] = []
+        monkeypatch.setattr(leader.store.shared, "release_lease", lambda: released.append(None))
+    assert released
 
 
 async def test_every_replica_shows_what_all_have_measured(shared_server: Valkey, tmp_path: Path) -> None:

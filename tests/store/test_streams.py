@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +316,21 @@ def test_positions_are_bounded_and_survive_damage() -> None:
     for damaged in ("", "[]", '{"a": "b"}', "{"):
         positions.restore(damaged)
         assert positions.save() == "{}"
+
+
+class Answers:
+    """A client whose scripts all answer the same."""
+
+    def __init__(self, answer: list[Any]) -> None:
+        self.answer = answer
+
+    def eval(self, *_: Any) -> list[Any]:
+        return self.answer
+
+
+@pytest.mark.parametrize("deleted", [None, [b"1-0", None]], ids=["Redis 6.2", "Valkey"])
+def test_an_entry_that_was_deleted_is_left_out(deleted: Any) -> None:
+    fields = [b"sender", b"a", b"first", b"1", b"items", b"1", b"data", b"x"]
+    client = Answers([b"0-0", [deleted, [b"2-0", fields]]])
+    stream = valkey_stream.ValkeyStream(lambda: nullcontext(client), "key", "leader", "replica")
+    assert stream.take_again(9) == ([StreamEntry("a", 1, 1, b"x", "2-0")], "")

@@ -38,6 +38,8 @@ from hemostat_calibration.errors import InvalidArgumentError
 UNITS_PER_ENGINE = 2
 """Of a block, on average. With more of them blocks take longer, in each stratum; with fewer a block says less, since
 log C(N, k) / k grows with k."""
+ACTIVE_SECONDS = 3600.0
+"""An engine without a unit for so long is not counted for the size of blocks."""
 COHORT = 4
 CLEAR_BLOCKS = 10
 """After an alarm, so many blocks on which freshly funded bets lost wealth end it."""
@@ -138,7 +140,8 @@ def update(state: OddEngines, stratum: str, unit: Unit, now: float = 0.0) -> Odd
     state = _with_test(state, unit, now)
     block = state.blocks.get(stratum)
     if block is None:
-        block = Block(UNITS_PER_ENGINE * max(len(state.tests), 2), (), now)
+        active = sum(now - test.last < ACTIVE_SECONDS for test in state.tests.values())
+        block = Block(UNITS_PER_ENGINE * max(active, 2), (), now)
     block = replace(block, units=(*block.units, unit), last=now)
     blocks = {name: other for name, other in state.blocks.items() if name != stratum}
     if len(block.units) < block.size:

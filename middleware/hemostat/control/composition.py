@@ -55,7 +55,7 @@ from hemostat.shadow.records_file import RecordsFile
 from hemostat.shadow.seen_units import SeenUnits
 from hemostat.store.factory import open_store_or_memory
 from hemostat.store.lease import Lease
-from hemostat.store.protocol import StoreUnreachable
+from hemostat.store.protocol import StoreFailure, StoreUnreachable
 from hemostat.store.salt import Salt
 from hemostat.store.writer import StoreWriter
 
@@ -324,6 +324,15 @@ class Control:
             self.do_periodic()
             await asyncio.sleep(PERIODIC_SECONDS)
 
+    async def _send_evidence(self, evidence: SharedEvidence) -> None:
+        """What waits. StoreUnreachable; another failure is counted."""
+        try:
+            await evidence.close()
+        except StoreUnreachable:
+            raise
+        except StoreFailure as failure:
+            self.store_errors.record(failure)
+
     async def close(self) -> None:
         """Write what is queued for the store, and release all resources."""
         await self.link.close()
@@ -340,7 +349,7 @@ class Control:
         with contextlib.suppress(StoreUnreachable):
             await self.writer.drain()
             if self.evidence is not None:
-                await self.evidence.close()
+                await self._send_evidence(self.evidence)
             if self.replica is not None:
                 await self.replica.release()
         if self.records is not None:

@@ -56,8 +56,8 @@ class ValkeyStream:
 
     def take_again(self, count: int, cursor: str = "") -> tuple[list[StreamEntry], str]:
         following, found = self._run(_TAKE_AGAIN, count, cursor or "0-0")[:2]
-        # A deleted entry has no fields in the answers of older servers.
-        entries = [_read(entry, fields) for entry, fields in found if fields]
+        # A deleted entry is null, or has no fields, in the answers of older servers.
+        entries = [_read(*one) for one in found if one and one[1]]
         return entries, "" if following == _END else following.decode()
 
     def remove(self, entries: Sequence[str]) -> None:
