@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,37 @@ async def test_a_leader_takes_no_evidence_before_it_knows_its_models(shared_serv
         assert leader.profile_manager.serving.kinds["chat"].units == 1
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.parametrize("by", [0, 1], ids=["the leader itself", "a follower"])
+async def test_what_is_written_while_a_unit_is_counted_has_all_of_it(
+    by: int, shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its position was written before the request was in any state: a new leader had it as counted, and nowhere."""
+    monkeypatch.setattr(checkpoint_module, "MAX_UNSAVED", 10)
+    async with replicas(shared_server.url, tmp_path, 2, alarm={"baseline_requests": 1000}) as ones:
+        leader = ones.leader
+        await ones.turn()
+        observe, seen = leader.alarms.observe_unit, []
+
+        def saving(*more: Any) -> None:
+            leader.alarms.save()  # such as the alarm does once a minute
+            observe(*more)
+            seen.append(more)
+
+        monkeypatch.setattr(leader.alarms, "observe_unit", saving)
+        for n, key in enumerate(JUDGED[:10]):
+            ones.score(by, EVEN.truth(n), key)
+        if by:
+            for one in reversed(ones.controls):
+                assert one.evidence is not None
+                await one.evidence.lanes[0].outbox.send()
+            await leader.evidence.lanes[0].inbox.take()  # type: ignore[union-attr]
+        await leader.writer.drain()
+        assert len(seen) == 10
+        counted = replica_kills.counted_requests(leader.store.get_state("alarm") or "", 1000)
+        last = max(json.loads(leader.store.get_state("evidence") or "{}").values())
+        assert counted == last == 10
 
 
 async def test_what_cannot_be_used_is_counted_and_the_rest_is_used(shared_server: Valkey, tmp_path: Path) -> None:

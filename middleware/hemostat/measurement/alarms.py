@@ -87,9 +87,8 @@ class Alarms:
         now, kind = self._wall(), kind or REST_KIND
         observation = alarm.Observation(now, divergences, spreads, pooled=kind == REST_KIND)
         self._state = alarm.update(self._state, kind, observation, self._noise_floor())
-        for reading in alarm.readings(self._state):
-            self._note(reading)
-        if now - self._saved_at >= SAVE_SECONDS:
+        changed = [self._note(reading) for reading in alarm.readings(self._state)]
+        if any(changed) or now - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     def observe_noise_floor(self, model: str, divergences: Floats) -> None:
@@ -106,9 +105,11 @@ class Alarms:
         unknown = any(high >= floor.cap for high, floor in zip(highs, self._noise_floors.values(), strict=False))
         return math.inf if unknown else 0.5 * sum(highs)
 
-    def _note(self, reading: alarm.Reading) -> None:
+    def _note(self, reading: alarm.Reading) -> bool:
+        """Whether the alarm was raised or cleared: then an event was stored, and the state is to be."""
         key, raised = (str(reading.test), reading.kind), reading.raised is not None
-        if self._raised.get(key, False) != raised:
+        changed = self._raised.get(key, False) != raised
+        if changed:
             why = f"{reading.test} alarm {'raised' if raised else 'cleared'}"
             if reading.kind:
                 why += f" on {reading.kind}"
@@ -117,6 +118,7 @@ class Alarms:
             log.warning("%s", why)
             self._writes.append_event(event)
         self._raised[key] = raised
+        return changed
 
     # --- what operators do -----------------------------------------------------------------------------------------
 

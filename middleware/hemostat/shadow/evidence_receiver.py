@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from hemostat_calibration.arrays import Floats
@@ -16,6 +17,9 @@ class EvidenceReceiver(Protocol):
     @property
     def counts_here(self) -> bool:
         """This replica judges by what it scores itself."""
+
+    def unit(self) -> AbstractContextManager[None]:
+        """Around `share_scored` and all that judges by that request: what is stored has all of it, or nothing."""
 
     def share_scored(
         self, record: TokenRecord, kind: str, figures: TokenDivergence | None, gains: RecordGains, *, fresh: bool

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -256,13 +257,13 @@ class ScoringPipeline:
             self._trace(consumers.tracing, record, capture, figures)
 
         def judge(back: TokenRecord) -> None:
-            # First: from the alarm on, states that this record is in may be written.
-            self._share(back, capture, figures, gains, fresh=fresh)
-            if fresh and self._counts_here:
-                consumers.alarms.observe(back, figures)
-                if (unit := engine_unit(back, figures)) is not None:
-                    consumers.engines.observe_unit(back.kind, back.applied or "", unit)
-            self._judge(back, capture, figures, gains, fresh=fresh)
+            with self._unit():
+                self._share(back, capture, figures, gains, fresh=fresh)
+                if fresh and self._counts_here:
+                    consumers.alarms.observe(back, figures)
+                    if (unit := engine_unit(back, figures)) is not None:
+                        consumers.engines.observe_unit(back.kind, back.applied or "", unit)
+                self._judge(back, capture, figures, gains, fresh=fresh)
 
         versions = profiles.distance_versions(record)
         prompt = np.frombuffer(capture.prompt_token_ids, "<i4").astype(np.int32)
@@ -296,6 +297,10 @@ class ScoringPipeline:
     @property
     def _counts_here(self) -> bool:
         return self._consumers.evidence is None or self._consumers.evidence.counts_here
+
+    def _unit(self) -> AbstractContextManager[None]:
+        evidence = self._consumers.evidence
+        return evidence.unit() if evidence is not None else nullcontext()
 
     def _share(
         self,
@@ -338,8 +343,9 @@ class ScoringPipeline:
             return
         if consumers.tracing is not None and capture.traceparent:
             self._trace(consumers.tracing, record, capture, figures)
-        self._share(record, capture, None, gains, fresh=fresh)
-        self._judge(record, capture, figures, gains, fresh=fresh)
+        with self._unit():
+            self._share(record, capture, None, gains, fresh=fresh)
+            self._judge(record, capture, figures, gains, fresh=fresh)
 
     def _use_of_other_model(self, pair: ModelPair, record: TokenRecord, capture: Capture) -> None:
         """A record of a model that profiles are not for: it is measured by itself, and nothing else.

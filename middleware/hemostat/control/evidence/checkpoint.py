@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from hemostat.control.evidence.positions import Positions
@@ -40,10 +41,24 @@ class Checkpoint:
         """Of `MAX_UNSAVED`, the part that has been counted since the last write."""
         self._changed = False
         """Something has been counted since then."""
+        self._in_unit = self._due = False
+        """A unit is being counted; then, a write is due after it."""
 
     def set_owners(self, *owners: Callable[[], None]) -> None:
         """Each writes its states, as they are now."""
         self._owners = owners
+
+    @contextmanager
+    def unit(self) -> Iterator[None]:
+        """Around all that counts one unit, its position too: what is to be written meanwhile is written afterwards,
+        when every state has the unit."""
+        self._in_unit = True
+        try:
+            yield
+        finally:
+            self._in_unit = False
+            if self._due:
+                self.save()
 
     def note_own(self) -> None:
         """The leader has counted a request that it scored itself."""
@@ -67,7 +82,10 @@ class Checkpoint:
             self.save()
 
     def save(self) -> None:
-        """Queue a write of everything."""
+        """Queue a write of everything; within a unit, after it."""
+        self._due = self._in_unit
+        if self._in_unit:
+            return
         collected = self._collected = {}
         try:
             for write in self._owners:

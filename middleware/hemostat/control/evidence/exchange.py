@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from hemostat.control.evidence import units
 from hemostat.control.evidence.checkpoint import Checkpoint
 from hemostat.control.evidence.lane import Lane
@@ -87,13 +89,17 @@ class EvidenceExchange:
         """Also while the store does not answer the last leader: it goes on watching what serves."""
         return self._lease.is_last_leader
 
+    def unit(self) -> AbstractContextManager[None]:
+        return self._checkpoint.unit()
+
     def receive_outcome(self, report: OutcomeReport) -> None:
         """From a relay of this replica."""
         unit = OutcomeUnit(report)
         if self.counts_here:
-            self.lane.count_own(unit)
-            self._outcomes.receive(report)
-            self._checkpoint.note_own_outcome()
+            with self._checkpoint.unit():
+                self.lane.count_own(unit)
+                self._outcomes.receive(report)
+                self._checkpoint.note_own_outcome()
         else:
             self.lane.send(unit)
 

@@ -94,9 +94,12 @@ class SharedEvidence:
         consumers = UnitConsumers(alarms, engines, profiles, outcomes, seen)
         known: dict[str, Callable[[], bool]] = {"ready": lambda: learned.models_known}
         """Whatever comes before is used by no one: a profile may be for the models that are awaited."""
-        evidence = around.lane(
-            EVIDENCE, self.positions, POSITIONS_KEY, consumers.use, on_change=self._evidence_used, **known
-        )
+
+        def use(unit: units.Unit) -> None:
+            with self.checkpoint.unit():
+                consumers.use(unit)
+
+        evidence = around.lane(EVIDENCE, self.positions, POSITIONS_KEY, use, on_change=self._evidence_used, **known)
         learning = around.lane(
             LEARNING,
             learned.positions,
