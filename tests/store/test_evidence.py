@@ -147,6 +147,28 @@ async def test_a_conversation_counts_once_whichever_replicas_its_turns_go_to(
         assert ones.leader.profile_manager.serving.kinds["chat"].units == 10
 
 
+async def test_what_a_replica_sent_before_it_led_counts_as_what_it_is(
+    shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has seen these conversations: they are its own, and no repetition. Its noise floor has these in it."""
+    async with replicas(shared_server.url, tmp_path, 2, alarm={"baseline_requests": 1000}) as ones:
+        follower = ones.controls[1]
+        for n, key in enumerate(JUDGED[:10]):
+            ones.score(1, EVEN.truth(n), key, conversation=key)
+        lane = follower.pipeline._consumers.evidence
+        assert lane is not None
+        lane.send_noise_floor("compressed", np.ones(3))
+        assert follower.evidence is not None
+        await follower.evidence.close()
+        await hand_over(ones)
+        floors: list[str] = []
+        monkeypatch.setattr(follower.alarms, "observe_noise_floor", lambda model, _: floors.append(model))
+        await ones.turn()
+        assert follower.evidence.lanes[0].applied == 11
+        assert follower.alarms.report()["workload"]["baseline_requests"] == 10
+        assert not floors
+
+
 async def test_outcomes_of_all_relays_are_compared_by_the_leader(shared_server: Valkey, tmp_path: Path) -> None:
     async with replicas(shared_server.url, tmp_path, 2) as ones:
         leader, follower = ones.controls

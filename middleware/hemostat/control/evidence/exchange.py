@@ -27,6 +27,8 @@ from hemostat_calibration.records import TokenRecord
 class UnitConsumers:
     """The users of evidence at the leader. A unit is used exactly as a request that the leader has scored itself.
 
+    Of its own, sent before it led, the leader has already noted the conversation and the noise floor.
+
     seen: of the leader's own requests, too.
     """
 
@@ -39,19 +41,22 @@ class UnitConsumers:
         self._outcomes = outcomes
         self._seen = seen
 
-    def use(self, unit: units.Unit) -> None:
+    def use(self, unit: units.Unit, *, own: bool) -> None:
+        """own: this replica has scored it."""
         match unit:
             case ScoredUnit():
-                self._use_scored(unit)
+                self._use_scored(unit, own=own)
             case NoiseFloorUnit(model, divergences):
-                self._alarms.observe_noise_floor(model, units.unpacked(divergences))
+                if not own:
+                    self._alarms.observe_noise_floor(model, units.unpacked(divergences))
             case OutcomeUnit(report):
                 self._outcomes.receive(report)
 
-    def _use_scored(self, unit: ScoredUnit) -> None:
+    def _use_scored(self, unit: ScoredUnit, *, own: bool) -> None:
         profiles = self._profiles
         kind = profiles.kinds.see(unit.kind)
-        fresh = unit.fresh and self._seen.add_conversation(unit.unit if unit.recognized else b"", kind)
+        conversation = unit.unit if unit.recognized else b""
+        fresh = unit.fresh and (own or self._seen.add_conversation(conversation, kind))
         if unit.alarm is not None and fresh:
             if unit.adapted:
                 self._alarms.count(kind)

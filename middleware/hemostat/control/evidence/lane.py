@@ -35,7 +35,8 @@ class Lane:
     """Lives in the control process's event loop.
 
     name: of the stream. positions_key: of the store's state, where the positions are written with, or after, what the
-    units went into. use: called with each unit of another replica, once. on_change: called after a batch was used.
+    units went into. use: called with each unit of the stream, once, and whether this replica had sent it
+    before it led. on_change: called after a batch was used.
     prepare, ready, on_failure, clock, wall: see `Inbox`.
     """
 
@@ -46,7 +47,7 @@ class Lane:
         lease: Lease,
         positions: Positions,
         positions_key: str,
-        use: Callable[[Unit], None],
+        use: Callable[[Unit, bool], None],
         *,
         on_failure: Callable[[StoreFailure], None],
         on_change: Callable[[], None],
@@ -58,6 +59,7 @@ class Lane:
         self.name = name
         self._positions = positions
         self._use_unit = use
+        self._replica = store.replica
         self._on_change = on_change
         stream = store.stream(name)
         self.outbox = Outbox(stream, store.replica, on_failure)
@@ -94,6 +96,7 @@ class Lane:
 
     def _use(self, entry: StreamEntry) -> None:
         """What cannot be used is counted, and the rest is used all the same."""
+        own = entry.sender.partition(" ")[0] == self._replica  # `OwnUnits` adds a number to the name
         for number, unit in enumerate(self._decoded(entry), entry.first):
             # First: the states may be written at any moment from here on.
             if not self._positions.advance(entry.sender, number):
@@ -103,7 +106,7 @@ class Lane:
                 self.failed += 1
                 continue
             try:
-                self._use_unit(unit)
+                self._use_unit(unit, own)
             except Exception:
                 self.failed += 1
                 log.exception("a unit of another replica could not be used")

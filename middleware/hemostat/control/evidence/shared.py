@@ -60,7 +60,7 @@ class Surroundings:
     wall: Callable[[], float]
 
     def lane(
-        self, name: str, positions: Positions, positions_key: str, use: Callable[[units.Unit], None], **more: Any
+        self, name: str, positions: Positions, positions_key: str, use: Callable[[units.Unit, bool], None], **more: Any
     ) -> Lane:
         """more: `prepare`, `ready` and another `on_change` of `Lane`."""
         given = {"on_failure": self.on_failure, "on_change": self.on_change, "clock": self.clock, "wall": self.wall}
@@ -95,16 +95,16 @@ class SharedEvidence:
         known: dict[str, Callable[[], bool]] = {"ready": lambda: learned.models_known}
         """Whatever comes before is used by no one: a profile may be for the models that are awaited."""
 
-        def use(unit: units.Unit) -> None:
+        def use(unit: units.Unit, own: bool) -> None:
             with self.checkpoint.unit():
-                consumers.use(unit)
+                consumers.use(unit, own=own)
 
         evidence = around.lane(EVIDENCE, self.positions, POSITIONS_KEY, use, on_change=self._evidence_used, **known)
         learning = around.lane(
             LEARNING,
             learned.positions,
             LEARNED_POSITIONS_KEY,
-            lambda unit: _learn(profiles.proposals, unit),
+            lambda unit, _: _learn(profiles.proposals, unit),
             prepare=learned.read_again,
             **known,
         )
