@@ -45,6 +45,7 @@ class FakeProcesses:
 
 class FakeControl(FakeProcesses):
     async def replace(self, launch: Launch) -> None:
+        self.reports.append(launch.settings["configuration"])
         await self.start("control", launch.settings["settings"]["upstream"]["url"])
 
 
@@ -98,7 +99,9 @@ async def test_relays_that_do_not_start_leave_neither_a_new_control_process_nor_
 async def test_what_starts_is_replaced_once(supervisor: Supervisor, sockets: Sockets) -> None:
     control = await reload(supervisor, "")
     assert control.replaced == [("control", "http://new"), ("relays", "http://new")]
-    assert control.reports[-1]["error"] == ""
+    former, present = control.reports
+    assert former["loaded_at"] < present["loaded_at"], "it is not in force before the relays serve"
+    assert present["error"] == ""
     assert len(sockets.data) == 3
 
 

@@ -178,8 +178,9 @@ class Supervisor:
         bound, control_replaced = len(self._sockets.data), False
         try:
             # The control process first: where it does not start, no request has gone where new relays would send it.
+            # Until they serve, it reports the former configuration as the one in force.
             if plan.replaces_control:
-                await self._control.replace(control_launch(settings, self._sockets, self._folder, report))
+                await self._control.replace(control_launch(settings, self._sockets, self._folder, self._report))
                 control_replaced = True
             await self._relays.replace(
                 relay_launches(settings, self._sockets, self._folder.control_socket, access_log), settings
