@@ -139,8 +139,8 @@ class StoredState:
         """Another replica has written to the store. profiles, events: newest first."""
         self._override.apply(states, self._clock())
         self._profiles.restoring.reload(profiles, states, _events(events, alarm=False))
-        # Else the store has lost its data, and these may be written again. A store that was carried over from version 1 has
-        # no serving profile, but tests of the alarm, whose alpha is spent.
+        # Else the store has lost its data, and these may be written again. A store that was carried over from version 1
+        # has no serving profile, but tests of the alarm, whose alpha is spent.
         if any(states[key] is not None for key in (SERVING_KEY, schema.ALARM_TESTS_KEY, schema.OFFERED_KEY)):
             self._restore_alarms(states, events)
             self._outcomes.restore(states[OUTCOMES_STATE])
