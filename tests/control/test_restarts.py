@@ -141,7 +141,7 @@ async def test_settings_apply_in_place_by_a_new_control_process_or_are_named(ser
     assert served.pids(CONTROL) != {control}
     assert status["configuration"]["needs_restart"] == ["listen.port"]
     assert await served.metric("hemostat_config_needs_restart") == 1
-    assert "take effect after a restart: listen.port" in served.log.read_text()
+    await until(lambda: "take effect after a restart: listen.port" in served.log.read_text())
 
 
 async def test_sighup_opens_the_access_log_again_and_limits_clients(served: Served) -> None:
