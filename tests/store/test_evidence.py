@@ -153,6 +153,9 @@ async def test_what_a_replica_sent_before_it_led_counts_as_what_it_is(
     """It has seen these conversations: they are its own, and no repetition. Its noise floor has these in it."""
     async with replicas(shared_server.url, tmp_path, 2, alarm={"baseline_requests": 1000}) as ones:
         follower = ones.controls[1]
+        ones.score(0, EVEN.truth(0), JUDGED[20])
+        ones.leader.alarms.save()
+        await ones.turn()  # the follower knows the kind
         for n, key in enumerate(JUDGED[:10]):
             ones.score(1, EVEN.truth(n), key, conversation=key)
         lane = follower.pipeline._consumers.evidence
@@ -165,7 +168,7 @@ async def test_what_a_replica_sent_before_it_led_counts_as_what_it_is(
         monkeypatch.setattr(follower.alarms, "observe_noise_floor", lambda model, _: floors.append(model))
         await ones.turn()
         assert follower.evidence.lanes[0].applied == 11
-        assert follower.alarms.report()["workload"]["baseline_requests"] == 10
+        assert follower.alarms.report()["workload"]["baseline_requests"] == 11
         assert not floors
 
 
