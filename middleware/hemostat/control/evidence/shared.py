@@ -92,8 +92,8 @@ class SharedEvidence:
         around, writer = self._around, profiles.writer
         self.checkpoint.set_owners(writer.write_serving, writer.write_tests, alarms.save, engines.save, outcomes.save)
         consumers = UnitConsumers(alarms, engines, profiles, outcomes, seen)
+        # What is taken before would be used by nobody: profiles and sums are of models that are not known yet.
         known: dict[str, Callable[[], bool]] = {"ready": lambda: learned.models_known}
-        """Whatever comes before is used by no one: a profile may be for the models that are awaited."""
 
         def use(unit: units.Unit, own: bool) -> None:
             with self.checkpoint.unit():
