@@ -160,50 +160,49 @@ async def test_the_oldest_incomplete_body_gives_way_where_memory_ends() -> None:
         assert relay._context.budget.held_bytes == 0
 
 
-async def test_requests_that_wait_for_a_connection_count_too() -> None:
-    asked, go = asyncio.Event(), asyncio.Event()
+class Busy:
+    """An upstream that answers nothing before `go`."""
 
-    async def script(connection: UpstreamConnection) -> None:
+    def __init__(self) -> None:
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def script(self, connection: UpstreamConnection) -> None:
         while await connection.request() is not None:
-            asked.set()
-            await go.wait()
+            self.asked.set()
+            await self.go.wait()
             await connection.send(OK)
 
+
+async def test_requests_that_wait_for_a_connection_count_too() -> None:
+    busy = Busy()
     limits = Limits(buffered_body_bytes=1000, buffered_bytes=2000)
-    async with relaying(script, limits=limits, upstream_max_connections=1) as (relay, _, connect):
+    async with relaying(busy.script, limits=limits, upstream_max_connections=1) as (relay, _, connect):
         first, second = await connect(), await connect()
         await first.send(GET)
-        await asked.wait()
+        await busy.asked.wait()
         slow = await begin(relay, connect, long(1000, b"x" * 900))
         await second.send(post(b"x" * 1500))
         assert (await slow.response("POST")).status == 503
-        go.set()
+        busy.go.set()
         assert (await first.response()).status == 200
         assert (await second.response("POST")).status == 200
         assert relay._context.budget.held_bytes == 0
 
 
 async def test_a_request_that_would_wait_beyond_the_memory_is_refused() -> None:
-    asked, go = asyncio.Event(), asyncio.Event()
-
-    async def script(connection: UpstreamConnection) -> None:
-        while await connection.request() is not None:
-            asked.set()
-            await go.wait()
-            await connection.send(OK)
-
+    busy = Busy()
     limits = Limits(buffered_body_bytes=1000, buffered_bytes=2000)
-    async with relaying(script, limits=limits, upstream_max_connections=1) as (relay, _, connect):
+    async with relaying(busy.script, limits=limits, upstream_max_connections=1) as (relay, _, connect):
         first, second, third = [await connect() for _ in range(3)]
         await first.send(GET)
-        await asked.wait()
+        await busy.asked.wait()
         await second.send(post(b"x" * 1500))
         await until(lambda: relay.upstreams.engines[0].pool.waiting == 1)
         await third.send(post(b"x" * 900))
         refused = await third.response("POST")
         assert (refused.status, refused.get(b"retry-after")) == (503, [b"1"])
         assert relay._context.budget.held_bytes < 2000
-        go.set()
+        busy.go.set()
         for client, method in ((first, "GET"), (second, "POST")):
             assert (await client.response(method)).status == 200
         await third.send(post(b"x" * 900))

@@ -1,0 +1,73 @@
+"""What benchmarks of modules share: modules run in processes of their own, a table of their rows, and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+
+def timed_rows(name: str, found: Iterable[Any]) -> tuple[Rows, float]:
+    """Rows (dataclasses) of one module for the file, and the seconds that they took."""
+    started = time.monotonic()
+    rows = [{"module": name} | asdict(row) | {"holds": bool(row.holds)} for row in found]
+    return rows, time.monotonic() - started
+
+
+def run_modules(run: Callable[..., tuple[Rows, float]], names: Sequence[str], jobs: int, *arguments: Any) -> Rows:
+    """Rows of all modules in their order. run: of a module by its name and the arguments; `jobs` at a time."""
+    found: dict[str, Rows] = {}
+    # Processes of their own, begun anew: no state is shared, and numpy's threads are not forked.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running = {pool.submit(run, name, *arguments): name for name in names}
+        for future in as_completed(running):
+            name = running[future]
+            found[name], seconds = future.result()
+            print(f"{name}: {len(found[name])} rows, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return [row for name in names for row in found[name]]
+
+
+def publish(path: Path, names: Sequence[str], rows: Rows, columns: Sequence[str], more: Mapping[str, Any]) -> int:
+    """Print the table and write the file, in which rows of other modules stay as they were.
+
+    columns: between `case` and `holds`. Returns the exit status: 1 where a row does not hold.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    result = {**more, **machine, "rows": _earlier_rows(path, names) + rows}
+    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(_table(rows, columns))
+    return 0 if all(row["holds"] for row in rows) else 1
+
+
+def _earlier_rows(path: Path, without: Sequence[str]) -> Rows:
+    """Rows of a file that was written before, but those of some modules; none where it cannot be read."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [row for row in rows if row["module"] not in without]
+
+
+def _table(rows: Rows, columns: Sequence[str]) -> str:
+    lines = [("case", *columns, "holds")]
+    for row in rows:
+        cells = (_cell(row[column]) for column in columns)
+        lines.append((f"{row['module']}: {row['case']}", *cells, "yes" if row["holds"] else "NO"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
