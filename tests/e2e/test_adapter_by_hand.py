@@ -162,7 +162,7 @@ def test_the_engine_is_the_checkpoint_with_the_folder(
                 without.append(base[t, ident].item())
     apart = [far(np.array(generated), np.array(other)) for other in (hand, without)]
     print(f"{len(generated)} values of its own texts: mean |Δ| {apart[0]:.4f}; to the model without it {apart[1]:.4f}")
-    # Five ids of each position, of which four are less likely: their values differ more (2.05 times the floor was seen),
-    # by how much depends on the texts. Without the adapter they are much further apart.
+    # Five ids of each position, of which four are less likely: their values differ more (2.05 times the floor was
+    # seen), by how much depends on the texts. Without the adapter they are much further apart.
     assert apart[0] <= 2.5 * floor
     assert apart[1] > 2 * apart[0]
