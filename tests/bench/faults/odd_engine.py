@@ -23,7 +23,7 @@ from hemostat_calibration.alarm.serialization import load_engines, save_engines
 from . import Row
 
 NAME = "odd_engine"
-TAKES = "about 8 minutes"
+TAKES = "2 to 8 minutes"
 
 LIVES = 1000
 ALPHA = 0.01
