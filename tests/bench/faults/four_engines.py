@@ -25,7 +25,7 @@ from pathlib import Path
 import httpx
 from tests.bench.bench_proxy import cpu_seconds, until_answering
 from tests.bench.proxy.load import PATH, Answers, free_port, run_wrk, upstream_config, wrk_script
-from tests.bench.proxy.proxies import Bench
+from tests.bench.proxy.proxies import Bench, listening
 from tests.support.stack import ADMIN_TOKEN, FAKE_VLLM, Stack, wait_for
 
 from hemostat.relay.upstreams.balancer import BOUND
@@ -67,12 +67,15 @@ async def relays(folder: Path) -> AsyncIterator[tuple[dict[int, int], dict[int, 
         for engines in (1, ENGINES):
             by_engines[engines] = port = free_port()
             given = {
-                **{"worker": 0, "host": "127.0.0.1", "port": port, "reuse_port": True, "shutdown_seconds": 1.0},
+                **{"worker": 0, "shutdown_seconds": 1.0},
                 "upstream": {"urls": [f"http://127.0.0.1:{upstream}" for upstream in ports[:engines]]},
                 "control_socket": str(folder / "none.sock"),
             }
             command = [sys.executable, "-m", "hemostat.relay.main"]
-            pids[engines] = bench.start(command, stdin=json.dumps(given).encode(), log=f"relay-{engines}")
+            with listening(port) as sock:
+                fds = [sock.fileno()]
+                stdin = json.dumps(given | {"fds": fds}).encode()
+                pids[engines] = bench.start(command, stdin=stdin, log=f"relay-{engines}", pass_fds=fds)
             await until_answering(port, f"the relay with {engines}", folder / f"relay-{engines}.log")
         yield by_engines, pids, script
     finally:

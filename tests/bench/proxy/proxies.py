@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import venv
@@ -50,6 +51,7 @@ class Bench:
         stdin: bytes | None = None,
         log: str,
         environment: dict[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> int:
         prefix = ["taskset", "-c", str(PROXY_CORE)] if pinned else []
         with (self.folder / f"{log}.log").open("wb") as out:
@@ -60,10 +62,11 @@ class Bench:
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
                 env=os.environ | (environment or {}),
+                pass_fds=pass_fds,
             )
         if stdin is not None:
             assert process.stdin is not None
-            process.stdin.write(stdin)
+            process.stdin.write(stdin + b"\n")
             process.stdin.close()
         self.processes.append(process)
         return process.pid
@@ -149,13 +152,21 @@ class Bench:
                 "control_socket": str(path),
                 "shutdown_seconds": 1.0,
             }
-            proxy.pids[kind] = self.start(
-                [sys.executable, "-m", "hemostat.relay.main"],
-                stdin=json.dumps(config).encode(),
-                log=f"{proxy.name.replace(' ', '-')}-{kind}",
-                environment={"PYTHONPATH": os.pathsep.join(paths)} if paths else None,
-            )
+            with listening(port) if checkout is None else contextlib.nullcontext() as sock:
+                fds = [sock.fileno()] if sock is not None else []  # of an older relay: it binds the port itself
+                proxy.pids[kind] = self.start(
+                    [sys.executable, "-m", "hemostat.relay.main"],
+                    stdin=json.dumps(config | {"fds": fds}).encode(),
+                    log=f"{proxy.name.replace(' ', '-')}-{kind}",
+                    environment={"PYTHONPATH": os.pathsep.join(paths)} if paths else None,
+                    pass_fds=fds,
+                )
         return proxy
+
+
+def listening(port: int) -> socket.socket:
+    """What the supervisor hands to a relay."""
+    return socket.create_server(("127.0.0.1", port), backlog=2048)
 
 
 @contextlib.asynccontextmanager
