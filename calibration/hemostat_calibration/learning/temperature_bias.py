@@ -183,18 +183,8 @@ class TemperatureBiasLearner:
         """`state` as though it had also seen `tokens` tokens of what `pooled` saw: with little data it proposes nearly
         the pooled profile, with much its own. InvalidArgumentError where they learned of different models."""
         part = min(1.0, tokens / max(pooled.weight, 1.0))
-        some = replace(
-            pooled,
-            reference_mass=frozen(part * pooled.reference_mass),
-            compressed_mass=frozen(part * pooled.compressed_mass),
-            information=part * pooled.information,
-            moment=part * pooled.moment,
-            depth=part * pooled.depth,
-            deep_tokens=part * pooled.deep_tokens,
-            weight=part * pooled.weight,
-            tokens=round(part * pooled.weight),
-            requests=round(part * pooled.requests),
-        )
+        some = _scaled(pooled, part, 0)
+        some = replace(some, tokens=round(part * pooled.weight), requests=round(part * pooled.requests))
         return self.merge(state, some)
 
     def propose(self, state: TemperatureBiasState) -> CalibrationProfile | None:
