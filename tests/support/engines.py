@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from tests.support.relay import OK, Client, Request, Script, Upstream, UpstreamConnection
+from tests.support.relay import OK, Connect, Request, Script, Upstream, UpstreamConnection, listening
 
 from hemostat.relay.upstreams.settings import UpstreamSettings
 from hemostat.relay.worker import Relay
-
-Connect = Callable[[], Awaitable[Client]]
 
 
 class FakeEngine:
@@ -65,23 +62,10 @@ async def balancing(
         tuple(f"http://{engine.name}" for engine in engines), **{"health_seconds": 0.0, **(upstream or {})}
     )
     relay = Relay(settings, **options)
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    await relay.serve(sock)
-    port = sock.getsockname()[1]
-    clients: list[Client] = []
-
-    async def connect() -> Client:
-        client = Client(*await asyncio.open_connection("127.0.0.1", port))
-        clients.append(client)
-        return client
-
     try:
-        yield relay, connect
+        async with listening(relay) as connect:
+            yield relay, connect
     finally:
-        for client in clients:
-            await client.close()
-        await relay.close()
         for engine in engines:
             await engine.stop()
         await asyncio.sleep(0.01)

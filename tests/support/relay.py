@@ -208,20 +208,12 @@ class Client:
             await self.writer.wait_closed()
 
 
+Connect = Callable[[], Awaitable[Client]]
+
+
 @contextlib.asynccontextmanager
-async def relaying(
-    script: Script, *, context: ssl.SSLContext | None = None, **options: Any
-) -> AsyncIterator[tuple[Relay, Upstream, Callable[[], Awaitable[Client]]]]:
-    """A relay before a scripted upstream, and a function that connects to it. options: of `UpstreamSettings` with the
-    prefix upstream_, and of `Relay`."""
-    upstream = Upstream(script)
-    await upstream.start(context)
-    scheme = "https" if context else "http"
-    host = "localhost" if context else "127.0.0.1"
-    settings = {
-        name.removeprefix("upstream_"): options.pop(name) for name in [*options] if name.startswith("upstream_")
-    }
-    relay = Relay(UpstreamSettings((f"{scheme}://{host}:{upstream.port}",), **settings), **options)
+async def listening(relay: Relay) -> AsyncIterator[Connect]:
+    """A function that connects to the relay, which listens on a port of its own until the end."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     await relay.serve(sock)
@@ -234,11 +226,31 @@ async def relaying(
         return client
 
     try:
-        yield relay, upstream, connect
+        yield connect
     finally:
         for client in clients:
             await client.close()
         await relay.close()
+
+
+@contextlib.asynccontextmanager
+async def relaying(
+    script: Script, *, context: ssl.SSLContext | None = None, **options: Any
+) -> AsyncIterator[tuple[Relay, Upstream, Connect]]:
+    """A relay before a scripted upstream, and a function that connects to it. options: of `UpstreamSettings` with the
+    prefix upstream_, and of `Relay`."""
+    upstream = Upstream(script)
+    await upstream.start(context)
+    scheme = "https" if context else "http"
+    host = "localhost" if context else "127.0.0.1"
+    settings = {
+        name.removeprefix("upstream_"): options.pop(name) for name in [*options] if name.startswith("upstream_")
+    }
+    relay = Relay(UpstreamSettings((f"{scheme}://{host}:{upstream.port}",), **settings), **options)
+    try:
+        async with listening(relay) as connect:
+            yield relay, upstream, connect
+    finally:
         await upstream.stop()
         await asyncio.sleep(0.01)
 

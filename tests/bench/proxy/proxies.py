@@ -13,6 +13,9 @@ import venv
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from hemostat.ipc.messages import REST_KIND, MessageReader, Policy, Stats, encode
 
@@ -169,13 +172,11 @@ def listening(port: int) -> socket.socket:
     return socket.create_server(("127.0.0.1", port), backlog=2048)
 
 
-@contextlib.asynccontextmanager
-async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
-    """Stands in for the control process: gives the policy, takes captures and figures."""
-    treats = proxy.name in {"profile", "adapter"}
+def observing(rate: float, **changes: Any) -> Policy:
+    """What a relay is told where nothing is treated, with changes."""
     policy = Policy(
         generation=1,
-        mode="auto" if treats else "observe",
+        mode="observe",
         shadow_rate=rate,
         shadow_allow_on=False,
         shadow_top_k=TOP_K,
@@ -184,8 +185,20 @@ async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
         tap=False,
         forced=None,
         control_fraction=0.0,
-        acknowledged=frozenset({ADAPTER}),
+        acknowledged=frozenset(),
         labels=frozenset(),
+    )
+    return msgspec.structs.replace(policy, **changes)
+
+
+@contextlib.asynccontextmanager
+async def control(path: Path, rate: float, proxy: Proxy) -> AsyncIterator[None]:
+    """Stands in for the control process: gives the policy, takes captures and figures."""
+    treats = proxy.name in {"profile", "adapter"}
+    policy = observing(
+        rate,
+        mode="auto" if treats else "observe",
+        acknowledged=frozenset({ADAPTER}),
         serving_by_kind={REST_KIND: ADAPTER} if treats else {},
         adapters={ADAPTER: False} if proxy.name == "adapter" else {},
         base_models=frozenset({"fake"}),

@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hemostat.ipc.messages import Capture, MessageReader, Policy, encode
+from hemostat.ipc.messages import Capture, MessageReader, encode
 from hemostat.openai.routes import CHAT
 from hemostat.shadow.interceptor import Interceptor
 from hemostat.shadow.limits import ShadowQueue
 from hemostat.shadow.record_builder import decode_capture
 
 from .load import TOP_K, Answers, request_body
+from .proxies import observing
 
 TOKENS = 49
 LIMIT_MS = 0.27
@@ -94,23 +95,6 @@ class _Answer:
         exchange.closed(complete=True)
 
 
-def _policy(rate: float) -> Policy:
-    return Policy(
-        generation=1,
-        mode="observe",
-        shadow_rate=rate,
-        shadow_allow_on=False,
-        shadow_top_k=TOP_K,
-        shadow_max_tokens=8192,
-        scoring=True,
-        tap=False,
-        forced=None,
-        control_fraction=0.0,
-        acknowledged=frozenset(),
-        labels=frozenset(),
-    )
-
-
 def measure(answers: Answers, *, stream: bool, rounds: int = ROUNDS) -> Cost:
     """One answer, over and over."""
     answer = _Answer(answers, stream=stream)
@@ -126,8 +110,8 @@ def measure(answers: Answers, *, stream: bool, rounds: int = ROUNDS) -> Cost:
             sending.sendall(frame)
             return True
 
-        sampled = Interceptor(_policy(1.0), emit, lambda name, labels: None)
-        plain = Interceptor(_policy(0.0), emit, lambda name, labels: None)
+        sampled = Interceptor(observing(1.0), emit, lambda name, labels: None)
+        plain = Interceptor(observing(0.0), emit, lambda name, labels: None)
         reader, queue, watch = MessageReader(), ShadowQueue(10), _Stopwatch()
 
         def receive() -> None:
