@@ -76,17 +76,9 @@ class GenerationReport:
 
         Called again for the response to a request that is sent again.
         """
-        coding, content_type = b"identity", b""
-        for line in head.lines:
-            name, _, value = line.partition(b":")
-            name = name.lower()
-            if name == b"content-type":
-                content_type = value.strip(b" \t")
-            elif name == b"content-encoding":
-                coding = value.strip(b" \t")
-        self.observer.disabled = head.status != 200 or coding != b"identity"
+        self.observer.disabled = head.status != 200 or head.content_coding != b"identity"
         if not self.observer.disabled:
-            self.observer.begin_response(stream=content_type.startswith(b"text/event-stream"))
+            self.observer.begin_response(stream=head.content_type.startswith(b"text/event-stream"))
 
     def finish(
         self, arm: str, comparison: Comparison | None, status: int, outcome: str, *, complete: bool

@@ -114,8 +114,9 @@ class OutcomeObserver:
 
     def feed_request(self, body: bytes) -> None:
         self.body = self.body or body
-        self.json = self.json or _JSON_REQUESTED.search(body) is not None
-        self.tools = self.tools or _TOOLS_REQUESTED.search(body) is not None
+        # Looking for a word first takes a tenth of the time, and most bodies have neither.
+        self.json = self.json or (b"json" in body and _JSON_REQUESTED.search(body) is not None)
+        self.tools = self.tools or (b'"tools"' in body and _TOOLS_REQUESTED.search(body) is not None)
 
     def compare(self, body: bytes, *, json_in_words: bool) -> None:
         """The request is in an arm. body: the whole of it."""

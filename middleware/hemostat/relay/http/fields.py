@@ -17,7 +17,9 @@ HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"te", b"trailer", b"trans
 """Fields that concern one connection only. `proxy-*` and the fields that Connection names are recognised separately."""
 _INTERPRETED = HOP_BY_HOP | {
     b"authorization",
+    b"content-encoding",
     b"content-length",
+    b"content-type",
     b"expect",
     b"host",
     b"traceparent",

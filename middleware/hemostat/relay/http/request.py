@@ -111,6 +111,8 @@ def parse_request(head: bytes, max_headers: int, pairs: list[tuple[bytes, bytes]
                 raise BadRequest(400, "Host is malformed")
             host_at = len(kept)
             kept.append(line)
+        elif special in {b"content-type", b"content-encoding"}:
+            kept.append(line)
         elif special == b"content-length":
             if sized:
                 raise BadRequest(400, "Content-Length is given twice")

@@ -165,6 +165,11 @@ class UpstreamConnection(asyncio.Protocol):
     # Called by the pool and the exchange.
 
     @property
+    def free(self) -> bool:
+        """Open, and without a request."""
+        return self._state is _IDLE and not self.transport.is_closing()
+
+    @property
     def usable(self) -> bool:
         """A request can be sent on it, and nothing has arrived that would be taken for its response."""
         return self._state is _IDLE and not self.transport.is_closing() and not self._unread()
