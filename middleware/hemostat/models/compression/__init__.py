@@ -1,0 +1,1 @@
+"""`hemostat compress`: compressed copies of a checkpoint, made one decoder layer at a time."""
