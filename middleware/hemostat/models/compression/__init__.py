@@ -1,1 +1,1 @@
-"""`hemostat compress`: compressed copies of a checkpoint, made one decoder layer at a time."""
+"""Compressed copies of checkpoints."""
