@@ -25,8 +25,8 @@ from hemostat.models.checkpoint_folders import (
     folder_digest,
     required_versions,
 )
+from hemostat.models.compression.rounding import PACKED_FORMAT, SCHEMES, pruned, quantize, rounded
 from hemostat.models.quiet import quiet_transformers
-from hemostat.models.schemes import PACKED_FORMAT, SCHEMES, pruned, quantize, rounded
 
 
 def compress(source: Path, destination: Path, scheme: str, progress: Progress = lambda _: None) -> None:
