@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
@@ -64,3 +65,41 @@ def _rounded(exact: Floats, most: Floats, total: int) -> list[int]:
         room = [n for n in order if found[n] < most[n]]
         found[room[:missing]] += 1.0
     return [int(value) for value in found]
+
+
+def share_units(
+    scores: Mapping[str, Floats], weights: Mapping[str, npt.NDArray[np.integer]], sparsity: float, max_sparsity: float
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """The units, such as neurons and heads, that each layer loses, so that the part `sparsity` of all weights is lost.
+
+    scores: by layer the score of each unit, [units]; they must mean the same in all layers. weights: by layer the
+        number of weights of each unit, [units], above 0. max_sparsity: at most this part of a layer's weights is lost.
+
+    Units with the least score for each weight go first, until the part is reached: at most one unit too much.
+
+    InvalidArgumentError where sparsity is above `max_sparsity`, or scores are not finite.
+
+    >>> share_units({"a": np.array([1.0, 6.0, 4.0])}, {"a": np.array([1, 1, 2])}, 0.7, 0.8)
+    {'a': array([ True, False,  True])}
+    """
+    if not 0.0 <= sparsity <= max_sparsity <= 1.0:
+        raise InvalidArgumentError(f"sparsity is {sparsity}: it must be from 0 to max_sparsity, {max_sparsity}")
+    if not all(np.isfinite(values).all() for values in scores.values()):
+        raise InvalidArgumentError("scores are not finite")
+    lost = {name: np.zeros(len(values), np.bool_) for name, values in scores.items()}
+    room = {name: max_sparsity * float(weights[name].sum()) for name in scores}
+    left = sparsity * sum(float(weights[name].sum()) for name in scores)
+    order = sorted(
+        (float(score) / int(weights[name][n]), position, name, n)
+        for position, (name, values) in enumerate(scores.items())
+        for n, score in enumerate(values)
+    )
+    for _, _, name, n in order:
+        if left <= 0.0:
+            break
+        size = int(weights[name][n])
+        if size <= room[name]:
+            lost[name][n] = True
+            room[name] -= size
+            left -= size
+    return lost

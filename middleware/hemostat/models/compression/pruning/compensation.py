@@ -19,6 +19,7 @@ STEPS = 30
 """Of conjugate gradients."""
 TOLERANCE = 1e-4
 """Relative size of a residual at which they end."""
+_TINY = torch.finfo(torch.float32).tiny
 
 Choose = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 """Which weights of a block of columns are kept, bool [out, block], from the updated weights [out, block], the diagonal
@@ -29,5 +30,60 @@ def damped(moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """Second moments [in, in] that can be inverted, float32. An input that is always 0 has the damping alone."""
     result = moments.float().clone()
     diagonal = result.diagonal()
-    diagonal += max(damping * float(diagonal.mean()), torch.finfo(torch.float32).tiny)
+    diagonal += max(damping * float(diagonal.mean()), _TINY)
     return result
+
+
+def pruned_in_blocks(
+    weight: torch.Tensor, moments: torch.Tensor, choose: Choose, block: int = BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The updated weight, float32 [out, in], and which entries are kept, bool. moments: `damped`.
+
+    U is the upper Cholesky factor of S⁻¹: row j of it says how the columns to the right make up for an error in column
+    j, and U_jj² is the entry (j, j) of the inverse of S without the columns to the left.
+    """
+    current = weight.float().clone()
+    kept = torch.ones_like(current, dtype=torch.bool)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    for first in range(0, current.shape[1], block):
+        columns = slice(first, min(first + block, current.shape[1]))
+        own = upper[columns, columns]
+        values = current[:, columns]
+        mask = choose(values, own.diagonal().square(), columns)
+        errors = torch.zeros_like(values)
+        for j in range(values.shape[1]):
+            before = values[:, j].clone()
+            errors[:, j] = torch.where(mask[:, j], 0.0, before / own[j, j])
+            values[:, j:] -= errors[:, j, None] * own[j, j:]
+        values *= mask
+        kept[:, columns] = mask
+        current[:, columns.stop :] -= errors @ upper[columns, columns.stop :]
+    return current, kept
+
+
+def least_squares(
+    weight: torch.Tensor, moments: torch.Tensor, kept: torch.Tensor, start: torch.Tensor, steps: int = STEPS
+) -> torch.Tensor:
+    """The W', float32 [out, in], zero outside of `kept`, with the least tr((W' − W) S (W' − W)ᵀ), from `start`.
+
+    moments: S, `damped`. Conjugate gradients for all rows at the same time, each row a problem of its own, with the
+    diagonal as preconditioner; the error never rises, whatever the number of steps.
+    """
+    current = start.float() * kept
+    scale = 1.0 / moments.diagonal()
+    residual = ((weight.float() - current) @ moments) * kept
+    direction = residual * scale
+    size = first = (residual * direction).sum(1)
+    for _ in range(steps):
+        if bool((size <= TOLERANCE**2 * first).all()):
+            break
+        image = (direction @ moments) * kept
+        step = size / (direction * image).sum(1).clamp_min(_TINY)
+        current += step[:, None] * direction
+        residual -= step[:, None] * image
+        preconditioned = residual * scale
+        following = (residual * preconditioned).sum(1)
+        direction = preconditioned + (following / size.clamp_min(_TINY))[:, None] * direction
+        size = following
+    return current
