@@ -22,8 +22,9 @@ TOLERANCE = 1e-4
 _TINY = torch.finfo(torch.float32).tiny
 
 Choose = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
-"""Which weights of a block of columns are kept, bool [out, block], from the updated weights [out, block], the diagonal
-[block] of the inverse of the second moments of these columns and those to the right, and which columns they are."""
+"""Which weights of a group of columns are kept, bool [out, group], from the updated weights [out, group], the entries
+(j, j), [group], of the inverses of the second moments without the columns to the left of j, and which columns they
+are."""
 
 
 def damped(moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -35,9 +36,10 @@ def damped(moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 
 
 def pruned_in_blocks(
-    weight: torch.Tensor, moments: torch.Tensor, choose: Choose, block: int = BLOCK
+    weight: torch.Tensor, moments: torch.Tensor, choose: Choose, columns_at_once: int = BLOCK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The updated weight, float32 [out, in], and which entries are kept, bool. moments: `damped`.
+    """The updated weight, float32 [out, in], and which entries are kept, bool. moments: `damped`. columns_at_once: for
+    which `choose` is called, once for each such group, from left to right; a divisor of `BLOCK`.
 
     U is the upper Cholesky factor of S⁻¹: row j of it says how the columns to the right make up for an error in column
     j, and U_jj² is the entry (j, j) of the inverse of S without the columns to the left.
@@ -46,19 +48,18 @@ def pruned_in_blocks(
     kept = torch.ones_like(current, dtype=torch.bool)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    for first in range(0, current.shape[1], block):
-        columns = slice(first, min(first + block, current.shape[1]))
-        own = upper[columns, columns]
-        values = current[:, columns]
-        mask = choose(values, own.diagonal().square(), columns)
-        errors = torch.zeros_like(values)
-        for j in range(values.shape[1]):
-            before = values[:, j].clone()
-            errors[:, j] = torch.where(mask[:, j], 0.0, before / own[j, j])
-            values[:, j:] -= errors[:, j, None] * own[j, j:]
-        values *= mask
-        kept[:, columns] = mask
-        current[:, columns.stop :] -= errors @ upper[columns, columns.stop :]
+    for first in range(0, current.shape[1], BLOCK):
+        end = min(first + BLOCK, current.shape[1])
+        own = upper[first:end, first:end]
+        errors = torch.zeros_like(current[:, first:end])
+        for j in range(first, end):
+            if (j - first) % columns_at_once == 0:
+                group = slice(j, min(j + columns_at_once, end))
+                kept[:, group] = choose(current[:, group], upper.diagonal()[group].square(), group)
+            errors[:, j - first] = torch.where(kept[:, j], 0.0, current[:, j] / upper[j, j])
+            current[:, j:end] -= errors[:, j - first, None] * own[j - first, j - first :]
+        current[:, first:end] *= kept[:, first:end]
+        current[:, end:] -= errors @ upper[first:end, end:]
     return current, kept
 
 

@@ -62,4 +62,24 @@ def kept_two_of_four(scores: torch.Tensor) -> torch.Tensor:
     """
     groups = scores.unflatten(1, (-1, 4))
     kept = torch.zeros_like(groups, dtype=torch.bool)
-    return kept.scatter_(-1, groups.argsort(-1, stable=True)[..., 2:], True).flatten(1)
+    return kept.scatter_(-1, groups.argsort(dim=-1, stable=True)[..., 2:], True).flatten(1)
+
+
+def kept_rows(scores: torch.Tensor, rows: int) -> torch.Tensor:
+    """Bool [out, in], False in the `rows` rows whose scores [out, in] have the least sums."""
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    kept[scores.sum(1).argsort(stable=True)[:rows]] = False
+    return kept
+
+
+def comparable_scores(weight: torch.Tensor, factor: torch.Tensor, score: Score) -> torch.Tensor:
+    """Scores [out, in] in the unit in which layers are compared: w² · f for the second-order score, which is a rise of
+    the divergence; the square root for the others, which are linear in the weight."""
+    scores = weight.float().square() * factor
+    return scores if score is Score.FISHER else scores.sqrt()
+
+
+def kept_share(scores: torch.Tensor, kept: torch.Tensor) -> float:
+    """The part of the sum of `comparable_scores` that the kept weights have; 1 where all are 0."""
+    total = float(scores.sum(dtype=torch.float64))
+    return float(scores[kept].sum(dtype=torch.float64)) / total if total > 0.0 else 1.0

@@ -1,17 +1,21 @@
 """Whole neurons and heads: rows and columns of several linear layers that are useless without each other.
 
-A neuron of an MLP is a row of gate_proj and of up_proj and the column of down_proj that reads it; a head of attention is
-its rows of q_proj and its columns of o_proj. Rows of k_proj and v_proj that no head reads any more are dropped, too. The
-shapes stay: what is dropped is 0, since vLLM builds all layers of a model with one width.
+A neuron of an MLP is a row of gate_proj and of up_proj and the column of down_proj that reads it; a head of attention
+is its rows of q_proj and its columns of o_proj. Rows of k_proj and v_proj that no head reads any more are dropped, too.
+The shapes stay: what is dropped is 0, since vLLM builds all layers of a model with one width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from hemostat.models.adapters.skeleton import CopyLinear, Skeleton
 from hemostat.models.checkpoint_folders import CompressError
+from hemostat.models.compression.pruning.masks import Score
+from hemostat.models.compression.pruning.statistics import Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +80,29 @@ def _heads(skeleton: Skeleton, linears: Mapping[str, CopyLinear], parent: str) -
 def _check(reader: str, wanted: int, found: list[int]) -> None:
     if not found or any(outputs != wanted for outputs in found):
         raise CompressError(f"--pattern rows: {reader} does not read each row of the layers before it: not supported")
+
+
+def unit_scores(units: Units, score: Score, totals: Totals, weight: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Float32 [count]: by unit the sum of w² of its weights (magnitude), of w² Σ x² of its columns (Wanda), or what
+    `observed` added up of its gates. weight: of a linear layer, by name."""
+    if score in (Score.TAYLOR, Score.FISHER):
+        return totals[units.reader][0]
+    columns = weight(units.reader).float().square()
+    if score is Score.WANDA:
+        return (columns * totals[units.reader]).sum(0).unflatten(0, (units.count, units.width)).sum(1)
+    rows = sum(weight(name).float().square().sum(1) for name in units.writers)
+    return (columns.sum(0) + rows).unflatten(0, (units.count, units.width)).sum(1)
+
+
+def dropped_weights(
+    units: Units, dropped: torch.Tensor, linears: Mapping[str, CopyLinear]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """By linear layer, which weights [out, in] are kept, bool, without the units `dropped`, bool [count]."""
+    lost = dropped.repeat_interleave(units.width)
+    unread = dropped.unflatten(0, (-1, units.sharing)).all(1).repeat_interleave(units.width)
+    for name in (*units.writers, *units.shared, units.reader):
+        shape = (linears[name].out_features, linears[name].in_features)
+        if name == units.reader:
+            yield name, (~lost).expand(shape)
+        else:
+            yield name, (~(unread if name in units.shared else lost))[:, None].expand(shape)

@@ -17,9 +17,9 @@ Totals = dict[str, torch.Tensor]
 
 
 def needs_gradients(score: Score) -> bool:
-    """Of the divergence from the dense model's own predictions. Its own gradient is 0 at the dense model; with each token
-    drawn from the model's prediction, as `output_gradients` does, the expected square of the gradient of −log p is the
-    divergence's second derivative (Fisher information)."""
+    """Of the divergence from the dense model's own predictions. Its gradient is 0 at the dense model; but with each
+    token drawn from the model's prediction, as `output_gradients` does, the expected square of the gradient of −log p
+    is the second derivative of the divergence (Fisher information)."""
     return score in (Score.TAYLOR, Score.FISHER)
 
 
