@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat.models.adapters.activations import Batch, Moments
+from hemostat.models.adapters.activations import Moments
+from hemostat.models.adapters.walk import Around
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.frame import LayerData, LayerResult, Run
 from hemostat.models.compression.pruning.compensation import damped, least_squares
@@ -130,15 +130,7 @@ class PruneMethod:
                 gradients = walk.gradient(n + 1) if backwards else None
                 hidden = walk.hidden(n)
                 totals: Totals = {}
-                widths = None
-                if self._options.pattern is Pattern.ROWS:
-                    widths = {kind.reader: kind.width for kind in find_units(run.skeleton, walk.names[n])}
-
-                def observing(
-                    batch: Batch, name: str = walk.names[n], totals: Totals = totals, widths: Any = widths
-                ) -> AbstractContextManager[None]:
-                    return observed(run.skeleton, name, batch.valid, self._options.score, totals, widths)
-
+                observing = self._observing(run, walk.names[n], totals)
                 with walk.loaded(n):
                     if gradients is not None:
                         walk.store_gradient(n, walk.backward(n, hidden, gradients, observing))
@@ -149,6 +141,12 @@ class PruneMethod:
                 walk.drop_gradient(n + 1)
             run.progress(STAGE, done + 1, count)
         walk.drop()
+
+    def _observing(self, run: Run, layer: str, totals: Totals) -> Around:
+        widths = None
+        if self._options.pattern is Pattern.ROWS:
+            widths = {kind.reader: kind.width for kind in find_units(run.skeleton, layer)}
+        return lambda batch: observed(run.skeleton, layer, batch.valid, self._options.score, totals, widths)
 
     def _share_zeros(self, run: Run) -> None:
         quantiles, sizes = {}, {}
