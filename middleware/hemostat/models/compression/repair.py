@@ -111,15 +111,19 @@ class Vectors:
 
     @contextmanager
     def applied(self, tensors: Tensors) -> Iterator[None]:
-        places = self._copy.skeleton.places
+        values = {name: self._value(name, change) for name, change in tensors.items()}
+        # Leaves: the final norm is passed through backwards several times, once for each part of the logits.
+        leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in values.items()}
         try:
-            for name in tensors:
-                self._put(name, self._value(name, tensors[name]))
+            for name, leaf in leaves.items():
+                self._put(name, leaf)
             yield
+            for name, leaf in leaves.items():
+                if leaf.grad is not None:
+                    values[name].backward(leaf.grad)
         finally:
-            for name in tensors:
-                for module, key in places[name]:
-                    module._parameters[key] = torch.nn.Parameter(self._start[name], requires_grad=False)
+            for name in leaves:
+                self._put(name, torch.nn.Parameter(self._start[name], requires_grad=False))
 
     @contextmanager
     def served(self, tensors: Tensors | None) -> Iterator[None]:
@@ -135,7 +139,6 @@ class Vectors:
         return (start.float() + change * self._size[name]).to(start.dtype)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
-        # Not a parameter: gradients pass through it.
         for module, key in self._copy.skeleton.places[name]:
             module._parameters[key] = tensor
 
