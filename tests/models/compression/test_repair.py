@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,19 @@ pytest.importorskip("compressed_tensors")
 from safetensors import safe_open  # noqa: E402
 
 from hemostat.models.adapters.copies import Copy  # noqa: E402
+from hemostat.models.adapters.errors import AdaptError  # noqa: E402
 from hemostat.models.adapters.parts import Parts  # noqa: E402
 from hemostat.models.adapters.texts import Text  # noqa: E402
-from hemostat.models.checkpoint_folders import CompressError  # noqa: E402
-from hemostat.models.compression.repair import REPAIR, Vectors, repair, write_repaired  # noqa: E402
+from hemostat.models.checkpoint_folders import CompressError, is_complete  # noqa: E402
+from hemostat.models.compression.compress import Surroundings  # noqa: E402
+from hemostat.models.compression.other_files import REPORT  # noqa: E402
+from hemostat.models.compression.repair import (  # noqa: E402
+    REPAIR,
+    Vectors,
+    repair,
+    write_repaired,
+    write_repaired_copy,
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +114,33 @@ def test_only_the_values_of_the_vectors_change(compressed: Path, tmp_path: Path)
         assert len(old) == len(new)
         different = sum(a != b for a, b in zip(old, new, strict=True))
         assert different <= (size if path.suffix == ".safetensors" else 0)
+
+
+def test_a_repaired_copy_has_its_report_and_is_made_once(reference: Path, compressed: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    around = Surroundings(tmp_path / "work", step=lambda *step: seen.append(step))
+    report = write_repaired_copy(reference, compressed, tmp_path / "out", texts()[:40], surroundings=around)
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["repair"] == report
+    assert is_complete(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (compressed / "config.json").read_bytes()
+    changed = [n for n, tensor in tensors(tmp_path / "out").items() if not torch.equal(tensor, tensors(compressed)[n])]
+    assert bool(changed) == report["improved"]
+    assert all("norm" in name for name in changed)
+    steps = len(seen)
+    again = write_repaired_copy(reference, compressed, tmp_path / "out", texts()[:40], surroundings=around)
+    assert again == report
+    assert len(seen) == steps, "it was made again"
+    # The finished training is in the work folder: a copy that was lost is written without training.
+    shutil.rmtree(tmp_path / "out")
+    assert write_repaired_copy(reference, compressed, tmp_path / "out", texts()[:40], surroundings=around) == report
+    assert len(seen) == steps
+
+
+def test_another_model_is_refused(reference: Path, tmp_path: Path) -> None:
+    other = save(tiny_model(vocab_size=50, hidden_size=64, num_hidden_layers=1), tmp_path / "other")
+    with pytest.raises(AdaptError, match="vocabulary: REFERENCE has 97 tokens, COMPRESSED has 50"):
+        write_repaired_copy(reference, other, tmp_path / "out", texts()[:10])
+    assert not (tmp_path / "out").exists()
 
 
 def test_bfloat16_is_rounded_to(reference: Path, tmp_path: Path) -> None:

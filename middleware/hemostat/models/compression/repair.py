@@ -7,6 +7,7 @@ these tensors alone: every other byte of its files is the same, so that it is se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,19 @@ from hemostat.models.adapters.parts import Parts
 from hemostat.models.adapters.solve import Progress
 from hemostat.models.adapters.texts import Text
 from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, Trained, memory_bytes, train
-from hemostat.models.checkpoint_folders import MANIFEST, CompressError
+from hemostat.models.checkpoint_folders import (
+    MANIFEST,
+    RECIPE,
+    CompressError,
+    build_folder,
+    cache_folder,
+    cache_key,
+    folder_digest,
+    required_versions,
+)
+from hemostat.models.compression.compress import Surroundings
+from hemostat.models.compression.other_files import REPORT
+from hemostat.models.work_folder import WorkFolder
 
 REPAIR = "repair"
 RATES = (3e-3, 1e-3)
@@ -43,6 +56,60 @@ class Repaired:
 
     tensors: Mapping[str, torch.Tensor]
     report: Mapping[str, Any]
+
+
+def write_repaired_copy(
+    reference: Path,
+    compressed: Path,
+    destination: Path,
+    texts: Sequence[Text],
+    *,
+    seed: int = 0,
+    surroundings: Surroundings | None = None,
+) -> dict[str, Any]:
+    """Write a repaired copy of `compressed` to `destination`; the same bytes where it does not improve the fold.
+
+    Returns the report, which is also in the folder (`REPORT`), beside that of the compression. Does nothing when
+    `destination` already is that copy. Raises HemostatError.
+    """
+    around = surroundings or Surroundings()
+    tokens = hashlib.sha256()
+    for text in texts:
+        tokens.update(json.dumps([text.prompt.tolist(), text.output.tolist()]).encode())
+    made_from = {
+        "recipe": RECIPE,
+        "settings": {"scheme": REPAIR, "rates": RATES},
+        "seed": seed,
+        "texts": tokens.hexdigest(),
+        "source": folder_digest(reference),
+        "compressed": folder_digest(compressed),
+        **required_versions("torch", "transformers", "compressed_tensors"),
+    }
+
+    def write(folder: Path) -> None:
+        key = made_from | {"destination": str(destination.absolute()), "device": around.device}
+        with WorkFolder(around.work or cache_folder() / "compress" / cache_key(key), key, "compress") as work:
+            found = repair(
+                reference, compressed, texts, Parts(work), device=around.device, seed=seed, progress=around.step
+            )
+            write_repaired(compressed, folder, found.tensors)
+            earlier = folder / REPORT
+            report = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+            earlier.write_text(json.dumps(report | {REPAIR: found.report}, indent=1) + "\n", encoding="utf-8")
+            for note in work.notes:
+                around.log(note)
+            if around.work is None:
+                # Token ids can be decoded to text: they stay on disk only if the user named a folder.
+                work.remove()
+
+    try:
+        build_folder(destination, json.loads(json.dumps(made_from)), write, around.log)
+    except OSError as error:
+        raise CompressError(
+            f"{destination} cannot be written ({error.strerror or error}); free some space or name another folder"
+        ) from None
+    written: dict[str, Any] = json.loads((destination / REPORT).read_text(encoding="utf-8"))[REPAIR]
+    return written
 
 
 def repair(
