@@ -29,7 +29,7 @@ from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.adapters.pair import CheckpointPair
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.adapters.skeleton import set_factors
-from hemostat.models.adapters.solve import Progress
+from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.texts import Text
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.adapters.int8 import dequantize_rows, quantize_rows
