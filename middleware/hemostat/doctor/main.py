@@ -141,8 +141,10 @@ def _layers(
         return {"skipped": "vLLM servers do not expose their layers"}
     if not options.layer_tokens:
         return {"skipped": "--layer-tokens 0"}
+    from hemostat.doctor.causes.layers import layer_report  # noqa: PLC0415
+    from hemostat.doctor.causes.units import Incomparable  # noqa: PLC0415
     from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415
-    from hemostat.doctor.layers import Incomparable, Text, choose, layer_report  # noqa: PLC0415
+    from hemostat.doctor.kl_meter import Text, choose  # noqa: PLC0415
 
     assert isinstance(pair, CheckpointPair)
     texts = choose([Text(jobs[one.index].prompt, one.output) for one in scored], options.layer_tokens)

@@ -1,0 +1,46 @@
+"""What a layer can be stored as, and its weight then."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, fused_name
+from hemostat.models.schemes import pruned, rounded
+
+Target = Literal["vllm", "vllm-cpu", "any"]
+"""vllm: what vLLM's kernels on GPUs take packed. vllm-cpu: those on CPUs. any: also what is only written dense."""
+TARGETS: tuple[Target, ...] = ("vllm", "vllm-cpu", "any")
+
+KERNEL_GROUPS = (None, 128, 64, 32)
+"""Of Marlin's kernels (`MARLIN_SUPPORTED_GROUP_SIZES` of vLLM 0.32), coarsest first."""
+
+_DENSE = LayerPlan(DENSE_BITS)
+_CANDIDATES: dict[Target, tuple[LayerPlan, ...]] = {
+    "vllm": (*(LayerPlan(4, group) for group in KERNEL_GROUPS), LayerPlan(8), LayerPlan(8, 64), _DENSE),
+    # vLLM 0.32 has no kernel for 8-bit weights alone on a CPU.
+    "vllm-cpu": (*(LayerPlan(4, group) for group in KERNEL_GROUPS), _DENSE),
+    "any": (
+        *(LayerPlan(bits, group) for bits in range(2, 9) for group in (None, 64, 32)),
+        *(LayerPlan(bits, 64, sparsity) for bits in (4, 8) for sparsity in (0.25, 0.5)),
+        _DENSE,
+    ),
+}
+
+
+def candidates(target: Target, inputs: int) -> list[LayerPlan]:
+    """For a layer of so many inputs: only group sizes that divide them."""
+    return [plan for plan in _CANDIDATES[target] if not inputs % (plan.group_size or inputs)]
+
+
+def unit_name(target: Target, layer: str) -> str:
+    """Layers with the same unit get the same plan: those that vLLM fuses."""
+    return layer if target == "any" else fused_name(layer)
+
+
+def planned_weight(name: str, weight: Any, plan: LayerPlan) -> Any:
+    """A copy of layer `name`'s weight, a tensor [out, in], pruned by magnitude and rounded to nearest as `plan` says.
+
+    Zeros stay zeros.
+    """
+    found = pruned(weight, plan.sparsity) if plan.sparsity else weight.clone()
+    return found if plan.bits == DENSE_BITS else rounded(name, found, plan.bits, plan.group_size or weight.shape[1])
