@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hemostat.doctor import svg
+from hemostat.doctor.causes import html as causes
 from hemostat.doctor.options import DoctorError
 from hemostat.doctor.page import Card, Plot, Section, Table
+from hemostat.doctor.prescription import html as prescription
 from hemostat.doctor.terminal import (
     UNKNOWN,
     format_cell,
@@ -87,7 +89,7 @@ def pair_section(report: Row) -> Section | None:
     return Section("pair.html.jinja", values)
 
 
-SECTIONS: tuple[Callable[[Row], Section | None], ...] = (pair_section,)
+SECTIONS: tuple[Callable[[Row], Section | None], ...] = (pair_section, causes.section, prescription.section)
 """In the order of the page; each gives None where the report has nothing for it."""
 
 

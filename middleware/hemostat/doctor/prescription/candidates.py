@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
+from hemostat.doctor.options import Target
 from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, fused_name
 from hemostat.models.schemes import pruned, rounded
-
-Target = Literal["vllm", "vllm-cpu", "any"]
-"""vllm: what vLLM's kernels on GPUs take packed. vllm-cpu: those on CPUs. any: also what is only written dense."""
-TARGETS: tuple[Target, ...] = ("vllm", "vllm-cpu", "any")
 
 KERNEL_GROUPS = (None, 128, 64, 32)
 """Of Marlin's kernels (`MARLIN_SUPPORTED_GROUP_SIZES` of vLLM 0.32), coarsest first."""

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hemostat.doctor.options import Target
 from hemostat.doctor.pair import Floats, Ids
-from hemostat.doctor.prescription.candidates import Target, candidates, planned_weight
+from hemostat.doctor.prescription.candidates import candidates, planned_weight
 from hemostat.models.adapters.activations import Moments
 from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import device_of, dtype_of, weights_of

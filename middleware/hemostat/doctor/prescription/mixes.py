@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hemostat.doctor.options import DoctorError
-from hemostat.doctor.prescription.candidates import Target, unit_name
+from hemostat.doctor.options import DoctorError, Target
+from hemostat.doctor.prescription.candidates import unit_name
 from hemostat.doctor.prescription.losses import LayerLosses
 from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, stored_bytes
 from hemostat_calibration.allocation.knapsack import Options, allocate
