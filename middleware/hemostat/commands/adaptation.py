@@ -146,7 +146,8 @@ def _build(
     parts = Parts(work)
     built = build(pair, parted.learn, build_options, parts, reporter.step)
     if options.distil:
-        from hemostat.models.adapters.distil import distilled, summary_line  # noqa: PLC0415
+        from hemostat.models.adapters.distil import distilled  # noqa: PLC0415
+        from hemostat.models.adapters.training import summary_line  # noqa: PLC0415
 
         built = distilled(pair, built, parted.learn, parts, seed=options.seed, progress=reporter.step)
         if built.report["distilled"] is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hemostat.doctor.options import Target
 from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, fused_name
-from hemostat.models.schemes import pruned, rounded
+from hemostat.models.compression.rounding import pruned, rounded
 
 KERNEL_GROUPS = (None, 128, 64, 32)
 """Of Marlin's kernels (`MARLIN_SUPPORTED_GROUP_SIZES` of vLLM 0.32), coarsest first."""
@@ -40,4 +40,4 @@ def planned_weight(name: str, weight: Any, plan: LayerPlan) -> Any:
     Zeros stay zeros.
     """
     found = pruned(weight, plan.sparsity) if plan.sparsity else weight.clone()
-    return found if plan.bits == DENSE_BITS else rounded(name, found, plan.bits, plan.group_size or weight.shape[1])
+    return found if plan.bits == DENSE_BITS else rounded(name, found, plan.bits, plan.group_size)
