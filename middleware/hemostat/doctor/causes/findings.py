@@ -14,6 +14,8 @@ NOTE = (
     "its figure is likely to be somewhat smaller on others."
 )
 Z95 = 1.96
+MIN_GROUP_REQUESTS = 5
+"""Tokens of fewer requests are no group: a standard error by request says nothing about them."""
 MIN_SHARE = 0.1
 """Of the error in 1 % of the channels, from which on channels are called dominant."""
 MIN_CHANNEL_RATIO = 20.0
@@ -72,7 +74,11 @@ def _clear(value: float, error: float | None) -> bool:
 
 def _groups(report: Row) -> Iterator[Finding]:
     for topic, key, subject in _GROUPS:
-        rows = [row for row in report.get(key, ()) if row["excess"]["value"] is not None]
+        rows = [
+            row
+            for row in report.get(key, ())
+            if row["excess"]["value"] is not None and row["requests"] >= MIN_GROUP_REQUESTS
+        ]
         if not rows:
             continue
         clear = [row for row in rows if _clear(row["excess"]["value"], row["excess"]["se_by_request"])]

@@ -16,17 +16,24 @@ _CANDIDATES: dict[Target, tuple[LayerPlan, ...]] = {
     "vllm": (*(LayerPlan(4, group) for group in KERNEL_GROUPS), LayerPlan(8), LayerPlan(8, 64), _DENSE),
     # vLLM 0.32 has no kernel for 8-bit weights alone on a CPU.
     "vllm-cpu": (*(LayerPlan(4, group) for group in KERNEL_GROUPS), _DENSE),
+    # Half of the weights at 8 bits need the bytes of 5 bits, at 4 bits those of 3.
     "any": (
-        *(LayerPlan(bits, group) for bits in range(2, 9) for group in (None, 64, 32)),
-        *(LayerPlan(bits, 64, sparsity) for bits in (4, 8) for sparsity in (0.25, 0.5)),
+        *(LayerPlan(bits, 64) for bits in range(2, 9)),
+        *(LayerPlan(bits, 32) for bits in (3, 4)),
+        *(LayerPlan(bits, 64, 0.5) for bits in (4, 8)),
         _DENSE,
     ),
 }
+"""Each candidate is rounded once for each layer, which takes most of a prescription's time."""
 
 
 def candidates(target: Target, inputs: int) -> list[LayerPlan]:
-    """For a layer of so many inputs: only group sizes that divide them."""
-    return [plan for plan in _CANDIDATES[target] if not inputs % (plan.group_size or inputs)]
+    """For a layer of so many inputs. Where a group size does not divide them, one scale by channel takes its place."""
+    fitting = (
+        plan if not inputs % (plan.group_size or inputs) else LayerPlan(plan.bits, None, plan.sparsity, plan.pattern)
+        for plan in _CANDIDATES[target]
+    )
+    return list(dict.fromkeys(fitting))
 
 
 def unit_name(target: Target, layer: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hemostat.doctor.options import DoctorError, Target
-from hemostat.doctor.prescription.candidates import unit_name
+from hemostat.doctor.prescription.candidates import planned_weight, unit_name
 from hemostat.doctor.prescription.losses import LayerLosses
 from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, stored_bytes
 from hemostat_calibration.allocation.knapsack import Options, allocate
@@ -63,3 +65,16 @@ def uniform_mixes(losses: Mapping[str, LayerLosses], budget: int) -> list[tuple[
         if size <= budget:
             mixes.append((plan, Mix(dict.fromkeys(losses, plan), size, predicted)))
     return sorted(mixes, key=lambda item: item[1].predicted)
+
+
+@contextmanager
+def carried_out(model: Any, mix: Mix) -> Iterator[None]:
+    """Inside of the context the linear layers of `model`, the reference, have the mix's weights."""
+    originals = {name: model.get_submodule(name).weight.data for name in mix.layers}
+    try:
+        for name, plan in mix.layers.items():
+            model.get_submodule(name).weight.data = planned_weight(name, originals[name], plan)
+        yield
+    finally:
+        for name, weight in originals.items():
+            model.get_submodule(name).weight.data = weight

@@ -7,8 +7,7 @@ on the other half, with the reference's weights rounded in place.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from hemostat.doctor.kl_meter import KlMeter, Text, choose
 from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import Floats, Ids, json_number
 from hemostat.doctor.prescription.budget import budget_bytes
-from hemostat.doctor.prescription.candidates import planned_weight
 from hemostat.doctor.prescription.losses import predicted_losses
-from hemostat.doctor.prescription.mixes import Mix, dense_bytes, prescribe, uniform_mixes
+from hemostat.doctor.prescription.mixes import Mix, carried_out, dense_bytes, prescribe, uniform_mixes
 from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.compression.plan import LayerPlan, Plan
@@ -118,7 +116,7 @@ def _measure(
     compressed = meter.measure(pair.compressed_model)
 
     def measure(one: Mix) -> Floats:
-        with _carried_out(model, one):
+        with carried_out(model, one):
             return meter.measure(model)
 
     prescribed = measure(mix)
@@ -144,16 +142,3 @@ def _measure(
         "mean_kld_se_by_request": own["mean_kld_se_by_request"],
         "compared": [own, *others, row("COMPRESSED", None, None, compressed)],
     }
-
-
-@contextmanager
-def _carried_out(model: Any, mix: Mix) -> Iterator[None]:
-    """Inside of the context the linear layers of the reference have the mix's weights."""
-    originals = {name: model.get_submodule(name).weight.data for name in mix.layers}
-    try:
-        for name, plan in mix.layers.items():
-            model.get_submodule(name).weight.data = planned_weight(name, originals[name], plan)
-        yield
-    finally:
-        for name, weight in originals.items():
-            model.get_submodule(name).weight.data = weight
