@@ -67,6 +67,17 @@ def restored(weight_format: WeightFormat, tensors: Mapping[str, torch.Tensor]) -
     return weight.float().contiguous()
 
 
+def on_grid(quantized: Quantized) -> torch.Tensor:
+    """Float32 [outputs, inputs]: the values that are stored."""
+    exact = quantized.weight.float()
+    scale = quantized.scale.float().repeat_interleave(exact.shape[1] // quantized.scale.shape[1], dim=1)
+    steps = exact / scale
+    if quantized.format.kind == "float":
+        return steps.to(torch.float8_e4m3fn).float() * scale
+    highest = 2 ** (quantized.format.bits - 1) - 1
+    return steps.round().clamp(-highest - 1, highest) * scale
+
+
 def quantization_config(
     formats: Mapping[str, WeightFormat], dense: Sequence[str], heads: Sequence[str]
 ) -> dict[str, Any] | None:
