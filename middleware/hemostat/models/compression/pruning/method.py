@@ -157,11 +157,9 @@ class PruneMethod:
                 weight = run.source.checkpoint.weight(name)
                 scores = comparable_scores(weight, self._factor(totals, name), self._options.score).flatten()
                 sizes[name] = scores.numel()
-                if len(scores) > QUANTILES:
-                    middles = (torch.arange(QUANTILES) + 0.5) * (len(scores) / QUANTILES)
-                    quantiles[name] = scores.sort().values[middles.long()].double().numpy()
-                else:
-                    quantiles[name] = scores.sort().values.double().numpy()
+                count = min(QUANTILES, len(scores))
+                middles = ((torch.arange(count) + 0.5) * (len(scores) / count)).long()
+                quantiles[name] = scores.sort().values[middles].double().numpy()
         self._zeros = share_zeros(quantiles, sizes, self._options.sparsity, self._options.max_sparsity)
 
     def _share_units(self, run: Run) -> None:
