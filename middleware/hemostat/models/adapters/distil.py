@@ -18,7 +18,7 @@ from hemostat.models.adapters.copies import Adapter, Copy
 from hemostat.models.adapters.pair import CheckpointPair
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.adapters.skeleton import set_factors
-from hemostat.models.adapters.solve import Progress
+from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.texts import Text
 from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, TooFewTextsError, Trial, memory_bytes, train
 from hemostat_calibration.adapters.factors import LowRank

@@ -25,7 +25,7 @@ import torch
 from hemostat.models.adapters.activations import Batch, logits, make_batches
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.adapters.errors import AdaptError
-from hemostat.models.adapters.solve import Progress
+from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.texts import Text
 
 DISTILLATION = "distillation"

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from hemostat.models.compression.plan import fused_name
 from hemostat.models.compression.unpacking import PACKED_FORMAT
 
 
@@ -84,7 +83,7 @@ def quantization_config(
     """`quantization_config` of config.json; None where nothing is quantized.
 
     formats: of the quantized layers, by name. dense, heads: linear layers that are not quantized, and output
-    embeddings. Layers that vLLM fuses must have one format: `check_fused`.
+    embeddings. Layers that vLLM fuses must have one format.
     """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus  # noqa: PLC0415  slow
 
@@ -110,14 +109,6 @@ def quantization_config(
         "quant_method": "compressed-tensors",
         "version": importlib.metadata.version("compressed-tensors"),
     }
-
-
-def mixed_fused(formats: Mapping[str, object]) -> dict[str, list[str]]:
-    """The groups of layers that vLLM fuses and that have not all the same format, by the fused name."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in formats:
-        groups[fused_name(name)].append(name)
-    return {fused: names for fused, names in groups.items() if len({formats[name] for name in names}) > 1}
 
 
 @cache

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from hemostat.models.compression.formats import Quantized, WeightFormat
@@ -53,6 +54,12 @@ def round_dense(bits: int, group_size: int | None) -> Change:
 
 def prune_by_magnitude(sparsity: float) -> Change:
     return lambda name, weight: pruned(weight, sparsity)
+
+
+def without_texts(chosen: WeightFormat, packed: bool) -> EachWeight:
+    """Rounding to nearest of every layer to one format; not packed: written dense."""
+    settings = {"format": msgspec.to_builtins(chosen), "packed": packed}
+    return EachWeight(settings, round_to_nearest(chosen) if packed else round_dense(chosen.bits, chosen.group_size))
 
 
 def by_name(scheme: str) -> EachWeight:

@@ -20,7 +20,7 @@ import torch
 
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.adapters.parts import Parts
-from hemostat.models.adapters.solve import Progress
+from hemostat.models.adapters.statistics import Progress
 from hemostat.models.adapters.texts import Text
 from hemostat.models.adapters.training import STEP_POSITIONS, Tensors, Trained, memory_bytes, train
 from hemostat.models.checkpoint_folders import (

@@ -35,7 +35,9 @@ def weight_groups(name: str, weight: torch.Tensor, group_size: int | None = GROU
     if group_size is None:
         return weight.unsqueeze(1)
     if inputs % group_size:
-        raise CompressError(f"layer {name} has {inputs} inputs, not a multiple of {group_size}: use w8a8 or prune50")
+        raise CompressError(
+            f"layer {name} has {inputs} inputs, not a multiple of {group_size}: use another group size, or w8a8"
+        )
     return weight.unflatten(1, (-1, group_size))
 
 
