@@ -22,7 +22,7 @@ from hemostat.models.compression.pruning.rows import Units, dropped_weights, fin
 from hemostat.models.compression.pruning.statistics import Totals, needs_gradients, observed
 from hemostat.models.compression.pruning.weights import check_sparsity, prune_weight
 from hemostat_calibration.adapters.gram import Metric
-from hemostat_calibration.sparsity import share_units, share_zeros
+from hemostat_calibration.allocation.sparsity import share_units, share_zeros
 
 STAGE = "scores"
 QUANTILES = 1024
