@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from hemostat.models.checkpoint_folders import CompressError
-from hemostat.models.compression.pruning.compensation import BLOCK, damped, least_squares, pruned_in_blocks
+from hemostat.models.compression.error_compensation import BLOCK, damped
+from hemostat.models.compression.pruning.compensation import least_squares, pruned_in_blocks
 from hemostat.models.compression.pruning.masks import Pattern, kept_rows, kept_two_of_four, kept_weights
 
 
@@ -57,7 +58,7 @@ def prune_weight(
         kept = kept_two_of_four(scores) if pattern is Pattern.TWO_OF_FOUR else kept_weights(scores, count, by_row)
         return weight.float() * kept, kept
     second = damped(moments)
-    factors = factor.expand_as(weight) / second.diagonal()
+    factors = factor.expand_as(weight) / second.diagonal().float()
 
     def choose(values: torch.Tensor, own: torch.Tensor, columns: slice) -> torch.Tensor:
         found = values.square() * factors[:, columns] / own
