@@ -22,6 +22,7 @@ ALLOWED = {
     "heapq",
     "hemostat_calibration",
     "json",
+    "bisect",
     "math",
     "numpy",
     "re",
