@@ -12,7 +12,7 @@ import pytest
 from tests.support.adapter_models import VOCABULARY, TinyCheckpoints, linear_names, packed, tiny_model
 
 from hemostat.models.adapters.errors import AdaptError
-from hemostat.models.compress import compress
+from hemostat.models.compression.compress import compress
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

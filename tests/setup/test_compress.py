@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hemostat.models.checkpoint_folders import MANIFEST, CompressError, copy_checkpoint, is_complete
-from hemostat.models.compress import compress, is_packed, unpacked_copy
+from hemostat.models.compression.compress import compress
+from hemostat.models.compression.unpacking import is_packed, unpacked_copy
 from hemostat.models.reference_checkpoint import Checkpoints, cached_checkpoints
 
 torch = pytest.importorskip("torch")
@@ -157,7 +158,7 @@ def test_an_interrupted_build_leaves_nothing(tiny: Path, tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hemostat.models.compress.quantize", interrupted)
+        patch.setattr("hemostat.models.compression.frame.stored", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compress(tiny, tmp_path / "out", "w4a16")
     assert list(tmp_path.iterdir()) == []

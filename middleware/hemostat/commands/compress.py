@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from hemostat.models.compress import compress  # noqa: PLC0415
+    from hemostat.models.compression.compress import compress  # noqa: PLC0415
 
     compress(options.source, options.destination, options.scheme, print)
     return 0

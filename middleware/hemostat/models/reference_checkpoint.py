@@ -19,7 +19,7 @@ from hemostat.models.checkpoint_folders import (
     package_folder,
     required_versions,
 )
-from hemostat.models.compress import compress
+from hemostat.models.compression.compress import compress
 from hemostat.models.quiet import quiet_transformers
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hemostat.ipc.process import die_with_parent
-from hemostat.models.compress import is_packed, unpacked_copy
+from hemostat.models.compression.unpacking import is_packed, unpacked_copy
 from hemostat_calibration.errors import HemostatError
 
 LOGITS_PROCESSOR = "hemostat_engine:LogitsProcessor"

@@ -1,0 +1,1 @@
+"""Compressed copies of checkpoints."""

@@ -1,0 +1,59 @@
+"""Rounding to nearest and magnitude pruning of one weight, without any data."""
+
+from __future__ import annotations
+
+import torch
+
+from hemostat.models.checkpoint_folders import CompressError
+
+GROUP_SIZE = 64
+
+
+def pruned(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """A copy of `weight`, [out, in], with the `sparsity` smallest part of its entries, by magnitude, set to zero."""
+    pruned = weight.clone().flatten()
+    count = int(pruned.numel() * sparsity)
+    pruned[torch.topk(pruned.abs().float(), count, largest=False, sorted=False).indices] = 0
+    return pruned.view_as(weight)
+
+
+def rounded(name: str, weight: torch.Tensor, bits: int, group_size: int | None = GROUP_SIZE) -> torch.Tensor:
+    """A copy of layer `name`'s weight, [out, in], rounded to integers of `bits` bits times the scale of its group
+    (None: of its row)."""
+    groups = weight_groups(name, weight, group_size)
+    scale = fitted_scale(groups, bits).float().unsqueeze(-1)
+    highest = 2 ** (bits - 1) - 1
+    steps = (groups.float() / scale).round().clamp(-highest - 1, highest)
+    return (steps * scale).flatten(1).to(weight.dtype)
+
+
+def weight_groups(name: str, weight: torch.Tensor, group_size: int | None = GROUP_SIZE) -> torch.Tensor:
+    """`weight`, [out, in], as [out, groups, group_size]; None: one group. CompressError where it does not divide."""
+    inputs = weight.shape[1]
+    if group_size is None:
+        return weight.unsqueeze(1)
+    if inputs % group_size:
+        raise CompressError(f"layer {name} has {inputs} inputs, not a multiple of {group_size}: use w8a8 or prune50")
+    return weight.unflatten(1, (-1, group_size))
+
+
+def fitted_scale(groups: torch.Tensor, bits: int) -> torch.Tensor:
+    """Scales [out, groups] for weights [out, groups, inputs of a group], by search over how far to clip.
+
+    Of the scales from the group's largest magnitude down to 0.6 of it, the one with the least sum of |error|^2.4: for
+    few bits, clipping the largest weights a little costs less than rounding all the others coarsely.
+    """
+    exact = groups.float()
+    highest = 2 ** (bits - 1) - 1
+    largest = exact.abs().amax(-1) / (highest + 0.5)
+    best = torch.full_like(largest, torch.inf)
+    fitted = torch.zeros_like(groups[..., 0])
+    for shrink in torch.linspace(1.0, 0.6, 21):
+        scale = (largest * shrink).to(groups.dtype).clamp(min=torch.finfo(groups.dtype).tiny)
+        steps = scale.float().unsqueeze(-1)
+        rounded = (exact / steps).round().clamp(-highest - 1, highest) * steps
+        error = (rounded - exact).abs().pow(2.4).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        fitted = torch.where(better, scale, fitted)
+    return fitted
