@@ -135,6 +135,6 @@ def expanded_tail(requests: int) -> float:
     """The percentile for a 95 % interval of m requests: that of √(m/(m − 1)) t_{m−1} under the normal distribution.
 
     >>> round(expanded_tail(10), 4), round(expanded_tail(10**6), 4)
-    (0.0085, 0.025)
+    (0.0086, 0.025)
     """
     return NormalDist().cdf(-math.sqrt(requests / (requests - 1)) * student_quantile(ALPHA, requests - 1))
