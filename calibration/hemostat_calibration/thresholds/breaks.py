@@ -4,9 +4,9 @@ The figure is KL(r‖c) in nats per token along the reference's own text, whose 
 perplexity ratio. On that scale:
 
 Whether there is a break. At each setting k between the first and the last, the step after it is compared with the way
-up to it: C_k = (y_{k+1} − y_k)/(x_{k+1} − x_k) − MIN_RATIO · (y_k − y_0)/(x_k − x_0). A line has C_k < 0 everywhere. There
-is a break where some C_k is above 0, none where all are below, both at 97.5 % with Bonferroni's correction over k;
-otherwise it is undecided.
+up to it: C_k = (y_{k+1} − y_k)/(x_{k+1} − x_k) − MIN_RATIO · (y_k − y_0)/(x_k − x_0). A line has C_k < 0 everywhere.
+There is a break where some C_k is above 0, none where all are below, both at 97.5 % with Bonferroni's correction over
+k; otherwise it is undecided.
 
 Where it is. Least squares of a continuous line with one kink ψ at which its slope rises (Hinkley, Biometrika 56, 1969;
 Muggeo, Statistics in Medicine 22, 2003), on the settings up to the end of the steepest step: beyond it the figure
@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
@@ -112,9 +113,7 @@ def kink(settings: Floats, means: Floats) -> tuple[Floats, Floats]:
             low[rows], high[rows] = settings[0], settings[1]
             continue
         x = settings[: end + 1]
-        knots = np.concatenate(
-            [np.linspace(a, b, KNOTS_PER_STEP, endpoint=False) for a, b in zip(x[:-1], x[1:], strict=True)]
-        )[1:]
+        knots = np.concatenate([np.linspace(a, b, KNOTS_PER_STEP, endpoint=False) for a, b in pairwise(x)])[1:]
         errors = np.array([_squared_error(x, knot, means[rows, : end + 1]) for knot in knots])
         scale = ((means[rows, : end + 1] - means[rows, : end + 1].mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
         best = errors <= errors.min(axis=0) + TIE * scale

@@ -9,6 +9,7 @@ from typing import Any
 from hemostat.doctor import svg
 from hemostat.doctor.options import DoctorError
 from hemostat.doctor.page import Card, Plot, Section, Table
+from hemostat.doctor.sweep.page import sweep_section
 from hemostat.doctor.terminal import (
     UNKNOWN,
     format_cell,
@@ -87,7 +88,7 @@ def pair_section(report: Row) -> Section | None:
     return Section("pair.html.jinja", values)
 
 
-SECTIONS: tuple[Callable[[Row], Section | None], ...] = (pair_section,)
+SECTIONS: tuple[Callable[[Row], Section | None], ...] = (pair_section, sweep_section)
 """In the order of the page; each gives None where the report has nothing for it."""
 
 

@@ -81,7 +81,7 @@ def _between(before: Any, after: Any) -> Any:
     for name, parameter in twin.named_parameters():
         if name not in others or others[name].shape != parameter.shape:
             raise DoctorError(
-                "REFERENCE: its layers differ in shape, so that none can be inserted; leave structure out"
+                "REFERENCE: its layers differ in shape, so that none can be inserted; leave out structure"
             )
         parameter.data = (0.5 * (parameter.data.float() + others[name].data.float())).to(parameter.dtype)
     return twin

@@ -7,17 +7,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
+from hemostat.doctor.axes import Axis
+
 Pattern = Literal["unstructured", "n:4", "rows"]
 FULL_BITS = 16
 GROUP_SIZE = 64
-
-
-class Axis(StrEnum):
-    BITS = "bits"
-    SPARSITY = "sparsity"
-    STRUCTURE = "structure"
-    DECODING = "decoding"
-    COMBINATIONS = "combinations"
 
 
 class Change(StrEnum):

@@ -89,7 +89,7 @@ def removed_rows(model: Any, share: float) -> Mapping[str, torch.Tensor]:
     removed: dict[str, torch.Tensor] = {}
     for layer in layers:
         modules = [module for module in layer.modules() if id(module) in names]
-        hidden, width = config.hidden_size, getattr(config, "intermediate_size", None)
+        hidden, width = config.hidden_size, int(getattr(config, "intermediate_size", None) or 0)
         read = [m for m in modules if m.weight.shape == (width, hidden)]
         write = [m for m in modules if m.weight.shape == (hidden, width)]
         if not read or not write or width == hidden:
@@ -132,8 +132,8 @@ def stored_share(model: Any, point: Point) -> float:
     """Bytes of the linear layers at this point, as a share of 16 bits for each of the unchanged model's weights.
 
     A weight that is kept has `bits` bits, each group a scale of 16 bits. Unstructured: one more bit per weight (a
-    bitmask). n:4: 2 bits for each weight that is kept, at most the bitmask. Rows: what is removed is not stored. A layer
-    that is duplicated is stored once; one that is dropped is not, one that is inserted is stored.
+    bitmask). n:4: 2 bits for each weight that is kept, at most the bitmask. Rows: what is removed is not stored. A
+    layer that is duplicated is stored once; one that is dropped is not, one that is inserted is stored.
     """
     modules = linears(model)
     removed = removed_rows(model, point.sparsity) if point.pattern == "rows" and point.sparsity else {}
