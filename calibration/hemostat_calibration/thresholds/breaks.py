@@ -114,7 +114,7 @@ def kink(settings: Floats, means: Floats) -> tuple[Floats, Floats]:
             continue
         x = settings[: end + 1]
         knots = np.concatenate([np.linspace(a, b, KNOTS_PER_STEP, endpoint=False) for a, b in pairwise(x)])[1:]
-        errors = np.array([_squared_error(x, knot, means[rows, : end + 1]) for knot in knots])
+        errors = _squared_errors(x, knots, means[rows, : end + 1])
         scale = ((means[rows, : end + 1] - means[rows, : end + 1].mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
         best = errors <= errors.min(axis=0) + TIE * scale
         low[rows] = knots[best.argmax(axis=0)]
@@ -122,12 +122,15 @@ def kink(settings: Floats, means: Floats) -> tuple[Floats, Floats]:
     return low, high
 
 
-def _squared_error(x: Floats, knot: float, y: Floats) -> Floats:
-    """[B], of the best line with a kink at `knot` that rises faster after it. y: [B, L]."""
-    design = np.stack([np.ones_like(x), x, np.maximum(x - knot, 0.0)], axis=1)
-    fitted = y @ np.linalg.pinv(design).T
-    errors: Floats = ((y - fitted @ design.T) ** 2).sum(axis=1)
-    return np.where(fitted[:, 2] > 0.0, errors, np.inf)
+def _squared_errors(x: Floats, knots: Floats, y: Floats) -> Floats:
+    """[K, B]: of the best line with a kink at each knot that rises faster after it. y: [B, L]."""
+    after = np.maximum(x - knots[:, None], 0.0)
+    design = np.stack([np.ones_like(after), np.broadcast_to(x, after.shape), after], axis=2)
+    inverse = np.linalg.pinv(design)
+    rise = y @ inverse[:, 2, :, None]
+    left = y @ (np.eye(len(x)) - (design @ inverse).transpose(0, 2, 1))
+    errors: Floats = np.where(rise[..., 0] > 0.0, (left**2).sum(axis=2), np.inf)
+    return errors
 
 
 def expanded_tail(requests: int) -> float:
