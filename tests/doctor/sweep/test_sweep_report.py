@@ -222,7 +222,7 @@ def test_chromium_in_both_schemes(report: dict[str, Any], tmp_path: Path) -> Non
              *([scheme] if scheme else []), "--enable-logging=stderr", "--dump-dom", page.as_uri()],
             capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
-        assert "Size against divergence" in ran.stdout
+        assert "Size against KL(r‖c), with the front" in ran.stdout
         assert "CONSOLE" not in ran.stderr
 
 

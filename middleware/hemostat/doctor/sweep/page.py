@@ -31,8 +31,7 @@ def sweep_section(report: Row) -> Section | None:
             "thresholds": Table(
                 "Where each curve leaves its noise floor and where it breaks", THRESHOLD_HEADS, threshold_rows(sweep)
             ),
-            "curves": list(_curves(sweep)),
-            "front": [_front(sweep)],
+            "curves": [*_curves(sweep), _front(sweep)],
             "points": Table("All points; * on the front of size and KL", HEADS, point_rows(sweep)),
         },
     )
@@ -47,7 +46,7 @@ def _statements(statements: Sequence[Row]) -> Table:
 
 
 def _curves(sweep: Row) -> Iterator[Plot]:
-    floor = sweep["table"][0]["kl_rc"]["value"]
+    floor = sweep["floor"]
     for curve in sweep["curves"]:
         rows = [row for row in curve["points"] if row["kl_rc"]["value"]]
         if not rows:

@@ -32,6 +32,7 @@ def sweep_report(
         "curves": [_curve(results, one, shares) for one in thresholds],
         "statements": [_statement(one) for one in statements],
         "front": [point.name for point in front],
+        "floor": results.mean_floor(),
         "base_too_low": _weak_bases(outcomes(list(results.outcomes[UNCHANGED].values()))),
     }
     if given is not None:

@@ -64,6 +64,11 @@ class Results:
         """Sum of the noise floor, by prompt; 0 where it could not be measured."""
         return {index: float(np.nan_to_num(one.figures[FLOOR]).sum()) for index, one in self.texts[UNCHANGED].items()}
 
+    def mean_floor(self) -> float | None:
+        """Per token; None where it could not be measured."""
+        values = np.concatenate([one.figures[FLOOR] for one in self.texts[UNCHANGED].values()])
+        return json_number(values.mean())
+
     def _curve(self, settings: Sequence[float], sums: Sequence[Mapping[int, float]]) -> Curve:
         texts = self.texts[UNCHANGED]
         order = sorted(texts)
@@ -85,11 +90,11 @@ def figures(texts: Sequence[Scored]) -> dict[str, Any]:
     return {
         "requests": len(texts),
         "tokens": len(tokens.ids),
-        "kl_rc": _interval(sample.mean(values["kl_rc"]), len(texts)),
-        "kl_cr": _interval(sample.mean(values["kl_cr"]), len(texts)),
+        "kl_rc": _within(_interval(sample.mean(values["kl_rc"]), len(texts)), math.inf),
+        "kl_cr": _within(_interval(sample.mean(values["kl_cr"]), len(texts)), math.inf),
         "unbounded_share": float(np.mean(np.isinf(values["kl_rc"]))),
-        "tv": _interval(sample.mean(values["tv"]), len(texts)),
-        "same_top": _interval(sample.mean(values["same_top"]), len(texts)),
+        "tv": _within(_interval(sample.mean(values["tv"]), len(texts)), 1.0),
+        "same_top": _within(_interval(sample.mean(values["same_top"]), len(texts)), 1.0),
         "perplexity_ratio": {name: _exp(value) for name, value in logarithm.items()},
         "half_life": {
             "value": json_number(curve.half_life),
@@ -135,6 +140,11 @@ def _interval(estimate: Estimate, requests: int) -> dict[str, float | None]:
         "low": json_number(estimate.value - half),
         "high": json_number(estimate.value + half),
     }
+
+
+def _within(interval: dict[str, float | None], most: float) -> dict[str, float | None]:
+    """Cut off where the figure cannot be: below 0 and above `most`."""
+    return {name: None if value is None else min(max(value, 0.0), most) for name, value in interval.items()}
 
 
 def _exp(value: float | None) -> float | None:

@@ -17,6 +17,10 @@ HEADS = (
     "point", "size", "texts", "KL(r‖c), nats", "KL(c‖r)", "same top-1", "TV", "half-life, tokens", "PPL ratio",
     "JSON parses", "JSON right", "answers right",
 )  # fmt: skip
+SHOWN = (0, 1, 2, 3, 5, 7, 8, 9, 10, 11)
+"""Columns that fit into a terminal; the page has all."""
+COUNTS = (9, 10, 11)
+"""Columns that have no interval there."""
 THRESHOLD_HEADS = ("curve", "above the noise floor from", "not shown to be at", "breaks")
 OUTCOME_NAMES = {
     "json_parses": "JSON that parses",
@@ -45,6 +49,7 @@ def summary(report: Row) -> list[tuple[str, str]]:
             f"{len(sweep['table'])} of {sweep['points']} measured; by rung: {', '.join(map(str, sweep['rungs']))}",
         ),
         ("texts", f"{texts}; seed {report['seed']}"),
+        ("noise floor", f"{_number(sweep['floor'])} nats: r computed in one piece ‖ r computed in two"),
         ("figures", f"exact, all {report['vocab_size']:,} ids; nats per token; {EXPLANATION}"),
         ("cost", f"{sweep['seconds']:,.0f} s, {sweep['cpu_seconds']:,.0f} CPU seconds in this run"),
     ]
@@ -71,7 +76,10 @@ def _parts(report: Row) -> Iterator[RenderableType]:
     yield _heading("Thresholds")
     yield _table(THRESHOLD_HEADS, threshold_rows(sweep))
     yield _heading("Points")
-    yield _table(HEADS, point_rows(sweep))
+    rows = [
+        [cell.partition(" [")[0] if n in COUNTS else cell for n, cell in enumerate(row)] for row in point_rows(sweep)
+    ]
+    yield _table([HEADS[n] for n in SHOWN], [[row[n] for n in SHOWN] for row in rows])
 
 
 def _heading(title: str) -> RenderableType:
@@ -126,7 +134,7 @@ def comparison(pair: Row) -> str:
 
 
 def setting(curve: Row, value: float) -> str:
-    return f"{100 * value:g} %" if curve["unit"] == "sparsity" else f"{value:g} {curve['unit']}"
+    return f"{100 * value:g} %" if curve["unit"] == "sparsity" else f"{value:g}"
 
 
 def _number(value: float | None) -> str:
