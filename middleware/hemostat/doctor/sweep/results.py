@@ -81,7 +81,8 @@ def figures(texts: Sequence[Scored]) -> dict[str, Any]:
     """The figures of a point, each {"value", "low", "high"} with a 95 % interval by request; null: infinite."""
     tokens = Tokens.of(texts)
     sample, values = tokens.sample, tokens.figures
-    ratio = sample.mean(values["logp_r"] - values["logp_c"])
+    with np.errstate(invalid="ignore"):  # a text that neither of two cut distributions can give
+        ratio = sample.mean(values["logp_r"] - values["logp_c"])
     survival = Survival()
     for one in texts:
         survival = survival.update(np.clip(1.0 - one.figures["tv"], 0.0, 1.0))

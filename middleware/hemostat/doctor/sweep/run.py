@@ -107,8 +107,7 @@ class Sweep:
         found = rungs(len(self._jobs))
         points = self.points
         for number, (begin, end) in enumerate(found):
-            each = len(self._tasks) // len(found)
-            block = Block(self._jobs[begin:end], self._tasks[number * each : (number + 1) * each])
+            block = Block(self._jobs[begin:end], self._tasks[begin:end])
             self.planned.append(len(points))
             stage = f"sweep, rung {number + 1} of {len(found)} ({end} texts)"
             self._measure_given(number, block)

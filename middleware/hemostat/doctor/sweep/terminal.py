@@ -89,7 +89,7 @@ def _heading(title: str) -> RenderableType:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0))
     for n, head in enumerate(heads):
-        table.add_column(head, justify="right" if n else "left")
+        table.add_column(head, justify="right" if n else "left", no_wrap=not n)
     for row in rows:
         table.add_row(*row)
     return table
@@ -111,7 +111,7 @@ def cells(row: Row) -> list[str]:
         _interval(row["same_top"], "{:.1f} %", 100.0),
         _interval(row["tv"], "{:.3f}"),
         _interval(life, "{:.1f}", 1.0, unknown),
-        _interval(row["perplexity_ratio"], "{:.4g}", 1.0, "∞"),
+        _interval(row["perplexity_ratio"], "{:.4g}"),
         *(_count(row["outcomes"][name]) for name in OUTCOME_NAMES),
     ]
 
