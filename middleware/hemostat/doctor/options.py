@@ -100,6 +100,8 @@ def check(options: DoctorOptions) -> None:
                 raise DoctorError(f"{name}: {model} is not a transformers checkpoint: it has no config.json")
             if not folder.is_dir() and (folder.is_absolute() or model.count("/") > 1 or model.startswith(".")):
                 raise DoctorError(f"{name}: there is no folder {model}")
+    if options.prescribes and options.sweep:
+        raise DoctorError("--sweep makes no prescription: run doctor REFERENCE COMPRESSED --plan without it")
     if options.prescribes and options.servers:
         raise DoctorError("--prescribe needs the weights: name two checkpoint folders, not servers")
     if options.prescribes and not (Path(options.reference).is_dir() and Path(options.compressed).is_dir()):
