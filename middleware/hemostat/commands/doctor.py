@@ -82,6 +82,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of rows in each worst-token or worst-prompt list (10)",
     )
+    prescription = parser.add_argument_group("prescription", "bits and group size of each layer for a budget of bytes")
+    prescription.add_argument("--prescribe", action="store_true", help="choose them (also with --plan or --budget)")
+    prescription.add_argument("--plan", type=Path, metavar="FILE", help="write them for hemostat compress --plan")
+    prescription.add_argument(
+        "--budget",
+        metavar="BYTES|SHARE",
+        help="for the linear layers: bytes, or a share of REFERENCE's, such as 0.3 (default: the bytes of COMPRESSED)",
+    )
+    prescription.add_argument(
+        "--plan-for",
+        choices=("vllm", "vllm-cpu", "any"),
+        default="vllm",
+        help="what serves the result: vLLM's packed kernels on GPUs (vllm) or CPUs (vllm-cpu), or dense weights (any)",
+    )
     parser.add_argument("--show-text", action="store_true", help="show texts of the worst prompts and tokens")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="keep finished work in this folder (default: until the report)"

@@ -9,6 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hemostat.doctor.causes.findings import NOTE
+from hemostat.doctor.prescription.words import sentences
+
 UNKNOWN = "–"
 CONTEXT_CHARACTERS = 24
 """How much of the text before a worst token is shown."""
@@ -73,6 +76,10 @@ def _parts(report: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _worst(report["worst_prompts"], ("mean_kld", "line", "tokens", "tv", "same_top", "ln_ppl_ratio"))
     yield _heading("Layers")
     yield from _layers(report["layers"])
+    yield _heading("Causes")
+    yield from _causes(report)
+    yield _heading("Prescription")
+    yield from _prescription(report["prescription"])
 
 
 def _heading(title: str) -> RenderableType:
@@ -222,6 +229,26 @@ def _layers(layers: Mapping[str, Any]) -> Iterator[RenderableType]:
         others.add_row(name, *_reduction(row))
     if restored:
         yield others
+
+
+def _causes(report: Mapping[str, Any]) -> Iterator[RenderableType]:
+    yield Text(NOTE)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="cyan", max_width=22)
+    grid.add_column(overflow="fold")
+    for one in report["findings"]:
+        grid.add_row(one["topic"], one["text"])
+    yield grid
+    if "skipped" in report["outliers"]:
+        yield Text(f"layers, modules and outliers were not measured: {report['outliers']['skipped']}")
+
+
+def _prescription(prescription: Mapping[str, Any]) -> Iterator[RenderableType]:
+    if "skipped" in prescription:
+        yield Text(f"none: {prescription['skipped']}")
+        return
+    for sentence in sentences(prescription):
+        yield Text(sentence)
 
 
 def _reduction(row: Mapping[str, Any] | None) -> tuple[str, str, str]:
