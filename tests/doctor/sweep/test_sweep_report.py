@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -20,6 +21,7 @@ from hemostat import cli
 from hemostat.commands.doctor import SWEEP_AXES
 from hemostat.doctor import html
 from hemostat.doctor.axes import Axis
+from hemostat.doctor.progress import Reporter
 from hemostat.doctor.sweep import terminal
 from hemostat.doctor.sweep.analysis import (
     equal_size,
@@ -285,3 +287,15 @@ def test_bad_command_line_is_one_line_of_error(
 def test_the_world_is_what_it_says() -> None:
     assert loss(UNCHANGED) == 0.0
     assert np.isclose(loss(Point(bits=2)) - loss(Point(bits=3)), 3.001)
+
+
+def test_progress_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([0.0, 0.0, 12.0, 300.0])
+    monkeypatch.setattr("hemostat.doctor.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    reporter = Reporter()
+    for done in (0, 2, 30):
+        reporter.step("points", done, 62)
+    assert capsys.readouterr().err.splitlines() == [
+        "points: 2 of 62, about 6 minutes left",
+        "points: 30 of 62, about 5 minutes left",
+    ]

@@ -64,7 +64,7 @@ def applied(model: Any, point: Point) -> Iterator[None]:
 
 
 class SweptModel:
-    """The reference, which is changed and put back. `other`: a second model that is measured as it is; None: none."""
+    """The reference, which is changed and put back."""
 
     def __init__(self, pair: CheckpointPair, seed: int) -> None:
         self.pair = pair
