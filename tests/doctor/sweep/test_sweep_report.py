@@ -273,6 +273,7 @@ def test_packaged_tasks() -> None:
         (["--sweep", "a/b", "--sweep-budget", "0"], "'0' is not a positive integer"),
         (["--sweep", "/nowhere/a"], "REFERENCE: there is no folder /nowhere/a"),
         (["--sweep"], "required: REFERENCE"),
+        (["--sweep", "a/b", "--given"], "--given: the reference writes a sweep's texts"),
     ],
 )
 def test_bad_command_line_is_one_line_of_error(

@@ -51,13 +51,17 @@ def run_sweep(
         try:
             sweep = Sweep(pair, jobs, options, work, reporter)
             sweep.measure()
-            return sweep.report(prompts)
+            report = sweep.report()
         except KeyboardInterrupt:
             reporter.log(f"interrupted: finished points are in {folder}; the same command continues from them")
             return None
         finally:
             for note in work.notes:
                 reporter.log(note)
+        if options.work is None:
+            # Token ids can be decoded to text: they stay on disk only if the user named a folder.
+            work.remove()
+    return report
 
 
 def _key(pair: CheckpointPair, jobs: Sequence[Job], options: DoctorOptions) -> dict[str, Any]:
@@ -155,7 +159,7 @@ class Sweep:
         by_name = {one.line.name: one for one in thresholds}
         return statements(self.results, by_name, self.lines, self.shares)
 
-    def report(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         options, pair = self._options, self._pair
         thresholds = self.thresholds()
         measured = self.results.measured(self.points)
