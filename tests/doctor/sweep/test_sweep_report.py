@@ -76,6 +76,9 @@ def test_known_breaks_are_found() -> None:
         assert interval is not None
         assert interval.low <= at <= interval.high, name
         assert found[name].leaves_floor == 0
+    # 70 % unstructured loses 1.14 nats, 60 % loses 0.12; ln 2 is 0.69.
+    assert found[UNSTRUCTURED_PRUNING].doubles == 6
+    assert found["layers dropped"].doubles == 1
     # A loss in proportion has no break.
     dropped = found["layers dropped"].found
     assert dropped is not None

@@ -42,14 +42,11 @@ class Results:
         points = [point for _, point in found]
         return self._curve([0.0, *(x for x, _ in found)], [self.floor(), *map(self.divergence, points)]), points
 
-    def excess(self, line: Line, points: Sequence[Point]) -> Curve:
-        """KL(r‖c) above the noise floor of the same text."""
-        settings = dict(zip(line.points, line.settings, strict=True))
-        floor = self.floor()
-        above = [
-            {index: value - floor.get(index, 0.0) for index, value in self.divergence(point).items()}
-            for point in points
-        ]
+    def excess(self, line: Line, points: Sequence[Point], level: float = 0.0) -> Curve:
+        """KL(r‖c) above the noise floor of the same text and `level` nats per token."""
+        settings, floor = dict(zip(line.points, line.settings, strict=True)), self.floor()
+        least = {index: floor[index] + level * len(one.output) for index, one in self.texts[UNCHANGED].items()}
+        above = [{n: value - least[n] for n, value in self.divergence(point).items()} for point in points]
         return self._curve([settings[point] for point in points], above)
 
     def alone(self, point: Point) -> Curve:

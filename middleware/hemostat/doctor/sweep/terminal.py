@@ -21,7 +21,7 @@ SHOWN = (0, 1, 2, 3, 5, 7, 8, 9, 10, 11)
 """Columns that fit into a terminal; the page has all."""
 COUNTS = (9, 10, 11)
 """Columns that have no interval there."""
-THRESHOLD_HEADS = ("curve", "above the noise floor from", "not shown to be at", "breaks")
+THRESHOLD_HEADS = ("curve", "above the noise floor from", "not shown to be at", "perplexity doubled from", "breaks")
 OUTCOME_NAMES = {
     "json_parses": "JSON that parses",
     "json_correct": "JSON with the right fields",
@@ -120,8 +120,7 @@ def threshold_rows(sweep: Row) -> list[list[str]]:
     return [
         [
             curve["name"],
-            "at no setting" if curve["leaves_floor"] is None else setting(curve, curve["leaves_floor"]),
-            UNKNOWN if curve["below"] is None else setting(curve, curve["below"]),
+            *(setting(curve, curve[name]) for name in ("leaves_floor", "below", "doubles")),
             "too few settings" if curve["break"] is None else curve["break"]["text"],
         ]
         for curve in sweep["curves"]
@@ -133,7 +132,9 @@ def comparison(pair: Row) -> str:
     return f"{pair['worse']} − {pair['better']}: {_number(pair['difference'])} [{_number(low)}, {_number(high)}] nats"
 
 
-def setting(curve: Row, value: float) -> str:
+def setting(curve: Row, value: float | None) -> str:
+    if value is None:
+        return UNKNOWN
     return f"{100 * value:g} %" if curve["unit"] == "sparsity" else f"{value:g}"
 
 
