@@ -22,10 +22,10 @@ from hemostat.control.changes import Changes
 from hemostat.control.evidence.shared import SharedEvidence, Surroundings
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
+from hemostat.control.model_identity import model_identity
 from hemostat.control.operations import make_operations
 from hemostat.control.policy import PolicyPublisher
 from hemostat.control.served_kinds import ServedKinds
-from hemostat.control.stored_state import model_identity
 from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngines
