@@ -68,6 +68,10 @@ class ExchangeHook(Protocol):
     def comparison(self) -> Comparison | None:
         """None for a request in no arm. Read after `request`, and again when the exchange has ended."""
 
+    def sent_to(self, engine: str) -> None:
+        """The request goes to this engine, host:port. Called before `request`, and again where an engine that failed is
+        replaced by another; never for another reason than the engines' health and load."""
+
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         """Called with the whole body, or None if it is longer than `body_limit`. Returns None to send it unchanged."""
 

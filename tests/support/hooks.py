@@ -28,11 +28,17 @@ class SpyHook:
     comparison: Comparison | None = None
     calls: list[object] = field(default_factory=list)
     seen: bytes = b""
+    engines: list[str] = field(default_factory=list)
 
     def _called(self, name: str, value: object) -> None:
         self.calls.append((name, value))
         if self.fails == name:
             raise RuntimeError(name)
+
+    def sent_to(self, engine: str) -> None:
+        self.engines.append(engine)
+        if self.fails == "sent_to":
+            raise RuntimeError("sent_to")
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         self._called("request", body)

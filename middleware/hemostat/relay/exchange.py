@@ -222,7 +222,7 @@ class Exchange:
             self._respond(answer.status, answer.body, counters.REFUSED)
             return True
         if answer is not None:
-            self._hook = FailOpenHook(answer, context.counters.hook_raised)
+            self._hook = self.outgoing.hook = FailOpenHook(answer, context.counters.hook_raised)
         return False
 
     def _send(self, body: bytes, started: float) -> None:

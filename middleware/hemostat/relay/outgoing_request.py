@@ -13,6 +13,7 @@ from hemostat.hooks import Rewrite
 from hemostat.openai import routes
 from hemostat.openai.conversation_key import conversation_key
 from hemostat.relay.context import RelayContext
+from hemostat.relay.fail_open import FailOpenHook
 from hemostat.relay.forwarding import redirected, upstream_head
 from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import SAFE_METHODS, RequestHead
@@ -44,12 +45,15 @@ class OutgoingRequest:
         "_written_for",
         "engine",
         "head",
+        "hook",
     )
 
     def __init__(self, context: RelayContext, head: RequestHead) -> None:
         self.head = head
         self.engine: Engine = cast("Engine", None)
         """That it goes to; chosen before anything is encoded."""
+        self.hook: FailOpenHook | None = None
+        """Is told which engine it is."""
         self._context = context
         self._tried: tuple[Engine, ...] = ()
         """Engines that failed to answer it."""
@@ -185,9 +189,7 @@ class OutgoingRequest:
             engine = upstreams.choose(conversation_key(body) if by_conversation else None)
             if engine is None:
                 return False
-        self.engine = engine
-        engine.requests += 1
-        engine.outstanding += 1
+        self._enter_engine(engine)
         return True
 
     @property
@@ -221,10 +223,15 @@ class OutgoingRequest:
             return False
         self.engine.resent += 1
         self.engine.outstanding -= 1
+        self._enter_engine(engine)
+        return True
+
+    def _enter_engine(self, engine: Engine) -> None:
         self.engine = engine
         engine.requests += 1
         engine.outstanding += 1
-        return True
+        if self.hook is not None:
+            self.hook.sent_to(engine.name)
 
     def _encoded_head(self) -> bytes:
         self._written_for = origin = self.engine.origin
