@@ -72,6 +72,7 @@ class ResponseOutcome:
     """Of a request in an arm, by outcome that applies to it (`hemostat_calibration.outcomes.Outcome`) and is known."""
 
 
+NO_OUTCOME = ResponseOutcome()
 _any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
@@ -162,7 +163,7 @@ class OutcomeObserver:
     def finish(self, arm: str, count: Count) -> ResponseOutcome:
         """Evaluate the response that has ended, and count it under the request's arm."""
         if self.disabled:
-            return ResponseOutcome()
+            return NO_OUTCOME
         data = b"".join(self._pieces)
         self._pieces.clear()
         response = parse(data, self._form, stream=self.stream) if self._whole else None
