@@ -109,5 +109,7 @@ class ExchangeHook(Protocol):
 class Hook(Protocol):
     """Chooses, from a request's head, the requests that it wants to see. Called for each request: must be cheap."""
 
-    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> ExchangeHook | Refusal | None:
-        """None: relay this request without a hook."""
+    def begin(
+        self, method: str, target: bytes, headers: Headers, request_id: str, *, marked: bool = True
+    ) -> ExchangeHook | Refusal | None:
+        """None: relay this request without a hook. marked: the name of a field may begin with X-Hemostat-."""

@@ -76,6 +76,8 @@ class HookSequence:
     answers: list[SpyHook | Refusal | None]
     begun: list[tuple[str, bytes, list[tuple[bytes, bytes]], str]] = field(default_factory=list)
 
-    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> SpyHook | Refusal | None:
+    def begin(
+        self, method: str, target: bytes, headers: Headers, request_id: str, *, marked: bool = True
+    ) -> SpyHook | Refusal | None:
         self.begun.append((method, target, list(headers), request_id))
         return self.answers.pop(0)

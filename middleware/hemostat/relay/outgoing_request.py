@@ -133,9 +133,11 @@ class OutgoingRequest:
 
     def sent(self, payload: bytes) -> None:
         """The whole request goes upstream at once: keep it, where memory is to spare."""
-        if self._budget.spares(len(payload)):
+        size = len(payload)
+        if self._budget.spares(size):
             self._whole = payload
-            self._count(len(payload))
+            self._counted += size
+            self._budget.held_bytes += size
 
     def repeatable(self, route: str) -> bool:
         """It may be sent a second time: the method is safe, or the route keeps nothing, and all of it is here."""
@@ -155,7 +157,8 @@ class OutgoingRequest:
         self._original = None
         if self._counted:
             self._unsent, self._whole = b"", None
-            self._count(-self._counted)
+            self._budget.held_bytes -= self._counted
+            self._counted = 0
 
     def begin_upload(self) -> bool:
         """It is begun upstream before it is complete. False: too many are."""
@@ -170,9 +173,12 @@ class OutgoingRequest:
 
     def end(self) -> None:
         """Neither the request nor its engine is needed any more."""
-        self.forget()
-        self.leave_engine()
-        self.end_upload()
+        if self._counted or self._original is not None:
+            self.forget()
+        if self.engine is not None:
+            self.engine.outstanding -= 1
+        if self._uploading:
+            self.end_upload()
 
     def _count(self, size: int) -> None:
         self._counted += size
@@ -196,15 +202,6 @@ class OutgoingRequest:
     def engine_name(self) -> str:
         """ "" where none was chosen."""
         return self.engine.name if self.engine is not None else ""
-
-    def leave_engine(self) -> None:
-        """The exchange is over."""
-        if self.engine is not None:
-            self.engine.outstanding -= 1
-
-    def engine_answered(self) -> None:
-        if self.engine.health.failures:
-            self.engine.health.request_succeeded()
 
     def engine_failed(self) -> None:
         """It did not answer as it should; see `Health.request_failed`."""

@@ -74,11 +74,9 @@ class Pool:
         del self._waiters[receiver]
 
     def offer(self, connection: UpstreamConnection) -> None:
-        """Give a connection to the request that has waited longest, else keep it idle.
-
-        Its owner has made sure that it is usable, if a request waits; an idle one is looked at when it is taken.
-        """
-        if not connection.free:
+        """Give a connection that can take a request to the request that has waited longest, else keep it idle: whether
+        anything has arrived on it is asked when it is acquired."""
+        if not connection.idle:
             return
         if self._waiters:
             self._waiters.popitem(last=False)[0].connection_ready(connection)
