@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.bench.compress.texts import first_by_topic, written_texts
-from tests.bench.recovery.prompts import open_ended
+from tests.bench.recovery.prompts import Prompt, open_ended
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hemostat.doctor.kl_meter import KlMeter
+from hemostat.doctor.checkpoints import generate
+from hemostat.doctor.kl_meter import KlMeter, Text
 from hemostat.doctor.options import Target
 from hemostat.doctor.prescription.losses import LayerLosses, predicted_losses
 from hemostat.doctor.prescription.mixes import Mix, carried_out, prescribe, uniform_mixes
@@ -58,8 +58,8 @@ def rows(learned: int, held_out: int, tokens: int, seed: int = 0) -> Iterator[Ro
     model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(reference)
     prompts = open_ended()
-    learn = written_texts(model, tokenizer, first_by_topic(prompts, False)[:learned], tokens, seed)
-    held = written_texts(model, tokenizer, first_by_topic(prompts, True)[:held_out], tokens, seed + 1)
+    learn = _texts(model, tokenizer, _by_topic(prompts, False)[:learned], tokens, seed)
+    held = _texts(model, tokenizer, _by_topic(prompts, True)[:held_out], tokens, seed + 1)
     meter = KlMeter(model, held, model.device, model.config.vocab_size)
     by_topic = meter.sample  # one text for each topic
 
@@ -96,6 +96,32 @@ def rows(learned: int, held_out: int, tokens: int, seed: int = 0) -> Iterator[Ro
             by_topic.requests,
             bool(more.value > 1.96 * more.by_request),
         )
+
+
+def _by_topic(prompts: Sequence[Prompt], held_out: bool) -> list[Prompt]:
+    """The first prompt of each topic."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        if prompt.heldout == held_out:
+            first.setdefault(prompt.topic, prompt)
+    return list(first.values())
+
+
+def _texts(model: Any, tokenizer: Any, prompts: Sequence[Prompt], tokens: int, seed: int) -> list[Text]:
+    """Written by the model, sampled at temperature 1."""
+    ids = [
+        np.array(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt.text}], add_generation_prompt=True, return_dict=False
+            ),
+            np.int32,
+        )
+        for prompt in prompts
+    ]
+    uniforms = [np.random.default_rng([seed, n]).random(tokens) for n in range(len(ids))]
+    with torch.inference_mode():
+        outputs = generate(model, ids, [tokens] * len(ids), uniforms, frozenset({int(tokenizer.eos_token_id)}))
+    return [Text(prompt, output) for prompt, output in zip(ids, outputs, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
