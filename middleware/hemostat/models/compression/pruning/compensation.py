@@ -26,6 +26,19 @@ Choose = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 are."""
 
 
+def shrunk(moments: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Second moments [in, in], of `tokens` vectors, whose diagonal is multiplied by 1 + in / tokens.
+
+    Correlations between inputs that are estimated from few tokens are too large, and weights that are fitted to them do
+    harm elsewhere: so they are shrunk towards 0 (as Ledoit & Wolf 2004 do for covariances). With few tokens a layer is
+    hardly updated, with very many the optimum for the texts is taken.
+    """
+    result = moments.clone()
+    diagonal = result.diagonal()
+    diagonal *= 1.0 + len(result) / max(tokens, 1)
+    return result
+
+
 def pruned_in_blocks(
     weight: torch.Tensor, moments: torch.Tensor, choose: Choose, columns_at_once: int = BLOCK
 ) -> tuple[torch.Tensor, torch.Tensor]:
