@@ -13,10 +13,11 @@ from hemostat.models.adapters.training import summary_line
 from hemostat.models.compression.compress import Surroundings
 from hemostat.models.compression.formats import WeightFormat
 from hemostat.models.compression.methods import without_texts
+from hemostat.models.compression.other_files import REPAIR
 from hemostat.models.compression.plan import LayerPlan
 from hemostat.models.compression.pruning.masks import Pattern, Score
 from hemostat.models.compression.pruning.method import Budget, PruneOptions, prune_method
-from hemostat.models.compression.repair import REPAIR, write_repaired_copy
+from hemostat.models.compression.repair import write_repaired_copy
 
 from .cases import Bench, Case, Must
 
