@@ -16,7 +16,7 @@ from hemostat.models.compression.error_compensation import BLOCK
 
 STEPS = 30
 """Of conjugate gradients."""
-TOLERANCE = 1e-4
+TOLERANCE = 3e-3
 """Relative size of a residual at which they end."""
 _TINY = torch.finfo(torch.float32).tiny
 
