@@ -109,7 +109,7 @@ def _compress(options: CompressOptions, work: Path, reporter: Reporter) -> list[
     """Lines for people."""
     method = None if options.compressed is not None else _method(options, reporter)
     repaired = options.repair or method is None
-    texts = _texts(options, work / "texts", reporter) if repaired or method.needs_texts else []
+    texts = _texts(options, work / "texts", reporter) if method is None or options.repair or method.needs_texts else []
     made = options.compressed or (work / "compressed" if repaired else options.destination)
     report: dict[str, Any] = {"layers": {}}
     if method is not None:
