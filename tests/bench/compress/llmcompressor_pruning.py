@@ -1,7 +1,7 @@
 """Prunes a checkpoint by SparseGPT or Wanda with llmcompressor. Runs in an environment of its own, without Hemostat.
 
-usage: llmcompressor_pruning.py METHOD REFERENCE OUT TEXTS.json SPARSITY PATTERN  (texts: token ids, a list of lists;
-PATTERN: unstructured or 2:4)
+usage: llmcompressor_pruning.py REFERENCE OUT TEXTS.json METHOD SPARSITY PATTERN
+(texts: token ids, a list of lists; METHOD: sparsegpt or wanda; PATTERN: unstructured or 2:4)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def main(method: str, reference: str, out: str, texts: str, sparsity: str, pattern: str) -> None:
+def main(reference: str, out: str, texts: str, method: str, sparsity: str, pattern: str) -> None:
     ids = json.loads(Path(texts).read_text(encoding="utf-8"))
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]})
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)

@@ -1,107 +1,89 @@
-"""Pruned and repaired checkpoints for `make bench-compress`, and what must hold between them.
-
-All are made from the same texts. `MUSTS` compare the mean KL(reference‖·) of the same held-out texts, text by text.
-"""
+"""Pruned and repaired checkpoints: ours, and llmcompressor's SparseGPT and Wanda."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from hemostat.models.adapters.texts import Text
-from hemostat.models.compression.compress import Surroundings, compress_with
+from tests.bench.recovery.log import say
+
+from hemostat.models.adapters.training import summary_line
+from hemostat.models.compression.compress import Surroundings
+from hemostat.models.compression.formats import WeightFormat
+from hemostat.models.compression.methods import without_texts
+from hemostat.models.compression.other_files import REPAIR
+from hemostat.models.compression.plan import LayerPlan
 from hemostat.models.compression.pruning.masks import Pattern, Score
 from hemostat.models.compression.pruning.method import Budget, PruneOptions, prune_method
 from hemostat.models.compression.repair import write_repaired_copy
 
+from .cases import Bench, Case, Must
+
+NAME = "pruning"
 SCRIPT = Path(__file__).with_name("llmcompressor_pruning.py")
-UNSTRUCTURED = (0.3, 0.5, 0.6)
-ROWS = (0.2, 0.3)
+SPARSITIES = (0.3, 0.5, 0.6)
+SPARSITIES_OF_ROWS = (0.2, 0.3)
+PEERS = ("sparsegpt", "wanda")
+W4A16 = "W4A16 nearest"
+GROUP_SIZE = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Must:
-    """`better` is below `worse`, with a 95 % interval of the difference that does not reach 0; not_above: or it may be
-    equal, so that only an interval above 0 breaks it."""
-
-    better: str
-    worse: str
-    not_above: bool = False
-
-
-def pruned_variants() -> dict[str, PruneOptions]:
-    """By name, such as `50 % fisher compensated`."""
-    found: dict[str, PruneOptions] = {}
-    for sparsity in UNSTRUCTURED:
-        for score in Score:
-            for compensate in (False, True):
-                found[name(sparsity, score, compensate)] = PruneOptions(sparsity, score, compensate=compensate)
-    for score in (Score.MAGNITUDE, Score.TAYLOR, Score.FISHER):
-        for compensate in (False, True):
-            options = PruneOptions(0.5, score, budget=Budget.GLOBAL, compensate=compensate)
-            found[f"{name(0.5, score, compensate)}, global"] = options
-    for score in Score:
-        for compensate in (False, True):
-            options = PruneOptions(0.5, score, Pattern.TWO_OF_FOUR, compensate=compensate)
-            found[f"2:4 {name(0.5, score, compensate)}"] = options
-    for sparsity in ROWS:
-        for score in Score:
-            for compensate in (False, True):
-                options = PruneOptions(sparsity, score, Pattern.ROWS, compensate=compensate)
-                found[f"rows {name(sparsity, score, compensate)}"] = options
-    return found
+def cases(bench: Bench) -> Sequence[Case]:
+    found = [_case(bench, options) for options in _options()]
+    for method, pattern in itertools.product(PEERS, (Pattern.UNSTRUCTURED, Pattern.TWO_OF_FOUR)):
+        size = bench.size(LayerPlan(16, None, 0.5, pattern.value))
+        found.append(Case(_peer(method, pattern), size, partial(_by_peer, bench, method, pattern)))
+    rounded = without_texts(WeightFormat(4, GROUP_SIZE), packed=True)
+    w4a16 = Case(W4A16, bench.size(LayerPlan(4, GROUP_SIZE)), lambda folder: bench.ours(rounded, folder))
+    pruned = _case(bench, PruneOptions(0.5))
+    repaired = [Case(f"{case.name}, repaired", case.size, partial(_repaired, bench, case)) for case in (w4a16, pruned)]
+    return [*found, w4a16, *repaired]
 
 
-def musts() -> list[Must]:
-    best = {sparsity: name(sparsity, Score.FISHER, True) for sparsity in UNSTRUCTURED}
-    found = [Must(best[sparsity], name(sparsity, Score.MAGNITUDE, False)) for sparsity in UNSTRUCTURED]
-    return found + [
-        Must(best[0.5], f"llmcompressor {method} 50 %", not_above=True) for method in ("sparsegpt", "wanda")
-    ]
+def musts() -> Sequence[Must]:
+    """The default is below magnitude, and at 50 % not above the best of the peers; repaired is below what it was."""
+    best = {sparsity: _name(PruneOptions(sparsity)) for sparsity in SPARSITIES}
+    found = [Must(best[s], _name(PruneOptions(s, Score.MAGNITUDE, compensate=False))) for s in SPARSITIES]
+    found += [Must(best[0.5], _peer(method, Pattern.UNSTRUCTURED), not_above=True) for method in PEERS]
+    return [*found, *(Must(f"{name}, repaired", name) for name in (W4A16, best[0.5]))]
 
 
-def name(sparsity: float, score: Score, compensate: bool) -> str:
-    return f"{sparsity:.0%} {score}{' compensated' if compensate else ''}".replace("%", " %")
+def _options() -> Iterator[PruneOptions]:
+    for score, compensate in itertools.product(Score, (False, True)):
+        for sparsity in SPARSITIES:
+            yield PruneOptions(sparsity, score, compensate=compensate)
+        yield PruneOptions(0.5, score, Pattern.TWO_OF_FOUR, compensate=compensate)
+        yield PruneOptions(0.5, score, budget=Budget.GLOBAL, compensate=compensate)
+        for sparsity in SPARSITIES_OF_ROWS:
+            yield PruneOptions(sparsity, score, Pattern.ROWS, compensate=compensate)
 
 
-def prune(options: PruneOptions, reference: Path, folder: Path, texts: Sequence[Text], seed: int = 0) -> None:
-    """Write the checkpoint; nothing is done where it is there."""
-    compress_with(
-        reference,
-        folder,
-        prune_method(options),
-        [text.ids for text in texts],
-        seed=seed,
-        surroundings=Surroundings(folder.with_name(f"{folder.name}.work")),
-    )
+def _case(bench: Bench, options: PruneOptions) -> Case:
+    size = bench.size(LayerPlan(16, None, options.sparsity, options.pattern.value))
+    return Case(_name(options), size, lambda folder: bench.ours(prune_method(options), folder))
 
 
-def prune_by_llmcompressor(
-    method: str, sparsity: float, pattern: Pattern, reference: Path, folder: Path, texts: Sequence[Text], python: Path
-) -> None:
-    """method: sparsegpt or wanda. python: of an environment that has llmcompressor. Its log is beside the folder."""
-    if folder.exists():
-        return
-    partial = folder.with_name(f"{folder.name}.part")
-    partial.mkdir(parents=True, exist_ok=True)
-    given = partial / "texts.json"
-    given.write_text(json.dumps([text.ids.tolist() for text in texts]), encoding="utf-8")
-    command = [python, SCRIPT, method, reference, partial, given, str(sparsity), pattern]
-    with folder.with_name(f"{folder.name}.log").open("wb") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
-    given.unlink()
-    partial.rename(folder)
+def _name(options: PruneOptions) -> str:
+    parts = [f"{100 * options.sparsity:.0f} % {options.pattern}", options.score.value]
+    if options.budget is Budget.GLOBAL:
+        parts.append("global")
+    return ", ".join([*parts, "compensated"] if options.compensate else parts)
 
 
-def repair_all(
-    checkpoints: Mapping[str, Path], reference: Path, folder: Path, texts: Sequence[Text]
-) -> dict[str, Path]:
-    """Repaired copies, by `repaired NAME`; the texts, prompts included, are those that the training may see."""
-    found = {}
-    for label, checkpoint in checkpoints.items():
-        found[f"repaired {label}"] = folder / f"repaired-{checkpoint.name}"
-        write_repaired_copy(reference, checkpoint, found[f"repaired {label}"], texts)
-    return found
+def _peer(method: str, pattern: Pattern) -> str:
+    return f"llmcompressor 50 % {pattern}, {method}"
+
+
+def _by_peer(bench: Bench, method: str, pattern: Pattern, folder: Path) -> None:
+    bench.peer(SCRIPT, folder, method, "0.5", pattern.value)
+
+
+def _repaired(bench: Bench, case: Case, folder: Path) -> None:
+    """Of a checkpoint that is made for it, from the same texts."""
+    start = folder.with_name(f"{folder.name}.start")
+    if not start.exists():
+        case.make(start)
+    around = Surroundings(work=folder.with_name(f"{folder.name}.work"), log=say)
+    say(summary_line(write_repaired_copy(bench.reference, start, folder, bench.learn, surroundings=around), REPAIR))

@@ -16,7 +16,7 @@ from hemostat.models.adapters.walk import Around
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.error_compensation import damped
 from hemostat.models.compression.frame import LayerData, LayerResult, Run
-from hemostat.models.compression.pruning.compensation import least_squares
+from hemostat.models.compression.pruning.compensation import least_squares, shrunk
 from hemostat.models.compression.pruning.masks import Pattern, Score, comparable_scores, kept_share
 from hemostat.models.compression.pruning.rows import Units, dropped_weights, find_units, unit_scores
 from hemostat.models.compression.pruning.statistics import Totals, needs_gradients, observed
@@ -215,7 +215,8 @@ def pathway_lines(layers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list
 
 
 def _second_moments(moments: Moments, name: str) -> torch.Tensor:
-    return torch.from_numpy(moments.inputs(name).total.copy())
+    gram = moments.inputs(name)
+    return shrunk(torch.from_numpy(gram.total.copy()), gram.count)
 
 
 def _report(kept: torch.Tensor, share: float | None) -> dict[str, Any]:

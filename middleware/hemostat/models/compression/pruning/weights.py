@@ -31,9 +31,9 @@ def prune_weight(
     """The pruned weight, float32 [out, in], and which entries are kept, bool. The score of a weight is w² · factor.
 
     factor: [out, in] or what broadcasts to it; None: 1, which is magnitude. moments: second moments of the layer's
-    inputs [in, in]: the weights that stay make up for those that are dropped. zeros: their number, in place of
-    `sparsity`. by_row: without moments, the same number in each row. With the pattern `rows`, whole rows are dropped:
-    nothing can make up for them in this layer.
+    inputs [in, in], `shrunk`: the weights that stay make up for those that are dropped. zeros: their number, in place
+    of `sparsity`. by_row: without moments, the same number in each row. With the pattern `rows`, whole rows are
+    dropped: nothing can make up for them in this layer.
 
     With moments, a score is multiplied by the part of its input that the other inputs cannot make up for,
     1 / (S_jj [S⁻¹]_jj): Wanda's score then is that of SparseGPT, w² / [S⁻¹]_jj.
