@@ -128,6 +128,7 @@ def test_a_plan_is_carried_out(source: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_plan_for_another_model_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = save(tiny_model(seed=1, num_hidden_layers=2), tmp_path / "other")
     command = ["compress", str(other), str(tmp_path / "out"), "--plan", str(plan(source, tmp_path / "plan.json"))]
+    capsys.readouterr()
     assert main(command) == 2
     error = capsys.readouterr().err.strip()
     assert "the plan is for another checkpoint" in error
