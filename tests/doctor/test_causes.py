@@ -61,7 +61,7 @@ def test_every_linear_layer_that_differs_is_measured(report: dict[str, Any]) -> 
 
 def test_findings_name_the_layer_and_carry_their_evidence(report: dict[str, Any]) -> None:
     by_topic = {one["topic"]: one for one in reversed(report["findings"])}
-    assert {"position", "token class", "prompt", "layer", "additivity", "kind of module", "module",
+    assert {"position", "token class", "layer", "additivity", "kind of module", "module",
             "outliers of weights", "outliers of activations", "attention sink"} == by_topic.keys()  # fmt: skip
     layer = by_topic["layer"]
     row = restored(report, "layer 1")
@@ -142,7 +142,7 @@ def test_sentences_of_figures_without_a_clear_cause(report: dict[str, Any]) -> N
     vague["layers"]["additivity"]["excess_se_by_request"] = 100.0
     vague["layers"]["noise_floor"] = 100.0
     texts = [one["text"] for one in findings(vague)]
-    assert sum("not clearly" in text for text in texts) >= 3
+    assert sum("not clearly" in text for text in texts) >= 2
     assert any("no single layer stands out" in text for text in texts)
     assert any("The effects add up" in text for text in texts)
     assert any("not distinguished from rounding" in text for text in texts)
