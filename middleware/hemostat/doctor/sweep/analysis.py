@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from hemostat.doctor.pair import Floats
 from hemostat.doctor.sweep.points import (
     FULL_BITS,
     QUANTIZATION,
@@ -89,7 +90,7 @@ def threshold(results: Results, line: Line, seed: int) -> Threshold | None:
     return Threshold(line, points, first, doubled, kink)
 
 
-def resamples(curve: Curve, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def resamples(curve: Curve, seed: int) -> Floats:
     """How often each request is drawn, [B, R]: among those that the same settings have scored (the rungs), as many as
     there are, so that no setting loses its requests."""
     rng = np.random.default_rng(seed)

@@ -53,7 +53,7 @@ class Block:
     tasks: Sequence[tuple[int, Task, Ids]]
     outputs: dict[Drawing, list[Ids]] = field(default_factory=dict)
     logits: dict[Drawing, list[torch.Tensor]] = field(default_factory=dict)
-    """[T, V] each, in the model's dtype, undecoded."""
+    """[T, V] each, in the model's dtype, undecoded; of two drawings at most: `PLAIN` and the last one."""
 
 
 @contextmanager
@@ -72,11 +72,14 @@ class SweptModel:
         self.seed = seed
 
     def prepare(self, block: Block, drawing: Drawing) -> None:
-        """Let the reference write the texts and score them, once for each drawing."""
+        """Let the reference write the texts, once for each drawing, and score them."""
         if drawing in block.logits:
             return
+        for other in [one for one in block.logits if one != PLAIN]:
+            del block.logits[other]
         with torch.inference_mode():
-            block.outputs[drawing] = self._write(block.jobs, drawing)
+            if drawing not in block.outputs:
+                block.outputs[drawing] = self._write(block.jobs, drawing)
             block.logits[drawing] = [
                 self._logits(self.model, job, output)
                 for job, output in zip(block.jobs, block.outputs[drawing], strict=True)

@@ -16,7 +16,7 @@ import numpy as np
 from hemostat import __version__
 from hemostat.doctor.checkpoints import CheckpointPair
 from hemostat.doctor.options import DoctorError, DoctorOptions
-from hemostat.doctor.pair import Job, encode, jobs_digest
+from hemostat.doctor.pair import Ids, Job, encode, jobs_digest
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt
 from hemostat.doctor.sweep.analysis import Statement, Threshold, statements, threshold
@@ -200,7 +200,7 @@ def _given_report(pair: CheckpointPair, given: Sequence[Measured]) -> tuple[str,
     return pair.compressed.name, results
 
 
-def _encoded_tasks(pair: CheckpointPair) -> list[tuple[int, Task, np.ndarray[Any, np.dtype[np.int32]]]]:
+def _encoded_tasks(pair: CheckpointPair) -> list[tuple[int, Task, Ids]]:
     """With the chat template where there is one."""
     found = []
     for number, task in enumerate(tasks()):

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hemostat.doctor.terminal import UNKNOWN
+from hemostat.doctor.formats import UNKNOWN
 
 Row = Mapping[str, Any]
 
