@@ -24,7 +24,6 @@ ALLOWED = {
     "itertools",
     "hemostat_calibration",
     "json",
-    "bisect",
     "math",
     "numpy",
     "re",

@@ -21,13 +21,14 @@ import msgspec
 import numpy as np
 import torch
 
-from hemostat.doctor.checkpoints import CheckpointPair, chunks, compare, generate, kl, pieces
+from hemostat.doctor.checkpoints import CheckpointPair, chunks, compare, kl, pieces
 from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, pack, unpack
 from hemostat.doctor.sweep.decoding import decode, drawn
 from hemostat.doctor.sweep.layers import restructured
 from hemostat.doctor.sweep.outcomes import MAX_TOKENS, Outcome, Task, judge
 from hemostat.doctor.sweep.points import PLAIN, UNCHANGED, Drawing, Point
 from hemostat.doctor.sweep.weights import compressed
+from hemostat.models.generation import generate
 
 KEPT = ("kl_rc", "kl_cr", "tv", "same_top", "logp_r", "logp_c")
 
