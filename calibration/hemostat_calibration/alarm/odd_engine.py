@@ -295,7 +295,7 @@ def probabilities(labels: npt.NDArray[np.bool_], forecasts: Floats) -> Floats:
     labels: bool [E, n], whether the units before it are the engine's own, by figure. forecasts: float64 [E].
 
     >>> probabilities(np.array([[True, False, False, False]]), np.array([0.25]))[0, 0].round(2).tolist()
-    [0.96, 0.26, 0.01, 0.01, 0.01]
+    [0.93, 0.29, 0.01, 0.01, 0.01]
     """
     engines, gaps = len(labels), labels.shape[1] + 1
     ranks = (np.arange(gaps) + 0.5) / gaps
