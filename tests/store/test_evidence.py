@@ -56,6 +56,12 @@ def test_kills_at_random_count_nothing_twice_and_promote_no_harm(tmp_path: Path)
     assert found.counted > 100
 
 
+def test_another_replica_leads_where_leader_and_store_die_at_once(tmp_path: Path) -> None:
+    """The store comes back with a lease whose holder is gone."""
+    found = replica_kills.run(replica_kills.context(), tmp_path / "run", 1, 2, (replica_kills.TOGETHER,))
+    assert found.holds, found
+
+
 async def test_the_leader_learns_from_all(shared_server: Valkey, tmp_path: Path) -> None:
     async with replicas(shared_server.url, tmp_path, 3) as ones:
         for n, key in enumerate(LEARNED[:72]):

@@ -36,6 +36,9 @@ class Engines:
     def __init__(self, server: RunningVllm) -> None:
         self._admin = server.admin
 
+    def known(self, _now: float) -> bool:
+        return True
+
     def live(self, _now: float) -> list[EngineReport]:
         with self._admin.lock:
             return self._admin.registry.live(self._admin.now)

@@ -49,9 +49,11 @@ MAX_STRATUM_UNITS = 64
 ACTIVE_SECONDS = 3600.0
 """An engine without a unit for so long is neither tested nor counted for the length of windows."""
 COHORT = 4
-FIRST_COHORT = 0.8
+FIRST_COHORT = 0.9
 FIRST_WINDOW = 0.7
 """Part of the wealth that the first window gets; of the rest r, the k-th gets r / (k(k-1))."""
+SHARE_UNITS = 4.0
+"""Equal shares count in an engine's share so far like so many units of each engine."""
 FORECAST_UNITS = 40.0
 """An engine's share so far counts in its forecast like so many units of the window."""
 MIN_RECOVERY_UNITS = 5
@@ -66,7 +68,7 @@ TILTS = np.array([-3.0, -8.0, 3.0, 8.0])
 """Of the other strategies: the log-odds of "own" grow by so much from the lowest to the highest rank."""
 FARTHER = np.array([False, False, True, True, False, False, True, True])
 """Strategies that bet that the engine's figures are higher: thresholds by noise, lower and higher; then TILTS."""
-LOG_WEIGHTS = np.log(np.array([0.34, 0.1, 0.34, 0.1, 0.03, 0.03, 0.03, 0.03]))
+LOG_WEIGHTS = np.log(np.array([0.4, 0.07, 0.4, 0.07, 0.015, 0.015, 0.015, 0.015]))
 """ln of the parts of what is funded."""
 MEAN_ERROR = 1e-9
 """Of a strategy's mean over the gaps: 10^-6 of the smallest forecast, in a window of 10^3 units."""
@@ -257,7 +259,8 @@ def _bet(state: OddEngines, active: set[str], stratum: Stratum, place: int, unit
 
 def _forecast(test: EngineTest, name: str, unit: Unit, units: int, active: int) -> float:
     """The probability that the next unit is the engine's own, from the labels before it alone."""
-    share = (test.units - (unit.engine == name) + 1.0) / (units + max(active, 2))
+    others = SHARE_UNITS * (max(active, 2) - 1)
+    share = (test.units - (unit.engine == name) + SHARE_UNITS) / (units + SHARE_UNITS + others)
     return (test.window.own + FORECAST_UNITS * share) / (test.window.units + FORECAST_UNITS)
 
 
@@ -292,7 +295,7 @@ def probabilities(labels: npt.NDArray[np.bool_], forecasts: Floats) -> Floats:
     labels: bool [E, n], whether the units before it are the engine's own, by figure. forecasts: float64 [E].
 
     >>> probabilities(np.array([[True, False, False, False]]), np.array([0.25]))[0, 0].round(2).tolist()
-    [0.96, 0.26, 0.01, 0.01, 0.01]
+    [0.93, 0.29, 0.01, 0.01, 0.01]
     """
     engines, gaps = len(labels), labels.shape[1] + 1
     ranks = (np.arange(gaps) + 0.5) / gaps

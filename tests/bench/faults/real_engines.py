@@ -62,7 +62,7 @@ async def forwarding(port: int) -> AsyncIterator[int]:
     """Another address of the server at this port."""
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):  # cancelled at the end
             upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", port)
             await asyncio.gather(_copy(reader, upstream_writer), _copy(upstream_reader, writer))
 
