@@ -34,7 +34,7 @@ from hemostat.control.stored_state import STATE_KEYS
 from hemostat.ipc.messages import REST_KIND, EngineHealth, Policy
 from hemostat.store import replica as replica_module
 from hemostat.store import writer as writer_module
-from hemostat.store.protocol import StoreAccessDenied, StoredProfile
+from hemostat.store.protocol import StoreAccessDenied, StoredProfile, StoreFailure
 from hemostat.store.valkey import ValkeyStore
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -179,6 +179,23 @@ async def test_operators_may_talk_to_any_replica(shared_server: Valkey, tmp_path
         await until(lambda: agree(ones, None))
         with pytest.raises(HemostatError, match="vocabulary of 31"):
             await follower.actions.import_profile(profile(vocabulary=31).to_bytes(), "")
+
+
+async def test_a_follower_tells_whether_the_leader_kept_the_mode(
+    shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with replicas(shared_server, tmp_path) as ones:
+        leader, follower = ones
+        assert await follower.actions.set_mode("observe")
+
+        def full(*_: object) -> None:
+            raise StoreFailure("OOM command not allowed when used memory > 'maxmemory'")
+
+        monkeypatch.setattr(leader.store.as_leader, "set_state", full)
+        assert not await follower.actions.set_mode("off")
+        assert [one.profile_manager.serving.mode for one in ones] == ["off", "off"], "it applies nevertheless"
+        monkeypatch.undo()
+        assert await follower.actions.set_mode("off"), "sent again, it is kept"
 
 
 async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spent(

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from tests.bench.faults import costly_search
+from tests.support import costly_search
 from tests.support.costly_bodies import BEYOND, LIMIT, WITHIN, body, cpu_seconds, listed, members
 
 from hemostat.openai.complexity import MAX_ESCAPES, MAX_MESSAGES, MAX_STRINGS, TooComplex, check_complexity

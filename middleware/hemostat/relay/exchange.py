@@ -109,8 +109,7 @@ class Exchange:
             self._watch = RequestWatch(context, request, self._route, request_id, client.transport, started)
             self._transport = self._watch.transport
         self._report: GenerationReport | None = None  # only for a generation
-        self._observer: OutcomeObserver | None = None
-        """The report's, held here because it is used for every piece of a response."""
+        self._observer: OutcomeObserver | None = None  # the report's, used for every piece of a response
         self._hook: FailOpenHook | None = None
         self._keep_alive = request.keep_alive
         """The client's connection stays open after the response."""
@@ -120,8 +119,7 @@ class Exchange:
         """HEAD_HELD: the response's head as it goes to the client; empty with BodyMode.COLLECTED."""
         self._hold: asyncio.TimerHandle | None = None
         """Releases the head, if the body is not there in time."""
-        self._received = 0.0
-        """When the bytes were read that release the head (perf_counter)."""
+        self._received = 0.0  # when the bytes were read that release the head (perf_counter)
         self._collected: list[bytes] | None = None
         """The response's body so far, with BodyMode.COLLECTED."""
         self._overhead = 0.0
@@ -135,11 +133,8 @@ class Exchange:
     # The request, from the client's connection.
 
     def start(self, body: bytes, *, complete: bool, more_read: bool) -> None:
-        """Ask the hook, then begin to send the request upstream.
-
-        body: the whole body, if `complete`; otherwise it follows by `request_data`. more_read: the client has sent some
-        of it already.
-        """
+        """Ask the hook, then begin to send the request upstream. body: the whole body, if `complete`; otherwise it
+        follows by `request_data`. more_read: the client has sent some of it already."""
         context, request = self._context, self._request
         self.request_complete = complete
         if self._watch is not None and (exceeded := self._watch.exceeded) is not None:
@@ -214,12 +209,10 @@ class Exchange:
         self._respond(503, error_body(503, reason, "overloaded"), counters.OVERLOADED)
 
     def _ask_hook(self, hook: Hook) -> bool:
-        """Ask whether the hook wants to see the request (then `_hook` is set). True: it refuses it; the exchange is
-        over."""
+        """Ask whether the hook wants to see the request (then `_hook` is set). True: it has refused it."""
         context, request = self._context, self._request
         try:
-            fields = Fields(request.received)
-            method = request.method.decode("ascii")
+            method, fields = request.method.decode("ascii"), Fields(request.received)
             answer = hook.begin(method, request.target, fields, self._request_id, marked=request.marked)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             context.counters.hook_raised()

@@ -436,8 +436,10 @@ class InterceptedExchange:
             self._note_refusal()
 
     def _note_refusal(self) -> None:
-        """For example, the engine's --max-logprobs is lower than `shadow.top_k`."""
-        if self._tokens is not None and self._tokens.failure in _REFUSALS:
+        """For example, the engine's --max-logprobs is lower than `shadow.top_k`. An answer that begins and then ends in
+        an error counts, too: it cannot be sent again to find out whether what was added is the cause."""
+        failure = None if self._tokens is None else self._tokens.failure
+        if failure in _REFUSALS or (failure is ResponseFailure.UPSTREAM_ERROR and self._stripper is not None):
             self._reports.pause.refused(self._policy.shadow_top_k)
 
     def response_end(self) -> bytes:

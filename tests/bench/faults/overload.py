@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tests.bench.faults import Row, costly_search
+from tests.bench.faults import Row
+from tests.support import costly_search
 from tests.support.costly_bodies import BEYOND, WITHIN, cpu_seconds
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.stack import Stack, children, wait_for
