@@ -45,7 +45,7 @@ class PruneOptions:
     """As on the command line. sparsity: the part of the weights of all linear layers but the head that is dropped."""
 
     sparsity: float
-    score: Score = Score.FISHER
+    score: Score = Score.WANDA
     pattern: Pattern = Pattern.UNSTRUCTURED
     budget: Budget = Budget.LAYER
     compensate: bool = True
