@@ -110,7 +110,7 @@ class PruneMethod:
                 factor,
                 None if moments is None else _second_moments(moments, name),
                 zeros=self._zeros.get(name),
-                by_row=self._options.score is Score.WANDA,
+                by_row=self._options.budget is Budget.LAYER and self._options.score is not Score.MAGNITUDE,
             )
             weights[f"{name}.weight"] = new
             report[name] = _report(kept, kept_share(comparable_scores(weight, factor, self._options.score), kept))
