@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults chart docs screenshot clean
+.PHONY: help setup demo test test-slow test-versions lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-compress chart docs screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -68,6 +68,9 @@ bench-coverage: setup ## share of a mixed agent workload that is scored, and why
 
 bench-faults: setup ## attacks, faults and restarts under load, on real processes; writes build/bench/faults.json
 	@exec $(BIN)/python tests/bench/bench_faults.py $(ARGS)
+
+bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcompressor's (an hour or more); writes build/bench/compress.json
+	@exec $(BIN)/python tests/bench/bench_compress.py $(ARGS)
 
 chart: setup ## generate the README and the values schema of helm/hemostat
 	@$(BIN)/python deploy/chart.py

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hemostat.commands.arguments import COMPRESSIONS, positive_integer
+from hemostat.commands.arguments import WITHOUT_DATA, positive_integer
 
 HELP = "quantize or prune a checkpoint"
 PACKED = ("w4a16", "w8a16", "w8a8", "fp8")
 DENSE = ("int2", "int3", "int5", "int6", "int7")
-WITHOUT_DATA = tuple(name for name in COMPRESSIONS if name.startswith("prune"))
 SCHEMES = (*PACKED, *DENSE, "prune", *WITHOUT_DATA)
 CALIBRATIONS = ("none", "clip", "awq", "smooth", "gptq", "descent", "guided")
 

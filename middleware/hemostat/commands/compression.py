@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hemostat import __version__
-from hemostat.commands.arguments import UsageError
-from hemostat.commands.compress import WITHOUT_DATA
+from hemostat.commands.arguments import WITHOUT_DATA, UsageError
 from hemostat.commands.texts import Writer, texts_digest
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import load

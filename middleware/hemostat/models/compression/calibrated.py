@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from hemostat.models.adapters.activations import Moments, measured
+from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.equivalent import awq_scale, scale_layer, smooth_scale
 from hemostat.models.compression.error_compensation import Grid, damped, descend, gptq, quadratic_error, refit_scales
 from hemostat.models.compression.formats import Quantized, WeightFormat, on_grid
@@ -103,10 +104,14 @@ class Calibrated:
             moments = weighted_moments(layer, wanted if guide else wanted[:1], guide)
             for name in wanted:
                 hessian = moments.totals[name if guide else wanted[0]]
+                if not bool(hessian.isfinite().all()):
+                    raise CompressError(
+                        f"layer {name}: its inputs on the texts are not finite: SOURCE is damaged; copy it again"
+                    )
                 new = self._new_weight(name, layer.parameter(f"{name}.weight"), hessian)
                 before, now = layer.weight(name), on_grid(new) if isinstance(new, Quantized) else new
                 whole = quadratic_error(before, hessian, torch.zeros_like(before)).sum()
-                errors[name] = float(quadratic_error(before, hessian, now).sum() / whole)
+                errors[name] = float(quadratic_error(before, hessian, now).sum() / whole) if whole > 0 else 0.0
                 layer.set_parameter(f"{name}.weight", now)
                 weights[f"{name}.weight"] = new if name in self._packed else now
         for name in layer.linears.keys() & self._formats.keys() - errors.keys():

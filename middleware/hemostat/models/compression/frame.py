@@ -192,9 +192,10 @@ class Compressed:
             for name in sorted(checkpoint.names):
                 if name.startswith(f"{layer}.") and name not in replaced:
                     yield name, checkpoint.tensor(name)
-            for name, tensor in kept.items():
+            # Sorted: safetensors returns them in another order each time.
+            for name in sorted(kept):
                 if not name.startswith("|"):
-                    yield name, tensor
+                    yield name, kept[name]
 
 
 def compress_layers(run: Run, method: Method) -> Compressed:
