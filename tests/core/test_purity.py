@@ -21,6 +21,7 @@ ALLOWED = {
     "functools",
     "hashlib",
     "heapq",
+    "itertools",
     "hemostat_calibration",
     "json",
     "math",

@@ -114,7 +114,7 @@ def test_generated_text_does_not_depend_on_other_prompts(pair: module.Checkpoint
 def test_generation_stops_at_an_end_token(pair: module.CheckpointPair, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = np.array(pair.tokenize_completion("Hello"), np.int32)
     (long,) = pair._outputs([Job(0, prompt, None, 8)], 0, False)
-    monkeypatch.setattr(pair, "_end_ids", lambda: frozenset({int(long[2])}))
+    monkeypatch.setattr(pair, "end_ids", lambda: frozenset({int(long[2])}))
     (short,) = pair._outputs([Job(0, prompt, None, 8)], 0, False)
     end = long.tolist().index(int(long[2])) + 1
     assert short.tolist() == long[:end].tolist()

@@ -11,6 +11,7 @@ from hemostat.doctor.causes import html as causes
 from hemostat.doctor.options import DoctorError
 from hemostat.doctor.page import Card, Plot, Section, Table
 from hemostat.doctor.prescription import html as prescription
+from hemostat.doctor.sweep.page import sweep_section
 from hemostat.doctor.terminal import (
     UNKNOWN,
     format_cell,
@@ -89,7 +90,12 @@ def pair_section(report: Row) -> Section | None:
     return Section("pair.html.jinja", values)
 
 
-SECTIONS: tuple[Callable[[Row], Section | None], ...] = (pair_section, causes.section, prescription.section)
+SECTIONS: tuple[Callable[[Row], Section | None], ...] = (
+    pair_section,
+    causes.section,
+    prescription.section,
+    sweep_section,
+)
 """In the order of the page; each gives None where the report has nothing for it."""
 
 

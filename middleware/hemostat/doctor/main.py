@@ -22,6 +22,7 @@ from hemostat.doctor.pair import Job, Pair, Scored, Side, decoding_of, encode, j
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.doctor.report import SCHEMA, PromptKind, tables
+from hemostat.doctor.sweep import terminal as sweep_terminal
 from hemostat.models.checkpoint_folders import cache_folder
 from hemostat.models.compression.plan import Plan, encode_plan
 from hemostat.models.work_folder import WorkFolder
@@ -44,7 +45,8 @@ def run(options: DoctorOptions) -> int:
         reporter.log("connecting" if options.servers else "loading both models")
         pair = open_pair(options)
         try:
-            report = _make_report(pair, prompts, options, reporter)
+            make = _sweep if options.sweep else _make_report
+            report = make(pair, prompts, options, reporter)
         finally:
             pair.close()
     if report is None:
@@ -59,7 +61,7 @@ def run(options: DoctorOptions) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
-    console.print(terminal.render(report))
+    console.print(sweep_terminal.render(report) if options.sweep else terminal.render(report))
     return 0
 
 
@@ -77,6 +79,15 @@ def open_pair(options: DoctorOptions) -> Pair:
     from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415  torch only where it is needed
 
     return CheckpointPair(options)
+
+
+def _sweep(pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions, reporter: Reporter) -> dict[str, Any] | None:
+    """The report of a sweep; None when it was interrupted."""
+    from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415
+    from hemostat.doctor.sweep.run import run_sweep  # noqa: PLC0415
+
+    assert isinstance(pair, CheckpointPair)
+    return run_sweep(pair, prompts, options, reporter)
 
 
 def _make_report(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hemostat.doctor.axes import Axis
 from hemostat_calibration.errors import HemostatError
 
 Target = Literal["vllm", "vllm-cpu", "any"]
@@ -54,6 +55,11 @@ class DoctorOptions:
     json: Path | None = None
     html: Path | None = None
     show_text: bool = False
+    sweep: tuple[Axis, ...] = ()
+    """Axes of a sweep of REFERENCE, which takes the place of the report on the pair. COMPRESSED is then one more point,
+    or equal to REFERENCE where none is given."""
+    sweep_budget: float = 60.0
+    """Minutes after which a sweep begins no further point."""
 
     @property
     def prescribes(self) -> bool:
@@ -85,6 +91,8 @@ def check(options: DoctorOptions) -> None:
         raise DoctorError(
             "REFERENCE and COMPRESSED must be of the same kind: two folders or hub names, or two URLs of vLLM servers"
         )
+    if options.sweep and options.servers:
+        raise DoctorError("--sweep: it changes weights, which a server does not give; name a checkpoint's folder")
     if not options.servers:
         for name, model in (("REFERENCE", options.reference), ("COMPRESSED", options.compressed)):
             folder = Path(model)
@@ -92,6 +100,8 @@ def check(options: DoctorOptions) -> None:
                 raise DoctorError(f"{name}: {model} is not a transformers checkpoint: it has no config.json")
             if not folder.is_dir() and (folder.is_absolute() or model.count("/") > 1 or model.startswith(".")):
                 raise DoctorError(f"{name}: there is no folder {model}")
+    if options.prescribes and options.sweep:
+        raise DoctorError("--sweep makes no prescription: run doctor REFERENCE COMPRESSED --plan without it")
     if options.prescribes and options.servers:
         raise DoctorError("--prescribe needs the weights: name two checkpoint folders, not servers")
     if options.prescribes and not (Path(options.reference).is_dir() and Path(options.compressed).is_dir()):

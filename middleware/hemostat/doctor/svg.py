@@ -52,7 +52,7 @@ def bar_chart(
             parts.append(_whisker(middle, y(value - error), y(value + error)))
         if n % every == 0:
             parts.append(text(middle, HEIGHT - BOTTOM + 16, label, "middle"))
-    parts += _axis_names(x_name, y_name)
+    parts += axis_names(x_name, y_name)
     return plot(title, _describe(labels, values, y_name), parts, HEIGHT)
 
 
@@ -100,7 +100,7 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str, y
         at = HEIGHT + 18 * n + 4
         parts.append(f'<polyline class="line s{n % 4}" points="{LEFT},{at} {LEFT + 36},{at}"/>')
         parts.append(text(LEFT + 44, at + 4, one.name, "start"))
-    parts += _axis_names(x_name, y_name)
+    parts += axis_names(x_name, y_name)
     ranges = "; ".join(f"{one.name}: from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series)
     return plot(title, f"{y_name} by {x_name}. {ranges}.", parts, height)
 
@@ -129,7 +129,7 @@ def _y_grid(ticks: Sequence[float], y: Callable[[float], float]) -> Iterator[str
         yield text(LEFT - 8, y(tick) + 4, _number(tick), "end")
 
 
-def _axis_names(x_name: str, y_name: str) -> Iterator[str]:
+def axis_names(x_name: str, y_name: str) -> Iterator[str]:
     yield text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_name, "middle")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     yield f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_name)}</text>'

@@ -32,28 +32,29 @@ pytestmark = [
 FORMATS = {
     "w4a16, groups of 32": WeightFormat(4, 32),
     "w4a16, groups of 64": WeightFormat(4, 64),
-    "w4a16, groups of 128": WeightFormat(4, 128),
     "w4a16, channels": WeightFormat(4),
     "w8a8": WeightFormat(8, inputs="int8"),
 }
-MIXED = "4 bits in groups of two sizes, and dense layers"
+MIXED = "4 bits in groups of three sizes, and dense layers"
+WIDTHS = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+"""Of SmolLM2-135M. With a very small model vLLM 0.32's int4 kernel is stopped by SIGILL where the processor has AMX."""
 TOLERANCE = 0.05
 """Mean difference of logprobs in nats: both compute in bfloat16, in another order."""
 
 
 def method(name: str, source: Source) -> Method:
     if name in FORMATS:
-        calibration = CALIBRATIONS["smooth" if name == "w8a8" else "descent"]
+        calibration = CALIBRATIONS["smooth" if name == "w8a8" else "gptq"]
         return Calibrated(dict.fromkeys(source.shapes, FORMATS[name]), calibration)
 
     def chosen(layer: str) -> LayerPlan:
         if "layers.1" in layer:
-            return LayerPlan(16) if "gate_proj" in layer or "up_proj" in layer else LayerPlan(4, 128)
-        return LayerPlan(4, 32) if "self_attn" in layer else LayerPlan(4, 64)
+            return LayerPlan(16) if "gate_proj" in layer or "up_proj" in layer else LayerPlan(4, 64)
+        return LayerPlan(4, 32) if "self_attn" in layer else LayerPlan(4, 128 if "down_proj" in layer else 64)
 
     layers = {layer: chosen(layer) for layer in source.shapes}
     size = sum(stored_bytes(*shape, layers[layer]) for layer, shape in source.shapes.items())
-    found, notes = planned(Plan(source.checkpoint.digest(), layers, size, {}), source, CALIBRATIONS["descent"])
+    found, notes = planned(Plan(source.checkpoint.digest(), layers, size, {}), source, CALIBRATIONS["gptq"])
     assert notes == [], "everything is packed, or 16 bits"
     return found
 
@@ -62,7 +63,10 @@ def method(name: str, source: Source) -> Method:
 def test_vllm_computes_what_our_copy_computes(name: str, tmp_path: Path) -> None:
     import torch
 
-    source = save(tiny_model(num_hidden_layers=2).to(torch.bfloat16), tmp_path / "source")
+    source = save(
+        tiny_model(num_hidden_layers=2, vocab_size=32_768, initializer_range=0.04, **WIDTHS).to(torch.bfloat16),
+        tmp_path / "source",
+    )
     words = tokenizers.models.WordLevel({str(n): n for n in range(VOCABULARY)}, unk_token="0")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(source)
     out = tmp_path / "out"

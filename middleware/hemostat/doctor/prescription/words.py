@@ -25,6 +25,7 @@ def sentences(prescription: Row) -> list[str]:
     found = [
         f"Of {layers} linear layers: {parts}. That is {prescription['bytes']:,} of {prescription['budget']:,} bytes, "
         f"{prescription['bits_per_weight']:.2f} bits per weight; {FOR[prescription['target']]}.",
+        *_by_module(prescription),
         f"Predicted: {prescription['predicted']:.4f} nats, and no choice of the same candidates is predicted below "
         f"{prescription['predicted_lower_bound']:.4f}. Measured: mean KLD "
         f"{plus_minus(own['mean_kld'], own['mean_kld_se_by_request'])} nats on {size}.",
@@ -40,6 +41,17 @@ def sentences(prescription: Row) -> list[str]:
             f"{row['name']}{bytes_of}: {plus_minus(row['mean_kld'], row['mean_kld_se_by_request'])} nats, {verdict}."
         )
     return found
+
+
+def _by_module(prescription: Row) -> list[str]:
+    """Which kinds of linear layer get more bits, where not all get the same."""
+    bits: dict[str, list[int]] = {}
+    for (module, _), (width, _, _) in widths(prescription).items():
+        bits.setdefault(module, []).append(width)
+    if len({width for found in bits.values() for width in found}) < 2:
+        return []
+    means = sorted(((sum(found) / len(found), module) for module, found in bits.items()), reverse=True)
+    return ["Mean bits by module: " + ", ".join(f"{module} {mean:.1f}" for mean, module in means) + "."]
 
 
 def widths(prescription: Row) -> dict[tuple[str, str], tuple[int, int | None, float]]:
