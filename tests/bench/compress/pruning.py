@@ -51,13 +51,21 @@ def musts() -> Sequence[Must]:
 
 
 def _options() -> Iterator[PruneOptions]:
+    """At 50 % every score with and without compensation; elsewhere magnitude as it is, and compensated scores."""
     for score, compensate in itertools.product(Score, (False, True)):
-        for sparsity in SPARSITIES:
-            yield PruneOptions(sparsity, score, compensate=compensate)
-        yield PruneOptions(0.5, score, Pattern.TWO_OF_FOUR, compensate=compensate)
-        yield PruneOptions(0.5, score, budget=Budget.GLOBAL, compensate=compensate)
-        for sparsity in SPARSITIES_OF_ROWS:
-            yield PruneOptions(sparsity, score, Pattern.ROWS, compensate=compensate)
+        yield PruneOptions(0.5, score, compensate=compensate)
+    for sparsity in (sparsity for sparsity in SPARSITIES if sparsity != 0.5):
+        yield PruneOptions(sparsity, Score.MAGNITUDE, compensate=False)
+        yield PruneOptions(sparsity)
+    for score in (Score.MAGNITUDE, Score.TAYLOR, Score.FISHER):
+        yield PruneOptions(0.5, score, budget=Budget.GLOBAL)
+    for pattern, sparsity in (
+        (Pattern.TWO_OF_FOUR, 0.5),
+        *((Pattern.ROWS, sparsity) for sparsity in SPARSITIES_OF_ROWS),
+    ):
+        yield PruneOptions(sparsity, Score.MAGNITUDE, pattern, compensate=False)
+        for score in Score:
+            yield PruneOptions(sparsity, score, pattern)
 
 
 def _case(bench: Bench, options: PruneOptions) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,11 +219,3 @@ def test_a_sparsity_that_cannot_be(sparsity: float, pattern: Pattern, message: s
 def test_inputs_that_are_no_multiple_of_four() -> None:
     with pytest.raises(CompressError, match=r"--pattern 2:4: a layer has 6 inputs, not a multiple of 4"):
         prune_weight(torch.ones(2, 6), 0.5, Pattern.TWO_OF_FOUR)
-
-
-def test_examples() -> None:
-    import doctest
-
-    from hemostat.models.compression.pruning import masks, weights
-
-    assert np.array([doctest.testmod(module).failed for module in (masks, weights)]).sum() == 0

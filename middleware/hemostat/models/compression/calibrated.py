@@ -10,11 +10,13 @@ import msgspec
 import torch
 
 from hemostat.models.adapters.activations import Moments, measured
+from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.equivalent import awq_scale, scale_layer, smooth_scale
 from hemostat.models.compression.error_compensation import Grid, damped, descend, gptq, quadratic_error, refit_scales
 from hemostat.models.compression.formats import Quantized, WeightFormat, on_grid
 from hemostat.models.compression.frame import LayerData, LayerResult, Run
 from hemostat.models.compression.methods import nearest
+from hemostat.models.compression.pruning.compensation import shrunk
 from hemostat.models.compression.pruning.masks import Pattern
 from hemostat.models.compression.pruning.weights import prune_weight
 from hemostat.models.compression.rounding import clipped_scale, weight_groups
@@ -95,6 +97,7 @@ class Calibrated:
             find = awq_scale if self._calibration.scales == "awq" else smooth_scale
             weights |= scale_layer(layer, self._formats, find)
         guide = token_weights(layer) if self._calibration.guided else {}
+        tokens = sum(int(batch.valid.sum()) for batch in layer.run.texts_walk.batches)
         for names in _input_groups(layer):
             # Layers that follow see what the rounded ones before them compute.
             wanted = [name for name in names if name in self._formats or name in self._sparse]
@@ -103,10 +106,14 @@ class Calibrated:
             moments = weighted_moments(layer, wanted if guide else wanted[:1], guide)
             for name in wanted:
                 hessian = moments.totals[name if guide else wanted[0]]
-                new = self._new_weight(name, layer.parameter(f"{name}.weight"), hessian)
+                if not bool(hessian.isfinite().all()):
+                    raise CompressError(
+                        f"layer {name}: its inputs on the texts are not finite: SOURCE is damaged; copy it again"
+                    )
+                new = self._new_weight(name, layer.parameter(f"{name}.weight"), hessian, tokens)
                 before, now = layer.weight(name), on_grid(new) if isinstance(new, Quantized) else new
                 whole = quadratic_error(before, hessian, torch.zeros_like(before)).sum()
-                errors[name] = float(quadratic_error(before, hessian, now).sum() / whole)
+                errors[name] = float(quadratic_error(before, hessian, now).sum() / whole) if whole > 0 else 0.0
                 layer.set_parameter(f"{name}.weight", now)
                 weights[f"{name}.weight"] = new if name in self._packed else now
         for name in layer.linears.keys() & self._formats.keys() - errors.keys():
@@ -115,12 +122,14 @@ class Calibrated:
             weights[f"{name}.weight"] = new if name in self._packed else on_grid(new)
         return LayerResult(weights, {"relative_error": errors})
 
-    def _new_weight(self, name: str, stored: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor | Quantized:
-        """stored: in the source's dtype, which is that of the scales."""
+    def _new_weight(
+        self, name: str, stored: torch.Tensor, hessian: torch.Tensor, tokens: int
+    ) -> torch.Tensor | Quantized:
+        """stored: in the source's dtype, which is that of the scales. tokens: that `hessian` is the sum of."""
         if name in self._sparse:
             sparsity, pattern = self._sparse[name]
             factor = hessian.diagonal().float()[None]
-            pruned, _ = prune_weight(stored.float(), sparsity, pattern, factor, hessian)
+            pruned, _ = prune_weight(stored.float(), sparsity, pattern, factor, shrunk(hessian, tokens))
             return on_grid(nearest(name, pruned, self._formats[name])) if name in self._formats else pruned
         chosen, weight = self._formats[name], stored.float()
         if chosen.kind == "float":

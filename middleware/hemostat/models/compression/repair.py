@@ -37,7 +37,7 @@ from hemostat.models.compression.compress import Surroundings
 from hemostat.models.compression.other_files import REPAIR, REPORT
 from hemostat.models.work_folder import WorkFolder
 
-RATES = (3e-3, 1e-3)
+RATES = (1e-2, 3e-3)
 """Of Adam, relative to the size of a tensor's entries: weights of norms are about 1, and some about 0.1."""
 _PART = "repaired"
 _LEAST_SIZE = 0.01

@@ -35,7 +35,7 @@ class Pattern(StrEnum):
 def kept_weights(scores: torch.Tensor, zeros: int, by_row: bool = False) -> torch.Tensor:
     """Bool [out, in], False for the `zeros` least scores [out, in], exactly.
 
-    by_row: every output loses the same number, at most one more than another (Wanda compares the inputs of one output).
+    by_row: every output loses the same number, at most one more than another, as Wanda has it.
 
     >>> kept_weights(torch.tensor([[1.0, 5.0], [2.0, 3.0]]), 2).tolist()
     [[False, True], [False, True]]

@@ -45,7 +45,7 @@ class PruneOptions:
     """As on the command line. sparsity: the part of the weights of all linear layers but the head that is dropped."""
 
     sparsity: float
-    score: Score = Score.FISHER
+    score: Score = Score.WANDA
     pattern: Pattern = Pattern.UNSTRUCTURED
     budget: Budget = Budget.LAYER
     compensate: bool = True
@@ -110,7 +110,7 @@ class PruneMethod:
                 factor,
                 None if moments is None else _second_moments(moments, name),
                 zeros=self._zeros.get(name),
-                by_row=self._options.score is Score.WANDA,
+                by_row=self._options.budget is Budget.LAYER and self._options.score is not Score.MAGNITUDE,
             )
             weights[f"{name}.weight"] = new
             report[name] = _report(kept, kept_share(comparable_scores(weight, factor, self._options.score), kept))
