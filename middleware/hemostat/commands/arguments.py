@@ -12,7 +12,8 @@ from hemostat_calibration.errors import HemostatError
 if TYPE_CHECKING:
     from hemostat.config.schema import Settings
 
-COMPRESSIONS = ("w4a16", "int3", "w8a8", "prune10", "prune30", "prune50")
+WITHOUT_DATA = ("prune10", "prune30", "prune50")
+COMPRESSIONS = ("w4a16", "int3", "w8a8", *WITHOUT_DATA)
 
 SHORTHANDS = {
     "upstream": ("upstream.url", "URL", "the vLLM server with the compressed model"),

@@ -1,0 +1,1 @@
+"""The modules of `make bench-compress`: each has NAME, `cases(bench)` and `musts()`."""

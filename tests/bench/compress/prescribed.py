@@ -18,13 +18,13 @@ import torch
 from tests.bench.recovery.prompts import Prompt, open_ended
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hemostat.doctor.checkpoints import generate
 from hemostat.doctor.kl_meter import KlMeter, Text
 from hemostat.doctor.options import Target
 from hemostat.doctor.prescription.losses import LayerLosses, predicted_losses
 from hemostat.doctor.prescription.mixes import Mix, carried_out, prescribe, uniform_mixes
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.compression.plan import LayerPlan
+from hemostat.models.generation import generate
 from hemostat.models.reference_checkpoint import cached_checkpoints
 
 NAME = "prescribed"

@@ -92,7 +92,7 @@ def test_a_mistake_is_one_line(
 def plan(source: Path, path: Path, **changes: object) -> Path:
     """4 bits in groups of 32 for attention, 8 by channel for the first MLP, 5 (dense) for the second one."""
     from hemostat.models.compression.frame import Source
-    from hemostat.models.compression.plan import LayerPlan, Plan, stored_bytes, write_plan
+    from hemostat.models.compression.plan import LayerPlan, Plan, encode_plan, stored_bytes
 
     opened = Source.open(source)
     layers = {}
@@ -103,7 +103,7 @@ def plan(source: Path, path: Path, **changes: object) -> Path:
             layers[name] = LayerPlan(8) if "layers.0" in name else LayerPlan(5, 64)
     total = sum(stored_bytes(*shape, layers[name]) for name, shape in opened.shapes.items())
     fields = {"source": opened.checkpoint.digest(), "layers": layers, "bytes": total, "made_from": {}} | changes
-    write_plan(path, Plan(**fields))  # type: ignore[arg-type]
+    path.write_text(encode_plan(Plan(**fields)))  # type: ignore[arg-type]
     return path
 
 
@@ -119,12 +119,8 @@ def test_a_plan_is_carried_out(source: Path, tmp_path: Path, capsys: pytest.Capt
         f"model.layers.1.mlp.{kind}_proj" for kind in ("down", "gate", "up")
     ]
     written, original = Checkpoint(out, "OUT"), Checkpoint(source, "SOURCE")
-    for name, error in (
-        ("layers.0.self_attn.q_proj", 0.15),
-        ("layers.0.mlp.up_proj", 0.01),
-        ("layers.1.mlp.up_proj", 0.08),
-    ):
-        exact, found = original.weight(f"model.{name}").float(), written.weight(f"model.{name}").float()
+    for name, error in (("0.self_attn.q_proj", 0.25), ("0.mlp.up_proj", 0.02), ("1.mlp.up_proj", 0.1)):
+        exact, found = original.weight(f"model.layers.{name}").float(), written.weight(f"model.layers.{name}").float()
         relative = float((found - exact).norm() / exact.norm())
         assert 0.1 * error < relative < error, name
 
@@ -132,6 +128,7 @@ def test_a_plan_is_carried_out(source: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_plan_for_another_model_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = save(tiny_model(seed=1, num_hidden_layers=2), tmp_path / "other")
     command = ["compress", str(other), str(tmp_path / "out"), "--plan", str(plan(source, tmp_path / "plan.json"))]
+    capsys.readouterr()
     assert main(command) == 2
     error = capsys.readouterr().err.strip()
     assert "the plan is for another checkpoint" in error

@@ -21,14 +21,15 @@ import msgspec
 import numpy as np
 import torch
 
-from hemostat.doctor.checkpoints import CheckpointPair, chunks, compare, generate, kl, pieces
+from hemostat.doctor.checkpoints import CheckpointPair, chunks, compare, kl, pieces
 from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, pack, unpack
 from hemostat.doctor.sweep.decoding import decode, drawn
 from hemostat.doctor.sweep.layers import restructured
 from hemostat.doctor.sweep.outcomes import MAX_TOKENS, Outcome, Task, judge
 from hemostat.doctor.sweep.points import PLAIN, UNCHANGED, Drawing, Point
 from hemostat.doctor.sweep.weights import compressed
-from hemostat_calibration.errors import HemostatError
+from hemostat.models.generation import generate
+from hemostat.models.piecewise import StatelessModelError
 
 KEPT = ("kl_rc", "kl_cr", "tv", "same_top", "logp_r", "logp_c")
 
@@ -157,7 +158,7 @@ class SweptModel:
         if len(sequence) < 2:
             return np.full(len(output), np.nan)
         again: list[torch.Tensor] = []
-        with suppress(HemostatError):  # a model without a state cannot read a text in two pieces
+        with suppress(StatelessModelError):  # a model without a state cannot read a text in two pieces
             again = list(pieces(self.model, sequence, start, [start or len(sequence) // 2]))
         if not again:
             return np.full(len(output), np.nan)

@@ -63,11 +63,12 @@ def damped(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Integers [outputs, inputs], as floats, for `weight`, float32 [outputs, inputs]. hessian: damped."""
+    """Integers [outputs, inputs], as floats, for `weight` [outputs, inputs], in whose dtype it computes.
+    hessian: damped."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     permuted = hessian[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    factor = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
     # Columns as rows: each is read and written in one piece.
     left = weight.T[order].contiguous()
     scales = grid.columns().T[order].contiguous()

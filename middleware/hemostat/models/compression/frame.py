@@ -7,7 +7,7 @@ where the method needs them, and stores each finished layer, from which an inter
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,6 +67,12 @@ class Source:
         """Names of the output embeddings."""
         head = self.skeleton.model.get_output_embeddings()
         return [name for name, module in self.skeleton.model.named_modules() if module is head]
+
+    def dense_layers(self, quantized: Collection[str]) -> list[str]:
+        """The linear layers that are not `quantized`, without the heads; also those that no method compresses."""
+        heads = self.heads()
+        linears = [name for name, module in self.skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)]
+        return [name for name in linears if name not in quantized and name not in heads]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +198,10 @@ class Compressed:
             for name in sorted(checkpoint.names):
                 if name.startswith(f"{layer}.") and name not in replaced:
                     yield name, checkpoint.tensor(name)
-            for name, tensor in kept.items():
+            # Sorted: safetensors returns them in another order each time.
+            for name in sorted(kept):
                 if not name.startswith("|"):
-                    yield name, tensor
+                    yield name, kept[name]
 
 
 def compress_layers(run: Run, method: Method) -> Compressed:

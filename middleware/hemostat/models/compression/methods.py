@@ -42,9 +42,20 @@ def nearest(name: str, weight: torch.Tensor, weight_format: WeightFormat) -> Qua
     """By the weight alone. E4M3 has one scale per output channel: the largest weight becomes its largest number."""
     if weight_format.kind == "float":
         largest = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-        return Quantized(weight_format, weight, largest / torch.finfo(torch.float8_e4m3fn).max)
+        return Quantized(weight_format, weight.float(), largest / torch.finfo(torch.float8_e4m3fn).max)
     groups = weight_groups(name, weight, weight_format.group_size)
-    return Quantized(weight_format, weight, fitted_scale(groups, weight_format.bits))
+    return Quantized(weight_format, weight.float(), fitted_scale(groups, weight_format.bits))
+
+
+def _round_in_own_dtype(weight_format: WeightFormat) -> Change:
+    """As `round_to_nearest`, but the quotient of weight and scale is of the source's dtype: in bfloat16, some integers
+    are one off. The demo's checkpoints have always been made so; results on them stay comparable."""
+
+    def change(name: str, weight: torch.Tensor) -> Quantized:
+        found = nearest(name, weight, weight_format)
+        return Quantized(weight_format, weight, found.scale)
+
+    return change
 
 
 def round_dense(bits: int, group_size: int | None) -> Change:
@@ -65,9 +76,9 @@ def without_texts(chosen: WeightFormat, packed: bool) -> EachWeight:
 def by_name(scheme: str) -> EachWeight:
     """The method of `compress.SCHEMES`."""
     if scheme == "w4a16":
-        change: Change = round_to_nearest(WeightFormat(4, GROUP_SIZE))
+        change: Change = _round_in_own_dtype(WeightFormat(4, GROUP_SIZE))
     elif scheme == "w8a8":
-        change = round_to_nearest(WeightFormat(8, inputs="int8"))
+        change = _round_in_own_dtype(WeightFormat(8, inputs="int8"))
     elif scheme == "int3":
         change = round_dense(3, GROUP_SIZE)
     else:

@@ -1,0 +1,122 @@
+"""Compressed checkpoints of equal bytes, ours and llmcompressor's, on held-out topics: `make bench-compress`.
+
+The demo's reference writes texts at temperature 1. All methods calibrate on the same ones; KL(r‖c) in nats per token
+and the same top-1, at full vocabulary, are of texts on topics that no method has seen, with 95 % intervals by topic.
+A table, and build/bench/compress.json (`rows`). Modules are in tests/bench/compress/. A line "A < B" is the mean
+difference of KL, text by text; the exit status is 1 where one does not hold.
+
+`--only NAME` runs one module, `--case TEXT` only the cases with this in their names; finished texts, checkpoints and
+figures are kept below build/bench/compress/, so that a run that is stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tests.bench.compress import pruning, quantization  # noqa: E402  the root is no package
+from tests.bench.compress.cases import Bench, Case, Must  # noqa: E402
+from tests.bench.compress.figures import Floats, Meter  # noqa: E402
+from tests.bench.compress.texts import Texts, written  # noqa: E402
+from tests.bench.recovery.log import say  # noqa: E402
+from tests.bench.recovery.stages import Stages  # noqa: E402
+from tests.bench.rows import Rows, publish  # noqa: E402
+
+from hemostat.models.reference_checkpoint import cached_checkpoints  # noqa: E402
+from hemostat_calibration.records import ExactDistances  # noqa: E402
+
+RESULT = ROOT / "build" / "bench" / "compress.json"
+FOLDER = ROOT / "build" / "bench" / "compress"
+MODULES: dict[str, ModuleType] = {module.NAME: module for module in (quantization, pruning)}
+COLUMNS = ("bytes", "kl", "low", "high", "top1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(MODULES), help="run this module only")
+    parser.add_argument("--case", action="append", default=[], help="run only cases with this text in their names")
+    parser.add_argument("--learn", type=int, default=120, help="texts to calibrate on")
+    parser.add_argument("--heldout", type=int, default=150, help="texts to judge on")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints once they are measured")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    reference = cached_checkpoints("w4a16", say).reference
+    texts = written(reference, FOLDER / "texts", arguments.learn, arguments.heldout, arguments.seed)
+    bench = Bench(reference, FOLDER, texts.learn, arguments.seed)
+    meter = Meter(reference, texts)
+    chosen = arguments.only or list(MODULES)
+    rows: Rows = []
+    for name in chosen:
+        rows += _module(name, bench, meter, arguments.case, arguments.keep)
+    more = {
+        "reference": "SmolLM2-135M-Instruct",
+        "calibration_tokens": sum(map(len, texts.learn)),
+        **_counts(texts),
+        "torch": torch.__version__,
+    }
+    return publish(RESULT, chosen, rows, COLUMNS, more)
+
+
+def _counts(texts: Texts) -> dict[str, int]:
+    return {
+        "heldout_tokens": len(texts.topics),
+        "heldout_texts": len(texts.heldout),
+        "heldout_topics": len(np.unique(texts.topics)),
+    }
+
+
+def _module(name: str, bench: Bench, meter: Meter, wanted: Sequence[str], keep: bool) -> Rows:
+    rows: Rows = []
+    kl: dict[str, Floats] = {}
+    for case in MODULES[name].cases(bench):
+        if wanted and not any(text in case.name for text in wanted):
+            continue
+        distances = _measured(case, bench, meter, keep)
+        mean, low, high = meter.mean(distances.kl, case.name)
+        figures = {"kl": mean, "low": low, "high": high, "top1": float(distances.top1.mean())}
+        rows.append({"module": name, "case": case.name, "bytes": case.size, **figures, "holds": True})
+        kl[case.name] = distances.kl
+        say(f"{case.name}: {case.size} bytes, KL {mean:.4f} [{low:.4f}, {high:.4f}], top-1 {figures['top1']:.1%}")
+    return rows + [
+        _judged(name, must, meter, kl) for must in MODULES[name].musts() if {must.better, must.worse} <= kl.keys()
+    ]
+
+
+def _measured(case: Case, bench: Bench, meter: Meter, keep: bool) -> ExactDistances:
+    folder = bench.folder / re.sub(r"[^a-z0-9]+", "-", case.name.lower()).strip("-")
+
+    def measure() -> ExactDistances:
+        if not folder.exists():
+            say(f"{case.name}: compressing")
+            case.make(folder)
+        return meter.distances(folder)
+
+    made_from = [case.name, bench.seed, [ids.tolist() for ids in bench.ids], meter.key]
+    found = Stages(bench.folder / "figures").kept("case", made_from, measure)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _judged(module: str, must: Must, meter: Meter, kl: dict[str, Floats]) -> dict[str, object]:
+    case = f"{must.better} {'<=' if must.not_above else '<'} {must.worse}"
+    mean, low, high = meter.mean(kl[must.better] - kl[must.worse], case)
+    holds = low <= 0.0 if must.not_above else high < 0.0
+    figures = {"bytes": "", "kl": mean, "low": low, "high": high, "top1": ""}
+    return {"module": module, "case": case, **figures, "holds": holds}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

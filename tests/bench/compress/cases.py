@@ -1,0 +1,106 @@
+"""What is compressed, how, and what must hold between the results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tests.bench.recovery.log import say
+
+from hemostat.models.adapters.texts import Text
+from hemostat.models.compression.compress import Surroundings, compress_with
+from hemostat.models.compression.frame import Method, Source
+from hemostat.models.compression.plan import LayerPlan, stored_bytes
+
+LLMCOMPRESSOR = "llmcompressor==0.14.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A compressed checkpoint. size: bytes of its linear layers' weights and scales, in a format made for them.
+    make: writes the folder, which does not exist yet."""
+
+    name: str
+    size: int
+    make: Callable[[Path], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Must:
+    """The mean KL(r‖c) of the case `better` is below that of `worse`, with an interval of the difference that does not
+    reach 0. not_above: or it may be equal: only an interval above 0 breaks it."""
+
+    better: str
+    worse: str
+    not_above: bool = False
+
+
+class Module(Protocol):
+    """Cases of one subject."""
+
+    NAME: str
+
+    def cases(self, bench: Bench) -> Sequence[Case]: ...
+
+    def musts(self) -> Sequence[Must]: ...
+
+
+@dataclass(frozen=True)
+class Bench:
+    """reference: the checkpoint that is compressed. folder: where results are kept. learn: texts to calibrate on."""
+
+    reference: Path
+    folder: Path
+    learn: Sequence[Text]
+    seed: int
+
+    @property
+    def ids(self) -> list[npt.NDArray[np.int32]]:
+        return [text.ids for text in self.learn]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of the linear layers but the head."""
+        return Source.open(self.reference).shapes
+
+    def size(self, plan: LayerPlan) -> int:
+        """Of all linear layers with the same plan."""
+        return sum(stored_bytes(*shape, plan) for shape in self.shapes.values())
+
+    def ours(self, method: Method, folder: Path) -> None:
+        """By `hemostat compress`; what is interrupted goes on."""
+        around = Surroundings(work=folder.with_name(f"{folder.name}.work"), log=say)
+        compress_with(self.reference, folder, method, self.ids, seed=self.seed, surroundings=around)
+
+    def peer(self, script: Path, folder: Path, *arguments: str) -> None:
+        """By a script for llmcompressor: SCRIPT REFERENCE OUT TEXTS.json ARGUMENTS. Its log is beside the folder."""
+        partial = folder.with_name(f"{folder.name}.part")
+        partial.mkdir(parents=True, exist_ok=True)
+        given = folder.with_name(f"{folder.name}.json")
+        given.write_text(json.dumps([ids.tolist() for ids in self.ids]), encoding="utf-8")
+        command = [self.python, script, self.reference, partial, given, *arguments]
+        with folder.with_name(f"{folder.name}.log").open("wb") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log)
+        given.unlink()
+        partial.rename(folder)
+
+    @cached_property
+    def python(self) -> Path:
+        """The interpreter of an environment that has llmcompressor, which wants other versions of transformers and
+        compressed-tensors than vLLM; made on first use."""
+        folder = self.folder / "llmcompressor"
+        python = folder / "bin" / "python"
+        if not (folder / "ready").exists():
+            say(f"installing {LLMCOMPRESSOR} in {folder}")
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            subprocess.run([python, "-m", "pip", "install", "-q", LLMCOMPRESSOR], check=True)
+            (folder / "ready").touch()
+        return python

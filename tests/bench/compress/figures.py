@@ -1,0 +1,49 @@
+"""Full-vocabulary figures of compressed checkpoints on held-out texts, token by token, and their intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tests.bench.recovery.figures import interval
+
+from hemostat.models.adapters.copies import Copy
+from hemostat.models.adapters.distances import exact_distances
+from hemostat.models.adapters.texts import Text
+from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat_calibration.records import ExactDistances
+
+from .texts import Texts
+
+Floats = npt.NDArray[np.float64]
+
+
+class Meter:
+    """Distances from the reference at the tokens of the held-out outputs. key: of what they depend on, for JSON."""
+
+    def __init__(self, reference: Path, texts: Texts) -> None:
+        self._reference = reference
+        self._texts = texts
+        self.key = [checkpoint_digest(str(reference), None)]
+        self.key += [f"{len(text.prompt)} of {text.ids.tolist()}" for text in texts.heldout]
+
+    def distances(self, checkpoint: Path) -> ExactDistances:
+        """By token."""
+        whole, small = Copy.load(self._reference), Copy.load(checkpoint)
+        found = [exact_distances(_logits(whole, text), _logits(small, text)) for text in self._texts.heldout]
+        return ExactDistances(*(np.concatenate([getattr(one, part) for one in found]) for part in ("kl", "tv", "top1")))
+
+    def mean(self, values: Floats, label: str) -> tuple[float, float, float]:
+        """With a 95 % interval by topic."""
+        return interval(self._texts.topics, values, np.ones_like(values), label)
+
+
+def _logits(copy: Copy, text: Text) -> torch.Tensor:
+    """[n, V] at the positions that predict an output's token."""
+    ids = torch.from_numpy(text.ids.astype(np.int64))[None]
+    positions = torch.arange(len(text.prompt) - 1, len(text) - 1)
+    with torch.inference_mode():
+        found: torch.Tensor = copy.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0]
+    return found

@@ -1,0 +1,104 @@
+"""Quantized checkpoints of equal bytes: ours, llmcompressor's, and mixes that `hemostat doctor` prescribes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from tests.bench.recovery.log import say
+
+from hemostat.doctor.prescription.losses import predicted_losses
+from hemostat.doctor.prescription.mixes import prescribe
+from hemostat.models.adapters.parts import Parts
+from hemostat.models.compression.calibrated import CALIBRATIONS, Calibrated
+from hemostat.models.compression.formats import WeightFormat
+from hemostat.models.compression.frame import Source
+from hemostat.models.compression.methods import without_texts
+from hemostat.models.compression.plan import LayerPlan, Plan, stored_bytes
+from hemostat.models.compression.planned import planned
+
+from .cases import Bench, Case, Must
+
+NAME = "quantization"
+SCRIPT = Path(__file__).with_name("llmcompressor_quantization.py")
+GROUP_SIZE = 64
+"""The width of SmolLM2, 576, is not a multiple of 128."""
+W4A16 = WeightFormat(4, GROUP_SIZE)
+W8A8 = WeightFormat(8, inputs="int8")
+DENSE_BITS = (3, 5, 6)
+"""Written dense: vLLM packs 4 and 8 bits only."""
+BEST = "descent"
+MIXED = {4: "vllm-cpu", 5: "any", 6: "any"}
+"""Bits of the uniform mix of equal bytes -> what the mix is for: `doctor --plan-for`."""
+LOSS_TOKENS = 2048
+
+
+def cases(bench: Bench) -> Sequence[Case]:
+    size = bench.size(LayerPlan(4, GROUP_SIZE))
+    found = [Case("W4A16 nearest", size, lambda folder: bench.ours(without_texts(W4A16, packed=True), folder))]
+    found += [
+        Case(f"W4A16 {calibration}", size, partial(_uniform, bench, W4A16, calibration, True))
+        for calibration in ("clip", "awq", "gptq", "descent", "guided")
+    ]
+    found += [
+        Case(f"llmcompressor W4A16 {method}", size, partial(_peer, bench, method)) for method in ("rtn", "gptq", "awq")
+    ]
+    whole = bench.size(LayerPlan(8))
+    found += [
+        Case("W8A8 nearest", whole, lambda folder: bench.ours(without_texts(W8A8, packed=True), folder)),
+        Case("W8A8 smooth", whole, partial(_uniform, bench, W8A8, "smooth", True)),
+        Case("llmcompressor W8A8 smoothquant", whole, partial(_peer, bench, "smoothquant")),
+    ]
+    for bits in DENSE_BITS:
+        weight_format = WeightFormat(bits, GROUP_SIZE)
+        size = bench.size(LayerPlan(bits, GROUP_SIZE))
+        nearest = without_texts(weight_format, packed=False)
+        found += [
+            Case(f"{bits} bits nearest", size, partial(bench.ours, nearest)),
+            Case(f"{bits} bits {BEST}", size, partial(_uniform, bench, weight_format, BEST, False)),
+        ]
+    for bits in MIXED:
+        found.append(Case(_mix(bits), bench.size(LayerPlan(bits, GROUP_SIZE)), partial(_mixed, bench, bits)))
+    return found
+
+
+def musts() -> Sequence[Must]:
+    found = [Must(f"{bits} bits {BEST}", f"{bits} bits nearest") for bits in DENSE_BITS]
+    found += [Must(f"W4A16 {BEST}", "W4A16 nearest"), Must("W8A8 smooth", "W8A8 nearest")]
+    found += [
+        Must(f"W4A16 {BEST}", f"llmcompressor W4A16 {method}", not_above=True) for method in ("rtn", "gptq", "awq")
+    ]
+    uniform = {4: f"W4A16 {BEST}"} | {bits: f"{bits} bits {BEST}" for bits in DENSE_BITS}
+    return [*found, *(Must(_mix(bits), uniform[bits]) for bits in MIXED)]
+
+
+def _mix(bits: int) -> str:
+    return f"prescribed mix, bytes of {bits} bits"
+
+
+def _uniform(bench: Bench, weight_format: WeightFormat, calibration: str, packed: bool, folder: Path) -> None:
+    formats = dict.fromkeys(bench.shapes, weight_format)
+    bench.ours(Calibrated(formats, CALIBRATIONS[calibration], None if packed else frozenset()), folder)
+
+
+def _peer(bench: Bench, method: str, folder: Path) -> None:
+    bench.peer(SCRIPT, folder, method, str(GROUP_SIZE))
+
+
+def _mixed(bench: Bench, bits: int, folder: Path) -> None:
+    """The mix is prescribed from the same texts."""
+    target = MIXED[bits]
+    texts = []
+    for ids in bench.ids:
+        if sum(map(len, texts)) >= LOSS_TOKENS:
+            break
+        texts.append(ids)
+    losses = predicted_losses(bench.reference, texts, target, "cpu", bench.seed, Parts(None), lambda done, total: None)
+    mix, _ = prescribe(losses, target, bench.size(LayerPlan(bits, GROUP_SIZE)))
+    source = Source.open(bench.reference)
+    total = sum(stored_bytes(*shape, mix.layers[name]) for name, shape in bench.shapes.items())
+    plan = Plan(source.checkpoint.digest(), dict(mix.layers), total, {})
+    method, notes = planned(plan, source, CALIBRATIONS[BEST])
+    say("; ".join(notes))
+    bench.ours(method, folder)

@@ -1,0 +1,49 @@
+"""Texts that the reference writes at temperature 1: on topics to calibrate on, and on others to judge on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tests.bench.recovery import prompts
+
+from hemostat.commands.texts import Writer
+from hemostat.doctor.progress import Reporter
+from hemostat.doctor.prompts import Prompt
+from hemostat.models.adapters.texts import Text
+from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.models.compression.frame import Source
+from hemostat.models.work_folder import WorkFolder
+
+MAX_NEW_TOKENS = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """topics: int [tokens of all held-out outputs], the topic of each, from 0."""
+
+    learn: list[Text]
+    heldout: list[Text]
+    topics: npt.NDArray[np.int64]
+
+
+def written(reference: Path, folder: Path, learn: int, heldout: int, seed: int) -> Texts:
+    """learn, heldout: numbers of texts. Kept in `folder`; topics are mixed, so that fewer are a fair sample."""
+    found = {False: _written(reference, folder / "learn", learn, False, seed)}
+    found[True] = _written(reference, folder / "heldout", heldout, True, seed + 1)
+    asked = [p.topic for p in prompts.open_ended() if p.heldout][:heldout]
+    number = {topic: n for n, topic in enumerate(dict.fromkeys(asked))}
+    topics = [np.full(len(t.output), number[topic]) for t, topic in zip(found[True], asked, strict=True)]
+    return Texts(found[False], found[True], np.concatenate(topics))
+
+
+def _written(reference: Path, folder: Path, count: int, heldout: bool, seed: int) -> list[Text]:
+    asked = [p for p in prompts.open_ended() if p.heldout == heldout][:count]
+    given = [Prompt(f"{n}", n, messages=[{"role": "user", "content": p.text}]) for n, p in enumerate(asked)]
+    vocab_size = int(Source.open(reference).checkpoint.config.get_text_config().vocab_size)
+    writer = Writer(reference, "reference", vocab_size, "cpu", MAX_NEW_TOKENS, seed)
+    key = {"reference": checkpoint_digest(str(reference), None), "seed": seed, "heldout": heldout, "count": count}
+    with WorkFolder(folder, key, "bench") as work, Reporter() as reporter:
+        return writer.texts(given, work, reporter)
