@@ -13,7 +13,7 @@ request. Points are compared with the unchanged model at full vocabulary:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from hemostat.doctor.sweep.outcomes import MAX_TOKENS, Outcome, Task, judge
 from hemostat.doctor.sweep.points import PLAIN, UNCHANGED, Drawing, Point
 from hemostat.doctor.sweep.weights import compressed
 from hemostat.models.generation import generate
+from hemostat.models.piecewise import StatelessModelError
 
 KEPT = ("kl_rc", "kl_cr", "tv", "same_top", "logp_r", "logp_c")
 
@@ -156,7 +157,9 @@ class SweptModel:
         sequence, start = self._sequence(job, output), len(job.prompt) - 1
         if len(sequence) < 2:
             return np.full(len(output), np.nan)
-        again = list(pieces(self.model, sequence, start, [start or len(sequence) // 2]))
+        again: list[torch.Tensor] = []
+        with suppress(StatelessModelError):  # a model without a state cannot read a text in two pieces
+            again = list(pieces(self.model, sequence, start, [start or len(sequence) // 2]))
         if not again:
             return np.full(len(output), np.nan)
         other = torch.cat(again)
