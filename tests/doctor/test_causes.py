@@ -170,6 +170,32 @@ def test_bad_options_of_a_prescription(
     assert error.count("\n") == 1
 
 
+def test_predicted_loss_is_the_mean_square_of_the_change_of_log_likelihood(tiny: TinyPair) -> None:
+    """Against gradients of the whole model, for one weight matrix and the change at one token at a time."""
+    from hemostat.doctor.prescription.candidates import planned_weight
+    from hemostat.doctor.prescription.losses import predicted_losses
+    from hemostat.models.adapters.parts import Parts
+
+    ids = np.array([5, 17, 200, 33, 90, 12], np.int32)
+    found = predicted_losses(tiny.reference, [ids], "any", "cpu", 3, Parts(None), lambda *_: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
+    name = "model.layers.1.mlp.down_proj"
+    module, rows = model.get_submodule(name), {}
+    module.register_forward_hook(lambda _, given, output: rows.update(x=given[0], y=output))
+    logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+    # The tokens that `output_gradients` draws.
+    total = torch.softmax(logits.detach().float(), -1).cumsum(-1, dtype=torch.float64)
+    uniforms = torch.from_numpy(np.random.default_rng([3, 0]).random(len(ids)))
+    drawn = torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)
+    loss = -torch.log_softmax(logits, -1).gather(1, drawn).sum()
+    (gradient,) = torch.autograd.grad(loss, rows["y"])
+    one = found[name]
+    for plan, predicted in zip(one.plans, one.losses, strict=True):
+        delta = module.weight.detach() - planned_weight(name, module.weight.detach(), plan)
+        change = (rows["x"][0].detach() @ delta.T * gradient[0]).sum(-1)
+        assert predicted == pytest.approx(0.5 * float(change.square().mean()), rel=1e-3, abs=1e-12), plan
+
+
 def test_prescription_goes_on_after_an_interruption(
     tiny: TinyPair, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,16 +205,16 @@ def test_prescription_goes_on_after_an_interruption(
     options = tiny.options(
         layer_tokens=0, budget="0.4", plan=tmp_path / "plan.json", plan_for="any", work=tmp_path / "w"
     )
-    weighted_error, calls = losses.weighted_error, 0
+    mean_square, calls = losses.TokenRows.mean_square, 0
 
     def counted(*arguments: Any) -> float:
         nonlocal calls
         calls += 1
         if calls == stop:
             raise KeyboardInterrupt
-        return weighted_error(*arguments)
+        return mean_square(*arguments)
 
-    monkeypatch.setattr(losses, "weighted_error", counted)
+    monkeypatch.setattr(losses.TokenRows, "mean_square", counted)
     stop = 150  # in the second of three layers
     assert run(options) == 130
     assert not (tmp_path / "plan.json").exists()

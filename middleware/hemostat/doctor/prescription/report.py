@@ -72,7 +72,7 @@ def prescription_report(
             "hemostat": __version__,
             "for": target,
             "budget": budget,
-            "method": "K-FAC, round to nearest",
+            "method": "Fisher information by token, round to nearest",
             "seed": options.seed,
             "predicted_kl_nats": mix.predicted,
             "measured_kl_nats": measured["mean_kld"],

@@ -39,7 +39,8 @@ class LayerStatistics:
     """The statistics of one model on texts.
 
     source: its weights. seed: of the tokens that the gradients are taken for. gradients: measure the outputs' metric,
-    too. full: True: full statistics whatever memory they need, False: diagonals, None: as `memory_bytes` allows.
+    too. moments: what is made of a layer's inputs and gradients. full: True: full statistics whatever memory they
+    need, False: diagonals, None: as `memory_bytes` allows.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class LayerStatistics:
         memory_bytes: int,
         seed: int,
         progress: Progress,
+        moments: Callable[[], Moments] = Moments,
     ) -> None:
         self._skeleton = skeleton
         self._names = list(skeleton.layers)
@@ -62,6 +64,7 @@ class LayerStatistics:
         self._full = full
         self._memory_bytes = memory_bytes
         self._progress = progress
+        self._make_moments = moments
         steps = len(self._names) * (1 + gradients)
         self._walk = LayerWalk(
             skeleton, source, texts, parts, seed=seed, passed=lambda n: progress(STATISTICS, n + 1, steps)
@@ -90,7 +93,7 @@ class LayerStatistics:
         walk = self._walk
         gradients = walk.gradient(n + 1) if self._gradients else None
         hidden = walk.hidden(n)
-        moments = Moments()
+        moments = self._make_moments()
         with walk.loaded(n):
             metrics = self._metrics(n, hidden)
 
