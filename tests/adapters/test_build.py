@@ -101,7 +101,7 @@ def test_shared_out_ranks_keep_to_the_bytes_of_uniform_ones(tiny: TinyCheckpoint
 
 
 def test_little_memory_means_diagonal_statistics(tiny: TinyCheckpoints) -> None:
-    from hemostat.models.adapters.solve import BASE_BYTES
+    from hemostat.models.adapters.statistics import BASE_BYTES
 
     base = BASE_BYTES >> 20
     assert "diagonal inputs, diagonal outputs" in built_of(opened(tiny), memory_mib=base).report["method"]

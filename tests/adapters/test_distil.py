@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from hemostat.models.adapters import distil as module  # noqa: E402
+from hemostat.models.adapters import training  # noqa: E402
 from hemostat.models.adapters.activations import make_batches  # noqa: E402
 from hemostat.models.adapters.build import BuildOptions, build  # noqa: E402
 from hemostat.models.adapters.copies import Copy  # noqa: E402
@@ -106,7 +107,7 @@ def test_it_improves_the_fold_and_texts_that_it_has_not_seen(pair: Pair) -> None
     }
     unseen = texts(seed=1)
     assert mean_kl(pair, unseen, dict(found.layers)) < 0.95 * mean_kl(pair, unseen, start)
-    assert seen[-1] == (module.DISTILLATION, found.tokens, found.tokens)
+    assert seen[-1] == (training.DISTILLATION, found.tokens, found.tokens)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
     report = found.report()
     assert report["trials"][0]["rate"] == 3e-2
@@ -120,9 +121,10 @@ def test_it_improves_the_fold_and_texts_that_it_has_not_seen(pair: Pair) -> None
 
 def test_the_figures_of_the_fold_are_those_of_the_models(pair: Pair) -> None:
     start = plain_start(pair)
-    _, fold = module._split(texts())
+    _, fold = training._split(texts())
     batches = make_batches([text.ids for text in fold], torch.device("cpu"), 32)
-    found = module._fold_kl(*pair, fold, batches, start)
+    with torch.no_grad(), module.TrainableAdapter(start, pair[1]).served(None):
+        found = training._fold_kl(*pair, fold, batches)
     served = {name: module._rounded(layer) for name, layer in start.items()}
     for text, (kl, tokens) in zip(fold, found, strict=True):
         assert tokens == len(text.output)
@@ -132,16 +134,14 @@ def test_the_figures_of_the_fold_are_those_of_the_models(pair: Pair) -> None:
 def test_the_gradients_are_those_of_the_mean_divergence(pair: Pair) -> None:
     """A step of one entry, by hand."""
     given = texts(5)
-    run = module._Training(*pair, given, 0, 1000, lambda *step: None)
     layers = {name: layer.for_training() for name, layer in plain_start(pair).items()}
-    factors = {
-        name: (a.requires_grad_(True), b.requires_grad_(True))
-        for name, (a, b) in module._tensors(layers, pair[1]).items()
-    }
+    trainable = module.TrainableAdapter(layers, pair[1])
+    run = training._Training(*pair, trainable, given, 0, 1000, lambda *step: None)
+    factors = {name: tensor.requires_grad_(True) for name, tensor in trainable.start().items()}
     (batch,) = make_batches([text.ids for text in given], torch.device("cpu"), 1000)
     assert run._gradients(batch, factors) == sum(len(text.output) for text in given)
     name = "model.layers.0.mlp.down_proj"
-    gradients = [tensor.grad.numpy() for tensor in factors[name]]
+    gradients = [factors[f"{name}|{side}"].grad.numpy() for side in ("a", "b")]
     for index, gradient in enumerate(gradients):
         place = np.unravel_index(int(np.abs(gradient).argmax()), gradient.shape)
         ends = []
@@ -208,7 +208,7 @@ def test_the_profile_of_the_distilled_adapter(pair: Pair, folders: list[Path]) -
     again = module.distilled(checkpoints, built, given, parts, progress=lambda stage, done, total: seen.append(done))
     assert again.profile == found.profile
     assert seen == []
-    assert "CPU-seconds" in module.summary_line(report)
+    assert "CPU-seconds" in training.summary_line(report)
 
 
 def test_too_few_texts_are_a_note(pair: Pair, folders: list[Path]) -> None:
@@ -223,11 +223,11 @@ def test_too_few_texts_are_a_note(pair: Pair, folders: list[Path]) -> None:
 
 def test_the_fold_is_of_other_prompts() -> None:
     given = [text for text in texts(30) for _ in range(2)]
-    learn, fold = module._split(given)
+    learn, fold = training._split(given)
     assert len(learn) + len(fold) == len(given)
     assert not {text.key for text in learn} & {text.key for text in fold}
-    assert len({text.key for text in fold}) == module.MIN_FOLD_TEXTS
-    again = module._split(list(reversed(given)))
+    assert len({text.key for text in fold}) == training.MIN_FOLD_TEXTS
+    again = training._split(list(reversed(given)))
     assert {text.key for text in again[1]} == {text.key for text in fold}
 
 
@@ -242,11 +242,11 @@ def test_too_few_prompts(pair: Pair) -> None:
 def test_a_gain_within_its_error_is_none(gains: list[float], improves: bool) -> None:
     before = np.array([[10.0, 5.0]] * len(gains))
     after = before - np.array([[gain, 0.0] for gain in gains])
-    assert module._improves(before, after) is improves
+    assert training._improves(before, after) is improves
 
 
 def test_not_a_number_is_no_improvement() -> None:
-    assert not module._improves(np.ones((3, 2)), np.array([[np.nan, 1.0]] * 3))
+    assert not training._improves(np.ones((3, 2)), np.array([[np.nan, 1.0]] * 3))
 
 
 def test_the_gradient_passes_through_rounded_inputs() -> None:
@@ -267,4 +267,4 @@ def test_memory_is_stated(pair: Pair, tmp_path: Path) -> None:
     start = plain_start(pair)
     numbers = sum(layer.a.size + layer.b.size for layer in start.values())
     models = sum(p.numel() * 4 for copy in pair for p in copy.model.parameters())
-    assert module.memory_bytes(*pair, start) == models + 20 * numbers
+    assert training.memory_bytes(*pair, numbers) == models + 20 * numbers

@@ -20,6 +20,7 @@ ALLOWED = {
     "functools",
     "hashlib",
     "heapq",
+    "itertools",
     "hemostat_calibration",
     "json",
     "math",

@@ -114,7 +114,7 @@ def test_generated_text_does_not_depend_on_other_prompts(pair: module.Checkpoint
 def test_generation_stops_at_an_end_token(pair: module.CheckpointPair, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = np.array(pair.tokenize_completion("Hello"), np.int32)
     (long,) = pair._outputs([Job(0, prompt, None, 8)], 0, False)
-    monkeypatch.setattr(pair, "_end_ids", lambda: frozenset({int(long[2])}))
+    monkeypatch.setattr(pair, "end_ids", lambda: frozenset({int(long[2])}))
     (short,) = pair._outputs([Job(0, prompt, None, 8)], 0, False)
     end = long.tolist().index(int(long[2])) + 1
     assert short.tolist() == long[:end].tolist()
@@ -142,14 +142,12 @@ def test_report(tiny: TinyPair, tmp_path: Path) -> None:
 def test_all_layers_restored_is_the_reference(pair: module.CheckpointPair, jobs: list[Job]) -> None:
     from contextlib import ExitStack
 
-    from hemostat.doctor import layers
+    from hemostat.doctor.causes.units import restored, units_of
 
-    reference, compressed = (layers.decoder_layers(m) for m in (pair.reference_model, pair.compressed_model))
-    units = layers._units(pair.reference_model, pair.compressed_model, reference, compressed)
     with ExitStack() as stack:
-        for unit in units:
+        for unit in units_of(pair.reference_model, pair.compressed_model):
             if unit.kind == "layer":
-                stack.enter_context(layers._restored(unit))
+                stack.enter_context(restored(unit))
         figures = pair.score(jobs[3:4], 0, False)[0].figures
     assert figures["kl_rc"].max() == 0.0
     assert pair.score(jobs[3:4], 0, False)[0].figures["kl_rc"].max() > 0.01
@@ -182,11 +180,11 @@ def test_report_after_interruptions_equals_an_uninterrupted_one(
     tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C during the prompts, Ctrl-C during the layers, a damaged part, then a full run."""
-    from hemostat.doctor import layers
+    from hemostat.doctor.causes import layers
 
     straight = report_of(tiny.options(), tmp_path)
     options = tiny.options(work=tmp_path / "work")
-    score, restored = module.CheckpointPair.score, layers._restored
+    score, restored = module.CheckpointPair.score, layers.restored
 
     def stops(after: int, real: Any) -> Any:
         calls = iter(range(after))
@@ -204,14 +202,14 @@ def test_report_after_interruptions_equals_an_uninterrupted_one(
     assert f"finished work is in {tmp_path / 'work'}" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(module.CheckpointPair, "score", stops(2, score))  # two batches are left
-        patch.setattr(layers, "_restored", stops(1, restored))
+        patch.setattr(layers, "restored", stops(1, restored))
         assert run(options) == 130
     kept = sorted(path.name for path in (tmp_path / "work").glob("*.part"))
-    assert kept == ["layer-0000.part", "layer-base.part", "layer-distances.part",
+    assert kept == ["alone-0000.part", "layer-0000.part", "layer-base.part", "layer-distances.part", "layer-floor.part",
                     *(f"prompts-00000{n}.part" for n in range(4))]  # fmt: skip
-    (tmp_path / "work" / kept[4]).write_bytes(b"torn")
+    (tmp_path / "work" / kept[-1]).write_bytes(b"torn")
     assert report_of(options, tmp_path) == straight
-    assert f"{kept[4]} is damaged" in capsys.readouterr().err
+    assert f"{kept[-1]} is damaged" in capsys.readouterr().err
     # A changed option starts over.
     assert report_of(replace(options, seed=1, layer_tokens=0), tmp_path) != straight
     assert "started over: --layer-tokens, --seed changed" in capsys.readouterr().err

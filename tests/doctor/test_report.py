@@ -19,8 +19,11 @@ from rich.console import Console
 
 from hemostat import cli
 from hemostat.doctor import html, svg, terminal
+from hemostat.doctor.causes.findings import findings
+from hemostat.doctor.formats import format_cell
+from hemostat.doctor.heat_map import TEXT_OPACITY, heat_map
 from hemostat.doctor.pair import ALWAYS, EXACT, FLOOR, Scored, pack, unpack
-from hemostat.doctor.report import tables
+from hemostat.doctor.report import PromptKind, tables
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -48,16 +51,47 @@ def report(scored: list[Scored]) -> dict[str, Any]:
         "requests": 2,
         "mean_kld": 0.5,
         "mean_kld_se_by_request": None,
+        "noise_floor": 0.001,
         "distances": [{"layer": n, "accumulated": 0.1 * n, "cosine": 0.9, "alone": 0.05} for n in range(4)],
         "restored": [
             {"name": f"layer {n}", "kind": "layer", "mean_kld": 0.4, "won_nats": 0.1 * (n - 1),
-             "won_se_by_request": 0.01, "won_share": 0.2}
+             "won_se_by_request": 0.01, "won_share": 0.2, "alone_nats": 0.05 * n, "alone_se_by_request": 0.01}
             for n in range(3)
         ]
         + [{"name": "every mlp", "kind": "kind", "mean_kld": 0.4, "won_nats": 0.1, "won_se_by_request": None,
-            "won_share": None}],
+            "won_share": None, "alone_nats": 0.2, "alone_se_by_request": None}],
+        "additivity": {"parts": 3, "sum_alone": 0.15, "sum_alone_se_by_request": 0.01, "excess": 0.35,
+                       "excess_se_by_request": 0.01},
+        "modules": {"tokens": 5, "requests": 2, "not_measured": 0, "rows": [
+            {"layer": n, "module": name, "alone_nats": 0.01 * n, "alone_se_by_request": 0.001}
+            for n in range(3) for name in ("self_attn.q_proj", "mlp.<up>")
+        ]},
     }  # fmt: skip
-    return {
+    outliers = {
+        "requests": 2,
+        "positions": 30,
+        "modules": [
+            {"layer": 0, "module": "mlp.<up>", "channel_ratio": 30.0, "channel": 3, "crest": 9.0,
+             "crest_se_by_request": 0.5, "crest_max": 20.0, "int8_error": 0.02, "weight_error": 0.1,
+             "inputs_share": 0.3, "input": 3, "outputs_share": 0.1, "output": 1},
+            {"layer": 1, "module": "mlp.<up>"},
+        ],
+        "sinks": [{"layer": n, "first_norm_ratio": 50.0, "first_norm_ratio_se_by_request": 2.0,
+                   "first_attention": 0.4, "first_attention_se_by_request": 0.1} for n in range(4)],
+    }  # fmt: skip
+    compared = {"bytes": 90, "predicted": 0.1, "mean_kld": 0.2, "mean_kld_se_by_request": 0.01,
+                "more_than_prescribed": 0.05, "more_se_by_request": 0.01}  # fmt: skip
+    prescription = {
+        "target": "any", "budget": 100, "bytes": 90, "bits_per_weight": 4.2, "predicted": 0.1,
+        "predicted_lower_bound": 0.09, "learned_requests": 3, "tokens": 20, "requests": 2, "mean_kld": 0.15,
+        "mean_kld_se_by_request": 0.01, "counts": {"4 bits, groups of 64": 8},
+        "plan": {"layers": {f"model.layers.{n}.mlp.<up>": {"bits": 2 + n, "group_size": 64, "sparsity": 0.0,
+                                                            "pattern": "unstructured"} for n in range(4)}},
+        "compared": [compared | {"name": "prescribed"}, compared | {"name": "uniform 4 bits"},
+                     compared | {"name": "COMPRESSED", "bytes": None, "predicted": None}],
+    }  # fmt: skip
+    kinds = {n: PromptKind(n % 2 == 0, 40 * n) for n in range(5)}
+    report = {
         "schema": 1,
         "hemostat": "0",
         "reference": side,
@@ -69,9 +103,12 @@ def report(scored: list[Scored]) -> dict[str, Any]:
         "texts": {"sampled": 5},
         "seed": 0,
         "notes": ["a <note>"],
-        **tables(scored, classes, [3, 4, 5, 6, 7], 4, dict.fromkeys(range(5), "sampled")),
+        **tables(scored, classes, [3, 4, 5, 6, 7], 4, dict.fromkeys(range(5), "sampled"), kinds),
         "layers": layers,
+        "outliers": outliers,
+        "prescription": prescription,
     }
+    return report | {"findings": findings(report)}
 
 
 def value(report: dict[str, Any], table: str, name: str) -> float:
@@ -119,6 +156,10 @@ def test_groups_and_worst_lists(scored: list[Scored], report: dict[str, Any]) ->
     chosen = np.concatenate([one.figures["kl_rc"][4:8] for one in scored])
     assert by_position["4–7"]["kld"]["value"] == pytest.approx(chosen.mean())
     assert by_position["4–7"]["requests"] == 3
+    others = np.concatenate([np.delete(one.figures["kl_rc"], slice(4, 8)) for one in scored])
+    assert by_position["4–7"]["excess"]["value"] == pytest.approx(chosen.mean() - others.mean())
+    assert {row["name"] for row in report["by_form"]} == {"chat, sampled", "plain text, sampled"}
+    assert [row["name"] for row in report["by_prompt_length"]] == ["1–31 tokens", "32–127 tokens", "128–511 tokens"]
     assert sum(report["histogram"]["share"]) == pytest.approx(1.0)
     worst = report["worst_tokens"][0]
     one = scored[worst["prompt"]]
@@ -151,6 +192,8 @@ def test_terminal_shows_every_section(report: dict[str, Any]) -> None:
         "word start",
         "half-life",
         "every mlp",
+        "Restore all but one",
+        "uniform 4 bits",
     ):
         assert name in text
     assert "nan" not in text
@@ -195,7 +238,7 @@ def test_narrow_terminal_wraps_texts_and_not_numbers(report: dict[str, Any]) -> 
     console.print(terminal.render(report | {"worst_tokens": tokens, "worst_prompts": prompts}))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for row, names in ((tokens[0], ("kld", "p_base", "p_q")), (prompts[0], ("mean_kld", "tv", "ln_ppl_ratio"))):
-        assert all(terminal.format_cell(row[name]) in shown for name in names)
+        assert all(format_cell(row[name]) in shown for name in names)
     assert "a⟨ends" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
@@ -209,7 +252,9 @@ def test_page_is_valid_html_escapes_texts_and_loads_nothing(report: dict[str, An
     checker.feed(page)
     checker.close()
     assert checker.open == []
-    assert checker.images == 8
+    assert checker.images == 12
+    assert "mlp.&lt;up&gt;" in page
+    assert "mlp.<up>" not in page
     assert len(set(checker.ids)) == len(checker.ids)
     assert set(checker.pointed) <= set(checker.ids)
     assert "<b>model</b>" not in page
@@ -232,15 +277,58 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+def opacity_contrast(colours: dict[str, str]) -> float:
+    """Of the text of a heat map, which is quiet, on the strongest cell behind text."""
+    full = {name: c if len(c) == 6 else "".join(2 * x for x in c) for name, c in colours.items()}
+    parts = [[int(full[name][n : n + 2], 16) for n in (0, 2, 4)] for name in ("s0", "paper")]
+    mixed = "".join(f"{round(TEXT_OPACITY * a + (1 - TEXT_OPACITY) * b):02x}" for a, b in zip(*parts, strict=True))
+    high, low = sorted((luminance(full["quiet"]), luminance(mixed)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
 def test_contrast_in_both_schemes(report: dict[str, Any]) -> None:
     """WCAG 2.2: 7 to 1 for text (AAA), 3 to 1 for graphics."""
     style = html.render(report).partition("<style>")[2].partition("</style>")[0]
     light, dark = (dict(re.findall(r"--(\w+): #(\w+);", part)) for part in style.split("@media")[:2])
     for colours in (light, dark):
+        assert opacity_contrast(colours) >= 4.5
         for name, least in (("ink", 7), ("quiet", 7), ("s0", 3), ("s1", 3), ("s2", 3), ("s3", 3)):
             for under in ("paper", "card"):
                 high, low = sorted((luminance(colours[name]), luminance(colours[under])), reverse=True)
                 assert (high + 0.05) / (low + 0.05) >= least, (name, under)
+
+
+def test_contrast_of_groups_against_a_jackknife(scored: list[Scored], report: dict[str, Any]) -> None:
+    """The standard error by request of a difference of means, without the linearisation."""
+    inside = [np.isin(np.arange(len(one.output)), range(4, 8)) for one in scored]
+    values = [one.figures["kl_rc"] for one in scored]
+
+    def difference(kept: list[int]) -> float:
+        x, chosen = np.concatenate([values[n] for n in kept]), np.concatenate([inside[n] for n in kept])
+        return float(x[chosen].mean() - x[~chosen].mean())
+
+    left_out = np.array([difference([n for n in range(5) if n != out]) for out in range(5)])
+    jackknife = np.sqrt(4 / 5 * ((left_out - left_out.mean()) ** 2).sum())
+    row = next(row for row in report["by_position"] if row["name"] == "4–7")
+    assert row["excess"]["se_by_request"] == pytest.approx(jackknife, rel=0.5)
+
+
+def test_heat_map_is_monotone_and_escapes() -> None:
+    rows, columns = ["a<b"], [str(n) for n in range(9)]
+    values = {("a<b", column): 2.0 ** -int(column) for column in columns[:8]}
+    tooltips = {cell: f"{cell[0]} {value}" for cell, value in values.items()}
+    root = ElementTree.fromstring(heat_map("t", rows, columns, values, "layer", "nats", tooltips))
+    cells = [mark for mark in root if mark.get("class") == "heat" and len(mark)]
+    opacity = [float(mark.attrib["fill-opacity"]) for mark in cells]
+    assert len(cells) == 8
+    assert opacity == sorted(opacity, reverse=True)
+    assert opacity[0] == 1.0
+    assert opacity[0] > opacity[1] > opacity[5] > 0.0
+    assert len({mark.attrib["x"] for mark in cells}) == 8
+    for extreme in ({}, {("a<b", "0"): 0.0}, {("a<b", "0"): -1.0}, {("a<b", "0"): float("inf")}):
+        plot = heat_map("t", rows, columns, extreme, "layer", "nats", dict.fromkeys(extreme, ""))
+        ElementTree.fromstring(plot)
+        assert "nan" not in plot
 
 
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1e-9, 3.0], [-2.0, 5.0], [-1.0, -3.0], [1e6]])
@@ -270,7 +358,8 @@ def test_chromium_reports_no_error(report: dict[str, Any], tmp_path: Path) -> No
          "--enable-logging=stderr", "--dump-dom", page.as_uri()],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    assert "Same top p" in ran.stdout
+    for text in ("Same top p", "Causes", "Prescription", "Bits of each linear layer"):
+        assert text in ran.stdout
     assert "CONSOLE" not in ran.stderr
 
 

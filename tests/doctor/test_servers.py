@@ -136,7 +136,8 @@ def test_report_marks_bounds_and_estimates(options: DoctorOptions, tmp_path: Pat
     low, high = (curve for curve in report["trajectory"] if "TV" in curve["name"])
     assert (low["of"], high["of"]) == ("at least", "at most")
     assert all(a <= b for a, b in zip(low["survival"], high["survival"], strict=True))
-    assert report["layers"]["skipped"] == "vLLM servers do not expose their layers"
+    assert "do not expose their layers: name two checkpoint folders" in report["layers"]["skipped"]
+    assert report["prescription"] == report["outliers"] == report["layers"]
     assert "at least" in (tmp_path / "page.html").read_text()
     # Greedy text was not sampled, so there is no unbiased estimate.
     greedy = report_of(replace(options, decoding="greedy", work=tmp_path / "w"), tmp_path)

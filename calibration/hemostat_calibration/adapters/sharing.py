@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hemostat_calibration.allocation.knapsack import Options, allocate
 from hemostat_calibration.errors import InvalidArgumentError
 
 
@@ -25,12 +25,9 @@ def share_ranks(
         than the same rank everywhere.) Ranks above R are not given.
     bytes_per_rank: of one component of the layer, above 0.
 
-    The component that takes away most per byte comes first. The k-th component of a layer takes away its k-th squared
-    singular value, and those are sorted: errors is convex in the rank, and a component never comes before another one
-    of its layer. So the components that are taken before the first that does not fit are, of all sets of components,
-    those with the least error for the bytes that they need: any other set exchanges some of them for others, all of
-    which take away no more per byte (a knapsack's greedy solution, Dantzig 1957). After it, smaller components fill
-    the rest, which is less than one component. With equal bytes the result is the optimum.
+    The component that takes away most per byte comes first (`allocate`). The k-th component of a layer takes away its
+    k-th squared singular value, and those are sorted, so that errors is convex in the rank. With equal bytes the
+    result is the optimum.
 
     InvalidArgumentError on missing or non-positive bytes, or errors that are not finite or increase.
 
@@ -44,21 +41,8 @@ def share_ranks(
             raise InvalidArgumentError(f"errors of {name} must be finite and never increase")
         if bytes_per_rank.get(name, 0) <= 0:
             raise InvalidArgumentError(f"bytes_per_rank of {name} is missing or not above 0")
-    ranks = dict.fromkeys(errors, 0)
-    left_bytes = budget_bytes
-    waiting: list[tuple[float, str]] = []
-
-    def offer(name: str) -> None:
-        rank = ranks[name]
-        if rank < min(max_rank, len(errors[name]) - 1) and errors[name][rank] > errors[name][rank + 1]:
-            heapq.heappush(waiting, (float(errors[name][rank + 1] - errors[name][rank]) / bytes_per_rank[name], name))
-
-    for name in errors:
-        offer(name)
-    while waiting:
-        _, name = heapq.heappop(waiting)
-        if bytes_per_rank[name] <= left_bytes:  # else the layer has the rank that it keeps
-            left_bytes -= bytes_per_rank[name]
-            ranks[name] += 1
-            offer(name)
-    return ranks
+    options = {}
+    for name, left in errors.items():
+        ranks = np.arange(min(max_rank, len(left) - 1) + 1)
+        options[name] = Options(ranks * bytes_per_rank[name], left[: len(ranks)].astype(np.float64))
+    return allocate(options, budget_bytes).chosen

@@ -13,14 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from hemostat import __version__
 from hemostat.commands.arguments import UsageError
+from hemostat.commands.texts import Writer, texts_digest
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
 from hemostat.engines.lora.slots import rank_setting
-from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.checkpoint_folders import cache_folder
 from hemostat.models.work_folder import WorkFolder
 from hemostat_calibration.profiles.peft import CONFIG_FILE, WEIGHTS_FILE, peft_files
@@ -28,7 +26,6 @@ from hemostat_calibration.profiles.peft import CONFIG_FILE, WEIGHTS_FILE, peft_f
 if TYPE_CHECKING:
     from hemostat.models.adapters.build import Built
     from hemostat.models.adapters.pair import CheckpointPair
-    from hemostat.models.adapters.texts import Ids, Text
 
 PROFILE_FILE = "profile.safetensors"
 REPORT_FILE = "report.json"
@@ -36,8 +33,6 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE, PROFILE_FILE, REPORT_FILE)
 EXIT_INTERRUPTED = 130
 MAX_HELD_OUT_TOKENS = 4096
 """More narrow the interval little: it depends on the number of prompts."""
-GENERATION_BATCH = 16
-GENERATION_STAGE = "generated prompts"
 MORE_BITS_SHARE = 0.25
 """Of the quantized layers' bytes: what one more bit of four costs. See `docs/results.md`."""
 
@@ -111,19 +106,13 @@ def run(options: AdaptOptions) -> int:
 
 def _key(pair: CheckpointPair, options: AdaptOptions) -> dict[str, Any]:
     """Everything that stored results depend on."""
-    source = options.records or options.prompts
-    try:
-        text = "packaged" if source is None else hashlib.sha256(source.read_bytes()).hexdigest()
-    except OSError as error:
-        flag = "--prompts" if options.records is None else "--records"
-        raise UsageError(f"{flag}: {source} cannot be read ({error.strerror}); name a text file") from None
     paths = ("reference", "compressed", "out", "prompts", "records", "work", "model")
     return {
         "hemostat": __version__,
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "reference": pair.reference.digest(),
         "compressed": pair.compressed.digest(),
-        "texts": text,
+        "texts": texts_digest(options.prompts, options.records),
         **{f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name not in paths},
     }
 
@@ -139,14 +128,24 @@ def _build(
     if options.records is not None:
         texts = read_records(options.records, vocab_size_of(pair))
     else:
-        texts = _texts(pair, prompts, options, work, reporter)
+        # By the compressed checkpoint: it is the one that is served.
+        writer = Writer(
+            pair.compressed.folder,
+            "COMPRESSED",
+            vocab_size_of(pair),
+            options.device,
+            options.max_new_tokens,
+            options.seed,
+        )
+        texts = writer.texts(prompts, work, reporter)
     parted = split(texts, options.held_out, options.tokens, MAX_HELD_OUT_TOKENS)
     tokens = sum(map(len, parted.learn))
     reporter.log(f"learning from {tokens} tokens of {len(parted.learn)} texts")
     parts = Parts(work)
     built = build(pair, parted.learn, build_options, parts, reporter.step)
     if options.distil:
-        from hemostat.models.adapters.distil import distilled, summary_line  # noqa: PLC0415
+        from hemostat.models.adapters.distil import distilled  # noqa: PLC0415
+        from hemostat.models.adapters.training import summary_line  # noqa: PLC0415
 
         built = distilled(pair, built, parted.learn, parts, seed=options.seed, progress=reporter.step)
         if built.report["distilled"] is not None:
@@ -154,97 +153,6 @@ def _build(
     if parted.held_out:
         built, _ = judged(pair, built, parted.held_out, parts, reporter.step)
     return built
-
-
-def _texts(
-    pair: CheckpointPair, prompts: Sequence[Prompt], options: AdaptOptions, work: WorkFolder, reporter: Reporter
-) -> list[Text]:
-    """The prompts with their completions; those without one are completed by the compressed model, at temperature 1."""
-    from hemostat.models.adapters.build import vocab_size_of  # noqa: PLC0415
-    from hemostat.models.adapters.texts import Text, check_ids  # noqa: PLC0415
-
-    tokenizer = _tokenizer(pair)
-    vocab_size = vocab_size_of(pair)
-    encoded: list[Ids] = []
-    for prompt in prompts:
-        ids = np.array(_encode(tokenizer, prompt), np.int32)
-        if not len(ids):
-            raise UsageError(f"{prompt.where}: the prompt has no tokens; fill it in or leave the line out")
-        check_ids(ids, vocab_size, prompt.where)
-        encoded.append(ids)
-    outputs: dict[int, Ids] = {
-        n: np.array(tokenizer.encode(prompt.completion, add_special_tokens=False), np.int32)
-        for n, prompt in enumerate(prompts)
-        if prompt.completion is not None
-    }
-    to_write = [n for n in range(len(prompts)) if n not in outputs]
-    outputs |= _generated(to_write, encoded, prompts, options, tokenizer, work, reporter)
-    return [Text(ids, outputs[n]) for n, ids in enumerate(encoded)]
-
-
-def _generated(
-    numbers: Sequence[int], encoded: Sequence[Ids], prompts: Sequence[Prompt], options: AdaptOptions, tokenizer: Any,
-    work: WorkFolder, reporter: Reporter,
-) -> dict[int, Ids]:  # fmt: skip
-    """Stored in the work folder, by batch. The whole compressed model is in memory meanwhile."""
-    import torch  # noqa: PLC0415
-
-    from hemostat.models.adapters.copies import Copy  # noqa: PLC0415
-    from hemostat.models.generation import generate  # noqa: PLC0415
-
-    found: dict[int, Ids] = {}
-    model: Copy | None = None
-    for begin in range(0, len(numbers), GENERATION_BATCH):
-        batch = numbers[begin : begin + GENERATION_BATCH]
-        name = f"texts-{begin:06d}"
-        data = work.get(name)
-        if data is None:
-            model = model or Copy.load(options.compressed, options.device, label="COMPRESSED")
-            ends = getattr(model.model.generation_config, "eos_token_id", None)
-            ends = tokenizer.eos_token_id if ends is None else ends
-            limits = [min(prompts[n].max_tokens or options.max_new_tokens, options.max_new_tokens) for n in batch]
-            # One random stream for each prompt: its text does not depend on other prompts.
-            uniforms = [np.random.default_rng([options.seed, n]).random(options.max_new_tokens) for n in batch]
-            with torch.inference_mode():
-                texts = generate(
-                    model.model,
-                    [encoded[n] for n in batch],
-                    limits,
-                    uniforms,
-                    frozenset() if ends is None else frozenset(np.atleast_1d(ends).tolist()),
-                )
-            data = json.dumps([text.tolist() for text in texts]).encode()
-            work.put(name, data)
-        found |= {n: np.array(ids, np.int32) for n, ids in zip(batch, json.loads(data), strict=True)}
-        reporter.step(GENERATION_STAGE, min(begin + GENERATION_BATCH, len(numbers)), len(numbers))
-    return found
-
-
-def _tokenizer(pair: CheckpointPair) -> Any:
-    """The compressed checkpoint's: it is the one that is served."""
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
-    from hemostat.models.quiet import quiet_transformers  # noqa: PLC0415
-
-    folder = pair.compressed.folder
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # noqa: BLE001  any library may fail here
-        text = " ".join(str(error).split())[:200]
-        raise AdaptError(f"COMPRESSED: the tokenizer of {folder} cannot be loaded ({text}); use --records") from None
-
-
-def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    if prompt.messages is None:
-        return list(tokenizer.encode(prompt.text))
-    if not tokenizer.chat_template:
-        raise UsageError(f"{prompt.where}: COMPRESSED has no chat template; give prompt instead of messages")
-    try:
-        return list(tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=False))
-    except Exception as error:  # noqa: BLE001  a template is code of the checkpoint and may raise anything
-        text = " ".join(str(error).split())[:200]
-        raise UsageError(f"{prompt.where}: the chat template rejects the messages: {text}") from None
 
 
 def _check_out(out: Path) -> None:

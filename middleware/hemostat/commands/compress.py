@@ -5,20 +5,69 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hemostat.commands.arguments import COMPRESSIONS
+from hemostat.commands.arguments import COMPRESSIONS, positive_integer
 
 HELP = "quantize or prune a checkpoint"
+PACKED = ("w4a16", "w8a16", "w8a8", "fp8")
+DENSE = ("int2", "int3", "int5", "int6", "int7")
+WITHOUT_DATA = tuple(name for name in COMPRESSIONS if name.startswith("prune"))
+SCHEMES = (*PACKED, *DENSE, "prune", *WITHOUT_DATA)
+CALIBRATIONS = ("none", "clip", "awq", "smooth", "gptq", "descent", "guided")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a transformers checkpoint")
     parser.add_argument("destination", type=Path, metavar="DEST", help="folder to write")
-    parser.add_argument("--scheme", choices=COMPRESSIONS, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--scheme",
+        choices=SCHEMES,
+        help="w4a16 to fp8: packed, for vLLM; intN: N bits, written dense; prune: --sparsity of the weights become 0; "
+        "pruneNN: NN %% by magnitude, without data",
+    )
+    what.add_argument("--plan", type=Path, metavar="FILE", help="bits of each layer, as doctor --plan writes it")
+    parser.add_argument(
+        "--group-size", type=group_size, metavar="N", help="inputs that share a scale, or channel (64; w8a8: channel)"
+    )
+    parser.add_argument(
+        "--calibrate",
+        choices=CALIBRATIONS,
+        help="how texts are used; none: rounding to nearest without texts (default: the best for the scheme)",
+    )
+    pruning = parser.add_argument_group("of --scheme prune")
+    pruning.add_argument("--sparsity", type=float, metavar="FRACTION", help="of the weights that become 0")
+    pruning.add_argument("--score", choices=("magnitude", "wanda", "taylor", "fisher"))
+    pruning.add_argument("--pattern", choices=("unstructured", "2:4", "rows"))
+    pruning.add_argument("--budget", choices=("layer", "global"), help="where the sparsity holds")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='one prompt per line: text, {"prompt": "..."} or {"messages": [...]}; without a "completion", SOURCE '
+        "writes one (default: prompts that come with Hemostat)",
+    )
+    texts.add_argument("--records", type=Path, metavar="FILE", help="texts that records.path wrote; generates nothing")
+    parser.add_argument(
+        "--tokens", type=positive_integer, default=16_000, metavar="N", help="at most N of them (16000)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive_integer, default=96, metavar="N", help="generated per prompt (96)"
+    )
+    parser.add_argument("--repair", action="store_true", help="then train the norms' weights towards SOURCE")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device (cpu)")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep finished work in this folder (default: until DEST is written)"
+    )
     parser.set_defaults(command=_run)
 
 
-def _run(options: argparse.Namespace) -> int:
-    from hemostat.models.compression.compress import compress  # noqa: PLC0415
+def group_size(text: str) -> int | str:
+    return text if text == "channel" else positive_integer(text)
 
-    compress(options.source, options.destination, options.scheme, print)
-    return 0
+
+def _run(options: argparse.Namespace) -> int:
+    from hemostat.commands.compression import CompressOptions, run  # noqa: PLC0415
+
+    return run(CompressOptions(**{name: getattr(options, name) for name in CompressOptions.__dataclass_fields__}))

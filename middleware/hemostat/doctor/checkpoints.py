@@ -46,7 +46,10 @@ class CheckpointPair:
         except RuntimeError as error:
             raise DoctorError(f"--device {device}: {one_line(error)}") from None
         self.reference, self.reference_model, self._tokenizer = _load("REFERENCE", options.reference, device, options)
-        self.compressed, self.compressed_model, tokenizer = _load("COMPRESSED", options.compressed, device, options)
+        if options.compressed == options.reference:
+            self.compressed, self.compressed_model, tokenizer = self.reference, self.reference_model, self._tokenizer
+        else:
+            self.compressed, self.compressed_model, tokenizer = _load("COMPRESSED", options.compressed, device, options)
         self.notes: list[str] = []
         self._own_prompts = options.prompts is None
         self._compare(tokenizer)
@@ -100,6 +103,10 @@ class CheckpointPair:
     def tokenize_completion(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a response, without special tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
     def texts(self, ids: Sequence[int]) -> dict[int, str]:
         anchor = self._tokenizer.encode(ANCHOR, add_special_tokens=False)
         start = self._tokenizer.decode(anchor)
@@ -137,14 +144,15 @@ class CheckpointPair:
                     [job.prompt for job in to_generate],
                     [job.tokens for job in to_generate],
                     None if greedy else uniforms,
-                    self._end_ids(),
+                    self.end_ids(),
                 )
             except StatelessModelError as error:
                 raise DoctorError(f"COMPRESSED: {error}; generation needs it: give completions, or --given") from None
             generated = {job.index: text for job, text in zip(to_generate, texts, strict=True)}
         return [generated[job.index] if job.output is None else job.output for job in jobs]
 
-    def _end_ids(self) -> frozenset[int]:
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a text."""
         end = getattr(self.compressed_model.generation_config, "eos_token_id", None)
         end = self._tokenizer.eos_token_id if end is None else end
         return frozenset() if end is None else frozenset(np.atleast_1d(end).tolist())

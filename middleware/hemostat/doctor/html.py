@@ -1,54 +1,30 @@
-"""The report as one HTML page. The template is `report.html.jinja` (Jinja2, extra `hemostat[report]`)."""
+"""The report as one HTML page (Jinja2, extra `hemostat[report]`): its frame, and the section of a pair of models."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hemostat.doctor import svg
-from hemostat.doctor.options import DoctorError
-from hemostat.doctor.terminal import (
+from hemostat.doctor.causes import html as causes
+from hemostat.doctor.formats import (
     UNKNOWN,
     format_cell,
     format_errors,
     format_interval,
     format_percent,
     format_value,
-    summary,
 )
+from hemostat.doctor.options import DoctorError
+from hemostat.doctor.page import Card, Plot, Section, Table
+from hemostat.doctor.prescription import html as prescription
+from hemostat.doctor.sweep.page import sweep_section
+from hemostat.doctor.terminal import summary
 
-TEMPLATE = "report.html.jinja"
+PAGE = "page.html.jinja"
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """The first cell of a row is its heading; the last `text_columns` cells are text that may wrap."""
-
-    caption: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text_columns: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """One figure in large type."""
-
-    title: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """`svg` is markup; texts in it are escaped."""
-
-    caption: str
-    svg: str
 
 
 def require_jinja() -> None:
@@ -68,33 +44,59 @@ def render(report: Row) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    layers = report["layers"]
-    return environment.get_template(TEMPLATE).render(
-        title=f"Hemostat doctor: {report['compressed']['name']} against {report['reference']['name']}",
+    sections = [found for section in SECTIONS if (found := section(report)) is not None]
+    return environment.get_template(PAGE).render(
+        title=title(report),
         version=report["hemostat"],
-        summary=summary(report),
-        cards=list(_cards(report)),
-        plots=list(_plots(report)),
-        statistic_tables=[
+        sections=[environment.get_template(one.template).render(one.values) for one in sections],
+    )
+
+
+def title(report: Row) -> str:
+    if "compressed" not in report:
+        return f"Hemostat doctor: {report['reference']['name']}"
+    return f"Hemostat doctor: {report['compressed']['name']} against {report['reference']['name']}"
+
+
+def pair_section(report: Row) -> Section | None:
+    """How far two models differ."""
+    if "kl_divergence" not in report:
+        return None
+    layers = report["layers"]
+    values = {
+        "summary": summary(report),
+        "cards_shown": list(_cards(report)),
+        "plots_shown": list(_plots(report)),
+        "statistic_tables": [
             _statistics("Perplexity statistics", report["perplexity"]),
             _statistics("KL divergence statistics", report["kl_divergence"]),
             _statistics("Token probability statistics", report["token_probability"]),
             _statistics("More divergences", report["divergence"]),
         ],
-        trajectory=_trajectory(report["trajectory"]),
-        worst_tokens=_worst(
+        "trajectory": _trajectory(report["trajectory"]),
+        "worst_tokens": _worst(
             "By KLD; positions count from 0 in the scored text",
             report["worst_tokens"],
             ("kld", "line", "position", "token_id", "class", "p_base", "p_q"),
         ),
-        worst_prompts=_worst(
+        "worst_prompts": _worst(
             "By mean KLD",
             report["worst_prompts"],
             ("mean_kld", "line", "tokens", "tv", "same_top", "ln_ppl_ratio"),
         ),
-        layers_skipped=layers.get("skipped"),
-        layers=None if "skipped" in layers else _layers(layers),
-    )
+        "layers_skipped": layers.get("skipped"),
+        "layers": None if "skipped" in layers else _layers(layers),
+    }
+    return Section("pair.html.jinja", values)
+
+
+SECTIONS: tuple[Callable[[Row], Section | None], ...] = (
+    pair_section,
+    causes.section,
+    prescription.section,
+    sweep_section,
+)
+"""In the order of the page; each gives None where the report has nothing for it."""
 
 
 def _cards(report: Row) -> Iterator[Card]:

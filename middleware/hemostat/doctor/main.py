@@ -10,24 +10,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 
 from hemostat import __version__
 from hemostat.doctor import html, terminal
+from hemostat.doctor.causes.findings import findings
 from hemostat.doctor.classes import classify_all
 from hemostat.doctor.options import DoctorError, DoctorOptions, check
 from hemostat.doctor.pair import Job, Pair, Scored, Side, decoding_of, encode, jobs_digest, pack, unpack
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt, load
-from hemostat.doctor.report import SCHEMA, tables
+from hemostat.doctor.report import SCHEMA, PromptKind, tables
+from hemostat.doctor.sweep import terminal as sweep_terminal
 from hemostat.models.checkpoint_folders import cache_folder
+from hemostat.models.compression.plan import Plan, encode_plan
 from hemostat.models.work_folder import WorkFolder
 
 EXIT_INTERRUPTED = 130
 PLAIN_WIDTH = 120
 """Columns, where the output is not a terminal."""
 OWN_TEXT = "Q generated the text: PPL(Q) below PPL(base) does not mean that Q is better; use --given for perplexity"
-PROMPT_STAGE, LAYER_STAGE = "prompts", "layers"
+PROMPT_STAGE, LAYER_STAGE, PRESCRIPTION_STAGE = "prompts", "layers", "prescription"
+NO_LAYERS = "vLLM servers do not expose their layers: name two checkpoint folders"
 
 
 def run(options: DoctorOptions) -> int:
@@ -40,19 +45,23 @@ def run(options: DoctorOptions) -> int:
         reporter.log("connecting" if options.servers else "loading both models")
         pair = open_pair(options)
         try:
-            report = _make_report(pair, prompts, options, reporter)
+            make = _sweep if options.sweep else _make_report
+            report = make(pair, prompts, options, reporter)
         finally:
             pair.close()
     if report is None:
         return EXIT_INTERRUPTED
     if options.json is not None:
         _write(options.json, "--json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    if options.plan is not None:
+        plan = msgspec.convert(report["prescription"]["plan"], Plan)
+        _write(options.plan, "--plan", encode_plan(plan))
     if options.html is not None:
         _write(options.html, "--html", html.render(report))
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
-    console.print(terminal.render(report))
+    console.print(sweep_terminal.render(report) if options.sweep else terminal.render(report))
     return 0
 
 
@@ -72,6 +81,15 @@ def open_pair(options: DoctorOptions) -> Pair:
     return CheckpointPair(options)
 
 
+def _sweep(pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions, reporter: Reporter) -> dict[str, Any] | None:
+    """The report of a sweep; None when it was interrupted."""
+    from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415
+    from hemostat.doctor.sweep.run import run_sweep  # noqa: PLC0415
+
+    assert isinstance(pair, CheckpointPair)
+    return run_sweep(pair, prompts, options, reporter)
+
+
 def _make_report(
     pair: Pair, prompts: Sequence[Prompt], options: DoctorOptions, reporter: Reporter
 ) -> dict[str, Any] | None:
@@ -82,8 +100,11 @@ def _make_report(
     with WorkFolder(folder, key, "doctor") as work:
         try:
             scored = _score(pair, jobs, options, work, reporter)
-            layers = _layers(pair, jobs, scored, options, work, reporter)
-            report = _assemble(pair, prompts, jobs, scored, layers, options)
+            inside = {
+                **_layers(pair, jobs, scored, options, work, reporter),
+                "prescription": _prescription(pair, jobs, scored, options, work, reporter),
+            }
+            report = _assemble(pair, prompts, jobs, scored, inside, options)
         except KeyboardInterrupt:
             reporter.log(f"interrupted: finished work is in {folder}; the same command continues from it")
             return None
@@ -137,25 +158,47 @@ def _layers(
     pair: Pair, jobs: Sequence[Job], scored: Sequence[Scored], options: DoctorOptions, work: WorkFolder,
     reporter: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
-    if options.servers:
-        return {"skipped": "vLLM servers do not expose their layers"}
-    if not options.layer_tokens:
-        return {"skipped": "--layer-tokens 0"}
+    """The report's `layers` and `outliers`."""
+    if options.servers or not options.layer_tokens:
+        skipped = {"skipped": NO_LAYERS if options.servers else "--layer-tokens 0"}
+        return {"layers": skipped, "outliers": skipped}
+    from hemostat.doctor.causes.layers import layer_report  # noqa: PLC0415
+    from hemostat.doctor.causes.outliers import outlier_report  # noqa: PLC0415
+    from hemostat.doctor.causes.units import Incomparable  # noqa: PLC0415
     from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415
-    from hemostat.doctor.layers import Incomparable, Text, choose, layer_report  # noqa: PLC0415
+    from hemostat.doctor.kl_meter import Text, choose  # noqa: PLC0415
 
     assert isinstance(pair, CheckpointPair)
     texts = choose([Text(jobs[one.index].prompt, one.output) for one in scored], options.layer_tokens)
     try:
-        return layer_report(pair, texts, work, lambda done, total: reporter.step(LAYER_STAGE, done, total))
+        layers = layer_report(pair, texts, work, lambda done, total: reporter.step(LAYER_STAGE, done, total))
+        return {"layers": layers, "outliers": outlier_report(pair, texts)}
     except Incomparable as reason:
-        return {"skipped": str(reason)}
+        return {"layers": {"skipped": str(reason)}, "outliers": {"skipped": str(reason)}}
+
+
+def _prescription(
+    pair: Pair, jobs: Sequence[Job], scored: Sequence[Scored], options: DoctorOptions, work: WorkFolder,
+    reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    if not options.prescribes:
+        return {"skipped": NO_LAYERS if options.servers else "not asked for: --prescribe, --plan FILE or --budget"}
+    from hemostat.doctor.checkpoints import CheckpointPair  # noqa: PLC0415
+    from hemostat.doctor.kl_meter import Text  # noqa: PLC0415
+    from hemostat.doctor.prescription.report import prescription_report  # noqa: PLC0415
+
+    assert isinstance(pair, CheckpointPair)
+    texts = [Text(jobs[one.index].prompt, one.output) for one in scored]
+    return prescription_report(
+        pair, texts, options, work, lambda done, total: reporter.step(PRESCRIPTION_STAGE, done, total)
+    )
 
 
 def _assemble(
-    pair: Pair, prompts: Sequence[Prompt], jobs: Sequence[Job], scored: Sequence[Scored], layers: dict[str, Any],
+    pair: Pair, prompts: Sequence[Prompt], jobs: Sequence[Job], scored: Sequence[Scored], inside: dict[str, Any],
     options: DoctorOptions,
 ) -> dict[str, Any]:  # fmt: skip
+    """inside: `layers`, `outliers`, `prescription`."""
     texts = pair.texts(sorted({int(token) for one in scored for token in one.output}))
     classes = classify_all(texts, pair.special())
     report = {
@@ -177,9 +220,11 @@ def _assemble(
             [prompt.line for prompt in prompts],
             options.worst,
             {job.index: options.decoding if job.output is None else "given" for job in jobs},
+            {job.index: PromptKind(prompts[job.index].messages is not None, len(job.prompt)) for job in jobs},
         ),
-        "layers": layers,
+        **inside,
     }
+    report["findings"] = findings(report)
     if options.show_text:
         _add_text(report, prompts, scored, texts)
     return report

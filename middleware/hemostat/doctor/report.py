@@ -30,7 +30,18 @@ ENTROPY_EDGES = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, math.inf)
 HISTOGRAM_DECADES = (-6, 2)
 """Range of the histogram of KLD, in powers of ten of nats; four bins per decade."""
 
+PROMPT_LENGTH_EDGES = (1, 32, 128, 512)
+"""Of the prompt, tokens."""
+
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptKind:
+    """chat: messages, else a plain text. tokens: length of the prompt, template included."""
+
+    chat: bool
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +75,25 @@ def tables(
     lines: Sequence[int],
     worst: int,
     texts: Mapping[int, Decoding],
+    prompts: Mapping[int, PromptKind],
 ) -> dict[str, Any]:
     """All tables.
 
     classes: token id -> class. lines: line in the prompt file by prompt. worst: rows of the worst lists.
-    texts: prompt index -> which text was scored.
+    texts: prompt index -> which text was scored. prompts: prompt index -> its kind.
     """
     tokens = Tokens.of(scored)
     figures = tokens.figures
     entropy = np.digitize(figures["entropy_c"], ENTROPY_EDGES[1:-1])
     kind = np.array([CLASSES.index(classes[token]) for token in tokens.ids.tolist()])
     doubling = np.where(tokens.position == 0, 0, np.floor(np.log2(np.maximum(tokens.position, 1))).astype(int) + 1)
+    forms = [f"{'chat' if prompts[one.index].chat else 'plain text'}, {texts[one.index]}" for one in scored]
+    form_names = sorted(set(forms))
+    form = np.repeat([form_names.index(name) for name in forms], [len(one.output) for one in scored])
+    length = np.repeat(
+        np.digitize([prompts[one.index].tokens for one in scored], PROMPT_LENGTH_EDGES[1:]),
+        [len(one.output) for one in scored],
+    )
     return {
         "requests": len(scored),
         "tokens": len(tokens.ids),
@@ -87,6 +106,8 @@ def tables(
         "by_position": _groups(tokens, doubling, _doubling_name),
         "by_class": _groups(tokens, kind, lambda n: CLASSES[n]),
         "by_entropy": _groups(tokens, entropy, _entropy_name),
+        "by_form": _groups(tokens, form, lambda n: form_names[n]),
+        "by_prompt_length": _groups(tokens, length, _length_name),
         "worst_tokens": _worst_tokens(tokens, classes, lines, worst),
         "worst_prompts": _worst_prompts(scored, lines, worst),
     }
@@ -223,6 +244,11 @@ def _groups(tokens: Tokens, group: npt.NDArray[np.integer[Any]], name: Callable[
                 "tokens": int(chosen.sum()),
                 "requests": sample.requests,
                 "kld": _row("Mean KLD", sample.mean(kld), of=_exact_or_bounds(tokens, "kl_rc")[0][0]),
+                "excess": _row(
+                    "Mean KLD minus that of the other tokens",
+                    _contrast(tokens.sample, figures["kl_rc"], chosen),
+                    of=_exact_or_bounds(tokens, "kl_rc")[0][0],
+                ),
                 "tv": _row(
                     "total variation", sample.mean(figures["tv"][chosen]), "", of=_exact_or_bounds(tokens, "tv")[0][0]
                 ),
@@ -231,6 +257,27 @@ def _groups(tokens: Tokens, group: npt.NDArray[np.integer[Any]], name: Callable[
             }
         )
     return rows
+
+
+def _contrast(sample: Sample, values: Floats, chosen: npt.NDArray[np.bool_]) -> Estimate:
+    """Mean over the chosen tokens minus the mean over the others; NaN where there are no others."""
+    inside = chosen.astype(np.float64)
+    share = float(inside.mean())
+    if not 0.0 < share < 1.0:
+        return Estimate(math.nan, math.nan, math.nan)
+    ours, theirs = float((values * inside).mean()), float((values * (1.0 - inside)).mean())
+    return sample.function(
+        lambda means: means[0] / means[2] - means[1] / (1.0 - means[2]),
+        [1.0 / share, -1.0 / (1.0 - share), -ours / share**2 - theirs / (1.0 - share) ** 2],
+        values * inside,
+        values * (1.0 - inside),
+        inside,
+    )
+
+
+def _length_name(number: int) -> str:
+    low, more = PROMPT_LENGTH_EDGES[number], PROMPT_LENGTH_EDGES[number + 1 :]
+    return f"{low}–{more[0] - 1} tokens" if more else f"{low} tokens and more"
 
 
 def _doubling_name(number: int) -> str:

@@ -51,9 +51,9 @@ def bar_chart(
         if error:
             parts.append(_whisker(middle, y(value - error), y(value + error)))
         if n % every == 0:
-            parts.append(_text(middle, HEIGHT - BOTTOM + 16, label, "middle"))
-    parts += _axis_names(x_name, y_name)
-    return _plot(title, _describe(labels, values, y_name), parts, HEIGHT)
+            parts.append(text(middle, HEIGHT - BOTTOM + 16, label, "middle"))
+    parts += axis_names(x_name, y_name)
+    return plot(title, _describe(labels, values, y_name), parts, HEIGHT)
 
 
 def horizontal_bar_chart(
@@ -67,8 +67,8 @@ def horizontal_bar_chart(
     ticks, x = _axis(low, high, LABEL_WIDTH, WIDTH - RIGHT)
     parts = []
     for tick in ticks:
-        parts.append(_line(x(tick), TOP, x(tick), height - BOTTOM, "grid"))
-        parts.append(_text(x(tick), height - BOTTOM + 16, _number(tick), "middle"))
+        parts.append(line(x(tick), TOP, x(tick), height - BOTTOM, "grid"))
+        parts.append(text(x(tick), height - BOTTOM + 16, _number(tick), "middle"))
     for n, (label, value, error) in enumerate(zip(labels, values, errors, strict=True)):
         middle = TOP + (n + 0.5) * ROW_HEIGHT
         left, right = sorted((x(value), x(0.0)))
@@ -76,10 +76,10 @@ def horizontal_bar_chart(
             _rectangle(left, middle - 0.36 * ROW_HEIGHT, right - left, 0.72 * ROW_HEIGHT, f"{label}: {value:.4g}")
         )
         if error:
-            parts.append(_line(x(value - error), middle, x(value + error), middle, "whisker"))
-        parts.append(_text(LABEL_WIDTH - 8, middle + 4, label, "end"))
-    parts.append(_text((LABEL_WIDTH + WIDTH) / 2, height - 10, x_name, "middle"))
-    return _plot(title, _describe(labels, values, x_name), parts, height)
+            parts.append(line(x(value - error), middle, x(value + error), middle, "whisker"))
+        parts.append(text(LABEL_WIDTH - 8, middle + 4, label, "end"))
+    parts.append(text((LABEL_WIDTH + WIDTH) / 2, height - 10, x_name, "middle"))
+    return plot(title, _describe(labels, values, x_name), parts, height)
 
 
 def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str, y_top: float | None = None) -> str:
@@ -89,7 +89,7 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str, y
     ticks, y = _axis(0.0, high, HEIGHT - BOTTOM, TOP)
     x_ticks, x = _axis(0.0, max(v for one in series for v in one.x), LEFT, WIDTH - RIGHT, ends_at_high=True)
     parts = list(_y_grid(ticks, y))
-    parts += [_text(x(tick), HEIGHT - BOTTOM + 16, _number(tick), "middle") for tick in x_ticks]
+    parts += [text(x(tick), HEIGHT - BOTTOM + 16, _number(tick), "middle") for tick in x_ticks]
     for n, one in enumerate(series):
         if len(one.low):
             there = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.x, one.high, strict=True)]
@@ -99,10 +99,10 @@ def line_chart(title: str, series: Sequence[Series], x_name: str, y_name: str, y
         parts.append(f'<polyline class="line s{n % 4}" points="{points}"/>')
         at = HEIGHT + 18 * n + 4
         parts.append(f'<polyline class="line s{n % 4}" points="{LEFT},{at} {LEFT + 36},{at}"/>')
-        parts.append(_text(LEFT + 44, at + 4, one.name, "start"))
-    parts += _axis_names(x_name, y_name)
+        parts.append(text(LEFT + 44, at + 4, one.name, "start"))
+    parts += axis_names(x_name, y_name)
     ranges = "; ".join(f"{one.name}: from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in series)
-    return _plot(title, f"{y_name} by {x_name}. {ranges}.", parts, height)
+    return plot(title, f"{y_name} by {x_name}. {ranges}.", parts, height)
 
 
 def _axis(
@@ -125,12 +125,12 @@ def _axis(
 
 def _y_grid(ticks: Sequence[float], y: Callable[[float], float]) -> Iterator[str]:
     for tick in ticks:
-        yield _line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid")
-        yield _text(LEFT - 8, y(tick) + 4, _number(tick), "end")
+        yield line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid")
+        yield text(LEFT - 8, y(tick) + 4, _number(tick), "end")
 
 
-def _axis_names(x_name: str, y_name: str) -> Iterator[str]:
-    yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_name, "middle")
+def axis_names(x_name: str, y_name: str) -> Iterator[str]:
+    yield text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_name, "middle")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     yield f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_name)}</text>'
 
@@ -146,7 +146,7 @@ def _describe(labels: Sequence[str], values: Sequence[float], name: str) -> str:
     return f"{name}: " + ", ".join(f"{label} {v:.3g}" for label, v in zip(labels, values, strict=True)) + "."
 
 
-def _plot(title: str, description: str, parts: Sequence[str], height: float) -> str:
+def plot(title: str, description: str, parts: Sequence[str], height: float) -> str:
     name = re.sub(r"[^a-z]+", "-", title.lower())
     return (
         f'<svg role="img" viewBox="0 0 {WIDTH} {height:.0f}" aria-labelledby="{name}-t {name}-d">'
@@ -156,16 +156,16 @@ def _plot(title: str, description: str, parts: Sequence[str], height: float) -> 
     )
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
 def _whisker(x: float, y1: float, y2: float) -> str:
-    return _line(x, y1, x, y2, "whisker")
+    return line(x, y1, x, y2, "whisker")
 
 
 def _rectangle(x: float, y: float, width: float, height: float, tooltip: str) -> str:

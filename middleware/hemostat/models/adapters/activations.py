@@ -186,6 +186,13 @@ def output_key(name: str) -> str:
     return f"{name}|outputs"
 
 
+def valid_rows(tensor: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[n, d] of a tensor [texts, positions, d], without those of padding; all rows of one of another shape. Without
+    gradient. valid: bool [texts, positions]."""
+    flat = tensor.detach()
+    return flat[valid] if flat.shape[:2] == valid.shape and flat.ndim == 3 else flat.reshape(-1, flat.shape[-1])
+
+
 @contextmanager
 def measured(
     skeleton: Skeleton,
@@ -201,21 +208,16 @@ def measured(
     # Tensors that were read meanwhile: kept, so that another one does not get the same identity.
     read: dict[int, tuple[str, torch.Tensor]] = {}
 
-    def rows(tensor: torch.Tensor) -> torch.Tensor:
-        flat = tensor.detach()
-        return flat[valid] if flat.shape[:2] == valid.shape and flat.ndim == 3 else flat.reshape(-1, flat.shape[-1])
-
     def hook(name: str) -> Callable[[Any, tuple[Any, ...], torch.Tensor], None]:
         def see(module: Any, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             given = arguments[0]
             group, _ = read.setdefault(id(given), (name, given))
             moments.groups[name] = group
             if group == name and name in metrics:
-                moments.add(name, rows(given), metrics[name])
+                moments.add(name, valid_rows(given, valid), metrics[name])
             if gradients and output_key(name) in metrics and output.requires_grad:
-                output.register_hook(
-                    lambda gradient: moments.add(output_key(name), rows(gradient), metrics[output_key(name)])
-                )
+                key = output_key(name)
+                output.register_hook(lambda gradient: moments.add(key, valid_rows(gradient, valid), metrics[key]))
 
         return see
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,14 +16,12 @@ from hemostat.models.adapters.held_out import Judged, judge
 from hemostat.models.adapters.pair import CheckpointPair
 from hemostat.models.adapters.parts import Parts
 from hemostat.models.adapters.solve import Correction, Solver
+from hemostat.models.adapters.statistics import LayerStatistics, Progress
 from hemostat.models.adapters.texts import Text
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.adapters.sharing import share_ranks
 from hemostat_calibration.profiles.adapter import adapter_bytes, adapter_layers, adapter_profile, max_rank
 from hemostat_calibration.profiles.profile import CalibrationProfile
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, finished steps and all steps."""
 
 MAX_RANK = 512
 SHARED_OUT_FACTOR = 4
@@ -96,17 +94,18 @@ def build(
     AdaptError, and WorkFolderError when a part cannot be stored.
     """
     clock, processor = time.monotonic(), time.process_time()
-    corrections = Solver(
-        pair,
+    statistics = LayerStatistics(
+        pair.skeleton,
+        pair.sources[0],
         [text.ids for text in texts],
         parts or Parts(None),
-        rank=options.largest_rank,
         gradients=options.measures_gradients,
         full={"auto": None, "kfac": True, "full": True, "diagonal": False}[options.metric],
         memory_bytes=options.memory_mib << 20,
         seed=options.seed,
         progress=progress,
-    ).run()
+    )
+    corrections = Solver(pair, options.largest_rank).run(statistics)
     ranks = _ranks(corrections, options)
     layers = {name: corrections[name].factors.first(rank) for name, rank in ranks.items()}
     if not any(layer.rank for layer in layers.values()):

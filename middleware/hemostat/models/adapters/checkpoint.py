@@ -75,7 +75,7 @@ class Checkpoint:
         """Of the weight of a module, scales included."""
         total = 0
         for part, name in self._parts.get(module, {}).items():
-            if part == "weight" or part in _QUANTIZED:
+            if part == "weight" or (part in _QUANTIZED and part != "weight_shape"):
                 with safe_open(self._files[name], "pt") as file:
                     found = file.get_slice(name)
                     total += math.prod(found.get_shape()) * _BITS.get(found.get_dtype(), 8) // 8

@@ -152,14 +152,14 @@ class CheckpointPair:
             ours, theirs = self.reference.tensor(parameter).float(), self.compressed.tensor(parameter).float()
             if _equal(ours, theirs):
                 continue
-            consumers = [name for name in _consumers(module, names) if name in linears]
-            ratio = self._ratio(module, ours, theirs) if parameter.endswith(".weight") and consumers else None
-            if ratio is None or not self._explains(ratio, consumers):
+            readers = [name for name in consumers(module, names) if name in linears]
+            ratio = self._ratio(module, ours, theirs) if parameter.endswith(".weight") and readers else None
+            if ratio is None or not self._explains(ratio, readers):
                 self._note(
                     f"{parameter} differs between the checkpoints, not by scales of the next layer: not corrected"
                 )
                 continue
-            inputs |= dict.fromkeys(consumers, ratio)
+            inputs |= dict.fromkeys(readers, ratio)
             norms.add(parameter)
         outputs: dict[str, torch.Tensor] = {}
         for before, after in (("v_proj", "o_proj"), ("up_proj", "down_proj")):
@@ -179,19 +179,19 @@ class CheckpointPair:
 
     def _ratio(self, module: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor | None:
         """s of a norm; None where it is not a scale."""
-        offset = _norm_offset(self.skeleton.model.get_submodule(module))
+        offset = norm_offset(self.skeleton.model.get_submodule(module))
         ratio = (ours + offset) / (theirs + offset)
         # A channel that is 0 in both has any scale.
         ratio = torch.where((ours + offset == 0) & (theirs + offset == 0), 1.0, ratio)
         return ratio if bool((ratio.isfinite() & (ratio > 0)).all()) else None
 
-    def _explains(self, ratio: torch.Tensor, consumers: list[str]) -> bool:
+    def _explains(self, ratio: torch.Tensor, readers: list[str]) -> bool:
         """Whether the layers that read a norm's output were multiplied by its scales: then the error is smaller.
 
         Whatever rows were divided by, as those of up_proj are for down_proj, is fitted on both sides.
         """
         plain = moved = 0.0
-        for name in consumers:
+        for name in readers:
             ours, theirs = self.reference.weight(name).float(), self.compressed.weight(name).float()
             plain += _error_by_row(ours, theirs)
             moved += _error_by_row(ours * ratio, theirs)
@@ -275,7 +275,7 @@ def _error_by_row(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((left / theirs.square().sum(1).clamp_min(1e-30)).sum())
 
 
-def _consumers(norm: str, names: list[str]) -> list[str]:
+def consumers(norm: str, names: list[str]) -> list[str]:
     """The linear layers that read a norm's output, by the names that decoder models of transformers share."""
     parent, _, kind = norm.rpartition(".")
     inside = [name for name in names if name.startswith(f"{parent}.")]
@@ -289,7 +289,7 @@ def _consumers(norm: str, names: list[str]) -> list[str]:
     return [name for name in inside if name.rpartition(".")[2] in kinds]
 
 
-def _norm_offset(norm: Any) -> float:
+def norm_offset(norm: Any) -> float:
     """1 for a norm that multiplies by 1 + weight, as Gemma's; otherwise 0."""
     probe = copy.deepcopy(norm).to_empty(device="cpu")
     with torch.no_grad():

@@ -12,17 +12,21 @@ from hemostat.models.work_folder import WorkFolder
 
 
 class Parts:
-    """Tensors by part and name. In a work folder, where they survive the process; without one, in memory."""
+    """Tensors by part and name. In a work folder, where they survive the process; without one, in memory.
 
-    def __init__(self, folder: WorkFolder | None) -> None:
+    prefix: of the parts' names in the folder, where it has other parts, too.
+    """
+
+    def __init__(self, folder: WorkFolder | None, prefix: str = "") -> None:
         self._folder = folder
+        self._prefix = prefix
         self._memory: dict[str, dict[str, torch.Tensor]] = {}
 
     def get(self, part: str) -> dict[str, torch.Tensor] | None:
         """None if it is missing or damaged."""
         if self._folder is None:
             return self._memory.get(part)
-        data = self._folder.get(part)
+        data = self._folder.get(self._prefix + part)
         if data is None:
             return None
         try:
@@ -37,12 +41,12 @@ class Parts:
         if self._folder is None:
             self._memory[part] = kept
         else:
-            self._folder.put(part, save(kept))
+            self._folder.put(self._prefix + part, save(kept))
 
     def drop(self, part: str) -> None:
         self._memory.pop(part, None)
         if self._folder is not None:
-            self._folder.drop(part)
+            self._folder.drop(self._prefix + part)
 
     def get_list(self, part: str) -> list[torch.Tensor] | None:
         """What `put_list` stored."""

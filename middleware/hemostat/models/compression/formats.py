@@ -12,7 +12,6 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from hemostat.models.compression.plan import fused_name
 from hemostat.models.compression.unpacking import PACKED_FORMAT
 
 
@@ -67,13 +66,24 @@ def restored(weight_format: WeightFormat, tensors: Mapping[str, torch.Tensor]) -
     return weight.float().contiguous()
 
 
+def on_grid(quantized: Quantized) -> torch.Tensor:
+    """Float32 [outputs, inputs]: the values that are stored."""
+    exact = quantized.weight.float()
+    scale = quantized.scale.float().repeat_interleave(exact.shape[1] // quantized.scale.shape[1], dim=1)
+    steps = exact / scale
+    if quantized.format.kind == "float":
+        return steps.to(torch.float8_e4m3fn).float() * scale
+    highest = 2 ** (quantized.format.bits - 1) - 1
+    return steps.round().clamp(-highest - 1, highest) * scale
+
+
 def quantization_config(
     formats: Mapping[str, WeightFormat], dense: Sequence[str], heads: Sequence[str]
 ) -> dict[str, Any] | None:
     """`quantization_config` of config.json; None where nothing is quantized.
 
     formats: of the quantized layers, by name. dense, heads: linear layers that are not quantized, and output
-    embeddings. Layers that vLLM fuses must have one format: `check_fused`.
+    embeddings. Layers that vLLM fuses must have one format.
     """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus  # noqa: PLC0415  slow
 
@@ -99,14 +109,6 @@ def quantization_config(
         "quant_method": "compressed-tensors",
         "version": importlib.metadata.version("compressed-tensors"),
     }
-
-
-def mixed_fused(formats: Mapping[str, object]) -> dict[str, list[str]]:
-    """The groups of layers that vLLM fuses and that have not all the same format, by the fused name."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in formats:
-        groups[fused_name(name)].append(name)
-    return {fused: names for fused, names in groups.items() if len({formats[name] for name in names}) > 1}
 
 
 @cache

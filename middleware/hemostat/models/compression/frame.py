@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hemostat.models.adapters.activations import Moments, measured
+from hemostat.models.adapters.activations import Moments, measured, run_layer
 from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
 from hemostat.models.adapters.parts import Parts
@@ -32,6 +32,7 @@ Progress = Callable[[str, int, int], None]
 """Called with a stage, finished steps and all steps."""
 
 STAGE = "compressed layers"
+NEEDS_TEXTS = "this method needs texts: give --prompts or --records"
 _REPORT = "|report"
 _FORMATS = "|formats"
 
@@ -104,7 +105,7 @@ class Run:
     def texts_walk(self) -> LayerWalk:
         """Raises CompressError where there are no texts."""
         if self.walk is None:
-            raise CompressError("this method needs texts: give --prompts or --records")
+            raise CompressError(NEEDS_TEXTS)
         return self.walk
 
 
@@ -138,8 +139,16 @@ class LayerData:
     def forward(self, around: Around | None = None) -> list[torch.Tensor]:
         """The layer's outputs for the texts, by batch; `around` each batch, such as hooks."""
         if self._hidden is None:
-            raise CompressError("this method needs texts: give --prompts or --records")
+            raise CompressError(NEEDS_TEXTS)
         return self.run.texts_walk.forward(self.index, self._hidden, around)
+
+    def first_outputs(self) -> torch.Tensor:
+        """The layer's outputs for the first batch."""
+        if self._hidden is None:
+            raise CompressError(NEEDS_TEXTS)
+        _, calls = self.run.texts_walk.embeddings()
+        with torch.no_grad():
+            return run_layer(self.run.skeleton, self.index, self._hidden[0].to(self.run.skeleton.device), calls[0])
 
     def moments(self, metrics: Mapping[str, Metric]) -> Moments:
         """Second moments of what the linear layers read; metrics: by the name of a linear layer. A layer that reads the

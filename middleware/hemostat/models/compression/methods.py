@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from hemostat.models.compression.formats import Quantized, WeightFormat
@@ -33,13 +34,17 @@ class EachWeight:
 
 
 def round_to_nearest(weight_format: WeightFormat) -> Change:
-    """Stored packed, with the scales that `fitted_scale` finds."""
+    """Stored packed, with the scales that `nearest` finds."""
+    return lambda name, weight: nearest(name, weight, weight_format)
 
-    def change(name: str, weight: torch.Tensor) -> Quantized:
-        groups = weight_groups(name, weight, weight_format.group_size)
-        return Quantized(weight_format, weight, fitted_scale(groups, weight_format.bits))
 
-    return change
+def nearest(name: str, weight: torch.Tensor, weight_format: WeightFormat) -> Quantized:
+    """By the weight alone. E4M3 has one scale per output channel: the largest weight becomes its largest number."""
+    if weight_format.kind == "float":
+        largest = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        return Quantized(weight_format, weight, largest / torch.finfo(torch.float8_e4m3fn).max)
+    groups = weight_groups(name, weight, weight_format.group_size)
+    return Quantized(weight_format, weight, fitted_scale(groups, weight_format.bits))
 
 
 def round_dense(bits: int, group_size: int | None) -> Change:
@@ -49,6 +54,12 @@ def round_dense(bits: int, group_size: int | None) -> Change:
 
 def prune_by_magnitude(sparsity: float) -> Change:
     return lambda name, weight: pruned(weight, sparsity)
+
+
+def without_texts(chosen: WeightFormat, packed: bool) -> EachWeight:
+    """Rounding to nearest of every layer to one format; not packed: written dense."""
+    settings = {"format": msgspec.to_builtins(chosen), "packed": packed}
+    return EachWeight(settings, round_to_nearest(chosen) if packed else round_dense(chosen.bits, chosen.group_size))
 
 
 def by_name(scheme: str) -> EachWeight:

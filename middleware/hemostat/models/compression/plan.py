@@ -13,7 +13,6 @@ from typing import Any, Final, Literal
 import msgspec
 
 from hemostat.models.checkpoint_folders import CompressError
-from hemostat.models.work_folder import write_atomically
 
 SCHEMA: Final = "hemostat-plan"
 VERSION: Final = 1
@@ -97,9 +96,9 @@ def read_plan(path: Path) -> Plan:
     return Plan(read.source, layers, read.bytes, read.made_from)
 
 
-def write_plan(path: Path, plan: Plan) -> None:
-    """The file is complete or as it was. OSError."""
-    write_atomically(path, msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
+def encode_plan(plan: Plan) -> str:
+    """The content of the file."""
+    return msgspec.json.format(msgspec.json.encode(plan), indent=1).decode() + "\n"
 
 
 def check_plan(plan: Plan, source: str, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from hemostat.models.checkpoint_folders import CompressError
@@ -33,7 +35,9 @@ def weight_groups(name: str, weight: torch.Tensor, group_size: int | None = GROU
     if group_size is None:
         return weight.unsqueeze(1)
     if inputs % group_size:
-        raise CompressError(f"layer {name} has {inputs} inputs, not a multiple of {group_size}: use w8a8 or prune50")
+        raise CompressError(
+            f"layer {name} has {inputs} inputs, not a multiple of {group_size}: use another group size, or w8a8"
+        )
     return weight.unflatten(1, (-1, group_size))
 
 
@@ -43,17 +47,30 @@ def fitted_scale(groups: torch.Tensor, bits: int) -> torch.Tensor:
     Of the scales from the group's largest magnitude down to 0.6 of it, the one with the least sum of |error|^2.4: for
     few bits, clipping the largest weights a little costs less than rounding all the others coarsely.
     """
+    return _searched(groups, bits, lambda error: error.abs().pow(2.4), groups.dtype)
+
+
+def clipped_scale(groups: torch.Tensor, bits: int, importance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `fitted_scale`, with the least squared error weighted by input. importance: float [inputs], such as the mean
+    square of each input. dtype: of the scales."""
+    weights = importance.view(groups.shape[1:])
+    return _searched(groups, bits, lambda error: error.square() * weights, dtype)
+
+
+def _searched(
+    groups: torch.Tensor, bits: int, loss: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
     exact = groups.float()
     highest = 2 ** (bits - 1) - 1
     largest = exact.abs().amax(-1) / (highest + 0.5)
     best = torch.full_like(largest, torch.inf)
-    fitted = torch.zeros_like(groups[..., 0])
+    fitted = torch.zeros_like(groups[..., 0], dtype=dtype)
     for shrink in torch.linspace(1.0, 0.6, 21):
-        scale = (largest * shrink).to(groups.dtype).clamp(min=torch.finfo(groups.dtype).tiny)
+        scale = (largest * shrink).to(dtype).clamp(min=torch.finfo(dtype).tiny)
         steps = scale.float().unsqueeze(-1)
         rounded = (exact / steps).round().clamp(-highest - 1, highest) * steps
-        error = (rounded - exact).abs().pow(2.4).sum(-1)
-        better = error < best
-        best = torch.where(better, error, best)
+        total = loss(rounded - exact).sum(-1)
+        better = total < best
+        best = torch.where(better, total, best)
         fitted = torch.where(better, scale, fitted)
     return fitted

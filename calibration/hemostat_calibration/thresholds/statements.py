@@ -1,0 +1,66 @@
+"""Statements about thresholds and order, tested: confirmed, not confirmed (the opposite is established), undecided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from hemostat_calibration.thresholds.breaks import Break, Existence
+from hemostat_calibration.thresholds.curve import Curve
+
+ALPHA = 0.05
+
+
+class Verdict(StrEnum):
+    CONFIRMED = "confirmed"
+    NOT_CONFIRMED = "not confirmed"
+    UNDECIDED = "undecided"
+
+
+def breaks_within(found: Break, low: float, high: float) -> Verdict:
+    """Whether the break lies between `low` and `high`: its whole interval does, or none of it.
+
+    >>> breaks_within(Break(Existence.FOUND, 0.45, 0.4, 0.5), 0.4, 0.6).value
+    'confirmed'
+    """
+    if found.existence is Existence.UNDECIDED:
+        return Verdict.UNDECIDED
+    if found.existence is Existence.NONE or found.high <= low or found.low >= high:
+        return Verdict.NOT_CONFIRMED
+    return Verdict.CONFIRMED if low <= found.low and found.high <= high else Verdict.UNDECIDED
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The figure of the setting said to be worse minus that of the better one, paired by request, 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def difference(better: Curve, worse: Curve, alpha: float = ALPHA) -> Difference:
+    """Each curve has one setting, on the same requests; only requests that both have scored count."""
+    both = (better.measured & worse.measured)[0]
+    sums = np.concatenate([better.sums, worse.sums])[:, both]
+    pair = Curve(np.array([0.0, 1.0]), sums, better.tokens[both])
+    return Difference(*pair.contrast(np.array([-1.0, 1.0]), alpha))
+
+
+def always_better(pairs: Sequence[tuple[Curve, Curve]]) -> Verdict:
+    """Whether the first of each pair has the lower figure.
+
+    Confirmed where every difference is established: each is tested at the full level, since all have to hold
+    (intersection–union test; Berger 1982). Not confirmed where the opposite is, for any of them, with Bonferroni's
+    correction.
+    """
+    if not pairs:
+        return Verdict.UNDECIDED
+    if all(difference(*pair).low > 0.0 for pair in pairs):
+        return Verdict.CONFIRMED
+    if any(difference(*pair, ALPHA / len(pairs)).high < 0.0 for pair in pairs):
+        return Verdict.NOT_CONFIRMED
+    return Verdict.UNDECIDED

@@ -1,0 +1,228 @@
+"""The steps of `hemostat compress`: the method, its texts, the folder, and the repair."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hemostat import __version__
+from hemostat.commands.arguments import UsageError
+from hemostat.commands.compress import WITHOUT_DATA
+from hemostat.commands.texts import Writer, texts_digest
+from hemostat.doctor.progress import Reporter
+from hemostat.doctor.prompts import load
+from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.models.checkpoint_folders import CompressError, cache_folder, cache_key
+from hemostat.models.compression.compress import Surroundings, compress_with
+from hemostat.models.compression.plan import read_plan
+from hemostat.models.work_folder import WorkFolder
+
+if TYPE_CHECKING:
+    from hemostat.models.adapters.texts import Text
+    from hemostat.models.compression.formats import WeightFormat
+    from hemostat.models.compression.frame import Method
+
+EXIT_INTERRUPTED = 130
+GROUP_SIZE = 64
+BEST = {"w8a8": "smooth", "fp8": "none"}
+"""`--calibrate` where it is not given; of the other schemes `descent`. See docs/compress.md."""
+_PRUNING = ("sparsity", "score", "pattern", "budget")
+
+
+@dataclass(frozen=True, slots=True)
+class CompressOptions:
+    """As on the command line; None: not given."""
+
+    source: Path
+    destination: Path
+    scheme: str | None = None
+    plan: Path | None = None
+    group_size: int | str | None = None
+    calibrate: str | None = None
+    sparsity: float | None = None
+    score: str | None = None
+    pattern: str | None = None
+    budget: str | None = None
+    prompts: Path | None = None
+    records: Path | None = None
+    tokens: int = 16_000
+    max_new_tokens: int = 96
+    repair: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    work: Path | None = None
+
+    def __post_init__(self) -> None:
+        """UsageError where options do not fit together."""
+        for name in _PRUNING:
+            if getattr(self, name) is not None and self.scheme != "prune":
+                raise UsageError(f"--{name} is for --scheme prune: leave it out")
+        if self.scheme == "prune" and self.sparsity is None:
+            raise UsageError("--scheme prune needs --sparsity, such as --sparsity 0.5")
+        if self.scheme in ("w8a8", "fp8") and self.group_size not in (None, "channel"):
+            raise UsageError(f"--scheme {self.scheme} has one scale per output channel: leave --group-size out")
+        if self.group_size is not None and (self.plan is not None or _is_prune(self)):
+            raise UsageError("--group-size is for --scheme w4a16, w8a16 and intN: leave it out")
+        if self.calibrate is not None and _is_prune(self):
+            raise UsageError("--calibrate is for quantization: leave it out; --score says how --scheme prune chooses")
+        if self.plan is not None and self.calibration == "none":
+            raise UsageError(
+                "--calibrate none: a plan needs texts; use clip, which rounds to nearest with fitted scales"
+            )
+        if self.calibration == "smooth" and self.scheme != "w8a8":
+            raise UsageError("--calibrate smooth is for --scheme w8a8, whose inputs are rounded; use awq")
+
+    @property
+    def calibration(self) -> str:
+        return self.calibrate or BEST.get(self.scheme or "", "descent")
+
+
+def run(options: CompressOptions) -> int:
+    """Write the folder and say what it is. Returns the exit code. Raises HemostatError."""
+    missing = [name for name in ("torch", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'hemostat[transformers]'")
+    if not (options.source / "config.json").is_file():
+        raise CompressError(f"{options.source} is not a transformers checkpoint: it has no config.json")
+    key = {"source": str(options.source.absolute()), "destination": str(options.destination.absolute())}
+    work = options.work or cache_folder() / "compress" / cache_key(key)
+    with Reporter() as reporter:
+        try:
+            lines = _compress(options, work, reporter)
+        except KeyboardInterrupt:
+            reporter.log(f"interrupted: finished work is in {work}; the same command continues from it")
+            return EXIT_INTERRUPTED
+    if options.work is None:
+        # Token ids can be decoded to text: they stay on disk only if the user named a folder.
+        shutil.rmtree(work, ignore_errors=True)
+    print("\n".join(lines))  # noqa: T201
+    return 0
+
+
+def _compress(options: CompressOptions, work: Path, reporter: Reporter) -> list[str]:
+    """Lines for people."""
+    method = _method(options, reporter)
+    texts = _texts(options, work / "texts", reporter) if options.repair or method.needs_texts else []
+    made = work / "compressed" if options.repair else options.destination
+    around = Surroundings(work / "layers", options.device, reporter.log, reporter.step)
+    ids = [text.ids for text in texts]
+    report = compress_with(options.source, made, method, ids, seed=options.seed, surroundings=around)
+    if options.repair:
+        from hemostat.models.compression.repair import REPAIR, write_repaired_copy  # noqa: PLC0415
+
+        around = Surroundings(work / "repair", options.device, reporter.log, reporter.step)
+        report[REPAIR] = write_repaired_copy(
+            options.source, made, options.destination, texts, seed=options.seed, surroundings=around
+        )
+    return summary(options, report, sum(map(len, texts)))
+
+
+def summary(options: CompressOptions, report: dict[str, Any], tokens: int) -> list[str]:
+    """Of what was written."""
+    weights = sum(path.stat().st_size for path in options.destination.glob("*.safetensors"))
+    before = sum(path.stat().st_size for path in options.source.glob("*.safetensors"))
+    how = options.scheme or f"plan {options.plan}"
+    if options.scheme == "prune":
+        how += f", sparsity {options.sparsity:g}"
+    elif not _is_prune(options):
+        how += f", calibrate {options.calibration}"
+    lines = [
+        f"{options.destination}: {how}" + (f", {tokens} tokens of text" if tokens else ", without texts"),
+        f"  digest {checkpoint_digest(str(options.destination), None)}",
+        f"  {weights} bytes of weights, {weights / before:.1%} of SOURCE's",
+    ]
+    errors = [e for layer in report["layers"].values() for e in layer.get("relative_error", {}).values()]
+    if errors:
+        lines.append(
+            f"  squared error at the outputs of its {len(errors)} linear layers, relative: "
+            f"mean {sum(errors) / len(errors):.2%}, largest {max(errors):.2%}"
+        )
+    return lines
+
+
+def _method(options: CompressOptions, reporter: Reporter) -> Method:
+    from hemostat.models.compression.frame import Source  # noqa: PLC0415  torch, only after the cheap checks
+    from hemostat.models.compression.methods import by_name, without_texts  # noqa: PLC0415
+
+    if options.scheme in WITHOUT_DATA:
+        return by_name(options.scheme)
+    if options.scheme == "prune":
+        return _pruning(options)
+    from hemostat.models.compression.calibrated import CALIBRATIONS, Calibrated  # noqa: PLC0415
+    from hemostat.models.compression.planned import planned  # noqa: PLC0415
+
+    if options.plan is not None:
+        plan = read_plan(options.plan)
+        method, notes = planned(plan, Source.open(options.source), CALIBRATIONS[options.calibration])
+        for note in notes:
+            reporter.log(f"note: {note}")
+        return method
+    assert options.scheme is not None
+    chosen, packed = _format(options.scheme, options.group_size)
+    if options.calibration == "none":
+        return without_texts(chosen, packed)
+    names = Source.open(options.source).shapes
+    return Calibrated(dict.fromkeys(names, chosen), CALIBRATIONS[options.calibration], None if packed else frozenset())
+
+
+def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bool]:
+    """The format of every layer, and whether it is packed."""
+    from hemostat.models.compression.formats import WeightFormat  # noqa: PLC0415
+
+    if scheme == "w8a8":
+        return WeightFormat(8, inputs="int8"), True
+    if scheme == "fp8":
+        return WeightFormat(8, kind="float", inputs="fp8"), True
+    bits = int(scheme.removeprefix("int")) if scheme.startswith("int") else int(scheme[1])
+    size = None if group_size == "channel" else int(group_size or GROUP_SIZE)
+    return WeightFormat(bits, size), not scheme.startswith("int")
+
+
+def _pruning(options: CompressOptions) -> Method:
+    from hemostat.models.compression.pruning.masks import Pattern, Score  # noqa: PLC0415
+    from hemostat.models.compression.pruning.method import Budget, PruneMethod, PruneOptions  # noqa: PLC0415
+
+    assert options.sparsity is not None
+    found = PruneOptions(options.sparsity)
+    return PruneMethod(
+        replace(
+            found,
+            score=Score(options.score or found.score),
+            pattern=Pattern(options.pattern or found.pattern),
+            budget=Budget(options.budget or found.budget),
+        )
+    )
+
+
+def _texts(options: CompressOptions, folder: Path, reporter: Reporter) -> list[Text]:
+    """At most `options.tokens` of them: a sample of all, in an order that does not depend on the file's."""
+    from hemostat.models.adapters.texts import read_records, split  # noqa: PLC0415
+    from hemostat.models.compression.frame import Source  # noqa: PLC0415
+
+    prompts = load(options.prompts, None) if options.records is None else []
+    source = Source.open(options.source)
+    vocab_size = int(source.skeleton.model.get_output_embeddings().weight.shape[0])
+    if options.records is not None:
+        found = read_records(options.records, vocab_size)
+    else:
+        key = {
+            "hemostat": __version__,
+            "source": source.checkpoint.digest(),
+            "texts": texts_digest(options.prompts, options.records),
+            "--max-new-tokens": options.max_new_tokens,
+            "--seed": options.seed,
+            "--device": options.device,
+        }
+        writer = Writer(options.source, "SOURCE", vocab_size, options.device, options.max_new_tokens, options.seed)
+        with WorkFolder(folder, key, "compress") as work:
+            found = writer.texts(prompts, work, reporter)
+    learn = split(found, 0.0, options.tokens, 0).learn
+    reporter.log(f"calibrating on {sum(map(len, learn))} tokens of {len(learn)} texts")
+    return learn
+
+
+def _is_prune(options: CompressOptions) -> bool:
+    return (options.scheme or "").startswith("prune")

@@ -1,0 +1,1 @@
+"""Why the compressed model differs: which layers, modules, positions and tokens, and which outliers."""

@@ -1,0 +1,254 @@
+"""What the report's figures say about causes, as sentences with their evidence. Pure.
+
+A sentence is written for the largest cause of a topic. Where the interval of its figure includes 0, it says so. ± is
+95 %, 1.96 standard errors by request, without a correction for the choice of the largest (`NOTE`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+NOTE = (
+    "± is 95 %, by request. Each sentence names the largest of several causes: chosen as the largest on these texts, "
+    "its figure is likely to be somewhat smaller on others."
+)
+Z95 = 1.96
+MIN_GROUP_REQUESTS = 5
+"""Tokens of fewer requests are no group: a standard error by request says nothing about them."""
+MIN_SHARE = 0.1
+"""Of the error in 1 % of the channels, from which on channels are called dominant."""
+MIN_CHANNEL_RATIO = 20.0
+"""Of a channel's magnitude to the median, from which on it is called an outlier."""
+MIN_SINK_RATIO = 10.0
+"""Of the first position's norm to the median, from which on it is called a sink."""
+NOISE_MULTIPLE = 3.0
+"""Costs below so many times the noise floor are not distinguished from rounding."""
+
+Row = Mapping[str, Any]
+Finding = dict[str, Any]
+
+_GROUPS = (
+    ("position", "by_position", "Tokens at the positions {} of the text"),
+    ("token class", "by_class", "Tokens of the class “{}”"),
+    ("entropy", "by_entropy", "Tokens at which the compressed model's entropy is {} nats"),
+    ("prompt", "by_form", "Texts of the kind “{}”"),
+    ("prompt", "by_prompt_length", "Texts after prompts of {}"),
+)
+
+
+def findings(report: Row) -> list[Finding]:
+    """topic, text, value, half_width (95 %, by request), unit, tokens, requests; in the order of the report."""
+    found = [*_groups(report)]
+    layers, outliers = report["layers"], report["outliers"]
+    if "skipped" not in layers:
+        found += [*_layers(layers), *_modules(layers)]
+    if "skipped" not in outliers:
+        found += [*_weights(outliers), *_activations(outliers), *_sinks(outliers)]
+    return found
+
+
+def _finding(
+    topic: str, text: str, value: float, error: float | None, unit: str, tokens: int, requests: int
+) -> Finding:
+    return {
+        "topic": topic,
+        "text": text,
+        "value": value,
+        "half_width": None if error is None else Z95 * error,
+        "unit": unit,
+        "tokens": tokens,
+        "requests": requests,
+    }
+
+
+def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
+    """`0.1234 ± 0.0056`, 95 % from the standard error; without one the value alone."""
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {Z95 * error:.{digits}f}"
+
+
+def _clear(value: float, error: float | None) -> bool:
+    """The 95 % interval does not include 0."""
+    return error is not None and abs(value) > Z95 * error
+
+
+def _groups(report: Row) -> Iterator[Finding]:
+    for topic, key, subject in _GROUPS:
+        rows = [
+            row
+            for row in report.get(key, ())
+            if row["excess"]["value"] is not None and row["requests"] >= MIN_GROUP_REQUESTS
+        ]
+        if not rows:
+            continue
+        clear = [row for row in rows if _clear(row["excess"]["value"], row["excess"]["se_by_request"])]
+        above = [row for row in clear if row["excess"]["value"] > 0]
+        if not above:
+            most = max(rows, key=lambda row: row["excess"]["value"])
+            excess = most["excess"]
+            text = (
+                f"{subject.format(most['name'])} differ most from the others in mean KLD, by "
+                f"{plus_minus(excess['value'], excess['se_by_request'])} nats: not clearly."
+            )
+        else:
+            # The group that adds most to the total beyond its share of the tokens.
+            most = max(above, key=lambda row: row["excess"]["value"] * row["tokens"])
+            excess = most["excess"]
+            text = (
+                f"{subject.format(most['name'])} have a mean KLD of {most['kld']['value']:.4f} nats"
+                f"{_of(most['kld'])}, {plus_minus(excess['value'], excess['se_by_request'])} more than the others; "
+                f"they are {most['tokens']} of {report['tokens']} tokens and hold "
+                f"{100 * (most['share_of_kld'] or 0):.0f} % of the KLD."
+            )
+        yield _finding(topic, text, excess["value"], excess["se_by_request"], "nats", most["tokens"], most["requests"])
+
+
+def _of(row: Row) -> str:
+    return "" if row["of"] == "exact" else f" ({row['of']})"
+
+
+def _layers(layers: Row) -> Iterator[Finding]:
+    tokens, requests, base = layers["tokens"], layers["requests"], layers["mean_kld"]
+    single = [row for row in layers["restored"] if row["kind"] == "layer"]
+    size = {"unit": "nats", "tokens": tokens, "requests": requests}
+    if single and base:
+        best = max(single, key=lambda row: row["won_nats"] or 0.0)
+        won, error = best["won_nats"], best["won_se_by_request"]
+        clear = "" if _clear(won, error) else " The interval includes 0: no single layer stands out."
+        text = (
+            f"Restore one: with {best['name']} restored and all else compressed, the mean KLD of {base:.4f} nats falls "
+            f"by {plus_minus(won, error)} ({100 * won / base:.0f} %), the most of {len(single)} layers.{clear}"
+        )
+        yield _finding("layer", text, won, error, **size)
+        worst = max(single, key=lambda row: row["alone_nats"] or 0.0)
+        cost, error = worst["alone_nats"], worst["alone_se_by_request"]
+        text = (
+            f"Restore all but one: with {worst['name']} compressed and all else restored, the mean KLD is "
+            f"{plus_minus(cost, error)} nats, the most of {len(single)} layers.{_noise(cost, layers)}"
+        )
+        yield _finding("layer", text, cost, error, **size)
+    if layers["additivity"] is not None and base:
+        yield _additivity(layers["additivity"], base, size)
+    ends = [row for row in layers["restored"] if row["kind"] == "kind"]
+    if ends:
+        best = max(ends, key=lambda row: row["won_nats"] or 0.0)
+        text = (
+            f"Of the kinds of module, restoring {best['name']} takes away most: "
+            f"{plus_minus(best['won_nats'], best['won_se_by_request'])} nats."
+        )
+        yield _finding("kind of module", text, best["won_nats"], best["won_se_by_request"], **size)
+
+
+def _additivity(row: Row, base: float, size: dict[str, Any]) -> Finding:
+    excess, error = row["excess"], row["excess_se_by_request"]
+    parts = (
+        f"Compressed one at a time, the {row['parts']} parts cost "
+        f"{plus_minus(row['sum_alone'], row['sum_alone_se_by_request'])} nats together; compressed all at once "
+        f"{base:.4f}. "
+    )
+    if not _clear(excess, error):
+        text = f"{parts}The effects add up: the difference of {plus_minus(excess, error)} includes 0."
+    elif excess > 0:
+        text = f"{parts}The errors amplify each other: {plus_minus(excess, error)} nats arise only together."
+    else:
+        text = f"{parts}The errors cancel in part: {plus_minus(-excess, error)} nats less than their sum."
+    return _finding("additivity", text, excess, error, **size)
+
+
+def _noise(cost: float, layers: Row) -> str:
+    floor = layers["noise_floor"]
+    if floor is None or cost >= NOISE_MULTIPLE * floor:
+        return ""
+    return f" That is not distinguished from rounding: the noise floor is {floor:.4f} nats."
+
+
+def _modules(layers: Row) -> Iterator[Finding]:
+    modules = layers["modules"]
+    rows = modules["rows"]
+    total = sum(row["alone_nats"] for row in rows)
+    if len(rows) < 2 or total <= 0:
+        return
+    size = {"unit": "nats", "tokens": modules["tokens"], "requests": modules["requests"]}
+    worst = max(rows, key=lambda row: row["alone_nats"])
+    cost, error = worst["alone_nats"], worst["alone_se_by_request"]
+    text = (
+        f"Of {len(rows)} linear layers compressed alone, layer {worst['layer']} {worst['module']} costs most: "
+        f"{plus_minus(cost, error)} nats, {100 * cost / total:.0f} % of their sum.{_noise(cost, layers)}"
+    )
+    yield _finding("module", text, cost, error, **size)
+
+
+def _weights(outliers: Row) -> Iterator[Finding]:
+    rows = [row for row in outliers["modules"] if row.get("inputs_share") is not None]
+    if not rows:
+        return
+    ways = [(row[f"{side}s_share"], row, f"{side} channels", row[side]) for row in rows for side in ("input", "output")]
+    share, row, side, channel = max(ways, key=lambda way: way[0])
+    if share >= MIN_SHARE:
+        text = (
+            f"Outliers of weights: in layer {row['layer']} {row['module']} 1 % of the {side} hold {100 * share:.0f} % "
+            f"of the error (weighted by the activations), the most of {len(rows)} linear layers; the largest is "
+            f"{channel}."
+        )
+    else:
+        text = (
+            f"No channel's error dominates: 1 % of the channels hold at most {100 * share:.0f} % of a linear layer's "
+            f"error (layer {row['layer']} {row['module']}, {side})."
+        )
+    yield _finding("outliers of weights", text, share, None, "share", outliers["positions"], outliers["requests"])
+
+
+def _activations(outliers: Row) -> Iterator[Finding]:
+    rows = [row for row in outliers["modules"] if row.get("channel_ratio") is not None]
+    if not rows:
+        return
+    evidence = outliers["positions"], outliers["requests"]
+    most = max(rows, key=lambda row: row["channel_ratio"])
+    ratio = most["channel_ratio"]
+    count = sum(row["channel_ratio"] >= MIN_CHANNEL_RATIO for row in rows)
+    place = f"layer {most['layer']} {most['module']}, channel {most['channel']}"
+    if count:
+        text = (
+            f"Outliers of activations: {count} of {len(rows)} linear layers read a channel of at least "
+            f"{MIN_CHANNEL_RATIO:g} times the median magnitude; the largest is {ratio:.0f} times it ({place})."
+        )
+    else:
+        text = f"No channel of activations stands far out: the largest is {ratio:.1f} times the median ({place})."
+    yield _finding("outliers of activations", text, ratio, None, "ratio", *evidence)
+    worst = max(rows, key=lambda row: row["crest"])
+    text = (
+        f"A token's largest input is {plus_minus(worst['crest'], worst['crest_se_by_request'], 1)} times its root mean "
+        f"square in layer {worst['layer']} {worst['module']}, the most of all: 8-bit rounding by token (W8A8) has "
+        f"there an error of {100 * worst['int8_error']:.1f} % of the inputs."
+    )
+    yield _finding("outliers of activations", text, worst["crest"], worst["crest_se_by_request"], "ratio", *evidence)
+
+
+def _sinks(outliers: Row) -> Iterator[Finding]:
+    rows: Sequence[Row] = [row for row in outliers["sinks"] if row["first_norm_ratio"] is not None]
+    if not rows:
+        return
+    evidence = outliers["positions"], outliers["requests"]
+    most = max(rows, key=lambda row: row["first_norm_ratio"])
+    ratio, error = most["first_norm_ratio"], most["first_norm_ratio_se_by_request"]
+    attended = [row for row in rows if row["first_attention"] is not None]
+    attention = ""
+    if attended:
+        top = max(attended, key=lambda row: row["first_attention"])
+        share = plus_minus(100 * top["first_attention"], _scaled(top["first_attention_se_by_request"]), 0)
+        attention = f" Layer {top['layer']} gives it {share} % of the attention, the most of all."
+    if ratio >= MIN_SINK_RATIO:
+        text = (
+            f"The first position is an attention sink: after layer {most['layer']} its hidden state is "
+            f"{plus_minus(ratio, error, 0)} times as large as the median of the others.{attention}"
+        )
+    else:
+        text = (
+            f"No attention sink by size: the first position's hidden state is at most {plus_minus(ratio, error, 1)} "
+            f"times the median of the others (after layer {most['layer']}).{attention}"
+        )
+    yield _finding("attention sink", text, ratio, error, "ratio", *evidence)
+
+
+def _scaled(error: float | None) -> float | None:
+    return None if error is None else 100 * error

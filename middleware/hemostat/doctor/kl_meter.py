@@ -1,0 +1,92 @@
+"""KL(r‖c) of altered models on the same tokens. Torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hemostat.doctor.checkpoints import chunks, kl, pieces
+from hemostat.doctor.pair import Floats, Ids
+from hemostat.doctor.statistics import Sample
+
+MIN_PROMPTS = 16
+"""The token budget is spread over at least this many prompts, or over all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt and the first scored tokens after it."""
+
+    prompt: Ids
+    output: Ids
+
+    def sequence(self, device: torch.device) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([self.prompt, self.output[:-1]]).astype(np.int64)).to(device)
+
+
+def choose(texts: Sequence[Text], budget: int) -> list[Text]:
+    """The first prompts, with `budget` tokens in total, spread over at least MIN_PROMPTS of them."""
+    each = max(1, -(-budget // min(MIN_PROMPTS, len(texts))))
+    chosen: list[Text] = []
+    left = budget
+    for text in texts:
+        take = min(each, left, len(text.output))
+        if take <= 0:
+            break
+        chosen.append(Text(text.prompt, text.output[:take]))
+        left -= take
+    return chosen
+
+
+class KlMeter:
+    """The reference's logits on `texts`, with which other models are compared. sample: the request of each token."""
+
+    def __init__(self, reference: Any, texts: Sequence[Text], device: torch.device, vocab_size: int) -> None:
+        """`reference` is run at the first measurement, as it is then."""
+        self.texts = texts
+        self.sample = Sample(np.repeat(np.arange(len(texts)), [len(text.output) for text in texts]), len(texts))
+        self._reference = reference
+        self._device = device
+        self._vocab_size = vocab_size
+        self._logits: list[torch.Tensor] = []
+
+    def prepare(self) -> None:
+        """Run the reference now: before it is altered."""
+        if not self._logits:
+            # Kept on the CPU, in the model's dtype: the device already holds two models.
+            self._logits = [logits_of(self._reference, text, self._device).cpu() for text in self.texts]
+
+    def measure(self, model: Any) -> Floats:
+        """KL(r‖model) in nats, float64 [N], of all tokens."""
+        self.prepare()
+        parts: list[torch.Tensor] = []
+        for text, r in zip(self.texts, self._logits, strict=True):
+            c = logits_of(model, text, self._device)
+            parts += [kl(r[rows].to(self._device), c[rows]).cpu() for rows in chunks(len(c), self._vocab_size)]
+        values: Floats = torch.cat(parts).double().numpy()
+        return values
+
+    def floor(self) -> Floats:
+        """KL between two runs of the reference, one prefill of the whole text and one in two pieces: the effect of
+        rounding. float64 [N], of fewer tokens where texts have one token or the model has no cache."""
+        self.prepare()
+        parts: list[torch.Tensor] = []
+        for text, r in zip(self.texts, self._logits, strict=True):
+            sequence, start = text.sequence(self._device), len(text.prompt) - 1
+            if len(sequence) > 1:
+                two = torch.cat(list(pieces(self._reference, sequence, start, [start or len(sequence) // 2])))
+                if len(two) == len(r):
+                    parts += [
+                        kl(r[rows].to(self._device), two[rows]).cpu() for rows in chunks(len(r), self._vocab_size)
+                    ]
+        values: Floats = torch.cat(parts).double().numpy() if parts else np.empty(0)
+        return values
+
+
+def logits_of(model: Any, text: Text, device: torch.device) -> torch.Tensor:
+    """[T, V] at the positions that predict the output."""
+    return next(pieces(model, text.sequence(device), len(text.prompt) - 1, []))

@@ -1,0 +1,50 @@
+"""What a layer can be stored as, and its weight then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hemostat.doctor.options import Target
+from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, fused_name
+from hemostat.models.compression.rounding import pruned, rounded
+
+KERNEL_GROUPS = (None, 128, 64, 32)
+"""Of Marlin's kernels (`MARLIN_SUPPORTED_GROUP_SIZES` of vLLM 0.32), coarsest first."""
+
+_DENSE = LayerPlan(DENSE_BITS)
+_CANDIDATES: dict[Target, tuple[LayerPlan, ...]] = {
+    "vllm": (*(LayerPlan(4, group) for group in KERNEL_GROUPS), LayerPlan(8), LayerPlan(8, 64), _DENSE),
+    # vLLM 0.32 has no kernel for 8-bit weights alone on a CPU.
+    "vllm-cpu": (*(LayerPlan(4, group) for group in KERNEL_GROUPS), _DENSE),
+    # Half of the weights at 8 bits need the bytes of 5 bits, at 4 bits those of 3.
+    "any": (
+        *(LayerPlan(bits, 64) for bits in range(2, 9)),
+        *(LayerPlan(bits, 32) for bits in (3, 4)),
+        *(LayerPlan(bits, 64, 0.5) for bits in (4, 8)),
+        _DENSE,
+    ),
+}
+"""Each candidate is rounded once for each layer, which takes most of a prescription's time."""
+
+
+def candidates(target: Target, inputs: int) -> list[LayerPlan]:
+    """For a layer of so many inputs. Where a group size does not divide them, one scale by channel takes its place."""
+    fitting = (
+        plan if not inputs % (plan.group_size or inputs) else LayerPlan(plan.bits, None, plan.sparsity, plan.pattern)
+        for plan in _CANDIDATES[target]
+    )
+    return list(dict.fromkeys(fitting))
+
+
+def unit_name(target: Target, layer: str) -> str:
+    """Layers with the same unit get the same plan: those that vLLM fuses."""
+    return layer if target == "any" else fused_name(layer)
+
+
+def planned_weight(name: str, weight: Any, plan: LayerPlan) -> Any:
+    """A copy of layer `name`'s weight, a tensor [out, in], pruned by magnitude and rounded to nearest as `plan` says.
+
+    Zeros stay zeros.
+    """
+    found = pruned(weight, plan.sparsity) if plan.sparsity else weight.clone()
+    return found if plan.bits == DENSE_BITS else rounded(name, found, plan.bits, plan.group_size)

@@ -1,0 +1,80 @@
+"""Which candidate each layer gets: prescribed for a budget, or the same for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hemostat.doctor.options import DoctorError, Target
+from hemostat.doctor.prescription.candidates import planned_weight, unit_name
+from hemostat.doctor.prescription.losses import LayerLosses
+from hemostat.models.compression.plan import DENSE_BITS, LayerPlan, stored_bytes
+from hemostat_calibration.allocation.knapsack import Options, allocate
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """layers: by linear layer. size: bytes of all. predicted: KL(r‖c), nats per token, to second order."""
+
+    layers: Mapping[str, LayerPlan]
+    size: int
+    predicted: float
+
+
+def dense_bytes(losses: Mapping[str, LayerLosses]) -> int:
+    """Of all layers at 16 bits."""
+    return sum(stored_bytes(one.outputs, one.inputs, LayerPlan(DENSE_BITS)) for one in losses.values())
+
+
+def prescribe(losses: Mapping[str, LayerLosses], target: Target, budget: int) -> tuple[Mix, float]:
+    """The mix with the least predicted loss within `budget` bytes, and a lower bound of every mix's.
+
+    Raises DoctorError where the smallest candidates need more.
+    """
+    units: dict[str, list[str]] = {}
+    for name in losses:
+        units.setdefault(unit_name(target, name), []).append(name)
+    options = {}
+    for unit, names in units.items():
+        members = [losses[name] for name in names]
+        sizes = [sum(stored_bytes(one.outputs, one.inputs, plan) for one in members) for plan in members[0].plans]
+        options[unit] = Options(np.array(sizes, np.int64), np.sum([one.losses for one in members], axis=0))
+    least = sum(int(one.sizes.min()) for one in options.values())
+    if budget < least:
+        raise DoctorError(
+            f"--budget: {budget:,} bytes are too few: the smallest plan for {target} needs {least:,}"
+            + ("" if target == "any" else "; give more, or --plan-for any")
+        )
+    found = allocate(options, budget)
+    layers = {name: losses[name].plans[found.chosen[unit]] for unit, names in units.items() for name in names}
+    return Mix({name: layers[name] for name in losses}, found.size, found.loss), found.lower_bound
+
+
+def uniform_mixes(losses: Mapping[str, LayerLosses], budget: int) -> list[tuple[LayerPlan, Mix]]:
+    """The same candidate for all layers, where all have it and it fits in `budget`; least predicted loss first."""
+    mixes = []
+    for plan in next(iter(losses.values())).plans:
+        if not all(plan in one.plans for one in losses.values()):
+            continue
+        size = sum(stored_bytes(one.outputs, one.inputs, plan) for one in losses.values())
+        predicted = sum(float(one.losses[one.plans.index(plan)]) for one in losses.values())
+        if size <= budget:
+            mixes.append((plan, Mix(dict.fromkeys(losses, plan), size, predicted)))
+    return sorted(mixes, key=lambda item: item[1].predicted)
+
+
+@contextmanager
+def carried_out(model: Any, mix: Mix) -> Iterator[None]:
+    """Inside of the context the linear layers of `model`, the reference, have the mix's weights."""
+    originals = {name: model.get_submodule(name).weight.data for name in mix.layers}
+    try:
+        for name, plan in mix.layers.items():
+            model.get_submodule(name).weight.data = planned_weight(name, originals[name], plan)
+        yield
+    finally:
+        for name, weight in originals.items():
+            model.get_submodule(name).weight.data = weight

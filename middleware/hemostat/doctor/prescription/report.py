@@ -1,0 +1,144 @@
+"""The prescription for a budget of bytes: predicted, and measured on other texts. Torch.
+
+The statistics are of one half of the prompts. The prescribed mix and the best uniform ones that fit are then measured
+on the other half, with the reference's weights rounded in place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from hemostat import __version__
+from hemostat.doctor.checkpoints import CheckpointPair
+from hemostat.doctor.kl_meter import KlMeter, Text, choose
+from hemostat.doctor.options import DoctorError, DoctorOptions
+from hemostat.doctor.pair import Floats, Ids, json_number
+from hemostat.doctor.prescription.budget import budget_bytes
+from hemostat.doctor.prescription.losses import predicted_losses
+from hemostat.doctor.prescription.mixes import Mix, carried_out, dense_bytes, prescribe, uniform_mixes
+from hemostat.models.adapters.errors import AdaptError
+from hemostat.models.adapters.parts import Parts
+from hemostat.models.compression.plan import LayerPlan, Plan
+from hemostat.models.work_folder import WorkFolder
+
+LEARNED_TOKENS = 2048
+"""Positions, prompts included, that the statistics are taken of."""
+MAX_UNIFORM = 3
+"""Uniform mixes that are measured beside the prescribed one: those with the least predicted loss."""
+DEFAULT_TOKENS = 512
+"""Of the measurement, with --layer-tokens 0."""
+
+Steps = Callable[[int, int], None]
+
+
+def prescription_report(
+    pair: CheckpointPair, texts: Sequence[Text], options: DoctorOptions, work: WorkFolder, steps: Steps
+) -> dict[str, Any]:
+    """The report's `prescription`, with the `plan`. Raises DoctorError."""
+    if len(texts) < 2:
+        raise DoctorError("a prescription needs at least 2 prompts: one half is to learn from, the other to measure")
+    target = options.plan_for
+    learned, held_out = texts[0::2], texts[1::2]
+    try:
+        losses = predicted_losses(
+            Path(options.reference),
+            _positions(learned, LEARNED_TOKENS),
+            target,
+            str(pair.device),
+            options.seed,
+            Parts(work, f"prescription-{target}-"),
+            steps,
+        )
+        dense = dense_bytes(losses)
+        budget = budget_bytes(options.budget, dense, Path(options.compressed), list(losses))
+    except AdaptError as error:
+        raise DoctorError(f"--prescribe: {error}") from None
+    mix, bound = prescribe(losses, target, budget)
+    uniform = uniform_mixes(losses, budget)[:MAX_UNIFORM]
+    with torch.inference_mode():
+        measured = _measure(pair, choose(held_out, options.layer_tokens or DEFAULT_TOKENS), mix, uniform)
+    plan = Plan(
+        pair.reference.digest,
+        dict(mix.layers),
+        mix.size,
+        {
+            "hemostat": __version__,
+            "for": target,
+            "budget": budget,
+            "method": "K-FAC, round to nearest",
+            "seed": options.seed,
+            "predicted_kl_nats": mix.predicted,
+            "measured_kl_nats": measured["mean_kld"],
+            "measured_tokens": measured["tokens"],
+        },
+    )
+    return {
+        "target": target,
+        "budget": budget,
+        "bytes": mix.size,
+        "bits_per_weight": 16 * mix.size / dense,
+        "predicted": json_number(mix.predicted),
+        "predicted_lower_bound": json_number(bound),
+        "learned_requests": len(learned),
+        "counts": dict(Counter(one.name for one in mix.layers.values()).most_common()),
+        "plan": msgspec.to_builtins(plan),
+        **measured,
+    }
+
+
+def _positions(texts: Sequence[Text], limit: int) -> list[Ids]:
+    """Prompts and outputs, `limit` tokens in all."""
+    found: list[Ids] = []
+    left = limit
+    for text in texts:
+        ids = np.concatenate([text.prompt, text.output])[:left]
+        if len(ids) < 2:
+            break
+        found.append(ids)
+        left -= len(ids)
+    return found
+
+
+def _measure(
+    pair: CheckpointPair, texts: Sequence[Text], mix: Mix, uniform: Sequence[tuple[LayerPlan, Mix]]
+) -> dict[str, Any]:
+    """KL(r‖c) of the mixes and of COMPRESSED, and differences from the prescribed one, token by token."""
+    model = pair.reference_model
+    meter = KlMeter(model, texts, pair.device, pair.vocab_size)
+    meter.prepare()
+    compressed = meter.measure(pair.compressed_model)
+
+    def measure(one: Mix) -> Floats:
+        with carried_out(model, one):
+            return meter.measure(model)
+
+    prescribed = measure(mix)
+
+    def row(name: str, size: int | None, predicted: float | None, values: Floats) -> dict[str, Any]:
+        mean, more = meter.sample.mean(values), meter.sample.mean(values - prescribed)
+        return {
+            "name": name,
+            "bytes": size,
+            "predicted": predicted,
+            "mean_kld": json_number(mean.value),
+            "mean_kld_se_by_request": json_number(mean.by_request),
+            "more_than_prescribed": json_number(more.value),
+            "more_se_by_request": json_number(more.by_request),
+        }
+
+    own = row("prescribed", mix.size, mix.predicted, prescribed)
+    others = [row(f"uniform {plan.name}", one.size, one.predicted, measure(one)) for plan, one in uniform]
+    return {
+        "tokens": len(prescribed),
+        "requests": len(texts),
+        "mean_kld": own["mean_kld"],
+        "mean_kld_se_by_request": own["mean_kld_se_by_request"],
+        "compared": [own, *others, row("COMPRESSED", None, None, compressed)],
+    }

@@ -1,0 +1,66 @@
+"""The prescription in sentences. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hemostat.doctor.causes.findings import Z95, plus_minus
+
+FOR = {
+    "vllm": "vLLM serves it packed on GPUs",
+    "vllm-cpu": "vLLM serves it packed on CPUs",
+    "any": "only its 4- and 8-bit layers can be served packed, the others are written dense",
+}
+
+Row = Mapping[str, Any]
+
+
+def sentences(prescription: Row) -> list[str]:
+    """What to store how, what it costs, and how that compares with uniform bits of no more bytes."""
+    layers = len(prescription["plan"]["layers"])
+    parts = ", ".join(f"{count} with {name}" for name, count in prescription["counts"].items())
+    own, *others = prescription["compared"]
+    size = f"{prescription['tokens']} tokens of {prescription['requests']} prompts that it was not made from"
+    found = [
+        f"Of {layers} linear layers: {parts}. That is {prescription['bytes']:,} of {prescription['budget']:,} bytes, "
+        f"{prescription['bits_per_weight']:.2f} bits per weight; {FOR[prescription['target']]}.",
+        *_by_module(prescription),
+        f"Predicted: {prescription['predicted']:.4f} nats, and no choice of the same candidates is predicted below "
+        f"{prescription['predicted_lower_bound']:.4f}. Measured: mean KLD "
+        f"{plus_minus(own['mean_kld'], own['mean_kld_se_by_request'])} nats on {size}.",
+    ]
+    for row in others:
+        more, error = row["more_than_prescribed"], row["more_se_by_request"]
+        if error is None or abs(more) <= Z95 * error:
+            verdict = f"not clearly different: {plus_minus(more, error)} more"
+        else:
+            verdict = f"{plus_minus(abs(more), error)} {'more' if more > 0 else 'less: take that instead'}"
+        bytes_of = "" if row["bytes"] is None else f", {row['bytes']:,} bytes"
+        found.append(
+            f"{row['name']}{bytes_of}: {plus_minus(row['mean_kld'], row['mean_kld_se_by_request'])} nats, {verdict}."
+        )
+    return found
+
+
+def _by_module(prescription: Row) -> list[str]:
+    """Which kinds of linear layer get more bits, where not all get the same."""
+    bits: dict[str, list[int]] = {}
+    for (module, _), (width, _, _) in widths(prescription).items():
+        bits.setdefault(module, []).append(width)
+    if len({width for found in bits.values() for width in found}) < 2:
+        return []
+    means = sorted(((sum(found) / len(found), module) for module, found in bits.items()), reverse=True)
+    return ["Mean bits by module: " + ", ".join(f"{module} {mean:.1f}" for mean, module in means) + "."]
+
+
+def widths(prescription: Row) -> dict[tuple[str, str], tuple[int, int | None, float]]:
+    """(module, layer) -> bits, group size, sparsity of the plan, for layers whose names have a number."""
+    found = {}
+    for name, plan in prescription["plan"]["layers"].items():
+        parts = name.split(".")
+        number = next((n for n, part in enumerate(parts) if part.isdecimal()), None)
+        if number is not None:
+            cell = ".".join(parts[number + 1 :]), parts[number]
+            found[cell] = plan["bits"], plan["group_size"], plan["sparsity"]
+    return found

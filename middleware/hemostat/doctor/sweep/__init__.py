@@ -1,0 +1,1 @@
+"""`hemostat doctor --sweep`: one model at many settings of compression, structure and decoding, and its thresholds."""

@@ -1,0 +1,102 @@
+"""The sweep as JSON values. KL in nats per token; sizes as a share of the linear layers' 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hemostat.doctor.pair import json_number
+from hemostat.doctor.sweep.analysis import Statement, Threshold, describe_break, pareto_front
+from hemostat.doctor.sweep.points import UNCHANGED, Point
+from hemostat.doctor.sweep.results import Results, figures, outcomes
+from hemostat_calibration.thresholds.breaks import Existence
+
+ENOUGH_BASE = 0.5
+"""Share of the tasks that the reference has to do, for their loss to mean something."""
+
+
+def sweep_report(
+    results: Results,
+    points: Sequence[Point],
+    thresholds: Sequence[Threshold],
+    statements: Sequence[Statement],
+    shares: Mapping[Point, float],
+    given: tuple[str, Results] | None,
+) -> dict[str, Any]:
+    """points: those that were measured."""
+    # Only what changes the weights or the layers has a size of its own.
+    sized = [point for point in points if point.drawing.name == "" and point != UNCHANGED]
+    front = pareto_front(results, sized, shares)
+    found = {
+        "table": [_row(results, point, point.name, shares[point], point in front) for point in points],
+        "curves": [_curve(results, one, shares) for one in thresholds],
+        "statements": [_statement(one) for one in statements],
+        "front": [point.name for point in front],
+        "floor": results.mean_floor(),
+        "base_too_low": _weak_bases(outcomes(list(results.outcomes[UNCHANGED].values()))),
+    }
+    if given is not None:
+        found["given"] = _row(given[1], UNCHANGED, given[0], None, False)
+    return found
+
+
+def _row(results: Results, point: Point, name: str, share: float | None, on_front: bool) -> dict[str, Any]:
+    return {
+        "name": name,
+        "bytes_share": share,
+        "on_front": on_front,
+        "decoding": point.drawing.name,
+        **figures(list(results.texts[point].values())),
+        "outcomes": outcomes(list(results.outcomes.get(point, {}).values())),
+    }
+
+
+def _weak_bases(base: Mapping[str, Any]) -> list[str]:
+    """Outcomes that the reference itself mostly fails."""
+    return [name for name, one in base.items() if one["value"] is not None and one["value"] < ENOUGH_BASE]
+
+
+def _curve(results: Results, one: Threshold, shares: Mapping[Point, float]) -> dict[str, Any]:
+    shown = dict(zip(one.line.points, one.line.shown, strict=True))
+    rows = []
+    for point in one.points:
+        found = figures(list(results.texts[point].values()))
+        rows.append(
+            {"name": point.name, "setting": shown[point], "bytes_share": shares[point], "kl_rc": found["kl_rc"]}
+        )
+    return {
+        "name": one.line.name,
+        "unit": one.line.unit,
+        "points": rows,
+        "leaves_floor": None if one.leaves_floor is None else shown[one.points[one.leaves_floor]],
+        "doubles": None if one.doubles is None else shown[one.points[one.doubles]],
+        "below": None if not one.leaves_floor else shown[one.points[one.leaves_floor - 1]],
+        "break": _break(one),
+    }
+
+
+def _break(one: Threshold) -> dict[str, Any] | None:
+    if one.found is None:
+        return None
+    found: dict[str, Any] = {"existence": one.found.existence.value, "text": describe_break(one)}
+    if one.found.existence is Existence.FOUND:
+        at, low, high = (one.shown(value) for value in (one.found.at, one.found.low, one.found.high))
+        found |= {"at": at, "ci95": sorted((low, high))}
+    return found
+
+
+def _statement(one: Statement) -> dict[str, Any]:
+    return {
+        "statement": one.text,
+        "verdict": one.verdict.value,
+        "evidence": one.evidence,
+        "comparisons": [
+            {
+                "better": pair.better.name,
+                "worse": pair.worse.name,
+                "difference": json_number(pair.found.value),
+                "ci95": [json_number(pair.found.low), json_number(pair.found.high)],
+            }
+            for pair in one.comparisons
+        ],
+    }

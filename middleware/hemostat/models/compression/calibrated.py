@@ -1,0 +1,151 @@
+"""Quantization that looks at what the layers read on texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from hemostat.models.adapters.activations import Moments, measured
+from hemostat.models.compression.equivalent import awq_scale, scale_layer, smooth_scale
+from hemostat.models.compression.error_compensation import Grid, damped, descend, gptq, quadratic_error, refit_scales
+from hemostat.models.compression.formats import Quantized, WeightFormat, on_grid
+from hemostat.models.compression.frame import LayerData, LayerResult, Run
+from hemostat.models.compression.methods import nearest
+from hemostat.models.compression.pruning.masks import Pattern
+from hemostat.models.compression.pruning.weights import prune_weight
+from hemostat.models.compression.rounding import clipped_scale, weight_groups
+from hemostat.models.compression.token_weights import (
+    measure_token_weights,
+    token_weights,
+    weighted_moments,
+)
+
+REFITS = 2
+"""Times that scales are fitted to integers, and integers to scales, after `gptq`."""
+SWEEPS = 2
+"""Of coordinate descent after `gptq`."""
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """scales: equivalent scales that are moved into norms and layers before: by `awq`, `smooth`, or `none`.
+    rounding: `nearest`, `gptq`, or `descent`: coordinate descent and fitted scales after `gptq`.
+    guided: tokens are weighted by the gradients at the layer's outputs.
+    """
+
+    rounding: Literal["nearest", "gptq", "descent"] = "nearest"
+    scales: Literal["none", "awq", "smooth"] = "none"
+    guided: bool = False
+
+
+CALIBRATIONS = {
+    "clip": Calibration(),
+    "awq": Calibration(scales="awq"),
+    "smooth": Calibration(scales="smooth"),
+    "gptq": Calibration("gptq"),
+    "descent": Calibration("descent"),
+    "guided": Calibration("descent", guided=True),
+}
+"""`--calibrate`."""
+
+
+class Calibrated:
+    """A method of the frame.
+
+    formats: of the layers that are quantized, by name. packed: those of them that are stored so (None: all); the others
+    are stored dense, rounded. sparse: the layers that are pruned first, with the part of the weights that is dropped;
+    these are rounded to nearest, which keeps zeros.
+    """
+
+    needs_texts = True
+
+    def __init__(
+        self,
+        formats: Mapping[str, WeightFormat],
+        calibration: Calibration,
+        packed: frozenset[str] | None = None,
+        sparse: Mapping[str, tuple[float, Pattern]] | None = None,
+    ) -> None:
+        self._formats = formats
+        self._calibration = calibration
+        self._packed = frozenset(formats) if packed is None else packed
+        self._sparse = sparse or {}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Layers of the same format are one entry."""
+        layers: dict[str, list[str]] = {}
+        for name, chosen in self._formats.items():
+            how = msgspec.to_builtins(chosen) | {"packed": name in self._packed, "sparse": self._sparse.get(name)}
+            layers.setdefault(json.dumps(how), []).append(name)
+        layers |= {json.dumps({"sparse": how}): [n] for n, how in self._sparse.items() if n not in self._formats}
+        return {"calibration": msgspec.to_builtins(self._calibration), "layers": layers}
+
+    def prepare(self, run: Run) -> None:
+        if self._calibration.guided:
+            measure_token_weights(run)
+
+    def compress_layer(self, layer: LayerData) -> LayerResult:
+        weights: dict[str, torch.Tensor | Quantized] = {}
+        errors: dict[str, float] = {}
+        if self._calibration.scales != "none":
+            find = awq_scale if self._calibration.scales == "awq" else smooth_scale
+            weights |= scale_layer(layer, self._formats, find)
+        guide = token_weights(layer) if self._calibration.guided else {}
+        for names in _input_groups(layer):
+            # Layers that follow see what the rounded ones before them compute.
+            wanted = [name for name in names if name in self._formats or name in self._sparse]
+            if not wanted:
+                continue
+            moments = weighted_moments(layer, wanted if guide else wanted[:1], guide)
+            for name in wanted:
+                hessian = moments.totals[name if guide else wanted[0]]
+                new = self._new_weight(name, layer.parameter(f"{name}.weight"), hessian)
+                before, now = layer.weight(name), on_grid(new) if isinstance(new, Quantized) else new
+                whole = quadratic_error(before, hessian, torch.zeros_like(before)).sum()
+                errors[name] = float(quadratic_error(before, hessian, now).sum() / whole)
+                layer.set_parameter(f"{name}.weight", now)
+                weights[f"{name}.weight"] = new if name in self._packed else now
+        for name in layer.linears.keys() & self._formats.keys() - errors.keys():
+            # No text reached it, such as an expert that is never chosen.
+            new = nearest(name, layer.parameter(f"{name}.weight"), self._formats[name])
+            weights[f"{name}.weight"] = new if name in self._packed else on_grid(new)
+        return LayerResult(weights, {"relative_error": errors})
+
+    def _new_weight(self, name: str, stored: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor | Quantized:
+        """stored: in the source's dtype, which is that of the scales."""
+        if name in self._sparse:
+            sparsity, pattern = self._sparse[name]
+            factor = hessian.diagonal().float()[None]
+            pruned, _ = prune_weight(stored.float(), sparsity, pattern, factor, hessian)
+            return on_grid(nearest(name, pruned, self._formats[name])) if name in self._formats else pruned
+        chosen, weight = self._formats[name], stored.float()
+        if chosen.kind == "float":
+            return nearest(name, stored, chosen)
+        exact = damped(hessian)
+        groups = weight_groups(name, weight, chosen.group_size)
+        scale = clipped_scale(groups, chosen.bits, exact.diagonal().float(), stored.dtype)
+        grid = Grid(chosen.bits, scale.float(), groups.shape[-1])
+        if self._calibration.rounding == "nearest":
+            return Quantized(chosen, grid.steps(weight) * grid.columns(), scale)
+        steps = gptq(weight, exact, grid)
+        if self._calibration.rounding == "descent":
+            steps = descend(weight, exact, grid, steps, SWEEPS)
+            for _ in range(REFITS):
+                scale = refit_scales(weight, exact, grid, steps).to(stored.dtype)
+                grid = Grid(grid.bits, scale.float(), grid.group_size)
+                steps = descend(weight, exact, grid, steps)
+        return Quantized(chosen, steps * grid.columns(), scale)
+
+
+def _input_groups(layer: LayerData) -> list[list[str]]:
+    """Linear layers that read the same tensor, in the order in which they are computed."""
+    moments = Moments()
+    layer.forward(lambda batch: measured(layer.run.skeleton, layer.name, batch.valid, moments, {}, False))
+    groups: dict[str, list[str]] = {}
+    for name, group in moments.groups.items():
+        groups.setdefault(group, []).append(name)
+    return list(groups.values())

@@ -1,0 +1,218 @@
+"""Causes and prescription of a tiny pair, whose error was put into known places."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support.doctor import TinyPair, report_of
+
+from hemostat import cli
+from hemostat.doctor.causes.findings import findings
+from hemostat.models.adapters.checkpoint import Checkpoint
+from hemostat.models.compression.plan import LayerPlan, check_plan, read_plan, stored_bytes
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def report(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The first two layers differ; the noise of the second is five times that of the first."""
+    folder = tmp_path_factory.mktemp("causes")
+    options = tiny.options(layer_tokens=40, budget="0.4", plan=folder / "plan.json", plan_for="any", html=folder / "h")
+    found = report_of(options, folder)
+    found["page"] = (folder / "h").read_text()
+    found["plan"] = read_plan(folder / "plan.json")
+    return found
+
+
+def restored(report: dict[str, Any], name: str) -> dict[str, Any]:
+    row: dict[str, Any] = next(row for row in report["layers"]["restored"] if row["name"] == name)
+    return row
+
+
+def test_restoring_one_and_all_but_one(report: dict[str, Any]) -> None:
+    first, second = restored(report, "layer 0"), restored(report, "layer 1")
+    assert 0 < first["alone_nats"] < second["alone_nats"]
+    # Only two layers differ: restoring one leaves what the other costs alone.
+    assert first["mean_kld"] == pytest.approx(second["alone_nats"], rel=1e-5)
+    assert second["mean_kld"] == pytest.approx(first["alone_nats"], rel=1e-5)
+    additivity = report["layers"]["additivity"]
+    assert additivity["parts"] == 2
+    assert additivity["sum_alone"] == pytest.approx(first["alone_nats"] + second["alone_nats"])
+    assert additivity["excess"] == pytest.approx(report["layers"]["mean_kld"] - additivity["sum_alone"])
+
+
+def test_every_linear_layer_that_differs_is_measured(report: dict[str, Any]) -> None:
+    modules = report["layers"]["modules"]
+    assert {(row["layer"], row["module"]) for row in modules["rows"]} == {
+        (n, name) for n in (0, 1) for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                               "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    }  # fmt: skip
+    assert modules["not_measured"] == 0
+    cost = [sum(row["alone_nats"] for row in modules["rows"] if row["layer"] == n) for n in (0, 1)]
+    assert 0 < cost[0] < cost[1]
+
+
+def test_findings_name_the_layer_and_carry_their_evidence(report: dict[str, Any]) -> None:
+    by_topic = {one["topic"]: one for one in reversed(report["findings"])}
+    assert {"position", "token class", "layer", "additivity", "kind of module", "module",
+            "outliers of weights", "outliers of activations", "attention sink"} == by_topic.keys()  # fmt: skip
+    layer = by_topic["layer"]
+    row = restored(report, "layer 1")
+    assert layer["value"] == row["won_nats"]
+    assert layer["half_width"] == pytest.approx(1.96 * row["won_se_by_request"])
+    assert (
+        f"with layer 1 restored and all else compressed, the mean KLD of {report['layers']['mean_kld']:.4f}"
+        in (layer["text"])
+    )
+    assert "layer 1 " in by_topic["module"]["text"]
+    for one in report["findings"]:
+        assert one["tokens"] > 0 < one["requests"], one
+        assert one["text"].endswith("."), one
+        assert "nan" not in one["text"], one
+
+
+def test_prescription_is_a_plan_within_the_budget(report: dict[str, Any], tiny: TinyPair) -> None:
+    prescription, plan = report["prescription"], report["plan"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.reference)
+    shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    del shapes["lm_head"]
+    assert plan.layers.keys() == shapes.keys()
+    assert plan.source == report["reference"]["digest"]
+    check_plan(plan, Checkpoint(tiny.reference, "SOURCE").digest(), shapes)  # as compress --plan does
+    assert plan.bytes == sum(stored_bytes(*shapes[name], one) for name, one in plan.layers.items())
+    dense = sum(stored_bytes(*shape, LayerPlan(16)) for shape in shapes.values())
+    assert prescription["budget"] == round(0.4 * dense)
+    assert plan.bytes <= prescription["budget"] < 1.02 * plan.bytes
+    assert len(set(plan.layers.values())) > 1
+    own, *others = prescription["compared"]
+    assert own["name"] == "prescribed"
+    assert others[-1]["name"] == "COMPRESSED"
+    assert others[0]["name"].startswith("uniform ")
+    assert own["predicted"] <= others[0]["predicted"]
+    assert prescription["predicted_lower_bound"] <= own["predicted"]
+
+
+def test_measured_mix_is_that_of_a_model_with_rounded_weights(report: dict[str, Any], tiny: TinyPair) -> None:
+    """The reference is as it was afterwards, and the figure is the KL of an independently rounded model."""
+    from hemostat.doctor.checkpoints import CheckpointPair, kl
+    from hemostat.doctor.pair import encode
+    from hemostat.doctor.prescription.candidates import planned_weight
+    from hemostat.doctor.prompts import load
+
+    options = tiny.options()
+    pair = CheckpointPair(options)
+    jobs = encode(pair, load(tiny.prompts, None), options)
+    outputs = [one.output for begin in range(0, len(jobs), 2) for one in pair.score(jobs[begin : begin + 2], 0, False)]
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
+    found = []
+    with torch.inference_mode():
+        for name, plan in report["plan"].layers.items():
+            module = rounded.get_submodule(name)
+            module.weight.data = planned_weight(name, module.weight.data, plan)
+        for job, output in list(zip(jobs, outputs, strict=True))[1::2]:
+            ids = torch.tensor([[*job.prompt.tolist(), *output.tolist()]])
+            r, c = (model(ids).logits[0, len(job.prompt) - 1 : -1] for model in (pair.reference_model, rounded))
+            found += kl(r, c).tolist()
+    assert report["prescription"]["tokens"] == len(found)
+    assert report["prescription"]["mean_kld"] == pytest.approx(np.mean(found), rel=1e-3)
+
+
+def test_page_shows_causes_and_prescription(report: dict[str, Any]) -> None:
+    page = report["page"]
+    for text in ("<h2>Causes</h2>", "<h2>Prescription</h2>", "Bits of each linear layer", "self_attn.q_proj"):
+        assert text in page
+    assert page.count('class="heat"') > 14 + 21
+
+
+def test_sentences_of_figures_without_a_clear_cause(report: dict[str, Any]) -> None:
+    """Intervals that include 0 are not stated as causes."""
+    vague = json.loads(json.dumps({key: report[key] for key in report if key != "plan"}))
+    for key in ("by_position", "by_class", "by_entropy", "by_form", "by_prompt_length"):
+        for row in vague[key]:
+            row["excess"]["se_by_request"] = 100.0
+    for row in vague["layers"]["restored"]:
+        row["won_se_by_request"] = 100.0
+    vague["layers"]["additivity"]["excess_se_by_request"] = 100.0
+    vague["layers"]["noise_floor"] = 100.0
+    texts = [one["text"] for one in findings(vague)]
+    assert sum("not clearly" in text for text in texts) >= 2
+    assert any("no single layer stands out" in text for text in texts)
+    assert any("The effects add up" in text for text in texts)
+    assert any("not distinguished from rounding" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "many"], "--budget: 'many' is neither a number of bytes nor a share"),
+        (["--budget", "1.5"], "--budget: '1.5' is neither"),
+        (["--budget", "-3"], "--budget: '-3' is neither"),
+        (["--budget", "nan"], "--budget: 'nan' is neither"),
+        (["--plan", "/nowhere/plan.json"], "--plan: /nowhere/plan.json cannot be written"),
+        (["--plan", "/nowhere/plan.json", "--sweep"], "--sweep makes no prescription"),
+        (["--plan-for", "tpu"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_bad_options_of_a_prescription(
+    arguments: list[str], message: str, tiny: TinyPair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag, value, *more = arguments
+    assert cli.main(["doctor", str(tiny.reference), str(tiny.compressed), f"{flag}={value}", *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_prescription_goes_on_after_an_interruption(
+    tiny: TinyPair, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hemostat.doctor import run
+    from hemostat.doctor.prescription import losses
+
+    options = tiny.options(
+        layer_tokens=0, budget="0.4", plan=tmp_path / "plan.json", plan_for="any", work=tmp_path / "w"
+    )
+    weighted_error, calls = losses.weighted_error, 0
+
+    def counted(*arguments: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+        return weighted_error(*arguments)
+
+    monkeypatch.setattr(losses, "weighted_error", counted)
+    stop = 150  # in the second of three layers
+    assert run(options) == 130
+    assert not (tmp_path / "plan.json").exists()
+    assert len(list((tmp_path / "w").glob("prescription-any-layer-*.part"))) == 1
+    stop = -1
+    assert run(options) == 0
+    assert read_plan(tmp_path / "plan.json").layers == report["plan"].layers
+    assert calls <= 150 + 2 * 7 * 12  # the finished layer is not measured again
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"budget": "100"}, "--budget: 100 bytes are too few: the smallest plan for vllm needs"),
+        ({"prescribe": True}, "not all layers of COMPRESSED are stored quantized"),
+    ],
+)
+def test_budgets_that_cannot_be_met(
+    changed: dict[str, Any], message: str, tiny: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hemostat.doctor import run
+    from hemostat.doctor.options import DoctorError
+
+    with pytest.raises(DoctorError, match=message):
+        run(replace(tiny.options(layer_tokens=0, max_prompts=2), **changed))
+    with pytest.raises(DoctorError, match="name two checkpoint folders, not servers"):
+        run(replace(tiny.options(), reference="http://a", compressed="http://b", prescribe=True))

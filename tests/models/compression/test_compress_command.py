@@ -1,0 +1,147 @@
+"""`hemostat compress`: what it writes and prints, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.support.adapter_models import VOCABULARY, random_texts, save, tiny_model
+
+from hemostat.cli import main
+from hemostat.models.checkpoint_digest import checkpoint_digest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model(num_hidden_layers=2), tmp_path_factory.mktemp("source") / "model")
+
+
+def records(path: Path) -> Path:
+    lines = (
+        {"prompt_token_ids": text.prompt.tolist(), "output_token_ids": text.output.tolist()}
+        for text in random_texts(12)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(source: Path, tmp_path: Path, *options: str) -> Path:
+    out = tmp_path / "out"
+    assert main(["compress", str(source), str(out), "--records", str(records(tmp_path / "records")), *options]) == 0
+    return out
+
+
+def quantization(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return found
+
+
+def test_digest_bytes_and_settings_are_printed(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(source, tmp_path, "--scheme", "w4a16", "--group-size", "32")
+    printed = capsys.readouterr().out
+    assert f"digest {checkpoint_digest(str(out), None)}" in printed
+    assert f"{(out / 'model.safetensors').stat().st_size} bytes" in printed
+    assert "w4a16, calibrate descent" in printed
+    groups = quantization(out)["config_groups"]
+    assert groups["group_0"]["weights"]["group_size"] == 32  # type: ignore[index]
+    assert not (tmp_path / "cache" / "hemostat" / "compress").exists() or not list(
+        (tmp_path / "cache" / "hemostat" / "compress").iterdir()
+    ), "token ids can be decoded to text: nothing is left of them"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme", "prune", "--sparsity", "1.2"], "sparsity"),
+        (["--scheme", "prune"], "needs --sparsity"),
+        (["--scheme", "w4a16", "--sparsity", "0.5"], "--sparsity is for --scheme prune"),
+        (["--scheme", "w8a8", "--group-size", "64"], "leave --group-size out"),
+        (["--scheme", "w4a16", "--group-size", "60"], "not a multiple of 60"),
+        (["--scheme", "w4a16", "--calibrate", "smooth"], "use awq"),
+        (["--plan", "missing.json"], "missing.json cannot be read"),
+        (["--scheme", "w4a16", "--records", "missing"], "missing cannot be read"),
+        (["--scheme", "w9a9"], "invalid choice"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    source: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = [] if "--records" in options else ["--records", str(records(tmp_path / "records"))]
+    assert main(["compress", str(source), str(out), *given, *options]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len([line for line in error.splitlines() if "calibrating on" not in line]) == 1
+    assert not out.exists()
+
+
+def plan(source: Path, path: Path, **changes: object) -> Path:
+    """4 bits in groups of 32 for attention, 8 by channel for the first MLP, 5 (dense) for the second one."""
+    from hemostat.models.compression.frame import Source
+    from hemostat.models.compression.plan import LayerPlan, Plan, stored_bytes, write_plan
+
+    opened = Source.open(source)
+    layers = {}
+    for name in opened.shapes:
+        if "self_attn" in name:
+            layers[name] = LayerPlan(4, 32)
+        else:
+            layers[name] = LayerPlan(8) if "layers.0" in name else LayerPlan(5, 64)
+    total = sum(stored_bytes(*shape, layers[name]) for name, shape in opened.shapes.items())
+    fields = {"source": opened.checkpoint.digest(), "layers": layers, "bytes": total, "made_from": {}} | changes
+    write_plan(path, Plan(**fields))  # type: ignore[arg-type]
+    return path
+
+
+def test_a_plan_is_carried_out(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hemostat.models.adapters.checkpoint import Checkpoint
+
+    out = run(source, tmp_path, "--plan", str(plan(source, tmp_path / "plan.json")))
+    assert "layers of 5 bits are written dense" in " ".join(capsys.readouterr().err.split())
+    config = quantization(out)
+    groups = {group["weights"]["num_bits"]: group for group in config["config_groups"].values()}  # type: ignore[attr-defined]
+    assert groups.keys() == {4, 8}
+    assert sorted(config["ignore"]) == ["lm_head"] + [  # type: ignore[call-overload]
+        f"model.layers.1.mlp.{kind}_proj" for kind in ("down", "gate", "up")
+    ]
+    written, original = Checkpoint(out, "OUT"), Checkpoint(source, "SOURCE")
+    for name, error in (
+        ("layers.0.self_attn.q_proj", 0.15),
+        ("layers.0.mlp.up_proj", 0.01),
+        ("layers.1.mlp.up_proj", 0.08),
+    ):
+        exact, found = original.weight(f"model.{name}").float(), written.weight(f"model.{name}").float()
+        relative = float((found - exact).norm() / exact.norm())
+        assert 0.1 * error < relative < error, name
+
+
+def test_a_plan_for_another_model_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = save(tiny_model(seed=1, num_hidden_layers=2), tmp_path / "other")
+    command = ["compress", str(other), str(tmp_path / "out"), "--plan", str(plan(source, tmp_path / "plan.json"))]
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip()
+    assert "the plan is for another checkpoint" in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_vocabulary_is_checked(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = tmp_path / "records"
+    wrong.write_text(json.dumps({"prompt_token_ids": [VOCABULARY], "output_token_ids": [1]}) + "\n")
+    command = ["compress", str(source), str(tmp_path / "out"), "--scheme", "w4a16", "--records", str(wrong)]
+    assert main(command) == 2
+    assert "outside of the vocabulary" in capsys.readouterr().err
