@@ -17,6 +17,7 @@ MAX_SCANNED_BYTES = 256 * 1024
 MAX_TOKENS = 256
 """JSON strings and brackets of the user's first message that are read; one with more parts has no key."""
 
+_MASK = 2**64 - 1
 _SPREAD = 0x9E3779B97F4A7C15
 """Odd, 2**64 by the golden ratio: neighbouring checksums are far apart on the ring (Knuth's multiplicative hash)."""
 
@@ -72,4 +73,4 @@ def _end_of_object(body: bytes, position: int) -> int:
 
 
 def _hash(data: bytes) -> int:
-    return zlib.crc32(data) * _SPREAD % 2**64
+    return zlib.crc32(data) * _SPREAD & _MASK
