@@ -34,7 +34,7 @@ from hemostat.control.stored_state import STATE_KEYS
 from hemostat.ipc.messages import REST_KIND, EngineHealth, Policy
 from hemostat.store import replica as replica_module
 from hemostat.store import writer as writer_module
-from hemostat.store.protocol import StoreAccessDenied, StoredProfile, StoreFailure
+from hemostat.store.protocol import LeaseAnswer, StoreAccessDenied, StoredProfile, StoreFailure
 from hemostat.store.valkey import ValkeyStore
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -536,9 +536,20 @@ async def test_a_replica_that_cannot_use_what_it_reads_lets_another_one_lead(
         tried = asyncio.Event()
 
         def damaged(*_: Any) -> None:
-            tried.set()
+            if holds_lease:
+                tried.set()
             raise TypeError("not what was expected")
 
+        holds_lease, store = [], ones[1].store.shared
+        assert isinstance(store, ValkeyStore)
+        acquire = store.acquire_lease
+
+        def acquired(seconds: float) -> LeaseAnswer:
+            answer = acquire(seconds)
+            holds_lease.extend([True] * answer.leads)
+            return answer
+
+        store.acquire_lease = acquired  # type: ignore[method-assign]
         assert ones[1].replica is not None
         assert ones[2].replica is not None
         ones[1].replica._load = damaged

@@ -22,6 +22,7 @@ one's text it does not matter that both go to the same engine."""
 MAX_OCCURRENCES = 32
 """Places that are looked at in search of the messages, or of the user."""
 
+_MASK = 2**64 - 1
 _SPREAD = 0x9E3779B97F4A7C15
 """Odd, 2**64 by the golden ratio: neighbouring checksums are far apart on the ring (Knuth's multiplicative hash)."""
 
@@ -104,4 +105,4 @@ def _end_of_object(body: bytes, position: int) -> int:
 
 
 def _hash(data: bytes) -> int:
-    return zlib.crc32(data) * _SPREAD % 2**64
+    return zlib.crc32(data) * _SPREAD & _MASK

@@ -20,7 +20,7 @@ function engines(s) {
   table("engines", "Engines", ["engine", "state", "in progress", "requests", "sent again", "ejections", "KL nats per token", "scored tokens", "like the others", "holds"],
     s.upstream.map((e) => [e.engine, state(e), whole(e.outstanding), whole(e.requests), whole(e.resent), whole(e.ejections),
       known(e.figures.kl_nats) ? fixed(e.figures.kl_nats, 4) : NONE, whole(e.figures.tokens ?? 0), like(e.figures),
-      known(e.holds) ? e.holds.map(brief).join(", ") || "no profile" : "not known"]), "no relay has reported yet");
+      e.holds ? e.holds.map(brief).join(", ") || "no profile" : "not known"]), "no relay has reported yet");
 }
 
 /** By position in the output, length of the context, and phase; and how thinking ends. */

@@ -33,7 +33,8 @@ class Balancer:
             for point in range(POINTS)
         )
         self._hashes = [point for point, _ in points]
-        self._owners = [index for _, index in points]
+        # Twice around, so that a search that begins anywhere ends before the list does.
+        self._owners = 2 * [index for _, index in points]
         self._turn = 0
 
     def choose(self, loads: Sequence[int], key: int | None) -> int:
@@ -59,17 +60,17 @@ class Balancer:
 
     def _on_ring(self, loads: Sequence[int], key: int) -> int:
         available, total = len(loads), sum(loads)
-        if min(loads, default=0) == UNAVAILABLE:
+        if UNAVAILABLE in loads:
             missing = loads.count(UNAVAILABLE)
             available, total = available - missing, total - missing * UNAVAILABLE
         if not available:
             return -1
         # The request itself counts, so that an engine with the fewest is always below the capacity.
-        capacity = max(BOUND * (total + 1) / available, MIN_CAPACITY)
-        owners, size = self._owners, len(self._owners)
-        at = bisect_right(self._hashes, key)
+        capacity = BOUND * (total + 1) / available
+        capacity = max(capacity, MIN_CAPACITY)
+        owners, at = self._owners, bisect_right(self._hashes, key)
         while True:
-            owner = owners[at % size]
+            owner = owners[at]
             if UNAVAILABLE < loads[owner] < capacity:
                 return owner
             at += 1
