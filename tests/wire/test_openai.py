@@ -77,6 +77,25 @@ def test_ambiguous_or_invalid_objects_are_refused(body: bytes) -> None:
         JsonObject(body)
 
 
+MEMBERS = st.lists(st.tuples(st.text(alphabet='ab"\\é', max_size=2), st.integers(0, 20)), max_size=5)
+
+
+@given(MEMBERS, st.booleans(), st.sampled_from([(",", ":"), (", ", ": ")]))
+def test_a_key_that_is_there_twice_is_found_however_the_object_is_written(
+    members: list[tuple[str, int]], ascii_only: bool, separators: tuple[str, str]
+) -> None:
+    between, colon = separators
+    text = between.join(json.dumps(key, ensure_ascii=ascii_only) + colon + str(value) for key, value in members)
+    body = ("{" + text + "}").encode()
+    if len({key for key, _ in members}) < len(members):
+        with pytest.raises(MALFORMED):
+            JsonObject(body)
+    else:
+        read = JsonObject(body)
+        assert [(key, read.raw(key)) for key in read.names] == [(key, b"%d" % value) for key, value in members]
+        assert all(body[read.start_of(key) :].startswith(b"%d" % value) for key, value in members)
+
+
 @given(st.binary(max_size=60) | st.text(alphabet='{}[]",:\\ au01', max_size=40).map(str.encode))
 def test_reading_arbitrary_bytes_raises_only_malformed(data: bytes) -> None:
     for chat in (True, False):

@@ -53,21 +53,32 @@ class JsonObject:
         values = _members.decode(data)
         if len(values) > MAX_MEMBERS or any(len(key) > MAX_KEY_CHARACTERS for key in values):
             raise TooComplex(f"more than {MAX_MEMBERS} members, or a key of more than {MAX_KEY_CHARACTERS} characters")
-        position = data.index(b"{")
-        spans: dict[str, tuple[int, int]] = {}
+        self.data = data
+        self._values = values
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._end = len(data) - 1
+        # No shorter object has these members. So one that is as short is compact, and has no others.
+        position = 0
         for key, value in values.items():
+            start = position + len(key) + 4  # `,"` or `{"` before the key, `":` behind it
+            position = start + len(memoryview(value))
+            self._spans[key] = start, position
+        if position != self._end:
+            self._find_spans()
+
+    def _find_spans(self) -> None:
+        """The same for JSON of any style."""
+        data, position = self.data, self.data.index(b"{")
+        self._spans = spans = {}
+        for key, value in self._values.items():
             match = _KEY_AND_COLON.match(data, position)
             if match is None or not data.startswith(bytes(value), match.end()):
                 raise ValueError(f"duplicate key {key!r}")
             position = match.end() + len(memoryview(value))
             spans[key] = (match.end(), position)
-        end = data.rindex(b"}")
-        if data[position + (0 if spans else 1) : end].strip():
+        self._end = data.rindex(b"}")
+        if data[position + (0 if spans else 1) : self._end].strip():
             raise ValueError("duplicate key")
-        self.data = data
-        self._spans = spans
-        self._values = values
-        self._end = end
 
     def __contains__(self, key: str) -> bool:
         return key in self._spans

@@ -140,9 +140,10 @@ class ChoiceStripper(ResponseBody):
     def feed(self, data: bytes) -> bytes:
         if self._cutter is not None and self._events is not None and self._events.between_events:
             # The usual case: one whole event.
-            cut = None
-            with contextlib.suppress(*MALFORMED):  # then it is parsed, or scrubbed
+            try:
                 cut = self._cutter.cut(data)
+            except MALFORMED:
+                cut = None  # it is parsed, or scrubbed
             if cut is not None and self._finishing is None and self._tokens.failure is None:
                 try:
                     self._tokens.add(0, cut.token_ids, cut.logprobs)
