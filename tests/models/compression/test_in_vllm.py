@@ -37,7 +37,7 @@ FORMATS = {
 }
 MIXED = "4 bits in groups of three sizes, and dense layers"
 WIDTHS = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-"""Of SmolLM2-135M. With a very small model vLLM 0.32's int4 kernel is stopped by SIGILL where the processor has AMX."""
+"""Of SmolLM2-135M. With W4A16 of width 256, the worker of vLLM 0.32 died by SIGILL at the first request."""
 TOLERANCE = 0.05
 """Mean difference of logprobs in nats: both compute in bfloat16, in another order."""
 
