@@ -9,7 +9,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-versions lint bench-proxy bench-alarm bench-floor bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-compress chart docs screenshot clean
+.PHONY: help setup demo test test-slow test-versions lint bench-proxy bench-alarm bench-floor bench-families bench-bounds bench-engine bench-recovery bench-reference bench-guard bench-coverage bench-faults bench-compress chart docs screenshot clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -46,6 +46,9 @@ bench-alarm: setup ## tokens until a changed model is detected, and false alarms
 
 bench-floor: setup ## the noise floor: divergence of each model from itself; writes build/bench/floor.json
 	@exec $(BIN)/python tests/bench/bench_floor.py $(ARGS)
+
+bench-families: setup ## what equal bits cost two families of models; downloads Gemma-3-270M; writes build/bench/families.json
+	@exec $(BIN)/python tests/bench/bench_families.py $(ARGS)
 
 bench-bounds: setup ## bounds from top-K lists compared with the full vocabulary; writes build/bench/bounds.json and .svg
 	@exec $(BIN)/python tests/bench/bench_bounds.py $(ARGS)

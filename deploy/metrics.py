@@ -81,13 +81,14 @@ SHADOW_REASONS: dict[str, Values] = {
         "number of tokens than vLLM counted; so are all requests for which the server calls its own tools",
         "too_long": "longer than `shadow.max_tokens`",
         "logprobs_refused": "vLLM refused the additional parameters, or could not answer with them; raise its "
-        "`--max-logprobs` to `shadow.top_k`. After three in a row, sampling pauses for 30 s or longer; requests that "
-        "are drawn meanwhile are counted here, too",
+        "`--max-logprobs` to `shadow.top_k`. After three in a row, or three answers in a row that began and ended "
+        "in an error, sampling pauses for 30 s or longer; requests that are drawn meanwhile are counted here, too",
         "adapter_refused": "vLLM does not have the adapter that was asked for, or cannot load it",
-        "upstream_error": "the answer is an error",
+        "upstream_error": "the answer is an error, or ends in one",
         "incomplete": "the answer broke off, or the client disconnected",
         "empty": "no token in the answer",
-        "no_logprobs": "the answer lacks the requested logprobs",
+        "no_logprobs": "the answer lacks the requested logprobs, or has NaN among them, which vLLM writes as null in a "
+        "stream",
         "token_count_mismatch": "the number of ids differs from vLLM's token count",
         "tool_tokens_lost": "the tool parser leaves out ids of streamed calls (vllm-project/vllm#27482; 0.32: none)",
         "response_too_large": "more bytes than may be buffered to remove the logprobs",

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
 from hemostat import __version__
-from hemostat.commands import adapt, check, compress, demo, doctor, profile, serve
+from hemostat.commands import adapt, check, compress, demo, doctor, engines, profile, serve
 from hemostat.commands.arguments import Parser, UsageError
 from hemostat_calibration.errors import HemostatError
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "adapt": adapt,
     "doctor": doctor,
     "profile": profile,
+    "engines": engines,
 }
 
 

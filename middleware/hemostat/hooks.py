@@ -68,6 +68,10 @@ class ExchangeHook(Protocol):
     def comparison(self) -> Comparison | None:
         """None for a request in no arm. Read after `request`, and again when the exchange has ended."""
 
+    def sent_to(self, engine: str) -> None:
+        """The request goes to this engine, host:port. Called before `request`, and again where an engine that failed is
+        replaced by another; never for another reason than the engines' health and load."""
+
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         """Called with the whole body, or None if it is longer than `body_limit`. Returns None to send it unchanged."""
 
@@ -105,5 +109,7 @@ class ExchangeHook(Protocol):
 class Hook(Protocol):
     """Chooses, from a request's head, the requests that it wants to see. Called for each request: must be cheap."""
 
-    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> ExchangeHook | Refusal | None:
-        """None: relay this request without a hook."""
+    def begin(
+        self, method: str, target: bytes, headers: Headers, request_id: str, *, marked: bool = True
+    ) -> ExchangeHook | Refusal | None:
+        """None: relay this request without a hook. marked: the name of a field may begin with X-Hemostat-."""

@@ -55,9 +55,9 @@ def layerwise_logits(pair: Any, texts: list[Any]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3", "phi"])
 def test_layer_by_layer_is_the_whole_model(kind: str, tiny: TinyCheckpoints, tmp_path: Path) -> None:
-    """Gemma's layers see different parts of the text; Phi has biases, other names and LayerNorm."""
+    """Gemma's layers see different parts of the text, Gemma 2 caps logits; Phi has biases and LayerNorm."""
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -74,6 +74,12 @@ def test_layer_by_layer_is_the_whole_model(kind: str, tiny: TinyCheckpoints, tmp
         case "qwen3":
             config = transformers.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8)
             model = transformers.Qwen3ForCausalLM(config)
+        case "gemma2":
+            config = transformers.Gemma2Config(
+                **sizes, num_key_value_heads=1, head_dim=8, sliding_window=5, final_logit_softcapping=2.0,
+                attn_logit_softcapping=1.0,
+            )  # fmt: skip
+            model = transformers.Gemma2ForCausalLM(config)
         case "gemma3":
             config = transformers.Gemma3TextConfig(
                 **sizes, num_key_value_heads=1, head_dim=8, sliding_window=5, layer_types=["sliding_attention"] * 3

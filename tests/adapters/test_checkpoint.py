@@ -94,6 +94,18 @@ def test_w8a8_rounds_the_inputs_as_the_engine_does(tiny: TinyCheckpoints, tmp_pa
     torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_head_logits_have_the_models_soft_cap(tmp_path: Path) -> None:
+    from tests.support.tiny_models import tiny_model as tiny_of
+
+    from hemostat.models.adapters.copies import Copy
+
+    tiny_of("gemma2").save_pretrained(tmp_path / "gemma2")
+    copy = Copy.load(tmp_path / "gemma2")
+    plain = copy.logits(IDS)
+    assert 4.0 < np.abs(plain).max() < 5.0, "the cap is 5"
+    np.testing.assert_allclose(copy.head_logits(copy.hidden(IDS)), plain, atol=1e-5)
+
+
 def test_copy_has_what_the_judge_needs(tiny: TinyCheckpoints) -> None:
     from hemostat.models.adapters.copies import Copy
     from hemostat_calibration.adapters.factors import LowRank

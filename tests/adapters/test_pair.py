@@ -180,6 +180,16 @@ def test_gemma_norms_multiply_by_one_plus_their_weight(tmp_path: Path) -> None:
     assert pair.notes == []
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_models_without_attention_are_refused(name: str, tmp_path: Path) -> None:
+    from tests.support.tiny_models import tiny_model as tiny_of
+
+    tiny_of(name).save_pretrained(tmp_path / name)
+    message = r"^REFERENCE: mamba2? has no attention layers, and vLLM serves no LoRA adapters of such models$"
+    with pytest.raises(AdaptError, match=message):
+        opened(tmp_path / name, tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -307,7 +307,7 @@ def serve_streams(port: int, file: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of wrk, each time")
+    parser.add_argument("--seconds", type=int, default=3, help="of wrk, each time; it takes whole seconds")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="a checkout of another revision to measure, too")
     parser.add_argument("--without-litellm", action="store_true", help="do not install and measure LiteLLM's proxy")
     parser.add_argument("--stream-upstream", nargs=2, metavar=("PORT", "FILE"), help=argparse.SUPPRESS)

@@ -36,7 +36,7 @@ async def hosting(folder: Path, lora: FakeLora, mode: str = "auto") -> AsyncIter
             one.profile_manager.set_model_pair("fake", VOCAB)
             one.profile_manager.operator.import_profile(ADAPTER)
             one.adapters.judge.logprobs = FakeCopy().logprobs  # type: ignore[method-assign]
-            task = asyncio.create_task(one.adapters.host.run())
+            task = asyncio.create_task(one.adapters.hosts.run())
             try:
                 yield one
             finally:
@@ -48,7 +48,7 @@ async def test_relays_may_ask_for_an_adapter_once_it_is_loaded_and_probed(tmp_pa
     lora = FakeLora(resolves={ADAPTER.version: 2})
     async with hosting(tmp_path, lora) as one:
         assert one.profile_manager.serving.max_adapters == 0
-        await until(lambda: one.adapters.host.ready)
+        await until(lambda: one.adapters.hosts.ready)
         one.policy.publish()
         policy = one.policy._last
         assert policy is not None
@@ -67,13 +67,13 @@ async def test_a_version_that_the_engine_applies_wrongly_is_not_tested_any_more(
         event = one.profile_manager.events.newest_first()[0]
         assert (event["decision"], event["reason"]) == (Decision.DROP, Reason.PROBE)
         await until(lambda: lora.names == {})
-        assert one.adapters.host.ready == {}
+        assert one.adapters.hosts.ready == {}
 
 
 async def test_nothing_is_loaded_while_profiles_are_only_observed(tmp_path: Path) -> None:
     lora = FakeLora(resolves={ADAPTER.version: 2})
     async with hosting(tmp_path, lora, "observe") as one:
         await asyncio.sleep(0.2)
-        assert (lora.names, one.adapters.host.ready) == ({}, {})
+        assert (lora.names, one.adapters.hosts.ready) == ({}, {})
         one.profile_manager.operator.set_mode("auto")
-        await until(lambda: one.adapters.host.ready)
+        await until(lambda: one.adapters.hosts.ready)

@@ -225,7 +225,7 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         os.kill(adapters.learner.builder_pid, signal.SIGKILL)
         await until(lambda: bool(profiles.lifecycle.adapter_versions()), LONG)
         (version,) = profiles.lifecycle.adapter_versions()
-        await until(lambda: adapters.judge.state == "ready" and version in adapters.host.ready, LONG)
+        await until(lambda: adapters.judge.state == "ready" and version in adapters.hosts.ready, LONG)
         assert adapters.learner.restarts == 1
         built = status_json(one)["adapter"]["last_build"]
         assert built["outcome"] == "proposed"
@@ -250,10 +250,10 @@ async def test_an_adapter_is_collected_for_built_tested_promoted_and_asked_for(
         assert w.engine.lora is not None
         w.boot = "again"
         w.engine.lora.restart()
-        await until(lambda: version not in adapters.host.ready, LONG)
+        await until(lambda: version not in adapters.hosts.ready, LONG)
         one.policy.publish()
         assert version not in w.told[-1].acknowledged
-        await until(lambda: version in adapters.host.ready, LONG)
+        await until(lambda: version in adapters.hosts.ready, LONG)
         # Turned off, both processes end, and nothing is asked for.
         await one.actions.set_mode("off")
         await until(lambda: adapters.judge.loaded is None and adapters.learner.builder_pid is None, LONG)
@@ -282,9 +282,9 @@ async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_toget
         one, profiles = w.one, w.one.profile_manager
         adapter = low_rank(CheckpointFolders(tmp_path / "reference", tmp_path / "compressed"), 1)
         profiles.operator.import_profile(adapter)
-        await until(lambda: bool(one.adapters.host.capacity), LONG)
+        await until(lambda: bool(one.adapters.hosts.capacity), LONG)
         profiles.operator.promote(adapter.version)
-        await until(lambda: adapter.version in one.adapters.host.ready, LONG)
+        await until(lambda: adapter.version in one.adapters.hosts.ready, LONG)
         await until(lambda: one.learner.state == "learning", LONG)
         one.policy.publish()
 
@@ -299,7 +299,7 @@ async def test_a_map_is_learned_on_top_of_the_adapter_that_serves_and_both_toget
         assert promoted[0]["version"] == both
         assert promoted[0]["evidence"]["figure"] == "total_variation"
         # The engine holds the map and has loaded the adapter: treated requests ask for both.
-        await until(lambda: both in one.adapters.host.ready, LONG)
+        await until(lambda: both in one.adapters.hosts.ready, LONG)
         one.policy.publish()
         assert w.told[-1].adapters[both]
         assert both in w.told[-1].acknowledged

@@ -452,7 +452,7 @@ async def test_relays_ask_for_adapters_only_once_every_engine_can_serve_them(
         assert told[-1].acknowledged == frozenset()
         assert told[-1].adapters == {}
         assert set(told[-1].serving_by_kind.values()) == {version}
-        monkeypatch.setattr(type(one.adapters.host), "ready", {version: has_map})
+        monkeypatch.setattr(type(one.adapters.hosts.hosts[""]), "ready", {version: has_map})
         one.policy.publish()
         assert told[-1].adapters == {version: has_map}
         assert told[-1].acknowledged == {version}

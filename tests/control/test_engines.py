@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import pytest
 from tests.support.admin_server import admin_client
 from tests.support.captures import K
 from tests.support.control import AUTHORIZED, connect_relay, control, relay_stats, scored, settings, status_json
+from tests.support.plugin_engines import PluginEngine
+from tests.support.waiting import until
 
 from hemostat.control.composition import Control
-from hemostat.engines.messages import EngineReport
+from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.messages import EngineHealth, Stats
 
 A, B, C, D = (f"10.0.0.{n}:8000" for n in range(4))
@@ -118,17 +119,36 @@ async def test_records_without_an_engine_count_nowhere(tmp_path: Path) -> None:
         assert one.by_engine.report() == []
 
 
-@pytest.mark.parametrize(("states", "held"), [(("up",), True), (("up", "ejected"), True), (("up", "up"), False)])
-async def test_profiles_are_assigned_only_where_every_engine_that_is_up_reports(
-    tmp_path: Path, states: tuple[str, ...], held: bool
-) -> None:
-    """One engine reports that it holds a version."""
-    version = "a" * 32
-    async with control(tmp_path) as one:
-        relay = await connect_relay(one, tmp_path, 1, reporting(*states))
-        report = EngineReport("boot", 0, 1, [version], vocab_size=30, counters={}, runner="v1", vllm="0.32.0")
-        one.engines.report(report, time.monotonic())
-        one.policy.publish()
-        assert one.link._policy is not None
-        assert (version in one.link._policy.acknowledged) == held
+async def test_each_engine_is_asked_for_the_versions_that_it_holds_itself(tmp_path: Path) -> None:
+    registry = EngineRegistry()
+    engines = [PluginEngine(registry, "one"), PluginEngine(registry, "two")]
+    for engine in engines:
+        await engine.start()
+    names = [engine.name for engine in engines]
+    made = settings(upstream={"urls": [f"http://{name}" for name in names]})
+    async with control(tmp_path, made) as one:
+        for engine in engines:
+            engine.registry = one.engines
+        health = [EngineHealth(name, "up", False, 0, 0, 0, 0) for name in names]
+        relay = await connect_relay(one, tmp_path, 1, msgspec.structs.replace(relay_stats(), engines=health))
+        engines[0].versions = {"one": ["a" * 32]}
+        task = asyncio.create_task(one.addresses.run())
+
+        def held() -> dict[str, frozenset[str]] | None:
+            for engine in engines:
+                engine.report()
+            one.policy.publish()
+            assert one.link._policy is not None
+            assert one.link._policy.acknowledged == frozenset()
+            return one.link._policy.held_by_engine
+
+        assert held() == {}
+        await until(lambda: held() == {names[0]: {"a" * 32}})
+        assert [row["holds"] for row in status_json(one)["upstream"]] == [["a" * 32], []]
+        engines[1].versions = {"two": ["a" * 32]}
+        assert held() == dict.fromkeys(names, frozenset({"a" * 32}))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
         relay.close()
+    for engine in engines:
+        await engine.stop()

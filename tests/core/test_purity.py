@@ -14,6 +14,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 ALLOWED = {
     "__future__",
     "base64",
+    "bisect",
     "collections",
     "dataclasses",
     "enum",

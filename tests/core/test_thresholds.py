@@ -91,6 +91,7 @@ def test_saturation_does_not_move_the_break():
         (np.maximum(np.arange(8.0) - 4.0, 0.0), Existence.FOUND),
         (np.arange(8.0), Existence.NONE),
         (1.0 - np.exp(-np.arange(8.0)), Existence.NONE),
+        (-np.maximum(np.arange(8.0) - 4.0, 0.0), Existence.UNDECIDED),
         (np.zeros(8), Existence.UNDECIDED),
     ],
 )

@@ -16,11 +16,12 @@ from dockerfile_parse import DockerfileParser
 from tests.support.paths import ROOT
 
 from hemostat.config.loading import load
-from hemostat.config.schema import Admin, Listen
+from hemostat.config.schema import Admin, Listen, Settings
 from hemostat.reference.hidden.pooling import POOLING_ARGUMENTS
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"
+ENGINES = DEPLOY / "compose.engines.yaml"
 EXAMPLE = DEPLOY / ".env.example"
 OF_COMPOSE_ITSELF = {"COMPOSE_PROFILES"}
 PLUGIN = "hemostat_engine:LogitsProcessor"
@@ -45,10 +46,11 @@ def resolved(profile: str, environment: Path = EXAMPLE) -> dict[str, Any]:
     return made
 
 
-def test_valid_by_the_schema_of_the_specification() -> None:
+@pytest.mark.parametrize("file", [COMPOSE, ENGINES])
+def test_valid_by_the_schema_of_the_specification(file: Path) -> None:
     checker = Path(sys.executable).parent / "check-jsonschema"
     command = [str(checker), "--builtin-schema", "vendor.compose-spec"]
-    said = subprocess.run([*command, str(COMPOSE)], capture_output=True, text=True, check=False)
+    said = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stdout
 
 
@@ -243,3 +245,16 @@ def test_prometheus_accepts_its_configuration(tmp_path: Path) -> None:
     assert said.returncode == 0, said.stdout + said.stderr
     assert "1 rule files found" in said.stdout
     assert re.search(r"SUCCESS: \d+ rules found", said.stdout)
+
+
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_the_second_engine_is_started_as_the_first(kind: str) -> None:
+    """But for its name and its GPU; and Hemostat looks up the name that both have."""
+    first, second = yaml.safe_load(COMPOSE.read_text()), yaml.safe_load(ENGINES.read_text())
+    one, other = first["services"][f"compressed-{kind}"], second["services"][f"compressed-2-{kind}"]
+    assert one.keys() == other.keys()
+    for key in one.keys() - {"deploy"}:
+        assert one[key] == other[key], key
+    (alias,) = other["networks"]["default"]["aliases"]
+    url = second["services"]["hemostat"]["environment"]["HEMOSTAT_UPSTREAM__URL"]
+    assert Settings.model_validate({"upstream": {"url": url}}).upstream.addresses == (f"dns+http://{alias}:8000",)

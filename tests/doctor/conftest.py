@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from tests.support.doctor import CHAT_TEMPLATE, LINES, TinyPair
+from tests.support.doctor import VOCAB, TinyPair, write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -13,25 +11,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     """Checkpoints with a real tokenizer, so small that the doctor takes seconds."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from hemostat.reference.match import PROBE_TEXT
-
-    folder = tmp_path_factory.mktemp("doctor")
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
-    )
-    trained.train_from_iterator([PROBE_TEXT, *map(json.dumps, LINES)], trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=trained, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
-    )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=3,
@@ -43,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
         eos_token_id=1,
     )
     model = transformers.LlamaForCausalLM(config)
-    pair = TinyPair(folder / "reference", folder / "compressed", folder / "prompts.jsonl")
+    pair = TinyPair.in_folder(tmp_path_factory.mktemp("doctor"))
     model.save_pretrained(pair.reference)
     with torch.no_grad():
         # The last layer is unchanged, and the second differs more than the first.
@@ -51,7 +33,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
             for weights in model.model.layers[n].parameters():
                 weights.add_(torch.randn_like(weights), alpha=noise)
     model.save_pretrained(pair.compressed)
-    for checkpoint in (pair.reference, pair.compressed):
-        tokenizer.save_pretrained(checkpoint)
-    pair.prompts.write_text("\n".join(map(json.dumps, LINES)) + "\n")
+    assert write_tokenizer(pair.reference, pair.compressed) == VOCAB
     return pair

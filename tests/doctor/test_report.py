@@ -20,6 +20,7 @@ from rich.console import Console
 from hemostat import cli
 from hemostat.doctor import html, svg, terminal
 from hemostat.doctor.causes.findings import findings
+from hemostat.doctor.formats import format_cell
 from hemostat.doctor.heat_map import TEXT_OPACITY, heat_map
 from hemostat.doctor.pair import ALWAYS, EXACT, FLOOR, Scored, pack, unpack
 from hemostat.doctor.report import PromptKind, tables
@@ -237,7 +238,7 @@ def test_narrow_terminal_wraps_texts_and_not_numbers(report: dict[str, Any]) -> 
     console.print(terminal.render(report | {"worst_tokens": tokens, "worst_prompts": prompts}))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for row, names in ((tokens[0], ("kld", "p_base", "p_q")), (prompts[0], ("mean_kld", "tv", "ln_ppl_ratio"))):
-        assert all(terminal.format_cell(row[name]) in shown for name in names)
+        assert all(format_cell(row[name]) in shown for name in names)
     assert "a⟨ends" in shown
     assert max(map(len, shown.splitlines())) <= 80
 

@@ -14,7 +14,7 @@ from tests.support import replica_kills, valkey
 from tests.support import replicas as replicas_module
 from tests.support.control import status_json
 from tests.support.profile_bench import BIASED, EVEN, JUDGED, LEARNED, harmful, helpful
-from tests.support.replicas import Replicas, replicas, requests_until_promoted
+from tests.support.replicas import MODELS, Replicas, replicas, requests_until_promoted
 from tests.support.samples import values
 from tests.support.valkey import Valkey
 from tests.support.waiting import until
@@ -22,7 +22,7 @@ from tests.support.world import World
 
 from hemostat.control.composition import Control
 from hemostat.control.evidence import checkpoint as checkpoint_module
-from hemostat.control.evidence.units import UNITS, ScoredUnit, packed_distances, unpacked_distances
+from hemostat.control.evidence.units import UNITS, ScoredUnit, SentUnit, packed_distances, unpacked_distances
 from hemostat.ipc.messages import REST_KIND, OutcomeReport
 from hemostat.store.protocol import StoreFailure
 from hemostat_calibration.learning.temperature_bias import TemperatureBiasLearner
@@ -54,6 +54,12 @@ def test_kills_at_random_count_nothing_twice_and_promote_no_harm(tmp_path: Path)
     assert {"leader", "follower", "store"} == set(found.killed)
     assert found.holds, found
     assert found.counted > 100
+
+
+def test_another_replica_leads_where_leader_and_store_die_at_once(tmp_path: Path) -> None:
+    """The store comes back with a lease whose holder is gone."""
+    found = replica_kills.run(replica_kills.context(), tmp_path / "run", 1, 2, (replica_kills.TOGETHER,))
+    assert found.holds, found
 
 
 async def test_the_leader_learns_from_all(shared_server: Valkey, tmp_path: Path) -> None:
@@ -300,7 +306,7 @@ async def test_a_leader_takes_no_evidence_before_it_knows_its_models(shared_serv
         running = asyncio.create_task(lane.inbox.run())
         await until(lambda: lane.inbox.lag_seconds != -1.0)  # it has looked
         assert lane.applied == 0
-        leader.learned.set_models("models")
+        leader.learned.set_models(MODELS)
         await until(lambda: lane.applied == 1)
         assert leader.profile_manager.serving.kinds["chat"].units == 1
         running.cancel()
@@ -345,7 +351,7 @@ async def test_what_cannot_be_used_is_counted_and_the_rest_is_used(shared_server
         assert follower.evidence is not None
         lane, judging = follower.evidence.lanes[0], leader.evidence.lanes[0]
         damaged = ScoredUnit("chat", b"u", False, b"", 3, True, False, ("x", "y"), None, None)  # type: ignore[arg-type]
-        lane.outbox.add(UNITS.encode(damaged))
+        lane.outbox.add(UNITS.encode(SentUnit("", damaged)))
         await lane.outbox.send()
         await judging.inbox.take()
         assert judging.failed == 1
@@ -432,3 +438,31 @@ def test_a_state_that_has_grown_by_what_others_learned_is_the_same_as_one_that_l
     np.testing.assert_allclose(grown.reference_mass, whole.reference_mass, rtol=1e-9, atol=1e-12)
     assert grown.weight == pytest.approx(whole.weight)
     assert grown.information == pytest.approx(whole.information)
+
+
+@pytest.mark.parametrize("what", ["compressed", "reference"])
+async def test_units_about_a_checkpoint_that_was_replaced_under_the_same_name_are_not_counted(
+    what: str, shared_server: Valkey, tmp_path: Path
+) -> None:
+    async with replicas(shared_server.url, tmp_path, 2) as ones:
+        leader = ones.leader
+        assert leader.evidence is not None
+        ones.score(1, EVEN.truth(0), JUDGED[0])
+        for one in ones.controls:
+            one.learned.set_models(json.dumps(json.loads(MODELS) | {what: "another"}))
+        ones.score(1, EVEN.truth(1), JUDGED[1])
+        await ones.turn()
+        lane = leader.evidence.lanes[0]
+        assert (lane.applied, lane.other_models, lane.failed) == (2, 1, 0)
+        assert leader.profile_manager.serving.kinds["chat"].units == 1
+        sample = ("hemostat_evidence_units_total", "evidence", "other_models")
+        assert values(leader.evidence.samples())[sample] == 1
+
+
+async def test_units_are_counted_where_one_side_does_not_know_a_digest(shared_server: Valkey, tmp_path: Path) -> None:
+    async with replicas(shared_server.url, tmp_path, 2) as ones:
+        leader, follower = ones.controls
+        follower.learned.set_models(json.dumps(json.loads(MODELS) | {"compressed": ""}))
+        ones.score(1, EVEN.truth(0), JUDGED[0])
+        await ones.turn()
+        assert leader.profile_manager.serving.kinds["chat"].units == 1

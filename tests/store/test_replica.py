@@ -30,10 +30,11 @@ from tests.support.valkey import Valkey
 from hemostat.config.schema import Settings
 from hemostat.control import composition
 from hemostat.control.composition import Control
+from hemostat.control.stored_state import STATE_KEYS
 from hemostat.ipc.messages import REST_KIND, EngineHealth, Policy
 from hemostat.store import replica as replica_module
 from hemostat.store import writer as writer_module
-from hemostat.store.protocol import StoreAccessDenied, StoredProfile
+from hemostat.store.protocol import StoreAccessDenied, StoredProfile, StoreFailure
 from hemostat.store.valkey import ValkeyStore
 from hemostat_calibration.errors import HemostatError
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -178,6 +179,23 @@ async def test_operators_may_talk_to_any_replica(shared_server: Valkey, tmp_path
         await until(lambda: agree(ones, None))
         with pytest.raises(HemostatError, match="vocabulary of 31"):
             await follower.actions.import_profile(profile(vocabulary=31).to_bytes(), "")
+
+
+async def test_a_follower_tells_whether_the_leader_kept_the_mode(
+    shared_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with replicas(shared_server, tmp_path) as ones:
+        leader, follower = ones
+        assert await follower.actions.set_mode("observe")
+
+        def full(*_: object) -> None:
+            raise StoreFailure("OOM command not allowed when used memory > 'maxmemory'")
+
+        monkeypatch.setattr(leader.store.as_leader, "set_state", full)
+        assert not await follower.actions.set_mode("off")
+        assert [one.profile_manager.serving.mode for one in ones] == ["off", "off"], "it applies nevertheless"
+        monkeypatch.undo()
+        assert await follower.actions.set_mode("off"), "sent again, it is kept"
 
 
 async def test_a_leader_that_dies_is_followed_by_another_that_knows_what_was_spent(
@@ -481,3 +499,53 @@ def test_a_wrong_password_ends_the_command_with_one_line(command: str, tmp_path:
     assert "store.url" in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     assert "wr0ng" not in ended.stdout + ended.stderr
+
+
+# --- taking over takes longer than the lease --------------------------------------------------------------------------
+
+
+def _slow(one: Control, seconds: float, times: list[int]) -> None:
+    """Its store answers every read of a state after so long."""
+    get_state = one.store.get_state
+
+    def slowly(key: str) -> str | None:
+        times[0] += 1
+        time.sleep(seconds)
+        return get_state(key)
+
+    one.store.get_state = slowly  # type: ignore[method-assign]
+
+
+async def test_a_replica_that_reads_for_longer_than_the_lease_leads_all_the_same(
+    shared_server: Valkey, tmp_path: Path
+) -> None:
+    """If the lease ended while it reads, another one would take over and read in turn; nobody would ever lead."""
+    async with replicas(shared_server, tmp_path, 3) as ones:
+        reads = [0]
+        for one in ones[1:]:
+            _slow(one, 2.0 * replica_module.LEASE_SECONDS / len(STATE_KEYS), reads)
+        await gone(ones[0])
+        await until(lambda: ones[1].lease.leads or ones[2].lease.leads)
+        assert reads[0] >= len(STATE_KEYS)
+
+
+async def test_a_replica_that_cannot_use_what_it_reads_lets_another_one_lead(
+    shared_server: Valkey, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with replicas(shared_server, tmp_path, 3) as ones:
+        tried = asyncio.Event()
+
+        def damaged(*_: Any) -> None:
+            tried.set()
+            raise TypeError("not what was expected")
+
+        assert ones[1].replica is not None
+        assert ones[2].replica is not None
+        ones[1].replica._load = damaged
+        heartbeat = ones[2].replica.heartbeat
+        await gone(ones[2])
+        await gone(ones[0])
+        await asyncio.wait_for(tried.wait(), 30)
+        ones[2].replica.heartbeat = heartbeat  # type: ignore[method-assign]
+        await until(lambda: ones[2].lease.leads)
+        assert not ones[1].lease.leads

@@ -25,7 +25,7 @@ from tests.support.valkey import Valkey
 
 from hemostat.commands.setup_check import _store as check_store
 from hemostat.control.composition import Control
-from hemostat.control.stored_state import same_models
+from hemostat.control.model_identity import same_models
 from hemostat.store import schema
 from hemostat.store.factory import open_store
 from hemostat.store.memory import MemoryStore

@@ -110,7 +110,7 @@ def engine(**changes: Any) -> dict[str, Any]:
 
 
 def parts(one: Control) -> tuple[Any, Any, Any]:
-    return one.adapters.learner, one.adapters.judge, one.adapters.host
+    return one.adapters.learner, one.adapters.judge, one.adapters.hosts
 
 
 def report(one: Control, learner: dict[str, Any], judge: dict[str, Any], engine: dict[str, Any]) -> None:

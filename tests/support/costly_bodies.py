@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 
-from tests.support.wire import policy
+from tests.support.wire import VERSION, policy
 
-from hemostat.openai.complexity import MAX_CONTAINERS, MAX_MESSAGES, MAX_STRINGS
+from hemostat.openai.complexity import MAX_CONTAINERS, MAX_ESCAPES, MAX_MESSAGES, MAX_STRINGS
+from hemostat.openai.conversation_key import conversation_key
 from hemostat.openai.form import Form
-from hemostat.openai.json_splice import MALFORMED, MAX_KEY_CHARACTERS, MAX_MEMBERS, MAX_VALUE_BYTES
-from hemostat.openai.kinds import kind_name
-from hemostat.openai.reading import read_request
-from hemostat.openai.requests import sampling_parameters
+from hemostat.openai.grammar_spec import MAX_TOOL_OBJECTS
+from hemostat.openai.json_splice import MAX_KEY_CHARACTERS, MAX_MEMBERS, MAX_VALUE_BYTES
+from hemostat.openai.routes import FORMS
+from hemostat.relay.outcomes import OutcomeObserver
+from hemostat.shadow.intercepted_exchange import InterceptedExchange
+from hemostat.shadow.interceptor import Interceptor
 
 LIMIT = policy().body_limit
 PARAMETERS = (
@@ -58,13 +61,23 @@ WITHIN = {
     "blocks": body(messages=listed(b'{"content":%b}' % listed(b'{"content":[{}]}', MAX_MESSAGES), 1)),
     "items": body(input=listed(b'{"content":[{"type":"text"}],"output":""}', MAX_MESSAGES)),
     "tools": body(tools=listed(b'{"type":"function","function":{"name":"a"}}', 2500)),
-    "strict tools": body(tools=listed(b'{"function":{"strict":1}}', 2500)),
-    "texts": body(prompt=listed(b'""', MAX_STRINGS - 50)),
+    "strict tools": body(tools=listed(b'{"function":{"strict":1}}', MAX_TOOL_OBJECTS // 2)),
+    "flat tools": body(tools=listed(b'{"name":"a","strict":1}', MAX_TOOL_OBJECTS)),
+    "tools with schemas": body(tools=listed(b'{"strict":1,"input_schema":{"$ref":1}}', MAX_TOOL_OBJECTS // 2)),
+    "schemas with members": body(tools=listed(b'{"strict":1,"input_schema":{%b}}' % members(240), 32)),
+    "namespaces": body(
+        tools=listed(b'{"type":"namespace","tools":%b}' % listed(b'{"name":"a","strict":1}', 99), 19),
+        tool_choice=b'{"type":"function","name":"b"}',
+    ),
+    "texts": body(prompt=listed(b'"%b"' % ("中" * 80).encode(), MAX_MESSAGES)),
+    "words": body(messages=b'[{"role":"user","content":"%b"}]' % (b"json " * filling(b"json"))),
+    "strings": body(stop=listed(b'""', MAX_STRINGS - 50)),
     "ids": body(prompt=listed(b"1", 99_000)),
-    "lists of ids": body(prompt=listed(listed(b"1", 4), MAX_CONTAINERS - 50)),
+    "lists of ids": body(prompt=listed(listed(b"1", 49), MAX_MESSAGES)),
     "members": b"{"
     + b",".join(
-        b'"%b%03d":"%b"' % (b"k" * (MAX_KEY_CHARACTERS - 3), index, b'\\"' * 700) for index in range(MAX_MEMBERS)
+        b'"%b%03d":"%b"' % (b"k" * (MAX_KEY_CHARACTERS - 3), index, b'\\"' * (MAX_ESCAPES // MAX_MEMBERS))
+        for index in range(MAX_MEMBERS)
     )
     + b"}",
     "members of a format": body(response_format=b"{%b}" % members(7000), text=b"{%b}" % members(7000)),
@@ -92,6 +105,8 @@ BEYOND = {
     "a long key": body(**{"k" * 400_000: b"1"}),
     "empty texts": body(prompt=listed(b'""', filling(b'""'))),
     "ids": body(prompt=listed(b"1", filling(b"1"))),
+    "lists of ids": body(prompt=listed(listed(b"1", 4), MAX_CONTAINERS - 50)),
+    "texts": body(prompt=listed(b'""', MAX_STRINGS - 50)),
     "empty lists": body(prompt=listed(b"[1]", filling(b"[1]"))),
     "escaped backslashes": b"{%b}" % members(50_000).replace(b'":', b'\\\\":'),
     **{f"slow numbers in {name}": body(**{name: listed(b"1e308", 80_000)}) for name in PARAMETERS},
@@ -101,14 +116,31 @@ BEYOND = {
 }
 
 
+POLICY = policy(
+    served=VERSION,
+    tap=True,
+    tap_tokens=True,
+    grammars=True,
+    tool_grammars=True,
+    control_fraction=0.0,
+    scorable_models=frozenset({"m", "n"}),
+    kinds=frozenset({"chat text sampled"}),
+)
+"""Sampled, treated and compared: the relay does with a body whatever it can do."""
+ROUTES = {form: route for route, form in FORMS.items()}
+
+
 def _read(data: bytes, form: Form) -> None:
-    """What the relay does with a body, as far as its cost depends on what is in it."""
-    try:
-        request = read_request(data[:LIMIT] if len(data) > LIMIT else data, form=form)
-    except MALFORMED:
-        return
-    kind_name(request, "", several_models=True)
-    sampling_parameters(request, {}, openai_defaults=False)
+    """What the relay does with a body before it goes upstream, as far as its cost depends on what is in it."""
+    interceptor = Interceptor(POLICY, lambda capture: True, lambda metric, labels: None, draw=lambda: 0.0)
+    observer = OutcomeObserver(form)
+    observer.feed_request(data)
+    conversation_key(data)
+    hook = interceptor.begin("POST", ROUTES[form].encode(), [], "r1")
+    assert isinstance(hook, InterceptedExchange)
+    hook.request(data if len(data) <= LIMIT else None)
+    if hook.comparison is not None:
+        observer.compare(data, json_in_words=hook.comparison.json_in_words)
 
 
 def cpu_seconds(data: bytes, form: Form) -> float:

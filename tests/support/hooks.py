@@ -28,11 +28,17 @@ class SpyHook:
     comparison: Comparison | None = None
     calls: list[object] = field(default_factory=list)
     seen: bytes = b""
+    engines: list[str] = field(default_factory=list)
 
     def _called(self, name: str, value: object) -> None:
         self.calls.append((name, value))
         if self.fails == name:
             raise RuntimeError(name)
+
+    def sent_to(self, engine: str) -> None:
+        self.engines.append(engine)
+        if self.fails == "sent_to":
+            raise RuntimeError("sent_to")
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         self._called("request", body)
@@ -70,6 +76,8 @@ class HookSequence:
     answers: list[SpyHook | Refusal | None]
     begun: list[tuple[str, bytes, list[tuple[bytes, bytes]], str]] = field(default_factory=list)
 
-    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> SpyHook | Refusal | None:
+    def begin(
+        self, method: str, target: bytes, headers: Headers, request_id: str, *, marked: bool = True
+    ) -> SpyHook | Refusal | None:
         self.begun.append((method, target, list(headers), request_id))
         return self.answers.pop(0)

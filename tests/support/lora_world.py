@@ -19,6 +19,7 @@ from hemostat.engines.lora.host import AdapterHost
 from hemostat.engines.lora.probing import CopyUnavailable
 from hemostat.engines.messages import EngineReport, LoraState
 from hemostat.engines.registry import EngineRegistry
+from hemostat.reference.server import VllmServer
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Ids, Singles
 from hemostat_calibration.profiles.adapter import adapter_profile
@@ -138,6 +139,7 @@ async def lora_world(
             settings,
             registry,
             profiles,
+            connect=lambda: VllmServer(server.url, timeout=60.0),
             copy=copy if with_copy else None,
             base=lambda: server.model,
             leads=lambda: leads,

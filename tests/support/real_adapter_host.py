@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 from tests.support.running_vllm import RunningVllm
 from tests.support.waiting import until
@@ -14,10 +14,10 @@ from tests.support.waiting import until
 from hemostat.config.schema import Settings
 from hemostat.engines.lora.host import AdapterHost, HostState
 from hemostat.engines.messages import EngineReport
-from hemostat.engines.registry import EngineRegistry
 from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import Copy
 from hemostat.models.reference_checkpoint import Checkpoints
+from hemostat.reference.server import VllmServer
 from hemostat_calibration.adapters.correction import low_rank
 from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Ids, Singles
@@ -35,6 +35,9 @@ class Engines:
 
     def __init__(self, server: RunningVllm) -> None:
         self._admin = server.admin
+
+    def known(self, _now: float) -> bool:
+        return True
 
     def live(self, _now: float) -> list[EngineReport]:
         with self._admin.lock:
@@ -100,8 +103,9 @@ async def hosting(
         server.admin.files[version] = profile.to_bytes()
     host = AdapterHost(
         Settings.model_validate({"upstream": {"url": server.url}, "adapter": adapter}),
-        cast(EngineRegistry, engines),
+        engines,
         profiles,
+        connect=lambda: VllmServer(server.url, timeout=60.0),
         copy=copy,
         base=lambda: server.model,
         leads=lambda: True,

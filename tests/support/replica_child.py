@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.support.captures import capture
 from tests.support.profile_bench import BIASED, MODEL
-from tests.support.replicas import deployment, scored
+from tests.support.replicas import MODELS, deployment, scored
 from tests.support.world import V
 
 from hemostat.control import composition
@@ -63,7 +63,7 @@ async def _run(child: Child) -> None:
     one = Control(made, socket, 1234)
     await one.start(None)
     one.profile_manager.set_model_pair(MODEL, V)
-    one.learned.set_models("models")
+    one.learned.set_models(MODELS)
     assert one.evidence is not None
     assert one.replica is not None
     running = [one.run_periodic(), one.writer.run(), one.replica.run(), one.learned.run(), *one.evidence.loops()]

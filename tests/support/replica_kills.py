@@ -9,7 +9,7 @@ import random
 import secrets
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -29,8 +29,11 @@ from hemostat_calibration import alarm
 
 REPLICAS = 3
 VICTIMS = ("leader", "follower", "store")
+TOGETHER = "leader and store"
+"""A victim that is not drawn: both at the same time."""
 WAIT_SECONDS = 60.0
 MAX_LOST = {"leader": checkpoint.MAX_UNSAVED + outbox.MAX_UNITS, "follower": outbox.MAX_UNITS, "store": 0}
+MAX_LOST[TOGETHER] = MAX_LOST["leader"]
 """Scored requests that may be lost by a kill, as docs/replicas.md says."""
 
 
@@ -61,9 +64,12 @@ class Outcome:
 
 
 class Deployment:
-    """server: running. folder: of this run."""
+    """server: running. folder: of this run. victims: of which one is drawn each time."""
 
-    def __init__(self, context: ForkServerContext, server: Valkey, folder: Path, seed: int) -> None:
+    def __init__(
+        self, context: ForkServerContext, server: Valkey, folder: Path, seed: int, victims: Sequence[str]
+    ) -> None:
+        self._victims = victims
         self._context, self._server, self._folder = context, server, folder
         self._prefix = f"{folder}:"
         self._random = random.Random(seed)
@@ -125,7 +131,7 @@ class Deployment:
 
     def kill(self) -> None:
         """One of the three, and what was killed is started again."""
-        victim = self._random.choice(VICTIMS)
+        victim = self._random.choice(self._victims)
         time.sleep(self._random.uniform(0.0, 0.6))
         self.outcome.killed.append(victim)
         if victim == "store":
@@ -134,13 +140,17 @@ class Deployment:
             self._server.start()
         else:
             leads = {said["pid"] for said in self.statuses() if said["leads"]}
-            chosen = [n for n, p in enumerate(self._processes) if (p.pid in leads) == (victim == "leader")]
+            chosen = [n for n, p in enumerate(self._processes) if (p.pid in leads) == (victim != "follower")]
             n = self._random.choice(chosen or range(REPLICAS))
             pid = self._processes[n].pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
+            if victim == TOGETHER:
+                self._server.kill()
             self._processes[n].join()
             self._look(self._random.uniform(0.0, 0.8))
+            if victim == TOGETHER:
+                self._server.start()
             self._processes[n] = self._started(n)
         self.all_lead_or_follow()
         self.until(self._all_serve, "all serve the profile again")
@@ -195,11 +205,11 @@ def context() -> ForkServerContext:
     return found
 
 
-def run(made: ForkServerContext, folder: Path, seed: int, kills: int) -> Outcome:
+def run(made: ForkServerContext, folder: Path, seed: int, kills: int, victims: Sequence[str] = VICTIMS) -> Outcome:
     """One run: so many kills of a deployment of its own."""
     folder.mkdir(parents=True)
     with valkey.running(folder / "valkey") as server:
-        one = Deployment(made, server, folder, seed)
+        one = Deployment(made, server, folder, seed, victims)
         try:
             one.start()
             one.all_lead_or_follow()

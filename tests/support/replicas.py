@@ -106,6 +106,10 @@ def scored(one: Control, truth: Truth, key: bytes) -> TokenRecord:
     return replace(make_record(truth, 20, key=key), shifts=shifts, client=b"client %d" % (key[-1] % 12), kind="chat")
 
 
+MODELS = '{"compressed": "/models/w4a16", "model": "m", "reference": "r"}'
+"""`model_identity` of what all replicas serve."""
+
+
 @asynccontextmanager
 async def replicas(url: str, folder: Path, number: int, **more: Any) -> AsyncIterator[Replicas]:
     clock = Clock()
@@ -117,7 +121,7 @@ async def replicas(url: str, folder: Path, number: int, **more: Any) -> AsyncIte
         controls.append(one)
         await one.start(None)
         one.profile_manager.set_model_pair(MODEL, V)
-        one.learned.set_models("models")
+        one.learned.set_models(MODELS)
     try:
         yield Replicas(controls, clock)
     finally:

@@ -6,12 +6,15 @@ import json
 from typing import Any
 
 import pytest
+from tests.support import costly_search
 from tests.support.costly_bodies import BEYOND, LIMIT, WITHIN, body, cpu_seconds, listed, members
 
-from hemostat.openai.complexity import MAX_MESSAGES, MAX_STRINGS, TooComplex, check_complexity
+from hemostat.openai.complexity import MAX_ESCAPES, MAX_MESSAGES, MAX_STRINGS, TooComplex, check_complexity
 from hemostat.openai.form import Form
+from hemostat.openai.grammar_spec import MAX_TOOL_OBJECTS
 from hemostat.openai.json_splice import MAX_KEY_CHARACTERS, MAX_MEMBERS, MAX_VALUE_BYTES, JsonObject
 from hemostat.openai.reading import read_request
+from hemostat.openai.requests import Unscorable
 
 SECONDS = 0.02
 """CPU time. The limit is 5 ms, which `make bench-faults` checks; here the machine is shared, and its caches are too."""
@@ -24,10 +27,30 @@ def test_the_most_that_is_read_is_read_quickly(form: Form) -> None:
     assert {name: cost for name, cost in costs.items() if cost > SECONDS} == {}
 
 
+def test_too_many_prompts() -> None:
+    for prompts in (listed(b'""', MAX_MESSAGES + 1), listed(b"[1]", MAX_MESSAGES + 1)):
+        with pytest.raises(TooComplex):
+            read_request(body(prompt=prompts), form=Form.COMPLETIONS)
+    assert read_request(body(prompt=listed(b"[1]", MAX_MESSAGES)), form=Form.COMPLETIONS).prompts == MAX_MESSAGES
+
+
+@pytest.mark.parametrize("form", [Form.CHAT, Form.RESPONSES, Form.MESSAGES])
+def test_too_many_tools_are_not_scored(form: Form) -> None:
+    for number in (MAX_TOOL_OBJECTS // 2, MAX_TOOL_OBJECTS // 2 + 1):
+        tools = listed(b'{"strict":true,"function":{}}', number)
+        reason = read_request(body(tools=tools), form=form).unscorable
+        assert (reason is Unscorable.GRAMMAR_TOO_LARGE) == (2 * number > MAX_TOOL_OBJECTS)
+
+
 @pytest.mark.parametrize("form", list(Form))
 def test_what_is_beyond_is_left_unread_as_quickly(form: Form) -> None:
     costs = {name: cpu_seconds(data, form) for name, data in BEYOND.items()}
     assert {name: cost for name, cost in costs.items() if cost > SECONDS} == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_random_body_is_read_for_long(seed: int) -> None:
+    assert costly_search.worst(30, seed) <= SECONDS
 
 
 def test_what_agents_send_is_read() -> None:
@@ -59,6 +82,7 @@ def test_what_agents_send_is_read() -> None:
         body(temperature=b'"%b"' % (b"x" * MAX_VALUE_BYTES)),
         body(messages=listed(b'{"role":"user"}', MAX_MESSAGES + 1)),
         body(prompt=listed(b'""', MAX_STRINGS + 1)),
+        body(stop=b'"%b"' % (b"\\n" * (MAX_ESCAPES + 1))),
     ],
 )  # fmt: skip
 def test_the_limits(data: bytes) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemostat.openai.conversation_key import MAX_SCANNED_BYTES, conversation_key
+from hemostat.openai.conversation_key import conversation_key
 from hemostat.openai.reading import read_request
 from hemostat.openai.routes import CHAT, FORMS
 
@@ -56,14 +57,23 @@ def test_any_bytes_are_read(body: bytes) -> None:
     conversation_key(b'{"messages": [{"role": "user", ' + body)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b'{"prompt": "' + b"a" * 2_000_000, b'{"messages": [{"role": "user", "content": "' + b"\\" * 2_000_000],
-    ids=["open string", "backslashes"],
-)
-def test_a_body_that_never_ends_has_no_key(body: bytes) -> None:
-    assert len(body) > MAX_SCANNED_BYTES
-    assert conversation_key(body) is None
+BEGINNINGS = {
+    "prompt": b'{"prompt": "',
+    "message": b'{"messages": [{"role": "user", "content": "',
+    "parts": b'{"messages": [{"role": "user", "content": [{"text": "',
+}
+
+
+@pytest.mark.parametrize("unit", [b"a", b'\\"', b"\\\\", b" "], ids=["letters", "quotes", "backslashes", "blanks"])
+@pytest.mark.parametrize("begin", BEGINNINGS)
+def test_a_long_text_has_the_key_of_its_beginning(begin: str, unit: bytes) -> None:
+    """Also where it never ends. It is read once, not from each quotation mark on: that would take seconds."""
+    text = BEGINNINGS[begin] + b"%d" + unit * 500_000
+    one, two, other = text % 1, text % 1 + b'"}]}', text % 2
+    started = time.thread_time()
+    assert conversation_key(one) == conversation_key(two)
+    assert conversation_key(one) != conversation_key(other)
+    assert time.thread_time() - started < 0.1
 
 
 @pytest.mark.parametrize(("member", "value"), [("prompt", "Once"), ("prompt", [1, 2, 3]), ("input", "Once")])

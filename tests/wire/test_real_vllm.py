@@ -22,6 +22,18 @@ from hemostat.openai.routes import CHAT, COMPLETIONS
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 
+def test_vllm_writes_nan_as_null_in_a_stream() -> None:
+    """So it does not end the client's stream: `test_refusals.py` tests what becomes of such a stream."""
+    protocol = pytest.importorskip("vllm.entrypoints.openai.chat_completion.protocol")
+    entry = protocol.ChatCompletionLogProbsContent(token="token_id:5", logprob=max(float("nan"), -9999.0))
+    choice = protocol.ChatCompletionResponseStreamChoice(
+        index=0, delta={"content": "x"}, logprobs=protocol.ChatCompletionLogProbs(content=[entry])
+    )
+    chunk = protocol.ChatCompletionStreamResponse(model="m", choices=[choice])
+    written = json.loads(chunk.model_dump_json(exclude_unset=True))
+    assert written["choices"][0]["logprobs"] == {"content": [{"token": "token_id:5", "logprob": None}]}
+
+
 class Server(Protocol):
     url: str
     model: str

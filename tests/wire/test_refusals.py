@@ -24,6 +24,7 @@ from hemostat.hooks import ExchangeHook, Refusal
 from hemostat.openai import json_splice
 from hemostat.openai.errors import leading_error_code
 from hemostat.openai.routes import CHAT
+from hemostat.shadow.record_builder import UnreadableLogprobsError, decode_capture
 from hemostat.shadow.refusals import FIRST_PAUSE_SECONDS, MIN_REFUSALS, VAIN_REPEAT_PAUSE_SECONDS
 
 
@@ -251,6 +252,51 @@ def test_a_stream_that_begins_with_a_server_error_is_asked_for_again(body: bytes
     wire, upstream = scripted((200, EVENT_STREAM, body), (200, EVENT_STREAM, own))
     answer = wire.send(CHAT, chat(stream=True))
     assert (answer.status, answer.body, upstream.asked) == (200, own, [True, False])
+
+
+def sampled_stream(*logprobs: str, error: bool = False) -> bytes:
+    """A chat's stream of one token per value (JSON of its log-probability), as vLLM 0.32 writes it."""
+    begin = '{"id":"c","object":"chat.completion.chunk","created":1,"model":"m","choices":['
+    events = [begin + '{"index":0,"delta":{"role":"assistant","content":""}}],"prompt_token_ids":[1]}']
+    for position, value in enumerate(logprobs):
+        entry = f'{{"token":"token_id:{position}","logprob":{value},"bytes":[116]'
+        events.append(
+            f'{begin}{{"index":0,"delta":{{"content":"t{position}"}},"logprobs":{{"content":[{entry},"top_logprobs":['
+            f'{entry}}}]}}]}},"finish_reason":null,"token_ids":[{position}]}}]}}'
+        )
+    if error:
+        events.append('{"error":{"message":"Internal server error","type":"InternalServerError","code":500}}')
+    else:
+        events.append(begin + '{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop","token_ids":[]}]}')
+        usage = f'"usage":{{"prompt_tokens":1,"total_tokens":9,"completion_tokens":{len(logprobs)}}}}}'
+        events.append(begin + "]," + usage)
+    return "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode()
+
+
+def test_nan_within_a_stream_is_the_end_of_its_capture_and_not_of_the_stream() -> None:
+    """vLLM writes NaN as null there (`tests/wire/test_real_vllm.py`), where a whole response of it is an error."""
+    wire, upstream = scripted((200, EVENT_STREAM, sampled_stream("-0.5", "null", "-0.25")))
+    answer = wire.send(CHAT, chat(stream=True))
+    assert (answer.status, upstream.asked) == (200, [True])
+    assert [text in answer.body for text in (b'"t0"', b'"t1"', b'"t2"', b"[DONE]")] == [True] * 4
+    assert b"token_id:" not in answer.body
+    (capture,) = wire.captures
+    with pytest.raises(UnreadableLogprobsError):
+        decode_capture(capture)
+
+
+def test_sampling_pauses_after_several_answers_that_end_in_an_error() -> None:
+    """An answer that has begun cannot be sent again, so what was added harms this often at most."""
+    wire, upstream = scripted((200, EVENT_STREAM, sampled_stream("-0.5", error=True)))
+    for _ in range(MIN_REFUSALS + 1):
+        wire.send(CHAT, chat(stream=True))
+    assert upstream.asked == [True] * MIN_REFUSALS + [False]
+    assert wire.shadow("skipped", "upstream_error") == MIN_REFUSALS
+    assert wire.shadow("skipped", "logprobs_refused") == 1
+    upstream.injected = (200, EVENT_STREAM, sampled_stream("-0.5"))
+    wire.now += FIRST_PAUSE_SECONDS
+    wire.send(CHAT, chat(stream=True))
+    assert len(wire.captures) == 1, "then it is tried again"
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])

@@ -11,7 +11,7 @@ whenever the change begins.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,17 @@ class WealthState:
         held_back = -math.log(self.requests + 1.0)
         return float(np.logaddexp(log_sum_exp(self.log_wealth[:, None])[0], held_back))
 
+    def crossing(self, at: float, log_wealth: float) -> Crossing:
+        """The evidence of an alarm now. at: seconds. log_wealth: of all strategies, what is held back included."""
+        best = int(self.log_wealth.argmax())
+        return Crossing(
+            since=float(self.since[best]),
+            at=at,
+            requests=self.requests - int(self.first_request[best]),
+            tokens=self.tokens - int(self.first_token[best]),
+            log_wealth=log_wealth,
+        )
+
 
 def equal_weights(strategies: int) -> Floats:
     """ln of 1/S for each of S strategies.
@@ -97,25 +108,38 @@ def bet(
     (0.0, 8, 80)
     """
     k = wealth.requests + 1
-    funded = log_weights - math.log(k * (k + 1.0))
-    anew = funded > wealth.log_wealth
-    moved = WealthState(
-        log_wealth=np.logaddexp(wealth.log_wealth, funded) + log_factors,
+    moved = multiply(fund(wealth, log_weights - math.log(k * (k + 1.0)), now), log_factors, tokens)
+    return moved, None if moved.log_evidence < log_target else moved.crossing(now, moved.log_evidence)
+
+
+def fund(wealth: WealthState, log_amounts: Floats, now: float) -> WealthState:
+    """Add to what each strategy has. log_amounts: float64 [S], natural logarithms. now: seconds.
+
+    >>> fund(initial_wealth(1), np.log([0.5]), now=3.0).log_wealth.round(6).tolist()
+    [-0.693147]
+    """
+    anew = log_amounts > wealth.log_wealth
+    return replace(
+        wealth,
+        log_wealth=np.logaddexp(wealth.log_wealth, log_amounts),
         since=np.where(anew, now, wealth.since),
         first_request=np.where(anew, wealth.requests, wealth.first_request),
         first_token=np.where(anew, wealth.tokens, wealth.first_token),
-        requests=k,
-        tokens=wealth.tokens + tokens,
     )
-    if moved.log_evidence < log_target:
-        return moved, None
-    best = int(moved.log_wealth.argmax())
-    return moved, Crossing(
-        since=float(moved.since[best]),
-        at=now,
-        requests=k - int(moved.first_request[best]),
-        tokens=moved.tokens - int(moved.first_token[best]),
-        log_wealth=moved.log_evidence,
+
+
+def multiply(wealth: WealthState, log_factors: Floats, tokens: int) -> WealthState:
+    """One more request. log_factors: float64 [S], ln of each strategy's factor. tokens: of the request.
+
+    >>> wealth = multiply(fund(initial_wealth(1), np.zeros(1), now=0.0), np.log([2.0]), tokens=10)
+    >>> wealth.log_wealth.round(6).tolist(), wealth.requests, wealth.tokens
+    ([0.693147], 1, 10)
+    """
+    return replace(
+        wealth,
+        log_wealth=wealth.log_wealth + log_factors,
+        requests=wealth.requests + 1,
+        tokens=wealth.tokens + tokens,
     )
 
 

@@ -4,54 +4,76 @@ The unit is a scored request that is one of the independent units (the first of 
 number that says how far its engine was from the reference, such as the mean KL divergence of its tokens. Units are
 compared within a *stratum*, a kind of traffic under one profile: engines may get different mixes of kinds.
 
-Successive units of a stratum form blocks. In a block of N units, of which k are the engine's own, the ranks of the
-figures are known, and so are the labels (own or another's). Under the null hypothesis all C(N, k) ways to place the
-labels are equally likely, given the ranks. A strategy with weights w, one for each rank, has the e-value
+For each engine, every unit is a bet on its label, "own" or "another's", from the gap that its figure falls into among
+the sorted figures of the stratum before it. A strategy gives the probability q of "own" for each of the m gaps, and
+their mean over the gaps is p, a forecast that does not know the figure. Within a window of successive units
 
-    E = C(N, k) · Π_own w(rank) / e_k(w),        e_k: the elementary symmetric polynomial
+    E = Π q(label) / max(Π p(label), max_θ Π θ(label)),        θ: any constant probability of "own"
 
-whose mean over all placements is exactly 1. So the wealth of the bets (`betting`) reaches 1/α with a probability of at
-most α, however often one looks (Ville). It is a permutation test by betting; ranks alone count, so that tails as heavy
-as any, and requests of unequal lengths, change nothing.
+and the wealth is the product of E over windows. It reaches 1/α with a probability of at most α, however often one looks
+(Ville), if either
 
-The null hypothesis holds for each block if either
-- figures are exchangeable, given which engine got which unit: any routing, traffic that stays the same over a block; or
-- labels are exchangeable, given the figures: routing by a hash of the conversation, traffic that drifts as it likes.
+- figures are exchangeable within a stratum, given which engine got which unit: any routing, traffic that stays the
+  same. All m gaps are equally likely then, so that Π q / Π p is a martingale; or
+- labels are independent with a constant probability over a window, given the figures: routing by a hash of the
+  conversation, traffic that drifts as it likes. Π q / Π θ is a martingale then, for the true θ. (The maximum in the
+  denominator is that of universal inference: Wasserman, Ramdas & Balakrishnan, arXiv 1912.11436.)
 
-`alpha` is spent over all tests that are ever begun: the g-th COHORT of them shares alpha / (g(g+1)) equally. With two
-engines, both differ from "the others": which of the two is at fault is not known then.
+Only ranks count, so that heavy tails and unequal lengths change nothing. Strategies: own figures lie below (or above) a
+threshold, which is learned from the labels before; or the log-odds of "own" grow with the rank. As in an e-detector
+(Shin, Ramdas & Rinaldo, arXiv 2203.03532), each window funds the strategies anew, for changes that come late.
+
+`alpha` is spent over all tests that are ever begun: FIRST_COHORT of it by the first COHORT tests equally, of the rest r
+the g-th COHORT after them shares r / (g(g+1)). With two engines, both differ from "the others": which of the two is at
+fault is not known then.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from hemostat_calibration.alarm.betting import Crossing, WealthState, bet, initial_wealth, log_sum_exp
+from hemostat_calibration.alarm.betting import Crossing, WealthState, fund, initial_wealth, log_sum_exp, multiply
 from hemostat_calibration.arrays import Floats
 from hemostat_calibration.errors import InvalidArgumentError
 
-UNITS_PER_ENGINE = 2
-"""Of a block, on average. With more of them blocks take longer, in each stratum; with fewer a block says less, since
-log C(N, k) / k grows with k."""
+WINDOW_UNITS_PER_ENGINE = 12
+"""Of a window, on average. Shorter ones fund late changes sooner and pay for the denominator more often."""
+MAX_STRATUM_UNITS = 64
+"""Figures that a unit is compared with; then the stratum begins anew, so that gaps stay equally likely."""
 ACTIVE_SECONDS = 3600.0
-"""An engine without a unit for so long is not counted for the size of blocks."""
+"""An engine without a unit for so long is neither tested nor counted for the length of windows."""
 COHORT = 4
-CLEAR_BLOCKS = 10
-"""After an alarm, so many blocks on which freshly funded bets lost wealth end it."""
+FIRST_COHORT = 0.9
+FIRST_WINDOW = 0.7
+"""Part of the wealth that the first window gets; of the rest r, the k-th gets r / (k(k-1))."""
+SHARE_UNITS = 4.0
+"""Equal shares count in an engine's share so far like so many units of each engine."""
+FORECAST_UNITS = 40.0
+"""An engine's share so far counts in its forecast like so many units of the window."""
+MIN_RECOVERY_UNITS = 5
+"""After an alarm, a window with so many units of its own and of others, in which freshly funded bets have lost wealth,
+ends it."""
 MAX_ENGINES = 64
 MAX_STRATA = 256
 
-_TILTS = np.array([3.0, 10.0, 30.0])
-TILTS = np.concatenate([-_TILTS, _TILTS])
-"""A strategy's weight of a rank r of N is exp(tilt · r/N): it bets that the engine's figures are lower (negative) or
-higher than the others'."""
-LOG_WEIGHTS = np.log(np.array([0.1, 0.3, 0.1, 0.1, 0.3, 0.1]))
+NOISES = (0.02, 0.15)
+"""Probabilities of a label on the wrong side of the threshold, of the strategies that learn one."""
+TILTS = np.array([-3.0, -8.0, 3.0, 8.0])
+"""Of the other strategies: the log-odds of "own" grow by so much from the lowest to the highest rank."""
+FARTHER = np.array([False, False, True, True, False, False, True, True])
+"""Strategies that bet that the engine's figures are higher: thresholds by noise, lower and higher; then TILTS."""
+LOG_WEIGHTS = np.log(np.array([0.4, 0.07, 0.4, 0.07, 0.015, 0.015, 0.015, 0.015]))
 """ln of the parts of what is funded."""
+MEAN_ERROR = 1e-9
+"""Of a strategy's mean over the gaps: 10^-6 of the smallest forecast, in a window of 10^3 units."""
+_TIE_STEP = (math.sqrt(5.0) - 1.0) / 2.0
+"""Ties are broken by the fractional parts of its multiples, which know neither figures nor labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,47 +85,77 @@ class Unit:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Successive units that share one denominator. units: of all engines that are compared; own: of the one that is
+    tested. log_forecast: ln of Π p(label)."""
+
+    units: int = 0
+    own: int = 0
+    log_forecast: float = 0.0
+
+    @property
+    def log_denominator(self) -> float:
+        """ln of the larger of Π p(label) and the largest likelihood of the labels under a constant probability.
+
+        >>> round(Window(4, 1, -3.0).log_denominator, 3), round(4 * math.log(4) - 3 * math.log(3), 3)
+        (-2.249, 2.249)
+        """
+        shares = (count / self.units for count in (self.own, self.units - self.own) if count)
+        return max(self.log_forecast, self.units * sum(share * math.log(share) for share in shares))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineTest:
-    """Of one engine. number: among all tests that were begun, from 0. units: its own, all together. last: time of its
-    last unit. recovery_log_wealth: float64 [S]; after a crossing, ln of what each strategy made of 1 in
-    recovery_blocks."""
+    """Of one engine. number: among all tests that were begun, from 0. windows: begun so far. units: its own, all
+    together. last: time of its last unit. recovery: float64 [S]; after a crossing, ln of what each strategy made of 1
+    in this window."""
 
     alpha: float
     number: int
-    wealth: WealthState = field(default_factory=lambda: initial_wealth(len(TILTS)))
+    wealth: WealthState = field(default_factory=lambda: initial_wealth(len(LOG_WEIGHTS)))
+    window: Window = field(default_factory=Window)
+    windows: int = 0
     crossing: Crossing | None = None
     units: int = 0
     last: float = 0.0
-    recovery_log_wealth: Floats | None = None
-    recovery_blocks: int = 0
+    recovery: Floats | None = None
+
+    @property
+    def log_evidence(self) -> float:
+        """ln of the whole wealth, what is held back included."""
+        if not self.windows:
+            return 0.0
+        held_back = math.log((1.0 - FIRST_WINDOW) / self.windows)
+        return float(np.logaddexp(log_sum_exp(self.wealth.log_wealth[:, None])[0], held_back))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """Of one stratum, in progress. size: at which it is complete. last: time of its last unit."""
+class Stratum:
+    """Units since it began anew, by figure. last: time of its last unit."""
 
-    size: int
-    units: tuple[Unit, ...]
-    last: float
+    figures: tuple[float, ...] = ()
+    engines: tuple[str, ...] = ()
+    last: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OddEngines:
-    """alpha: probability of any false alarm, over all engines and the whole run. begun: tests so far."""
+    """alpha: probability of any false alarm, over all engines and the whole run. begun: tests so far. units: so far."""
 
     alpha: float
     begun: int = 0
+    units: int = 0
     tests: Mapping[str, EngineTest] = field(default_factory=dict)
-    blocks: Mapping[str, Block] = field(default_factory=dict)
+    strata: Mapping[str, Stratum] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineReading:
     """State of one engine's test.
 
-    raised: the evidence of the alarm, `requests` in it are blocks; None where there is none. farther: its figures are
-    higher than the others'; lower otherwise. log_evidence: ln of the wealth; it alarms at ln(1/alpha).
+    raised: the evidence of the alarm, `requests` in it are units of all engines; None where there is none. farther: its
+    figures are higher than the others'; lower otherwise. log_evidence: ln of the wealth; it alarms at ln(1/alpha).
     """
 
     engine: str
@@ -137,18 +189,26 @@ def update(state: OddEngines, stratum: str, unit: Unit, now: float = 0.0) -> Odd
     """
     if not math.isfinite(unit.figure):
         return state
+    active = {name for name, test in state.tests.items() if now - test.last < ACTIVE_SECONDS}
     state = _with_test(state, unit, now)
-    block = state.blocks.get(stratum)
-    if block is None:
-        active = sum(now - test.last < ACTIVE_SECONDS for test in state.tests.values())
-        block = Block(UNITS_PER_ENGINE * max(active, 2), (), now)
-    block = replace(block, units=(*block.units, unit), last=now)
-    blocks = {name: other for name, other in state.blocks.items() if name != stratum}
-    if len(block.units) < block.size:
-        while len(blocks) >= MAX_STRATA:
-            del blocks[min(blocks, key=lambda name: blocks[name].last)]
-        return replace(state, blocks={**blocks, stratum: block})
-    return _use(replace(state, blocks=blocks), block, now)
+    before = state.strata.get(stratum, Stratum())
+    lowest, highest = bisect_left(before.figures, unit.figure), bisect_right(before.figures, unit.figure)
+    place = lowest + int((state.units + 1) * _TIE_STEP % 1.0 * (highest - lowest + 1))
+    state = _bet(state, active & state.tests.keys(), before, place, unit, now)
+    return replace(state, units=state.units + 1, strata=_with_unit(state.strata, stratum, before, place, unit, now))
+
+
+def _with_unit(
+    strata: Mapping[str, Stratum], name: str, before: Stratum, place: int, unit: Unit, now: float
+) -> Mapping[str, Stratum]:
+    others = {other: one for other, one in strata.items() if other != name}
+    while len(others) >= MAX_STRATA:
+        del others[min(others, key=lambda other: others[other].last)]
+    if len(before.figures) + 1 >= MAX_STRATUM_UNITS:
+        return others
+    figures = (*before.figures[:place], unit.figure, *before.figures[place:])
+    engines = (*before.engines[:place], unit.engine, *before.engines[place:])
+    return {**others, name: Stratum(figures, engines, now)}
 
 
 def _with_test(state: OddEngines, unit: Unit, now: float) -> OddEngines:
@@ -164,73 +224,128 @@ def _with_test(state: OddEngines, unit: Unit, now: float) -> OddEngines:
 
 
 def _begin(alpha: float, begun: int) -> tuple[EngineTest, int]:
-    cohort = begun // COHORT + 1
-    return EngineTest(alpha / (COHORT * cohort * (cohort + 1)), begun), begun + 1
+    cohort = begun // COHORT
+    part = (1.0 - FIRST_COHORT) / (cohort * (cohort + 1)) if cohort else FIRST_COHORT
+    return EngineTest(alpha * part / COHORT, begun), begun + 1
 
 
-def _use(state: OddEngines, block: Block, now: float) -> OddEngines:
-    """Test every engine on a complete block. An engine that is known to differ is not among "the others", unless the
-    block has no others: of two engines both differ."""
+def _bet(state: OddEngines, active: set[str], stratum: Stratum, place: int, unit: Unit, now: float) -> OddEngines:
+    """Bet on the unit in the test of every engine that was active before it. An engine that is known to differ is not
+    among "the others", unless there are no others: of two engines both differ."""
     tests, begun = dict(state.tests), state.begun
-    known = {name for name, test in state.tests.items() if test.crossing is not None}
-    present = {unit.engine for unit in block.units}
-    for name in sorted(present & tests.keys()):
-        left_out = known - {name} if present - known - {name} else frozenset()
-        units = [unit for unit in block.units if unit.engine not in left_out]
-        own = np.array([unit.engine == name for unit in units])
-        if own.all():
-            continue  # nothing to compare with: neither evidence nor recovery
-        factors = log_e_values(np.array([unit.figure for unit in units]), own)
-        test = tests[name]
-        if test.crossing is None:
-            tokens = sum(unit.tokens for unit in units if unit.engine == name)
-            wealth, crossing = bet(test.wealth, factors, LOG_WEIGHTS, tokens, now, -math.log(test.alpha))
-            tests[name] = replace(test, wealth=wealth, crossing=crossing)
-            continue
-        test = _observe_recovery(test, factors)
-        if _recovered(test):
-            fresh, begun = _begin(state.alpha, begun)
-            test = replace(fresh, units=test.units, last=test.last)
-        tests[name] = test
+    known = {name for name in active if tests[name].crossing is not None}
+    groups: dict[frozenset[str], list[str]] = {}
+    for name in sorted(active):
+        left_out = frozenset(known - {name} if active - known - {name} else ())
+        if unit.engine not in left_out:
+            groups.setdefault(left_out, []).append(name)
+            tests[name] = _begin_window(tests[name], now) if not tests[name].window.units else tests[name]
+    for left_out, names in groups.items():
+        compared = [engine for engine in stratum.engines if engine not in left_out]
+        gap = sum(engine not in left_out for engine in stratum.engines[:place])
+        labels = np.array([[engine == name for engine in compared] for name in names], bool)
+        forecasts = np.array([_forecast(tests[name], name, unit, state.units, len(active)) for name in names])
+        for name, own, forecast in zip(names, probabilities(labels, forecasts)[:, :, gap], forecasts, strict=True):
+            tests[name] = _bet_once(tests[name], own, float(forecast), unit, name, now)
+    for name in (name for names in groups.values() for name in names):
+        if tests[name].window.units >= WINDOW_UNITS_PER_ENGINE * max(len(active), 2):
+            test = tests[name]
+            if _recovered(test):
+                fresh, begun = _begin(state.alpha, begun)
+                test = replace(fresh, units=test.units, last=test.last)
+            tests[name] = replace(test, window=Window(), recovery=None)
     return replace(state, tests=tests, begun=begun)
 
 
-def log_e_values(figures: Floats, own: npt.NDArray[np.bool_]) -> Floats:
-    """ln of each strategy's e-value for one block: figures float64 [N], own bool [N] -> float64 [len(TILTS)].
+def _forecast(test: EngineTest, name: str, unit: Unit, units: int, active: int) -> float:
+    """The probability that the next unit is the engine's own, from the labels before it alone."""
+    others = SHARE_UNITS * (max(active, 2) - 1)
+    share = (test.units - (unit.engine == name) + SHARE_UNITS) / (units + SHARE_UNITS + others)
+    return (test.window.own + FORECAST_UNITS * share) / (test.window.units + FORECAST_UNITS)
 
-    Equal figures have the mean of their ranks.
 
-    >>> log_e_values(np.array([0.1, 0.5, 0.6, 0.7]), np.array([True, False, False, False])).round(2).tolist()
-    [0.8, 1.3, 1.39, -1.45, -6.2, -21.11]
+def _begin_window(test: EngineTest, now: float) -> EngineTest:
+    k = test.windows + 1
+    if test.crossing is not None:
+        return replace(test, recovery=LOG_WEIGHTS)
+    part = (1.0 - FIRST_WINDOW) / (k * (k - 1)) if k > 1 else FIRST_WINDOW
+    return replace(test, windows=k, wealth=fund(test.wealth, LOG_WEIGHTS + math.log(part), now))
+
+
+def _bet_once(test: EngineTest, own: Floats, forecast: float, unit: Unit, name: str, now: float) -> EngineTest:
+    """own: float64 [S], each strategy's probability that the unit is the engine's own."""
+    is_own = unit.engine == name
+    chance = forecast if is_own else 1.0 - forecast
+    window = Window(test.window.units + 1, test.window.own + is_own, test.window.log_forecast + math.log(chance))
+    before = test.window.log_denominator if test.window.units else 0.0
+    factors = np.log(own) if is_own else np.log1p(-own)
+    factors = factors - (window.log_denominator - before)
+    if test.crossing is not None:
+        return replace(test, window=window, recovery=None if test.recovery is None else test.recovery + factors)
+    test = replace(test, window=window, wealth=multiply(test.wealth, factors, unit.tokens if is_own else 0))
+    if test.log_evidence < -math.log(test.alpha):
+        return test
+    return replace(test, crossing=test.wealth.crossing(now, test.log_evidence), recovery=None)
+
+
+def probabilities(labels: npt.NDArray[np.bool_], forecasts: Floats) -> Floats:
+    """Each strategy's probability that the next unit is an engine's own, by the gap that its figure falls into:
+    float64 [E, S, n + 1], of mean `forecasts` over the gaps.
+
+    labels: bool [E, n], whether the units before it are the engine's own, by figure. forecasts: float64 [E].
+
+    >>> probabilities(np.array([[True, False, False, False]]), np.array([0.25]))[0, 0].round(2).tolist()
+    [0.93, 0.29, 0.01, 0.01, 0.01]
     """
-    count, chosen = len(figures), int(own.sum())
-    if not 0 < chosen < count:
-        return np.zeros(len(TILTS))
-    ordered = np.sort(figures)
-    below, up_to = np.searchsorted(ordered, figures, "left"), np.searchsorted(ordered, figures, "right")
-    log_weights = np.outer((below + up_to) / (2.0 * count), TILTS)
-    sums = np.full((chosen + 1, len(TILTS)), -np.inf)
-    sums[0] = 0.0
-    for row in log_weights:
-        sums[1:] = np.logaddexp(sums[1:], sums[:-1] + row)
-    placements = math.lgamma(count + 1) - math.lgamma(chosen + 1) - math.lgamma(count - chosen + 1)
-    result: Floats = placements + log_weights[own].sum(axis=0) - sums[chosen]
-    return result
+    engines, gaps = len(labels), labels.shape[1] + 1
+    ranks = (np.arange(gaps) + 0.5) / gaps
+    tilted = np.broadcast_to(TILTS[:, None] * ranks, (engines, len(TILTS), gaps))
+    return _with_mean(
+        np.concatenate([_thresholds(labels), _thresholds(labels[:, ::-1])[:, :, ::-1], tilted], axis=1), forecasts
+    )
 
 
-def _observe_recovery(test: EngineTest, factors: Floats) -> EngineTest:
-    """Add one block after a crossing. A window that did not lose wealth is followed by the next."""
-    begun = test.recovery_log_wealth is None or test.recovery_blocks >= CLEAR_BLOCKS
-    before = np.zeros(len(factors)) if begun or test.recovery_log_wealth is None else test.recovery_log_wealth
-    blocks = 1 if begun else test.recovery_blocks + 1
-    return replace(test, recovery_log_wealth=before + factors, recovery_blocks=blocks)
+def _thresholds(labels: npt.NDArray[np.bool_]) -> Floats:
+    """ln of the odds of "own" by gap, float64 [E, len(NOISES), n + 1], where own figures lie below a threshold, which
+    is in any of the gaps with the same probability before the labels are known."""
+    noise = np.array(NOISES)[:, None]
+    low, high = np.log(noise), np.log1p(-noise)
+    none = np.zeros((len(labels), len(NOISES), 1))
+    by_unit = labels[:, None, :]
+    below = np.concatenate([none, np.cumsum(np.where(by_unit, high, low), axis=2)], axis=2)
+    above = np.concatenate([none, np.cumsum(np.where(by_unit, low, high)[:, :, ::-1], axis=2)], axis=2)[:, :, ::-1]
+    weights = np.exp(below + above - (below + above).max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    # In the threshold's own gap, the figure lies on either side of it with the same probability.
+    is_below = 1.0 - np.cumsum(weights, axis=2) + 0.5 * weights
+    own = is_below * (1.0 - noise) + (1.0 - is_below) * noise
+    odds: Floats = np.log(own) - np.log1p(-own)
+    return odds
+
+
+def _with_mean(log_odds: Floats, means: Floats) -> Floats:
+    """Probabilities whose ln of the odds are `log_odds` [E, S, G] plus a constant for each row, and whose mean over the
+    row is the engine's of `means` [E]: Newton's steps, or halvings where these leave what is known of the constant."""
+    wanted = means[:, None]
+    target = np.log(wanted) - np.log1p(-wanted)
+    lowest, highest = target - log_odds.max(axis=2), target - log_odds.min(axis=2)
+    shift = target - log_odds.mean(axis=2)
+    while True:
+        found: Floats = 1.0 / (1.0 + np.exp(-(log_odds + shift[:, :, None])))
+        error = found.mean(axis=2) - wanted
+        if np.abs(error).max() < MEAN_ERROR:
+            return found
+        lowest, highest = np.where(error < 0.0, shift, lowest), np.where(error < 0.0, highest, shift)
+        step = shift - error / np.maximum((found - found * found).mean(axis=2), 1e-300)
+        shift = np.where((step > lowest) & (step < highest), step, (lowest + highest) / 2.0)
 
 
 def _recovered(test: EngineTest) -> bool:
-    wealth = test.recovery_log_wealth
-    if wealth is None or test.recovery_blocks < CLEAR_BLOCKS:
+    """Freshly funded bets have lost wealth in the window that is complete."""
+    window = test.window
+    if test.recovery is None or min(window.own, window.units - window.own) < MIN_RECOVERY_UNITS:
         return False
-    return float(log_sum_exp((wealth + LOG_WEIGHTS)[:, None])[0]) <= 0.0
+    return float(log_sum_exp(test.recovery[:, None])[0]) <= 0.0
 
 
 def readings(state: OddEngines) -> list[EngineReading]:
@@ -243,8 +358,8 @@ def readings(state: OddEngines) -> list[EngineReading]:
         EngineReading(
             engine=name,
             raised=test.crossing,
-            farther=bool(TILTS[int(np.argmax(test.wealth.log_wealth))] > 0.0),
-            log_evidence=test.wealth.log_evidence,
+            farther=bool(FARTHER[int(np.argmax(test.wealth.log_wealth))]),
+            log_evidence=test.log_evidence,
             alpha=test.alpha,
             units=test.units,
             tokens=test.wealth.tokens,

@@ -18,7 +18,7 @@ from hemostat_calibration.alarm.betting import Crossing, WealthState
 from hemostat_calibration.alarm.budget import BudgetTest
 from hemostat_calibration.alarm.change import ChangeTest
 from hemostat_calibration.alarm.kinds import Alarm, KindState, RunningTest, Settings
-from hemostat_calibration.alarm.odd_engine import Block, EngineTest, OddEngines, Unit
+from hemostat_calibration.alarm.odd_engine import EngineTest, OddEngines, Stratum, Window, init
 from hemostat_calibration.alarm.workload import Workload
 from hemostat_calibration.errors import InvalidArgumentError
 
@@ -39,8 +39,8 @@ _STORED: Mapping[str, type[Any]] = {
     "Workload": Workload,
     "OddEngines": OddEngines,
     "EngineTest": EngineTest,
-    "Block": Block,
-    "Unit": Unit,
+    "Window": Window,
+    "Stratum": Stratum,
 }
 _NAMES = {kind: name for name, kind in _STORED.items()}
 
@@ -100,28 +100,30 @@ def begun_tests(data: bytes) -> int:
         return 0
 
 
-ENGINES_SCHEMA = 1
-"""Of what `save_engines` writes."""
+ENGINES_SCHEMA = 2
+"""Of what `save_engines` writes. 1 had blocks of units."""
 
 
 def save_engines(state: OddEngines) -> bytes:
     """The whole state of the test of the engines as JSON.
 
     >>> load_engines(save_engines(OddEngines(0.01, begun=4)), 0.05)
-    OddEngines(alpha=0.05, begun=4, tests={}, blocks={})
+    OddEngines(alpha=0.05, begun=4, units=0, tests={}, strata={})
     """
     return json.dumps({"schema": ENGINES_SCHEMA, "engines": _to_json(state)}).encode()
 
 
 def load_engines(data: bytes, alpha: float) -> OddEngines:
-    """What `save_engines` wrote, continued with `alpha`; tests already begun keep their own. InvalidArgumentError where
-    it cannot be read.
+    """What `save_engines` wrote, continued with `alpha`; tests already begun keep their own. Of what an earlier schema
+    tested only the number of tests is kept, whose alpha is spent. InvalidArgumentError where it cannot be read.
 
     >>> load_engines(save_engines(OddEngines(0.05)), 0.01).alpha
     0.01
     """
     try:
         stored = json.loads(data)
+        if stored["schema"] == 1:
+            return init(alpha, int(stored["engines"]["fields"]["begun"]))
         if stored["schema"] != ENGINES_SCHEMA:
             raise InvalidArgumentError(
                 f"it is of schema {str(stored['schema'])[:20]}, this version reads {ENGINES_SCHEMA}"

@@ -3,10 +3,10 @@
 The figure is KL(r‖c) in nats per token along the reference's own text, whose expectation is the logarithm of the
 perplexity ratio. On that scale:
 
-Whether there is a break. At each setting k between the first and the last, the step after it is compared with the way
-up to it: C_k = (y_{k+1} − y_k)/(x_{k+1} − x_k) − MIN_RATIO · (y_k − y_0)/(x_k − x_0). A line has C_k < 0 everywhere.
-There is a break where some C_k is above 0, none where all are below, both at 97.5 % with Bonferroni's correction over
-k; otherwise it is undecided.
+Whether there is a break. For each setting k between the first and the last, the way from it to a later setting j is
+compared with the way up to it: C_kj = (y_j − y_k)/(x_j − x_k) − MIN_RATIO · (y_k − y_0)/(x_k − x_0). A line has all
+C_kj < 0. There is a break where some C_kj is above 0, none where all are below, both at 97.5 % with Bonferroni's
+correction over the pairs; otherwise it is undecided, as it is where the last setting is not above the first one.
 
 Where it is. Least squares of a continuous line with one kink ψ at which its slope rises (Hinkley, Biometrika 56, 1969;
 Muggeo, Statistics in Medicine 22, 2003), on the settings up to the end of the steepest step: beyond it the figure
@@ -84,12 +84,17 @@ def find_break(curve: Curve, counts: Floats) -> Break:
 
 def break_existence(curve: Curve) -> Existence:
     x, levels = curve.settings, len(curve.settings)
+    rise = np.zeros(levels)
+    rise[[0, -1]] = (-1.0, 1.0)
+    if curve.contrast(rise, ALPHA)[1] <= 0.0:
+        return Existence.UNDECIDED
+    pairs = [(k, j) for k in range(1, levels - 1) for j in range(k + 1, levels)]
     bounds = []
-    for k in range(1, levels - 1):
+    for k, j in pairs:
         weights = np.zeros(levels)
-        weights[[k, k + 1]] += np.array([-1.0, 1.0]) / (x[k + 1] - x[k])
+        weights[[k, j]] += np.array([-1.0, 1.0]) / (x[j] - x[k])
         weights[[0, k]] += MIN_RATIO * np.array([1.0, -1.0]) / (x[k] - x[0])
-        _, low, high = curve.contrast(weights, ALPHA / (levels - 2))
+        _, low, high = curve.contrast(weights, ALPHA / len(pairs))
         bounds.append((low, high))
     if any(low > 0.0 for low, _ in bounds):
         return Existence.FOUND

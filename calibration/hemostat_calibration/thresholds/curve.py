@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from hemostat_calibration.arrays import Floats
+from hemostat_calibration.arrays import Bools, Floats
 from hemostat_calibration.errors import InvalidArgumentError
 
 
@@ -41,7 +41,7 @@ class Curve:
             raise InvalidArgumentError("every setting needs at least two requests")
 
     @property
-    def measured(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    def measured(self) -> Bools:
         """bool [L, R]."""
         return ~np.isnan(self.sums)
 

@@ -11,6 +11,7 @@ from hemostat.admin.configuration import Configuration, ConfigurationReport
 from hemostat.admin.deployment import Deployment
 from hemostat.admin.proxy_status import ArmEndings, ProxyStatus, endings_by_arm, proxy_status
 from hemostat.config.schema import Settings
+from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
@@ -137,6 +138,9 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
     ejections: int
     figures: Report
     """What was scored of it, and whether it is like the others: `measurement.by_engine`. Empty before that."""
+    holds: list[str] | None
+    """The profile versions that its plugin holds; None while it is not known which of the engines that report it is.
+    With one upstream address, what all engines hold. Adapters: `adapter.engine`."""
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -214,6 +218,7 @@ class StatusSource:
         alarms: Alarms,
         by_engine: ByEngine,
         upstreams: UpstreamEngines,
+        addresses: EngineAddresses,
         outcomes: Outcomes,
         profiles: ProfileManager,
         learner: Learner,
@@ -239,6 +244,7 @@ class StatusSource:
         self._alarms = alarms
         self._by_engine = by_engine
         self._upstreams = upstreams
+        self._addresses = addresses
         self._outcomes = outcomes
         self._profiles = profiles
         self._learner = learner
@@ -320,6 +326,7 @@ class StatusSource:
 
     def _upstream(self) -> list[UpstreamStatus]:
         figures = {row["engine"]: row for row in self._by_engine.report()}
+        addresses, now = self._addresses, self._clock()
         return [
             UpstreamStatus(
                 engine=name,
@@ -331,6 +338,7 @@ class StatusSource:
                 resent=engine.resent,
                 ejections=engine.ejections,
                 figures=figures.get(name, {}),
+                holds=None if (held := addresses.holds(name, now)) is None else sorted(held),
             )
             for name, engine in self._upstreams.current().items()
         ]

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pruneNN: NN %% by magnitude, without data",
     )
     what.add_argument("--plan", type=Path, metavar="FILE", help="bits of each layer, as doctor --plan writes it")
+    what.add_argument(
+        "--compressed", type=Path, metavar="DIR", help="repair this compressed copy of SOURCE, whatever made it"
+    )
     parser.add_argument(
         "--group-size", type=group_size, metavar="N", help="inputs that share a scale, or channel (64; w8a8: channel)"
     )
@@ -38,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument("--score", choices=("magnitude", "wanda", "taylor", "fisher"))
     pruning.add_argument("--pattern", choices=("unstructured", "2:4", "rows"))
     pruning.add_argument("--budget", choices=("layer", "global"), help="where the sparsity holds")
+    pruning.add_argument(
+        "--compensate",
+        action=argparse.BooleanOptionalAction,
+        help="let the weights that stay make up for the others (default: yes)",
+    )
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument(
         "--prompts",
@@ -53,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_integer, default=96, metavar="N", help="generated per prompt (96)"
     )
-    parser.add_argument("--repair", action="store_true", help="then train the norms' weights towards SOURCE")
+    parser.add_argument("--repair", action="store_true", help="then train its norms and biases towards SOURCE")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device (cpu)")
     parser.add_argument(

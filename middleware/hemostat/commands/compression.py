@@ -16,6 +16,7 @@ from hemostat.doctor.prompts import load
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.models.checkpoint_folders import CompressError, cache_folder, cache_key
 from hemostat.models.compression.compress import Surroundings, compress_with
+from hemostat.models.compression.other_files import REPAIR
 from hemostat.models.compression.plan import read_plan
 from hemostat.models.work_folder import WorkFolder
 
@@ -28,7 +29,7 @@ EXIT_INTERRUPTED = 130
 GROUP_SIZE = 64
 BEST = {"w8a8": "smooth", "fp8": "none"}
 """`--calibrate` where it is not given; of the other schemes `descent`. See docs/compress.md."""
-_PRUNING = ("sparsity", "score", "pattern", "budget")
+_PRUNING = ("sparsity", "score", "pattern", "budget", "compensate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,14 @@ class CompressOptions:
     destination: Path
     scheme: str | None = None
     plan: Path | None = None
+    compressed: Path | None = None
     group_size: int | str | None = None
     calibrate: str | None = None
     sparsity: float | None = None
     score: str | None = None
     pattern: str | None = None
     budget: str | None = None
+    compensate: bool | None = None
     prompts: Path | None = None
     records: Path | None = None
     tokens: int = 16_000
@@ -103,14 +106,17 @@ def run(options: CompressOptions) -> int:
 
 def _compress(options: CompressOptions, work: Path, reporter: Reporter) -> list[str]:
     """Lines for people."""
-    method = _method(options, reporter)
-    texts = _texts(options, work / "texts", reporter) if options.repair or method.needs_texts else []
-    made = work / "compressed" if options.repair else options.destination
-    around = Surroundings(work / "layers", options.device, reporter.log, reporter.step)
-    ids = [text.ids for text in texts]
-    report = compress_with(options.source, made, method, ids, seed=options.seed, surroundings=around)
-    if options.repair:
-        from hemostat.models.compression.repair import REPAIR, write_repaired_copy  # noqa: PLC0415
+    method = None if options.compressed is not None else _method(options, reporter)
+    repaired = options.repair or method is None
+    texts = _texts(options, work / "texts", reporter) if method is None or options.repair or method.needs_texts else []
+    made = options.compressed or (work / "compressed" if repaired else options.destination)
+    report: dict[str, Any] = {"layers": {}}
+    if method is not None:
+        around = Surroundings(work / "layers", options.device, reporter.log, reporter.step)
+        ids = [text.ids for text in texts]
+        report = compress_with(options.source, made, method, ids, seed=options.seed, surroundings=around)
+    if repaired:
+        from hemostat.models.compression.repair import write_repaired_copy  # noqa: PLC0415
 
         around = Surroundings(work / "repair", options.device, reporter.log, reporter.step)
         report[REPAIR] = write_repaired_copy(
@@ -123,10 +129,10 @@ def summary(options: CompressOptions, report: dict[str, Any], tokens: int) -> li
     """Of what was written."""
     weights = sum(path.stat().st_size for path in options.destination.glob("*.safetensors"))
     before = sum(path.stat().st_size for path in options.source.glob("*.safetensors"))
-    how = options.scheme or f"plan {options.plan}"
+    how = options.scheme or (f"plan {options.plan}" if options.plan is not None else f"{options.compressed}, repaired")
     if options.scheme == "prune":
         how += f", sparsity {options.sparsity:g}"
-    elif not _is_prune(options):
+    elif not _is_prune(options) and options.compressed is None:
         how += f", calibrate {options.calibration}"
     lines = [
         f"{options.destination}: {how}" + (f", {tokens} tokens of text" if tokens else ", without texts"),
@@ -139,6 +145,14 @@ def summary(options: CompressOptions, report: dict[str, Any], tokens: int) -> li
             f"  squared error at the outputs of its {len(errors)} linear layers, relative: "
             f"mean {sum(errors) / len(errors):.2%}, largest {max(errors):.2%}"
         )
+    if options.scheme == "prune":
+        from hemostat.models.compression.pruning.method import pathway_lines  # noqa: PLC0415
+
+        lines += [f"  {line}" for line in pathway_lines(report["layers"])]
+    if REPAIR in report:
+        from hemostat.models.adapters.training import summary_line  # noqa: PLC0415
+
+        lines.append(f"  {summary_line(report[REPAIR], REPAIR)}")
     return lines
 
 
@@ -192,6 +206,7 @@ def _pruning(options: CompressOptions) -> Method:
             score=Score(options.score or found.score),
             pattern=Pattern(options.pattern or found.pattern),
             budget=Budget(options.budget or found.budget),
+            compensate=found.compensate if options.compensate is None else options.compensate,
         )
     )
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hemostat.commands.admin_port import add_admin_options, admin_request
 from hemostat.commands.arguments import UsageError
 
-if TYPE_CHECKING:
-    import httpx
-
 HELP = "show and control calibration profiles"
-DEFAULT_ADMIN = "http://127.0.0.1:8081"
-ADMIN_SECONDS = 30.0
-"""Timeout of a request to the admin port."""
 MODES = ("off", "observe", "auto")
 PEFT_TENSOR = b".lora_A.weight"
 """Part of the names of a PEFT adapter's tensors."""
@@ -28,14 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def action(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         child = actions.add_parser(name, help=text, allow_abbrev=False)
-        child.add_argument(
-            "--admin",
-            # For the engine plugin, the variable may name every replica (`a,b`, `dns+http://name`); any one will do.
-            default=(os.environ.get("HEMOSTAT_ADMIN_URL") or DEFAULT_ADMIN).split(",")[0].removeprefix("dns+"),
-            metavar="URL",
-            help=f"admin port (HEMOSTAT_ADMIN_URL; default {DEFAULT_ADMIN})",
-        )
-        child.add_argument("--token", metavar="TOKEN", help="admin.token (prefer HEMOSTAT_ADMIN_TOKEN)")
+        add_admin_options(child)
         child.set_defaults(command=run)
         return child
 
@@ -72,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile_list(options: argparse.Namespace) -> int:
-    _print_json(_admin(options, "GET", "/api/v1/profiles").json())
+    _print_json(admin_request(options, "GET", "/api/v1/profiles").json())
     return 0
 
 
 def _profile_show(options: argparse.Namespace) -> int:
-    _print_json(_admin(options, "GET", f"/api/v1/profiles/{_version(options.version)}").json())
+    _print_json(admin_request(options, "GET", f"/api/v1/profiles/{_version(options.version)}").json())
     return 0
 
 
@@ -85,7 +72,7 @@ def _profile_export(options: argparse.Namespace) -> int:
     from hemostat_calibration.profiles.profile import CalibrationProfile  # noqa: PLC0415
 
     version = _version(options.version)
-    data = _admin(options, "GET", f"/api/v1/engine/profiles/{version}").content
+    data = admin_request(options, "GET", f"/api/v1/engine/profiles/{version}").content
     CalibrationProfile.from_bytes(data, version)
     try:
         options.file.write_bytes(data)
@@ -101,7 +88,7 @@ def _profile_import(options: argparse.Namespace) -> int:
     data = _read_profile(options.file)
     CalibrationProfile.from_bytes(data)  # an invalid file is refused before it is sent
     scope = {"params": {"scope": options.scope}} if options.scope else {}
-    answer = _admin(options, "POST", "/api/v1/profiles", content=data, **scope)
+    answer = admin_request(options, "POST", "/api/v1/profiles", content=data, **scope)
     print(answer.json()["version"])  # noqa: T201
     return 0
 
@@ -151,7 +138,7 @@ def _to_kind(options: argparse.Namespace) -> str:
 
 
 def _post(options: argparse.Namespace, action: str, body: dict[str, Any]) -> int:
-    _print_json(_admin(options, "POST", f"/api/v1/profiles/{action}", json=body).json())
+    _print_json(admin_request(options, "POST", f"/api/v1/profiles/{action}", json=body).json())
     return 0
 
 
@@ -166,36 +153,8 @@ def _confirm(options: argparse.Namespace, question: str) -> None:
 
 
 def _profile_mode(options: argparse.Namespace) -> int:
-    _print_json(_admin(options, "POST", "/api/v1/calibration", json={"mode": options.mode}).json())
+    _print_json(admin_request(options, "POST", "/api/v1/calibration", json={"mode": options.mode}).json())
     return 0
-
-
-def _admin(options: argparse.Namespace, method: str, path: str, **body: Any) -> httpx.Response:
-    """A request to the admin port; UsageError where it cannot be reached or refuses."""
-    import httpx  # noqa: PLC0415
-
-    from hemostat.ipc.answers import IDENTITY, AnswerRefused, read_answer_now  # noqa: PLC0415
-    from hemostat_calibration.profiles.profile import MAX_BYTES  # noqa: PLC0415
-
-    token = options.token or os.environ.get("HEMOSTAT_ADMIN_TOKEN")
-    headers = {"authorization": f"Bearer {token}"} if token else {}
-    try:
-        with (
-            httpx.Client(base_url=options.admin, timeout=ADMIN_SECONDS, trust_env=False, headers=IDENTITY) as client,
-            client.stream(method, path, headers=headers, **body) as answer,
-        ):
-            response = httpx.Response(answer.status_code, content=read_answer_now(answer, MAX_BYTES))
-    except (httpx.HTTPError, httpx.InvalidURL, AnswerRefused) as error:
-        raise UsageError(
-            f"{options.admin}: {error} (is hemostat serve running? --admin names its admin port)"
-        ) from None
-    if response.is_success:
-        return response
-    try:
-        detail = response.json()["detail"]
-    except (ValueError, LookupError, TypeError):
-        detail = response.text[:300]
-    raise UsageError(f"{options.admin}{path} answered {response.status_code}: {detail}")
 
 
 def _version(text: str) -> str:

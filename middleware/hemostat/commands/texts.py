@@ -67,8 +67,8 @@ class Writer:
         """Stored in the work folder, by batch. The whole model is in memory meanwhile."""
         import torch  # noqa: PLC0415
 
-        from hemostat.doctor.checkpoints import generate  # noqa: PLC0415
         from hemostat.models.adapters.copies import Copy  # noqa: PLC0415
+        from hemostat.models.generation import generate  # noqa: PLC0415
 
         found: dict[int, Ids] = {}
         model: Copy | None = None

@@ -131,6 +131,11 @@ class Upstream(Section):
         """The same for requests of Hemostat's own; a name that stands for several engines reaches any of them."""
         return tuple(address.removeprefix("dns+") for address in self.addresses)
 
+    @property
+    def resolves(self) -> bool:
+        """The engines are the addresses of a name."""
+        return self.url is not None and self.url.startswith("dns+")
+
     def at(self, server: str) -> Upstream:
         """The same with one of `servers` alone."""
         return self.model_copy(update={"url": server, "urls": []})

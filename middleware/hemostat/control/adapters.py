@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hemostat.config.schema import Settings
-from hemostat.engines.lora.host import AdapterHost
+from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.lora.hosts import AdapterHosts
 from hemostat.engines.lora.probing import CopyUnavailable
 from hemostat.engines.registry import EngineRegistry
 from hemostat.learner.adapters.client import AdapterLearner, AdapterTarget
@@ -68,6 +69,7 @@ class Adapters:
         profiles: ProfileManager,
         monitor: ReferenceMonitor,
         engines: EngineRegistry,
+        addresses: EngineAddresses,
         lease: Lease,
         on_change: Callable[[], None],
         *,
@@ -79,9 +81,10 @@ class Adapters:
         self._on_change = on_change
         self.learner = AdapterLearner(settings.adapter, profiles.proposals, self._built, clock=clock)
         self.judge = AdapterJudge(profiles.catalogue.get, on_change)
-        self.host = AdapterHost(
+        self.hosts = AdapterHosts(
             settings,
             engines,
+            addresses,
             _HostedProfiles(settings, profiles, lease),
             copy=_Copy(self.judge),
             base=lambda: monitor.served.calibrated_name,
@@ -99,7 +102,7 @@ class Adapters:
         self._on_change()
 
     def _host_changed(self) -> None:
-        self._profiles.serving.max_adapters = self.host.capacity or 0
+        self._profiles.serving.max_adapters = self.hosts.capacity or 0
         self._on_change()
 
     def update(self) -> None:
@@ -141,17 +144,17 @@ class Adapters:
 
     def status(self) -> dict[str, Any]:
         """The status block `adapter`."""
-        return self.learner.status() | {"judge": self.judge.status(), "engine": self.host.status()}
+        return self.learner.status() | {"judge": self.judge.status(), "engine": self.hosts.status()}
 
     def samples(self) -> Iterator[Sample]:
         """Nothing where adapters are not enabled."""
         if self._settings.adapter.enabled:
             yield from self.learner.samples()
             yield from self.judge.samples()
-            yield from self.host.samples()
+            yield from self.hosts.samples()
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
         if not self._settings.adapter.enabled:
             return []
-        return [self.learner.run(), self.judge.run(), self.host.run()]
+        return [self.learner.run(), self.judge.run(), self.hosts.run()]

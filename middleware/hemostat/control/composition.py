@@ -22,10 +22,11 @@ from hemostat.control.changes import Changes
 from hemostat.control.evidence.shared import SharedEvidence, Surroundings
 from hemostat.control.learned_state import LearnedState
 from hemostat.control.learning import CalibrationNeeds, LearningSubject
+from hemostat.control.model_identity import model_identity
 from hemostat.control.operations import make_operations
 from hemostat.control.policy import PolicyPublisher
 from hemostat.control.served_kinds import ServedKinds
-from hemostat.control.stored_state import model_identity
+from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
@@ -140,8 +141,18 @@ class Control:
         self.learned = LearnedState(
             self.profile_manager.proposals, self.store, self.writer.as_leader, self.store_errors, self.lease, clock
         )
+        self.addresses = EngineAddresses(
+            settings.upstream, self.engines, lambda: list(self.upstreams.current()), clock, changes.notify
+        )
         self.adapters = Adapters(
-            settings, self.profile_manager, self.monitor, self.engines, self.lease, changes.notify, clock=clock
+            settings,
+            self.profile_manager,
+            self.monitor,
+            self.engines,
+            self.addresses,
+            self.lease,
+            changes.notify,
+            clock=clock,
         )
         self.subject = LearningSubject(calibration, self.profile_manager, self.monitor, self.learner, self.adapters)
         self.grammars = GrammarMasks(settings.grammar, clock)
@@ -189,8 +200,9 @@ class Control:
             self.lease,
             clock,
             salt=lambda: self.salt.value,
-            adapters=self.adapters.host,
+            adapters=self.adapters.hosts,
             grammars=unavailable(settings.grammar),
+            addresses=self.addresses,
             upstreams=self.upstreams,
         )
         changes.subscribe(self.policy.publish)
@@ -227,6 +239,7 @@ class Control:
             alarms=self.alarms,
             by_engine=self.by_engine,
             upstreams=self.upstreams,
+            addresses=self.addresses,
             outcomes=self.outcomes,
             profiles=self.profile_manager,
             learner=self.learner,
@@ -298,7 +311,7 @@ class Control:
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
-        loops = [self.run_periodic(), self.writer.run(), self.salt.run(), self.learned.run()]
+        loops = [self.run_periodic(), self.writer.run(), self.salt.run(), self.learned.run(), self.addresses.run()]
         if self.replica is not None:
             loops.append(self.replica.run())
         if self.evidence is not None:

@@ -55,6 +55,11 @@ class LearnedState:
         self._saved_proposed = 0
 
     @property
+    def models(self) -> str | None:
+        """`model_identity.model_identity`; None while they are not known."""
+        return self._models
+
+    @property
     def models_known(self) -> bool:
         return self._models is not None
 

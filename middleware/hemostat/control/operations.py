@@ -52,7 +52,7 @@ def make_operations(
     """mode: `calibration.mode`. positions: of the evidence of several replicas. clock: monotonic seconds. wall: Unix
     time."""
     override = ModeOverride(mode)
-    local = LocalActions(profiles, alarms, subject, upstreams, store, writer, on_change)
+    local = LocalActions(profiles, alarms, subject, upstreams, store, writer, errors, on_change)
     stored_state = StoredState(
         store,
         errors,

@@ -28,6 +28,8 @@ from hemostat_calibration.profiles.profile import CalibrationProfile
 
 MAX_WRITE_SECONDS = 2.0
 """How long a command of another replica, and a change of the mode, wait for the store before they are answered."""
+NOT_KEPT = "not kept"
+"""The leader's answer to a change of the mode that applies, and that its store has not kept."""
 
 
 class LocalActions:
@@ -41,8 +43,10 @@ class LocalActions:
         upstreams: UpstreamEngines,
         store: Store,
         writer: StoreWriter,
+        errors: StoreErrorLog,
         on_change: Callable[[], None],
     ) -> None:
+        self._errors = errors
         self._profiles = profiles
         self._alarms = alarms
         self._subject = subject
@@ -83,9 +87,13 @@ class LocalActions:
         return result
 
     async def execute_command(self, action: str, arguments: list[Any]) -> str:
-        """Another replica's command: when this returns, the result can be read in the store."""
+        """Another replica's command: when this returns, the result can be read in the store. NOT_KEPT: that of a change
+        of the mode cannot."""
+        failures = self._errors.count
         result = await self.execute(action, arguments)
-        await self._writer.wait_until_written(MAX_WRITE_SECONDS)
+        written = await self._writer.wait_until_written(MAX_WRITE_SECONDS)
+        if action == "mode" and not (written and self._errors.count == failures):
+            return NOT_KEPT
         return result
 
     async def _stored_profile(self, version: str) -> CalibrationProfile:
@@ -204,11 +212,11 @@ class OperatorActions:
             # Here first: the leader may be slow to answer, or gone.
             self._override.begin(mode)
             await self._local.execute("mode", [mode])
-        reached = await self._execute_at_once("mode", mode)
-        if reached:
+        answer = await self._execute_at_once("mode", mode)
+        if answer is not None:
             self._override.end()
         written = await self._writer.wait_until_written(MAX_WRITE_SECONDS)
-        return reached and written and self._errors.count == failures
+        return answer not in (None, NOT_KEPT) and written and self._errors.count == failures
 
     async def _execute(self, action: str, *arguments: str | None) -> str:
         """Here where this replica leads, else by the leader."""
@@ -216,12 +224,11 @@ class OperatorActions:
             return await self._local.execute(action, list(arguments))
         return await self._replica.send(action, *arguments)
 
-    async def _execute_at_once(self, action: str, *arguments: str | None) -> bool:
+    async def _execute_at_once(self, action: str, *arguments: str | None) -> str | None:
         """An action that ends something is carried out here even when the store does not answer, and everywhere as soon
-        as it does. False in the first case."""
+        as it does. None in the first case, else its result."""
         if self._replica is not None and not self._replica.reachable and not self._lease.leads:
             await self._local.execute(action, list(arguments))
             self._writer.send_command(secrets.token_hex(8), json.dumps([action, *arguments]))
-            return False
-        await self._execute(action, *arguments)
-        return True
+            return None
+        return await self._execute(action, *arguments)

@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from hemostat.config.schema import Settings
+from hemostat.engines.addresses import EngineAddresses
 from hemostat.engines.registry import EngineRegistry
 from hemostat.engines.upstreams import UpstreamEngines
 from hemostat.ipc.control_end import RelayLink
@@ -21,11 +22,15 @@ from hemostat_calibration.profiles.families import ADAPTER
 
 
 class LoadedAdapters(Protocol):
-    """Of `hemostat.engines.lora.host.AdapterHost`."""
+    """Of `hemostat.engines.lora.hosts.AdapterHosts`."""
 
     @property
     def ready(self) -> Mapping[str, bool]:
-        """Versions of the family `adapter` that every engine can serve now -> whether they have a map of the logits."""
+        """Versions of the family `adapter` that some engine can serve now -> whether they have a map of the logits."""
+        ...
+
+    def ready_at(self, name: str) -> Mapping[str, bool]:
+        """The same of the engine at one address; "": of the only address."""
         ...
 
     @property
@@ -50,6 +55,7 @@ class PolicyPublisher:
         salt: Callable[[], bytes],
         adapters: LoadedAdapters,
         grammars: str,
+        addresses: EngineAddresses,
         upstreams: UpstreamEngines,
     ) -> None:
         """grammars: why no grammar can be rebuilt here; "" where it can."""
@@ -65,6 +71,7 @@ class PolicyPublisher:
         self._salt = salt
         self._adapters = adapters
         self._grammars = not grammars
+        self._addresses = addresses
         self._upstreams = upstreams
         self._last: Policy | None = None
         self.generation = 0
@@ -85,9 +92,9 @@ class PolicyPublisher:
         shadow, calibration, profiles = self.settings.shadow, self.settings.calibration, self._profiles
         served = self._monitor.served
         base = served.calibrated
-        held = self._held_by_all(now)
-        # A map of the logits is applied by the engine's logits processor, which has to hold it, too.
-        adapters = {v: has_map for v, has_map in self._adapters.ready.items() if not has_map or v in held}
+        by_engine = self._held_by_engine(now) if self._addresses.several else None
+        held = self._usable(self._engines.acknowledged(now), "") if by_engine is None else frozenset[str]()
+        available = held.union(*(by_engine or {}).values())
         grammar = self.settings.grammar
         grammars = self._grammars and any(
             pair.reference is not None and pair.reference.full_vocabulary for pair in served.pairs
@@ -106,14 +113,15 @@ class PolicyPublisher:
             forced=profiles.serving.forced,
             serving_by_kind=profiles.serving.version_by_kind,
             control_fraction=calibration.control_fraction,
-            acknowledged=frozenset(v for v in held if not self._is_adapter(v)) | adapters.keys(),
+            acknowledged=held,
+            held_by_engine=by_engine,
             labels=frozenset(self.settings.labels),
             apply=calibration.apply,
             kinds=profiles.kinds.followed,
             unscorable_models=served.unscorable_adapters,
             scorable_models=served.scorable,
             calibrated_models=None if base is None else base.scorable,
-            adapters=adapters,
+            adapters={v: has_map for v, has_map in self._adapters.ready.items() if v in available},
             base_models=None if base is None else base.names,
             answered_name="" if base is None else base.name,
             adapter_names=self.settings.adapter.enabled,
@@ -130,12 +138,17 @@ class PolicyPublisher:
             **profiles.request_parameters(),
         )
 
-    def _held_by_all(self, now: float) -> frozenset[str]:
-        """Versions that every engine holds to which a request may go. None while fewer engines report than are up: one
-        that does not report yet (or has no plugin) would apply identity to a treated request."""
-        if self._upstreams.several and self._engines.live_engines(now) < self._upstreams.up:
-            return frozenset()
-        return self._engines.acknowledged(now)
+    def _held_by_engine(self, now: float) -> dict[str, frozenset[str]]:
+        """Without engines that hold none: they would apply identity to a treated request."""
+        held = self._addresses.held(now)
+        usable = {name: self._usable(held.get(name, frozenset()), name) for name in self._addresses.current()}
+        return {name: versions for name, versions in usable.items() if versions}
+
+    def _usable(self, held: frozenset[str], name: str) -> frozenset[str]:
+        """What a request may ask for at one address. held: by its logits processors, which have to hold the map of an
+        adapter, too."""
+        adapters = {v for v, has_map in self._adapters.ready_at(name).items() if not has_map or v in held}
+        return frozenset(v for v in held if not self._is_adapter(v)) | adapters
 
     def _is_adapter(self, version: str) -> bool:
         """By its map alone an adapter must not be asked for."""

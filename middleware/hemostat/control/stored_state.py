@@ -12,6 +12,7 @@ from typing import Any
 from hemostat.control.evidence.checkpoint import POSITIONS_KEY
 from hemostat.control.evidence.positions import Positions
 from hemostat.control.learning import LearningSubject
+from hemostat.control.model_identity import model_identity, same_models
 from hemostat.control.operator_actions import ModeOverride
 from hemostat.engines.upstreams import STATE_KEY as UPSTREAMS_STATE
 from hemostat.engines.upstreams import UpstreamEngines
@@ -215,22 +216,6 @@ class StoredState:
                 self._profiles.operator.import_profile(profile, scope if same_scopes else ALL, why)
             except HemostatError as error:
                 log.error("profile %s, which served before, cannot be tested: %s", version, error)
-
-
-def model_identity(pair: ModelPair) -> str:
-    """JSON: name and vocabulary of the compressed model, digest of the reference ("" where unknown)."""
-    assert pair.reference is not None
-    found = {"model": pair.name, "vocab_size": pair.reference.vocab_size, "reference": pair.reference.digest}
-    return json.dumps(found, sort_keys=True)
-
-
-def same_models(stored: str, now: str) -> bool:
-    """Of two `model_identity`: whatever both know is equal. False where the stored one is damaged."""
-    try:
-        known = {name: value for name, value in json.loads(stored).items() if value}
-        return all(value == known.get(name, value) for name, value in json.loads(now).items() if value)
-    except (ValueError, AttributeError):
-        return False
 
 
 def _events(events: list[dict[str, Any]], *, alarm: bool) -> list[dict[str, Any]]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, Side, one_line
 from hemostat.doctor.prompts import Prompt
+from hemostat.models.adapters.copies import Copy
+from hemostat.models.adapters.errors import AdaptError
+from hemostat.models.architectures import UnsupportedModelError, check_causal, has_attention
 from hemostat.models.checkpoint_digest import checkpoint_digest
+from hemostat.models.generation import generate
+from hemostat.models.piecewise import PiecewiseReader, StatelessModelError
 from hemostat.models.quiet import quiet_transformers as quiet
 from hemostat.reference.match import PROBE_CHAT, PROBE_TEXT
 
@@ -22,6 +27,7 @@ MAX_PIECE_ELEMENTS = 1 << 26
 """Logits of one forward pass (128 MiB in bfloat16, per model): longer sequences are processed in pieces."""
 MAX_CHUNK_ELEMENTS = 1 << 24
 """Elements of one float32 log-softmax (64 MiB)."""
+NO_TEMPLATE = "neither model has a chat template: of Hemostat's own prompts, the contents of the messages are the text"
 ANCHOR = "a"
 """Ids are decoded after this text: tokenizers drop a leading space at the start."""
 
@@ -45,6 +51,7 @@ class CheckpointPair:
         else:
             self.compressed, self.compressed_model, tokenizer = _load("COMPRESSED", options.compressed, device, options)
         self.notes: list[str] = []
+        self._own_prompts = options.prompts is None
         self._compare(tokenizer)
         lengths = [
             int(getattr(m.config.get_text_config(), "max_position_embeddings", 0) or 0)
@@ -81,7 +88,11 @@ class CheckpointPair:
         if prompt.messages is None:
             return list(self._tokenizer.encode(prompt.text))
         if not self._tokenizer.chat_template:
-            raise DoctorError(f"{prompt.where}: neither model has a chat template; give prompt instead of messages")
+            if not self._own_prompts:
+                raise DoctorError(f"{prompt.where}: neither model has a chat template; give prompt instead of messages")
+            if NO_TEMPLATE not in self.notes:
+                self.notes.append(NO_TEMPLATE)
+            return list(self._tokenizer.encode("\n\n".join(message["content"] for message in prompt.messages)))
         try:
             return list(
                 self._tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=False)
@@ -127,13 +138,16 @@ class CheckpointPair:
         if to_generate:
             # One random stream for each prompt: its text does not depend on other prompts.
             uniforms = [np.random.default_rng([seed, job.index]).random(job.tokens) for job in to_generate]
-            texts = generate(
-                self.compressed_model,
-                [job.prompt for job in to_generate],
-                [job.tokens for job in to_generate],
-                None if greedy else uniforms,
-                self.end_ids(),
-            )
+            try:
+                texts = generate(
+                    self.compressed_model,
+                    [job.prompt for job in to_generate],
+                    [job.tokens for job in to_generate],
+                    None if greedy else uniforms,
+                    self.end_ids(),
+                )
+            except StatelessModelError as error:
+                raise DoctorError(f"COMPRESSED: {error}; generation needs it: give completions, or --given") from None
             generated = {job.index: text for job, text in zip(to_generate, texts, strict=True)}
         return [generated[job.index] if job.output is None else job.output for job in jobs]
 
@@ -162,9 +176,9 @@ class CheckpointPair:
         figures = {name: _numpy(torch.cat([part[name] for part in parts])) for name in parts[0]}
         figures[FLOOR] = np.full(len(output), np.nan)
         if not cuts and length > 1:
-            again = list(pieces(self.compressed_model, sequence, start, [start or length // 2]))
-            if again:
-                other = torch.cat(again)
+            # A model without a state cannot read a text in another way.
+            with suppress(StatelessModelError):
+                other = torch.cat(list(pieces(self.compressed_model, sequence, start, [start or length // 2])))
                 floor = [kl(c[rows], other[rows]) for rows in chunks(len(c), self.vocab_size)]
                 figures[FLOOR] = _numpy(torch.cat(floor))
         return figures
@@ -173,23 +187,15 @@ class CheckpointPair:
 def pieces(model: Any, sequence: torch.Tensor, start: int, cuts: Sequence[int]) -> Iterator[torch.Tensor]:
     """Logits [n, V] at the positions from `start` on of `sequence` [L], in pieces that end at `cuts` and at L.
 
-    The pieces share the model's KV cache; with cuts, a model without a cache yields nothing after the first piece.
+    The model keeps its state between the pieces. Raises StatelessModelError where it has none and there are cuts.
     """
-    can_limit_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-    cache: Any = None
+    reader = PiecewiseReader(model, keep_state=bool(cuts))
     begin = 0
     for end in [*cuts, len(sequence)]:
         wanted = end - max(start, begin)
-        # Without `logits_to_keep` the model computes the logits of the prompt, too.
-        keep = {"logits_to_keep": max(wanted, 1)} if can_limit_logits else {}
-        held = {"past_key_values": cache} if cache is not None else {}
-        answer = model(input_ids=sequence[None, begin:end], use_cache=bool(cuts), **keep, **held)
+        logits = reader.read(sequence[None, begin:end], keep=max(wanted, 1))
         if wanted > 0:
-            yield answer.logits[0, -wanted:]
-        if cuts:
-            cache = getattr(answer, "past_key_values", None)
-            if cache is None:
-                return
+            yield logits[0, -wanted:]
         begin = end
 
 
@@ -237,64 +243,20 @@ def _numpy(tensor: torch.Tensor) -> Floats:
     return values
 
 
-def generate(
-    model: Any, prompts: Sequence[Ids], limits: Sequence[int], uniforms: Sequence[Floats] | None, ends: frozenset[int]
-) -> list[Ids]:
-    """Continuations of at most `limits` tokens each, up to and including an id of `ends`.
-
-    Sampled from the whole distribution at temperature 1, by inverting its cumulative sum at `uniforms`; None: greedy.
-    """
-    device = model.device
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, longest - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    named = inspect.signature(model.forward).parameters
-    texts: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
-    cache: Any = None
-    while running:
-        more: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
-        if "position_ids" in named:
-            more["position_ids"] = positions
-        if "logits_to_keep" in named:
-            more["logits_to_keep"] = 1
-        answer = model(input_ids=ids, attention_mask=mask, use_cache=True, **more)
-        cache = getattr(answer, "past_key_values", None)
-        if cache is None:
-            raise DoctorError("COMPRESSED has no KV cache, which generation needs; give completions, or use --given")
-        logits = answer.logits[:, -1].float()
-        if uniforms is None:
-            chosen = logits.argmax(-1)
-        else:
-            total = torch.softmax(logits, -1).cumsum(-1, dtype=torch.float64)
-            step = [
-                u[len(text)] if row in running else 0.5
-                for row, (u, text) in enumerate(zip(uniforms, texts, strict=True))
-            ]
-            at = torch.tensor(step, dtype=torch.float64, device=device)[:, None] * total[:, -1:]
-            chosen = torch.searchsorted(total, at, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
-        for row, token in enumerate(chosen.tolist()):
-            if row in running:
-                texts[row].append(token)
-                if token in ends or len(texts[row]) == limits[row]:
-                    running.discard(row)
-        ids = chosen[:, None]
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        positions = positions[:, -1:] + 1
-    return [np.array(text, np.int32) for text in texts]
-
-
 def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[Side, Any, Any]:
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     try:
         with quiet():
+            config = AutoConfig.from_pretrained(model)
+            check_causal(config)
             tokenizer = AutoTokenizer.from_pretrained(model)
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+            if getattr(config, "quantization_config", None) and not has_attention(config):
+                # transformers initializes weights of such layers, which a quantized checkpoint does not have.
+                loaded = Copy.load(Path(model), device, options.dtype, name).model
+                loaded.generation_config = GenerationConfig.from_pretrained(model)
+            else:
+                loaded = _load_by_transformers(model, options.dtype).to(device).eval()
+    except (UnsupportedModelError, AdaptError) as error:
+        raise DoctorError(f"{name}: {model}: {error}") from None
     except Exception as error:  # noqa: BLE001  any library may fail here
         raise DoctorError(f"{name}: {model} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
     digest = checkpoint_digest(model, getattr(loaded.config, "_commit_hash", None))
@@ -303,3 +265,12 @@ def _load(name: str, model: str, device: str, options: DoctorOptions) -> tuple[S
         loaded,
         tokenizer,
     )
+
+
+def _load_by_transformers(model: str, dtype: str) -> Any:
+    """UnsupportedModelError where a tensor is missing: transformers would use random weights in its place."""
+    named = dtype if dtype == "auto" else getattr(torch, dtype)
+    loaded, found = AutoModelForCausalLM.from_pretrained(model, dtype=named, output_loading_info=True)
+    if found["missing_keys"]:
+        raise UnsupportedModelError(f"there is no tensor {min(found['missing_keys'])}; copy the checkpoint again")
+    return loaded

@@ -8,19 +8,19 @@ from typing import Any
 
 from hemostat.doctor import svg
 from hemostat.doctor.causes import html as causes
-from hemostat.doctor.options import DoctorError
-from hemostat.doctor.page import Card, Plot, Section, Table
-from hemostat.doctor.prescription import html as prescription
-from hemostat.doctor.sweep.page import sweep_section
-from hemostat.doctor.terminal import (
+from hemostat.doctor.formats import (
     UNKNOWN,
     format_cell,
     format_errors,
     format_interval,
     format_percent,
     format_value,
-    summary,
 )
+from hemostat.doctor.options import DoctorError
+from hemostat.doctor.page import Card, Plot, Section, Table
+from hemostat.doctor.prescription import html as prescription
+from hemostat.doctor.sweep.page import sweep_section
+from hemostat.doctor.terminal import summary
 
 PAGE = "page.html.jinja"
 

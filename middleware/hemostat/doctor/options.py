@@ -91,6 +91,8 @@ def check(options: DoctorOptions) -> None:
         raise DoctorError(
             "REFERENCE and COMPRESSED must be of the same kind: two folders or hub names, or two URLs of vLLM servers"
         )
+    if options.sweep and options.decoding != "sampled":
+        raise DoctorError(f"--{options.decoding}: the reference writes a sweep's texts; leave it out, or --sweep")
     if options.sweep and options.servers:
         raise DoctorError("--sweep: it changes weights, which a server does not give; name a checkpoint's folder")
     if not options.servers:

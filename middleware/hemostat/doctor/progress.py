@@ -27,6 +27,8 @@ class Reporter:
             disable=not self._console.is_terminal,
         )
         self._stages: dict[str, TaskID] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
+        """When a stage was first heard of, and what it had finished by then."""
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Reporter:
@@ -44,6 +46,15 @@ class Reporter:
             self._stages[stage] = self._bar.add_task(stage, total=total)
         self._bar.update(self._stages[stage], completed=done, total=total)
         now = time.monotonic()
+        self._begun.setdefault(stage, (now, done))
         if not self._console.is_terminal and now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            self.log(f"{stage}: {done} of {total}")
+            self.log(f"{stage}: {done} of {total}{self._left(stage, now, done, total)}")
+
+    def _left(self, stage: str, now: float, done: int, total: int) -> str:
+        """`, about 3 minutes left`; empty while nothing is known."""
+        began, before = self._begun[stage]
+        if done <= before:
+            return ""
+        seconds = (now - began) / (done - before) * (total - done)
+        return f", about {seconds:.0f} s left" if seconds < 120.0 else f", about {seconds / 60.0:.0f} minutes left"

@@ -10,9 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from hemostat.doctor.causes.findings import NOTE
+from hemostat.doctor.formats import (
+    UNKNOWN,
+    format_cell,
+    format_errors,
+    format_interval,
+    format_percent,
+    format_value,
+)
 from hemostat.doctor.prescription.words import sentences
 
-UNKNOWN = "–"
 CONTEXT_CHARACTERS = 24
 """How much of the text before a worst token is shown."""
 TEXT_NAMES = {
@@ -86,22 +93,6 @@ def _heading(title: str) -> RenderableType:
     return Text(f"\n====== {title} ======", style="bold")
 
 
-def format_value(value: float | None, unit: str = "nats") -> str:
-    if value is None:
-        return UNKNOWN
-    return f"{value:.3f} %" if unit == "%" else f"{value:.6f}"
-
-
-def format_errors(row: Mapping[str, Any]) -> str:
-    """`± 0.0123 (0.0045)`: standard error by request (by token); empty for a figure that has none."""
-    by_request, by_token = row["se_by_request"], row["se_by_token"]
-    if by_request is None and by_token is None:
-        return ""
-    form = "{:.3f}" if row["unit"] == "%" else "{:.6f}"
-    errors = [UNKNOWN if value is None else form.format(value) for value in (by_request, by_token)]
-    return f"± {errors[0]} ({errors[1]})"
-
-
 def _rows(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     bounded = any(row["of"] != "exact" for row in rows)
@@ -137,12 +128,6 @@ def _trajectory(curves: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def format_interval(value: float | None, ends: Sequence[float | None], beyond: str) -> str:
-    """`1.8 [1.5, 2.2]`; `beyond` replaces a value outside the range of the data."""
-    low, high = (beyond if end is None else f"{end:.1f}" for end in ends)
-    return f"{beyond if value is None else f'{value:.1f}'} [{low}, {high}]"
-
-
 def _groups(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
@@ -161,18 +146,6 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> Table:
             format_percent(row["share_of_kld"]),
         )
     return table
-
-
-def format_percent(value: float | None, scale: float = 100.0) -> str:
-    return UNKNOWN if value is None else f"{scale * value:.1f} %"
-
-
-def format_cell(value: Any) -> str:
-    if value is None:
-        return UNKNOWN
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
 
 
 def _worst(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:

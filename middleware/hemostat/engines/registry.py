@@ -49,6 +49,8 @@ class EngineRegistry:
         self.answers = AnswerBuffer()
         self.leads = True
         """This replica is the leader; engines prefer the anchors that the leader wants."""
+        self.newest = 0.0
+        """When an engine last reported that had not been known before."""
         self.replica = ""
         """The prefix of the nonces of this replica's requests, so that an engine sends each replica its own taps."""
 
@@ -59,6 +61,8 @@ class EngineRegistry:
     def report(self, report: EngineReport, now: float) -> list[str]:
         """Take a rank's report; returns the versions that it should hold. InvalidEngineMessage when ranks disagree."""
         self._expire(now)
+        if report.boot_id not in self._engines:
+            self.newest = now
         ranks = self._engines.setdefault(report.boot_id, {})
         if any(rank.report.world_size != report.world_size for rank in ranks.values()):
             raise InvalidEngineMessage(f"world_size is {report.world_size}: other ranks of this engine report another")
@@ -82,16 +86,27 @@ class EngineRegistry:
 
     def acknowledged(self, now: float) -> frozenset[str]:
         """Versions that every rank of every live engine holds; empty while any rank is missing or silent."""
+        return self.held_by_all(self.boots(now), now)
+
+    def held_by_all(self, boots: Iterable[str], now: float) -> frozenset[str]:
+        """Versions that every rank of each of these engines holds; none where one is not complete, or there is none."""
+        held = [self._held(self._engines[boot], now) if boot in self._engines else frozenset() for boot in boots]
+        return frozenset.intersection(*held) if held else frozenset()
+
+    def _held(self, ranks: Mapping[int, _Rank], now: float) -> frozenset[str]:
+        size = next(iter(ranks.values())).report.world_size
+        if len(ranks) < size or any(now - rank.reported_at > SILENCE_SECONDS for rank in ranks.values()):
+            return frozenset()
+        return frozenset.intersection(*(frozenset(rank.report.versions) for rank in ranks.values()))
+
+    def boots(self, now: float) -> frozenset[str]:
+        """The engines that report."""
         self._expire(now)
-        held: frozenset[str] | None = None
-        for ranks in self._engines.values():
-            size = next(iter(ranks.values())).report.world_size
-            if len(ranks) < size or any(now - rank.reported_at > SILENCE_SECONDS for rank in ranks.values()):
-                return frozenset()
-            for rank in ranks.values():
-                versions = frozenset(rank.report.versions)
-                held = versions if held is None else held & versions
-        return held or frozenset()
+        return frozenset(self._engines)
+
+    def known(self, now: float) -> bool:
+        """See `engines.lora.host.LiveReports`: all that report are meant."""
+        return True
 
     def live(self, now: float) -> list[EngineReport]:
         """The last report of every live rank."""
@@ -111,7 +126,7 @@ class EngineRegistry:
 
     def live_engines(self, now: float) -> int:
         """The number of engines that report."""
-        return len({report.boot_id for report in self.live(now)})
+        return len(self.boots(now))
 
     def samples(self, now: float) -> Iterator[Sample]:
         yield Sample(names.ENGINES, (), self.live_engines(now))

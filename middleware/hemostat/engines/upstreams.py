@@ -58,16 +58,6 @@ class UpstreamEngines:
                 engine.ejections += one.ejections
         return found
 
-    @property
-    def several(self) -> bool:
-        """Relays balance between engines."""
-        return len(self.current()) > 1
-
-    @property
-    def up(self) -> int:
-        """Engines that some relay sends requests to."""
-        return sum(engine.up > 0 and name not in self.drained for name, engine in self.current().items())
-
     def drain(self, engine: str, *, ends: bool = False) -> None:
         """The engine gets no new requests from now on (or again some, with `ends`). HemostatError for an unknown one.
 

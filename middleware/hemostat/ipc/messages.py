@@ -190,7 +190,7 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Profile version put on every request (tests, `--force-profile`); wins over `serving_by_kind`."""
     control_fraction: float
     acknowledged: frozenset[str]
-    """Versions that every rank of every engine holds."""
+    """Versions that every rank of every engine holds: what requests may ask for where there is one upstream address."""
     labels: frozenset[str]
     apply: str = "engine"
     """engine: by `vllm_xargs`; request: by temperature and logit_bias, where the client set neither."""
@@ -240,6 +240,15 @@ class Policy(msgspec.Struct, tag="policy", frozen=True):
     """Engines (`EngineHealth.engine`) that get no new requests."""
     openai_sampling_defaults: bool = False
     """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty is OpenAI's default."""
+    held_by_engine: dict[str, frozenset[str]] | None = None
+    """By engine (`EngineHealth.engine`), the versions that requests to it may ask for; none where it is absent. None:
+    there is one upstream address, and `acknowledged` holds."""
+
+    def held_at(self, engine: str) -> frozenset[str]:
+        """The versions that a request to this engine may ask for."""
+        if self.held_by_engine is None:
+            return self.acknowledged
+        return self.held_by_engine.get(engine, frozenset())
 
 
 OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)

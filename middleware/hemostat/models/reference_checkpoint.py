@@ -59,10 +59,15 @@ def reference_checkpoint(destination: Path, progress: Progress = lambda _: None)
 
 
 def _write_reference(gguf: Path, folder: Path, progress: Progress) -> None:
+    progress("reference: dequantizing SmolLM2-135M-Instruct to bfloat16")
+    write_dequantized(gguf, folder)
+
+
+def write_dequantized(gguf: Path, folder: Path) -> None:
+    """Write the model of a GGUF file, in bfloat16, and its tokenizer to `folder`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    progress("reference: dequantizing SmolLM2-135M-Instruct to bfloat16")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(

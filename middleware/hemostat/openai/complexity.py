@@ -12,8 +12,10 @@ MAX_CONTAINERS = 20_000
 MAX_STRINGS = 16_000
 MAX_COMMAS = 100_000
 """Those in texts among them."""
+MAX_ESCAPES = 100_000
+"""Backslashes. A body of 512 KiB whose texts are Chinese, each character escaped, has 87,000."""
 MAX_MESSAGES = 2_000
-"""Of a conversation; and as many parts of all its messages together."""
+"""Of a conversation; as many parts of all its messages together; and prompts of a request."""
 
 _COUNTED = b'{[,"\\'
 _OTHERS = bytes(set(range(256)) - set(_COUNTED))
@@ -35,14 +37,30 @@ def check_complexity(body: bytes) -> None:
     signs = body.translate(None, _OTHERS)
     if signs.count(b"{") + signs.count(b"[") > MAX_CONTAINERS:
         raise TooComplex(f"more than {MAX_CONTAINERS} objects and lists")
-    # A quote after a backslash may be the end of a string (after an escaped backslash), but never its beginning.
-    if signs.count(b'"') - signs.count(b'\\"') > 2 * MAX_STRINGS:
+    if signs.count(b"\\") > MAX_ESCAPES:
+        raise TooComplex(f"more than {MAX_ESCAPES} backslashes")
+    if _has_more_strings(signs, MAX_STRINGS):
         raise TooComplex(f"more than {MAX_STRINGS} strings")
     if signs.count(b",") > MAX_COMMAS:
         raise TooComplex(f"more than {MAX_COMMAS} commas")
 
 
+def check_prompts(prompts: bytes) -> None:
+    """Raise TooComplex for too many prompts. prompts: their JSON, a list. Brackets in texts count, too."""
+    if prompts.count(b"[") > MAX_MESSAGES + 1 or _has_more_strings(prompts, MAX_MESSAGES):
+        raise TooComplex(f"more than {MAX_MESSAGES} prompts")
+
+
 def check_messages(number: int) -> None:
-    """Raise TooComplex for a conversation of too many messages, or parts of them."""
+    """Raise TooComplex for too many messages of a conversation, or parts of them."""
     if number > MAX_MESSAGES:
         raise TooComplex(f"more than {MAX_MESSAGES} messages or parts")
+
+
+def _has_more_strings(data: bytes, limit: int) -> bool:
+    quotes = data.count(b'"')
+    if quotes <= 2 * limit:
+        return False
+    escapes = data.count(b"\\")
+    # A quote after a backslash may be the end of a string (after an escaped backslash), but never its beginning.
+    return quotes - escapes > 2 * limit or quotes - data.count(b'\\"') > 2 * limit

@@ -11,22 +11,34 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
+from itertools import islice
 
 MAX_SCANNED_BYTES = 256 * 1024
-"""Of a body; a conversation whose first messages are longer has no key."""
-MAX_TOKENS = 256
-"""JSON strings and brackets of the user's first message that are read; one with more parts has no key."""
+"""Of a body; a conversation whose first messages begin later has no key."""
+MAX_TEXT_BYTES = 16 * 1024
+"""Of the user's first message, or of a prompt, that are hashed. For a conversation that begins with 16 KiB of another
+one's text it does not matter that both go to the same engine."""
+MAX_OCCURRENCES = 32
+"""Places that are looked at in search of the messages, or of the user."""
 
 _SPREAD = 0x9E3779B97F4A7C15
 """Odd, 2**64 by the golden ratio: neighbouring checksums are far apart on the ring (Knuth's multiplicative hash)."""
 
-# Quotation marks within JSON strings are escaped, so that the patterns do not match inside of them.
+# Quotation marks within JSON strings are escaped, so that nothing here is found inside of them.
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_BEGIN = re.compile(rb'"(?:messages|input|prompt)"\s*+:\s*+(?:(\[)|(' + _STRING + rb"))", re.DOTALL)
-_USER = re.compile(rb'"role"\s*+:\s*+"user"')
+# Compiled, since the time of such a search is linear also where the bytes are nearly those that are looked for.
+_MESSAGES = re.compile(rb'"messages"')
+_PROMPTS = (re.compile(rb'"input"'), re.compile(rb'"prompt"'))
+_USER = re.compile(rb'"user"')
+_VALUE = re.compile(rb'\s{0,16}+:\s{0,16}+(["\[])')
+_ROLE = re.compile(rb'"role"\s{0,16}+:\s{0,16}+\Z')
+_MAX_ROLE_BYTES = 40
 _CONTENT = re.compile(rb'\s*+,\s*+"content"\s*+:\s*+' + _STRING + rb"\s*+}", re.DOTALL)
 """The rest of most messages."""
-_TOKEN = re.compile(_STRING + rb"|[\[\]{}]", re.DOTALL)
+_TEXT = re.compile(_STRING, re.DOTALL)
+_TOKEN = re.compile(_STRING + rb"?+|[\[\]{}]", re.DOTALL)
+"""A string that does not end before the search does is one, too: it would be read again from each quotation mark."""
 
 
 def conversation_key(body: bytes) -> int | None:
@@ -37,28 +49,50 @@ def conversation_key(body: bytes) -> int | None:
     >>> conversation_key(first) == conversation_key(later), conversation_key(b"{}")
     (True, None)
     """
-    messages = body.find(b'"messages"', 0, MAX_SCANNED_BYTES)
-    if messages >= 0:
+    messages = _MESSAGES.search(body, 0, MAX_SCANNED_BYTES)
+    if messages is not None and (role := _USER.search(body, messages.end(), MAX_SCANNED_BYTES)) is not None:
         # The shape that nearly all clients send; in the others the same is found by looking more closely.
-        role = body.find(b'"user"', messages, MAX_SCANNED_BYTES)
-        content = _CONTENT.match(body, role + 6, MAX_SCANNED_BYTES) if role >= 0 else None
+        content = _CONTENT.match(body, role.end(), role.end() + MAX_TEXT_BYTES)
         if content is not None:
-            return _hash(body[messages : content.end()])
-    begin = _BEGIN.search(body, 0, MAX_SCANNED_BYTES)
-    if begin is None:
+            return _hash(body[messages.start() : content.end()])
+    found = _find_value(body, _PROMPTS if messages is None else (_MESSAGES, *_PROMPTS))
+    if found is None:
         return None
-    start = begin.start(1)
-    if start < 0:
-        return _hash(body[begin.start(2) : begin.end(2)])
-    user = _USER.search(body, start, MAX_SCANNED_BYTES)
-    end = _end_of_object(body, user.end()) if user is not None else body.find(b"]", start, MAX_SCANNED_BYTES)
+    start = found.start(1)
+    if found[1] == b'"':
+        text = _TEXT.match(body, start, start + MAX_TEXT_BYTES)
+        return _hash(body[start : text.end() if text is not None else start + MAX_TEXT_BYTES])
+    user = _find_user(body, start)
+    end = body.find(b"]", start, MAX_SCANNED_BYTES) if user is None else _end_of_object(body, user)
     return _hash(body[start:end]) if end > 0 else None
 
 
+def _occurrences(body: bytes, sign: re.Pattern[bytes], start: int) -> Iterator[re.Match[bytes]]:
+    return islice(sign.finditer(body, start, MAX_SCANNED_BYTES), MAX_OCCURRENCES)
+
+
+def _find_value(body: bytes, names: tuple[re.Pattern[bytes], ...]) -> re.Match[bytes] | None:
+    """Where the list of messages, or the prompt's text, begins: group 1 is its first byte."""
+    for name in names:
+        for found in _occurrences(body, name, 0):
+            if (value := _VALUE.match(body, found.end())) is not None:
+                return value
+    return None
+
+
+def _find_user(body: bytes, start: int) -> int | None:
+    """Where the role of the user's first message ends."""
+    for found in _occurrences(body, _USER, start):
+        user = found.start()
+        if _ROLE.search(body, max(start, user - _MAX_ROLE_BYTES), user) is not None:
+            return found.end()
+    return None
+
+
 def _end_of_object(body: bytes, position: int) -> int:
-    """The end of the object that `position` is in, -1 where it is not found."""
-    depth = 0
-    for count, token in enumerate(_TOKEN.finditer(body, position, MAX_SCANNED_BYTES)):
+    """The end of the object that `position` is in, or how far it is read."""
+    depth, end = 0, position + MAX_TEXT_BYTES
+    for token in _TOKEN.finditer(body, position, end):
         mark = token.group()
         if mark in {b"{", b"["}:
             depth += 1
@@ -66,9 +100,7 @@ def _end_of_object(body: bytes, position: int) -> int:
             if not depth:
                 return token.end()
             depth -= 1
-        if count >= MAX_TOKENS:
-            break
-    return -1
+    return end
 
 
 def _hash(data: bytes) -> int:

@@ -15,6 +15,8 @@ from hemostat.openai.json_splice import MALFORMED, NULL, JsonObject
 
 MAX_GRAMMAR_BYTES = 64 * 1024
 """Of all members together; a request with more is not scored."""
+MAX_TOOL_OBJECTS = 1_500
+"""JSON objects in `tools`, schemas among them, of a request whose tools are read."""
 
 _OUTPUT = ("response_format", "structured_outputs")
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
@@ -53,7 +55,15 @@ _tools: msgspec.json.Decoder[list[_Tool]] = msgspec.json.Decoder(list[_Tool])
 
 
 class GrammarTooLarge(Exception):
-    """The members have more than MAX_GRAMMAR_BYTES bytes."""
+    """The members have more than MAX_GRAMMAR_BYTES bytes, or more than MAX_TOOL_OBJECTS."""
+
+
+def raw_tools(body: JsonObject) -> bytes:
+    """The member `tools`, of a size that is decoded in little time, whatever is in it. GrammarTooLarge."""
+    raw = body.raw("tools")
+    if len(raw) > MAX_GRAMMAR_BYTES or raw.count(b"{") > MAX_TOOL_OBJECTS:
+        raise GrammarTooLarge
+    return raw
 
 
 def read_grammar(body: JsonObject, *, tools: bool = True, free_calls: str = "strict") -> GrammarSpec | None:
@@ -91,11 +101,9 @@ def _limits_calls(body: JsonObject) -> bool:
     """Whether a tool is strict, or at most one call is allowed."""
     if body.value("parallel_tool_calls") is False:
         return True
-    raw = body.raw("tools")
-    if b'"strict"' not in raw:
+    if b'"strict"' not in body.raw("tools"):
         return False
-    if len(raw) > MAX_GRAMMAR_BYTES:
-        raise GrammarTooLarge
+    raw = raw_tools(body)
     try:
         return any(bytes(tool.function.strict) == b"true" for tool in _tools.decode(raw))
     except MALFORMED:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hemostat.models.piecewise import PiecewiseReader
 from hemostat.reference.full_scores import Basis, ExactScores, Floats, Ids, check_request, chunks
 from hemostat_calibration.allowed_sets import AllowedSets
 
@@ -72,7 +73,8 @@ def score(
 
     functionals: name -> float32 [V] on the model's device, or a basis; `expected` is E_r of each at every position.
     codes: of every basis, [T, r].
-    reshaped: as a server might compute it: in a batch of two, in two chunks, the second on the first one's KV cache.
+    reshaped: as a server might compute it: in a batch of two, in two pieces, the second on the state (KV cache) of the
+        first one.
     allowed: everything is conditional on these ids: -inf at all others, which are not in `top_ids` (-1 pads).
     see: called for some positions after the other with their log-probabilities, float32 [n, V].
     ValueError when an id is not in the vocabulary, or a functional does not fit it or its code, or `allowed` fits
@@ -182,11 +184,10 @@ def scores_of(
 
 
 def _in_two_pieces(model: Any, sequence: torch.Tensor) -> torch.Tensor:
+    """Logits [L, V]."""
     batch = sequence.expand(2, -1)
-    cut = len(sequence) // 2
-    first = model(input_ids=batch[:, :cut], use_cache=True)
-    second = model(input_ids=batch[:, cut:], past_key_values=first.past_key_values, use_cache=True)
-    return torch.cat([first.logits[0], second.logits[0]])
+    reader = PiecewiseReader(model)
+    return torch.cat([reader.read(piece)[0] for piece in batch.tensor_split([len(sequence) // 2], dim=1)])
 
 
 def _numpy(tensor: torch.Tensor) -> Floats:

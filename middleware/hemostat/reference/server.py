@@ -68,16 +68,24 @@ class VllmServer:
     TOO_LARGE (an answer of more than `limit` bytes, of which no more are read)."""
 
     def __init__(
-        self, url: str, api_key: SecretStr | None = None, *, timeout: float = 60.0, ca: Path | None = None
+        self,
+        url: str,
+        api_key: SecretStr | None = None,
+        *,
+        timeout: float = 60.0,
+        ca: Path | None = None,
+        host: str | None = None,
     ) -> None:
         """url: the root, without /v1. timeout: seconds for one answer. ca: PEM file to trust instead of the system's
-        authorities."""
+        authorities. host: what the server is called in Host and in its certificate, where the URL has its address."""
         self.url = url
         self._seconds = timeout + CONNECT_SECONDS
         authorization = {"authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
+        named = {} if host is None else {"host": host}
+        self._extensions = {} if host is None else {"sni_hostname": httpx.URL(f"//{host}").host}
         self._client = httpx.AsyncClient(
             base_url=url,
-            headers={**IDENTITY, **authorization},
+            headers={**IDENTITY, **authorization, **named},
             timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS),
             verify=ssl.create_default_context(cafile=ca) if url.startswith("https:") else False,
             trust_env=False,  # prompts must not go through a proxy that the environment names for the internet
@@ -164,7 +172,9 @@ class VllmServer:
             # httpx's own time-outs are for one read: a server that sends a byte now and then would never end.
             async with (
                 asyncio.timeout(self._seconds),
-                self._client.stream(method, path, content=content, headers=headers) as response,
+                self._client.stream(
+                    method, path, content=content, headers=headers, extensions=self._extensions
+                ) as response,
             ):
                 if response.is_success:
                     return await read_answer(response, limit, skip)

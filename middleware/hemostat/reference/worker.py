@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hemostat.ipc import child_process as child
+from hemostat.models.architectures import check_causal
 from hemostat.models.checkpoint_digest import checkpoint_digest
 from hemostat.reference import wire
 from hemostat.reference.hidden.products import Head
@@ -32,7 +33,7 @@ class Model:
     def __init__(self, load: wire.Load) -> None:
         try:
             import torch  # noqa: PLC0415  slow to import, and an extra
-            from transformers import AutoModelForCausalLM, logging  # noqa: PLC0415
+            from transformers import AutoConfig, AutoModelForCausalLM, logging  # noqa: PLC0415
         except ImportError as error:
             raise RequestFailed(
                 FailureReason.NOT_INSTALLED,
@@ -43,6 +44,7 @@ class Model:
         dtype = load.dtype if load.dtype == "auto" else getattr(torch, load.dtype)
         self._name = load.model
         self._torch = torch
+        check_causal(AutoConfig.from_pretrained(load.model))
         self._model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=dtype).to(load.device).eval()
         self._tokenizer: Any = None
         self._functionals = HeldFunctionals(self._on_device)

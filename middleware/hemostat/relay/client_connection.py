@@ -215,8 +215,7 @@ class ClientConnection(asyncio.Protocol):
             return False
         started = perf_counter()
         try:
-            pairs: list[tuple[bytes, bytes]] | None = None if context.hook is None else []
-            request = parse_request(buffer[:end], limits.header_count, pairs)
+            request = parse_request(buffer[:end], limits.header_count)
             if request.length > limits.body_bytes:
                 raise BadRequest(413, f"the body is longer than {limits.body_bytes} bytes")
         except BadRequest as error:
@@ -228,14 +227,14 @@ class ClientConnection(asyncio.Protocol):
         if 0 <= length <= len(rest):
             self._buffer = rest[length:]
             self.state = _AWAITING_RESPONSE
-            exchange.start(pairs, rest[:length], complete=True, more_read=False)
+            exchange.start(rest[:length], complete=True, more_read=False)
         else:
             self._buffer = b""
             self._body = RequestBodyReader(length, limits.body_bytes)
             self.state = _READING_BODY
             self.resume_reading()
             self._measure_rate()
-            exchange.start(pairs, b"", complete=False, more_read=bool(rest))
+            exchange.start(b"", complete=False, more_read=bool(rest))
             if rest and self.state is _READING_BODY:
                 self._read_body(rest)
         return self.state is not _CLOSING

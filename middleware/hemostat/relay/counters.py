@@ -51,7 +51,9 @@ class Counters:
 
     def add(self, name: str, labels: tuple[str, ...], by: float = 1.0) -> None:
         """Add to a counter. labels: its label values, in the metric's order."""
-        series = self.other.setdefault(name, {})
+        series = self.other.get(name)
+        if series is None:
+            series = self.other[name] = {}
         series[labels] = series.get(labels, 0.0) + by
 
     def hook_raised(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-from hemostat.hooks import Headers, Hook, Refusal, Rewrite
+from hemostat.hooks import Hook, Refusal, Rewrite
 from hemostat.openai import routes
 from hemostat.openai.adapter_routes import ADAPTER_ROUTE_REFUSED, loads_adapters
 from hemostat.relay import counters
@@ -30,6 +30,7 @@ from hemostat.relay.exchange_state import (
 from hemostat.relay.fail_open import FailOpenHook
 from hemostat.relay.generation import GenerationReport
 from hemostat.relay.http.errors import BadRequest, error_body, error_response
+from hemostat.relay.http.fields import Fields
 from hemostat.relay.http.framing import LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import CONTINUE, RequestHead
 from hemostat.relay.http.response import ResponseHead
@@ -102,11 +103,13 @@ class Exchange:
         query = target.find(b"?")
         self._route = routes.LABELS.get(target if query < 0 else target[:query], routes.OTHER)
         self._started = started
-        self._watch = RequestWatch.of(context, request, self._route, request_id, client.transport, started)
-        self._transport = client.transport if self._watch is None else self._watch.transport
+        self._transport = client.transport
+        self._watch: RequestWatch | None = None
+        if context.access_log is not None or context.client_limits is not None:
+            self._watch = RequestWatch(context, request, self._route, request_id, client.transport, started)
+            self._transport = self._watch.transport
         self._report: GenerationReport | None = None  # only for a generation
-        self._observer: OutcomeObserver | None = None
-        """The report's, held here because it is used for every piece of a response."""
+        self._observer: OutcomeObserver | None = None  # the report's, used for every piece of a response
         self._hook: FailOpenHook | None = None
         self._keep_alive = request.keep_alive
         """The client's connection stays open after the response."""
@@ -116,8 +119,7 @@ class Exchange:
         """HEAD_HELD: the response's head as it goes to the client; empty with BodyMode.COLLECTED."""
         self._hold: asyncio.TimerHandle | None = None
         """Releases the head, if the body is not there in time."""
-        self._received = 0.0
-        """When the bytes were read that release the head (perf_counter)."""
+        self._received = 0.0  # when the bytes were read that release the head (perf_counter)
         self._collected: list[bytes] | None = None
         """The response's body so far, with BodyMode.COLLECTED."""
         self._overhead = 0.0
@@ -130,12 +132,9 @@ class Exchange:
 
     # The request, from the client's connection.
 
-    def start(self, pairs: list[tuple[bytes, bytes]] | None, body: bytes, *, complete: bool, more_read: bool) -> None:
-        """Ask the hook, then begin to send the request upstream.
-
-        pairs: all fields as the client sent them; None without a hook. body: the whole body, if `complete`; otherwise
-        it follows by `request_data`. more_read: the client has sent some of it already.
-        """
+    def start(self, body: bytes, *, complete: bool, more_read: bool) -> None:
+        """Ask the hook, then begin to send the request upstream. body: the whole body, if `complete`; otherwise it
+        follows by `request_data`. more_read: the client has sent some of it already."""
         context, request = self._context, self._request
         self.request_complete = complete
         if self._watch is not None and (exceeded := self._watch.exceeded) is not None:
@@ -148,8 +147,8 @@ class Exchange:
             self._report = report = GenerationReport(context, self._route, self._request_id, self._started)
             self._observer = report.observer
             if context.tracing is not None:
-                report.start_span(context.tracing, request, pairs)
-        if pairs is not None and context.hook is not None and self._ask_hook(context.hook, pairs):
+                report.start_span(context.tracing, request)
+        if context.hook is not None and self._ask_hook(context.hook):
             return  # refused
         if complete:
             if self._observer is not None:
@@ -209,12 +208,12 @@ class Exchange:
     def _overloaded(self, reason: str) -> None:
         self._respond(503, error_body(503, reason, "overloaded"), counters.OVERLOADED)
 
-    def _ask_hook(self, hook: Hook, pairs: Headers) -> bool:
-        """Ask whether the hook wants to see the request (then `_hook` is set). True: it refuses it; the exchange is
-        over."""
+    def _ask_hook(self, hook: Hook) -> bool:
+        """Ask whether the hook wants to see the request (then `_hook` is set). True: it has refused it."""
         context, request = self._context, self._request
         try:
-            answer = hook.begin(request.method.decode("ascii"), request.target, pairs, self._request_id)
+            method, fields = request.method.decode("ascii"), Fields(request.received)
+            answer = hook.begin(method, request.target, fields, self._request_id, marked=request.marked)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             context.counters.hook_raised()
             return False
@@ -222,7 +221,7 @@ class Exchange:
             self._respond(answer.status, answer.body, counters.REFUSED)
             return True
         if answer is not None:
-            self._hook = FailOpenHook(answer, context.counters.hook_raised)
+            self._hook = self.outgoing.hook = FailOpenHook(answer, context.counters.hook_raised)
         return False
 
     def _send(self, body: bytes, started: float) -> None:
@@ -371,10 +370,11 @@ class Exchange:
         return tunnel
 
     def response_started(self, head: ResponseHead, received: float) -> bool:
-        if head.status < 500:
-            self.outgoing.engine_answered()
-        elif self._answered_elsewhere(head.status):
-            return False
+        if head.status >= 500:
+            if self._answered_elsewhere(head.status):
+                return False
+        elif (health := self.outgoing.engine.health).failures:
+            health.request_succeeded()
         self._enter(HEAD_HELD)
         request, hook = self._request, self._hook
         http11 = request.minor == 1

@@ -44,8 +44,17 @@ class FailOpenHook:
     def body_limit(self) -> int:
         return self._hook.body_limit
 
+    def sent_to(self, engine: str) -> None:
+        try:
+            self._hook.sent_to(engine)
+        except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
+            self._fail()
+
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         """body: None if it is longer than `body_limit`; then it cannot be rewritten."""
+        if self._failed:
+            self._unchanged = True
+            return None
         try:
             verdict = self._hook.request(body)
             if isinstance(verdict, Rewrite) and body is None:

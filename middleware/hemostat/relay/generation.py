@@ -16,10 +16,10 @@ from hemostat.metrics import names
 from hemostat.openai.routes import FORMS
 from hemostat.relay import counters
 from hemostat.relay.context import RelayContext
-from hemostat.relay.http.fields import split_fields
+from hemostat.relay.http.fields import drop_fields, split_fields
 from hemostat.relay.http.request import RequestHead
 from hemostat.relay.http.response import ResponseHead
-from hemostat.relay.outcomes import OutcomeObserver, ResponseOutcome
+from hemostat.relay.outcomes import NO_OUTCOME, OutcomeObserver, ResponseOutcome
 
 if TYPE_CHECKING:
     from hemostat.tracing import RequestSpan, Tracing  # an extra; imported only where it is used
@@ -43,11 +43,8 @@ class GenerationReport:
         self._started = started
         self._span: RequestSpan | None = None
 
-    def start_span(self, tracing: Tracing, request: RequestHead, pairs: list[tuple[bytes, bytes]] | None) -> None:
-        """Start the request's span and make it the parent of the upstream's, in `request` and `pairs`.
-
-        pairs: the fields as the hook sees them.
-        """
+    def start_span(self, tracing: Tracing, request: RequestHead) -> None:
+        """Start the request's span and make it the parent of the upstream's, also as the hook sees the request."""
         received = {name.lower().decode(): value.decode("latin-1") for name, value in split_fields(request.lines)}
         try:
             self._span = tracing.start_request(self._route, received, self._request_id)
@@ -57,10 +54,9 @@ class GenerationReport:
             return
         request.drop(_TRACE_FIELDS)
         request.traceparent = True
-        added = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-        request.lines += [b"%b: %b" % field for field in added]
-        if pairs is not None:
-            pairs[:] = [pair for pair in pairs if pair[0].lower() not in _TRACE_FIELDS] + added
+        added = [b"%b: %b" % (name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        request.lines += added
+        request.received = drop_fields(request.received, -1, _TRACE_FIELDS)[0] + added
 
     def begin_comparison(self, comparison: Comparison | None, body: bytes) -> None:
         """What the hook has found about the request. body: the whole, as the client sent it."""
@@ -76,17 +72,9 @@ class GenerationReport:
 
         Called again for the response to a request that is sent again.
         """
-        coding, content_type = b"identity", b""
-        for line in head.lines:
-            name, _, value = line.partition(b":")
-            name = name.lower()
-            if name == b"content-type":
-                content_type = value.strip(b" \t")
-            elif name == b"content-encoding":
-                coding = value.strip(b" \t")
-        self.observer.disabled = head.status != 200 or coding != b"identity"
+        self.observer.disabled = head.status != 200 or head.content_coding != b"identity"
         if not self.observer.disabled:
-            self.observer.begin_response(stream=content_type.startswith(b"text/event-stream"))
+            self.observer.begin_response(stream=head.content_type.startswith(b"text/event-stream"))
 
     def finish(
         self, arm: str, comparison: Comparison | None, status: int, outcome: str, *, complete: bool
@@ -96,7 +84,7 @@ class GenerationReport:
         status: of the response, 0 without one. outcome: of `counters`. complete: the whole response was sent.
         """
         context = self._context
-        ended = ResponseOutcome()
+        ended = NO_OUTCOME
         try:
             if complete and outcome is counters.OK:
                 ended = self.observer.finish(arm, context.counters.add)

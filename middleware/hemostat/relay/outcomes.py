@@ -16,6 +16,7 @@ import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -37,6 +38,9 @@ MAX_TAIL_PIECES = 64
 MAX_PIECE_BYTES = 4096
 """The tail: the last MAX_TAIL_PIECES pieces as they arrived, the last MAX_PIECE_BYTES bytes of each."""
 
+MAX_JSON_WORDS = 4000
+"""Of a request's body, in which a parameter that asks for JSON is looked for."""
+
 LOOP_COPIES = 4
 MIN_LOOP_CHARACTERS = 48
 """A loop: the text ends in LOOP_COPIES copies of one block, MIN_LOOP_CHARACTERS or more in all. A run of one character
@@ -44,8 +48,10 @@ MIN_LOOP_CHARACTERS = 48
 
 _TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
 # Inside a JSON string a quote is preceded by a backslash, so text written by a user does not match these.
-_JSON_REQUESTED = re.compile(rb'"(?:json_object|json_schema|guided_json)"|"json":')
-_TOOLS_REQUESTED = re.compile(rb'"tools":\s*\[')
+# Both patterns begin with letters: the search for a quotation mark would stop at each one in the body.
+_JSON_REQUESTED = re.compile(rb'json((?<="json)(?:_object"|_schema"|":)|(?<="guided_json)")?')
+"""Group 1: the word is the name, or the value, that asks for JSON."""
+_TOOLS_REQUESTED = re.compile(rb'tools"(?<="tools"):\s*\[')
 _CALLS = re.compile(rb'"(?:tool_calls|function_call)":\s*[\[{]\s*[{"]|"type":\s*"(?:tool_use|function_call)"')
 _MODEL = re.compile(rb'"model":\s*"((?:[^"\\]|\\.){1,200})"')
 
@@ -66,6 +72,7 @@ class ResponseOutcome:
     """Of a request in an arm, by outcome that applies to it (`hemostat_calibration.outcomes.Outcome`) and is known."""
 
 
+NO_OUTCOME = ResponseOutcome()
 _any: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
@@ -114,7 +121,7 @@ class OutcomeObserver:
 
     def feed_request(self, body: bytes) -> None:
         self.body = self.body or body
-        self.json = self.json or _JSON_REQUESTED.search(body) is not None
+        self.json = self.json or (b"json" in body and _requests_json(body))
         self.tools = self.tools or _TOOLS_REQUESTED.search(body) is not None
 
     def compare(self, body: bytes, *, json_in_words: bool) -> None:
@@ -156,7 +163,7 @@ class OutcomeObserver:
     def finish(self, arm: str, count: Count) -> ResponseOutcome:
         """Evaluate the response that has ended, and count it under the request's arm."""
         if self.disabled:
-            return ResponseOutcome()
+            return NO_OUTCOME
         data = b"".join(self._pieces)
         self._pieces.clear()
         response = parse(data, self._form, stream=self.stream) if self._whole else None
@@ -218,6 +225,10 @@ class OutcomeObserver:
                 count(names.STRUCTURED_OUTPUTS, (arm, "tool_call", _json_outcome(arguments, truncated)), 1.0)
             if self.json and not calls:
                 count(names.STRUCTURED_OUTPUTS, (arm, "json", _json_outcome(choice.whole_text, truncated)), 1.0)
+
+
+def _requests_json(body: bytes) -> bool:
+    return any(word[1] for word in islice(_JSON_REQUESTED.finditer(body), MAX_JSON_WORDS))
 
 
 def _json_outcome(text: str, truncated: bool) -> str:

@@ -13,6 +13,7 @@ from hemostat.hooks import Rewrite
 from hemostat.openai import routes
 from hemostat.openai.conversation_key import conversation_key
 from hemostat.relay.context import RelayContext
+from hemostat.relay.fail_open import FailOpenHook
 from hemostat.relay.forwarding import redirected, upstream_head
 from hemostat.relay.http.framing import CHUNKED, LAST_CHUNK, chunk, set_length
 from hemostat.relay.http.request import SAFE_METHODS, RequestHead
@@ -44,12 +45,15 @@ class OutgoingRequest:
         "_written_for",
         "engine",
         "head",
+        "hook",
     )
 
     def __init__(self, context: RelayContext, head: RequestHead) -> None:
         self.head = head
         self.engine: Engine = cast("Engine", None)
         """That it goes to; chosen before anything is encoded."""
+        self.hook: FailOpenHook | None = None
+        """Is told which engine it is."""
         self._context = context
         self._tried: tuple[Engine, ...] = ()
         """Engines that failed to answer it."""
@@ -129,9 +133,11 @@ class OutgoingRequest:
 
     def sent(self, payload: bytes) -> None:
         """The whole request goes upstream at once: keep it, where memory is to spare."""
-        if self._budget.spares(len(payload)):
+        size = len(payload)
+        if self._budget.spares(size):
             self._whole = payload
-            self._count(len(payload))
+            self._counted += size
+            self._budget.held_bytes += size
 
     def repeatable(self, route: str) -> bool:
         """It may be sent a second time: the method is safe, or the route keeps nothing, and all of it is here."""
@@ -151,7 +157,8 @@ class OutgoingRequest:
         self._original = None
         if self._counted:
             self._unsent, self._whole = b"", None
-            self._count(-self._counted)
+            self._budget.held_bytes -= self._counted
+            self._counted = 0
 
     def begin_upload(self) -> bool:
         """It is begun upstream before it is complete. False: too many are."""
@@ -166,9 +173,12 @@ class OutgoingRequest:
 
     def end(self) -> None:
         """Neither the request nor its engine is needed any more."""
-        self.forget()
-        self.leave_engine()
-        self.end_upload()
+        if self._counted or self._original is not None:
+            self.forget()
+        if self.engine is not None:
+            self.engine.outstanding -= 1
+        if self._uploading:
+            self.end_upload()
 
     def _count(self, size: int) -> None:
         self._counted += size
@@ -185,24 +195,13 @@ class OutgoingRequest:
             engine = upstreams.choose(conversation_key(body) if by_conversation else None)
             if engine is None:
                 return False
-        self.engine = engine
-        engine.requests += 1
-        engine.outstanding += 1
+        self._enter_engine(engine)
         return True
 
     @property
     def engine_name(self) -> str:
         """ "" where none was chosen."""
         return self.engine.name if self.engine is not None else ""
-
-    def leave_engine(self) -> None:
-        """The exchange is over."""
-        if self.engine is not None:
-            self.engine.outstanding -= 1
-
-    def engine_answered(self) -> None:
-        if self.engine.health.failures:
-            self.engine.health.request_succeeded()
 
     def engine_failed(self) -> None:
         """It did not answer as it should; see `Health.request_failed`."""
@@ -221,10 +220,15 @@ class OutgoingRequest:
             return False
         self.engine.resent += 1
         self.engine.outstanding -= 1
+        self._enter_engine(engine)
+        return True
+
+    def _enter_engine(self, engine: Engine) -> None:
         self.engine = engine
         engine.requests += 1
         engine.outstanding += 1
-        return True
+        if self.hook is not None:
+            self.hook.sent_to(engine.name)
 
     def _encoded_head(self) -> bytes:
         self._written_for = origin = self.engine.origin

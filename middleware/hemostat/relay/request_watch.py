@@ -13,8 +13,8 @@ from hemostat.relay.http.request import RequestHead
 
 
 class RequestWatch:
-    """Of one request, where there are limits or an access log. It stands in for the transport that the response is
-    written to, to count its bytes."""
+    """Of one request; made only where there are limits or an access log. It stands in for the transport that the
+    response is written to, to count its bytes."""
 
     __slots__ = (
         "_answered",
@@ -61,21 +61,6 @@ class RequestWatch:
                 self._key = key
             else:
                 context.counters.add(names.CLIENT_LIMITED_REQUESTS, (self.exceeded.limit,))
-
-    @classmethod
-    def of(
-        cls,
-        context: RelayContext,
-        request: RequestHead,
-        route: str,
-        request_id: str,
-        transport: asyncio.Transport,
-        started: float,
-    ) -> RequestWatch | None:
-        """None where there are neither limits nor an access log."""
-        if context.access_log is None and context.client_limits is None:
-            return None
-        return cls(context, request, route, request_id, transport, started)
 
     @property
     def transport(self) -> asyncio.Transport:

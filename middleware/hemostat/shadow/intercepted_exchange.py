@@ -22,7 +22,15 @@ from hemostat.shadow.assignment import conversation_digest
 from hemostat.shadow.client_headers import ClientOptions
 from hemostat.shadow.endings import SkipReason
 from hemostat.shadow.grammar.enforced import with_scorable_grammar
-from hemostat.shadow.profile_choice import ArmReason, Choice, Reason, Unjudged, choose_profile, served_kind
+from hemostat.shadow.profile_choice import (
+    ArmReason,
+    Choice,
+    Reason,
+    Unjudged,
+    choose_profile,
+    is_available,
+    served_kind,
+)
 from hemostat.shadow.reports import RepeatReason, Reports
 from hemostat_calibration.records import Arm, Sampling
 
@@ -112,6 +120,7 @@ class InterceptedExchange:
         self._calibrated = calibrated
         self._client = client
         self._traceparent = traceparent[:MAX_TRACEPARENT]
+        self._engine = ""
         self._kind = ""
         self._conversation = b""
         self._arm = Arm.NONE
@@ -162,6 +171,17 @@ class InterceptedExchange:
             client=self._client,
             json_in_words=asks_json_in_words(self._kind),
         )
+
+    def sent_to(self, engine: str) -> None:
+        self._engine = engine
+        compared = self._compared if self._arm is not Arm.NONE else None
+        if compared is not None and not is_available(self._policy, engine, compared):
+            # In either arm: a treated request gets identity there, and a control one has nothing to be compared with.
+            self._leave_arm(ArmReason.UNKNOWN)
+
+    def _leave_arm(self, reason: ArmReason) -> None:
+        self._arm = Arm.NONE
+        self._counted_as = Arm.NONE, reason
 
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         policy = self._policy
@@ -239,7 +259,9 @@ class InterceptedExchange:
             changes["logit_bias"] = encode(policy.request_logit_bias)
 
     def _choose_profile(self, request: Request) -> Choice:
-        return choose_profile(self._policy, request, self._options, self._unjudged, self._kind, self._conversation)
+        return choose_profile(
+            self._policy, request, self._options, self._unjudged, self._kind, self._conversation, self._engine
+        )
 
     def _unreported(self, request: Request, version: str) -> bool:
         """Whether only the engine's plugin could tell that the version was applied, and will not: one that reports no
@@ -387,8 +409,7 @@ class InterceptedExchange:
         self._start = self._stripper = self._name = self._adapter = None
         if self._profile_added or self._arm is not Arm.NONE:
             # The control arm leaves out what the treated one does.
-            self._arm = Arm.NONE
-            self._counted_as = Arm.NONE, ArmReason.REFUSED
+            self._leave_arm(ArmReason.REFUSED)
         self._reports.repeated(reason)
         return True
 
@@ -415,8 +436,10 @@ class InterceptedExchange:
             self._note_refusal()
 
     def _note_refusal(self) -> None:
-        """For example, the engine's --max-logprobs is lower than `shadow.top_k`."""
-        if self._tokens is not None and self._tokens.failure in _REFUSALS:
+        """For example, the engine's --max-logprobs is lower than `shadow.top_k`. An answer that begins and then ends in
+        an error counts, too: it cannot be sent again to find out whether what was added is the cause."""
+        failure = None if self._tokens is None else self._tokens.failure
+        if failure in _REFUSALS or (failure is ResponseFailure.UPSTREAM_ERROR and self._stripper is not None):
             self._reports.pause.refused(self._policy.shadow_top_k)
 
     def response_end(self) -> bytes:
@@ -435,8 +458,7 @@ class InterceptedExchange:
         rest += self._name.finish()
         if self._name.other_answered:
             # The client did not get what its arm is compared by.
-            self._arm = Arm.NONE
-            self._counted_as = Arm.NONE, ArmReason.NOT_APPLIED
+            self._leave_arm(ArmReason.NOT_APPLIED)
         return rest
 
     def closed(self, *, complete: bool, output_tokens: int | None = None, engine: str = "") -> None:

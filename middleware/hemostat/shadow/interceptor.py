@@ -49,12 +49,14 @@ class Interceptor:
         self._draw = draw
         self._reports = Reports(emit, count, sampled, clock, nonce)
 
-    def begin(self, method: str, target: bytes, headers: Headers, request_id: str) -> ExchangeHook | Refusal | None:
+    def begin(
+        self, method: str, target: bytes, headers: Headers, request_id: str, *, marked: bool = True
+    ) -> ExchangeHook | Refusal | None:
         policy = self.policy
-        own_fields = hemostat_headers(headers)
+        own_fields = hemostat_headers(headers) if marked else ()
         path = target.partition(b"?")[0]
         support = SUPPORT.get(path, Support.RELAYED) if method == "POST" else Support.RELAYED
-        options = ClientOptions()
+        options = _NO_OPTIONS
         if own_fields:
             read = read_options(own_fields, policy)
             if isinstance(read, Refusal):
@@ -100,6 +102,9 @@ class Interceptor:
             client=assignment.client_digest(client, policy.salt),
             traceparent=first_value(headers, b"traceparent").decode("latin-1"),
         )
+
+
+_NO_OPTIONS = ClientOptions()
 
 
 def _own_wish(options: ClientOptions, policy: Policy) -> SkipReason | None:

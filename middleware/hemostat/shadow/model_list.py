@@ -31,6 +31,9 @@ class ModelList:
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         return None if body is None else Rewrite(body, frozenset({b"accept-encoding"}))
 
+    def sent_to(self, engine: str) -> None:
+        pass
+
     def response_head(self, status: int, headers: Headers) -> bool:
         coding = next((value for name, value in headers if name.lower() == b"content-encoding"), b"identity")
         return status == 200 and coding.lower() == b"identity"

@@ -25,7 +25,7 @@ class ArmReason(StrEnum):
     NO_PROFILE = "no_profile"
     """No profile serves."""
     UNKNOWN = "unknown"
-    """The engine has not acknowledged the profile."""
+    """The engine that the request goes to has not acknowledged the profile."""
     OPTED_OUT = "opted_out"
     """The client sent `X-Hemostat-Calibration: off`."""
     PINNED = "pinned"
@@ -89,14 +89,20 @@ def choose_profile(
     unjudged: Unjudged | None,
     kind: str,
     conversation: bytes,
+    engine: str,
 ) -> Choice:
-    """Choose by what the client sent alone, so that the control and the treated arm exclude the same requests.
+    """Choose by what the client sent and by the engine alone, so that both arms exclude the same requests.
+
+    The engine is chosen before, by the conversation and the engines' load, and the arm by a hash that is independent of
+    both. A request to an engine that does not hold the profile is in no arm, whichever the hash would give: with
+    control requests at all engines and treated ones at those that hold the profile, the comparison of the arms would be
+    one of engines, too.
 
     Treated is what is judged: a request that cannot be scored gets no profile, since nobody would see it harm there.
     Exceptions are the client's own wish for a version, `calibration.force` and `calibration.treat_unjudged`.
 
     unjudged: why the request is never scored, None where it can be. kind: full name. conversation: digest, by which
-    the arm is assigned.
+    the arm is assigned. engine: that the request goes to, "" where it is not known.
     """
     if policy.mode == "off":
         return Choice(None, Arm.NONE, ArmReason.OFF)
@@ -107,11 +113,11 @@ def choose_profile(
     if policy.apply == "request" and (request.body.has("temperature") or request.body.has("logit_bias")):
         return Choice(None, Arm.NONE, ArmReason.OWN_PARAMETERS)
     if policy.forced is not None:
-        return _if_available(policy, request, policy.forced, Arm.NONE, ArmReason.FORCED)
+        return _if_available(policy, request, engine, policy.forced, Arm.NONE, ArmReason.FORCED)
     if options.calibration == "off":
         return Choice(None, Arm.NONE, ArmReason.OPTED_OUT)
     if options.calibration is not None:
-        return _if_available(policy, request, options.calibration, Arm.NONE, ArmReason.PINNED)
+        return _if_available(policy, request, engine, options.calibration, Arm.NONE, ArmReason.PINNED)
     if unjudged is not None and not policy.treat_unjudged:
         return Choice(None, Arm.NONE, unjudged)
     if request.client_tap and not policy.treat_unjudged:
@@ -122,17 +128,23 @@ def choose_profile(
     version = policy.serving_by_kind.get(served_kind(policy, kind))
     if version is None:
         return Choice(None, Arm.NONE, ArmReason.NO_PROFILE)
-    choice = _if_available(policy, request, version, Arm.TREATED, ArmReason.ASSIGNED)
+    choice = _if_available(policy, request, engine, version, Arm.TREATED, ArmReason.ASSIGNED)
     if choice.version is not None and in_control_arm(conversation, policy.control_fraction, policy.salt):
         return Choice(None, Arm.CONTROL, ArmReason.ASSIGNED, choice.version)
     return choice
 
 
-def _if_available(policy: Policy, request: Request, version: str, arm: Arm, reason: ArmReason) -> Choice:
+def is_available(policy: Policy, engine: str, version: str) -> bool:
+    """Whether a request to this engine may ask for the version."""
+    if policy.apply == "engine":
+        return version in policy.held_at(engine)
+    return version == policy.forced or version in policy.serving_by_kind.values()
+
+
+def _if_available(policy: Policy, request: Request, engine: str, version: str, arm: Arm, reason: ArmReason) -> Choice:
     """Only versions that the engine has acknowledged are requested: for any other it would silently apply identity."""
     if version in policy.adapters and request.model not in (policy.base_models or ()):
         return Choice(None, Arm.NONE, ArmReason.OWN_ADAPTER)
-    available = policy.acknowledged if policy.apply == "engine" else {*policy.serving_by_kind.values(), policy.forced}
-    if version not in available:
+    if not is_available(policy, engine, version):
         return Choice(None, Arm.NONE, ArmReason.UNKNOWN)
     return Choice(version, arm, reason, version if arm is Arm.TREATED else None)

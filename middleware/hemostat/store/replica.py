@@ -4,6 +4,8 @@ Invariants:
 - The replica that holds the store's lease is the leader: it alone proposes, tests, promotes and rolls back, and so
   spends alpha. By its own clock it holds the lease for less time than by the store's, and the store refuses its writes
   once another replica has led: two leaders at once cannot write an event or a state.
+- A replica that takes over keeps the lease while it reads, and leads from an answer of the store that came afterwards:
+  it leads however long reading takes. One that cannot use what it reads gives the lease up, so that another can try.
 - A new leader continues from what the store says, as after a restart: tests and windows go on from what their leader
   wrote last, and the alpha that was spent since stays spent. (Where a leader died before it had written that a test
   began, that test has decided nothing: decisions are written after it.) Where no other replica led in between, or the
@@ -29,7 +31,7 @@ from typing import Any
 from hemostat.ipc.backoff import Backoff
 from hemostat.store import schema
 from hemostat.store.lease import Lease
-from hemostat.store.protocol import SharedStore, StoredProfile, StoreFailure, StoreIncompatible
+from hemostat.store.protocol import LeaseAnswer, SharedStore, StoredProfile, StoreFailure, StoreIncompatible
 from hemostat_calibration.errors import HemostatError, InvalidProfileError
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
@@ -103,14 +105,8 @@ class Replica:
     async def heartbeat(self) -> None:
         """Take or prolong the lease, or follow the leader. StoreFailure."""
         began, led_before = self._clock(), self._lease.leads
-        try:
-            answer = await asyncio.to_thread(self._store.acquire_lease, LEASE_SECONDS)
-        except StoreFailure:
-            self.reachable = False
-            raise
-        self.reachable = True
-        if answer.previous_leader not in {"", self._store.replica}:
-            self._must_read = True
+        answer = await self._ask_for_lease()
+        store_was_empty = answer.previous_leader == ""
         if not answer.leads:
             if self._lease.is_last_leader:
                 log.warning("another replica leads now")
@@ -120,18 +116,63 @@ class Replica:
                 self._revision = answer.revision
             return
         if not led_before or self._must_read:
-            await self._migrate()
-        if self._must_read:
-            self._lease.lose()
-            await self._read()
-            self._must_read = False
+            await self._take_over()
+            began, answer = self._clock(), await self._ask_for_lease()
+            if not answer.leads or self._must_read:
+                return  # another replica has led meanwhile
         self._lease.grant(began + LEADER_FRACTION * LEASE_SECONDS)
         self._revision = None
-        if not led_before or answer.previous_leader == "":
-            log.info("this replica leads" if answer.previous_leader else "this replica leads; the store was empty")
+        if not led_before or store_was_empty:
+            log.info("this replica leads; the store was empty" if store_was_empty else "this replica leads")
             self._write_all(await asyncio.to_thread(self._store.versions))
         for name, command in await asyncio.to_thread(self._store.take_commands):
             await self._run_command(name, command)
+
+    async def _ask_for_lease(self) -> LeaseAnswer:
+        try:
+            answer = await asyncio.to_thread(self._store.acquire_lease, LEASE_SECONDS)
+        except StoreFailure:
+            self.reachable = False
+            raise
+        self.reachable = True
+        if answer.previous_leader not in {"", self._store.replica}:
+            self._must_read = True
+        return answer
+
+    async def _take_over(self) -> None:
+        """With the lease: read what another replica has written. The lease is prolonged meanwhile, and given up where
+        what was read cannot be used."""
+        done = asyncio.Event()
+        prolonging = asyncio.create_task(self._prolong_until(done))
+        try:
+            await self._migrate()
+            if self._must_read:
+                self._lease.lose()
+                self._must_read = False  # asking for the lease sets it again where another replica has led meanwhile
+                try:
+                    await self._read()
+                except Exception:
+                    self._must_read = True
+                    raise
+        except Exception:
+            done.set()
+            await prolonging
+            if self._must_read:
+                with contextlib.suppress(StoreFailure):
+                    await asyncio.to_thread(self._store.release_lease)
+            raise
+        finally:
+            done.set()
+            await prolonging
+
+    async def _prolong_until(self, done: asyncio.Event) -> None:
+        while not done.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEASE_SECONDS / 4):
+                    await done.wait()
+                    return
+            with contextlib.suppress(StoreFailure):
+                await self._ask_for_lease()
 
     async def _migrate(self) -> None:
         """As the leader. StoreIncompatible: a replica that knows the store's version is to lead."""

@@ -23,7 +23,7 @@ from hemostat_calibration.alarm.serialization import load_engines, save_engines
 from . import Row
 
 NAME = "odd_engine"
-TAKES = "2 to 8 minutes"
+TAKES = "20 minutes"
 
 LIVES = 1000
 ALPHA = 0.01
@@ -143,5 +143,6 @@ def rows(lives: int = LIVES) -> Iterator[Row]:
                 f"{case}: named, and no other", "", f"{right} of {len(lived)}", ">= 97 %", right >= 0.97 * len(lived)
             )
             text = f"median {middle:.0f}, {within / len(lived):.0%} within {MAX_TOKENS}"
-            limit = MAX_TOKENS if not begins else 2 * MAX_TOKENS  # evidence is funded anew, which costs 2 log k
+            # Of late changes: funding anew costs 2 log k, and the window in which one comes is half over.
+            limit = MAX_TOKENS if not begins else 2 * MAX_TOKENS
             yield Row(f"{case}: own tokens until it is named", "", text, f"median <= {limit}", middle <= limit)

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 from tests.bench.faults import Row
+from tests.support import costly_search
 from tests.support.costly_bodies import BEYOND, WITHIN, cpu_seconds
 from tests.support.fake_vllm import FakeVllm, serving
 from tests.support.stack import Stack, children, wait_for
@@ -23,12 +24,14 @@ from tests.support.stack import Stack, children, wait_for
 from hemostat.openai.form import Form
 
 NAME = "overload"
-TAKES = "1 minute"
+TAKES = "3 minutes"
 
 SLOW_CLIENTS = 600
 STALLED = 150
 IDLE_CLIENTS = 400
 OPEN_FILES = 256
+SEARCHED = 4_000
+"""Random bodies of which the costliest is searched."""
 STRAY_CLIENTS, STRAY_REQUESTS = 50, 20
 ANSWER_SECONDS = 20.0
 """So long an answer is waited for."""
@@ -305,6 +308,7 @@ def _stray_bytes(url: str) -> Row:
     return Row(case, "166 (another upstream)", wrong, "0", wrong == 0)
 
 
+LIMIT = "<= 5 ms"
 BEFORE = {
     "400,000 members": "614 ms",
     "1.3 million empty messages": "655 ms",
@@ -319,9 +323,13 @@ def _costly_bodies() -> Iterator[Row]:
         if name in BEFORE:
             yield _cost(f"a body of {name}: CPU to find that it is not read", BEFORE[name], [body])
     yield _cost(f"the worst of {len(WITHIN)} bodies that are read: CPU", "", list(WITHIN.values()))
+    found = 1e3 * costly_search.worst(SEARCHED, seed=1)
+    yield Row(
+        f"the worst that a search over {SEARCHED:,} bodies finds: CPU", "", f"{found:.2f} ms", LIMIT, found <= 5.0
+    )
     yield _cost(f"the worst of {len(BEYOND)} bodies that are not read: CPU", "", list(BEYOND.values()))
 
 
 def _cost(case: str, before: str, bodies: list[bytes]) -> Row:
     worst = 1e3 * max(cpu_seconds(body, form) for body in bodies for form in Form)
-    return Row(case, before, f"{worst:.2f} ms", "<= 5 ms", worst <= 5.0)
+    return Row(case, before, f"{worst:.2f} ms", LIMIT, worst <= 5.0)

@@ -18,10 +18,9 @@ from hemostat_calibration.thresholds.breaks import Existence, find_break
 from hemostat_calibration.thresholds.curve import Curve
 
 NAME = "breaks"
-TAKES = "15 minutes on one core"
+TAKES = "one minute on one core"
 REQUESTS = 24
 RESAMPLES = 500
-TEST_LIVES = 12
 BITS = np.array([0.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0])
 SPARSITY = np.linspace(0.0, 0.9, 10)
 

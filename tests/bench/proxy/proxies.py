@@ -152,6 +152,7 @@ class Bench:
                 "port": port,
                 "reuse_port": True,
                 "upstream": {"urls": [f"http://127.0.0.1:{upstream}"]},
+                "upstream_url": f"http://127.0.0.1:{upstream}",  # for relays of before there were several
                 "control_socket": str(path),
                 "shutdown_seconds": 1.0,
             }

@@ -37,7 +37,8 @@ def swept(tiny: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def options(swept: Path, tiny: TinyPair) -> DoctorOptions:
+def options(swept: Path, tiny: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DoctorOptions:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return DoctorOptions(
         str(swept), str(swept), prompts=tiny.prompts, tokens=6, device="cpu", sweep=tuple(Axis), sweep_budget=60.0
     )

@@ -22,9 +22,8 @@ from hemostat.models.adapters.parts import Parts  # noqa: E402
 from hemostat.models.adapters.texts import Text  # noqa: E402
 from hemostat.models.checkpoint_folders import CompressError, is_complete  # noqa: E402
 from hemostat.models.compression.compress import Surroundings  # noqa: E402
-from hemostat.models.compression.other_files import REPORT  # noqa: E402
+from hemostat.models.compression.other_files import REPAIR, REPORT  # noqa: E402
 from hemostat.models.compression.repair import (  # noqa: E402
-    REPAIR,
     Vectors,
     repair,
     write_repaired,

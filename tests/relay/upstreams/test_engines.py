@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.support.engines import FakeEngine, balancing
+from tests.support.hooks import HookSequence, SpyHook
 from tests.support.relay import OK, Client, Request, post
 from tests.support.waiting import until
 
@@ -206,3 +207,26 @@ async def test_engines_rolled_under_load_cost_no_request_that_was_not_theirs(kil
         await asyncio.gather(*asking)
     assert set(statuses) <= {200, 502}
     assert statuses.count(502) <= 2 * len(asking) < statuses.count(200)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+async def test_the_hook_is_told_which_engine_it_is_before_the_request_and_when_another_answers(reached: bool) -> None:
+    """`hooks.ExchangeHook.sent_to`: what may be asked for depends on the engine."""
+    engines = [FakeEngine(status(503)), FakeEngine()]
+    spies = [SpyHook() for _ in range(10)]
+    async with balancing(engines, hook=HookSequence(list(spies))) as (_, connect):
+        names = [engine.name for engine in engines]
+        if not reached:
+            await engines[0].stop()
+        client = await connect()
+        for number, spy in enumerate(spies):
+            assert await ask(client, chat(f"question {number}")) == 200
+            assert spy.engines in ([names[1]], names)
+        assert spies[0].calls[0][0] == "request"
+        assert any(spy.engines == names for spy in spies)
+
+
+async def test_a_hook_that_fails_when_it_is_told_is_ignored() -> None:
+    engines = [FakeEngine(), FakeEngine()]
+    async with balancing(engines, hook=HookSequence([SpyHook(fails="sent_to")])) as (_, connect):
+        assert await ask(await connect(), chat("hello")) == 200

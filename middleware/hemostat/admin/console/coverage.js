@@ -17,9 +17,10 @@ function coverage(s) {
 function engines(s) {
   const state = (e) => e.drained ? "drained" : e.up === e.relays ? "up" : e.up ? `up for ${e.up} of ${plural(e.relays, "relay")}` : "ejected";
   const like = (f) => f.odd ? `no: ${f.farther ? "further from" : "closer to"} the reference, on ${plural(f.on_tokens, "token")}` : known(f.evidence) ? "yes" : NONE;
-  table("engines", "Engines", ["engine", "state", "in progress", "requests", "sent again", "ejections", "KL nats per token", "scored tokens", "like the others"],
+  table("engines", "Engines", ["engine", "state", "in progress", "requests", "sent again", "ejections", "KL nats per token", "scored tokens", "like the others", "holds"],
     s.upstream.map((e) => [e.engine, state(e), whole(e.outstanding), whole(e.requests), whole(e.resent), whole(e.ejections),
-      known(e.figures.kl_nats) ? fixed(e.figures.kl_nats, 4) : NONE, whole(e.figures.tokens ?? 0), like(e.figures)]), "no relay has reported yet");
+      known(e.figures.kl_nats) ? fixed(e.figures.kl_nats, 4) : NONE, whole(e.figures.tokens ?? 0), like(e.figures),
+      known(e.holds) ? e.holds.map(brief).join(", ") || "no profile" : "not known"]), "no relay has reported yet");
 }
 
 /** By position in the output, length of the context, and phase; and how thinking ends. */

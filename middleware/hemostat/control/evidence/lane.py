@@ -11,7 +11,8 @@ from hemostat.control.evidence.inbox import Inbox
 from hemostat.control.evidence.outbox import Outbox
 from hemostat.control.evidence.own_units import OwnUnits
 from hemostat.control.evidence.positions import Positions
-from hemostat.control.evidence.units import BATCHES, UNITS, Unit
+from hemostat.control.evidence.units import BATCHES, UNITS, SentUnit, Unit
+from hemostat.control.model_identity import same_brief
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
 from hemostat.store.lease import Lease
@@ -29,6 +30,7 @@ class UnitOutcome(StrEnum):
     REPEATED = "repeated"
     LOST = "lost"
     FAILED = "failed"
+    OTHER_MODELS = "other_models"
 
 
 class Lane:
@@ -36,7 +38,8 @@ class Lane:
 
     name: of the stream. positions_key: of the store's state, where the positions are written with, or after, what the
     units went into. use: called with each unit of the stream, once, and whether this replica had sent it
-    before it led. on_change: called after a batch was used.
+    before it led. models: those that units are about now, `model_identity.brief`; units about others are not used.
+    on_change: called after a batch was used.
     prepare, ready, on_failure, clock, wall: see `Inbox`.
     """
 
@@ -49,6 +52,7 @@ class Lane:
         positions_key: str,
         use: Callable[[Unit, bool], None],
         *,
+        models: Callable[[], str],
         on_failure: Callable[[StoreFailure], None],
         on_change: Callable[[], None],
         clock: Callable[[], float],
@@ -59,6 +63,7 @@ class Lane:
         self.name = name
         self._positions = positions
         self._use_unit = use
+        self._models = models
         self._replica = store.replica
         self._on_change = on_change
         stream = store.stream(name)
@@ -81,6 +86,8 @@ class Lane:
         """Units of other replicas that were counted."""
         self.failed = 0
         """Units that could not be used: a bug, or a batch of another version."""
+        self.other_models = 0
+        """Units about models that are not those of this replica: one of both was replaced under the same name."""
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """What has to run, until cancelled."""
@@ -88,31 +95,35 @@ class Lane:
 
     def send(self, unit: Unit) -> None:
         """To the leader, soon."""
-        self.outbox.add(UNITS.encode(unit))
+        self.outbox.add(UNITS.encode(SentUnit(self._models(), unit)))
 
     def count_own(self, unit: Unit) -> None:
         """This replica leads, and is about to count a unit of its own."""
-        self.own.count(UNITS.encode(unit))
+        self.own.count(UNITS.encode(SentUnit(self._models(), unit)))
 
     def _use(self, entry: StreamEntry) -> None:
         """What cannot be used is counted, and the rest is used all the same."""
         own = entry.sender.partition(" ")[0] == self._replica  # `OwnUnits` adds a number to the name
-        for number, unit in enumerate(self._decoded(entry), entry.first):
+        models = self._models()
+        for number, sent in enumerate(self._decoded(entry), entry.first):
             # First: the states may be written at any moment from here on.
             if not self._positions.advance(entry.sender, number):
                 continue
             self.applied += 1
-            if unit is None:
+            if sent is None:
                 self.failed += 1
                 continue
+            if not same_brief(sent.models, models):
+                self.other_models += 1
+                continue
             try:
-                self._use_unit(unit, own)
+                self._use_unit(sent.unit, own)
             except Exception:
                 self.failed += 1
                 log.exception("a unit of another replica could not be used")
         self._on_change()
 
-    def _decoded(self, entry: StreamEntry) -> Sequence[Unit | None]:
+    def _decoded(self, entry: StreamEntry) -> Sequence[SentUnit | None]:
         """None for each unit of a batch that cannot be read."""
         try:
             return BATCHES.decode(entry.data)
@@ -133,6 +144,7 @@ class Lane:
             "repeated": self._positions.repeated,
             "lost": self._positions.lost,
             "failed": self.failed,
+            "other_models": self.other_models,
             "lag_seconds": self.inbox.lag_seconds,
         }
 

@@ -11,6 +11,7 @@ from hemostat.control.evidence.checkpoint import POSITIONS_KEY, Checkpoint
 from hemostat.control.evidence.exchange import EvidenceExchange, UnitConsumers
 from hemostat.control.evidence.lane import Lane
 from hemostat.control.evidence.positions import Positions
+from hemostat.control.model_identity import UNKNOWN, brief
 from hemostat.measurement.alarms import STATE_KEY as ALARM_STATE
 from hemostat.measurement.alarms import Alarms
 from hemostat.measurement.by_engine import STATE_KEY as ENGINES_STATE
@@ -42,6 +43,10 @@ class LearnedState(Protocol):
     positions: Positions
 
     @property
+    def models(self) -> str | None:
+        """`model_identity.model_identity`; None while they are not known."""
+
+    @property
     def models_known(self) -> bool: ...
 
     async def read_again(self) -> None: ...
@@ -62,7 +67,7 @@ class Surroundings:
     def lane(
         self, name: str, positions: Positions, positions_key: str, use: Callable[[units.Unit, bool], None], **more: Any
     ) -> Lane:
-        """more: `prepare`, `ready` and another `on_change` of `Lane`."""
+        """more: `models`, `prepare`, `ready` and another `on_change` of `Lane`."""
         given = {"on_failure": self.on_failure, "on_change": self.on_change, "clock": self.clock, "wall": self.wall}
         return Lane(name, self.store, self.lease, positions, positions_key, use, **(given | more))
 
@@ -93,7 +98,10 @@ class SharedEvidence:
         self.checkpoint.set_owners(writer.write_serving, writer.write_tests, alarms.save, engines.save, outcomes.save)
         consumers = UnitConsumers(alarms, engines, profiles, outcomes, seen)
         # What is taken before would be used by nobody: profiles and sums are of models that are not known yet.
-        known: dict[str, Callable[[], bool]] = {"ready": lambda: learned.models_known}
+        known: dict[str, Callable[[], Any]] = {
+            "ready": lambda: learned.models_known,
+            "models": lambda: brief(learned.models or UNKNOWN),
+        }
 
         def use(unit: units.Unit, own: bool) -> None:
             with self.checkpoint.unit():

@@ -102,8 +102,17 @@ class LearnedUnit(msgspec.Struct, tag="learned", frozen=True, array_like=True):
 
 
 Unit = ScoredUnit | NoiseFloorUnit | OutcomeUnit | LearnedUnit
-UNITS: MessageCodec[Unit] = MessageCodec(Unit)
-BATCHES: MessageCodec[list[Unit]] = MessageCodec(list[Unit])
+
+
+class SentUnit(msgspec.Struct, frozen=True, array_like=True):
+    """As it is in the stream. models: that it is about, `model_identity.brief`."""
+
+    models: str
+    unit: Unit
+
+
+UNITS: MessageCodec[SentUnit] = MessageCodec(SentUnit)
+BATCHES: MessageCodec[list[SentUnit]] = MessageCodec(list[SentUnit])
 
 
 def packed(values: Floats) -> bytes:

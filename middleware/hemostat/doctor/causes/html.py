@@ -7,9 +7,9 @@ from typing import Any
 
 from hemostat.doctor import svg
 from hemostat.doctor.causes.findings import NOTE
+from hemostat.doctor.formats import format_cell
 from hemostat.doctor.heat_map import heat_map
 from hemostat.doctor.page import Plot, Section, Table
-from hemostat.doctor.terminal import format_cell
 
 MAX_ROWS = 12
 """Of the tables of outliers, worst first."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hemostat.doctor.formats import UNKNOWN, format_cell
 from hemostat.doctor.heat_map import heat_map
 from hemostat.doctor.page import Plot, Section, Table
 from hemostat.doctor.prescription.words import sentences, widths
-from hemostat.doctor.terminal import UNKNOWN, format_cell
 
 Row = Mapping[str, Any]
 

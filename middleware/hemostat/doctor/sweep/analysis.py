@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from hemostat.doctor.pair import Floats
 from hemostat.doctor.sweep.points import (
     FULL_BITS,
     QUANTIZATION,
@@ -46,12 +47,13 @@ COLLAPSED = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Of a line. leaves_floor: index among `points`; None: not established at any of them. `found` is in the line's
-    settings."""
+    """Of a line. leaves_floor, doubles: indices among `points` of the least setting from which the loss is shown to be
+    above the noise floor, and the perplexity to be doubled; None: at none. `found` is in the line's settings."""
 
     line: Line
     points: Sequence[Point]
     leaves_floor: int | None
+    doubles: int | None
     found: Break | None
 
     def shown(self, setting: float) -> float:
@@ -83,13 +85,12 @@ def threshold(results: Results, line: Line, seed: int) -> Threshold | None:
     if found is None:
         return None
     curve, points = found
-    first = leaves_floor(results.excess(line, points))
-    if len(points) < MIN_BREAK_POINTS:
-        return Threshold(line, points, first, None)
-    return Threshold(line, points, first, find_break(curve, resamples(curve, seed)))
+    first, doubled = (leaves_floor(results.excess(line, points, level)) for level in (0.0, math.log(2.0)))
+    kink = find_break(curve, resamples(curve, seed)) if len(points) >= MIN_BREAK_POINTS else None
+    return Threshold(line, points, first, doubled, kink)
 
 
-def resamples(curve: Curve, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def resamples(curve: Curve, seed: int) -> Floats:
     """How often each request is drawn, [B, R]: among those that the same settings have scored (the rungs), as many as
     there are, so that no setting loses its requests."""
     rng = np.random.default_rng(seed)

@@ -21,13 +21,14 @@ import msgspec
 import numpy as np
 import torch
 
-from hemostat.doctor.checkpoints import CheckpointPair, chunks, compare, generate, kl, pieces
+from hemostat.doctor.checkpoints import CheckpointPair, chunks, compare, kl, pieces
 from hemostat.doctor.pair import FLOOR, Floats, Ids, Job, Scored, pack, unpack
 from hemostat.doctor.sweep.decoding import decode, drawn
 from hemostat.doctor.sweep.layers import restructured
 from hemostat.doctor.sweep.outcomes import MAX_TOKENS, Outcome, Task, judge
 from hemostat.doctor.sweep.points import PLAIN, UNCHANGED, Drawing, Point
 from hemostat.doctor.sweep.weights import compressed
+from hemostat.models.generation import generate
 
 KEPT = ("kl_rc", "kl_cr", "tv", "same_top", "logp_r", "logp_c")
 
@@ -53,7 +54,7 @@ class Block:
     tasks: Sequence[tuple[int, Task, Ids]]
     outputs: dict[Drawing, list[Ids]] = field(default_factory=dict)
     logits: dict[Drawing, list[torch.Tensor]] = field(default_factory=dict)
-    """[T, V] each, in the model's dtype, undecoded."""
+    """[T, V] each, in the model's dtype, undecoded; of two drawings at most: `PLAIN` and the last one."""
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def applied(model: Any, point: Point) -> Iterator[None]:
 
 
 class SweptModel:
-    """The reference, which is changed and put back. `other`: a second model that is measured as it is; None: none."""
+    """The reference, which is changed and put back."""
 
     def __init__(self, pair: CheckpointPair, seed: int) -> None:
         self.pair = pair
@@ -72,11 +73,14 @@ class SweptModel:
         self.seed = seed
 
     def prepare(self, block: Block, drawing: Drawing) -> None:
-        """Let the reference write the texts and score them, once for each drawing."""
+        """Let the reference write the texts, once for each drawing, and score them."""
         if drawing in block.logits:
             return
+        for other in [one for one in block.logits if one != PLAIN]:
+            del block.logits[other]
         with torch.inference_mode():
-            block.outputs[drawing] = self._write(block.jobs, drawing)
+            if drawing not in block.outputs:
+                block.outputs[drawing] = self._write(block.jobs, drawing)
             block.logits[drawing] = [
                 self._logits(self.model, job, output)
                 for job, output in zip(block.jobs, block.outputs[drawing], strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-MAX_TOKENS = 32
+MAX_TOKENS = 40
 
 
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

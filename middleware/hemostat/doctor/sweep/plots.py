@@ -9,7 +9,9 @@ from html import escape
 
 from hemostat.doctor import svg
 
-SHAPES = 6
+SHAPES = ((0, 1.0), (4, 1.0), (3, 1.0), (5, 1.0), (4, 0.35), (5, 0.4), (3, 0.3), (8, 0.5))
+"""(corners, radius between the corners): a circle, polygons and stars, as many as there are kinds of points."""
+LABEL_GAP = 30.0
 Y_NAME = "KL(r‖c), nats per token (log scale)"
 
 
@@ -47,7 +49,11 @@ def curve_plot(
     ends = (max(x), min(x)) if x[0] > x[-1] else (min(x), max(x))
     to_x = _scale(ends[0], ends[1], svg.LEFT + 24, svg.WIDTH - svg.RIGHT - 24)
     bottom = svg.HEIGHT - svg.BOTTOM
-    parts += [svg.text(to_x(at), bottom + 16, f"{at:g}", "middle") for at in x]
+    labelled = -math.inf
+    for at in x:
+        if to_x(at) - labelled >= LABEL_GAP:
+            labelled = to_x(at)
+            parts.append(svg.text(labelled, bottom + 16, f"{at:g}", "middle"))
     for mark in marks:
         if mark.interval is not None:
             left, right = sorted(to_x(end) for end in mark.interval)
@@ -105,13 +111,15 @@ def scatter_plot(title: str, kinds: Sequence[Scatter], front: Sequence[tuple[flo
 
 
 def _shape(kind: int, x: float, y: float, tooltip: str) -> str:
-    """A regular polygon or a circle: kinds are told by shape, so that colour is not needed."""
-    corners = (0, 4, 3, 5, 6, 8)[kind % SHAPES]
+    """Kinds have different shapes, so that colour is not needed."""
+    corners, inner = SHAPES[kind % len(SHAPES)]
     title = f"<title>{escape(tooltip)}</title>"
     if not corners:
         return f'<circle class="point s{kind % 4}" cx="{x:.1f}" cy="{y:.1f}" r="4">{title}</circle>'
-    turn = [2.0 * math.pi * n / corners - math.pi / 2.0 for n in range(corners)]
-    points = " ".join(f"{x + 5 * math.cos(a):.1f},{y + 5 * math.sin(a):.1f}" for a in turn)
+    radii = [5.5, 5.5 * inner] * corners if inner < 1.0 else [5.0] * corners
+    turn = [2.0 * math.pi * n / len(radii) - math.pi / 2.0 for n in range(len(radii))]
+    ends = [(x + r * math.cos(a), y + r * math.sin(a)) for a, r in zip(turn, radii, strict=True)]
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in ends)
     return f'<polygon class="point s{kind % 4}" points="{points}">{title}</polygon>'
 
 

@@ -69,6 +69,7 @@ def _curve(results: Results, one: Threshold, shares: Mapping[Point, float]) -> d
         "unit": one.line.unit,
         "points": rows,
         "leaves_floor": None if one.leaves_floor is None else shown[one.points[one.leaves_floor]],
+        "doubles": None if one.doubles is None else shown[one.points[one.doubles]],
         "below": None if not one.leaves_floor else shown[one.points[one.leaves_floor - 1]],
         "break": _break(one),
     }

@@ -42,14 +42,11 @@ class Results:
         points = [point for _, point in found]
         return self._curve([0.0, *(x for x, _ in found)], [self.floor(), *map(self.divergence, points)]), points
 
-    def excess(self, line: Line, points: Sequence[Point]) -> Curve:
-        """KL(r‖c) above the noise floor of the same text."""
-        settings = dict(zip(line.points, line.settings, strict=True))
-        floor = self.floor()
-        above = [
-            {index: value - floor.get(index, 0.0) for index, value in self.divergence(point).items()}
-            for point in points
-        ]
+    def excess(self, line: Line, points: Sequence[Point], level: float = 0.0) -> Curve:
+        """KL(r‖c) above the noise floor of the same text and `level` nats per token."""
+        settings, floor = dict(zip(line.points, line.settings, strict=True)), self.floor()
+        least = {index: floor[index] + level * len(one.output) for index, one in self.texts[UNCHANGED].items()}
+        above = [{n: value - least[n] for n, value in self.divergence(point).items()} for point in points]
         return self._curve([settings[point] for point in points], above)
 
     def alone(self, point: Point) -> Curve:
@@ -81,7 +78,8 @@ def figures(texts: Sequence[Scored]) -> dict[str, Any]:
     """The figures of a point, each {"value", "low", "high"} with a 95 % interval by request; null: infinite."""
     tokens = Tokens.of(texts)
     sample, values = tokens.sample, tokens.figures
-    ratio = sample.mean(values["logp_r"] - values["logp_c"])
+    with np.errstate(invalid="ignore"):  # a text that neither of two cut distributions can give
+        ratio = sample.mean(values["logp_r"] - values["logp_c"])
     survival = Survival()
     for one in texts:
         survival = survival.update(np.clip(1.0 - one.figures["tv"], 0.0, 1.0))

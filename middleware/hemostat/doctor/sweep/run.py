@@ -16,7 +16,7 @@ import numpy as np
 from hemostat import __version__
 from hemostat.doctor.checkpoints import CheckpointPair
 from hemostat.doctor.options import DoctorError, DoctorOptions
-from hemostat.doctor.pair import Job, encode, jobs_digest
+from hemostat.doctor.pair import Ids, Job, encode, jobs_digest
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt
 from hemostat.doctor.sweep.analysis import Statement, Threshold, statements, threshold
@@ -51,13 +51,17 @@ def run_sweep(
         try:
             sweep = Sweep(pair, jobs, options, work, reporter)
             sweep.measure()
-            return sweep.report(prompts)
+            report = sweep.report()
         except KeyboardInterrupt:
             reporter.log(f"interrupted: finished points are in {folder}; the same command continues from them")
             return None
         finally:
             for note in work.notes:
                 reporter.log(note)
+        if options.work is None:
+            # Token ids can be decoded to text: they stay on disk only if the user named a folder.
+            work.remove()
+    return report
 
 
 def _key(pair: CheckpointPair, jobs: Sequence[Job], options: DoctorOptions) -> dict[str, Any]:
@@ -107,8 +111,7 @@ class Sweep:
         found = rungs(len(self._jobs))
         points = self.points
         for number, (begin, end) in enumerate(found):
-            each = len(self._tasks) // len(found)
-            block = Block(self._jobs[begin:end], self._tasks[number * each : (number + 1) * each])
+            block = Block(self._jobs[begin:end], self._tasks[begin:end])
             self.planned.append(len(points))
             stage = f"sweep, rung {number + 1} of {len(found)} ({end} texts)"
             self._measure_given(number, block)
@@ -156,7 +159,7 @@ class Sweep:
         by_name = {one.line.name: one for one in thresholds}
         return statements(self.results, by_name, self.lines, self.shares)
 
-    def report(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         options, pair = self._options, self._pair
         thresholds = self.thresholds()
         measured = self.results.measured(self.points)
@@ -197,7 +200,7 @@ def _given_report(pair: CheckpointPair, given: Sequence[Measured]) -> tuple[str,
     return pair.compressed.name, results
 
 
-def _encoded_tasks(pair: CheckpointPair) -> list[tuple[int, Task, np.ndarray[Any, np.dtype[np.int32]]]]:
+def _encoded_tasks(pair: CheckpointPair) -> list[tuple[int, Task, Ids]]:
     """With the chat template where there is one."""
     found = []
     for number, task in enumerate(tasks()):

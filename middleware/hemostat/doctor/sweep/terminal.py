@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hemostat.doctor.terminal import UNKNOWN
+from hemostat.doctor.formats import UNKNOWN
 
 Row = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ SHOWN = (0, 1, 2, 3, 5, 7, 8, 9, 10, 11)
 """Columns that fit into a terminal; the page has all."""
 COUNTS = (9, 10, 11)
 """Columns that have no interval there."""
-THRESHOLD_HEADS = ("curve", "above the noise floor from", "not shown to be at", "breaks")
+THRESHOLD_HEADS = ("curve", "above the noise floor from", "not shown to be at", "perplexity doubled from", "breaks")
 OUTCOME_NAMES = {
     "json_parses": "JSON that parses",
     "json_correct": "JSON with the right fields",
@@ -89,7 +89,7 @@ def _heading(title: str) -> RenderableType:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0))
     for n, head in enumerate(heads):
-        table.add_column(head, justify="right" if n else "left")
+        table.add_column(head, justify="right" if n else "left", no_wrap=not n)
     for row in rows:
         table.add_row(*row)
     return table
@@ -111,7 +111,7 @@ def cells(row: Row) -> list[str]:
         _interval(row["same_top"], "{:.1f} %", 100.0),
         _interval(row["tv"], "{:.3f}"),
         _interval(life, "{:.1f}", 1.0, unknown),
-        _interval(row["perplexity_ratio"], "{:.4g}", 1.0, "∞"),
+        _interval(row["perplexity_ratio"], "{:.4g}"),
         *(_count(row["outcomes"][name]) for name in OUTCOME_NAMES),
     ]
 
@@ -120,8 +120,7 @@ def threshold_rows(sweep: Row) -> list[list[str]]:
     return [
         [
             curve["name"],
-            "at no setting" if curve["leaves_floor"] is None else setting(curve, curve["leaves_floor"]),
-            UNKNOWN if curve["below"] is None else setting(curve, curve["below"]),
+            *(setting(curve, curve[name]) for name in ("leaves_floor", "below", "doubles")),
             "too few settings" if curve["break"] is None else curve["break"]["text"],
         ]
         for curve in sweep["curves"]
@@ -133,7 +132,9 @@ def comparison(pair: Row) -> str:
     return f"{pair['worse']} − {pair['better']}: {_number(pair['difference'])} [{_number(low)}, {_number(high)}] nats"
 
 
-def setting(curve: Row, value: float) -> str:
+def setting(curve: Row, value: float | None) -> str:
+    if value is None:
+        return UNKNOWN
     return f"{100 * value:g} %" if curve["unit"] == "sparsity" else f"{value:g}"
 
 

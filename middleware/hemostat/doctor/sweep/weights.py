@@ -5,7 +5,7 @@ Only the linear layers inside of the decoder layers change. Scores are magnitude
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,8 @@ def check(model: Any, point: Point) -> None:
         if point.sparsity and point.pattern == "n:4" and inputs % 4:
             raise NotApplicableError(f"{name} has {inputs} inputs, not a multiple of 4")
     if point.sparsity and point.pattern == "rows":
-        removed_rows(model, point.sparsity)
+        for layer in layer_list(model)[2]:
+            _neurons(model, layer, [m for m in layer.modules() if isinstance(m, torch.nn.Linear)])
 
 
 def _changed(name: str, weight: torch.Tensor, point: Point, removed: torch.Tensor | None) -> torch.Tensor:
@@ -83,21 +84,28 @@ def removed_rows(model: Any, share: float) -> Mapping[str, torch.Tensor]:
     the least sum of squares, each matrix scaled to mean 1 (the group magnitude of LLM-Pruner, arXiv 2305.11627). Keys
     and values go with the last head that reads them. Raises NotApplicableError where the neurons are not found.
     """
-    _, _, layers = layer_list(model)
     names = {id(module): name for name, module in linears(model).items()}
-    config = model.config.get_text_config()
     removed: dict[str, torch.Tensor] = {}
-    for layer in layers:
+    for layer in layer_list(model)[2]:
         modules = [module for module in layer.modules() if id(module) in names]
-        hidden, width = config.hidden_size, int(getattr(config, "intermediate_size", None) or 0)
-        read = [m for m in modules if m.weight.shape == (width, hidden)]
-        write = [m for m in modules if m.weight.shape == (hidden, width)]
-        if not read or not write or width == hidden:
-            raise NotApplicableError(f"{type(layer).__name__} has no MLP with {width} neurons")
+        read, write = _neurons(model, layer, modules)
+        width = read[0].weight.shape[0]
         gone = _smallest([_sizes(m, 0, width) for m in read] + [_sizes(m, 1, width) for m in write], share)
         removed |= {names[id(m)]: gone[:, None] for m in read} | {names[id(m)]: gone[None] for m in write}
-        removed |= {names[id(m)]: mask for m, mask in _removed_heads(layer, config, share)}
+        heads = _removed_heads(layer, model.config.get_text_config(), share)
+        removed |= {names[id(m)]: mask for m, mask in heads}
     return removed
+
+
+def _neurons(model: Any, layer: Any, modules: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The MLP's linear layers with a row for each neuron, and those with a column. Raises NotApplicableError."""
+    config = model.config.get_text_config()
+    hidden, width = config.hidden_size, int(getattr(config, "intermediate_size", None) or 0)
+    read = [m for m in modules if m.weight.shape == (width, hidden)]
+    write = [m for m in modules if m.weight.shape == (hidden, width)]
+    if not read or not write or width == hidden:
+        raise NotApplicableError(f"{type(layer).__name__} has no MLP with {width} neurons")
+    return read, write
 
 
 def _removed_heads(layer: Any, config: Any, share: float) -> list[tuple[Any, torch.Tensor]]:

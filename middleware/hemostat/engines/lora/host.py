@@ -1,12 +1,14 @@
-"""`AdapterHost`: loads adapters at the upstream, and says which of them requests may ask for.
+"""`AdapterHost`: loads adapters at one engine, and says which of them requests to it may ask for.
 
 Invariants:
-- A version may be asked for only while every engine is known to have it loaded, and both probes have passed: rows
+- A version may be asked for only while the engine is known to have it loaded, and both probes have passed: rows
   without an adapter are left alone, with exactly what is loaded now, and the engine is the model that our copy is,
   with and without this version. Whatever is not known means no.
 - All of that is about one start of the server: a new engine, or a name that has vanished, ends it.
 - What is replaced is unloaded first. A slot is left free (`slots`).
 - No request waits for anything here, and nothing is asked of the server while no adapter is wanted or loaded.
+
+One address may stand for several engines (a router, data parallelism): all of them have to report that they hold it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from hemostat.engines.lora.probing import ModelCopy, Prober
 from hemostat.engines.lora.server import Listed, listed, load, max_loras, started, touch, unload
 from hemostat.engines.lora.setting import Way, explain
 from hemostat.engines.messages import EngineReport
-from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.backoff import Backoff
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
@@ -79,28 +80,44 @@ class AdapterProfiles(Protocol):
         ...
 
 
+class LiveReports(Protocol):
+    """Of `hemostat.engines.registry.EngineRegistry`, or of the engines behind one address."""
+
+    def known(self, now: float) -> bool:
+        """False while it is not known which of the engines that report is meant."""
+        ...
+
+    def live(self, now: float) -> Sequence[EngineReport]:
+        """The last report of each of its ranks; none where it does not report."""
+        ...
+
+
 class AdapterHost:
     """Lives in the control process's event loop.
 
-    base: the served name of the model that profiles are for; "" while it is not known. copy: our copy of that model,
-    None where there is none: then only isolation is probed. leads: whether this replica loads and unloads; all of them
-    probe. clock: monotonic seconds. on_change: called after every change of `ready`, `capacity` or `hold`.
+    connect: makes a client of the engine. base: the served name of the model that profiles are for; "" while it is not
+    known. copy: our copy of that model, None where there is none: then only isolation is probed. leads: whether this
+    replica loads and unloads; all of them probe. clock: monotonic seconds. on_change: called after every change of
+    `ready`, `capacity` or `hold`. writing: one writes to the shared folder at a time.
     """
 
     def __init__(
         self,
         settings: Settings,
-        engines: EngineRegistry,
+        engines: LiveReports,
         profiles: AdapterProfiles,
         *,
+        connect: Callable[[], VllmServer],
         copy: ModelCopy | None,
         base: Callable[[], str],
         leads: Callable[[], bool],
         clock: Callable[[], float],
         on_change: Callable[[], None],
+        writing: asyncio.Lock | None = None,
     ) -> None:
         self._settings = settings.adapter
-        self._upstream = settings.upstream
+        self._connect = connect
+        self._writing = writing or asyncio.Lock()
         self._engines = engines
         self._profiles = profiles
         self._base = base
@@ -108,7 +125,6 @@ class AdapterHost:
         self._clock = clock
         self._on_change = on_change
         self._probes = Probes(copy, clock)
-        self._server: VllmServer | None = None
         self._prober: Prober | None = None
         self._ready: dict[str, bool] = {}
         self._boots: frozenset[str] = frozenset()
@@ -146,6 +162,8 @@ class AdapterHost:
         if not self._ready:
             return {}
         reports = self._engines.live(self._clock())
+        if not self._engines.known(self._clock()):
+            return {}
         if slots.boots(reports) - self._boots or not slots.complete(reports) or slots.room(reports, 0).problem:
             return {}
         held = slots.held_everywhere(reports, frozenset(self._ready))
@@ -183,10 +201,7 @@ class AdapterHost:
 
     async def run(self) -> None:
         """Until cancelled."""
-        upstream = self._upstream
-        server = self._server = VllmServer(
-            upstream.servers[0], upstream.api_key, timeout=REQUEST_SECONDS, ca=upstream.ca
-        )
+        server = self._connect()
         self._prober = Prober(server)
         try:
             while True:
@@ -208,6 +223,9 @@ class AdapterHost:
             self._unreachable(failure)
             return POLL_SECONDS
         self._timeouts = 0
+        if not self._engines.known(self._clock()):
+            self._set(HostState.WAITING, {}, self.capacity, "it is not known yet which engine answers here")
+            return SOON_SECONDS
         reports = self._engines.live(self._clock())
         self._notice_restart(found, reports, None if reports else await started(server))
         if self._ready and not self._probes.passed(list(self._ready), found.ours | found.others):
@@ -365,7 +383,8 @@ class AdapterHost:
         if shared is None:
             raise OSError("it is not set")
         files = peft_files(profile, base)
-        await asyncio.to_thread(shared_folder.write, shared, version, files, {*self._loaded, *self.hold})
+        async with self._writing:
+            await asyncio.to_thread(shared_folder.write, shared, version, files, {*self._loaded, *self.hold})
         try:
             await load(server, version, str((self._settings.engine_folder or shared) / version))
         except Refused as refused:

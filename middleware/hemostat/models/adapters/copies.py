@@ -62,10 +62,21 @@ class Copy:
             return _numpy(self.skeleton.base(input_ids=self._tensor(ids), use_cache=False).last_hidden_state[0])
 
     def head_logits(self, hidden: npt.NDArray[np.floating[Any]]) -> Floats:
-        """Float32 [n, V] for hidden states [n, d] after the final norm, of this model or of one with the same head."""
-        with torch.inference_mode():
-            states = torch.from_numpy(np.ascontiguousarray(hidden, np.float32)).to(self.device, self.skeleton.dtype)
-            return _numpy(self.model.get_output_embeddings()(states))
+        """Float32 [n, V] for hidden states [n, d] after the final norm, of this model or of one with the same head.
+
+        The model's own code computes what it does with the logits, such as a soft cap.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: PLC0415  slow to import
+
+        states = torch.from_numpy(np.ascontiguousarray(hidden, np.float32)).to(self.device, self.skeleton.dtype)
+        base = self.skeleton.base
+        base.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states[None])
+        try:
+            with torch.inference_mode():
+                ids = torch.zeros(1, len(states), dtype=torch.long, device=self.device)
+                return _numpy(self.model(input_ids=ids, use_cache=False).logits[0])
+        finally:
+            del base.forward
 
     def logprobs(self, ids: Ids, adapter: Adapter | None = None) -> Floats:
         """Float32 [n - 1] for `ids` [n]: log-probability of each token after the first one, in nats."""

@@ -30,6 +30,7 @@ from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.adapters.copies import device_of, dtype_of, weights_of
 from hemostat.models.adapters.errors import AdaptError
 from hemostat.models.adapters.skeleton import Skeleton, WeightSource
+from hemostat.models.architectures import UnsupportedModelError, check_serves_adapters
 
 MAX_RELATIVE_ERROR = 0.9
 """|ΔW| / |W|: unrelated weights have 1.4, weights of 2 bits about 0.5."""
@@ -83,6 +84,10 @@ class CheckpointPair:
         _same_architecture(whole, small)
         _same_vocabulary(whole, small)
         skeleton = Skeleton(whole.config, dtype_of(whole, dtype), device_of(device), "REFERENCE")
+        try:
+            check_serves_adapters(whole.config)
+        except UnsupportedModelError as error:
+            raise AdaptError(f"REFERENCE: {error}") from None
         for checkpoint in (whole, small):
             _complete(checkpoint, skeleton)
         pair = cls(whole, small, skeleton)

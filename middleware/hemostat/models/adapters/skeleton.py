@@ -10,10 +10,15 @@ from typing import Any
 import torch
 
 from hemostat.models.adapters.errors import AdaptError
+from hemostat.models.architectures import UnsupportedModelError, check_causal
 from hemostat.models.quiet import quiet_transformers
 
 WeightSource = Callable[[str], torch.Tensor]
 """The tensor of a parameter, by its name in the checkpoint; a dequantized one for a quantized layer."""
+
+USED_BY_WEIGHT = ("dt_proj",)
+"""Linear layers that are not called: the model's code multiplies by their weight, as Mamba's does for its time steps. A
+packed weight would not be found there, and an adapter would have no effect, so they stay as they are."""
 
 INT8_MAX = 127
 _MIN_SCALE = 1e-7
@@ -53,7 +58,8 @@ class Skeleton:
     """A causal language model of transformers whose parameters are on torch's meta device until they are loaded.
 
     model: the transformers model. layers: its decoder layers, by name. linears: the `CopyLinear` layers inside the
-    decoder layers, by name: those that an adapter can change. base: `model` without the output embedding.
+    decoder layers, by name, without USED_BY_WEIGHT: those that can be compressed, and that an adapter can change.
+    base: `model` without the output embedding.
     can_select_logits: logits can be computed at some of the positions only.
     most_loaded: the largest number of decoder layers that were loaded at the same time.
     """
@@ -64,10 +70,13 @@ class Skeleton:
         from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
         try:
+            check_causal(config)
             # Buffers, such as the frequencies of rotary embeddings, are not stored in a checkpoint: they are computed.
             with quiet_transformers(), init_empty_weights(include_buffers=False):
                 self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
             self.model.tie_weights()
+        except UnsupportedModelError as error:
+            raise AdaptError(f"{label}: {error}") from None
         except Exception as error:  # noqa: BLE001  code of any architecture
             text = " ".join(str(error).split())[:300]
             raise AdaptError(f"{label}: transformers cannot build its architecture: {text}") from None
@@ -79,7 +88,7 @@ class Skeleton:
         self.linears: dict[str, CopyLinear] = {}
         for layer in self.layers:
             for name, module in list(self.layers[layer].named_modules()):
-                if type(module) is torch.nn.Linear:
+                if type(module) is torch.nn.Linear and name.rpartition(".")[2] not in USED_BY_WEIGHT:
                     self.linears[f"{layer}.{name}"] = _replace(self.model, f"{layer}.{name}", module)
         for module in self.model.modules():
             for key, buffer in module._buffers.items():

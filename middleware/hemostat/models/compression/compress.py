@@ -149,8 +149,7 @@ def _write(
         files.add(name, tensor)
     files.close()
     copy_all_but_weights(source, folder)
-    dense = [name for name in opened.skeleton.linears if name not in done.formats]
-    quantization = quantization_config(done.formats, dense, opened.heads())
+    quantization = quantization_config(done.formats, opened.dense_layers(done.formats), opened.heads())
     if quantization is not None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_config(folder, config | {"quantization_config": quantization})

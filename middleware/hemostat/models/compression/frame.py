@@ -7,7 +7,7 @@ where the method needs them, and stores each finished layer, from which an inter
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,6 +67,12 @@ class Source:
         """Names of the output embeddings."""
         head = self.skeleton.model.get_output_embeddings()
         return [name for name, module in self.skeleton.model.named_modules() if module is head]
+
+    def dense_layers(self, quantized: Collection[str]) -> list[str]:
+        """The linear layers that are not `quantized`, without the heads; also those that no method compresses."""
+        heads = self.heads()
+        linears = [name for name, module in self.skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)]
+        return [name for name in linears if name not in quantized and name not in heads]
 
 
 @dataclass(frozen=True, slots=True)

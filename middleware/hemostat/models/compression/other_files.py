@@ -11,6 +11,8 @@ from hemostat.models.checkpoint_folders import MANIFEST
 
 REPORT = "hemostat-compression.json"
 """How a checkpoint was compressed, and what that says of each layer."""
+REPAIR = "repair"
+"""The key in it of how it was repaired."""
 
 
 def copy_all_but_weights(source: Path, folder: Path) -> None:

@@ -34,10 +34,9 @@ from hemostat.models.checkpoint_folders import (
     required_versions,
 )
 from hemostat.models.compression.compress import Surroundings
-from hemostat.models.compression.other_files import REPORT
+from hemostat.models.compression.other_files import REPAIR, REPORT
 from hemostat.models.work_folder import WorkFolder
 
-REPAIR = "repair"
 RATES = (3e-3, 1e-3)
 """Of Adam, relative to the size of a tensor's entries: weights of norms are about 1, and some about 0.1."""
 _PART = "repaired"

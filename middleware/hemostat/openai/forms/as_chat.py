@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from hemostat.openai.forms.shared import decode_or_none
-from hemostat.openai.grammar_spec import MAX_GRAMMAR_BYTES, GrammarTooLarge
+from hemostat.openai.grammar_spec import raw_tools
 from hemostat.openai.json_splice import NULL, JsonObject, encode
 
 _ABSENT = msgspec.Raw(NULL)
@@ -39,6 +39,11 @@ class _Tool(msgspec.Struct):
     """Of a namespace."""
 
 
+class _Schema(msgspec.Struct):
+    type: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_typed: msgspec.json.Decoder[_Schema] = msgspec.json.Decoder(_Schema)
 _tools: msgspec.json.Decoder[list[_Tool]] = msgspec.json.Decoder(list[_Tool])
 
 
@@ -124,11 +129,8 @@ def _calls_of_message(body: JsonObject) -> _Calls:
 
 
 def _tools_of(body: JsonObject) -> list[_Tool]:
-    """GrammarTooLarge as of a chat: in time that does not grow with them."""
-    raw = body.raw("tools")
-    if len(raw) > MAX_GRAMMAR_BYTES:
-        raise GrammarTooLarge
-    return decode_or_none(_tools, raw) or []
+    """GrammarTooLarge as of a chat."""
+    return decode_or_none(_tools, raw_tools(body)) or []
 
 
 def _object(body: JsonObject | None, name: str) -> JsonObject | None:
@@ -163,17 +165,23 @@ def _full_name(name: str, functions: list[tuple[str, _Tool]]) -> str:
 
 def _of_an_object(schema: msgspec.Raw) -> msgspec.Raw:
     """Without a type, it is an object's."""
-    if not bytes(schema).startswith(b"{"):
+    raw = bytes(schema)
+    if not raw.startswith(b"{") or _typed.decode(raw).type is not msgspec.UNSET:
         return schema
-    given = JsonObject(bytes(schema))
-    return schema if "type" in given else msgspec.Raw(given.edit({"type": b'"object"'}))
+    members = raw[:-1].rstrip()
+    return msgspec.Raw(members + (b"" if members == b"{" else b",") + b'"type":"object"' + raw[len(members) :])
 
 
 def _function(name: str, parameters: msgspec.Raw, strict: msgspec.Raw) -> bytes:
     members = {"name": encode(name)}
     members |= {key: bytes(raw) for key, raw in (("parameters", parameters), ("strict", strict)) if bytes(raw) != NULL}
-    return b'{"type":"function","function":' + _joined(members).data + b"}"
+    return b'{"type":"function","function":' + _encoded(members) + b"}"
 
 
 def _joined(members: dict[str, bytes]) -> JsonObject:
-    return JsonObject(b"{" + b",".join(encode(name) + b":" + value for name, value in members.items()) + b"}")
+    return JsonObject(_encoded(members))
+
+
+def _encoded(members: dict[str, bytes]) -> bytes:
+    """The JSON of an object. Names: without what JSON escapes."""
+    return b"{" + b",".join([b'"%b":%b' % (name.encode(), value) for name, value in members.items()]) + b"}"

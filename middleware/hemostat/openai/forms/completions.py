@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from hemostat.openai.complexity import check_prompts
 from hemostat.openai.forms.protocol import Details, Stripper
 from hemostat.openai.forms.shared import (
     choices_per_prompt,
@@ -92,6 +93,7 @@ def _prompts(body: JsonObject) -> list[str | list[int]] | None:
         return [text]
     if ids := decode_or_none(_ids, raw):
         return [ids]
+    check_prompts(raw)
     return decode_or_none(_texts, raw) or decode_or_none(_lists, raw) or None
 
 

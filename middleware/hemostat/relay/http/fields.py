@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-
-from hemostat.hooks import Headers
+from collections.abc import Collection, Iterator, Sequence
+from typing import overload
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _token = re.compile(TOKEN + rb"+").fullmatch
@@ -17,7 +16,9 @@ HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"te", b"trailer", b"trans
 """Fields that concern one connection only. `proxy-*` and the fields that Connection names are recognised separately."""
 _INTERPRETED = HOP_BY_HOP | {
     b"authorization",
+    b"content-encoding",
     b"content-length",
+    b"content-type",
     b"expect",
     b"host",
     b"traceparent",
@@ -68,10 +69,40 @@ def drop_fields(lines: list[bytes], framing: int, names: Collection[bytes]) -> t
     return kept, kept.index(kept_line) if kept_line is not None else -1
 
 
-def split_fields(lines: list[bytes]) -> Headers:
+def split_fields(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
     """Field lines as (name, value), in order."""
     out = []
     for line in lines:
         name, _, value = line.partition(b":")
         out.append((name, value.strip(b" \t")))
     return out
+
+
+class Fields(Sequence[tuple[bytes, bytes]]):
+    """Field lines as (name, value), in order. Of most requests nobody looks at them, so they are split when one is."""
+
+    __slots__ = ("_lines", "_split")
+
+    def __init__(self, lines: list[bytes]) -> None:
+        self._lines = lines
+        self._split: list[tuple[bytes, bytes]] | None = None
+
+    def _fields(self) -> list[tuple[bytes, bytes]]:
+        if self._split is None:
+            self._split = split_fields(self._lines)
+        return self._split
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[bytes, bytes]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[bytes, bytes]]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[bytes, bytes] | list[tuple[bytes, bytes]]:
+        return self._fields()[index]
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        return iter(self._fields())
+
+    def __len__(self) -> int:
+        return len(self._lines)

@@ -28,8 +28,10 @@ class RequestHead:
         "keep_alive",
         "length",
         "lines",
+        "marked",
         "method",
         "minor",
+        "received",
         "request_id",
         "target",
         "traceparent",
@@ -41,6 +43,10 @@ class RequestHead:
         self.target = target
         self.minor = minor
         """Minor version of HTTP/1: 0 or 1."""
+        self.received: list[bytes] = []
+        """All field lines, as the client sent them."""
+        self.marked = False
+        """The name of one of them begins with X-Hemostat-."""
         self.lines: list[bytes] = []
         """The fields that are forwarded, unchanged."""
         self.length = 0
@@ -64,11 +70,9 @@ class RequestHead:
         self.lines, self.framing = drop_fields(self.lines, self.framing, names)
 
 
-def parse_request(head: bytes, max_headers: int, pairs: list[tuple[bytes, bytes]] | None = None) -> RequestHead:
-    """Check a head (given without its closing empty line) and select the fields to forward.
-
-    pairs: every field is appended to it, as (name, value). BadRequest says what is wrong.
-    """
+def parse_request(head: bytes, max_headers: int) -> RequestHead:
+    """Check a head (given without its closing empty line) and select the fields to forward. BadRequest says what is
+    wrong."""
     lines = head.split(b"\r\n")
     breaks = len(lines) - 1
     if head.translate(None, LINE_BYTES) != b"\r\n" * breaks:
@@ -88,6 +92,7 @@ def parse_request(head: bytes, max_headers: int, pairs: list[tuple[bytes, bytes]
     host_at = -1
     coded = sized = upgrades = False
     del lines[0]
+    request.received = lines
     for line in lines:
         name, colon, value = line.partition(b":")
         special = cached_class(name)
@@ -98,9 +103,6 @@ def parse_request(head: bytes, max_headers: int, pairs: list[tuple[bytes, bytes]
                 raise BadRequest(400, "a header field name is malformed, or a field is folded") from None
         if not colon:
             raise BadRequest(400, "a header field lacks its colon")
-        if pairs is not None:
-            value = value.strip(b" \t")
-            pairs.append((name, value))
         if not special:
             kept.append(line)
             continue
@@ -110,6 +112,8 @@ def parse_request(head: bytes, max_headers: int, pairs: list[tuple[bytes, bytes]
             if _host(value) is None:
                 raise BadRequest(400, "Host is malformed")
             host_at = len(kept)
+            kept.append(line)
+        elif special in {b"content-type", b"content-encoding"}:
             kept.append(line)
         elif special == b"content-length":
             if sized:
@@ -150,6 +154,8 @@ def parse_request(head: bytes, max_headers: int, pairs: list[tuple[bytes, bytes]
         elif special == b"traceparent":
             request.traceparent = True
             kept.append(line)
+        elif special == b"x-hemostat":
+            request.marked = True
     if sized and coded:
         raise BadRequest(400, "both Content-Length and Transfer-Encoding are given")
     if hosts > 1 or (hosts == 0 and request.minor == 1):

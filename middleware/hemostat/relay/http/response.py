@@ -21,7 +21,18 @@ _status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [^\r\n]*)?").fu
 class ResponseHead:
     """A response's head, checked."""
 
-    __slots__ = ("framing", "keep_alive", "length", "lines", "minor", "status", "status_line", "upgrade")
+    __slots__ = (
+        "content_coding",
+        "content_type",
+        "framing",
+        "keep_alive",
+        "length",
+        "lines",
+        "minor",
+        "status",
+        "status_line",
+        "upgrade",
+    )
 
     def __init__(self, status_line: bytes, status: int, minor: int) -> None:
         self.status_line = status_line
@@ -35,6 +46,10 @@ class ResponseHead:
         self.framing = -1
         """Index in `lines` of the field that frames the body, -1 without one."""
         self.keep_alive = minor == 1
+        self.content_type = b""
+        """The last Content-Type."""
+        self.content_coding = b"identity"
+        """The last Content-Encoding."""
         self.upgrade = False
         """A 101 response has the field Upgrade."""
 
@@ -70,6 +85,12 @@ def parse_response(head: bytes, *, to_head: bool) -> ResponseHead:
         if not colon:
             raise BadResponse("a header field lacks its colon")
         if not special:
+            kept.append(line)
+        elif special == b"content-type":
+            response.content_type = value.strip(b" \t")
+            kept.append(line)
+        elif special == b"content-encoding":
+            response.content_coding = value.strip(b" \t")
             kept.append(line)
         elif special == b"content-length":
             if sized:

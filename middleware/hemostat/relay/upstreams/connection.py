@@ -165,6 +165,11 @@ class UpstreamConnection(asyncio.Protocol):
     # Called by the pool and the exchange.
 
     @property
+    def idle(self) -> bool:
+        """It is open, and carries no request."""
+        return self._state is _IDLE and not self.transport.is_closing()
+
+    @property
     def usable(self) -> bool:
         """A request can be sent on it, and nothing has arrived that would be taken for its response."""
         return self._state is _IDLE and not self.transport.is_closing() and not self._unread()
@@ -332,10 +337,12 @@ class UpstreamConnection(asyncio.Protocol):
         receiver.response_end()
 
     def _offer(self) -> None:
-        if self.usable:
-            self._owner.offer(self)
-        elif self._state is _IDLE and not self.transport.is_closing():
+        if not self.idle:
+            return
+        if self._unread():
             self._stray()
+        else:
+            self._owner.offer(self)
 
     def _unread(self) -> bool:
         """The upstream has sent bytes that have not been read. (Over TLS they need not be bytes of a response.)"""

@@ -74,8 +74,9 @@ class Pool:
         del self._waiters[receiver]
 
     def offer(self, connection: UpstreamConnection) -> None:
-        """Give a connection that can take a request to the request that has waited longest, else keep it idle."""
-        if not connection.usable:
+        """Give a connection that can take a request to the request that has waited longest, else keep it idle: whether
+        anything has arrived on it is asked when it is acquired."""
+        if not connection.idle:
             return
         if self._waiters:
             self._waiters.popitem(last=False)[0].connection_ready(connection)

@@ -12,12 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-DAMPING = 0.01
-"""Part of the mean of S's diagonal that is added to the diagonal: keeps W' near W where inputs say little."""
-BLOCK = 128
+from hemostat.models.compression.error_compensation import BLOCK
+
 STEPS = 30
 """Of conjugate gradients."""
-TOLERANCE = 1e-4
+TOLERANCE = 3e-3
 """Relative size of a residual at which they end."""
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -27,11 +26,16 @@ Choose = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 are."""
 
 
-def damped(moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Second moments [in, in] that can be inverted, float32. An input that is always 0 has the damping alone."""
-    result = moments.float().clone()
+def shrunk(moments: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Second moments [in, in], of `tokens` vectors, whose diagonal is multiplied by 1 + in / tokens.
+
+    Correlations between inputs that are estimated from few tokens are too large, and weights that are fitted to them do
+    harm elsewhere: so they are shrunk towards 0 (as Ledoit & Wolf 2004 do for covariances). With few tokens a layer is
+    hardly updated, with very many the optimum for the texts is taken.
+    """
+    result = moments.clone()
     diagonal = result.diagonal()
-    diagonal += max(damping * float(diagonal.mean()), _TINY)
+    diagonal *= 1.0 + len(result) / max(tokens, 1)
     return result
 
 
@@ -44,23 +48,23 @@ def pruned_in_blocks(
     U is the upper Cholesky factor of S⁻¹: row j of it says how the columns to the right make up for an error in column
     j, and U_jj² is the entry (j, j) of the inverse of S without the columns to the left.
     """
-    current = weight.float().clone()
-    kept = torch.ones_like(current, dtype=torch.bool)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    for first in range(0, current.shape[1], BLOCK):
-        end = min(first + BLOCK, current.shape[1])
-        own = upper[first:end, first:end]
-        errors = torch.zeros_like(current[:, first:end])
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    # Columns as rows: each is read and written in one piece.
+    left = weight.float().T.clone(memory_format=torch.contiguous_format)
+    kept = torch.ones_like(left, dtype=torch.bool)
+    for first in range(0, len(left), BLOCK):
+        end = min(first + BLOCK, len(left))
+        errors = torch.empty_like(left[first:end])
         for j in range(first, end):
             if (j - first) % columns_at_once == 0:
                 group = slice(j, min(j + columns_at_once, end))
-                kept[:, group] = choose(current[:, group], upper.diagonal()[group].square(), group)
-            errors[:, j - first] = torch.where(kept[:, j], 0.0, current[:, j] / upper[j, j])
-            current[:, j:end] -= errors[:, j - first, None] * own[j - first, j - first :]
-        current[:, first:end] *= kept[:, first:end]
-        current[:, end:] -= errors @ upper[first:end, end:]
-    return current, kept
+                kept[group] = choose(left[group].T, upper.diagonal()[group].square(), group).T
+            errors[j - first] = torch.where(kept[j], 0.0, left[j] / upper[j, j])
+            left[j:end] -= upper[j, j:end, None] * errors[j - first]
+        left[first:end] *= kept[first:end]
+        left[end:] -= upper[first:end, end:].T @ errors
+    return left.T, kept.T
 
 
 def least_squares(
@@ -71,6 +75,7 @@ def least_squares(
     moments: S, `damped`. Conjugate gradients for all rows at the same time, each row a problem of its own, with the
     diagonal as preconditioner; the error never rises, whatever the number of steps.
     """
+    moments = moments.float()
     current = start.float() * kept
     scale = 1.0 / moments.diagonal()
     residual = ((weight.float() - current) @ moments) * kept

@@ -40,7 +40,7 @@ def kept_weights(scores: torch.Tensor, zeros: int, by_row: bool = False) -> torc
     >>> kept_weights(torch.tensor([[1.0, 5.0], [2.0, 3.0]]), 2).tolist()
     [[False, True], [False, True]]
     """
-    kept = torch.ones_like(scores, dtype=torch.bool)
+    kept = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     if by_row:
         each, more = divmod(zeros, len(scores))
         order = scores.argsort(dim=1, stable=True)
@@ -67,7 +67,7 @@ def kept_two_of_four(scores: torch.Tensor) -> torch.Tensor:
 
 def kept_rows(scores: torch.Tensor, rows: int) -> torch.Tensor:
     """Bool [out, in], False in the `rows` rows whose scores [out, in] have the least sums."""
-    kept = torch.ones_like(scores, dtype=torch.bool)
+    kept = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     kept[scores.sum(1).argsort(stable=True)[:rows]] = False
     return kept
 

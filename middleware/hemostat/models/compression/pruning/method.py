@@ -14,14 +14,15 @@ import torch
 from hemostat.models.adapters.activations import Moments
 from hemostat.models.adapters.walk import Around
 from hemostat.models.checkpoint_folders import CompressError
+from hemostat.models.compression.error_compensation import damped
 from hemostat.models.compression.frame import LayerData, LayerResult, Run
-from hemostat.models.compression.pruning.compensation import damped, least_squares
+from hemostat.models.compression.pruning.compensation import least_squares, shrunk
 from hemostat.models.compression.pruning.masks import Pattern, Score, comparable_scores, kept_share
 from hemostat.models.compression.pruning.rows import Units, dropped_weights, find_units, unit_scores
 from hemostat.models.compression.pruning.statistics import Totals, needs_gradients, observed
 from hemostat.models.compression.pruning.weights import check_sparsity, prune_weight
 from hemostat_calibration.adapters.gram import Metric
-from hemostat_calibration.sparsity import share_units, share_zeros
+from hemostat_calibration.allocation.sparsity import share_units, share_zeros
 
 STAGE = "scores"
 QUANTILES = 1024
@@ -156,11 +157,9 @@ class PruneMethod:
                 weight = run.source.checkpoint.weight(name)
                 scores = comparable_scores(weight, self._factor(totals, name), self._options.score).flatten()
                 sizes[name] = scores.numel()
-                if len(scores) > QUANTILES:
-                    middles = (torch.arange(QUANTILES) + 0.5) * (len(scores) / QUANTILES)
-                    quantiles[name] = scores.sort().values[middles.long()].double().numpy()
-                else:
-                    quantiles[name] = scores.sort().values.double().numpy()
+                count = min(QUANTILES, len(scores))
+                middles = ((torch.arange(count) + 0.5) * (len(scores) / count)).long()
+                quantiles[name] = scores.sort().values[middles].double().numpy()
         self._zeros = share_zeros(quantiles, sizes, self._options.sparsity, self._options.max_sparsity)
 
     def _share_units(self, run: Run) -> None:
@@ -216,7 +215,8 @@ def pathway_lines(layers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list
 
 
 def _second_moments(moments: Moments, name: str) -> torch.Tensor:
-    return torch.from_numpy(moments.inputs(name).total.copy()).float()
+    gram = moments.inputs(name)
+    return shrunk(torch.from_numpy(gram.total.copy()), gram.count)
 
 
 def _report(kept: torch.Tensor, share: float | None) -> dict[str, Any]:

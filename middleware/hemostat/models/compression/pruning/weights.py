@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from hemostat.models.checkpoint_folders import CompressError
-from hemostat.models.compression.pruning.compensation import BLOCK, damped, least_squares, pruned_in_blocks
+from hemostat.models.compression.error_compensation import BLOCK, damped
+from hemostat.models.compression.pruning.compensation import least_squares, pruned_in_blocks
 from hemostat.models.compression.pruning.masks import Pattern, kept_rows, kept_two_of_four, kept_weights
 
 
@@ -30,9 +31,9 @@ def prune_weight(
     """The pruned weight, float32 [out, in], and which entries are kept, bool. The score of a weight is w² · factor.
 
     factor: [out, in] or what broadcasts to it; None: 1, which is magnitude. moments: second moments of the layer's
-    inputs [in, in]: the weights that stay make up for those that are dropped. zeros: their number, in place of
-    `sparsity`. by_row: without moments, the same number in each row. With the pattern `rows`, whole rows are dropped:
-    nothing can make up for them in this layer.
+    inputs [in, in], `shrunk`: the weights that stay make up for those that are dropped. zeros: their number, in place
+    of `sparsity`. by_row: without moments, the same number in each row. With the pattern `rows`, whole rows are
+    dropped: nothing can make up for them in this layer.
 
     With moments, a score is multiplied by the part of its input that the other inputs cannot make up for,
     1 / (S_jj [S⁻¹]_jj): Wanda's score then is that of SparseGPT, w² / [S⁻¹]_jj.
@@ -57,7 +58,7 @@ def prune_weight(
         kept = kept_two_of_four(scores) if pattern is Pattern.TWO_OF_FOUR else kept_weights(scores, count, by_row)
         return weight.float() * kept, kept
     second = damped(moments)
-    factors = factor.expand_as(weight) / second.diagonal()
+    factors = factor.expand_as(weight) / second.diagonal().float()
 
     def choose(values: torch.Tensor, own: torch.Tensor, columns: slice) -> torch.Tensor:
         found = values.square() * factors[:, columns] / own

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hemostat_calibration.allocation.sparsity import share_units, share_zeros
 from hemostat_calibration.errors import InvalidArgumentError
-from hemostat_calibration.sparsity import share_units, share_zeros
 
 Layers = dict[str, list[int]]
 layers = st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(0, 9), min_size=1, max_size=8), min_size=1)

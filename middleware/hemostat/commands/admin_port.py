@@ -1,0 +1,55 @@
+"""Commands that talk to the admin port of a running `hemostat serve`: their options, and their requests."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from hemostat.commands.arguments import UsageError
+
+if TYPE_CHECKING:
+    import httpx
+
+DEFAULT_ADMIN = "http://127.0.0.1:8081"
+ADMIN_SECONDS = 30.0
+"""Timeout of a request."""
+
+
+def add_admin_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--admin",
+        # For the engine plugin, the variable may name every replica (`a,b`, `dns+http://name`); any one will do.
+        default=(os.environ.get("HEMOSTAT_ADMIN_URL") or DEFAULT_ADMIN).split(",")[0].removeprefix("dns+"),
+        metavar="URL",
+        help=f"admin port (HEMOSTAT_ADMIN_URL; default {DEFAULT_ADMIN})",
+    )
+    parser.add_argument("--token", metavar="TOKEN", help="admin.token (prefer HEMOSTAT_ADMIN_TOKEN)")
+
+
+def admin_request(options: argparse.Namespace, method: str, path: str, **body: Any) -> httpx.Response:
+    """A request to the admin port; UsageError where it cannot be reached or refuses."""
+    import httpx  # noqa: PLC0415
+
+    from hemostat.ipc.answers import IDENTITY, AnswerRefused, read_answer_now  # noqa: PLC0415
+    from hemostat_calibration.profiles.profile import MAX_BYTES  # noqa: PLC0415
+
+    token = options.token or os.environ.get("HEMOSTAT_ADMIN_TOKEN")
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    try:
+        with (
+            httpx.Client(base_url=options.admin, timeout=ADMIN_SECONDS, trust_env=False, headers=IDENTITY) as client,
+            client.stream(method, path, headers=headers, **body) as answer,
+        ):
+            response = httpx.Response(answer.status_code, content=read_answer_now(answer, MAX_BYTES))
+    except (httpx.HTTPError, httpx.InvalidURL, AnswerRefused) as error:
+        raise UsageError(
+            f"{options.admin}: {error} (is hemostat serve running? --admin names its admin port)"
+        ) from None
+    if response.is_success:
+        return response
+    try:
+        detail = response.json()["detail"]
+    except (ValueError, LookupError, TypeError):
+        detail = response.text[:300]
+    raise UsageError(f"{options.admin}{path} answered {response.status_code}: {detail}")

@@ -1,0 +1,62 @@
+"""`hemostat engines`: the engines that requests go to, and taking one out of service, through the admin port."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from hemostat.commands.admin_port import add_admin_options, admin_request
+
+HELP = "show the engines behind a running hemostat serve; drain one, or end its drain"
+COLUMNS = ("engine", "state", "in progress", "requests", "KL nats", "like the others", "profiles held")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_admin_options(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--drain", metavar="NAME", help="host:port: it gets no new requests, and ends those that it has")
+    which.add_argument("--resume", metavar="NAME", help="host:port: it gets requests again")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.drain is not None:
+        status = admin_request(options, "POST", "/api/v1/engines/drain", json={"engine": options.drain}).json()
+    elif options.resume is not None:
+        status = admin_request(options, "POST", "/api/v1/engines/undrain", json={"engine": options.resume}).json()
+    else:
+        status = admin_request(options, "GET", "/api/v1/status").json()
+    print(table(status["upstream"]))  # noqa: T201
+    return 0
+
+
+def table(engines: Sequence[dict[str, Any]]) -> str:
+    """One line for each engine of the status block `upstream`."""
+    rows = [COLUMNS, *map(_row, engines)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _row(engine: dict[str, Any]) -> tuple[str, ...]:
+    figures, held = engine["figures"], engine["holds"]
+    kl = figures.get("kl_nats")
+    farther = "farther from" if figures.get("farther") else "closer to"
+    return (
+        engine["engine"],
+        _state(engine),
+        str(engine["outstanding"]),
+        str(engine["requests"]),
+        "-" if kl is None else f"{kl:.4f}",
+        f"no, {farther} the reference" if figures.get("odd") else "yes" if figures else "-",
+        "not known" if held is None else str(len(held)),
+    )
+
+
+def _state(engine: dict[str, Any]) -> str:
+    if engine["drained"]:
+        return "drained"
+    if engine["up"] == engine["relays"]:
+        return "up"
+    return f"up for {engine['up']} of {engine['relays']} relays" if engine["up"] else "ejected"

@@ -1,0 +1,62 @@
+"""Which models evidence is about: of what is stored, and of what replicas send each other."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+
+from hemostat.reference.pair import ModelPair
+
+UNKNOWN = "{}"
+"""Nothing is known of the models yet."""
+_BRIEF_BYTES = 4
+
+
+def model_identity(pair: ModelPair) -> str:
+    """JSON: name and vocabulary of the compressed model, the path that its server loaded it from, and the digest of the
+    reference ("" where one is not known)."""
+    assert pair.reference is not None
+    found = {
+        "model": pair.name,
+        "vocab_size": pair.reference.vocab_size,
+        "compressed": pair.root,
+        "reference": pair.reference.digest,
+    }
+    return json.dumps(found, sort_keys=True)
+
+
+def same_models(stored: str, now: str) -> bool:
+    """Of two `model_identity`: whatever both know is equal. False where the stored one is damaged.
+
+    >>> same_models('{"model": "m", "compressed": ""}', '{"model": "m", "compressed": "/models/w4a16"}')
+    True
+    """
+    try:
+        known = {name: value for name, value in json.loads(stored).items() if value}
+        return all(value == known.get(name, value) for name, value in json.loads(now).items() if value)
+    except (ValueError, AttributeError):
+        return False
+
+
+def brief(identity: str) -> str:
+    """The same in few bytes, a digest for each thing that is known: what each unit of evidence carries.
+
+    >>> brief('{"model": "m", "compressed": ""}'), brief(UNKNOWN)
+    ('model=6158dde9', '')
+    """
+    known = sorted((str(name), value) for name, value in json.loads(identity).items() if value)
+    return " ".join(f"{name}={_digest(value)}" for name, value in known)
+
+
+def same_brief(one: str, other: str) -> bool:
+    """Of two `brief`: whatever both know is equal.
+
+    >>> same_brief("model=1 reference=2", "model=1"), same_brief("model=1", "model=2"), same_brief("", "model=1")
+    (True, False, True)
+    """
+    known = dict(part.partition("=")[::2] for part in one.split())
+    return all(known.get(name, value) == value for name, _, value in (part.partition("=") for part in other.split()))
+
+
+def _digest(value: object) -> str:
+    return blake2b(str(value).encode(), digest_size=_BRIEF_BYTES).hexdigest()

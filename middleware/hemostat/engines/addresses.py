@@ -1,0 +1,189 @@
+"""Which of the engines that report answers at which address.
+
+Relays know engines by their addresses, plugins report under a boot id. Which belongs to which is asked: every address
+gets a request of one token with a tap, whose nonce its plugin sends back under its boot id. Invariants:
+
+- An address is identified by a probe that was answered by an engine that still reports, and that began after the last
+  new engine had reported. A plugin reports while its model is loaded, before its server takes requests: an engine that
+  was restarted is never taken for the one before it.
+- An address without an answer is not identified, and holds no version: its engine has no plugin, or cannot be reached.
+- Where more engines report that were found nowhere than addresses are left for them (several behind one address, as
+  with data parallelism), each of them may be behind any address, and all addresses hold only what these hold, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hemostat.config.schema import Upstream
+from hemostat.engines.messages import EngineReport
+from hemostat.engines.registry import EngineRegistry
+from hemostat.ipc.backoff import Backoff
+from hemostat.reference.protocol import ReferenceFailure
+from hemostat.reference.server import VllmServer
+
+log = logging.getLogger("hemostat.engines")
+
+TICK_SECONDS = 0.25
+TAP_SECONDS = 3.0
+"""A tap that has not come so long after the answer is not waited for: plugins send them four times a second."""
+REQUEST_SECONDS = 10.0
+BACKOFF = (1.0, 2.0, 5.0, 15.0)
+"""Seconds between two probes of an address that is not identified."""
+
+
+@dataclass(slots=True)
+class _Address:
+    server: VllmServer
+    boot: str = ""
+    """The engine that answered a probe; "" before the first."""
+    asked_at: float = -1.0
+    """When that probe began; monotonic seconds."""
+    backoff: Backoff = field(default_factory=lambda: Backoff(BACKOFF))
+    not_before: float = 0.0
+    probe: asyncio.Task[None] | None = None
+
+
+class EngineAt:
+    """Implements `engines.lora.host.LiveReports` for the engine at one address."""
+
+    def __init__(self, addresses: EngineAddresses, registry: EngineRegistry, name: str) -> None:
+        self._addresses = addresses
+        self._registry = registry
+        self._name = name
+
+    def known(self, now: float) -> bool:
+        """It is known which engine that is, or no engine reports."""
+        return self._addresses.boot_at(self._name, now) is not None or not self._registry.boots(now)
+
+    def live(self, now: float) -> list[EngineReport]:
+        """The last report of each of its ranks."""
+        boot = self._addresses.boot_at(self._name, now)
+        return [report for report in self._registry.live(now) if report.boot_id == boot]
+
+
+class EngineAddresses:
+    """Lives in the control process's event loop.
+
+    names: host:port of the engines that relays send requests to, at present. clock: monotonic seconds. on_change:
+    called when an address was identified.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        registry: EngineRegistry,
+        names: Callable[[], Sequence[str]],
+        clock: Callable[[], float],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._upstream = upstream
+        self._registry = registry
+        self._names = names
+        self._clock = clock
+        self._on_change = on_change
+        self._addresses: dict[str, _Address] = {}
+        self._probes = 0
+
+    @property
+    def several(self) -> bool:
+        """There may be more than one, so that it matters which engine reports."""
+        return len(self._upstream.addresses) > 1 or len(self._names()) > 1
+
+    def current(self) -> Sequence[str]:
+        """The addresses, at present."""
+        return self._names()
+
+    def boot_at(self, name: str, now: float) -> str | None:
+        """The boot id of the engine at this address; None where that is not known now."""
+        address = self._addresses.get(name)
+        known = address is not None and address.asked_at >= self._registry.newest
+        return address.boot if known and address is not None and address.boot in self._registry.boots(now) else None
+
+    def held(self, now: float) -> dict[str, frozenset[str]]:
+        """By address, the versions that a request there may ask for."""
+        names = self._names()
+        found = {name: boot for name in names if (boot := self.boot_at(name, now)) is not None}
+        unplaced = self._registry.boots(now) - set(found.values())
+        if len(unplaced) <= len(names) - len(found):
+            unplaced = frozenset()
+        return {name: self._registry.held_by_all({boot} | unplaced, now) for name, boot in found.items()}
+
+    def holds(self, name: str, now: float) -> frozenset[str] | None:
+        """The same at one address, for operators: None while it is not known which engine is there. Where
+        there is one address, what all engines hold."""
+        return self.held(now).get(name) if self.several else self._registry.acknowledged(now)
+
+    def at(self, name: str) -> EngineAt:
+        return EngineAt(self, self._registry, name)
+
+    def server(self, name: str, timeout: float) -> VllmServer:
+        """A client of the engine at this address."""
+        upstream = self._upstream
+        scheme, _, host = upstream.servers[0].partition("://")
+        return VllmServer(
+            f"{scheme}://{name}",
+            upstream.api_key,
+            timeout=timeout,
+            ca=upstream.ca,
+            host=host if upstream.resolves else None,
+        )
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            while True:
+                await self.step()
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            for name in list(self._addresses):
+                await self._forget(name)
+
+    async def step(self) -> None:
+        """Begin the probes that are due."""
+        now, names = self._clock(), self._names() if self.several else ()
+        for gone in self._addresses.keys() - set(names):
+            await self._forget(gone)
+        if not self._registry.boots(now):
+            return
+        for name in names:
+            address = self._addresses.get(name)
+            if address is None:
+                address = self._addresses[name] = _Address(self.server(name, REQUEST_SECONDS))
+            idle = address.probe is None or address.probe.done()
+            if idle and now >= address.not_before and self.boot_at(name, now) is None:
+                address.probe = asyncio.create_task(self._identify(name, address))
+
+    async def _identify(self, name: str, address: _Address) -> None:
+        asked_at = self._clock()
+        address.not_before = asked_at + address.backoff.pause()
+        self._probes += 1
+        nonce = f"{self._registry.replica}-address-{self._probes}"
+        body = {"prompt": "x", "max_tokens": 1, "vllm_xargs": {"hemostat_tap": nonce}}
+        try:
+            await address.server.post("/v1/completions", body, dict[str, Any])
+        except ReferenceFailure as failure:
+            log.debug("which engine is at %s is not known: %s", name, failure)
+            return
+        waited_until = self._clock() + TAP_SECONDS
+        while (tap := self._registry.taps.take(nonce)) is None:
+            if self._clock() >= waited_until:
+                return
+            await asyncio.sleep(TICK_SECONDS / 5)
+        if tap.boot_id != address.boot:
+            log.info("the engine at %s reports as %s", name, tap.boot_id)
+        address.boot, address.asked_at = tap.boot_id, asked_at
+        address.backoff.reset()
+        address.not_before = 0.0
+        self._on_change()
+
+    async def _forget(self, name: str) -> None:
+        address = self._addresses.pop(name)
+        if address.probe is not None:
+            address.probe.cancel()
+            await asyncio.gather(address.probe, return_exceptions=True)
+        await address.server.close()

@@ -1,0 +1,64 @@
+"""`hemostat engines` against a real admin port."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.admin_server import Served, served
+from tests.support.control import TOKEN
+
+from hemostat import cli
+from hemostat.control.composition import Control
+from hemostat.engines.upstreams import UpstreamEngine
+
+A, B = "10.0.0.1:8000", "10.0.0.2:8000"
+
+
+@pytest.fixture
+def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    async def fill(control: Control, folder: Path) -> None:
+        engines = {A: UpstreamEngine(relays=2, up=2, outstanding=3, requests=70), B: UpstreamEngine(relays=2, up=1)}
+        control.upstreams.current = lambda: engines  # type: ignore[method-assign]
+
+    with served(tmp_path, fill) as running:
+        monkeypatch.setenv("HEMOSTAT_ADMIN_URL", running.url)
+        monkeypatch.setenv("HEMOSTAT_ADMIN_TOKEN", TOKEN)
+        yield running
+
+
+def states(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    """By engine, the rest of its line."""
+    assert cli.main(["engines", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    head, *lines = out.splitlines()
+    assert head.startswith("engine ")
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+
+
+def test_it_shows_drains_and_resumes(one: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert states(capsys) == {A: "up 3 70 - - not known", B: "up for 1 of 2 relays 0 0 - - not known"}
+    assert states(capsys, "--drain", B)[B].startswith("drained")
+    assert one.do(lambda control: control.upstreams.drained) == {B}
+    assert states(capsys, "--resume", B)[B].startswith("up")
+    assert one.do(lambda control: control.upstreams.drained) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--drain", "10.0.0.9:8000"], "the engines are 10.0.0.1:8000, 10.0.0.2:8000"),
+        (["--drain", A, "--token", "wrong"], "401"),
+        (["--drain", A, "--resume", B], "not allowed with"),
+        (["--admin", "http://127.0.0.1:1"], "is hemostat serve running?"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    one: Served, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["engines", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert said in err

@@ -1,0 +1,152 @@
+"""Which engine answers at which address, and what requests to it may ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+from tests.support.plugin_engines import PluginEngine
+from tests.support.waiting import HANG_SECONDS
+
+from hemostat.config.schema import Settings
+from hemostat.engines import addresses as module
+from hemostat.engines.addresses import EngineAddresses
+from hemostat.engines.registry import SILENCE_SECONDS, EngineRegistry
+
+V, W = "a" * 32, "b" * 32
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "BACKOFF", (0.02,))
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.02)
+    monkeypatch.setattr(module, "TAP_SECONDS", 0.1)
+    return
+
+
+class World:
+    """Addresses of engines that are up."""
+
+    def __init__(self, engines: list[PluginEngine], registry: EngineRegistry) -> None:
+        self.engines = engines
+        self.registry = registry
+        self.changes = 0
+        upstream = Settings.model_validate({"upstream": {"urls": [f"http://{one.name}" for one in engines]}}).upstream
+        self.names = [engine.name for engine in engines]
+        self.addresses = EngineAddresses(upstream, registry, lambda: self.names, time.monotonic, self._changed)
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def held(self) -> list[set[str]]:
+        """At each address."""
+        for engine in self.engines:
+            engine.report()
+        found = self.addresses.held(time.monotonic())
+        return [set(found.get(engine.name, ())) for engine in self.engines]
+
+    async def becomes(self, *expected: set[str]) -> None:
+        """Steps until this is held."""
+        async with asyncio.timeout(HANG_SECONDS):
+            while self.held() != list(expected):
+                await self.addresses.step()
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def world(*boots: tuple[str, ...], unlisted: int = 0) -> AsyncIterator[World]:
+    """An address for each; boots: of the engines behind it."""
+    registry = EngineRegistry()
+    engines = [PluginEngine(registry, *one) for one in boots]
+    for engine in engines:
+        await engine.start()
+        engine.versions = {boot: [V] for boot in engine.boots}
+    made = World(engines, registry)
+    try:
+        yield made
+    finally:
+        made.names = []
+        await made.addresses.step()
+        for engine in engines:
+            with suppress(OSError):
+                await engine.stop()
+
+
+async def test_each_address_holds_what_its_own_engine_reports() -> None:
+    async with world(("one",), ("two",), ("",)) as w:
+        w.engines[1].versions = {"two": [V, W]}
+        assert w.held() == [set(), set(), set()], "nothing is known before an address was asked"
+        await w.becomes({V}, {V, W}, set())
+        assert w.changes == 2
+        assert [len(engine.asked) for engine in w.engines[:2]] == [1, 1]
+        w.engines[0].versions = {"one": []}
+        assert w.held() == [set(), {V, W}, set()]
+        await w.addresses.step()
+        assert [len(engine.asked) for engine in w.engines[:2]] == [1, 1], "who is known is not asked again"
+
+
+async def test_an_engine_that_restarts_is_never_taken_for_the_one_before_it() -> None:
+    async with world(("one",), ("two",)) as w:
+        await w.becomes({V}, {V})
+        # The new engine's plugin reports while its model is loaded; its old report has not expired.
+        w.engines[0].boots = ["again"]
+        w.engines[0].versions = {"again": []}
+        assert w.held() == [set(), set()], "at once, without a probe"
+        await w.becomes(set(), {V})
+        w.engines[0].versions = {"again": [V]}
+        assert w.held() == [{V}, {V}]
+
+
+async def test_a_new_engine_that_answers_nothing_yet_takes_the_version_from_itself_alone() -> None:
+    async with world(("one",), ("two",), ("three",)) as w:
+        await w.becomes({V}, {V}, {V})
+        await w.engines[2].stop()
+        w.engines[2].boots, w.engines[2].versions = ["again"], {"again": []}
+        w.registry._engines.pop("three")
+        assert w.held() == [set(), set(), set()]
+        await w.becomes({V}, {V}, set())
+
+
+async def test_an_engine_that_is_silent_holds_nothing() -> None:
+    async with world(("one",), ("two",)) as w:
+        await w.becomes({V}, {V})
+        later = time.monotonic() + SILENCE_SECONDS + 1.0
+        w.engines[1].report(later)
+        found = w.addresses.held(later)
+        assert w.engines[0].name not in found
+
+
+async def test_of_several_engines_behind_an_address_all_have_to_hold_a_version() -> None:
+    """As with data parallelism: a probe finds one of them."""
+    async with world(("one", "one's second"), ("two",)) as w:
+        w.engines[0].versions = {"one": [V, W], "one's second": [V]}
+        w.engines[1].versions = {"two": [V, W]}
+        await w.becomes({V}, {V, W})
+        w.engines[0].versions["one"] = []
+        assert w.held() == [set(), set()], "the one that no probe has found may be behind any address"
+
+
+async def test_an_address_that_is_gone_is_forgotten_and_one_that_comes_is_asked() -> None:
+    async with world(("one",), ("two",), ("three",)) as w:
+        every = list(w.names)
+        w.names = every[:2]
+        w.engines[2].boots = [""]
+        await w.becomes({V}, {V}, set())
+        w.names, w.engines[2].boots = every[1:], ["three"]
+        w.engines[0].boots = [""]
+        await w.becomes(set(), {V}, {V})
+
+
+async def test_one_address_is_not_asked() -> None:
+    registry = EngineRegistry()
+    engine = PluginEngine(registry, "one")
+    await engine.start()
+    upstream = Settings.model_validate({"upstream": {"url": f"http://{engine.name}"}}).upstream
+    addresses = EngineAddresses(upstream, registry, lambda: [engine.name], time.monotonic, lambda: None)
+    engine.report()
+    await addresses.step()
+    assert (addresses.several, engine.asked) == (False, [])
+    await engine.stop()

@@ -1,0 +1,102 @@
+"""Reading piece by piece, and generation, for models with a KV cache and with a recurrent state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from tests.support.tiny_models import CONFIGS, RECURRENT, VOCAB, WINDOW, tiny_model  # noqa: E402
+
+from hemostat.models.architectures import is_recurrent  # noqa: E402
+from hemostat.models.generation import generate  # noqa: E402
+from hemostat.models.piecewise import PiecewiseReader, StatelessModelError  # noqa: E402
+
+LENGTH = 3 * WINDOW
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+def ids(rows: int, length: int, seed: int = 0) -> Any:
+    return torch.from_numpy(np.random.default_rng(seed).integers(2, VOCAB, (rows, length)))
+
+
+def test_which_models_are_recurrent() -> None:
+    assert {name for name in CONFIGS if is_recurrent(tiny_model(name))} == set(RECURRENT)
+
+
+@pytest.mark.parametrize("cuts", [[1], [LENGTH // 2], [5, 6, 17], [LENGTH - 1]])
+def test_pieces_equal_the_whole(model: Any, cuts: list[int]) -> None:
+    """Also where the pieces are longer than a sliding window."""
+    text = ids(2, LENGTH)
+    with torch.inference_mode():
+        whole = model(input_ids=text).logits
+        reader = PiecewiseReader(model)
+        pieces = [reader.read(piece) for piece in text.tensor_split(cuts, dim=1)]
+    assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_last_positions_of_a_piece(model: Any, keep: int) -> None:
+    text = ids(1, LENGTH)
+    with torch.inference_mode():
+        whole = model(input_ids=text).logits
+        reader = PiecewiseReader(model)
+        for begin, end in ((0, 10), (10, LENGTH)):
+            logits = reader.read(text[:, begin:end], keep=keep)
+            assert logits.shape == (1, keep, VOCAB)
+            assert (logits - whole[:, end - keep : end]).abs().max() < 1e-4 * whole.abs().max()
+
+
+def test_transformers_mamba_would_start_a_second_piece_from_an_empty_state() -> None:
+    """Why a recurrent model reads it token by token. If this fails, transformers has corrected it."""
+    model, text = tiny_model("mamba"), ids(1, LENGTH)
+    with torch.inference_mode():
+        whole = model(input_ids=text).logits
+        first = model(input_ids=text[:, :10], use_cache=True)
+        second = model(input_ids=text[:, 10:], cache_params=first.cache_params, use_cache=True).logits
+    assert (second - whole[:, 10:]).abs().max() > 1e-2 * whole.abs().max()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_generated_text_is_that_of_one_prompt_at_a_time(model: Any, greedy: bool) -> None:
+    """Of unequal lengths, and with more than one of a length; each text also equals generation without any state."""
+    lengths = [4, 11, 4, 9, 1]
+    prompts = [ids(1, length, seed)[0].numpy().astype(np.int32) for seed, length in enumerate(lengths)]
+    limits = [12, 5, 12, 1, 8]
+    uniforms = None if greedy else [np.random.default_rng(n).random(12) for n in range(len(prompts))]
+    with torch.inference_mode():
+        together = generate(model, prompts, limits, uniforms, frozenset())
+        for n, text in enumerate(together):
+            own = None if uniforms is None else [uniforms[n]]
+            alone = generate(model, [prompts[n]], [limits[n]], own, frozenset())[0]
+            assert text.tolist() == alone.tolist()
+            assert text.tolist() == without_state(model, prompts[n], limits[n], None if own is None else own[0])
+
+
+def without_state(model: Any, prompt: Any, limit: int, uniforms: Any) -> list[int]:
+    text = prompt.tolist()
+    for n in range(limit):
+        logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+        if uniforms is None:
+            text.append(int(logits.argmax()))
+        else:
+            total = torch.softmax(logits, -1).cumsum(0, dtype=torch.float64).numpy()
+            text.append(int(np.searchsorted(total, uniforms[n] * total[-1], side="right")))
+    return text[len(prompt) :]
+
+
+def test_a_model_without_a_state_cannot_continue() -> None:
+    config = transformers.OpenAIGPTConfig(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    model = transformers.OpenAIGPTLMHeadModel(config).eval()
+    with torch.inference_mode(), pytest.raises(StatelessModelError, match="OpenAIGPTLMHeadModel keeps no state"):
+        generate(model, [np.array([1, 2], np.int32)], [4], None, frozenset())
+    with torch.inference_mode():
+        assert PiecewiseReader(model, keep_state=False).read(ids(1, 5)).shape == (1, 5, VOCAB)
