@@ -30,7 +30,7 @@ def test_w4a16_of_gemma(tmp_path: Path) -> None:
     assert report["vocab_size"] == 262144
     assert any("neither model has a chat template" in note for note in report["notes"])
     rows = {row["name"]: row["value"] for key in ("perplexity", "divergence") for row in report[key]}
-    assert rows["Mean PPL(base)"] < 100, "without its first token, <bos>, Gemma's perplexity is in the thousands"
+    assert rows["Mean PPL(base)"] < 500, "without its first token, <bos>, Gemma's perplexity is in the thousands"
     assert 0.01 < rows["KL(r‖c)"] < 1.5
     assert rows["noise floor: c in one prefill ‖ c in two"] < 0.1 * rows["KL(r‖c)"]
     assert len(report["layers"]["distances"]) == 18
