@@ -135,7 +135,8 @@ def statements(
             ]
             comparisons = [Comparison(a, b, difference(results.alone(a), results.alone(b))) for a, b in pairs]
             verdict = always_better([(results.alone(a), results.alone(b)) for a, b in pairs])
-            evidence = f"{len(pairs)} pairs of equal size" if pairs else "no two points have equal size"
+            count = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
+            evidence = f"{count} of equal size" if pairs else "no two points have equal size"
             found.append(Statement(text, verdict, evidence, comparisons))
     return found
 
