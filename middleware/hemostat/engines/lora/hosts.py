@@ -64,8 +64,6 @@ class AdapterHosts:
         self._clock = clock
         self._on_change = on_change
         self._writing = asyncio.Lock()
-        self._rejected: dict[str, set[str]] = {}
-        """By version, the addresses at which it is not used."""
         self._running: dict[str, asyncio.Task[None]] = {}
         self.hosts: dict[str, AdapterHost] = {}
         """By address."""
@@ -144,8 +142,9 @@ class AdapterHosts:
     async def step(self) -> None:
         """Begin and end hosts, so that there is one for each address."""
         wanted = self._addresses.current() if self._addresses.several else [ONLY]
-        for gone in self.hosts.keys() - set(wanted):
-            await self._end(gone)
+        gone = self.hosts.keys() - set(wanted)
+        for name in gone:
+            await self._end(name)
         for name in wanted:
             if name not in self.hosts:
                 self.hosts[name] = self._host(name)
@@ -153,6 +152,9 @@ class AdapterHosts:
                 self._running[name] = asyncio.create_task(self.hosts[name].run())
             if self._running[name].done():
                 self._running.pop(name).result()  # as any other loop of the control process: its error ends it
+        if gone:
+            for version in self._profiles.wanted():
+                self._given_up(version, "no engine that is left applies it as computed")
 
     def _host(self, name: str) -> AdapterHost:
         only = name == ONLY
@@ -176,17 +178,18 @@ class AdapterHosts:
         return VllmServer(upstream.servers[0], upstream.api_key, timeout=REQUEST_SECONDS, ca=upstream.ca)
 
     def _reject(self, name: str, version: str, why: str) -> None:
-        rejected = self._rejected.setdefault(version, set())
-        rejected.add(name)
-        if rejected >= self.hosts.keys():
-            self._profiles.reject(version, why)
-        else:
+        if not self._given_up(version, why):
             log.error("adapter %s is not used at %s, but at other engines: %s", version, name, why)
+
+    def _given_up(self, version: str, why: str) -> bool:
+        """Reject the version, if it is not used at any address."""
+        given_up = bool(self.hosts) and all(version in host.rejected for host in self.hosts.values())
+        if given_up:
+            self._profiles.reject(version, why)
+        return given_up
 
     async def _end(self, name: str) -> None:
         self.hosts.pop(name, None)
-        for rejected in self._rejected.values():
-            rejected.discard(name)
         task = self._running.pop(name, None)
         if task is not None:
             task.cancel()
