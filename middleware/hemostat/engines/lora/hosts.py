@@ -142,9 +142,8 @@ class AdapterHosts:
     async def step(self) -> None:
         """Begin and end hosts, so that there is one for each address."""
         wanted = self._addresses.current() if self._addresses.several else [ONLY]
-        gone = self.hosts.keys() - set(wanted)
-        for name in gone:
-            await self._end(name)
+        for gone in self.hosts.keys() - set(wanted):
+            await self._end(gone)
         for name in wanted:
             if name not in self.hosts:
                 self.hosts[name] = self._host(name)
@@ -152,9 +151,9 @@ class AdapterHosts:
                 self._running[name] = asyncio.create_task(self.hosts[name].run())
             if self._running[name].done():
                 self._running.pop(name).result()  # as any other loop of the control process: its error ends it
-        if gone:
-            for version in self._profiles.wanted():
-                self._given_up(version, "no engine that is left applies it as computed")
+        for version in self._profiles.wanted():
+            # The last engine that applied it may have left, or this replica leads only now.
+            self._given_up(version)
 
     def _host(self, name: str) -> AdapterHost:
         only = name == ONLY
@@ -178,15 +177,16 @@ class AdapterHosts:
         return VllmServer(upstream.servers[0], upstream.api_key, timeout=REQUEST_SECONDS, ca=upstream.ca)
 
     def _reject(self, name: str, version: str, why: str) -> None:
-        if not self._given_up(version, why):
+        if not self._given_up(version):
             log.error("adapter %s is not used at %s, but at other engines: %s", version, name, why)
 
-    def _given_up(self, version: str, why: str) -> bool:
+    def _given_up(self, version: str) -> bool:
         """Reject the version, if it is not used at any address."""
-        given_up = bool(self.hosts) and all(version in host.rejected for host in self.hosts.values())
-        if given_up:
-            self._profiles.reject(version, why)
-        return given_up
+        reasons = [host.rejected[version] for host in self.hosts.values() if version in host.rejected]
+        if not reasons or len(reasons) < len(self.hosts):
+            return False
+        self._profiles.reject(version, reasons[0])
+        return True
 
     async def _end(self, name: str) -> None:
         self.hosts.pop(name, None)
