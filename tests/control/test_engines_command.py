@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from tests.support.admin_server import Served, served
 from tests.support.control import TOKEN
 
 from hemostat import cli
+from hemostat.commands import admin_port
 from hemostat.control.composition import Control
 from hemostat.engines.upstreams import UpstreamEngine
 
@@ -53,12 +55,33 @@ def test_it_shows_drains_and_resumes(one: Served, capsys: pytest.CaptureFixture[
         (["--drain", A, "--token", "wrong"], "401"),
         (["--drain", A, "--resume", B], "not allowed with"),
         (["--admin", "http://127.0.0.1:1"], "is hemostat serve running?"),
+        (["--token", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"], "not ASCII"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
     one: Served, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["engines", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("answered", "said"),
+    [
+        (b"<html>", "no JSON object"),
+        (b"[]", "no JSON object"),
+        (b"{}", "of this version"),
+        (b'{"upstream": [{"engine": "a:1", "figures": {}}]}', "of this version"),
+    ],
+)
+def test_another_server_at_that_address_is_named_in_one_line(
+    answered: bytes, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    response = httpx.Response(200, content=answered)
+    monkeypatch.setattr(admin_port, "admin_request", lambda *_arguments, **_body: response)
+    assert cli.main(["engines"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert said in err

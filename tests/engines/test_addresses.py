@@ -150,3 +150,16 @@ async def test_one_address_is_not_asked() -> None:
     await addresses.step()
     assert (addresses.several, engine.asked) == (False, [])
     await engine.stop()
+
+
+async def test_that_an_engine_wants_a_key_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with world(("one",), ("two",)) as w:
+        w.engines[0].wants_key = True
+        await w.becomes(set(), {V})
+        async with asyncio.timeout(HANG_SECONDS):
+            while len(w.engines[0].asked) < 3:
+                await w.addresses.step()
+                await asyncio.sleep(0.01)
+        (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert w.names[0] in line
+        assert line.endswith("; set upstream.api_key")

@@ -139,3 +139,34 @@ async def test_an_engine_that_leaves_is_forgotten_and_one_that_joins_gets_the_ad
         await until(lambda: f.ready() == [{ONE.version}, {ONE.version}, set()])
         f.addresses[:] = f.every[1:]
         await until(lambda: f.ready() == [set(), {ONE.version}, {ONE.version}])
+
+
+async def test_a_version_is_given_up_when_the_last_engine_that_applies_it_leaves() -> None:
+    async with fleet(engine(**{ONE.version: 2.0}), engine()) as f:
+        f.profiles.want(ONE)
+        await until(lambda: f.ready()[1] == {ONE.version} and bool(f.hosts.hosts[f.every[0]].rejected))
+        assert f.profiles.rejected == {}
+        f.addresses[:] = f.every[:1]
+        await until(lambda: ONE.version in f.profiles.rejected)
+
+
+async def test_an_engine_that_applies_a_version_after_its_restart_keeps_it_in_use() -> None:
+    async with fleet(engine(**{ONE.version: 2.0}), engine()) as f:
+        f.profiles.want(ONE)
+        await until(lambda: f.ready()[1] == {ONE.version} and bool(f.hosts.hosts[f.every[0]].rejected))
+        f.loras[0].scale.clear()
+        f.loras[0].restart()
+        await until(lambda: f.ready() == [{ONE.version}, {ONE.version}])
+        f.loras[1].scale[ONE.version] = 2.0
+        f.loras[1].restart()
+        await until(lambda: bool(f.hosts.hosts[f.every[1]].rejected))
+        assert (f.ready()[0], f.profiles.rejected) == ({ONE.version}, {})
+
+
+async def test_a_replica_that_leads_only_later_gives_up_what_no_engine_applies(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet(engine(**{ONE.version: 2.0}), engine(**{ONE.version: 3.0})) as f:
+        with monkeypatch.context() as follower:
+            follower.setattr(f.profiles, "reject", lambda *_: None)
+            f.profiles.want(ONE)
+            await until(lambda: all(host.rejected for host in f.hosts.hosts.values()))
+        await until(lambda: ONE.version in f.profiles.rejected)

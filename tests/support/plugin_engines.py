@@ -13,6 +13,7 @@ from hemostat.engines.messages import EngineReport, TapMessage, TapRun
 from hemostat.engines.registry import EngineRegistry
 
 ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n{"choices": []}'
+UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
 
 
 class PluginEngine(FakeEngine):
@@ -24,6 +25,7 @@ class PluginEngine(FakeEngine):
         self.boots = list(boots)
         self.versions: dict[str, Sequence[str]] = {}
         """That each holds."""
+        self.wants_key = False
 
     def report(self, now: float | None = None) -> None:
         """As the plugins do about every second."""
@@ -33,6 +35,8 @@ class PluginEngine(FakeEngine):
             self.registry.report(report, time.monotonic() if now is None else now)
 
     def _tapped(self, request: Request) -> bytes:
+        if self.wants_key:
+            return UNAUTHORIZED
         nonce = json.loads(request.body).get("vllm_xargs", {}).get("hemostat_tap")
         boot = self.boots[len(self.asked) % len(self.boots)]
         if nonce and boot:

@@ -42,6 +42,8 @@ def admin_request(options: argparse.Namespace, method: str, path: str, **body: A
             client.stream(method, path, headers=headers, **body) as answer,
         ):
             response = httpx.Response(answer.status_code, content=read_answer_now(answer, MAX_BYTES))
+    except UnicodeEncodeError:
+        raise UsageError("--token (HEMOSTAT_ADMIN_TOKEN) is not ASCII; give the value of admin.token") from None
     except (httpx.HTTPError, httpx.InvalidURL, AnswerRefused) as error:
         raise UsageError(
             f"{options.admin}: {error} (is hemostat serve running? --admin names its admin port)"
@@ -53,3 +55,14 @@ def admin_request(options: argparse.Namespace, method: str, path: str, **body: A
     except (ValueError, LookupError, TypeError):
         detail = response.text[:300]
     raise UsageError(f"{options.admin}{path} answered {response.status_code}: {detail}")
+
+
+def admin_json(options: argparse.Namespace, method: str, path: str, **body: Any) -> dict[str, Any]:
+    """The same where the answer is a JSON object; UsageError for any other one."""
+    try:
+        answer = admin_request(options, method, path, **body).json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise UsageError(f"{options.admin}{path} answered no JSON object; --admin names the admin port")
+    return answer

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from hemostat.commands.admin_port import add_admin_options, admin_request
+from hemostat.commands.admin_port import add_admin_options, admin_json
+from hemostat.commands.arguments import UsageError
 
 HELP = "show the engines behind a running hemostat serve; drain one, or end its drain"
 COLUMNS = ("engine", "state", "in progress", "requests", "KL nats", "like the others", "profiles held")
@@ -22,12 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.drain is not None:
-        status = admin_request(options, "POST", "/api/v1/engines/drain", json={"engine": options.drain}).json()
+        status = admin_json(options, "POST", "/api/v1/engines/drain", json={"engine": options.drain})
     elif options.resume is not None:
-        status = admin_request(options, "POST", "/api/v1/engines/undrain", json={"engine": options.resume}).json()
+        status = admin_json(options, "POST", "/api/v1/engines/undrain", json={"engine": options.resume})
     else:
-        status = admin_request(options, "GET", "/api/v1/status").json()
-    print(table(status["upstream"]))  # noqa: T201
+        status = admin_json(options, "GET", "/api/v1/status")
+    try:
+        found = table(status["upstream"])
+    except (LookupError, TypeError, AttributeError):
+        raise UsageError(f"{options.admin}: not the status of a hemostat serve of this version") from None
+    print(found)  # noqa: T201
     return 0
 
 

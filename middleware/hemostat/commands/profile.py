@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hemostat.commands.admin_port import add_admin_options, admin_request
+from hemostat.commands.admin_port import add_admin_options, admin_json, admin_request
 from hemostat.commands.arguments import UsageError
 
 HELP = "show and control calibration profiles"
@@ -59,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile_list(options: argparse.Namespace) -> int:
-    _print_json(admin_request(options, "GET", "/api/v1/profiles").json())
+    _print_json(admin_json(options, "GET", "/api/v1/profiles"))
     return 0
 
 
 def _profile_show(options: argparse.Namespace) -> int:
-    _print_json(admin_request(options, "GET", f"/api/v1/profiles/{_version(options.version)}").json())
+    _print_json(admin_json(options, "GET", f"/api/v1/profiles/{_version(options.version)}"))
     return 0
 
 
@@ -138,7 +138,7 @@ def _to_kind(options: argparse.Namespace) -> str:
 
 
 def _post(options: argparse.Namespace, action: str, body: dict[str, Any]) -> int:
-    _print_json(admin_request(options, "POST", f"/api/v1/profiles/{action}", json=body).json())
+    _print_json(admin_json(options, "POST", f"/api/v1/profiles/{action}", json=body))
     return 0
 
 
@@ -153,7 +153,7 @@ def _confirm(options: argparse.Namespace, question: str) -> None:
 
 
 def _profile_mode(options: argparse.Namespace) -> int:
-    _print_json(admin_request(options, "POST", "/api/v1/calibration", json={"mode": options.mode}).json())
+    _print_json(admin_json(options, "POST", "/api/v1/calibration", json={"mode": options.mode}))
     return 0
 
 

@@ -23,7 +23,7 @@ from hemostat.config.schema import Upstream
 from hemostat.engines.messages import EngineReport
 from hemostat.engines.registry import EngineRegistry
 from hemostat.ipc.backoff import Backoff
-from hemostat.reference.protocol import ReferenceFailure
+from hemostat.reference.protocol import FailureReason, ReferenceFailure
 from hemostat.reference.server import VllmServer
 
 log = logging.getLogger("hemostat.engines")
@@ -46,6 +46,8 @@ class _Address:
     backoff: Backoff = field(default_factory=lambda: Backoff(BACKOFF))
     not_before: float = 0.0
     probe: asyncio.Task[None] | None = None
+    refused: bool = False
+    """The last probe was answered with 401 or 403."""
 
 
 class EngineAt:
@@ -167,8 +169,17 @@ class EngineAddresses:
         try:
             await address.server.post("/v1/completions", body, dict[str, Any])
         except ReferenceFailure as failure:
-            log.debug("which engine is at %s is not known: %s", name, failure)
+            refused = failure.reason is FailureReason.UNAUTHORIZED
+            log.log(
+                logging.WARNING if refused and not address.refused else logging.DEBUG,
+                "which engine is at %s is not known, and it gets no profile: %s%s",
+                name,
+                failure,
+                "; set upstream.api_key" if refused else "",
+            )
+            address.refused = refused
             return
+        address.refused = False
         waited_until = self._clock() + TAP_SECONDS
         while (tap := self._registry.taps.take(nonce)) is None:
             if self._clock() >= waited_until:

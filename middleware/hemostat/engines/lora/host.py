@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -196,6 +196,11 @@ class AdapterHost:
         for result in LOAD_RESULTS:
             yield Sample(names.ADAPTER_LOADS, (result,), self._loads[result])
         yield from self._probes.samples()
+
+    @property
+    def rejected(self) -> Mapping[str, str]:
+        """Versions whose probe has failed since the engine's last start -> why."""
+        return self._rejected
 
     # --- the loop --------------------------------------------------------------------------------------------------
 

@@ -64,8 +64,6 @@ class AdapterHosts:
         self._clock = clock
         self._on_change = on_change
         self._writing = asyncio.Lock()
-        self._rejected: dict[str, set[str]] = {}
-        """By version, the addresses at which it is not used."""
         self._running: dict[str, asyncio.Task[None]] = {}
         self.hosts: dict[str, AdapterHost] = {}
         """By address."""
@@ -153,6 +151,9 @@ class AdapterHosts:
                 self._running[name] = asyncio.create_task(self.hosts[name].run())
             if self._running[name].done():
                 self._running.pop(name).result()  # as any other loop of the control process: its error ends it
+        for version in self._profiles.wanted():
+            # The last engine that applied it may have left, or this replica leads only now.
+            self._given_up(version)
 
     def _host(self, name: str) -> AdapterHost:
         only = name == ONLY
@@ -176,17 +177,19 @@ class AdapterHosts:
         return VllmServer(upstream.servers[0], upstream.api_key, timeout=REQUEST_SECONDS, ca=upstream.ca)
 
     def _reject(self, name: str, version: str, why: str) -> None:
-        rejected = self._rejected.setdefault(version, set())
-        rejected.add(name)
-        if rejected >= self.hosts.keys():
-            self._profiles.reject(version, why)
-        else:
+        if not self._given_up(version):
             log.error("adapter %s is not used at %s, but at other engines: %s", version, name, why)
+
+    def _given_up(self, version: str) -> bool:
+        """Reject the version, if it is not used at any address."""
+        reasons = [host.rejected[version] for host in self.hosts.values() if version in host.rejected]
+        if not reasons or len(reasons) < len(self.hosts):
+            return False
+        self._profiles.reject(version, reasons[0])
+        return True
 
     async def _end(self, name: str) -> None:
         self.hosts.pop(name, None)
-        for rejected in self._rejected.values():
-            rejected.discard(name)
         task = self._running.pop(name, None)
         if task is not None:
             task.cancel()
