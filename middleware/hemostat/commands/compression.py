@@ -74,8 +74,24 @@ class CompressOptions:
             raise UsageError(
                 "--calibrate none: a plan needs texts; use clip, which rounds to nearest with fitted scales"
             )
+        for name in ("calibrate", "group_size"):
+            if self.compressed is not None and getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} is for --scheme: --compressed is repaired as it is")
         if self.calibration == "smooth" and self.scheme != "w8a8":
             raise UsageError("--calibrate smooth is for --scheme w8a8, whose inputs are rounded; use awq")
+        if self.scheme == "fp8" and self.calibration not in ("none", "awq"):
+            raise UsageError(f"--calibrate {self.calibrate} is for integers: --scheme fp8 takes none or awq")
+        if self.scheme == "fp8" and self.repair:
+            raise UsageError("--repair reads integers and dense weights, not those of --scheme fp8: leave it out")
+        self._check_destination()
+
+    def _check_destination(self) -> None:
+        """A DEST that Hemostat made is replaced: nothing that is read may be in it."""
+        destination = self.destination.resolve()
+        for name in ("source", "compressed", "plan", "prompts", "records", "work"):
+            path = getattr(self, name)
+            if path is not None and path.resolve().is_relative_to(destination):
+                raise UsageError(f"DEST {self.destination} holds {path}, which is read: name another folder for DEST")
 
     @property
     def calibration(self) -> str:
