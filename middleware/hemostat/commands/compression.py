@@ -175,6 +175,7 @@ def summary(options: CompressOptions, report: dict[str, Any], tokens: int) -> li
 def _method(options: CompressOptions, reporter: Reporter) -> Method:
     from hemostat.models.compression.frame import Source  # noqa: PLC0415  torch, only after the cheap checks
     from hemostat.models.compression.methods import by_name, without_texts  # noqa: PLC0415
+    from hemostat.models.compression.rounding import check_groups  # noqa: PLC0415
 
     if options.scheme in WITHOUT_DATA:
         return by_name(options.scheme)
@@ -191,10 +192,12 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
         return method
     assert options.scheme is not None
     chosen, packed = _format(options.scheme, options.group_size)
+    shapes = Source.open(options.source).shapes
+    for name, (_, inputs) in shapes.items():
+        check_groups(name, inputs, chosen.group_size)
     if options.calibration == "none":
         return without_texts(chosen, packed)
-    names = Source.open(options.source).shapes
-    return Calibrated(dict.fromkeys(names, chosen), CALIBRATIONS[options.calibration], None if packed else frozenset())
+    return Calibrated(dict.fromkeys(shapes, chosen), CALIBRATIONS[options.calibration], None if packed else frozenset())
 
 
 def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bool]:
