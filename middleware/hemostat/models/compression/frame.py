@@ -53,7 +53,10 @@ class Source:
         skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "SOURCE")
         missing = sorted(skeleton.places.keys() - checkpoint.names)
         if missing:
-            raise CompressError(f"{folder} has no tensor {missing[0]}: it is incomplete, or of another model")
+            raise CompressError(
+                f"{folder} has no tensor {missing[0]}: it is incomplete, or its architecture stores weights in another "
+                "form than transformers computes with, such as experts, which is not supported"
+            )
         if not skeleton.linears:
             raise CompressError(f"{folder} has no linear layers besides its head: nothing to compress")
         return cls(checkpoint, skeleton)
