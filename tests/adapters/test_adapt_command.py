@@ -124,6 +124,8 @@ def test_each_mistake_is_one_line(tiny: TinyCheckpoints, tmp_path: Path, capsys:
     bad = tmp_path / "bad"
     bad.write_text(good.read_text() + '{"prompt_token_ids": [1]}\n')
     assert f"{bad}:17 is no record" in message("--records", str(bad))
+    bad.write_text("[" * 100_000 + "\n")
+    assert f"{bad}:1 is no record" in message("--records", str(bad))
     bad.write_text('{"prompt_token_ids": [1], "output_token_ids": [97]}\n')
     assert "token id 97 is outside of the vocabulary of 97" in message("--records", str(bad))
     bad.write_text("\n")

@@ -74,8 +74,24 @@ class CompressOptions:
             raise UsageError(
                 "--calibrate none: a plan needs texts; use clip, which rounds to nearest with fitted scales"
             )
+        for name in ("calibrate", "group_size"):
+            if self.compressed is not None and getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} is for --scheme: --compressed is repaired as it is")
         if self.calibration == "smooth" and self.scheme != "w8a8":
             raise UsageError("--calibrate smooth is for --scheme w8a8, whose inputs are rounded; use awq")
+        if self.scheme == "fp8" and self.calibration not in ("none", "awq"):
+            raise UsageError(f"--calibrate {self.calibrate} is for integers: --scheme fp8 takes none or awq")
+        if self.scheme == "fp8" and self.repair:
+            raise UsageError("--repair reads integers and dense weights, not those of --scheme fp8: leave it out")
+        self._check_destination()
+
+    def _check_destination(self) -> None:
+        """A DEST that Hemostat made is replaced: nothing that is read may be in it."""
+        destination = self.destination.resolve()
+        for name in ("source", "compressed", "plan", "prompts", "records", "work"):
+            path = getattr(self, name)
+            if path is not None and path.resolve().is_relative_to(destination):
+                raise UsageError(f"DEST {self.destination} holds {path}, which is read: name another folder for DEST")
 
     @property
     def calibration(self) -> str:
@@ -159,6 +175,7 @@ def summary(options: CompressOptions, report: dict[str, Any], tokens: int) -> li
 def _method(options: CompressOptions, reporter: Reporter) -> Method:
     from hemostat.models.compression.frame import Source  # noqa: PLC0415  torch, only after the cheap checks
     from hemostat.models.compression.methods import by_name, without_texts  # noqa: PLC0415
+    from hemostat.models.compression.rounding import check_groups  # noqa: PLC0415
 
     if options.scheme in WITHOUT_DATA:
         return by_name(options.scheme)
@@ -175,10 +192,12 @@ def _method(options: CompressOptions, reporter: Reporter) -> Method:
         return method
     assert options.scheme is not None
     chosen, packed = _format(options.scheme, options.group_size)
+    shapes = Source.open(options.source).shapes
+    for name, (_, inputs) in shapes.items():
+        check_groups(name, inputs, chosen.group_size)
     if options.calibration == "none":
         return without_texts(chosen, packed)
-    names = Source.open(options.source).shapes
-    return Calibrated(dict.fromkeys(names, chosen), CALIBRATIONS[options.calibration], None if packed else frozenset())
+    return Calibrated(dict.fromkeys(shapes, chosen), CALIBRATIONS[options.calibration], None if packed else frozenset())
 
 
 def _format(scheme: str, group_size: int | str | None) -> tuple[WeightFormat, bool]:

@@ -7,6 +7,7 @@ from and the SHA-256 of every file; a folder that matches is used as it is.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -22,6 +23,9 @@ from typing import Any
 from hemostat_calibration.errors import HemostatError
 
 MANIFEST = "hemostat-checkpoint.json"
+
+UNFINISHED = "hemostat-unfinished-"
+"""In the name of a folder, next to its destination, that is being written."""
 
 RECIPE = 2
 """Increased when this package starts to write different weights: cached checkpoints are then made again."""
@@ -75,7 +79,7 @@ def build_folder(
     """Make `destination`: `write` fills an empty folder, a manifest is added. Keeps what is there where it matches."""
     destination = destination.absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(destination.parent):
+    with _locked(destination.parent, progress):
         if (destination / MANIFEST).is_file():
             if read_made_from(destination) == made_from and is_complete(destination):
                 return
@@ -84,7 +88,10 @@ def build_folder(
             raise CompressError(
                 f"{destination} exists and is not a checkpoint of Hemostat: remove it or name another place"
             )
-        with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
+        prefix = f".{destination.name}.{UNFINISHED}"
+        for left in destination.parent.glob(f"{glob.escape(prefix)}*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
             folder = Path(scratch) / "new"
             folder.mkdir()
             write(folder)
@@ -98,11 +105,15 @@ def build_folder(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, progress: Progress) -> Iterator[None]:
     """Only one process at a time builds in `folder`."""
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress(f"waiting for another process that writes a checkpoint in {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)

@@ -68,8 +68,15 @@ def test_any_scales_leave_the_function_unchanged(kind: str, tmp_path: Path) -> N
         assert len(moved) == len(norms) + len(data.linears) - (0 if kind == "llama" else 1)
 
 
-def test_a_norm_that_something_else_reads_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with layer(save(tiny_model(), tmp_path / "llama")) as data:
+@pytest.mark.parametrize("embedded", [1.0, 1e6])
+def test_a_norm_that_something_else_reads_is_left_out(
+    embedded: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the hidden states are so large that the layer's outputs hardly depend on what it computes."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(embedded)
+    with layer(save(model, tmp_path / "llama")) as data:
         norm, query = f"{data.name}.input_layernorm", f"{data.name}.self_attn.q_proj"
         monkeypatch.setattr(equivalent, "sites", lambda _: [Site(norm, (query,), True)])
         weight = data.parameter(f"{query}.weight").clone()

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from hemostat.models.compression import error_compensation  # noqa: E402
 from hemostat.models.compression.error_compensation import (  # noqa: E402
     Grid,
     damped,
@@ -102,7 +103,9 @@ def test_brute_force_over_all_integers_bounds_the_error() -> None:
     assert found < 1.5 * best
 
 
-def test_refitted_scales_are_least_squares() -> None:
+@pytest.mark.parametrize("numbers", [1 << 24, 20])
+def test_refitted_scales_are_least_squares(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(error_compensation, "REFIT_NUMBERS", numbers)
     weight, hessian, grid = problem(3, 12)
     steps = gptq(weight, hessian, grid)
     found = refit_scales(weight, hessian, grid, steps)

@@ -106,3 +106,16 @@ def test_fused_layers() -> None:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert len({fused_name(f"model.layers.3.x.{kind}") for kind in kinds}) == 4
     assert fused_name("layers.0.q_proj") != fused_name("layers.1.q_proj")
+
+
+def test_a_plan_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    text = encode_plan(plan()).replace('"by": 1', '"by": ' + "[" * 100_000 + "]" * 100_000)
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(CompressError, match="is no plan: maximum recursion depth"):
+        read_plan(tmp_path / "plan.json")
+
+
+def test_two_of_four_needs_inputs_in_fours() -> None:
+    sparse = Plan("d" * 32, {"a": LayerPlan(16, sparsity=0.5, pattern="2:4")}, 0, {})
+    with pytest.raises(CompressError, match="layer a: pattern is 2:4, and its 66 inputs are no multiple of 4"):
+        check_plan(sparse, "d" * 32, {"a": (8, 66)})

@@ -118,7 +118,7 @@ def _record(line: bytes, where: str, vocab_size: int) -> Text:
         record = json.loads(line)
         prompt, output = (np.array(record[name], np.int32) for name in ("prompt_token_ids", "output_token_ids"))
         unit = bytes.fromhex(record.get("conversation") or "")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise AdaptError(
             f"{where} is no record: it needs prompt_token_ids and output_token_ids, lists of token ids"
         ) from None

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from hemostat.models.adapters.activations import Moments, measured
 from hemostat.models.checkpoint_folders import CompressError
 from hemostat.models.compression.equivalent import awq_scale, scale_layer, smooth_scale
 from hemostat.models.compression.error_compensation import Grid, damped, descend, gptq, quadratic_error, refit_scales
@@ -152,9 +151,7 @@ class Calibrated:
 
 def _input_groups(layer: LayerData) -> list[list[str]]:
     """Linear layers that read the same tensor, in the order in which they are computed."""
-    moments = Moments()
-    layer.forward(lambda batch: measured(layer.run.skeleton, layer.name, batch.valid, moments, {}, False))
     groups: dict[str, list[str]] = {}
-    for name, group in moments.groups.items():
+    for name, group in layer.moments({}).groups.items():
         groups.setdefault(group, []).append(name)
     return list(groups.values())

@@ -80,11 +80,14 @@ def sites(layer: LayerData) -> list[Site]:
 def scale_layer(layer: LayerData, formats: Mapping[str, WeightFormat], find: FindScale) -> dict[str, torch.Tensor]:
     """Move scales in the loaded layer. Returns its parameters that are no linear weights and have changed.
 
-    A site whose scaling changes the layer's outputs, such as a norm that something else reads, too, is left out.
+    A norm that other linear layers read, too, is left out, and so is a site whose scaling changes the layer's outputs.
+    Where the hidden states are much larger than what the layer adds, these hardly change, whatever it computes.
     """
     changed: dict[str, torch.Tensor] = {}
+    groups = layer.moments({}).groups
     for site in sites(layer):
-        if not all(name in formats for name in site.after):
+        readers = {name for name, group in groups.items() if group == groups.get(site.after[0])}
+        if not all(name in formats for name in site.after) or not readers <= set(site.after):
             continue
         inputs = _inputs(layer, site.after[0])
         scale = find({name: layer.weight(name) for name in site.after}, inputs, formats)

@@ -21,6 +21,8 @@ import torch
 
 BLOCK = 128
 """Columns that are compensated among themselves before the rest of the weight is updated."""
+REFIT_NUMBERS = 1 << 24
+"""Of the systems of equations that are solved at once, for the scales of some rows: 128 MiB in float64."""
 DAMPING = 0.01
 """Part of the mean of H's diagonal that is added to it."""
 
@@ -113,11 +115,19 @@ def descend(
 def refit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, steps: torch.Tensor) -> torch.Tensor:
     """Scales [outputs, groups], float32, that minimize the error for the integers `steps`; where that has no solution
     or is not positive, the old ones."""
-    outputs, inputs = steps.shape
-    size = grid.group_size
-    groups = inputs // size
+    groups = steps.shape[1] // grid.group_size
+    rows = max(1, REFIT_NUMBERS // groups**2)
     exact = hessian.float()
-    grouped = steps.view(outputs, groups, size)
+    parts = zip(weight.split(rows), steps.split(rows), strict=True)
+    found = torch.cat([_refit(w, exact, q, grid.group_size) for w, q in parts])
+    return torch.where(found.isfinite() & (found > 0), found, grid.scale)
+
+
+def _refit(weight: torch.Tensor, exact: torch.Tensor, steps: torch.Tensor, size: int) -> torch.Tensor:
+    """The solution for some rows."""
+    outputs, inputs = steps.shape
+    groups = inputs // size
+    grouped = steps.reshape(outputs, groups, size)
     # a[o, g, f] = q_g H_gf q_fᵀ, b[o, g] = q_g (H wᵀ)_g
     a = torch.empty(outputs, groups, groups)
     for g in range(groups):
@@ -126,8 +136,8 @@ def refit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, steps:
     b = ((weight @ exact).view(outputs, groups, size) * grouped).sum(-1)
     a = a.double()
     a.diagonal(dim1=1, dim2=2).add_(1e-9 * a.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-30)
-    found = torch.linalg.solve(a, b.double()).float()
-    return torch.where(found.isfinite() & (found > 0), found, grid.scale)
+    solved: torch.Tensor = torch.linalg.solve(a, b.double()).float()
+    return solved
 
 
 def quadratic_error(weight: torch.Tensor, hessian: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:

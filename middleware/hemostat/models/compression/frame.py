@@ -53,7 +53,10 @@ class Source:
         skeleton = Skeleton(checkpoint.config, dtype_of(checkpoint, "auto"), device_of(device), "SOURCE")
         missing = sorted(skeleton.places.keys() - checkpoint.names)
         if missing:
-            raise CompressError(f"{folder} has no tensor {missing[0]}: it is incomplete, or of another model")
+            raise CompressError(
+                f"{folder} has no tensor {missing[0]}: it is incomplete, or its architecture stores weights in another "
+                "form than transformers computes with, such as experts, which is not supported"
+            )
         if not skeleton.linears:
             raise CompressError(f"{folder} has no linear layers besides its head: nothing to compress")
         return cls(checkpoint, skeleton)
@@ -62,6 +65,13 @@ class Source:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of every linear layer but the head."""
         return {name: (m.out_features, m.in_features) for name, m in self.skeleton.linears.items()}
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """By its name. CompressError where it is not finite: no method could make a useful layer of it."""
+        found = weights_of(self.checkpoint)(name)
+        if not bool(found.isfinite().all()):
+            raise CompressError(f"{name} holds values that are not finite: SOURCE is damaged; copy it again")
+        return found
 
     def heads(self) -> list[str]:
         """Names of the output embeddings."""
@@ -98,8 +108,7 @@ class Run:
         self.skeleton = source.skeleton
         self.parts = parts
         self.progress = progress
-        weights = weights_of(source.checkpoint)
-        self.walk = LayerWalk(source.skeleton, weights, texts, parts, seed=seed) if texts else None
+        self.walk = LayerWalk(source.skeleton, source.parameter, texts, parts, seed=seed) if texts else None
 
     @property
     def texts_walk(self) -> LayerWalk:
@@ -226,7 +235,7 @@ def _compress_layer(run: Run, method: Method, index: int, last: bool) -> dict[st
     """The part of one layer. Its outputs for the texts are stored, for the next layer."""
     hidden = _hidden_before(run, index) if method.needs_texts else None
     names = run.skeleton.parameters_of(list(run.skeleton.layers)[index])
-    with run.skeleton.loaded(names, weights_of(run.source.checkpoint)):
+    with run.skeleton.loaded(names, run.source.parameter):
         data = LayerData(run, index, hidden)
         result = method.compress_layer(data)
         part = _part(result, run)
@@ -250,7 +259,6 @@ def _part(result: LayerResult, run: Run) -> dict[str, torch.Tensor]:
 
 def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """Of the layer, which is loaded, with the weights of its part, as an engine computes them."""
-    source = weights_of(data.run.source.checkpoint)
     formats = _formats(part)
     for name in data.run.skeleton.parameters_of(data.name):
         module = name.removesuffix(".weight")
@@ -259,7 +267,7 @@ def _outputs(data: LayerData, part: Mapping[str, torch.Tensor]) -> list[torch.Te
             tensors = {key.removeprefix(f"{module}."): part[key] for key in part if key.startswith(prefix)}
             data.set_parameter(name, restored(formats[module], tensors))
         else:
-            data.set_parameter(name, part[name] if name in part else source(name))
+            data.set_parameter(name, part[name] if name in part else data.run.source.parameter(name))
     for name, module in data.linears.items():
         module.rounds_inputs = name in formats and formats[name].inputs == "int8"
     try:
@@ -282,7 +290,7 @@ def _hidden_before(run: Run, index: int) -> list[torch.Tensor]:
         part = run.parts.get(_layer(n))
         assert part is not None, n
         names = run.skeleton.parameters_of(list(run.skeleton.layers)[n])
-        with run.skeleton.loaded(names, weights_of(run.source.checkpoint)):
+        with run.skeleton.loaded(names, run.source.parameter):
             states = _outputs(LayerData(run, n, states), part)
         run.parts.put_list(_hidden(n + 1), states)
     return states

@@ -83,7 +83,7 @@ def read_plan(path: Path) -> Plan:
         raise CompressError(
             f"{where} cannot be read ({error.strerror}); name a file that doctor --plan wrote"
         ) from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CompressError(f"{where} is no plan: {error}; let doctor --plan write it") from None
     if (read.schema, read.version) != (SCHEMA, VERSION):
         raise CompressError(
@@ -120,6 +120,8 @@ def check_plan(plan: Plan, source: str, shapes: Mapping[str, tuple[int, int]]) -
             raise CompressError(
                 f"--plan: layer {name}: group_size is {layer.group_size}, which does not divide its {inputs} inputs"
             )
+        if layer.sparsity and layer.pattern == "2:4" and inputs % 4:
+            raise CompressError(f"--plan: layer {name}: pattern is 2:4, and its {inputs} inputs are no multiple of 4")
     total = sum(stored_bytes(*shapes[name], layer) for name, layer in plan.layers.items())
     if total != plan.bytes:
         raise CompressError(f"--plan: bytes is {plan.bytes}, its layers have {total}; let doctor --plan write it again")

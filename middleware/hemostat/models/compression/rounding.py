@@ -31,14 +31,16 @@ def rounded(name: str, weight: torch.Tensor, bits: int, group_size: int | None =
 
 def weight_groups(name: str, weight: torch.Tensor, group_size: int | None = GROUP_SIZE) -> torch.Tensor:
     """`weight`, [out, in], as [out, groups, group_size]; None: one group. CompressError where it does not divide."""
-    inputs = weight.shape[1]
-    if group_size is None:
-        return weight.unsqueeze(1)
-    if inputs % group_size:
+    check_groups(name, weight.shape[1], group_size)
+    return weight.unsqueeze(1) if group_size is None else weight.unflatten(1, (-1, group_size))
+
+
+def check_groups(name: str, inputs: int, group_size: int | None) -> None:
+    """CompressError where the groups do not divide the inputs of layer `name`."""
+    if group_size is not None and inputs % group_size:
         raise CompressError(
             f"layer {name} has {inputs} inputs, not a multiple of {group_size}: use another group size, or w8a8"
         )
-    return weight.unflatten(1, (-1, group_size))
 
 
 def fitted_scale(groups: torch.Tensor, bits: int) -> torch.Tensor:

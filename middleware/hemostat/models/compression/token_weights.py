@@ -55,11 +55,6 @@ def token_weights(layer: LayerData) -> Weights:
     return found
 
 
-def drop_token_weights(run: Run) -> None:
-    for n in range(len(run.texts_walk.names)):
-        run.parts.drop(_part(n))
-
-
 class WeightedMoments:
     """Σ w_t x_t x_tᵀ over the valid tokens, float64 [inputs, inputs], of linear layers; and largest |x| [inputs]."""
 
