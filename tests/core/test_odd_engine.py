@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -185,6 +186,19 @@ def test_a_change_that_comes_late_is_found() -> None:
     state = lived(state, 120, odd=2, seed=1)
     (reading,) = [one for one in readings(state) if one.raised]
     assert (reading.engine, reading.farther) == ("engine 2", False)
+
+
+def test_an_engine_that_joins_late_is_found_as_soon() -> None:
+    """Its share of the units is that since it joined: of 100,000 units that others had before, it has none."""
+    state = lived(init(ALPHA), 40, odd=None)
+    tests = {name: replace(test, units=test.units + 25_000) for name, test in state.tests.items()}
+    state = replace(state, units=state.units + 100_000, tests=tests)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        engine = int(rng.integers(4))
+        name, level = (f"engine {engine}", 0.6) if engine < 3 else ("new", 2.0)
+        state = update(state, "chat", Unit(name, level * rng.lognormal(0.0, 0.8), 50))
+    assert [one.engine for one in readings(state) if one.raised] == ["new"]
 
 
 def test_an_engine_that_is_farther_is_said_to_be() -> None:

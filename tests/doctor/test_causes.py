@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tests.support.doctor import TinyPair, report_of
 
 from hemostat import cli
+from hemostat.doctor import html, terminal
 from hemostat.doctor.causes.findings import findings
 from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.compression.plan import LayerPlan, check_plan, read_plan, stored_bytes
@@ -146,6 +149,20 @@ def test_sentences_of_figures_without_a_clear_cause(report: dict[str, Any]) -> N
     assert any("no single layer stands out" in text for text in texts)
     assert any("The effects add up" in text for text in texts)
     assert any("not distinguished from rounding" in text for text in texts)
+
+
+def test_figures_that_are_infinite_are_left_out(report: dict[str, Any]) -> None:
+    """KL is infinite where the compressed model excludes an id: JSON has null there."""
+    infinite = json.loads(json.dumps({key: report[key] for key in report if key != "plan"}))
+    layers = infinite["layers"]
+    layers["mean_kld"] = layers["additivity"]["excess"] = None
+    for row in layers["restored"]:
+        row["won_nats"] = row["won_se_by_request"] = row["won_share"] = None
+    layers["modules"]["rows"][0]["alone_nats"] = None
+    infinite["findings"] = findings(infinite)
+    assert {"layer", "kind of module", "additivity"}.isdisjoint(one["topic"] for one in infinite["findings"])
+    Console(file=io.StringIO()).print(terminal.render(infinite))
+    assert "Causes" in html.render(infinite)
 
 
 @pytest.mark.parametrize(

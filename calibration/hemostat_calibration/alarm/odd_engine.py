@@ -108,8 +108,8 @@ class Window:
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineTest:
     """Of one engine. number: among all tests that were begun, from 0. windows: begun so far. units: its own, all
-    together. last: time of its last unit. recovery: float64 [S]; after a crossing, ln of what each strategy made of 1
-    in this window."""
+    together. before: of all engines, before its first one. last: time of its last unit. recovery: float64 [S]; after a
+    crossing, ln of what each strategy made of 1 in this window."""
 
     alpha: float
     number: int
@@ -118,6 +118,7 @@ class EngineTest:
     windows: int = 0
     crossing: Crossing | None = None
     units: int = 0
+    before: int = 0
     last: float = 0.0
     recovery: Floats | None = None
 
@@ -219,6 +220,7 @@ def _with_test(state: OddEngines, unit: Unit, now: float) -> OddEngines:
         while len(tests) >= MAX_ENGINES:
             del tests[min(tests, key=lambda name: tests[name].last)]
         test, begun = _begin(state.alpha, begun)
+        test = replace(test, before=state.units)
     tests[unit.engine] = replace(test, units=test.units + 1, last=now)
     return replace(state, begun=begun, tests=tests)
 
@@ -252,7 +254,7 @@ def _bet(state: OddEngines, active: set[str], stratum: Stratum, place: int, unit
             test = tests[name]
             if _recovered(test):
                 fresh, begun = _begin(state.alpha, begun)
-                test = replace(fresh, units=test.units, last=test.last)
+                test = replace(fresh, units=test.units, before=test.before, last=test.last)
             tests[name] = replace(test, window=Window(), recovery=None)
     return replace(state, tests=tests, begun=begun)
 
@@ -260,7 +262,7 @@ def _bet(state: OddEngines, active: set[str], stratum: Stratum, place: int, unit
 def _forecast(test: EngineTest, name: str, unit: Unit, units: int, active: int) -> float:
     """The probability that the next unit is the engine's own, from the labels before it alone."""
     others = SHARE_UNITS * (max(active, 2) - 1)
-    share = (test.units - (unit.engine == name) + SHARE_UNITS) / (units + SHARE_UNITS + others)
+    share = (test.units - (unit.engine == name) + SHARE_UNITS) / (units - test.before + SHARE_UNITS + others)
     return (test.window.own + FORECAST_UNITS * share) / (test.window.units + FORECAST_UNITS)
 
 

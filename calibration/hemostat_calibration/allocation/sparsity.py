@@ -39,7 +39,7 @@ def share_zeros(
         if sizes.get(name, 0) <= 0:
             raise InvalidArgumentError(f"sizes has no positive number for {name}")
     wanted = round(sparsity * sum(sizes[name] for name in quantiles))
-    most = np.array([int(max_sparsity * sizes[name]) for name in quantiles], np.float64)
+    most = np.array([int(max_sparsity * sizes[name] + 1e-9) for name in quantiles], np.float64)
     wanted = min(wanted, int(most.sum()))
 
     def lost(threshold: float, side: Literal["left", "right"]) -> Floats:

@@ -261,12 +261,12 @@ def _layers(layers: Row) -> Table:
     best_first = sorted(layers["restored"], key=lambda row: -(row["won_nats"] or 0.0))
     return Table(
         f"Reduction of KLD by restoring the reference's module, largest first; on {layers['tokens']} tokens of "
-        f"{layers['requests']} prompts, mean KLD {layers['mean_kld']:.4f} nats",
+        f"{layers['requests']} prompts, mean KLD {format_cell(layers['mean_kld'])} nats",
         ("restored", "reduction, nats", "± by request", "share"),
         [
             (
                 row["name"],
-                f"{row['won_nats']:+.4f}",
+                UNKNOWN if row["won_nats"] is None else f"{row['won_nats']:+.4f}",
                 format_cell(row["won_se_by_request"]),
                 format_percent(row["won_share"]),
             )

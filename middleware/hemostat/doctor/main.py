@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from hemostat import __version__
 from hemostat.doctor import html, terminal
@@ -58,11 +58,14 @@ def run(options: DoctorOptions) -> int:
         _write(options.plan, "--plan", encode_plan(plan))
     if options.html is not None:
         _write(options.html, "--html", html.render(report))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH)
-    console.print(sweep_terminal.render(report) if options.sweep else terminal.render(report))
+    show(sweep_terminal.render(report) if options.sweep else terminal.render(report))
     return 0
+
+
+def show(report: RenderableType) -> None:
+    """Print it as it is: names of models and texts may have what rich takes for markup (`[/INST]`)."""
+    width = None if Console().is_terminal else PLAIN_WIDTH
+    Console(width=width, markup=False, emoji=False).print(report)
 
 
 def open_pair(options: DoctorOptions) -> Pair:

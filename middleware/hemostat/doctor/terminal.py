@@ -227,5 +227,7 @@ def _prescription(prescription: Mapping[str, Any]) -> Iterator[RenderableType]:
 def _reduction(row: Mapping[str, Any] | None) -> tuple[str, str, str]:
     if row is None:
         return ("equal", "", "")
+    if row["won_nats"] is None:
+        return (UNKNOWN, "", "")
     error = row["won_se_by_request"]
     return (f"{row['won_nats']:+.4f}", UNKNOWN if error is None else f"± {error:.4f}", format_percent(row["won_share"]))

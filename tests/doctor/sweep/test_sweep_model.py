@@ -234,6 +234,27 @@ def test_a_budget_ends_a_sweep_with_what_it_has(short: DoctorOptions, tmp_path: 
     assert "minutes ended in rung 1 of 1, at point 2 of 15" in found["notes"][-1]
 
 
+def test_points_whose_logits_overflow_are_left_out_and_named(
+    short: DoctorOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One point must not cost the report of all others; without a reference there is nothing to compare with."""
+    logits, overflow = measuring.SweptModel._logits, [2]
+
+    def overflowing(swept: Any, model: Any, job: Any, output: Any) -> Any:
+        found = logits(swept, model, job, output)
+        return found * torch.nan if model.config.num_hidden_layers in overflow else found
+
+    monkeypatch.setattr(measuring.SweptModel, "_logits", overflowing)
+    found = report_of(short, tmp_path)
+    assert "2 layers dropped: left out in rung 1: logits or KL are not finite" in found["notes"]
+    names = [row["name"] for row in found["table"]]
+    assert "1 layer dropped" in names
+    assert "2 layers dropped" not in names
+    overflow.append(4)
+    with pytest.raises(DoctorError, match="REFERENCE: its logits are not finite in float32"):
+        run(short)
+
+
 def test_points_that_do_not_fit_are_left_out_and_named(options: DoctorOptions, tiny: Any, tmp_path: Path) -> None:
     """The tiny pair's layers have 32 inputs. Its second model is one more row."""
     changed = replace(

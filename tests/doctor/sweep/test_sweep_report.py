@@ -21,6 +21,7 @@ from hemostat import cli
 from hemostat.commands.doctor import SWEEP_AXES
 from hemostat.doctor import html
 from hemostat.doctor.axes import Axis
+from hemostat.doctor.main import show
 from hemostat.doctor.progress import Reporter
 from hemostat.doctor.sweep import terminal
 from hemostat.doctor.sweep.analysis import (
@@ -195,6 +196,12 @@ def test_terminal(report: dict[str, Any]) -> None:
     for part in ("confirmed: structured pruning breaks", "at 4.0 bits", "unstructured pruning", "half-life", "given"):
         assert part in text
     assert "nan" not in text
+
+
+def test_names_are_printed_as_they_are(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    named = report | {"reference": report["reference"] | {"name": "a[/INST] [red]b :x:"}, "notes": ["[/bold]"]}
+    show(terminal.render(named))
+    assert "a[/INST] [red]b :x:" in capsys.readouterr().out
 
 
 def test_page(report: dict[str, Any]) -> None:

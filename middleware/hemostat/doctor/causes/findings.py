@@ -109,10 +109,11 @@ def _of(row: Row) -> str:
 
 def _layers(layers: Row) -> Iterator[Finding]:
     tokens, requests, base = layers["tokens"], layers["requests"], layers["mean_kld"]
-    single = [row for row in layers["restored"] if row["kind"] == "layer"]
+    known = [row for row in layers["restored"] if row["won_nats"] is not None and row["alone_nats"] is not None]
+    single = [row for row in known if row["kind"] == "layer"]
     size = {"unit": "nats", "tokens": tokens, "requests": requests}
     if single and base:
-        best = max(single, key=lambda row: row["won_nats"] or 0.0)
+        best = max(single, key=lambda row: row["won_nats"])
         won, error = best["won_nats"], best["won_se_by_request"]
         clear = "" if _clear(won, error) else " The interval includes 0: no single layer stands out."
         text = (
@@ -120,18 +121,18 @@ def _layers(layers: Row) -> Iterator[Finding]:
             f"by {plus_minus(won, error)} ({100 * won / base:.0f} %), the most of {len(single)} layers.{clear}"
         )
         yield _finding("layer", text, won, error, **size)
-        worst = max(single, key=lambda row: row["alone_nats"] or 0.0)
+        worst = max(single, key=lambda row: row["alone_nats"])
         cost, error = worst["alone_nats"], worst["alone_se_by_request"]
         text = (
             f"Restore all but one: with {worst['name']} compressed and all else restored, the mean KLD is "
             f"{plus_minus(cost, error)} nats, the most of {len(single)} layers.{_noise(cost, layers)}"
         )
         yield _finding("layer", text, cost, error, **size)
-    if layers["additivity"] is not None and base:
+    if layers["additivity"] is not None and layers["additivity"]["excess"] is not None and base:
         yield _additivity(layers["additivity"], base, size)
-    ends = [row for row in layers["restored"] if row["kind"] == "kind"]
-    if ends:
-        best = max(ends, key=lambda row: row["won_nats"] or 0.0)
+    kinds = [row for row in known if row["kind"] == "kind"]
+    if kinds:
+        best = max(kinds, key=lambda row: row["won_nats"])
         text = (
             f"Of the kinds of module, restoring {best['name']} takes away most: "
             f"{plus_minus(best['won_nats'], best['won_se_by_request'])} nats."
@@ -164,7 +165,7 @@ def _noise(cost: float, layers: Row) -> str:
 
 def _modules(layers: Row) -> Iterator[Finding]:
     modules = layers["modules"]
-    rows = modules["rows"]
+    rows = [row for row in modules["rows"] if row["alone_nats"] is not None]
     total = sum(row["alone_nats"] for row in rows)
     if len(rows) < 2 or total <= 0:
         return

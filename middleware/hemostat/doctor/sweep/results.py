@@ -13,7 +13,7 @@ from hemostat.doctor.pair import FLOOR, Scored, json_number
 from hemostat.doctor.report import Tokens
 from hemostat.doctor.statistics import Estimate
 from hemostat.doctor.sweep.outcomes import Outcome
-from hemostat.doctor.sweep.points import UNCHANGED, Line, Point
+from hemostat.doctor.sweep.points import PLAIN, UNCHANGED, Line, Point
 from hemostat_calibration.divergence.trajectory import Survival
 from hemostat_calibration.statistics.streaming import student_975
 from hemostat_calibration.thresholds.curve import Curve
@@ -29,6 +29,12 @@ class Results:
     def add(self, point: Point, texts: Sequence[Scored], outcomes: Sequence[Outcome]) -> None:
         self.texts.setdefault(point, {}).update({one.index: one for one in texts})
         self.outcomes.setdefault(point, {}).update({one.task: one for one in outcomes})
+
+    @staticmethod
+    def comparable(point: Point, texts: Sequence[Scored]) -> bool:
+        """False where logits overflowed. A cut of the distribution alone makes KL infinite, but not TV unknown."""
+        whole = [one.figures[name] for one in texts for name in ("kl_rc", "kl_cr") if point.drawing == PLAIN]
+        return bool(np.isfinite(np.concatenate([*whole, *(one.figures["tv"] for one in texts)])).all())
 
     def measured(self, points: Sequence[Point]) -> list[Point]:
         """Those with at least two texts, which an interval needs."""

@@ -125,6 +125,7 @@ class Sweep:
                     return
             self._reporter.step(stage, len(points), len(points))
             if number + 1 < len(found):
+                points = [point for point in points if point in self.results.texts]
                 thresholds = self.thresholds()
                 points = promoted(self.results, points, thresholds, self.statements(thresholds), self.shares)
 
@@ -139,7 +140,13 @@ class Sweep:
             data = msgspec.msgpack.encode(self._swept.measure(point, block))
             self._work.put(name, data)
         measured = msgspec.msgpack.decode(data, type=Measured)
-        self.results.add(point, measured.texts(), measured.outcomes)
+        texts = measured.texts()
+        if self.results.comparable(point, texts):
+            self.results.add(point, texts, measured.outcomes)
+        elif point == UNCHANGED:
+            raise DoctorError(f"REFERENCE: its logits are not finite in {self._pair.reference.dtype}; --dtype float32")
+        else:
+            self.notes.append(f"{point.name}: left out in rung {rung + 1}: logits or KL are not finite")
         return True
 
     def _measure_given(self, rung: int, block: Block) -> None:
@@ -149,7 +156,11 @@ class Sweep:
         if data is None:
             data = msgspec.msgpack.encode(self._swept.measure_other(block))
             self._work.put(f"{GIVEN}-{rung}", data)
-        self.given.append(msgspec.msgpack.decode(data, type=Measured))
+        measured = msgspec.msgpack.decode(data, type=Measured)
+        if self.results.comparable(UNCHANGED, measured.texts()):
+            self.given.append(measured)
+        else:
+            self.notes.append(f"COMPRESSED: left out in rung {rung + 1}: logits or KL are not finite")
 
     def thresholds(self) -> list[Threshold]:
         found = [threshold(self.results, line, self._options.seed) for line in self.lines]
