@@ -18,6 +18,7 @@ from hemostat.doctor import html, terminal
 from hemostat.doctor.causes.findings import findings
 from hemostat.models.adapters.checkpoint import Checkpoint
 from hemostat.models.compression.plan import LayerPlan, check_plan, read_plan, stored_bytes
+from hemostat_calibration.statistics.streaming import student_975
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -69,7 +70,7 @@ def test_findings_name_the_layer_and_carry_their_evidence(report: dict[str, Any]
     layer = by_topic["layer"]
     row = restored(report, "layer 1")
     assert layer["value"] == row["won_nats"]
-    assert layer["half_width"] == pytest.approx(1.96 * row["won_se_by_request"])
+    assert layer["half_width"] == pytest.approx(student_975(layer["requests"] - 1) * row["won_se_by_request"])
     assert (
         f"with layer 1 restored and all else compressed, the mean KLD of {report['layers']['mean_kld']:.4f}"
         in (layer["text"])

@@ -50,17 +50,20 @@ def difference(better: Curve, worse: Curve, alpha: float = ALPHA) -> Difference:
     return Difference(*pair.contrast(np.array([-1.0, 1.0]), alpha))
 
 
-def always_better(pairs: Sequence[tuple[Curve, Curve]]) -> Verdict:
+def always_better(pairs: Sequence[tuple[Curve, Curve]], looks: int = 1) -> Verdict:
     """Whether the first of each pair has the lower figure.
 
-    Confirmed where every difference is established: each is tested at the full level, since all have to hold
+    looks: how often this may be asked, with more requests each time, until it is decided: the level is shared out.
+
+    Confirmed where every difference is established: each is tested at the look's whole level, since all have to hold
     (intersection–union test; Berger 1982). Not confirmed where the opposite is, for any of them, with Bonferroni's
     correction.
     """
     if not pairs:
         return Verdict.UNDECIDED
-    if all(difference(*pair).low > 0.0 for pair in pairs):
+    alpha = ALPHA / looks
+    if all(difference(*pair, alpha).low > 0.0 for pair in pairs):
         return Verdict.CONFIRMED
-    if any(difference(*pair, ALPHA / len(pairs)).high < 0.0 for pair in pairs):
+    if any(difference(*pair, alpha / len(pairs)).high < 0.0 for pair in pairs):
         return Verdict.NOT_CONFIRMED
     return Verdict.UNDECIDED

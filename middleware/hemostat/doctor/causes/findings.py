@@ -1,7 +1,7 @@
 """What the report's figures say about causes, as sentences with their evidence. Pure.
 
 A sentence is written for the largest cause of a topic. Where the interval of its figure includes 0, it says so. ± is
-95 %, 1.96 standard errors by request, without a correction for the choice of the largest (`NOTE`).
+95 % by request (Student's t), without a correction for the choice of the largest (`NOTE`).
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hemostat_calibration.statistics.streaming import student_975
+
 NOTE = (
     "± is 95 %, by request. Each sentence names the largest of several causes: chosen as the largest on these texts, "
     "its figure is likely to be somewhat smaller on others."
 )
-Z95 = 1.96
 MIN_GROUP_REQUESTS = 5
 """Tokens of fewer requests are no group: a standard error by request says nothing about them."""
 MIN_SHARE = 0.1
@@ -55,21 +56,28 @@ def _finding(
         "topic": topic,
         "text": text,
         "value": value,
-        "half_width": None if error is None else Z95 * error,
+        "half_width": half_width(error, requests),
         "unit": unit,
         "tokens": tokens,
         "requests": requests,
     }
 
 
-def plus_minus(value: float, error: float | None, digits: int = 4) -> str:
-    """`0.1234 ± 0.0056`, 95 % from the standard error; without one the value alone."""
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {Z95 * error:.{digits}f}"
+def half_width(error: float | None, requests: int) -> float | None:
+    """Of a 95 % interval, from the standard error over so many requests; None without one."""
+    return None if error is None or requests < 2 else student_975(requests - 1) * error
 
 
-def _clear(value: float, error: float | None) -> bool:
+def plus_minus(value: float, error: float | None, requests: int, digits: int = 4) -> str:
+    """`0.1234 ± 0.0056`, 95 % from the standard error over so many requests; without one the value alone."""
+    half = half_width(error, requests)
+    return f"{value:.{digits}f}" if half is None else f"{value:.{digits}f} ± {half:.{digits}f}"
+
+
+def clear(value: float, error: float | None, requests: int) -> bool:
     """The 95 % interval does not include 0."""
-    return error is not None and abs(value) > Z95 * error
+    half = half_width(error, requests)
+    return half is not None and abs(value) > half
 
 
 def _groups(report: Row) -> Iterator[Finding]:
@@ -81,22 +89,23 @@ def _groups(report: Row) -> Iterator[Finding]:
         ]
         if not rows:
             continue
-        clear = [row for row in rows if _clear(row["excess"]["value"], row["excess"]["se_by_request"])]
-        above = [row for row in clear if row["excess"]["value"] > 0]
+        known = [row for row in rows if clear(row["excess"]["value"], row["excess"]["se_by_request"], row["requests"])]
+        above = [row for row in known if row["excess"]["value"] > 0]
         if not above:
             most = max(rows, key=lambda row: row["excess"]["value"])
             excess = most["excess"]
             text = (
                 f"{subject.format(most['name'])} differ most from the others in mean KLD, by "
-                f"{plus_minus(excess['value'], excess['se_by_request'])} nats: not clearly."
+                f"{plus_minus(excess['value'], excess['se_by_request'], most['requests'])} nats: not clearly."
             )
         else:
             # The group that adds most to the total beyond its share of the tokens.
             most = max(above, key=lambda row: row["excess"]["value"] * row["tokens"])
             excess = most["excess"]
+            more = plus_minus(excess["value"], excess["se_by_request"], most["requests"])
             text = (
                 f"{subject.format(most['name'])} have a mean KLD of {most['kld']['value']:.4f} nats"
-                f"{_of(most['kld'])}, {plus_minus(excess['value'], excess['se_by_request'])} more than the others; "
+                f"{_of(most['kld'])}, {more} more than the others; "
                 f"they are {most['tokens']} of {report['tokens']} tokens and hold "
                 f"{100 * (most['share_of_kld'] or 0):.0f} % of the KLD."
             )
@@ -115,17 +124,18 @@ def _layers(layers: Row) -> Iterator[Finding]:
     if single and base:
         best = max(single, key=lambda row: row["won_nats"])
         won, error = best["won_nats"], best["won_se_by_request"]
-        clear = "" if _clear(won, error) else " The interval includes 0: no single layer stands out."
+        unclear = "" if clear(won, error, requests) else " The interval includes 0: no single layer stands out."
         text = (
             f"Restore one: with {best['name']} restored and all else compressed, the mean KLD of {base:.4f} nats falls "
-            f"by {plus_minus(won, error)} ({100 * won / base:.0f} %), the most of {len(single)} layers.{clear}"
+            f"by {plus_minus(won, error, requests)} ({100 * won / base:.0f} %), the most of {len(single)} layers."
+            f"{unclear}"
         )
         yield _finding("layer", text, won, error, **size)
         worst = max(single, key=lambda row: row["alone_nats"])
         cost, error = worst["alone_nats"], worst["alone_se_by_request"]
         text = (
             f"Restore all but one: with {worst['name']} compressed and all else restored, the mean KLD is "
-            f"{plus_minus(cost, error)} nats, the most of {len(single)} layers.{_noise(cost, layers)}"
+            f"{plus_minus(cost, error, requests)} nats, the most of {len(single)} layers.{_noise(cost, layers)}"
         )
         yield _finding("layer", text, cost, error, **size)
     if layers["additivity"] is not None and layers["additivity"]["excess"] is not None and base:
@@ -135,24 +145,25 @@ def _layers(layers: Row) -> Iterator[Finding]:
         best = max(kinds, key=lambda row: row["won_nats"])
         text = (
             f"Of the kinds of module, restoring {best['name']} takes away most: "
-            f"{plus_minus(best['won_nats'], best['won_se_by_request'])} nats."
+            f"{plus_minus(best['won_nats'], best['won_se_by_request'], requests)} nats."
         )
         yield _finding("kind of module", text, best["won_nats"], best["won_se_by_request"], **size)
 
 
 def _additivity(row: Row, base: float, size: dict[str, Any]) -> Finding:
     excess, error = row["excess"], row["excess_se_by_request"]
+    requests = size["requests"]
+    together = plus_minus(row["sum_alone"], row["sum_alone_se_by_request"], requests)
     parts = (
-        f"Compressed one at a time, the {row['parts']} parts cost "
-        f"{plus_minus(row['sum_alone'], row['sum_alone_se_by_request'])} nats together; compressed all at once "
+        f"Compressed one at a time, the {row['parts']} parts cost {together} nats together; compressed all at once "
         f"{base:.4f}. "
     )
-    if not _clear(excess, error):
-        text = f"{parts}The effects add up: the difference of {plus_minus(excess, error)} includes 0."
+    if not clear(excess, error, requests):
+        text = f"{parts}The effects add up: the difference of {plus_minus(excess, error, requests)} includes 0."
     elif excess > 0:
-        text = f"{parts}The errors amplify each other: {plus_minus(excess, error)} nats arise only together."
+        text = f"{parts}The errors amplify each other: {plus_minus(excess, error, requests)} nats arise only together."
     else:
-        text = f"{parts}The errors cancel in part: {plus_minus(-excess, error)} nats less than their sum."
+        text = f"{parts}The errors cancel in part: {plus_minus(-excess, error, requests)} nats less than their sum."
     return _finding("additivity", text, excess, error, **size)
 
 
@@ -174,7 +185,8 @@ def _modules(layers: Row) -> Iterator[Finding]:
     cost, error = worst["alone_nats"], worst["alone_se_by_request"]
     text = (
         f"Of {len(rows)} linear layers compressed alone, layer {worst['layer']} {worst['module']} costs most: "
-        f"{plus_minus(cost, error)} nats, {100 * cost / total:.0f} % of their sum.{_noise(cost, layers)}"
+        f"{plus_minus(cost, error, modules['requests'])} nats, {100 * cost / total:.0f} % of their sum."
+        f"{_noise(cost, layers)}"
     )
     yield _finding("module", text, cost, error, **size)
 
@@ -217,9 +229,10 @@ def _activations(outliers: Row) -> Iterator[Finding]:
         text = f"No channel of activations stands far out: the largest is {ratio:.1f} times the median ({place})."
     yield _finding("outliers of activations", text, ratio, None, "ratio", *evidence)
     worst = max(rows, key=lambda row: row["crest"])
+    crest = plus_minus(worst["crest"], worst["crest_se_by_request"], outliers["requests"], 1)
     text = (
-        f"A token's largest input is {plus_minus(worst['crest'], worst['crest_se_by_request'], 1)} times its root mean "
-        f"square in layer {worst['layer']} {worst['module']}, the most of all: 8-bit rounding by token (W8A8) has "
+        f"A token's largest input is {crest} times its root mean square in layer {worst['layer']} "
+        f"{worst['module']}, the most of all: 8-bit rounding by token (W8A8) has "
         f"there an error of {100 * worst['int8_error']:.1f} % of the inputs."
     )
     yield _finding("outliers of activations", text, worst["crest"], worst["crest_se_by_request"], "ratio", *evidence)
@@ -236,16 +249,19 @@ def _sinks(outliers: Row) -> Iterator[Finding]:
     attention = ""
     if attended:
         top = max(attended, key=lambda row: row["first_attention"])
-        share = plus_minus(100 * top["first_attention"], _scaled(top["first_attention_se_by_request"]), 0)
+        share = plus_minus(
+            100 * top["first_attention"], _scaled(top["first_attention_se_by_request"]), outliers["requests"], 0
+        )
         attention = f" Layer {top['layer']} gives it {share} % of the attention, the most of all."
+    times = plus_minus(ratio, error, outliers["requests"], 0 if ratio >= MIN_SINK_RATIO else 1)
     if ratio >= MIN_SINK_RATIO:
         text = (
             f"The first position is an attention sink: after layer {most['layer']} its hidden state is "
-            f"{plus_minus(ratio, error, 0)} times as large as the median of the others.{attention}"
+            f"{times} times as large as the median of the others.{attention}"
         )
     else:
         text = (
-            f"No attention sink by size: the first position's hidden state is at most {plus_minus(ratio, error, 1)} "
+            f"No attention sink by size: the first position's hidden state is at most {times} "
             f"times the median of the others (after layer {most['layer']}).{attention}"
         )
     yield _finding("attention sink", text, ratio, error, "ratio", *evidence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hemostat.doctor.causes.findings import Z95, plus_minus
+from hemostat.doctor.causes.findings import clear, plus_minus
 
 FOR = {
     "vllm": "vLLM serves it packed on GPUs",
@@ -21,25 +21,25 @@ def sentences(prescription: Row) -> list[str]:
     layers = len(prescription["plan"]["layers"])
     parts = ", ".join(f"{count} with {name}" for name, count in prescription["counts"].items())
     own, *others = prescription["compared"]
-    size = f"{prescription['tokens']} tokens of {prescription['requests']} prompts that it was not made from"
+    requests = prescription["requests"]
+    size = f"{prescription['tokens']} tokens of {requests} prompts that it was not made from"
     found = [
         f"Of {layers} linear layers: {parts}. That is {prescription['bytes']:,} of {prescription['budget']:,} bytes, "
         f"{prescription['bits_per_weight']:.2f} bits per weight; {FOR[prescription['target']]}.",
         *_by_module(prescription),
         f"Predicted: {prescription['predicted']:.4f} nats, and no choice of the same candidates is predicted below "
         f"{prescription['predicted_lower_bound']:.4f}. Measured: mean KLD "
-        f"{plus_minus(own['mean_kld'], own['mean_kld_se_by_request'])} nats on {size}.",
+        f"{plus_minus(own['mean_kld'], own['mean_kld_se_by_request'], requests)} nats on {size}.",
     ]
     for row in others:
         more, error = row["more_than_prescribed"], row["more_se_by_request"]
-        if error is None or abs(more) <= Z95 * error:
-            verdict = f"not clearly different: {plus_minus(more, error)} more"
+        if not clear(more, error, requests):
+            verdict = f"not clearly different: {plus_minus(more, error, requests)} more"
         else:
-            verdict = f"{plus_minus(abs(more), error)} {'more' if more > 0 else 'less: take that instead'}"
+            verdict = f"{plus_minus(abs(more), error, requests)} {'more' if more > 0 else 'less: take that instead'}"
         bytes_of = "" if row["bytes"] is None else f", {row['bytes']:,} bytes"
-        found.append(
-            f"{row['name']}{bytes_of}: {plus_minus(row['mean_kld'], row['mean_kld_se_by_request'])} nats, {verdict}."
-        )
+        mean = plus_minus(row["mean_kld"], row["mean_kld_se_by_request"], requests)
+        found.append(f"{row['name']}{bytes_of}: {mean} nats, {verdict}.")
     return found
 
 

@@ -41,6 +41,8 @@ MIN_BREAK_POINTS = 3
 MIN_RELATIVE_BYTES = 0.9
 """Two points have equal size where the one that is said to be better has at most the other's bytes and at least this
 part of them."""
+RUNGS = 3
+"""Of successive halving; a statement is looked at after each."""
 COLLAPSED = 3.0
 """KL(r‖c) in nats, a perplexity 20 times as high: where both points have lost that much, they are not compared."""
 
@@ -134,7 +136,7 @@ def statements(
                 if min(results.alone(a).means()[0], results.alone(b).means()[0]) < COLLAPSED
             ]
             comparisons = [Comparison(a, b, difference(results.alone(a), results.alone(b))) for a, b in pairs]
-            verdict = always_better([(results.alone(a), results.alone(b)) for a, b in pairs])
+            verdict = always_better([(results.alone(a), results.alone(b)) for a, b in pairs], looks=RUNGS)
             count = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
             evidence = f"{count} of equal size" if pairs else "no two points have equal size"
             found.append(Statement(text, verdict, evidence, comparisons))

@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hemostat.doctor.sweep.analysis import Statement, Threshold, near_front
+from hemostat.doctor.sweep.analysis import RUNGS, Statement, Threshold, near_front
 from hemostat.doctor.sweep.points import PLAIN, UNCHANGED, Point
 from hemostat.doctor.sweep.results import Results
 from hemostat_calibration.thresholds.breaks import Existence
 from hemostat_calibration.thresholds.statements import Verdict
 
 FIRST_TEXTS = 8
-RUNGS = 3
 
 
 def rungs(texts: int, first: int = FIRST_TEXTS) -> list[tuple[int, int]]:
