@@ -59,7 +59,15 @@ class Break:
 
 
 def find_break(curve: Curve, counts: Floats) -> Break:
-    """counts: float64 [B, R], how often each request was drawn in each resample."""
+    """counts: float64 [B, R], how often each request was drawn in each resample.
+
+    >>> x = np.arange(6.0)
+    >>> rise = np.maximum(x - 2.5, 0.0) * 4.0 + 0.1 * x
+    >>> noise = 0.01 * np.sin(np.arange(60.0)).reshape(6, 10)
+    >>> found = find_break(Curve(x, rise[:, None] + noise, np.ones(10)), np.ones((1, 10)))
+    >>> found.existence.value, round(found.at, 1), found.low, found.high
+    ('found', 2.5, 2.0, 3.0)
+    """
     if len(curve.settings) < 4:
         raise InvalidArgumentError("a break needs at least four settings")
     existence = break_existence(curve)
@@ -83,6 +91,13 @@ def find_break(curve: Curve, counts: Floats) -> Break:
 
 
 def break_existence(curve: Curve) -> Existence:
+    """Whether there is a break, by paired contrasts of the steps with Bonferroni's correction.
+
+    >>> x = np.arange(5.0)
+    >>> noise = 0.01 * np.sin(np.arange(50.0)).reshape(5, 10)
+    >>> break_existence(Curve(x, x[:, None] + noise, np.ones(10))).value
+    'none'
+    """
     x, levels = curve.settings, len(curve.settings)
     rise = np.zeros(levels)
     rise[[0, -1]] = (-1.0, 1.0)

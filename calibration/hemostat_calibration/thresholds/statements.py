@@ -43,7 +43,13 @@ class Difference:
 
 
 def difference(better: Curve, worse: Curve, alpha: float = ALPHA) -> Difference:
-    """Each curve has one setting, on the same requests; only requests that both have scored count."""
+    """Each curve has one setting, on the same requests; only requests that both have scored count.
+
+    >>> one = np.array([0.0])
+    >>> better, worse = (Curve(one, np.array([x]), np.ones(3)) for x in ([0.1, 0.2, 0.3], [1.1, 1.2, 1.3]))
+    >>> round(difference(better, worse).value, 6)
+    1.0
+    """
     both = (better.measured & worse.measured)[0]
     sums = np.concatenate([better.sums, worse.sums])[:, both]
     pair = Curve(np.array([0.0, 1.0]), sums, better.tokens[both])
@@ -58,6 +64,11 @@ def always_better(pairs: Sequence[tuple[Curve, Curve]], looks: int = 1) -> Verdi
     Confirmed where every difference is established: each is tested at the look's whole level, since all have to hold
     (intersection–union test; Berger 1982). Not confirmed where the opposite is, for any of them, with Bonferroni's
     correction.
+
+    >>> one = np.array([0.0])
+    >>> better, worse = (Curve(one, np.array([x]), np.ones(3)) for x in ([0.1, 0.2, 0.3], [1.1, 1.2, 1.3]))
+    >>> always_better([(better, worse)]).value
+    'confirmed'
     """
     if not pairs:
         return Verdict.UNDECIDED
