@@ -77,7 +77,7 @@ def test_wheel_contains_every_product_file_and_no_tests(wheelhouse: Path) -> Non
         "hemostat", "hemostat_calibration", "hemostat_engine", f"hemostat-{__version__}.dist-info"
     }  # fmt: skip
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert "hemostat/doctor/report.html.jinja" in names
+    assert {f"hemostat/doctor/{name}" for name in ("page.html.jinja", "sweep/outcomes.jsonl")} <= names
     assert "hemostat/admin/console/vendor/LICENSE-uPlot.txt" in names
 
 
