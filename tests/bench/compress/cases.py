@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +10,13 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from tests.bench.llmcompressor import compress
 from tests.bench.recovery.log import say
 
 from hemostat.models.adapters.texts import Text
 from hemostat.models.compression.compress import Surroundings, compress_with
 from hemostat.models.compression.frame import Method, Source
 from hemostat.models.compression.plan import LayerPlan, stored_bytes
-
-LLMCOMPRESSOR = "llmcompressor==0.14.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +76,6 @@ class Bench:
         around = Surroundings(work=folder.with_name(f"{folder.name}.work"), log=say)
         compress_with(self.reference, folder, method, self.ids, seed=self.seed, surroundings=around)
 
-    def peer(self, script: Path, folder: Path, *arguments: str) -> None:
-        """By a script for llmcompressor: SCRIPT REFERENCE OUT TEXTS.json ARGUMENTS. Its log is beside the folder."""
-        partial = folder.with_name(f"{folder.name}.part")
-        partial.mkdir(parents=True, exist_ok=True)
-        given = folder.with_name(f"{folder.name}.json")
-        given.write_text(json.dumps([ids.tolist() for ids in self.ids]), encoding="utf-8")
-        command = [self.python, script, self.reference, partial, given, *arguments]
-        with folder.with_name(f"{folder.name}.log").open("wb") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log)
-        given.unlink()
-        partial.rename(folder)
-
-    @cached_property
-    def python(self) -> Path:
-        """The interpreter of an environment that has llmcompressor, which wants other versions of transformers and
-        compressed-tensors than vLLM; made on first use."""
-        folder = self.folder / "llmcompressor"
-        python = folder / "bin" / "python"
-        if not (folder / "ready").exists():
-            say(f"installing {LLMCOMPRESSOR} in {folder}")
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", LLMCOMPRESSOR], check=True)
-            (folder / "ready").touch()
-        return python
+    def peer(self, script: Path, folder: Path, method: str, *arguments: str) -> None:
+        """By llmcompressor, with a script of tests/bench/llmcompressor."""
+        compress(script, self.reference, folder, [ids.tolist() for ids in self.ids], method, *arguments)

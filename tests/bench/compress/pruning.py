@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from tests.bench.llmcompressor import PRUNE
 from tests.bench.recovery.log import say
 
 from hemostat.models.adapters.training import summary_line
@@ -22,7 +23,6 @@ from hemostat.models.compression.repair import write_repaired_copy
 from .cases import Bench, Case, Must
 
 NAME = "pruning"
-SCRIPT = Path(__file__).with_name("llmcompressor_pruning.py")
 SPARSITIES = (0.3, 0.5, 0.6)
 SPARSITIES_OF_ROWS = (0.2, 0.3)
 PEERS = ("sparsegpt", "wanda")
@@ -85,7 +85,7 @@ def _peer(method: str, pattern: Pattern) -> str:
 
 
 def _by_peer(bench: Bench, method: str, pattern: Pattern, folder: Path) -> None:
-    bench.peer(SCRIPT, folder, method, "0.5", pattern.value)
+    bench.peer(PRUNE, folder, method, "0.5", pattern.value)
 
 
 def _repaired(bench: Bench, case: Case, folder: Path) -> None:

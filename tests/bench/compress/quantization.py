@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from tests.bench.llmcompressor import QUANTIZE
 from tests.bench.recovery.log import say
 
 from hemostat.doctor.prescription.losses import predicted_losses
@@ -21,7 +22,6 @@ from hemostat.models.compression.planned import planned
 from .cases import Bench, Case, Must
 
 NAME = "quantization"
-SCRIPT = Path(__file__).with_name("llmcompressor_quantization.py")
 GROUP_SIZE = 64
 """The width of SmolLM2, 576, is not a multiple of 128."""
 W4A16 = WeightFormat(4, GROUP_SIZE)
@@ -83,7 +83,7 @@ def _uniform(bench: Bench, weight_format: WeightFormat, calibration: str, packed
 
 
 def _peer(bench: Bench, method: str, folder: Path) -> None:
-    bench.peer(SCRIPT, folder, method, str(GROUP_SIZE))
+    bench.peer(QUANTIZE, folder, method, str(GROUP_SIZE))
 
 
 def _mixed(bench: Bench, bits: int, folder: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 import transformers
-from tests.bench.recovery.adapters.checkpoints import environment, quantize
+from tests.bench.llmcompressor import QUANTIZE, compress
+from tests.bench.recovery.adapters.checkpoints import AWQ_GRID
 from tests.support.adapter_models import VOCABULARY, random_texts, save, tiny_model
 
 from hemostat.models.adapters.build import BuildOptions, build, judged
@@ -19,18 +20,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # torch's own, at import
 ]
 
-ROOT = Path(__file__).resolve().parents[3]
 GROUP_SIZE = 128
 """It divides the tiny model's widths, 256 and 384."""
 
 
-@pytest.fixture(scope="module")
-def python() -> Path:
-    return environment(ROOT / "build" / "bench" / "recovery" / "llmcompressor")
-
-
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_its_groups_of_128_are_read_and_corrected(method: str, python: Path, tmp_path: Path) -> None:
+def test_its_groups_of_128_are_read_and_corrected(method: str, tmp_path: Path) -> None:
     reference = save(tiny_model(), tmp_path / "reference")
     words = tokenizers.models.WordLevel({str(n): n for n in range(VOCABULARY)}, unk_token="0")
     tokenizer = tokenizers.Tokenizer(words)
@@ -38,7 +33,7 @@ def test_its_groups_of_128_are_read_and_corrected(method: str, python: Path, tmp
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0").save_pretrained(reference)
     calibration = [text.ids.tolist() for text in random_texts(32, seed=1)]
     compressed = tmp_path / method
-    quantize(method, reference, compressed, calibration, GROUP_SIZE, python)
+    compress(QUANTIZE, reference, compressed, calibration, method, str(GROUP_SIZE), str(AWQ_GRID))
     pair = CheckpointPair.open(reference, compressed)
     assert all(pair.compressed.is_quantized(name) for name in pair.skeleton.linears)
     for name in pair.skeleton.linears:

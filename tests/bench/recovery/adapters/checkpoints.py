@@ -3,14 +3,11 @@ llmcompressor, which has an environment of its own below build/."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.llmcompressor import QUANTIZE, compress
 from tests.bench.recovery.engine import Written
 from tests.bench.recovery.log import say
 
@@ -18,12 +15,11 @@ from hemostat.models.reference_checkpoint import cached_checkpoints
 
 from .texts import checkpoint_digest
 
-LLMCOMPRESSOR = "llmcompressor==0.14.0.1"
 CALIBRATION_TEXTS = {"gptq": 240, "awq": 64}
 """AWQ runs every text once for each point of its grid."""
 GROUP_SIZE = 64
 """The width of SmolLM2, 576, is not a multiple of 128."""
-SCRIPT = Path(__file__).with_name("llmcompressor_script.py")
+AWQ_GRID = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +42,5 @@ def pair(scheme: str, build: Path, calibration: Sequence[Written]) -> Pair:
     folder = build / f"checkpoint-{scheme}"
     if not folder.exists():
         texts = [[int(i) for i in (*text.prompt, *text.output)] for text in calibration[: CALIBRATION_TEXTS[scheme]]]
-        quantize(scheme, reference, folder, texts, GROUP_SIZE, environment(build / "llmcompressor"))
+        compress(QUANTIZE, reference, folder, texts, scheme, str(GROUP_SIZE), str(AWQ_GRID))
     return Pair(scheme, reference, folder)
-
-
-def quantize(
-    method: str, reference: Path, folder: Path, texts: Sequence[Sequence[int]], group_size: int, python: Path
-) -> None:
-    """By `method`, "gptq" or "awq", calibrated on `texts`; its log is beside the folder. python: of `environment`."""
-    partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
-    say(f"{method}: quantizing with llmcompressor, {len(texts)} texts")
-    command = [python, SCRIPT, method, reference, partial, partial / "texts.json", str(group_size)]
-    with (folder.parent / f"{method}.log").open("wb") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
-    (partial / "texts.json").unlink()
-    partial.rename(folder)
-
-
-def environment(folder: Path) -> Path:
-    """The interpreter of an environment that has llmcompressor; made on first use."""
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        say(f"installing {LLMCOMPRESSOR} in {folder}")
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", LLMCOMPRESSOR], check=True)
-        (folder / "ready").touch()
-    return python

@@ -1,26 +1,24 @@
-"""Quantizes a checkpoint with llmcompressor. Runs in an environment of its own, which has no Hemostat.
+"""Quantizes a checkpoint.
 
-usage: llmcompressor_quantization.py REFERENCE OUT TEXTS.json METHOD GROUP_SIZE
-(texts: token ids, a list of lists; METHOD: rtn, gptq, awq, for W4A16, or smoothquant, for W8A8)
+usage: quantize.py REFERENCE OUT TEXTS.json METHOD GROUP_SIZE [AWQ_GRID]
+(texts: token ids, a list of lists; METHOD: rtn, gptq, awq, for W4A16, or smoothquant, for W8A8; AWQ_GRID: points that
+AWQ tries, llmcompressor's own number by default)
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from calibration import apply  # of this folder
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from datasets import Dataset
-from llmcompressor import oneshot
+
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMOOTHING_STRENGTH = 0.8
 """As in llmcompressor's own examples."""
@@ -31,31 +29,20 @@ if not torch.cuda.is_available():
     IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
 
 
-def main(reference: str, out: str, texts: str, method: str, group_size: str) -> None:
-    ids = json.loads(Path(texts).read_text(encoding="utf-8"))
-    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]})
-    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)
+def main(reference: str, out: str, texts: str, method: str, group_size: str, awq_grid: str = "") -> None:
     weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=int(group_size))
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    grid = {"n_grid": int(awq_grid)} if awq_grid else {}
     recipes: dict[str, list[Any]] = {
         "rtn": [QuantizationModifier(config_groups=groups, ignore=HEAD)],
         "gptq": [GPTQModifier(config_groups=groups, ignore=HEAD)],
-        "awq": [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=HEAD)],
+        "awq": [AWQModifier(**grid), QuantizationModifier(config_groups=groups, ignore=HEAD)],
         "smoothquant": [
             SmoothQuantModifier(smoothing_strength=SMOOTHING_STRENGTH),
             GPTQModifier(targets="Linear", scheme="W8A8", ignore=HEAD),
         ],
     }
-    oneshot(
-        model=model,
-        dataset=data,
-        recipe=recipes[method],
-        max_seq_length=max(map(len, ids)),
-        num_calibration_samples=len(ids),
-        shuffle_calibration_samples=False,
-    )
-    model.save_pretrained(out, save_compressed=True)
-    AutoTokenizer.from_pretrained(reference).save_pretrained(out)
+    apply(recipes[method], reference, out, texts, packed=True)
 
 
 if __name__ == "__main__":
