@@ -72,7 +72,7 @@ bench-coverage: setup ## share of a mixed agent workload that is scored, and why
 bench-faults: setup ## attacks, faults and restarts under load, on real processes; writes build/bench/faults.json
 	@exec $(BIN)/python tests/bench/bench_faults.py $(ARGS)
 
-bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcompressor's (an hour or more); writes build/bench/compress.json
+bench-compress: setup ## compressed checkpoints of equal bytes, ours and llmcompressor's (hours); writes build/bench/compress.json
 	@exec $(BIN)/python tests/bench/bench_compress.py $(ARGS)
 
 chart: setup ## generate the README and the values schema of helm/hemostat
