@@ -19,6 +19,7 @@ from typing import Any
 from tests.support.gemma_checkpoint import gemma_checkpoint
 
 from hemostat.doctor import DoctorOptions, run
+from hemostat.doctor.causes.findings import half_width
 from hemostat.doctor.prompts import load
 from hemostat.models.compression.compress import compress
 from hemostat.models.reference_checkpoint import cached_checkpoints
@@ -36,7 +37,6 @@ FIGURES = {
     "Mean PPL(Q)/PPL(base)": "PPL ratio",
     "noise floor: c in one prefill ‖ c in two": "noise floor",
 }
-Z95 = 1.96
 
 
 def note(line: str) -> None:
@@ -64,7 +64,8 @@ def line(row: dict[str, Any]) -> str:
     cells = [row["family"], row["scheme"], f"{row['requests']}", f"{row['tokens']}"]
     for name in FIGURES:
         value, error, unit = (row[name][key] for key in ("value", "se_by_request", "unit"))
-        spread = "" if error is None else f" ± {Z95 * error:.2g}"
+        half = half_width(error, row["requests"])
+        spread = "" if half is None else f" ± {half:.2g}"
         cells.append(f"{value:.3g}{spread}{' %' if unit == '%' else ''}")
     return "| " + " | ".join(cells) + " |"
 
