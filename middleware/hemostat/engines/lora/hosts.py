@@ -39,7 +39,7 @@ class _ProfilesAt:
 
 
 class AdapterHosts:
-    """Owns the hosts. Arguments as of `AdapterHost`; names: of the addresses that relays send requests to."""
+    """Owns the hosts. registry: of all engines that report. Other arguments as of `AdapterHost`."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class AdapterHosts:
         }
 
     def samples(self) -> Iterator[Sample]:
-        """Adapters in a state are counted where any engine has them in it, loads and probes at all engines."""
+        """Adapters in a state: of the engine that has most of them in it. Loads and probes: of all engines together."""
         totals: Counter[tuple[str, tuple[str, ...]]] = Counter()
         for host in self.hosts.values():
             for sample in host.samples():
