@@ -19,7 +19,6 @@ from hemostat.engines.lora.probing import ModelCopy
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.reference.server import VllmServer
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.adapters")
@@ -161,7 +160,7 @@ class AdapterHosts:
             self._settings,
             self._registry if only else self._addresses.at(name),
             self._profiles if only else _ProfilesAt(self._profiles, lambda v, why: self._reject(name, v, why)),
-            connect=lambda: self._connect(name),
+            connect=lambda: self._addresses.server(name, REQUEST_SECONDS),
             copy=self._copy,
             base=self._base,
             leads=self._leads,
@@ -169,12 +168,6 @@ class AdapterHosts:
             on_change=self._on_change,
             writing=self._writing,
         )
-
-    def _connect(self, name: str) -> VllmServer:
-        upstream = self._settings.upstream
-        if name != ONLY:
-            return self._addresses.server(name, REQUEST_SECONDS)
-        return VllmServer(upstream.servers[0], upstream.api_key, timeout=REQUEST_SECONDS, ca=upstream.ca)
 
     def _reject(self, name: str, version: str, why: str) -> None:
         if not self._given_up(version):
