@@ -465,8 +465,9 @@ LABELS: dict[str, dict[str, Values | str]] = {
     "state": {
         "": {
             "wanted": "they serve, or are tested",
-            "loaded": "the upstream lists them",
-            "ready": "every engine has them, and the probes have passed: requests ask for them",
+            "loaded": "the engine lists them; of several engines, the one that lists most",
+            "ready": "the engine has them, and the probes have passed: requests ask for them; of several engines, the "
+            "one with most",
         }
     },
     "stream": {

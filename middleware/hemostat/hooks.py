@@ -75,8 +75,11 @@ class ExchangeHook(Protocol):
     def request(self, body: bytes | None) -> Rewrite | Refusal | None:
         """Called with the whole body, or None if it is longer than `body_limit`. Returns None to send it unchanged."""
 
-    def response_head(self, status: int, headers: Headers) -> bool:
-        """True: the body passes through `response_data`, and is framed anew. Not called for 1xx responses."""
+    def response_head(self, status: int, content_type: bytes, content_coding: bytes) -> bool:
+        """True: the body passes through `response_data`, and is framed anew. Not called for 1xx responses.
+
+        content_type, content_coding: of the response's last field with this name; b"" and b"identity" without one.
+        """
 
     @property
     def withholds(self) -> bool:

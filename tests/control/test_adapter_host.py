@@ -11,11 +11,10 @@ import pytest
 from tests.support.control import control, settings, status_json
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import VOCAB, FakeVllm, running
-from tests.support.lora_world import FakeCopy, adapter
+from tests.support.lora_world import FakeCopy, adapter, hurry
 from tests.support.waiting import until
 
 from hemostat.control.composition import Control
-from hemostat.engines.lora import host as host_module
 from hemostat.profiles.decisions import Decision, Reason
 
 ADAPTER = adapter(1)
@@ -23,8 +22,7 @@ ADAPTER = adapter(1)
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(host_module, "SOON_SECONDS", 0.01)
+    hurry(monkeypatch)
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -20,11 +20,10 @@ V, W = "a" * 32, "b" * 32
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BACKOFF", (0.02,))
     monkeypatch.setattr(module, "TICK_SECONDS", 0.02)
     monkeypatch.setattr(module, "TAP_SECONDS", 0.1)
-    return
 
 
 class World:
@@ -57,7 +56,7 @@ class World:
 
 
 @asynccontextmanager
-async def world(*boots: tuple[str, ...], unlisted: int = 0) -> AsyncIterator[World]:
+async def world(*boots: tuple[str, ...]) -> AsyncIterator[World]:
     """An address for each; boots: of the engines behind it."""
     registry = EngineRegistry()
     engines = [PluginEngine(registry, *one) for one in boots]

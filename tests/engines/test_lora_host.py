@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support.fake_lora import UNLOAD, FakeLora
 from tests.support.fake_vllm import FakeVllm
-from tests.support.lora_world import LoraWorld, adapter, lora_world
+from tests.support.lora_world import LoraWorld, adapter, hurry, lora_world
 from tests.support.waiting import until
 
-from hemostat.engines.lora import host as host_module
-from hemostat.engines.lora import probes as probes_module
 from hemostat.engines.lora.host import HostState
 from hemostat.metrics import names
 from hemostat_calibration.profiles.profile import CalibrationProfile
@@ -23,12 +20,8 @@ ONE, TWO, LARGE = adapter(1), adapter(2), adapter(3, rank=20)
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (host_module, probes_module):
-        monkeypatch.setattr(module, "BACKOFF", (0.02,))
-    monkeypatch.setattr(host_module, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(host_module, "SOON_SECONDS", 0.01)
-    return
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
 
 
 def server(*profiles: CalibrationProfile, **more: Any) -> FakeLora:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import FakeVllm, running
-from tests.support.lora_world import FakeCopy, FakeProfiles, adapter
+from tests.support.lora_world import FakeCopy, FakeProfiles, adapter, hurry
 from tests.support.waiting import until
 
 from hemostat.config.schema import Settings
 from hemostat.engines.addresses import EngineAddresses
-from hemostat.engines.lora import host as host_module
 from hemostat.engines.lora import hosts as hosts_module
-from hemostat.engines.lora import probes as probes_module
 from hemostat.engines.lora.hosts import AdapterHosts
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics import names
@@ -27,13 +25,9 @@ ONE = adapter(1)
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (host_module, probes_module):
-        monkeypatch.setattr(module, "BACKOFF", (0.02,))
-    monkeypatch.setattr(host_module, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(host_module, "SOON_SECONDS", 0.01)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
     monkeypatch.setattr(hosts_module, "TICK_SECONDS", 0.02)
-    return
 
 
 @dataclass

@@ -138,7 +138,7 @@ class Pipeline:
         consumers: Any = SimpleNamespace(
             measurements=self.measured,
             alarms=SimpleNamespace(observe=lambda record, figures: None),
-            engines=SimpleNamespace(count=lambda record, figures: None, observe=lambda *unit, **more: None),
+            engines=SimpleNamespace(count=lambda record, figures: None),
             profiles=profiles,
             learner=SimpleNamespace(offer=lambda record, scope: self.learned.append(record)),
             records=self.records,

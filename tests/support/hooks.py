@@ -44,7 +44,7 @@ class SpyHook:
         self._called("request", body)
         return self.verdict(body)
 
-    def response_head(self, status: int, headers: Headers) -> bool:
+    def response_head(self, status: int, content_type: bytes, content_coding: bytes) -> bool:
         self._called("response_head", status)
         return self.wanted
 

@@ -11,10 +11,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 from tests.support.fake_lora import FakeLora
 from tests.support.fake_vllm import VOCAB, FakeVllm, running
 
 from hemostat.config.schema import Settings
+from hemostat.engines.lora import host as host_module
+from hemostat.engines.lora import probes as probes_module
 from hemostat.engines.lora.host import AdapterHost
 from hemostat.engines.lora.probing import CopyUnavailable
 from hemostat.engines.messages import EngineReport, LoraState
@@ -24,6 +27,14 @@ from hemostat_calibration.adapters.factors import LowRank
 from hemostat_calibration.arrays import Ids, Singles
 from hemostat_calibration.profiles.adapter import adapter_profile
 from hemostat_calibration.profiles.profile import CalibrationProfile
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts wait for hundredths of a second instead of seconds."""
+    for module in (host_module, probes_module):
+        monkeypatch.setattr(module, "BACKOFF", (0.02,))
+    monkeypatch.setattr(host_module, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(host_module, "SOON_SECONDS", 0.01)
 
 
 def adapter(seed: int = 0, rank: int = 2) -> CalibrationProfile:

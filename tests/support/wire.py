@@ -15,7 +15,7 @@ import httpx2
 import msgspec
 import numpy as np
 
-from hemostat.hooks import Refusal
+from hemostat.hooks import Headers, Refusal
 from hemostat.ipc.messages import REST_KIND, Capture, Policy
 from hemostat.ipc.sampled import SampledTally
 from hemostat.metrics.names import CALIBRATION_REQUESTS, REPEATED_REQUESTS, SHADOW_REQUESTS
@@ -145,7 +145,9 @@ class Wire:
             try:
                 with self.client.stream(method, path, content=data, headers=upstream) as response:
                     answer.status = response.status_code
-                    looks = exchange is not None and exchange.response_head(response.status_code, response.headers.raw)
+                    looks = exchange is not None and exchange.response_head(
+                        response.status_code, *content_fields(response.headers.raw)
+                    )
                     for chunk in response.iter_raw():
                         if not looks or exchange is None:
                             parts.append(chunk)
@@ -167,6 +169,12 @@ class Wire:
             self.arms.append(exchange.arm)
             exchange.closed(complete=answer.complete)
         return answer
+
+
+def content_fields(fields: Headers) -> tuple[bytes, bytes]:
+    """What the relay tells the hook of a response's fields: Content-Type and Content-Encoding."""
+    found = {name.lower(): value for name, value in fields}
+    return found.get(b"content-type", b""), found.get(b"content-encoding", b"identity")
 
 
 class ThroughWire(httpx.BaseTransport):

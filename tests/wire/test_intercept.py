@@ -254,7 +254,7 @@ def test_a_stream_of_another_format_is_passed_on_and_counted(event: bytes) -> No
     exchange = wire.interceptor.begin("POST", CHAT.encode(), [], "r")
     assert exchange is not None
     exchange.request(json_splice.encode(chat(stream=True)))
-    assert exchange.response_head(200, [(b"Content-Type", b"text/event-stream")])
+    assert exchange.response_head(200, b"text/event-stream", b"identity")
     out = exchange.response_data(event + b"data: [DONE]\n\n")
     out += exchange.response_end()
     exchange.closed(complete=True)

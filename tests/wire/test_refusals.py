@@ -17,6 +17,7 @@ from tests.support.wire import (
     VERSION,
     Wire,
     chat,
+    content_fields,
     policy,
 )
 
@@ -140,11 +141,11 @@ def test_a_request_whose_profile_is_refused_is_sent_again_without_it(shadow_rate
     exchange = begun(wire)
     assert exchange.request(json_splice.encode(chat(stream=True))) is not None
     assert exchange.arm == "treated"
-    assert exchange.response_head(status, EVENT_STREAM if status == 200 else [])
+    assert exchange.response_head(status, *content_fields(EVENT_STREAM if status == 200 else []))
     for at in range(0, len(REFUSAL_EVENT), 20):
         assert exchange.response_data(REFUSAL_EVENT[at : at + 20]) == b""
     assert exchange.replay()
-    assert exchange.response_head(200, EVENT_STREAM)
+    assert exchange.response_head(200, *content_fields(EVENT_STREAM))
     answer = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"token_ids":[5]}]}\n\ndata: [DONE]\n\n'
     assert b"".join(exchange.response_data(answer[at : at + 7]) for at in range(0, len(answer), 7)) == answer
     assert exchange.response_end() == b""
@@ -181,7 +182,7 @@ def test_a_response_that_is_not_a_refusal_is_not_held_back(first: bytes) -> None
     wire = Wire(httpx.Client())
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat(stream=True)))
-    exchange.response_head(200, EVENT_STREAM)
+    exchange.response_head(200, *content_fields(EVENT_STREAM))
     out = exchange.response_data(first)
     assert out == first or first.startswith(b"x")
     assert not exchange.replay()
@@ -191,7 +192,7 @@ def test_a_response_that_is_not_a_refusal_is_not_held_back(first: bytes) -> None
 def test_a_large_refusal_is_passed_on(wire: Wire) -> None:
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat()))
-    assert exchange.response_head(400, [])
+    assert exchange.response_head(400, *content_fields([]))
     assert exchange.response_data(b"y" * 70_000) + exchange.response_data(b"z") == b"y" * 70_000 + b"z"
     assert not exchange.replay()
     exchange.response_end()
@@ -202,7 +203,7 @@ def test_a_large_refusal_is_passed_on(wire: Wire) -> None:
 def test_an_interrupted_replay_is_incomplete(wire: Wire) -> None:
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat(stream=True)))
-    exchange.response_head(200, EVENT_STREAM)
+    exchange.response_head(200, *content_fields(EVENT_STREAM))
     exchange.response_data(REFUSAL_EVENT)
     assert exchange.replay()
     exchange.closed(complete=False)
@@ -348,7 +349,7 @@ def test_an_answer_that_is_compressed_unasked_is_stripped_inside(packed: bytes, 
     wire = Wire(httpx.Client())
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat()))
-    assert exchange.response_head(200, fields)
+    assert exchange.response_head(200, *content_fields(fields))
     out = b"".join(exchange.response_data(packed[at : at + size]) for at in range(0, len(packed), size))
     out += exchange.response_end()
     assert gzip.decompress(out) == PLAIN
@@ -360,7 +361,7 @@ def test_each_event_of_a_compressed_stream_goes_out_at_once() -> None:
     wire = Wire(httpx.Client())
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat(stream=True)))
-    exchange.response_head(200, [*EVENT_STREAM, (b"Content-Encoding", b"gzip")])
+    exchange.response_head(200, *content_fields([*EVENT_STREAM, (b"Content-Encoding", b"gzip")]))
     packer, unpacker = zlib.compressobj(wbits=31), zlib.decompressobj(31)
     for text in (b"data: one\n\n", b": two\n\n"):
         data = packer.compress(text) + packer.flush(zlib.Z_SYNC_FLUSH)
@@ -382,7 +383,7 @@ def test_an_answer_in_a_coding_that_cannot_be_read_is_replaced(coding: bytes) ->
     wire, upstream = scripted((200, [*JSON, (b"content-encoding", coding)], b"\x8b\x02\x80"))
     exchange = begun(wire)
     exchange.request(json_splice.encode(chat()))
-    assert exchange.response_head(200, [*JSON, (b"content-encoding", coding)])
+    assert exchange.response_head(200, *content_fields([*JSON, (b"content-encoding", coding)]))
     assert exchange.withholds
     exchange.closed(complete=False)
     for _ in range(MIN_REFUSALS):

@@ -326,7 +326,7 @@ class StatusSource:
 
     def _upstream(self) -> list[UpstreamStatus]:
         figures = {row["engine"]: row for row in self._by_engine.report()}
-        addresses, now = self._addresses, self._clock()
+        held = self._addresses.shown(self._clock())
         return [
             UpstreamStatus(
                 engine=name,
@@ -338,7 +338,7 @@ class StatusSource:
                 resent=engine.resent,
                 ejections=engine.ejections,
                 figures=figures.get(name, {}),
-                holds=None if (held := addresses.holds(name, now)) is None else sorted(held),
+                holds=sorted(held[name]) if name in held else None,
             )
             for name, engine in self._upstreams.current().items()
         ]

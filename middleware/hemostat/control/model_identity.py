@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from hashlib import blake2b
 
 from hemostat.reference.pair import ModelPair
@@ -38,6 +39,7 @@ def same_models(stored: str, now: str) -> bool:
         return False
 
 
+@lru_cache(maxsize=8)
 def brief(identity: str) -> str:
     """The same in few bytes, a digest for each thing that is known: what each unit of evidence carries.
 

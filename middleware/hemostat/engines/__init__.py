@@ -1,1 +1,1 @@
-"""What the engines' plugins report, and the routes that they call."""
+"""What the engines' plugins report, the routes that they call, and which engine answers at which address."""

@@ -103,8 +103,9 @@ class EngineAddresses:
     def boot_at(self, name: str, now: float) -> str | None:
         """The boot id of the engine at this address; None where that is not known now."""
         address = self._addresses.get(name)
-        known = address is not None and address.asked_at >= self._registry.newest
-        return address.boot if known and address is not None and address.boot in self._registry.boots(now) else None
+        if address is None or address.asked_at < self._registry.newest:
+            return None
+        return address.boot if address.boot in self._registry.boots(now) else None
 
     def held(self, now: float) -> dict[str, frozenset[str]]:
         """By address, the versions that a request there may ask for."""
@@ -115,24 +116,24 @@ class EngineAddresses:
             unplaced = frozenset()
         return {name: self._registry.held_by_all({boot} | unplaced, now) for name, boot in found.items()}
 
-    def holds(self, name: str, now: float) -> frozenset[str] | None:
-        """The same at one address, for operators: None while it is not known which engine is there. Where
-        there is one address, what all engines hold."""
-        return self.held(now).get(name) if self.several else self._registry.acknowledged(now)
+    def shown(self, now: float) -> dict[str, frozenset[str]]:
+        """The same for operators: without an address while it is not known which engine is there. Where there is one
+        address, what all engines hold."""
+        return self.held(now) if self.several else dict.fromkeys(self._names(), self._registry.acknowledged(now))
 
     def at(self, name: str) -> EngineAt:
         return EngineAt(self, self._registry, name)
 
     def server(self, name: str, timeout: float) -> VllmServer:
-        """A client of the engine at this address."""
+        """A client of the engine at this address; "": of the only address in the settings."""
         upstream = self._upstream
         scheme, _, host = upstream.servers[0].partition("://")
         return VllmServer(
-            f"{scheme}://{name}",
+            f"{scheme}://{name or host}",
             upstream.api_key,
             timeout=timeout,
             ca=upstream.ca,
-            host=host if upstream.resolves else None,
+            host=host if name and upstream.resolves else None,
         )
 
     async def run(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hemostat.hooks import Comparison, ExchangeHook, Refusal, Rewrite
-from hemostat.relay.http.fields import split_fields
 from hemostat.relay.http.response import ResponseHead
 from hemostat_calibration.records import Arm
 
@@ -70,7 +69,7 @@ class FailOpenHook:
         if self._failed:
             return False
         try:
-            return self._hook.response_head(head.status, split_fields(head.lines))
+            return self._hook.response_head(head.status, head.content_type, head.content_coding)
         except Exception:  # noqa: BLE001  fail open: a failing hook is ignored
             self._fail()
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hemostat.hooks import Comparison, Headers, Refusal, Rewrite
+from hemostat.hooks import Comparison, Refusal, Rewrite
 from hemostat.ipc.messages import Capture, Policy
 from hemostat.openai import requests
 from hemostat.openai.complexity import TooComplex
@@ -303,12 +303,11 @@ class InterceptedExchange:
     def withholds(self) -> bool:
         return self._withheld
 
-    def response_head(self, status: int, headers: Headers) -> bool:
+    def response_head(self, status: int, content_type: bytes, content_coding: bytes) -> bool:
         if not self._rewritten:
             return False
-        fields = {name.lower(): value for name, value in headers}
-        content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        coding = fields.get(b"content-encoding", b"identity").strip().lower()
+        content_type = content_type.partition(b";")[0].strip().lower()
+        coding = content_coding.strip().lower()
         plain = coding == b"identity"
         event_stream = status == 200 and content_type == b"text/event-stream"
         stream = plain and event_stream

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hemostat.hooks import Comparison, Headers, Refusal, Rewrite
+from hemostat.hooks import Comparison, Refusal, Rewrite
 from hemostat.openai.model_name import without_versions
 from hemostat_calibration.records import Arm
 
@@ -34,9 +34,8 @@ class ModelList:
     def sent_to(self, engine: str) -> None:
         pass
 
-    def response_head(self, status: int, headers: Headers) -> bool:
-        coding = next((value for name, value in headers if name.lower() == b"content-encoding"), b"identity")
-        return status == 200 and coding.lower() == b"identity"
+    def response_head(self, status: int, content_type: bytes, content_coding: bytes) -> bool:
+        return status == 200 and content_coding.lower() == b"identity"
 
     def response_data(self, data: bytes) -> bytes:
         if self._too_long:

@@ -24,7 +24,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -142,25 +142,30 @@ class Replica:
     async def _take_over(self) -> None:
         """With the lease: read what another replica has written. The lease is prolonged meanwhile, and given up where
         what was read cannot be used."""
-        done = asyncio.Event()
-        prolonging = asyncio.create_task(self._prolong_until(done))
         try:
-            await self._migrate()
-            if self._must_read:
-                self._lease.lose()
-                self._must_read = False  # asking for the lease sets it again where another replica has led meanwhile
-                try:
-                    await self._read()
-                except Exception:
-                    self._must_read = True
-                    raise
+            async with self._prolonging():
+                await self._migrate()
+                if self._must_read:
+                    self._lease.lose()
+                    self._must_read = False  # asking for the lease sets it again where another one has led meanwhile
+                    try:
+                        await self._read()
+                    except Exception:
+                        self._must_read = True
+                        raise
         except Exception:
-            done.set()
-            await prolonging
             if self._must_read:
                 with contextlib.suppress(StoreFailure):
                     await asyncio.to_thread(self._store.release_lease)
             raise
+
+    @contextlib.asynccontextmanager
+    async def _prolonging(self) -> AsyncIterator[None]:
+        """The lease is prolonged within, and not any more afterwards."""
+        done = asyncio.Event()
+        prolonging = asyncio.create_task(self._prolong_until(done))
+        try:
+            yield
         finally:
             done.set()
             await prolonging

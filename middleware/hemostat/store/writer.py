@@ -165,10 +165,22 @@ class StoreWriter:
             self._newest = write
         except asyncio.QueueFull:
             self._errors.count += 1
-            if isinstance(write, PutBlob):
-                self._blobs.pop(write, None)
-            elif isinstance(write, SetStates):
-                self._states.pop(write, None)
+            self._drop(write)
+
+    def _waiting(self, write: Write) -> dict[Any, Any] | None:
+        """Where this write's values wait; None where it has them itself."""
+        match write:
+            case PutBlob():
+                return self._blobs
+            case SetStates():
+                return self._states
+            case _:
+                return None
+
+    def _drop(self, write: Write) -> None:
+        """It will not be written."""
+        if (waiting := self._waiting(write)) is not None:
+            waiting.pop(write, None)
 
     def _enqueue_blob(self, write: PutBlob, data: bytes) -> None:
         if write.as_leader and not self._lease.is_last_leader:
@@ -235,29 +247,21 @@ class StoreWriter:
         """False for a write of the leader that this replica was, before another one led."""
         due = isinstance(write, SendCommand) or not write.as_leader or term == self._lease.term
         if not due:
-            if isinstance(write, PutBlob):
-                self._blobs.pop(write, None)
-            elif isinstance(write, SetStates):
-                self._states.pop(write, None)
+            self._drop(write)
         return due
 
     async def _write(self, write: Write) -> None:
         """What waits is taken here, on the event loop: in the thread it could be taken between two steps of a caller.
         StoreFailure; after StoreUnreachable it waits again."""
-        values: Any = None
-        if isinstance(write, PutBlob):
-            values = self._blobs.pop(write, None)
-        elif isinstance(write, SetStates):
-            values = self._states.pop(write, None)
-        if isinstance(write, PutBlob | SetStates) and values is None:
+        waiting = self._waiting(write)
+        values = None if waiting is None else waiting.pop(write, None)
+        if waiting is not None and values is None:
             return  # written with an earlier one
         try:
             await asyncio.to_thread(self._write_now, write, values)
         except StoreUnreachable:
-            if isinstance(write, PutBlob):
-                self._blobs.setdefault(write, values)
-            elif isinstance(write, SetStates):
-                self._states[write] = values
+            if waiting is not None:
+                waiting.setdefault(write, values)  # a newer blob wins; of states, each number has its own values
             raise
 
     def _write_now(self, write: Write, values: Any) -> None:

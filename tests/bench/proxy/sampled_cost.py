@@ -74,8 +74,7 @@ class _Answer:
 
     def __init__(self, answers: Answers, *, stream: bool) -> None:
         self.body = json.dumps(request_body(stream=stream)).encode()
-        kind = b"text/event-stream; charset=utf-8" if stream else b"application/json"
-        self.fields = [(b"content-type", kind)]
+        self.content_type = b"text/event-stream; charset=utf-8" if stream else b"application/json"
         self.pieces = [answers.json_asked]
         if stream:
             role, *events = answers.stream_asked
@@ -88,7 +87,7 @@ class _Answer:
             return
         assert hasattr(exchange, "request")
         exchange.request(self.body)
-        exchange.response_head(200, self.fields)
+        exchange.response_head(200, self.content_type, b"identity")
         for piece in self.pieces:
             exchange.response_data(piece)
         exchange.response_end()

@@ -159,11 +159,10 @@ class AdapterHost:
     @property
     def ready(self) -> dict[str, bool]:
         """The versions that requests may ask for now -> whether the version has a map of the logits, too."""
-        if not self._ready:
+        now = self._clock()
+        if not self._ready or not self._engines.known(now):
             return {}
-        reports = self._engines.live(self._clock())
-        if not self._engines.known(self._clock()):
-            return {}
+        reports = self._engines.live(now)
         if slots.boots(reports) - self._boots or not slots.complete(reports) or slots.room(reports, 0).problem:
             return {}
         held = slots.held_everywhere(reports, frozenset(self._ready))

@@ -19,7 +19,6 @@ from hemostat.engines.lora.probing import ModelCopy
 from hemostat.engines.registry import EngineRegistry
 from hemostat.metrics import names
 from hemostat.metrics.samples import Sample
-from hemostat.reference.server import VllmServer
 from hemostat_calibration.profiles.profile import CalibrationProfile
 
 log = logging.getLogger("hemostat.adapters")
@@ -39,7 +38,7 @@ class _ProfilesAt:
 
 
 class AdapterHosts:
-    """Owns the hosts. Arguments as of `AdapterHost`; names: of the addresses that relays send requests to."""
+    """Owns the hosts. registry: of all engines that report. Other arguments as of `AdapterHost`."""
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class AdapterHosts:
         }
 
     def samples(self) -> Iterator[Sample]:
-        """Adapters in a state are counted where any engine has them in it, loads and probes at all engines."""
+        """Adapters in a state: of the engine that has most of them in it. Loads and probes: of all engines together."""
         totals: Counter[tuple[str, tuple[str, ...]]] = Counter()
         for host in self.hosts.values():
             for sample in host.samples():
@@ -161,7 +160,7 @@ class AdapterHosts:
             self._settings,
             self._registry if only else self._addresses.at(name),
             self._profiles if only else _ProfilesAt(self._profiles, lambda v, why: self._reject(name, v, why)),
-            connect=lambda: self._connect(name),
+            connect=lambda: self._addresses.server(name, REQUEST_SECONDS),
             copy=self._copy,
             base=self._base,
             leads=self._leads,
@@ -169,12 +168,6 @@ class AdapterHosts:
             on_change=self._on_change,
             writing=self._writing,
         )
-
-    def _connect(self, name: str) -> VllmServer:
-        upstream = self._settings.upstream
-        if name != ONLY:
-            return self._addresses.server(name, REQUEST_SECONDS)
-        return VllmServer(upstream.servers[0], upstream.api_key, timeout=REQUEST_SECONDS, ca=upstream.ca)
 
     def _reject(self, name: str, version: str, why: str) -> None:
         if not self._given_up(version):

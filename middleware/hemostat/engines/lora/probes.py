@@ -78,7 +78,7 @@ class Probes:
     ) -> dict[str, str]:
         """Do the next probe. Returns the versions that are rejected for it, with the reason in one line.
 
-        versions: that are loaded at every engine.
+        versions: that are loaded.
         """
         what = self._missing(versions, loaded)
         try:
