@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from hemostat import __version__
+from hemostat.doctor.causes.units import Incomparable, decoder_layers
 from hemostat.doctor.checkpoints import CheckpointPair
 from hemostat.doctor.options import DoctorError, DoctorOptions
 from hemostat.doctor.pair import Ids, Job, encode, jobs_digest
@@ -21,7 +22,6 @@ from hemostat.doctor.progress import Reporter
 from hemostat.doctor.prompts import Prompt
 from hemostat.doctor.sweep.analysis import Statement, Threshold, statements, threshold
 from hemostat.doctor.sweep.halving import promoted, rungs
-from hemostat.doctor.sweep.layers import layer_list
 from hemostat.doctor.sweep.measuring import Block, Measured, SweptModel
 from hemostat.doctor.sweep.outcomes import Task, tasks
 from hemostat.doctor.sweep.points import UNCHANGED, Line, Point, grid, lines
@@ -93,7 +93,10 @@ class Sweep:
         """COMPRESSED, by rung."""
         self.notes: list[str] = []
         model = pair.reference_model
-        layers = len(layer_list(model)[2])
+        try:
+            layers = len(decoder_layers(model))
+        except Incomparable as reason:
+            raise DoctorError(f"REFERENCE: {reason}, which a sweep changes") from None
         self.lines: list[Line] = lines(options.sweep, layers)
         self.points: list[Point] = []
         for point in grid(options.sweep, layers):
