@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,3 +82,16 @@ class KlMeter:
 def logits_of(model: Any, text: Text, device: torch.device) -> torch.Tensor:
     """[T, V] at the positions that predict the output."""
     return next(pieces(model, text.sequence(device), len(text.prompt) - 1, []))
+
+
+@contextmanager
+def altered_weights(modules: Mapping[str, Any], change: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside of the context every module has what `change` makes of its name and weight; then the same tensor again."""
+    originals = {name: module.weight.data for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.weight.data = change(name, originals[name])
+        yield
+    finally:
+        for name, module in modules.items():
+            module.weight.data = originals[name]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hemostat.doctor.causes.units import decoder_layers
+from hemostat.doctor.kl_meter import altered_weights
 from hemostat.doctor.sweep.points import FULL_BITS, Change, Point
 from hemostat.models.compression.rounding import pruned, rounded
 from hemostat_calibration.errors import HemostatError
@@ -32,17 +33,11 @@ def linears(model: Any) -> dict[str, Any]:
 @contextmanager
 def compressed(model: Any, point: Point) -> Iterator[None]:
     """The model's weights at this point; the original tensors are put back afterwards. NotApplicableError."""
-    modules = linears(model) if point.changes_weights else {}
     check(model, point)
-    kept = {name: module.weight.data for name, module in modules.items()}
-    try:
-        removed = removed_rows(model, point.sparsity) if point.pattern == "rows" and point.sparsity else {}
-        for name, module in modules.items():
-            module.weight.data = _changed(name, kept[name], point, removed.get(name))
+    modules = linears(model) if point.changes_weights else {}
+    removed = removed_rows(model, point.sparsity) if point.pattern == "rows" and point.sparsity else {}
+    with altered_weights(modules, lambda name, weight: _changed(name, weight, point, removed.get(name))):
         yield
-    finally:
-        for name, module in modules.items():
-            module.weight.data = kept[name]
 
 
 def check(model: Any, point: Point) -> None:
